@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _LAZY_IMPORTS = {
     "Caption": "sca_registry.contracts",
-    "Everything": "sca_registry.spec",
+    "EverythingOptions": "sca_registry.spec",
     "ModelSpec": "sca_registry.spec",
     "Predictor": "sca.inference.predictor",
     "Processor": "sca.inference.processor",

@@ -31,8 +31,8 @@ def compose(
     """A model of the named parts: `compose("tiny-vit", "query", "tiny-gpt2", task_tokens=2)`.
 
     Other fields of `ModelSpec` go by keyword (segmenter, projection, task_tokens, trainable, lora, generation), and the
-    options of a part with its name in a table: `compose({"name": "tiny-vit", "size": 96}, ...)`. weights: False for
-    random ones where pretrained ones would be fetched. On `device="meta"` nothing is allocated and no weights are
+    options of a part with its name in a table: `compose({"name": "tiny-vit", "image_size": 96}, ...)`. weights: False
+    for random ones where pretrained ones would be fetched. On `device="meta"` nothing is allocated and no weights are
     fetched (of a part without a card of its own, the configuration is): for counting parameters.
     """
     spec = ModelSpec.from_dict({"encoder": encoder, "mixer": mixer, "language_model": language_model, **fields})
@@ -52,9 +52,8 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
     use_random_weights = not weights or target_device.type == "meta"
     if use_random_weights:
         spec = disable_pretrained_weights(spec)
-    with (
-        target_device if use_random_weights else contextlib.nullcontext()
-    ):  # random weights are drawn where they are used
+    init_device = target_device if use_random_weights else contextlib.nullcontext()
+    with init_device:  # random weights are drawn on the device that uses them
         encoder = sca_registry.encoders.build(spec.encoder.name, **spec.encoder.options)
         segmenter_part = resolve_parts(spec, encoder)["segmenter"]
         segmenter = sca_registry.segmenters.build(segmenter_part.name, encoder, **segmenter_part.options)
@@ -63,19 +62,19 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
         check_generation("generation", spec.generation, language_model.generate)
         _check_prefix_fits(spec, mixer, language_model)
         if spec.lora:
-            language_model.adapt(**spec.lora)
+            language_model.add_lora(**spec.lora)
         model = SegmentCaptioner(spec, encoder, segmenter, mixer, language_model)
     return model.to(target_device).eval()
 
 
 def _check_prefix_fits(spec: ModelSpec, mixer: Mixer, language_model: LanguageModel) -> None:
     """Raises RegistryError if the prefix leaves a language model no position for words."""
-    max_positions, prefix_length = getattr(language_model, "positions", None), spec.task_tokens + mixer.num_queries
+    max_positions, prefix_length = getattr(language_model, "max_positions", None), spec.task_tokens + mixer.num_queries
     if max_positions is not None and prefix_length >= max_positions:
         raise RegistryError(
-            f"the mixer {spec.mixer.name!r} gives {mixer.num_queries} queries, which with {spec.task_tokens} task tokens "
-            f"are a prefix of {prefix_length}; the language model {spec.language_model.name!r} has {max_positions} positions in "
-            "all: choose fewer queries or another language model"
+            f"the mixer {spec.mixer.name!r} gives {mixer.num_queries} queries, which with {spec.task_tokens} task "
+            f"tokens are a prefix of {prefix_length}; the language model {spec.language_model.name!r} has "
+            f"{max_positions} positions in all: choose fewer queries or another language model"
         )
 
 

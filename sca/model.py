@@ -62,7 +62,8 @@ class SegmentationModel(nn.Module):
         name = self._get_component_name(kind)
         actual = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise RegistryError(
-            f"{kind} {name!r} gives {actual}, and its attributes promise {expected_shape}; `sca check {kind} {name}` tells more"
+            f"{kind} {name!r} gives {actual}, and its attributes promise {expected_shape}; "
+            f"`sca check {kind} {name}` tells more"
         )
 
 
@@ -104,10 +105,10 @@ class SegmentCaptioner(SegmentationModel):
     def forward(
         self, batch: Batch, loss_weights: Mapping[str, float] | None = None, chunk_size: int = 0
     ) -> ModelOutput:
-        """Losses by name, and their sum weighted by `weights` (1 where it is silent).
+        """Losses by name, and their sum weighted by `loss_weights` (1 for a loss without a weight).
 
-        chunk: at most so many regions, and as many texts, are worked on at a time, and what a chunk computed is let go
-        and computed anew for its gradients (arXiv 1604.06174); 0: all at once, and nothing twice.
+        chunk_size: at most this many regions, and as many texts, are computed at a time, and the activations of a chunk
+        are recomputed for its gradients (arXiv 1604.06174); 0: all at once, and nothing twice.
         """
         features = batch.features if batch.features is not None else self.encode(batch.pixel_values)
         regions, queries = self._segment_and_mix(features, batch.prompts, chunk_size)
@@ -167,10 +168,8 @@ class SegmentCaptioner(SegmentationModel):
         )
 
     def compute_caption_states(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(M, K, E) and (M, L) -> (M, L, E): state i predicts `ids[:, i]`, the first being the prefix's last."""
-        token_embeddings = self.language_model.embed_tokens(
-            input_ids[:, :-1]
-        )  # what follows the last word is not asked
+        """(M, K, E) and (M, L) -> (M, L, E): state i predicts `input_ids[:, i]`, the first being the prefix's last."""
+        token_embeddings = self.language_model.embed_tokens(input_ids[:, :-1])  # no token follows the last one
         full_attention_mask = torch.cat((attention_mask.new_ones(prefix.shape[:2]), attention_mask[:, :-1]), dim=1)
         hidden_states = self.language_model.hidden_states(
             torch.cat((prefix, token_embeddings.to(prefix.dtype)), dim=1), full_attention_mask
@@ -185,7 +184,7 @@ class SegmentCaptioner(SegmentationModel):
 
     @torch.no_grad()
     def generate_from_prefix(self, prefix: Tensor, **generation: Any) -> GenerationOutput:
-        """Generate token ids for prefixes, at most `ROWS` texts at a time, so that memory does not grow with regions.
+        """Generate token ids for prefixes, in chunks of at most `MAX_SEQUENCES_PER_CALL` sequences.
 
         Args:
             prefix: (N, K, E).
@@ -199,7 +198,7 @@ class SegmentCaptioner(SegmentationModel):
         options = {**self.spec.generation, **generation}
         seed = options.pop("seed", None)
         sequences_per_row = max(
-            1, *(count for name in ("beams", "captions") if isinstance(count := options.get(name, 1), int))
+            1, *(count for name in ("num_beams", "num_captions") if isinstance(count := options.get(name, 1), int))
         )
         rows_per_chunk = max(1, MAX_SEQUENCES_PER_CALL // sequences_per_row) if seed is None else 1
         chunks = prefix.split(rows_per_chunk) if len(prefix) else (prefix,)
@@ -222,7 +221,7 @@ class SegmentCaptioner(SegmentationModel):
     def _pad_token_id(self) -> int:
         """What fills up token ids behind the end of a text."""
         tokenizer = self.language_model.tokenizer
-        return getattr(self.language_model, "pad", 0) if tokenizer is None else tokenizer.pad_token_id
+        return getattr(self.language_model, "pad_token_id", 0) if tokenizer is None else tokenizer.pad_token_id
 
     # --- what trains --------------------------------------------------------------------------------------------------
 
@@ -271,7 +270,8 @@ def check_finite_scores(scores: Tensor, subject: str) -> None:
     num_non_finite = int((~scores.isfinite()).sum())
     if num_non_finite:
         raise ValueError(
-            f"{subject} returned NaN or infinite scores for {num_non_finite} of {scores.numel()} captions; {NON_FINITE_HINT}"
+            f"{subject} returned NaN or infinite scores for {num_non_finite} of {scores.numel()} captions; "
+            f"{NON_FINITE_HINT}"
         )
 
 
@@ -288,8 +288,8 @@ def _concat_generated(outputs: Sequence[GenerationOutput], pad_token_id: int) ->
 def compute_caption_loss(language_model: LanguageModel, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy with label smoothing, averaged over the words and ends (W,) of all texts, and the logits (W, V).
 
-    Of more than `WORDS`, logits would be the largest thing in memory: they are made a piece at a time, again for the
-    gradients, and none are given.
+    Of more than `TOKENS_PER_LOSS_CHUNK`, logits would be the largest tensor in memory: they are computed in chunks,
+    again for the gradients, and None is returned.
     """
 
     def compute_summed_loss(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,8 +46,8 @@ def plan_model(
 ) -> Plan:
     """What a spec costs for B images with N regions each and captions of L words, greedy.
 
-    dtype: of the weights; in training, of what autocast computes in. gpu: one of `GPUS`, or GiB. on_gpu: computed as on
-    a GPU, also where none is named. Raises RegistryError like `sca.build`, and for an unknown GPU.
+    dtype: of the weights; in training, of what autocast computes in. gpu: one of `GPU_MEMORY_GIB`, or GiB. on_gpu:
+    computed as on a GPU, also where none is named. Raises RegistryError like `sca.build`, and for an unknown GPU.
     """
     for label, count in (("images", images), ("regions", regions), ("words", words)):
         if count < 1:
@@ -102,9 +102,8 @@ def _set_checkpoint_sources(model: SegmentCaptioner, spec: ModelSpec) -> None:
         part, component = resolved_parts[kind], getattr(model, kind)
         options = {**get_registry(kind).get_card(part.name).options, **part.options}
         if hasattr(component, "checkpoint") and options.get("pretrained", True):
-            is_bundled = (
-                kind == "segmenter" and part.name == model.encoder.default_segmenter
-            )  # with the encoder's weights
+            # the encoder's weights contain those of its default segmenter
+            is_bundled = kind == "segmenter" and part.name == model.encoder.default_segmenter
             source = getattr(component, "source", None) or options.get("weights")
             component.checkpoint = source or (model.encoder.checkpoint if is_bundled else None)
 
@@ -155,7 +154,7 @@ class _CostMeter:
 
     @torch.no_grad()
     def measure_inference(self, images: int, regions: int, num_tokens: int) -> tuple[dict[str, int], dict[str, int]]:
-        """What `Predictor` does: images encoded at once, regions in chunks, and texts `ROWS` at a time."""
+        """What `Predictor` does: images encoded at once, regions in chunks, `MAX_SEQUENCES_PER_CALL` texts per call."""
         model, image_size = self.model.eval(), self.model.encoder.image_format.size
         prompts = _make_prompts(images, regions, image_size)
         first_chunk, *later_chunks = prompts.iter_chunks(REGION_BATCH_SIZE)
@@ -288,7 +287,7 @@ def _make_prompts(images: int, regions: int, image_size: int) -> PromptBatch:
 
 
 def _find_max_regions(measure_memory: Callable[[int], int], memory_budget: int) -> int | None:
-    """Find how many regions per image fit into memory; None if `LIMIT` fit, 0 if none does.
+    """Find how many regions per image fit into memory; None if `MAX_PLANNED_REGIONS` fit, 0 if none does.
 
     The result fits; the largest count that fits is at most 2 %, or 1, higher. Memory grows with regions in pieces that
     are straight, so that a guess between two counts that are near each other is mostly a good one.

@@ -47,8 +47,8 @@ MAX_CACHED_PLANS = 200  # plans in the cache, the latest of them
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found. flops: multiplications and additions, each one, for all images and regions; of a training
-    step, forward and backward together. memory: the most bytes at once in each stage, weights and all.
+    """What `plan_model` computes. flops: multiplications and additions, each one, for all images and regions; of a
+    training step, forward and backward together. memory: the most bytes at once in each stage, weights and all.
     """
 
     model: str
@@ -99,7 +99,7 @@ def compute_plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None
 
     Args:
         spec: The model.
-        settings: Arguments of `sca.plan.plan` besides the spec, as plain JSON.
+        settings: Arguments of `sca.plan.plan_model` except the spec, as plain JSON.
 
     Returns:
         A hash; None if the cost depends on files that the spec names, or a component is unknown.
@@ -165,7 +165,7 @@ def read_plan(key: str) -> Plan | None:
 
 
 def write_plan(key: str, plan: Plan) -> None:
-    """Keep a plan, and the latest `KEPT` of all, if the cache can be written."""
+    """Keep a plan, and the latest `MAX_CACHED_PLANS` of all, if the cache can be written."""
     with suppress(OSError):
         folder = _get_plan_path(key).parent
         folder.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def fix_torchvision(site: Path = SITE_PACKAGES) -> str:
 
 
 def remove_torchvision_fix(site: Path = SITE_PACKAGES) -> str:
-    """Remove what `fix` wrote, and return a line that says so."""
+    """Remove what `fix_torchvision` wrote, and return a line that says so."""
     stub_paths = [path for path in (site / f"{STUB_PACKAGE}.pth", site / STUB_PACKAGE) if path.exists()]
     for path in stub_paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -107,7 +107,9 @@ def _record_cache_updates(caches: list[DynamicCache]) -> Iterator[CacheUpdates]:
 
 @dataclass(frozen=True)
 class CallCost:
-    """The cost of a call that was run. extra: the most bytes at once, beyond those before. added: to a cache."""
+    """The cost of a call that was run. extra_bytes: the most bytes at once, beyond those before. cache_updates: the
+    keys and values added to a cache.
+    """
 
     flops: int
     extra_bytes: int
@@ -119,7 +121,7 @@ class CallCost:
 class StageMeter:
     """Operations and the most memory by stage; a stage that comes again, or several times, adds to the former.
 
-    known: the cost of calls, by all that it depends on; several of these may share it.
+    cached_costs: the cost of calls, by everything that it depends on; several meters may share it.
     """
 
     def __init__(self, tracker: MemoryTracker, cached_costs: dict[Any, CallCost]):
@@ -144,9 +146,9 @@ class StageMeter:
         """Wrap a function so that of all alike calls with the same shapes only the first runs.
 
         Args:
-            run: takes and returns tensors without content. Its cost must depend on shapes only.
-            alike: equal for functions with the same cost.
-            place: which layer of a cache of keys and values the function adds to, if it takes one.
+            function: Takes and returns tensors without content. Its cost must depend on shapes only.
+            cost_key: Equal for functions with the same cost.
+            layer_index: Which layer of a cache of keys and values the function adds to, if it takes one.
 
         Returns:
             A function with the same cost at every call: operations, the most memory meanwhile, and its result.

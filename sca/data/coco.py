@@ -46,7 +46,7 @@ class CocoIndex(NamedTuple):
         Args:
             path: The file.
             keys: Whole numbers that every annotation has, the first of which identifies it.
-            is_named: Whether there must be categories; otherwise they are read where they are there.
+            requires_categories: Whether there must be categories; otherwise they are optional.
             reject: For each list what receives the InputError of an unusable record; without one it is raised.
         """
         lists: Mapping[str, Sequence[str]] = {"images": ("id",), "annotations": keys}
@@ -140,7 +140,7 @@ class Coco(TableDataset):
 
     def _build_row(self, entry: Any) -> dict[str, Any] | None:
         coco_index, image_index, annotation_indices = entry
-        image_id, file, width, height = coco_index.image(image_index)
+        image_id, file, width, height = coco_index.read_image_record(image_index)
         row = self._create_row(image_id, self._map_file_name(file), width, height)
         self._add_annotations(row, [coco_index.annotations[each] for each in annotation_indices], coco_index)
         return row

@@ -48,7 +48,7 @@ class CocoPanoptic(TableDataset):
             self.annotations, ("image_id",), reject=self._get_reject_callbacks() | {"annotations": self._reject_image}
         )
         coco_index = coco_index._replace(
-            names={number: _strip_stuff_suffixes(name) for number, name in coco_index.category_names.items()}
+            category_names={number: _strip_stuff_suffixes(name) for number, name in coco_index.category_names.items()}
         )
         self.attributes = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
         bar.reset(len(coco_index.annotations))
@@ -67,7 +67,7 @@ class CocoPanoptic(TableDataset):
 
     def _build_row(self, entry: Any) -> dict[str, Any] | None:
         coco_index, image_index, record, location, segments_before = entry
-        row = self._create_row(*coco_index.image(image_index))
+        row = self._create_row(*coco_index.read_image_record(image_index))
         segment_ids = self._read_segment_ids(read_field(record, "file_name", str, location), row)
         if segment_ids is None:
             return None
@@ -80,11 +80,11 @@ class CocoPanoptic(TableDataset):
                 if segment_id in known_ids:
                     raise InputError(f"{segment_location}: this id was given before")
                 known_ids.add(segment_id)
-                name = coco_index.name(segment, segment_location)
+                name = coco_index.get_category_name(segment, segment_location)
                 if segment.get("iscrowd"):
                     self._skip("crowd", segment_location)
                 else:
-                    kind = "thing" if segment["category_id"] in coco_index.things else "stuff"
+                    kind = "thing" if segment["category_id"] in coco_index.thing_category_ids else "stuff"
                     self._add_segment(
                         row, segments_before + n + 1, segment_ids == segment_id, segment_location, name, kind
                     )

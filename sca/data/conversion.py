@@ -10,9 +10,9 @@ then the stamp: a table of which such an image has another size now is made agai
 an upright image of that size, a mask is the counts of its compressed RLE, and
 attributes are JSON. A table is a folder `data/READER-ASKED-KEY` in the cache folder: ASKED stands for the reader's
 options and the paths of its files, KEY for their sizes and times as well; a table of files that have changed gives way
-to the new one. It appears whole or not at all, and lies in shards of `SHARD` images. `about.json` beside them has the
-`hash` of the table, the numbers of images, regions and phrases, the first sources, and what was left out and why. Needs
-the extra `data`.
+to the new one. It appears whole or not at all, in shards of `IMAGES_PER_SHARD` images. `about.json` beside them has
+the `hash` of the table, the numbers of images, regions and phrases, the first sources, and what was left out and why.
+Needs the extra `data`.
 
 A conversion that is killed goes on after its last whole shard, which is kept in a hidden folder beside the table's.
 Until there the sources are read again, but nothing is checked, drawn or written again.
@@ -54,8 +54,7 @@ UNNAMED_CATEGORY_REASON = "category without a name"
 
 
 class ConvertedTable:
-    """A table made from a publisher's files by a reader, which says which `_entries` they have and what `_record` each
-    of them is.
+    """A table made from a publisher's files by a reader, whose `_iter_entries` and `_build_row` read them.
 
     Boxes are clipped to the image, and left out if nothing remains, and so are blank phrases, and regions with neither
     a name nor a phrase; images that have no region left, or whose file is missing, are left out. A record that lacks a
@@ -75,20 +74,16 @@ class ConvertedTable:
 
     def __init__(self, split: str, images: Path, sources: Sequence[Path], max_bad: int, selection_key: str = ""):
         """`images`: the folder that file names are relative to; `sources`: the files that are read, the one that
-        messages name first; `choice`: what else decides over the records.
+        messages name first; `selection_key`: what else decides over the records.
         """
         self.split, self.images, self.max_bad = split, images, max_bad
         self.sources = list(sources)
         self._skip = SkipCounter()
         self.attributes: dict[str, tuple[str, ...]] = {}
         self.remarks: list[str] = []
-        self._bad_image_stamps: dict[
-            str, list[int] | None
-        ] = {}  # images that cannot be used, each with its file's stamp
+        self._bad_image_stamps: dict[str, list[int] | None] = {}  # unusable images, each with its file's stamp
         self._empty_image_sizes: dict[str, tuple[list[int], int, int]] = {}  # images without regions: stamp and size
-        self._name_by_path_hash: dict[
-            int, str | None
-        ] = {}  # hash of a file's path -> its name, None if it is as written
+        self._name_by_path_hash: dict[int, str | None] = {}  # hash of a file's path -> its name, None if as written
         folders = {folder: os.path.realpath(folder) for folder in {source.parent for source in self.sources}}
         paths = [f"{folders[source.parent]}/{source.name}" for source in self.sources]
         source_identity = [selection_key, os.path.realpath(images), *paths]
@@ -110,14 +105,14 @@ class ConvertedTable:
     # what readers say and use
 
     def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
-        """What `_record` makes a row of, always in the same order, and cheap: a conversion that goes on runs through
+        """What `_build_row` makes a row of, always in the same order, and cheap: a conversion that goes on runs through
         those that were done. May set `attributes` and `remarks`, count with `_skip`, and tell the bar how many there
         are in all.
         """
         raise NotImplementedError
 
     def _build_row(self, entry: Any) -> dict[str, Any] | None:
-        """A row made by `_image` and filled by `_keep`; None where there is none, which was counted."""
+        """A row made by `_create_row` and filled by `_add_region`; None where there is none, which was counted."""
         raise NotImplementedError
 
     def _resolve_image_path(self, name: str) -> Path:
@@ -176,7 +171,7 @@ class ConvertedTable:
             (reject or self._reject_region)(error)
 
     def _reject_image(self, problem: str | InputError) -> None:
-        """Count an image whose record is unusable, as `_reject` does a region."""
+        """Count an image whose record is unusable, as `_reject_region` does a region."""
         self._skip(UNUSABLE_IMAGE_REASON, str(problem))
 
     def _reject_category(self, problem: InputError) -> None:

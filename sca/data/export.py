@@ -44,7 +44,7 @@ def export_dataset(
 ) -> Path:
     """Writes `dataset`, or several as {split: dataset}, to `folder` and gives its path.
 
-    A dataset by itself is written as the split that it says it is, else as "train". `limit` keeps the first so many
+    A dataset by itself is written as the split that it says it is, else as "train". `max_images` keeps the first
     samples of each split. `format` is one of:
 
     - `coco`: `{split}.json` (instances; segmentation as RLE, "caption" with the phrases, "attributes" with the exact

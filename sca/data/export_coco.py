@@ -45,8 +45,8 @@ def _write_coco_layout(
     file_name_prefix: str = "",
     include_captions: bool = False,
 ) -> None:
-    """`annotations` and `pictures` are where they lie, `prefix` what file names begin with; if `told`, captions and
-    attributes are written.
+    """`annotation_pattern` and `image_folder_pattern` are paths in `folder`, `file_name_prefix` what file names begin
+    with; if `include_captions`, captions and attributes are written.
     """
     categories: dict[str, int] = {}
     contents = {}

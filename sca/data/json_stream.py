@@ -37,8 +37,8 @@ def iter_list_elements(path: Path) -> Iterator[Any]:
 def iter_members(path: Path) -> Iterator[tuple[str | None, Any, int, int]]:
     """What a JSON object or list has, in order, as (key, value, start, end) with the bytes where the value stands.
 
-    Of a member that is a list first `LIST` comes, and then its elements; any other comes as a whole. Where the file is
-    a list, the key is None.
+    Of a member that is a list first `LIST_START` comes, and then its elements; any other comes as a whole. Where the
+    file is a list, the key is None.
     """
     try:
         with open_regular_file(path) as file, make_read_progress(path) as bar:

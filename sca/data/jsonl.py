@@ -94,7 +94,8 @@ class Jsonl(TableDataset):
                     )
                 if previous_image_id != image_id and name in images:
                     raise InputError(
-                        f"{location}: image_id {image_id} is another than before, {previous_image_id}, for the same image"
+                        f"{location}: image_id {image_id} is another than before, {previous_image_id}, for the same "
+                        "image"
                     )
                 name_by_image_id[image_id] = name
                 number, _ = images.setdefault(name, (len(images), image_id))
@@ -164,7 +165,8 @@ class Jsonl(TableDataset):
         text_fields = [key for key in TEXT_FIELDS if record.get(key) is not None]
         if not text_fields or len({"caption", "phrases"} & set(text_fields)) == 2:
             raise InputError(
-                f"{location}: give a caption or phrases, a name, or both; there is {' and '.join(text_fields) or 'none'}"
+                f"{location}: give a caption or phrases, a name, or both; there is "
+                f"{' and '.join(text_fields) or 'none'}"
             )
         phrase_field = next((key for key in ("caption", "phrases") if key in text_fields), "caption")
         mask = record_parsing.parse_mask(mask_value, "mask", row["width"], row["height"], location, self._skip)

@@ -22,8 +22,8 @@ from sca.io.validation import check_object, read_field, read_recorded_size
 
 
 class LabelingToolDataset(TableDataset):
-    """Dataset: `Annotations("val", file=PATH, hold_out=0.1)[i]` -> `Sample`: a JSON export of Label Studio, a LabelMe
-    file, or a folder of LabelMe files.
+    """Dataset: `LabelingToolDataset("val", file=PATH, hold_out=0.1)[i]` -> `Sample`: a JSON export of Label
+    Studio, a LabelMe file, or a folder of LabelMe files.
 
     A region's name is its label, and its phrases are its texts: Label Studio's text areas, LabelMe's description. What
     cannot be a region, such as a keypoint or a relation, is counted. An image is named relative to `images` if given,
@@ -71,12 +71,13 @@ class LabelingToolDataset(TableDataset):
         row = self._create_row(number, annotated.name, *annotated.size, annotated.is_size_recorded)
         for region_id, region in enumerate(annotated.annotations, first_region_id):
             if region.box is None:
-                self._skip("region without a box or mask", region.place)
+                self._skip("region without a box or mask", region.location)
                 continue
-            if region.unread:
-                self._skip(region.unread, region.place)
+            if region.unread_caption:
+                self._skip(region.unread_caption, region.location)
             captions = [text.strip() for text in region.captions]
-            self._add_region(row, region_id, region.box, region.place, region.mask, name=region.label, phrases=captions)
+            texts = {"name": region.label, "phrases": captions}
+            self._add_region(row, region_id, region.box, region.location, region.mask, **texts)
         return row
 
     def _open_image(self, name: str) -> Image.Image:

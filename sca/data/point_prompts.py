@@ -20,7 +20,7 @@ def sample_point(region: Region, mask: np.ndarray | None, rng: np.random.Generat
     Args:
         region: The region, whose box is used if there is no mask.
         mask: (height, width) bool, or None.
-        draw: The generator.
+        rng: The generator.
 
     Returns:
         x and y in image pixels.

@@ -24,7 +24,7 @@ from sca.io.validation import check_object, read_field
 class RecordIndex:
     """Objects of one list of a JSON file, read again each time: `records[number]` -> the object and its place in words.
 
-    In memory are where each of them stands, and its whole numbers that have names in `keys`, as arrays of `columns`;
+    In memory are where each of them stands, and its integers under `keys`, as arrays of `columns`;
     the first of them identifies a record. Meant for many millions: some 30 bytes each.
     """
 
@@ -80,7 +80,7 @@ class RecordIndex:
 
         Args:
             reject: Receives the InputError of each record with that of an earlier one, which is then among those that
-                are `repeated`; None raises it.
+                are `duplicates`; None raises it.
 
         Returns:
             The records themselves.
@@ -112,7 +112,7 @@ class RecordIndex:
     def resolve_references(
         self, key: str, targets: RecordIndex, target_name: str, reject: RejectCallback | None = None
     ) -> np.ndarray:
-        """The number among `others` of what each record names under `key`.
+        """The index among `targets` of what each record names under `key`.
 
         Args:
             reject: Receives the InputError of each record that leads nowhere; None raises it.
@@ -122,8 +122,9 @@ class RecordIndex:
         """
         target_indices = targets.find_indices(self.columns[key])
         for unresolved_index in np.flatnonzero(target_indices < 0).tolist():
+            value = self.columns[key][unresolved_index]
             problem = InputError(
-                f"{self.describe_location(unresolved_index)}: {key} {self.columns[key][unresolved_index]} is not among {target_name}"
+                f"{self.describe_location(unresolved_index)}: {key} {value} is not among {target_name}"
             )
             if reject is None:
                 raise problem
@@ -188,11 +189,12 @@ def index_json_lists(
     reject: Mapping[str, RejectCallback] | None = None,
     optional: Collection[str] = (),
 ) -> tuple[dict[str, RecordIndex], dict[str, list[Any]]]:
-    """The `lists` of a JSON object as `Records` with these keys, and the lists named in `whole` unchanged, and
+    """The `lists` of a JSON object as `RecordIndex` with these keys, and the lists named in `full_lists` unchanged, and
     those in `optional` where they are there.
 
-    `what` says in messages what the file should be. Other members are passed over. `reject` has for a list what
-    receives the InputError of each of its records that lacks a key, which is then passed over; one without raises it.
+    `expected_content` says in messages what the file should be. Other members are passed over. `reject` has
+    for a list what receives the InputError of each of its records that lacks a key, which is then passed over; one
+    without raises it.
     """
     indexes = {key: RecordIndex(path, f"{path}: {key}", keys) for key, keys in lists.items()}
     lists_in_memory: dict[str, list[Any]] = {}

@@ -1,7 +1,7 @@
 """Publishers' files and the fields of their records, checked as they are read.
 
-Whatever is wrong is an InputError that names the file, the record and the field; the `place` of the functions below is
-the words that name the first two.
+Whatever is wrong is an InputError that names the file, the record and the field; the `location` of the functions below
+names the first two.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def parse_phrases(value: Any, key: str, location: str) -> list[str]:
 
 
 def count_unread_caption(record: dict[str, Any], read_keys: Sequence[str], location: str, skip: SkipCallback) -> None:
-    """Count a caption under a key that is not among those that are `read`, see `find_unread_caption`."""
+    """Count a caption under a key that is not among those in `read_keys`, see `describe_unread_caption`."""
     if reason := describe_unread_caption(record, read_keys):
         skip(reason, location)
 

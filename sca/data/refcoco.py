@@ -20,11 +20,7 @@ from sca.io.json import open_regular_file
 from sca.io.paths import expand_user
 from sca.io.validation import read_field
 
-DEFAULT_SPLIT_AUTHORS = {
-    "refcoco": "unc",
-    "refcoco+": "unc",
-    "refcocog": "umd",
-}  # who split the collection, where nobody says
+DEFAULT_SPLIT_AUTHORS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # by collection
 IMAGE_FOLDERS = ("images/mscoco/images/train2014", "train2014", "images")
 
 
@@ -107,7 +103,7 @@ class RefCoco(TableDataset):
 
     def _build_row(self, entry: Any) -> dict[str, Any]:
         coco_index, image_index, refs = entry
-        row = self._create_row(*coco_index.image(image_index))
+        row = self._create_row(*coco_index.read_image_record(image_index))
         for ref, location, annotation_index in refs:
             with self._catch_record_errors():
                 self._add_ref(row, ref, location, *coco_index.annotations[annotation_index], coco_index)
@@ -180,7 +176,7 @@ def _find_refs_file(folder: Path, by: str) -> Path:
             return path
     available = sorted(path.name for path in folder.glob("refs(*).*"))
     raise InputError(
-        f"no {paths[0].name} or {paths[1].name} in {folder}; there is: {', '.join(available) or 'no refs file at all'}; "
+        f"no {paths[0].name} or {paths[1].name} in {folder}; it has: {', '.join(available) or 'no refs file at all'}; "
         "give by=unc, google or umd, and root=FOLDER that has them"
     )
 
@@ -190,4 +186,4 @@ def _find_image_folder(root: Path, images: str | Path | None) -> Path:
     for path in paths:
         if path.is_dir():
             return path
-    raise InputError(f"no folder {' or '.join(map(str, paths))}: give images=FOLDER, that of COCO's train2014 pictures")
+    raise InputError(f"no folder {' or '.join(map(str, paths))}: give images=FOLDER with COCO's train2014 images")

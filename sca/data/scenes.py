@@ -5,8 +5,8 @@ carries its visible mask, its box, its form as the name, and phrases of one fixe
 
     a SIZE TEXTURE COLOR FORM [RELATION a COLOR FORM]        a small striped red circle left of a blue square
 
-`parse` takes a phrase apart again and `relation_holds` says whether the place it states is true, so a caption can be
-scored by what it says rather than by how it is worded. Nothing here imports torch.
+`parse_statement` parses a phrase and `is_relation_true` says whether the relation it states is true, so a caption can
+be scored by what it says rather than by how it is worded. Nothing here imports torch.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def compute_dataset_stats(dataset: Dataset, check_images: bool = False) -> dict[
     """Numbers of images, regions, phrases and words; how they are spread; the commonest names; what was left out and
     why, with examples. Plain JSON.
 
-    pictures: open every picture too, without which those that are damaged are not known of.
+    check_images: also open every image, which finds damaged ones.
     """
     names: Counter[str] = Counter()
     phrases: Counter[str] = Counter()

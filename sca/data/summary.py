@@ -50,7 +50,7 @@ def check_dataset_not_empty(dataset: Dataset, subject: str) -> None:
 
     Args:
         dataset: Any dataset.
-        what: What the message calls it, such as "data.own (train)".
+        subject: What the message calls it, such as "data.own (train)".
 
     Raises:
         EmptyDatasetError: If it has none. One line that says what was left out, and where images were looked for.

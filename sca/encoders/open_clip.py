@@ -29,7 +29,7 @@ class OpenClipEncoder(nn.Module):
 
     model: its name in open_clip; None for what the folder says. weights: a hub id, at a revision, or a folder in
     open_clip's format. pretrained: True for those weights, False for random ones, or instead of weights a tag that
-    open_clip knows for the model, or a file. size: S (default: the tower's own); position embeddings are resized.
+    open_clip knows for the model, or a file. image_size: S (default: the tower's own); position embeddings are resized.
     layer: which block, from 0 or from the end (-1: the last; that of a plain ViT is normalized). fit: "pad" or
     "stretch", see `ImageFormat`. config: fields of the tower's `vision_cfg` that differ.
     """

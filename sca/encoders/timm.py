@@ -32,9 +32,9 @@ class TimmEncoder(nn.Module):
 
     model: its name in timm, whose tag (the part behind the dot) says which weights, mean and deviation; None for what
     the folder says. weights: a hub id, at a revision, or a folder in timm's format, or a file; None for those that timm
-    names. size: S (default: the backbone's own); position embeddings are resized. layer: which block or stage, from 0
-    or from the end (-1: the last; that of a plain ViT is normalized). fit: "pad" or "stretch", see `ImageFormat`.
-    config: arguments of the backbone that differ. pretrained: False for random weights.
+    names. image_size: S (default: the backbone's own); position embeddings are resized. layer: which block or stage,
+    from 0 or from the end (-1: the last; that of a plain ViT is normalized). fit: "pad" or "stretch", see
+    `ImageFormat`. config: arguments of the backbone that differ. pretrained: False for random weights.
     """
 
     default_segmenter = "box"
@@ -178,7 +178,7 @@ def make_image_format(size: int, preprocessing: Mapping[str, Any], fit: str) -> 
 
     Args:
         size: The side of the image in pixels.
-        look: `mean`, `std` and `interpolation` of the weights.
+        preprocessing: `mean`, `std` and `interpolation` of the weights.
         fit: "pad" or "stretch".
     """
     resample = "bicubic" if preprocessing["interpolation"] == "bicubic" else "bilinear"

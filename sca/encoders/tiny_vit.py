@@ -15,8 +15,9 @@ class TinyVit(nn.Module):
     The stem of strided convolutions makes a transformer of this size learn fast ("Early convolutions help transformers
     see better", arXiv 2106.14881); blocks are pre-norm (ViT, arXiv 2010.11929), the neck is SAM's (arXiv 2304.02643).
 
-    size: S, a multiple of 8. width, depth, heads: of the transformer. stem: channels at 1/2 and 1/4 of the resolution.
-    blocks: residual convolution blocks at 1/4 of the resolution. fit: "pad" or "stretch", see `ImageFormat`.
+    image_size: S, a multiple of 8. hidden_size, depth, num_heads: of the transformer. output_channels: of the features.
+    stem_channels: at 1/2 and 1/4 of the resolution. stem_blocks: residual convolution blocks at 1/4 of the resolution.
+    fit: "pad" or "stretch", see `ImageFormat`.
     """
 
     stride = 8
@@ -36,7 +37,7 @@ class TinyVit(nn.Module):
     ):
         super().__init__()
         if image_size % self.stride:
-            raise ValueError(f"size {image_size} must be a multiple of the stride {self.stride}")
+            raise ValueError(f"image_size {image_size} must be a multiple of the stride {self.stride}")
         self.image_format = ImageFormat(size=image_size, fit=fit)
         self.channels = output_channels
         half_channels, quarter_channels = stem_channels
@@ -59,8 +60,8 @@ class TinyVit(nn.Module):
         self.neck = SamVisionNeck(SamVisionConfig(hidden_size=hidden_size, output_channels=output_channels))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))  # (B, width, S/8, S/8)
-        tokens = patches.flatten(2).transpose(1, 2) + self.position  # (B, h*w, width)
+        patches = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))  # (B, hidden_size, S/8, S/8)
+        tokens = patches.flatten(2).transpose(1, 2) + self.position  # (B, h*w, hidden_size)
         return self.neck(self.transformer(tokens).unflatten(1, patches.shape[-2:]))
 
 

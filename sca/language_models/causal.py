@@ -16,11 +16,7 @@ from sca.io.hub import silence_transformers
 from sca.language_models.greedy import generate_greedy, has_plain_greedy_settings
 from sca.language_models.probe import probe_model
 
-POSITION_LIMIT_FIELDS = (
-    "max_position_embeddings",
-    "max_target_positions",
-    "max_seq_len",
-)  # what configurations call them
+POSITION_LIMIT_FIELDS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # in configurations
 SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -31,9 +27,9 @@ class CausalLanguageModel(nn.Module):
     penalty for repetition, are not used: captions follow the arguments of `generate` alone. A model that cannot be fed
     embeddings or attends to later tokens is a ValueError.
 
-    width: E. tokenizer: None for a checkpoint without one; ids still work. One with more tokens than the model has
-    embeddings is a ValueError. positions: how many the model has for prefix and words together; None if it does not
-    say.
+    hidden_size: E. tokenizer: None for a checkpoint without one; ids still work. One with more tokens than the model
+    has embeddings is a ValueError. max_positions: of the model, for prefix and text together; None if its configuration
+    has none.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer | None):
@@ -57,12 +53,13 @@ class CausalLanguageModel(nn.Module):
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Tokenizer | None) -> None:
-        tokens = tokenizer.vocab_size if isinstance(tokenizer, TextTokenizer) else 0
-        rows = self.model.get_input_embeddings().num_embeddings
-        if tokens > rows:
+        num_tokens = tokenizer.vocab_size if isinstance(tokenizer, TextTokenizer) else 0
+        num_embeddings = self.model.get_input_embeddings().num_embeddings
+        if num_tokens > num_embeddings:
             raise ValueError(
-                f"the tokenizer has {tokens:,} tokens and the language model embeddings for {rows:,}; give the "
-                "tokenizer of these weights, or weights saved after resize_token_embeddings of transformers"
+                f"the tokenizer has {num_tokens:,} tokens and the language model embeddings for "
+                f"{num_embeddings:,}; give the tokenizer of these weights, or weights saved after "
+                "resize_token_embeddings of transformers"
             )
         self._tokenizer = tokenizer
 
@@ -86,15 +83,16 @@ class CausalLanguageModel(nn.Module):
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> GenerationOutput:
-        """`captions` ids a row, best first. Beams search for the likeliest, `sample` draws; greedy otherwise.
+        """`num_captions` sequences per row, best first: beam search with `num_beams`, `do_sample` samples, else greedy.
 
-        No more than the model has positions for.
+        Their length is limited by the positions of the model.
         """
         if num_captions < 1:
             raise ValueError(f"{num_captions} captions a region: ask for 1 or more")
         if num_captions > 1 and not do_sample and num_captions > num_beams:
             raise ValueError(
-                f"captions={num_captions} needs beams={num_captions} or more, not {num_beams}, or sample=true"
+                f"num_captions={num_captions} needs num_beams={num_captions} or more, not {num_beams}, or "
+                "do_sample=true"
             )
         pad_token_id, eos_token_ids = self._resolve_special_tokens()
         max_length = self.max_positions or prefix.shape[1] + max_new_tokens
@@ -135,8 +133,8 @@ class CausalLanguageModel(nn.Module):
     def add_lora(
         self, rank: int, alpha: float, dropout: float = 0.0, target_modules: Sequence[str] | None = None
     ) -> None:
-        """LoRA (arXiv 2106.09685) by peft, on the linear layers named `targets` in every block of the model, or on
-        those that peft knows for the architecture. What trained before goes on training.
+        """LoRA (arXiv 2106.09685) by peft, on the linear layers named `target_modules` in every block of the model, or
+        on those that peft knows for the architecture. Parameters that trained before still train.
 
         Raises ValueError for a target that matches no layer, or only those of some blocks, with the layers there are.
         """
@@ -154,7 +152,9 @@ class CausalLanguageModel(nn.Module):
                 problem = f"only {len(layers[name])} of {max(map(len, layers.values()))} blocks have a {name!r}"
         if problem:
             layer_counts = ", ".join(f"{name} ({len(blocks)})" for name, blocks in sorted(layers.items()))
-            raise ValueError(f"targets of LoRA: {problem}. The linear layers, and in how many blocks: {layer_counts}")
+            raise ValueError(
+                f"target_modules of LoRA: {problem}. The linear layers, and in how many blocks: {layer_counts}"
+            )
         has_conv1d = any(
             isinstance(m, Conv1D) for name, m in self.model.named_modules() if name.split(".")[-1] in requested
         )
@@ -198,9 +198,9 @@ def extract_new_tokens(output: Any, eos_token_ids: Sequence[int], pad_token_id: 
     """Read new tokens and their likelihood from what transformers' `generate` returns with `output_logits=True`.
 
     Args:
-        found: The output of `generate`.
-        ends: Ids that end a text.
-        pad: The id behind an end.
+        output: The output of `generate`.
+        eos_token_ids: Ids that end a text.
+        pad_token_id: The id behind an end.
 
     Returns:
         ids (N, T), and the mean log-probability (N,) of those up to and including the end. It is the model's own: of
@@ -223,7 +223,7 @@ class TextTokenizer:
     """A transformers tokenizer as the contract wants it: ends with eos, begins with nothing. It needs no token for
     padding (the end stands in) and none for unknown words.
 
-    eos: the token that ends a text, for a tokenizer that does not say. ValueError if there is none at all.
+    eos_token: the token that ends a text, for a tokenizer that names none. ValueError if there is none at all.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token: str | None = None):
@@ -243,7 +243,7 @@ class TextTokenizer:
         return max(self.tokenizer.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
-        """At most `limit` ids, the end included."""
+        """At most `max_length` ids, the end included."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*ids[: None if max_length is None else max_length - 1], self.eos_token_id]
 

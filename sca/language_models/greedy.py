@@ -37,8 +37,8 @@ def generate_greedy(
     pad_token_id: int,
     eos_token_ids: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """(N, K, E) -> ids (N, T), `pad` after the end, and their mean log-probability (N,), the end counted; T is at most
-    `steps`. body: what turns embeddings into states. head: states (..., E) -> logits (..., V).
+    """(N, K, E) -> ids (N, T), `pad_token_id` after the end, and their mean log-probability (N,), the end counted; T is
+    at most `max_steps`. run_body: embeddings to states. compute_logits: states (..., E) -> logits (..., V).
     """
     batch_size, device = len(prefix), prefix.device
     ids = torch.full((batch_size, max_steps), pad_token_id, dtype=torch.long, device=device)

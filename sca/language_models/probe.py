@@ -39,8 +39,8 @@ class ModelStructure:
     """How a model computes its logits.
 
     Attributes:
-        body: Name of the module that turns embeddings into states.
-        output: Class of the body's output.
+        body_name: Name of the module that turns embeddings into states.
+        output_class: Class of the body's output.
         has_greedy_loop: Whether `greedy` generates what the model's own `generate` does.
     """
 
@@ -160,7 +160,7 @@ def _build_tiny_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _examine_model(model: PreTrainedModel) -> ModelStructure:
-    """Run a model on a few tokens; IncapableError if something that captions need does not hold."""
+    """Run a model on a few tokens; UnsupportedModelError if something that captions need does not hold."""
     training = model.training
     model.eval()
     try:

@@ -110,7 +110,7 @@ def _derive_related_sizes(fields: dict[str, Any], shrunk: dict[str, Any]) -> dic
 def _choose_layers(layer_properties: Sequence[Sequence[Any]], depth: int) -> list[int]:
     """The first layers, as many as have one of each kind, or else the first layer of each kind; at least two.
 
-    kinds: Lists with what each layer is in one respect; those of another length do not count.
+    layer_properties: Lists with one property of each layer; lists of another length do not count.
     """
     properties = [each for each in layer_properties if len(each) == depth]
     first_layers: dict[str, int] = {}

@@ -12,7 +12,7 @@ END_TOKEN = "<|end|>"
 
 
 class TinyGpt2(CausalLanguageModel):
-    """GPT-2's architecture (Radford et al. 2019) at width E, `depth` layers and room for `positions` tokens.
+    """GPT-2's architecture (Radford et al. 2019): width `hidden_size`, `depth` layers, at most `max_positions` tokens.
 
     The tokenizer is byte-level BPE: it can spell any text, and the words of the data it was made from are one id each.
     """

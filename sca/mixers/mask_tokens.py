@@ -12,7 +12,7 @@ from sca.nn.two_way import TwoWayTransformer, init_weights
 class MaskTokenMixer(nn.Module):
     """The fused tokens of all masks of a region, taken through a two-way transformer over the fused grid: (N, M, D).
 
-    masks: M, how many a region has; SAM has three. depth, heads, mlp: of the transformer.
+    num_masks: M, masks per region; SAM has three. depth, num_heads, mlp_dim: of the transformer.
     """
 
     uses_grid = True
@@ -33,6 +33,6 @@ class MaskTokenMixer(nn.Module):
                 f"the mixer 'mask-tokens' was built for {self.num_queries} masks and got {queries.shape[1]}"
             )
         tokens, _ = self.transformer(
-            torch.cat((queries, regions.tokens), dim=1), regions.grid, regions.positional_encoding, grids=False
+            torch.cat((queries, regions.tokens), dim=1), regions.grid, regions.positional_encoding, return_grids=False
         )
         return tokens[:, : self.num_queries]

@@ -13,7 +13,7 @@ class MaskedPoolMixer(nn.Module):
     """Features averaged under each region's best mask, as in the mask pooling of Osprey (arXiv 2312.10032), together
     with the center, sides and area of the mask, through two layers to Q queries: (N, Q, D).
 
-    queries: Q. mlp: width of the layer between.
+    num_queries: Q. mlp_dim: width of the hidden layer.
     """
 
     uses_grid = False

@@ -13,9 +13,9 @@ from sca.nn.two_way import TwoWayTransformer, init_weights
 class QueryMixer(nn.Module):
     """Learned queries and the segmenter's fused tokens go together through a two-way transformer over the fused grid.
 
-    queries: Q, given to the language model. depth, heads, mlp: of the transformer; the defaults are those of the
-    released models. pooled: the image's features averaged under the best mask are added to what each query gathered: a
-    short way from pixels to words, which a small model trained from scratch needs and the published one does without.
+    num_queries: Q. depth, num_heads, mlp_dim: of the transformer; the defaults are those of the released models.
+    mask_pooling: the image's features averaged under the best mask are added to each query's output: a shortcut from
+    pixels to the language model, which a small model trained from scratch needs and the published one does without.
     """
 
     uses_grid = True
@@ -43,7 +43,7 @@ class QueryMixer(nn.Module):
             grid = regions.image_embeddings[regions.image_index] + regions.dense_embeddings  # (N, D, h, w)
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         tokens = torch.cat((queries, regions.tokens), dim=1)
-        tokens, _ = self.transformer(tokens, grid, regions.positional_encoding, grids=False)
+        tokens, _ = self.transformer(tokens, grid, regions.positional_encoding, return_grids=False)
         region_queries = tokens[:, : self.num_queries]
         if self.pool is not None:
             best_logits = select_best_masks(regions.masks.detach(), regions.iou_scores)  # (N, 4h, 4w)

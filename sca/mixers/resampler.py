@@ -18,7 +18,7 @@ class ResamplerMixer(nn.Module):
     region's fused tokens attend to one another, and the queries to the features of its image, (N, Q, D).
 
     Keys and values are computed once an image, by `prepare`, and the regions of an image attend to them in place.
-    queries: Q. depth, heads, mlp: of the transformer.
+    num_queries: Q. depth, num_heads, mlp_dim: of the transformer.
     """
 
     uses_grid = False
@@ -29,7 +29,7 @@ class ResamplerMixer(nn.Module):
         super().__init__()
         self.hidden_size = segmenter.channels
         if self.hidden_size % num_heads:
-            raise ValueError(f"width {self.hidden_size} must be a multiple of the {num_heads} heads")
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of the {num_heads} heads")
         self.num_queries = num_queries
         self.tokens = nn.Embedding(num_queries, self.hidden_size)
         self.layers = nn.ModuleList(ResamplerLayer(self.hidden_size, num_heads, mlp_dim) for _ in range(depth))
@@ -38,7 +38,7 @@ class ResamplerMixer(nn.Module):
 
     def prepare(self, image_embeddings: Tensor, positional_encoding: Tensor) -> ImageKeysValues:
         """Of the features (B, D, h, w) of whole images and the position code (D, h, w) of their grid."""
-        return [layer.prepare(image_embeddings, positional_encoding) for layer in self.layers]
+        return [layer.project_image(image_embeddings, positional_encoding) for layer in self.layers]
 
     def forward(self, regions: SegmenterOutput, prepared: ImageKeysValues | None = None) -> Tensor:
         if prepared is None:
@@ -46,9 +46,8 @@ class ResamplerMixer(nn.Module):
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         tokens = torch.cat((queries, regions.tokens), dim=1)
         for layer_number, (layer, (keys, values)) in enumerate(zip(self.layers, prepared, strict=True), 1):
-            tokens = layer(
-                tokens, regions.image_index, keys, values, self.num_queries, last=layer_number == len(self.layers)
-            )
+            is_last = layer_number == len(self.layers)
+            tokens = layer(tokens, regions.image_index, keys, values, self.num_queries, is_last=is_last)
         return self.norm(tokens)
 
 
@@ -63,12 +62,12 @@ class ResamplerLayer(nn.Module):
         self.norms = nn.ModuleList(
             nn.LayerNorm(hidden_size) for _ in range(4)
         )  # of tokens, of tokens, of the image, of both
-        self.among = nn.Linear(hidden_size, 3 * hidden_size)
-        self.gathered = nn.Linear(hidden_size, hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.self_attn_out = nn.Linear(hidden_size, hidden_size)
         self.query = nn.Linear(hidden_size, hidden_size)
         self.key = nn.Linear(hidden_size, hidden_size)
         self.value = nn.Linear(hidden_size, hidden_size)
-        self.seen = nn.Linear(hidden_size, hidden_size)
+        self.cross_attn_out = nn.Linear(hidden_size, hidden_size)
         self.mlp = nn.Sequential(nn.Linear(hidden_size, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, hidden_size))
 
     def project_image(self, image_embeddings: Tensor, positional_encoding: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,11 +80,12 @@ class ResamplerLayer(nn.Module):
     def forward(
         self, tokens: Tensor, image_index: Tensor, keys: Tensor, values: Tensor, num_queries: int, is_last: bool = False
     ) -> Tensor:
-        query, key, value = map(self._split_heads, self.among(self.norms[0](tokens)).chunk(3, dim=-1))
-        tokens = tokens + self.gathered(self._merge_heads(F.scaled_dot_product_attention(query, key, value)))
+        query, key, value = map(self._split_heads, self.qkv(self.norms[0](tokens)).chunk(3, dim=-1))
+        tokens = tokens + self.self_attn_out(self._merge_heads(F.scaled_dot_product_attention(query, key, value)))
         query_tokens, other_tokens = tokens[:, :num_queries], tokens[:, num_queries:]
         query = self._split_heads(self.query(self.norms[1](query_tokens)))  # (N, heads, Q, d)
-        query_tokens = query_tokens + self.seen(self._merge_heads(_attend_by_image(query, image_index, keys, values)))
+        attended = _attend_by_image(query, image_index, keys, values)
+        query_tokens = query_tokens + self.cross_attn_out(self._merge_heads(attended))
         tokens = query_tokens if is_last else torch.cat((query_tokens, other_tokens), dim=1)
         return tokens + self.mlp(self.norms[3](tokens))
 

@@ -9,7 +9,7 @@ from sca.nn.roi_align import roi_align
 
 
 class RoiPoolMixer(nn.Module):
-    """The image's features under each region's box as size x size queries, by ROIAlign: (N, size^2, D).
+    """The image's features under each region's box as queries, by ROIAlign: (N, output_size^2, D).
 
     A region without a box (a point, with a segmenter that finds none) is refused with a ValueError.
     """

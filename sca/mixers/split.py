@@ -13,7 +13,7 @@ class SplitMixer(nn.Module):
     """Learned queries and the prompt's raw tokens go together through a two-way transformer over the image's features
     with the dense prompt added: (N, Q, D), without anything that the segmenter has made of them.
 
-    queries: Q. depth, heads, mlp: of the transformer; the defaults are those of the released models.
+    num_queries: Q. depth, num_heads, mlp_dim: of the transformer; the defaults are those of the released models.
     """
 
     uses_grid = False
@@ -32,6 +32,6 @@ class SplitMixer(nn.Module):
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         grid = regions.image_embeddings[regions.image_index] + regions.dense_embeddings  # (N, D, h, w)
         tokens, _ = self.transformer(
-            torch.cat((queries, regions.prompt_tokens), dim=1), grid, regions.positional_encoding, grids=False
+            torch.cat((queries, regions.prompt_tokens), dim=1), grid, regions.positional_encoding, return_grids=False
         )
         return tokens[:, : self.num_queries]

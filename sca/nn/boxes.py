@@ -16,7 +16,7 @@ def compute_box_iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def rasterize_boxes(boxes: Tensor, grid_size: int, image_size: int) -> Tensor:
-    """(N, 4) in a frame of size x size -> (N, side, side): 1 in the cells whose center lies in the box, 0 around it."""
+    """(N, 4) in a square frame -> (N, grid_size, grid_size): 1 in the cells whose center is in the box, else 0."""
     centers = (torch.arange(grid_size, device=boxes.device) + 0.5) * (image_size / grid_size)
     x1, y1, x2, y2 = boxes.float()[:, :, None].unbind(1)  # (N, 1) each
     is_inside_x, is_inside_y = (x1 <= centers) & (centers <= x2), (y1 <= centers) & (centers <= y2)  # (N, side)

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 @torch.no_grad()
 def probe_feature_shape(network: nn.Module, image_size: int, stride: int | None = None) -> tuple[int, int]:
-    """The channels and the stride of the features (1, C, size/stride, size/stride) that pixels (1, 3, size, size) give.
+    """The channels and the stride of the features (1, C, S/stride, S/stride) of pixels (1, 3, S, S), S = image_size.
 
     Raises ValueError if they are not square, the stride is no whole number, or not the network's own, where that is
     known: then it would leave out an edge of the image.
@@ -20,12 +20,12 @@ def probe_feature_shape(network: nn.Module, image_size: int, stride: int | None 
         ).shape
     if len(shape) != 4 or shape[2] != shape[3] or image_size % shape[2]:
         raise ValueError(
-            f"images of {image_size} pixels give features of shape {tuple(shape)}, and a square grid whose side divides "
-            "the image's is needed: choose another size or layer"
+            f"images of {image_size} pixels give features of shape {tuple(shape)}, and a square grid whose side "
+            "divides the image's is needed: choose another size or layer"
         )
     actual_stride = image_size // shape[2]
     if stride is not None and actual_stride != stride:
-        raise ValueError(f"size {image_size} must be a multiple of the stride {stride}")
+        raise ValueError(f"image_size {image_size} must be a multiple of the stride {stride}")
     return shape[1], actual_stride
 
 

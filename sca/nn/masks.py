@@ -13,8 +13,8 @@ def pool_under_masks(image_embeddings: Tensor, image_index: Tensor, weights: Ten
     """Average the features of each region's image under its mask.
 
     Args:
-        image: (B, D, h, w) features.
-        owner: (N,) the image of each region, sorted.
+        image_embeddings: (B, D, h, w) features.
+        image_index: (N,) the image of each region, sorted.
         weights: (N, H, W) masks in 0..1, of any resolution. Under an empty mask every cell counts.
 
     Returns:

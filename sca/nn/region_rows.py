@@ -10,16 +10,9 @@ import torch
 from sca_registry.contracts import SegmenterOutput
 from torch import Tensor
 
-PER_REGION_FIELDS = (
-    "owner",
-    "prompt_tokens",
-    "tokens",
-    "mask_tokens",
-    "grid",
-    "masks",
-    "scores",
-    "boxes",
-)  # rows of each region
+PER_REGION_FIELDS = (  # one row per region
+    *("image_index", "prompt_tokens", "tokens", "mask_tokens", "grid", "masks", "iou_scores", "boxes"),
+)
 
 
 def concat_segmenter_outputs(outputs: Sequence[SegmenterOutput]) -> SegmenterOutput:
@@ -29,10 +22,11 @@ def concat_segmenter_outputs(outputs: Sequence[SegmenterOutput]) -> SegmenterOut
         values = [getattr(output, name) for output in outputs]
         return None if values[0] is None else torch.cat(values)
 
-    dense_embeddings = (
-        concat_field("dense") if outputs[0].dense_embeddings.dim() == 4 else outputs[0].dense_embeddings
-    )  # (N, D, h, w), or one for all
-    return replace(outputs[0], dense=dense_embeddings, **{name: concat_field(name) for name in PER_REGION_FIELDS})
+    dense_embeddings = outputs[0].dense_embeddings  # (N, D, h, w), or (D, 1, 1) for all
+    if dense_embeddings.dim() == 4:
+        dense_embeddings = concat_field("dense_embeddings")
+    per_region = {name: concat_field(name) for name in PER_REGION_FIELDS}
+    return replace(outputs[0], dense_embeddings=dense_embeddings, **per_region)
 
 
 def iter_rows_by_image(image_index: Tensor) -> Iterator[tuple[int, slice]]:
@@ -41,7 +35,7 @@ def iter_rows_by_image(image_index: Tensor) -> Iterator[tuple[int, slice]]:
     On an accelerator the host waits once for all images; choosing rows by truth values would wait for each.
 
     Args:
-        owner: (N,) the image of each region, sorted.
+        image_index: (N,) the image of each region, sorted.
     """
     start = 0
     for index, group in groupby(image_index.tolist()):

@@ -9,12 +9,12 @@ from sca.nn.region_rows import iter_rows_by_image
 
 
 def roi_align(features: Tensor, image_index: Tensor, boxes: Tensor, output_size: int) -> Tensor:
-    """(B, D, h, w) features and (N, 4) boxes x1 y1 x2 y2 in cells, each of the image `owner` (N,) says -> (N, D, size,
-    size).
+    """(B, D, h, w) features and (N, 4) boxes x1 y1 x2 y2 in cells, each of the image at `image_index` (N,)
+    -> (N, D, output_size, output_size).
 
-    Each of the size x size bins is the mean of bilinear samples, as many along each side as the bin is long in cells,
-    rounded up; a cell's value stands at its center. The same as torchvision's with `aligned=True` and its adaptive
-    `sampling_ratio`. Bilinear sampling over a grid is separable, so each axis is a (size, cells) matrix.
+    Each of the output_size x output_size bins is the mean of bilinear samples, as many along each side as the bin is
+    long in cells, rounded up; a cell's value is at its center. The same as torchvision's with `aligned=True` and
+    its adaptive `sampling_ratio`. Bilinear sampling over a grid is separable, so each axis is a (size, cells) matrix.
     """
     boxes = boxes.float()
     row_weights = _compute_bin_weights(boxes[:, 1], boxes[:, 3], features.shape[2], output_size).to(

@@ -20,9 +20,7 @@ GridProjection = tuple[Tensor, Tensor]
 class TwoWayTransformer(SamTwoWayTransformer):
     """Takes and gives regions in rows: tokens (N, T, D) and a grid (N, D, h, w) with its position code (D, h, w)."""
 
-    max_elements_per_chunk = (
-        2**20
-    )  # numbers of the grids that go through all layers at a time on a CPU when nothing is learned
+    max_elements_per_chunk = 2**20  # grid elements that go through all layers at a time on a CPU in inference
 
     def __init__(self, hidden_size: int, depth: int, num_heads: int = 8, mlp_dim: int = 2048):
         super().__init__(build_decoder_config(hidden_size, depth, num_heads, mlp_dim))
@@ -35,8 +33,8 @@ class TwoWayTransformer(SamTwoWayTransformer):
         image_index: Tensor | None = None,
         return_grids: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """owner: (N,) where the grid is that of images, (B, D, h, w): the one that each region begins with. grids:
-        whether what becomes of the grids is wanted, too.
+        """image_index: (N,) where the grid is that of images, (B, D, h, w): the one that each region begins with.
+        return_grids: whether to return the updated grids, too.
         """
         cells = grid.flatten(2).transpose(1, 2)  # (N or B, P, D)
         positions = positional_encoding.flatten(1).T  # (P, D)
@@ -72,7 +70,7 @@ class TwoWayTransformer(SamTwoWayTransformer):
         projections: list[GridProjection],
         final_projection: GridProjection,
     ) -> tuple[Tensor, Tensor]:
-        """All layers for a few regions; `first`: what the first layer asks of their grids, if that is known."""
+        """All layers for a few regions; `first_projected`: their grids projected for the first layer, if known."""
         queries = tokens
         for layer, projection in zip(self.layers, projections, strict=True):
             projected = _project_cells(cells, *projection) if first_projected is None else first_projected
@@ -128,7 +126,7 @@ def _compute_attention(attention: SamAttention, query: Tensor, key: Tensor, valu
 
 
 def _update_cells(attention: SamAttention, cells: Tensor, cell_queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Cells (N, P, D) and what tokens (N, T, D) answer to what the cells ask, `looks` (N, P, I).
+    """Cells (N, P, D) attend with `cell_queries` (N, P, I) to tokens (N, T, D).
 
     On a CPU cells stand side by side, since a softmax over a few tokens would leave most of a register empty, and the
     last projection is done on the tokens, so that one product adds everything to the cells.
@@ -174,7 +172,7 @@ def build_decoder_config(
 ) -> SamMaskDecoderConfig:
     if hidden_size % (2 * num_heads):
         raise ValueError(
-            f"width {hidden_size} must be a multiple of twice the {num_heads} heads: cross-attention halves it"
+            f"hidden_size {hidden_size} must be a multiple of twice the {num_heads} heads: cross-attention halves it"
         )
     config = SamMaskDecoderConfig(
         hidden_size=hidden_size, num_hidden_layers=depth, num_attention_heads=num_heads, mlp_dim=mlp_dim, **options

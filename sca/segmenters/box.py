@@ -12,7 +12,7 @@ from sca.segmenters.sam import SAM_HIDDEN_SIZE, FeatureNeck
 class BoxSegmenter(nn.Module):
     """Corners and points become tokens; every region looks at its image's features as they are.
 
-    width: D (default: the encoder's channels, but no more than SAM's 256; another width adds a trainable neck). Tokens
+    hidden_size: D (default: the encoder's channels, at most SAM's 256; another size adds a trainable neck). Tokens
     are random-Fourier codes of the coordinates plus a learned kind (outside, inside, first and second corner), as in
     SAM's prompt encoder (arXiv 2304.02643). Mask prompts are refused: there is nothing here that could read them.
     """

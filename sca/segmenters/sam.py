@@ -33,11 +33,12 @@ class SamSegmenter(nn.Module):
     """Features and prompts -> masks, predicted IoU, fused tokens and a private grid for every region.
 
     A SAM encoder with pretrained weights brings those of this part along; `weights` (a hub id, at a revision, or a
-    folder) names others. Without, weights are random and these options count: width, D (default: the encoder's
-    channels, but no more than 256); depth, heads and mlp of the two-way transformer; mask_channels of the embedding of
-    mask prompts; iou_depth and iou_width (default: D) of the head that predicts IoU. A width that is not the encoder's
-    adds a trainable SAM neck. drawn: boxes and points are drawn into the dense prompt as well, so that a small model
-    trained from scratch looks at the right place from its first step; SAM's own weights have not seen that.
+    folder) names others. Without, weights are random and these options count: hidden_size, D (default: the encoder's
+    channels, at most 256); depth, num_heads and mlp_dim of the two-way transformer; mask_input_channels of the
+    embedding of mask prompts; iou_head_depth and iou_head_hidden_size (default: D) of the head that predicts IoU. A
+    hidden_size that is not the encoder's adds a trainable SAM neck. box_masks: boxes and points are drawn into the
+    dense prompt as well, so that a small model trained from scratch looks at the right place from its first step;
+    SAM's own weights were trained without.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
 """The conformance kit: tries a part against the promises of its contract, on tensors that fit into a thimble.
 
-    for finding in check("mixer", "query", depth=1):
-        print(finding)
+    for result in check_part("mixer", "query", depth=1):
+        print(result)
 
-A promise is one function under `@promise(...)`: its name is the check's, the first paragraph of its docstring says what
-is expected, and it returns None if the promise is kept, else what was found instead. The parts upstream are stand-ins
+A check is one function under `@register_check(...)`: its name is the check's, the first paragraph of its docstring says
+what is expected, and it returns None if the part passes, else what is wrong. The parts upstream are stand-ins
 that have what the contract lists and nothing more, so a part that reaches for more is found out.
 """
 
@@ -39,7 +39,7 @@ LIBRARY_FOLDERS = {"conformance", "torch", "transformers", "timm", "open_clip", 
 
 
 def check_part(kind: str, part: str | Callable[..., Any], /, **options: Any) -> list[CheckResult]:
-    """One finding for each promise of the kind ("mixer" or "mixers"), those that every kind has first.
+    """One result for each promise of the kind ("mixer" or "mixers"), those that every kind has first.
 
     part: a registered name, or a factory. options: of the factory; the dataset's `split` too (default "val"). A part
     that cannot be built, or does not run, is tried no further. Nothing that the part does wrong is raised, except

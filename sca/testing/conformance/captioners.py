@@ -32,19 +32,19 @@ def describe_answers_in_order(harness: PartHarness) -> str | None:
     """
     image, prompts = make_example()
     for task in TASKS:
-        captions = harness.part.describe(image, prompts, task)
+        captions = harness.part.caption(image, prompts, task)
         if not isinstance(captions, list) or not all(isinstance(caption, Caption) for caption in captions):
             return f"{task}: {captions!r:.200}, which is no list of captions"
-        if [caption.region for caption in captions] != list(range(len(prompts))):
-            return f"{task}: regions {[caption.region for caption in captions]} for {len(prompts)} prompts"
+        if [caption.region_id for caption in captions] != list(range(len(prompts))):
+            return f"{task}: regions {[caption.region_id for caption in captions]} for {len(prompts)} prompts"
         for prompt, caption in zip(prompts, captions, strict=True):
             if caption.prompt is not prompt:
-                return f"{task}: the caption of region {caption.region} is of another prompt"
+                return f"{task}: the caption of region {caption.region_id} is of another prompt"
             if not isinstance(caption.text, str) or not isinstance(caption.score, float) or math.isnan(caption.score):
                 return f"{task}: text {caption.text!r}, score {caption.score!r}"
-        if _list_texts(harness.part.describe(image, prompts[::-1], task)) != _list_texts(captions)[::-1]:
+        if _list_texts(harness.part.caption(image, prompts[::-1], task)) != _list_texts(captions)[::-1]:
             return f"{task}: other texts when the same is asked in another order"
-    no_captions = harness.part.describe(image, [])
+    no_captions = harness.part.caption(image, [])
     return None if no_captions == [] else f"{no_captions!r:.200} for no prompts"
 
 
@@ -52,7 +52,7 @@ def describe_answers_in_order(harness: PartHarness) -> str | None:
 def boxes_are_kept(harness: PartHarness) -> str | None:
     """A caption that was asked for by a box has that box, and its mask, where there is one, the size of the image."""
     image, prompts = make_example()
-    for prompt, caption in zip(prompts, harness.part.describe(image, prompts), strict=True):
+    for prompt, caption in zip(prompts, harness.part.caption(image, prompts), strict=True):
         if caption.box is None or tuple(caption.box) != prompt.box:
             return f"box {caption.box} for {prompt.box}"
         if caption.mask is not None and list(caption.mask["size"]) != [image.height, image.width]:
@@ -64,9 +64,9 @@ def boxes_are_kept(harness: PartHarness) -> str | None:
 def alone_as_together(harness: PartHarness) -> str | None:
     """A region has alone the text that it has among others."""
     image, prompts = make_example()
-    batch_texts = _list_texts(harness.part.describe(image, prompts))
+    batch_texts = _list_texts(harness.part.caption(image, prompts))
     for index, (prompt, text) in enumerate(zip(prompts, batch_texts, strict=True)):
-        (single_text,) = _list_texts(harness.part.describe(image, [prompt]))
+        (single_text,) = _list_texts(harness.part.caption(image, [prompt]))
         if single_text != text:
             return f"region {index} alone: {single_text!r}, among others {text!r}"
     return None
@@ -78,7 +78,7 @@ def what_is_unknown_is_refused(harness: PartHarness) -> str | None:
     image, prompts = make_example()
     for unknown_value, kwargs in (("translation", {"task": "translation"}), ("color_of_ink", {"color_of_ink": 3})):
         try:
-            harness.part.describe(image, prompts, **kwargs)
+            harness.part.caption(image, prompts, **kwargs)
         except (ValueError, TypeError) as error:
             if unknown_value not in str(error):
                 return f"{error}, which does not name {unknown_value!r}"
@@ -92,5 +92,5 @@ def the_picture_is_left_alone(harness: PartHarness) -> str | None:
     """The picture is the same afterwards."""
     image, prompts = make_example()
     initial_bytes = image.tobytes()
-    harness.part.describe(image, prompts)
+    harness.part.caption(image, prompts)
     return None if image.tobytes() == initial_bytes else "the picture is drawn into"

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CheckResult:
-    """How one promise was kept: `written` says where it is made."""
+    """The result of one check; `source` is where the requirement is documented."""
 
     name: str
     passed: bool

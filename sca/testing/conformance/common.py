@@ -193,13 +193,14 @@ OPTIONAL_PACKAGES = (  # packages that no part needs unless it is used
 IMPORT_SCRIPT = """
 import json, sys
 import sca.language_models.hf, sca_registry
-from sca.testing.conformance.process_state import FILTERS, RANDOM, settings
-parts = sca_registry.registry(sys.argv[1])
-known, before = set(sys.modules), settings()
+from sca.testing.conformance.process_state import RANDOM_STATE, WARNING_FILTERS, capture_process_state
+parts = sca_registry.get_registry(sys.argv[1])
+known, before = set(sys.modules), capture_process_state()
 factory = parts.get(sys.argv[2])
-imported, after = {name.partition(".")[0] for name in sys.modules if name not in known}, settings()
+imported = {name.partition(".")[0] for name in sys.modules if name not in known}
+after = capture_process_state()
 print(json.dumps([sorted(imported), sorted(
-    name for name in before if before[name] != after[name] and name not in (FILTERS, RANDOM)
+    name for name in before if before[name] != after[name] and name not in (WARNING_FILTERS, RANDOM_STATE)
 )]))
 """
 

@@ -15,7 +15,7 @@ RELATIVE_TOLERANCE = 1e-3  # differences up to this share of the largest value m
 def describe_difference(
     expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], tolerance: float = RELATIVE_TOLERANCE
 ) -> str | None:
-    """The first tensor that is further off than `share` of its largest value, or None. 0: equal to the last bit."""
+    """The first tensor that differs by more than `tolerance` of its largest value, or None. 0: bitwise equal."""
     if expected.keys() != actual.keys():
         return f"other outputs: {format_names(sorted(expected.keys() ^ actual.keys()))}"
     for name, value in expected.items():

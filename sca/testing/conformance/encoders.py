@@ -16,10 +16,10 @@ from sca.testing.conformance.harnesses import EncoderHarness, PartHarness
 
 @register_check("encoders", source="sca_registry.contracts.ImageFormat")
 def image_format(harness: PartHarness) -> str | None:
-    """`image` is an ImageFormat whose size is a multiple of the stride, with three means and positive deviations."""
-    image = harness.part.image
+    """`image_format` is an ImageFormat: size a multiple of the stride, three means, three positive deviations."""
+    image = harness.part.image_format
     if not isinstance(image, ImageFormat):
-        return f"image is a {type(image).__name__}"
+        return f"image_format is a {type(image).__name__}"
     if image.size <= 0 or image.size % harness.part.stride:
         return f"size {image.size}, stride {harness.part.stride}"
     if len(image.mean) != 3 or len(image.std) != 3 or min(image.std) <= 0:

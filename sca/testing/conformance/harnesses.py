@@ -25,14 +25,14 @@ MAX_SAMPLES = 8  # how much of a dataset is read
 class StandInEncoder:
     """As much of an encoder as a segmenter may rely on."""
 
-    image = ImageFormat(size=IMAGE_SIZE)
+    image_format = ImageFormat(size=IMAGE_SIZE)
     channels = HIDDEN_SIZE
     stride = STRIDE
     default_segmenter = "box"
     checkpoint = None
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return pixels.new_zeros(len(pixels), HIDDEN_SIZE, GRID_SIZE, GRID_SIZE)
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        return pixel_values.new_zeros(len(pixel_values), HIDDEN_SIZE, GRID_SIZE, GRID_SIZE)
 
 
 class StandInSegmenter:
@@ -67,8 +67,8 @@ def make_random_regions(image_index: Tensor, num_images: int) -> SegmenterOutput
 class PartHarness:
     """A part on trial: how to build it, and what it is tried with.
 
-    `inputs()` are the same at every call; `take(inputs, rows)` are those of some rows alone, and `outputs` are tensors
-    by name, each with one row for each row of the inputs.
+    `make_inputs()` returns the same at every call, `select_rows(inputs, rows)` some rows alone, and `compute_outputs`
+    tensors by name, each with one row for each row of the inputs.
     """
 
     upstream: tuple[Any, ...] = ()
@@ -145,7 +145,7 @@ class PartHarness:
 
 class EncoderHarness(PartHarness):
     def make_inputs(self) -> Tensor:
-        size = self.part.image.size
+        size = self.part.image_format.size
         return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
     def compute_outputs(self, part: Any, inputs: Tensor) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ class SegmenterInputs:
 
 class SegmenterHarness(PartHarness):
     upstream = (StandInEncoder(),)
-    OUTPUT_FIELDS = ("prompt_tokens", "tokens", "mask_tokens", "grid", "masks", "scores", "boxes")
+    OUTPUT_FIELDS = ("prompt_tokens", "tokens", "mask_tokens", "grid", "masks", "iou_scores", "boxes")
 
     def make_all_inputs(self) -> SegmenterInputs:
         """Ragged regions of a batch, by every kind of prompt."""
@@ -215,7 +215,7 @@ class SegmenterHarness(PartHarness):
         kept_images = image_index.unique()
         prompts = {kind: each[rows] for kind, each in inputs.prompts.items()}
         prompts = {
-            kind: replace(each, owner=torch.searchsorted(kept_images, each.image_index))
+            kind: replace(each, image_index=torch.searchsorted(kept_images, each.image_index))
             for kind, each in prompts.items()
         }
         return SegmenterInputs(inputs.features[kept_images], prompts)
@@ -232,9 +232,9 @@ class SegmenterHarness(PartHarness):
         for name, prompt_type, multimask in [*runs, ("box, one mask", "box", False)]:
             segmenter_output = part(inputs.features, inputs.prompts[prompt_type], multimask)
             values = {field: getattr(segmenter_output, field) for field in self.OUTPUT_FIELDS}
-            values["image"] = segmenter_output.image[segmenter_output.owner]
-            dense_embeddings = segmenter_output.dense
-            values["dense"] = (
+            values["image_embeddings"] = segmenter_output.image_embeddings[segmenter_output.image_index]
+            dense_embeddings = segmenter_output.dense_embeddings
+            values["dense_embeddings"] = (
                 dense_embeddings
                 if dense_embeddings.dim() == 4
                 else dense_embeddings.expand(len(segmenter_output), *dense_embeddings.shape)
@@ -243,11 +243,12 @@ class SegmenterHarness(PartHarness):
         return outputs
 
 
+SHARED_FIELDS = ("image_index", "image_embeddings", "image_size", "positional_encoding")  # not one row per region
+
+
 class MixerHarness(PartHarness):
     upstream = (StandInSegmenter(),)
-    REGION_FIELDS = tuple(
-        each.name for each in fields(SegmenterOutput) if each.name not in ("owner", "image", "size", "position")
-    )
+    REGION_FIELDS = tuple(each.name for each in fields(SegmenterOutput) if each.name not in SHARED_FIELDS)
 
     def make_inputs(self) -> SegmenterOutput:
         with torch.random.fork_rng(devices=[]):
@@ -258,10 +259,12 @@ class MixerHarness(PartHarness):
         kept_images = inputs.image_index[rows].unique()
         fields_of_rows = {name: getattr(inputs, name)[rows] for name in self.REGION_FIELDS}
         image_index = torch.searchsorted(kept_images, inputs.image_index[rows])
-        return replace(inputs, owner=image_index, image=inputs.image_embeddings[kept_images], **fields_of_rows)
+        image_embeddings = inputs.image_embeddings[kept_images]
+        return replace(inputs, image_index=image_index, image_embeddings=image_embeddings, **fields_of_rows)
 
     def cast_inputs(self, inputs: SegmenterOutput, dtype: torch.dtype) -> SegmenterOutput:
-        field_names = [each.name for each in fields(SegmenterOutput) if each.name not in ("owner", "size", "boxes")]
+        exact_fields = ("image_index", "image_size", "boxes")
+        field_names = [each.name for each in fields(SegmenterOutput) if each.name not in exact_fields]
         return replace(inputs, **{name: getattr(inputs, name).to(dtype) for name in field_names})
 
     def list_upstream_tensors(self, inputs: SegmenterOutput) -> list[Tensor]:
@@ -308,15 +311,17 @@ class LanguageModelHarness(PartHarness):
         vocab_size = self.vocab_size
         input_ids = torch.randint(vocab_size, (num_texts, max_length), generator=generator)
         attention_mask = (torch.arange(max_length) < torch.tensor(self.LENGTHS)[:, None]).long()
-        input_ids = input_ids.masked_fill(attention_mask == 0, tokenizer.pad if tokenizer is not None else 0)
-        embedding_std = self.part.embed(torch.arange(min(vocab_size, 64))[None]).float().std().item()
+        input_ids = input_ids.masked_fill(attention_mask == 0, tokenizer.pad_token_id if tokenizer is not None else 0)
+        embedding_std = self.part.embed_tokens(torch.arange(min(vocab_size, 64))[None]).float().std().item()
         return LanguageModelInputs(
-            input_ids, attention_mask, torch.randn(num_texts, 3, self.part.width, generator=generator) * embedding_std
+            input_ids,
+            attention_mask,
+            torch.randn(num_texts, 3, self.part.hidden_size, generator=generator) * embedding_std,
         )
 
     @cached_property
     def vocab_size(self) -> int:
-        return self.part.head(torch.zeros(1, self.part.width)).shape[-1]
+        return self.part.lm_head(torch.zeros(1, self.part.hidden_size)).shape[-1]
 
     def count_rows(self, inputs: LanguageModelInputs) -> int:
         return len(inputs.input_ids)
@@ -334,18 +339,18 @@ class LanguageModelHarness(PartHarness):
         return [inputs.prefix]
 
     def compute_outputs(self, part: Any, inputs: LanguageModelInputs) -> dict[str, Tensor]:
-        embeddings = part.embed(inputs.input_ids)
+        embeddings = part.embed_tokens(inputs.input_ids)
         attention_mask = torch.cat(
             (inputs.attention_mask.new_ones(inputs.prefix.shape[:2]), inputs.attention_mask), dim=1
         )
-        hidden_states = part.hidden(
+        hidden_states = part.hidden_states(
             torch.cat((inputs.prefix, embeddings.to(inputs.prefix.dtype)), dim=1), attention_mask
         )
         outputs = {
             "embeddings": embeddings * inputs.attention_mask[..., None],
             "states": hidden_states * attention_mask[..., None],
         }
-        outputs["logits"] = part.head(hidden_states) * attention_mask[..., None]
+        outputs["logits"] = part.lm_head(hidden_states) * attention_mask[..., None]
         padding = max(self.LENGTHS) - inputs.input_ids.shape[1]
         return {name: nn.functional.pad(value, (0, 0, 0, padding)) for name, value in outputs.items()}
 

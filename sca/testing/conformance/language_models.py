@@ -20,23 +20,25 @@ EXAMPLE_TEXTS = ("a small striped red circle left of a blue square", "car", "two
 @register_check("language_models")
 @torch.no_grad()
 def states_and_logits_shape(harness: LanguageModelHarness) -> str | None:
-    """`embed` gives (N, L, E), `hidden` the shape of what it is given, and `head` (..., V) for any leading shape."""
+    """`embed_tokens` gives (N, L, E), `hidden_states` the shape of its input, and `lm_head` (..., V) for any leading
+    shape.
+    """
     part, inputs = harness.part, harness.make_inputs()
     num_texts, length = inputs.input_ids.shape
-    embedded = part.embed(inputs.input_ids)
-    problem = describe_shape_mismatch("embed(ids)", embedded, (num_texts, length, part.width))
-    hidden_states = part.hidden(embedded, inputs.attention_mask)
+    embedded = part.embed_tokens(inputs.input_ids)
+    problem = describe_shape_mismatch("embed_tokens(ids)", embedded, (num_texts, length, part.hidden_size))
+    hidden_states = part.hidden_states(embedded, inputs.attention_mask)
     problem = problem or describe_shape_mismatch(
-        "hidden(embeddings, mask)", hidden_states, (num_texts, length, part.width)
+        "hidden_states(embeddings, mask)", hidden_states, (num_texts, length, part.hidden_size)
     )
     problem = problem or describe_shape_mismatch(
-        "head(states)", part.head(hidden_states), (num_texts, length, harness.vocab_size)
+        "lm_head(states)", part.lm_head(hidden_states), (num_texts, length, harness.vocab_size)
     )
     problem = problem or describe_shape_mismatch(
-        "head(states[0, 0])", part.head(hidden_states[0, 0]), (harness.vocab_size,)
+        "lm_head(states[0, 0])", part.lm_head(hidden_states[0, 0]), (harness.vocab_size,)
     )
     return problem or describe_shape_mismatch(
-        "embed of no ids", part.embed(inputs.input_ids[:, :0]), (num_texts, 0, part.width)
+        "embed_tokens of no ids", part.embed_tokens(inputs.input_ids[:, :0]), (num_texts, 0, part.hidden_size)
     )
 
 
@@ -45,10 +47,10 @@ def states_and_logits_shape(harness: LanguageModelHarness) -> str | None:
 def later_words_are_unseen(harness: LanguageModelHarness) -> str | None:
     """A state depends on what stands before it and on nothing after."""
     part, inputs = harness.part, harness.select_rows(harness.make_inputs(), [0])
-    hidden_states = part.hidden(part.embed(inputs.input_ids), inputs.attention_mask)
+    hidden_states = part.hidden_states(part.embed_tokens(inputs.input_ids), inputs.attention_mask)
     changed_ids = inputs.input_ids.clone()
     changed_ids[:, -1] = (changed_ids[:, -1] + 1) % harness.vocab_size
-    changed_states = part.hidden(part.embed(changed_ids), inputs.attention_mask)
+    changed_states = part.hidden_states(part.embed_tokens(changed_ids), inputs.attention_mask)
     if torch.equal(hidden_states[:, -1], changed_states[:, -1]):
         return "the last state does not depend on its own word"
     return describe_difference(
@@ -60,32 +62,32 @@ def later_words_are_unseen(harness: LanguageModelHarness) -> str | None:
 @register_check("language_models")
 @torch.no_grad()
 def agrees_with_transformers(harness: LanguageModelHarness) -> str | None:
-    """`head(hidden(embed(ids)))` are the logits of the transformers model inside."""
+    """`lm_head(hidden_states(embed_tokens(ids)))` are the logits of the transformers model inside."""
     models = [each for each in harness.build_module().children() if isinstance(each, PreTrainedModel)]
     if not models:
         raise DoesNotApply("there is no transformers model directly inside")
     part, inputs = harness.part, harness.select_rows(harness.make_inputs(), [0])
     model = next(each for each in part.children() if isinstance(each, PreTrainedModel))
     expected = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits
-    return describe_difference(
-        {"logits": expected}, {"logits": part.head(part.hidden(part.embed(inputs.input_ids), inputs.attention_mask))}
-    )
+    hidden_states = part.hidden_states(part.embed_tokens(inputs.input_ids), inputs.attention_mask)
+    return describe_difference({"logits": expected}, {"logits": part.lm_head(hidden_states)})
 
 
 @register_check("language_models")
 @torch.no_grad()
 def generates_new_words_only(harness: LanguageModelHarness) -> str | None:
-    """`generate` gives ids (N, R, T) without the prefix, T at most `max_new_tokens`, and scores (N, R) up to 0."""
+    """`generate` returns sequences (N, R, T) without prefix, T at most `max_new_tokens`, and scores (N, R) up to 0."""
     inputs = harness.make_inputs()
     for max_new_tokens in (1, MAX_NEW_TOKENS):
         generation_output = harness.part.generate(inputs.prefix, max_new_tokens=max_new_tokens)
         if not isinstance(generation_output, GenerationOutput):
-            return f"a {type(generation_output).__name__} and not a Generated"
+            return f"a {type(generation_output).__name__} and not a GenerationOutput"
         num_prefixes, num_captions, length = (
             generation_output.sequences.shape if generation_output.sequences.dim() == 3 else (0, 0, 0)
         )
         if num_prefixes != len(inputs.prefix) or not num_captions or not 1 <= length <= max_new_tokens:
-            return f"ids {tuple(generation_output.sequences.shape)} for {len(inputs.prefix)} prefixes and {max_new_tokens} new tokens"
+            shape = tuple(generation_output.sequences.shape)
+            return f"sequences {shape} for {len(inputs.prefix)} prefixes and {max_new_tokens} new tokens"
         if generation_output.scores.shape != (num_prefixes, num_captions) or not (generation_output.scores <= 0).all():
             return f"scores {generation_output.scores.tolist()}"
         if not ((generation_output.sequences >= 0) & (generation_output.sequences < harness.vocab_size)).all():
@@ -101,17 +103,18 @@ def generates_the_likeliest_word(harness: LanguageModelHarness) -> str | None:
     The end counts as a word, and what stands after it does not.
     """
     part, inputs = harness.part, harness.make_inputs()
-    eos_token_id = part.tokenizer.eos if part.tokenizer is not None else None
+    eos_token_id = part.tokenizer.eos_token_id if part.tokenizer is not None else None
     generation_output = part.generate(inputs.prefix, max_new_tokens=MAX_NEW_TOKENS)
     for row, prefix in enumerate(inputs.prefix):
         embeddings, expected_ids, log_probs = prefix[None], [], []
         while len(expected_ids) < MAX_NEW_TOKENS and (not expected_ids or expected_ids[-1] != eos_token_id):
-            logits = part.head(part.hidden(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.long)))[0, -1]
+            attention_mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
+            logits = part.lm_head(part.hidden_states(embeddings, attention_mask))[0, -1]
             expected_ids.append(int(logits.argmax()))
             log_probs.append(float(logits.float().log_softmax(0)[expected_ids[-1]]))
-            embeddings = torch.cat((embeddings, part.embed(torch.tensor([expected_ids[-1:]]))), dim=1)
+            embeddings = torch.cat((embeddings, part.embed_tokens(torch.tensor([expected_ids[-1:]]))), dim=1)
         generated_ids, score = (
-            generation_output.ids[row, 0].tolist()[: len(expected_ids)],
+            generation_output.sequences[row, 0].tolist()[: len(expected_ids)],
             float(generation_output.scores[row, 0]),
         )
         if generated_ids != expected_ids:
@@ -123,7 +126,7 @@ def generates_the_likeliest_word(harness: LanguageModelHarness) -> str | None:
 
 @register_check("language_models")
 def adapts_gently(harness: LanguageModelHarness) -> str | None:
-    """`adapt` adds parameters named lora_ that train, changes no output at first, and freezes nothing."""
+    """`add_lora` adds parameters named lora_ that train, changes no output at first, and freezes nothing."""
     part = harness.build_module()
     inputs = harness.make_inputs()
     with torch.no_grad():
@@ -131,7 +134,7 @@ def adapts_gently(harness: LanguageModelHarness) -> str | None:
     trainable = {id(parameter): name for name, parameter in part.named_parameters() if parameter.requires_grad}
     initial_parameters = {id(parameter) for parameter in part.parameters()}
     try:
-        part.adapt(rank=2, alpha=4, dropout=0.0, targets=None)
+        part.add_lora(rank=2, alpha=4, dropout=0.0, target_modules=None)
     except ValueError as error:
         raise DoesNotApply(f"it says: {error}") from error
     added = [
@@ -148,20 +151,20 @@ def adapts_gently(harness: LanguageModelHarness) -> str | None:
 
 @register_check("language_models", source="sca_registry.contracts.Tokenizer")
 def words_end_and_do_not_begin(harness: LanguageModelHarness) -> str | None:
-    """`encode` ends with `eos`, once, and adds no beginning; with a limit the end is kept and counted."""
+    """`encode` ends with `eos_token_id`, once, and adds no beginning; with a limit the end is kept and counted."""
     tokenizer = _require_tokenizer(harness)
-    if tokenizer.encode("") != [tokenizer.eos]:
-        return f"no text is {tokenizer.encode('')}, and the end is {tokenizer.eos}"
+    if tokenizer.encode("") != [tokenizer.eos_token_id]:
+        return f"no text is {tokenizer.encode('')}, and the end is {tokenizer.eos_token_id}"
     for text in EXAMPLE_TEXTS:
         ids = tokenizer.encode(text)
-        if ids[-1] != tokenizer.eos or ids.count(tokenizer.eos) != 1:
-            return f"{text!r} is {ids}, and the end is {tokenizer.eos}"
+        if ids[-1] != tokenizer.eos_token_id or ids.count(tokenizer.eos_token_id) != 1:
+            return f"{text!r} is {ids}, and the end is {tokenizer.eos_token_id}"
         if not all(isinstance(word, int) and 0 <= word < harness.vocab_size for word in ids):
             return f"{text!r} is {ids}, in a vocabulary of {harness.vocab_size}"
         truncated_ids = tokenizer.encode(text, 2)
         if (
             len(truncated_ids) > 2
-            or truncated_ids[-1] != tokenizer.eos
+            or truncated_ids[-1] != tokenizer.eos_token_id
             or truncated_ids[:-1] != ids[: len(truncated_ids) - 1]
         ):
             return f"{text!r} with a limit of 2 is {truncated_ids}"
@@ -170,11 +173,11 @@ def words_end_and_do_not_begin(harness: LanguageModelHarness) -> str | None:
 
 @register_check("language_models", source="sca_registry.contracts.Tokenizer")
 def words_come_back(harness: LanguageModelHarness) -> str | None:
-    """`decode` gives the text that was encoded, and ends at the first `eos` whatever follows."""
+    """`decode` gives the text that was encoded, and ends at the first `eos_token_id` whatever follows."""
     tokenizer = _require_tokenizer(harness)
     for text in EXAMPLE_TEXTS:
         ids = tokenizer.encode(text)
-        for padded_ids in (ids, [*ids, tokenizer.pad], [*ids, ids[0], tokenizer.pad]):
+        for padded_ids in (ids, [*ids, tokenizer.pad_token_id], [*ids, ids[0], tokenizer.pad_token_id]):
             if tokenizer.decode(padded_ids) != text:
                 return f"{text!r} comes back as {tokenizer.decode(padded_ids)!r}"
     return None

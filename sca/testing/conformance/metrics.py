@@ -13,8 +13,9 @@ from sca.testing.conformance.checks import DoesNotApply, register_check
 from sca.testing.conformance.harnesses import PartHarness
 
 RECORD_FIELDS = (
-    *("index", "image_id", "region_id", "task", "control", "prompt", "caption", "score", "mask", "iou", "truth"),
-    *("proposals", "image"),  # of dense captioning; and the picture, which is given apart
+    *("index", "image_id", "region_id", "task", "control", "prompt", "caption", "score"),
+    *("mask", "predicted_iou", "truth"),
+    *("proposals", "image"),  # of dense captioning; and the image, a separate argument
 )
 TRUTH_FIELDS = ("name", "phrases", "attributes", "mask", "box", "area", "regions")
 EMPTY_RLE = {"size": [32, 48], "counts": "`T1P1"}  # nothing inside
@@ -41,7 +42,7 @@ def make_example_records() -> list[dict[str, Any]]:
             "caption": "circle" if task == "recognition" else "a small striped red circle",
             "score": 0.5,
             "mask": EMPTY_RLE,
-            "iou": 0.5,
+            "predicted_iou": 0.5,
             "truth": ground_truth,
         }
         for region in (0, 1)
@@ -63,9 +64,9 @@ def needs_are_paths(harness: PartHarness) -> str | None:
     return None
 
 
-@register_check("metrics", source="sca_registry.contracts.Scores")
+@register_check("metrics", source="sca_registry.contracts.MetricOutput")
 def gives_scores(harness: PartHarness) -> str | None:
-    """Called with records that have what it needs, it returns `Scores` whose totals are numbers, named as declared."""
+    """Called with records that have what it needs, it returns a `MetricOutput` with numbers, named as declared."""
     records = make_example_records()
     if "image" in harness.part.needs or describe_missing_needs(records, harness.part.needs):
         raise DoesNotApply("the example has not what it needs")

@@ -15,10 +15,9 @@ from sca.testing.conformance.harnesses import IMAGE_INDEX, MixerHarness, PartHar
 @register_check("mixers")
 @torch.no_grad()
 def queries_shape(harness: MixerHarness) -> str | None:
-    """Regions give queries (N, queries, width)."""
-    return describe_shape_mismatch(
-        "queries", harness.part(harness.make_inputs()), (len(IMAGE_INDEX), harness.part.queries, harness.part.width)
-    )
+    """Regions give queries (N, num_queries, hidden_size)."""
+    expected_shape = (len(IMAGE_INDEX), harness.part.num_queries, harness.part.hidden_size)
+    return describe_shape_mismatch("queries", harness.part(harness.make_inputs()), expected_shape)
 
 
 @register_check("mixers")
@@ -34,7 +33,7 @@ def regions_are_told_apart(harness: MixerHarness) -> str | None:
 def needs_no_more_than_it_says(harness: MixerHarness) -> str | None:
     """Of masks, boxes and grid the part does without those that its card or class does not list in `needs`."""
     needs, inputs = harness.collect_needs(), harness.make_inputs()
-    fields_by_need = {"masks": ("masks", "scores", "mask_tokens"), "boxes": ("boxes",), "grid": ("grid",)}
+    fields_by_need = {"masks": ("masks", "iou_scores", "mask_tokens"), "boxes": ("boxes",), "grid": ("grid",)}
     for need, names in fields_by_need.items():
         if need not in needs:
             try:
@@ -68,9 +67,8 @@ def prepared_or_not(harness: MixerHarness) -> str | None:
     problem = describe_difference({"queries": part(inputs)}, {"queries": part(inputs, prepared)})
     if problem:
         return problem
-    selected_inputs = replace(
-        inputs, owner=inputs.image_index[1:3], **{name: getattr(inputs, name)[1:3] for name in harness.REGION_FIELDS}
-    )
+    selected_fields = {name: getattr(inputs, name)[1:3] for name in harness.REGION_FIELDS}
+    selected_inputs = replace(inputs, image_index=inputs.image_index[1:3], **selected_fields)
     return describe_difference({"queries": part(inputs)[1:3]}, {"queries": part(selected_inputs, prepared)})
 
 

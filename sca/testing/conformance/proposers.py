@@ -34,7 +34,7 @@ def proposals_lie_in_the_image(harness: PartHarness) -> str | None:
 @register_check("proposers")
 def proposals_are_fixed(harness: PartHarness) -> str | None:
     """The same image has the same proposals."""
-    image = Image.new("RGB", (48, 32), "grey")
+    image = Image.new("RGB", (48, 32), "gray")
     first_proposals, second_proposals = (harness.part(image, "image.png") for _ in range(2))
     are_equal = first_proposals[1:] == second_proposals[1:] and len(first_proposals.prompts) == len(
         second_proposals.prompts

@@ -21,33 +21,36 @@ from sca.testing.conformance.harnesses import (
 )
 
 
-@register_check("segmenters", source="sca_registry.contracts.Regions")
+@register_check("segmenters", source="sca_registry.contracts.SegmenterOutput")
 @torch.no_grad()
 def regions(harness: SegmenterHarness) -> str | None:
-    """Every field of the Regions has the shape that its comment says, by every kind of prompt that is taken."""
+    """Every field of the SegmenterOutput has the shape that its comment says, by every kind of prompt that is taken."""
     inputs, hidden_size, num_regions = harness.make_inputs(), harness.part.channels, len(IMAGE_INDEX)
     for prompt_type, prompts in inputs.prompts.items():
         output = harness.part(inputs.features, prompts)
-        if not torch.equal(output.owner, prompts.image_index) or output.size != IMAGE_SIZE:
-            return f"by {prompt_type}: owner {output.owner.tolist()}, size {output.size}; asked with {prompts.image_index.tolist()}"
+        if not torch.equal(output.image_index, prompts.image_index) or output.image_size != IMAGE_SIZE:
+            return (
+                f"by {prompt_type}: image_index {output.image_index.tolist()}, image_size {output.image_size}; "
+                f"the prompts have {prompts.image_index.tolist()}"
+            )
         num_tokens, num_prompt_tokens = output.tokens.shape[1], output.prompt_tokens.shape[1]
         num_masks = output.masks.shape[1] if output.masks is not None else None
-        dense_shape = (
-            (hidden_size, 1, 1) if output.dense.dim() == 3 else (num_regions, hidden_size, GRID_SIZE, GRID_SIZE)
-        )
+        dense_shape = (num_regions, hidden_size, GRID_SIZE, GRID_SIZE)
+        if output.dense_embeddings.dim() == 3:
+            dense_shape = (hidden_size, 1, 1)
         shapes = {
-            "image": (NUM_IMAGES, hidden_size, GRID_SIZE, GRID_SIZE),
-            "dense": dense_shape,
-            "position": (hidden_size, GRID_SIZE, GRID_SIZE),
+            "image_embeddings": (NUM_IMAGES, hidden_size, GRID_SIZE, GRID_SIZE),
+            "dense_embeddings": dense_shape,
+            "positional_encoding": (hidden_size, GRID_SIZE, GRID_SIZE),
             "prompt_tokens": (num_regions, num_prompt_tokens, hidden_size),
             "tokens": (num_regions, num_tokens, hidden_size),
             "mask_tokens": (num_regions, num_masks, hidden_size),
             "grid": (num_regions, hidden_size, GRID_SIZE, GRID_SIZE),
             "masks": (num_regions, num_masks, MASK_SIZE, MASK_SIZE),
-            "scores": (num_regions, num_masks),
+            "iou_scores": (num_regions, num_masks),
             "boxes": (num_regions, 4),
         }
-        optional = ("mask_tokens", "grid", "masks", "scores", "boxes")
+        optional = ("mask_tokens", "grid", "masks", "iou_scores", "boxes")
         for name, shape in shapes.items():
             value = getattr(output, name)
             problem = (
@@ -57,12 +60,12 @@ def regions(harness: SegmenterHarness) -> str | None:
             )
             if problem:
                 return problem
-        if (output.masks is None) != (output.scores is None):
-            return f"by {prompt_type}: masks and scores do not come together"
+        if (output.masks is None) != (output.iou_scores is None):
+            return f"by {prompt_type}: masks and iou_scores do not come together"
     return None
 
 
-@register_check("segmenters", source="sca_registry.contracts.Regions")
+@register_check("segmenters", source="sca_registry.contracts.SegmenterOutput")
 @torch.no_grad()
 def given_boxes_are_kept(harness: SegmenterHarness) -> str | None:
     """`boxes` are the boxes that were given; without any, the tight boxes of the best masks, or None."""
@@ -72,7 +75,7 @@ def given_boxes_are_kept(harness: SegmenterHarness) -> str | None:
         if prompts.boxes is not None and (output.boxes is None or not torch.equal(output.boxes, prompts.boxes)):
             return f"by {prompt_type}: other boxes than were given"
         if prompts.boxes is None and output.boxes is not None and output.masks is not None:
-            best_masks = output.masks[torch.arange(len(prompts)), output.scores.argmax(1)] > 0
+            best_masks = output.masks[torch.arange(len(prompts)), output.iou_scores.argmax(1)] > 0
             tight_boxes = [mask_to_box(mask.numpy()) or (0, 0, 0, 0) for mask in best_masks]
             if not torch.allclose(
                 output.boxes, torch.tensor(tight_boxes, dtype=torch.float32) * IMAGE_SIZE / MASK_SIZE
@@ -97,9 +100,9 @@ def gives_what_it_says(harness: SegmenterHarness) -> str | None:
 @register_check("segmenters")
 @torch.no_grad()
 def one_mask_when_asked(harness: SegmenterHarness) -> str | None:
-    """`multimask=False` gives one mask a region."""
+    """`multimask_output=False` gives one mask per region."""
     inputs = harness.make_inputs()
-    output = harness.part(inputs.features, inputs.prompts["box"], multimask=False)
+    output = harness.part(inputs.features, inputs.prompts["box"], multimask_output=False)
     if output.masks is None:
         raise DoesNotApply("it gives no masks")
     return describe_shape_mismatch("masks", output.masks, (len(IMAGE_INDEX), 1, MASK_SIZE, MASK_SIZE))
