@@ -28,10 +28,17 @@ plugins._find_distributions = _distributions_for_tests
 plugins.refresh_plugins()
 
 PARTS = {
-    "encoder": {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]},
-    "segmenter": {"name": "sam", "depth": 1, "heads": 2, "mlp": 64},
-    "mixer": {"name": "query", "queries": 2, "depth": 1, "heads": 2, "mlp": 64},
-    "language_model": {"name": "tiny-gpt2", "width": 32, "depth": 1, "heads": 2, "positions": 40},
+    "encoder": {
+        "name": "tiny-vit",
+        "image_size": 64,
+        "hidden_size": 32,
+        "depth": 1,
+        "output_channels": 32,
+        "stem_channels": [8, 16],
+    },
+    "segmenter": {"name": "sam", "depth": 1, "num_heads": 2, "mlp_dim": 64},
+    "mixer": {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 2, "mlp_dim": 64},
+    "language_model": {"name": "tiny-gpt2", "hidden_size": 32, "depth": 1, "num_heads": 2, "max_positions": 40},
     "task_tokens": 2,
     "generation": {"max_new_tokens": 6},
 }

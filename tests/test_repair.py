@@ -131,7 +131,7 @@ def test_doctor_fix_and_unfix_are_one_line_each(monkeypatch, capsys):
     monkeypatch.setattr(repair, "fix", fail)
     assert run_command(["doctor", "--fix"]) == 1
     assert capsys.readouterr().err == "sca: no gcc\n"
-    assert run_command(["doctor", "--fix", "--unfix"]) == 2
+    assert run_command(["doctor", "--fix", "--undo-fix"]) == 2
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from torch import nn
 class HelloMixer(nn.Module):
     """(N, 1, D): the mean of a region's tokens after they have looked at the image, through one layer."""
 
-    queries = 1
+    num_queries = 1
     uses_grid = False
 
     def __init__(self, segmenter):

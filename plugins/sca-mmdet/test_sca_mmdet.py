@@ -33,8 +33,8 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize(
     ("kind", "part", "options"),
     [
-        ("encoder", MmdetEncoder, {"config": TINY, "pretrained": False, "size": 64}),
-        ("encoder", MmdetEncoder, {"config": "faster-rcnn_r50_fpn_1x_coco", "pretrained": False, "size": 64}),
+        ("encoder", MmdetEncoder, {"config": TINY, "pretrained": False, "image_size": 64}),
+        ("encoder", MmdetEncoder, {"config": "faster-rcnn_r50_fpn_1x_coco", "pretrained": False, "image_size": 64}),
         ("proposer", MmdetProposer, {"config": TINY, "pretrained": False, "score": 0.0, "largest": 5}),
     ],
 )
@@ -65,7 +65,7 @@ def test_features_are_the_detectors_own(checkpoint):
     pixels = torch.randn(1, 3, 64, 64)
     levels = detector.extract_feat(pixels)
     for level in (0, 1, -1):
-        part = MmdetEncoder(TINY, weights=str(file), size=64, level=level).eval()
+        part = MmdetEncoder(TINY, weights=str(file), image_size=64, level=level).eval()
         assert torch.equal(part(pixels), levels[level])
     with pytest.raises(ValueError, match=r"no level 3: .* has 3"):
         MmdetEncoder(TINY, weights=str(file), level=3)

@@ -50,21 +50,21 @@ UNUSED_PREFIXES = ("norm_head.", "head.")  # of the classifier that TinyViT was
 class MobileSamEncoder(nn.Module):
     """(B, 3, S, S) normalized pixels -> (B, 256, S/16, S/16): TinyViT-5M, the last stage at stride 1, and SAM's neck.
 
-    weights: the file mobile_sam.pt; with `pretrained=False` they are random. size: S, a multiple of 16.
+    weights: the file mobile_sam.pt; with `pretrained=False` they are random. image_size: S, a multiple of 16.
     """
 
     stride = 16
     channels = 256
     default_segmenter = "mobilesam"
 
-    def __init__(self, weights: str | None = None, pretrained: bool = True, size: int = 1024):
+    def __init__(self, weights: str | None = None, pretrained: bool = True, image_size: int = 1024):
         super().__init__()
         from timm.models.tiny_vit import TinyVit
 
-        if size % self.stride:
-            raise ValueError(f"size {size} must be a multiple of the stride {self.stride}")
+        if image_size % self.stride:
+            raise ValueError(f"image_size {image_size} must be a multiple of the stride {self.stride}")
         self.checkpoint = _check_weights(weights, pretrained)
-        self.image_format = ImageFormat(size=size)
+        self.image_format = ImageFormat(size=image_size)
         self.vit = TinyVit(num_classes=0, drop_path_rate=0.0, **TINY_VIT_OPTIONS)
         self.vit.head = nn.Identity()
         self.vit.stages[-1].downsample.conv2.conv.stride = (1, 1)

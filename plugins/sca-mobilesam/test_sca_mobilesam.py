@@ -59,7 +59,7 @@ def original(name: str) -> str:
 def file(tmp_path_factory):
     """Random weights as mobile_sam.pt has them, its classifier and index tables included; and what they are of."""
     torch.manual_seed(0)
-    encoder = MobileSamEncoder(pretrained=False, size=64)
+    encoder = MobileSamEncoder(pretrained=False, image_size=64)
     segmenter = MobileSamSegmenter(encoder)
     content = {}
     for name, tensor in encoder.state_dict().items():
@@ -78,7 +78,7 @@ def file(tmp_path_factory):
 
 
 def test_the_parts_keep_their_promises(conformance):
-    conformance("encoder", MobileSamEncoder, pretrained=False, size=64)
+    conformance("encoder", MobileSamEncoder, pretrained=False, image_size=64)
     conformance("segmenter", MobileSamSegmenter, pretrained=False)
 
 
@@ -87,7 +87,7 @@ def test_a_file_in_the_original_layout_gives_the_same_numbers(file):
     path, encoder, segmenter, content = file
     for here, there in SEGMENTER_NAMES.items():
         assert torch.equal(segmenter.state_dict()[here], content[there])
-    again = MobileSamEncoder(str(path), size=64).eval()
+    again = MobileSamEncoder(str(path), image_size=64).eval()
     pixels = torch.randn(1, 3, 64, 64)
     assert torch.equal(again(pixels), encoder(pixels))
     assert again(pixels).shape == (1, 256, 4, 4)

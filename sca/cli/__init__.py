@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from sca.cli import caption, checkpoints, compare, convert, data, demo, evaluate, listing, plan, plugins, serve, train
-from sca.cli.options import print_stderr
+from sca.cli.options import PanelCommand, print_stderr
 from sca.cli.plugin_commands import CommandGroup
 from sca.io.errors import DifferentRunError
 from sca.io.terminal import guard_terminal
@@ -24,36 +24,34 @@ from sca.repair import find_torchvision_error
 app = typer.Typer(
     name="sca",
     cls=CommandGroup,
-    help="Segment and caption any region of any image, with parts chosen by name.",
+    help="Segment and caption regions of images with interchangeable components.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
 )
-app.command("list")(listing.list_names)
-app.command("show")(listing.show)
-app.command("caption")(caption.caption)
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("score")(evaluate.score)
-app.command("compare")(compare.compare)
-app.command("report")(compare.report)
-app.command("convert")(convert.convert)
-app.command("view")(convert.view)
-app.command("demo")(demo.demo)
-app.command("serve")(serve.serve)
-app.command("pull")(checkpoints.pull)
-app.command("push")(checkpoints.push)
-app.command("import")(checkpoints.import_)
-app.command("export")(checkpoints.export)
-app.command("plan")(plan.plan)
-app.command("check")(plugins.check)
-app.command("doctor")(plugins.doctor)
+app.command("list", cls=PanelCommand)(listing.list_names)
+app.command("show", cls=PanelCommand)(listing.show)
+app.command("caption", cls=PanelCommand)(caption.caption)
+app.command("train", cls=PanelCommand)(train.train)
+app.command("evaluate", cls=PanelCommand)(evaluate.evaluate)
+app.command("score", cls=PanelCommand)(evaluate.score)
+app.command("compare", cls=PanelCommand)(compare.compare)
+app.command("report", cls=PanelCommand)(compare.report)
+app.command("convert", cls=PanelCommand)(convert.convert)
+app.command("view", cls=PanelCommand)(convert.view)
+app.command("demo", cls=PanelCommand)(demo.demo)
+app.command("serve", cls=PanelCommand)(serve.serve)
+app.command("pull", cls=PanelCommand)(checkpoints.pull)
+app.command("push", cls=PanelCommand)(checkpoints.push)
+app.command("import", cls=PanelCommand)(checkpoints.import_)
+app.command("export", cls=PanelCommand)(checkpoints.export)
+app.command("plan", cls=PanelCommand)(plan.plan)
+app.command("check", cls=PanelCommand)(plugins.check)
+app.command("doctor", cls=PanelCommand)(plugins.doctor)
 app.add_typer(plugins.app, name="plugin")
 app.add_typer(data.app, name="data")
 
-HOME_PATTERN = re.compile(
-    r"^(--[\w-]+=|)(~(?=/|$))"
-)  # which a shell leaves in --out=~/x, and a program in every argument
+HOME_PATTERN = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")  # a shell leaves ~ in --out=~/x, a program in any argument
 UsageError: Any = typer.BadParameter.__base__
 
 

@@ -1,4 +1,4 @@
-"""`sca caption`: regions of pictures, in words and masks."""
+"""`sca caption`: caption regions of images."""
 
 from __future__ import annotations
 
@@ -40,97 +40,208 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "sca-tiny"
 EXIT_STATUSES = {"image": 1, "prompts": 2}  # exit status for what cannot be used
-UNRECORDED_OPTIONS = (  # that change no answer
-    *("images", "out", "format", "image_prefix", "batch", "resume", "overwrite", "quiet", "launcher", "shard"),
-    *("trust_remote_code", "allow_external"),
+UNRECORDED_OPTIONS = (  # options that do not change the captions
+    *("images", "out", "format", "image_prefix", "resume", "overwrite", "quiet", "batch_size", "launcher"),
+    *("shard_size", "trust_remote_code", "allow_external"),
 )
 
 
 def caption(
     context: typer.Context,
     images: Annotated[
-        list[str], typer.Argument(help="files, folders, or globs in quotes; - is standard input", metavar="IMAGE...")
+        list[str],
+        typer.Argument(help="Image files, folders or quoted globs. Use - for standard input.", metavar="IMAGE..."),
     ],
-    box: Annotated[list[str] | None, typer.Option(help="x1,y1,x2,y2 in image pixels; one region each")] = None,
-    point: Annotated[list[str] | None, typer.Option(help="x,y in image pixels; one region each")] = None,
+    box: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Box as x1,y1,x2,y2 in image pixels. One region each; repeatable.", rich_help_panel="Prompts"
+        ),
+    ] = None,
+    point: Annotated[
+        list[str] | None,
+        typer.Option(help="Point as x,y in image pixels. One region each; repeatable.", rich_help_panel="Prompts"),
+    ] = None,
     mask: Annotated[
-        list[str] | None, typer.Option(help="an image or .npy of the image's size, not zero inside; one region each")
+        list[str] | None,
+        typer.Option(
+            help="Mask file: an image or .npy of the image's size, nonzero inside. One region each; repeatable.",
+            rich_help_panel="Prompts",
+        ),
     ] = None,
     region: Annotated[
-        list[str] | None, typer.Option(help="'box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE': one region together")
+        list[str] | None,
+        typer.Option(
+            help="One region from several prompts: 'box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE'. Repeatable.",
+            rich_help_panel="Prompts",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
             parser=parse_input_path,
             metavar="PATH",
-            help="COCO, Label Studio or LabelMe JSON, JSONL, or a folder of LabelMe files.",
+            help="Prompts file: COCO, Label Studio, LabelMe or JSONL, or a folder of LabelMe files.",
+            rich_help_panel="Prompts",
         ),
     ] = None,
-    everything: Annotated[bool, typer.Option("--everything", help="find the regions, then caption them")] = False,
-    task: Annotated[str, typer.Option(help="caption or recognition")] = "caption",
-    model: ModelName = DEFAULT_MODEL,
-    out: Annotated[str, typer.Option(help="folder to write to; - writes JSONL to standard output")] = "",
-    format: Annotated[
-        str | None, typer.Option(help=f"for --out, any of {OUTPUT_FORMATS_HELP}  [default: jsonl]", show_default=False)
+    task: Annotated[str, typer.Option(help="Task: caption or recognition.", rich_help_panel="Generation")] = "caption",
+    num_captions: Annotated[
+        int | None, typer.Option(help="Captions per region, best first.", min=1, rich_help_panel="Generation")
     ] = None,
-    image_prefix: ImagePrefix = "",
-    beams: Annotated[int | None, typer.Option(help="beam search of this width (default: the model's)", min=1)] = None,
-    captions: Annotated[int | None, typer.Option(help="so many a region, the best first (default: 1)", min=1)] = None,
-    sample: Annotated[bool, typer.Option("--sample", help="draw words at random instead of the likeliest")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Maximum tokens per caption.", min=1, rich_help_panel="Generation")
+    ] = None,
+    num_beams: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of beams for beam search. Defaults to the model's setting.",
+            min=1,
+            rich_help_panel="Generation",
+        ),
+    ] = None,
+    do_sample: Annotated[
+        bool,
+        typer.Option("--do-sample", help="Sample tokens instead of decoding greedily.", rich_help_panel="Generation"),
+    ] = False,
     temperature: Annotated[
-        float | None, typer.Option(help="with --sample: how far from the likeliest; 1 is the model's own", min=0.01)
+        float | None,
+        typer.Option(help="Sampling temperature; requires --do-sample.", min=0.01, rich_help_panel="Generation"),
     ] = None,
-    words: Annotated[int | None, typer.Option(help="at most so many tokens a caption", min=1)] = None,
-    points: Annotated[
-        int | None, typer.Option(help="with --everything: points along each side of the grid", min=1, max=1000)
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability mass for nucleus sampling; requires --do-sample.",
+            min=0,
+            max=1,
+            rich_help_panel="Generation",
+        ),
     ] = None,
-    iou: Annotated[
-        float | None, typer.Option(help="with --everything: least predicted IoU of a mask", min=0, max=1)
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--everything",
+            help="Find regions automatically and caption each of them.",
+            rich_help_panel="Everything mode",
+        ),
+    ] = False,
+    points_per_side: Annotated[
+        int | None,
+        typer.Option(help="Points per side of the prompt grid.", min=1, max=1000, rich_help_panel="Everything mode"),
     ] = None,
-    stability: Annotated[
-        float | None, typer.Option(help="with --everything: least stability of a mask", min=0, max=1)
+    pred_iou_thresh: Annotated[
+        float | None,
+        typer.Option(help="Minimum predicted IoU of a mask.", min=0, max=1, rich_help_panel="Everything mode"),
     ] = None,
-    nms: Annotated[
-        float | None, typer.Option(help="with --everything: of two that overlap more, one stays", min=0, max=1)
+    stability_score_thresh: Annotated[
+        float | None,
+        typer.Option(help="Minimum stability score of a mask.", min=0, max=1, rich_help_panel="Everything mode"),
+    ] = None,
+    box_nms_thresh: Annotated[
+        float | None,
+        typer.Option(
+            help="IoU threshold for non-maximum suppression of boxes.",
+            min=0,
+            max=1,
+            rich_help_panel="Everything mode",
+        ),
     ] = None,
     mask_nms_thresh: Annotated[
         float | None,
-        typer.Option(help="With --everything: IoU threshold for suppressing masks; 1 for none.", min=0, max=1),
+        typer.Option(
+            help="IoU threshold for non-maximum suppression of masks; 1 disables it.",
+            min=0,
+            max=1,
+            rich_help_panel="Everything mode",
+        ),
     ] = None,
-    area: Annotated[
-        float | None, typer.Option(help="with --everything: least share of the image", min=0, max=1)
+    min_area: Annotated[
+        float | None,
+        typer.Option(
+            help="Minimum region area as a fraction of the image.", min=0, max=1, rich_help_panel="Everything mode"
+        ),
     ] = None,
-    crops: Annotated[
-        int | None, typer.Option(help="with --everything: layers of crops to look at, too", min=0, max=4)
+    max_area: Annotated[
+        float | None,
+        typer.Option(
+            help="Maximum region area as a fraction of the image.", min=0, max=1, rich_help_panel="Everything mode"
+        ),
+    ] = None,
+    crop_n_layers: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of image crop layers to search in addition to the full image.",
+            min=0,
+            max=4,
+            rich_help_panel="Everything mode",
+        ),
     ] = None,
     max_regions: Annotated[
-        int | None, typer.Option(help="With --everything: maximum regions per image, best first.", min=1)
+        int | None,
+        typer.Option(help="Maximum regions per image, best first.", min=1, rich_help_panel="Everything mode"),
     ] = None,
     caption_from: Annotated[
-        str | None, typer.Option(help=f"with --everything: {', '.join(CAPTION_FROM_CHOICES)}")
+        str | None,
+        typer.Option(
+            help="Prompt that each found region is captioned from: box-and-point, box or point.",
+            rich_help_panel="Everything mode",
+        ),
     ] = None,
     proposer: Annotated[
-        str | None, typer.Option(help="with --everything: 'NAME [key=value]...' in place of the grid of points")
+        str | None,
+        typer.Option(
+            help="Region proposer to use instead of the point grid: 'NAME [key=value]...'.",
+            rich_help_panel="Everything mode",
+        ),
     ] = None,
+    model: ModelName = DEFAULT_MODEL,
     device: Device = "cpu",
     dtype: Dtype = None,
-    batch: Annotated[int, typer.Option(help="images encoded at a time", min=1)] = 8,
+    out: Annotated[
+        str, typer.Option(help="Output folder. Use - to write JSONL to standard output.", rich_help_panel="Output")
+    ] = "",
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{OUTPUT_FORMATS_HELP.format(for_out=' for --out')}  [default: jsonl]",
+            show_default=False,
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    image_prefix: ImagePrefix = "",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume the interrupted run in --out.", rich_help_panel="Output")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the existing run in --out.", rich_help_panel="Output")
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            help="Print no progress or notes, and no table when --out is set.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Images per encoder batch.", min=1, rich_help_panel="Runtime")] = 8,
     seed: Seed = 0,
     launcher: Annotated[
         str | None,
-        typer.Option(help="many images, in shards: 'local workers=2', 'ray address=auto', ...; .tar archives, too"),
+        typer.Option(
+            help="Launcher for captioning many images in shards, including .tar archives: 'local num_workers=2', "
+            "'ray address=auto'.",
+            rich_help_panel="Runtime",
+        ),
     ] = None,
-    shard: Annotated[int, typer.Option(help="with --launcher: images of a shard", min=1)] = 1000,
+    shard_size: Annotated[
+        int, typer.Option(help="Images per shard; requires --launcher.", min=1, rich_help_panel="Runtime")
+    ] = 1000,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
-    resume: Annotated[bool, typer.Option("--resume", help="with --out: go on where the same command ended")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="with --out: replace an earlier run there")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no remarks, and no table if there is --out")] = False,
 ) -> None:
-    """Captions regions of images: those you point at, or all that are found with --everything.
+    """Caption regions of images, given by prompts or found with --everything.
 
-    Prints a table, or writes --format to --out as well. Images that cannot be used are named; the others are done.
+    Prints a table, and writes --format to --out. Images that cannot be read are reported; the others are captioned.
     """
     from sca_registry.contracts import TASKS
 
@@ -144,27 +255,31 @@ def caption(
     if caption_from:
         check_option_choice("prompt to caption from", caption_from, CAPTION_FROM_CHOICES)
     search_options = {
-        "points": points,
-        "iou": iou,
-        "stability": stability,
-        "nms": nms,
+        "points_per_side": points_per_side,
+        "pred_iou_thresh": pred_iou_thresh,
+        "stability_score_thresh": stability_score_thresh,
+        "box_nms_thresh": box_nms_thresh,
         "mask_nms_thresh": mask_nms_thresh,
+        "min_area": min_area,
+        "max_area": max_area,
+        "crop_n_layers": crop_n_layers,
+        "caption_from": caption_from,
     }
-    search_options |= {"area": area, "crops": crops, "caption_from": caption_from}
     listed = bool(box or point or mask or region)
     _check_region_options(
         listed, bool(prompts), everything, search_options | {"proposer": proposer, "max_regions": max_regions}
     )
-    if proposer and (points is not None or crops is not None):
-        raise ValueError("--proposer takes the place of the grid and its crops: leave out --points and --crops")
-    if temperature is not None and not sample:
-        raise ValueError("--temperature can only be used with --sample")
+    if proposer and (points_per_side is not None or crop_n_layers is not None):
+        raise ValueError("--proposer replaces the point grid and its crops; omit --points-per-side and --crop-n-layers")
+    for flag, value in (("--temperature", temperature), ("--top-p", top_p)):
+        if value is not None and not do_sample:
+            raise ValueError(f"{flag} can only be used with --do-sample")
     if resume and out in ("", "-"):
-        raise ValueError("--resume goes on with what a folder has: name it with --out")
+        raise ValueError("--resume continues the run of a folder; name it with --out")
     if overwrite and (resume or out in ("", "-")):
-        raise ValueError("--overwrite replaces the run of a folder; name it with --out, and leave out --resume")
+        raise ValueError("--overwrite replaces the run of a folder; name it with --out, and omit --resume")
     if launcher and (out in ("", "-") or formats != ("jsonl",)):
-        raise ValueError("--launcher writes JSON lines, a file a shard: name a folder with --out, and no --format")
+        raise ValueError("--launcher writes one JSONL file per shard; name a folder with --out, and omit --format")
     job = CaptionJob(
         model=model,
         device=device,
@@ -183,13 +298,14 @@ def caption(
         max_regions=max_regions,
         task=task,
         generation_options={
-            "max_new_tokens": words,
-            "beams": beams,
-            "captions": captions,
-            "sample": sample or None,
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "num_captions": num_captions,
+            "do_sample": do_sample or None,
             "temperature": temperature,
+            "top_p": top_p,
         },
-        batch_size=batch,
+        batch_size=batch_size,
     )
     region_source = job.read_region_source()
     archives = [name for name in images if launcher and name.endswith(".tar")]
@@ -206,7 +322,7 @@ def caption(
         from sca.inference.shards import name_shards, open_sharded_run
 
         settings = {"images": context.params["images"], **_collect_settings(context.params, input_files)}
-        shard_specs = name_shards(archives, paths, shard)
+        shard_specs = name_shards(archives, paths, shard_size)
         inputs = [*archives, *paths, *input_files]
         with open_sharded_run(Path(out), shard_specs, settings, inputs, overwrite) as sharded_run:
             _caption_shards(sharded_run, job, built_launcher, region_source, failures, quiet)
@@ -271,10 +387,11 @@ def _caption_locally(
                 journal.add(str(result.path), result.image, result.captions)
             if job.everything and not result.captions and not quiet:
                 print_stderr(
-                    f"nothing found in {format_path(result.path)}; lower --iou or --stability, or raise --points"
+                    f"no region found in {format_path(result.path)}; lower --pred-iou-thresh or "
+                    "--stability-score-thresh, or raise --points-per-side"
                 )
             num_done += 1
-        if not num_done:  # older files stay as they are
+        if not num_done:  # keep the older files
             raise typer.Exit(failures.status)
     if not quiet:
         _report_domain(model)
@@ -302,9 +419,8 @@ def _find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[st
 
     paths, problems = find_images(names, is_excluded)
     if output_filter.skipped_paths and not quiet:
-        print_stderr(
-            f"skipped {len(output_filter.skipped_paths)} images that `sca` wrote, such as {format_path(output_filter.skipped_paths[0])}"
-        )
+        example = format_path(output_filter.skipped_paths[0])
+        print_stderr(f"skipped {len(output_filter.skipped_paths)} images that `sca` wrote, such as {example}")
     for path in irregular if not quiet else ():
         print_stderr(f"skipped {format_path(path)}, which is a pipe or a device, not an image file")
     return paths, problems
@@ -448,7 +564,8 @@ def _report_prompts(region_source: RegionSource, failures: FailureReporter, quie
         unusable = (
             f"; {format_count(len(prompts_file.problems), 'record')} cannot be used" if prompts_file.problems else ""
         )
-        counts = f"{format_count(sum(map(prompts_file.count_regions, prompts_file)), 'region')}, {format_count(len(prompts_file), 'image')}"
+        num_regions = sum(map(prompts_file.count_regions, prompts_file))
+        counts = f"{format_count(num_regions, 'region')}, {format_count(len(prompts_file), 'image')}"
         print_stderr(f"{format_path(prompts_file.path)}: {counts}{unusable}")
         if summary := prompts_file.skip_counter.summarize():
             print_stderr(f"{format_path(prompts_file.path)}: {summary}")
@@ -457,7 +574,7 @@ def _report_prompts(region_source: RegionSource, failures: FailureReporter, quie
 
 
 class CaptionTable:
-    """A line a region, printed at the end, also of a run that is interrupted."""
+    """One line per region, printed at the end, also when the run is interrupted."""
 
     def __init__(self) -> None:
         columns = ("image", "region", "caption", "score", "iou", "box")

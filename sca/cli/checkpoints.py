@@ -1,4 +1,4 @@
-"""`sca pull`, `push`, `import` and `export`: weights fetched, given away, and taken from one layout to another."""
+"""`sca pull`, `push`, `import` and `export`: download, upload and convert checkpoints."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ LAYOUTS = ("published", "lm")
 
 
 def pull(
-    name: Annotated[str, typer.Argument(help="a model or a part by name, or a hub id OWNER/NAME")],
-    revision: Annotated[str | None, typer.Option(help="of a hub id; by name, what the card says")] = None,
+    name: Annotated[str, typer.Argument(help="Model or component name, or a Hub repository OWNER/NAME.")],
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Hub revision. Defaults to the one recorded for the name.", rich_help_panel="Model"),
+    ] = None,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Fetches weights into the cache, so that they are there without a network.
+    """Download weights to the Hub cache and pin their commit.
 
-    What is there already is not fetched again, and what was cut off goes on. HF_TOKEN and HF_ENDPOINT are heeded.
-    Prints the commit that was taken and stores it: from then on the same commit is loaded, until another is pulled.
+    Files in the cache are not downloaded again, and interrupted downloads resume. Reads HF_TOKEN and HF_ENDPOINT.
+    Prints and stores the commit: the same commit is loaded until another one is pulled.
     """
     from sca.checkpoints.layout import find_tokenizer_source
     from sca.checkpoints.trust import Trust, TrustError
-    from sca.io.hub import download_model_files as fetch
-    from sca.io.hub import pin_commit
+    from sca.io.hub import download_model_files, pin_commit
 
     def fetch_and_pin(source: str, revision: str | None = None, **options: Any) -> Path:
-        folder = fetch(source, revision, **options)
+        folder = download_model_files(source, revision, **options)
         commit = pin_commit(source, folder)
         print_line(f"{source}{f' at {commit}' if commit else ''}: {folder}")
         return folder
@@ -55,44 +57,76 @@ def pull(
 
 
 def push(
-    checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder, or a name of the zoo")],
-    name: Annotated[str, typer.Argument(help="on the hub: OWNER/NAME")],
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or model name.")],
+    repo_id: Annotated[str, typer.Argument(help="Hub repository: OWNER/NAME.")],
     scores: Annotated[
-        list[Path] | None, typer.Option(help="scores.json of `sca evaluate`, for the card; as often as wanted")
+        list[Path] | None,
+        typer.Option(
+            help="Scores file (scores.json) of `sca evaluate` to include in the model card. Repeatable.",
+            rich_help_panel="Model card",
+        ),
     ] = None,
-    trained_on: Annotated[str | None, typer.Option(help="what the card says of the data")] = None,
-    license: Annotated[str | None, typer.Option(help="an SPDX name, for the card")] = None,
-    private: Annotated[bool, typer.Option("--private", help="a new repository is not shown to others")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the card, and write nothing")] = False,
+    trained_on: Annotated[
+        str | None,
+        typer.Option(help="Description of the training data for the model card.", rich_help_panel="Model card"),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="SPDX license identifier for the model card.", rich_help_panel="Model card")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Create a new repository as private.", rich_help_panel="Output")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the model card and upload nothing.", rich_help_panel="Output")
+    ] = False,
 ) -> None:
-    """Writes a checkpoint to a hub, with a model card from what is known of it; `sca.load` reads it back by that name.
+    """Upload a checkpoint and its model card to the Hub.
 
-    HF_TOKEN and HF_ENDPOINT are heeded.
+    Reads HF_TOKEN and HF_ENDPOINT.
     """
     from sca.checkpoints.load import locate_checkpoint
-    from sca.checkpoints.push import push_checkpoint as give
-    from sca.checkpoints.push import render_card
+    from sca.checkpoints.push import push_checkpoint, render_card
 
     if dry_run:
-        print_document(render_card(locate_checkpoint(checkpoint), name, scores or (), trained_on, license))
+        print_document(render_card(locate_checkpoint(checkpoint), repo_id, scores or (), trained_on, license))
     else:
-        print_line(give(checkpoint, name, scores or (), private, trained_on, license))
+        print_line(push_checkpoint(checkpoint, repo_id, scores or (), private, trained_on, license))
 
 
 def import_(
-    folder: Annotated[str, typer.Argument(help="a folder in the published layout, or a model by name or hub id")],
-    out: Annotated[Path, typer.Argument(help="folder to write to")],
-    encoder: Annotated[str, typer.Option(help="a SAM by name or folder whose weights the model has")] = "",
-    language_model: Annotated[str, typer.Option(help="a language model by name or folder, likewise")] = "",
-    tokenizer: Annotated[str, typer.Option(help="a hub id or folder with a tokenizer, for a model that has none")] = "",
+    source: Annotated[
+        str,
+        typer.Argument(help="Checkpoint in the published layout: a folder, model name or Hub repository."),
+    ],
+    out: Annotated[Path, typer.Argument(help="Output folder.")],
+    encoder: Annotated[
+        str,
+        typer.Option(
+            help="SAM encoder with the same weights, by name or folder; the checkpoint then references it.",
+            rich_help_panel="Model",
+        ),
+    ] = "",
+    language_model: Annotated[
+        str,
+        typer.Option(
+            help="Language model with the same weights, by name or folder; the checkpoint then references it.",
+            rich_help_panel="Model",
+        ),
+    ] = "",
+    tokenizer: Annotated[
+        str,
+        typer.Option(help="Tokenizer for a model without one: a Hub repository or folder.", rich_help_panel="Model"),
+    ] = "",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another checkpoint in OUT.", rich_help_panel="Output")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another checkpoint in OUT.")] = False,
 ) -> None:
-    """Writes a model in this package's own layout.
+    """Import a checkpoint from the published layout.
 
-    What --encoder and --language-model name is compared to the last bit and then referred to, so that the checkpoint
-    holds little more than what was trained; without them it holds everything.
+    The weights of --encoder and --language-model are compared bit by bit and then referenced, so that the checkpoint
+    stores little more than the trained weights; without them it stores all weights.
     """
     from sca.checkpoints.load import locate_checkpoint
     from sca.checkpoints.native import check_writable
@@ -100,16 +134,16 @@ def import_(
     from sca.io.run_folder import check_not_inputs, iter_existing_paths
 
     check_writable(out)
-    check_not_inputs([out], [locate_checkpoint(folder), *iter_existing_paths([encoder, language_model, tokenizer])])
+    check_not_inputs([out], [locate_checkpoint(source), *iter_existing_paths([encoder, language_model, tokenizer])])
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.parent / f".{out.name}.sca-lock", str(out)):
         trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
-        _import_checkpoint(folder, out, encoder, language_model, tokenizer, overwrite, trust_options)
+        _import_checkpoint(source, out, encoder, language_model, tokenizer, overwrite, trust_options)
     print_stderr(f"wrote {out}")
 
 
 def _import_checkpoint(
-    folder: str,
+    source: str,
     out: Path,
     encoder: str,
     language_model: str,
@@ -124,7 +158,7 @@ def _import_checkpoint(
     from sca.io.hub import fetch_model_folder
     from sca.language_models.hf import load_tokenizer
 
-    model = load(folder, **trust_options)
+    model = load(source, **trust_options)
     if encoder or language_model:
         model = attach_sources(
             model,
@@ -142,15 +176,19 @@ def _import_checkpoint(
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder, a model by name, or a hub id")],
-    out: Annotated[Path, typer.Argument(help="a new or empty folder")],
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, model name or Hub repository.")],
+    out: Annotated[Path, typer.Argument(help="New or empty output folder.")],
     layout: Annotated[
-        str, typer.Option(help="published: SCA's own; lm: the language model alone, LoRA merged")
+        str,
+        typer.Option(
+            help="Layout: published (SCA's original) or lm (language model only, LoRA merged).",
+            rich_help_panel="Output",
+        ),
     ] = "published",
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Writes a model in a layout that other programs read."""
+    """Export a checkpoint to the published layout or as a language model."""
     from sca.checkpoints.export import write_language_model, write_published_checkpoint
     from sca.checkpoints.load import load
     from sca.io.atomic import check_folder_replaceable

@@ -1,4 +1,4 @@
-"""`sca compare` and `sca report`: what predictions files say, side by side and on a page."""
+"""`sca compare` and `sca report`: compare predictions files, and write a page of them."""
 
 from __future__ import annotations
 
@@ -9,31 +9,44 @@ from typing import Annotated, Any
 
 import typer
 
-from sca.cli.evaluate import parse_evaluation_options, split_names
+from sca.cli.evaluate import METRIC_OPTIONS_HELP, parse_evaluation_options, split_names
 from sca.cli.options import AsJson, Metrics, check_pipes, parse_input_path, print_json, print_stderr, print_table
 
-SORT_BY_HELP = "the score that regions are ranked by (default: the most telling there is)"
-METRIC_OPTIONS_HELP = "references=first, tokenizer=plain, semantic.model=FOLDER, ..."
+SortBy = Annotated[
+    str | None,
+    typer.Option(
+        help="Score to rank regions by. Defaults to the most informative one available.", rich_help_panel="Metrics"
+    ),
+]
 ASSIGNMENT_PATTERN = re.compile(r"[\w.-]*\w\s*=")  # no path that begins with ./
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(parser=parse_input_path, help="predictions.jsonl of a run, or its folder")],
-    second: Annotated[Path, typer.Argument(parser=parse_input_path, help="of another run on the same regions")],
+    first: Annotated[
+        Path, typer.Argument(parser=parse_input_path, help="Predictions file or folder of the first run.")
+    ],
+    second: Annotated[
+        Path,
+        typer.Argument(parser=parse_input_path, help="Predictions file or folder of a second run on the same regions."),
+    ],
     options: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help=METRIC_OPTIONS_HELP)] = None,
     metrics: Metrics = None,
-    by: Annotated[str | None, typer.Option(help=SORT_BY_HELP)] = None,
-    out: Annotated[Path | None, typer.Option(help="a page with the regions whose answers changed most")] = None,
+    sort_by: SortBy = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="HTML page with the regions whose scores changed most.", rich_help_panel="Output"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How much better the second run is than the first, with intervals of the paired differences."""
-    from sca.evaluation.comparison import compare_runs as run
+    """Compare two runs on the same regions, with confidence intervals of the paired differences."""
+    from sca.evaluation.comparison import compare_runs
     from sca.output.html_page import check_page_path
 
     check_pipes([first, second])
     if out:
         check_page_path(out, [first, second])
-    comparison = run(first, second, metrics and split_names(metrics), _parse_metric_options(options or ()), by)
+    metric_options = _parse_metric_options(options or ())
+    comparison = compare_runs(first, second, metrics and split_names(metrics), metric_options, sort_by)
     if out:
         from sca.evaluation.report import render_comparison
 
@@ -49,15 +62,15 @@ def report(
         list[str],
         typer.Argument(
             metavar="PREDICTIONS... [key=value]...",
-            help=f"predictions.jsonl of one or several runs, or their folders; then {METRIC_OPTIONS_HELP}",
+            help="Predictions files or folders of one or more runs, followed by metric options.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
     metrics: Metrics = None,
-    by: Annotated[str | None, typer.Option(help=SORT_BY_HELP)] = None,
-    seed: Annotated[int, typer.Option(help="of the regions at random")] = 0,
+    sort_by: SortBy = None,
+    out: Annotated[Path, typer.Option(help="HTML page to write.", rich_help_panel="Output")] = Path("report.html"),
+    seed: Annotated[int, typer.Option(help="Random seed for the sampled regions.", rich_help_panel="Runtime")] = 0,
 ) -> None:
-    """A page of runs on the same regions: scores, how they are spread, best and worst regions, models side by side."""
+    """Write an HTML report of one or more runs on the same regions."""
     from sca.evaluation.evaluate import score_file
     from sca.evaluation.report import render_report
     from sca.output.html_page import check_page_path
@@ -70,7 +83,7 @@ def report(
     check_page_path(out, predictions)
     metric_options = _parse_metric_options(options)
     reports = [score_file(path, metrics and split_names(metrics), metric_options) for path in predictions]
-    _write_page(out, render_report(reports, by, seed))
+    _write_page(out, render_report(reports, sort_by, seed))
 
 
 def _parse_metric_options(options: Sequence[str]) -> dict[str, Any]:

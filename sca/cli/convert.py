@@ -1,4 +1,4 @@
-"""`sca convert` and `sca view`: captions that were made, in other formats and as a page to browse."""
+"""`sca convert` and `sca view`: convert captions to other formats and to an HTML viewer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from sca.output.captioned import CaptionedImage
 
 MAX_PRINTED_ERRORS = 10  # records that cannot be read and are named
-IMAGES_HELP = "Folder that image names are relative to (default: the working folder, then that of the captions)."
+ImageRoot = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that image names are relative to. Defaults to the working folder, then the folder of the "
+        "captions.",
+        rich_help_panel="Data",
+    ),
+]
 
 
 def convert(
@@ -33,16 +40,20 @@ def convert(
         Path,
         typer.Argument(
             parser=parse_input_path,
-            help="JSON lines, COCO, Parquet, GeoJSON, Label Studio; or a folder of LabelMe files",
+            help="Captions in JSON lines, COCO, Parquet, GeoJSON or Label Studio, or a folder of LabelMe files.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="folder to write to")],
-    format: Annotated[str, typer.Option(help=f"any of {OUTPUT_FORMATS_HELP}")] = "coco",
-    images: Annotated[Path | None, typer.Option(help=IMAGES_HELP)] = None,
+    out: Annotated[Path, typer.Argument(help="Output folder.")],
+    format: Annotated[
+        str, typer.Option(help=OUTPUT_FORMATS_HELP.format(for_out=""), rich_help_panel="Output")
+    ] = "coco",
+    image_root: ImageRoot = None,
     image_prefix: ImagePrefix = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what was converted to OUT before.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier conversion in OUT.", rich_help_panel="Output")
+    ] = False,
 ) -> None:
-    """Writes captions in other formats. Pictures are opened for png and html only."""
+    """Convert captions to other formats. Images are opened for png and html only."""
     from sca.io.annotations.annotation import SkipCounter
     from sca.io.errors import InputError
     from sca.io.image_names import make_relative_image_name
@@ -53,14 +64,14 @@ def convert(
     formats = [name.strip() for name in format.split(",")]
     for name in formats:
         check_option_choice("format", name, OUTPUT_FORMATS)
-    skip, roots, rejections = SkipCounter(), _list_image_roots(images, [captions]), RejectionReporter()
+    skip, roots, rejections = SkipCounter(), _list_image_roots(image_root, [captions]), RejectionReporter()
     captioned_images = _read_captioned_images(captions, skip, roots, image_prefix, rejections, LABEL_STUDIO in formats)
     first = next(captioned_images, None)
     if first is None:
         raise InputError(f"{format_path(captions)} has no captions")
     num_regions, num_failed = 0, 0
     with RunFolder(out, "convert", list_output_patterns(OUTPUT_FORMATS)) as folder:
-        settings = {"captions": str(captions), "images": images and str(images)}
+        settings = {"captions": str(captions), "image_root": image_root and str(image_root)}
         settings |= {"image_prefix": image_prefix} if image_prefix else {}
         folder.begin(settings, list_output_patterns(formats), [captions], overwrite=overwrite)
         with MultiFormatWriter(out, formats, first.model, image_prefix) as writers:
@@ -87,17 +98,16 @@ def convert(
 
 
 def view(
-    captions: Annotated[
-        Path, typer.Argument(parser=parse_input_path, help="what `sca caption` wrote, in any format that can be read")
-    ],
+    captions: Annotated[Path, typer.Argument(parser=parse_input_path, help="Captions in any supported format.")],
     other: Annotated[
-        Path | None, typer.Argument(parser=parse_input_path, help="another file of the same images, to compare")
+        Path | None,
+        typer.Argument(parser=parse_input_path, help="Second captions file for the same images, shown side by side."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="the page")] = Path("view.html"),
-    images: Annotated[Path | None, typer.Option(help=IMAGES_HELP)] = None,
+    out: Annotated[Path, typer.Option(help="HTML page to write.", rich_help_panel="Output")] = Path("view.html"),
+    image_root: ImageRoot = None,
     image_prefix: ImagePrefix = "",
 ) -> None:
-    """Writes one page to browse regions: search captions, filter by score, compare two files side by side."""
+    """Write an HTML viewer for captions, or for two caption files side by side."""
     from sca.io.annotations.annotation import SkipCounter
     from sca.io.atomic import create_writable_folder
     from sca.output.html_page import check_page_path
@@ -109,7 +119,7 @@ def view(
     check_page_path(out, files)
     skip, roots, names, rejections = (
         SkipCounter(),
-        _list_image_roots(images, files),
+        _list_image_roots(image_root, files),
         tuple(map(str, files)),
         RejectionReporter(),
     )
@@ -120,7 +130,7 @@ def view(
     for problem in problems[:10]:
         print_stderr(problem)
     if problems:
-        print_stderr(f"{format_count(len(problems), 'image')} not shown; --images names the folder that they are in")
+        print_stderr(f"{format_count(len(problems), 'image')} not shown; name their folder with --image-root")
     if summary := skip.summarize():
         print_stderr(summary)
     print_stderr(f"wrote {out}, {format_count(num_regions, 'region')}")
@@ -167,9 +177,9 @@ def _read_captioned_images(
         print_stderr(f"no image name of {format_path(path)} begins with --image-prefix {image_prefix}")
 
 
-def _list_image_roots(images: Path | None, captions: Iterable[Path]) -> list[Path]:
+def _list_image_roots(image_root: Path | None, captions: Iterable[Path]) -> list[Path]:
     """The folders that images may be named in."""
     caption_folders = [
         path if path.is_dir() else path.parent for path in captions if not DESCRIPTOR_PATH_PATTERN.fullmatch(str(path))
     ]
-    return [images] if images else list(dict.fromkeys([Path(), *caption_folders]))
+    return [image_root] if image_root else list(dict.fromkeys([Path(), *caption_folders]))

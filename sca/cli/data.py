@@ -1,4 +1,4 @@
-"""`sca data`: datasets as files."""
+"""`sca data`: inspect and export datasets."""
 
 from __future__ import annotations
 
@@ -9,40 +9,50 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Datasets as files.", no_args_is_help=True, rich_markup_mode=None)
+from sca.cli.options import PanelCommand
+
+DatasetName = Annotated[str, typer.Argument(help="Dataset name; see `sca list datasets`.")]
+SplitName = Annotated[str, typer.Option(help="Dataset split, such as train, val or test.", rich_help_panel="Data")]
+DatasetOptions = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="Dataset options, such as root=FOLDER.")
+]
+
+app = typer.Typer(help="Inspect and export datasets.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
 def _show_data_help() -> None:
-    """Datasets as files."""
+    """Inspect and export datasets."""
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def export(
-    dataset: Annotated[str, typer.Argument(help="a dataset by name: scenes")],
-    folder: Annotated[Path, typer.Argument(help="a new or empty folder")],
-    format: Annotated[str, typer.Option(help="coco, vg, refcoco or another layout; a wrong one tells all")] = "coco",
-    split: Annotated[list[str] | None, typer.Option(help="train, val or test; may be repeated (default: val)")] = None,
-    limit: Annotated[int | None, typer.Option(help="at most so many images of each split", min=1)] = None,
-    options: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="options of the dataset")
+    dataset: DatasetName,
+    out: Annotated[Path, typer.Argument(help="New or empty output folder.")],
+    options: DatasetOptions = None,
+    format: Annotated[
+        str, typer.Option(help="Dataset layout, such as coco, vg or refcoco.", rich_help_panel="Output")
+    ] = "coco",
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="Split to export: train, val or test. Repeatable. Defaults to val.", rich_help_panel="Data"),
     ] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum images per split.", min=1, rich_help_panel="Data")] = None,
 ) -> None:
-    """Writes a dataset in the layout that a public one is published in."""
+    """Export a dataset in a public dataset's layout."""
     from sca_registry import datasets
 
     from sca.cli.options import check_option_choice, parse_part_options, print_line
-    from sca.data.export import EXPORT_WRITERS
-    from sca.data.export import export_dataset as write
+    from sca.data.export import EXPORT_WRITERS, export_dataset
     from sca.io.atomic import check_folder_replaceable
 
     check_option_choice("format", format, tuple(EXPORT_WRITERS))
-    check_folder_replaceable(folder)
+    check_folder_replaceable(out)
     dataset_options = parse_part_options("datasets", dataset, options or ())
     datasets_by_split = {name: datasets.build(dataset, name, **dataset_options) for name in split or ["val"]}
     with _exit_if_empty():
         _report_splits(dataset, datasets_by_split)
-        print_line(f"wrote {write(datasets_by_split, folder, format, max_images=limit)}")
+        print_line(f"wrote {export_dataset(datasets_by_split, out, format, max_images=limit)}")
 
 
 def _report_splits(dataset: str, datasets_by_split: Mapping[str, Any]) -> None:
@@ -70,32 +80,29 @@ def _exit_if_empty() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-DatasetName = Annotated[str, typer.Argument(help="a dataset by name, such as coco; `sca list datasets` has all")]
-SplitName = Annotated[str, typer.Option(help="train, val, test, ...")]
-DatasetOptions = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]...", help="options of the dataset, such as root=FOLDER")
-]
-
-
-@app.command()
+@app.command(cls=PanelCommand)
 def stats(
     dataset: DatasetName,
     options: DatasetOptions = None,
     split: SplitName = "val",
-    pictures: Annotated[
-        bool, typer.Option("--pictures", help="open every picture, so that damaged ones count")
+    check_images: Annotated[
+        bool,
+        typer.Option("--check-images", help="Open every image and count unreadable ones.", rich_help_panel="Data"),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output")
+    ] = False,
 ) -> None:
-    """Counts images, regions, phrases and words, and tells what was left out and why."""
+    """Count the images, regions, phrases and words of a dataset."""
     from sca_registry import datasets
 
     from sca.cli.options import parse_part_options, print_json, print_table
-    from sca.data.stats import compute_dataset_stats as counted
+    from sca.data.stats import compute_dataset_stats
     from sca.io.terminal import Table
 
     dataset_options = parse_part_options("datasets", dataset, options or ())
-    statistics = {"dataset": dataset, **counted(datasets.build(dataset, split, **dataset_options), pictures)}
+    built_dataset = datasets.build(dataset, split, **dataset_options)
+    statistics = {"dataset": dataset, **compute_dataset_stats(built_dataset, check_images)}
     if as_json:
         print_json(statistics)
         return
@@ -115,17 +122,20 @@ def _format_statistic(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def view(
     dataset: DatasetName,
     options: DatasetOptions = None,
     split: SplitName = "val",
-    out: Annotated[Path, typer.Option(help="the page to write")] = Path("data.html"),
-    limit: Annotated[int, typer.Option(help="so many images, drawn at random", min=1)] = 12,
-    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
-    augment: Annotated[str, typer.Option(help="also show what this makes of them: '{flip=0.5, crop=0.7}'")] = "",
+    limit: Annotated[int, typer.Option(help="Number of randomly sampled images.", min=1, rich_help_panel="Data")] = 12,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling and augmentation.", rich_help_panel="Data")] = 0,
+    augment: Annotated[
+        str,
+        typer.Option(help="Augmentation to show next to each image: '{flip=0.5, crop=0.7}'.", rich_help_panel="Data"),
+    ] = "",
+    out: Annotated[Path, typer.Option(help="HTML page to write.", rich_help_panel="Output")] = Path("data.html"),
 ) -> None:
-    """Writes a page of samples with their boxes, masks and words, before and after augmentation."""
+    """Write an HTML page of dataset samples, before and after augmentation."""
     import random
 
     from sca_registry import datasets

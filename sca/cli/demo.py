@@ -1,4 +1,4 @@
-"""`sca demo`: masks and captions in a browser."""
+"""`sca demo`: the web demo."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import AllowExternal, AllowHost, Device, Dtype, TrustRemoteCode, print_stderr
+from sca.cli.options import AllowExternal, AllowHost, Device, Dtype, Host, MaxPixels, TrustRemoteCode, print_stderr
 from sca.devices import resolve_device
 
 MIB = 2**20
@@ -16,29 +16,44 @@ MIB = 2**20
 def demo(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="a zoo name, a checkpoint or a captioner to choose from; the first is shown"),
+        typer.Option(
+            help="Model to offer: a model name, checkpoint folder or captioner. Repeatable; the first is selected.",
+            rich_help_panel="Model",
+        ),
     ] = None,
-    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 for all of this machine")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen at; 0 for any that is free", min=0, max=65535)] = 7860,
+    any_model: Annotated[
+        bool,
+        typer.Option("--any-model", help="Let visitors load any model name or folder.", rich_help_panel="Model"),
+    ] = False,
     device: Device = "cpu",
     dtype: Dtype = None,
+    host: Host = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(help="Port to bind; 0 selects a free port.", min=0, max=65535, rich_help_panel="Network"),
+    ] = 7860,
+    allow_host: AllowHost = None,
+    root_path: Annotated[
+        str,
+        typer.Option(help="URL path of the demo behind a proxy, such as /captions.", rich_help_panel="Network"),
+    ] = "",
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with API keys, one per line. Visitors must enter one of them.", rich_help_panel="Security"
+        ),
+    ] = None,
+    max_body_mb: Annotated[int, typer.Option(help="Maximum upload size in MiB.", min=1, rich_help_panel="Limits")] = 64,
+    max_pixels: MaxPixels = 50_000_000,
+    open_browser: Annotated[
+        bool, typer.Option("--open-browser", help="Open the demo in a web browser.", rich_help_panel="Output")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
-    any_model: Annotated[
-        bool, typer.Option("--any-model", help="Allow any model name or folder to be entered in the page.")
-    ] = False,
-    max_body_mb: Annotated[int, typer.Option(help="MiB per upload.", min=1)] = 64,
-    max_pixels: Annotated[int, typer.Option(help="Pixels per image.", min=1)] = 50_000_000,
-    allow_host: AllowHost = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File of API keys, one per line; the page then asks for one.")
-    ] = None,
-    root_path: Annotated[str, typer.Option(help="Path below which a proxy shows the demo, such as /captions.")] = "",
-    browser: Annotated[bool, typer.Option("--browser", help="open the page in a browser")] = False,
 ) -> None:
-    """A page to point at regions of pictures, or to find them all. Needs the extra `demo`; works offline.
+    """Start the web demo. Requires the extra `demo`.
 
-    Where only this machine reaches it, the models of the zoo can be chosen, too; elsewhere only those named.
+    The page works offline. On a loopback address it also offers the published models; elsewhere only those of --model.
     """
     import importlib.util
     import os
@@ -78,7 +93,7 @@ def demo(
         host,
         port,
         any_model,
-        browser,
+        open_browser,
         report_ready,
         max_body_bytes=max_body_mb * MIB,
         max_pixels=max_pixels,

@@ -1,4 +1,4 @@
-"""`sca evaluate` and `sca score`: how good a model is on a dataset, and what predictions are worth."""
+"""`sca evaluate` and `sca score`: score a model on a dataset, and a predictions file."""
 
 from __future__ import annotations
 
@@ -27,40 +27,61 @@ if TYPE_CHECKING:
     from sca.evaluation.evaluate import EvaluationReport
 
 OPTIONS_HELP = (
-    "options of the dataset (root=FOLDER, count=100), generation.beams=3, proposer.points=16, references=first, "
-    "tokenizer=plain, and options of metrics such as semantic.model=FOLDER"
+    "Dataset options (root=FOLDER), generation.num_beams=3, proposer.points_per_side=16, and metric options "
+    "(references=first, tokenizer=plain, semantic.model=FOLDER)."
 )
+METRIC_OPTIONS_HELP = "Metric options, such as references=first, tokenizer=plain or semantic.model=FOLDER."
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="a zoo name, a checkpoint folder, a captioner, or encoder+captioner")],
-    dataset: Annotated[str, typer.Argument(help="scenes, coco, visual-genome, ... or a protocol")],
+    model: Annotated[str, typer.Argument(help="Model name, checkpoint folder, captioner, or ENCODER+CAPTIONER.")],
+    dataset: Annotated[str, typer.Argument(help="Dataset (scenes, coco, visual-genome, ...) or evaluation protocol.")],
     options: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help=OPTIONS_HELP)] = None,
-    split: Annotated[str | None, typer.Option(help="train, val, test, testA, ... (default: val)")] = None,
-    prompt: Annotated[str | None, typer.Option(help="box, center, random-point, mask-point or mask")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Dataset split, such as train, val, test or testA. Defaults to val.", rich_help_panel="Data"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of images.", min=1, rich_help_panel="Data")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Prompt type: box, center, random-point, mask-point or mask.", rich_help_panel="Prompts"),
+    ] = None,
     control: Annotated[
         list[str] | None,
-        typer.Option(help="ask once more, misleadingly: wrong-region, color-swap or shuffled-mask; may be repeated"),
+        typer.Option(
+            help="Additional adversarial control: wrong-region, color-swap or shuffled-mask. Repeatable.",
+            rich_help_panel="Prompts",
+        ),
     ] = None,
-    proposer: Annotated[str | None, typer.Option(help="dense captioning: what finds the regions (grid, ...)")] = None,
+    proposer: Annotated[
+        str | None,
+        typer.Option(help="Region proposer for dense captioning, such as grid.", rich_help_panel="Prompts"),
+    ] = None,
     metrics: Metrics = None,
-    batch: Annotated[int, typer.Option(help="images at a time", min=1)] = 8,
-    seed: Annotated[int, typer.Option(help="of points that are drawn")] = 0,
-    limit: Annotated[int | None, typer.Option(help="at most so many images", min=1)] = None,
     out: Annotated[
-        Path | None, typer.Option(help="folder for predictions.jsonl, written as answers come, and scores.json")
+        Path | None,
+        typer.Option(
+            help="Output folder for predictions.jsonl and scores.json. The same command resumes an interrupted run.",
+            rich_help_panel="Output",
+        ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a different run in --out.", rich_help_panel="Output")
+    ] = False,
     as_json: AsJson = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print no progress bar and no notes.", rich_help_panel="Output")
+    ] = False,
     device: Device = "cpu",
+    batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1, rich_help_panel="Runtime")] = 8,
+    seed: Annotated[int, typer.Option(help="Random seed for sampled point prompts.", rich_help_panel="Runtime")] = 0,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="with --out: replace another run there")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar and no remarks")] = False,
 ) -> None:
-    """Asks a model for the regions of a dataset and scores the answers. A killed run goes on with the same --out.
+    """Evaluate a model on a dataset or with a published protocol.
 
-    Under `accelerate launch` or torchrun every process asks for its share. A protocol is a published way to do it, and
-    prints the published scores beside ours.
+    Under `accelerate launch` or torchrun every process captions its share. A protocol is a published procedure; its
+    published scores are printed next to the measured ones.
     """
     from sca.evaluation import protocol as protocols
     from sca.evaluation.predictions import CONTROLS, PROMPT_TYPES
@@ -76,7 +97,7 @@ def evaluate(
     resolve_device(device)
     if out:
         create_writable_folder(out)
-    run_options = {"batch": batch, "limit": limit, "device": device, "overwrite": overwrite}
+    run_options = {"batch_size": batch_size, "limit": limit, "device": device, "overwrite": overwrite}
     run_options |= {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     if _is_protocol(dataset):
         protocol = protocols.read_protocol(dataset)
@@ -132,23 +153,26 @@ def evaluate(
 def score(
     predictions: Annotated[
         Path,
-        typer.Argument(parser=parse_input_path, help="predictions.jsonl, or the folder of it; - is standard input"),
+        typer.Argument(
+            parser=parse_input_path,
+            help="Predictions file (predictions.jsonl), or its folder. Use - for standard input.",
+        ),
     ],
-    options: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="references=first, tokenizer=plain, semantic.model=FOLDER, ..."),
-    ] = None,
-    metrics: Metrics = None,
+    options: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help=METRIC_OPTIONS_HELP)] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="refuse predictions whose regions are not those of this dataset (dataset.root=...)"),
+        typer.Option(
+            help="Dataset whose regions the predictions must match. Set its options as dataset.key=value.",
+            rich_help_panel="Data",
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="of that dataset")] = "val",
+    split: Annotated[str, typer.Option(help="Dataset split.", rich_help_panel="Data")] = "val",
+    metrics: Metrics = None,
     as_json: AsJson = False,
 ) -> None:
-    """Scores a predictions file without the model: one of `sca evaluate`, or one made by hand.
+    """Score a predictions file without running a model.
 
-    By hand, a line is {"image_id": 1, "region_id": 2, "caption": "a red car", "references": ["the red car"]}.
+    A hand-written line is {"image_id": 1, "region_id": 2, "caption": "a red car", "references": ["the red car"]}.
     """
     from sca.evaluation.evaluate import score_file
 
@@ -229,7 +253,7 @@ def _evaluate_protocol(
             print_stderr(f"left out {', '.join(missing)} of {protocol.name}; name one with --metrics for the reason")
     reports = []
     for protocol_run in protocol.runs:
-        prompting = replace(protocol_run.questions, controls=tuple(controls), seed=seed)
+        prompting = replace(protocol_run.prompting, controls=tuple(controls), seed=seed)
         prompting = replace(prompting, generation={**protocol_run.generation, **parsed_options["generation"]})
         proposer_name = proposer or protocol_run.proposer if protocol_run.proposer else None
         proposer_table = {"name": proposer_name, **parsed_options["proposer"]} if proposer_name else None
@@ -268,7 +292,7 @@ def _evaluate_with_progress(
     from rich.progress import Progress
 
     from sca.evaluation.evaluate import SCORES_NAME
-    from sca.evaluation.evaluate import evaluate as run
+    from sca.evaluation.evaluate import evaluate as evaluate_model
     from sca.io.atomic import create_writable_folder, write_file
 
     if out:
@@ -276,7 +300,7 @@ def _evaluate_with_progress(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         progress_task = progress.add_task("images", total=None)
-        report = run(
+        report = evaluate_model(
             model,
             dataset,
             split,

@@ -1,4 +1,4 @@
-"""`sca list` and `sca show`: what can be named."""
+"""`sca list` and `sca show`: list and inspect components, models and recipes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,31 @@ COMPONENT_STATES = ("ok", "unchecked", "broken", "needs extra")
 
 
 def list_names(
-    kind: Annotated[str, typer.Argument(help="encoders, mixers, ..., models or recipes (default: all)")] = "",
-    state: Annotated[str, typer.Option(help="only those in it: ok, unchecked, broken, needs extra")] = "",
-    extra: Annotated[str, typer.Option(help="only those that need this extra")] = "",
-    long: Annotated[bool, typer.Option("--long", help="Also license, distribution and version.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list of all that is known.")] = False,
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="Kind to list: encoders, mixers, ..., models or recipes. Defaults to all kinds.", show_default=False
+        ),
+    ] = "",
+    state: Annotated[
+        str,
+        typer.Option(
+            help="Show only components in this state: ok, unchecked, broken or needs extra.", rich_help_panel="Filters"
+        ),
+    ] = "",
+    extra: Annotated[
+        str,
+        typer.Option(help="Show only components that need this optional dependency.", rich_help_panel="Filters"),
+    ] = "",
+    long: Annotated[
+        bool,
+        typer.Option("--long", help="Also show the license, distribution and version.", rich_help_panel="Output"),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print all known fields as a JSON list.", rich_help_panel="Output")
+    ] = False,
 ) -> None:
-    """List the available components, models and recipes, and their state."""
+    """List the available components, models and recipes."""
     from sca_registry import zoo
 
     kinds = [_resolve_kind(kind)] if kind else [*REGISTRIES, "models", "recipes"]
@@ -73,10 +91,14 @@ def _format_count(count: int | None) -> str:
 
 
 def show(
-    kind: Annotated[str, typer.Argument(help="singular or plural: mixer, encoders, model, recipe, ...")],
-    name: Annotated[str, typer.Argument(help="Its name; for a model also a checkpoint folder or a run folder.")],
+    kind: Annotated[
+        str, typer.Argument(help="Kind of component, singular or plural, such as mixer, encoders, model or recipe.")
+    ],
+    name: Annotated[
+        str, typer.Argument(help="Name of the component. For models, also a checkpoint folder or run folder.")
+    ],
 ) -> None:
-    """Everything that is known of one name: its facts and its options with their defaults."""
+    """Show the details and options of a component, model or recipe."""
     from sca_registry import zoo
 
     kind = _resolve_kind(kind)

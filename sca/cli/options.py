@@ -1,4 +1,4 @@
-"""What commands share: choices that are checked, and words for the terminal."""
+"""Options that several commands share, their checks, and printing to the terminal."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from sca.devices import DEVICE_EXAMPLES, DTYPES
+from sca.devices import DTYPES
 from sca.io.json import DESCRIPTOR_PATH_PATTERN
 from sca.io.terminal import DOCUMENT_WHITESPACE
 from sca.io.text import UNSAFE_PATTERN, escape_terminal
@@ -23,37 +24,69 @@ if TYPE_CHECKING:
 
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Allow a checkpoint to run code; only for authors that you trust."),
+    typer.Option(
+        "--trust-remote-code",
+        help="Allow checkpoints to run their own code. Use only with authors you trust.",
+        rich_help_panel="Security",
+    ),
 ]
 AllowExternal = Annotated[
     bool,
     typer.Option(
         "--allow-external",
-        help="Allow a checkpoint to refer to files outside its folder, other repositories and URLs; not to run code.",
+        help="Allow checkpoints to reference files outside their folder, other repositories and URLs, but not to run "
+        "code.",
+        rich_help_panel="Security",
     ),
 ]
 ImagePrefix = Annotated[
     str,
     typer.Option(
         "--image-prefix",
-        help="Prefix of Label Studio's image URLs, such as '/data/local-files/?d='.",
+        help="URL prefix of images in Label Studio, such as '/data/local-files/?d='.",
+        rich_help_panel="Output",
     ),
 ]
-Device = Annotated[str, typer.Option(help=DEVICE_EXAMPLES)]
-Seed = Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)]
+Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1 or mps.", rich_help_panel="Model")]
+Seed = Annotated[int, typer.Option(help="Random seed.", min=0, max=2**32 - 1, rich_help_panel="Runtime")]
 ModelName = Annotated[
-    str, typer.Option(help="a zoo name, a checkpoint, or a captioner: '[ENCODER+]NAME [key=value]...'")
+    str,
+    typer.Option(
+        help="Model name, checkpoint folder, or captioner: '[ENCODER+]NAME [key=value]...'.", rich_help_panel="Model"
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output")]
 Metrics = Annotated[
-    str | None, typer.Option(help="names with commas between them (default: all that find what they need)")
+    str | None,
+    typer.Option(
+        help="Metrics, comma-separated. Defaults to every metric whose inputs are available.", rich_help_panel="Metrics"
+    ),
 ]
 AllowHost = Annotated[
     list[str] | None,
-    typer.Option(help="Name accepted in the Host header, besides this machine's own and IP addresses; * for all."),
+    typer.Option(help="Additional Host header to accept; * accepts any. Repeatable.", rich_help_panel="Network"),
 ]
+Host = Annotated[str, typer.Option(help="Address to bind. Use 0.0.0.0 for all interfaces.", rich_help_panel="Network")]
+MaxPixels = Annotated[int, typer.Option(help="Maximum pixels per image.", min=1, rich_help_panel="Limits")]
 STDIN_PATH = "/dev/stdin"
-OUTPUT_FORMATS_HELP = "jsonl,coco,parquet,geojson,label-studio,labelme,png,html"
+OUTPUT_FORMATS_HELP = (
+    "Output formats{for_out}, comma-separated: jsonl, coco, parquet, geojson, label-studio, labelme, png, html."
+)
+
+
+class PanelCommand(TyperCommand):
+    """A command whose help lists the options of each panel in a section of its own, in plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                default_title = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                title = getattr(parameter, "rich_help_panel", None) or default_title
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 def parse_input_path(text: str) -> Path:
@@ -87,7 +120,14 @@ def check_dtype(dtype: str | None) -> str | None:
     return dtype
 
 
-Dtype = Annotated[str | None, typer.Option(help=f"{' or '.join(DTYPES)} (default: the model's)", callback=check_dtype)]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Data type of the weights: float32, bfloat16 or float16. Defaults to the checkpoint's.",
+        callback=check_dtype,
+        rich_help_panel="Model",
+    ),
+]
 
 
 def parse_part_options(kind: str, name: str, assignments: Sequence[str]) -> dict[str, Any]:

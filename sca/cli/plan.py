@@ -1,4 +1,4 @@
-"""`sca plan`: what a combination costs, before anything is fetched."""
+"""`sca plan`: estimate the cost of a model without downloading weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sca.cli.options import AllowExternal, TrustRemoteCode, check_dtype, print_json, print_line, print_table
-from sca.devices import DTYPES
 
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
@@ -21,33 +20,55 @@ if TYPE_CHECKING:
 def plan(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="encoder+mixer+language-model, a checkpoint folder or a model by name"),
+        typer.Argument(
+            metavar="MODEL", help="Model: ENCODER+MIXER+LANGUAGE-MODEL, a checkpoint folder or a model name."
+        ),
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="such as lora=16")] = None,
-    gpu: Annotated[str | None, typer.Option(help="h200, a100-80, rtx4090, ..., or GiB: what fits it")] = None,
-    images: Annotated[int, typer.Option(help="in a batch", min=1)] = 1,
-    regions: Annotated[int, typer.Option(help="of an image", min=1)] = 32,
-    words: Annotated[int, typer.Option(help="of a caption, in tokens", min=1)] = 20,
-    train: Annotated[bool, typer.Option("--train", help="a step of training instead of captioning")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Model overrides, such as lora=16.")
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU to check against: h200, a100-80, rtx4090, ..., or memory in GiB.", rich_help_panel="Workload"
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1, rich_help_panel="Workload")] = 1,
+    regions_per_image: Annotated[int, typer.Option(help="Regions per image.", min=1, rich_help_panel="Workload")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens per caption.", min=1, rich_help_panel="Workload")] = 20,
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Plan a training step instead of captioning.", rich_help_panel="Workload"),
+    ] = False,
     dtype: Annotated[
         str,
         typer.Option(
-            help=f"of the weights; in training, of what autocast computes in: {', '.join(DTYPES)}", callback=check_dtype
+            help="Data type of the weights, or of autocast with --train: float32, bfloat16 or float16.",
+            callback=check_dtype,
+            rich_help_panel="Workload",
         ),
     ] = "float32",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object instead of a table.", rich_help_panel="Output")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Parameters, sizes of weights, operations and memory of a model, and what fits a GPU.
+    """Estimate the parameters, FLOPs and memory of a model without downloading weights.
 
-    Nothing is fetched or computed: the model is built without weights and run on tensors without content.
+    The model is built without weights and run on meta tensors.
     """
     from sca.plan_cache import resolve_gpu_memory
 
     if gpu is not None:
         resolve_gpu_memory(gpu)  # raises for an unknown one
-    workload = {"images": images, "regions": regions, "words": words, "train": train, "gpu": gpu}
+    workload = {
+        "images": batch_size,
+        "regions": regions_per_image,
+        "words": max_new_tokens,
+        "train": train,
+        "gpu": gpu,
+    }
     with _without_garbage_collection():
         model_plan = _load_or_compute_plan(model, overrides or (), trust_remote_code, allow_external, workload, dtype)
     if as_json:
@@ -85,9 +106,9 @@ def _load_or_compute_plan(
     if model_plan is None:
         import torch
 
-        from sca.plan import plan_model as compute_plan
+        from sca.plan import plan_model
 
-        model_plan = compute_plan(spec, **workload, dtype=getattr(torch, dtype))
+        model_plan = plan_model(spec, **workload, dtype=getattr(torch, dtype))
         if key:
             write_plan(key, model_plan)
     return model_plan
@@ -124,8 +145,8 @@ def _print_plan(model_plan: Plan) -> None:
     from sca.plan_cache import MAX_PLANNED_REGIONS
 
     workload = "a step of training" if model_plan.train else "captioning"
-    summary = f"{workload} of {model_plan.images} x {model_plan.regions} regions, {model_plan.words} tokens, {model_plan.dtype}"
-    print_line(f"{model_plan.model}: {summary}")
+    counts = f"{model_plan.images} x {model_plan.regions} regions, {model_plan.words} tokens"
+    print_line(f"{model_plan.model}: {workload} of {counts}, {model_plan.dtype}")
     table = Table(("stage", "GFLOP", "most memory"), right_aligned=("GFLOP", "most memory"), has_frame=False)
     for stage, flops in model_plan.flops.items():
         table.add_row(stage, f"{flops / 1e9:,.1f}", _format_bytes(model_plan.memory[stage]))
@@ -134,9 +155,8 @@ def _print_plan(model_plan: Plan) -> None:
     for part, count in model_plan.parameters.items():
         print_line(f"{part:<16}{count:>15,}")
     print_line(f"{'parameters':<16}{sum(model_plan.parameters.values()):>15,}  {model_plan.trainable:,} train")
-    print_line(
-        f"{'in float32':<16}{_format_bytes(model_plan.weights):>15}  a checkpoint of it {_format_bytes(model_plan.checkpoint)}"
-    )
+    checkpoint_size = _format_bytes(model_plan.checkpoint)
+    print_line(f"{'in float32':<16}{_format_bytes(model_plan.weights):>15}  a checkpoint of it {checkpoint_size}")
     if model_plan.room is not None:
         max_regions = model_plan.most_regions
         fits = "fits" if model_plan.fits else "does not fit"

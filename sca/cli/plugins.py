@@ -1,4 +1,4 @@
-"""`sca check`, `sca doctor` and `sca plugin`: other people's parts, and one's own."""
+"""`sca check`, `sca doctor` and `sca plugin`: check and create components."""
 
 from __future__ import annotations
 
@@ -10,51 +10,54 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sca.cli.options import parse_part_options, print_line, print_stderr
+from sca.cli.options import PanelCommand, parse_part_options, print_line, print_stderr
 from sca.io.errors import InputError
 
 if TYPE_CHECKING:
     from sca_registry.registry import RegistryEntry
 
-app = typer.Typer(help="Plugin packages.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Create plugin packages.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
 def _show_plugin_help() -> None:
-    """Plugin packages."""
+    """Create plugin packages."""
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def new(
-    kind: Annotated[str, typer.Argument(help="encoder, mixer, dataset, ...")],
-    name: Annotated[str, typer.Argument(help="of the part, as it will be asked for")],
-    folder: Annotated[Path | None, typer.Option(help="a new or empty folder (default: sca-NAME)")] = None,
+    kind: Annotated[str, typer.Argument(help="Kind of component, such as encoder, mixer or dataset.")],
+    name: Annotated[str, typer.Argument(help="Name of the new component.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New or empty folder for the package. Defaults to sca-NAME.", rich_help_panel="Output"),
+    ] = None,
 ) -> None:
-    """Writes a package with one part, which installs and passes its tests as it is."""
+    """Create a plugin package with one component."""
     from sca.testing.scaffold import write_plugin_package
 
-    package_folder = write_plugin_package(kind, name, folder)
+    package_folder = write_plugin_package(kind, name, out)
     print_line(f"wrote {package_folder}; next: cd {package_folder} && pip install -e . && sca check {kind} {name}")
 
 
 def check(
-    kind: Annotated[str, typer.Argument(help="singular or plural: mixer, encoders, ...")],
-    name: Annotated[str, typer.Argument()],
+    kind: Annotated[str, typer.Argument(help="Kind of component, singular or plural, such as mixer or encoders.")],
+    name: Annotated[str, typer.Argument(help="Name of the component.")],
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="Options, in addition to those that make it tiny."),
+        typer.Argument(metavar="[key=value]...", help="Component options, in addition to those that make it tiny."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="only what failed")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only failed checks.", rich_help_panel="Output")] = False,
 ) -> None:
-    """Tries a part against every promise of its kind, on small tensors; what fails says what was expected.
+    """Run the conformance checks of a component.
 
-    Exit status 1 if a promise is broken.
+    Exit status 1 if a check fails.
     """
-    from sca.testing.conformance import check_part as try_out
+    from sca.testing.conformance import check_part
     from sca.testing.tiny import tiny_options
 
     part_options = {**tiny_options(kind, name), **parse_part_options(kind, name, options or ())}
-    findings = try_out(kind, name, **part_options)
+    findings = check_part(kind, name, **part_options)
     num_failed = sum(not finding.passed for finding in findings)
     for finding in findings:
         if not (quiet and finding.passed):
@@ -64,12 +67,25 @@ def check(
 
 
 def doctor(
-    distribution: Annotated[str, typer.Argument(help="only this package")] = "",
-    timeout: Annotated[float, typer.Option(help="seconds that a part of a plugin has to be tried in", min=0.1)] = 60.0,
-    fix: Annotated[bool, typer.Option("--fix", help="Repair a torchvision built for CUDA beside a CPU torch.")] = False,
-    unfix: Annotated[bool, typer.Option("--unfix", help="Remove what --fix wrote.")] = False,
+    distribution: Annotated[
+        str, typer.Argument(help="Check only this package. Defaults to all packages.", show_default=False)
+    ] = "",
+    timeout: Annotated[
+        float, typer.Option(help="Seconds allowed per plugin component.", min=0.1, rich_help_panel="Runtime")
+    ] = 60.0,
+    fix: Annotated[
+        bool,
+        typer.Option(
+            "--fix",
+            help="Repair a CUDA build of torchvision installed with a CPU build of torch.",
+            rich_help_panel="Repair",
+        ),
+    ] = False,
+    undo_fix: Annotated[
+        bool, typer.Option("--undo-fix", help="Undo the repair of --fix.", rich_help_panel="Repair")
+    ] = False,
 ) -> None:
-    """What is installed, whether it works, and the line that repairs what does not.
+    """Check the installation and suggest repairs.
 
     A torchvision that cannot be imported is reported before anything is tried that would fail because of it. Built-in
     components are imported. Every component of a plugin is tried in a process of its own, as `sca check` does. Exit
@@ -79,9 +95,9 @@ def doctor(
 
     from sca import repair
 
-    if fix and unfix:
-        raise ValueError("--fix and --unfix undo each other; give one")
-    if fix or unfix:
+    if fix and undo_fix:
+        raise ValueError("--fix and --undo-fix exclude each other; pass one of them")
+    if fix or undo_fix:
         try:
             print_line(repair.fix_torchvision() if fix else repair.remove_torchvision_fix())
         except InputError as error:
@@ -141,14 +157,14 @@ def _print_section(title: str, lines: Collection[str]) -> None:
 
 def _suggest_repair(distribution: str) -> str:
     """The line that mends a package, or where it lies if it is at work here."""
-    from importlib.metadata import distribution as find
+    from importlib import metadata
 
     from sca_registry.plugins import BUILTIN_DISTRIBUTION
 
     if distribution == BUILTIN_DISTRIBUTION:
         return "pip install --force-reinstall -c constraints.txt PACKAGE, for each package that the errors above name"
     try:
-        source_url = json.loads(find(distribution).read_text("direct_url.json") or "{}").get("url", "")
+        source_url = json.loads(metadata.distribution(distribution).read_text("direct_url.json") or "{}").get("url", "")
     except (ModuleNotFoundError, ValueError):
         source_url = ""
     if source_url.startswith("file:"):

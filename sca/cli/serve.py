@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import AllowExternal, AllowHost, Device, Dtype, ModelName, Seed, TrustRemoteCode, print_stderr
+from sca.cli.options import (
+    AllowExternal,
+    AllowHost,
+    Device,
+    Dtype,
+    Host,
+    MaxPixels,
+    ModelName,
+    Seed,
+    TrustRemoteCode,
+    print_stderr,
+)
 from sca.devices import resolve_device
 
 MIB = 2**20
@@ -15,39 +26,75 @@ MIB = 2**20
 
 def serve(
     model: ModelName = "sca-tiny",
-    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 for all of this machine")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen at", min=0, max=65535)] = 8000,
     device: Device = "cpu",
     dtype: Dtype = None,
-    body: Annotated[int, typer.Option(help="MiB of a request, at most", min=1)] = 32,
-    pixels: Annotated[int, typer.Option(help="pixels of an image, at most", min=1)] = 50_000_000,
-    prompts: Annotated[int, typer.Option(help="prompts of a request, at most", min=1)] = 4096,
-    seconds: Annotated[
-        float, typer.Option(help="until a request is there, and again until its answer is", min=0.1)
-    ] = 60,
-    waiting: Annotated[int, typer.Option(help="regions that may wait, of all requests", min=1)] = 10_000,
-    clients: Annotated[int, typer.Option(help="connections at a time, at most", min=1)] = 512,
-    cache: Annotated[int, typer.Option(help="MiB of image features to keep", min=0)] = 512,
-    origin: Annotated[
-        list[str] | None, typer.Option(help="whose pages may ask from a browser: https://example.org, or * for all")
+    seed: Seed = 0,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to bind.", min=0, max=65535, rich_help_panel="Network")] = 8000,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Web origin allowed to call the server (CORS), such as https://example.org; * allows any. Repeatable.",
+            rich_help_panel="Network",
+        ),
     ] = None,
+    allow_host: AllowHost = None,
+    root_path: Annotated[
+        str,
+        typer.Option(help="URL path of the server behind a proxy, such as /captions.", rich_help_panel="Network"),
+    ] = "",
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with API keys, one per line. Requests must send Authorization: Bearer KEY.",
+            rich_help_panel="Security",
+        ),
+    ] = None,
+    max_body_mb: Annotated[
+        int, typer.Option(help="Maximum request size in MiB.", min=1, rich_help_panel="Limits")
+    ] = 32,
+    max_pixels: MaxPixels = 50_000_000,
+    max_prompts: Annotated[
+        int, typer.Option(help="Maximum prompts per request.", min=1, rich_help_panel="Limits")
+    ] = 4096,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds to receive a request, and again to complete its response.",
+            min=0.1,
+            rich_help_panel="Limits",
+        ),
+    ] = 60,
+    max_queue: Annotated[
+        int, typer.Option(help="Maximum queued regions across all requests.", min=1, rich_help_panel="Limits")
+    ] = 10_000,
+    max_connections: Annotated[
+        int, typer.Option(help="Maximum concurrent connections.", min=1, rich_help_panel="Limits")
+    ] = 512,
+    feature_cache_mb: Annotated[
+        int,
+        typer.Option(help="Size of the image feature cache in MiB; 0 disables it.", min=0, rich_help_panel="Limits"),
+    ] = 512,
+    launcher: Annotated[
+        str,
+        typer.Option(help="Launcher that runs the server: local, or 'ray address=auto'.", rich_help_panel="Runtime"),
+    ] = "local",
+    num_replicas: Annotated[
+        int,
+        typer.Option(
+            help="Number of model replicas; more than 1 requires the ray launcher.",
+            min=1,
+            rich_help_panel="Runtime",
+        ),
+    ] = 1,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Do not log requests.", rich_help_panel="Output")] = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
-    allow_host: AllowHost = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File of API keys, one per line; requests then need Authorization: Bearer KEY.")
-    ] = None,
-    root_path: Annotated[str, typer.Option(help="Path below which a proxy shows the server, such as /captions.")] = "",
-    seed: Seed = 0,
-    launcher: Annotated[
-        str, typer.Option(help="where it runs: local, 'ray address=auto', ...; one that can serve")
-    ] = "local",
-    replicas: Annotated[int, typer.Option(help="copies of the model, with a launcher that spreads them", min=1)] = 1,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no line for each request")] = False,
 ) -> None:
-    """Answers over HTTP: POST /v1/captions, POST /v1/chat/completions, /health, /metrics; the page at /docs tells all.
+    """Serve captions over HTTP. Requires the extra `serve`.
 
-    Requests of many clients are answered together. Needs the extra `serve`.
+    Endpoints: POST /v1/captions, POST /v1/chat/completions, /health, /metrics; /docs describes them. Concurrent
+    requests are batched.
     """
     import sca_registry
     from sca_registry import RegistryError
@@ -63,22 +110,24 @@ def serve(
     part = Part.parse(launcher, "--launcher", "launchers")
     built_launcher = sca_registry.launchers.build(part.name, **part.options)
     if not isinstance(built_launcher, Local | Ray):
-        raise RegistryError(f"the launcher {part.name!r} runs tasks and serves nothing: choose local or ray")
-    if replicas != 1 and isinstance(built_launcher, Local):
-        raise ValueError(f"this machine serves one copy of a model, not {replicas}: spread copies with ray")
+        raise RegistryError(f"the launcher {part.name!r} cannot serve; choose local or ray")
+    if num_replicas != 1 and isinstance(built_launcher, Local):
+        raise ValueError(
+            f"the local launcher serves one replica of a model, not {num_replicas}; use the ray launcher for more"
+        )
     server_config = ServerConfig(
         model,
         device,
         dtype,
         seed,
-        max_body_bytes=body * MIB,
-        max_pixels=pixels,
-        max_prompts=prompts,
-        timeout=seconds,
-        max_queue=waiting,
-        feature_cache_bytes=cache * MIB,
-        max_connections=clients,
-        allowed_origins=tuple(origin or ()),
+        max_body_bytes=max_body_mb * MIB,
+        max_pixels=max_pixels,
+        max_prompts=max_prompts,
+        timeout=timeout,
+        max_queue=max_queue,
+        feature_cache_bytes=feature_cache_mb * MIB,
+        max_connections=max_connections,
+        allowed_origins=tuple(allow_origin or ()),
         allowed_hosts=(host, *(allow_host or ())),
         api_keys=read_keys(api_key_file) if api_key_file else (),
         root_path=check_root_path(root_path),
@@ -98,7 +147,8 @@ def serve(
     if isinstance(built_launcher, Ray):
         from sca.serve.ray_server import serve_on_ray
 
-        serve_on_ray(server_config, host, port, replicas, report_ready, built_launcher.address, built_launcher.cores)
+        ray_options = (built_launcher.address, built_launcher.cores)
+        serve_on_ray(server_config, host, port, num_replicas, report_ready, *ray_options)
     else:
         from sca.serve.server import serve_locally
 

@@ -1,4 +1,4 @@
-"""`sca train`: a recipe, changed by `key=value`."""
+"""`sca train`: train a model from a recipe with `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -12,48 +12,61 @@ from sca.cli.options import AllowExternal, TrustRemoteCode, print_document, prin
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="a shipped recipe, or a TOML file")],
-    changes: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="e.g. train.steps=200 mixer.depth=3")
+    recipe: Annotated[str, typer.Argument(help="Name of a bundled recipe, or a TOML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="Recipe overrides, such as train.steps=200 mixer.depth=3."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder of the run; the model is OUT/model")] = None,
-    resume: Annotated[bool, typer.Option(help="continue what an interrupted run left in OUT")] = True,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder; the trained model is saved in OUT/model. Defaults to runs/RECIPE.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Resume an interrupted run in the run folder.", rich_help_panel="Output")
+    ] = True,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace a different run in the run folder.", rich_help_panel="Output"),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print no progress bar and no training log.", rich_help_panel="Output")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run in OUT.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no training log.")] = False,
 ) -> None:
-    """Trains a model; an interrupted run continues when the same command is given again.
+    """Train a model from a recipe. The same command resumes an interrupted run.
 
-    Another run in OUT is never continued: without --out its folder is renamed, with --out it needs --overwrite.
+    A different run in the folder is never resumed: without --out its folder is renamed, with --out it needs
+    --overwrite.
     """
     from sca.training.recipe import Recipe
 
-    loaded_recipe = Recipe.read(recipe, changes or ())
+    loaded_recipe = Recipe.read(recipe, overrides or ())
     folder = out or Path("runs") / loaded_recipe.name
     trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     import torch
 
     from sca.training.processes import join_processes, run_processes
     from sca.training.train import check_recipe, compute_images_per_process, compute_regions_per_process
-    from sca.training.train import train as run
+    from sca.training.train import train as train_recipe
 
     num_processes = torch.cuda.device_count() or loaded_recipe.train.num_processes
     if num_processes > 1 and "RANK" not in os.environ:
         compute_images_per_process(loaded_recipe.train, num_processes)
         compute_regions_per_process(loaded_recipe.train, num_processes)
-        check_recipe(
-            loaded_recipe, **trust_options
-        )  # so that mistakes are reported once, and before anything is started
+        check_recipe(loaded_recipe, **trust_options)  # reports a mistake once, before any process is started
         flag_values = {"--quiet": quiet, "--trust-remote-code": trust_remote_code, "--allow-external": allow_external}
         flag_values |= {"--overwrite": overwrite}
         options = ["--resume" if resume else "--no-resume", *(flag for flag, is_set in flag_values.items() if is_set)]
         options += ["--out", str(out)] if out else []
-        raise typer.Exit(run_processes(num_processes, ["train", *options, "--", recipe, *(changes or ())]))
+        raise typer.Exit(run_processes(num_processes, ["train", *options, "--", recipe, *(overrides or ())]))
     is_main_process = os.environ.get("RANK", "0") == "0"
     conflict_options = {"overwrite": overwrite, "set_aside": out is None and not overwrite}
     with join_processes():
-        model = run(
+        model = train_recipe(
             loaded_recipe, folder, resume=resume, quiet=quiet, report=print_stderr, **conflict_options, **trust_options
         )
     if is_main_process:

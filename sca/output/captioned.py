@@ -104,6 +104,6 @@ def merge_images(
             reject(InputError(f"{format_path(each.image)} is {sizes[0]} and {sizes[1]} in one file; give one size"))
             continue
         start = 1 + max((caption.region_id for caption in first.captions), default=-1)
-        renumbered = [replace(caption, region=number) for number, caption in enumerate(each.captions, start)]
+        renumbered = [replace(caption, region_id=region_id) for region_id, caption in enumerate(each.captions, start)]
         merged[name] = first._replace(captions=[*first.captions, *renumbered])
     return merged

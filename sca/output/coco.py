@@ -78,7 +78,7 @@ def _make_annotation(
         "isbox": int(bool(box and not mask)),
         "caption": caption_record["caption"],
         "score": caption_record["score"],
-        "region": caption_record["region"],
+        "region_id": caption_record["region_id"],
     }
 
 
@@ -114,8 +114,8 @@ def read_coco(
                 annotation = coco.read_annotation(
                     each, record_location, size, category_names.get(str(each.get("category_id"))), skip
                 )
-                region = each["region"] if is_int64(each.get("region")) else len(captions)
-                captions += [caption] if (caption := annotation_to_caption(annotation, size, region, skip)) else []
+                region_id = each["region_id"] if is_int64(each.get("region_id")) else len(captions)
+                captions += [caption] if (caption := annotation_to_caption(annotation, size, region_id, skip)) else []
             except InputError as error:
                 reject(error)
         yield CaptionedImage(file_name, size, captions, model)

@@ -20,7 +20,9 @@ from sca.output.contours import mask_to_polygons, rings_to_mask
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
 
-PROPERTY_NAMES = ("image", "width", "height", "region", "prompt", "box", "caption", "score", "iou", "others")
+PROPERTY_NAMES = (
+    *("image", "width", "height", "region_id", "prompt", "box", "caption", "score", "predicted_iou", "alternatives"),
+)
 
 
 class GeoJsonWriter:

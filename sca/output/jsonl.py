@@ -90,14 +90,14 @@ def caption_to_record(path: str, image: Image.Image, caption: Caption) -> dict[s
         "image": path,
         "width": image.width,
         "height": image.height,
-        "region": int(caption.region_id),
+        "region_id": int(caption.region_id),
         "prompt": prompt_to_dict(caption.prompt),
         "box": None if caption.box is None else [float(value) for value in caption.box],
         "mask": None if mask is None else {"size": [int(side) for side in mask["size"]], "counts": mask["counts"]},
         "caption": caption.text,
         "score": _replace_non_finite(caption.score),
-        "iou": _replace_non_finite(caption.predicted_iou),
-        **({"others": alternatives} if alternatives else {}),
+        "predicted_iou": _replace_non_finite(caption.predicted_iou),
+        **({"alternatives": alternatives} if alternatives else {}),
     }
 
 

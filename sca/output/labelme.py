@@ -71,7 +71,7 @@ def _make_shape(path: str, image: Image.Image, caption: Caption) -> dict[str, An
         "group_id": None,
         "flags": {},
         "score": caption_record["score"],
-        "iou": caption_record["iou"],
+        "predicted_iou": caption_record["predicted_iou"],
     }
     if caption_record["mask"] and (box := masks.mask_to_box(caption_record["mask"])):
         x1, y1, x2, y2 = (int(value) for value in box)

@@ -34,14 +34,14 @@ class ParquetWriter:
                 ("image", pyarrow.string()),
                 ("width", pyarrow.int64()),
                 ("height", pyarrow.int64()),
-                ("region", pyarrow.int64()),
+                ("region_id", pyarrow.int64()),
                 ("prompt", pyarrow.string()),
                 ("box", pyarrow.list_(pyarrow.float64())),
                 ("mask", rle),
                 ("caption", pyarrow.string()),
                 ("score", pyarrow.float64()),
-                ("iou", pyarrow.float64()),
-                ("others", pyarrow.string()),
+                ("predicted_iou", pyarrow.float64()),
+                ("alternatives", pyarrow.string()),
                 ("model", pyarrow.string()),
             ]
         )
@@ -54,7 +54,8 @@ class ParquetWriter:
         for caption in captions:
             caption_record = {**caption_to_record(path, image, caption), "model": self._model}
             caption_record["prompt"] = json.dumps(caption_record["prompt"])
-            caption_record["others"] = json.dumps(caption_record["others"]) if "others" in caption_record else None
+            alternatives = caption_record.get("alternatives")
+            caption_record["alternatives"] = None if alternatives is None else json.dumps(alternatives)
             self._rows.append(
                 {
                     **caption_record,
@@ -143,7 +144,7 @@ def read_parquet_records(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]
             for row in batch.to_pylist():
                 row_number += 1
                 location = f"{format_path(path)}, row {row_number}"
-                for json_column in ("prompt", "others"):
+                for json_column in ("prompt", "alternatives"):
                     row[json_column] = (
                         None
                         if row.get(json_column) is None

@@ -35,9 +35,9 @@ def parse_image(record: Any, location: str) -> CaptionedImage:
         InputError: A field is missing or invalid.
     """
     size = ImageSize(*require_recorded_size(record, location))
-    captions = read_field(record, "captions", list, location)
-    told = [_parse_caption(each, size, number, location) for number, each in enumerate(captions)]
-    return CaptionedImage(read_image_name(record, "image", location), size, told, None)
+    caption_records = read_field(record, "captions", list, location)
+    captions = [_parse_caption(each, size, index, location) for index, each in enumerate(caption_records)]
+    return CaptionedImage(read_image_name(record, "image", location), size, captions, None)
 
 
 def group_records_by_image(
@@ -91,16 +91,16 @@ def _parse_caption(record: Mapping[str, Any], size: ImageSize, default_region_id
         raise InputError(f"{location}, 'mask': its size is {rle['size']}, the image's {[size.height, size.width]}")
     if box is not None:
         check_numbers(f"{location}, 'box'", box, "x1, y1, x2, y2")
-    alternatives = read_field(record, "others", list, location) if record.get("others") else []
+    alternatives = read_field(record, "alternatives", list, location) if record.get("alternatives") else []
     return Caption(
         text,
         _number(record.get("score")),
         None if box is None else tuple(map(float, box)),
         rle,
-        None if record.get("iou") is None else _number(record["iou"]),
+        None if record.get("predicted_iou") is None else _number(record["predicted_iou"]),
         parsed_prompt,
-        record["region"] if is_int64(record.get("region")) else default_region_id,
-        tuple(_parse_alternative(each, f"{location}, 'others'") for each in alternatives),
+        record["region_id"] if is_int64(record.get("region_id")) else default_region_id,
+        tuple(_parse_alternative(each, f"{location}, 'alternatives'") for each in alternatives),
     )
 
 

@@ -92,7 +92,7 @@ class MainMixer(QueryMixer):
 def test_checkpoint_with_a_part_of_main_loads_where_it_is_registered(small_table, tmp_path, monkeypatch):
     monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
     sca_registry.mixers("of-main")(MainMixer)
-    mixer = {"name": "of-main", "depth": 1, "heads": 4, "mlp": 64}
+    mixer = {"name": "of-main", "depth": 1, "num_heads": 4, "mlp_dim": 64}
     folder = save(sca.compose(**small_table | {"mixer": mixer}), tmp_path / "model")
     assert type(load(folder).mixer) is MainMixer
     monkeypatch.setattr(sca_registry.mixers, "_registered", dict)  # another program
@@ -211,7 +211,7 @@ def test_no_such_model_names_the_zoo(tmp_path):
 def test_a_checkpoint_says_which_weights_it_was_trained_on(sam_folder, lm_folder, tmp_path):
     model = sca.compose(
         {"name": "sam", "weights": str(sam_folder)},
-        {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48},
+        {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
         {"name": "hf", "weights": str(lm_folder("gpt2"))},
     )
     save(model, tmp_path / "model")
@@ -235,9 +235,16 @@ def test_a_folder_of_something_else_is_left_alone(small, tmp_path):
 
 def test_what_was_added_to_pretrained_weights_is_held_even_if_it_is_frozen(sam_folder, tmp_path):
     model = sca.compose(
-        {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 48, "stem": [8, 16]},
-        {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48},
-        {"name": "tiny-gpt2", "width": 32, "depth": 1},
+        {
+            "name": "tiny-vit",
+            "image_size": 64,
+            "hidden_size": 32,
+            "depth": 1,
+            "output_channels": 48,
+            "stem_channels": [8, 16],
+        },
+        {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
+        {"name": "tiny-gpt2", "hidden_size": 32, "depth": 1},
         segmenter={"name": "sam", "weights": str(sam_folder)},
         trainable=["mixer"],
     )

@@ -24,11 +24,20 @@ def bases(sam_folder, lm_folder, tmp_path_factory):
     """A model of each layout: one of our own, one with a language model in its folder, a published one."""
     place = tmp_path_factory.mktemp("bases")
     shutil.copytree(lm_folder("gpt2"), place / "lm")
-    mixer = {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48}
+    mixer = {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48}
     torch.manual_seed(0)
-    tiny = {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]}
-    segmenter = {"name": "sam", "depth": 1, "heads": 2, "mlp": 64}
-    own = sca.compose(tiny, mixer, {"name": "tiny-gpt2", "width": 32, "depth": 1, "heads": 2}, segmenter=segmenter)
+    tiny = {
+        "name": "tiny-vit",
+        "image_size": 64,
+        "hidden_size": 32,
+        "depth": 1,
+        "output_channels": 32,
+        "stem_channels": [8, 16],
+    }
+    segmenter = {"name": "sam", "depth": 1, "num_heads": 2, "mlp_dim": 64}
+    own = sca.compose(
+        tiny, mixer, {"name": "tiny-gpt2", "hidden_size": 32, "depth": 1, "num_heads": 2}, segmenter=segmenter
+    )
     save(own, place / "own")
     inner = sca.compose(tiny, mixer, {"name": "hf", "weights": str(place / "lm")}, segmenter=segmenter)
     save(inner, place / "inner")

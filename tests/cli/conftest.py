@@ -15,7 +15,7 @@ import sca
 from sca.cli import run_command
 
 SMALL = {
-    "encoder": {"name": "tiny-vit", "size": 64},
+    "encoder": {"name": "tiny-vit", "image_size": 64},
     "language_model": "tiny-gpt2",
     "task_tokens": 2,
     "trainable": ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"],
@@ -33,8 +33,8 @@ def checkpoint(tmp_path_factory):
     """A small model that was never trained: its words mean nothing."""
     torch.manual_seed(0)
     model = sca.compose(
-        mixer={"name": "query", "queries": 4, "depth": 1, "heads": 4, "mlp": 64, "pooled": True},
-        segmenter={"name": "sam", "heads": 4, "mlp": 64, "drawn": True},
+        mixer={"name": "query", "num_queries": 4, "depth": 1, "num_heads": 4, "mlp_dim": 64, "mask_pooling": True},
+        segmenter={"name": "sam", "num_heads": 4, "mlp_dim": 64, "box_masks": True},
         **SMALL,
     )
     return sca.save(model, tmp_path_factory.mktemp("models") / "small")
@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory):
 def maskless(tmp_path_factory):
     """A model whose segmenter gives no masks."""
     torch.manual_seed(0)
-    mixer = {"name": "query", "queries": 4, "depth": 1, "heads": 4, "mlp": 64}
+    mixer = {"name": "query", "num_queries": 4, "depth": 1, "num_heads": 4, "mlp_dim": 64}
     return sca.save(sca.compose(mixer=mixer, segmenter="box", **SMALL), tmp_path_factory.mktemp("models") / "maskless")
 
 

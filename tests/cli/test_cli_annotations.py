@@ -98,7 +98,7 @@ def test_convert_keeps_a_task_without_regions(here, converted, picture):
     assert any(
         "image without regions, whose size is unknown: 1 (first: in.json, task 1, b.png)" in line for line in err
     )
-    _, err = converted(tasks, "--images", "folder")
+    _, err = converted(tasks, "--image-root", "folder")
     assert not any("left out" in line for line in err)
 
 

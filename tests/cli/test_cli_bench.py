@@ -30,15 +30,15 @@ def sweep(here):
 
 def test_a_sweep_is_run_looked_at_reported_and_repeated(shell, sweep, here):
     assert shell("bench", "status", sweep).out.startswith("2 rows: none made; 2 missing")
-    made = shell("bench", "run", sweep, "workers=1")
+    made = shell("bench", "run", sweep, "num_workers=1")
     assert made.status == 0, made.err
     assert made.out.strip() == "2 rows: 1 done, 1 impossible; 0 missing"
     assert len(made.err) == 3
-    assert shell("bench", "run", sweep, "workers=1").err == ["sca: 2 of 2 rows are there already"]
+    assert shell("bench", "run", sweep, "num_workers=1").err == ["sca: 2 of 2 rows are there already"]
     assert shell("bench", "report", "runs/bench/mine").status == 0
     for suffix in ("html", "md", "csv"):
         assert "mask-tokens" in (here / f"runs/bench/mine/report.{suffix}").read_text()
-    again = shell("bench", "run", sweep, "workers=1", "--out", "again", "--quiet")
+    again = shell("bench", "run", sweep, "num_workers=1", "--out", "again", "--quiet")
     assert again.err == []
     told = shell("bench", "diff", "runs/bench/mine", "again").out
     assert told.startswith("2 rows in both, 0 only in the first, 0 only in the second")
@@ -46,7 +46,7 @@ def test_a_sweep_is_run_looked_at_reported_and_repeated(shell, sweep, here):
 
 
 def test_one_row_is_made_by_the_command_that_is_given_with_it(shell, sweep, here):
-    assert shell("bench", "run", sweep, "workers=1", "--quiet").status == 0
+    assert shell("bench", "run", sweep, "num_workers=1", "--quiet").status == 0
     rows = [json.loads(line) for line in (here / "runs/bench/mine/results.jsonl").read_text().splitlines()]
     row = next(each for each in rows if each["state"] == "done")
     made = json.loads(shell("bench", "row", json.dumps(row["config"])).out)
@@ -62,7 +62,7 @@ def test_one_row_is_made_by_the_command_that_is_given_with_it(shell, sweep, here
         (("run", "smok"), "Did you mean 'smoke'?"),
         (("run", "smoke", "worker=2"), "Did you mean 'workers'?"),
         (("run", "smoke", "--launcher", "locl"), "Did you mean 'local'?"),
-        (("run", "smoke", "--retry", "broken"), "no state 'broken'"),
+        (("run", "smoke", "--retry-state", "broken"), "no state 'broken'"),
         (("run", "smoke", "--device", "gpu"), "device 'gpu' is not available"),
         (("report", "nowhere"), "no results in nowhere: sca bench run SWEEP --out nowhere makes some"),
         (("row", "{"), "the configuration is not valid JSON"),
@@ -84,13 +84,13 @@ def test_throughput_on_a_cpu_is_the_sweep_for_one(shell, here, monkeypatch):
         return runner.SweepStatus(0, {}, [])
 
     monkeypatch.setattr(runner, "run", run)
-    result = shell("bench", "run", "throughput", "device=cpu", "workers=1")
+    result = shell("bench", "run", "throughput", "device=cpu", "num_workers=1")
     assert made == [("throughput-cpu", "runs/bench/throughput-cpu", {"workers": 1})]
     assert "sca bench published" in result.err[0]
 
 
 def test_the_ratios_to_the_published_procedure_are_printed(shell, refused):
-    result = shell("bench", "published", "tiny", "--repeats", 1)
+    result = shell("bench", "published", "tiny", "--num-repeats", 1)
     assert result.status == 0, result.err
     assert "same captions: True" in result.out
     assert "no part 'tinny'" in refused(2, "bench", "published", "tinny")

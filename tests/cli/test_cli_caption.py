@@ -24,7 +24,7 @@ def captioned(shell, checkpoint):
     """`captioned("a.png", ...)` gives the records of a run that must go well and say nothing else."""
 
     def call(*arguments):
-        result = shell("caption", "--model", checkpoint, "--words", 3, "--out", "-", *arguments)
+        result = shell("caption", "--model", checkpoint, "--max-new-tokens", 3, "--out", "-", *arguments)
         assert result.status == 0, result.err
         assert all(re.fullmatch(r"sca: \S+: \d+ regions?, \d+ images?", line) for line in result.err)  # of --prompts
         return lines(result.out)
@@ -54,10 +54,10 @@ def test_each_flag_is_one_region_in_order(captioned, picture):
 
 
 def test_several_captions_a_region_are_written_when_they_are_asked_for(captioned, picture):
-    (record,) = captioned(picture("a.png"), "--box", "0,0,9,9", "--captions", 2)
+    (record,) = captioned(picture("a.png"), "--box", "0,0,9,9", "--num-captions", 2)
     assert len(record["others"]) == 1
     assert set(record["others"][0]) == {"caption", "score"}
-    (drawn,) = captioned("a.png", "--box", "0,0,9,9", "--sample", "--temperature", 2, "--captions", 3)
+    (drawn,) = captioned("a.png", "--box", "0,0,9,9", "--do-sample", "--temperature", 2, "--num-captions", 3)
     assert len(drawn["others"]) == 2
     (plain,) = captioned("a.png", "--box", "0,0,9,9")
     assert "others" not in plain
@@ -82,7 +82,9 @@ def test_everything_takes_proposals_by_name(captioned, picture, here):
     assert record["prompt"] == {"box": [3, 4, 23, 14]}
     with pytest.raises(AssertionError):  # the file has boxes for another picture of that name
         captioned("a.png", picture("other/a.png"), "--everything", "--proposer", proposer)
-    found = captioned("a.png", "--everything", "--proposer", "grid points=2", "--iou", 0, "--stability", 0)
+    found = captioned(
+        "a.png", "--everything", "--proposer", "grid points=2", "--pred-iou-thresh", 0, "--stability-score-thresh", 0
+    )
     assert all(len(record["prompt"]["points"]) == 1 for record in found)
 
 
@@ -101,7 +103,7 @@ def test_a_region_joins_box_points_and_mask_file(captioned, picture, here):
 
 def test_caption_clips_boxes_over_the_edge_and_counts_them(shell, checkpoint, picture, here):
     picture("a.png"), picture("b.png")
-    call = ("caption", "--model", checkpoint, "--words", 3, "--out", "-")
+    call = ("caption", "--model", checkpoint, "--max-new-tokens", 3, "--out", "-")
     result = shell(*call, "a.png", "b.png", "--box", "-1,-1,65,49", "--box", "0,0,9,9")
     assert [record["box"] for record in lines(result.out)][::2] == [[0, 0, 64, 48]] * 2
     assert result.err == ["sca: changed or left out: box clipped: 2 (first: a.png)"]
@@ -142,12 +144,18 @@ def test_what_was_written_can_be_asked_again(captioned, picture, shell, checkpoi
 
 def test_everything_finds_its_regions_and_can_find_none(captioned, shell, picture, checkpoint):
     picture("a.png")
-    records = captioned("a.png", "--everything", "--points", 3, "--iou", 0, "--stability", 0)
+    records = captioned(
+        "a.png", "--everything", "--points-per-side", 3, "--pred-iou-thresh", 0, "--stability-score-thresh", 0
+    )
     assert records
     assert all(record["mask"] and record["box"] for record in records)
-    result = shell("caption", "a.png", "--everything", "--points", 3, "--iou", 1, "--model", checkpoint)
+    result = shell(
+        "caption", "a.png", "--everything", "--points-per-side", 3, "--pred-iou-thresh", 1, "--model", checkpoint
+    )
     assert result.status == 0
-    assert result.err == ["sca: nothing found in a.png; lower --iou or --stability, or raise --points"]
+    assert result.err == [
+        "sca: nothing found in a.png; lower --pred-iou-thresh or --stability-score-thresh, or raise --points-per-side"
+    ]
 
 
 def test_files_folders_and_patterns_are_found_and_a_picture_comes_once(captioned, picture):
@@ -160,7 +168,7 @@ def test_files_folders_and_patterns_are_found_and_a_picture_comes_once(captioned
 @pytest.mark.parametrize("name", ["two words.png", "new\nline.png", "日本 é.png", "[x]*.png", "'q\".png", "-dash.png"])
 def test_unusual_names_are_names(shell, checkpoint, picture, here, name):
     picture(name)
-    arguments = ["--model", checkpoint, "--box", "0,0,9,9", "--words", 2, "--out", "out", "--format"]
+    arguments = ["--model", checkpoint, "--box", "0,0,9,9", "--max-new-tokens", 2, "--out", "out", "--format"]
     result = shell("caption", *arguments, "jsonl,coco,png,html", "--", name)
     assert result.status == 0, result.err
     (record,) = lines((here / "out/captions.jsonl").read_text())
@@ -195,7 +203,7 @@ def test_pictures_of_every_shape_and_mode_are_captioned(captioned, here):
 def test_the_number_of_images_in_a_batch_changes_nothing(captioned, picture):
     for name in ("a.png", "b.png", "c.png"):
         picture(name, width=30 + ord(name[0]))
-    one, all_of_them = (captioned(".", "--box", "0,0,9,9", "--point", "4,4", "--batch", n) for n in (1, 8))
+    one, all_of_them = (captioned(".", "--box", "0,0,9,9", "--point", "4,4", "--batch-size", n) for n in (1, 8))
     assert [record["caption"] for record in one] == [record["caption"] for record in all_of_them]
     assert [record["mask"] for record in one] == [record["mask"] for record in all_of_them]
 
@@ -206,7 +214,7 @@ def test_numbers_may_be_smaller(captioned, picture):
 
 
 def test_more_words_than_the_model_has_room_for_are_not_said(captioned, picture):
-    assert len(captioned(picture("a.png"), "--box", "0,0,9,9", "--words", 4000)) == 1
+    assert len(captioned(picture("a.png"), "--box", "0,0,9,9", "--max-new-tokens", 4000)) == 1
 
 
 def test_without_masks_there_is_no_mask_and_no_iou(shell, maskless, picture):
@@ -222,7 +230,7 @@ def test_without_masks_there_is_no_mask_and_no_iou(shell, maskless, picture):
 def test_all_formats_read_back(shell, checkpoint, picture, here):
     picture("a.png"), picture("in/a.png", 40, 80)
     result = shell(
-        "caption", "a.png", "in", "--box", "1,2,30,40", "--point", "5,6", "--words", 3, "--model", checkpoint,
+        "caption", "a.png", "in", "--box", "1,2,30,40", "--point", "5,6", "--max-new-tokens", 3, "--model", checkpoint,
         "--out", "out", "--format", "jsonl,coco,png,html",
     )  # fmt: skip
     assert result.status == 0
@@ -322,7 +330,9 @@ def test_caption_reports_a_bad_region_and_keeps_the_others(shell, checkpoint, pi
         ("c.json", 2, ["annotations[1], 'bbox'", "annotations[4], 'bbox'", "annotations[3]"], "3 regions, 1 image; 2"),
         ("l.jsonl", 1, ["line 3", "line 2"], "2 regions, 1 image; 1"),
     ):
-        result = shell("caption", "a.png", "--prompts", file, "--words", 2, "--model", checkpoint, "--out", "-")
+        result = shell(
+            "caption", "a.png", "--prompts", file, "--max-new-tokens", 2, "--model", checkpoint, "--out", "-"
+        )
         assert result.status == 2
         assert len(lines(result.out)) == done
         assert result.err[0].startswith(f"sca: {file}: {total} record")
@@ -337,8 +347,8 @@ def test_caption_in_shards_keeps_the_regions_beside_a_bad_one(shell, checkpoint,
     regions = [{"image": "a.png", "box": [1, 1, 9, 9]}, {"image": "a.png", "box": [90, 90, 99, 99]}]
     regions.append({"image": "b.png", "box": [1, 1, 9, 9]})
     (here / "r.jsonl").write_text("\n".join(map(json.dumps, [*regions, {"image": "b.png"}])))
-    asked = ("a.png", "b.png", "--prompts", "r.jsonl", "--words", 2, "--model", checkpoint, "--out", "out")
-    result = shell("caption", *asked, "--launcher", "local workers=1")
+    asked = ("a.png", "b.png", "--prompts", "r.jsonl", "--max-new-tokens", 2, "--model", checkpoint, "--out", "out")
+    result = shell("caption", *asked, "--launcher", "local num_workers=1")
     assert len(lines((here / "out/shard-00000.jsonl").read_text())) == 2
     assert sum("line 4" in line for line in result.err) == 1
     assert sum("line 2" in line for line in result.err) == 1
@@ -350,7 +360,17 @@ def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoin
     from sca.inference.factory import captioner
     from sca.inference.predictor import Predictor
 
-    search = ("--everything", "--iou", 0, "--stability", 0, "--nms", 1, "--points", 3)
+    search = (
+        "--everything",
+        "--pred-iou-thresh",
+        0,
+        "--stability-score-thresh",
+        0,
+        "--box-nms-thresh",
+        1,
+        "--points-per-side",
+        3,
+    )
     every = captioned(picture("a.png"), *search)
     assert len(every) > 2
     best = [{**each, "score": pytest.approx(each["score"], rel=1e-4)} for each in every[:2]]  # of another batch size
@@ -376,7 +396,7 @@ def test_search_for_everything_shows_its_progress_on_a_terminal(shell, picture, 
     original = ProgressBars.show_search
     monkeypatch.setattr(ProgressBars, "show_search", lambda self, *step: (original(self, *step), seen.append(step)))
     monkeypatch.setattr(Console, "is_terminal", True)
-    arguments = ("caption", picture("a.png"), "--everything", "--points", 3, "--model", checkpoint)
+    arguments = ("caption", picture("a.png"), "--everything", "--points-per-side", 3, "--model", checkpoint)
     result = shell(*arguments, *(["--quiet"] if quiet else []))
     assert result.status == 0
     assert seen[-1] == (9, 9)

@@ -28,9 +28,9 @@ def test_the_command_tells_them_and_what_was_left_out(root, shell):
 
 def test_pictures_are_opened_when_that_is_asked_for(root, shell):
     next((root / "val").iterdir()).write_bytes(b"no picture")
-    for option, skipped in ([], {}), (["--pictures"], {"image unreadable": 1}):
+    for option, skipped in ([], {}), (["--check-images"], {"image unreadable": 1}):
         assert json.loads(shell("data", "stats", "coco", f"root='{root}'", "--json", *option).out)["skipped"] == skipped
-    too_many = shell("data", "stats", "coco", f"root='{root}'", "max_bad=0", "--pictures")
+    too_many = shell("data", "stats", "coco", f"root='{root}'", "max_bad=0", "--check-images")
     assert too_many.status == 2
     assert "more than max_bad=0; image unreadable: 1" in too_many.err[0]
 

@@ -50,7 +50,7 @@ def test_view_strips_the_image_prefix_that_convert_writes(shell, picture, here, 
 
 
 def test_caption_writes_an_image_prefix(shell, refused, picture, checkpoint, here):
-    arguments = ("--box", "1,1,9,9", "--words", 2, "--model", checkpoint, "--image-prefix", LOCAL, "--quiet")
+    arguments = ("--box", "1,1,9,9", "--max-new-tokens", 2, "--model", checkpoint, "--image-prefix", LOCAL, "--quiet")
     formats = ("--out", "out", "--format", "label-studio,jsonl")
     assert shell("caption", picture("pics/é.png"), *arguments, *formats).status == 0
     (task,) = json.loads((here / "out/label-studio.json").read_text())
@@ -75,7 +75,7 @@ def test_convert_rewrites_image_names_of_other_tools(shell, picture, here, name)
     tasks = [{"data": {"image": name}, "annotations": [{"result": results}]}]
     (here / "export/tasks.json").write_text(json.dumps(tasks))
     assert shell("view", "export/tasks.json").err == ["sca: wrote view.html, 1 region"]  # beside the file
-    result = shell("convert", "export/tasks.json", "out", "--images", "export", "--format", "jsonl,labelme,png")
+    result = shell("convert", "export/tasks.json", "out", "--image-root", "export", "--format", "jsonl,labelme,png")
     assert result.status == 0, result.err
     assert json.loads((here / "out/captions.jsonl").read_text())["image"] == "images/a.png"
 
@@ -100,7 +100,9 @@ def test_caption_reads_images_below_linked_folders_once(shell, picture, checkpoi
     (here / "in/link").symlink_to(here / "store")
     (here / "in/again").symlink_to(here / "store")
     (here / "store/loop").symlink_to(here / "in")
-    result = shell("caption", "in", "--box", "1,1,9,9", "--words", 2, "--model", checkpoint, "--out", "-", "--quiet")
+    result = shell(
+        "caption", "in", "--box", "1,1,9,9", "--max-new-tokens", 2, "--model", checkpoint, "--out", "-", "--quiet"
+    )
     assert [json.loads(line)["image"] for line in result.out.splitlines()] == ["in/again/a.png", "in/b.png"]
 
 

@@ -23,7 +23,7 @@ def made(here, folder):
 @pytest.mark.parametrize("formats", ["jsonl", "jsonl,coco,html,png"])
 def test_a_run_that_was_ended_goes_on_to_the_same_files(shell, checkpoint, pictures, here, monkeypatch, formats):
     (here / "photos/004x.png").write_bytes(b"none")
-    asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--batch", 3, "--format", formats, "--quiet")
+    asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--batch-size", 3, "--format", formats, "--quiet")
     assert shell(*asked, "--out", "whole").status == 1
     from sca.output.caption_journal import CaptionJournal
 
@@ -56,7 +56,19 @@ def test_a_run_that_was_ended_goes_on_to_the_same_files(shell, checkpoint, pictu
 
 
 def test_everything_is_resumed_too(shell, checkpoint, pictures, here, monkeypatch):
-    asked = ("caption", "photos", "--everything", "--points", 2, "--iou", 0, "--stability", 0, "--model", checkpoint)
+    asked = (
+        "caption",
+        "photos",
+        "--everything",
+        "--points-per-side",
+        2,
+        "--pred-iou-thresh",
+        0,
+        "--stability-score-thresh",
+        0,
+        "--model",
+        checkpoint,
+    )
     assert shell(*asked, "--out", "whole", "--quiet").status == 0
     from sca.inference import batch
 
@@ -77,7 +89,7 @@ def test_a_run_with_other_options_is_not_gone_on_with(shell, refused, checkpoint
     asked = ("caption", "photos/000.png", "--model", checkpoint, "--out", "out")
     assert shell(*asked, *BOXES, "--quiet").status == 0
     (here / "out/captions.journal").write_text(json.dumps({"model": "another"}) + "\n")
-    line = refused(2, *asked, *BOXES, "--quiet", "--resume", "--words", 2)
+    line = refused(2, *asked, *BOXES, "--quiet", "--resume", "--max-new-tokens", 2)
     assert 'contains another run (words: null there, "2" now)' in line
     assert shell(*asked, *BOXES, "--quiet").status == 0
     assert not (here / "out/captions.journal").exists()
@@ -89,7 +101,18 @@ def test_a_run_with_other_options_is_not_gone_on_with(shell, refused, checkpoint
 def test_a_run_that_is_killed_again_and_again_has_each_image_once(shell, started, picture, here, count, kills):
     for number in range(count):
         picture(f"many/{number:03d}.png", 96 + number % 7, 96)
-    asked = ("caption", "many", "--box", "4,4,60,60", "--box", "1,1,30,30", "--batch", "4", "--format", "jsonl,coco")
+    asked = (
+        "caption",
+        "many",
+        "--box",
+        "4,4,60,60",
+        "--box",
+        "1,1,30,30",
+        "--batch-size",
+        "4",
+        "--format",
+        "jsonl,coco",
+    )
     whole = started(*asked, "--out", "whole", "--quiet")
     start = time.monotonic()
     assert whole.wait() == 0
@@ -165,7 +188,7 @@ def test_convert_draws_on_an_image_that_was_resized_since(shell, checkpoint, pic
 
 def test_a_page_shows_and_compares(shell, checkpoint, pictures, here):
     for words in (3, 5):
-        asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--words", words, "--quiet")
+        asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--max-new-tokens", words, "--quiet")
         assert shell(*asked, "--out", f"out{words}").status == 0
     (here / "photos/000.png").unlink()
     result = shell("view", "out3/captions.jsonl", "out5/captions.jsonl", "--out", "pages/view.html")

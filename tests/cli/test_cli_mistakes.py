@@ -17,7 +17,7 @@ BOX = ("--box", "0,0,9,9")
 
 @pytest.fixture
 def model(checkpoint):
-    return ("--model", checkpoint, "--words", 2)
+    return ("--model", checkpoint, "--max-new-tokens", 2)
 
 
 # --- what is asked: status 2
@@ -39,16 +39,28 @@ def model(checkpoint):
         (): "no region to caption",
         (*BOX, "--everything"): "leave out --box",
         (*BOX, "--prompts", "none.json"): "not from both",
-        (*BOX, "--points", 3): "--points can only be used with --everything",
+        (*BOX, "--points-per-side", 3): "--points-per-side can only be used with --everything",
         (*BOX, "--proposer", "grid"): "--proposer can only be used with --everything",
-        ("--everything", "--proposer", "grid", "--points", 3): "leave out --points and --crops",
-        (*BOX, "--temperature", 2): "--temperature can only be used with --sample",
+        (
+            "--everything",
+            "--proposer",
+            "grid",
+            "--points-per-side",
+            3,
+        ): "leave out --points-per-side and --crop-n-layers",
+        (*BOX, "--temperature", 2): "--temperature can only be used with --do-sample",
         ("--everything", "--proposer", "gird"): "Did you mean 'grid'?",
         ("--everything", "--proposer", "grid 'points"): "proposer is 'NAME [key=value]...'",
         ("--everything", "--caption-from", "boxes"): "no prompt to caption from 'boxes'",
-        (*BOX, "--iou", 0.5, "--stability", 0.5): "--iou and --stability can only be used with --everything",
-        ("--everything", "--iou", 2): "--iou",
-        ("--everything", "--points", 0): "--points",
+        (
+            *BOX,
+            "--pred-iou-thresh",
+            0.5,
+            "--stability-score-thresh",
+            0.5,
+        ): "--pred-iou-thresh and --stability-score-thresh can only be used with --everything",
+        ("--everything", "--pred-iou-thresh", 2): "--pred-iou-thresh",
+        ("--everything", "--points-per-side", 0): "--points-per-side",
         (*BOX, "--format", "png"): "--format png needs --out",
         (*BOX, "--out", "o", "--format", "pgn"): "Did you mean 'png'?",
         (*BOX, "--out", "o", "--format", ""): "There are: jsonl, coco, parquet",
@@ -60,9 +72,9 @@ def model(checkpoint):
         (*BOX, "--device", "gpu"): "device 'gpu' is not available",
         (*BOX, "--device", "cuda:99"): "device 'cuda:99' is not available",
         (*BOX, "--device", "meta"): "device 'meta' is not available",
-        (*BOX, "--batch", "many"): "'--batch'",
-        (*BOX, "--batch", 0): "'--batch'",
-        (*BOX, "--beams", 0): "'--beams'",
+        (*BOX, "--batch-size", "many"): "'--batch-size'",
+        (*BOX, "--batch-size", 0): "'--batch-size'",
+        (*BOX, "--num-beams", 0): "'--num-beams'",
         (*BOX, "--seed", -1): "'--seed'",
         (*BOX, "--bax", "1"): "--box",
         ("--box", "20,20,10,30"): "a.png: the box 20,20,10,30 is reversed",

@@ -67,8 +67,11 @@ def test_a_spec_that_is_none_is_refused_with_its_file(broken, content):
         ({"format": 99}, "pip install -U segment-caption-anything"),
         ({"encoder": "tiny-vti"}, "Did you mean 'tiny-vit'?"),
         ({"encoder": {"name": "tiny-vit", "sise": 64}}, "Did you mean 'size'?"),
-        ({"encoder": {"name": "tiny-vit", "size": 128}}, "encoder.position is (1, 64, 128)"),
-        ({"encoder": {"name": "tiny-vit", "size": "big"}}, "encoder 'tiny-vit': size is 'big'; give a whole number"),
+        ({"encoder": {"name": "tiny-vit", "image_size": 128}}, "encoder.position is (1, 64, 128)"),
+        (
+            {"encoder": {"name": "tiny-vit", "image_size": "big"}},
+            "encoder 'tiny-vit': size is 'big'; give a whole number",
+        ),
         ({"generation": {"beams": "many"}}, "generation.beams is 'many': give a whole number"),
         ({"everything": {"points": [4]}}, "everything.points is [4]: give a whole number"),
         ({"task_tokens": 3}, "task_tokens is (2, 2, 128)"),

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pipes have names on POSIX only")
-BOX = ("--box", "0,0,20,20", "--words", 2)
+BOX = ("--box", "0,0,20,20", "--max-new-tokens", 2)
 RECORD = {"image": "a.png", "width": 64, "height": 48, "box": [1, 1, 9, 9], "caption": "a cat", "score": 0.5}
 
 
@@ -72,7 +72,7 @@ def test_caption_reads_prompts_from_a_pipe(shell, picture, checkpoint, content, 
     picture("a.png")
     with source(content) as name:
         result = shell(
-            "caption", "a.png", "--prompts", name, "--model", checkpoint, "--out", "-", "--quiet", "--words", 2
+            "caption", "a.png", "--prompts", name, "--model", checkpoint, "--out", "-", "--quiet", "--max-new-tokens", 2
         )
     assert (result.status, result.err) == (0, [])
     assert json.loads(result.out)["prompt"] == {"box": [1, 1, 9, 9]}
@@ -85,7 +85,9 @@ def test_caption_reads_a_mask_from_a_pipe(shell, picture, checkpoint, kind):
     mask[4:9, 5:20] = 255
     np.save(content, mask) if kind == "npy" else Image.fromarray(mask).save(content, "PNG")
     with pipe(content.getvalue()) as name:
-        result = shell("caption", "a.png", "--mask", name, "--model", checkpoint, "--out", "-", "--quiet", "--words", 2)
+        result = shell(
+            "caption", "a.png", "--mask", name, "--model", checkpoint, "--out", "-", "--quiet", "--max-new-tokens", 2
+        )
     assert (result.status, result.err) == (0, [])
 
 
@@ -156,7 +158,7 @@ def test_cli_rejects_a_fifo_without_waiting(refused, here):
 def test_a_closed_pipe_behind_the_table_does_not_undo_the_run(started, picture, checkpoint, here):
     arguments = ("caption", picture("a.png"), *BOX, "--model", checkpoint, "--out", "out", "--overwrite")
     for words in (2, 3):  # the second run replaces the first
-        process = started(*arguments, "--words", words)
+        process = started(*arguments, "--max-new-tokens", words)
         process.stdout.close()
         assert process.stderr.read() == "sca: wrote out/captions.jsonl\n"
         assert process.wait() == 0

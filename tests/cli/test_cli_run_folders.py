@@ -38,7 +38,7 @@ def interrupted(captioned, here, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(CaptionJournal, "add", end)
-        assert captioned("--out", "out", "--batch", 1).status == 130
+        assert captioned("--out", "out", "--batch-size", 1).status == 130
     return here / "out"
 
 
@@ -125,7 +125,7 @@ def test_caption_repeated_skips_its_own_drawings(captioned, shell, checkpoint, h
 def test_caption_does_not_discard_an_unfinished_run(interrupted, captioned, shell, here):
     before = content(interrupted)
     assert len(before["captions.journal"].splitlines()) == 3
-    for arguments in (("--batch", 1), ("--words", 2)):
+    for arguments in (("--batch-size", 1), ("--max-new-tokens", 2)):
         result = captioned("--out", "out", *arguments)
         assert result.status == 2
         assert result.err == [
@@ -133,15 +133,15 @@ def test_caption_does_not_discard_an_unfinished_run(interrupted, captioned, shel
             "or replace it with --overwrite"
         ]
         assert content(interrupted) == before
-    assert "another run (words: null there" in captioned("--out", "out", "--words", 2, "--resume").err[0]
+    assert "another run (words: null there" in captioned("--out", "out", "--max-new-tokens", 2, "--resume").err[0]
     assert content(interrupted) == before
-    assert captioned("--out", "out", "--batch", 1, "--resume").status == 0
-    assert captioned("--out", "whole", "--batch", 1).status == 0
+    assert captioned("--out", "out", "--batch-size", 1, "--resume").status == 0
+    assert captioned("--out", "whole", "--batch-size", 1).status == 0
     assert content(interrupted) == content(here / "whole")
 
 
 def test_caption_resumes_with_another_batch_size(interrupted, captioned):
-    assert captioned("--out", "out", "--batch", 2, "--resume").status == 0
+    assert captioned("--out", "out", "--batch-size", 2, "--resume").status == 0
     assert len((interrupted / "captions.jsonl").read_text().splitlines()) == 3
 
 
@@ -160,8 +160,8 @@ def test_caption_refuses_to_resume_with_an_edited_mask(shell, checkpoint, pictur
 
 
 def test_caption_overwrites_an_unfinished_run_when_told(interrupted, captioned, here):
-    assert captioned("--out", "out", "--batch", 2, "--overwrite").status == 0
-    assert captioned("--out", "whole", "--batch", 2).status == 0
+    assert captioned("--out", "out", "--batch-size", 2, "--overwrite").status == 0
+    assert captioned("--out", "whole", "--batch-size", 2).status == 0
     assert content(interrupted) == content(here / "whole")
     assert captioned("--overwrite").err == [
         "sca: --overwrite replaces the run of a folder; name it with --out, and leave out --resume"
@@ -173,14 +173,14 @@ def test_caption_repeats_a_finished_run_and_refuses_another(captioned, picture, 
         assert captioned("--out", "out").status == 0
     before = content(here / "out")
     picture("more/a.png")
-    for other in (("--words", 3), ("more",)):
+    for other in (("--max-new-tokens", 3), ("more",)):
         assert "contains another run" in captioned("--out", "out", *other).err[0]
     assert content(here / "out") == before
 
 
 def test_caption_interrupted_while_it_repeats_leaves_the_finished_files(captioned, here, monkeypatch):
     formats = "jsonl,coco,html,geojson,label-studio,parquet"
-    assert captioned("--out", "out", "--format", formats, "--batch", 1).status == 0
+    assert captioned("--out", "out", "--format", formats, "--batch-size", 1).status == 0
     before = content(here / "out")
     from sca.output.caption_journal import CaptionJournal
 
@@ -189,7 +189,7 @@ def test_caption_interrupted_while_it_repeats_leaves_the_finished_files(captione
 
     with monkeypatch.context() as patch:
         patch.setattr(CaptionJournal, "add", end)
-        assert captioned("--out", "out", "--format", formats, "--batch", 1).status == 130
+        assert captioned("--out", "out", "--format", formats, "--batch-size", 1).status == 130
     after = content(here / "out")
     assert {name: after[name] for name in before if name != MARKER_FILE} == {
         name: text for name, text in before.items() if name != MARKER_FILE

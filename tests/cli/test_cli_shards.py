@@ -19,14 +19,21 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-BOXES = ("--box", "4,4,40,40", "--box", "10,10,30,30", "--batch", "1")  # one at a time: all batches are equally large
+BOXES = (
+    "--box",
+    "4,4,40,40",
+    "--box",
+    "10,10,30,30",
+    "--batch-size",
+    "1",
+)  # one at a time: all batches are equally large
 
 
 def test_shards_say_what_one_command_says(shell, checkpoint, pictures, here):
     assert shell("caption", "photos", *BOXES, "--model", checkpoint, "--out", "whole", "--quiet").status == 0
     result = shell(
         *("caption", "photos", *BOXES, "--model", checkpoint, "--out", "parts"),
-        *("--launcher", "local workers=2", "--shard", 2),
+        *("--launcher", "local num_workers=2", "--shard-size", 2),
     )
     assert result.status == 0, result.err
     parts = sorted((here / "parts").glob("*.jsonl"))
@@ -39,28 +46,28 @@ def test_shards_say_what_one_command_says(shell, checkpoint, pictures, here):
 
 
 def test_what_is_there_is_not_made_again_and_another_run_is_refused(shell, checkpoint, pictures, here):
-    asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--out", "parts", "--launcher", "local workers=1")
-    assert shell(*asked, "--shard", 3).status == 0
+    asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1")
+    assert shell(*asked, "--shard-size", 3).status == 0
     (here / "parts/shard-00001.jsonl").unlink()
     kept = (here / "parts/shard-00000.jsonl").stat().st_mtime_ns
-    again = shell(*asked, "--shard", 3)
+    again = shell(*asked, "--shard-size", 3)
     assert again.status == 0
     assert again.err[0] == "sca: 1 of 2 shards are there already"
     assert (here / "parts/shard-00000.jsonl").stat().st_mtime_ns == kept
-    other = shell(*asked, "--shard", 3, "--words", 2)
+    other = shell(*asked, "--shard-size", 3, "--max-new-tokens", 2)
     assert other.status == 2
     assert 'contains another run (words: null there, "2" now)' in other.err[0]
     (here / "parts/shard-00001.jsonl").unlink()
-    same = shell(*asked, "--shard", 3, "--resume", "--batch", 2)  # neither changes a caption
+    same = shell(*asked, "--shard-size", 3, "--resume", "--batch-size", 2)  # neither changes a caption
     assert same.status == 0
     assert same.err[0] == "sca: 1 of 2 shards are there already"
 
 
 def test_repeated_shards_report_the_images_that_were_not_captioned(shell, checkpoint, pictures, here):
     (here / "photos/b.png").write_bytes(b"no image")
-    asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--out", "parts", "--launcher", "local workers=1")
+    asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1")
     for _ in range(2):
-        result = shell(*asked, "--shard", 3)
+        result = shell(*asked, "--shard-size", 3)
         assert result.status == 1
         assert sum(line.startswith("sca: shard-00000: photos/b.png") for line in result.err) == 1
     assert "--overwrite" in result.err[-1]
@@ -73,7 +80,7 @@ def test_shards_match_a_prompts_file_with_all_images_as_one_command_does(shell, 
     (here / "p.jsonl").write_text(json.dumps({"image": "a/x.png", "box": [4, 4, 40, 40]}) + "\n")
     asked = ("caption", "a/x.png", "b/x.png", "--prompts", "p.jsonl", "--model", checkpoint, "--quiet")
     whole = shell(*asked, "--out", "whole")
-    parts = shell(*asked, "--out", "parts", "--launcher", "local workers=1", "--shard", 2)
+    parts = shell(*asked, "--out", "parts", "--launcher", "local num_workers=1", "--shard-size", 2)
     assert whole.status == parts.status == 2
     assert "b/x.png: p.jsonl has no regions for it" in whole.err[0]
     assert "b/x.png: p.jsonl has no regions for it" in parts.err[0]
@@ -83,13 +90,13 @@ def test_shards_match_a_prompts_file_with_all_images_as_one_command_does(shell, 
 def test_archive_whose_prompts_all_fail_is_named(shell, checkpoint, pictures, here):
     with tarfile.open(here / "set.tar", "w") as tar:
         tar.add(here / "photos/a.png", "a.png")
-    asked = ("--model", checkpoint, "--out", "parts", "--launcher", "local workers=1", "--quiet")
+    asked = ("--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1", "--quiet")
     result = shell("caption", "set.tar", "--box", "9000,9000,9100,9100", *asked)
     assert result.err[0].startswith(f"sca: set: failed: {here / 'set.tar'}/a.png: the box")
 
 
 def test_shard_whose_prompts_all_fail_is_not_finished(shell, checkpoint, pictures, here):
-    far = ("--box", "9000,9000,9100,9100", "--model", checkpoint, "--out", "parts", "--launcher", "local workers=1")
+    far = ("--box", "9000,9000,9100,9100", "--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1")
     result = shell("caption", "photos", *far, "--quiet")
     assert result.status == 1
     assert "shard-00000: failed: photos/a.png: the box" in result.err[0]
@@ -227,7 +234,7 @@ def test_an_archive_is_a_shard_and_a_broken_picture_is_named(shell, checkpoint, 
             tar.add(path, path.name)
         tar.add(here / "photos/a.png", "a.txt")
     result = shell(
-        *("caption", "set-7.tar", *BOXES, "--model", checkpoint, "--out", "parts", "--launcher", "local workers=1")
+        *("caption", "set-7.tar", *BOXES, "--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1")
     )
     assert result.status == 1
     assert any("set-7: " in line and "broken.jpg" in line for line in result.err)
@@ -241,7 +248,7 @@ def test_shard_captions_images_whose_names_mean_something_to_a_command_line(shel
     names = ["--task=recognition.png", "-x.png", "[a-z].png", "a.png", "~/a.png"]
     for name in names:
         picture(name)
-    asked = ("--model", checkpoint, "--out", "out", "--launcher", "local workers=1", "--quiet")
+    asked = ("--model", checkpoint, "--out", "out", "--launcher", "local num_workers=1", "--quiet")
     assert shell("caption", *BOXES, *asked, "--", ".").status == 0
     assert sorted({line["image"] for line in lines(here / "out/shard-00000.jsonl")}) == sorted(names)
 
@@ -277,7 +284,7 @@ def test_archive_members_are_read_from_the_archive_and_nowhere_else(shell, check
         link.type, link.linkname = tarfile.SYMTYPE, str(here / "secret.png")
         tar.addfile(link)
     (here / "secret.png").write_bytes(b"not read")
-    asked = ("--model", checkpoint, "--out", "out", "--launcher", "local workers=1", "--quiet")
+    asked = ("--model", checkpoint, "--out", "out", "--launcher", "local num_workers=1", "--quiet")
     result = shell("caption", "set.tar", *BOXES, *asked)
     assert result.status == 1
     assert sum("cannot be unpacked" in line for line in result.err) == 2
@@ -291,7 +298,7 @@ def test_failed_shard_tells_its_reason(shell, checkpoint, here, monkeypatch):
     (here / "broken.tar").write_bytes(b"no archive")
     with tarfile.open(here / "empty.tar", "w"):
         pass
-    asked = ("--model", checkpoint, "--out", "out", "--launcher", "local workers=1", "--quiet")
+    asked = ("--model", checkpoint, "--out", "out", "--launcher", "local num_workers=1", "--quiet")
     result = shell("caption", "broken.tar", "empty.tar", *BOXES, *asked)
     assert result.status == 1
     assert any(line.startswith("sca: broken: failed: cannot read") for line in result.err)
@@ -307,7 +314,7 @@ def test_crashed_task_tells_the_last_line_of_its_log(tmp_path):
     from sca.launchers.task import Task
 
     task = Task("a", f"{__name__}:end_badly", {"device": "cpu"}, str(tmp_path / "a"))
-    (outcome,) = Local(workers=1).map([task])
+    (outcome,) = Local(num_workers=1).map([task])
     assert outcome.result["state"] == "crashed"
     assert outcome.result["reason"] == "ended with status 1: RuntimeError: the reason of cpu"
 
@@ -318,7 +325,7 @@ def test_crashed_task_tells_the_last_line_of_its_log(tmp_path):
         (("--launcher", "local"), "name a folder with --out"),
         (("--launcher", "local", "--out", "x", "--format", "png"), "writes JSON lines"),
         (("--launcher", "locl", "--out", "x"), "Did you mean 'local'"),
-        (("--launcher", "local workers=-1", "--out", "x"), "workers is -1"),
+        (("--launcher", "local num_workers=-1", "--out", "x"), "workers is -1"),
     ],
 )
 def test_a_wrong_launcher_is_one_line(refused, pictures, arguments, said):
@@ -336,7 +343,7 @@ def test_a_cluster_says_what_one_command_says(shell, checkpoint, pictures, here)
         assert shell("caption", "photos", *BOXES, "--model", checkpoint, "--out", "whole", "--quiet").status == 0
         result = shell(
             *("caption", "photos", *BOXES, "--model", checkpoint, "--out", "parts", "--quiet"),
-            *("--launcher", f'ray address="{cluster.address}"', "--shard", 2),
+            *("--launcher", f'ray address="{cluster.address}"', "--shard-size", 2),
         )
         assert result.status == 0, result.err
     finally:

@@ -50,8 +50,19 @@ mixer = [{ name = "query", queries = 2, depth = 1, heads = 2, mlp = 64 }, "roi-p
 """
 BOXES = ("--box", "4,4,40,40", "--box", "10,10,30,30")
 COMMANDS = {  # what OUT stands for is a run folder
-    "caption": ("caption", "photos", *BOXES, "--batch", 2, "--format", "jsonl,coco,png", "--out", "OUT", "--resume"),
-    "evaluate": ("evaluate", "sca-tiny", "scenes", "count=12", "--batch", 2, "--metrics", "class", "--out", "OUT"),
+    "caption": (
+        "caption",
+        "photos",
+        *BOXES,
+        "--batch-size",
+        2,
+        "--format",
+        "jsonl,coco,png",
+        "--out",
+        "OUT",
+        "--resume",
+    ),
+    "evaluate": ("evaluate", "sca-tiny", "scenes", "count=12", "--batch-size", 2, "--metrics", "class", "--out", "OUT"),
     "train": ("train", "recipe.toml", "--out", "OUT"),
     "bench": ("bench", "run", "sweep.toml", "workers=1", "--out", "OUT"),
     "convert": ("convert", "many.jsonl", "OUT", "--format", "jsonl,coco,geojson,labelme"),

@@ -105,7 +105,7 @@ def test_a_published_checkpoint_is_pulled_with_the_tokenizer_that_it_names(shell
     config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 800, "n_positions": 64}
     model = sca.compose(
         {"name": "sam", "weights": str(sam_folder)},
-        {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48},
+        {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
         {"name": "hf", "config": config},
     )
     folder = write_published_checkpoint(model, tmp_path / "published")

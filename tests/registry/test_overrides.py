@@ -13,7 +13,7 @@ from sca_registry.spec import Part
 RECIPE = {
     "model": {
         "encoder": "tiny-vit",
-        "mixer": {"name": "query", "depth": 12, "heads": 8},
+        "mixer": {"name": "query", "depth": 12, "num_heads": 8},
         "language_model": "tiny-gpt2",
     },
     "data": {"train": "scenes", "val": {"name": "coco", "root": "here"}},
@@ -124,7 +124,10 @@ def test_part_names_are_short_for_the_model_s():
 
 
 def test_a_part_that_is_only_a_name_takes_options():
-    assert apply_overrides(RECIPE, ["encoder.size=64"])["model"]["encoder"] == {"name": "tiny-vit", "size": 64}
+    assert apply_overrides(RECIPE, ["encoder.image_size=64"])["model"]["encoder"] == {
+        "name": "tiny-vit",
+        "image_size": 64,
+    }
     assert apply_overrides(RECIPE, ["data.train.size=64"])["data"]["train"] == {"name": "scenes", "size": 64}
 
 

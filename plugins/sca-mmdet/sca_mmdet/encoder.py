@@ -15,7 +15,7 @@ class MmdetEncoder(nn.Module):
     """(B, 3, S, S) normalized pixels -> (B, C, S/stride, S/stride): one level of what backbone and neck give.
 
     config: the name of one of mmdet's configs, or a file. weights: a file or a URL, in mmdet's format; with
-    `pretrained=False` they are random. size: S. level: which of the levels, from the finest, 0, or from the end; None
+    `pretrained=False` they are random. image_size: S. level: which of the levels, from the finest, 0, or from the end; None
     for that whose stride is nearest to 16. fit: "pad" or "stretch", see `ImageFormat`.
     """
 
@@ -26,7 +26,7 @@ class MmdetEncoder(nn.Module):
         config: str,
         weights: str | None = None,
         pretrained: bool = True,
-        size: int = 640,
+        image_size: int = 640,
         level: int | None = None,
         fit: str = "pad",
     ):
@@ -38,7 +38,7 @@ class MmdetEncoder(nn.Module):
         self.checkpoint = weights if pretrained else None
         self.backbone = detector.backbone
         self.neck = detector.neck if getattr(detector, "with_neck", False) else None
-        self.image_format = _make_image_format(mmdet_config.model.get("data_preprocessor") or {}, size, fit)
+        self.image_format = _make_image_format(mmdet_config.model.get("data_preprocessor") or {}, image_size, fit)
         self.level = 0
         levels = self._probe_levels()
         if level is None:
@@ -72,14 +72,14 @@ class MmdetEncoder(nn.Module):
                 raise
 
 
-def _make_image_format(preprocessor: dict, size: int, fit: str) -> ImageFormat:
+def _make_image_format(preprocessor: dict, image_size: int, fit: str) -> ImageFormat:
     """What mmdet's preprocessor does, in our terms: it reads pictures as BGR, in 0..255."""
     mean, std = preprocessor.get("mean") or [0.0] * 3, preprocessor.get("std") or [1.0] * 3
     is_bgr = not preprocessor.get("bgr_to_rgb")
     if is_bgr:
         mean, std = mean[::-1], std[::-1]
     return ImageFormat(
-        size=size,
+        size=image_size,
         mean=tuple(value / 255 for value in mean),
         std=tuple(value / 255 for value in std),
         order="bgr" if is_bgr else "rgb",

@@ -48,7 +48,7 @@ class MmdetProposer:
         boxes = boxes.minimum(boxes.new_tensor([image.width, image.height] * 2))
         is_kept = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1) & (detections.scores.cpu() >= self.score_thresh)
         order = detections.scores.cpu().masked_fill(~is_kept, -1).argsort(descending=True, stable=True)
-        rows = order[: min(self.largest, int(is_kept.sum()))].tolist()
+        rows = order[: min(self.max_regions, int(is_kept.sum()))].tolist()
         names = [
             self.class_names[label] if label < len(self.class_names) else None
             for label in detections.labels[rows].tolist()

@@ -46,9 +46,8 @@ def read_annotation(
     texts = record.get("caption")
     captions = () if texts is None else tuple(parse_texts(f"{location}, 'caption'", texts))
     unread_caption = describe_unread_caption(record, ("caption",))
-    return Annotation(
-        location, box, mask, None, label, captions, record.get("score"), record.get("iou"), unread_caption
-    )
+    score, predicted_iou = record.get("score"), record.get("predicted_iou")
+    return Annotation(location, box, mask, None, label, captions, score, predicted_iou, unread_caption)
 
 
 def _parse_nonempty_bbox(value: Any, location: str, skip: SkipCallback) -> Box | None:

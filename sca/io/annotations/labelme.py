@@ -221,7 +221,10 @@ def _make_annotation(shapes: Sequence[LabelMeShape], **geometry: Any) -> Annotat
     texts = [record["description"] for record in records if record.get("description")]
     for text in texts:
         check_type(f"{first.location}, 'description'", text, str, InputError)
-    score, iou = (next((r[key] for r in records if r.get(key) is not None), None) for key in ("score", "iou"))
+    score, predicted_iou = (
+        next((record[key] for record in records if record.get(key) is not None), None)
+        for key in ("score", "predicted_iou")
+    )
     label = first.record["label"]
     captions = tuple(dict.fromkeys(texts))
     unread_caption = next(filter(None, (describe_unread_caption(record, ("description",)) for record in records)), None)
@@ -231,7 +234,7 @@ def _make_annotation(shapes: Sequence[LabelMeShape], **geometry: Any) -> Annotat
         label=label,
         captions=captions,
         score=score,
-        predicted_iou=iou,
+        predicted_iou=predicted_iou,
         unread_caption=unread_caption,
         **geometry,
     )
