@@ -112,7 +112,7 @@ def run_measurements(
             )
             for measurement in missing
         ]
-        for task, result in add_killed_outcomes(Local(workers=1).map(tasks), tasks, deadline):
+        for task, result in add_killed_outcomes(Local(num_workers=1).map(tasks), tasks, deadline):
             measurement = by_key[task.key]
             row = {
                 "key": measurement.key,

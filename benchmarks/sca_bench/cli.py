@@ -29,7 +29,7 @@ def run(
     sweep: Annotated[str, typer.Argument(help=SWEEP_HELP)],
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="Launcher options, such as workers=2."),
+        typer.Argument(metavar="[key=value]...", help="Launcher options, such as num_workers=2."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help=OUT_HELP, rich_help_panel=OUTPUT)] = None,
     launcher: Annotated[

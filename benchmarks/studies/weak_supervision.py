@@ -1,4 +1,4 @@
-"""Does weak supervision help? `python benchmarks/studies/weak_supervision.py [--out FILE] [workers=2 ...]`
+"""Does weak supervision help? `python benchmarks/studies/weak_supervision.py [--out FILE] [num_workers=2 ...]`
 
 The claim of SCA (arXiv 2312.00869) on generated data: a model that first learns class names of many scenes and then
 captions of few is compared with one that learns the few captions alone, for as many steps as the former's second stage
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/studies/weak_supervision.py", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("options", nargs="*", help="of the local launcher: workers=2")
+    parser.add_argument("options", nargs="*", help="of the local launcher: num_workers=2")
     parser.add_argument("--first", type=int, default=250, help="steps of names")
     parser.add_argument("--second", type=int, default=150, help="steps of captions")
     parser.add_argument("--few", type=int, default=NUM_CAPTIONED_SCENES, help="scenes with captions")

@@ -51,7 +51,16 @@ class RegionChange(NamedTuple):
 
 @dataclass(frozen=True)
 class RunComparison:
-    """remarks: what differs besides the model. by: the score that `judged` is by, the greatest gain first."""
+    """Two runs on the same regions.
+
+    Attributes:
+        first: The first run.
+        second: The second run.
+        differences: The scores of both runs.
+        remarks: What differs between the runs in addition to the model.
+        sorted_by: The score that `changes` are sorted by, the greatest gain first; None if no region has a score.
+        changes: The regions whose score differs.
+    """
 
     first: EvaluationReport
     second: EvaluationReport
@@ -97,13 +106,18 @@ def compare_runs(
     metric_options: Mapping[str, Any] | None = None,
     sort_by: str | None = None,
 ) -> RunComparison:
-    """Scores two predictions files alike and subtracts, image by image.
+    """Score two predictions files in the same way and compare them image by image.
 
-    metrics, settings: see `sca.evaluation.scoring.score`. by: the score by which the answers that changed most are
-    found (default: the most telling that there is).
+    Args:
+        first: Predictions file or folder of the first run.
+        second: Predictions file or folder of a second run on the same regions.
+        metrics: See `sca.evaluation.scoring.score_records`.
+        metric_options: See `sca.evaluation.scoring.score_records`.
+        sort_by: Score that regions are ranked by. Defaults to the most informative one available.
 
-    InputError unless both were asked about the same regions with the same truth; ValueError if there is no score
-    `by`.
+    Raises:
+        InputError: The runs have different regions or ground truth.
+        ValueError: The score `sort_by` does not exist.
     """
     reports = label_reports([score_file(path, metrics, metric_options) for path in (first, second)])
     _check_same_regions(reports, (str(first), str(second)))
@@ -221,7 +235,7 @@ def _describe_run_differences(reports: Sequence[EvaluationReport]) -> tuple[str,
 
 
 def collect_bootstrap_inputs(report: EvaluationReport) -> dict[str, Any]:
-    """Of each score that is a mean over regions, what `resample` takes."""
+    """Of each score that is a mean over regions, the arguments of `bootstrap_scores`."""
     return {
         name: inputs
         for (_, control), output in report.scoring.outputs.items()

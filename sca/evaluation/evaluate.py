@@ -52,12 +52,18 @@ OUTPUT_PATTERNS = (*PREDICTIONS_PATTERNS, SCORES_NAME)
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What came out.
+    """The result of an evaluation.
 
-    run, end: what was run and what became of it, as the predictions file says; empty for one made by hand. scored: the
-    scores. remarks: what is odd about the answers. seconds: for scoring, and for asking where that was done.
-    records: what was asked and answered. images: where the pictures are, if that is known. path: the predictions file
-    or its folder. label: name of the run among others; by default its model.
+    Attributes:
+        run: The run header of the predictions file; empty for a file made by hand.
+        end: The end line of the predictions file; empty for a file made by hand.
+        scoring: The scores.
+        remarks: What is unusual about the predictions.
+        seconds: Time for scoring, and for predicting if that was done.
+        records: The prediction records.
+        load_image: Returns the image of a record, if the images are known.
+        path: The predictions file or its folder.
+        label: Name of the run among others; by default its model.
     """
 
     run: Mapping[str, Any]
@@ -162,15 +168,15 @@ def evaluate(
     share of the images, and the first one scores.
 
     Args:
-        model: What `sca.captioner` takes, a built model, or anything with `describe`.
+        model: What `sca.captioner` takes, a built model, or anything with a method `caption`.
         dataset: A registered name, a table of a name and options such as `{"name": "coco", "root": FOLDER}`, or a built
             dataset.
         split: Of a dataset given by name; a built one has its own.
-        questions: Which prompts, tasks and controls the regions get, and options of generation.
+        prompting: Which prompts, tasks and controls the regions get, and options of generation.
         proposer: For dense captioning: finds the regions instead; a name, or a table of a name and options.
-        metrics: Registered names; None for all that find what they need, see `sca.evaluation.scoring.score`.
-        settings: Options of metrics, and the references and tokenizer that they share.
-        batch: Images encoded at a time.
+        metrics: Registered names; None for all that find what they need, see `sca.evaluation.scoring.score_records`.
+        metric_options: Options of metrics, and the references and tokenizer that they share.
+        batch_size: Images encoded at a time.
         limit: Maximum images.
         device: For a model that is loaded.
         folder: For predictions.jsonl, which is written as captions come; an interrupted run resumes. Several processes
@@ -394,7 +400,7 @@ def _resolve_captioner(model: Any, device: str, trust_options: Mapping[str, bool
         model = model.engine
     if isinstance(model, Engine):
         return _get_model_name(model.model), model
-    return (_get_model_name(model), model) if hasattr(model, "describe") else (_get_model_name(model), Engine(model))
+    return (_get_model_name(model), model) if hasattr(model, "caption") else (_get_model_name(model), Engine(model))
 
 
 def _get_captioner_identity(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, Any]:

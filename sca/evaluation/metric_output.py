@@ -11,7 +11,7 @@ from sca.evaluation.records import Record, collect_region_ids, compute_nanmean
 
 
 def make_mean_output(per_record: Mapping[str, np.ndarray], records: Sequence[Record]) -> MetricOutput:
-    """Arrays with one number a record, NaN where nothing was to be judged; a total is the mean over the others."""
+    """Arrays with one number a record, NaN where nothing was to be judged; a value is the mean over the others."""
     return MetricOutput(
         {name: compute_nanmean(values) for name, values in per_record.items()},
         {**per_record, **collect_region_ids(records)},

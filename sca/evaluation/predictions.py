@@ -9,7 +9,8 @@ A record is plain JSON, one a region and task (and control), and the regions of 
     prompt                 what was asked: any of `box` [x1, y1, x2, y2], `points` [[x, y, label]] and `mask` RLE, in
                            pixels of the image
     caption, score         the words, and exp of the mean log-probability of their tokens
-    mask, iou              the predicted mask (COCO RLE, image resolution) and the predicted IoU of it, or None
+    mask                   the predicted mask (COCO RLE, image resolution), or None
+    predicted_iou          the predicted IoU of the mask, or None
     truth                  name, phrases, attributes, mask (RLE or None), box [x1, y1, x2, y2], and area in pixels:
                            of the mask, or of the box where there is no mask
 
@@ -64,7 +65,7 @@ class PredictedBatch(NamedTuple):
 class PromptingOptions:
     """How regions are asked for.
 
-    prompt: one of `PROMPTS`. Points are a function of `seed` and the region's id alone. Where a region has no true
+    prompt: one of `PROMPT_TYPES`. Points are a function of `seed` and the region's id alone. Where a region has no true
     mask, "mask-point" and "mask" take the one that the captioner itself gives for the box, as the published study did
     (SCA, arXiv 2312.00869). tasks: asked of every region with the truth for it, phrases for "caption" and a name for
     "recognition". controls: of `CONTROLS`; each asks everything once more. generation: options of the captioner.
@@ -186,7 +187,7 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], limit: int | None = No
 
     Args:
         dataset: Any dataset; none of its images is opened. One that cannot list its annotations yields nothing.
-        tasks: Those of `Questions`.
+        tasks: Those of `PromptingOptions`.
         limit: Only the first images; by default all.
     """
     if hasattr(dataset, "annotations_of_all"):
@@ -206,14 +207,23 @@ def predict_dataset(
     skip: Callable[[int], bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[PredictedBatch]:
-    """Asks for the regions of a dataset, `batch` images at a time and always the same together.
+    """Caption the regions of a dataset in batches, always the same images together.
 
-    limit: only the first so many images. skip: says which places in the dataset are left out. progress: called with
-    the images done (or skipped) and all of them. A picture that a dataset with `read` cannot read has no record.
+    An image that a dataset with `read` cannot read has no record.
 
-    ValueError for a number below 1, before anything is computed.
+    Args:
+        captioner: Any captioner.
+        dataset: Any dataset.
+        prompting: Which prompts, tasks and controls the regions get.
+        batch_size: Images per batch.
+        limit: Maximum number of images.
+        skip: Whether the image at an index of the dataset is left out.
+        progress: Called with the images done (or skipped) and the total.
+
+    Raises:
+        ValueError: A number below 1; raised before anything is computed.
     """
-    for name, number in (("batch", batch_size), ("limit", limit)):
+    for name, number in (("batch_size", batch_size), ("limit", limit)):
         if number is not None:
             check_range(name, number, int, 1)
     num_images = len(dataset) if limit is None else min(limit, len(dataset))
@@ -326,7 +336,7 @@ def _shift_region(region: Region, image_size: tuple[int, int], seed: int) -> Reg
     rng = np.random.default_rng([seed, region.id, 1])
     x1, y1, x2, y2 = region.box
     free_space = np.array([image_size[0] - (x2 - x1), image_size[1] - (y2 - y1)])
-    corners = (rng.random((NUM_CANDIDATE_SHIFTS, 2)) * np.maximum(free_space, 0)).round()  # (PLACES, 2) corners
+    corners = (rng.random((NUM_CANDIDATE_SHIFTS, 2)) * np.maximum(free_space, 0)).round()  # (NUM_CANDIDATE_SHIFTS, 2)
     intersections = np.maximum(0, np.array([x2 - x1, y2 - y1]) - np.abs(corners - [x1, y1])).prod(1)
     x, y = (float(value) for value in corners[intersections.argmin()])
     mask = region.mask
@@ -376,7 +386,7 @@ def _make_record(
         "region_id": region.id,
         "task": task,
         "control": control,
-        **{key: caption_record[key] for key in ("prompt", "caption", "score", "mask", "iou")},
+        **{key: caption_record[key] for key in ("prompt", "caption", "score", "mask", "predicted_iou")},
         "truth": _make_truth(region),
     }
 

@@ -45,7 +45,7 @@ def require_records(records: Sequence[Record], needs: Sequence[str], metric: str
 
 
 def collect_region_ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """Which region each row of a metric's `each` is about."""
+    """Which region each row of a metric's `per_record` is about."""
     return {key: np.array([record[key] for record in records]) for key in ("image_id", "region_id")}
 
 

@@ -64,9 +64,13 @@ class ScoreHistogram(NamedTuple):
 def render_report(reports: Sequence[EvaluationReport], sort_by: str | None = None, seed: int = 0) -> str:
     """A page about one run, or several on the same regions side by side.
 
-    by: the score that tells best from worst (default: the most telling that there is). seed: of regions at random.
+    Args:
+        reports: One or more runs.
+        sort_by: Score that regions are ranked by. Defaults to the most informative one available.
+        seed: Random seed for the sampled regions.
 
-    ValueError if there is no score `by`.
+    Raises:
+        ValueError: The score `sort_by` does not exist.
     """
     reports = label_reports(reports)
     region_outputs = [collect_region_outputs(report) for report in reports]

@@ -90,14 +90,19 @@ def score_records(
     run: Mapping[str, Any] | None = None,
     load_image: ImageLoader | None = None,
 ) -> ScoringResult:
-    """The scores of each metric, for what was asked and for each control that was asked besides.
+    """Compute the scores of each metric, for the predictions and for each control.
 
-    metrics: registered names; each must find what it needs in the records, or ValueError says what is missing. None:
-    every registered metric that does, and that can be built. settings: `references` and `tokenizer` for every metric
-    that has them, and options of one by NAME.OPTION (`semantic.model`). run: what the protocol has besides, as a
-    predictions file says it. images: the picture of a record, for metrics that look at it.
+    Args:
+        records: Prediction records.
+        metrics: Registered names. Defaults to every metric that can be built and whose inputs are in the records.
+        metric_options: `references` and `tokenizer` for every metric that has them, and options of one metric as
+            NAME.OPTION (`semantic.model`).
+        run: The run header of the predictions file, for the protocol of the scores.
+        load_image: Returns the image of a record, for metrics that need it.
 
-    RegistryError for a name or an option that there is not.
+    Raises:
+        ValueError: An input of a metric in `metrics` is missing.
+        RegistryError: An unknown metric or option.
     """
     metric_options = _check_metric_options(metric_options or {}, metrics)
     scores: list[Score] = []
@@ -145,9 +150,7 @@ def score_records(
 
 
 def check_metrics(metrics: Sequence[str] | None, metric_options: Mapping[str, Any] | None) -> None:
-    """Raises what `score` would raise of the names, the options and what is installed, before hours are spent on
-    answers.
-    """
+    """Raise what `score_records` would raise for the names, options and installed packages."""
     metric_options = _check_metric_options(metric_options or {}, metrics)
     for name in metrics or ():
         sca_registry.metrics.check(name)
@@ -215,10 +218,10 @@ def _find_missing_inputs(metric: Metric, records: Sequence[Record], load_image: 
 def _compute_metric(
     metric: Metric, records: Sequence[Record], load_image: ImageLoader | None, taken_names: Sequence[str]
 ) -> MetricOutput:
-    """What a metric gives. Raises TypeError or ValueError for what is no `Scores`, or has another metric's names."""
+    """Compute a metric. Raises TypeError for another type of output, ValueError for a score name that is taken."""
     output = metric(records, load_image) if "image" in metric.needs else metric(records)
     if not isinstance(output, MetricOutput):
-        raise TypeError(f"it gives a {type(output).__name__}, not Scores")
+        raise TypeError(f"it gives a {type(output).__name__}, not a MetricOutput")
     for key, value in output.values.items():
         if key in taken_names:
             raise ValueError(f"the score {key!r} is another metric's")

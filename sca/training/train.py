@@ -105,7 +105,7 @@ def train(
     with ExitStack() as stack:
         is_first = os.environ.get("RANK", "0") == "0"
         run_folder = stack.enter_context(RunFolder(folder, "train", OUTPUT_FILES)) if is_first else None
-        conflict_options = {"overwrite": overwrite, "set_aside": set_aside}
+        conflict_options = {"overwrite": overwrite, "rename_earlier": set_aside}
         trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
         model = _train_process(recipe, Path(folder), run_folder, resume, quiet, conflict_options, trust_options, report)
         if run_folder is not None:

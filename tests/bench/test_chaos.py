@@ -16,7 +16,8 @@ from sca_bench.sweep import Sweep
 TINY = """
 seeds = [0, 1]
 [model]
-encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, stem_channels = [8, 16] }
+encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, \
+stem_channels = [8, 16] }
 language_model = { name = "tiny-gpt2", hidden_size = 32, depth = 1, num_heads = 2, max_positions = 40 }
 task_tokens = 2
 trainable = ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"]
@@ -35,7 +36,7 @@ repeats = 5
 
 def started(sweep, folder, mark):
     """`sca bench run` in a process whose children carry a mark."""
-    command = [sys.executable, "-m", "sca", "bench", "run", sweep, "workers=2", "--out", folder, "--quiet"]
+    command = [sys.executable, "-m", "sca", "bench", "run", sweep, "num_workers=2", "--out", folder, "--quiet"]
     environment = {**os.environ, "SCA_MARK": mark}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(list(map(str, command)), env=environment, **quiet)

@@ -40,7 +40,7 @@ def plan_lines():
 
 
 def weak_supervision_lines():
-    yield from weak_supervision.table(read("weak-supervision/results.json")).splitlines()
+    yield from weak_supervision.render_results(read("weak-supervision/results.json")).splitlines()
 
 
 @pytest.mark.parametrize("lines", [published_lines, floor_lines, plan_lines, weak_supervision_lines])

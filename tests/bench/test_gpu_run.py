@@ -110,14 +110,14 @@ GPU_ROWS = [
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_measurements_are_distinct_and_cover_every_part_in_order(device):
-    listed = list(run.measurements(device, GOLDEN))
+    listed = list(run.iter_measurements(device, GOLDEN))
     assert len({each.key for each in listed}) == len(listed)
     parts = list(dict.fromkeys(each.part for each in listed))
     assert parts == ["parity", "published", "throughput", "plan", "training step", "decoding", "sca-tiny"]
 
 
 def test_measurements_on_a_gpu_name_every_promised_combination():
-    configs = [each.config for each in run.measurements("cuda", GOLDEN) if each.part == "throughput"]
+    configs = [each.config for each in run.iter_measurements("cuda", GOLDEN) if each.part == "throughput"]
     first = [config for config in configs if config["measure"]["regions"] == [64]]
     names = {
         tuple(config["model"][kind]["name"] for kind in ("encoder", "mixer", "language_model")) for config in first
@@ -138,13 +138,13 @@ def test_settled_rows_of_the_same_device_are_known(tmp_path):
     ]
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
     (tmp_path / "rows.jsonl").write_text(text + '{"key": "cut')
-    assert run.read_settled(tmp_path, "NVIDIA H100 80GB HBM3") == {"a", "c"}
-    assert run.read_settled(tmp_path / "nothing", "NVIDIA H100 80GB HBM3") == set()
+    assert run.read_final_keys(tmp_path, "NVIDIA H100 80GB HBM3") == {"a", "c"}
+    assert run.read_final_keys(tmp_path / "nothing", "NVIDIA H100 80GB HBM3") == set()
 
 
 def test_local_launcher_starts_no_task_after_its_deadline(tmp_path):
     task = Task("late", "time:sleep", {"device": "cpu"}, str(tmp_path / "late"), deadline=time.time() - 1)
-    assert list(Local(workers=1).map([task])) == []
+    assert list(Local(num_workers=1).map([task])) == []
     assert not (tmp_path / "late").exists()
 
 
@@ -156,7 +156,7 @@ def test_local_launcher_ends_a_task_at_its_deadline_without_an_outcome(tmp_path,
         Task(name, "slow_job:work", {"device": "cpu"}, str(tmp_path / name), deadline=time.time() + 3) for name in "ab"
     ]
     try:
-        assert list(Local(workers=1).map(tasks)) == []
+        assert list(Local(num_workers=1).map(tasks)) == []
     finally:
         forkserver._forkserver._stop()
 
@@ -255,21 +255,24 @@ def test_collect_refuses_what_is_not_a_row_in_one_line(pages, content, problem):
 
 
 def test_collect_keeps_what_follows_a_commit():
-    assert collect._short_commit(f"{'0123456789' * 4} with changes") == "0123456789 with changes"
+    assert collect._shorten_commit(f"{'0123456789' * 4} with changes") == "0123456789 with changes"
 
 
 def test_a_task_whose_process_was_killed_becomes_a_row_while_there_is_time():
     tasks = [Task(key, "time:sleep", {"device": "cpu"}, key) for key in ("a", "b")]
     made = TaskOutcome(tasks[0], {"state": "done"})
-    (first, killed) = run.add_killed([made], tasks, time.time() + 60)
-    assert (first, killed.task, killed.made["state"]) == (made, tasks[1], "killed")
-    assert list(run.add_killed([made], tasks, time.time() - 1)) == [made]
+    (first, killed) = run.add_killed_outcomes([made], tasks, time.time() + 60)
+    assert (first, killed.task, killed.result["state"]) == (made, tasks[1], "killed")
+    assert list(run.add_killed_outcomes([made], tasks, time.time() - 1)) == [made]
 
 
 def test_tables_in_the_repository_are_those_of_its_rows():
     kept = ROOT / "benchmarks/results/gpu/rows.jsonl"
     rows = collect.read_rows(kept) if kept.is_file() else []
-    for page, content in (("benchmarks/README.md", collect.tables(rows)), ("README.md", collect.headline(rows))):
+    for page, content in (
+        ("benchmarks/README.md", collect.render_tables(rows)),
+        ("README.md", collect.render_headline(rows)),
+    ):
         text = (ROOT / page).read_text("utf-8")
         assert read_between(text, collect.START, collect.END) == content, "run: python benchmarks/gpu/collect.py"
 
@@ -302,7 +305,7 @@ def test_gpu_run_on_a_cpu_ends_records_failures_and_skips_what_is_known(tmp_path
     assert len(list(out.iterdir())) <= 8
     assert [row["label"] for row in rows if row["state"] != "done"] == ["golden checkpoints, float32"]
     assert f"{len(rows)} rows measured, 1 of them failed; 0 left for another run" in told
-    assert {row["part"] for row in rows} == {each.part for each in run.measurements("cpu", GOLDEN)}
+    assert {row["part"] for row in rows} == {each.part for each in run.iter_measurements("cpu", GOLDEN)}
     (inputs / "rows/earlier.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
     environment["OUT"] = str(tmp_path / "again")
     told = shell(*command)

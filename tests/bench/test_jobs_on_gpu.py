@@ -24,7 +24,7 @@ def measurements():
     run = importlib.util.module_from_spec(SPEC)
     sys.modules[SPEC.name] = run
     SPEC.loader.exec_module(run)
-    return list(run.measurements("cpu", GOLDEN))
+    return list(run.iter_measurements("cpu", GOLDEN))
 
 
 @pytest.fixture

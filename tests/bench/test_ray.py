@@ -10,7 +10,14 @@ pytestmark = pytest.mark.all
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 JOB = "sca_bench.worker:work"
 BASE = {
-    "encoder": {"name": "tiny-vit", "image_size": 64, "hidden_size": 32, "depth": 1, "output_channels": 32, "stem_channels": [8, 16]},
+    "encoder": {
+        "name": "tiny-vit",
+        "image_size": 64,
+        "hidden_size": 32,
+        "depth": 1,
+        "output_channels": 32,
+        "stem_channels": [8, 16],
+    },
     "segmenter": "box",
     "language_model": {"name": "tiny-gpt2", "hidden_size": 32, "depth": 1, "num_heads": 2, "max_positions": 40},
     "task_tokens": 2,
@@ -34,7 +41,7 @@ def test_two_nodes_make_the_rows_that_one_machine_makes(cluster, tmp_path):
     mixers = ["roi-pool", "mask-tokens", {"name": "query", "depth": 1, "num_heads": 2, "mlp_dim": 64}]
     sweep = Sweep("three", BASE, {"mixer": mixers}, measure={"regions": [1], "words": 2})
     found = {}
-    for name, launcher in (("local", Local(workers=1)), ("ray", Ray(address=cluster.address))):
+    for name, launcher in (("local", Local(num_workers=1)), ("ray", Ray(address=cluster.address))):
         tasks = [Task(row.key, JOB, row.config, str(tmp_path / name / row.key)) for row in sweep.list_rows()]
         kept = ("state", "reason", "parameters", "flops")
         found[name] = {task.key: {key: row.get(key) for key in kept} for task, row in launcher.map(tasks)}

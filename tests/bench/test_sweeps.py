@@ -19,7 +19,8 @@ from sca.io.errors import InputError, LockedError, OutputError
 
 BASE = """
 [model]
-encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, stem_channels = [8, 16] }
+encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, \
+stem_channels = [8, 16] }
 segmenter = "box"
 language_model = { name = "tiny-gpt2", hidden_size = 32, depth = 1, num_heads = 2, max_positions = 40 }
 task_tokens = 2
@@ -75,9 +76,9 @@ def test_the_smoke_sweep_has_sixty_rows_and_the_mixers_with_a_transformer_are_of
 
 
 def test_a_key_is_of_what_is_asked_and_of_nothing_else(sweep):
-    first, again = sweep().rows(), sweep(SMALL.replace("[axes]", "# a remark\n[axes]")).rows()
+    first, again = sweep().list_rows(), sweep(SMALL.replace("[axes]", "# a remark\n[axes]")).list_rows()
     assert [row.key for row in first] == [row.key for row in again]
-    other = sweep(SMALL.replace("words = 2", "words = 3")).rows()
+    other = sweep(SMALL.replace("words = 2", "words = 3")).list_rows()
     assert not {row.key for row in first} & {row.key for row in other}
 
 
@@ -97,13 +98,13 @@ def test_a_key_is_of_what_is_asked_and_of_nothing_else(sweep):
         ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = []\n[axes]', "metrics is .*; give a list of 1 or more"),
         (
             "[axes]",
-            '[evaluate]\ndataset = "scenes"\ngeneration = { beams = 0 }\n[axes]',
-            "evaluate.generation.beams is 0: give a whole number, 1 or more",
+            '[evaluate]\ndataset = "scenes"\ngeneration = { num_beams = 0 }\n[axes]',
+            "evaluate.generation.num_beams is 0: give a whole number, 1 or more",
         ),
         (
             "[axes]",
-            '[evaluate]\ndataset = "scenes"\ngeneration = { beams = "x" }\n[axes]',
-            "evaluate.generation.beams is 'x': give a whole number",
+            '[evaluate]\ndataset = "scenes"\ngeneration = { num_beams = "x" }\n[axes]',
+            "evaluate.generation.num_beams is 'x': give a whole number",
         ),
     ],
 )
@@ -131,11 +132,12 @@ dataset = "scenes"
 FIELDS = [
     *((None, field, kind) for field, kind in (("summary", str), ("seeds", list), ("threads", int))),
     *((None, section, dict) for section in ("model", "axes", "train", "evaluate", "measure")),
-    *(("train", field, kind) for field, kind in (("recipe", str), ("steps", int), ("images", int), ("warmup", int))),
-    *(("train", field, kind) for field, kind in (("learning_rate", float), ("regions", int), ("texts", int))),
-    *(("train", field, kind) for field, kind in (("precision", str), ("prompts", dict), ("workers", int))),
+    *(("train", field, kind) for field, kind in (("recipe", str), ("steps", int), ("batch_size", int))),
+    *(("train", field, kind) for field, kind in (("warmup_steps", int), ("learning_rate", float))),
+    *(("train", field, kind) for field, kind in (("max_regions", int), ("captions_per_region", int))),
+    *(("train", field, kind) for field, kind in (("precision", str), ("prompts", dict), ("num_workers", int))),
     *(("evaluate", field, kind) for field, kind in (("split", str), ("prompt", str), ("tasks", list))),
-    *(("evaluate", field, kind) for field, kind in (("metrics", list), ("limit", int), ("batch", int))),
+    *(("evaluate", field, kind) for field, kind in (("metrics", list), ("limit", int), ("batch_size", int))),
     *(("evaluate", field, kind) for field, kind in (("generation", dict), ("dataset", "part"))),
     *(("measure", field, kind) for field, kind in (("regions", list), ("words", int), ("repeats", int))),
     *(
@@ -201,15 +203,15 @@ def test_sweep_read_reports_text_that_is_not_utf_8(tmp_path):
     ("old", "new", "said"),
     [
         ('mixer = ["roi-pool"', 'mixer = [{ name = "roi-pool", dpth = 2 }', "mixer 'roi-pool' has no option 'dpth'"),
-        ("size = 64", 'size = "64"', "encoder 'tiny-vit': size is '64'; give a whole number"),
+        ("image_size = 64", 'image_size = "64"', "encoder 'tiny-vit': image_size is '64'; give a whole number"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = ["cidr"]\n[axes]', "no metrics named 'cidr'"),
         ("[axes]", '[evaluate]\ndataset = "scene"\n[axes]', "no datasets named 'scene'"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nprompt = "circle"\n[axes]', "prompt is 'circle'"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = ["name"]\n[axes]', "task is 'name'"),
         (
             "[axes]",
-            '[evaluate]\ndataset = "scenes"\ngeneration = { beans = 3 }\n[axes]',
-            "evaluate.generation has no option 'beans'. Did you mean 'beams'",
+            '[evaluate]\ndataset = "scenes"\ngeneration = { num_beans = 3 }\n[axes]',
+            "evaluate.generation has no option 'num_beans'. Did you mean 'num_beams'",
         ),
         (
             "[axes]",
@@ -235,14 +237,14 @@ def test_run_checks_every_row_before_the_first(sweep, tmp_path, old, new, said):
         run_sweep(
             sweep(SMALL.replace(old, new.replace("FOLDER", str(tmp_path)))),
             tmp_path / "out",
-            launcher_options={"workers": 1},
+            launcher_options={"num_workers": 1},
             report=lambda line: None,
         )
     assert not ResultStore(tmp_path / "out").read_rows()
 
 
 def test_run_rejects_a_missing_extra_before_the_first_row(sweep, tmp_path, monkeypatch):
-    monkeypatch.setattr("sca_registry.component_states.extra_installed", lambda distribution, extra: False)
+    monkeypatch.setattr("sca_registry.component_states.is_extra_installed", lambda distribution, extra: False)
     for text in (
         SMALL.replace('encoder = { name = "tiny-vit"', 'encoder = { name = "timm"'),
         SMALL.replace("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = ["meteor"]\n[axes]'),
@@ -250,11 +252,13 @@ def test_run_rejects_a_missing_extra_before_the_first_row(sweep, tmp_path, monke
         with pytest.raises(
             RegistryError, match=r"needs extra: \w+\. Install it: pip install 'segment-caption-anything"
         ):
-            run_sweep(sweep(text), tmp_path / "out", launcher_options={"workers": 1}, report=lambda line: None)
+            run_sweep(sweep(text), tmp_path / "out", launcher_options={"num_workers": 1}, report=lambda line: None)
 
 
 def test_sweep_axis_edits_a_short_value(sweep):
-    rows = sweep(SMALL.replace("[axes]", '[axes]\n"lora.rank" = [2, 4]').replace("task_tokens = 2", "lora = 8")).rows()
+    rows = sweep(
+        SMALL.replace("[axes]", '[axes]\n"lora.rank" = [2, 4]').replace("task_tokens = 2", "lora = 8")
+    ).list_rows()
     assert sorted({row.config["model"]["lora"]["rank"] for row in rows}) == [2, 4]
     with pytest.raises(RegistryError, match=r"model\.task_tokens is 2; give a table"):
         sweep(SMALL.replace("[axes]", '[axes]\n"task_tokens.x" = [2, 4]'))
@@ -267,7 +271,7 @@ def test_an_unknown_sweep_is_told_with_the_closest():
 
 def test_a_run_makes_what_is_missing_and_nothing_twice(sweep, tmp_path):
     told = []
-    found = run_sweep(sweep(), tmp_path / "out", launcher_options={"workers": 1}, report=told.append)
+    found = run_sweep(sweep(), tmp_path / "out", launcher_options={"num_workers": 1}, report=told.append)
     assert found.state_counts == {"done": 1, "impossible": 1}
     assert found.missing == []
     assert len(told) == 3
@@ -279,12 +283,12 @@ def test_a_run_makes_what_is_missing_and_nothing_twice(sweep, tmp_path):
     assert (tmp_path / "out/results.jsonl").read_bytes() == before
     (tmp_path / "out/results.jsonl").write_bytes(before[:-20])  # cut in the middle of a line
     told.clear()
-    found = run_sweep(sweep(), tmp_path / "out", launcher_options={"workers": 1}, report=told.append)
+    found = run_sweep(sweep(), tmp_path / "out", launcher_options={"num_workers": 1}, report=told.append)
     assert "ended in the middle of a line" in told[0]
     assert found.missing == []
     assert len(ResultStore(tmp_path / "out").read_rows()) == 2
     found = run_sweep(
-        sweep(), tmp_path / "out", launcher_options={"workers": 1}, retry_states=("impossible",), report=told.append
+        sweep(), tmp_path / "out", launcher_options={"num_workers": 1}, retry_states=("impossible",), report=told.append
     )
     assert found.state_counts == {"done": 1, "impossible": 1}
 

@@ -25,7 +25,7 @@ def make_record():
             "caption": caption,
             "score": 1.0,
             "mask": mask,
-            "iou": None,
+            "predicted_iou": None,
             "truth": truth,
         }
 

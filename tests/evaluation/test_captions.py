@@ -74,17 +74,17 @@ def test_words_are_those_of_pycocoevalcap(records, reference):
 def test_means_are_those_of_pycocoevalcap(records, reference, name, theirs):
     whole, single = theirs().compute_score(*reference)
     found = scored(name, records, tokenizer="ptb")
-    assert found.total[name] == pytest.approx(whole, abs=1e-9)
-    assert np.allclose(found.each[name], single, atol=1e-9)
+    assert found.values[name] == pytest.approx(whole, abs=1e-9)
+    assert np.allclose(found.per_record[name], single, atol=1e-9)
 
 
 @needs_java
 def test_bleu_is_that_of_pycocoevalcap(records, reference):
     whole, single = Bleu(4).compute_score(*reference, verbose=0)
     found = scored("bleu", records, tokenizer="ptb")
-    assert list(found.total.values()) == pytest.approx(whole, abs=1e-9)
+    assert list(found.values.values()) == pytest.approx(whole, abs=1e-9)
     for n in range(4):
-        assert np.allclose(found.each[f"bleu-{n + 1}"], single[n], atol=1e-9)
+        assert np.allclose(found.per_record[f"bleu-{n + 1}"], single[n], atol=1e-9)
 
 
 @needs_java
@@ -92,8 +92,8 @@ def test_meteor_is_that_of_pycocoevalcap(records, reference):
     program = Meteor()
     whole, single = program.compute_score(*reference)
     found = scored("meteor", records, tokenizer="ptb")
-    assert found.total["meteor"] == pytest.approx(whole, abs=1e-4)
-    assert np.allclose(found.each["meteor"], single, atol=1e-4)
+    assert found.values["meteor"] == pytest.approx(whole, abs=1e-4)
+    assert np.allclose(found.per_record["meteor"], single, atol=1e-4)
 
 
 def test_cider_without_the_d_is_the_mean_of_cosines():
@@ -102,7 +102,7 @@ def test_cider_without_the_d_is_the_mean_of_cosines():
         {"image_id": n, "region_id": n, "task": "caption", "caption": caption, "truth": {"phrases": references}}
         for n, (caption, references) in enumerate(told)
     ]
-    found = scored("cider", records, tokenizer="plain").each["cider"]
+    found = scored("cider", records, tokenizer="plain").per_record["cider"]
     # a stands in the references of two regions of three, every other word in those of one
     rare, common = math.log(3), math.log(3 / 2)
     assert found[0] == pytest.approx(10 * 2 / 4)  # words and pairs are the same; nobody has three words in a row
@@ -120,13 +120,13 @@ def test_the_score_of_resampled_regions_is_the_score_of_those_regions(name):
     found = scored(name, records, tokenizer="plain")
     for score, (sums, groups) in get_bootstrap_inputs(found).items():
         everything = sums.compute_scores(sums.rows.sum(0))
-        assert everything == pytest.approx(found.total[score], abs=1e-9)
+        assert everything == pytest.approx(found.values[score], abs=1e-9)
         assert len(groups) == len(records)
         if name in ("bleu", "meteor"):  # of the others, rarity stays that of all regions
             some = [record for record in records if record["image_id"] % 2]
             rows = sums.rows[[record["image_id"] % 2 == 1 for record in records]]
             assert sums.compute_scores(rows.sum(0)) == pytest.approx(
-                scored(name, some, tokenizer="plain").total[score], abs=1e-9
+                scored(name, some, tokenizer="plain").values[score], abs=1e-9
             )
         assert bootstrap_scores(ScoreStatistics(*sums), groups, num_resamples=10).shape == (10,)
 
@@ -139,8 +139,8 @@ def test_the_first_reference_is_all_that_counts_if_that_is_asked():
         "caption": "a dog",
         "truth": {"phrases": ["a cat", "a dog"]},
     }
-    assert scored("rouge-l", [record], tokenizer="plain").total["rouge-l"] == 1
-    assert scored("rouge-l", [record], tokenizer="plain", references="first").total["rouge-l"] == pytest.approx(0.5)
+    assert scored("rouge-l", [record], tokenizer="plain").values["rouge-l"] == 1
+    assert scored("rouge-l", [record], tokenizer="plain", references="first").values["rouge-l"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("tokenizer", ["plain", pytest.param("ptb", marks=needs_java)])
@@ -163,7 +163,7 @@ def test_meteor_takes_empty_captions_bars_and_emoji():
         {"image_id": n, "region_id": n, "task": "caption", "caption": caption, "truth": {"phrases": [reference]}}
         for n, (caption, reference) in enumerate(told)
     ]
-    found = scored("meteor", records).each["meteor"]
+    found = scored("meteor", records).per_record["meteor"]
     assert found[0] == 0
     assert found[3] == pytest.approx(1)
     assert (found[1:3] > 0.2).all()
@@ -180,7 +180,7 @@ def test_meteor_program_is_kept_until_it_ends_or_a_call_is_interrupted(monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(METEOR_PROGRAM, "_exchange", interrupt)
+        patched.setattr(METEOR_PROGRAM, "_exchange_lines", interrupt)
         with pytest.raises(KeyboardInterrupt):
             align_captions(["a cat"], [["a dog"]])
     assert kept.poll() is not None

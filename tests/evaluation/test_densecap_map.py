@@ -146,8 +146,8 @@ def test_the_fast_way_is_the_slow_way(seed):
 
 
 def test_without_java_the_other_two_are_left(monkeypatch):
-    monkeypatch.setattr(densecap_map, "lacks_java", lambda: "no Java")
+    monkeypatch.setattr(densecap_map, "find_java_problem", lambda: "no Java")
     record = dense(1, [([0, 0, 9, 9], 0.9, "a car")], [([0, 0, 9, 9], "a car")])
-    assert set(sca_registry.metrics.build("densecap-map", tokenizer="plain")([record]).total) == {
+    assert set(sca_registry.metrics.build("densecap-map", tokenizer="plain")([record]).values) == {
         *("densecap-map/rouge-l", "densecap-map/boxes", "densecap-map/proposals", "densecap-map/true-boxes")
     }

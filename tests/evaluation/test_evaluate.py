@@ -141,9 +141,12 @@ def test_a_wrong_metric_or_option_is_refused_before_anything_is_asked():
     for wrong, said in (
         ({"metrics": ["clas"]}, "Did you mean 'class'"),
         ({"metrics": ["semantic"]}, "semantic.model=FOLDER"),
-        ({"settings": {"reference": "all"}}, "Did you mean 'references'"),
-        ({"settings": {"rogue-l.tokenizer": "plain"}}, "Did you mean 'rouge-l'"),
-        ({"metrics": ["class"], "settings": {"rouge-l.tokenizer": "plain"}}, "'rouge-l' is not among the metrics"),
+        ({"metric_options": {"reference": "all"}}, "Did you mean 'references'"),
+        ({"metric_options": {"rogue-l.tokenizer": "plain"}}, "Did you mean 'rouge-l'"),
+        (
+            {"metrics": ["class"], "metric_options": {"rouge-l.tokenizer": "plain"}},
+            "'rouge-l' is not among the metrics",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             evaluate(Silent(), dataset, **wrong)
@@ -189,8 +192,8 @@ def test_report_table_counts_metrics_left_out_in_one_line(teller):
 @pytest.mark.parametrize(
     ("generation", "message"),
     [
-        ({"beans": 3}, "generation has no option 'beans'. Did you mean 'beams'"),
-        ({"beams": "x"}, "generation.beams is 'x': give a whole number"),
+        ({"num_beans": 3}, "generation has no option 'num_beans'. Did you mean 'num_beams'"),
+        ({"num_beams": "x"}, "generation.num_beams is 'x': give a whole number"),
         ({"temperature": "hot"}, "generation.temperature is 'hot': give a number"),
     ],
 )

@@ -24,7 +24,7 @@ import torch
 torch.set_num_threads(1)
 from sca.evaluation.evaluate import evaluate
 print("ready", flush=True)
-evaluate("sca-tiny", {"name": "scenes", "count": 24}, "val", batch=3, metrics=["attributes"], folder=sys.argv[1])
+evaluate("sca-tiny", {"name": "scenes", "count": 24}, "val", batch_size=3, metrics=["attributes"], folder=sys.argv[1])
 """
 
 
@@ -58,7 +58,7 @@ def test_answers_are_on_disk_before_the_next_batch_is_asked(teller, dataset, tmp
             seen.append(
                 sum(line.startswith('{"index"') for line in (tmp_path / PREDICTIONS_NAME).read_text().splitlines())
             )
-            return super().describe(image, prompts, task)
+            return super().caption(image, prompts, task)
 
     evaluate(Watches(dataset), dataset, batch_size=1, folder=tmp_path, metrics=["class"])
     regions = [2 * len(sample.regions) for sample in dataset]
@@ -82,7 +82,7 @@ def test_a_run_that_stops_goes_on_where_it_was(teller, dataset, tmp_path, batch)
             type(self).left -= 1
             if not type(self).left:
                 raise RuntimeError("tired")
-            return super().describe(image, prompts, task)
+            return super().caption(image, prompts, task)
 
     tires = Tires(dataset)
     with pytest.raises(RuntimeError):
@@ -205,7 +205,7 @@ def test_every_process_syncs_its_predictions_before_the_first_merges_them(teller
     events = []
     close = journal.Journal.close
     monkeypatch.setattr(journal.Journal, "close", lambda self: (events.append("close"), close(self))[1])
-    monkeypatch.setattr(evaluation, "_processes", lambda: (1, 2, lambda: events.append("wait")))
+    monkeypatch.setattr(evaluation, "_get_process_group", lambda: (1, 2, lambda: events.append("wait")))
     assert evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"]) is None
     assert events == ["wait", "wait", "close", "wait", "wait"]
 

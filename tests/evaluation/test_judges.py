@@ -45,18 +45,18 @@ def pipeline(tmp_path_factory):
 def test_nouns_and_verbs_are_recalled_as_published_and_where_there_are_any(pipeline):
     records = told(("a red dog runs", ["a dog sits"]), ("a dog", ["a cat Rex"]), ("Rex", ["a red"]))
     nouns = sca_registry.metrics.build("noun-recall", model=pipeline)(records)
-    assert nouns.each["noun-recall/exact"].tolist() == [1, 0, 0]
-    assert nouns.total["noun-recall/exact-where-any"] == 0.5
-    assert nouns.each["noun-recall/fuzzy"] == pytest.approx([1, 0.3, 0])  # the cat by the dog, Rex by nothing
+    assert nouns.per_record["noun-recall/exact"].tolist() == [1, 0, 0]
+    assert nouns.values["noun-recall/exact-where-any"] == 0.5
+    assert nouns.per_record["noun-recall/fuzzy"] == pytest.approx([1, 0.3, 0])  # the cat by the dog, Rex by nothing
     verbs = sca_registry.metrics.build("verb-recall", model=pipeline)(records)
-    assert verbs.total["verb-recall/exact"] == 0
-    assert verbs.total["verb-recall/exact-where-any"] == 0
-    assert np.isnan(verbs.each["verb-recall/exact-where-any"]).tolist() == [False, True, True]
+    assert verbs.values["verb-recall/exact"] == 0
+    assert verbs.values["verb-recall/exact-where-any"] == 0
+    assert np.isnan(verbs.per_record["verb-recall/exact-where-any"]).tolist() == [False, True, True]
 
 
 def test_letter_case_counts_as_in_the_published_evaluation(pipeline):
     found = sca_registry.metrics.build("noun-recall", model=pipeline)(told(("Dog", ["dog"]), ("dog", ["dog"])))
-    assert found.each["noun-recall/exact"].tolist() == [0, 1]
+    assert found.per_record["noun-recall/exact"].tolist() == [0, 1]
 
 
 def test_a_pipeline_that_is_not_there_is_told(tmp_path):
@@ -80,15 +80,15 @@ def encoder(tmp_path_factory):
 
 
 def test_meaning_is_that_of_the_closest_reference_whatever_stands_beside_it(encoder):
-    metric = sca_registry.metrics.build("semantic", model=encoder, batch=2)
+    metric = sca_registry.metrics.build("semantic", model=encoder, batch_size=2)
     records = told(("a dog", ["a red cat", "a dog"]), ("cat", ["dog"]), ("red", ["red"]))
-    together = metric(records).each["semantic"]
+    together = metric(records).per_record["semantic"]
     assert together[[0, 2]] == pytest.approx(1, abs=1e-5)
     assert together[1] < 0.999
-    alone = [float(metric([record]).each["semantic"][0]) for record in records]
+    alone = [float(metric([record]).per_record["semantic"][0]) for record in records]
     assert together == pytest.approx(alone, abs=1e-5)
     first = sca_registry.metrics.build("semantic", model=encoder, references="first")
-    assert first(records).each["semantic"][0] < 0.999
+    assert first(records).per_record["semantic"][0] < 0.999
 
 
 def test_without_an_encoder_the_reason_is_said(tmp_path):
@@ -116,7 +116,7 @@ def clip(tmp_path_factory):
 
 
 def test_the_picture_that_is_scored_is_that_of_the_region(clip):
-    metric = sca_registry.metrics.build("clip-score", model=clip, batch=2)
+    metric = sca_registry.metrics.build("clip-score", model=clip, batch_size=2)
     image = Image.new("RGB", (64, 64), "red")
     image.paste("blue", (0, 0, 32, 32))
     boxes = ([0, 0, 32, 32], [32, 32, 64, 64], [0.2, 0.2, 0.4, 0.4])
@@ -130,10 +130,10 @@ def test_the_picture_that_is_scored_is_that_of_the_region(clip):
         }
         for n, box in enumerate(boxes)
     ]
-    values = metric(records, lambda record: image).each["clip-score"]
+    values = metric(records, lambda record: image).per_record["clip-score"]
     assert values.shape == (3,)
     assert (values >= 0).all()
-    blue = metric(records[:1], lambda record: Image.new("RGB", (64, 64), "blue")).each["clip-score"]
+    blue = metric(records[:1], lambda record: Image.new("RGB", (64, 64), "blue")).per_record["clip-score"]
     assert values[0] == pytest.approx(blue[0], abs=1e-5)
 
 

@@ -19,7 +19,7 @@ STAR = {"color": "red", "form": "star", "size": "small", "texture": "dotted", "c
 
 
 def total(name, records):
-    return sca_registry.metrics.build(name)(records).total
+    return sca_registry.metrics.build(name)(records).values
 
 
 # --- attributes
@@ -257,12 +257,12 @@ def test_single_judgments_add_up_to_the_total(make_record, rectangle, name):
     for record in records:
         record["truth"]["mask"] = rectangle(0, 0, 3, 4)
     scores = sca_registry.metrics.build(name)(json.loads(json.dumps(records)))
-    assert len({len(values) for values in scores.each.values()}) == 1
-    assert {"image_id", "region_id"} <= scores.each.keys()
-    shared = scores.each.keys() & scores.total.keys()
+    assert len({len(values) for values in scores.per_record.values()}) == 1
+    assert {"image_id", "region_id"} <= scores.per_record.keys()
+    shared = scores.per_record.keys() & scores.values.keys()
     assert shared
     for key in shared:
-        assert scores.total[key] == pytest.approx(np.nanmean(scores.each[key]))
+        assert scores.values[key] == pytest.approx(np.nanmean(scores.per_record[key]))
 
 
 def test_needs_are_paths_values_and_choices(make_record):

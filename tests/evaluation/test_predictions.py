@@ -90,7 +90,7 @@ def test_a_captioner_that_takes_one_image_at_a_time_gives_the_same(teller):
 def test_the_batch_changes_nothing_but_how_many_go_together(batch):
     dataset = Scenes("val", count=5)
     progress, echo = [], Echo()
-    records = asked(echo, dataset, batch=batch, limit=4, progress=lambda *state: progress.append(state))
+    records = asked(echo, dataset, batch_size=batch, limit=4, progress=lambda *state: progress.append(state))
     assert records == asked(Echo(), dataset, limit=4)
     assert progress[-1] == (4, 4)
     assert max(len(counts) for _, counts in echo.calls) == min(batch, 4)
@@ -242,7 +242,7 @@ def test_a_wrong_question_is_refused_at_once(wrong):
         PromptingOptions(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"batch": 0}, {"limit": 0}])
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"limit": 0}])
 def test_a_number_below_one_is_refused_at_once(wrong):
     with pytest.raises(ValueError, match="give a whole number, 1 or more"):
         predict_dataset(Echo(), [], **wrong)

@@ -29,7 +29,7 @@ def test_the_main_table_is_the_papers():
     (run,) = protocol.read_protocol("vg-region-captioning").runs
     ours = dict(zip(run.columns, run.published["SCA GPT2-large, pretrained, VG"], strict=True))
     assert (ours["cider-d"], ours["meteor"], ours["spice"]) == (1.498, 0.175, 0.314)
-    assert run.generation == {"beams": 3}
+    assert run.generation == {"num_beams": 3}
 
 
 def test_an_unknown_protocol_is_refused_with_the_closest():

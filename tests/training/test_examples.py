@@ -108,7 +108,8 @@ def test_a_region_teaches_as_many_texts_as_are_drawn_and_none_twice(stream, toke
     ]
     for example in several:
         texts = [
-            (place, tokenizer.decode(ids)) for place, ids in zip(example.region_index.tolist(), example.input_ids, strict=True)
+            (place, tokenizer.decode(ids))
+            for place, ids in zip(example.region_index.tolist(), example.input_ids, strict=True)
         ]
         assert len(set(texts)) == len(texts) > len(example.boxes)
         assert [place for place, _ in texts] == sorted(place for place, _ in texts)

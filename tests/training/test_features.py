@@ -17,7 +17,14 @@ def plan(small_table):
         table = {
             "model": {**small_table, "trainable": ["mixer", "projection", "task_tokens"], **(model or {})},
             "data": {"scenes": {"name": "scenes", "count": 9, "size": 64, **(scenes or {})}},
-            "train": {"steps": 6, "batch_size": 2, "warmup_steps": 2, "save_steps": 100, "learning_rate": 1e-2, **options},
+            "train": {
+                "steps": 6,
+                "batch_size": 2,
+                "warmup_steps": 2,
+                "save_steps": 100,
+                "learning_rate": 1e-2,
+                **options,
+            },
         }
         return Recipe.from_dict("cached", table)
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 RECIPE = """
 [model]
-encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, stem_channels = [8, 16] }
+encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, \
+stem_channels = [8, 16] }
 segmenter = { name = "sam", depth = 1, num_heads = 2, mlp_dim = 64 }
 mixer = { name = "query", num_queries = 2, depth = 1, num_heads = 2, mlp_dim = 64 }
 language_model = { name = "tiny-gpt2", hidden_size = 32, depth = 1, num_heads = 2, max_positions = 40 }
@@ -28,13 +29,13 @@ count = 40
 size = 64
 [train]
 steps = 50
-images = 8
-warmup = 5
+batch_size = 8
+warmup_steps = 5
 learning_rate = 1e-2
 prompts = { box = 0.5, point = 0.3, mask = 0.2 }
-recognition = 0.5
-texts = 2
-save = 20
+class_name_prob = 0.5
+captions_per_region = 2
+save_steps = 20
 """
 WATCHED = """
 import json, os, sys
@@ -107,7 +108,13 @@ WAYS = {
         *("--mixed_precision", "no", "--dynamo_backend", "no", *TRAIN, "other"),
     ),
     "two that share out what trains": (*TRAIN, "other", "train.num_processes=2", "train.sharded=true"),
-    "two, and pieces": (*TRAIN, "other", "train.num_processes=2", "train.gradient_accumulation_steps=2", "train.sharded=true"),
+    "two, and pieces": (
+        *TRAIN,
+        "other",
+        "train.num_processes=2",
+        "train.gradient_accumulation_steps=2",
+        "train.sharded=true",
+    ),
 }
 
 

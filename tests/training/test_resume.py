@@ -25,7 +25,15 @@ def plan(small_table):
                 "scenes": {"name": "scenes", "count": 9, "size": 64, "augment": {"crop": 0.8, "color": 0.2}},
                 "more": {"name": "scenes", "count": 5, "size": 64, "seed": 7, "weight": 0.5},
             },
-            "train": {"steps": 6, "batch_size": 2, "warmup_steps": 2, "save_steps": 2, "class_name_prob": 0.5, "box_jitter": 0.05, **options},
+            "train": {
+                "steps": 6,
+                "batch_size": 2,
+                "warmup_steps": 2,
+                "save_steps": 2,
+                "class_name_prob": 0.5,
+                "box_jitter": 0.05,
+                **options,
+            },
             "loss": {"attributes": 0.5},
         }
         return Recipe.from_dict("resumed", table)
@@ -98,12 +106,16 @@ def test_a_run_can_start_from_a_checkpoint(plan, small, small_table, tmp_path):
 
 
 def test_images_that_cannot_be_shared_out_are_refused(plan, tmp_path):
-    with pytest.raises(ValueError, match=r"train\.batch_size=3 is not a multiple of 1 processes x train\.gradient_accumulation_steps=2"):
+    with pytest.raises(
+        ValueError, match=r"train\.batch_size=3 is not a multiple of 1 processes x train\.gradient_accumulation_steps=2"
+    ):
         train(plan(batch_size=3, gradient_accumulation_steps=2), tmp_path, quiet=True)
 
 
 def test_a_budget_that_cannot_be_shared_out_is_refused(plan, tmp_path):
-    with pytest.raises(ValueError, match=r"train\.max_regions_per_step=1 is less than one region for each of 1 processes x .*=2"):
+    with pytest.raises(
+        ValueError, match=r"train\.max_regions_per_step=1 is less than one region for each of 1 processes x .*=2"
+    ):
         train(plan(max_regions_per_step=1, gradient_accumulation_steps=2), tmp_path, quiet=True)
 
 

@@ -119,7 +119,9 @@ def test_the_command_sets_aside_only_in_its_default_folder(plan, tmp_path, monke
 
     monkeypatch.chdir(tmp_path)
     lines = ['model = "sca-tiny"', "[data.scenes]", 'name = "scenes"', "count = 2", "size = 64"]
-    (tmp_path / "mine.toml").write_text("\n".join([*lines, "[train]", "steps = 1", "images = 1", "processes = 1"]))
+    (tmp_path / "mine.toml").write_text(
+        "\n".join([*lines, "[train]", "steps = 1", "batch_size = 1", "num_processes = 1"])
+    )
     for seed in (0, 1):
         assert run_command(["train", "mine.toml", f"train.seed={seed}", "--quiet"]) == 0
     assert "sca: runs/mine contained another run, which is now in runs/mine-1" in capfd.readouterr().err

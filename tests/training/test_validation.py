@@ -55,7 +55,7 @@ def test_the_best_of_the_validated_models_is_kept(plan, tmp_path):
 def test_train_opens_the_dataset_of_validate_once(plan, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        "sca.training.train.open_validation", lambda each: opened.append(each) or open_validation_dataset(each)
+        "sca.training.train.open_validation_dataset", lambda each: opened.append(each) or open_validation_dataset(each)
     )
     recipe = plan({"every": 4, "limit": 1})
     train(recipe, tmp_path, quiet=True)
@@ -162,7 +162,9 @@ def test_a_part_learns_at_its_own_rate(plan, tmp_path):
 
 
 def test_a_rate_for_what_does_not_train_is_refused(plan, tmp_path):
-    with pytest.raises(RegistryError, match=r"train\.lr_multipliers\.mixr is for nothing that trains\. Did you mean 'mixer'"):
+    with pytest.raises(
+        RegistryError, match=r"train\.lr_multipliers\.mixr is for nothing that trains\. Did you mean 'mixer'"
+    ):
         train(plan(lr_multipliers={"mixr": 2.0}), tmp_path, quiet=True)
 
 

@@ -16,7 +16,7 @@ ATTRIBUTES = ("color", "form", "size", "texture")
 class Attributes:
     """The share of captions that name the true color, form, size and texture: each alone, and `all` four.
 
-    A caption is read by `sca.data.scenes.parse`; what it does not say counts as wrong.
+    A caption is read by `sca.data.scenes.parse_statement`; what it does not say counts as wrong.
     """
 
     needs = ("task=caption", "caption", *(f"truth.attributes.{fact}" for fact in ATTRIBUTES))

@@ -18,7 +18,7 @@ DENOMINATOR_EPSILON, NUMERATOR_EPSILON = 1e-9, 1e-15  # as pycocoevalcap keeps f
 class Bleu:
     """BLEU-1 to BLEU-4 of all captions together, with the length of the closest reference. In 0..1.
 
-    The arrays of `each` are those of single captions, whose mean is not the score of all.
+    The arrays of `per_record` are those of single captions, whose mean is not the score of all.
     """
 
     needs = CAPTION_NEEDS

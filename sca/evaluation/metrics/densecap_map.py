@@ -108,7 +108,7 @@ class DenseCapMap:
 def merge_true_boxes(boxes: np.ndarray, phrases: Sequence[Sequence[str]]) -> tuple[np.ndarray, list[list[str]]]:
     """True boxes (T, 4) and their phrases -> merged boxes (G, 4), the means of each group, and the phrases of all.
 
-    Of the boxes that are left, the one with the most others overlapping it by `MERGED` is taken together with them.
+    Of the boxes that are left, the one with the most others overlapping it by `MERGE_IOU` is taken together with them.
     """
     is_close = compute_pixel_ious(boxes, boxes) >= MERGE_IOU
     groups = []

@@ -34,7 +34,8 @@ class RegionSensitivity:
     better with the truth than the answer to the moved one.
 
     Agreement: for recognition, whether the name is right. For captions of drawn scenes, how many of color, form, size
-    and texture are right (read by `sca.data.scenes.parse`), of those in which the two truths differ. For other
+    and texture are right (read by
+    `sca.data.scenes.parse_statement`), of those in which the two truths differ. For other
     captions, the F-measure of the words with those of the closest phrase.
     """
 

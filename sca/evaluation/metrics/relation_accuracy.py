@@ -24,7 +24,7 @@ class Relations:
     """`stated`: the share of captions that state a relation. `right`: the share of those for which it holds.
 
     It holds if some other region of the image is of the stated color and form and lies on the stated side
-    (`sca.data.scenes.relation_holds`), whatever the caption says of the region itself.
+    (`sca.data.scenes.is_relation_true`), whatever the caption says of the region itself.
     """
 
     needs = ("task=caption", "caption", *TRUTH_NEEDS)

