@@ -1,4 +1,4 @@
-"""What can be named, and what each kind of part must do. Imports no torch."""
+"""Registries of components, one per kind. Importing this package does not import torch."""
 
 from sca_registry.errors import RegistryError
 from sca_registry.plugins import refresh_plugins

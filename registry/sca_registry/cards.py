@@ -1,6 +1,6 @@
-"""Cards: the facts about a named part that a chooser wants, in TOML, readable without importing the part.
+"""Cards: metadata of components in TOML, readable without importing the components.
 
-One file for each kind of part, one table for each name:
+Each kind of component has one file, with one table per name:
 
     [query]
     factory = "sca.mixers.query:QueryMixer"
@@ -8,7 +8,7 @@ One file for each kind of part, one table for each name:
     source = "SCA, arXiv 2312.00869"
     license = "Apache-2.0"
 
-`factory` is required; the other fields are those of `Card`.
+`factory` is required. The other fields are those of `Card`.
 """
 
 from __future__ import annotations
@@ -27,42 +27,65 @@ FACTORY_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of a name before anything is imported. None or empty: the card does not say."""
+    """Metadata of a component. None and empty values mean unspecified.
+
+    Attributes:
+        name: Name of the component.
+        factory: Path of the factory, "package.module:attribute".
+        options: Options passed to the factory unless the caller overrides them.
+        summary: One sentence that describes the component.
+        source: Paper, or hub id and revision.
+        license: License of the component and its weights.
+        terms: Restrictions of the weights, such as gated access or no commercial use.
+        parameters: Number of parameters.
+        config: Model configuration for building without weights, passed to the factory as the option `config`.
+        extra: Extra of the distribution that must be installed.
+        gives: Outputs (`PROVIDED_OUTPUTS`) that the component provides to the downstream component.
+        needs: Outputs (`PROVIDED_OUTPUTS`) that the component requires from the upstream component.
+        needs_with: Outputs that an enabled option requires, by option.
+        small: Options that make a plugin tiny, for `sca check`.
+        scores: Names of the scores of a metric; `class/*` for all scores with a prefix.
+        code_options: Options that can run code. A checkpoint may only set them to a plain name.
+    """
 
     name: str
-    factory: str  # "module:attribute"
-    options: Mapping[str, Any] = field(default_factory=dict)  # given to the factory unless the caller says otherwise
+    factory: str
+    options: Mapping[str, Any] = field(default_factory=dict)
     summary: str = ""
-    source: str = ""  # a paper, or a hub id and its revision
+    source: str = ""
     license: str = ""
-    terms: str = ""  # what a person should know before the weights are fetched: not for commercial use, gated
+    terms: str = ""
     parameters: int | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)  # an option too: what building without weights has to know
-    extra: str = ""  # the optional dependencies of the distribution that must be installed
-    gives: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind downstream can rely on
-    needs: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind upstream must give
-    needs_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> what it needs when it is on
-    small: Mapping[str, Any] = field(default_factory=dict)  # of a plugin: options that make it tiny, for `sca check`
-    scores: tuple[str, ...] | None = None  # of a metric: the names of its scores; `class/*` for any that begin so
-    code_options: tuple[str, ...] = ()  # that can run code: a checkpoint may set them to a plain name at most
+    config: Mapping[str, Any] = field(default_factory=dict)
+    extra: str = ""
+    gives: tuple[str, ...] | None = None
+    needs: tuple[str, ...] | None = None
+    needs_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    small: Mapping[str, Any] = field(default_factory=dict)
+    scores: tuple[str, ...] | None = None
+    code_options: tuple[str, ...] = ()
 
     @property
     def default_options(self) -> dict[str, Any]:
-        """The options that the factory gets unless the caller says otherwise."""
+        """Options passed to the factory by default, including `config`."""
         return {**self.options, **({"config": self.config} if self.config else {})}
 
 
-PROVIDED_OUTPUTS = ("masks", "boxes", "grid")  # what parts give and need
-TOML_TYPES = {"str": str, "int": int, "Mapping": dict, "tuple": list}  # how values of fields are written
+PROVIDED_OUTPUTS = ("masks", "boxes", "grid")
+TOML_TYPES = {"str": str, "int": int, "Mapping": dict, "tuple": list}  # TOML type of each annotation
 FIELD_TYPES = {
     each.name: TOML_TYPES[re.split(r"\W", str(each.type))[0]] for each in fields(Card) if each.name != "name"
 }
 
 
 def parse_cards(text: str) -> dict[str, Card | RegistryError]:
-    """Every name in a card file, with its card or with what is wrong with it.
+    """Parse a card file.
 
-    Raises RegistryError if the text is not TOML at all.
+    Returns:
+        The card of each name, or the error of an invalid card.
+
+    Raises:
+        RegistryError: The text is not TOML.
     """
     import tomllib
 
@@ -81,7 +104,11 @@ def parse_cards(text: str) -> dict[str, Card | RegistryError]:
 
 @functools.cache
 def read_builtin_cards(plural: str) -> dict[str, Card]:
-    """The cards of this distribution for one kind; a kind without a card file has none."""
+    """Return the cards of this distribution for a kind, by name; empty for a kind without a card file.
+
+    Args:
+        plural: Plural name of the kind, such as "encoders".
+    """
     from importlib.resources import files
 
     file = files("sca_registry") / "cards" / f"{plural}.toml"
@@ -92,35 +119,45 @@ def read_builtin_cards(plural: str) -> dict[str, Card]:
 
 
 def check_name(name: object) -> None:
-    """Raises RegistryError unless `name` can be a name: it has to survive `a+b`, `dist:name` and a command line."""
+    """Check that a name is valid within `encoder+mixer+language-model`, `distribution:name` and a command line.
+
+    Raises:
+        RegistryError: The name is invalid.
+    """
     if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
-        raise RegistryError(f"{name!r} cannot be a name: use ASCII letters, digits, '.', '_' and '-'")
+        raise RegistryError(
+            f"{name!r} cannot be a name; use ASCII letters, digits, '.', '_' and '-', and start with a letter or digit"
+        )
 
 
 def check_factory(factory: str) -> None:
-    """Raises RegistryError unless `factory` reads like module:attribute."""
+    """Check that the path of a factory has the form "package.module:attribute".
+
+    Raises:
+        RegistryError: The path is invalid.
+    """
     if not FACTORY_PATTERN.fullmatch(factory):
-        raise RegistryError(f"{factory!r} is not a factory: write it as 'package.module:attribute'")
+        raise RegistryError(f"{factory!r} is not a factory path; write it as 'package.module:attribute'")
 
 
 def _parse_card(name: str, table: Any) -> Card:
     check_name(name)
     if not isinstance(table, dict) or "factory" not in table:
         raise RegistryError(
-            f"the card {name!r} has no factory: write [{name}] and factory = 'package.module:attribute'"
+            f"card {name!r} has no factory; add factory = 'package.module:attribute' to the table [{name}]"
         )
     for key, value in table.items():
         if key not in FIELD_TYPES:
-            raise make_unknown_name_error(f"the card {name!r} has an unknown field {key!r}", key, FIELD_TYPES)
+            raise make_unknown_name_error(f"card {name!r} has an unknown field {key!r}", key, FIELD_TYPES)
         if not isinstance(value, FIELD_TYPES[key]):
             raise RegistryError(
-                f"{key} of the card {name!r} is {value!r} and should be of type {FIELD_TYPES[key].__name__}"
+                f"{key} of card {name!r} is {value!r}; give a value of type {FIELD_TYPES[key].__name__}"
             )
     check_factory(table["factory"])
     for output_name in (*table.get("needs", ()), *table.get("gives", ())):
         if output_name not in PROVIDED_OUTPUTS:
             raise make_unknown_name_error(
-                f"the card {name!r} needs or gives {output_name!r}, which nothing is called",
+                f"card {name!r} has an unknown output {output_name!r} in needs or gives",
                 str(output_name),
                 PROVIDED_OUTPUTS,
             )

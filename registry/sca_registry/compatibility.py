@@ -1,4 +1,4 @@
-"""Which components can work together, from what their cards or classes give and need."""
+"""Compatibility of components, from the `gives` and `needs` of their cards or classes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from sca_registry.spec import ModelSpec, Part
 
 
 def check_compatible(spec: ModelSpec) -> None:
-    """Refuse unknown names and components that cannot work together, before anything is built.
+    """Check the names and the compatibility of the components of a model, without building them.
 
-    A component whose card does not say what it gives and needs is imported to read its class; one that says nothing at
-    all fits everything.
+    A component whose card declares no `gives` or `needs` is imported to read them from its class. A component that
+    declares neither is compatible with everything.
+
+    Args:
+        spec: Model spec to check.
 
     Raises:
-        RegistryError: Names both components and the way out.
+        RegistryError: A name is unknown, or a component needs an output that the upstream component does not provide.
     """
     for kind in MODEL_PARTS:
-        part = getattr(spec, kind)
-        if part is not None:
-            get_registry(kind).get_card(part.name)
+        component = getattr(spec, kind)
+        if component is not None:
+            get_registry(kind).get_card(component.name)
     segmenter = spec.segmenter
     if segmenter is not None:
         _check_fit("encoder", spec.encoder, "segmenter", segmenter)
@@ -31,9 +34,8 @@ def check_compatible(spec: ModelSpec) -> None:
         _check_fit("segmenter", segmenter, "mixer", spec.mixer)
 
 
-def _check_fit(upstream_kind: str, upstream: Part, kind: str, part: Part) -> None:
-    """Raises RegistryError if the part upstream is known not to give something that the part needs."""
-    required = _list_needs(kind, part)
+def _check_fit(upstream_kind: str, upstream: Part, kind: str, component: Part) -> None:
+    required = _list_needs(kind, component)
     provided = get_registry(upstream_kind).get_declared(upstream.name, "gives") if required else None
     if provided is None:
         return
@@ -45,33 +47,33 @@ def _check_fit(upstream_kind: str, upstream: Part, kind: str, part: Part) -> Non
         for name in get_registry(upstream_kind).list_names()
         if set(required) <= set(get_registry(upstream_kind).get_card(name).gives or ())
     ]
-    other_cards = [get_registry(kind).get_card(name) for name in get_registry(kind).list_names() if name != part.name]
+    other_names = [name for name in get_registry(kind).list_names() if name != component.name]
+    other_cards = [get_registry(kind).get_card(name) for name in other_names]
     compatible_names = [
         card.name for card in other_cards if card.needs is not None and set(card.needs) <= set(provided)
     ]
-    switched_off_options = [f"{kind}.{option}=false" for option in _list_enabled_options(kind, part)]
+    switched_off_options = [f"{kind}.{option}=false" for option in _list_enabled_options(kind, component)]
     fixes = (
         [f"{upstream_kind}={name}" for name in provider_names]
         + switched_off_options
         + [f"{kind}={name}" for name in compatible_names]
     )
+    provided_text = f"only {' and '.join(provided)}" if provided else "none"
     raise RegistryError(
-        f"{kind} {part.name!r} needs {' and '.join(missing)}, and {upstream_kind} {upstream.name!r} gives "
-        f"{' and '.join(provided) or 'none of that'}." + (f" Choose {' or '.join(fixes)}." if fixes else "")
+        f"{kind} {component.name!r} needs {' and '.join(missing)}, but {upstream_kind} {upstream.name!r} provides "
+        f"{provided_text}" + (f"; use {' or '.join(fixes)}" if fixes else "")
     )
 
 
-def _list_needs(kind: str, part: Part) -> list[str]:
-    """What a part needs with the options that it has."""
-    option_needs = get_registry(kind).get_card(part.name).needs_with
-    base_needs = get_registry(kind).get_declared(part.name, "needs") or ()
-    return [
-        *base_needs,
-        *(output_name for option in _list_enabled_options(kind, part) for output_name in option_needs[option]),
-    ]
+def _list_needs(kind: str, component: Part) -> list[str]:
+    """List the outputs that a component needs with its options."""
+    option_needs = get_registry(kind).get_card(component.name).needs_with
+    base_needs = get_registry(kind).get_declared(component.name, "needs") or ()
+    enabled_options = _list_enabled_options(kind, component)
+    return [*base_needs, *(output_name for option in enabled_options for output_name in option_needs[option])]
 
 
-def _list_enabled_options(kind: str, part: Part) -> list[str]:
-    """Options of the part that are on and need something."""
-    card = get_registry(kind).get_card(part.name)
-    return [option for option in card.needs_with if {**card.options, **part.options}.get(option)]
+def _list_enabled_options(kind: str, component: Part) -> list[str]:
+    """List the enabled options of a component that need outputs of the upstream component."""
+    card = get_registry(kind).get_card(component.name)
+    return [option for option in card.needs_with if {**card.options, **component.options}.get(option)]

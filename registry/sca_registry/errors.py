@@ -1,4 +1,4 @@
-"""How a wrong name is answered: what was asked, what there is, what to do."""
+"""Errors for unknown names, with suggestions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import catalogue
 
 
 class RegistryError(catalogue.RegistryError):
-    """A person's mistake about names, options or combinations, or a part that does not work; says what to do."""
+    """Invalid name, option or combination of components, or a component that fails. The message contains the fix."""
 
 
 def suggest_name(requested: str, names: Iterable[str]) -> str:
-    """ " Did you mean 'query'?", or nothing when no name is close. Case, hyphens and underscores are forgiven."""
-    import difflib  # only a mistake pays for it
+    """Suggest the closest name, ignoring case and treating underscores as hyphens.
+
+    Returns:
+        A sentence with a leading space, such as " Did you mean 'query'?"; "" if no name is close.
+    """
+    import difflib  # imported here because it is slow and only errors need it
 
     names_by_key = {_normalize_name(name): name for name in names}
     matches = difflib.get_close_matches(_normalize_name(requested), names_by_key, n=1)
@@ -21,12 +25,18 @@ def suggest_name(requested: str, names: Iterable[str]) -> str:
 
 
 def format_choices(names: Collection[str]) -> str:
-    """ " There are: box, sam.", in the order given."""
+    """Format names as a sentence with a leading space, such as " There are: box, sam.", in their order."""
     return f" There are: {', '.join(names)}." if names else " There are none."
 
 
 def make_unknown_name_error(problem: str, requested: str, names: Iterable[str]) -> RegistryError:
-    """An error that states the problem, the closest name and all the names there are."""
+    """Return an error with the problem, the closest name and all valid names.
+
+    Args:
+        problem: Start of the message, without a period.
+        requested: The unknown name.
+        names: All valid names.
+    """
     names = list(names)
     return RegistryError(f"{problem}.{suggest_name(requested, names)}{format_choices(names)}")
 

@@ -1,4 +1,4 @@
-"""The options of a factory, as its signature tells them."""
+"""Options of a factory, read from its signature."""
 
 from __future__ import annotations
 
@@ -15,27 +15,38 @@ TEXT_TYPES = ("str", "Path", "PathLike", "PathLike[str]", "StrPath")
 OPTIONAL_PATTERN = re.compile(r"^Optional\[(.*)\]$")
 UNION_PATTERN = re.compile(r"^Union\[(.*)\]$")
 NAMESPACE_PATTERN = re.compile(r"^(?:\w+\.)+")
-REQUIRED = ...  # stands where an option has no default
+REQUIRED = ...  # default of a required option
 TYPE_DESCRIPTIONS = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
     **dict.fromkeys(TEXT_TYPES, "text"),
-    "None": "nothing",
+    "None": "None",
 }
 
 
 def get_factory_options(factory: Callable[..., Any], num_positional: int) -> dict[str, Any]:
-    """Option name -> default (`REQUIRED` without one); the first `upstream` parameters are not options.
+    """Return the options of a factory.
 
-    A factory that tells no signature has no known options.
+    Args:
+        factory: Factory of a component.
+        num_positional: Number of leading parameters that are not options.
+
+    Returns:
+        Defaults by option, `REQUIRED` for an option without a default; empty if the factory has no signature.
     """
     parameters = _filter_option_parameters(_get_parameters(factory) or [], num_positional)
     return {each.name: REQUIRED if each.default is Parameter.empty else each.default for each in parameters}
 
 
 def is_text_option(factory: Callable[..., Any], num_positional: int, option: str) -> bool:
-    """Return whether an option is text or a path and nothing else, by its annotation or else its default."""
+    """Return whether an option only takes text or a path, according to its annotation or else its default.
+
+    Args:
+        factory: Factory of a component.
+        num_positional: Number of leading parameters that are not options.
+        option: Name of the option.
+    """
     for parameter in _filter_option_parameters(_get_parameters(factory) or [], num_positional):
         if parameter.name == option:
             if parameter.annotation is Parameter.empty:
@@ -46,10 +57,13 @@ def is_text_option(factory: Callable[..., Any], num_positional: int, option: str
 
 
 def parse_annotation(annotation: Any) -> set[str]:
-    """Return the types that an annotation allows, by name without module: {"int", "None"} for `Optional[int]`.
+    """Parse the types that an annotation allows.
 
     Args:
-        annotation: A type, a union of types, or either of them as text, which is not evaluated.
+        annotation: A type, a union of types, or the source code of either, which is not evaluated.
+
+    Returns:
+        Names of the types without modules, such as {"int", "None"} for `Optional[int]`.
     """
     text = annotation if isinstance(annotation, str) else formatannotation(annotation)
     text = NAMESPACE_PATTERN.sub("", text.strip(" '\""))
@@ -62,8 +76,17 @@ def parse_annotation(annotation: Any) -> set[str]:
 
 
 def check_options(subject: str, factory: Callable[..., Any], num_positional: int, options: Mapping[str, Any]) -> None:
-    """Raises RegistryError, opening with `what`, for an option that the factory does not take, one that it lacks, or a
-    value of another type where the signature asks for a number, a truth value or text.
+    """Check options against the signature of a factory.
+
+    Args:
+        subject: Subject of the error messages, such as "mixer 'query'".
+        factory: Factory of a component.
+        num_positional: Number of leading parameters that are not options.
+        options: Values by option.
+
+    Raises:
+        RegistryError: An option is unknown, a required option is missing, or a value has a type other than the
+            annotated number, boolean, text or None.
     """
     parameters = _get_parameters(factory)
     if parameters is None:
@@ -84,7 +107,7 @@ def check_options(subject: str, factory: Callable[..., Any], num_positional: int
 
 
 def _check_value(subject: str, parameter: Parameter, value: Any) -> None:
-    """Check a value against an annotation that allows numbers, truth values, text or None and nothing else."""
+    """Check a value against an annotation of numbers, booleans, text and None; ignore other annotations."""
     type_names = parse_annotation(parameter.annotation)
     if not type_names <= TYPE_DESCRIPTIONS.keys() or value is parameter.default:
         return
@@ -108,16 +131,15 @@ def _is_of_type(type_name: str, value: Any) -> bool:
 def _get_parameters(factory: Callable[..., Any]) -> list[Parameter] | None:
     try:
         return list(signature(factory).parameters.values())
-    except (TypeError, ValueError):  # some callables written in C have none
+    except (TypeError, ValueError):  # some callables written in C have no signature
         return None
 
 
 def _filter_option_parameters(parameters: list[Parameter], num_positional: int) -> list[Parameter]:
+    positional_kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     option_kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    positional = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)][
-        :num_positional
-    ]
-    return [parameter for parameter in parameters if parameter.kind in option_kinds and parameter not in positional]
+    upstream = [parameter for parameter in parameters if parameter.kind in positional_kinds][:num_positional]
+    return [parameter for parameter in parameters if parameter.kind in option_kinds and parameter not in upstream]
 
 
 def _format_options(defaults: dict[str, Any]) -> str:

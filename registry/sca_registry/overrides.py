@@ -1,14 +1,14 @@
-"""`key=value`: one grammar for changing specs and recipes on a command line, in a sweep and in code.
+"""Overrides: `key=value` assignments that change specs and recipes, on the command line, in sweeps and in code.
 
-A key is a dotted path and a value is TOML; a bare word is a string, so `mixer=roi-pool` needs no quotes. An option that
-is annotated as text or a path takes any value but a list or a table as text: `root=2024`, `root=my photos`. The parts
-and the other fields of a model are short for `model.*`.
+A key is a dotted path and a value is TOML. A plain word is a string, so `mixer=roi-pool` needs no quotes. An option
+annotated as text or a path reads any value as text, except lists and tables: `root=2024`, `root=my photos`. The fields
+of a model do not need the prefix `model.`.
 
-    mixer.depth=2           edits an option of the mixer
-    mixer=roi-pool          replaces the mixer and drops its options
-    lora=16                 rank 16; lora.alpha=8 edits it, lora=0 takes it away
-    train.steps=200         a recipe's own table
-    data.scenes.count=16    an option of a dataset
+    mixer.depth=2           set an option of the mixer
+    mixer=roi-pool          replace the mixer and drop its options
+    lora=16                 set the rank to 16; lora.alpha=8 sets its alpha, lora=0 disables LoRA
+    train.steps=200         set a field of a recipe
+    data.scenes.count=16    set an option of a dataset
 """
 
 from __future__ import annotations
@@ -22,25 +22,30 @@ from sca_registry.errors import RegistryError, make_unknown_name_error
 
 MODEL_PARTS = ("encoder", "segmenter", "mixer", "language_model")
 MODEL_FIELDS = (*MODEL_PARTS, "projection", "task_tokens", "trainable", "lora", "generation", "everything")
-SHORTHAND_KEYS = {
-    "projection": "kind",
-    "lora": "rank",
-}  # what a lone value stands for; elsewhere it is the `name` of a part
+SHORTHAND_KEYS = {"projection": "kind", "lora": "rank"}  # key of a table that is written as a single value
 
 KEY_PATTERN = re.compile(r"[^\W\d][\w-]*", re.ASCII)
 BARE_STRING_PATTERN = re.compile(r"""[^\W\d][^\s"'\[\]{}=#,]*|[/~.][^\s"'\[\]{}=#,]*""")
 
-IsText = Callable[[str], bool]  # whether an option takes text or a path and nothing else
+IsText = Callable[[str], bool]  # returns whether an option only takes text or a path
 
 
 def apply_overrides(table: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """A copy of a nested table with assignments made in order.
+    """Apply assignments to a copy of a nested table.
 
-    In [model] any field of a `ModelSpec` may be set, and a table with a `name` is a part that takes any option; both
-    are checked when they are used. Elsewhere a key has to be there already, so give a table with all its defaults; a
-    table within a table may be replaced by another, which is checked when it is used.
+    In [model], any field of a `ModelSpec` can be set. A table with a `name` is a component and takes any option. Both
+    are validated on use, not here. Everywhere else a key must exist, so pass a table with all its defaults. A nested
+    table can be replaced by another table, which is validated on use.
 
-    Raises RegistryError for what is not `key=value`, for an unknown key, and for a value where a table should be.
+    Args:
+        table: Nested table, such as a recipe.
+        assignments: `key=value` assignments, applied in order.
+
+    Returns:
+        The changed copy.
+
+    Raises:
+        RegistryError: An assignment is not `key=value`, a key is unknown, or a value replaces a table.
     """
     result = copy.deepcopy(dict(table))
     for assignment in assignments:
@@ -50,7 +55,7 @@ def apply_overrides(table: Mapping[str, Any], assignments: Iterable[str]) -> dic
             path = ("model", *path)
         elif root_key not in result and root_key != "model":
             raise make_unknown_name_error(
-                f"{assignment!r}: there is no {path[0]!r} to set", path[0], {**result, **dict.fromkeys(MODEL_FIELDS)}
+                f"{assignment!r}: unknown key {path[0]!r}", path[0], {**result, **dict.fromkeys(MODEL_FIELDS)}
             )
         _set_value(result, (), path, text, assignment)
     return result
@@ -59,10 +64,18 @@ def apply_overrides(table: Mapping[str, Any], assignments: Iterable[str]) -> dic
 def parse_assignment(
     assignment: str, is_text: Callable[[tuple[str, ...]], bool] = lambda path: False
 ) -> tuple[tuple[str, ...], Any]:
-    """'mixer.depth=2' -> (("mixer", "depth"), 2).
+    """Parse an assignment.
 
-    is_text: whether a key takes text or a path and nothing else. Raises RegistryError if there is no `=`, the key is no
-    dotted path, or the value is neither TOML nor a bare word.
+    Args:
+        assignment: `key=value`, such as "mixer.depth=2".
+        is_text: Returns whether the value of a key only takes text or a file path.
+
+    Returns:
+        Path and value, such as (("mixer", "depth"), 2).
+
+    Raises:
+        RegistryError: The assignment has no `=`, the key is not a dotted path, or the value is neither TOML nor a plain
+            word.
     """
     path, text = _split_assignment(assignment)
     return path, _parse_value(text, assignment, lambda: is_text(path))
@@ -72,17 +85,28 @@ def _split_assignment(assignment: str) -> tuple[tuple[str, ...], str]:
     key, separator, text = assignment.partition("=")
     path = tuple(key_part.strip() for key_part in key.split("."))
     if not separator or not all(map(KEY_PATTERN.fullmatch, path)):
-        raise RegistryError(f"{assignment!r} does not set anything: write key=value, for example mixer.depth=2")
+        raise RegistryError(f"{assignment!r} does not set anything; write key=value, such as mixer.depth=2")
     return path, text.strip()
 
 
 def parse_assignments(assignments: Iterable[str], is_text: IsText = lambda option: False) -> dict[str, Any]:
-    """The `key=value` options of one part. Raises RegistryError, also for a key with a dot in it."""
+    """Parse the options of one component.
+
+    Args:
+        assignments: `option=value` assignments.
+        is_text: Returns whether an option only takes text or a path.
+
+    Returns:
+        Values by option.
+
+    Raises:
+        RegistryError: An assignment is invalid, or a key contains a dot.
+    """
     options = {}
     for assignment in assignments:
         path, value = parse_assignment(assignment, lambda path: is_text(path[-1]))
         if len(path) > 1:
-            raise RegistryError(f"{assignment!r}: the options of a part have plain names, such as {path[-1]}=...")
+            raise RegistryError(f"{assignment!r}: option names of a component contain no dots; write {path[-1]}=...")
         options[path[0]] = value
     return options
 
@@ -91,21 +115,20 @@ def _parse_value(text: str, assignment: str, is_text: Callable[[], bool]) -> Any
     import tomllib
 
     try:
-        parsed = tomllib.loads(
-            f"inline = {{ value = {text} }}"
-        )  # a comment or a second key breaks out of it and is found
+        # The inline table makes a comment or a second key in the text an error.
+        parsed = tomllib.loads(f"inline = {{ value = {text} }}")
         if parsed.keys() == {"inline"} and parsed["inline"].keys() == {"value"}:
             value = parsed["inline"]["value"]
             return value if isinstance(value, str | list | dict) or not is_text() else text
-    except (ValueError, RecursionError):  # not TOML, a number too long to read, or nested too deep
+    except (ValueError, RecursionError):  # not TOML, a number with too many digits, or nested too deep
         if text and text[0] not in "'\"[{" and text.isprintable() and is_text():
             return text
         if text in ("True", "False"):
-            raise RegistryError(f"{assignment!r}: TOML writes {text.lower()}") from None
+            raise RegistryError(f"{assignment!r}: TOML booleans are lowercase; write {text.lower()}") from None
         if BARE_STRING_PATTERN.fullmatch(text):
             return text
     raise RegistryError(
-        f"{assignment!r}: the value is not TOML. Text that is more than one plain word goes in quotes: "
+        f"{assignment!r}: the value is not TOML; put text that is not a single plain word in quotes: "
         f"'{assignment.partition('=')[0]}=\"...\"'"
     )
 
@@ -113,7 +136,7 @@ def _parse_value(text: str, assignment: str, is_text: Callable[[], bool]) -> Any
 def _set_value(
     table: dict[str, Any], parents: tuple[str, ...], path: tuple[str, ...], text: str, assignment: str
 ) -> None:
-    """Sets what `path` leads to from `table`, which lies under the keys `above`."""
+    """Set the value at `path` of `table`, which is the subtable at `parents`."""
     fields = MODEL_FIELDS if parents == ("model",) else tuple(table)
     key = _normalize_key(path[0], fields)
     has_fixed_keys = parents == ("model",) or (bool(parents) and parents[0] != "model" and "name" not in table)
@@ -123,26 +146,25 @@ def _set_value(
         return _set_value(_get_subtable(table, key, assignment), (*parents, key), path[1:], text, assignment)
     previous = table.get(key)
     value = _parse_value(text, assignment, lambda: _is_text_key(table, parents, key))
-    is_part = isinstance(previous, dict) and "name" in previous
-    if isinstance(previous, dict) and not (is_part or "model" in parents or (parents and isinstance(value, dict))):
+    is_component = isinstance(previous, dict) and "name" in previous
+    if isinstance(previous, dict) and not (is_component or "model" in parents or (parents and isinstance(value, dict))):
         raise RegistryError(f"{assignment!r}: {key} is a table; set one of: {', '.join(previous)}")
     table[key] = value
 
 
 def _is_text_key(table: Mapping[str, Any], parents: tuple[str, ...], key: str) -> bool:
-    """Whether a key takes text and nothing else: an option of a part by its factory, another by its default."""
+    """Return whether a key only takes text: an option according to its factory, another key to its current value."""
     from sca_registry.registry import get_registry
 
     name = table.get("name")
     if isinstance(name, str):
-        return get_registry(parents[-1] if parents and parents[-1] in MODEL_PARTS else "dataset").is_text_option(
-            name, key
-        )
+        kind = parents[-1] if parents and parents[-1] in MODEL_PARTS else "dataset"
+        return get_registry(kind).is_text_option(name, key)
     return isinstance(table.get(key), str) and parents[:1] != ("model",)
 
 
 def _get_subtable(table: dict[str, Any], key: str, assignment: str) -> dict[str, Any]:
-    """The table at `key`; a lone value becomes the table that it is short for."""
+    """Return the table at `key`, after expanding a single value to the table that it abbreviates."""
     subtable = table.get(key)
     if subtable is None:
         subtable = table[key] = {}
@@ -157,5 +179,5 @@ def _get_subtable(table: dict[str, Any], key: str, assignment: str) -> dict[str,
 
 
 def _normalize_key(name: str, keys: Iterable[str]) -> str:
-    """Hyphens stand for underscores, unless a key has hyphens itself."""
+    """Replace hyphens by underscores unless the name is a key."""
     return name if name in keys else name.replace("-", "_")

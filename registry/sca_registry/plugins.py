@@ -1,14 +1,14 @@
-"""Names that other distributions offer, read from their metadata; no plugin is imported here.
+"""Plugins: components of installed distributions, found by their metadata without importing them.
 
-A distribution offers parts through entry points in the group of a kind. An entry point is either one factory, or a card
-file inside a package, which holds many names and what a chooser wants to know of each (see `cards`):
+A distribution adds components with entry points in the group of a kind. An entry point refers to a factory, or to a
+card file inside a package, which contains any number of components with their metadata (see `cards`):
 
     [project.entry-points.sca_mixers]
-    mean = "sca_hello.mixers:MeanMixer"         # the name `mean`
-    hello = "sca_hello:mixers.toml"             # every name in sca_hello/mixers.toml; `hello` is only a label
+    mean = "sca_hello.mixers:MeanMixer"         # the component `mean`
+    hello = "sca_hello:mixers.toml"             # all components in sca_hello/mixers.toml; `hello` is only a label
 
-An object path that ends in `.toml` is a card file; its package is located and not imported. A distribution may say
-which version of the contracts it was made for; without this it is taken to be the present one:
+A value that ends in `.toml` is a card file; its package is located but not imported. A distribution may declare the
+version of the contracts that it requires; the default is the current version:
 
     [project.entry-points.sca_api]
     version = "v1"
@@ -39,7 +39,14 @@ BUILTIN_DISTRIBUTION = "segment-caption-anything"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a name comes from."""
+    """Distribution or module that provides a component.
+
+    Attributes:
+        name: Name of the distribution, or of the module that registered the component.
+        version: Version of the distribution.
+        summary: Summary of the distribution.
+        license: License of the distribution.
+    """
 
     name: str
     version: str = ""
@@ -52,33 +59,49 @@ class Origin:
 
 @dataclass(frozen=True)
 class Offer:
-    """One name offered by one distribution, or by code that registered it."""
+    """Component offered by a distribution, or registered in code.
+
+    Attributes:
+        card: Metadata of the component.
+        origin: Distribution or module that provides it.
+        problem: Problem found in the metadata; "" if there is none.
+        registered_factory: Factory of a component registered in code.
+    """
 
     card: Card
     origin: Origin
-    problem: str = ""  # why it cannot be used, where that is known beforehand
-    registered_factory: Callable[..., Any] | None = None  # the factory, where code registered it
+    problem: str = ""
+    registered_factory: Callable[..., Any] | None = None
 
     @property
     def is_builtin(self) -> bool:
+        """Whether the component is part of this distribution."""
         return self.origin.name == BUILTIN_DISTRIBUTION
 
 
 @functools.cache
 def get_builtin_offers(plural: str) -> tuple[Offer, ...]:
-    """The names of this distribution, for one kind."""
+    """Return the components of this distribution.
+
+    Args:
+        plural: Plural name of the kind, such as "encoders".
+    """
     origin = _get_builtin_origin()
     return tuple(Offer(card, origin) for card in read_builtin_cards(plural).values())
 
 
 @functools.cache
 def find_plugin_offers(group: str) -> tuple[Offer, ...]:
-    """The names of all other distributions, for one entry-point group."""
+    """Return the components of all other distributions.
+
+    Args:
+        group: Entry-point group of the kind, such as "sca_encoders".
+    """
     return tuple(offer for distribution in _find_distributions() for offer in _iter_offers(distribution, group))
 
 
 def refresh_plugins() -> None:
-    """Forgets what was read of installed distributions: those installed since then are seen from now on."""
+    """Clear the cached metadata of installed distributions, to find plugins installed in the meantime."""
     importlib.invalidate_caches()
     for cached_function in (
         get_builtin_offers,
@@ -92,7 +115,12 @@ def refresh_plugins() -> None:
 
 @functools.cache
 def is_extra_installed(distribution: str, extra: str) -> bool | None:
-    """Whether all that an extra asks for is installed; None if the distribution does not declare that extra."""
+    """Return whether all requirements of an extra are installed; None if the distribution does not declare the extra.
+
+    Args:
+        distribution: Name of the distribution.
+        extra: Name of the extra.
+    """
     from importlib.metadata import PackageNotFoundError, metadata
 
     try:
@@ -105,12 +133,12 @@ def is_extra_installed(distribution: str, extra: str) -> bool | None:
 
 
 def is_same_distribution(one: str, other: str) -> bool:
-    """Distribution names differ neither by case nor by which of . _ - they use."""
+    """Return whether two distribution names are equal after normalizing case and the separators `.`, `_` and `-`."""
     return re.sub(r"[-_.]+", "-", one).lower() == re.sub(r"[-_.]+", "-", other).lower()
 
 
 def is_installed(distribution: str) -> bool:
-    """Whether a distribution is installed, by its metadata."""
+    """Return whether a distribution is installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -126,13 +154,13 @@ def _get_builtin_origin() -> Origin:
 
     try:
         return _make_origin(distribution(BUILTIN_DISTRIBUTION))
-    except PackageNotFoundError:  # run from a checkout
+    except PackageNotFoundError:  # a checkout that is not installed
         return Origin(BUILTIN_DISTRIBUTION)
 
 
 @functools.cache
 def _find_distributions() -> tuple[Distribution, ...]:
-    """Distributions with an entry point of ours. Of two with the same name, Python imports the first on the path."""
+    """Find distributions with sca entry points. Of several with one name, return the first on `sys.path`."""
     from importlib.metadata import distribution, distributions
 
     distributions_by_name = {}
@@ -140,15 +168,15 @@ def _find_distributions() -> tuple[Distribution, ...]:
         try:
             if "[sca_" in (candidate.read_text("entry_points.txt") or ""):
                 imported = distribution(candidate.metadata["Name"])
-                imported.entry_points  # noqa: B018  a file that cannot be parsed is found out here
+                imported.entry_points  # noqa: B018  raises here if the file cannot be parsed
                 distributions_by_name[imported.metadata["Name"]] = imported
-        except Exception:  # metadata so damaged that there is no name to hold it against
+        except Exception:  # damaged metadata without a name to report
             continue
     return tuple(distributions_by_name.values())
 
 
 def _make_origin(distribution: Distribution) -> Origin:
-    metadata = cast("Message", distribution.metadata)  # which it is; its stated type lacks `get`
+    metadata = cast("Message", distribution.metadata)  # its annotated type has no `get`
     return Origin(
         name=metadata["Name"],
         version=metadata.get("Version", ""),
@@ -161,22 +189,23 @@ def _iter_offers(distribution: Distribution, group: str) -> Iterator[Offer]:
     origin = _make_origin(distribution)
     entry_points = distribution.entry_points
     versions = {entry_point.value for entry_point in entry_points.select(group="sca_api", name="version")}
-    version_problem = f"made for version {', '.join(sorted(versions))} of the contracts, and this is {API_VERSION}"
+    required = ", ".join(sorted(versions))
+    version_problem = f"contracts {required} required, but {BUILTIN_DISTRIBUTION} provides {API_VERSION}"
     if any(re.fullmatch(r"v\d+", version) and int(version[1:]) > int(API_VERSION[1:]) for version in versions):
-        version_problem += f"; {BUILTIN_DISTRIBUTION} is the older of the two: pip install -U {BUILTIN_DISTRIBUTION}"
+        version_problem += f"; upgrade it: pip install -U {BUILTIN_DISTRIBUTION}"
     elif not all(re.fullmatch(r"v\d+", version) for version in versions):
-        version_problem += f"; a version is written as {API_VERSION} is"
+        version_problem += f"; write the version as {API_VERSION}"
     offers = [
         offer for entry_point in entry_points.select(group=group) for offer in _read_entry_point(entry_point, origin)
     ]
     counts = Counter(offer.card.name for offer in offers)
     for name, offer in {offer.card.name: offer for offer in offers}.items():
-        problem = offer.problem or ("the distribution offers this name twice" if counts[name] > 1 else "")
+        problem = offer.problem or ("the distribution defines this name twice" if counts[name] > 1 else "")
         yield Offer(offer.card, origin, version_problem if versions - {API_VERSION} else problem)
 
 
 def _read_entry_point(entry_point: EntryPoint, origin: Origin) -> list[Offer]:
-    """One name, or the names of a card file. What is wrong with the file is held against the label that named it."""
+    """Read one name or all names of a card file; an error of the file becomes the problem of its label."""
     name, value = entry_point.name, re.sub(r"\s|\[.*\]", "", entry_point.value)
     label_card = Card(name, value, summary=origin.summary, license=origin.license)
     try:
@@ -186,7 +215,7 @@ def _read_entry_point(entry_point: EntryPoint, origin: Origin) -> list[Offer]:
             check_name(name)
             check_factory(value)
             cards = {name: label_card}
-    except Exception as error:  # whatever is wrong with other people's files, only these names suffer
+    except Exception as error:  # third-party files can fail in any way; only this entry point is affected
         return [Offer(label_card, origin, str(error))]
     return [
         Offer(card, origin) if isinstance(card, Card) else Offer(Card(name, value), origin, str(card))
@@ -195,19 +224,16 @@ def _read_entry_point(entry_point: EntryPoint, origin: Origin) -> list[Offer]:
 
 
 def _find_card_file(value: str) -> Path:
-    """package.folder:cards.toml -> the file's path, found without importing the package.
-
-    Raises RegistryError if there is none.
-    """
+    """Find the file of "package.folder:cards.toml" without importing the package."""
     module, _, file = value.partition(":")
     package, *folders = module.split(".")
     try:
-        spec = importlib.util.find_spec(package)  # a name without dots is located, not imported
-    except Exception as error:  # finders of editable installs are other people's code
-        raise RegistryError(f"the package {package!r} cannot be located: {error}") from error
+        spec = importlib.util.find_spec(package)  # does not import a top-level package
+    except Exception as error:  # finders of editable installs are third-party code
+        raise RegistryError(f"package {package!r} cannot be located: {error}") from error
     locations = spec.submodule_search_locations if spec else None
     for location in locations or ():
         path = Path(location, *folders, file)
         if path.is_file():
             return path
-    raise RegistryError(f"there is no card file {'/'.join((package, *folders, file))}")
+    raise RegistryError(f"card file {'/'.join((package, *folders, file))} not found")

@@ -1,13 +1,13 @@
-"""Components by name: one `catalogue.Registry` for each kind, over built-in cards, installed plugins and code.
+"""Registries: one `catalogue.Registry` per kind, with built-in components, installed plugins and registered code.
 
     @mixers.register("mean")
     class MeanMixer: ...
 
     "mean" in mixers, mixers.get("mean"), mixers.get_all(), mixers.find("mean")
 
-Names are read from cards and from metadata, so that listing them imports nothing; looking one up imports one module. A
-built-in keeps its name when a plugin offers the same, two plugins with one name have to be told apart, and
-`distribution:name` reaches each of them. A part that does not work harms only its own name.
+Names are read from cards and package metadata: listing imports nothing, and a lookup imports one module. A built-in
+component takes precedence over a plugin with the same name. Plugins that share a name are available as
+`distribution:name`. A broken component does not affect other names.
 """
 
 from __future__ import annotations
@@ -42,12 +42,26 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class RegistryEntry:
-    """What a listing shows of one name.
+    """Metadata and state of a component.
 
-    `state` is "ok", "unchecked" (a plugin that was not imported), "broken", or "needs extra: NAME"; `reason` is the
-    cause, or the command that helps. `Registry.entries` reads the state from metadata; `Registry.describe` imports the
-    factory. `options` are those that the card sets; `Registry.describe` gives all that the factory takes, with
-    defaults, and `options.REQUIRED` where there is none.
+    `Registry.list_entries` reads the state and the options from metadata; `Registry.load_entry` imports the factory.
+
+    Attributes:
+        name: Shortest unambiguous name.
+        kind: Singular name of the kind, such as "encoder".
+        summary: One sentence that describes the component.
+        source: Paper, or hub id and revision.
+        license: License of the component and its weights.
+        terms: Restrictions of the weights.
+        parameters: Number of parameters.
+        extra: Extra of the distribution that must be installed.
+        distribution: Distribution, or module of a component registered in code.
+        version: Version of the distribution.
+        state: "ok", "unchecked" (a plugin that was not imported), "broken", or "needs extra: NAME".
+        reason: Cause of the failure, or the command that installs the extra.
+        factory: Path of the factory, "package.module:attribute".
+        options: Options set by the card or, from `Registry.load_entry`, the defaults of all options of the factory,
+            with `options.REQUIRED` for an option without a default.
     """
 
     name: str
@@ -67,10 +81,13 @@ class RegistryEntry:
 
 
 class Registry(catalogue.Registry):
-    """The components of one kind, with the methods of `catalogue.Registry`.
+    """Registry of the components of one kind.
 
-    Unlike catalogue's, it lists names without an import, reads card files, refuses a name that is taken, confines a
-    broken plugin to its own name, and checks options and results in `build`.
+    Extends `catalogue.Registry`: names are listed without imports, card files are read, duplicate names are rejected, a
+    broken plugin only affects its own name, and `build` checks options and results.
+
+    Attributes:
+        kind: Kind of the components.
     """
 
     def __init__(self, kind: ComponentKind):
@@ -81,18 +98,26 @@ class Registry(catalogue.Registry):
         return f"<Registry of {self.kind.plural}: {', '.join(self.list_names())}>"
 
     def register(self, name: str, *, func: Any = None) -> Any:
-        """Register a factory, or a class, under a name of this process: a decorator, or at once with `func`.
+        """Register a factory in this process.
+
+        Args:
+            name: Name of the component.
+            func: Function or class to register; None returns a decorator.
+
+        Returns:
+            The registered factory, or a decorator that registers one.
 
         Raises:
-            RegistryError: The name is built in or was registered before. A module that runs again (reloaded, or a cell
-                of a notebook) may register its own factory again.
+            RegistryError: The name is invalid, built in or already registered, or the factory is not callable. A module
+                that runs again (a reload or a notebook cell) can register its own factory again.
         """
         check_name(name)
 
         def add_factory(factory: Factory) -> Factory:
             if not callable(factory):
                 raise RegistryError(
-                    f"{self._singular} {name!r} cannot be {factory!r}: a factory is called, and that cannot be"
+                    f"{self._singular} {name!r} cannot be {factory!r}, which is not callable; register a class or a "
+                    "function"
                 )
             conflicts = [
                 f"{BUILTIN_DISTRIBUTION} ({offer.card.factory})"
@@ -104,25 +129,25 @@ class Registry(catalogue.Registry):
                 conflicts.append(_describe_location(previous))
             if conflicts:
                 raise RegistryError(
-                    f"{self._singular} {name!r} is already registered by {conflicts[0]}; give "
-                    f"{_describe_location(factory)} another name"
+                    f"{self._singular} {name!r} is already registered by {conflicts[0]}; register "
+                    f"{_describe_location(factory)} under another name"
                 )
             return super(Registry, self).register(name)(factory)
 
         return add_factory if func is None else add_factory(func)
 
-    # --- reading names: nothing is imported ---------------------------------------------------------------------------
+    # --- names and metadata, without imports --------------------------------------------------------------------------
 
     def list_names(self) -> list[str]:
-        """Every name, sorted; one that is taken by another distribution stands as `distribution:name`."""
+        """Return all names, sorted; ambiguous ones are `distribution:name`."""
         return sorted(self._get_offers_by_name())
 
     def __contains__(self, name: object) -> bool:
-        """Whether `name` reaches exactly one part, working or not."""
+        """Return whether a name refers to exactly one component, working or broken."""
         return name in self._get_offers_by_name() or len(self._find_qualified_offers(name)) == 1
 
     def list_entries(self) -> list[RegistryEntry]:
-        """Return the metadata of every name, sorted; broken ones and those that cannot be names included."""
+        """Return the metadata of all components, sorted by name, including broken ones and invalid names."""
         named_offers = [
             *self._get_offers_by_name().items(),
             *((offer.card.name, offer) for offer in self._list_offers() if _has_invalid_name(offer)),
@@ -134,43 +159,59 @@ class Registry(catalogue.Registry):
         return sorted(entries, key=lambda entry: entry.name)
 
     def get_card(self, name: str) -> Card:
-        """The card of a name; a factory without a card has one that says little.
+        """Return the card of a component; only `name` and `factory` are set for a component without a card.
 
-        Raises RegistryError for an unknown or ambiguous name.
+        Args:
+            name: Name of the component.
+
+        Raises:
+            RegistryError: The name is unknown or ambiguous.
         """
         return self._resolve_offer(name).card
 
-    # --- using names: one module is imported --------------------------------------------------------------------------
+    # --- factories, with an import of their module --------------------------------------------------------------------
 
     def get(self, name: str) -> Callable[..., Any]:
-        """The factory of a name, with the options of its card filled in.
+        """Return the factory of a component, with the options of its card bound.
 
-        Raises RegistryError for a name that is unknown, ambiguous or broken, or needs an extra.
+        Args:
+            name: Name of the component.
+
+        Raises:
+            RegistryError: The name is unknown or ambiguous, or the component is broken or needs an extra.
         """
         offer = self._resolve_offer(name)
         return _bind_options(self._load_factory(offer), offer.card.default_options)
 
     def get_all(self) -> dict[str, Callable[..., Any]]:
-        """The factories of all names that work; each is imported. `find` says what is wrong with the others."""
+        """Import all components and return the factories that work, by name. `find` returns the state of the others."""
         return self._load_working(self.list_names())
 
     def get_entry_points(self) -> dict[str, Callable[..., Any]]:
-        """The factories that work of installed plugins, by the names that reach them."""
+        """Import all installed plugins and return the factories that work, by name."""
         return self._load_working(name for name, offer in self._get_offers_by_name().items() if self._is_plugin(offer))
 
     def get_entry_point(self, name: str, default: Any = None) -> Any:
-        """The factory of a plugin, or `default` if no plugin offers the name or it does not work."""
+        """Return the factory of a plugin.
+
+        Args:
+            name: Name of the component.
+            default: Returned if no plugin has the name, or the plugin does not work.
+        """
         with suppress(RegistryError):
             if self._is_plugin(self._resolve_offer(name)):
                 return self.get(name)
         return default
 
     def find(self, name: str) -> dict[str, Any]:
-        """Where a component comes from and whether it works; a broken one says why.
+        """Return the location and the state of a component.
+
+        Args:
+            name: Name of the component.
 
         Returns:
-            module, file, line_no and docstring as in catalogue, and distribution, version, state and reason as in
-            `Entry`.
+            `module`, `file`, `line_no` and `docstring` as in catalogue; `distribution`, `version`, `state` and `reason`
+            as in `RegistryEntry`.
 
         Raises:
             RegistryError: The name is unknown or ambiguous.
@@ -186,13 +227,22 @@ class Registry(catalogue.Registry):
         return {"module": entry.factory.partition(":")[0], **source_facts, **state_facts}
 
     def build(self, name: str, /, *upstream: Any, **options: Any) -> Any:
-        """A part of this kind: the factory called with the built part upstream (or a dataset's split) and options.
+        """Build a component.
 
-        Raises RegistryError like `get`, for an option that the factory does not take, for whatever stops the
-        construction, and for a result without the attributes that the contract of this kind asks for.
+        Args:
+            name: Name of the component.
+            *upstream: The built upstream component, or the split of a dataset, if the kind has one.
+            **options: Options of the factory.
+
+        Returns:
+            The component.
+
+        Raises:
+            RegistryError: The name is unknown or ambiguous, the component is broken or needs an extra, an option is
+                invalid, the factory raises an error, or its result lacks attributes of the protocol.
         """
         assert len(upstream) == self._num_positional, (
-            f"build({name!r}, ...) takes {self._num_positional} argument(s) and options"
+            f"build({name!r}, ...) takes {self._num_positional} positional argument(s) and options"
         )
         offer = self._resolve_offer(name)
         card = offer.card
@@ -202,35 +252,34 @@ class Registry(catalogue.Registry):
         factory = _bind_options(self._load_factory(offer), default_options)
         check_options(f"{self._singular} {name!r}", factory, self._num_positional, options)
         try:
-            part = factory(*upstream, **options)
-            missing = [
-                attribute for attribute in _list_protocol_members(self.kind.protocol) if not hasattr(part, attribute)
-            ]
+            component = factory(*upstream, **options)
+            missing = [name for name in _list_protocol_members(self.kind.protocol) if not hasattr(component, name)]
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # other people's code: whatever it raises is the failure of this one name
-            if isinstance(error, ValueError | OSError) and (upstream or options):  # a factory rejects its options
+        except BaseException as error:  # third-party code can raise anything
+            if isinstance(error, ValueError | OSError) and (upstream or options):  # the factory rejects its options
                 raise RegistryError(f"{self._describe_offer(offer)} cannot be built: {error}") from error
             option_text = ", ".join(f"{option}={value!r}" for option, value in options.items())
+            problem = f"cannot be built with {option_text}" if option_text else "cannot be built"
             is_component_fault = not (options or offer.is_builtin or is_memory_error(error))
-            self._raise_failure(
-                offer,
-                f"cannot be built with {option_text}" if option_text else "cannot be built",
-                error,
-                is_component_fault,
-            )
+            self._raise_failure(offer, problem, error, is_component_fault)
         if missing:
-            problem = f"built a {type(part).__name__} without {', '.join(missing)}"
-            protocol_name = f"sca_registry.contracts.{self.kind.protocol.__name__}"
             raise RegistryError(
-                f"{self._describe_offer(offer)} {problem}: see {protocol_name} for what {self.kind.plural} have"
+                f"{self._describe_offer(offer)} returned a {type(component).__name__} without {', '.join(missing)}; "
+                f"implement the protocol sca_registry.contracts.{self.kind.protocol.__name__}"
             )
-        return part
+        return component
 
     def check(self, name: str, **options: Any) -> None:
-        """Check a name, its extra and its options before anything is built.
+        """Check the name, the extra and the options of a component without building it.
 
-        Raises RegistryError like `build`, as far as metadata and the signature of the factory tell.
+        Args:
+            name: Name of the component.
+            **options: Options of the factory.
+
+        Raises:
+            RegistryError: The name is unknown or ambiguous, the component is broken or needs an extra, or an option is
+                invalid.
         """
         offer = self._resolve_offer(name)
         state = infer_state(offer)
@@ -240,9 +289,13 @@ class Registry(catalogue.Registry):
         check_options(f"{self._singular} {name!r}", factory, self._num_positional, options)
 
     def load_entry(self, name: str) -> RegistryEntry:
-        """Import the factory of a name and return its entry, with the options of the factory.
+        """Import a component and return its metadata and state.
 
-        A factory that cannot be imported has the state "broken", with the reason, or "needs extra".
+        Args:
+            name: Name of the component.
+
+        Returns:
+            Entry with all options of the factory. Its state is "broken" or "needs extra: NAME" if the import fails.
 
         Raises:
             RegistryError: The name is unknown or ambiguous.
@@ -260,16 +313,29 @@ class Registry(catalogue.Registry):
         return replace(entry, summary=entry.summary or (inspect.getdoc(factory) or "").partition("\n")[0])
 
     def is_text_option(self, name: str, option: str) -> bool:
-        """Return whether an option is text or a path and nothing else; False for a part that does not load."""
+        """Return whether an option only takes text or a path; False if the component cannot be loaded.
+
+        Args:
+            name: Name of the component.
+            option: Name of the option.
+        """
         try:
             return is_text_option(self._load_factory(self._resolve_offer(name)), self._num_positional, option)
         except RegistryError:
             return False
 
     def get_declared(self, name: str, field: str) -> Any:
-        """What the card of a part, or else its class, says of `gives`, `needs` or `default_segmenter`; else None.
+        """Return a field that the card of a component, or else its class, declares.
 
-        Raises like `get`.
+        Args:
+            name: Name of the component.
+            field: "gives", "needs" or "default_segmenter".
+
+        Returns:
+            The value; None if neither declares it.
+
+        Raises:
+            RegistryError: The name is unknown or ambiguous, or the component is broken or needs an extra.
         """
         offer = self._resolve_offer(name)
         value = getattr(offer.card, field, None)
@@ -283,7 +349,6 @@ class Registry(catalogue.Registry):
         return get_builtin_offers(self.kind.plural)
 
     def _get_registered(self) -> dict[str, Any]:
-        """What code has registered."""
         return super().get_all()
 
     def _is_plugin(self, offer: Offer) -> bool:
@@ -297,7 +362,7 @@ class Registry(catalogue.Registry):
         return factories
 
     def _list_offers(self) -> list[Offer]:
-        """Built-in first. What code registers and an entry point names as well is one offer, the entry point's."""
+        """List all offers, built-in first; a factory that is both an entry point and registered is listed once."""
         plugins = find_plugin_offers(self.kind.entry_point_group)
         installed = {(offer.card.name, offer.card.factory) for offer in plugins}
         code_offers = [
@@ -308,7 +373,7 @@ class Registry(catalogue.Registry):
         return [*self._get_builtin_offers(), *plugins, *code_offers]
 
     def _get_offers_by_name(self) -> dict[str, Offer]:
-        """Each offer under the shortest name that reaches it and no other."""
+        """Return each offer by its shortest unambiguous name."""
         offers = [offer for offer in self._list_offers() if not _has_invalid_name(offer)]
         offers_by_short_name: dict[str, list[Offer]] = {}
         for offer in offers:
@@ -319,7 +384,7 @@ class Registry(catalogue.Registry):
         }
 
     def _find_qualified_offers(self, name: object) -> list[Offer]:
-        """Those that `distribution:name` reaches."""
+        """Find the offers with the name `distribution:name`."""
         distribution, _, short_name = str(name).rpartition(":")
         offers = self._get_offers_by_name().values()
         return [
@@ -338,16 +403,16 @@ class Registry(catalogue.Registry):
         ]
         if len(qualified_names) > 1:
             raise RegistryError(
-                f"{len(qualified_names)} {self._plural} are named {name!r}. Say which: {' or '.join(qualified_names)}"
+                f"{len(qualified_names)} {self._plural} are named {name!r}; choose {' or '.join(qualified_names)}"
             )
         raise RegistryError(
             f"no {self._plural} named {name!r}.{self._suggest_meaning(str(name), offers_by_name)}"
-            f"{format_choices(sorted(offers_by_name))}  "
-            f"A plugin adds one with an entry point in {self.kind.entry_point_group!r}."
+            f"{format_choices(sorted(offers_by_name))} "
+            f"Plugins add names with entry points in the group {self.kind.entry_point_group!r}."
         )
 
     def _suggest_meaning(self, name: str, offers_by_name: Mapping[str, Offer]) -> str:
-        """What an unknown name may mean: a part of another kind, a hub id or folder of weights, or a close name."""
+        """Suggest a component of another kind, the component of a hub id or factory, or the closest name."""
         for other in REGISTRIES.values():
             if other is not self and name in other:
                 return f" It is one of the {other.kind.plural.replace('_', ' ')}."
@@ -355,11 +420,11 @@ class Registry(catalogue.Registry):
             if name in (offer.card.options.get("weights"), offer.card.factory):
                 return f" Did you mean {known_name!r}?"
         if "/" in name and self.kind.plural == "language_models":
-            return f" For any hub id or folder give the part 'hf' with the option weights={name!r}."
+            return f" For a hub id or a folder, use the part 'hf' with the option weights={name!r}."
         return suggest_name(name, offers_by_name)
 
     def _load_factory(self, offer: Offer) -> Callable[..., Any]:
-        """The factory as it was written, without the card's options."""
+        """Import a factory, without binding the options of its card."""
         if offer.registered_factory is not None:
             return offer.registered_factory
         if offer.problem:
@@ -371,21 +436,21 @@ class Registry(catalogue.Registry):
                 raise TypeError(f"{offer.card.factory} is a {type(factory).__name__}, which cannot be called")
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # a plugin may call sys.exit at import; neither that nor a bug is ours to die of
+        except BaseException as error:  # third-party code can raise anything, or call sys.exit
             self._raise_failure(offer, "is broken", error)
         return factory
 
     def _raise_failure(
         self, offer: Offer, problem: str, error: BaseException, is_component_fault: bool = True
     ) -> NoReturn:
-        """Raise what the user reads, with a remedy if the failure is the component's own."""
+        """Raise the error of a failed import or construction, with a remedy if the component is at fault."""
         state = classify_failure(offer, error)
         if state.name != "broken":
             raise RegistryError(f"{self._describe_offer(offer)} {state.name}. Install it: {state.reason}") from error
         remedy = _suggest_remedy(offer) if is_component_fault else ""
         raise RegistryError(f"{self._describe_offer(offer)} {problem}: {state.reason}.{remedy}") from error
 
-    # --- words --------------------------------------------------------------------------------------------------------
+    # --- metadata and messages ----------------------------------------------------------------------------------------
 
     def _make_entry(self, name: str, offer: Offer, options: Mapping[str, Any], state: ComponentState) -> RegistryEntry:
         card = offer.card
@@ -408,7 +473,7 @@ class Registry(catalogue.Registry):
 
     @property
     def _num_positional(self) -> int:
-        """How many arguments of a factory are not options."""
+        """Number of leading parameters of a factory that are not options."""
         return int(bool(self.kind.upstream_kind or self.kind.first_argument))
 
     @property
@@ -427,9 +492,13 @@ REGISTRIES = {plural: Registry(kind) for plural, kind in COMPONENT_KINDS.items()
 
 
 def get_registry(kind: str) -> Registry:
-    """The registry of a kind by its singular or plural name, `language-model` as well as `language_models`.
+    """Return the registry of a kind.
 
-    Raises RegistryError for a word that is no kind.
+    Args:
+        kind: Singular or plural name with underscores or hyphens, such as "language-model" or "language_models".
+
+    Raises:
+        RegistryError: The kind is unknown.
     """
     normalized = kind.replace("-", "_")
     for component_kind in COMPONENT_KINDS.values():
@@ -439,7 +508,7 @@ def get_registry(kind: str) -> Registry:
 
 
 def _list_protocol_members(protocol: type) -> list[str]:
-    """The attributes and methods that a protocol lists."""
+    """List the attributes and methods of a protocol."""
     methods = [
         name
         for name, value in vars(protocol).items()
@@ -461,11 +530,9 @@ def _has_invalid_name(offer: Offer) -> bool:
 
 
 def _suggest_remedy(offer: Offer) -> str:
-    if offer.is_builtin:  # then a package that it imports is broken, and another version of this one would not help
+    if offer.is_builtin:  # a dependency is broken, so that upgrading this package does not help
         return " Run `sca doctor` to find the cause."
-    if (
-        offer.registered_factory or "pip install" in offer.problem
-    ):  # code has no package; a fault may include the remedy
+    if offer.registered_factory or "pip install" in offer.problem:  # no package to upgrade, or a remedy already
         return ""
     return f" Try: pip install -U {offer.origin.name}"
 
@@ -479,7 +546,7 @@ def _get_factory_path(factory: Any) -> str:
 
 
 def _describe_location(factory: Any) -> str:
-    """module:name (file:line), as far as Python can tell."""
+    """Format "module:name (file:line)"; omit the file if it is unknown."""
     try:
         return f"{_get_factory_path(factory)} ({inspect.getsourcefile(factory)}:{inspect.getsourcelines(factory)[1]})"
     except (TypeError, OSError):

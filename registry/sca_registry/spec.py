@@ -1,4 +1,4 @@
-"""A model by the names of its parts: what is written down, sent to a worker, stored with the weights and built from."""
+"""Model specs: the names and options of the components of a model, stored with its weights and used to build it."""
 
 from __future__ import annotations
 
@@ -16,33 +16,46 @@ from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.registry import get_registry
 
 SPEC_FORMAT = 2
-ARGUMENT_PATTERN = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")  # of a part with its options, on one line
+ARGUMENT_PATTERN = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")
 TRAINABLE_GROUPS = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
 DEFAULT_PROJECTION = {"kind": "linear", "norm": "none"}
 PROJECTION_CHOICES = {"kind": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
-PEFT_OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}  # names of peft, with ours
+PEFT_OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 DEFAULT_LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": None}
 CAPTION_FROM_CHOICES = ("box-and-point", "box", "point")
 DEFAULT_GENERATION = {"max_new_tokens": 20, "num_beams": 1}
 MAX_GENERATION = {"max_new_tokens": 4096, "num_beams": 64, "num_captions": 64}
-MAX_CROP_LAYERS = 4  # layers
-MAX_GRID_POINTS = 2**20  # of the grids of an image and all its crops
+MAX_CROP_LAYERS = 4
+MAX_GRID_POINTS = 2**20  # points in the grids of an image and all its crops
 
 
 @dataclass(frozen=True)
 class Part:
-    """A registered name and the options given to its factory."""
+    """Component of a model: a registered name and options.
+
+    Attributes:
+        name: Registered name.
+        options: Options of the factory.
+    """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """{"name": ..., option: value, ...}: `name` is the one word that cannot be an option."""
+        """Return a table {"name": ..., option: value, ...}; `name` cannot be an option."""
         return {"name": self.name, **self.options}
 
     @classmethod
-    def from_dict(cls, data: Any, subject: str = "part") -> Part:
-        """From such a table, or from a name alone. Raises RegistryError if there is no name in it."""
+    def from_dict(cls, data: Any, subject: str = "component") -> Part:
+        """Create a component from the table of `to_dict`, or from a name.
+
+        Args:
+            data: Table or name.
+            subject: Subject of the error messages, such as "mixer".
+
+        Raises:
+            RegistryError: `data` is neither a name nor a table with a name.
+        """
         table = {"name": data} if isinstance(data, str) else data
         if callable(data):
             description = getattr(data, "__qualname__", f"of type {type(data).__name__}")
@@ -50,35 +63,49 @@ class Part:
                 f"the {subject} is {description}: give its name{_suggest_registered_name(subject, data)}"
             )
         if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
-            raise RegistryError(f"the {subject} is {data!r}: give a name, or a table with a name and options")
+            raise RegistryError(f"the {subject} is {data!r}; give a name, or a table with a name and options")
         return cls(table["name"], {option: value for option, value in table.items() if option != "name"})
 
     @classmethod
-    def parse(cls, text: str, subject: str = "a part", kind: str = "") -> Part:
-        """From "NAME [key=value]...", where quotes keep a value with spaces together; with its kind, options that take
-        text are read as text. Raises RegistryError.
+    def parse(cls, text: str, subject: str = "a component", kind: str = "") -> Part:
+        """Parse a component with options.
+
+        Args:
+            text: "NAME [key=value]...". Quotes enclose values with spaces.
+            subject: Subject of the error messages, such as "--proposer".
+            kind: Kind of the component, to read options that take text as text.
+
+        Raises:
+            RegistryError: The text is invalid.
         """
         arguments = ARGUMENT_PATTERN.findall(text)
-        if not arguments or ARGUMENT_PATTERN.sub("", text).strip():  # nothing in it, or a quote that does not end
+        if not arguments or ARGUMENT_PATTERN.sub("", text).strip():  # empty, or an unclosed quote
             raise RegistryError(f"{subject} is 'NAME [key=value]...', not {text!r}")
         name, *assignments = arguments
         if not kind:
             return cls(name, parse_assignments(assignments))
-        part_name = name.rpartition("+")[2]  # of encoder+captioner
-        return cls(name, parse_assignments(assignments, partial(get_registry(kind).is_text_option, part_name)))
+        component_name = name.rpartition("+")[2]  # the captioner of encoder+captioner
+        return cls(name, parse_assignments(assignments, partial(get_registry(kind).is_text_option, component_name)))
 
 
 @dataclass(frozen=True)
 class EverythingOptions:
-    """How "segment everything" looks for regions, by SAM's filters (arXiv 2304.02643).
+    """Options of everything mode, as in SAM's automatic mask generator (arXiv 2304.02643).
 
-    points: along each side of the grid. iou: masks predicted below it go. stability: least overlap of the mask cut at
-    `+offset` and at `-offset` logits. nms: of two regions whose boxes overlap more, the better stays. mask_nms_thresh:
-    the same for masks, which SAM does not compare; 1 for never. area, largest: least and greatest share of the image.
-    crops: layers of crops that are searched, too, 2 x 2 in the first and twice as many each way in every further one;
-    crop_overlap: of neighbors, as a share of the image's shorter side. caption_from: what a region found is then
-    captioned from, "box-and-point" (its own box, and the point that found it), "box", or "point", which is SCA's way
-    (arXiv 2312.00869).
+    Attributes:
+        points_per_side: Points per side of the prompt grid.
+        pred_iou_thresh: Minimum predicted IoU of a mask.
+        stability_score_thresh: Minimum stability score: the IoU of the mask binarized at `stability_score_offset` and
+            at `-stability_score_offset` logits.
+        stability_score_offset: Offset of the logits for the stability score.
+        box_nms_thresh: IoU threshold for non-maximum suppression of boxes.
+        mask_nms_thresh: IoU threshold for non-maximum suppression of masks, which SAM does not have; 1 disables it.
+        min_area: Minimum area of a mask as a fraction of the image.
+        max_area: Maximum area of a mask as a fraction of the image.
+        crop_n_layers: Layers of image crops in addition to the full image. Layer i has 2^i x 2^i crops.
+        crop_overlap_ratio: Overlap of neighboring crops in the first layer, as a fraction of the shorter image side.
+        caption_from: Prompt for the caption of a proposed region: "box-and-point" (box of the mask and its grid point),
+            "box", or "point" as in SCA (arXiv 2312.00869).
     """
 
     points_per_side: int = 32
@@ -96,15 +123,26 @@ class EverythingOptions:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that makes one model different from another, before any weights.
+    """Architecture and default options of a model, without weights.
 
-    segmenter: None for the encoder's own. projection: `kind` "linear" or "mlp" and `norm` "none", "pre", "post" or
-    "both". task_tokens: how many a task has. trainable: names out of `TRAINABLE`; the rest is frozen. lora: None, or
-    `rank`, `alpha`, `dropout` and `targets` (None: those that suit the architecture); a number is short for that rank
-    with twice as much alpha. generation: defaults for `generate`. everything: those fields of `Everything` that suit
-    the weights better than SAM's. Tables may be partial; defaults are filled in.
+    Tables can be partial: missing keys are set to their defaults.
 
-    Raises RegistryError for a word or a value that is none of these.
+    Attributes:
+        encoder: Image encoder.
+        mixer: Feature mixer.
+        language_model: Language model.
+        segmenter: Segmenter; None for the default of the encoder.
+        projection: Projection from queries to embeddings: `kind` "linear" or "mlp"; `norm` "none", "pre", "post" or
+            "both".
+        task_tokens: Number of learned tokens per task.
+        trainable: Trainable groups out of `TRAINABLE_GROUPS`; the others are frozen.
+        lora: LoRA of the language model: `rank`, `alpha`, `dropout` and `target_modules` (None selects them by
+            architecture). An integer r abbreviates rank r and alpha 2r. None disables LoRA.
+        generation: Default options of `generate`.
+        everything: Options of everything mode, the fields of `EverythingOptions`.
+
+    Raises:
+        RegistryError: A field, key or value is invalid.
     """
 
     encoder: Part
@@ -128,38 +166,49 @@ class ModelSpec:
         set_field("everything", _complete_everything(self.everything))
         set_field("trainable", _check_trainable(self.trainable))
         if not isinstance(self.task_tokens, int) or isinstance(self.task_tokens, bool) or self.task_tokens < 0:
-            raise RegistryError(f"task_tokens is {self.task_tokens!r}: give a whole number, 0 or more")
+            raise RegistryError(f"task_tokens is {self.task_tokens!r}; give a whole number, 0 or more")
 
     @property
     def everything_options(self) -> EverythingOptions:
-        """The model's own search settings for everything mode."""
+        """Options of everything mode."""
         return EverythingOptions(**self.everything)
 
-    # --- written forms ------------------------------------------------------------------------------------------------
+    # --- serialization ------------------------------------------------------------------------------------------------
 
     @classmethod
     def parse(cls, text: str) -> ModelSpec:
-        """From "encoder+mixer+language model". Raises RegistryError unless there are three names."""
+        """Create a spec with default options from three names.
+
+        Args:
+            text: "encoder+mixer+language-model".
+
+        Raises:
+            RegistryError: The text does not contain three names.
+        """
         names = [name.strip() for name in text.split("+")]
         if len(names) != 3 or not all(names):
             hint = " Two names are encoder+captioner, for sca.captioner." if len(names) == 2 else ""
             raise RegistryError(
-                f"{text!r} is not a model: write encoder+mixer+language-model, such as tiny-vit+query+tiny-gpt2.{hint}"
+                f"{text!r} is not a model; write encoder+mixer+language-model, such as tiny-vit+query+tiny-gpt2.{hint}"
             )
         encoder, mixer, language_model = map(Part, names)
         return cls(encoder, mixer, language_model)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
-        """From what `to_dict` gives, or less: a part may be its name alone, and what is left out has its default.
+        """Create a spec from the tables of `to_dict`.
 
-        Raises RegistryError for a missing part, an unknown key, or a format that this version does not read.
+        Args:
+            data: Tables, possibly partial. A component can be a name without options.
+
+        Raises:
+            RegistryError: A component is missing, a key is unknown, or the format is not supported.
         """
         table = dict(data)
         spec_format = table.pop("format", SPEC_FORMAT)
         if spec_format != SPEC_FORMAT:
             raise RegistryError(
-                f"the spec has format {spec_format!r}, this version reads {SPEC_FORMAT}; {_suggest_fix(spec_format)}"
+                f"spec format {spec_format!r} is not supported, expected {SPEC_FORMAT}; {_suggest_fix(spec_format)}"
             )
         field_names = [each.name for each in fields(cls)]
         for key in table:
@@ -171,7 +220,7 @@ class ModelSpec:
         return cls(**table)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain tables, lists, text and numbers, without None: good for JSON and for TOML."""
+        """Return the spec as tables, lists, text and numbers without None, for JSON and TOML."""
         data: dict[str, Any] = {"format": SPEC_FORMAT}
         for each in fields(self):
             value = getattr(self, each.name)
@@ -184,7 +233,14 @@ class ModelSpec:
         return data
 
     def apply_overrides(self, assignments: Iterable[str]) -> ModelSpec:
-        """Changed by `key=value`, see `overrides`. Raises RegistryError for an assignment or a result that is wrong."""
+        """Return a copy of the spec with changes.
+
+        Args:
+            assignments: `key=value` assignments, see `overrides`.
+
+        Raises:
+            RegistryError: An assignment, or the changed spec, is invalid.
+        """
         return self.from_dict(apply_overrides({"model": self.to_dict()}, assignments)["model"])
 
 
@@ -195,7 +251,7 @@ def _suggest_fix(spec_format: Any) -> str:
 
 
 def _suggest_registered_name(subject: str, factory: Any) -> str:
-    """Say which name a factory of a model's part is registered under, or how to register it."""
+    """Suggest the registered name of a factory, or its registration."""
     kind = subject.replace(" ", "_")
     if kind not in MODEL_PARTS:
         return ""
@@ -206,7 +262,7 @@ def _suggest_registered_name(subject: str, factory: Any) -> str:
 
 def _check_table(subject: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise RegistryError(f"{subject} is {value!r}: give a table of options")
+        raise RegistryError(f"{subject} is {value!r}; give a table of options")
     return dict(value)
 
 
@@ -219,16 +275,17 @@ def _complete_generation(value: Any) -> dict[str, Any]:
 def check_generation(
     subject: str, options: Any, generate_method: Callable[..., Any] | None = None, num_positional: int = 1
 ) -> None:
-    """Check options of generation.
+    """Check generation options.
 
     Args:
-        key: What messages call them, such as "evaluate.generation".
-        options: The options; those that every language model has must be in range.
-        generate: The method of the language model that takes the options; None if it is not known yet.
-        upstream: How many of its first parameters are not options: 1 for the prefix, 2 for a method of a class.
+        subject: Subject of the error messages, such as "evaluate.generation".
+        options: Values by option. Options that all language models have must be in range.
+        generate_method: Method `generate` of the language model, to check for unknown options; None if not available.
+        num_positional: Number of leading parameters of `generate_method` that are not options: 1 for the prefix of a
+            bound method, 2 for a function of a class.
 
     Raises:
-        RegistryError: An option that the language model does not take, or a value of another type or out of range.
+        RegistryError: An option is unknown, or a value has the wrong type or is out of range.
     """
     checked_options = _check_table(subject, options)
     for name, maximum in MAX_GENERATION.items():
@@ -238,9 +295,9 @@ def check_generation(
         if name in checked_options:
             _check_number(subject, name, checked_options[name], is_integer=False, minimum=0, maximum=upper_bound)
     if checked_options.get("temperature") == 0:
-        raise RegistryError(f"{subject}.temperature is 0: give a number above 0, or leave out sample")
+        raise RegistryError(f"{subject}.temperature is 0; give a number above 0, or leave out do_sample")
     if not isinstance(checked_options.get("do_sample", False), bool):
-        raise RegistryError(f"{subject}.sample is {checked_options['sample']!r:.80}: give true or false")
+        raise RegistryError(f"{subject}.do_sample is {checked_options['do_sample']!r:.80}: give true or false")
     if "seed" in checked_options:
         _check_number(subject, "seed", checked_options["seed"], is_integer=True, minimum=-(2**63), maximum=2**63 - 1)
     if generate_method is not None:
@@ -248,10 +305,13 @@ def check_generation(
 
 
 def make_everything_options(options: Mapping[str, Any]) -> EverythingOptions:
-    """Return search settings from fields by name; the others are SAM's.
+    """Create options of everything mode; missing ones are SAM's defaults.
+
+    Args:
+        options: Values by field of `EverythingOptions`.
 
     Raises:
-        RegistryError: An unknown field, or a value of another type or out of range.
+        RegistryError: A field is unknown, or a value has the wrong type or is out of range.
     """
     return EverythingOptions(**_complete_everything(options))
 
@@ -262,21 +322,13 @@ def _complete_everything(value: Any) -> dict[str, Any]:
     for key, setting in options.items():
         if key not in defaults:
             raise make_unknown_name_error(f"everything has no {key!r}", key, defaults)
-        if key == "caption_from":
-            if setting not in CAPTION_FROM_CHOICES:
-                raise make_unknown_name_error(
-                    f"everything.caption_from is {setting!r}", str(setting), CAPTION_FROM_CHOICES
-                )
-        else:
+        if key != "caption_from":
+            is_integer, minimum = key in ("points_per_side", "crop_n_layers"), 1 if key == "points_per_side" else 0
             maximum = MAX_CROP_LAYERS if key == "crop_n_layers" else math.inf
-            _check_number(
-                "everything",
-                key,
-                setting,
-                is_integer=key in ("points_per_side", "crop_n_layers"),
-                minimum=key == "points_per_side",
-                maximum=maximum,
-            )
+            _check_number("everything", key, setting, is_integer=is_integer, minimum=minimum, maximum=maximum)
+        elif setting not in CAPTION_FROM_CHOICES:
+            problem = f"everything.caption_from is {setting!r}"
+            raise make_unknown_name_error(problem, str(setting), CAPTION_FROM_CHOICES)
     if not options.get("crop_overlap_ratio", 0) < 1:
         raise RegistryError(
             f"everything.crop_overlap_ratio is {options['crop_overlap_ratio']}; give a fraction of the image below 1"
@@ -285,7 +337,7 @@ def _complete_everything(value: Any) -> dict[str, Any]:
     num_points = completed["points_per_side"] ** 2 * sum(4**layer for layer in range(completed["crop_n_layers"] + 1))
     if num_points > MAX_GRID_POINTS:
         raise RegistryError(
-            "everything.points_per_side and everything.crop_n_layers ask for more than "
+            "everything.points_per_side and everything.crop_n_layers request more than "
             f"{MAX_GRID_POINTS:,} points; lower one of them"
         )
     return completed
@@ -306,11 +358,9 @@ def _complete_projection(value: Any) -> dict[str, str]:
     projection = {"kind": value} if isinstance(value, str) else _check_table("projection", value)
     for key, setting in projection.items():
         if key not in PROJECTION_CHOICES:
-            raise make_unknown_name_error(f"a projection has no {key!r}", key, PROJECTION_CHOICES)
+            raise make_unknown_name_error(f"projection has no {key!r}", key, PROJECTION_CHOICES)
         if setting not in PROJECTION_CHOICES[key]:
-            raise make_unknown_name_error(
-                f"no {key} of a projection is called {setting!r}", str(setting), PROJECTION_CHOICES[key]
-            )
+            raise make_unknown_name_error(f"projection.{key} is {setting!r}", str(setting), PROJECTION_CHOICES[key])
     return DEFAULT_PROJECTION | projection
 
 
@@ -327,7 +377,7 @@ def _complete_lora(value: Any) -> dict[str, Any] | None:
             raise make_unknown_name_error(f"lora has no {key!r}", PEFT_OPTION_NAMES.get(key, str(key)), DEFAULT_LORA)
     rank = options.get("rank", DEFAULT_LORA["rank"])
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise RegistryError(f"the rank of lora is {rank!r}: give a whole number, 1 or more, or lora=0 for none")
+        raise RegistryError(f"lora.rank is {rank!r}; give a whole number, 1 or more, or lora=0 to disable LoRA")
     completed = DEFAULT_LORA | {"alpha": 2 * rank} | options
     for key, maximum in (("alpha", math.inf), ("dropout", 1)):
         _check_number("lora", key, completed[key], is_integer=False, minimum=0, maximum=maximum)
@@ -336,15 +386,15 @@ def _complete_lora(value: Any) -> dict[str, Any] | None:
         target_modules is None
         or (isinstance(target_modules, list | tuple) and all(isinstance(each, str) for each in target_modules))
     ):
-        raise RegistryError(f"lora.targets is {target_modules!r}: give a list of names of layers")
+        raise RegistryError(f"lora.target_modules is {target_modules!r}; give a list of layer names")
     return completed
 
 
 def _check_trainable(value: Any) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, list | tuple):
-        raise RegistryError(f"trainable is {value!r}: give a list of names")
+        raise RegistryError(f"trainable is {value!r}; give a list of names")
     for name in names:
         if name not in TRAINABLE_GROUPS:
-            raise make_unknown_name_error(f"{name!r} is nothing that trains", str(name), TRAINABLE_GROUPS)
+            raise make_unknown_name_error(f"unknown trainable group {name!r}", str(name), TRAINABLE_GROUPS)
     return tuple(names)

@@ -1,4 +1,4 @@
-"""The options of a factory, read from its source text: nothing is run, so that looking at a part costs nothing."""
+"""Options of a factory, read from its source code without importing it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from sca_registry.options import REQUIRED
 
 
 def read_source_options(factory: str, num_positional: int) -> dict[str, Any] | None:
-    """`options.read_options` of "module:name" without importing the module; its parent packages are.
+    """Read the options of a factory without importing its module; the parent packages are imported.
 
-    None where the text does not tell: a factory that is made rather than written, or a class that has its `__init__`
-    from elsewhere.
+    Args:
+        factory: Path of the factory, "package.module:name".
+        num_positional: Number of leading parameters that are not options.
+
+    Returns:
+        Defaults by option as in `options.get_factory_options`, but a default that is not a literal is its source code.
+        None if the options are not in the source code: the factory is not defined by a `def` or `class` statement, or
+        its class inherits `__init__`.
     """
     module, _, name = factory.partition(":")
     module_spec = find_spec(module)
@@ -46,7 +52,7 @@ def _find_definition(body: list[ast.stmt], name: str) -> ast.stmt | None:
 
 
 def _evaluate_default(default: ast.expr | None, body: list[ast.stmt]) -> Any:
-    """A default, a constant of its module included; what would have to be computed stays text."""
+    """Evaluate a literal or a constant of the module; return the source code of any other default."""
     if default is None:
         return REQUIRED
     if isinstance(default, ast.Name):

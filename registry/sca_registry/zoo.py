@@ -1,4 +1,4 @@
-"""Named models: a checkpoint each, what it was trained on, and on what terms it may be used."""
+"""Model zoo: checkpoints by name, with their training data and terms of use."""
 
 from __future__ import annotations
 
@@ -8,61 +8,76 @@ from pathlib import Path
 
 from sca_registry.errors import make_unknown_name_error
 
-PHOTOGRAPH_DOMAIN = "photographs"  # the domain of the models that describe photographs of anything
+PHOTOGRAPH_DOMAIN = "photographs"  # domain of the general models
 
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """What is known of a named model before its weights are read."""
+    """Metadata of a model in the zoo.
+
+    Attributes:
+        name: Name of the model.
+        summary: One sentence that describes the model.
+        parameters: Number of parameters.
+        license: License of the weights.
+        source: Paper or repository.
+        checkpoint: "package:folder" for weights inside an installed package, else a hub id.
+        trained_on: Training data.
+        domain: Kind of images that the model is trained for: `PHOTOGRAPH_DOMAIN` or a narrower one.
+        terms: Terms of use.
+        revision: Default revision of a hub id.
+    """
 
     name: str
     summary: str
     parameters: int
     license: str
     source: str
-    checkpoint: str  # "package:folder/inside", or a hub id
+    checkpoint: str
     trained_on: str
-    domain: str  # what kind of images it is for: PHOTOGRAPHS, or something narrower
+    domain: str
     terms: str
-    revision: str | None = None  # of a hub id: the commit that is fetched unless another is asked for
+    revision: str | None = None
 
     @property
     def download_bytes(self) -> int:
-        """Size of the weights on the hub, which are stored in float32; 0 for a checkpoint that comes with a package."""
+        """Download size in bytes: 4 per parameter (float32) on the hub, 0 for a checkpoint inside a package."""
         return 0 if self.folder else 4 * self.parameters
 
     @property
     def folder(self) -> Path | None:
-        """Where a checkpoint that comes with a package is installed; whether it is there is for the caller to find out.
-        None for one on the hub.
-        """
+        """Folder of a checkpoint inside a package, which may not exist; None for a checkpoint on the hub."""
         package, colon, subfolder = self.checkpoint.partition(":")
         return Path(str(files(package).joinpath(subfolder))) if colon else None
 
 
 def list_names() -> list[str]:
-    """Every named model, sorted. Nothing is imported and nothing is fetched."""
+    """Return the names of all models, sorted."""
     return sorted(_read_entry_files())
 
 
 def get_entry(name: str) -> ZooEntry:
-    """The entry of a name. Raises RegistryError, with the closest name, if there is none."""
+    """Return the metadata of a model.
+
+    Raises:
+        RegistryError: The name is unknown.
+    """
     import tomllib
 
     contents = _read_entry_files()
     if name not in contents:
-        raise make_unknown_name_error(f"no model in the zoo is named {name!r}", name, sorted(contents))
+        raise make_unknown_name_error(f"no zoo model named {name!r}", name, sorted(contents))
     return ZooEntry(name=name, **tomllib.loads(contents[name]))
 
 
 def describe_domain(source: object) -> str:
-    """Return one line on a model with a narrow domain, which names the models for photographs and how to get one.
+    """Describe the domain of a zoo model that is not trained for photographs.
 
     Args:
-        source: What `sca.captioner` takes.
+        source: Source of a captioner, as for `sca.captioner`.
 
     Returns:
-        The line; "" for a model for photographs, and for everything that is not a model of the zoo.
+        One line with the domain and the models for photographs; "" for those models and for sources outside the zoo.
     """
     name = str(source).partition(" ")[0]  # options follow the name
     if name not in list_names() or get_entry(name).domain == PHOTOGRAPH_DOMAIN:
@@ -71,7 +86,7 @@ def describe_domain(source: object) -> str:
 
 
 def describe_photograph_models() -> str:
-    """Return the models for photographs, smallest first, with their download sizes and the commands that use one."""
+    """Return one line with the models for photographs, smallest first, their sizes and the commands to use one."""
     entries = [entry for entry in map(get_entry, list_names()) if entry.domain == PHOTOGRAPH_DOMAIN]
     entries.sort(key=lambda entry: (entry.download_bytes, entry.name))
     sizes = ", ".join(f"{entry.name} ({entry.download_bytes / 1e9:.1f} GB)" for entry in entries)
@@ -80,7 +95,7 @@ def describe_photograph_models() -> str:
 
 
 def _read_entry_files() -> dict[str, str]:
-    """The TOML of each model by its name, which is the name of the file."""
+    """Return the TOML text of each model by file name without suffix."""
     folder = files("sca_registry") / "zoo"
     return {
         file.name.removesuffix(".toml"): file.read_text("utf-8")

@@ -24,8 +24,10 @@ def test_importing_the_registry_imports_nothing_heavy():
 def test_listing_imports_no_torch_no_plugin_and_no_factory(site):
     files = {"shade/__init__.py": "", "shade/parts.py": MIXER}
     site.install("shade", "[sca_mixers]\nmean = shade.parts:Mean\n", files)
-    listing = "import sca_registry\nfor r in sca_registry.REGISTRIES.values(): r.names(); r.entries(); 'x' in r"
-    modules = imported_after(listing + "\nassert 'mean' in sca_registry.mixers.names()", str(site.folder))
+    listing = (
+        "import sca_registry\nfor r in sca_registry.REGISTRIES.values(): r.list_names(); r.list_entries(); 'x' in r"
+    )
+    modules = imported_after(listing + "\nassert 'mean' in sca_registry.mixers.list_names()", str(site.folder))
     assert not {"torch", "shade", "sca", "sca.encoders"} & modules
 
 
@@ -60,7 +62,7 @@ def test_a_typo_is_answered_with_the_name_meant_the_names_there_are_and_how_to_a
         mixers.get("qurey")
     told = str(caught.value)
     assert told.startswith("no mixers named 'qurey'. Did you mean 'query'? There are: ")
-    assert told.endswith("  A plugin adds one with an entry point in 'sca_mixers'.")
+    assert told.endswith(" Plugins add names with entry points in the group 'sca_mixers'.")
 
 
 @pytest.mark.parametrize("typo", ["Query", "QUERY", "query_"])

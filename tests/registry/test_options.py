@@ -60,8 +60,8 @@ def test_a_missing_part_upstream_is_a_programming_error(site):
 
 
 def test_what_a_built_part_lacks_is_named(offer):
-    offer("class Half:\n    width = 3\n    def __call__(self): pass\n\ndef make(segmenter): return Half()\n")
-    with pytest.raises(RegistryError, match=r"built a Half without queries, uses_grid: see .*contracts\.Mixer"):
+    offer("class Half:\n    hidden_size = 3\n    def __call__(self): pass\n\ndef make(segmenter): return Half()\n")
+    with pytest.raises(RegistryError, match=r"returned a Half without num_queries, uses_grid; .*contracts\.Mixer"):
         mixers.build("mine", None)
 
 
@@ -119,16 +119,16 @@ def test_takes_text_follows_the_annotation(parameter, wanted):
     ("annotation", "wrong", "right", "wanted"),
     [
         ("int", "a", 2, "a whole number"),
-        ("int | None", "a", None, "a whole number or nothing"),
-        ("'int | None'", 1.5, 2, "a whole number or nothing"),
-        ("Optional[float]", "a", 1, "a number or nothing"),
-        ("'Optional[float]'", "a", 1.5, "a number or nothing"),
-        ("'typing.Optional[float]'", "a", None, "a number or nothing"),
-        ("Union[int, None]", "a", 2, "a whole number or nothing"),
+        ("int | None", "a", None, "a whole number or None"),
+        ("'int | None'", 1.5, 2, "a whole number or None"),
+        ("Optional[float]", "a", 1, "a number or None"),
+        ("'Optional[float]'", "a", 1.5, "a number or None"),
+        ("'typing.Optional[float]'", "a", None, "a number or None"),
+        ("Union[int, None]", "a", 2, "a whole number or None"),
         ("'Union[bool, int]'", "a", True, "a whole number or true or false"),
         ("bool", 1, True, "true or false"),
         ("str", 5, "a", "text"),
-        ("str | Path | None", 5, Path("a"), "text or nothing"),
+        ("str | Path | None", 5, Path("a"), "text or None"),
         ("'str | bool'", 5, "a", "true or false or text"),
     ],
 )

@@ -152,7 +152,7 @@ def test_an_interrupt_is_never_taken_for_a_broken_plugin(site):
         ("[x]\nsummary = 'none'", "'x' has no factory"),
         ("[x]\nfactory = 'a b'", "not a factory"),
         ("[x]\nfactory = 'a:b'\nsummry = 'typo'", "Did you mean 'summary'"),
-        ("[x]\nfactory = 'a:b'\nsummary = 3", "should be of type str"),
+        ("[x]\nfactory = 'a:b'\nsummary = 3", "give a value of type str"),
     ],
 )
 def test_a_bad_card_says_what_is_wrong_with_it(cards, reason, site, states):
@@ -185,20 +185,20 @@ def test_an_impossible_name_is_listed_as_broken_and_is_no_name(name, site, state
 
 def test_a_name_offered_twice_by_one_distribution_is_broken(site, states):
     site.install("shade", "[sca_mixers]\nmean = shade:Mean\nmean = shade:Other\n", {"shade.py": MIXER})
-    assert states(mixers)["mean"] == ("broken", "the distribution offers this name twice")
+    assert states(mixers)["mean"] == ("broken", "the distribution defines this name twice")
 
 
 def test_a_plugin_for_other_contracts_is_broken_and_says_so(site, states):
     site.install("old", "[sca_api]\nversion = v0\n[sca_mixers]\nold = old:Mean\n", {"old.py": MIXER})
     site.install("new", "[sca_api]\nversion = v1\n[sca_mixers]\nnew = new:Mean\n", {"new.py": MIXER})
-    with pytest.raises(RegistryError, match="made for version v0 of the contracts, and this is v1"):
+    with pytest.raises(RegistryError, match="contracts v0 required, but segment-caption-anything provides v1"):
         mixers.get("old")
     assert states(mixers)["old"][0] == "broken"
     site.install("newer", "[sca_api]\nversion = v99\n[sca_mixers]\nnewer = newer:Mean\n", {"newer.py": MIXER})
-    with pytest.raises(RegistryError, match=r"older of the two: pip install -U segment-caption-anything\.$"):
+    with pytest.raises(RegistryError, match=r"; upgrade it: pip install -U segment-caption-anything\.$"):
         mixers.get("newer")
     site.install("odd", "[sca_api]\nversion = 1\n[sca_mixers]\nodd = odd:Mean\n", {"odd.py": MIXER})
-    with pytest.raises(RegistryError, match="a version is written as v1 is"):
+    with pytest.raises(RegistryError, match="; write the version as v1"):
         mixers.get("odd")
     assert mixers.get("new").__name__ == "Mean"
 

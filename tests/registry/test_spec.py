@@ -26,7 +26,7 @@ specs = st.builds(
     projection=st.fixed_dictionaries({}, optional={"kind": st.sampled_from(["linear", "mlp"])}),
     task_tokens=st.integers(0, 9),
     lora=st.none() | st.integers(1, 64) | st.fixed_dictionaries({"rank": st.integers(1, 64)}),
-    generation=st.fixed_dictionaries({}, optional={"beams": st.integers(1, 5)}),
+    generation=st.fixed_dictionaries({}, optional={"num_beams": st.integers(1, 5)}),
 )
 
 
@@ -37,7 +37,7 @@ def test_three_names_are_a_model():
     assert TINY.task_tokens == 6
     assert TINY.trainable == ("mixer", "projection", "task_tokens", "neck", "lora")
     assert TINY.projection == {"kind": "linear", "norm": "none"}
-    assert TINY.generation == {"max_new_tokens": 20, "beams": 1}
+    assert TINY.generation == {"max_new_tokens": 20, "num_beams": 1}
 
 
 @pytest.mark.parametrize("text", ["", "a", "a+b", "a++c", "a+b+c+d"])
@@ -55,12 +55,14 @@ def test_what_is_written_has_nothing_that_toml_cannot_say():
     written = TINY.apply_overrides(["lora=4"]).to_dict()
     assert None not in written.values()
     assert None not in written["lora"].values()
-    assert written["format"] == 1
+    assert written["format"] == 2
 
 
 def test_a_spec_of_another_format_is_refused_with_the_way_out():
     with pytest.raises(RegistryError, match="pip install -U segment-caption-anything"):
-        ModelSpec.from_dict({**TINY.to_dict(), "format": 2})
+        ModelSpec.from_dict({**TINY.to_dict(), "format": 3})
+    with pytest.raises(RegistryError, match="spec format 1 is not supported, expected 2"):
+        ModelSpec.from_dict({**TINY.to_dict(), "format": 1})
 
 
 def test_spec_from_dict_accepts_a_name_for_a_component_without_options():
@@ -70,17 +72,17 @@ def test_spec_from_dict_accepts_a_name_for_a_component_without_options():
 
 
 def test_a_number_is_short_for_a_rank():
-    whole = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": None}
+    whole = {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": None}
     assert TINY.apply_overrides(["lora=8"]).lora == whole
     assert TINY.apply_overrides(["lora=8", "lora.alpha=4"]).lora == {**whole, "alpha": 4}
     assert TINY.apply_overrides(["lora=8", "lora=0"]).lora is None
 
 
 def test_overrides_edit_replace_and_leave_the_original_alone():
-    changed = TINY.apply_overrides(["mixer.depth=2", "projection=mlp", "projection.norm=pre", "generation.beams=3"])
+    changed = TINY.apply_overrides(["mixer.depth=2", "projection=mlp", "projection.norm=pre", "generation.num_beams=3"])
     assert changed.mixer == Part("query", {"depth": 2})
     assert changed.projection == {"kind": "mlp", "norm": "pre"}
-    assert changed.generation == {"max_new_tokens": 20, "beams": 3}
+    assert changed.generation == {"max_new_tokens": 20, "num_beams": 3}
     assert changed.apply_overrides(["mixer=roi-pool"]).mixer == Part("roi-pool")
     assert changed.apply_overrides(["projection=linear"]).projection == {"kind": "linear", "norm": "none"}
     assert ModelSpec.parse("tiny-vit+query+tiny-gpt2") == TINY
@@ -91,8 +93,8 @@ def test_overrides_edit_replace_and_leave_the_original_alone():
     [
         ("mixr=query", "Did you mean 'mixer'"),
         ("lora.rnak=2", "Did you mean 'rank'"),
-        ("lora=-1", "rank of lora"),
-        ("lora=high", "lora has no|rank of lora|give a rank"),
+        ("lora=-1", "lora.rank is -1"),
+        ("lora=high", "lora is 'high': give a rank"),
         ("projection=mpl", "Did you mean 'mlp'"),
         ("projection.nrom=pre", "Did you mean 'norm'"),
         ("projection.norm=prae", "Did you mean 'pre'"),
@@ -151,7 +153,7 @@ def test_check_refuses_a_mixer_on_a_segmenter_that_cannot_feed_it_and_names_both
     with pytest.raises(RegistryError) as caught:
         check_compatible(TINY.apply_overrides(["segmenter=box", "mixer=masked"]))
     told = str(caught.value)
-    assert told.startswith("mixer 'masked' needs masks, and segmenter 'box' gives boxes.")
+    assert told.startswith("mixer 'masked' needs masks, but segmenter 'box' provides only boxes; use ")
     assert "segmenter=sam" in told
     assert "mixer=query" in told
     assert "shade.parts" not in sys.modules
@@ -165,21 +167,21 @@ def test_check_asks_the_class_where_the_card_is_silent(shade):
 
 
 def test_check_knows_what_an_option_needs():
-    with pytest.raises(RegistryError, match=r"mixer\.pooled=false"):
-        check_compatible(TINY.apply_overrides(["segmenter=box", "mixer.pooled=true"]))
-    check_compatible(TINY.apply_overrides(["segmenter=sam", "mixer.pooled=true"]))
-    check_compatible(TINY.apply_overrides(["segmenter=box", "mixer.pooled=false"]))
+    with pytest.raises(RegistryError, match=r"mixer\.mask_pooling=false"):
+        check_compatible(TINY.apply_overrides(["segmenter=box", "mixer.mask_pooling=true"]))
+    check_compatible(TINY.apply_overrides(["segmenter=sam", "mixer.mask_pooling=true"]))
+    check_compatible(TINY.apply_overrides(["segmenter=box", "mixer.mask_pooling=false"]))
 
 
 def test_check_asks_the_encoder_which_segmenter_it_brings(site, shade):
     brings = "class Blind:\n    default_segmenter = 'box'\n"
     site.install("blind", "[sca_encoders]\nblind = blind:Blind\n", {"blind.py": brings})
-    with pytest.raises(RegistryError, match="segmenter 'box' gives boxes"):
+    with pytest.raises(RegistryError, match="segmenter 'box' provides only boxes"):
         check_compatible(TINY.apply_overrides(["encoder=blind", "mixer=masked"]))
     check_compatible(TINY.apply_overrides(["encoder=blind", "mixer=query"]))
 
 
-WRITTEN = TINY.apply_overrides(["lora=4", "encoder.size=64", "segmenter=sam", "everything.points=8"]).to_dict()
+WRITTEN = TINY.apply_overrides(["lora=4", "encoder.size=64", "segmenter=sam", "everything.points_per_side=8"]).to_dict()
 PLACES = [(key,) for key in WRITTEN] + [
     (key, inner) for key, value in WRITTEN.items() if isinstance(value, dict) for inner in value
 ]
@@ -203,22 +205,22 @@ def test_a_value_of_any_kind_in_any_place_is_read_or_refused(place, value):
         ("lora.dropout=1.5", "lora.dropout is 1.5: give a number, 1 or less"),
         ("lora.alpha=inf", "lora.alpha is inf: give a number, 0 or more"),
         ("lora.alpha=nan", "lora.alpha is nan: give a number, 0 or more"),
-        ("everything.iou=inf", "everything.iou is inf: give a number, 0 or more"),
-        ("generation.beams=0", "generation.beams is 0: give a whole number, 1 or more"),
+        ("everything.pred_iou_thresh=inf", "everything.pred_iou_thresh is inf: give a number, 0 or more"),
+        ("generation.num_beams=0", "generation.num_beams is 0: give a whole number, 1 or more"),
         ("generation.max_new_tokens=many", "generation.max_new_tokens is 'many': give a whole number"),
-        ("generation.beams=60000000", "generation.beams is 60000000: give a whole number, 64 or less"),
+        ("generation.num_beams=60000000", "generation.num_beams is 60000000: give a whole number, 64 or less"),
         ("generation.max_new_tokens=60000000", "give a whole number, 4096 or less"),
-        ("generation.captions=60000000", "give a whole number, 64 or less"),
-        ("everything.crops=60", "everything.crops is 60: give a whole number, 4 or less"),
-        ("everything.points=60000000", "ask for more than 1,048,576 points; lower one of them"),
-        ("everything={points=64, crops=4}", "ask for more than 1,048,576 points; lower one of them"),
-        ("everything.points=1.5", "everything.points is 1.5: give a whole number"),
-        ("everything.iou=high", "everything.iou is 'high': give a number"),
-        ("everything.crop_overlap=1", "everything.crop_overlap is 1: give a share"),
+        ("generation.num_captions=60000000", "give a whole number, 64 or less"),
+        ("everything.crop_n_layers=60", "everything.crop_n_layers is 60: give a whole number, 4 or less"),
+        ("everything.points_per_side=60000000", "request more than 1,048,576 points; lower one of them"),
+        ("everything={points_per_side=64, crop_n_layers=4}", "request more than 1,048,576 points; lower one of them"),
+        ("everything.points_per_side=1.5", "everything.points_per_side is 1.5: give a whole number"),
+        ("everything.pred_iou_thresh=high", "everything.pred_iou_thresh is 'high': give a number"),
+        ("everything.crop_overlap_ratio=1", "everything.crop_overlap_ratio is 1; give a fraction"),
         ("everything.caption_from=boxes", "Did you mean 'box'"),
         ("lora={rank=4, alpha='x'}", "lora.alpha is 'x': give a number"),
-        ("lora={targets='c_attn'}", "lora.targets is 'c_attn': give a list"),
-        ("trainable=3", "trainable is 3: give a list of names"),
+        ("lora={target_modules='c_attn'}", "lora.target_modules is 'c_attn'; give a list"),
+        ("trainable=3", "trainable is 3; give a list of names"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_told(assignment, told):
