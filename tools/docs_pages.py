@@ -1,6 +1,6 @@
 """The pages of the site that are made from what is written elsewhere: `make docs`.
 
-A hook of mkdocs. The chapters of the README and the other manuals are pages as they are, so that nothing is told twice;
+A hook of mkdocs. The chapters of the README and the other manuals are pages unchanged;
 the reference is made from the cards of parts, the help of the commands and the docstrings.
 """
 

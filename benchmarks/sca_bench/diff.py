@@ -14,17 +14,24 @@ MAX_DIGITS = 17  # by which any two floats differ
 
 @dataclass(frozen=True)
 class SweepDiff:
-    """rows: that both have made. timings: how many were compared; inside: the share of the second's medians that lie
-    between the first's least and most; width: the median of (most - least) / median of the first's timings. changed: a
-    line for each state or score that is another. scores: a line about each score, over all rows. only: how many rows
-    the first and the second have alone.
+    """The differences between two runs of a sweep.
+
+    Attributes:
+        num_rows: Rows in both runs.
+        num_timings: Compared timings.
+        share_inside: Share of the second run's medians that are between the first run's minimum and maximum.
+        median_width: Median of (maximum - minimum) / median of the first run's timings.
+        median_ratio: Median of the second run's medians divided by the first run's.
+        change_lines: One line per state or score that differs.
+        score_lines: One line per score, over all rows.
+        num_unmatched: Rows that only the first and only the second run has.
     """
 
     num_rows: int
     num_timings: int
     share_inside: float
     median_width: float
-    median_ratio: float  # the median of the second's medians by the first's
+    median_ratio: float
     change_lines: tuple[str, ...]
     score_lines: tuple[str, ...]
     num_unmatched: tuple[int, int]

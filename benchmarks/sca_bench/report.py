@@ -55,7 +55,7 @@ class StageBars(NamedTuple):
 
 
 def render_sweep_page(rows: Sequence[Mapping[str, Any]], title: str, score_name: str | None = None) -> str:
-    """One HTML file. score: what counts as quality (default: the most telling that there is)."""
+    """Render one HTML file; `score_name` measures quality (default: the most informative score available)."""
     score_name = score_name or choose_quality_score(rows)
     summaries = summarize_rows(rows, score_name)
     text_columns, numeric_columns = _build_columns(summaries, score_name)
@@ -117,7 +117,7 @@ def _build_columns(
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return the columns of text and of figures of a table, by their headings.
 
-    Text is what combinations differ in, figures are `FIGURES` and every score but the one that counts as quality.
+    Text columns are the settings that differ; numeric ones are `NUMERIC_COLUMNS` and every score but the quality score.
     """
     text_columns = find_varying_settings([summary.config for summary in summaries]) or {
         "combination": [summary.label for summary in summaries]

@@ -40,15 +40,24 @@ def run_sweep(
     budget_seconds: float = math.inf,
     order: str = "cheapest",
 ) -> SweepStatus:
-    """Makes what is missing of a sweep; rows appear in `folder/results.jsonl` as they are finished.
+    """Run the missing rows of a sweep; rows appear in `folder/results.jsonl` as they finish.
 
-    launcher, options: where rows are made, a name of the registry. timeout: seconds that a row has. retry: states whose
-    rows are made again. force: tries rows that are predicted not to fit into memory. report: is given a line for what
-    happens. seconds: time budget of the run; no row is started after it, and a row that it cuts stays missing. order:
-    of rows, as in `Sweep.rows`.
+    Args:
+        sweep: The sweep.
+        folder: Results folder.
+        launcher: Registered launcher that runs the rows.
+        launcher_options: Options of the launcher.
+        timeout: Maximum seconds per row.
+        retry_states: States whose rows are run again.
+        force: Run rows that are predicted to exceed memory.
+        report: Called with one line per event.
+        budget_seconds: Seconds after which no row starts; rows that are stopped stay missing.
+        order: Order of the rows, see `Sweep.list_rows`.
 
-    ValueError for what is wrong with a row that is missing, before the first is made. LockedError if somebody else
-    writes into the folder, OutputError if it cannot be written.
+    Raises:
+        ValueError: A missing row is wrong; raised before the first row runs.
+        LockedError: Another process writes into the folder.
+        OutputError: The folder cannot be written.
     """
     deadline = time.time() + budget_seconds
     built_launcher = sca_registry.launchers.build(launcher, **(launcher_options or {}))

@@ -16,9 +16,11 @@ QUALITY_SCORES = ("cider-d", "attributes/all", "meteor", "class/count", "mask-io
 
 @dataclass(frozen=True)
 class CombinationSummary:
-    """A combination. quality: the score's mean over seeds; low, high: the widest of the 95 % intervals over images;
-    seeds: the score of each seed. scores: the mean of every score over seeds, those of controls as "NAME, CONTROL".
-    The figures are those of `Line.of`; None where nothing was measured.
+    """One combination, summarized over its seeds; None where nothing was measured.
+
+    `quality` is the mean of the score over seeds, `low` and `high` the widest of the 95 % intervals over images,
+    `seed_scores` the score of each seed, and `scores` the mean of every score over seeds, those of controls as
+    "NAME, CONTROL".
     """
 
     label: str

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @torch.inference_mode()
 def _measure_stages(model: SegmentCaptioner, num_regions: int, regions_per_call: int, repeats: int) -> dict[str, float]:
-    """The least seconds of each stage, `together` regions at a time; the words likewise, and all at once for ours."""
+    """The least seconds of each stage, `regions_per_call` at a time; tokens in the same chunks of prefixes."""
     pixels, prompts = make_random_inputs(model, 1, num_regions)
     generate, least_seconds = model.language_model.generate, dict.fromkeys(STAGES, float("inf"))
     for repeat in range(repeats + 1):

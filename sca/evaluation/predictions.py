@@ -138,7 +138,7 @@ class PromptingOptions:
 
 @dataclass(frozen=True)
 class DenseCaptioningOptions:
-    """How regions are found and told of where none is given: dense captioning.
+    """How regions are found and captioned where none is given: dense captioning.
 
     proposer: where to look. Points of a proposer (the grid) are searched as "segment everything" does, which takes a
     `MaskEngine`; its boxes and masks are described as they are.
@@ -320,7 +320,7 @@ def _make_prompt(prompting: PromptingOptions, region: Region) -> Prompt:
 
 
 def _find_different_region(region: Region, regions: Sequence[Region], prompts: PromptsByRegion) -> Region | None:
-    """The next region of the image that is called something else and told of otherwise, if there is one."""
+    """The next region of the image that is called something else and described otherwise, if there is one."""
     index = regions.index(region)
     for other in (*regions[index + 1 :], *regions[:index]):
         has_same_truth = bool(set(other.phrases) & set(region.phrases)) or (

@@ -158,7 +158,7 @@ def check_metrics(metrics: Sequence[str] | None, metric_options: Mapping[str, An
 
 
 def get_bootstrap_inputs(output: MetricOutput) -> dict[str, tuple[ScoreStatistics, np.ndarray]]:
-    """The scores whose value for other images can be told: what they are made of, and the image of each row."""
+    """The scores whose value for other images can be computed: their statistics, and the image of each row."""
     if output.per_record is None or "image_id" not in output.per_record:
         return {}
     groups = np.asarray(output.per_record["image_id"])

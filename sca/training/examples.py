@@ -60,7 +60,7 @@ class Example:
     prompt_kind: str = "box"  # the kind drawn for this step
 
     def select_first_regions(self, count: int) -> Example:
-        """The first `count` regions, which were drawn in no order, and what is told of them."""
+        """The first `count` regions, which are in random order, and their texts."""
         is_kept = self.region_index < count
         return replace(
             self,

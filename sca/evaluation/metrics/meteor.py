@@ -145,7 +145,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def compute_meteor(statistics: np.ndarray) -> np.ndarray:
-    """(..., 23) figures, of one caption or summed over several by `addable`, -> (...) scores."""
+    """(..., 23) figures, of one caption or summed over several by `make_summable`, -> (...) scores."""
     length, reference_length, function_words, reference_function_words = (statistics[..., index] for index in range(4))
     stage_matches = statistics[..., 4:20].reshape(
         *statistics.shape[:-1], 4, 4
