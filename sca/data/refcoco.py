@@ -176,8 +176,8 @@ def _find_refs_file(folder: Path, by: str) -> Path:
             return path
     available = sorted(path.name for path in folder.glob("refs(*).*"))
     raise InputError(
-        f"no {paths[0].name} or {paths[1].name} in {folder}; it has: {', '.join(available) or 'no refs file at all'}; "
-        "give by=unc, google or umd, and root=FOLDER that has them"
+        f"no {paths[0].name} or {paths[1].name} in {folder}; there is: "
+        f"{', '.join(available) or 'no refs file at all'}; give by=unc, google or umd, and root=FOLDER that has them"
     )
 
 

@@ -41,8 +41,8 @@ ON_TRIAL = ("encoders", "segmenters", "mixers", "language_models", "datasets", "
 
 
 VARIANTS = {  # options worth trying besides those that make a component tiny
-    "segmenters": {"sam": [{"width": 48}], "box": [{"width": 48}]},
-    "mixers": {"query": [{"pooled": True}]},
+    "segmenters": {"sam": [{"hidden_size": 48}], "box": [{"hidden_size": 48}]},
+    "mixers": {"query": [{"mask_pooling": True}]},
     "language_models": {"hf": [{"config": tiny(family)} for family in (*FAMILIES, *OTHERS)]},
     "datasets": {"scenes": [{"split": "train"}, {"split": "test"}]},
     "captioners": {
@@ -77,7 +77,7 @@ def on_trial():
 
 
 def broken(findings):
-    return {finding.check: finding.found for finding in findings if not finding.passed}
+    return {finding.name: finding.details for finding in findings if not finding.passed}
 
 
 @pytest.mark.parametrize(("kind", "name", "options"), list(on_trial()))
@@ -122,12 +122,12 @@ def test_boxes_from_a_file_keep_their_promises(tmp_path):
 
 
 def test_a_segmenter_that_draws_its_prompts_keeps_them_too():
-    assert broken(check_part("segmenter", "sam", depth=1, mlp=64, drawn=True)) == {}
+    assert broken(check_part("segmenter", "sam", depth=1, mlp_dim=64, box_masks=True)) == {}
 
 
 def test_every_kind_is_tried_for_something_and_every_promise_says_where_it_is_written():
     assert {kind for each in CHECKS for kind in each.kinds} == set(COMPONENT_KINDS)
-    for finding in check_part("mixer", "query", depth=1, mlp=32):
+    for finding in check_part("mixer", "query", depth=1, mlp_dim=32):
         assert finding.expected.endswith("."), finding
         assert finding.source.startswith(("sca_registry.", "sca.", "plugins/"))
 
@@ -136,7 +136,7 @@ def test_every_kind_is_tried_for_something_and_every_promise_says_where_it_is_wr
 
 
 class Encoder(nn.Module):
-    image = ImageFormat(size=32)
+    image_format = ImageFormat(size=32)
     channels, stride, default_segmenter, checkpoint = 8, 8, "box", None
 
     def __init__(self):
@@ -152,7 +152,7 @@ class NamelessEncoder(Encoder):
 
 
 class OddSize(Encoder):
-    image = ImageFormat(size=36)
+    image_format = ImageFormat(size=36)
 
 
 class Padded(Encoder):
@@ -267,7 +267,7 @@ class Outside:
 class Teller:
     """Says of a region how wide it is."""
 
-    def caption(self, image, prompts, task="caption", beams=1):
+    def caption(self, image, prompts, task="caption", num_beams=1):
         if task not in ("caption", "recognition"):
             raise ValueError(f"no task {task!r}")
         return [self.say(image, prompt, place) for place, prompt in enumerate(prompts)]
@@ -309,7 +309,7 @@ class Drawing(Teller):
 
 
 class Stubborn(Encoder):
-    def __init__(self, width=32):
+    def __init__(self, hidden_size=32):
         super().__init__()
 
 
@@ -321,8 +321,8 @@ class Constant(Encoder):
 class Padding(BoxSegmenter):
     """Fills the regions of an image up to the most of any image, and averages over them."""
 
-    def forward(self, features, prompts, multimask=True):
-        found = super().forward(features, prompts, multimask)
+    def forward(self, features, prompts, multimask_output=True):
+        found = super().forward(features, prompts, multimask_output)
         found.tokens = found.tokens + found.tokens.mean(0)
         return found
 
@@ -333,8 +333,8 @@ class SmallSam(SamSegmenter):
 
 
 class OtherBoxes(SmallSam):
-    def forward(self, features, prompts, multimask=True):
-        found = super().forward(features, prompts, multimask)
+    def forward(self, features, prompts, multimask_output=True):
+        found = super().forward(features, prompts, multimask_output)
         found.boxes = found.boxes + 1
         return found
 
@@ -344,12 +344,12 @@ class Boastful(BoxSegmenter):
 
 
 class ManyMasks(SmallSam):
-    def forward(self, features, prompts, multimask=True):
+    def forward(self, features, prompts, multimask_output=True):
         return super().forward(features, prompts)
 
 
 class Deaf(BoxSegmenter):
-    def code(self, coordinates):
+    def encode_coordinates(self, coordinates):
         return super().encode_coordinates(torch.zeros_like(coordinates))
 
 
@@ -360,8 +360,8 @@ class CountsPadding(SmallSam):
 
 
 class Cut(SmallSam):
-    def forward(self, features, prompts, multimask=True):
-        return super().forward(features.detach(), prompts, multimask)
+    def forward(self, features, prompts, multimask_output=True):
+        return super().forward(features.detach(), prompts, multimask_output)
 
 
 class Greedy(QueryMixer):
@@ -400,18 +400,18 @@ class Small(TinyGpt2):
 
 
 class Clairvoyant(Small):
-    def hidden(self, embeddings, mask):
-        return super().hidden_states(embeddings, mask) + embeddings.roll(-1, 1)
+    def hidden_states(self, embeddings, attention_mask):
+        return super().hidden_states(embeddings, attention_mask) + embeddings.roll(-1, 1)
 
 
 class SeesPadding(Small):
-    def hidden(self, embeddings, mask):
-        return super().hidden_states(embeddings, mask) + 0.1 * embeddings.mean(1, keepdim=True)
+    def hidden_states(self, embeddings, attention_mask):
+        return super().hidden_states(embeddings, attention_mask) + 0.1 * embeddings.mean(1, keepdim=True)
 
 
 class Scaled(Small):
-    def embed(self, ids):
-        return super().embed_tokens(ids) * 2
+    def embed_tokens(self, input_ids):
+        return super().embed_tokens(input_ids) * 2
 
 
 class CountsPrefix(Small):
@@ -426,7 +426,7 @@ class Unlikely(Small):
 
 
 class Freezing(Small):
-    def adapt(self, **how):
+    def add_lora(self, **how):
         super().add_lora(**how)
         self.model.transformer.wte.requires_grad_(False)
 
@@ -435,14 +435,16 @@ class Endless(Small):
     def __init__(self):
         super().__init__()
         ends = self.tokenizer.encode
-        self.tokenizer.encode = lambda text, limit=None: ends(text, limit)[:-1] or [self.tokenizer.eos_token_id]
+        self.tokenizer.encode = lambda text, max_length=None: (
+            ends(text, max_length)[:-1] or [self.tokenizer.eos_token_id]
+        )
 
 
 class Beginning(Small):
     def __init__(self):
         super().__init__()
         plain = self.tokenizer.encode
-        self.tokenizer.encode = lambda text, limit=None: [7, *plain(text, limit)]
+        self.tokenizer.encode = lambda text, max_length=None: [7, *plain(text, max_length)]
 
 
 class Chatty(Small):
@@ -514,8 +516,8 @@ class Wandering:
 
 
 class OneScore(SmallSam):
-    def forward(self, features, prompts, multimask=True):
-        found = super().forward(features, prompts, multimask)
+    def forward(self, features, prompts, multimask_output=True):
+        found = super().forward(features, prompts, multimask_output)
         found.iou_scores = found.iou_scores[:, :1].expand(-1, found.masks.shape[1] + 1)
         return found
 
@@ -526,8 +528,8 @@ class LossOfEachRegion(SmallSam):
 
 
 class Flat(Small):
-    def head(self, states):
-        return super().lm_head(states if states.dim() > 1 else states[None])
+    def lm_head(self, hidden_states):
+        return super().lm_head(hidden_states if hidden_states.dim() > 1 else hidden_states[None])
 
 
 class Rushed(ResamplerMixer):
@@ -663,7 +665,7 @@ def test_a_part_that_does_not_run_is_told_so_once_and_where_it_was_raised():
         def forward(self, pixels):
             raise RuntimeError("out of chalk")
 
-    *kept, last = check_part("encoder", Fails, size=64)
+    *kept, last = check_part("encoder", Fails, image_size=64)
     assert last.name == "runs"
     assert not last.passed
     assert "out of chalk" in last.details
@@ -679,7 +681,7 @@ def test_whatever_a_part_raises_is_a_finding_and_the_other_checks_go_on():
                 raise RuntimeError("out of chalk")
             return super().forward(pixels)
 
-    findings = {finding.name: finding for finding in check_part("encoder", FailsAlone, size=64)}
+    findings = {finding.name: finding for finding in check_part("encoder", FailsAlone, image_size=64)}
     assert "out of chalk" in findings["alone-as-together"].details
     assert findings["output-shape"].passed
 
@@ -693,7 +695,7 @@ def test_an_unknown_kind_is_refused_and_an_unknown_name_is_a_finding():
 
 def test_a_check_leaves_the_random_state_as_it_was():
     before = torch.random.get_rng_state()
-    check_part("mixer", "query", depth=1, mlp=32)
+    check_part("mixer", "query", depth=1, mlp_dim=32)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -709,20 +711,20 @@ def test_no_part_of_this_package_imports_a_large_optional_package_before_it_is_b
     program = """
 import sys
 from sca_registry import REGISTRIES
-from sca.testing.conformance.common import HEAVY, IMPORT
+from sca.testing.conformance.common import OPTIONAL_PACKAGES
 import sca.language_models.hf
 known = {*sys.modules}
 for parts in REGISTRIES.values():
-    for name in parts.names():
-        if parts.describe(name).state == "ok":
+    for name in parts.list_names():
+        if parts.load_entry(name).state == "ok":
             parts.get(name)
-print(*{name.partition(".")[0] for name in {*sys.modules} - known} & {*HEAVY})
+print(*{name.partition(".")[0] for name in {*sys.modules} - known} & {*OPTIONAL_PACKAGES})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 
 def test_the_fixture_fails_with_what_was_expected(conformance):
-    assert all(finding.passed for finding in conformance("mixer", "query", depth=1, mlp=32))
+    assert all(finding.passed for finding in conformance("mixer", "query", depth=1, mlp_dim=32))
     with pytest.raises(pytest.fail.Exception, match="FAILED  queries-shape: expected: "):
         conformance("mixer", TooMany)

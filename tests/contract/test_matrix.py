@@ -11,12 +11,12 @@ import sca
 from sca.testing.tiny import tiny_options
 
 OPTIONS = {
-    "query": {"queries": 2, "depth": 1, "heads": 4, "mlp": 48},
-    "split": {"queries": 2, "depth": 1, "heads": 4, "mlp": 48},
-    "mask-tokens": {"depth": 1, "heads": 4, "mlp": 48},
-    "resampler": {"queries": 2, "depth": 1, "heads": 4, "mlp": 48},
-    "roi-pool": {"size": 2},
-    "masked-pool": {"queries": 2, "mlp": 48},
+    "query": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
+    "split": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
+    "mask-tokens": {"depth": 1, "num_heads": 4, "mlp_dim": 48},
+    "resampler": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
+    "roi-pool": {"output_size": 2},
+    "masked-pool": {"num_queries": 2, "mlp_dim": 48},
 }
 
 
@@ -88,7 +88,13 @@ def test_a_combination_learns_and_comes_back_from_disk(
             patch.setattr(sca_registry.encoders, "build", None)  # refused before anything is built
             with pytest.raises(RegistryError, match=rf"'{mixer}'.*segmenter=sam"):
                 sca.compose(part, mixed, spoken, **options)
-        options["segmenter"] = {"name": "sam", "depth": 1, "mlp": 48, "heads": 4, "width": 32}  # the way out
+        options["segmenter"] = {
+            "name": "sam",
+            "depth": 1,
+            "mlp_dim": 48,
+            "num_heads": 4,
+            "hidden_size": 32,
+        }  # the way out
     model = sca.compose(part, mixed, spoken, **options)
     batch = batch_for(model.encoder.image_format.size)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

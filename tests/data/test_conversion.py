@@ -56,7 +56,7 @@ def write(tmp_path):
 def conversions(monkeypatch):
     """A list with an entry for each time that source files were read."""
     found, entries = [], Coco._iter_entries
-    monkeypatch.setattr(Coco, "_entries", lambda self, bars: found.append(self) or entries(self, bars))
+    monkeypatch.setattr(Coco, "_iter_entries", lambda self, bars: found.append(self) or entries(self, bars))
     return found
 
 
@@ -145,13 +145,13 @@ SCRIPT = """
 import os, signal, sys, time
 from sca.data.coco import Coco
 {}
-entries = Coco._entries
+entries = Coco._iter_entries
 def noted(self, bars):
     open(sys.argv[2], "a").write("read\\n")
     for entry in entries(self, bars):
         yield entry
         {}
-Coco._entries = noted
+Coco._iter_entries = noted
 dataset = Coco("val", root=sys.argv[1])
 open(sys.argv[2], "a").write(dataset.hash + "\\n")
 """
@@ -182,7 +182,9 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_counts(write, tmp_path,
 def killed_after(root, log, entries):
     """Converts with two images a shard until so many entries are made, and is killed there."""
     count = f"count = globals().get('count', 0) + 1; globals()['count'] = count; count == {entries} and os.kill"
-    process = start(root, log, f"{count}(os.getpid(), signal.SIGKILL)", "import sca.data.conversion as c; c.SHARD = 2")
+    process = start(
+        root, log, f"{count}(os.getpid(), signal.SIGKILL)", "import sca.data.conversion as c; c.IMAGES_PER_SHARD = 2"
+    )
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
@@ -191,12 +193,12 @@ def killed_after(root, log, entries):
 def test_a_conversion_that_is_killed_goes_on_where_it_was(write, tmp_path, cache, monkeypatch, entries):
     root = write(images=7, bbox=[-4, 5, 20, 10], iscrowd=0)
     (root / "val" / "1.png").unlink()
-    monkeypatch.setattr("sca.data.conversion.SHARD", 2)
+    monkeypatch.setattr("sca.data.conversion.IMAGES_PER_SHARD", 2)
     whole = Coco("val", root=root)
     shutil.rmtree(cache)
     killed_after(root, tmp_path / "log", entries)
     converted, record = [], Coco._build_row
-    monkeypatch.setattr(Coco, "_record", lambda self, entry: converted.append(entry) or record(self, entry))
+    monkeypatch.setattr(Coco, "_build_row", lambda self, entry: converted.append(entry) or record(self, entry))
     resumed = Coco("val", root=root)
     assert len(converted) == 7 - entries // 2 * 2
     assert (resumed.hash, resumed.skipped, resumed.examples) == (whole.hash, whole.skipped, whole.examples)
@@ -216,7 +218,7 @@ def test_a_beginning_is_worth_nothing_when_its_missing_pictures_are_there(write,
 
 
 def test_an_interrupt_keeps_what_is_done_and_a_mistake_does_not(write, cache, monkeypatch):
-    monkeypatch.setattr("sca.data.conversion.SHARD", 2)
+    monkeypatch.setattr("sca.data.conversion.IMAGES_PER_SHARD", 2)
     root, record = write(), Coco._build_row
     for error, kept in ((KeyboardInterrupt, 1), (RuntimeError, 0)):
 
@@ -225,7 +227,7 @@ def test_an_interrupt_keeps_what_is_done_and_a_mistake_does_not(write, cache, mo
                 raise error
             return record(self, entry)
 
-        monkeypatch.setattr(Coco, "_record", stop)
+        monkeypatch.setattr(Coco, "_build_row", stop)
         with pytest.raises(error):
             Coco("val", root=root)
         assert len(list(cache.glob(".coco-*/about.json"))) == kept

@@ -177,9 +177,9 @@ def test_it_keeps_the_promises_of_a_dataset(written):
 @each()
 def test_a_conversion_that_is_stopped_goes_on_and_comes_to_the_same(written, tmp_path, monkeypatch):
     written.pictures()[0].unlink()
-    monkeypatch.setattr("sca.data.conversion.SHARD", 1)
+    monkeypatch.setattr("sca.data.conversion.IMAGES_PER_SHARD", 1)
     whole = written.open()
-    record, made = type(whole)._record, []
+    record, made = type(whole)._build_row, []
 
     def stopping(self, entry):
         made.append(entry)
@@ -188,7 +188,7 @@ def test_a_conversion_that_is_stopped_goes_on_and_comes_to_the_same(written, tmp
         return record(self, entry)
 
     monkeypatch.setenv("SCA_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(type(whole), "_record", stopping)
+    monkeypatch.setattr(type(whole), "_build_row", stopping)
     with pytest.raises(KeyboardInterrupt):
         written.open()
     resumed = written.open()

@@ -38,7 +38,7 @@ def test_pieces_together_are_the_whole(folder, content, chunk, indent, ascii_onl
     path.write_bytes(b"\xef\xbb\xbf" * mark + written)
     whole = [] if isinstance(content, list) else {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sca.data.json_stream.CHUNK", chunk)
+        patch.setattr("sca.data.json_stream.CHUNK_BYTES", chunk)
         for key, value, start, end in iter_members(path):
             target = whole if key is None else whole.setdefault(key, []) if value is LIST_START else whole.get(key)
             if value is LIST_START:

@@ -117,7 +117,9 @@ def test_pictures_are_looked_for_in_the_usual_places(write, tmp_path):
     (root / "train2014").rename(root / "else")
     assert [sample[1:] for sample in RefCoco("val", root=root, images=root / "else")] == expected
     assert [sample[1:] for sample in RefCoco("val", root=root / "refcoco", images=root / "else")] == expected
-    with pytest.raises(ValueError, match=r"no folder .*train2014 or .*: give images=FOLDER, that of COCO's train2014"):
+    with pytest.raises(
+        ValueError, match=r"no folder .*train2014 or .*: give images=FOLDER with COCO's train2014 images"
+    ):
         RefCoco("val", root=root)
 
 

@@ -139,7 +139,7 @@ def test_a_file_longer_than_what_is_read_at_a_time_is_read_whole(write, monkeypa
     root = write(region(1, phrase='a \\ "quoted" phrase, [1]'), region(2))
     whole = [sample[1:] for sample in VisualGenome("test", root=root)]
     for chunk in (1, 7, 100):
-        monkeypatch.setattr("sca.data.json_stream.CHUNK", chunk)
+        monkeypatch.setattr("sca.data.json_stream.CHUNK_BYTES", chunk)
         (root / "region_descriptions.json").touch()
         assert [sample[1:] for sample in VisualGenome("test", root=root)] == whole
 

@@ -31,12 +31,12 @@ from sca.training.module import TrainingModule
 
 TRAINABLE = ["neck", "mixer", "projection", "task_tokens", "lora", "segmenter"]
 MIXERS = {
-    "query": {"queries": 2, "depth": 1, "heads": 4, "mlp": 48, "pooled": True},
-    "split": {"queries": 2, "depth": 1, "heads": 4, "mlp": 48},
-    "mask-tokens": {"depth": 1, "heads": 4, "mlp": 48},
-    "resampler": {"queries": 2, "depth": 1, "heads": 4, "mlp": 48},
-    "roi-pool": {"size": 2},
-    "masked-pool": {"queries": 2, "mlp": 48},
+    "query": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48, "mask_pooling": True},
+    "split": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
+    "mask-tokens": {"depth": 1, "num_heads": 4, "mlp_dim": 48},
+    "resampler": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
+    "roi-pool": {"output_size": 2},
+    "masked-pool": {"num_queries": 2, "mlp_dim": 48},
 }
 NEED_MASKS = ("mask-tokens", "masked-pool")
 ENCODERS = ("tiny-vit", "sam", "open-clip", "timm", "clip-rn50", "convnext-b")
@@ -45,11 +45,11 @@ OWNER = torch.tensor([0, 0, 1, 1, 1])
 
 
 def spec_of(encoder="tiny-vit", segmenter="sam", mixer="query", family="gpt2", **fields):
-    options = {"depth": 1, "heads": 4, "mlp": 48} if segmenter == "sam" else {}
-    mixed = {"pooled": False} if mixer == "query" and segmenter == "box" else {}
+    options = {"depth": 1, "num_heads": 4, "mlp_dim": 48} if segmenter == "sam" else {}
+    mixed = {"mask_pooling": False} if mixer == "query" and segmenter == "box" else {}
     table = {
         "encoder": {"name": encoder, **tiny_options("encoder", encoder)},
-        "segmenter": {"name": segmenter, "width": 32, **options},
+        "segmenter": {"name": segmenter, "hidden_size": 32, **options},
         "mixer": {"name": mixer, **MIXERS[mixer], **mixed},
         "language_model": {"name": "hf", "pretrained": False, "config": tiny(family)},
         "task_tokens": 2,
@@ -80,7 +80,7 @@ def prompts_of(size, kind="box"):
 
 def batch_of(model, regions=None):
     """Two images, five regions or `regions` of the second image, seven texts or one for each of those regions."""
-    size, draw = model.encoder.image.size, torch.Generator().manual_seed(2)
+    size, draw = model.encoder.image_format.size, torch.Generator().manual_seed(2)
     prompts = prompts_of(size)
     region = torch.tensor([0, 0, 1, 2, 3, 4, 4])
     if regions is not None:
@@ -133,7 +133,7 @@ def test_model_trains_and_generates_on_an_accelerator(parts, precision, chunk):
         batch = batch.to("cuda")
         batch.pixel_values = batch.pixel_values.to(dtype)
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
-            output = model(batch, chunk=chunk)
+            output = model(batch, chunk_size=chunk)
         output.loss.backward()
         assert output.loss.isfinite()
         for group, parameters in model.group_parameters().items():
@@ -147,7 +147,9 @@ def test_model_trains_and_generates_on_an_accelerator(parts, precision, chunk):
         assert found.scores.isfinite().all()
 
 
-@pytest.mark.parametrize("search", [{"beams": 2, "captions": 2}, {"sample": True, "captions": 2, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "search", [{"num_beams": 2, "num_captions": 2}, {"do_sample": True, "num_captions": 2, "top_p": 0.9}]
+)
 def test_search_runs_on_an_accelerator(search):
     model = built()
     with simulated_cuda(), torch.inference_mode():
@@ -159,14 +161,15 @@ def test_search_runs_on_an_accelerator(search):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
-@pytest.mark.parametrize("segmenter", ["sam", "drawn", "box"])
+@pytest.mark.parametrize("segmenter", ["sam", "box masks", "box"])
 def test_segmenter_takes_every_prompt_on_an_accelerator(segmenter, precision):
-    part = {"name": "box", "width": 24}
+    part = {"name": "box", "hidden_size": 24}
     if segmenter != "box":
-        part = {"name": "sam", "width": 48, "depth": 1, "heads": 4, "mlp": 48, "drawn": segmenter == "drawn"}
+        part = {"name": "sam", "hidden_size": 48, "depth": 1, "num_heads": 4, "mlp_dim": 48}
+        part["box_masks"] = segmenter == "box masks"
     model, dtype = built(mixer="split", **{"segmenter": "box"}), PRECISIONS[precision]
     model.segmenter = sca_registry.segmenters.build(part.pop("name"), model.encoder, **part)
-    size, side = model.encoder.image_format.size, 4 * model.segmenter.grid
+    size, side = model.encoder.image_format.size, 4 * model.segmenter.grid_size
     asked = [prompts_of(size, kind) for kind in ("box", "point", "box and point")]
     if segmenter != "box":
         asked += [replace(each, masks=torch.randn(len(OWNER), 1, side, side)) for each in asked[:1]]
@@ -241,7 +244,7 @@ def test_captions_on_an_accelerator_are_those_of_the_cpu(small, pointed, picture
         found = there.predict(boxes(5))
         assert [caption.text for caption in found] == [caption.text for caption in told]
         assert [caption.mask for caption in found] == [caption.mask for caption in told]
-        assert [[mask.mask for mask in each] for each in there.segment(boxes(5))] == [
+        assert [[mask.rle for mask in each] for each in there.segment(boxes(5))] == [
             [mask.rle for mask in each] for each in masks
         ]
 
@@ -272,11 +275,12 @@ def test_waits_grow_with_chunks_by_a_few_each(pointed):
 def test_waits_do_not_grow_with_the_masks_of_everything(pointed):
     with simulated_cuda() as device:
         predictor = pointed()
-        options = replace(predictor.engine.everything, points=3, iou=-9.0, stability=0.0, area=0.0, largest=1.0)
+        thresholds = {"pred_iou_thresh": -9.0, "stability_score_thresh": 0.0, "min_area": 0.0, "max_area": 1.0}
+        options = replace(predictor.engine.everything, points_per_side=3, **thresholds)
         waits = []
         for nms in (1.0, 1.0, 0.0):
             with device.counted() as found:
-                captions = caption_everything(predictor, options=replace(options, nms=nms))
+                captions = caption_everything(predictor, options=replace(options, box_nms_thresh=nms))
             waits.append((len(captions), found.total()))
     assert waits[1][0] > waits[2][0] > 0
     assert waits[1][1] == waits[2][1]
@@ -285,12 +289,12 @@ def test_waits_do_not_grow_with_the_masks_of_everything(pointed):
 def test_greedy_search_waits_once_for_a_token(pointed):
     with simulated_cuda() as device:
         language_model = pointed().model.language_model
-        language_model._ends = lambda: (0, [1])
-        prefix = torch.randn(6, 3, language_model.width, device="cuda")
+        language_model._resolve_special_tokens = lambda: (0, [1])
+        prefix = torch.randn(6, 3, language_model.hidden_size, device="cuda")
         totals = []
         for tokens in (4, 5, 9):
             with device.counted() as found:
-                assert language_model.generate(prefix, tokens).ids.shape[2] == tokens
+                assert language_model.generate(prefix, tokens).sequences.shape[2] == tokens
             totals.append(found.total())
     assert totals[1] - totals[0] == 1
     assert totals[2] - totals[1] == 4
@@ -299,12 +303,12 @@ def test_greedy_search_waits_once_for_a_token(pointed):
 def test_greedy_search_waits_no_longer_where_captions_end(pointed):
     with simulated_cuda() as device:
         language_model = pointed().model.language_model
-        prefix = torch.randn(40, 3, language_model.width, device="cuda")
+        prefix = torch.randn(40, 3, language_model.hidden_size, device="cuda")
         totals, lengths = [], []
         for ends in ([1], list(range(0, 720, 4))):
-            language_model._ends = lambda ends=ends: (0, ends)
+            language_model._resolve_special_tokens = lambda ends=ends: (0, ends)
             with device.counted() as found:
-                ids = language_model.generate(prefix, 6).ids[:, 0]
+                ids = language_model.generate(prefix, 6).sequences[:, 0]
             totals.append(found.total())
             lengths.append(torch.isin(ids.cpu(), torch.tensor(ends)).any(1).sum())
     assert lengths[1] > lengths[0]
@@ -328,7 +332,7 @@ def test_waits_of_a_training_step_do_not_grow_with_regions(mixer):
     assert waits[0].total() <= 12
 
 
-@pytest.mark.parametrize("pool", ["mean_under", "roi_align", "resampler"])
+@pytest.mark.parametrize("pool", ["pool_under_masks", "roi_align", "resampler"])
 def test_waits_do_not_grow_with_images(pool):
     mixer = ResamplerMixer(SimpleNamespace(channels=8), num_queries=2, depth=1, num_heads=2, mlp_dim=8)
     with simulated_cuda() as device:
@@ -340,7 +344,7 @@ def test_waits_do_not_grow_with_images(pool):
             tokens, position = torch.randn(images, 3, 8, device="cuda"), torch.randn(8, 4, 4, device="cuda")
             regions = SegmenterOutput(owner, image, 64, position[:, :1, :1], position, tokens, tokens)
             with device.counted() as found:
-                if pool == "mean_under":
+                if pool == "pool_under_masks":
                     pool_under_masks(image, owner, rows)
                 elif pool == "roi_align":
                     roi_align(image, owner, rows[:, 0], 2)
@@ -359,7 +363,7 @@ def test_chunks_are_computed_anew_with_the_same_random_numbers():
         model.to("cuda")
         batch = batch_of(model).to("cuda")
         device.draws.clear()
-        output = model(batch, chunk=2)
+        output = model(batch, chunk_size=2)
         drawn = len(device.draws)
         assert drawn
         output.loss.backward()

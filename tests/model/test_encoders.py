@@ -54,7 +54,7 @@ def test_a_clip_gives_the_patches_of_its_image_tower(clip):
     folder, model = clip
     pixels = torch.randn(2, 3, 64, 64)
     mine = encoder("open-clip", weights=str(folder))
-    assert (mine.channels, mine.stride, mine.image.size, mine.image.mean) == (32, 16, 64, (0.5, 0.4, 0.3))
+    assert (mine.channels, mine.stride, mine.image_format.size, mine.image_format.mean) == (32, 16, 64, (0.5, 0.4, 0.3))
     assert mine.image.resample == "bilinear"
     model.visual.output_tokens, model.visual.proj = True, None
     torch.testing.assert_close(mine(pixels).flatten(2).mT, model.visual(pixels)[1], rtol=1e-5, atol=1e-5)
@@ -79,10 +79,10 @@ def test_a_backbone_of_timm_gives_its_normalized_patches(vit):
 def test_position_embeddings_are_resized_as_the_libraries_do(clip, vit):
     folder, _ = clip
     theirs = open_clip.create_model(f"local-dir:{folder}", force_image_size=96).visual
-    mine = encoder("open-clip", weights=str(folder), size=96)
+    mine = encoder("open-clip", weights=str(folder), image_size=96)
     assert mine(torch.zeros(1, 3, 96, 96)).shape == (1, 32, 6, 6)
     assert torch.equal(mine.visual.tower.positional_embedding, theirs.positional_embedding)
-    mine = encoder("timm", weights=str(vit[0]), size=96)
+    mine = encoder("timm", weights=str(vit[0]), image_size=96)
     theirs = timm.create_model(f"local-dir:{vit[0]}", pretrained=True, img_size=96)
     assert torch.equal(mine.backbone.network.pos_embed, theirs.pos_embed)
 
@@ -91,7 +91,8 @@ def test_position_embeddings_are_resized_as_the_libraries_do(clip, vit):
 def test_a_frozen_encoder_is_referred_to_and_its_origin_recorded(kind, request, tmp_path):
     folder, _ = request.getfixturevalue(kind)
     part = {"name": {"clip": "open-clip", "vit": "timm"}[kind], "weights": str(folder)}
-    model = sca.compose(part, {"name": "query", "depth": 1, "mlp": 64, "heads": 4}, {"name": "tiny-gpt2", "width": 32})
+    mixer = {"name": "query", "depth": 1, "mlp_dim": 64, "num_heads": 4}
+    model = sca.compose(part, mixer, {"name": "tiny-gpt2", "hidden_size": 32})
     sca.save(model, tmp_path / "model")
     again = sca.load(tmp_path / "model", allow_external=True)
     pixels = torch.randn(1, 3, 64, 64)
@@ -104,7 +105,7 @@ def test_a_frozen_encoder_is_referred_to_and_its_origin_recorded(kind, request, 
 
 def test_a_narrow_segmenter_gets_a_neck_that_trains(clip):
     folder, _ = clip
-    wide = {"name": "box", "width": 48}
+    wide = {"name": "box", "hidden_size": 48}
     model = sca.compose(
         {"name": "open-clip", "weights": str(folder)}, "query", "tiny-gpt2", segmenter=wide, task_tokens=1
     )
@@ -158,12 +159,12 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(kind, name, file, how, 
         ("open-clip", {}, "there are no weights"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "layer": 12}, "no layer 12: .* has 12"),
         ("open-clip", {"model": "ViT-B-16", "pretrained": False, "layer": -13}, "no layer -13: .* has 12"),
-        ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "size": 70}, "70"),
+        ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 70}, "70"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "config": {"dept": 2}}, "dept"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "config": {"num_classes": 2}}, "leave it out"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": "augreg"}, "NAME.TAG"),
         ("open-clip", {"model": "ViT-B-16", "pretrained": "openai", "weights": "a/b"}, "leave one out"),
-        ("open-clip", {"model": "ViT-B-16", "pretrained": False, "size": 68}, "multiple of the stride 16"),
+        ("open-clip", {"model": "ViT-B-16", "pretrained": False, "image_size": 68}, "multiple of the stride 16"),
     ],
 )
 def test_a_wrong_model_layer_or_size_is_told(name, options, message):
@@ -193,9 +194,9 @@ def test_each_name_has_a_license_a_source_and_the_extra_that_brings_it():
 def test_sams_own_heads_serve_an_encoder_of_another_width_and_grid(clip, sam_folder):
     folder, _ = clip
     model = sca.compose(
-        {"name": "open-clip", "weights": str(folder), "size": 96, "layer": 1},
-        {"name": "mask-tokens", "depth": 1, "mlp": 64, "heads": 4},
-        {"name": "tiny-gpt2", "width": 32},
+        {"name": "open-clip", "weights": str(folder), "image_size": 96, "layer": 1},
+        {"name": "mask-tokens", "depth": 1, "mlp_dim": 64, "num_heads": 4},
+        {"name": "tiny-gpt2", "hidden_size": 32},
         segmenter={"name": "sam", "weights": str(sam_folder)},
     )
     features = model.encode(torch.randn(1, 3, 96, 96))
@@ -255,8 +256,8 @@ def test_timm_encoder_reads_a_folder_whose_pretrained_cfg_is_of_the_original_mod
     config["num_classes"], config["model_args"] = 5, VIT
     config["pretrained_cfg"] |= {"num_classes": 1000, "input_size": [3, 224, 224]}  # as timm before 1.0.31 writes it
     (folder / "config.json").write_text(json.dumps(config))
-    assert encoder("timm", weights=str(folder)).image.size == 64
-    assert encoder("timm", weights=str(folder), model="vit_tiny_patch16_224", config=VIT).image.size == 64
+    assert encoder("timm", weights=str(folder)).image_format.size == 64
+    assert encoder("timm", weights=str(folder), model="vit_tiny_patch16_224", config=VIT).image_format.size == 64
 
 
 @torch.no_grad()
@@ -266,4 +267,4 @@ def test_mean_and_deviation_lie_with_the_weights(vit):
     config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
     (folder / "config.json").write_text(json.dumps(config))
     for options in ({}, {"model": "vit_tiny_patch16_224", "config": VIT}):
-        assert encoder("timm", weights=str(folder), **options).image.mean == (0.1, 0.2, 0.3)
+        assert encoder("timm", weights=str(folder), **options).image_format.mean == (0.1, 0.2, 0.3)

@@ -40,7 +40,7 @@ def library(transformer, tokens, grid, position):
 @pytest.mark.parametrize("learning", [False, True])
 def test_the_two_way_transformer_is_the_library_s(transformer, asked, monkeypatch, regions, shared, learning):
     tokens, grids, position, owner = asked
-    monkeypatch.setattr(TwoWayTransformer, "together", regions * WIDTH * SIDE * SIDE)
+    monkeypatch.setattr(TwoWayTransformer, "max_elements_per_chunk", regions * WIDTH * SIDE * SIDE)
     with torch.set_grad_enabled(learning):
         expected = library(transformer, tokens, grids[owner], position)
         given = (grids, position, owner) if shared else (grids[owner], position)
@@ -48,7 +48,7 @@ def test_the_two_way_transformer_is_the_library_s(transformer, asked, monkeypatc
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert (one - other).abs().max() < 1e-5
-    assert transformer(tokens, *given, grids=False)[1] is None
+    assert transformer(tokens, *given, return_grids=False)[1] is None
 
 
 def test_no_region_is_no_trouble(transformer, asked):
@@ -80,11 +80,11 @@ def test_greedy_words_are_those_of_generate(lm_folder, monkeypatch, family, ends
     draw = torch.Generator().manual_seed(3)
     for parameter in model.model.parameters():  # words that differ from region to region
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=draw)
-    monkeypatch.setattr(model, "_ends", lambda: (0, list(range(1, 1 + ends))))
+    monkeypatch.setattr(model, "_resolve_special_tokens", lambda: (0, list(range(1, 1 + ends))))
     prefix = torch.randn(9, 4, model.hidden_size, generator=draw)
     assert causal.has_plain_greedy_settings(model.model)
     fast = model.generate(prefix, 12)
-    monkeypatch.setattr(causal, "plain", lambda _: False)
+    monkeypatch.setattr(causal, "has_plain_greedy_settings", lambda _: False)
     plain = model.generate(prefix, 12)
     assert fast.sequences.tolist() == plain.sequences.tolist()
     assert torch.allclose(fast.scores, plain.scores, atol=1e-5)

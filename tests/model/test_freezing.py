@@ -38,7 +38,7 @@ def step(model):
 )
 def test_only_what_the_spec_names_changes_in_a_step(small, trainable, lora):
     model = small(trainable=trainable, lora=lora).train()
-    group_of = {id(parameter): group for group, members in model.groups().items() for parameter in members}
+    group_of = {id(parameter): group for group, members in model.group_parameters().items() for parameter in members}
     trained = {name: group_of[id(parameter)] in trainable for name, parameter in model.named_parameters()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     step(model)
@@ -64,7 +64,7 @@ def test_a_frozen_part_stays_in_eval_mode_under_train(small):
 
 
 def test_the_neck_trains_apart_from_its_segmenter(small):
-    segmenter = {"name": "sam", "width": 48, "depth": 1, "heads": 2, "mlp": 64}
+    segmenter = {"name": "sam", "hidden_size": 48, "depth": 1, "num_heads": 2, "mlp_dim": 64}
     model = small(trainable=["neck", "mixer"], segmenter=segmenter)
     assert {name for name, p in model.segmenter.named_parameters() if p.requires_grad} == {
         f"neck.{name}" for name, _ in model.segmenter.neck.named_parameters()
@@ -79,7 +79,7 @@ def test_random_frequencies_never_train(small, small_table):
 
 def test_the_report_counts_every_parameter_once(small):
     model = small(trainable=["mixer", "lora"], lora=2)
-    lines = model.freeze_report().splitlines()
+    lines = model.summarize_parameters().splitlines()
     counts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in lines[:-1]}
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -115,10 +115,10 @@ def test_what_is_drawn_comes_best_first_too(lm_folder):
 
 GENERATION = [
     {},
-    {"beams": 3, "captions": 2},
-    {"sample": True, "temperature": 0.2, "captions": 3},
-    {"sample": True, "temperature": 5.0, "top_p": 0.3},
-    {"sample": True, "temperature": 3.0, "beams": 2},
+    {"num_beams": 3, "num_captions": 2},
+    {"do_sample": True, "temperature": 0.2, "num_captions": 3},
+    {"do_sample": True, "temperature": 5.0, "top_p": 0.3},
+    {"do_sample": True, "temperature": 3.0, "num_beams": 2},
 ]
 
 
@@ -143,14 +143,14 @@ def test_scores_are_mean_log_probabilities_of_untempered_logits(lm_folder, famil
 
 def test_a_prefix_that_leaves_no_room_for_words_is_refused():
     with pytest.raises(RegistryError, match="a prefix of 106; the language model 'tiny-gpt2' has 96 positions"):
-        sca.compose("tiny-vit", {"name": "roi-pool", "size": 10}, "tiny-gpt2")
+        sca.compose("tiny-vit", {"name": "roi-pool", "output_size": 10}, "tiny-gpt2")
 
 
 def test_a_folder_in_place_of_a_card_s_own_weights_has_its_own_configuration(lm_folder):
     folder = str(lm_folder("gpt2"))
     with torch.device("meta"):
         model = language_models.build("gpt2", weights=folder, pretrained=False)
-    assert model.width == 32
+    assert model.hidden_size == 32
 
 
 def test_lora_on_a_name_that_no_block_has_or_only_some_is_refused(lm_folder):
@@ -177,8 +177,8 @@ def test_lora_reaches_every_block(lm_folder):
 def test_a_language_model_out_of_a_gguf_file_writes_english():
     model = language_models.build("gguf", weights=os.environ["SCA_GGUF"])
     ids = torch.tensor([model.tokenizer.tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]])
-    told = model.generate(model.embed(ids), max_new_tokens=6)
-    assert "Paris" in model.tokenizer.decode(told.ids[0, 0].tolist())
+    told = model.generate(model.embed_tokens(ids), max_new_tokens=6)
+    assert "Paris" in model.tokenizer.decode(told.sequences[0, 0].tolist())
 
 
 def test_a_gguf_file_that_is_none_is_told(tmp_path):

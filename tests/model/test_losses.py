@@ -23,7 +23,7 @@ def smoothed(logits, target):
 def test_the_caption_loss_is_the_mean_over_all_words_and_ends(small):
     draw = torch.Generator().manual_seed(0)
     language_model = small().language_model
-    states, words = torch.randn(7, language_model.width, generator=draw), torch.randint(20, (7,), generator=draw)
+    states, words = torch.randn(7, language_model.hidden_size, generator=draw), torch.randint(20, (7,), generator=draw)
     loss, logits = compute_caption_loss(language_model, states, words)
     each = [smoothed(row, word) for row, word in zip(logits.tolist(), words.tolist(), strict=True)]
     assert float(loss) == pytest.approx(sum(each) / len(each), rel=1e-5)
@@ -35,8 +35,8 @@ def test_the_loss_of_many_words_is_made_in_pieces_and_is_the_same(small, monkeyp
     words = torch.randint(20, (7,), generator=draw)
 
     def learned(pieces):
-        monkeypatch.setattr("sca.model.WORDS", pieces)
-        states = torch.randn(7, language_model.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        monkeypatch.setattr("sca.model.TOKENS_PER_LOSS_CHUNK", pieces)
+        states = torch.randn(7, language_model.hidden_size, generator=torch.Generator().manual_seed(1)).requires_grad_()
         loss, logits = compute_caption_loss(language_model, states, words)
         assert (logits is None) == (pieces < 7)
         loss.backward()
@@ -57,7 +57,7 @@ def test_a_step_in_chunks_learns_the_same(small, chunk):
         given.targets = Targets(
             torch.zeros(3, 32, 32), torch.ones(3, 32, 32, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
         )
-        output = model(given, chunk=chunk)
+        output = model(given, chunk_size=chunk)
         output.loss.backward()
         return {name: value.detach() for name, value in output.losses.items()} | {
             name: p.grad for name, p in model.named_parameters() if p.grad is not None
@@ -93,18 +93,21 @@ def batch(ids, mask):
 def test_the_last_position_of_the_prefix_predicts_the_first_word_and_the_last_word_predicts_the_end(small):
     """Each logit is computed anew, one region at a time: prefix, then the words so far, and the last state's head."""
     model = small()
-    eos = model.language_model.tokenizer.eos
+    eos = model.language_model.tokenizer.eos_token_id
     ids = torch.tensor([[11, 12, 13, eos], [14, eos, eos, eos], [eos, eos, eos, eos]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
     given = batch(ids, mask)
     output = model(given)
     losses = []
-    prefixes = model.prefix(model.mix(model.segment(model.encode(given.pixel_values), given.prompts)), given.task_ids)
+    prefixes = model.build_prefix(
+        model.mix(model.segment(model.encode(given.pixel_values), given.prompts)), given.task_ids
+    )
     for row in range(3):
         for place in range(int(mask[row].sum())):
-            seen = torch.cat((prefixes[row : row + 1], model.language_model.embed(ids[row : row + 1, :place])), dim=1)
-            states = model.language_model.hidden(seen, torch.ones(seen.shape[:2], dtype=torch.long))
-            logits = model.language_model.head(states)[0, -1]
+            embedded = model.language_model.embed_tokens(ids[row : row + 1, :place])
+            seen = torch.cat((prefixes[row : row + 1], embedded), dim=1)
+            states = model.language_model.hidden_states(seen, torch.ones(seen.shape[:2], dtype=torch.long))
+            logits = model.language_model.lm_head(states)[0, -1]
             assert torch.allclose(output.logits[len(losses)], logits, atol=1e-5)
             losses.append(smoothed(logits.tolist(), int(ids[row, place])))
     assert len(output.logits) == mask.sum()
@@ -141,11 +144,13 @@ def test_several_texts_of_a_region_cost_one_look_at_it_and_lose_what_they_lose_a
     ids = torch.tensor([[11, 12], [13, 14], [15, 16], [17, 18]])
     mask, region, task = torch.ones_like(ids), torch.tensor([0, 0, 2, 2]), torch.tensor([0, 1, 1, 0])
     given = batch(ids, mask)
-    together = model(replace(given, task=task, region=region))
+    together = model(replace(given, task_ids=task, region_index=region))
     assert len(together.regions) == 3
     logits = together.logits.unflatten(0, ids.shape)
     for row, place in enumerate(region.tolist()):
-        repeated = replace(given, task=task[row].expand(3), ids=ids[row].expand(3, -1), mask=mask[:3])
+        repeated = replace(
+            given, task_ids=task[row].expand(3), input_ids=ids[row].expand(3, -1), attention_mask=mask[:3]
+        )
         assert torch.allclose(logits[row], model(repeated).logits.unflatten(0, (3, -1))[place], atol=1e-5)
 
 

@@ -15,20 +15,35 @@ from sca.stage_costs import StageMeter
 
 WORDS = 6
 LM = {"name": "hf", "pretrained": False}
+TINY_VIT = {"name": "tiny-vit"}
 MODELS = {
     "tiny": {
-        "encoder": {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]},
-        "mixer": {"name": "query", "depth": 1, "mlp": 64, "heads": 4},
+        "encoder": {
+            **TINY_VIT,
+            "image_size": 64,
+            "hidden_size": 32,
+            "depth": 1,
+            "output_channels": 32,
+            "stem_channels": [8, 16],
+        },
+        "mixer": {"name": "query", "depth": 1, "mlp_dim": 64, "num_heads": 4},
         "language_model": {**LM, "config": tiny("gpt2")},
     },
     "middle": {
-        "encoder": {"name": "tiny-vit", "size": 192, "width": 192, "depth": 4, "channels": 128, "stem": [32, 64]},
+        "encoder": {
+            **TINY_VIT,
+            "image_size": 192,
+            "hidden_size": 192,
+            "depth": 4,
+            "output_channels": 128,
+            "stem_channels": [32, 64],
+        },
         "mixer": {"name": "query", "depth": 3},
         "language_model": {**LM, "config": {**tiny("llama"), "hidden_size": 256, "vocab_size": 4000}},
         "lora": 4,
     },
     "without a grid": {
-        "encoder": {"name": "tiny-vit", "size": 128, "width": 96, "channels": 64, "stem": [16, 32]},
+        "encoder": {**TINY_VIT, "image_size": 128, "hidden_size": 96, "output_channels": 64, "stem_channels": [16, 32]},
         "segmenter": "box",
         "mixer": {"name": "resampler", "depth": 2},
         "language_model": {**LM, "config": {**tiny("opt"), "hidden_size": 128, "word_embed_proj_dim": 128}},
@@ -108,7 +123,7 @@ def test_chunks_beyond_the_first_are_counted_without_being_run():
 
 SAM_MODEL = {
     "encoder": {"name": "sam", "pretrained": False, "config": SAM},
-    "mixer": {"name": "query", "depth": 2, "heads": 4, "mlp": 48},
+    "mixer": {"name": "query", "depth": 2, "num_heads": 4, "mlp_dim": 48},
     "language_model": {**LM, "config": tiny("llama")},
 }
 
@@ -116,7 +131,7 @@ SAM_MODEL = {
 @pytest.mark.parametrize("name", [*MODELS, "sam"])
 def test_alike_layers_and_steps_cost_what_running_each_would(name, monkeypatch):
     spec = ModelSpec.from_dict({**MODELS, "sam": SAM_MODEL}[name])
-    monkeypatch.setattr(TwoWayTransformer, "together", 1)  # a step for each region
+    monkeypatch.setattr(TwoWayTransformer, "max_elements_per_chunk", 1)  # a step for each region
     plan_model(spec, regions=1, words=1)  # the probe of a language model is run once
     calls = []
     linear = torch.nn.functional.linear
@@ -143,7 +158,7 @@ def test_layers_with_other_options_are_not_alike():
 def test_weights_that_lie_elsewhere_are_no_part_of_a_checkpoint(sam_folder, lm_folder, tmp_path):
     table = {
         "encoder": {"name": "sam", "weights": str(sam_folder)},
-        "mixer": {"name": "query", "depth": 1, "mlp": 64, "heads": 4},
+        "mixer": {"name": "query", "depth": 1, "mlp_dim": 64, "num_heads": 4},
         "language_model": {"name": "hf", "weights": str(lm_folder("gpt2"))},
     }
     spec = ModelSpec.from_dict(table)

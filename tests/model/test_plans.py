@@ -22,7 +22,7 @@ def test_plan_key_changes_with_the_spec_settings_and_source(monkeypatch):
     assert key == compute_plan_key(ModelSpec.parse(TINY), {"images": 1})
     assert key != compute_plan_key(spec, {"images": 2})
     assert key != compute_plan_key(spec.apply_overrides(["lora=8"]), {"images": 1})
-    for name in ("source_fingerprint", "version"):
+    for name in ("hash_source_files", "version"):
         with monkeypatch.context() as changed:
             changed.setattr(f"sca.plan_cache.{name}", lambda package: "changed")
             assert key != compute_plan_key(spec, {"images": 1}), name
@@ -53,7 +53,7 @@ def test_plan_key_is_none_for_files_and_unknown_components(spec):
 def test_plan_command_computes_once(capsys, monkeypatch, cache):
     assert run_command(["plan", TINY, "--json"]) == 0
     first = capsys.readouterr().out
-    monkeypatch.setattr(sca.plan, "plan", lambda *_, **__: pytest.fail("planned again"))
+    monkeypatch.setattr(sca.plan, "plan_model", lambda *_, **__: pytest.fail("planned again"))
     assert run_command(["plan", TINY, "--json"]) == 0
     assert capsys.readouterr().out == first
     assert run_command(["plan", TINY, "--gpu", "abacus"]) == 2

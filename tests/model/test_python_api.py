@@ -88,11 +88,11 @@ class Unregistered(torch.nn.Module):
         (("tiny-vit", Unregistered(), "tiny-gpt2"), {}, r"the mixer is of type Unregistered: give its name; register"),
         (NAMES, {"lora": {"r": 8}}, "lora has no 'r'. Did you mean 'rank'"),
         (NAMES, {"lora": {"lora_alpha": 8}}, "Did you mean 'alpha'"),
-        (NAMES, {"lora": {"target_modules": ["q"]}}, "Did you mean 'targets'"),
+        (NAMES, {"lora": {"targets": ["q"]}}, "Did you mean 'target_modules'"),
         (NAMES, {"lora": "8"}, "lora is '8': give a rank, such as lora=8, or a table of rank, alpha"),
         (NAMES, {"lora": 8.5}, "lora is 8.5: give a rank"),
         (NAMES, {"weights": "model.safetensors"}, "weights is 'model.safetensors'; give True or False"),
-        (({"name": "tiny-vit", "size": "64"}, *NAMES[1:]), {}, "size is '64'; give a whole number"),
+        (({"name": "tiny-vit", "image_size": "64"}, *NAMES[1:]), {}, "image_size is '64'; give a whole number"),
         ((*NAMES[:2], {"name": "hf", "weights": 5}), {}, "weights is 5; give text"),
     ],
 )

@@ -30,7 +30,7 @@ def answers(model, features, prompts, task):
     with torch.no_grad():
         regions = model.segment(features, prompts)
     generated = model.generate(features, prompts, task)
-    return regions.masks, regions.scores, generated.ids[:, 0], generated.scores[:, 0]
+    return regions.masks, regions.iou_scores, generated.sequences[:, 0], generated.scores[:, 0]
 
 
 def same(found, expected):
@@ -46,7 +46,7 @@ def test_a_region_does_not_depend_on_its_neighbors(small, features, prompts):
     together = answers(model, features, prompts, task)
     for row, owner in enumerate(OWNER.tolist()):
         alone = prompts[row : row + 1]
-        alone.owner = torch.zeros(1, dtype=torch.long)
+        alone.image_index = torch.zeros(1, dtype=torch.long)
         found = answers(model, features[owner : owner + 1], alone, task[row : row + 1])
         same(found, [each[row : row + 1] for each in together])
 
@@ -62,7 +62,7 @@ def test_images_may_come_in_another_order(small, features, prompts):
     model, order = small(), torch.tensor([3, 2, 1, 0])
     rows = torch.tensor([4, 5, 3, 0, 1, 2])
     moved = prompts[rows]
-    moved.owner = torch.tensor([0, 0, 1, 3, 3, 3])
+    moved.image_index = torch.tensor([0, 0, 1, 3, 3, 3])
     task = torch.ones(len(OWNER), dtype=torch.long)
     together = answers(model, features, prompts, task)
     same(answers(model, features[order], moved, task), [each[rows] for each in together])
@@ -72,10 +72,10 @@ def test_the_task_changes_the_prefix_and_nothing_else(small, features, prompts):
     model = small()
     with torch.no_grad():
         queries = model.mix(model.segment(features, prompts))
-        named = model.prefix(queries, torch.zeros(len(OWNER), dtype=torch.long))
-        told = model.prefix(queries, torch.ones(len(OWNER), dtype=torch.long))
+        named = model.build_prefix(queries, torch.zeros(len(OWNER), dtype=torch.long))
+        told = model.build_prefix(queries, torch.ones(len(OWNER), dtype=torch.long))
     tokens = model.spec.task_tokens
-    assert named.shape == (len(OWNER), tokens + model.mixer.queries, model.language_model.width)
+    assert named.shape == (len(OWNER), tokens + model.mixer.num_queries, model.language_model.hidden_size)
     assert torch.equal(named[:, tokens:], told[:, tokens:])
     assert not torch.equal(named[:, :tokens], told[:, :tokens])
 
@@ -86,10 +86,10 @@ def test_generation_stops_at_the_end_and_the_end_counts(small):
     prefix = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))
     first = model.language_model.generate(prefix, max_new_tokens=1)
     tokenizer = model.language_model.tokenizer
-    tokenizer.eos, tokenizer.pad = int(first.ids[0, 0, 0]), 3
+    tokenizer.eos_token_id, tokenizer.pad_token_id = int(first.sequences[0, 0, 0]), 3
     ended = model.language_model.generate(prefix, max_new_tokens=5)
-    assert ended.ids[0, 0, 0] == tokenizer.eos
-    assert set(ended.ids[0, 0, 1:].tolist()) <= {3}
+    assert ended.sequences[0, 0, 0] == tokenizer.eos_token_id
+    assert set(ended.sequences[0, 0, 1:].tolist()) <= {3}
     assert torch.allclose(ended.scores[0], first.scores[0], atol=1e-5)
 
 
@@ -97,18 +97,18 @@ def test_beams_find_captions_at_least_as_likely_best_first(small):
     model = small()
     prefix = torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(0))
     greedy = model.language_model.generate(prefix, max_new_tokens=5)
-    beams = model.language_model.generate(prefix, max_new_tokens=5, beams=4, captions=3)
-    assert beams.ids.shape[:2] == beams.scores.shape == (4, 3)
+    beams = model.language_model.generate(prefix, max_new_tokens=5, num_beams=4, num_captions=3)
+    assert beams.sequences.shape[:2] == beams.scores.shape == (4, 3)
     assert (beams.scores.diff(dim=1) <= 1e-6).all()
     assert (beams.scores[:, 0] >= greedy.scores[:, 0] - 1e-4).all()
-    with pytest.raises(ValueError, match="needs beams=2 or more"):
-        model.language_model.generate(prefix, max_new_tokens=5, captions=2)
+    with pytest.raises(ValueError, match="needs num_beams=2 or more"):
+        model.language_model.generate(prefix, max_new_tokens=5, num_captions=2)
 
 
 MIXERS = {
-    "query": {"queries": 2, "depth": 1, "heads": 4, "mlp": 48},
-    "resampler": {"queries": 2, "depth": 1, "heads": 4, "mlp": 48},
-    "roi-pool": {"size": 2},
+    "query": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
+    "resampler": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
+    "roi-pool": {"output_size": 2},
 }
 
 

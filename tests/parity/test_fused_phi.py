@@ -54,7 +54,7 @@ def plain(lm_folder, tmp_path):
 
 @pytest.fixture
 def published(plain, sam_folder, tmp_path):
-    mixer = {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48}
+    mixer = {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48}
     torch.manual_seed(3)
     model = sca.compose({"name": "sam", "weights": str(sam_folder)}, mixer, {"name": "hf", "weights": str(plain)})
     return write_published_checkpoint(model, tmp_path / "published")

@@ -70,10 +70,10 @@ def test_regions_queries_prefix_logits_and_loss_are_alike(golden, kind, task):
     pixels, asked = golden.recorded["pixel_values"], golden.task(task)
     output = golden.model(Batch(golden.prompts(kind), asked, pixels, input_ids=ids, attention_mask=mask))
     recorded = {name: golden.recorded[f"{kind}.{task}.{name}"] for name in ("query_outputs", "logits", "loss")}
-    close(output.regions.scores, golden.rows(f"{kind}.{task}.iou_scores"))
+    close(output.regions.iou_scores, golden.rows(f"{kind}.{task}.iou_scores"))
     close(output.regions.masks, golden.rows(f"{kind}.{task}.pred_masks"))
     close(output.queries, recorded["query_outputs"])
-    close(golden.model.prefix(output.queries, asked), golden.recorded[f"{kind}.{task}.language_model_inputs"])
+    close(golden.model.build_prefix(output.queries, asked), golden.recorded[f"{kind}.{task}.language_model_inputs"])
     words = mask.bool()  # the last recorded position is that after the last word, which predicts nothing
     close(output.logits, recorded["logits"][:, :-1][words])
     close(output.loss, recorded["loss"])
@@ -82,10 +82,10 @@ def test_regions_queries_prefix_logits_and_loss_are_alike(golden, kind, task):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_same_words_are_generated(golden, kind, task, beams):
     features = golden.model.encode(golden.recorded["pixel_values"])
-    found = golden.model.generate(features, golden.prompts(kind), golden.task(task), beams=beams, max_new_tokens=8)
+    found = golden.model.generate(features, golden.prompts(kind), golden.task(task), num_beams=beams, max_new_tokens=8)
     recorded = golden.recorded[f"{kind}.{task}.generated.beams{beams}"].flatten(0, 2)[:, 1:]  # without the placeholder
     end = golden.model.language_model.model.config.eos_token_id
-    assert [words(row, end) for row in found.ids[:, 0].tolist()] == [words(row, end) for row in recorded.tolist()]
+    assert [words(row, end) for row in found.sequences[:, 0].tolist()] == [words(row, end) for row in recorded.tolist()]
 
 
 def words(ids, end):

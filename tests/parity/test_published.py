@@ -20,11 +20,11 @@ from sca.io.errors import InputError
 def composed(sam_folder, lm_folder):
     """Builds a model on a tiny SAM and a tiny language model."""
 
-    def build(family="gpt2", mixer="query", heads=4, mlp=48, **fields):
+    def build(family="gpt2", mixer="query", num_heads=4, mlp_dim=48, **fields):
         torch.manual_seed(3)
         return sca.compose(
             {"name": "sam", "weights": str(sam_folder)},
-            {"name": mixer, "queries": 2, "depth": 1, "heads": heads, "mlp": mlp},
+            {"name": mixer, "num_queries": 2, "depth": 1, "num_heads": num_heads, "mlp_dim": mlp_dim},
             {"name": "hf", "weights": str(lm_folder(family))},
             task_tokens=2,
             **fields,
@@ -61,7 +61,7 @@ def test_a_model_written_and_read_is_the_same(composed, family, mixer, tmp_path)
     again = sca.load(write_published_checkpoint(model, tmp_path / "published"))
     assert again.spec.mixer.name == mixer
     assert torch.equal(model(batch()).logits, again(batch()).logits)
-    assert again.summarize_parameters() == model.freeze_report()
+    assert again.summarize_parameters() == model.summarize_parameters()
 
 
 @torch.no_grad()
@@ -91,11 +91,11 @@ def test_a_source_with_other_weights_is_refused(published, lm_folder, tmp_path):
 
 @torch.no_grad()
 def test_options_of_use_survive_and_lower_precision_is_no_difference(composed, lm_folder, sam_folder):
-    model = composed(segmenter={"name": "sam", "drawn": True})
-    assert attach_sources(model, encoder=Part("sam", {"weights": str(sam_folder)})).segmenter.drawn
+    model = composed(segmenter={"name": "sam", "box_masks": True})
+    assert attach_sources(model, encoder=Part("sam", {"weights": str(sam_folder)})).segmenter.box_masks
     half = sca.compose(
         {"name": "sam", "weights": str(sam_folder)},
-        {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48},
+        {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
         {"name": "hf", "weights": str(lm_folder("gpt2")), "dtype": "bfloat16"},
     )
     again = attach_sources(half, language_model=Part("hf", {"weights": str(lm_folder("gpt2"))}))
@@ -125,10 +125,10 @@ def test_a_language_model_written_alone_has_its_lora_merged(composed, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     ids, mask = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.long)
-    states = model.language_model.hidden(model.language_model.embed(ids), mask)
+    states = model.language_model.hidden_states(model.language_model.embed_tokens(ids), mask)
     folder = write_language_model(model, tmp_path / "lm")
     alone = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.allclose(alone(ids).logits, model.language_model.head(states), atol=1e-5)
+    assert torch.allclose(alone(ids).logits, model.language_model.lm_head(states), atol=1e-5)
     assert not any("lora" in name for name in alone.state_dict())
 
 
@@ -139,9 +139,9 @@ def test_a_language_model_written_alone_has_its_lora_merged(composed, tmp_path):
         ({"projection": "mlp"}, "no place for a projection"),
         ({"mixer": "resampler"}, "no place for the mixer 'resampler'"),
         ({"segmenter": "box"}, r"tensors such as segmenter\.frequencies"),
-        ({"heads": 2}, "a mixer with heads=2 beside a segmenter with heads=4"),
-        ({"mlp": 64}, "a mixer with mlp=64 beside a segmenter with mlp=48"),
-        ({"segmenter": {"name": "sam", "drawn": True}}, "drawn into the image"),
+        ({"num_heads": 2}, "a mixer with num_heads=2 beside a segmenter with num_heads=4"),
+        ({"mlp_dim": 64}, "a mixer with mlp_dim=64 beside a segmenter with mlp_dim=48"),
+        ({"segmenter": {"name": "sam", "box_masks": True}}, "drawn into the image"),
     ],
 )
 def test_what_the_published_layout_cannot_hold_is_refused(composed, tmp_path, changes, told):

@@ -58,7 +58,7 @@ def test_masks_and_scores_are_theirs(theirs, ours, pixels, kind, multimask):
         multimask_output=multimask,
     )
     assert torch.allclose(found.masks, expected.pred_masks.flatten(0, 1), atol=1e-5)
-    assert torch.allclose(found.scores, expected.iou_scores.flatten(0, 1), atol=1e-5)
+    assert torch.allclose(found.iou_scores, expected.iou_scores.flatten(0, 1), atol=1e-5)
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def test_everything_encodes_a_large_image_once_and_writes_for_survivors_only(sam
     torch.manual_seed(0)
     model = sca.compose(
         {"name": "sam", "weights": str(sam_folder)},
-        {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48},
+        {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
         {"name": "hf", "weights": str(lm_folder("gpt2"))},
     )
     monkeypatch.setattr(model.language_model, "tokenizer", Ids())
@@ -112,10 +112,10 @@ def test_everything_encodes_a_large_image_once_and_writes_for_survivors_only(sam
 class Ids:
     """A tokenizer that reads no words: ids as they are."""
 
-    pad, eos = 0, 2
+    pad_token_id, eos_token_id = 0, 2
 
-    def encode(self, text, limit=None):
-        return [*map(int, text.split())][:limit]
+    def encode(self, text, max_length=None):
+        return [*map(int, text.split())][:max_length]
 
     def decode(self, ids):
         return " ".join(map(str, ids))

@@ -106,7 +106,7 @@ def test_sam_equals_the_original(ours, original, kind, multimask):
         features, original.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=multimask
     )
     assert torch.allclose(found.masks, expected, atol=1e-4)
-    assert torch.allclose(found.scores, scores, atol=1e-4)
+    assert torch.allclose(found.iou_scores, scores, atol=1e-4)
 
 
 class ImageEncoder(torch.nn.Module):
@@ -114,7 +114,7 @@ class ImageEncoder(torch.nn.Module):
 
     def __init__(self, encoder):
         super().__init__()
-        self.encoder, self.img_size = encoder, encoder.image.size
+        self.encoder, self.img_size = encoder, encoder.image_format.size
 
     def forward(self, pixels):
         return self.encoder(pixels)
@@ -141,7 +141,7 @@ class Decoder(torch.nn.Module):
         points, labels = sparse_prompt_embeddings
         prompts = PromptBatch(torch.zeros(len(points), dtype=torch.long), points=points.float(), labels=labels.long())
         regions = self.segmenter(image_embeddings, prompts, multimask_output)
-        return regions.masks, regions.scores
+        return regions.masks, regions.iou_scores
 
 
 @pytest.fixture(scope="module")
@@ -153,11 +153,17 @@ def trained():
 @pytest.mark.parametrize(
     "search",
     [
-        {"points": 6, "iou": 0.5, "stability": 0.6},
-        {"points": 8, "iou": 0.8, "stability": 0.8},
-        {"points": 6, "iou": 0.0, "stability": 0.3, "offset": 2.0},
-        {"points": 4, "iou": 0.3, "stability": 0.3, "crops": 1},
-        {"points": 2, "iou": 0.3, "stability": 0.5, "crops": 2, "crop_overlap": 0.2},
+        {"points_per_side": 6, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.6},
+        {"points_per_side": 8, "pred_iou_thresh": 0.8, "stability_score_thresh": 0.8},
+        {"points_per_side": 6, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.3, "stability_score_offset": 2.0},
+        {"points_per_side": 4, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.3, "crop_n_layers": 1},
+        {
+            "points_per_side": 2,
+            "pred_iou_thresh": 0.3,
+            "stability_score_thresh": 0.5,
+            "crop_n_layers": 2,
+            "crop_overlap_ratio": 0.2,
+        },
     ],
 )
 @pytest.mark.parametrize("size", [None, (320, 213), (100, 260)])
@@ -169,7 +175,7 @@ def test_everything_equals_the_original_region_by_region(trained, search, nms, s
     predictor.set_image(image)
     found, _ = find_everything(predictor.engine, predictor.encoded, options)
 
-    form = trained.encoder.image
+    form = trained.encoder.image_format
     mean, std = ([255 * value for value in values] for values in (form.mean, form.std))
     sam = Sam(ImageEncoder(trained.encoder), PassPoints(), Decoder(trained.segmenter), mean, std).eval()
     generator = SamAutomaticMaskGenerator(
