@@ -40,14 +40,14 @@ def test_pin_lowest_rejects_a_requirement_without_a_lower_bound(environment, req
 
 
 def test_lowest_versions_pin_everything_that_pyproject_asks_for(environment):
-    pins = [Requirement(pin) for pin in environment.lowest_versions(["test"])]
+    pins = [Requirement(pin) for pin in environment.get_lowest_versions(["test"])]
     wanted = {Requirement(requirement).name for requirement in [*DIRECT, *PYPROJECT["dependency-groups"]["test"]]}
     assert {pin.name for pin in pins} == wanted
     assert len({str(pin) for pin in pins}) == len(wanted), "two extras give one package different lower bounds"
 
 
 def test_tested_versions_take_extras_of_the_package_from_the_checkout(environment):
-    arguments = environment.tested_versions(["dev", "ray"])
+    arguments = environment.get_tested_versions(["dev", "ray"])
     assert arguments[:2] == ["-c", "constraints.txt"]
     assert "pytest>=9" in arguments  # of a group that dev includes
     assert arguments[arguments.index(".[ray]") - 1] == "-e"

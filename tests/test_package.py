@@ -129,7 +129,7 @@ def test_what_is_installed_captions_with_the_shipped_checkpoint(installed, model
 
 
 def test_what_is_installed_writes_pages(installed, tmp_path):
-    program = "from pathlib import Path; from sca.output.html import Html; Html(Path('page.html')).close()"
+    program = "from pathlib import Path; from sca.output.html import HtmlWriter; HtmlWriter(Path('page.html')).close()"
     run(sys.executable, "-c", program, env={**os.environ, "PYTHONPATH": str(installed)}, cwd=tmp_path)
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
 

@@ -121,14 +121,14 @@ def test_install_stubs_makes_a_library_of_operators_for_cuda_loadable(tmp_path):
 def test_doctor_fix_and_unfix_are_one_line_each(monkeypatch, capsys):
     from sca.cli import run_command
 
-    monkeypatch.setattr(repair, "fix", lambda: "fixed")
+    monkeypatch.setattr(repair, "fix_torchvision", lambda: "fixed")
     assert run_command(["doctor", "--fix"]) == 0
     assert capsys.readouterr().out == "fixed\n"
 
     def fail():
         raise InputError("no gcc")
 
-    monkeypatch.setattr(repair, "fix", fail)
+    monkeypatch.setattr(repair, "fix_torchvision", fail)
     assert run_command(["doctor", "--fix"]) == 1
     assert capsys.readouterr().err == "sca: no gcc\n"
     assert run_command(["doctor", "--fix", "--undo-fix"]) == 2
@@ -143,7 +143,7 @@ def processes(monkeypatch):
             failed = torchvision if "torchvision" in program else "AssertionError" if cuda else ""
             return subprocess.CompletedProcess([], int(bool(failed)), "", f"Traceback\n{failed}\n")
 
-        monkeypatch.setattr(repair, "_run", run)
+        monkeypatch.setattr(repair, "_run_python", run)
 
     return end
 
@@ -172,7 +172,8 @@ def test_diagnose_passes_where_torchvision_is_not_installed(processes, tmp_path)
 def test_doctor_reports_a_broken_torchvision_before_it_tries_a_part(monkeypatch, capsys):
     from sca.cli import run_command
 
-    monkeypatch.setattr(repair, "diagnose", lambda: "torchvision cannot be imported; run `sca doctor --fix`")
+    problem = "torchvision cannot be imported; run `sca doctor --fix`"
+    monkeypatch.setattr(repair, "diagnose_torchvision", lambda: problem)
     monkeypatch.setattr("sca.testing.isolation.try_parts", lambda *_: pytest.fail("a part was tried"))
     assert run_command(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -183,7 +184,7 @@ def test_doctor_reports_a_broken_torchvision_before_it_tries_a_part(monkeypatch,
 def test_doctor_imports_the_built_in_parts(monkeypatch, capsys, broken):
     from sca.cli import run_command
 
-    monkeypatch.setattr(repair, "diagnose", lambda: "")
+    monkeypatch.setattr(repair, "diagnose_torchvision", lambda: "")
     if broken:
         monkeypatch.setitem(sys.modules, "sca.mixers.query", None)
     assert run_command(["doctor", "segment-caption-anything"]) == int(broken)
@@ -207,7 +208,7 @@ def test_a_command_that_a_broken_torchvision_stops_names_the_doctor(monkeypatch,
             raise ImportError("as transformers raises it") from failure
 
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(listing, "_rows", list_rows)
+    monkeypatch.setattr(listing, "_collect_rows", list_rows)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, name)
     assert run_command(["list", "mixers"]) == 2
@@ -218,6 +219,6 @@ def test_a_command_that_a_broken_torchvision_stops_names_the_doctor(monkeypatch,
 def test_a_defect_elsewhere_keeps_its_traceback(monkeypatch):
     from sca.cli import listing, run_command
 
-    monkeypatch.setattr(listing, "_rows", lambda kind: 1 / 0)
+    monkeypatch.setattr(listing, "_collect_rows", lambda kind: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_command(["list", "mixers"])

@@ -23,7 +23,7 @@ from sca.io.hub import silence_transformers
 from sca.io.weight_files import SAFETENSORS_FILE, format_first_names
 from sca.model import SegmentCaptioner
 
-USAGE_OPTIONS = {"segmenter": ("drawn",), "language_model": ("dtype", "eos", "tokenizer", "checkpointing")}
+USAGE_OPTIONS = {"segmenter": ("box_masks",), "language_model": ("dtype", "eos", "tokenizer", "checkpointing")}
 
 
 def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
@@ -117,20 +117,21 @@ def _find_unpublishable(model: SegmentCaptioner) -> str | None:
     unknown_names = [name for name in model.state_dict() if _to_published_name(name) == name and name != "task_tokens"]
     if unknown_names:
         return f"tensors such as {unknown_names[0]}: it knows SAM, the mixer and the language model"
-    if model.segmenter.drawn:
-        return "prompts that are drawn into the image (segmenter.drawn)"
+    if model.segmenter.box_masks:
+        return "prompts that are drawn into the image (segmenter.box_masks)"
     decoder_config, layer = model.segmenter.decoder.config, model.mixer.transformer.layers[0]
-    shared_sizes = {"heads": (layer.self_attn.num_attention_heads, decoder_config.num_attention_heads)}
-    shared_sizes["mlp"] = (layer.mlp.lin1.out_features, decoder_config.mlp_dim)
+    shared_sizes = {"num_heads": (layer.self_attn.num_attention_heads, decoder_config.num_attention_heads)}
+    shared_sizes["mlp_dim"] = (layer.mlp.lin1.out_features, decoder_config.mlp_dim)
     for field, (mixer_size, segmenter_size) in shared_sizes.items():
         if mixer_size != segmenter_size:
-            return f"a mixer with {field}={mixer_size} beside a segmenter with {field}={segmenter_size}: it has one figure for both"
+            sizes = f"a mixer with {field}={mixer_size} and a segmenter with {field}={segmenter_size}"
+            return f"{sizes}: it has one value for both"
     return None
 
 
 def _build_published_config(model: SegmentCaptioner) -> dict[str, Any]:
     decoder_config, prompt_encoder = model.segmenter.decoder.config, model.segmenter.prompt_encoder
-    image_size, grid_size, mixer = model.segmenter.size, model.segmenter.grid, model.mixer
+    image_size, grid_size, mixer = model.segmenter.image_size, model.segmenter.grid_size, model.mixer
     return {
         "architectures": [
             next(name for name, mixer_name in MIXER_BY_ARCHITECTURE.items() if mixer_name == model.spec.mixer.name)

@@ -11,7 +11,7 @@ from sca_registry.spec import ModelSpec, Part
 from sca.io.json import read_json
 
 PARTS = ("encoder", "segmenter", "mixer", "language_model")
-TRAINING_SETTINGS = ("train.steps", "train.images", "train.learning_rate", "train.seed")
+TRAINING_SETTINGS = ("train.steps", "train.batch_size", "train.learning_rate", "train.seed")
 MODEL_FOLDERS = ("model", "best")  # folders of checkpoints in the folder of a training run
 
 

@@ -193,14 +193,13 @@ def collect_origin(model: SegmentCaptioner) -> dict[str, Any]:
         part_origins[kind] = {"name": part.name, "distribution": entry.distribution, "version": entry.version}
         component = getattr(model, kind)
         source = getattr(component, "checkpoint", None)
-        if source == get_registry(kind).get_card(part.name).options.get(
-            "weights"
-        ):  # else the card speaks of other weights
+        card_options = get_registry(kind).get_card(part.name).options
+        if source == card_options.get("weights"):  # else the card describes other weights
             part_origins[kind] |= {"license": entry.license} if entry.license else {}
         if source:
             try:
                 part_origins[kind] |= compute_weights_fingerprint(
-                    source, getattr(component, "revision", None), getattr(component, "prefix", "")
+                    source, getattr(component, "revision", None), getattr(component, "file_prefix", "")
                 )
             except InputError:  # weights that have gone meanwhile, or that a part finds in a way of its own
                 part_origins[kind] |= {"weights": str(source)}
@@ -249,10 +248,12 @@ def _describe_missing_packages(folder: Path) -> str:
     package_names = sorted(package for package in packages if PACKAGE_PATTERN.fullmatch(package))
     if not package_names and modules and all(MODULE_PATTERN.fullmatch(module) for module in modules):
         module_names = "the program that saved it" if modules == ["__main__"] else ", ".join(modules)
-        return f" Its {ORIGIN_FILE} claims that the code of {module_names} registered them; register them again before loading."
+        claim = f"Its {ORIGIN_FILE} claims that the code of {module_names} registered them"
+        return f" {claim}; register them again before loading."
     if not package_names:
         return ""
-    return f" Its {ORIGIN_FILE} claims that they come from {', '.join(package_names)}; install that only if you trust its publisher."
+    claim = f"Its {ORIGIN_FILE} claims that they come from {', '.join(package_names)}"
+    return f" {claim}; install that only if you trust its publisher."
 
 
 def _write_json(path: Path, table: Any) -> None:

@@ -109,9 +109,8 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
     try:
         (architecture,) = config["architectures"]
         if architecture not in MIXER_BY_ARCHITECTURE:
-            raise InputError(
-                f"{folder}: {make_unknown_name_error(f'no model is called {architecture!r}', architecture, MIXER_BY_ARCHITECTURE)}"
-            )
+            subject = f"no model is called {architecture!r}"
+            raise InputError(f"{folder}: {make_unknown_name_error(subject, architecture, MIXER_BY_ARCHITECTURE)}")
         vision_config, prompt_encoder_config, decoder_config = (
             config[part] for part in ("vision_config", "prompt_encoder_config", "mask_caption_decoder_config")
         )
@@ -128,18 +127,18 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
                 "segmenter": {
                     "name": "sam",
                     "depth": decoder_config["num_hidden_layers"],
-                    "heads": num_heads,
-                    "mlp": mlp_dim,
-                    "mask_channels": prompt_encoder_config["mask_input_channels"],
-                    "iou_depth": decoder_config["iou_head_depth"],
-                    "iou_width": decoder_config["iou_head_hidden_dim"],
+                    "num_heads": num_heads,
+                    "mlp_dim": mlp_dim,
+                    "mask_input_channels": prompt_encoder_config["mask_input_channels"],
+                    "iou_head_depth": decoder_config["iou_head_depth"],
+                    "iou_head_hidden_size": decoder_config["iou_head_hidden_dim"],
                 },
                 "mixer": {
                     "name": MIXER_BY_ARCHITECTURE[architecture],
-                    "queries": decoder_config["num_caption_tokens"],
+                    "num_queries": decoder_config["num_caption_tokens"],
                     "depth": decoder_config["additional_num_hidden_layers"],
-                    "heads": num_heads,
-                    "mlp": mlp_dim,
+                    "num_heads": num_heads,
+                    "mlp_dim": mlp_dim,
                 },
                 "language_model": {"name": "hf", "config": _read_language_model_config(config["text_config"], folder)},
                 "task_tokens": config["num_task_tokens"],

@@ -114,13 +114,15 @@ def assign_tensors(
     missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
     if missing or unexpected:
         raise InputError(
-            f"{location} does not fit its {config_name}: missing {format_first_names(missing)}; unexpected {format_first_names(unexpected)}"
+            f"{location} does not fit its {config_name}: missing {format_first_names(missing)}; "
+            f"unexpected {format_first_names(unexpected)}"
         )
     model_tensors = model.state_dict()
     for name, tensor in tensors.items():
         if model_tensors[name].shape != tensor.shape:
             raise InputError(
-                f"{location}: {name} is {tuple(tensor.shape)} and the {config_name} asks for {tuple(model_tensors[name].shape)}"
+                f"{location}: {name} is {tuple(tensor.shape)} and the {config_name} asks for "
+                f"{tuple(model_tensors[name].shape)}"
             )
     model.load_state_dict(model_tensors | tensors)
 

@@ -217,7 +217,7 @@ def _find_weight_sources(name: str) -> list[tuple[str, str | None, str]]:
     for registry in REGISTRIES.values():
         options = registry.get_card(name).options if name in registry else {}
         if options.get("weights"):
-            prefix = registry.get_declared(name, "prefix") or ""
+            prefix = registry.get_declared(name, "file_prefix") or ""
             sources.append((options["weights"], options.get("revision"), prefix))
     if sources:
         return sources

@@ -340,19 +340,20 @@ def _translate_hub_errors(name: str, revision: str | None) -> Iterator[None]:
     except (HFValidationError, RepositoryNotFoundError) as error:
         if isinstance(error, GatedRepoError):
             raise InputError(
-                f"{description} is gated: accept its terms at https://huggingface.co/{name}, then set HF_TOKEN to your token"
+                f"{description} is gated: accept its terms at https://huggingface.co/{name}, then set HF_TOKEN to your "
+                "token"
             ) from error
         raise InputError(
-            f"{description} is neither a folder here nor a model on the hub; for a private one set HF_TOKEN to your token"
-            f"{suggest_path(name)}"
+            f"{description} is neither a folder here nor a model on the hub; for a private one set HF_TOKEN to your "
+            f"token{suggest_path(name)}"
         ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"the hub has no {description}") from error
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:150]
         raise InputError(
-            f"{description} is no folder here, and the hub could not be reached ({reason}). Try again with a network, or "
-            f"give a folder that has it: weights=FOLDER{suggest_path(name)}"
+            f"{description} is no folder here, and the hub could not be reached ({reason}). Try again with a network, "
+            f"or give a folder that has it: weights=FOLDER{suggest_path(name)}"
         ) from error
 
 

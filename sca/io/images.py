@@ -307,8 +307,8 @@ def _scale_colors(image: Image.Image, display_name: str) -> Image.Image:
         return image
     warn_once(
         f"colors {white}",
-        f"{display_name}: colors are scaled from 0..{white}, with {(white >> 8) + 1} levels per channel; for more levels "
-        "convert the image to 8 bits from that range",
+        f"{display_name}: colors are scaled from 0..{white}, with {(white >> 8) + 1} levels per channel; for more "
+        "levels convert the image to 8 bits from that range",
     )
     colors[..., :3] = np.rint(colors[..., :3] * (255 / (white >> 8)))
     return Image.fromarray(colors)

@@ -147,7 +147,8 @@ def _parse_coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]
     for name in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise InputError(
-                f"{format_path(path)}: no list '{name}', which COCO JSON has; for one region a line name the file .jsonl"
+                f"{format_path(path)}: no list '{name}', which COCO JSON has; for one region per line name the file "
+                ".jsonl"
             )
     name_by_id: dict[Any, str] = {}
     size_by_name: dict[str, ImageSize | None] = {}

@@ -204,8 +204,8 @@ def _check_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
         raise InputError(f"the mask is unusable: {error}") from error
     if binary_mask.shape != (height, width):
         raise InputError(
-            f"the mask is {binary_mask.shape[1]} x {binary_mask.shape[0]}, the image {width} x {height} (width x height); "
-            "give a mask of the image's size"
+            f"the mask is {binary_mask.shape[1]} x {binary_mask.shape[0]}, the image {width} x {height} (width x "
+            "height); give a mask of the image's size"
         )
     if not binary_mask.any():
         raise InputError("the mask is empty: nothing in it is inside; mark the region with another value")

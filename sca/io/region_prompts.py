@@ -51,10 +51,11 @@ class RegionPromptEntry:
         try:
             if self.recorded_size and self.recorded_size != (width, height):
                 prompt = _scale_prompt(prompt, self.recorded_size, (width, height))
+                recorded_width, recorded_height = self.recorded_size
                 warn_once(
                     "scaled prompts",
-                    f"{self.location}: the file records an image of {self.recorded_size[0]} x {self.recorded_size[1]}, and its regions are "
-                    f"scaled to {width} x {height}",
+                    f"{self.location}: the file records an image of {recorded_width} x {recorded_height}, and its "
+                    f"regions are scaled to {width} x {height}",
                 )
             return check_and_count_clipping(prompt, width, height, clip_counter, self.location)
         except ValueError as error:
@@ -179,9 +180,8 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
 
     def _make_ambiguity_error(self, subject: str, keys: Sequence[str], num_images: int = 1) -> InputError:
         candidates = f"the keys {', '.join(map(quote_value, keys))}" if len(keys) > 1 else f"{num_images} images"
-        return InputError(
-            f"{format_path(self.path)}: {subject} could mean {candidates}; write image paths relative to the prompts file"
-        )
+        hint = "write image paths relative to the prompts file"
+        return InputError(f"{format_path(self.path)}: {subject} could mean {candidates}; {hint}")
 
     @cached_property
     def _key_by_absolute_path(self) -> dict[str, str]:

@@ -137,7 +137,8 @@ class RunFolder:
         unknown_files = [path for path in find_outputs(self.path, outputs) if path not in earlier_files]
         if unknown_files:
             raise OutputError(
-                f"{format_path(unknown_files[0])} exists and was not written by `sca {self.kind}`; choose another folder, or move it"
+                f"{format_path(unknown_files[0])} exists and was not written by `sca {self.kind}`; choose another "
+                "folder, or move it"
             )
         if changes and not (overwrite or rename_earlier):
             raise _make_other_run_error(self.path, changes)
@@ -290,8 +291,8 @@ def check_not_inputs(
         )
         if matching_input is not None:
             raise OutputError(
-                f"{format_path(output)} would be overwritten and is an input of this command ({format_path(matching_input)}); choose another "
-                "output path"
+                f"{format_path(output)} would be overwritten and is an input of this command "
+                f"({format_path(matching_input)}); choose another output path"
             )
 
 

@@ -118,7 +118,7 @@ ADDED = {  # fields that a stranger would add, by file
         ("encoder", "pretrained"),
         ("encoder", "model"),
         ("segmenter", "weights"),
-        ("lora", "targets"),
+        ("lora", "target_modules"),
         ("generation", "custom_generate"),
         ("stranger",),
     ],

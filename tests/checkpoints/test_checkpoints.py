@@ -95,7 +95,7 @@ def test_checkpoint_with_a_part_of_main_loads_where_it_is_registered(small_table
     mixer = {"name": "of-main", "depth": 1, "num_heads": 4, "mlp_dim": 64}
     folder = save(sca.compose(**small_table | {"mixer": mixer}), tmp_path / "model")
     assert type(load(folder).mixer) is MainMixer
-    monkeypatch.setattr(sca_registry.mixers, "_registered", dict)  # another program
+    monkeypatch.setattr(sca_registry.mixers, "_get_registered", dict)  # another program
     with pytest.raises(InputError, match=r"no mixers named 'of-main'\..* the code of the program that saved it") as e:
         load(folder)
     assert str(e.value).endswith("registered them; register them again before loading.")
@@ -382,7 +382,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_half_written(sa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sca.io.atomic.sync", full)
+        patch.setattr("sca.io.atomic.sync_path", full)
         with pytest.raises(OutputError, match="No space left on device"):
             save(model, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -60,7 +60,7 @@ def test_one_row_is_made_by_the_command_that_is_given_with_it(shell, sweep, here
     ("arguments", "said"),
     [
         (("run", "smok"), "Did you mean 'smoke'?"),
-        (("run", "smoke", "worker=2"), "Did you mean 'workers'?"),
+        (("run", "smoke", "worker=2"), "Did you mean 'num_workers'?"),
         (("run", "smoke", "--launcher", "locl"), "Did you mean 'local'?"),
         (("run", "smoke", "--retry-state", "broken"), "no state 'broken'"),
         (("run", "smoke", "--device", "gpu"), "device 'gpu' is not available"),
@@ -85,7 +85,7 @@ def test_throughput_on_a_cpu_is_the_sweep_for_one(shell, here, monkeypatch):
 
     monkeypatch.setattr(runner, "run", run)
     result = shell("bench", "run", "throughput", "device=cpu", "num_workers=1")
-    assert made == [("throughput-cpu", "runs/bench/throughput-cpu", {"workers": 1})]
+    assert made == [("throughput-cpu", "runs/bench/throughput-cpu", {"num_workers": 1})]
     assert "sca bench published" in result.err[0]
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-KEYS = ["image", "width", "height", "region", "prompt", "box", "mask", "caption", "score", "iou", "model"]
+KEYS = ["image", "width", "height", "region_id", "prompt", "box", "mask", "caption", "score", "predicted_iou", "model"]
 
 
 def lines(text):
@@ -43,24 +43,24 @@ def coco(path):
 def test_each_flag_is_one_region_in_order(captioned, picture):
     records = captioned(picture("a.png"), "--point", "5,6", "--box", "1,2,30,40", "--box", "0,0,9,9")
     assert [list(record) for record in records] == [KEYS] * 3
-    assert [record["region"] for record in records] == [0, 1, 2]
+    assert [record["region_id"] for record in records] == [0, 1, 2]
     asked = [{"box": [1, 2, 30, 40]}, {"box": [0, 0, 9, 9]}, {"points": [[5, 6, 1]]}]
     assert [record["prompt"] for record in records] == asked
     for record in records:
         assert (record["image"], record["width"], record["height"]) == ("a.png", 64, 48)
         assert record["mask"]["size"] == [48, 64]
         assert 0 <= record["score"] <= 1
-        assert 0 <= record["iou"] <= 1
+        assert 0 <= record["predicted_iou"] <= 1
 
 
 def test_several_captions_a_region_are_written_when_they_are_asked_for(captioned, picture):
     (record,) = captioned(picture("a.png"), "--box", "0,0,9,9", "--num-captions", 2)
-    assert len(record["others"]) == 1
-    assert set(record["others"][0]) == {"caption", "score"}
+    assert len(record["alternatives"]) == 1
+    assert set(record["alternatives"][0]) == {"caption", "score"}
     (drawn,) = captioned("a.png", "--box", "0,0,9,9", "--do-sample", "--temperature", 2, "--num-captions", 3)
-    assert len(drawn["others"]) == 2
+    assert len(drawn["alternatives"]) == 2
     (plain,) = captioned("a.png", "--box", "0,0,9,9")
-    assert "others" not in plain
+    assert "alternatives" not in plain
 
 
 def test_a_mask_is_a_region_of_its_own(captioned, picture, here):
@@ -83,7 +83,8 @@ def test_everything_takes_proposals_by_name(captioned, picture, here):
     with pytest.raises(AssertionError):  # the file has boxes for another picture of that name
         captioned("a.png", picture("other/a.png"), "--everything", "--proposer", proposer)
     found = captioned(
-        "a.png", "--everything", "--proposer", "grid points=2", "--pred-iou-thresh", 0, "--stability-score-thresh", 0
+        *("a.png", "--everything", "--proposer", "grid points_per_side=2"),
+        *("--pred-iou-thresh", 0, "--stability-score-thresh", 0),
     )
     assert all(len(record["prompt"]["points"]) == 1 for record in found)
 
@@ -122,7 +123,7 @@ def test_prompts_of_many_images_come_from_json_lines_and_from_coco(captioned, pi
     ]
     (here / "asked.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in asked))
     records = captioned("in", "--prompts", "asked.jsonl")
-    assert [(record["image"], record["region"]) for record in records] == [
+    assert [(record["image"], record["region_id"]) for record in records] == [
         ("in/a.png", 0),
         ("in/a.png", 1),
         ("in/b.png", 0),
@@ -154,7 +155,7 @@ def test_everything_finds_its_regions_and_can_find_none(captioned, shell, pictur
     )
     assert result.status == 0
     assert result.err == [
-        "sca: nothing found in a.png; lower --pred-iou-thresh or --stability-score-thresh, or raise --points-per-side"
+        "sca: no region found in a.png; lower --pred-iou-thresh or --stability-score-thresh, or raise --points-per-side"
     ]
 
 
@@ -220,7 +221,7 @@ def test_more_words_than_the_model_has_room_for_are_not_said(captioned, picture)
 def test_without_masks_there_is_no_mask_and_no_iou(shell, maskless, picture):
     result = shell("caption", picture("a.png"), "--box", "0,0,9,9", "--model", maskless, "--out", "-")
     (record,) = lines(result.out)
-    assert (record["mask"], record["iou"]) == (None, None)
+    assert (record["mask"], record["predicted_iou"]) == (None, None)
     assert record["box"] == [0, 0, 9, 9]
 
 
@@ -251,8 +252,8 @@ def test_all_formats_read_back(shell, checkpoint, picture, here):
     ]
     records = lines((here / "out/captions.jsonl").read_text())
     read = coco("out/coco.json")
-    assert [(read.loadImgs([a["image_id"]])[0]["file_name"], a["region"]) for a in read.dataset["annotations"]] == [
-        (record["image"], record["region"]) for record in records
+    assert [(read.loadImgs([a["image_id"]])[0]["file_name"], a["region_id"]) for a in read.dataset["annotations"]] == [
+        (record["image"], record["region_id"]) for record in records
     ]
     for record, annotation in zip(records, read.dataset["annotations"], strict=True):
         assert read.annToMask(annotation).shape == (record["height"], record["width"])
@@ -280,7 +281,7 @@ def test_caption_remarks_once_on_a_model_of_a_narrow_domain(shell, picture, monk
     from sca.inference.job import CaptionJob
 
     load = CaptionJob.load_captioner
-    monkeypatch.setattr(CaptionJob, "load", lambda job: load(replace(job, model=str(checkpoint))))
+    monkeypatch.setattr(CaptionJob, "load_captioner", lambda job: load(replace(job, model=str(checkpoint))))
     arguments = ["caption", picture("a.png"), picture("b.png"), "--box", "0,0,9,9", "--model", name]
     (remark,) = shell(*arguments).err
     assert remark.startswith(f"sca: {name} is trained on {domain} only; for photographs: ")
@@ -360,23 +361,14 @@ def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoin
     from sca.inference.factory import captioner
     from sca.inference.predictor import Predictor
 
-    search = (
-        "--everything",
-        "--pred-iou-thresh",
-        0,
-        "--stability-score-thresh",
-        0,
-        "--box-nms-thresh",
-        1,
-        "--points-per-side",
-        3,
-    )
+    thresholds = ("--pred-iou-thresh", 0, "--stability-score-thresh", 0, "--box-nms-thresh", 1)
+    search = ("--everything", *thresholds, "--points-per-side", 3)
     every = captioned(picture("a.png"), *search)
     assert len(every) > 2
     best = [{**each, "score": pytest.approx(each["score"], rel=1e-4)} for each in every[:2]]  # of another batch size
     assert captioned("a.png", *search, "--max-regions", 2) == best
     assert captioned("a.png", *search, "--max-regions", 1000) == every
-    grid = "grid points=2"
+    grid = "grid points_per_side=2"
     assert len(captioned("a.png", *search[:-2], "--proposer", grid, "--max-regions", 1)) == 1
     result = shell("caption", "a.png", "--box", "1,1,9,9", "--max-regions", 2, "--model", checkpoint)
     assert (result.status, result.err) == (2, ["sca: --max-regions can only be used with --everything"])

@@ -48,7 +48,7 @@ def test_an_interrupt_keeps_what_is_finished(started, many, checkpoint, here):
 def test_a_reader_that_has_seen_enough_ends_the_run_quietly(started, many, checkpoint):
     arguments = ("--box", "0,0,9,9", "--model", checkpoint, "--batch-size", 1, "--max-new-tokens", 2)
     process = started("caption", many, *arguments, "--out", "-")
-    assert json.loads(process.stdout.readline())["region"] == 0
+    assert json.loads(process.stdout.readline())["region_id"] == 0
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 0
@@ -116,15 +116,8 @@ def test_a_full_disk_leaves_no_half_checkpoint(checkpoint, here):
 
 def test_a_terminal_that_lacks_letters_still_gets_the_captions(checkpoint, picture, monkeypatch):
     command = [
-        "sca",
-        "caption",
-        picture("日本.png"),
-        "--box",
-        "0,0,9,9",
-        "--model",
-        str(checkpoint),
-        "--max-new-tokens",
-        "2",
+        *("sca", "caption", picture("日本.png"), "--box", "0,0,9,9", "--model", str(checkpoint)),
+        *("--max-new-tokens", "2"),
     ]
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "argv", command)

@@ -92,7 +92,7 @@ def test_two_runs_are_compared_and_shown_on_pages(evaluated, shell, here):
 
 def test_proposed_regions_are_captioned_and_judged(shell, checkpoint):
     result = shell(
-        *("evaluate", checkpoint, "scenes", "count=2", "--proposer", "grid", "proposer.points=2"),
+        *("evaluate", checkpoint, "scenes", "count=2", "--proposer", "grid", "proposer.points_per_side=2"),
         *("--metrics", "densecap-map", "tokenizer=plain", "--json"),
     )
     assert result.status == 0, result.err
@@ -124,7 +124,7 @@ def test_a_published_protocol_is_run_by_its_name_beside_what_was_published(shell
     assert result.status == 0, result.err
     assert "SCA GPT2-large, pretrained, VG (published)" in result.out
     run = json.loads((here / "out/visual-genome-test/predictions.jsonl").read_text().splitlines()[0])["run"]
-    assert run["generation"]["beams"] == 3
+    assert run["generation"]["num_beams"] == 3
     assert run["tasks"] == ["caption"]
     assert [line for line in result.err if "left out" in line and "spice" in line and "--metrics" in line]
     refused = shell("evaluate", checkpoint, "vg-region-captioning", f"root={visual_genome}", "--split", "val")

@@ -57,23 +57,14 @@ def test_a_run_that_was_ended_goes_on_to_the_same_files(shell, checkpoint, pictu
 
 def test_everything_is_resumed_too(shell, checkpoint, pictures, here, monkeypatch):
     asked = (
-        "caption",
-        "photos",
-        "--everything",
-        "--points-per-side",
-        2,
-        "--pred-iou-thresh",
-        0,
-        "--stability-score-thresh",
-        0,
-        "--model",
-        checkpoint,
+        *("caption", "photos", "--everything", "--points-per-side", 2, "--model", checkpoint),
+        *("--pred-iou-thresh", 0, "--stability-score-thresh", 0),
     )
     assert shell(*asked, "--out", "whole", "--quiet").status == 0
     from sca.inference import batch
 
     repeat, used = batch._reuse_captions, []
-    monkeypatch.setattr(batch, "_repeat", lambda path, *rest: (used.append(path), repeat(path, *rest))[1])
+    monkeypatch.setattr(batch, "_reuse_captions", lambda path, *rest: (used.append(path), repeat(path, *rest))[1])
     from sca.output.caption_journal import CaptionJournal
 
     close = CaptionJournal.close
@@ -90,7 +81,7 @@ def test_a_run_with_other_options_is_not_gone_on_with(shell, refused, checkpoint
     assert shell(*asked, *BOXES, "--quiet").status == 0
     (here / "out/captions.journal").write_text(json.dumps({"model": "another"}) + "\n")
     line = refused(2, *asked, *BOXES, "--quiet", "--resume", "--max-new-tokens", 2)
-    assert 'contains another run (words: null there, "2" now)' in line
+    assert 'contains another run (max_new_tokens: null there, "2" now)' in line
     assert shell(*asked, *BOXES, "--quiet").status == 0
     assert not (here / "out/captions.journal").exists()
     line = refused(2, "caption", "photos", *BOXES, "--resume")
@@ -102,16 +93,8 @@ def test_a_run_that_is_killed_again_and_again_has_each_image_once(shell, started
     for number in range(count):
         picture(f"many/{number:03d}.png", 96 + number % 7, 96)
     asked = (
-        "caption",
-        "many",
-        "--box",
-        "4,4,60,60",
-        "--box",
-        "1,1,30,30",
-        "--batch-size",
-        "4",
-        "--format",
-        "jsonl,coco",
+        *("caption", "many", "--box", "4,4,60,60", "--box", "1,1,30,30"),
+        *("--batch-size", "4", "--format", "jsonl,coco"),
     )
     whole = started(*asked, "--out", "whole", "--quiet")
     start = time.monotonic()

@@ -41,24 +41,15 @@ def model(checkpoint):
         (*BOX, "--prompts", "none.json"): "not from both",
         (*BOX, "--points-per-side", 3): "--points-per-side can only be used with --everything",
         (*BOX, "--proposer", "grid"): "--proposer can only be used with --everything",
-        (
-            "--everything",
-            "--proposer",
-            "grid",
-            "--points-per-side",
-            3,
-        ): "leave out --points-per-side and --crop-n-layers",
+        ("--everything", "--proposer", "grid", "--points-per-side", 3): "omit --points-per-side and --crop-n-layers",
         (*BOX, "--temperature", 2): "--temperature can only be used with --do-sample",
+        (*BOX, "--top-p", 0.9): "--top-p can only be used with --do-sample",
         ("--everything", "--proposer", "gird"): "Did you mean 'grid'?",
         ("--everything", "--proposer", "grid 'points"): "proposer is 'NAME [key=value]...'",
         ("--everything", "--caption-from", "boxes"): "no prompt to caption from 'boxes'",
-        (
-            *BOX,
-            "--pred-iou-thresh",
-            0.5,
-            "--stability-score-thresh",
-            0.5,
-        ): "--pred-iou-thresh and --stability-score-thresh can only be used with --everything",
+        (*BOX, "--pred-iou-thresh", 0.5, "--min-area", 0.5): (
+            "--pred-iou-thresh and --min-area can only be used with --everything"
+        ),
         ("--everything", "--pred-iou-thresh", 2): "--pred-iou-thresh",
         ("--everything", "--points-per-side", 0): "--points-per-side",
         (*BOX, "--format", "png"): "--format png needs --out",
@@ -103,7 +94,7 @@ def test_a_mistake_in_the_options_is_one_line(refused, picture, model, here, wro
     ],
 )
 def test_mistakes_of_caption_are_reported_before_torch_is_imported(picture, options):
-    program = "import sys; from sca.cli import run; print(run(sys.argv[1:]), 'torch' in sys.modules)"
+    program = "import sys; from sca.cli import run_command; print(run_command(sys.argv[1:]), 'torch' in sys.modules)"
     command = [sys.executable, "-c", program, "caption", picture("a.png"), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "2 False\n", done.stderr
@@ -255,7 +246,7 @@ def test_cli_reports_permission_errors(refused, shell, nobody):
 def test_a_defect_keeps_its_traceback(shell, monkeypatch):
     from sca_registry import Registry
 
-    monkeypatch.setattr(Registry, "entries", lambda self: [][0])
+    monkeypatch.setattr(Registry, "list_entries", lambda self: [][0])
     with pytest.raises(IndexError):
         shell("list", "mixers")
 

@@ -29,9 +29,9 @@ COMMANDS = (
 )
 PROBE = """
 import json, sys
-from sca.cli import run
+from sca.cli import run_command
 for command in json.loads(sys.argv[1]):
-    run(command)
+    run_command(command)
     heavy = {"torch", "transformers", "numpy", "jinja2"} & set(sys.modules)
     assert not heavy, f"sca {' '.join(command)} imported {heavy}"
 """
@@ -44,7 +44,8 @@ def test_looking_around_imports_no_torch():
 
 @pytest.mark.parametrize(("command", "most"), [("--help", 400), ("list", 550)])
 def test_help_and_list_import_few_modules(command, most):
-    program = f"import sys; from sca.cli import run; run([{command!r}]); print(len(sys.modules), file=sys.stderr)"
+    call = f"from sca.cli import run_command; run_command([{command!r}])"
+    program = f"import sys; {call}; print(len(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stderr.split()[-1]) < most
 

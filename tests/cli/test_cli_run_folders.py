@@ -133,7 +133,9 @@ def test_caption_does_not_discard_an_unfinished_run(interrupted, captioned, shel
             "or replace it with --overwrite"
         ]
         assert content(interrupted) == before
-    assert "another run (words: null there" in captioned("--out", "out", "--max-new-tokens", 2, "--resume").err[0]
+    assert (
+        "another run (max_new_tokens: null there" in captioned("--out", "out", "--max-new-tokens", 2, "--resume").err[0]
+    )
     assert content(interrupted) == before
     assert captioned("--out", "out", "--batch-size", 1, "--resume").status == 0
     assert captioned("--out", "whole", "--batch-size", 1).status == 0
@@ -203,7 +205,7 @@ def test_commands_refuse_a_folder_that_is_being_written(captioned, shell, refuse
         assert captioned("--out", "out").err[0].startswith("sca: out is being written by another process")
         assert "is being written" in refused(2, "convert", "out/captions.jsonl", "out")
         assert "is being written" in refused(2, "evaluate", "sca-tiny", "scenes", "count=1", "--out", "out")
-        assert "is being written" in refused(2, "train", "sca-tiny", "train.processes=1", "--out", "out")
+        assert "is being written" in refused(2, "train", "sca-tiny", "train.num_processes=1", "--out", "out")
     assert content(here / "out") == before
 
 

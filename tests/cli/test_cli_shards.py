@@ -19,14 +19,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-BOXES = (
-    "--box",
-    "4,4,40,40",
-    "--box",
-    "10,10,30,30",
-    "--batch-size",
-    "1",
-)  # one at a time: all batches are equally large
+BOXES = ("--box", "4,4,40,40", "--box", "10,10,30,30", "--batch-size", "1")  # so that all batches are equally large
 
 
 def test_shards_say_what_one_command_says(shell, checkpoint, pictures, here):
@@ -40,7 +33,7 @@ def test_shards_say_what_one_command_says(shell, checkpoint, pictures, here):
     assert [path.name for path in parts] == [f"shard-0000{n}.jsonl" for n in range(3)]
     made, whole = [line for path in parts for line in lines(path)], lines(here / "whole/captions.jsonl")
     for line in whole:  # a worker has fewer threads, which may move the last bits
-        line |= {name: pytest.approx(line[name], rel=1e-4) for name in ("score", "iou")}
+        line |= {name: pytest.approx(line[name], rel=1e-4) for name in ("score", "predicted_iou")}
     assert made == whole
     assert len(result.err) == 3
 
@@ -56,7 +49,7 @@ def test_what_is_there_is_not_made_again_and_another_run_is_refused(shell, check
     assert (here / "parts/shard-00000.jsonl").stat().st_mtime_ns == kept
     other = shell(*asked, "--shard-size", 3, "--max-new-tokens", 2)
     assert other.status == 2
-    assert 'contains another run (words: null there, "2" now)' in other.err[0]
+    assert 'contains another run (max_new_tokens: null there, "2" now)' in other.err[0]
     (here / "parts/shard-00001.jsonl").unlink()
     same = shell(*asked, "--shard-size", 3, "--resume", "--batch-size", 2)  # neither changes a caption
     assert same.status == 0
@@ -105,7 +98,7 @@ def test_shard_whose_prompts_all_fail_is_not_finished(shell, checkpoint, picture
 
 
 NAMES = ("set-0", "shard-00000")
-SETTINGS = {"images": ["x"], "words": "2"}
+SETTINGS = {"images": ["x"], "max_new_tokens": "2"}
 
 
 def begin(folder, contents, done=(), settings=SETTINGS, inputs=(), overwrite=False):
@@ -165,7 +158,7 @@ def test_shards_of_other_images_or_options_are_refused_and_overwritten_when_told
     begin(tmp_path, contents, ["set-0"])
     repaired = {**contents, "shard-00000": "2"}
     assert begin(tmp_path, repaired) == {"set-0"}, "what is not finished may change"
-    for other, settings in (({**contents, "set-0": "2"}, SETTINGS), (contents, {**SETTINGS, "words": "3"})):
+    for other, settings in (({**contents, "set-0": "2"}, SETTINGS), (contents, {**SETTINGS, "max_new_tokens": "3"})):
         with pytest.raises(OutputError, match=r"contains another run \(.*or replace the run"):
             begin(tmp_path, other, settings=settings)
     assert (tmp_path / "set-0.jsonl").read_text() == "set-0\n"
@@ -223,7 +216,7 @@ def test_images_that_do_not_exist_exit_with_1_beside_shards(shell, here, monkeyp
     asked = (*BOXES, "--out", "out", "--launcher", "local")
     assert shell("caption", "gone.png", *asked).status == 1
     assert not (here / "out").exists()
-    monkeypatch.setattr("sca.inference.shards.ShardedRun.caption", lambda *arguments: iter(()))
+    monkeypatch.setattr("sca.inference.shards.ShardedRun.caption_shards", lambda *arguments: iter(()))
     assert shell("caption", "gone.png", "set.tar", *asked).status == 1
 
 
@@ -350,7 +343,7 @@ def test_a_cluster_says_what_one_command_says(shell, checkpoint, pictures, here)
         ray.shutdown()
         cluster.shutdown()
     found = [line for path in sorted((here / "parts").glob("*.jsonl")) for line in lines(path)]
-    kept = ("image", "region", "caption", "box")  # other threads add up otherwise, which an untrained mask shows
+    kept = ("image", "region_id", "caption", "box")  # other threads add up otherwise, which an untrained mask shows
     assert [[line[key] for key in kept] for line in found] == [
         [line[key] for key in kept] for line in lines(here / "whole/captions.jsonl")
     ]

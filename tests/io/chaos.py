@@ -51,20 +51,12 @@ mixer = [{ name = "query", queries = 2, depth = 1, heads = 2, mlp = 64 }, "roi-p
 BOXES = ("--box", "4,4,40,40", "--box", "10,10,30,30")
 COMMANDS = {  # what OUT stands for is a run folder
     "caption": (
-        "caption",
-        "photos",
-        *BOXES,
-        "--batch-size",
-        2,
-        "--format",
-        "jsonl,coco,png",
-        "--out",
-        "OUT",
-        "--resume",
+        *("caption", "photos", *BOXES, "--batch-size", 2),
+        *("--format", "jsonl,coco,png", "--out", "OUT", "--resume"),
     ),
     "evaluate": ("evaluate", "sca-tiny", "scenes", "count=12", "--batch-size", 2, "--metrics", "class", "--out", "OUT"),
     "train": ("train", "recipe.toml", "--out", "OUT"),
-    "bench": ("bench", "run", "sweep.toml", "workers=1", "--out", "OUT"),
+    "bench": ("bench", "run", "sweep.toml", "num_workers=1", "--out", "OUT"),
     "convert": ("convert", "many.jsonl", "OUT", "--format", "jsonl,coco,geojson,labelme"),
     "import": ("import", "sca-tiny", "OUT"),
 }
@@ -201,7 +193,7 @@ def try_kind(kind, *counts):
         sample.image.save(f"photos/{number:02d}.png")
     Path("recipe.toml").write_text(RECIPE)
     Path("sweep.toml").write_text(SWEEP)
-    box = {"width": 64, "height": 64, "region": 0, "box": [4, 4, 40, 40], "caption": "a thing", "score": 0.5}
+    box = {"width": 64, "height": 64, "region_id": 0, "box": [4, 4, 40, 40], "caption": "a thing", "score": 0.5}
     lines = [{"image": f"{number:04d}.png", **box} for number in range(300)]
     Path("many.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     chaos = Chaos(kind)

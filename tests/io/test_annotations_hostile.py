@@ -61,7 +61,7 @@ COCO = [
     }
     for more in (
         {"segmentation": [[1, 2, 30, 4, 5, 16]], "keypoints": [1, 2, 2], "iscrowd": 0},
-        {"segmentation": {"size": [30, 40], "counts": [1200]}, "region": 0, "score": 0.5, "isbox": 0},
+        {"segmentation": {"size": [30, 40], "counts": [1200]}, "region_id": 0, "score": 0.5, "isbox": 0},
     )
 ]
 

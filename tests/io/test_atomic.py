@@ -133,7 +133,7 @@ def test_new_folder_replaces_only_what_it_is_told(tmp_path):
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_new_folder_works_with_and_without_exchange(tmp_path, monkeypatch, exchanges):
     if not exchanges:
-        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+        monkeypatch.setattr(atomic, "_exchange_folders", lambda *_: False)
     for number in range(3):
         with write_folder(tmp_path / "out", replaceable=["a"]) as draft:
             (draft / "a").write_text(str(number))

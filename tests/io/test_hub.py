@@ -84,7 +84,7 @@ def test_a_checkpoint_of_our_own_is_loaded_from_the_hub(shell, hub, tmp_path):
     from sca_registry import zoo
 
     hub.models["owner/tiny"] = zoo.get_entry("sca-tiny").folder
-    program = "import sca; print(sca.load('owner/tiny').freeze_report())"
+    program = "import sca; print(sca.load('owner/tiny').summarize_parameters())"
     status, out, _ = shell(sys.executable, "-c", program)
     assert status == 0
     assert "in all" in out
@@ -240,7 +240,7 @@ def test_a_model_is_pushed_with_a_card_and_read_back_by_its_name(shell, hub, tmp
     assert "drawn scenes" in card
     assert 'sca.load("me/tiny")' in card
     program = (
-        "import sca; from sca.checkpoints.state import weights_hash as h; "
+        "import sca; from sca.checkpoints.state import hash_weights as h; "
         "print(h(sca.load('me/tiny')) == h(sca.load('sca-tiny')))"
     )
     status, out, err = shell(sys.executable, "-c", program)

@@ -102,7 +102,7 @@ def test_16_bit_gray_is_scaled_from_the_range_that_a_tiff_records(tmp_path):
 
 
 def test_scaled_gray_is_noticed_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("sca.io.warnings_once._noticed", set())
+    monkeypatch.setattr("sca.io.warnings_once._warned_keys", set())
     for name in ("a.png", "b.png"):
         Image.fromarray(np.array([[0, 4000]], np.uint16)).save(tmp_path / name)
         open_image(tmp_path / name)
@@ -136,7 +136,7 @@ def test_open_image_scales_colors_of_16_bits(tmp_path, caplog, monkeypatch, bits
     exif[ExifTags.Base.Orientation] = 3
     file = tmp_path / f"{bits}-{channels}.png"
     write_png_of_16_bits(file, np.concatenate([colors, alpha], 2), exif.tobytes().removeprefix(b"Exif\0\0"))
-    monkeypatch.setattr("sca.io.warnings_once._noticed", set())
+    monkeypatch.setattr("sca.io.warnings_once._warned_keys", set())
     opened = np.asarray(open_image(file))[::-1, ::-1]
     levels = 2 ** (bits - 8)
     assert np.abs(opened - colors * (255 / (2**bits - 1))).max() <= 255 / (levels - 1) + 1

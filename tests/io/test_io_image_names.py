@@ -192,7 +192,7 @@ def test_find_image_keeps_a_leading_parent(tmp_path, name):
     ],
 )
 def test_find_image_notes_a_file_of_another_folder(tmp_path, monkeypatch, caplog, name, is_noted):
-    monkeypatch.setattr("sca.io.warnings_once._noticed", set())
+    monkeypatch.setattr("sca.io.warnings_once._warned_keys", set())
     root = _make(tmp_path / "train", "a.png", "sub/b.png", "sub/media/upload/7/e\u0301.png")
     found = resolve_image_path(name, [root])
     assert found.is_file()

@@ -94,7 +94,7 @@ def test_journal_does_not_touch_a_whole_first_line_that_completes_no_group(tmp_p
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
 def test_journal_finds_its_end_whatever_the_size_of_a_block(path, monkeypatch, block):
-    monkeypatch.setattr("sca.io.journal.BLOCK", block)
+    monkeypatch.setattr("sca.io.journal.BLOCK_BYTES", block)
     whole = path.read_bytes()
     for tail in (b"", b"\0" * 9, b'{"number": 50, "te', b"\n\n[1]\n"):
         path.write_bytes(whole + tail)
@@ -105,7 +105,7 @@ def test_journal_finds_its_end_whatever_the_size_of_a_block(path, monkeypatch, b
 
 def test_read_journal_survives_that_another_process_truncates_the_file(path, monkeypatch):
     """A memory map of the file would end this process with SIGBUS."""
-    monkeypatch.setattr("sca.io.journal.BLOCK", 100)
+    monkeypatch.setattr("sca.io.journal.BLOCK_BYTES", 100)
 
     def completes(entry):
         os.truncate(path, 0)

@@ -166,7 +166,7 @@ def test_mask_of_a_lossy_image_has_no_ringing(tmp_path):
 
 
 def test_mask_of_the_whole_image_is_noticed(caplog, monkeypatch):
-    monkeypatch.setattr("sca.io.warnings_once._noticed", set())
+    monkeypatch.setattr("sca.io.warnings_once._warned_keys", set())
     check_prompt(Prompt(mask=np.ones((10, 20), bool)), 20, 10)
     assert "covers the whole 20 x 10 image" in caplog.text
 

@@ -68,7 +68,7 @@ def test_run_folder_refuses_other_settings_with_the_ways_out(tmp_path):
     run(tmp_path, {"x": 1, "y": [1, 2]})
     with pytest.raises(OutputError, match=r"another run \(x: 1 there, 2 now\); choose .* replace the run"):
         run(tmp_path, {"x": 2, "y": (1, 2)})
-    run(tmp_path, {"x": 2, "y": (1, 2)}, loose=["x"])
+    run(tmp_path, {"x": 2, "y": (1, 2)}, ignored_settings=["x"])
 
 
 def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(tmp_path):

@@ -60,7 +60,7 @@ for path in sorted((folder / "labelme").glob("*.json")):
         seen["labelme"] += 1
 
 for feature in json.loads((folder / "captions.geojson").read_text("utf-8"))["features"]:
-    record = records[feature["properties"]["image"]][feature["properties"]["region"]]
+    record = records[feature["properties"]["image"]][feature["properties"]["region_id"]]
     drawn = shape(feature["geometry"])
     assert drawn.is_valid, record
     if record["mask"]:

@@ -51,7 +51,8 @@ def test_captions_are_read_back(written, captions, name):
             assert told.box == pytest.approx(expected.box)
         if name in PROMPTS:
             assert (told.prompt.box, told.prompt.points) == (expected.prompt.box, expected.prompt.points)
-            assert told.predicted_iou == (None if expected.iou is None else pytest.approx(expected.iou))
+            expected_iou = expected.predicted_iou
+            assert told.predicted_iou == (None if expected_iou is None else pytest.approx(expected_iou))
     if name != "labelme":
         assert found["a.png"].model == "m"
 
@@ -145,7 +146,7 @@ def test_hostile_words_come_back(tmp_path, picture, hostile):
         assert words == expected, name
 
 
-LINE = {"image": "a.png", "width": 4, "height": 3, "region": 0, "caption": "x", "box": [0, 0, 1, 1]}
+LINE = {"image": "a.png", "width": 4, "height": 3, "region_id": 0, "caption": "x", "box": [0, 0, 1, 1]}
 BROKEN = {
     "not JSON": ("a.jsonl", "{", "a.jsonl, line 1 is not valid JSON"),
     "no image": ("a.jsonl", json.dumps({**LINE, "image": 3}), "line 1, 'image' is 3; give the file name of an image"),
@@ -241,7 +242,8 @@ def test_a_score_that_is_none_stays_none(tmp_path):
 
 @pytest.mark.parametrize("name", OUTPUT_FORMATS)
 def test_numbers_beyond_float_and_int64_are_read_and_written(tmp_path, name):
-    huge = {**LINE, "score": 10**400, "iou": 10**400, "region": 10**400, "others": [{"caption": "y", "score": 10**400}]}
+    alternatives = [{"caption": "y", "score": 10**400}]
+    huge = {**LINE, "score": 10**400, "predicted_iou": 10**400, "region_id": 10**400, "alternatives": alternatives}
     (tmp_path / "a.jsonl").write_text(json.dumps(huge))
     (each,) = read_captions(tmp_path / "a.jsonl")
     with MultiFormatWriter(tmp_path / "out", [name]) as writers:

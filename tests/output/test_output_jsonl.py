@@ -17,21 +17,23 @@ def test_a_line_says_what_was_asked_and_what_was_found(tmp_path, picture, captio
         writers.add("b.png", picture, [])
         writers.add("b.png", picture, captions[:1])
     lines = [json.loads(line) for line in writers.paths["jsonl"].open()]
-    assert [(line["image"], line["region"]) for line in lines] == [("pics/a.png", n) for n in range(4)] + [("b.png", 0)]
+    regions = [("pics/a.png", n) for n in range(4)] + [("b.png", 0)]
+    assert [(line["image"], line["region_id"]) for line in lines] == regions
     assert lines[0] == {
         "image": "pics/a.png",
         "width": 40,
         "height": 30,
-        "region": 0,
+        "region_id": 0,
         "prompt": {"points": [[15.0, 12.0, 1], [1.0, 1.0, 0]]},
         "box": list(captions[0].box),
         "mask": captions[0].mask,
         "caption": "a disc",
         "score": 0.75,
-        "iou": 0.5,
+        "predicted_iou": 0.5,
         "model": "m",
     }
-    assert (lines[1]["prompt"], lines[1]["mask"], lines[1]["iou"]) == ({"box": [1.5, 2.0, 10.0, 12.25]}, None, None)
+    assert lines[1]["prompt"] == {"box": [1.5, 2.0, 10.0, 12.25]}
+    assert (lines[1]["mask"], lines[1]["predicted_iou"]) == (None, None)
     assert lines[2]["box"] is None
     assert lines[3]["prompt"] == {"mask": captions[3].mask}
     assert masks.decode_rle(lines[3]["mask"]).sum() == 64
@@ -56,9 +58,9 @@ def test_lines_are_there_as_soon_as_an_image_is_done(tmp_path, picture, captions
 
 def test_what_is_not_a_number_is_null(tmp_path, picture, captions):
     with MultiFormatWriter(tmp_path) as writers:
-        writers.add("a.png", picture, [replace(captions[0], score=float("nan"), iou=float("inf"))])
+        writers.add("a.png", picture, [replace(captions[0], score=float("nan"), predicted_iou=float("inf"))])
     line = json.loads((tmp_path / "captions.jsonl").read_text(), parse_constant=pytest.fail)
-    assert (line["score"], line["iou"]) == (None, None)
+    assert (line["score"], line["predicted_iou"]) == (None, None)
 
 
 def test_what_was_asked_can_be_asked_again(tmp_path, picture, captions):

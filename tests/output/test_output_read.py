@@ -125,12 +125,12 @@ def test_reader_rejects_a_damaged_file_of_a_folder(tmp_path):
     assert "b.json is not valid JSON" in problems[0]
 
 
-@pytest.mark.parametrize("others", [3, [3], [{"caption": 3}], [{"score": 1}]])
-def test_jsonl_reader_rejects_damaged_alternatives(tmp_path, others):
+@pytest.mark.parametrize("alternatives", [3, [3], [{"caption": 3}], [{"score": 1}]])
+def test_jsonl_reader_rejects_damaged_alternatives(tmp_path, alternatives):
     good, bad = lines([1, 2, 8, 9], [5, 5, 6, 6])
-    ((image,), _, problems) = read(write(tmp_path, [good, bad | {"others": others}]))
+    ((image,), _, problems) = read(write(tmp_path, [good, bad | {"alternatives": alternatives}]))
     assert len(image.captions) == len(problems) == 1
-    assert "line 2, 'others'" in problems[0]
+    assert "line 2, 'alternatives'" in problems[0]
 
 
 NAMES = ("v/1.png", "v\\1.png")

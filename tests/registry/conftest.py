@@ -58,4 +58,4 @@ def code(monkeypatch):
 @pytest.fixture
 def states():
     """Name -> (state, reason) of a registry's listing."""
-    return lambda registry: {entry.name: (entry.state, entry.reason) for entry in registry.entries()}
+    return lambda registry: {entry.name: (entry.state, entry.reason) for entry in registry.list_entries()}

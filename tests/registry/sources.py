@@ -4,7 +4,7 @@ MIXER = """
     class Mean:
         '''A mean.'''
 
-        width, queries, uses_grid = 8, 1, False
+        hidden_size, num_queries, uses_grid = 8, 1, False
 
         def __init__(self, segmenter, depth=1):
             self.segmenter, self.depth = segmenter, depth

@@ -181,7 +181,9 @@ def test_check_asks_the_encoder_which_segmenter_it_brings(site, shade):
     check_compatible(TINY.apply_overrides(["encoder=blind", "mixer=query"]))
 
 
-WRITTEN = TINY.apply_overrides(["lora=4", "encoder.size=64", "segmenter=sam", "everything.points_per_side=8"]).to_dict()
+WRITTEN = TINY.apply_overrides(
+    ["lora=4", "encoder.image_size=64", "segmenter=sam", "everything.points_per_side=8"]
+).to_dict()
 PLACES = [(key,) for key in WRITTEN] + [
     (key, inner) for key, value in WRITTEN.items() if isinstance(value, dict) for inner in value
 ]

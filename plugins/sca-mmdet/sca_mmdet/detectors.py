@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def load_mmdet_config(name: str, components: tuple[str, ...] = ()) -> Config:
     """A config by its name in mmdet, or by file, a path with a separator, whose code is run.
 
-    parts: those of the model that are used, if not all.
+    components: those of the model that are used, if not all.
 
     Raises ValueError if there is none, or what is used needs compiled operators.
     """
@@ -36,7 +36,8 @@ def load_mmdet_config(name: str, components: tuple[str, ...] = ()) -> Config:
         config_files = _list_configs()
         if name not in config_files:
             raise ValueError(
-                f"there is no config {name!r}, as a file or among the {len(config_files)} of mmdet.{suggest_name(name, config_files)}"
+                f"there is no config {name!r}, as a file or among the {len(config_files)} of mmdet."
+                f"{suggest_name(name, config_files)}"
             )
         path = config_files[name]
     with translate_load_errors(path), silence_mmdet():

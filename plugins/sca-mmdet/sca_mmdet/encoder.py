@@ -15,8 +15,8 @@ class MmdetEncoder(nn.Module):
     """(B, 3, S, S) normalized pixels -> (B, C, S/stride, S/stride): one level of what backbone and neck give.
 
     config: the name of one of mmdet's configs, or a file. weights: a file or a URL, in mmdet's format; with
-    `pretrained=False` they are random. image_size: S. level: which of the levels, from the finest, 0, or from the end; None
-    for that whose stride is nearest to 16. fit: "pad" or "stretch", see `ImageFormat`.
+    `pretrained=False` they are random. image_size: S. level: index of the level, from the finest, 0, or from the end;
+    None for that whose stride is nearest to 16. fit: "pad" or "stretch", see `ImageFormat`.
     """
 
     default_segmenter = "box"

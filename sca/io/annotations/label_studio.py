@@ -11,6 +11,7 @@ import numpy as np
 
 from sca.io import masks
 from sca.io.annotations.annotation import AnnotatedImage, Annotation, ImageSize, SkipCallback, describe_unread_caption
+from sca.io.annotations.brush_rle import decode_brush_rle
 from sca.io.annotations.shapes import (
     Points,
     compute_bounding_box,
@@ -190,7 +191,8 @@ def _read_shape_image_size(
     size = read_recorded_size(result, result_location, ("original_width", "original_height"))
     if size and previous_size and size != previous_size:
         raise InputError(
-            f"{result_location}: an image of {size[0]} x {size[1]}, and {previous_size[0]} x {previous_size[1]} in a result before"
+            f"{result_location}: an image of {size[0]} x {size[1]}, and {previous_size[0]} x {previous_size[1]} in a "
+            "result before"
         )
     return size
 
@@ -316,8 +318,8 @@ def read_shape(
                 corners = [_read_value_numbers(each, ("x", "y")) for each in vertices]
                 return _fill_shape([(x * x_scale, y * y_scale) for x, y in corners], size, location, skip)
             case "brush":
-                brush_rle = read_field(value, "rle", list, "'value'")
-                return None, masks.encode_rle(brush_rle.decode_brush_rle(brush_rle, *size)), None
+                code = read_field(value, "rle", list, "'value'")
+                return None, masks.encode_rle(decode_brush_rle(code, *size)), None
             case "bitmask":
                 bitmask = decode_base64_mask(value.get("imageDataURL"), "'imageDataURL'", size)
                 if bitmask.shape != size[::-1]:
