@@ -1,4 +1,4 @@
-"""Floors: what can be had without looking, and by looking at what was seen in training."""
+"""Baselines: the most frequent text of the training data, and the text of the most similar training region."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class MostFrequent:
     its images are read, from the first on; 0 for all. The score is the share of names, or of phrases, that it is.
     """
 
-    generation_options = tuple(DEFAULT_GENERATION)  # that `generation_of` takes
+    generation_options = tuple(DEFAULT_GENERATION)  # accepted by `resolve_generation_options`
 
     def __init__(self, dataset: str, split: str = "train", options: Mapping[str, Any] | None = None, limit: int = 1000):
         self.training_regions = TrainingRegions(dataset, split, options or {}, limit)
@@ -126,7 +126,7 @@ class NearestNeighbor(RegionCaptioner):
 
 
 class TrainingRegions:
-    """The regions that a floor has seen: the first `limit` images of a dataset's split, 0 for all."""
+    """The training regions of a baseline: those of the first `limit` images of a dataset's split, 0 for all."""
 
     def __init__(self, dataset: str, split: str, options: Mapping[str, Any], limit: int):
         if limit < 0:

@@ -27,8 +27,8 @@ class CropCaptioner(RegionCaptioner):
     IoU is kept. The others never matter, so only that one is captioned: the same text at a third of the cost. A box has
     2 pixels a side or more, an empty mask 2 x 2 at the image's corner.
 
-    weights, revision, pretrained, config, dtype, batch: of the captioner, see `ImageTextModel`. encoder: what finds the
-    masks, see `RegionCaptioner`. vcot: asks twice, as Caption Anything does (arXiv 2305.02677): what the region is,
+    weights, revision, pretrained, config, dtype, batch_size: see `ImageTextModel`. encoder: predicts the masks,
+    see `RegionCaptioner`. vcot: asks twice, as Caption Anything does (arXiv 2305.02677): what the region is,
     with everything but its mask white, and then for a description of the answer in the plain crop; for models that
     answer questions.
     """
@@ -49,8 +49,8 @@ class CropCaptioner(RegionCaptioner):
         self.image_text_model = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
         if vcot and self.image_text_model.model_type in CAPTION_ONLY_MODELS:
             raise ValueError(
-                f"vcot asks questions, and a {self.image_text_model.model_type!r} model answers none: take blip2-opt-2.7b or another "
-                "model that reads questions"
+                f"vcot asks questions, and a {self.image_text_model.model_type!r} model answers none: take "
+                "blip2-opt-2.7b or another model that reads questions"
             )
         self.vcot = vcot
         self.fact_options = {"encoder": encoder, "vcot": vcot}

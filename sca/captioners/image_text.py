@@ -38,8 +38,8 @@ class ImageTextModel:
 
     weights: a hub id, at a revision, or a folder in the same format. config: fields of the configuration, `model_type`
     among them; with `pretrained=False` weights are random, and the same each time, from them or from the configuration
-    that lies with the weights. dtype: float32 on a CPU and that of the weights elsewhere, unless it is given. batch:
-    how many pictures at a time; a memory limit, not a result.
+    stored with the weights. dtype: by default float32 on a CPU and that of the weights elsewhere. batch_size: images
+    per call; it limits memory and changes no result.
 
     Pictures are prepared by Pillow, whether torchvision is there or not. Raises InputError or ValueError.
     """
@@ -56,7 +56,7 @@ class ImageTextModel:
     ):
         resolve_dtype(dtype)
         if batch_size < 1:
-            raise ValueError(f"batch is {batch_size}: give a whole number, 1 or more")
+            raise ValueError(f"batch_size is {batch_size}; use an integer of 1 or more")
         self.weights = weights if pretrained else None
         self.revision = revision
         self.batch_size = batch_size

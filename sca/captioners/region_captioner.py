@@ -55,14 +55,14 @@ class ScoredText(NamedTuple):
 
 
 class RegionCaptioner(MaskEngine):
-    """Finds the region that a prompt means; what is said of it is for `words`.
+    """Find the region of each prompt; subclasses write the captions in `caption_regions`.
 
     encoder: the name of an encoder that brings a segmenter with masks, such as a SAM, or a table of its name and
     options; or a checkpoint, whose encoder and segmenter are taken. A region is then the best of the masks that the
     segmenter gives for the prompt. Without one it is the prompt's box, or else its mask, and a point is refused.
     """
 
-    generation_options = tuple(DEFAULT_GENERATION)  # that `generation_of` takes
+    generation_options = tuple(DEFAULT_GENERATION)  # accepted by `resolve_generation_options`
 
     def __init__(self, encoder: str | Mapping[str, Any] | None, device: str | torch.device, masks: bool = True):
         model, self.has_masks = (None, False) if encoder is None else build_segmentation_model(encoder, device)
@@ -85,7 +85,7 @@ class RegionCaptioner(MaskEngine):
         requests: Sequence[Sequence[Prompt]],
         task: str = "caption",
         *,
-        masks: bool = True,
+        return_masks: bool = True,
         **generation: Any,
     ) -> list[list[Caption]]:
         views = iter(self._find_regions(encoded, requests))
@@ -177,8 +177,9 @@ def _has_masks(segmenter: str) -> bool:
 
 
 def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:
-    """`beams` and `max_new_tokens`, as those of models by default. Raises RegistryError for any other and for what is
-    no whole number from 1 on.
+    """Return `num_beams` and `max_new_tokens`, by default those of models.
+
+    Raises RegistryError for any other option, and for a value that is not an integer of 1 or more.
     """
     for name, value in options.items():
         if name not in DEFAULT_GENERATION:

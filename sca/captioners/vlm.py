@@ -49,8 +49,8 @@ class VisionLanguageModel(RegionCaptioner):
     place; arXiv 2306.14824) have. question: in place of ours, for both tasks; it goes through the chat template where
     there is one. The box is that of the prompt, or else the tight box of its mask.
 
-    weights, revision, pretrained, config, dtype, batch: see `ImageTextModel`. encoder: what finds the masks of points,
-    see `RegionCaptioner`. Raises ValueError for a way to show that the model does not know.
+    weights, revision, pretrained, config, dtype, batch_size: see `ImageTextModel`. encoder: predicts the masks of
+    points, see `RegionCaptioner`. Raises ValueError for a `show` that the model does not support.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class VisionLanguageModel(RegionCaptioner):
             )
         if show == "region-tokens" and model_type not in REGION_TOKEN_FORMATTERS:
             raise ValueError(
-                f"a {model_type!r} model has no words for places; {' and '.join(map(repr, REGION_TOKEN_FORMATTERS))} have. Take "
-                "show=crop or show=box"
+                f"a {model_type!r} model has no words for places; "
+                f"{' and '.join(map(repr, REGION_TOKEN_FORMATTERS))} have. Take show=crop or show=box"
             )
         if show == "region-tokens" and question is not None:
             raise ValueError("region tokens come with a question of their own: leave out question, or take show=crop")

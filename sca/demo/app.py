@@ -51,14 +51,14 @@ USAGE_TEXT = (
 class SliderValues(NamedTuple):
     """The values of the sliders."""
 
-    num_beams: int = DEFAULT_GENERATION["beams"]
+    num_beams: int = DEFAULT_GENERATION["num_beams"]
     points_per_side: int = EverythingOptions.points_per_side
     pred_iou_thresh: float = EverythingOptions.pred_iou_thresh
 
     @classmethod
     def from_settings(cls, generation: Mapping[str, Any], search: EverythingOptions) -> SliderValues:
         """Return the values that a model's own settings give the sliders."""
-        return cls(generation["beams"], search.points_per_side, search.pred_iou_thresh)
+        return cls(generation["num_beams"], search.points_per_side, search.pred_iou_thresh)
 
     def find_changes(self, initial: SliderValues) -> dict[str, Any]:
         """Return the values that a person moved, by name; None for those that are as they were shown."""
@@ -80,9 +80,9 @@ class ModelPool:
     Args:
         device: Device of the models.
         dtype: Type of their parameters, None for their own.
-        names: The models of the command line, which may have options.
-        any_model: Allow every other name and folder, without options.
-        agreed: What a model may do (see `sca.load`), by the names of the command line; others may do nothing.
+        model_names: The models of the command line, which may have options.
+        allow_any_model: Allow every other name and folder, without options.
+        trust_options: Trust options (see `sca.load`) by model name; other models are not trusted.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class ModelPool:
         return scheduler
 
     def _unload_idle_models(self) -> None:
-        """All but the last `HELD`, as far as nobody uses them."""
+        """Unload unused models, except for the `MAX_LOADED_MODELS` most recent ones."""
         with self._lock:
             idle_names = [name for name in self._schedulers if not self._num_users[name]]
             schedulers = [
@@ -190,10 +190,10 @@ def build_page(
     """Build the page of the demo.
 
     Args:
-        models: The models behind it; with `any_model` other names and folders can be entered.
-        names: Models to choose from, the first of them to begin with.
-        examples: Images, and what they are called.
-        pixels: Maximum pixels of an image.
+        models: The models; with `allow_any_model` other names and folders can be entered.
+        model_names: Models to choose from; the first is selected.
+        examples: Example images and their names.
+        max_pixels: Maximum pixels per image.
     """
     any_model = models.allow_any_model
     package_files = files("sca.demo")
@@ -218,7 +218,7 @@ def build_page(
                 initial_values.num_beams,
                 step=1,
                 label="Beams",
-                elem_id="beams",
+                elem_id="num_beams",
             )
         note = gr.Markdown(_describe_model_domain(model_names[0]), elem_id="note")
         with gr.Row():
@@ -244,7 +244,7 @@ def build_page(
                     initial_values.points_per_side,
                     step=1,
                     label="Points along each side",
-                    elem_id="points",
+                    elem_id="points_per_side",
                 )
                 iou = gr.Slider(
                     0,
@@ -252,7 +252,7 @@ def build_page(
                     initial_values.pred_iou_thresh,
                     step=0.01,
                     label="Least predicted IoU of a mask",
-                    elem_id="iou",
+                    elem_id="pred_iou_thresh",
                 )
                 with gr.Column():
                     find_button = gr.Button("Find everything", variant="primary", elem_id="find")
@@ -349,8 +349,8 @@ def _refresh_sliders(models: ModelPool, name: str, initial: SliderValues, values
     """Return the model's own values, and what puts the sliders there that nobody moved.
 
     Args:
-        shown: The values that the sliders were put at.
-        values: The values that they have.
+        initial: The values that the sliders were set to.
+        values: Their current values.
     """
     slider_values = models.get_slider_values(name)
     changes = SliderValues(*values).find_changes(initial)
@@ -419,7 +419,7 @@ def _caption_everything(
     try:
         with models.scheduler(model) as scheduler:
             changes = SliderValues(int(num_beams), int(points_per_side), float(pred_iou_thresh)).find_changes(initial)
-            generation = resolve_generation_options(scheduler.captioner, num_beams=changes.pop("beams"))
+            generation = resolve_generation_options(scheduler.captioner, num_beams=changes.pop("num_beams"))
             options = resolve_everything_options(scheduler.captioner, changes)
             inference_request = InferenceRequest(
                 session.image, (), options, task, generation, timeout=RESPONSE_TIMEOUT_SECONDS

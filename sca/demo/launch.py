@@ -37,20 +37,20 @@ def run_demo(
     """Serve the page until it is interrupted.
 
     Args:
-        names: Models to choose from.
+        model_names: Models to choose from.
         device: Device of the models.
-        dtype: Type of their parameters, None for their own.
-        host: Address to listen at.
-        port: Port to listen at, 0 for any that is free.
-        any_model: Whether other names and folders, without options, may be entered.
-        browser: Whether to open the page.
-        report: Called with a line when the page is there.
-        agreed: What each model may do, see `Models`.
-        body: Maximum bytes of an upload.
-        pixels: Maximum pixels of an image.
-        hosts: Names accepted in the Host header.
-        keys: API keys, one of which is the password; none if there are none.
-        root_path: Path below which a proxy shows the page.
+        dtype: Data type of the weights, None for the checkpoint's.
+        host: Address to bind.
+        port: Port to bind; 0 selects a free port.
+        allow_any_model: Let visitors load any model name or folder, without options.
+        open_browser: Open the page in a web browser.
+        on_ready: Called with a message when the page is available.
+        trust_options: Trust options of each model, see `ModelPool`.
+        max_body_bytes: Maximum upload size in bytes.
+        max_pixels: Maximum pixels per image.
+        allowed_hosts: Additional Host headers to accept.
+        api_keys: API keys, each of which is a password; empty to require none.
+        root_path: URL path of the page behind a proxy.
 
     Raises:
         ValueError: For a port that cannot be had, and for a model.

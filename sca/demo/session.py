@@ -40,12 +40,12 @@ class SessionRegion:
             return self.caption
         rle, predicted_iou = self.masks[self.mask_index]
         box = self.prompt.box or masks.mask_to_box(rle)
-        return replace(self.caption, mask=rle, iou=predicted_iou, box=box)
+        return replace(self.caption, mask=rle, predicted_iou=predicted_iou, box=box)
 
 
 @dataclass
 class Session:
-    """One picture in one tab. `current` is the region that a further point belongs to."""
+    """One image in one tab. `current_index` is the region that a further point belongs to."""
 
     image: Image.Image
     name: str
@@ -71,7 +71,7 @@ class Session:
             case "choose":
                 region_index, mask_index = self._check_region_index(event.get("region")), event.get("mask")
                 if region_index is not None and mask_index in range(len(self.regions[region_index].masks)):
-                    self._replace_region(region_index, replace(self.regions[region_index], chosen=mask_index))
+                    self._replace_region(region_index, replace(self.regions[region_index], mask_index=mask_index))
             case "point":
                 label = 1 if event.get("label") else 0
                 return self._add_prompt(points=((event.get("x"), event.get("y"), label),))
@@ -86,7 +86,7 @@ class Session:
 
         def set_caption(regions: tuple[SessionRegion, ...]) -> tuple[SessionRegion, ...]:
             return tuple(
-                SessionRegion(prompt, replace(caption, region=region_index), mask_candidates)
+                SessionRegion(prompt, replace(caption, region_id=region_index), mask_candidates)
                 if region.prompt is prompt
                 else region
                 for region_index, region in enumerate(regions)
@@ -105,7 +105,7 @@ class Session:
 
     def add_caption(self, caption: Caption) -> None:
         """A region that was found."""
-        region = SessionRegion(caption.prompt, replace(caption, region=len(self.regions)))
+        region = SessionRegion(caption.prompt, replace(caption, region_id=len(self.regions)))
         self.regions = (*self.regions, region)
 
     def clear_regions(self) -> None:

@@ -1,7 +1,7 @@
 """Segment and caption everything: masks of a grid of points, and captions for those that survive.
 
 The filters and the crops are those of SAM's automatic mask generator (arXiv 2304.02643). The image is encoded once, and
-once more for each crop; words are generated only for the masks that are left at the end.
+once more for each crop; captions are generated only for the masks that remain.
 """
 
 from __future__ import annotations
@@ -29,16 +29,7 @@ from sca.nn.nms import suppress_overlaps
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
 EVERYTHING_ARGUMENTS = ("task", "options", "proposals", "progress", "max_regions")  # of `caption_everything`
-SAM_OPTION_NAMES = {  # of the options of SAM's automatic mask generator, those here
-    "points_per_side": "points",
-    "pred_iou_thresh": "iou",
-    "stability_score_thresh": "stability",
-    "stability_score_offset": "offset",
-    "box_nms_thresh": "nms",
-    "crop_n_layers": "crops",
-    "crop_overlap_ratio": "crop_overlap",
-    "min_mask_region_area": "area",
-}
+SAM_OPTION_NAMES = {"min_mask_region_area": "min_area"}  # SAM's automatic mask generator -> here, where they differ
 SEARCH_VERSION = 2  # of what a search finds: raised when the regions of the same settings change
 CROP_EDGE_TOLERANCE = 20  # pixels: a mask that ends so close to the edge of a crop is taken to be cut off by it
 MASKS_PER_CHUNK = 16  # masks are measured at a time: a small piece of work
@@ -62,11 +53,11 @@ class Candidate(NamedTuple):
 
 
 def resolve_everything_options(captioner: Any, overrides: Mapping[str, Any]) -> EverythingOptions:
-    """Return the search settings of a captioner: its own, except for those that are given.
+    """Return the search settings of a captioner with overrides.
 
     Args:
         captioner: A model; a captioner without settings of its own has SAM's.
-        given: Fields of `Everything` by name; None leaves a field to the captioner.
+        overrides: Fields of `EverythingOptions` by name; None keeps the captioner's value.
     """
     default_options = getattr(captioner, "everything", EverythingOptions())
     return replace(default_options, **{name: value for name, value in overrides.items() if value is not None})
@@ -94,7 +85,8 @@ def caption_everything(
         progress: Called with the points looked at and the total.
         max_regions: Maximum regions to caption: first those that points find, by predicted IoU, then those that are
             regions already, by the scores of `proposals`.
-        **given: Fields of `Everything` in place of those in `options`, and generation options of `Predictor.predict`.
+        **kwargs: Fields of `EverythingOptions` that override those in `options`, and generation options of
+            `Predictor.predict`.
 
     Raises:
         TypeError: An unknown keyword; names the closest one.
@@ -112,7 +104,7 @@ def caption_everything(
         raise ValueError(f"max_regions is {max_regions!r}; give a whole number, 1 or more")
     if not isinstance(options, EverythingOptions | None):
         raise ValueError(
-            f"options is of type {type(options).__name__}; give sca.Everything(...), or its fields by name"
+            f"options is of type {type(options).__name__}; give sca.EverythingOptions(...), or its fields by name"
         )
     overrides = {name: value for name, value in kwargs.items() if name in default_fields and value is not None}
     if not isinstance(predictor, Predictor):
@@ -131,7 +123,7 @@ def caption_everything(
     proposed_prompts = _select_region_prompts(proposals, max_proposed) if proposals else []
     if proposed_prompts:
         (proposed_captions,) = engine.caption_batch(encoded, [proposed_prompts], task, **generation)
-        captions += [replace(each, region=len(masks) + each.region_id) for each in proposed_captions]
+        captions += [replace(each, region_id=len(masks) + each.region_id) for each in proposed_captions]
     return captions
 
 
@@ -173,12 +165,12 @@ def search_everything(
         encoded: What `engine.encode` returned for one image.
         options: Where and what to look for (default: the model's own).
         proposals: What to look at instead of the grid and the crops of `options`.
-        max_found: Maximum regions to find; more are refused.
+        max_found_regions: Maximum regions to find; more raise ValueError.
         max_bytes: Maximum bytes of candidate masks to hold at a time.
 
     Returns:
-        The masks that points find, best first, and the prompt that each is captioned from: what `MaskEngine.tell`
-        takes.
+        The masks that points find, best first, and the prompt that each is captioned from: the arguments of
+        `MaskEngine.caption_masks`.
 
     Raises:
         ValueError: If there is no segmenter, it has no masks, or a maximum is exceeded.
@@ -197,7 +189,7 @@ def _is_single_point(prompt: Prompt) -> bool:
 
 
 def _select_region_prompts(proposals: Proposals, max_count: int | None) -> list[Prompt]:
-    """Return the prompts that are regions already, at most `count` of them, those with the best scores, in order."""
+    """Return the `max_count` prompts with the best scores that are regions already, in order."""
     indices = [place for place, prompt in enumerate(proposals.prompts) if not _is_single_point(prompt)]
     best_indices = sorted(indices, key=lambda place: -proposals.scores[place])[:max_count]
     return [proposals.prompts[place] for place in sorted(best_indices)]
@@ -235,7 +227,10 @@ def _search_windows(
                 candidates.append(step)
                 held_bytes += len(step.mask["counts"])
                 if max_bytes is not None and held_bytes > max_bytes:
-                    raise ValueError("too many masks pass the filters; raise iou or stability, lower points")
+                    raise ValueError(
+                        "too many masks pass the filters; raise pred_iou_thresh or stability_score_thresh, or lower "
+                        "points_per_side"
+                    )
             else:
                 points_done = step
             yield SearchProgress(previously_done + points_done, total_points)
@@ -244,7 +239,8 @@ def _search_windows(
             kept.append(candidates[index])
             if max_found_regions is not None and len(kept) > max_found_regions:
                 raise ValueError(
-                    f"more than {max_found_regions:,} regions were found; raise iou or stability, lower nms"
+                    f"more than {max_found_regions:,} regions were found; raise pred_iou_thresh or "
+                    "stability_score_thresh, or lower box_nms_thresh"
                 )
             yield SearchProgress(previously_done, total_points)
     if len(windows) > 1:  # of what several windows show, the closest look stays
@@ -348,7 +344,7 @@ def _suppress_overlaps(candidates: Sequence[Candidate], scores: Tensor, options:
 
 
 def _make_grid(window: Window, points_per_side: int) -> Tensor:
-    """(points ** 2, 2) x y in the middle of equal cells of a window."""
+    """(points_per_side ** 2, 2) x y in the middle of equal cells of a window."""
     x1, y1, x2, y2 = window
     cell_centers = (torch.arange(points_per_side) + 0.5) / points_per_side
     y, x = torch.meshgrid(y1 + cell_centers * (y2 - y1), x1 + cell_centers * (x2 - x1), indexing="ij")

@@ -4,7 +4,7 @@
     from sca.inference.job import CaptionJob
 
     job = CaptionJob("sca-tiny", boxes=["370,434,448,512"])
-    for result in BatchCaptioner(job, job.read_regions()).caption(paths):
+    for result in BatchCaptioner(job, job.read_region_source()).caption_images(paths):
         print(result.reason if isinstance(result, Failure) else result.captions)
 
 An image that fails yields a `Failure`; the others are captioned.
@@ -44,7 +44,7 @@ class Failure(NamedTuple):
 
     path: Path
     reason: str  # one line that names the image
-    kind: str  # IMAGE or PROMPTS
+    kind: str  # UNUSABLE_IMAGE or UNUSABLE_PROMPTS
     is_entire_image: bool = True  # no region of the image is captioned
 
 
@@ -58,7 +58,7 @@ class BatchCaptioner:
 
     Args:
         job: What to caption in each image, and how; its model is loaded.
-        regions: What `job.read_regions` returned, after `match` with all images of the run.
+        region_source: Result of `job.read_region_source`, after `match_images` with all images of the run.
 
     Raises:
         ValueError: An option does not suit the captioner. See `sca.captioner` for what loading raises.
@@ -82,9 +82,9 @@ class BatchCaptioner:
 
         Args:
             paths: Image files.
-            done: Images that are captioned already, by path. Batches are composed as without them, so that captions do
-                not depend on where a run was interrupted.
-            keeps_images: Also open images that are captioned already.
+            captioned: Images that are captioned already, by path. Batches are composed as without them, so that
+                captions do not depend on where a run was interrupted.
+            keep_images: Also open images that are captioned already.
             progress: Called with the points looked at and the total, during a search.
         """
         opened_images = _open_images(paths, captioned or {})
@@ -169,10 +169,11 @@ def caption_requests(
         requests: For each image its prompts, which fit it.
         task: "caption" or "recognition".
         encoded: What `captioner.encode` returned for the images, if it was called before.
-        **generation: As returned by `sca.inference.generation_options.settle_generation`.
+        **generation: As returned by `sca.inference.generation_options.resolve_generation_options`.
     """
-    if hasattr(captioner, "answer"):
-        return captioner.answer(captioner.encode(images) if encoded is None else encoded, requests, task, **generation)
+    if hasattr(captioner, "caption_batch"):
+        encoded = captioner.encode(images) if encoded is None else encoded
+        return captioner.caption_batch(encoded, requests, task, **generation)
     image_requests = zip(images, requests, strict=True)
     return [
         captioner.caption(image, request, task, **generation) if request else [] for image, request in image_requests

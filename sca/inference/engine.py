@@ -43,7 +43,7 @@ class PredictedMask(NamedTuple):
 
 
 class MaskEngine(ABC):
-    """Encode images and segment regions of them; subclasses add captions with `answer` and `tell`.
+    """Encode images and segment their regions; subclasses add captions with `caption_batch` and `caption_masks`.
 
     Args:
         model: An encoder and a segmenter; None where a prompt is its region already.
@@ -90,7 +90,7 @@ class MaskEngine(ABC):
         Args:
             encoded: What `encode` returned for B images.
             requests: For each of the B images its prompts, which fit it.
-            multimask: All candidates of the segmenter (SAM has three); otherwise its single mask.
+            multimask_output: Return all candidates of the segmenter (SAM has three); otherwise its single mask.
 
         Returns:
             For each prompt of all images in one list its masks, by predicted IoU, best first.
@@ -102,7 +102,7 @@ class MaskEngine(ABC):
         masks_by_prompt: list[list[PredictedMask]] = [[] for _ in range(sum(map(len, requests)))]
         for indices, prompts, segmenter_output in self._iter_segmented_chunks(encoded, requests, multimask_output):
             if segmenter_output.masks is None:
-                raise ValueError("the segmenter gives no masks: build the model with segmenter=sam")
+                raise ValueError("the segmenter predicts no masks; build the model with segmenter=sam")
             order = segmenter_output.iou_scores.argsort(dim=1, descending=True, stable=True)  # (N, M)
             logits = segmenter_output.masks.take_along_dim(order[..., None, None], dim=1).flatten(0, 1)
             ious = clamp_ious(segmenter_output.iou_scores.take_along_dim(order, dim=1))
@@ -148,7 +148,7 @@ class MaskEngine(ABC):
         requests: Sequence[Sequence[Prompt]],
         task: str = "caption",
         *,
-        masks: bool = True,
+        return_masks: bool = True,
         **generation: Any,
     ) -> list[list[Caption]]:
         """Caption any number of regions of encoded images.
@@ -157,8 +157,8 @@ class MaskEngine(ABC):
             encoded: What `encode` returned for B images.
             requests: For each of the B images its prompts, which fit it.
             task: "caption" or "recognition".
-            masks: Compute full-size masks. Without them a caption of a point or a mask may have no box either.
-            **generation: As returned by `sca.inference.generation_options.settle_generation`.
+            return_masks: Compute full-size masks. Without them a caption of a point or a mask may have no box either.
+            **generation: As returned by `sca.inference.generation_options.resolve_generation_options`.
 
         Returns:
             For each image its captions, in the order of its prompts.
@@ -178,15 +178,15 @@ class MaskEngine(ABC):
         Args:
             encoded: What `encode` returned for one image.
             masks: The masks, which the captions get.
-            request: For each mask the prompt that its caption is generated from.
+            prompts: For each mask the prompt that its caption is generated from.
             task: "caption" or "recognition".
-            **generation: As for `answer`.
+            **generation: As for `caption_batch`.
         """
 
     def _iter_segmented_chunks(
         self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]], multimask_output: bool = True
     ) -> Iterator[tuple[list[int], PromptBatch, SegmenterOutput]]:
-        """A chunk of regions at a time, with their places in the flattened requests."""
+        """Yield a chunk of regions at a time, with their indices in the flattened requests."""
         for indices, prompt_batch in self.processor.group_prompts(requests, encoded.frames):
             for chunk_index, chunk in enumerate(prompt_batch.to(self.device).iter_chunks(self.region_batch_size)):
                 chunk_indices = indices[
@@ -237,7 +237,7 @@ class Engine(MaskEngine):
         requests: Sequence[Sequence[Prompt]],
         task: str = "caption",
         *,
-        masks: bool = True,
+        return_masks: bool = True,
         **generation: Any,
     ) -> list[list[Caption]]:
         check_task(task)
@@ -249,7 +249,7 @@ class Engine(MaskEngine):
         flat_captions: list[Caption | None] = [None] * len(flat_requests)
         for indices, prompts in self.processor.group_prompts(requests, encoded.frames):
             scored_texts, usages, rles, predicted_ious = self._caption_prompt_batch(
-                encoded, prompts, TASKS.index(task), masks, generation
+                encoded, prompts, TASKS.index(task), return_masks, generation
             )
             for row, index in enumerate(indices):
                 _, prompt, region_index = flat_requests[index]
@@ -279,10 +279,10 @@ class Engine(MaskEngine):
         task: str = "caption",
         **generation: Any,
     ) -> list[Caption]:
-        (captions,) = self.caption_batch(encoded, [prompts], task, masks=False, **generation)
+        (captions,) = self.caption_batch(encoded, [prompts], task, return_masks=False, **generation)
         captions_with_masks = zip(captions, masks, strict=True)
         return [
-            replace(caption, mask=rle, box=mask_to_box(rle), iou=predicted_iou)
+            replace(caption, mask=rle, box=mask_to_box(rle), predicted_iou=predicted_iou)
             for caption, (rle, predicted_iou) in captions_with_masks
         ]
 
@@ -309,7 +309,7 @@ class Engine(MaskEngine):
                 rles += self._iter_rles(best_logits, chunk.image_index, encoded.frames)
             if segmenter_output.iou_scores is not None:
                 predicted_ious += clamp_ious(segmenter_output.iou_scores.amax(1))
-            del segmenter_output  # the grids of its regions are large, and words need room
+            del segmenter_output  # its grids are large, and generation needs the memory
         prefix = torch.cat(prefixes)  # (N, K, E)
         generated = self.model.generate_from_prefix(prefix, **generation)
         no_values = [None] * len(prompts)
@@ -326,7 +326,7 @@ class Engine(MaskEngine):
         tokenizer = self.model.language_model.tokenizer
         if tokenizer is None:
             raise ValueError(
-                "the language model has no tokenizer, so it gives ids and no words: give it one with "
+                "the language model has no tokenizer, so it generates token IDs and no text; add one with "
                 "`sca import MODEL OUT --tokenizer FOLDER`, or use SegmentCaptioner.generate"
             )
         return [tokenizer.decode(token_ids) for token_ids in sequences]

@@ -34,11 +34,11 @@ def captioner(
     revision: str | None = None,
     **options: Any,
 ) -> Captioner:
-    """Whatever answers for regions, ready to `describe`.
+    """Load a captioner: anything with the method `caption`.
 
-    source: a checkpoint (a folder, a name of the zoo, a hub id); the name of a registered captioner; or two names,
-    encoder+captioner, where the encoder finds the masks. Options of a captioner stand after its name,
-    "sam-vit-b+blip-base batch=8", in a table with its `name`, or are given by keyword. A checkpoint takes `dtype` and
+    source: a checkpoint (a folder, a model name, a hub id); the name of a registered captioner; or two names,
+    encoder+captioner, where the encoder predicts the masks. Options of a captioner follow its name,
+    "sam-vit-b+blip-base batch_size=8", are in a table with its `name`, or are keywords. A checkpoint takes `dtype` and
     `regions` (see `Engine`).
 
     trust_remote_code, allow_external, revision: what a checkpoint may do, and which of a hub id; see `sca.load`. A

@@ -8,11 +8,9 @@ from typing import Any
 from sca_registry.errors import format_choices, suggest_name
 from sca_registry.spec import DEFAULT_GENERATION, check_generation
 
-GENERATION_OPTIONS = ("max_new_tokens", "beams", "captions", "sample", "temperature", "top_p", "seed")
-ARGUMENT_ALIASES = {  # of transformers and SAM, with the names here
-    "num_beams": "beams",
-    "num_return_sequences": "captions",
-    "do_sample": "sample",
+GENERATION_OPTIONS = ("max_new_tokens", "num_beams", "num_captions", "do_sample", "temperature", "top_p", "seed")
+ARGUMENT_ALIASES = {  # names in transformers and SAM -> names here, for error messages
+    "num_return_sequences": "num_captions",
     "max_length": "max_new_tokens",
     "max_tokens": "max_new_tokens",
     "point_coords": "points",
@@ -21,7 +19,7 @@ ARGUMENT_ALIASES = {  # of transformers and SAM, with the names here
     "input_boxes": "boxes",
     "input_points": "points",
 }
-SAMPLING_ONLY_OPTIONS = ("temperature", "top_p")  # that nothing but sampling uses
+SAMPLING_ONLY_OPTIONS = ("temperature", "top_p")  # used by sampling only
 
 
 def resolve_generation_options(
@@ -35,20 +33,21 @@ def resolve_generation_options(
     top_p: float | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """Check options of generation, and return those that are given as captioners take them.
+    """Check generation options, and return those that are set as captioners accept them.
 
-    The best of several captions are found by beam search, so without `beams` there are at least as many beams. A seed
-    counts for sampling only.
+    Beam search finds the best captions, so `num_beams` defaults to at least `num_captions`. A seed affects sampling
+    only.
 
     Args:
-        captioner: A captioner; its `generation` are its own settings, and its `generation_options` name what it takes.
+        captioner: A captioner; its `generation` holds its defaults, and its `generation_options` names the options that
+            it supports.
         max_new_tokens: Maximum tokens per caption.
-        beams: Beams of the search.
-        captions: Captions per region, best first.
-        sample: Draw tokens instead of taking the likeliest.
-        temperature: Divides the logits that are sampled from.
-        top_p: Probability mass that is sampled from.
-        seed: Of what is drawn.
+        num_beams: Number of beams.
+        num_captions: Captions per region, best first.
+        do_sample: Sample tokens instead of decoding greedily.
+        temperature: Sampling temperature.
+        top_p: Probability mass for nucleus sampling.
+        seed: Random seed for sampling.
 
     Raises:
         ValueError: A value of another type or out of range, one that only sampling uses, or an option that the
@@ -58,27 +57,28 @@ def resolve_generation_options(
     settings = {name: value for name, value in zip(GENERATION_OPTIONS, values, strict=True) if value is not None}
     check_generation("generation", settings)
     defaults = getattr(captioner, "generation", DEFAULT_GENERATION)
-    is_sampling = settings.get("sample", defaults.get("sample", False))
+    is_sampling = settings.get("do_sample", defaults.get("do_sample", False))
     for name in SAMPLING_ONLY_OPTIONS:
         if name in settings and not is_sampling:
-            raise ValueError(f"{name} has no effect without sampling; add sample=True")
+            raise ValueError(f"{name} has no effect without sampling; add do_sample=True")
     if not is_sampling:
         settings.pop("seed", None)
-    if settings.get("sample") is False and not defaults.get("sample"):
-        del settings["sample"]
+    if settings.get("do_sample") is False and not defaults.get("do_sample"):
+        del settings["do_sample"]
     supported = getattr(captioner, "generation_options", GENERATION_OPTIONS)
     for name in settings:
         if name not in supported:
             raise ValueError(
-                f"{type(captioner).__name__} does not support the generation option {name!r}.{format_choices(supported)}"
+                f"{type(captioner).__name__} does not support the generation option {name!r}."
+                f"{format_choices(supported)}"
             )
     if num_captions and num_beams is None:
-        if is_sampling and num_captions > defaults["beams"]:
-            settings["beams"] = 1  # each caption is drawn by itself
+        if is_sampling and num_captions > defaults["num_beams"]:
+            settings["num_beams"] = 1  # each caption is sampled independently
         elif not is_sampling:
-            settings["beams"] = max(num_captions, defaults["beams"])
+            settings["num_beams"] = max(num_captions, defaults["num_beams"])
     elif num_captions and num_beams is not None and num_captions > num_beams and (num_beams > 1 or not is_sampling):
-        raise ValueError(f"captions={num_captions} needs beams={num_captions} or more, not {num_beams}")
+        raise ValueError(f"num_captions={num_captions} needs num_beams={num_captions} or more, not {num_beams}")
     return settings
 
 
@@ -88,10 +88,10 @@ def reject_unknown_arguments(
     """Raise TypeError if there is an unknown keyword.
 
     Args:
-        function: Whose keywords they are.
-        unknown: Keywords that it does not have.
-        known: Keywords that it has; the closest is suggested.
-        other_names: What keywords are called in other packages, with the names here.
+        function: Name of the function.
+        unknown_names: Keywords that it does not have.
+        known_names: Keywords that it has; the closest is suggested.
+        aliases: Names of keywords in other packages, mapped to the names here.
     """
     for name in sorted(unknown_names):
         canonical_name = {**ARGUMENT_ALIASES, **(aliases or {})}.get(name, name)

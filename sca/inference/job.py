@@ -105,12 +105,12 @@ class CaptionJob:
         regions: Several parts of one region, see `sca.io.prompts.parse_region`.
         prompts: A prompts file or folder, in place of these regions.
         everything: Search for the regions instead.
-        search: Fields of `sca.Everything`; None leaves one to the model.
+        search_options: Fields of `sca.EverythingOptions`; None keeps the model's value.
         proposer: 'NAME [key=value]...', in place of the grid of points.
         max_regions: Maximum regions per image of a search, best first.
         task: "caption" or "recognition".
-        generation: Options of generation; None leaves one to the model.
-        batch: Images encoded at a time.
+        generation_options: Generation options; None keeps the model's value.
+        batch_size: Images per encoder batch.
 
     Raises:
         ValueError: A value is out of range, or the regions come from none or from more than one of a list of regions,
@@ -138,7 +138,7 @@ class CaptionJob:
 
     def __post_init__(self) -> None:
         check_task(self.task)
-        check_range("batch", self.batch_size, int, 1)
+        check_range("batch_size", self.batch_size, int, 1)
         sources = [name for name in SOURCES if getattr(self, name)]
         if not sources:
             raise ValueError(f"no regions to caption; give {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")

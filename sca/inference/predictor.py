@@ -82,8 +82,8 @@ class Predictor:
     ) -> list[Caption]:
         """Caption regions of the image that is set: each prompt, then each box, each point and each mask.
 
-        Coordinates are pixels of the upright image: x to the right, y down. Options of generation that are None are the
-        model's own; see `sca.inference.generation_options.settle_generation`.
+        Coordinates are pixels of the upright image: x to the right, y down. Generation options that are None take the
+        model's defaults; see `sca.inference.generation_options.resolve_generation_options`.
 
         Args:
             prompts: Regions with any combination of a box, points and a mask.
@@ -92,12 +92,12 @@ class Predictor:
             masks: (height, width) arrays, or COCO RLEs.
             task: "caption", or "recognition" for a class name.
             max_new_tokens: Maximum tokens per caption.
-            beams: Beams of the search.
-            captions: Captions per region; all but the best are in `Caption.others`.
-            sample: Draw tokens instead of taking the likeliest.
-            temperature: Divides the logits that are sampled from.
-            top_p: Probability mass that is sampled from.
-            seed: Of what is drawn.
+            num_beams: Number of beams.
+            num_captions: Captions per region; all but the best are in `Caption.alternatives`.
+            do_sample: Sample tokens instead of decoding greedily.
+            temperature: Sampling temperature.
+            top_p: Probability mass for nucleus sampling.
+            seed: Random seed for sampling.
 
         Returns:
             A caption for each region, in order.
@@ -134,7 +134,7 @@ class Predictor:
 
         Args:
             prompts: As for `predict`, like boxes, points and masks.
-            multimask: All candidates of the segmenter (SAM has three); otherwise its single mask.
+            multimask_output: Return all candidates of the segmenter (SAM has three); otherwise its single mask.
 
         Returns:
             For each region its masks, by predicted IoU, best first.
@@ -143,7 +143,7 @@ class Predictor:
             TypeError: An unknown keyword; names the closest one.
             ValueError: What `predict` refuses, or a segmenter without masks.
         """
-        reject_unknown_arguments("segment", unknown_arguments, (*REGION_ARGUMENTS[:4], "multimask"))
+        reject_unknown_arguments("segment", unknown_arguments, (*REGION_ARGUMENTS[:4], "multimask_output"))
         request = self._collect_prompts(prompts, boxes, points, masks)
         return self.engine.segment(self.encoded, [request], multimask_output)
 
@@ -165,7 +165,7 @@ class Predictor:
         """Caption regions of several images; the image that is set stays.
 
         Args:
-            images: As for `set_image`; `BATCH` of them are encoded at a time.
+            images: As for `set_image`; `ENCODE_BATCH_SIZE` of them are encoded at a time.
             requests: For each image its regions. Some may have none.
             task: As for `predict`, like all further options.
 

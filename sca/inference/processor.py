@@ -1,4 +1,4 @@
-"""From pictures and pointing to tensors of the input frame, and from masks back to pictures.
+"""Convert images and prompts to tensors of the input frame, and masks back to image pixels.
 
 Frames: an image's own pixels (as its viewer sees it), and the input frame, the SxS square that the encoder reads.
 """
@@ -83,7 +83,7 @@ class Processor:
     def group_prompts(
         self, requests: Sequence[Sequence[Prompt]], frames: Sequence[InputFrame]
     ) -> list[tuple[list[int], PromptBatch]]:
-        """Requests of B images -> homogeneous buckets, each with the place of its rows in the flattened request."""
+        """Group the prompts of B images into homogeneous batches, each with its indices in the flattened requests."""
         buckets: dict[tuple, list[tuple[int, int, Prompt]]] = {}
         index = 0
         for image_index, request in enumerate(requests):
@@ -98,7 +98,7 @@ class Processor:
 
     def _make_prompt_batch(self, entries: list[tuple[int, int, Prompt]], frames: Sequence[InputFrame]) -> PromptBatch:
         first_prompt = entries[0][2]
-        scales = torch.tensor([frames[owner].scale for _, owner, _ in entries])  # (N, 2)
+        scales = torch.tensor([frames[image_index].scale for _, image_index, _ in entries])  # (N, 2)
         boxes = points = labels = masks = None
         if first_prompt.box is not None:
             boxes = torch.tensor([prompt.box for _, _, prompt in entries], dtype=torch.float32) * scales.repeat(1, 2)
@@ -106,8 +106,11 @@ class Processor:
             labeled_points = torch.tensor([prompt.points for _, _, prompt in entries], dtype=torch.float32)  # (N, P, 3)
             points, labels = labeled_points[:, :, :2] * scales[:, None], labeled_points[:, :, 2].long()
         if first_prompt.mask is not None:
-            masks = torch.stack([self.encode_mask_prompt(prompt.mask, frames[owner]) for _, owner, prompt in entries])
-        return PromptBatch(torch.tensor([owner for _, owner, _ in entries]), boxes, points, labels, masks)
+            masks = torch.stack(
+                [self.encode_mask_prompt(prompt.mask, frames[image_index]) for _, image_index, prompt in entries]
+            )
+        image_indices = torch.tensor([image_index for _, image_index, _ in entries])
+        return PromptBatch(image_indices, boxes, points, labels, masks)
 
     def compute_coverage(self, mask: np.ndarray, frame: InputFrame) -> Tensor:
         """A mask in image pixels -> (4h, 4w), the share of each cell of the input frame that it covers."""
@@ -137,10 +140,10 @@ class Processor:
         )
 
     def iter_binary_masks(self, logits: Tensor, frames: Sequence[InputFrame]) -> Iterator[np.ndarray]:
-        """Yield where `masks` is above zero: (height, width) bool in each image's own pixels, column-major in memory.
+        """Yield where `postprocess_masks` is above zero: (height, width) bool in image pixels, column-major in memory.
 
-        Only the rows and columns that can be above zero are computed. From an accelerator masks are copied `PIXELS` at
-        a time, so that the host does not wait for each.
+        Only the rows and columns that can be above zero are computed. Masks are copied from an accelerator
+        `PIXELS_PER_COPY` pixels at a time, so that the host does not wait for each.
 
         Args:
             logits: (N, 4h, 4w).
@@ -192,7 +195,7 @@ class Processor:
         return num_confident / num_possible.clamp(min=1), torch.stack(boxes)
 
     def _get_upscalings(self, frame: InputFrame, device: torch.device) -> tuple[AxisUpscaling, AxisUpscaling]:
-        """What `masks` does, down and across: of the images seen lately."""
+        """Return the vertical and horizontal upscaling of `postprocess_masks`, cached for recent images."""
         if (frame, device) not in self._upscalings:
             if len(self._upscalings) >= MAX_CACHED_FRAMES:
                 self._upscalings.clear()
@@ -203,7 +206,7 @@ class Processor:
         return self._upscalings[frame, device]
 
     def _compute_upscaling(self, content_length: int, length: int, device: torch.device) -> AxisUpscaling:
-        """One side of a mask, of which `used` of S pixels are the image, stretched to `length` pixels."""
+        """Compute the upscaling of one side of a mask, where `content_length` of S pixels become `length` pixels."""
         identity = torch.eye(4 * self.grid_size)[None, None]
         upscaled = F.interpolate(
             identity, (self.image_format.size, len(identity[0, 0])), mode="bilinear", align_corners=False

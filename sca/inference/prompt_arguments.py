@@ -28,7 +28,7 @@ def collect_prompts(
         boxes: (N, 4) x1 y1 x2 y2.
         points: (N, 2) x y.
         masks: (height, width) arrays, or COCO RLEs.
-        size: Width and height of the image.
+        image_size: Width and height of the image.
 
     Raises:
         InputError: No region, or one that does not fit the image.
@@ -43,7 +43,7 @@ def collect_prompts(
 
 
 def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> list[Prompt]:
-    """Check prompts against their image, see `sca.io.prompts.check`; a message names the index of its prompt."""
+    """Check prompts against their image, see `sca.io.prompts.check_prompt`; errors name the index of the prompt."""
     checked_prompts = []
     for index, prompt in enumerate(_check_is_list("prompts", prompts)):
         try:

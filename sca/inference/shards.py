@@ -42,7 +42,7 @@ OUTPUT_PATTERNS = (JOURNAL_NAME, "*.jsonl")  # `shards.journal`, and a file per 
 FILE_NAME_ERRORS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)  # of a file name
 
 ShardContent = Mapping[str, Any]
-ImageProblem = tuple[str, str]  # one line, and IMAGE or PROMPTS
+ImageProblem = tuple[str, str]  # one line, and UNUSABLE_IMAGE or UNUSABLE_PROMPTS
 
 
 class ShardResult(NamedTuple):
@@ -109,8 +109,8 @@ class ShardedRun:
         Args:
             job: What to caption in each image, and how.
             launcher: Where the processes run.
-            regions: What `job.read_regions` returned, after `match` with the images of all shards; those of an archive
-                are matched by themselves.
+            region_source: Result of `job.read_region_source`, after `match_images` with the images of all shards; the
+                images of an archive are matched separately.
         """
         folder, job_fields = self._folder.path, asdict(job)
         image_keys = region_source.image_keys if isinstance(region_source, ListedPrompts) else {}
@@ -251,7 +251,7 @@ def begin_sharded_run(
     Args:
         folder: The locked folder.
         settings: What determines the captions, and the names of the images.
-        contents: The fingerprint of each shard.
+        fingerprints: The fingerprint of each shard.
         inputs: Files that the command reads.
         overwrite: Make every shard again.
 

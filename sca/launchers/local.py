@@ -23,29 +23,30 @@ MAX_KILLS = 3  # times that a process may be killed from outside before its task
 
 
 class Local:
-    """Launcher: `workers` processes at a time; by default one a GPU, or one for two cores where there is no GPU.
+    """Launcher that runs `num_workers` processes at a time; by default one per GPU, or one per two CPU cores without a
+    GPU.
 
-    Processes are forked from one that has imported what the jobs are in, and has done nothing with it.
+    Processes are forked from one that has imported the modules of the jobs and has not used them.
     """
 
-    def __init__(self, workers: int = 0):
-        if workers < 0:
-            raise ValueError(f"workers is {workers}: give a number, 0 for as many as suit the machine")
-        self.workers = workers
+    def __init__(self, num_workers: int = 0):
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; use an integer of 1 or more, or 0 for the default")
+        self.num_workers = num_workers
 
     def map(self, tasks: Sequence[Task]) -> Iterator[TaskOutcome]:
-        """Outcomes as they come. A process that was killed from outside is started again, at most `KILLED` times."""
+        """Yield outcomes as they arrive. A process that was killed from outside runs at most `MAX_KILLS` times."""
         context = get_context("forkserver")
         module_names = dict.fromkeys(task.function.partition(":")[0] for task in tasks)
         context.set_forkserver_preload(["sca.launchers.worker", *module_names])
         waiting, running = deque(tasks), {}
         num_kills: dict[str, int] = {}
         devices = _list_gpus(tasks)
-        workers = self.workers or len(devices) or max(1, (os.cpu_count() or 2) // 2)
-        free_devices = deque(devices or range(workers))
+        num_workers = self.num_workers or len(devices) or max(1, (os.cpu_count() or 2) // 2)
+        free_devices = deque(devices or range(num_workers))
         try:
             while waiting or running:
-                while waiting and len(running) < workers:
+                while waiting and len(running) < num_workers:
                     task = waiting.popleft()
                     if time.time() >= task.deadline:
                         continue
@@ -80,7 +81,7 @@ class Local:
 
 
 def _compute_time_left(task: Task, start_time: float) -> float:
-    """Seconds until a task is overdue. start: when its process was started, by the monotonic clock."""
+    """Seconds until a task is overdue. start_time: when its process was started, by the monotonic clock."""
     return min(start_time + task.timeout - time.monotonic(), task.deadline - time.time())
 
 

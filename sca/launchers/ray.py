@@ -61,7 +61,7 @@ class Ray:
 def _run_on_node(task: Task) -> tuple[dict[str, Any] | None, str]:
     """On the node: a process of its own as on any machine, so that its end is typed there."""
     with tempfile.TemporaryDirectory(prefix="sca-") as folder:
-        outcomes = list(Local(workers=1).map([replace(task, folder=folder)]))
+        outcomes = list(Local(num_workers=1).map([replace(task, folder=folder)]))
         log = Path(folder, LOG_FILE)
         return (outcomes[0].result if outcomes else None), log.read_text("utf-8", "replace") if log.is_file() else ""
 

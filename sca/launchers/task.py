@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Task:
-    """A piece of work. key: its name among others. job: "module:function", which is called with config and folder and
-    gives a table of plain values that has a `state`. config: plain values, with the `device` to compute on. folder: for
-    the log and what else is left behind. timeout: seconds. gpus, memory (GiB): what it asks of a machine. deadline:
-    Unix time after which it is neither started nor left running; a task that it cuts has no outcome.
+    """A piece of work. key: its unique name. function: "module:function", which is called with config and folder and
+    returns a table of plain values with a `state`. config: plain values, with the `device` to compute on. folder: for
+    the log and other files. timeout: seconds. num_gpus, memory_gib: required resources. deadline: Unix time after which
+    it is neither started nor left running; a task stopped by its deadline has no outcome.
     """
 
     key: str

@@ -7,11 +7,11 @@ from sca_registry.contracts import Prompt, Proposals
 
 
 class PointGrid:
-    """points x points prompts, a point each, in the middle of equal cells of the image."""
+    """points_per_side x points_per_side prompts, one point each, in the middle of equal cells of the image."""
 
     def __init__(self, points_per_side: int = 32):
         if points_per_side < 1:
-            raise ValueError(f"points is {points_per_side}: give a whole number, 1 or more")
+            raise ValueError(f"points_per_side is {points_per_side}; use an integer of 1 or more")
         self.points_per_side = points_per_side
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:

@@ -65,16 +65,16 @@ def create_app(
     api_keys: Sequence[str] = (),
     root_path: str = "",
 ) -> FastAPI:
-    """Build the application that answers with a scheduler's model; it closes the scheduler at its end.
+    """Create the application for a scheduler's model; it closes the scheduler at shutdown.
 
     Args:
-        scheduler: The model, and who waits for it.
-        name: What clients call the model.
-        limits: What clients may ask for.
-        origins: Origins whose pages may send requests from a browser, "*" for all.
-        hosts: Names accepted in the Host header, besides this machine's own and any IP address; None for all.
-        keys: API keys, one of which every request has to send; none if there are none.
-        root_path: Path below which a proxy shows the application, such as "/captions".
+        scheduler: The scheduler with the model.
+        model_name: Name of the model for clients.
+        limits: Limits on requests.
+        allowed_origins: Web origins allowed to call the server (CORS), "*" for all.
+        allowed_hosts: Host headers to accept in addition to this machine's own and any IP address; None for all.
+        api_keys: API keys; empty to require none.
+        root_path: URL path of the application behind a proxy, such as "/captions".
     """
     limits = limits or ServerLimits()
     service = CaptionService(scheduler, model_name, limits)

@@ -122,7 +122,7 @@ class ChatRequest(PromptIn):
                     name[:40],
                 )
         generation_fields = self._collect_generation_options()
-        for name, option in (("n", "captions"), ("top_p", "top_p"), ("temperature", "temperature")):
+        for name, option in (("n", "num_captions"), ("top_p", "top_p"), ("temperature", "temperature")):
             if generation_options is not None and option in generation_fields and option not in generation_options:
                 raise ApiError(
                     422,
@@ -151,7 +151,7 @@ class ChatRequest(PromptIn):
     def _collect_generation_options(self) -> dict[str, Any]:
         max_tokens = self.max_completion_tokens or self.max_tokens
         options: dict[str, Any] = {
-            "captions": self.n if self.num_choices > 1 else None,
+            "num_captions": self.n if self.num_choices > 1 else None,
             "max_new_tokens": min(max_tokens, MAX_NEW_TOKENS) if max_tokens else None,
             "seed": self.seed,
         }
@@ -159,7 +159,7 @@ class ChatRequest(PromptIn):
         if temperature is None and top_p is not None and top_p < 1:
             temperature = 1.0
         if temperature:
-            options |= {"sample": True, "temperature": max(temperature, 0.01), "top_p": top_p}
+            options |= {"do_sample": True, "temperature": max(temperature, 0.01), "top_p": top_p}
         return {name: value for name, value in options.items() if value is not None}
 
     @property
@@ -258,9 +258,9 @@ def make_choices(caption: Caption, num_choices: int, stop_texts: Sequence[str]) 
     """Make the choices of an answer: the captions, best first, each up to the first of the texts that stop it.
 
     Args:
-        caption: The caption of the region, with its others.
-        count: Number of choices.
-        stops: Texts before which a caption ends.
+        caption: The caption of the region, with its alternatives.
+        num_choices: Number of choices.
+        stop_texts: Texts before which a caption ends.
     """
     texts = [caption.text, *(text for text, _ in caption.alternatives)]
     truncated_flags = caption.usage.is_truncated if caption.usage else (False,) * len(texts)

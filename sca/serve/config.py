@@ -1,4 +1,4 @@
-"""A model that is to be served, and how: what a launcher needs to make the application wherever it runs."""
+"""Settings of a server: plain values from which a launcher creates the application in any process."""
 
 from __future__ import annotations
 
@@ -17,12 +17,23 @@ REQUIRED_PACKAGES = ("fastapi", "fastapi_offline", "uvicorn", "python_multipart"
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """model, device, dtype, seed: as `sca caption` takes them. body: bytes of a request. pixels: of an image. prompts:
-    of a request. seconds: until a request is there, and again until its answer is. waiting: regions. cache: bytes of
-    features that are kept. clients: connections at a time. origins: whose pages may ask from a browser. hosts: names
-    accepted in the Host header. keys: API keys. root_path: below which a proxy shows the server. log: a
-    line for each request. trust_remote_code, allow_external: what the model may do, see `sca.load`; no request can
-    change it.
+    """Settings of a server.
+
+    Args:
+        model: As for `sca caption`, like device, dtype and seed.
+        max_body_bytes: Maximum bytes per request.
+        max_pixels: Maximum pixels per image.
+        max_prompts: Maximum prompts per request.
+        timeout: Seconds to receive a request, and again to complete its response.
+        max_queue: Maximum queued regions across all requests.
+        feature_cache_bytes: Size of the image feature cache.
+        max_connections: Maximum concurrent connections.
+        allowed_origins: Web origins allowed to call the server (CORS).
+        allowed_hosts: Additional Host headers to accept.
+        api_keys: API keys.
+        root_path: URL path of the server behind a proxy.
+        log_requests: Log each request.
+        trust_remote_code: As for `sca.load`, like allow_external; requests cannot change them.
     """
 
     model: str
@@ -62,7 +73,7 @@ class ServerConfig:
         return captioner(self.model, self.device, **trust_options, **({"dtype": self.dtype} if self.dtype else {}))
 
     def create_app(self, captioner: Captioner | None = None) -> FastAPI:
-        """The application, with a captioner that may have been made already."""
+        """Create the application, with a captioner that is loaded already or else this model."""
         from sca.serve.app import create_app
         from sca.serve.scheduler import RequestScheduler
         from sca.serve.schema import ServerLimits

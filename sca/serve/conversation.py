@@ -140,7 +140,7 @@ def find_text_region(turns: Sequence[Sequence[ChatMessage]], url: str) -> Prompt
 
     Args:
         turns: Messages, see `split_turns`.
-        url: URL of the image, see `find_image`.
+        url: URL of the image, see `find_image_url`.
 
     Returns:
         The region; an empty prompt if there is none.
@@ -231,8 +231,8 @@ def _add_searched_length(num_searched: int, text: str) -> int:
     if num_searched > MAX_TEXT:
         raise ApiError(
             413,
-            f"the messages have {num_searched:,} characters, and {MAX_TEXT:,} are allowed where their text may contain the "
-            "region; give the region as box, points or mask",
+            f"the messages have {num_searched:,} characters, and {MAX_TEXT:,} are allowed where their text may contain "
+            "the region; give the region as box, points or mask",
             param="messages",
         )
     return num_searched

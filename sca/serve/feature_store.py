@@ -8,7 +8,7 @@ from sca.inference.engine import EncodedImages
 
 
 class FeatureStore:
-    """What an encoder has made of the images seen last, without the images: at most so many bytes of it."""
+    """The features of the most recent images, without the images: at most `max_bytes`."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.stored_bytes, self.hits, self.misses = max_bytes, 0, 0, 0

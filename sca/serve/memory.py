@@ -35,7 +35,7 @@ class ByteBudget:
         return MemoryLease(self)
 
     def resize_lease(self, lease: MemoryLease, num_bytes: int, timeout: float) -> None:
-        """What `Lease.set` does."""
+        """Resize a lease, see `MemoryLease.resize`."""
         max_total_bytes = self.max_bytes if self.is_small_request(num_bytes) else self.max_request_bytes
 
         def can_resize() -> bool:
@@ -73,7 +73,7 @@ class MemoryLease:
         self._budget, self.leased_bytes, self.has_ended = budget, 0, False
 
     def resize(self, num_bytes: int, timeout: float = 0.0) -> None:
-        """Hold `count` bytes from now on, once they are free. BudgetError if they are not in `seconds`."""
+        """Hold `num_bytes` once they are free. Raise BudgetError if they are not free within `timeout` seconds."""
         self._budget.resize_lease(self, num_bytes, timeout)
 
     def add(self, num_bytes: int) -> None:

@@ -22,17 +22,17 @@ def serve_on_ray(
     """Serve copies of a model with Ray Serve until interrupted; every node passes requests to any copy.
 
     Args:
-        hosted: The model, and how to serve it.
-        host: The address to listen at, on every node.
-        port: 0 for any free port, on this machine alone.
-        replicas: Copies of the model.
-        report: Called with the URL.
-        address: Of a cluster; None starts one on this machine.
-        cores: CPU cores of a copy.
+        config: The model and the server settings.
+        host: Address to bind on every node.
+        port: Port to bind; 0 selects a free port, on this machine only.
+        replicas: Number of model replicas.
+        on_ready: Called with the URL.
+        address: Address of a cluster; None starts one on this machine.
+        num_cpus: CPU cores per replica.
 
     Raises:
-        ValueError: The address cannot be listened at, or there are too few cores or GPUs; and what `hosted.captioner`
-            raises.
+        ValueError: The address cannot be bound, or there are too few cores or GPUs; or an error of
+            `config.load_captioner`.
     """
     import ray
 
@@ -82,8 +82,8 @@ def _check_cluster_capacity(
         )
         if required > available:
             raise ValueError(
-                f"{replicas} replicas need {required} {label} and this machine has {available}: ask for fewer, or name a "
-                "cluster with 'ray address=...'"
+                f"{replicas} replicas need {required} {label} and this machine has {available}: ask for fewer, or name "
+                "a cluster with 'ray address=...'"
             )
 
 

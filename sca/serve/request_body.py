@@ -20,9 +20,9 @@ LINGER_SECONDS = 1.0  # seconds in which a client may still send, so that it com
 class RequestLimitMiddleware:
     """ASGI middleware around everything: limits on connections, size, time and memory.
 
-    Reading the body raises ApiError 413 after `limits.body` bytes and 408 after `limits.seconds`. A connection whose
-    request was not read to its end is closed. A request that is cancelled, because the server has to end, is answered
-    with 503. What a request holds of the memory is in `scope["state"]["lease"]`.
+    Reading the body raises ApiError 413 after `limits.max_body_bytes` and 408 after `limits.timeout`. A connection
+    whose request was not read to its end is closed. A request that is cancelled because the server shuts down gets
+    status 503. The memory lease of a request is `scope["state"]["lease"]`.
     """
 
     def __init__(self, app: Any, limits: ServerLimits, budget: ByteBudget):

@@ -1,7 +1,7 @@
-"""One model for many clients: what they ask for at the same time is answered together.
+"""One model for many clients: concurrent requests are batched.
 
     scheduler = RequestScheduler(captioner)
-    ticket = scheduler.ask(Question(image, prompts), tell=print)
+    ticket = scheduler.submit(InferenceRequest(image, prompts), on_event=print)
     ticket.cancel()
 
 A thread of its own owns the model and works in short turns. A turn takes some regions of everybody who waits and asks
@@ -58,16 +58,16 @@ MASK_PIXELS_PER_REGION_COST = 2**22  # of a mask that cost as much as a region
 
 
 class RequestScheduler:
-    """Answers questions with a captioner, in turns.
+    """Process requests with a captioner, in turns.
 
     Args:
         captioner: The model.
-        regions: Maximum regions captioned in a turn. Regions that cost more than usual (beams, tokens, points, large
-            masks) count as several.
-        images: Maximum images encoded together.
-        cache: Bytes of features to keep.
-        waiting: Maximum regions in the queue; a search for everything counts as one.
-        max_found: Maximum regions that a search for everything may find.
+        max_regions_per_turn: Maximum regions captioned per turn. Regions that cost more than usual (beams, tokens,
+            points, large masks) count as several.
+        max_images_per_encode: Maximum images encoded together.
+        feature_cache_bytes: Size of the image feature cache.
+        max_queue: Maximum queued regions; a search counts as one.
+        max_found_regions: Maximum regions that a search may find.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class RequestScheduler:
 
     @property
     def accepts_requests(self) -> bool:
-        """Whether questions are taken."""
+        """Whether requests are accepted."""
         return self.state == "ok"
 
     @property
@@ -120,7 +120,7 @@ class RequestScheduler:
         return isinstance(self.captioner, MaskEngine) and self.captioner.model is not None
 
     def submit(self, request: InferenceRequest, on_event: Callable[[RequestEvent], None]) -> Ticket:
-        """Puts a question in the queue. BusyError, ClosedError, CannotError."""
+        """Put a request in the queue. Raise QueueFullError, SchedulerClosedError or UnsupportedRequestError."""
         if request.everything is not None and not self.can_find_regions:
             raise UnsupportedRequestError("this model finds no regions by itself: give prompts")
         ticket = Ticket(request, on_event)
@@ -137,7 +137,9 @@ class RequestScheduler:
         return ticket
 
     def iter_events(self, request: InferenceRequest) -> Iterator[RequestEvent]:
-        """What is told of a question, up to `Done`; a SchedulerError is raised. Whoever stops listening has left."""
+        """Yield the events of a request up to `RequestDone`, or raise a SchedulerError; closing the iterator cancels
+        the request.
+        """
         event_queue: SimpleQueue[RequestEvent] = SimpleQueue()
         ticket = self.submit(request, event_queue.put)
         try:
@@ -152,7 +154,7 @@ class RequestScheduler:
             ticket.cancel()
 
     def drain(self, timeout: float) -> None:
-        """Accept no more questions; those accepted are answered for at most `seconds`, then the scheduler is closed."""
+        """Accept no more requests; process those accepted for at most `timeout` seconds, then close the scheduler."""
         with self._condition:
             self._is_draining = True
         close_timer = threading.Timer(timeout, self.close)
@@ -160,7 +162,9 @@ class RequestScheduler:
         close_timer.start()
 
     def close(self, timeout: float = 1.0) -> None:
-        """Stop after the turn that is being made, and wait for it for at most `seconds`; all others get ClosedError."""
+        """Stop after the current turn, and wait for it for at most `timeout` seconds; all other requests fail with
+        SchedulerClosedError.
+        """
         with self._condition:
             self._is_closed = True
             waiting_tickets = [
@@ -289,7 +293,7 @@ class RequestScheduler:
     def _continue_search(self, ticket: Ticket) -> None:
         """Continue the search of a ticket for at most SEARCH_SECONDS."""
         if ticket.search_steps is None:
-            limits = {"max_found": self.max_found_regions, "max_bytes": SEARCH_BYTES}
+            limits = {"max_found_regions": self.max_found_regions, "max_bytes": SEARCH_BYTES}
             encoded = self._encode_tickets([ticket])
             ticket.search_steps = search_everything(self.captioner, encoded, ticket.request.everything, **limits)
         slice_end = time.monotonic() + SEARCH_SECONDS
@@ -334,10 +338,9 @@ class RequestScheduler:
         """What a region costs, compared to a usual one."""
         default_options = getattr(self.captioner, "generation", DEFAULT_GENERATION)
         options = {**default_options, **ticket.request.generation}
-        num_captions = max(options["beams"], options.get("captions", 1))
-        token_cost = (
-            num_captions * options["max_new_tokens"] / (default_options["beams"] * default_options["max_new_tokens"])
-        )
+        num_sequences = max(options["num_beams"], options.get("num_captions", 1))
+        default_cost = default_options["num_beams"] * default_options["max_new_tokens"]
+        token_cost = num_sequences * options["max_new_tokens"] / default_cost
         if options.get("seed") is not None:  # such regions are captioned one at a time
             token_cost = max(token_cost, self.max_regions_per_turn)
         cost_per_mask = ticket.request.image.width * ticket.request.image.height / MASK_PIXELS_PER_REGION_COST
@@ -356,8 +359,8 @@ class RequestScheduler:
         requests = [each.prompts[each.num_captioned : each.num_captioned + share] for each, share in served]
         task, generation = turn[0].request.task, turn[0].request.generation
         images, encoded = [ticket.request.image for ticket in turn], None
-        if hasattr(self.captioner, "answer"):
-            encoded, generation = self._encode_tickets(turn), {**generation, "masks": turn[0].needs_masks}
+        if hasattr(self.captioner, "caption_batch"):
+            encoded, generation = self._encode_tickets(turn), {**generation, "return_masks": turn[0].needs_masks}
         captions_by_ticket = caption_requests(self.captioner, images, requests, task, encoded, **generation)
         for ticket, captions in zip(turn, captions_by_ticket, strict=True):
             if not ticket.num_captioned and ticket.found_masks is None:
@@ -368,8 +371,8 @@ class RequestScheduler:
                 mask_fields = {}
                 if ticket.found_masks is not None:
                     rle, predicted_iou = ticket.found_masks[ticket.num_captioned]
-                    mask_fields = {"mask": rle, "box": mask_to_box(rle), "iou": predicted_iou}
-                _send_event(ticket, replace(caption, region=ticket.num_captioned, **mask_fields))
+                    mask_fields = {"mask": rle, "box": mask_to_box(rle), "predicted_iou": predicted_iou}
+                _send_event(ticket, replace(caption, region_id=ticket.num_captioned, **mask_fields))
                 ticket.num_captioned += 1
                 self.num_captioned += 1
             if not ticket.num_remaining:
@@ -429,7 +432,7 @@ def _to_scheduler_error(error: Exception) -> SchedulerError:
         return InsufficientMemoryError("not enough memory: ask for fewer regions or beams")
     if isinstance(error, ValueError):  # what the library raises for what was asked
         return UnsupportedRequestError(str(error))
-    log.exception("a question could not be answered", exc_info=error)
+    log.exception("request failed", exc_info=error)
     return SchedulerError("the model failed; the server's log says how")
 
 

@@ -60,14 +60,14 @@ class ServerLimits:
     """What clients may ask for.
 
     Args:
-        body: Bytes of a request.
-        pixels: Pixels of an image.
-        prompts: Prompts of a request, and regions that a search for everything may find.
-        seconds: Time until a request is there, and again until its answer is.
-        connections: Connections at a time.
-        points: Points of a prompt.
-        all_points: Points of a request.
-        values: Numbers, texts, lists and objects in the JSON of a request.
+        max_body_bytes: Maximum bytes per request.
+        max_pixels: Maximum pixels per image.
+        max_prompts: Maximum prompts per request, and maximum regions that everything mode may find.
+        timeout: Seconds to receive a request, and again to complete its response.
+        max_connections: Maximum concurrent connections.
+        max_points: Maximum points per prompt.
+        max_points_per_request: Maximum points per request.
+        max_json_values: Maximum numbers, strings, lists and objects in the JSON of a request.
     """
 
     max_body_bytes: int = 32 * 2**20
@@ -98,23 +98,35 @@ class PromptIn(StrictModel):
 
 
 class EverythingIn(StrictModel):
-    """How everything is looked for; what is left out is the model's own."""
+    """Settings of everything mode; fields that are omitted take the model's values."""
 
     points_per_side: Annotated[
-        int | None, Field(ge=1, le=MAX_POINTS_PER_SIDE, description="along each side of the grid")
+        int | None, Field(ge=1, le=MAX_POINTS_PER_SIDE, description="Points per side of the prompt grid.")
     ] = None
-    pred_iou_thresh: Annotated[float | None, Field(ge=0, le=1, description="least predicted IoU of a mask")] = None
-    stability_score_thresh: Annotated[float | None, Field(ge=0, le=1, description="least stability of a mask")] = None
-    box_nms_thresh: Annotated[float | None, Field(ge=0, le=1, description="of two that overlap more, one stays")] = None
+    pred_iou_thresh: Annotated[float | None, Field(ge=0, le=1, description="Minimum predicted IoU of a mask.")] = None
+    stability_score_thresh: Annotated[
+        float | None, Field(ge=0, le=1, description="Minimum stability score of a mask.")
+    ] = None
+    box_nms_thresh: Annotated[
+        float | None, Field(ge=0, le=1, description="IoU threshold for non-maximum suppression of boxes.")
+    ] = None
     mask_nms_thresh: Annotated[
-        float | None, Field(ge=0, le=1, description="IoU threshold for suppressing masks; 1 for none")
+        float | None,
+        Field(ge=0, le=1, description="IoU threshold for non-maximum suppression of masks; 1 disables it."),
     ] = None
-    min_area: Annotated[float | None, Field(ge=0, le=1, description="least share of the image")] = None
+    min_area: Annotated[
+        float | None, Field(ge=0, le=1, description="Minimum region area as a fraction of the image.")
+    ] = None
     crop_n_layers: Annotated[
-        int | None, Field(ge=0, le=MAX_CROP_LAYERS, description="layers of crops to look at, too")
+        int | None,
+        Field(
+            ge=0,
+            le=MAX_CROP_LAYERS,
+            description="Number of image crop layers to search in addition to the full image.",
+        ),
     ] = None
     caption_from: Literal["box-and-point", "box", "point"] | None = None
-    max_regions: Annotated[int | None, Field(ge=1, description="maximum regions, best first")] = None
+    max_regions: Annotated[int | None, Field(ge=1, description="Maximum regions, best first.")] = None
 
 
 class CaptionRequest(StrictModel):
@@ -124,14 +136,18 @@ class CaptionRequest(StrictModel):
     everything: StrictBool | EverythingIn = False
     task: Literal["caption", "recognition"] = "caption"
     num_beams: Annotated[int | None, Field(ge=1, le=MAX_BEAMS)] = None
-    num_captions: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="so many a region, the best first")] = (
+    num_captions: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="Captions per region, best first.")] = (
         None
     )
     max_new_tokens: Annotated[int | None, Field(ge=1, le=MAX_NEW_TOKENS)] = None
     do_sample: StrictBool = False
-    temperature: Annotated[float | None, Field(ge=0.01, le=100, description="with `sample`")] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1, description="with `sample`")] = None
-    seed: Annotated[int | None, Field(ge=MIN_SEED, le=MAX_SEED, description="of what `sample` draws")] = None
+    temperature: Annotated[
+        float | None, Field(ge=0.01, le=100, description="Sampling temperature; requires `do_sample`.")
+    ] = None
+    top_p: Annotated[
+        float | None, Field(ge=0, le=1, description="Probability mass for nucleus sampling; requires `do_sample`.")
+    ] = None
+    seed: Annotated[int | None, Field(ge=MIN_SEED, le=MAX_SEED, description="Random seed for sampling.")] = None
     masks: Annotated[StrictBool, Field(description="whether masks are to be in the answer")] = True
     stream: Annotated[StrictBool, Field(description="server-sent events: a region as soon as it is there")] = False
 
@@ -155,7 +171,7 @@ class AlternativeOut(BaseModel):
 class RegionOut(BaseModel):
     """A region as `sca caption` writes it; what is not known is null."""
 
-    region_id: Annotated[int, Field(description="the prompt's place in the request")]
+    region_id: Annotated[int, Field(description="index of the prompt in the request")]
     prompt: dict[str, Any]
     box: list[float] | None
     mask: RleOut | None

@@ -30,12 +30,12 @@ class DeadlineProtocol(H11Protocol):
     has waited longest for the rest of a request makes room.
     """
 
-    def __init__(self, *args: Any, seconds: float, connections: int, **kwargs: Any):
+    def __init__(self, *args: Any, write_timeout: float, max_connections: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.write_timeout, self.max_connections = seconds, connections
+        self.write_timeout, self.max_connections = write_timeout, max_connections
         self.waiting_since = 0.0  # when the connection, or its present request, began
-        self._head: asyncio.TimerHandle | None = None
-        self._stalled: asyncio.TimerHandle | None = None
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
 
     @property
     def has_pending_request(self) -> bool:
@@ -54,17 +54,17 @@ class DeadlineProtocol(H11Protocol):
             self._close_longest_waiting()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_timer("_head")
-        self._cancel_timer("_stalled")
+        self._cancel_timer("_header_timer")
+        self._cancel_timer("_stall_timer")
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.has_pending_request:
-            if self._head is not None:
+            if self._header_timer is not None:
                 self.waiting_since = self.loop.time()
-            self._cancel_timer("_head")
-        elif self._head is None:
+            self._cancel_timer("_header_timer")
+        elif self._header_timer is None:
             self._start_header_timer()
 
     def on_response_complete(self) -> None:
@@ -83,22 +83,23 @@ class DeadlineProtocol(H11Protocol):
 
     def resume_writing(self) -> None:
         if not self.transport.is_closing():
-            self._cancel_timer("_stalled")
+            self._cancel_timer("_stall_timer")
         super().resume_writing()
 
     def _start_header_timer(self) -> None:
         self.waiting_since = self.loop.time()
-        self._head = self.loop.call_later(min(self.write_timeout, HEADER_TIMEOUT_SECONDS), self.transport.abort)
+        timeout = min(self.write_timeout, HEADER_TIMEOUT_SECONDS)
+        self._header_timer = self.loop.call_later(timeout, self.transport.abort)
 
     def _start_stall_timer(self, timeout: float) -> None:
-        """What is still unsent after `seconds` is dropped."""
-        self._cancel_timer("_stalled")
-        self._stalled = self.loop.call_later(timeout, self.transport.abort)
+        """Abort the connection if data is still unsent after `timeout` seconds."""
+        self._cancel_timer("_stall_timer")
+        self._stall_timer = self.loop.call_later(timeout, self.transport.abort)
 
     def _close_longest_waiting(self) -> None:
-        receiving = [each for each in self.connections if each is not self and each.is_receiving]
-        if receiving:
-            min(receiving, key=lambda each: (each.is_answering, each.since)).transport.abort()
+        waiting = [each for each in self.connections if each is not self and each.is_awaiting_request]
+        if waiting:
+            min(waiting, key=lambda each: (each.has_pending_request, each.waiting_since)).transport.abort()
 
     def _cancel_timer(self, timer_name: str) -> None:
         if getattr(self, timer_name) is not None:
@@ -122,21 +123,21 @@ def serve_locally(config: ServerConfig, host: str, port: int, on_ready: Callable
     """Serve a model in this process until interrupted.
 
     Args:
-        hosted: The model, and how to serve it.
-        host: The address to listen at.
-        port: 0 for any free port.
-        report: Called with the URL.
+        config: The model and the server settings.
+        host: Address to bind.
+        port: Port to bind; 0 selects a free port.
+        on_ready: Called with the URL.
 
     Raises:
-        ValueError: The address cannot be listened at; and what `hosted.captioner` raises.
+        ValueError: The address cannot be bound; or an error of `config.load_captioner`.
     """
     captioner = config.load_captioner()  # before anybody can connect, so that its errors are raised first
     with bind_socket(host, port) as bound_socket:
         bound_socket.listen(config.max_connections)  # clients that come before all is ready wait
         url_host = f"[{host}]" if ":" in host else host
         app = config.create_app(captioner)
-        options = {"seconds": config.timeout, "connections": config.max_connections, "log": config.log_requests}
-        server = make_server(app, app.state.scheduler, **options)
+        options = {"write_timeout": config.timeout, "max_connections": config.max_connections}
+        server = make_server(app, app.state.scheduler, log_requests=config.log_requests, **options)
         on_ready(f"http://{url_host}:{bound_socket.getsockname()[1]}")
         server.run([bound_socket])
 
@@ -147,13 +148,15 @@ def make_server(
     """Set up a server for an application; `run([socket])` starts it.
 
     Args:
-        seconds: Time in which a client has to read a part of what it is sent.
-        connections: Maximum connections.
-        log: Whether to write a line for each request.
+        scheduler: The scheduler that is drained at shutdown.
+        write_timeout: Seconds in which a client has to read sent data.
+        max_connections: Maximum concurrent connections.
+        log_requests: Log each request.
     """
+    timeouts = {"write_timeout": write_timeout, "max_connections": max_connections}
     config = uvicorn.Config(
         app,
-        http=partial(DeadlineProtocol, seconds=write_timeout, connections=max_connections),  # type: ignore[arg-type]
+        http=partial(DeadlineProtocol, **timeouts),  # type: ignore[arg-type]
         ws="none",
         log_level="info" if log_requests else "warning",
         timeout_graceful_shutdown=int(SHUTDOWN_TIMEOUT_SECONDS),

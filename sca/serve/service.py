@@ -50,7 +50,7 @@ from sca.serve.tickets import (
     SchedulerError,
 )
 
-BodyModel = TypeVar("Parsed", bound=BaseModel)
+BodyModel = TypeVar("BodyModel", bound=BaseModel)
 POLL_INTERVAL = 0.5  # seconds between two looks at whether a client is still there
 ALWAYS_ALLOWED_MASK_PIXELS = 64 * 2**20  # pixels of masks that a request may always have
 JSON_MEDIA_TYPE = "application/json"
@@ -143,11 +143,11 @@ class CaptionService:
         needed_bytes = len(image_bytes) + (DECODING_BYTES_PER_PIXEL + num_masks) * pixels
 
         def decode_with_lease() -> Image.Image:
-            lease.set(needed_bytes, monotonic_deadline - time.monotonic())
-            if lease.ended:
+            lease.resize(needed_bytes, monotonic_deadline - time.monotonic())
+            if lease.has_ended:
                 raise BudgetError("the request has ended")
             image = decode_image(unread_image, "the image")
-            lease.set((DECODED_BYTES_PER_PIXEL + num_masks) * pixels)
+            lease.resize((DECODED_BYTES_PER_PIXEL + num_masks) * pixels)
             return image
 
         pool = (
@@ -156,7 +156,7 @@ class CaptionService:
         return await self._run_in_pool(pool, deadline, decode_with_lease)
 
     async def _run_in_pool(self, pool: Executor, deadline: float, function: Callable[[], Any]) -> Any:
-        """What `work` returns, from a thread of a pool. LateError after the deadline."""
+        """Run a function in a thread of a pool. Raise DeadlineExceededError after the deadline."""
         try:
             async with asyncio.timeout_at(deadline):
                 return await asyncio.get_running_loop().run_in_executor(pool, function)
@@ -182,7 +182,7 @@ class CaptionService:
             )
         for name in ("temperature", "top_p"):
             if getattr(caption_request, name) is not None and not caption_request.do_sample:
-                raise ApiError(422, f"{name} can only be used with sample=true", param=name)
+                raise ApiError(422, f"{name} can only be used with do_sample=true", param=name)
         if caption_request.everything and not self.scheduler.can_find_regions:
             raise ApiError(422, "this model finds no regions by itself: give prompts")
 
@@ -194,17 +194,17 @@ class CaptionService:
         prompts: Sequence[Prompt] | None = None,
         location_format: str = "prompts.{}",
     ) -> InferenceRequest:
-        """Make the question for the scheduler.
+        """Make the request for the scheduler.
 
         Args:
-            request: The request, which has a deadline.
-            asked: What the client sent.
+            request: The HTTP request, which has a deadline.
+            caption_request: The body of the request.
             image: The image.
-            prompts: Checked prompts that replace those in `asked`.
-            where: Name of a prompt in errors, with its position for `{}`.
+            prompts: Checked prompts that replace those in `caption_request`.
+            location_format: Name of a prompt in errors, with its index for `{}`.
 
         Raises:
-            ApiError: If there is no time for the masks, or an option of generation cannot be used.
+            ApiError: If there is no time for the masks, or a generation option cannot be used.
             InputError: If a prompt does not fit the image.
         """
         captioner = self.scheduler.captioner
@@ -233,8 +233,8 @@ class CaptionService:
             )
             everything = replace(
                 search_options,
-                points=min(search_options.points_per_side, MAX_POINTS_PER_SIDE),
-                crops=min(search_options.crop_n_layers, MAX_CROP_LAYERS),
+                points_per_side=min(search_options.points_per_side, MAX_POINTS_PER_SIDE),
+                crop_n_layers=min(search_options.crop_n_layers, MAX_CROP_LAYERS),
             )
         elif prompts is None:
             if count_mask_prompts(caption_request):
@@ -261,13 +261,13 @@ class CaptionService:
     async def iter_events(
         self, request: Request, inference_request: InferenceRequest
     ) -> AsyncIterator[RequestEvent | None]:
-        """Yield the events of a question, and None every `POLL` seconds without one.
+        """Yield the events of a request, and None every `POLL_INTERVAL` seconds without one.
 
         Whoever leaves, or has no more time, is not computed for. An event is part of the request's memory until it is
         yielded, so that a client that reads slowly cannot pile up masks.
 
         Raises:
-            SchedulerError: If the question cannot be answered, in time and within the memory.
+            SchedulerError: If the request cannot be completed, in time and within the memory.
         """
         event_queue: asyncio.Queue[RequestEvent] = asyncio.Queue()
         loop, deadline, lease = asyncio.get_running_loop(), self.get_deadline(request), request.state.lease
@@ -367,7 +367,7 @@ def _estimate_event_bytes(event: RequestEvent) -> int:
 def _limit_default_options(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, int]:
     """Return the server's limits for the settings whose defaults in the captioner exceed them."""
     options = {**getattr(captioner, "generation", DEFAULT_GENERATION), **generation}
-    limits = {"beams": MAX_BEAMS, "max_new_tokens": MAX_NEW_TOKENS, "captions": MAX_BEAMS}
+    limits = {"num_beams": MAX_BEAMS, "max_new_tokens": MAX_NEW_TOKENS, "num_captions": MAX_BEAMS}
     return {name: limit for name, limit in limits.items() if options.get(name, 1) > limit}
 
 

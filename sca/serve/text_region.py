@@ -334,8 +334,8 @@ def _parse_run(text: str, run: _NumberRun, search_start: int, reject_bare: bool)
     if is_bare and not _is_alone(text, run):
         if reject_bare and _may_be_box(text, run):
             raise InputError(
-                f"the numbers {_shorten_text(text[run.start : run.end])} may be a region; if they are, {_BOX_HINT}, and if "
-                "not, spell them out"
+                f"the numbers {_shorten_text(text[run.start : run.end])} may be a region; if they are, {_BOX_HINT}, "
+                "and if not, spell them out"
             )
         return None
     order = _parse_edge_order(text[max(search_start, run.start - _MAX_NAME_DISTANCE) : run.start])
@@ -346,8 +346,8 @@ def _parse_run(text: str, run: _NumberRun, search_start: int, reject_bare: bool)
     if num_numbers == 4:
         return _RegionMention(name_start if is_box else run.start, run.end, _numbers_to_box(run.numbers), ())
     raise InputError(
-        f"the text {_shorten_text(text[name_start : run.end])} has {_format_number_count(run)} and a box has 4; {_BOX_HINT}, or "
-        f"{_POINT_HINT.removeprefix('write ')}"
+        f"the text {_shorten_text(text[name_start : run.end])} has {_format_number_count(run)} and a box has 4; "
+        f"{_BOX_HINT}, or {_POINT_HINT.removeprefix('write ')}"
     )
 
 

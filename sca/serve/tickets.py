@@ -1,4 +1,4 @@
-"""Questions of clients, the events that answer them, and the tickets of those that wait."""
+"""Requests to the scheduler, their events, and their tickets in the queue."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class SchedulerClosedError(SchedulerError):
 
 @dataclass(frozen=True)
 class InferenceRequest:
-    """What is asked of one picture: its `prompts` as `sca.io.prompts.check` gives them, or all that is found with
-    `everything`.
+    """A request to caption regions of one image: its `prompts`, checked by `sca.io.prompts.check_prompt`, or the
+    regions that a search with `everything` finds.
 
-    generation: settings as `Predictor.predict` takes them. masks: whether they are wanted of `prompts`, too.
-    candidates: whether all masks that a prompt may mean are wanted besides. seconds: how long the answer may take.
-    client: who asks; clients take turns. max_regions: Maximum regions of `everything`, best first.
+    generation: options of `Predictor.predict`. return_masks: also return the masks of `prompts`. return_candidates:
+    also return all candidate masks of each prompt. timeout: seconds to complete the response. client_id: clients take
+    turns. max_regions: maximum regions of `everything`, best first.
     """
 
     image: Image.Image
@@ -64,7 +64,7 @@ class InferenceRequest:
 
 
 class RegionsFound(NamedTuple):
-    """So many regions are to be captioned."""
+    """The number of regions to caption."""
 
     regions: int
 
@@ -86,8 +86,8 @@ RequestEvent = RegionsFound | SearchProgress | Caption | CandidateMasks | Reques
 
 
 class Ticket:
-    """A question that waits or is being answered. `tell` is called in its thread: with `Found`, the captions
-    as they are there, and at last `Done` or a `SchedulerError`; with `Searched` while everything is looked for.
+    """A queued or running request. `on_event` is called in the scheduler's thread: with `SearchProgress` during a
+    search, with `RegionsFound`, with each caption, and finally with `RequestDone` or a `SchedulerError`.
     """
 
     def __init__(self, request: InferenceRequest, on_event: Callable[[RequestEvent], None]):

@@ -38,8 +38,8 @@ def weights(tmp_path_factory):
                 model, processor = qwen()
             else:
                 options = tiny_options("captioner", CARDS[kind])
-                reader = sca_registry.captioners.build(CARDS[kind], **options).reader
-                model, processor = reader.model, reader.processor
+                image_text_model = sca_registry.captioners.build(CARDS[kind], **options).image_text_model
+                model, processor = image_text_model.model, image_text_model.processor
             lively(model).save_pretrained(folders[kind])
             processor.save_pretrained(folders[kind])
         return str(folders[kind])
@@ -95,11 +95,11 @@ def asked(monkeypatch):
     from sca.captioners.image_text import ImageTextModel
 
     calls = []
-    tell = ImageTextModel.generate_texts
+    generate_texts = ImageTextModel.generate_texts
 
-    def told(self, questions, **settings):
+    def record_and_generate(self, questions, **settings):
         calls.append(list(questions))
-        return tell(self, questions, **settings)
+        return generate_texts(self, questions, **settings)
 
-    monkeypatch.setattr(ImageTextModel, "tell", told)
+    monkeypatch.setattr(ImageTextModel, "generate_texts", record_and_generate)
     return calls

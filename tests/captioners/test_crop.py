@@ -75,8 +75,8 @@ def test_an_empty_mask_is_two_pixels_and_not_an_error(weights, image, asked):
 
 def test_region_captioner_loses_no_region_to_missing_texts(weights, image, prompts, monkeypatch):
     captioner = CropCaptioner(weights=weights("blip"))
-    words = captioner.caption_regions
-    monkeypatch.setattr(captioner, "words", lambda *given, **options: words(*given, **options)[:-1])
+    caption_regions = captioner.caption_regions
+    monkeypatch.setattr(captioner, "caption_regions", lambda *args, **kwargs: caption_regions(*args, **kwargs)[:-1])
     with pytest.raises(ValueError, match="shorter"):
         captioner.caption(image, prompts)
 
@@ -88,7 +88,7 @@ def test_a_point_without_an_encoder_is_refused_with_the_way_out(weights, image):
 
 def test_an_encoder_without_masks_is_refused_with_the_way_out(weights):
     pytest.importorskip("timm")
-    encoder = {"name": "timm", "model": "resnet18", "pretrained": False, "size": 64}
+    encoder = {"name": "timm", "model": "resnet18", "pretrained": False, "image_size": 64}
     with pytest.raises(ValueError, match=r"'timm' brings a segmenter without masks.*sam-vit-b"):
         CropCaptioner(encoder, weights("blip"))
 
@@ -124,7 +124,7 @@ def test_everything_is_found_by_the_encoder_and_its_own_masks_are_cut_out(weight
     predictor = sca.Predictor(captioner)
     predictor.set_image(image)
     options = EverythingOptions(points_per_side=4, pred_iou_thresh=0.0, stability_score_thresh=0.0)
-    found = caption_everything(predictor, options=options, beams=2)
+    found = caption_everything(predictor, options=options, num_beams=2)
     assert found
     for question, caption in zip(asked[0], found, strict=True):
         assert same(question.image, image.crop(box_to_pixels(mask_to_box(caption.mask), image.size)))

@@ -26,15 +26,15 @@ def test_models_are_predictors_by_name_and_by_folder(small, tmp_path):
 def test_captioners_are_built_with_options_from_text_a_table_and_keywords(weights):
     blip = weights("blip")
     written = (
-        f"crop-captioner weights={blip} batch=3",
-        {"name": "crop-captioner", "weights": blip, "batch": 3},
+        f"crop-captioner weights={blip} batch_size=3",
+        {"name": "crop-captioner", "weights": blip, "batch_size": 3},
     )
     for source in written:
         captioner = sca.captioner(source)
         assert isinstance(captioner, Captioner)
-        assert captioner.reader.batch == 3
+        assert captioner.image_text_model.batch_size == 3
         assert captioner.model is None
-    assert sca.captioner(written[0], batch=5).reader.batch == 5
+    assert sca.captioner(written[0], batch_size=5).image_text_model.batch_size == 5
     assert sca.captioner(written[0]).facts["weights"] == blip
 
 
@@ -62,7 +62,7 @@ def test_what_looks_at_nothing_needs_no_device():
         ("blip-base vcott=true", "no option 'vcott'. Did you mean 'vcot'"),
         ("sca-tiny vcot=true", "the model 'sca-tiny' has no option 'vcot'"),
         ("sca-tiny dtype=float33", "no dtype 'float33'. Did you mean 'float32'"),
-        ("blip-base 'batch", "a captioner is 'NAME"),
+        ("blip-base 'batch_size", "a captioner is 'NAME"),
     ],
 )
 def test_what_there_is_not_is_said_with_what_there_is(source, message):
@@ -82,8 +82,8 @@ def test_a_part_on_one_line_keeps_quoted_values_together():
 @pytest.mark.parametrize("name", COUNTED)
 def test_a_card_counts_the_parameters_of_its_model(name):
     with torch.device("meta"):
-        reader = sca_registry.captioners.build(name, pretrained=False, device="meta").reader
-    counted = sum(parameter.numel() for parameter in reader.model.parameters())
+        captioner = sca_registry.captioners.build(name, pretrained=False, device="meta")
+    counted = sum(parameter.numel() for parameter in captioner.image_text_model.model.parameters())
     assert counted == sca_registry.captioners.get_card(name).parameters
 
 
@@ -117,7 +117,7 @@ def records(out):
     return [json.loads(line) for line in out.splitlines()]
 
 
-ASKED = ("caption", "a.png", "--out", "-", "--words", 4, "--beams", 2)
+ASKED = ("caption", "a.png", "--out", "-", "--max-new-tokens", 4, "--num-beams", 2)
 
 
 def test_a_captioner_answers_on_the_command_line_as_a_model_does(shell, weights, sam_folder):
@@ -128,7 +128,7 @@ def test_a_captioner_answers_on_the_command_line_as_a_model_does(shell, weights,
     ):
         status, out, err = shell(*ASKED, "--model", model, "--box", "10,10,40,30", "--point", "60,45")
         assert (status, err) == (0, "")
-        assert [record["region"] for record in records(out)] == [0, 1]
+        assert [record["region_id"] for record in records(out)] == [0, 1]
         assert all(record["mask"]["size"] == [60, 80] for record in records(out))
         assert records(out)[0]["box"] == [10, 10, 40, 30]
         assert records(out)[0]["model"] == model
@@ -136,7 +136,7 @@ def test_a_captioner_answers_on_the_command_line_as_a_model_does(shell, weights,
 
 def test_everything_on_the_command_line_needs_masks(shell, weights):
     crops = f"crop-captioner weights={weights('git')}"
-    search = ("--everything", "--points", 3, "--iou", 0, "--stability", 0)
+    search = ("--everything", "--points-per-side", 3, "--pred-iou-thresh", 0, "--stability-score-thresh", 0)
     status, out, err = shell(*ASKED, "--model", f"sca-tiny+{crops}", *search)
     assert (status, err) == (0, "")
     assert records(out)
@@ -158,10 +158,14 @@ def test_a_floor_answers_on_the_command_line(shell):
         ("crop-captioner weights={blip}", ("--point", "3,3"), "sam-vit-b+NAME"),
         (
             "crop-captioner weights={blip}",
-            ("--box", "1,1,9,9", "--sample"),
-            "does not support the generation option 'sample'",
+            ("--box", "1,1,9,9", "--do-sample"),
+            "does not support the generation option 'do_sample'",
         ),
-        ("crop-captioner weights={blip}", ("--box", "1,1,9,9", "--captions", "2"), "generation option 'captions'"),
+        (
+            "crop-captioner weights={blip}",
+            ("--box", "1,1,9,9", "--num-captions", "2"),
+            "generation option 'num_captions'",
+        ),
         ("sam-vit-b+query+gpt2", ("--box", "1,1,9,9"), "give the checkpoint"),
     ],
 )

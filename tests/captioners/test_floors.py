@@ -11,7 +11,14 @@ from sca.data.scenes import Scenes
 
 COUNT = 12
 SCENES = {"dataset": "scenes", "options": {"count": COUNT, "size": 64}}
-TINY = {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]}
+TINY = {
+    "name": "tiny-vit",
+    "image_size": 64,
+    "hidden_size": 32,
+    "depth": 1,
+    "output_channels": 32,
+    "stem_channels": [8, 16],
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,7 @@ def test_the_most_frequent_name_and_phrase_are_said_with_their_share(training):
 def test_only_the_first_images_are_read(training):
     captioner = MostFrequent(**SCENES, limit=2)
     names = Counter(region.name for sample in training[:2] for region in sample.regions)
-    (caption,) = captioner.caption(training[0].image, boxes(training[0])[:1], "recognition", beams=3)
+    (caption,) = captioner.caption(training[0].image, boxes(training[0])[:1], "recognition", num_beams=3)
     assert caption.text == names.most_common(1)[0][0]
     assert len(list(MostFrequent(**SCENES, limit=0).training_regions.iter_samples())) == COUNT
 
@@ -78,7 +85,7 @@ def test_points_have_neighbors_where_the_encoder_finds_masks(training):
 
 def test_an_encoder_without_masks_takes_boxes(training):
     pytest.importorskip("timm")
-    captioner = NearestNeighbor({"name": "timm", "model": "resnet18", "pretrained": False, "size": 64}, **SCENES)
+    captioner = NearestNeighbor({"name": "timm", "model": "resnet18", "pretrained": False, "image_size": 64}, **SCENES)
     sample = training[0]
     assert [each.text for each in captioner.caption(sample.image, boxes(sample))] == [
         region.phrases[-1] for region in sample.regions
@@ -96,6 +103,6 @@ def test_a_dataset_without_words_for_a_task_is_named(floor, training, monkeypatc
     )
     monkeypatch.setattr(Scenes, "__getitem__", nameless)
     captioner = floor(**SCENES)
-    assert captioner.describe(training[0].image, boxes(training[0]))
+    assert captioner.caption(training[0].image, boxes(training[0]))
     with pytest.raises(ValueError, match="no region of scenes train that was read has a name"):
-        captioner.describe(training[0].image, boxes(training[0]), "recognition")
+        captioner.caption(training[0].image, boxes(training[0]), "recognition")

@@ -34,8 +34,8 @@ def test_crops_are_told_apart_and_answers_come_in_order(weights, kind, image, pr
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_how_many_go_at_a_time_makes_no_difference(weights, kind, beams, image, prompts):
-    together = CropCaptioner(weights=weights(kind)).caption(image, prompts, beams=beams)
-    alone = CropCaptioner(weights=weights(kind), batch_size=1).caption(image, prompts, beams=beams)
+    together = CropCaptioner(weights=weights(kind)).caption(image, prompts, num_beams=beams)
+    alone = CropCaptioner(weights=weights(kind), batch_size=1).caption(image, prompts, num_beams=beams)
     assert texts(together) == texts(alone)
     assert [each.score for each in together] == pytest.approx([each.score for each in alone], rel=1e-3)
 
@@ -84,9 +84,9 @@ def test_no_more_words_come_than_are_asked_for(weights, image, prompts, monkeypa
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"beam": 2}, "no option 'beam' of generation. Did you mean 'beams'"),
-        ({"captions": 2}, "no option 'captions' of generation. There are: max_new_tokens, beams"),
-        ({"beams": 0}, "beams is 0"),
+        ({"num_beam": 2}, "no option 'num_beam' of generation. Did you mean 'num_beams'"),
+        ({"num_captions": 2}, "no option 'num_captions' of generation."),
+        ({"num_beams": 0}, "num_beams is 0"),
         ({"task": "translation"}, "unknown task 'translation'"),
     ],
 )

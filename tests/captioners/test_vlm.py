@@ -38,9 +38,9 @@ def test_kosmos_is_told_the_cells_of_the_corners(weights, image, prompts, asked)
 @pytest.mark.parametrize("kind", ["florence2", "kosmos-2"])
 def test_regions_are_told_apart_by_tokens_alone_and_in_any_company(weights, kind, image, prompts):
     captioner = VisionLanguageModel(weights=weights(kind), show="region-tokens")
-    together = captioner.caption(image, prompts, beams=2)
+    together = captioner.caption(image, prompts, num_beams=2)
     assert len(set(texts(together))) > 1
-    assert [captioner.caption(image, [prompt], beams=2)[0].text for prompt in prompts] == texts(together)
+    assert [captioner.caption(image, [prompt], num_beams=2)[0].text for prompt in prompts] == texts(together)
 
 
 def test_what_an_answer_says_of_places_is_no_part_of_its_words(weights, image, prompts, monkeypatch):
@@ -68,8 +68,8 @@ def test_a_drawn_box_lies_around_the_region_and_the_picture_is_left_alone(weight
 
 def test_a_question_goes_through_the_chat_template_and_pictures_of_other_sizes_do_not_mix(weights, image, prompts):
     captioner = VisionLanguageModel(weights=weights("qwen2_vl"), question="Which thing is this?")
-    together = captioner.caption(image, prompts, max_new_tokens=4, beams=2)
-    alone = [captioner.caption(image, [prompt], max_new_tokens=4, beams=2)[0].text for prompt in prompts]
+    together = captioner.caption(image, prompts, max_new_tokens=4, num_beams=2)
+    alone = [captioner.caption(image, [prompt], max_new_tokens=4, num_beams=2)[0].text for prompt in prompts]
     assert texts(together) == alone
     assert len(set(alone)) > 1
     inputs = captioner.image_text_model._process_input(

@@ -162,8 +162,8 @@ def test_everything_is_found_filtered_and_downloaded(tab, tmp_path):
 
 def test_a_search_is_cancelled(tab):
     tab.get_by_role("tab", name="Everything").click()
-    tab.locator("#points input[type=number]").fill("32")
-    tab.locator("#points input[type=number]").press("Tab")
+    tab.locator("#points_per_side input[type=number]").fill("32")
+    tab.locator("#points_per_side input[type=number]").press("Tab")
     tab.get_by_role("button", name="Find everything").click()
     tab.wait_for_function("() => document.querySelector('#status').innerText.includes('looked at')", timeout=30_000)
     tab.get_by_role("button", name="Cancel").click()

@@ -42,13 +42,13 @@ def session():
 
 def click(session, x):
     """A new region, and what it is asked by."""
-    session.point_at({"action": "new"})
-    number = session.point_at({"action": "point", "x": x, "y": 5, "label": 1})
+    session.handle_event({"action": "new"})
+    number = session.handle_event({"action": "point", "x": x, "y": 5, "label": 1})
     return session.regions[number].prompt
 
 
 def answer(session, prompt, words):
-    session.answered(prompt, Caption(words, 0.5, None, None, None, prompt, 0), ())
+    session.add_response(prompt, Caption(words, 0.5, None, None, None, prompt, 0), ())
 
 
 def words(session):
@@ -60,28 +60,28 @@ def test_answers_that_come_in_another_order_find_their_regions(session):
     answer(session, second, "two")
     answer(session, first, "one")
     assert words(session) == ["one", "two"]
-    assert [caption.region for caption in session.captions] == [0, 1]
+    assert [caption.region_id for caption in session.captions] == [0, 1]
 
 
 def test_a_step_back_neither_breaks_on_an_answer_nor_loses_it(session):
     first, second = click(session, 1), click(session, 2)
-    session.point_at({"action": "undo"})
+    session.handle_event({"action": "undo"})
     answer(session, second, "two")
     assert words(session) == []
     answer(session, first, "one")
     third = click(session, 3)
-    session.point_at({"action": "clear"})
+    session.handle_event({"action": "clear"})
     answer(session, third, "three")
-    session.point_at({"action": "undo"})
+    session.handle_event({"action": "undo"})
     assert words(session) == ["one", "three"]
 
 
 def test_what_has_no_answer_is_taken_back_and_nothing_else(session):
     first, second = click(session, 1), click(session, 2)
     answer(session, first, "one")
-    session.failed(first)
+    session.revert_prompt(first)
     assert len(session.regions) == 2
-    session.failed(second)
+    session.revert_prompt(second)
     assert words(session) == ["one"]
     assert len(session.regions) == 1
 
@@ -102,15 +102,15 @@ def test_a_model_in_use_stays_until_it_is_done(models, session):
     with models.scheduler(first) as scheduler:
         for name in others:
             with models.scheduler(name) as other:
-                assert isinstance(list(other.events(question))[-1], RequestDone)
-        assert scheduler.alive
-        assert isinstance(list(scheduler.events(question))[-1], RequestDone)
+                assert isinstance(list(other.iter_events(question))[-1], RequestDone)
+        assert scheduler.accepts_requests
+        assert isinstance(list(scheduler.iter_events(question))[-1], RequestDone)
     for name in others[:MAX_LOADED_MODELS]:
         with models.scheduler(name):
             pass
-    assert not scheduler.alive
+    assert not scheduler.accepts_requests
     with pytest.raises(SchedulerClosedError):
-        list(scheduler.events(question))
+        list(scheduler.iter_events(question))
 
 
 def test_models_refuse_names_that_may_not_be_chosen(tmp_path):
@@ -148,7 +148,7 @@ def test_session_refuses_paint_of_another_size(session, size):
     content[16:24] = b"".join(side.to_bytes(4, "big") for side in size)
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     with pytest.raises(InputError, match="paint"):
-        session.point_at({"action": "mask", "png": f"data:image/png;base64,{base64.b64encode(content).decode()}"})
+        session.handle_event({"action": "mask", "png": f"data:image/png;base64,{base64.b64encode(content).decode()}"})
 
 
 def test_page_opens_one_image_at_a_time_and_forgets_sessions():
@@ -160,9 +160,9 @@ def test_page_opens_one_image_at_a_time_and_forgets_sessions():
 
 def test_session_limits_points_of_a_region(session):
     for number in range(MAX_POINTS):
-        session.point_at({"action": "point", "x": number % 60, "y": 5, "label": 1})
+        session.handle_event({"action": "point", "x": number % 60, "y": 5, "label": 1})
     with pytest.raises(InputError, match=f"at most {MAX_POINTS} points"):
-        session.point_at({"action": "point", "x": 9, "y": 5, "label": 1})
+        session.handle_event({"action": "point", "x": 9, "y": 5, "label": 1})
 
 
 def test_opened_image_keeps_to_the_pixel_limit(tmp_path):
@@ -207,7 +207,7 @@ def test_sliders_start_at_the_values_that_the_command_line_uses(name):
     own = captioner(name)
     search = resolve_everything_options(own, {})
     assert search != EverythingOptions()
-    assert before == (own.generation["beams"], search.points_per_side, search.pred_iou_thresh)
+    assert before == (own.generation["num_beams"], search.points_per_side, search.pred_iou_thresh)
     with models.scheduler(name):
         assert models.get_slider_values(name) == before
     models.close()
@@ -225,7 +225,7 @@ def test_sliders_and_note_follow_the_model():
         _select_model(models, "nothing")
     demo = build_page(models, models.model_names, [])
     (change,) = [fn for fn in demo.fns.values() if "change" in {event for _, event in fn.targets}]
-    assert {each.elem_id for each in change.outputs} >= {"note", "beams", "points", "iou"}
+    assert {each.elem_id for each in change.outputs} >= {"note", "num_beams", "points_per_side", "pred_iou_thresh"}
 
 
 def test_a_slider_that_nobody_moved_leaves_its_value_to_the_model(models):
@@ -244,17 +244,17 @@ def test_a_slider_that_nobody_moved_leaves_its_value_to_the_model(models):
     *_, status = list(_caption_everything(models, session, name, shown, "caption", 1, 7, 1.0))[-1]
     assert "nothing found" in status
     controls, *sliders = _refresh_sliders(models, name, shown, (1, 7, 0.5))
-    assert controls == models.controls(name)
-    assert [slider.get("value") for slider in sliders] == [1, controls.points, None]
+    assert controls == models.get_slider_values(name)
+    assert [slider.get("value") for slider in sliders] == [1, controls.points_per_side, None]
 
 
 def test_beams_that_nobody_moved_are_the_model_s(models, monkeypatch):
     models, (name, *_) = models
     asked = []
     with models.scheduler(name) as scheduler:
-        monkeypatch.setattr(scheduler, "events", lambda question: asked.append(dict(question.generation)) or iter(()))
+        monkeypatch.setattr(scheduler, "iter_events", lambda each: asked.append(dict(each.generation)) or iter(()))
         for beams in (1, 3):
             session = Session(Image.new("RGB", (64, 48)), "a.png")
             event = {"action": "point", "x": 5, "y": 5, "label": 1}
             list(_caption_prompted_region(models, event, session, name, SliderValues(), "caption", beams))
-    assert asked == [{}, {"beams": 3}]
+    assert asked == [{}, {"num_beams": 3}]

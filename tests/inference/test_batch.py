@@ -24,9 +24,9 @@ def paths(tmp_path):
 
 
 def caption(job, paths, **options):
-    regions = job.read_regions()
-    regions.match(paths)
-    return list(BatchCaptioner(job, regions).caption_images(paths, **options))
+    region_source = job.read_region_source()
+    region_source.match_images(paths)
+    return list(BatchCaptioner(job, region_source).caption_images(paths, **options))
 
 
 def test_failures_are_yielded_between_the_captions_of_the_others(paths):
@@ -52,15 +52,15 @@ def test_regions_of_a_file_that_do_not_fit_are_failures_of_their_image(paths, tm
     assert len(result.captions) == 1
 
 
-@pytest.mark.parametrize("keeps_images", [False, True])
-def test_images_that_are_done_are_repeated_and_opened_only_if_wanted(paths, keeps_images):
+@pytest.mark.parametrize("keep_images", [False, True])
+def test_images_that_are_done_are_repeated_and_opened_only_if_wanted(paths, keep_images):
     known = CaptionedImage(
         str(paths[0]), ImageSize(64, 48), [Caption("known", 0.5, None, None, None, Prompt(), 0)], None
     )
     job = CaptionJob("sca-tiny", boxes=["20,20,40,40"], batch_size=1)
-    first, second = caption(job, paths[:2], done={str(paths[0]): known}, keeps_images=keeps_images)
+    first, second = caption(job, paths[:2], captioned={str(paths[0]): known}, keep_images=keep_images)
     assert first.captions == known.captions
-    assert isinstance(first.image, Image.Image) == keeps_images
+    assert isinstance(first.image, Image.Image) == keep_images
     assert second.captions[0].text != "known"
 
 
@@ -76,11 +76,13 @@ def test_captioners_that_only_describe_are_not_called_for_an_empty_request(paths
 
 
 def test_job_is_plain_values_that_any_process_can_receive():
-    job = CaptionJob("sca-tiny", boxes=["1,2,3,4"], generation_options={"beams": 2}, batch_size=3)
+    job = CaptionJob("sca-tiny", boxes=["1,2,3,4"], generation_options={"num_beams": 2}, batch_size=3)
     assert CaptionJob(**json.loads(json.dumps(asdict(job)))).batch_size == 3
 
 
-@pytest.mark.parametrize(("options", "message"), [({"batch": 0}, "batch is 0"), ({"task": "poetry"}, "unknown task")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"batch_size": 0}, "batch_size is 0"), ({"task": "poetry"}, "unknown task")]
+)
 def test_job_refuses_values_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         CaptionJob("sca-tiny", boxes=["1,2,3,4"], **options)
@@ -121,7 +123,7 @@ def test_segmenting_without_a_segmenter_is_refused():
     from sca.inference.engine import MaskEngine
 
     class Nothing(MaskEngine):
-        answer = tell = None
+        caption_batch = caption_masks = None
 
     with pytest.raises(ValueError, match=r"the captioner has no segmenter; use encoder\+captioner"):
         Nothing(None).segment(Nothing(None).encode([Image.new("RGB", (9, 9))]), [[Prompt(box=(1, 1, 9, 9))]])

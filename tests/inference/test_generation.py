@@ -29,28 +29,28 @@ def rows(small, monkeypatch):
     return model, seen
 
 
-@pytest.mark.parametrize("options", [{}, {"beams": 3, "captions": 2}])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_captions": 2}])
 def test_generate_from_prefix_returns_the_same_in_pieces(rows, monkeypatch, options):
     model, seen = rows
-    prefix = torch.randn(23, 4, model.language_model.width, generator=torch.Generator().manual_seed(0))
+    prefix = torch.randn(23, 4, model.language_model.hidden_size, generator=torch.Generator().manual_seed(0))
     whole = model.generate_from_prefix(prefix, **options)
-    monkeypatch.setattr(models, "ROWS", 6)
+    monkeypatch.setattr(models, "MAX_SEQUENCES_PER_CALL", 6)
     pieces = model.generate_from_prefix(prefix, **options)
-    assert torch.equal(whole.ids, pieces.ids)
+    assert torch.equal(whole.sequences, pieces.sequences)
     torch.testing.assert_close(whole.scores, pieces.scores)
-    assert max(seen[1:]) == 6 // options.get("beams", 1)
+    assert max(seen[1:]) == 6 // options.get("num_beams", 1)
 
 
 def test_generate_from_prefix_with_a_seed_depends_on_nothing_else(small):
-    model, options = small(), {"sample": True, "temperature": 2.0, "captions": 2}
-    prefix = torch.randn(3, 4, model.language_model.width, generator=torch.Generator().manual_seed(0))
+    model, options = small(), {"do_sample": True, "temperature": 2.0, "num_captions": 2}
+    prefix = torch.randn(3, 4, model.language_model.hidden_size, generator=torch.Generator().manual_seed(0))
     state = torch.get_rng_state()
-    together = model.generate_from_prefix(prefix, seed=7, **options).ids
+    together = model.generate_from_prefix(prefix, seed=7, **options).sequences
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(5)
-    alone = model.generate_from_prefix(prefix[1:2], seed=7, **options).ids
+    alone = model.generate_from_prefix(prefix[1:2], seed=7, **options).sequences
     assert together[1, :, : alone.shape[2]].tolist() == alone[0].tolist()
-    other = model.generate_from_prefix(prefix, seed=8, **options).ids
+    other = model.generate_from_prefix(prefix, seed=8, **options).sequences
     assert other.tolist() != together.tolist()
 
 
@@ -62,7 +62,7 @@ def test_captions_count_their_tokens_and_say_whether_they_were_cut(small):
     for tokens, is_cut in zip(caption.usage.completion_tokens, caption.usage.is_truncated, strict=True):
         assert tokens == 3 or not is_cut
     model = predictor.model
-    assert caption.usage.prompt_tokens == model.spec.task_tokens + model.spec.mixer.options["queries"]
+    assert caption.usage.prompt_tokens == model.spec.task_tokens + model.spec.mixer.options["num_queries"]
 
 
 def test_count_tokens_counts_the_end_and_no_padding():
@@ -75,7 +75,7 @@ def test_count_tokens_counts_the_end_and_no_padding():
 
 def test_pieces_of_different_length_are_padded_as_one_batch_is(small):
     model = small()
-    pad = model.language_model.tokenizer.pad
+    pad = model.language_model.tokenizer.pad_token_id
     short = models.GenerationOutput(torch.tensor([[[5, 2]]]), torch.zeros(1, 1))
     long = models.GenerationOutput(torch.tensor([[[5, 6, 7, 2]]]), torch.zeros(1, 1))
     assert models._concat_generated([short, long], pad).sequences.tolist() == [[[5, 2, pad, pad]], [[5, 6, 7, 2]]]
@@ -83,7 +83,7 @@ def test_pieces_of_different_length_are_padded_as_one_batch_is(small):
 
 def test_every_caller_generates_in_pieces(rows, monkeypatch):
     model, seen = rows
-    monkeypatch.setattr(models, "ROWS", 16)
+    monkeypatch.setattr(models, "MAX_SEQUENCES_PER_CALL", 16)
     predictor = Predictor(model)
     predictor.set_image(Image.new("RGB", (64, 64), "blue"))
     assert len(predictor.predict(boxes=BOXES)) == 40

@@ -64,7 +64,7 @@ def expected(lm_folder):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_generation_ignores_a_setting_of_a_hub_model(folder, expected, name):
     generated = HfLanguageModel(folder(**{name: SETTINGS[name]})).generate(draw_prefix(), 6)
-    assert torch.equal(generated.sequences, expected[1].ids)
+    assert torch.equal(generated.sequences, expected[1].sequences)
     assert torch.equal(generated.scores, expected[1].scores)
 
 
@@ -72,7 +72,7 @@ def test_generation_ignores_a_setting_of_a_hub_model(folder, expected, name):
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generation_ignores_all_settings_of_a_hub_model(folder, expected, file, beams):
     generated = HfLanguageModel(folder(file, **SETTINGS)).generate(draw_prefix(), 6, beams)
-    assert torch.equal(generated.sequences, expected[beams].ids)
+    assert torch.equal(generated.sequences, expected[beams].sequences)
     assert torch.equal(generated.scores, expected[beams].scores)
 
 
@@ -80,7 +80,7 @@ def test_generation_ignores_settings_of_a_model_in_memory(folder, expected):
     model = HfLanguageModel(folder()).model
     model.generation_config = GenerationConfig(repetition_penalty=1.8, max_time=1e-4, eos_token_id=2, pad_token_id=0)
     generated = CausalLanguageModel(model, None).generate(draw_prefix(), 6)
-    assert torch.equal(generated.sequences, expected[1].ids)
+    assert torch.equal(generated.sequences, expected[1].sequences)
 
 
 def test_ids_of_the_end_and_of_padding_are_those_of_generation_config(folder):
@@ -101,8 +101,8 @@ def test_an_id_that_is_no_number_is_refused_in_one_line(folder, value):
 
 def test_probe_runs_once_per_configuration_and_changes_no_random_numbers(folder, monkeypatch):
     runs, examine = [], probe._examine_model
-    monkeypatch.setattr(probe, "_examine", lambda model: runs.append(model) or examine(model))
-    monkeypatch.setattr(probe, "_known", {})
+    monkeypatch.setattr(probe, "_examine_model", lambda model: runs.append(model) or examine(model))
+    monkeypatch.setattr(probe, "_structures", {})
     model = HfLanguageModel(folder()).model
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -123,8 +123,8 @@ def test_probe_falls_back_on_the_model_itself(folder, monkeypatch):
     def cannot(_):
         raise KeyError("no such size")
 
-    monkeypatch.setattr(probe, "_known", {})
-    monkeypatch.setattr(probe, "_tiny_model", cannot)
+    monkeypatch.setattr(probe, "_structures", {})
+    monkeypatch.setattr(probe, "_build_tiny_model", cannot)
     assert probe.probe_model(model) == expected
     model.config.n_inner = 7
     with pytest.raises(ValueError, match=r"cannot be run on embeddings.*no such size"):

@@ -33,7 +33,7 @@ def predictor(model, scene):
 @pytest.fixture
 def idle(predictor, monkeypatch):
     """A predictor that must not compute anything."""
-    monkeypatch.setattr(predictor.engine, "answer", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(predictor.engine, "caption_batch", lambda *_, **__: pytest.fail("computed"))
     return predictor
 
 
@@ -41,7 +41,7 @@ def test_predict_takes_masks_as_arrays_and_rles_after_boxes_and_points(predictor
     inside = np.zeros((scene.image.height, scene.image.width), bool)
     inside[10:40, 20:60] = True
     captions = predictor.predict(masks=[inside, encode_rle(inside)], boxes=np.array([BOX]), points=[(9, 9)])
-    assert [caption.region for caption in captions] == [0, 1, 2, 3]
+    assert [caption.region_id for caption in captions] == [0, 1, 2, 3]
     assert captions[0].prompt.box == BOX
     assert captions[1].prompt.points == ((9, 9, 1),)
     assert captions[2].text == captions[3].text
@@ -62,7 +62,8 @@ def test_caption_array_is_the_mask(predictor, scene):
         ("bboxes", "boxes"),
         ("box", "boxes"),
         ("mask", "masks"),
-        ("num_beams", "beams"),
+        ("beams", "num_beams"),
+        ("num_return_sequences", "num_captions"),
         ("max_tokens", "max_new_tokens"),
     ],
 )
@@ -77,22 +78,22 @@ def test_unknown_keyword_is_a_type_error_with_the_closest_name(idle, keyword, cl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beams": "3"}, "beams is '3': give a whole number"),
-        ({"beams": 0}, "beams is 0"),
+        ({"num_beams": "3"}, "num_beams is '3'"),
+        ({"num_beams": 0}, "num_beams is 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
-        ({"captions": True}, "captions is True"),
-        ({"sample": "yes"}, "sample is 'yes': give true or false"),
-        ({"sample": True, "temperature": 0}, "temperature is 0"),
-        ({"sample": True, "temperature": float("nan")}, "temperature is nan"),
-        ({"sample": True, "top_p": 1.5}, "top_p is 1.5"),
-        ({"sample": True, "seed": "a"}, "seed is 'a'"),
+        ({"num_captions": True}, "num_captions is True"),
+        ({"do_sample": "yes"}, "do_sample is 'yes'"),
+        ({"do_sample": True, "temperature": 0}, "temperature is 0"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature is nan"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5"),
+        ({"do_sample": True, "seed": "a"}, "seed is 'a'"),
         ({"temperature": 0.5}, "temperature has no effect without sampling"),
-        ({"top_p": 0.5, "sample": False}, "top_p has no effect without sampling"),
+        ({"top_p": 0.5, "do_sample": False}, "top_p has no effect without sampling"),
         ({"task": "describe"}, "unknown task 'describe'"),
     ],
 )
 def test_predict_refuses_options_that_cannot_be_meant(predictor, options, message, monkeypatch):
-    monkeypatch.setattr(predictor.engine, "_bucket", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(predictor.engine, "_caption_prompt_batch", lambda *_, **__: pytest.fail("computed"))
     with pytest.raises(ValueError, match=message):
         predictor.predict(boxes=[BOX], **options)
 
@@ -137,18 +138,18 @@ def test_predict_takes_none_for_no_regions(predictor):
 
 
 def test_several_captions_are_found_by_as_many_beams_or_drawn_one_by_one(predictor, monkeypatch):
-    (caption,) = predictor.predict(boxes=[BOX], captions=3)
-    assert len(caption.others) == 2
-    monkeypatch.setattr(type(predictor.engine), "generation", {"max_new_tokens": 5, "beams": 2})
-    (caption,) = predictor.predict(boxes=[BOX], captions=3, sample=True, temperature=2.0, seed=1)
-    assert len(caption.others) == 2
-    for sample in (None, True):
-        with pytest.raises(ValueError, match="captions=3 needs beams=3 or more, not 2"):
-            predictor.predict(boxes=[BOX], captions=3, beams=2, sample=sample)
+    (caption,) = predictor.predict(boxes=[BOX], num_captions=3)
+    assert len(caption.alternatives) == 2
+    monkeypatch.setattr(type(predictor.engine), "generation", {"max_new_tokens": 5, "num_beams": 2})
+    (caption,) = predictor.predict(boxes=[BOX], num_captions=3, do_sample=True, temperature=2.0, seed=1)
+    assert len(caption.alternatives) == 2
+    for do_sample in (None, True):
+        with pytest.raises(ValueError, match="num_captions=3 needs num_beams=3 or more, not 2"):
+            predictor.predict(boxes=[BOX], num_captions=3, num_beams=2, do_sample=do_sample)
 
 
 def test_seed_of_the_spec_is_used(model, scene):
-    spec = replace(model.spec, generation={"sample": True, "temperature": 3.0, "seed": 3})
+    spec = replace(model.spec, generation={"do_sample": True, "temperature": 3.0, "seed": 3})
     predictor = sca.Predictor(model)
     predictor.set_image(scene.image)
     expected = predictor.predict(boxes=[BOX], do_sample=True, temperature=3.0, seed=3)
@@ -175,7 +176,7 @@ def test_predict_batch_equals_predict_and_keeps_the_image(predictor, scene):
             predictor.set_image(image)
             alone = predictor.predict(request, max_new_tokens=5)
             assert [each.text for each in captions] == [each.text for each in alone]
-            assert [each.region for each in captions] == [each.region for each in alone]
+            assert [each.region_id for each in captions] == [each.region_id for each in alone]
 
 
 @pytest.mark.parametrize(
@@ -201,24 +202,25 @@ def test_predict_batch_checks_its_task_before_it_encodes(idle, scene, monkeypatc
 
 
 def test_caption_everything_takes_search_and_generation_options_over_the_models_own(predictor):
-    few = sca.caption_everything(predictor, points=2, max_new_tokens=3)
-    options = EverythingOptions(**{**vars(predictor.engine.everything), "points": 2})
+    few = sca.caption_everything(predictor, points_per_side=2, max_new_tokens=3)
+    options = EverythingOptions(**{**vars(predictor.engine.everything), "points_per_side": 2})
     assert few == sca.caption_everything(predictor, options=options, max_new_tokens=3)
-    with pytest.raises(TypeError, match=r"caption_everything\(\) has no argument 'point'. Did you mean 'points'\?"):
-        sca.caption_everything(predictor, point=2)
-    with pytest.raises(TypeError, match=r"no argument 'pred_iou_thresh'. Did you mean 'iou'\?"):
-        sca.caption_everything(predictor, pred_iou_thresh=0.9)
+    message = r"caption_everything\(\) has no argument 'point_per_side'. Did you mean 'points_per_side'\?"
+    with pytest.raises(TypeError, match=message):
+        sca.caption_everything(predictor, point_per_side=2)
+    with pytest.raises(TypeError, match=r"no argument 'min_mask_region_area'. Did you mean 'min_area'\?"):
+        sca.caption_everything(predictor, min_mask_region_area=0.9)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"points": "many"}, r"everything\.points is 'many'"),
+        ({"points_per_side": "many"}, r"everything\.points_per_side is 'many'"),
         ({"task": "name"}, "unknown task 'name'"),
         ({"max_regions": 2.5}, r"max_regions is 2\.5; give a whole number"),
         ({"max_regions": "3"}, "max_regions is '3'"),
-        ({"options": {"points": 4}}, "options is of type dict"),
-        ({"beams": 0}, "beams is 0"),
+        ({"options": {"points_per_side": 4}}, "options is of type dict"),
+        ({"num_beams": 0}, "num_beams is 0"),
     ],
 )
 def test_caption_everything_checks_arguments_before_it_searches(idle, given, message, monkeypatch):

@@ -16,6 +16,8 @@ from sca.inference.predictor import Predictor
 from sca.io.masks import decode_rle, mask_to_box
 from sca.proposers.grid import PointGrid
 
+RESAMPLER = {"name": "resampler", "num_queries": 2, "depth": 1, "num_heads": 2, "mlp_dim": 64}
+
 
 @pytest.fixture
 def counted(small, monkeypatch):
@@ -36,7 +38,7 @@ def counted(small, monkeypatch):
 
         watch(model, "encode", len)
         watch(model, "segment", lambda features, prompts, *_: len(prompts))
-        watch(model, "prepare", len)
+        watch(model, "prepare_mixer", len)
         watch(model, "mix", lambda regions, *_: len(regions))
         watch(model.language_model, "generate", lambda prefix, *_: len(prefix))
         return Predictor(model, regions), calls
@@ -61,7 +63,8 @@ def mixed(scene):
 
 def alike(one, other):
     """The same answer, but for the last bits of numbers that were added in another order."""
-    close = one.score == pytest.approx(other.score, rel=1e-4) and one.iou == pytest.approx(other.iou, abs=1e-4)
+    close = one.score == pytest.approx(other.score, rel=1e-4)
+    close = close and one.predicted_iou == pytest.approx(other.predicted_iou, abs=1e-4)
     differs = (decode_rle(one.mask) != decode_rle(other.mask)).mean()
     asked = (one.prompt.box, one.prompt.points) == (other.prompt.box, other.prompt.points)
     return close and one.text == other.text and asked and differs < 0.01
@@ -80,8 +83,8 @@ def test_an_image_is_encoded_once_and_asked_as_often_as_wanted(counted, scene):
 def test_mixed_requests_come_back_in_order(counted, scene):
     predictor, calls = counted()
     prompts = mixed(scene)
-    together = predictor.engine.describe(scene.image, prompts)
-    assert [caption.region for caption in together] == list(range(len(prompts)))
+    together = predictor.engine.caption(scene.image, prompts)
+    assert [caption.region_id for caption in together] == list(range(len(prompts)))
     assert all(caption.prompt is prompt for caption, prompt in zip(together, prompts, strict=True))
     assert sorted(calls["segment"]) == [1, 1, 1, 2, 2]
     predictor.set_image(scene.image)
@@ -93,13 +96,13 @@ def test_several_images_answer_as_each_alone(counted, scene):
     predictor, calls = counted()
     images = [scene.image, scene.image.resize((96, 60)), scene.image]
     requests = [mixed(scene)[:3], [], mixed(scene)]
-    together = predictor.engine.answer(predictor.engine.encode(images), requests)
+    together = predictor.engine.caption_batch(predictor.engine.encode(images), requests)
     assert calls["encode"] == [3]
     assert [len(captions) for captions in together] == [3, 0, 7]
     for image, request, captions in zip(images, requests, together, strict=True):
-        for caption, alone in zip(captions, predictor.engine.describe(image, request), strict=True):
+        for caption, alone in zip(captions, predictor.engine.caption(image, request), strict=True):
             assert alike(caption, alone)
-            assert caption.region == alone.region
+            assert caption.region_id == alone.region_id
 
 
 def test_how_many_regions_go_at_a_time_changes_memory_and_not_answers(counted, scene):
@@ -115,11 +118,11 @@ def test_how_many_regions_go_at_a_time_changes_memory_and_not_answers(counted, s
 
 
 def test_what_regions_share_is_computed_once_for_all_chunks(counted, scene):
-    predictor, calls = counted(regions=1, mixer={"name": "resampler", "queries": 2, "depth": 1, "heads": 2, "mlp": 64})
+    predictor, calls = counted(regions=1, mixer=RESAMPLER)
     predictor.set_image(scene.image)
     found = predictor.predict(boxes=[region.box for region in scene.regions])
     assert len(calls["mix"]) == len(scene.regions) > 1
-    assert len(calls["prepare"]) == 1
+    assert len(calls["prepare_mixer"]) == 1
     together = Engine(predictor.model).caption(scene.image, [caption.prompt for caption in found])
     assert [caption.text for caption in together] == [caption.text for caption in found]
 
@@ -128,30 +131,30 @@ def test_all_candidates_for_a_mask_can_be_had_or_the_single_one(counted, scene):
     predictor, calls = counted(regions=2)
     predictor.set_image(scene.image)
     prompts = mixed(scene)
-    three, one = predictor.segment(prompts), predictor.segment(prompts, multimask=False)
+    three, one = predictor.segment(prompts), predictor.segment(prompts, multimask_output=False)
     assert [len(masks) for masks in three] == [3] * len(prompts)
     assert [len(masks) for masks in one] == [1] * len(prompts)
     assert "generate" not in calls
     for masks, caption in zip(three, predictor.predict(prompts), strict=True):
-        assert [mask.iou for mask in masks] == sorted((mask.iou for mask in masks), reverse=True)
-        assert (
-            decode_rle(masks[0].mask) != decode_rle(caption.mask)
-        ).mean() < 0.01  # logits close to zero fall either way
-        assert masks[0].iou == pytest.approx(caption.iou)
+        ious = [mask.predicted_iou for mask in masks]
+        assert ious == sorted(ious, reverse=True)
+        differs = decode_rle(masks[0].rle) != decode_rle(caption.mask)
+        assert differs.mean() < 0.01  # logits close to zero fall either way
+        assert ious[0] == pytest.approx(caption.predicted_iou)
 
 
 def test_several_captions_a_region_come_best_first(counted, scene):
     predictor, _ = counted()
     predictor.set_image(scene.image)
     boxes = [region.box for region in scene.regions]
-    for caption in predictor.predict(boxes=boxes, beams=3, captions=3):
-        told = [(caption.text, caption.score), *caption.others]
+    for caption in predictor.predict(boxes=boxes, num_beams=3, num_captions=3):
+        told = [(caption.text, caption.score), *caption.alternatives]
         assert len(told) == 3
         assert all(0 <= score <= 1 for _, score in told)
-    best = predictor.predict(boxes=boxes, beams=3)
-    again = predictor.predict(boxes=boxes, beams=3, captions=2)
+    best = predictor.predict(boxes=boxes, num_beams=3)
+    again = predictor.predict(boxes=boxes, num_beams=3, num_captions=2)
     assert [caption.text for caption in again] == [caption.text for caption in best]
-    assert all(not caption.others for caption in best)
+    assert all(not caption.alternatives for caption in best)
 
 
 def test_an_answer_is_in_the_images_own_pixels(counted, scene):
@@ -162,7 +165,7 @@ def test_an_answer_is_in_the_images_own_pixels(counted, scene):
     assert by_box.box == box
     assert by_box.mask["size"] == [scene.image.height, scene.image.width]
     assert 0 < by_box.score <= 1
-    assert 0 <= by_box.iou <= 1
+    assert 0 <= by_box.predicted_iou <= 1
     assert by_point.box == mask_to_box(by_point.mask)
     assert by_point.prompt == Prompt(points=((50.0, 50.0, 1),))
 
@@ -177,9 +180,9 @@ def test_an_array_is_taken_as_well_as_a_picture(counted, scene):
 
 def test_without_masks_there_are_captions_and_boxes(counted, scene):
     predictor, _ = counted(segmenter={"name": "box"})
-    (caption,) = predictor.engine.describe(scene.image, [Prompt(box=scene.regions[0].box)])
+    (caption,) = predictor.engine.caption(scene.image, [Prompt(box=scene.regions[0].box)])
     assert caption.mask is None
-    assert caption.iou is None
+    assert caption.predicted_iou is None
     assert caption.box == scene.regions[0].box
 
 
@@ -231,8 +234,9 @@ def test_everything_encodes_once_and_writes_captions_for_the_survivors_only(coun
 def test_a_full_size_mask_is_made_once_for_what_is_looked_at_in_full_size(counted, scene, monkeypatch):
     predictor, _ = counted()
     predictor.set_image(scene.image)
-    made, inside = [], predictor.engine.processor.inside
-    monkeypatch.setattr(predictor.engine.processor, "inside", lambda *given: (made.extend(given[1]), inside(*given))[1])
+    processor, made = predictor.engine.processor, []
+    iter_masks = processor.iter_binary_masks
+    monkeypatch.setattr(processor, "iter_binary_masks", lambda *args: (made.extend(args[1]), iter_masks(*args))[1])
     captions = caption_everything(predictor, options=ALL)  # no filter that looks at full size leaves anything out
     assert len(made) == len(captions) > 9
 
@@ -251,7 +255,9 @@ def test_what_everything_finds_is_told_with_the_mask_it_was_found_by_best_first(
     assert [caption.text for caption in captions] == [caption.text for caption in asked]
 
 
-@pytest.mark.parametrize("options", [{"iou": 10.0}, {"stability": 1.1}, {"area": 1.1}, {"largest": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"pred_iou_thresh": 10.0}, {"stability_score_thresh": 1.1}, {"min_area": 1.1}, {"max_area": -1.0}]
+)
 def test_each_filter_can_leave_nothing_and_then_nothing_is_written(counted, scene, options):
     predictor, calls = counted()
     predictor.set_image(scene.image)
@@ -263,7 +269,7 @@ def test_of_two_masks_that_overlap_too_much_the_better_stays(counted, scene):
     predictor, _ = counted()
     predictor.set_image(scene.image)
     loose = caption_everything(predictor, options=ALL)
-    strict = caption_everything(predictor, options=EverythingOptions(**{**vars(ALL), "nms": 0.0}))
+    strict = caption_everything(predictor, options=EverythingOptions(**{**vars(ALL), "box_nms_thresh": 0.0}))
     assert len(strict) < len(loose)
     assert strict[0].box == loose[0].box
 
@@ -277,12 +283,12 @@ def test_mask_nms_suppresses_a_region_whose_box_is_large_for_a_stray_cell(counte
     class Fixed(torch.nn.Module):
         channels = segmenter.channels
 
-        def forward(self, features, prompts, multimask=True):
-            regions = segmenter(features, prompts, multimask)
+        def forward(self, features, prompts, multimask_output=True):
+            regions = segmenter(features, prompts, multimask_output)
             masks = torch.full_like(regions.masks, -9.0)
             masks[:, :2, 4:16, 4:16] = masks[:, 1, 31, 31] = 9.0
             masks[:, 2, 20:28, 20:28] = 9.0
-            return replace(regions, masks=masks, scores=torch.tensor([[0.8, 0.9, 0.7]]).expand(len(prompts), -1))
+            return replace(regions, masks=masks, iou_scores=torch.tensor([[0.8, 0.9, 0.7]]).expand(len(prompts), -1))
 
     predictor.model.segmenter = Fixed()
     found = caption_everything(predictor, options=replace(ANY, mask_nms_thresh=0.5))
@@ -324,13 +330,14 @@ def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
     class Bright(torch.nn.Module):
         channels = segmenter.channels
 
-        def forward(self, features, prompts, multimask=True):
-            regions = segmenter(features, prompts, multimask)
+        def forward(self, features, prompts, multimask_output=True):
+            regions = segmenter(features, prompts, multimask_output)
             bright = torch.nn.functional.adaptive_avg_pool2d(seen["bright"], regions.masks.shape[-2:]) * 18 - 9
-            at = (prompts.points[:, 0] * regions.masks.shape[-1] / regions.size).long()  # (N, 2) x y
+            at = (prompts.points[:, 0] * regions.masks.shape[-1] / regions.image_size).long()  # (N, 2) x y
             hit = bright[0, at[:, 1], at[:, 0]] > 0
             masks = torch.where(hit[:, None, None, None], bright[None], torch.full_like(regions.masks, -9.0))
-            return replace(regions, masks=masks.expand_as(regions.masks), scores=torch.full_like(regions.scores, 0.9))
+            iou_scores = torch.full_like(regions.iou_scores, 0.9)
+            return replace(regions, masks=masks.expand_as(regions.masks), iou_scores=iou_scores)
 
     predictor.model.encode = remember
     predictor.model.segmenter = Bright()
@@ -359,7 +366,7 @@ def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
 def test_crops_of_small_and_narrow_images_are_pictures(counted, size):
     predictor, _ = counted()
     predictor.set_image(Image.new("RGB", size))
-    caption_everything(predictor, options=replace(ANY, points=2, crops=4))
+    caption_everything(predictor, options=replace(ANY, points_per_side=2, crop_n_layers=4))
 
 
 def test_proposals_take_the_place_of_the_grid(counted, scene):
@@ -391,7 +398,7 @@ def test_max_regions_keeps_the_proposals_with_the_best_scores_in_their_order(cou
 
 
 def test_a_model_says_itself_how_it_looks_for_everything(counted, scene):
-    predictor, calls = counted(everything={"points": 3, "iou": 10.0})
+    predictor, calls = counted(everything={"points_per_side": 3, "pred_iou_thresh": 10.0})
     predictor.set_image(scene.image)
     assert caption_everything(predictor) == []
     assert calls["segment"] == [9]
@@ -403,11 +410,11 @@ def test_search_everything_interleaves_images(counted, scene):
     alone = []
     for image in images:
         predictor.set_image(image)
-        alone.append(find_everything(predictor.engine, predictor.encoded, replace(ANY, crops=1)))
+        alone.append(find_everything(predictor.engine, predictor.encoded, replace(ANY, crop_n_layers=1)))
     running, together = {}, {}
     for number, image in enumerate(images):
         predictor.set_image(image)
-        running[number] = search_everything(predictor.engine, predictor.encoded, replace(ANY, crops=1))
+        running[number] = search_everything(predictor.engine, predictor.encoded, replace(ANY, crop_n_layers=1))
         next(running[number])
     predictor.set_image(Image.new("RGB", (5, 5)))
     steps = 0
@@ -427,11 +434,12 @@ def test_search_everything_interleaves_images(counted, scene):
 def test_search_everything_stops_at_its_limits(counted, scene):
     predictor, calls = counted(regions=10)
     predictor.set_image(scene.image)
-    with pytest.raises(ValueError, match="more than 3 regions were found; raise iou or stability"):
+    with pytest.raises(ValueError, match="more than 3 regions were found; raise pred_iou_thresh or stability"):
         finished(search_everything(predictor.engine, predictor.encoded, ALL, max_found_regions=3))
     del calls["segment"][:]
+    options = replace(ALL, points_per_side=32)
     with pytest.raises(ValueError, match="too many masks pass the filters"):
-        finished(search_everything(predictor.engine, predictor.encoded, replace(ALL, points=32), max_bytes=2**20))
+        finished(search_everything(predictor.engine, predictor.encoded, options, max_bytes=2**20))
     assert sum(calls["segment"]) < 32 * 32
 
 

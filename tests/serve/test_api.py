@@ -32,7 +32,7 @@ def events(text):
 
 def test_captions_are_those_of_the_predictor(client, tiny, scene, asked, png):
     prompts = [Prompt(box=region.box) for region in scene.regions]
-    expected = tiny.describe(scene.image, prompts)
+    expected = tiny.caption(scene.image, prompts)
     answer = client().post("/v1/captions", json=asked())
     assert answer.status_code == 200, answer.text
     told = answer.json()
@@ -55,11 +55,11 @@ def test_all_kinds_of_prompt_in_one_request(client, tiny, scene, asked):
         Prompt(mask=masks.decode_rle(region.mask)),
         Prompt(region.box, ((x, y, 1), (1, 1, 0))),
     ]
-    told = client().post("/v1/captions", json=asked(prompts=plain, captions=2)).json()["regions"]
-    expected = tiny.describe(scene.image, prompts, captions=2, beams=2)
+    told = client().post("/v1/captions", json=asked(prompts=plain, num_captions=2)).json()["regions"]
+    expected = tiny.caption(scene.image, prompts, num_captions=2, num_beams=2)
     assert [each["caption"] for each in told] == [each.text for each in expected]
-    assert [[other["caption"] for other in each["others"]] for each in told] == [
-        [text for text, _ in each.others] for each in expected
+    assert [[other["caption"] for other in each["alternatives"]] for each in told] == [
+        [text for text, _ in each.alternatives] for each in expected
     ]
 
 
@@ -69,18 +69,18 @@ def test_masks_are_left_out_where_they_are_not_wanted(client, asked):
 
 
 def test_a_stream_has_each_region_as_it_is_there(client, asked, scene):
-    answer = client(regions=2).post("/v1/captions", json=asked(stream=True))
+    answer = client(max_regions_per_turn=2).post("/v1/captions", json=asked(stream=True))
     assert answer.headers["content-type"].startswith("text/event-stream")
     told = events(answer.text)
     assert told[0][0] == "found"
     assert told[0][1]["regions"] == len(scene.regions)
-    assert [data["region"] for name, data in told if name == "region"] == list(range(len(scene.regions)))
+    assert [data["region_id"] for name, data in told if name == "region"] == list(range(len(scene.regions)))
     assert told[-1] == ("done", {"regions": len(scene.regions)})
 
 
 def test_everything_returns_the_best_regions_up_to_max_regions(client, asked):
     every, best = (
-        client().post("/v1/captions", json=asked(everything={"points": 8, **limit})).json()["regions"]
+        client().post("/v1/captions", json=asked(everything={"points_per_side": 8, **limit})).json()["regions"]
         for limit in ({}, {"max_regions": 2})
     )
     assert len(every) > 2
@@ -91,10 +91,9 @@ def test_everything_returns_the_best_regions_up_to_max_regions(client, asked):
 
 def test_everything_streams_its_search_and_its_regions(client, asked):
     same = client()
-    whole = same.post("/v1/captions", json=asked(everything={"points": 8})).json()["regions"]
-    told = events(
-        same.post("/v1/captions", json=asked(everything={"points": 8}), headers={"accept": "text/event-stream"}).text
-    )
+    body = asked(everything={"points_per_side": 8})
+    whole = same.post("/v1/captions", json=body).json()["regions"]
+    told = events(same.post("/v1/captions", json=body, headers={"accept": "text/event-stream"}).text)
     assert told[0][0] == "searched"
     assert [data for name, data in told if name == "region"] == whole
     assert whole
@@ -105,7 +104,7 @@ def test_the_chat_route_answers_openai_clients(client, asked, scene, tiny):
     url = f"data:image/png;base64,{asked()['image']}"
     image = {"type": "image_url", "image_url": {"url": url}}
     message = {"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]}
-    (expected,) = tiny.describe(scene.image, [Prompt(box=region.box)])
+    (expected,) = tiny.caption(scene.image, [Prompt(box=region.box)])
     same = client()
     told = same.post("/v1/chat/completions", json={"messages": [message], "box": region.box, "presence_penalty": 0})
     assert told.json()["choices"][0]["message"] == {"role": "assistant", "content": expected.text}
@@ -143,24 +142,28 @@ def test_chat_text_has_the_limits_of_other_prompts(client, asked, text, status, 
 
 
 def test_defaults_of_a_checkpoint_are_bounded_by_the_limits_of_the_server(client, asked, tiny, monkeypatch):
-    spec = tiny.model.spec.override(
-        ["generation={beams=64, max_new_tokens=4096}", "everything={points=100, crops=3, nms=0.5}"]
+    spec = tiny.model.spec.apply_overrides(
+        [
+            "generation={num_beams=64, max_new_tokens=4096}",
+            "everything={points_per_side=100, crop_n_layers=3, box_nms_thresh=0.5}",
+        ]
     )
     monkeypatch.setattr(tiny.model, "spec", spec)
     questions = []
 
-    def refuse(scheduler, question, tell):
+    def refuse(scheduler, question, on_event):
         questions.append(question)
         raise QueueFullError("full")
 
-    monkeypatch.setattr(RequestScheduler, "ask", refuse)
+    monkeypatch.setattr(RequestScheduler, "submit", refuse)
     same = client()
     for fields in ({"everything": True}, {"prompts": BOX, "max_new_tokens": 5}):
         assert same.post("/v1/captions", json=asked(**fields)).status_code == 503
     searched, prompted = questions
-    assert (searched.everything.points, searched.everything.crops, searched.everything.nms) == (64, 2, 0.5)
-    assert searched.generation == {"beams": 16, "max_new_tokens": 128}
-    assert prompted.generation == {"beams": 16, "max_new_tokens": 5}
+    everything = searched.everything
+    assert (everything.points_per_side, everything.crop_n_layers, everything.box_nms_thresh) == (64, 2, 0.5)
+    assert searched.generation == {"num_beams": 16, "max_new_tokens": 128}
+    assert prompted.generation == {"num_beams": 16, "max_new_tokens": 5}
 
 
 def test_health_and_metrics(client, asked, scene):
@@ -194,9 +197,13 @@ WRONG = {
     "empty prompt": ({"prompts": [{}]}, 422, "prompts.0: no 'box', 'points' or 'mask'"),
     "another field": ({"prompts": BOX, "boxes": 1}, 422, "boxes: Extra inputs are not permitted"),
     "another task": ({"prompts": BOX, "task": "poem"}, 422, "task: Input should be 'caption' or 'recognition'"),
-    "temperature": ({"prompts": BOX, "temperature": 1}, 422, "temperature can only be used with sample=true"),
-    "captions": ({"prompts": BOX, "captions": 4, "beams": 2}, 422, "captions=4 needs beams=4 or more, not 2"),
-    "beams": ({"prompts": BOX, "beams": 10**9}, 422, "beams: Input should be less than or equal to 16"),
+    "temperature": ({"prompts": BOX, "temperature": 1}, 422, "temperature can only be used with do_sample=true"),
+    "captions": (
+        {"prompts": BOX, "num_captions": 4, "num_beams": 2},
+        422,
+        "num_captions=4 needs num_beams=4 or more, not 2",
+    ),
+    "beams": ({"prompts": BOX, "num_beams": 10**9}, 422, "num_beams: Input should be less than or equal to 16"),
     "too many": ({"prompts": BOX * 5000}, 413, "5,000 prompts, and 4,096 are allowed"),
     "many points": (
         {"prompts": [{"points": [[1, 1]] * 40_000}]},
@@ -258,7 +265,7 @@ def test_health_is_503_once_the_server_ends_or_the_model_has_stopped(client, ask
     def answer(*_, **__):
         raise SystemExit
 
-    monkeypatch.setattr(tiny, "answer", answer)
+    monkeypatch.setattr(tiny, "caption_batch", answer)
     dead = client()
     told = dead.post("/v1/captions", json=asked())
     assert told.status_code == 503
@@ -274,41 +281,41 @@ def test_what_requests_hold_is_given_back(client, asked, scene):
     budget = same.app.state.budget
     for fields in ({}, {"image": "?"}, {"prompts": []}, {"stream": True}):
         same.post("/v1/captions", json=asked(**fields))
-        assert budget.held == 0
+        assert budget.leased_bytes == 0
     large = io.BytesIO()
     Image.new("RGB", (2000, 2000)).save(large, "PNG")
     mask = masks.encode_rle(np.ones((2000, 2000), bool))
     image = base64.b64encode(large.getvalue()).decode()
-    with budget.lease() as other:
-        other.set(budget.largest)
+    with budget.create_lease() as other:
+        other.resize(budget.max_request_bytes)
         assert same.post("/v1/captions", json=asked()).status_code == 200, "small requests always have room"
     assert same.post("/v1/captions", json=asked(image=image, prompts=[{"mask": mask}])).status_code == 200
-    assert budget.held == 0
+    assert budget.leased_bytes == 0
 
 
 def test_a_large_image_waits_for_memory_no_longer_than_allowed(client, asked):
     same = client(ServerLimits(timeout=1))
     large = io.BytesIO()
     Image.new("RGB", (2000, 2000)).save(large, "PNG")
-    with same.app.state.budget.lease() as other:
-        other.set(same.app.state.budget.largest)
+    with same.app.state.budget.create_lease() as other:
+        other.resize(same.app.state.budget.max_request_bytes)
         told = same.post("/v1/captions", json=asked(image=base64.b64encode(large.getvalue()).decode()))
     assert told.status_code in (503, 504)
-    assert same.app.state.budget.held == 0
+    assert same.app.state.budget.leased_bytes == 0
 
 
 @pytest.mark.parametrize("kind", ["box", "mask"])
 def test_large_images_together_wait_for_memory_and_not_for_each_other(client, asked, kind):
     """Those that are decoded hold memory for which the next one waits; they must go on meanwhile."""
     same, large = client(ServerLimits(timeout=120)), io.BytesIO()
-    same.app.state.budget.limit = 64 * 2**20
+    same.app.state.budget.max_bytes = 64 * 2**20
     Image.new("RGBA", (1000, 1000)).save(large, "PNG")
     prompt = {"box": [1, 1, 90, 90]} if kind == "box" else {"mask": masks.encode_rle(np.ones((1000, 1000), bool))}
     body = asked(image=base64.b64encode(large.getvalue()).decode(), prompts=[prompt], masks=False)
     with ThreadPoolExecutor(14) as pool:
         statuses = list(pool.map(lambda _: same.post("/v1/captions", json=body).status_code, range(14)))
     assert statuses == [200] * 14
-    assert same.app.state.budget.held == 0
+    assert same.app.state.budget.leased_bytes == 0
 
 
 def test_a_request_without_memory_is_told_so(client, asked, monkeypatch):
@@ -326,7 +333,7 @@ def test_a_long_answer_has_the_form_of_a_short_one(client, asked, scene):
     same, prompts = client(), [{"box": list(scene.regions[0].box)}] * 70
     long = same.post("/v1/captions", json=asked(prompts=prompts)).json()
     short = same.post("/v1/captions", json=asked(prompts=prompts[:2])).json()
-    assert [each["region"] for each in long["regions"]] == list(range(70))
+    assert [each["region_id"] for each in long["regions"]] == list(range(70))
     for region in (*long["regions"], *short["regions"]):
         assert region.keys() == short["regions"][0].keys()
         assert (region["caption"], region["mask"]) == (short["regions"][0]["caption"], short["regions"][0]["mask"])
@@ -334,29 +341,29 @@ def test_a_long_answer_has_the_form_of_a_short_one(client, asked, scene):
 
 
 def test_who_waits_too_long_is_told(client, asked, monkeypatch, tiny):
-    answer = tiny.answer
-    monkeypatch.setattr(tiny, "answer", lambda *a, **b: (time.sleep(1.5), answer(*a, **b))[1])
+    usual = tiny.caption_batch
+    monkeypatch.setattr(tiny, "caption_batch", lambda *a, **b: (time.sleep(1.5), usual(*a, **b))[1])
     told = client(ServerLimits(timeout=0.6)).post("/v1/captions", json=asked())
     assert told.status_code == 504
     assert "no answer in 0.6 s" in told.json()["error"]["message"]
 
 
 def test_a_full_queue_says_when_to_come_again(client, asked):
-    told = client(waiting=2).post("/v1/captions", json=asked())
+    told = client(max_queue=2).post("/v1/captions", json=asked())
     assert told.status_code == 503
     assert told.headers["retry-after"] == "1"
 
 
 def test_a_client_that_leaves_is_not_computed_for(served, asked, tiny, monkeypatch):
-    usual, regions = tiny.answer, []
+    usual, regions = tiny.caption_batch, []
 
     def slow(encoded, requests, *rest, **more):
         time.sleep(0.3)
         regions.append(sum(map(len, requests)))
         return usual(encoded, requests, *rest, **more)
 
-    monkeypatch.setattr(tiny, "answer", slow)
-    url = served(regions=2)
+    monkeypatch.setattr(tiny, "caption_batch", slow)
+    url = served(max_regions_per_turn=2)
     prompts = [{"box": [0, 0, 50, 50]}] * 200
     for stream in (False, True):
         regions.clear()
@@ -377,7 +384,7 @@ def test_a_client_that_leaves_is_not_computed_for(served, asked, tiny, monkeypat
 def test_many_clients_get_what_each_would_get_alone(served, asked, scene, tiny):
     url = served()
     prompts = [Prompt(box=region.box) for region in scene.regions]
-    expected = [each.text for each in tiny.describe(scene.image, prompts)]
+    expected = [each.text for each in tiny.caption(scene.image, prompts)]
 
     def ask(_):
         told = httpx.post(f"{url}/v1/captions", json=asked(), timeout=60).json()

@@ -89,7 +89,7 @@ def test_a_connection_without_a_whole_head_is_closed(served, sent):
 
 
 def test_silent_connections_make_room_for_others(served, monkeypatch):
-    monkeypatch.setattr(serving, "HEAD_SECONDS", 600.0)
+    monkeypatch.setattr(serving, "HEADER_TIMEOUT_SECONDS", 600.0)
     url = served(ServerLimits(max_connections=6))
     silent = [connect(url) for _ in range(12)]
     for each in silent[::3]:
@@ -103,8 +103,8 @@ def test_silent_connections_make_room_for_others(served, monkeypatch):
 
 
 def test_more_requests_than_connections_are_told(served, asked, tiny, monkeypatch):
-    go, usual = threading.Event(), tiny.answer
-    monkeypatch.setattr(tiny, "answer", lambda *a, **b: (go.wait(60), usual(*a, **b))[1])
+    go, usual = threading.Event(), tiny.caption_batch
+    monkeypatch.setattr(tiny, "caption_batch", lambda *a, **b: (go.wait(60), usual(*a, **b))[1])
     url, statuses = served(ServerLimits(max_connections=2)), []
 
     def ask():
@@ -159,8 +159,8 @@ def test_an_upload_that_is_given_up_leaves_no_traceback(served, caplog):
 
 def test_requests_without_an_answer_are_told_when_the_server_ends(served, asked, tiny, monkeypatch):
     """One in a long turn, one that waits, one whose body has not come; and one that is done in time."""
-    monkeypatch.setattr(serving, "GRACE_SECONDS", 2.0)
-    usual, busy = tiny.answer, threading.Event()
+    monkeypatch.setattr(serving, "SHUTDOWN_TIMEOUT_SECONDS", 2.0)
+    usual, busy = tiny.caption_batch, threading.Event()
 
     def answer(encoded, requests, task, **settings):
         if task == "recognition":
@@ -168,7 +168,7 @@ def test_requests_without_an_answer_are_told_when_the_server_ends(served, asked,
             time.sleep(6)
         return usual(encoded, requests, task, **settings)
 
-    monkeypatch.setattr(tiny, "answer", answer)
+    monkeypatch.setattr(tiny, "caption_batch", answer)
     url, told = served(ServerLimits(timeout=30)), {}
 
     def ask(task):
@@ -195,10 +195,10 @@ def test_requests_without_an_answer_are_told_when_the_server_ends(served, asked,
 
 
 def test_a_stream_is_told_when_the_server_ends(served, asked, tiny, monkeypatch):
-    monkeypatch.setattr(serving, "GRACE_SECONDS", 2.0)
-    usual = tiny.answer
-    monkeypatch.setattr(tiny, "answer", lambda *a, **b: (time.sleep(0.3), usual(*a, **b))[1])
-    url = served(regions=1)
+    monkeypatch.setattr(serving, "SHUTDOWN_TIMEOUT_SECONDS", 2.0)
+    usual = tiny.caption_batch
+    monkeypatch.setattr(tiny, "caption_batch", lambda *a, **b: (time.sleep(0.3), usual(*a, **b))[1])
+    url = served(max_regions_per_turn=1)
     body = asked(prompts=[{"box": [0, 0, 50, 50]}] * 200, stream=True)
     with httpx.stream("POST", f"{url}/v1/captions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()

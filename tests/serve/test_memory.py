@@ -66,7 +66,7 @@ def request_of():
         return False
 
     def make(budget):
-        state = SimpleNamespace(lease=budget.lease())
+        state = SimpleNamespace(lease=budget.create_lease())
         return SimpleNamespace(state=state, is_disconnected=stays, client=None)
 
     return make
@@ -84,7 +84,7 @@ def test_service_decodes_no_image_for_a_request_that_has_ended(service, request_
     request = request_of(service.budget)
     request.state.lease.__exit__()
     with pytest.raises(BudgetError, match="the request has ended"):
-        asyncio.run(service.image(request, png))
+        asyncio.run(service.decode_request_image(request, png))
 
 
 @pytest.mark.parametrize("counts", [1000, 100_000])
@@ -95,18 +95,18 @@ def test_events_that_nobody_reads_are_part_of_the_memory_of_their_request(servic
     )
     told = threading.Event()
 
-    def ask(question, tell):
+    def submit(question, on_event):
         for event in (*[caption] * 50, RequestDone(50)):
-            tell(event)
+            on_event(event)
         told.set()
         return SimpleNamespace(cancel=lambda: None)
 
-    monkeypatch.setattr(service.scheduler, "ask", ask)
+    monkeypatch.setattr(service.scheduler, "submit", submit)
     budget = ByteBudget(2 * MIB)
     request = request_of(budget)
 
     async def read():
-        events = service.events(request, InferenceRequest(None))
+        events = service.iter_events(request, InferenceRequest(None))
         found = [await anext(events)]
         assert told.wait(10)
         await asyncio.sleep(0.1)

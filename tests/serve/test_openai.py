@@ -125,7 +125,7 @@ def test_every_error_of_the_api_is_an_error_object(client, method, path, sent, s
 
 def test_an_error_of_the_server_is_an_error_object(client, user, tiny, monkeypatch):
     same = client()
-    monkeypatch.setattr(tiny, "answer", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(tiny, "caption_batch", lambda *_, **__: 1 / 0)
     response = same.post("/v1/chat/completions", json={"messages": [user()]})
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"
@@ -138,13 +138,13 @@ def test_an_error_of_the_server_is_an_error_object(client, user, tiny, monkeypat
 
 
 def test_openai_client_gets_a_caption_with_its_usage(openai_client, user, tiny, scene):
-    (expected,) = tiny.describe(scene.image, [Prompt(box=BOX)])
+    (expected,) = tiny.caption(scene.image, [Prompt(box=BOX)])
     told = openai_client.chat.completions.create(model="sca-tiny", messages=[user()])
     (choice,) = told.choices
     assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", expected.text, "stop")
     tokens = len(tiny.model.language_model.tokenizer.encode(expected.text))
     assert told.usage.completion_tokens == tokens
-    assert told.usage.prompt_tokens == expected.usage.prompt > 0
+    assert told.usage.prompt_tokens == expected.usage.prompt_tokens > 0
     assert told.usage.total_tokens == told.usage.prompt_tokens + tokens
     assert told.region["box"] == list(BOX)
     assert [each.id for each in openai_client.models.list()] == ["sca-tiny"]
@@ -217,7 +217,9 @@ def test_n_gives_as_many_choices(ask, user):
 
 
 def test_n_is_1_whatever_the_checkpoint_has_as_default(ask, user, tiny, monkeypatch):
-    monkeypatch.setattr(tiny.model, "spec", tiny.model.spec.override(["generation={beams=3, captions=3}"]))
+    monkeypatch.setattr(
+        tiny.model, "spec", tiny.model.spec.apply_overrides(["generation={num_beams=3, num_captions=3}"])
+    )
     told = ask([user()]).json()
     assert len(told["choices"]) == 1
     assert told["usage"]["completion_tokens"] < 20
@@ -231,9 +233,9 @@ def test_captions_of_a_region_count_in_what_a_turn_may_cost(scheduler, scene):
         )
         return RequestScheduler._make_cost_function(scheduler, ticket)(prompt)
 
-    assert cost(sample=True, captions=16) == 16 * cost(sample=True)
-    assert cost(beams=16, captions=16) == 16 * cost()
-    assert cost(sample=True, seed=1) == scheduler.regions, "seeded regions are captioned one at a time"
+    assert cost(do_sample=True, num_captions=16) == 16 * cost(do_sample=True)
+    assert cost(num_beams=16, num_captions=16) == 16 * cost()
+    assert cost(do_sample=True, seed=1) == scheduler.max_regions_per_turn, "seeded regions are captioned one at a time"
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class Held:
         self.busy.set()
         self.go.wait(60)
         self.asked.append([len(request) for request in requests])
-        return self.captioner.answer(encoded, requests, task, **settings)
+        return self.captioner.caption_batch(encoded, requests, task, **settings)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def held(tiny):
 def occupy(scheduler, held, question):
     """A question that is being answered; what is asked from now on waits."""
     listener = Listener()
-    scheduler.ask(question, listener)
+    scheduler.submit(question, listener)
     assert held.busy.wait(60)
     return listener
 
@@ -81,7 +81,7 @@ def boxes(scene):
 
 
 def told(captions):
-    return [(each.text, each.region, each.mask, each.box) for each in captions]
+    return [(each.text, each.region_id, each.mask, each.box) for each in captions]
 
 
 def test_questions_that_wait_together_are_answered_together_as_if_each_was_alone(tiny, held, scene):
@@ -94,8 +94,8 @@ def test_questions_that_wait_together_are_answered_together_as_if_each_was_alone
         scheduler.submit(InferenceRequest(pictures[number % 2], prompts[: number + 1]), listener)
     held.go.set()
     for number, listener in enumerate(listeners):
-        assert told(listener.captions) == told(tiny.describe(pictures[number % 2], prompts[: number + 1]))
-    assert told(first.captions) == told(tiny.describe(scene.image, prompts))
+        assert told(listener.captions) == told(tiny.caption(pictures[number % 2], prompts[: number + 1]))
+    assert told(first.captions) == told(tiny.caption(scene.image, prompts))
     assert held.asked[1:] == [[1, 2, 3, 4, min(5, len(prompts))]]
     assert held.encoded == 2, "each picture once"
     scheduler.close()
@@ -125,7 +125,7 @@ def test_a_long_question_does_not_keep_a_short_one_waiting(held, scene):
 def test_a_search_for_everything_does_not_keep_short_questions_waiting(tiny, scene, monkeypatch):
     monkeypatch.setattr("sca.serve.scheduler.SEARCH_SECONDS", 0.0)
     scheduler, order = RequestScheduler(tiny), []
-    search, options = Listener(), EverythingOptions(**{**vars(tiny.everything), "points": 32})
+    search, options = Listener(), EverythingOptions(**{**vars(tiny.everything), "points_per_side": 32})
     scheduler.submit(
         InferenceRequest(scene.image, everything=options), lambda event: (order.append("search"), search(event))
     )
@@ -148,7 +148,7 @@ def alone(captioner, image, options):
 
 def test_searches_take_turns_and_each_is_as_if_alone(tiny, scene):
     scheduler = RequestScheduler(tiny)
-    options = EverythingOptions(**{**vars(tiny.everything), "points": 24})
+    options = EverythingOptions(**{**vars(tiny.everything), "points_per_side": 24})
     images = [scene.image, scene.image.transpose(0), scene.image.transpose(1)]
     expected = [told(alone(tiny, image, options)) for image in images]
     listeners = [Listener() for _ in images]
@@ -228,7 +228,7 @@ def test_who_has_had_no_turn_alternates_with_others_and_clients_take_turns(held,
 
 @pytest.mark.parametrize(
     ("more", "sizes"),
-    [({}, [8]), ({"generation": {"beams": 4}}, [2] * 4), ({"generation": {"max_new_tokens": 80}}, [2] * 4)],
+    [({}, [8]), ({"generation": {"num_beams": 4}}, [2] * 4), ({"generation": {"max_new_tokens": 80}}, [2] * 4)],
 )
 def test_regions_that_cost_more_are_fewer_in_a_turn(held, scene, more, sizes):
     scheduler, listener = RequestScheduler(held, max_regions_per_turn=8), Listener()
@@ -270,7 +270,7 @@ def test_when_the_worker_dies_who_waits_is_told_and_nobody_is_let_in(held, scene
         held.go.wait(60)
         raise SystemExit
 
-    held.answer = answer
+    held.caption_batch = answer
     scheduler = RequestScheduler(held)
     listeners = [occupy(scheduler, held, InferenceRequest(scene.image, boxes(scene))), Listener()]
     scheduler.submit(InferenceRequest(scene.image, boxes(scene), task="recognition"), listeners[1])
@@ -308,13 +308,13 @@ def test_settings_that_differ_are_not_mixed(tiny, held, scene):
         scheduler.submit(InferenceRequest(scene.image, prompts, task=task), listener)
     held.go.set()
     for task, listener in listeners.items():
-        assert told(listener.captions) == told(tiny.describe(scene.image, prompts, task))
+        assert told(listener.captions) == told(tiny.caption(scene.image, prompts, task))
     scheduler.close()
 
 
 def test_everything_is_found_and_captioned_as_without_a_server(tiny, scheduler, scene):
-    listener, options = Listener(), EverythingOptions(**{**vars(tiny.everything), "points": 12})
-    scheduler.ask(InferenceRequest(scene.image, everything=options), listener)
+    listener, options = Listener(), EverythingOptions(**{**vars(tiny.everything), "points_per_side": 12})
+    scheduler.submit(InferenceRequest(scene.image, everything=options), listener)
     captions = listener.captions
     assert told(captions) == told(alone(tiny, scene.image, options))
     kinds = [type(event) for event in listener.events]
@@ -363,9 +363,9 @@ def test_what_fails_by_itself_does_not_keep_others_from_an_answer(tiny, held, sc
             raise RuntimeError("a defect")
         if any(len(request) == 2 for request in requests):
             raise ValueError("it cannot be said")
-        return tiny.answer(encoded, requests, task, **settings)
+        return tiny.caption_batch(encoded, requests, task, **settings)
 
-    held.answer = answer
+    held.caption_batch = answer
     scheduler = RequestScheduler(held)
     one = boxes(scene)[:1]
     listeners = [occupy(scheduler, held, InferenceRequest(scene.image, one)), *(Listener() for _ in range(4))]

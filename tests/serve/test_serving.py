@@ -43,7 +43,7 @@ def test_it_serves_until_it_is_interrupted(asked):
 @pytest.mark.all
 def test_copies_are_served_on_ray(asked):
     pytest.importorskip("ray.serve", reason="needs the extra ray")
-    process, address = begin("--port", "18765", "--quiet", "--launcher", "ray", "--replicas", "2")
+    process, address = begin("--port", "18765", "--quiet", "--launcher", "ray", "--num-replicas", "2")
     try:
         alone = ask(address, asked())
         assert [ask(address, asked()) for _ in range(6)] == [alone] * 6
@@ -58,8 +58,8 @@ def test_copies_are_served_on_ray(asked):
     ("arguments", "words"),
     [
         (("--model", "nothing"), "no model or captioner named 'nothing'"),
-        (("--device", "cuda", "--replicas", "100"), "100 replicas need 100 GPUs"),
-        (("--replicas", "500"), "500 replicas need 500 cores"),
+        (("--device", "cuda", "--num-replicas", "100"), "100 replicas need 100 GPUs"),
+        (("--num-replicas", "500"), "500 replicas need 500 cores"),
         (("--host", "256.0.0.1"), "cannot listen at 256.0.0.1, port 8000"),
     ],
 )
@@ -77,7 +77,7 @@ def test_a_mistake_is_told_by_ray_as_well(arguments, words):
     [
         (("--model", "nothing"), "no model or captioner named 'nothing'"),
         (("--device", "gpu9"), "device 'gpu9' is not available"),
-        (("--replicas", "2"), "this machine serves one copy of a model, not 2"),
+        (("--num-replicas", "2"), "the local launcher serves one replica of a model, not 2"),
         (("--launcher", "slurm"), "slurm"),
         (("--dtype", "int3"), "no dtype 'int3'"),
         (("--host", "256.0.0.1"), "cannot listen at 256.0.0.1, port 8000"),
@@ -91,7 +91,7 @@ def test_a_mistake_is_one_line(arguments, words, capfd):
 
 
 def test_the_page_of_its_fields_is_there_and_loads_nothing_from_elsewhere(browser):
-    process, address = begin("--port", "0", "--quiet", "--origin", "https://example.org")
+    process, address = begin("--port", "0", "--quiet", "--allow-origin", "https://example.org")
     try:
         page, asked = browser.new_page(), []
         page.on("request", lambda request: asked.append(request.url))
