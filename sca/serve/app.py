@@ -28,18 +28,12 @@ from sca.io.errors import InputError
 from sca.serve.access_control import HostCheckMiddleware, KeyCheckMiddleware
 from sca.serve.chat import add_chat_routes
 from sca.serve.errors import ApiError, make_error_response, to_api_error
+from sca.serve.limits import ServerLimits
 from sca.serve.memory import BudgetError, release_memory
 from sca.serve.request_body import RequestLimitMiddleware
 from sca.serve.root_path import RootPathMiddleware
 from sca.serve.scheduler import SHORT_REQUEST_REGIONS, RequestScheduler
-from sca.serve.schema import (
-    CaptionRequest,
-    CaptionResponse,
-    HealthResponse,
-    JsonCaptionRequest,
-    ServerLimits,
-    add_body_schema,
-)
+from sca.serve.schema import CaptionRequest, CaptionResponse, HealthResponse, JsonCaptionRequest, add_body_schema
 from sca.serve.service import (
     ERROR_RESPONSES,
     EVENT_STREAM_MEDIA_TYPE,

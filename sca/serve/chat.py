@@ -22,16 +22,8 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.serve.conversation import ChatMessage, check_message_parts, find_image_url, find_text_region, split_turns
 from sca.serve.errors import ApiError
-from sca.serve.schema import (
-    MAX_BEAMS,
-    MAX_NEW_TOKENS,
-    MAX_SEED,
-    MIN_SEED,
-    CaptionRequest,
-    ErrorResponse,
-    PromptIn,
-    add_body_schema,
-)
+from sca.serve.limits import MAX_BEAMS, MAX_NEW_TOKENS, MAX_SEED, MIN_SEED
+from sca.serve.schema import CaptionRequest, ErrorResponse, PromptIn, add_body_schema
 from sca.serve.service import (
     ERROR_RESPONSES,
     EVENT_STREAM_MEDIA_TYPE,

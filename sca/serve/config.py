@@ -75,8 +75,8 @@ class ServerConfig:
     def create_app(self, captioner: Captioner | None = None) -> FastAPI:
         """Create the application, with a captioner that is loaded already or else this model."""
         from sca.serve.app import create_app
+        from sca.serve.limits import ServerLimits
         from sca.serve.scheduler import RequestScheduler
-        from sca.serve.schema import ServerLimits
 
         limits = ServerLimits(
             self.max_body_bytes, self.max_pixels, self.max_prompts, self.timeout, self.max_connections

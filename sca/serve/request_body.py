@@ -10,8 +10,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 
 from sca.serve.errors import ApiError, make_error_response
+from sca.serve.limits import ServerLimits
 from sca.serve.memory import ByteBudget, MemoryLease
-from sca.serve.schema import ServerLimits
 
 BODY_COPIES = 4  # of a body while it is read: its bytes, the text in its JSON, the file in that text
 LINGER_SECONDS = 1.0  # seconds in which a client may still send, so that it comes to read why it was refused

@@ -4,19 +4,14 @@ sees it: EXIF rotation applied, the corner at 0, 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, WithJsonSchema
 
-from sca.io.prompts import MAX_POINTS
+from sca.serve.limits import MAX_BEAMS, MAX_CROP_LAYERS, MAX_NEW_TOKENS, MAX_POINTS_PER_SIDE, MAX_SEED, MIN_SEED
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-MAX_BEAMS, MAX_NEW_TOKENS = 16, 128  # beams, of which each can be a caption, and tokens per caption
-MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1  # as the OpenAI API takes seeds
-MAX_POINTS_PER_SIDE, MAX_CROP_LAYERS = 64, 2  # points along each side of the grid, and layers of crops
 
 _NUMBER = {"type": "number"}
 _BOX = {"type": "array", "items": _NUMBER, "minItems": 4, "maxItems": 4, "description": "x1, y1, x2, y2"}
@@ -53,36 +48,6 @@ def add_body_schema(app: FastAPI, model: type[BaseModel]) -> dict[str, Any]:
 
     app.openapi = build_openapi  # type: ignore[method-assign]
     return schema
-
-
-@dataclass(frozen=True)
-class ServerLimits:
-    """What clients may ask for.
-
-    Args:
-        max_body_bytes: Maximum bytes per request.
-        max_pixels: Maximum pixels per image.
-        max_prompts: Maximum prompts per request, and maximum regions that everything mode may find.
-        timeout: Seconds to receive a request, and again to complete its response.
-        max_connections: Maximum concurrent connections.
-        max_points: Maximum points per prompt.
-        max_points_per_request: Maximum points per request.
-        max_json_values: Maximum numbers, strings, lists and objects in the JSON of a request.
-    """
-
-    max_body_bytes: int = 32 * 2**20
-    max_pixels: int = 50_000_000
-    max_prompts: int = 4096
-    timeout: float = 60.0
-    max_connections: int = 512
-    max_points: int = MAX_POINTS
-    max_points_per_request: int = 16_384
-    max_json_values: int = 2**20
-
-    @property
-    def max_memory_bytes(self) -> int:
-        """Bytes that all requests may hold at a time: enough for the largest."""
-        return max(2**30, 24 * self.max_pixels, 8 * self.max_body_bytes)
 
 
 class StrictModel(BaseModel):

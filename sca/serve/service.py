@@ -26,21 +26,11 @@ from sca.io.images import decode_image, open_image_header
 from sca.io.prompts import parse_prompt
 from sca.output.jsonl import caption_to_record
 from sca.serve.errors import ApiError
+from sca.serve.limits import MAX_BEAMS, MAX_CROP_LAYERS, MAX_NEW_TOKENS, MAX_POINTS_PER_SIDE, ServerLimits
 from sca.serve.memory import BudgetError, ByteBudget
 from sca.serve.metrics import ServerMetrics
 from sca.serve.scheduler import RequestScheduler
-from sca.serve.schema import (
-    MAX_BEAMS,
-    MAX_CROP_LAYERS,
-    MAX_NEW_TOKENS,
-    MAX_POINTS_PER_SIDE,
-    CaptionRequest,
-    ErrorResponse,
-    EverythingIn,
-    PromptIn,
-    RegionOut,
-    ServerLimits,
-)
+from sca.serve.schema import CaptionRequest, ErrorResponse, EverythingIn, PromptIn, RegionOut
 from sca.serve.tickets import (
     DeadlineExceededError,
     InferenceRequest,

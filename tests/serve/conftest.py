@@ -75,8 +75,8 @@ def client(tiny):
 def served(tiny):
     """`served(limits)` is the address of a server on loopback; `served.stop()` ends it."""
     from sca.serve.app import create_app
+    from sca.serve.limits import ServerLimits
     from sca.serve.scheduler import RequestScheduler
-    from sca.serve.schema import ServerLimits
     from sca.serve.server import make_server
 
     running = []

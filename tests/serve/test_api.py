@@ -13,8 +13,8 @@ from PIL import Image
 from sca_registry.contracts import Prompt
 
 from sca.io import masks
+from sca.serve.limits import ServerLimits
 from sca.serve.scheduler import RequestScheduler
-from sca.serve.schema import ServerLimits
 from sca.serve.tickets import QueueFullError
 
 BOX = [{"box": [0, 0, 9, 9]}]

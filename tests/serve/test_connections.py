@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from sca.serve import server as serving
-from sca.serve.schema import ServerLimits
+from sca.serve.limits import ServerLimits
 
 CLOSING = {
     "error": {

@@ -9,8 +9,8 @@ import torch
 from sca_registry.contracts import Caption, Prompt
 
 from sca.serve import service as module
+from sca.serve.limits import ServerLimits
 from sca.serve.memory import BudgetError, ByteBudget, is_out_of_memory
-from sca.serve.schema import ServerLimits
 from sca.serve.service import CaptionService
 from sca.serve.tickets import InferenceRequest, InsufficientMemoryError, RequestDone
 

@@ -1,0 +1,41 @@
+"""Limits of the server: on sizes, times and connections, and on the values of request fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sca.io.prompts import MAX_POINTS
+
+MAX_BEAMS, MAX_NEW_TOKENS = 16, 128  # per region: beams, and so captions; per caption: tokens
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1  # as the OpenAI API takes seeds
+MAX_POINTS_PER_SIDE, MAX_CROP_LAYERS = 64, 2
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """Limits on requests and connections.
+
+    Args:
+        max_body_bytes: Maximum bytes per request.
+        max_pixels: Maximum pixels per image.
+        max_prompts: Maximum prompts per request, and maximum regions that everything mode may find.
+        timeout: Seconds to receive a request, and again to complete its response.
+        max_connections: Maximum concurrent connections.
+        max_points: Maximum points per prompt.
+        max_points_per_request: Maximum points per request.
+        max_json_values: Maximum numbers, strings, lists and objects in the JSON of a request.
+    """
+
+    max_body_bytes: int = 32 * 2**20
+    max_pixels: int = 50_000_000
+    max_prompts: int = 4096
+    timeout: float = 60.0
+    max_connections: int = 512
+    max_points: int = MAX_POINTS
+    max_points_per_request: int = 16_384
+    max_json_values: int = 2**20
+
+    @property
+    def max_memory_bytes(self) -> int:
+        """Bytes that all requests may hold at a time: enough for the largest."""
+        return max(2**30, 24 * self.max_pixels, 8 * self.max_body_bytes)
