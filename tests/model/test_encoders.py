@@ -55,7 +55,7 @@ def test_a_clip_gives_the_patches_of_its_image_tower(clip):
     pixels = torch.randn(2, 3, 64, 64)
     mine = encoder("open-clip", weights=str(folder))
     assert (mine.channels, mine.stride, mine.image_format.size, mine.image_format.mean) == (32, 16, 64, (0.5, 0.4, 0.3))
-    assert mine.image.resample == "bilinear"
+    assert mine.image_format.resample == "bilinear"
     model.visual.output_tokens, model.visual.proj = True, None
     torch.testing.assert_close(mine(pixels).flatten(2).mT, model.visual(pixels)[1], rtol=1e-5, atol=1e-5)
     inner = model.visual.forward_intermediates(pixels, indices=[1], intermediates_only=True)["image_intermediates"][0]

@@ -180,7 +180,10 @@ def test_the_command_line_tells_what_fits_and_reaches_for_nothing(capsys, monkey
     from sca import cli
 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert cli.run_command(["plan", "sam-vit-b+query+gpt2", "lora=4", "--gpu", "t4", "--regions", "4", "--json"]) == 0
+    assert (
+        cli.run_command(["plan", "sam-vit-b+query+gpt2", "lora=4", "--gpu", "t4", "--regions-per-image", "4", "--json"])
+        == 0
+    )
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"]["mixer"] == 19_088_512
     assert told["fits"] is True

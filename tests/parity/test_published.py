@@ -139,8 +139,8 @@ def test_a_language_model_written_alone_has_its_lora_merged(composed, tmp_path):
         ({"projection": "mlp"}, "no place for a projection"),
         ({"mixer": "resampler"}, "no place for the mixer 'resampler'"),
         ({"segmenter": "box"}, r"tensors such as segmenter\.frequencies"),
-        ({"num_heads": 2}, "a mixer with num_heads=2 beside a segmenter with num_heads=4"),
-        ({"mlp_dim": 64}, "a mixer with mlp_dim=64 beside a segmenter with mlp_dim=48"),
+        ({"num_heads": 2}, "a mixer with num_heads=2 and a segmenter with num_heads=4"),
+        ({"mlp_dim": 64}, "a mixer with mlp_dim=64 and a segmenter with mlp_dim=48"),
         ({"segmenter": {"name": "sam", "box_masks": True}}, "drawn into the image"),
     ],
 )
