@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from sca.cli.options import PanelCommand
 from sca.devices import DTYPES, resolve_device
 
 app = typer.Typer(help="Benchmark combinations of components.", no_args_is_help=True, rich_markup_mode=None)
@@ -24,7 +25,7 @@ def _show_bench_help() -> None:
     """Benchmark combinations of components."""
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def run(
     sweep: Annotated[str, typer.Argument(help=SWEEP_HELP)],
     options: Annotated[
@@ -91,7 +92,7 @@ def run(
     raise typer.Exit(1 if sweep_status.missing else 0)
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def status(
     sweep: Annotated[str, typer.Argument(help=SWEEP_HELP)],
     out: Annotated[Path | None, typer.Option(help=OUT_HELP, rich_help_panel=OUTPUT)] = None,
@@ -105,7 +106,7 @@ def status(
     _print_status(read_sweep_status(loaded_sweep, _get_results_folder(loaded_sweep.name, out)))
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def row(
     config: Annotated[str, typer.Argument(help="Configuration of a row as JSON: the `config` field in results.jsonl.")],
     force: Annotated[
@@ -132,7 +133,7 @@ def row(
     raise typer.Exit(0 if result["state"] == "done" else 1)
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def report(
     folder: Annotated[Path, typer.Argument(help="Results folder, such as runs/bench/smoke.")],
     out: Annotated[
@@ -179,7 +180,7 @@ def report(
     print_stderr(f"wrote {page}, {page.with_suffix('.md').name} and {page.with_suffix('.csv').name}")
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def diff(
     first: Annotated[Path, typer.Argument(help="Results folder of the first run.")],
     second: Annotated[Path, typer.Argument(help="Results folder of a second run of the same sweep.")],
@@ -193,7 +194,7 @@ def diff(
         print_line(line)
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def published(
     parts: Annotated[
         list[str] | None,

@@ -118,7 +118,7 @@ def test_masks_and_scores_equal_the_original_code(tmp_path):
         features, original.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True
     )
     assert torch.allclose(found.masks, expected, atol=1e-4)
-    assert torch.allclose(found.scores, scores, atol=1e-4)
+    assert torch.allclose(found.iou_scores, scores, atol=1e-4)
 
 
 def test_the_whole_encoder_has_six_million_parameters():

@@ -34,7 +34,8 @@ def push_checkpoint(
     trained_on: str | None = None,
     license: str | None = None,
 ) -> str:
-    """Writes a checkpoint (a folder, or a name of the zoo) to a hub under `name`, OWNER/NAME, and gives its address.
+    """Write a checkpoint (a folder, or a name of the zoo) to a hub under `repo_id`, OWNER/NAME, and return its
+    URL.
 
     scores: files `scores.json` of `sca evaluate`, whose figures the card repeats with their protocols. trained_on,
     license: what the card is to say of the data and the terms. `HF_TOKEN` and `HF_ENDPOINT` have their usual meaning.

@@ -107,9 +107,9 @@ def _list_source_sizes(kind: str, part: Part) -> list[int]:
 def assign_tensors(
     model: SegmentCaptioner, tensors: dict[str, Tensor], expected: set[str], location: Path, config_name: str
 ) -> None:
-    """Gives a model the tensors that were found `where`, if they are those that are expected.
+    """Load the tensors that were read from `location` into a model, if they are the expected ones.
 
-    Raises InputError that names what is missing, unexpected or of another shape than `asked_by` says.
+    Raises InputError that names what is missing, unexpected or of another shape than `config_name` states.
     """
     missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
     if missing or unexpected:

@@ -131,7 +131,7 @@ def check_file(path: Path, root: Path, trust: Trust) -> None:
 
     Args:
         path: The file; it need not exist.
-        root: What links may refer to, see `find_real_root`.
+        root: What links may refer to, see `resolve_real_root`.
         trust: What the caller agrees to.
 
     Raises:

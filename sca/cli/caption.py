@@ -345,11 +345,11 @@ def _caption_locally(
 
     Args:
         job: What to caption in each image, and how.
-        regions: The regions, matched with the images.
+        region_source: The regions, matched with the images.
         paths: Image files.
-        formats: What is written to `params["out"]`.
-        params: The options of the command, by their names in Python.
-        read: Files that the regions are read from.
+        formats: What is written to `options["out"]`.
+        options: The options of the command, by their names in Python.
+        input_files: Files that the regions are read from.
         failures: Those so far.
     """
     from sca.inference.batch import BatchCaptioner, Failure

@@ -53,7 +53,7 @@ def pull(
             print_stderr(f"its tokenizer was not fetched: {error}")
             continue
         if tokenizer:  # a published checkpoint has its language model's tokenizer elsewhere
-            fetch_and_pin(tokenizer, weights=False)
+            fetch_and_pin(tokenizer, include_weights=False)
 
 
 def push(
@@ -233,7 +233,7 @@ def _find_weight_sources(name: str) -> list[tuple[str, str | None, str]]:
 
 
 def _make_part(kind: str, name: str, fallback_name: str) -> object:
-    """A registered name, or a folder or hub id as the weights of the part `factory`."""
+    """A registered name, or a folder or hub id as the weights of the component `fallback_name`."""
     from sca_registry import get_registry
     from sca_registry.spec import Part
 

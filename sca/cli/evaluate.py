@@ -195,7 +195,7 @@ def parse_evaluation_options(
     proposer: str | None = None,
     table_names: Sequence[str] = ("generation", "proposer"),
 ) -> dict[str, Any]:
-    """`key=value` by what it is an option of: the dataset, the scores, or one of `kinds` (kind.key=value)."""
+    """`key=value` by what it is an option of: the dataset, the scores, or one of `table_names` (kind.key=value)."""
     from sca_registry import datasets, metrics, proposers
     from sca_registry.overrides import parse_assignment
 

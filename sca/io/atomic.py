@@ -27,8 +27,8 @@ RANDOM_HEX_GLOB = "[0-9a-f]" * 16  # matches `secrets.token_hex(8)`
 class AtomicFile:
     """A file that is written in pieces: `write` adds a complete piece, or nothing and raises `OutputError`.
 
-    The file grows under a temporary name in the same folder. `keep` syncs it to disk and renames it; `drop` removes it
-    and leaves an older file unchanged.
+    The file grows under a temporary name in the same folder. `commit` syncs it to disk and renames it; `discard`
+    removes it and leaves an older file unchanged.
 
     Args:
         path: The final name.

@@ -64,7 +64,7 @@ def compute_resize_factors(recorded: tuple[int, int], actual: tuple[int, int]) -
 
 
 def scale_box(box: Box, factors: tuple[float, float]) -> Box:
-    """Scale x1, y1, x2, y2 by the factors across and down, see `compare_sizes`."""
+    """Scale x1, y1, x2, y2 by the factors across and down, see `compute_resize_factors`."""
     (x1, y1, x2, y2), (x_scale, y_scale) = box, factors
     return x1 * x_scale, y1 * y_scale, x2 * x_scale, y2 * y_scale
 

@@ -59,7 +59,7 @@ def hold_lock(path: Path, display_name: str) -> Iterator[None]:
 
     Args:
         path: The lock file.
-        shown: What is locked, for the message.
+        display_name: What is locked, for the message.
 
     Raises:
         LockedError: Another process holds the lock.

@@ -19,7 +19,7 @@ def walk_files(
     Args:
         folder: Where to start.
         onerror: Called with the error of a folder that cannot be listed.
-        enter: Whether to enter a subfolder of this name.
+        should_enter: Whether to enter a subfolder of this name.
     """
     visited: set[tuple[int, int]] = set()
     pending_folders = [str(folder)]

@@ -75,9 +75,9 @@ def fetch_model_folder(
     prefix: str = "",
 ) -> Path:
     """The folder of pretrained weights: `source` itself if it is one, else the copy of a hub id in the cache, which is
-    fetched if it is not there or not whole. weights: False where configurations and tokenizers will do. code: whether
-    Python files are wanted, too, by those who trust them. prefix: of the names of the files, where a repository holds
-    a model in several formats.
+    fetched if it is not there or not whole. include_weights: False where configurations and tokenizers will do.
+    include_code: whether Python files are wanted, too, by those who trust them. prefix: of the names of the files,
+    where a repository holds a model in several formats.
 
     Raises InputError.
     """
@@ -122,13 +122,13 @@ def suggest_path(name: str) -> str:
 
 
 def find_local_folder(source: str | Path) -> Path | None:
-    """The folder that a name means, see `local_path`; None if there is none."""
+    """The folder that a name means, see `resolve_local_path`; None if there is none."""
     path = resolve_local_path(source)
     return path if path is not None and path.is_dir() else None
 
 
 def find_local_file(source: str | Path) -> Path | None:
-    """The file that a name means, see `local_path`; None if there is none."""
+    """The file that a name means, see `resolve_local_path`; None if there is none."""
     path = resolve_local_path(source)
     return path if path is not None and path.is_file() else None
 
@@ -258,7 +258,7 @@ def load_pretrained(
     **options: Any,
 ) -> Model:
     """`cls.from_pretrained` that leaves nothing at random: every tensor of the model must be among the weights, and
-    every weight must have its place, but for those whose name begins with one of `elsewhere`.
+    every weight must have its place, but for those whose name begins with one of `ignored_prefixes`.
 
     Of the settings for generation that a folder has, only the ids of special tokens are used.
 

@@ -64,7 +64,7 @@ def resolve_image_path(name: str, roots: Sequence[str | Path]) -> Path:
 
 
 def read_named_image_size(name: str, roots: Sequence[str | Path]) -> tuple[int, int] | None:
-    """Return width and height of the image that a name in a file means, see `find_image`; None if it cannot be read."""
+    """Return width and height of the image that a name refers to, see `resolve_image_path`; None if unreadable."""
     try:
         return read_image_file_size(resolve_image_path(name, roots))
     except InputError:
@@ -75,7 +75,7 @@ class ImageNameResolver:
     """The names of images by the file that they lead to: a file is one image, in whatever spelling.
 
     Args:
-        locate: Returns the file that a name means, as `find_image` does.
+        locate: Returns the file that a name means, as `resolve_image_path` does.
     """
 
     def __init__(self, locate: Callable[[str], Path]):
@@ -330,7 +330,7 @@ def _list_equivalent_names(folder: Path, part: str) -> Iterable[str]:
 
 @lru_cache(maxsize=64)
 def _group_by_composed_name(folder: str, modified_ns: int) -> dict[str, list[str]]:
-    """The names in a folder by their composed form; `modified` is part of the key, so that a change is seen."""
+    """The names in a folder by their composed form; `modified_ns` is part of the key, so that a change is seen."""
     names: dict[str, list[str]] = {}
     for name in os.listdir(folder):
         if not name.isascii():

@@ -99,11 +99,11 @@ def _open_image_file(path: str | Path, allow_pipe: bool = False) -> Iterator[Bin
 
 
 def read_image(file: BinaryIO, display_name: str, max_pixels: int | None = None) -> Image.Image:
-    """Decode an image as `open_image` does, from an open file that messages call `shown`.
+    """Decode an image as `open_image` does, from an open file that messages call `display_name`.
 
     Args:
-        pixels: Maximum pixels of an image of unknown origin, for which decoders written in Python are excluded as well:
-            a small file can keep them busy for minutes.
+        max_pixels: Maximum pixels of an image of unknown origin, for which decoders written in Python are excluded as
+            well: a small file can keep them busy for minutes.
     """
     return decode_image(open_image_header(file, display_name, max_pixels), display_name)
 
@@ -129,7 +129,7 @@ def open_image_header(file: BinaryIO, display_name: str, max_pixels: int | None 
 
 
 def decode_image(image: Image.Image, display_name: str) -> Image.Image:
-    """Decode what `inspect_image` has opened, as `open_image` does."""
+    """Decode what `open_image_header` has opened, as `open_image` does."""
     with _translate_decoder_errors(display_name):
         has_deep_colors = any(DEEP_COLOR_MODE.match(_get_raw_mode(tile)) for tile in image.tile)
         image.load()
@@ -137,7 +137,7 @@ def decode_image(image: Image.Image, display_name: str) -> Image.Image:
 
 
 def open_undecoded(file: BinaryIO | str | Path) -> Image.Image:
-    """Open an image in one of `FORMATS` without decoding it; its size and mode are known, its pixels are not.
+    """Open an image in one of `IMAGE_FORMATS` without decoding it; its size and mode are known, its pixels are not.
 
     Raises:
         PIL.UnidentifiedImageError: For any other format.
@@ -178,9 +178,10 @@ def find_images(
     """The pictures that files, folders and glob patterns name, and a line for each argument or folder that failed.
 
     Files are taken as they are; folders are searched with all their subfolders, and they and patterns give the files
-    with a suffix of `SUFFIXES`, sorted, hidden ones left out. A picture named twice comes once, at its first place.
+    with a suffix of `IMAGE_SUFFIXES`, sorted, hidden ones left out. A picture named twice comes once, at its first
+    place.
 
-    exclude: returns whether a picture of a folder or a pattern is left out.
+    is_excluded: returns whether a picture of a folder or a pattern is left out.
     """
     images_by_path: dict[str, Path] = {}
     problems: list[str] = []
@@ -268,7 +269,7 @@ def _scale_gray(values: np.ndarray, recorded_range: tuple[float, float] | None, 
 
     Args:
         values: (height, width) of 16 or 32 bits.
-        recorded: Least and greatest value that the file states; used if all values are between them.
+        recorded_range: Least and greatest value that the file states; used if all values are between them.
 
     Returns:
         (height, width) uint8.

@@ -30,9 +30,9 @@ class Journal:
 
     Args:
         path: The file, created if absent.
-        completes: Whether an entry completes a group; entries after the last complete group are dropped. By default
-            every entry is complete.
-        header: What the first line begins with: a torn first line that does not is a file of something else.
+        completes_group: Whether an entry completes a group; entries after the last complete group are dropped. By
+            default every entry is complete.
+        first_line_prefix: What the first line begins with: a torn first line that does not is a file of something else.
         sync_seconds: An append syncs to disk if the last sync is at least this long ago; until the next append or
             `close`, what was appended within this time may not be synced. 0 syncs every append.
 
@@ -121,7 +121,7 @@ def read_journal(
 
     Args:
         path: The file; an absent one has no entries.
-        completes: As in `Journal`, like `header`.
+        completes_group: As in `Journal`, like `first_line_prefix`.
 
     Raises:
         InputError: A line before the end cannot be decoded.

@@ -28,8 +28,8 @@ def read_json(path: str | Path, max_bytes: int | None = MAX_JSON_BYTES, require_
 
     Args:
         path: A regular file, UTF-8, with or without a byte order mark.
-        limit: Maximum size in bytes; None for files that only the user could have named.
-        finite: Reject NaN, Infinity and numbers that overflow to it.
+        max_bytes: Maximum size in bytes; None for files that only the user could have named.
+        require_finite: Reject NaN, Infinity and numbers that overflow to it.
 
     Raises:
         OSError: If the file does not exist or cannot be read.
@@ -44,9 +44,10 @@ def parse_json(text: str | bytes, location: str, require_finite: bool = False, a
 
     Args:
         text: One JSON value.
-        place: What messages call it: a file, or a file and a line.
-        finite: Reject NaN, Infinity and numbers that overflow to it.
-        surrogates: Accept half of a surrogate pair, which a cut caption or a file name that is not UTF-8 can contain.
+        location: What messages call it: a file, or a file and a line.
+        require_finite: Reject NaN, Infinity and numbers that overflow to it.
+        allow_surrogates: Accept half of a surrogate pair, which a cut caption or a file name that is not UTF-8 can
+            contain.
 
     Raises:
         InputError: If it is not JSON, nested too deep, or contains half of a surrogate pair; without the text.
@@ -73,7 +74,7 @@ def parse_json_lines(
 
     Args:
         lines: The lines, such as an open file.
-        shown: What messages call the file.
+        display_name: What messages call the file.
         reject: Called with the error of each line that is not JSON, which is then passed over; raises it by default.
     """
     for number, line in enumerate(lines, 1):
@@ -92,7 +93,7 @@ def read_regular_file(path: str | Path, max_bytes: int | None = None, allow_pipe
 
     Args:
         path: The file.
-        limit: Maximum size in bytes.
+        max_bytes: Maximum size in bytes.
         allow_pipe: As for `open_regular_file`.
 
     Raises:
@@ -113,7 +114,7 @@ def open_regular_file(path: str | Path, require_seekable: bool = False, allow_pi
 
     Args:
         path: The file.
-        seekable: Read a pipe into memory, so that the result can seek.
+        require_seekable: Read a pipe into memory, so that the result can seek.
         allow_pipe: Accept a pipe that a shell passes as an open descriptor, /dev/stdin or /dev/fd/N. Only for a path
             that a person typed: a name inside a file must not wait for the standard input.
 

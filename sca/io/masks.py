@@ -1,7 +1,7 @@
 """Masks and their COCO run-length codes.
 
 A mask is a (height, width) array, true inside. A code (RLE) is `{"size": [height, width], "counts": str}`: small, and
-what captions and files carry. `area` and `box_of` take either.
+what captions and files carry. `area` and `mask_to_box` take either.
 """
 
 from __future__ import annotations
@@ -87,17 +87,17 @@ def _binarize_integers(values: np.ndarray, low: int, high: int) -> np.ndarray:
 
 
 def binarize_mask_image(image: Image.Image, is_lossy: bool = False) -> np.ndarray:
-    """Return where a mask that is an image is inside, see `binarize`: its alpha channel, or else its colors.
+    """Return where a mask that is an image is inside, see `binarize_mask`: its alpha channel, or else its colors.
 
     Args:
         image: Any mode. Transparent pixels are outside.
-        is_lossy: It comes from a format of `LOSSY`.
+        is_lossy: It comes from a format of `LOSSY_FORMATS`.
 
     Returns:
         (height, width) bool.
 
     Raises:
-        InputError: As for `binarize`.
+        InputError: As for `binarize_mask`.
     """
     values = np.asarray(image)
     if image.mode not in ("LA", "RGBA"):

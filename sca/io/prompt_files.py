@@ -28,7 +28,8 @@ def read_region_prompts(path: str | Path) -> RegionPrompts:
     region: `{"image": "a.jpg", "box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE or FILE}`, or a record
     of `sca`, whose `prompt` is repeated. Mask files are named relative to the prompts file. Of COCO, `bbox` is read as
     x, y, width, height, or else the box of `segmentation`; of the other tools, the box of each region, or the point of
-    one that is only a point. Images without annotations have an empty list. Whether a prompt fits is for `check`.
+    one that is only a point. Images without annotations have an empty list. `check_prompt` checks whether a prompt
+    fits.
 
     Returns:
         The prompts; `problems` names the file, the line or record, and the field of each record without a prompt.

@@ -33,7 +33,7 @@ _REGION_FORMAT = "a region is written box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;ma
 
 
 def parse_box(text: str) -> Box:
-    """`"x1,y1,x2,y2"`; whether it fits an image is for `check`."""
+    """`"x1,y1,x2,y2"`; whether it fits an image is for `check_prompt`."""
     return _parse_box_values(text.split(","), text)
 
 
@@ -47,7 +47,7 @@ def parse_region(text: str, allow_pipe: bool = False) -> Prompt:
 
     Args:
         text: The region.
-        allow_pipe: As for `read_mask`.
+        allow_pipe: As for `read_mask_file`.
     """
     box, points, mask = None, [], None
     for part in filter(None, (part.strip() for part in text.split(";"))):
@@ -107,7 +107,7 @@ def read_mask_file(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
 
 def parse_prompt(value: Any, location: str, width: int, height: int) -> Prompt:
     """`{"box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE}`, each part where wanted, as a prompt for an
-    image of this size (see `check`); messages call it `where`.
+    image of this size (see `check_prompt`); messages call it `location`.
     """
     box, points, mask = parse_prompt_fields(value, location)
     if isinstance(mask, str):
@@ -149,7 +149,7 @@ def check_prompt(prompt: Prompt, width: int, height: int) -> Prompt:
 def check_and_count_clipping(
     prompt: Prompt, width: int, height: int, clip_counter: SkipCounter, location: str
 ) -> Prompt:
-    """`check` a prompt, and count its box in `clipped` under `place` if it reached over the edge."""
+    """`check_prompt` a prompt, and count its box in `clip_counter` under `location` if it reached over the edge."""
     checked_prompt = check_prompt(prompt, width, height)
     if prompt.box is not None and checked_prompt.box != _parse_box_values(prompt.box):
         clip_counter("box clipped", location)
@@ -218,7 +218,7 @@ def parse_prompt_fields(value: Any, location: str) -> tuple[Box | None, tuple[Po
     """Return the box, points and mask of a plain prompt; a mask that is text names a file and is returned unchanged.
 
     Raises:
-        InputError: A field is malformed, or all are absent; the message begins with `where`.
+        InputError: A field is malformed, or all are absent; the message begins with `location`.
     """
     if not isinstance(value, dict):
         raise InputError(f"{location}, 'prompt': an object with 'box', 'points' or 'mask', not {quote_value(value)}")
@@ -256,7 +256,7 @@ def _parse_points(values: Any) -> tuple[Point, ...]:
 
 
 def _parse_numbers(values: Any, lengths: tuple[int, ...], source: Any, expected_format: str) -> list[float]:
-    """So many finite numbers, or text that writes them on a command line (`given` is then the whole of it)."""
+    """So many finite numbers, or text that writes them on a command line (`source` is then the whole of it)."""
     source = values if source is None else source
     if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or len(values) not in lengths:
         raise InputError(f"{expected_format}, not {quote_value(source)}")

@@ -43,9 +43,9 @@ class RegionPromptEntry:
         return Prompt(self.box, self.points, masks.decode_rle(self.mask) if isinstance(self.mask, dict) else mask)
 
     def fit_prompt(self, width: int, height: int, clip_counter: SkipCounter) -> Prompt:
-        """The prompt for an image of this size, see `check`; it is scaled if the file records another size.
+        """The prompt for an image of this size, see `check_prompt`; it is scaled if the file records another size.
 
-        Counts a box that `check` clips. Raises InputError, which names the record.
+        Counts a box that `check_prompt` clips. Raises InputError, which names the record.
         """
         prompt = self.build_prompt()
         try:
@@ -92,8 +92,8 @@ def _scale_coordinate(value: float, factor: float, recorded: int, actual: int) -
 class RegionPrompts(Mapping[str, list[Prompt]]):
     """The prompts of a file, by image key: what the file calls the image. Keys keep the file's order.
 
-    skip: the count of what the file contains and a prompt cannot be.
-    clipped: the count of boxes that `fitting` clipped to their image.
+    skip_counter: the count of what the file contains and a prompt cannot be.
+    clip_counter: the count of boxes that `fit_prompts` clipped to their image.
     problems: a line for each record of which no prompt could be made; it names file, record and field.
     """
 
@@ -144,8 +144,8 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         """The key of each image that has one.
 
         A key is a path, relative to the prompts file's folder or else to the working folder, in any spelling that
-        `find_image` reads; a key that is the path of no image given counts by its file name. `InputError` if an image
-        could mean several keys, or a file name several images or keys.
+        `resolve_image_path` reads; a key that is the path of no image given counts by its file name. `InputError` if an
+        image could mean several keys, or a file name several images or keys.
         """
         paths = [Path(image) for image in images]
         key_by_image = {image: key for image in paths if (key := self._find_key_by_path(image)) is not None}

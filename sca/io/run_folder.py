@@ -114,9 +114,9 @@ class RunFolder:
             outputs: Those of `patterns` that the run will write, or exact names that match one (`exact_pattern`).
             inputs: Files and folders that the command reads.
             overwrite: Delete what an earlier run with other settings wrote.
-            set_aside: Rename the folder of an earlier run with other settings to `NAME-1`, or the next free number;
-                `moved_to` is its new path.
-            loose: Settings that may differ from those of the earlier run.
+            rename_earlier: Rename the folder of an earlier run with other settings to `NAME-1`, or the next free
+                number; `earlier_run_path` is its new path.
+            ignored_settings: Settings that may differ from those of the earlier run.
 
         Returns:
             The earlier run if this one continues or repeats it, else None.
@@ -196,8 +196,8 @@ def check_same_run(
     Args:
         path: The file.
         earlier: What determined its results, as plain JSON.
-        run: What determines the results now.
-        loose: Names of what may differ.
+        settings: What determines the results now.
+        ignored_settings: Names of what may differ.
 
     Raises:
         OtherRunError: It is of another run; names what differs.
@@ -236,7 +236,7 @@ def read_runs(folder: Path) -> dict[str, RunRecord]:
 class OutputFilter:
     """Tell which files runs wrote into their folders, so that a command does not read its own outputs.
 
-    `skipped` lists the outputs among the checked paths. Each marker is read once.
+    `skipped_paths` lists the outputs among the checked paths. Each marker is read once.
 
     Args:
         patterns: Patterns of the outputs; any other pattern in a marker is ignored.

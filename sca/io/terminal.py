@@ -23,8 +23,9 @@ DOCUMENT_WHITESPACE = "\n\t"  # what a text of several lines keeps
 class Table:
     """A table for `sca.cli.options.print_table` or rich: cells, title and notes are plain text and mean nothing else.
 
-    columns: headings; a table whose headings are all empty has no head. right: the columns that are aligned right.
-    notes: lines below the table. framed: whether lines are drawn.
+    columns: headings; a table whose headings are all empty has no head. right_aligned: the columns that are aligned
+        right.
+    notes: lines below the table. has_frame: whether lines are drawn.
     """
 
     columns: Sequence[str]

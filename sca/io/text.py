@@ -20,7 +20,7 @@ def escape_terminal(text: str, allowed: str = "") -> str:
 
     Args:
         text: Anything, for example a caption or a file name.
-        keep: Characters that stay, such as the newlines of a document.
+        allowed: Characters that stay, such as the newlines of a document.
     """
     return UNSAFE_PATTERN.sub(lambda found: found[0] if found[0] in allowed else _escape_character(found[0]), text)
 

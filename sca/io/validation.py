@@ -43,13 +43,13 @@ def is_finite_number(value: Any) -> bool:
 
 
 def has_type(value: Any, expected_type: type) -> bool:
-    """Whether a value is of one of `KINDS`: numbers are finite, and only `bool` takes true and false."""
+    """Whether a value is of one of `TYPE_DESCRIPTIONS`: numbers are finite, and only `bool` takes true and false."""
     checks = {int: is_int64, float: is_finite_number}
     return checks[expected_type](value) if expected_type in checks else isinstance(value, expected_type)
 
 
 def check_type(subject: str, value: Any, expected_type: type, error_class: type[ValueError] = RegistryError) -> None:
-    """Check that a value is of one of `KINDS`. Raises `error`."""
+    """Check that a value is of one of `TYPE_DESCRIPTIONS`. Raises `error_class`."""
     if not has_type(value, expected_type):
         raise error_class(f"{subject} is {value!r:.80}; give {TYPE_DESCRIPTIONS[expected_type]}")
 
@@ -92,7 +92,7 @@ def check_keys(subject: str, table: Any, allowed_keys: Collection[str]) -> None:
 
 
 def check_numbers(subject: str, values: Any, expected_format: str) -> None:
-    """Check a list of finite numbers, as many as `form` names, such as "x, y". Raises InputError."""
+    """Check a list of finite numbers, as many as `expected_format` names, such as "x, y". Raises InputError."""
     count = len(expected_format.split(","))
     if not isinstance(values, list | tuple) or len(values) != count or not all(map(is_finite_number, values)):
         raise InputError(f"{subject} is {values!r:.80}; give {count} numbers ({expected_format})")
@@ -130,7 +130,7 @@ def require_key(record: Any, key: str, location: str) -> Any:
 
 
 def read_field(record: Any, key: str, expected_type: type, location: str) -> Any:
-    """Return what a record has under a key: one of `KINDS`, and text that can be encoded. Raises InputError."""
+    """Return the value of a key: of a type in `TYPE_DESCRIPTIONS`, and text that can be encoded. Raises InputError."""
     value = require_key(record, key, location)
     check_type(f"{location}, {key!r}", value, expected_type, InputError)
     if expected_type is str:
@@ -146,7 +146,7 @@ def read_number_list(record: Any, key: str, expected_format: str, location: str)
 
 
 def read_image_name(record: Any, key: str, location: str) -> str:
-    """Return the name of an image that a record has under a key, see `check_name`."""
+    """Return the name of an image that a record has under a key, see `check_image_name`."""
     return check_image_name(f"{location}, {key!r}", require_key(record, key, location))
 
 
@@ -186,7 +186,7 @@ def read_recorded_size(
 
 
 def require_recorded_size(record: Any, location: str) -> tuple[int, int]:
-    """Return the width and height that a record states. Raises InputError if it lacks either, as `read_size` does."""
+    """Return the width and height of a record, as `read_recorded_size` does. Raises InputError if one is missing."""
     for key in ("width", "height"):
         check_type(f"{location}, {key!r}", require_key(record, key, location), int, InputError)
     size = read_recorded_size(record, location)

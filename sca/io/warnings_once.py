@@ -12,7 +12,7 @@ def warn_once(warning_key: str, message: str) -> None:
     """Log a warning, once per process and kind; without a logging configuration it is a line on stderr.
 
     Args:
-        kind: Identifies what is remarked on.
+        warning_key: Identifies what is remarked on.
         message: One line that names the first input of this kind.
     """
     if warning_key not in _warned_keys:

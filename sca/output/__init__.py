@@ -54,12 +54,12 @@ DRAWN_FORMATS = ("png", "html")  # for which the pictures themselves are needed
 
 
 def list_output_patterns(formats: Iterable[str]) -> tuple[str, ...]:
-    """Patterns of the files that `Writers` writes into its folder."""
+    """Patterns of the files that `MultiFormatWriter` writes into its folder."""
     return tuple(_FORMAT_INFO[name][1] for name in formats)
 
 
 class MultiFormatWriter:
-    """One or several formats in one folder, which is made. `ValueError` for a format that is not in `FORMATS`.
+    """One or several formats in one folder, which is made. `ValueError` for a format that is not in `OUTPUT_FORMATS`.
 
     `paths` says where each format goes: `captions.jsonl`, `coco.json`, `captions.parquet`, `captions.geojson`,
     `label-studio.json`, `captions.html`; and for labelme and png a folder, in which each image has a file `STEM.json`

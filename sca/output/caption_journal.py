@@ -26,11 +26,11 @@ CAPTION_JOURNAL_NAME = "captions.journal"
 class CaptionJournal:
     """`captions.journal` in a run folder: its first line is the run, and each other line an image that is captioned.
 
-    It is removed when the run has finished. `done` contains the images of the journal that is continued, by name.
+    It is removed when the run has finished. `completed` contains the images of the journal that is continued, by name.
 
     Args:
         folder: The run folder.
-        run: Options that the captions depend on.
+        run_options: Options that the captions depend on.
         resume: Continue with the journal that exists, instead of replacing it.
 
     Raises:

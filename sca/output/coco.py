@@ -30,9 +30,9 @@ class CocoWriter:
     """Annotations go to disk as they come; the file has its name when it is closed.
 
     Images and annotations are numbered from 1. An annotation has what COCO's instances and captions have, and `score`
-    and `region` (the prompt's place in the request). `bbox` is x, y, width, height. A region without a mask has its box
-    as a polygon, as pycocotools does for results that are boxes, and `isbox` 1, so that it is no mask when it is read
-    again; one with neither has an empty `bbox` and no polygon.
+    and `region_id` (the index of the prompt in the request). `bbox` is x, y, width, height. A region without a mask has
+    its box as a polygon, as pycocotools does for results that are boxes, and `isbox` 1, so that it is no mask when it
+    is read again; one with neither has an empty `bbox` and no polygon.
     """
 
     def __init__(self, path: Path, model: str | None = None):

@@ -19,8 +19,8 @@ class HtmlWriter:
 
     Args:
         path: The page.
-        model: Its title.
-        compares: Whether each image has a second list of captions.
+        title: Its title.
+        has_other_captions: Whether each image has a second list of captions.
     """
 
     def __init__(self, path: Path, title: str | None = None, has_other_captions: bool = False):
@@ -43,7 +43,7 @@ class HtmlWriter:
             path: Its name.
             image: The image, or anything with its width and height where it cannot be shown.
             captions: Its captions.
-            other: The captions to compare with; those of one region have the same place in both lists.
+            other_captions: The captions to compare with; those of one region have the same place in both lists.
         """
         caption_lists = (
             {"regions": captions} if other_captions is None else {"regions": captions, "other": other_captions}

@@ -80,7 +80,7 @@ def check_page_path(path: Path, inputs: Iterable[str | Path]) -> None:
 
 
 def encode_data_uri(image: Image.Image, max_side: int = MAX_EMBEDDED_SIDE) -> str:
-    """Return an image, at most `side` pixels wide and high, as a data URI: PNG for a small one, else JPEG."""
+    """Return an image, at most `max_side` pixels wide and high, as a data URI: PNG for a small one, else JPEG."""
     image = image.convert("RGB")
     image.thumbnail((max_side, max_side))
     content = io.BytesIO()

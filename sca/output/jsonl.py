@@ -53,11 +53,10 @@ class StreamSink:
 class JsonlWriter:
     """Append the lines of an image as soon as it is done; an older file stays until the run has finished.
 
-    A line has `image` (its path as given), `width`, `height`, `region` (the prompt's place in the request), `prompt`
-    (what was asked), `box` (x1, y1, x2, y2), `mask` (COCO RLE), `caption`, `score`, `iou`, `model`; where several
-    captions a region were asked for, `others` has the rest, best first. Coordinates are in pixels of the image as its
-    viewer sees it; what is not known is null. Only ASCII is written, so that no terminal,
-    locale or line-reader is in the way.
+    A line has `image` (its path as passed), `width`, `height`, `region_id` (the index of the prompt in the request),
+    `prompt`, `box` (x1, y1, x2, y2), `mask` (COCO RLE), `caption`, `score`, `predicted_iou` and `model`; where several
+    captions per region were requested, `alternatives` has the other ones, best first. Coordinates are in pixels of the
+    upright image; unknown values are null. Only ASCII is written, so that any terminal, locale and line reader works.
     """
 
     def __init__(self, target: Path | StreamSink, model: str | None = None):

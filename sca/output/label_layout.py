@@ -48,8 +48,8 @@ class LabelPlacer:
 
     Args:
         canvas: Width and height.
-        taken: Rectangles that labels should not cover.
-        shown: Rectangles that labels should hide little of.
+        avoided_boxes: Rectangles that labels should not cover.
+        region_boxes: Rectangles that labels should hide little of.
     """
 
     def __init__(self, canvas: tuple[int, int], avoided_boxes: Sequence[Rectangle], region_boxes: Sequence[Rectangle]):
@@ -70,8 +70,8 @@ class LabelPlacer:
     def place_label(self, size: tuple[int, int], region_box: Rectangle) -> Rectangle:
         """Return the place that covers least of what is taken, and take it.
 
-        Among equals it is the best balance of hiding little and being close to the rectangle `near`. Above, below and
-        inside `near` (its upper left corner first) count as close.
+        Among equals it is the best balance of hiding little and being close to the rectangle `region_box`. Above, below
+        and inside `region_box` (its upper left corner first) count as close.
         """
         width, height = size
         x1, y1, x2, y2 = region_box

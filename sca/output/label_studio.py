@@ -1,7 +1,8 @@
 """Label Studio tasks with predictions, in one JSON list to import.
 
 https://labelstud.io/guide/predictions. A region is a brush where it has a mask, else a rectangle where it has a
-box, else a keypoint; its caption is a text area of the same id. `CONFIG` is the labeling interface that shows them.
+box, else a keypoint; its caption is a text area of the same id. `LABELING_CONFIG` is the labeling interface that shows
+them.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class LabelMeWriter:
     """`STEM.json` in `folder` for each image, as soon as it is done. A region is a shape, described by its caption.
 
     A mask is a shape of the kind "mask", exact to the pixel; a box a "rectangle", and a point a "point". `score` and
-    `iou` stand beside what LabelMe knows, which keeps them.
+    `predicted_iou` are additional fields, which LabelMe keeps.
     """
 
     def __init__(self, folder: Path, model: str | None = None):

@@ -20,7 +20,7 @@ ROWS_PER_GROUP = 5_000  # of a group: what is held before it is written
 
 
 class ParquetWriter:
-    """The columns are the fields of a line of JSON lines; `prompt` and `others` are JSON text. Needs pyarrow."""
+    """The columns are the fields of a line of JSON lines; `prompt` and `alternatives` are JSON text. Needs pyarrow."""
 
     def __init__(self, path: Path, model: str | None = None):
         try:
@@ -92,7 +92,7 @@ class ParquetWriter:
 
 
 class _PyarrowSink:
-    """What pyarrow writes to; nothing is `kept` of the end that it still writes to a file that was dropped."""
+    """What pyarrow writes to; where `is_kept` is False, the end that it still writes is discarded."""
 
     closed = False
     is_kept = True

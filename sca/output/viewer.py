@@ -27,8 +27,8 @@ def write_viewer(
     Args:
         path: The page.
         captioned: Images with their captions.
-        other: What to compare with, of the same images; regions are paired by their order.
-        images: Folders that names of images may start from.
+        other_captioned: What to compare with, of the same images; regions are paired by their order.
+        roots: Folders that names of images may start from.
         names: Names of the files, for the title.
 
     Returns:

@@ -6,9 +6,9 @@ import pytest
 
 SWEEP = """
 [model]
-encoder = { name = "tiny-vit", size = 64, width = 32, depth = 1, channels = 32, stem = [8, 16] }
+encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, stem_channels = [8, 16] }
 segmenter = "box"
-language_model = { name = "tiny-gpt2", width = 32, depth = 1, heads = 2, positions = 40 }
+language_model = { name = "tiny-gpt2", hidden_size = 32, depth = 1, num_heads = 2, max_positions = 40 }
 task_tokens = 2
 [axes]
 mixer = ["roi-pool", "mask-tokens"]
@@ -83,7 +83,7 @@ def test_throughput_on_a_cpu_is_the_sweep_for_one(shell, here, monkeypatch):
         made.append((sweep.name, str(folder), options))
         return runner.SweepStatus(0, {}, [])
 
-    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(runner, "run_sweep", run)
     result = shell("bench", "run", "throughput", "device=cpu", "num_workers=1")
     assert made == [("throughput-cpu", "runs/bench/throughput-cpu", {"num_workers": 1})]
     assert "sca bench published" in result.err[0]

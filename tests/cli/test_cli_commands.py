@@ -47,7 +47,7 @@ def test_help_lists_commands_of_plugins_without_importing_them(shell, install):
     install("greeter", "greetings = greeter_app:app", greeter_app="raise SystemExit('imported')")
     listed = shell("--help").out
     assert "greetings  Says greeter." in listed
-    assert "bench      Sweeps over combinations" in listed
+    assert "bench      Benchmark combinations" in listed
     assert "greeter_app" not in sys.modules
 
 

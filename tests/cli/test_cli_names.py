@@ -111,7 +111,7 @@ def test_a_listing_of_one_kind_fits_80_columns(shell, monkeypatch):
 
 def test_a_part_is_shown_with_its_options_and_their_defaults(shell):
     lines = shell("show", "mixers", "query").out.splitlines()
-    assert "  queries = 8" in lines
+    assert "  num_queries = 8" in lines
     assert not any("segmenter" in line for line in lines[lines.index("options:") :])
     assert "  size = 128" in shell("show", "dataset", "scenes").out.splitlines()  # a constant of its module
 

@@ -96,9 +96,9 @@ def test_a_plugin_that_exists_is_not_written_over_and_a_wrong_kind_is_told(site,
 
 @pytest.mark.all
 def test_a_broken_promise_is_told_with_what_was_expected(site):
-    wrong = "from torch import nn\n\n\nclass Wrong(nn.Module):\n    queries, uses_grid = 2, False\n\n"
+    wrong = "from torch import nn\n\n\nclass Wrong(nn.Module):\n    num_queries, uses_grid = 2, False\n\n"
     wrong += (
-        "    def __init__(self, segmenter):\n        super().__init__()\n        self.width = segmenter.channels\n\n"
+        "    def __init__(self, segmenter):\n        super().__init__()\n        self.hidden_size = segmenter.channels\n\n"
     )
     wrong += "    def forward(self, regions):\n        return regions.tokens.mean(1, keepdim=True)\n"
     site.write("wrong", "[sca_mixers]\nwrong = wrong:Wrong\n", wrong=wrong)
@@ -114,11 +114,11 @@ import torch
 from torch import nn
 
 class Mixer(nn.Module):
-    queries, uses_grid = 1, False
+    num_queries, uses_grid = 1, False
 
     def __init__(self, segmenter):
         super().__init__()
-        self.width = segmenter.channels
+        self.hidden_size = segmenter.channels
 
     def forward(self, regions):
         return regions.tokens.mean(1, keepdim=True)

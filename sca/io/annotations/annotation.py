@@ -29,7 +29,7 @@ def describe_unread_caption(record: Mapping[str, Any], read_keys: Sequence[str])
 
     Args:
         record: That may have captions.
-        read: Keys of captions that are read.
+        read_keys: Keys of captions that are read.
     """
     if any(record.get(key) for key in read_keys):
         return None
@@ -45,15 +45,15 @@ class Annotation(NamedTuple):
     """A region in pixels of the upright image.
 
     Args:
-        place: The file and the record, for messages.
+        location: The file and the record, for messages.
         box: x1, y1, x2, y2. It may reach over the edges of the image.
         mask: COCO RLE of the image's size.
         point: x, y of a region that has neither box nor mask.
         label: Its class.
         captions: Its texts, the first one first.
         score: The confidence that the file records.
-        iou: The predicted IoU that the file records.
-        unread: What to count for a caption under a key that is not read, see `find_unread_caption`.
+        predicted_iou: The predicted IoU that the file records.
+        unread_caption: What to count for a caption under a key that is not read, see `describe_unread_caption`.
     """
 
     location: str
@@ -76,7 +76,7 @@ class AnnotatedImage(NamedTuple):
     """An image of a labeling tool.
 
     Args:
-        place: The file and the record, for messages.
+        location: The file and the record, for messages.
         name: What the file calls it.
         size: Width and height; None where they are unknown.
         annotations: Its regions.
@@ -93,7 +93,7 @@ class AnnotatedImage(NamedTuple):
 
 
 class SkipCounter:
-    """Count what could not be kept: `skip(reason, place)`. `skipped` and `examples` are those of a dataset."""
+    """Count what could not be kept: `skip(reason, location)`. `skipped` and `examples` are those of a dataset."""
 
     def __init__(self, skipped: Mapping[str, int] | None = None, examples: dict[str, list[str]] | None = None) -> None:
         self.counts: Counter[str] = Counter(skipped or {})

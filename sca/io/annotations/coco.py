@@ -24,7 +24,7 @@ def read_annotation(
 
     Args:
         record: The annotation.
-        place: The file and the record, for messages.
+        location: The file and the record, for messages.
         size: Width and height of its image; None reads its box without its mask.
         label: The name of its category.
         skip: Called for each part that cannot be kept.
@@ -94,7 +94,7 @@ def parse_bbox(value: Any, subject: str) -> Box | None:
     """Read a `bbox` [x, y, width, height] as x1, y1, x2, y2; None if there is none.
 
     Raises:
-        InputError: It is something else; the message begins with `what`.
+        InputError: It is something else; the message begins with `subject`.
     """
     if value is None or value == []:
         return None

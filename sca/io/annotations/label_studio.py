@@ -51,7 +51,7 @@ def read_tasks(
 
     Args:
         content: A list of tasks, or one task.
-        where: The file, for messages.
+        display_name: The file, for messages.
         skip: Called for each task, result or part that cannot be kept.
         measure: Returns the size of an image by its name, None if it cannot; called where no shape records the size.
         reject: Called for each task, result or region that cannot be read, with an error that names it; raises it by
@@ -160,7 +160,7 @@ def resolve_image_size(
         results: Of the image.
         data: Of the task.
         is_only: Whether the task has one image.
-        place: The task, for messages.
+        location: The task, for messages.
         reject: Called for each shape that records no size of an image, or another one.
 
     Returns:
@@ -210,7 +210,7 @@ def read_regions(
     Args:
         results: Of the image.
         size: Width and height; without them no shape can be read.
-        place: The task, for messages.
+        location: The task, for messages.
         skip: Called for each result or part that cannot be kept.
         reject: Called for each region that cannot be read, with an error that names it (default: raise it).
     """

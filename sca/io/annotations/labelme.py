@@ -99,7 +99,7 @@ def read_annotations(
     Args:
         content: The file.
         size: Width and height of the upright image.
-        where: The file, for messages.
+        display_name: The file, for messages.
         skip: Called for each shape that cannot be kept.
         reject: Called for each region that cannot be read, with an error that names it (default: raise the error).
 

@@ -73,7 +73,7 @@ def clip_annotated_box(
     Args:
         box: x1, y1, x2, y2 as a file states them.
         size: Width and height of the image.
-        place: The file and the record, for messages.
+        location: The file and the record, for messages.
         skip: Counts a box that is clipped, outside of the image, or not in its pixels.
         mask: RLE of the region. If its box looks normalized as well, both are tiny.
 
