@@ -30,7 +30,10 @@ PTH_CONTENT = f"""\
 import sys; exec("try:\\n    import {STUB_PACKAGE}\\nexcept Exception:\\n    pass")
 """  # runs whenever Python starts, also after the folder is gone
 LOADER_SOURCE = '''\
-"""Loads the libraries beside this file when torchvision is imported and torch has no CUDA; see `sca doctor --undo-fix`."""
+"""Loads the libraries beside this file when torchvision is imported and torch has no CUDA.
+
+See `sca doctor --undo-fix`.
+"""
 
 import sys
 
@@ -106,7 +109,8 @@ def fix_torchvision(site: Path = SITE_PACKAGES) -> str:
     if error:
         remove_torchvision_fix(site)
         raise InputError(f"torchvision cannot be imported even with CUDA's names present ({error}); {REINSTALL_HINT}")
-    return f"torchvision can be imported now; `sca doctor --undo-fix` removes {site / STUB_PACKAGE} and {STUB_PACKAGE}.pth"
+    stub_paths = f"{site / STUB_PACKAGE} and {STUB_PACKAGE}.pth"
+    return f"torchvision can be imported now; `sca doctor --undo-fix` removes {stub_paths}"
 
 
 def remove_torchvision_fix(site: Path = SITE_PACKAGES) -> str:

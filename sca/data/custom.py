@@ -28,8 +28,8 @@ def detect_data_source(path: str | Path) -> dict[str, Any]:
     """The table of a recipe's data for `path`: a `.jsonl` or `.ndjson` file, a `.json` file of COCO, Label Studio or
     LabelMe, or a folder with one of these, with LabelMe files, or with `train.json`, `train/`, `val.json` and `val/`,
     or an export in COCO's format of Label Studio, CVAT or Roboflow. Suffixes may be in upper case.
-    Pictures lie where the file says, from its folder or from `images/` beside it. Of a file without splits, `HOLD_OUT`
-    are kept for "val", as `choose_split` says.
+    Pictures lie where the file says, from its folder or from `images/` beside it. Of a file without splits,
+    `DEFAULT_HOLD_OUT` are kept for "val", as `choose_split` says.
 
     InputError if there is nothing, or more than one file to choose from.
     """
