@@ -182,7 +182,7 @@ def test_captioners_are_listed_shown_and_checked(shell):
     assert {"blip-base", "vlm", "most-frequent"} <= {row["name"] for row in json.loads(out)}
     status, out, _ = shell("show", "captioner", "blip2-opt-2.7b")
     assert status == 0
-    assert "not commercial" in out
+    assert "not commercial use" in out
     assert "vcot = False" in out
     status, out, _ = shell("check", "captioner", "most-frequent")
     assert status == 0

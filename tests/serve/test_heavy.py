@@ -2,15 +2,15 @@
 
 import pytest
 
-from heavy_client import describe, measure
-from serving_throughput import _Server
+from heavy_client import describe_measurements, measure_impact
+from serving_throughput import ServerProcess
 
 
 @pytest.mark.all
 def test_other_clients_are_answered_beside_a_heavy_one():
-    with _Server("sca-tiny", "cpu") as server:
-        found = measure(server, clients=16, seconds=66, pause=60)
-    print(*describe(found), sep="\n")
+    with ServerProcess("sca-tiny", "cpu") as server:
+        found = measure_impact(server, num_clients=16, seconds=66, pause=60)
+    print(*describe_measurements(found), sep="\n")
     assert found["beside"]["failed"] == 0
     assert found["ratio"] < 10
     assert found["memory"]["highest"] < found["memory"]["before"] + 1.5 * 2**30
