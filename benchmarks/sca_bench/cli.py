@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sca.cli.options import PanelCommand
 from sca.devices import DTYPES, resolve_device
+
+if TYPE_CHECKING:
+    from sca_bench.runner import SweepStatus
 
 app = typer.Typer(help="Benchmark combinations of components.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -267,10 +270,10 @@ def _get_results_folder(name: str, out: Path | None) -> Path:
     return out or Path("runs/bench") / name
 
 
-def _print_status(sweep_status) -> None:
+def _print_status(sweep_status: SweepStatus) -> None:
     from sca.cli.options import print_line
 
-    counts = ", ".join(f"{count} {state}" for state, count in sorted(sweep_status.states.items())) or "none made"
-    print_line(f"{sweep_status.rows} rows: {counts}; {len(sweep_status.missing)} missing")
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(sweep_status.state_counts.items())) or "none made"
+    print_line(f"{sweep_status.num_rows} rows: {counts}; {len(sweep_status.missing)} missing")
     for label in sweep_status.missing[:10]:
         print_line(f"  missing: {label}")
