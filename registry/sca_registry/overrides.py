@@ -55,7 +55,7 @@ def apply_overrides(table: Mapping[str, Any], assignments: Iterable[str]) -> dic
             path = ("model", *path)
         elif root_key not in result and root_key != "model":
             raise make_unknown_name_error(
-                f"{assignment!r}: unknown key {path[0]!r}", path[0], {**result, **dict.fromkeys(MODEL_FIELDS)}
+                f"{assignment!r}: there is no {path[0]!r} to set", path[0], {**result, **dict.fromkeys(MODEL_FIELDS)}
             )
         _set_value(result, (), path, text, assignment)
     return result
