@@ -153,7 +153,7 @@ def test_check_refuses_a_mixer_on_a_segmenter_that_cannot_feed_it_and_names_both
     with pytest.raises(RegistryError) as caught:
         check_compatible(TINY.apply_overrides(["segmenter=box", "mixer=masked"]))
     told = str(caught.value)
-    assert told.startswith("mixer 'masked' needs masks, but segmenter 'box' provides only boxes. Choose ")
+    assert told.startswith("mixer 'masked' needs masks, but segmenter 'box' provides only boxes; use ")
     assert "segmenter=sam" in told
     assert "mixer=query" in told
     assert "shade.parts" not in sys.modules
