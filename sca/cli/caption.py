@@ -203,7 +203,7 @@ def caption(
     format: Annotated[
         str | None,
         typer.Option(
-            help=f"{OUTPUT_FORMATS_HELP.format(for_out=' for --out')}  [default: jsonl]",
+            help=f"Output formats for --out, comma-separated: {OUTPUT_FORMATS_HELP}.  [default: jsonl]",
             show_default=False,
             rich_help_panel="Output",
         ),

@@ -45,7 +45,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="Output folder.")],
     format: Annotated[
-        str, typer.Option(help=OUTPUT_FORMATS_HELP.format(for_out=""), rich_help_panel="Output")
+        str, typer.Option(help=f"Output formats, comma-separated: {OUTPUT_FORMATS_HELP}.", rich_help_panel="Output")
     ] = "coco",
     image_root: ImageRoot = None,
     image_prefix: ImagePrefix = "",

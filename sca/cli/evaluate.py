@@ -245,7 +245,7 @@ def _evaluate_protocol(
     split, prompt, proposer = overridden
     if split or prompt:
         raise ValueError(f"the protocol {protocol.name} has its own splits and prompts: leave out --split and --prompt")
-    metric_options = {**protocol.settings, **parsed_options["scores"]}
+    metric_options = {**protocol.metric_options, **parsed_options["scores"]}
     metric_names = metrics
     if not metric_names:
         metric_names, missing = available_metrics(protocol, metric_options)

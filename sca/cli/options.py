@@ -69,9 +69,7 @@ AllowHost = Annotated[
 Host = Annotated[str, typer.Option(help="Address to bind. Use 0.0.0.0 for all interfaces.", rich_help_panel="Network")]
 MaxPixels = Annotated[int, typer.Option(help="Maximum pixels per image.", min=1, rich_help_panel="Limits")]
 STDIN_PATH = "/dev/stdin"
-OUTPUT_FORMATS_HELP = (
-    "Output formats{for_out}, comma-separated: jsonl, coco, parquet, geojson, label-studio, labelme, png, html."
-)
+OUTPUT_FORMATS_HELP = "jsonl, coco, parquet, geojson, label-studio, labelme, png, html"
 
 
 class PanelCommand(TyperCommand):

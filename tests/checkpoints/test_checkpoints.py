@@ -26,7 +26,7 @@ from sca.mixers.query import QueryMixer
 
 def batch_of(model):
     draw = torch.Generator().manual_seed(4)
-    side = model.encoder.image.size
+    side = model.encoder.image_format.size
     return torch.randn(2, 3, side, side, generator=draw)
 
 

@@ -59,9 +59,11 @@ def test_caption_table_shows_a_hostile_caption_as_text(safe, checkpoint, picture
 
     def hostile(*arguments, **options):
         found = answer(*arguments, **options)
-        return [[replace(each, text=HOSTILE, others=((HOSTILE, 0.1),)) for each in captions] for captions in found]
+        return [
+            [replace(each, text=HOSTILE, alternatives=((HOSTILE, 0.1),)) for each in captions] for captions in found
+        ]
 
-    monkeypatch.setattr(Engine, "answer", hostile)
+    monkeypatch.setattr(Engine, "caption_batch", hostile)
     picture("a.png")
     shown = safe(0, "caption", "a.png", "--box", "1,1,40,40", "--model", checkpoint, "--quiet")
     assert shown.count("[bold]x[/bold]") == 2

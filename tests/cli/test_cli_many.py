@@ -47,7 +47,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_files(shell, checkpoint, pictu
     answer, seen = Engine.caption_batch, []
     monkeypatch.setattr(
         Engine,
-        "answer",
+        "caption_batch",
         lambda self, encoded, *a, **b: (seen.append(len(encoded.images)), answer(self, encoded, *a, **b))[1],
     )
     assert shell(*asked, "--out", "parts", "--resume").status == 1
@@ -85,7 +85,7 @@ def test_a_run_with_other_options_is_not_gone_on_with(shell, refused, checkpoint
     assert shell(*asked, *BOXES, "--quiet").status == 0
     assert not (here / "out/captions.journal").exists()
     line = refused(2, "caption", "photos", *BOXES, "--resume")
-    assert line == "--resume goes on with what a folder has: name it with --out"
+    assert line == "--resume continues the run of a folder; name it with --out"
 
 
 @pytest.mark.parametrize(("count", "kills"), [pytest.param(500, 10, marks=pytest.mark.all)])
@@ -141,7 +141,7 @@ def test_the_help_names_every_format():
     from sca.cli.options import OUTPUT_FORMATS_HELP
     from sca.output import OUTPUT_FORMATS
 
-    assert ",".join(OUTPUT_FORMATS) == OUTPUT_FORMATS_HELP
+    assert ", ".join(OUTPUT_FORMATS) == OUTPUT_FORMATS_HELP
 
 
 def test_a_picture_that_is_gone_is_said_when_it_is_to_be_drawn(shell, refused, checkpoint, pictures, here):

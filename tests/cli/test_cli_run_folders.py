@@ -166,7 +166,7 @@ def test_caption_overwrites_an_unfinished_run_when_told(interrupted, captioned, 
     assert captioned("--out", "whole", "--batch-size", 2).status == 0
     assert content(interrupted) == content(here / "whole")
     assert captioned("--overwrite").err == [
-        "sca: --overwrite replaces the run of a folder; name it with --out, and leave out --resume"
+        "sca: --overwrite replaces the run of a folder; name it with --out, and omit --resume"
     ]
 
 

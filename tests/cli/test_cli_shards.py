@@ -316,7 +316,7 @@ def test_crashed_task_tells_the_last_line_of_its_log(tmp_path):
     ("arguments", "said"),
     [
         (("--launcher", "local"), "name a folder with --out"),
-        (("--launcher", "local", "--out", "x", "--format", "png"), "writes JSON lines"),
+        (("--launcher", "local", "--out", "x", "--format", "png"), "writes one JSONL file per shard"),
         (("--launcher", "locl", "--out", "x"), "Did you mean 'local'"),
         (("--launcher", "local num_workers=-1", "--out", "x"), "workers is -1"),
     ],
