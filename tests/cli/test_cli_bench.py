@@ -6,10 +6,16 @@ import pytest
 
 SWEEP = """
 [model]
-encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, stem_channels = [8, 16] }
 segmenter = "box"
 language_model = { name = "tiny-gpt2", hidden_size = 32, depth = 1, num_heads = 2, max_positions = 40 }
 task_tokens = 2
+[model.encoder]
+name = "tiny-vit"
+image_size = 64
+hidden_size = 32
+depth = 1
+output_channels = 32
+stem_channels = [8, 16]
 [axes]
 mixer = ["roi-pool", "mask-tokens"]
 [evaluate]
