@@ -98,7 +98,7 @@ def test_a_plugin_that_exists_is_not_written_over_and_a_wrong_kind_is_told(site,
 def test_a_broken_promise_is_told_with_what_was_expected(site):
     wrong = "from torch import nn\n\n\nclass Wrong(nn.Module):\n    num_queries, uses_grid = 2, False\n\n"
     wrong += "    def __init__(self, segmenter):\n        super().__init__()\n"
-        "        self.hidden_size = segmenter.channels\n\n"
+    wrong += "        self.hidden_size = segmenter.channels\n\n"
     wrong += "    def forward(self, regions):\n        return regions.tokens.mean(1, keepdim=True)\n"
     site.write("wrong", "[sca_mixers]\nwrong = wrong:Wrong\n", wrong=wrong)
     checked = site.run("sca", "check", "mixer", "wrong", "--quiet")
