@@ -1,6 +1,8 @@
 """`sca doctor --fix`: torchvision built for CUDA beside a torch without it; what it leaves harms no other torch."""
 
 import importlib
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -180,18 +182,30 @@ def test_doctor_reports_a_broken_torchvision_before_it_tries_a_part(monkeypatch,
     assert lines[lines.index("to repair:") + 1] == "  torchvision cannot be imported; run `sca doctor --fix`"
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_doctor_imports_the_built_in_parts(monkeypatch, capsys, broken):
-    from sca.cli import run_command
+BROKEN_IMPORTS = """
+import os, sys
 
-    monkeypatch.setattr(repair, "diagnose_torchvision", lambda: "")
-    if broken:
-        monkeypatch.setitem(sys.modules, "sca.mixers.query", None)
-    assert run_command(["doctor", "segment-caption-anything"]) == int(broken)
-    out = capsys.readouterr().out
-    assert ("broken: ModuleNotFoundError: import of sca.mixers.query halted" in out) == broken
-    assert "pip install -U segment-caption-anything" not in out
-    assert ("pip install --force-reinstall -c constraints.txt PACKAGE" in out) == broken
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "sca.mixers.split":
+            raise OSError("libcudart.so.13: no such file")
+        if name == "sca.mixers.query":
+            os.abort()
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_doctor_reports_built_in_components_that_raise_or_abort_on_import(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BROKEN_IMPORTS)
+    command = [sys.executable, "-m", "sca", "doctor", "segment-caption-anything"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"mixer query +broken: the process that tried it", done.stdout)
+    assert re.search(r"mixer split +broken: OSError: libcudart.so.13: no such file", done.stdout)
+    assert re.search(r"4 of kind mixer +ok", done.stdout)
+    assert "pip install --force-reinstall -c constraints.txt PACKAGE" in done.stdout
+    assert "pip install -U segment-caption-anything" not in done.stdout
 
 
 @pytest.mark.parametrize("error", ["OSError('libcudart.so.13: no such file')", "RuntimeError('no operator nms')"])

@@ -29,7 +29,9 @@ USAGE_OPTIONS = {"segmenter": ("box_masks",), "language_model": ("dtype", "eos",
 def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
     """A folder in the published layout, with the tensors of the model bit by bit; it must not be there, or be empty.
 
-    Raises InputError for a model that this layout has no place for, and for a folder that cannot be written.
+    Raises:
+        InputError: The layout has no place for the model.
+        OutputError: The folder cannot be written.
     """
     problem = _find_unpublishable(model)
     if problem:

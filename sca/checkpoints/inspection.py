@@ -8,6 +8,7 @@ from typing import Any
 
 from sca_registry.spec import ModelSpec, Part
 
+from sca.io.errors import InputError
 from sca.io.json import read_json
 
 PARTS = ("encoder", "segmenter", "mixer", "language_model")
@@ -27,7 +28,6 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     """
     from sca.checkpoints.layout import ORIGIN_FILE
     from sca.checkpoints.load import open_checkpoint
-    from sca.io.errors import InputError
     from sca.io.run_folder import MARKER_FILE, read_runs
 
     is_run = (folder / MARKER_FILE).is_file() and "train" in read_runs(folder)
@@ -98,7 +98,7 @@ def _read_fields(path: Path, names: Sequence[str]) -> dict[str, str]:
     """Read fields of a JSON object as text; the file may come from anywhere."""
     table = read_json(path)
     if not isinstance(table, dict):
-        raise ValueError(f"{path} is damaged; copy it again")
+        raise InputError(f"{path} is damaged; copy it again")
     return {name: str(table.get(name, "")) for name in names}
 
 

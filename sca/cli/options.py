@@ -113,7 +113,7 @@ def check_option_choice(option: str, value: str, choices: Sequence[str]) -> None
 
 def check_dtype(dtype: str | None) -> str | None:
     """Return a data type of weights; raises RegistryError, with the closest, for another one."""
-    if dtype:
+    if dtype is not None:
         check_option_choice("dtype", dtype, DTYPES)
     return dtype
 

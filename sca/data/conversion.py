@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from sca.io.annotations.annotation import MAX_EXAMPLES, SkipCounter
 from sca.io.annotations.shapes import clip_annotated_box
-from sca.io.atomic import sync_path, write_file
+from sca.io.atomic import make_write_error, sync_path, write_file
 from sca.io.cache import get_cache_folder
 from sca.io.errors import InputError, OutputError
 from sca.io.image_names import is_url, resolve_image_path
@@ -270,8 +270,10 @@ class ConvertedTable:
                 with tqdm(desc=self.reader, unit=" images", leave=False, disable=None) as bar:
                     self._write_shards(draft, metadata, bar)
             os.rename(draft, folder)
+        except OutputError:
+            raise
         except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
+            raise make_write_error(folder, error) from error
         except Exception:
             shutil.rmtree(draft, ignore_errors=True)
             raise

@@ -61,8 +61,12 @@ def export_dataset(
     - `refcoco`: `instances.json`, `refs(unc).p` (one ref a region that has phrases) and `images/*.png`. Read back by
       `RefCoco(split, root=folder)`.
 
-    The folder appears whole or not at all. A folder with something in it is refused with an InputError, and so are ids
-    that occur twice in one file. EmptyDatasetError if no sample can be read.
+    The folder appears complete or not at all.
+
+    Raises:
+        OutputError: The folder is not empty or cannot be written.
+        InputError: An id occurs twice in one file.
+        EmptyDatasetError: No sample can be read.
     """
     if format not in EXPORT_WRITERS:
         raise ValueError(f"no format {format!r}; there are: {', '.join(EXPORT_WRITERS)}")

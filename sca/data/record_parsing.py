@@ -6,6 +6,7 @@ names the first two.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ class EmptyDatasetError(InputError):
 
 
 def read_dataset_json(path: Path) -> Any:
-    """A whole JSON file."""
+    """Read a JSON file of a dataset in UTF-8, UTF-16 or UTF-32."""
     try:
-        return parse_json(read_regular_file(path), str(path), allow_surrogates=True)
+        content = read_regular_file(path)
+        return parse_json(content.decode(json.detect_encoding(content)), str(path), allow_surrogates=True)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); copy it again") from error
     except OSError as error:
         raise make_read_error(path, error) from error
 

@@ -120,6 +120,7 @@ def render_comparison(comparison: RunComparison) -> str:
             for heading, region_changes in (("Gained most", gains), ("Lost most", losses))
             if region_changes
         ],
+        problem=cropper.problem,
     )
 
 
@@ -226,11 +227,11 @@ def _make_change_card(cropper: _RegionCropper, comparison: RunComparison, change
 
 
 class _RegionCropper:
-    """What is seen of regions; where a picture cannot be had, words alone."""
+    """Crops regions from their images; `problem` is the first reason why an image is not shown."""
 
     def __init__(self, report: EvaluationReport):
         self.load_image: Callable[[Any], Image.Image] | None = report.load_image
-        self.problem = "" if report.load_image else "the predictions do not say where the pictures are"
+        self.problem = "" if report.load_image else "the predictions do not contain the location of the images"
 
     def make_crop(
         self, record: Mapping[str, Any], contour_kinds: Sequence[str] = ("mask", "true")
@@ -256,12 +257,12 @@ class _RegionCropper:
         )
 
     def _open_image(self, record: Mapping[str, Any]) -> Image.Image | None:
-        if self.load_image is None or self.problem:
+        if self.load_image is None:
             return None
         try:
             return self.load_image(record)
         except (ValueError, OSError, KeyError) as error:
-            self.problem = str(error)
+            self.problem = self.problem or str(error)
             return None
 
 

@@ -189,7 +189,8 @@ def _is_torn_first_line(file: IO[bytes], first_line_prefix: bytes) -> bool:
     file.seek(0)
     content = file.read()
     is_other_text = b"\n" in content and b"\0" not in content
-    has_prefix = first_line_prefix.startswith(content.partition(b"\0")[0][: len(first_line_prefix)])
+    written = content.lstrip(b"\0").partition(b"\0")[0]
+    has_prefix = first_line_prefix.startswith(written[: len(first_line_prefix)])
     return has_prefix and not is_other_text and _decode_entry(content) is None
 
 

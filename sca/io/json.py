@@ -53,7 +53,7 @@ def parse_json(text: str | bytes, location: str, require_finite: bool = False, a
         InputError: If it is not JSON, nested too deep, or contains half of a surrogate pair; without the text.
     """
     try:
-        text = text.decode(json.detect_encoding(text)) if isinstance(text, bytes) else text
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = FINITE_DECODER.decode(text) if require_finite else json.loads(text)
         check_depth(value)
         if not allow_surrogates and SURROGATE_ESCAPE_PATTERN.search(text):
@@ -62,6 +62,9 @@ def parse_json(text: str | bytes, location: str, require_finite: bool = False, a
         raise InputError(f"{location} is not UTF-8 text (byte {error.start}); copy it again") from error
     except RecursionError as error:
         raise InputError(f"{location} is not valid JSON: nested deeper than {MAX_DEPTH} levels") from error
+    except json.JSONDecodeError as error:
+        position = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{location} is not valid JSON: {error.msg} at {position}; copy it again") from error
     except ValueError as error:  # an integer of thousands of digits is one, too
         raise InputError(f"{location} is not valid JSON: {str(error).split(';')[0]}; copy it again") from error
     return value
@@ -81,7 +84,7 @@ def parse_json_lines(
         location = f"{display_name}, line {number}"
         if line.strip():
             try:
-                value = parse_json(line, location, allow_surrogates=True)
+                value = parse_json(line.rstrip(b"\r\n"), location, allow_surrogates=True)
             except InputError as error:
                 reject(error)
             else:

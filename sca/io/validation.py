@@ -30,8 +30,8 @@ TYPE_DESCRIPTIONS = {
 
 
 def is_int64(value: Any) -> bool:
-    """Whether a value is an integer, not a bool, that fits into 64 bits, as in an Arrow table."""
-    return type(value) is int and -(1 << 63) <= value < 1 << 63
+    """Whether a value is an integer, also one of NumPy's, but not a bool, that fits into 64 bits."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and -(1 << 63) <= int(value) < 1 << 63
 
 
 def is_finite_number(value: Any) -> bool:
@@ -44,8 +44,9 @@ def is_finite_number(value: Any) -> bool:
 
 def has_type(value: Any, expected_type: type) -> bool:
     """Whether a value is of one of `TYPE_DESCRIPTIONS`: numbers are finite, and only `bool` takes true and false."""
-    checks = {int: is_int64, float: is_finite_number}
-    return checks[expected_type](value) if expected_type in checks else isinstance(value, expected_type)
+    if expected_type is int:
+        return is_int64(value)
+    return is_finite_number(value) if expected_type is float else isinstance(value, expected_type)
 
 
 def check_type(subject: str, value: Any, expected_type: type, error_class: type[ValueError] = RegistryError) -> None:
@@ -100,6 +101,8 @@ def check_numbers(subject: str, values: Any, expected_format: str) -> None:
 
 def check_encodable(subject: str, value: Any) -> None:
     """Check that a JSON value can be written as UTF-8: it may contain half of a surrogate pair. Raises InputError."""
+    if isinstance(value, str) and value.isascii():
+        return
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -195,7 +198,9 @@ def require_recorded_size(record: Any, location: str) -> tuple[int, int]:
 
 
 def xywh_to_xyxy(subject: str, x: float, y: float, width: float, height: float) -> Box:
-    """Convert a corner and a size to x1, y1, x2, y2. Raises InputError for a negative size."""
+    """Convert a corner and a size to x1, y1, x2, y2. Raises InputError for a negative size and an infinite corner."""
     if min(width, height) < 0:
         raise InputError(f"{subject} has width {width} and height {height}; give none below 0")
+    if not math.isfinite(float(x) + float(width)) or not math.isfinite(float(y) + float(height)):
+        raise InputError(f"{subject} has a corner that is not finite; give the box in image pixels")
     return x, y, x + width, y + height

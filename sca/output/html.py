@@ -12,6 +12,7 @@ from sca_registry.contracts import Caption
 
 from sca.io.atomic import AtomicFile
 from sca.output.html_page import MAX_SHARP_SIDE, encode_data_uri, render_template, replace_unprintable
+from sca.output.image_files import close_document
 
 
 class HtmlWriter:
@@ -63,15 +64,7 @@ class HtmlWriter:
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        if not finished and (self._file.replaces_file or not self._num_images):
-            self.discard()
-            return
-        try:
-            self._file.write(self._end)
-        except BaseException:
-            self.discard()
-            raise
-        self._file.commit()
+        close_document(self._file, self._end, bool(self._num_images), finished)
 
     def discard(self) -> None:
         """Remove what was written; an older file stays unchanged."""

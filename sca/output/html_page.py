@@ -20,7 +20,7 @@ from sca.output.colors import REGION_COLORS
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-MAX_EMBEDDED_SIDE = 2048  # a larger image is embedded with this many pixels on its longest side
+MAX_EMBEDDED_SIDE = 1024  # a larger image is embedded with this many pixels on its longest side
 MAX_SHARP_SIDE = 256  # up to this side an image is embedded as PNG and shown without smoothing
 GENERATOR_TAG = '<meta name="generator" content="segment-caption-anything">'  # marks the pages that may be replaced
 

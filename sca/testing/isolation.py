@@ -1,22 +1,23 @@
-"""Components tried in processes of their own, which a plugin may end or block."""
+"""Components tried in processes of their own, which broken code may end or block."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sca_registry import get_registry
 from sca_registry.registry import RegistryEntry
 
 from sca.launchers.local import Local
 from sca.launchers.task import Task
 
+IMPORT_TIMEOUT = 300.0  # seconds for the imports of all built-in components
+
 
 def try_parts(entries: Sequence[RegistryEntry], timeout: float) -> list[RegistryEntry]:
-    """Import the built-in components, and try those of plugins, each in a process of its own.
+    """Import the built-in components, and try those of plugins, all in processes of their own.
 
     Args:
         entries: Components with the states that metadata shows.
@@ -25,30 +26,49 @@ def try_parts(entries: Sequence[RegistryEntry], timeout: float) -> list[Registry
     Returns:
         The components with the states that were found, in the same order.
     """
+    unchecked = [entry for entry in entries if entry.state == "unchecked"]
+    states = _run_jobs("plugin_check:try_part", [{"kind": e.kind, "name": e.name} for e in unchecked], timeout)
+    found = dict(zip(map(_get_key, unchecked), states, strict=True))
+    found |= _import_builtins([entry for entry in entries if entry.state == "ok"])
+    return [replace(entry, **found.get(_get_key(entry), {})) for entry in entries]
+
+
+def _import_builtins(entries: Sequence[RegistryEntry]) -> dict[tuple[str, str], Mapping[str, str]]:
+    """Import components in one process, or module by module if that process does not survive it."""
+    parts = [{"kind": entry.kind, "name": entry.name} for entry in entries]
+    (outcome,) = _run_jobs("plugin_check:import_parts", [{"parts": parts}], IMPORT_TIMEOUT)
+    if "states" in outcome:
+        return dict(zip(map(_get_key, entries), outcome["states"], strict=True))
+    modules = [entry.factory.partition(":")[0] for entry in entries]
+    first_parts = dict(zip(reversed(modules), reversed(parts), strict=True))
+    outcomes = _run_jobs("plugin_check:import_parts", [{"parts": [p]} for p in first_parts.values()], IMPORT_TIMEOUT)
+    by_module = {
+        module: outcome["states"][0] if "states" in outcome else outcome
+        for module, outcome in zip(first_parts, outcomes, strict=True)
+    }
+    return {_get_key(entry): by_module[module] for entry, module in zip(entries, modules, strict=True)}
+
+
+def _run_jobs(job: str, configs: Iterable[Mapping[str, Any]], timeout: float) -> list[Mapping[str, Any]]:
+    """Run jobs of the conformance kit, and return their results; a job that died has the state "broken"."""
     with TemporaryDirectory() as scratch:
-        tasks = []
-        for number, entry in enumerate(entries):
-            if entry.state == "unchecked":
-                config = {"kind": entry.kind, "name": entry.name, "device": "cpu"}
-                job = "sca.testing.conformance.plugin_check:try_part"
-                tasks.append(Task(str(number), job, config, f"{scratch}/{number}", timeout))
-        made = {outcome.task.key: outcome.result for outcome in Local(os.cpu_count() or 1).map(tasks)}
-    return [_add_findings(entry, made.get(str(number))) for number, entry in enumerate(entries)]
+        tasks = [
+            Task(
+                str(index), f"sca.testing.conformance.{job}", {**config, "device": "cpu"}, f"{scratch}/{index}", timeout
+            )
+            for index, config in enumerate(configs)
+        ]
+        results = {outcome.task.key: outcome.result for outcome in Local(os.cpu_count() or 1).map(tasks)}
+    return [_check_result(results.get(task.key)) for task in tasks]
 
 
-def _add_findings(entry: RegistryEntry, made: Mapping[str, Any] | None) -> RegistryEntry:
-    """Return a component with the state that was found.
+def _check_result(result: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if result is None:
+        return {"state": "broken", "reason": "the process that tried it was killed"}
+    if result.get("state") in ("crashed", "timed-out"):
+        return {"state": "broken", "reason": f"the process that tried it failed: {result['reason']}"}
+    return {key: value for key, value in result.items() if key in ("state", "reason", "states")}
 
-    Args:
-        entry: The component with the state that metadata shows.
-        made: What the process that tried it returned; None if it returned nothing, or was not started.
-    """
-    if entry.state == "ok":
-        return get_registry(entry.kind).load_entry(entry.name)
-    if entry.state != "unchecked":
-        return entry
-    if made is None:
-        return replace(entry, state="broken", reason="the process that tried it was killed")
-    if made["state"] in ("crashed", "timed-out"):
-        return replace(entry, state="broken", reason=f"the process that tried it failed: {made['reason']}")
-    return replace(entry, state=made["state"], reason=made["reason"])
+
+def _get_key(entry: RegistryEntry) -> tuple[str, str]:
+    return entry.kind, entry.name

@@ -51,7 +51,7 @@ POSITIVE_COUNT_OPTIONS = (  # integers of at least 1
     "num_processes",
     "save_steps",
 )
-COUNT_OPTIONS = ("max_regions_per_step", "chunk_size", "warmup_steps", "num_workers", "seed")  # integers of at least 0
+COUNT_OPTIONS = ("max_regions_per_step", "chunk_size", "warmup_steps", "num_workers")  # integers of at least 0
 NON_NEGATIVE_OPTIONS = ("learning_rate", "adam_beta2", "weight_decay", "max_grad_norm", "box_jitter")
 MAX_SEED = 2**32 - 1  # NumPy's largest
 FRACTION_OPTIONS = (  # numbers from 0 to 1

@@ -18,6 +18,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
 from sca.io.atomic import make_write_error, sync_path, sync_tree
+from sca.io.errors import DifferentRunError
 from sca.training.sharding import (
     ShardedModule,
     gather_tensors,
@@ -124,7 +125,7 @@ class CaptionTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint, MODULE_FILE)
         if not path.is_file():
-            raise RegistryError(
+            raise DifferentRunError(
                 f"{resume_from_checkpoint} has no {MODULE_FILE}; choose another folder, or overwrite the run"
             )
         state = torch.load(path, weights_only=True, map_location="cpu")

@@ -158,7 +158,7 @@ def test_without_pictures_a_page_has_words(tmp_path):
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     page = render_report([score_file(path, ["rouge-l"], {"tokenizer": "plain"})])
-    assert "without pictures: the predictions do not say where the pictures are" in page
+    assert "images not shown: the predictions do not contain the location of the images" in page
     assert "the cat" in page
     with pytest.raises(ValueError, match="no score 'meteor' of single regions: there are rouge-l"):
         render_report([score_file(path, ["rouge-l"], {"tokenizer": "plain"})], sort_by="meteor")

@@ -65,7 +65,18 @@ def test_journal_begins_anew_where_the_first_line_is_torn(tmp_path, content):
     assert list(read_journal(tmp_path / "journal")) == [{"number": 0}]
 
 
-@pytest.mark.parametrize("content", [b"my notes\n", b"my notes", b"[1]\n[2]\n", b"\x89PNG\r\n\x1a\n", b"{\n "])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"my notes\n",
+        b"my notes",
+        b"[1]\n[2]\n",
+        b"\x89PNG\r\n\x1a\n",
+        b"{\n ",
+        b"\0\0\0\x18ftypmp42",
+        b"\0" * 16 + b"notes\n",
+    ],
+)
 def test_journal_does_not_touch_a_file_that_is_none(tmp_path, content):
     (tmp_path / "notes").write_bytes(content)
     with pytest.raises(InputError, match="is not a journal; choose another folder"):

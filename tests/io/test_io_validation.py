@@ -34,16 +34,31 @@ def test_is_finite_number_rejects_everything_else_without_an_error(value):
 
 
 def test_is_int64_rejects_what_does_not_fit():
-    assert all(map(is_int64, (0, 2**63 - 1, -(2**63))))
+    assert all(map(is_int64, (0, 2**63 - 1, -(2**63), np.int64(8))))
     assert not any(map(is_int64, (2**63, -(2**63) - 1, 10**400, 1.0, True, "1", None)))
 
 
-@pytest.mark.parametrize("value", [3, -1, 11, True, math.nan])
+@pytest.mark.parametrize("value", [0, 3, 9.5, 10])
+def test_check_range_accepts_its_limits(value):
+    check_range("train.steps", value, float, 0, 10)
+
+
+@pytest.mark.parametrize("value", [-1, 11, 10.5])
 def test_check_range_names_the_field_and_its_limits(value):
-    if value == 3:
-        return check_range("train.steps", value, float, 0, 10)
-    with pytest.raises(RegistryError, match=r"^train\.steps is .*; give a number"):
+    with pytest.raises(RegistryError, match=rf"^train\.steps is {value}; give a number from 0 to 10$"):
         check_range("train.steps", value, float, 0, 10)
+
+
+@pytest.mark.parametrize("value", [True, math.nan, "3"])
+def test_check_range_rejects_what_is_no_number(value):
+    with pytest.raises(RegistryError, match=r"^train\.steps is .*; give a number$"):
+        check_range("train.steps", value, float, 0, 10)
+
+
+@pytest.mark.parametrize("box", [(1e308, 0, 1e308, 1), (0, 10**308, 1, 10**308)])
+def test_xywh_to_xyxy_rejects_infinite_corners(box):
+    with pytest.raises(InputError, match="box has a corner that is not finite"):
+        xywh_to_xyxy("box", *box)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_pictures_are_embedded_at_a_bounded_size(page, captions, size, kind):
     start, data = shown["data-picture"].split(",")
     assert start == f"data:image/{kind};base64"
     embedded = Image.open(io.BytesIO(base64.b64decode(data)))
-    assert max(embedded.size) == min(max(size), 2048)
+    assert max(embedded.size) == min(max(size), 1024)
     assert np.abs(np.asarray(embedded).astype(int) - (10, 200, 90)).max() < 6
 
 
