@@ -354,8 +354,8 @@ def _caption_locally(
     """
     from sca.inference.batch import BatchCaptioner, Failure
     from sca.io.images import format_path
-    from sca.output import DRAWN_FORMATS, MultiFormatWriter
     from sca.output.caption_journal import open_caption_journal
+    from sca.output.formats import DRAWN_FORMATS, MultiFormatWriter
 
     out, quiet, model = options["out"], options["quiet"], options["model"]
     captioner = BatchCaptioner(job, region_source)
@@ -408,7 +408,7 @@ def _find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[st
     """Find images, without those that `sca` drew; return a line for each name that leads to none."""
     from sca.io.images import find_images, format_path, is_irregular_file
     from sca.io.run_folder import OutputFilter
-    from sca.output import OUTPUT_FORMATS, list_output_patterns
+    from sca.output.formats import OUTPUT_FORMATS, list_output_patterns
 
     output_filter = OutputFilter(list_output_patterns(OUTPUT_FORMATS))
     irregular: list[Path] = []
@@ -613,7 +613,7 @@ def _check_pipes(images: Sequence[str], other_inputs: Sequence[str | Path], is_s
 def _check_image_prefix(prefix: str, formats: Sequence[str], paths: Iterable[Path]) -> None:
     """Raises ValueError for a prefix that nothing is written with, and for an image that it cannot lead to."""
     from sca.io.image_names import add_image_prefix
-    from sca.output import LABEL_STUDIO
+    from sca.output.formats import LABEL_STUDIO
 
     if prefix and LABEL_STUDIO not in formats:
         raise ValueError(f"--image-prefix is for Label Studio; add --format {LABEL_STUDIO}, or leave it out")
@@ -623,7 +623,7 @@ def _check_image_prefix(prefix: str, formats: Sequence[str], paths: Iterable[Pat
 
 def _parse_formats(format: str | None, out: str) -> tuple[str, ...]:
     """The formats that are asked for, checked against where they shall go."""
-    from sca.output import OUTPUT_FORMATS
+    from sca.output.formats import OUTPUT_FORMATS
 
     if format is None:
         return ("jsonl",)

@@ -59,7 +59,7 @@ def convert(
     from sca.io.image_names import make_relative_image_name
     from sca.io.images import format_path
     from sca.io.run_folder import RunFolder
-    from sca.output import DRAWN_FORMATS, LABEL_STUDIO, OUTPUT_FORMATS, MultiFormatWriter, list_output_patterns
+    from sca.output.formats import DRAWN_FORMATS, LABEL_STUDIO, OUTPUT_FORMATS, MultiFormatWriter, list_output_patterns
 
     formats = [name.strip() for name in format.split(",")]
     for name in formats:

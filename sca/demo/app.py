@@ -28,7 +28,7 @@ from sca.io.hub import resolve_local_path
 from sca.io.images import read_image
 from sca.io.masks import PIXEL_LIMIT
 from sca.io.text import escape_markdown
-from sca.output import MultiFormatWriter
+from sca.output.formats import MultiFormatWriter
 from sca.output.html_page import encode_data_uri
 from sca.serve.scheduler import RequestScheduler
 from sca.serve.tickets import CandidateMasks, InferenceRequest, RequestDone, SchedulerError

@@ -139,7 +139,7 @@ def test_captions_are_converted_and_come_back(shell, checkpoint, pictures, here)
 
 def test_the_help_names_every_format():
     from sca.cli.options import OUTPUT_FORMATS_HELP
-    from sca.output import OUTPUT_FORMATS
+    from sca.output.formats import OUTPUT_FORMATS
 
     assert ", ".join(OUTPUT_FORMATS) == OUTPUT_FORMATS_HELP
 

@@ -7,7 +7,7 @@ from pycocotools.coco import COCO
 
 from sca.io import masks
 from sca.io.prompt_files import read_region_prompts
-from sca.output import MultiFormatWriter
+from sca.output.formats import MultiFormatWriter
 
 
 @pytest.fixture

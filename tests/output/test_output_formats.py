@@ -12,8 +12,8 @@ from sca_registry.contracts import Caption, Prompt
 from sca.io import masks
 from sca.io.annotations.brush_rle import decode_brush_rle, encode_brush_rle
 from sca.io.errors import InputError
-from sca.output import OUTPUT_FORMATS, MultiFormatWriter
 from sca.output.contours import mask_to_polygons, rings_to_mask
+from sca.output.formats import OUTPUT_FORMATS, MultiFormatWriter
 from sca.output.reader import read_captions
 
 READ = {

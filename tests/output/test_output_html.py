@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from viewer_page import ViewerPage
 
-from sca.output import MultiFormatWriter
+from sca.output.formats import MultiFormatWriter
 from sca.output.reader import read_captions
 from sca.output.viewer import write_viewer
 

@@ -8,7 +8,7 @@ import pytest
 from sca.io import masks
 from sca.io.errors import OutputError
 from sca.io.prompt_files import read_region_prompts
-from sca.output import MultiFormatWriter
+from sca.output.formats import MultiFormatWriter
 
 
 def test_a_line_says_what_was_asked_and_what_was_found(tmp_path, picture, captions):

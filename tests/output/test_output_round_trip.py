@@ -13,7 +13,7 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
-from sca.output import MultiFormatWriter
+from sca.output.formats import MultiFormatWriter
 from sca.output.reader import read_captions
 
 WIDTH, HEIGHT = 23, 17

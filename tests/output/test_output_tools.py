@@ -13,7 +13,7 @@ from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.brush_rle import decode_brush_rle
-from sca.output import MultiFormatWriter
+from sca.output.formats import MultiFormatWriter
 from sca.output.label_studio import LABELING_CONFIG
 
 PACKAGES = ("label-studio-sdk", "labelme", "shapely", "pycocotools")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sca.io.errors import OutputError
-from sca.output import OUTPUT_FORMATS, MultiFormatWriter
+from sca.output.formats import OUTPUT_FORMATS, MultiFormatWriter
 from sca.output.reader import read_captions
 
 
