@@ -1,4 +1,4 @@
-"""From names to a built model."""
+"""Build models from the names and options of their components."""
 
 from __future__ import annotations
 
@@ -28,19 +28,44 @@ def compose(
     weights: bool = True,
     **fields: Any,
 ) -> SegmentCaptioner:
-    """A model of the named parts: `compose("tiny-vit", "query", "tiny-gpt2", task_tokens=2)`.
+    """Build a model from named components: `compose("tiny-vit", "query", "tiny-gpt2", task_tokens=2)`.
 
-    Other fields of `ModelSpec` go by keyword (segmenter, projection, task_tokens, trainable, lora, generation), and the
-    options of a part with its name in a table: `compose({"name": "tiny-vit", "image_size": 96}, ...)`. weights: False
-    for random ones where pretrained ones would be fetched. On `device="meta"` nothing is allocated and no weights are
-    fetched (of a part without a card of its own, the configuration is): for counting parameters.
+    Args:
+        encoder: Name, or table with the name and options: `{"name": "tiny-vit", "image_size": 96}`.
+        mixer: Name or table.
+        language_model: Name or table.
+        device: Device of the model. "meta" downloads no weights and allocates no memory; use it to count parameters. A
+            component without a card of its own still downloads its configuration.
+        weights: Load pretrained weights; False initializes all weights randomly.
+        **fields: Other fields of `ModelSpec`: `segmenter`, `projection`, `task_tokens`, `trainable`, `lora`,
+            `generation`, `everything`.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        RegistryError: A name or option is unknown, or the components are incompatible.
+        ValueError: The device is not available.
     """
     spec = ModelSpec.from_dict({"encoder": encoder, "mixer": mixer, "language_model": language_model, **fields})
     return build(spec, device, weights)
 
 
 def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = True) -> SegmentCaptioner:
-    """The step below `compose`. Raises RegistryError for unknown names, options, and parts that do not fit together."""
+    """Build a model from its spec.
+
+    Args:
+        spec: Components and options.
+        device: Device of the model; "meta" as in `compose`.
+        weights: Load pretrained weights; False initializes all weights randomly.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        RegistryError: A name or option is unknown, or the components are incompatible.
+        ValueError: An argument has the wrong type, or the device is not available.
+    """
     if not isinstance(spec, ModelSpec):
         raise ValueError(
             f"the spec is of type {type(spec).__name__}; give a sca.ModelSpec, such as sca.ModelSpec.parse('a+b+c')"
@@ -53,7 +78,7 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
     if use_random_weights:
         spec = disable_pretrained_weights(spec)
     init_device = target_device if use_random_weights else contextlib.nullcontext()
-    with init_device:  # random weights are drawn on the device that uses them
+    with init_device:  # initialize random weights on the target device
         encoder = sca_registry.encoders.build(spec.encoder.name, **spec.encoder.options)
         segmenter_part = resolve_parts(spec, encoder)["segmenter"]
         segmenter = sca_registry.segmenters.build(segmenter_part.name, encoder, **segmenter_part.options)
@@ -68,7 +93,7 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
 
 
 def _check_prefix_fits(spec: ModelSpec, mixer: Mixer, language_model: LanguageModel) -> None:
-    """Raises RegistryError if the prefix leaves a language model no position for words."""
+    """Raise RegistryError if the prefix leaves the language model no position for tokens."""
     max_positions, prefix_length = getattr(language_model, "max_positions", None), spec.task_tokens + mixer.num_queries
     if max_positions is not None and prefix_length >= max_positions:
         raise RegistryError(
@@ -79,7 +104,7 @@ def _check_prefix_fits(spec: ModelSpec, mixer: Mixer, language_model: LanguageMo
 
 
 def disable_pretrained_weights(spec: ModelSpec) -> ModelSpec:
-    """The spec with random weights in every part that would have pretrained ones."""
+    """Return the spec with `pretrained=False` for every component that has this option."""
     changed_parts = {}
     for kind in MODEL_PARTS:
         part = getattr(spec, kind)
@@ -89,7 +114,7 @@ def disable_pretrained_weights(spec: ModelSpec) -> ModelSpec:
 
 
 def resolve_parts(spec: ModelSpec, encoder: Encoder) -> dict[str, Part]:
-    """The part of each kind, the encoder's own segmenter where the spec names none."""
+    """Return the component of each kind; a missing segmenter is the encoder's default."""
     segmenter = spec.segmenter or Part(encoder.default_segmenter)
     return {
         "encoder": spec.encoder,

@@ -1,4 +1,7 @@
-"""Devices and number formats by name. Importing this module does not import torch."""
+"""Devices and dtypes by name.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def resolve_device(name: str | torch.device, allow_meta: bool = False) -> torch.device:
-    """Find a device that computes on this machine.
+    """Return an available device by name.
 
     Args:
-        name: Such as "cuda:1".
-        allow_meta: Accept "meta", which computes nothing.
+        name: Name such as "cuda:1".
+        allow_meta: Accept "meta", the device without data.
 
     Raises:
-        ValueError: If the name is not a device, or torch does not have it here.
+        ValueError: The name is invalid, or the device is not available.
     """
     import torch
 
@@ -28,7 +31,7 @@ def resolve_device(name: str | torch.device, allow_meta: bool = False) -> torch.
         device = torch.device(name)
         if not (allow_meta and device.type == "meta"):
             torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, TypeError) as error:  # for a wrong name, an absent device, another type
+    except (RuntimeError, AssertionError, TypeError) as error:  # an invalid name, a missing device, another type
         reason = shorten(str(error).rstrip("."), 80, placeholder=" ...")
         hint = " Did you mean 'cuda'?" if str(name).startswith("gpu") else ""
         raise ValueError(
@@ -38,10 +41,16 @@ def resolve_device(name: str | torch.device, allow_meta: bool = False) -> torch.
 
 
 def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    """Find the number format of weights; None stays None.
+    """Return the dtype of weights by name.
+
+    Args:
+        name: One of `DTYPES`, a dtype, or None.
+
+    Returns:
+        The dtype; None for None.
 
     Raises:
-        ValueError: If the name is not one of `DTYPES`, or the format is not of floating-point numbers.
+        ValueError: The name is not one of `DTYPES`, or the dtype is not a floating-point one.
     """
     import torch
 

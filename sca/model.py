@@ -1,4 +1,7 @@
-"""The composed model: encode, segment, mix, caption, in that order and on one screen."""
+"""The composed model: encode images, segment regions, mix features and generate captions.
+
+The shape legend is that of `sca_registry.contracts`. W counts the caption tokens, EOS included, of a whole batch.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,18 @@ if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
 
 LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
-TOKENS_PER_LOSS_CHUNK = 512  # whose logits are there at once when a loss is computed
+TOKENS_PER_LOSS_CHUNK = 512  # tokens whose logits are in memory at once
 NON_FINITE_HINT = "if this is float16, use dtype=float32 or bfloat16, else copy the weights again"
-MAX_SEQUENCES_PER_CALL = 512  # texts that the language model generates at a time, beams and samples counted
+MAX_SEQUENCES_PER_CALL = 512  # sequences per call of the language model, including beams and samples
 
 
 class SegmentationModel(nn.Module):
-    """An encoder and a segmenter: as much of a model as masks need."""
+    """Encoder and segmenter: the components that predict masks.
+
+    Args:
+        encoder: Image encoder.
+        segmenter: Segmenter built for the encoder.
+    """
 
     def __init__(self, encoder: Encoder, segmenter: Segmenter):
         super().__init__()
@@ -44,19 +52,36 @@ class SegmentationModel(nn.Module):
         self.segmenter = segmenter
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, C, h, w), once an image. RegistryError if the encoder gives another shape."""
+        """Encode images, once per image.
+
+        Args:
+            pixel_values: (B, 3, S, S) normalized images.
+
+        Returns:
+            Features (B, C, h, w).
+
+        Raises:
+            RegistryError: The encoder returns another shape.
+        """
         grid_size = pixel_values.shape[-1] // self.encoder.stride
         expected_shape = (len(pixel_values), self.encoder.channels, grid_size, grid_size)
         return self._check_shape(self.encoder(pixel_values), expected_shape, "encoder")
 
     def segment(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
+        """Segment the prompted regions.
+
+        Args:
+            features: (B, C, h, w) features of `encode`.
+            prompts: N prompts in pixels of the input frame.
+            multimask_output: Return three masks per region instead of one.
+        """
         return self.segmenter(features, prompts, multimask_output)
 
     def _get_component_name(self, kind: str) -> str:
         return type(getattr(self, kind)).__name__
 
     def _check_shape(self, output: Any, expected_shape: tuple[int, ...], kind: str) -> Tensor:
-        """What a part gave, if it has the shape that its own figures promise."""
+        """Return the output of a component if it has the shape that the component's attributes promise."""
         if getattr(output, "shape", None) == expected_shape:
             return output
         name = self._get_component_name(kind)
@@ -68,10 +93,17 @@ class SegmentationModel(nn.Module):
 
 
 class SegmentCaptioner(SegmentationModel):
-    """An encoder, a segmenter, a mixer and a language model (SCA, arXiv 2312.00869), frozen as `spec.trainable` says.
+    """Promptable region captioner: encoder, segmenter, mixer and language model (SCA, arXiv 2312.00869).
 
-    The language model reads a prefix of K positions: task tokens, then projected queries. There is no beginning-of-text
-    token: the last position of the prefix predicts the first word.
+    The language model reads a prefix of K positions: task tokens, then projected queries. There is no BOS token: the
+    last position of the prefix predicts the first token. Groups that are not in `spec.trainable` are frozen.
+
+    Args:
+        spec: Architecture and default options.
+        encoder: Image encoder.
+        segmenter: Segmenter built for the encoder.
+        mixer: Mixer built for the segmenter.
+        language_model: Language model, with LoRA adapters if the spec has them.
     """
 
     def __init__(
@@ -89,26 +121,54 @@ class SegmentCaptioner(SegmentationModel):
         return getattr(self.spec, kind).name
 
     def prepare_mixer(self, regions: SegmenterOutput) -> Any:
-        """What the mixer computes once an image, for all regions of the same images; None if there is nothing."""
+        """Compute what all regions of an image share in the mixer; None if the mixer has no `prepare` method."""
         prepare_images = getattr(self.mixer, "prepare", None)
         return None if prepare_images is None else prepare_images(regions.image_embeddings, regions.positional_encoding)
 
     def mix(self, regions: SegmenterOutput, prepared: Any = None) -> Tensor:
-        """Queries (N, Q, D). RegistryError if the mixer gives another shape."""
+        """Compute the queries of each region.
+
+        Args:
+            regions: Output of `segment`.
+            prepared: Output of `prepare_mixer` for the same images; None lets the mixer compute it.
+
+        Returns:
+            Queries (N, Q, D).
+
+        Raises:
+            RegistryError: The mixer returns another shape.
+        """
         queries = self.mixer(regions) if prepared is None else self.mixer(regions, prepared)
         return self._check_shape(queries, (len(regions), self.mixer.num_queries, self.mixer.hidden_size), "mixer")
 
     def build_prefix(self, queries: Tensor, task_ids: Tensor) -> Tensor:
-        """(N, Q, D) and (N,) task ids -> (N, K, E)."""
+        """Build the prefixes of the language model.
+
+        Args:
+            queries: (N, Q, D) queries of `mix`.
+            task_ids: (N,) 0 recognition, 1 caption.
+
+        Returns:
+            Prefixes (N, K, E): task tokens, then projected queries.
+        """
         return torch.cat((self.task_tokens[task_ids], self.projection(queries)), dim=1)
 
     def forward(
         self, batch: Batch, loss_weights: Mapping[str, float] | None = None, chunk_size: int = 0
     ) -> ModelOutput:
-        """Losses by name, and their sum weighted by `loss_weights` (1 for a loss without a weight).
+        """Compute the losses of a batch.
 
-        chunk_size: at most this many regions, and as many texts, are computed at a time, and the activations of a chunk
-        are recomputed for its gradients (arXiv 1604.06174); 0: all at once, and nothing twice.
+        Args:
+            batch: Images or features, prompts and, for training, captions and target masks.
+            loss_weights: Weight of each loss by name; 1 for a loss without a weight.
+            chunk_size: Maximum number of regions, and of captions, per chunk. The activations of a chunk are recomputed
+                in the backward pass (gradient checkpointing, arXiv 1604.06174). 0 computes everything at once and
+                recomputes nothing.
+
+        Returns:
+            The weighted sum of the losses, each loss by name, the logits of the caption tokens (W, V), the regions and
+            their queries. `logits` is None for a batch of more than `TOKENS_PER_LOSS_CHUNK` tokens. Regions computed
+            in chunks have no `grid`.
         """
         features = batch.features if batch.features is not None else self.encode(batch.pixel_values)
         regions, queries = self._segment_and_mix(features, batch.prompts, chunk_size)
@@ -129,7 +189,7 @@ class SegmentCaptioner(SegmentationModel):
     def _segment_and_mix(
         self, features: Tensor, prompts: PromptBatch, chunk_size: int
     ) -> tuple[SegmenterOutput, Tensor]:
-        """Regions and their queries; those that were looked at in chunks have no grids."""
+        """Return the regions and their queries; regions computed in chunks have no grid."""
 
         def segment_and_mix(features: Tensor, prompt_chunk: PromptBatch) -> tuple[SegmenterOutput, Tensor]:
             regions = self.segment(features, prompt_chunk)
@@ -152,10 +212,9 @@ class SegmentCaptioner(SegmentationModel):
     def _compute_token_states(
         self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor, chunk_size: int
     ) -> Tensor:
-        """(M, K, E) and (M, L) -> (W, E), for each word and end the state that predicts it, texts in order.
-
-        Tensors are arguments of what is computed anew: of their devices alone `checkpoint` keeps the random numbers.
-        """
+        """Return the state that predicts each caption token: (M, K, E) and (M, L) -> (W, E), in caption order."""
+        # tensors are arguments of the checkpointed function: `checkpoint` preserves the RNG state only of the devices
+        # of its arguments
 
         def select_token_states(*tensors: Tensor) -> Tensor:
             return self.compute_caption_states(*tensors)[tensors[-1].bool()]
@@ -168,8 +227,17 @@ class SegmentCaptioner(SegmentationModel):
         )
 
     def compute_caption_states(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(M, K, E) and (M, L) -> (M, L, E): state i predicts `input_ids[:, i]`, the first being the prefix's last."""
-        token_embeddings = self.language_model.embed_tokens(input_ids[:, :-1])  # no token follows the last one
+        """Compute the hidden states that predict the tokens of captions.
+
+        Args:
+            prefix: (M, K, E) prefixes.
+            input_ids: (M, L) caption tokens and EOS, padded on the right.
+            attention_mask: (M, L) 1 for caption tokens and EOS, 0 for padding.
+
+        Returns:
+            States (M, L, E): state i predicts `input_ids[:, i]`. The first one is that of the prefix's last position.
+        """
+        token_embeddings = self.language_model.embed_tokens(input_ids[:, :-1])  # the last token predicts nothing
         full_attention_mask = torch.cat((attention_mask.new_ones(prefix.shape[:2]), attention_mask[:, :-1]), dim=1)
         hidden_states = self.language_model.hidden_states(
             torch.cat((prefix, token_embeddings.to(prefix.dtype)), dim=1), full_attention_mask
@@ -178,6 +246,17 @@ class SegmentCaptioner(SegmentationModel):
 
     @torch.no_grad()
     def generate(self, features: Tensor, prompts: PromptBatch, task_ids: Tensor, **generation: Any) -> GenerationOutput:
+        """Generate captions of the prompted regions.
+
+        Args:
+            features: (B, C, h, w) features of `encode`.
+            prompts: N prompts in pixels of the input frame.
+            task_ids: (N,) 0 recognition, 1 caption.
+            **generation: Options of `generate_from_prefix`.
+
+        Raises:
+            ValueError: Scores are not finite.
+        """
         return self.generate_from_prefix(
             self.build_prefix(self.mix(self.segment(features, prompts)), task_ids), **generation
         )
@@ -187,13 +266,13 @@ class SegmentCaptioner(SegmentationModel):
         """Generate token ids for prefixes, in chunks of at most `MAX_SEQUENCES_PER_CALL` sequences.
 
         Args:
-            prefix: (N, K, E).
-            **generation: Options of the language model's `generate`, in place of those of the spec; and `seed`, of what
-                is drawn for each row. With a seed rows are generated one at a time, so that a caption does not depend
-                on its neighbors, and the state of torch's generators stays.
+            prefix: (N, K, E) prefixes.
+            **generation: Options of the language model's `generate`, which override those of the spec, and `seed`, the
+                seed of every row. With a seed, rows are generated one at a time, so that a caption does not depend on
+                its neighbors, and the state of torch's generators is preserved.
 
         Raises:
-            ValueError: If scores are not finite, because of damaged weights or a number format that overflows.
+            ValueError: Scores are not finite, because the weights are corrupt or the dtype overflows.
         """
         options = {**self.spec.generation, **generation}
         seed = options.pop("seed", None)
@@ -219,14 +298,14 @@ class SegmentCaptioner(SegmentationModel):
 
     @property
     def _pad_token_id(self) -> int:
-        """What fills up token ids behind the end of a text."""
+        """Id that fills sequences after EOS."""
         tokenizer = self.language_model.tokenizer
         return getattr(self.language_model, "pad_token_id", 0) if tokenizer is None else tokenizer.pad_token_id
 
-    # --- what trains --------------------------------------------------------------------------------------------------
+    # --- trainable parameters -----------------------------------------------------------------------------------------
 
     def group_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Every parameter once, under the name `spec.trainable` uses for it."""
+        """Return all parameters by the group names of `spec.trainable`, each parameter once."""
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             group = name.split(".")[0]
@@ -238,7 +317,10 @@ class SegmentCaptioner(SegmentationModel):
         return groups
 
     def freeze_parameters(self) -> None:
-        """Only `spec.trainable` groups get gradients. Codes that are never trained (SAM's random frequencies) stay."""
+        """Freeze all groups that are not in `spec.trainable`.
+
+        Parameters that are never trained, such as SAM's random frequencies, stay frozen.
+        """
         for group, parameters in self.group_parameters().items():
             if group not in self.spec.trainable:
                 for parameter in parameters:
@@ -246,7 +328,7 @@ class SegmentCaptioner(SegmentationModel):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> SegmentCaptioner:
-        """A part with nothing to train stays in eval mode: no dropout, no statistics."""
+        """Set the training mode; fully frozen components stay in eval mode, without dropout or updated statistics."""
         super().train(mode)
         for module in self.children():
             if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -254,7 +336,7 @@ class SegmentCaptioner(SegmentationModel):
         return self
 
     def summarize_parameters(self) -> str:
-        """One line a group: parameters, and whether they train."""
+        """Return a table with one line per group: the number of parameters and whether they are trainable."""
         lines = []
         for group, parameters in self.group_parameters().items():
             count, is_trainable = sum(p.numel() for p in parameters), any(p.requires_grad for p in parameters)
@@ -266,7 +348,15 @@ class SegmentCaptioner(SegmentationModel):
 
 
 def check_finite_scores(scores: Tensor, subject: str) -> None:
-    """Raise ValueError if log-probabilities are NaN or infinite: then the tokens mean nothing, whatever they are."""
+    """Check that the scores of captions are finite; the tokens are meaningless otherwise.
+
+    Args:
+        scores: Mean log-probabilities of captions.
+        subject: Subject of the error message.
+
+    Raises:
+        ValueError: A score is NaN or infinite.
+    """
     num_non_finite = int((~scores.isfinite()).sum())
     if num_non_finite:
         raise ValueError(
@@ -286,10 +376,18 @@ def _concat_generated(outputs: Sequence[GenerationOutput], pad_token_id: int) ->
 
 
 def compute_caption_loss(language_model: LanguageModel, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy with label smoothing, averaged over the words and ends (W,) of all texts, and the logits (W, V).
+    """Compute the mean cross-entropy with label smoothing over all caption tokens, EOS included.
 
-    Of more than `TOKENS_PER_LOSS_CHUNK`, logits would be the largest tensor in memory: they are computed in chunks,
-    again for the gradients, and None is returned.
+    The logits of many tokens would be the largest tensor in memory. More than `TOKENS_PER_LOSS_CHUNK` tokens are
+    therefore computed in chunks and recomputed in the backward pass.
+
+    Args:
+        language_model: Language model whose `lm_head` computes the logits.
+        states: (W, E) states that predict the tokens.
+        labels: (W,) token ids.
+
+    Returns:
+        The loss, and the logits (W, V), or None if they were computed in chunks.
     """
 
     def compute_summed_loss(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""What `sca doctor --fix` repairs: a torchvision built for CUDA beside a torch built without it.
+"""Repair of `sca doctor --fix`: a torchvision built for CUDA with a torch built without CUDA.
 
-Package indexes often offer torch for CPUs alone, but torchvision only with CUDA; its compiled operators then look for
-names that no library has, although those for the CPU call none of them. The fix compiles small libraries that have the
-names and loads them when torchvision is imported. Where torch has CUDA they are left alone, so that a torch installed
-later is not disturbed.
+Package indexes often have a CPU-only torch but only a CUDA build of torchvision. Its compiled operators then require
+symbols that no library defines, although the CPU operators call none of them. The fix compiles stub libraries that
+define these symbols, and loads them when torchvision is imported. They are not loaded if torch has CUDA, so that they
+do not interfere with a torch that is installed later.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from traceback import walk_tb
 from sca.io.errors import InputError
 
 SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
-STUB_PACKAGE = "torchvision_stubs"  # the folder of the libraries, a package that loads them
-REGISTER_SYMBOL = "__cudaRegisterFatBinary"  # called when a library with kernels is loaded; it must return a handle
+STUB_PACKAGE = "torchvision_stubs"  # package that contains and loads the stub libraries
+REGISTER_SYMBOL = "__cudaRegisterFatBinary"  # called when a library with kernels is loaded; must return a handle
 CUDA_ERROR_NO_DEVICE = 100  # cudaErrorNoDevice
 REINSTALL_HINT = "install torch and torchvision again, in matching versions"
+# runs at every start of Python, even after the package is deleted
 PTH_CONTENT = f"""\
 import sys; exec("try:\\n    import {STUB_PACKAGE}\\nexcept Exception:\\n    pass")
-"""  # runs whenever Python starts, also after the folder is gone
+"""
 LOADER_SOURCE = '''\
 """Loads the libraries beside this file when torchvision is imported and torch has no CUDA.
 
@@ -67,7 +68,7 @@ sys.meta_path.insert(0, Loader())
 
 
 def diagnose_torchvision(site: Path = SITE_PACKAGES) -> str:
-    """Return what is wrong with the installed torchvision, with the remedy, in one line; "" if nothing is."""
+    """Return the problem of the installed torchvision and its fix in one line; "" if it can be imported."""
     error = _find_import_error("torchvision") if (site / "torchvision").is_dir() else ""
     if not error:
         return ""
@@ -77,7 +78,14 @@ def diagnose_torchvision(site: Path = SITE_PACKAGES) -> str:
 
 
 def find_torchvision_error(error: BaseException) -> BaseException | None:
-    """Return the error that ended an import of torchvision: `error` itself or what led to it; None if there is none."""
+    """Return the first error in a chain that was raised by an import of torchvision.
+
+    Args:
+        error: Exception; its causes and contexts are searched, too.
+
+    Returns:
+        The error; None if no error of the chain was raised by such an import.
+    """
     current: BaseException | None = error
     while current is not None:
         frames = [frame for frame, _ in walk_tb(current.__traceback__)]
@@ -89,10 +97,18 @@ def find_torchvision_error(error: BaseException) -> BaseException | None:
 
 
 def fix_torchvision(site: Path = SITE_PACKAGES) -> str:
-    """Make torchvision importable beside a torch without CUDA, and return a line that says what was done.
+    """Make torchvision importable with a torch without CUDA.
+
+    The fix needs gcc and nm.
+
+    Args:
+        site: Folder of the installed packages.
+
+    Returns:
+        The result in one line.
 
     Raises:
-        InputError: If torchvision cannot be imported and this does not help. It needs gcc and nm.
+        InputError: torchvision cannot be imported and the fix fails or does not help.
     """
     if not (site / "torchvision").is_dir():
         return "nothing to fix: torchvision is not installed"
@@ -114,7 +130,7 @@ def fix_torchvision(site: Path = SITE_PACKAGES) -> str:
 
 
 def remove_torchvision_fix(site: Path = SITE_PACKAGES) -> str:
-    """Remove what `fix_torchvision` wrote, and return a line that says so."""
+    """Remove the files of `fix_torchvision` and return the result in one line."""
     stub_paths = [path for path in (site / f"{STUB_PACKAGE}.pth", site / STUB_PACKAGE) if path.exists()]
     for path in stub_paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -122,7 +138,16 @@ def remove_torchvision_fix(site: Path = SITE_PACKAGES) -> str:
 
 
 def install_stubs(site: Path) -> None:
-    """Compile the libraries and write what loads them; each is complete or not there."""
+    """Compile the stub libraries and install their loader; both are moved into place atomically.
+
+    Args:
+        site: Folder of the installed packages.
+
+    Raises:
+        OSError: A tool is missing, or a file cannot be written.
+        ValueError: torchvision requires several versions of the CUDA runtime, or none.
+        subprocess.CalledProcessError: gcc or nm fails.
+    """
     with tempfile.TemporaryDirectory(dir=site, prefix=f".{STUB_PACKAGE}-") as draft:
         folder = Path(draft, STUB_PACKAGE)
         folder.mkdir()
@@ -135,7 +160,16 @@ def install_stubs(site: Path) -> None:
 
 
 def compile_stubs(torchvision: Path, torch_libraries: Path, folder: Path) -> None:
-    """Compile one library for the CUDA runtime, whose names carry a version, and one for torch's CUDA libraries."""
+    """Compile stub libraries for the CUDA runtime, whose symbols have a version, and for torch's CUDA libraries.
+
+    Args:
+        torchvision: Package folder of torchvision.
+        torch_libraries: Folder of torch's shared libraries.
+        folder: Output folder.
+
+    Raises:
+        ValueError: torchvision requires several versions of the CUDA runtime, or none.
+    """
     torch_symbols = {
         name for library in torch_libraries.glob("*.so") for name, _ in _iter_symbols(library, "--defined-only")
     }
@@ -165,12 +199,12 @@ def compile_stubs(torchvision: Path, torch_libraries: Path, folder: Path) -> Non
 
 
 def _format_aborting_stub(name: str) -> str:
-    """A function that must not be called; or, as the name says, an object that is only pointed to."""
+    """Return C code for a function that aborts when called, or for an object of which only the address is used."""
     return f"void *{name}[8];" if name.endswith("9allocatorE") else f"void {name}(void) {{ abort(); }}"
 
 
 def _iter_symbols(library: Path, filter_option: str) -> Iterator[tuple[str, str]]:
-    """The dynamic symbols of a library, each with its version or ""."""
+    """Yield the dynamic symbols of a library, each with its version or ""."""
     nm_output = subprocess.run(["nm", "-D", filter_option, library], capture_output=True, text=True, check=True).stdout
     for fields in map(str.split, nm_output.splitlines()):
         if fields[-2].upper() not in ("W", "V") or filter_option == "--defined-only":
@@ -189,7 +223,7 @@ def _compile_library(library: Path, lines: Iterable[str], version: str | None = 
 
 
 def _find_import_error(package: str) -> str:
-    """Return the last line of what importing a package in a new process ends with; "" if it succeeds."""
+    """Return the last error line of importing a package in a new process; "" if it succeeds."""
     process = _run_python(f"import {package}")
     lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
     return shorten(lines[-1], 200) if process.returncode else ""
