@@ -1,10 +1,11 @@
-"""Segment and caption any region of any image, with parts chosen by name.
+"""Segment and caption any region of any image, with components selected by name.
 
-    import sca
-    model = sca.load("sca-tiny")
-    predictor = sca.Predictor(model)
+Example:
+    >>> import sca
+    >>> model = sca.load("sca-tiny")
+    >>> predictor = sca.Predictor(model)
 
-Importing this module is cheap: torch comes with the first name that needs it.
+Importing this module is cheap. torch is imported with the first name that needs it.
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
-"""Coordinates and sizes that a person or a file states, compared with the image they belong to.
+"""Coordinates and sizes that a person or a file states, compared with those of the image.
 
-Coordinates are pixels of the upright image: x to the right, y down, from the upper left corner. They are continuous:
+Coordinates are in pixels of the upright image: x to the right, y down, from the upper-left corner. They are continuous:
 pixel (x, y) covers x..x+1, y..y+1.
 """
 
@@ -11,19 +11,19 @@ from collections.abc import Sequence
 from sca.io.errors import InputError
 
 Box = tuple[float, float, float, float]
-PIXEL_LIMIT = 178_956_970  # as many pixels as an image may have
-MAX_OVERSHOOT = 0.05  # of a side: boxes of real annotations leave the image by a few pixels, not by more
+PIXEL_LIMIT = 178_956_970  # maximum number of pixels of an image
+MAX_OVERSHOOT = 0.05  # fraction of a side: boxes of real annotations exceed the image by a few pixels only
 
 
 def find_normalized_scale(box: Sequence[float], width: int, height: int) -> int | None:
-    """Return what a box seems to be normalized to instead of pixels: 1, 100 or 1000, or None for a box in pixels.
+    """Return the scale that a box seems to be normalized to: 1, 100 or 1000; None for a box in pixels.
 
-    A box within 0..1 is never meant in pixels. Wider ranges count only if the box leaves the image.
+    A box within 0..1 is never in pixels. Larger scales count only if the box exceeds the image.
 
     Args:
         box: x1, y1, x2, y2.
-        width: Of the image, in pixels.
-        height: Of the image, in pixels.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
     """
     if min(box) < 0 or max(width, height) <= 1:
         return None
@@ -36,23 +36,23 @@ def find_normalized_scale(box: Sequence[float], width: int, height: int) -> int 
 
 
 def scale_to_pixels(coordinates: Sequence[float], scale: float, width: int, height: int) -> tuple[float, ...]:
-    """Convert coordinates x, y, x, y, ... normalized to 0..`scale` into pixels, with one decimal."""
+    """Convert coordinates x, y, x, y, ... normalized to 0..`scale` to pixels, rounded to one decimal."""
     sides = (width, height) * (len(coordinates) // 2)  # of a point or a box
     return tuple(round(value / scale * side, 1) for value, side in zip(coordinates, sides, strict=True))
 
 
 def compute_resize_factors(recorded: tuple[int, int], actual: tuple[int, int]) -> tuple[float, float]:
-    """Return the factors that turn coordinates of an image of the recorded size into those of the actual one.
+    """Return the factors (x, y) that convert coordinates from the recorded to the actual image size.
 
     Args:
-        recorded: Width and height that a file states for an image.
+        recorded: Width and height recorded in a file.
         actual: Width and height of the upright image.
 
     Raises:
-        InputError: The aspect ratios differ by more than rounding a resized side does.
+        InputError: The aspect ratios differ by more than the rounding of a resized side.
     """
     long_side_scale = max(actual) / max(recorded)
-    rounding = max(1.0, long_side_scale)  # a side is whole pixels in both images
+    rounding = max(1.0, long_side_scale)  # both sides are whole pixels
     if any(abs(old * long_side_scale - new) > rounding for old, new in zip(recorded, actual, strict=True)):
         is_rotated = recorded == actual[::-1]
         cause = "it was rotated" if is_rotated else "its aspect ratio differs"
@@ -64,12 +64,12 @@ def compute_resize_factors(recorded: tuple[int, int], actual: tuple[int, int]) -
 
 
 def scale_box(box: Box, factors: tuple[float, float]) -> Box:
-    """Scale x1, y1, x2, y2 by the factors across and down, see `compute_resize_factors`."""
+    """Scale x1, y1, x2, y2 by the factors (x, y) of `compute_resize_factors`."""
     (x1, y1, x2, y2), (x_scale, y_scale) = box, factors
     return x1 * x_scale, y1 * y_scale, x2 * x_scale, y2 * y_scale
 
 
 def clip_box(box: Sequence[float], width: int, height: int) -> Box | None:
-    """Clip x1, y1, x2, y2 to an image; None if nothing of it is inside."""
+    """Clip x1, y1, x2, y2 to an image; None if the box is outside."""
     x1, y1, x2, y2 = (min(max(float(v), 0.0), float(limit)) for v, limit in zip(box, (width, height) * 2, strict=True))
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None

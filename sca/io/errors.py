@@ -1,7 +1,7 @@
-"""Errors that a person's mistake or a file's defect becomes; the message is one line with the problem and what to do.
+"""Errors caused by a user's mistake or a defective file. The message is one line with the problem and the fix.
 
-Three classes: `sca_registry.RegistryError` for names, options, recipes and specs, and the first two here. A subclass
-exists only where code treats it differently.
+There are three base classes: `sca_registry.RegistryError` for names, options, recipes and specs, and `InputError` and
+`OutputError` in this module. A subclass exists only if code handles it differently.
 """
 
 from __future__ import annotations
@@ -10,36 +10,38 @@ from collections.abc import Callable
 
 
 class InputError(ValueError):
-    """What is read is absent, malformed or unusable: a file, an image, a prompt, a record or a checkpoint."""
+    """Input that is missing, malformed or unusable: a file, an image, a prompt, a record or a checkpoint."""
 
 
 class OutputError(OSError):
-    """What is written cannot be: a folder in use or of another run, a full disk, a file that must not be replaced."""
+    """Output that cannot be written: a folder in use or of another run, a full disk, a file that must not be
+    overwritten.
+    """
 
 
-RejectCallback = Callable[[InputError], None]  # receives the error of a record, which is then passed over
+RejectCallback = Callable[[InputError], None]  # receives the error of a record, which is then skipped
 
 
 def raise_error(error: InputError) -> None:
-    """Refuse a whole file for one record that cannot be read."""
+    """Raise the error, to reject the entire file for one unreadable record."""
     raise error
 
 
 class IrregularFileError(InputError):
-    """A path of a folder, a FIFO or a device."""
+    """Path of a folder, a FIFO or a device."""
 
 
 class TooLargeError(InputError):
-    """An image with more pixels than are allowed."""
+    """Image with more pixels than allowed."""
 
 
 class ImageMemoryError(InputError):
-    """An image that does not fit into memory."""
+    """Image that does not fit into memory."""
 
 
 class DifferentRunError(OutputError):
-    """A folder or journal of a run with other settings, which may be replaced."""
+    """Folder or journal of a run with other settings, which may be replaced."""
 
 
 class LockedError(OutputError):
-    """A file or folder that another process is writing."""
+    """File or folder that another process is writing."""

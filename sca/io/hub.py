@@ -1,7 +1,7 @@
-"""Pretrained weights by hub id or folder: found, downloaded once, and loaded without guessing.
+"""Find, download and load pretrained weights by Hub id or folder.
 
-What is fetched lies in the cache of huggingface_hub and is used from there ever after, with or without a network.
-`HF_HOME`, `HF_TOKEN` and `HF_ENDPOINT` have their usual meaning.
+Downloads are stored in the cache of huggingface_hub and reused from there, online or offline. `HF_HOME`, `HF_TOKEN` and
+`HF_ENDPOINT` have their usual meaning.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound="PreTrainedModel")
 Config = TypeVar("Config", bound="PretrainedConfig")
 
-TIMEOUT_SECONDS = 10  # seconds that the hub has for its first answer
+TIMEOUT_SECONDS = 10  # timeout of requests to the Hub and of the lock
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers
-OPEN_CLIP_PREFIX = "open_clip_"  # what the names of open_clip's files begin with, beside those of transformers or timm
-PINNED_COMMITS_FILE = "pulled.json"  # commits that `sca pull` took, in the user's cache
+OPEN_CLIP_PREFIX = "open_clip_"  # prefix of open_clip's files, stored beside those of transformers or timm
+PINNED_COMMITS_FILE = "pulled.json"  # commits pinned by `sca pull`, in the user's cache
 COMMIT_PATTERN = re.compile("[0-9a-f]{40}")
 
 
@@ -74,12 +74,20 @@ def fetch_model_folder(
     include_code: bool = False,
     prefix: str = "",
 ) -> Path:
-    """The folder of pretrained weights: `source` itself if it is one, else the copy of a hub id in the cache, which is
-    fetched if it is not there or not whole. include_weights: False where configurations and tokenizers will do.
-    include_code: whether Python files are wanted, too, by those who trust them. prefix: of the names of the files,
-    where a repository holds a model in several formats.
+    """Return a folder of pretrained weights; download it if it is missing or incomplete.
 
-    Raises InputError.
+    Args:
+        source: Folder, returned unchanged, or Hub id.
+        revision: Hub revision. Defaults to the pinned commit.
+        include_weights: Whether weights are needed, or only configurations and tokenizers.
+        include_code: Whether to download Python files, for users who trust them.
+        prefix: Prefix of the file names, if a repository contains a model in several formats.
+
+    Returns:
+        The folder, or the copy of the Hub id in the cache.
+
+    Raises:
+        InputError: The folder is invalid, or the download failed.
     """
     folder = find_local_folder(source)
     if folder is not None:
@@ -96,9 +104,10 @@ def fetch_model_folder(
 
 
 def resolve_local_path(source: str | Path) -> Path | None:
-    """The path that a name means: a `Path`, or text with a separator, such as ./model or runs/x/model.
+    """Return the path that a name refers to, or None.
 
-    A bare name is a name, whatever lies in the working folder; so is a hub id that a card has, OWNER/NAME.
+    A path is a `Path`, or text with a separator, such as ./model or runs/x/model. A bare name is never a path, even if
+    the working folder contains an entry of that name. The same applies to the Hub id OWNER/NAME of a card.
     """
     if isinstance(source, Path):
         return source.expanduser()
@@ -108,7 +117,7 @@ def resolve_local_path(source: str | Path) -> Path | None:
 
 
 def suggest_path(name: str) -> str:
-    """Return a hint how to write the path of what the working folder has under a name; empty without one."""
+    """Return a hint on how to write the path of an entry of the working folder; empty if no such entry exists."""
     if "\0" in name or not os.path.exists(name):
         return ""
     hint = f"; what lies here is written ./{name}"
@@ -122,19 +131,19 @@ def suggest_path(name: str) -> str:
 
 
 def find_local_folder(source: str | Path) -> Path | None:
-    """The folder that a name means, see `resolve_local_path`; None if there is none."""
+    """Return the folder that a name refers to, see `resolve_local_path`; None if none exists."""
     path = resolve_local_path(source)
     return path if path is not None and path.is_dir() else None
 
 
 def find_local_file(source: str | Path) -> Path | None:
-    """The file that a name means, see `resolve_local_path`; None if there is none."""
+    """Return the file that a name refers to, see `resolve_local_path`; None if none exists."""
     path = resolve_local_path(source)
     return path if path is not None and path.is_file() else None
 
 
 def get_known_sources() -> Mapping[str, str]:
-    """The hub ids and URLs of weights that cards have, each by itself and by the names of its cards."""
+    """Return the Hub ids and URLs of weights in cards, by the source itself and by the names of its cards."""
     from sca_registry import REGISTRIES
 
     return _collect_known_sources(tuple((plural, tuple(each.list_names())) for plural, each in REGISTRIES.items()))
@@ -151,15 +160,19 @@ def _collect_known_sources(names: tuple[tuple[str, tuple[str, ...]], ...]) -> Ma
 
 
 def get_pinned_commit(name: str) -> str | None:
-    """The commit of a hub id that `sca pull` took last; None if it never did."""
+    """Return the commit of a Hub id pinned by the last `sca pull`; None if it was never pulled."""
     return _read_pinned_commits().get(name)
 
 
 def pin_commit(name: str, folder: Path) -> str | None:
-    """Store which commit of a hub id was pulled into a folder of the cache, for later loads that name no revision.
+    """Store the commit of a Hub id in the cache, for later loads that name no revision.
+
+    Args:
+        name: Hub id.
+        folder: Folder in the Hub's cache that contains the commit.
 
     Returns:
-        The commit; None for a folder that is not named by one.
+        The commit; None for a folder that is not named by a commit.
     """
     commit = get_folder_commit(folder)
     if commit is not None and _read_pinned_commits().get(name) != commit:
@@ -172,7 +185,7 @@ def pin_commit(name: str, folder: Path) -> str | None:
 
 @contextmanager
 def _wait_for_lock(file: Path) -> Iterator[None]:
-    """Hold the lock of a file that other processes change for a moment; LockedError after TIMEOUT seconds."""
+    """Hold the lock of a file that other processes change briefly; raise LockedError after TIMEOUT_SECONDS."""
     end = time.monotonic() + TIMEOUT_SECONDS
     with ExitStack() as stack:
         while True:
@@ -187,7 +200,7 @@ def _wait_for_lock(file: Path) -> Iterator[None]:
 
 
 def get_folder_commit(folder: Path) -> str | None:
-    """The commit by whose name a folder is stored in the hub's cache; None for any other folder."""
+    """Return the commit that names a folder in the Hub's cache; None for any other folder."""
     return folder.name if COMMIT_PATTERN.fullmatch(folder.name) else None
 
 
@@ -207,8 +220,22 @@ def _read_pinned_commits() -> dict[str, str]:
 def download_model_files(
     name: str, revision: str | None = None, include_weights: bool = True, include_code: bool = False, prefix: str = ""
 ) -> Path:
-    """Fetches the newest files of a hub id, with a progress bar; what is here already is not fetched again, and what
-    was cut off goes on. The folder in the cache. Raises InputError.
+    """Download the files of a Hub id with a progress bar.
+
+    Files in the cache are not downloaded again, and interrupted downloads resume.
+
+    Args:
+        name: Hub id.
+        revision: Hub revision. Defaults to the newest.
+        include_weights: Whether to download weights, or only configurations and tokenizers.
+        include_code: Whether to download Python files.
+        prefix: Prefix of the file names.
+
+    Returns:
+        The folder in the cache.
+
+    Raises:
+        InputError: The download failed.
     """
     for usage_terms in list_usage_terms(name):
         logger.warning("sca: %s", usage_terms)
@@ -227,7 +254,7 @@ def download_model_files(
 
 
 def list_usage_terms(name: str) -> list[str]:
-    """What the cards say of a hub id that a person should know before fetching it."""
+    """List the usage terms in the cards of a Hub id, to show before a download."""
     from sca_registry import REGISTRIES
 
     cards = [registry.get_card(part) for registry in REGISTRIES.values() for part in registry.list_names()]
@@ -236,9 +263,15 @@ def list_usage_terms(name: str) -> list[str]:
 
 
 def fetch_weight_file(source: str | Path, revision: str | None = None, prefix: str = "") -> Path:
-    """The one file that holds the weights: `source` itself if it is a file, else that of a folder or a hub id.
+    """Return the single file with the weights.
 
-    Raises InputError, also where they are in shards.
+    Args:
+        source: The file itself, a folder or a Hub id.
+        revision: Hub revision.
+        prefix: Prefix of the file name.
+
+    Raises:
+        InputError: The weights are missing or sharded.
     """
     file = find_local_file(source)
     if file is not None:
@@ -257,16 +290,25 @@ def load_pretrained(
     ignored_prefixes: Sequence[str] = (),
     **options: Any,
 ) -> Model:
-    """`cls.from_pretrained` that leaves nothing at random: every tensor of the model must be among the weights, and
-    every weight must have its place, but for those whose name begins with one of `ignored_prefixes`.
+    """Call `cls.from_pretrained` and reject weights that do not match the model.
 
-    Of the settings for generation that a folder has, only the ids of special tokens are used.
+    Every tensor of the model must be among the weights, so that none is initialized at random. Every weight must belong
+    to the model, except those with an ignored prefix. Of the generation settings in the folder, only the ids of special
+    tokens are used.
 
-    Raises InputError.
+    Args:
+        cls: Model class of transformers.
+        source: Folder or Hub id.
+        revision: Hub revision.
+        ignored_prefixes: Prefixes of weights that the model does not need.
+        options: Options of `from_pretrained`.
+
+    Raises:
+        InputError: Weights are missing, unexpected or damaged.
     """
     from transformers import GenerationConfig
 
-    options = {"trust_remote_code": False, **options}  # None would ask on the terminal
+    options = {"trust_remote_code": False, **options}  # None would prompt on the terminal
     folder = fetch_model_folder(source, revision, include_code=options["trust_remote_code"])
     require_weight_files(folder, source)
     ids = read_token_ids(folder)
@@ -293,16 +335,21 @@ def load_pretrained(
 
 
 def fetch_pretrained_config(cls: type[Config], source: str | Path, revision: str | None = None) -> Config:
-    """`cls.from_pretrained` of a configuration. Raises InputError."""
+    """Call `cls.from_pretrained` of a configuration class.
+
+    Raises:
+        InputError: The configuration is missing or invalid.
+    """
     folder = fetch_model_folder(source, revision, include_weights=False)
     with translate_load_errors(f"the configuration of {source}"):
         return cls.from_pretrained(folder, trust_remote_code=False)
 
 
 def compute_weights_fingerprint(source: str | Path, revision: str | None = None, prefix: str = "") -> dict[str, Any]:
-    """What tells these weights from any others: the commit, if they came from the hub, and a hash of each file.
+    """Return a fingerprint of weights: their commit, if they come from the Hub, and a hash of each file.
 
-    Raises InputError.
+    Raises:
+        InputError: The weights are missing or cannot be read.
     """
     single_file = find_local_file(source)
     folder = single_file.parent if single_file else fetch_model_folder(source, revision, prefix=prefix)
@@ -317,7 +364,7 @@ def compute_weights_fingerprint(source: str | Path, revision: str | None = None,
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """transformers remarks on much that is not a user's business, such as generation from embeddings."""
+    """Silence warnings of transformers that do not concern the user, such as those about generation from embeddings."""
     from transformers import logging
 
     level, had_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -333,7 +380,7 @@ def silence_transformers() -> Iterator[None]:
 
 @contextmanager
 def _translate_hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Raise the errors of the hub as InputError of one line."""
+    """Convert errors of the Hub to one-line InputErrors."""
     description = repr(name) + (f" at revision {revision!r}" if revision else "")
     try:
         yield
@@ -358,11 +405,11 @@ def _translate_hub_errors(name: str, revision: str | None) -> Iterator[None]:
 
 
 def _find_cached_folder(name: str, revision: str | None, prefix: str) -> Path | None:
-    """The folder of a hub id in the cache, whole or not."""
+    """Return the folder of a Hub id in the cache, complete or not."""
     for file in (f"{prefix}config.json", NATIVE_SPEC_FILE, "tokenizer.json", "tokenizer_config.json"):
         try:
             cached_path = try_to_load_from_cache(name, file, revision=revision)
-        except HFValidationError:  # no hub id at all
+        except HFValidationError:  # not a Hub id
             return None
         if isinstance(cached_path, str):
             return Path(cached_path).parent

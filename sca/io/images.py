@@ -1,4 +1,4 @@
-"""Opening pictures the way their viewer sees them, and finding the pictures a user means."""
+"""Open images in the orientation and range in which viewers show them, and find image files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sca.io.masks import PIXEL_LIMIT
 from sca.io.validation import is_finite_number
 from sca.io.warnings_once import warn_once
 
-IMAGE_FORMATS = {  # that are read, by Pillow's names, and the suffixes that folders are searched for
+IMAGE_FORMATS = {  # formats to read, by Pillow's names, and the suffixes that folders are searched for
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png",),
     "WEBP": (".webp",),
@@ -30,14 +30,14 @@ IMAGE_FORMATS = {  # that are read, by Pillow's names, and the suffixes that fol
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
     "AVIF": (".avif",),
-    "HEIF": (".heic", ".heif"),  # where pillow-heif has registered it
+    "HEIF": (".heic", ".heif"),  # if pillow-heif has registered it
     "JPEG2000": (".jp2",),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "TGA": (".tga",),
 }
-WHITE_LEVELS = (1, 255, 1023, 4095, 16383, 65535)  # of gray in more than 8 bits
-DEEP_COLOR_MODE = re.compile(r"RGB[AX]{0,2};16")  # how Pillow names colors of 16 bits
-STANDARD_RANGES = [(0, 1), (0, 255), (0, 65535)]  # ranges that need no remark
+WHITE_LEVELS = (1, 255, 1023, 4095, 16383, 65535)  # white levels of gray images with more than 8 bits
+DEEP_COLOR_MODE = re.compile(r"RGB[AX]{0,2};16")  # Pillow's raw modes of 16-bit colors
+STANDARD_RANGES = [(0, 1), (0, 255), (0, 65535)]  # ranges that need no warning
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 
 _ORIENTATION_TRANSPOSES = {
@@ -49,32 +49,40 @@ _ORIENTATION_TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SWAPPING_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+SWAPPING_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 EMPTY_FILE_MESSAGE = "{} is empty (0 bytes); copy or download it again"
 
 
 def open_image(path: str | Path, allow_pipe: bool = False) -> Image.Image:
-    """The picture as RGB: EXIF rotation applied, transparency over white, the first frame of many.
+    """Open an image as RGB.
 
-    Gray of more than 8 bits is scaled from the range that the file records, or else from the first of 0..1 (floating
-    only), 0..255, 0..1023, 0..4095, 0..16383 and 0..65535 that contains all values. Values that fill less than an
-    eighth of that range, or do not fit into any, are scaled from their own minimum and maximum. Colors of 16 bits that
-    use only 10, 12 or 14 of them are scaled as well. Raises `InputError`.
+    The EXIF orientation is applied, transparency is composited over white, and only the first frame is read.
+
+    Gray images with more than 8 bits are scaled from the range that the file records. Without a recorded range, they
+    are scaled from the first of 0..1 (floating point only), 0..255, 0..1023, 0..4095, 0..16383 and 0..65535 that
+    contains all values. Values that fill less than an eighth of that range, or fit into no range, are scaled from their
+    own minimum and maximum. 16-bit colors that use only 10, 12 or 14 bits are also scaled.
 
     Args:
-        path: The file.
-        allow_pipe: Accept a pipe such as /dev/stdin, which only a path that a person typed may be.
+        path: Image file.
+        allow_pipe: Accept a pipe such as /dev/stdin. Set it only for a path that a person typed.
+
+    Returns:
+        Upright RGB image.
+
+    Raises:
+        InputError: The file is missing, unreadable, not an image, or too large.
     """
     with _open_image_file(path, allow_pipe) as file:
         return read_image(file, format_path(path))
 
 
 def read_image_file_size(path: str | Path) -> tuple[int, int]:
-    """Return width and height of the upright image in a file, without decoding it.
+    """Return the width and height of the upright image in a file, without decoding it.
 
     Raises:
-        InputError: If it cannot be opened.
+        InputError: The file cannot be opened.
     """
     with _open_image_file(path) as file, _translate_decoder_errors(format_path(path)):
         return read_upright_size(file)
@@ -99,17 +107,27 @@ def _open_image_file(path: str | Path, allow_pipe: bool = False) -> Iterator[Bin
 
 
 def read_image(file: BinaryIO, display_name: str, max_pixels: int | None = None) -> Image.Image:
-    """Decode an image as `open_image` does, from an open file that messages call `display_name`.
+    """Decode an image from an open file, as `open_image` does.
 
     Args:
-        max_pixels: Maximum pixels of an image of unknown origin, for which decoders written in Python are excluded as
-            well: a small file can keep them busy for minutes.
+        file: Open file.
+        display_name: Name of the file in messages.
+        max_pixels: Maximum number of pixels, for images from untrusted sources. It also excludes decoders written in
+            Python, which a small file can keep busy for minutes.
+
+    Raises:
+        InputError: The file is not an image, or has too many pixels.
     """
     return decode_image(open_image_header(file, display_name, max_pixels), display_name)
 
 
 def open_image_header(file: BinaryIO, display_name: str, max_pixels: int | None = None) -> Image.Image:
-    """Open an image without decoding it, and check its header. Arguments as for `read_image`."""
+    """Open an image without decoding it, and check its header. See `read_image` for the arguments.
+
+    Raises:
+        InputError: The file is not an image that can be read.
+        TooLargeError: The image has too many pixels.
+    """
     pixel_limit = PIXEL_LIMIT if max_pixels is None else max_pixels
     with _translate_decoder_errors(display_name):
         if not file.read(1):
@@ -129,7 +147,7 @@ def open_image_header(file: BinaryIO, display_name: str, max_pixels: int | None 
 
 
 def decode_image(image: Image.Image, display_name: str) -> Image.Image:
-    """Decode what `open_image_header` has opened, as `open_image` does."""
+    """Decode the result of `open_image_header`, as `open_image` does."""
     with _translate_decoder_errors(display_name):
         has_deep_colors = any(DEEP_COLOR_MODE.match(_get_raw_mode(tile)) for tile in image.tile)
         image.load()
@@ -137,27 +155,31 @@ def decode_image(image: Image.Image, display_name: str) -> Image.Image:
 
 
 def open_undecoded(file: BinaryIO | str | Path) -> Image.Image:
-    """Open an image in one of `IMAGE_FORMATS` without decoding it; its size and mode are known, its pixels are not.
+    """Open an image in one of `IMAGE_FORMATS` without decoding it: its size and mode are available, its pixels are not.
 
     Raises:
-        PIL.UnidentifiedImageError: For any other format.
+        PIL.UnidentifiedImageError: The file has another format.
     """
     Image.init()
     return Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
 
 
 def read_upright_size(file: BinaryIO) -> tuple[int, int]:
-    """Return width and height of the upright image in a file, without decoding it."""
+    """Return the width and height of the upright image in a file, without decoding it."""
     image = open_undecoded(file)
-    is_upright = image.format == "TIFF"  # Pillow rotates TIFF itself, and reports its size so
+    is_upright = image.format == "TIFF"  # Pillow rotates TIFF itself, and reports the rotated size
     is_turned = not is_upright and image.getexif().get(ExifTags.Base.Orientation) in SWAPPING_ORIENTATIONS
     return (image.height, image.width) if is_turned else image.size
 
 
 def convert_to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
-    """A picture that is in memory, as `open_image` gives one; an array is (height, width, 3) uint8 in RGB.
+    """Convert an image in memory to RGB, as `open_image` does.
 
-    InputError for anything else.
+    Args:
+        image: PIL image, or a (height, width, 3) uint8 RGB array.
+
+    Raises:
+        InputError: `image` has another type, shape or dtype.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
@@ -175,13 +197,17 @@ def convert_to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
 def find_images(
     arguments: Sequence[str | Path], is_excluded: Callable[[Path], bool] = lambda path: False
 ) -> tuple[list[Path], list[str]]:
-    """The pictures that files, folders and glob patterns name, and a line for each argument or folder that failed.
+    """Find the images that files, folders and glob patterns name.
 
-    Files are taken as they are; folders are searched with all their subfolders, and they and patterns give the files
-    with a suffix of `IMAGE_SUFFIXES`, sorted, hidden ones left out. A picture named twice comes once, at its first
-    place.
+    Files are used unchanged. Folders are searched recursively. Folders and patterns yield the files with a suffix in
+    `IMAGE_SUFFIXES`, sorted, without hidden files. Duplicates are removed; the first occurrence is kept.
 
-    is_excluded: returns whether a picture of a folder or a pattern is left out.
+    Args:
+        arguments: Files, folders and glob patterns.
+        is_excluded: Whether to exclude an image found in a folder or by a pattern.
+
+    Returns:
+        Paths of the images, and one message per argument or folder that failed.
     """
     images_by_path: dict[str, Path] = {}
     problems: list[str] = []
@@ -199,22 +225,22 @@ def find_images(
 
 
 def is_irregular_file(path: Path) -> bool:
-    """Whether a path is a pipe, a socket or a device, which may never end."""
+    """Return whether a path is a pipe, a socket or a device, which may never end."""
     return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def format_path(path: str | Path) -> str:
-    """A path on one line."""
+    """Format a path on one line."""
     text = str(path)
     return text if text and text.isprintable() else repr(text)
 
 
 @contextmanager
 def _translate_decoder_errors(display_name: str) -> Iterator[None]:
-    """Whatever Pillow raises, in one line."""
+    """Convert Pillow's exceptions to one-line errors."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures that are allowed, and of odd metadata
+            warnings.simplefilter("ignore")  # Pillow warns about large images that are allowed, and about odd metadata
             yield
     except InputError:
         raise
@@ -224,16 +250,16 @@ def _translate_decoder_errors(display_name: str) -> Iterator[None]:
         raise InputError(f"{display_name} is not an image that can be read; convert it to JPEG or PNG") from error
     except Exception as error:  # a decoder may raise anything for damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, MemoryError) or "out of memory" in reason.lower():  # which Pillow's decoders tell as text
+        if isinstance(error, MemoryError) or "out of memory" in reason.lower():  # Pillow's decoders report it as text
             raise ImageMemoryError(f"{display_name} does not fit into memory; scale it down") from error
         raise InputError(f"{display_name} is truncated or damaged ({reason}); copy or export it again") from error
 
 
 def _convert_to_upright_rgb(image: Image.Image, display_name: str, has_deep_colors: bool = False) -> Image.Image:
-    """A loaded picture as RGB, turned as its EXIF says and without the EXIF, so that nobody turns it again."""
+    """Convert a loaded image to upright RGB, without the EXIF orientation, so that it is not applied twice."""
     try:
         transpose = _ORIENTATION_TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged metadata turns nothing
+    except Exception:  # damaged metadata: no rotation
         transpose = None
     if has_deep_colors:
         image = _scale_colors(image, display_name)
@@ -249,9 +275,9 @@ def _convert_to_upright_rgb(image: Image.Image, display_name: str, has_deep_colo
 
 
 def _read_recorded_range(image: Image.Image) -> tuple[float, float] | None:
-    """Return the least and greatest value that a TIFF states for its samples, or None."""
+    """Return the minimum and maximum sample value that a TIFF records, or None."""
     tags = getattr(image, "tag_v2", {})
-    for min_tag, max_tag in ((280, 281), (340, 341)):  # MinSampleValue and MaxSampleValue; SMin... and SMaxSampleValue
+    for min_tag, max_tag in ((280, 281), (340, 341)):  # MinSampleValue and MaxSampleValue; SMin... and SMax...
         low, high = _parse_first_number(tags.get(min_tag, 0)), _parse_first_number(tags.get(max_tag))
         if low is not None and high is not None and low < high:
             return low, high
@@ -265,15 +291,7 @@ def _parse_first_number(value: Any) -> float | None:
 
 
 def _scale_gray(values: np.ndarray, recorded_range: tuple[float, float] | None, display_name: str) -> np.ndarray:
-    """Scale gray of more than 8 bits, see `open_image`; values that are not finite become the least one.
-
-    Args:
-        values: (height, width) of 16 or 32 bits.
-        recorded_range: Least and greatest value that the file states; used if all values are between them.
-
-    Returns:
-        (height, width) uint8.
-    """
+    """Scale (height, width) gray of 16 or 32 bits to uint8, see `open_image`; non-finite values become the minimum."""
     finite = np.isfinite(values)
     if not finite.any():
         return np.zeros(values.shape, np.uint8)
@@ -294,13 +312,13 @@ def _scale_gray(values: np.ndarray, recorded_range: tuple[float, float] | None, 
 
 
 def _get_raw_mode(tile: tuple[Any, ...]) -> str:
-    """Return how a tile of an image that Pillow has opened stores its samples, such as "RGB;16B"."""
+    """Return the raw mode of a tile of an undecoded Pillow image, such as "RGB;16B"."""
     arguments = tile[3]
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
 def _scale_colors(image: Image.Image, display_name: str) -> Image.Image:
-    """Scale colors of 16 bits, of which Pillow keeps the upper 8, if they use only 10, 12 or 14 bits."""
+    """Scale 16-bit colors that use only 10, 12 or 14 bits; Pillow keeps the upper 8 bits."""
     colors = np.array(image)
     high = int(colors[..., :3].max())
     white = next((white for white in WHITE_LEVELS if white > 255 and high <= white >> 8), None) if high else None
@@ -316,7 +334,7 @@ def _scale_colors(image: Image.Image, display_name: str) -> Image.Image:
 
 
 def _list_argument_images(path: Path, problems: list[str]) -> list[Path]:
-    """The pictures that one argument names; a folder that may not be listed is a line in `problems`."""
+    """List the images that one argument names; a folder that cannot be listed adds a message to `problems`."""
     if path.is_dir():
         images = _list_folder_images(path, problems)
     elif os.path.lexists(path):
@@ -340,7 +358,7 @@ def _list_argument_images(path: Path, problems: list[str]) -> list[Path]:
 
 
 def _list_folder_images(folder: Path, problems: list[str]) -> list[Path]:
-    """Pictures in a folder and its subfolders, sorted."""
+    """List the images in a folder and its subfolders, sorted."""
     files = walk_files(
         folder,
         onerror=lambda error: problems.append(f"{format_path(error.filename)}: {_describe_os_error(error)}"),

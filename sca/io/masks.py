@@ -1,7 +1,7 @@
-"""Masks and their COCO run-length codes.
+"""Masks and COCO run-length encodings (RLE).
 
-A mask is a (height, width) array, true inside. A code (RLE) is `{"size": [height, width], "counts": str}`: small, and
-what captions and files carry. `area` and `mask_to_box` take either.
+A mask is a (height, width) array, true inside. An RLE is `{"size": [height, width], "counts": str}`, the compact form
+in captions and files. `compute_mask_area` and `mask_to_box` accept either.
 """
 
 from __future__ import annotations
@@ -17,35 +17,41 @@ from sca.io.coordinates import PIXEL_LIMIT
 from sca.io.errors import InputError
 
 RLE = Mapping[str, Any]
-LOSSY_FORMATS = ("JPEG", "WEBP", "AVIF", "HEIF", "JPEG2000")  # formats of images whose masks have values near 0 outside
-MIN_SOFT_MAXIMUM = 224  # the least maximum of 8-bit probabilities; labels and instances rarely have as high numbers
-MAX_LABELS = 16  # different values of a mask that may be labels
-MAX_SMOOTH_EDGE_FRACTION = 0.1  # of the pixels inside: the most that smooth edges have, if they have few values
+LOSSY_FORMATS = ("JPEG", "WEBP", "AVIF", "HEIF", "JPEG2000")  # image formats whose masks have values near 0 outside
+MIN_SOFT_MAXIMUM = 224  # minimum maximum of 8-bit probabilities; labels and instance ids rarely reach it
+MAX_LABELS = 16  # maximum number of distinct values in a label map
+MAX_SMOOTH_EDGE_FRACTION = 0.1  # maximum fraction of inside pixels on smooth edges, for few distinct values
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
-    """(height, width) array -> RLE."""
+    """Encode a (height, width) mask as RLE."""
     rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
 def decode_rle(rle: RLE) -> np.ndarray:
-    """RLE -> (height, width) bool."""
+    """Decode an RLE to (height, width) bool."""
     return coco.decode(rle).astype(bool)
 
 
 def binarize_mask(values: np.ndarray, is_lossy: bool = False) -> np.ndarray:
-    """Return where a mask is inside, as (height, width) bool.
+    """Binarize a mask.
+
+    Values with at most one distinct value other than 0 are inside where nonzero. Otherwise:
+
+    - Integers up to 255 are inside from 128, if they can only be probabilities or smooth edges.
+    - Floating-point values in 0..1 are probabilities, inside from 0.5.
+    - Floating-point values with negative ones are logits, inside above 0, as SAM returns them.
 
     Args:
-        values: (height, width) or (1, height, width). Values of which at most one other than 0 exists are inside where
-            they are not 0. Otherwise integers up to 255 are inside from 128 if they can only be probabilities or smooth
-            edges, floating-point values in 0..1 are probabilities, inside from 0.5, and with negative ones they are
-            logits, inside above 0, as SAM returns them.
-        is_lossy: The values come from a lossy image format: inside is what exceeds half of the maximum.
+        values: (height, width) or (1, height, width).
+        is_lossy: Whether the values come from a lossy image format; then values above half of the maximum are inside.
+
+    Returns:
+        (height, width) bool.
 
     Raises:
-        InputError: Another shape or type, NaN, or values that are none of these, such as a label map.
+        InputError: The shape or type is invalid, or the values contain NaN or are none of these, such as a label map.
     """
     if values.ndim == 3 and len(values) == 1:
         values = values[0]
@@ -73,7 +79,7 @@ def binarize_mask(values: np.ndarray, is_lossy: bool = False) -> np.ndarray:
 
 
 def _binarize_integers(values: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Return where probabilities of 0..255, or a mask with smooth edges, are at least half. InputError for others."""
+    """Binarize 0..255 probabilities or a mask with smooth edges at one half; raise InputError for other values."""
     distinct = np.unique(values)
     if low >= 0 and MIN_SOFT_MAXIMUM <= high <= 255:
         between = ((values > 0) & (values < high)).sum()
@@ -87,17 +93,17 @@ def _binarize_integers(values: np.ndarray, low: int, high: int) -> np.ndarray:
 
 
 def binarize_mask_image(image: Image.Image, is_lossy: bool = False) -> np.ndarray:
-    """Return where a mask that is an image is inside, see `binarize_mask`: its alpha channel, or else its colors.
+    """Binarize a mask image by its alpha channel, or else its colors; see `binarize_mask`.
 
     Args:
-        image: Any mode. Transparent pixels are outside.
-        is_lossy: It comes from a format of `LOSSY_FORMATS`.
+        image: Image of any mode. Transparent pixels are outside.
+        is_lossy: Whether it comes from a format in `LOSSY_FORMATS`.
 
     Returns:
         (height, width) bool.
 
     Raises:
-        InputError: As for `binarize_mask`.
+        InputError: See `binarize_mask`.
     """
     values = np.asarray(image)
     if image.mode not in ("LA", "RGBA"):
@@ -109,12 +115,12 @@ def binarize_mask_image(image: Image.Image, is_lossy: bool = False) -> np.ndarra
 
 
 def resize_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Scale a mask (h, w) bool to (height, width) by nearest neighbor."""
+    """Resize an (h, w) bool mask to (height, width) by nearest neighbor."""
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
 
 def resize_rle(rle: RLE, width: int, height: int) -> dict[str, Any]:
-    """Scale an RLE to `width` x `height` pixels, as `resize` does."""
+    """Resize an RLE to `width` x `height` pixels, as `resize_mask` does."""
     return encode_rle(resize_mask(decode_rle(rle), width, height))
 
 
@@ -125,12 +131,12 @@ def merge_rles(rles: Sequence[RLE]) -> dict[str, Any]:
 
 
 def compute_mask_area(mask: np.ndarray | RLE) -> int:
-    """Pixels inside."""
+    """Return the number of pixels inside a mask."""
     return int(coco.area(_mask_to_rle(mask)))
 
 
 def mask_to_box(mask: np.ndarray | RLE) -> tuple[float, float, float, float] | None:
-    """The tight box x1 y1 x2 y2, right and lower edge exclusive; None if nothing is inside."""
+    """Return the tight box x1, y1, x2, y2 of a mask, right and lower edge exclusive; None for an empty mask."""
     rle = _mask_to_rle(mask)
     if not compute_mask_area(rle):
         return None
@@ -139,9 +145,17 @@ def mask_to_box(mask: np.ndarray | RLE) -> tuple[float, float, float, float] | N
 
 
 def parse_rle(value: Any) -> dict[str, Any]:
-    """An RLE that came from outside, compressed or with `counts` as a list of numbers, as the compressed kind.
+    """Parse an RLE from an untrusted source.
 
-    InputError when it is no RLE. The runs must fill the mask: pycocotools leaves the rest of it to chance.
+    Args:
+        value: Compressed RLE, or an RLE with `counts` as a list of integers.
+
+    Returns:
+        Compressed RLE.
+
+    Raises:
+        InputError: The value is not an RLE, or its runs do not fill the mask; pycocotools leaves the remainder
+            undefined.
     """
     if not isinstance(value, Mapping) or not {"size", "counts"} <= value.keys():
         raise InputError("an RLE is an object with 'size' [height, width] and 'counts'")
@@ -165,7 +179,7 @@ def parse_rle(value: Any) -> dict[str, Any]:
 
 
 def _parse_run_lengths(counts: str) -> list[int]:
-    """The run lengths in a compressed string: from the fourth on as the difference to the run two back."""
+    """Decode the run lengths of a compressed string: from the fourth on, each is a difference to the run two before."""
     runs: list[int] = []
     value = shift = 0
     for character in counts:

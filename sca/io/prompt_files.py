@@ -1,4 +1,4 @@
-"""Prompts of many images: files in COCO, Label Studio or LabelMe JSON or JSON lines, and folders of LabelMe files."""
+"""Prompts for many images: COCO, Label Studio and LabelMe JSON, JSON Lines, and folders of LabelMe files."""
 
 from __future__ import annotations
 
@@ -24,18 +24,24 @@ from sca.io.validation import read_id, read_image_name, read_recorded_size
 def read_region_prompts(path: str | Path) -> RegionPrompts:
     """Read a prompts file, which may be a pipe, or a folder of LabelMe files.
 
-    A file is JSON lines if its suffix is .jsonl or .ndjson, else COCO, Label Studio or LabelMe JSON. A line is one
-    region: `{"image": "a.jpg", "box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE or FILE}`, or a record
-    of `sca`, whose `prompt` is repeated. Mask files are named relative to the prompts file. Of COCO, `bbox` is read as
-    x, y, width, height, or else the box of `segmentation`; of the other tools, the box of each region, or the point of
-    one that is only a point. Images without annotations have an empty list. `check_prompt` checks whether a prompt
-    fits.
+    A file with the suffix .jsonl or .ndjson is JSON Lines; any other is COCO, Label Studio or LabelMe JSON:
+
+    - JSON Lines: one region per line, `{"image": "a.jpg", "box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask":
+      RLE or FILE}`, or a record of `sca`, whose `prompt` is reused. Paths of mask files are relative to the prompts
+      file.
+    - COCO: `bbox` as x, y, width, height, else the box of `segmentation`.
+    - Label Studio and LabelMe: the box of each region, else its point.
+
+    Images without annotations have an empty list. `check_prompt` later checks each prompt against its image.
+
+    Args:
+        path: File or folder.
 
     Returns:
-        The prompts; `problems` names the file, the line or record, and the field of each record without a prompt.
+        The prompts. `problems` names the file, the line or record, and the field of each record without a prompt.
 
     Raises:
-        InputError: If the file or folder cannot be read, or none of its records.
+        InputError: The file or folder cannot be read, or none of its records can.
     """
     path, skip_counter, problems = Path(path), SkipCounter(), list[str]()
     read_entries = _read_labelme_folder if path.is_dir() else _read_prompt_file
@@ -83,7 +89,7 @@ def _read_labelme_file(path: Path, skip: SkipCounter, problems: list[str]) -> di
 def _merge_spellings(
     entries: Mapping[str, list[RegionPromptEntry]], roots: Sequence[Path]
 ) -> dict[str, list[RegionPromptEntry]]:
-    """Merge the regions of keys that are spellings of one image file under the first of these keys."""
+    """Merge the regions of keys that spell the same image file under the first of these keys."""
     name_resolver = ImageNameResolver(partial(resolve_image_path, roots=roots))
     file_names_by_key = {key: list_possible_file_names(key) for key in entries}
     file_name_counts = Counter(name for found in file_names_by_key.values() for name in found)
@@ -104,7 +110,7 @@ def _read_json_lines(file: BinaryIO, path: Path, problems: list[str]) -> dict[st
 
 
 def _parse_line(record: Any, location: str, path: Path) -> tuple[str, RegionPromptEntry]:
-    """The image of a line, and its region."""
+    """Return the image key and the region of a line."""
     if not isinstance(record, dict):
         raise InputError(f'{location}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
     image = read_image_name(record, "image", location)
@@ -119,7 +125,7 @@ def _parse_line(record: Any, location: str, path: Path) -> tuple[str, RegionProm
 
 
 def _read_nonzero_size(record: Mapping[str, Any], location: str) -> ImageSize | None:
-    """Width and height of the image that a record states; None if it does not, or has 0 in their place."""
+    """Return the recorded width and height of an image; None if they are missing or 0."""
     if not record.get("width") or not record.get("height"):
         return None
     return read_recorded_size(record, location)
@@ -127,7 +133,7 @@ def _read_nonzero_size(record: Mapping[str, Any], location: str) -> ImageSize | 
 
 @contextmanager
 def _collect_problems(problems: list[str]) -> Iterator[None]:
-    """Add what is wrong with one record to the problems; the next one is read."""
+    """Append the error of one record to the problems, so that reading continues."""
     try:
         yield
     except InputError as error:
@@ -218,7 +224,7 @@ def _parse_label_studio(
 def _make_entries(
     annotations: Iterable[Annotation], size: ImageSize | None, skip: SkipCounter
 ) -> list[RegionPromptEntry]:
-    """Each region by its box, or by its point where it has none."""
+    """Create an entry for each region from its box, or from its point if it has no box."""
     entries = []
     for each in annotations:
         if each.box or each.point:

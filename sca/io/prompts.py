@@ -1,4 +1,7 @@
-"""One prompt: parsed from the command line or from plain values, and checked against its image, in its pixels."""
+"""Parse a prompt from the command line or from plain values, and check it against its image.
+
+Coordinates are in pixels of the upright image.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ from sca.io.validation import is_finite_number
 from sca.io.warnings_once import warn_once
 
 Point = tuple[float, float, int]
-NPY_MAGIC = b"\x93NUMPY"  # what an array file begins with
-MAX_POINTS = 256  # of a prompt that comes over a network: each costs as much as a token of text
+NPY_MAGIC = b"\x93NUMPY"  # first bytes of an array file
+MAX_POINTS = 256  # maximum of a prompt from the network: each point costs as much as a text token
 
 _BOX_FORMAT = "a box is 4 numbers x1,y1,x2,y2 in pixels"
 _POINT_FORMAT = "a point is x,y or x,y,label in pixels, label 1 inside or 0 outside"
@@ -33,21 +36,24 @@ _REGION_FORMAT = "a region is written box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;ma
 
 
 def parse_box(text: str) -> Box:
-    """`"x1,y1,x2,y2"`; whether it fits an image is for `check_prompt`."""
+    """Parse `"x1,y1,x2,y2"`. `check_prompt` checks it against the image."""
     return _parse_box_values(text.split(","), text)
 
 
 def parse_point(text: str) -> Point:
-    """`"x,y"`, inside, or `"x,y,label"` with label 1 inside or 0 outside."""
+    """Parse `"x,y"`, a point inside, or `"x,y,label"` with label 1 inside or 0 outside."""
     return _parse_point_values(text.split(","), text)
 
 
 def parse_region(text: str, allow_pipe: bool = False) -> Prompt:
-    """`"box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE"`, each part where wanted, points as many as wanted.
+    """Parse `"box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE"`; every field is optional, and `point` is repeatable.
 
     Args:
-        text: The region.
-        allow_pipe: As for `read_mask_file`.
+        text: Region.
+        allow_pipe: See `read_mask_file`.
+
+    Raises:
+        InputError: The text is malformed, or the mask cannot be read.
     """
     box, points, mask = None, [], None
     for part in filter(None, (part.strip() for part in text.split(";"))):
@@ -70,7 +76,7 @@ def parse_region(text: str, allow_pipe: bool = False) -> Prompt:
 
 
 def list_mask_files(regions: Iterable[str]) -> list[str]:
-    """List the mask files that regions, as `parse_region` takes them, name."""
+    """List the mask files that regions name, in the format of `parse_region`."""
     parts = (part.partition("=") for text in regions for part in text.split(";"))
     return [str(expand_user(value.strip())) for name, _, value in parts if name.strip() == "mask"]
 
@@ -79,14 +85,14 @@ def read_mask_file(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
     """Read a mask file.
 
     Args:
-        path: A .npy array, see `sca.io.masks.binarize`, or an image, see `sca.io.masks.binarize_image`.
-        allow_pipe: Accept a pipe such as /dev/stdin, which only a path that a person typed may be.
+        path: A .npy array, see `sca.io.masks.binarize_mask`, or an image, see `sca.io.masks.binarize_mask_image`.
+        allow_pipe: Accept a pipe such as /dev/stdin. Set it only for a path that a person typed.
 
     Returns:
         (height, width) bool.
 
     Raises:
-        InputError: One line with the file and what to do.
+        InputError: The file cannot be read, or is not a mask.
     """
     try:
         with open_regular_file(path, require_seekable=True, allow_pipe=allow_pipe) as file:
@@ -106,13 +112,21 @@ def read_mask_file(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
 
 
 def parse_prompt(value: Any, location: str, width: int, height: int) -> Prompt:
-    """`{"box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE}`, each part where wanted, as a prompt for an
-    image of this size (see `check_prompt`); messages call it `location`.
+    """Parse `{"box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE}`; every key is optional.
+
+    Args:
+        value: JSON value.
+        location: Subject of the error messages.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+
+    Raises:
+        InputError: The value is malformed or does not fit the image, see `check_prompt`.
     """
     box, points, mask = parse_prompt_fields(value, location)
     if isinstance(mask, str):
         raise InputError(f"{location}, 'mask': an RLE, not a file's name")
-    if mask is not None and mask["size"] != [height, width]:  # before it is decoded: it may be huge
+    if mask is not None and mask["size"] != [height, width]:  # checked before decoding, because the mask may be huge
         raise InputError(
             f"{location}, 'mask': the mask is {mask['size'][1]} x {mask['size'][0]}, the image {width} x {height} "
             "(width x height); give a mask of the image's size"
@@ -124,11 +138,22 @@ def parse_prompt(value: Any, location: str, width: int, height: int) -> Prompt:
 
 
 def check_prompt(prompt: Prompt, width: int, height: int) -> Prompt:
-    """The prompt as plain numbers, its box clipped to the image; `InputError` if it does not fit `width` x `height`.
+    """Check a prompt against its image.
 
-    A box may reach over the edge, since boxes often do by a pixel, but not lie outside. A point lies in
-    0 <= x < width, 0 <= y < height. A mask has the image's size and something inside. Normalized coordinates and
-    regions of negative points only are refused.
+    A box may cross the edge, as annotated boxes often do by a pixel, but must overlap the image. A point must satisfy 0
+    <= x < width and 0 <= y < height. A mask must have the size of the image and at least one pixel inside. Normalized
+    coordinates and prompts with only negative points are rejected.
+
+    Args:
+        prompt: Prompt in image pixels.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+
+    Returns:
+        The prompt as plain Python numbers, its box clipped to the image.
+
+    Raises:
+        InputError: The prompt does not fit the image.
     """
     if not prompt:
         raise InputError("the prompt is empty; give a box, a point or a mask")
@@ -149,7 +174,7 @@ def check_prompt(prompt: Prompt, width: int, height: int) -> Prompt:
 def check_and_count_clipping(
     prompt: Prompt, width: int, height: int, clip_counter: SkipCounter, location: str
 ) -> Prompt:
-    """`check_prompt` a prompt, and count its box in `clip_counter` under `location` if it reached over the edge."""
+    """Check a prompt with `check_prompt`, and count its box in `clip_counter` under `location` if it was clipped."""
     checked_prompt = check_prompt(prompt, width, height)
     if prompt.box is not None and checked_prompt.box != _parse_box_values(prompt.box):
         clip_counter("box clipped", location)
@@ -183,7 +208,7 @@ def _check_and_clip_box(box: Box, width: int, height: int) -> Box:
 
 
 def _check_not_normalized(points: Sequence[Point], width: int, height: int) -> None:
-    """Refuse points that are all within 0..1 and not at a corner of a pixel: they are normalized."""
+    """Reject points that are all within 0..1 and not at pixel corners: they are normalized."""
     values = [value for x, y, _ in points for value in (x, y)]
     if not values or max(width, height) <= 1 or not 0 <= min(values) <= max(values) <= 1:
         return
@@ -215,10 +240,10 @@ def _check_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def parse_prompt_fields(value: Any, location: str) -> tuple[Box | None, tuple[Point, ...], dict[str, Any] | str | None]:
-    """Return the box, points and mask of a plain prompt; a mask that is text names a file and is returned unchanged.
+    """Parse the box, points and mask of a plain prompt; a text mask is a file name and returned unchanged.
 
     Raises:
-        InputError: A field is malformed, or all are absent; the message begins with `location`.
+        InputError: A field is malformed, or all are missing; the message begins with `location`.
     """
     if not isinstance(value, dict):
         raise InputError(f"{location}, 'prompt': an object with 'box', 'points' or 'mask', not {quote_value(value)}")
@@ -256,7 +281,7 @@ def _parse_points(values: Any) -> tuple[Point, ...]:
 
 
 def _parse_numbers(values: Any, lengths: tuple[int, ...], source: Any, expected_format: str) -> list[float]:
-    """So many finite numbers, or text that writes them on a command line (`source` is then the whole of it)."""
+    """Parse finite numbers of an allowed count, from a list or from command-line text (`source` is the full value)."""
     source = values if source is None else source
     if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or len(values) not in lengths:
         raise InputError(f"{expected_format}, not {quote_value(source)}")
@@ -270,7 +295,7 @@ def _parse_numbers(values: Any, lengths: tuple[int, ...], source: Any, expected_
 
 
 def _parse_float(text: str) -> float:
-    """The number that a text contains, NaN if it contains none."""
+    """Parse a float; NaN if the text is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -278,7 +303,7 @@ def _parse_float(text: str) -> float:
 
 
 def parse_field(location: str, field: str, parse: Callable[[Any], Any], value: Any) -> Any:
-    """Return `read(value)`; a ValueError becomes an InputError that names the field."""
+    """Return `parse(value)`; convert a ValueError to an InputError that names the field."""
     try:
         return parse(value)
     except ValueError as error:
@@ -286,6 +311,6 @@ def parse_field(location: str, field: str, parse: Callable[[Any], Any], value: A
 
 
 def quote_value(value: Any) -> str:
-    """Return a value on one line of at most 60 characters, for a message."""
+    """Format a value for a message, on one line of at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

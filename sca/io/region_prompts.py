@@ -1,4 +1,4 @@
-"""Prompts of a file by image, and the image files that they are for."""
+"""Prompts of a file, grouped by image, and the image files that they belong to."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from sca.io.warnings_once import warn_once
 
 @dataclass(frozen=True)
 class RegionPromptEntry:
-    """One region of a prompts file as small as it was written: masks are decoded when they are asked for."""
+    """One region of a prompts file in compact form: masks are decoded on demand."""
 
-    location: str  # the file and the record, for messages
+    location: str  # file and record, for messages
     box: Box | None = None
     points: tuple[Point, ...] = ()
     mask: dict[str, Any] | Path | None = None
-    recorded_size: ImageSize | None = None  # of the image, where the file records it
+    recorded_size: ImageSize | None = None  # of the image, if the file records it
 
     def build_prompt(self) -> Prompt:
         try:
@@ -43,9 +43,15 @@ class RegionPromptEntry:
         return Prompt(self.box, self.points, masks.decode_rle(self.mask) if isinstance(self.mask, dict) else mask)
 
     def fit_prompt(self, width: int, height: int, clip_counter: SkipCounter) -> Prompt:
-        """The prompt for an image of this size, see `check_prompt`; it is scaled if the file records another size.
+        """Return the prompt for an image of this size, see `check_prompt`; scale it if the file records another size.
 
-        Counts a box that `check_prompt` clips. Raises InputError, which names the record.
+        Args:
+            width: Width of the image in pixels.
+            height: Height of the image in pixels.
+            clip_counter: Counts the box if it is clipped.
+
+        Raises:
+            InputError: The prompt does not fit; the message names the record.
         """
         prompt = self.build_prompt()
         try:
@@ -63,10 +69,7 @@ class RegionPromptEntry:
 
 
 def _scale_prompt(prompt: Prompt, recorded: ImageSize, actual: ImageSize) -> Prompt:
-    """Turn a prompt for an image of the recorded size into one for the same image in its actual size.
-
-    Raises ValueError if the aspect ratios differ.
-    """
+    """Scale a prompt from the recorded to the actual image size; raise ValueError if the aspect ratios differ."""
     x_scale, y_scale = compute_resize_factors(recorded, actual)
     box = prompt.box and scale_box(prompt.box, (x_scale, y_scale))
     points = tuple(
@@ -84,17 +87,18 @@ def _scale_prompt(prompt: Prompt, recorded: ImageSize, actual: ImageSize) -> Pro
 
 
 def _scale_coordinate(value: float, factor: float, recorded: int, actual: int) -> float:
-    """Scale a coordinate; one inside the recorded side stays inside the actual one, however it is rounded."""
+    """Scale a coordinate; a value inside the recorded side stays inside the actual one despite rounding."""
     scaled = value * factor
     return min(scaled, math.nextafter(actual, 0)) if value < recorded else scaled
 
 
 class RegionPrompts(Mapping[str, list[Prompt]]):
-    """The prompts of a file, by image key: what the file calls the image. Keys keep the file's order.
+    """Prompts of a file by image key, which is the image's name in the file. Keys keep the order of the file.
 
-    skip_counter: the count of what the file contains and a prompt cannot be.
-    clip_counter: the count of boxes that `fit_prompts` clipped to their image.
-    problems: a line for each record of which no prompt could be made; it names file, record and field.
+    Attributes:
+        skip_counter: Counts contents of the file that cannot be prompts.
+        clip_counter: Counts boxes that `fit_prompts` clipped to their image.
+        problems: One message per record without a usable prompt, with its file, record and field.
     """
 
     def __init__(
@@ -118,15 +122,15 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         return len(self._entries)
 
     def fit_prompts(self, key: str, width: int, height: int) -> tuple[list[Prompt], list[str]]:
-        """The prompts of an image that fit it, each checked by itself.
+        """Return the prompts that fit an image; each is checked separately.
 
         Args:
-            key: What the file calls the image.
-            width: Of the image in pixels.
-            height: Of the image in pixels.
+            key: Image key.
+            width: Width of the image in pixels.
+            height: Height of the image in pixels.
 
         Returns:
-            The prompts that fit, and a line for each that does not, which names its record.
+            The prompts that fit, and one message per prompt that does not, with its record.
         """
         prompts, problems = [], []
         for entry in self._entries[key]:
@@ -137,15 +141,23 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         return prompts, problems
 
     def count_regions(self, key: str) -> int:
-        """How many regions an image has."""
+        """Return the number of regions of an image."""
         return len(self._entries[key])
 
     def match_images(self, images: Sequence[str | Path]) -> dict[Path, str]:
-        """The key of each image that has one.
+        """Match image files with keys.
 
-        A key is a path, relative to the prompts file's folder or else to the working folder, in any spelling that
-        `resolve_image_path` reads; a key that is the path of no image given counts by its file name. `InputError` if an
-        image could mean several keys, or a file name several images or keys.
+        A key is a path relative to the folder of the prompts file, else to the working folder, in any spelling that
+        `resolve_image_path` reads. A key that is the path of none of the images is matched by its file name.
+
+        Args:
+            images: Image files.
+
+        Returns:
+            The key of each image that has one.
+
+        Raises:
+            InputError: An image matches several keys, or a file name matches several images or keys.
         """
         paths = [Path(image) for image in images]
         key_by_image = {image: key for image in paths if (key := self._find_key_by_path(image)) is not None}
@@ -169,7 +181,7 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         return {image: key_by_image[image] for image in paths if image in key_by_image}
 
     def _find_key_by_path(self, image: Path) -> str | None:
-        """The key that is the path of an image: as written, else in another spelling or by a link."""
+        """Return the key that is the path of an image: as written, else in another spelling or through a link."""
         key = self._key_by_absolute_path.get(os.path.abspath(image)) if ".." not in image.parts else None
         if key is not None:
             return key
@@ -185,17 +197,17 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
 
     @cached_property
     def _key_by_absolute_path(self) -> dict[str, str]:
-        """Absolute path -> key; one relative to the prompts file counts before one relative to the working folder."""
+        """Map absolute paths to keys; the folder of the prompts file takes precedence over the working folder."""
         keys = [key for key in self if ".." not in Path(key).parts]
         return {os.path.abspath(root / key): key for root in (Path(), get_image_root(self.path)) for key in keys}
 
     @cached_property
     def _keys_by_file(self) -> dict[str, list[str]]:
-        """The real path of an existing image -> its keys."""
+        """Map the real path of each existing image to its keys."""
         keys_by_real_path: dict[str, list[str]] = {}
         root = get_image_root(self.path)
         for key in self:
-            with suppress(InputError):  # a URL, or several files: only the file name counts
+            with suppress(InputError):  # a URL, or several files: match by file name only
                 keys_by_real_path.setdefault(os.path.realpath(resolve_image_path(key, [root, Path()])), []).append(key)
         return keys_by_real_path
 
