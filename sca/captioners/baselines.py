@@ -27,11 +27,16 @@ ENCODE_BATCH_SIZE = 16  # images encoded at a time
 
 
 class MostFrequent:
-    """Says of every region what is said most often in training, without a look at it: for recognition the name that
-    most regions have, for a caption the phrase that occurs most often; of several the one that came first.
+    """Baseline that returns the most frequent training text for every region, without reading the image.
 
-    dataset, split, options: whose regions; the dataset's own options go into the table `options`. limit: how many of
-    its images are read, from the first on; 0 for all. The score is the share of names, or of phrases, that it is.
+    Recognition returns the class name of most regions, captioning the most frequent phrase. Ties go to the text that
+    came first. The score is the fraction of the training names or phrases that equal the text.
+
+    Args:
+        dataset: Name of the training dataset.
+        split: Split of the dataset.
+        options: Options of the dataset.
+        limit: Maximum number of images read, from the first; 0 for all.
     """
 
     generation_options = tuple(DEFAULT_GENERATION)  # accepted by `resolve_generation_options`
@@ -42,7 +47,7 @@ class MostFrequent:
 
     @cached_property
     def most_frequent_texts(self) -> dict[str, tuple[str, float]]:
-        """The text and its share by task; nothing where no region has words for it."""
+        """Most frequent text and its fraction by task; tasks without any text are missing."""
         counts: dict[str, Counter[str]] = {task: Counter() for task in TASKS}
         for sample in self.training_regions.iter_samples():
             for region in sample.regions:
@@ -55,7 +60,7 @@ class MostFrequent:
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
     ) -> list[Caption]:
         check_task(task)
-        resolve_generation_options(generation)  # makes no difference, but is not anything
+        resolve_generation_options(generation)  # only checks the options
         self.training_regions.check_has_text(task, self.most_frequent_texts)
         captions = []
         for index, prompt in enumerate(prompts):
@@ -66,11 +71,19 @@ class MostFrequent:
 
 
 class NearestNeighbor(RegionCaptioner):
-    """Says of a region what is said in training of the region that looks most alike: by the cosine of the encoder's
-    features, averaged over the box by ROIAlign. A caption is that region's last phrase, the most telling.
+    """Baseline that returns the text of the most similar training region.
 
-    encoder: any, also one without masks; points need masks, see `RegionCaptioner`. dataset, split, options, limit: as
-    for `MostFrequent`. Training images are encoded when the first question comes. The score is the cosine.
+    Similarity is the cosine of encoder features averaged over the box by RoIAlign (arXiv 1703.06870), and is also the
+    score. Recognition returns the class name of that region, captioning its last and most specific phrase. Training
+    images are encoded at the first request.
+
+    Args:
+        encoder: Any encoder, see `RegionCaptioner`. Point prompts need one whose segmenter predicts masks.
+        dataset: Name of the training dataset.
+        split: Split of the dataset.
+        options: Options of the dataset.
+        limit: Maximum number of images read, from the first; 0 for all.
+        device: Device of the encoder.
     """
 
     def __init__(
@@ -90,7 +103,7 @@ class NearestNeighbor(RegionCaptioner):
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
     ) -> list[ScoredText]:
-        resolve_generation_options(generation)  # makes no difference, but is not anything
+        resolve_generation_options(generation)  # only checks the options
         indexed_regions, features = self.training_index
         rows = [row for row, region in enumerate(indexed_regions) if _get_text(region, task)]
         self.training_regions.check_has_text(task, [task] if rows else [])
@@ -104,7 +117,7 @@ class NearestNeighbor(RegionCaptioner):
 
     @cached_property
     def training_index(self) -> tuple[list[Region], Tensor]:
-        """The R regions of the training images, and their features (R, C)."""
+        """Regions of the training images, and their features (R, C)."""
         indexed_regions, features = [], []
         samples_left = self.training_regions.iter_samples()
         while samples := list(islice(samples_left, ENCODE_BATCH_SIZE)):
@@ -116,7 +129,7 @@ class NearestNeighbor(RegionCaptioner):
         return indexed_regions, torch.cat(features) if features else torch.empty(0, self.model.encoder.channels)
 
     def _pool_box_features(self, encoded: EncodedImages, image_index: Sequence[int], boxes: Iterable[Box]) -> Tensor:
-        """(N, C) of length 1, for boxes in image pixels."""
+        """Return L2-normalized features (N, C) of boxes in image pixels."""
         scales = torch.tensor([encoded.frames[index].scale for index in image_index]).reshape(-1, 2).repeat(1, 2)
         cells = torch.tensor(list(boxes)).reshape(-1, 4) * scales / self.model.encoder.stride  # (N, 4)
         image_index_tensor = torch.tensor(image_index, dtype=torch.long, device=self.device)
@@ -126,7 +139,17 @@ class NearestNeighbor(RegionCaptioner):
 
 
 class TrainingRegions:
-    """The training regions of a baseline: those of the first `limit` images of a dataset's split, 0 for all."""
+    """Training regions of a baseline.
+
+    Args:
+        dataset: Name of the dataset.
+        split: Split of the dataset.
+        options: Options of the dataset.
+        limit: Maximum number of images read, from the first; 0 for all.
+
+    Raises:
+        ValueError: The limit is negative, or the dataset is empty or rejects its options.
+    """
 
     def __init__(self, dataset: str, split: str, options: Mapping[str, Any], limit: int):
         if limit < 0:
@@ -136,12 +159,20 @@ class TrainingRegions:
         check_dataset_not_empty(self.dataset, f"{dataset} {split}")
 
     def iter_samples(self) -> Iterator[Sample]:
-        """Those whose pictures can be read."""
+        """Yield the samples whose images can be read."""
         read_sample = getattr(self.dataset, "read", self.dataset.__getitem__)
         return filter(None, map(read_sample, range(self.facts["limit"] or len(self.dataset))[: len(self.dataset)]))
 
     def check_has_text(self, task: str, available: Iterable[str]) -> None:
-        """Raises ValueError unless a task is among those that there are words for."""
+        """Check that the training regions have texts for a task.
+
+        Args:
+            task: "recognition" or "caption".
+            available: Tasks with at least one text.
+
+        Raises:
+            ValueError: The task is not among them.
+        """
         if task not in available:
             missing = {"recognition": "name, which recognition says", "caption": "phrase, which captions say"}[task]
             raise ValueError(
@@ -150,5 +181,4 @@ class TrainingRegions:
 
 
 def _get_text(region: Region, task: str) -> str | None:
-    """What is said of a region."""
     return region.name if task == "recognition" else next(reversed(region.phrases), None)

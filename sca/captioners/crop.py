@@ -1,4 +1,4 @@
-"""Crops of regions before an image captioner: SCA's first baseline (arXiv 2312.00869, section 4)."""
+"""Image captioning of region crops: the first baseline of SCA (arXiv 2312.00869, section 4)."""
 
 from __future__ import annotations
 
@@ -21,16 +21,28 @@ FALLBACK_ANSWER = "the region"
 
 
 class CropCaptioner(RegionCaptioner):
-    """The tight box of a region's mask, cut out of the image with its background, and captioned as a picture by itself.
+    """Captioner that crops the tight box of a region's mask, background included, and captions the crop as an image.
 
-    As published, SAM's three masks for a prompt are captioned each and the text of the one with the highest predicted
-    IoU is kept. The others never matter, so only that one is captioned: the same text at a third of the cost. A box has
-    2 pixels a side or more, an empty mask 2 x 2 at the image's corner.
+    The published baseline captions each of SAM's three masks per prompt and keeps the text of the mask with the highest
+    predicted IoU. Only that mask is captioned here: the same text at a third of the cost. Crops have at least 2 pixels
+    per side; an empty mask yields the 2 x 2 pixels at the top left corner of the image.
 
-    weights, revision, pretrained, config, dtype, batch_size: see `ImageTextModel`. encoder: predicts the masks,
-    see `RegionCaptioner`. vcot: asks twice, as Caption Anything does (arXiv 2305.02677): what the region is,
-    with everything but its mask white, and then for a description of the answer in the plain crop; for models that
-    answer questions.
+    Args:
+        encoder: Encoder whose segmenter predicts the masks, see `RegionCaptioner`.
+        weights: Hub id or folder, see `ImageTextModel`.
+        revision: Revision of a hub id.
+        pretrained: Load `weights`; False for random weights.
+        vcot: Prompt the model twice, as Caption Anything does (arXiv 2305.02677): first for the name of the region,
+            with all pixels outside its mask white, then for a description of that name in the plain crop. Requires a
+            model that takes questions.
+        batch_size: Images per forward pass.
+        config: Fields of the configuration, see `ImageTextModel`.
+        device: Device of both models.
+        dtype: Data type of the weights, see `ImageTextModel`.
+
+    Raises:
+        ValueError: `vcot` is set for a model that only captions, or an option is invalid.
+        InputError: The weights cannot be read.
     """
 
     def __init__(
@@ -62,7 +74,7 @@ class CropCaptioner(RegionCaptioner):
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
     ) -> list[ScoredText]:
-        """The task makes no difference: a captioner of pictures knows one."""
+        """Caption the crops of regions; image captioners have a single task, so `task` has no effect."""
         generation_options = resolve_generation_options(generation)
         texts: list[str | None] = [None] * len(regions)
         if self.vcot:

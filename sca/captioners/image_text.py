@@ -1,4 +1,4 @@
-"""Image-to-text models of transformers: pictures, and texts where wanted, in; words with their scores out."""
+"""Image-to-text models of transformers, which generate scored texts from images and optional prompts."""
 
 from __future__ import annotations
 
@@ -23,25 +23,34 @@ from sca.language_models.hf import make_config
 from sca.language_models.usage import count_tokens
 from sca.model import check_finite_scores
 
-CAPTION_ONLY_MODELS = ("blip", "git")  # captioners: they go on with a text, and answer no question
+CAPTION_ONLY_MODELS = ("blip", "git")  # model types that continue a text but take no questions
 
 
 class ImageTextInput(NamedTuple):
-    """What a model is shown and asked; `text` None for a caption of the picture."""
+    """Image and text prompt of a model; no text requests a caption of the image."""
 
     image: Image.Image
     text: str | None = None
 
 
 class ImageTextModel:
-    """Any model of transformers' AutoModelForImageTextToText, with its processor.
+    """Model of transformers' AutoModelForImageTextToText with its processor.
 
-    weights: a hub id, at a revision, or a folder in the same format. config: fields of the configuration, `model_type`
-    among them; with `pretrained=False` weights are random, and the same each time, from them or from the configuration
-    stored with the weights. dtype: by default float32 on a CPU and that of the weights elsewhere. batch_size: images
-    per call; it limits memory and changes no result.
+    Images are always preprocessed by Pillow, so that results do not depend on whether torchvision is installed.
 
-    Pictures are prepared by Pillow, whether torchvision is there or not. Raises InputError or ValueError.
+    Args:
+        weights: Hub id, or a folder in the same format.
+        revision: Revision of a hub id.
+        pretrained: Load `weights`. False for random weights with a fixed seed, from `config` or from the configuration
+            stored with the weights.
+        config: Fields of the configuration, including `model_type`.
+        device: Device of the model.
+        dtype: Data type of the weights. By default float32 on a CPU, and that of the stored weights elsewhere.
+        batch_size: Images per forward pass. It limits memory and does not change results.
+
+    Raises:
+        InputError: The weights or the processor cannot be read.
+        ValueError: An option is invalid.
     """
 
     def __init__(
@@ -67,13 +76,13 @@ class ImageTextModel:
                 AutoModelForImageTextToText,
                 weights,
                 revision,
-                ("",),  # what the weights have besides (old buffers, other heads) is not needed
+                ("",),  # ignore any unused tensor, such as old buffers and other heads
                 dtype=dtype_name,
             )
             self.processor = load_processor(fetch_model_folder(weights, revision))
         else:
             model_config = make_config(weights, revision, config)
-            self.processor = build_untrained_processor(model_config)  # refuses what it does not know
+            self.processor = build_untrained_processor(model_config)  # rejects unsupported architectures
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = AutoModelForImageTextToText.from_config(model_config, trust_remote_code=False)
@@ -85,14 +94,22 @@ class ImageTextModel:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What tells the weights from any others."""
+        """Fingerprint of the weights; {"weights": None} for random weights."""
         return compute_weights_fingerprint(self.weights, self.revision) if self.weights else {"weights": None}
 
     @torch.inference_mode()
     def generate_texts(self, inputs: Sequence[ImageTextInput], num_beams: int, max_new_tokens: int) -> list[ScoredText]:
-        """An answer for each question, and how sure the model was: exp of the mean log-probability of a token.
+        """Generate one text per input.
 
-        Only what has the same shape goes together, so nothing is padded and no answer depends on its neighbors.
+        Only inputs of equal shape share a batch, so nothing is padded and no text depends on the other inputs.
+
+        Args:
+            inputs: Images with optional text prompts.
+            num_beams: Beams of the search.
+            max_new_tokens: Maximum tokens per text.
+
+        Returns:
+            One text per input. Scores are exp of the mean token log-probability, in 0..1.
         """
         texts = [ScoredText("", 0.0)] * len(inputs)
         for start in range(0, len(inputs), self.batch_size):
@@ -145,7 +162,7 @@ class ImageTextModel:
         return [ScoredText(*each) for each in zip(texts, scores.exp().tolist(), usages, strict=True)]
 
     def _find_eos_token_ids(self) -> list[int]:
-        """What ends a text: as each part that generates says; BLIP's text decoder stops at its separator."""
+        """Collect the EOS ids of all generating components; BLIP's text decoder stops at its separator."""
         configs = [getattr(module, "generation_config", None) for module in self.model.modules()]
         token_ids = [getattr(config, "eos_token_id", None) for config in configs]
         token_ids.append(getattr(self.model.config.get_text_config(decoder=True), "sep_token_id", None))
@@ -159,7 +176,11 @@ class ImageTextModel:
 
 
 def load_processor(folder: Path) -> Any:
-    """What prepares pictures and texts, as it lies in a folder. Raises InputError for one that cannot be read."""
+    """Load the processor of images and texts from a folder.
+
+    Raises:
+        InputError: The processor cannot be read.
+    """
     try:
         with translate_load_errors(f"the processor in {folder}"), silence_transformers():
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""What baselines share: from what is pointed at to the box and mask that they look at."""
+"""Base class of baselines and vision-language models: resolves prompts to boxes and masks of regions."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from sca.io.hub import find_local_folder
 from sca.io.masks import RLE, decode_rle, encode_rle, mask_to_box
 from sca.model import SegmentationModel
 
-TRUST_OPTIONS = ("trust_remote_code", "allow_external", "revision")  # that `sca.load` takes
+TRUST_OPTIONS = ("trust_remote_code", "allow_external", "revision")  # options of `sca.load`
 
 
 class RegionView(NamedTuple):
-    """A region as a baseline sees it; image pixels."""
+    """Input of a captioner for one region; boxes and masks are in image pixels."""
 
-    image_index: int  # which of the images that were shown together
+    image_index: int  # index of the image in the batch
     image: Image.Image
     prompt: Prompt
     mask: RLE | None
-    predicted_iou: float | None  # predicted, where a segmenter gave the mask
+    predicted_iou: float | None  # None unless a segmenter predicted the mask
 
     @property
     def tight_box(self) -> Box:
-        """The tight box of the mask that was found, without one the prompt's, else that of its mask; nothing at the
-        image's corner if the mask is empty.
+        """Tight box x1 y1 x2 y2 of the predicted mask, else the box prompt, else the tight box of the mask prompt.
+
+        An empty mask has an empty box at the top left corner of the image.
         """
         if self.prompt.box is not None and self.predicted_iou is None:
             return self.prompt.box
@@ -47,19 +48,29 @@ class RegionView(NamedTuple):
 
 
 class ScoredText(NamedTuple):
-    """What a baseline says of a region."""
+    """Text of a region with its score."""
 
     text: str
     score: float
-    usage: TokenUsage | None = None  # None where no language model wrote the text
+    usage: TokenUsage | None = None  # None if no language model generated the text
 
 
 class RegionCaptioner(MaskEngine):
-    """Find the region of each prompt; subclasses write the captions in `caption_regions`.
+    """Captioner that resolves each prompt to a region; subclasses generate the texts in `caption_regions`.
 
-    encoder: the name of an encoder that brings a segmenter with masks, such as a SAM, or a table of its name and
-    options; or a checkpoint, whose encoder and segmenter are taken. A region is then the best of the masks that the
-    segmenter gives for the prompt. Without one it is the prompt's box, or else its mask, and a point is refused.
+    With an encoder, the region is the best mask that its segmenter predicts for the prompt. Without one, it is the
+    prompt's box, else its mask, and point prompts are rejected.
+
+    Args:
+        encoder: Name of an encoder whose default segmenter predicts masks, such as a SAM; or a table of its name and
+            options; or a checkpoint, whose encoder and segmenter are used; or None.
+        device: Device of the encoder and the segmenter.
+        masks: Require a segmenter that predicts masks.
+
+    Raises:
+        ValueError: Masks are required and the segmenter predicts none.
+        RegistryError: The encoder is unknown, or an option is invalid.
+        InputError: The checkpoint cannot be read.
     """
 
     generation_options = tuple(DEFAULT_GENERATION)  # accepted by `resolve_generation_options`
@@ -77,7 +88,17 @@ class RegionCaptioner(MaskEngine):
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
     ) -> list[ScoredText]:
-        """A text and a score for each region of the images in `encoded`."""
+        """Generate one text per region.
+
+        Args:
+            regions: N regions.
+            task: "recognition" or "caption".
+            encoded: Images of the regions with their features.
+            **generation: Generation options, see `resolve_generation_options`.
+
+        Returns:
+            N texts with their scores, in order.
+        """
 
     def caption_batch(
         self,
@@ -147,10 +168,20 @@ class RegionCaptioner(MaskEngine):
 def build_segmentation_model(
     encoder: str | Mapping[str, Any], device: str | torch.device
 ) -> tuple[SegmentationModel, bool]:
-    """An encoder and the segmenter that it brings, or those of a checkpoint, and whether there are masks then. Random
-    weights are the same each time.
+    """Build an encoder with its default segmenter, or load both from a checkpoint.
 
-    Raises RegistryError or InputError.
+    Random weights have a fixed seed.
+
+    Args:
+        encoder: Name of an encoder or of a checkpoint, or a table of its name and options.
+        device: Device of both.
+
+    Returns:
+        The model, and whether its segmenter predicts masks.
+
+    Raises:
+        RegistryError: The encoder is unknown, or an option is invalid.
+        InputError: The checkpoint cannot be read.
     """
     part = Part.from_dict(encoder, "encoder")
     if part.name not in sca_registry.encoders:
@@ -164,7 +195,7 @@ def build_segmentation_model(
             model = load(part.name, device, **part.options)
             segmenter = resolve_parts(model.spec, model.encoder)["segmenter"].name
             return SegmentationModel(model.encoder, model.segmenter), _has_masks(segmenter)
-        sca_registry.encoders.get_card(part.name)  # says what there is
+        sca_registry.encoders.get_card(part.name)  # raises with the available names
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         built_encoder = sca_registry.encoders.build(part.name, **part.options)
@@ -177,9 +208,10 @@ def _has_masks(segmenter: str) -> bool:
 
 
 def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:
-    """Return `num_beams` and `max_new_tokens`, by default those of models.
+    """Return `num_beams` and `max_new_tokens`, by default those of `DEFAULT_GENERATION`.
 
-    Raises RegistryError for any other option, and for a value that is not an integer of 1 or more.
+    Raises:
+        RegistryError: Another option is set, or a value is not an integer of at least 1.
     """
     for name, value in options.items():
         if name not in DEFAULT_GENERATION:
@@ -192,7 +224,15 @@ def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:
 
 
 def box_to_pixels(box: Box, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """A box as whole pixels of an image of (width, height): all that it touches, and 2 or more along each side."""
+    """Round a box outward to integer pixels, clipped to the image, with at least 2 pixels per side.
+
+    Args:
+        box: x1 y1 x2 y2 in image pixels.
+        image_size: Width and height.
+
+    Returns:
+        x1 y1 x2 y2; x2 and y2 are exclusive.
+    """
     spans = []
     for start, end, side in zip(box[:2], box[2:], image_size, strict=True):
         first = min(max(math.floor(start), 0), max(side - 2, 0))
@@ -202,7 +242,13 @@ def box_to_pixels(box: Box, image_size: tuple[int, int]) -> tuple[int, int, int,
 
 
 def crop_image(view: RegionView, box: Box, white_background: bool = False) -> Image.Image:
-    """A region's crop: the original pixels in its box, the background with it, or white where its mask is not."""
+    """Crop a region from its image at the original resolution.
+
+    Args:
+        view: Region.
+        box: x1 y1 x2 y2 in image pixels, rounded by `box_to_pixels`.
+        white_background: Paint pixels outside the mask of the region white. No effect without a mask.
+    """
     window = box_to_pixels(box, view.image.size)
     cropped = view.image.crop(window)
     if not white_background or view.mask is None:

@@ -1,4 +1,4 @@
-"""Processors for image-to-text models without weights, and so without files: to try them out, and in tests."""
+"""Processors for image-to-text models with random weights, which need no files; for tests and trials."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 from sca.language_models.tiny_gpt2 import END_TOKEN
 
-FLORENCE2_IMAGE_SIZE = 768  # of Florence-2's pictures: its configuration does not say
+FLORENCE2_IMAGE_SIZE = 768  # Florence-2's configuration contains no image size
 IMAGE_TOKEN = "<image>"
 
 
 def build_untrained_processor(config: PreTrainedConfig) -> Any:
-    """Pictures at the size that the model reads, texts by this package's small tokenizer.
+    """Build a processor with the image size of a model and this package's small tokenizer.
 
-    BLIP, BLIP-2, GIT, Florence-2 and Kosmos-2 are known; ValueError for another architecture.
+    Args:
+        config: Configuration of a BLIP, BLIP-2, GIT, Florence-2 or Kosmos-2.
+
+    Raises:
+        ValueError: The architecture is not supported.
     """
     if config.model_type not in ("blip", "blip-2", "git", "florence2", "kosmos-2"):
         raise ValueError(

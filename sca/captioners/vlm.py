@@ -1,4 +1,4 @@
-"""Vision-language models asked about one region of an image."""
+"""Vision-language models prompted for one region of an image."""
 
 from __future__ import annotations
 
@@ -24,33 +24,47 @@ from sca.captioners.region_captioner import (
 from sca.inference.engine import EncodedImages
 
 BOX_COLOR = (255, 0, 0)
-LINE_WIDTH_DIVISOR = 150  # a drawn box is as thick as the image's longer side divided by this
+LINE_WIDTH_DIVISOR = 150  # line width of a drawn box: the image's longer side divided by this
 REGION_FORMATS = ("crop", "box", "region-tokens")
-QUESTIONS = {  # by how the region is shown: of recognition, and of a caption
+QUESTIONS = {  # by region format: for recognition, and for a caption
     "crop": ("What is in this picture? Answer with its name alone.", "Describe this picture in one short phrase."),
     "box": (
         "What is inside the red box? Answer with its name alone.",
         "Describe what is inside the red box in one short phrase.",
     ),
 }
-MODEL_QUESTIONS = {  # of architectures that read no free questions
+MODEL_QUESTIONS = {  # for architectures that do not take free-form questions
     ("florence2", "crop"): ("<CAPTION>", "<CAPTION>"),
     ("kosmos-2", "crop"): ("An image of", "An image of"),
 }
-TAG_PATTERN = re.compile(r"</?[a-z_]+\d*/?>")  # of places and phrases, among the words of an answer
+TAG_PATTERN = re.compile(r"</?[a-z_]+\d*/?>")  # location and phrase tags in a generated text
 
 
 class VisionLanguageModel(RegionCaptioner):
-    """Any model of transformers' AutoModelForImageTextToText that answers questions, asked about a region.
+    """Captioner that prompts a model of transformers' AutoModelForImageTextToText with a question about a region.
 
-    show: how the model learns which region is meant. "crop" is the region's box alone, "box" the whole image with a red
-    box drawn into it, and "region-tokens" the model's own words for places, which Florence-2 (its task
-    REGION_TO_DESCRIPTION, or REGION_TO_CATEGORY for recognition; arXiv 2311.06242) and Kosmos-2 (a phrase with its
-    place; arXiv 2306.14824) have. question: in place of ours, for both tasks; it goes through the chat template where
-    there is one. The box is that of the prompt, or else the tight box of its mask.
+    The box of a region is the box prompt, else the tight box of its mask.
 
-    weights, revision, pretrained, config, dtype, batch_size: see `ImageTextModel`. encoder: predicts the masks of
-    points, see `RegionCaptioner`. Raises ValueError for a `show` that the model does not support.
+    Args:
+        encoder: Encoder whose segmenter predicts the masks of point prompts, see `RegionCaptioner`.
+        weights: Hub id or folder, see `ImageTextModel`.
+        revision: Revision of a hub id.
+        pretrained: Load `weights`; False for random weights.
+        show: How the region is passed to the model. "crop" is the crop of the box. "box" is the full image with the
+            box drawn in red. "region-tokens" is the full image with the location tokens of the model: Florence-2's
+            tasks REGION_TO_DESCRIPTION and, for recognition, REGION_TO_CATEGORY (arXiv 2311.06242), or Kosmos-2's
+            grounded phrase (arXiv 2306.14824).
+        question: Question for both tasks instead of the built-in ones. The chat template of the model is applied if it
+            has one. Not available for "region-tokens".
+        batch_size: Images per forward pass.
+        config: Fields of the configuration, see `ImageTextModel`.
+        device: Device of both models.
+        dtype: Data type of the weights, see `ImageTextModel`.
+
+    Raises:
+        RegistryError: `show` is unknown.
+        ValueError: The model takes no questions, or does not support `show`.
+        InputError: The weights cannot be read.
     """
 
     def __init__(
@@ -110,7 +124,7 @@ class VisionLanguageModel(RegionCaptioner):
 
 
 def draw_box(image: Image.Image, box: Box) -> Image.Image:
-    """A copy of the image with the outline of a box in red, which begins at the box's edge and goes outwards."""
+    """Return a copy of an image with a red outline around a box x1 y1 x2 y2, drawn outside of its edges."""
     x1, y1, x2, y2 = box_to_pixels(box, image.size)
     line_width = max(2, round(max(image.size) / LINE_WIDTH_DIVISOR))
     annotated = image.copy()
@@ -120,7 +134,7 @@ def draw_box(image: Image.Image, box: Box) -> Image.Image:
 
 
 def _format_florence2_tokens(box: Box, image_size: tuple[int, int], task_index: int) -> str:
-    """Corners in thousandths of the image's sides."""
+    """Return Florence-2's task with the corners of a box in thousandths of the image sides."""
     width, height = image_size
     fractions = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
     location_tokens = "".join(f"<loc_{min(max(int(fraction * 1000), 0), 999)}>" for fraction in fractions)
@@ -128,7 +142,7 @@ def _format_florence2_tokens(box: Box, image_size: tuple[int, int], task_index: 
 
 
 def _format_kosmos2_tokens(box: Box, image_size: tuple[int, int], task_index: int) -> str:
-    """The cells of a grid of 32 x 32 that the corners lie in."""
+    """Return Kosmos-2's grounded phrase with the cells of a 32 x 32 grid that contain the corners of a box."""
     x1, y1, x2, y2 = box_to_pixels(box, image_size)
     width, height = image_size
     first, last = coordinate_to_patch_index((x1 / width, y1 / height, x2 / width, y2 / height), 32)

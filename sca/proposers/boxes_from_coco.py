@@ -1,4 +1,4 @@
-"""Boxes that somebody else has found: a detector's results or annotations, in COCO's format."""
+"""Proposals from a file: detection results or annotations in COCO format."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from sca.io.prompt_files import read_region_prompts
 
 
 class BoxesFromCoco:
-    """The boxes and masks that a COCO file (or JSON lines, see `sca.io.prompts`) has for an image, found by its path.
+    """Proposer of the boxes and masks that a file contains for an image.
 
-    Regions that do not fit their image are left out with a warning, and so are parts that cannot be prompts; boxes that
-    are clipped to their image are counted in one. Raises InputError for a file that cannot be read,
-    an image that it does not have or of which no region fits, and a file name that has stood for another image.
+    Images are matched by path. Regions that do not fit their image, and entries that cannot be prompts, are skipped
+    with a warning. Boxes clipped to the image are counted in one warning per image.
+
+    Args:
+        annotations: Path of a COCO file, or of another format that `sca.io.prompt_files` reads, such as JSON Lines.
+
+    Raises:
+        InputError: The file cannot be read. Calls raise it for an image that the file does not contain or of which no
+            region fits, and for a file name that already matched another image.
     """
 
     def __init__(self, annotations: str):
@@ -27,7 +33,7 @@ class BoxesFromCoco:
             warnings.warn(problem, stacklevel=2)
         if summary := self.prompt_file.skip_counter.summarize():
             warnings.warn(f"{self.prompt_file.path}: {summary}", stacklevel=2)
-        self.path_by_key: dict[str, Path] = {}  # whose each key has been
+        self.path_by_key: dict[str, Path] = {}  # image that each file name matched
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
         path = Path(str(image_id))

@@ -1,4 +1,4 @@
-"""Points on a regular grid, as SAM's automatic mask generator asks (arXiv 2304.02643)."""
+"""Point prompts on a regular grid, as in SAM's automatic mask generator (arXiv 2304.02643)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from sca_registry.contracts import Prompt, Proposals
 
 
 class PointGrid:
-    """points_per_side x points_per_side prompts, one point each, in the middle of equal cells of the image."""
+    """Proposer of point prompts at the centers of a regular grid over the image.
+
+    Args:
+        points_per_side: Points along each side; the proposals are points_per_side ** 2 prompts with one point each.
+
+    Raises:
+        ValueError: `points_per_side` is less than 1.
+    """
 
     def __init__(self, points_per_side: int = 32):
         if points_per_side < 1:

@@ -1,11 +1,11 @@
-"""Recipes: what is trained, on what, how long and by which losses, in one TOML file.
+"""Training recipes: model, data, options and loss weights in one TOML file.
 
-[model]          a `ModelSpec`; or `model = "NAME"`, a checkpoint or a model of the zoo to start from
-[data.NAME]      a `DataSource`: name of a dataset, split, weight, augment, phrases, and the dataset's own options
-[train]          `TrainOptions`
-[validate]       `ValidationOptions`; without the table the model is not validated
-[loss]           a weight for each loss; `attributes` and `features` name what a region is like, from its queries and
-                 from the encoder's features under its mask, by auxiliary heads that only training has
+[model]          A `ModelSpec`; or `model = "NAME"`, a checkpoint or a zoo name to start from.
+[data.NAME]      A `DataSource`: name of a dataset, split, weight, augment, phrases, names, and the dataset's options.
+[train]          `TrainOptions`.
+[validate]       `ValidationOptions`; without this table, the model is not validated.
+[loss]           Weights of the losses. `attributes` and `features` train auxiliary heads that predict the attributes of
+                 regions from their queries, and from the image features under their ground-truth masks.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ POSITIVE_COUNT_OPTIONS = (  # integers of at least 1
 )
 COUNT_OPTIONS = ("max_regions_per_step", "chunk_size", "warmup_steps", "num_workers")  # integers of at least 0
 NON_NEGATIVE_OPTIONS = ("learning_rate", "adam_beta2", "weight_decay", "max_grad_norm", "box_jitter")
-MAX_SEED = 2**32 - 1  # NumPy's largest
+MAX_SEED = 2**32 - 1  # NumPy's maximum
 FRACTION_OPTIONS = (  # numbers from 0 to 1
     "class_name_prob",
     "class_name_warmup",
@@ -64,7 +64,7 @@ FRACTION_OPTIONS = (  # numbers from 0 to 1
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What is sampled for each region.
+    """Sampling options for regions and their texts.
 
     Args:
         prompts: Sampling weights of the prompt kinds "box", "point", "mask" and "box-and-point", drawn once per step.
@@ -95,7 +95,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class TrainOptions(SamplingOptions):
-    """The options of [train].
+    """Options of [train].
 
     Args:
         steps: Optimizer steps.
@@ -104,17 +104,21 @@ class TrainOptions(SamplingOptions):
             regions keep all of them and the others share the rest. 0 for no limit.
         learning_rate: Peak learning rate, after `warmup_steps` and before a cosine decay to zero.
         lr_multipliers: Factors of the learning rate by trainable group (`spec.trainable`, and "heads"); 1 by default.
+        adam_beta2: Decay rate of AdamW's second moment.
+        weight_decay: Weight decay of AdamW; norms and biases have none.
         warmup_steps: Steps of linear warmup, at most `steps` - 1.
         max_grad_norm: Maximum gradient norm.
         gradient_accumulation_steps: Batches per step that are computed one after another.
         chunk_size: Regions per forward pass, with activations recomputed for the gradients to save memory; 0 for all.
         cache_features: Folder for the features of a frozen encoder, see `FeatureCache`; "" for none.
+        precision: "float32", or autocast to "bfloat16" or "float16".
         report_to: "tensorboard", "wandb", "trackio" or another integration of transformers, comma-separated; "none";
             or "auto" for TensorBoard if it is installed.
         sharded: Shard trainable parameters over the processes, see `sca.training.sharding`.
         num_processes: Processes started on this machine, unless a launcher started them; on GPUs, one per GPU instead.
         num_workers: Processes that load data.
         save_steps: Steps between checkpoints to resume from.
+        seed: Random seed.
     """
 
     steps: int = 1000
@@ -162,7 +166,15 @@ class DataSource:
 
     @classmethod
     def from_dict(cls, table: Any, location: str) -> DataSource:
-        """From a table [data.NAME]. Raises RegistryError, opening with `location`, for a value that is wrong."""
+        """Create a data source from a table [data.NAME].
+
+        Args:
+            table: Dataset name or table.
+            location: Subject of error messages, such as "data.scenes".
+
+        Raises:
+            RegistryError: A value is invalid.
+        """
         part = Part.from_dict(table, f"dataset of {location}")
         options = dict(part.options)
         option_names = ("split", "weight", "augment", "phrases", "names")
@@ -192,10 +204,18 @@ class DataSource:
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """How good the model is while it trains, every so many steps and after the last: on `limit` images of a dataset,
-    which is that of the first data unless another is named. metrics: all that the data allows, unless they are named.
-    best: the model with the highest of these scores is kept in the folder `best`; of several names the first that there
-    is. Never on a split "test": what is chosen by it says nothing about it.
+    """Options of [validate].
+
+    Args:
+        every: Steps between validations; the last step is always validated.
+        dataset: Table of the dataset; by default that of the first data source.
+        split: Split of the dataset. Test splits are rejected, because a model selected on a split has no unbiased score
+            on it.
+        limit: Maximum number of images.
+        prompt: Prompt kind.
+        metrics: Names of metrics; by default all that the data supports.
+        best: Names of scores. The model with the highest score is saved in the folder `best`; the first score that is a
+            number counts.
     """
 
     every: int = 500
@@ -208,7 +228,15 @@ class ValidationOptions:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any], data: DataSource) -> ValidationOptions:
-        """Raises RegistryError for a key or a value that is wrong."""
+        """Create options from a table [validate].
+
+        Args:
+            table: Values by field.
+            data: Source of the default dataset.
+
+        Raises:
+            RegistryError: A key or a value is invalid.
+        """
         defaults = {each.name: getattr(cls(), each.name) for each in fields(cls)}
         check_keys("a recipe's [validate]", table, defaults)
         for key, value in table.items():
@@ -231,6 +259,19 @@ class ValidationOptions:
 
 @dataclass(frozen=True)
 class Recipe:
+    """Complete description of a training run.
+
+    Args:
+        name: Name, which is also the default name of the run folder.
+        model: Spec of a new model, or a checkpoint or zoo name to start from.
+        data: Data sources by name.
+        train: Options of [train].
+        loss: Loss weights by name.
+        validate: Options of [validate]; None for no validation.
+        summary: One-line description.
+        source: Paper or repository that the recipe follows.
+    """
+
     name: str
     model: ModelSpec | str
     data: Mapping[str, DataSource]
@@ -242,9 +283,14 @@ class Recipe:
 
     @classmethod
     def read(cls, name: str, assignments: Iterable[str] = ()) -> Recipe:
-        """A shipped recipe by name, or a TOML file, changed by `key=value`.
+        """Read a recipe.
 
-        Raises RegistryError for a name, a key or a value that is wrong.
+        Args:
+            name: Name of a bundled recipe, or path of a TOML file.
+            assignments: `key=value` changes, such as "train.steps=200".
+
+        Raises:
+            RegistryError: The name, a key or a value is invalid.
         """
         text = read_recipe_text(name)
         try:
@@ -255,6 +301,16 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, name: str, table: Mapping[str, Any], assignments: Iterable[str] = ()) -> Recipe:
+        """Create a recipe from its tables.
+
+        Args:
+            name: Name of the recipe.
+            table: Tables by section, as in TOML.
+            assignments: `key=value` changes, such as "train.steps=200".
+
+        Raises:
+            RegistryError: A key or a value is invalid.
+        """
         check_keys("a recipe", table, ("summary", "source", *SECTIONS))
         for key in ("summary", "source"):
             check_type(key, table.get(key, ""), str)
@@ -266,7 +322,7 @@ class Recipe:
             "data": table.get("data", {}),
             "train": defaults | table.get("train", {}),
             "loss": DEFAULT_LOSS_WEIGHTS | table.get("loss", {}),
-            "validate": {},  # read below: its dataset is that of the data
+            "validate": {},  # read below: its default dataset is that of the data
         }
         validate_assignments = [each for each in assignments if _get_section(each) == "validate"]
         merged = apply_overrides(merged, [each for each in assignments if each not in validate_assignments])
@@ -304,7 +360,7 @@ class Recipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What repeats the run: good for JSON and for TOML."""
+        """Return the tables that reproduce the run, for JSON and TOML."""
         train = {each.name: getattr(self.train, each.name) for each in fields(TrainOptions)}
         data = {name: source.to_dict() for name, source in self.data.items()}
         validation = {} if self.validate is None else {"validate": self.validate.to_dict()}
@@ -313,12 +369,11 @@ class Recipe:
 
 
 def _tuples_to_lists(table: Mapping[str, Any]) -> dict[str, Any]:
-    """As TOML and JSON have it."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in table.items()}
 
 
 def _replace_sections(table: Mapping[str, Any], assignments: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """The table with `model=NAME`, `data=PATH` and whole tables, `train={...}`, in place of what it had; the other
+    """Apply `model=NAME`, `data=PATH` and entire tables such as `train={...}`; return the table and the other
     assignments.
     """
     replaced, remaining = dict(table), []
@@ -340,13 +395,17 @@ def _get_section(assignment: str) -> str:
 
 
 def list_recipes() -> list[str]:
-    """The recipes that come with the package."""
+    """Return the names of the bundled recipes."""
     recipe_files = files("sca.training.recipes").iterdir()
     return sorted(file.name.removesuffix(".toml") for file in recipe_files if file.name.endswith(".toml"))
 
 
 def read_recipe_text(name: str) -> str:
-    """The TOML of a shipped recipe, or of a file. Raises RegistryError, with the closest name, if there is neither."""
+    """Read the TOML text of a bundled recipe or of a file.
+
+    Raises:
+        RegistryError: Neither exists; the message suggests the closest name.
+    """
     if name in list_recipes():
         return (files("sca.training.recipes") / f"{name}.toml").read_text("utf-8")
     if name.endswith(".toml") and Path(name).is_file():
@@ -355,7 +414,7 @@ def read_recipe_text(name: str) -> str:
 
 
 def _check_tables(name: str, table: Mapping[str, Any]) -> None:
-    """Raises RegistryError for a section that is no table; the model may be a name."""
+    """Raise RegistryError for a section that is not a table; the model may be a name."""
     for key in SECTIONS:
         if key == "model" and isinstance(table.get(key), str):
             continue
@@ -364,7 +423,7 @@ def _check_tables(name: str, table: Mapping[str, Any]) -> None:
 
 
 def _read_model(table: Mapping[str, Any]) -> ModelSpec:
-    """The spec of a new model. Raises RegistryError, also for LoRA that would not train."""
+    """Return the spec of a new model; RegistryError for invalid values, and for LoRA that is not trainable."""
     spec = ModelSpec.from_dict(table)
     if spec.lora and "lora" not in spec.trainable:
         names = ", ".join(f'"{name}"' for name in (*spec.trainable, "lora") if name != "language_model")
@@ -376,7 +435,7 @@ def _read_model(table: Mapping[str, Any]) -> ModelSpec:
 
 
 def _check_train_options(train: Mapping[str, Any]) -> None:
-    """Raises RegistryError for a value of [train], of the right type, that is out of range."""
+    """Raise RegistryError for a value of [train] that is out of range; types are already checked."""
     for key in POSITIVE_COUNT_OPTIONS:
         check_range(f"train.{key}", train[key], int, 1)
     for key in COUNT_OPTIONS:
@@ -403,8 +462,16 @@ def _check_prompts(prompts: Mapping[str, Any]) -> None:
 
 
 def parse_augmentation(table: Any, location: str) -> Augmentation:
-    """From a table of options. Raises RegistryError, opening with `location`, for one that is wrong."""
-    from sca.training.augmentation import Augmentation  # listing the recipes imports no numpy
+    """Create an augmentation from a table of options.
+
+    Args:
+        table: Values by field of `Augmentation`.
+        location: Subject of error messages, such as "data.scenes.augment".
+
+    Raises:
+        RegistryError: A key or a value is invalid.
+    """
+    from sca.training.augmentation import Augmentation  # deferred: listing recipes must not import NumPy
 
     defaults = {each.name: getattr(Augmentation(), each.name) for each in fields(Augmentation)}
     check_keys(location, table, defaults)

@@ -37,7 +37,7 @@ from sca.training.trainer import CaptionTrainer
 from sca.training.validation import ValidationCallback
 
 MODEL_FILES = ("spec.json", "weights.safetensors", "origin.json", "tokenizer/*")
-RESUME_FILES = ("best.json", "checkpoint-#/*", "validation/step-#/*")  # of a run that is not finished
+RESUME_FILES = ("best.json", "checkpoint-#/*", "validation/step-#/*")  # files of an unfinished run
 OUTPUT_FILES = (*RESUME_FILES, *(f"{folder}/{name}" for folder in ("model", "best") for name in MODEL_FILES))
 NO_TOKENIZER_MESSAGE = "the language model has no tokenizer to learn words with: language_model.tokenizer=FOLDER"
 RESULT_NEUTRAL_OPTIONS = tuple(  # options that do not change the result of a step
@@ -70,30 +70,30 @@ def train(
 ) -> SegmentCaptioner:
     """Train a recipe and write `folder/model`, and `folder/best` if it is validated.
 
-    Works alone or as one of several processes that a launcher started (torchrun, accelerate launch): each takes its
-    share of a step's images, and the first writes. However many there are, every step learns the same.
+    Runs as a single process, or as one of several that a launcher started (torchrun, accelerate launch). Each process
+    takes its share of a step's images, and the first one writes. The gradients of a step do not depend on the number of
+    processes.
 
     Args:
-        recipe: A recipe, the name of a shipped one, or a TOML file.
-        folder: The run folder (default: runs/NAME); what an interrupted run of the same recipe and data left there is
-            continued.
-        resume: False starts the same recipe over.
+        recipe: Recipe, name of a bundled recipe, or path of a TOML file.
+        folder: Run folder; "runs/NAME" by default. An interrupted run of the same recipe and data in it is resumed.
+        resume: Resume an interrupted run; False to start it over.
         quiet: Show no progress bar and no training log.
         changes: Changes to the recipe, such as "train.steps=200".
-        overwrite: Delete what a run of another recipe or other data wrote into the folder.
-        set_aside: Rename the folder of such a run instead (default: if no folder is given).
-        report: Called with each line that a person should read: what the data contains and what was left out of it,
-            what cannot choose the best model, and whether another run was set aside.
-        trust_remote_code: What the checkpoint that training begins with may do, see `sca.load`.
-        allow_external: As `trust_remote_code`.
+        overwrite: Delete the outputs of a run of another recipe or other data from the folder.
+        set_aside: Rename the folder of such a run instead. By default only if neither `folder` nor `overwrite` is set.
+        report: Called with each message for the user: the contents of the datasets and what was skipped, scores that
+            cannot select the best model, and the new folder of another run.
+        trust_remote_code: Allow the checkpoint that training starts from to run code, see `sca.load`.
+        allow_external: Allow that checkpoint to refer to files outside its folder, to other repositories and to URLs.
 
     Returns:
-        The trained model.
+        The trained model in eval mode.
 
     Raises:
         ValueError: The recipe, or something that it names, cannot be read.
         OutputError: The folder contains another run, files that `sca train` did not write, or an input.
-        LockedError: Another process trains there.
+        LockedError: Another process is training in the folder.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.read(str(recipe), changes)
@@ -125,11 +125,11 @@ def _train_process(
     trust_options: Mapping[str, bool],
     report: Callable[[str], None],
 ) -> SegmentCaptioner:
-    """Train as one process; the first has a run folder."""
+    """Train as one process; only the first has a run folder."""
     for name in ("model", "best"):
         check_writable(folder / name)
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 convolutions: harmless
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # accelerate knows no other name for it
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # harmless: 1x1 convolutions
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # accelerate has no replacement yet
     torch.manual_seed(recipe.train.seed)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     images_per_process = compute_images_per_process(recipe.train, num_processes)
@@ -151,7 +151,7 @@ def _train_process(
         lr_multipliers=recipe.train.lr_multipliers,
         sharded=sharded,
     )
-    trainer.remove_callback(PrinterCallback)  # prints dictionaries
+    trainer.remove_callback(PrinterCallback)  # `TrainingLog` prints instead
     if not quiet:
         trainer.add_callback(TrainingLog(DEFAULT_LOSS_WEIGHTS, recipe.validate.best if recipe.validate else ()))
     if recipe.validate is not None and len(validation_dataset):
@@ -176,7 +176,7 @@ def _train_process(
     last_checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     left_out_before = {name: count_skipped(dataset) for name, dataset in datasets_by_name.items()}
     trainer.train(resume_from_checkpoint=last_checkpoint)
-    if run_folder is not None:  # images that were found to be damaged when they were opened
+    if run_folder is not None:  # images found to be damaged during training
         report_datasets(
             {name: each for name, each in datasets_by_name.items() if count_skipped(each) != left_out_before[name]},
             report,
@@ -188,7 +188,7 @@ def _train_process(
 
 
 def _collect_run_settings(recipe: Recipe, model: SegmentCaptioner, mixture: ExampleMixture) -> dict[str, Any]:
-    """What a run is of: the recipe, the content of its data, and the weights that it starts from."""
+    """Collect what identifies a run: the recipe, the hashes of its data, and of the weights it starts from."""
     table = recipe.to_dict()
     options = {f"train.{name}": value for name, value in table.pop("train").items()}
     dataset_hashes = [getattr(each.dataset, "hash", None) for each in mixture.streams]
@@ -197,13 +197,17 @@ def _collect_run_settings(recipe: Recipe, model: SegmentCaptioner, mixture: Exam
 
 
 def _should_shard(recipe: Recipe) -> bool:
-    """Whether the recipe or `accelerate launch --use_fsdp` asks for it; the latter's other settings do not count."""
+    """Return whether the recipe or `accelerate launch --use_fsdp` requests sharding; its other settings are ignored."""
     is_requested = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return is_requested or recipe.train.sharded
 
 
 def compute_images_per_process(options: TrainOptions, num_processes: int) -> int:
-    """How many images each process sees at a time. Raises RegistryError if a step's images cannot be shared out."""
+    """Return the number of images per process and accumulated batch.
+
+    Raises:
+        RegistryError: `batch_size` is not a multiple of processes x accumulated batches.
+    """
     num_parts = num_processes * options.gradient_accumulation_steps
     if options.batch_size % num_parts:
         raise RegistryError(
@@ -214,7 +218,11 @@ def compute_images_per_process(options: TrainOptions, num_processes: int) -> int
 
 
 def compute_regions_per_process(options: TrainOptions, num_processes: int) -> int:
-    """How many regions each process sees at a time, 0 for any number. RegistryError if there is not one for each."""
+    """Return the maximum number of regions per process and accumulated batch; 0 for no limit.
+
+    Raises:
+        RegistryError: `max_regions_per_step` is less than processes x accumulated batches.
+    """
     num_parts = num_processes * options.gradient_accumulation_steps
     if 0 < options.max_regions_per_step < num_parts:
         raise RegistryError(
@@ -227,14 +235,19 @@ def compute_regions_per_process(options: TrainOptions, num_processes: int) -> in
 def prepare_training(
     recipe: Recipe, trust_remote_code: bool = False, allow_external: bool = False
 ) -> tuple[SegmentCaptioner, ExampleMixture, AttributeValues, Dataset | None]:
-    """Open and build everything that a recipe names, before anything is trained.
+    """Open and build everything that a recipe names.
+
+    Args:
+        recipe: Recipe.
+        trust_remote_code: Allow the checkpoint that training starts from to run code, see `sca.load`.
+        allow_external: Allow that checkpoint to refer to files outside its folder, to other repositories and to URLs.
 
     Returns:
-        The model to train, the examples, the attributes that the auxiliary losses name, and the dataset of [validate]
-        if the recipe has one.
+        The model to train, the examples, the attributes that the auxiliary losses predict, and the dataset of
+        [validate]; None without that table.
 
     Raises:
-        ValueError: What parts, checkpoints and datasets raise for what the recipe asks of them.
+        ValueError: A component, checkpoint or dataset rejects its options.
     """
     validation_dataset, sources = _open_datasets(recipe)
     if isinstance(recipe.model, str):
@@ -254,10 +267,12 @@ def check_recipe(recipe: Recipe, trust_remote_code: bool = False, allow_external
     """Check everything in a recipe that needs no weights, before several processes load them.
 
     Args:
-        recipe: As for `prepare_training`, like the others.
+        recipe: Recipe.
+        trust_remote_code: As for `prepare_training`.
+        allow_external: As for `prepare_training`.
 
     Raises:
-        ValueError: What components, checkpoints and datasets raise for what the recipe asks of them.
+        ValueError: A component, checkpoint or dataset rejects its options.
     """
     _, sources = _open_datasets(recipe)
     if isinstance(recipe.model, str):
@@ -279,7 +294,7 @@ def check_recipe(recipe: Recipe, trust_remote_code: bool = False, allow_external
 
 
 def _open_datasets(recipe: Recipe) -> tuple[Dataset | None, dict[str, Dataset]]:
-    """Open the dataset of [validate], if the recipe has one, and those to train on."""
+    """Open the dataset of [validate], if the recipe has one, and the training datasets."""
     validation_dataset = open_validation_dataset(recipe.validate) if recipe.validate is not None else None
     sources = open_training_datasets(recipe)
     for name, dataset in sources.items():
@@ -288,7 +303,7 @@ def _open_datasets(recipe: Recipe) -> tuple[Dataset | None, dict[str, Dataset]]:
 
 
 def _check_readable(name: str, dataset: Dataset) -> None:
-    """Open one image, so that a dataset all of whose images are damaged is refused before the first step."""
+    """Read one sample, so that a dataset with only damaged images is rejected before the first step."""
     try:
         dataset[0]
     except ValueError as error:
@@ -298,7 +313,7 @@ def _check_readable(name: str, dataset: Dataset) -> None:
 def _collect_datasets_by_name(
     recipe: Recipe, mixture: ExampleMixture, validation_dataset: Dataset | None
 ) -> dict[str, Dataset]:
-    """The datasets of a run that have images, by what messages call them."""
+    """Collect the datasets of a run that have images, by their names in messages."""
     names = [f"data.{name} ({source.split})" for name, source in recipe.data.items()]
     datasets_by_name = dict(zip(names, (each.dataset for each in mixture.streams), strict=True))
     if validation_dataset is not None and len(validation_dataset):
@@ -307,13 +322,21 @@ def _collect_datasets_by_name(
 
 
 def check_shardable(recipe: Recipe) -> None:
-    """Raises RegistryError for what needs a whole model in every process."""
+    """Check that a recipe can train with sharded parameters.
+
+    Raises:
+        RegistryError: The recipe has a table [validate], which needs the full model in every process.
+    """
     if recipe.validate is not None:
         raise RegistryError("a sharded model is not validated while it trains: leave [validate] out")
 
 
 def check_cacheable(recipe: Recipe, model: SegmentCaptioner) -> None:
-    """Raise RegistryError if features change during training, by the encoder or by augmentation."""
+    """Check that the features of images stay the same during training.
+
+    Raises:
+        RegistryError: The encoder is trainable, or a data source has augmentation.
+    """
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
         raise RegistryError("train.cache_features keeps what a frozen encoder makes, and this one trains: leave it out")
     for name, source in recipe.data.items():
@@ -324,7 +347,14 @@ def check_cacheable(recipe: Recipe, model: SegmentCaptioner) -> None:
 
 
 def fill_feature_cache(model: SegmentCaptioner, mixture: ExampleMixture, trainer: Trainer, quiet: bool) -> None:
-    """Encodes the pictures that the stream will draw and whose features are not there, each process its share."""
+    """Encode all training images that are missing in the feature cache, split over the processes.
+
+    Args:
+        model: Model with the encoder.
+        mixture: Examples to train on; its streams share one cache.
+        trainer: Trainer, for the processes.
+        quiet: Show no progress bar.
+    """
     samples = mixture.list_samples()
     process_samples = samples[trainer.args.process_index :: trainer.args.world_size]
     bar = tqdm(
@@ -346,7 +376,7 @@ def _build_training_arguments(recipe: Recipe, folder: Path, images_per_process: 
         learning_rate=options.learning_rate,
         adam_beta2=options.adam_beta2,
         weight_decay=options.weight_decay,
-        warmup_steps=min(options.warmup_steps, options.steps - 1),  # else a short run never gets to its learning rate
+        warmup_steps=min(options.warmup_steps, options.steps - 1),  # short runs must reach the peak rate
         max_grad_norm=options.max_grad_norm,
         lr_scheduler_type="cosine",
         bf16=options.precision == "bfloat16",
@@ -354,7 +384,7 @@ def _build_training_arguments(recipe: Recipe, folder: Path, images_per_process: 
         dataloader_num_workers=options.num_workers,
         save_steps=options.save_steps,
         logging_steps=max(1, min(50, options.steps // 10)),
-        disable_tqdm=True,  # `TrainingLog` has the bar
+        disable_tqdm=True,  # `TrainingLog` shows the bar
         report_to=_resolve_reporters(options.report_to),
         ddp_broadcast_buffers=False,
         seed=options.seed,
@@ -367,7 +397,7 @@ def _build_training_arguments(recipe: Recipe, folder: Path, images_per_process: 
 def _build_mixture(
     recipe: Recipe, model: SegmentCaptioner, datasets: Sequence[Dataset]
 ) -> tuple[ExampleMixture, AttributeValues]:
-    """The examples of all data of a recipe, and the attributes that its auxiliary losses name."""
+    """Build the examples of a recipe, and the attributes that its auxiliary losses predict."""
     options = recipe.train
     sources = recipe.data.values()
     weights = [source.weight for source in sources]
@@ -394,7 +424,7 @@ def _build_mixture(
 
 
 def _resolve_reporters(names: str) -> list[str]:
-    """What transformers is to report to. Raises RegistryError for what is unknown or not installed."""
+    """Return the integrations of transformers to report to; RegistryError for unknown or missing ones."""
     from transformers.integrations import get_available_reporting_integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
