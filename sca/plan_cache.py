@@ -1,4 +1,7 @@
-"""Plans of combinations, and those that were made before, in the user's cache. Imports no torch."""
+"""Cost estimates of models, and their cache.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from sca.io.cache import get_cache_folder
 from sca.io.json import parse_json, read_regular_file
 
 GIB = 2**30
-GPU_MEMORY_GIB = {  # GiB that torch reports of them, from the makers' data sheets or a run
+GPU_MEMORY_GIB = {  # GiB that torch reports, from data sheets or measured
     "b200": 178.0,
     "h200": 139.8,
     "h100": 79.1,
@@ -39,49 +42,77 @@ GPU_MEMORY_GIB = {  # GiB that torch reports of them, from the makers' data shee
     "v100-16": 15.8,
     "t4": 14.6,
 }
-MAX_PLANNED_REGIONS = 2**14  # regions an image: as far as is looked
+MAX_PLANNED_REGIONS = 2**14  # upper limit of the search for the maximum regions per image
 FILE_OPTIONS = {"weights", "tokenizer", "config", "revision"}  # options that refer to files, which may change
-SOURCE_SUFFIXES = (".py", ".toml", ".so", ".pyd")  # suffixes of the files that a plan depends on
-MAX_CACHED_PLANS = 200  # plans in the cache, the latest of them
+SOURCE_SUFFIXES = (".py", ".toml", ".so", ".pyd")  # files that a plan depends on
+MAX_CACHED_PLANS = 200  # the latest are kept
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan_model` computes. flops: multiplications and additions, each one, for all images and regions; of a
-    training step, forward and backward together. memory: the most bytes at once in each stage, weights and all.
+    """Cost estimate of `plan_model`.
+
+    Attributes:
+        model: Names of the components.
+        images: Images.
+        regions: Regions per image.
+        words: Tokens per caption.
+        dtype: Dtype of the weights; in training, dtype of autocast.
+        train: Whether this is a training step.
+        parameters: Number of parameters per group.
+        trainable: Number of trainable parameters.
+        weights: Bytes of all weights in float32. The download may be half as large, or contain unused components.
+        checkpoint: Bytes of a checkpoint without the pretrained weights that it refers to.
+        flops: Floating-point operations per stage for all images and regions; a multiply-add counts as two.
+        memory: Peak bytes per stage, weights included.
+        gpu: GPU as requested.
+        room: Usable bytes of the GPU.
+        most_regions: Regions per image that fit, at most 2% below the maximum; 0 if not even one fits, None without a
+            GPU or if `MAX_PLANNED_REGIONS` fit.
     """
 
     model: str
     images: int
-    regions: int  # an image
+    regions: int
     words: int
     dtype: str
     train: bool
-    parameters: dict[str, int]  # by part
+    parameters: dict[str, int]
     trainable: int
-    weights: int  # bytes of all of them in float32; what is fetched may be half of it, or have towers that are not kept
-    checkpoint: int  # bytes of a checkpoint alone
+    weights: int
+    checkpoint: int
     flops: dict[str, int]
     memory: dict[str, int]
     gpu: str | None = None
-    room: int | None = None  # bytes of the GPU that are planned with
-    most_regions: int | None = None  # an image, that the GPU holds, at most 2 % below the largest such; 0: not one
+    room: int | None = None
+    most_regions: int | None = None
 
     @property
     def peak(self) -> int:
+        """Peak memory over all stages in bytes."""
         return max(self.memory.values())
 
     @property
     def fits(self) -> bool | None:
+        """Whether the peak memory fits on the GPU; None without a GPU."""
         return None if self.room is None else self.peak <= self.room
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all fields with the total number of parameters, `peak` and `fits`."""
         total = sum(self.parameters.values())
         return {**asdict(self), "parameters_in_all": total, "peak": self.peak, "fits": self.fits}
 
 
 def resolve_gpu_memory(gpu: str | float) -> float:
-    """GiB of a GPU by name, or as given. Raises RegistryError for neither."""
+    """Return the memory of a GPU in GiB.
+
+    Args:
+        gpu: Name out of `GPU_MEMORY_GIB`, or GiB.
+
+    Raises:
+        RegistryError: The GPU is unknown.
+        ValueError: The memory is out of range.
+    """
     if isinstance(gpu, str):
         try:
             gpu = float(gpu)
@@ -95,14 +126,14 @@ def resolve_gpu_memory(gpu: str | float) -> float:
 
 
 def compute_plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None:
-    """Return what identifies a plan in the cache: the spec, the settings and the code that it depends on.
+    """Return the key of a plan in the cache: a hash of the spec, the settings and the code that it depends on.
 
     Args:
-        spec: The model.
+        spec: Model.
         settings: Arguments of `sca.plan.plan_model` except the spec, as plain JSON.
 
     Returns:
-        A hash; None if the cost depends on files that the spec names, or a component is unknown.
+        A hash; None if the cost depends on files that the spec names, or if a component is unknown.
     """
     parts = {"encoder": spec.encoder, "segmenter": spec.segmenter, "mixer": spec.mixer}
     parts = {kind: part for kind, part in {**parts, "language_model": spec.language_model}.items() if part}
@@ -111,7 +142,7 @@ def compute_plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None
     entries = [
         entry for kind, part in parts.items() for entry in get_registry(kind).list_entries() if entry.name == part.name
     ]
-    if len(entries) < len(parts):  # unknown names, which building explains
+    if len(entries) < len(parts):  # unknown names; building raises the error
         return None
     packages = {BUILTIN_DISTRIBUTION, "torch", "transformers", "peft", *(entry.distribution for entry in entries)}
     packages |= {name for name in ("open_clip_torch", "timm") if is_installed(name)}
@@ -127,17 +158,17 @@ def compute_plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None
 
 
 def hash_source_files(package: str) -> str:
-    """Return a value that changes when a source file of a package changes, as in an editable install.
+    """Return a hash of the paths, times and sizes of a package's source files, for editable installs.
 
     Args:
-        package: Top-level name; located and not imported.
+        package: Top-level name; it is located, not imported.
 
     Returns:
-        A hash, or "" for a package that cannot be located.
+        A hash; "" for a package that cannot be located.
     """
     try:
         spec = find_spec(package)
-    except Exception:  # finders of editable installs are other people's code
+    except Exception:  # finders of editable installs are third-party code
         return ""
     if spec is None:
         return ""
@@ -150,14 +181,14 @@ def hash_source_files(package: str) -> str:
     ]
     digest = hashlib.sha256()
     for file in sorted({*files, *([spec.origin] if spec.has_location and spec.origin else ())}):
-        with suppress(OSError):  # removed meanwhile, or a link to nothing
+        with suppress(OSError):  # deleted meanwhile, or a broken link
             state = os.stat(file)
             digest.update(f"{file}\0{state.st_mtime_ns}\0{state.st_size}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 
 def read_plan(key: str) -> Plan | None:
-    """Return a plan that was made before; None if there is none, or it cannot be read."""
+    """Return a cached plan; None if it is missing or unreadable."""
     with suppress(OSError, ValueError, TypeError):
         content = parse_json(read_regular_file(_get_plan_path(key)), str(_get_plan_path(key)))
         return Plan(**{field.name: content[field.name] for field in fields(Plan) if field.name in content})
@@ -165,7 +196,7 @@ def read_plan(key: str) -> Plan | None:
 
 
 def write_plan(key: str, plan: Plan) -> None:
-    """Keep a plan, and the latest `MAX_CACHED_PLANS` of all, if the cache can be written."""
+    """Cache a plan and delete all but the latest `MAX_CACHED_PLANS`; does nothing if the cache is not writable."""
     with suppress(OSError):
         folder = _get_plan_path(key).parent
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Operations and memory of code that runs on tensors without content, by stage."""
+"""FLOPs and peak memory per stage of code that runs on fake tensors."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-ALLOCATION_BLOCK_BYTES = 512  # bytes: what allocators round to
+ALLOCATION_BLOCK_BYTES = 512  # allocators round sizes up to multiples of this
 CONSTANT_TYPES = (bool, int, float, str, tuple, torch.dtype, torch.device, type(None))
 aten = torch.ops.aten
 INDEXING_OPERATORS = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
 def _has_own_storage(result: Tensor, inputs: list[Tensor]) -> bool:
-    """Whether a tensor is all of its storage, and shares it with no input."""
+    """Return whether a tensor fills its storage and shares it with no input."""
     storage = result.untyped_storage()
     return storage.nbytes() == result.nbytes and all(storage._cdata != each.untyped_storage()._cdata for each in inputs)
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Follows every tensor that is made while this mode is on: the bytes there are now, and the most there were."""
+    """Dispatch mode that tracks the memory of every tensor created while it is active.
+
+    Attributes:
+        current_bytes: Bytes of the tensors that are alive.
+        peak_bytes: Maximum of `current_bytes`.
+        tracked_storages: Storages that are alive.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +46,7 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
-            with unset_fake_temporarily():  # whose region is which has content, and so has all that follows from it
+            with unset_fake_temporarily():  # real tensors, such as the image index, and what is computed from them
                 return func(*args, **(kwargs or {}))
         if func in INDEXING_OPERATORS:
             args = (args[0], [indices for index in args[1] for indices in _mask_to_indices(index)], *args[2:])
@@ -65,9 +71,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _mask_to_indices(index: Tensor | None) -> list[Tensor | None]:
-    """Places chosen by truth values as places chosen by number, one for each dimension, so that it is known how many
-    there are.
-    """
+    """Convert a boolean index to integer indices, one per dimension, so that the shape of the result is known."""
     if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
         return [index]
     with unset_fake_temporarily():
@@ -75,7 +79,7 @@ def _mask_to_indices(index: Tensor | None) -> list[Tensor | None]:
 
 
 TensorMetadata = tuple[torch.Size, tuple[int, ...], torch.dtype]
-CacheUpdates = list[list[tuple[torch.Size, torch.dtype]]]  # keys and values
+CacheUpdates = list[list[tuple[torch.Size, torch.dtype]]]  # (keys, values) of each update
 
 
 def _get_metadata(tensor: Tensor) -> TensorMetadata:
@@ -89,11 +93,11 @@ def _create_empty_tensor(metadata: TensorMetadata) -> Tensor:
 
 @contextmanager
 def _record_cache_updates(caches: list[DynamicCache]) -> Iterator[CacheUpdates]:
-    """Record the shapes and types of the keys and values that are added to caches."""
+    """Record the shapes and dtypes of the keys and values that are added to caches."""
     updates: CacheUpdates = []
 
     def record_and_update(original: Callable[..., Any], keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        updates.append([(each.shape, each.dtype) for each in (keys, values)])  # which may be parts of a larger tensor
+        updates.append([(each.shape, each.dtype) for each in (keys, values)])  # no strides: they may be views
         return original(keys, values, *args, **kwargs)
 
     for cache in caches:
@@ -107,8 +111,14 @@ def _record_cache_updates(caches: list[DynamicCache]) -> Iterator[CacheUpdates]:
 
 @dataclass(frozen=True)
 class CallCost:
-    """The cost of a call that was run. extra_bytes: the most bytes at once, beyond those before. cache_updates: the
-    keys and values added to a cache.
+    """Measured cost of a call.
+
+    Attributes:
+        flops: Floating-point operations.
+        extra_bytes: Peak bytes during the call beyond those before it.
+        result_structure: Tree structure of the result.
+        result_metadata: Shape, stride and dtype of each tensor of the result.
+        cache_updates: Keys and values added to the KV cache.
     """
 
     flops: int
@@ -119,9 +129,17 @@ class CallCost:
 
 
 class StageMeter:
-    """Operations and the most memory by stage; a stage that comes again, or several times, adds to the former.
+    """FLOPs and peak memory per stage. The FLOPs of a repeated stage add up.
 
-    cached_costs: the cost of calls, by everything that it depends on; several meters may share it.
+    Use as a context manager: `with meter("encode"): ...`.
+
+    Args:
+        tracker: Active memory tracker.
+        cached_costs: Cost of calls by everything that it depends on; meters may share it.
+
+    Attributes:
+        flops: Floating-point operations by stage.
+        memory: Peak bytes by stage.
     """
 
     def __init__(self, tracker: MemoryTracker, cached_costs: dict[Any, CallCost]):
@@ -130,10 +148,11 @@ class StageMeter:
         self.flops: dict[str, int] = {}
         self.memory: dict[str, int] = {}
         self.flop_counter = FlopCounterMode(display=False)
-        self.repeated_flops = 0  # operations of calls that were counted without being run
+        self.repeated_flops = 0  # FLOPs of calls that were counted without running
 
     @contextmanager
     def __call__(self, stage: str, times: int = 1) -> Iterator[None]:
+        """Measure a stage, and count its FLOPs `times` times."""
         self.tracker.peak_bytes = self.tracker.current_bytes
         with self.count_flops() as flops:
             yield
@@ -143,15 +162,15 @@ class StageMeter:
     def count_once(
         self, function: Callable[..., Any], cost_key: Any, layer_index: int | None = None
     ) -> Callable[..., Any]:
-        """Wrap a function so that of all alike calls with the same shapes only the first runs.
+        """Wrap a function so that only the first of several calls with the same cost runs.
 
         Args:
-            function: Takes and returns tensors without content. Its cost must depend on shapes only.
-            cost_key: Equal for functions with the same cost.
-            layer_index: Which layer of a cache of keys and values the function adds to, if it takes one.
+            function: Function of fake tensors whose cost depends on their shapes only.
+            cost_key: Key that is equal for functions with the same cost.
+            layer_index: Layer of the KV cache that the function updates, if it takes a cache.
 
         Returns:
-            A function with the same cost at every call: operations, the most memory meanwhile, and its result.
+            A function that adds the same FLOPs and peak memory at every call, and returns tensors of the same shapes.
         """
 
         def run_or_repeat(*args: Any, **kwargs: Any) -> Any:
@@ -205,7 +224,7 @@ class StageMeter:
 
     @contextmanager
     def count_flops(self) -> Iterator[list[int]]:
-        """Operations that are no stage of their own."""
+        """Count FLOPs outside of a stage; the list contains them after the context."""
         flops: list[int] = []
         self.repeated_flops = 0
         with FlopCounterMode(display=False) as self.flop_counter:
