@@ -1,4 +1,4 @@
-"""Photographs changed at random together with their boxes, masks and words."""
+"""Random augmentation of images with their boxes, masks and phrases."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from sca_registry.contracts import Region, Sample
 from sca.io.masks import compute_mask_area, decode_rle, encode_rle, mask_to_box
 
 SIDE_PATTERN = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|handed|side)?\b)", re.IGNORECASE)
-PADDING_COLOR = (124, 116, 104)  # the mean of ImageNet, about zero for most encoders
+PADDING_COLOR = (124, 116, 104)  # ImageNet mean, close to zero after normalization
 OPPOSITE_SIDE = {"left": "right", "right": "left"}
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """flip: how often left and right are exchanged. sides: "swap" exchanges them in the words too, "drop" leaves out
-    the regions of a flipped picture whose words or attributes name one. crop: least share of each side that a random
-    crop keeps. scale: least and greatest factor of large-scale jitter (arXiv 2012.07177), after which the picture is a
-    square of its longer side: cut at random where it has grown, padded at the right and below where it has shrunk.
-    color: how far brightness, contrast and saturation stray from 1. keep: a region that lost more than `1 - keep` of
-    its area is dropped.
+    """Random augmentation of samples.
+
+    Args:
+        flip: Probability of a horizontal flip.
+        sides: "swap" exchanges "left" and "right" in the phrases and text attributes of a flipped image; "drop" removes
+            the regions of a flipped image that mention either.
+        crop: Minimum fraction of each side that a random crop keeps; 1 for no crop.
+        scale: Minimum and maximum factor of large-scale jitter (arXiv 2012.07177); empty for none. The result is a
+            square with the longer side of the image: randomly cropped if enlarged, padded at the right and bottom if
+            reduced.
+        color: Maximum deviation of the brightness, contrast and saturation factors from 1.
+        keep: Minimum fraction of a region's area that must remain; other regions are dropped.
     """
 
     flip: float = 0.5
@@ -64,7 +70,7 @@ class Augmentation:
         self, image: Image.Image, regions: list[Region], original_areas: dict[int, float], rng: np.random.Generator
     ) -> tuple[Image.Image, list[Region]]:
         side, factor = max(image.size), rng.uniform(*self.scale)
-        width, height = (min(length, max(1, round(side / factor))) for length in image.size)  # of what is seen
+        width, height = (min(length, max(1, round(side / factor))) for length in image.size)  # visible window
         left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
         window = (left, top, left + width, top + height)
         size = (min(side, max(1, round(width * factor))), min(side, max(1, round(height * factor))))
@@ -80,7 +86,7 @@ class Augmentation:
 
 
 def flip_horizontally(image: Image.Image, regions: list[Region]) -> tuple[Image.Image, list[Region]]:
-    """Mirrored left to right; "left" and "right" change places in the phrases and in attributes that are text."""
+    """Flip an image and its regions horizontally; swap "left" and "right" in phrases and text attributes."""
 
     def flip_region(region: Region) -> Region:
         x1, y1, x2, y2 = region.box
@@ -96,7 +102,7 @@ def flip_horizontally(image: Image.Image, regions: list[Region]) -> tuple[Image.
 
 
 def has_side_word(region: Region) -> bool:
-    """Whether its words, or attributes that are text, say left or right."""
+    """Return whether a phrase or a text attribute of a region mentions left or right."""
     texts = (*region.phrases, *(value for value in region.attributes.values() if isinstance(value, str)))
     return any(SIDE_PATTERN.search(text) for text in texts)
 
@@ -110,7 +116,7 @@ def _swap_sides(text: str) -> str:
 
 
 def _compute_area(region: Region) -> float:
-    """Of its mask, or else of its box, in pixels."""
+    """Return the area of a region's mask, else of its box, in pixels."""
     x1, y1, x2, y2 = region.box
     return (x2 - x1) * (y2 - y1) if region.mask is None else compute_mask_area(region.mask)
 
@@ -118,8 +124,17 @@ def _compute_area(region: Region) -> float:
 def crop_region(
     region: Region, window: tuple[int, int, int, int], original_area: float, min_area_fraction: float
 ) -> Region | None:
-    """The region as seen through a window x1 y1 x2 y2, or None if less than `min_area_fraction` of
-    its `original_area` is left."""
+    """Crop a region to a window.
+
+    Args:
+        region: Region in image pixels.
+        window: x1 y1 x2 y2 in image pixels.
+        original_area: Area of the region before augmentation, in pixels.
+        min_area_fraction: Minimum fraction of `original_area` that must remain.
+
+    Returns:
+        The region in pixels of the window; None if too little of it remains.
+    """
     left, top, right, bottom = window
     x1, y1, x2, y2 = region.box
     box = (max(x1, left) - left, max(y1, top) - top, min(x2, right) - left, min(y2, bottom) - top)
@@ -138,8 +153,16 @@ def crop_region(
 def resize_region(
     region: Region, size: tuple[int, int], new_size: tuple[int, int], frame_size: tuple[int, int]
 ) -> Region | None:
-    """The region of a picture of `size` (width, height) that is resized to `new_size` and placed in the corner of
-    `frame_size`; None if its mask is left without a pixel.
+    """Resize a region together with its image.
+
+    Args:
+        region: Region in pixels of an image of `size`.
+        size: Width and height of the image.
+        new_size: Width and height of the resized image.
+        frame_size: Width and height of the frame with the resized image in its top left corner.
+
+    Returns:
+        The region in pixels of the frame; None if its mask has no pixels left.
     """
     x1, y1, x2, y2 = region.box
     scale_x, scale_y = new_size[0] / size[0], new_size[1] / size[1]

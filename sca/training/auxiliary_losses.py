@@ -1,4 +1,4 @@
-"""Losses that exist only while training: they shape queries and features, and are thrown away with the recipe."""
+"""Auxiliary losses on queries and image features; their heads exist only during training and are not saved."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from torch.nn import functional as F
 
 from sca.nn.masks import pool_under_masks
 
-UNKNOWN_LABEL = -100  # the label of an attribute whose value is not known
+UNKNOWN_LABEL = -100  # label of an attribute without a known value, ignored by cross_entropy
 
 
 class AttributeValues(NamedTuple):
-    """The values that each attribute of a region can have: those that are to be seen in the region itself, and those
-    that are about it and another one.
+    """Possible values of the attributes of regions.
+
+    Attributes:
+        region_attributes: Values by attribute, for attributes that are visible in the region itself.
+        relation_attributes: Values by attribute, for attributes that relate a region to another one.
     """
 
     region_attributes: dict[str, tuple[str, ...]]
@@ -24,7 +27,7 @@ class AttributeValues(NamedTuple):
 
     @classmethod
     def from_datasets(cls, datasets: Iterable[Dataset]) -> AttributeValues:
-        """All that the datasets have, as their `attributes` and `between` list."""
+        """Merge the attributes of datasets; those in `between` of a dataset are relations."""
         attribute_groups: tuple[dict[str, tuple[str, ...]], ...] = {}, {}
         for dataset in datasets:
             for name, values in getattr(dataset, "attributes", {}).items():
@@ -34,10 +37,15 @@ class AttributeValues(NamedTuple):
 
 
 class AttributeHead(nn.Module):
-    """Names each attribute of a region from Q vectors of it, (N, Q, D).
+    """Linear classifiers of region attributes, with their loss.
 
-    The loss is the sum of one cross-entropy an attribute, each averaged over all N regions; a region whose value is
-    unknown adds nothing.
+    The loss is the sum of one cross-entropy per attribute, each averaged over all N regions. Regions with an unknown
+    value contribute zero.
+
+    Args:
+        hidden_size: Width D of the vectors.
+        num_vectors: Vectors Q per region.
+        attributes: Possible values by attribute.
     """
 
     def __init__(self, hidden_size: int, num_vectors: int, attributes: Mapping[str, Sequence[str]]):
@@ -47,7 +55,12 @@ class AttributeHead(nn.Module):
         )
 
     def forward(self, vectors: Tensor, labels: Mapping[str, Tensor]) -> Tensor:
-        """labels: (N,) for each attribute, the index of its value, or `UNKNOWN_LABEL`."""
+        """Return the loss.
+
+        Args:
+            vectors: (N, Q, D) vectors of N regions.
+            labels: (N,) index of each region's value, or `UNKNOWN_LABEL`, by attribute.
+        """
         flat = vectors.flatten(1)
         losses = [
             F.cross_entropy(head(flat).float(), labels[name], ignore_index=UNKNOWN_LABEL, reduction="sum")
@@ -57,7 +70,7 @@ class AttributeHead(nn.Module):
 
 
 def pool_ground_truth_features(regions: SegmenterOutput, targets: Targets) -> Tensor:
-    """The image's features averaged under the true mask of each region, (N, 1, D): what a grid cell has to tell."""
+    """Return the image features averaged under the ground-truth mask of each region, (N, 1, D)."""
     return pool_under_masks(
         regions.image_embeddings, regions.image_index, targets.masks.to(regions.image_embeddings.dtype)
     ).unsqueeze(1)

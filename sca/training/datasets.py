@@ -1,4 +1,4 @@
-"""The datasets that a recipe names, opened and checked before anything is trained."""
+"""Open and check the datasets of a recipe before training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def open_training_datasets(recipe: Recipe) -> dict[str, Dataset]:
     """Open the datasets of a recipe.
 
     Returns:
-        Each dataset by what messages call it, such as "data.scenes (train)", in the recipe's order.
+        Datasets by their names in messages, such as "data.scenes (train)", in the order of the recipe.
 
     Raises:
-        EmptyDatasetError: One has no image that can be used.
-        ValueError: Whatever else a dataset raises for what the recipe asks of it.
+        EmptyDatasetError: A dataset has no usable image.
+        ValueError: A dataset is unknown, cannot be read, or rejects its options.
     """
     datasets_by_name = {}
     for name, source in recipe.data.items():
@@ -31,11 +31,11 @@ def open_training_datasets(recipe: Recipe) -> dict[str, Dataset]:
 
 
 def open_validation_dataset(validation: ValidationOptions) -> Dataset:
-    """Open the dataset of [validate], which may be empty, and check what is asked and scored.
+    """Open the dataset of [validate], which may be empty, and check its prompts, metrics and scores.
 
     Raises:
-        ValueError: An unknown prompt, metric or score, a metric whose extra is not installed or which does not find
-            what it needs in the dataset, no score that can choose the best model, or what the dataset raises.
+        ValueError: The prompt, a metric or a score is unknown; the extra of a metric is not installed; the dataset
+            lacks what a metric needs; no score can select the best model; or the dataset rejects its options.
     """
     from sca.evaluation.predictions import PromptingOptions
     from sca.evaluation.requirements import check_best_scores, check_has_truth, check_metric_needs
@@ -55,7 +55,13 @@ def open_validation_dataset(validation: ValidationOptions) -> Dataset:
 def report_datasets(
     datasets_by_name: Mapping[str, Dataset], report: Callable[[str], None], only_skipped: bool = False
 ) -> None:
-    """Report one line for each dataset; with `only_skipped` only for those of which something was left out."""
+    """Report one line per dataset.
+
+    Args:
+        datasets_by_name: Datasets by their names in messages.
+        report: Called with each line.
+        only_skipped: Report only datasets with skipped entries.
+    """
     for name, dataset in datasets_by_name.items():
         if not only_skipped or count_skipped(dataset):
             report(f"{name}: {summarize_dataset(dataset)}")

@@ -1,4 +1,4 @@
-"""Lines about the progress of training, for a person who watches it."""
+"""Progress messages of training."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-VALIDATION_PREFIX = "validation_"  # prefix of the scores of a validation among what the trainer logs
+VALIDATION_PREFIX = "validation_"  # prefix of validation scores in the trainer's logs
 
 
 class TrainingLog(TrainerCallback):
     """Print one line on standard error per logging step and validation, and a progress bar on a terminal.
 
     Args:
-        loss_names: Names of the losses that `loss` is the sum of.
-        best_metrics: Names of scores; of a validation, the first that is a number is shown.
+        loss_names: Names of the losses that sum up to `loss`.
+        best_metrics: Names of scores; the first that is a number is shown after each validation.
     """
 
     def __init__(self, loss_names: Sequence[str], best_metrics: Sequence[str] = ()):
@@ -27,7 +27,7 @@ class TrainingLog(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.start_time, self.first_step = time.monotonic(), state.global_step
-        is_hidden = None if state.is_world_process_zero else True  # None: where standard error is no terminal
+        is_hidden = None if state.is_world_process_zero else True  # None: hidden unless standard error is a terminal
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=is_hidden, dynamic_ncols=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -57,7 +57,7 @@ def format_logs(
     loss_names: Sequence[str] = (),
     best_metrics: Sequence[str] = (),
 ) -> str:
-    """Return one line about what the trainer logs at a step, empty if it is nothing to watch.
+    """Format the trainer's logs of a step as one line; empty if they contain no loss and no score.
 
     Args:
         logs: As transformers' Trainer passes them to `on_log`.

@@ -1,4 +1,4 @@
-"""What is optimized: a model with the weights of its losses and the heads that exist only in training."""
+"""Module that the trainer optimizes: a model with its loss weights and auxiliary heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from sca.training.recipe import TrainOptions
 
 
 class TrainingModule(nn.Module):
-    """A model together with the weights of its losses and the heads that exist only while training."""
+    """Model with its loss weights and the auxiliary heads that exist only during training.
+
+    Args:
+        model: Model to train.
+        loss_weights: Weights by loss.
+        attributes: Attributes that the auxiliary heads predict.
+        chunk_size: Regions per forward pass, see `TrainOptions`; 0 for all.
+
+    Raises:
+        RegistryError: An auxiliary loss has a weight, and the data has no attributes for it.
+    """
 
     def __init__(
         self,
@@ -42,8 +52,12 @@ class TrainingModule(nn.Module):
         self.recent_losses: dict[str, list[float]] = {}
 
     def forward(self, batch: Batch, loss_scales: Mapping[str, float] | None = None) -> Tensor:
-        """The sum of all losses, each the mean of what it counts in this batch times its share (1: the batch is all
-        there is), so that a step cut into pieces learns what it would as a whole.
+        """Return the weighted sum of all losses.
+
+        Args:
+            batch: Batch with targets.
+            loss_scales: Factor of each loss: the batch's share of the step's terms, see `CaptionTrainer`. It makes the
+                gradients of accumulated batches equal those of one large batch. None for 1.
         """
         output = self.model(batch, self.loss_weights, self.chunk_size)
         losses = dict(output.losses)
@@ -62,14 +76,18 @@ class TrainingModule(nn.Module):
         return sum(self.loss_weights.get(name, 1.0) * value for name, value in losses.items())
 
     def group_trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """What trains, by the names that `spec.trainable` uses, and the heads."""
+        """Return the trainable parameters by the groups of `spec.trainable`, and those of the auxiliary heads as "heads"."""
         groups = {**self.model.group_parameters(), "heads": list(self.heads.parameters())}
         trainable = {name: [p for p in parameters if p.requires_grad] for name, parameters in groups.items()}
         return {name: parameters for name, parameters in trainable.items() if parameters}
 
 
 def check_lr_multipliers(options: TrainOptions, module: TrainingModule) -> None:
-    """Raise RegistryError for a multiplier of a group that does not train."""
+    """Check that every learning rate multiplier is for a group with trainable parameters.
+
+    Raises:
+        RegistryError: A group has none.
+    """
     for name in options.lr_multipliers:
         if name not in (groups := module.group_trainable_parameters()):
             raise make_unknown_name_error(f"train.lr_multipliers.{name} is for nothing that trains", name, groups)

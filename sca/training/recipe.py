@@ -373,9 +373,7 @@ def _tuples_to_lists(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _replace_sections(table: Mapping[str, Any], assignments: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """Apply `model=NAME`, `data=PATH` and entire tables such as `train={...}`; return the table and the other
-    assignments.
-    """
+    """Apply assignments of `model`, `data` and entire tables; return the table and the remaining assignments."""
     replaced, remaining = dict(table), []
     for assignment in assignments:
         path, value = parse_assignment(assignment, lambda path: True)  # `apply_overrides` reads the others

@@ -1,7 +1,8 @@
-"""Training over processes that each keep a part of what trains, of its gradients and of its optimizer's state.
+"""Sharding of trainable parameters, gradients and optimizer states over processes.
 
-This is torch's fully_shard (FSDP2; arXiv 2304.11277). Frozen parameters stay whole in every process and nothing of them
-travels. All that trains is gathered at once for a step: it is small, being what SCA adds to frozen models.
+Uses `fully_shard` of torch (FSDP2; arXiv 2304.11277). Frozen parameters are replicated in every process and never
+communicated. All trainable parameters form one group that is gathered at once, because SCA adds few parameters to its
+frozen models.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 
 class ShardedModule(nn.Module):
-    """A module whose trainable parameters are sharded; it does its own reduction of gradients."""
+    """Wrapper of a module with sharded parameters, which reduces its gradients itself."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -27,7 +28,7 @@ class ShardedModule(nn.Module):
 
 
 def shard_parameters(module: nn.Module) -> None:
-    """Shards what trains in a module, in place. The process group must be there."""
+    """Shard the trainable parameters of a module in place; requires an initialized process group."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -39,12 +40,12 @@ def shard_parameters(module: nn.Module) -> None:
 
 
 def gather_tensors(tree: Any) -> Any:
-    """Tensors in dictionaries and lists, made whole; all processes must ask."""
+    """Gather the sharded tensors of nested dictionaries and lists; all processes must call it."""
     return tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, tree)
 
 
 def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """A whole tensor cut up like another one, if that is."""
+    """Shard a full tensor like `reference`; return it unchanged if that is not sharded."""
     return (
         distribute_tensor(tensor, reference.device_mesh, reference.placements)
         if isinstance(reference, DTensor)
@@ -53,7 +54,7 @@ def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Cuts up what was loaded into an optimizer like its parameters."""
+    """Shard the loaded state of an optimizer like its parameters."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if value.shape == parameter.shape and not isinstance(value, DTensor):
@@ -61,7 +62,7 @@ def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_full_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Loads whole tensors by name; gives the names that are missing and those that are not known."""
+    """Load full tensors into a module that may be sharded; return the missing and the unexpected names."""
     module_tensors = module.state_dict()
     sharded_tensors = {
         name: shard_like(tensor, module_tensors[name]) if name in module_tensors else tensor
