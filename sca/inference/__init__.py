@@ -1,1 +1,1 @@
-"""From images and prompts to masks and captions."""
+"""Inference: masks and captions for images and prompts."""

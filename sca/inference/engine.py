@@ -1,4 +1,8 @@
-"""Masks and captions of regions of images, without state: encode images, then segment and caption their regions."""
+"""Stateless inference engines: encode images, then segment and caption their regions.
+
+`sca.Predictor` wraps an engine and holds the current image. The engines do not check prompts against their images; see
+`sca.inference.prompt_arguments`.
+"""
 
 from __future__ import annotations
 
@@ -24,30 +28,43 @@ from sca.nn.masks import select_best_masks
 if TYPE_CHECKING:
     from sca.model import SegmentationModel
 
-REGION_BATCH_SIZE = 64  # go through segmenter and mixer at a time
+REGION_BATCH_SIZE = 64  # regions per batch of the segmenter and the mixer
 
 
 class EncodedImages(NamedTuple):
-    """B images and their features, computed once for any number of requests."""
+    """B images and their features, computed once for any number of requests.
+
+    Attributes:
+        images: The images.
+        features: (B, C, h, w) image features; None without an encoder.
+        frames: Placement of each image in the input frame; empty without an encoder.
+    """
 
     images: Sequence[Image.Image]
-    features: Tensor | None  # (B, C, h, w); None without an encoder
+    features: Tensor | None
     frames: Sequence[InputFrame]
 
 
 class PredictedMask(NamedTuple):
-    """A candidate for a region's mask, image pixels."""
+    """Candidate mask of a region.
 
-    rle: dict[str, Any]  # COCO RLE
-    predicted_iou: float  # predicted
+    Attributes:
+        rle: COCO RLE {"size": [height, width], "counts": str} in image pixels.
+        predicted_iou: IoU predicted by the segmenter, in 0..1.
+    """
+
+    rle: dict[str, Any]
+    predicted_iou: float
 
 
 class MaskEngine(ABC):
-    """Encode images and segment their regions; subclasses add captions with `caption_batch` and `caption_masks`.
+    """Base class of engines: encodes images and segments regions.
+
+    Subclasses implement `caption_batch` and `caption_masks`.
 
     Args:
-        model: An encoder and a segmenter; None where a prompt is its region already.
-        regions: Regions that go through the segmenter at a time: limits memory, changes no result.
+        model: Encoder and segmenter, set to eval mode; None if the captioner needs no segmenter.
+        regions: Regions per batch of the segmenter. Affects memory, not results.
     """
 
     def __init__(self, model: SegmentationModel | None, regions: int = REGION_BATCH_SIZE):
@@ -57,21 +74,36 @@ class MaskEngine(ABC):
 
     @property
     def device(self) -> torch.device:
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     @property
     def everything(self) -> EverythingOptions:
-        """The search settings of everything mode: SAM's, or the model's own."""
+        """Default options of everything mode: those of the model, else SAM's."""
         return EverythingOptions()
 
     def check_has_segmenter(self) -> None:
-        """Raise ValueError if there is no encoder and no segmenter."""
+        """Check that the engine has an encoder and a segmenter.
+
+        Raises:
+            ValueError: It has neither.
+        """
         if self.model is None:
             raise ValueError("the captioner has no segmenter; use encoder+captioner, such as sam-vit-b+blip-base")
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> EncodedImages:
-        """Encode images as one batch."""
+        """Encode images as one batch.
+
+        Args:
+            images: B images of any size, with the EXIF orientation applied.
+
+        Returns:
+            The images with their features.
+
+        Raises:
+            ValueError: The features contain NaN or infinite values.
+        """
         if self.model is None:
             return EncodedImages(images, None, ())
         pixel_values = self.processor.preprocess_images(images).to(self.device, next(self.model.parameters()).dtype)
@@ -88,15 +120,15 @@ class MaskEngine(ABC):
         """Predict the candidate masks of each prompt.
 
         Args:
-            encoded: What `encode` returned for B images.
-            requests: For each of the B images its prompts, which fit it.
+            encoded: Result of `encode` for B images.
+            requests: Prompts of each of the B images, checked against its size.
             multimask_output: Return all candidates of the segmenter (SAM has three); otherwise its single mask.
 
         Returns:
-            For each prompt of all images in one list its masks, by predicted IoU, best first.
+            The masks of each prompt, highest predicted IoU first. The list is flat: prompts of all images in order.
 
         Raises:
-            ValueError: There is no segmenter, or it has no masks.
+            ValueError: The engine has no segmenter, or the segmenter predicts no masks or NaN as predicted IoU.
         """
         self.check_has_segmenter()
         masks_by_prompt: list[list[PredictedMask]] = [[] for _ in range(sum(map(len, requests)))]
@@ -118,12 +150,15 @@ class MaskEngine(ABC):
         """Predict the best mask of each prompt.
 
         Args:
-            encoded: What `encode` returned for B images.
-            requests: For each of the B images its prompts.
+            encoded: Result of `encode` for B images.
+            requests: Prompts of each of the B images, checked against its size.
 
         Returns:
-            For each prompt of all images in one list its mask with the highest predicted IoU, or None from a segmenter
-            without masks.
+            The mask with the highest predicted IoU for each prompt; None if the segmenter predicts no masks. The list
+            is flat: prompts of all images in order.
+
+        Raises:
+            ValueError: A predicted IoU is NaN.
         """
         best_predictions: list[PredictedMask | None] = [None] * sum(map(len, requests))
         for indices, prompts, segmenter_output in self._iter_segmented_chunks(encoded, requests):
@@ -138,7 +173,17 @@ class MaskEngine(ABC):
     def caption(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
     ) -> list[Caption]:
-        """Caption regions of an image whose prompts are known to fit: they are not checked."""
+        """Caption regions of one image.
+
+        Args:
+            image: Image, with the EXIF orientation applied.
+            prompts: Prompts in image pixels. They are not checked against the image.
+            task: "caption" or "recognition".
+            **generation: As for `caption_batch`.
+
+        Returns:
+            A caption for each prompt, in order.
+        """
         return self.caption_batch(self.encode([image]), [prompts], task, **generation)[0]
 
     @abstractmethod
@@ -151,17 +196,17 @@ class MaskEngine(ABC):
         return_masks: bool = True,
         **generation: Any,
     ) -> list[list[Caption]]:
-        """Caption any number of regions of encoded images.
+        """Caption regions of encoded images.
 
         Args:
-            encoded: What `encode` returned for B images.
-            requests: For each of the B images its prompts, which fit it.
+            encoded: Result of `encode` for B images.
+            requests: Prompts of each of the B images, checked against its size.
             task: "caption" or "recognition".
-            return_masks: Compute full-size masks. Without them a caption of a point or a mask may have no box either.
-            **generation: As returned by `sca.inference.generation_options.resolve_generation_options`.
+            return_masks: Compute full-size masks. Without them, the caption of a point or mask prompt may have no box.
+            **generation: Options returned by `sca.inference.generation_options.resolve_generation_options`.
 
         Returns:
-            For each image its captions, in the order of its prompts.
+            The captions of each image, in the order of its prompts.
         """
 
     @abstractmethod
@@ -176,17 +221,20 @@ class MaskEngine(ABC):
         """Caption regions whose masks are known.
 
         Args:
-            encoded: What `encode` returned for one image.
-            masks: The masks, which the captions get.
-            prompts: For each mask the prompt that its caption is generated from.
+            encoded: Result of `encode` for one image.
+            masks: Masks of the regions, copied to the captions.
+            prompts: Prompt that the caption of each mask is generated from.
             task: "caption" or "recognition".
             **generation: As for `caption_batch`.
+
+        Returns:
+            A caption for each mask, in order.
         """
 
     def _iter_segmented_chunks(
         self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]], multimask_output: bool = True
     ) -> Iterator[tuple[list[int], PromptBatch, SegmenterOutput]]:
-        """Yield a chunk of regions at a time, with their indices in the flattened requests."""
+        """Yield chunks of regions: their indices in the flattened requests, their prompts and their masks."""
         for indices, prompt_batch in self.processor.group_prompts(requests, encoded.frames):
             for chunk_index, chunk in enumerate(prompt_batch.to(self.device).iter_chunks(self.region_batch_size)):
                 chunk_indices = indices[
@@ -195,21 +243,21 @@ class MaskEngine(ABC):
                 yield chunk_indices, chunk, self.model.segment(encoded.features, chunk, multimask_output)
 
     def _iter_rles(self, logits: Tensor, image_index: Tensor, frames: Sequence[InputFrame]) -> Iterator[dict[str, Any]]:
-        """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size masks of many regions are large."""
+        """Convert (N, 4h, 4w) logits to RLEs in image pixels, one at a time because full-size masks are large."""
         return map(
             encode_rle, self.processor.iter_binary_masks(logits, [frames[image] for image in image_index.tolist()])
         )
 
 
 class Engine(MaskEngine):
-    """Masks and captions of a composed model.
+    """Engine of a `SegmentCaptioner`.
 
     Args:
-        model: The model, which is set to eval mode.
-        regions: Regions that are segmented and mixed at a time: limits memory, changes no result.
+        model: Model, set to eval mode.
+        regions: Regions per batch of the segmenter and the mixer. Affects memory, not results.
 
     Raises:
-        ValueError: The model is something else, such as a name.
+        ValueError: `model` is not a model, for example a name.
     """
 
     model: SegmentCaptioner
@@ -223,7 +271,7 @@ class Engine(MaskEngine):
 
     @property
     def generation(self) -> Mapping[str, Any]:
-        """The model's own settings of generation."""
+        """Default generation options of the model."""
         return self.model.spec.generation
 
     @property
@@ -294,9 +342,7 @@ class Engine(MaskEngine):
         return_masks: bool,
         generation: Mapping[str, Any],
     ) -> tuple[list[list[tuple[str, float]]], list[TokenUsage], list[Any], list[Any]]:
-        """Texts with their scores, tokens, mask (RLE) and predicted IoU of each row of homogeneous prompts; the last
-        two may be None.
-        """
+        """Return texts with scores, token usage, mask RLE and predicted IoU (None if unavailable) of each prompt."""
         prefixes, rles, predicted_ious = [], [], []
         prepared = None
         for chunk in prompts.to(self.device).iter_chunks(self.region_batch_size):
@@ -333,8 +379,15 @@ class Engine(MaskEngine):
 
 
 def clamp_ious(scores: Tensor) -> list[Any]:
-    """Read predicted IoUs of any shape, from 0 to 1. Raise ValueError if one is NaN, which says nothing of any mask."""
-    ious = scores.float().clamp(0, 1).cpu()  # the one thing that the host waits for
+    """Clamp predicted IoUs to 0..1 and return them as nested lists.
+
+    Args:
+        scores: Predicted IoUs of any shape and device.
+
+    Raises:
+        ValueError: A predicted IoU is NaN.
+    """
+    ious = scores.float().clamp(0, 1).cpu()  # the only synchronization with the device
     if ious.isnan().any():
         raise ValueError(f"the segmenter returned NaN as predicted IoU; {NON_FINITE_HINT}")
     return ious.tolist()

@@ -1,4 +1,4 @@
-"""Load anything that captions regions, by name."""
+"""Factory of captioners: load a checkpoint or a registered captioner by name."""
 
 from __future__ import annotations
 
@@ -34,17 +34,26 @@ def captioner(
     revision: str | None = None,
     **options: Any,
 ) -> Captioner:
-    """Load a captioner: anything with the method `caption`.
+    """Load a captioner: a model or a baseline with the method `caption`.
 
-    source: a checkpoint (a folder, a model name, a hub id); the name of a registered captioner; or two names,
-    encoder+captioner, where the encoder predicts the masks. Options of a captioner follow its name,
-    "sam-vit-b+blip-base batch_size=8", are in a table with its `name`, or are keywords. A checkpoint takes `dtype` and
-    `regions` (see `Engine`).
+    Args:
+        source: One of
+            - a checkpoint: a folder, a model name or a hub id;
+            - the name of a registered captioner;
+            - "encoder+captioner", where the encoder predicts the masks, such as "sam-vit-b+blip-base".
+            Options can follow a name, as in "sam-vit-b+blip-base batch_size=8", or be in a table with the key `name`.
+        device: Device of the model.
+        trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`.
+        allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.
+        revision: Revision of a hub id; see `sca.load`.
+        **options: Options of a registered captioner; for a checkpoint `dtype` and `regions` (see `Engine`).
 
-    trust_remote_code, allow_external, revision: what a checkpoint may do, and which of a hub id; see `sca.load`. A
-    registered captioner has its own options.
+    Returns:
+        An `Engine` for a checkpoint, else an instance of the registered captioner.
 
-    Raises RegistryError for names and options, and InputError for what cannot be read.
+    Raises:
+        RegistryError: The name or an option is unknown.
+        InputError: A file cannot be read.
     """
     trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external, "revision": revision}
     trust_options = {name: value for name, value in trust_options.items() if value}
@@ -81,9 +90,8 @@ def captioner(
 
 def _build_captioner(name: str, device: str | torch.device, options: Mapping[str, Any]) -> Captioner:
     option_names = sca_registry.captioners.load_entry(name).options
-    device_options = (
-        {"device": str(resolve_device(device))} if "device" in option_names else {}
-    )  # what looks at nothing runs nowhere
+    # Captioners that do not read the image have no device.
+    device_options = {"device": str(resolve_device(device))} if "device" in option_names else {}
     return sca_registry.captioners.build(name, **device_options, **options)
 
 

@@ -1,4 +1,4 @@
-"""Options of generation as callers give them."""
+"""Validation of generation options and keyword arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from sca_registry.errors import format_choices, suggest_name
 from sca_registry.spec import DEFAULT_GENERATION, check_generation
 
 GENERATION_OPTIONS = ("max_new_tokens", "num_beams", "num_captions", "do_sample", "temperature", "top_p", "seed")
-ARGUMENT_ALIASES = {  # names in transformers and SAM -> names here, for error messages
+# names in transformers and SAM -> names here, for error messages
+ARGUMENT_ALIASES = {
     "num_return_sequences": "num_captions",
     "max_length": "max_new_tokens",
     "max_tokens": "max_new_tokens",
@@ -19,7 +20,7 @@ ARGUMENT_ALIASES = {  # names in transformers and SAM -> names here, for error m
     "input_boxes": "boxes",
     "input_points": "points",
 }
-SAMPLING_ONLY_OPTIONS = ("temperature", "top_p")  # used by sampling only
+SAMPLING_ONLY_OPTIONS = ("temperature", "top_p")
 
 
 def resolve_generation_options(
@@ -33,14 +34,14 @@ def resolve_generation_options(
     top_p: float | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """Check generation options, and return those that are set as captioners accept them.
+    """Validate generation options and return those that are set.
 
-    Beam search finds the best captions, so `num_beams` defaults to at least `num_captions`. A seed affects sampling
-    only.
+    Options that are None are omitted: the captioner uses its defaults. Without sampling, `num_beams` defaults to at
+    least `num_captions`, because the captions are the best beams, and `seed` is dropped.
 
     Args:
-        captioner: A captioner; its `generation` holds its defaults, and its `generation_options` names the options that
-            it supports.
+        captioner: Captioner. Its `generation` contains its defaults, its `generation_options` the names of the options
+            that it supports.
         max_new_tokens: Maximum tokens per caption.
         num_beams: Number of beams.
         num_captions: Captions per region, best first.
@@ -49,9 +50,12 @@ def resolve_generation_options(
         top_p: Probability mass for nucleus sampling.
         seed: Random seed for sampling.
 
+    Returns:
+        Keyword arguments for `Captioner.caption` and `MaskEngine.caption_batch`.
+
     Raises:
-        ValueError: A value of another type or out of range, one that only sampling uses, or an option that the
-            captioner does not take.
+        ValueError: A value has the wrong type or is out of range, a sampling option is set without `do_sample`, or the
+            captioner does not support an option.
     """
     values = (max_new_tokens, num_beams, num_captions, do_sample, temperature, top_p, seed)
     settings = {name: value for name, value in zip(GENERATION_OPTIONS, values, strict=True) if value is not None}
@@ -85,13 +89,16 @@ def resolve_generation_options(
 def reject_unknown_arguments(
     function: str, unknown_names: Iterable[str], known_names: Iterable[str], aliases: Mapping[str, str] | None = None
 ) -> None:
-    """Raise TypeError if there is an unknown keyword.
+    """Reject unknown keyword arguments of a function.
 
     Args:
         function: Name of the function.
-        unknown_names: Keywords that it does not have.
-        known_names: Keywords that it has; the closest is suggested.
-        aliases: Names of keywords in other packages, mapped to the names here.
+        unknown_names: Keyword arguments that the function does not have.
+        known_names: Keyword arguments of the function; the error suggests the closest one.
+        aliases: Names in other packages, mapped to the names here, in addition to `ARGUMENT_ALIASES`.
+
+    Raises:
+        TypeError: `unknown_names` is not empty.
     """
     for name in sorted(unknown_names):
         canonical_name = {**ARGUMENT_ALIASES, **(aliases or {})}.get(name, name)

@@ -1,4 +1,4 @@
-"""A session with one image at a time: `set_image` once, then any number of prompts."""
+"""Predictor for one image at a time, as SAM's `SamPredictor`: `set_image` once, then any number of prompts."""
 
 from __future__ import annotations
 
@@ -19,23 +19,29 @@ from sca.io.masks import RLE
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
 
-ENCODE_BATCH_SIZE = 8  # images that are encoded at a time
+ENCODE_BATCH_SIZE = 8  # images per batch of the encoder
 REGION_ARGUMENTS = ("prompts", "boxes", "points", "masks", "task")
 
 
 class Predictor:
-    """Masks and captions of a model: `set_image` once, then `predict` for any number of regions.
+    """Predictor of masks and captions: call `set_image` once, then `predict` for any number of regions.
 
         predictor = sca.Predictor(sca.load("sca-tiny"))
         predictor.set_image(image)
         captions = predictor.predict(boxes=[(370, 434, 448, 512)])
 
     Args:
-        model: A model, which is set to eval mode, or a captioner such as `sca.captioner("sam-vit-b+blip-base")`.
-        regions: Regions of a model that are segmented and mixed at a time: limits memory, changes no result.
+        model: Model, set to eval mode, or a captioner with an engine, such as
+            `sca.captioner("sam-vit-b+blip-base")`.
+        regions: Regions per batch of the segmenter and the mixer, for a model only. Affects memory, not results.
+
+    Attributes:
+        engine: Engine of the model.
+        image: Current image, upright; None before `set_image`.
+        encoded: Features of the current image; None before `set_image`.
 
     Raises:
-        ValueError: The model is something else, such as a name.
+        ValueError: `model` is not a model, for example a name, or `regions` is set for a captioner.
     """
 
     def __init__(self, model: SegmentCaptioner | MaskEngine, regions: int | None = None):
@@ -47,18 +53,19 @@ class Predictor:
 
     @property
     def model(self) -> Any:
-        """The model; None for a captioner without an encoder."""
+        """Model; None for a captioner without an encoder."""
         return self.engine.model
 
     def set_image(self, image: Image.Image | np.ndarray) -> None:
-        """Encode an image for the predictions that follow.
+        """Encode an image for subsequent predictions.
 
         Args:
-            image: A PIL image, rotated as its EXIF states, or a (height, width, 3) uint8 array in RGB. Coordinates of
-                prompts and results are pixels of the upright image, which is kept as `image`.
+            image: PIL image, whose EXIF orientation is applied, or (height, width, 3) uint8 array in RGB. Coordinates
+                of prompts and results are pixels of the upright image, which is stored as `image`.
 
         Raises:
-            InputError: An array of another shape or type.
+            InputError: The array has another shape or dtype.
+            ValueError: The encoder returns NaN or infinite features.
         """
         self.image = convert_to_rgb(image)
         self.encoded = self.engine.encode([self.image])
@@ -80,16 +87,16 @@ class Predictor:
         seed: int | None = None,
         **unknown_arguments: Any,
     ) -> list[Caption]:
-        """Caption regions of the image that is set: each prompt, then each box, each point and each mask.
+        """Caption regions of the current image.
 
-        Coordinates are pixels of the upright image: x to the right, y down. Generation options that are None take the
-        model's defaults; see `sca.inference.generation_options.resolve_generation_options`.
+        Coordinates are pixels of the upright image: x to the right, y down. Generation options that are None use the
+        defaults of the model; see `sca.inference.generation_options.resolve_generation_options`.
 
         Args:
             prompts: Regions with any combination of a box, points and a mask.
-            boxes: (N, 4) x1 y1 x2 y2; clipped to the image.
-            points: (N, 2) x y, each a region of its own.
-            masks: (height, width) arrays, or COCO RLEs.
+            boxes: (N, 4) x1 y1 x2 y2, clipped to the image; one region each.
+            points: (N, 2) x y; one region each.
+            masks: (height, width) arrays or COCO RLEs; one region each.
             task: "caption", or "recognition" for a class name.
             max_new_tokens: Maximum tokens per caption.
             num_beams: Number of beams.
@@ -100,11 +107,12 @@ class Predictor:
             seed: Random seed for sampling.
 
         Returns:
-            A caption for each region, in order.
+            A caption for each region, in order: prompts, boxes, points, masks.
 
         Raises:
-            TypeError: An unknown keyword; names the closest one.
-            ValueError: No region, a region that does not fit the image, or a value out of range.
+            TypeError: Unknown keyword argument; the message suggests the closest one.
+            ValueError: No image is set, no region is given, a region does not fit the image, or a value is out of
+                range.
         """
         reject_unknown_arguments("predict", unknown_arguments, (*REGION_ARGUMENTS, *GENERATION_OPTIONS))
         request = self._collect_prompts(prompts, boxes, points, masks)
@@ -130,18 +138,21 @@ class Predictor:
         multimask_output: bool = True,
         **unknown_arguments: Any,
     ) -> list[list[PredictedMask]]:
-        """Predict the masks of regions of the image that is set, without captions.
+        """Predict the masks of regions of the current image, without captions.
 
         Args:
-            prompts: As for `predict`, like boxes, points and masks.
+            prompts: Regions with any combination of a box, points and a mask.
+            boxes: (N, 4) x1 y1 x2 y2, clipped to the image; one region each.
+            points: (N, 2) x y; one region each.
+            masks: (height, width) arrays or COCO RLEs; one region each.
             multimask_output: Return all candidates of the segmenter (SAM has three); otherwise its single mask.
 
         Returns:
-            For each region its masks, by predicted IoU, best first.
+            The masks of each region, highest predicted IoU first.
 
         Raises:
-            TypeError: An unknown keyword; names the closest one.
-            ValueError: What `predict` refuses, or a segmenter without masks.
+            TypeError: Unknown keyword argument; the message suggests the closest one.
+            ValueError: As for `predict`, or the segmenter predicts no masks.
         """
         reject_unknown_arguments("segment", unknown_arguments, (*REGION_ARGUMENTS[:4], "multimask_output"))
         request = self._collect_prompts(prompts, boxes, points, masks)
@@ -162,19 +173,26 @@ class Predictor:
         seed: int | None = None,
         **unknown_arguments: Any,
     ) -> list[list[Caption]]:
-        """Caption regions of several images; the image that is set stays.
+        """Caption regions of several images, without changing the current image.
 
         Args:
-            images: As for `set_image`; `ENCODE_BATCH_SIZE` of them are encoded at a time.
-            requests: For each image its regions. Some may have none.
-            task: As for `predict`, like all further options.
+            images: Images as for `set_image`, encoded in batches of `ENCODE_BATCH_SIZE`.
+            requests: Regions of each image; the list of an image can be empty.
+            task: "caption", or "recognition" for class names.
+            max_new_tokens: Maximum tokens per caption.
+            num_beams: Number of beams.
+            num_captions: Captions per region; all but the best are in `Caption.alternatives`.
+            do_sample: Sample tokens instead of decoding greedily.
+            temperature: Sampling temperature.
+            top_p: Probability mass for nucleus sampling.
+            seed: Random seed for sampling.
 
         Returns:
-            For each image a caption for each of its regions, in order.
+            The captions of each image, in the order of its regions.
 
         Raises:
-            TypeError: An unknown keyword; names the closest one.
-            ValueError: What `predict` refuses, with the image's index, or another number of requests than of images.
+            TypeError: Unknown keyword argument; the message suggests the closest one.
+            ValueError: As for `predict`, with the index of the image, or the numbers of images and requests differ.
         """
         reject_unknown_arguments(
             "predict_batch", unknown_arguments, ("images", "requests", "task", *GENERATION_OPTIONS)

@@ -1,4 +1,4 @@
-"""From the arguments of a call to prompts that fit their image."""
+"""Conversion of call arguments to prompts, checked against their image."""
 
 from __future__ import annotations
 
@@ -21,17 +21,22 @@ def collect_prompts(
     masks: Sequence[np.ndarray | RLE],
     image_size: tuple[int, int],
 ) -> list[Prompt]:
-    """Return the prompts of a call in one list, checked against the image.
+    """Collect the prompts of a call in one list, checked against the image.
+
+    Coordinates are image pixels.
 
     Args:
         prompts: Regions with any combination of a box, points and a mask.
-        boxes: (N, 4) x1 y1 x2 y2.
-        points: (N, 2) x y.
-        masks: (height, width) arrays, or COCO RLEs.
+        boxes: (N, 4) x1 y1 x2 y2; one region each.
+        points: (N, 2) x y; one region each.
+        masks: (height, width) arrays or COCO RLEs; one region each.
         image_size: Width and height of the image.
 
+    Returns:
+        The prompts in the order of the arguments, with boxes clipped to the image.
+
     Raises:
-        InputError: No region, or one that does not fit the image.
+        InputError: No region is given, or a region does not fit the image.
     """
     collected = [*_check_is_list("prompts", prompts)]
     collected += [Prompt(box=_to_list(box)) for box in _check_is_list("boxes", boxes)]
@@ -43,7 +48,19 @@ def collect_prompts(
 
 
 def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> list[Prompt]:
-    """Check prompts against their image, see `sca.io.prompts.check_prompt`; errors name the index of the prompt."""
+    """Check prompts against the size of their image; see `sca.io.prompts.check_prompt`.
+
+    Args:
+        prompts: Prompts in image pixels; masks can be COCO RLEs.
+        width: Width of the image.
+        height: Height of the image.
+
+    Returns:
+        The prompts with boxes clipped to the image and decoded masks.
+
+    Raises:
+        InputError: A prompt does not fit the image; the message contains the index of the prompt.
+    """
     checked_prompts = []
     for index, prompt in enumerate(_check_is_list("prompts", prompts)):
         try:
@@ -58,7 +75,7 @@ def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> list[Pr
 
 
 def _check_is_list(name: str, values: Any) -> Sequence[Any]:
-    """The regions of an argument; None is none. Raises InputError for one region in place of a list."""
+    """Return a list argument, () for None; raise InputError for a single region instead of a list."""
     if values is None:
         return ()
     if isinstance(values, Prompt | Mapping | str) or not hasattr(values, "__len__"):
@@ -76,11 +93,14 @@ def _decode_rle(rle: RLE) -> np.ndarray:
 
 
 def _to_list(values: Any) -> Any:
-    """Of an array or tensor its numbers."""
     return values.tolist() if hasattr(values, "tolist") else values
 
 
 def check_task(task: str) -> None:
-    """Raise ValueError for an unknown task."""
+    """Check the name of a task.
+
+    Raises:
+        ValueError: The task is unknown.
+    """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; choose from {', '.join(map(repr, TASKS))}")
