@@ -1,4 +1,4 @@
-"""Datasets in the layout of COCO: boxes, masks, class names, and captions where the annotations have them."""
+"""Datasets in COCO's format: boxes, masks, class names, and captions if the annotations have them."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ EXPECTED_CONTENT = "COCO's format is an object with images, annotations and cate
 
 
 class CocoIndex(NamedTuple):
-    """A file in COCO's format: its images, its annotations, and the name of each category."""
+    """Index of a COCO file: its images, its annotations, and the names of its categories."""
 
     images: RecordIndex
     annotations: RecordIndex
     category_names: dict[int, str]
-    thing_category_ids: set[int]  # the categories that are things, where that is said
+    thing_category_ids: set[int]  # categories marked as things
     has_categories: bool = True
 
     @classmethod
     def read(
         cls,
         path: Path,
-        keys: Sequence[str] = ("id", "image_id"),  # of annotations
+        keys: Sequence[str] = ("id", "image_id"),  # integer fields of annotations
         requires_categories: bool = True,
         reject: Mapping[str, RejectCallback] | None = None,
     ) -> CocoIndex:
         """Read the lists of a file.
 
         Args:
-            path: The file.
-            keys: Whole numbers that every annotation has, the first of which identifies it.
-            requires_categories: Whether there must be categories; otherwise they are optional.
-            reject: For each list what receives the InputError of an unusable record; without one it is raised.
+            path: COCO JSON file.
+            keys: Integer fields that every annotation has, starting with its id.
+            requires_categories: Whether the file must have categories.
+            reject: Callback of each list for the InputError of an unusable record; a list without one raises it.
         """
         lists: Mapping[str, Sequence[str]] = {"images": ("id",), "annotations": keys}
         categories = ("categories",)
@@ -79,12 +79,16 @@ class CocoIndex(NamedTuple):
         return cls(images, annotations, names, things, "categories" in lists_in_memory)
 
     def read_image_record(self, number: int) -> tuple[int, str, int, int]:
-        """Id, file name, width and height."""
+        """Return the id, file name, width and height of an image."""
         record, location = self.images[number]
         return record["id"], read_field(record, "file_name", str, location), *require_recorded_size(record, location)
 
     def get_category_name(self, record: Mapping[str, Any], location: str) -> str:
-        """The name of the category of an annotation or a segment."""
+        """Return the category name of an annotation or segment.
+
+        Raises:
+            InputError: The record has no valid category.
+        """
         category_id = read_field(record, "category_id", int, location)
         if category_id not in self.category_names:
             raise InputError(f"{location}: category_id {category_id} has no name among the categories")
@@ -92,25 +96,30 @@ class CocoIndex(NamedTuple):
 
 
 class Coco(TableDataset):
-    """Dataset: `Coco("train", root=FOLDER)[i]` -> `Sample`, from COCO instances JSON and a folder of pictures.
+    """COCO instances: a JSON file and a folder of images (arXiv 1405.0312).
 
-    `root` holds either `train.json` and `train/`, or `annotations/instances_train2017.json` and `train2017/` (for the
-    split "train"); `annotations` and `images` name a file and a folder outright, in place of those.
+    A region's name is its category with underscores replaced by spaces. Its phrases are the annotation's "caption" (a
+    string or a list of strings), and its attributes are the annotation's "attributes". Segmentations may be polygons,
+    uncompressed RLE or compressed RLE; the box of the segmentation replaces a missing bbox.
 
-    Segmentations may be polygons, uncompressed or compressed RLE, and stand in for a bbox that is missing. A region's
-    name is its category's, with underscores read as spaces; its phrases are the annotation's "caption" (a string or a
-    list of them), and its attributes the annotation's "attributes". Crowds are left out, polygons with fewer than three
-    points and keypoints are dropped; all are counted. The file is streamed: however large it is, it is never in memory
-    as a whole. The rest is that of `TableDataset`.
+    Crowd regions, polygons with fewer than three points, and keypoints are skipped and counted. The file is streamed
+    and never fully in memory.
+
+    Args:
+        split: Name of the split, such as "train".
+        root: Folder with `train.json` and `train/`, or with `annotations/instances_train2017.json` and `train2017/`.
+        annotations: JSON file, instead of the one in `root`.
+        images: Image folder, instead of the one in `root`.
+        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "coco"
     selection_key = ""
-    layouts: tuple[tuple[str, str], ...] = (  # annotations and pictures in `root`
+    layouts: tuple[tuple[str, str], ...] = (  # annotation file and image folder in `root`
         ("{split}.json", "{split}"),
         ("annotations/instances_{split}2017.json", "{split}2017"),
     )
-    has_class_names = True  # regions are called by their categories
+    has_class_names = True  # whether categories name the regions
 
     def __init__(
         self,
@@ -124,7 +133,7 @@ class Coco(TableDataset):
         super().__init__(split, image_folder, [self.annotations], max_bad, self.selection_key)
 
     def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
-        """The index, the number of an image, and those of its annotations."""
+        """Yield the file index, the index of an image, and the indices of its annotations."""
         coco_index = CocoIndex.read(self.annotations, requires_categories=False, reject=self._get_reject_callbacks())
         if self.has_class_names and not coco_index.has_categories:
             self._skip(NO_CATEGORIES_REASON, str(self.annotations))
@@ -175,9 +184,7 @@ class Coco(TableDataset):
         )
 
     def _get_region_name(self, record: dict[str, Any], location: str, coco_index: CocoIndex) -> str | None:
-        """The name of the category; None where the file has no categories, and where it has no name, which is counted,
-        and the annotation has a caption.
-        """
+        """Return the category name; None without categories, or for a captioned region without one."""
         if not coco_index.has_categories:
             return None
         try:
@@ -188,13 +195,21 @@ class Coco(TableDataset):
             return self._reject_category(error)
 
     def _map_file_name(self, name: str) -> str:
-        """Where a picture that the file calls `name` lies in the folder of pictures."""
+        """Map a file name in the JSON file to a path in the image folder."""
         return name
 
 
 class GritVisualGenome(Coco):
-    """Dataset: Visual Genome as GRiT (arXiv 2212.00280) prepared it: one phrase a region, in lower case, of 15 words at
-    most. `root` holds `train.json` and `test.json`, and pictures in `images/`, `VG_100K/` or `VG_100K_2/`. See `Coco`.
+    """Visual Genome as prepared by GRiT (arXiv 2212.00280).
+
+    One phrase per region, in lower case, of at most 15 words. No class names. See `Coco`.
+
+    Args:
+        split: "train" or "test".
+        root: Folder with `train.json` and `test.json`, and images in `images/`, `VG_100K/` or `VG_100K_2/`.
+        annotations: JSON file, instead of the one in `root`.
+        images: Image folder, instead of `root`.
+        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "visual-genome-grit"
@@ -208,8 +223,15 @@ class GritVisualGenome(Coco):
 
 
 class Objects365(Coco):
-    """Dataset: Objects365 v2 (ICCV 2019), class names and boxes. `root` holds `annotations/zhiyuan_objv2_train.json`
-    (or without `annotations/`, or `objects365v2_train_fixann.json`) and `train/patch0/` and so on. See `Coco`.
+    """Objects365 v2 (ICCV 2019): boxes and class names. See `Coco`.
+
+    Args:
+        split: Name of the split, such as "train".
+        root: Folder with `annotations/zhiyuan_objv2_train.json` or `objects365v2_train_fixann.json`, with or without
+            `annotations/`, and the image folders `train/patch0/` and so on.
+        annotations: JSON file, instead of the one in `root`.
+        images: Image folder, instead of the one in `root`.
+        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "objects365"
@@ -220,13 +242,19 @@ class Objects365(Coco):
     )
 
     def _map_file_name(self, name: str) -> str:
-        return "/".join(split_path_parts(name)[-2:])  # images/v1/patch8/objects365_v1_00420917.jpg
+        return "/".join(split_path_parts(name)[-2:])  # such as images/v1/patch8/objects365_v1_00420917.jpg
 
 
 class V3Det(Coco):
-    """Dataset: V3Det (arXiv 2304.03752), class names of 13,204 kinds and boxes. `root` holds
-    `annotations/v3det_2023_v1_train.json` (or without `annotations/`), whose file names begin with `images/`.
-    See `Coco`.
+    """V3Det (arXiv 2304.03752): boxes and names of 13,204 classes. See `Coco`.
+
+    Args:
+        split: Name of the split, such as "train".
+        root: Folder with `annotations/v3det_2023_v1_train.json`, with or without `annotations/`. Its file names begin
+            with `images/`.
+        annotations: JSON file, instead of the one in `root`.
+        images: Image folder, instead of `root`.
+        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "v3det"
@@ -234,8 +262,15 @@ class V3Det(Coco):
 
 
 class CocoCaptions(Coco):
-    """Dataset: COCO's captions (arXiv 1504.00325), each image as one region with all of its captions. `root` holds
-    `annotations/captions_train2017.json` and `train2017/`. See `Coco`.
+    """COCO Captions (arXiv 1504.00325): each image is one region with all its captions. See `Coco`.
+
+    Args:
+        split: Name of the split, such as "train".
+        root: Folder with `annotations/captions_train2017.json` and `train2017/`, or with `captions_train.json` and
+            `train/`.
+        annotations: JSON file, instead of the one in `root`.
+        images: Image folder, instead of the one in `root`.
+        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "coco-captions"
@@ -255,11 +290,15 @@ class CocoCaptions(Coco):
 
 
 class CocoJson(Coco):
-    """Dataset: `CocoJson("val", annotations=FILE, images=FOLDER)`: any file in COCO's format, see `Coco`.
+    """Any file in COCO's format, with its image folder. See `Coco`.
 
-    Both may hold `{split}`, in whose place the split is put; "val" may be called `valid` or `validation`. hold_out: the
-    share of the images of a file without splits that "val" has, at least 4 images (or a third, if that is fewer);
-    "train" has the others.
+    Args:
+        split: "train" or "val", or the name of a split of the files.
+        annotations: JSON file. `{split}` is replaced by the split, where "val" may also be `valid` or `validation`.
+        images: Image folder, which may contain `{split}`.
+        hold_out: Fraction of the images of a file without splits that "val" has: at least 4 images, or a third of all
+            if that is fewer. "train" has the others.
+        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     def __init__(
@@ -271,7 +310,7 @@ class CocoJson(Coco):
         super().__init__(split, annotations=annotations, images=images, max_bad=max_bad)
 
     def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
-        """The index, the number of an image, and those of the annotations of all records of its file."""
+        """Yield the file index, the index of an image, and the annotations of all records of its file."""
         name_resolver = ImageNameResolver(self._resolve_image_path)
         entry_by_name: dict[str, tuple[CocoIndex, int, list[int]]] = {}
         for coco_index, image_index, annotation_indices in super()._iter_entries(bar):
@@ -288,7 +327,7 @@ class CocoJson(Coco):
         return (entry for name, entry in entry_by_name.items() if name_resolver.identify_file(name) in split_names)
 
     def _has_same_size(self, record: dict[str, Any], location: str, first_record: dict[str, Any]) -> bool:
-        """Whether two records of one image file state the same size; the second one is rejected otherwise."""
+        """Return whether two records of one image file have the same size; rejects the second if not."""
         sizes = [(each.get("width"), each.get("height")) for each in (first_record, record)]
         if sizes[0] != sizes[1]:
             self._reject_image(
@@ -300,13 +339,19 @@ class CocoJson(Coco):
 def read_region_annotation(
     record: dict[str, Any], location: str, row: dict[str, Any], skip: SkipCallback
 ) -> Annotation | None:
-    """Read an annotation of an image, which is a row of the table.
+    """Read an annotation of an image.
+
+    Args:
+        record: COCO annotation.
+        location: File and record for error messages.
+        row: Table row of the image, with its `width` and `height`.
+        skip: Callback that counts skipped content by reason.
 
     Returns:
         The annotation, which has a box; None, and counted, if its box and its mask are empty.
 
     Raises:
-        InputError: If it cannot be read, or has neither a box nor a mask. One line that names it.
+        InputError: It is invalid, or has neither a box nor a mask.
     """
     region = coco.read_annotation(record, location, (row["width"], row["height"]), None, skip)
     if region.box is not None:
@@ -314,7 +359,7 @@ def read_region_annotation(
     if not record.get("bbox") and not record.get("segmentation"):
         raise InputError(f"{location}: no 'bbox'; it has: {', '.join(map(str, record)) or 'nothing'}")
     if not record.get("segmentation") and not any(record["bbox"]):
-        skip("empty box", location)  # others are counted already
+        skip("empty box", location)  # other empty regions are counted already
     return None
 
 
@@ -325,7 +370,21 @@ def find_coco_files(
     annotations: str | Path | None = None,
     images: str | Path | None = None,
 ) -> tuple[Path, Path]:
-    """The annotation file and the image folder, both there."""
+    """Find the annotation file and the image folder of a split.
+
+    Args:
+        layouts: Pairs of annotation file and image folder in `root`, with `{split}` in place of the split.
+        split: Name of the split.
+        root: Folder of the dataset.
+        annotations: Annotation file, instead of the one in `root`.
+        images: Image folder, instead of the one in `root`.
+
+    Returns:
+        The first pair of paths that both exist.
+
+    Raises:
+        InputError: No pair exists, or neither `root` nor both `annotations` and `images` are given.
+    """
     root, annotations, images = (None if path is None else expand_user(path) for path in (root, annotations, images))
     if root is not None:
         names = [tuple(name.replace("{split}", split) for name in layout) for layout in layouts]

@@ -1,4 +1,4 @@
-"""COCO's panoptic annotations: things and stuff, every pixel once."""
+"""COCO panoptic: masks of things and stuff, which assign each pixel to one segment."""
 
 from __future__ import annotations
 
@@ -18,19 +18,25 @@ from sca.io.masks import encode_rle
 from sca.io.validation import read_field
 
 LAYOUTS = (("annotations/panoptic_{split}2017.json", "{split}2017"), ("panoptic_{split}.json", "{split}"))
-VOID_SEGMENT_ID = 0  # the number of pixels that belong to no segment
-STUFF_SUFFIXES = ("-merged", "-other", "-stuff")  # that tell classes of stuff from their like
+VOID_SEGMENT_ID = 0  # id of unlabeled pixels
+STUFF_SUFFIXES = ("-merged", "-other", "-stuff")
 
 
 class CocoPanoptic(TableDataset):
-    """Dataset: `CocoPanoptic("val", root=FOLDER)`: masks, boxes and class names of things and stuff (arXiv 1801.00868).
+    """COCO panoptic (arXiv 1801.00868): masks, boxes and class names of things and stuff.
 
-    `root` holds `annotations/panoptic_val2017.json`, the folder of PNG files of the same name beside it, in which a
-    pixel of segment i has red + 256 green + 256^2 blue = i, and `val2017/`. A region's id counts the segments of the
-    file, since theirs are only unique within an image; its box is the tight one of its mask, and its attribute "kind"
-    is "thing" or "stuff". Crowds and segments without a pixel are left out and counted, and so are pixels of a segment
-    that the file does not know, 0 apart, which stands for nothing. The suffixes of stuff (`wall-other-merged`) are
-    taken off its names. The rest is that of `TableDataset`.
+    A pixel of segment i has red + 256 green + 256^2 blue = i. A region's id counts the segments of the file, because
+    segment ids are unique only within an image. Its box is the tight box of its mask, and its attribute "kind" is
+    "thing" or "stuff". The suffixes of stuff names (`wall-other-merged`) are removed.
+
+    Crowd segments, segments without pixels, and pixels of segments that the file does not list are skipped and counted.
+    Segment 0 is unlabeled and not counted. See `TableDataset`.
+
+    Args:
+        split: Name of the split, such as "val".
+        root: Folder with `annotations/panoptic_val2017.json`, the PNG files in `annotations/panoptic_val2017/`, and the
+            images in `val2017/`.
+        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "coco-panoptic"
@@ -43,7 +49,7 @@ class CocoPanoptic(TableDataset):
         super().__init__(split, image_folder, [self.annotations, self.segments], max_bad)
 
     def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
-        """The index, the number of an image, its annotation with its place, and how many segments came before."""
+        """Yield the file index, an image index, its annotation and location, and the number of segments before it."""
         coco_index = CocoIndex.read(
             self.annotations, ("image_id",), reject=self._get_reject_callbacks() | {"annotations": self._reject_image}
         )
@@ -93,7 +99,7 @@ class CocoPanoptic(TableDataset):
         return row
 
     def _read_segment_ids(self, name: str, row: dict[str, Any]) -> np.ndarray | None:
-        """The segment of each pixel, (height, width); None, and counted, if that cannot be read."""
+        """Read the (height, width) segment ids; None, and counted, if the PNG file is unusable."""
         path = self.segments.absolute() / name
         try:
             colors = np.asarray(open_image(resolve_image_path(name, [self.segments])), dtype=np.int64)

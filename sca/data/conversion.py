@@ -1,21 +1,24 @@
-"""Conversion of a publisher's files into an Arrow table, once; afterwards the table is memory-mapped.
+"""Conversion of a publisher's files into an Arrow table.
 
-A table has a row an image:
+A dataset is converted once; afterwards its table is memory-mapped. A table has one row per image:
 
     image_id int64, file string, width int32, height int32, stamp list of int64 or null,
     regions  list of {id int64, box 4 x float64, mask string or null, name string or null, phrases, attributes}
 
-Width and height are those that the sources record, or else those of the image file, whose bytes and time of change are
-then the stamp: a table of which such an image has another size now is made again. Boxes are x1 y1 x2 y2 in pixels of
-an upright image of that size, a mask is the counts of its compressed RLE, and
-attributes are JSON. A table is a folder `data/READER-ASKED-KEY` in the cache folder: ASKED stands for the reader's
-options and the paths of its files, KEY for their sizes and times as well; a table of files that have changed gives way
-to the new one. It appears whole or not at all, in shards of `IMAGES_PER_SHARD` images. `about.json` beside them has
-the `hash` of the table, the numbers of images, regions and phrases, the first sources, and what was left out and why.
-Needs the extra `data`.
+Boxes are x1 y1 x2 y2 in pixels of the upright image, a mask is the counts of its compressed RLE, and attributes are
+JSON. Width and height are those that the sources record, else those of the image file. In the second case `stamp` is
+the size in bytes and the modification time of the image file, and the table is converted again once such an image has
+another width or height.
 
-A conversion that is killed goes on after its last whole shard, which is kept in a hidden folder beside the table's.
-Until there the sources are read again, but nothing is checked, drawn or written again.
+A table is a folder `data/READER-SOURCE-CONTENT` in the cache folder. SOURCE is a digest of the reader's options and the
+paths of its files; CONTENT also covers their sizes and modification times. The table of changed files replaces the old
+one. A table has shards of `IMAGES_PER_SHARD` images. `about.json` contains its `hash`, its counts of images, regions
+and phrases, the first sources, and the skipped records by reason.
+
+A table is written atomically. A killed conversion resumes after its last complete shard, which is kept in a hidden
+folder next to the table. The sources are read again up to that point, but nothing is checked or written again.
+
+Requires the extra `data`.
 """
 
 from __future__ import annotations
@@ -42,81 +45,93 @@ from sca.io.image_names import is_url, resolve_image_path
 from sca.io.images import read_image_file_size
 from sca.io.masks import RLE, mask_to_box
 
-SCHEMA_VERSION = 7  # of the tables and of what readers put into them; another one converts everything anew
-IMAGES_PER_SHARD = 2000  # images, with those that are left out
-BAD_IMAGE_REASONS = (
+SCHEMA_VERSION = 7  # increase it when the format or a reader changes, to convert all tables again
+IMAGES_PER_SHARD = 2000  # including skipped images
+BAD_IMAGE_REASONS = (  # counted against `max_bad`
     *("image missing", "image is a URL", "image name ambiguous"),
     *("image unreadable", "image of another size", "image without data"),
     *("segments unreadable", "segments of another size"),
-)  # see `max_bad`
-UNUSABLE_IMAGE_REASON, UNUSABLE_REGION_REASON = "unusable image", "unusable region"  # of which nothing can be made
+)
+UNUSABLE_IMAGE_REASON, UNUSABLE_REGION_REASON = "unusable image", "unusable region"
 UNNAMED_CATEGORY_REASON = "category without a name"
 
 
 class ConvertedTable:
-    """A table made from a publisher's files by a reader, whose `_iter_entries` and `_build_row` read them.
+    """Table converted from a publisher's files.
 
-    Boxes are clipped to the image, and left out if nothing remains, and so are blank phrases, and regions with neither
-    a name nor a phrase; images that have no region left, or whose file is missing, are left out. A record that lacks a
-    field, has a wrong one or leads nowhere costs its own region, or its own image, and no other. All are counted by
-    reason in `skipped`, the first of each named in `examples` with file, record and field; more than `max_bad` bad
-    images, or that many bad regions, is an InputError, and so is a file that is missing or cut off. Of records with the
-    same id the first counts.
+    A subclass reads the files in `_iter_entries` and `_build_row`. Boxes are clipped to the image. These are skipped
+    and counted by reason:
 
-    `remarks` are phrases about the choice of images, such as how many were held out.
-    `hash` is a SHA-256 over all that the table says of images and regions, their files' names apart: equal wherever the
-    same data lies. `about` is what `about.json` says. `attributes` has the names of the classes, which auxiliary losses
-    may ask for. Copies in other processes map the same table. Raises ImportError if the extra `data` is not installed,
-    and OutputError if the cache folder cannot be written.
+    - boxes outside the image, blank phrases, and regions with neither a name nor a phrase;
+    - images without regions and images whose file is missing;
+    - records with a missing or invalid field or reference, which affect only their own region or image;
+    - records that repeat an id, except the first.
+
+    Copies of a table in other processes map the same file.
+
+    Args:
+        split: Name of the split.
+        images: Folder that image file names are relative to.
+        sources: Files to read, starting with the one that messages name.
+        max_bad: Maximum number of unusable images, of unusable regions, and of unnamed categories.
+        selection_key: Options that select records in addition to the sources.
+
+    Attributes:
+        reader: Name of the reader, which begins the names of its tables.
+        about: Content of `about.json`.
+        hash: SHA-256 of all images and regions, excluding file names: equal on every machine with the same data.
+        attributes: Possible values of each region attribute, such as the class names, for auxiliary losses.
+        remarks: Phrases about the choice of images, such as how many were held out.
+
+    Raises:
+        InputError: A source is missing or truncated, or more than `max_bad` records are unusable.
+        ImportError: The extra `data` is not installed.
+        OutputError: The cache folder cannot be written.
     """
 
-    reader: str  # what its tables are called
+    reader: str
 
     def __init__(self, split: str, images: Path, sources: Sequence[Path], max_bad: int, selection_key: str = ""):
-        """`images`: the folder that file names are relative to; `sources`: the files that are read, the one that
-        messages name first; `selection_key`: what else decides over the records.
-        """
         self.split, self.images, self.max_bad = split, images, max_bad
         self.sources = list(sources)
         self._skip = SkipCounter()
         self.attributes: dict[str, tuple[str, ...]] = {}
         self.remarks: list[str] = []
-        self._bad_image_stamps: dict[str, list[int] | None] = {}  # unusable images, each with its file's stamp
-        self._empty_image_sizes: dict[str, tuple[list[int], int, int]] = {}  # images without regions: stamp and size
-        self._name_by_path_hash: dict[int, str | None] = {}  # hash of a file's path -> its name, None if as written
+        self._bad_image_stamps: dict[str, list[int] | None] = {}  # stamp of each unusable image
+        self._empty_image_sizes: dict[str, tuple[list[int], int, int]] = {}  # stamp, width and height
+        self._name_by_path_hash: dict[int, str | None] = {}  # None: the path as written
         folders = {folder: os.path.realpath(folder) for folder in {source.parent for source in self.sources}}
         paths = [f"{folders[source.parent]}/{source.name}" for source in self.sources]
         source_identity = [selection_key, os.path.realpath(images), *paths]
-        source_key = _compute_digest(source_identity)  # whatever state the files are in
+        source_key = _compute_digest(source_identity)  # independent of the state of the files
         content_key = _compute_digest([SCHEMA_VERSION, source_key, *map(_get_file_stamp, self.sources)])
         self._open_or_convert(get_cache_folder().absolute() / "data" / f"{self.reader}-{source_key}-{content_key}")
         self._check_max_bad()
 
     @property
     def skipped(self) -> Counter[str]:
-        """How many were left out or changed, by reason."""
+        """Counts of skipped or changed records by reason."""
         return self._skip.counts
 
     @property
     def examples(self) -> dict[str, list[str]]:
-        """The first of each reason, by name."""
+        """First skipped records of each reason, each with its file, record and field."""
         return self._skip.examples
 
-    # what readers say and use
-
     def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
-        """What `_build_row` makes a row of, always in the same order, and cheap: a conversion that goes on runs through
-        those that were done. May set `attributes` and `remarks`, count with `_skip`, and tell the bar how many there
-        are in all.
+        """Yield the inputs of `_build_row` in a fixed order.
+
+        Must be cheap, because a resumed conversion iterates over finished entries again. May set `attributes` and
+        `remarks`, count with `_skip`, and set the total of the progress bar.
         """
         raise NotImplementedError
 
     def _build_row(self, entry: Any) -> dict[str, Any] | None:
-        """A row made by `_create_row` and filled by `_add_region`; None where there is none, which was counted."""
+        """Build a row with `_create_row` and `_add_region`; None, and counted, if the entry has no row."""
         raise NotImplementedError
 
     def _resolve_image_path(self, name: str) -> Path:
-        """Where the picture that a table calls `name` lies, or should. Raises InputError."""
+        """Return the path of an image, which may not exist. Raises InputError for an ambiguous name or a URL."""
         return resolve_image_path(name, [self.images])
 
     def _create_row(
@@ -129,14 +144,14 @@ class ConvertedTable:
         self,
         row: dict[str, Any],
         region_id: int,
-        box: Sequence[float] | None,  # x1 y1 x2 y2, which may reach over the edges; None for that of the mask
+        box: Sequence[float] | None,  # x1 y1 x2 y2, may exceed the image; None: the box of the mask
         location: str,
-        mask: RLE | None = None,  # of the image's size, not empty
+        mask: RLE | None = None,  # of the image's size, nonempty
         name: str | None = None,
         phrases: Sequence[str] = (),
         attributes: dict[str, Any] | None = None,
     ) -> None:
-        """Puts a region into its image, or counts why it is left out."""
+        """Add a region to the row of its image, or count why it is skipped."""
         box = mask_to_box(mask) if box is None and mask else box
         assert box is not None
         clipped = clip_annotated_box(box, (row["width"], row["height"]), location, self._skip, mask)
@@ -159,26 +174,26 @@ class ConvertedTable:
         )
 
     def _reject_region(self, problem: str | InputError) -> None:
-        """Count a region whose record is unusable; the problem names file, record and field."""
+        """Count an unusable region; the problem names its file, record and field."""
         self._skip(UNUSABLE_REGION_REASON, str(problem))
 
     @contextmanager
     def _catch_record_errors(self, reject: Callable[[InputError], None] | None = None) -> Iterator[None]:
-        """Count the record that raises InputError in this block, by default as a region; the next one is read."""
+        """Count the record whose InputError this block raises, by default as a region, and continue."""
         try:
             yield
         except ValueError as error:
             (reject or self._reject_region)(error)
 
     def _reject_image(self, problem: str | InputError) -> None:
-        """Count an image whose record is unusable, as `_reject_region` does a region."""
+        """Count an unusable image; the problem names its file, record and field."""
         self._skip(UNUSABLE_IMAGE_REASON, str(problem))
 
     def _reject_category(self, problem: InputError) -> None:
         self._skip(UNNAMED_CATEGORY_REASON, str(problem))
 
     def _get_reject_callbacks(self) -> dict[str, Callable[[InputError], None]]:
-        """For each list of COCO's format what counts its unusable records."""
+        """Return the callback for unusable records of each list of a COCO file."""
         return {
             "images": self._reject_image,
             "annotations": self._reject_region,
@@ -186,7 +201,7 @@ class ConvertedTable:
         }
 
     def _skip_image(self, reason: str, name: str, example: str, stop: bool = True) -> None:
-        """A picture met twice counts once. With `stop`, one too many is an InputError at once."""
+        """Count an unusable image once; with `stop`, raise InputError if it exceeds `max_bad`."""
         if name not in self._bad_image_stamps:
             self._bad_image_stamps[name] = self._get_image_stamp(name)
             self._skip(reason, example)
@@ -214,10 +229,8 @@ class ConvertedTable:
             f"{reason}: {self.skipped[reason]}, such as {', '.join(e)}" for reason, e in examples_by_reason.items()
         )
 
-    # the store
-
     def _open_or_convert(self, folder: Path) -> None:
-        """Opens the table in `folder`, which one process makes if it is not there, and the others wait for."""
+        """Open the table in `folder`; if it does not exist, one process converts it and the others wait."""
         try:
             import datasets  # noqa: F401
             from filelock import FileLock
@@ -236,12 +249,12 @@ class ConvertedTable:
             raise OutputError(f"cannot write {folder}: {error.strerror or error}; SCA_CACHE names another") from error
         with lock_guard:
             if not self._try_open_table(folder):
-                shutil.rmtree(folder, ignore_errors=True)  # out of date
+                shutil.rmtree(folder, ignore_errors=True)  # outdated
                 self._convert_sources(folder)
                 assert self._try_open_table(folder)
 
     def _try_open_table(self, folder: Path) -> bool:
-        """Whether there is a table, and pictures that it lacks are still as they were; then it is opened."""
+        """Open a current table and return True; False if there is none, or if an image has changed."""
         from datasets import Dataset, concatenate_datasets
 
         metadata = self._read_metadata(folder)
@@ -254,8 +267,10 @@ class ConvertedTable:
         return True
 
     def _convert_sources(self, folder: Path) -> None:
-        """Makes the table in `folder`. What is whole when it is killed is in a hidden folder beside it, and is taken up
-        there; a mistake in the sources leaves nothing.
+        """Convert the sources into a table in `folder`.
+
+        An interrupted conversion keeps its complete shards in a hidden folder next to `folder`. An invalid source
+        leaves nothing.
         """
         draft = folder.with_name(f".{folder.name}")
         try:
@@ -277,13 +292,13 @@ class ConvertedTable:
         except Exception:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-        old_table_pattern = f"{folder.name.rpartition('-')[0]}-*"  # of the files as they were
+        old_table_pattern = f"{folder.name.rpartition('-')[0]}-*"  # tables of earlier versions of the files
         for old_folder in (*folder.parent.glob(old_table_pattern), *folder.parent.glob(f".{old_table_pattern}")):
             if old_folder != folder and old_folder.is_dir():
                 shutil.rmtree(old_folder, ignore_errors=True)
 
     def _write_shards(self, draft: Path, metadata: dict[str, Any], bar: tqdm) -> None:
-        """Adds shards to those that `about` tells of, until there are no entries left."""
+        """Append shards to those in `metadata` until no entries are left."""
         from datasets import Dataset
         from datasets.arrow_writer import ArrowWriter
 
@@ -324,7 +339,7 @@ class ConvertedTable:
         self._name_by_path_hash.clear()
 
     def _try_build_row(self, entry: Any) -> dict[str, Any] | None:
-        """The row of an entry; None, and counted, where its record is unusable or has neither a file nor regions."""
+        """Build the row of an entry; None, and counted, if it is unusable, has no image file or no regions."""
         row = None
         with self._catch_record_errors(self._reject_image):
             row = self._build_row(entry)
@@ -339,7 +354,7 @@ class ConvertedTable:
         return row
 
     def _find_image_file(self, name: str) -> Path | None:
-        """The file of an image; None, and counted, where the name leads to none, or to one that another name has."""
+        """Return the file of an image; None, and counted, if it does not exist or has two names."""
         try:
             path = self._resolve_image_path(name)
         except InputError as error:
@@ -353,9 +368,9 @@ class ConvertedTable:
         return path
 
     def _register_file_name(self, path: Path, name: str) -> str | None:
-        """Note the name of a file, and return another name of the same file that one of the two must be mistaken for.
+        """Register the name of a file, and return a conflicting name of the same file.
 
-        Names that exist as they are written are no mistake: they may be links to one file.
+        Names that exist as written do not conflict: they may be links to one file.
         """
         written_name = None if path == self.images / name else name
         other_name = self._name_by_path_hash.setdefault(hash(os.path.realpath(path)), written_name)
@@ -370,7 +385,7 @@ class ConvertedTable:
             return None
 
     def _read_metadata(self, folder: Path) -> dict[str, Any] | None:
-        """What is known of a table or of the beginning of one, if there is one that is up to date."""
+        """Read the metadata of a complete or partial table; None if there is none or it is outdated."""
         try:
             metadata = json.loads((folder / "about.json").read_text("utf-8"))
         except (FileNotFoundError, NotADirectoryError):
@@ -378,7 +393,7 @@ class ConvertedTable:
         return metadata if self._is_current(folder, metadata) else None
 
     def _is_current(self, folder: Path, metadata: dict[str, Any]) -> bool:
-        """Whether images that could not be used are unchanged, and measured ones have the size that they had."""
+        """Return whether unusable images are unchanged and measured images still have the same size."""
         from datasets import Dataset
 
         if any(self._get_image_stamp(name) != stamp for name, stamp in metadata["bad"].items()):
@@ -394,15 +409,14 @@ class ConvertedTable:
         return True
 
     def _has_size(self, name: str, stamp: list[int] | None, width: int, height: int) -> bool:
-        """Whether an image file still has the size that was measured; True if it was not measured, or is gone."""
+        """Return whether an image file still has its measured size; True if not measured, or deleted."""
         if stamp is None or self._get_image_stamp(name) in (stamp, None):
             return True
-        with suppress(InputError):  # which is counted when it is read
+        with suppress(InputError):  # counted when the image is read
             return read_image_file_size(self._resolve_image_path(name)) == (width, height)
         return True
 
     def _restore_counts(self, metadata: dict[str, Any]) -> None:
-        """Takes over what was counted."""
         self._skip, self._bad_image_stamps = SkipCounter(metadata["skipped"], metadata["examples"]), metadata["bad"]
         self.attributes = {name: tuple(values) for name, values in metadata["attributes"].items()}
         self.remarks, self._empty_image_sizes = metadata["remarks"], metadata["measured"]
@@ -423,7 +437,7 @@ def _format_shard_name(number: int) -> str:
 
 
 def _encode_row_content(row: dict[str, Any]) -> bytes:
-    """A line that says what a row says, whatever its file is called and wherever it lies."""
+    """Encode the content of a row as one line, without the name of its image file."""
     regions = [list(region.values()) for region in row["regions"]]
     return json.dumps([row["image_id"], row["width"], row["height"], regions]).encode() + b"\n"
 
@@ -433,9 +447,9 @@ def _compute_digest(value: Any) -> str:
 
 
 def _get_file_stamp(path: Path) -> list[int] | None:
-    """What tells that a file was changed: its size and time; None if it is not there."""
+    """Return the size in bytes and the modification time of a file; None if it does not exist."""
     try:
         file_stat = path.stat()
-    except (OSError, ValueError):  # the latter for a name that no file can have
+    except (OSError, ValueError):  # ValueError: an invalid file name
         return None
     return [file_stat.st_size, file_stat.st_mtime_ns]

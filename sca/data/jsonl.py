@@ -1,4 +1,4 @@
-"""JSON lines, one a region: what people write by hand, and what `sca caption` writes."""
+"""JSON Lines, one region per line: files written by hand or by `sca caption`."""
 
 from __future__ import annotations
 
@@ -26,19 +26,30 @@ TEXT_FIELDS = ("caption", "phrases", "name")
 
 
 class Jsonl(TableDataset):
-    """Dataset: `Jsonl("val", file=FILE)[i]` -> `Sample`; a line is one region of an image:
+    """JSON Lines file with one region per line.
 
         {"image": "a.jpg", "box": [x1, y1, x2, y2], "caption": "a dog"}
 
-    In place of a caption it may have `phrases`, a list, or only a `name`. It may have a `mask` (COCO RLE or polygons),
-    whose box is taken where the line has none, `attributes`, and `width` and `height` of the image, which is opened
-    otherwise. `id` and `image_id` are the region's and the image's if every line has one, and otherwise count lines and
-    images from 0. Other fields are passed over, so that what `sca caption` writes can be read.
+    Fields of a line:
 
-    `file` may hold `{split}`, in whose place the split is put; of a file without splits, "val" has the share
-    `hold_out` of the images, at least 4 images (or a third, if that is fewer), and "train" the others. An image is
-    named relative to `images` if given, else to the file's folder or, if it is not there, to the working folder. Text
-    is UTF-8; blank lines are passed over.
+    - `image`: file name, relative to `images`, else to the folder of the file or to the working folder.
+    - `box`: x1 y1 x2 y2 in image pixels; optional with a mask.
+    - `caption`, or `phrases` (a list), or only a `name`.
+    - `mask`: COCO RLE or polygons; optional.
+    - `attributes`: optional.
+    - `width` and `height` of the image; optional. Without them the image file is opened to measure it.
+    - `id` and `image_id`: ids of the region and of the image, on every line or on none. Default: counted from 0.
+
+    Other fields are ignored, so that the output of `sca caption` can be read. Text is UTF-8; blank lines are skipped.
+    See `TableDataset`.
+
+    Args:
+        split: "train" or "val", or the name of a split of the files.
+        file: JSON Lines file. `{split}` is replaced by the split.
+        images: Folder that image names are relative to.
+        hold_out: Fraction of the images of a file without splits that "val" has: at least 4 images, or a third of all
+            if that is fewer. "train" has the others.
+        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "jsonl"
@@ -64,8 +75,8 @@ class Jsonl(TableDataset):
         return resolve_image_path(name, [self.images, *([self.working_folder] if self.working_folder else [])])
 
     def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
-        """All lines, the name and the id of an image, and the numbers of its lines; images as they first come."""
-        images: dict[str, tuple[int, int]] = {}  # the place of each, and its id
+        """Yield the line index, an image's name and id, and its line numbers; images in order of appearance."""
+        images: dict[str, tuple[int, int]] = {}  # index and id of each image
         name_by_image_id: dict[int, str] = {}
         class_names: set[str] = set()
         name_resolver = ImageNameResolver(self._resolve_image_path)
@@ -132,7 +143,7 @@ class Jsonl(TableDataset):
     def _iter_lines_of_same_size(
         self, lines: list[tuple[int, dict[str, Any], str]]
     ) -> Iterator[tuple[int, dict[str, Any], str]]:
-        """The lines of an image that record the size of the first that records one; the others are rejected."""
+        """Yield the lines of an image with the first recorded image size; reject the others."""
         first_size: tuple[int, int] | None = None
         for number, record, location in lines:
             with self._catch_record_errors():
@@ -145,7 +156,7 @@ class Jsonl(TableDataset):
                 yield number, record, location
 
     def _measure_image_file(self, name: str) -> tuple[int, int] | None:
-        """Return width and height of an image file; None, and counted, if it is missing or unreadable."""
+        """Return the width and height of an image file; None, and counted, if it is missing or unreadable."""
         path = self._find_image_file(name)
         if path is None:
             return None
@@ -171,7 +182,7 @@ class Jsonl(TableDataset):
         phrase_field = next((key for key in ("caption", "phrases") if key in text_fields), "caption")
         mask = record_parsing.parse_mask(mask_value, "mask", row["width"], row["height"], location, self._skip)
         if box is None and mask is None:
-            return  # an empty mask, counted
+            return  # an empty mask, already counted
         self._add_region(
             row,
             region_id,

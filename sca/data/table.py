@@ -1,4 +1,4 @@
-"""Datasets whose samples are read from a table that `sca.data.conversion` makes."""
+"""Dataset over a table of `sca.data.conversion`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,29 @@ from sca.io.images import open_image
 
 
 class TableDataset(ConvertedTable):
-    """Dataset: `dataset[i]` -> `Sample`, from a table.
+    """Dataset over a converted table: `dataset[i]` returns a `Sample`.
 
-    Regions of an image that was only resized since are scaled to it. An unreadable image, or one whose aspect ratio (as
-    its viewer sees it, EXIF rotation applied) is not the recorded one, is found only when it is read: iteration then
-    passes over it, and an index returns the next readable sample in its place. Both are counted in `skipped`.
+    Regions of an image that was resized after its annotation are scaled to it. An unreadable image, or one whose aspect
+    ratio differs from the recorded one (with the EXIF orientation applied), is found only when it is read. Iteration
+    then skips it, and an index returns the next readable sample instead. Both are counted in `skipped`.
+
+    Takes the arguments and has the attributes of `ConvertedTable`.
     """
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Sample:
+        """Return a sample, or the next readable one.
+
+        Args:
+            index: Index of the sample.
+
+        Raises:
+            IndexError: The index is out of range.
+            EmptyDatasetError: No image can be read.
+            InputError: More than `max_bad` images are unusable.
+        """
         self._check_index(index)
         for step in range(len(self)):
             sample = self.read((index + step) % len(self))
@@ -38,11 +50,22 @@ class TableDataset(ConvertedTable):
         raise record_parsing.EmptyDatasetError(f"no picture in {self.images} can be read; {self._summarize_skipped()}")
 
     def __iter__(self) -> Iterator[Sample]:
-        """Every readable sample once."""
+        """Iterate over the readable samples once."""
         return (sample for sample in map(self.read, range(len(self))) if sample is not None)
 
     def read(self, index: int) -> Sample | None:
-        """Exactly this sample; None, and counted in `skipped`, if its picture cannot be used. Raises IndexError."""
+        """Read exactly one sample.
+
+        Args:
+            index: Index of the sample.
+
+        Returns:
+            The sample; None, and counted in `skipped`, if its image is unusable.
+
+        Raises:
+            IndexError: The index is out of range.
+            InputError: More than `max_bad` images are unusable.
+        """
         self._check_index(index)
         row = self._table[int(index)]
         name, size = row["file"], (row["width"], row["height"])
@@ -62,17 +85,17 @@ class TableDataset(ConvertedTable):
         return Sample(image, row["image_id"], tuple(regions))
 
     def annotations_of_all(self) -> Iterator[tuple[Region, ...]]:
-        """The regions of each image, in order; no picture is opened."""
+        """Yield the regions of each image in order, without opening images."""
         for row in self._table:
             yield tuple(_row_to_region(region, row["width"], row["height"]) for region in row["regions"])
 
     @cached_property
     def image_ids(self) -> list[int]:
-        """The id of each image, in order."""
+        """Ids of the images in order."""
         return self._table.data["image_id"].to_pylist()
 
     def _open_image(self, name: str) -> Image.Image:
-        """The picture that a table calls `name`. Raises InputError."""
+        """Open an image by its name in the table. Raises InputError."""
         return open_image(self._resolve_image_path(name))
 
     def _check_index(self, index: int) -> None:
