@@ -1,4 +1,4 @@
-"""A person's own annotated pictures, recognized by what lies there."""
+"""Detection of a user's own annotated images, and splits of a file without splits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sca.io.errors import InputError
 from sca.io.json import is_json_lines_name
 from sca.io.paths import expand_user
 
-SOURCE_DEFAULTS = {"names": "both", "augment": {"flip": 0.5, "crop": 0.7, "color": 0.2}}  # of a source in a recipe
-DEFAULT_HOLD_OUT = 0.1  # the share of the images of a single file that a model is not trained on
-MIN_HELD_OUT = 4  # images, unless that is more than a third of all
-SPLIT_ALIASES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}  # that tools write, too
-SPLIT_LAYOUTS = (  # annotations and images of exports with splits: of Roboflow, and of CVAT
+SOURCE_DEFAULTS = {"names": "both", "augment": {"flip": 0.5, "crop": 0.7, "color": 0.2}}
+DEFAULT_HOLD_OUT = 0.1  # fraction of the images of a file without splits
+MIN_HELD_OUT = 4  # images, but at most a third of all
+SPLIT_ALIASES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}  # names that tools use
+SPLIT_LAYOUTS = (  # annotation file and image folder of exports with splits: Roboflow, CVAT
     ("{split}/_annotations.coco.json", "{split}"),
     ("annotations/instances_{split}.json", "images/{split}"),
     ("annotations/instances_{split}.json", "images"),
@@ -25,13 +25,24 @@ SPLIT_LAYOUTS = (  # annotations and images of exports with splits: of Roboflow,
 
 
 def detect_data_source(path: str | Path) -> dict[str, Any]:
-    """The table of a recipe's data for `path`: a `.jsonl` or `.ndjson` file, a `.json` file of COCO, Label Studio or
-    LabelMe, or a folder with one of these, with LabelMe files, or with `train.json`, `train/`, `val.json` and `val/`,
-    or an export in COCO's format of Label Studio, CVAT or Roboflow. Suffixes may be in upper case.
-    Pictures lie where the file says, from its folder or from `images/` beside it. Of a file without splits,
-    `DEFAULT_HOLD_OUT` are kept for "val", as `choose_split` says.
+    """Return the recipe's data table for a file or folder.
 
-    InputError if there is nothing, or more than one file to choose from.
+    Images are relative to the folder of the annotation file, or to `images/` next to it. If the data has no splits,
+    "val" has the fraction `DEFAULT_HOLD_OUT`, see `choose_split`. Suffixes are case-insensitive.
+
+    Args:
+        path: One of:
+            - a `.jsonl` or `.ndjson` file;
+            - a `.json` file of COCO, Label Studio or LabelMe;
+            - a folder with one of these, or with LabelMe files;
+            - a folder with `train.json`, `train/`, `val.json` and `val/`;
+            - an export in COCO's format from Label Studio, CVAT or Roboflow.
+
+    Returns:
+        The registered name and the options of the dataset.
+
+    Raises:
+        InputError: The path does not exist, or contains no annotation file or more than one.
     """
     path = expand_user(path)
     if not path.exists():
@@ -55,7 +66,7 @@ def detect_data_source(path: str | Path) -> dict[str, Any]:
         }
     if _is_json_name(path):
         tool = _detect_tool(path)
-        if tool == "LabelMe":  # whose images are named from its own folder
+        if tool == "LabelMe":  # image names are relative to its own folder
             return {"name": "annotations", "file": str(path), "hold_out": DEFAULT_HOLD_OUT, **SOURCE_DEFAULTS}
         if tool == "Label Studio":
             return {
@@ -76,7 +87,7 @@ def detect_data_source(path: str | Path) -> dict[str, Any]:
 
 
 def _is_labelme_folder(folder: Path) -> bool:
-    """Whether all files of a folder that could be annotations are LabelMe's."""
+    """Return whether all annotation files of a folder are LabelMe files."""
     files = _list_annotation_files(folder)
     return bool(files) and all(_is_json_name(file) and _detect_tool(file) == "LabelMe" for file in files)
 
@@ -90,7 +101,7 @@ def _is_json_name(path: Path) -> bool:
 
 
 def _detect_tool(path: Path) -> str:
-    """The tool that a .json file is of, by its first members; a file that cannot be read counts as COCO's."""
+    """Return the tool of a .json file by its first keys; "COCO" if the file is unreadable."""
     with suppress(ValueError):
         for key, *_ in iter_members(path):
             if key in (None, "data"):
@@ -103,7 +114,7 @@ def _detect_tool(path: Path) -> str:
 
 
 def _find_split_export(folder: Path) -> dict[str, Any] | None:
-    """The source of an export that has a file for "train" and one for "val"; None if it has not."""
+    """Return the data source of an export with files for "train" and "val"; None if there are none."""
     for file, images in SPLIT_LAYOUTS:
         paths = [resolve_split_path(f"{folder}/{each}", split) for each in (file, images) for split in ("train", "val")]
         if all(each.exists() for each in paths):
@@ -112,9 +123,9 @@ def _find_split_export(folder: Path) -> dict[str, Any] | None:
 
 
 def _find_single_file(folder: Path) -> Path:
-    """The one file of annotations in a folder. Raises InputError."""
+    """Return the only annotation file of a folder. Raises InputError."""
     files = _list_annotation_files(folder)
-    if not files:  # CVAT, whatever its subset is called; and an export of Roboflow without splits
+    if not files:  # CVAT with any subset name, or Roboflow without splits
         files = sorted([*folder.glob("annotations/*.json"), *folder.glob("*/_annotations.coco.json")])
         train_files = [resolve_split_path(f"{folder}/{file}", "train") for file, _ in SPLIT_LAYOUTS]
         files = [file for file in files if file in train_files] or files
@@ -125,33 +136,41 @@ def _find_single_file(folder: Path) -> Path:
 
 
 def _find_image_folder(file: Path) -> Path:
-    """The folder that the images of a file are named in."""
+    """Return the folder that image names in an annotation file are relative to."""
     root = file.parent.parent if file.parent.name == "annotations" else file.parent
-    subset = file.stem.partition("_")[2]  # of instances_default.json
+    subset = file.stem.partition("_")[2]  # such as `default` in instances_default.json
     candidates = [root / "images" / subset, root / "images"] if subset else [root / "images"]
     return next((folder for folder in candidates if folder.is_dir()), root)
 
 
 def resolve_split_path(path: str, split: str) -> Path:
-    """The path with the name of a split in place of `{split}`, in the spelling that exists: "val", "valid", "Val"."""
+    """Replace `{split}` in a path by the name of a split, in the spelling that exists ("val", "valid", "Val").
+
+    Args:
+        path: Path, with or without `{split}`.
+        split: Name of the split.
+
+    Returns:
+        The first existing path; if none exists, the path with `split` unchanged.
+    """
     names = (split, *SPLIT_ALIASES.get(split, ()))
     candidates = [path.replace("{split}", form) for name in names for form in (name, name.capitalize())]
     return next((each for each in map(Path, candidates) if each.exists()), Path(candidates[0]))
 
 
 def choose_split(names: Iterable[str], split: str, hold_out: float) -> tuple[set[str], list[str]]:
-    """Choose the images of a split of a file that has none.
+    """Choose the images of a split of a file without splits.
 
-    "val" has the first images by a hash of their names: the share `hold_out`, at least `MIN_HELD_OUT` images (or a
-    third of all, if that is fewer). "train" has the others.
+    "val" has the first images in the order of a hash of their names: the fraction `hold_out`, at least `MIN_HELD_OUT`
+    images, or a third of all if that is fewer. "train" has the others.
 
     Args:
-        names: File names of the images, one for each file.
+        names: File names of the images, one per file.
         split: "train" or "val".
-        hold_out: Share of the images, from 0 to below 1; 0 if the file is of one split.
+        hold_out: Fraction of the images, from 0 to below 1; 0 if the file has only one split.
 
     Returns:
-        The names of the split, and remarks: how many are held out.
+        The names in the split, and remarks with the number of held-out images.
     """
     unique_names = set(names)
     if not hold_out:
@@ -163,7 +182,15 @@ def choose_split(names: Iterable[str], split: str, hold_out: float) -> tuple[set
 
 
 def make_hold_out_key(split: str, hold_out: float) -> str:
-    """What a table's key has to know. ValueError for a split that there is not, or no share."""
+    """Return the part of a table's selection key for a held-out split.
+
+    Args:
+        split: Name of the split.
+        hold_out: Fraction of the held-out images, from 0 to below 1.
+
+    Raises:
+        ValueError: The fraction is out of range, or a split other than "train" and "val" is held out.
+    """
     if not 0 <= hold_out < 1:
         raise ValueError(f"hold_out={hold_out}: give the share of the images that are kept for val, from 0 to 1")
     if hold_out and split not in ("train", "val"):

@@ -1,6 +1,6 @@
-"""Writes any dataset in the layout of a public one, for tools that read COCO, Visual Genome or RefCOCO.
+"""Export of datasets to public formats, for tools that read COCO, Visual Genome or RefCOCO.
 
-The package's own loaders read the same layouts, so an exported dataset is also how those are tried from end to end.
+The datasets of this package read the same formats, so exports also test them end to end.
 """
 
 from __future__ import annotations
@@ -42,31 +42,40 @@ from sca.io.masks import mask_to_box
 def export_dataset(
     dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format: str, max_images: int | None = None
 ) -> Path:
-    """Writes `dataset`, or several as {split: dataset}, to `folder` and gives its path.
+    """Export a dataset, or several splits of one, to a folder.
 
-    A dataset by itself is written as the split that it says it is, else as "train". `max_images` keeps the first
-    samples of each split. `format` is one of:
+    Formats:
 
-    - `coco`: `{split}.json` (instances; segmentation as RLE, "caption" with the phrases, "attributes" with the exact
-      facts) and `{split}/*.png`. Read back by `Coco(split, root=folder)`.
-    - `coco-captions`, `coco-panoptic`, `objects365`, `v3det`, `vg-grit`, `sa1b`: as `CocoCaptions`, `CocoPanoptic`,
-      `Objects365`, `V3Det`, `GritVisualGenome` and `Sa1b` say. A captions file has the phrases of all regions as the
-      image's; panoptic and SA-1B files have the regions with masks, of which the smaller one covers the larger in
-      panoptic ones; GRiT's has one region a phrase, numbered afresh. A region without phrases is described by its
-      name in a captions file, in GRiT's and in SA-1B's.
-    - `jsonl`: `{split}.jsonl` and `{split}/*.png`, with everything. Read back by `Jsonl(split, file=FILE)`.
-    - `vg`: `image_data.json`, `region_descriptions.json` (one region a phrase, numbered afresh; pixels are whole
-      numbers), `densecap_splits.json` and `VG_100K/*.jpg`. Has no masks or classes: a region without phrases is
-      described by its name. Read back by `VisualGenome(split, root=folder)`.
-    - `refcoco`: `instances.json`, `refs(unc).p` (one ref a region that has phrases) and `images/*.png`. Read back by
+    - `coco`: `{split}.json` (instances with RLE masks, phrases as "caption", and "attributes") and `{split}/*.png`.
+      Read it with `Coco(split, root=folder)`.
+    - `coco-captions`, `coco-panoptic`, `objects365`, `v3det`, `vg-grit`, `sa1b`: the layouts of `CocoCaptions`,
+      `CocoPanoptic`, `Objects365`, `V3Det`, `GritVisualGenome` and `Sa1b`. A captions file has the phrases of all
+      regions of an image. Panoptic and SA-1B files have only regions with masks; in panoptic files smaller masks cover
+      larger ones. GRiT files have one region per phrase with new ids. In captions, GRiT and SA-1B files the name
+      replaces missing phrases.
+    - `jsonl`: `{split}.jsonl` and `{split}/*.png`, without loss. Read it with `Jsonl(split, file=FILE)`.
+    - `vg`: `image_data.json`, `region_descriptions.json` (one region per phrase with new ids, boxes in integer pixels),
+      `densecap_splits.json` and `VG_100K/*.jpg`. Has no masks or class names; the name replaces missing phrases. Read
+      it with `VisualGenome(split, root=folder)`.
+    - `refcoco`: `instances.json`, `refs(unc).p` (one ref per region with phrases) and `images/*.png`. Read it with
       `RefCoco(split, root=folder)`.
 
-    The folder appears complete or not at all.
+    The folder is written atomically.
+
+    Args:
+        dataset: Dataset, or {split: dataset}. The split of a single dataset is its attribute `split`, else "train".
+        folder: New or empty folder.
+        format: Name of the format.
+        max_images: Maximum number of samples per split, from the first.
+
+    Returns:
+        Path of the folder.
 
     Raises:
+        ValueError: The format is unknown.
         OutputError: The folder is not empty or cannot be written.
-        InputError: An id occurs twice in one file.
-        EmptyDatasetError: No sample can be read.
+        InputError: An id is repeated in one file.
+        EmptyDatasetError: No sample is readable.
     """
     if format not in EXPORT_WRITERS:
         raise ValueError(f"no format {format!r}; there are: {', '.join(EXPORT_WRITERS)}")
@@ -85,7 +94,7 @@ def export_dataset(
 def _iter_and_count_samples(
     dataset: Dataset, split: str, counts: Counter[str], max_images: int | None
 ) -> Iterator[Sample]:
-    is_iterable = hasattr(dataset, "__iter__")  # it knows best which samples to pass over
+    is_iterable = hasattr(dataset, "__iter__")  # iteration skips unusable samples
     samples = iter(dataset) if is_iterable else map(dataset.__getitem__, range(len(dataset)))
     for sample in islice(samples, max_images):
         counts[split] += 1
@@ -187,7 +196,7 @@ def _write_sa1b(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
             annotations = []
             for region in masked_regions:
                 x1, y1, x2, y2 = mask_to_box(region.mask)
-                box = [x1, y1, x2 - 1 - x1, y2 - 1 - y1]  # up to the last pixel, as published
+                box = [x1, y1, x2 - 1 - x1, y2 - 1 - y1]  # published boxes end at the last pixel
                 annotations.append(make_annotation_record(region, sample.image_id, {}) | {"bbox": box})
             captions_by_region_id = {region.id: list(get_region_texts(region)) for region in masked_regions}
             write_json(folder / f"{name}.json", {"image": image, "annotations": annotations})
@@ -225,6 +234,6 @@ EXPORT_WRITERS: dict[str, Callable[[Mapping[str, Iterator[Sample]], Path], None]
 
 
 def _make_sentence_record(raw: str, sent_id: int) -> dict[str, Any]:
-    """A sentence as the RefCOCO authors keep it: as it was typed, and in lower case without punctuation."""
+    """Return a sentence in RefCOCO's format: raw, and in lower case without punctuation."""
     tokens = re.sub(r"[^\w\s]", "", raw.lower()).split()
     return {"raw": raw, "sent": " ".join(tokens), "sent_id": sent_id, "tokens": tokens}

@@ -1,4 +1,4 @@
-"""Writing in COCO's form and its relatives'."""
+"""Writers of COCO's format and of formats derived from it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ Splits = Mapping[str, Iterator[Sample]]
 
 
 def write_coco(splits: Splits, folder: Path) -> None:
+    """Write COCO instances with captions and attributes."""
     _write_coco_layout(splits, folder, "{split}.json", "{split}", include_captions=True)
 
 
 def write_objects365(splits: Splits, folder: Path) -> None:
+    """Write the layout of Objects365 v2."""
     _write_coco_layout(splits, folder, "annotations/zhiyuan_objv2_{split}.json", "{split}/patch0", "images/v2/patch0/")
 
 
 def write_v3det(splits: Splits, folder: Path) -> None:
+    """Write the layout of V3Det."""
     _write_coco_layout(splits, folder, "annotations/v3det_2023_v1_{split}.json", "images/{split}", "images/{split}/")
 
 
@@ -45,9 +48,7 @@ def _write_coco_layout(
     file_name_prefix: str = "",
     include_captions: bool = False,
 ) -> None:
-    """`annotation_pattern` and `image_folder_pattern` are paths in `folder`, `file_name_prefix` what file names begin
-    with; if `include_captions`, captions and attributes are written.
-    """
+    """Write instances and images to path patterns in `folder` that contain `{split}`."""
     categories: dict[str, int] = {}
     contents = {}
     for split, samples in splits.items():
@@ -74,6 +75,7 @@ def _write_coco_layout(
 
 
 def write_grit(splits: Splits, folder: Path) -> None:
+    """Write the layout of GRiT's Visual Genome, one region per phrase."""
     annotation_id = 0
     for split, samples in splits.items():
         unique_ids = UniqueIds()
@@ -95,6 +97,7 @@ def write_grit(splits: Splits, folder: Path) -> None:
 
 
 def write_coco_captions(splits: Splits, folder: Path) -> None:
+    """Write COCO Captions with the phrases of all regions of each image."""
     caption_id = 0
     (folder / "annotations").mkdir()
     for split, samples in splits.items():
@@ -115,6 +118,7 @@ def write_coco_captions(splits: Splits, folder: Path) -> None:
 
 
 def write_coco_panoptic(splits: Splits, folder: Path) -> None:
+    """Write COCO panoptic JSON and PNG files."""
     categories: dict[str, int] = {}
     contents = {}
     for split, samples in splits.items():
@@ -135,7 +139,7 @@ def write_coco_panoptic(splits: Splits, folder: Path) -> None:
 
 
 def _write_segments(sample: Sample, path: Path, categories: dict[str, int]) -> dict[str, Any]:
-    """Writes the PNG of an image, larger regions below smaller ones, and gives its annotation."""
+    """Write the PNG file of an image, smaller regions over larger ones, and return its annotation."""
     width, height = sample.image.size
     segment_ids, segments_info = np.zeros((height, width), dtype=np.int64), []
     masked_regions = sorted(

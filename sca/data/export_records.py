@@ -1,4 +1,4 @@
-"""What all layouts of `export` are written with: ids that occur once, pictures, and records in COCO's form."""
+"""Shared helpers of the export formats: unique ids, image files, and records in COCO's format."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from sca_registry.contracts import Region, Sample
 
 from sca.io.errors import InputError
 
-UNNAMED_CATEGORY = "region"  # the category of regions that have no name
+UNNAMED_CATEGORY = "region"  # category of regions without a name
 
 
 class UniqueIds:
-    """Which images and regions one set of files has, and in which split."""
+    """Ids of the images and regions in one set of files, with their splits."""
 
     def __init__(self) -> None:
         self.split_by_image_id: dict[int, str] = {}
         self.split_by_region_id: dict[int, str] = {}
 
     def add_sample(self, sample: Sample, split: str) -> None:
+        """Register the ids of a sample. Raises InputError for a repeated id."""
         register_id("image", sample.image_id, split, self.split_by_image_id)
         for region in sample.regions:
             register_id("region", region.id, split, self.split_by_region_id)
 
 
 def register_id(record_type: str, record_id: int, split: str, split_by_id: dict[int, str]) -> None:
+    """Register an id. Raises InputError if it is repeated."""
     if record_id in split_by_id:
         raise InputError(
             f"{record_type} id {record_id} of split {split!r} was there before, in split {split_by_id[record_id]!r}"
@@ -37,21 +39,30 @@ def register_id(record_type: str, record_id: int, split: str, split_by_id: dict[
 
 
 def save_image(sample: Sample, path: Path, **options: Any) -> None:
+    """Save the image of a sample in RGB; `options` are those of `PIL.Image.Image.save`."""
     path.parent.mkdir(exist_ok=True)
     sample.image.convert("RGB").save(path, **options)
 
 
 def get_region_texts(region: Region) -> tuple[str, ...]:
-    """What is said of a region, for layouts that have no classes: its name where there is no phrase."""
+    """Return the phrases of a region, or its name without phrases, for formats without class names."""
     return region.phrases or tuple(filter(None, (region.name,)))
 
 
 def make_image_record(sample: Sample, file_name: str) -> dict[str, Any]:
+    """Return the COCO record of an image."""
     width, height = sample.image.size
     return {"id": sample.image_id, "file_name": file_name, "width": width, "height": height}
 
 
 def make_annotation_record(region: Region, image_id: int, categories: dict[str, int]) -> dict[str, Any]:
+    """Return the COCO annotation of a region.
+
+    Args:
+        region: Region.
+        image_id: Id of its image.
+        categories: Category ids by name, to which new names are added.
+    """
     x1, y1, x2, y2 = region.box
     return {
         "id": region.id,
@@ -65,6 +76,7 @@ def make_annotation_record(region: Region, image_id: int, categories: dict[str, 
 
 
 def write_instances(path: Path, images: list, annotations: list, categories: Mapping[str, int]) -> None:
+    """Write a COCO instances file."""
     category_records = [{"id": number, "name": name, "supercategory": name} for name, number in categories.items()]
     write_json(
         path, {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": category_records}
@@ -72,4 +84,5 @@ def write_instances(path: Path, images: list, annotations: list, categories: Map
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file in UTF-8."""
     path.write_text(json.dumps(content), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""The members of a JSON file, one after another and never all of it in memory.
+"""Streaming of JSON files that are never fully in memory.
 
-Whatever is wrong is an InputError that names the file and the place in it.
+Invalid content raises an InputError that names the file and the location in it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,21 @@ from sca.io.errors import InputError
 from sca.io.json import check_depth, open_regular_file
 from sca.io.text import escape_terminal
 
-CHUNK_BYTES = 1 << 22  # bytes that are read at a time
+CHUNK_BYTES = 1 << 22  # minimum bytes per read
 WHITESPACE = re.compile(r"[ \t\r\n]*")
-NUMBER_CHARACTERS = "0123456789.eE+-"  # a number at the edge of what is read may go on
-LIST_START = object()  # stands where a list begins
+NUMBER_CHARACTERS = "0123456789.eE+-"  # a number at the end of the window may continue
+LIST_START = object()  # marks the start of a list
 
 
 def iter_list_elements(path: Path) -> Iterator[Any]:
-    """The elements of a file that is a JSON list, one after another."""
+    """Iterate over the elements of a JSON file that contains a list.
+
+    Args:
+        path: JSON file.
+
+    Raises:
+        InputError: The file is unreadable, invalid, or not a list.
+    """
     for key, value, _, _ in iter_members(path):
         if key is not None:
             raise InputError(f"{path} must be a list of objects, and is an object with {key!r}")
@@ -35,10 +42,18 @@ def iter_list_elements(path: Path) -> Iterator[Any]:
 
 
 def iter_members(path: Path) -> Iterator[tuple[str | None, Any, int, int]]:
-    """What a JSON object or list has, in order, as (key, value, start, end) with the bytes where the value stands.
+    """Iterate over the members of a JSON object, or the elements of a list.
 
-    Of a member that is a list first `LIST_START` comes, and then its elements; any other comes as a whole. Where the
-    file is a list, the key is None.
+    A member that is a list yields `LIST_START` first, and then each of its elements. Other members yield one value.
+
+    Args:
+        path: JSON file.
+
+    Yields:
+        (key, value, start, end): the key, None if the file is a list; the value; and its byte range.
+
+    Raises:
+        InputError: The file is unreadable or invalid.
     """
     try:
         with open_regular_file(path) as file, make_read_progress(path) as bar:
@@ -74,20 +89,20 @@ def _iter_list(window: _JsonWindow, key: str | None) -> Iterator[tuple[str | Non
 
 
 class _JsonWindow:
-    """A window of a JSON file, with a character a byte, so that where something stands is known.
+    """Window of a JSON file with one character per byte, so that positions are byte offsets.
 
-    Text that is not ASCII is decoded once more when its value is taken.
+    A value with non-ASCII text is decoded again as UTF-8.
     """
 
     def __init__(self, file: BinaryIO, path: Path, bar: tqdm):
         self._file, self._path, self._bar = file, path, bar
         self._decoder = json.JSONDecoder()
-        self._text, self._position, self._window_start = "", 0, len(BOM_UTF8)  # bytes before the window
+        self._text, self._position, self._window_start = "", 0, len(BOM_UTF8)  # offset of the window
         if file.read(self._window_start) != BOM_UTF8:
             self._window_start = file.seek(0)
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """Return the next non-whitespace character; empty at the end."""
         while True:
             self._position = WHITESPACE.match(self._text, self._position).end()  # type: ignore[union-attr]
             if self._position < len(self._text):
@@ -96,13 +111,13 @@ class _JsonWindow:
                 return ""
 
     def skip_character(self, character: str) -> bool:
-        """Whether this comes next; then it is passed."""
+        """Skip the next character if it is `character`, and return whether it was."""
         is_next = self.peek() == character
         self._position += is_next
         return is_next
 
     def take_character(self, characters: str) -> str:
-        """The next character, which is one of those wanted."""
+        """Return and skip the next character, which must be one of `characters`."""
         next_character = self.peek()
         if not next_character or next_character not in characters:
             raise self.make_error(f"no {' or '.join(map(repr, characters))}")
@@ -110,7 +125,7 @@ class _JsonWindow:
         return next_character
 
     def parse_value(self) -> tuple[Any, int, int]:
-        """The value that comes next, and at which bytes it stands."""
+        """Parse the next value, and return it with its byte range."""
         self.peek()
         while True:
             try:
@@ -120,7 +135,7 @@ class _JsonWindow:
             except json.JSONDecodeError as error:
                 if not self._read_chunk():
                     raise self.make_error(error.msg) from None
-            except (RecursionError, ValueError) as error:  # the latter for an integer of thousands of digits
+            except (RecursionError, ValueError) as error:  # ValueError: an integer with thousands of digits
                 raise self.make_error("nested too deep" if isinstance(error, RecursionError) else str(error)) from None
         try:
             check_depth(value)
@@ -138,7 +153,7 @@ class _JsonWindow:
         )
 
     def _read_chunk(self) -> bool:
-        """Whether there was more; of one long value twice as much each time."""
+        """Read more of the file, doubling the window for a long value; return False at the end."""
         chunk = self._file.read(max(CHUNK_BYTES, len(self._text) - self._position))
         if not chunk:
             return False
@@ -149,7 +164,7 @@ class _JsonWindow:
 
 
 def make_read_progress(path: Path) -> tqdm:
-    """A bar over the bytes of a file, on a terminal."""
+    """Return a progress bar over the bytes of a file, shown on a terminal only."""
     return tqdm(
         total=path.stat().st_size, desc=escape_terminal(path.name), unit="B", unit_scale=True, leave=False, disable=None
     )

@@ -1,4 +1,4 @@
-"""Datasets in the files of labeling tools: exports of Label Studio, and folders of LabelMe files."""
+"""Datasets of labeling tools: exports of Label Studio, and LabelMe files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,20 @@ from sca.io.validation import check_object, read_field, read_recorded_size
 
 
 class LabelingToolDataset(TableDataset):
-    """Dataset: `LabelingToolDataset("val", file=PATH, hold_out=0.1)[i]` -> `Sample`: a JSON export of Label
-    Studio, a LabelMe file, or a folder of LabelMe files.
+    """JSON export of Label Studio, a LabelMe file, or a folder of LabelMe files.
 
-    A region's name is its label, and its phrases are its texts: Label Studio's text areas, LabelMe's description. What
-    cannot be a region, such as a keypoint or a relation, is counted. An image is named relative to `images` if given,
-    else to the file's folder; where LabelMe's image is missing, it is the one inside its file (`imageData`). Images and
-    regions are numbered from 0. `hold_out` is that of `CocoJson`. The rest is that of `TableDataset`.
+    A region's name is its label. Its phrases are its texts: Label Studio's text areas, or LabelMe's description.
+    Annotations that are not regions, such as keypoints and relations, are skipped and counted. If LabelMe's image file
+    is missing, the image inside the annotation file (`imageData`) replaces it. Images and regions are numbered from 0.
+    See `TableDataset`.
+
+    Args:
+        split: "train" or "val", or the name of a split of the files.
+        file: File or folder. `{split}` is replaced by the split.
+        images: Folder that image names are relative to. Default: the folder of the file.
+        hold_out: Fraction of the images of a file without splits that "val" has: at least 4 images, or a third of all
+            if that is fewer. "train" has the others.
+        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "annotations"
@@ -50,7 +57,7 @@ class LabelingToolDataset(TableDataset):
         super().__init__(split, folder, files, max_bad, make_hold_out_key(split, hold_out))
 
     def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
-        """The number of an image, that of its first region, and the image with its regions."""
+        """Yield the index of an image, the id of its first region, and the image with its regions."""
         name_resolver = ImageNameResolver(self._resolve_image_path)
         annotated_images = self._merge_images(self._iter_annotated_images(), name_resolver)
         bar.reset(len(annotated_images))
@@ -66,7 +73,7 @@ class LabelingToolDataset(TableDataset):
 
     def _build_row(self, entry: Any) -> dict[str, Any] | None:
         number, first_region_id, annotated = entry
-        if annotated.size is None:  # of a task without regions
+        if annotated.size is None:  # a task without regions
             return self._skip("image without regions", annotated.name)
         row = self._create_row(number, annotated.name, *annotated.size, annotated.is_size_recorded)
         for region_id, region in enumerate(annotated.annotations, first_region_id):
@@ -88,7 +95,7 @@ class LabelingToolDataset(TableDataset):
     def _merge_images(
         self, annotated: Iterable[AnnotatedImage], name_resolver: ImageNameResolver
     ) -> list[AnnotatedImage]:
-        """Merge the regions of each image file, in whatever spelling and in however many tasks it occurs."""
+        """Merge the regions of each image file over all spellings of its name and all tasks."""
         merged: dict[str, AnnotatedImage] = {}
         for image in annotated:
             name = name_resolver.unify_spelling(image.name)
@@ -119,7 +126,7 @@ class LabelingToolDataset(TableDataset):
                 yield image
 
     def _read_labelme_image(self, content: dict[str, Any], name: str, file: Path) -> AnnotatedImage:
-        """An image; one that is inside the file is named by the file."""
+        """Read an image; an image stored in the annotation file is named by that file."""
         path = self._resolve_image_path(name)
         size = labelme.find_image_size(content, path, str(file))
         if not path.is_file() and content.get("imageData"):

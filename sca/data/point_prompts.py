@@ -1,4 +1,4 @@
-"""Points drawn inside a region, which stand for the clicks of a person."""
+"""Random points inside regions, which simulate a user's clicks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ from sca.io.masks import decode_rle
 
 
 def sample_point_prompt(region: Region, rng: np.random.Generator) -> Prompt:
-    """Return a prompt with one point drawn inside the region's mask, or its box if it has none, in image pixels."""
+    """Sample a prompt with one point inside a region.
+
+    Args:
+        region: Region. Its box is used if it has no mask.
+        rng: Random generator.
+
+    Returns:
+        Prompt with a positive point in image pixels.
+    """
     x, y = sample_point(region, None if region.mask is None else decode_rle(region.mask), rng)
     return Prompt(points=((x, y, 1),))
 
 
 def sample_point(region: Region, mask: np.ndarray | None, rng: np.random.Generator) -> tuple[float, float]:
-    """Draw a point inside a region.
+    """Sample a point inside a region.
 
     Args:
-        region: The region, whose box is used if there is no mask.
-        mask: (height, width) bool, or None.
-        rng: The generator.
+        region: Region. Its box is used without a mask.
+        mask: (height, width) bool mask of the region, or None.
+        rng: Random generator.
 
     Returns:
         x and y in image pixels.

@@ -1,6 +1,6 @@
-"""The records of publishers' JSON, one after another or by their place, and never all of a file in memory.
+"""Random access to the records of large JSON files, which are never fully in memory.
 
-Whatever is wrong is an InputError that names the file and the place in it.
+Invalid content raises an InputError that names the file and the location in it.
 """
 
 from __future__ import annotations
@@ -22,21 +22,28 @@ from sca.io.validation import check_object, read_field
 
 
 class RecordIndex:
-    """Objects of one list of a JSON file, read again each time: `records[number]` -> the object and its place in words.
+    """Index of the objects of a list in a JSON file: `records[i]` returns an object and its location.
 
-    In memory are where each of them stands, and its integers under `keys`, as arrays of `columns`;
-    the first of them identifies a record. Meant for many millions: some 30 bytes each.
+    Each access reads the object from the file. Only byte ranges and the integer fields `keys` are in memory, about 30
+    bytes per record, so that files with many millions of records can be indexed.
+
+    Args:
+        path: JSON file.
+        where: Location of the list for error messages.
+        keys: Integer fields to keep, starting with the id.
+
+    Attributes:
+        columns: Values of each key, an array with one value per record.
+        duplicates: Indices of records that repeat an earlier id.
     """
 
     def __init__(self, path: Path, where: str, keys: Sequence[str]):
         self.path, self.location, self.keys = path, where, keys
         self.columns = {key: array("q") for key in keys}
         self._starts, self._lengths = array("q"), array("I")
-        self._list_positions: array | None = (
-            None  # in the list, of each record, where records before it were passed over
-        )
+        self._list_positions: array | None = None  # list position of each record, once a record was skipped
         self._num_skipped = 0
-        self.duplicates: set[int] = set()  # records with the identity of an earlier one
+        self.duplicates: set[int] = set()
         self._file: BinaryIO | None = None
 
     def __len__(self) -> int:
@@ -49,16 +56,26 @@ class RecordIndex:
         return json.loads(self._file.read(self._lengths[number])), self.describe_location(number)
 
     def describe_location(self, number: int) -> str:
+        """Return the file, list position and id of a record for error messages."""
         position = number if self._list_positions is None else self._list_positions[number]
         return f"{self.location}[{position}] ({self.keys[0]} {self.columns[self.keys[0]][number]})"
 
     def skip(self) -> None:
-        """Pass over one record of the list, which has no number then."""
+        """Skip one record of the list, which has no index."""
         self._list_positions = array("q", range(len(self))) if self._list_positions is None else self._list_positions
         self._num_skipped += 1
 
     def add(self, record: Any, start: int, end: int) -> None:
-        """Notes one more record, which stands at these bytes."""
+        """Add a record stored at the bytes `start` to `end` of the file.
+
+        Args:
+            record: Record.
+            start: First byte.
+            end: Byte after the last one.
+
+        Raises:
+            InputError: A key is missing or not an integer.
+        """
         location = f"{self.location}[{len(self) + self._num_skipped}]"
         values: list[int] = []
         for key in self.keys:
@@ -67,7 +84,7 @@ class RecordIndex:
         self.add_values(values, start, end)
 
     def add_values(self, values: Sequence[int], start: int, end: int) -> None:
-        """The same, with the whole numbers that are kept of it."""
+        """Add a record stored at the bytes `start` to `end` of the file by the values of its keys."""
         for key, value in zip(self.keys, values, strict=True):
             self.columns[key].append(value)
         if self._list_positions is not None:
@@ -76,14 +93,17 @@ class RecordIndex:
         self._lengths.append(end - start)
 
     def check_unique_ids(self, reject: RejectCallback | None = None) -> RecordIndex:
-        """Check that each record has an identity of its own.
+        """Check that ids are unique.
 
         Args:
-            reject: Receives the InputError of each record with that of an earlier one, which is then among those that
-                are `duplicates`; None raises it.
+            reject: Callback for the InputError of each record that repeats an id, which is added to `duplicates`; None
+                raises it.
 
         Returns:
-            The records themselves.
+            The index itself.
+
+        Raises:
+            InputError: An id is repeated and `reject` is None.
         """
         ids, order = np.asarray(self.columns[self.keys[0]]), self._indices_by_id
         repeated_indices = order[1:][ids[order][1:] == ids[order][:-1]]
@@ -96,7 +116,7 @@ class RecordIndex:
         return self
 
     def find_indices(self, requested_ids: Sequence[int]) -> np.ndarray:
-        """The numbers of the records with these identities, -1 where there is none."""
+        """Return the (R,) indices of the records with these ids, -1 for unknown ids."""
         ids, requested = np.asarray(self.columns[self.keys[0]]), np.asarray(requested_ids)
         if not len(ids):
             return np.full(len(requested), -1)
@@ -106,19 +126,25 @@ class RecordIndex:
 
     @cached_property
     def _indices_by_id(self) -> np.ndarray:
-        """(R,) the numbers of the records in the order of their identities; there are to be no more of them."""
+        """(R,) record indices sorted by id; no record may be added afterwards."""
         return np.argsort(np.asarray(self.columns[self.keys[0]]), kind="stable")
 
     def resolve_references(
         self, key: str, targets: RecordIndex, target_name: str, reject: RejectCallback | None = None
     ) -> np.ndarray:
-        """The index among `targets` of what each record names under `key`.
+        """Find the records of another list that these records reference.
 
         Args:
-            reject: Receives the InputError of each record that leads nowhere; None raises it.
+            key: Integer field that references an id in `targets`.
+            targets: Index of the other list.
+            target_name: Name of the other list for error messages.
+            reject: Callback for the InputError of each invalid reference; None raises it.
 
         Returns:
-            (R,) the numbers; -1 for records that lead nowhere or are repeated.
+            (R,) indices in `targets`; -1 for invalid references and for `duplicates`.
+
+        Raises:
+            InputError: A reference is invalid and `reject` is None.
         """
         target_indices = targets.find_indices(self.columns[key])
         for unresolved_index in np.flatnonzero(target_indices < 0).tolist():
@@ -134,7 +160,7 @@ class RecordIndex:
 
 
 class LineIndex(RecordIndex):
-    """The same of the lines of a file; the first key is an identity, and the last has the number of the line."""
+    """Index of the lines of a file; the first key is the id and the last one the line number."""
 
     def describe_location(self, number: int) -> str:
         name, line = self.keys[0], self.columns[self.keys[-1]][number]
@@ -144,11 +170,17 @@ class LineIndex(RecordIndex):
 def read_jsonl_records(
     path: Path, reject: RejectCallback | None = None
 ) -> Iterator[tuple[dict[str, Any], int, int, int]]:
-    """The objects of a file that has one a line, each with the number of the line, from 1, and the bytes where it
-    stands; blank lines are passed over.
+    """Read the objects of a JSON Lines file, skipping blank lines.
 
     Args:
-        reject: Receives the InputError of a line that is no object, which is then passed over; None raises it.
+        path: JSON Lines file.
+        reject: Callback for the InputError of a line that is not an object, which is then skipped; None raises it.
+
+    Yields:
+        Each object, its line number from 1, and the byte range (start, end) of its line.
+
+    Raises:
+        InputError: The file is unreadable, or a line is invalid and `reject` is None.
     """
     start = 0
     try:
@@ -174,7 +206,15 @@ def read_jsonl_records(
 
 
 def group_indices_by_owner(owners: np.ndarray | Sequence[int], count: int) -> Iterator[tuple[int, list[int]]]:
-    """(R,) owners in 0..count-1, or -1 for none -> each owner with the places that it has in them, in order."""
+    """Group indices by owner.
+
+    Args:
+        owners: (R,) owner of each index in 0..count-1, or -1 for none.
+        count: Number of owners.
+
+    Returns:
+        Iterator over (owner, its indices in order), for all owners.
+    """
     owners = np.asarray(owners)
     order = np.argsort(owners, kind="stable")
     bounds = np.searchsorted(owners[order], np.arange(count + 1))
@@ -189,16 +229,28 @@ def index_json_lists(
     reject: Mapping[str, RejectCallback] | None = None,
     optional: Collection[str] = (),
 ) -> tuple[dict[str, RecordIndex], dict[str, list[Any]]]:
-    """The `lists` of a JSON object as `RecordIndex` with these keys, and the lists named in `full_lists` unchanged, and
-    those in `optional` where they are there.
+    """Index lists of a JSON object in one pass over the file.
 
-    `expected_content` says in messages what the file should be. Other members are passed over. `reject` has
-    for a list what receives the InputError of each of its records that lacks a key, which is then passed over; one
-    without raises it.
+    Other members of the object are ignored.
+
+    Args:
+        path: JSON file.
+        lists: Lists to index, each with the `keys` of its `RecordIndex`.
+        full_lists: Lists to read into memory.
+        expected_content: Description of the expected content for error messages.
+        reject: Callback of each list for the InputError of a record without a key, which is then skipped; a list
+            without one raises it.
+        optional: Further lists to read into memory, if they exist.
+
+    Returns:
+        The indexes by list, and the lists in memory.
+
+    Raises:
+        InputError: The file is invalid, or a list is missing.
     """
     indexes = {key: RecordIndex(path, f"{path}: {key}", keys) for key, keys in lists.items()}
     lists_in_memory: dict[str, list[Any]] = {}
-    is_list_by_key: dict[str, bool] = {}  # each member, and whether it is a list
+    is_list_by_key: dict[str, bool] = {}  # for each member of the object
     for key, value, start, end in iter_members(path):
         if key is None:
             raise InputError(f"{path}: {expected_content}")

@@ -1,7 +1,7 @@
-"""Publishers' files and the fields of their records, checked as they are read.
+"""Reading and validation of records in publishers' files.
 
-Whatever is wrong is an InputError that names the file, the record and the field; the `location` of the functions below
-names the first two.
+Invalid content raises an InputError that names the file, the record and the field. The argument `location` names the
+file and the record.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ from sca.io.validation import check_encodable, parse_texts, read_field
 
 
 class EmptyDatasetError(InputError):
-    """A dataset of which nothing can be used; the message says what was left out, and where images were looked for."""
+    """Error for a dataset without usable samples; names what was skipped and the image folder."""
 
 
 def read_dataset_json(path: Path) -> Any:
-    """Read a JSON file of a dataset in UTF-8, UTF-16 or UTF-32."""
+    """Read a JSON file of a dataset in UTF-8, UTF-16 or UTF-32.
+
+    Args:
+        path: JSON file.
+
+    Raises:
+        InputError: The file is unreadable or invalid.
+    """
     try:
         content = read_regular_file(path)
         return parse_json(content.decode(json.detect_encoding(content)), str(path), allow_surrogates=True)
@@ -35,21 +42,32 @@ def read_dataset_json(path: Path) -> Any:
 
 
 def make_truncation_error(path: Path, problem: str, position: int, size: int) -> InputError:
+    """Return an InputError for a JSON file that is invalid at a byte position, and possibly truncated."""
     offset_text = f"{problem} at {position} of {size} bytes"
     return InputError(f"{path} is not valid JSON: {offset_text}; was it cut off while it was copied or downloaded?")
 
 
 def make_read_error(path: Path, error: OSError) -> InputError:
+    """Return an InputError for a file that cannot be read."""
     return InputError(f"cannot read {path}: {error.strerror or error}")
 
 
 def iter_identified_records(
     records: Iterable[Any], list_location: str, key: str = "id", reject: RejectCallback | None = None
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each record with the words that name it; the ids under `key` are checked to be unique.
+    """Iterate over records with a unique id.
 
     Args:
-        reject: Receives the InputError of a record without an id of its own, which is then passed over; None raises it.
+        records: Records of a list.
+        list_location: Location of the list for error messages.
+        key: Field of the id.
+        reject: Callback for the InputError of a record without a unique id, which is then skipped; None raises it.
+
+    Yields:
+        Each record and its location.
+
+    Raises:
+        InputError: A record has no unique id and `reject` is None.
     """
     ids: set[int] = set()
     for number, record in enumerate(records):
@@ -69,7 +87,16 @@ def iter_identified_records(
 
 
 def parse_phrases(value: Any, key: str, location: str) -> list[str]:
-    """Return the phrases in a text or a list of texts, without space around them; None has none."""
+    """Return the phrases of a string or a list of strings, without surrounding whitespace.
+
+    Args:
+        value: String, list of strings, or None for no phrases.
+        key: Field for error messages.
+        location: File and record for error messages.
+
+    Raises:
+        InputError: The value has another type, or cannot be encoded as UTF-8.
+    """
     subject = f"{location}, {key!r}"
     phrases = [] if value is None else parse_texts(subject, value)
     for phrase in phrases:
@@ -78,7 +105,7 @@ def parse_phrases(value: Any, key: str, location: str) -> list[str]:
 
 
 def count_unread_caption(record: dict[str, Any], read_keys: Sequence[str], location: str, skip: SkipCallback) -> None:
-    """Count a caption under a key that is not among those in `read_keys`, see `describe_unread_caption`."""
+    """Count a caption under a key that is not in `read_keys`, see `describe_unread_caption`."""
     if reason := describe_unread_caption(record, read_keys):
         skip(reason, location)
 
@@ -86,10 +113,21 @@ def count_unread_caption(record: dict[str, Any], read_keys: Sequence[str], locat
 def parse_mask(
     value: Any, key: str, width: int, height: int, location: str, skip: SkipCallback
 ) -> dict[str, Any] | None:
-    """Read a mask that is polygons or RLE of either kind as compressed RLE; None, and counted, if it is empty.
+    """Convert a mask to compressed RLE.
+
+    Args:
+        value: Polygons, uncompressed RLE or compressed RLE.
+        key: Field for error messages.
+        width: Image width in pixels.
+        height: Image height in pixels.
+        location: File and record for error messages.
+        skip: Callback that counts skipped content by reason.
+
+    Returns:
+        COCO RLE; None, and counted, if the mask is empty.
 
     Raises:
-        InputError: If it is neither. One line with the place and the key.
+        InputError: The value is not a mask.
     """
     try:
         rle = coco.parse_segmentation(value, (width, height), lambda reason: skip(reason, location))

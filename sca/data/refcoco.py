@@ -1,6 +1,6 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: expressions that refer to one thing in a COCO picture.
+"""RefCOCO, RefCOCO+ and RefCOCOg: referring expressions for objects in COCO images.
 
-In the layout of https://github.com/lichengunc/refer, whose pickles are read without running anything that is in them.
+The layout is that of https://github.com/lichengunc/refer. Its pickles are read without executing code in them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,21 @@ IMAGE_FOLDERS = ("images/mscoco/images/train2014", "train2014", "images")
 
 
 class RefCoco(TableDataset):
-    """Dataset: `RefCoco("testA", root=FOLDER)[i]` -> `Sample`, one region a referring expression.
+    """RefCOCO, RefCOCO+ (arXiv 1608.00272) or RefCOCOg (arXiv 1511.02283), one region per ref.
 
-    `root` has a folder of the `collection`, "refcoco", "refcoco+" or "refcocog", with `instances.json` and `refs(BY).p`
-    (or `.json` of the same content), or is that folder. `by` is who made the split: unc, google or umd. `images` is the
-    folder of COCO's train2014, by default `images/mscoco/images/train2014` or `train2014` in `root`.
+    A region's id is its ref's, its phrases are the sentences in order, and its box, mask and name are those of its
+    annotation. The ref determines the split, not its image: an image may be in several splits with different regions.
+    See `TableDataset`.
 
-    The split of an expression decides and not that of its image, so an image may be in several splits, with different
-    regions. A region's id is its ref's, its phrases are the sentences in their order, and box, mask and name are those
-    of its annotation.
+    Args:
+        split: Name of the split, such as "val" or "testA".
+        root: Folder of the collection, or its parent folder. It contains `instances.json` and `refs(BY).p`, or
+            `refs(BY).json` with the same content.
+        collection: "refcoco", "refcoco+" or "refcocog".
+        by: Authors of the split: "unc", "google" or "umd". Default: "umd" for RefCOCOg, else "unc".
+        images: Folder of COCO's train2014. Default: `images/mscoco/images/train2014`, `train2014` or `images` in
+            `root`.
+        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "refcoco"
@@ -60,7 +66,7 @@ class RefCoco(TableDataset):
         super().__init__(split, _find_image_folder(root, images), [self.refs_file, self.instances_file], max_bad, split)
 
     def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
-        """The index, the number of an image, and its refs with their places and the numbers of their annotations."""
+        """Yield the file index, an image index, and its refs with their locations and annotation indices."""
         refs = []
         for record, location in iter_identified_records(
             _read_refs(self.refs_file), f"{self.refs_file}: ", "ref_id", self._reject_region
@@ -136,7 +142,7 @@ class RefCoco(TableDataset):
 
 
 class _SafeUnpickler(pickle.Unpickler):
-    """Unpickles lists, tables, texts and numbers, and nothing that has to be looked up anywhere."""
+    """Unpickler of lists, dicts, strings and numbers that refuses every global."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
@@ -148,7 +154,7 @@ def _read_refs(path: Path) -> list[Any]:
     else:
         try:
             with open_regular_file(path) as file:
-                refs = _SafeUnpickler(file, encoding="latin1").load()  # written by Python 2
+                refs = _SafeUnpickler(file, encoding="latin1").load()  # pickled by Python 2
         except Exception as error:  # an unpickler may raise anything for damaged data
             raise InputError(
                 f"{path} is no whole pickle of only lists, tables, texts and numbers, and was not read: {error}"
@@ -169,7 +175,7 @@ def _read_sentences(ref: dict[str, Any], location: str) -> list[str]:
 
 
 def _find_refs_file(folder: Path, by: str) -> Path:
-    """The file of the refs as split by `by`."""
+    """Return the refs file of the split authors `by`. Raises InputError."""
     paths = [folder / f"refs({by}){suffix}" for suffix in (".p", ".json")]
     for path in paths:
         if path.is_file():

@@ -1,4 +1,4 @@
-"""SA-1B: masks without names, and captions where somebody made them."""
+"""SA-1B: masks without class names, with optional captions."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from sca.io.file_walk import walk_files
 from sca.io.paths import expand_user
 from sca.io.validation import check_object, read_field, require_recorded_size
 
-CAPTIONS_SUFFIX = ".captions.json"  # what the name of a file of captions ends with
+CAPTIONS_SUFFIX = ".captions.json"
 
 
 class Sa1b(TableDataset):
-    """Dataset: `Sa1b("train", root=FOLDER)`: masks of SA-1B (arXiv 2304.02643) with captions.
+    """SA-1B (arXiv 2304.02643): masks with captions.
 
-    `root` holds `sa_1.json`, `sa_1.jpg` and so on, or folders of them, as the archives have them. SA-1B has no words:
-    an annotation may have a "caption" (a string or a list of them), or `sa_1.captions.json` beside the file maps
-    annotation ids to captions. Masks without words are left out and counted, and so is a caption of a mask, or a file
-    of captions of a picture, that is not there. A box is the tight one of its mask: published boxes end on the last
-    pixel instead of behind it, and those of masks a pixel wide have no width. There is one split, "train". The rest is
-    that of `TableDataset`.
+    SA-1B has no captions of its own. An annotation may have a "caption" (a string or a list of strings), or the file
+    `sa_1.captions.json` next to `sa_1.json` maps annotation ids to captions. Masks without captions are skipped and
+    counted, as are captions of missing masks and caption files of missing images.
+
+    A box is the tight box of its mask: published boxes end at the last pixel instead of after it, so those of
+    one-pixel-wide masks have zero width. See `TableDataset`.
+
+    Args:
+        split: "train".
+        root: Folder with `sa_1.json`, `sa_1.jpg` and so on, or with subfolders of them, as in the archives.
+        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "sa1b"
@@ -39,7 +44,7 @@ class Sa1b(TableDataset):
         annotation_files = (path for path in walk_files(root) if path.match("sa_*.json"))
         sorted_files = sorted(
             annotation_files, key=lambda file: (str(file.parent), len(file.name), file.name)
-        )  # by number in a folder
+        )  # numeric order in each folder
         self.files = [path for path in sorted_files if not path.name.endswith(CAPTIONS_SUFFIX)]
         if not self.files:
             raise InputError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")

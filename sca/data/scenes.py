@@ -1,12 +1,12 @@
-"""Drawn scenes with exact truth: what a model can learn, and be measured by, with nothing downloaded.
+"""Synthetic scenes with exact labels, for training and evaluation without downloads.
 
-A scene is two to five shapes on a varied background. Each shape has a size, a texture, a color and a form; each region
-carries its visible mask, its box, its form as the name, and phrases of one fixed grammar:
+A scene is two to five shapes on a varied background. Each shape has a size, a texture, a color and a form. A region has
+the visible mask of its shape, the box of the mask, the form as its name, and phrases of a fixed grammar:
 
     a SIZE TEXTURE COLOR FORM [RELATION a COLOR FORM]        a small striped red circle left of a blue square
 
-`parse_statement` parses a phrase and `is_relation_true` says whether the relation it states is true, so a caption can
-be scored by what it says rather than by how it is worded. Nothing here imports torch.
+`parse_statement` parses a phrase and `is_relation_true` checks its relation, so that a caption can be scored by its
+content rather than its wording. The module does not import torch.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ SIZE_NAMES = ("small", "medium", "large")
 TEXTURES = ("plain", "striped", "dotted")
 RELATIONS = ("left of", "right of", "above", "below")
 
-DEFAULT_SPLIT_SIZES = {"train": 100_000, "val": 500, "test": 500}  # the default number of scenes
-BASE_IMAGE_SIZE = 128  # the side that all lengths below are written for
-DIAMETERS = {"small": (18, 24), "medium": (32, 40), "large": (50, 64)}  # the longer side of the upright bounding box
+DEFAULT_SPLIT_SIZES = {"train": 100_000, "val": 500, "test": 500}
+BASE_IMAGE_SIZE = 128  # image side for all lengths below, in pixels
+DIAMETERS = {"small": (18, 24), "medium": (32, 40), "large": (50, 64)}  # longer side of the unrotated bounding box
 SIZE_PROBABILITIES = (0.4, 0.35, 0.25)
-MIN_VISIBLE_FRACTION = 0.6  # no shape may lose more than the rest to those drawn over it
-MIN_RELATION_RATIO = 1.25  # a relation is put into words if one axis outweighs the other by this
-MIN_CENTER_DISTANCE = 10  # least distance between two centers, along the better axis
-OVERLAP_PROBABILITY = 0.18  # how often a shape is placed so that it covers part of another
+MIN_VISIBLE_FRACTION = 0.6  # minimum visible fraction of each shape
+MIN_RELATION_RATIO = 1.25  # minimum ratio of the distances along both axes
+MIN_CENTER_DISTANCE = 10  # minimum distance of two centers, along the larger axis
+OVERLAP_PROBABILITY = 0.18  # probability that a shape overlaps another
 MAX_PLACEMENT_TRIES = 30
 SUPERSAMPLE = 4
 
-HUES = {  # degrees of hue, and the most that a shape may stray from it
+HUES = {  # hue and its maximum jitter, in degrees
     "red": (358, 5),
     "orange": (27, 4),
     "yellow": (54, 4),
@@ -54,7 +54,7 @@ HUES = {  # degrees of hue, and the most that a shape may stray from it
 
 
 def _build_outlines() -> dict[str, np.ndarray]:
-    """Each form as a polygon (P, 2) about its center; the longer side of its bounding box is 1, and y points down."""
+    """Return each form as a (P, 2) polygon, y down; the longer side of its bounding box is 1."""
 
     def make_ring(radii: Iterable[float]) -> np.ndarray:
         radii = np.asarray(tuple(radii))
@@ -63,7 +63,7 @@ def _build_outlines() -> dict[str, np.ndarray]:
 
     arm_half_width = 0.19
     corner = np.array([[arm_half_width, -0.5], [arm_half_width, -arm_half_width], [0.5, -arm_half_width]])
-    quarter_turn = np.array([[0, 1], [-1, 0]])  # turns row vectors: (x, y) -> (-y, x)
+    quarter_turn = np.array([[0, 1], [-1, 0]])  # for row vectors: (x, y) -> (-y, x)
     outlines = {
         "circle": make_ring([1] * 64),
         "square": np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]]),
@@ -78,7 +78,7 @@ OUTLINES = _build_outlines()
 
 
 class Statement(NamedTuple):
-    """What a phrase says; None where it says nothing."""
+    """Content of a phrase; None for each attribute that it does not state."""
 
     size: str | None = None
     texture: str | None = None
@@ -90,10 +90,16 @@ class Statement(NamedTuple):
 
 
 def parse_statement(text: str) -> Statement | None:
-    """What `text` states, or None if it names no attribute and no relation.
+    """Parse a phrase of the grammar above.
 
-    The exact inverse of the grammar above. Words that do not belong to it are passed over, and of two words of one kind
-    the first counts, so that the broken sentences of a half-trained model still give what can be had from them.
+    Unknown words are ignored, and of two words for one attribute the first counts, so that malformed captions of a
+    partly trained model are still parsed.
+
+    Args:
+        text: Phrase.
+
+    Returns:
+        The statement; None if the phrase states no attribute and no relation.
     """
     text = " ".join(re.findall("[a-z]+", text.lower()))
     head, *rest = re.split(rf"\b({'|'.join(RELATIONS)})\b", text, maxsplit=1)
@@ -115,11 +121,14 @@ def _find_first_word(text: str, words: tuple[str, ...]) -> str | None:
 
 
 def is_relation_true(statement: Statement, region: Region, others: Iterable[Region]) -> bool:
-    """Whether some other shape of the stated color and form lies so that `region` is `relation` it.
+    """Return whether the stated relation holds to any other shape of the stated color and form.
 
-    The direction is that of the larger of the two differences between the centers. `others` may include `region`
-    itself, which is passed over. A statement without a relation, or with no full name for the other shape, says nothing
-    that could hold: False.
+    The relation is the direction along the axis with the larger distance between the centers.
+
+    Args:
+        statement: Parsed phrase. Without a relation, or without both color and form of the other shape, it is not true.
+        region: Region that the phrase describes.
+        others: Regions of the scene, which may include `region`.
     """
     return statement.relation is not None and any(
         other.id != region.id
@@ -131,7 +140,7 @@ def is_relation_true(statement: Statement, region: Region, others: Iterable[Regi
 
 
 def _compute_relation(region: Region, other: Region) -> tuple[str, float]:
-    """Where `region` lies as seen from `other`, and by how much the larger difference outweighs the smaller."""
+    """Return the direction from `other` to `region`, and the ratio of the larger to the smaller distance."""
     (x, y), (other_x, other_y) = region.attributes["center"], other.attributes["center"]
     dx, dy = x - other_x, y - other_y
     large, small = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
@@ -142,23 +151,31 @@ def _compute_relation(region: Region, other: Region) -> tuple[str, float]:
 
 
 class _DrawnShape(NamedTuple):
-    """A shape drawn on a patch of its own, before it has a place."""
+    """Shape drawn on its own patch, before it is placed."""
 
     attributes: dict[str, Any]  # color, form, size, texture
-    alpha: np.ndarray  # (h, w) float32: the share of each pixel that it covers
-    solid: np.ndarray  # (h, w) bool: pixels it covers by half or more
-    center: np.ndarray  # (2,) x y from the patch's corner
+    alpha: np.ndarray  # (h, w) float32: covered fraction of each pixel
+    solid: np.ndarray  # (h, w) bool: pixels covered by at least half
+    center: np.ndarray  # (2,) x y relative to the corner of the patch
     paint: np.ndarray  # (3,) or (h, w, 3) float32 in 0..255
 
 
 class Scenes:
-    """Dataset: `Scenes("train")[i]` -> `Sample`, drawn when asked for and always the same for a seed, split and index.
+    """Synthetic scenes, drawn on access and deterministic for a seed, split and index.
 
-    `size` is the side of the square picture in pixels (every length grows with it) and `count` the number of scenes
-    (by default 100,000 to train, 500 each in val and test). Splits draw from separate random streams. Image and region
-    ids are unique over all splits. Each region's `attributes` are its color, form, size, texture, `center` (x, y),
-    `visible`, the share of it that no other shape covers, and, where its most telling phrase states one, the `relation`
-    with `other_color` and `other_form`.
+    Splits use separate random streams. Image and region ids are unique over all splits. The `attributes` of a region
+    are its color, form, size, texture, `center` (x, y) in pixels, and `visible`, the fraction of the shape that no
+    other shape covers. If its most specific phrase states a relation, they also contain `relation`, `other_color` and
+    `other_form`.
+
+    Args:
+        split: "train", "val" or "test".
+        count: Number of scenes. Default: 100,000 in train, 500 in val and test.
+        size: Side of the square image in pixels, at least 32. All lengths scale with it.
+        seed: Random seed.
+
+    Raises:
+        InputError: The split is unknown or the size is too small.
     """
 
     attributes: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -174,7 +191,7 @@ class Scenes:
         "relation",
         "other_color",
         "other_form",
-    )  # not to be seen in the shape itself
+    )
 
     def __init__(self, split: str, count: int | None = None, size: int = BASE_IMAGE_SIZE, seed: int = 0):
         if split not in DEFAULT_SPLIT_SIZES:
@@ -186,7 +203,7 @@ class Scenes:
         self._split_index = list(DEFAULT_SPLIT_SIZES).index(split)
         self._scale = size / BASE_IMAGE_SIZE
         pixel_centers = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
-        self._x_grid, self._y_grid = pixel_centers[None, :, None], pixel_centers[:, None, None]  # -0.5..0.5
+        self._x_grid, self._y_grid = pixel_centers[None, :, None], pixel_centers[:, None, None]  # in -0.5..0.5
 
     def __len__(self) -> int:
         return self.count
@@ -196,7 +213,7 @@ class Scenes:
             raise IndexError(f"scene {index} of {self.count}")
         rng = np.random.default_rng([self.seed, self._split_index, int(index)])
         canvas = self._draw_background(rng)
-        shape_index_map = np.full((self.size, self.size), -1, dtype=np.int8)  # the topmost shape of each pixel
+        shape_index_map = np.full((self.size, self.size), -1, dtype=np.int8)  # topmost shape of each pixel
         shape_attributes = self._place_shapes(rng, canvas, shape_index_map)
 
         canvas *= 1 + rng.uniform(-0.25, 0.25) * self._x_grid + rng.uniform(-0.25, 0.25) * self._y_grid
@@ -208,7 +225,7 @@ class Scenes:
     def _place_shapes(
         self, rng: np.random.Generator, canvas: np.ndarray, shape_index_map: np.ndarray
     ) -> list[dict[str, Any]]:
-        """Draws two to five shapes, later ones over earlier ones, and gives their facts in that order."""
+        """Draw two to five shapes, later ones over earlier ones, and return their attributes in order."""
         shape_attributes: list[dict[str, Any]] = []
         areas = np.zeros(0, dtype=int)
         visible_areas = areas
@@ -244,10 +261,10 @@ class Scenes:
         visible_areas: np.ndarray,
         shape_index_map: np.ndarray,
     ) -> tuple[int, int, np.ndarray] | None:
-        """A corner for the shape's patch and how many pixels of each earlier shape it covers there, or None.
+        """Return the corner of a shape's patch and its overlap with each earlier shape in pixels, or None.
 
-        It lies wholly on the canvas, leaves enough of every earlier shape in sight, keeps its center away from theirs
-        and covers none of its own color, whose edge could not be seen.
+        The shape is inside the canvas, leaves enough of every earlier shape visible, keeps its center away from theirs,
+        and covers no shape of its own color, because the edge would be invisible.
         """
         height, width = shape.solid.shape
         centers = np.array([attributes["center"] for attributes in shape_attributes]).reshape(-1, 2)
@@ -296,7 +313,7 @@ class Scenes:
     def _sample_texture(
         self, rng: np.random.Generator, attributes: dict[str, Any], height: int, width: int, center: np.ndarray
     ) -> np.ndarray:
-        """(3,) for a plain shape; (height, width, 3) for a texture, in a light and a dark tone of the color."""
+        """Return (3,) for a plain shape, or (height, width, 3) in a light and a dark tone of the color."""
         base_color = _sample_color(rng, attributes["color"])
         if attributes["texture"] == "plain":
             return base_color
@@ -304,14 +321,14 @@ class Scenes:
         angle = rng.uniform(0, math.pi)
         x = np.arange(width, dtype=np.float32)[None] + np.float32(0.5 - center[0])
         y = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5 - center[1])
-        along = (math.cos(angle) * x + math.sin(angle) * y) / self._scale  # pixels of the 128-pixel canvas
+        along = (math.cos(angle) * x + math.sin(angle) * y) / self._scale  # in pixels of the 128-pixel canvas
         if attributes["texture"] == "striped":
             wave = np.sin(along * (2 * math.pi / rng.uniform(5.5, 6.5)) + rng.uniform(0, 2 * math.pi))
             light_fraction = np.clip(0.5 + 1.5 * wave, 0, 1)
         else:
             across = (math.cos(angle) * y - math.sin(angle) * x) / self._scale
             pitch = rng.uniform(6, 7)
-            shift = rng.uniform(-1, 1, size=2)  # some dot stays close to the center of even the smallest shape
+            shift = rng.uniform(-1, 1, size=2)  # keeps a dot near the center of even the smallest shape
             squares = [
                 np.square(coordinate - pitch * np.round(coordinate / pitch))
                 for coordinate in (along + np.float32(shift[0]), across + np.float32(shift[1]))
@@ -320,7 +337,7 @@ class Scenes:
         return light + light_fraction[..., None] * (dark - light)
 
     def _draw_background(self, rng: np.random.Generator) -> np.ndarray:
-        """(size, size, 3) float32 in 0..255: a gradient, soft clouds, faint checks or faint lines, never vivid."""
+        """Return (size, size, 3) float32 in 0..255: a muted gradient, clouds, checks or lines."""
         first, second = (_sample_muted_color(rng) for _ in range(2))
         pattern = rng.integers(4)
         if pattern == 0:
@@ -345,10 +362,8 @@ class Scenes:
 def _build_regions(
     image_id: int, shape_attributes: list[dict[str, Any]], shape_index_map: np.ndarray
 ) -> tuple[Region, ...]:
-    """The truth of one scene, in the order of drawing."""
-    masks = (
-        shape_index_map.T[None] == np.arange(len(shape_attributes), dtype=np.int8)[:, None, None]
-    )  # (K, width, height)
+    """Return the regions of a scene in drawing order."""
+    masks = shape_index_map.T[None] == np.arange(len(shape_attributes), dtype=np.int8)[:, None, None]
     encoded = rle.encode(np.asfortranarray(np.ascontiguousarray(masks).view(np.uint8).T))
     regions = []
     for index, (attributes, mask, mask_rle) in enumerate(zip(shape_attributes, masks, encoded, strict=True)):
@@ -360,8 +375,10 @@ def _build_regions(
 
 
 def _add_phrases(region: Region, regions: list[Region]) -> Region:
-    """With its phrases, from the plainest to the most telling: the shape by itself, then in relation to the second
-    nearest and to the nearest other shape where that is clear. The last relation is among the attributes, too.
+    """Add phrases to a region, from the least to the most specific.
+
+    The first describes the shape; the others add its relation to the second nearest and to the nearest shape, if it is
+    unambiguous. The last relation is also added to the attributes.
     """
     attributes = dict(region.attributes)
     description = f"a {attributes['size']} {attributes['texture']} {attributes['color']} {attributes['form']}"
@@ -378,7 +395,7 @@ def _add_phrases(region: Region, regions: list[Region]) -> Region:
 
 
 def _sample_color(rng: np.random.Generator, name: str) -> np.ndarray:
-    """(3,) float32 in 0..255: the named color, a little off."""
+    """Return (3,) float32 in 0..255: the named color with jitter."""
     if name == "white":
         hue, saturation, value = rng.random(), rng.uniform(0, 0.05), rng.uniform(0.93, 1)
     else:
@@ -389,6 +406,6 @@ def _sample_color(rng: np.random.Generator, name: str) -> np.ndarray:
 
 
 def _sample_muted_color(rng: np.random.Generator) -> np.ndarray:
-    """(3,) float32: a grayish tone for the background."""
+    """Return (3,) float32 in 0..255: a grayish background color."""
     hue, saturation, value = rng.random(), rng.uniform(0, 0.22), rng.uniform(0.25, 0.7)
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32) * 255

@@ -1,4 +1,4 @@
-"""What a dataset holds: counted over its annotations, without opening pictures where it has a table."""
+"""Statistics of a dataset's annotations; images of converted tables are not opened."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from typing import Any
 
 from sca_registry.contracts import Dataset, Region
 
-MAX_AREA_BY_SIZE = {"small": 32**2, "medium": 96**2}  # areas that these are below, in pixels, as COCO counts them
-NUM_MOST_COMMON = 10  # how many of the commonest names and phrases are told
+MAX_AREA_BY_SIZE = {"small": 32**2, "medium": 96**2}  # exclusive bounds in square pixels, as in COCO
+NUM_MOST_COMMON = 10  # names and phrases
 
 
 def compute_dataset_stats(dataset: Dataset, check_images: bool = False) -> dict[str, Any]:
-    """Numbers of images, regions, phrases and words; how they are spread; the commonest names; what was left out and
-    why, with examples. Plain JSON.
+    """Compute statistics of a dataset.
 
-    check_images: also open every image, which finds damaged ones.
+    Args:
+        dataset: Any dataset.
+        check_images: Whether to open every image, which finds damaged ones.
+
+    Returns:
+        JSON-serializable counts of images, regions, phrases and words; their distributions; the most common class names
+        and phrases; and the skipped records by reason, with examples.
     """
     names: Counter[str] = Counter()
     phrases: Counter[str] = Counter()
     words: set[str] = set()
-    phrase_lengths: Counter[int] = Counter()  # words of phrases
-    region_counts: Counter[int] = Counter()  # regions of images
+    phrase_lengths: Counter[int] = Counter()  # in words
+    region_counts: Counter[int] = Counter()  # per image
     sizes = dict.fromkeys((*MAX_AREA_BY_SIZE, "large"), 0)
     num_with_mask = num_without_phrase = 0
     for regions in annotations(dataset, check_images):
@@ -62,7 +67,7 @@ def compute_dataset_stats(dataset: Dataset, check_images: bool = False) -> dict[
 
 
 def annotations(dataset: Dataset, check_images: bool) -> Iterator[tuple[Region, ...]]:
-    """The regions of each image."""
+    """Iterate over the regions of each image."""
     if not check_images and hasattr(dataset, "annotations_of_all"):
         return dataset.annotations_of_all()
     samples = iter(dataset) if hasattr(dataset, "__iter__") else map(dataset.__getitem__, range(len(dataset)))

@@ -1,4 +1,4 @@
-"""One line about a dataset that is about to be used: what it holds, and what was left out of it and why."""
+"""One-line summary of a dataset: its content, and the skipped records by reason."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from sca.io.text import format_count
 PLURALS = {
     **{word: f"{word}s" for word in ("image", "region", "phrase", "crowd", "mask", "polygon", "caption", "segment")},
     **{"box": "boxes", "category": "categories", "pixels": "pixels"},
-}  # what is counted: the first of them in a reason
+}
 NOUN_PATTERN = re.compile(rf"\b({'|'.join(PLURALS)})\b")
-MAX_EXAMPLES_SHOWN = 3  # examples of a reason
-MAX_EXAMPLE_LENGTH = 160  # characters of an example at most
+MAX_EXAMPLES_SHOWN = 3  # per reason
+MAX_EXAMPLE_LENGTH = 160  # characters
 
 
 def summarize_dataset(dataset: Dataset) -> str:
-    """Summarize a dataset in one line, without opening its images.
+    """Summarize a dataset in one line without opening its images.
 
     Args:
-        dataset: Any dataset; those that are read from files say more.
+        dataset: Any dataset. Only datasets with a table have counts of regions, captions and class names.
 
     Returns:
         Such as "721 regions, 680 with captions, 11 class names, 39 images; 1 image missing: x.jpg (looked in photos)".
@@ -41,7 +41,7 @@ def summarize_dataset(dataset: Dataset) -> str:
 
 
 def count_skipped(dataset: Dataset) -> dict[str, int]:
-    """Count what was left out of a dataset so far, by reason."""
+    """Count the skipped records of a dataset by reason."""
     return {reason: count for reason, count in getattr(dataset, "skipped", {}).items() if count}
 
 
@@ -50,10 +50,10 @@ def check_dataset_not_empty(dataset: Dataset, subject: str) -> None:
 
     Args:
         dataset: Any dataset.
-        subject: What the message calls it, such as "data.own (train)".
+        subject: Name of the dataset in the error message, such as "data.own (train)".
 
     Raises:
-        EmptyDatasetError: If it has none. One line that says what was left out, and where images were looked for.
+        EmptyDatasetError: The dataset is empty. The message has the skipped records by reason and the image folder.
     """
     if not len(dataset):
         skipped = "; ".join([*getattr(dataset, "remarks", ()), *_describe_skipped(dataset)])
@@ -61,14 +61,19 @@ def check_dataset_not_empty(dataset: Dataset, subject: str) -> None:
 
 
 def format_examples(names: Iterable[str], total: int) -> str:
-    """The first few of `total` names, each shortened, and how many more there are."""
+    """Format the first few names, each shortened, and the number of the others.
+
+    Args:
+        names: Names, of which the first `MAX_EXAMPLES_SHOWN` are shown.
+        total: Total number of names.
+    """
     shown = [shorten(name, MAX_EXAMPLE_LENGTH, placeholder="...") for name in names][:MAX_EXAMPLES_SHOWN]
     num_more = total - len(shown)
     return ", ".join(shown) + (f" and {num_more:,} more" if num_more > 0 and shown else "")
 
 
 def _describe_skipped(dataset: Dataset) -> list[str]:
-    """A phrase for each reason for which something was left out, images first."""
+    """Describe the skipped records in one phrase per reason, images first."""
     skipped = count_skipped(dataset)
     examples: Mapping[str, list[str]] = getattr(dataset, "examples", {})
     ordered = [
@@ -86,6 +91,6 @@ def _describe_skipped(dataset: Dataset) -> list[str]:
 
 
 def _shorten_examples(dataset: Dataset, examples: Iterable[str]) -> list[str]:
-    """Examples without the path of the file that most of them are of."""
+    """Remove the path of the first source from examples."""
     path = str(next(iter(getattr(dataset, "sources", ())), ""))
     return [example.removeprefix(f"{path}: ") for example in examples]

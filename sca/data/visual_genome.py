@@ -1,4 +1,4 @@
-"""Visual Genome's region descriptions, in the publishers' layout and in the splits of DenseCap."""
+"""Visual Genome's region descriptions in the original layout, with the splits of DenseCap."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ BOX_FIELDS = ("x", "y", "width", "height")
 
 
 class VisualGenome(TableDataset):
-    """Dataset: `VisualGenome("test", root=FOLDER)[i]` -> `Sample`, one phrase a region and no masks or names.
+    """Visual Genome (arXiv 1602.07332): one phrase per region, no masks and no class names.
 
-    `root` has `image_data.json`, `region_descriptions.json` and the pictures `VG_100K/ID.jpg` or `VG_100K_2/ID.jpg`.
-    `splits` is a file {"train": [image id, ...], "val": ..., "test": ...}, by default `densecap_splits.json` in `root`.
+    Images are in the order of `region_descriptions.json`. Of records with the same region id the first is kept. An
+    image of the split without a record in `image_data.json` is an unusable image. See `TableDataset`.
 
-    Images come in the order of `region_descriptions.json`. Of a region id that is given twice the first counts; an
-    image of the split that `image_data.json` does not have is a bad image, see `TableDataset`.
+    Args:
+        split: "train", "val" or "test".
+        root: Folder with `image_data.json`, `region_descriptions.json`, and the images `VG_100K/ID.jpg` or
+            `VG_100K_2/ID.jpg`.
+        splits: JSON file {"train": [image id, ...], "val": ..., "test": ...}. Default: `densecap_splits.json` in `root`
+            (arXiv 1511.07571).
+        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "visual-genome"
@@ -51,7 +56,7 @@ class VisualGenome(TableDataset):
         return next((path for path in paths if path.is_file()), paths[0])
 
     def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
-        """A row without its regions, and of each of them the record, the place and the id."""
+        """Yield a row without regions, and the record, location and id of each of its regions."""
         split_image_ids = self._read_split_image_ids()
         bar.reset(len(split_image_ids))
         size_by_image_id = {}
@@ -64,7 +69,7 @@ class VisualGenome(TableDataset):
         for image_id in sorted(split_image_ids - size_by_image_id.keys()):
             self._skip_image("image without data", f"{image_id}.jpg", str(image_id), stop=False)
         self._check_max_bad()
-        region_ids: set[int] = set()  # region ids
+        region_ids: set[int] = set()
         described_images = iter_list_elements(self.descriptions)
         for description, location in iter_identified_records(
             described_images, f"{self.descriptions}: ", reject=self._reject_image
@@ -74,7 +79,7 @@ class VisualGenome(TableDataset):
                 continue
             split_image_ids.remove(image_id)
             if image_id not in size_by_image_id:
-                continue  # counted already
+                continue  # already counted
             regions: list[tuple[dict[str, Any], str, int]] = []
             with self._catch_record_errors(self._reject_image):
                 for region_index, region in enumerate(read_field(description, "regions", list, location)):
@@ -99,7 +104,7 @@ class VisualGenome(TableDataset):
     def _append_region(
         self, regions: list[tuple[dict[str, Any], str, int]], region: Any, location: str, region_ids: set[int]
     ) -> None:
-        """Add a region with its place and id, unless its id is among those that were seen."""
+        """Append a region with its location and id, unless its id is repeated."""
         region_id = read_field(region, "region_id", int, location)
         location = f"{location} (region_id {region_id})"
         if region_id in region_ids:
