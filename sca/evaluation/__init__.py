@@ -1,1 +1,1 @@
-"""How good a model is: `predictions` asks it, `metrics` read nothing but what was recorded, `evaluate` does both."""
+"""Evaluate captioners: `predictions` records model outputs, `metrics` score the records, `evaluate` does both."""

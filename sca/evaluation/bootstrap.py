@@ -1,6 +1,6 @@
-"""How far a score may be off for the choice of images: bootstrap intervals (Efron, 1979) over whole images.
+"""Bootstrap confidence intervals of scores over images (Efron, 1979).
 
-Regions of one image are alike, so that images are drawn again and not regions.
+Whole images are resampled, not regions, because the regions of one image are correlated.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import numpy as np
 
 NUM_RESAMPLES = 1000
 CONFIDENCE_LEVEL = 0.95
-MAX_WEIGHTS_PER_BLOCK = 1 << 24  # numbers of one block of weights
-MIN_IMAGES = 5  # with fewer the draws repeat each other, and the interval says nothing of other images
+MAX_WEIGHTS_PER_BLOCK = 1 << 24  # elements per block of resampling weights
+MIN_IMAGES = 5  # with fewer images, resamples repeat and the interval is meaningless
 
 
 class ScoreStatistics(NamedTuple):
-    """What a score is made of: `score(rows.sum(0))`, where rows may be counted several times or not at all."""
+    """Additive statistics of a score. The score of a resample is `compute_scores` of its summed rows."""
 
-    rows: np.ndarray  # (R, F) what each thing that was judged adds
+    rows: np.ndarray  # (R, F) summands of each judged unit
     compute_scores: Callable[[np.ndarray], np.ndarray]  # (..., F) -> (...)
 
 
 def make_mean_statistics(values: np.ndarray) -> ScoreStatistics:
-    """The mean of (R,) values over those that are not NaN."""
+    """Return the statistics of the mean of (R,) values, ignoring NaN."""
     is_number = ~np.isnan(values)
     return ScoreStatistics(np.stack((np.where(is_number, values, 0.0), is_number), axis=1).astype(float), _divide_sums)
 
@@ -32,9 +32,18 @@ def make_mean_statistics(values: np.ndarray) -> ScoreStatistics:
 def bootstrap_scores(
     statistics: ScoreStatistics, groups: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> np.ndarray:
-    """(draws,) scores of as many images, drawn with replacement; groups: (R,) the image of each row.
+    """Compute a score on resampled sets of images.
 
-    The same groups and seed draw the same images, so that the scores of two models can be subtracted pair by pair.
+    The same groups and seed draw the same images, so the scores of two models can be subtracted pairwise.
+
+    Args:
+        statistics: Statistics of the score, with R rows.
+        groups: (R,) image of each row.
+        num_resamples: Resamples; each draws the original number of images with replacement.
+        seed: Random seed.
+
+    Returns:
+        (num_resamples,) scores.
     """
     unique_images, image_index = np.unique(groups, return_inverse=True)
     totals = np.zeros((len(unique_images), statistics.rows.shape[1]))
@@ -48,16 +57,16 @@ def bootstrap_scores(
 
 
 def has_enough_images(groups: np.ndarray) -> bool:
-    """Whether there is an interval over these images.
+    """Return whether there are enough images for an interval.
 
     Args:
-        groups: (R,) the image of each row.
+        groups: (R,) image of each row.
     """
     return len(np.unique(groups)) >= MIN_IMAGES
 
 
 def compute_interval(scores: np.ndarray, level: float = CONFIDENCE_LEVEL) -> tuple[float, float] | None:
-    """The middle `level` of resampled scores; None where none is a number."""
+    """Return the central `level` interval of resampled scores, ignoring NaN; None if all are NaN."""
     numbers = scores[~np.isnan(scores)]
     if not len(numbers):
         return None
@@ -66,7 +75,7 @@ def compute_interval(scores: np.ndarray, level: float = CONFIDENCE_LEVEL) -> tup
 
 
 def _iter_image_counts(num_images: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each image is drawn, (D, images) at a time."""
+    """Yield how often each image is drawn, (resamples, images) per block."""
     rng = np.random.default_rng(seed)
     probabilities = np.full(num_images, 1 / num_images)
     block_size = max(1, MAX_WEIGHTS_PER_BLOCK // num_images)

@@ -1,4 +1,4 @@
-"""Two runs on the same regions: how much better the one is, how sure that is, and which answers changed most."""
+"""Compare two runs on the same regions: score differences, their intervals, and the captions that changed most."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROTOCOL_KEYS = ("prompt", "proposer", "generation", "seed", "limit")
 
 @dataclass(frozen=True)
 class ScoreDifference:
-    """A score of both runs; `difference` is second less first, with its 95 % interval over the choice of images."""
+    """A score of both runs; `difference` is second minus first, with its 95 % bootstrap interval over images."""
 
     name: str
     first: float
@@ -38,7 +38,7 @@ class ScoreDifference:
 
 
 class RegionChange(NamedTuple):
-    """One region by one score, in both runs."""
+    """One score of one region in both runs."""
 
     first: Record
     second: Record
@@ -46,6 +46,7 @@ class RegionChange(NamedTuple):
 
     @property
     def change(self) -> float:
+        """Second value minus first value."""
         return self.values[1] - self.values[0]
 
 
@@ -56,10 +57,10 @@ class RunComparison:
     Attributes:
         first: The first run.
         second: The second run.
-        differences: The scores of both runs.
-        remarks: What differs between the runs in addition to the model.
-        sorted_by: The score that `changes` are sorted by, the greatest gain first; None if no region has a score.
-        changes: The regions whose score differs.
+        differences: Scores that both runs have.
+        remarks: Differences between the runs other than the model.
+        sorted_by: Score that sorts `changes`; None if no region has a score.
+        changes: Regions whose score differs, greatest gain first.
     """
 
     first: EvaluationReport
@@ -70,6 +71,7 @@ class RunComparison:
     changes: list[RegionChange] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; NaN becomes None."""
         return {
             "first": dict(self.first.run),
             "second": dict(self.second.run),
@@ -81,7 +83,7 @@ class RunComparison:
         }
 
     def build_table(self) -> Table:
-        """For a terminal. A difference whose interval does not hold 0 is marked with a star."""
+        """Build a terminal table. A star marks a difference whose interval excludes 0."""
         from sca.io.terminal import Table
 
         notes = ["* the interval of the difference does not hold 0", *self.remarks]
@@ -106,14 +108,14 @@ def compare_runs(
     metric_options: Mapping[str, Any] | None = None,
     sort_by: str | None = None,
 ) -> RunComparison:
-    """Score two predictions files in the same way and compare them image by image.
+    """Score two predictions files with the same settings and compare them.
 
     Args:
         first: Predictions file or folder of the first run.
         second: Predictions file or folder of a second run on the same regions.
         metrics: See `sca.evaluation.scoring.score_records`.
         metric_options: See `sca.evaluation.scoring.score_records`.
-        sort_by: Score that regions are ranked by. Defaults to the most informative one available.
+        sort_by: Score that ranks the regions. Defaults to the most informative one available.
 
     Raises:
         InputError: The runs have different regions or ground truth.
@@ -133,9 +135,8 @@ def compare_runs(
             (first_statistics, first_groups), (second_statistics, second_groups) = (
                 each[name] for each in bootstrap_inputs
             )
-            has_same_images = np.array_equal(
-                np.unique(first_groups), np.unique(second_groups)
-            )  # then the same draws are the same images
+            # the bootstrap pairs the same images
+            has_same_images = np.array_equal(np.unique(first_groups), np.unique(second_groups))
             if has_same_images and has_enough_images(first_groups):
                 bounds = compute_interval(
                     bootstrap_scores(second_statistics, second_groups)
@@ -153,7 +154,7 @@ def compare_runs(
 
 
 def label_reports(reports: Sequence[EvaluationReport]) -> list[EvaluationReport]:
-    """Label each report by its model, and reports of the same model also by what distinguishes their paths."""
+    """Label each report with its model. Reports of the same model also get the distinguishing part of their paths."""
     by_model: dict[str, list[int]] = {}
     for index, report in enumerate(reports):
         by_model.setdefault(report.run.get("model", "predictions"), []).append(index)
@@ -166,14 +167,18 @@ def label_reports(reports: Sequence[EvaluationReport]) -> list[EvaluationReport]
 
 
 def choose_score(score_name: str | None, available: Sequence[str]) -> str | None:
-    """The score that was asked for, or the first there is. ValueError if it is not among those that there are."""
+    """Return the requested score, or by default the first available one.
+
+    Raises:
+        ValueError: The requested score is not available.
+    """
     if score_name is not None and score_name not in available:
         raise ValueError(f"no score {score_name!r} of single regions: there are {', '.join(available) or 'none'}")
     return score_name or next(iter(available), None)
 
 
 def collect_region_outputs(report: EvaluationReport) -> dict[str, MetricOutput]:
-    """The scores that single regions have, each with the metric's arrays; the most telling first."""
+    """Return the scores with one row per region and the output of their metric, most informative first."""
     outputs = {}
     for (_, control), output in report.scoring.outputs.items():
         if control is None and output.per_record is not None and "region_id" in output.per_record:
@@ -187,7 +192,7 @@ def collect_region_outputs(report: EvaluationReport) -> dict[str, MetricOutput]:
 
 
 def get_region_scores(output: MetricOutput, name: str) -> dict[tuple[int, int], float]:
-    """A score by (image_id, region_id), of those regions that have it."""
+    """Return the values of a score by (image_id, region_id), without NaN."""
     assert output.per_record is not None
     keys = zip(output.per_record["image_id"].tolist(), output.per_record["region_id"].tolist(), strict=True)
     values = np.asarray(output.per_record[name], dtype=float).tolist()
@@ -195,7 +200,7 @@ def get_region_scores(output: MetricOutput, name: str) -> dict[tuple[int, int], 
 
 
 def find_scored_records(report: EvaluationReport, score_name: str) -> dict[tuple[int, int], Record]:
-    """The record that a score is about, by (image_id, region_id)."""
+    """Return the record behind each region's score by (image_id, region_id)."""
     task = "recognition" if score_name.startswith("class") or score_name.endswith("/recognition") else "caption"
     records = {}
     for record in report.records:
@@ -235,7 +240,7 @@ def _describe_run_differences(reports: Sequence[EvaluationReport]) -> tuple[str,
 
 
 def collect_bootstrap_inputs(report: EvaluationReport) -> dict[str, Any]:
-    """Of each score that is a mean over regions, the arguments of `bootstrap_scores`."""
+    """Return the arguments of `bootstrap_scores` for every score that can be resampled."""
     return {
         name: inputs
         for (_, control), output in report.scoring.outputs.items()
@@ -247,7 +252,7 @@ def collect_bootstrap_inputs(report: EvaluationReport) -> dict[str, Any]:
 def _collect_changes(
     reports: Sequence[EvaluationReport], values: Sequence[Mapping[tuple[int, int], float]], score_name: str
 ) -> list[RegionChange]:
-    """Regions with another value, the greatest gain first."""
+    """Return the regions whose value differs, greatest gain first."""
     scored_records = [find_scored_records(report, score_name) for report in reports]
     changes = [
         RegionChange(scored_records[0][key], scored_records[1][key], (value, values[1][key]))

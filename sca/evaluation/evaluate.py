@@ -1,4 +1,4 @@
-"""A model, a dataset, and how good the one is on the other."""
+"""Evaluate a model on a dataset."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
 
 
-SCORES_NAME = "scores.json"  # written beside the predictions by `sca evaluate`
+SCORES_NAME = "scores.json"  # `sca evaluate` writes it next to the predictions
 OUTPUT_PATTERNS = (*PREDICTIONS_PATTERNS, SCORES_NAME)
 
 
@@ -58,12 +58,12 @@ class EvaluationReport:
         run: The run header of the predictions file; empty for a file made by hand.
         end: The end line of the predictions file; empty for a file made by hand.
         scoring: The scores.
-        remarks: What is unusual about the predictions.
-        seconds: Time for scoring, and for predicting if that was done.
+        remarks: Anomalies of the predictions.
+        seconds: Time for scoring, plus prediction if this call predicted.
         records: The prediction records.
-        load_image: Returns the image of a record, if the images are known.
+        load_image: Returns the image of a record, if the images are available.
         path: The predictions file or its folder.
-        label: Name of the run among others; by default its model.
+        label: Name of the run among others. Defaults to its model.
     """
 
     run: Mapping[str, Any]
@@ -78,16 +78,17 @@ class EvaluationReport:
 
     @property
     def name(self) -> str:
+        """Label of the run, else its model."""
         return self.label or self.run.get("model", "predictions")
 
     @property
     def scores(self) -> dict[str, float]:
-        """Every score of what was asked, the controls aside: shares (NaN where nothing was counted) and counts."""
+        """Scores by name, without controls: fractions (NaN if nothing could be scored) and integer counts."""
         return self.scoring.get_values()
 
     @property
     def notes(self) -> list[str]:
-        """What scores are not a number or have no interval, and why: a line for each reason."""
+        """One line per reason why scores are NaN or have no interval."""
         score_names: dict[str, list[str]] = {}
         for each in self.scoring.scores:
             if each.note and each.control is None:
@@ -96,10 +97,12 @@ class EvaluationReport:
 
     @property
     def skipped_metrics(self) -> dict[str, str]:
+        """Metrics that were not computed -> the reason."""
         return self.scoring.skipped_metrics
 
     @property
     def title(self) -> str:
+        """Model, dataset, split and prompt, for headings."""
         run = self.run
         if not run:
             return self.label or "predictions made by hand"
@@ -107,7 +110,7 @@ class EvaluationReport:
         return f"{self.name} on {run['dataset']} {run['split']}, {prompting}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON, without the records; NaN is None."""
+        """Return plain JSON values without the records; NaN becomes None."""
         controls = dict.fromkeys(each.control for each in self.scoring.scores if each.control)
         return {
             **{key: self.run.get(key) for key in ("model", "weights", "dataset", "split", "prompt")},
@@ -125,7 +128,7 @@ class EvaluationReport:
         }
 
     def build_table(self) -> Table:
-        """For a terminal: a row a score with its 95 % interval, a column a control; below it what is to be said."""
+        """Build a terminal table: one row per score with its 95 % interval, one column per control, and notes below."""
         from sca.io.terminal import Table
 
         num_images, num_regions = len({record["image_id"] for record in self.records}), count_regions(self.records)
@@ -164,35 +167,36 @@ def evaluate(
 ) -> EvaluationReport | None:
     """Evaluate a model on a dataset.
 
-    Works alone or as one of several processes that a launcher started (torchrun, accelerate launch): each captions its
-    share of the images, and the first one scores.
+    Works in one process or in several that a launcher started (torchrun, accelerate launch). Each process captions its
+    share of the images; the first one scores.
 
     Args:
-        model: What `sca.captioner` takes, a built model, or anything with a method `caption`.
+        model: Anything that `sca.captioner` accepts, a built model, or an object with a method `caption`.
         dataset: A registered name, a table of a name and options such as `{"name": "coco", "root": FOLDER}`, or a built
             dataset.
-        split: Of a dataset given by name; a built one has its own.
-        prompting: Which prompts, tasks and controls the regions get, and options of generation.
-        proposer: For dense captioning: finds the regions instead; a name, or a table of a name and options.
-        metrics: Registered names; None for all that find what they need, see `sca.evaluation.scoring.score_records`.
-        metric_options: Options of metrics, and the references and tokenizer that they share.
-        batch_size: Images encoded at a time.
+        split: Split of a dataset passed by name; a built dataset has its own.
+        prompting: Prompt type, tasks, controls and generation options. Defaults to box prompts.
+        proposer: For dense captioning: the proposer of the regions, as a name or a table of a name and options.
+        metrics: Registered names. Defaults to every metric whose inputs are available, see
+            `sca.evaluation.scoring.score_records`.
+        metric_options: Options of metrics, and the shared options `references` and `tokenizer`.
+        batch_size: Images per encoder batch.
         limit: Maximum images.
-        device: For a model that is loaded.
-        folder: For predictions.jsonl, which is written as captions come; an interrupted run resumes. Several processes
-            need one.
-        overwrite: Replace the predictions of another run in the folder.
-        progress: Called with the images done and the total.
-        report: Called with one line on what the dataset contains and what was left out of it.
-        trust_remote_code: For a model that is loaded, see `sca.load`.
-        allow_external: As `trust_remote_code`.
+        device: Device of a model that is loaded.
+        folder: Folder for predictions.jsonl, which is written during the run; an interrupted run resumes. Required with
+            several processes.
+        overwrite: Replace the predictions of a different run in the folder.
+        progress: Called with the number of images done and the total.
+        report: Called with one line about the contents of the dataset and its omitted regions.
+        trust_remote_code: Applies to a model that is loaded, see `sca.load`.
+        allow_external: Applies to a model that is loaded, see `sca.load`.
 
     Returns:
         The report; None in processes other than the first.
 
     Raises:
-        ValueError: The dataset has no region to caption, a metric of `metrics` does not find what it needs, or the
-            folder contains the predictions of another run.
+        ValueError: The dataset has no region to caption, a metric of `metrics` lacks an input, the folder contains the
+            predictions of a different run, or several processes have no folder.
     """
     start = time.perf_counter()
     check_metrics(metrics, metric_options)
@@ -255,7 +259,7 @@ def evaluate(
 
 @contextmanager
 def _hold_predictions_folder(folder: Path, run: Mapping[str, Any], overwrite: bool, inputs: Any) -> Iterator[None]:
-    """Hold the folder of predictions, which contains no other run afterwards."""
+    """Lock the predictions folder and make sure that it contains no other run."""
     with RunFolder(folder, "evaluate", OUTPUT_PATTERNS) as run_folder:
         is_different_run = False
         try:
@@ -267,7 +271,7 @@ def _hold_predictions_folder(folder: Path, run: Mapping[str, Any], overwrite: bo
         run_folder.begin(
             run, OUTPUT_PATTERNS, iter_existing_paths(inputs), overwrite=overwrite, ignored_settings=RESUMABLE_KEYS
         )
-        if is_different_run:  # also where the marker is of this run
+        if is_different_run:  # even if the marker is from this run
             run_folder.delete_outputs(PREDICTIONS_PATTERNS)
         yield
         run_folder.finish()
@@ -282,19 +286,19 @@ def _collect_predictions(
     process: tuple[int, int, Callable[[], None]],
     progress: Callable[[int, int], None] | None,
 ) -> Predictions | None:
-    """What is predicted, or was before; None in all processes but the first."""
+    """Predict what is missing and return all predictions; None in all processes but the first."""
     rank, num_processes, wait = process
     batch_size, limit = run["batch"], run["limit"]
-    wait()  # until the first holds the folder
+    wait()  # until the first process has locked the folder
     journal = PredictionsJournal(None if folder is None else Path(folder), run, rank)
-    wait()  # until every process has seen what there was
+    wait()  # until every process has read the earlier predictions
     if not journal.is_finished:
         is_of_other_process = lambda place: place // batch_size % num_processes != rank  # noqa: E731
         is_skipped = lambda place: place in journal.done_indices or is_of_other_process(place)  # noqa: E731
         for predicted_batch in predict_dataset(captioner, dataset, prompting, batch_size, limit, is_skipped, progress):
             journal.add(predicted_batch)
     journal.close()
-    wait()  # until every process has synced its part
+    wait()  # until every process has synced its predictions
     if rank:
         wait()
         return None
@@ -310,11 +314,20 @@ def score_file(
     dataset: str | Mapping[str, Any] | Part | Dataset | None = None,
     split: str = "val",
 ) -> EvaluationReport:
-    """Scores a predictions file (or the folder of one) without the model. The pictures are looked for where the run had
-    them, and only by metrics that need them. dataset, split: what the regions must be those of, if that is asked.
+    """Score a predictions file, or the folder of one, without the model.
 
-    InputError for a file whose scores would be wrong: with regions missing, doubled or unknown, boxes that are
-    none, references missing, or of a run that has not ended.
+    Images are read from their location in the run, and only for metrics that need them.
+
+    Args:
+        path: Predictions file or its folder.
+        metrics: See `sca.evaluation.scoring.score_records`.
+        metric_options: See `sca.evaluation.scoring.score_records`.
+        dataset: Dataset whose regions the file must contain, as in `evaluate`; None skips this check.
+        split: Split of a dataset passed by name.
+
+    Raises:
+        InputError: The scores would be wrong: regions are missing, duplicated or unknown, boxes are invalid, references
+            are missing, or the run has not ended.
     """
     start = time.perf_counter()
     predictions = read_predictions(path)
@@ -335,7 +348,10 @@ def score_file(
 
 
 def make_run_image_loader(run: Mapping[str, Any]) -> ImageLoader | None:
-    """The picture of a record, from the dataset that a run names; opened when the first is asked for."""
+    """Return a function that loads the image of a record from the dataset of a run, or None if that is unknown.
+
+    The dataset is built on the first call. The function raises InputError if its contents have changed.
+    """
     if not run or run["dataset"] not in sca_registry.datasets:
         return None
     loaders: list[ImageLoader] = []
@@ -354,7 +370,7 @@ def make_run_image_loader(run: Mapping[str, Any]) -> ImageLoader | None:
 
 
 def _make_image_loader(dataset: Dataset) -> ImageLoader:
-    """Of records in the order of the dataset each picture is read once."""
+    """Return an image loader that reads each image once if the records are in dataset order."""
     cached: list[Any] = [None, None]
 
     def load_image(record: Record) -> Image.Image:
@@ -369,7 +385,6 @@ def _make_image_loader(dataset: Dataset) -> ImageLoader:
 
 
 def _has_any_truth(region: Region) -> bool:
-    """Whether a region can be asked for."""
     return bool(region.name or region.phrases)
 
 
@@ -404,7 +419,7 @@ def _resolve_captioner(model: Any, device: str, trust_options: Mapping[str, bool
 
 
 def _get_captioner_identity(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec, weights and decoding of a captioner, which differ between captioners of the same name."""
+    """Return the spec, weights and generation options, which distinguish captioners of the same name."""
     if isinstance(captioner, Engine):
         spec = captioner.model.spec
         return {
@@ -416,13 +431,13 @@ def _get_captioner_identity(captioner: Captioner, generation: Mapping[str, Any])
 
 
 def _get_model_name(model: Any) -> str:
-    """The parts of a composed model, the class of anything else."""
+    """Return the component names of a composed model, else the class name."""
     spec = getattr(model, "spec", None)
     return "+".join((spec.encoder.name, spec.mixer.name, spec.language_model.name)) if spec else type(model).__name__
 
 
 def _resolve_dataset(dataset: Any, split: str) -> tuple[str, str, dict[str, Any], Dataset]:
-    """Name, split, options and the dataset itself."""
+    """Return the name, split, options and the dataset itself."""
     if not isinstance(dataset, str | Mapping | Part):
         return type(dataset).__name__, getattr(dataset, "split", ""), {}, dataset
     part = dataset if isinstance(dataset, Part) else Part.from_dict(dataset, "dataset")
@@ -431,13 +446,13 @@ def _resolve_dataset(dataset: Any, split: str) -> tuple[str, str, dict[str, Any]
 
 
 def _get_process_group() -> tuple[int, int, Callable[[], None]]:
-    """Which of how many processes this is, and how to wait for the others."""
+    """Return the rank, the number of processes and a barrier function."""
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if num_processes == 1:
         return 0, 1, lambda: None
     from accelerate import PartialState
 
-    state = PartialState(cpu=True, timeout=timedelta(days=7))  # nothing is sent: they only wait for each other
+    state = PartialState(cpu=True, timeout=timedelta(days=7))  # only used as a barrier
     return state.process_index, num_processes, state.wait_for_everyone
 
 

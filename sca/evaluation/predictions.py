@@ -1,22 +1,22 @@
-"""What a captioner answers for the regions of a dataset, as records that hold all that metrics need.
+"""Predict the regions of a dataset as records that contain everything that metrics need.
 
-A record is plain JSON, one a region and task (and control), and the regions of one image stay together:
+A record is plain JSON, one per region and task (and control). The records of one image are consecutive:
 
-    index                  the image's place in the dataset
-    image_id, region_id    the dataset's
+    index                  index of the image in the dataset
+    image_id, region_id    ids of the dataset
     task                   "caption" or "recognition"
-    control                None, or the name of what was done on purpose to mislead, see `CONTROLS`
-    prompt                 what was asked: any of `box` [x1, y1, x2, y2], `points` [[x, y, label]] and `mask` RLE, in
-                           pixels of the image
-    caption, score         the words, and exp of the mean log-probability of their tokens
-    mask                   the predicted mask (COCO RLE, image resolution), or None
-    predicted_iou          the predicted IoU of the mask, or None
-    truth                  name, phrases, attributes, mask (RLE or None), box [x1, y1, x2, y2], and area in pixels:
-                           of the mask, or of the box where there is no mask
+    control                None, or the name of an adversarial control, see `CONTROLS`
+    prompt                 the prompt: any of `box` [x1, y1, x2, y2], `points` [[x, y, label]] and `mask` RLE, in
+                           image pixels
+    caption, score         predicted text, and exp of the mean log-probability of its tokens
+    mask                   predicted mask (COCO RLE, image resolution), or None
+    predicted_iou          predicted IoU of the mask, or None
+    truth                  ground truth: name, phrases, attributes, mask (RLE or None), box [x1, y1, x2, y2], and area
+                           in pixels of the mask, or of the box without a mask
 
-Where regions are proposed and not given (dense captioning), there is one record an image: its task is "dense", its
-`proposals` are tables of `box`, `score`, `caption`, `mask` (or None), best first, and its truth has `regions`, a list
-of `id`, `box` and `phrases`.
+For dense captioning, where regions are proposed, there is one record per image. Its task is "dense", its `proposals`
+are tables of `box`, `score`, `caption` and `mask` (or None), best first, and its truth contains `regions`, a list of
+`id`, `box` and `phrases`.
 """
 
 from __future__ import annotations
@@ -48,29 +48,34 @@ CONTROLS = {
     "color-swap": "red is shown as green, green as blue and blue as red",
     "shuffled-mask": "asked for the region's box and mask moved to another place of the image",
 }
-NUM_CANDIDATE_SHIFTS = 16  # are drawn for a region that is moved; the one that overlaps its own least is taken
+NUM_CANDIDATE_SHIFTS = 16  # candidate positions for a shifted region; the one with the least overlap is used
 
-PromptsByRegion = dict[int, Prompt]  # of one image: what is asked by the region's id
+PromptsByRegion = dict[int, Prompt]  # prompts of one image by region id
 
 
 class PredictedBatch(NamedTuple):
-    """What came of one batch of images."""
+    """The records of one batch of images."""
 
-    indices: Sequence[int]  # in the dataset
+    indices: Sequence[int]  # indices of the images in the dataset
     records: list[dict[str, Any]]
-    num_unread: int  # pictures that could not be read
+    num_unread: int  # images that could not be read
 
 
 @dataclass(frozen=True)
 class PromptingOptions:
-    """How regions are asked for.
+    """Prompt type, tasks and controls of an evaluation.
 
-    prompt: one of `PROMPT_TYPES`. Points are a function of `seed` and the region's id alone. Where a region has no true
-    mask, "mask-point" and "mask" take the one that the captioner itself gives for the box, as the published study did
-    (SCA, arXiv 2312.00869). tasks: asked of every region with the truth for it, phrases for "caption" and a name for
-    "recognition". controls: of `CONTROLS`; each asks everything once more. generation: options of the captioner.
+    Args:
+        prompt: One of `PROMPT_TYPES`. Random points depend only on `seed` and the region id. For a region without a
+            ground-truth mask, "mask-point" and "mask" use the mask that the captioner predicts for the box, as in SCA
+            (arXiv 2312.00869).
+        tasks: Tasks of every region that has the ground truth: phrases for "caption", a name for "recognition".
+        controls: Adversarial controls of `CONTROLS`; each repeats all predictions.
+        seed: Random seed of point prompts and shifted regions.
+        generation: Generation options of the captioner.
 
-    ValueError for a word that is none of these.
+    Raises:
+        ValueError: An unknown prompt type, task or control, or no task.
     """
 
     prompt: str = "box"
@@ -91,7 +96,15 @@ class PromptingOptions:
         object.__setattr__(self, "controls", tuple(dict.fromkeys(self.controls)))
 
     def predict_records(self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
-        """The records of images, given with their places in the dataset: those of one image together, in its order."""
+        """Predict the records of a batch of images.
+
+        Args:
+            captioner: Any captioner.
+            samples: Dataset index and sample of each image.
+
+        Returns:
+            The records, grouped by image in the order of `samples`.
+        """
         encoded_images = _EncodedImages(captioner, [sample.image for _, sample in samples])
         true_prompts = [
             _make_prompts(self, sample, encoded_images, position) for position, (_, sample) in enumerate(samples)
@@ -138,17 +151,19 @@ class PromptingOptions:
 
 @dataclass(frozen=True)
 class DenseCaptioningOptions:
-    """How regions are found and captioned where none is given: dense captioning.
+    """Options of dense captioning, where regions are proposed and then captioned.
 
-    proposer: where to look. Points of a proposer (the grid) are searched as "segment everything" does, which takes a
-    `MaskEngine`; its boxes and masks are described as they are.
+    Args:
+        proposer: Proposer of the regions. Points of a proposer (the grid) are segmented as in everything mode, which
+            requires a `MaskEngine`; boxes and masks are captioned unchanged.
+        generation: Generation options of the captioner.
     """
 
     proposer: Proposer
     generation: Mapping[str, Any] = field(default_factory=dict)
 
     def predict_records(self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
-        """One record an image, in the order given."""
+        """Predict one record per image, in the order of `samples` (dataset index and sample of each image)."""
         return [self._predict_record(captioner, index, sample) for index, sample in samples]
 
     def _predict_record(self, captioner: Captioner, index: int, sample: Sample) -> dict[str, Any]:
@@ -183,12 +198,12 @@ class DenseCaptioningOptions:
 
 
 def draft_records(dataset: Dataset, tasks: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the task and the truth of each record that a dataset leads to, before anything is predicted.
+    """Yield the task and ground truth of each record of a dataset without predicting.
 
     Args:
-        dataset: Any dataset; none of its images is opened. One that cannot list its annotations yields nothing.
-        tasks: Those of `PromptingOptions`.
-        limit: Only the first images; by default all.
+        dataset: Any dataset. Its images are not opened. A dataset without `annotations_of_all` yields nothing.
+        tasks: Tasks as in `PromptingOptions`.
+        limit: Maximum images. Defaults to all.
     """
     if hasattr(dataset, "annotations_of_all"):
         for regions in islice(dataset.annotations_of_all(), limit):
@@ -207,21 +222,24 @@ def predict_dataset(
     skip: Callable[[int], bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[PredictedBatch]:
-    """Caption the regions of a dataset in batches, always the same images together.
+    """Caption the regions of a dataset in batches of fixed composition.
 
-    An image that a dataset with `read` cannot read has no record.
+    Images that a dataset with a method `read` cannot read have no records.
 
     Args:
         captioner: Any captioner.
         dataset: Any dataset.
-        prompting: Which prompts, tasks and controls the regions get.
+        prompting: Prompt type, tasks, controls and generation options. Defaults to box prompts.
         batch_size: Images per batch.
-        limit: Maximum number of images.
-        skip: Whether the image at an index of the dataset is left out.
-        progress: Called with the images done (or skipped) and the total.
+        limit: Maximum images. Defaults to all.
+        skip: Returns whether to skip the image at a dataset index.
+        progress: Called with the number of images done (or skipped) and the total.
+
+    Returns:
+        An iterator over batches of records.
 
     Raises:
-        ValueError: A number below 1; raised before anything is computed.
+        ValueError: `batch_size` or `limit` is below 1; raised before the first batch.
     """
     for name, number in (("batch_size", batch_size), ("limit", limit)):
         if number is not None:
@@ -252,7 +270,7 @@ def _iter_predicted_batches(
 
 
 class _EncodedImages:
-    """Images that a captioner was shown: encoded once for all that is asked of them, if it can encode."""
+    """Images of a batch, encoded once if the captioner has a method `encode`."""
 
     def __init__(self, captioner: Captioner, images: Sequence[Image.Image]):
         self.captioner, self.images = captioner, images
@@ -261,7 +279,7 @@ class _EncodedImages:
     def caption_regions(
         self, requests: Sequence[PromptsByRegion], task: str, generation: Mapping[str, Any]
     ) -> list[dict[int, Caption]]:
-        """For each image the answers by region."""
+        """Return the captions of each image by region id."""
         prompts = [list(request.values()) for request in requests]
         captions = caption_requests(self.captioner, self.images, prompts, task, self.encoded, **generation)
         return [
@@ -270,7 +288,7 @@ class _EncodedImages:
         ]
 
     def predict_masks(self, index: int, boxes: Mapping[int, Prompt]) -> dict[int, dict[str, Any]]:
-        """The captioner's own masks for boxes of one image. ValueError if it gives none."""
+        """Return the captioner's masks for boxes of one image. ValueError if it returns none."""
         requests: list[PromptsByRegion] = [{} for _ in self.images]
         requests[index] = dict(boxes)
         captions = self.caption_regions(requests, "caption", {})[index]
@@ -294,7 +312,7 @@ def _has_truth_for_task(region: Region, task: str) -> bool:
 def _make_prompts(
     prompting: PromptingOptions, sample: Sample, encoded_images: _EncodedImages, index: int
 ) -> PromptsByRegion:
-    """What is asked of every region of an image that has some truth."""
+    """Return the prompts of all regions of an image that have ground truth."""
     regions = [
         region
         for region in sample.regions
@@ -320,7 +338,7 @@ def _make_prompt(prompting: PromptingOptions, region: Region) -> Prompt:
 
 
 def _find_different_region(region: Region, regions: Sequence[Region], prompts: PromptsByRegion) -> Region | None:
-    """The next region of the image that is called something else and described otherwise, if there is one."""
+    """Return the next region of the image with another name and other phrases, if any."""
     index = regions.index(region)
     for other in (*regions[index + 1 :], *regions[:index]):
         has_same_truth = bool(set(other.phrases) & set(region.phrases)) or (
@@ -332,11 +350,11 @@ def _find_different_region(region: Region, regions: Sequence[Region], prompts: P
 
 
 def _shift_region(region: Region, image_size: tuple[int, int], seed: int) -> Region:
-    """The region's box, and what of its mask is inside, at another place of the image (width, height)."""
+    """Move a region's box, and its mask inside the box, within an image of size (width, height)."""
     rng = np.random.default_rng([seed, region.id, 1])
     x1, y1, x2, y2 = region.box
     free_space = np.array([image_size[0] - (x2 - x1), image_size[1] - (y2 - y1)])
-    corners = (rng.random((NUM_CANDIDATE_SHIFTS, 2)) * np.maximum(free_space, 0)).round()  # (NUM_CANDIDATE_SHIFTS, 2)
+    corners = (rng.random((NUM_CANDIDATE_SHIFTS, 2)) * np.maximum(free_space, 0)).round()
     intersections = np.maximum(0, np.array([x2 - x1, y2 - y1]) - np.abs(corners - [x1, y1])).prod(1)
     x, y = (float(value) for value in corners[intersections.argmin()])
     mask = region.mask
@@ -371,7 +389,7 @@ def _caption_point_proposals(
 
 
 def _sort_records(records: Sequence[dict[str, Any]], sample: Sample) -> list[dict[str, Any]]:
-    """By region, and of one region what was asked first before what was asked to mislead."""
+    """Sort records by region, regular predictions before controls."""
     region_order = {region.id: index for index, region in enumerate(sample.regions)}
     return sorted(records, key=lambda each: (each["control"] is not None, region_order[each["region_id"]]))
 

@@ -1,14 +1,14 @@
-"""predictions.jsonl: what a run was asked and answered, written as it goes and read without the model.
+"""predictions.jsonl: the records of a run, written during the run and read without the model.
 
-    {"run": {...}}     the first line: what was run, see `sca.evaluation.evaluate`
-    {...}              one record a line, see `sca.evaluation.predictions`
-    {"done": [...], "unread": 0}   while the run goes on: the places of the images whose records are above, and how many
-                       of them could not be read
-    {"end": {...}}     the last line, once all is there: counts, and a hash of the truth
+    {"run": {...}}     first line: settings of the run, see `sca.evaluation.evaluate`
+    {...}              one record per line, see `sca.evaluation.predictions`
+    {"done": [...], "unread": 0}   only in unfinished files: dataset indices of the images whose records precede this
+                       line, and the number of those images that could not be read
+    {"end": {...}}     last line of a finished file: counts, and a hash of the ground truth
 
-A run that was killed goes on where it was: what stands behind the last `done` is thrown away and asked again. When all
-is done the file is written once more, in the order of the dataset and without `done`. Of several processes each writes
-a file of its own, `predictions.1.jsonl` and so on, which the first then puts together.
+An interrupted run resumes: records after the last `done` are discarded and predicted again. A finished file is
+rewritten in dataset order without `done` lines. With several processes, each writes its own file
+(`predictions.1.jsonl` and so on), and the first process merges them.
 """
 
 from __future__ import annotations
@@ -31,15 +31,21 @@ from sca.io.run_folder import check_same_run
 from sca.io.validation import check_encodable, check_object
 
 PREDICTIONS_NAME = "predictions.jsonl"
-PREDICTIONS_PATTERNS = (PREDICTIONS_NAME, "predictions.#.jsonl")  # of the first process, and of the others
-HEADER_PREFIX = b'{"run": {'  # how a file of `sca evaluate` begins
-TEXT_FIELDS = ("caption", "truth", "references", "proposals")  # fields of a record with texts to compare
-RESUMABLE_KEYS = ("versions", "batch")  # what may differ between a run and its continuation
+PREDICTIONS_PATTERNS = (PREDICTIONS_NAME, "predictions.#.jsonl")  # of the first process and of the others
+HEADER_PREFIX = b'{"run": {'  # first bytes of a file written by `sca evaluate`
+TEXT_FIELDS = ("caption", "truth", "references", "proposals")  # record fields that contain text
+RESUMABLE_KEYS = ("versions", "batch")  # settings that may change when a run resumes
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a file holds. run, end: empty for a file that was made by hand."""
+    """Contents of a predictions file.
+
+    Attributes:
+        records: Prediction records.
+        run: The run header; empty for a file made by hand.
+        end: The end line; empty for a file made by hand.
+    """
 
     records: list[dict[str, Any]]
     run: Mapping[str, Any] = field(default_factory=dict)
@@ -47,11 +53,15 @@ class Predictions:
 
 
 class PredictionsJournal:
-    """The predictions of one process of a run, on disk as soon as they are made.
+    """The predictions of one process of a run, written to disk batch by batch.
 
-    folder: None to keep them in memory. run: what the first line says. rank: of this process.
+    Args:
+        folder: Folder of the run; None keeps the predictions in memory.
+        run: Contents of the first line.
+        rank: Rank of this process.
 
-    OtherRunError if the folder has the predictions of another run.
+    Raises:
+        DifferentRunError: The folder contains the predictions of a different run.
     """
 
     def __init__(self, folder: Path | None, run: Mapping[str, Any], rank: int = 0):
@@ -70,12 +80,11 @@ class PredictionsJournal:
                 if self._file.is_empty:
                     self._file.append({"run": self.run})
             elif rank == 0:
-                journal.Journal(
-                    folder / PREDICTIONS_NAME, _completes_batch, HEADER_PREFIX
-                ).close()  # drops what a crash left behind the end
+                # drop lines that a crash left after the end
+                journal.Journal(folder / PREDICTIONS_NAME, _completes_batch, HEADER_PREFIX).close()
 
     def add(self, batch: PredictedBatch) -> None:
-        """Add a batch: it survives a kill when this returns, and a power cut a few seconds later."""
+        """Append a batch. It survives a killed process when this returns, and a power failure a few seconds later."""
         self.done_indices.update(batch.indices)
         if self._file is None:
             self._records += batch.records
@@ -84,12 +93,12 @@ class PredictionsJournal:
         self._file.append(*batch.records, {"done": list(batch.indices), "unread": batch.num_unread})
 
     def close(self) -> None:
-        """Sync the predictions of this process to disk; nothing can be added afterwards."""
+        """Sync the predictions of this process to disk. Nothing can be added afterwards."""
         if self._file is not None:
             self._file.close()
 
     def finish(self) -> Predictions:
-        """Merge the predictions of all processes, once each has closed its journal."""
+        """Merge the predictions of all processes, after each has closed its journal."""
         if self.folder is None:
             records = sorted(self._records, key=lambda each: each["index"])
             return Predictions(records, self.run, _summarize_records(records, self._num_unread))
@@ -108,8 +117,8 @@ class PredictionsJournal:
         return read_predictions(path)
 
     def _read_earlier(self, path: Path) -> None:
-        """What an earlier run has left in a file."""
-        if read_run(path) is None:  # killed before anything was asked
+        """Read the progress of an earlier run from a file."""
+        if read_run(path) is None:  # killed before the first prediction
             return
         for entry in journal.read_journal(path, _completes_batch, HEADER_PREFIX):
             self.done_indices.update(entry.get("done", ()))
@@ -117,9 +126,13 @@ class PredictionsJournal:
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    """A file that a run has written to its end, or one that was made by hand: records alone, a line each.
+    """Read a finished predictions file, or a file made by hand that contains only records, one per line.
 
-    InputError for a file that is not there, is no JSON lines, or is of a run that has not ended.
+    Args:
+        path: Predictions file or its folder.
+
+    Raises:
+        InputError: The file does not exist, is not JSON Lines, or belongs to a run that has not ended.
     """
     path = Path(path)
     path = path / PREDICTIONS_NAME if path.is_dir() else path
@@ -134,7 +147,7 @@ def read_predictions(path: str | Path) -> Predictions:
                 elif "end" in content:
                     end = content["end"]
                 elif "done" not in content:
-                    for key in TEXT_FIELDS:  # names of images may contain half of a surrogate pair
+                    for key in TEXT_FIELDS:  # image names may contain a lone surrogate
                         check_encodable(f"{place}, {key!r}", content.get(key))
                     records.append(content)
     except OSError as error:
@@ -148,10 +161,10 @@ def read_predictions(path: str | Path) -> Predictions:
 
 
 def read_run(path: Path) -> Mapping[str, Any] | None:
-    """Return the run that a predictions file is of, None if its first line is torn or it does not exist.
+    """Return the run header of a predictions file; None if the file does not exist or its first line is torn.
 
     Raises:
-        InputError: The file was not begun by `sca evaluate`.
+        InputError: The file was not written by `sca evaluate`.
     """
     for entry in journal.read_journal(path, first_line_prefix=HEADER_PREFIX):
         if not isinstance(entry.get("run"), dict):
@@ -161,10 +174,10 @@ def read_run(path: Path) -> Mapping[str, Any] | None:
 
 
 def check_same_runs(folder: Path, run: Mapping[str, Any]) -> None:
-    """Check that the predictions in a folder are of this run, so that it can continue them.
+    """Check that the predictions in a folder belong to this run, so that it can resume.
 
     Raises:
-        OtherRunError: They are of another run.
+        DifferentRunError: They belong to a different run.
         InputError: A file was made by hand.
     """
     runs = [(path, read_run(path)) for path in find_predictions_files(folder)]
@@ -174,7 +187,7 @@ def check_same_runs(folder: Path, run: Mapping[str, Any]) -> None:
 
 
 def hash_truth(records: Iterable[Mapping[str, Any]]) -> str:
-    """Return a hash of the regions, tasks and labels, whatever their order."""
+    """Return a hash of the regions, tasks and ground truth that does not depend on their order."""
     total = 0
     for record in records:
         if record.get("control") is None:
@@ -195,7 +208,7 @@ def _summarize_records(records: Sequence[Mapping[str, Any]], num_unread: int) ->
 
 
 def _read_part(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records above the last `done` of a part, and how many pictures could not be read."""
+    """Return the records before the last `done` line of a file, and the number of unreadable images."""
     records: list[dict[str, Any]] = []
     num_unread = 0
     for entry in journal.read_journal(path, _completes_batch, HEADER_PREFIX):
@@ -211,7 +224,7 @@ def _completes_batch(entry: Mapping[str, Any]) -> bool:
 
 
 def find_predictions_files(folder: Path) -> list[Path]:
-    """The predictions file of every process, the first one's first."""
+    """Return the predictions file of every process, the first process first."""
     return sorted(
         find_outputs(folder, PREDICTIONS_PATTERNS), key=lambda path: (path.name != PREDICTIONS_NAME, path.name)
     )

@@ -1,6 +1,7 @@
-"""Published protocols by name: what to ask of which data, how to score it, and what papers have reported.
+"""Published evaluation protocols by name, one TOML file each in `protocols/`.
 
-One TOML file each in `protocols/`. A protocol is one or several runs; what papers print stands beside what is measured.
+A protocol names the datasets, prompts, metrics and options of one or more runs, and contains the scores that papers
+report, so that they can be shown next to measured scores.
 """
 
 from __future__ import annotations
@@ -24,7 +25,20 @@ TOML_SUFFIX = ".toml"
 
 @dataclass(frozen=True)
 class ProtocolRun:
-    """One evaluation of a protocol. published: for each system the scores named by `columns`, or the first of them."""
+    """One evaluation of a protocol.
+
+    Attributes:
+        name: Name of the run.
+        dataset: Registered name of the dataset.
+        split: Split of the dataset.
+        prompt: Prompt type, see `sca.evaluation.predictions.PROMPT_TYPES`.
+        tasks: Tasks of every region.
+        generation: Generation options.
+        options: Dataset options.
+        proposer: Registered name of the proposer, for dense captioning.
+        columns: Scores to compare.
+        published: System -> its published scores in the order of `columns`; trailing columns may be missing.
+    """
 
     name: str
     dataset: str
@@ -39,11 +53,24 @@ class ProtocolRun:
 
     @property
     def prompting(self) -> PromptingOptions:
+        """Prompt type, tasks and generation options of the run."""
         return PromptingOptions(self.prompt, tuple(self.tasks), generation=self.generation)
 
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
+    """A published protocol.
+
+    Attributes:
+        name: Name of the protocol.
+        summary: One line for lists.
+        source: Papers with their arXiv numbers.
+        metrics: Registered names of metrics.
+        runs: Evaluations of the protocol.
+        references: "all" or "first" references per region.
+        tokenizer: "ptb" or "plain".
+    """
+
     name: str
     summary: str
     source: str
@@ -54,10 +81,12 @@ class EvaluationProtocol:
 
     @property
     def metric_options(self) -> dict[str, str]:
+        """Options shared by all metrics of the protocol."""
         return {"references": self.references, "tokenizer": self.tokenizer}
 
 
 def list_protocols() -> list[str]:
+    """Return the names of the bundled protocols, sorted."""
     return sorted(
         file.name.removesuffix(TOML_SUFFIX)
         for file in _get_protocols_folder().iterdir()
@@ -66,7 +95,11 @@ def list_protocols() -> list[str]:
 
 
 def read_protocol(name: str) -> EvaluationProtocol:
-    """RegistryError if there is none of this name."""
+    """Read a bundled protocol.
+
+    Raises:
+        RegistryError: No protocol has this name.
+    """
     if name not in list_protocols():
         raise make_unknown_name_error(f"no protocol {name!r}", name, list_protocols())
     table = tomllib.loads((_get_protocols_folder() / f"{name}{TOML_SUFFIX}").read_text("utf-8"))
@@ -98,7 +131,14 @@ def available_metrics(protocol: EvaluationProtocol, settings: Mapping[str, Any])
 
 
 def build_comparison_table(run: ProtocolRun, model: str, scores: Mapping[str, float], source: str) -> Table:
-    """What was measured, with what was published above it."""
+    """Build a table of the measured scores below the published ones.
+
+    Args:
+        run: Run of the protocol.
+        model: Name of the measured model.
+        scores: Measured scores by name.
+        source: Source of the published scores.
+    """
     from sca.io.terminal import Table
 
     title = f"{run.name}, beside what was published"

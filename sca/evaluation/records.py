@@ -1,8 +1,10 @@
-"""What metrics ask of records: who has what is needed, and words for what is not there.
+"""Select the records that a metric can score, and explain which fields are missing.
 
-A need is a path into a record, `mask` or `truth.attributes.color`, met by any value but None and an empty list; or a
-path and the text that must stand there, `task=caption`; or several of these, one of which will do: `truth.name or
-task=caption`.
+A need has one of these forms:
+
+- A path into a record, such as `mask` or `truth.attributes.color`. Any value except None and an empty list meets it.
+- A path and the required text, such as `task=caption`.
+- Alternatives, of which one must be met: `truth.name or task=caption`.
 """
 
 from __future__ import annotations
@@ -16,16 +18,17 @@ Record = Mapping[str, Any]
 
 
 def meets_need(record: Record, need: str) -> bool:
+    """Return whether a record meets a need."""
     return any(_meets_alternative(record, choice) for choice in need.split(" or "))
 
 
 def filter_records(records: Iterable[Record], needs: Sequence[str]) -> list[Record]:
-    """The records that meet every need."""
+    """Return the records that meet every need."""
     return [record for record in records if all(meets_need(record, need) for need in needs)]
 
 
 def describe_missing_needs(records: Sequence[Record], needs: Sequence[str]) -> str | None:
-    """Why a metric with these needs cannot be computed, or None if at least one record meets them all."""
+    """Return why a metric with these needs cannot be computed, or None if at least one record meets them all."""
     if filter_records(records, needs):
         return None
     if not records:
@@ -37,7 +40,16 @@ def describe_missing_needs(records: Sequence[Record], needs: Sequence[str]) -> s
 
 
 def require_records(records: Sequence[Record], needs: Sequence[str], metric: str) -> list[Record]:
-    """The records that meet every need. ValueError if there are none, naming the metric and what is missing."""
+    """Return the records that meet every need.
+
+    Args:
+        records: Prediction records.
+        needs: Needs of the metric, see the module docstring.
+        metric: Name of the metric in the message.
+
+    Raises:
+        ValueError: No record meets every need.
+    """
     missing = describe_missing_needs(records, needs)
     if missing:
         raise ValueError(f"metric {metric!r}: {missing}")
@@ -45,11 +57,12 @@ def require_records(records: Sequence[Record], needs: Sequence[str], metric: str
 
 
 def collect_region_ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """Which region each row of a metric's `per_record` is about."""
+    """Return the `image_id` and `region_id` arrays that identify the rows of a metric's `per_record`."""
     return {key: np.array([record[key] for record in records]) for key in ("image_id", "region_id")}
 
 
 def group_by_image(records: Iterable[Record]) -> dict[int, list[Record]]:
+    """Return the records of each `image_id`, in their order."""
     records_by_image: dict[int, list[Record]] = {}
     for record in records:
         records_by_image.setdefault(record["image_id"], []).append(record)
@@ -57,13 +70,13 @@ def group_by_image(records: Iterable[Record]) -> dict[int, list[Record]]:
 
 
 def compute_nanmean(values: np.ndarray) -> float:
-    """The mean of what is not NaN; NaN if nothing is left."""
+    """Return the mean over the values that are not NaN; NaN if none is left."""
     numbers = values[~np.isnan(values)]
     return float(numbers.mean()) if len(numbers) else float("nan")
 
 
 def normalize_text(text: str) -> str:
-    """Letters in one case, words one space apart: two texts that differ in nothing else are the same."""
+    """Return text with folded case and single spaces, for comparisons that ignore case and spacing."""
     return " ".join(text.casefold().split())
 
 

@@ -1,4 +1,7 @@
-"""Pages about runs: scores with their intervals, how they are spread, and the regions behind them; one file each."""
+"""HTML reports of runs: scores with intervals, histograms and example regions.
+
+Each report is one self-contained file.
+"""
 
 from __future__ import annotations
 
@@ -24,26 +27,26 @@ from sca.io import masks
 from sca.output.contours import mask_to_svg_path
 from sca.output.html_page import MAX_SHARP_SIDE, encode_data_uri, render_template
 
-REGIONS_PER_GROUP = 8  # regions of each kind
-FIGURE_COLUMNS = 6  # regions of the figure
+REGIONS_PER_GROUP = 8  # regions per group
+FIGURE_COLUMNS = 6  # regions in the figure
 HISTOGRAM_BINS = 20
-CROP_MARGIN = 0.6  # of a region's longer side is shown around it
-MAX_CROP_SIDE = 320  # of a region's picture, in pixels
+CROP_MARGIN = 0.6  # context around a region, as a fraction of its longer side
+MAX_CROP_SIDE = 320  # pixels
 
 
 class RegionCrop(NamedTuple):
-    """A region with its surroundings, as the macro `region` draws it; coordinates in pixels of the image."""
+    """A region and its surroundings for the template macro `region`, in image pixels."""
 
     label: str
-    picture: str  # data URI of the surroundings
-    is_sharp: bool  # whether the picture is shown without smoothing
-    frame: tuple[int, int, int, int]  # left, top, width and height of the surroundings
+    picture: str  # data URI of the crop
+    is_sharp: bool  # whether the crop is displayed without smoothing
+    frame: tuple[int, int, int, int]  # left, top, width and height of the crop
     box: Sequence[float]  # x1, y1, x2, y2
-    contours: list[tuple[str, str]]  # "mask" or "true", and path data
+    contours: list[tuple[str, str]]  # kind ("mask" or "true") and SVG path data
 
 
 class RegionCard(NamedTuple):
-    """A region with what was said of it."""
+    """A region with its captions and ground truth."""
 
     view: RegionCrop | None
     answers: list[tuple[str, str]]  # label and caption
@@ -52,7 +55,7 @@ class RegionCard(NamedTuple):
 
 
 class ScoreHistogram(NamedTuple):
-    """Scores of regions; the heights of the bars are shares of the tallest."""
+    """Histogram of region scores; bar heights are relative to the tallest bar."""
 
     title: str
     heights: list[float]
@@ -62,12 +65,15 @@ class ScoreHistogram(NamedTuple):
 
 
 def render_report(reports: Sequence[EvaluationReport], sort_by: str | None = None, seed: int = 0) -> str:
-    """A page about one run, or several on the same regions side by side.
+    """Render an HTML report of one run, or of several runs on the same regions side by side.
 
     Args:
         reports: One or more runs.
-        sort_by: Score that regions are ranked by. Defaults to the most informative one available.
+        sort_by: Score that ranks the regions. Defaults to the most informative one available.
         seed: Random seed for the sampled regions.
+
+    Returns:
+        The HTML page.
 
     Raises:
         ValueError: The score `sort_by` does not exist.
@@ -93,7 +99,7 @@ def render_report(reports: Sequence[EvaluationReport], sort_by: str | None = Non
 
 
 def render_comparison(comparison: RunComparison) -> str:
-    """A page about two runs: the differences, and the regions whose answers changed most."""
+    """Render an HTML page of the score differences of two runs and the regions whose captions changed most."""
     first, second = comparison.first, comparison.second
     rows = [
         [
@@ -125,7 +131,7 @@ def render_comparison(comparison: RunComparison) -> str:
 
 
 def _build_score_table(reports: Sequence[EvaluationReport]) -> tuple[list[str], list[list[str]]]:
-    """The headings and rows of the table of scores."""
+    """Return the headings and rows of the score table."""
     score_names = dict.fromkeys(
         each.name for report in reports for each in report.scoring.scores if each.control is None
     )
@@ -155,14 +161,14 @@ def _iter_histograms(
     for name in report_outputs[0][1]:
         for report, outputs in report_outputs:
             values = np.array(list(get_region_scores(outputs[name], name).values())) if name in outputs else np.empty(0)
-            if len(np.unique(values)) > 2:  # a share of rights and wrongs has no more to show than its mean
+            if len(np.unique(values)) > 2:  # the mean fully describes a binary score
                 counts, edges = np.histogram(values, HISTOGRAM_BINS)
                 heights = (counts / counts.max()).tolist()
                 yield ScoreHistogram(f"{name}, {report.name}", heights, edges[0], edges[-1], len(values))
 
 
 def _build_figure(reports: Sequence[EvaluationReport], score_name: str, seed: int) -> dict[str, Any]:
-    """One region a column, one model a row, what is true last."""
+    """Build a grid with one column per region, one row per model, and the ground truth in the last row."""
     records_by_report = [find_scored_records(report, score_name) for report in reports]
     common_keys = [key for key in records_by_report[0] if all(key in each for each in records_by_report)]
     sampled_keys = random.Random(seed).sample(common_keys, min(FIGURE_COLUMNS, len(common_keys)))
@@ -189,7 +195,7 @@ def _build_figure(reports: Sequence[EvaluationReport], score_name: str, seed: in
 def _build_ranking(
     report: EvaluationReport, outputs: Mapping[str, MetricOutput], score_name: str, seed: int
 ) -> dict[str, Any]:
-    """The best, the worst and some other regions of a run."""
+    """Collect the best, the worst and random regions of a run."""
     region_scores, records = get_region_scores(outputs[score_name], score_name), find_scored_records(report, score_name)
     ranked_keys = sorted(region_scores, key=lambda key: region_scores[key])
     sampled_keys = random.Random(seed).sample(ranked_keys, min(REGIONS_PER_GROUP, len(ranked_keys)))
@@ -227,7 +233,7 @@ def _make_change_card(cropper: _RegionCropper, comparison: RunComparison, change
 
 
 class _RegionCropper:
-    """Crops regions from their images; `problem` is the first reason why an image is not shown."""
+    """Crops regions from their images; `problem` is the first reason why an image is missing."""
 
     def __init__(self, report: EvaluationReport):
         self.load_image: Callable[[Any], Image.Image] | None = report.load_image
@@ -236,7 +242,7 @@ class _RegionCropper:
     def make_crop(
         self, record: Mapping[str, Any], contour_kinds: Sequence[str] = ("mask", "true")
     ) -> RegionCrop | None:
-        """The surroundings of a region: its true box, and contours: of the predicted "mask", of the "true" one."""
+        """Crop a region; draw its ground-truth box and the contours of the predicted ("mask") or true ("true") mask."""
         image, box = self._open_image(record), record["truth"]["box"]
         if image is None or box is None:
             return None

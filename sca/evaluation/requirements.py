@@ -1,4 +1,4 @@
-"""What tasks and metrics need of a dataset, checked before anything is predicted."""
+"""Check that a dataset has what tasks and metrics need, before predicting."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from sca.evaluation.scoring import check_metrics
 def check_has_truth(
     dataset: Dataset, dataset_name: str, tasks: Sequence[str] = PromptingOptions.tasks, limit: int | None = None
 ) -> None:
-    """Check that a dataset has a region with the truth that a task asks for.
+    """Check that a dataset has a region with ground truth for a task.
 
     Args:
         dataset: Any dataset, see `draft_records`.
         dataset_name: Name of the dataset in the message.
-        tasks: What every region is asked.
-        limit: Only the first images; by default all.
+        tasks: Tasks of every region.
+        limit: Maximum images to check. Defaults to all.
 
     Raises:
-        ValueError: No region has.
+        ValueError: No region has ground truth for any task.
     """
     if hasattr(dataset, "annotations_of_all") and next(draft_records(dataset, tasks, limit), None) is None:
         raise ValueError(describe_missing_truth(dataset, dataset_name, tasks))
 
 
 def describe_missing_truth(dataset: Dataset, dataset_name: str, tasks: Sequence[str]) -> str:
-    """Return the error for a dataset without a region that has what tasks ask for."""
+    """Return the error message for a dataset without ground truth for the tasks."""
     return (
         f"nothing to evaluate: no region of {dataset_name} has what {' or '.join(tasks)} asks for (phrases for "
         f"captions, a name for recognition); {summarize_dataset(dataset)}"
@@ -45,16 +45,16 @@ def describe_missing_truth(dataset: Dataset, dataset_name: str, tasks: Sequence[
 def check_metric_needs(
     metrics: Sequence[str], dataset: Dataset, tasks: Sequence[str] = PromptingOptions.tasks, limit: int | None = None
 ) -> None:
-    """Check that metrics find what they need in a dataset, before anything is predicted.
+    """Check that a dataset meets the needs of metrics.
 
     Args:
         metrics: Registered names.
         dataset: Any dataset, see `draft_records`.
-        tasks: What every region is asked.
-        limit: Only the first images; by default all.
+        tasks: Tasks of every region.
+        limit: Maximum images to check. Defaults to all.
 
     Raises:
-        ValueError: A metric needs a task or a truth that no region has.
+        ValueError: A metric needs a task or ground truth that no region has.
     """
     for name in metrics:
         reason = _find_missing_needs(name, dataset, tasks, limit)
@@ -69,12 +69,12 @@ def check_best_scores(
 
     Args:
         score_names: Scores such as "class/count".
-        metrics: Those that are computed; None for all that can be.
+        metrics: Metrics to compute; None for every metric whose inputs are available.
         dataset: Any dataset, see `draft_records`.
-        limit: Only the first images; by default all.
+        limit: Maximum images to check. Defaults to all.
 
     Raises:
-        RegistryError: A score that no metric has, or none that can be computed.
+        RegistryError: No metric has one of the scores, or none of the scores can be computed.
     """
     score_patterns = {name: _get_score_patterns(name) for name in sca_registry.metrics.list_names()}
     metrics_by_score = {
@@ -99,7 +99,7 @@ def check_best_scores(
 
 
 def _get_score_patterns(metric: str) -> tuple[str, ...] | None:
-    """The names of a metric's scores, as it declares them; () for a metric that does not work."""
+    """Return the score names that a metric declares; () for a metric that fails to load."""
     try:
         return sca_registry.metrics.get_declared(metric, "scores")
     except RegistryError:
@@ -119,7 +119,7 @@ def _find_metric_problem(metric: str, dataset: Dataset, limit: int | None) -> st
 
 
 def _find_missing_needs(metric: str, dataset: Dataset, tasks: Sequence[str], limit: int | None) -> str | None:
-    """Why no record of a dataset can meet the needs of a metric; None if one can, or if that cannot be known yet."""
+    """Return why no record of a dataset can meet a metric's needs; None if one can or if it is unknown."""
     dataset_needs = [
         need for need in sca_registry.metrics.get_declared(metric, "needs") or () if _is_dataset_need(need)
     ]
@@ -131,5 +131,5 @@ def _find_missing_needs(metric: str, dataset: Dataset, tasks: Sequence[str], lim
 
 
 def _is_dataset_need(need: str) -> bool:
-    """Whether a need depends on the tasks and the dataset alone, and not on what is predicted."""
+    """Return whether a need depends on tasks and dataset only, not on predictions."""
     return all(choice.startswith(("task=", "truth.")) for choice in need.split(" or "))

@@ -1,4 +1,4 @@
-"""From records to scores: nothing else is read, so that records that were stored can be scored again."""
+"""Compute scores from prediction records. Nothing else is read, so stored records can be scored again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sca.evaluation.predictions import CONTROLS
 from sca.evaluation.records import Record, describe_missing_needs, filter_records
 from sca.evaluation.tokenization import choose_default_tokenizer
 
-SHARED_OPTIONS = ("references", "tokenizer")  # options that go to every metric that has them
+SHARED_OPTIONS = ("references", "tokenizer")  # options passed to every metric that accepts them
 REGION_KEYS = ("image_id", "region_id")
 
 ImageLoader = Callable[[Record], Image.Image]
@@ -36,13 +36,21 @@ ImageLoader = Callable[[Record], Image.Image]
 
 @dataclass(frozen=True)
 class Score:
-    """One number, and what it has to be compared with.
+    """One score and the conditions under which it is comparable.
 
-    name: such as "attributes/color". value: a share (NaN where nothing was there to be counted) or a count. low, high:
-    the 95 % interval over the choice of images, where there is one. n: how many judgments it is made of. control: what
-    was done to mislead, if something was. references, tokenizer: where the metric takes them. implementation: whose
-    code, with its version. protocol: short for all that two scores must have in common to be compared, the model aside.
-    note: why the value is not a number, or why it has no interval; empty otherwise.
+    Attributes:
+        name: Name, such as "attributes/color".
+        metric: Registered name of the metric.
+        value: A fraction (NaN if nothing could be scored) or an integer count.
+        low: Lower bound of the 95 % bootstrap interval over images; None without an interval.
+        high: Upper bound of the interval.
+        n: Number of judgments behind the value.
+        control: Adversarial control, see `sca.evaluation.predictions.CONTROLS`; None for the regular predictions.
+        references: Shared option `references`, if the metric has it.
+        tokenizer: Shared option `tokenizer`, if the metric has it.
+        implementation: Package and version that computed the score.
+        protocol: Hash of the settings, except the model, that two comparable scores must share.
+        note: Why the value is NaN or has no interval; else empty.
     """
 
     name: str
@@ -59,20 +67,26 @@ class Score:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON; NaN is None."""
+        """Return plain JSON values; NaN becomes None."""
         return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class ScoringResult:
-    """Every score, why metrics were left out, and what each metric gave: by its name, or by (name, control)."""
+    """Scores of all metrics.
+
+    Attributes:
+        scores: All scores.
+        skipped_metrics: Metrics that were not computed -> the reason.
+        outputs: (metric, control) -> output of the metric.
+    """
 
     scores: tuple[Score, ...]
     skipped_metrics: dict[str, str]
     outputs: dict[tuple[str, str | None], MetricOutput] = field(repr=False)
 
     def summarize_skipped_metrics(self) -> list[str]:
-        """Return at most one line about the metrics that were not computed; naming one states its reason."""
+        """Return at most one line about the metrics that were not computed."""
         count = len(self.skipped_metrics)
         if not count:
             return []
@@ -80,6 +94,7 @@ class ScoringResult:
         return [f"{message}; see `sca list metrics`, or name one with --metrics for the reason"]
 
     def get_values(self, control: str | None = None) -> dict[str, float]:
+        """Return the values by score name for a control, or for the regular predictions."""
         return {score.name: score.value for score in self.scores if score.control == control}
 
 
@@ -136,7 +151,7 @@ def score_records(
                     extra = sca_registry.metrics.get_card(name).extra
                     install_hint = f"pip install 'segment-caption-anything[{extra}]'" if extra else "install it"
                     reason = f"needs {error.name}: {install_hint}"
-                except Exception as error:  # a plugin's metric that fails costs its own scores and nothing else
+                except Exception as error:  # a failing plugin must not affect other metrics
                     reason = f"it failed: {type(error).__name__}: {error}; `sca check metric {name}` may tell more"
             if reason is None:
                 outputs[name, control] = output
@@ -150,7 +165,7 @@ def score_records(
 
 
 def check_metrics(metrics: Sequence[str] | None, metric_options: Mapping[str, Any] | None) -> None:
-    """Raise what `score_records` would raise for the names, options and installed packages."""
+    """Raise the errors that `score_records` would raise for names, options and missing packages."""
     metric_options = _check_metric_options(metric_options or {}, metrics)
     for name in metrics or ():
         sca_registry.metrics.check(name)
@@ -158,7 +173,7 @@ def check_metrics(metrics: Sequence[str] | None, metric_options: Mapping[str, An
 
 
 def get_bootstrap_inputs(output: MetricOutput) -> dict[str, tuple[ScoreStatistics, np.ndarray]]:
-    """The scores whose value for other images can be computed: their statistics, and the image of each row."""
+    """Return the statistics and the image of each row, for every score that can be recomputed on resampled images."""
     if output.per_record is None or "image_id" not in output.per_record:
         return {}
     groups = np.asarray(output.per_record["image_id"])
@@ -175,7 +190,7 @@ def get_bootstrap_inputs(output: MetricOutput) -> dict[str, tuple[ScoreStatistic
 
 
 def compute_protocol_id(*facts: Any) -> str:
-    """Twelve hexadecimal digits that differ where the facts do."""
+    """Return a hash of the facts as twelve hexadecimal digits."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -278,12 +293,12 @@ def _make_scores(
 
 
 def _count_judgments(output: MetricOutput, name: str) -> int:
-    """How many judgments a score is made of."""
+    """Return the number of judgments behind a score."""
     if output.per_record and name in output.per_record:
         return int((~np.isnan(np.asarray(output.per_record[name], dtype=float))).sum())
     return len(output.per_record["image_id"]) if output.per_record and "image_id" in output.per_record else 0
 
 
 def count_regions(records: Sequence[Record]) -> int:
-    """How many regions were asked for."""
+    """Return the number of distinct prompted regions."""
     return len({(record["image_id"], record["region_id"]) for record in filter_records(records, ("region_id",))})

@@ -1,6 +1,6 @@
-"""Captions and references as caption metrics want them: in pairs, and cut into words.
+"""Pair captions with their references and tokenize both for caption metrics.
 
-How text is cut is part of the protocol: the same captions score otherwise under another tokenizer.
+The tokenizer is part of the protocol: it changes the scores of the same captions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORD_PATTERN = re.compile(r"\w+(?:'\w+)*")
 
 
 class TokenizedPairs(NamedTuple):
-    """Captions and what people have said of the same regions, cut into words that stand one space apart."""
+    """Captions and references of the same regions as tokens separated by single spaces."""
 
     records: list[Record]
     captions: list[str]
@@ -40,9 +40,16 @@ class TokenizedPairs(NamedTuple):
 def tokenize_pairs(
     records: Sequence[Record], metric: str, references: str = "all", tokenizer: str | None = None
 ) -> TokenizedPairs:
-    """The captions that a metric is about. references: "all" phrases of a region, or the "first" alone, as SCA does.
+    """Collect and tokenize the captions and references that a metric scores.
 
-    ValueError if there are none, or for a word that is no choice.
+    Args:
+        records: Prediction records.
+        metric: Name of the metric in the message.
+        references: "all" phrases of a region, or only the "first", as in SCA (arXiv 2312.00869).
+        tokenizer: One of `TOKENIZERS`. Defaults to `choose_default_tokenizer`.
+
+    Raises:
+        ValueError: No record has a caption and references, or an unknown option.
     """
     if references not in REFERENCE_CHOICES:
         raise ValueError(f"no references {references!r}: there are {', '.join(REFERENCE_CHOICES)}")
@@ -59,13 +66,17 @@ def tokenize_pairs(
 
 
 def choose_default_tokenizer() -> str:
-    """ "ptb" where it can run, else "plain"."""
+    """Return "ptb" if Java and pycocoevalcap are available, else "plain"."""
     return "plain" if find_java_problem() else "ptb"
 
 
-@functools.lru_cache(maxsize=2)  # several metrics in turn are about the same captions
+@functools.lru_cache(maxsize=2)  # consecutive metrics score the same captions
 def tokenize_texts(texts: tuple[str, ...], tokenizer: str) -> tuple[str, ...]:
-    """Each text as words one space apart. ValueError for an unknown tokenizer, and where Java is wanted and absent."""
+    """Tokenize texts into tokens separated by single spaces.
+
+    Raises:
+        ValueError: An unknown tokenizer, or "ptb" without Java.
+    """
     if tokenizer not in TOKENIZERS:
         raise ValueError(f"no tokenizer {tokenizer!r}: there are {', '.join(TOKENIZERS)}")
     single_line_texts = [" ".join(text.split()) for text in texts]
@@ -77,7 +88,7 @@ def tokenize_texts(texts: tuple[str, ...], tokenizer: str) -> tuple[str, ...]:
 
 
 def find_java_problem() -> str | None:
-    """Why the Java tools of pycocoevalcap cannot run, or None if they can."""
+    """Return why the Java tools of pycocoevalcap cannot run, or None if they can."""
     try:
         get_jar_path("tokenizer", "stanford-corenlp-3.4.1.jar")
     except ImportError as error:
@@ -88,7 +99,11 @@ def find_java_problem() -> str | None:
 
 
 def get_jar_path(folder: str, name: str) -> Path:
-    """A file of pycocoevalcap. ImportError, with the command that installs it, where that is absent."""
+    """Return the path of a file in pycocoevalcap.
+
+    Raises:
+        ImportError: pycocoevalcap is not installed; the message contains the install command.
+    """
     try:
         import pycocoevalcap
     except ImportError:
@@ -97,7 +112,11 @@ def get_jar_path(folder: str, name: str) -> Path:
 
 
 def build_java_command(*arguments: str) -> list[str]:
-    """The command of a Java program that reads and writes UTF-8, whatever the locale says."""
+    """Return the command of a Java program that reads and writes UTF-8 in any locale.
+
+    Raises:
+        ValueError: The Java tools cannot run.
+    """
     reason = find_java_problem()
     if reason:
         raise ValueError(reason)
@@ -105,7 +124,7 @@ def build_java_command(*arguments: str) -> list[str]:
 
 
 def _tokenize_ptb(texts: Sequence[str]) -> Iterable[str]:
-    """The words of each text, which has no line break. Whitespace of any kind has been made single spaces."""
+    """Return the tokens of each text. Texts have no line breaks; all whitespace is single spaces."""
     command = build_java_command(
         "-cp", str(get_jar_path("tokenizer", "stanford-corenlp-3.4.1.jar")), "edu.stanford.nlp.process.PTBTokenizer"
     )

@@ -1,4 +1,4 @@
-"""Whether records can be scored: what is doubled, missing, unknown or broken is named, and what is odd is counted."""
+"""Validate prediction records before scoring: errors name duplicate, missing, unknown or malformed records."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ MAX_LISTED = 3
 
 
 def fill_defaults(predictions: Predictions, location: str) -> Predictions:
-    """With what a record that was made by hand may leave out: the task is "caption", and `references` are the phrases
-    that are true. InputError for records that nothing can be made of, naming the first ones.
+    """Fill in the fields that a record made by hand may omit.
+
+    The default task is "caption", and `references` become the ground-truth phrases.
+
+    Args:
+        predictions: Contents of a predictions file.
+        location: File name for messages.
+
+    Raises:
+        InputError: There are no records, or a record is malformed.
     """
     if not predictions.records:
         raise InputError(f"{location} has no records")
@@ -29,7 +37,18 @@ def fill_defaults(predictions: Predictions, location: str) -> Predictions:
 
 
 def check_predictions(predictions: Predictions, location: str) -> list[str]:
-    """Remarks on what is odd but can be scored. InputError where a score would be wrong."""
+    """Check that records can be scored correctly.
+
+    Args:
+        predictions: Contents of a predictions file, after `fill_defaults`.
+        location: File name for messages.
+
+    Returns:
+        Remarks about anomalies that do not prevent scoring.
+
+    Raises:
+        InputError: Regions are duplicated, records or references are missing, or a box or score is invalid.
+    """
     records, end = predictions.records, predictions.end
     key_counts = Counter(map(_get_record_key, records))
     duplicates = [key for key, count in key_counts.items() if count > 1]
@@ -70,7 +89,16 @@ def check_predictions(predictions: Predictions, location: str) -> list[str]:
 
 
 def check_dataset_regions(predictions: Predictions, expected_regions: Iterable[tuple[int, int]], location: str) -> None:
-    """InputError unless the regions asked for are those of the dataset, as (image_id, region_id)."""
+    """Check that the predicted regions are exactly those of a dataset.
+
+    Args:
+        predictions: Contents of a predictions file.
+        expected_regions: (image_id, region_id) of the dataset's regions.
+        location: File name for messages.
+
+    Raises:
+        InputError: Regions are missing or unknown.
+    """
     predicted_regions = {(record["image_id"], record["region_id"]) for record in predictions.records}
     expected_regions = set(expected_regions)
     for problem, regions in (
@@ -133,7 +161,7 @@ def _collect_proposal_scores(record: Mapping[str, Any]) -> list[Any]:
 
 
 def _is_score(value: Any) -> bool:
-    return isinstance(value, float) or is_finite_number(value)  # NaN is a score that a model did not return
+    return isinstance(value, float) or is_finite_number(value)  # NaN: the model returned no score
 
 
 def _is_box(box: Any) -> bool:

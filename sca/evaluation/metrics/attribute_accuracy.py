@@ -1,4 +1,4 @@
-"""Whether a caption says what a drawn shape looks like."""
+"""Accuracy of the attributes that captions state about generated shapes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ATTRIBUTES = ("color", "form", "size", "texture")
 
 
 class Attributes:
-    """The share of captions that name the true color, form, size and texture: each alone, and `all` four.
+    """Fraction of captions with the correct color, form, size and texture: each attribute, and `all` four.
 
-    A caption is read by `sca.data.scenes.parse_statement`; what it does not say counts as wrong.
+    Captions are parsed by `sca.data.scenes.parse_statement`. An attribute that is not stated counts as wrong.
     """
 
     needs = ("task=caption", "caption", *(f"truth.attributes.{fact}" for fact in ATTRIBUTES))

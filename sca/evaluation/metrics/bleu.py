@@ -1,4 +1,4 @@
-"""Precision of n-grams, with a penalty for captions that are too short (BLEU, ACL 2002)."""
+"""N-gram precision with a brevity penalty (BLEU, ACL 2002)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from sca.evaluation.records import Record, collect_region_ids
 from sca.evaluation.tokenization import CAPTION_NEEDS, tokenize_pairs
 
 MAX_NGRAM = 4
-DENOMINATOR_EPSILON, NUMERATOR_EPSILON = 1e-9, 1e-15  # as pycocoevalcap keeps from dividing by zero
+DENOMINATOR_EPSILON, NUMERATOR_EPSILON = 1e-9, 1e-15  # avoid division by zero, as in pycocoevalcap
 
 
 class Bleu:
-    """BLEU-1 to BLEU-4 of all captions together, with the length of the closest reference. In 0..1.
+    """Corpus-level BLEU-1 to BLEU-4 in 0..1, with the closest reference length.
 
-    The arrays of `per_record` are those of single captions, whose mean is not the score of all.
+    The arrays of `per_record` are the scores of single captions, whose mean is not the corpus score.
+
+    Args:
+        references: "all" or only the "first" reference per region.
+        tokenizer: One of `sca.evaluation.tokenization.TOKENIZERS`. Defaults to the best available.
     """
 
     needs = CAPTION_NEEDS
@@ -28,6 +32,7 @@ class Bleu:
 
     @property
     def implementation(self) -> str:
+        """Version of the implementation."""
         return f"pycocoevalcap {version('pycocoevalcap')}"
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:

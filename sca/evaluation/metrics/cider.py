@@ -1,4 +1,4 @@
-"""Consensus with what people say, by n-grams weighted by how rare they are (CIDEr, arXiv 1411.5726)."""
+"""Consensus with references by n-grams weighted by rarity (CIDEr, arXiv 1411.5726)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ SINGLE_REGION_NOTE = "not a number for a single region: how rare an n-gram is ta
 
 
 class CiderD:
-    """CIDEr-D, the variant with clipped counts and a penalty for another length (sigma 6), times 10 by its definition:
-    a perfect caption has at most 10, and papers print that times 10 once more.
+    """CIDEr-D: CIDEr with clipped counts and a length penalty (sigma 6), times 10 as defined.
 
-    How rare an n-gram is comes from the references that are evaluated: of a single region the score is NaN. For
-    intervals it is held fixed.
+    A perfect caption scores at most 10; papers print this value times 10. Document frequencies come from the evaluated
+    references, so the score of a single region is NaN. The bootstrap keeps them fixed.
+
+    Args:
+        references: "all" or only the "first" reference per region.
+        tokenizer: One of `sca.evaluation.tokenization.TOKENIZERS`. Defaults to the best available.
     """
 
     needs = CAPTION_NEEDS
@@ -32,6 +35,7 @@ class CiderD:
 
     @property
     def implementation(self) -> str:
+        """Version of the implementation."""
         return f"pycocoevalcap {version('pycocoevalcap')}"
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
@@ -48,8 +52,13 @@ class CiderD:
 
 
 class Cider:
-    """CIDEr as first defined: cosines of n-grams of each length from 1 to 4, averaged over lengths and references,
-    times 10; without stemming. Nearly every published "CIDEr" is CIDEr-D: see `cider-d`.
+    """Original CIDEr: cosine similarity of 1- to 4-grams, averaged over n and references, times 10, without stemming.
+
+    Nearly every published "CIDEr" is CIDEr-D, see `cider-d`.
+
+    Args:
+        references: "all" or only the "first" reference per region.
+        tokenizer: One of `sca.evaluation.tokenization.TOKENIZERS`. Defaults to the best available.
     """
 
     needs = CAPTION_NEEDS
@@ -82,7 +91,7 @@ class Cider:
 
 
 def _make_undefined_output(name: str, scored_records: Sequence[Record]) -> MetricOutput:
-    """NaN, with the reason: the logarithm of one region is 0, and so would be the weight of every n-gram."""
+    """Return NaN with the reason: with a single region, every n-gram weight would be log 1 = 0."""
     return make_mean_output({name: np.full(len(scored_records), np.nan)}, scored_records)._replace(
         notes={name: SINGLE_REGION_NOTE}
     )
@@ -100,7 +109,7 @@ def _count_ngrams(text: str) -> Counter[tuple[str, ...]]:
 def _weight_ngrams(
     counts: Counter, document_frequency: Counter, log_num_regions: float
 ) -> list[dict[tuple[str, ...], float]]:
-    """Counts of n-grams by length, each times the log of the share of regions that it is not found in."""
+    """Return TF-IDF weights of n-grams, one dict per n."""
     vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(MAX_NGRAM)]
     for ngram, count in counts.items():
         vectors[len(ngram) - 1][ngram] = count * (log_num_regions - np.log(max(1, document_frequency[ngram])))

@@ -1,4 +1,4 @@
-"""Whether a region is called by the name of its class."""
+"""Accuracy of predicted class names."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SUMMARY_NAMES = ("count", "area", "mean", "regions")
 
 
 class Classes:
-    """The share of regions whose name is right, letter case and spacing aside.
+    """Fraction of regions with the correct class name, ignoring case and spacing.
 
-    `count`: every region counts as one. `area`: by its area in pixels, so that the large ones decide. `mean`: the mean
-    over classes of the share within each, so that the rare ones count as much as the common. Then each class by its
-    own name, with its number of regions; a class that is called like one of the words above stands in quotes.
+    `count` weights all regions equally, `area` weights them by their area in pixels, and `mean` is the mean over
+    classes of the accuracy within each class. Each class also has its own score and number of regions; a class named
+    like one of `SUMMARY_NAMES` is quoted.
     """
 
     needs = ("task=recognition", "caption", "truth.name", "truth.area")

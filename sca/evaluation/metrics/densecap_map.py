@@ -1,10 +1,13 @@
-"""Mean average precision of dense captioning, by DenseCap's rule (arXiv 1511.07571).
+"""Mean average precision of dense captioning (DenseCap, arXiv 1511.07571).
 
-True boxes that overlap by 0.7 or more are one, with the phrases of all. Proposals are taken by score; each is given to
-the true box that it overlaps most, and each true box to one proposal. A proposal is right at a pair of thresholds if it
-was given a free box and its overlap and the score of its caption are both above them. Average precision is read at 101
-recalls; the mean is over overlaps 0.3 to 0.7 and caption scores 0 to 0.25. Boxes cover their last pixel, too (the +1
-rule): they are whole pixels there.
+- Ground-truth boxes with an IoU of 0.7 or more are merged, with the phrases of all.
+- Each proposal, best score first, is assigned to the ground-truth box that it overlaps most; each box accepts one
+  proposal.
+- A proposal is correct at a pair of thresholds if its box was unassigned and both its IoU and its caption score are
+  above the thresholds.
+- Average precision is sampled at 101 recalls and averaged over IoU thresholds 0.3 to 0.7 and caption thresholds 0 to
+  0.25.
+- Boxes are in whole pixels and include their last pixel (the +1 rule).
 """
 
 from __future__ import annotations
@@ -28,18 +31,23 @@ CaptionScorer = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
 
 
 class MatchedProposals(NamedTuple):
-    """Proposals of one image after each was given its true box, best score first."""
+    """Proposals of one image and the ground-truth boxes assigned to them, best score first."""
 
     scores: np.ndarray  # (P,)
-    ious: np.ndarray  # (P,) with the true box it overlaps most, 0 where there is none
-    is_first: np.ndarray  # (P,) bool: no better proposal was given the same box
-    box_index: np.ndarray  # (P,) the place of that box among the merged ones, -1 where there is none
+    ious: np.ndarray  # (P,) IoU with the ground-truth box that overlaps most, else 0
+    is_first: np.ndarray  # (P,) bool: no better proposal was assigned to the same box
+    box_index: np.ndarray  # (P,) index of that box among the merged boxes, else -1
 
 
 class DenseCapMap:
-    """`densecap-map`: with METEOR as the score of captions, as published; left out where Java is absent.
-    `densecap-map/rouge-l`: with ROUGE-L, which needs no Java. `densecap-map/boxes`: the boxes alone, whatever the
-    captions say. All in 0..1; papers print percent.
+    """Mean average precision of dense captioning in 0..1; papers print percent.
+
+    - `densecap-map`: METEOR as the caption score, as published; omitted without Java.
+    - `densecap-map/rouge-l`: ROUGE-L as the caption score, which requires no Java.
+    - `densecap-map/boxes`: boxes only; captions are ignored.
+
+    Args:
+        tokenizer: One of `sca.evaluation.tokenization.TOKENIZERS`. Defaults to the best available.
     """
 
     needs = ("task=dense",)
@@ -67,7 +75,7 @@ class DenseCapMap:
             captions += [each["caption"] for each in proposals]
             references += [phrases[box] if box >= 0 else [] for box in image_matches.box_index]
         scores, ious, is_first, box = (np.concatenate(values) for values in zip(*matched, strict=True))
-        scored_indices = np.flatnonzero(is_first & (ious > IOU_THRESHOLDS[0]))  # the others are wrong whatever they say
+        scored_indices = np.flatnonzero(is_first & (ious > IOU_THRESHOLDS[0]))  # the others are wrong for any caption
         total: dict[str, float] = {}
         for name, score_captions in self._list_caption_scorers():
             caption_scores = np.full(len(scores), -1.0)
@@ -106,9 +114,16 @@ class DenseCapMap:
 
 
 def merge_true_boxes(boxes: np.ndarray, phrases: Sequence[Sequence[str]]) -> tuple[np.ndarray, list[list[str]]]:
-    """True boxes (T, 4) and their phrases -> merged boxes (G, 4), the means of each group, and the phrases of all.
+    """Merge ground-truth boxes that overlap by `MERGE_IOU` or more.
 
-    Of the boxes that are left, the one with the most others overlapping it by `MERGE_IOU` is taken together with them.
+    Of the remaining boxes, the one with the most such neighbors is merged with them, until no box is left.
+
+    Args:
+        boxes: (T, 4) ground-truth boxes x1 y1 x2 y2.
+        phrases: Phrases of each box.
+
+    Returns:
+        (G, 4) merged boxes, each the mean of its group, and the phrases of each group.
     """
     is_close = compute_pixel_ious(boxes, boxes) >= MERGE_IOU
     groups = []
@@ -123,7 +138,13 @@ def merge_true_boxes(boxes: np.ndarray, phrases: Sequence[Sequence[str]]) -> tup
 
 
 def match_proposals(boxes: np.ndarray, scores: np.ndarray, true_boxes: np.ndarray) -> MatchedProposals:
-    """Proposals (P, 4), best first, to true boxes (G, 4)."""
+    """Assign proposals to the ground-truth boxes that they overlap most.
+
+    Args:
+        boxes: (P, 4) proposed boxes x1 y1 x2 y2, best score first.
+        scores: (P,) scores.
+        true_boxes: (G, 4) merged ground-truth boxes.
+    """
     if not len(true_boxes) or not len(boxes):
         zeros = np.zeros(len(boxes))
         return MatchedProposals(scores, zeros, zeros.astype(bool), np.full(len(boxes), -1))
@@ -135,7 +156,7 @@ def match_proposals(boxes: np.ndarray, scores: np.ndarray, true_boxes: np.ndarra
 
 
 def compute_pixel_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(P, 4) and (G, 4) boxes x1 y1 x2 y2 with the last pixel inside -> (P, G) intersection over union."""
+    """Compute IoUs of boxes x1 y1 x2 y2 that include their last pixel: (P, 4) and (G, 4) -> (P, G)."""
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     intersection = np.maximum(0, high - low + 1).prod(2)
@@ -151,7 +172,19 @@ def compute_mean_precision(
     num_true_boxes: int,
     caption_thresholds: Sequence[float] = CAPTION_THRESHOLDS,
 ) -> float:
-    """The mean over all pairs of thresholds of average precision over all proposals (P,). NaN without true boxes."""
+    """Compute the mean average precision over all pairs of thresholds.
+
+    Args:
+        scores: (P,) scores of all proposals.
+        ious: (P,) IoU with the assigned ground-truth box.
+        is_first: (P,) bool: no better proposal has the same box.
+        caption_scores: (P,) scores of the captions.
+        num_true_boxes: Merged ground-truth boxes of all images.
+        caption_thresholds: Thresholds of the caption scores.
+
+    Returns:
+        The mean average precision in 0..1; NaN without ground-truth boxes.
+    """
     if not num_true_boxes:
         return float("nan")
     order = np.argsort(-scores, kind="stable")
@@ -167,14 +200,12 @@ def compute_mean_precision(
 
 
 def _compute_average_precision(is_correct: np.ndarray, num_true_boxes: int) -> float:
-    """Of (P,) verdicts, best score first: the greatest precision at each of 101 recalls or above, averaged."""
+    """Average the greatest precision at or above each of 101 recalls, from (P,) bools, best score first."""
     hits = np.flatnonzero(is_correct)
     if not len(hits):
         return 0.0
     num_found = np.arange(1, len(hits) + 1)
-    best_precision = np.maximum.accumulate((num_found / (hits + 1))[::-1])[
-        ::-1
-    ]  # precision is greatest where something was found
+    best_precision = np.maximum.accumulate((num_found / (hits + 1))[::-1])[::-1]  # precision peaks at the hits
     recall_index = np.searchsorted(num_found / num_true_boxes, np.linspace(0, 1, NUM_RECALLS), side="left")
     return float(np.append(best_precision, 0.0)[recall_index].mean())
 

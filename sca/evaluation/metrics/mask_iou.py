@@ -1,4 +1,4 @@
-"""How well predicted masks cover the true ones."""
+"""IoU of predicted and ground-truth masks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from sca.evaluation.records import Record, collect_region_ids, filter_records, r
 
 
 class MaskIou:
-    """Intersection over union of the predicted and the true mask, in pixels of the image: the mean over regions, and
-    the share of regions where it is over 0.5.
+    """Mean mask IoU in image pixels, and the fraction of regions with an IoU above 0.5.
 
-    A region counts once, however many tasks it was asked for: its prompt, and so its mask, is the same. A region that
-    has a true mask and was given none scores 0.
+    Each region counts once, whatever the number of its tasks, because its prompt and mask are the same. A region with a
+    ground-truth mask but no predicted mask scores 0.
     """
 
     needs = ("mask", "truth.mask")

@@ -1,4 +1,4 @@
-"""Alignment of words by form, stem, synonym and paraphrase (METEOR 1.5, WMT 2014)."""
+"""METEOR 1.5: alignment of words by exact form, stem, synonym and paraphrase (WMT 2014)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,21 @@ from sca.evaluation.tokenization import (
     tokenize_pairs,
 )
 
-ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75  # of METEOR 1.5 for English
+ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75  # parameters of METEOR 1.5 for English
 STAGE_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
-NUM_STATISTICS = 23  # of one caption: lengths, matches of each stage, chunks, matched words
+NUM_STATISTICS = 23  # per caption: lengths, matches per stage, chunks, matched words
 
 
 class Meteor:
-    """METEOR of all captions together, which is not the mean of single ones. In 0..1. Needs Java."""
+    """Corpus-level METEOR in 0..1, which is not the mean over captions. Requires Java.
+
+    Args:
+        references: "all" or only the "first" reference per region.
+        tokenizer: One of `sca.evaluation.tokenization.TOKENIZERS`. Defaults to the best available.
+
+    Raises:
+        ValueError: Java or pycocoevalcap is missing.
+    """
 
     needs = CAPTION_NEEDS
 
@@ -41,6 +49,7 @@ class Meteor:
 
     @property
     def implementation(self) -> str:
+        """Version of the implementation."""
         return f"METEOR 1.5 of pycocoevalcap {version('pycocoevalcap')}"
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
@@ -54,9 +63,17 @@ class Meteor:
 
 
 def align_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """(R, 23) figures of each caption with the reference that suits it best, from METEOR's own program.
+    """Return the METEOR statistics of each caption with its best-matching reference.
 
-    captions, references: words one space apart. ValueError where Java is absent or fails.
+    Args:
+        captions: R captions as tokens separated by single spaces.
+        references: References of each caption in the same form.
+
+    Returns:
+        (R, 23) statistics from the METEOR program.
+
+    Raises:
+        ValueError: Java is missing, or the program fails.
     """
     lines = [
         " ||| ".join(("SCORE", *map(_remove_separators, each), _remove_separators(caption)))
@@ -67,7 +84,7 @@ def align_captions(captions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 class MeteorProgram:
-    """METEOR's own program, which takes seconds to start: started by the first call and kept for later ones."""
+    """The METEOR program. It takes seconds to start, so the first call starts it and later calls reuse it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -75,10 +92,10 @@ class MeteorProgram:
         self._last_error = b""
 
     def score_lines(self, lines: Sequence[str]) -> list[str]:
-        """Return the program's output for each input line.
+        """Return the output of the program for each input line.
 
         Raises:
-            ValueError: Java is absent, or the program fails.
+            ValueError: Java is missing, or the program fails.
         """
         content = "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
         with self._lock:
@@ -92,13 +109,13 @@ class MeteorProgram:
                     self._stop()
                     reason = self._last_error.decode("utf-8", "replace") or "it printed no reason"
                     raise ValueError(f"METEOR returned {num_complete} results for {len(lines)} captions: {reason}")
-            except BaseException:  # also Ctrl-C: a later call would read the results that remain in the pipes
+            except BaseException:  # also on Ctrl-C: a later call would read stale results from the pipes
                 self._stop()
                 raise
         return outputs
 
     def detach_after_fork(self) -> None:
-        """Leave the program to the parent process, with which a forked one would share its pipes."""
+        """Leave the program to the parent process, since a forked process would share its pipes."""
         self.__init__()
 
     def _exchange_lines(self, content: bytes, count: int) -> list[str]:
@@ -116,7 +133,7 @@ class MeteorProgram:
             "-jar", str(get_jar_path("meteor", "meteor-1.5.jar")), "-", "-", "-stdio", "-l", "en", "-norm"
         )
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self._process = subprocess.Popen(command, **pipes, start_new_session=True)  # Ctrl-C is not meant for it
+        self._process = subprocess.Popen(command, **pipes, start_new_session=True)  # shields it from Ctrl-C
         self._last_error = b""
         self._error_reader = threading.Thread(target=self._read_errors, args=(self._process.stderr,), daemon=True)
         self._error_reader.start()
@@ -145,11 +162,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def compute_meteor(statistics: np.ndarray) -> np.ndarray:
-    """(..., 23) figures, of one caption or summed over several by `make_summable`, -> (...) scores."""
+    """Compute METEOR from the (..., 23) statistics of captions, or of their sum by `make_summable`; returns (...)."""
     length, reference_length, function_words, reference_function_words = (statistics[..., index] for index in range(4))
-    stage_matches = statistics[..., 4:20].reshape(
-        *statistics.shape[:-1], 4, 4
-    )  # (..., stage, content and function words by turns)
+    # (..., stage, content and function words alternating)
+    stage_matches = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 4)
     chunks, matched, reference_matched = (statistics[..., index] for index in range(20, 23))
     with np.errstate(invalid="ignore", divide="ignore"):
         weight = np.array([DELTA, 1 - DELTA])
@@ -165,7 +181,7 @@ def compute_meteor(statistics: np.ndarray) -> np.ndarray:
 
 
 def make_summable(statistics: np.ndarray) -> np.ndarray:
-    """What captions add to the figures of all: one that is its reference word by word adds no chunk."""
+    """Return statistics that can be summed over captions: a caption identical to its reference adds no chunk."""
     summable = statistics.copy()
     summable[_is_perfect(statistics), 20] = 0
     return summable
@@ -177,7 +193,7 @@ def _is_perfect(statistics: np.ndarray) -> np.ndarray:
 
 
 def _remove_separators(text: str) -> str:
-    """Without what separates texts in METEOR's protocol."""
+    """Remove the field separator of METEOR's protocol."""
     return " ".join(text.replace("|||", " ").split())
 
 
@@ -185,5 +201,5 @@ def _write_input(stream: IO[bytes], content: bytes) -> None:
     try:
         stream.write(content)
         stream.flush()
-    except BrokenPipeError:  # the program has ended; what it said is read elsewhere
+    except BrokenPipeError:  # the program has ended; its error output is read elsewhere
         pass

@@ -1,4 +1,4 @@
-"""Whether the answer follows the prompt when nothing but the prompt moves."""
+"""Measure whether captions follow the prompt when only the prompt changes."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ from sca.evaluation.records import (
 )
 from sca.evaluation.tokenization import WORD_PATTERN
 
-PROMPT_CONTROLS = ("wrong-region", "shuffled-mask")  # controls in which the prompt is another and the truth stays
+PROMPT_CONTROLS = ("wrong-region", "shuffled-mask")  # controls that change the prompt but not the ground truth
 
 
 class RegionSensitivity:
-    """The share of ordered pairs (i, j) of regions of one image in which the answer for i is about i and not about j.
+    """Fraction of ordered pairs (i, j) of regions of an image whose prediction for i matches i better than j.
 
-    A pair counts if its two truths differ, and is followed if the answer for i agrees better with i's truth than with
-    j's; a tie is not. So an answer that is the same for the whole image follows at most half of the pairs. `pairs` says
-    how many were compared. Where the predictions have rows with moved prompts (the controls wrong-region and
-    shuffled-mask), the share of regions is given, by the control's name, whose own prompt had an answer that agrees
-    better with the truth than the answer to the moved one.
+    A pair is compared if the ground truths of i and j differ. The prediction for i must agree better with the ground
+    truth of i than with that of j; a tie counts as a failure. A prediction that is the same for the whole image
+    therefore succeeds on at most half of the pairs. `pairs` is the number of compared pairs.
 
-    Agreement: for recognition, whether the name is right. For captions of drawn scenes, how many of color, form, size
-    and texture are right (read by
-    `sca.data.scenes.parse_statement`), of those in which the two truths differ. For other
-    captions, the F-measure of the words with those of the closest phrase.
+    For predictions with moved prompts (the controls wrong-region and shuffled-mask), the score named after the control
+    is the fraction of regions whose own prompt leads to better agreement with the ground truth than the moved prompt.
+
+    Agreement depends on the task and the data:
+
+    - Recognition: whether the name is correct.
+    - Captions of generated scenes: the number of correct values among color, form, size and texture (parsed by
+      `sca.data.scenes.parse_statement`), counting only those that differ between the two ground truths.
+    - Other captions: F-measure of the words with those of the closest phrase.
     """
 
     needs = (
@@ -44,12 +47,12 @@ class RegionSensitivity:
         "truth.name or task=caption",
         "truth.phrases or truth.attributes.color or task=recognition",
     )
-    whole = True  # controls, too
+    whole = True  # also scores controls
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         scored_records = require_records(records, self.needs, "region-sensitivity")
         uncontrolled_records = [record for record in scored_records if record.get("control") is None]
-        compared_records: list[Record] = []  # i of each pair, and of each region that was asked otherwise
+        compared_records: list[Record] = []  # region i of each pair, and each region with a moved prompt
         comparison_names: list[str] = []
         is_followed: list[bool] = []
         for task in reversed(TASKS):
@@ -94,17 +97,16 @@ def _get_region_key(record: Record) -> tuple[int, int]:
 
 
 def _compare_pairs(regions: Sequence[Record], task: str) -> Iterable[tuple[int, bool]]:
-    """For each pair whose truths differ, the place of i and whether its answer is about i."""
+    """Yield, for each pair with different ground truths, the index of i and whether its prediction matches i better."""
     if _has_true_attributes(regions, task):
         truth = np.array([_get_true_attributes(record, task) for record in regions])  # (R, F) text
-        stated = np.array(
-            [_parse_stated_attributes(record, task) for record in regions]
-        )  # (R, F) text, empty where nothing is said
+        # (R, F) text, empty if not stated
+        stated = np.array([_parse_stated_attributes(record, task) for record in regions])
         different = truth[:, None] != truth[None]  # (R, R, F)
-        own_agreement = (different & (stated == truth)[:, None]).sum(
-            2
-        )  # (R, R) facts of i that the answer for i has right
-        other_agreement = (different & (stated[:, None] == truth[None])).sum(2)  # (R, R) facts of j in the answer for i
+        # (R, R) facts of i that its prediction states
+        own_agreement = (different & (stated == truth)[:, None]).sum(2)
+        # (R, R) facts of j in the prediction for i
+        other_agreement = (different & (stated[:, None] == truth[None])).sum(2)
         is_different_pair = different.any(2)
     else:
         phrase_sets = [frozenset(map(normalize_text, record["truth"]["phrases"])) for record in regions]
@@ -118,7 +120,7 @@ def _compare_pairs(regions: Sequence[Record], task: str) -> Iterable[tuple[int, 
 
 
 def _agrees_better(record: Record, control_record: Record) -> bool:
-    """Whether an answer agrees better with the truth than one that was given to another prompt."""
+    """Return whether a prediction agrees better with the ground truth than the prediction for a moved prompt."""
     task = record["task"]
     if _has_true_attributes([record], task):
         truth = np.array(_get_true_attributes(record, task))
@@ -152,7 +154,7 @@ def _parse_stated_attributes(record: Record, task: str) -> tuple[str, ...]:
 
 
 def _compute_word_overlap(captions: Sequence[str], phrases: Sequence[Sequence[str]]) -> np.ndarray:
-    """(A, T) F-measures of the words of A captions with those of the closest of T regions' phrases."""
+    """Return (A, T) word F-measures of A captions with the closest phrase of each of T regions."""
     caption_words = [frozenset(WORD_PATTERN.findall(caption.lower())) for caption in captions]
     phrase_words = [[frozenset(WORD_PATTERN.findall(phrase.lower())) for phrase in each] for each in phrases]
     word_index = {

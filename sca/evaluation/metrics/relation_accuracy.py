@@ -1,4 +1,4 @@
-"""Whether what a caption says about a shape's place is true."""
+"""Accuracy of the spatial relations that captions state about generated shapes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TRUTH_NEEDS = tuple(f"truth.attributes.{fact}" for fact in ("color", "form", "ce
 
 
 class Relations:
-    """`stated`: the share of captions that state a relation. `right`: the share of those for which it holds.
+    """`stated` is the fraction of captions that state a relation; `right` is the fraction of those that are correct.
 
-    It holds if some other region of the image is of the stated color and form and lies on the stated side
-    (`sca.data.scenes.is_relation_true`), whatever the caption says of the region itself.
+    A relation is correct if another region of the image has the stated color and form and is on the stated side
+    (`sca.data.scenes.is_relation_true`). What the caption states about the region itself is ignored.
     """
 
     needs = ("task=caption", "caption", *TRUTH_NEEDS)

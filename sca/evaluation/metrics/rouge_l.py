@@ -1,4 +1,4 @@
-"""The longest common subsequence of words (ROUGE-L, ACL 2004)."""
+"""Longest common subsequence of words (ROUGE-L, ACL 2004)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from sca.evaluation.tokenization import CAPTION_NEEDS, tokenize_pairs
 
 
 class RougeL:
-    """The F-measure (beta 1.2) of the best precision and the best recall over the references. In 0..1."""
+    """F-measure (beta 1.2) in 0..1 of the best precision and the best recall over the references.
+
+    Args:
+        references: "all" or only the "first" reference per region.
+        tokenizer: One of `sca.evaluation.tokenization.TOKENIZERS`. Defaults to the best available.
+    """
 
     needs = CAPTION_NEEDS
 
@@ -23,6 +28,7 @@ class RougeL:
 
     @property
     def implementation(self) -> str:
+        """Version of the implementation."""
         return f"pycocoevalcap {version('pycocoevalcap')}"
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:

