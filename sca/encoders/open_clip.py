@@ -1,4 +1,4 @@
-"""Image towers by the names of open_clip (github.com/mlfoundations/open_clip): CLIP, EVA-CLIP, SigLIP and so on."""
+"""Image towers of open_clip (github.com/mlfoundations/open_clip) by name: CLIP, EVA-CLIP, SigLIP and others."""
 
 from __future__ import annotations
 
@@ -25,17 +25,27 @@ CONFIG_FILE = f"{OPEN_CLIP_PREFIX}config.json"
 
 
 class OpenClipEncoder(nn.Module):
-    """(B, 3, S, S) normalized pixels -> (B, C, S/stride, S/stride): what one layer of a CLIP's image tower gives.
+    """Image encoder that returns the features of one layer of an open_clip image tower.
 
-    model: its name in open_clip; None for what the folder says. weights: a hub id, at a revision, or a folder in
-    open_clip's format. pretrained: True for those weights, False for random ones, or instead of weights a tag that
-    open_clip knows for the model, or a file. image_size: S (default: the tower's own); position embeddings are resized.
-    layer: which block, from 0 or from the end (-1: the last; that of a plain ViT is normalized). fit: "pad" or
-    "stretch", see `ImageFormat`. config: fields of the tower's `vision_cfg` that differ.
+    It maps normalized images (B, 3, S, S) to features (B, C, S/stride, S/stride).
+
+    Args:
+        model: Name in open_clip; None reads it from the folder of the weights.
+        weights: Hub id or folder in open_clip's format.
+        revision: Revision of the hub id.
+        pretrained: True loads `weights`, False initializes randomly. A tag of the model in open_clip, or a file, is
+            loaded instead of `weights`.
+        image_size: S in pixels; None for the tower's own. Position embeddings are resized.
+        layer: Index of the block, negative from the end. The output of the last block of a plain ViT is normalized.
+        fit: "pad" or "stretch", see `ImageFormat`.
+        config: Fields of the tower's `vision_cfg` to override.
+
+    Raises:
+        ValueError: The model, tag or layer does not exist, or the options are incomplete or contradictory.
     """
 
     default_segmenter = "box"
-    file_prefix = OPEN_CLIP_PREFIX  # of the names of its files
+    file_prefix = OPEN_CLIP_PREFIX  # prefix of the file names
 
     def __init__(
         self,
@@ -69,7 +79,7 @@ class OpenClipEncoder(nn.Module):
             tower = _build_image_tower(
                 model or f"local-dir:{folder}", file, image_size, config, bool(pretrained_config.get("quick_gelu"))
             )
-        self.source = weights  # also where they are not read
+        self.source = weights  # even if the weights are not loaded
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         self.visual = IntermediateLayer(tower.trunk, layer) if hasattr(tower, "trunk") else TowerLayer(tower, layer)
@@ -78,11 +88,20 @@ class OpenClipEncoder(nn.Module):
         self.channels, self.stride = probe_feature_shape(self.visual, self.image_format.size, self.visual.stride)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode images: (B, 3, S, S) -> (B, C, S/stride, S/stride)."""
         return self.visual(pixel_values)
 
 
 class TowerLayer(nn.Module):
-    """(B, 3, S, S) -> (B, C, h, w) of one layer of open_clip's own ViT or ResNet; what comes after it is left out."""
+    """Layer of open_clip's own ViT or ResNet: (B, 3, S, S) -> (B, C, h, w). Later layers are removed.
+
+    Args:
+        tower: Image tower.
+        layer: Index of the layer, negative from the end.
+
+    Raises:
+        ValueError: The layer does not exist.
+    """
 
     def __init__(self, tower: nn.Module, layer: int):
         super().__init__()
@@ -92,13 +111,14 @@ class TowerLayer(nn.Module):
         self.tower = tower.eval()
         self.stride = tower.patch_size[0] if is_vit else None
         if is_vit and tower.attn_pool is not None:
-            self.is_last = False  # what comes last is made for the pooled features
+            self.is_last = False  # the final norm applies to pooled features
         if is_vit:
             tower.prune_intermediate_layers([self.layer_index], prune_norm=not self.is_last)
         else:
             tower.attnpool = None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return the features of the layer, (B, C, h, w)."""
         options = {"indices": [self.layer_index], "stop_early": True, "normalize_intermediates": self.is_last}
         return self.tower.forward_intermediates(pixel_values, intermediates_only=True, **options)[
             "image_intermediates"
@@ -106,15 +126,13 @@ class TowerLayer(nn.Module):
 
 
 def _resolve_pretrained_config(model: str | None, pretrained: bool | str, weights: str | None) -> dict[str, Any]:
-    """What open_clip says of a model's weights, by their tag or hub id: where they are, mean, deviation, GELU.
-
-    Raises ValueError if it has no such model.
-    """
+    """Return open_clip's config of pretrained weights by tag or hub id: location, mean, std, interpolation, GELU."""
     environment_before = dict(os.environ)
-    import open_clip  # an extra
+    import open_clip  # optional dependency
     from open_clip.transform import PreprocessCfg
 
-    for variable in os.environ.keys() - environment_before:  # it turns the parallelism of tokenizers off, for everybody
+    # importing open_clip disables the parallelism of tokenizers for the whole process
+    for variable in os.environ.keys() - environment_before:
         del os.environ[variable]
     preprocessing = PreprocessCfg()
     defaults = {"mean": preprocessing.mean, "std": preprocessing.std, "interpolation": preprocessing.interpolation}
@@ -131,14 +149,13 @@ def _resolve_pretrained_config(model: str | None, pretrained: bool | str, weight
     matches = [each for each in configs_by_tag.values() if weights and each["hf_hub"].rstrip("/") == weights]
     if matches:
         return matches[0]
-    family_config = next(
-        iter(configs_by_tag.values()), defaults
-    )  # a family's pictures are prepared alike, but not every one has its GELU
+    # weights of a model share their preprocessing, but not always QuickGELU
+    family_config = next(iter(configs_by_tag.values()), defaults)
     return {**family_config, "quick_gelu": False}
 
 
 def _resolve_weights(model: str | None, pretrained: str, pretrained_config: Mapping[str, Any]) -> tuple[str, str]:
-    """The hub id that a tag stands for, or a file; and what the names of its files begin with."""
+    """Return the hub id of a tag, or a file, and the prefix of the file names."""
     import open_clip
 
     if find_local_file(pretrained) is not None:
@@ -152,7 +169,7 @@ def _resolve_weights(model: str | None, pretrained: str, pretrained_config: Mapp
 
 
 def _read_preprocessing(folder: Path | None) -> dict[str, Any]:
-    """The mean, deviation and interpolation that lie with the weights, where they do."""
+    """Return the mean, std and interpolation that are stored with the weights, if any."""
     if folder is None or not (folder / CONFIG_FILE).is_file():
         return {}
     with translate_load_errors(folder / CONFIG_FILE):
@@ -169,7 +186,7 @@ def _read_preprocessing(folder: Path | None) -> dict[str, Any]:
 def _build_image_tower(
     name: str, file: Path | None, image_size: int | None, config: Mapping[str, Any] | None, quick_gelu: bool
 ) -> nn.Module:
-    """The image tower of a model, with its weights or random ones; the text tower is not kept."""
+    """Return the image tower of a model with pretrained or random weights; the text tower is discarded."""
     import open_clip
 
     vision_options = {"vision_cfg": {**open_clip.get_model_config(name)["vision_cfg"], **config}} if config else {}
@@ -192,7 +209,7 @@ def _build_image_tower(
 
 @contextmanager
 def _silence_open_clip() -> Iterator[None]:
-    """open_clip remarks on what was asked for, through a handler that it would leave behind."""
+    """Suppress open_clip's log messages, and the root handler that they would install."""
     handler, level = logging.NullHandler(), logging.root.level
     logging.root.addHandler(handler)
     logging.root.setLevel(logging.CRITICAL)

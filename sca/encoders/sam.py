@@ -1,4 +1,4 @@
-"""SAM's image encoder (Segment Anything, arXiv 2304.02643), on transformers' modules."""
+"""SAM's image encoder (Segment Anything, arXiv 2304.02643), built from transformers' modules."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionSdpa
 
 from sca.io.hub import fetch_pretrained_config, load_pretrained
 
-INITIALIZER_RANGE = 0.02  # of random weights; SamVisionConfig has 1e-10, with which all images look the same
+INITIALIZER_RANGE = 0.02  # SamVisionConfig has 1e-10, which gives all images the same features
 
 
 class SamEncoder(nn.Module):
-    """(B, 3, S, S) normalized pixels -> (B, 256, S/16, S/16): a ViT with windowed attention and SAM's neck.
+    """SAM's image encoder: a ViT with windowed attention and SAM's neck.
 
-    weights: a hub id, at a revision, or a folder in the same format. config: fields of transformers' `SamConfig` that
-    differ from ViT-B's; with `pretrained=False` it is built with random weights from them, or from the configuration
-    that lies with the weights.
+    It maps normalized images (B, 3, S, S) to features (B, 256, S/16, S/16).
+
+    Args:
+        weights: Hub id or folder in transformers' format.
+        revision: Revision of the hub id.
+        pretrained: Load `weights`; False initializes randomly from `config`, or else from the configuration stored with
+            the weights.
+        config: Fields of transformers' `SamConfig` that differ from ViT-B's.
+
+    Raises:
+        ValueError: Neither `weights` nor `config` is set.
     """
 
     default_segmenter = "sam"
@@ -45,23 +53,27 @@ class SamEncoder(nn.Module):
         else:
             self.vision = SamVisionEncoder(build_sam_config(weights, revision, config).vision_config)
         for layer in self.vision.layers:
-            layer.attn.__class__ = ChunkedAttention  # the same parameters, used otherwise
+            layer.attn.__class__ = ChunkedAttention  # same parameters, other forward
         self.image_format = ImageFormat(size=self.vision.config.image_size)
         self.channels = self.vision.config.output_channels
         self.stride = self.vision.config.patch_size
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode images: (B, 3, S, S) -> (B, 256, S/16, S/16)."""
         return self.vision(pixel_values).last_hidden_state
 
 
 class ChunkedAttention(SamVisionSdpaAttention):
-    """That of transformers; on a CPU, where nothing is learned, a few heads at a time, since what positions add for all
-    heads, (heads, h w, h w), is the most that an encoder holds: 0.8 GB for ViT-B, twice.
+    """transformers' attention with relative positions, computed in chunks of heads for CPU inference.
+
+    The relative position bias of all heads, (heads, h w, h w), is the largest tensor of the encoder: 0.8 GB for ViT-B,
+    twice.
     """
 
-    max_bias_elements = 2**24  # numbers that positions add at a time
+    max_bias_elements = 2**24  # elements of the position bias per chunk
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, None]:
+        """Attend over the grid: (B, h, w, C) -> (B, h, w, C)."""
         batch, height, width, _ = hidden_states.shape
         cells, heads = height * width, self.num_attention_heads
         if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or not self.use_rel_pos:
@@ -83,7 +95,16 @@ class ChunkedAttention(SamVisionSdpaAttention):
 
 
 def build_sam_config(weights: str | None, revision: str | None, config: Mapping[str, Any] | None) -> SamConfig:
-    """From the fields given, or else as it lies with the weights. Raises ValueError if there is neither."""
+    """Return a SAM configuration.
+
+    Args:
+        weights: Hub id or folder whose configuration is used if `config` is None.
+        revision: Revision of the hub id.
+        config: Fields that differ from transformers' defaults.
+
+    Raises:
+        ValueError: Neither `weights` nor `config` is set.
+    """
     if config is None and weights is None:
         raise ValueError("there are neither weights nor a config: give weights=facebook/sam-vit-base, or a folder")
     full_config = SamConfig(**config) if config is not None else fetch_pretrained_config(SamConfig, weights, revision)

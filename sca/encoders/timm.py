@@ -1,4 +1,4 @@
-"""Image backbones by the names of timm (github.com/huggingface/pytorch-image-models): DINO, MAE, EVA, Swin, ..."""
+"""Image backbones of timm (github.com/huggingface/pytorch-image-models) by name: DINO, MAE, EVA, Swin and others."""
 
 from __future__ import annotations
 
@@ -28,13 +28,24 @@ RESTRICTED_LICENSES = (
 
 
 class TimmEncoder(nn.Module):
-    """(B, 3, S, S) normalized pixels -> (B, C, S/stride, S/stride): what one layer of a backbone gives.
+    """Image encoder that returns the features of one layer of a timm backbone.
 
-    model: its name in timm, whose tag (the part behind the dot) says which weights, mean and deviation; None for what
-    the folder says. weights: a hub id, at a revision, or a folder in timm's format, or a file; None for those that timm
-    names. image_size: S (default: the backbone's own); position embeddings are resized. layer: which block or stage,
-    from 0 or from the end (-1: the last; that of a plain ViT is normalized). fit: "pad" or "stretch", see
-    `ImageFormat`. config: arguments of the backbone that differ. pretrained: False for random weights.
+    It maps normalized images (B, 3, S, S) to features (B, C, S/stride, S/stride).
+
+    Args:
+        model: Name in timm, whose tag (after the dot) selects the weights, mean and std; None reads it from the folder
+            of the weights.
+        weights: Hub id, folder in timm's format, or file; None for timm's weights of the model.
+        revision: Revision of the hub id.
+        pretrained: Load the weights; False initializes randomly.
+        image_size: S in pixels; None for the backbone's own. Position embeddings are resized.
+        layer: Index of the block or stage, negative from the end. The output of the last block of a plain ViT is
+            normalized.
+        fit: "pad" or "stretch", see `ImageFormat`.
+        config: Arguments of the backbone to override.
+
+    Raises:
+        ValueError: The model or layer does not exist, or the options are incomplete or contradictory.
     """
 
     default_segmenter = "box"
@@ -51,7 +62,7 @@ class TimmEncoder(nn.Module):
         config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        import timm  # an extra
+        import timm  # optional dependency
 
         pretrained_config = None
         if model:
@@ -97,11 +108,10 @@ class TimmEncoder(nn.Module):
         if image_size and pretrained_config and pretrained_config.fixed_input_size:
             backbone_options["img_size"] = image_size
         with translate_load_errors(weights if pretrained else model or weights):
-            backbone = timm.create_model(
-                name, pretrained=pretrained, **backbone_options
-            )  # with its head: only so is it strict
+            # create it with its classifier: otherwise timm does not load the weights strictly
+            backbone = timm.create_model(name, pretrained=pretrained, **backbone_options)
             backbone.reset_classifier(0)
-        self.source = weights  # also where they are not read
+        self.source = weights  # even if the weights are not loaded
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         self.backbone = IntermediateLayer(backbone, layer)
@@ -116,13 +126,19 @@ class TimmEncoder(nn.Module):
         self.channels, self.stride = probe_feature_shape(self.backbone, self.image_format.size, self.backbone.stride)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode images: (B, 3, S, S) -> (B, C, S/stride, S/stride)."""
         return self.backbone(pixel_values)
 
 
 class IntermediateLayer(nn.Module):
-    """(B, 3, S, S) -> (B, C, h, w) of one layer of a backbone of timm; what comes after that layer is left out.
+    """Layer of a timm backbone: (B, 3, S, S) -> (B, C, h, w). Later layers are removed if the backbone supports it.
 
-    Raises ValueError if there is no such layer, or the backbone gives none.
+    Args:
+        backbone: Backbone without a classifier.
+        layer: Index of the layer, negative from the end.
+
+    Raises:
+        ValueError: The layer does not exist, or the backbone cannot return intermediate features.
     """
 
     def __init__(self, backbone: nn.Module, layer: int):
@@ -131,9 +147,8 @@ class IntermediateLayer(nn.Module):
         if not hasattr(backbone, "forward_intermediates"):
             raise ValueError(f"{name} gives nothing but its last output: choose another backbone")
         self.layer_index, is_last = resolve_layer(layer, len(backbone.feature_info), name)
-        self.normalize = (
-            is_last and len({info["reduction"] for info in backbone.feature_info}) == 1
-        )  # only a plain ViT's
+        # only the last block of a plain ViT, whose blocks all have the same stride
+        self.normalize = is_last and len({info["reduction"] for info in backbone.feature_info}) == 1
         self.stride = backbone.feature_info[self.layer_index]["reduction"]
         self.network = backbone.eval()
         if hasattr(backbone, "prune_intermediate_layers"):
@@ -142,18 +157,18 @@ class IntermediateLayer(nn.Module):
             )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return the features of the layer, (B, C, h, w)."""
         options = {"indices": [self.layer_index], "norm": self.normalize, "stop_early": True, "output_fmt": "NCHW"}
         return self.network.forward_intermediates(pixel_values, intermediates_only=True, **options)[0]
 
 
 class _FolderConfig(NamedTuple):
-    """What the configuration beside some weights says."""
+    """Configuration stored with weights."""
 
     architecture: str = ""
     preprocessing: Mapping[str, Any] = {}  # mean, std, interpolation, num_classes
-    image_size: int | None = (
-        None  # what the model was built with; timm before 1.0.31 may write another input_size beside it
-    )
+    # size that the model was built with; timm before 1.0.31 may store a different input_size
+    image_size: int | None = None
 
 
 def _read_folder_config(folder: Path | None) -> _FolderConfig:
@@ -162,7 +177,7 @@ def _read_folder_config(folder: Path | None) -> _FolderConfig:
     with translate_load_errors(folder / "config.json"):
         config = read_json(folder / "config.json")
         preprocessing = {**config, **(config.get("pretrained_cfg") or {})}
-        if "num_classes" in config:  # of the weights; pretrained_cfg may have the one of the model they were tuned from
+        if "num_classes" in config:  # pretrained_cfg may have the value of the model that was fine-tuned
             preprocessing["num_classes"] = config["num_classes"]
         fields = {
             key: preprocessing[key] for key in ("mean", "std", "interpolation", "num_classes") if key in preprocessing
@@ -174,10 +189,10 @@ def _read_folder_config(folder: Path | None) -> _FolderConfig:
 
 
 def make_image_format(size: int, preprocessing: Mapping[str, Any], fit: str) -> ImageFormat:
-    """Return the image format of weights.
+    """Return the image format of pretrained weights.
 
     Args:
-        size: The side of the image in pixels.
+        size: Side of the input frame in pixels.
         preprocessing: `mean`, `std` and `interpolation` of the weights.
         fit: "pad" or "stretch".
     """
@@ -186,7 +201,19 @@ def make_image_format(size: int, preprocessing: Mapping[str, Any], fit: str) -> 
 
 
 def resolve_layer(layer: int, num_layers: int, name: str) -> tuple[int, bool]:
-    """A layer counted from 0, and whether it is the last. Raises ValueError if there is no such layer."""
+    """Resolve the index of a layer.
+
+    Args:
+        layer: Index, negative from the end.
+        num_layers: Number of layers.
+        name: Name of the network for the error message.
+
+    Returns:
+        The index from 0, and whether it is the last one.
+
+    Raises:
+        ValueError: The layer does not exist.
+    """
     if not -num_layers <= layer < num_layers:
         raise ValueError(f"no layer {layer}: {name} has {num_layers}, from 0, or from -1 backwards")
     return layer % num_layers, layer % num_layers == num_layers - 1

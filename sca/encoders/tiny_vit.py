@@ -1,4 +1,4 @@
-"""A small vision transformer with a convolutional stem and SAM's neck, for models that train on a laptop."""
+"""Small vision transformer with a convolutional stem and SAM's neck, for models that train on a laptop."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from transformers.models.sam.modeling_sam import SamVisionNeck
 
 
 class TinyVit(nn.Module):
-    """(B, 3, S, S) normalized pixels -> (B, channels, S/8, S/8) features.
+    """Small vision transformer with a convolutional stem.
 
-    The stem of strided convolutions makes a transformer of this size learn fast ("Early convolutions help transformers
-    see better", arXiv 2106.14881); blocks are pre-norm (ViT, arXiv 2010.11929), the neck is SAM's (arXiv 2304.02643).
+    It maps normalized images (B, 3, S, S) to features (B, output_channels, S/8, S/8). The stem of strided convolutions
+    makes a transformer of this size learn fast ("Early convolutions help transformers see better", arXiv 2106.14881).
+    Blocks are pre-norm (ViT, arXiv 2010.11929), and the neck is SAM's (arXiv 2304.02643).
 
-    image_size: S, a multiple of 8. hidden_size, depth, num_heads: of the transformer. output_channels: of the features.
-    stem_channels: at 1/2 and 1/4 of the resolution. stem_blocks: residual convolution blocks at 1/4 of the resolution.
-    fit: "pad" or "stretch", see `ImageFormat`.
+    Args:
+        image_size: S in pixels, a multiple of 8.
+        hidden_size: Width of the transformer.
+        depth: Layers of the transformer.
+        num_heads: Attention heads.
+        output_channels: Feature channels.
+        stem_channels: Channels at 1/2 and 1/4 of the resolution.
+        stem_blocks: Residual convolution blocks at 1/4 of the resolution.
+        fit: "pad" or "stretch", see `ImageFormat`.
+
+    Raises:
+        ValueError: `image_size` is not a multiple of 8.
     """
 
     stride = 8
@@ -54,19 +64,24 @@ class TinyVit(nn.Module):
             hidden_size, num_heads, 4 * hidden_size, 0.0, "gelu", batch_first=True, norm_first=True
         )
         self.transformer = nn.TransformerEncoder(layer, depth, nn.LayerNorm(hidden_size), enable_nested_tensor=False)
-        for parameter in self.transformer.parameters():  # the layers are copies of one: draw each anew
+        for parameter in self.transformer.parameters():  # TransformerEncoder copies one layer: initialize each anew
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
         self.neck = SamVisionNeck(SamVisionConfig(hidden_size=hidden_size, output_channels=output_channels))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode images: (B, 3, S, S) -> (B, output_channels, S/8, S/8)."""
         patches = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))  # (B, hidden_size, S/8, S/8)
         tokens = patches.flatten(2).transpose(1, 2) + self.position  # (B, h*w, hidden_size)
         return self.neck(self.transformer(tokens).unflatten(1, patches.shape[-2:]))
 
 
 class ConvolutionBlock(nn.Module):
-    """Two 3x3 convolutions around a skip connection, (B, C, h, w) -> the same."""
+    """Residual block of two 3x3 convolutions: (B, C, h, w) -> (B, C, h, w).
+
+    Args:
+        channels: Channels C.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -77,6 +92,7 @@ class ConvolutionBlock(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
+        """Apply the block."""
         return nn.functional.gelu(features + self.layers(features))
 
 
