@@ -1,4 +1,4 @@
-"""Regions from boxes and points alone: no masks and no weights of SAM, for encoders that bring no segmenter."""
+"""Segmenter of boxes and points without masks or pretrained weights, for encoders without a segmenter of their own."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from sca.segmenters.sam import SAM_HIDDEN_SIZE, FeatureNeck
 
 
 class BoxSegmenter(nn.Module):
-    """Corners and points become tokens; every region looks at its image's features as they are.
+    """Segmenter that encodes boxes and points as tokens and predicts no masks.
 
-    hidden_size: D (default: the encoder's channels, at most SAM's 256; another size adds a trainable neck). Tokens
-    are random-Fourier codes of the coordinates plus a learned kind (outside, inside, first and second corner), as in
-    SAM's prompt encoder (arXiv 2304.02643). Mask prompts are refused: there is nothing here that could read them.
+    Tokens are random Fourier features of the coordinates plus a learned type embedding (outside point, inside point,
+    first corner, second corner), as in SAM's prompt encoder (arXiv 2304.02643). The image features are passed on
+    without a mask decoder. Mask prompts are not supported.
+
+    Args:
+        encoder: Image encoder.
+        hidden_size: D; None for the encoder's channels, at most SAM's 256. A size other than the encoder's adds a
+            trainable neck.
     """
 
     def __init__(self, encoder: Encoder, hidden_size: int | None = None):
@@ -27,6 +32,16 @@ class BoxSegmenter(nn.Module):
         self.kinds = nn.Embedding(4, self.channels)
 
     def forward(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
+        """Encode prompted regions.
+
+        Args:
+            features: (B, C, h, w) features of the encoder.
+            prompts: N prompts with boxes, points or both.
+            multimask_output: Not used.
+
+        Raises:
+            ValueError: The prompts have masks.
+        """
         if prompts.masks is not None:
             raise ValueError("the segmenter 'box' takes boxes and points; for mask prompts use segmenter=sam")
         image_embeddings = self.neck(features)
@@ -36,7 +51,7 @@ class BoxSegmenter(nn.Module):
                 self.encode_coordinates(prompts.points + 0.5) + self.kinds(prompts.labels.long().clamp(min=0))
             )
         if prompts.boxes is not None:
-            corners = prompts.boxes.unflatten(1, (2, 2))  # (N, 2, 2), input frame
+            corners = prompts.boxes.unflatten(1, (2, 2))  # (N, 2, 2) in the input frame
             tokens.append(self.encode_coordinates(corners + 0.5) + self.kinds.weight[2:])
         tokens = torch.cat(tokens, dim=1)  # (N, P', D)
         return SegmenterOutput(
@@ -51,11 +66,12 @@ class BoxSegmenter(nn.Module):
         )
 
     def encode_coordinates(self, coordinates: Tensor) -> Tensor:
-        """(..., 2) x y in the input frame -> (..., D)."""
+        """Return the Fourier features (..., D) of coordinates (..., 2), x y in pixels of the input frame."""
         angles = 2 * torch.pi * (2 * coordinates / self.image_size - 1).to(self.frequencies.dtype) @ self.frequencies
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
     def compute_positional_encoding(self) -> Tensor:
+        """Return the positional encoding of each cell's center, (D, h, w)."""
         centers = (torch.arange(self.grid_size, device=self.frequencies.device) + 0.5) * (
             self.image_size / self.grid_size
         )

@@ -1,7 +1,7 @@
-"""SAM's prompt encoder and mask decoder (Segment Anything, arXiv 2304.02643), on transformers' modules.
+"""SAM's prompt encoder and mask decoder (Segment Anything, arXiv 2304.02643), built from transformers' modules.
 
-They are called step by step rather than through `SamMaskDecoder.forward`, because captions need what it keeps to
-itself: the fused tokens and the image as each region sees it.
+The steps of `SamMaskDecoder.forward` are called one by one, because captions need its intermediate results: the output
+tokens and the updated image features of each region.
 """
 
 from __future__ import annotations
@@ -24,21 +24,32 @@ from sca.nn.boxes import rasterize_boxes
 from sca.nn.masks import masks_to_boxes, select_best_masks
 from sca.nn.two_way import TwoWayTransformer, build_decoder_config
 
-SAM_HIDDEN_SIZE = 256  # D of all that are published
-UPSCALE_ELEMENTS_PER_CHUNK = 2**22  # numbers of grids that are upscaled at a time on a CPU
-POSITION_FREQUENCY_SCALE = 2  # half of it is the deviation of the random frequencies: 1, as in SAM's own code
+SAM_HIDDEN_SIZE = 256  # D of all published checkpoints
+UPSCALE_ELEMENTS_PER_CHUNK = 2**22  # grid elements that are upscaled at once on a CPU
+POSITION_FREQUENCY_SCALE = 2  # half of it is the std of the random frequencies: 1, as in SAM's own code
 
 
 class SamSegmenter(nn.Module):
-    """Features and prompts -> masks, predicted IoU, fused tokens and a private grid for every region.
+    """SAM's promptable segmenter: predicts masks, IoU scores, output tokens and a feature grid for each region.
 
-    A SAM encoder with pretrained weights brings those of this part along; `weights` (a hub id, at a revision, or a
-    folder) names others. Without, weights are random and these options count: hidden_size, D (default: the encoder's
-    channels, at most 256); depth, num_heads and mlp_dim of the two-way transformer; mask_input_channels of the
-    embedding of mask prompts; iou_head_depth and iou_head_hidden_size (default: D) of the head that predicts IoU. A
-    hidden_size that is not the encoder's adds a trainable SAM neck. box_masks: boxes and points are drawn into the
-    dense prompt as well, so that a small model trained from scratch looks at the right place from its first step;
-    SAM's own weights were trained without.
+    The weights of a pretrained SAM encoder contain those of the segmenter, which are used unless `weights` is set. The
+    options from `hidden_size` to `iou_head_hidden_size` apply to random weights only. A hidden size other than the
+    encoder's channels adds a trainable SAM neck.
+
+    Args:
+        encoder: Image encoder.
+        hidden_size: D; None for the encoder's channels, at most 256.
+        depth: Layers of the two-way transformer.
+        num_heads: Attention heads of the two-way transformer.
+        mlp_dim: MLP width of the two-way transformer.
+        mask_input_channels: Channels of the mask prompt embedding.
+        iou_head_depth: Layers of the IoU prediction head.
+        iou_head_hidden_size: Width of the IoU prediction head; None for D.
+        box_masks: Also draw boxes and points into the dense prompt, so that a small model trained from scratch attends
+            to the right place from its first step. SAM's own weights were trained without.
+        weights: Hub id or folder.
+        revision: Revision of the hub id.
+        pretrained: Load pretrained weights; False initializes randomly.
     """
 
     def __init__(
@@ -97,18 +108,22 @@ class SamSegmenter(nn.Module):
         if self.channels != encoder.channels:
             self.neck = FeatureNeck(encoder.channels, self.channels)
         self.prompt_encoder.shared_embedding.positional_embedding.requires_grad_(False)
-        self.prompt_encoder.no_mask_embed.weight.requires_grad_(not box_masks)  # there is always a picture to embed
+        self.prompt_encoder.no_mask_embed.weight.requires_grad_(not box_masks)  # unused: every prompt has a mask
 
     def forward(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
+        """Segment prompted regions.
+
+        Args:
+            features: (B, C, h, w) features of the encoder.
+            prompts: N prompts in pixels of the input frame.
+            multimask_output: Return three masks per region instead of one.
+        """
         image_embeddings = self.neck(features)  # (B, D, h, w)
         prompt_tokens, dense_embeddings = self.embed_prompts(prompts)
         positional_encoding = self.compute_positional_encoding()
-        is_grid_shared = (
-            dense_embeddings.dim() == 3
-        )  # no region has drawn into its grid yet: one for each image will do
-        grid = (
-            image_embeddings if is_grid_shared else image_embeddings[prompts.image_index]
-        ) + dense_embeddings  # (B or N, D, h, w)
+        is_grid_shared = dense_embeddings.dim() == 3  # without dense prompts, the regions of an image share its grid
+        # (B or N, D, h, w)
+        grid = (image_embeddings if is_grid_shared else image_embeddings[prompts.image_index]) + dense_embeddings
         output_tokens = torch.cat((self.decoder.iou_token.weight, self.decoder.mask_tokens.weight))  # (1 + M + 1, D)
         tokens = torch.cat((output_tokens.expand(len(prompts), -1, -1), prompt_tokens), dim=1)
         tokens, grid = self.decoder.transformer(
@@ -133,7 +148,12 @@ class SamSegmenter(nn.Module):
         )
 
     def embed_prompts(self, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Prompt tokens (N, P', D) and the dense prompt: (N, D, h, w) for mask and drawn prompts, else (D, 1, 1)."""
+        """Embed prompts.
+
+        Returns:
+            Prompt tokens (N, P', D), and dense embeddings: (N, D, h, w) for mask prompts or with `box_masks`, else
+            (D, 1, 1).
+        """
 
         def add_point_dimension(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.unsqueeze(1)
@@ -151,25 +171,33 @@ class SamSegmenter(nn.Module):
             add_point_dimension(prompts.boxes),
             masks,
         )
-        if tokens is None:  # a mask alone has no tokens
+        if tokens is None:  # only mask prompts
             tokens = dense_embeddings.new_zeros(len(prompts), 1, 0, self.channels)
         if masks is None:
             dense_embeddings = self.prompt_encoder.no_mask_embed.weight.reshape(-1, 1, 1)
         return tokens.squeeze(1), dense_embeddings
 
     def compute_positional_encoding(self) -> Tensor:
-        """The random-Fourier code of each cell's center, (D, h, w)."""
+        """Return the random Fourier features of each cell's center, (D, h, w)."""
         embedding = self.prompt_encoder.shared_embedding
         centers = (torch.arange(self.grid_size, device=embedding.positional_embedding.device) + 0.5) / self.grid_size
         y, x = torch.meshgrid(centers, centers, indexing="ij")
         return embedding(torch.stack((x, y), dim=-1).unsqueeze(0)).squeeze(0).permute(2, 0, 1)
 
     def decode_masks(self, tokens: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask logits (N, M + 1, 4h, 4w) and IoU (N, M + 1) of fused tokens and grids; the first is the single mask."""
+        """Predict masks and their IoU.
+
+        Args:
+            tokens: (N, T, D) output tokens.
+            grid: (N, D, h, w) image features of each region.
+
+        Returns:
+            Mask logits (N, M + 1, 4h, 4w) and predicted IoU (N, M + 1). The first mask is the single mask.
+        """
         networks = self.decoder.output_hypernetworks_mlps
         weights = torch.stack([network(tokens[:, 1 + index]) for index, network in enumerate(networks)], dim=1)
         chunk_size = max(1, len(grid))
-        if grid.device.type == "cpu" and not torch.is_grad_enabled():  # what is upscaled is eight times a grid
+        if grid.device.type == "cpu" and not torch.is_grad_enabled():  # save memory: upscaled grids are large
             chunk_size = max(1, UPSCALE_ELEMENTS_PER_CHUNK // max(1, grid[:1].numel()))
         masks = [
             torch.einsum("nmc,nchw->nmhw", weight_chunk, self._upscale_grid(grid_chunk))
@@ -178,7 +206,7 @@ class SamSegmenter(nn.Module):
         return torch.cat(masks), self.decoder.iou_prediction_head(tokens[:, 0])
 
     def _upscale_grid(self, grid: Tensor) -> Tensor:
-        """(N, D, h, w) -> (N, D/8, 4h, 4w)"""
+        """Upscale grids: (N, D, h, w) -> (N, D/8, 4h, 4w)."""
         decoder = self.decoder
         upscaled = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(grid)))
         return decoder.activation(decoder.upscale_conv2(upscaled))
@@ -187,11 +215,17 @@ class SamSegmenter(nn.Module):
         return masks_to_boxes(select_best_masks(masks.detach(), scores) > 0) * (self.image_size / masks.shape[-1])
 
     def loss(self, regions: SegmenterOutput, targets: Targets) -> dict[str, Tensor]:
-        """SAM's losses: 20 focal + dice for the best of the masks, squared error for every predicted IoU.
+        """Compute SAM's losses; padding and regions without a ground-truth mask are ignored.
 
-        `targets.masks` (N, 4h, 4w) soft truth. Cells that show padding and regions without a mask do not count.
+        Args:
+            regions: Output of `forward`.
+            targets: Soft ground-truth masks (N, 4h, 4w).
+
+        Returns:
+            "mask", 20 focal + dice loss of the best mask per region, and "iou", the mean squared error of all predicted
+            IoU scores.
         """
-        region_rows = targets.has_mask.nonzero().squeeze(1)  # by number, so that the host waits for an accelerator once
+        region_rows = targets.has_mask.nonzero().squeeze(1)  # indices: a bool mask would synchronize at every use
         if not len(region_rows):
             zero = regions.masks.sum() * 0.0
             return {"mask": zero, "iou": zero}
@@ -219,7 +253,11 @@ class SamSegmenter(nn.Module):
 
 
 class SamPromptAndMaskModel(SamPreTrainedModel):
-    """All of transformers' `SamModel` but its image encoder, under the same names."""
+    """transformers' `SamModel` without its image encoder; parameter names are the same.
+
+    Args:
+        config: SAM configuration.
+    """
 
     _tied_weights_keys = SamModel._tied_weights_keys
 
@@ -243,8 +281,17 @@ def _build_prompt_and_mask_modules(config: SamConfig) -> tuple[SamPromptEncoder,
 
 
 def draw_prompts(prompts: PromptBatch, mask_size: int, image_size: int) -> Tensor:
-    """Boxes and points of the input frame as pictures (N, 1, side, side): 1 inside the box and -1 around it, and a soft
-    dot of height 2 for each point, negative for points outside the region.
+    """Draw boxes and points into mask prompts.
+
+    A box is 1 inside and -1 outside. A point adds a Gaussian of height 2, negative for points outside the region.
+
+    Args:
+        prompts: N prompts in pixels of the input frame.
+        mask_size: Side of the mask prompts in cells.
+        image_size: Side S of the input frame in pixels.
+
+    Returns:
+        Mask prompts (N, 1, mask_size, mask_size).
     """
     centers = (torch.arange(mask_size, device=prompts.image_index.device) + 0.5) * (image_size / mask_size)
     canvas = torch.zeros(len(prompts), mask_size, mask_size, device=prompts.image_index.device)
@@ -259,11 +306,17 @@ def draw_prompts(prompts: PromptBatch, mask_size: int, image_size: int) -> Tenso
 
 
 class FeatureNeck(nn.Module):
-    """SAM's neck between an encoder of one width and a segmenter of another: (B, C, h, w) -> (B, D, h, w)."""
+    """SAM's neck from the encoder's channels to the segmenter's: (B, C, h, w) -> (B, D, h, w).
+
+    Args:
+        in_channels: C.
+        out_channels: D.
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.layers = SamVisionNeck(SamVisionConfig(hidden_size=in_channels, output_channels=out_channels))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Apply the neck."""
         return self.layers(features.permute(0, 2, 3, 1))
