@@ -1,7 +1,7 @@
-"""Segment and caption everything: masks of a grid of points, and captions for those that survive.
+"""Everything mode: find regions with a grid of point prompts, and caption them.
 
-The filters and the crops are those of SAM's automatic mask generator (arXiv 2304.02643). The image is encoded once, and
-once more for each crop; captions are generated only for the masks that remain.
+The filters and crops are those of SAM's automatic mask generator (arXiv 2304.02643). The full image and each crop are
+encoded once. Captions are generated only for the masks that pass the filters.
 """
 
 from __future__ import annotations
@@ -28,36 +28,49 @@ from sca.nn.boxes import compute_box_iou
 from sca.nn.nms import suppress_overlaps
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
-EVERYTHING_ARGUMENTS = ("task", "options", "proposals", "progress", "max_regions")  # of `caption_everything`
-SAM_OPTION_NAMES = {"min_mask_region_area": "min_area"}  # SAM's automatic mask generator -> here, where they differ
-SEARCH_VERSION = 2  # of what a search finds: raised when the regions of the same settings change
-CROP_EDGE_TOLERANCE = 20  # pixels: a mask that ends so close to the edge of a crop is taken to be cut off by it
-MASKS_PER_CHUNK = 16  # masks are measured at a time: a small piece of work
+EVERYTHING_ARGUMENTS = ("task", "options", "proposals", "progress", "max_regions")
+SAM_OPTION_NAMES = {"min_mask_region_area": "min_area"}  # name in SAM -> name here, for error messages
+SEARCH_VERSION = 2  # incremented when the same options find other regions
+CROP_EDGE_TOLERANCE = 20  # pixels: a mask that ends this close to the edge of a crop counts as cut off
+MASKS_PER_CHUNK = 16  # masks measured per step of a search
 
 
 class SearchProgress(NamedTuple):
-    """Progress of a search: so many of all points have been looked at."""
+    """Progress of a search.
+
+    Attributes:
+        done: Points processed.
+        points: Total points.
+    """
 
     done: int
     points: int
 
 
 class Candidate(NamedTuple):
-    """A region, before a caption is thought of; image pixels."""
+    """Region found by a search, without a caption.
+
+    Attributes:
+        mask: Mask in image pixels.
+        box: x1 y1 x2 y2 of the mask in image pixels.
+        point: x y of the point prompt in image pixels.
+        predicted_iou: IoU predicted by the segmenter; can exceed 1.
+        window: Crop in which the region was found.
+    """
 
     mask: RLE
     box: tuple[float, float, float, float]
     point: tuple[float, float]
-    predicted_iou: float  # predicted, may exceed 1
-    window: Window  # that it was found in
+    predicted_iou: float
+    window: Window
 
 
 def resolve_everything_options(captioner: Any, overrides: Mapping[str, Any]) -> EverythingOptions:
-    """Return the search settings of a captioner with overrides.
+    """Return the everything options of a captioner with overrides.
 
     Args:
-        captioner: A model; a captioner without settings of its own has SAM's.
-        overrides: Fields of `EverythingOptions` by name; None keeps the captioner's value.
+        captioner: Captioner; SAM's options apply if it has none.
+        overrides: Fields of `EverythingOptions` by name; None keeps the value of the captioner.
     """
     default_options = getattr(captioner, "everything", EverythingOptions())
     return replace(default_options, **{name: value for name, value in overrides.items() if value is not None})
@@ -73,24 +86,27 @@ def caption_everything(
     max_regions: int | None = None,
     **kwargs: Any,
 ) -> list[Caption]:
-    """Caption every region found in the predictor's image, best first.
+    """Find and caption all regions of the current image.
 
     Args:
-        predictor: With an image set.
+        predictor: Predictor with an image.
         task: "caption", or "recognition" for class names.
-        options: Where and what to look for (default: the model's own settings).
-        proposals: What to look at instead of the grid and the crops, such as a registered proposer returns. A single
-            point inside is searched like a point of the grid. Any other prompt is a region already: it is captioned
-            unchanged, in its order, after those that points find.
-        progress: Called with the points looked at and the total.
-        max_regions: Maximum regions to caption: first those that points find, by predicted IoU, then those that are
-            regions already, by the scores of `proposals`.
+        options: Options of the search; None for those of the model.
+        proposals: Prompts that replace the grid and the crops, for example from a registered proposer. A single point
+            with label 1 is searched like a grid point. Every other prompt is a region: it is captioned unchanged, in
+            the order of `proposals`, after the regions found from points.
+        progress: Function called with the number of processed points and the total.
+        max_regions: Maximum regions to caption: first those found from points, by predicted IoU, then the other
+            proposals, by their scores.
         **kwargs: Fields of `EverythingOptions` that override those in `options`, and generation options of
             `Predictor.predict`.
 
+    Returns:
+        Captions of the regions found from points, highest predicted IoU first, then captions of the other proposals.
+
     Raises:
-        TypeError: An unknown keyword; names the closest one.
-        ValueError: A value out of range.
+        TypeError: Unknown keyword argument; the message suggests the closest one.
+        ValueError: A value is out of range, no image is set, or the captioner cannot predict masks.
     """
     default_fields = vars(EverythingOptions())
     reject_unknown_arguments(
@@ -134,7 +150,21 @@ def find_everything(
     proposals: Proposals | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[PredictedMask], list[Prompt]]:
-    """Return the result of `search_everything`; `progress` as for `caption_everything`."""
+    """Run `search_everything` to its end.
+
+    Args:
+        engine: Engine with an encoder and a segmenter.
+        encoded: Result of `engine.encode` for one image.
+        options: Options of the search; None for those of the model.
+        proposals: Prompts that replace the grid and the crops; only single points are used.
+        progress: Function called with the number of processed points and the total.
+
+    Returns:
+        The result of `search_everything`.
+
+    Raises:
+        ValueError: The engine cannot predict masks.
+    """
     search_steps, last_step = search_everything(engine, encoded, options, proposals), None
     while True:
         try:
@@ -156,24 +186,27 @@ def search_everything(
     max_found_regions: int | None = None,
     max_bytes: int | None = None,
 ) -> Generator[SearchProgress, None, tuple[list[PredictedMask], list[Prompt]]]:
-    """Search an image as a generator: it yields its progress after every small piece of work.
+    """Search an image for regions, step by step.
 
-    Between two pieces the engine may serve other images, and the search can be abandoned with `close()`.
+    The engine can process other images between two steps. `close()` aborts the search.
 
     Args:
-        engine: The engine, with an encoder and a segmenter.
-        encoded: What `engine.encode` returned for one image.
-        options: Where and what to look for (default: the model's own).
-        proposals: What to look at instead of the grid and the crops of `options`.
-        max_found_regions: Maximum regions to find; more raise ValueError.
-        max_bytes: Maximum bytes of candidate masks to hold at a time.
+        engine: Engine with an encoder and a segmenter.
+        encoded: Result of `engine.encode` for one image.
+        options: Options of the search; None for those of the model.
+        proposals: Prompts that replace the grid and the crops; only single points are used.
+        max_found_regions: Maximum regions to find.
+        max_bytes: Maximum bytes of candidate masks in memory.
+
+    Yields:
+        The progress after each step.
 
     Returns:
-        The masks that points find, best first, and the prompt that each is captioned from: the arguments of
+        The masks found from points, highest predicted IoU first, and the prompt to caption each from: the arguments of
         `MaskEngine.caption_masks`.
 
     Raises:
-        ValueError: If there is no segmenter, it has no masks, or a maximum is exceeded.
+        ValueError: The engine has no segmenter, the segmenter predicts no masks, or a maximum is exceeded.
     """
     engine.check_has_segmenter()
     options = options or engine.everything
@@ -189,7 +222,7 @@ def _is_single_point(prompt: Prompt) -> bool:
 
 
 def _select_region_prompts(proposals: Proposals, max_count: int | None) -> list[Prompt]:
-    """Return the `max_count` prompts with the best scores that are regions already, in order."""
+    """Return the `max_count` prompts with the best scores that are not single points, in order."""
     indices = [place for place, prompt in enumerate(proposals.prompts) if not _is_single_point(prompt)]
     best_indices = sorted(indices, key=lambda place: -proposals.scores[place])[:max_count]
     return [proposals.prompts[place] for place in sorted(best_indices)]
@@ -203,7 +236,7 @@ def _search_windows(
     max_found_regions: int | None = None,
     max_bytes: int | None = None,
 ) -> Generator[SearchProgress, None, list[Candidate]]:
-    """What points find, best first, each region once."""
+    """Search the full image and its crops; return the regions without duplicates, best first."""
     (image,) = encoded_image.images
     full_window = (0, 0, *image.size)
     windows = [full_window]
@@ -243,7 +276,7 @@ def _search_windows(
                     "stability_score_thresh, or lower box_nms_thresh"
                 )
             yield SearchProgress(previously_done, total_points)
-    if len(windows) > 1:  # of what several windows show, the closest look stays
+    if len(windows) > 1:  # of duplicates across windows, keep the one from the smallest window
         negative_areas = torch.tensor([-float((w[2] - w[0]) * (w[3] - w[1])) for w in (each.window for each in kept)])
         overlapping, kept = kept, []
         for index in _suppress_overlaps(overlapping, negative_areas, options):
@@ -264,9 +297,7 @@ def _search_window(
     points: Tensor,
     options: EverythingOptions,
 ) -> Iterator[int | Candidate]:
-    """Regions that points (P, 2), image pixels, find in a window of an image of (width, height), and after every small
-    piece of work the number of points that have been looked at.
-    """
+    """Search a window with points (P, 2) in image pixels; yield candidates, and the points processed after a step."""
     (frame,) = encoded.frames
     x1, y1, x2, y2 = window
     width, height = image_size
@@ -302,9 +333,7 @@ def _search_window(
 def _iter_mask_candidates(
     engine: MaskEngine, encoded: EncodedImages, points: Tensor, options: EverythingOptions
 ) -> Iterator[tuple[int, Tensor, list[float], list[int]]]:
-    """A chunk at a time: points looked at so far, masks (K, 4h, 4w) whose predicted IoU is high enough, these IoUs,
-    and the indices of the points that they are of.
-    """
+    """Yield chunks: processed points, masks (K, 4h, 4w) above the IoU threshold, their IoUs and indices of points."""
     (frame,) = encoded.frames
     point_coords = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), input frame
     labels = torch.ones(len(points), 1, dtype=torch.long)
@@ -326,7 +355,7 @@ def _iter_mask_candidates(
 
 
 def _suppress_overlaps(candidates: Sequence[Candidate], scores: Tensor, options: EverythingOptions) -> Iterator[int]:
-    """Yield the indices of regions that stay, best first, by the IoU of boxes as SAM does and, if wanted, of masks."""
+    """Yield the indices of regions to keep, best first: NMS by boxes as in SAM, and optionally by masks."""
     boxes = torch.tensor([each.box for each in candidates]).reshape(-1, 4)
     boxes[:, 2:] -= 1  # SAM's boxes end at the last pixel
 
@@ -344,7 +373,7 @@ def _suppress_overlaps(candidates: Sequence[Candidate], scores: Tensor, options:
 
 
 def _make_grid(window: Window, points_per_side: int) -> Tensor:
-    """(points_per_side ** 2, 2) x y in the middle of equal cells of a window."""
+    """Return the (points_per_side ** 2, 2) x y of the centers of equal cells of a window."""
     x1, y1, x2, y2 = window
     cell_centers = (torch.arange(points_per_side) + 0.5) / points_per_side
     y, x = torch.meshgrid(y1 + cell_centers * (y2 - y1), x1 + cell_centers * (x2 - x1), indexing="ij")
@@ -352,7 +381,7 @@ def _make_grid(window: Window, points_per_side: int) -> Tensor:
 
 
 def _make_crops(width: int, height: int, layers: int, overlap_ratio: float) -> list[Window]:
-    """SAM's crops: 2 ** i a side in layer i, which overlap by a share of the image's shorter side, halved each time."""
+    """Return SAM's crops: 2^i x 2^i in layer i, whose overlap is a fraction of the shorter side, halved per layer."""
     windows = []
     for layer in range(1, layers + 1):
         crops_per_side = 2**layer
@@ -360,12 +389,11 @@ def _make_crops(width: int, height: int, layers: int, overlap_ratio: float) -> l
         crop_width, crop_height = (
             math.ceil((overlap_pixels * (crops_per_side - 1) + side) / crops_per_side) for side in (width, height)
         )
-        grid_cells = product(
-            range(crops_per_side), repeat=2
-        )  # in SAM's order, which decides between equally good masks
+        # SAM's order, which breaks ties between masks of equal score
+        grid_cells = product(range(crops_per_side), repeat=2)
         origins = [((crop_width - overlap_pixels) * i, (crop_height - overlap_pixels) * j) for i, j in grid_cells]
         windows += [(x, y, min(x + crop_width, width), min(y + crop_height, height)) for x, y in origins]
-    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in windows if x1 < x2 and y1 < y2]  # narrow images have fewer
+    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in windows if x1 < x2 and y1 < y2]  # narrow images have fewer crops
 
 
 def _is_cut_off(box: Sequence[float], window: Window, image_size: tuple[int, int]) -> bool:

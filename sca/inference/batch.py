@@ -1,4 +1,4 @@
-"""Images in, captions out: many images, some at a time.
+"""Captioning of many images in batches.
 
     from sca.inference.batch import BatchCaptioner, Failure
     from sca.inference.job import CaptionJob
@@ -7,7 +7,7 @@
     for result in BatchCaptioner(job, job.read_region_source()).caption_images(paths):
         print(result.reason if isinstance(result, Failure) else result.captions)
 
-An image that fails yields a `Failure`; the others are captioned.
+An image that fails yields a `Failure`; the run continues with the next.
 """
 
 from __future__ import annotations
@@ -28,24 +28,37 @@ from sca.io.errors import InputError
 from sca.io.images import format_path, open_image
 from sca.output.captioned import CaptionedImage, ImageSize, resize_to_recorded
 
-UNUSABLE_IMAGE, UNUSABLE_PROMPTS = "image", "prompts"  # what cannot be used
+UNUSABLE_IMAGE, UNUSABLE_PROMPTS = "image", "prompts"  # kinds of failure
 
 
 class ImageCaptions(NamedTuple):
-    """An image with the captions of its regions."""
+    """Image with the captions of its regions.
+
+    Attributes:
+        path: Image file.
+        image: Image, or only its size if the captions are reused and images are not kept.
+        captions: Captions of the regions.
+    """
 
     path: Path
-    image: Image.Image | ImageSize  # only the size of an image that is captioned already and not drawn on
+    image: Image.Image | ImageSize
     captions: list[Caption]
 
 
 class Failure(NamedTuple):
-    """Why an image, or some of its regions, has no captions."""
+    """Image or region that could not be captioned.
+
+    Attributes:
+        path: Image file.
+        reason: One line with the name of the image.
+        kind: `UNUSABLE_IMAGE` or `UNUSABLE_PROMPTS`.
+        is_entire_image: Whether no region of the image is captioned.
+    """
 
     path: Path
-    reason: str  # one line that names the image
-    kind: str  # UNUSABLE_IMAGE or UNUSABLE_PROMPTS
-    is_entire_image: bool = True  # no region of the image is captioned
+    reason: str
+    kind: str
+    is_entire_image: bool = True
 
 
 CaptionResults = Iterator[ImageCaptions | Failure]
@@ -54,14 +67,15 @@ ImagePrompts = tuple[Path, Image.Image | CaptionedImage, list[Prompt]]
 
 
 class BatchCaptioner:
-    """A captioner with the settings of a job, for any number of images.
+    """Captioner of images with the options of a job. Loads the model.
 
     Args:
-        job: What to caption in each image, and how; its model is loaded.
+        job: Model, regions and options.
         region_source: Result of `job.read_region_source`, after `match_images` with all images of the run.
 
     Raises:
-        ValueError: An option does not suit the captioner. See `sca.captioner` for what loading raises.
+        ValueError: The captioner does not support an option, or everything mode. `sca.captioner` lists the errors of
+            loading a model.
     """
 
     def __init__(self, job: CaptionJob, region_source: RegionSource):
@@ -78,14 +92,17 @@ class BatchCaptioner:
         keep_images: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> CaptionResults:
-        """Caption images in their order; one that fails does not end the others.
+        """Caption images in order.
 
         Args:
             paths: Image files.
-            captioned: Images that are captioned already, by path. Batches are composed as without them, so that
+            captioned: Images with captions of an earlier run, by path. They do not change how images are batched, so
                 captions do not depend on where a run was interrupted.
-            keep_images: Also open images that are captioned already.
-            progress: Called with the points looked at and the total, during a search.
+            keep_images: Also open the images in `captioned`.
+            progress: Function called during a search with the number of processed points and the total.
+
+        Yields:
+            Captions or failures, in the order of `paths`.
         """
         opened_images = _open_images(paths, captioned or {})
         if self._engine is not None:
@@ -161,15 +178,18 @@ def caption_requests(
     encoded: Any = None,
     **generation: Any,
 ) -> list[list[Caption]]:
-    """Caption regions of several images: together if the captioner can, else one image after the other.
+    """Caption regions of several images: as one batch if the captioner has `caption_batch`, else image by image.
 
     Args:
         captioner: Any captioner.
         images: B images.
-        requests: For each image its prompts, which fit it.
+        requests: Prompts of each image, checked against its size.
         task: "caption" or "recognition".
-        encoded: What `captioner.encode` returned for the images, if it was called before.
-        **generation: As returned by `sca.inference.generation_options.resolve_generation_options`.
+        encoded: Result of `captioner.encode` for the images; None to encode them here.
+        **generation: Options returned by `sca.inference.generation_options.resolve_generation_options`.
+
+    Returns:
+        The captions of each image, in the order of its prompts.
     """
     if hasattr(captioner, "caption_batch"):
         encoded = captioner.encode(images) if encoded is None else encoded
@@ -181,7 +201,7 @@ def caption_requests(
 
 
 def _open_images(paths: Iterable[Path], captioned: Mapping[str, CaptionedImage]) -> OpenedImages:
-    """Open images, except for those that are captioned already."""
+    """Open images, except for those with captions of an earlier run."""
     for path in paths:
         if recorded := captioned.get(str(path)):
             yield path, recorded
@@ -193,13 +213,12 @@ def _open_images(paths: Iterable[Path], captioned: Mapping[str, CaptionedImage])
 
 
 def _reuse_captions(path: Path, captioned: CaptionedImage, keep_images: bool) -> ImageCaptions:
-    """Return the captions that an image has already."""
     image = resize_to_recorded(open_image(path), captioned.size, str(path)) if keep_images else captioned.size
     return ImageCaptions(path, image, captioned.captions)
 
 
 def _check_can_search(captioner: Captioner, name: str) -> MaskEngine:
-    """Return the captioner if it can search for regions. Raises ValueError."""
+    """Return the captioner if it can search for regions, else raise ValueError."""
     if not isinstance(captioner, MaskEngine) or captioner.model is None:
         raise ValueError(
             f"{name!r} finds no regions by itself; everything mode needs a model, or encoder+captioner with an encoder "

@@ -50,7 +50,7 @@ class PredictedMask(NamedTuple):
 
     Attributes:
         rle: COCO RLE {"size": [height, width], "counts": str} in image pixels.
-        predicted_iou: IoU predicted by the segmenter, in 0..1.
+        predicted_iou: IoU predicted by the segmenter, at most 1.
     """
 
     rle: dict[str, Any]

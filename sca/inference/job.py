@@ -1,4 +1,7 @@
-"""What to caption in many images, as plain options that any process can receive; imports no torch."""
+"""Caption jobs: model, regions and options as plain values that can be sent to any process.
+
+Importing the module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -32,31 +35,54 @@ from sca.io.validation import check_range
 
 
 class SearchedRegions:
-    """The regions that everything mode finds, from the prompts of a proposer if there is one."""
+    """Regions found by everything mode.
+
+    Args:
+        proposer: Proposer of prompts; None for the grid of points.
+    """
 
     def __init__(self, proposer: Proposer | None):
         self.proposer, self.clipped = proposer, SkipCounter()
 
     def match_images(self, paths: Sequence[Path]) -> None:
-        """Do nothing: a search needs no names of images."""
+        """Do nothing: a search does not depend on image names."""
 
 
 class SharedPrompts:
-    """The same prompts for every image; `clipped` counts the boxes that were clipped to one."""
+    """Prompts shared by all images.
+
+    Args:
+        prompts: Prompts in image pixels.
+
+    Attributes:
+        clipped: Counter of boxes that were clipped to their image.
+    """
 
     def __init__(self, prompts: Sequence[Prompt]):
         self.prompts, self.clipped = prompts, SkipCounter()
 
     def match_images(self, paths: Sequence[Path]) -> None:
-        """Do nothing: every image has the prompts."""
+        """Do nothing: every image has the same prompts."""
 
     def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
-        """Return what `ListedPrompts.list_prompts` returns."""
+        """Return the prompts of an image; see `ListedPrompts.list_prompts`.
+
+        Raises:
+            InputError: A prompt does not fit the image.
+        """
         return [check_and_count_clipping(prompt, *size, self.clipped, format_path(path)) for prompt in self.prompts], []
 
 
 class ListedPrompts:
-    """The prompts that a file lists for each image."""
+    """Prompts of each image, read from a file.
+
+    Args:
+        region_prompts: Prompts by image name.
+
+    Attributes:
+        clipped: Counter of boxes that were clipped to their image.
+        image_keys: Name in the prompts file of each image.
+    """
 
     def __init__(self, region_prompts: RegionPrompts):
         self.region_prompts, self.clipped = region_prompts, region_prompts.clip_counter
@@ -66,15 +92,23 @@ class ListedPrompts:
         """Match all images of a run to the image names in the file.
 
         Raises:
-            InputError: A name could mean several images.
+            InputError: A name in the file matches several images.
         """
         self.image_keys = self.region_prompts.match_images(paths)
 
     def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
-        """Return the prompts that fit an image of (width, height), and a line for each that does not.
+        """Return the prompts of an image and the problems with its other prompts.
+
+        Args:
+            path: Image file.
+            size: Width and height of the image.
+
+        Returns:
+            The prompts that fit the image, and a line for each prompt that does not.
 
         Raises:
-            InputError: None fits; one line without the image's name.
+            InputError: The file has no prompts for the image, or none fits. The message does not contain the path of
+                the image.
         """
         if path not in self.image_keys:
             raise InputError(f"{self.region_prompts.path} has no regions for it; name it there, or leave the image out")
@@ -86,35 +120,38 @@ class ListedPrompts:
 
 
 RegionSource = SearchedRegions | SharedPrompts | ListedPrompts
-SOURCES = ("boxes", "points", "masks", "regions", "prompts", "everything")  # fields of a job that state its regions
+SOURCES = ("boxes", "points", "masks", "regions", "prompts", "everything")  # fields of a job that define its regions
 
 
 @dataclass(frozen=True)
 class CaptionJob:
-    """What to caption in each image, and how: plain values, which any process can receive.
+    """Model, regions and options of a captioning run, as plain values that can be sent to any process.
+
+    The regions are either the same in every image (`boxes`, `points`, `masks` and `regions`), or read from `prompts`,
+    or found by `everything`.
 
     Args:
-        model: What `sca.captioner` takes, as text.
-        device: Where the model runs.
-        dtype: Of its floating-point tensors; None for the model's own.
+        model: Source of the captioner; see `sca.captioner`.
+        device: Device of the model.
+        dtype: Floating-point type of the model; None for that of the checkpoint.
         seed: Random seed.
-        trust_remote_code: As for `sca.load`, like allow_external.
-        boxes: x1,y1,x2,y2; one region each, in every image.
-        points: x,y.
-        masks: Image or .npy files.
-        regions: Several parts of one region, see `sca.io.prompts.parse_region`.
-        prompts: A prompts file or folder, in place of these regions.
-        everything: Search for the regions instead.
-        search_options: Fields of `sca.EverythingOptions`; None keeps the model's value.
-        proposer: 'NAME [key=value]...', in place of the grid of points.
+        trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`.
+        allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.
+        boxes: Boxes "x1,y1,x2,y2" in image pixels; one region each.
+        points: Points "x,y" in image pixels; one region each.
+        masks: Mask files, images or .npy; one region each.
+        regions: Regions of several prompts; see `sca.io.prompts.parse_region`.
+        prompts: Prompts file or folder.
+        everything: Search for regions.
+        search_options: Fields of `sca.EverythingOptions`; None keeps the value of the model.
+        proposer: Proposer "NAME [key=value]..." that replaces the grid of points.
         max_regions: Maximum regions per image of a search, best first.
         task: "caption" or "recognition".
-        generation_options: Generation options; None keeps the model's value.
+        generation_options: Options of `Predictor.predict`; None keeps the value of the model.
         batch_size: Images per encoder batch.
 
     Raises:
-        ValueError: A value is out of range, or the regions come from none or from more than one of a list of regions,
-            `prompts` and `everything`.
+        ValueError: A value is out of range, or there are none or several sources of regions.
     """
 
     model: str
@@ -153,7 +190,7 @@ class CaptionJob:
 
         Raises:
             InputError: A prompt cannot be read.
-            RegistryError: The proposer is unknown, or cannot be built.
+            RegistryError: The proposer is unknown or cannot be built.
         """
         if self.everything:
             return SearchedRegions(self._build_proposer())
@@ -166,7 +203,7 @@ class CaptionJob:
         return SharedPrompts(shared_prompts)
 
     def list_input_files(self) -> list[Path]:
-        """List the files that the regions are read from."""
+        """List the files from which the regions are read."""
         prompts = [] if self.prompts is None else [Path(self.prompts)]
         prompt_files = [file for path in prompts for file in (list_labelme_files(path) if path.is_dir() else [path])]
         part = self._parse_proposer()
@@ -174,7 +211,7 @@ class CaptionJob:
         return [*prompt_files, *map(Path, self.masks), *map(Path, list_mask_files(self.regions)), *proposals]
 
     def load_captioner(self) -> Captioner:
-        """Load the captioner; see `sca.captioner` for what it raises."""
+        """Set the random seed and load the captioner; `sca.captioner` lists the errors."""
         import torch
 
         from sca.inference.factory import captioner

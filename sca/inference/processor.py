@@ -1,6 +1,7 @@
-"""Convert images and prompts to tensors of the input frame, and masks back to image pixels.
+"""Processor: convert images and prompts to tensors in the input frame, and masks back to image pixels.
 
-Frames: an image's own pixels (as its viewer sees it), and the input frame, the SxS square that the encoder reads.
+There are two coordinate frames: image pixels, with the EXIF orientation applied, and the input frame, the S x S square
+that the encoder receives.
 """
 
 from __future__ import annotations
@@ -17,26 +18,37 @@ from torch.nn import functional as F
 
 from sca.nn.masks import masks_to_boxes
 
-MAX_CACHED_FRAMES = 16  # sizes of images whose stretching is kept
-PIXELS_PER_COPY = 2**26  # of masks that are copied to the host at a time
-MASK_PROMPT_LOGIT = 10.0  # how sure a mask drawn by a user is, as a logit
+MAX_CACHED_FRAMES = 16  # image sizes with cached upscaling weights
+PIXELS_PER_COPY = 2**26  # mask pixels per copy to the host
+MASK_PROMPT_LOGIT = 10.0  # logit of a pixel inside a mask prompt
 
 
 class InputFrame(NamedTuple):
-    """How one image lies in the input frame: `scale` takes image pixels to frame pixels, x and y apart."""
+    """Placement of an image in the input frame, at its top left corner.
+
+    Attributes:
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        content_size: Width and height of the resized image in the input frame; padding fills the rest.
+    """
 
     width: int
     height: int
-    content_size: tuple[int, int]  # width and height that the image takes up in the frame
+    content_size: tuple[int, int]
 
     @property
     def scale(self) -> tuple[float, float]:
+        """Factors for x and y from image pixels to the input frame."""
         return self.content_size[0] / self.width, self.content_size[1] / self.height
 
 
 class AxisUpscaling(NamedTuple):
-    """A row of cells of a mask stretched to pixels: `weights` (pixels, cells), none below zero; and of each cell the
-    first pixel that it has a say in, and the one after the last.
+    """Upscaling of one axis of a mask from cells to pixels.
+
+    Attributes:
+        weights: (pixels, cells) nonnegative weights.
+        first_pixel: First pixel with a nonzero weight for each cell.
+        last_pixel: One past the last pixel with a nonzero weight for each cell.
     """
 
     weights: Tensor
@@ -45,7 +57,14 @@ class AxisUpscaling(NamedTuple):
 
 
 class Processor:
-    """Knows one encoder's `ImageFormat` and the side of its feature grid. Works on the CPU, copies nothing it keeps."""
+    """Preprocessing and postprocessing for one encoder.
+
+    Images and prompts are processed on the CPU, masks on the device of their logits.
+
+    Args:
+        image_format: Input format of the encoder.
+        grid_size: Side of the feature grid, h = w.
+    """
 
     def __init__(self, image_format: ImageFormat, grid_size: int):
         self.image_format = image_format
@@ -57,9 +76,11 @@ class Processor:
 
     @classmethod
     def from_encoder(cls, encoder: Encoder) -> Processor:
+        """Create the processor of an encoder."""
         return cls(encoder.image_format, encoder.image_format.size // encoder.stride)
 
     def compute_frame(self, width: int, height: int) -> InputFrame:
+        """Compute the placement of an image of `width` x `height` pixels in the input frame."""
         frame_size = self.image_format.size
         if self.image_format.fit == "stretch":
             return InputFrame(width, height, (frame_size, frame_size))
@@ -67,12 +88,19 @@ class Processor:
         return InputFrame(width, height, (max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))))
 
     def preprocess_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB pictures -> (B, 3, S, S), normalized; what a padded picture does not fill is zero."""
+        """Resize, normalize and pad images.
+
+        Args:
+            images: B images of any size.
+
+        Returns:
+            (B, 3, S, S) float32. Padding is zero after normalization.
+        """
         frame_size = self.image_format.size
         batch = np.zeros((len(images), 3, frame_size, frame_size), dtype=np.float32)
         for padded_image, image in zip(batch, images, strict=True):
             width, height = self.compute_frame(*image.size).content_size
-            rgb_image = image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large image takes a while
+            rgb_image = image if image.mode == "RGB" else image.convert("RGB")  # avoid a slow copy
             values = np.asarray(rgb_image.resize((width, height), self._resample), dtype=np.float32) / 255.0
             values = (values - self._mean) / self._std
             if self.image_format.order == "bgr":
@@ -83,7 +111,15 @@ class Processor:
     def group_prompts(
         self, requests: Sequence[Sequence[Prompt]], frames: Sequence[InputFrame]
     ) -> list[tuple[list[int], PromptBatch]]:
-        """Group the prompts of B images into homogeneous batches, each with its indices in the flattened requests."""
+        """Group the prompts of B images into homogeneous batches.
+
+        Args:
+            requests: Prompts of each image, in image pixels.
+            frames: Frame of each image.
+
+        Returns:
+            The indices of the prompts in the flattened requests, and the batch in the input frame, of each group.
+        """
         buckets: dict[tuple, list[tuple[int, int, Prompt]]] = {}
         index = 0
         for image_index, request in enumerate(requests):
@@ -113,7 +149,15 @@ class Processor:
         return PromptBatch(image_indices, boxes, points, labels, masks)
 
     def compute_coverage(self, mask: np.ndarray, frame: InputFrame) -> Tensor:
-        """A mask in image pixels -> (4h, 4w), the share of each cell of the input frame that it covers."""
+        """Compute the fraction of each cell of the input frame that a mask covers.
+
+        Args:
+            mask: (height, width) bool in image pixels, or any smaller mask to stretch over the image.
+            frame: Frame of the image.
+
+        Returns:
+            (4h, 4w) in 0..1.
+        """
         mask_size, frame_size = 4 * self.grid_size, self.image_format.size
         width, height = (round(used * mask_size / frame_size) for used in frame.content_size)
         cell_shares = np.zeros((mask_size, mask_size), dtype=np.float32)
@@ -123,15 +167,23 @@ class Processor:
         return torch.from_numpy(cell_shares)
 
     def compute_valid_cells(self, frame: InputFrame) -> Tensor:
-        """(4h, 4w) bool: the cells that show the image and not its padding."""
+        """Return the cells that contain the image, not only padding: (4h, 4w) bool."""
         return self.compute_coverage(np.ones((1, 1), dtype=bool), frame) > 0
 
     def encode_mask_prompt(self, mask: np.ndarray, frame: InputFrame) -> Tensor:
-        """A mask in image pixels -> logits (1, 4h, 4w)."""
+        """Convert a (height, width) bool mask in image pixels to logits (1, 4h, 4w) for the prompt encoder."""
         return ((self.compute_coverage(mask, frame) * 2 - 1) * MASK_PROMPT_LOGIT).unsqueeze(0)
 
     def postprocess_masks(self, logits: Tensor, frame: InputFrame) -> Tensor:
-        """(N, M, 4h, 4w) logits -> (N, M, height, width) logits in the image's own pixels, as SAM's processor does."""
+        """Upscale masks to image pixels without padding, as SAM's processor.
+
+        Args:
+            logits: (N, M, 4h, 4w).
+            frame: Frame of the image.
+
+        Returns:
+            (N, M, height, width) logits.
+        """
         frame_size = self.image_format.size
         upscaled = F.interpolate(logits.float(), (frame_size, frame_size), mode="bilinear", align_corners=False)
         width, height = frame.content_size
@@ -140,14 +192,17 @@ class Processor:
         )
 
     def iter_binary_masks(self, logits: Tensor, frames: Sequence[InputFrame]) -> Iterator[np.ndarray]:
-        """Yield where `postprocess_masks` is above zero: (height, width) bool in image pixels, column-major in memory.
+        """Binarize masks in image pixels: `postprocess_masks(...) > 0`, but faster.
 
-        Only the rows and columns that can be above zero are computed. Masks are copied from an accelerator
-        `PIXELS_PER_COPY` pixels at a time, so that the host does not wait for each.
+        Only the rows and columns that can be above zero are computed. Masks are copied from an accelerator in groups
+        of `PIXELS_PER_COPY` pixels, so that the host does not wait for each mask.
 
         Args:
             logits: (N, 4h, 4w).
-            frames: of the image that each mask is of.
+            frames: Frame of the image of each mask.
+
+        Yields:
+            (height, width) bool, column-major in memory.
         """
         upscalings = [self._get_upscalings(frame, logits.device) for frame in frames]
         windows = _compute_pixel_windows(logits > 0, upscalings)
@@ -169,17 +224,19 @@ class Processor:
                 yield mask.T
 
     def compute_stability_and_boxes(self, logits: Tensor, frame: InputFrame, offset: float) -> tuple[Tensor, Tensor]:
-        """Return the stability and the box of each mask in the image's own pixels, without padding.
+        """Compute the stability score and the box of each mask in image pixels, without padding.
 
-        Stability is SAM's: the pixels above `offset` as a share of those above `-offset`, 0 if there are none.
+        The stability score is SAM's (arXiv 2304.02643): the number of pixels above `offset` divided by the number
+        above `-offset`, 0 if there are none.
 
         Args:
             logits: (N, 4h, 4w), all of one image.
-            frame: of the image.
-            offset: At least 0.
+            frame: Frame of the image.
+            offset: Offset of the logits, 0 or more.
 
         Returns:
-            (N,) in 0..1, and (N, 4) x1 y1 x2 y2 of the pixels above zero, far edges exclusive, zeros if there are none.
+            (N,) stability in 0..1, and (N, 4) boxes x1 y1 x2 y2 of the pixels above zero, with exclusive x2 and y2.
+            Boxes of empty masks are zero.
         """
         upscaling = self._get_upscalings(frame, logits.device)
         counts, boxes = [], []
@@ -223,9 +280,7 @@ class Processor:
 def _compute_pixel_windows(
     is_above: Tensor, upscalings: Sequence[tuple[AxisUpscaling, AxisUpscaling]]
 ) -> list[tuple[slice, slice]]:
-    """Rows and columns of pixels that the true cells of (N, 4h, 4w) masks have a say in; no other pixel is above the
-    level that those cells are above.
-    """
+    """Return the rows and columns of pixels that the true cells of (N, 4h, 4w) masks contribute to."""
     is_hit = torch.stack((is_above.any(2), is_above.any(1)), dim=1).cpu().numpy()  # (N, 2, 4h): rows, columns
     return [
         (_compute_pixel_span(down, rows), _compute_pixel_span(across, columns))
@@ -236,12 +291,12 @@ def _compute_pixel_windows(
 def _upscale_window(
     logits: Tensor, upscalings: tuple[AxisUpscaling, AxisUpscaling], window: tuple[slice, slice]
 ) -> Tensor:
-    """(4h, 4w) logits stretched to the pixels of a window: (columns, rows)."""
+    """Upscale (4h, 4w) logits to the pixels of a window: (columns, rows)."""
     (down, across), (y, x) = upscalings, window
     return across.weights[x] @ logits.float().T @ down.weights[y].T
 
 
 def _compute_pixel_span(upscaling: AxisUpscaling, is_hit: np.ndarray) -> slice:
-    """The pixels in which the cells from the first to the last that is hit have a say."""
+    """Return the pixels that the cells from the first to the last hit contribute to."""
     cells = np.flatnonzero(is_hit)
     return slice(upscaling.first_pixel[cells[0]], upscaling.last_pixel[cells[-1]]) if len(cells) else slice(0, 0)

@@ -1,8 +1,8 @@
-"""Many images, a shard at a time, each in a process of its own, wherever a launcher has room.
+"""Sharded captioning: each shard of images is captioned in its own process by a launcher.
 
-A shard is a WebDataset (a .tar of images), or a number of the images that were named. Each has a file of JSON lines in
-the run folder: `shard-00000.jsonl`, or `NAME.jsonl` for `NAME.tar`. A shard that `shards.journal` lists is not
-captioned again; the problems of its images are in the journal.
+A shard is a WebDataset (a .tar of images) or a fixed number of image files. Each writes a JSON Lines file to the run
+folder: `shard-00000.jsonl`, or `NAME.jsonl` for `NAME.tar`. The journal `shards.journal` lists the finished shards,
+which a resumed run skips, and the problems of their images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from sca_registry.contracts import Launcher
 
-import sca.inference.factory  # noqa: F401 (what shards are forked from has imported it)
+import sca.inference.factory  # noqa: F401 (preloads it in the fork server of the shards)
 from sca.inference.batch import UNUSABLE_IMAGE, UNUSABLE_PROMPTS, BatchCaptioner, Failure
 from sca.inference.job import CaptionJob, ListedPrompts, RegionSource
 from sca.io.atomic import write_file
@@ -38,20 +38,27 @@ from sca.output.jsonl import JsonlWriter, StreamSink
 
 RUN_KIND = "caption --launcher"
 JOURNAL_NAME = "shards.journal"
-OUTPUT_PATTERNS = (JOURNAL_NAME, "*.jsonl")  # `shards.journal`, and a file per shard
-FILE_NAME_ERRORS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)  # of a file name
+OUTPUT_PATTERNS = (JOURNAL_NAME, "*.jsonl")
+FILE_NAME_ERRORS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)  # unusable file names
 
 ShardContent = Mapping[str, Any]
-ImageProblem = tuple[str, str]  # one line, and UNUSABLE_IMAGE or UNUSABLE_PROMPTS
+ImageProblem = tuple[str, str]  # message of one line, and UNUSABLE_IMAGE or UNUSABLE_PROMPTS
 
 
 class ShardResult(NamedTuple):
-    """What became of a shard."""
+    """Result of a shard.
+
+    Attributes:
+        name: Name of the shard.
+        path: File of its captions; None if it failed.
+        problems: Images and regions that are not captioned.
+        reason: Reason of the failure.
+    """
 
     name: str
-    path: Path | None  # of its captions; None if it failed
-    problems: Sequence[ImageProblem]  # of images, or regions of one, that are not captioned
-    reason: str = ""  # why it failed
+    path: Path | None
+    problems: Sequence[ImageProblem]
+    reason: str = ""
 
 
 @contextmanager
@@ -62,20 +69,23 @@ def open_sharded_run(
     inputs: Iterable[str | Path],
     overwrite: bool = False,
 ) -> Iterator[ShardedRun]:
-    """Open the run folder of shards, locked against other processes.
+    """Open and lock the run folder of shards, for use in a `with` statement.
 
-    As long as the finished shards are of the same images, there may be others than before: more images, or an archive
-    that could not be read and has been repaired.
+    A run resumes if its finished shards contain the same images. Other shards can differ: images were added, or an
+    unreadable archive was repaired.
 
     Args:
-        folder: The run folder.
-        shards: What `name_shards` returned.
-        settings: What determines the captions, and the names of the images.
+        folder: Run folder.
+        shards: Result of `name_shards`.
+        settings: Settings that determine the captions, and the image names.
         inputs: Files that the run reads.
         overwrite: Caption every shard again.
 
+    Yields:
+        The run.
+
     Raises:
-        OutputError: The folder must not be written.
+        OutputError: The folder cannot be written, or contains another run.
         ValueError: The journal is damaged.
     """
     fingerprints = {name: _compute_fingerprint(content) for name, content in shards.items()}
@@ -86,7 +96,12 @@ def open_sharded_run(
 
 
 class ShardedRun:
-    """The shards of a run, by name: `shards` to caption, and those `finished` with the problems of their images."""
+    """Run of shards, opened by `open_sharded_run`.
+
+    Attributes:
+        shards: Content of all shards by name.
+        finished: Finished shards by name, with the problems of their images.
+    """
 
     def __init__(
         self,
@@ -104,13 +119,16 @@ class ShardedRun:
         return [name for name in self.shards if name not in self.finished]
 
     def caption_shards(self, job: CaptionJob, launcher: Launcher, region_source: RegionSource) -> Iterator[ShardResult]:
-        """Caption the missing shards and yield each as it ends.
+        """Caption the shards that are not finished.
 
         Args:
-            job: What to caption in each image, and how.
-            launcher: Where the processes run.
-            region_source: Result of `job.read_region_source`, after `match_images` with the images of all shards; the
-                images of an archive are matched separately.
+            job: Model, regions and options.
+            launcher: Launcher of the processes.
+            region_source: Result of `job.read_region_source`, after `match_images` with the images of all shards.
+                Images in archives are matched separately.
+
+        Yields:
+            The result of each shard when it ends.
         """
         folder, job_fields = self._folder.path, asdict(job)
         image_keys = region_source.image_keys if isinstance(region_source, ListedPrompts) else {}
@@ -155,15 +173,15 @@ class ShardedRun:
 
 
 def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Caption one shard: the job of a launcher.
+    """Caption one shard; the function that a launcher runs.
 
     Args:
-        config: The fields of a `CaptionJob`, the content of the shard, what a prompts file calls its images, the
-            working folder and the device.
-        folder: Of the task; nothing is written there.
+        config: Table with `job` (fields of a `CaptionJob`), `content` (of the shard), `keys` (names of the images in
+            the prompts file), `folder` (working folder) and `device`.
+        folder: Folder of the task, unused.
 
     Returns:
-        The state, and the lines with the captions and the problems, or the reason of a failure.
+        A table with `state`, `reason`, and for state "done" `captions` (JSON Lines) and `problems`.
     """
     if Path(config["folder"]).is_dir():
         os.chdir(config["folder"])
@@ -209,7 +227,19 @@ def _write_captions(
 
 
 def name_shards(archives: Iterable[str], paths: Sequence[Path], size: int) -> dict[str, ShardContent]:
-    """Name the shards: archives by their files, other images by numbers that no archive has."""
+    """Split the images of a run into named shards.
+
+    Args:
+        archives: WebDataset archives; each is a shard with the name of its file.
+        paths: Image files, in shards named "shard-00000" and so on. Names of archives are skipped.
+        size: Image files per shard.
+
+    Returns:
+        The content of each shard by name: {"tar": path} or {"images": [path, ...]}.
+
+    Raises:
+        ValueError: Two archives have the same name.
+    """
     archives_by_name: dict[str, str] = {}
     for archive in sorted(archives):
         name = Path(archive).stem
@@ -228,9 +258,9 @@ def name_shards(archives: Iterable[str], paths: Sequence[Path], size: int) -> di
 
 
 def _compute_fingerprint(content: ShardContent) -> str:
-    """Return a digest of the names of a shard's images, or of the path, size and modification time of its archive.
+    """Hash the paths of the images of a shard, or the path, size and modification time of its archive.
 
-    Archives are too large to be read once more for a hash of their content.
+    Archives are too large to hash their content.
     """
     file_state = None
     if "tar" in content and os.path.exists(content["tar"]):
@@ -246,20 +276,20 @@ def begin_sharded_run(
     inputs: Iterable[str | Path],
     overwrite: bool,
 ) -> dict[str, Sequence[ImageProblem]]:
-    """Begin a run of shards in its folder.
+    """Begin or resume a run of shards in its folder.
 
     Args:
-        folder: The locked folder.
-        settings: What determines the captions, and the names of the images.
-        fingerprints: The fingerprint of each shard.
-        inputs: Files that the command reads.
-        overwrite: Make every shard again.
+        folder: Locked run folder.
+        settings: Settings that determine the captions, and the image names.
+        fingerprints: Fingerprint of each shard.
+        inputs: Files that the run reads.
+        overwrite: Caption every shard again.
 
     Returns:
         The finished shards by name, with the problems of their images.
 
     Raises:
-        OutputError: The folder must not be written.
+        OutputError: The folder cannot be written, or contains another run.
         ValueError: The journal is damaged.
     """
     entries = list(read_journal(folder.path / JOURNAL_NAME)) if folder.last_run and not overwrite else []
@@ -276,7 +306,7 @@ def begin_sharded_run(
 
 
 def _parse_problems(value: Any) -> list[ImageProblem]:
-    """Read the problems of a line of the journal."""
+    """Parse the problems of a journal entry, and ignore malformed ones."""
     pairs = value if isinstance(value, list) else []
     return [(str(line), kind) for line, kind in filter(_is_pair, pairs) if kind in (UNUSABLE_IMAGE, UNUSABLE_PROMPTS)]
 
@@ -286,16 +316,11 @@ def _is_pair(value: Any) -> bool:
 
 
 def _make_output_pattern(name: str) -> str:
-    """The pattern of the file of a shard."""
     return make_exact_pattern(f"{name}.jsonl")
 
 
 def _unpack_images(archive: str, folder: str) -> tuple[list[str], list[str]]:
-    """Extract the images of an archive; return their paths, all inside the folder, and a line for each that is not.
-
-    Raises:
-        ValueError: If the archive cannot be read or unpacked, or contains no images.
-    """
+    """Extract the images of an archive; return their paths, and a line for each image that cannot be extracted."""
     paths, problems = [], []
     try:
         with open_regular_file(archive) as file, tarfile.open(fileobj=file) as tar:
@@ -306,7 +331,7 @@ def _unpack_images(archive: str, folder: str) -> tuple[list[str], list[str]]:
                     safe_member = tarfile.data_filter(member, folder)
                     tar.extract(safe_member, folder, filter="data")
                 except (tarfile.FilterError, OSError, ValueError) as error:
-                    if isinstance(error, OSError) and error.errno not in FILE_NAME_ERRORS:  # such as a full disk
+                    if isinstance(error, OSError) and error.errno not in FILE_NAME_ERRORS:  # such as disk full
                         raise ValueError(f"cannot unpack {format_path(archive)}: {error.strerror or error}") from error
                     reason = " ".join(str(error).split())
                     problems.append(
