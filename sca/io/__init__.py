@@ -1,1 +1,1 @@
-"""Shared reading and writing of files: validators, bounded readers, atomic writes, journals and run folders."""
+"""File reading and writing: validation, bounded readers, atomic writes, journals and run folders."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete, or not at all. Imports no torch."""
+"""Atomic writes: files and folders appear complete or not at all. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from sca.io.file_lock import is_locked, lock_file
 from sca.io.images import format_path
 from sca.io.json import open_regular_file
 
-DRAFT_NAME = ".sca-{}.part"  # the name that a file has while it is written
+DRAFT_NAME = ".sca-{}.part"  # name of a file while it is written
 RANDOM_HEX_GLOB = "[0-9a-f]" * 16  # matches `secrets.token_hex(8)`
 
 
 class AtomicFile:
-    """A file that is written in pieces: `write` adds a complete piece, or nothing and raises `OutputError`.
+    """File that is written in pieces: `write` adds a complete piece, or nothing and raises `OutputError`.
 
-    The file grows under a temporary name in the same folder. `commit` syncs it to disk and renames it; `discard`
+    The file grows under a temporary name in the same folder. `commit` syncs it to disk and renames it. `discard`
     removes it and leaves an older file unchanged.
 
     Args:
-        path: The final name.
-        visible: Grow under the final name if no file exists there, so that every piece can be read at once.
+        path: Final path.
+        visible: Grow under the final name if no file exists there, so that every piece can be read immediately.
 
     Raises:
         OutputError: The file cannot be created, or `path` is a folder or a device.
@@ -45,11 +45,11 @@ class AtomicFile:
             self._write_path = (
                 path if visible and not self.replaces_file else path.with_name(DRAFT_NAME.format(secrets.token_hex(8)))
             )
-            self._file = open(self._write_path, "xb", buffering=0)  # noqa: SIM115 (closed by keep and drop)
-            lock_file(self._file)  # a draft whose lock can be taken was left by a killed process
+            self._file = open(self._write_path, "xb", buffering=0)  # noqa: SIM115 (closed by commit and discard)
+            lock_file(self._file)  # a draft that can be locked was left by a killed process
 
     def write(self, content: str | bytes | memoryview) -> None:
-        """Add a piece; text is encoded as UTF-8."""
+        """Append a piece; text is encoded as UTF-8."""
         start = self._file.tell()
         try:
             with translate_output_errors(self.path):
@@ -60,10 +60,10 @@ class AtomicFile:
             raise
 
     def commit(self, sync_folder: bool = True) -> None:
-        """Sync the file to disk and give it its name.
+        """Sync the file to disk and rename it to its final name.
 
         Args:
-            sync_folder: Also sync the name; a caller that writes many files syncs their folder later, once.
+            sync_folder: Also sync the name. A caller that writes many files syncs their folder once at the end.
         """
         try:
             with translate_output_errors(self.path):
@@ -78,19 +78,19 @@ class AtomicFile:
             raise
 
     def discard(self) -> None:
-        """Close the file and remove what was written under the temporary name."""
+        """Close the file and remove its temporary file."""
         self._file.close()
         if self._write_path != self.path:
             self._write_path.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: str | bytes | memoryview, sync_folder: bool = True) -> None:
-    """Write a whole file: afterwards it has the new content, or the old one if `OutputError` is raised.
+    """Write a complete file: it has the new content, or the old one if `OutputError` is raised.
 
     Args:
-        path: The file.
-        content: Text is encoded as UTF-8.
-        sync_folder: As in `AtomicFile.keep`.
+        path: File.
+        content: Content; text is encoded as UTF-8.
+        sync_folder: See `AtomicFile.commit`.
     """
     file = AtomicFile(path)
     try:
@@ -110,17 +110,20 @@ def write_all_bytes(descriptor: int, content: bytes | memoryview) -> None:
 
 @contextmanager
 def write_folder(folder: Path, replaceable: Iterable[str] = ()) -> Iterator[Path]:
-    """Fill a folder that appears complete under its name, or not at all.
+    """Write a folder that appears complete under its name, or not at all.
 
-    The draft is a hidden folder beside it. An older folder is exchanged in one step where the file system can (Linux,
-    macOS); elsewhere a kill between two renames leaves the older folder as `.NAME.previous`.
+    The draft is a hidden sibling folder. An older folder is exchanged in one step if the file system supports it
+    (Linux, macOS). Otherwise, a kill between two renames leaves the older folder as `.NAME.previous`.
 
     Args:
-        folder: The final name.
-        replaceable: Names of the entries that an older folder may contain; with any other entry it is not replaced.
+        folder: Final path.
+        replaceable: Names of entries that an older folder may contain. A folder with any other entry is not replaced.
+
+    Yields:
+        The draft folder.
 
     Raises:
-        OutputError: `folder` is a file, contains something else, or cannot be written.
+        OutputError: `folder` is a file, contains other entries, or cannot be written.
     """
     check_folder_replaceable(folder, replaceable)
     draft = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
@@ -149,12 +152,12 @@ def write_folder(folder: Path, replaceable: Iterable[str] = ()) -> Iterator[Path
 
 
 def get_previous_folder(folder: Path) -> Path:
-    """Where a kill leaves the older folder on a file system that cannot exchange two folders."""
+    """Return the path of the older folder after a kill, on file systems that cannot exchange two folders."""
     return folder.parent / f".{folder.name}.previous"
 
 
 def check_folder_replaceable(folder: Path, replaceable: Iterable[str] = ()) -> None:
-    """Raise OutputError unless `folder` is new, empty, or contains nothing but `replaceable` entries."""
+    """Raise OutputError unless `folder` is new, empty, or contains only `replaceable` entries."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise OutputError(f"{format_path(folder)} is not a folder; choose another one")
     if not folder.is_dir():
@@ -168,7 +171,7 @@ def check_folder_replaceable(folder: Path, replaceable: Iterable[str] = ()) -> N
 
 
 def remove_drafts(folder: Path) -> None:
-    """Remove the temporary files of killed processes; those of a running process are locked and stay."""
+    """Remove the temporary files of killed processes; those of running processes are locked and kept."""
     for draft in folder.glob(DRAFT_NAME.format(RANDOM_HEX_GLOB)):
         with suppress(OSError, InputError), open_regular_file(draft) as file:
             if not is_locked(file):
@@ -176,7 +179,7 @@ def remove_drafts(folder: Path) -> None:
 
 
 def create_writable_folder(folder: Path) -> None:
-    """Make a folder, and check before anything is computed that files can be created in it."""
+    """Create a folder, and check that files can be created in it before anything is computed."""
     with translate_output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -201,7 +204,7 @@ def sync_tree(folder: Path) -> None:
 
 @contextmanager
 def translate_output_errors(path: Path) -> Iterator[None]:
-    """Raise the system's reason why `path` cannot be written as one OutputError, with what to do."""
+    """Convert an OSError for `path` to an OutputError with the system's reason and the fix."""
     try:
         yield
     except OutputError:
@@ -211,7 +214,7 @@ def translate_output_errors(path: Path) -> Iterator[None]:
 
 
 def make_write_error(path: Path | str, error: OSError) -> OutputError:
-    """Return the error for a path that cannot be written: the system's reason, and what to do."""
+    """Return the error for a path that cannot be written, with the system's reason and the fix."""
     if isinstance(error, PermissionError):
         remedy = "choose a folder that you may write in"
     elif isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
@@ -224,7 +227,7 @@ def make_write_error(path: Path | str, error: OSError) -> OutputError:
 
 
 def _is_replaceable_file(path: Path) -> bool:
-    """Whether a file exists at `path`. Raises OSError for what a rename must not replace: a folder or a device."""
+    """Return whether a file exists at `path`; raise OSError for a folder or a device, which a rename must not replace."""
     if not path.name:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     try:
@@ -239,7 +242,7 @@ def _is_replaceable_file(path: Path) -> bool:
 
 
 def _lock_folder(folder: Path) -> int | None:
-    """A locked descriptor of a draft folder, by which others see that it is being written; None if impossible."""
+    """Return a locked descriptor of a draft folder, which marks it as being written; None if locks are unsupported."""
     if os.name != "posix":
         return None
     descriptor = os.open(folder, os.O_RDONLY)
@@ -260,7 +263,7 @@ def _remove_draft_folders(folder: Path) -> None:
 
 
 def _exchange_folders(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step; False where the system or the file system cannot."""
+    """Exchange two folders in one step; return False if the system or the file system does not support it."""
     library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     names = os.fsencode(one), os.fsencode(other)
     if sys.platform == "linux" and hasattr(library, "renameat2"):

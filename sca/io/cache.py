@@ -1,4 +1,4 @@
-"""The folder in which this package caches files between runs."""
+"""Cache folder of this package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def get_cache_folder() -> Path:
-    """Return `SCA_CACHE`, or else `sca` in the user's cache folder."""
+    """Return `SCA_CACHE`, or `sca` in the user's cache folder by default."""
     if configured := os.environ.get("SCA_CACHE"):
         return Path(configured)
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))

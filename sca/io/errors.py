@@ -14,9 +14,7 @@ class InputError(ValueError):
 
 
 class OutputError(OSError):
-    """Output that cannot be written: a folder in use or of another run, a full disk, a file that must not be
-    overwritten.
-    """
+    """Output that cannot be written, such as a folder in use, a full disk, or a file that must not be overwritten."""
 
 
 RejectCallback = Callable[[InputError], None]  # receives the error of a record, which is then skipped

@@ -1,4 +1,4 @@
-"""Exclusive locks that end with the process that holds them, however it ends."""
+"""Exclusive locks that are released when their process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ UNSUPPORTED_ERRNOS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLC
 
 
 def lock_file(file: IO[Any] | int) -> bool:
-    """Take an exclusive lock on an open file without waiting.
+    """Lock an open file exclusively, without waiting.
 
     Returns:
-        False if another process holds it; True if it was taken, or if the file system has no locks.
+        False if another process holds the lock; True if it was acquired or the file system does not support locks.
     """
     if fcntl is None:
         return True
@@ -42,7 +42,7 @@ def lock_file(file: IO[Any] | int) -> bool:
 
 
 def is_locked(file: IO[Any] | int) -> bool:
-    """Whether another process holds the lock of an open file, or may: where that cannot be known."""
+    """Return whether another process holds the lock of an open file; True if unknown."""
     if fcntl is None:
         return True
     try:
@@ -55,11 +55,11 @@ def is_locked(file: IO[Any] | int) -> bool:
 
 @contextmanager
 def hold_lock(path: Path, display_name: str) -> Iterator[None]:
-    """Hold the lock file `path`; it is removed afterwards.
+    """Hold the lock file `path`, and remove it afterwards.
 
     Args:
-        path: The lock file.
-        display_name: What is locked, for the message.
+        path: Lock file.
+        display_name: Name of the locked object in messages.
 
     Raises:
         LockedError: Another process holds the lock.
@@ -75,12 +75,12 @@ def hold_lock(path: Path, display_name: str) -> Iterator[None]:
             )
         if _is_open_at_path(file, path):
             break
-        file.close()  # its last holder has removed it meanwhile
+        file.close()  # removed by its previous holder in the meantime
     _held_files.add(file)
     try:
         yield
     finally:
-        if not file.closed:  # a forked child has closed it
+        if not file.closed:  # closed if this is a forked child
             with suppress(OSError):
                 if _is_open_at_path(file, path):
                     path.unlink()
@@ -88,7 +88,7 @@ def hold_lock(path: Path, display_name: str) -> Iterator[None]:
 
 
 def _open_lock_file(path: Path) -> IO[bytes]:
-    """Create or open a lock file; never block on a FIFO and never follow a link."""
+    """Create or open a lock file; never block on a FIFO, never follow a link."""
     flags = os.O_CREAT | os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
     try:
         descriptor = os.open(path, flags, 0o666)
@@ -117,7 +117,7 @@ _held_files: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _close_locks_in_child() -> None:
-    """A forked worker must not keep the lock of a parent that was killed."""
+    """Close inherited locks, so that a forked worker does not hold the lock of a killed parent."""
     for file in list(_held_files):
         if not file.closed:
             file.close()

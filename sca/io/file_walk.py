@@ -1,4 +1,4 @@
-"""Walking folders that contain links to folders."""
+"""Walk folders that contain links to folders."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def walk_files(
     onerror: Callable[[OSError], None] | None = None,
     should_enter: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[Path]:
-    """Yield the files below a folder, also those below links to folders; each folder is entered once.
+    """Yield the files below a folder, including those below links to folders; each folder is entered once.
 
-    Folders come before the links to them, so that a file has the same path wherever a link is.
+    Folders come before the links to them, so that the path of a file does not depend on links elsewhere.
 
     Args:
-        folder: Where to start.
+        folder: Top folder.
         onerror: Called with the error of a folder that cannot be listed.
-        should_enter: Whether to enter a subfolder of this name.
+        should_enter: Whether to enter a subfolder with this name.
     """
     visited: set[tuple[int, int]] = set()
     pending_folders = [str(folder)]

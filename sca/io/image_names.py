@@ -1,8 +1,8 @@
-"""From the name of an image, as a file of any tool or system writes it, to the image on this machine.
+"""Resolve image names, as files of any tool or system write them, to image files on this machine.
 
-Names come with the backslashes of Windows, in another Unicode composition, with `~`, percent-encoded, as `file://`, as
-Label Studio serves them, or relative to another folder of the same export. Readers try the name as written, then the
-interpretation with the fewest changes; equally changed interpretations must resolve to one file.
+Names may contain Windows backslashes, another Unicode normalization, `~`, percent-encoding or `file://`. They may be
+Label Studio URLs, or relative to another folder of the same export. Readers try the name as written, then the
+interpretation with the fewest changes. Interpretations with equally many changes must resolve to one file.
 """
 
 from __future__ import annotations
@@ -24,26 +24,24 @@ URL_PATTERN = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:\w+/", re.IGNORECA
 FILE_URL_PATTERN = re.compile(r"file://[^/\\]*(?=[/\\])", re.IGNORECASE)
 DRIVE_PATTERN = re.compile(r"[a-z]:(?=/)|//", re.IGNORECASE)  # C:/ or a network share
 LOCAL_FILES_PREFIX = "/data/local-files/?d="  # Label Studio's URL of a file in its document root
-UPLOAD_FOLDER_PATTERN = re.compile(
-    r"(?:/data|[./\w-]*/media)/upload/\d+/"
-)  # of Label Studio: in tasks and in COCO exports
-UPLOAD_PREFIX_PATTERN = re.compile(r"[0-9a-f]{8}-(?=.)")  # what Label Studio puts before the name of an uploaded file
-EXPORT_IMAGE_FOLDER = "images"  # where exports of labeling tools store images, beside the annotations or below them
+UPLOAD_FOLDER_PATTERN = re.compile(r"(?:/data|[./\w-]*/media)/upload/\d+/")  # Label Studio, in tasks and COCO exports
+UPLOAD_PREFIX_PATTERN = re.compile(r"[0-9a-f]{8}-(?=.)")  # Label Studio's prefix of uploaded files
+EXPORT_IMAGE_FOLDER = "images"  # image folder in exports of labeling tools, next to the annotations or below them
 
 
 def resolve_image_path(name: str, roots: Sequence[str | Path]) -> Path:
-    """Return the image file that a name in a file means.
+    """Resolve the name of an image in a file to the image file.
 
     Args:
-        name: As written: a path in the style of any system, a `file://` URL or a path that Label Studio serves.
-        roots: Folders that relative names may start from; names as they are written count in this order.
+        name: Name as written: a path in the style of any system, a `file://` URL or a path served by Label Studio.
+        roots: Folders that relative names may start from. Names as written are resolved in this order.
 
     Returns:
-        The file. If no interpretation exists, the name in the first root. A file that only shares its file name with an
-        absolute path of another machine is reported, once per process.
+        The file; the name in the first root if no interpretation exists. A file that shares only its file name with an
+            absolute path of another machine is reported, once per process.
 
     Raises:
-        InputError: If the name is a URL of another machine, or could mean several files.
+        InputError: The name is a remote URL, or matches several files.
     """
     literal_paths = [Path(root, name) for root in roots]
     for path in literal_paths:
@@ -64,7 +62,7 @@ def resolve_image_path(name: str, roots: Sequence[str | Path]) -> Path:
 
 
 def read_named_image_size(name: str, roots: Sequence[str | Path]) -> tuple[int, int] | None:
-    """Return width and height of the image that a name refers to, see `resolve_image_path`; None if unreadable."""
+    """Return the width and height of an image by its name, see `resolve_image_path`; None if it cannot be read."""
     try:
         return read_image_file_size(resolve_image_path(name, roots))
     except InputError:
@@ -72,29 +70,27 @@ def read_named_image_size(name: str, roots: Sequence[str | Path]) -> tuple[int, 
 
 
 class ImageNameResolver:
-    """The names of images by the file that they lead to: a file is one image, in whatever spelling.
+    """Unifies the names of images that resolve to the same file.
 
     Args:
-        locate: Returns the file that a name means, as `resolve_image_path` does.
+        locate: Resolves a name to a file, as `resolve_image_path` does.
     """
 
     def __init__(self, locate: Callable[[str], Path]):
         self._locate = locate
-        self._resolved_names: dict[
-            str, tuple[str, str]
-        ] = {}  # name -> first name with the same meaning, and of the same file
+        self._resolved_names: dict[str, tuple[str, str]] = {}  # name -> results of unify_spelling and identify_file
         self._name_by_path: dict[str, str] = {}
         self._name_by_file: dict[str, str] = {}
 
     def unify_spelling(self, name: str) -> str:
-        """Return the first name that is another spelling of the same path, with folders that are links followed.
+        """Return the first name that spells the same path, with links to folders resolved.
 
-        An absolute path of another machine, which may mean another file than the one it leads to, is unchanged.
+        An absolute path of another machine is unchanged, because it may refer to another file than it resolves to.
         """
         return self._resolve_name(name)[0]
 
     def identify_file(self, name: str) -> str:
-        """Return the first name that leads to the same file in any way; unchanged where there is no file."""
+        """Return the first name that resolves to the same file in any way; unchanged if the file does not exist."""
         return self._resolve_name(name)[1]
 
     def _resolve_name(self, name: str) -> tuple[str, str]:
@@ -117,9 +113,9 @@ class ImageNameResolver:
 
 
 def make_relative_image_name(name: str, roots: Sequence[str | Path]) -> str:
-    """Return the name of an image as other tools on this machine read it: relative to the root that it is found in.
+    """Return an image name that other tools on this machine can read: relative to the root that contains the image.
 
-    A name that exists as it is written, or that leads to no file, is unchanged.
+    A name that exists as written, or that resolves to no file, is unchanged.
     """
     try:
         path = resolve_image_path(name, roots)
@@ -132,17 +128,17 @@ def make_relative_image_name(name: str, roots: Sequence[str | Path]) -> str:
 
 
 def is_url(name: str) -> bool:
-    """Whether the name of an image is a URL that only a download can read, such as https://, s3:// or data:."""
+    """Return whether an image name is a URL that requires a download, such as https://, s3:// or data:."""
     return bool(URL_PATTERN.match(name))
 
 
 def is_absolute_name(name: str) -> bool:
-    """Whether the name of an image starts at the root of some system or server: /x, \\x, C:\\x or file:///x."""
+    r"""Return whether an image name is absolute on any system or server: /x, \x, C:\x or file:///x."""
     return bool(FILE_URL_PATTERN.match(name)) or _NameInterpretation(_replace_backslashes(name)).is_absolute
 
 
 def list_possible_file_names(name: str) -> set[str]:
-    """Return the file names, without folders and composed (NFC), that a written name could mean."""
+    """Return the file names, without folders and NFC-normalized, that a written name could refer to."""
     name = re.split("[?#]", name)[0] if is_url(name) else name
     file_names = {split_path_parts(form.path)[-1] for form in _iter_spellings(name) if split_path_parts(form.path)}
     file_names |= (
@@ -155,11 +151,11 @@ def add_image_prefix(path: str, prefix: str) -> str:
     """Return the URL of an image for a labeling tool: a prefix and the percent-encoded path.
 
     Args:
-        path: Relative to the folder that the prefix serves, or absolute if it serves the root.
-        prefix: Such as `/data/local-files/?d=` or `https://host/folder/`; "" leaves the path unchanged.
+        path: Path relative to the folder that the prefix serves, or absolute if it serves the root.
+        prefix: URL prefix, such as `/data/local-files/?d=` or `https://host/folder/`. "" leaves the path unchanged.
 
     Raises:
-        ValueError: If the path leaves the folder by `..`.
+        ValueError: The path leaves the folder by `..`.
     """
     if not prefix:
         return path
@@ -172,17 +168,14 @@ def add_image_prefix(path: str, prefix: str) -> str:
 
 
 def remove_image_prefix(name: str, prefix: str) -> str:
-    """Return the path in a URL that `add_image_prefix` has made; another name unchanged."""
+    """Return the path in a URL of `add_image_prefix`; other names are unchanged."""
     if not prefix or not name.startswith(prefix):
         return name
     return unquote(name.removeprefix(prefix), errors="surrogateescape")
 
 
 class _NameInterpretation(NamedTuple):
-    """An interpretation of a name: a path with `/`, and whether it must stay below the roots.
-
-    Decoding must not lead out of a root: only a name that contains `..` in plain letters does.
-    """
+    """Path with `/`, and whether it must stay below the roots: only a literal `..` may leave a root, not a decoded one."""
 
     path: str
     is_confined: bool = False
@@ -196,7 +189,7 @@ _Locate = Callable[[_NameInterpretation, Path], Iterator[Path]]
 
 
 def _iter_interpretations(name: str) -> Iterator[tuple[list[_NameInterpretation], _Locate]]:
-    """Yield what a name could mean, fewest changes first: respelled, in another folder, without an upload prefix."""
+    """Yield interpretations, fewest changes first: respelled, in another folder, without an upload prefix."""
     if "\0" in name:
         return
     spellings = list(dict.fromkeys(_iter_spellings(name)))
@@ -212,13 +205,12 @@ def _iter_interpretations(name: str) -> Iterator[tuple[list[_NameInterpretation]
 
 
 def _iter_spellings(name: str) -> Iterator[_NameInterpretation]:
-    """Return the spellings of a name: with `/`, decoded, without what its tool or system adds."""
+    """Yield the spellings of a name: with `/`, decoded, without additions of its tool or system."""
     if name.startswith(LOCAL_FILES_PREFIX):
         value = name.removeprefix(LOCAL_FILES_PREFIX)
         for path in (value, unquote(value), unquote(value.partition("&")[0])):
-            yield _NameInterpretation(
-                f"/{_replace_backslashes(path)}", is_confined=True
-            )  # from its document root, perhaps not ours
+            # The path is relative to Label Studio's document root, which may differ from our roots.
+            yield _NameInterpretation(f"/{_replace_backslashes(path)}", is_confined=True)
     elif upload := UPLOAD_FOLDER_PATTERN.match(name):
         if not name.startswith("/"):
             yield _NameInterpretation(name)
@@ -241,7 +233,7 @@ def _replace_backslashes(name: str) -> str:
 
 
 def _strip_slash_before_drive(path: str) -> str:
-    """`C:/x` of `/C:/x`, as the path of a file URL has it."""
+    """Return `C:/x` for `/C:/x`, the path of a file URL."""
     return path[1:] if DRIVE_PATTERN.match(path[1:]) and path[1:3] != "//" else path
 
 
@@ -250,13 +242,13 @@ def _has_upload_prefix(name: str) -> bool:
 
 
 def split_path_parts(path: str) -> list[str]:
-    """Return the parts of a path in the style of any system, without its root or drive."""
+    """Split a path in the style of any system into its parts, without its root or drive."""
     slashed = _replace_backslashes(path)
     return [part for part in DRIVE_PATTERN.sub("", slashed, count=1).split("/") if part not in ("", ".")]
 
 
 def _iter_paths_in_root(interpretation: _NameInterpretation, root: Path) -> Iterator[Path]:
-    """Return the path that an interpretation means in a root."""
+    """Yield the paths of an interpretation in a root."""
     parts = split_path_parts(interpretation.path)
     if not interpretation.is_confined:
         yield Path(root, interpretation.path)
@@ -265,10 +257,10 @@ def _iter_paths_in_root(interpretation: _NameInterpretation, root: Path) -> Iter
 
 
 def _iter_paths_in_other_folders(interpretation: _NameInterpretation, root: Path) -> Iterator[Path]:
-    """Return the paths below a root that an interpretation means if it starts from another folder.
+    """Yield the paths below a root of a name that starts from another folder.
 
-    That is a folder above the root, whose name it repeats, or the folder of an export that has `images/`; for an
-    absolute path of another machine, any. A leading `..` is never dropped: it names another folder.
+    That folder is above the root and repeated in the name, or an export's folder with `images/`, or any folder for an
+    absolute path of another machine. A leading `..` is never dropped: it names another folder.
     """
     parts, root_parts = split_path_parts(interpretation.path), Path(os.path.abspath(root)).parts
     for count in range(len(parts)):
@@ -281,7 +273,7 @@ def _iter_paths_in_other_folders(interpretation: _NameInterpretation, root: Path
 
 
 def _warn_about_substitute(name: str, interpretations: Iterable[_NameInterpretation], substitute: Path) -> None:
-    """Report a file that shares no folder with the absolute name that leads to it: only their file names agree."""
+    """Report a file that matches an absolute name by its file name only."""
     folders = {part for form in interpretations if form.is_absolute for part in split_path_parts(form.path)[-2:-1]}
     if folders and not any(
         _are_equal_parts([Path(os.path.abspath(substitute)).parent.name], [folder]) for folder in folders
@@ -299,7 +291,7 @@ def _are_equal_parts(parts: Sequence[str], others: Sequence[str]) -> bool:
 
 
 def _list_existing_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the paths of files, each file once."""
+    """Return the paths of existing files, each file once."""
     existing: dict[str, Path] = {}
     for path in dict.fromkeys(paths):
         for each in _list_unicode_variants(path):
@@ -309,7 +301,7 @@ def _list_existing_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def _list_unicode_variants(path: Path) -> list[Path]:
-    """The path and, of a path with letters beyond ASCII, those on disk that differ in Unicode composition only."""
+    """Return the path and, if it is not ASCII, the paths on disk that differ only in Unicode normalization."""
     if str(path).isascii() or os.path.isfile(path):
         return [path]
     variants = [Path(path.anchor)]
@@ -330,7 +322,7 @@ def _list_equivalent_names(folder: Path, part: str) -> Iterable[str]:
 
 @lru_cache(maxsize=64)
 def _group_by_composed_name(folder: str, modified_ns: int) -> dict[str, list[str]]:
-    """The names in a folder by their composed form; `modified_ns` is part of the key, so that a change is seen."""
+    """Group the names in a folder by their NFC form; `modified_ns` is a cache key, so that changes are detected."""
     names: dict[str, list[str]] = {}
     for name in os.listdir(folder):
         if not name.isascii():

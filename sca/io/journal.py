@@ -1,4 +1,4 @@
-"""One append-only file of JSON lines, for whatever must outlive a kill, a power cut or a full disk."""
+"""Append-only file of JSON lines that survives kills, power failures and full disks."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from sca.io.file_lock import lock_file
 from sca.io.images import format_path
 from sca.io.json import open_regular_file, parse_json
 
-SYNC_SECONDS = 3.0  # a power cut loses at most what was appended within this time
-BLOCK_BYTES = 2**20  # bytes
-ENTRY_PREFIX = b"{"  # of any entry
+SYNC_SECONDS = 3.0  # a power failure loses at most the entries of this time
+BLOCK_BYTES = 2**20
+ENTRY_PREFIX = b"{"  # of every entry
 
 JournalEntry = Mapping[str, Any]
 
 
 class Journal:
-    """A journal that is open for appending, under an exclusive lock.
+    """Journal opened for appending, under an exclusive lock.
 
-    What cannot be decoded at the end, a torn line or the zeros that a power cut leaves, is dropped. Whatever can be
-    decoded stays, also on a full disk and for a first line that lacks only its newline.
+    An undecodable end, such as a torn line or zeros after a power failure, is dropped. Everything that can be decoded
+    is kept, even on a full disk, and even if the first line lacks only its newline.
 
     Args:
-        path: The file, created if absent.
-        completes_group: Whether an entry completes a group; entries after the last complete group are dropped. By
+        path: File; created if missing.
+        completes_group: Whether an entry completes a group. Entries after the last complete group are dropped. By
             default every entry is complete.
-        first_line_prefix: What the first line begins with: a torn first line that does not is a file of something else.
-        sync_seconds: An append syncs to disk if the last sync is at least this long ago; until the next append or
-            `close`, what was appended within this time may not be synced. 0 syncs every append.
+        first_line_prefix: Prefix of the first line. A torn first line without it belongs to another kind of file.
+        sync_seconds: Minimum time between syncs to disk, in seconds. Entries appended within this time may be unsynced
+            until the next append or `close`. 0 syncs every append.
 
     Raises:
         InputError: The file is not a journal.
@@ -51,7 +51,7 @@ class Journal:
     ):
         self.path, self._sync_seconds = path, sync_seconds
         is_new = not path.exists()
-        if not is_new and not path.is_file():  # a pipe would be waited for
+        if not is_new and not path.is_file():  # a pipe would block
             raise InputError(f"{format_path(path)} is not a regular file; choose another folder")
         with translate_output_errors(path):
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by close)
@@ -59,7 +59,7 @@ class Journal:
                 self._file.close()
                 raise LockedError(f"{format_path(path)} is being written by another process; wait for it")
             self._size = _find_valid_size(self._file, completes_group)
-            self.dropped_bytes = os.fstat(self._file.fileno()).st_size - self._size  # bytes
+            self.dropped_bytes = os.fstat(self._file.fileno()).st_size - self._size
             if self.dropped_bytes and not self._size and not _is_torn_first_line(self._file, first_line_prefix):
                 self._file.close()
                 raise InputError(f"{format_path(path)} is not a journal; choose another folder, or move the file")
@@ -75,7 +75,7 @@ class Journal:
         return self._size == 0
 
     def append(self, *entries: JournalEntry) -> None:
-        """Append entries together: all of them, or none and raise `OutputError`."""
+        """Append entries atomically: all of them, or none and raise `OutputError`."""
         lines = encode_lines(entries)
         descriptor = self._file.fileno()
         try:
@@ -98,7 +98,7 @@ class Journal:
                 self._size += 1
 
     def close(self) -> None:
-        """Sync the journal to disk and release it."""
+        """Sync the journal to disk and release its lock."""
         if self._file.closed:
             return
         try:
@@ -117,11 +117,12 @@ class Journal:
 def read_journal(
     path: Path, completes_group: Callable[[JournalEntry], bool] | None = None, first_line_prefix: bytes = ENTRY_PREFIX
 ) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a journal, which may be growing, without what cannot be decoded at its end.
+    """Yield the entries of a journal, which may still be growing, without an undecodable end.
 
     Args:
-        path: The file; an absent one has no entries.
-        completes_group: As in `Journal`, like `first_line_prefix`.
+        path: File; a missing file has no entries.
+        completes_group: See `Journal`.
+        first_line_prefix: See `Journal`.
 
     Raises:
         InputError: A line before the end cannot be decoded.
@@ -152,7 +153,7 @@ def encode_lines(entries: Iterable[JournalEntry]) -> bytes:
 
 
 def _find_valid_size(file: IO[bytes], completes_group: Callable[[JournalEntry], bool] | None) -> int:
-    """The number of bytes up to the end of the last line that can be decoded and completes a group."""
+    """Return the size in bytes up to the end of the last line that can be decoded and completes a group."""
     for start, line in _iter_lines_backward(file):
         if line.endswith(b"\n") or not start:
             entry = _decode_entry(line)
@@ -162,9 +163,9 @@ def _find_valid_size(file: IO[bytes], completes_group: Callable[[JournalEntry], 
 
 
 def _iter_lines_backward(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield the start and the content of each line from the last to the first; another process may truncate the file.
+    """Yield the offset and content of each line, last to first.
 
-    Memory-mapped content that is truncated ends the process, so it is read in blocks.
+    The file is read in blocks: if another process truncates a memory-mapped file, reading it ends the process.
     """
     start, pieces = file.seek(0, os.SEEK_END), []
     while start:
@@ -182,10 +183,7 @@ def _iter_lines_backward(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def _is_torn_first_line(file: IO[bytes], first_line_prefix: bytes) -> bool:
-    """Whether a file without a whole entry is a part of a first one, or zeros in its place.
-
-    Several lines are a file of something else, unless they contain zeros, which no text file does.
-    """
+    """Return whether a file without a complete entry is a torn first line or zeros, which no text file contains."""
     file.seek(0)
     content = file.read()
     is_other_text = b"\n" in content and b"\0" not in content
@@ -195,7 +193,7 @@ def _is_torn_first_line(file: IO[bytes], first_line_prefix: bytes) -> bool:
 
 
 def _decode_entry(line: bytes) -> dict[str, Any] | None:
-    """The entry of a line, None if it is not a whole JSON object."""
+    """Decode the entry of a line; None if it is not a complete JSON object."""
     try:
         entry = parse_json(line.decode(), "", allow_surrogates=True)
     except ValueError:

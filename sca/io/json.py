@@ -1,4 +1,4 @@
-"""Bounded JSON reading: content from elsewhere is one InputError, never a hang, a traceback or an exhausted memory."""
+"""Bounded JSON reading: untrusted content causes an InputError, never a hang, a traceback or exhausted memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 from sca.io.errors import InputError, IrregularFileError, RejectCallback, raise_error
 from sca.io.validation import check_encodable
 
-MAX_JSON_BYTES = 128 * 2**20  # the largest tokenizer.json in use is 35 MB
-MAX_PIPE_BYTES = 2**30  # of what is read from a pipe as a whole
+MAX_JSON_BYTES = 128 * 2**20  # the largest tokenizer.json in use has 35 MB
+MAX_PIPE_BYTES = 2**30  # maximum size of a pipe that is read into memory
 MAX_DEPTH = 100  # far below the depth at which copying, comparing or writing a value fails
-LFS_POINTER_PREFIX = b"version https://git-lfs.github.com/spec/"  # what a pointer begins with
+LFS_POINTER_PREFIX = b"version https://git-lfs.github.com/spec/"  # first bytes of a Git LFS pointer
 DESCRIPTOR_PATH_PATTERN = re.compile(r"/dev/(?:stdin|fd/\d+)|/proc/self/fd/\d+")
 SURROGATE_ESCAPE_PATTERN = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -27,14 +27,13 @@ def read_json(path: str | Path, max_bytes: int | None = MAX_JSON_BYTES, require_
     """Read a JSON file.
 
     Args:
-        path: A regular file, UTF-8, with or without a byte order mark.
-        max_bytes: Maximum size in bytes; None for files that only the user could have named.
+        path: Regular UTF-8 file, with or without a byte order mark.
+        max_bytes: Maximum size in bytes; None for files that only the user can have named.
         require_finite: Reject NaN, Infinity and numbers that overflow to it.
 
     Raises:
-        OSError: If the file does not exist or cannot be read.
-        InputError: If it is not a regular file, too large, not UTF-8, not JSON, or nested too deep. One line that names
-            the path.
+        OSError: The file does not exist or cannot be read.
+        InputError: The file is not a regular file, too large, not UTF-8, not JSON, or nested too deeply.
     """
     return parse_json(read_regular_file(path, max_bytes), str(path), require_finite)
 
@@ -44,13 +43,14 @@ def parse_json(text: str | bytes, location: str, require_finite: bool = False, a
 
     Args:
         text: One JSON value.
-        location: What messages call it: a file, or a file and a line.
+        location: Name in messages: a file, or a file and a line.
         require_finite: Reject NaN, Infinity and numbers that overflow to it.
-        allow_surrogates: Accept half of a surrogate pair, which a cut caption or a file name that is not UTF-8 can
+        allow_surrogates: Accept lone surrogates, which a truncated caption or a file name that is not UTF-8 can
             contain.
 
     Raises:
-        InputError: If it is not JSON, nested too deep, or contains half of a surrogate pair; without the text.
+        InputError: The text is not JSON, is nested too deeply, or contains a lone surrogate. The message omits the
+            text.
     """
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
@@ -65,7 +65,7 @@ def parse_json(text: str | bytes, location: str, require_finite: bool = False, a
     except json.JSONDecodeError as error:
         position = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise InputError(f"{location} is not valid JSON: {error.msg} at {position}; copy it again") from error
-    except ValueError as error:  # an integer of thousands of digits is one, too
+    except ValueError as error:  # including integers of thousands of digits
         raise InputError(f"{location} is not valid JSON: {str(error).split(';')[0]}; copy it again") from error
     return value
 
@@ -73,12 +73,12 @@ def parse_json(text: str | bytes, location: str, require_finite: bool = False, a
 def parse_json_lines(
     lines: Iterable[bytes], display_name: str, reject: RejectCallback = raise_error
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the values of JSON Lines, each with its place, "FILE, line N"; blank lines are passed over.
+    """Yield the values of JSON Lines, each with its location "FILE, line N"; blank lines are skipped.
 
     Args:
-        lines: The lines, such as an open file.
-        display_name: What messages call the file.
-        reject: Called with the error of each line that is not JSON, which is then passed over; raises it by default.
+        lines: Lines, such as an open file.
+        display_name: Name of the file in messages.
+        reject: Called with the error of each line that is not JSON, which is then skipped. Raises it by default.
     """
     for number, line in enumerate(lines, 1):
         location = f"{display_name}, line {number}"
@@ -95,13 +95,13 @@ def read_regular_file(path: str | Path, max_bytes: int | None = None, allow_pipe
     """Read a regular file; never block on a FIFO or a device.
 
     Args:
-        path: The file.
+        path: File.
         max_bytes: Maximum size in bytes.
-        allow_pipe: As for `open_regular_file`.
+        allow_pipe: See `open_regular_file`.
 
     Raises:
-        OSError: If the file does not exist or cannot be read.
-        InputError: If it is not a regular file, or too large. One line that names the path.
+        OSError: The file does not exist or cannot be read.
+        InputError: The file is not a regular file, or too large.
     """
     with open_regular_file(path, allow_pipe=allow_pipe) as file:
         content = file.read(-1 if max_bytes is None else max_bytes + 1)
@@ -116,15 +116,15 @@ def open_regular_file(path: str | Path, require_seekable: bool = False, allow_pi
     """Open a regular file for reading; never block on a FIFO or a device.
 
     Args:
-        path: The file.
+        path: File.
         require_seekable: Read a pipe into memory, so that the result can seek.
-        allow_pipe: Accept a pipe that a shell passes as an open descriptor, /dev/stdin or /dev/fd/N. Only for a path
-            that a person typed: a name inside a file must not wait for the standard input.
+        allow_pipe: Accept a pipe that a shell passes as an open descriptor, /dev/stdin or /dev/fd/N. Set it only for a
+            path that a person typed: a name inside a file must not wait for standard input.
 
     Raises:
-        OSError: If the file does not exist or cannot be read.
-        IrregularFileError: If it is not a regular file.
-        InputError: If it is a Git LFS pointer, or a pipe to read into memory has more than `MAX_PIPE_BYTES`.
+        OSError: The file does not exist or cannot be read.
+        IrregularFileError: The file is not a regular file.
+        InputError: The file is a Git LFS pointer, or a pipe to read into memory exceeds `MAX_PIPE_BYTES`.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode
@@ -157,12 +157,12 @@ def _read_pipe_into_memory(descriptor: int, path: str | Path) -> BinaryIO:
 
 
 def is_json_lines_file(path: str | Path, file: BinaryIO, key: str) -> bool:
-    """Whether a file contains JSON lines: by its suffix or, of a pipe, which has none, by its first line.
+    """Return whether a file contains JSON Lines: by its suffix or, for a pipe without one, by its first line.
 
     Args:
-        path: Of the file.
-        file: The file, opened and seekable; it is left at its start.
-        key: A key of every line, which a file that is one JSON value does not have.
+        path: Path of the file.
+        file: Open seekable file; rewound to its start.
+        key: Key of every line, which a file with a single JSON value does not have.
     """
     if not DESCRIPTOR_PATH_PATTERN.fullmatch(str(path)):
         return is_json_lines_name(path)
@@ -176,12 +176,12 @@ def is_json_lines_file(path: str | Path, file: BinaryIO, key: str) -> bool:
 
 
 def is_json_lines_name(path: str | Path) -> bool:
-    """Whether a file name has a JSON Lines suffix, in any case."""
+    """Return whether a file name has a JSON Lines suffix, in any case."""
     return str(path).lower().endswith((".jsonl", ".ndjson"))
 
 
 def check_depth(value: Any) -> None:
-    """Raise InputError if a value that was parsed is nested deeper than MAX_DEPTH."""
+    """Raise InputError if a parsed value is nested deeper than MAX_DEPTH."""
     if _is_deeper_than(value, MAX_DEPTH):
         raise InputError(f"nested deeper than {MAX_DEPTH} levels")
 

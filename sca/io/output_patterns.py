@@ -17,18 +17,18 @@ NUMBER_WILDCARD = re.compile(r"(?<!\[)#")
 
 
 def find_outputs(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The existing files that match patterns, sorted, without what links lead to."""
+    """Return the existing files that match patterns, sorted, without following links."""
     return [path for path in _find_matches(folder, patterns) if path.is_symlink() or not path.is_dir()]
 
 
 def find_output_folders(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The run folder and the existing folders below it that contain files of the patterns, without links."""
+    """Return the run folder and its existing subfolders that contain files of the patterns, without following links."""
     parents = {str(Path(pattern).parent) for pattern in patterns} - {"."}
     return [folder, *(path for path in _find_matches(folder, parents) if path.is_dir() and not path.is_symlink())]
 
 
 def _find_matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The existing files and folders that match patterns, sorted, without what links lead to."""
+    """Return the existing files and folders that match patterns, sorted, without following links."""
     patterns = tuple(patterns)
     names = (glob(NUMBER_WILDCARD.sub("[0-9]*", each), root_dir=folder, include_hidden=True) for each in patterns)
     candidates = {folder / name for each in names for name in each}
@@ -37,7 +37,7 @@ def _find_matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def iter_parents_between(path: Path, folder: Path) -> Iterator[Path]:
-    """The folders between a path and a folder above it, from the inside."""
+    """Yield the folders between a path and a folder above it, innermost first."""
     for parent in path.parents:
         if parent == folder:
             return
@@ -45,7 +45,7 @@ def iter_parents_between(path: Path, folder: Path) -> Iterator[Path]:
 
 
 def is_output(path: Path, folder: Path, patterns: Iterable[str]) -> bool:
-    """Whether a pattern names a file, part by part as in `Path.glob`."""
+    """Return whether a pattern matches a file, segment by segment as in `Path.glob`."""
     return _matches_any_pattern(path.relative_to(folder).parts, patterns)
 
 
@@ -57,12 +57,12 @@ def _matches_any_pattern(parts: tuple[str, ...], patterns: Iterable[str]) -> boo
 
 
 def make_exact_pattern(name: str) -> str:
-    """The pattern that matches exactly one name."""
+    """Return the pattern that matches exactly one name."""
     return escape(name).replace("#", "[#]")
 
 
 def is_declared_pattern(pattern: str, patterns: Collection[str]) -> bool:
-    """Whether a pattern is one of `patterns`, or an exact name that matches one."""
+    """Return whether a pattern is one of `patterns`, or an exact name that matches one of them."""
     path = Path(re.sub(r"\[([*?[#])\]", r"\1", pattern))
     is_exact = make_exact_pattern(str(path)) == pattern and not path.is_absolute() and ".." not in path.parts
     return pattern in patterns or (is_exact and _matches_any_pattern(path.parts, patterns))

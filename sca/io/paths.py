@@ -1,4 +1,4 @@
-"""Paths in other forms: expanded, normalized, relative, without parents, distinguished from others."""
+"""Path conversions: expanded, normalized, relative, without parents, shortened."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from pathlib import Path
 
 
 def expand_user(path: str | Path) -> Path:
-    """Return a path that a person wrote, with `~` expanded; where there is no home directory, unchanged."""
+    """Expand `~` in a path that a person wrote; unchanged without a home directory."""
     return Path(os.path.expanduser(path))
 
 
 def normalize_name(name: str) -> str:
-    """Return a relative or absolute path without empty and `.` parts; `..` stays, which may follow a link."""
+    """Return a path without empty and `.` parts; `..` is kept, because it may follow a link."""
     root = "/" if name.startswith("/") else ""
     return root + "/".join(part for part in name.split("/") if part not in ("", ".")) or "."
 
 
 def make_relative_path(path: str | Path, folder: str | Path) -> str:
-    """Return the path of a file relative to a folder, as the system follows it, also where either is below a link."""
+    """Return the path of a file relative to a folder, as the system resolves it even if either is below a link."""
     parent, name = os.path.split(path)
     return os.path.join(os.path.relpath(os.path.realpath(parent), os.path.realpath(folder)), name)
 
 
 def remove_parents(path: Path) -> Path:
-    """Return a path without `..`; unchanged where that would lead elsewhere, since a part of it is a link."""
+    """Return a path without `..`; unchanged if that would change its target, because a part is a link."""
     normalized = Path(os.path.normpath(path))
     is_same = os.path.samefile(normalized, path) if normalized.exists() and path.exists() else not path.exists()
     return normalized if is_same else path
 
 
 def distinguish_paths(paths: Sequence[str | Path]) -> list[str]:
-    """Return for each path what distinguishes it from the others: the path without the folders that all share.
+    """Return the shortest distinct form of each path: the path without the folders that all share.
 
     Equal paths are numbered.
     """
@@ -44,7 +44,7 @@ def distinguish_paths(paths: Sequence[str | Path]) -> list[str]:
 
 
 def _count_shared_prefix(sequences: Sequence[Sequence[str]]) -> int:
-    """Return how many elements all sequences begin with."""
+    """Return the number of elements that all sequences share at the start."""
     return next(
         (index for index, column in enumerate(zip(*sequences, strict=False)) if len(set(column)) > 1),
         min(map(len, sequences)),

@@ -1,11 +1,11 @@
-"""What a command may write where: run folders, which know what made them, and outputs that are never inputs.
+"""Run folders, which record the run that wrote them, and checks that outputs never overwrite inputs.
 
-The rule, for every command: replace and delete only what the same kind of run wrote into the folder, as its marker
-`sca-run.json` records, and never an input. Anything else is refused in one line that names the ways out.
+All commands follow one rule: replace and delete only files that the same kind of run wrote into the folder, as its
+marker `sca-run.json` records, and never an input. Anything else is rejected with a one-line error that names the
+options.
 
-A marker may come from elsewhere, like any other file. So the code, not the marker, defines which files a kind of run
-can write, by `sca.io.output_patterns`. A marker lists these patterns, or exact names that match one; anything else in
-it is ignored.
+A marker is untrusted, like any other file. The code, not the marker, defines the files that a kind of run can write, by
+`sca.io.output_patterns`. A marker lists these patterns, or exact names that match one. Any other entry is ignored.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ MARKER_FILE, LOCK_FILE = "sca-run.json", ".sca-lock"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One kind of run in a folder, as the marker records it.
+    """One kind of run in a folder, as recorded in the marker.
 
-    Args:
-        settings: What determines the results, as plain JSON.
+    Attributes:
+        settings: Settings that determine the results, as plain JSON.
         outputs: Patterns of the files that the run writes.
-        finished: Whether it came to its end.
-        version: Of this package.
+        finished: Whether the run finished.
+        version: Version of this package.
     """
 
     settings: Mapping[str, Any]
@@ -56,20 +56,20 @@ class RunRecord:
 
 
 class RunFolder:
-    """A folder that one command writes: locked while it is open, and marked with what made it.
+    """Folder that one command writes: locked while open, and marked with the run that wrote it.
 
-        with RunFolder("out", "caption", OUTPUTS) as folder:
-            folder.begin(settings, outputs=("captions.jsonl",), inputs=images)
-            ...
-            folder.finish()
+    Example:
+        >>> with RunFolder("out", "caption", OUTPUTS) as folder:
+        ...     folder.begin(settings, outputs=("captions.jsonl",), inputs=images)
+        ...     folder.finish()
 
     Args:
-        folder: Made if absent.
-        kind: The command, such as "caption".
+        folder: Path; created if missing.
+        kind: Command, such as "caption".
         patterns: Patterns of all files that this kind of run can write.
 
     Raises:
-        LockedError: Another process writes it.
+        LockedError: Another process writes the folder.
         OutputError: The folder or its lock file cannot be written.
     """
 
@@ -91,7 +91,7 @@ class RunFolder:
 
     @property
     def last_run(self) -> RunRecord | None:
-        """The last run of this kind, None if there was none."""
+        """Last run of this kind; None without one."""
         run = read_runs(self.path).get(self.kind)
         return run and replace(
             run, outputs=tuple(each for each in run.outputs if is_declared_pattern(each, self.patterns))
@@ -107,22 +107,22 @@ class RunFolder:
         rename_earlier: bool = False,
         ignored_settings: Iterable[str] = (),
     ) -> RunRecord | None:
-        """Check that a run may write here, and mark the folder as its own.
+        """Check that a run may write to the folder, and mark the folder with it.
 
         Args:
-            settings: What determines the results, as plain JSON.
-            outputs: Those of `patterns` that the run will write, or exact names that match one (`exact_pattern`).
+            settings: Settings that determine the results, as plain JSON.
+            outputs: Subset of `patterns` that the run will write, or exact names that match one (`make_exact_pattern`).
             inputs: Files and folders that the command reads.
-            overwrite: Delete what an earlier run with other settings wrote.
+            overwrite: Delete the outputs of an earlier run with other settings.
             rename_earlier: Rename the folder of an earlier run with other settings to `NAME-1`, or the next free
-                number; `earlier_run_path` is its new path.
+                number. `earlier_run_path` is its new path.
             ignored_settings: Settings that may differ from those of the earlier run.
 
         Returns:
-            The earlier run if this one continues or repeats it, else None.
+            The earlier run if this run continues or repeats it, else None.
 
         Raises:
-            OtherRunError: The folder contains a run with other settings.
+            DifferentRunError: The folder contains a run with other settings.
             OutputError: An output is an input, or was not written by this kind of run.
         """
         settings, outputs, inputs = _convert_to_json_values(settings), tuple(outputs), tuple(inputs)
@@ -154,16 +154,16 @@ class RunFolder:
         return earlier
 
     def finish(self) -> None:
-        """Record that the run came to its end."""
+        """Mark the run as finished."""
         run = self.last_run
         assert run is not None, "a run that has not begun"
         self._write_marker(RunRecord(run.settings, run.outputs, True, run.version))
 
     def delete_outputs(self, outputs: Iterable[str] | None = None) -> None:
-        """Delete the files that the last run of this kind wrote, and folders that are empty afterwards.
+        """Delete the files of the last run of this kind, and folders that become empty.
 
         Args:
-            outputs: Patterns of a part of these files.
+            outputs: Patterns of the files to delete. Defaults to all.
         """
         earlier_outputs = self.last_run.outputs if self.last_run else ()
         for path in find_outputs(
@@ -191,16 +191,16 @@ class RunFolder:
 def check_same_run(
     path: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any], ignored_settings: Iterable[str] = ()
 ) -> None:
-    """Check that a file is of this run, so that it can be continued.
+    """Check that a file belongs to this run, so that it can be resumed.
 
     Args:
-        path: The file.
-        earlier: What determined its results, as plain JSON.
-        settings: What determines the results now.
-        ignored_settings: Names of what may differ.
+        path: File.
+        earlier: Settings that determined its results, as plain JSON.
+        settings: Settings of this run.
+        ignored_settings: Names of settings that may differ.
 
     Raises:
-        OtherRunError: It is of another run; names what differs.
+        DifferentRunError: The file belongs to another run; the message names the differences.
     """
     if changes := _describe_changes(earlier, _convert_to_json_values(settings), set(ignored_settings)):
         raise _make_other_run_error(path, changes)
@@ -213,7 +213,7 @@ def _make_other_run_error(path: Path, changes: Iterable[str]) -> DifferentRunErr
 
 
 def read_runs(folder: Path) -> dict[str, RunRecord]:
-    """The runs that the marker of a folder records, by kind.
+    """Read the runs recorded in the marker of a folder, by kind.
 
     Raises:
         InputError: The marker is damaged.
@@ -234,12 +234,12 @@ def read_runs(folder: Path) -> dict[str, RunRecord]:
 
 
 class OutputFilter:
-    """Tell which files runs wrote into their folders, so that a command does not read its own outputs.
+    """Detects files that runs wrote into their folders, so that a command does not read its own outputs.
 
     `skipped_paths` lists the outputs among the checked paths. Each marker is read once.
 
     Args:
-        patterns: Patterns of the outputs; any other pattern in a marker is ignored.
+        patterns: Patterns of the outputs. Any other pattern in a marker is ignored.
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
@@ -248,7 +248,7 @@ class OutputFilter:
         self._read_runs = cache(read_runs)
 
     def __call__(self, path: Path) -> bool:
-        folders = list(path.parents)[:2]  # an output is in its run folder, or one folder below
+        folders = list(path.parents)[:2]  # an output is in its run folder or one folder below
         runs = [(folder, run) for folder in folders for run in self._read_runs(folder).values()]
         is_run_output = any(is_output(path, folder, self._patterns.intersection(run.outputs)) for folder, run in runs)
         self.skipped_paths += [path] if is_run_output else []
@@ -258,15 +258,15 @@ class OutputFilter:
 def check_not_inputs(
     outputs: Iterable[str | Path], inputs: Iterable[str | Path], folder: str | Path | None = None
 ) -> None:
-    """Refuse to write what the same command reads, whatever it is called: a link, a hard link or another spelling.
+    """Check that no output is an input under any name: a link, a hard link or another spelling.
 
     Args:
-        outputs: Files and folders that will be written; absent ones are no input.
+        outputs: Files and folders that will be written; missing ones cannot be inputs.
         inputs: Files and folders that are read.
-        folder: The run folder; an input folder below it must not receive outputs.
+        folder: Run folder; an input folder below it must not receive outputs.
 
     Raises:
-        OutputError: An output is an input, contains one, or lies in an input folder below `folder`.
+        OutputError: An output is an input, contains one, or is in an input folder below `folder`.
     """
     existing = [(Path(path), file_id) for path in outputs if (file_id := _get_file_id(path))]
     if not existing:
@@ -297,7 +297,7 @@ def check_not_inputs(
 
 
 def compute_file_hash(path: str | Path) -> str | None:
-    """The SHA-256 of a file that a run reads, for its settings; None for a pipe, which can be read only once."""
+    """Return the SHA-256 of a file that a run reads, for its settings; None for a pipe, which can be read only once."""
     if not Path(path).is_file():
         return None
     with open(path, "rb") as file:
@@ -305,7 +305,7 @@ def compute_file_hash(path: str | Path) -> str | None:
 
 
 def iter_existing_paths(values: Any) -> Iterator[Path]:
-    """Those texts in plain settings, at any depth, that name an existing file or folder."""
+    """Yield the texts in plain settings, at any depth, that name an existing file or folder."""
     if isinstance(values, Mapping):
         values = values.values()
     elif isinstance(values, str | Path):
@@ -321,7 +321,7 @@ def iter_existing_paths(values: Any) -> Iterator[Path]:
 
 
 def _get_file_id(path: str | Path) -> tuple[int, int] | None:
-    """The device and inode of a file, None if it does not exist."""
+    """Return the device and inode of a file; None if it does not exist."""
     try:
         file_stat = os.stat(path)
     except (OSError, ValueError):
@@ -330,13 +330,13 @@ def _get_file_id(path: str | Path) -> tuple[int, int] | None:
 
 
 def _describe_changes(earlier: Mapping[str, Any], settings: Mapping[str, Any], ignored_settings: set[str]) -> list[str]:
-    """A text for every setting that differs."""
+    """Describe each setting that differs."""
     changes = []
     for name in {**earlier, **settings}:
         before, after = earlier.get(name), settings.get(name)
         if name in ignored_settings or before == after:
             continue
-        if isinstance(before, dict) and isinstance(after, dict):  # only what differs
+        if isinstance(before, dict) and isinstance(after, dict):  # report only the differences
             before, after = _select_differences(before, after), _select_differences(after, before)
         changes.append(f"{name}: {json.dumps(before)[:80]} there, {json.dumps(after)[:80]} now")
     return changes

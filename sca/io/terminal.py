@@ -1,4 +1,4 @@
-"""What reaches a terminal. Text from elsewhere passes `escape_terminal` here, once, and never where it comes from."""
+"""Terminal output. Untrusted text passes `escape_terminal` here, once, and never at its source."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from sca.io.text import escape_terminal
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-DOCUMENT_WHITESPACE = "\n\t"  # what a text of several lines keeps
+DOCUMENT_WHITESPACE = "\n\t"  # kept in texts of several lines
 
 
 @dataclass
 class Table:
-    """A table for `sca.cli.options.print_table` or rich: cells, title and notes are plain text and mean nothing else.
+    """Table for `sca.cli.options.print_table` or rich. Cells, title and notes are plain text without markup.
 
-    columns: headings; a table whose headings are all empty has no head. right_aligned: the columns that are aligned
-        right.
-    notes: lines below the table. has_frame: whether lines are drawn.
+    Attributes:
+        columns: Headings; the header is hidden if all are empty.
+        title: Title.
+        right_aligned: Columns that are right-aligned.
+        notes: Lines below the table.
+        has_frame: Whether to draw lines.
+        rows: Cells by row.
     """
 
     columns: Sequence[str]
@@ -63,7 +67,7 @@ class Table:
 
 
 def guard_terminal() -> None:
-    """Make tracebacks, warnings and log records of this process safe to print, whoever wrote them."""
+    """Make all tracebacks, warnings and log records of this process safe to print."""
     sys.excepthook = _print_traceback
     threading.excepthook = _print_thread_traceback
     sys.unraisablehook = _print_unraisable
@@ -83,7 +87,7 @@ def _print_thread_traceback(failure: threading.ExceptHookArgs) -> None:
 
 
 def _print_unraisable(failure: sys.UnraisableHookArgs) -> None:
-    """Print an exception that cannot be raised, such as one in `__del__`; the object is named without its `repr`."""
+    """Print an exception that cannot be raised, such as one in `__del__`, without the `repr` of its object."""
     name = getattr(failure.object, "__qualname__", type(failure.object).__qualname__)
     print(escape_terminal(f"{failure.err_msg or 'Exception ignored in'}: {name}"), file=sys.stderr)
     _print_traceback(failure.exc_type, failure.exc_value, failure.exc_traceback)
@@ -103,7 +107,7 @@ def _format_warning(*args: Any, **kwargs: Any) -> str:
 
 
 class _EscapedLogRecord(logging.LogRecord):
-    """A record whose message, arguments and traceback are escaped; formatters may color what they add."""
+    """Log record with an escaped message, arguments and traceback; formatters may add color."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

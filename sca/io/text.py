@@ -1,4 +1,4 @@
-"""Text as it is shown: from elsewhere and made inert for a terminal, a Markdown page or a spreadsheet; and counts."""
+"""Escape untrusted text for a terminal, a Markdown page or a spreadsheet; format counts and errors."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ import io
 import re
 from collections.abc import Iterable
 
-# Control characters (C0, DEL, C1), line separators, bidirectional controls, and halves of surrogate pairs.
+# Control characters (C0, DEL, C1), line separators, bidirectional controls, and lone surrogates.
 UNSAFE_PATTERN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
 SHORT_ESCAPES = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}
-FORMULA_START_PATTERN = re.compile(
-    r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]"
-)  # also in full width, which Excel takes as equal
+# Includes the full-width forms, which Excel treats as equal.
+FORMULA_START_PATTERN = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 
 
 def escape_terminal(text: str, allowed: str = "") -> str:
-    r"""Replace what a terminal would act on by visible escapes such as \x1b, \n and \u202e.
+    r"""Replace characters that a terminal would interpret by visible escapes such as \x1b, \n and \u202e.
 
     Args:
-        text: Anything, for example a caption or a file name.
-        allowed: Characters that stay, such as the newlines of a document.
+        text: Untrusted text, for example a caption or a file name.
+        allowed: Characters to keep, such as the newlines of a document.
     """
     return UNSAFE_PATTERN.sub(lambda found: found[0] if found[0] in allowed else _escape_character(found[0]), text)
 
 
 def escape_markdown(text: str) -> str:
-    """Return text that Markdown shows as it is, on one line, also in a table: no HTML, links, mentions or emphasis."""
+    """Escape text for Markdown on one line, including tables: no HTML, links, mentions or emphasis."""
     line = " ".join(escape_terminal(" ".join(text.split())).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
@@ -34,14 +33,14 @@ def escape_markdown(text: str) -> str:
 
 
 def format_count(number: int, noun: str) -> str:
-    """Return a number with its noun, such as "1 image" and "1,200 images"."""
+    """Format a number with its noun, such as "1 image" and "1,200 images"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def format_csv(rows: Iterable[Iterable[object]]) -> str:
-    """Return rows as CSV. A spreadsheet takes text that begins like a formula for text; numbers stay numbers."""
+    """Format rows as CSV. Text that looks like a formula is escaped for spreadsheets; numbers stay numbers."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # also text with a lone \r
+    writer = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # quotes text with a lone \r
     writer.writerows([_escape_formula(cell) for cell in row] for row in rows)
     return buffer.getvalue()
 
@@ -64,7 +63,7 @@ def _is_number(text: str) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the message of an error; of one of the system, its reason and the file."""
+    """Return the message of an error; for a system error, its reason and the file."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__

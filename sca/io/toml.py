@@ -1,4 +1,4 @@
-"""Bounded TOML reading: a recipe or a sweep of a stranger is one InputError, never a traceback."""
+"""Bounded TOML reading: an untrusted recipe or sweep causes an InputError, never a traceback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_toml_text(path: Path) -> str:
     """Read the text of a TOML file, or of a pipe that a person typed.
 
     Raises:
-        InputError: If it is no regular file, or not UTF-8. One line that names it.
+        InputError: The file is not a regular file, or not UTF-8.
     """
     try:
         return read_regular_file(path, allow_pipe=True).decode("utf-8-sig")
@@ -27,7 +27,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     """Parse TOML text.
 
     Raises:
-        ValueError: If it is not TOML, or nested too deep. One line that says why.
+        ValueError: The text is not TOML, is nested too deeply, or contains dates.
     """
     try:
         table = tomllib.loads(text)
@@ -39,7 +39,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def _check_no_dates(value: Any) -> None:
-    """Raise InputError for a date or a time, which nothing that we read takes."""
+    """Raise InputError for a date or a time, which no option accepts."""
     if isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
             _check_no_dates(each)

@@ -1,7 +1,7 @@
-"""Checks of values that a person or a file states; each error is one line with the value and what to give instead.
+"""Checks of values from a person or a file. Each error is one line with the value and the fix.
 
-`what` is what the message calls a value, such as "train.steps" or "a.json, images[3], 'width'", and `place` a file and
-a record. Fields of recipes and sweeps raise RegistryError, records of files InputError.
+`subject` is the value's name in messages, such as "train.steps" or "a.json, images[3], 'width'". `location` is a file
+and a record. Fields of recipes and sweeps raise RegistryError, records of files InputError.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ TYPE_DESCRIPTIONS = {
 
 
 def is_int64(value: Any) -> bool:
-    """Whether a value is an integer, also one of NumPy's, but not a bool, that fits into 64 bits."""
+    """Return whether a value is a Python or NumPy integer, not a bool, that fits into 64 bits."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and -(1 << 63) <= int(value) < 1 << 63
 
 
 def is_finite_number(value: Any) -> bool:
-    """Whether a value is a number that is finite as a float; a bool, NaN, infinity and 10**400 are not."""
+    """Return whether a value is a number that is finite as a float; False for bool, NaN, infinity and 10**400."""
     try:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
@@ -43,25 +43,25 @@ def is_finite_number(value: Any) -> bool:
 
 
 def has_type(value: Any, expected_type: type) -> bool:
-    """Whether a value is of one of `TYPE_DESCRIPTIONS`: numbers are finite, and only `bool` takes true and false."""
+    """Return whether a value has a type of `TYPE_DESCRIPTIONS`: numbers must be finite, booleans match only `bool`."""
     if expected_type is int:
         return is_int64(value)
     return is_finite_number(value) if expected_type is float else isinstance(value, expected_type)
 
 
 def check_type(subject: str, value: Any, expected_type: type, error_class: type[ValueError] = RegistryError) -> None:
-    """Check that a value is of one of `TYPE_DESCRIPTIONS`. Raises `error_class`."""
+    """Check that a value has a type of `TYPE_DESCRIPTIONS`; raise `error_class` otherwise."""
     if not has_type(value, expected_type):
         raise error_class(f"{subject} is {value!r:.80}; give {TYPE_DESCRIPTIONS[expected_type]}")
 
 
 def check_same_type(subject: str, value: Any, default: Any) -> None:
-    """Check that a value has the type of its default. Raises RegistryError."""
+    """Check that a value has the type of its default; raise RegistryError otherwise."""
     check_type(subject, value, next(kind for kind in TYPE_DESCRIPTIONS if isinstance(default, kind)))
 
 
 def check_list(subject: str, values: Any, element_type: type, minimum: int = 0) -> None:
-    """Check a list of at least `minimum` elements of one type. Raises RegistryError."""
+    """Check a list of at least `minimum` elements of one type; raise RegistryError otherwise."""
     is_long_enough = isinstance(values, list | tuple) and len(values) >= minimum
     if not is_long_enough or not all(has_type(value, element_type) for value in values):
         plural = {int: "whole numbers", str: "strings", float: "numbers"}[element_type]
@@ -70,7 +70,7 @@ def check_list(subject: str, values: Any, element_type: type, minimum: int = 0) 
 
 
 def check_range(subject: str, value: Any, expected_type: type, minimum: float = 0, maximum: float = math.inf) -> None:
-    """Check a number, `int` or `float`, from `minimum` to `maximum`. Raises RegistryError."""
+    """Check a number, `int` or `float`, from `minimum` to `maximum`; raise RegistryError otherwise."""
     check_type(subject, value, expected_type)
     if not minimum <= value <= maximum:
         limits = f", {minimum} or more" if math.isinf(maximum) else f" from {minimum} to {maximum}"
@@ -78,14 +78,14 @@ def check_range(subject: str, value: Any, expected_type: type, minimum: float = 
 
 
 def check_choice(subject: str, value: Any, choices: Iterable[str]) -> None:
-    """Check text that is one of several. Raises RegistryError, with the closest and all of them."""
+    """Check that a text is one of several choices; raise RegistryError, with the closest one and all, otherwise."""
     check_type(subject, value, str)
     if value not in (allowed := list(choices)):
         raise make_unknown_name_error(f"{subject} is {value!r}", value, allowed)
 
 
 def check_keys(subject: str, table: Any, allowed_keys: Collection[str]) -> None:
-    """Check a table with no other keys than those known. Raises RegistryError."""
+    """Check that a table has only allowed keys; raise RegistryError otherwise."""
     check_type(subject, table, Mapping)
     for key in table:
         if key not in allowed_keys:
@@ -93,14 +93,14 @@ def check_keys(subject: str, table: Any, allowed_keys: Collection[str]) -> None:
 
 
 def check_numbers(subject: str, values: Any, expected_format: str) -> None:
-    """Check a list of finite numbers, as many as `expected_format` names, such as "x, y". Raises InputError."""
+    """Check a list of finite numbers of the length of `expected_format`, such as "x, y"; raise InputError otherwise."""
     count = len(expected_format.split(","))
     if not isinstance(values, list | tuple) or len(values) != count or not all(map(is_finite_number, values)):
         raise InputError(f"{subject} is {values!r:.80}; give {count} numbers ({expected_format})")
 
 
 def check_encodable(subject: str, value: Any) -> None:
-    """Check that a JSON value can be written as UTF-8: it may contain half of a surrogate pair. Raises InputError."""
+    """Check that a JSON value can be encoded as UTF-8, without lone surrogates; raise InputError otherwise."""
     if isinstance(value, str) and value.isascii():
         return
     try:
@@ -113,27 +113,27 @@ def check_encodable(subject: str, value: Any) -> None:
 
 
 def check_image_name(subject: str, value: Any) -> str:
-    """Return the name of an image, which may contain half of a surrogate pair. Raises InputError."""
+    """Check and return an image name, which may contain lone surrogates; raise InputError otherwise."""
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise InputError(f"{subject} is {value!r:.80}; give the file name of an image")
     return value
 
 
 def check_object(value: Any, location: str) -> dict[str, Any]:
-    """Return a JSON object. Raises InputError for any other value."""
+    """Check and return a JSON object; raise InputError otherwise."""
     check_type(location, value, dict, InputError)
     return value
 
 
 def require_key(record: Any, key: str, location: str) -> Any:
-    """Return what a JSON object has under a key. Raises InputError if it is something else or lacks the key."""
+    """Return the value of a key in a JSON object; raise InputError if the record is not an object or lacks the key."""
     if key not in check_object(record, location):
         raise InputError(f"{location}: no {key!r}; it has: {', '.join(map(str, record)) or 'nothing'}")
     return record[key]
 
 
 def read_field(record: Any, key: str, expected_type: type, location: str) -> Any:
-    """Return the value of a key: of a type in `TYPE_DESCRIPTIONS`, and text that can be encoded. Raises InputError."""
+    """Return the value of a key; raise InputError unless it has the expected type, and text can be encoded."""
     value = require_key(record, key, location)
     check_type(f"{location}, {key!r}", value, expected_type, InputError)
     if expected_type is str:
@@ -142,19 +142,19 @@ def read_field(record: Any, key: str, expected_type: type, location: str) -> Any
 
 
 def read_number_list(record: Any, key: str, expected_format: str, location: str) -> Any:
-    """Return the list of numbers that a record has under a key, see `check_numbers`."""
+    """Return the list of numbers of a key, see `check_numbers`."""
     values = require_key(record, key, location)
     check_numbers(f"{location}, {key!r}", values, expected_format)
     return values
 
 
 def read_image_name(record: Any, key: str, location: str) -> str:
-    """Return the name of an image that a record has under a key, see `check_image_name`."""
+    """Return the image name of a key, see `check_image_name`."""
     return check_image_name(f"{location}, {key!r}", require_key(record, key, location))
 
 
 def read_id(record: Any, key: str, location: str) -> int | str:
-    """Return the id that a record has under a key. Raises InputError unless it is a whole number or text."""
+    """Return the id of a key; raise InputError unless it is an integer or text."""
     value = require_key(record, key, location)
     if not isinstance(value, int | str) or isinstance(value, bool):
         raise InputError(f"{location}, {key!r} is {value!r:.80}; give a whole number or text")
@@ -162,7 +162,7 @@ def read_id(record: Any, key: str, location: str) -> int | str:
 
 
 def parse_texts(subject: str, value: Any) -> list[str]:
-    """Return the texts in a text or a list of texts. Raises InputError."""
+    """Return the texts of a text or a list of texts; raise InputError otherwise."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{subject} is {value!r:.80}; give text, or a list of texts")
@@ -172,10 +172,10 @@ def parse_texts(subject: str, value: Any) -> list[str]:
 def read_recorded_size(
     record: Mapping[str, Any], location: str, keys: tuple[str, str] = ("width", "height")
 ) -> tuple[int, int] | None:
-    """Return the width and height of an image in pixels, None where a record lacks either.
+    """Return the recorded width and height of an image in pixels; None if either is missing.
 
     Raises:
-        InputError: They are not the size of an image that may be opened.
+        InputError: The values are not a valid image size.
     """
     width, height = (record.get(key) for key in keys)
     if width is None or height is None:
@@ -189,7 +189,7 @@ def read_recorded_size(
 
 
 def require_recorded_size(record: Any, location: str) -> tuple[int, int]:
-    """Return the width and height of a record, as `read_recorded_size` does. Raises InputError if one is missing."""
+    """Return the recorded width and height, as `read_recorded_size` does; raise InputError if either is missing."""
     for key in ("width", "height"):
         check_type(f"{location}, {key!r}", require_key(record, key, location), int, InputError)
     size = read_recorded_size(record, location)
@@ -198,7 +198,7 @@ def require_recorded_size(record: Any, location: str) -> tuple[int, int]:
 
 
 def xywh_to_xyxy(subject: str, x: float, y: float, width: float, height: float) -> Box:
-    """Convert a corner and a size to x1, y1, x2, y2. Raises InputError for a negative size and an infinite corner."""
+    """Convert a corner and a size to x1, y1, x2, y2; raise InputError for a negative size or an infinite corner."""
     if min(width, height) < 0:
         raise InputError(f"{subject} has width {width} and height {height}; give none below 0")
     if not math.isfinite(float(x) + float(width)) or not math.isfinite(float(y) + float(height)):

@@ -1,4 +1,4 @@
-"""Remarks on inputs that are read, but perhaps not as they were meant."""
+"""Warnings about inputs that can be read, but perhaps not as intended."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _warned_keys: set[str] = set()
 
 
 def warn_once(warning_key: str, message: str) -> None:
-    """Log a warning, once per process and kind; without a logging configuration it is a line on stderr.
+    """Log a warning once per process and key; without a logging configuration it is printed on stderr.
 
     Args:
-        warning_key: Identifies what is remarked on.
+        warning_key: Identifies the kind of warning.
         message: One line that names the first input of this kind.
     """
     if warning_key not in _warned_keys:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAFETENSORS_FILE, PYTORCH_BIN_FILE = "model.safetensors", "pytorch_model.bin"
-NATIVE_WEIGHTS_FILE, NATIVE_SPEC_FILE = "weights.safetensors", "spec.json"  # of a checkpoint in our own layout
-ADAPTER_CONFIG_FILE = "adapter_config.json"  # by which transformers would fetch the weights that it names
+NATIVE_WEIGHTS_FILE, NATIVE_SPEC_FILE = "weights.safetensors", "spec.json"  # checkpoint in our own layout
+ADAPTER_CONFIG_FILE = "adapter_config.json"  # transformers would download the weights that it names
 SPECIAL_TOKEN_ID_FIELDS = (
     "bos_token_id",
     "eos_token_id",
@@ -27,27 +27,25 @@ SPECIAL_TOKEN_ID_FIELDS = (
     "decoder_start_token_id",
     "forced_bos_token_id",
 )
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # any of which makes a tokenizer
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # any of these makes a tokenizer
 
 
 def check_regular_files(folder: Path) -> None:
-    """Raise InputError if a folder of weights has anything but files and folders: opening a FIFO waits for ever."""
+    """Raise InputError if a folder of weights contains anything but files and folders: opening a FIFO blocks."""
     for path in folder.iterdir():
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise InputError(f"{path} is not a regular file; remove it or copy the folder again")
 
 
 def has_complete_weights(folder: Path, prefix: str = "") -> bool:
-    """Whether a configuration, or the spec of a checkpoint, and all the weights that it asks for are in the folder."""
+    """Return whether a folder contains a configuration or a checkpoint spec, and all the weights that it requires."""
     if (folder / NATIVE_SPEC_FILE).is_file():
         return (folder / NATIVE_WEIGHTS_FILE).is_file()
     return (folder / f"{prefix}config.json").is_file() and find_weight_files(folder, prefix) is not None
 
 
 def find_weight_files(folder: Path, prefix: str = "") -> list[Path] | None:
-    """The files that hold the weights of a folder in transformers' format, in one piece or in shards; None if some are
-    not there.
-    """
+    """Return the weight files of a folder in transformers' format, single or sharded; None if any is missing."""
     for name in (prefix + SAFETENSORS_FILE, prefix + PYTORCH_BIN_FILE):
         if (folder / name).is_file():
             return [folder / name]
@@ -61,12 +59,12 @@ def require_weight_files(folder: Path, source: str | Path, prefix: str = "") -> 
     """Return the weight files of a folder in transformers' format.
 
     Args:
-        folder: The folder.
-        source: What the user called it.
-        prefix: What the names of its files begin with.
+        folder: Folder.
+        source: Name of the folder in messages.
+        prefix: Prefix of the file names.
 
     Raises:
-        InputError: Some are missing or Git LFS pointers, or the folder contains an adapter of other weights.
+        InputError: Files are missing or Git LFS pointers, or the folder contains an adapter of other weights.
     """
     if (folder / ADAPTER_CONFIG_FILE).exists():
         raise InputError(
@@ -97,7 +95,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_tensor_names(file: Path) -> list[str]:
-    """Read the names of a weight file's tensors, without their content."""
+    """Read the tensor names of a weight file, without their content."""
     import torch
 
     if file.suffix != ".safetensors":
@@ -107,13 +105,13 @@ def read_tensor_names(file: Path) -> list[str]:
 
 
 def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
-    """Read the ids of special tokens from `generation_config.json`; empty if the folder has none.
+    """Read the ids of special tokens from `generation_config.json`; empty if the file does not exist.
 
-    Its other settings, such as a penalty for repetition or a limit of time, would change captions: these follow the
-    generation of the spec alone.
+    Its other settings, such as a repetition penalty or a time limit, would change captions: generation follows only the
+    spec.
 
     Raises:
-        InputError: An id is no number, or the file is not JSON.
+        InputError: An id is not an integer, or the file is not JSON.
     """
     file = folder / "generation_config.json"
     if not file.exists():
@@ -130,18 +128,18 @@ def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
 
 @contextmanager
 def translate_load_errors(source: str | Path) -> Iterator[None]:
-    """What libraries raise over weights or figures that do not fit, as one line. Raises InputError."""
+    """Convert library errors about weights or configurations that do not match to a one-line InputError."""
     try:
         yield
     except (InputError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # other people's files in other people's code, whose panics are no Exception
+    except BaseException as error:  # panics of third-party code are not Exceptions
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{source} cannot be read: {reason}") from error
 
 
 def format_first_names(names: Sequence[str]) -> str:
-    """The first of many names."""
+    """Format the first of many names."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
 
 
@@ -156,7 +154,7 @@ def _read_shard_names(index: Path) -> list[str]:
 
 
 def describe_missing_weights(folder: Path, prefix: str = "") -> str:
-    """What a folder without whole weights lacks."""
+    """Describe what a folder with incomplete weights lacks."""
     for name in (prefix + SAFETENSORS_FILE, prefix + PYTORCH_BIN_FILE):
         if (folder / f"{name}.index.json").is_file():
             shards = [

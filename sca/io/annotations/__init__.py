@@ -1,5 +1,5 @@
-"""Annotations of labeling tools in pixels of the image: one reader per tool, used wherever such a file is read.
+"""Read the annotations of labeling tools, in pixels of the image.
 
-`coco`, `label_studio` and `labelme` read the tools' records; `shapes` and `brush_rle` turn geometry into masks. Nothing
-here opens a file of annotations. What cannot be kept is counted by reason, never dropped silently.
+`coco`, `label_studio` and `labelme` read the records of each tool. `shapes` and `brush_rle` convert geometry to masks.
+These modules do not open annotation files. Contents that cannot be kept are counted by reason, never dropped silently.
 """

@@ -1,4 +1,4 @@
-"""What a labeling tool records of an image and its regions, and a count of what could not be kept."""
+"""Annotated images and regions of labeling tools, and counts of the contents that could not be kept."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from sca.io.coordinates import Box
 
 ImageSize = tuple[int, int]  # width, height
-SkipCallback = Callable[[str, str], None]  # counts a reason, with the place of the record
-MAX_EXAMPLES = 5  # places that are remembered per reason
+SkipCallback = Callable[[str, str], None]  # counts a reason, with the location of the record
+MAX_EXAMPLES = 5  # locations stored per reason
 CAPTION_KEYS = (
     "caption",
     "captions",
@@ -25,11 +25,11 @@ CAPTION_KEYS = (
 
 
 def describe_unread_caption(record: Mapping[str, Any], read_keys: Sequence[str]) -> str | None:
-    """Return what to count for a caption under a key that is not read; None if there is none, or one that is read.
+    """Return the skip reason for a caption under a key that is not read; None without one, or if a caption is read.
 
     Args:
-        record: That may have captions.
-        read_keys: Keys of captions that are read.
+        record: Record that may contain captions.
+        read_keys: Caption keys that are read.
     """
     if any(record.get(key) for key in read_keys):
         return None
@@ -42,18 +42,18 @@ def describe_unread_caption(record: Mapping[str, Any], read_keys: Sequence[str])
 
 
 class Annotation(NamedTuple):
-    """A region in pixels of the upright image.
+    """Annotated region in pixels of the upright image.
 
-    Args:
-        location: The file and the record, for messages.
-        box: x1, y1, x2, y2. It may reach over the edges of the image.
-        mask: COCO RLE of the image's size.
-        point: x, y of a region that has neither box nor mask.
-        label: Its class.
-        captions: Its texts, the first one first.
-        score: The confidence that the file records.
-        predicted_iou: The predicted IoU that the file records.
-        unread_caption: What to count for a caption under a key that is not read, see `describe_unread_caption`.
+    Attributes:
+        location: File and record, for messages.
+        box: x1, y1, x2, y2. It may exceed the image.
+        mask: COCO RLE in the size of the image.
+        point: x, y of a region with neither box nor mask.
+        label: Class label.
+        captions: Captions in order.
+        score: Confidence recorded in the file.
+        predicted_iou: Predicted IoU recorded in the file.
+        unread_caption: Skip reason of a caption under a key that is not read, see `describe_unread_caption`.
     """
 
     location: str
@@ -68,20 +68,20 @@ class Annotation(NamedTuple):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Its captions, or its label where it has none."""
+        """Captions, or the label if there are none."""
         return self.captions or ((self.label,) if self.label else ())
 
 
 class AnnotatedImage(NamedTuple):
-    """An image of a labeling tool.
+    """Annotated image of a labeling tool.
 
-    Args:
-        location: The file and the record, for messages.
-        name: What the file calls it.
-        size: Width and height; None where they are unknown.
-        annotations: Its regions.
-        model: What the file says has made them.
-        is_size_recorded: Whether the file records the size; otherwise the image file has it.
+    Attributes:
+        location: File and record, for messages.
+        name: Name of the image in the file.
+        size: Width and height; None if unknown.
+        annotations: Regions.
+        model: Model that created the annotations, according to the file.
+        is_size_recorded: Whether the file records the size. Otherwise it comes from the image file.
     """
 
     location: str
@@ -93,7 +93,12 @@ class AnnotatedImage(NamedTuple):
 
 
 class SkipCounter:
-    """Count what could not be kept: `skip(reason, location)`. `skipped` and `examples` are those of a dataset."""
+    """Counter of contents that could not be kept; call it as `skip(reason, location)`.
+
+    Args:
+        skipped: Initial counts by reason, such as those of a dataset.
+        examples: Initial locations by reason.
+    """
 
     def __init__(self, skipped: Mapping[str, int] | None = None, examples: dict[str, list[str]] | None = None) -> None:
         self.counts: Counter[str] = Counter(skipped or {})
@@ -106,6 +111,6 @@ class SkipCounter:
             examples.append(location)
 
     def summarize(self) -> str:
-        """Return one line with each reason, its count and its first place; empty if nothing was counted."""
+        """Return one line with each reason, its count and its first location; empty if nothing was counted."""
         parts = [f"{reason}: {n} (first: {self.examples[reason][0]})" for reason, n in self.counts.items()]
         return f"changed or left out: {'; '.join(parts)}" if parts else ""

@@ -1,7 +1,8 @@
-"""Label Studio's code for brush strokes: thi.ng/rle-pack of an RGBA image.
+"""Label Studio's encoding of brush strokes: thi.ng/rle-pack of an RGBA image.
 
-The count of values (32 bits), the bits of a value less one (5), four sizes less one (4 bits each); then runs: a bit
-whether the value repeats, two for which of the sizes its length has, the length less one, the value.
+Header: the number of values (32 bits), the bits per value minus one (5), and four length sizes minus one (4 bits each).
+Runs: one bit for whether the value repeats, two bits for the index of the length size, the length minus one, and the
+value.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import numpy as np
 
 from sca.io.errors import InputError
 
-RUN_LENGTH_BITS = (3, 4, 8, 16)  # bits of a run's length; each run says which of them it has
+RUN_LENGTH_BITS = (3, 4, 8, 16)  # sizes of a run's length; each run selects one
 
 
 def encode_brush_rle(mask: np.ndarray) -> list[int]:
-    """(height, width) bool -> the bytes of the code."""
+    """Encode a (height, width) bool mask as bytes."""
     channels = np.repeat(mask.ravel(), 4)
     ends = np.flatnonzero(np.diff(channels)) + 1
     starts = np.concatenate(([0], ends))
@@ -36,10 +37,15 @@ def encode_brush_rle(mask: np.ndarray) -> list[int]:
 
 
 def decode_brush_rle(code: Sequence[int], width: int, height: int) -> np.ndarray:
-    """The bytes of a code -> (height, width) bool, true where the image is not transparent.
+    """Decode bytes to a (height, width) bool mask, true where the image is not transparent.
+
+    Args:
+        code: Bytes of the encoding.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
 
     Raises:
-        InputError: If they are not the code of an image of that size.
+        InputError: The bytes do not encode an image of this size.
     """
     text = "".join(f"{byte:08b}" for byte in bytes(code))
     offset = 0
@@ -63,9 +69,7 @@ def decode_brush_rle(code: Sequence[int], width: int, height: int) -> np.ndarray
         is_run, length = read_bits(1), read_bits(sizes[read_bits(2)]) + 1
         end = min(done + length, count)
         if is_run:
-            alpha[done // 4 : end // 4] = (
-                read_bits(value_bits) > 0
-            )  # whose alpha, the last of four values, is in the run
+            alpha[done // 4 : end // 4] = read_bits(value_bits) > 0  # alpha, the last of the four values, is in the run
         else:
             for each in range(done, end):
                 alpha[each // 4 : (each + 1) // 4] = read_bits(value_bits) > 0

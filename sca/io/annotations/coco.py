@@ -1,4 +1,4 @@
-"""COCO's annotations: `bbox` and `segmentation`, as polygons or as RLE of either kind."""
+"""Read COCO annotations: `bbox` and `segmentation`, as polygons or as compressed or uncompressed RLE."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ CountCallback = Callable[[str], None]  # counts a reason
 def read_annotation(
     record: Mapping[str, Any], location: str, size: ImageSize | None, label: str | None, skip: SkipCallback
 ) -> Annotation:
-    """Read an annotation. A `bbox` without an area gives way to the box of the segmentation.
+    """Read an annotation. A `bbox` without an area is replaced by the box of the segmentation.
 
     Args:
-        record: The annotation.
-        location: The file and the record, for messages.
-        size: Width and height of its image; None reads its box without its mask.
-        label: The name of its category.
-        skip: Called for each part that cannot be kept.
+        record: Annotation.
+        location: File and record, for messages.
+        size: Width and height of the image; None reads the box without the mask.
+        label: Name of the category.
+        skip: Called for each item that cannot be kept.
 
     Raises:
-        InputError: If a field cannot be read; the message names it.
+        InputError: A field is invalid; the message names it.
     """
     segmentation = get_segmentation(record)
     box = _parse_nonempty_bbox(record.get("bbox"), location, skip)
     try:
         mask = _parse_nonempty_segmentation(segmentation, size, location, skip) if size else None
         if box is None and segmentation:
-            count = (lambda reason: None) if size else partial(_count_reason, skip, location)  # counted with the mask
+            # With a size, reasons were already counted for the mask.
+            count = (lambda reason: None) if size else partial(_count_reason, skip, location)
             box = masks.mask_to_box(mask) if mask else compute_segmentation_box(segmentation, count)
     except ValueError as error:
         raise InputError(f"{location}, 'segmentation': {error}") from error
@@ -54,7 +55,7 @@ def _parse_nonempty_bbox(value: Any, location: str, skip: SkipCallback) -> Box |
     box = parse_bbox(value, f"{location}, 'bbox'")
     if box is None or (box[0] < box[2] and box[1] < box[3]):
         return box
-    if any(value):  # all zero is how a region without a box is written
+    if any(value):  # all zeros encode a region without a box
         skip("empty box", location)
     return None
 
@@ -73,7 +74,7 @@ def _count_reason(skip: SkipCallback, location: str, reason: str) -> None:
 
 
 def map_category_names(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the name of each category of a file by its id, written as text."""
+    """Map category ids, as text, to names."""
     categories = content.get("categories")
     named_categories = (
         [each for each in categories if isinstance(each, Mapping)] if isinstance(categories, list) else []
@@ -86,15 +87,15 @@ def map_category_names(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def clean_category_name(name: str) -> str:
-    """Return the name of a category with underscores as spaces."""
+    """Replace the underscores in a category name with spaces."""
     return name.replace("_", " ").strip()
 
 
 def parse_bbox(value: Any, subject: str) -> Box | None:
-    """Read a `bbox` [x, y, width, height] as x1, y1, x2, y2; None if there is none.
+    """Convert a `bbox` [x, y, width, height] to x1, y1, x2, y2; None without one.
 
     Raises:
-        InputError: It is something else; the message begins with `subject`.
+        InputError: The value is not a box; the message begins with `subject`.
     """
     if value is None or value == []:
         return None
@@ -103,15 +104,15 @@ def parse_bbox(value: Any, subject: str) -> Box | None:
 
 
 def parse_segmentation(value: Any, size: ImageSize, count: CountCallback) -> dict[str, Any] | None:
-    """Read a `segmentation` as a compressed RLE, which may be empty; None if there is none.
+    """Convert a `segmentation` to a compressed RLE, which may be empty; None without one.
 
     Args:
         value: Polygons [[x, y, x, y, ...]], or an RLE, compressed or not.
         size: Width and height of the image.
-        count: Called for each polygon that has no inside.
+        count: Called for each polygon without an interior.
 
     Raises:
-        InputError: With what it must be.
+        InputError: The value is invalid; the message describes the expected format.
     """
     if not value:
         return None
@@ -130,10 +131,10 @@ def parse_segmentation(value: Any, size: ImageSize, count: CountCallback) -> dic
 
 
 def parse_polygons(value: list[Any], count: CountCallback) -> list[Points]:
-    """Read polygons [[x, y, x, y, ...]]; those with fewer than three points are counted and left out.
+    """Parse polygons [[x, y, x, y, ...]]; those with fewer than three points are counted and skipped.
 
     Raises:
-        InputError: With what they must be.
+        InputError: The value is invalid; the message describes the expected format.
     """
     polygons = []
     for flat in value:
@@ -147,10 +148,10 @@ def parse_polygons(value: list[Any], count: CountCallback) -> list[Points]:
 
 
 def compute_segmentation_box(value: Any, count: CountCallback) -> Box | None:
-    """Return the box around a `segmentation` without the size of its image; None if nothing is inside.
+    """Return the bounding box of a `segmentation` whose image size is unknown; None if it is empty.
 
     Raises:
-        InputError: With what it must be.
+        InputError: The value is invalid; the message describes the expected format.
     """
     if isinstance(value, dict):
         return masks.mask_to_box(masks.parse_rle(value))
@@ -161,11 +162,11 @@ def compute_segmentation_box(value: Any, count: CountCallback) -> Box | None:
 
 
 def get_segmentation(record: Mapping[str, Any]) -> Any:
-    """Return the `segmentation` of an annotation; None where our export says by `isbox` that it repeats the box."""
+    """Return the `segmentation` of an annotation; None if `isbox`, set by our export, marks it as a copy of the box."""
     return None if record.get("isbox") else record.get("segmentation")
 
 
 def has_keypoints(record: Mapping[str, Any]) -> bool:
-    """Whether an annotation has keypoints, of which we keep none: x, y, visibility for each; 0 is not labeled."""
+    """Return whether an annotation has labeled keypoints (x, y, visibility; 0 is not labeled), which are not kept."""
     keypoints = record.get("keypoints")
     return isinstance(keypoints, list) and any(keypoints[2::3])

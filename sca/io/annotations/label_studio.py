@@ -1,4 +1,4 @@
-"""Label Studio's tasks: https://labelstud.io/guide/task_format. Coordinates are per cent of the image."""
+"""Read Label Studio tasks: https://labelstud.io/guide/task_format. Coordinates are percentages of the image."""
 
 from __future__ import annotations
 
@@ -46,16 +46,15 @@ def read_tasks(
 ) -> Iterator[AnnotatedImage]:
     """Read the images of an export, in order.
 
-    A task's annotation is the first that is marked as ground truth, or else the first; cancelled ones are passed over.
-    Where a task has no annotation, it is its first draft, or else its first prediction.
+    The annotation of a task is the first one marked as ground truth, else the first; canceled ones are skipped. A task
+    without annotations uses its first draft, else its first prediction.
 
     Args:
-        content: A list of tasks, or one task.
-        display_name: The file, for messages.
-        skip: Called for each task, result or part that cannot be kept.
-        measure: Returns the size of an image by its name, None if it cannot; called where no shape records the size.
-        reject: Called for each task, result or region that cannot be read, with an error that names it; raises it by
-            default.
+        content: List of tasks, or one task.
+        display_name: Name of the file in messages.
+        skip: Called for each task, result or item that cannot be kept.
+        measure: Returns the size of an image by its name, or None. Called if no shape records the size.
+        reject: Called with an error for each task, result or region that is invalid. Raises it by default.
     """
     for number, task in enumerate(content if isinstance(content, list) else [content]):
         try:
@@ -100,12 +99,12 @@ def _read_results(results: Any, location: str, reject: RejectCallback) -> list[M
 
 
 def is_task(content: Any) -> bool:
-    """Whether a JSON value is a single task; a file of several is a list."""
+    """Return whether a JSON value is a single task; a file with several tasks is a list."""
     return isinstance(content, Mapping) and isinstance(content.get("data"), Mapping)
 
 
 def choose_annotation(task: Mapping[str, Any], location: str, skip: SkipCallback) -> Mapping[str, Any]:
-    """Return the annotation, draft or prediction of a task that counts; empty if there is none."""
+    """Return the annotation, draft or prediction of a task to use; empty without one."""
     annotations = _check_objects(task.get("annotations") or [], f"{location}, 'annotations'")
     for annotation in annotations:
         if annotation.get("was_cancelled"):
@@ -114,7 +113,7 @@ def choose_annotation(task: Mapping[str, Any], location: str, skip: SkipCallback
         finished = [each for each in annotations if not each.get("was_cancelled")]
         if len(finished) > 1:
             skip(MULTIPLE_RESULTS_REASON.format("annotations"), location)
-        finished.sort(key=lambda each: not each.get("ground_truth"))  # the others keep their order
+        finished.sort(key=lambda each: not each.get("ground_truth"))  # stable: the others keep their order
         return finished[0] if finished else {}
     for source_key in ("drafts", "predictions"):
         items = task.get(source_key)
@@ -129,13 +128,12 @@ def choose_annotation(task: Mapping[str, Any], location: str, skip: SkipCallback
 
 
 def find_image_names(data: Mapping[str, Any], results: Results, location: str) -> dict[tuple[str, int], str]:
-    """Find the images of a task: the key in its data and the place in that key's list -> the name.
+    """Map (data key, index in the list of that key) to the name of each image of a task.
 
-    The keys are those that the results' `to_name` repeat, or else "image", or else the only one whose value names an
-    image.
+    The data keys are those in `to_name` of the results, else "image", else the only key whose value names an image.
 
     Raises:
-        InputError: If no key or several could be meant.
+        InputError: No key or several keys match.
     """
     referenced_keys = dict.fromkeys(str(each.get("to_name")) for each in results if _get_shape_type(each))
     keys = [key for key in referenced_keys if key in data] or [key for key in data if key == "image"]
@@ -154,17 +152,17 @@ def find_image_names(data: Mapping[str, Any], results: Results, location: str) -
 def resolve_image_size(
     results: Results, data: Mapping[str, Any], is_only: bool, location: str, reject: RejectCallback = raise_error
 ) -> tuple[ImageSize | None, Results]:
-    """Find the size of an image: the one that its first shape records, or else the task's data, as our export does.
+    """Return the size of an image: that of its first shape, else that of the task's data, which our export writes.
 
     Args:
-        results: Of the image.
-        data: Of the task.
+        results: Results of the image.
+        data: Data of the task.
         is_only: Whether the task has one image.
-        location: The task, for messages.
-        reject: Called for each shape that records no size of an image, or another one.
+        location: Task, for messages.
+        reject: Called for each shape that records no size, or a different one.
 
     Returns:
-        Width and height, None if nothing records them; and the results without the rejected ones.
+        Width and height, None if not recorded; and the results without the rejected ones.
     """
     size, accepted = None, []
     for number, result in enumerate(results):
@@ -176,7 +174,7 @@ def resolve_image_size(
             size = size or recorded
             accepted.append(result)
     if size is None and is_only:
-        with suppress(InputError):  # columns of the user's own
+        with suppress(InputError):  # columns defined by the user
             size = read_recorded_size(data, location)
     return size, accepted
 
@@ -184,7 +182,7 @@ def resolve_image_size(
 def _read_shape_image_size(
     result: Mapping[str, Any], number: int, previous_size: ImageSize | None, location: str
 ) -> ImageSize | None:
-    """Return the size that a shape records; None for one without, and for a result without a shape."""
+    """Return the image size that a shape records; None without one, and for a result without a shape."""
     if not _get_shape_type(result):
         return None
     result_location = f"{location}, {_describe_region(result, number)}"
@@ -205,14 +203,14 @@ def _describe_region(result: Mapping[str, Any], number: int) -> str:
 def read_regions(
     results: Results, size: ImageSize | None, location: str, skip: SkipCallback, reject: RejectCallback = raise_error
 ) -> list[Annotation]:
-    """Read the regions of one image: results with the same id are one region.
+    """Read the regions of one image. Results with the same id are one region.
 
     Args:
-        results: Of the image.
+        results: Results of the image.
         size: Width and height; without them no shape can be read.
-        location: The task, for messages.
-        skip: Called for each result or part that cannot be kept.
-        reject: Called for each region that cannot be read, with an error that names it (default: raise it).
+        location: Task, for messages.
+        skip: Called for each result or item that cannot be kept.
+        reject: Called with an error for each region that is invalid. Raises it by default.
     """
     regions: dict[Any, list[Mapping[str, Any]]] = {}
     for number, result in enumerate(results):
@@ -256,9 +254,7 @@ def _read_region(
 def _read_geometry(
     shapes: Results, size: ImageSize, location: str, skip: SkipCallback
 ) -> tuple[Box | None, Mapping[str, Any] | None, Point | None] | None:
-    """Read the shapes of a region: the union of its masks, its first box, or else its first point. Others are counted,
-    except repetitions.
-    """
+    """Return the union of the masks, the first box or else the first point of a region; count other shapes once."""
     boxes, rles, points = dict[Box, None](), list[Mapping[str, Any]](), dict[Point, None]()
     for result in shapes:
         rotation = result.get("image_rotation")
@@ -284,10 +280,10 @@ def _read_geometry(
 def read_shape(
     result: Mapping[str, Any], size: ImageSize, location: str, skip: SkipCallback
 ) -> tuple[Box | None, Mapping[str, Any] | None, Point | None]:
-    """Read the box, the mask or the point of a result, in pixels. All are None for what was counted.
+    """Return the box, the mask or the point of a result in pixels. All are None for a result that was counted.
 
     Raises:
-        InputError: If its value cannot be read.
+        InputError: The value is invalid.
     """
     value, shape_type = check_object(result.get("value"), f"{location}, 'value'"), _get_shape_type(result)
     x_scale, y_scale = size[0] / 100, size[1] / 100
@@ -347,7 +343,7 @@ def _fill_shape(
 
 
 def _get_shape_type(result: Mapping[str, Any]) -> str | None:
-    """One of SHAPES; None for a result without a shape. `labels` has that of its own value."""
+    """Return a key of SHAPES, None for a result without a shape; the type of `labels` depends on its value."""
     result_type, value = result.get("type"), result.get("value")
     if result_type == "labels" and isinstance(value, Mapping):
         shape_type_by_key = {"rle": "brush", "imageDataURL": "bitmask", "vertices": "vector", "points": "polygon"}
@@ -371,7 +367,7 @@ def _read_labels(result: Mapping[str, Any]) -> list[str]:
 
 
 def _belongs_to_image(result: Mapping[str, Any], key: str, index: int, images: Mapping[tuple[str, int], str]) -> bool:
-    """Whether a result is of this image of its task."""
+    """Return whether a result belongs to this image of its task."""
     has_several_keys = len({key for key, _ in images}) > 1
     item_index = result.get("item_index") if isinstance(result.get("item_index"), int) else 0
     return (not has_several_keys or result.get("to_name") == key) and (
@@ -380,7 +376,7 @@ def _belongs_to_image(result: Mapping[str, Any], key: str, index: int, images: M
 
 
 def _is_image_reference(value: Any) -> bool:
-    """Whether a value of a task's data names an image: a path or a URL, whose query may hold the path."""
+    """Return whether a value of a task's data names an image: a path or a URL, whose query may contain the path."""
     first = value[0] if isinstance(value, list) and value else value
     return isinstance(first, str) and any(part.lower().endswith(IMAGE_SUFFIXES) for part in re.split("[?#&]", first))
 

@@ -1,7 +1,7 @@
-"""LabelMe's files, one per image: https://github.com/wkentaro/labelme.
+"""Read LabelMe files, one per image: https://github.com/wkentaro/labelme.
 
-Shapes are drawn as LabelMe's own `shape_to_mask` draws them. LabelMe shows an image as its EXIF orientation has it, and
-so do `sca.io.images`: its points are in pixels of the upright image.
+Shapes are rasterized as in LabelMe's `shape_to_mask`. LabelMe applies the EXIF orientation, as `sca.io.images` does:
+points are in pixels of the upright image.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from sca.io.errors import InputError, RejectCallback, raise_error
 from sca.io.images import open_image, read_image
 from sca.io.validation import check_numbers, check_object, check_type, read_field, read_recorded_size
 
-IGNORED_LABEL = "__ignore__"  # the label of pixels that count for nothing
-POLYGON_TYPES = ("polygon", "oriented_rectangle", "rotation", "quadrilateral")  # the latter two: X-AnyLabeling's names
+IGNORED_LABEL = "__ignore__"  # label of pixels to ignore
+POLYGON_TYPES = ("polygon", "oriented_rectangle", "rotation", "quadrilateral")  # the last two are X-AnyLabeling's names
 SIZE_FIELDS = ("imageWidth", "imageHeight")
 LINE_TYPES = ("line", "linestrip")
-MIN_POINTS = dict.fromkeys(POLYGON_TYPES, 3) | {"rectangle": 2, "circle": 2, "mask": 1}  # of shapes with an inside
+# Minimum number of points of shapes with an interior.
+MIN_POINTS = dict.fromkeys(POLYGON_TYPES, 3) | {"rectangle": 2, "circle": 2, "mask": 1}
 
 
 class LabelMeShape(NamedTuple):
@@ -44,10 +45,10 @@ class LabelMeShape(NamedTuple):
 
 
 def find_image_size(content: Mapping[str, Any], image_path: Path, display_name: str) -> ImageSize:
-    """Return the size of the image: as the file records it, or else that of the image file, or of the image inside.
+    """Return the image size: as recorded in the file, else that of the image file, else that of the embedded image.
 
     Raises:
-        InputError: If nothing says how large the image is.
+        InputError: The size is unknown.
     """
     if recorded := read_recorded_size(content, display_name, SIZE_FIELDS):
         return recorded
@@ -58,15 +59,15 @@ def find_image_size(content: Mapping[str, Any], image_path: Path, display_name: 
 
 
 def list_labelme_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that may be LabelMe's, sorted: those with the suffix .json, in any case."""
+    """List the files of a folder with the suffix .json in any case, sorted."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json")
 
 
 def open_annotated_image(content: Mapping[str, Any], image_path: Path, display_name: str) -> Image.Image:
-    """Open an image file as `sca.open_image` does, or the image inside the file where there is no image file.
+    """Open the image file as `sca.open_image` does, or the embedded image if the file does not exist.
 
     Raises:
-        InputError: If neither is an image, or one is larger than is allowed.
+        InputError: Neither is an image, or it is too large.
     """
     if content.get("imageData") is None or os.path.lexists(image_path):
         return open_image(image_path)
@@ -74,10 +75,10 @@ def open_annotated_image(content: Mapping[str, Any], image_path: Path, display_n
 
 
 def open_embedded_image(content: Mapping[str, Any], display_name: str) -> Image.Image:
-    """Open the image inside a file, `imageData`, as `sca.open_image` does.
+    """Open the embedded image, `imageData`, as `sca.open_image` does.
 
     Raises:
-        InputError: If it is not an image, or larger than is allowed.
+        InputError: The data are not an image, or too large.
     """
     subject = f"{display_name}, 'imageData'"
     try:
@@ -97,14 +98,14 @@ def read_annotations(
     """Read the regions of a file, in order. Shapes with the same label and `group_id` are one region.
 
     Args:
-        content: The file.
+        content: Content of the file.
         size: Width and height of the upright image.
-        display_name: The file, for messages.
+        display_name: Name of the file in messages.
         skip: Called for each shape that cannot be kept.
-        reject: Called for each region that cannot be read, with an error that names it (default: raise the error).
+        reject: Called with an error for each region that is invalid. Raises it by default.
 
     Raises:
-        InputError: If the file has no shapes.
+        InputError: The file has no list of shapes.
     """
     groups: dict[Any, list[LabelMeShape]] = {}
     for number, record in enumerate(read_field(content, "shapes", list, display_name)):
@@ -133,7 +134,7 @@ def draw_shape(shape: LabelMeShape, size: ImageSize) -> np.ndarray:
     """Draw a polygon, rectangle, circle or mask as LabelMe does: (height, width) bool.
 
     Raises:
-        InputError: If it cannot be drawn.
+        InputError: The shape cannot be drawn.
     """
     points = [(float(x), float(y)) for x, y in shape.points]
     check_points_near_image(points, size)
@@ -166,9 +167,7 @@ def _parse_shape(record: Any, location: str) -> LabelMeShape:
 
 
 def _read_group(shapes: Sequence[LabelMeShape], size: ImageSize, skip: SkipCallback) -> Annotation | None:
-    """Read shapes as one region: the box of a rectangle, or the mask of all that have an inside; else a point or the
-    box of lines.
-    """
+    """Merge shapes into a region: a rectangle's box, the union of shapes with an interior, a point, or a box of lines."""
     filled_shapes = [shape for shape in shapes if len(shape.points) >= MIN_POINTS.get(shape.shape_type, math.inf)]
     other_shapes = [shape for shape in shapes if len(shape.points) < MIN_POINTS.get(shape.shape_type, math.inf)]
     annotation = None
@@ -216,7 +215,7 @@ def _paste_mask(shape: LabelMeShape, size: ImageSize) -> np.ndarray:
 
 
 def _make_annotation(shapes: Sequence[LabelMeShape], **geometry: Any) -> Annotation:
-    """An annotation with the texts of its shapes, each once."""
+    """Create an annotation with the unique texts of its shapes."""
     first, records = shapes[0], [shape.record for shape in shapes]
     texts = [record["description"] for record in records if record.get("description")]
     for text in texts:

@@ -1,4 +1,4 @@
-"""Masks and boxes of shapes. Coordinates are continuous: pixel (x, y) covers x..x+1, y..y+1."""
+"""Convert shapes to masks and boxes. Coordinates are continuous: pixel (x, y) covers x..x+1, y..y+1."""
 
 from __future__ import annotations
 
@@ -21,26 +21,24 @@ from sca.io.errors import InputError
 from sca.io.images import open_image_header
 
 Points = Sequence[tuple[float, float]]
-MAX_POINT_DISTANCE = (
-    4  # points may lie outside by up to 4 times the longer side of the image: farther ones take long to draw
-)
-ROUNDING_TOLERANCE = 1e-6  # pixels by which a box may leave the image uncounted
+MAX_POINT_DISTANCE = 4  # times the longer image side; polygons with farther points are slow to draw
+ROUNDING_TOLERANCE = 1e-6  # pixels by which a box may exceed the image without being counted
 NUM_ELLIPSE_CORNERS = 360
-MAX_EMBEDDED_BYTES = 64 * 2**20  # of an image inside an annotation file, as base64
+MAX_EMBEDDED_BYTES = 64 * 2**20  # base64 size of an embedded image
 
 
 def fill_polygons(polygons: Iterable[Points], size: ImageSize) -> dict[str, Any]:
-    """Fill polygons as pycocotools does.
+    """Rasterize polygons as pycocotools does.
 
     Args:
-        polygons: Each of at least three corners (x, y). Where they overlap they are one: COCO's polygons have no holes.
+        polygons: Polygons of at least three corners (x, y). Overlaps are merged: COCO's polygons have no holes.
         size: Width and height of the image.
 
     Returns:
-        The RLE, empty if no pixel lies inside.
+        RLE, empty if no pixel is inside.
 
     Raises:
-        InputError: For a point far outside the image.
+        InputError: A point is far outside the image.
     """
     width, height = size
     corners = [list(polygon) for polygon in polygons]
@@ -53,14 +51,14 @@ def fill_polygons(polygons: Iterable[Points], size: ImageSize) -> dict[str, Any]
 
 
 def check_points_near_image(points: Iterable[tuple[float, float]], size: ImageSize) -> None:
-    """Raise InputError for a point that lies so far outside that drawing it would take long."""
+    """Raise InputError for a point so far outside the image that drawing it would be slow."""
     max_distance = MAX_POINT_DISTANCE * max(size)
     if any(abs(value) > max_distance for point in points for value in point):
         raise InputError(f"has a point far outside the image of {size[0]} x {size[1]}")
 
 
 def compute_bounding_box(points: Iterable[tuple[float, float]]) -> Box:
-    """Return the smallest box around points."""
+    """Return the bounding box of points."""
     xs, ys = zip(*points, strict=True)
     return min(xs), min(ys), max(xs), max(ys)
 
@@ -68,17 +66,17 @@ def compute_bounding_box(points: Iterable[tuple[float, float]]) -> Box:
 def clip_annotated_box(
     box: Sequence[float], size: ImageSize, location: str, skip: SkipCallback, mask: Mapping[str, Any] | None = None
 ) -> Box | None:
-    """Clip a box to its image: the rule for coordinates of every reader of regions.
+    """Clip a box to its image. All readers of regions share this rule for coordinates.
 
     Args:
-        box: x1, y1, x2, y2 as a file states them.
+        box: x1, y1, x2, y2 as recorded.
         size: Width and height of the image.
-        location: The file and the record, for messages.
-        skip: Counts a box that is clipped, outside of the image, or not in its pixels.
-        mask: RLE of the region. If its box looks normalized as well, both are tiny.
+        location: File and record, for messages.
+        skip: Counts a box that is clipped, outside the image, or not in pixels.
+        mask: RLE of the region. If its box also looks normalized, both are just tiny.
 
     Returns:
-        The box in the image; None if nothing is left of it, or it is normalized.
+        The clipped box; None if it is outside the image or normalized.
     """
     clipped, scale = clip_box(box, *size), find_normalized_scale(box, *size)
     if clipped is None:
@@ -92,15 +90,15 @@ def clip_annotated_box(
 
 
 def scale_region(region: Region, factors: tuple[float, float], size: ImageSize) -> Region | None:
-    """Scale a region to an image that was resized since.
+    """Scale a region to an image that was resized after annotation.
 
     Args:
-        region: In pixels of the image as the file records it.
-        factors: Across and down, see `compare_sizes`.
+        region: Region in pixels of the recorded image size.
+        factors: Factors (x, y) of `compute_resize_factors`.
         size: Width and height of the image.
 
     Returns:
-        The region, its box clipped to the image; None if nothing of it is inside.
+        The region with its box clipped to the image; None if it is outside.
     """
     box = clip_box(scale_box(region.box, factors), *size)
     if box is None:
@@ -109,7 +107,7 @@ def scale_region(region: Region, factors: tuple[float, float], size: ImageSize) 
 
 
 def rotate_rectangle(x: float, y: float, width: float, height: float, degrees: float) -> Points:
-    """Return the corners of a rectangle turned clockwise about its first corner (x, y), in pixels."""
+    """Return the corners of a rectangle rotated clockwise about its first corner (x, y), in pixels."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     offsets = ((0, 0), (width, 0), (width, height), (0, height))
     return [
@@ -118,7 +116,7 @@ def rotate_rectangle(x: float, y: float, width: float, height: float, degrees: f
 
 
 def trace_ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0.0) -> Points:
-    """Return corners along an ellipse around (x, y), turned clockwise about its center, in pixels."""
+    """Return corners along an ellipse with center (x, y), rotated clockwise about it, in pixels."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     angles = (2 * math.pi * step / NUM_ELLIPSE_CORNERS for step in range(NUM_ELLIPSE_CORNERS))
     offsets = ((radius_x * math.cos(angle), radius_y * math.sin(angle)) for angle in angles)
@@ -128,10 +126,10 @@ def trace_ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees:
 
 
 def decode_base64_image(text: Any, subject: str) -> bytes:
-    """Decode an image that an annotation file contains as base64, with or without the head of a data URI.
+    """Decode a base64 image embedded in an annotation file, with or without a data URI header.
 
     Raises:
-        InputError: If it is not base64, empty, or larger than MAX_EMBEDDED_BYTES.
+        InputError: The text is not base64, empty, or larger than MAX_EMBEDDED_BYTES.
     """
     if not isinstance(text, str) or not text:
         raise InputError(f"{subject}: base64 text, not {text!r:.40}")
@@ -145,16 +143,18 @@ def decode_base64_image(text: Any, subject: str) -> bytes:
 
 
 def decode_base64_mask(text: Any, subject: str, size: ImageSize) -> np.ndarray:
-    """Decode a mask that an annotation file contains as an image in base64.
+    """Decode a mask embedded in an annotation file as a base64 image.
 
     Args:
-        size: Width and height of the annotated image, which a mask may not exceed.
+        text: Base64 text.
+        subject: Subject of the error messages.
+        size: Width and height of the annotated image, the maximum size of the mask.
 
     Returns:
-        (height, width) bool of the mask's own size, see `masks.binarize_image`.
+        (height, width) bool in the mask's own size, see `masks.binarize_mask_image`.
 
     Raises:
-        InputError: If it cannot be read, or is larger than the image.
+        InputError: The mask cannot be read, or is larger than the image.
     """
     try:
         image = open_image_header(io.BytesIO(decode_base64_image(text, subject)), subject, max_pixels=masks.PIXEL_LIMIT)
@@ -162,5 +162,5 @@ def decode_base64_mask(text: Any, subject: str, size: ImageSize) -> np.ndarray:
             raise InputError(f"{subject} is {image.width} x {image.height}, larger than the image")
         with image:
             return masks.binarize_mask_image(image, image.format in masks.LOSSY_FORMATS)
-    except (OSError, SyntaxError) as error:  # damaged pixels behind a good header
+    except (OSError, SyntaxError) as error:  # damaged pixels after a valid header
         raise InputError(f"{subject}: {error}") from error
