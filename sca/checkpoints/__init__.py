@@ -1,1 +1,1 @@
-"""Checkpoints: what was trained, in one folder that always loads; also those of the published system."""
+"""Checkpoints: save, load, inspect and publish models, in the native and in the published layout."""

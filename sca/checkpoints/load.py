@@ -1,4 +1,4 @@
-"""Find a checkpoint by name, folder or hub id, and load it in either layout."""
+"""Find a checkpoint by zoo name, folder or hub id, and load it in the native or the published layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sca.io.hub import fetch_model_folder, find_local_folder, resolve_local_path
 from sca.model import SegmentCaptioner
 
 HUB_ID_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-MAX_MESSAGE_LENGTH = 600  # characters of what is wrong with a checkpoint at most
+MAX_MESSAGE_LENGTH = 600  # characters of an error message about a checkpoint
 
 
 def load(
@@ -38,23 +38,23 @@ def load(
     allow_external: bool = False,
     revision: str | None = None,
 ) -> SegmentCaptioner:
-    """Load a model in eval mode; folders in the layout of the published system are read, too.
+    """Load a model in eval mode, from the native layout or the layout of the published system.
 
-    A checkpoint is data: it names components that are installed, and nothing of it runs unless the caller agrees.
+    A checkpoint is data: it names installed components, and none of its code runs unless the caller allows it.
 
     Args:
-        source: A zoo name, a hub id, or a folder: a `Path`, or text with a separator, such as ./model or runs/x/model.
-        device: Where the model runs.
-        dtype: Of its floating-point tensors, such as "float16"; by default that of each component.
-        trust_remote_code: Allow the checkpoint to run code: for authors that you trust as you trust a program.
+        source: Zoo name, hub id, or folder: a `Path`, or text with a separator, such as ./model or runs/x/model.
+        device: Device of the model.
+        dtype: Data type of floating-point tensors, such as "float16"; by default that of each component.
+        trust_remote_code: Allow the checkpoint to run code. Only for authors whose programs you would run.
         allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs,
-            as your own do whose weights you keep elsewhere. It does not allow code.
-        revision: Of a hub id: a commit, a branch or a tag.
+            such as your own checkpoints whose weights are stored elsewhere. It does not allow code.
+        revision: Revision of a hub id: a commit, a branch or a tag.
 
     Raises:
-        InputError: If the checkpoint cannot be read, asks for more than was agreed to, has NaN or infinite
-            weights, lacks a tensor or has one without a place.
-        ValueError: If the device or the dtype does not exist.
+        InputError: The checkpoint cannot be read, requires more than was allowed, has NaN or infinite weights, or has
+            missing or unexpected tensors.
+        ValueError: The device or the dtype does not exist.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     trust = Trust(trust_remote_code, allow_external)
@@ -71,13 +71,15 @@ def load(
 def load_without_weights(
     source: str | Path, *, trust_remote_code: bool = False, allow_external: bool = False
 ) -> SegmentCaptioner:
-    """Build the model of a checkpoint on the meta device: its components, but neither tensors nor a tokenizer.
+    """Build the model of a checkpoint on the meta device, without weights and tokenizer.
 
     Args:
-        source: As for `load`, like the others.
+        source: Zoo name, hub id or folder, as for `load`.
+        trust_remote_code: As for `load`.
+        allow_external: As for `load`.
 
     Raises:
-        InputError: If the checkpoint cannot be read, or asks for more than was agreed to.
+        InputError: The checkpoint cannot be read, or requires more than was allowed.
     """
     trust = Trust(trust_remote_code, allow_external)
     folder, spec = open_checkpoint(source, trust)
@@ -91,29 +93,29 @@ def load_without_weights(
 def open_checkpoint(
     source: str | Path, trust: Trust = NO_TRUST, revision: str | None = None
 ) -> tuple[Path, ModelSpec | None]:
-    """Find a checkpoint, check its files and read its spec, each file before it is read.
+    """Find a checkpoint, check its files and read its spec. Each file is checked before it is read.
 
     Args:
-        source: What `load` takes.
-        trust: What the caller agrees to.
-        revision: Of a hub id.
+        source: Zoo name, hub id or folder, as for `load`.
+        trust: What the caller allows.
+        revision: Revision of a hub id.
 
     Returns:
-        The folder, and the spec as `confine_spec` returns it; None for the layout of the published system.
+        The folder, and the spec as `confine_spec` returns it; None for the published layout.
 
     Raises:
-        InputError: If the checkpoint cannot be fetched or read, or asks for more than was agreed to.
+        InputError: The checkpoint cannot be downloaded or read, or requires more than was allowed.
     """
     folder = locate_checkpoint(source, revision)
     is_bundled = isinstance(source, str) and source in zoo.list_names() and zoo.get_entry(source).folder is not None
-    file_trust = trust._replace(external=True) if is_bundled else trust  # installers may link the files of a package
+    file_trust = trust._replace(external=True) if is_bundled else trust  # installers may symlink package files
     with _shorten_errors(folder):
         root = resolve_real_root(folder)
         for name in (CONFIG_FILE, SPEC_FILE, ORIGIN_FILE):
             check_file(folder / name, root, file_trust)
         spec = (
             None if is_published_checkpoint(folder) else read_spec(folder)
-        )  # so that no other folder is looked through
+        )  # first, to reject arbitrary folders early
         check_folder(folder, file_trust)
         if spec is not None:
             with wrap_spec_errors(folder):
@@ -122,15 +124,17 @@ def open_checkpoint(
 
 
 def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | None:
-    """Read the spec of a checkpoint on this machine: of a zoo name that comes with the package, or of a folder.
+    """Read the spec of a checkpoint that is bundled with a package or stored in a folder; download nothing.
 
-    Nothing is downloaded.
+    Args:
+        source: Zoo name or folder.
+        trust: What the caller allows.
 
     Returns:
         The spec; None for everything else, such as a model on the hub, a captioner or the published layout.
 
     Raises:
-        InputError: If the checkpoint cannot be read, or asks for more than was agreed to.
+        InputError: The checkpoint cannot be read, or requires more than was allowed.
     """
     is_bundled = isinstance(source, str) and source in zoo.list_names()
     folder = zoo.get_entry(source).folder if is_bundled else find_local_folder(source)
@@ -142,7 +146,7 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
 
 @contextmanager
 def _shorten_errors(folder: Path) -> Iterator[None]:
-    """What is wrong with a checkpoint as one InputError, of whatever length its content is."""
+    """Convert errors about a checkpoint to an InputError with one line of limited length."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, MemoryError) as error:  # a RecursionError is a RuntimeError
@@ -164,13 +168,17 @@ def _shorten_errors(folder: Path) -> Iterator[None]:
 
 
 def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
-    """Find the folder of a checkpoint: of a zoo name, of a hub id, which is fetched once, or of a path.
+    """Return the folder of a checkpoint; download it if it is on the hub.
 
-    A bare name is never a folder; a path is a `Path`, or text with a separator. Nothing is renamed or written but what
-    is fetched: of a save that was killed between its renames, the previous checkpoint is read where it is.
+    A bare name is never a folder; a path is a `Path`, or text with a separator. Only downloads write to disk: if a save
+    was killed between its renames, the previous checkpoint is read from its temporary folder.
+
+    Args:
+        source: Zoo name, hub id or folder.
+        revision: Revision of a hub id.
 
     Raises:
-        InputError: If there is none, or it cannot be fetched.
+        InputError: The checkpoint does not exist, or cannot be downloaded.
     """
     if not isinstance(source, str | Path):
         raise InputError(f"the model is of type {type(source).__name__}; give a zoo name, a folder or a hub id")
@@ -196,7 +204,7 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
 
 
 def _describe_composition(source: str) -> str:
-    """Return the error for names of components in place of a checkpoint."""
+    """Return the message for component names in place of a checkpoint."""
     names = ", ".join(repr(name.strip()) for name in source.split("+"))
     if source.count("+") == 1:
         return f"{source!r} names an encoder and a captioner; open it with sca.captioner({source!r})"

@@ -1,9 +1,9 @@
-"""Checkpoints in this package's own layout: what was trained, in one folder that always loads.
+"""Checkpoints in the native layout: one folder with everything that cannot be restored from elsewhere.
 
-spec.json              the names and options of every part, defaults included, and a format version
-weights.safetensors    the tensors that have no other source: what was trained, and parts without pretrained weights
-origin.json            which distribution and version gave each part
-tokenizer/             where the language model was trained here
+spec.json              Names and options of all components, including defaults, and a format version.
+weights.safetensors    Trained tensors, and those of components without pretrained weights.
+origin.json            Distribution, version and pretrained weights of each component.
+tokenizer/             Tokenizer, unless it belongs to the pretrained language model.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ from sca.io.validation import check_object
 from sca.language_models.hf import load_tokenizer
 from sca.model import SegmentCaptioner
 
-MAX_SPEC_BYTES = 2**20  # of a spec at most
-# A distribution and its version as PEP 508 and PEP 440 write them: no URL, no option.
+MAX_SPEC_BYTES = 2**20
+# Distribution and version as in PEP 508 and PEP 440; excludes URLs and pip options.
 PACKAGE_PATTERN = re.compile(
     r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?==[a-z0-9][a-z0-9.+!_-]{0,49}", re.ASCII | re.IGNORECASE
 )
 MODULE_PATTERN = re.compile(r"[a-z_][\w.]{0,99}", re.ASCII | re.IGNORECASE)
+# All that `save` writes, and therefore all that it may replace.
 CHECKPOINT_CONTENT = (
     SPEC_FILE,
     WEIGHTS_FILE,
     ORIGIN_FILE,
     "tokenizer",
-)  # all that `save` writes, and so all that it replaces
+)
 
 
 def save(
@@ -58,17 +59,23 @@ def save(
     dtype: str | torch.dtype | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint folder; a kill at any moment leaves the old one or the new one, complete.
+    """Save a model as a checkpoint folder.
+
+    Writing is atomic: a kill at any moment leaves either the old or the new checkpoint, complete.
 
     Args:
-        model: The model.
-        folder: New, empty, or an older checkpoint, which is replaced. A folder with other files is never replaced.
-        dtype: Of the stored floating-point tensors; by default unchanged.
-        tensors: Used in place of the model's own, by name.
+        model: Model to save.
+        folder: New or empty folder, or an older checkpoint, which is replaced. A folder with other files is never
+            replaced.
+        dtype: Data type of the stored floating-point tensors; unchanged by default.
+        tensors: Tensors by name to store instead of those of the model.
+
+    Returns:
+        The folder.
 
     Raises:
-        OutputError: The folder contains something else, or cannot be written.
-        ValueError: The model or the dtype is something else.
+        OutputError: The folder contains other files, or cannot be written.
+        ValueError: The model is not a `SegmentCaptioner`, or the dtype does not exist.
     """
     if not isinstance(model, SegmentCaptioner):
         raise ValueError(
@@ -82,10 +89,10 @@ def save(
 
 
 def check_writable(folder: Path) -> None:
-    """Check that a checkpoint may be written to a folder: a new or empty one, or one with nothing but a checkpoint.
+    """Check that a folder is new, empty, or contains nothing but a checkpoint.
 
     Raises:
-        OutputError: The folder contains something else.
+        OutputError: The folder contains other files.
     """
     try:
         check_folder_replaceable(folder, CHECKPOINT_CONTENT)
@@ -96,7 +103,7 @@ def check_writable(folder: Path) -> None:
 
 
 def is_saved(model: SegmentCaptioner, folder: Path) -> bool:
-    """Whether a folder contains the checkpoint that `save` would write for a model."""
+    """Return whether a folder contains the checkpoint that `save` would write for a model."""
     try:
         is_same_spec = read_spec(folder).to_dict() == json.loads(json.dumps(resolve_spec(model).to_dict()))
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
@@ -108,7 +115,7 @@ def is_saved(model: SegmentCaptioner, folder: Path) -> bool:
 
 @contextmanager
 def wrap_spec_errors(folder: Path) -> Iterator[None]:
-    """Raise what is wrong with the spec of a folder as an InputError that names its file."""
+    """Convert errors about the spec of a folder to an InputError that names its file."""
     try:
         yield
     except RegistryError as error:
@@ -118,6 +125,15 @@ def wrap_spec_errors(folder: Path) -> Iterator[None]:
 
 
 def load_native_checkpoint(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
+    """Load the model of a native checkpoint folder.
+
+    Args:
+        folder: Checkpoint folder.
+        spec: Its spec, as `confine_spec` returns it.
+
+    Raises:
+        InputError: The spec or the weights cannot be read, or the weights do not fit the model.
+    """
     with wrap_spec_errors(folder), BuildSizeLimit([folder / WEIGHTS_FILE], spec):
         model = build(spec)
     expected = list_stored_tensors(model)
@@ -146,7 +162,7 @@ def _write_checkpoint(
             tensor = tensor.detach().cpu()
             tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
             if names_by_pointer.setdefault(tensor.data_ptr(), name) != name:
-                tensor = tensor.clone()  # tied weights are written twice
+                tensor = tensor.clone()  # safetensors stores no tied tensors
             tensors[name] = tensor.contiguous()
     (folder / WEIGHTS_FILE).write_bytes(serialize(tensors, metadata={"format": "pt"}))
     _write_json(folder / SPEC_FILE, resolve_spec(model).to_dict())
@@ -157,11 +173,10 @@ def _write_checkpoint(
 
 
 def resolve_spec(model: SegmentCaptioner) -> ModelSpec:
-    """Return the spec of a model with every option that its parts have by default, so that other defaults in a later
-    version of a part do not change the checkpoint.
+    """Return the spec of a model with all default options, so that later defaults do not change the checkpoint.
 
-    What a checkpoint may not set stays with the part, as does None: weights, revisions, paths, and options that run
-    code. The segmenter is named, also where it is the encoder's own.
+    Defaults that a checkpoint may not set are left out: None, weights, revisions, paths, and options that run code. The
+    segmenter is always named, even if it is the encoder's default.
     """
     resolved_parts = resolve_parts(model.spec, model.encoder)
     return replace(
@@ -174,7 +189,7 @@ def resolve_spec(model: SegmentCaptioner) -> ModelSpec:
 
 
 def _get_settable_defaults(kind: str, part: Part) -> dict[str, Any]:
-    """The default options of a part that a checkpoint may set, as JSON has them."""
+    """Return the default options that a checkpoint may set, with tuples as lists for JSON."""
     defaults = get_registry(kind).load_entry(part.name).options
     return {
         option: list(value) if isinstance(value, tuple) else value
@@ -184,8 +199,11 @@ def _get_settable_defaults(kind: str, part: Part) -> dict[str, Any]:
 
 
 def collect_origin(model: SegmentCaptioner) -> dict[str, Any]:
-    """Which distribution and version gives each part of a model, and which weights those with a source of their own
-    have; and the commit of this package, where it is a checkout.
+    """Return the content of origin.json.
+
+    Returns:
+        The version of this package, its commit if it is a git checkout, and for each component its distribution,
+        version, license and a fingerprint of its pretrained weights.
     """
     part_origins = {}
     for kind, part in resolve_parts(model.spec, model.encoder).items():
@@ -194,14 +212,14 @@ def collect_origin(model: SegmentCaptioner) -> dict[str, Any]:
         component = getattr(model, kind)
         source = getattr(component, "checkpoint", None)
         card_options = get_registry(kind).get_card(part.name).options
-        if source == card_options.get("weights"):  # else the card describes other weights
+        if source == card_options.get("weights"):  # the license is that of the card's weights
             part_origins[kind] |= {"license": entry.license} if entry.license else {}
         if source:
             try:
                 part_origins[kind] |= compute_weights_fingerprint(
                     source, getattr(component, "revision", None), getattr(component, "file_prefix", "")
                 )
-            except InputError:  # weights that have gone meanwhile, or that a part finds in a way of its own
+            except InputError:  # weights were deleted, or are found by the component itself
                 part_origins[kind] |= {"weights": str(source)}
     commit = _read_commit()
     written_by = f"segment-caption-anything {version('segment-caption-anything')}"
@@ -209,19 +227,23 @@ def collect_origin(model: SegmentCaptioner) -> dict[str, Any]:
 
 
 def _read_commit() -> str | None:
-    """Of the checkout that this package lies in; None where it does not."""
+    """Return the git commit of this package; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
         process = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout that is not ours to read
+    except (OSError, subprocess.CalledProcessError):  # git is missing, or refuses the checkout
         return None
     return process.stdout.strip()
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """The spec of a checkpoint folder. Raises InputError if there is none that can be read."""
+    """Read the spec of a checkpoint folder.
+
+    Raises:
+        InputError: The spec is missing or invalid.
+    """
     try:
         table = read_json(folder / SPEC_FILE, MAX_SPEC_BYTES, require_finite=True)
     except FileNotFoundError as error:
@@ -235,7 +257,7 @@ def read_spec(folder: Path) -> ModelSpec:
 
 
 def _describe_missing_packages(folder: Path) -> str:
-    """What a checkpoint claims to need for the parts that have no name here; anyone may have written that claim."""
+    """Describe what origin.json claims to require for unknown components; the claim is not trusted."""
     try:
         part_origins = read_json(folder / ORIGIN_FILE)["parts"]
         missing_origins = [
@@ -243,7 +265,7 @@ def _describe_missing_packages(folder: Path) -> str:
         ]
         packages = {f"{part_origin['distribution']}=={part_origin['version']}" for part_origin in missing_origins}
         modules = sorted({part_origin["distribution"] for part_origin in missing_origins if not part_origin["version"]})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # absent, or not as we write it
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing or malformed
         return ""
     package_names = sorted(package for package in packages if PACKAGE_PATTERN.fullmatch(package))
     if not package_names and modules and all(MODULE_PATTERN.fullmatch(module) for module in modules):

@@ -1,7 +1,7 @@
-"""Checkpoints in the layout of the published system (SCA, arXiv 2312.00869), read unchanged.
+"""Checkpoints in the layout of the published system (SCA, arXiv 2312.00869).
 
-A folder holds `config.json` with model_type "sca" and all tensors of SAM, the mixer and the language model, in
-`model.safetensors` or `pytorch_model.bin`, in one piece or in shards.
+A folder contains `config.json` with model_type "sca", and all tensors of SAM, the mixer and the language model in
+`model.safetensors` or `pytorch_model.bin`, possibly sharded.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from sca.model import SegmentCaptioner
 MIXER_BY_ARCHITECTURE = {
     "ScaMultitaskV2Model": "query",
     "ScaMultitaskSplitMixerModel": "split",
-}  # by the published architecture
-FIXED_CONFIG = {  # figures that the published checkpoints share and our modules have no option for
+}
+FIXED_CONFIG = {  # values of all published checkpoints for which the modules here have no option
     "hidden_act": "relu",
     "attention_downsample_rate": 2,
     "layer_norm_eps": 1e-6,
     "num_multimask_outputs": 3,
     "num_caption_heads": 1,
 }
-IGNORED_CONFIG_FIELDS = {  # what a configuration says that makes no difference to the model
+IGNORED_CONFIG_FIELDS = {  # fields that do not affect the model
     *("transformers_version", "_name_or_path", "architectures", "dtype", "initializer_range"),
     *("id2label", "label2id", "model_type"),
 }
 SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-NAME_PREFIXES = (  # beginning of a published name, and of ours
+NAME_PREFIXES = (  # prefix of a published tensor name, and of the native one
     ("vision_encoder.", "encoder.vision."),
     ("shared_image_embedding.", "segmenter.prompt_encoder.shared_embedding."),
     ("prompt_encoder.", "segmenter.prompt_encoder."),
@@ -63,8 +63,17 @@ NAME_PREFIXES = (  # beginning of a published name, and of ours
 
 
 def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentCaptioner:
-    """The model of a published folder. Every tensor has its place and every place its tensor, or InputError names
-    them. Its language model has the tokenizer that lies in the folder, or else that of the name in its configuration.
+    """Load the model of a published folder in eval mode.
+
+    The tokenizer is that of the folder, else the one named in the configuration of the language model.
+
+    Args:
+        folder: Checkpoint folder.
+        trust: What the caller allows.
+
+    Raises:
+        InputError: The folder cannot be read, tensors are missing, unexpected or of the wrong shape, or the checkpoint
+            requires more than was allowed.
     """
     spec = read_published_spec(folder, trust)
     with no_init_weights(), BuildSizeLimit(find_weight_files(folder) or [], spec):
@@ -78,7 +87,7 @@ def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentC
             raise InputError(f"{folder}: {error}") from error
     model_tensors = model.state_dict()
     for name, model_tensor in model_tensors.items():
-        if name not in tensors:  # of tensors that are one, the published files hold one
+        if name not in tensors:  # published files contain only one of several tied tensors
             tied_name = next(
                 (
                     other
@@ -97,7 +106,11 @@ def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentC
 
 
 def read_published_spec(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
-    """Read the spec of a published folder, confined to what the caller agreed to. Raises InputError."""
+    """Read the spec of a published folder, confined to what the caller allows.
+
+    Raises:
+        InputError: The configuration cannot be read, or requires more than was allowed.
+    """
     try:
         return confine_spec(parse_published_config(read_json(folder / "config.json"), folder), folder, trust)
     except TrustError as error:
@@ -105,7 +118,15 @@ def read_published_spec(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
 
 
 def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec:
-    """The spec of a published `config.json`. Raises InputError for a model of another kind."""
+    """Convert the content of a published `config.json` to a spec.
+
+    Args:
+        config: Content of the file.
+        folder: Checkpoint folder, for error messages and the generation config.
+
+    Raises:
+        InputError: The configuration is not that of a published model.
+    """
     try:
         (architecture,) = config["architectures"]
         if architecture not in MIXER_BY_ARCHITECTURE:
@@ -146,12 +167,12 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
         )
     except InputError:
         raise
-    except Exception as error:  # whatever transformers raises over figures that it does not expect
+    except Exception as error:  # transformers raises various errors for unexpected values
         raise InputError(f"{folder / 'config.json'} is not that of a published model ({error!r})") from error
 
 
 def _read_language_model_config(text_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The configuration, with the ends that generation used."""
+    """Return the non-default configuration fields, with the special tokens of the generation config."""
     changed_fields = {
         "model_type": text_config["model_type"],
         **_select_non_defaults(AutoConfig.for_model(**text_config)),
@@ -164,7 +185,7 @@ def _read_language_model_config(text_config: Mapping[str, Any], folder: Path) ->
 
 
 def _select_non_defaults(config: PreTrainedConfig) -> dict[str, Any]:
-    """The figures that differ from the defaults, as JSON has them."""
+    """Return the fields that differ from the defaults, as JSON values."""
     fields, defaults = json.loads(config.to_json_string(use_diff=False)), type(config)().to_dict()
     names = fields.keys() & defaults.keys() - IGNORED_CONFIG_FIELDS
     return {key: fields[key] for key in sorted(names) if fields[key] != defaults[key]}

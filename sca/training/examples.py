@@ -1,7 +1,7 @@
-"""From annotated images to batches: what is drawn for each region, and how examples are put together.
+"""Training examples: sampling from annotated images, and collation into batches.
 
-Everything drawn at random is a function of the seed and of the place in the stream, never of global state: a resumed
-run sees exactly what the interrupted one would have seen.
+All random draws are functions of the seed and the position in the stream, never of global state. A resumed run
+therefore gets exactly the examples that the interrupted one would have had.
 """
 
 from __future__ import annotations
@@ -41,26 +41,27 @@ AugmentFunction = Callable[[Sample, np.random.Generator], Sample]
 
 @dataclass
 class Example:
-    """One image of a batch with R regions and T texts of them; boxes and points in the input frame, masks as shares of
-    (4h, 4w) cells.
+    """One image with R regions and T texts; boxes and points are in pixels of the S x S input frame.
+
+    Masks contain the fraction of each of the (4h, 4w) cells that the region covers.
     """
 
     pixel_values: Tensor | None  # (3, S, S)
-    features: Tensor | None  # (C, h, w), where they are cached
+    features: Tensor | None  # (C, h, w), None unless cached
     boxes: Tensor  # (R, 4)
     points: Tensor  # (R, 1, 2)
     masks: Tensor  # (R, 4h, 4w)
     valid_pixels: Tensor  # (4h, 4w)
     has_mask: Tensor  # (R,)
-    input_ids: list[list[int]]  # T
+    input_ids: list[list[int]]  # T texts
     task_ids: Tensor  # (T,)
-    region_index: Tensor  # (T,) the place of the region that each text is of, in 0..R-1
-    labels: dict[str, Tensor]  # (R,) the place of each attribute's value in its list, or `UNKNOWN_LABEL`
+    region_index: Tensor  # (T,) region of each text, in 0..R-1
+    labels: dict[str, Tensor]  # (R,) index of the value by attribute, or `UNKNOWN_LABEL`
     image_size: int  # S
-    prompt_kind: str = "box"  # the kind drawn for this step
+    prompt_kind: str = "box"  # kind of the whole step
 
     def select_first_regions(self, count: int) -> Example:
-        """The first `count` regions, which are in random order, and their texts."""
+        """Select the first `count` regions, whose order is random, and their texts."""
         is_kept = self.region_index < count
         return replace(
             self,
@@ -73,7 +74,21 @@ class Example:
 
 
 class ExampleStream(torch.utils.data.Dataset):
-    """`length` examples of a dataset, over as many epochs as it takes, each epoch in an order of its own."""
+    """Examples of one dataset, over as many epochs as needed, each in its own random order.
+
+    Args:
+        dataset: Dataset.
+        processor: Processor of the encoder.
+        tokenizer: Tokenizer of the language model.
+        sampling_options: Sampling options for regions and texts.
+        length: Number of examples.
+        seed: Random seed.
+        attributes: Possible values by attribute, for `Example.labels`.
+        augment: Random augmentation of samples.
+        phrase_mode: "dataset" or "template", see `DataSource.phrases`.
+        class_name_task: Task of class names, see `DataSource.names`.
+        cache: Cached features to return instead of pixel values.
+    """
 
     def __init__(
         self,
@@ -106,14 +121,14 @@ class ExampleStream(torch.utils.data.Dataset):
         return self.length
 
     def get_sample_index(self, position: int) -> int:
-        """Which sample of the dataset has its turn."""
+        """Return the dataset index of the sample at a position of the stream."""
         epoch, offset = divmod(position, len(self.dataset))
         if self._epoch_order[0] != epoch:
             self._epoch_order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset)))
         return int(self._epoch_order[1][offset])
 
     def get_sample_indices(self, count: int) -> set[int]:
-        """The samples that have their turn in the first `count` positions."""
+        """Return the dataset indices of the samples at the first `count` positions."""
         return (
             set(range(len(self.dataset)))
             if count >= len(self.dataset)
@@ -125,7 +140,7 @@ class ExampleStream(torch.utils.data.Dataset):
         sample = original = self.dataset[self.get_sample_index(position)]
         if self.augment:
             augmented = self.augment(original, rng)
-            sample = augmented if augmented.regions else original  # a crop may have lost them all
+            sample = augmented if augmented.regions else original  # a crop may remove all regions
         if self.phrase_mode == "template":
             sample = add_template_phrases(sample, original)
         return self._build_example(sample, rng, position / self.length)
@@ -168,7 +183,7 @@ class ExampleStream(torch.utils.data.Dataset):
         )
 
     def _sample_text(self, region: Region, rng: np.random.Generator, progress: float) -> tuple[int, str]:
-        """The task and the words of a region, `progress` (0..1) into the stream."""
+        """Sample the task and text of a region; `progress` is the fraction of the stream, 0..1."""
         options = self.sampling_options
         use_class_name = progress < options.class_name_warmup or rng.random() < options.class_name_prob
         if region.name and (use_class_name or not region.phrases):
@@ -183,8 +198,17 @@ class ExampleStream(torch.utils.data.Dataset):
 
 
 class ExampleMixture(torch.utils.data.Dataset):
-    """Several streams in one, in proportion to their weights. Whose turn it is at a place is drawn from the seed, and,
-    once for every `examples_per_step` positions, how regions are prompted: all processes of a step prompt alike.
+    """Random mixture of streams in proportion to their weights.
+
+    The prompt kind is drawn once per step, so that it is the same in all processes.
+
+    Args:
+        streams: Streams.
+        weights: Sampling weights of the streams.
+        length: Number of examples.
+        seed: Random seed.
+        prompt_shares: Sampling weights of the prompt kinds; only boxes by default.
+        examples_per_step: Examples per step, over all processes.
     """
 
     def __init__(
@@ -200,7 +224,7 @@ class ExampleMixture(torch.utils.data.Dataset):
         self.examples_per_step = examples_per_step
         rng = np.random.default_rng([seed, 2])
         self._stream_indices = rng.choice(len(streams), size=length, p=np.asarray(weights) / sum(weights))
-        self._stream_positions = np.zeros(length, dtype=int)  # in its own stream
+        self._stream_positions = np.zeros(length, dtype=int)  # position in the stream
         for index in range(len(streams)):
             is_selected = self._stream_indices == index
             self._stream_positions[is_selected] = np.arange(is_selected.sum())
@@ -211,7 +235,7 @@ class ExampleMixture(torch.utils.data.Dataset):
         )
 
     def list_samples(self) -> list[tuple[Dataset, int]]:
-        """Each sample that is drawn, once: a dataset and the place in it."""
+        """Return each sample of the mixture once, as a dataset and an index."""
         lengths = np.bincount(self._stream_indices, minlength=len(self.streams))
         sampled = [
             (s, index)
@@ -229,8 +253,12 @@ class ExampleMixture(torch.utils.data.Dataset):
 
 
 def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions: int = 0) -> Batch:
-    """Examples with any number of regions -> one flat batch, prompted as the first example says, of at most
-    `max_regions` regions (0: all).
+    """Collate examples with any number of regions into one flat batch.
+
+    Args:
+        examples: Examples, all with the prompt kind of the first.
+        pad_token_id: Id of the padding token.
+        max_regions: Maximum regions of the batch; 0 for no limit.
     """
     examples = _limit_regions(examples, max_regions)
     counts = torch.tensor([len(example.boxes) for example in examples])
@@ -261,12 +289,12 @@ def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions
 
 
 def _limit_regions(examples: Sequence[Example], max_regions: int) -> Sequence[Example]:
-    """Examples with at most `max_regions` regions together: those with few keep theirs, the others share the rest."""
+    """Limit the total number of regions: examples with few keep all of theirs, the others share the remainder."""
     counts = [len(example.boxes) for example in examples]
     if not 0 < max_regions < sum(counts):
         return examples
     kept_counts, remaining = dict(enumerate(counts)), max_regions
-    for rank, index in enumerate(sorted(kept_counts, key=kept_counts.__getitem__)):  # the fewest first
+    for rank, index in enumerate(sorted(kept_counts, key=kept_counts.__getitem__)):  # fewest regions first
         kept_counts[index] = min(counts[index], remaining // (len(counts) - rank))
         remaining -= kept_counts[index]
     return [example.select_first_regions(kept_counts[index]) for index, example in enumerate(examples)]
@@ -297,7 +325,7 @@ def _jitter_box(box: Sequence[float], jitter: float, rng: np.random.Generator) -
 
 
 def _get_attribute(region: Region, name: str) -> str | None:
-    """An attribute of the region; its class is the attribute "name"."""
+    """Return an attribute of a region; the attribute "name" is its class name."""
     return region.name if name == "name" else region.attributes.get(name)
 
 

@@ -1,7 +1,6 @@
-"""What a frozen encoder makes of pictures, kept on disk: later epochs, and other mixers and language models, skip it.
+"""Disk cache of the features of a frozen encoder, for later epochs and for other mixers and language models.
 
-Good where augmentation leaves the pictures alone, as in SCA's weak supervision (arXiv 2312.00869). SAM's features of a
-picture take 2 MiB.
+Usable without image augmentation, as in SCA's weak supervision (arXiv 2312.00869). SAM's features take 2 MiB per image.
 """
 
 from __future__ import annotations
@@ -25,10 +24,14 @@ from sca.model import SegmentCaptioner
 
 
 class FeatureCache:
-    """A folder with a file for each picture, (C, h, w) in float16, mapped into memory when it is read.
+    """Folder with one memory-mapped file of features per image, (C, h, w) in float16.
 
-    Files lie under a key for the encoder's spec and weights, and are named after the picture's content, so that models,
-    data sets and processes may share one folder. A file is there whole or not at all.
+    Files are stored under a hash of the encoder's spec and weights and named by a hash of the image, so that models,
+    datasets and processes can share one folder. Files are written atomically.
+
+    Args:
+        folder: Folder of the cache.
+        model: Model with the encoder.
     """
 
     def __init__(self, folder: str | Path, model: SegmentCaptioner):
@@ -38,13 +41,19 @@ class FeatureCache:
         self.folder = expand_user(folder) / hashlib.sha256(encoder_identity.encode()).hexdigest()[:24]
 
     def get_path(self, image: Image.Image) -> Path:
+        """Return the path of an image's features, which may not exist yet."""
         digest = hashlib.sha256(f"{image.size}".encode())
         digest.update(np.ascontiguousarray(image.convert("RGB")).data)
         name = digest.hexdigest()[:40]
         return self.folder / name[:2] / f"{name}.npy"
 
     def __getitem__(self, image: Image.Image) -> Tensor:
-        """(C, h, w) in float32. KeyError if `encode_missing` did not encode this image."""
+        """Read the features of an image, (C, h, w) in float32.
+
+        Raises:
+            KeyError: `encode_missing` did not encode the image.
+            ValueError: The file is broken.
+        """
         try:
             return torch.from_numpy(np.load(self.get_path(image), mmap_mode="r").astype(np.float32))
         except FileNotFoundError as error:
@@ -56,9 +65,17 @@ class FeatureCache:
     def encode_missing(
         self, model: SegmentCaptioner, images: Iterable[Image.Image], progress: Callable[[], None], batch_size: int = 4
     ) -> None:
-        """Encodes the pictures whose features are not there. Calls `progress` for each picture.
+        """Encode the images that are missing in the cache.
 
-        ValueError if features are too large for float16, OutputError if they cannot be written.
+        Args:
+            model: Model with the encoder.
+            images: Images, cached or not.
+            progress: Called once per image.
+            batch_size: Images per forward pass.
+
+        Raises:
+            ValueError: Features exceed the range of float16.
+            OutputError: Features cannot be written.
         """
         processor, pending = Processor.from_encoder(model.encoder), dict[Path, Image.Image]()
         for folder in self.folder.glob("*"):

@@ -76,7 +76,7 @@ class TrainingModule(nn.Module):
         return sum(self.loss_weights.get(name, 1.0) * value for name, value in losses.items())
 
     def group_trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return the trainable parameters by the groups of `spec.trainable`, and those of the auxiliary heads as "heads"."""
+        """Return trainable parameters by the groups of `spec.trainable`; those of the auxiliary heads are "heads"."""
         groups = {**self.model.group_parameters(), "heads": list(self.heads.parameters())}
         trainable = {name: [p for p in parameters if p.requires_grad] for name, parameters in groups.items()}
         return {name: parameters for name, parameters in trainable.items() if parameters}

@@ -1,7 +1,7 @@
-"""Several training processes on this machine; the ports they open are on loopback only.
+"""Training processes on one machine, with all ports on loopback only.
 
-torchrun's own store, a TCPStore, listens on every interface, asks nobody who they are and unpickles what it is sent.
-Here processes meet in a file in a folder that only this user can open.
+torchrun's TCPStore listens on every interface without authentication and unpickles what it receives. Here the
+rendezvous is a file in a folder that only the current user can read.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ from pathlib import Path
 
 from sca.launchers.signals import block_interrupts, kill_process_tree
 
-STORE_VARIABLE = "SCA_PROCESS_STORE"  # the file where the processes of one run meet
+STORE_VARIABLE = "SCA_PROCESS_STORE"  # rendezvous file of the processes of one run
 LOOPBACK_INTERFACES = ("lo", "lo0")  # Linux; macOS and BSD
 
 
 def run_processes(count: int, arguments: Sequence[str]) -> int:
-    """Run one `sca` command in several processes of this machine and return its exit status.
+    """Run one `sca` command in several processes on this machine.
 
-    Ctrl+C ends all of them at once; what they have stored is whole at any moment.
+    Ctrl+C kills all of them at once; stored files are complete at any moment.
+
+    Args:
+        count: Number of processes.
+        arguments: Arguments of `sca`.
+
+    Returns:
+        The exit status.
     """
     with tempfile.TemporaryDirectory(prefix="sca-") as folder:
         launcher = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(count)]
@@ -42,9 +49,9 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
 
 
 def build_process_environment(count: int) -> Mapping[str, str]:
-    """Return the environment variables that keep processes to loopback and to their share of the cores.
+    """Return environment variables that restrict processes to loopback and to their share of the CPU cores.
 
-    They replace what the shell sets: NCCL_SOCKET_IFNAME is often set for machines that train together.
+    They override those of the shell, where NCCL_SOCKET_IFNAME is often set for multi-node training.
     """
     loopback = next((name for _, name in socket.if_nameindex() if name in LOOPBACK_INTERFACES), None)
     interfaces = {f"{library}_SOCKET_IFNAME": loopback for library in ("GLOO", "NCCL")} if loopback else {}
@@ -57,10 +64,10 @@ def build_process_environment(count: int) -> Mapping[str, str]:
 
 @contextmanager
 def join_processes() -> Iterator[None]:
-    """Join the other processes of `run_processes`, and leave the group of any launcher at the end.
+    """Initialize the process group of `run_processes`, and destroy that of any launcher at the end.
 
-    Without this, threads of the group can abort the process at exit. After an error the group is left with gloo alone:
-    NCCL would wait for the other processes.
+    Without this, threads of the group can abort the process at exit. After an error the group is destroyed only with
+    gloo, because NCCL would wait for the other processes.
     """
     import torch
 
@@ -82,7 +89,7 @@ def join_processes() -> Iterator[None]:
 
 
 def count_threads_per_process(processes: int) -> int:
-    """What OMP_NUM_THREADS says, at most a process's share of the cores: threads that share one wait for each other."""
+    """Return OMP_NUM_THREADS, limited to the process's share of the cores: threads on one core block each other."""
     max_threads = max(1, (os.cpu_count() or 1) // processes)
     requested = os.environ.get("OMP_NUM_THREADS", "")
     return min(max_threads, int(requested)) if requested.isdecimal() and int(requested) else max_threads

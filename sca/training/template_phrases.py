@@ -1,4 +1,4 @@
-"""Phrases made by rule, for data that has class names and no captions."""
+"""Template phrases for data with class names but no captions."""
 
 from __future__ import annotations
 
@@ -10,16 +10,24 @@ from sca_registry.contracts import Sample
 
 
 def add_template_phrases(sample: Sample, original: Sample) -> Sample:
-    """The sample with phrases for each region that has a name and no phrase:
+    """Add template phrases to each region with a class name and no phrase.
 
-        ARTICLE [SIZE] NAME;  ARTICLE NAME PLACE;  ARTICLE [SIZE] NAME PLACE         each once, in this order
+    The phrases are, in this order and without duplicates:
 
-    ARTICLE is "the" for the only one of its class in `original` (the sample before augmentation, without the
-    crowds that the dataset leaves out), else "a" or "an" by the next letter. SIZE is "large" for a box that covers at
-    least an eighth of the image, "small" for at most a hundredth, nothing between. PLACE is where the box's center is
-    on the image cut into three by three: "at the top left", "at the top", "on the right", "in the middle", ... So: "a
-    car on the left", "a large building at the top right", "the road at the bottom". Size and place are those in
-    `sample`: what is true of an image need not be true of a crop of it.
+        ARTICLE [SIZE] NAME
+        ARTICLE NAME PLACE
+        ARTICLE [SIZE] NAME PLACE
+
+    - ARTICLE is "the" for the only region of its class in `original`, else "a" or "an" by the next letter.
+    - SIZE is "large" for a box that covers at least 1/8 of the image, "small" for at most 1/100, else empty.
+    - PLACE is the cell of a 3 x 3 grid over the image that contains the box center: "at the top left", "at the top",
+      "on the right", "in the middle", ...
+
+    Examples: "a car on the left", "a large building at the top right", "the road at the bottom".
+
+    Args:
+        sample: Sample, possibly augmented. Size and place refer to it, because a crop changes both.
+        original: Sample before augmentation, without the crowds that the dataset skips.
     """
     names = Counter(region.name for region in original.regions)
     regions = tuple(
@@ -37,7 +45,14 @@ def add_template_phrases(sample: Sample, original: Sample) -> Sample:
 
 
 def make_template_phrases(name: str, box: tuple[float, ...], size: tuple[int, int], is_unique: bool) -> tuple[str, ...]:
-    """The phrases of one region: its box is x1 y1 x2 y2 in an image of `size` (width, height)."""
+    """Create the template phrases of one region.
+
+    Args:
+        name: Class name.
+        box: x1 y1 x2 y2 in image pixels.
+        size: Width and height of the image.
+        is_unique: Whether the region is the only one of its class, which selects the article "the".
+    """
     area_fraction = (box[2] - box[0]) * (box[3] - box[1]) / math.prod(size)
     adjective = "large" if area_fraction >= 1 / 8 else "small" if area_fraction <= 1 / 100 else None
     column, row = (

@@ -1,4 +1,4 @@
-"""transformers' Trainer over flat batches of regions."""
+"""Trainer of transformers for flat batches of regions."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from sca.training.sharding import (
 )
 
 DRAFT_FOLDER = ".sca-draft"
-MODULE_FILE = "training_module.pt"  # of a checkpoint: what trains, and buffers
+MODULE_FILE = "training_module.pt"  # trainable parameters and buffers in a checkpoint
 
 
 def count_loss_terms(batch: Batch) -> dict[str, int]:
-    """How many things each loss of a batch is the mean of; "regions" for those that are not named."""
+    """Return the number of terms that each loss of a batch averages over; "regions" is for all other losses."""
     num_masks = int(batch.targets.has_mask.sum())
     return {
         "caption": int(batch.attention_mask.sum()),
@@ -43,11 +43,13 @@ def count_loss_terms(batch: Batch) -> dict[str, int]:
 
 
 class CaptionTrainer(Trainer):
-    """The Trainer of transformers for flat batches of regions, with examples in the order of the stream.
+    """Trainer of transformers for flat batches of regions, with examples in the order of the stream.
 
     Args:
-        lr_multipliers: Factors of the learning rate, by trainable group.
-        sharded: Shard over the processes, see `sca.training.sharding`.
+        *args: Arguments of transformers' Trainer.
+        lr_multipliers: Factors of the learning rate by trainable group.
+        sharded: Shard trainable parameters over the processes, see `sca.training.sharding`.
+        **options: Options of transformers' Trainer.
     """
 
     def __init__(self, *args: Any, lr_multipliers: Mapping[str, float], sharded: bool, **options: Any):
@@ -60,8 +62,10 @@ class CaptionTrainer(Trainer):
         self.loss_scales: list[dict[str, float]] = []
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
-        """The pieces of a step on this process; notes which share of the whole step's words, masks and regions each
-        has, times the number of pieces, by which gradients are divided again.
+        """Return the accumulated batches of a step on this process, and compute their loss scales.
+
+        A loss scale is the batch's share of the step's tokens, masks or regions, times the total number of batches,
+        which cancels the average over accumulated batches and processes.
         """
         micro_batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         term_counts = [count_loss_terms(micro_batch["batch"]) for micro_batch in micro_batches]
@@ -77,7 +81,7 @@ class CaptionTrainer(Trainer):
         return model(inputs["batch"], self.loss_scales.pop(0))
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """Adds the mean of every loss since the last line."""
+        """Log, with the mean of each loss since the last call."""
         recent_losses = self.model.recent_losses
         if "loss" in logs:
             means = {name: torch.stack(values).float().mean() for name, values in recent_losses.items()}
@@ -87,7 +91,7 @@ class CaptionTrainer(Trainer):
         super().log(logs, *args)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over each group at its own rate; norms and biases do not decay."""
+        """Create AdamW with the learning rate of each group, and without weight decay for norms and biases."""
         if self.optimizer is None:
             module = self.model if model is None else model
             decaying_names = set(self.get_decay_parameter_names(module))
@@ -108,13 +112,13 @@ class CaptionTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, *_: Any) -> Sampler:
-        return SequentialSampler(self.train_dataset)  # the stream has its own order, a function of the seed alone
+        return SequentialSampler(self.train_dataset)  # the stream is already shuffled by the seed
 
     def _wrap_model(self, model: nn.Module, *args: Any, **options: Any) -> nn.Module:
         return ShardedModule(self.model) if self.sharded else super()._wrap_model(model, *args, **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes what trains, and buffers: frozen parameters are where they came from."""
+        """Save trainable parameters and buffers; frozen parameters are restored from their source."""
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
         state = gather_tensors(state)
@@ -150,11 +154,11 @@ class CaptionTrainer(Trainer):
             shard_optimizer_state(self.optimizer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Written under another name first, so that a kill never leaves half a checkpoint to resume from."""
+        """Write to a draft folder and rename it, so that a kill never leaves an incomplete checkpoint."""
         output_folder = Path(self.args.output_dir)
         draft = output_folder / DRAFT_FOLDER
         if self.args.should_save:
-            shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed while it wrote
+            shutil.rmtree(draft, ignore_errors=True)  # left by a run killed during a save
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(draft)
         try:
@@ -172,9 +176,8 @@ class CaptionTrainer(Trainer):
             sync_tree(draft)
             old_checkpoints = set(_list_checkpoints(output_folder))
             for new_checkpoint in _list_checkpoints(draft):
-                shutil.rmtree(
-                    output_folder / new_checkpoint.name, ignore_errors=True
-                )  # of a run that was not to be resumed
+                # May exist from a run that was not resumed.
+                shutil.rmtree(output_folder / new_checkpoint.name, ignore_errors=True)
                 old_checkpoints.discard(new_checkpoint.rename(output_folder / new_checkpoint.name))
             sync_path(output_folder)
             for old_checkpoint in old_checkpoints:
@@ -183,10 +186,10 @@ class CaptionTrainer(Trainer):
 
 
 def _list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders of the trainer; any other name, such as `checkpoint-500-good`, is not one."""
+    """List the trainer's checkpoint folders; other names, such as `checkpoint-500-good`, are not included."""
     return [path for path in folder.iterdir() if re.fullmatch("checkpoint-[0-9]+", path.name)]
 
 
 def _is_write_error(error: RuntimeError) -> bool:
-    """Whether torch.save could not write, which it reports without the system's reason."""
+    """Return whether torch.save failed to write, which it reports without the OS error."""
     return "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)

@@ -1,4 +1,4 @@
-"""Evaluation during training, which keeps the best model."""
+"""Validation during training, which saves the best model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ from sca.training.trainer import CaptionTrainer
 
 
 class ValidationCallback(TrainerCallback):
-    """Evaluates while training, logs the scores, and keeps the best model."""
+    """Evaluate during training, log the scores, and save the best model.
+
+    Args:
+        trainer: Trainer.
+        options: Options of [validate].
+        dataset: Validation dataset.
+        folder: Run folder. It receives `validation/step-N`, `best` and `best.json`.
+        report: Called with each message for the user.
+    """
 
     def __init__(
         self,
@@ -36,14 +44,14 @@ class ValidationCallback(TrainerCallback):
     ):
         self.trainer, self.options, self.dataset, self.folder, self.report = trainer, options, dataset, folder, report
         self.questions = PromptingOptions(prompt=options.prompt)
-        self.best_scores: dict[str, list[float]] = {}  # of the scores that chose
-        self.reported_metrics: set[str] = set()  # scores of `best` that were not a number
+        self.best_scores: dict[str, list[float]] = {}  # by score that selected the best model
+        self.reported_metrics: set[str] = set()  # scores of `best` that were NaN or infinite
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.options.every == 0 or state.global_step == state.max_steps:
             logs = control.should_log
             self._run_validation(state.global_step)
-            control.should_log = logs  # what one process logged here, all are still to log together
+            control.should_log = logs  # only the first process logs here; all processes must still log the step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for metric, values in self.best_scores.items():
@@ -55,7 +63,7 @@ class ValidationCallback(TrainerCallback):
 
     def _run_validation(self, step: int) -> None:
         model, options = self.trainer.model.model, self.options
-        if self.trainer.args.world_size > 1:  # statistics of batches differ, and all are to ask the same model
+        if self.trainer.args.world_size > 1:  # batch norm statistics differ; all processes must evaluate the same model
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         training = model.training
@@ -69,7 +77,7 @@ class ValidationCallback(TrainerCallback):
             metrics=options.metrics or None,
             limit=options.limit,
             folder=folder,
-            overwrite=True,  # of a run that was ended between this step and its last checkpoint
+            overwrite=True,  # left by a run that ended between this step and its last checkpoint
         )
         model.train(training)
         if result is not None:
@@ -93,7 +101,7 @@ class ValidationCallback(TrainerCallback):
         self.trainer.log({f"{VALIDATION_PREFIX}{name}": value for name, value in scores.items()})
 
     def _report_unusable_metrics(self, scored_metrics: Sequence[str], metric: str | None) -> None:
-        """Report, once each, the scores of `best` that should have chosen and are not a number."""
+        """Report, once each, the scores of `best` that could not select a model because they are not finite."""
         for name in scored_metrics if metric is None else scored_metrics[: scored_metrics.index(metric)]:
             if name not in self.reported_metrics:
                 self.reported_metrics.add(name)
@@ -101,7 +109,7 @@ class ValidationCallback(TrainerCallback):
                 self.report(f"validate.best: {name} is not a number on this data; {consequence}")
 
     def _is_best(self, metric: str, score: float, previous: Mapping[str, Any] | None) -> bool:
-        """Whether a model is better than the one that is kept; a score that is named earlier in `best` decides."""
+        """Return whether a model is better than the saved one; earlier scores of `best` take precedence."""
         if previous is None or previous["metric"] == metric:
             return previous is None or score > previous["score"]
         order = list(self.options.best)
