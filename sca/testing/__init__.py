@@ -1,1 +1,1 @@
-"""What authors of plugins test with: the conformance kit, a pytest fixture, and the scaffold of a plugin package."""
+"""Test support for plugin authors: conformance checks, a pytest fixture, and a template of a plugin package."""

@@ -1,4 +1,4 @@
-"""Components tried in processes of their own, which broken code may end or block."""
+"""Checks of components in separate processes, because a broken component may crash or hang."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from sca_registry.registry import RegistryEntry
 from sca.launchers.local import Local
 from sca.launchers.task import Task
 
-IMPORT_TIMEOUT = 300.0  # seconds for the imports of all built-in components
+IMPORT_TIMEOUT = 300.0  # seconds for all built-in components
 
 
 def try_parts(entries: Sequence[RegistryEntry], timeout: float) -> list[RegistryEntry]:
-    """Import the built-in components, and try those of plugins, all in processes of their own.
+    """Import the built-in components and check those of plugins in separate processes.
 
     Args:
-        entries: Components with the states that metadata shows.
-        timeout: Seconds for each component of a plugin, without what this package itself imports.
+        entries: Components with their states according to package metadata.
+        timeout: Seconds per component of a plugin, excluding the imports of this package.
 
     Returns:
-        The components with the states that were found, in the same order.
+        The components with their actual states, in the same order.
     """
     unchecked = [entry for entry in entries if entry.state == "unchecked"]
     states = _run_jobs("plugin_check:try_part", [{"kind": e.kind, "name": e.name} for e in unchecked], timeout)
@@ -34,7 +34,7 @@ def try_parts(entries: Sequence[RegistryEntry], timeout: float) -> list[Registry
 
 
 def _import_builtins(entries: Sequence[RegistryEntry]) -> dict[tuple[str, str], Mapping[str, str]]:
-    """Import components in one process, or module by module if that process does not survive it."""
+    """Import components in one process, or one process per module if that process crashes."""
     parts = [{"kind": entry.kind, "name": entry.name} for entry in entries]
     (outcome,) = _run_jobs("plugin_check:import_parts", [{"parts": parts}], IMPORT_TIMEOUT)
     if "states" in outcome:
@@ -50,7 +50,7 @@ def _import_builtins(entries: Sequence[RegistryEntry]) -> dict[tuple[str, str], 
 
 
 def _run_jobs(job: str, configs: Iterable[Mapping[str, Any]], timeout: float) -> list[Mapping[str, Any]]:
-    """Run jobs of the conformance kit, and return their results; a job that died has the state "broken"."""
+    """Run conformance jobs and return their results; a crashed job has the state "broken"."""
     with TemporaryDirectory() as scratch:
         tasks = [
             Task(

@@ -1,11 +1,11 @@
-"""A pytest fixture for the tests of plugin packages.
+"""Pytest fixture for the tests of plugin packages.
 
     pytest_plugins = ["sca.testing.pytest"]
 
     def test_mixer_passes_conformance(conformance):
         conformance("mixer", MyMixer, depth=1)
 
-The first line is for a test module or the topmost conftest.py.
+The first line belongs in a test module or in the top-level conftest.py.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import pytest
 
 @pytest.fixture
 def conformance() -> Callable[..., Any]:
-    """`conformance(kind, part, **options)` fails the test unless the part keeps every promise of its kind, and gives
-    the findings; part: a registered name, or a factory.
+    """Return the function `conformance(kind, part, **options)`.
+
+    It takes the arguments of `check_part`, fails the test if a check fails, and otherwise returns the results.
     """
 
     def check_conformance(kind: str, part: str | Callable[..., Any], /, **options: Any) -> Any:
-        from sca.testing.conformance import check_part  # imports torch, which not every test run needs
+        from sca.testing.conformance import check_part  # imports torch only when used
 
         results = check_part(kind, part, **options)
         failures = [str(finding) for finding in results if not finding.passed]

@@ -1,4 +1,4 @@
-"""Tiny components with random weights, which the conformance kit and tests build."""
+"""Tiny components with random weights for conformance checks and tests."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def tiny_options(kind: str, name: str) -> dict[str, Any]:
     """Return the options that make a component tiny.
 
     Args:
-        kind: Singular or plural.
-        name: Of a built-in component, whose options are in `tiny.toml`, or of another, whose card has them as `small`.
+        kind: Kind of the component, singular or plural.
+        name: Registered name. The options of built-in components are in `tiny.toml`, those of others in their cards
+            (`small`).
 
     Returns:
-        Options; empty for a component that needs none, or whose card has none.
+        Options; empty if there are none.
 
     Raises:
         RegistryError: The kind or the name is unknown.

@@ -1,11 +1,11 @@
-"""The conformance kit: tries a part against the promises of its contract, on tensors that fit into a thimble.
+"""Conformance checks: test a component against the contract of its kind on small tensors.
 
     for result in check_part("mixer", "query", depth=1):
         print(result)
 
-A check is one function under `@register_check(...)`: its name is the check's, the first paragraph of its docstring says
-what is expected, and it returns None if the part passes, else what is wrong. The parts upstream are stand-ins
-that have what the contract lists and nothing more, so a part that reaches for more is found out.
+A check is a function decorated with `@register_check(...)`. Its name is that of the check, and the first paragraph of
+its docstring is the expected behavior. It returns None if the component passes, else the problem. Upstream components
+are stand-ins with only the attributes in the contract, so a component that accesses others fails.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from sca_registry import get_registry
 from sca_registry.contracts import COMPONENT_KINDS
 
-from sca.testing.conformance import (  # noqa: F401 (their promises)
+from sca.testing.conformance import (  # noqa: F401 (register their checks)
     captioners,
     common,
     datasets,
@@ -35,17 +35,26 @@ from sca.testing.conformance.harnesses import HARNESSES, PartHarness
 
 __all__ = ["CHECKS", "CheckResult", "check_part"]
 
-LIBRARY_FOLDERS = {"conformance", "torch", "transformers", "timm", "open_clip", "sca_registry"}  # folders
+LIBRARY_FOLDERS = {"conformance", "torch", "transformers", "timm", "open_clip", "sca_registry"}
 
 
 def check_part(kind: str, part: str | Callable[..., Any], /, **options: Any) -> list[CheckResult]:
-    """One result for each promise of the kind ("mixer" or "mixers"), those that every kind has first.
+    """Run all checks of a kind on a component.
 
-    part: a registered name, or a factory. options: of the factory; the dataset's `split` too (default "val"). A part
-    that cannot be built, or does not run, is tried no further. Nothing that the part does wrong is raised, except
-    KeyboardInterrupt. Random state is put back as it was.
+    Checks that apply to every kind run first. If the component cannot be built or run, the remaining checks are
+    skipped. Exceptions of the component, except KeyboardInterrupt, become results. The random state of torch is
+    restored.
 
-    Raises RegistryError if there is no such kind.
+    Args:
+        kind: Kind of the component, singular or plural.
+        part: Registered name, or factory.
+        **options: Options of the factory, and the `split` of a dataset (default "val").
+
+    Returns:
+        One result per check.
+
+    Raises:
+        RegistryError: The kind is unknown.
     """
     kind_info = get_registry(kind).kind
     harness = HARNESSES.get(kind_info.plural, PartHarness)(kind_info.plural, part, options)
@@ -60,7 +69,7 @@ def check_part(kind: str, part: str | Callable[..., Any], /, **options: Any) -> 
 
 
 def _format_error_location(error: BaseException) -> str:
-    """The last line of somebody's own code that an error passed through, that of libraries and of this kit aside."""
+    """Format the last line of plugin code in a traceback, ignoring libraries and the checks."""
     plugin_frames = [
         frame for frame in extract_tb(error.__traceback__) if not set(Path(frame.filename).parts) & LIBRARY_FOLDERS
     ]

@@ -1,4 +1,4 @@
-"""Promises of captioners."""
+"""Conformance checks of captioners."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLE_BOXES = ((2.0, 3.0, 20.0, 30.0), (10.0, 4.0, 44.0, 28.0), (0.0, 0.0, 48.
 
 
 def make_example() -> tuple[Image.Image, list[Prompt]]:
-    """A picture of noise, and boxes in it."""
+    """Return a noise image and box prompts in it."""
     pixels = np.random.default_rng(1).integers(0, 255, (EXAMPLE_IMAGE_SIZE[1], EXAMPLE_IMAGE_SIZE[0], 3), np.uint8)
     return Image.fromarray(pixels), [Prompt(box=box) for box in EXAMPLE_BOXES]
 
@@ -27,9 +27,7 @@ def _list_texts(captions: list[Caption]) -> list[str]:
 
 @register_check("captioners", source="sca_registry.contracts.Caption")
 def describe_answers_in_order(harness: PartHarness) -> str | None:
-    """Each prompt has one caption with its text, its score, the prompt itself and its place, in the order that was
-    asked; no prompts have none.
-    """
+    """Each prompt has one caption with text, score, prompt and region id, in order; no prompts return an empty list."""
     image, prompts = make_example()
     for task in TASKS:
         captions = harness.part.caption(image, prompts, task)
@@ -50,7 +48,7 @@ def describe_answers_in_order(harness: PartHarness) -> str | None:
 
 @register_check("captioners", source="sca_registry.contracts.Caption")
 def boxes_are_kept(harness: PartHarness) -> str | None:
-    """A caption that was asked for by a box has that box, and its mask, where there is one, the size of the image."""
+    """The caption of a box prompt has that box, and its mask, if any, has the size of the image."""
     image, prompts = make_example()
     for prompt, caption in zip(prompts, harness.part.caption(image, prompts), strict=True):
         if caption.box is None or tuple(caption.box) != prompt.box:
@@ -62,7 +60,7 @@ def boxes_are_kept(harness: PartHarness) -> str | None:
 
 @register_check("captioners")
 def alone_as_together(harness: PartHarness) -> str | None:
-    """A region has alone the text that it has among others."""
+    """A region has the same text alone as together with others."""
     image, prompts = make_example()
     batch_texts = _list_texts(harness.part.caption(image, prompts))
     for index, (prompt, text) in enumerate(zip(prompts, batch_texts, strict=True)):
@@ -74,7 +72,7 @@ def alone_as_together(harness: PartHarness) -> str | None:
 
 @register_check("captioners")
 def what_is_unknown_is_refused(harness: PartHarness) -> str | None:
-    """A task or an option of generation that there is not raises ValueError, which names it."""
+    """An unknown task or generation option raises a ValueError or TypeError that names it."""
     image, prompts = make_example()
     for unknown_value, kwargs in (("translation", {"task": "translation"}), ("color_of_ink", {"color_of_ink": 3})):
         try:
@@ -89,7 +87,7 @@ def what_is_unknown_is_refused(harness: PartHarness) -> str | None:
 
 @register_check("captioners")
 def the_picture_is_left_alone(harness: PartHarness) -> str | None:
-    """The picture is the same afterwards."""
+    """The image is unchanged after captioning."""
     image, prompts = make_example()
     initial_bytes = image.tobytes()
     harness.part.caption(image, prompts)

@@ -1,4 +1,4 @@
-"""What a promise is, and what is found of it."""
+"""Registration and results of conformance checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result of one check; `source` is where the requirement is documented."""
+    """Result of one check.
+
+    Attributes:
+        name: Name of the check.
+        passed: Whether the component passed, or the check does not apply.
+        expected: Expected behavior.
+        details: Problem, or the reason why the check does not apply.
+        source: Where the expected behavior is documented.
+    """
 
     name: str
     passed: bool
@@ -26,10 +34,20 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class ConformanceCheck:
+    """Registered check.
+
+    Attributes:
+        name: Name of the check.
+        kinds: Kinds of components (plural) that it applies to.
+        expected: Expected behavior.
+        source: Where the expected behavior is documented; None for the protocol of the kind.
+        function: Function that returns None or the problem.
+    """
+
     name: str
     kinds: tuple[str, ...]
     expected: str
-    source: str | None  # None: the protocol of the kind
+    source: str | None
     function: Callable[[Any], str | None]
 
 
@@ -37,11 +55,16 @@ CHECKS: list[ConformanceCheck] = []
 
 
 class DoesNotApply(Exception):
-    """Raised by a check that has nothing to try on this part; the message says why."""
+    """Exception of a check that does not apply to a component; the message is the reason."""
 
 
 def register_check(*kinds: str, source: str | None = None) -> Callable[[Callable[[Any], str | None]], Any]:
-    """Adds the function below it to what parts of these kinds (plural) are tried for."""
+    """Register a function as a check of components.
+
+    Args:
+        *kinds: Kinds of components (plural).
+        source: Where the expected behavior is documented. Default: the protocol of the kind.
+    """
 
     def register(function: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
         expected = " ".join(inspect.getdoc(function).partition("\n\n")[0].split())

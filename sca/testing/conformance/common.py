@@ -1,4 +1,4 @@
-"""Promises of every kind of part, and of whatever computes."""
+"""Conformance checks of all kinds of components, and of all kinds that compute tensors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sca.testing.conformance.process_state import CHANGED_BY_IMPORTS, capture_pr
 
 @register_check(*COMPONENT_KINDS)
 def builds(harness: PartHarness) -> str | None:
-    """The factory gives a part when it is called with the part upstream and its options."""
+    """The factory returns a component when called with the upstream component and its options."""
     return None if harness.part is not None else "None"
 
 
 @register_check(*COMPONENT_KINDS)
 def attributes(harness: PartHarness) -> str | None:
-    """The part has what its protocol lists, of the types given there."""
+    """The component has the attributes and methods of its protocol, with the declared types."""
     protocol = COMPONENT_KINDS[harness.kind].protocol
     member_names = [
         name for name, value in vars(protocol).items() if getattr(value, "__module__", "") == protocol.__module__
@@ -48,7 +48,7 @@ def attributes(harness: PartHarness) -> str | None:
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
 def runs(harness: PartHarness) -> str | None:
-    """A plain pass over the smallest inputs ends; where it does not, the promises below are not tried."""
+    """A forward pass on small inputs succeeds; otherwise the remaining checks are skipped."""
     harness.compute_outputs(harness.part, harness.make_inputs())
     return None
 
@@ -56,7 +56,7 @@ def runs(harness: PartHarness) -> str | None:
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
 def eval_is_deterministic(harness: PartHarness) -> str | None:
-    """In eval mode the same inputs give the same outputs to the last bit, whatever the random state."""
+    """In eval mode equal inputs produce bitwise equal outputs for any random state."""
     first_outputs = harness.compute_outputs(harness.part, harness.make_inputs())
     torch.manual_seed(99)
     return describe_difference(
@@ -67,7 +67,7 @@ def eval_is_deterministic(harness: PartHarness) -> str | None:
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
 def eval_changes_nothing(harness: PartHarness) -> str | None:
-    """A pass in eval mode leaves the part's tensors, and the tensors it was given, as they were."""
+    """A forward pass in eval mode changes neither the state of the component nor its input tensors."""
     inputs, part = harness.make_inputs(), harness.part
     initial_state = clone_tensors(part.state_dict()) if isinstance(part, nn.Module) else {}
     initial_inputs = [leaf.clone() for leaf in harness.list_upstream_tensors(inputs)]
@@ -84,7 +84,7 @@ def eval_changes_nothing(harness: PartHarness) -> str | None:
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
 def alone_as_together(harness: PartHarness) -> str | None:
-    """An image, a region or a text gives alone what it gives in a batch with others, which may be fewer or longer."""
+    """The output of an image, a region or a text is the same alone as in a batch, even with other padding."""
     inputs = harness.make_inputs()
     batch_outputs = harness.compute_outputs(harness.part, inputs)
     for row in range(harness.count_rows(inputs)):
@@ -100,7 +100,7 @@ def alone_as_together(harness: PartHarness) -> str | None:
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
 def order_is_free(harness: PartHarness) -> str | None:
-    """Rows in another order (regions: within their image) give the same outputs in that order."""
+    """Permuted rows (regions: within their image) produce outputs permuted in the same way."""
     inputs = harness.make_inputs()
     order = [2, 0, 1, 4, 3][: harness.count_rows(inputs)] if harness.count_rows(inputs) != 2 else [1, 0]
     batch_outputs = harness.compute_outputs(harness.part, inputs)
@@ -111,14 +111,14 @@ def order_is_free(harness: PartHarness) -> str | None:
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
 def dtype_is_kept(harness: PartHarness) -> str | None:
-    """Moved to bfloat16 or float64, the part gives finite outputs of that type; float64 agrees with float32."""
+    """In bfloat16 and float64 the outputs are finite and keep that dtype; float64 agrees with float32."""
     float32_outputs = harness.compute_outputs(harness.build_module(), harness.make_inputs())
     for dtype in (torch.bfloat16, torch.float64):
         outputs = harness.compute_outputs(
             harness.build_module().to(dtype), harness.cast_inputs(harness.make_inputs(), dtype)
         )
         for name, value in outputs.items():
-            if not name.startswith("boxes") and value.dtype != dtype:  # boxes are coordinates: they stay exact
+            if not name.startswith("boxes") and value.dtype != dtype:  # boxes are coordinates and stay exact
                 return f"{name} is {value.dtype} in a part of {dtype}"
             if not value.isfinite().all():
                 return f"{name} is not finite in {dtype}"
@@ -130,7 +130,7 @@ def dtype_is_kept(harness: PartHarness) -> str | None:
 
 @register_check(*TENSOR_KINDS)
 def gradients_reach_what_trains(harness: PartHarness) -> str | None:
-    """Every parameter that requires a gradient gets one from some kind of input, finite and not zero everywhere."""
+    """Every trainable parameter receives a finite gradient, and not all gradients are zero."""
     part = harness.build_module().train()
     trainable = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
     if not trainable:
@@ -147,7 +147,7 @@ def gradients_reach_what_trains(harness: PartHarness) -> str | None:
 
 @register_check("segmenters", "mixers", "language_models")
 def gradients_pass_upstream(harness: PartHarness) -> str | None:
-    """Gradients go back through the part to what it was given, so that the parts upstream can train."""
+    """Gradients flow through the component to its inputs, so that upstream components can be trained."""
     inputs = harness.make_inputs()
     input_tensors = [leaf.requires_grad_() for leaf in harness.list_upstream_tensors(inputs)]
     compute_weighted_sum(harness.compute_outputs(harness.part, inputs)).backward()
@@ -159,7 +159,7 @@ def gradients_pass_upstream(harness: PartHarness) -> str | None:
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
 def reloads_equal(harness: PartHarness) -> str | None:
-    """Built anew with other random numbers and given the `state_dict`, the part gives equal outputs to the last bit."""
+    """An instance with another seed produces bitwise equal outputs after loading the `state_dict`."""
     first, second = harness.build_module(seed=0), harness.build_module(seed=1)
     second.load_state_dict(clone_tensors(first.state_dict()), strict=True)
     return describe_difference(
@@ -171,7 +171,7 @@ def reloads_equal(harness: PartHarness) -> str | None:
 
 @register_check(*TENSOR_KINDS, source="sca.builder.compose")
 def builds_on_meta(harness: PartHarness) -> str | None:
-    """Under `torch.device("meta")` the same tensors are made and nothing is allocated."""
+    """Under `torch.device("meta")` the component has the same tensors and allocates no memory."""
     expected_shapes = {name: value.shape for name, value in harness.build_module().state_dict().items()}
     with torch.device("meta"):
         meta_tensors = harness.build_module().state_dict()
@@ -186,7 +186,7 @@ def builds_on_meta(harness: PartHarness) -> str | None:
     )
 
 
-OPTIONAL_PACKAGES = (  # packages that no part needs unless it is used
+OPTIONAL_PACKAGES = (  # imported only where they are used
     *("cv2", "datasets", "gradio", "jax", "matplotlib", "mmcv", "mmdet", "mmengine", "open_clip", "pandas", "ray"),
     *("scipy", "sklearn", "tensorflow", "timm", "wandb"),
 )
@@ -207,8 +207,9 @@ print(json.dumps([sorted(imported), sorted(
 
 @register_check(*COMPONENT_KINDS, source="plugins/README.md")
 def import_is_light(harness: PartHarness) -> str | None:
-    """Its module imports no large optional package, which a person may not have, prints nothing and changes no setting
-    of the process: that is done where it is used, or not at all.
+    """Importing the module imports no large optional package, prints nothing and changes no process setting.
+
+    Optional packages are imported where they are used.
     """
     if harness.name is None:
         raise DoesNotApply("a factory without a name")
@@ -230,7 +231,7 @@ def import_is_light(harness: PartHarness) -> str | None:
 
 @register_check(*COMPONENT_KINDS, source="plugins/README.md")
 def the_process_is_left_alone(harness: PartHarness) -> str | None:
-    """Building and using the part changes no setting of the process: of torch, logging, warnings, environment."""
+    """Building and running the component changes no process setting of torch, logging, warnings or environment."""
     state_before = capture_process_state()
     part = harness.build()
     if harness.kind in TENSOR_KINDS:
@@ -248,7 +249,7 @@ def the_process_is_left_alone(harness: PartHarness) -> str | None:
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
 def options_are_honored(harness: PartHarness) -> str | None:
-    """An option that is a whole number changes the part's tensors, or what it gives, when it is another number."""
+    """Changing an integer option changes the tensors of the component or its outputs."""
     options = harness.collect_integer_options()
     if not options:
         raise DoesNotApply("no option is a whole number")
@@ -263,7 +264,7 @@ def options_are_honored(harness: PartHarness) -> str | None:
                     _collect_shapes(part),
                     varied_harness.compute_outputs(part, varied_harness.make_inputs()),
                 )
-            except (ValueError, RuntimeError, AssertionError):  # not every number is good
+            except (ValueError, RuntimeError, AssertionError):  # an invalid value
                 continue
             if (
                 varied_result[0] == default_result[0]

@@ -1,4 +1,4 @@
-"""Small operations that checks share: what differs, and how to say it."""
+"""Comparison of tensors and formatting of differences, shared by the checks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RELATIVE_TOLERANCE = 1e-3  # differences up to this share of the largest value may come from the order of additions
+RELATIVE_TOLERANCE = 1e-3  # of the largest value; allows for another order of additions
 
 
 def describe_difference(
     expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], tolerance: float = RELATIVE_TOLERANCE
 ) -> str | None:
-    """The first tensor that differs by more than `tolerance` of its largest value, or None. 0: bitwise equal."""
+    """Describe the first tensor that differs.
+
+    Args:
+        expected: Tensors by name.
+        actual: Tensors by name.
+        tolerance: Maximum deviation relative to the largest absolute value; 0 for bitwise equality.
+
+    Returns:
+        Description; None if all tensors are equal within the tolerance.
+    """
     if expected.keys() != actual.keys():
         return f"other outputs: {format_names(sorted(expected.keys() ^ actual.keys()))}"
     for name, value in expected.items():
@@ -25,27 +34,30 @@ def describe_difference(
         if not value.numel() or torch.equal(value, actual[name]):
             continue
         deviation = float((value.double() - actual[name].double()).abs().max())
-        if not deviation <= tolerance * float(value.double().abs().max()):  # NaN is off, too
+        if not deviation <= tolerance * float(value.double().abs().max()):  # also true for NaN
             return f"{name} differs by {deviation:.2g}, of at most {float(value.abs().max()):.2g}"
     return None
 
 
 def describe_shape_mismatch(name: str, value: Any, shape: tuple[int | None, ...]) -> str | None:
+    """Describe a value that is not a tensor of this shape; None if it is."""
     if not isinstance(value, Tensor):
         return f"{name} is {type(value).__name__}, not a tensor {shape}"
     return None if tuple(value.shape) == shape else f"{name} is {tuple(value.shape)}, not {shape}"
 
 
 def compute_weighted_sum(outputs: Mapping[str, Tensor]) -> Tensor:
-    """A scalar whose gradient is not made zero by a normalization at the end."""
+    """Return a randomly weighted sum, whose gradient does not vanish after a final normalization."""
     generator = torch.Generator().manual_seed(2)
     differentiable = [value for value in outputs.values() if value.requires_grad]
     return sum((value * torch.randn(value.shape, generator=generator)).sum() for value in differentiable)
 
 
 def clone_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Clone tensors by name."""
     return {name: value.clone() for name, value in tensors.items()}
 
 
 def format_names(names: Sequence[str]) -> str:
+    """Format the first five names and the number of the others."""
     return ", ".join(islice(names, 5)) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

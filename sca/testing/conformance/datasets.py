@@ -1,4 +1,4 @@
-"""Promises of datasets."""
+"""Conformance checks of datasets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sca.testing.conformance.harnesses import DatasetHarness
 
 @register_check("datasets", source="sca_registry.contracts.Sample")
 def samples(harness: DatasetHarness) -> str | None:
-    """Samples are RGB pictures with a whole number as id, each its own, and a tuple of regions."""
+    """A sample has an RGB image, a unique integer image id, and a tuple of regions."""
     dataset_samples = harness.read_samples()
     if not dataset_samples:
         return "no samples at all"
@@ -27,7 +27,7 @@ def samples(harness: DatasetHarness) -> str | None:
 
 @register_check("datasets")
 def samples_are_fixed(harness: DatasetHarness) -> str | None:
-    """The same index gives the same sample, from a dataset built anew too."""
+    """An index always returns the same sample, also from a new instance of the dataset."""
     rebuilt_dataset = harness.build(seed=1)
     for index, sample in enumerate(harness.read_samples()):
         for repeated_sample in (harness.part[index], rebuilt_dataset[index]):
@@ -38,7 +38,7 @@ def samples_are_fixed(harness: DatasetHarness) -> str | None:
 
 @register_check("datasets")
 def the_end_is_an_index_error(harness: DatasetHarness) -> str | None:
-    """An index past the end raises IndexError, so that iteration ends."""
+    """An index past the end raises IndexError, which ends iteration."""
     try:
         harness.part[len(harness.part)]
     except IndexError:
@@ -58,7 +58,7 @@ def boxes_lie_in_the_image(harness: DatasetHarness) -> str | None:
 
 @register_check("datasets", source="sca_registry.contracts.Region")
 def boxes_contain_masks(harness: DatasetHarness) -> str | None:
-    """A region's mask is an RLE of the image's size, is not empty, and lies inside the box, give or take a pixel."""
+    """A region's mask is a nonempty RLE of the image's size, inside the box up to one pixel."""
     num_masks = 0
     for sample, region in harness.iter_regions():
         if region.mask is not None:
@@ -79,7 +79,7 @@ def boxes_contain_masks(harness: DatasetHarness) -> str | None:
 
 @register_check("datasets", source="sca_registry.contracts.Region")
 def regions_have_words(harness: DatasetHarness) -> str | None:
-    """A region has a name or phrases, none of them blank, and an id of its own."""
+    """A region has a name or phrases, none of them blank, and a unique id."""
     ids = []
     for _, region in harness.iter_regions():
         ids.append(region.id)

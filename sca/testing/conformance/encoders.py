@@ -1,4 +1,4 @@
-"""Promises of encoders."""
+"""Conformance checks of encoders."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def image_format(harness: PartHarness) -> str | None:
 @register_check("encoders")
 @torch.no_grad()
 def output_shape(harness: EncoderHarness) -> str | None:
-    """(B, 3, S, S) pixels give (B, channels, S/stride, S/stride) features."""
+    """Pixels of shape (B, 3, S, S) produce features of shape (B, channels, S/stride, S/stride)."""
     pixels = harness.make_inputs()
     side = pixels.shape[-1] // harness.part.stride
     return describe_shape_mismatch("features", harness.part(pixels), (len(pixels), harness.part.channels, side, side))
@@ -50,7 +50,7 @@ def features_follow_the_image(harness: EncoderHarness) -> str | None:
 
 @register_check("encoders")
 def default_segmenter_is_known(harness: PartHarness) -> str | None:
-    """`default_segmenter` is the name of a segmenter."""
+    """`default_segmenter` is the name of a registered segmenter."""
     if harness.name is None:
         raise DoesNotApply("a factory without a name may not be installed, nor its segmenter")
     name, segmenter_names = harness.part.default_segmenter, get_registry("segmenters").list_names()

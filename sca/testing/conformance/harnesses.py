@@ -1,4 +1,4 @@
-"""What each kind of part is tried with: stand-ins for the parts upstream, and inputs that fit into a thimble."""
+"""Test harnesses of each kind of component: upstream stand-ins and small inputs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sca.testing.conformance.process_state import capture_process_state
 NUM_IMAGES, IMAGE_INDEX = 3, (0, 0, 0, 2, 2)  # the second image has no region
 IMAGE_SIZE, STRIDE, HIDDEN_SIZE, NUM_MASKS = 64, 8, 32, 3
 GRID_SIZE, MASK_SIZE = IMAGE_SIZE // STRIDE, 4 * IMAGE_SIZE // STRIDE
-MAX_SAMPLES = 8  # how much of a dataset is read
+MAX_SAMPLES = 8  # samples to read of a dataset
 
 
 class StandInEncoder:
-    """As much of an encoder as a segmenter may rely on."""
+    """Minimal encoder with only the attributes that a segmenter may use."""
 
     image_format = ImageFormat(size=IMAGE_SIZE)
     channels = HIDDEN_SIZE
@@ -36,7 +36,7 @@ class StandInEncoder:
 
 
 class StandInSegmenter:
-    """As much of a segmenter as a mixer may rely on."""
+    """Minimal segmenter with only the attributes that a mixer may use."""
 
     channels = HIDDEN_SIZE
 
@@ -45,7 +45,12 @@ class StandInSegmenter:
 
 
 def make_random_regions(image_index: Tensor, num_images: int) -> SegmenterOutput:
-    """Regions with every field that a segmenter can give."""
+    """Return random segmenter output with every optional field.
+
+    Args:
+        image_index: (N,) image of each region.
+        num_images: Number of images.
+    """
     num_regions, tokens = len(image_index), torch.randn(len(image_index), 3 + NUM_MASKS, HIDDEN_SIZE)
     corner = torch.rand(num_regions, 2) * IMAGE_SIZE / 2
     return SegmenterOutput(
@@ -65,10 +70,15 @@ def make_random_regions(image_index: Tensor, num_images: int) -> SegmenterOutput
 
 
 class PartHarness:
-    """A part on trial: how to build it, and what it is tried with.
+    """Component under test, its factory and its inputs.
 
-    `make_inputs()` returns the same at every call, `select_rows(inputs, rows)` some rows alone, and `compute_outputs`
-    tensors by name, each with one row for each row of the inputs.
+    Subclasses define the inputs of a kind. `make_inputs()` returns equal inputs on every call, `select_rows(inputs,
+    rows)` selects rows, and `compute_outputs` returns named tensors with one row per input row.
+
+    Args:
+        kind: Kind of the component (plural).
+        part: Registered name, or factory.
+        options: Options of the factory.
     """
 
     upstream: tuple[Any, ...] = ()
@@ -78,34 +88,35 @@ class PartHarness:
         self.name = part if isinstance(part, str) else None
         self.factory = partial(get_registry(kind).build, part) if isinstance(part, str) else part
         self.options = dict(options)
-        self.initial_state = (
-            capture_process_state()
-        )  # where nothing of the part is imported yet, if this process has not used it
+        # Captured before the component is imported, unless this process has already used it.
+        self.initial_state = capture_process_state()
 
     def build(self, seed: int = 0) -> Any:
+        """Build the component in eval mode with seeded random weights."""
         torch.manual_seed(seed)
         part = self.factory(*self.upstream, **self.options)
         return part.eval() if isinstance(part, nn.Module) else part
 
     @cached_property
     def part(self) -> Any:
+        """Component, built once with seed 0."""
         return self.build()
 
     def build_module(self, seed: int = 0) -> nn.Module:
-        """Built anew, for checks that change it."""
+        """Build a new instance for checks that modify it. Raises DoesNotApply if it is not a torch module."""
         part = self.build(seed)
         if not isinstance(part, nn.Module):
             raise DoesNotApply(f"a {type(part).__name__} is no torch module")
         return part
 
     def get_declared_value(self, field: str) -> Any:
-        """What the card or the class says of `gives` or `needs`."""
+        """Return the value of a field, such as `gives` or `needs`, of the card or class."""
         return (
             get_registry(self.kind).get_declared(self.name, field) if self.name else getattr(self.factory, field, None)
         )
 
     def collect_integer_options(self) -> dict[str, int]:
-        """The options that are whole numbers, as they are on trial."""
+        """Return the integer options with their present values."""
         num_upstream = len(self.upstream)
         default_options = (
             get_registry(self.kind).load_entry(self.name).options
@@ -118,32 +129,37 @@ class PartHarness:
         }
 
     def with_options(self, options: Mapping[str, Any]) -> PartHarness:
-        """The same part with other options."""
+        """Return a harness of the same component with other options."""
         return type(self)(self.kind, self.name or self.factory, {**self.options, **options})
 
-    # what the checks that several kinds share are made of
-
     def make_inputs(self) -> Any:
+        """Return the inputs of a forward pass."""
         raise NotImplementedError
 
     def count_rows(self, inputs: Any) -> int:
+        """Return the number of input rows."""
         return len(inputs)
 
     def select_rows(self, inputs: Any, rows: Sequence[int]) -> Any:
+        """Select rows of the inputs."""
         return inputs[rows]
 
     def cast_inputs(self, inputs: Any, dtype: torch.dtype) -> Any:
+        """Cast the inputs to a dtype, except coordinates."""
         return inputs.to(dtype)
 
     def list_upstream_tensors(self, inputs: Any) -> list[Tensor]:
-        """The floating tensors that come from the parts upstream."""
+        """Return the floating-point tensors that upstream components produce."""
         return [inputs]
 
     def compute_outputs(self, part: Any, inputs: Any) -> dict[str, Tensor]:
+        """Run a component and return its output tensors by name."""
         raise NotImplementedError
 
 
 class EncoderHarness(PartHarness):
+    """Harness of encoders."""
+
     def make_inputs(self) -> Tensor:
         size = self.part.image_format.size
         return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
@@ -154,18 +170,20 @@ class EncoderHarness(PartHarness):
 
 @dataclass
 class SegmenterInputs:
-    """The inputs of a segmenter: the same regions asked for in every way that it takes."""
+    """Inputs of a segmenter: features, and the same regions as each kind of prompt."""
 
     features: Tensor
     prompts: dict[str, PromptBatch]
 
 
 class SegmenterHarness(PartHarness):
+    """Harness of segmenters."""
+
     upstream = (StandInEncoder(),)
     OUTPUT_FIELDS = ("prompt_tokens", "tokens", "mask_tokens", "grid", "masks", "iou_scores", "boxes")
 
     def make_all_inputs(self) -> SegmenterInputs:
-        """Ragged regions of a batch, by every kind of prompt."""
+        """Return a batch with varying regions per image, for every kind of prompt."""
         generator = torch.Generator().manual_seed(1)
         image_index, num_regions = torch.tensor(IMAGE_INDEX), len(IMAGE_INDEX)
         corner = torch.rand(num_regions, 2, generator=generator) * IMAGE_SIZE / 2
@@ -190,7 +208,7 @@ class SegmenterHarness(PartHarness):
 
     @cached_property
     def accepted_prompt_types(self) -> tuple[str, ...]:
-        """The kinds of prompt that the segmenter does not refuse with a ValueError; boxes always."""
+        """Kinds of prompt that the segmenter accepts without a ValueError; always includes boxes."""
         all_inputs, accepted = self.make_all_inputs(), ["box"]
         for prompt_type, prompts in all_inputs.prompts.items():
             if prompt_type != "box":
@@ -221,7 +239,7 @@ class SegmenterHarness(PartHarness):
         return SegmenterInputs(inputs.features[kept_images], prompts)
 
     def cast_inputs(self, inputs: SegmenterInputs, dtype: torch.dtype) -> SegmenterInputs:
-        return SegmenterInputs(inputs.features.to(dtype), inputs.prompts)  # coordinates stay exact
+        return SegmenterInputs(inputs.features.to(dtype), inputs.prompts)  # prompts are coordinates and stay exact
 
     def list_upstream_tensors(self, inputs: SegmenterInputs) -> list[Tensor]:
         return [inputs.features]
@@ -243,10 +261,12 @@ class SegmenterHarness(PartHarness):
         return outputs
 
 
-SHARED_FIELDS = ("image_index", "image_embeddings", "image_size", "positional_encoding")  # not one row per region
+SHARED_FIELDS = ("image_index", "image_embeddings", "image_size", "positional_encoding")  # no row per region
 
 
 class MixerHarness(PartHarness):
+    """Harness of mixers."""
+
     upstream = (StandInSegmenter(),)
     REGION_FIELDS = tuple(each.name for each in fields(SegmenterOutput) if each.name not in SHARED_FIELDS)
 
@@ -281,7 +301,7 @@ class MixerHarness(PartHarness):
         return {"queries": part(inputs)}
 
     def collect_needs(self) -> set[str]:
-        """What the part says it needs of masks, boxes and grid, with the options it has."""
+        """Return which of masks, boxes and grid the mixer requires with its present options."""
         required = set(self.get_declared_value("needs") or ())
         if self.name:
             card = get_registry(self.kind).get_card(self.name)
@@ -294,7 +314,7 @@ class MixerHarness(PartHarness):
 
 @dataclass
 class LanguageModelInputs:
-    """The inputs of a language model: ids padded right, and what is seen of them."""
+    """Inputs of a language model: token ids padded on the right, their mask, and prefixes."""
 
     input_ids: Tensor  # (N, L)
     attention_mask: Tensor  # (N, L)
@@ -302,6 +322,8 @@ class LanguageModelInputs:
 
 
 class LanguageModelHarness(PartHarness):
+    """Harness of language models."""
+
     LENGTHS = (6, 3, 1)
 
     def make_inputs(self) -> LanguageModelInputs:
@@ -321,6 +343,7 @@ class LanguageModelHarness(PartHarness):
 
     @cached_property
     def vocab_size(self) -> int:
+        """Size of the last dimension of the logits."""
         return self.part.lm_head(torch.zeros(1, self.part.hidden_size)).shape[-1]
 
     def count_rows(self, inputs: LanguageModelInputs) -> int:
@@ -356,14 +379,18 @@ class LanguageModelHarness(PartHarness):
 
 
 class DatasetHarness(PartHarness):
+    """Harness of datasets."""
+
     def __init__(self, kind: str, part: str | Callable[..., Any], options: Mapping[str, Any]):
         super().__init__(kind, part, {name: value for name, value in options.items() if name != "split"})
         self.upstream = (options.get("split", "val"),)
 
     def read_samples(self) -> list[Any]:
+        """Return the first `MAX_SAMPLES` samples."""
         return [self.part[index] for index in range(min(MAX_SAMPLES, len(self.part)))]
 
     def iter_regions(self) -> Iterator[tuple[Any, Region]]:
+        """Iterate over the regions of the first samples, each with its sample."""
         return ((sample, region) for sample in self.read_samples() for region in sample.regions)
 
 

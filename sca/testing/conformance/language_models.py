@@ -1,4 +1,4 @@
-"""Promises of language models."""
+"""Conformance checks of language models."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ EXAMPLE_TEXTS = ("a small striped red circle left of a blue square", "car", "two
 @register_check("language_models")
 @torch.no_grad()
 def states_and_logits_shape(harness: LanguageModelHarness) -> str | None:
-    """`embed_tokens` gives (N, L, E), `hidden_states` the shape of its input, and `lm_head` (..., V) for any leading
-    shape.
+    """`embed_tokens` returns (N, L, E), `hidden_states` the shape of its input, and `lm_head` (..., V).
+
+    `lm_head` supports any leading shape.
     """
     part, inputs = harness.part, harness.make_inputs()
     num_texts, length = inputs.input_ids.shape
@@ -45,7 +46,7 @@ def states_and_logits_shape(harness: LanguageModelHarness) -> str | None:
 @register_check("language_models")
 @torch.no_grad()
 def later_words_are_unseen(harness: LanguageModelHarness) -> str | None:
-    """A state depends on what stands before it and on nothing after."""
+    """A hidden state depends on its own and earlier tokens, and not on later ones."""
     part, inputs = harness.part, harness.select_rows(harness.make_inputs(), [0])
     hidden_states = part.hidden_states(part.embed_tokens(inputs.input_ids), inputs.attention_mask)
     changed_ids = inputs.input_ids.clone()
@@ -62,7 +63,7 @@ def later_words_are_unseen(harness: LanguageModelHarness) -> str | None:
 @register_check("language_models")
 @torch.no_grad()
 def agrees_with_transformers(harness: LanguageModelHarness) -> str | None:
-    """`lm_head(hidden_states(embed_tokens(ids)))` are the logits of the transformers model inside."""
+    """`lm_head(hidden_states(embed_tokens(ids)))` equals the logits of the wrapped transformers model."""
     models = [each for each in harness.build_module().children() if isinstance(each, PreTrainedModel)]
     if not models:
         raise DoesNotApply("there is no transformers model directly inside")
@@ -76,7 +77,7 @@ def agrees_with_transformers(harness: LanguageModelHarness) -> str | None:
 @register_check("language_models")
 @torch.no_grad()
 def generates_new_words_only(harness: LanguageModelHarness) -> str | None:
-    """`generate` returns sequences (N, R, T) without prefix, T at most `max_new_tokens`, and scores (N, R) up to 0."""
+    """`generate` returns sequences (N, R, T) without prefix, T at most `max_new_tokens`, and scores (N, R) <= 0."""
     inputs = harness.make_inputs()
     for max_new_tokens in (1, MAX_NEW_TOKENS):
         generation_output = harness.part.generate(inputs.prefix, max_new_tokens=max_new_tokens)
@@ -98,9 +99,9 @@ def generates_new_words_only(harness: LanguageModelHarness) -> str | None:
 @register_check("language_models")
 @torch.no_grad()
 def generates_the_likeliest_word(harness: LanguageModelHarness) -> str | None:
-    """By default each word is the likeliest after the prefix and the words before; the score is their mean log-share.
+    """By default generation is greedy, and the score is the mean log-probability of the generated tokens.
 
-    The end counts as a word, and what stands after it does not.
+    EOS is included in the mean; tokens after it are not.
     """
     part, inputs = harness.part, harness.make_inputs()
     eos_token_id = part.tokenizer.eos_token_id if part.tokenizer is not None else None
@@ -126,7 +127,7 @@ def generates_the_likeliest_word(harness: LanguageModelHarness) -> str | None:
 
 @register_check("language_models")
 def adapts_gently(harness: LanguageModelHarness) -> str | None:
-    """`add_lora` adds parameters named lora_ that train, changes no output at first, and freezes nothing."""
+    """`add_lora` adds trainable parameters named lora_, leaves the outputs unchanged, and freezes nothing."""
     part = harness.build_module()
     inputs = harness.make_inputs()
     with torch.no_grad():
@@ -151,7 +152,7 @@ def adapts_gently(harness: LanguageModelHarness) -> str | None:
 
 @register_check("language_models", source="sca_registry.contracts.Tokenizer")
 def words_end_and_do_not_begin(harness: LanguageModelHarness) -> str | None:
-    """`encode` ends with `eos_token_id`, once, and adds no beginning; with a limit the end is kept and counted."""
+    """`encode` appends `eos_token_id` once and no BOS token; a token limit includes EOS."""
     tokenizer = _require_tokenizer(harness)
     if tokenizer.encode("") != [tokenizer.eos_token_id]:
         return f"no text is {tokenizer.encode('')}, and the end is {tokenizer.eos_token_id}"
@@ -173,7 +174,7 @@ def words_end_and_do_not_begin(harness: LanguageModelHarness) -> str | None:
 
 @register_check("language_models", source="sca_registry.contracts.Tokenizer")
 def words_come_back(harness: LanguageModelHarness) -> str | None:
-    """`decode` gives the text that was encoded, and ends at the first `eos_token_id` whatever follows."""
+    """`decode` restores the encoded text and stops at the first `eos_token_id`."""
     tokenizer = _require_tokenizer(harness)
     for text in EXAMPLE_TEXTS:
         ids = tokenizer.encode(text)

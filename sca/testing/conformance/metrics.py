@@ -1,4 +1,4 @@
-"""Promises of metrics."""
+"""Conformance checks of metrics."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sca.testing.conformance.harnesses import PartHarness
 RECORD_FIELDS = (
     *("index", "image_id", "region_id", "task", "control", "prompt", "caption", "score"),
     *("mask", "predicted_iou", "truth"),
-    *("proposals", "image"),  # of dense captioning; and the image, a separate argument
+    *("proposals", "image"),  # `proposals`: dense captioning; `image`: a separate argument
 )
 TRUTH_FIELDS = ("name", "phrases", "attributes", "mask", "box", "area", "regions")
-EMPTY_RLE = {"size": [32, 48], "counts": "`T1P1"}  # nothing inside
+EMPTY_RLE = {"size": [32, 48], "counts": "`T1P1"}  # an empty mask
 
 
 def make_example_records() -> list[dict[str, Any]]:
-    """Two regions of one image, each asked for both tasks, as `sca evaluate` writes them."""
+    """Return prediction records of two regions of one image for both tasks, as written by `sca evaluate`."""
     ground_truth = {
         "name": "circle",
         "phrases": ["a small striped red circle"],
@@ -52,7 +52,7 @@ def make_example_records() -> list[dict[str, Any]]:
 
 @register_check("metrics")
 def needs_are_paths(harness: PartHarness) -> str | None:
-    """`needs` is a tuple of paths into a record, such as "caption", "truth.mask" or "task=caption"."""
+    """`needs` is a tuple of paths in a record, such as "caption", "truth.mask" or "task=caption"."""
     needs = harness.part.needs
     if not isinstance(needs, tuple) or not all(isinstance(need, str) for need in needs):
         return f"needs = {needs!r}"
@@ -66,7 +66,7 @@ def needs_are_paths(harness: PartHarness) -> str | None:
 
 @register_check("metrics", source="sca_registry.contracts.MetricOutput")
 def gives_scores(harness: PartHarness) -> str | None:
-    """Called with records that have what it needs, it returns a `MetricOutput` with numbers, named as declared."""
+    """On records with the required fields it returns a `MetricOutput` of numbers with the declared names."""
     records = make_example_records()
     if "image" in harness.part.needs or describe_missing_needs(records, harness.part.needs):
         raise DoesNotApply("the example has not what it needs")

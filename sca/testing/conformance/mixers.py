@@ -1,4 +1,4 @@
-"""Promises of mixers."""
+"""Conformance checks of mixers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sca.testing.conformance.harnesses import IMAGE_INDEX, MixerHarness, PartHar
 @register_check("mixers")
 @torch.no_grad()
 def queries_shape(harness: MixerHarness) -> str | None:
-    """Regions give queries (N, num_queries, hidden_size)."""
+    """The mixer returns queries of shape (N, num_queries, hidden_size)."""
     expected_shape = (len(IMAGE_INDEX), harness.part.num_queries, harness.part.hidden_size)
     return describe_shape_mismatch("queries", harness.part(harness.make_inputs()), expected_shape)
 
@@ -31,7 +31,7 @@ def regions_are_told_apart(harness: MixerHarness) -> str | None:
 @register_check("mixers", source="sca_registry.cards.Card.needs")
 @torch.no_grad()
 def needs_no_more_than_it_says(harness: MixerHarness) -> str | None:
-    """Of masks, boxes and grid the part does without those that its card or class does not list in `needs`."""
+    """The mixer runs without masks, boxes or grid unless its card or class lists them in `needs`."""
     needs, inputs = harness.collect_needs(), harness.make_inputs()
     fields_by_need = {"masks": ("masks", "iou_scores", "mask_tokens"), "boxes": ("boxes",), "grid": ("grid",)}
     for need, names in fields_by_need.items():
@@ -46,7 +46,7 @@ def needs_no_more_than_it_says(harness: MixerHarness) -> str | None:
 @register_check("mixers")
 @torch.no_grad()
 def uses_grid_is_true(harness: MixerHarness) -> str | None:
-    """A mixer that says `uses_grid = False` gives the same queries when there is no grid."""
+    """A mixer with `uses_grid = False` returns the same queries without a grid."""
     if harness.part.uses_grid:
         raise DoesNotApply("it uses the grid")
     inputs = harness.make_inputs()
@@ -58,7 +58,7 @@ def uses_grid_is_true(harness: MixerHarness) -> str | None:
 @register_check("mixers")
 @torch.no_grad()
 def prepared_or_not(harness: MixerHarness) -> str | None:
-    """What `prepare` gives for the images changes nothing but the cost, for all regions and for some of them."""
+    """Passing the result of `prepare` does not change the queries, for all regions or a subset."""
     part = harness.part
     if not hasattr(part, "prepare"):
         raise DoesNotApply("it has no prepare")
@@ -75,7 +75,7 @@ def prepared_or_not(harness: MixerHarness) -> str | None:
 @register_check("mixers")
 @torch.no_grad()
 def alone_as_together_in_training(harness: PartHarness) -> str | None:
-    """In training, dropout aside, a region has the queries that it has alone: none sees its neighbors."""
+    """In training mode without dropout, a region has the same queries alone as in a batch."""
     inputs, part = harness.make_inputs(), harness.build_module().train()
     for module in part.modules():
         if isinstance(module, nn.Dropout):
@@ -84,7 +84,7 @@ def alone_as_together_in_training(harness: PartHarness) -> str | None:
     for row in range(harness.count_rows(inputs)):
         try:
             row_outputs = harness.compute_outputs(part, harness.select_rows(inputs, [row]))
-        except ValueError as error:  # as batch normalization raises for a single region
+        except ValueError as error:  # such as batch normalization of a single region
             return f"row {row} alone: {error}"
         difference = describe_difference(
             {name: value[row : row + 1] for name, value in batch_outputs.items()}, row_outputs

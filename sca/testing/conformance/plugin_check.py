@@ -1,4 +1,4 @@
-"""What is wrong with a part of a plugin, as a job of a launcher: a plugin may end the process that tries it."""
+"""Launcher jobs that check components of plugins, because a plugin may crash its process."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sca.testing.tiny import tiny_options
 
 
 def try_part(config: Mapping[str, Any], folder: str) -> dict[str, str]:
-    """Import a part and check its promises.
+    """Import a component and run its conformance checks.
 
-    A part that its card alone does not build, or that refuses its options with a ValueError, is only imported.
+    A component that its card alone cannot build, or that rejects its options with a ValueError, is only imported.
 
     Args:
-        config: `kind` and `name` of the part.
+        config: `kind` and `name` of the component.
         folder: Unused.
 
     Returns:
-        `state` and `reason` as in `sca_registry.Entry`.
+        `state` and `reason` as in `sca_registry.registry.RegistryEntry`.
     """
     kind, name = config["kind"], config["name"]
     entry, options = get_registry(kind).load_entry(name), tiny_options(kind, name)
@@ -34,7 +34,7 @@ def try_part(config: Mapping[str, Any], folder: str) -> dict[str, str]:
         return _imported(f"it needs {', '.join(missing_options) or 'its weights'}")
     results = check_part(kind, name, **options)
     if len(results) == 1 and isinstance(refusal := _find_refusal(kind, name, options), ValueError):
-        return _imported(str(refusal))  # a person's mistake, not the part's
+        return _imported(str(refusal))  # the options are invalid, not the component
     broken = [finding for finding in results if not finding.passed]
     if not broken:
         return {"state": "ok", "reason": ""}
@@ -51,7 +51,7 @@ def import_parts(config: Mapping[str, Any], folder: str) -> dict[str, list[dict[
         folder: Unused.
 
     Returns:
-        `states`, a list with `state` and `reason` of each component.
+        `states`, a list with the `state` and `reason` of each component.
     """
     entries = [get_registry(part["kind"]).load_entry(part["name"]) for part in config["parts"]]
     return {"states": [{"state": entry.state, "reason": entry.reason} for entry in entries]}
@@ -62,7 +62,7 @@ def _imported(reason: str) -> dict[str, str]:
 
 
 def _find_refusal(kind: str, name: str, options: Mapping[str, Any]) -> BaseException | None:
-    """Return what the factory of a part raises for its options."""
+    """Return the exception that the factory of a component raises for its options, or None."""
     plural = get_registry(kind).kind.plural
     try:
         HARNESSES.get(plural, PartHarness)(plural, name, options).build()

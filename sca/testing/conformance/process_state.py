@@ -1,4 +1,4 @@
-"""What a process has one of, and a part has to leave alone."""
+"""Global state of the process, which components must not change."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy
 import torch
 
 WARNING_FILTERS, ENVIRONMENT, RANDOM_STATE = "the filters of warnings", "the environment", "Python's random state"
-CHANGED_BY_IMPORTS = (WARNING_FILTERS, ENVIRONMENT, RANDOM_STATE)  # what large packages change when they are imported
+CHANGED_BY_IMPORTS = (WARNING_FILTERS, ENVIRONMENT, RANDOM_STATE)  # changed by imports of large packages
 
 
 def capture_process_state() -> dict[str, Any]:
+    """Capture global settings of torch, logging, warnings, the environment and random generators."""
     return {
         "torch's default dtype": str(torch.get_default_dtype()),
         "torch's number of threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""Promises of proposers."""
+"""Conformance checks of proposers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sca.testing.conformance.harnesses import PartHarness
 
 @register_check("proposers", source="sca_registry.contracts.Proposals")
 def proposals_lie_in_the_image(harness: PartHarness) -> str | None:
-    """Each proposal has a prompt that points into the image, a score and a name or None."""
+    """Each proposal has a prompt inside the image, a score, and a name or None."""
     width, height = 48, 32
     prompts, scores, names = harness.part(Image.new("RGB", (width, height)), "image.png")
     if not len(prompts) == len(scores) == len(names):
@@ -33,7 +33,7 @@ def proposals_lie_in_the_image(harness: PartHarness) -> str | None:
 
 @register_check("proposers")
 def proposals_are_fixed(harness: PartHarness) -> str | None:
-    """The same image has the same proposals."""
+    """Two calls on the same image return the same proposals."""
     image = Image.new("RGB", (48, 32), "gray")
     first_proposals, second_proposals = (harness.part(image, "image.png") for _ in range(2))
     are_equal = first_proposals[1:] == second_proposals[1:] and len(first_proposals.prompts) == len(

@@ -1,4 +1,4 @@
-"""Promises of segmenters."""
+"""Conformance checks of segmenters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sca.testing.conformance.harnesses import (
 @register_check("segmenters", source="sca_registry.contracts.SegmenterOutput")
 @torch.no_grad()
 def regions(harness: SegmenterHarness) -> str | None:
-    """Every field of the SegmenterOutput has the shape that its comment says, by every kind of prompt that is taken."""
+    """Every field of `SegmenterOutput` has its documented shape for every accepted kind of prompt."""
     inputs, hidden_size, num_regions = harness.make_inputs(), harness.part.channels, len(IMAGE_INDEX)
     for prompt_type, prompts in inputs.prompts.items():
         output = harness.part(inputs.features, prompts)
@@ -68,7 +68,7 @@ def regions(harness: SegmenterHarness) -> str | None:
 @register_check("segmenters", source="sca_registry.contracts.SegmenterOutput")
 @torch.no_grad()
 def given_boxes_are_kept(harness: SegmenterHarness) -> str | None:
-    """`boxes` are the boxes that were given; without any, the tight boxes of the best masks, or None."""
+    """`boxes` are the box prompts; without box prompts, the tight boxes of the best masks, or None."""
     inputs = harness.make_inputs()
     for prompt_type, prompts in inputs.prompts.items():
         output = harness.part(inputs.features, prompts)
@@ -87,7 +87,7 @@ def given_boxes_are_kept(harness: SegmenterHarness) -> str | None:
 @register_check("segmenters", source="sca_registry.cards.Card.gives")
 @torch.no_grad()
 def gives_what_it_says(harness: SegmenterHarness) -> str | None:
-    """What the card or class says it `gives` is there for a box."""
+    """The outputs listed in `gives` of the card or class are present for a box prompt."""
     declared_fields = harness.get_declared_value("gives")
     if declared_fields is None:
         raise DoesNotApply("it does not say what it gives")
@@ -100,7 +100,7 @@ def gives_what_it_says(harness: SegmenterHarness) -> str | None:
 @register_check("segmenters")
 @torch.no_grad()
 def one_mask_when_asked(harness: SegmenterHarness) -> str | None:
-    """`multimask_output=False` gives one mask per region."""
+    """`multimask_output=False` returns one mask per region."""
     inputs = harness.make_inputs()
     output = harness.part(inputs.features, inputs.prompts["box"], multimask_output=False)
     if output.masks is None:
@@ -111,7 +111,7 @@ def one_mask_when_asked(harness: SegmenterHarness) -> str | None:
 @register_check("segmenters")
 @torch.no_grad()
 def prompts_are_heard(harness: SegmenterHarness) -> str | None:
-    """Two regions of one image differ, in their tokens or in the image as they see it."""
+    """Two regions of one image differ in their tokens or in their image features."""
     inputs = harness.make_inputs()
     for prompt_type, prompts in inputs.prompts.items():
         output = harness.part(inputs.features, prompts)
@@ -124,7 +124,7 @@ def prompts_are_heard(harness: SegmenterHarness) -> str | None:
 
 @register_check("segmenters")
 def loss_is_scalars_that_train(harness: SegmenterHarness) -> str | None:
-    """`loss(regions, targets)`, where there is one, gives finite scalars by name, and a gradient to the part."""
+    """`loss(regions, targets)`, if defined, returns named finite scalars with gradients for the segmenter."""
     part = harness.build_module()
     losses = _compute_losses(part, harness, _make_targets())
     for name, value in losses.items():
@@ -138,7 +138,7 @@ def loss_is_scalars_that_train(harness: SegmenterHarness) -> str | None:
 @register_check("segmenters", source="sca_registry.contracts.Targets")
 @torch.no_grad()
 def loss_counts_only_truth(harness: SegmenterHarness) -> str | None:
-    """Cells that show padding, and regions without a true mask, do not count in the loss."""
+    """The loss ignores padding and regions without a ground-truth mask."""
     part, targets = harness.build_module(), _make_targets()
     expected_losses = _compute_losses(part, harness, _make_targets())
     padded_targets, unlabeled_targets = _make_targets(), _make_targets()
@@ -151,7 +151,7 @@ def loss_counts_only_truth(harness: SegmenterHarness) -> str | None:
 
 
 def _get_region_view(output: SegmenterOutput, row: int) -> Tensor:
-    """The image as one region sees it, or its dense prompt where there is no grid."""
+    """Return the image features of a region, or its dense prompt embeddings without a grid."""
     return (
         output.grid[row]
         if output.grid is not None
@@ -160,7 +160,7 @@ def _get_region_view(output: SegmenterOutput, row: int) -> Tensor:
 
 
 def _make_targets() -> Targets:
-    """True masks: a block in each frame whose right quarter is padding; the last region has none."""
+    """Make targets whose right quarter is padding; the last region has no mask."""
     masks = torch.zeros(len(IMAGE_INDEX), MASK_SIZE, MASK_SIZE)
     masks[:, 4:20, 4:20] = 1.0
     valid_pixels = torch.ones(len(IMAGE_INDEX), MASK_SIZE, MASK_SIZE, dtype=torch.bool)

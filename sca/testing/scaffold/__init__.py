@@ -1,4 +1,4 @@
-"""A plugin package to begin with: a folder that installs, is listed, and passes its own tests as it is."""
+"""Template of a plugin package that installs, registers its component, and passes its own tests."""
 
 from __future__ import annotations
 
@@ -16,10 +16,20 @@ TEMPLATE_KINDS = ("encoder", "segmenter", "mixer", "language_model", "dataset", 
 
 
 def write_plugin_package(kind: str, name: str, folder: Path | None = None) -> Path:
-    """Writes the package `sca-NAME` with one part of a kind, into a new or empty folder (default: `sca-NAME` here).
+    """Write a plugin package `sca-NAME` with one component.
 
-    Raises RegistryError for a kind or name that is none, ValueError for a kind without a template, and OutputError for
-    a folder that cannot be written.
+    Args:
+        kind: Kind of the component, singular or plural, one of `TEMPLATE_KINDS`.
+        name: Name of the component.
+        folder: New or empty folder. Default: `sca-NAME` in the working folder.
+
+    Returns:
+        Path of the folder.
+
+    Raises:
+        RegistryError: The kind is unknown or the name is invalid.
+        ValueError: The kind has no template, or the component or the package already exists.
+        OutputError: The folder is not empty or cannot be written.
     """
     kind_info = get_registry(kind).kind
     check_name(name)
