@@ -53,7 +53,8 @@ def export_dataset(
       regions of an image. Panoptic and SA-1B files have only regions with masks; in panoptic files smaller masks cover
       larger ones. GRiT files have one region per phrase with new ids. In captions, GRiT and SA-1B files the name
       replaces missing phrases.
-    - `jsonl`: `{split}.jsonl` and `{split}/*.png`, without loss. Read it with `Jsonl(split, file=FILE)`.
+    - `jsonl`: `{split}.jsonl` and `{split}/*.png`, with all fields of all regions. Read it with
+      `Jsonl(split, file=FILE)`.
     - `vg`: `image_data.json`, `region_descriptions.json` (one region per phrase with new ids, boxes in integer pixels),
       `densecap_splits.json` and `VG_100K/*.jpg`. Has no masks or class names; the name replaces missing phrases. Read
       it with `VisualGenome(split, root=folder)`.

@@ -33,7 +33,7 @@ class Jsonl(TableDataset):
     Fields of a line:
 
     - `image`: file name, relative to `images`, else to the folder of the file or to the working folder.
-    - `box`: x1 y1 x2 y2 in image pixels; optional with a mask.
+    - `box`: x1 y1 x2 y2 in image pixels. Default: the box of the mask.
     - `caption`, or `phrases` (a list), or only a `name`.
     - `mask`: COCO RLE or polygons; optional.
     - `attributes`: optional.

@@ -163,6 +163,7 @@ class LineIndex(RecordIndex):
     """Index of the lines of a file; the first key is the id and the last one the line number."""
 
     def describe_location(self, number: int) -> str:
+        """Return the file, line number and id of a record for error messages."""
         name, line = self.keys[0], self.columns[self.keys[-1]][number]
         return f"{self.location}: line {line} ({name} {self.columns[name][number]})"
 

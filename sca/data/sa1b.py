@@ -42,9 +42,8 @@ class Sa1b(TableDataset):
             raise InputError(f"SA-1B has one split, train, and {split!r} was asked for")
         root = expand_user(root)
         annotation_files = (path for path in walk_files(root) if path.match("sa_*.json"))
-        sorted_files = sorted(
-            annotation_files, key=lambda file: (str(file.parent), len(file.name), file.name)
-        )  # numeric order in each folder
+        # Numeric order in each folder.
+        sorted_files = sorted(annotation_files, key=lambda file: (str(file.parent), len(file.name), file.name))
         self.files = [path for path in sorted_files if not path.name.endswith(CAPTIONS_SUFFIX)]
         if not self.files:
             raise InputError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")
