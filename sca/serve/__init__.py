@@ -1,1 +1,1 @@
-"""Captions over HTTP: `sca serve`, and the scheduler behind it that answers many clients together."""
+"""HTTP server (`sca serve`) and the scheduler that batches the requests of its clients."""

@@ -1,4 +1,4 @@
-"""The HTTP application: `POST /v1/captions`, an OpenAI-compatible chat route, `/health` and `/metrics`."""
+"""HTTP application: `POST /v1/captions`, an OpenAI-compatible chat route, `/health` and `/metrics`."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ from sca.serve.service import (
 )
 from sca.serve.tickets import InferenceRequest, RegionsFound, RequestDone, RequestEvent, SchedulerError
 
-TRIM_INTERVAL = 10.0  # seconds between two times that freed memory goes back to the system
-KEEPALIVE_INTERVAL = 10.0  # seconds without an event after which a stream says that it lives
+TRIM_INTERVAL = 10.0  # seconds between releases of freed memory to the system
+KEEPALIVE_INTERVAL = 10.0  # seconds without an event before a stream sends a keepalive comment
 
 
 def create_app(
@@ -59,16 +59,20 @@ def create_app(
     api_keys: Sequence[str] = (),
     root_path: str = "",
 ) -> FastAPI:
-    """Create the application for a scheduler's model; it closes the scheduler at shutdown.
+    """Create the application. It closes the scheduler at shutdown.
 
     Args:
-        scheduler: The scheduler with the model.
+        scheduler: Scheduler with the model.
         model_name: Name of the model for clients.
-        limits: Limits on requests.
+        limits: Limits on requests; None for the defaults.
         allowed_origins: Web origins allowed to call the server (CORS), "*" for all.
-        allowed_hosts: Host headers to accept in addition to this machine's own and any IP address; None for all.
+        allowed_hosts: Host headers to accept in addition to IP addresses, localhost and the host name of this machine;
+            None accepts all.
         api_keys: API keys; empty to require none.
         root_path: URL path of the application behind a proxy, such as "/captions".
+
+    Returns:
+        The ASGI application; `app.state` contains `scheduler` and `budget`.
     """
     limits = limits or ServerLimits()
     service = CaptionService(scheduler, model_name, limits)
@@ -80,7 +84,7 @@ def create_app(
         trim_task.cancel()
         await to_thread.run_sync(service.close)
 
-    app = FastAPIOffline(  # whose page at /docs loads nothing from elsewhere
+    app = FastAPIOffline(  # the page at /docs loads no external files
         title="Segment and caption anything",
         description="Masks and captions for regions of images, in pixels of the image as its viewer sees it.",
         lifespan=lifespan,
@@ -98,7 +102,7 @@ def create_app(
     app.add_middleware(RequestLimitMiddleware, limits=limits, budget=service.budget)
     app.add_middleware(service.metrics.wrap_app)
     if root_path:
-        app.add_middleware(RootPathMiddleware, root_path=root_path)  # the last is the outermost
+        app.add_middleware(RootPathMiddleware, root_path=root_path)  # added last: outermost
     _add_error_handlers(app)
     _add_caption_route(app, service)
     _add_info_routes(app, service)
@@ -107,7 +111,7 @@ def create_app(
 
 
 async def _trim_memory() -> None:
-    """Gives back what requests have freed, also those that went while their image was being decoded."""
+    """Periodically release memory freed by requests, including those cancelled while their image was decoded."""
     while True:
         await asyncio.sleep(TRIM_INTERVAL)
         await to_thread.run_sync(release_memory)
@@ -140,6 +144,12 @@ def _add_caption_route(app: FastAPI, service: CaptionService) -> None:
         summary="Captions and masks of regions, at once or as they are there",
     )
     async def captions(request: Request) -> Response:
+        """Caption regions of one image: `prompts`, or all regions that are found with `everything`.
+
+        Coordinates are pixels of the image with its EXIF orientation applied; the top left corner is 0, 0. The image
+        is sent as base64 in JSON or as a file in multipart/form-data. With `stream`, or the header
+        `Accept: text/event-stream`, the response is a stream of server-sent events, one per region.
+        """
         caption_request, image_bytes = await _read_request(service, request)
         service.check_request(caption_request)
         image = await service.decode_request_image(request, image_bytes, count_mask_prompts(caption_request))
@@ -155,7 +165,7 @@ def _add_caption_route(app: FastAPI, service: CaptionService) -> None:
 
 
 def _iter_json_chunks(header: dict[str, Any], captions: Sequence[Caption], image: Image.Image) -> Iterator[str]:
-    """A long answer a region at a time: in one piece it would keep others waiting."""
+    """Yield a long JSON response region by region, so that encoding it does not block the event loop."""
     yield f'{json.dumps(header)[:-1]}, "regions": ['
     for index, caption in enumerate(captions):
         yield f"{', ' if index else ''}{json.dumps(caption_to_dict(caption, image))}"
@@ -171,6 +181,7 @@ def _add_info_routes(app: FastAPI, service: CaptionService) -> None:
     @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=HealthResponse, responses={503: {"model": HealthResponse}})
     async def health() -> Response:
+        """Return the state of the server; the status is 503 unless it accepts requests."""
         state = service.scheduler.state
         response = HealthResponse(
             status=state,
@@ -182,12 +193,13 @@ def _add_info_routes(app: FastAPI, service: CaptionService) -> None:
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
+        """Return metrics in the Prometheus text format."""
         return service.metrics.render_page()
 
 
 async def _stream_response(service: CaptionService, request: Request, inference_request: InferenceRequest) -> Response:
     events = service.iter_events(request, inference_request)
-    first_event = await anext(events, None)  # what is wrong from the start has a status of its own
+    first_event = await anext(events, None)  # raises initial errors before the status is sent
     header = {
         "model": service.model_name,
         "width": inference_request.image.width,
@@ -231,12 +243,12 @@ def _format_event(event: RequestEvent, header: dict[str, Any], image: Image.Imag
 
 
 async def _read_request(service: CaptionService, request: Request) -> tuple[CaptionRequest, bytes]:
-    """What is asked, and the image's file."""
+    """Read a JSON or multipart body; return the request and the bytes of the image file."""
     media_type = get_media_type(request)
     if media_type == JSON_MEDIA_TYPE:
         caption_request = await service.parse_body(request, JsonCaptionRequest)
         image_bytes = await to_thread.run_sync(decode_base64, caption_request.image)
-        caption_request.image = ""  # it is large
+        caption_request.image = ""  # free the memory
         return caption_request, image_bytes
     if media_type == "multipart/form-data":
         async with request.form(max_files=1, max_fields=4) as form:
@@ -250,11 +262,11 @@ async def _read_request(service: CaptionService, request: Request) -> tuple[Capt
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Every problem is a status and an error object; a defect is one in the log and 500 here."""
+    """Convert every error to a status and an error object; unexpected errors are logged and return 500."""
 
     async def handle_error(_: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
-            return Response(status_code=499)  # to nobody
+            return Response(status_code=499)  # client closed the connection
         return make_error_response(to_api_error(error))
 
     error_types = (ApiError, BudgetError, SchedulerError, InputError, MemoryError, ValidationError)

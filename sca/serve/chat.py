@@ -1,8 +1,8 @@
-"""The chat route, for clients of the OpenAI API: one region of an image, captioned.
+"""Chat route compatible with the OpenAI API: caption one region of an image.
 
-https://platform.openai.com/docs/api-reference/chat. The region comes from the fields `box`,
-`points` and `mask` (pass them as `extra_body` in the OpenAI client) or from the text of the user messages (see
-`sca.serve.text_region`); without either it is the whole image. A field that cannot be honored is refused by its name.
+See https://platform.openai.com/docs/api-reference/chat. The region is read from the fields `box`, `points` and `mask`
+(`extra_body` in the OpenAI client), else from the text of the user messages (see `sca.serve.text_region`). Without
+either, it is the entire image. Unsupported fields are rejected by name.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from sca.serve.service import (
     decode_base64,
 )
 
-MAX_STOPS, MAX_STOP_LENGTH = 4, 256  # texts that end a caption, and characters of each
+MAX_STOPS, MAX_STOP_LENGTH = 4, 256  # stop sequences, and characters per stop sequence
 IGNORED_FIELDS = {  # fields that do not affect the response
     *("metadata", "user", "safety_identifier", "service_tier", "parallel_tool_calls", "prediction"),
     *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
 }
-NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {  # values with which a field that cannot be honored asks for nothing
+# values of unsupported fields that have no effect, and are therefore accepted
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -64,11 +65,17 @@ StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class StreamOptions(BaseModel):
+    """Options of a streamed response."""
+
     include_usage: StrictBool | None = False
 
 
 class ChatRequest(PromptIn):
-    """A request of the chat route; fields that do not affect the response are ignored."""
+    """Request of the chat route.
+
+    The region is given by `box`, `points` and `mask`, in image pixels, or in the text of the user messages. Fields of
+    the OpenAI API that do not affect the response are ignored.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -93,13 +100,13 @@ class ChatRequest(PromptIn):
     stream_options: StreamOptions | None = None
 
     def check_supported(self, generation_options: Collection[str] | None = None) -> None:
-        """Refuse what cannot be honored.
+        """Reject unsupported fields.
 
         Args:
-            generation_options: Options of generation that the captioner takes; None if it does not say.
+            generation_options: Generation options that the captioner supports; None for all.
 
         Raises:
-            ApiError: For a field that cannot be honored, by its name.
+            ApiError: A field is not supported; the message contains its name.
         """
         for name, value in (self.model_extra or {}).items():
             if (
@@ -126,11 +133,14 @@ class ChatRequest(PromptIn):
             raise ApiError(422, "stream_options can only be used with stream=true", param="stream_options")
 
     def to_caption_request(self) -> tuple[str, CaptionRequest]:
-        """The URL of the image, and what is asked of it; an empty prompt is the whole image.
+        """Convert the messages to a caption request.
+
+        Returns:
+            The URL of the image, and the request with one prompt; an empty prompt means the entire image.
 
         Raises:
-            ApiError: For what the messages contain and cannot be answered.
-            InputError: If the region in the text cannot be read.
+            ApiError: The messages contain no image, several images, or unsupported content.
+            InputError: The region in the text cannot be read.
         """
         turns = split_turns(self.messages)
         check_message_parts(turns)
@@ -156,20 +166,24 @@ class ChatRequest(PromptIn):
 
     @property
     def num_choices(self) -> int:
+        """Number of choices."""
         return self.n or 1
 
     @property
     def stop_texts(self) -> list[str]:
+        """Stop sequences."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 class ChatChoice(NamedTuple):
+    """Text of a choice, and whether it ended by itself ("stop") or at the token limit ("length")."""
+
     text: str
     finish_reason: Literal["stop", "length"]
 
 
 def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
-    """The routes `/v1/models` and `/v1/chat/completions`."""
+    """Add the routes `/v1/models` and `/v1/chat/completions`."""
     model_info = {"id": service.model_name, "object": "model", "created": 0, "owned_by": "sca"}
 
     def check_model_name(name: str) -> None:
@@ -179,12 +193,14 @@ def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
 
     @app.get("/v1/models", summary="The model that answers")
     async def models() -> dict[str, Any]:
+        """List the model of the server."""
         return {"object": "list", "data": [model_info]}
 
     @app.get(
         "/v1/models/{name:path}", summary="The model that answers, by its name", responses=MODEL_NOT_FOUND_RESPONSE
     )
     async def model(name: str) -> dict[str, Any]:
+        """Return the model of the server if it has this name."""
         check_model_name(name)
         return model_info
 
@@ -197,6 +213,12 @@ def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
         summary="One region, as chat clients ask",
     )
     async def chat(request: Request) -> Response:
+        """Caption one region of an image, for clients of the OpenAI API.
+
+        The image is a `data:` URL in a message. The region is given by the fields `box`, `points` and `mask` in image
+        pixels, or in the text of the user messages, such as `box=10,20,30,40` or `point=10,20`; the default is the
+        entire image. The response contains the region with its mask in the additional field `region`.
+        """
         chat_request = await service.parse_body(request, ChatRequest)
         if chat_request.model:
             check_model_name(chat_request.model)
@@ -216,7 +238,7 @@ def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
         )
         captions = await service.collect_captions(request, inference_request)
         if not captions:
-            return Response(status_code=499)  # to nobody: the client has left
+            return Response(status_code=499)  # client closed the connection
         (caption,) = captions
         choices, usage = (
             make_choices(caption, chat_request.num_choices, chat_request.stop_texts),
@@ -247,12 +269,12 @@ def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
 
 
 def make_choices(caption: Caption, num_choices: int, stop_texts: Sequence[str]) -> list[ChatChoice]:
-    """Make the choices of an answer: the captions, best first, each up to the first of the texts that stop it.
+    """Convert a caption and its alternatives to choices, best first.
 
     Args:
-        caption: The caption of the region, with its alternatives.
-        num_choices: Number of choices.
-        stop_texts: Texts before which a caption ends.
+        caption: Caption of the region, with its alternatives.
+        num_choices: Maximum number of choices.
+        stop_texts: Stop sequences; a text ends before the first one that it contains.
     """
     texts = [caption.text, *(text for text, _ in caption.alternatives)]
     truncated_flags = caption.usage.is_truncated if caption.usage else (False,) * len(texts)
@@ -267,7 +289,12 @@ def make_choices(caption: Caption, num_choices: int, stop_texts: Sequence[str]) 
 
 
 def count_usage(caption: Caption, num_choices: int) -> dict[str, int]:
-    """Count the tokens that the language model read for a region and wrote for its choices; 0 without one."""
+    """Count the prompt and completion tokens of a region; all are 0 without a language model.
+
+    Args:
+        caption: Caption of the region.
+        num_choices: Number of choices to count.
+    """
     prompt_tokens = caption.usage.prompt_tokens if caption.usage else 0
     completion_tokens = sum(caption.usage.completion_tokens[:num_choices]) if caption.usage else 0
     return {
@@ -278,14 +305,14 @@ def count_usage(caption: Caption, num_choices: int) -> dict[str, int]:
 
 
 def _is_neutral(value: Any, neutral_values: Sequence[Any]) -> bool:
-    """Whether a value is one of those that ask for nothing; true and 1 are not the same."""
+    """Return whether a value is a neutral value; true and 1 are different."""
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral_values)
 
 
 def _iter_chunks(
     header: dict[str, Any], choices: Sequence[ChatChoice], usage: dict[str, int] | None
 ) -> Iterator[bytes]:
-    """The events of a streamed answer. usage: sent in a chunk of its own at the end; None if it is not wanted."""
+    """Yield the events of a streamed response; `usage` is sent in an additional last chunk, None omits it."""
     header = {**header, "object": "chat.completion.chunk"}
     empty_usage = {} if usage is None else {"usage": None}
     for index, (text, finish_reason) in enumerate(choices):

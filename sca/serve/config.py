@@ -1,4 +1,4 @@
-"""Settings of a server: plain values from which a launcher creates the application in any process."""
+"""Server configuration: plain values from which any process can create the application."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ REQUIRED_PACKAGES = ("fastapi", "fastapi_offline", "uvicorn", "python_multipart"
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Settings of a server.
+    """Configuration of a server.
 
     Args:
-        model: As for `sca caption`, like device, dtype and seed.
+        model: Source of the captioner; see `sca.captioner`.
+        device: Device of the model.
+        dtype: Floating-point type of the model; None for that of the checkpoint.
+        seed: Random seed.
         max_body_bytes: Maximum bytes per request.
         max_pixels: Maximum pixels per image.
-        max_prompts: Maximum prompts per request.
+        max_prompts: Maximum prompts per request, and maximum regions that everything mode can find.
         timeout: Seconds to receive a request, and again to complete its response.
         max_queue: Maximum queued regions across all requests.
         feature_cache_bytes: Size of the image feature cache.
         max_connections: Maximum concurrent connections.
         allowed_origins: Web origins allowed to call the server (CORS).
         allowed_hosts: Additional Host headers to accept.
-        api_keys: API keys.
+        api_keys: API keys; empty to require none.
         root_path: URL path of the server behind a proxy.
         log_requests: Log each request.
-        trust_remote_code: As for `sca.load`, like allow_external; requests cannot change them.
+        trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`. Requests cannot change it.
+        allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.
     """
 
     model: str
@@ -56,7 +60,11 @@ class ServerConfig:
     allow_external: bool = False
 
     def check_installed(self) -> None:
-        """RegistryError if what serving needs is not installed."""
+        """Check that the packages for serving are installed.
+
+        Raises:
+            RegistryError: A package is missing.
+        """
         missing_packages = [name for name in REQUIRED_PACKAGES if find_spec(name) is None]
         if missing_packages:
             raise RegistryError(
@@ -64,6 +72,7 @@ class ServerConfig:
             )
 
     def load_captioner(self) -> Captioner:
+        """Set the random seed and load the captioner; `sca.captioner` lists the errors."""
         import torch
 
         from sca.inference.factory import captioner
@@ -73,7 +82,11 @@ class ServerConfig:
         return captioner(self.model, self.device, **trust_options, **({"dtype": self.dtype} if self.dtype else {}))
 
     def create_app(self, captioner: Captioner | None = None) -> FastAPI:
-        """Create the application, with a captioner that is loaded already or else this model."""
+        """Create the application.
+
+        Args:
+            captioner: Loaded captioner; None to load `model`.
+        """
         from sca.serve.app import create_app
         from sca.serve.limits import ServerLimits
         from sca.serve.scheduler import RequestScheduler

@@ -1,5 +1,6 @@
-"""What a client sends and gets, as it stands on the OpenAPI page. Coordinates are pixels of the image as its viewer
-sees it: EXIF rotation applied, the corner at 0, 0.
+"""Schemas of requests and responses, shown on the OpenAPI page.
+
+Coordinates are pixels of the image with its EXIF orientation applied; the top left corner is 0, 0.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ _POINT = {
 
 
 def add_body_schema(app: FastAPI, model: type[BaseModel]) -> dict[str, Any]:
-    """The schema of a body that a route reads by itself; the parts it refers to are put on the application's page."""
+    """Return the JSON schema of a body that a route parses itself, and add its definitions to the OpenAPI document.
+
+    Args:
+        app: Application; its method `openapi` is replaced.
+        model: Model of the body.
+    """
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     definitions, default_openapi = schema.pop("$defs", {}), app.openapi
 
@@ -51,11 +57,13 @@ def add_body_schema(app: FastAPI, model: type[BaseModel]) -> dict[str, Any]:
 
 
 class StrictModel(BaseModel):
+    """Base model that rejects unknown fields."""
+
     model_config = ConfigDict(extra="forbid")
 
 
 class PromptIn(StrictModel):
-    """One region: any of the three, together."""
+    """Prompt of one region: a box, points, a mask, or any combination, in image pixels."""
 
     box: Annotated[Any, WithJsonSchema({"anyOf": [_BOX, {"type": "null"}]})] = None
     points: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "array", "items": _POINT}, {"type": "null"}]})] = None
@@ -63,7 +71,7 @@ class PromptIn(StrictModel):
 
 
 class EverythingIn(StrictModel):
-    """Settings of everything mode; fields that are omitted take the model's values."""
+    """Options of everything mode; omitted fields default to the values of the model."""
 
     points_per_side: Annotated[
         int | None, Field(ge=1, le=MAX_POINTS_PER_SIDE, description="Points per side of the prompt grid.")
@@ -95,7 +103,7 @@ class EverythingIn(StrictModel):
 
 
 class CaptionRequest(StrictModel):
-    """The regions of one image, and how they are to be captioned."""
+    """Regions of one image and options of generation; omitted options default to the values of the model."""
 
     prompts: list[PromptIn] = []
     everything: StrictBool | EverythingIn = False
@@ -118,23 +126,27 @@ class CaptionRequest(StrictModel):
 
 
 class JsonCaptionRequest(CaptionRequest):
+    """Caption request with the image, for JSON bodies."""
+
     image: Annotated[str, Field(description="the file in base64, or a data: URL")]
 
 
 class RleOut(BaseModel):
-    """A mask in COCO's run-length code."""
+    """Mask as COCO RLE in image pixels."""
 
     size: Annotated[list[int], Field(description="height, width")]
     counts: str
 
 
 class AlternativeOut(BaseModel):
+    """Alternative caption of a region, and its score in 0..1."""
+
     caption: str
     score: float | None
 
 
 class RegionOut(BaseModel):
-    """A region as `sca caption` writes it; what is not known is null."""
+    """Captioned region, with the fields of `sca caption`; null if not available."""
 
     region_id: Annotated[int, Field(description="index of the prompt in the request")]
     prompt: dict[str, Any]
@@ -147,6 +159,8 @@ class RegionOut(BaseModel):
 
 
 class CaptionResponse(BaseModel):
+    """Captions of one image; width and height are those of the image in pixels."""
+
     model: str
     width: int
     height: int
@@ -154,7 +168,7 @@ class CaptionResponse(BaseModel):
 
 
 class ErrorOut(BaseModel):
-    """What was wrong, as the OpenAI API says it."""
+    """Error object in the format of the OpenAI API."""
 
     message: Annotated[str, Field(description="what is wrong and what to do, in one line")]
     type: Literal["invalid_request_error", "server_error"]
@@ -163,10 +177,14 @@ class ErrorOut(BaseModel):
 
 
 class ErrorResponse(BaseModel):
+    """Response body of an error."""
+
     error: ErrorOut
 
 
 class HealthResponse(BaseModel):
+    """State of the server; `waiting` is the number of regions queued or in progress."""
+
     status: Literal["ok", "draining", "down"]
     model: str
     device: str

@@ -1,4 +1,4 @@
-"""uvicorn, with deadlines for clients that neither send nor read, room for new ones, and an orderly end."""
+"""uvicorn server with deadlines for slow clients, a limit on connections, and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -16,35 +16,41 @@ from sca.serve.config import ServerConfig
 from sca.serve.scheduler import RequestScheduler
 from sca.serve.sockets import bind_socket
 
-HEADER_TIMEOUT_SECONDS = 10.0  # in which the head of a request has to be there, at most
-SHUTDOWN_TIMEOUT_SECONDS = 5.0  # that requests have when the server ends
-SHUTDOWN_MARGIN_SECONDS = 1.0  # of them, in which those without an answer are told
+HEADER_TIMEOUT_SECONDS = 10.0  # maximum time to receive the headers of a request
+SHUTDOWN_TIMEOUT_SECONDS = 5.0  # time for requests to complete at shutdown
+SHUTDOWN_MARGIN_SECONDS = 1.0  # part of it that is reserved for error responses to the remaining requests
 
 
 class DeadlineProtocol(H11Protocol):
-    """HTTP/1.1 for one connection.
+    """HTTP/1.1 protocol of one connection, with deadlines.
 
-    uvicorn's own timeout ends only connections that are idle after a request, and its own limit on connections refuses
-    whoever comes when silent connections have taken all places. Here a connection ends if the head of a request is not
-    there in time, or if its client does not read what it is sent; and where all places are taken, the connection that
-    has waited longest for the rest of a request makes room.
+    The timeout of uvicorn applies only to connections that are idle after a request, and its connection limit rejects
+    new clients while silent connections hold all slots. This protocol aborts a connection if the headers of a request
+    do not arrive in time, or if the client does not read its response. At the connection limit, it aborts the
+    connection that has waited longest for the rest of a request.
+
+    Args:
+        *args: Arguments of `H11Protocol`.
+        write_timeout: Seconds for the client to read sent data.
+        max_connections: Maximum concurrent connections.
+        **kwargs: Keyword arguments of `H11Protocol`.
     """
 
     def __init__(self, *args: Any, write_timeout: float, max_connections: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.write_timeout, self.max_connections = write_timeout, max_connections
-        self.waiting_since = 0.0  # when the connection, or its present request, began
+        self.waiting_since = 0.0  # start of the connection or of its current request
         self._header_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
 
     @property
     def has_pending_request(self) -> bool:
-        """Whether a request is there and has no answer yet."""
+        """Whether a request has arrived and has no complete response."""
         return self.cycle is not None and not self.cycle.response_complete
 
     @property
     def is_awaiting_request(self) -> bool:
-        """Whether a request, or the rest of one, is awaited."""
+        """Whether the connection waits for a request or for the rest of one."""
         return not self.has_pending_request or (self.cycle.more_body and not self.cycle.response_started)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -108,7 +114,12 @@ class DeadlineProtocol(H11Protocol):
 
 
 class DrainingServer(uvicorn.Server):
-    """Drain the scheduler for a while, then answer the remaining requests with 503."""
+    """Server that drains the scheduler at shutdown, then rejects the remaining requests with status 503.
+
+    Args:
+        config: Configuration of uvicorn.
+        scheduler: Scheduler to drain.
+    """
 
     def __init__(self, config: uvicorn.Config, scheduler: RequestScheduler):
         super().__init__(config)
@@ -131,9 +142,9 @@ def serve_locally(config: ServerConfig, host: str, port: int, on_ready: Callable
     Raises:
         ValueError: The address cannot be bound; or an error of `config.load_captioner`.
     """
-    captioner = config.load_captioner()  # before anybody can connect, so that its errors are raised first
+    captioner = config.load_captioner()  # before binding, so that its errors are raised first
     with bind_socket(host, port) as bound_socket:
-        bound_socket.listen(config.max_connections)  # clients that come before all is ready wait
+        bound_socket.listen(config.max_connections)  # early clients wait until the server is ready
         url_host = f"[{host}]" if ":" in host else host
         app = config.create_app(captioner)
         options = {"write_timeout": config.timeout, "max_connections": config.max_connections}
@@ -145,11 +156,12 @@ def serve_locally(config: ServerConfig, host: str, port: int, on_ready: Callable
 def make_server(
     app: FastAPI, scheduler: RequestScheduler, *, write_timeout: float, max_connections: int, log_requests: bool
 ) -> uvicorn.Server:
-    """Set up a server for an application; `run([socket])` starts it.
+    """Create the uvicorn server of an application; `run([socket])` starts it.
 
     Args:
-        scheduler: The scheduler that is drained at shutdown.
-        write_timeout: Seconds in which a client has to read sent data.
+        app: Application.
+        scheduler: Scheduler to drain at shutdown.
+        write_timeout: Seconds for a client to read sent data.
         max_connections: Maximum concurrent connections.
         log_requests: Log each request.
     """
