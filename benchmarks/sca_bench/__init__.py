@@ -1,1 +1,1 @@
-"""Comparing combinations of parts."""
+"""Benchmark combinations of components."""

@@ -1,4 +1,4 @@
-"""`sca bench`: sweeps over combinations, and what came of them."""
+"""`sca bench`: run sweeps over combinations of components and report the results."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What CUDA graphs and torch.compile save when captions are decoded: the same ids, one step at a time.
+"""Measure what CUDA graphs and torch.compile save in decoding, with identical token ids.
 
-A step of a few hundred rows is short, and a language model of many layers launches thousands of kernels for it. A graph
-launches them at once, and compiled code fuses them; both need a cache of fixed size, which attends to its full length.
+A step of a few hundred rows is short, and a deep language model launches thousands of kernels per step. A graph
+launches them at once, and compiled code fuses them. Both need a static cache, which attends over its full length.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ DECODING_METHODS = ("growing cache", "fixed cache", "cuda graph", "torch.compile
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Measure one way as a job of a launcher.
+    """Measure one decoding method as a launcher job.
 
     Args:
-        config: `language_model` (a name, or a name with options), `way` of `DECODING_METHODS`, `rows`, `prefix`
+        config: `language_model` (a name, or a name with options), `way` (one of `DECODING_METHODS`), `rows`, `prefix`
             (positions), `steps`, `repeats`, `device` and `dtype`.
-        folder: Not used.
+        folder: Unused.
     """
 
     def measure_decoding(row: dict[str, Any]) -> None:
@@ -55,9 +55,16 @@ def measure_method(
 ) -> dict[str, Any]:
     """Time the decoding of `num_steps` tokens for each row of a prefix.
 
+    Args:
+        language_model: The language model.
+        prefix: (N, K, E) embeddings.
+        num_steps: Tokens per row.
+        method: One of `DECODING_METHODS`.
+        repeats: Repeats after a warm-up.
+
     Returns:
-        Seconds of preparation (capture or compilation), the spread of the decoding in seconds, tokens per second, and
-        as `ids` the share of rows with the ids of the growing cache.
+        Seconds of preparation (capture or compilation), summarized decoding seconds, tokens per second, and as `ids`
+        the fraction of rows with the same ids as the growing cache.
     """
     start = time.perf_counter()
     decode = _prepare_decoding(language_model, prefix, num_steps, method)
@@ -81,13 +88,13 @@ def measure_method(
 
 
 def _decode_with_growing_cache(language_model: nn.Module, prefix: Tensor, num_steps: int) -> Tensor:
-    """Decode as captions are: (N, K, E) -> ids (N, num_steps). No caption ends early."""
+    """Decode with the model's own cache: (N, K, E) -> ids (N, num_steps). Captions never end early."""
     language_model._resolve_special_tokens = lambda: (0, [])
     return language_model.generate(prefix, max_new_tokens=num_steps).sequences[:, 0]
 
 
 def _prepare_decoding(language_model: nn.Module, prefix: Tensor, num_steps: int, method: str) -> Callable[[], Tensor]:
-    """Return what decodes once, with everything captured or compiled that can be reused."""
+    """Return a function that decodes once, with everything captured or compiled in advance."""
     if method == "growing cache":
         return lambda: _decode_with_growing_cache(language_model, prefix, num_steps)
     model = language_model.model
@@ -125,13 +132,13 @@ def _prepare_decoding(language_model: nn.Module, prefix: Tensor, num_steps: int,
 
 
 def _capture_cuda_graph(decode_step: Callable[[], None]) -> Callable[[], None]:
-    """Capture a step as a CUDA graph and return its replay."""
+    """Capture a step as a CUDA graph and return its replay function."""
     if not torch.cuda.is_available():
         raise ValueError("a CUDA graph needs a CUDA device; choose another way")
     side_stream = torch.cuda.Stream()
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
-        decode_step()  # libraries set up their workspaces before anything is captured
+        decode_step()  # libraries allocate their workspaces before the capture
     torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""Two runs of a sweep: whether timings are as before, and what scores have changed."""
+"""Compare two runs of a sweep: timings, states and scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from sca_bench.summary import format_score_name
 
-MAX_DIGITS = 17  # by which any two floats differ
+MAX_DIGITS = 17  # distinguishes any two floats
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class SweepDiff:
     Attributes:
         num_rows: Rows in both runs.
         num_timings: Compared timings.
-        share_inside: Share of the second run's medians that are between the first run's minimum and maximum.
+        share_inside: Fraction of the second run's medians that are between the first run's minimum and maximum.
         median_width: Median of (maximum - minimum) / median of the first run's timings.
         median_ratio: Median of the second run's medians divided by the first run's.
         change_lines: One line per state or score that differs.
         score_lines: One line per score, over all rows.
-        num_unmatched: Rows that only the first and only the second run has.
+        num_unmatched: Rows that are only in the first run, and only in the second.
     """
 
     num_rows: int
@@ -37,7 +37,7 @@ class SweepDiff:
     num_unmatched: tuple[int, int]
 
     def format_lines(self) -> list[str]:
-        """What is to be printed, a line each."""
+        """Return the differences as lines to print."""
         output_lines = [
             f"{self.num_rows} rows in both, {self.num_unmatched[0]} only in the first, "
             f"{self.num_unmatched[1]} only in the second"
@@ -52,6 +52,7 @@ class SweepDiff:
 
 
 def diff_rows(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> SweepDiff:
+    """Compare the rows of two runs, matched by key."""
     rows = [{row["key"]: row for row in each} for each in (first, second)]
     common_keys = [key for key in rows[0] if key in rows[1]]
     is_inside, widths, ratios, change_lines = [], [], [], []
@@ -96,7 +97,7 @@ def _pair_scores(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
 
 
 def _summarize_score(name: str, pairs: Sequence[tuple[float | None, float | None]]) -> str:
-    """Return one line about a score: its means, over the rows in which both runs have it, and how many differ."""
+    """Return one line about a score: its means over the rows in which both runs have it, and the number that differ."""
     complete_pairs = [(first, second) for first, second in pairs if first is not None and second is not None]
     num_incomplete = len(pairs) - len(complete_pairs)
     suffix = f"; missing in {num_incomplete} of them" if num_incomplete else ""
@@ -108,7 +109,7 @@ def _summarize_score(name: str, pairs: Sequence[tuple[float | None, float | None
 
 
 def _format_change(before: float | None, after: float | None) -> str:
-    """Return two values with at least 4 digits, and as many more as it takes for values that differ to look it."""
+    """Format two values with at least 4 digits, and more if different values would look equal."""
     for digits in range(4, MAX_DIGITS + 1):
         formatted = ["nothing" if value is None else f"{value:.{digits}g}" for value in (before, after)]
         if before == after or formatted[0] != formatted[1]:

@@ -1,4 +1,4 @@
-"""How close a device and a data type come to float32 on a CPU: recorded outputs, and captions of drawn scenes."""
+"""Compare a device and data type with float32 on a CPU: recorded outputs, and captions of generated scenes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from sca.model import SegmentCaptioner
 from sca.nn.masks import select_best_masks
 from sca_bench.worker import run_measurement
 
-RECORDED_NUM_BEAMS, RECORDED_MAX_NEW_TOKENS = (1, 3), 8  # of the recorded captions
+RECORDED_NUM_BEAMS, RECORDED_MAX_NEW_TOKENS = (1, 3), 8  # settings of the recorded captions
 SCENES_PER_BATCH = 10
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Measure as a job of a launcher.
+    """Measure parity as a launcher job.
 
     Args:
-        config: `device`, `dtype`, `tf32` (whether convolutions in float32 may use it), and either `golden`, a folder of
-            recorded checkpoints, or `scenes`, how many to draw.
-        folder: Not used.
+        config: `device`, `dtype`, `tf32` (whether float32 convolutions may use TF32), and either `golden`, a folder of
+            recorded checkpoints, or `scenes`, the number of scenes to generate.
+        folder: Unused.
     """
 
     def measure_parity(row: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 
 def compare_golden_folders(folder: Path, device: str, dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Compare every recorded checkpoint in a folder; see `compare_golden`.
+    """Compare every recorded checkpoint in a folder, see `compare_golden`.
 
     Raises:
         ValueError: The folder contains no recorded checkpoint.
@@ -58,7 +58,7 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
     """Compare a checkpoint's outputs with those that the published implementation recorded in float32 on a CPU.
 
     Returns:
-        The largest absolute difference of each output, and as `ids` the share of captions with identical token ids.
+        The maximum absolute difference of each output, and as `ids` the fraction of captions with identical token ids.
     """
     model = sca.load(folder).to(device=device, dtype=dtype)
     recorded = {name: value.to(device) for name, value in load_file(folder / "golden.safetensors").items()}
@@ -95,15 +95,14 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
                 ids = model.generate(
                     features, prompts, task_ids, num_beams=num_beams, max_new_tokens=RECORDED_MAX_NEW_TOKENS
                 ).sequences[:, 0]
-                recorded_ids = recorded[f"{name}.generated.beams{num_beams}"].flatten(0, 2)[
-                    :, 1:
-                ]  # without the placeholder
+                # without the placeholder token
+                recorded_ids = recorded[f"{name}.generated.beams{num_beams}"].flatten(0, 2)[:, 1:]
                 is_same += compare_captions(ids, recorded_ids, model.language_model.model.config.eos_token_id)
     return {name: max(values) for name, values in differences.items()} | {"ids": sum(is_same) / len(is_same)}
 
 
 def compare_captions(first_ids: Tensor, second_ids: Tensor, eos_token_id: int) -> list[bool]:
-    """Return for each row of token ids whether both are the same up to and with the end token."""
+    """Return for each row of token ids whether both are identical up to and including the end token."""
     rows = zip(first_ids.tolist(), second_ids.tolist(), strict=True)
     return [_truncate_after_eos(one, eos_token_id) == _truncate_after_eos(other, eos_token_id) for one, other in rows]
 
@@ -113,11 +112,11 @@ def _truncate_after_eos(ids: Sequence[int], eos_token_id: int) -> Sequence[int]:
 
 
 def compare_scenes(num_scenes: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Compare sca-tiny on a device and in a data type with itself in float32 on the CPU, on `num_scenes` drawn scenes.
+    """Compare sca-tiny on a device and in a data type with float32 on the CPU, on `num_scenes` generated scenes.
 
     Returns:
-        regions; `captions`, the share with identical token ids; the least and the mean IoU of the chosen masks on the
-        segmenter's grid; and whether every value was finite.
+        `regions`, the number of regions; `captions`, the fraction with identical token ids; the minimum and mean IoU of
+        the selected masks on the segmenter's grid; and whether every value was finite.
     """
     from sca.data.scenes import Scenes
 
@@ -149,7 +148,7 @@ def compare_scenes(num_scenes: int, device: str, dtype: torch.dtype) -> dict[str
 
 
 def _iter_scene_batches(scenes: Any, processor: Processor) -> Iterator[tuple[Tensor, PromptBatch]]:
-    """Yield pixels and box prompts of a few scenes at a time."""
+    """Yield the pixels and box prompts of a few scenes at a time."""
     for start in range(0, len(scenes), SCENES_PER_BATCH):
         samples = [scenes[index] for index in range(start, min(start + SCENES_PER_BATCH, len(scenes)))]
         images = [sample.image for sample in samples]
@@ -160,7 +159,7 @@ def _iter_scene_batches(scenes: Any, processor: Processor) -> Iterator[tuple[Ten
 
 @torch.inference_mode()
 def _predict_masks_and_ids(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
-    """Return the chosen masks (N, 4h, 4w) as logits, and token ids (N, L)."""
+    """Return the mask logits (N, 4h, 4w) of the selected masks, and token ids (N, L)."""
     regions = model.segment(model.encode(pixels), prompts)
     task_ids = torch.full_like(prompts.image_index, TASKS.index("caption"))
     prefix = model.build_prefix(model.mix(regions), task_ids)

@@ -1,8 +1,8 @@
 """Compare `sca plan` with measurements: `python -m sca_bench.plan_accuracy [--device cuda] [--out FILE] [MODEL...]`.
 
-Each model is built with random weights, answers for a few regions and takes a step of training; operations are counted
-by torch, and memory is the most that its allocator gave out. Prints a Markdown table of ratios, planned to measured,
-and writes the rows with device and versions as JSON.
+Each model is built with random weights, captions a few regions and takes a training step. Operations are counted by
+torch; memory is the peak of its allocator. Prints a Markdown table of planned-to-measured ratios, and writes the rows
+with device and versions as JSON.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FULL_SIZE_MODELS = (
 
 @torch.no_grad()
 def run_captioning(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, max_new_tokens: int) -> None:
-    """As `Predictor` goes about it; no caption ends early."""
+    """Caption regions in the same steps as `Predictor`, always generating `max_new_tokens` tokens."""
     features = model.encode(pixels)
     prefixes, prepared_features = [], None
     for chunk in prompts.iter_chunks(REGION_BATCH_SIZE):
@@ -57,13 +57,13 @@ def run_captioning(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch
 
 
 def run_training_step(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, num_tokens: int) -> None:
-    """A forward and a backward pass with one text a region."""
+    """Run a forward and a backward pass with one caption per region."""
     model.train()
     model(make_training_batch(model, pixels, prompts, num_tokens)).loss.backward()
 
 
 def measure_peak_allocation(function: Callable[[], None], device: torch.device) -> int:
-    """The most bytes at once that torch's allocator gave out while some work was done, beyond what there was."""
+    """Return the peak bytes that torch's allocator adds while a function runs."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -90,13 +90,26 @@ def compare_plan(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Planned and measured parameters, operations and memory of one model. dtype: of weights that do not train."""
+    """Compare the planned and measured parameters, operations and memory of a model.
+
+    Args:
+        spec: Model specification.
+        images: Images per batch.
+        regions: Regions per image.
+        words: Tokens per caption.
+        train: Measure a training step instead of captioning.
+        device: A torch device.
+        dtype: Data type of the weights; training always uses float32.
+
+    Returns:
+        The settings, and a pair [planned, measured] for `parameters`, `flops` and `memory` (bytes).
+    """
     plan_dtype = torch.float32 if train else dtype
     planned = plan_model(spec, images, regions, words, train, plan_dtype, on_gpu=device.startswith("cuda"))
     model = build(spec, device, weights=False)
     model = model.to(dtype=torch.float32 if train else dtype)
     static_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    static_bytes += 8 * planned.trainable if train else 0  # what AdamW keeps
+    static_bytes += 8 * planned.trainable if train else 0  # optimizer state of AdamW
     pixels, prompts = make_random_inputs(model, images, regions)
     run_step = run_training_step if train else run_captioning
     allocated_bytes = measure_peak_allocation(lambda: run_step(model, pixels, prompts, words), torch.device(device))
@@ -117,7 +130,7 @@ def compare_plan(
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Compare one model as a job of a launcher: `model` and the options of `compare_plan`."""
+    """Compare one model as a launcher job; `config` contains `model` and the options of `compare_plan`."""
     options = {key: value for key, value in config.items() if key != "model"}
     options["dtype"] = getattr(torch, options["dtype"])
     spec = ModelSpec.parse(config["model"])

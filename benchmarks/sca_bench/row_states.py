@@ -1,4 +1,4 @@
-"""What can become of a row."""
+"""States of a row."""
 
 ROW_STATES = {
     "done": "made, evaluated and measured",

@@ -1,4 +1,4 @@
-"""Runs a sweep: makes the rows that are missing, and loses none that is there."""
+"""Run the missing rows of a sweep without losing finished ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sca_bench.validation import check_rows
 
 @dataclass(frozen=True)
 class SweepStatus:
-    """How far a sweep is: how many rows there are in each state, and which are missing."""
+    """Progress of a sweep: rows in total and per state, and the labels of missing rows."""
 
     num_rows: int
     state_counts: Mapping[str, int]
@@ -40,7 +40,7 @@ def run_sweep(
     budget_seconds: float = math.inf,
     order: str = "cheapest",
 ) -> SweepStatus:
-    """Run the missing rows of a sweep; rows appear in `folder/results.jsonl` as they finish.
+    """Run the missing rows of a sweep and append each to `folder/results.jsonl` when it finishes.
 
     Args:
         sweep: The sweep.
@@ -48,15 +48,15 @@ def run_sweep(
         launcher: Registered launcher that runs the rows.
         launcher_options: Options of the launcher.
         timeout: Maximum seconds per row.
-        retry_states: States whose rows are run again.
+        retry_states: States whose rows run again.
         force: Run rows that are predicted to exceed memory.
         report: Called with one line per event.
         budget_seconds: Seconds after which no row starts; rows that are stopped stay missing.
         order: Order of the rows, see `Sweep.list_rows`.
 
     Raises:
-        ValueError: A missing row is wrong; raised before the first row runs.
-        LockedError: Another process writes into the folder.
+        ValueError: A missing row is invalid; raised before the first row runs.
+        LockedError: Another process writes to the folder.
         OutputError: The folder cannot be written.
     """
     deadline = time.time() + budget_seconds
@@ -112,7 +112,7 @@ def run_sweep(
 
 
 def read_sweep_status(sweep: Sweep, folder: str | Path) -> SweepStatus:
-    """Of a sweep in a folder, at any instant."""
+    """Return the progress of a sweep in a results folder; works during a run."""
     states_by_key = {row["key"]: row["state"] for row in ResultStore(folder).read_rows()}
     rows = sweep.list_rows()
     state_counts = Counter(states_by_key[row.key] for row in rows if row.key in states_by_key)

@@ -1,9 +1,9 @@
-"""results.jsonl of a sweep: rows that are there once each, whole, and can be read at any instant.
+"""results.jsonl of a sweep: each finished row once. The file can be read at any time.
 
-A folder of results has
+A results folder contains:
 
-    results.jsonl     a finished row a line; only appended to, a line at a time, by the one who holds the lock
-    rows/KEY/         the log of a row, and what it leaves behind
+    results.jsonl     one finished row per line; append-only, written by the process that holds the lock
+    rows/KEY/         log and output files of a row
 """
 
 from __future__ import annotations
@@ -22,12 +22,18 @@ RESULTS_NAME = "results.jsonl"
 
 
 class ResultStore:
+    """Results folder of a sweep."""
+
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.path = self.folder / RESULTS_NAME
 
     def read_rows(self) -> list[dict[str, Any]]:
-        """Every whole row, in the order in which they were finished. InputError for a line in between that is none."""
+        """Return every complete row in the order of completion.
+
+        Raises:
+            InputError: A line other than the last is not a row.
+        """
         rows: dict[str, dict[str, Any]] = {}
         for number, row in enumerate(read_journal(self.path), 1):
             if "key" not in row:
@@ -37,28 +43,32 @@ class ResultStore:
 
     @contextmanager
     def lock(self) -> Iterator[list[str]]:
-        """The right to write. Gives what had to be repaired. LockedError if somebody else has it."""
+        """Lock the folder for writing; yields one line per repair.
+
+        Raises:
+            LockedError: Another process holds the lock.
+        """
         with RunFolder(self.folder, "bench"):
-            self.read_rows()  # whatever is damaged before the end is named, not cut off
+            self.read_rows()  # damage before the last line is an error, not repaired
             yield self._drop_torn_line()
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """A finished row: on disk when this returns, or not there at all."""
+        """Append a finished row atomically; it is on disk when this returns."""
         with Journal(self.path, sync_seconds=0) as journal:
             journal.append(row)
 
     def make_row_folder(self, key: str) -> Path:
-        """Made anew if it is gone."""
+        """Create the folder of a row if it does not exist."""
         folder = self.folder / "rows" / key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def remove_rows(self, keys: set[str]) -> None:
-        """Takes rows out, so that they are made again."""
+        """Remove rows so that they run again."""
         write_file(self.path, encode_lines(row for row in self.read_rows() if row["key"] not in keys))
 
     def _drop_torn_line(self) -> list[str]:
-        """Drops a last line that was cut off."""
+        """Drop a truncated last line."""
         if not self.path.exists():
             return []
         with Journal(self.path) as journal:

@@ -1,4 +1,4 @@
-"""What the rows of a sweep come to: one line for each combination, over its seeds."""
+"""Summarize the rows of a sweep: one summary per combination, over its seeds."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ QUALITY_SCORES = ("cider-d", "attributes/all", "meteor", "class/count", "mask-io
 
 @dataclass(frozen=True)
 class CombinationSummary:
-    """One combination, summarized over its seeds; None where nothing was measured.
+    """Results of one combination over its seeds; None where nothing was measured.
 
-    `quality` is the mean of the score over seeds, `low` and `high` the widest of the 95 % intervals over images,
-    `seed_scores` the score of each seed, and `scores` the mean of every score over seeds, those of controls as
-    "NAME, CONTROL".
+    `quality` is the mean score over seeds. `low` and `high` are the outermost bounds of the 95 % bootstrap intervals
+    over images. `seed_scores` contains the score of each seed, and `scores` the mean of every score over seeds, with
+    controls as "NAME, CONTROL".
     """
 
     label: str
     rows: Sequence[Mapping[str, Any]]
     parameters: int | None
     trainable: int | None
-    flops: Mapping[str, float] | None  # by stage, of the regions and words said with them
+    flops: Mapping[str, float] | None  # by stage, for the planned regions and tokens
     quality: float | None
     low: float | None
     high: float | None
     seed_scores: tuple[float, ...]
     scores: Mapping[str, float]
-    regions_per_second: Mapping[int, float]  # regions of an image -> regions a second, the image's encoding included
-    stages: Mapping[str, float]  # seconds by stage at the most regions
-    first_caption: float | None  # seconds at the fewest regions
+    regions_per_second: Mapping[int, float]  # regions per image -> regions per second, image encoding included
+    stages: Mapping[str, float]  # seconds by stage at the largest number of regions
+    first_caption: float | None  # seconds at the smallest number of regions
     training_step: float | None  # seconds
-    memory: int | None  # bytes: of the device where there is one, else as planned
+    memory: int | None  # bytes: peak of the device, else as planned
     command: str
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]], score_name: str | None) -> CombinationSummary:
-        """Of rows that differ in their seeds alone; those that were not made count for nothing."""
+        """Summarize rows that differ only in their seed."""
         first = rows[0]
         scores = [
             each
@@ -97,17 +97,17 @@ class CombinationSummary:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The configuration, with the seed of the first row."""
+        """Configuration of the first row."""
         return self.rows[0]["config"]
 
     @property
     def max_regions_per_second(self) -> float | None:
-        """Regions a second at the most regions."""
+        """Regions per second at the largest number of regions."""
         return self.regions_per_second[max(self.regions_per_second)] if self.regions_per_second else None
 
 
 def summarize_rows(rows: Iterable[Mapping[str, Any]], score_name: str | None) -> list[CombinationSummary]:
-    """A line a combination of which some row was made, the best first and those without a score last."""
+    """Summarize every combination with a finished row, best first and those without a score last."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["state"] == "done":
@@ -121,7 +121,7 @@ def summarize_rows(rows: Iterable[Mapping[str, Any]], score_name: str | None) ->
 
 
 def choose_quality_score(rows: Iterable[Mapping[str, Any]]) -> str | None:
-    """The score that says most of quality, of those that are a number for some row."""
+    """Return the most informative score that is a number for some row."""
     scores = [each for row in rows for each in row.get("scores") or ()]
     available = dict.fromkeys(each["name"] for each in scores if each["value"] is not None)
     return next((name for name in QUALITY_SCORES if name in available), next(iter(available), None))
@@ -130,7 +130,7 @@ def choose_quality_score(rows: Iterable[Mapping[str, Any]]) -> str | None:
 def find_varying_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Return the settings that differ between configurations, each with its value in every configuration.
 
-    The settings are the fields of the model, such as "encoder", and the others by their table: "train.steps".
+    Settings are the fields of the model, such as "encoder", and fields of other tables, such as "train.steps".
     """
     tables = [_list_settings(config) for config in configs]
     names = dict.fromkeys(name for table in tables for name in table)
@@ -139,7 +139,7 @@ def find_varying_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, lis
 
 
 def find_shared_parts(configs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the parts of the model that are the same in all configurations."""
+    """Return the components that are the same in all configurations."""
     tables = [_list_settings(config) for config in configs]
     parts = {name: {table.get(name, "") for table in tables} for name in PART_KINDS}
     return {name: value for name, values in parts.items() for value in values if len(values) == 1 and value}
@@ -156,7 +156,7 @@ def _list_settings(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _format_setting(value: Any) -> str:
-    """Return a value as one reads it in a table: a part as NAME(OPTION=VALUE,...)."""
+    """Format a value for a table; a component becomes NAME(OPTION=VALUE,...)."""
     if isinstance(value, Mapping):
         options = ",".join(f"{key}={_format_setting(each)}" for key, each in value.items() if key != "name")
         name = str(value.get("name", ""))
@@ -178,7 +178,7 @@ def _average_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def find_pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The places of points (more is better in both) that no other point is better than, by the first coordinate."""
+    """Return the indices of points that no other point dominates (larger is better), by descending first coordinate."""
     best_second = float("-inf")
     front_indices = []
     for index in sorted(range(len(points)), key=lambda index: (-points[index][0], -points[index][1])):

@@ -1,35 +1,35 @@
-"""Sweeps: every combination of parts and options, as rows that are made one at a time.
+"""Sweeps: every combination of components and options, as rows that are run one at a time.
 
-A sweep is a TOML file, shipped in `benchmarks/sweeps` or your own:
+A sweep is a TOML file, bundled in `benchmarks/sweeps` or your own:
 
     summary = "what is compared"
     seeds = [0, 1, 2]
-    threads = 1               # of a row on the CPU; 0: the cores shared out among the workers
+    threads = 1               # CPU threads per row; 0: the cores divided among the workers
 
-    [model]                   # a ModelSpec, what all rows have
+    [model]                   # a ModelSpec shared by all rows
     encoder = "tiny-vit"
 
-    [axes]                    # by the field of the model, or a dotted option: every combination is a row
+    [axes]                    # a field of the model or a dotted option: every combination is a row
     mixer = ["query", { name = "resampler", depth = 2 }]
     "encoder.image_size" = [64, 96]
 
-    [train]                   # optional: a recipe by name and what differs from it ([train] of recipes)
+    [train]                   # optional: a recipe by name and overrides of its [train] table
     recipe = "sca-tiny"
     steps = 100
 
-    [evaluate]                # optional: a dataset, how it is asked and which metrics
+    [evaluate]                # optional: dataset, prompt type and metrics
     dataset = { name = "scenes", count = 20 }
     split = "val"
     prompt = "box"
     metrics = ["attributes", "mask-iou"]
 
-    [measure]                 # optional: what is timed
-    regions = [1, 8, 64]      # of one image
-    words = 16                # of a caption
+    [measure]                 # optional: timing
+    regions = [1, 8, 64]      # regions per image
+    words = 16                # tokens per caption
     repeats = 5
     dtype = "float32"
-    training = true           # a step of training, too
-    plan = true               # predict memory and operations first; takes seconds a row
+    training = true           # also time a training step
+    plan = true               # predict memory and operations first; takes seconds per row
 """
 
 from __future__ import annotations
@@ -64,23 +64,27 @@ SECTION_KEYS = {
 }
 PART_KINDS = ("encoder", "segmenter", "mixer", "language_model")
 ROW_ORDERS = ("cheapest", "listed")
-MAX_ROWS = 10_000  # at a minute a row a week
+MAX_ROWS = 10_000  # a week at one minute per row
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One row to be made: plain values, from which its key is computed."""
+    """One row of a sweep as plain values; its key is a hash of them."""
 
     config: Mapping[str, Any]  # model, train, evaluate, measure, seed, threads, device
 
     @property
     def key(self) -> str:
-        """Sixteen hexadecimal digits that differ where the configuration does."""
+        """Hash of the configuration as sixteen hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def recipe(self) -> Recipe | None:
-        """What it trains by, if it trains. Raises RegistryError for a value that is wrong."""
+        """Training recipe of the row; None without training.
+
+        Raises:
+            RegistryError: An invalid value.
+        """
         if "train" not in self.config:
             return None
         options = dict(self.config["train"])
@@ -92,7 +96,7 @@ class SweepRow:
 
     @property
     def label(self) -> str:
-        """For people: the parts, their options and the seed."""
+        """Components, their options and the seed, for display."""
         model = self.config["model"]
         parts = [_format_part(model[kind]) for kind in PART_KINDS if model.get(kind)]
         suffixes = [f"lora={model['lora']['rank']}"] if model.get("lora") else []
@@ -100,7 +104,7 @@ class SweepRow:
 
     @property
     def num_listed_parameters(self) -> int:
-        """What its cards say of parameters: the order in which rows are made, cheapest first."""
+        """Parameters according to the component cards, used to run the cheapest rows first."""
         num_parameters = 0
         for kind in PART_KINDS:
             part = self.config["model"].get(kind)
@@ -111,6 +115,21 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class Sweep:
+    """A sweep over combinations of components, options and seeds.
+
+    Attributes:
+        name: Name of the sweep.
+        model: Fields of a ModelSpec shared by all rows.
+        axes: Field of the model, or dotted option -> its values.
+        seeds: Random seeds; each is a row of every combination.
+        threads: CPU threads per row; 0 divides the cores among the workers.
+        summary: One line for lists.
+        train: Recipe and overrides, see the module docstring.
+        evaluate: Evaluation options.
+        measure: Timing options.
+        device: A torch device.
+    """
+
     name: str
     model: Mapping[str, Any]
     axes: Mapping[str, Sequence[Any]]
@@ -124,7 +143,11 @@ class Sweep:
 
     @classmethod
     def read(cls, name: str, device: str = "cpu") -> Sweep:
-        """A shipped sweep by name, or a TOML file. RegistryError for a name, a key or a value that is wrong."""
+        """Read a bundled sweep by name, or a TOML file.
+
+        Raises:
+            RegistryError: An unknown name or key, or an invalid value.
+        """
         text, stem = _read_sweep_text(name)
         try:
             table = parse_toml(text)
@@ -139,7 +162,11 @@ class Sweep:
         return sweep
 
     def check_size(self) -> None:
-        """Raise RegistryError if there are more than MAX_ROWS combinations; it names the size of every axis."""
+        """Check the number of combinations.
+
+        Raises:
+            RegistryError: More than `MAX_ROWS` combinations; the message contains the size of every axis.
+        """
         sizes = {**{axis: len(values) for axis, values in self.axes.items()}, "seeds": len(self.seeds)}
         count = math.prod(sizes.values())
         if count > MAX_ROWS:
@@ -150,13 +177,13 @@ class Sweep:
             )
 
     def list_rows(self, order: str = "cheapest") -> list[SweepRow]:
-        """List every combination once.
+        """Return every combination once.
 
         Args:
             order: "cheapest" for the fewest parameters first, or "listed" for the order of the axes in the sweep.
 
         Raises:
-            RegistryError: A part that does not exist.
+            RegistryError: An unknown component.
         """
         rows = []
         for values in product(*self.axes.values()):
@@ -182,6 +209,7 @@ class Sweep:
 
 
 def list_sweeps() -> list[str]:
+    """Return the names of the bundled sweeps, sorted."""
     return sorted(
         file.name.removesuffix(".toml") for file in _get_sweeps_folder().iterdir() if file.name.endswith(".toml")
     )
@@ -196,7 +224,7 @@ def _read_sweep_text(name: str) -> tuple[str, str]:
 
 
 def _check_fields(name: str, table: Mapping[str, Any]) -> None:
-    """Raises RegistryError, naming the field, for a value of a sweep that has the wrong type or is out of range."""
+    """Raise RegistryError with the name of the field for a value of the wrong type or out of range."""
     for section in ("model", "axes", *SECTION_KEYS):
         check_type(f"{section} of the sweep {name}", table.get(section, {}), Mapping)
     for axis, values in table["axes"].items():
@@ -258,7 +286,7 @@ def _get_sweeps_folder():
 
 
 def _set_axis_value(model: dict[str, Any], axis: str, value: Any) -> None:
-    """A field of the model, or an option of a part: `encoder.image_size`."""
+    """Set a field of the model or an option of a component, such as `encoder.image_size`."""
     field_name, _, option = axis.partition(".")
     if not option:
         model[field_name] = value

@@ -1,4 +1,4 @@
-"""How long the stages of a model take: with warm-up, synchronization, and the spread of several repeats."""
+"""Time the stages of a model, with warm-up, synchronization and repeats."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ STAGES = ("encode", "segment", "mix", "prefill", "decode")
 
 
 def summarize_seconds(seconds: list[float]) -> dict[str, Any]:
-    """Median, least and most of some repeats, seconds."""
+    """Return the median, minimum and maximum of repeats in seconds."""
     return {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds), "repeats": len(seconds)}
 
 
 def make_random_inputs(model: SegmentCaptioner, num_images: int, num_regions: int) -> tuple[Tensor, PromptBatch]:
-    """Pixels and boxes without meaning, on the model's device; `num_regions` of each image."""
+    """Create random pixels and boxes on the model's device, with `num_regions` boxes per image."""
     size, reference_tensor = model.encoder.image_format.size, model.task_tokens
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(num_images * num_regions, 2, generator=generator) * size / 2
@@ -38,10 +38,20 @@ def make_random_inputs(model: SegmentCaptioner, num_images: int, num_regions: in
 def measure_stages(
     model: SegmentCaptioner, num_images: int, num_regions: int, max_new_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Seconds by stage for `num_images` with `num_regions` each, and what they make together.
+    """Time every stage of captioning.
 
-    encode, segment and mix are those of `Predictor`, `REGION_BATCH_SIZE` at a time; prefill is what the language
-    model computes up to the first token, decode the other tokens. No caption ends early.
+    encode, segment and mix run as in `Predictor`, `REGION_BATCH_SIZE` regions at a time. prefill is the language
+    model's work up to the first token, decode that for the other tokens. Captions never end early.
+
+    Args:
+        model: The model.
+        num_images: Images per batch.
+        num_regions: Regions per image.
+        max_new_tokens: Tokens per caption.
+        repeats: Repeats after a warm-up.
+
+    Returns:
+        Seconds by stage, in total and up to the first token, and the throughput.
     """
     pixels, prompts = make_random_inputs(model, num_images, num_regions)
     model.language_model._resolve_special_tokens = lambda: (0, [])
@@ -68,7 +78,7 @@ def measure_stages(
         clock.time_stage(stage_seconds, "prefill", lambda prefix=prefix: generate(prefix, max_new_tokens=1))
         clock.time_stage(stage_seconds, "decode", lambda prefix=prefix: generate(prefix, max_new_tokens=max_new_tokens))
         stage_seconds["decode"] = max(0.0, stage_seconds["decode"] - stage_seconds["prefill"])
-        if repeat:  # the first is for warming up
+        if repeat:  # the first is a warm-up
             repeat_seconds.append(stage_seconds)
     total_seconds = [sum(run.values()) for run in repeat_seconds]
     first_caption_seconds = [sum(run[stage] for stage in STAGES[:4]) for run in repeat_seconds]
@@ -95,9 +105,15 @@ def measure_training_step(
     repeats: int,
     use_cached_features: bool = False,
 ) -> dict[str, Any]:
-    """Seconds of a step: forward, backward and AdamW over what trains, with one text a region.
+    """Time a training step: forward, backward and AdamW over the trainable parameters, with one caption per region.
 
-    use_cached_features: the encoder's features are computed once, before the steps.
+    Args:
+        model: The model.
+        num_images: Images per batch.
+        num_regions: Regions per image.
+        num_tokens: Tokens per caption.
+        repeats: Repeats after a warm-up.
+        use_cached_features: Compute the encoder features once, before the steps.
     """
     pixels, prompts = make_random_inputs(model, num_images, num_regions)
     batch = make_training_batch(model, pixels, prompts, num_tokens)
@@ -120,7 +136,7 @@ def measure_training_step(
 
 
 def make_training_batch(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, num_tokens: int) -> Batch:
-    """One text a region, and masks where the segmenter learns them."""
+    """Create a batch with one caption per region, and masks if the segmenter is trainable."""
     num_regions, device = len(prompts), pixels.device
     input_ids = torch.ones(num_regions, num_tokens, dtype=torch.long, device=device)
     task_ids = torch.ones(num_regions, dtype=torch.long, device=device)
@@ -136,13 +152,13 @@ def make_training_batch(model: SegmentCaptioner, pixels: Tensor, prompts: Prompt
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Wait until a device has done all of its work."""
+    """Wait for all pending work of a device."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class _DeviceClock:
-    """Wall time after all that was asked of the device is done."""
+    """Wall clock that waits for pending work of the device."""
 
     def __init__(self, device: torch.device):
         self.device = device

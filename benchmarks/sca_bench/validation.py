@@ -1,4 +1,4 @@
-"""All that can be known to be wrong with a sweep before its first row is made."""
+"""Find the errors of a sweep before its first row runs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from sca_bench.sweep import PART_KINDS, Sweep, SweepRow
 def check_rows(sweep: Sweep, rows: Iterable[SweepRow]) -> None:
     """Check the components, options, recipes, datasets, prompts and metrics of rows.
 
-    A component that does not work, and components that do not fit together, are results of a sweep and not refused.
+    Broken components and incompatible components are results of a sweep and not rejected.
 
     Raises:
-        ValueError: One line that says which field or component is wrong, or which extra is not installed.
+        ValueError: The message names the invalid field or component, or the extra to install.
     """
     _check_evaluation(sweep)
     checked_keys: set[str] = set()
@@ -68,7 +68,7 @@ def _check_component(kind: str, part: Part) -> None:
 
 
 def _check_generation(key: str, options: Mapping[str, Any], language_model: Part) -> None:
-    """Check options of generation against the class of the language model, before it is built."""
+    """Check generation options against the class of the language model before building it."""
     if not _is_broken_part("language_model", language_model):
         generate = get_registry("language_model").get_declared(language_model.name, "generate")
         check_generation(key, options, generate, num_positional=2)
@@ -79,7 +79,7 @@ def _is_broken_part(kind: str, part: Part) -> bool:
 
 
 def _is_first_check(checked_keys: set[str], facts: object) -> bool:
-    """Whether this is met for the first time."""
+    """Return whether these facts are new, and remember them."""
     key = json.dumps(facts, sort_keys=True)
     is_known = key in checked_keys
     checked_keys.add(key)
