@@ -1,4 +1,4 @@
-"""Direct decoding (SCA, arXiv 2312.00869): the segmenter's mask tokens take the place of learned queries."""
+"""Mixer for direct decoding (SCA, arXiv 2312.00869): the segmenter's mask tokens replace learned queries."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from sca.nn.two_way import TwoWayTransformer, init_weights
 
 
 class MaskTokenMixer(nn.Module):
-    """The fused tokens of all masks of a region, taken through a two-way transformer over the fused grid: (N, M, D).
+    """Two-way transformer over the mask tokens and the feature grid of a region; returns queries (N, M, D).
 
-    num_masks: M, masks per region; SAM has three. depth, num_heads, mlp_dim: of the transformer.
+    Args:
+        segmenter: Segmenter with mask tokens and a grid.
+        num_masks: Masks M per region; SAM has three.
+        depth: Layers of the transformer.
+        num_heads: Attention heads.
+        mlp_dim: MLP width.
     """
 
     uses_grid = True
@@ -27,6 +32,11 @@ class MaskTokenMixer(nn.Module):
         self.apply(init_weights)
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
+        """Return the queries of each region, (N, M, D).
+
+        Raises:
+            ValueError: The regions have another number of masks.
+        """
         queries = regions.mask_tokens  # (N, M, D)
         if queries.shape[1] != self.num_queries:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The image's features under the mask, and where the mask is: the least that can tell one region from another."""
+"""Mask pooling: a minimal mixer of the features under the mask and the geometry of the mask."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from sca.nn.masks import masks_to_boxes, pool_under_masks, select_best_masks
 
 
 class MaskedPoolMixer(nn.Module):
-    """Features averaged under each region's best mask, as in the mask pooling of Osprey (arXiv 2312.10032), together
-    with the center, sides and area of the mask, through two layers to Q queries: (N, Q, D).
+    """Two-layer MLP on mask-pooled features and mask geometry; returns queries (N, Q, D).
 
-    num_queries: Q. mlp_dim: width of the hidden layer.
+    The image features are averaged under the best mask, as in the mask pooling of Osprey (arXiv 2312.10032). The
+    geometry is the center, sides and area of the mask.
+
+    Args:
+        segmenter: Segmenter with masks.
+        num_queries: Queries Q per region.
+        mlp_dim: Width of the hidden layer.
     """
 
     uses_grid = False
@@ -32,12 +37,12 @@ class MaskedPoolMixer(nn.Module):
         )
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
+        """Return the queries of each region, (N, Q, D)."""
         best_logits = select_best_masks(regions.masks, regions.iou_scores)  # (N, 4h, 4w)
         probabilities = best_logits.sigmoid()
         pooled = pool_under_masks(regions.image_embeddings, regions.image_index, probabilities)
-        x1, y1, x2, y2 = (masks_to_boxes(best_logits > 0) / best_logits.shape[-1]).unbind(
-            1
-        )  # shares of the frame's side
+        # fractions of the frame's side
+        x1, y1, x2, y2 = (masks_to_boxes(best_logits > 0) / best_logits.shape[-1]).unbind(1)
         box_features = torch.stack(
             ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, probabilities.mean((1, 2)).float()), dim=1
         )

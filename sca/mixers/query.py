@@ -1,4 +1,4 @@
-"""The published mixer: learned queries gather a region's words in SAM's two-way transformer (SCA, arXiv 2312.00869)."""
+"""SCA's published mixer (arXiv 2312.00869): learned queries in SAM's two-way transformer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from sca.nn.two_way import TwoWayTransformer, init_weights
 
 
 class QueryMixer(nn.Module):
-    """Learned queries and the segmenter's fused tokens go together through a two-way transformer over the fused grid.
+    """Two-way transformer over learned queries, the segmenter's output tokens and the feature grid of a region.
 
-    num_queries: Q. depth, num_heads, mlp_dim: of the transformer; the defaults are those of the released models.
-    mask_pooling: the image's features averaged under the best mask are added to each query's output: a shortcut from
-    pixels to the language model, which a small model trained from scratch needs and the published one does without.
+    The defaults are those of the released models.
+
+    Args:
+        segmenter: Segmenter.
+        num_queries: Queries Q per region.
+        depth: Layers of the transformer.
+        num_heads: Attention heads.
+        mlp_dim: MLP width.
+        mask_pooling: Add a projection of the image features averaged under the best mask to the queries. A small model
+            trained from scratch needs this shortcut from the image to the language model; the published model does not
+            have it.
     """
 
     uses_grid = True
@@ -38,6 +46,7 @@ class QueryMixer(nn.Module):
         self.pool = nn.Linear(self.hidden_size, num_queries * self.hidden_size) if mask_pooling else None
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
+        """Return the queries of each region, (N, Q, D)."""
         grid = regions.grid
         if grid is None:
             grid = regions.image_embeddings[regions.image_index] + regions.dense_embeddings  # (N, D, h, w)

@@ -1,4 +1,4 @@
-"""Queries that look at the image all regions share, so that one more region costs little."""
+"""Resampler: queries attend to image features that all regions share, so that additional regions are cheap."""
 
 from __future__ import annotations
 
@@ -14,11 +14,20 @@ ImageKeysValues = list[tuple[Tensor, Tensor]]  # keys and values of each layer, 
 
 
 class ResamplerMixer(nn.Module):
-    """A Perceiver (arXiv 2103.03206) in the manner of the Q-Former (BLIP-2, arXiv 2301.12597): learned queries and a
-    region's fused tokens attend to one another, and the queries to the features of its image, (N, Q, D).
+    """Perceiver (arXiv 2103.03206) in the style of the Q-Former (BLIP-2, arXiv 2301.12597); returns queries (N, Q, D).
 
-    Keys and values are computed once an image, by `prepare`, and the regions of an image attend to them in place.
-    num_queries: Q. depth, num_heads, mlp_dim: of the transformer.
+    Learned queries and the output tokens of a region attend to each other, and the queries attend to the features of
+    the image. `prepare` computes the keys and values once per image, and all its regions share them without a copy.
+
+    Args:
+        segmenter: Segmenter.
+        num_queries: Queries Q per region.
+        depth: Layers of the transformer.
+        num_heads: Attention heads; they must divide the segmenter's channels.
+        mlp_dim: MLP width.
+
+    Raises:
+        ValueError: The segmenter's channels are not a multiple of `num_heads`.
     """
 
     uses_grid = False
@@ -37,10 +46,24 @@ class ResamplerMixer(nn.Module):
         self.apply(init_weights)
 
     def prepare(self, image_embeddings: Tensor, positional_encoding: Tensor) -> ImageKeysValues:
-        """Of the features (B, D, h, w) of whole images and the position code (D, h, w) of their grid."""
+        """Compute the keys and values of images.
+
+        Args:
+            image_embeddings: (B, D, h, w) features.
+            positional_encoding: (D, h, w) positional encoding of the grid.
+
+        Returns:
+            Keys and values of each layer, (B, heads, h w, D / heads).
+        """
         return [layer.project_image(image_embeddings, positional_encoding) for layer in self.layers]
 
     def forward(self, regions: SegmenterOutput, prepared: ImageKeysValues | None = None) -> Tensor:
+        """Return the queries of each region, (N, Q, D).
+
+        Args:
+            regions: N regions.
+            prepared: Output of `prepare` for their images; None computes it.
+        """
         if prepared is None:
             prepared = self.prepare(regions.image_embeddings, regions.positional_encoding)
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
@@ -52,16 +75,19 @@ class ResamplerMixer(nn.Module):
 
 
 class ResamplerLayer(nn.Module):
-    """Pre-norm self-attention, the queries' attention to the image, and an MLP: (N, T, D) -> the same; the last layer
-    gives the queries alone, (N, Q, D).
+    """Pre-norm layer: self-attention, cross-attention from the queries to the image, and an MLP.
+
+    Args:
+        hidden_size: Width D.
+        num_heads: Attention heads.
+        mlp_dim: MLP width.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_dim: int):
         super().__init__()
         self.num_heads = num_heads
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(hidden_size) for _ in range(4)
-        )  # of tokens, of tokens, of the image, of both
+        # before self-attention, of the queries and of the image before cross-attention, and before the MLP
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(4))
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.self_attn_out = nn.Linear(hidden_size, hidden_size)
         self.query = nn.Linear(hidden_size, hidden_size)
@@ -71,15 +97,28 @@ class ResamplerLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(hidden_size, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, hidden_size))
 
     def project_image(self, image_embeddings: Tensor, positional_encoding: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of images for this layer, (B, heads, h w, D / heads)."""
         cells = self.norms[2](image_embeddings.flatten(2).transpose(1, 2))  # (B, h w, D)
         keys = self.key(cells + positional_encoding.flatten(1).T)
-        return self._split_heads(keys).contiguous(), self._split_heads(
-            self.value(cells)
-        ).contiguous()  # they are read many times
+        # contiguous, because they are read many times
+        return self._split_heads(keys).contiguous(), self._split_heads(self.value(cells)).contiguous()
 
     def forward(
         self, tokens: Tensor, image_index: Tensor, keys: Tensor, values: Tensor, num_queries: int, is_last: bool = False
     ) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            tokens: (N, T, D) tokens, queries first.
+            image_index: (N,) image of each region, sorted.
+            keys: (B, heads, h w, D / heads) keys of the images.
+            values: (B, heads, h w, D / heads) values of the images.
+            num_queries: Queries Q.
+            is_last: Return the queries only.
+
+        Returns:
+            Tokens (N, T, D), or queries (N, Q, D) for the last layer.
+        """
         query, key, value = map(self._split_heads, self.qkv(self.norms[0](tokens)).chunk(3, dim=-1))
         tokens = tokens + self.self_attn_out(self._merge_heads(F.scaled_dot_product_attention(query, key, value)))
         query_tokens, other_tokens = tokens[:, :num_queries], tokens[:, num_queries:]
@@ -97,12 +136,11 @@ class ResamplerLayer(nn.Module):
 
 
 def _attend_by_image(query: Tensor, image_index: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of (N, heads, T, d) queries to the keys and values of the image that each is of, without a copy of them
-    for each region: the queries of an image go as one long row.
-    """
+    """Attend from (N, heads, T, d) queries to their images, without copying keys and values for each region."""
     outputs = torch.empty_like(query)
     for index, rows in iter_rows_by_image(image_index):
         image_queries = query[rows]  # (n, heads, T, d)
+        # all queries of an image form one sequence
         flat_queries = image_queries.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, heads, n T, d)
         attended = F.scaled_dot_product_attention(flat_queries, keys[index : index + 1], values[index : index + 1])
         outputs[rows] = attended.squeeze(0).unflatten(1, (len(image_queries), -1)).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Pooling under the box, the baseline of SCA (arXiv 2312.00869): no transformer, the projection does the work."""
+"""ROI pooling, a baseline of SCA (arXiv 2312.00869): no transformer, only pooling and the projection."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from sca.nn.roi_align import roi_align
 
 
 class RoiPoolMixer(nn.Module):
-    """The image's features under each region's box as queries, by ROIAlign: (N, output_size^2, D).
+    """ROIAlign of the image features under each region's box; returns queries (N, output_size^2, D).
 
-    A region without a box (a point, with a segmenter that finds none) is refused with a ValueError.
+    Args:
+        segmenter: Segmenter.
+        output_size: Side of the pooled grid.
     """
 
     uses_grid = False
@@ -23,10 +25,14 @@ class RoiPoolMixer(nn.Module):
         self.num_queries = output_size * output_size
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
+        """Return the queries of each region, (N, output_size^2, D).
+
+        Raises:
+            ValueError: The regions have no boxes: point prompts with a segmenter that predicts no masks.
+        """
         if regions.boxes is None:
             raise ValueError("the mixer 'roi-pool' needs boxes: ask with boxes, or use segmenter=sam, which finds them")
         scale = regions.image_embeddings.shape[-1] / regions.image_size
-        pooled = roi_align(
-            regions.image_embeddings, regions.image_index, regions.boxes * scale, self.output_size
-        )  # (N, D, size, size)
+        # (N, D, output_size, output_size)
+        pooled = roi_align(regions.image_embeddings, regions.image_index, regions.boxes * scale, self.output_size)
         return pooled.flatten(2).transpose(1, 2)

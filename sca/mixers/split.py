@@ -1,4 +1,4 @@
-"""A text mixer beside SAM's own (SCA's split mixer, arXiv 2312.00869): it sees the raw image and the raw prompt."""
+"""SCA's split mixer (arXiv 2312.00869): a text mixer parallel to SAM's decoder, on image features and raw prompts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from sca.nn.two_way import TwoWayTransformer, init_weights
 
 
 class SplitMixer(nn.Module):
-    """Learned queries and the prompt's raw tokens go together through a two-way transformer over the image's features
-    with the dense prompt added: (N, Q, D), without anything that the segmenter has made of them.
+    """Two-way transformer over learned queries, prompt tokens and image features; returns queries (N, Q, D).
 
-    num_queries: Q. depth, num_heads, mlp_dim: of the transformer; the defaults are those of the released models.
+    The dense prompt embeddings are added to the image features. The outputs of the mask decoder are not used. The
+    defaults are those of the released models.
+
+    Args:
+        segmenter: Segmenter.
+        num_queries: Queries Q per region.
+        depth: Layers of the transformer.
+        num_heads: Attention heads.
+        mlp_dim: MLP width.
     """
 
     uses_grid = False
@@ -29,6 +36,7 @@ class SplitMixer(nn.Module):
         self.apply(init_weights)
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
+        """Return the queries of each region, (N, Q, D)."""
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         grid = regions.image_embeddings[regions.image_index] + regions.dense_embeddings  # (N, D, h, w)
         tokens, _ = self.transformer(
