@@ -1,4 +1,4 @@
-"""Box arithmetic, x1 y1 x2 y2 with exclusive far edges."""
+"""Box operations. Boxes are x1 y1 x2 y2; x2 and y2 are exclusive."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from torch import Tensor
 
 
 def compute_box_iou(first: Tensor, second: Tensor) -> Tensor:
-    """(N, 4) and (K, 4) -> (N, K)."""
+    """Compute the pairwise IoU of boxes.
+
+    Args:
+        first: (N, 4) boxes.
+        second: (K, 4) boxes in the same frame.
+
+    Returns:
+        IoU (N, K).
+    """
     top_left = torch.maximum(first[:, None, :2], second[None, :, :2])
     bottom_right = torch.minimum(first[:, None, 2:], second[None, :, 2:])
     intersection = (bottom_right - top_left).clamp(min=0).prod(2)
@@ -16,8 +24,17 @@ def compute_box_iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def rasterize_boxes(boxes: Tensor, grid_size: int, image_size: int) -> Tensor:
-    """(N, 4) in a square frame -> (N, grid_size, grid_size): 1 in the cells whose center is in the box, else 0."""
+    """Rasterize boxes on a square grid.
+
+    Args:
+        boxes: (N, 4) boxes in pixels of the square input frame.
+        grid_size: Side of the grid in cells.
+        image_size: Side of the input frame in pixels.
+
+    Returns:
+        Masks (N, grid_size, grid_size): 1 for cells whose center is in the box, else 0.
+    """
     centers = (torch.arange(grid_size, device=boxes.device) + 0.5) * (image_size / grid_size)
-    x1, y1, x2, y2 = boxes.float()[:, :, None].unbind(1)  # (N, 1) each
+    x1, y1, x2, y2 = boxes.float()[:, :, None].unbind(1)  # each (N, 1)
     is_inside_x, is_inside_y = (x1 <= centers) & (centers <= x2), (y1 <= centers) & (centers <= y2)  # (N, side)
     return (is_inside_y[:, :, None] & is_inside_x[:, None]).float()

@@ -1,4 +1,4 @@
-"""What a network of someone else's would give, without computing it."""
+"""Feature shapes and unused parameters of third-party networks, found on the meta device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from torch.func import functional_call
 
 @torch.no_grad()
 def probe_feature_shape(network: nn.Module, image_size: int, stride: int | None = None) -> tuple[int, int]:
-    """The channels and the stride of the features (1, C, S/stride, S/stride) of pixels (1, 3, S, S), S = image_size.
+    """Return the channels C and the stride of a network's features.
 
-    Raises ValueError if they are not square, the stride is no whole number, or not the network's own, where that is
-    known: then it would leave out an edge of the image.
+    Args:
+        network: Network that maps images (1, 3, S, S) to features (1, C, S/stride, S/stride).
+        image_size: S in pixels.
+        stride: Stride of the network, if known. A feature grid with another stride would omit an edge of the image.
+
+    Raises:
+        ValueError: The feature grid is not square, the stride is not an integer, or it differs from `stride`.
     """
     with torch.device("meta"):
         shape = functional_call(
@@ -30,7 +35,12 @@ def probe_feature_shape(network: nn.Module, image_size: int, stride: int | None 
 
 
 def freeze_unused_parameters(network: nn.Module, image_size: int) -> None:
-    """Parameters that have no part in what pixels (1, 3, size, size) give shall not ask for gradients."""
+    """Freeze the parameters that do not affect the features, since they would never receive gradients.
+
+    Args:
+        network: Network that maps images to features.
+        image_size: Side of the images in pixels.
+    """
     meta_tensors = _copy_tensors_to_meta(network)
     parameters = {name: meta_tensors[name].requires_grad_() for name, _ in network.named_parameters()}
     with torch.device("meta"), torch.enable_grad():
@@ -42,5 +52,5 @@ def freeze_unused_parameters(network: nn.Module, image_size: int) -> None:
 
 
 def _copy_tensors_to_meta(network: nn.Module) -> dict[str, Tensor]:
-    tensors = [*network.named_parameters(), *network.named_buffers()]  # one that is shared, once
+    tensors = [*network.named_parameters(), *network.named_buffers()]  # shared tensors appear once
     return {name: tensor.detach().to("meta") for name, tensor in tensors}

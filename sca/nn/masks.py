@@ -1,4 +1,4 @@
-"""Small operations on batches of masks."""
+"""Operations on batches of masks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def pool_under_masks(image_embeddings: Tensor, image_index: Tensor, weights: Ten
 
     Args:
         image_embeddings: (B, D, h, w) features.
-        image_index: (N,) the image of each region, sorted.
-        weights: (N, H, W) masks in 0..1, of any resolution. Under an empty mask every cell counts.
+        image_index: (N,) image of each region, sorted.
+        weights: (N, H, W) masks in 0..1 of any resolution. An empty mask averages all cells.
 
     Returns:
-        (N, D)
+        Means (N, D).
     """
     weights = F.adaptive_avg_pool2d(weights, image_embeddings.shape[-2:]).flatten(1) + 1e-4
     weights = (weights / weights.sum(1, keepdim=True)).to(image_embeddings.dtype)
@@ -29,7 +29,14 @@ def pool_under_masks(image_embeddings: Tensor, image_index: Tensor, weights: Ten
 
 
 def masks_to_boxes(masks: Tensor) -> Tensor:
-    """(N, h, w) bool -> (N, 4) x1 y1 x2 y2 in mask cells, the far edges exclusive; zeros where a mask is empty."""
+    """Compute the bounding boxes of masks.
+
+    Args:
+        masks: (N, h, w) bool.
+
+    Returns:
+        Boxes (N, 4) x1 y1 x2 y2 in mask cells; x2 and y2 are exclusive. Zeros for an empty mask.
+    """
     if not masks.numel():
         return torch.zeros(len(masks), 4, device=masks.device)
     spans = []
@@ -43,5 +50,13 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
 
 
 def select_best_masks(masks: Tensor, scores: Tensor) -> Tensor:
-    """Of (N, M, h, w) masks those with the highest of (N, M) scores: (N, h, w)."""
+    """Select the mask with the highest score of each region.
+
+    Args:
+        masks: (N, M, h, w) masks or logits.
+        scores: (N, M) scores.
+
+    Returns:
+        Masks (N, h, w).
+    """
     return masks[torch.arange(len(masks), device=masks.device), scores.argmax(1)]

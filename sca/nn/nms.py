@@ -8,13 +8,14 @@ from torch import Tensor
 
 
 def suppress_overlaps(is_overlapping: Callable[[int, Tensor], Tensor], scores: Tensor) -> Iterator[int]:
-    """Yield the places that stay, best first: of two that overlap too much, the one with the better score.
+    """Yield the indices that non-maximum suppression keeps, best first.
 
-    Overlaps are computed a row at a time and only for what stays, so memory grows with N and a caller can stop.
+    Overlaps are computed row by row and only for kept indices: memory is linear in N, and the caller can stop early.
 
     Args:
-        is_overlapping: Returns whether one place overlaps too much with each of the places (K,): (K,) bool.
-        scores: (N,) on the CPU.
+        is_overlapping: Function of an index and other indices (K,) that returns which of them overlap too much with it,
+            (K,) bool.
+        scores: (N,) scores on the CPU.
     """
     order = scores.argsort(descending=True, stable=True)
     while len(order):

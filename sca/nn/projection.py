@@ -1,4 +1,4 @@
-"""From the mixer's width to the language model's."""
+"""Projection of queries to the width of the language model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from torch import nn
 
 
 class Projection(nn.Sequential):
-    """(N, Q, D) -> (N, Q, E): one linear layer, or three with GELU between ("mlp"), as in SCA (arXiv 2312.00869).
+    """Projection from queries (N, Q, D) to embeddings (N, Q, E), as in SCA (arXiv 2312.00869).
 
-    norm: "none", or a LayerNorm "pre", "post" or "both". `ModelSpec` checks both options.
+    `ModelSpec` validates both options.
+
+    Args:
+        in_features: D.
+        out_features: E.
+        kind: "linear" for one linear layer, "mlp" for three with GELU in between.
+        norm: LayerNorm before ("pre"), after ("post") or on both sides ("both") of the layers; "none" for no norm.
     """
 
     def __init__(self, in_features: int, out_features: int, kind: str = "linear", norm: str = "none"):

@@ -1,4 +1,4 @@
-"""Regions of a batch: those of one image, and those that were looked at in parts as one."""
+"""Rows of regions in a batch: group them by image, and concatenate chunks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PER_REGION_FIELDS = (  # one row per region
 
 
 def concat_segmenter_outputs(outputs: Sequence[SegmenterOutput]) -> SegmenterOutput:
-    """Regions of the same images, in the order of the parts."""
+    """Concatenate the regions of chunks of the same images, in order."""
 
     def concat_field(name: str) -> Tensor | None:
         values = [getattr(output, name) for output in outputs]
         return None if values[0] is None else torch.cat(values)
 
-    dense_embeddings = outputs[0].dense_embeddings  # (N, D, h, w), or (D, 1, 1) for all
+    dense_embeddings = outputs[0].dense_embeddings  # (N, D, h, w), or (D, 1, 1) for all regions
     if dense_embeddings.dim() == 4:
         dense_embeddings = concat_field("dense_embeddings")
     per_region = {name: concat_field(name) for name in PER_REGION_FIELDS}
@@ -30,12 +30,12 @@ def concat_segmenter_outputs(outputs: Sequence[SegmenterOutput]) -> SegmenterOut
 
 
 def iter_rows_by_image(image_index: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield each image that has regions, with the rows of its regions.
+    """Yield each image that has regions, with the slice of its rows.
 
-    On an accelerator the host waits once for all images; choosing rows by truth values would wait for each.
+    This synchronizes with an accelerator once; boolean masks would synchronize once per image.
 
     Args:
-        image_index: (N,) the image of each region, sorted.
+        image_index: (N,) image of each region, sorted.
     """
     start = 0
     for index, group in groupby(image_index.tolist()):
