@@ -1,4 +1,4 @@
-"""Models in layouts that other programs read: that of the published system, and the language model alone."""
+"""Export to layouts that other programs read: the published system's, and transformers' for the language model."""
 
 from __future__ import annotations
 
@@ -27,10 +27,17 @@ USAGE_OPTIONS = {"segmenter": ("box_masks",), "language_model": ("dtype", "eos",
 
 
 def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
-    """A folder in the published layout, with the tensors of the model bit by bit; it must not be there, or be empty.
+    """Write a model to a folder in the published layout, with bit-identical tensors.
+
+    Args:
+        model: Model to export.
+        folder: New or empty folder.
+
+    Returns:
+        The folder.
 
     Raises:
-        InputError: The layout has no place for the model.
+        InputError: The layout does not support the model.
         OutputError: The folder cannot be written.
     """
     problem = _find_unpublishable(model)
@@ -39,7 +46,7 @@ def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
     tensors: dict[str, Tensor] = {}
     written_pointers = set()
     for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in written_pointers:  # of tied tensors one is enough
+        if tensor.data_ptr() not in written_pointers:  # tied tensors are written once
             written_pointers.add(tensor.data_ptr())
             tensors[_to_published_name(name)] = (tensor.flatten(0, 1) if name == "task_tokens" else tensor).contiguous()
     causal_model = model.language_model.model
@@ -54,7 +61,18 @@ def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
 
 
 def write_language_model(model: SegmentCaptioner, folder: Path) -> Path:
-    """The language model by itself, with its LoRA merged into the weights, as transformers saves one."""
+    """Write the language model alone in the format of transformers, with LoRA merged into its weights.
+
+    Args:
+        model: Model to export.
+        folder: New or empty folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     causal_model = copy.deepcopy(model.language_model.model)
@@ -73,10 +91,17 @@ def write_language_model(model: SegmentCaptioner, folder: Path) -> Path:
 
 
 def attach_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
-    """The same model with parts that have a source of their own, which a checkpoint then refers to by name: `encoder`
-    (SAM's heads come with it) and `language_model`.
+    """Return the same model with components whose pretrained weights a checkpoint refers to instead of storing them.
 
-    Raises InputError if the source's weights are not those of the model, naming the first that differ.
+    Args:
+        model: Model.
+        **parts: `encoder`, which also replaces the segmenter by SAM's, and `language_model`.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        InputError: The pretrained weights differ from those of the model.
     """
     changed_parts = {
         kind: Part(part.name, _select_usage_options(model.spec, kind) | dict(part.options))
@@ -101,7 +126,7 @@ def attach_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
 
 
 def _select_usage_options(spec: ModelSpec, kind: str) -> dict[str, Any]:
-    """The options of a part that say how it is used rather than what it is made of."""
+    """Select the options of a component that affect its usage but not its weights."""
     part = getattr(spec, kind)
     return {
         name: part.options[name] for name in USAGE_OPTIONS.get(kind, ()) if part is not None and name in part.options
@@ -177,7 +202,7 @@ def _get_language_model_source(model: SegmentCaptioner) -> str:
 
 
 def _to_published_name(name: str) -> str:
-    prefixes = sorted(NAME_PREFIXES, key=lambda pair: -len(pair[1]))  # the most particular first
+    prefixes = sorted(NAME_PREFIXES, key=lambda pair: -len(pair[1]))  # longest, and so most specific, first
     return next(
         (published + name.removeprefix(native) for published, native in prefixes if name.startswith(native)), name
     )

@@ -1,4 +1,4 @@
-"""Facts about a checkpoint, read from its files; no model is built."""
+"""Facts about a checkpoint, read from its files without loading weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     """Return the facts of a checkpoint folder, or of the model in the folder of a training run.
 
     Returns:
-        The parts, the number of parameters, what wrote the checkpoint and, where the folder of its training run
-        is known, how it was trained and the best score of its validation.
+        The components, the number of parameters and the version that wrote the checkpoint. For a checkpoint in the
+        folder of a training run, also its training settings and best validation score.
 
     Raises:
-        InputError: If there is no checkpoint, or one of its files or the marker of the run is damaged.
+        InputError: There is no checkpoint, or one of its files or the marker of the run is damaged.
     """
     from sca.checkpoints.layout import ORIGIN_FILE
     from sca.checkpoints.load import open_checkpoint
@@ -43,12 +43,12 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     facts |= count_parameters(spec)
     if (folder / ORIGIN_FILE).is_file():
         facts |= _read_fields(folder / ORIGIN_FILE, ("written_by", "commit"))
-    is_run_output = folder.resolve().name in MODEL_FOLDERS  # only these have a training run beside them
+    is_run_output = folder.resolve().name in MODEL_FOLDERS  # only these are stored in the folder of a training run
     return facts | (describe_training(folder.resolve().parent) if is_run_output else {})
 
 
 def describe_spec(spec: ModelSpec) -> dict[str, str]:
-    """Return the parts of a model, with their options, and what of it trains."""
+    """Return the components of a model with their options, its LoRA, and its trainable groups."""
     facts = {name: format_part(part) for name in PARTS if (part := getattr(spec, name)) is not None}
     if spec.lora is not None:
         facts["lora"] = format_options(spec.to_dict()["lora"])
@@ -56,7 +56,7 @@ def describe_spec(spec: ModelSpec) -> dict[str, str]:
 
 
 def describe_training(run: Path) -> dict[str, Any]:
-    """Return what the folder of a training run records about its models; empty if it is none."""
+    """Return the training facts of a run folder; empty for any other folder."""
     from sca.io.run_folder import read_runs
 
     training = read_runs(run).get("train")
@@ -78,7 +78,7 @@ def describe_training(run: Path) -> dict[str, Any]:
 
 
 def count_parameters(spec: ModelSpec) -> dict[str, Any]:
-    """Return the number of parameters, or why the model cannot be built here; nothing is allocated."""
+    """Return the number of parameters, or the reason why the model cannot be built; allocate no memory."""
     from sca_registry import RegistryError
 
     from sca.builder import build
@@ -95,7 +95,7 @@ def count_parameters(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _read_fields(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """Read fields of a JSON object as text; the file may come from anywhere."""
+    """Read fields of an untrusted JSON object as text."""
     table = read_json(path)
     if not isinstance(table, dict):
         raise InputError(f"{path} is damaged; copy it again")
@@ -103,9 +103,10 @@ def _read_fields(path: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def format_part(part: Part) -> str:
-    """Return a part as NAME(OPTION=VALUE, ...)."""
+    """Format a component as NAME(OPTION=VALUE, ...)."""
     return f"{part.name}({format_options(part.options)})" if part.options else part.name
 
 
 def format_options(options: Mapping[str, Any]) -> str:
+    """Format options as OPTION=VALUE, ..."""
     return ", ".join(f"{key}={value}" for key, value in options.items())

@@ -1,4 +1,4 @@
-"""Names of the files of a checkpoint, and which layout a folder has; imports no torch."""
+"""File names and layouts of checkpoints; does not import torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from sca.io.json import read_json
 from sca.io.weight_files import has_tokenizer
 
 WEIGHTS_FILE, SPEC_FILE, ORIGIN_FILE = "weights.safetensors", "spec.json", "origin.json"
-CONFIG_FILE = "config.json"  # of the published layout and of transformers
+CONFIG_FILE = "config.json"  # published layout and transformers
 
 
 def is_published_checkpoint(folder: Path) -> bool:
     """Return whether a folder has the layout of the published system, see `sca.checkpoints.published`.
 
     Raises:
-        InputError: If its `config.json` cannot be read.
+        InputError: Its `config.json` cannot be read.
     """
     try:
         config = read_json(folder / CONFIG_FILE)
@@ -26,13 +26,17 @@ def is_published_checkpoint(folder: Path) -> bool:
 
 
 def find_tokenizer_source(folder: Path, trust: Trust = NO_TRUST) -> str | None:
-    """Return the source that a folder in the published layout names for its tokenizer.
+    """Return the tokenizer source that a folder in the published layout names.
+
+    Args:
+        folder: Checkpoint folder.
+        trust: What the caller allows.
 
     Returns:
         A hub id or folder; None if the folder contains a tokenizer, names no source, or has another layout.
 
     Raises:
-        TrustError: For one that is neither in the folder nor that of a known card, unless the caller agreed.
+        TrustError: The source is neither in the folder nor that of a registered card, and the caller does not allow it.
     """
     if not is_published_checkpoint(folder) or has_tokenizer(folder):
         return None

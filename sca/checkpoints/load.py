@@ -171,7 +171,7 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     """Return the folder of a checkpoint; download it if it is on the hub.
 
     A bare name is never a folder; a path is a `Path`, or text with a separator. Only downloads write to disk: if a save
-    was killed between its renames, the previous checkpoint is read from its temporary folder.
+    was killed between its renames, the previous checkpoint is read from `get_previous_folder`.
 
     Args:
         source: Zoo name, hub id or folder.

@@ -1,4 +1,4 @@
-"""A checkpoint on a hub, with a card that says what it is: `sca push`."""
+"""Upload of a checkpoint with a model card to a hub: `sca push`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,24 @@ def push_checkpoint(
     trained_on: str | None = None,
     license: str | None = None,
 ) -> str:
-    """Write a checkpoint (a folder, or a name of the zoo) to a hub under `repo_id`, OWNER/NAME, and return its
-    URL.
+    """Upload a checkpoint with a model card to a hub.
 
-    scores: files `scores.json` of `sca evaluate`, whose figures the card repeats with their protocols. trained_on,
-    license: what the card is to say of the data and the terms. `HF_TOKEN` and `HF_ENDPOINT` have their usual meaning.
+    `HF_TOKEN` and `HF_ENDPOINT` are used as in huggingface_hub.
 
-    InputError for what is no checkpoint, OutputError for what the hub refuses.
+    Args:
+        source: Checkpoint folder or zoo name.
+        repo_id: Repository on the hub, OWNER/NAME.
+        scores: `scores.json` files of `sca evaluate`; the card lists their scores and protocols.
+        private: Create a private repository.
+        trained_on: Text about the training data for the card.
+        license: License for the card.
+
+    Returns:
+        The URL of the repository.
+
+    Raises:
+        InputError: The source is not a checkpoint, or a scores file cannot be read.
+        OutputError: The hub rejects the upload.
     """
     folder = locate_checkpoint(source)
     card = render_card(folder, repo_id, scores, trained_on, license)
@@ -62,7 +73,7 @@ def push_checkpoint(
 
 
 def _copy_checkpoint(folder: Path, draft: Path) -> None:
-    """Copy the files of a checkpoint. Raises InputError for weights that are damaged."""
+    """Copy the files of a checkpoint; InputError for damaged weights."""
     for path in _list_checkpoint_files(folder):
         target = draft / path.relative_to(folder)
         if path.is_dir():
@@ -104,7 +115,21 @@ def render_card(
     trained_on: str | None = None,
     license: str | None = None,
 ) -> str:
-    """The model card, Markdown with the hub's metadata, from what a checkpoint says of itself."""
+    """Render the model card of a checkpoint.
+
+    Args:
+        folder: Checkpoint folder.
+        repo_id: Repository on the hub, OWNER/NAME.
+        scores: `scores.json` files of `sca evaluate`.
+        trained_on: Text about the training data.
+        license: License.
+
+    Returns:
+        Markdown with the hub's metadata.
+
+    Raises:
+        InputError: A file of the checkpoint or a scores file cannot be read.
+    """
     origin_path = folder / ORIGIN_FILE
     origin = read_json(origin_path) if origin_path in _list_checkpoint_files(folder) else {}
     spec = read_spec(folder)
@@ -141,7 +166,7 @@ def render_card(
 
 
 def _render_metadata(repo_id: str, score_files: Sequence[Mapping[str, Any]], license: str | None) -> str:
-    """The head of the card, for the hub."""
+    """Render the YAML metadata of the card."""
     results = [
         EvalResult(
             task_type="image-to-text",
@@ -200,17 +225,17 @@ def _render_scores(score_files: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _format_table_row(*cells: Any) -> str:
-    """A row of a Markdown table, with what a file says as plain text."""
+    """Format a row of a Markdown table with escaped cells."""
     return f"| {' | '.join(escape_markdown(str(cell or '')) for cell in cells)} |"
 
 
 def _select_reported_scores(file: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The scores of what was asked, without those of misleading prompts."""
+    """Select the scores that exist and do not belong to controls (adversarial prompts)."""
     return [each for each in file["rows"] if each["control"] is None and each["value"] is not None]
 
 
 def _read_scores(path: str | Path) -> Mapping[str, Any]:
-    """What `sca evaluate` wrote. InputError for another file."""
+    """Read a `scores.json` of `sca evaluate`; InputError for any other file."""
     try:
         content = read_json(path)
         for each in _select_reported_scores(content):

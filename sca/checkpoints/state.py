@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint: which ones it contains, and whether they fit the model."""
+"""Tensors of a checkpoint: selection, validation, assignment and hashes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,27 @@ from sca.io.hub import resolve_local_path
 from sca.io.weight_files import format_first_names
 from sca.model import SegmentCaptioner
 
-COMPARABLE_DTYPES = (
+COMPARABLE_DTYPES = (  # dtypes that torch.aminmax supports
     torch.float64,
     torch.float32,
     torch.float16,
     torch.bfloat16,
-)  # of which torch finds the least and the greatest
-MAX_EXPANSION = 8  # bytes in memory for a byte of the file: float64 for an 8-bit format
-EXTRA_BYTES = 2**28  # bytes of frozen codes, tied weights and what is tried out, which files need not hold
-MAX_DOWNLOAD_BYTES = 2**37  # bytes of weights that are fetched
+)
+MAX_EXPANSION = 8  # bytes in memory per byte of a file: float64 for an 8-bit format
+EXTRA_BYTES = 2**28  # buffers, tied weights and temporary tensors, which files do not contain
+MAX_DOWNLOAD_BYTES = 2**37  # assumed size of weights that are not downloaded yet
 
 
 def check_finite_weights(model: torch.nn.Module, subject: str) -> None:
-    """Raise InputError, opening with `subject`, for NaN in a tensor of a model or infinity in a parameter."""
+    """Check that no tensor of a model has NaN and no parameter is infinite; buffers may be infinite.
+
+    Args:
+        model: Model.
+        subject: Subject of the error message.
+
+    Raises:
+        InputError: A tensor is not finite.
+    """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     non_finite_names = [
         name for name, tensor in model.state_dict().items() if not _is_finite(tensor, name in parameters)
@@ -45,7 +53,7 @@ def check_finite_weights(model: torch.nn.Module, subject: str) -> None:
 
 
 def _is_finite(tensor: Tensor, forbid_infinity: bool) -> bool:
-    """One pass without a copy: the least and the greatest are NaN if any is."""
+    """Check a tensor in one pass without a copy; minimum and maximum are NaN if any element is."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     low, high = torch.aminmax(tensor.detach() if tensor.dtype in COMPARABLE_DTYPES else tensor.detach().float())
@@ -54,10 +62,17 @@ def _is_finite(tensor: Tensor, forbid_infinity: bool) -> bool:
 
 
 class BuildSizeLimit(TorchDispatchMode):
-    """Stop a model that is being built from a checkpoint as soon as it is far larger than the files of its weights.
+    """Context manager that aborts building a model far larger than its weight files.
 
-    A spec is a few numbers, and a wrong one would otherwise fill the memory before its weights are found not to fit.
-    Components that take weights from elsewhere are as large as those, so that nothing is known beforehand.
+    A spec is a few numbers, and a wrong one could otherwise exhaust memory before its weights are found not to fit.
+    Pretrained weights of components count too; those not downloaded yet count as `MAX_DOWNLOAD_BYTES`.
+
+    Args:
+        files: Weight files of the checkpoint.
+        spec: Spec of the model.
+
+    Raises:
+        ValueError: The model being built exceeds the limit.
     """
 
     def __init__(self, files: Sequence[Path], spec: ModelSpec):
@@ -92,7 +107,7 @@ class BuildSizeLimit(TorchDispatchMode):
 
 
 def _list_source_sizes(kind: str, part: Part) -> list[int]:
-    """Sizes in bytes of the weights that a component takes from elsewhere, as far as they are here."""
+    """Return the sizes in bytes of the pretrained weights of a component."""
     options = {**get_registry(kind).get_card(part.name).options, **part.options}
     path = resolve_local_path(str(options["weights"])) if options.get("weights") else None
     if path is not None and path.exists():
@@ -107,9 +122,17 @@ def _list_source_sizes(kind: str, part: Part) -> list[int]:
 def assign_tensors(
     model: SegmentCaptioner, tensors: dict[str, Tensor], expected: set[str], location: Path, config_name: str
 ) -> None:
-    """Load the tensors that were read from `location` into a model, if they are the expected ones.
+    """Load the tensors of a checkpoint into a model.
 
-    Raises InputError that names what is missing, unexpected or of another shape than `config_name` states.
+    Args:
+        model: Model.
+        tensors: Tensors by name.
+        expected: Names that the checkpoint must have, no more and no less.
+        location: File or folder of the tensors, for error messages.
+        config_name: File that defines the model, for error messages.
+
+    Raises:
+        InputError: Tensors are missing, unexpected, or of another shape than in the model.
     """
     missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
     if missing or unexpected:
@@ -128,10 +151,10 @@ def assign_tensors(
 
 
 def list_stored_tensors(model: SegmentCaptioner) -> set[str]:
-    """The names of the tensors that a checkpoint must hold: all but the frozen ones that have a pretrained source.
+    """Return the names of the tensors that a checkpoint stores: all except frozen ones with a pretrained source.
 
-    Statistics and other buffers of a part that trains may have moved, so they are held, too; and what was added here to
-    a part with pretrained weights, a segmenter's neck or LoRA, has no source but this.
+    Buffers of a trainable component are stored, because training may change them. Tensors added to a pretrained
+    component, a segmenter's neck or LoRA, are always stored.
     """
     sourced_names = set()
     for part_name in ("encoder", "segmenter", "language_model"):
@@ -146,13 +169,13 @@ def list_stored_tensors(model: SegmentCaptioner) -> set[str]:
 
 
 def hash_weights(model: SegmentCaptioner) -> str:
-    """SHA-256 of the tensors that a checkpoint of the model would hold, whatever their device."""
+    """Return the SHA-256 of the tensors that a checkpoint of a model stores, on any device."""
     state = model.state_dict()
     return hash_tensors({name: state[name] for name in list_stored_tensors(model)})
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors and their names, whatever their device."""
+    """Return the SHA-256 of tensors with their names, dtypes and shapes, on any device."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -1,7 +1,7 @@
-"""What a checkpoint from elsewhere may do: it is data, so its spec names components, runs no code, and stays inside.
+"""Restrictions on untrusted checkpoints: they name installed components, run no code, and refer to no outside files.
 
-The caller's own specs (`sca.compose`, recipes, options of a captioner) are not restricted; what is read from a
-checkpoint is, and only the caller can lift that.
+The caller's own specs (`sca.compose`, recipes, options of a captioner) are not restricted. Only the caller can lift the
+restrictions on checkpoints.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from sca.io.json import read_json
 from sca.io.validation import is_finite_number
 
 TRUST_OPTION = "trust_remote_code"
-SOURCE_OPTIONS = ("weights", "tokenizer", "config")  # options that name a file, folder, hub id or URL in any component
-TOKEN_PATTERN = re.compile(r"</?[\w|-]+>")  # such as </s>, which is no path
-MAX_NUMBER = 2**26  # of any whole number in a spec: no dimension, count or position of a model is larger
-MAX_LAYERS = 2**10  # of any number of layers or blocks
-MAX_FOLDER_DEPTH = 6  # folders of a checkpoint inside each other
+SOURCE_OPTIONS = ("weights", "tokenizer", "config")  # options with a file, folder, hub id or URL in any component
+TOKEN_PATTERN = re.compile(r"</?[\w|-]+>")  # such as </s>, which is not a path
+MAX_NUMBER = 2**26  # limit of any integer in a spec: sizes, counts and positions of models are smaller
+MAX_LAYERS = 2**10  # limit of any number of layers or blocks
+MAX_FOLDER_DEPTH = 6  # limit of nested folders in a checkpoint
 CODE_REMEDY = "pass trust_remote_code=True (--trust-remote-code) if you trust its author"
 EXTERNAL_REMEDY = "pass allow_external=True (--allow-external) if you agree; it does not allow code"
-REMOTE_KEYS = (  # fields of a configuration by which a library takes code or weights from elsewhere
+REMOTE_KEYS = (  # configuration fields through which a library loads code or weights from elsewhere
     *("base_model_name_or_path", "architecture", "backbone"),
     *("timm_model_name", "hf_model_name", "hf_tokenizer_name"),
 )
-SAFE_IMPLEMENTATIONS = ("", "eager", "sdpa")  # that never load a kernel from a hub, as flash_attention_2 may
+SAFE_IMPLEMENTATIONS = ("", "eager", "sdpa")  # never download a kernel, unlike flash_attention_2
 
 
 class Trust(NamedTuple):
-    """What the caller agrees to.
+    """Permissions that the caller grants to a checkpoint.
 
-    remote_code: A checkpoint may run code. external: A checkpoint may name files outside its folder, other repositories
-    and URLs.
+    Attributes:
+        remote_code: The checkpoint may run code.
+        external: The checkpoint may refer to files outside its folder, to other repositories and to URLs.
     """
 
     remote_code: bool = False
@@ -53,19 +54,24 @@ NO_TRUST = Trust()
 
 
 class TrustError(InputError):
-    """A checkpoint that asks for more than the caller agreed to; one line that names the option that agrees."""
+    """Error for a checkpoint that requires more than the caller allows; its message names the option to set."""
 
 
 def confine_spec(spec: ModelSpec, folder: Path, trust: Trust) -> ModelSpec:
     """Check the spec of a checkpoint folder before anything is imported or built from it.
 
+    Args:
+        spec: Spec of the checkpoint.
+        folder: Checkpoint folder.
+        trust: What the caller allows.
+
     Returns:
-        The spec, in which what lies in the folder has an absolute path.
+        The spec with absolute paths for files in the folder.
 
     Raises:
-        TrustError: For an option that runs code, and for one that names something outside the folder other than the
-            weights of a known card, unless the caller agreed.
-        RegistryError: For a component that does not exist.
+        TrustError: An option runs code, or refers to something outside the folder other than the weights of a
+            registered card, and the caller does not allow it. Or a number is too large.
+        RegistryError: A component does not exist.
     """
     parts = {kind: getattr(spec, kind) for kind in MODEL_PARTS}
     confined = {kind: _confine_part(kind, part, folder, trust) for kind, part in parts.items() if part is not None}
@@ -74,10 +80,16 @@ def confine_spec(spec: ModelSpec, folder: Path, trust: Trust) -> ModelSpec:
 
 
 def is_settable(kind: str, name: str, option: str, value: Any) -> bool:
-    """Whether a checkpoint may set an option of a component to a plain value without any agreement.
+    """Return whether a checkpoint may set an option to a value without any permission.
 
-    Plain are truth values, finite numbers, strings that can only name something that is installed, and lists of them. A
-    revision is not: the card of a later version may have another.
+    Allowed are booleans, finite numbers, strings that can only name something installed, and lists of them. A revision
+    is not allowed, because the card of a later version may have another one.
+
+    Args:
+        kind: Kind of the component, such as "encoder".
+        name: Name of the component.
+        option: Name of the option.
+        value: Value of the option.
     """
     values = value if isinstance(value, list | tuple) else (value,)
     if option == "revision" or not all(_is_plain(each) for each in values):
@@ -90,13 +102,19 @@ def is_settable(kind: str, name: str, option: str, value: Any) -> bool:
 
 
 def resolve_source(name: str, folder: Path, trust: Trust) -> str:
-    """Resolve the name of weights or a tokenizer that a checkpoint refers to.
+    """Resolve a reference of a checkpoint to weights or a tokenizer.
+
+    Args:
+        name: Path, hub id or URL.
+        folder: Checkpoint folder.
+        trust: What the caller allows.
 
     Returns:
-        The absolute path of what lies in the folder, the hub id of a known card, or the name itself.
+        The absolute path of a file or folder inside `folder`, the hub id of a registered card, or, if the caller allows
+        external references, the name itself.
 
     Raises:
-        TrustError: For anything else, unless the caller agreed.
+        TrustError: The reference is external, and the caller does not allow it.
     """
     if "\0" in name:
         raise TrustError(f"{_shorten_value(name)} is no path; copy the checkpoint again")
@@ -114,10 +132,14 @@ def resolve_source(name: str, folder: Path, trust: Trust) -> str:
 def check_folder(folder: Path, trust: Trust) -> None:
     """Check the files of a checkpoint folder before a library reads them.
 
+    Args:
+        folder: Checkpoint folder.
+        trust: What the caller allows.
+
     Raises:
-        TrustError: For anything but regular files and folders, for folders nested too deep, and for a link that leaves
-            the folder, unless the caller agreed.
-        InputError: For JSON that cannot be read.
+        TrustError: The folder contains anything but regular files and folders, is nested too deep, or has a symlink
+            to the outside or a configuration that the caller does not allow.
+        InputError: A JSON file cannot be read.
     """
     root = resolve_real_root(folder)
     for path in _iter_files(folder, MAX_FOLDER_DEPTH):
@@ -130,13 +152,13 @@ def check_file(path: Path, root: Path, trust: Trust) -> None:
     """Check the kind of a file in a checkpoint folder before it is read.
 
     Args:
-        path: The file; it need not exist.
-        root: What links may refer to, see `resolve_real_root`.
-        trust: What the caller agrees to.
+        path: File; it need not exist.
+        root: Folder that symlinks may refer to, see `resolve_real_root`.
+        trust: What the caller allows.
 
     Raises:
-        TrustError: For anything but a regular file or a folder, and for a link that leaves `root`, unless the caller
-            agreed.
+        TrustError: The path is neither a regular file nor a folder, or is a symlink that leaves `root` and that the
+            caller does not allow.
     """
     mode = path.stat().st_mode if path.exists() else 0
     if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -177,7 +199,7 @@ def _confine_value(subject: str, option: str, value: Any, folder: Path, trust: T
 
 
 def _check_configuration(content: Any, subject: object, trust: Trust) -> None:
-    """Raise TrustError if a configuration makes a library read files or fetch code or weights from elsewhere."""
+    """Raise TrustError if a configuration makes a library read external files or download code or weights."""
     for key, value in _iter_pairs(content):
         is_kernel = "_implementation" in key and any(text not in SAFE_IMPLEMENTATIONS for text in _iter_texts(value))
         is_remote = key.endswith(REMOTE_KEYS) and isinstance(value, str) and _is_reference(value)
@@ -211,19 +233,19 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_plain_name(value: Any) -> bool:
-    """Whether a value can only name something that is installed."""
+    """Return whether a value can only name something installed."""
     return isinstance(value, str) and bool(NAME_PATTERN.fullmatch(value))
 
 
 def _is_reference(text: str) -> bool:
-    """Whether text looks like a path, a hub id or a URL, and not like a name or a token."""
+    """Return whether a text looks like a path, a hub id or a URL, not like a name or a token."""
     return not TOKEN_PATTERN.fullmatch(text) and (
         text.startswith("~") or any(character in text for character in "/\\:\0")
     )
 
 
 def _find_inside(name: str, folder: Path) -> Path | None:
-    """The absolute path of what lies in a folder; None if it does not exist, or lies elsewhere."""
+    """Return the absolute path of a file inside a folder; None if it does not exist or is outside."""
     if not name or name.startswith("~"):
         return None
     path = folder.absolute() / name
@@ -231,18 +253,18 @@ def _find_inside(name: str, folder: Path) -> Path | None:
     try:
         real = path.resolve()
         return path if path.exists() and ".." not in path.parts and real.is_relative_to(root) else None
-    except (OSError, ValueError, RuntimeError):  # a name that is too long, or a loop of links
+    except (OSError, ValueError, RuntimeError):  # too long a name, or a symlink loop
         return None
 
 
 def resolve_real_root(folder: Path) -> Path:
-    """What a folder may refer to: itself, or of one in the hub's cache its repository, where the content is stored."""
+    """Return the folder that symlinks of `folder` may refer to: itself, or its repository in the hub cache."""
     real = folder.resolve()
     return real.parent.parent if real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir() else real
 
 
 def _iter_files(folder: Path, depth: int) -> Iterator[Path]:
-    """Every file and folder at most `depth` folders below `folder`; TrustError for deeper ones."""
+    """Yield all files and folders up to `depth` folders below `folder`; TrustError for deeper ones."""
     for path in sorted(folder.iterdir()):
         yield path
         if path.is_dir() and not path.is_symlink():
@@ -252,7 +274,7 @@ def _iter_files(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _iter_pairs(content: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, and every member of a list with the key of the list, at any depth."""
+    """Yield each key with its value, and each list item with the key of the list, at any depth."""
     pending = [("", content)]
     while pending:
         key, value = pending.pop()
