@@ -1,7 +1,7 @@
-"""The pages of the site that are made from what is written elsewhere: `make docs`.
+"""mkdocs hook that generates pages of the site: `make docs`.
 
-A hook of mkdocs. The chapters of the README and the other manuals are pages unchanged;
-the reference is made from the cards of parts, the help of the commands and the docstrings.
+README chapters and the other manuals are copied. The reference is generated from the component cards, the `--help`
+output and the docstrings.
 """
 
 import re
@@ -16,7 +16,7 @@ import sca
 from sca.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
-README_CHAPTERS = {  # a page, and the chapters of the README that it has
+README_CHAPTERS = {  # page -> README chapters
     "index.md": ("", "Try it", "Install"),
     "python.md": ("In Python",),
     "command-line.md": ("On the command line",),
@@ -31,7 +31,7 @@ MANUALS = {
     "plugins.md": ("Add a part", "plugins/README.md"),
 }
 COPIED_FILES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-PAGES_BY_PATH = {  # where what a manual links to is found in the site
+PAGES_BY_PATH = {  # path in the repository -> page of the site
     "docs/demo.jpg": "demo.jpg",
     "docs/reliability.md": "reliability.md",
     "docs/tutorial.md": "tutorial.md",
@@ -45,13 +45,14 @@ PAGES_BY_PATH = {  # where what a manual links to is found in the site
 
 
 def on_files(files, config):
+    """Add the generated pages; called by mkdocs."""
     for name, content in make_pages().items():
         files.append(File.generated(config, name, content=content))
     return files
 
 
 def make_pages():
-    """Every generated page by its name."""
+    """Return the content of every generated page by file name."""
     readme_chapters = split_chapters((ROOT / "README.md").read_text("utf-8"))
     content_by_page = {
         page: "\n".join(readme_chapters[title] for title in titles) for page, titles in README_CHAPTERS.items()
@@ -69,7 +70,7 @@ def make_pages():
 
 
 def split_chapters(text):
-    """The parts of a manual below its headings of the second level, by title; "" is what stands before them."""
+    """Split a manual at its second-level headings; returns chapters by title, with "" for the text before the first."""
     pieces = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
     chapters_by_title = {"": pieces[0]}
     for title, body in zip(pieces[1::2], pieces[2::2], strict=True):
@@ -78,12 +79,12 @@ def split_chapters(text):
 
 
 def raise_headings(text):
-    """A page that begins with a heading of the second level begins with one of the first."""
+    """Raise all headings by one level if the page starts with a second-level heading."""
     return re.sub(r"^#(#+ )", r"\1", text, flags=re.MULTILINE) if text.startswith("## ") else text
 
 
 def lower_headings(text):
-    """The headings of a manual a level down, below those of the page that it ends."""
+    """Lower all headings by one level, except in code blocks."""
     pieces = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(
         re.sub(r"^#", "##", piece, flags=re.MULTILINE) if index % 2 == 0 else piece
@@ -92,7 +93,7 @@ def lower_headings(text):
 
 
 def rewrite_links(text):
-    """Links to files of the repository lead to pages, or are plain words where there is no page."""
+    """Replace links to repository files with links to pages, or with their text if there is no page."""
 
     def replace_link(match):
         image_mark, link_text, path = match.groups()
@@ -105,7 +106,7 @@ def rewrite_links(text):
 
 
 def render_commands():
-    """What `--help` says of every command."""
+    """Render the `--help` output of every command."""
     lines = ["# Commands", ""]
 
     def add_command(command, name):
@@ -121,7 +122,7 @@ def render_commands():
 
 
 def render_parts():
-    """The cards of all parts that come along."""
+    """Render the cards of all bundled components."""
     lines = [
         "# Parts by name",
         "",
@@ -145,7 +146,7 @@ def render_parts():
 
 
 def render_api():
-    """The names of the package."""
+    """Render the reference of the package's public names."""
     lines = ["# Python", "", "What `import sca` has.", ""]
     for name in sca.__all__:
         lines += [f"::: {sca._LAZY_IMPORTS[name]}.{name}", ""]
@@ -153,4 +154,5 @@ def render_api():
 
 
 def render_contracts():
+    """Render the reference of the contracts."""
     return "# Contracts of parts\n\n::: sca_registry.contracts\n    options:\n      show_root_heading: false\n"

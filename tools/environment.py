@@ -1,11 +1,11 @@
-"""Makes .venv, with this checkout installed in it: `python3 tools/environment.py [--lowest] [GROUP...]`.
+"""Create .venv with this checkout installed: `python3 tools/environment.py [--lowest] [GROUP...]`.
 
-A group is one of [dependency-groups] in pyproject.toml; without any, only what the package itself needs is installed.
-Works from any state: a .venv that is whole and up to date is left alone; one that is older is brought up to date; one
-that was left half made, was moved here, or does not run is made anew. Needs nothing but Python and a package index.
+A group is an entry of [dependency-groups] in pyproject.toml. Without groups, only the package's own requirements are
+installed. An up-to-date .venv stays unchanged and an outdated one is updated; one that is incomplete, was moved, or
+does not run is recreated. Requires only Python and a package index.
 
 With --lowest, the folder is .venv-lowest and Python is the oldest supported version. Every requirement of the package,
-of its extras and of the groups is installed at its lower bound in pyproject.toml; constraints.txt is not used.
+its extras and the groups is installed at its lower bound in pyproject.toml; constraints.txt is not used.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
-KEPT_PIP_SETTINGS = {  # the settings of pip that are the machine's business; the others would change what is installed
+KEPT_PIP_SETTINGS = {  # machine-specific pip settings; all others would change what is installed
     *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_CONFIG_FILE", "PIP_CACHE_DIR"),
     *("PIP_NO_CACHE_DIR", "PIP_CERT", "PIP_CLIENT_CERT", "PIP_PROXY", "PIP_TRUSTED_HOST", "PIP_DEFAULT_TIMEOUT"),
     *("PIP_TIMEOUT", "PIP_RETRIES", "PIP_KEYRING_PROVIDER"),
@@ -44,7 +44,7 @@ def main(groups, lowest):
     venv.unfinished_path.touch()
     get_versions = get_lowest_versions if lowest else get_tested_versions
     exit_status = venv.run_pip("install", "-qq", "-e", ".", *get_versions(groups))
-    venv.unfinished_path.unlink()  # what pip gives up it also takes back; only a kill leaves something half installed
+    venv.unfinished_path.unlink()  # pip rolls back a failed installation; only a kill leaves a partial one
     if exit_status:
         exit_with_error(
             "pip could not install what is needed; its reason stands above. If there is no package index in reach, "
@@ -77,11 +77,11 @@ class VirtualEnvironment:
     def __init__(self, folder):
         self.folder = folder
         self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        self.stamp_path = folder / "installed.json"  # where it was made, from what, and which groups it has
-        self.unfinished_path = folder / "unfinished"  # there while something is being installed
+        self.stamp_path = folder / "installed.json"  # its path, a hash of the sources, and its groups
+        self.unfinished_path = folder / "unfinished"  # exists during an installation
 
     def is_usable(self, stamp):
-        """Whether it runs, has pip, lies where it was made, and no installation in it was cut short."""
+        """Return whether it runs, has pip, was not moved, and has no interrupted installation."""
         if self.unfinished_path.exists() or stamp.get("place", str(self.folder)) != str(self.folder):
             return False
         program = f"import pip, sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
@@ -106,7 +106,7 @@ class VirtualEnvironment:
             )
 
     def run_pip(self, *arguments):
-        """The exit status of pip in it; what a person set for other installations has no say in it."""
+        """Run pip in the environment, ignoring the user's other pip and Python settings; returns the exit status."""
         variables = {
             name: value
             for name, value in os.environ.items()
@@ -126,7 +126,7 @@ class VirtualEnvironment:
 def get_tested_versions(groups):
     """Return pip's arguments for the groups, at the versions in constraints.txt.
 
-    A group names extras of the package itself as package[extra]; pip needs .[extra] to take them from this checkout.
+    A group refers to extras of the package as package[extra]; pip needs .[extra] to use this checkout.
     """
     pyproject = read_pyproject()
     package = pyproject["project"]["name"]
@@ -148,7 +148,7 @@ def get_lowest_versions(groups):
 
 
 def iter_group_requirements(groups, dependency_groups):
-    """Yield the requirements of groups and of the groups that they include; an older pip cannot read them itself."""
+    """Yield the requirements of groups and of the groups that they include; older versions of pip cannot read them."""
     for group in groups:
         for entry in dependency_groups[group]:
             if isinstance(entry, dict):
@@ -172,7 +172,7 @@ def read_pyproject():
 
 
 def hash_sources():
-    """Changes whenever what is to be installed does."""
+    """Return a hash of the files that determine what is installed."""
     files = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__), ROOT / "sca/repair.py")
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 

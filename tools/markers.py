@@ -1,4 +1,4 @@
-"""Generated tables in pages: the text between two markers is replaced."""
+"""Replace generated tables between two markers of a page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def replace_between(text: str, start: str, end: str, content: str) -> str:
     """Return the text with `content` between the first `start` and the `end` after it.
 
     Raises:
-        ValueError: The text lacks the markers.
+        ValueError: A marker is missing.
     """
     before, start_found, remainder = text.partition(start)
     _, end_found, after = remainder.partition(end)
@@ -22,10 +22,10 @@ def replace_between(text: str, start: str, end: str, content: str) -> str:
 
 
 def write_between(page: Path, start: str, end: str, content: str) -> None:
-    """Write a page again with `content` between its markers.
+    """Rewrite a page with `content` between its markers.
 
     Raises:
-        ValueError: The page lacks the markers.
+        ValueError: A marker is missing.
     """
     try:
         write_file(page, replace_between(page.read_text("utf-8"), start, end, content))
@@ -34,5 +34,5 @@ def write_between(page: Path, start: str, end: str, content: str) -> None:
 
 
 def read_between(text: str, start: str, end: str) -> str:
-    """Return what is between the markers, without surrounding white space; empty without them."""
+    """Return the stripped text between the markers; empty without markers."""
     return text.partition(start)[2].partition(end)[0].strip()

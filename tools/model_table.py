@@ -1,6 +1,6 @@
-"""Writes the README's table of combinations to choose from: `python tools/model_table.py [README.md]`.
+"""Write the model table of the README: `python tools/model_table.py [README.md]`.
 
-The figures are those of `sca plan MODEL --dtype bfloat16`: for one image with 32 regions and captions of 20 tokens.
+The values are those of `sca plan MODEL --dtype bfloat16` for one image with 32 regions and captions of 20 tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sca.plan_cache import GIB
 
 START, END = "<!-- choice -->", "<!-- /choice -->"
 NUM_REGIONS = 32
-CHOICES = {  # spec -> what speaks for it
+CHOICES = {  # spec -> reason to choose it
     "sam-vit-h+query+gpt2-large": "the published system; its checkpoints load by name",
     "sam-vit-b+query+gpt2": "the same at a third of the size, to train yourself",
     "sam-vit-b+resampler+smollm2-360m": "masks of SAM, and many regions an image for little",
@@ -32,7 +32,7 @@ CHOICES = {  # spec -> what speaks for it
 
 
 def render_model_table() -> str:
-    """In Markdown."""
+    """Render the Markdown table."""
     rows = [["model", "for", "parameters", "memory", "GFLOP an image", "GFLOP a region", "licenses"]]
     rows.append(["---", "---", *["---:"] * 4, "---"])
     for model_name, reason in CHOICES.items():

@@ -1,12 +1,12 @@
-"""Writes the README's table of results: `python tools/results_table.py [README.md] [benchmarks/results]`.
+"""Write the results table of the README: `python tools/results_table.py [README.md] [benchmarks/results]`.
 
-Reads every JSON file of the folder, in the order of their names. A file holds what `sca evaluate ... --json` printed,
-or a list of several such reports:
+Reads every JSON file of the folder in alphabetical order. A file contains the output of `sca evaluate ... --json`, or a
+list of such reports:
 
     {"model": "sca-tiny", "dataset": "scenes", "split": "test", "prompt": "box", "images": 500, "regions": 1700,
      "scores": {"attributes/all": 0.9, "mask-iou/mean": 0.8, ...}, "controls": {"wrong-region": {...}}, ...}
 
-A report is a row, and so is each control of it; a column appears if some report has its score. What stood between the
+Each report is a row, and so is each of its controls. A column appears if a report has its score. The text between the
 two markers is replaced.
 """
 
@@ -36,7 +36,11 @@ PERCENT_SCORES = {name for name in COLUMN_TITLES if name != "mask-iou/mean"}
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """Every report of every JSON file. ValueError if a file holds anything else."""
+    """Return the reports of all JSON files.
+
+    Raises:
+        ValueError: A file contains anything else.
+    """
     reports = []
     for path in sorted(folder.glob("*.json")):
         content = read_json(path)
@@ -48,7 +52,7 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
 
 
 def render_results_table(reports: Iterable[Mapping[str, Any]]) -> str:
-    """A Markdown table: shares in percent, intersection over union in 0..1, and a dash where there is nothing."""
+    """Render a Markdown table: fractions in percent, IoUs in 0..1, and a dash for missing scores."""
     reports = list(reports)
     score_names = [name for name in COLUMN_TITLES if any(report["scores"].get(name) is not None for report in reports)]
     rows = [["model", "images", "prompt", "regions", *(COLUMN_TITLES[name] for name in score_names)]]
@@ -69,7 +73,11 @@ def _format_cell(name: str, value: float | None) -> str:
 
 
 def write_results_table(readme: Path, folder: Path) -> None:
-    """Puts the table of the folder's reports between the markers. ValueError if there is no report or no marker."""
+    """Write the table of the folder's reports between the markers.
+
+    Raises:
+        ValueError: No report exists, or a marker is missing.
+    """
     reports = read_reports(folder)
     if not reports:
         raise ValueError(

@@ -1,5 +1,6 @@
-"""The pictures of the demo and of the page of `sca view` in docs/: `make screenshots`. Needs the extra demo, playwright
-and Chromium.
+"""Take the screenshots of the demo and of the `sca view` page in docs/: `make screenshots`.
+
+Requires the extra `demo`, playwright and Chromium.
 """
 
 import re

@@ -1,8 +1,8 @@
-"""Add rows of GPU runs to the repository and write them into the tables: `python benchmarks/gpu/collect.py [PATH...]`
+"""Add rows of GPU runs to the repository and update the tables: `python benchmarks/gpu/collect.py [PATH...]`
 
-A path is a folder that run.sh wrote, or a *.jsonl file of such rows. benchmarks/results/gpu/rows.jsonl keeps one row
-for each measurement and device; a new row replaces an older one unless only the older was measured. Without a path,
-only the tables are written again.
+A path is a folder written by run.sh, or a *.jsonl file of its rows. benchmarks/results/gpu/rows.jsonl contains one row
+per measurement and device; a new row replaces an older one unless only the older one was measured. Without a path, only
+the tables are updated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sca.io.journal import encode_lines
 from sca.io.text import escape_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tools"))  # programs that are not installed
+sys.path.append(str(ROOT / "tools"))  # modules that are not installed
 START, END = "<!-- gpu -->", "<!-- /gpu -->"
 GIB = 2**30
 REQUIRED_KEYS = ("key", "part", "label", "config", "state", "reason", "environment")
@@ -57,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def find_jsonl_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the *.jsonl files that paths name.
+    """Return the *.jsonl files of paths.
 
     Raises:
-        ValueError: A path that contains none.
+        ValueError: A path contains none.
     """
     files = []
     for path in paths:
@@ -72,10 +72,10 @@ def find_jsonl_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_rows(path: Path) -> list[ResultRow]:
-    """Return the rows of a file, without a last line that was cut off when its run was killed.
+    """Return the rows of a file, without a truncated last line.
 
     Raises:
-        ValueError: A line that is not a row.
+        ValueError: A line is not a row.
     """
     complete_text = path.read_text("utf-8").rpartition("\n")[0]
     rows = []
@@ -100,7 +100,7 @@ def _is_row(row: Any) -> bool:
 
 
 def merge_rows(*groups: Iterable[ResultRow]) -> list[ResultRow]:
-    """Return one row for each measurement and device: the newest that was measured, else the newest."""
+    """Return one row per measurement and device: the newest that was measured, else the newest."""
     rows: dict[tuple[str, str], ResultRow] = {}
     for row in (row for group in groups for row in group):
         row_key = row["environment"]["device"], row["key"]
@@ -113,7 +113,7 @@ def merge_rows(*groups: Iterable[ResultRow]) -> list[ResultRow]:
 
 
 def render_tables(rows: Sequence[ResultRow]) -> str:
-    """Return every table in Markdown, device by device."""
+    """Render all tables in Markdown, grouped by device."""
     if not rows:
         return "No GPU run is recorded yet."
     return "\n\n".join(
@@ -122,7 +122,7 @@ def render_tables(rows: Sequence[ResultRow]) -> str:
 
 
 def render_headline(rows: Sequence[ResultRow]) -> str:
-    """Return the sentence of the README; empty without a GPU run."""
+    """Render the sentence for the README; empty without a GPU run."""
     sentences = []
     for row in rows:
         for each in row.get("ratios", ()):
@@ -163,7 +163,7 @@ def _render_device(device: str, rows: Sequence[ResultRow]) -> str:
 
 
 def _render_versions(rows: Sequence[ResultRow]) -> str:
-    """Return versions and commits, which may differ from run to run."""
+    """Render versions and commits, which may differ between runs."""
     environments = [row["environment"] for row in rows]
     versions = dict.fromkeys(
         ", ".join(f"{name} {number}" for name, number in each.get("versions", {}).items()) for each in environments
@@ -174,7 +174,7 @@ def _render_versions(rows: Sequence[ResultRow]) -> str:
 
 
 def _shorten_commit(commit: str) -> str:
-    """Return ten digits of a commit with what follows it, such as "with changes"."""
+    """Shorten a commit to ten digits, keeping any suffix such as "with changes"."""
     commit_hash, space, suffix = commit.partition(" ")
     return f"{commit_hash[:10]}{space}{suffix}"
 

@@ -1,7 +1,7 @@
 """Measure what is missing on a GPU within a time budget, most valuable first; `run.sh` installs and starts this.
 
-Every measurement is a job in a process of its own, started by the local launcher, so one that fails, crashes or runs
-out of memory becomes a row with its reason and the next one starts. On a CPU the same jobs run at tiny sizes.
+Every measurement is a job in its own process, started by the local launcher. A job that fails, crashes or runs out of
+memory becomes a row with its reason, and the next one starts. On a CPU the same jobs run at tiny sizes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from sca.launchers.worker import LOG_FILE
 from sca.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN_FOLDER = Path("tests/data/golden")  # of the repository, from which jobs are started
-FINAL_STATES = ("done", "impossible", "skipped", "out-of-memory")  # states that another run would find again
-SHUTDOWN_SECONDS = 8.0  # seconds kept for ending
-MEASUREMENT_TIMEOUT = 150.0  # seconds that one measurement may take
+GOLDEN_FOLDER = Path("tests/data/golden")  # relative to the repository, where jobs start
+FINAL_STATES = ("done", "impossible", "skipped", "out-of-memory")  # states that another run would reproduce
+SHUTDOWN_SECONDS = 8.0  # seconds reserved for shutdown
+MEASUREMENT_TIMEOUT = 150.0  # maximum seconds per measurement
 MAX_NEW_TOKENS = 20
 TINY_VIT = {
     "name": "tiny-vit",
@@ -51,7 +51,7 @@ TINY_MIXERS = [{"name": name, "num_queries": 2, "depth": 1, "num_heads": 2} for 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row to be made: the part it belongs to, a label for people, the job and its configuration."""
+    """One row to measure: its part of the report, a label, the job and its configuration."""
 
     part: str
     label: str
@@ -60,7 +60,7 @@ class Measurement:
 
     @property
     def key(self) -> str:
-        """Sixteen hexadecimal digits that differ where the job or its configuration does."""
+        """Hash of the job and its configuration as sixteen hexadecimal digits."""
         text = json.dumps([self.job, self.config], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -97,7 +97,7 @@ def main() -> None:
 def run_measurements(
     missing: list[Measurement], deadline: float, out: Path, commit: str | None
 ) -> list[dict[str, Any]]:
-    """Make rows until the deadline (Unix time) and append each to `out/rows.jsonl` as soon as it is made."""
+    """Run measurements until the deadline (Unix time) and append each row to `out/rows.jsonl` when it finishes."""
     rows = []
     by_key = {measurement.key: measurement for measurement in missing}
     with tempfile.TemporaryDirectory(prefix="sca-gpu-") as scratch, open(out / "rows.jsonl", "ab", buffering=0) as file:
@@ -138,7 +138,7 @@ def run_measurements(
 def add_killed_outcomes(
     outcomes: Iterable[TaskOutcome], tasks: Iterable[Task], deadline: float
 ) -> Iterator[TaskOutcome]:
-    """Yield outcomes, then a `killed` one for each task without an outcome, unless the deadline cut it."""
+    """Yield outcomes, then a `killed` outcome for each task without one, unless the deadline stopped it."""
     pending = {task.key: task for task in tasks}
     for outcome in outcomes:
         del pending[outcome.task.key]
@@ -149,11 +149,11 @@ def add_killed_outcomes(
             yield TaskOutcome(task, {"state": "killed", "reason": reason, "seconds": {}})
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
+# --- measurements -----------------------------------------------------------------------------------------------------
 
 
 def iter_measurements(device: str, golden: Path) -> Iterator[Measurement]:
-    """Yield everything to measure, most valuable first. On a CPU models are tiny."""
+    """Yield all measurements, most valuable first. Models are tiny on a CPU."""
     use_tiny_models = device == "cpu"
     yield from iter_parity_measurements(device, golden, num_scenes=2 if use_tiny_models else 100)
     yield from iter_published_comparisons(device, use_tiny_models)
@@ -168,7 +168,7 @@ def iter_measurements(device: str, golden: Path) -> Iterator[Measurement]:
 
 
 def iter_parity_measurements(device: str, golden: Path, num_scenes: int) -> Iterator[Measurement]:
-    """Yield comparisons with float32 on the CPU: recorded checkpoints and captions of drawn scenes."""
+    """Yield comparisons with float32 on the CPU: recorded checkpoints and captions of generated scenes."""
     for dtype, tf32 in (("float32", False), ("float32", True), ("bfloat16", False)):
         if tf32 and device == "cpu":
             continue
@@ -181,7 +181,7 @@ def iter_parity_measurements(device: str, golden: Path, num_scenes: int) -> Iter
 
 
 def iter_published_comparisons(device: str, use_tiny_models: bool) -> Iterator[Measurement]:
-    """Yield captions and training beside the published procedure, in one process."""
+    """Yield captioning and training next to the published procedure, in one process."""
     sizes = {"images": 16, "regions": 64, "beside": 64, "repeats": 3}
     if use_tiny_models:
         sizes = {"images": 2, "regions": 9, "beside": 9, "repeats": 1}
@@ -195,7 +195,7 @@ def iter_published_comparisons(device: str, use_tiny_models: bool) -> Iterator[M
 
 
 def read_throughput_sweep(device: str, use_tiny_models: bool) -> Sweep:
-    """Return the sweep `throughput` without LoRA and training, in order of value; with tiny parts on a CPU."""
+    """Return the sweep `throughput` without LoRA and training, most valuable first; with tiny components on a CPU."""
     sweep = Sweep.read("throughput", device)
     measure = {**sweep.measure, "training": False, "plan": False, "repeats": 3}
     axes = {**sweep.axes, "lora": [0]}
@@ -206,7 +206,7 @@ def read_throughput_sweep(device: str, use_tiny_models: bool) -> Sweep:
 
 
 def iter_throughput_measurements(sweep: Sweep) -> Iterator[Measurement]:
-    """Yield stage times, memory and captions per second of every combination."""
+    """Yield stage times, memory and throughput of every combination."""
     for row in sweep.list_rows("listed"):
         yield convert_row_to_measurement("throughput", row)
 
@@ -222,7 +222,7 @@ def iter_training_steps(sweep: Sweep, use_tiny_models: bool) -> Iterator[Measure
 
 
 def iter_plan_measurements(device: str, use_tiny_models: bool) -> Iterator[Measurement]:
-    """Yield predicted and measured memory, in use and in training."""
+    """Yield predicted and measured memory of captioning and training."""
     models = ("tiny-vit+query+tiny-gpt2",) if use_tiny_models else FULL_SIZE_MODELS
     sizes = {"images": 1, "regions": 2 if use_tiny_models else 64, "words": 4 if use_tiny_models else MAX_NEW_TOKENS}
     for train in (False, True):
@@ -233,14 +233,14 @@ def iter_plan_measurements(device: str, use_tiny_models: bool) -> Iterator[Measu
 
 
 def iter_decoding_measurements(device: str, use_tiny_models: bool) -> Iterator[Measurement]:
-    """Yield the decoding of captions with and without CUDA graphs and torch.compile."""
+    """Yield decoding with and without CUDA graphs and torch.compile."""
     language_model = {**TINY_LM} if use_tiny_models else "gpt2-large"
     for num_rows in (4,) if use_tiny_models else (64, 512):
         for method in DECODING_METHODS:
             if method == "torch.compile" and num_rows == 512:
-                continue  # compilation takes a minute a shape
+                continue  # compilation takes a minute per shape
             if method in ("cuda graph", "torch.compile") and device == "cpu":
-                continue  # there are no graphs, and compilation takes longer than everything else
+                continue  # a CPU has no graphs, and compilation would dominate
             config = {
                 "language_model": language_model,
                 "way": method,
@@ -253,7 +253,7 @@ def iter_decoding_measurements(device: str, use_tiny_models: bool) -> Iterator[M
 
 
 def make_training_measurement(device: str, use_tiny_models: bool) -> Measurement:
-    """Return the recipe `sca-tiny` in bfloat16, with its scores."""
+    """Return a training run of the recipe `sca-tiny` in bfloat16, with its scores."""
     recipe = Recipe.read("sca-tiny")
     model = (
         replace(
@@ -284,7 +284,7 @@ def make_training_measurement(device: str, use_tiny_models: bool) -> Measurement
 
 
 def convert_row_to_measurement(part: str, row: SweepRow) -> Measurement:
-    """Return a sweep's row as a measurement."""
+    """Return a row of a sweep as a measurement."""
     model = row.config["model"]
     label = "+".join(model[kind]["name"] for kind in PART_KINDS if model.get(kind))
     label += f", LoRA {model['lora']['rank']}" if model.get("lora") else ""
@@ -292,7 +292,7 @@ def convert_row_to_measurement(part: str, row: SweepRow) -> Measurement:
     return Measurement(part, f"{label}, {region_counts} regions", "sca_bench.worker:work", row.config)
 
 
-# --- what is known ----------------------------------------------------------------------------------------------------
+# --- earlier rows and environment -------------------------------------------------------------------------------------
 
 
 def read_final_keys(folder: Path, device: str) -> set[str]:
@@ -302,7 +302,7 @@ def read_final_keys(folder: Path, device: str) -> set[str]:
         for line in path.read_text("utf-8").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:  # a line that was cut off when the run before was killed
+            except ValueError:  # a line truncated when an earlier run was killed
                 continue
             if row["state"] in FINAL_STATES and row["environment"]["device"] == device:
                 keys.add(row["key"])
@@ -310,13 +310,13 @@ def read_final_keys(folder: Path, device: str) -> set[str]:
 
 
 def read_commit(inputs: Path) -> str | None:
-    """Return the commit that prepare.sh recorded, since a copy of the working tree has no history."""
+    """Return the commit that prepare.sh recorded; a copy of the working tree has no history."""
     path = inputs / "commit"
     return path.read_text("utf-8").strip() if path.is_file() else None
 
 
 def describe_device(device: str) -> str:
-    """Return the name of the device, as rows have it."""
+    """Return the name of the device as in rows."""
     import torch
 
     return (
@@ -327,7 +327,7 @@ def describe_device(device: str) -> str:
 
 
 def describe_environment(device: str) -> str:
-    """Return versions, and what nvidia-smi prints, for the record."""
+    """Return versions and the output of nvidia-smi."""
     from sca_bench.worker import collect_environment
 
     report = json.dumps(collect_environment(device), indent=1)
@@ -337,7 +337,7 @@ def describe_environment(device: str) -> str:
 
 
 def append_log(path: Path, measurement: Measurement, job_log: Path) -> None:
-    """Append the end of what a job printed."""
+    """Append the end of a job's output."""
     text = job_log.read_text("utf-8", "replace")[-6000:] if job_log.is_file() else ""
     with open(path, "a", encoding="utf-8") as file:
         file.write(f"--- {measurement.part}: {measurement.label}\n{text}\n")

@@ -1,18 +1,19 @@
-"""How much faster than the published procedure: `sca bench published [PART...] [--out FILE]`
+"""Measure the speedup over the published procedure: `sca bench published [PART...] [--out FILE]`.
 
-The published implementation of SCA (arXiv 2312.00869) is repeated here with the same weights: eight regions at a time
-through transformers' own two-way blocks, each with a copy of its image's grid, attention written out, and `generate`
-for each eight. Both are timed in turn in one run, and what they say is compared. Prints a Markdown table of ratios.
+The published procedure of SCA (arXiv 2312.00869) is reproduced with the same weights: eight regions at a time through
+the two-way blocks of transformers, each with a copy of its image's grid, eager attention, and one `generate` call per
+eight regions. Both procedures are timed alternately in one run, and their captions are compared. Prints a Markdown
+table of ratios.
 
 captions     regions/s from an encoded image, SAM ViT-B + query + GPT-2, greedy
-training     a step with 16 regions; ours with the encoder's features kept
-resampler    the mix stage of `resampler` beside that of `query`, and how it grows with regions
-tiny         64 regions of sca-tiny at once beside one after the other
-everything   the captions of an image, from the times of its parts: published for all 1,024 points, with the encoder run
-             again for each 64; ours for 100 that are left of them
+training     a step with 16 regions; ours with cached encoder features
+resampler    mix stage of `resampler` next to that of `query`, and its growth with the number of regions
+tiny         64 regions of sca-tiny in one batch next to one at a time
+everything   captions of an image, estimated from stage times: published for all 1,024 points, with one encoder pass
+             per 64 points; ours for the 100 regions that remain
 
-On a GPU the published procedure may take a minute where ours takes a second: `beside` limits the regions that it
-captions, and its rate is theirs.
+On a GPU the published procedure may take a minute where ours takes a second. `beside` limits the regions that it
+captions; the comparison is then between rates.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ from sca_bench.timing import make_random_inputs, make_training_batch, synchroniz
 from sca_bench.worker import run_measurement
 
 PUBLISHED_REGIONS_PER_CALL, MAX_NEW_TOKENS, REGIONS_PER_STEP, NUM_GRID_POINTS, NUM_KEPT_REGIONS = 8, 20, 16, 1024, 100
-RatioRow = tuple[str, str, float, float, str]  # what, unit, ours, published or other, a remark
+RatioRow = tuple[str, str, float, float, str]  # quantity, unit, ours, published or other, note
 
 
 @dataclass(frozen=True)
 class ComparisonSettings:
-    """What is measured, and on what.
+    """Settings of the comparison.
 
     Args:
-        encoder: A SAM by name.
-        language_model: A language model by name.
-        images: Images per batch of captions.
+        encoder: Name of a SAM encoder.
+        language_model: Name of a language model.
+        images: Images per batch.
         regions: Regions per image.
-        beside: Regions that the published procedure captions; 0 for all.
-        repeats: Repeats of each way after a warm-up; the fastest counts.
+        beside: Regions captioned with the published procedure; 0 for all.
+        repeats: Repeats of each procedure after a warm-up; the fastest counts.
         device: A torch device.
         dtype: Data type of the weights and activations.
-        seconds: Time budget; a part is not started after it.
+        seconds: Time budget; no comparison starts after it.
     """
 
     encoder: str | Mapping[str, Any] = "sam-vit-b"
@@ -75,7 +76,7 @@ class ComparisonSettings:
 
 @contextmanager
 def use_published_procedure(model: SegmentCaptioner) -> Iterator[None]:
-    """Within it the model computes as the published one does."""
+    """Make the model compute as the published implementation inside the context."""
 
     def forward(
         self: TwoWayTransformer,
@@ -111,7 +112,7 @@ def use_published_procedure(model: SegmentCaptioner) -> Iterator[None]:
 
 
 def time_alternately(settings: ComparisonSettings, *functions: Callable[[], Any]) -> list[float]:
-    """Return the least seconds of each way. The ways take turns; the first round is a warm-up and does not count."""
+    """Return the minimum seconds of each function. They run alternately; the first round is a warm-up."""
     seconds: list[list[float]] = [[] for _ in functions]
     for repeat in range(settings.repeats + 1):
         for function, function_seconds in zip(functions, seconds, strict=True):
@@ -127,8 +128,15 @@ def time_alternately(settings: ComparisonSettings, *functions: Callable[[], Any]
 def generate_ids(
     model: SegmentCaptioner, features: Tensor, prompts: PromptBatch, regions_per_call: int, generate_together: bool
 ) -> Tensor:
-    """Token ids (N, T): `regions_per_call` at a time through segmenter and mixer; `generate_together`: all at once
-    through the language model."""
+    """Generate token ids (N, T).
+
+    Args:
+        model: The model.
+        features: Encoder features.
+        prompts: N prompts.
+        regions_per_call: Regions per call of the segmenter and mixer.
+        generate_together: Generate all captions in one call of the language model, instead of one call per chunk.
+    """
     prefixes = []
     for chunk in prompts.iter_chunks(regions_per_call):
         queries = model.mix(model.segment(features, chunk))
@@ -141,11 +149,12 @@ def generate_ids(
 
 
 def compare_captioning(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
+    """Compare captioning throughput, with and without encoding."""
     num_images, num_regions = settings.images, settings.regions
     pixels, prompts = make_random_inputs(model, num_images, num_regions)
     published_prompts = prompts[: settings.beside or None]
     num_captions, num_published_captions = len(prompts), len(published_prompts)
-    num_published_images = int(published_prompts.image_index[-1]) + 1  # images of theirs
+    num_published_images = int(published_prompts.image_index[-1]) + 1
     token_ids: dict[str, Tensor] = {}
     with torch.inference_mode():
         features = model.encode(pixels)
@@ -190,6 +199,7 @@ def compare_captioning(model: SegmentCaptioner, settings: ComparisonSettings) ->
 
 
 def compare_training(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
+    """Compare training steps, with and without cached features."""
     pixels, prompts = make_random_inputs(model, 1, REGIONS_PER_STEP)
     batch = make_training_batch(model, pixels, prompts, MAX_NEW_TOKENS)
     model.train()
@@ -221,6 +231,7 @@ def compare_training(model: SegmentCaptioner, settings: ComparisonSettings) -> l
 
 
 def compare_mixers(settings: ComparisonSettings) -> list[RatioRow]:
+    """Compare the mix stages of `resampler` and `query`."""
     options = {"language_model": "tiny-gpt2", "weights": False}
     models = [
         settings.prepare_model(sca.compose(settings.encoder, mixer, **options)) for mixer in ("resampler", "query")
@@ -244,6 +255,7 @@ def compare_mixers(settings: ComparisonSettings) -> list[RatioRow]:
 
 
 def compare_batching(settings: ComparisonSettings) -> list[RatioRow]:
+    """Compare captioning 64 regions in one batch with one at a time."""
     from PIL import Image
 
     predictor = sca.Predictor(settings.prepare_model(sca.load("sca-tiny")))
@@ -263,6 +275,7 @@ def compare_batching(settings: ComparisonSettings) -> list[RatioRow]:
 
 
 def compare_everything(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
+    """Estimate captioning everything in an image from stage times."""
     pixels, box_prompts = make_random_inputs(model, 1, 16)
     point_prompts = PromptBatch(
         box_prompts.image_index, points=box_prompts.boxes[:, None, :2], labels=box_prompts.image_index.new_ones(16, 1)
@@ -298,10 +311,10 @@ COMPARISON_PARTS = ("captions", "training", "resampler", "tiny", "everything")
 
 
 def choose_parts(names: Sequence[str]) -> list[str]:
-    """Return the named parts in the order of `COMPARISON_PARTS`, or all of them.
+    """Return the named comparisons in the order of `COMPARISON_PARTS`; all of them without names.
 
     Raises:
-        RegistryError: A part that does not exist.
+        RegistryError: An unknown name.
     """
     for name in names:
         if name not in COMPARISON_PARTS:
@@ -310,7 +323,7 @@ def choose_parts(names: Sequence[str]) -> list[str]:
 
 
 def run_comparisons(parts: Sequence[str], settings: ComparisonSettings) -> Iterator[RatioRow]:
-    """Measure parts, one row at a time."""
+    """Run comparisons and yield their rows."""
     start = time.monotonic()
     torch.manual_seed(0)
     model = None
@@ -335,7 +348,7 @@ def convert_row_to_dict(row: RatioRow) -> dict[str, Any]:
 
 
 def print_table(rows: Iterable[RatioRow]) -> list[RatioRow]:
-    """Print a Markdown table of ratios, each row when it is measured, and return the rows."""
+    """Print a Markdown table row by row as it is measured, and return the rows."""
     print("| quantity | unit | ours | published | ratio | |\n| --- | --- | ---: | ---: | ---: | --- |")
     measured_rows = []
     for row in rows:
@@ -349,7 +362,7 @@ def print_table(rows: Iterable[RatioRow]) -> list[RatioRow]:
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Measure in a process of its own, as a job of a launcher: `parts` and the fields of `ComparisonSettings`."""
+    """Run comparisons as a launcher job; `config` contains `parts` and the fields of `ComparisonSettings`."""
     options = dict(config)
     parts = options.pop("parts", ())
 

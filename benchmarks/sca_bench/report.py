@@ -1,4 +1,4 @@
-"""The report of a sweep: one page, offline; Markdown; CSV. The same rows give the same bytes."""
+"""Render the report of a sweep as a self-contained HTML page, Markdown or CSV. Output is deterministic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sca_bench.summary import (
 )
 from sca_bench.timing import STAGES
 
-CHART_WIDTH, CHART_HEIGHT, CHART_MARGIN = 560, 320, 48  # of a picture, pixels
+CHART_WIDTH, CHART_HEIGHT, CHART_MARGIN = 560, 320, 48  # pixels
 NUMERIC_COLUMNS = (
     *(
         "seeds",
@@ -36,26 +36,32 @@ NUMERIC_COLUMNS = (
 
 
 class Chart(NamedTuple):
-    """Lines and dots between two axes, in pixels; places are those of combinations in the table as it first stands."""
+    """Lines and dots between two axes, in pixels. Indices refer to combinations in the initial order of the table."""
 
     title: str
-    across: tuple[str, str, str]  # the axis at the bottom: text at its ends, and what it shows
+    across: tuple[str, str, str]  # bottom axis: text at its ends, and its label
     up: tuple[str, str, str]
-    lines: list[tuple[str, list[tuple[float, float]]]]  # CSS classes, and points
+    lines: list[tuple[str, list[tuple[float, float]]]]  # CSS classes and points
     dots: list[tuple[int, float, float]]
     labels: list[tuple[int, float, float]]
 
 
 class StageBars(NamedTuple):
-    """Seconds by stage, of each combination that was timed."""
+    """Seconds by stage of each timed combination."""
 
     rows: list[tuple[int, Mapping[str, float]]]
     stages: tuple[str, ...]
-    longest: float  # seconds of all stages together
+    longest: float  # greatest total over the stages in seconds
 
 
 def render_sweep_page(rows: Sequence[Mapping[str, Any]], title: str, score_name: str | None = None) -> str:
-    """Render one HTML file; `score_name` measures quality (default: the most informative score available)."""
+    """Render a self-contained HTML page.
+
+    Args:
+        rows: Rows of the results file.
+        title: Title of the page.
+        score_name: Score that measures quality. Defaults to the most informative one available.
+    """
     score_name = score_name or choose_quality_score(rows)
     summaries = summarize_rows(rows, score_name)
     text_columns, numeric_columns = _build_columns(summaries, score_name)
@@ -85,7 +91,12 @@ def render_sweep_page(rows: Sequence[Mapping[str, Any]], title: str, score_name:
 
 
 def render_markdown(rows: Sequence[Mapping[str, Any]], score_name: str | None = None) -> str:
-    """A table, and below it what was not made."""
+    """Render a Markdown table, followed by the rows that did not finish.
+
+    Args:
+        rows: Rows of the results file.
+        score_name: Score that measures quality. Defaults to the most informative one available.
+    """
     score_name = score_name or choose_quality_score(rows)
     text_columns, numeric_columns = _build_columns(summarize_rows(rows, score_name), score_name)
     markdown_lines = [
@@ -115,9 +126,9 @@ def _render_table_row(cells: Sequence[str]) -> str:
 def _build_columns(
     summaries: Sequence[CombinationSummary], score_name: str | None
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Return the columns of text and of figures of a table, by their headings.
+    """Return the text columns and the numeric columns of a table by heading.
 
-    Text columns are the settings that differ; numeric ones are `NUMERIC_COLUMNS` and every score but the quality score.
+    Text columns are the settings that differ; numeric columns are `NUMERIC_COLUMNS` and every other score.
     """
     text_columns = find_varying_settings([summary.config for summary in summaries]) or {
         "combination": [summary.label for summary in summaries]
@@ -137,7 +148,7 @@ def _format_score(value: float | None) -> str:
 
 
 def _render_speed_table(summaries: Sequence[CombinationSummary]) -> list[str]:
-    """The regions a second of each combination by how many there are, and what its stages take at the most."""
+    """Render regions per second by number of regions, and the stage times at the largest number."""
     timed_summaries = [summary for summary in summaries if summary.regions_per_second]
     if not timed_summaries:
         return []
@@ -156,7 +167,12 @@ def _render_speed_table(summaries: Sequence[CombinationSummary]) -> list[str]:
 
 
 def render_csv(rows: Sequence[Mapping[str, Any]], score_name: str | None = None) -> str:
-    """CSV: a line a row, with every score and every timing."""
+    """Render CSV with one line per row, including every score and timing.
+
+    Args:
+        rows: Rows of the results file.
+        score_name: Score that measures quality. Defaults to the most informative one available.
+    """
     score_name = score_name or choose_quality_score(rows)
     score_names = sorted({each["name"] for row in rows for each in row.get("scores") or () if each["control"] is None})
     sorted_rows = sorted(rows, key=lambda row: (row["label"], row["key"]))
@@ -200,7 +216,7 @@ def _format_numeric_cells(summary: CombinationSummary) -> list[str]:
 
 
 def _find_below_best(summaries: Sequence[CombinationSummary]) -> set[int]:
-    """Indices of what is clearly below the best, by intervals that do not meet."""
+    """Return the indices of combinations whose interval is entirely below that of the best."""
     best_low = next((summary.low for summary in summaries if summary.low is not None), None)
     return {
         index
@@ -294,7 +310,7 @@ def _list_unfinished_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str
 
 
 def _describe_environments(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The parts that all rows share, and the devices and versions that they were made on."""
+    """Describe the components that all rows share, and their devices and versions."""
     environments = {
         ", ".join([each["device"], *(f"{name} {version}" for name, version in each["versions"].items())])
         for row in rows

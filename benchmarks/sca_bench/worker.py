@@ -1,6 +1,6 @@
-"""One row of a sweep: checked, planned, built, trained a little, evaluated and timed, in a process of its own.
+"""Run one row of a sweep in its own process: check, plan, build, train briefly, evaluate and time.
 
-Imported by the process that workers are forked from, so that what takes seconds to import is there already.
+Workers are forked from a process that has imported this module, so slow imports happen once.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.spec import ModelSpec
 
 import sca.evaluation.evaluate
-import sca.training.train  # noqa: F401 (and transformers with it)
+import sca.training.train  # noqa: F401 (also imports transformers)
 from sca.builder import build
 from sca.plan import plan_model
 from sca_bench.sweep import PART_KINDS, SweepRow
 from sca_bench.timing import measure_stages, measure_training_step
 
-MAX_TRAINING_REGIONS = 16  # regions of an image in a step of training, at most
+MAX_TRAINING_REGIONS = 16  # maximum regions per image in a training step
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "out of memory", "cannot allocate memory", "std::bad_alloc")
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Make a row; whatever goes wrong becomes its state and reason.
+    """Run a row as a launcher job; any failure becomes its state and reason.
 
     Args:
-        config: That of a `sca_bench.sweep.SweepRow`, and `force` to run it even if it is predicted to exceed memory.
-        folder: For the files of the row. What is printed goes to the caller's standard output.
+        config: Configuration of a `sca_bench.sweep.SweepRow`, and `force` to run it even if it is predicted to exceed
+            memory.
+        folder: Folder for the files of the row. Output is printed to the caller's standard output.
     """
     config = dict(config)
     force = config.pop("force", False)
@@ -54,17 +55,17 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 
 def run_measurement(measure: Callable[[dict[str, Any]], None], device: str) -> dict[str, Any]:
-    """Run a measurement and return it as a row, also when it fails.
+    """Run a measurement and return it as a row, even if it fails.
 
     Args:
-        measure: Receives the row and adds what it measures.
-        device: Where it computes.
+        measure: Receives the row and adds its results.
+        device: A torch device.
 
     Returns:
         The row with `state`, `reason`, `seconds`, `memory` and `environment`.
 
     Raises:
-        KeyboardInterrupt: The only exception that is not turned into a state.
+        KeyboardInterrupt: The only exception that does not become a state.
     """
     start = time.perf_counter()
     row: dict[str, Any] = {"state": "done", "reason": "", "seconds": {}}
@@ -120,7 +121,7 @@ def _make_row(row: dict[str, Any], config: Mapping[str, Any], folder: Path, forc
 
 
 def _find_broken_state(spec: ModelSpec) -> str | None:
-    """The state of a row one of whose parts does not work, whatever it is combined with."""
+    """Return the state of a row with a component that fails in every combination, else None."""
     for kind in PART_KINDS:
         if (part := getattr(spec, kind)) is not None:
             entry = get_registry(kind).load_entry(part.name)
@@ -130,7 +131,7 @@ def _find_broken_state(spec: ModelSpec) -> str | None:
 
 
 def _add_plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -> None:
-    """Parameters, operations by stage, and whether there is room."""
+    """Add the parameters, operations by stage, and predicted and available memory."""
     measure_options = config.get("measure") or {}
     num_regions, max_new_tokens = max(measure_options.get("regions", [1])), measure_options.get("words", 16)
     dtype = getattr(torch, measure_options.get("dtype", "float32"))
@@ -192,7 +193,7 @@ def _add_measurements(row: dict[str, Any], model: Any, measure_options: Mapping[
     )
     region_counts, memory = measure_options.get("regions", [1]), row.setdefault("memory", {})
     device = model.task_tokens.device
-    if measure_options.get("training"):  # in float32, as models train, with autocast where the sweep computes in less
+    if measure_options.get("training"):  # float32 weights as in training, with autocast for lower precisions
         step_sizes = (num_images, min(MAX_TRAINING_REGIONS, max(region_counts)), max_new_tokens, repeats)
         with (
             _record_peak_memory(memory, "training", device),
@@ -222,7 +223,7 @@ def _get_autocast_options(measure_options: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _record_peak_memory(memory: dict[str, int], name: str, device: torch.device) -> Iterator[None]:
-    """Record under `name` the most bytes that torch allocates on a GPU meanwhile."""
+    """Record under `name` the peak bytes that torch allocates on a GPU inside the context."""
     if device.type != "cuda":
         yield
         return
@@ -243,7 +244,7 @@ class _StageTimer:
 
 
 def _classify_error(error: BaseException) -> str:
-    if isinstance(error, RegistryError) and error.__cause__ is not None:  # what a part's factory raised
+    if isinstance(error, RegistryError) and error.__cause__ is not None:  # raised by a component's factory
         return _classify_error(error.__cause__)
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "out-of-memory"
@@ -255,7 +256,7 @@ def _classify_error(error: BaseException) -> str:
 
 
 def _measure_memory(device: str) -> dict[str, int]:
-    """Bytes at most: of the process, and of what torch has had of the device."""
+    """Return the peak bytes of the process, and those that torch reserved on the device."""
     host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak_bytes = {"host": host_bytes}
     if device.startswith("cuda") and torch.cuda.is_available():
@@ -264,7 +265,7 @@ def _measure_memory(device: str) -> dict[str, int]:
 
 
 def _get_total_memory(device: str) -> int | None:
-    """Bytes that a row may take."""
+    """Return the bytes of memory available to a row."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
@@ -272,7 +273,7 @@ def _get_total_memory(device: str) -> int | None:
 
 @cache
 def collect_environment(device: str) -> dict[str, Any]:
-    """What was computed on, and with which versions."""
+    """Return the device, package versions and commit."""
     device_name = f"{platform.machine()}, {os.cpu_count()} cores"
     if device.startswith("cuda"):
         device_name = torch.cuda.get_device_name(device)
@@ -286,7 +287,7 @@ def collect_environment(device: str) -> dict[str, Any]:
 
 
 def _read_commit() -> str | None:
-    """Of the checkout that this file is in, if it is in one."""
+    """Return the commit of the checkout that contains this file, if any."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -296,5 +297,5 @@ def _read_commit() -> str | None:
 
 
 def format_row_command(config: Mapping[str, Any]) -> str:
-    """What makes this row again, by itself."""
+    """Return the command that runs a row on its own."""
     return f"sca bench row {shlex.quote(json.dumps(config))}"

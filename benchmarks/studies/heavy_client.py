@@ -1,9 +1,9 @@
-"""What one heavy client costs the others: `python benchmarks/studies/heavy_client.py [--seconds 60] [--clients 16]`.
+"""Measure the impact of one heavy client: `python benchmarks/studies/heavy_client.py [--seconds 60] [--clients 16]`.
 
-Starts `sca serve`, lets some clients ask for one caption after another, first alone and then beside one client that
-sends in turn the largest requests the server accepts, and more: points, prompts, everything, pixels, beams, bodies of
-one byte per second, and silent connections. Prints the latency of the others in both, what either was answered, and the
-memory of the server before, at most, and after a pause.
+Starts `sca serve`. Some clients request one caption after another, first alone and then alongside one client that
+cycles through the largest accepted requests and beyond: points, prompts, everything mode, pixels, beams, bodies at one
+byte per second, and silent connections. Prints the others' latency in both phases, the response statuses of both, and
+the server's memory before, at the peak, and after a pause.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from sca_bench.worker import collect_environment
 
 from serving_throughput import ServerProcess, make_request_bodies, send_requests, summarize_requests
 
-NUM_SILENT_CONNECTIONS = 600  # connections
-REQUEST_TIMEOUT = 5.0  # seconds after which the heavy client goes on to its next request
+NUM_SILENT_CONNECTIONS = 600
+REQUEST_TIMEOUT = 5.0  # seconds until the heavy client sends its next request
 
 
 def main() -> None:
@@ -51,9 +51,9 @@ def main() -> None:
 
 
 def measure_impact(server: Any, num_clients: int, seconds: float, pause: float) -> dict[str, Any]:
-    """Latency and statuses of the others without and beside the heavy client, and the memory of the server in bytes."""
+    """Measure the other clients' latency and statuses with and without the heavy client, and server memory in bytes."""
     request_bodies = make_request_bodies()
-    send_requests(server, request_bodies, num_clients, 3.0)  # to warm up
+    send_requests(server, request_bodies, num_clients, 3.0)  # warm-up
     memory_before = server.get_memory()
     counts_alone = send_requests(server, request_bodies, num_clients, seconds / 2)
     statuses: dict[str, Counter[Any]] = {}
@@ -146,13 +146,13 @@ def _post_request(server: Any, content: bytes) -> int | str:
         response.read()
         return response.status
     except OSError as error:
-        return type(error).__name__  # this client has other things to send
+        return type(error).__name__  # the heavy client continues with its next request
     finally:
         connection.close()
 
 
 def _send_slow_bodies(server: Any) -> str:
-    """Bodies at one byte per second."""
+    """Send bodies at one byte per second."""
     head = b"POST /v1/captions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9999\r\n\r\n"
     with contextlib.ExitStack() as stack:
         connections = [stack.enter_context(socket.create_connection((server.host, server.port))) for _ in range(50)]

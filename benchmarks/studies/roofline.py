@@ -1,8 +1,8 @@
-"""Where the time goes, beside what the machine could do: `python benchmarks/studies/roofline.py [--out FILE]`
+"""Compare stage times with hardware limits: `python benchmarks/studies/roofline.py [--out FILE]`
 
-Times the stages of captioning an image by the published procedure (see `sca bench published`) and by ours, and
-prints them beside two floors: the operations of a stage at the speed of a large matrix product on this machine, and its
-bytes (weights once a pass, features, and the grid of every region once in and once out) at the speed of a copy.
+Times the stages of captioning an image with the published procedure (see `sca bench published`) and with ours. Prints
+them next to two lower bounds: the operations of a stage at the speed of a large matrix product on this machine, and its
+bytes (weights once per pass, features, and the grid of every region read once and written once) at the speed of a copy.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     model = sca.compose(args.encoder, "query", args.language_model, weights=False).eval()
-    model.language_model._resolve_special_tokens = lambda: (0, [])  # no caption ends early
+    model.language_model._resolve_special_tokens = lambda: (0, [])  # captions never end early
     flops_per_second, bytes_per_second = _measure_flops_per_second(), _measure_copy_bandwidth()
     with use_published_procedure(model):
         published_seconds = _measure_stages(model, args.regions, PUBLISHED_REGIONS_PER_CALL, args.repeats)
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @torch.inference_mode()
 def _measure_stages(model: SegmentCaptioner, num_regions: int, regions_per_call: int, repeats: int) -> dict[str, float]:
-    """The least seconds of each stage, `regions_per_call` at a time; tokens in the same chunks of prefixes."""
+    """Return the minimum seconds of each stage, `regions_per_call` at a time; generation uses the same chunks."""
     pixels, prompts = make_random_inputs(model, 1, num_regions)
     generate, least_seconds = model.language_model.generate, dict.fromkeys(STAGES, float("inf"))
     for repeat in range(repeats + 1):
@@ -108,7 +108,7 @@ def _measure_stages(model: SegmentCaptioner, num_regions: int, regions_per_call:
 
 
 def _count_stage_bytes(model: SegmentCaptioner, num_regions: int) -> dict[str, int]:
-    """What each stage has to move at the least."""
+    """Return the minimum bytes that each stage moves."""
 
     def count_weight_bytes(module: torch.nn.Module) -> int:
         return sum(parameter.nbytes for parameter in module.parameters())
@@ -126,14 +126,14 @@ def _count_stage_bytes(model: SegmentCaptioner, num_regions: int) -> dict[str, i
 
 
 def _measure_flops_per_second() -> float:
-    """Operations a second of a large matrix product."""
+    """Measure operations per second of a large matrix product."""
     side = 2048
     matrix = torch.randn(side, side)
     return 2 * side**3 / min(_time_call(lambda: matrix @ matrix) for _ in range(5))
 
 
 def _measure_copy_bandwidth() -> float:
-    """Bytes a second of a copy, each counted as it is read and as it is written."""
+    """Measure bytes per second of a copy, counting reads and writes."""
     source = torch.empty(2**26)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(_time_call(lambda: target.copy_(source)) for _ in range(5))

@@ -1,7 +1,8 @@
-"""How much faster many clients are answered than one: `python benchmarks/studies/serving_throughput.py [--clients 32]`.
+"""Measure the throughput gain of concurrent clients: `python benchmarks/studies/serving_throughput.py [--clients 32]`.
 
-Starts `sca serve`, asks it for one caption after another, then from many clients at once for as long, of the same
-drawn scenes; prints requests a second of both, their ratio, how long a request took, and the memory of the server.
+Starts `sca serve` and requests captions of the same generated scenes, first one after another and then from many
+clients at once for the same time. Prints requests per second of both, their ratio, the latency, and the server's
+memory.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     request_bodies = make_request_bodies()
     with ServerProcess(args.model, args.device) as server:
-        send_requests(server, request_bodies, 1, 3.0)  # to warm up
+        send_requests(server, request_bodies, 1, 3.0)  # warm-up
         single_client = send_requests(server, request_bodies, 1, args.seconds / 4)
         memory_before = server.get_memory()
         halves = [send_requests(server, request_bodies, args.clients, args.seconds / 2), server.get_memory()]
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 def make_request_bodies() -> list[bytes]:
-    """A request for one region of each of some scenes."""
+    """Return request bodies for one region of each of several scenes."""
     from sca.data.scenes import Scenes
 
     request_bodies = []
@@ -86,7 +87,7 @@ def make_request_bodies() -> list[bytes]:
 
 
 class ServerProcess:
-    """`sca serve` in a process of its own."""
+    """Context manager that runs `sca serve` in a separate process."""
 
     def __init__(self, model: str, device: str):
         command = [sys.executable, "-m", "sca", "serve", "--model", model, "--device", device, "--port", "0", "--quiet"]
@@ -115,7 +116,7 @@ class ServerProcess:
         self.process.wait()
 
     def get_memory(self) -> int:
-        """Bytes in memory."""
+        """Return the resident memory in bytes."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -123,7 +124,17 @@ class ServerProcess:
 def send_requests(
     server: ServerProcess, request_bodies: list[bytes], num_clients: int, seconds: float
 ) -> dict[str, Any]:
-    """What so many clients got in that time, each asking again as soon as it has its answer."""
+    """Send requests from concurrent clients, each continuing as soon as it has a response.
+
+    Args:
+        server: The server.
+        request_bodies: JSON bodies, sent in turn.
+        num_clients: Concurrent clients.
+        seconds: Duration.
+
+    Returns:
+        Counts of answered and failed requests, the duration, and the latencies in seconds.
+    """
     latencies: list[list[float]] = [[] for _ in range(num_clients)]
     failures = [0] * num_clients
     end = time.monotonic() + seconds
@@ -145,7 +156,7 @@ def send_requests(
                 is_valid = response.status == 200 and len(content["regions"]) == 1
             except (OSError, http.client.HTTPException):
                 is_valid = False
-                connection.close()  # the next request opens it again
+                connection.close()  # the next request reconnects
             if is_valid:
                 latencies[client_index].append(time.monotonic() - start)
             else:
@@ -168,10 +179,12 @@ def send_requests(
 
 
 def compute_request_rate(counts: dict[str, Any]) -> float:
+    """Return answered requests per second."""
     return counts["answered"] / counts["seconds"]
 
 
 def summarize_requests(counts: dict[str, Any]) -> dict[str, Any]:
+    """Return counts, request rate, and median and 99th-percentile latency in seconds."""
     latencies = sorted(counts["latencies"])
     return {
         "answered": counts["answered"],

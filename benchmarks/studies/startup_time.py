@@ -1,10 +1,10 @@
-"""What starting takes, and how much memory many regions do: `python benchmarks/studies/startup_time.py [--out FILE]`
+"""Measure startup time and memory of many regions: `python benchmarks/studies/startup_time.py [--out FILE]`
 
 import       `import sca`
-cold start   `sca caption` of a drawn scene, in a process of its own, beside a process that imports torch and
-             transformers and captions the same
-memory       the most that a process holds that captions 256 regions of an image with SAM ViT-B + query + GPT-2,
-             weights (random ones) included
+cold start   `sca caption` on a generated scene in its own process, next to a process that imports torch and
+             transformers and captions the same scene
+memory       peak of a process that captions 256 regions of an image with SAM ViT-B + query + GPT-2, including the
+             (random) weights
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _time_command(command: list[str]) -> float:
 
 
 def _run_for_minimum(code: str) -> float:
-    """The least of what a program prints."""
+    """Return the minimum of the values that a program prints."""
     return min(float(_run_for_number([sys.executable, "-c", code])) for _ in range(NUM_REPEATS))
 
 

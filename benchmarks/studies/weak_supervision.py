@@ -1,9 +1,9 @@
-"""Does weak supervision help? `python benchmarks/studies/weak_supervision.py [--out FILE] [num_workers=2 ...]`
+"""Test whether weak supervision helps: `python benchmarks/studies/weak_supervision.py [--out FILE] [num_workers=2 ...]`
 
-The claim of SCA (arXiv 2312.00869) on generated data: a model that first learns class names of many scenes and then
-captions of few is compared with one that learns the few captions alone, for as many steps as the former's second stage
-and for as many as both of its stages. All are asked about the same unseen scenes. Prints a Markdown table and writes
-the figures as JSON; differences have 95 % intervals over images, means over seeds resampled together.
+Tests the claim of SCA (arXiv 2312.00869) on generated data. A model that first learns class names of many scenes and
+then captions of a few is compared with models that only learn the few captions: for the number of steps of its second
+stage, and of both stages together. All are evaluated on the same unseen scenes. Prints a Markdown table and writes the
+results as JSON. Differences have 95 % intervals over images, with means over seeds resampled together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ SCORE_LABELS = {"cider-d": "CIDEr-D", "attributes/all": "all attributes", "mask-
 def compute_differences(
     folders: Mapping[tuple[str, int], Path], other_method: str, seeds: Sequence[int]
 ) -> dict[str, list[float]]:
-    """What the first way scores above another, mean over seeds, with the interval."""
+    """Compute how much the weakly supervised method scores above another.
+
+    Args:
+        folders: (method, seed) -> folder with `predictions.jsonl`.
+        other_method: One of `METHODS`.
+        seeds: Seeds that both methods have.
+
+    Returns:
+        For each score: the mean difference over seeds, the bounds of its 95 % interval, and the difference of each
+        seed.
+    """
     from sca.evaluation.bootstrap import bootstrap_scores, compute_interval
     from sca.evaluation.comparison import collect_bootstrap_inputs
     from sca.evaluation.evaluate import score_file
@@ -103,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def render_results(results: Mapping[str, Any]) -> str:
-    """Markdown: the mean of each score by way, and what the first way has above the others."""
+    """Render a Markdown table of the mean scores by method, and the differences from the first method."""
     rows = [f"| | {' | '.join(SCORE_LABELS.values())} |", "| --- |" + " ---: |" * len(SCORE_LABELS)]
     for method, scores in results["scores"].items():
         rows.append(

@@ -1,4 +1,4 @@
-"""Models that learn class names of many scenes and then captions of few, or the few captions alone."""
+"""Train models on class names of many scenes and then captions of a few, or only on the few captions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ METRICS = ("cider-d", "attributes", "mask-iou")
 
 
 def make_stage_recipe(initial_model: Any, steps: int, seed: int, num_captioned_scenes: int | None) -> dict[str, Any]:
-    """The table of a recipe: captions of few scenes, or names of many."""
+    """Return the recipe table of one stage: captions of a few scenes, or class names of many."""
     learns_names = num_captioned_scenes is None
     source = {
         "name": "scenes",
@@ -56,7 +56,7 @@ def make_stage_recipe(initial_model: Any, steps: int, seed: int, num_captioned_s
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """One model, trained and evaluated in a process of its own; leaves `predictions.jsonl` in the folder."""
+    """Train and evaluate one model as a launcher job; writes `predictions.jsonl` to the folder."""
     import torch
 
     from sca.evaluation.evaluate import evaluate
