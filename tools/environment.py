@@ -58,6 +58,7 @@ def main(groups, lowest):
 
 
 def check_python(lowest):
+    """Exit with an error if this Python cannot create the environment."""
     current_version, oldest_version = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST_PYTHON))
     if sys.version_info < OLDEST_PYTHON:
         exit_with_error(
@@ -92,6 +93,7 @@ class VirtualEnvironment:
             return False
 
     def create(self):
+        """Create the environment, replacing one that does not work."""
         if self.folder.is_symlink() or self.folder.is_file():
             self.folder.unlink()
         elif self.folder.exists():
@@ -117,6 +119,7 @@ class VirtualEnvironment:
         return subprocess.run(command, cwd=ROOT, env=variables, stdout=stdout, check=False).returncode
 
     def read_stamp(self):
+        """Return the record of the last installation; empty without one."""
         try:
             return json.loads(self.stamp_path.read_text("utf-8"))
         except (OSError, ValueError):

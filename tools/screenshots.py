@@ -28,6 +28,7 @@ def main():
 
 
 def take_demo_screenshot(browser):
+    """Save docs/demo.jpg: the demo with three captioned regions."""
     with subprocess.Popen([*SCA_COMMAND, "demo", "--port", "0"], stderr=subprocess.PIPE, text=True) as server:
         page = browser.new_page(viewport={"width": 1280, "height": 1400})
         page.on("close", lambda _: server.terminate())
@@ -53,6 +54,7 @@ def take_demo_screenshot(browser):
 
 
 def take_view_screenshot(browser):
+    """Save docs/view.jpg: the page of `sca view`."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [*SCA_COMMAND, "data", "export", "scenes", "scenes", "--split", "test", "--limit", "4"],

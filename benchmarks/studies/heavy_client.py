@@ -81,6 +81,7 @@ def measure_impact(server: Any, num_clients: int, seconds: float, pause: float) 
 
 
 def describe_measurements(measurements: dict[str, Any]) -> Iterator[str]:
+    """Yield the measurements as lines to print."""
     for name in ("alone", "beside"):
         summary = measurements[name]
         latency = {each: f"{1000 * value:.0f} ms" for each, value in summary["latency"].items()}

@@ -108,14 +108,14 @@ def read_protocol(name: str) -> EvaluationProtocol:
 
 
 def available_metrics(protocol: EvaluationProtocol, settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the metrics of a protocol that can be computed on this machine, and the others.
+    """Return the metrics of a protocol that can be computed on this machine, and those that cannot.
 
     Args:
         protocol: The protocol.
         settings: Options of metrics, such as `semantic.model`.
 
     Raises:
-        RegistryError: No metric can be computed; the message is that of the first.
+        RegistryError: No metric can be computed; the error is that of the first.
     """
     available, problems = [], {}
     for name in protocol.metrics:

@@ -165,7 +165,15 @@ def score_records(
 
 
 def check_metrics(metrics: Sequence[str] | None, metric_options: Mapping[str, Any] | None) -> None:
-    """Raise the errors that `score_records` would raise for names, options and missing packages."""
+    """Check metric names, options and installed packages before predicting, as `score_records` does.
+
+    Args:
+        metrics: See `score_records`.
+        metric_options: See `score_records`.
+
+    Raises:
+        RegistryError: An unknown metric or option, or a metric that cannot be built.
+    """
     metric_options = _check_metric_options(metric_options or {}, metrics)
     for name in metrics or ():
         sca_registry.metrics.check(name)
@@ -208,7 +216,7 @@ def _check_metric_options(metric_options: Mapping[str, Any], metrics: Sequence[s
 
 
 def _build_metric(name: str, metric_options: Mapping[str, Any]) -> tuple[Metric, dict[str, Any]]:
-    """A metric, and what it was given of the options that all share."""
+    """Build a metric; also return its values of the shared options."""
     accepted_options = sca_registry.metrics.load_entry(name).options
     shared_options = {
         key: value for key, value in metric_options.items() if key in SHARED_OPTIONS and key in accepted_options
@@ -233,7 +241,7 @@ def _find_missing_inputs(metric: Metric, records: Sequence[Record], load_image: 
 def _compute_metric(
     metric: Metric, records: Sequence[Record], load_image: ImageLoader | None, taken_names: Sequence[str]
 ) -> MetricOutput:
-    """Compute a metric. Raises TypeError for another type of output, ValueError for a score name that is taken."""
+    """Compute a metric. Raises TypeError for another output type, ValueError for a duplicate score name."""
     output = metric(records, load_image) if "image" in metric.needs else metric(records)
     if not isinstance(output, MetricOutput):
         raise TypeError(f"it gives a {type(output).__name__}, not a MetricOutput")
