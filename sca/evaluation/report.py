@@ -242,7 +242,7 @@ class _RegionCropper:
     def make_crop(
         self, record: Mapping[str, Any], contour_kinds: Sequence[str] = ("mask", "true")
     ) -> RegionCrop | None:
-        """Crop a region with its ground-truth box and contours of the predicted ("mask") or ground-truth ("true") mask."""
+        """Crop a region with its ground-truth box and contours of the predicted ("mask") or true ("true") mask."""
         image, box = self._open_image(record), record["truth"]["box"]
         if image is None or box is None:
             return None
