@@ -1,7 +1,7 @@
-"""The command line: thin over the library, quick to start, one clear line for every mistake.
+"""Command-line interface: a thin layer over the library that starts fast and reports each mistake in one line.
 
-Exit status: 0 all done, 1 some images failed, 2 a mistake in what was asked, 130 interrupted, what is finished kept.
-Commands import what they need when they run; listing and help never import torch.
+Exit status: 0 for success, 1 if some images failed, 2 for a user's mistake, 130 if interrupted with finished work kept.
+Commands import their dependencies when they run. Listing and help never import torch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ app.command("doctor", cls=PanelCommand)(plugins.doctor)
 app.add_typer(plugins.app, name="plugin")
 app.add_typer(data.app, name="data")
 
-HOME_PATTERN = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")  # a shell leaves ~ in --out=~/x, a program in any argument
+# Shells do not expand ~ in --out=~/x, and programs that call this one expand it in no argument.
+HOME_PATTERN = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")
 UsageError: Any = typer.BadParameter.__base__
 
 
@@ -66,19 +67,19 @@ def _define_app_options(
 
 
 def main() -> None:
-    """Runs one command and exits with its status."""
+    """Run one command and exit with its status."""
     guard_terminal()
     if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter of a caption still gets it
+        sys.stdout.reconfigure(errors="backslashreplace")  # characters that the terminal cannot encode are escaped
     sys.exit(run_command(sys.argv[1:]))
 
 
 def run_command(arguments: list[str]) -> int:
-    """The exit status of one command.
+    """Run one command and return its exit status.
 
-    ValueError is what the library raises for a person's mistake and OSError the system's word for what cannot be read
-    or written: both are one line, and so is what a broken torchvision raises, which any command may import. Any other
-    is a defect and keeps its traceback, as all do under `python -X dev`.
+    A ValueError (a user's mistake) and an OSError (a file that cannot be read or written) are reported in one line. So
+    is the error of a broken torchvision, which any command may import. Other exceptions are defects and keep their
+    traceback. Under `python -X dev`, all exceptions do.
     """
     command = typer.main.get_command(app)
     arguments = [HOME_PATTERN.sub(lambda match: match[1] + os.path.expanduser(match[2]), each) for each in arguments]
@@ -93,7 +94,7 @@ def run_command(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print_stderr("interrupted; what was finished is kept")
         return 130
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         return 0
     except Exception as error:
         torchvision_error = find_torchvision_error(error)
@@ -111,7 +112,7 @@ def run_command(arguments: list[str]) -> int:
 def _report_usage_error(error: Any) -> int:
     command = error.ctx.command_path if error.ctx else "sca"
     message = error.format_message()
-    if message.startswith("Usage:"):  # nothing was asked
+    if message.startswith("Usage:"):  # no command
         typer.echo(message, err=True)
     else:
         print_stderr(f"{message} See: {command} --help")

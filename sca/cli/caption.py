@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sca.inference.shards import ShardedRun
 
 DEFAULT_MODEL = "sca-tiny"
-EXIT_STATUSES = {"image": 1, "prompts": 2}  # exit status for what cannot be used
+EXIT_STATUSES = {"image": 1, "prompts": 2}  # exit status by the kind of failure
 UNRECORDED_OPTIONS = (  # options that do not change the captions
     *("images", "out", "format", "image_prefix", "resume", "overwrite", "quiet", "batch_size", "launcher"),
     *("shard_size", "trust_remote_code", "allow_external"),
@@ -341,17 +341,7 @@ def _caption_locally(
     input_files: Sequence[Path],
     failures: FailureReporter,
 ) -> None:
-    """Caption images in this process, write and print their captions, and exit with the status.
-
-    Args:
-        job: What to caption in each image, and how.
-        region_source: The regions, matched with the images.
-        paths: Image files.
-        formats: What is written to `options["out"]`.
-        options: The options of the command, by their names in Python.
-        input_files: Files that the regions are read from.
-        failures: Those so far.
-    """
+    """Caption images in this process, write and print their captions, and exit with the status."""
     from sca.inference.batch import BatchCaptioner, Failure
     from sca.io.images import format_path
     from sca.output.caption_journal import open_caption_journal
@@ -405,7 +395,7 @@ def _caption_locally(
 
 
 def _find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[str]]:
-    """Find images, without those that `sca` drew; return a line for each name that leads to none."""
+    """Find images, except those that `sca` drew; return one message per name without images."""
     from sca.io.images import find_images, format_path, is_irregular_file
     from sca.io.run_folder import OutputFilter
     from sca.output.formats import OUTPUT_FORMATS, list_output_patterns
@@ -442,7 +432,7 @@ def _caption_shards(
     failures: FailureReporter,
     quiet: bool,
 ) -> None:
-    """Caption the missing shards of a run and report what becomes of each."""
+    """Caption the missing shards of a run and report the outcome of each."""
     missing = run.missing_names
     if run.finished and not quiet:
         print_stderr(f"{len(run.finished)} of {len(run.shards)} shards are there already")
@@ -463,7 +453,7 @@ def _caption_shards(
 
 
 def _report_domain(model: str) -> None:
-    """Say on stderr what a model with a narrow domain is trained on, and which models are for photographs."""
+    """Report on stderr the training domain of a model with a narrow one, and the models for photographs."""
     from sca_registry import zoo
 
     if note := zoo.describe_domain(model):
@@ -471,7 +461,7 @@ def _report_domain(model: str) -> None:
 
 
 class FailureReporter:
-    """Reports what failed as soon as it does, and keeps the exit status: 1 for an image, 2 for its prompts."""
+    """Reports failures immediately, and keeps the exit status: 1 for an image, 2 for its prompts."""
 
     def __init__(self, problems: Iterable[str] = ()):
         self.count = 0
@@ -498,7 +488,7 @@ class FailureReporter:
             self.paths.append(failure.path)
 
     def format_failed_paths(self, limit: int = 20) -> str:
-        """Name the images that failed once more, for the end of a long run."""
+        """Format the paths of images that failed, for the end of a long run."""
         from sca.io.images import format_path
 
         if not self.paths:
@@ -508,7 +498,7 @@ class FailureReporter:
 
 
 class ProgressBars:
-    """Bars on a terminal: of the images, where there are several, and of the search for regions in one image."""
+    """Progress bars on a terminal: for several images, and for the search for regions in one image."""
 
     def __init__(self, num_images: int, quiet: bool):
         from rich.console import Console
@@ -553,7 +543,7 @@ class ProgressBars:
 
 
 def _report_prompts(region_source: RegionSource, failures: FailureReporter, quiet: bool) -> None:
-    """Report what a prompts file contains, and the records of which no prompt can be made."""
+    """Report the contents of a prompts file, and its records without a usable prompt."""
     from sca.inference.job import ListedPrompts
     from sca.io.images import format_path
 
@@ -574,7 +564,7 @@ def _report_prompts(region_source: RegionSource, failures: FailureReporter, quie
 
 
 class CaptionTable:
-    """One line per region, printed at the end, also when the run is interrupted."""
+    """Table with one line per region, printed at the end, even after an interrupt."""
 
     def __init__(self) -> None:
         columns = ("image", "region", "caption", "score", "iou", "box")
@@ -585,7 +575,7 @@ class CaptionTable:
 
     def __exit__(self, *error: object) -> None:
         if self.table.rows:
-            with suppress(BrokenPipeError):  # the files of the run are finished all the same
+            with suppress(BrokenPipeError):  # the files of the run are finished regardless
                 print_table(self.table)
 
     def add(self, path: Path, image: Image, captions: Sequence[Caption]) -> None:
@@ -600,7 +590,7 @@ class CaptionTable:
 
 
 def _check_pipes(images: Sequence[str], other_inputs: Sequence[str | Path], is_sharded: bool, resume: bool) -> None:
-    """Raises ValueError for a pipe that would have to be read twice, or by another process."""
+    """Raise ValueError for a pipe that would have to be read twice, or by another process."""
     from sca.io.json import DESCRIPTOR_PATH_PATTERN
 
     check_pipes([*images, *other_inputs])
@@ -611,7 +601,7 @@ def _check_pipes(images: Sequence[str], other_inputs: Sequence[str | Path], is_s
 
 
 def _check_image_prefix(prefix: str, formats: Sequence[str], paths: Iterable[Path]) -> None:
-    """Raises ValueError for a prefix that nothing is written with, and for an image that it cannot lead to."""
+    """Raise ValueError for a prefix that no format uses, and for an image that it cannot lead to."""
     from sca.io.image_names import add_image_prefix
     from sca.output.formats import LABEL_STUDIO
 
@@ -622,7 +612,7 @@ def _check_image_prefix(prefix: str, formats: Sequence[str], paths: Iterable[Pat
 
 
 def _parse_formats(format: str | None, out: str) -> tuple[str, ...]:
-    """The formats that are asked for, checked against where they shall go."""
+    """Return the requested formats, checked against the output."""
     from sca.output.formats import OUTPUT_FORMATS
 
     if format is None:
@@ -638,7 +628,7 @@ def _parse_formats(format: str | None, out: str) -> tuple[str, ...]:
 
 
 def _check_region_options(listed: bool, prompts: bool, everything: bool, everything_flags: dict[str, Any]) -> None:
-    """Raises ValueError unless regions are listed, in a prompts file, or to be found."""
+    """Raise ValueError unless regions are listed, in a prompts file, or to be found."""
     if listed and prompts:
         raise ValueError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
     if everything and (listed or prompts):
@@ -656,7 +646,7 @@ def _check_region_options(listed: bool, prompts: bool, everything: bool, everyth
 
 
 def _collect_settings(command_options: Mapping[str, Any], input_files: Iterable[str | Path]) -> dict[str, Any]:
-    """What determines the captions of an image: the options of a command, and the content of the files it reads."""
+    """Return the settings that determine the captions: the command's options, and the content of the files it reads."""
     from sca.io.run_folder import compute_file_hash
 
     recorded = {

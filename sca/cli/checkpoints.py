@@ -52,7 +52,7 @@ def pull(
         except TrustError as error:
             print_stderr(f"its tokenizer was not fetched: {error}")
             continue
-        if tokenizer:  # a published checkpoint has its language model's tokenizer elsewhere
+        if tokenizer:  # a published checkpoint has the tokenizer of its language model elsewhere
             fetch_and_pin(tokenizer, include_weights=False)
 
 
@@ -204,7 +204,7 @@ def export(
 
 
 def _find_weight_sources(name: str) -> list[tuple[str, str | None, str]]:
-    """The hub ids of what a name stands for, each with its revision and with what the names of its files begin with."""
+    """Return the Hub ids of a name, each with its revision and the prefix of its files."""
     from sca_registry import REGISTRIES, zoo
     from sca_registry.errors import make_unknown_name_error
 
@@ -233,7 +233,7 @@ def _find_weight_sources(name: str) -> list[tuple[str, str | None, str]]:
 
 
 def _make_part(kind: str, name: str, fallback_name: str) -> object:
-    """A registered name, or a folder or hub id as the weights of the component `fallback_name`."""
+    """Build a registered component, or `fallback_name` with weights from a folder or Hub id."""
     from sca_registry import get_registry
     from sca_registry.spec import Part
 

@@ -1,4 +1,4 @@
-"""`sca compare` and `sca report`: compare predictions files, and write a page of them."""
+"""`sca compare` and `sca report`: compare predictions files, and write an HTML report of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SortBy = Annotated[
         help="Score to rank regions by. Defaults to the most informative one available.", rich_help_panel="Metrics"
     ),
 ]
-ASSIGNMENT_PATTERN = re.compile(r"[\w.-]*\w\s*=")  # no path that begins with ./
+ASSIGNMENT_PATTERN = re.compile(r"[\w.-]*\w\s*=")  # does not match paths that begin with ./
 
 
 def compare(
@@ -87,7 +87,7 @@ def report(
 
 
 def _parse_metric_options(options: Sequence[str]) -> dict[str, Any]:
-    """Read the `key=value` options of scores; no dataset, proposer or model has options here."""
+    """Parse the `key=value` options of metrics; this command has no options of datasets, proposers or models."""
     from sca_registry.errors import make_unknown_name_error
 
     for option in options:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sca.io.annotations.annotation import SkipCounter
     from sca.output.captioned import CaptionedImage
 
-MAX_PRINTED_ERRORS = 10  # records that cannot be read and are named
+MAX_PRINTED_ERRORS = 10  # maximum number of unreadable records to print
 ImageRoot = Annotated[
     Path | None,
     typer.Option(
@@ -138,7 +138,7 @@ def view(
 
 
 class RejectionReporter:
-    """Name the first records that cannot be read, and count all."""
+    """Prints the first unreadable records, and counts all."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -149,7 +149,7 @@ class RejectionReporter:
             print_stderr(str(error))
 
     def finish(self) -> None:
-        """Say how many there are, and end with status 1 if there are any."""
+        """Print the total, and exit with status 1 if it is not 0."""
         if self.count:
             print_stderr(f"left out {format_count(self.count, 'record')} that cannot be used; correct the file")
             raise typer.Exit(1)
@@ -163,7 +163,7 @@ def _read_captioned_images(
     rejections: RejectionReporter,
     is_written: bool = False,
 ) -> Iterator[CaptionedImage]:
-    """Captions, their images named without the prefix; a prefix that is neither there nor `is_written` is a remark."""
+    """Yield captioned images named without the prefix; warn if it is neither found nor `is_written`."""
     from sca.io.image_names import remove_image_prefix
     from sca.io.images import format_path
     from sca.output.reader import read_captions
@@ -178,7 +178,7 @@ def _read_captioned_images(
 
 
 def _list_image_roots(image_root: Path | None, captions: Iterable[Path]) -> list[Path]:
-    """The folders that images may be named in."""
+    """List the folders that image names may be relative to."""
     caption_folders = [
         path if path.is_dir() else path.parent for path in captions if not DESCRIPTOR_PATH_PATTERN.fullmatch(str(path))
     ]

@@ -56,7 +56,7 @@ def export(
 
 
 def _report_splits(dataset: str, datasets_by_split: Mapping[str, Any]) -> None:
-    """Report what each split contains. Raises EmptyDatasetError if none has an image."""
+    """Report the contents of each split; raise EmptyDatasetError if all are empty."""
     from sca.cli.options import print_stderr
     from sca.data.summary import check_dataset_not_empty, summarize_dataset
 
@@ -69,7 +69,7 @@ def _report_splits(dataset: str, datasets_by_split: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _exit_if_empty() -> Iterator[None]:
-    """Exit with status 1 where a dataset has nothing to write."""
+    """Exit with status 1 if a dataset has nothing to write."""
     from sca.cli.options import print_stderr
     from sca.data.summary import EmptyDatasetError
 

@@ -1,4 +1,4 @@
-"""`sca demo`: the web demo."""
+"""`sca demo`: run the web demo."""
 
 from __future__ import annotations
 

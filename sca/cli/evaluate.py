@@ -1,4 +1,4 @@
-"""`sca evaluate` and `sca score`: score a model on a dataset, and a predictions file."""
+"""`sca evaluate` and `sca score`: evaluate a model on a dataset, and score a predictions file."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def evaluate(
             )
         ]
         protocol = None
-    reports = [report for report in reports if report is not None]  # only one of several processes has them
+    reports = [report for report in reports if report is not None]  # with several processes, only one has them
     if as_json and reports:
         report_dicts = [report.to_dict() for report in reports]
         print_json(report_dicts if protocol else report_dicts[0])
@@ -195,7 +195,11 @@ def parse_evaluation_options(
     proposer: str | None = None,
     table_names: Sequence[str] = ("generation", "proposer"),
 ) -> dict[str, Any]:
-    """`key=value` by what it is an option of: the dataset, the scores, or one of `table_names` (kind.key=value)."""
+    """Parse `key=value` options and group them: dataset, metrics, or one of `table_names` (kind.key=value).
+
+    Raises:
+        ValueError: An option is malformed.
+    """
     from sca_registry import datasets, metrics, proposers
     from sca_registry.overrides import parse_assignment
 
@@ -340,7 +344,7 @@ def split_names(names: str) -> list[str]:
 
 
 def _get_process_device(device: str) -> str:
-    """Under a launcher each process has a GPU of its own."""
+    """Return the device of this process: under a launcher, each process has its own GPU."""
     import os
 
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device

@@ -61,7 +61,7 @@ def list_names(
 
 
 def _build_table(rows: Sequence[Mapping[str, Any]], long: bool) -> Table:
-    """Return a table of the components of one kind; columns without any content are left out."""
+    """Return a table of the components of one kind, without empty columns."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "name": lambda row: row["name"],
         "parameters": lambda row: f"{row['parameters']:,}" if row["parameters"] else "",
@@ -83,7 +83,7 @@ def _build_table(rows: Sequence[Mapping[str, Any]], long: bool) -> Table:
 
 
 def _format_count(count: int | None) -> str:
-    """Return a count with a unit: 19.1 M."""
+    """Format a count with a unit: 19.1 M."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count and count >= size:
             return f"{count / size:.1f} {unit}"
@@ -126,14 +126,14 @@ def _print_facts(facts: dict[str, Any]) -> None:
 
 
 def print_version(is_requested: bool) -> None:
-    """For --version, which ends the command."""
+    """Print the version and exit (--version)."""
     if is_requested:
         print_line(f"sca {_get_builtin_facts()['version']}")
         raise typer.Exit()
 
 
 def _resolve_kind(name: str) -> str:
-    """The plural of a kind. Raises RegistryError, with the closest, for a word that is none."""
+    """Return the plural of a kind; raise RegistryError, with the closest one, if it is unknown."""
     from sca_registry.contracts import COMPONENT_KINDS
     from sca_registry.errors import make_unknown_name_error
 
@@ -160,7 +160,7 @@ def _collect_rows(kind: str) -> list[dict[str, Any]]:
 
 
 def _describe_part(kind: str, name: str) -> dict[str, Any]:
-    """The facts of a part; one of this package is read and not imported, a plugin is tried."""
+    """Return the facts of a component. Built-in components are read without an import; plugins are loaded."""
     from sca_registry.plugins import BUILTIN_DISTRIBUTION
     from sca_registry.static_options import read_source_options
 
@@ -184,7 +184,7 @@ def _describe_part(kind: str, name: str) -> dict[str, Any]:
 
 
 def _entry_to_dict(entry: Any) -> dict[str, Any]:
-    """An entry as plain JSON: options that are not are written as Python writes them."""
+    """Convert an entry to plain JSON; options that JSON cannot represent are written as Python literals."""
     facts = asdict(entry)
     facts["options"] = {key: _convert_to_json_value(value) for key, value in facts["options"].items()}
     return facts
@@ -204,7 +204,7 @@ def _describe_zoo_model(name: str) -> dict[str, Any]:
 
 
 def _describe_model(name: str) -> dict[str, Any]:
-    """Return the facts of a named model and its parts, or of a checkpoint folder or the folder of a training run."""
+    """Return the facts of a model and its components, by name, checkpoint folder or run folder."""
     from sca_registry import RegistryError, zoo
 
     if name in zoo.list_names():

@@ -1,4 +1,4 @@
-"""Options that several commands share, their checks, and printing to the terminal."""
+"""Options shared by several commands, their checks, and printing to the terminal."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ OUTPUT_FORMATS_HELP = "jsonl, coco, parquet, geojson, label-studio, labelme, png
 
 
 class PanelCommand(TyperCommand):
-    """A command whose help lists the options of each panel in a section of its own, in plain text."""
+    """Command whose help lists the options of each panel in a section of its own, in plain text."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -88,15 +88,15 @@ class PanelCommand(TyperCommand):
 
 
 def parse_input_path(text: str) -> Path:
-    """Parse the name of a file to read; `-` is standard input."""
+    """Parse the name of an input file; `-` is standard input."""
     return Path(STDIN_PATH if text == "-" else text)
 
 
 def check_pipes(paths: Sequence[str | Path]) -> None:
-    """Refuse to read a pipe, such as standard input, twice.
+    """Check that no pipe, such as standard input, would be read twice.
 
     Raises:
-        ValueError: If a pipe is named twice.
+        ValueError: A pipe is named twice.
     """
     for path, count in Counter(str(path) for path in paths if DESCRIPTOR_PATH_PATTERN.fullmatch(str(path))).items():
         if count > 1:
@@ -104,7 +104,7 @@ def check_pipes(paths: Sequence[str | Path]) -> None:
 
 
 def check_option_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    """Raises RegistryError, with the closest choice, unless the value is one of them."""
+    """Raise RegistryError, with the closest choice, unless the value is one of the choices."""
     if value not in choices:
         from sca_registry.errors import make_unknown_name_error
 
@@ -112,7 +112,7 @@ def check_option_choice(option: str, value: str, choices: Sequence[str]) -> None
 
 
 def check_dtype(dtype: str | None) -> str | None:
-    """Return a data type of weights; raises RegistryError, with the closest, for another one."""
+    """Check and return a weight dtype; raise RegistryError, with the closest one, if it is unknown."""
     if dtype is not None:
         check_option_choice("dtype", dtype, DTYPES)
     return dtype
@@ -129,7 +129,7 @@ Dtype = Annotated[
 
 
 def parse_part_options(kind: str, name: str, assignments: Sequence[str]) -> dict[str, Any]:
-    """The `key=value` options of one part, by its kind and name."""
+    """Parse the `key=value` options of one component, by its kind and name."""
     from sca_registry import get_registry
     from sca_registry.overrides import parse_assignments
 
@@ -137,7 +137,7 @@ def parse_part_options(kind: str, name: str, assignments: Sequence[str]) -> dict
 
 
 def print_stderr(message: str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     print(escape_terminal(f"sca: {' '.join(message.split())}"), file=sys.stderr, flush=True)
 
 
@@ -152,7 +152,7 @@ def print_document(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    r"""Print JSON on standard output: the exact value, with \u escapes for what a terminal would act on."""
+    r"""Print JSON on standard output: exact values, with \u escapes for characters that a terminal would interpret."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     print(
         re.sub(UNSAFE_PATTERN, lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text),
@@ -161,7 +161,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Print a table on standard output; where that is no terminal, lines are wide enough to be searched."""
+    """Print a table on standard output; without a terminal, it is at least 200 columns wide for searching."""
     from rich.console import Console
 
     console = Console()

@@ -61,7 +61,7 @@ def plan(
     from sca.plan_cache import resolve_gpu_memory
 
     if gpu is not None:
-        resolve_gpu_memory(gpu)  # raises for an unknown one
+        resolve_gpu_memory(gpu)  # raises for an unknown GPU
     workload = {
         "images": batch_size,
         "regions": regions_per_image,
@@ -79,7 +79,7 @@ def plan(
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """In so short a process collecting garbage takes an eighth of the time and frees little."""
+    """Disable garbage collection, which takes an eighth of the time of this short process and frees little."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -97,7 +97,7 @@ def _load_or_compute_plan(
     workload: dict[str, Any],
     dtype: str,
 ) -> Plan:
-    """The plan of a model, from the cache if the same was planned before."""
+    """Return the plan of a model, from the cache if it was computed before."""
     from sca.plan_cache import compute_plan_key, read_plan, write_plan
 
     spec = _resolve_spec(model, trust_remote_code, allow_external).apply_overrides(overrides)
@@ -115,7 +115,7 @@ def _load_or_compute_plan(
 
 
 def _resolve_spec(model: str, trust_remote_code: bool, allow_external: bool) -> ModelSpec:
-    """The spec of what was named. Raises RegistryError for what is none of these."""
+    """Return the spec of a model; raise RegistryError if the name is unknown."""
     from sca_registry import zoo
     from sca_registry.errors import make_unknown_name_error
     from sca_registry.spec import ModelSpec

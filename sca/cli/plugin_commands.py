@@ -1,7 +1,7 @@
 """Commands of `sca` that installed distributions add through the entry-point group `sca_commands`.
 
-An entry point names a typer app or a function, or a card file with the help line of each. Nothing is imported before a
-command is used, so that a broken one affects no other.
+An entry point names a typer app or function, or a card file with the help line of each command. Nothing is imported
+before a command is used, so that a broken one affects no other.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ COMMAND_GROUP = "sca_commands"
 
 
 class PluginCommand(TyperCommand):
-    """The help line of a command that is not imported yet."""
+    """Help line of a command that is not imported yet."""
 
 
 class CommandGroup(TyperGroup):
-    """The commands of this package, and after them those of other distributions under other names."""
+    """Commands of this package, followed by those of other distributions under other names."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         self._add_plugins()
@@ -51,7 +51,7 @@ def find_plugin_commands() -> Mapping[str, Sequence[Offer]]:
 
 
 def find_command_problem(name: str, offers: Sequence[Offer]) -> str:
-    """Return why a command cannot be used, as far as metadata show it, or ""."""
+    """Return why a command cannot be used, as far as its metadata show, or ""."""
     if len(offers) > 1:
         return f"the command {name!r} is offered by {' and '.join(str(each.origin) for each in offers)}; uninstall one"
     (offer,) = offers
@@ -62,7 +62,7 @@ def load_plugin_command(name: str) -> Any:
     """Import a command of another distribution.
 
     Raises:
-        ValueError: It cannot be used or imported; one line with the distribution.
+        ValueError: The command cannot be used or imported; the message names the distribution.
     """
     offers = find_plugin_commands()[name]
     if problem := find_command_problem(name, offers):
@@ -72,7 +72,7 @@ def load_plugin_command(name: str) -> Any:
     try:
         command = getattr(import_module(module), attribute)
         return _make_command(name, command)
-    except (Exception, SystemExit) as error:  # other people's code may raise anything
+    except (Exception, SystemExit) as error:  # third-party code may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"the command {name!r} of {offer.origin} cannot be loaded: {reason}; update it") from error
 

@@ -127,7 +127,7 @@ def doctor(
 
 
 def _print_packages(entries: Sequence[RegistryEntry]) -> None:
-    """Print each package with the states of its components; of those that are built in and ok, the count."""
+    """Print each package with the states of its components; for built-in components that are ok, only their count."""
     from sca_registry.plugins import BUILTIN_DISTRIBUTION
 
     packages: dict[str, list[RegistryEntry]] = {}
@@ -156,7 +156,7 @@ def _print_section(title: str, lines: Collection[str]) -> None:
 
 
 def _suggest_repair(distribution: str) -> str:
-    """The line that mends a package, or where it lies if it is at work here."""
+    """Return the command that repairs a package, or the path of its source if it was installed from a folder."""
     from importlib import metadata
 
     from sca_registry.plugins import BUILTIN_DISTRIBUTION
@@ -173,7 +173,7 @@ def _suggest_repair(distribution: str) -> str:
 
 
 def _find_unknown_groups() -> list[str]:
-    """Entry-point groups that are meant for this package and that it does not read."""
+    """Return entry-point groups that seem meant for this package but are not read by it."""
     from importlib.metadata import distributions
 
     from sca_registry.contracts import COMPONENT_KINDS
@@ -192,7 +192,7 @@ def _find_unknown_groups() -> list[str]:
 
 
 def _find_command_problems() -> list[str]:
-    """Find the commands of plugins that cannot be used; nothing is imported."""
+    """Return the problems of plugin commands that cannot be used; nothing is imported."""
     from sca.cli import app
     from sca.cli.plugin_commands import find_command_problem, find_plugin_commands
 
@@ -209,7 +209,7 @@ def _find_command_problems() -> list[str]:
 
 
 def _collect_environment() -> list[tuple[str, str]]:
-    """Python, the packages that all stands on, and what there is to compute on."""
+    """Return the versions of Python and the main packages, and the available compute devices."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 

@@ -1,4 +1,4 @@
-"""`sca serve`: captions over HTTP."""
+"""`sca serve`: serve captions over HTTP."""
 
 from __future__ import annotations
 

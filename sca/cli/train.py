@@ -57,7 +57,7 @@ def train(
     if num_processes > 1 and "RANK" not in os.environ:
         compute_images_per_process(loaded_recipe.train, num_processes)
         compute_regions_per_process(loaded_recipe.train, num_processes)
-        check_recipe(loaded_recipe, **trust_options)  # reports a mistake once, before any process is started
+        check_recipe(loaded_recipe, **trust_options)  # report a mistake once, before any process starts
         flag_values = {"--quiet": quiet, "--trust-remote-code": trust_remote_code, "--allow-external": allow_external}
         flag_values |= {"--overwrite": overwrite}
         options = ["--resume" if resume else "--no-resume", *(flag for flag, is_set in flag_values.items() if is_set)]
@@ -71,5 +71,5 @@ def train(
         )
     if is_main_process:
         print_document(model.summarize_parameters())
-        model_folder = os.path.join(folder, "model")  # with a separator, also of "."
+        model_folder = os.path.join(folder, "model")  # with a separator, even for "."
         print_line(f"wrote {model_folder}; use it with: sca caption IMAGE --model {model_folder}")

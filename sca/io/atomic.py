@@ -227,7 +227,7 @@ def make_write_error(path: Path | str, error: OSError) -> OutputError:
 
 
 def _is_replaceable_file(path: Path) -> bool:
-    """Return whether a file exists at `path`; raise OSError for a folder or a device, which a rename must not replace."""
+    """Return whether a file exists at `path`; raise OSError for a folder or a device, which must not be replaced."""
     if not path.name:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     try:

@@ -175,7 +175,7 @@ def remove_image_prefix(name: str, prefix: str) -> str:
 
 
 class _NameInterpretation(NamedTuple):
-    """Path with `/`, and whether it must stay below the roots: only a literal `..` may leave a root, not a decoded one."""
+    """Path with `/`, and whether it must stay below the roots: only a literal `..` may leave them."""
 
     path: str
     is_confined: bool = False

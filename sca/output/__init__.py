@@ -1,1 +1,1 @@
-"""Captions written to and read from files, and the viewer."""
+"""Write and read caption files, and render the viewer."""

@@ -1,4 +1,4 @@
-"""What a run over many images has done, so that the same command goes on after whatever ended it."""
+"""Journal of a run over many images, so that the same command resumes after any interruption."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ CAPTION_JOURNAL_NAME = "captions.journal"
 
 
 class CaptionJournal:
-    """`captions.journal` in a run folder: its first line is the run, and each other line an image that is captioned.
+    """Journal `captions.journal` in a run folder.
 
-    It is removed when the run has finished. `completed` contains the images of the journal that is continued, by name.
+    Its first line describes the run; each other line is a captioned image. The file is removed when the run has
+    finished. `completed` contains the images of a resumed journal, by name.
 
     Args:
-        folder: The run folder.
+        folder: Run folder.
         run_options: Options that the captions depend on.
-        resume: Continue with the journal that exists, instead of replacing it.
+        resume: Continue with the existing journal instead of replacing it.
 
     Raises:
         InputError: The journal to resume is damaged.
-        OtherRunError: It is of a run with other options.
+        DifferentRunError: The journal belongs to a run with other options.
     """
 
     def __init__(self, folder: Path, run_options: Mapping[str, str], resume: bool):
@@ -54,7 +55,7 @@ class CaptionJournal:
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
         if path in self.completed:
             return
-        if self._file is None:  # until there is something new, an older journal stays
+        if self._file is None:  # keep an older journal until there is a new image
             self._open_file()
         records = [caption_to_record(path, image, caption) for caption in captions]
         self._file.append({"image": path, "width": image.width, "height": image.height, "captions": records})
@@ -77,7 +78,7 @@ class CaptionJournal:
             self._file.append(self._run_options)
 
     def _read_entries(self) -> None:
-        """Read the images of the journal that exists."""
+        """Read the images of the existing journal."""
         for line_number, entry in enumerate(journal.read_journal(self._path), 1):
             if line_number == 1:
                 check_same_run(self._path, entry, self._run_options)
@@ -87,7 +88,7 @@ class CaptionJournal:
 
 
 def count_journal_images(folder: Path) -> int:
-    """The number of images that an unfinished run in a folder has captioned."""
+    """Return the number of images captioned by an unfinished run in a folder."""
     return max(0, sum(1 for _ in journal.read_journal(folder / CAPTION_JOURNAL_NAME)) - 1)
 
 
@@ -101,20 +102,23 @@ def open_caption_journal(
     resume: bool,
     overwrite: bool,
 ) -> Iterator[CaptionJournal]:
-    """Open the folder of a captioning run, and the journal in it, which is removed when the run has finished.
+    """Open the folder of a captioning run and its journal, which is removed when the run has finished.
 
     Args:
-        path: The folder.
-        settings: What determines the captions. A resumed run may have other `images`.
-        formats: What is written.
+        path: Folder.
+        settings: Settings that determine the captions. A resumed run may have other `images`.
+        formats: Output formats.
         inputs: Files that the run reads.
-        resume: Continue an unfinished run.
+        resume: Resume an unfinished run.
         overwrite: Replace an earlier run.
+
+    Yields:
+        The journal.
 
     Raises:
         OutputError: The folder must not be written.
         InputError: The journal to resume is damaged.
-        OtherRunError: It is of a run with other settings.
+        DifferentRunError: The folder contains a run with other settings.
     """
     with RunFolder(path, "caption", (*list_output_patterns(OUTPUT_FORMATS), CAPTION_JOURNAL_NAME)) as folder:
         previous_run = folder.last_run
@@ -136,7 +140,6 @@ def open_caption_journal(
             is_finished = True
         finally:
             caption_journal.close(is_finished)
-            if is_finished or (
-                previous_run and previous_run.finished and not caption_journal.has_new_images
-            ):  # the earlier files are unchanged
+            # Without new images, the files of a finished earlier run are unchanged.
+            if is_finished or (previous_run and previous_run.finished and not caption_journal.has_new_images):
                 folder.finish()

@@ -1,4 +1,4 @@
-"""Images with captions, as files record them."""
+"""Captioned images as recorded in files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sca.io.warnings_once import warn_once
 
 
 class ImageSize(NamedTuple):
-    """Of a picture that need not be opened."""
+    """Size of an image that is not opened."""
 
     width: int
     height: int
@@ -30,8 +30,9 @@ class ImageSize(NamedTuple):
 
 
 class CaptionedImage(NamedTuple):
-    """An image, as its records name it, with its captions in order; `embedded` opens the image that its file contains,
-    where the image's own file does not exist.
+    """Image by its recorded name, with its captions in order.
+
+    `embedded` opens the image embedded in the file, if the image file does not exist.
     """
 
     image: str
@@ -41,13 +42,13 @@ class CaptionedImage(NamedTuple):
     embedded: Callable[[], Image.Image] | None = None
 
     def open(self, roots: Sequence[Path]) -> Image.Image:
-        """Open the image, resized to `size` if its file was resized since.
+        """Open the image, resized to `size` if its file was resized after captioning.
 
         Args:
-            roots: Folders that the image's name may start from.
+            roots: Folders that the name may start from.
 
         Raises:
-            InputError: It cannot be opened, or its aspect ratio is not that of `size`.
+            InputError: The image cannot be opened, or its aspect ratio differs from that of `size`.
         """
         path = resolve_image_path(self.image, roots)
         image = self.embedded() if self.embedded and not path.exists() else open_image(path)
@@ -55,15 +56,15 @@ class CaptionedImage(NamedTuple):
 
 
 def resize_to_recorded(image: Image.Image, size: ImageSize, name: str) -> Image.Image:
-    """Return an image in the size that its captions record.
+    """Resize an image to the size that its captions record.
 
     Args:
-        image: The image as it is now.
-        size: What the captions record.
-        name: Of the image, for messages.
+        image: Image in its present size.
+        size: Recorded size.
+        name: Name of the image in messages.
 
     Raises:
-        InputError: The aspect ratios differ; names both sizes.
+        InputError: The aspect ratios differ; the message names both sizes.
     """
     if image.size == size:
         return image
@@ -82,15 +83,15 @@ def resize_to_recorded(image: Image.Image, size: ImageSize, name: str) -> Image.
 def merge_images(
     captioned: Iterable[CaptionedImage], roots: Sequence[Path], reject: RejectCallback = raise_error
 ) -> dict[str, CaptionedImage]:
-    """Merge the captions of each image file, in whatever spelling and however often it occurs.
+    """Merge the captions of each image file, across spellings and repetitions.
 
     Args:
         captioned: Images, in order.
-        roots: Folders that names of images may start from.
-        reject: Called for an image that states another size than before.
+        roots: Folders that image names may start from.
+        reject: Called for an image with another size than before.
 
     Returns:
-        The images by the first names of their files; captions that are added get region numbers of their own.
+        The images by the first name of each file. Added captions are renumbered.
     """
     files = ImageNameResolver(partial(resolve_image_path, roots=roots))
     merged: dict[str, CaptionedImage] = {}

@@ -1,4 +1,4 @@
-"""COCO JSON, written and read: instances with captions, in one file that `pycocotools.coco.COCO` loads."""
+"""Write and read COCO JSON: instances with captions in one file that `pycocotools.coco.COCO` loads."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ REGION_CATEGORY = {"id": 1, "name": "region", "supercategory": ""}
 
 
 class CocoWriter:
-    """Annotations go to disk as they come; the file has its name when it is closed.
+    """Writer of a COCO file. Annotations are written as they arrive; the file is renamed to its final name on close.
 
-    Images and annotations are numbered from 1. An annotation has what COCO's instances and captions have, and `score`
-    and `region_id` (the index of the prompt in the request). `bbox` is x, y, width, height. A region without a mask has
-    its box as a polygon, as pycocotools does for results that are boxes, and `isbox` 1, so that it is no mask when it
-    is read again; one with neither has an empty `bbox` and no polygon.
+    Images and annotations are numbered from 1. An annotation has the fields of COCO's instances and captions, `score`
+    and `region_id` (the index of the prompt in the request). `bbox` is x, y, width, height.
+
+    A region without a mask has its box as a polygon, as in pycocotools results that are boxes. Its `isbox` is 1, so
+    that readers do not treat it as a mask. A region with neither has an empty `bbox` and no polygon.
     """
 
     def __init__(self, path: Path, model: str | None = None):
@@ -54,7 +55,7 @@ class CocoWriter:
         self._images.append({"id": image_id, "file_name": path, "width": image.width, "height": image.height})
 
     def close(self, finished: bool = True) -> None:
-        """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
+        """Finish the file with the completed images. An unfinished run leaves an older file unchanged."""
         end = f'],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps([REGION_CATEGORY])}}}\n'
         close_document(self._file, end, bool(self._images), finished)
 
@@ -85,7 +86,7 @@ def _make_annotation(
 def read_coco(
     content: Mapping[str, Any], path: Path, skip: SkipCounter, roots: Sequence[Path], reject: RejectCallback
 ) -> Iterator[CaptionedImage]:
-    """Read the images of a COCO file, also where several records name one file."""
+    """Read the images of a COCO file; several records may name one file."""
     records_by_image_id: dict[Any, list[tuple[str, Any]]] = {}
     info = content.get("info")
     model = info.get("model") if isinstance(info, dict) else None

@@ -1,4 +1,4 @@
-"""Colors that tell regions apart on any picture."""
+"""Colors that distinguish regions on any image."""
 
 REGION_COLORS = (
     (230, 57, 70),
@@ -16,11 +16,11 @@ INSIDE_COLOR, OUTSIDE_COLOR = (0, 170, 60), (220, 30, 40)  # points with label 1
 
 
 def get_region_color(index: int) -> tuple[int, int, int]:
-    """The color of the region at this place."""
+    """Return the RGB color of a region by its index."""
     return REGION_COLORS[index % len(REGION_COLORS)]
 
 
 def choose_text_color(background: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Black or white, whichever is easier to read on it."""
+    """Return black or white, whichever has more contrast."""
     red, green, blue = background
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 122 else (255, 255, 255)

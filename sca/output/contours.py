@@ -1,4 +1,4 @@
-"""The edge of a mask: as an SVG path, and as polygons."""
+"""Mask contours as an SVG path and as polygons."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from sca.io import masks
 from sca.io.errors import InputError
 
-Ring = list[list[int]]  # corners [x, y], the first not again at the end
-MAX_OUTLINE_STEPS = 800  # the longest side of a mask's box in steps; a larger mask is drawn coarser
+Ring = list[list[int]]  # corners [x, y]; the first is not repeated at the end
+MAX_OUTLINE_STEPS = 800  # maximum longest side of a mask's box in steps; a larger mask is drawn coarser
 
 
 def mask_to_svg_path(mask: np.ndarray) -> str:
-    """(height, width) mask -> path data along the edges of its pixels, in image pixels, for the even-odd rule."""
+    """Convert a (height, width) mask to SVG path data along its pixel edges, in image pixels, for the even-odd rule."""
     box = masks.mask_to_box(mask)
     if box is None:
         return ""
@@ -25,9 +25,9 @@ def mask_to_svg_path(mask: np.ndarray) -> str:
 
 
 def mask_to_polygons(mask: np.ndarray) -> list[list[Ring]]:
-    """(height, width) mask -> polygons along the edges of its pixels: of each its outer ring, then its holes.
+    """Convert a (height, width) mask to polygons along its pixel edges: each is an outer ring followed by its holes.
 
-    A polygon is of the pixels that touch by an edge, and valid as in OGC's simple features: no ring crosses or touches
+    A polygon covers pixels connected by edges, and is valid as in OGC's simple features: no ring crosses or touches
     itself, outer rings turn from x to y, holes the other way.
     """
     box = masks.mask_to_box(mask)
@@ -41,7 +41,7 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[Ring]]:
     outer: list[list[Ring]] = []
     holes: list[tuple[int, int, Ring]] = []
     for ring in rings:
-        x, y = min(ring, key=lambda corner: (corner[1], corner[0]))  # of the pixel in the ring's uppermost corner
+        x, y = min(ring, key=lambda corner: (corner[1], corner[0]))  # of the pixel at the ring's uppermost corner
         oriented_ring = ring if (_compute_signed_area(ring) > 0) == mask[y, x] else ring[::-1]
         if mask[y, x]:
             outer.append([oriented_ring])
@@ -55,9 +55,10 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[Ring]]:
 
 
 def rings_to_mask(rings: Sequence[Ring], width: int, height: int) -> np.ndarray:
-    """The mask (height, width) bool inside of rings with whole corners and edges along the axes, by the even-odd rule.
+    """Convert rings with integer corners and axis-aligned edges to a (height, width) bool mask, by the even-odd rule.
 
-    InputError for other rings.
+    Raises:
+        InputError: A ring has other corners or edges.
     """
     crossings = np.zeros((height + 1, width + 1), bool)
     for ring in rings:
@@ -75,7 +76,7 @@ def rings_to_mask(rings: Sequence[Ring], width: int, height: int) -> np.ndarray:
 
 
 def _iter_rings(mask: np.ndarray, box: tuple[int, ...], step: int) -> Iterator[Ring]:
-    """Every closed edge, corner by corner, in steps of so many pixels."""
+    """Yield every closed contour, corner by corner, with steps of `step` pixels."""
     left, top, right, bottom = box
     pixels = mask[top:bottom, left:right]
     for axis in (0, 1):
@@ -86,9 +87,9 @@ def _iter_rings(mask: np.ndarray, box: tuple[int, ...], step: int) -> Iterator[R
 
 
 def _find_corners(padded: np.ndarray) -> np.ndarray:
-    """(K, 4): x, y where the edge turns, and which comes first of two in one place: across, and down.
+    """Return corners (K, 4): x, y, and the order of two corners at one place, horizontally and vertically.
 
-    Where two pixels touch by a corner only, both turn there, each around its own pixel.
+    If two pixels touch only at a corner, both contours turn there, each around its own pixel.
     """
     pixels = np.stack([padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]])
     y, x = np.nonzero(np.logical_xor.reduce(pixels))
@@ -96,14 +97,14 @@ def _find_corners(padded: np.ndarray) -> np.ndarray:
     simple_corners = np.stack([x, y, zeros, zeros], 1)
     is_diagonal = (pixels[0] == pixels[3]) & (pixels[1] == pixels[2]) & (pixels[0] != pixels[1])
     y, x = np.nonzero(is_diagonal)
-    is_left_above = pixels[0][y, x].astype(x.dtype)  # whether it is the pixel on the left that is above
+    is_left_above = pixels[0][y, x].astype(x.dtype)  # whether the upper pixel is the left one
     left_corners = np.stack([x, y, np.zeros_like(x), 1 - is_left_above], 1)
     right_corners = np.stack([x, y, np.ones_like(x), is_left_above], 1)
     return np.concatenate([simple_corners, left_corners, right_corners])
 
 
 def _pair_corners(corners: np.ndarray, axis: int) -> list[int]:
-    """The other end of each corner's edge: along a line, corners are its edges' ends in pairs."""
+    """Return the other end of each corner's edge: along a line, corners are the ends of edges in pairs."""
     pairs = np.lexsort((corners[:, 2 + axis], corners[:, axis], corners[:, 1 - axis])).reshape(-1, 2)
     partners = np.empty(len(corners), np.int64)
     partners[pairs] = pairs[:, ::-1]
@@ -113,7 +114,7 @@ def _pair_corners(corners: np.ndarray, axis: int) -> list[int]:
 def _trace_rings(
     corners: list[list[int]], horizontal_partners: list[int], vertical_partners: list[int]
 ) -> Iterator[Ring]:
-    """Follows the edges, one across and one down in turn, until every corner has been passed."""
+    """Follow horizontal and vertical edges in turn, until every corner has been visited."""
     visited = bytearray(len(corners))
     for start in range(len(corners)):
         if visited[start]:
@@ -137,7 +138,7 @@ def _ring_to_svg_path(ring: Ring) -> str:
 
 
 def _split_at_touching_corners(ring: Ring) -> Iterator[Ring]:
-    """The rings that one is made of that touches itself."""
+    """Split a ring that touches itself into simple rings."""
     path: Ring = []
     indices: dict[tuple[int, int], int] = {}
     for x, y in ring:
@@ -154,13 +155,13 @@ def _split_at_touching_corners(ring: Ring) -> Iterator[Ring]:
 
 
 def _compute_signed_area(ring: Ring) -> float:
-    """Positive if it turns from x to y."""
+    """Return the signed area of a ring, positive if it turns from x to y."""
     x, y = np.asarray(ring).T
     return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2)
 
 
 def _paint_polygons(outer: list[list[Ring]], height: int, width: int) -> np.ndarray:
-    """(height, width): of each pixel the innermost polygon around it, by its place."""
+    """Return (height, width) indices of the innermost polygon around each pixel."""
     boxes = [(np.min(ring, axis=0), np.max(ring, axis=0)) for ring, *_ in outer]
     polygon_index = np.full((height, width), -1)
     for index in sorted(range(len(outer)), key=lambda index: -np.prod(boxes[index][1] - boxes[index][0])):

@@ -1,4 +1,4 @@
-"""A page of a dataset's samples, before and after augmentation."""
+"""HTML page of dataset samples, before and after augmentation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,18 @@ def write_samples_page(
     augment: Callable[[Sample, np.random.Generator], Sample] | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write one offline HTML file: each image with its regions, and once more as `augment` changes it."""
+    """Write an offline HTML page of samples.
+
+    Args:
+        samples: Samples to show.
+        path: Output file.
+        title: Title of the page.
+        augment: Augmentation; if set, each sample is also shown augmented.
+        seed: Random seed of the augmentation.
+
+    Returns:
+        The path of the page.
+    """
     create_writable_folder(path.parent)
     page = HtmlWriter(path, title)
     try:

@@ -1,11 +1,11 @@
-"""Writing captions image after image: JSON lines, COCO, Parquet, GeoJSON, for labeling tools, pictures and pages.
+"""Write captions image by image: JSON Lines, COCO, Parquet, GeoJSON, labeling tools, drawn images and HTML.
 
-    with Writers("out", ("jsonl", "png"), model="sam-vit-b+query+gpt2-large") as writers:
-        for path, image, captions in ...:
-            writers.add(path, image, captions)
+Example:
+    >>> with MultiFormatWriter("out", ("jsonl", "png"), model="sam-vit-b+query+gpt2-large") as writer:
+    ...     for path, image, captions in results:
+    ...         writer.add(path, image, captions)
 
-Whatever ends the run, an interrupt or a full disk, the images that are done stay written and no file is left half
-written.
+If an interrupt or a full disk ends the run, the completed images stay written and no file is left incomplete.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Writer(Protocol):
 
 
 LABEL_STUDIO = "label-studio"
-_FORMAT_INFO: dict[str, tuple[str, str, Callable[..., Writer]]] = {  # where it goes, and its files
+_FORMAT_INFO: dict[str, tuple[str, str, Callable[..., Writer]]] = {  # output path, file pattern and writer
     "jsonl": ("captions.jsonl", "captions.jsonl", JsonlWriter),
     "coco": ("coco.json", "coco.json", CocoWriter),
     "parquet": ("captions.parquet", "captions.parquet", ParquetWriter),
@@ -50,20 +50,30 @@ _FORMAT_INFO: dict[str, tuple[str, str, Callable[..., Writer]]] = {  # where it 
     "html": ("captions.html", "captions.html", HtmlWriter),
 }
 OUTPUT_FORMATS = tuple(_FORMAT_INFO)
-DRAWN_FORMATS = ("png", "html")  # for which the pictures themselves are needed
+DRAWN_FORMATS = ("png", "html")  # formats that need the image pixels
 
 
 def list_output_patterns(formats: Iterable[str]) -> tuple[str, ...]:
-    """Patterns of the files that `MultiFormatWriter` writes into its folder."""
+    """List the patterns of the files that `MultiFormatWriter` writes into its folder."""
     return tuple(_FORMAT_INFO[name][1] for name in formats)
 
 
 class MultiFormatWriter:
-    """One or several formats in one folder, which is made. `ValueError` for a format that is not in `OUTPUT_FORMATS`.
+    """Writer of one or more formats into a folder, which is created.
 
-    `paths` says where each format goes: `captions.jsonl`, `coco.json`, `captions.parquet`, `captions.geojson`,
-    `label-studio.json`, `captions.html`; and for labelme and png a folder, in which each image has a file `STEM.json`
-    or `STEM.captions.png`. image_prefix: for Label Studio, which opens images by URL; see `add_image_prefix`.
+    `paths` maps each format to its output: `captions.jsonl`, `coco.json`, `captions.parquet`, `captions.geojson`,
+    `label-studio.json` or `captions.html`. For labelme and png it is a folder with one file per image, `STEM.json` or
+    `STEM.captions.png`.
+
+    Args:
+        folder: Output folder.
+        formats: Names in `OUTPUT_FORMATS`.
+        model: Name of the model to record.
+        image_prefix: URL prefix of images for Label Studio, see `add_image_prefix`.
+
+    Raises:
+        ValueError: A format is unknown.
+        OutputError: The folder or a file cannot be written.
     """
 
     def __init__(
@@ -87,21 +97,31 @@ class MultiFormatWriter:
 
     @classmethod
     def from_stream(cls, stream: TextIO | Any, model: str | None = None) -> MultiFormatWriter:
-        """JSON lines on a text stream, such as standard output; it is flushed after each image and never closed."""
+        """Create a writer of JSON Lines to a text stream, which is flushed after each image and never closed."""
         writers = cls.__new__(cls)
         writers.paths = {}
         writers._writers = [JsonlWriter(StreamSink(stream), model)]
         return writers
 
     def add(self, path: str | Path, image: Image.Image, captions: Sequence[Caption]) -> None:
-        """Writes the captions of one image, given as RGB and by the path that the records shall name."""
+        """Write the captions of one image.
+
+        Args:
+            path: Image path as it appears in the records.
+            image: RGB image.
+            captions: Captions of its regions.
+        """
         for writer in self._writers:
             writer.add(str(path), image, captions)
 
     def close(self, finished: bool = True) -> None:
-        """Completes every format; the first `OutputError` is raised when all have had their turn.
+        """Finish every format.
 
-        A run that is not `finished` and has no image leaves older files as they are.
+        Args:
+            finished: Whether the run finished. An unfinished run leaves older files unchanged.
+
+        Raises:
+            OutputError: A file cannot be written; raised after all formats were closed.
         """
         writers, self._writers = self._writers, []
         failures = []

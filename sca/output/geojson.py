@@ -1,4 +1,4 @@
-"""GeoJSON (RFC 7946) in pixels: a feature a region, whose polygons follow the edges of its mask's pixels."""
+"""Write and read GeoJSON (RFC 7946) in pixels: one feature per region, with polygons along the mask's pixel edges."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ PROPERTY_NAMES = (
 
 
 class GeoJsonWriter:
-    """One collection. Coordinates are x, y in pixels of the image, y downwards, in place of degrees.
+    """Writer of one feature collection. Coordinates are x, y in image pixels, y downward, instead of degrees.
 
-    A mask is a MultiPolygon, exact to the pixel; a box a Polygon; a region with neither has its first point.
+    A mask is a MultiPolygon, exact to the pixel; a box is a Polygon; a region with neither is its first point.
     """
 
     def __init__(self, path: Path, model: str | None = None):
@@ -44,7 +44,7 @@ class GeoJsonWriter:
         self._num_images += 1
 
     def close(self, finished: bool = True) -> None:
-        """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
+        """Finish the file with the completed images. An unfinished run leaves an older file unchanged."""
         close_document(self._file, "\n]}\n", bool(self._num_images), finished)
 
     def _make_feature(self, path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _make_geometry(caption_record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_geojson_records(content: Mapping[str, Any], path: Path, reject: RejectCallback) -> Iterator[tuple[str, Any]]:
-    """Read the records of a file, each with its place for messages; a MultiPolygon is decoded to a mask."""
+    """Yield the records of a file, each with its location for messages; MultiPolygons are converted to masks."""
     for index, feature in enumerate(read_field(content, "features", list, format_path(path))):
         location = f"{format_path(path)}, features[{index}]"
         try:

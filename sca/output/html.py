@@ -1,4 +1,4 @@
-"""The viewer: one page to browse the regions of many images, or to compare two sets of captions."""
+"""Viewer: an HTML page to browse the regions of many images, or to compare two sets of captions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sca.output.image_files import close_document
 
 
 class HtmlWriter:
-    """Write the viewer image by image; the file has its name when it is closed.
+    """Writer of the viewer, image by image; the file is renamed to its final name on close.
 
     Args:
-        path: The page.
-        title: Its title.
+        path: Output file.
+        title: Title of the page.
         has_other_captions: Whether each image has a second list of captions.
     """
 
@@ -41,10 +41,10 @@ class HtmlWriter:
         """Write an image.
 
         Args:
-            path: Its name.
-            image: The image, or anything with its width and height where it cannot be shown.
-            captions: Its captions.
-            other_captions: The captions to compare with; those of one region have the same place in both lists.
+            path: Name of the image.
+            image: Image, or any object with its width and height if it cannot be shown.
+            captions: Captions of its regions.
+            other_captions: Captions to compare with; captions of one region have the same index in both lists.
         """
         caption_lists = (
             {"regions": captions} if other_captions is None else {"regions": captions, "other": other_captions}
@@ -63,16 +63,16 @@ class HtmlWriter:
         self._num_images += 1
 
     def close(self, finished: bool = True) -> None:
-        """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
+        """Finish the page with the completed images. An unfinished run leaves an older file unchanged."""
         close_document(self._file, self._end, bool(self._num_images), finished)
 
     def discard(self) -> None:
-        """Remove what was written; an older file stays unchanged."""
+        """Remove the temporary file; an older file stays unchanged."""
         self._file.discard()
 
 
 def _caption_to_dict(caption: Caption) -> dict[str, Any]:
-    """What the page contains of a region, as JSON values; coordinates in pixels of the image."""
+    """Convert a caption to JSON values for the page; coordinates in image pixels."""
     return {
         "region": int(caption.region_id),
         "caption": replace_unprintable(caption.text),

@@ -1,4 +1,4 @@
-"""HTML pages from Jinja2 templates: one file each, which loads nothing and runs nothing but its own script."""
+"""Render HTML pages from Jinja2 templates: one file each, which loads nothing and runs only its own script."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from sca.output.colors import REGION_COLORS
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-MAX_EMBEDDED_SIDE = 1024  # a larger image is embedded with this many pixels on its longest side
-MAX_SHARP_SIDE = 256  # up to this side an image is embedded as PNG and shown without smoothing
-GENERATOR_TAG = '<meta name="generator" content="segment-caption-anything">'  # marks the pages that may be replaced
+MAX_EMBEDDED_SIDE = 1024  # longest side of an embedded image in pixels; larger images are resized
+MAX_SHARP_SIDE = 256  # up to this side, images are embedded as PNG and shown without smoothing
+GENERATOR_TAG = '<meta name="generator" content="segment-caption-anything">'  # marks pages that may be replaced
 
 
 def render_template(template: str, package: str = "sca.output", **values: Any) -> str:
-    """Render a template of a package; every page extends `page.html` of this one.
+    """Render a template of a package; every page extends `page.html` of this package.
 
-    Strings are escaped, and control characters, which HTML does not have, become spaces.
+    Strings are escaped, and control characters, which HTML does not allow, become spaces.
 
     Args:
-        template: Name of a file in the package's folder `templates`, in which its CSS and JavaScript are too.
+        template: File name in the package's folder `templates`, which also contains its CSS and JavaScript.
         package: Import name of the package.
         values: Variables of the template.
     """
@@ -60,15 +60,15 @@ def _get_environment(package: str) -> Environment:
 
 
 def replace_unprintable(value: str) -> str:
-    """Return text in which spaces replace what HTML cannot display: control characters and lone surrogates."""
+    """Replace characters that HTML cannot display by spaces: control characters and lone surrogates."""
     return value if value.isprintable() else "".join(c if c.isprintable() or c == "\n" else " " for c in value)
 
 
 def check_page_path(path: Path, inputs: Iterable[str | Path]) -> None:
-    """Refuse to write a page over an input, or over a file that is not a page of ours.
+    """Check that a page does not overwrite an input, or a file that is not one of our pages.
 
     Raises:
-        OutputError: One line with the path and what to do.
+        OutputError: The page must not be written; the message names the path and the fix.
     """
     check_not_inputs([path], inputs)
     if not path.is_file():
@@ -80,7 +80,7 @@ def check_page_path(path: Path, inputs: Iterable[str | Path]) -> None:
 
 
 def encode_data_uri(image: Image.Image, max_side: int = MAX_EMBEDDED_SIDE) -> str:
-    """Return an image, at most `max_side` pixels wide and high, as a data URI: PNG for a small one, else JPEG."""
+    """Encode an image, resized to at most `max_side` pixels, as a data URI: PNG for a small one, else JPEG."""
     image = image.convert("RGB")
     image.thumbnail((max_side, max_side))
     content = io.BytesIO()

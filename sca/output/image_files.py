@@ -1,4 +1,4 @@
-"""Files that are written for each image, and documents with all images."""
+"""Output files: one per image, or one document with all images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from sca.io.atomic import AtomicFile, make_write_error, sync_path, write_file
 
 
 def close_document(file: AtomicFile, end: str, has_images: bool, finished: bool) -> None:
-    """Write the end of a document and keep it; without images, an older file of a run that did not finish stays."""
+    """Write the end of a document and commit it.
+
+    An unfinished document is discarded if it has no images or would replace an older file.
+    """
     if not finished and (file.replaces_file or not has_images):
         file.discard()
         return
@@ -21,7 +24,7 @@ def close_document(file: AtomicFile, end: str, has_images: bool, finished: bool)
 
 
 class UniqueFileNames:
-    """A file name for each image: its stem, or `STEM-2` where that has been used for another image."""
+    """Unique file names: the stem of each image, or `STEM-2` if another image uses it."""
 
     def __init__(self) -> None:
         self._used: set[str] = set()
@@ -37,16 +40,16 @@ class UniqueFileNames:
 
 
 class FilePerImage:
-    """A file for each image in `folder`, each complete and synced to disk before it gets its name.
+    """Writer of one file per image in `folder`. Each file is complete and synced to disk before it is renamed.
 
-    `close` syncs the names, once for all files.
+    `close` syncs the names once for all files.
     """
 
     def __init__(self, folder: Path, suffix: str):
         self._folder, self._suffix, self._names = folder, suffix, UniqueFileNames()
 
     def write(self, image: str, content: str | bytes) -> None:
-        """Write the file of an image, which is given by its path."""
+        """Write the file of an image, identified by its path."""
         write_file(self._folder / f"{self._names.make_unique(image)}{self._suffix}", content, sync_folder=False)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""JSON lines: one line a region."""
+"""Write JSON Lines: one line per region."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Sink(Protocol):
 
 
 class StreamSink:
-    """A text stream, standard output say, that is not ours to close; what is written is flushed."""
+    """Sink for a text stream that the caller closes, such as standard output; writes are flushed."""
 
     replaces_file = False
 
@@ -34,7 +34,7 @@ class StreamSink:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        """A pipe whose reader has gone raises BrokenPipeError as ever; another failure is an `OutputError`."""
+        """Write text. A closed pipe raises BrokenPipeError, other failures raise OutputError."""
         try:
             self._stream.write(text)
             self._stream.flush()
@@ -44,19 +44,19 @@ class StreamSink:
             raise make_write_error(getattr(self._stream, "name", "the stream"), error) from error
 
     def commit(self) -> None:
-        """All is written already."""
+        """Do nothing: everything is written already."""
 
     def discard(self) -> None:
-        """What is written stays."""
+        """Do nothing: written text cannot be removed."""
 
 
 class JsonlWriter:
-    """Append the lines of an image as soon as it is done; an older file stays until the run has finished.
+    """Writer that appends the lines of each image immediately; an older file is kept until the run has finished.
 
     A line has `image` (its path as passed), `width`, `height`, `region_id` (the index of the prompt in the request),
-    `prompt`, `box` (x1, y1, x2, y2), `mask` (COCO RLE), `caption`, `score`, `predicted_iou` and `model`; where several
-    captions per region were requested, `alternatives` has the other ones, best first. Coordinates are in pixels of the
-    upright image; unknown values are null. Only ASCII is written, so that any terminal, locale and line reader works.
+    `prompt`, `box` (x1, y1, x2, y2), `mask` (COCO RLE), `caption`, `score`, `predicted_iou` and `model`. With several
+    captions per region, `alternatives` contains the others, best first. Coordinates are in pixels of the upright image;
+    unknown values are null. The output is ASCII, so that any terminal, locale and line reader works.
     """
 
     def __init__(self, target: Path | StreamSink, model: str | None = None):
@@ -69,7 +69,7 @@ class JsonlWriter:
         self._get_sink().write("".join(f"{json.dumps(each, allow_nan=False)}\n" for each in records))
 
     def close(self, finished: bool = True) -> None:
-        """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
+        """Finish the file with the completed images. An unfinished run leaves an older file unchanged."""
         if finished or (self._sink and not self._sink.replaces_file):
             self._get_sink().commit()
         elif self._sink:
@@ -82,7 +82,7 @@ class JsonlWriter:
 
 
 def caption_to_record(path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
-    """A caption as plain values that JSON can write."""
+    """Convert a caption to a JSON-serializable record."""
     mask = caption.mask
     alternatives = [{"caption": text, "score": _replace_non_finite(score)} for text, score in caption.alternatives]
     return {
@@ -101,7 +101,7 @@ def caption_to_record(path: str, image: Image.Image, caption: Caption) -> dict[s
 
 
 def prompt_to_dict(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as plain values: any of `box` [x1, y1, x2, y2], `points` [[x, y, label]] and `mask` RLE."""
+    """Convert a prompt to plain values: any of `box` [x1, y1, x2, y2], `points` [[x, y, label]] and `mask` (RLE)."""
     prompt_fields: dict[str, Any] = {}
     if prompt.box is not None:
         prompt_fields["box"] = [float(value) for value in prompt.box]

@@ -1,4 +1,4 @@
-"""Text on a picture: captions as blocks of lines, and the places where they hide least."""
+"""Text layout on images: captions as blocks of lines, placed where they hide least."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 Rectangle = tuple[int, int, int, int]
 
-HIDDEN_REGION_WEIGHT = 2.0  # what hiding a whole region weighs, where 1 is a label on the other side of the picture
-GRID_CELLS = 512  # of the grid on the longer side of a picture
+HIDDEN_REGION_WEIGHT = 2.0  # weight of hiding a whole region; 1 is a label at the opposite side of the image
+GRID_CELLS = 512  # cells of the grid along the longer image side
 MAX_LABEL_LINES = 4  # a longer caption ends in an ellipsis
-# Pillow's own font knows little more than ASCII; of these, where one is installed, the first that has all characters.
+# Pillow's own font contains little more than ASCII. The first installed font that has all characters is used.
 _FONT_NAMES = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf")
 
 
 class LabelBlock:
-    """A caption wrapped to `width` pixels; `size` is (width, height) with its margin."""
+    """Caption wrapped to `width` pixels; `size` is (width, height) with its margin."""
 
     def __init__(self, text: str, font_size: int, width: int):
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split()) or "(no caption)"
@@ -35,16 +35,16 @@ class LabelBlock:
         self.size = round(right - left + 2 * self.margin + 0.5), round(bottom - top + 2 * self.margin + 0.5)
 
     def draw(self, canvas: ImageDraw.ImageDraw, x: int, y: int, text_color: tuple, background: tuple) -> None:
-        """With its left upper corner at x, y."""
+        """Draw the block with its upper-left corner at x, y."""
         canvas.rectangle((x, y, x + self.size[0] - 1, y + self.size[1] - 1), fill=background)
         position = (x + self._offset[0], y + self._offset[1])
         canvas.multiline_text(position, self.text, fill=text_color, font=self._load_font, spacing=self.margin)
 
 
 class LabelPlacer:
-    """Finds a place for one label after another; the time for each does not depend on how many there are.
+    """Places labels one after another; the time per label does not depend on their number.
 
-    What is covered is counted in cells of a grid over the canvas, whose sums over rectangles come from its integral.
+    Coverage is counted in cells of a grid over the canvas. Sums over rectangles use its integral image.
 
     Args:
         canvas: Width and height.
@@ -61,17 +61,17 @@ class LabelPlacer:
             self._occupied_counts[self._get_cell_slices(rectangle)] += 1
         for rectangle in region_boxes:
             cells = hidden_weights[self._get_cell_slices(rectangle)]
-            cells += 1 / max(cells.size, 1)  # what a whole region weighs is 1
+            cells += 1 / max(cells.size, 1)  # a whole region has weight 1
         self._occupied_integral, self._hidden_integral = (
             _compute_integral(self._occupied_counts),
             _compute_integral(hidden_weights),
         )
 
     def place_label(self, size: tuple[int, int], region_box: Rectangle) -> Rectangle:
-        """Return the place that covers least of what is taken, and take it.
+        """Reserve and return the rectangle that covers the least occupied area.
 
-        Among equals it is the best balance of hiding little and being close to the rectangle `region_box`. Above, below
-        and inside `region_box` (its upper left corner first) count as close.
+        Ties are resolved by the best balance of hiding little and being close to `region_box`. Above, below and inside
+        `region_box` (its upper-left corner first) count as close.
         """
         width, height = size
         x1, y1, x2, y2 = region_box
@@ -108,7 +108,7 @@ class LabelPlacer:
         )
 
     def _sum_cells(self, integral: np.ndarray, corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """(K, 2) upper left corners of rectangles of one size -> (K,) sums over the cells that each touches."""
+        """Return (K,) sums over the cells touched by rectangles of one size with upper-left corners (K, 2)."""
         first_cells = corners // self._cell_size
         last_cells = np.minimum(-(-(corners + np.array(size)) // self._cell_size), np.array(integral.shape[::-1]) - 1)
         (x1, y1), (x2, y2) = first_cells.T, last_cells.T
@@ -116,7 +116,7 @@ class LabelPlacer:
 
 
 def _compute_integral(cells: np.ndarray) -> np.ndarray:
-    """(h, w) -> (h + 1, w + 1) sums over all cells above and to the left."""
+    """Compute the integral image: (h, w) -> (h + 1, w + 1)."""
     return np.pad(cells.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
 
 
@@ -144,7 +144,7 @@ def _wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]
 
 
 def _choose_font(text: str, size: int) -> tuple[ImageFont.FreeTypeFont, str]:
-    """A font that can write the text; where none can, the text with its accents folded and Pillow's font."""
+    """Return a font with all characters of the text; without one, Pillow's font and the text with folded accents."""
     for name in (None, *_FONT_NAMES):
         font = _load_font(name, size)
         if font and not any(_is_glyph_missing(font, character) for character in set(text)):
@@ -155,7 +155,7 @@ def _choose_font(text: str, size: int) -> tuple[ImageFont.FreeTypeFont, str]:
 
 @functools.cache
 def _load_font(name: str | None, size: int) -> Any:
-    """An installed font, or Pillow's own for None."""
+    """Load an installed font, or Pillow's own for None."""
     try:
         return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
     except OSError:
@@ -164,7 +164,7 @@ def _load_font(name: str | None, size: int) -> Any:
 
 @functools.lru_cache(4096)
 def _is_glyph_missing(font: ImageFont.FreeTypeFont, character: str) -> bool:
-    """Whether the font would show its box for unknown characters."""
+    """Return whether the font would draw its box for unknown characters."""
     return not character.isspace() and bytes(font.getmask(character)) == bytes(font.getmask("\uffff"))
 
 

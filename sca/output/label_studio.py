@@ -1,8 +1,8 @@
-"""Label Studio tasks with predictions, in one JSON list to import.
+"""Write and read Label Studio tasks with predictions, in one JSON list to import.
 
-https://labelstud.io/guide/predictions. A region is a brush where it has a mask, else a rectangle where it has a
-box, else a keypoint; its caption is a text area of the same id. `LABELING_CONFIG` is the labeling interface that shows
-them.
+Format: https://labelstud.io/guide/predictions. A region with a mask is a brush, else one with a box is a rectangle,
+else it is a keypoint. Its caption is a text area with the same id. `LABELING_CONFIG` is the labeling interface that
+shows them.
 """
 
 from __future__ import annotations
@@ -38,13 +38,18 @@ LABELING_CONFIG = f"""<View>
   <TextArea name="caption" toName="image" perRegion="true" editable="true"/>
 </View>
 """
-KEYPOINT_WIDTH_PERCENT = 1  # of a keypoint as it is drawn, in per cent of the image
+KEYPOINT_WIDTH_PERCENT = 1  # drawn width of a keypoint, as a percentage of the image
 
 
 class LabelStudioWriter:
-    """A task an image. Sizes are per cent of the image; a region with neither mask nor box has its first point.
+    """Writer of one task per image.
 
-    image_prefix: where Label Studio finds the images, see `add_image_prefix`.
+    Coordinates are percentages of the image. A region with neither mask nor box is its first point.
+
+    Args:
+        path: Output file.
+        model: Name of the model to record.
+        image_prefix: URL prefix of the images, see `add_image_prefix`.
     """
 
     def __init__(self, path: Path, model: str | None = None, image_prefix: str = ""):
@@ -63,7 +68,7 @@ class LabelStudioWriter:
         self._num_images += 1
 
     def close(self, finished: bool = True) -> None:
-        """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
+        """Finish the file with the completed images. An unfinished run leaves an older file unchanged."""
         close_document(self._file, "\n]\n", bool(self._num_images), finished)
 
 
@@ -117,7 +122,7 @@ def _make_results(index: int, path: str, image: Image.Image, caption: Caption) -
 def read_label_studio(
     content: Any, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: RejectCallback
 ) -> Iterator[CaptionedImage]:
-    """Read the images of Label Studio tasks; an image without a known size is counted."""
+    """Read the images of Label Studio tasks; images of unknown size are counted as skipped."""
     measure_size = partial(read_named_image_size, roots=roots)
     for image in label_studio.read_tasks(content, format_path(path), skip, measure_size, reject):
         size = image.size or measure_size(image.name)

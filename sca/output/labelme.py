@@ -1,4 +1,4 @@
-"""LabelMe files, one an image: https://github.com/wkentaro/labelme."""
+"""Write and read LabelMe files, one per image: https://github.com/wkentaro/labelme."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ REGION_LABEL = "region"
 
 
 class LabelMeWriter:
-    """`STEM.json` in `folder` for each image, as soon as it is done. A region is a shape, described by its caption.
+    """Writer of one `STEM.json` per image in `folder`, written immediately.
 
-    A mask is a shape of the kind "mask", exact to the pixel; a box a "rectangle", and a point a "point". `score` and
-    `predicted_iou` are additional fields, which LabelMe keeps.
+    A region is a shape described by its caption. A mask is a "mask" shape, exact to the pixel, a box a "rectangle" and
+    a point a "point". `score` and `predicted_iou` are additional fields, which LabelMe keeps.
     """
 
     def __init__(self, folder: Path, model: str | None = None):
@@ -59,7 +59,7 @@ class LabelMeWriter:
         self._files.write(path, text)
 
     def close(self, finished: bool = True) -> None:
-        """Every file is complete already."""
+        """Sync the file names; every file is complete already."""
         self._files.close()
 
 
@@ -76,7 +76,7 @@ def _make_shape(path: str, image: Image.Image, caption: Caption) -> dict[str, An
     if caption_record["mask"] and (box := masks.mask_to_box(caption_record["mask"])):
         x1, y1, x2, y2 = (int(value) for value in box)
         mask_crop = masks.decode_rle(caption_record["mask"])[y1:y2, x1:x2]
-        points = [[x1, y1], [x2 - 1, y2 - 1]]  # LabelMe counts the last pixel in
+        points = [[x1, y1], [x2 - 1, y2 - 1]]  # LabelMe includes the last pixel
         return {**common_fields, "shape_type": "mask", "points": points, "mask": _encode_png(mask_crop)}
     if caption_record["box"]:
         x1, y1, x2, y2 = caption_record["box"]
@@ -119,7 +119,7 @@ def _read_labelme_image(path: Path, skip: SkipCounter, reject: RejectCallback) -
 
 
 def _resolve_image_name(path: Path, name: str) -> str:
-    """The image that a file names relative to its own folder."""
+    """Resolve the image that a file names relative to its own folder."""
     try:
         return str(remove_parents(resolve_image_path(name, [path.parent])))
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Parquet: a row a region, for pandas, polars, DuckDB and `datasets`."""
+"""Write and read Parquet: one row per region, for pandas, polars, DuckDB and `datasets`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sca.io.images import format_path
 from sca.io.json import parse_json
 from sca.output.jsonl import caption_to_record
 
-ROWS_PER_GROUP = 5_000  # of a group: what is held before it is written
+ROWS_PER_GROUP = 5_000  # rows buffered before a group is written
 
 
 class ParquetWriter:
-    """The columns are the fields of a line of JSON lines; `prompt` and `alternatives` are JSON text. Needs pyarrow."""
+    """Writer of rows with the fields of JSON Lines; `prompt` and `alternatives` are JSON text. Requires pyarrow."""
 
     def __init__(self, path: Path, model: str | None = None):
         try:
@@ -68,7 +68,7 @@ class ParquetWriter:
             self._flush()
 
     def close(self, finished: bool = True) -> None:
-        """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
+        """Finish the file with the completed images. An unfinished run leaves an older file unchanged."""
         if not finished and (self._file.replaces_file or not self._num_images):
             self._drop()
             return
@@ -92,7 +92,7 @@ class ParquetWriter:
 
 
 class _PyarrowSink:
-    """What pyarrow writes to; where `is_kept` is False, the end that it still writes is discarded."""
+    """File object for pyarrow; with `is_kept` False it discards the footer that pyarrow still writes."""
 
     closed = False
     is_kept = True
@@ -111,10 +111,10 @@ class _PyarrowSink:
         return self._position
 
     def flush(self) -> None:
-        """All is written already."""
+        """Do nothing: everything is written already."""
 
     def close(self) -> None:
-        """The file is closed by who made it."""
+        """Do nothing: the creator closes the file."""
 
     def writable(self) -> bool:
         return True
@@ -127,12 +127,12 @@ class _PyarrowSink:
 
 
 def _replace_surrogates(value: str) -> str:
-    """Without halves of letters, which UTF-8 does not have."""
+    """Replace lone surrogates, which UTF-8 cannot encode."""
     return value.encode("utf-8", "replace").decode()
 
 
 def read_parquet_records(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
-    """Read the records of a file, each with its place for messages."""
+    """Yield the records of a file, each with its location for messages."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -1,4 +1,4 @@
-"""Pictures with masks, boxes, points and captions drawn on them."""
+"""Draw masks, boxes, points and captions on images."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from sca.output.colors import INSIDE_COLOR, OUTSIDE_COLOR, choose_text_color, ge
 from sca.output.image_files import FilePerImage
 from sca.output.label_layout import LabelBlock, LabelPlacer
 
-MIN_ENLARGED_SIDE = 512  # the longest side of a small picture is brought to this or more, in pixels
-MIN_CANVAS_SIZE = (
-    320,
-    96,
-)  # width and height that leave room for words; a smaller picture gets a margin right and below
+MIN_ENLARGED_SIDE = 512  # minimum longest side in pixels to which small images are enlarged
+# Width and height that leave room for text. A smaller image is padded right and below.
+MIN_CANVAS_SIZE = (320, 96)
 MARGIN_COLOR = (128, 128, 128)
 MASK_OPACITY = 0.3
 
 
 class PngWriter:
-    """One picture an image, in `folder`, as soon as it is done: `STEM.captions.png`, or `STEM-2.captions.png` where the
-    stem has been used for another image of the run."""
+    """Writer of one drawn image per image in `folder`, written immediately: `STEM.captions.png`.
+
+    If another image of the run has the same stem, the name is `STEM-2.captions.png`.
+    """
 
     def __init__(self, folder: Path, model: str | None = None):
         self._files = FilePerImage(folder, ".captions.png")
@@ -38,12 +38,12 @@ class PngWriter:
         self._files.write(path, content.getvalue())
 
     def close(self, finished: bool = True) -> None:
-        """Every picture is complete already."""
+        """Sync the file names; every file is complete already."""
         self._files.close()
 
 
 def draw_captions(image: Image.Image, captions: Sequence[Caption]) -> Image.Image:
-    """The picture with its captions, RGB. Small pictures are enlarged by a whole factor, so that words can be read."""
+    """Draw captions on an image. Small images are enlarged by an integer factor, so that text is legible."""
     scale = max(1, math.ceil(MIN_ENLARGED_SIDE / max(image.size)))
     enlarged = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     canvas = enlarged
@@ -52,7 +52,7 @@ def draw_captions(image: Image.Image, captions: Sequence[Caption]) -> Image.Imag
             "RGB", (max(enlarged.width, MIN_CANVAS_SIZE[0]), max(enlarged.height, MIN_CANVAS_SIZE[1])), MARGIN_COLOR
         )
         canvas.paste(enlarged)
-    reference_size = min(max(enlarged.size), 4 * min(canvas.size))  # what words and lines are measured by
+    reference_size = min(max(enlarged.size), 4 * min(canvas.size))  # reference for text size and line width
     font_size = min(max(14, round(reference_size / 45)), 64)
     line_width = max(2, round(reference_size / 400))
 
@@ -70,7 +70,7 @@ def draw_captions(image: Image.Image, captions: Sequence[Caption]) -> Image.Imag
 
 
 def _draw_mask(canvas: Image.Image, mask: np.ndarray, scale: int, color: tuple[int, int, int], line_width: int) -> None:
-    """Lays a color over the mask, (height, width) of the small picture, and a line along its inner edge."""
+    """Blend a color over a mask (height, width) of the original image, and draw its inner edge."""
     box = masks.mask_to_box(mask)
     if box is None:
         return
@@ -102,7 +102,7 @@ def _draw_labels(
     font_size: int,
     line_width: int,
 ) -> None:
-    """Points and captions, the smallest region's placed first; a line leads from a label to a region elsewhere."""
+    """Draw points and captions, smallest region first; a line connects a distant label with its region."""
     max_label_width = min(canvas.width, max(MIN_CANVAS_SIZE[0], round(canvas.width * 0.4)))
     point_boxes = [
         _get_box_around_point(point, scale, 4 * line_width) for caption in captions for point in caption.prompt.points
@@ -135,7 +135,7 @@ def _draw_labels(
 def _get_region_box(
     caption: Caption, scale: int, radius: int, canvas_size: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """The rectangle of the canvas that a caption speaks of."""
+    """Return the rectangle of a caption's region on the canvas."""
     if caption.box is not None:
         return _scale_box(caption.box, scale, canvas_size)
     if caption.prompt.points:
@@ -149,7 +149,7 @@ def _get_box_around_point(point: tuple[float, float, int], scale: int, radius: i
 
 
 def _scale_box(box: Sequence[float], scale: int, canvas_size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """A box of the small picture on the canvas, in whole pixels, clipped."""
+    """Scale a box of the original image to the canvas, in integer pixels, clipped."""
     x1, y1, x2, y2 = (round(value * scale) for value in box)
     clip = (lambda x: min(max(x, 0), canvas_size[0])), (lambda y: min(max(y, 0), canvas_size[1]))
     return clip[0](x1), clip[1](y1), clip[0](x2), clip[1](y2)

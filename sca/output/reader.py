@@ -1,7 +1,7 @@
-"""Reading captions from what `sca.output` writes and labeling tools export: JSON lines, COCO, Parquet, GeoJSON, Label
-Studio and LabelMe.
+"""Read captions from the formats of `sca.output` and from exports of labeling tools.
 
-What a format has no place for is unknown afterwards: COCO has no prompts, and a labeling tool no predicted IoU.
+The formats are JSON Lines, COCO, Parquet, GeoJSON, Label Studio and LabelMe. Fields that a format cannot store are
+lost: COCO has no prompts, and labeling tools have no predicted IoU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sca.output.labelme import read_labelme
 from sca.output.parquet import read_parquet_records
 from sca.output.records import group_records_by_image
 
-PARQUET_MAGIC = b"PAR1"  # what such a file begins with
+PARQUET_MAGIC = b"PAR1"  # first bytes of a Parquet file
 
 
 def read_captions(
@@ -33,17 +33,17 @@ def read_captions(
     roots: Sequence[Path] | None = None,
     reject: RejectCallback = raise_error,
 ) -> Iterator[CaptionedImage]:
-    """Read a file, or a folder of LabelMe files, image by image. Suffix and content decide what it is.
+    """Read a file, or a folder of LabelMe files, image by image. Suffix and content determine the format.
 
     Args:
-        path: The file or folder, or a pipe such as /dev/stdin, as a person typed it.
-        skip: Counts what cannot be kept (default: it is a warning at the end).
-        roots: Folders that names of images may start from (default: the working folder and the file's). Images are
-            opened only where a file does not record their size.
-        reject: Called for each record that is damaged, with an error that names it (default: raise an InputError).
+        path: File or folder, or a pipe such as /dev/stdin, as typed by a person.
+        skip: Counts contents that cannot be kept. Defaults to a warning at the end.
+        roots: Folders that image names may start from. Defaults to the working folder and the folder of the file.
+            Images are opened only if the file does not record their size.
+        reject: Called with an error for each damaged record. Raises it by default.
 
     Raises:
-        InputError: For a file of another kind.
+        InputError: The file has an unsupported format, or a record is damaged.
     """
     path, counter = Path(path), SkipCounter() if skip is None else skip
     roots = (Path(), path.parent) if roots is None else roots

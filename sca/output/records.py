@@ -1,4 +1,4 @@
-"""Captions of the regions that a file records, as records of its own or as annotations of a labeling tool."""
+"""Convert records and annotations of labeling tools to captions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sca.output.captioned import CaptionedImage, ImageSize
 
 
 def parse_image(record: Any, location: str) -> CaptionedImage:
-    """Read an image of a journal: `image`, `width`, `height` and `captions`, each as in a line of JSON lines.
+    """Parse an image of a journal: `image`, `width`, `height` and `captions`, each as in a line of JSON Lines.
 
     Raises:
         InputError: A field is missing or invalid.
@@ -43,7 +43,11 @@ def parse_image(record: Any, location: str) -> CaptionedImage:
 def group_records_by_image(
     records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: RejectCallback
 ) -> Iterator[CaptionedImage]:
-    """Read images from records; the records of an image follow each other."""
+    """Yield images from records, grouped by image.
+
+    Raises:
+        InputError: The records of an image are not consecutive.
+    """
     seen_names: set[str] = set()
     for name, image_records in groupby(_iter_named_records(records, reject), key=lambda record: record[0]):
         captions, size, model = [], None, None
@@ -105,7 +109,7 @@ def _parse_caption(record: Mapping[str, Any], size: ImageSize, default_region_id
 
 
 def _text(plain: Any, where: str) -> str:
-    """A caption, which may contain half of a surrogate pair."""
+    """Parse a caption, which may contain a lone surrogate."""
     text = require_key(plain, "caption", where)
     check_type(f"{where}, 'caption'", text, str, InputError)
     return text
@@ -132,7 +136,7 @@ def annotations_to_captions(
 
 
 def annotation_to_caption(annotation: Annotation, size: ImageSize, region_id: int, skip: SkipCounter) -> Caption | None:
-    """The caption of an annotation; None, and counted, where its box is normalized or outside of the image."""
+    """Convert an annotation to a caption; None, and counted, if its box is normalized or outside the image."""
     prompt = Prompt()
     if annotation.point:
         x, y = annotation.point
@@ -159,7 +163,7 @@ def annotation_to_caption(annotation: Annotation, size: ImageSize, region_id: in
 
 
 def fit_caption_box(caption: Caption, size: ImageSize, location: str, skip: SkipCounter) -> Caption | None:
-    """Clip the box of a caption to its image; None, and counted, for a box that is normalized or outside."""
+    """Clip the box of a caption to its image; None, and counted, if the box is normalized or outside."""
     if caption.box is None:
         return caption
     box = clip_annotated_box(caption.box, size, location, skip, caption.mask)

@@ -1,4 +1,4 @@
-"""Captions in files as a page to browse, or two files of the same images to compare: `sca view`."""
+"""Write a viewer for caption files, or for two files of the same images: `sca view`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def write_viewer(
     """Write the viewer.
 
     Args:
-        path: The page.
+        path: Output file.
         captioned: Images with their captions.
-        other_captioned: What to compare with, of the same images; regions are paired by their order.
-        roots: Folders that names of images may start from.
+        other_captioned: Captions of the same images to compare with; regions are paired by order.
+        roots: Folders that image names may start from.
         names: Names of the files, for the title.
 
     Returns:
-        The number of regions, and a line for each image that could not be opened.
+        The number of regions, and one message per image that could not be opened.
     """
     first_images = merge_images(captioned, roots)
     second_images = None if other_captioned is None else merge_images(other_captioned, roots)
@@ -59,7 +59,7 @@ def write_viewer(
 
 
 def _open_image(captioned: CaptionedImage, roots: Sequence[Path], problems: list[str]) -> Image.Image | ImageSize:
-    """Open the image; its size alone, and another problem, where that fails."""
+    """Open the image; on failure, add a problem and return its size."""
     try:
         return captioned.open(roots)
     except InputError as error:
@@ -70,7 +70,7 @@ def _open_image(captioned: CaptionedImage, roots: Sequence[Path], problems: list
 def _pair_images(
     first_images: dict[str, CaptionedImage], second_images: dict[str, CaptionedImage] | None, roots: Sequence[Path]
 ) -> Iterator[tuple[CaptionedImage, CaptionedImage | None]]:
-    """The images of the first file, each with that of the second that is the same image file; then the others."""
+    """Yield the images of the first file, each with its counterpart in the second file; then the remaining ones."""
     files = ImageNameResolver(partial(resolve_image_path, roots=roots))
     second_images = second_images and {files.unify_spelling(name): each for name, each in second_images.items()}
     for name, each in first_images.items():

@@ -117,9 +117,8 @@ def choose_annotation(task: Mapping[str, Any], location: str, skip: SkipCallback
         return finished[0] if finished else {}
     for source_key in ("drafts", "predictions"):
         items = task.get(source_key)
-        candidates = (
-            [each for each in items if isinstance(each, Mapping)] if isinstance(items, list) else []
-        )  # or only ids
+        # Exports may contain only the ids of drafts and predictions.
+        candidates = [each for each in items if isinstance(each, Mapping)] if isinstance(items, list) else []
         if len(candidates) > 1:
             skip(MULTIPLE_RESULTS_REASON.format(source_key), location)
         if candidates:

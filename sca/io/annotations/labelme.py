@@ -167,7 +167,7 @@ def _parse_shape(record: Any, location: str) -> LabelMeShape:
 
 
 def _read_group(shapes: Sequence[LabelMeShape], size: ImageSize, skip: SkipCallback) -> Annotation | None:
-    """Merge shapes into a region: a rectangle's box, the union of shapes with an interior, a point, or a box of lines."""
+    """Merge shapes into a region: a rectangle's box, the union of filled shapes, a point, or the box of lines."""
     filled_shapes = [shape for shape in shapes if len(shape.points) >= MIN_POINTS.get(shape.shape_type, math.inf)]
     other_shapes = [shape for shape in shapes if len(shape.points) < MIN_POINTS.get(shape.shape_type, math.inf)]
     annotation = None
