@@ -340,6 +340,7 @@ def _is_protocol(name: str) -> bool:
 
 
 def split_names(names: str) -> list[str]:
+    """Split comma-separated names."""
     return [name for each in names.split(",") if (name := each.strip())]
 
 

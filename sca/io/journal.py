@@ -72,6 +72,7 @@ class Journal:
 
     @property
     def is_empty(self) -> bool:
+        """Whether the journal has no entries."""
         return self._size == 0
 
     def append(self, *entries: JournalEntry) -> None:

@@ -36,6 +36,11 @@ class RegionPromptEntry:
     recorded_size: ImageSize | None = None  # of the image, if the file records it
 
     def build_prompt(self) -> Prompt:
+        """Build the prompt in pixels of the recorded image size; decode or read its mask.
+
+        Raises:
+            InputError: The mask file cannot be read; the message names the record.
+        """
         try:
             mask = read_mask_file(self.mask) if isinstance(self.mask, Path) else None
         except InputError as error:

@@ -40,6 +40,7 @@ class Table:
     rows: list[tuple[str, ...]] = field(default_factory=list)
 
     def add_row(self, *cells: str) -> None:
+        """Append a row of cells."""
         self.rows.append(cells)
 
     def __rich__(self) -> RichTable:

@@ -26,6 +26,7 @@ class ImageSize(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
+        """Width and height, as in `PIL.Image`."""
         return self.width, self.height
 
 

@@ -30,6 +30,7 @@ class UniqueFileNames:
         self._used: set[str] = set()
 
     def make_unique(self, path: str) -> str:
+        """Return a unique file name, without suffix, for the image at a path."""
         stem = Path(path).stem.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore") or "image"
         name, count = stem, 1
         while name.casefold() in self._used:
@@ -53,6 +54,11 @@ class FilePerImage:
         write_file(self._folder / f"{self._names.make_unique(image)}{self._suffix}", content, sync_folder=False)
 
     def close(self) -> None:
+        """Sync the names of all files to disk.
+
+        Raises:
+            OutputError: The folder cannot be synced.
+        """
         try:
             sync_path(self._folder)
         except OSError as error:
