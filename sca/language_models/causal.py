@@ -1,4 +1,4 @@
-"""Any decoder-only language model of transformers, fed with embeddings instead of words."""
+"""Wrapper for decoder-only language models of transformers with embedding inputs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,23 @@ SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class CausalLanguageModel(nn.Module):
-    """Wraps a causal `PreTrainedModel`. Captions are padded on the right, so that no word ever sees a pad.
+    """Causal language model with embedding inputs.
 
-    States and logits are those of the model's own forward. Settings for generation that come with the model, such as a
-    penalty for repetition, are not used: captions follow the arguments of `generate` alone. A model that cannot be fed
-    embeddings or attends to later tokens is a ValueError.
+    Hidden states and logits are those of the model's own forward. The generation config of the model, such as a
+    repetition penalty, is not used: captions depend on the arguments of `generate` only. Captions are padded on the
+    right, so that no token attends to padding.
 
-    hidden_size: E. tokenizer: None for a checkpoint without one; ids still work. One with more tokens than the model
-    has embeddings is a ValueError. max_positions: of the model, for prefix and text together; None if its configuration
-    has none.
+    Args:
+        model: Causal model of transformers.
+        tokenizer: Tokenizer; None for a checkpoint without one, which still works with token ids.
+
+    Attributes:
+        hidden_size: Width E of the embeddings.
+        max_positions: Maximum length of prefix and caption together; None if the configuration has no limit.
+
+    Raises:
+        ValueError: The model does not accept embeddings, is not causal, or has fewer embeddings than the tokenizer has
+            tokens.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer | None):
@@ -37,9 +45,7 @@ class CausalLanguageModel(nn.Module):
         self.model = model
         if model.can_generate():
             special_tokens = {name: getattr(model.generation_config, name) for name in SPECIAL_TOKEN_FIELDS}
-            model.generation_config = GenerationConfig(
-                **special_tokens
-            )  # and no other setting that came with the model
+            model.generation_config = GenerationConfig(**special_tokens)
         self.structure = probe_model(model)
         self.tokenizer = tokenizer
         self.hidden_size = model.get_input_embeddings().embedding_dim
@@ -49,6 +55,11 @@ class CausalLanguageModel(nn.Module):
 
     @property
     def tokenizer(self) -> Tokenizer | None:
+        """Tokenizer; None if the checkpoint has none.
+
+        Raises:
+            ValueError: A new tokenizer has more tokens than the model has embeddings.
+        """
         return self._tokenizer
 
     @tokenizer.setter
@@ -64,12 +75,15 @@ class CausalLanguageModel(nn.Module):
         self._tokenizer = tokenizer
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """Embed token ids: (N, L) -> (N, L, E)."""
         return self.model.get_input_embeddings()(input_ids)
 
     def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the hidden states of the last layer: (N, L, E) and (N, L) -> (N, L, E)."""
         return self.structure.compute_hidden_states(self.model, embeddings.to(self.model.dtype), attention_mask)
 
     def lm_head(self, hidden_states: Tensor) -> Tensor:
+        """Return the logits of hidden states: (..., E) -> (..., V)."""
         return self.structure.compute_logits(self.model, hidden_states)
 
     @torch.no_grad()
@@ -83,9 +97,19 @@ class CausalLanguageModel(nn.Module):
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> GenerationOutput:
-        """`num_captions` sequences per row, best first: beam search with `num_beams`, `do_sample` samples, else greedy.
+        """Generate captions by greedy search, beam search or sampling.
 
-        Their length is limited by the positions of the model.
+        Args:
+            prefix: (N, K, E) prefixes.
+            max_new_tokens: Maximum tokens per caption, also limited by the positions of the model.
+            num_beams: Beams of beam search; 1 for greedy search or sampling.
+            num_captions: Captions per region, best first.
+            do_sample: Sample tokens.
+            temperature: Sampling temperature.
+            top_p: Cumulative probability of nucleus sampling.
+
+        Raises:
+            ValueError: `num_captions` is less than 1, or exceeds `num_beams` without sampling.
         """
         if num_captions < 1:
             raise ValueError(f"{num_captions} captions a region: ask for 1 or more")
@@ -120,23 +144,29 @@ class CausalLanguageModel(nn.Module):
             )
         sequences, scores = extract_new_tokens(output, eos_token_ids, pad_token_id)
         sequences, scores = (each.unflatten(0, (len(prefix), num_captions)) for each in (sequences, scores))
-        if do_sample:  # beams come best first, what is drawn does not
+        if do_sample:  # beams are sorted by score, samples are not
             order = scores.argsort(dim=1, descending=True, stable=True)
             sequences, scores = sequences.gather(1, order[..., None].expand_as(sequences)), scores.gather(1, order)
         return GenerationOutput(sequences, scores)
 
     @property
     def has_greedy_loop(self) -> bool:
-        """Whether `greedy` generates what transformers does, with fewer operations."""
+        """Whether `generate_greedy` returns the same captions as the model's own `generate`, with less work."""
         return self.structure.has_greedy_loop and has_plain_greedy_settings(self.model)
 
     def add_lora(
         self, rank: int, alpha: float, dropout: float = 0.0, target_modules: Sequence[str] | None = None
     ) -> None:
-        """LoRA (arXiv 2106.09685) by peft, on the linear layers named `target_modules` in every block of the model, or
-        on those that peft knows for the architecture. Parameters that trained before still train.
+        """Add LoRA adapters (arXiv 2106.09685) with peft. Trainable parameters stay trainable.
 
-        Raises ValueError for a target that matches no layer, or only those of some blocks, with the layers there are.
+        Args:
+            rank: Rank of the adapters.
+            alpha: Scale of the adapters: their output is multiplied by `alpha / rank`.
+            dropout: Dropout probability of the adapters' inputs.
+            target_modules: Names of the linear layers in each block; None for peft's defaults of the architecture.
+
+        Raises:
+            ValueError: A name matches no layer or is missing in some blocks, or the architecture has no defaults.
         """
         from peft import LoraConfig, inject_adapter_in_model
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
@@ -167,7 +197,7 @@ class CausalLanguageModel(nn.Module):
             parameter.requires_grad_(True)
 
     def _find_linear_layers(self) -> dict[str, set[str]]:
-        """The last name of every linear layer that lies in a block, and the blocks (by number) that have one."""
+        """Return the last name of every linear layer in a block, with the indices of the blocks that contain it."""
         layers: dict[str, set[str]] = {}
         for name, module in self.model.named_modules():
             block = re.search(r"\.(\d+)\.", name)
@@ -177,11 +207,11 @@ class CausalLanguageModel(nn.Module):
 
     @property
     def pad_token_id(self) -> int:
-        """What fills up token ids behind the end of a text."""
+        """Id that fills sequences after EOS."""
         return self._resolve_special_tokens()[0]
 
     def _resolve_special_tokens(self) -> tuple[int, list[int]]:
-        """What fills up a row, and what ends a text: the tokenizer's, or else the model's own."""
+        """Return the padding id and the EOS ids of the tokenizer, or else of the model."""
         eos_token_id = self.tokenizer.eos_token_id if self.tokenizer else self.model.generation_config.eos_token_id
         pad_token_id = self.tokenizer.pad_token_id if self.tokenizer else self.model.generation_config.pad_token_id
         eos_token_ids = (
@@ -195,22 +225,22 @@ class CausalLanguageModel(nn.Module):
 
 
 def extract_new_tokens(output: Any, eos_token_ids: Sequence[int], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Read new tokens and their likelihood from what transformers' `generate` returns with `output_logits=True`.
+    """Extract the new tokens and their scores from an output of transformers' `generate`.
 
     Args:
-        output: The output of `generate`.
-        eos_token_ids: Ids that end a text.
-        pad_token_id: The id behind an end.
+        output: Output of `generate` with `output_logits=True`.
+        eos_token_ids: EOS ids.
+        pad_token_id: Id that fills sequences after EOS.
 
     Returns:
-        ids (N, T), and the mean log-probability (N,) of those up to and including the end. It is the model's own: of
+        Token ids (N, T), and the mean log-probability (N,) of the tokens up to and including EOS. It is computed from
         the logits before temperature, top-p and penalties.
     """
     beam_indices = getattr(output, "beam_indices", None)
     steps = len(output.logits) if beam_indices is None else int((beam_indices >= 0).sum(1).max())
     ids = output.sequences[:, output.sequences.shape[1] - steps :]
     is_end = torch.isin(ids, torch.tensor(eos_token_ids, dtype=ids.dtype, device=ids.device)).int()
-    ends_before = is_end.cumsum(1) - is_end  # how many ends came before
+    ends_before = is_end.cumsum(1) - is_end  # number of earlier EOS tokens
     log_likelihood = torch.zeros(len(ids), device=ids.device)
     for step, logits in enumerate(output.logits[:steps]):
         rows = slice(None) if beam_indices is None else beam_indices[:, step].clamp(min=0)
@@ -220,10 +250,20 @@ def extract_new_tokens(output: Any, eos_token_ids: Sequence[int], pad_token_id: 
 
 
 class TextTokenizer:
-    """A transformers tokenizer as the contract wants it: ends with eos, begins with nothing. It needs no token for
-    padding (the end stands in) and none for unknown words.
+    """Adapter from a transformers tokenizer to the `Tokenizer` contract: ids end with EOS and have no BOS.
 
-    eos_token: the token that ends a text, for a tokenizer that names none. ValueError if there is none at all.
+    The tokenizer needs neither a padding token (EOS replaces it) nor an unknown token.
+
+    Args:
+        tokenizer: Tokenizer of transformers.
+        eos_token: EOS token; None for the tokenizer's own.
+
+    Attributes:
+        eos_token_id: Id of the EOS token.
+        pad_token_id: Id of the padding token.
+
+    Raises:
+        ValueError: The tokenizer has no EOS token, or `eos_token` is not in its vocabulary.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token: str | None = None):
@@ -239,19 +279,21 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the greatest id of a token."""
+        """Largest token id plus one."""
         return max(self.tokenizer.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
-        """At most `max_length` ids, the end included."""
+        """Return at most `max_length` token ids, EOS included."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*ids[: None if max_length is None else max_length - 1], self.eos_token_id]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Return the text up to EOS, without special tokens."""
         ids = list(ids)
         if self.eos_token_id in ids:
             ids = ids[: ids.index(self.eos_token_id)]
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def save(self, folder: str) -> None:
+        """Save the tokenizer in transformers' format."""
         self.tokenizer.save_pretrained(folder)

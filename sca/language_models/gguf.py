@@ -1,4 +1,4 @@
-"""Language models out of GGUF files, as llama.cpp uses them."""
+"""Language models from GGUF files, the format of llama.cpp."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 
 
 class GgufLanguageModel(CausalLanguageModel):
-    """The model and the tokenizer of one GGUF file, of an architecture that transformers can read; quantised weights
-    are expanded to `dtype` when they are read. eos: the token that ends a text, where the file does not say.
+    """Language model and tokenizer of a GGUF file.
+
+    transformers must support the architecture. Quantized weights are dequantized to `dtype` when they are loaded.
+
+    Args:
+        weights: GGUF file.
+        eos: EOS token; None for that of the file.
+        dtype: Dtype of the parameters: "float32", "bfloat16" or "float16".
+
+    Raises:
+        ValueError: The file does not exist, or the dtype is unknown.
     """
 
     def __init__(self, weights: str, eos: str | None = None, dtype: str = "float32"):

@@ -1,7 +1,7 @@
-"""Greedy words for many regions at once: what transformers' `generate` writes, without what it does for other searches.
+"""Greedy search for many regions: the results of transformers' `generate` without the overhead of other searches.
 
-All rows begin with as many positions, so that nothing is padded; a caption that has ended leaves the batch and its
-cache, and of the logits of a step only what its word scores is kept.
+All prefixes have the same length, so that nothing is padded. Finished captions leave the batch and the KV cache. Of
+the logits of a step, only the log-probability of the selected token is kept.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-IGNORED_SETTINGS = {  # settings of generation that greedy search does not look at, or that are given by the caller
+IGNORED_SETTINGS = {  # generation settings that greedy search ignores, or that the caller sets
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens"),
     *("temperature", "top_p", "top_k", "do_sample", "num_beams", "transformers_version", "use_cache", "cache_config"),
     *("output_attentions", "output_hidden_states", "return_dict_in_generate", "output_scores"),
@@ -20,9 +20,7 @@ IGNORED_SETTINGS = {  # settings of generation that greedy search does not look 
 
 
 def has_plain_greedy_settings(model: PreTrainedModel) -> bool:
-    """Whether a model's own settings for greedy search are no more than the likeliest word after the other: they ask
-    for nothing besides, such as a penalty for repetition.
-    """
+    """Return whether the generation config of a model changes nothing in greedy search, as a penalty would."""
     settings = {name for name, value in model.generation_config.to_diff_dict().items() if value is not None}
     return not {name for name in settings if not name.startswith("_")} - IGNORED_SETTINGS
 
@@ -37,8 +35,19 @@ def generate_greedy(
     pad_token_id: int,
     eos_token_ids: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """(N, K, E) -> ids (N, T), `pad_token_id` after the end, and their mean log-probability (N,), the end counted; T is
-    at most `max_steps`. run_body: embeddings to states. compute_logits: states (..., E) -> logits (..., V).
+    """Generate captions by greedy search.
+
+    Args:
+        model: Language model.
+        run_body: Its submodule that maps embeddings to hidden states.
+        compute_logits: Function from hidden states (..., E) to logits (..., V).
+        prefix: (N, K, E) prefixes.
+        max_steps: Maximum tokens per caption.
+        pad_token_id: Id that fills sequences after EOS.
+        eos_token_ids: EOS ids.
+
+    Returns:
+        Token ids (N, T) with T at most `max_steps`, and the mean log-probability (N,) of the tokens, EOS included.
     """
     batch_size, device = len(prefix), prefix.device
     ids = torch.full((batch_size, max_steps), pad_token_id, dtype=torch.long, device=device)
@@ -55,9 +64,8 @@ def generate_greedy(
         lengths[active_rows] += 1
         if step + 1 == max_steps:
             break
-        unfinished = (
-            (~torch.isin(tokens, eos_tensor)).nonzero().squeeze(1)
-        )  # the one thing in a step that the host waits for
+        # the only synchronization with an accelerator in a step
+        unfinished = (~torch.isin(tokens, eos_tensor)).nonzero().squeeze(1)
         if not len(unfinished):
             break
         if len(unfinished) < len(active_rows):

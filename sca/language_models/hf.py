@@ -1,4 +1,4 @@
-"""Any causal language model of transformers, by hub id or folder."""
+"""Causal language models of transformers by hub id or folder."""
 
 from __future__ import annotations
 
@@ -22,14 +22,23 @@ from sca.language_models.phi import FusedPhiForCausalLM, has_fused_attention
 
 
 class HfLanguageModel(CausalLanguageModel):
-    """A decoder-only model of transformers' AutoModelForCausalLM.
+    """Decoder-only model of transformers' `AutoModelForCausalLM`.
 
-    weights: a hub id, at a revision, or a folder in the same format. tokenizer: another id or folder for it; a model
-    that has none anywhere works with ids. eos: the token that ends a text, where the tokenizer does not say. config:
-    fields of the configuration, `model_type` among them; with `pretrained=False` the model is built with random weights
-    from them, or from the configuration that lies with the weights. dtype: of the parameters. checkpointing: layers are
-    computed again in the backward pass instead of being remembered. trust_remote_code: runs code that lies with the
-    weights, so only for sources that you trust.
+    Args:
+        weights: Hub id or folder in transformers' format.
+        revision: Revision of the hub id.
+        pretrained: Load `weights`; False initializes randomly from `config`, or else from the configuration stored with
+            the weights.
+        config: Fields of the configuration, including `model_type`.
+        tokenizer: Hub id or folder of the tokenizer; None for that of the weights. A model without a tokenizer works
+            with token ids.
+        eos: EOS token; None for that of the tokenizer.
+        dtype: Dtype of the parameters: "float32", "bfloat16" or "float16".
+        checkpointing: Recompute the layers in the backward pass to save memory.
+        trust_remote_code: Run code stored with the weights; use it only with sources that you trust.
+
+    Raises:
+        ValueError: An option is invalid, or neither `weights` nor `config` is set.
     """
 
     def __init__(
@@ -55,19 +64,20 @@ class HfLanguageModel(CausalLanguageModel):
             )
         else:
             model = AutoModelForCausalLM.from_config(make_config(weights, revision, config), **load_options)
-            model.tie_weights()  # also where the caller keeps parameters from being initialized
+            model.tie_weights()  # even if the caller disables the initialization of parameters
         tokenizer_folder = None
         if tokenizer:
             tokenizer_folder = fetch_model_folder(tokenizer, include_weights=False)
         elif weights and pretrained:
             tokenizer_folder = fetch_model_folder(weights, revision)
         super().__init__(model, tokenizer_folder and load_tokenizer(tokenizer_folder, eos, trust_remote_code))
-        self.source_tokenizer = self.tokenizer  # one that is given later is not to be had from the source
+        self.source_tokenizer = self.tokenizer  # a tokenizer that is set later is not stored with the weights
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         self.checkpointing = checkpointing
 
     def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the hidden states of the last layer: (N, L, E) and (N, L) -> (N, L, E)."""
         if not (self.checkpointing and torch.is_grad_enabled()):
             return super().hidden_states(embeddings, attention_mask)
         layers = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
@@ -75,7 +85,7 @@ class HfLanguageModel(CausalLanguageModel):
         for layer in layers:
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             layer.gradient_checkpointing = True
-            layer.training = True  # transformers checkpoints only what trains; what lies in the layer stays as it is
+            layer.training = True  # transformers checkpoints layers in training mode only; submodules keep their mode
         try:
             return super().hidden_states(embeddings, attention_mask)
         finally:
@@ -84,7 +94,19 @@ class HfLanguageModel(CausalLanguageModel):
 
 
 def load_tokenizer(folder: Path, eos_token: str | None = None, trust_remote_code: bool = False) -> TextTokenizer | None:
-    """The tokenizer that lies in a folder, None if there is none. Raises InputError for one that cannot be read."""
+    """Load the tokenizer of a folder.
+
+    Args:
+        folder: Folder in transformers' format.
+        eos_token: EOS token; None for the tokenizer's own.
+        trust_remote_code: Run code stored in the folder.
+
+    Returns:
+        The tokenizer; None if the folder has none.
+
+    Raises:
+        InputError: The tokenizer cannot be loaded.
+    """
     if not has_tokenizer(folder):
         return None
     try:
@@ -104,7 +126,16 @@ def _resolve_model_class(weights: str, revision: str | None, trust_remote_code: 
 
 
 def make_config(weights: str | None, revision: str | None, config: Mapping[str, Any] | None) -> PreTrainedConfig:
-    """Return the configuration with the given fields, or else the one that is stored with the weights."""
+    """Return the configuration of a model.
+
+    Args:
+        weights: Hub id or folder whose configuration is used if `config` is None.
+        revision: Revision of the hub id.
+        config: Fields of the configuration, including `model_type`.
+
+    Raises:
+        ValueError: Neither `weights` nor `config` is set.
+    """
     if config is not None:
         return AutoConfig.for_model(**config)
     if weights is None:

@@ -1,8 +1,8 @@
-"""Phi checkpoints of transformers 4.36, whose attention has one fused projection for query, key and value.
+"""Phi checkpoints of transformers 4.36, which have one fused projection for query, key and value.
 
 The rows of a fused projection are ordered by head: query, key and value of the first head, then those of the second
-head, and so on (`PhiAttention._split_heads` of transformers 4.36). Version 4.37 introduced three projections. All other
-tensors kept their names. transformers itself does not convert the old checkpoints.
+head, and so on (`PhiAttention._split_heads` of transformers 4.36). Version 4.37 introduced three projections and kept
+the names of all other tensors. transformers does not convert the old checkpoints.
 """
 
 from __future__ import annotations
@@ -23,10 +23,19 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class FusedPhiForCausalLM(PhiForCausalLM):
-    """Today's Phi, from a folder with fused attention."""
+    """Phi model loaded from a folder with fused attention."""
 
     @classmethod
     def from_pretrained(cls, folder: Path, **options: Any) -> Any:
+        """Load a checkpoint with fused attention.
+
+        Args:
+            folder: Folder in the format of transformers 4.36.
+            **options: Options of transformers' `from_pretrained`.
+
+        Returns:
+            A `PhiForCausalLM`.
+        """
         config = PhiConfig.from_pretrained(folder)
         tensors = {
             name: tensor for file in find_weight_files(folder) or () for name, tensor in read_tensors(file).items()
@@ -36,11 +45,11 @@ class FusedPhiForCausalLM(PhiForCausalLM):
 
 
 def has_fused_attention(folder: Path) -> bool:
-    """Whether a folder in transformers' format contains a Phi with fused attention."""
+    """Return whether a folder in transformers' format contains a Phi checkpoint with fused attention."""
     try:
         if read_json(folder / "config.json")["model_type"] != "phi":
             return False
-    except (OSError, ValueError, KeyError, TypeError):  # no configuration; loading it says so
+    except (OSError, ValueError, KeyError, TypeError):  # no valid configuration; loading raises the error
         return False
     return any(
         FUSED_PATTERN.fullmatch(name) for file in find_weight_files(folder) or () for name in read_tensor_names(file)
@@ -48,14 +57,17 @@ def has_fused_attention(folder: Path) -> bool:
 
 
 def split_fused_attention(tensors: Mapping[str, Tensor], config: PhiConfig) -> dict[str, Tensor]:
-    """Replace fused projections by those for query, key and value.
+    """Split fused projections into those for query, key and value.
 
     Args:
-        tensors: by name, with any prefix; other tensors are returned unchanged.
-        config: of the language model.
+        tensors: Tensors by name, with any prefix.
+        config: Configuration of the language model.
+
+    Returns:
+        Tensors by name; tensors that are not fused projections are unchanged.
 
     Raises:
-        ValueError: a fused tensor has another shape than `config` requires, or split ones are there as well.
+        ValueError: The shape of a fused tensor does not match `config`, or split tensors exist, too.
     """
     num_heads, hidden_size = config.num_attention_heads, config.hidden_size
     split_tensors: dict[str, Tensor] = {}

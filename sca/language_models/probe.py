@@ -1,8 +1,8 @@
-"""What a causal language model of transformers can do, found by running a tiny one of the same configuration.
+"""Capability checks of transformers' causal language models, which run a tiny model of the same configuration.
 
-A caption's prefix is embeddings. So a model must read embeddings as it reads token ids, attend to no later token,
-compute its logits from the states of one inner module, and generate from these logits. A model that does not is refused
-with the reason; nothing depends on its name.
+The prefix of a caption consists of embeddings. A model must therefore process embeddings like the token ids they come
+from, be causal, compute its logits from the hidden states of one submodule, and generate from these logits. A model
+that does not is rejected with the reason. Nothing depends on the name of the architecture.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from sca.language_models.greedy import generate_greedy
 from sca.language_models.shrink import shrink_config
 
 PROBE_BATCH_SIZE, PROBE_LENGTH, PROBE_STEPS = 3, 7, 5
-TOLERANCE_BY_DTYPE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest logit
+TOLERANCE_BY_DTYPE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative to the largest value
 LOW_PRECISION_TOLERANCE = 0.05
 
 
 class UnsupportedModelError(InputError):
-    """A model that cannot caption; the message is the end of a sentence that begins with the model."""
+    """Unsupported language model; the message continues a sentence whose subject is the model."""
 
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """How a model computes its logits.
+    """Structure of a causal language model.
 
     Attributes:
-        body_name: Name of the module that turns embeddings into states.
+        body_name: Name of the submodule that maps embeddings to hidden states.
         output_class: Class of the body's output.
-        has_greedy_loop: Whether `greedy` generates what the model's own `generate` does.
+        has_greedy_loop: Whether `generate_greedy` returns the same captions as the model's own `generate`.
     """
 
     body_name: str
@@ -49,15 +49,15 @@ class ModelStructure:
     has_greedy_loop: bool = False
 
     def compute_hidden_states(self, model: PreTrainedModel, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the states (N, S, D) of embeddings (N, S, E) under a mask (N, S)."""
+        """Return the hidden states of the body: embeddings (N, L, E) and mask (N, L) -> (N, L, D)."""
         body = model.get_submodule(self.body_name)
         return body(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
     def compute_logits(self, model: PreTrainedModel, states: Tensor) -> Tensor:
-        """Return the logits (..., V) that the model's own forward computes from states (..., D).
+        """Return the logits of hidden states: (..., D) -> (..., V).
 
-        Its forward runs with the body replaced by one that returns the states, so that scales, caps and layers before
-        the output projection are the model's own.
+        The model's own forward runs with its body replaced by one that returns the states, so that scales, caps and
+        layers before the output projection apply.
         """
         rows = states.reshape(1, states[..., 0].numel(), states.shape[-1])
         patched_model = _replace_module(model, self.body_name.split("."), _PassThroughBody(self.output_class))
@@ -66,7 +66,7 @@ class ModelStructure:
 
 
 class _PassThroughBody(nn.Module):
-    """Stands in for a body: its embeddings are the states already."""
+    """Replacement of a body that returns its inputs as hidden states."""
 
     def __init__(self, output_class: type[ModelOutput]):
         super().__init__()
@@ -77,7 +77,7 @@ class _PassThroughBody(nn.Module):
 
 
 def _replace_module(module: nn.Module, path: Sequence[str], replacement: nn.Module) -> nn.Module:
-    """Return a shallow copy of a module in which one below it is replaced; they share all tensors."""
+    """Return a shallow copy of a module with one submodule replaced; both share all tensors."""
     if not path:
         return replacement
     copied = copy.copy(module)
@@ -90,17 +90,20 @@ _structures: dict[tuple[type, str], ModelStructure] = {}
 
 
 def probe_model(model: PreTrainedModel) -> ModelStructure:
-    """Find out how a causal language model computes its logits.
+    """Check a causal language model and return its structure.
 
-    A tiny model of the same class and configuration, with random weights, is built and run (about 0.1 s, once per
-    configuration). If this is not possible or finds the model incapable, the model itself decides, unless it is on the
-    meta device.
+    The checks run on a tiny model of the same class and configuration with random weights (about 0.1 s, once per
+    configuration). If it cannot be built or fails a check, they run on the model itself, unless it is on the meta
+    device.
 
     Args:
-        model: The model; it is not changed.
+        model: Model; it is not changed.
+
+    Returns:
+        The structure of the model.
 
     Raises:
-        ValueError: The model cannot be fed embeddings, is not causal, or does not generate what its logits say.
+        ValueError: The model does not accept embeddings, is not causal, or does not generate from its logits.
     """
     key = (type(model), model.config.to_json_string(use_diff=False))
     if key not in _structures:
@@ -115,7 +118,7 @@ def _probe_structure(model: PreTrainedModel) -> ModelStructure:
         try:
             with _preserve_random_state(), torch.device("cpu"):
                 return _examine_model(_build_tiny_model(model))
-        except Exception as error:  # of sizes that the architecture cannot have, in anyone's code
+        except Exception as error:  # third-party code, for sizes that the architecture does not support
             if model.device.type == "meta":
                 raise UnsupportedModelError(_describe_error(error)) from error
         with _preserve_random_state():
@@ -133,7 +136,7 @@ def _describe_error(error: Exception) -> str:
 @contextmanager
 def _preserve_random_state() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]), torch.no_grad(), silence_transformers():
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs, too
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed GPUs
         yield
 
 
@@ -149,7 +152,7 @@ def _check_signatures(model: PreTrainedModel) -> None:
 
 
 def _build_tiny_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class and settings with few random parameters, none of which is close to nothing."""
+    """Build a tiny model of the same class and settings with random parameters large enough to affect the output."""
     tiny_model = type(model)(shrink_config(model.config)).float().eval()
     tiny_model.generation_config = GenerationConfig()
     for name, parameter in tiny_model.named_parameters():
@@ -160,7 +163,7 @@ def _build_tiny_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _examine_model(model: PreTrainedModel) -> ModelStructure:
-    """Run a model on a few tokens; UnsupportedModelError if something that captions need does not hold."""
+    """Check a model in eval mode on a few tokens, and restore its mode."""
     training = model.training
     model.eval()
     try:
@@ -172,7 +175,7 @@ def _examine_model(model: PreTrainedModel) -> ModelStructure:
 def _examine_in_eval_mode(model: PreTrainedModel) -> ModelStructure:
     tolerance = TOLERANCE_BY_DTYPE.get(model.dtype, LOW_PRECISION_TOLERANCE)
     input_ids = _sample_token_ids(model)
-    input_ids[1, :-1] = input_ids[0, :-1]  # two texts that differ in their last token
+    input_ids[1, :-1] = input_ids[0, :-1]  # two sequences that differ in their last token
     attention_mask = torch.ones_like(input_ids)
     logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
     if not logits.isfinite().all():
@@ -192,14 +195,14 @@ def _examine_in_eval_mode(model: PreTrainedModel) -> ModelStructure:
         structure.compute_hidden_states(model, embeddings, attention_mask)[2, :-2], states[2, :-2], tolerance
     ):
         raise UnsupportedModelError("returns different hidden states when the input is right-padded")
-    mixed_embeddings = (embeddings + embeddings.roll(1, 0)) / 2  # of no token
+    mixed_embeddings = (embeddings + embeddings.roll(1, 0)) / 2  # embeddings of no token
     return _examine_generation(model, structure, mixed_embeddings, tolerance)
 
 
 def _examine_generation(
     model: PreTrainedModel, structure: ModelStructure, prefix: Tensor, tolerance: float
 ) -> ModelStructure:
-    """Compare the model's own greedy `generate` with the likeliest token after token, and `greedy` with both."""
+    """Compare the model's own greedy `generate` with the logits without a cache, and `generate_greedy` with both."""
     generated = model.generate(
         inputs_embeds=prefix,
         attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
@@ -224,7 +227,7 @@ def _examine_generation(
 def _can_use_greedy_loop(
     model: PreTrainedModel, structure: ModelStructure, prefix: Tensor, ids: Tensor, log_probs: Tensor, tolerance: float
 ) -> bool:
-    """Whether `greedy` generates given ids (N, T) with given log-probabilities (N, T) when a caption ends early."""
+    """Return whether `generate_greedy` reproduces ids (N, T) and log-probabilities (N, T) if a caption ends early."""
     end = _find_early_end_token(ids)
     if end is None:
         return False
@@ -233,7 +236,7 @@ def _can_use_greedy_loop(
     body, head = model.get_submodule(structure.body_name), partial(structure.compute_logits, model)
     try:
         sequences, scores = generate_greedy(model, body, head, prefix, PROBE_STEPS, -1, [end])
-    except Exception:  # a cache of another kind, in anyone's code
+    except Exception:  # third-party code, for another kind of cache
         return False
     expected = (log_probs * is_counted).sum(1) / is_counted.sum(1)
     return torch.equal(sequences, ids.masked_fill(~is_counted, -1)) and not _is_different(
@@ -242,7 +245,7 @@ def _can_use_greedy_loop(
 
 
 def _find_early_end_token(ids: Tensor) -> int | None:
-    """A token that ends one row of ids (N, T) when the others go on for at least two steps."""
+    """Find a token of ids (N, T) that ends some rows at least two steps before the others; None if none exists."""
     for step in range(PROBE_STEPS - 2):
         for token in ids[:, step].tolist():
             rows = (ids == token).any(dim=1)
@@ -252,7 +255,7 @@ def _find_early_end_token(ids: Tensor) -> int | None:
 
 
 def _trace_body(model: PreTrainedModel, embeddings: Tensor, attention_mask: Tensor) -> ModelStructure:
-    """Find the first module that a forward hands the embeddings to, and the class of what it returns."""
+    """Find the outermost submodule that receives the embeddings, and the class of its output."""
     calls: list[tuple[str, type]] = []
 
     def record_call(name: str, _: nn.Module, __: Any, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -272,7 +275,7 @@ def _trace_body(model: PreTrainedModel, embeddings: Tensor, attention_mask: Tens
 
 
 def _sample_token_ids(model: PreTrainedModel) -> Tensor:
-    """Random ids (N, L) of tokens without a meaning of their own."""
+    """Sample random ids (N, L) of tokens that are not special."""
     config = model.config.get_text_config(decoder=True)
     fields = {name: value for name, value in config.to_dict().items() if name.endswith(("_token_id", "_token_index"))}
     special_ids = {token for value in fields.values() for token in (value if isinstance(value, list) else [value])}
@@ -284,5 +287,5 @@ def _sample_token_ids(model: PreTrainedModel) -> Tensor:
 
 
 def _is_different(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether two tensors differ by more than a share of the largest value."""
+    """Return whether two tensors differ by more than `tolerance` times the largest expected value."""
     return not bool((actual - expected).abs().max() <= tolerance * expected.abs().max())

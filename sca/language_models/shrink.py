@@ -1,7 +1,7 @@
-"""Tiny configurations of any architecture of transformers: other sizes, the same settings.
+"""Tiny configurations of transformers' architectures: other sizes, same settings.
 
-Whatever decides how a model computes (kinds of layers, scales, caps, activations, `is_decoder`) is unchanged, so that
-a tiny model with random weights behaves like a large one.
+Settings that affect the computation (layer types, scales, caps, activations, `is_decoder`) are unchanged, so that a
+tiny model with random weights behaves like the large one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 TINY_VOCAB_SIZE, TINY_MAX_POSITIONS, TINY_MAX_LAYERS = 97, 64, 8
 TINY_NUM_HEADS, TINY_HEAD_DIM = 4, 16
 TINY_HIDDEN_SIZE = TINY_NUM_HEADS * TINY_HEAD_DIM
-SIZE_LIMITS = (  # by the names of fields: the first pattern that matches a whole name has its largest value
+SIZE_LIMITS = (  # maximum value of a field: that of the first pattern that matches the full name
     (r"(task_)?type_vocab_size", TINY_VOCAB_SIZE),
     (r"(\w+_)?vocab_size(_\w+)?", TINY_VOCAB_SIZE),
     (r"(original_)?max_position_embeddings|max_(source|target)_positions|model_max_length", TINY_MAX_POSITIONS),
@@ -55,11 +55,11 @@ def shrink_config(config: PreTrainedConfig, **fields: Any) -> PreTrainedConfig:
     """Return a configuration of the same architecture with tiny sizes.
 
     Args:
-        config: The configuration; it is not changed.
-        **fields: Fields of the tiny configuration, in place of those that would be chosen.
+        config: Configuration; it is not changed.
+        **fields: Fields of the tiny configuration to override.
 
     Raises:
-        Exception: What the architecture raises for sizes that it cannot have.
+        Exception: The architecture does not support the sizes.
     """
     return type(config).from_dict(_shrink_fields(config) | fields)
 
@@ -86,13 +86,13 @@ def _shrink_fields(config: PreTrainedConfig) -> dict[str, Any]:
             shrunk[name] = len(layers)
         elif name.endswith(("_token_id", "_token_index")):
             shrunk[name] = _shrink_ids(value)
-        elif name != "per_layer_config":  # of numbered layers, most of which are gone
+        elif name != "per_layer_config":  # indexed by layers, most of which are removed
             shrunk[name] = _shrink_value(name, value)
     return shrunk | _derive_related_sizes(fields, shrunk)
 
 
 def _derive_related_sizes(fields: dict[str, Any], shrunk: dict[str, Any]) -> dict[str, Any]:
-    """Sizes that follow from others, as they do in the large configuration."""
+    """Return the sizes that are derived from others, as in the large configuration."""
     sizes: dict[str, Any] = {}
     heads_field = next((name for name in ("num_attention_heads", "n_head", "n_heads") if name in fields), "")
     for name in fields.keys() & {"num_key_value_heads", "num_kv_heads", "kv_n_heads"}:
@@ -108,10 +108,8 @@ def _derive_related_sizes(fields: dict[str, Any], shrunk: dict[str, Any]) -> dic
 
 
 def _choose_layers(layer_properties: Sequence[Sequence[Any]], depth: int) -> list[int]:
-    """The first layers, as many as have one of each kind, or else the first layer of each kind; at least two.
-
-    layer_properties: Lists with one property of each layer; lists of another length do not count.
-    """
+    """Choose the first layers up to one of each kind, at least two, or else the first layer of each kind."""
+    # lists of another length than the depth do not describe layers
     properties = [each for each in layer_properties if len(each) == depth]
     first_layers: dict[str, int] = {}
     for layer in range(depth):

@@ -1,4 +1,4 @@
-"""A GPT-2 of a few hundred thousand parameters with a byte-level vocabulary of its own, trained from scratch."""
+"""GPT-2 with a few hundred thousand parameters and its own byte-level vocabulary, trained from scratch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ END_TOKEN = "<|end|>"
 
 
 class TinyGpt2(CausalLanguageModel):
-    """GPT-2's architecture (Radford et al. 2019): width `hidden_size`, `depth` layers, at most `max_positions` tokens.
+    """Small model of GPT-2's architecture (Radford et al. 2019) with random weights.
 
-    The tokenizer is byte-level BPE: it can spell any text, and the words of the data it was made from are one id each.
+    The tokenizer is byte-level BPE: it encodes any text, and each word of its training data is one token.
+
+    Args:
+        hidden_size: Width E.
+        depth: Layers.
+        num_heads: Attention heads.
+        max_positions: Maximum length of prefix and caption together.
+        dropout: Dropout probability of embeddings, attention and residuals.
     """
 
     def __init__(

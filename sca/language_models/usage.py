@@ -1,4 +1,4 @@
-"""Tokens of generated texts, counted."""
+"""Token counts of generated captions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def count_tokens(prompt_tokens: int, rows: Sequence[Sequence[int]], eos_token_id
     """Count the tokens of one region's captions.
 
     Args:
-        prompt_tokens: Tokens or positions that the model reads before it generates.
-        rows: Ids of each caption, the best first.
-        eos_token_ids: Ids that end a text; what follows the first of them fills up the row.
+        prompt_tokens: Positions of the prefix or tokens of the prompt.
+        rows: Token ids of each caption, best first.
+        eos_token_ids: EOS ids; ids after the first EOS are padding.
     """
     end_indices = [next((index for index, token in enumerate(row) if token in eos_token_ids), None) for row in rows]
     lengths = [len(row) if end is None else end + 1 for row, end in zip(rows, end_indices, strict=True)]
