@@ -14,7 +14,7 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionSdpa
 
 from sca.io.hub import fetch_pretrained_config, load_pretrained
 
-INITIALIZER_RANGE = 0.02  # SamVisionConfig has 1e-10, which gives all images the same features
+INITIALIZER_RANGE = 0.02  # SamVisionConfig has 1e-10, for which all images have the same features
 
 
 class SamEncoder(nn.Module):

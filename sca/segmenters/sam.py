@@ -237,9 +237,10 @@ class SamSegmenter(nn.Module):
         cross_entropy = F.binary_cross_entropy_with_logits(logits, target_masks, reduction="none")
         target_probability = probabilities * target_masks + (1 - probabilities) * (1 - target_masks)
         class_weights = 0.25 * target_masks + 0.75 * (1 - target_masks)
+        # (N, M)
         focal = (class_weights * (1 - target_probability).square() * cross_entropy * valid_pixels).sum(
             (2, 3)
-        ) / num_valid  # (N, M)
+        ) / num_valid
         probabilities = probabilities * valid_pixels
         total_area = probabilities.sum((2, 3)) + (target_masks * valid_pixels).sum((2, 3))
         dice = 1 - (2 * (probabilities * target_masks).sum((2, 3)) + 1) / (total_area + 1)
