@@ -1,10 +1,14 @@
-"""A plugin in ten minutes: the mixer `hello`."""
+"""Minimal example of a plugin: the mixer `hello`."""
 
 from torch import nn
 
 
 class HelloMixer(nn.Module):
-    """(N, 1, D): the mean of a region's tokens after they have looked at the image, through one layer."""
+    """Mixer with one query per region: a linear layer over the mean output token of the mask decoder.
+
+    Args:
+        segmenter: Segmenter with hidden size D.
+    """
 
     num_queries = 1
     uses_grid = False
@@ -15,4 +19,5 @@ class HelloMixer(nn.Module):
         self.layer = nn.Linear(self.hidden_size, self.hidden_size)
 
     def forward(self, regions):
+        """Return the queries of each region, (N, 1, D)."""
         return self.layer(regions.tokens.mean(dim=1, keepdim=True))

@@ -1,4 +1,4 @@
-"""The mixer `hello` keeps the promises of mixers."""
+"""Conformance test of the mixer `hello`."""
 
 from sca_hello import HelloMixer
 

@@ -1,4 +1,4 @@
-"""Pictures annotated with LabelMe (github.com/wkentaro/labelme), and a metric that looks for labels in captions."""
+"""Dataset of LabelMe annotations (github.com/wkentaro/labelme), and the recall of their labels in captions."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,17 +17,27 @@ from sca.io.images import open_image
 from sca.io.json import read_json
 from sca.io.paths import expand_user
 
-BAD_REGION_REASON = "unusable region"  # of which nothing can be made
+BAD_REGION_REASON = "unusable region"
 
 
 class LabelMe:
-    """The JSON files of `root/split`, or of `root` where there is no such folder, each beside its image.
+    """Dataset of LabelMe JSON files, each stored next to its image.
 
-    A region is a shape, or the shapes of one `group_id`: its label the name, its descriptions, if any, the phrases.
-    What cannot be a region, such as a keypoint, is counted in `skipped`, the first of each named in `examples`. An
-    image that does not exist is taken from the file's `imageData`, and the regions of a resized image are scaled to it.
-    ValueError for a folder without files, for a file that cannot be used, with the field, and for an image of another
-    aspect ratio than its file records.
+    A region is a shape, or all shapes with the same `group_id`. Its label is the class name and its descriptions are
+    the phrases. If an image file does not exist, `imageData` is used instead. If an image was resized, its regions are
+    scaled to it.
+
+    Args:
+        split: Subfolder of `root`; `root` itself is used if it does not exist.
+        root: Folder of the JSON files.
+
+    Attributes:
+        skipped: Number of skipped entries, such as keypoints, by reason.
+        examples: Locations of the first skipped entries, by reason.
+
+    Raises:
+        ValueError: The folder contains no JSON files, a file is invalid (the message names the field), or, when a
+            sample is read, an image has another aspect ratio than its file records.
     """
 
     def __init__(self, split: str, root: str):
@@ -40,7 +50,7 @@ class LabelMe:
         skip = SkipCounter()
         self.skipped, self.examples = skip.counts, skip.examples
         self.image_paths, self.image_sizes, self.regions = [], [], []
-        ids = itertools.count()  # each region has an id of its own
+        ids = itertools.count()  # region ids are unique in the dataset
         for file in self.files:
             content, image = _read_file(file)
             size = labelme.find_image_size(content, image, str(file))
@@ -74,17 +84,18 @@ class LabelMe:
         return Sample(image, index, tuple(filter(None, scaled)))
 
     def annotations_of_all(self) -> Iterator[tuple[Region, ...]]:
-        """The regions of each image, in order; no image is opened."""
+        """Return the regions of each image, in order, without opening images."""
         return iter(self.regions)
 
 
 class LabelRecall:
-    """The share of captions in which the label of their region is found, letters' case aside."""
+    """Fraction of captions that contain the label of their region, ignoring case."""
 
     needs = ("task=caption", "caption", "truth.name")
     scores = ("label-recall/mean", "label-recall/captions")
 
     def __call__(self, records) -> MetricOutput:
+        """Score caption records with a true class name; ValueError if there are none."""
         labeled_records = [r for r in records if r.get("task") == "caption" and (r.get("truth") or {}).get("name")]
         if not labeled_records:
             raise ValueError("metric 'label-recall': no record has a caption and a true name")
@@ -93,7 +104,7 @@ class LabelRecall:
 
 
 def _read_file(file: Path) -> tuple[dict, Path]:
-    """The content of a file, and where its image is."""
+    """Read a LabelMe file; return its content and the path of its image."""
     content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("imagePath"), str):
         raise ValueError(f"{file} has no imagePath, so it is not a file of LabelMe")
@@ -104,7 +115,7 @@ def _read_file(file: Path) -> tuple[dict, Path]:
 
 
 def _shape_to_region(shape: Annotation, size: tuple[int, int], region_id: int, skip: SkipCounter) -> Region | None:
-    """A shape as a region, its box clipped to the image; None, and counted, where it has none."""
+    """Convert a shape to a region with its box clipped to the image; None, counted as skipped, without a box."""
     if shape.box is None:
         return skip("keypoint", shape.location)
     box = clip_annotated_box(shape.box, size, shape.location, skip, shape.mask)

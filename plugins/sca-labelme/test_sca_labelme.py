@@ -1,4 +1,4 @@
-"""A folder of LabelMe's is a dataset that keeps its promises, and labels are found in captions."""
+"""Tests of the LabelMe dataset and the label recall metric."""
 
 import base64
 import json
@@ -61,7 +61,7 @@ def test_dataset_counts_what_is_no_region(folder):
 
 
 def turned(folder, **changes):
-    """A picture that EXIF turns by a quarter, annotated as LabelMe shows it: 40 x 30."""
+    """Create a dataset with an image that EXIF rotates by 90 degrees, annotated as displayed: 40 x 30."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (30, 40), "grey").save(folder / "0.png", exif=exif)

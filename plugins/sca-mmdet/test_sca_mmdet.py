@@ -1,4 +1,4 @@
-"""Detectors of mmdet give features and boxes, from their own configs and checkpoints, without a compiled mmcv."""
+"""Tests of the encoder and the proposer of MMDetection without a compiled mmcv."""
 
 import pickle
 
@@ -18,12 +18,12 @@ TINY = "rtmdet_tiny_8xb32-300e_coco"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Random weights as mmengine writes them, for two classes of its own."""
+    """Write random weights in the format of mmengine, with custom class names; return the file and the detector."""
     torch.manual_seed(0)
     config = load_mmdet_config(TINY)
     detector, _ = build_detector(config, TINY, None)
     for convolution in detector.bbox_head.rtm_reg:
-        torch.nn.init.constant_(convolution.bias, 3.0)  # boxes that are larger than a pixel
+        torch.nn.init.constant_(convolution.bias, 3.0)  # boxes larger than a pixel
     file = tmp_path_factory.mktemp("weights") / "rtmdet.pth"
     meta = {"dataset_meta": {"classes": tuple(f"thing {number}" for number in range(80))}}
     torch.save({"meta": meta, "state_dict": detector.state_dict(), "message_hub": {"epoch": np.float64(3)}}, file)
@@ -112,7 +112,7 @@ def test_boxes_have_scores_and_the_names_that_the_weights_say(checkpoint):
 )
 @pytest.mark.parametrize("part", [MmdetEncoder, MmdetProposer])
 def test_what_needs_compiled_operators_is_refused_before_it_is_built(part, config, operator, monkeypatch):
-    if part is MmdetEncoder and config.startswith("vfnet"):  # its head does, which an encoder has no use for
+    if part is MmdetEncoder and config.startswith("vfnet"):  # only its head does, which the encoder does not use
         assert load_mmdet_config(config, ("backbone", "neck"))
         return
     install_operators()

@@ -1,7 +1,7 @@
-"""MobileSAM (arXiv 2306.14289, github.com/ChaoningZhang/MobileSAM): TinyViT in the place of SAM's encoder.
+"""MobileSAM (arXiv 2306.14289, github.com/ChaoningZhang/MobileSAM): SAM with TinyViT as its image encoder.
 
-Its file mobile_sam.pt holds the encoder and SAM's own prompt encoder and mask decoder, under the names of the original
-code; here the former is a TinyViT of timm and the latter are transformers' modules, so names are translated.
+Its file mobile_sam.pt contains the encoder and SAM's prompt encoder and mask decoder under the tensor names of the
+original code. Here the encoder is timm's TinyViT and the others are transformers' modules, so the names are converted.
 """
 
 import re
@@ -14,13 +14,13 @@ from sca.io.errors import InputError
 from sca.io.weight_files import translate_load_errors
 from sca.segmenters.sam import SamSegmenter
 
-TINY_VIT_OPTIONS = {  # of TinyViT-5M
+TINY_VIT_OPTIONS = {  # TinyViT-5M
     "embed_dims": (64, 128, 160, 320),
     "depths": (2, 2, 6, 2),
     "num_heads": (2, 4, 5, 10),
     "window_sizes": (7, 7, 14, 7),
 }
-ENCODER_NAME_RULES = (  # the original names of the encoder's tensors, and those here
+ENCODER_NAME_RULES = (  # pattern of an original tensor name, and its replacement
     (r"^patch_embed\.seq\.0\.", "vit.patch_embed.conv1."),
     (r"^patch_embed\.seq\.2\.", "vit.patch_embed.conv2."),
     (r"^layers\.(\d)\.blocks\.", r"vit.stages.\1.blocks."),
@@ -29,7 +29,7 @@ ENCODER_NAME_RULES = (  # the original names of the encoder's tensors, and those
 )
 SEGMENTER_NAME_RULES = (
     (r"^mask_decoder\.", "decoder."),
-    (r"layers\.0\.(weight|bias)$", r"proj_in.\1"),  # of the heads, each an MLP of three layers
+    (r"layers\.0\.(weight|bias)$", r"proj_in.\1"),  # heads, each an MLP of three layers
     (r"layers\.1\.(weight|bias)$", r"layers.0.\1"),
     (r"layers\.2\.(weight|bias)$", r"proj_out.\1"),
     (r"output_upscaling\.0\.", "upscale_conv1."),
@@ -44,13 +44,20 @@ SEGMENTER_NAME_RULES = (
     (r"pe_layer\.positional_encoding_gaussian_matrix", "shared_embedding.positional_embedding"),
     (r"\.norm", ".layer_norm"),
 )
-UNUSED_PREFIXES = ("norm_head.", "head.")  # of the classifier that TinyViT was
+UNUSED_PREFIXES = ("norm_head.", "head.")  # classifier head of TinyViT
 
 
 class MobileSamEncoder(nn.Module):
-    """(B, 3, S, S) normalized pixels -> (B, 256, S/16, S/16): TinyViT-5M, the last stage at stride 1, and SAM's neck.
+    """Image encoder TinyViT-5M, with stride 1 in its last stage, and SAM's neck.
 
-    weights: the file mobile_sam.pt; with `pretrained=False` they are random. image_size: S, a multiple of 16.
+    Args:
+        weights: Path of mobile_sam.pt.
+        pretrained: Load `weights`; False for random weights.
+        image_size: Side S of the square input frame in pixels, a multiple of 16.
+
+    Raises:
+        ValueError: The image size is not a multiple of 16, or the weights are missing.
+        InputError: The weights cannot be read, or are not those of MobileSAM.
     """
 
     stride = 16
@@ -78,11 +85,21 @@ class MobileSamEncoder(nn.Module):
             _load_tensors(self, self.checkpoint, "image_encoder.", ENCODER_NAME_RULES)
 
     def forward(self, pixel_values):
+        """Encode normalized images: (B, 3, S, S) -> (B, 256, S / 16, S / 16)."""
         return self.neck(self.vit.stages(self.vit.patch_embed(pixel_values)))
 
 
 class MobileSamSegmenter(SamSegmenter):
-    """SAM's prompt encoder and mask decoder. weights: a file like mobile_sam.pt (default: the encoder's)."""
+    """Segmenter with SAM's prompt encoder and mask decoder.
+
+    Args:
+        encoder: Image encoder.
+        weights: Path of mobile_sam.pt; that of the encoder by default.
+        pretrained: Load `weights`; False for random weights.
+
+    Raises:
+        InputError: The weights cannot be read, or are not those of MobileSAM.
+    """
 
     def __init__(self, encoder, weights: str | None = None, pretrained: bool = True):
         super().__init__(encoder, pretrained=False)
@@ -93,7 +110,7 @@ class MobileSamSegmenter(SamSegmenter):
 
 
 class _ChannelNorm(nn.LayerNorm):
-    """Over the channels of (B, C, h, w)."""
+    """Layer norm over the channels of (B, C, h, w)."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-6)
@@ -109,7 +126,7 @@ def _check_weights(weights: str | None, pretrained: bool) -> str | None:
 
 
 def _load_tensors(component: nn.Module, file: str, prefix: str | tuple[str, ...], names: tuple) -> None:
-    """Gives a part the tensors of a file whose names begin with `prefix`, every one of them."""
+    """Load the tensors of a file whose names start with `prefix` into a component; InputError if they do not fit."""
     with translate_load_errors(file):
         content = torch.load(file, map_location="cpu", weights_only=True)
     tensors = {}
@@ -121,9 +138,8 @@ def _load_tensors(component: nn.Module, file: str, prefix: str | tuple[str, ...]
             if not name.startswith(UNUSED_PREFIXES) and not name.endswith("attention_bias_idxs"):
                 tensors[name] = tensor
     component_tensors = component.state_dict()
-    counters = {
-        name: tensor for name, tensor in component_tensors.items() if name.endswith("num_batches_tracked")
-    }  # without use here
+    # The file lacks the batch counters, which are not used.
+    counters = {name: tensor for name, tensor in component_tensors.items() if name.endswith("num_batches_tracked")}
     tensors = {**counters, **tensors}
     missing, unexpected = (
         sorted(component_tensors.keys() - tensors.keys()),

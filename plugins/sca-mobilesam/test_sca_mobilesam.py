@@ -1,4 +1,4 @@
-"""MobileSAM's parts keep their promises, and every tensor of a file in its layout finds its place."""
+"""Tests of MobileSAM's components and of the conversion of its weights."""
 
 import re
 
@@ -9,7 +9,7 @@ from sca_registry.contracts import PromptBatch
 
 pytest_plugins = ["sca.testing.pytest"]  # the fixture `conformance`
 
-TO_ORIGINAL = (  # by hand, from the original code
+TO_ORIGINAL = (  # written by hand from the original code
     (r"^vit\.patch_embed\.conv1\.", "patch_embed.seq.0."),
     (r"^vit\.patch_embed\.conv2\.", "patch_embed.seq.2."),
     (r"^vit\.stages\.(\d)\.blocks\.", r"layers.\1.blocks."),
@@ -32,7 +32,7 @@ SEGMENTER_NAMES = {
 
 
 def original(name: str) -> str:
-    """The name that a tensor of the segmenter has in the original code."""
+    """Return the name of a segmenter tensor in the original code."""
     name = name.replace("decoder.", "mask_decoder.", 1) if name.startswith("decoder.") else name
     if re.search(r"iou_prediction_head|hypernetworks", name):
         name = re.sub(r"layers\.0\.", "layers.1.", name)
@@ -57,7 +57,7 @@ def original(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Random weights as mobile_sam.pt has them, its classifier and index tables included; and what they are of."""
+    """Write random weights in the layout of mobile_sam.pt, with its classifier and index tables."""
     torch.manual_seed(0)
     encoder = MobileSamEncoder(pretrained=False, image_size=64)
     segmenter = MobileSamSegmenter(encoder)
@@ -102,9 +102,9 @@ def test_masks_and_scores_equal_the_original_code(tmp_path):
     torch.manual_seed(0)
     original = mobile_sam.sam_model_registry["vit_t"]()
     for name, parameter in original.image_encoder.named_parameters():
-        if name.endswith("attention_biases"):  # zeros until they are trained
+        if name.endswith("attention_biases"):  # initialized with zeros
             torch.nn.init.normal_(parameter)
-    original.eval()  # keeps what these biases add
+    original.eval()  # caches the biases
     torch.save(original.state_dict(), tmp_path / "mobile_sam.pt")
     encoder = MobileSamEncoder(str(tmp_path / "mobile_sam.pt")).eval()
     segmenter = MobileSamSegmenter(encoder).eval()

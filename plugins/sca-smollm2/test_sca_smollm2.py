@@ -1,4 +1,4 @@
-"""SmolLM2 writes English where its wheel is installed, and says what to install where it is not."""
+"""Tests of SmolLM2 with its wheel, and of the installation hint without it."""
 
 from importlib.util import find_spec
 

@@ -59,6 +59,18 @@ class MostFrequent:
     def caption(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
     ) -> list[Caption]:
+        """Return the most frequent text of a task for each prompt.
+
+        Args:
+            image: Image, which is not read.
+            prompts: Prompts in image pixels.
+            task: "recognition" or "caption".
+            **generation: Generation options, which are checked and have no effect.
+
+        Raises:
+            ValueError: The task is unknown, or the training regions have no text for it.
+            RegistryError: A generation option is invalid.
+        """
         check_task(task)
         resolve_generation_options(generation)  # only checks the options
         self.training_regions.check_has_text(task, self.most_frequent_texts)
@@ -103,6 +115,7 @@ class NearestNeighbor(RegionCaptioner):
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
     ) -> list[ScoredText]:
+        """Return the text of the nearest training region for each region; see `RegionCaptioner`."""
         resolve_generation_options(generation)  # only checks the options
         indexed_regions, features = self.training_index
         rows = [row for row, region in enumerate(indexed_regions) if _get_text(region, task)]

@@ -109,6 +109,22 @@ class RegionCaptioner(MaskEngine):
         return_masks: bool = True,
         **generation: Any,
     ) -> list[list[Caption]]:
+        """Caption the prompts of a batch of images.
+
+        Args:
+            encoded: Images with their features.
+            requests: Prompts of each image, in pixels of that image.
+            task: "recognition" or "caption".
+            return_masks: Ignored; captions have the masks that the captioner used.
+            **generation: Generation options, see `resolve_generation_options`.
+
+        Returns:
+            One caption per prompt, grouped by image.
+
+        Raises:
+            ValueError: The task is unknown, or a point prompt has no segmenter to resolve it.
+            RegistryError: A generation option is invalid.
+        """
         views = iter(self._find_regions(encoded, requests))
         regions = [[next(views) for _ in request] for request in requests]
         return self._build_captions(regions, task, encoded, generation)
@@ -121,6 +137,18 @@ class RegionCaptioner(MaskEngine):
         task: str = "caption",
         **generation: Any,
     ) -> list[Caption]:
+        """Caption predicted masks of a single image.
+
+        Args:
+            encoded: The image with its features.
+            masks: Masks to caption.
+            prompts: Prompt of each mask, in image pixels.
+            task: "recognition" or "caption".
+            **generation: Generation options, see `resolve_generation_options`.
+
+        Returns:
+            One caption per mask, in order.
+        """
         (image,) = encoded.images
         regions = [RegionView(0, image, prompt, *mask) for prompt, mask in zip(prompts, masks, strict=True)]
         return self._build_captions([regions], task, encoded, generation)[0]

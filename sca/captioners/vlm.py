@@ -104,11 +104,13 @@ class VisionLanguageModel(RegionCaptioner):
 
     @property
     def facts(self) -> dict[str, Any]:
+        """Options and weights that identify the captioner in records."""
         return {"captioner": "vlm", **self.fact_options, **self.image_text_model.facts}
 
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
     ) -> list[ScoredText]:
+        """Generate one text per region, without location tags; see `RegionCaptioner`."""
         inputs = [self._build_input(view, TASKS.index(task)) for view in regions]
         texts = self.image_text_model.generate_texts(inputs, **resolve_generation_options(generation))
         return [text._replace(text=" ".join(TAG_PATTERN.sub(" ", text.text).split())) for text in texts]

@@ -87,11 +87,7 @@ def _copy_checkpoint(folder: Path, draft: Path) -> None:
 
 
 def _list_checkpoint_files(folder: Path) -> list[Path]:
-    """The files and folders of a checkpoint, outer ones first.
-
-    Raises:
-        InputError: For one that is missing, a link that leads out of it, or what is no file.
-    """
+    """List the files and folders of a checkpoint, outer ones first; InputError for missing or irregular ones."""
     real_root = resolve_real_root(folder)
     paths = []
     for name in CHECKPOINT_FILES:

@@ -36,6 +36,7 @@ class BoxesFromCoco:
         self.path_by_key: dict[str, Path] = {}  # image that each file name matched
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
+        """Return the prompts of an image; `image_id` is its path. All scores are 1."""
         path = Path(str(image_id))
         keys = self.prompt_file.match_images([path])
         if path not in keys:

@@ -22,6 +22,7 @@ class PointGrid:
         self.points_per_side = points_per_side
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
+        """Return the point prompts row by row. All scores are 1."""
         fractions = [(step + 0.5) / self.points_per_side for step in range(self.points_per_side)]
         prompts = tuple(Prompt(points=((x * image.width, y * image.height, 1),)) for y in fractions for x in fractions)
         return Proposals(prompts, (1.0,) * len(prompts), (None,) * len(prompts))

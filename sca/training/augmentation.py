@@ -41,6 +41,7 @@ class Augmentation:
     keep: float = 0.4
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """Return a randomly augmented copy of a sample."""
         image, regions = sample.image, list(sample.regions)
         original_areas = {region.id: _compute_area(region) for region in regions}
         if self.crop < 1:

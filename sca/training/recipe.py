@@ -197,6 +197,7 @@ class DataSource:
         return cls(Part(part.name, options), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the table [data.NAME]."""
         augment = {} if self.augment is None else {"augment": _tuples_to_lists(vars(self.augment))}
         source_options = {"split": self.split, "weight": self.weight, "phrases": self.phrases, "names": self.names}
         return self.dataset.to_dict() | source_options | augment
@@ -254,6 +255,7 @@ class ValidationOptions:
         return options
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the table [validate]."""
         return _tuples_to_lists(asdict(self))
 
 

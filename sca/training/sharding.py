@@ -24,6 +24,7 @@ class ShardedModule(nn.Module):
         self.module = module
 
     def forward(self, *inputs: Any) -> Any:
+        """Call the wrapped module."""
         return self.module(*inputs)
 
 

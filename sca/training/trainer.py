@@ -78,6 +78,7 @@ class CaptionTrainer(Trainer):
         return micro_batches, None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Batch], *_: Any, **__: Any) -> Tensor:
+        """Return the loss of the next accumulated batch."""
         return model(inputs["batch"], self.loss_scales.pop(0))
 
     def log(self, logs: dict[str, float], *args: Any) -> None:

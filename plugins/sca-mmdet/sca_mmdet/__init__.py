@@ -1,1 +1,1 @@
-"""MMDetection (github.com/open-mmlab/mmdetection) for segment-caption-anything, without a compiled mmcv."""
+"""MMDetection (github.com/open-mmlab/mmdetection) plugin, which needs no compiled mmcv."""

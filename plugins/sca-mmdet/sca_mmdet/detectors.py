@@ -1,4 +1,4 @@
-"""Detectors of mmdet by the name of a config: read, built and given their weights."""
+"""Load the configs of mmdet, and build detectors with their weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 
 def load_mmdet_config(name: str, components: tuple[str, ...] = ()) -> Config:
-    """A config by its name in mmdet, or by file, a path with a separator, whose code is run.
+    """Load a detector config.
 
-    components: those of the model that are used, if not all.
+    Args:
+        name: Name of a config in mmdet, or path of a file, with a separator. The code of a file is executed.
+        components: Used components of the model, such as "backbone"; all by default.
 
-    Raises ValueError if there is none, or what is used needs compiled operators.
+    Raises:
+        ValueError: The config does not exist, is not that of a detector, or a used component needs compiled operators.
     """
     install_operators()
     from mmengine.config import Config
@@ -50,7 +53,19 @@ def load_mmdet_config(name: str, components: tuple[str, ...] = ()) -> Config:
 
 
 def build_detector(config: Config, name: str, weights: str | None) -> tuple[nn.Module, dict[str, Any]]:
-    """The detector, with weights from a file or a URL, or random ones; and what the weights say of themselves."""
+    """Build the detector of a config in eval mode.
+
+    Args:
+        config: Config of the detector.
+        name: Name of the config, for error messages.
+        weights: File or URL in the format of mmdet; None for random weights.
+
+    Returns:
+        The detector, and the metadata stored with the weights.
+
+    Raises:
+        ValueError: The detector cannot be built, or the weights cannot be read or do not fit it.
+    """
     install_operators()
     with translate_load_errors(name), silence_mmdet():
         from mmdet.registry import MODELS
@@ -63,7 +78,7 @@ def build_detector(config: Config, name: str, weights: str | None) -> tuple[nn.M
     with translate_load_errors(weights), silence_mmdet():
         content = _load_weights(weights)
         detector_tensors = detector.state_dict()
-        tensors = {  # besides what only training has a use for
+        tensors = {  # without those used only in training
             key: tensor
             for key, tensor in content.get("state_dict", content).items()
             if key in detector_tensors or not (key.startswith("ema_") or key.endswith("num_batches_tracked"))
@@ -80,7 +95,7 @@ def build_detector(config: Config, name: str, weights: str | None) -> tuple[nn.M
 
 
 def _load_weights(weights: str) -> dict[str, Any]:
-    """Tensors, numbers and text, and nothing that could run."""
+    """Load a weights file without running code: only tensors, numbers and text."""
     from mmengine.logging.history_buffer import HistoryBuffer
     from numpy import dtype, dtypes, ndarray
     from numpy._core.multiarray import _reconstruct, scalar
@@ -101,7 +116,7 @@ def _list_configs() -> dict[str, Path]:
 
 @contextmanager
 def silence_mmdet() -> Iterator[None]:
-    """mmengine remarks on what it registers, and mmdet calls what torch has other names for by now."""
+    """Silence registration messages of mmengine, and deprecation warnings of torch about mmdet."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""The backbone and neck of a detector as an image encoder."""
+"""Image encoder from the backbone and neck of an mmdet detector."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from torch import Tensor, nn
 from sca.nn.feature_shape import freeze_unused_parameters, probe_feature_shape
 from sca_mmdet.detectors import build_detector, load_mmdet_config, silence_mmdet
 
-TARGET_STRIDE = 16  # that of SAM's grid: the level nearest to it is taken unless another is named
+TARGET_STRIDE = 16  # stride of SAM's grid, to select the default level
 
 
 class MmdetEncoder(nn.Module):
-    """(B, 3, S, S) normalized pixels -> (B, C, S/stride, S/stride): one level of what backbone and neck give.
+    """Image encoder from one feature level of a detector's backbone and neck.
 
-    config: the name of one of mmdet's configs, or a file. weights: a file or a URL, in mmdet's format; with
-    `pretrained=False` they are random. image_size: S. level: index of the level, from the finest, 0, or from the end;
-    None for that whose stride is nearest to 16. fit: "pad" or "stretch", see `ImageFormat`.
+    Args:
+        config: Name of a config in mmdet, or path of a file.
+        weights: File or URL in the format of mmdet.
+        pretrained: Load `weights`; False for random weights.
+        image_size: Side S of the square input frame in pixels.
+        level: Index of the feature level, from the finest, 0, or negative from the coarsest. By default the level with
+            the stride nearest to 16.
+        fit: "pad" or "stretch", see `ImageFormat`.
+
+    Raises:
+        ValueError: The config, the weights or the level do not exist, or the backbone or neck needs compiled operators.
     """
 
     default_segmenter = "box"
@@ -47,9 +55,10 @@ class MmdetEncoder(nn.Module):
             raise ValueError(f"no level {level}: {config} has {len(levels)}, from 0, or from -1 backwards")
         self.level = level % len(levels)
         self.channels, self.stride = levels[self.level]
-        freeze_unused_parameters(self, self.image_format.size)  # what makes the other levels
+        freeze_unused_parameters(self, self.image_format.size)  # parameters of the other levels
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode normalized images: (B, 3, S, S) -> (B, C, S / stride, S / stride)."""
         return self._compute_levels(pixel_values)[self.level]
 
     def _compute_levels(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -58,7 +67,7 @@ class MmdetEncoder(nn.Module):
             return tuple(features if self.neck is None else self.neck(features))
 
     def _probe_levels(self) -> dict[int, tuple[int, int]]:
-        """Channels and stride of each level, as far as grids divide the image."""
+        """Return channels and stride of each level, up to the first whose grid does not divide the image."""
         shapes: dict[int, tuple[int, int]] = {}
         while True:
             self.level = len(shapes)
@@ -66,14 +75,14 @@ class MmdetEncoder(nn.Module):
                 shapes[self.level] = probe_feature_shape(self, self.image_format.size)
             except IndexError:
                 return shapes
-            except ValueError:  # a coarser level than the size has room for
+            except ValueError:  # the level is too coarse for the image size
                 if shapes:
                     return shapes
                 raise
 
 
 def _make_image_format(preprocessor: dict, image_size: int, fit: str) -> ImageFormat:
-    """What mmdet's preprocessor does, in our terms: it reads pictures as BGR, in 0..255."""
+    """Convert mmdet's preprocessing, which reads images as BGR in 0..255, to an image format."""
     mean, std = preprocessor.get("mean") or [0.0] * 3, preprocessor.get("std") or [1.0] * 3
     is_bgr = not preprocessor.get("bgr_to_rgb")
     if is_bgr:

@@ -1,8 +1,8 @@
-"""mmcv's compiled operators, as far as torchvision has them, so that mmcv-lite will do.
+"""Replacements of mmcv's compiled operators by torchvision's, so that mmcv-lite is sufficient.
 
-mmdet imports `mmcv._ext` wherever it uses any of them; mmcv-lite comes without it. The module that is put in its place
-has non-maximum suppression and RoIAlign, and whatever else is called says that it needs the compiled mmcv. Where the
-compiled one is installed, it is left alone.
+mmdet imports `mmcv._ext`, which mmcv-lite lacks, wherever it uses a compiled operator. The replacement of that module
+implements non-maximum suppression and RoIAlign. All other operators raise an error that the compiled mmcv is required.
+If the compiled mmcv is installed, it is used.
 """
 
 import sys
@@ -19,7 +19,7 @@ from torchvision.ops import roi_align
 
 EXTENSION_MODULE = "mmcv._ext"
 REMEDY = "install the compiled one (pip install mmcv==2.1.0, which builds it), or choose a config without it"
-OPERATOR_BY_TYPE = {  # what a config names, and the operator that it uses
+OPERATOR_BY_TYPE = {  # type in a config, and the operator it uses
     "DCN": "deform_conv",
     "DCNv2": "modulated_deform_conv",
     "FPN_CARAFE": "carafe",
@@ -50,7 +50,7 @@ OPERATOR_BY_FLAG = {
 
 
 def install_operators() -> None:
-    """Makes `import mmdet` possible with mmcv-lite."""
+    """Install the replacement operators, so that mmdet can be imported with mmcv-lite."""
     if EXTENSION_MODULE in sys.modules or find_spec(EXTENSION_MODULE) is not None:
         return
     module = _OperatorModule(EXTENSION_MODULE)
@@ -60,11 +60,19 @@ def install_operators() -> None:
     sys.modules[EXTENSION_MODULE] = module
     from mmcv.ops import multi_scale_deform_attn
 
-    multi_scale_deform_attn.IS_CUDA_AVAILABLE = False  # its plain torch version works on any device
+    multi_scale_deform_attn.IS_CUDA_AVAILABLE = False  # use the pure torch version, which works on any device
 
 
 def check_operators(config: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError if a model's config asks for an operator that is not there, before anything is built."""
+    """Check that all operators of a model are available, before it is built.
+
+    Args:
+        config: Config of the model.
+        name: Name of the config, for error messages.
+
+    Raises:
+        ValueError: The model needs an operator of the compiled mmcv.
+    """
     if find_spec(EXTENSION_MODULE) is not None and not isinstance(sys.modules.get(EXTENSION_MODULE), _OperatorModule):
         return
     for location, operator in _iter_required_operators(config, "model"):
@@ -86,7 +94,7 @@ def _iter_required_operators(config: Any, path: str) -> Iterator[tuple[str, str]
 
 
 class _OperatorModule(ModuleType):
-    """Has every name; what is not implemented fails when it is called."""
+    """Module with every name; operators that are not implemented fail when called."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -99,7 +107,17 @@ class _OperatorModule(ModuleType):
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) -> Tensor:
-    """(N, 4) boxes x1 y1 x2 y2 and (N,) scores -> the rows to keep, best first."""
+    """Suppress overlapping boxes.
+
+    Args:
+        boxes: (N, 4) x1 y1 x2 y2.
+        scores: (N,) scores.
+        iou_threshold: IoU above which the box with the lower score is removed.
+        offset: 1 if x2 and y2 are inclusive, else 0.
+
+    Returns:
+        The rows to keep, best first.
+    """
     if offset:
         boxes = torch.cat((boxes[:, :2], boxes[:, 2:] + offset), dim=1)
     return suppress(boxes, scores, iou_threshold)
@@ -115,8 +133,20 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Soft-NMS (arXiv 1704.04503), which lowers the scores of what overlaps: method 0 to nothing, 1 by the share that
-    overlaps, 2 by a Gaussian of it. Rows are written into `dets` (N, 5) as they are chosen; gives which rows these are.
+    """Suppress overlapping boxes by Soft-NMS (arXiv 1704.04503), which lowers their scores.
+
+    Args:
+        boxes: (N, 4) x1 y1 x2 y2.
+        scores: (N,) scores.
+        dets: (N, 5) output, boxes and new scores in the order of selection.
+        iou_threshold: IoU from which scores are lowered by methods 0 and 1.
+        sigma: Parameter of the Gaussian of method 2.
+        min_score: Boxes with a lower score are removed.
+        method: 0 sets scores to zero, 1 multiplies them by 1 - IoU, 2 by exp(-IoU ** 2 / sigma).
+        offset: 1 if x2 and y2 are inclusive, else 0.
+
+    Returns:
+        The selected rows, in order.
     """
     scores, is_left, selected_rows = scores.clone(), torch.ones(len(boxes), dtype=torch.bool), []
     area = (boxes[:, 2:] - boxes[:, :2] + offset).prod(1)
@@ -153,7 +183,24 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """RoIAlign (arXiv 1703.06870) by averages, into `output` (R, C, aligned_height, aligned_width)."""
+    """Compute RoIAlign with average pooling (arXiv 1703.06870).
+
+    Args:
+        input: (B, C, h, w) features.
+        rois: (R, 5) image index and box x1 y1 x2 y2 in image pixels.
+        output: (R, C, aligned_height, aligned_width) output.
+        argmax_y: Unused, for maximum pooling.
+        argmax_x: Unused, for maximum pooling.
+        aligned_height: Height of the output in cells.
+        aligned_width: Width of the output in cells.
+        spatial_scale: Feature cells per pixel.
+        sampling_ratio: Samples per cell and axis; 0 for an adaptive number.
+        pool_mode: 1 for average pooling; others are not supported.
+        aligned: Shift boxes by half a pixel.
+
+    Raises:
+        RuntimeError: `pool_mode` is not 1.
+    """
     if pool_mode != 1:
         raise RuntimeError(f"RoIAlign by maxima needs the compiled mmcv: {REMEDY}")
     output.copy_(roi_align(input, rois, (aligned_height, aligned_width), spatial_scale, sampling_ratio, aligned))
@@ -172,6 +219,7 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
+    """Compute the gradient of `roi_align_forward` and write it to `grad_input` (B, C, h, w)."""
     with torch.enable_grad():
         features = torch.zeros_like(grad_input, requires_grad=True)
         pooled = roi_align(features, rois, (aligned_height, aligned_width), spatial_scale, sampling_ratio, aligned)

@@ -1,4 +1,4 @@
-"""The boxes of a detector as regions worth captioning."""
+"""Region proposals from the boxes of an mmdet detector."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from sca_mmdet.detectors import build_detector, load_mmdet_config, silence_mmdet
 
 
 class MmdetProposer:
-    """What a detector finds in a picture: boxes, how sure it is, and the names of their classes.
+    """Proposer of a detector's boxes, with their scores and class names.
 
-    config: the name of one of mmdet's configs, or a file. weights: a file or a URL, in mmdet's format; with
-    `pretrained=False` they are random. score: the least. largest: how many regions at most, the surest.
+    Args:
+        config: Name of a config in mmdet, or path of a file.
+        weights: File or URL in the format of mmdet.
+        pretrained: Load `weights`; False for random weights.
+        score: Minimum score.
+        largest: Maximum number of regions, highest scores first.
+        device: Device of the detector.
+
+    Raises:
+        ValueError: The config or the weights do not exist, or the detector needs compiled operators.
     """
 
     def __init__(
@@ -39,9 +47,10 @@ class MmdetProposer:
         self.score_thresh, self.max_regions = score, largest
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
+        """Return boxes of at least 1 pixel per side, best first."""
         from mmdet.apis import inference_detector
 
-        bgr_image = np.asarray(image.convert("RGB"))[..., ::-1].copy()  # BGR
+        bgr_image = np.asarray(image.convert("RGB"))[..., ::-1].copy()
         with silence_mmdet():
             detections = inference_detector(self.detector, bgr_image).pred_instances
         boxes = detections.bboxes.float().cpu().clamp(min=0)
@@ -61,7 +70,7 @@ class MmdetProposer:
 
 
 def _set_score_thresholds(settings: Any, score_thresh: float) -> None:
-    """The least score of every stage is that which was asked for, where a config has another."""
+    """Set the score threshold of every stage of a config."""
     if isinstance(settings, MutableMapping):
         for key, value in settings.items():
             if key == "score_thr":
@@ -71,7 +80,7 @@ def _set_score_thresholds(settings: Any, score_thresh: float) -> None:
 
 
 def _read_class_names(config, metadata) -> tuple[str, ...]:
-    """The classes, as the weights say, or the dataset that the config names."""
+    """Return the class names stored with the weights, else those of the dataset in the config."""
     meta = metadata.get("dataset_meta") or {}
     classes = meta.get("classes") or meta.get("CLASSES") or metadata.get("CLASSES")
     if classes:
