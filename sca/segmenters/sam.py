@@ -197,7 +197,7 @@ class SamSegmenter(nn.Module):
         networks = self.decoder.output_hypernetworks_mlps
         weights = torch.stack([network(tokens[:, 1 + index]) for index, network in enumerate(networks)], dim=1)
         chunk_size = max(1, len(grid))
-        if grid.device.type == "cpu" and not torch.is_grad_enabled():  # save memory: upscaled grids are large
+        if grid.device.type == "cpu" and not torch.is_grad_enabled():  # upscaled grids are 8 times larger
             chunk_size = max(1, UPSCALE_ELEMENTS_PER_CHUNK // max(1, grid[:1].numel()))
         masks = [
             torch.einsum("nmc,nchw->nmhw", weight_chunk, self._upscale_grid(grid_chunk))
