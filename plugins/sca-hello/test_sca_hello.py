@@ -2,7 +2,7 @@
 
 from sca_hello import HelloMixer
 
-pytest_plugins = ["sca.testing.pytest"]  # the fixture `conformance`
+pytest_plugins = ["sca.testing.pytest"]  # provides the fixture `conformance`
 
 
 def test_hello_keeps_its_promises(conformance):

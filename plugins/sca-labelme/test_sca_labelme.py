@@ -10,7 +10,7 @@ from sca_labelme import LabelMe, LabelRecall
 
 from sca.io.masks import decode_rle
 
-pytest_plugins = ["sca.testing.pytest"]  # the fixture `conformance`
+pytest_plugins = ["sca.testing.pytest"]  # provides the fixture `conformance`
 
 
 @pytest.fixture

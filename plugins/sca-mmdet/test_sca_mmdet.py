@@ -11,7 +11,7 @@ from sca_mmdet.encoder import MmdetEncoder
 from sca_mmdet.operators import install_operators, nms, roi_align_backward, softnms
 from sca_mmdet.proposer import MmdetProposer
 
-pytest_plugins = ["sca.testing.pytest"]  # the fixture `conformance`
+pytest_plugins = ["sca.testing.pytest"]  # provides the fixture `conformance`
 
 TINY = "rtmdet_tiny_8xb32-300e_coco"
 
@@ -112,7 +112,7 @@ def test_boxes_have_scores_and_the_names_that_the_weights_say(checkpoint):
 )
 @pytest.mark.parametrize("part", [MmdetEncoder, MmdetProposer])
 def test_what_needs_compiled_operators_is_refused_before_it_is_built(part, config, operator, monkeypatch):
-    if part is MmdetEncoder and config.startswith("vfnet"):  # only its head does, which the encoder does not use
+    if part is MmdetEncoder and config.startswith("vfnet"):  # only its head needs them, and the encoder has none
         assert load_mmdet_config(config, ("backbone", "neck"))
         return
     install_operators()

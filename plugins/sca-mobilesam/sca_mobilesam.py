@@ -138,7 +138,7 @@ def _load_tensors(component: nn.Module, file: str, prefix: str | tuple[str, ...]
             if not name.startswith(UNUSED_PREFIXES) and not name.endswith("attention_bias_idxs"):
                 tensors[name] = tensor
     component_tensors = component.state_dict()
-    # The file lacks the batch counters, which are not used.
+    # Batch counters may be missing in the file, because nothing uses them.
     counters = {name: tensor for name, tensor in component_tensors.items() if name.endswith("num_batches_tracked")}
     tensors = {**counters, **tensors}
     missing, unexpected = (

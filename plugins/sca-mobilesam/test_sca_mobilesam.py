@@ -7,7 +7,7 @@ import torch
 from sca_mobilesam import MobileSamEncoder, MobileSamSegmenter
 from sca_registry.contracts import PromptBatch
 
-pytest_plugins = ["sca.testing.pytest"]  # the fixture `conformance`
+pytest_plugins = ["sca.testing.pytest"]  # provides the fixture `conformance`
 
 TO_ORIGINAL = (  # written by hand from the original code
     (r"^vit\.patch_embed\.conv1\.", "patch_embed.seq.0."),

@@ -37,6 +37,9 @@ class MostFrequent:
         split: Split of the dataset.
         options: Options of the dataset.
         limit: Maximum number of images read, from the first; 0 for all.
+
+    Raises:
+        ValueError: The limit is negative, or the dataset is empty or rejects its options.
     """
 
     generation_options = tuple(DEFAULT_GENERATION)  # accepted by `resolve_generation_options`
@@ -96,6 +99,11 @@ class NearestNeighbor(RegionCaptioner):
         options: Options of the dataset.
         limit: Maximum number of images read, from the first; 0 for all.
         device: Device of the encoder.
+
+    Raises:
+        ValueError: The limit is negative, or the dataset is empty or rejects its options.
+        RegistryError: The encoder is unknown, or an option is invalid.
+        InputError: The checkpoint of the encoder cannot be read.
     """
 
     def __init__(

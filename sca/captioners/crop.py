@@ -69,7 +69,7 @@ class CropCaptioner(RegionCaptioner):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Options and weights that identify the captioner in records."""
+        """Options and weights that identify the captioner in evaluation results."""
         return {"captioner": "crop", **self.fact_options, **self.image_text_model.facts}
 
     def caption_regions(

@@ -104,7 +104,7 @@ class VisionLanguageModel(RegionCaptioner):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Options and weights that identify the captioner in records."""
+        """Options and weights that identify the captioner in evaluation results."""
         return {"captioner": "vlm", **self.fact_options, **self.image_text_model.facts}
 
     def caption_regions(

@@ -113,9 +113,8 @@ def open_checkpoint(
         root = resolve_real_root(folder)
         for name in (CONFIG_FILE, SPEC_FILE, ORIGIN_FILE):
             check_file(folder / name, root, file_trust)
-        spec = (
-            None if is_published_checkpoint(folder) else read_spec(folder)
-        )  # first, to reject arbitrary folders early
+        # Read first, to reject arbitrary folders before their files are checked.
+        spec = None if is_published_checkpoint(folder) else read_spec(folder)
         check_folder(folder, file_trust)
         if spec is not None:
             with wrap_spec_errors(folder):

@@ -162,7 +162,7 @@ def _write_checkpoint(
             tensor = tensor.detach().cpu()
             tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
             if names_by_pointer.setdefault(tensor.data_ptr(), name) != name:
-                tensor = tensor.clone()  # safetensors stores no tied tensors
+                tensor = tensor.clone()  # safetensors rejects shared memory: tied weights are stored twice
             tensors[name] = tensor.contiguous()
     (folder / WEIGHTS_FILE).write_bytes(serialize(tensors, metadata={"format": "pt"}))
     _write_json(folder / SPEC_FILE, resolve_spec(model).to_dict())
