@@ -1,1 +1,1 @@
-"""The web demo: `sca demo`."""
+"""Web demo: `sca demo`."""

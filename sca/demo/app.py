@@ -1,4 +1,4 @@
-"""The page of `sca demo`, made of gradio's parts and a canvas to point with."""
+"""Gradio page of `sca demo`, with a canvas for prompts."""
 
 from __future__ import annotations
 
@@ -33,15 +33,14 @@ from sca.output.html_page import encode_data_uri
 from sca.serve.scheduler import RequestScheduler
 from sca.serve.tickets import CandidateMasks, InferenceRequest, RequestDone, SchedulerError
 
-MAX_LOADED_MODELS = 2  # models that are kept in memory
-RESPONSE_TIMEOUT_SECONDS = 300.0  # that an answer may take
-SESSION_LIFETIME_SECONDS = 3600  # that the image and regions of a tab without a change stay in memory
+MAX_LOADED_MODELS = 2  # unused models in memory
+RESPONSE_TIMEOUT_SECONDS = 300.0  # per request
+SESSION_LIFETIME_SECONDS = 3600  # time in memory of the image and regions of an inactive browser tab
 DOWNLOAD_FORMATS = ("png", "jsonl", "coco", "html")
 TITLE = "Segment and caption anything"
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-CSS = (
-    '#canvas [data-testid="status-tracker"] { display: none }'  # what goes wrong is told elsewhere; this would cover it
-)
+# Errors are displayed elsewhere; the status tracker would cover the canvas.
+CSS = '#canvas [data-testid="status-tracker"] { display: none }'
 USAGE_TEXT = (
     "Click what you mean, draw a box, or paint. Further points belong to the same region until **New region**. With "
     "the keyboard: arrows move a cross on the picture, Enter sets a point inside, Shift + Enter one outside."
@@ -49,7 +48,13 @@ USAGE_TEXT = (
 
 
 class SliderValues(NamedTuple):
-    """The values of the sliders."""
+    """Values of the sliders.
+
+    Attributes:
+        num_beams: Number of beams.
+        points_per_side: Points per side of the prompt grid.
+        pred_iou_thresh: Minimum predicted IoU of a mask.
+    """
 
     num_beams: int = DEFAULT_GENERATION["num_beams"]
     points_per_side: int = EverythingOptions.points_per_side
@@ -57,31 +62,31 @@ class SliderValues(NamedTuple):
 
     @classmethod
     def from_settings(cls, generation: Mapping[str, Any], search: EverythingOptions) -> SliderValues:
-        """Return the values that a model's own settings give the sliders."""
+        """Return the slider values of the default options of a model."""
         return cls(generation["num_beams"], search.points_per_side, search.pred_iou_thresh)
 
     def find_changes(self, initial: SliderValues) -> dict[str, Any]:
-        """Return the values that a person moved, by name; None for those that are as they were shown."""
+        """Return the values that differ from `initial` by name; None for unchanged values."""
         triples = zip(self._fields, self, initial, strict=True)
         return {name: None if value == initial_value else value for name, value, initial_value in triples}
 
     def make_slider_updates(self) -> list[Any]:
-        """Return what puts the sliders at these values."""
+        """Return gradio updates that set the sliders to these values."""
         values_with_limits = zip(self, SLIDER_MAXIMA, strict=True)
         return [gr.update(value=value, maximum=max(value, limit)) for value, limit in values_with_limits]
 
 
-SLIDER_MAXIMA = SliderValues(8, 64, 1)  # right ends of the sliders, unless the model's own value is beyond
+SLIDER_MAXIMA = SliderValues(8, 64, 1)  # unless the value of the model is larger
 
 
 class ModelPool:
-    """Schedulers by the names of their models; of many, those asked last stay in memory, and those in use.
+    """Pool of models, each with a scheduler. Models in use and the most recently used ones stay in memory.
 
     Args:
         device: Device of the models.
-        dtype: Type of their parameters, None for their own.
-        model_names: The models of the command line, which may have options.
-        allow_any_model: Allow every other name and folder, without options.
+        dtype: Floating-point type of the models; None for that of the checkpoint.
+        model_names: Models of the command line; their names can contain options.
+        allow_any_model: Allow all other names and folders, without options.
         trust_options: Trust options (see `sca.load`) by model name; other models are not trusted.
     """
 
@@ -102,13 +107,18 @@ class ModelPool:
 
     @contextmanager
     def scheduler(self, name: str) -> Iterator[RequestScheduler]:
-        """Loads it if it is not there. What `sca.captioner` raises for a name, and ValueError for one that may not be
-        chosen.
+        """Return the scheduler of a model for a `with` block, and load the model if necessary.
+
+        Args:
+            name: Name of the model.
+
+        Raises:
+            ValueError: The model is not allowed or cannot be loaded; `sca.captioner` lists the errors.
         """
         self._check_model_name(name)
         scheduler = self._acquire_loaded(name)
         if scheduler is None:
-            with self._load_lock:  # one at a time; nobody waits for it whose model is there
+            with self._load_lock:  # loads are serialized; requests to loaded models do not wait
                 scheduler = self._acquire_loaded(name) or self._load_model(name)
         try:
             yield scheduler
@@ -118,12 +128,15 @@ class ModelPool:
             self._unload_idle_models()
 
     def get_slider_values(self, name: str) -> SliderValues:
-        """Return the model's own values without loading it, the same that `sca caption` uses.
+        """Return the slider values of a model without loading it: the defaults of `sca caption`.
 
-        Those of a model that is neither loaded nor on this machine are not known; SAM's stand in for them.
+        The values of SAM replace those of a model that is neither loaded nor on this machine.
+
+        Args:
+            name: Name of the model.
 
         Raises:
-            ValueError: The model cannot be chosen, or its spec cannot be read.
+            ValueError: The model is not allowed, or its spec cannot be read.
         """
         self._check_model_name(name)
         with self._lock:
@@ -138,6 +151,7 @@ class ModelPool:
         return SliderValues() if spec is None else SliderValues.from_settings(spec.generation, spec.everything_options)
 
     def close(self) -> None:
+        """Close the schedulers of all models."""
         with self._lock:
             schedulers = [*self._schedulers.values()]
             self._schedulers.clear()
@@ -178,7 +192,7 @@ class ModelPool:
 
 
 def _check_has_no_options(name: str) -> None:
-    """Raise ValueError for the name of a model with options, which may trust a checkpoint; a folder has none."""
+    """Raise ValueError if a name contains options, which could trust a checkpoint; folders have none."""
     path = resolve_local_path(name)
     if (path is None or not path.exists()) and Part.parse(name, "a model").options:
         raise ValueError(f"the model {name!r:.80} has options; enter its name only, or pass it to --model")
@@ -190,9 +204,9 @@ def build_page(
     """Build the page of the demo.
 
     Args:
-        models: The models; with `allow_any_model` other names and folders can be entered.
+        models: Pool of models. If it has `allow_any_model`, visitors can enter other names and folders.
         model_names: Models to choose from; the first is selected.
-        examples: Example images and their names.
+        examples: Paths and names of example images.
         max_pixels: Maximum pixels per image.
     """
     any_model = models.allow_any_model
@@ -288,10 +302,11 @@ def build_page(
         session_outputs = [session, canvas, status]
         sliders = [beams, points, iou]
         event_options = {"show_progress": "hidden", "api_visibility": "private"}
+        # Decode one image at a time to limit memory.
         decoding_options = {
             "concurrency_limit": 1,
             "concurrency_id": "decode",
-        }  # an image at a time, so that memory suffices
+        }
         upload.upload(
             lambda path: _start_session(path, path, max_pixels),
             upload,
@@ -308,7 +323,7 @@ def build_page(
             handle_find, [*request_inputs, *sliders], session_outputs, **event_options, concurrency_limit=None
         )
         model.change(handle_model_change, model, [note, initial_state, *sliders], **event_options)
-        for event in (canvas_event, find_event):  # by then the model is loaded, so that its own values are known
+        for event in (canvas_event, find_event):  # the model is loaded now, so its default values are known
             event.success(
                 handle_model_loaded, [model, initial_state, *sliders], [initial_state, *sliders], **event_options
             )
@@ -332,12 +347,12 @@ def _start_session(path: str, name: str, max_pixels: int) -> tuple[Session, Any,
 
 
 def _describe_model_domain(model: str) -> str:
-    """Return the line about a model of a narrow domain, in which commands are Markdown's code."""
+    """Return the note on a model of a narrow domain, in Markdown."""
     return zoo.describe_domain(model)
 
 
 def _select_model(models: ModelPool, name: str) -> list[Any]:
-    """Return the note on a model, its own values, and what puts the sliders there."""
+    """Return the note on a model, its slider values, and updates that set the sliders to them."""
     try:
         slider_values = models.get_slider_values(name)
     except ValueError as error:
@@ -346,12 +361,7 @@ def _select_model(models: ModelPool, name: str) -> list[Any]:
 
 
 def _refresh_sliders(models: ModelPool, name: str, initial: SliderValues, values: Sequence[float]) -> list[Any]:
-    """Return the model's own values, and what puts the sliders there that nobody moved.
-
-    Args:
-        initial: The values that the sliders were set to.
-        values: Their current values.
-    """
+    """Return the slider values of a loaded model, and updates of the sliders whose `values` still are `initial`."""
     slider_values = models.get_slider_values(name)
     changes = SliderValues(*values).find_changes(initial)
     updates = zip(changes.values(), slider_values.make_slider_updates(), strict=True)
@@ -367,7 +377,7 @@ def _caption_prompted_region(
     task: str,
     num_beams: int,
 ) -> Iterator[tuple[Session, Any, str]]:
-    """Shows what was pointed at, then the answer."""
+    """Yield the page with the new prompt, then with its caption."""
     if session is None:
         raise gr.Error("there is no picture yet: open one, or choose an example")
     try:
@@ -413,7 +423,7 @@ def _caption_everything(
     points_per_side: int,
     pred_iou_thresh: float,
 ) -> Iterator[tuple[Session, Any, str]]:
-    """Shows how far the search is, and regions as they are captioned."""
+    """Yield the progress of the search, then regions as they are captioned."""
     if session is None:
         raise gr.Error("there is no picture yet: open one, or choose an example")
     try:
@@ -453,7 +463,7 @@ def _write_download_files(session: Session | None, model: str) -> list[str]:
 
 
 def _get_upload_folder() -> str:
-    """Where gradio may serve files from."""
+    """Return the folder from which gradio can serve files."""
     from gradio.utils import get_upload_folder
 
     folder = get_upload_folder()
@@ -462,7 +472,7 @@ def _get_upload_folder() -> str:
 
 
 def _make_page_error(error: Exception) -> gr.Error:
-    """A message for the page, which takes it for HTML."""
+    """Convert an error to a message for the page, escaped because gradio renders HTML."""
     return gr.Error(escape(str(error), quote=False))
 
 

@@ -1,4 +1,4 @@
-"""Starts the page."""
+"""Server of the demo page."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def run_demo(
     api_keys: Sequence[str] = (),
     root_path: str = "",
 ) -> None:
-    """Serve the page until it is interrupted.
+    """Serve the demo page until interrupted.
 
     Args:
-        model_names: Models to choose from.
+        model_names: Models to choose from; the first is loaded at the start.
         device: Device of the models.
-        dtype: Data type of the weights, None for the checkpoint's.
+        dtype: Floating-point type of the models; None for that of the checkpoint.
         host: Address to bind.
         port: Port to bind; 0 selects a free port.
         allow_any_model: Let visitors load any model name or folder, without options.
         open_browser: Open the page in a web browser.
-        on_ready: Called with a message when the page is available.
-        trust_options: Trust options of each model, see `ModelPool`.
+        on_ready: Function called with a message when the page is available.
+        trust_options: Trust options by model name; see `ModelPool`.
         max_body_bytes: Maximum upload size in bytes.
         max_pixels: Maximum pixels per image.
         allowed_hosts: Additional Host headers to accept.
@@ -53,13 +53,13 @@ def run_demo(
         root_path: URL path of the page behind a proxy.
 
     Raises:
-        ValueError: For a port that cannot be had, and for a model.
+        ValueError: The port cannot be bound, or the first model cannot be loaded.
     """
     with bind_socket(host, port) as bound_socket:
         port = bound_socket.getsockname()[1]
     models = ModelPool(device, dtype, model_names, allow_any_model=allow_any_model, trust_options=trust_options)
     with models.scheduler(model_names[0]):
-        pass  # a mistake in its name is told before anybody comes, and the first answer does not wait for it
+        pass  # load it now, to raise errors before the page opens and to answer the first request faster
     with tempfile.TemporaryDirectory(prefix="sca-demo-") as folder:
         blocks = build_page(models, model_names, _draw_examples(Path(folder)), max_pixels)
         try:
@@ -90,7 +90,7 @@ def run_demo(
 
 
 def _draw_examples(folder: Path) -> list[tuple[str, str]]:
-    """Drawn scenes: what the shipped model knows."""
+    """Draw example scenes in the domain of the bundled model; return their paths and names."""
     from sca.data.scenes import Scenes
 
     examples = []

@@ -1,4 +1,4 @@
-"""What a person has pointed at in a picture, and what was answered; every change can be undone."""
+"""Demo session: the regions of one image, with undo."""
 
 from __future__ import annotations
 
@@ -21,12 +21,19 @@ from sca.io.prompts import MAX_POINTS, check_prompt
 from sca.output.colors import get_region_color
 from sca.output.contours import mask_to_svg_path
 
-MAX_UNDO_STEPS = 100  # that can be undone
+MAX_UNDO_STEPS = 100
 
 
 @dataclass(frozen=True)
 class SessionRegion:
-    """A region: what is pointed at, and the answer once it is there; the masks it may have, and the one chosen."""
+    """Region of a session.
+
+    Attributes:
+        prompt: Prompt in image pixels.
+        caption: Caption; None while it is generated.
+        masks: Candidate masks, highest predicted IoU first.
+        mask_index: Index of the selected mask.
+    """
 
     prompt: Prompt
     caption: Caption | None = None
@@ -35,7 +42,7 @@ class SessionRegion:
 
     @property
     def displayed_caption(self) -> Caption:
-        """The caption, with the mask that was chosen."""
+        """Caption with the selected mask."""
         if not self.masks:
             return self.caption
         rle, predicted_iou = self.masks[self.mask_index]
@@ -45,7 +52,15 @@ class SessionRegion:
 
 @dataclass
 class Session:
-    """One image in one tab. `current_index` is the region that a further point belongs to."""
+    """Session of one image in one browser tab.
+
+    Attributes:
+        image: Image.
+        name: File name of the image.
+        regions: Regions in the order of their prompts.
+        current_index: Index of the region that further prompts extend; None to begin a new region.
+        undo_history: Previous values of `regions` and `current_index`, oldest first.
+    """
 
     image: Image.Image
     name: str
@@ -54,9 +69,17 @@ class Session:
     undo_history: list[tuple[tuple[SessionRegion, ...], int | None]] = field(default_factory=list)
 
     def handle_event(self, event: Mapping[str, Any]) -> int | None:
-        """Takes what the canvas tells: the number of the region that is to be answered, if there is one.
+        """Handle an event of the canvas.
 
-        InputError for what does not fit the picture.
+        Args:
+            event: Table with `action`: "undo", "new", "clear", "select", "choose", "point", "box" or "mask", and its
+                arguments in image pixels.
+
+        Returns:
+            Index of the region to caption; None if the event adds no prompt.
+
+        Raises:
+            InputError: The prompt does not fit the image.
         """
         match event.get("action"):
             case "undo":
@@ -82,7 +105,13 @@ class Session:
         return None
 
     def add_response(self, prompt: Prompt, caption: Caption, mask_candidates: tuple[PredictedMask, ...]) -> None:
-        """The answer for a region, wherever it is by now: a step back does not lose it. Not a step of its own."""
+        """Store the caption of a region in the current state and in the undo history. Not an undo step itself.
+
+        Args:
+            prompt: Prompt of the region, compared by identity.
+            caption: Caption of the region.
+            mask_candidates: Candidate masks, highest predicted IoU first.
+        """
 
         def set_caption(regions: tuple[SessionRegion, ...]) -> tuple[SessionRegion, ...]:
             return tuple(
@@ -96,7 +125,7 @@ class Session:
         self.undo_history = [(set_caption(regions), current) for regions, current in self.undo_history]
 
     def revert_prompt(self, prompt: Prompt) -> None:
-        """Takes back the last step if that asked for what has no answer."""
+        """Undo the last step if it added this prompt, whose request failed."""
         if self.undo_history and any(region.prompt is prompt for region in self.regions):
             regions, current = self.undo_history[-1]
             if not any(region.prompt is prompt for region in regions):
@@ -104,20 +133,21 @@ class Session:
                 self.undo_history.pop()
 
     def add_caption(self, caption: Caption) -> None:
-        """A region that was found."""
+        """Add a region found by everything mode. Not an undo step."""
         region = SessionRegion(caption.prompt, replace(caption, region_id=len(self.regions)))
         self.regions = (*self.regions, region)
 
     def clear_regions(self) -> None:
-        """Away with all regions, which `undo` brings back."""
+        """Remove all regions, as one undo step."""
         self._record_change((), None)
 
     @property
     def captions(self) -> list[Caption]:
+        """Captions of all captioned regions, with their selected masks."""
         return [region.displayed_caption for region in self.regions if region.caption is not None]
 
     def to_canvas_value(self) -> dict[str, Any]:
-        """For the canvas."""
+        """Return the JSON state of the canvas."""
         return {
             "size": list(self.image.size),
             "regions": [self._region_to_dict(number, shown) for number, shown in enumerate(self.regions)],
@@ -127,7 +157,7 @@ class Session:
     def _add_prompt(
         self, box: Any = None, points: tuple[tuple[Any, Any, int], ...] = (), mask: np.ndarray | None = None
     ) -> int:
-        """Adds to the current region, or begins one."""
+        """Extend the current region or begin a new one; return its index."""
         previous_prompt = Prompt() if self.current_index is None else self.regions[self.current_index].prompt
         prompt = Prompt(
             previous_prompt.box if box is None else box,
@@ -144,7 +174,7 @@ class Session:
         return self.current_index
 
     def _decode_painted_mask(self, data_url: Any) -> np.ndarray:
-        """(height, width) bool of what was painted, which comes as a data: URL."""
+        """Decode a painted mask from a data: URL to (height, width) bool."""
         try:
             png_bytes = base64.b64decode(str(data_url).partition(",")[2], validate=True)
             max_pixels = self.image.width * self.image.height

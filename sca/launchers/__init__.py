@@ -1,1 +1,1 @@
-"""Where work is done that is too much for one process: launchers by name, a kind of the registry like any other."""
+"""Launchers: run tasks in other processes or on other machines."""

@@ -1,4 +1,4 @@
-"""Tasks on this machine: a process each, some at a time."""
+"""Launcher of processes on this machine."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ from sca.launchers.signals import block_interrupts
 from sca.launchers.task import Task, TaskOutcome
 from sca.launchers.worker import LOG_FILE, RESULT_FILE, run_task
 
-MAX_KILLS = 3  # times that a process may be killed from outside before its task is left for another run
+MAX_KILLS = 3  # kills from outside after which a task is left for another run
 
 
 class Local:
-    """Launcher that runs `num_workers` processes at a time; by default one per GPU, or one per two CPU cores without a
-    GPU.
+    """Launcher that runs each task in a process on this machine.
 
-    Processes are forked from one that has imported the modules of the jobs and has not used them.
+    Processes are forked from a fork server that only imports the modules of the tasks.
+
+    Args:
+        num_workers: Number of concurrent processes; 0 selects one per GPU, or one per two CPU cores without a GPU.
+
+    Raises:
+        ValueError: `num_workers` is negative.
     """
 
     def __init__(self, num_workers: int = 0):
@@ -35,7 +40,14 @@ class Local:
         self.num_workers = num_workers
 
     def map(self, tasks: Sequence[Task]) -> Iterator[TaskOutcome]:
-        """Yield outcomes as they arrive. A process that was killed from outside runs at most `MAX_KILLS` times."""
+        """Run tasks and yield their outcomes as they arrive.
+
+        A task whose process is killed from outside, for example by the out-of-memory killer, runs at most `MAX_KILLS`
+        times and then has no outcome. Neither has a task that is stopped by its deadline.
+
+        Args:
+            tasks: Tasks. A task on "cuda" runs on one GPU, "cuda:N".
+        """
         context = get_context("forkserver")
         module_names = dict.fromkeys(task.function.partition(":")[0] for task in tasks)
         context.set_forkserver_preload(["sca.launchers.worker", *module_names])
@@ -75,13 +87,13 @@ class Local:
 
     @staticmethod
     def _wait_for_process(running: dict[int, Any]) -> None:
-        """Until a process ends or is overdue."""
+        """Wait until a process ends or is overdue."""
         seconds_left = min(_compute_time_left(task, start) for _, task, _, start in running.values())
         wait(list(running), timeout=None if math.isinf(seconds_left) else max(0.0, seconds_left))
 
 
 def _compute_time_left(task: Task, start_time: float) -> float:
-    """Seconds until a task is overdue. start_time: when its process was started, by the monotonic clock."""
+    """Return the seconds until a task is overdue; `start_time` is its start by `time.monotonic`."""
     return min(start_time + task.timeout - time.monotonic(), task.deadline - time.time())
 
 
@@ -108,7 +120,7 @@ def _start_process(context: Any, task: Task, gpu: int | None) -> Any:
 
 
 def _collect_outcome(process: Any, task: Task, is_overdue: bool, elapsed: float) -> TaskOutcome | None:
-    """What became of a process that ended; None if it was killed from outside, which says nothing about the task."""
+    """Return the outcome of a process that ended; None if it was killed from outside or stopped by its deadline."""
     if process.is_alive() and is_overdue:
         _kill_process(process)
     process.join()
@@ -124,7 +136,7 @@ def _collect_outcome(process: Any, task: Task, is_overdue: bool, elapsed: float)
         return None
     if is_overdue:
         return TaskOutcome(task, _make_failure_result("timed-out", f"it took more than {task.timeout:g} s", elapsed))
-    if exit_code in (-signal.SIGKILL, -signal.SIGTERM, 255):  # 255: the process that it was forked from is gone
+    if exit_code in (-signal.SIGKILL, -signal.SIGTERM, 255):  # 255: the fork server ended
         return None
     if exit_code is not None and exit_code < 0:
         return TaskOutcome(
@@ -136,7 +148,7 @@ def _collect_outcome(process: Any, task: Task, is_overdue: bool, elapsed: float)
 
 
 def _read_last_log_line(task: Task) -> str:
-    """The last line of a task's log, which of a traceback is the exception."""
+    """Return the last line of a task log; the last line of a traceback is the exception."""
     try:
         lines = Path(task.folder, LOG_FILE).read_text("utf-8", "replace").split("\n")
     except OSError:
@@ -149,7 +161,7 @@ def _make_failure_result(state: str, reason: str, elapsed: float) -> dict[str, A
 
 
 def _kill_process(process: Any) -> None:
-    """The process and what it has started."""
+    """Kill a process and its process group."""
     for kill_function in (os.killpg, os.kill):
         try:
             kill_function(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Tasks on a Ray cluster (arXiv 1712.05889)."""
+"""Launcher of tasks on a Ray cluster (arXiv 1712.05889)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from sca.launchers.local import Local
 from sca.launchers.task import Task, TaskOutcome
 from sca.launchers.worker import LOG_FILE
 
-MAX_RETRIES = 3  # of a task whose node was lost
+MAX_RETRIES = 3  # per task, if its node is lost
 
 
 class Ray:
-    """Launcher: every task goes to a node that has the GPUs and the memory it asks for, and `cores`.
+    """Launcher that runs each task on a node of a Ray cluster with the required GPUs, memory and cores.
 
-    address: of a cluster ("auto": the one that this machine belongs to); None starts one on this machine. The package
-    must be installed on the nodes; what is made and logs travel back, so that nothing but the network is shared.
+    The package must be installed on every node. Results and logs are sent back over the network; no shared file system
+    is needed.
+
+    Args:
+        address: Address of the cluster, "auto" for the cluster of this machine; None starts one on this machine.
+        cores: CPU cores per task.
+
+    Raises:
+        ValueError: `cores` is less than 1.
     """
 
     def __init__(self, address: str | None = None, cores: int = 1):
@@ -28,6 +35,7 @@ class Ray:
         self.address, self.cores = address, cores
 
     def map(self, tasks: Sequence[Task]) -> Iterator[TaskOutcome]:
+        """Run tasks and yield their outcomes as they arrive. Tasks whose nodes were lost have no outcome."""
         import ray
 
         started_ray = not ray.is_initialized()
@@ -59,7 +67,7 @@ class Ray:
 
 
 def _run_on_node(task: Task) -> tuple[dict[str, Any] | None, str]:
-    """On the node: a process of its own as on any machine, so that its end is typed there."""
+    """Run a task on the node with `Local`, which classifies how its process ends; return the result and the log."""
     with tempfile.TemporaryDirectory(prefix="sca-") as folder:
         outcomes = list(Local(num_workers=1).map([replace(task, folder=folder)]))
         log = Path(folder, LOG_FILE)
@@ -67,7 +75,7 @@ def _run_on_node(task: Task) -> tuple[dict[str, Any] | None, str]:
 
 
 def _make_error_result(error: Exception) -> Mapping[str, Any] | None:
-    """A task that Ray gave up; None where nodes were lost, which says nothing about it."""
+    """Return the result of a task that failed in Ray; None if its node was lost, which does not concern the task."""
     import ray
 
     node_loss_errors = (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError)

@@ -1,4 +1,4 @@
-"""Ctrl+C, which a terminal sends to a command and to every process that it has started."""
+"""Handling of Ctrl+C, which a terminal sends to a command and to all its child processes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import psutil
 
 @contextmanager
 def block_interrupts() -> Iterator[None]:
-    """Block SIGINT, for processes that are started meanwhile as well: the caller ends those processes itself.
+    """Block SIGINT in a `with` block, also for processes that are started in it; the caller must end those.
 
-    An interrupt that this thread receives meanwhile is raised at the end.
+    An interrupt that arrives during the block is raised at its end.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -26,13 +26,13 @@ def block_interrupts() -> Iterator[None]:
 
 
 def accept_interrupts() -> None:
-    """Undo `block_interrupts` in a process that was started meanwhile and has left the terminal's process group."""
+    """Undo `block_interrupts` in a process that was started in it and has left the process group of the terminal."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def kill_process_tree(pid: int) -> None:
-    """Kill a process and all that it has started."""
+    """Kill a process and all its descendants."""
     try:
         process = psutil.Process(pid)
         processes = [process, *process.children(recursive=True)]

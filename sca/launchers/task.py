@@ -1,4 +1,4 @@
-"""What launchers are given and give."""
+"""Input and output of launchers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Task:
-    """A piece of work. key: its unique name. function: "module:function", which is called with config and folder and
-    returns a table of plain values with a `state`. config: plain values, with the `device` to compute on. folder: for
-    the log and other files. timeout: seconds. num_gpus, memory_gib: required resources. deadline: Unix time after which
-    it is neither started nor left running; a task stopped by its deadline has no outcome.
+    """Function call in another process.
+
+    Args:
+        key: Unique name of the task.
+        function: "module:function", called with `config` and `folder`. It returns a table of JSON values with the key
+            `state`.
+        config: JSON values, with the `device` to use.
+        folder: Folder for the log and other files.
+        timeout: Maximum seconds to run.
+        num_gpus: Required GPUs.
+        memory_gib: Required memory in GiB.
+        deadline: Unix time after which the task is not started, and is stopped if running. A task stopped by its
+            deadline has no outcome.
     """
 
     key: str
@@ -27,8 +36,12 @@ class Task:
 
 
 class TaskOutcome(NamedTuple):
-    """What a job gave; or, of one whose process ended otherwise, a table with `state` ("crashed" or "timed-out"),
-    `reason` and `seconds`.
+    """Outcome of a task.
+
+    Attributes:
+        task: Task.
+        result: Table returned by the function. If its process did not end normally: `state` ("crashed", "timed-out" or
+            "failed"), `reason` and `seconds`.
     """
 
     task: Task

@@ -1,4 +1,4 @@
-"""The process that does a task: it logs to the task's folder and leaves what the job gave, whole or not at all."""
+"""Worker process of a task: writes the log and, atomically, the result to the folder of the task."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ LOG_FILE, RESULT_FILE = "log.txt", "made.json"
 
 
 def run_task(job: str, config: Mapping[str, Any], folder: str) -> None:
+    """Run a task in this process, write its result, and exit.
+
+    Standard output and error are redirected to the log. The process is killed when its parent ends.
+
+    Args:
+        job: "module:function".
+        config: First argument of the function.
+        folder: Second argument of the function: the folder of the task.
+    """
     _exit_with_parent()
     os.setsid()
     accept_interrupts()
@@ -26,14 +35,14 @@ def run_task(job: str, config: Mapping[str, Any], folder: str) -> None:
         os.dup2(log.fileno(), 2)
     module_name, _, function_name = job.partition(":")
     result = getattr(import_module(module_name), function_name)(config, folder)
-    Path(folder).mkdir(parents=True, exist_ok=True)  # somebody may have tidied up meanwhile
+    Path(folder).mkdir(parents=True, exist_ok=True)  # in case it was deleted meanwhile
     write_file(Path(folder, RESULT_FILE), json.dumps(result))
     sys.stdout.flush()
-    os._exit(0)  # threads of a library may not let go
+    os._exit(0)  # do not wait for threads of libraries
 
 
 def _exit_with_parent() -> None:
-    """The process is killed when the one that it was forked from ends, so that no task outlives its launcher."""
+    """Kill this process when its parent ends, so that no task outlives its launcher."""
     if sys.platform == "linux":
         import ctypes
 

@@ -1,4 +1,4 @@
-"""Who may use a server: the hosts that it is reached as, and who has a key."""
+"""Access control middleware: allowed Host headers and API keys."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from sca.serve.api_keys import find_key_index
 from sca.serve.errors import ApiError, make_error_response
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
-PUBLIC_PATHS = ("/health",)  # that are answered without a key
+PUBLIC_PATHS = ("/health",)  # need no API key
 
 
 class HostCheckMiddleware:
-    """ASGI middleware that answers only requests whose Host header is an IP address or one of `hosts`.
+    """ASGI middleware that rejects requests with an unknown Host header, against DNS rebinding.
 
-    A page of a stranger whose name was bound to this address (DNS rebinding) has another Host. An address cannot be
-    bound to another, so any address is allowed. "*" in `hosts` allows every name.
+    A malicious page whose domain was rebound to this address sends its own Host header. IP addresses cannot be rebound
+    and are always allowed, as are localhost and the host name of this machine.
+
+    Args:
+        app: ASGI application.
+        hosts: Additional host names to allow; "*" allows all.
     """
 
     def __init__(self, app: Any, hosts: Sequence[str] = ()):
@@ -52,9 +56,13 @@ class HostCheckMiddleware:
 
 
 class KeyCheckMiddleware:
-    """ASGI middleware that answers only requests with a key, sent as `Authorization: Bearer KEY`.
+    """ASGI middleware that requires an API key, sent as `Authorization: Bearer KEY`, except for `PUBLIC_PATHS`.
 
-    Clients with the same key count as one client: `scope["state"]["client"]`.
+    Clients with the same key count as one client, stored in `scope["state"]["client"]`.
+
+    Args:
+        app: ASGI application.
+        keys: Valid API keys.
     """
 
     def __init__(self, app: Any, keys: Sequence[str]):

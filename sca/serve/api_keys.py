@@ -1,4 +1,4 @@
-"""API keys: a file of them, and whether one is right."""
+"""API keys: reading from a file and comparison in constant time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """Read the keys in a file, one per line; empty lines and lines that begin with # are skipped.
+    """Read API keys from a file.
+
+    Args:
+        path: Text file with one key per line; empty lines and lines that start with # are ignored.
 
     Raises:
-        ValueError: If the file cannot be read, has no key, or has one that is not printable ASCII.
+        ValueError: The file cannot be read, contains no key, or contains a key that is not printable ASCII.
     """
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
@@ -21,13 +24,18 @@ def read_keys(path: Path) -> tuple[str, ...]:
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise ValueError(f"{path} has no API key; write one key per line")
-    if not all(key.isascii() and key.isprintable() for key in keys):  # a header cannot contain others
+    if not all(key.isascii() and key.isprintable() for key in keys):  # limit of HTTP headers
         raise ValueError(f"{path} has an API key that is not printable ASCII; write another one")
     return keys
 
 
 def find_key_index(candidate: str, keys: Sequence[str]) -> int | None:
-    """The place of a key that was given, in a time that does not depend on how much of it is right."""
+    """Return the index of a key, or None. The time does not depend on how many characters match.
+
+    Args:
+        candidate: Key of a client.
+        keys: Valid keys.
+    """
     matching_index = None
     for index, key in enumerate(keys):
         if hmac.compare_digest(candidate.encode(), key.encode()):

@@ -1,4 +1,4 @@
-"""The messages of a chat request: which image and which region its last turn is about."""
+"""Messages of a chat request: find the image and the region of the last turn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sca.serve.errors import ApiError
 from sca.serve.schema import PromptIn
 from sca.serve.text_region import find_region
 
-MAX_TEXT = 2**20  # characters, of the messages that may contain the region
+MAX_TEXT = 2**20  # characters of messages that are searched for a region
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image_url", "input_image")
 REGION_FIELD = re.compile(
@@ -21,16 +21,20 @@ REGION_FIELD = re.compile(
     r"|poly(?:gon)?s?|rect(?:angle)?s?|selections?|segmentations?|xyxy|xywh|ltrb)(?:[_-].*|\d?d?)",
     re.IGNORECASE,
 )
-_CAMEL_CASE = re.compile(r"(?<=[a-z])(?=[A-Z])")  # between two words
+_CAMEL_CASE = re.compile(r"(?<=[a-z])(?=[A-Z])")  # boundary of two words
 
 
 class ImageUrl(BaseModel):
+    """URL of an image."""
+
     model_config = ConfigDict(extra="allow")
 
     url: Annotated[str, Field(description="a data: URL")]
 
 
 class TextPart(BaseModel):
+    """Text of a message."""
+
     model_config = ConfigDict(extra="allow")
 
     type: Literal["text", "input_text", "output_text"]
@@ -38,6 +42,8 @@ class TextPart(BaseModel):
 
 
 class ImagePart(BaseModel):
+    """Image of a message."""
+
     model_config = ConfigDict(extra="allow")
 
     type: Literal["image_url", "input_image"]
@@ -45,11 +51,12 @@ class ImagePart(BaseModel):
 
     @property
     def url(self) -> str:
+        """URL of the image."""
         return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
 class OtherPart(BaseModel):
-    """Neither text nor an image; it may be in the history, and not in the turn that is answered."""
+    """Other content of a message; rejected in the last turn, ignored in earlier ones."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -70,7 +77,7 @@ MessagePart = Annotated[
 
 
 class ChatMessage(BaseModel):
-    """One message. Fields that say nothing of the image, such as `name` and `tool_call_id`, are left alone."""
+    """Message of a conversation. Fields unrelated to the image, such as `name` and `tool_call_id`, are ignored."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -81,26 +88,29 @@ class ChatMessage(BaseModel):
 
     @property
     def parts(self) -> list[TextPart | ImagePart | OtherPart]:
+        """Content as a list of parts."""
         if isinstance(self.content, str):
             return [TextPart(type="text", text=self.content)]
         return self.content or []
 
     @property
     def text(self) -> str:
+        """Text of all parts, joined by line breaks."""
         return "\n".join(part.text or "" for part in self.parts if isinstance(part, TextPart))
 
     @property
     def urls(self) -> list[str]:
+        """URLs of the images."""
         return [part.url for part in self.parts if isinstance(part, ImagePart)]
 
     @property
     def ends_turn(self) -> bool:
-        """Whether this message ends a turn: the assistant has answered, and does not wait for a tool."""
+        """Whether the message ends a turn: a response of the assistant without tool calls."""
         return self.role == "assistant" and not (self.tool_calls or self.function_call)
 
 
 def split_turns(messages: Sequence[ChatMessage]) -> list[list[ChatMessage]]:
-    """Split messages into turns, each up to an answer of the assistant."""
+    """Split messages into turns, each of which ends with a response of the assistant."""
     turns: list[list[ChatMessage]] = [[]]
     for message in messages:
         turns[-1].append(message)
@@ -110,10 +120,13 @@ def split_turns(messages: Sequence[ChatMessage]) -> list[list[ChatMessage]]:
 
 
 def find_image_url(turns: Sequence[Sequence[ChatMessage]]) -> str:
-    """Find the URL of the image that the last turn is about: the last image of the messages.
+    """Find the URL of the last image of a conversation.
+
+    Args:
+        turns: Result of `split_turns`.
 
     Raises:
-        ApiError: If no message has an image, or the turn of the last one has several.
+        ApiError: No message has an image, or the last turn with images has several.
     """
     for turn in reversed(turns):
         urls = list(dict.fromkeys(_list_urls(turn)))
@@ -133,21 +146,21 @@ def find_image_url(turns: Sequence[Sequence[ChatMessage]]) -> str:
 
 
 def find_text_region(turns: Sequence[Sequence[ChatMessage]], url: str) -> PromptIn:
-    """Find the region in the text of the user's messages about an image.
+    """Find the region in the text of the user messages about an image.
 
-    The last turn with a region counts, so that a region holds for further questions, also if each sends the image
-    again. Turns before the image are about it as well if none of them has another image.
+    The last turn with a region determines the result, so that a region applies to later turns, even if each sends the
+    image again. Turns before the image are included unless they have another image.
 
     Args:
-        turns: Messages, see `split_turns`.
-        url: URL of the image, see `find_image_url`.
+        turns: Result of `split_turns`.
+        url: Result of `find_image_url`.
 
     Returns:
         The region; an empty prompt if there is none.
 
     Raises:
-        ApiError: If there is more text than may be searched, or if only a message of another role has coordinates.
-        InputError: If the region cannot be read, or there are several.
+        ApiError: The text is too long to search (413), or only messages of other roles contain coordinates (422).
+        InputError: The region cannot be read, or there are several.
     """
     relevant_turns = _select_turns_about(turns, url)
     num_searched = 0
@@ -174,7 +187,7 @@ def find_text_region(turns: Sequence[Sequence[ChatMessage]], url: str) -> Prompt
 
 
 def _select_turns_about(turns: Sequence[Sequence[ChatMessage]], url: str) -> Sequence[Sequence[ChatMessage]]:
-    """The turns after any other image, from the first that has this one; all of them without another image."""
+    """Return the turns after the last other image, from the first with this image; all turns if none has another."""
     other_image_turns = [number for number, turn in enumerate(turns) if any(other != url for other in _list_urls(turn))]
     if not other_image_turns:
         return turns
@@ -187,10 +200,14 @@ def _list_urls(turn: Sequence[ChatMessage]) -> list[str]:
 
 
 def check_message_parts(turns: Sequence[Sequence[ChatMessage]]) -> None:
-    """Refuse what the last turn contains and cannot be answered.
+    """Reject unsupported content.
+
+    Args:
+        turns: Result of `split_turns`.
 
     Raises:
-        ApiError: For a part that is neither text nor an image, and for a region in a field that is not read.
+        ApiError: A user message of the last turn has a part that is neither text nor an image, or a user message has a
+            region in an unsupported field.
     """
     for message in turns[-1]:
         for part in message.parts:
@@ -214,7 +231,7 @@ def check_message_parts(turns: Sequence[Sequence[ChatMessage]]) -> None:
 
 
 def _iter_extra_fields(message: ChatMessage) -> Iterator[str]:
-    """Names of the fields, other than null, that a message, its parts and its images have beyond those of the API."""
+    """Yield the names of fields of a message, its parts and its images that are unknown and not null."""
     models: list[BaseModel] = [message]
     for part in message.parts:
         if not isinstance(part, OtherPart):
@@ -226,7 +243,7 @@ def _iter_extra_fields(message: ChatMessage) -> Iterator[str]:
 
 
 def _add_searched_length(num_searched: int, text: str) -> int:
-    """Add the length of a text to what has been searched; ApiError for too much."""
+    """Add the length of a text to `num_searched`; raise ApiError above `MAX_TEXT`."""
     num_searched += len(text)
     if num_searched > MAX_TEXT:
         raise ApiError(

@@ -22,7 +22,7 @@ from sca.serve.tickets import (
 )
 
 _FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
-MAX_REPORTED_PROBLEMS = 3  # problems of one request in its answer
+MAX_REPORTED_PROBLEMS = 3  # validation errors per response
 _STATUS_BY_ERROR = {
     QueueFullError: 503,
     SchedulerClosedError: 503,
@@ -47,13 +47,13 @@ _CODE_BY_STATUS = {
 
 
 class ApiError(Exception):
-    """A status and a line.
+    """Error with an HTTP status.
 
     Args:
         status: HTTP status.
-        message: What is wrong and what to do, in one line.
-        code: What programs compare; None for the usual one of the status.
-        param: The field of the request that is wrong, if it is one.
+        message: Problem and fix in one line.
+        code: Machine-readable code; None for the default of the status.
+        param: Invalid field of the request, if any.
     """
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
@@ -63,25 +63,26 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
+        """Headers of the response: Retry-After for status 503."""
         return {"Retry-After": "1"} if self.status == 503 else {}
 
     @property
     def content(self) -> dict[str, Any]:
-        """The body of the answer, an error object of the OpenAI API."""
+        """Body of the response: an error object in the format of the OpenAI API."""
         error_type = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": error_type, "param": self.param, "code": self.code}}
 
 
 def make_error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Build the HTTP answer for an error, with further headers."""
+    """Create the HTTP response of an error, with additional headers."""
     return JSONResponse(error.content, error.status, {**error.headers, **(headers or {})})
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """Convert an error to an HTTP status and a line.
+    """Convert an error of a request to an `ApiError`.
 
     Raises:
-        TypeError: For an error that no request causes.
+        TypeError: Requests do not cause errors of this type.
     """
     match error:
         case ApiError():
@@ -104,7 +105,7 @@ def to_api_error(error: Exception) -> ApiError:
 
 
 def _make_field_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first problems, each with the field that has it."""
+    """Create an error with the first `MAX_REPORTED_PROBLEMS` problems and their fields."""
     locations, messages = [], []
     errors = [each for each in errors if not _is_other_branch_error(each, errors)]
     for each in errors[:MAX_REPORTED_PROBLEMS]:
@@ -116,12 +117,12 @@ def _make_field_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def _is_union_branch(name: str | int) -> bool:
-    """Whether a part of a place is pydantic's name of a branch of a union, such as "str" or "list[Part]"."""
+    """Return whether an element of an error location is a union branch of pydantic, such as "str" or "list[Part]"."""
     return name in ("str", "bool", "int", "float") or (isinstance(name, str) and not _FIELD_NAME.fullmatch(name))
 
 
 def _is_other_branch_error(error: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether an error is that a value has not the type of a branch of a union, while it has that of another."""
+    """Return whether an error is about the type of a union branch while the value matches another branch."""
     *union_location, branch = error["loc"] or ("",)
     if not (_is_union_branch(branch) and error["type"].endswith("_type")):
         return False

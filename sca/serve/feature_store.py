@@ -1,4 +1,4 @@
-"""Cache for the features of recent images."""
+"""Cache of image features."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from sca.inference.engine import EncodedImages
 
 
 class FeatureStore:
-    """The features of the most recent images, without the images: at most `max_bytes`."""
+    """LRU cache of image features, without the images.
+
+    Args:
+        max_bytes: Maximum bytes of all features.
+
+    Attributes:
+        stored_bytes: Current bytes of all features.
+        hits: Lookups that found features.
+        misses: Lookups that did not.
+    """
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.stored_bytes, self.hits, self.misses = max_bytes, 0, 0, 0
@@ -18,6 +27,7 @@ class FeatureStore:
         return len(self._encoded_by_digest)
 
     def get(self, digest: str) -> EncodedImages | None:
+        """Return the features of an image by the hash of its pixels; None if not cached."""
         encoded = self._encoded_by_digest.get(digest)
         if encoded is None:
             self.misses += 1
@@ -27,6 +37,7 @@ class FeatureStore:
         return encoded
 
     def put(self, digest: str, encoded: EncodedImages) -> None:
+        """Store the features of an image and evict the least recently used ones."""
         self._encoded_by_digest[digest] = encoded
         self.stored_bytes += _count_feature_bytes(encoded)
         while self.stored_bytes > self.max_bytes:

@@ -1,4 +1,4 @@
-"""Limits of the server: on sizes, times and connections, and on the values of request fields."""
+"""Limits of the server on sizes, times, connections and values of request fields."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from sca.io.prompts import MAX_POINTS
 
-MAX_BEAMS, MAX_NEW_TOKENS = 16, 128  # per region: beams, and so captions; per caption: tokens
-MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1  # as the OpenAI API takes seeds
+MAX_BEAMS, MAX_NEW_TOKENS = 16, 128  # beams and captions per region, tokens per caption
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1  # range of the OpenAI API
 MAX_POINTS_PER_SIDE, MAX_CROP_LAYERS = 64, 2
 
 
@@ -18,7 +18,7 @@ class ServerLimits:
     Args:
         max_body_bytes: Maximum bytes per request.
         max_pixels: Maximum pixels per image.
-        max_prompts: Maximum prompts per request, and maximum regions that everything mode may find.
+        max_prompts: Maximum prompts per request, and maximum regions that everything mode can find.
         timeout: Seconds to receive a request, and again to complete its response.
         max_connections: Maximum concurrent connections.
         max_points: Maximum points per prompt.
@@ -37,5 +37,5 @@ class ServerLimits:
 
     @property
     def max_memory_bytes(self) -> int:
-        """Bytes that all requests may hold at a time: enough for the largest."""
+        """Memory budget of all requests in bytes, sufficient for the largest request."""
         return max(2**30, 24 * self.max_pixels, 8 * self.max_body_bytes)

@@ -1,4 +1,4 @@
-"""Memory that requests hold together, and how it goes back to the system."""
+"""Memory budget of requests, and release of freed memory to the system."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ import threading
 
 import torch
 
-SMALL_REQUEST_SHARE = 1 / 64  # of a budget that one request may take when large ones have taken their share
-LARGE_REQUESTS_SHARE = 3 / 4  # of a budget that large requests may take together
+SMALL_REQUEST_SHARE = 1 / 64  # fraction of the budget up to which a request is small
+LARGE_REQUESTS_SHARE = 3 / 4  # fraction of the budget for all large requests; the rest is reserved for small ones
 
 
 class BudgetError(Exception):
-    """What a request needs is not free now."""
+    """Error of a request that needs more memory than available."""
 
 
 class ByteBudget:
-    """Bytes that all requests may hold at a time. A quarter of them is kept for small requests."""
+    """Memory budget of all requests. A quarter is reserved for small requests.
+
+    Args:
+        max_bytes: Maximum bytes of all requests.
+
+    Attributes:
+        leased_bytes: Bytes currently leased.
+    """
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.leased_bytes = max_bytes, 0
@@ -25,17 +32,19 @@ class ByteBudget:
 
     @property
     def max_request_bytes(self) -> int:
-        """The most that one request can have."""
+        """Maximum bytes of one request."""
         return int(self.max_bytes * LARGE_REQUESTS_SHARE)
 
     def is_small_request(self, num_bytes: int) -> bool:
+        """Return whether a request of `num_bytes` can use the reserve for small requests."""
         return num_bytes <= self.max_bytes * SMALL_REQUEST_SHARE
 
     def create_lease(self) -> MemoryLease:
+        """Create an empty lease for one request."""
         return MemoryLease(self)
 
     def resize_lease(self, lease: MemoryLease, num_bytes: int, timeout: float) -> None:
-        """Resize a lease, see `MemoryLease.resize`."""
+        """Resize a lease; see `MemoryLease.resize`."""
         max_total_bytes = self.max_bytes if self.is_small_request(num_bytes) else self.max_request_bytes
 
         def can_resize() -> bool:
@@ -52,14 +61,14 @@ class ByteBudget:
                 raise BudgetError(
                     f"{self.leased_bytes >> 20} MiB of {self.max_bytes >> 20} are in use: try again later"
                 )
-            if lease.has_ended:  # by a request that went while its work went on
+            if lease.has_ended:  # the request was cancelled while its work continued
                 return
             self.leased_bytes += num_bytes - lease.leased_bytes
             lease.leased_bytes = num_bytes
             self._freed.notify_all()
 
     def end_lease(self, lease: MemoryLease) -> None:
-        """Take back what a lease holds, for good."""
+        """Release the memory of a lease permanently."""
         with self._freed:
             self.leased_bytes -= lease.leased_bytes
             lease.leased_bytes, lease.has_ended = 0, True
@@ -67,16 +76,30 @@ class ByteBudget:
 
 
 class MemoryLease:
-    """What one request holds of a budget; given back at the end of a `with` block."""
+    """Memory of one request, released at the end of a `with` block.
+
+    Attributes:
+        leased_bytes: Bytes currently leased.
+        has_ended: Whether the lease was released.
+    """
 
     def __init__(self, budget: ByteBudget):
         self._budget, self.leased_bytes, self.has_ended = budget, 0, False
 
     def resize(self, num_bytes: int, timeout: float = 0.0) -> None:
-        """Hold `num_bytes` once they are free. Raise BudgetError if they are not free within `timeout` seconds."""
+        """Change the size of the lease.
+
+        Args:
+            num_bytes: New size in bytes.
+            timeout: Seconds to wait for free memory.
+
+        Raises:
+            BudgetError: The memory is not available within `timeout`.
+        """
         self._budget.resize_lease(self, num_bytes, timeout)
 
     def add(self, num_bytes: int) -> None:
+        """Grow the lease by `num_bytes`, which can be negative; raise BudgetError if they are not available."""
         self.resize(self.leased_bytes + num_bytes)
 
     def __enter__(self) -> MemoryLease:
@@ -87,13 +110,13 @@ class MemoryLease:
 
 
 def release_memory() -> None:
-    """Give memory that was freed back to the system, where the C library keeps it."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc; others do so by themselves
+    """Release freed memory to the system if the C library caches it."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc; other libraries release it
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is about memory; on a CPU torch raises a RuntimeError for it."""
+    """Return whether an error is out of memory; for CPU tensors, torch raises a RuntimeError."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(

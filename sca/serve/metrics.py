@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from sca.serve.scheduler import RequestScheduler
 
 
 class ServerMetrics:
-    """Requests by route and status, how long they took, and the scheduler's own counts."""
+    """Metrics of the server: requests by route and status, their durations, and counters of the scheduler.
+
+    Args:
+        scheduler: Scheduler of the server.
+    """
 
     def __init__(self, scheduler: RequestScheduler):
         self.registry = CollectorRegistry()
@@ -24,10 +28,11 @@ class ServerMetrics:
         self.durations = Histogram("sca_request_seconds", "Until the last byte", ("route",), registry=self.registry)
 
     def render_page(self) -> Response:
+        """Return the metrics in the Prometheus text format."""
         return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
 
     def wrap_app(self, app: Any) -> Any:
-        """ASGI middleware that counts."""
+        """Wrap an ASGI application to record its requests."""
 
         async def count_request(scope: Any, receive: Any, send: Any) -> None:
             if scope["type"] != "http":

@@ -1,4 +1,4 @@
-"""Copies of a model on a Ray cluster (arXiv 1712.05889)."""
+"""Server with model replicas on a Ray cluster (arXiv 1712.05889)."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ def serve_on_ray(
     address: str | None = None,
     num_cpus: int = 1,
 ) -> None:
-    """Serve copies of a model with Ray Serve until interrupted; every node passes requests to any copy.
+    """Serve replicas of a model with Ray Serve until interrupted. Every node routes requests to all replicas.
 
     Args:
-        config: The model and the server settings.
+        config: Configuration of the server.
         host: Address to bind on every node.
-        port: Port to bind; 0 selects a free port, on this machine only.
+        port: Port to bind; 0 selects a free port, if `address` is None.
         replicas: Number of model replicas.
-        on_ready: Called with the URL.
-        address: Address of a cluster; None starts one on this machine.
+        on_ready: Function called with the URL of the server.
+        address: Address of a Ray cluster; None starts one on this machine.
         num_cpus: CPU cores per replica.
 
     Raises:
-        ValueError: The address cannot be bound, or there are too few cores or GPUs; or an error of
-            `config.load_captioner`.
+        ValueError: The address cannot be bound, there are too few cores or GPUs, or the model cannot be loaded.
     """
     import ray
 
-    if address is None:  # on this machine, where it can be seen beforehand
+    if address is None:  # check the port before starting Ray; only possible on this machine
         with bind_socket(host, port) as bound_socket:
             port = bound_socket.getsockname()[1]
     started_ray = not ray.is_initialized()
@@ -46,11 +45,11 @@ def serve_on_ray(
 
     actor_resources = {"num_cpus": num_cpus, "num_gpus": int(config.device.startswith("cuda"))}
 
-    def create_app() -> Any:  # without parameters: Ray takes any other function for the application itself
+    def create_app() -> Any:  # Ray treats a function with parameters as the application itself
         return config.create_app()
 
     try:
-        if address is None:  # another cluster may grow
+        if address is None:  # other clusters can scale up
             _check_cluster_capacity(actor_resources, replicas, ray.cluster_resources())
         ray.get(ray.remote(**actor_resources)(_load_captioner).remote(config))
         serve.start(http_options={"host": host, "port": port})
@@ -74,7 +73,7 @@ def serve_on_ray(
 def _check_cluster_capacity(
     actor_resources: Mapping[str, int], replicas: int, cluster_resources: Mapping[str, float]
 ) -> None:
-    """Raise ValueError for replicas that would wait forever for cores or GPUs."""
+    """Raise ValueError if the replicas would wait forever for cores or GPUs."""
     for label, resource in (("GPUs", "GPU"), ("cores", "CPU")):
         required, available = (
             replicas * actor_resources[f"num_{resource.lower()}s"],
@@ -88,5 +87,5 @@ def _check_cluster_capacity(
 
 
 def _load_captioner(config: ServerConfig) -> None:
-    """Load the model on a node, so that its errors are raised before the server starts."""
+    """Load the model on a node, to raise its errors before the server starts."""
     config.load_captioner()

@@ -1,4 +1,4 @@
-"""Requests that are too large, too slow or too many are turned away while they arrive."""
+"""Middleware that rejects requests that are too large, too slow or too many while they arrive."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from sca.serve.errors import ApiError, make_error_response
 from sca.serve.limits import ServerLimits
 from sca.serve.memory import ByteBudget, MemoryLease
 
-BODY_COPIES = 4  # of a body while it is read: its bytes, the text in its JSON, the file in that text
-LINGER_SECONDS = 1.0  # seconds in which a client may still send, so that it comes to read why it was refused
+BODY_COPIES = 4  # memory per byte of a body while it is parsed: the body, the text in its JSON, the decoded file
+LINGER_SECONDS = 1.0  # time to discard the rest of a rejected body, so that the client reads the response
 
 
 class RequestLimitMiddleware:
-    """ASGI middleware around everything: limits on connections, size, time and memory.
+    """ASGI middleware with limits on connections, body size, time and memory.
 
-    Reading the body raises ApiError 413 after `limits.max_body_bytes` and 408 after `limits.timeout`. A connection
-    whose request was not read to its end is closed. A request that is cancelled because the server shuts down gets
-    status 503. The memory lease of a request is `scope["state"]["lease"]`.
+    Reading a body raises `ApiError` with status 413 above `limits.max_body_bytes` and 408 after `limits.timeout`. If a
+    request was not read completely, its connection is closed. Requests cancelled by a shutdown return status 503. The
+    memory lease of a request is `scope["state"]["lease"]`.
+
+    Args:
+        app: ASGI application.
+        limits: Limits on requests.
+        budget: Memory budget of all requests.
     """
 
     def __init__(self, app: Any, limits: ServerLimits, budget: ByteBudget):
@@ -47,7 +52,7 @@ class RequestLimitMiddleware:
 
         async def receive_within_limits() -> Any:
             nonlocal bytes_left, is_fully_read
-            if is_fully_read:  # what is awaited now is that the client leaves
+            if is_fully_read:  # waits for the client to disconnect
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -84,17 +89,16 @@ class RequestLimitMiddleware:
         except asyncio.CancelledError:
             if has_started:
                 raise
-            is_fully_read = True  # nothing more is read
+            is_fully_read = True  # do not read the rest of the body
             await _make_closing_response(ApiError(503, "the server is shutting down; try again later"))(
                 scope, receive, send_or_close
             )
 
     def _find_header_error(self, headers: Headers) -> ApiError | None:
-        """What is wrong with a request before its body is read."""
+        """Return the error of a request that is known before its body is read."""
         content_length = headers.get("content-length")
-        if (
-            content_length is not None and "transfer-encoding" in headers
-        ):  # which another server may understand otherwise
+        # Ambiguous: proxies can disagree on the end of the body (request smuggling).
+        if content_length is not None and "transfer-encoding" in headers:
             return ApiError(400, "both Content-Length and Transfer-Encoding: send one of them")
         if content_length is not None and int(content_length) > self.limits.max_body_bytes:
             return self._make_size_error()
@@ -107,7 +111,7 @@ class RequestLimitMiddleware:
 
 
 async def _discard_body(receive: Any) -> None:
-    """Reads the rest of a request for a moment."""
+    """Discard the rest of a request for `LINGER_SECONDS`."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_SECONDS):
             while True:

@@ -1,4 +1,4 @@
-"""The path below which a proxy shows a server."""
+"""Root path of a server behind a proxy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ ROUTES = (
 
 
 def check_root_path(text: str) -> str:
-    """Return a path as "/a/b", or "" for the root.
+    """Normalize a root path to "/a/b", or "" for the root.
 
     Raises:
-        ValueError: If the text is not a path of URL characters, such as a whole URL, or if a route of the server starts
-            with it: a proxy that removes the path and one that leaves it could not be told apart.
+        ValueError: The text is not a path of URL characters, for example a full URL, or a route of the server starts
+            with it. The latter would be ambiguous between proxies that strip the path and proxies that do not.
     """
     path = text.strip("/")
     if path and not all(re.fullmatch(r"[\w.~-]+", part, re.ASCII) and part.strip(".") for part in path.split("/")):
@@ -29,7 +29,12 @@ def check_root_path(text: str) -> str:
 
 
 class RootPathMiddleware:
-    """ASGI middleware that sets the root path, whether a proxy removes it from a request or leaves it."""
+    """ASGI middleware that sets the root path, for proxies that strip it from requests and proxies that do not.
+
+    Args:
+        app: ASGI application.
+        root_path: Result of `check_root_path`.
+    """
 
     def __init__(self, app: Any, root_path: str):
         self.app, self.root_path = app, root_path

@@ -1,13 +1,13 @@
-"""One model for many clients: concurrent requests are batched.
+"""Scheduler that shares one model between many clients and batches their requests.
 
     scheduler = RequestScheduler(captioner)
     ticket = scheduler.submit(InferenceRequest(image, prompts), on_event=print)
     ticket.cancel()
 
-A thread of its own owns the model and works in short turns. A turn takes some regions of everybody who waits and asks
-for the same task with the same settings, or looks for everything in one image for a moment. Who has not had a turn yet
-and who has had one take turns, and so do clients, so that a long request does not keep short ones waiting. Images seen
-lately keep their features.
+A worker thread owns the model and works in short turns. A turn captions some regions of the queued requests with the
+same task and options, or continues the search of one everything request for a moment. New requests and requests that
+already had a turn alternate, and so do clients, so that long requests do not delay short ones. Features of recent
+images are cached.
 """
 
 from __future__ import annotations
@@ -48,26 +48,26 @@ from sca.serve.tickets import (
 
 log = logging.getLogger("sca.serve")
 
-SEARCH_SECONDS = 0.1  # that one turn of a search may take
-MAX_CONCURRENT_SEARCHES = 2  # for everything that run at a time; the others wait
-SEARCH_BYTES = 512 * 2**20 // MAX_CONCURRENT_SEARCHES  # of candidate masks that one search may hold
-SHORT_REQUEST_REGIONS = 64  # regions of a request that may use the whole queue; longer ones leave a quarter of it
-CROWDED_TURN_DIVISOR = 4  # how many times shorter turns are while somebody waits who has no part in them
-POINTS_PER_REGION_COST = 32  # of a prompt that cost as much as a region
-MASK_PIXELS_PER_REGION_COST = 2**22  # of a mask that cost as much as a region
+SEARCH_SECONDS = 0.1  # duration of one turn of a search
+MAX_CONCURRENT_SEARCHES = 2  # searches in progress; the others wait
+SEARCH_BYTES = 512 * 2**20 // MAX_CONCURRENT_SEARCHES  # candidate masks in memory per search
+SHORT_REQUEST_REGIONS = 64  # requests with more regions can use only three quarters of the queue
+CROWDED_TURN_DIVISOR = 4  # factor by which turns are shorter while requests outside the turn wait
+POINTS_PER_REGION_COST = 32  # points of a prompt that cost as much as a region
+MASK_PIXELS_PER_REGION_COST = 2**22  # mask pixels that cost as much as a region
 
 
 class RequestScheduler:
-    """Process requests with a captioner, in turns.
+    """Scheduler that processes requests with a captioner, in turns. Starts the worker thread.
 
     Args:
-        captioner: The model.
-        max_regions_per_turn: Maximum regions captioned per turn. Regions that cost more than usual (beams, tokens,
-            points, large masks) count as several.
+        captioner: Captioner, used by the worker thread only.
+        max_regions_per_turn: Maximum regions captioned per turn. Regions that cost more than the default (beams,
+            tokens, points, large masks) count as several.
         max_images_per_encode: Maximum images encoded together.
         feature_cache_bytes: Size of the image feature cache.
         max_queue: Maximum queued regions; a search counts as one.
-        max_found_regions: Maximum regions that a search may find.
+        max_found_regions: Maximum regions that a search can find; None for no limit.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class RequestScheduler:
         self.feature_store = FeatureStore(feature_cache_bytes)
         self.num_turns = self.num_captioned = 0
         self._tickets: deque[Ticket] = deque()
-        self._current_turn: list[Ticket] = []  # that is being made
-        self._last_turn_was_new = False  # whether the last turn was of somebody who had not had one
-        self._last_turn_by_client: dict[str, int] = {}  # the last turn of each client who waits
+        self._current_turn: list[Ticket] = []
+        self._last_turn_was_new = False  # whether the last turn was the first of its ticket
+        self._last_turn_by_client: dict[str, int] = {}  # of clients with queued tickets
         self._condition = threading.Condition()
         self._is_draining = self._is_closed = self._has_crashed = False
         self._thread = threading.Thread(target=self._run_worker, name="sca-scheduler", daemon=True)
@@ -99,28 +99,42 @@ class RequestScheduler:
 
     @property
     def num_queued(self) -> int:
-        """Regions that wait, or are being answered."""
+        """Number of regions queued or in progress."""
         with self._condition:
             return self._count_queued()
 
     @property
     def accepts_requests(self) -> bool:
-        """Whether requests are accepted."""
+        """Whether the scheduler accepts requests."""
         return self.state == "ok"
 
     @property
     def state(self) -> Literal["ok", "draining", "down"]:
+        """State: "draining" and "down" (closed or crashed) accept no requests."""
         if self._has_crashed or self._is_closed:
             return "down"
         return "draining" if self._is_draining else "ok"
 
     @property
     def can_find_regions(self) -> bool:
-        """Whether the captioner can be asked for everything."""
+        """Whether the captioner supports everything mode."""
         return isinstance(self.captioner, MaskEngine) and self.captioner.model is not None
 
     def submit(self, request: InferenceRequest, on_event: Callable[[RequestEvent], None]) -> Ticket:
-        """Put a request in the queue. Raise QueueFullError, SchedulerClosedError or UnsupportedRequestError."""
+        """Queue a request.
+
+        Args:
+            request: Request.
+            on_event: Function called in the worker thread with each event; see `Ticket`.
+
+        Returns:
+            The ticket, to cancel the request.
+
+        Raises:
+            QueueFullError: The queue is full.
+            SchedulerClosedError: The scheduler accepts no requests.
+            UnsupportedRequestError: The request needs everything mode and the captioner does not support it.
+        """
         if request.everything is not None and not self.can_find_regions:
             raise UnsupportedRequestError("this model finds no regions by itself: give prompts")
         ticket = Ticket(request, on_event)
@@ -137,8 +151,10 @@ class RequestScheduler:
         return ticket
 
     def iter_events(self, request: InferenceRequest) -> Iterator[RequestEvent]:
-        """Yield the events of a request up to `RequestDone`, or raise a SchedulerError; closing the iterator cancels
-        the request.
+        """Submit a request and yield its events up to `RequestDone`. Closing the iterator cancels the request.
+
+        Raises:
+            SchedulerError: The request cannot be queued or completed.
         """
         event_queue: SimpleQueue[RequestEvent] = SimpleQueue()
         ticket = self.submit(request, event_queue.put)
@@ -154,7 +170,11 @@ class RequestScheduler:
             ticket.cancel()
 
     def drain(self, timeout: float) -> None:
-        """Accept no more requests; process those accepted for at most `timeout` seconds, then close the scheduler."""
+        """Stop accepting requests, and close the scheduler after `timeout` seconds.
+
+        Args:
+            timeout: Seconds to process the queued requests.
+        """
         with self._condition:
             self._is_draining = True
         close_timer = threading.Timer(timeout, self.close)
@@ -162,8 +182,10 @@ class RequestScheduler:
         close_timer.start()
 
     def close(self, timeout: float = 1.0) -> None:
-        """Stop after the current turn, and wait for it for at most `timeout` seconds; all other requests fail with
-        SchedulerClosedError.
+        """Stop after the current turn. All other requests fail with `SchedulerClosedError`.
+
+        Args:
+            timeout: Maximum seconds to wait for the current turn.
         """
         with self._condition:
             self._is_closed = True
@@ -190,7 +212,7 @@ class RequestScheduler:
     def _run_worker(self) -> None:
         try:
             self._process_turns()
-        except BaseException:  # also SystemExit: whoever waits would wait for ever
+        except BaseException:  # including SystemExit: queued requests would never end
             log.critical("the model has stopped working; restart the server", exc_info=True)
             self._has_crashed = True
         with self._condition:
@@ -211,12 +233,12 @@ class RequestScheduler:
                 self._current_turn = turn = self._select_turn() if has_work else []
             if not has_work:
                 has_worked = False
-                release_memory()  # without the lock, for which /health and /metrics would wait
+                release_memory()  # without the lock, which would block /health and /metrics
                 continue
             if turn:
                 self._run_turn(turn)
                 has_worked = True
-            with self._condition:  # who has something left waits at the end, and others have their turn
+            with self._condition:  # unfinished tickets move to the end of the queue
                 turn_ids = set(map(id, turn))
                 unfinished = [
                     each for each in turn if not each.is_cancelled and (each.num_remaining or each.needs_search)
@@ -226,7 +248,7 @@ class RequestScheduler:
                 self._current_turn = []
 
     def _select_turn(self) -> list[Ticket]:
-        """The tickets of the next turn. They stay in the queue, as what is being answered counts as waiting."""
+        """Select the tickets of the next turn. They stay in the queue, because regions in progress count as queued."""
         now = time.monotonic()
         for ticket in [each for each in self._tickets if each.is_cancelled or each.deadline < now]:
             self._tickets.remove(ticket)
@@ -245,9 +267,8 @@ class RequestScheduler:
         if first.needs_search:
             turn = [first]
         else:
-            num_selected_by_client: Counter[str] = (
-                Counter()
-            )  # of several tickets of a client, one comes before the second of another
+            # Rank tickets so that each client gets one before any client gets its second.
+            num_selected_by_client: Counter[str] = Counter()
             ranked_tickets = []
             for each in ready_tickets:
                 if each is not first and not each.needs_search and each.batch_key == first.batch_key:
@@ -266,7 +287,7 @@ class RequestScheduler:
         return turn
 
     def _select_first_ticket(self, ready_tickets: Sequence[Ticket]) -> Ticket:
-        """Who is next: new tickets and others alternate, and among these the client who has waited longest."""
+        """Select the next ticket: new and served tickets alternate; among these, the client that waited longest."""
         new_tickets, served_tickets = (
             [each for each in ready_tickets if bool(each.num_turns) is had] for had in (False, True)
         )
@@ -282,7 +303,7 @@ class RequestScheduler:
                 self._continue_search(turn[0])
             else:
                 self._caption_turn(turn)
-        except Exception as error:  # whatever goes wrong with these, the others are to be answered
+        except Exception as error:  # retry the tickets one by one, so that only the faulty one fails
             if len(turn) > 1:
                 for ticket in turn:
                     self._run_turn([ticket])
@@ -313,9 +334,7 @@ class RequestScheduler:
                 _send_event(ticket, RequestDone(0))
 
     def _allocate_regions(self, tickets: Sequence[Ticket]) -> list[int]:
-        """How many regions of each ticket are answered in a turn: one of each after another, up to what a turn may
-        cost.
-        """
+        """Return the number of regions of each ticket in a turn, allocated round-robin up to the cost of a turn."""
         has_other_tickets = any(
             not each.is_cancelled for each in self._tickets if not any(each is one for one in tickets)
         )
@@ -335,7 +354,7 @@ class RequestScheduler:
                 return region_counts
 
     def _make_cost_function(self, ticket: Ticket) -> Callable[[Prompt], float]:
-        """What a region costs, compared to a usual one."""
+        """Return a function that estimates the cost of a region relative to one with default options."""
         default_options = getattr(self.captioner, "generation", DEFAULT_GENERATION)
         options = {**default_options, **ticket.request.generation}
         num_sequences = max(options["num_beams"], options.get("num_captions", 1))
@@ -386,7 +405,7 @@ class RequestScheduler:
             _send_event(ticket, CandidateMasks(region_index, masks))
 
     def _encode_tickets(self, turn: Sequence[Ticket]) -> EncodedImages:
-        """The images of some tickets: those that are not kept are encoded together."""
+        """Return the features of the images of tickets; encode those that are not cached, in batches."""
         images_by_digest = {ticket.digest: ticket.request.image for ticket in turn}
         encoded_by_digest = {digest: self.feature_store.get(digest) for digest in images_by_digest}
         missing_digests = [digest for digest, encoded in encoded_by_digest.items() if encoded is None]
@@ -413,31 +432,31 @@ def _send_event(ticket: Ticket, event: RequestEvent) -> None:
         return
     try:
         ticket.on_event(event)
-    except RuntimeError:  # of an event loop that has ended
+    except RuntimeError:  # the event loop is closed
         ticket.cancel()
 
 
 def _fail_ticket(ticket: Ticket, error: SchedulerError) -> None:
-    """End a ticket without an answer: the error is its last event."""
+    """End a ticket with an error as its last event."""
     _send_event(ticket, error)
     ticket.cancel()
     ticket.search_steps = None
 
 
 def _to_scheduler_error(error: Exception) -> SchedulerError:
-    """What may be said of an error; a defect is for the log."""
+    """Convert an error to one with a message for clients; log unexpected errors."""
     if isinstance(error, SchedulerError):
         return error
     if is_out_of_memory(error):
         return InsufficientMemoryError("not enough memory: ask for fewer regions or beams")
-    if isinstance(error, ValueError):  # what the library raises for what was asked
+    if isinstance(error, ValueError):  # raised by the library for invalid requests
         return UnsupportedRequestError(str(error))
     log.exception("request failed", exc_info=error)
     return SchedulerError("the model failed; the server's log says how")
 
 
 def _copy_encoded_image(encoded: EncodedImages, index: int) -> EncodedImages:
-    """What was made of one of several images, by itself in memory and without the image."""
+    """Copy the features of one image out of a batch, without the image, so that the batch can be freed."""
     if encoded.features is None:
         return EncodedImages((), None, ())
     return EncodedImages((), encoded.features[index : index + 1].clone(), [encoded.frames[index]])

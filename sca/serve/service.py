@@ -1,4 +1,4 @@
-"""What the routes share."""
+"""Service shared by the routes: parsing, decoding, limits and inference."""
 
 from __future__ import annotations
 
@@ -41,19 +41,17 @@ from sca.serve.tickets import (
 )
 
 BodyModel = TypeVar("BodyModel", bound=BaseModel)
-POLL_INTERVAL = 0.5  # seconds between two looks at whether a client is still there
-ALWAYS_ALLOWED_MASK_PIXELS = 64 * 2**20  # pixels of masks that a request may always have
+POLL_INTERVAL = 0.5  # seconds between checks for a disconnected client
+ALWAYS_ALLOWED_MASK_PIXELS = 64 * 2**20  # mask pixels per request that are allowed for any `max_pixels`
 JSON_MEDIA_TYPE = "application/json"
 EVENT_STREAM_MEDIA_TYPE = "text/event-stream"
-DECODING_BYTES_PER_PIXEL, DECODED_BYTES_PER_PIXEL = (
-    13,
-    4,
-)  # bytes of a pixel while an image is decoded, with transparency and a turn, and afterwards
+# peak memory while an image with transparency is decoded and rotated, and memory afterwards
+DECODING_BYTES_PER_PIXEL, DECODED_BYTES_PER_PIXEL = 13, 4
 MAX_DATA_URL_HEADER = 1000  # characters of a data: URL before its comma
 URL_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):")
-URLSAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")  # from the one for URLs
+URLSAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")  # base64 alphabets
 PERCENT_ENCODED = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%20": ""}
-EVENT_BYTES = 1000  # bytes of a caption or another event without its mask, about
+EVENT_BYTES = 1000  # approximate size of an event without its mask
 
 _ERROR_DESCRIPTIONS = {
     400: "not what a request looks like",
@@ -72,7 +70,17 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class CaptionService:
-    """What the routes share: the scheduler, what the model is called, the limits, and the counters."""
+    """Service shared by the routes.
+
+    Args:
+        scheduler: Scheduler with the model.
+        model_name: Name of the model for clients.
+        limits: Limits on requests.
+
+    Attributes:
+        metrics: Prometheus metrics.
+        budget: Memory budget of all requests.
+    """
 
     def __init__(self, scheduler: RequestScheduler, model_name: str, limits: ServerLimits):
         self.scheduler, self.model_name, self.limits = scheduler, model_name, limits
@@ -80,22 +88,32 @@ class CaptionService:
         self.budget = ByteBudget(limits.max_memory_bytes)
         self._small_image_pool = ThreadPoolExecutor(2, thread_name_prefix="sca-decode")
         self._large_image_pool = ThreadPoolExecutor(1, thread_name_prefix="sca-decode-large")
-        # A thread of those two may wait for memory, so whoever holds memory must never need one of them.
+        # Threads of the other pools can wait for memory, so work of a request that holds memory needs its own pool.
         self._mask_pool = ThreadPoolExecutor(1, thread_name_prefix="sca-masks")
 
     def close(self) -> None:
+        """Close the scheduler and the thread pools."""
         self.scheduler.close()
         for pool in (self._small_image_pool, self._large_image_pool, self._mask_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def get_deadline(self, request: Request) -> float:
-        """When a request that is there must be answered, by the clock of the loop; it starts with the first call."""
+        """Return the deadline of a received request in seconds of the event loop clock, set by the first call."""
         if not hasattr(request.state, "deadline"):
             request.state.deadline = asyncio.get_running_loop().time() + self.limits.timeout
         return request.state.deadline
 
     async def parse_body(self, request: Request, model: type[BodyModel]) -> BodyModel:
-        """The JSON body of a request as `model`."""
+        """Read and validate the JSON body of a request.
+
+        Args:
+            request: HTTP request.
+            model: Model of the body.
+
+        Raises:
+            ApiError: The content type is not JSON (415), or the body has too many values (413).
+            ValidationError: The body does not match the model.
+        """
         if get_media_type(request) != JSON_MEDIA_TYPE:
             raise ApiError(415, f"{get_media_type(request) or 'no content type'}: send {JSON_MEDIA_TYPE}")
         body = bytearray()
@@ -105,7 +123,18 @@ class CaptionService:
         return await to_thread.run_sync(self.parse_json, body, model)
 
     def parse_json(self, body: bytes | bytearray | str, model: type[BodyModel]) -> BodyModel:
-        """ApiError for more values than are allowed, which take much more memory than their text."""
+        """Validate JSON.
+
+        The number of values is limited, because parsed values take much more memory than their text.
+
+        Args:
+            body: JSON.
+            model: Model of the body.
+
+        Raises:
+            ApiError: The body has too many values (413).
+            ValidationError: The body does not match the model.
+        """
         separators = ",[{" if isinstance(body, str) else (b",", b"[", b"{")
         if sum(body.count(each) for each in separators) > self.limits.max_json_values:
             raise ApiError(
@@ -114,9 +143,21 @@ class CaptionService:
         return model.model_validate_json(body)
 
     async def decode_request_image(self, request: Request, image_bytes: bytes, num_masks: int = 0) -> Image.Image:
-        """Decode the image of a request, once there is memory for it and for so many masks of its size.
+        """Decode the image of a request when memory is available.
 
-        InputError for what is no picture, or has too many pixels.
+        Args:
+            request: HTTP request; its memory lease is resized.
+            image_bytes: Image file.
+            num_masks: Number of masks of the size of the image to reserve memory for.
+
+        Returns:
+            The image, with its EXIF orientation applied.
+
+        Raises:
+            InputError: The file is not an image, or has too many pixels.
+            ApiError: The masks have too many pixels (413).
+            BudgetError: There is not enough memory.
+            DeadlineExceededError: The deadline of the request has passed.
         """
         unread_image = await to_thread.run_sync(
             open_image_header, io.BytesIO(image_bytes), "the image", self.limits.max_pixels
@@ -140,13 +181,12 @@ class CaptionService:
             lease.resize((DECODED_BYTES_PER_PIXEL + num_masks) * pixels)
             return image
 
-        pool = (
-            self._small_image_pool if self.budget.is_small_request(needed_bytes) else self._large_image_pool
-        )  # what is large waits for what is large
+        # Large images wait only for other large images.
+        pool = self._small_image_pool if self.budget.is_small_request(needed_bytes) else self._large_image_pool
         return await self._run_in_pool(pool, deadline, decode_with_lease)
 
     async def _run_in_pool(self, pool: Executor, deadline: float, function: Callable[[], Any]) -> Any:
-        """Run a function in a thread of a pool. Raise DeadlineExceededError after the deadline."""
+        """Run a function in a thread of a pool; raise DeadlineExceededError after the deadline."""
         try:
             async with asyncio.timeout_at(deadline):
                 return await asyncio.get_running_loop().run_in_executor(pool, function)
@@ -154,7 +194,11 @@ class CaptionService:
             raise DeadlineExceededError(f"no answer in {self.limits.timeout:g} s: ask for less, or later") from None
 
     def check_request(self, caption_request: CaptionRequest) -> None:
-        """ApiError for what is asked of no image, or of any image too much."""
+        """Check a request against the limits, before its image is decoded.
+
+        Raises:
+            ApiError: The request is contradictory or not supported by the model (422), or too large (413).
+        """
         if bool(caption_request.prompts) == bool(caption_request.everything):
             problem = "both prompts and everything" if caption_request.prompts else "neither prompts nor everything"
             raise ApiError(422, f"{problem}: give prompts, or everything=true to have the regions found")
@@ -184,18 +228,19 @@ class CaptionService:
         prompts: Sequence[Prompt] | None = None,
         location_format: str = "prompts.{}",
     ) -> InferenceRequest:
-        """Make the request for the scheduler.
+        """Convert a request of a route to one of the scheduler.
 
         Args:
-            request: The HTTP request, which has a deadline.
-            caption_request: The body of the request.
-            image: The image.
-            prompts: Checked prompts that replace those in `caption_request`.
-            location_format: Name of a prompt in errors, with its index for `{}`.
+            request: HTTP request.
+            caption_request: Body of the request, checked by `check_request`.
+            image: Decoded image.
+            prompts: Checked prompts in image pixels that replace those in `caption_request`.
+            location_format: Name of a prompt in errors; `{}` is its index.
 
         Raises:
-            ApiError: If there is no time for the masks, or a generation option cannot be used.
-            InputError: If a prompt does not fit the image.
+            ApiError: A generation option is invalid or not supported (422).
+            DeadlineExceededError: The deadline has passed while masks were decoded.
+            InputError: A prompt does not fit the image.
         """
         captioner = self.scheduler.captioner
         try:
@@ -251,13 +296,17 @@ class CaptionService:
     async def iter_events(
         self, request: Request, inference_request: InferenceRequest
     ) -> AsyncIterator[RequestEvent | None]:
-        """Yield the events of a request, and None every `POLL_INTERVAL` seconds without one.
+        """Yield the events of a request, and None after `POLL_INTERVAL` seconds without one.
 
-        Whoever leaves, or has no more time, is not computed for. An event is part of the request's memory until it is
-        yielded, so that a client that reads slowly cannot pile up masks.
+        The request is cancelled when the client disconnects or the deadline passes. Queued events count toward the
+        memory of the request, so that a slow client cannot accumulate masks.
+
+        Args:
+            request: HTTP request.
+            inference_request: Request to submit to the scheduler.
 
         Raises:
-            SchedulerError: If the request cannot be completed, in time and within the memory.
+            SchedulerError: The request cannot be completed within its time and memory.
         """
         event_queue: asyncio.Queue[RequestEvent] = asyncio.Queue()
         loop, deadline, lease = asyncio.get_running_loop(), self.get_deadline(request), request.state.lease
@@ -297,7 +346,14 @@ class CaptionService:
             ticket.cancel()
 
     async def collect_captions(self, request: Request, inference_request: InferenceRequest) -> list[Caption]:
-        """All of them at once, in order; none if the client has left."""
+        """Collect the captions of a request.
+
+        Returns:
+            The captions in order; incomplete if the client disconnects.
+
+        Raises:
+            SchedulerError: The request cannot be completed within its time and memory.
+        """
         captions = []
         async for event in self.iter_events(request, inference_request):
             if isinstance(event, Caption):
@@ -307,24 +363,28 @@ class CaptionService:
 
 
 def get_media_type(request: Request) -> str:
+    """Return the media type of a request in lowercase, without parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def count_mask_prompts(caption_request: CaptionRequest) -> int:
+    """Count the prompts with a mask."""
     return sum(prompt.mask is not None for prompt in caption_request.prompts)
 
 
 def decode_base64(text: str, name: str = "image", param: str = "image") -> bytes:
-    """Decode base64 text or a data: URL as clients write them: in either alphabet, with or without padding, line
-    breaks and percent-encoding, and with "data:" in any case.
+    """Decode base64 text or a data: URL.
+
+    Accepts the standard and the URL-safe alphabet, missing padding, line breaks, percent-encoding, and "data:" in any
+    case.
 
     Args:
-        text: The text or URL.
-        name: Field that contains it, for the messages of errors.
-        param: Field of the request that contains it, for the `param` of errors.
+        text: Base64 text or URL.
+        name: Field name in error messages.
+        param: `param` of errors.
 
     Raises:
-        ApiError: If the text is another URL or not base64.
+        ApiError: The text is another URL or not base64 (422).
     """
     header, comma, _ = text[:MAX_DATA_URL_HEADER].partition(",")
     scheme = URL_SCHEME.match(header)
@@ -339,23 +399,24 @@ def decode_base64(text: str, name: str = "image", param: str = "image") -> bytes
     try:
         encoded = text.encode("ascii").translate(URLSAFE_TO_STANDARD, b" \t\r\n\f\v").rstrip(b"=")
         return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
-    except ValueError:  # binascii.Error and UnicodeEncodeError are kinds of it
+    except ValueError:  # including binascii.Error and UnicodeEncodeError
         raise ApiError(422, f"{name}: not base64", param=param) from None
 
 
 def caption_to_dict(caption: Caption, image: Image.Image) -> dict[str, Any]:
+    """Convert a caption to the fields of `RegionOut`."""
     record_fields = caption_to_record("", image, caption)
     return {name: record_fields[name] for name in RegionOut.model_fields if name in record_fields}
 
 
 def _estimate_event_bytes(event: RequestEvent) -> int:
-    """Estimate the bytes of an event."""
+    """Estimate the memory of an event in bytes."""
     mask = event.mask if isinstance(event, Caption) else None
     return EVENT_BYTES + (0 if mask is None else len(mask["counts"]))
 
 
 def _limit_default_options(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, int]:
-    """Return the server's limits for the settings whose defaults in the captioner exceed them."""
+    """Return the limits of the server for options whose defaults in the captioner exceed them."""
     options = {**getattr(captioner, "generation", DEFAULT_GENERATION), **generation}
     limits = {"num_beams": MAX_BEAMS, "max_new_tokens": MAX_NEW_TOKENS, "num_captions": MAX_BEAMS}
     return {name: limit for name, limit in limits.items() if options.get(name, 1) > limit}

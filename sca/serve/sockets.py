@@ -1,4 +1,4 @@
-"""Where a server listens."""
+"""Sockets of servers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import socket
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A socket at an address; port 0 is any that is free. ValueError for an address that cannot be had."""
+    """Bind a TCP socket.
+
+    Args:
+        host: Host name or IP address.
+        port: Port; 0 selects a free port.
+
+    Raises:
+        ValueError: The address cannot be bound.
+    """
     bound_socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     bound_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -19,7 +27,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address to listen at."""
+    """Return whether an address is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,9 +1,9 @@
-"""The region that the text of a chat message contains, in the spellings that clients use.
+"""Parser for a region in the text of a chat message, in the notations that clients use.
 
-A box is `box=10,20,30,40`, `Box: [10, 20, 30, 40]`, `"bbox_2d": [...]`, `<box>...</box>`, `(10,20),(30,40)`, four
-numbers in brackets or in a line of their own, or `x1=10, y1=20, x2=30, y2=40`; a point is `point=10,20` or
-`point=10,20,0`. Other coordinates, and boxes whose text names another order such as xywh, are errors: a region is never
-ignored silently. Four numbers in a sentence, such as "the classes 1, 2, 3, 4", are not a region.
+Boxes: `box=10,20,30,40`, `Box: [10, 20, 30, 40]`, `"bbox_2d": [...]`, `<box>...</box>`, `(10,20),(30,40)`, four numbers
+in brackets or on a separate line, or `x1=10, y1=20, x2=30, y2=40`. Points: `point=10,20` or `point=10,20,0`. Other
+coordinates, and boxes described as another order such as xywh, are errors, so that no region is ignored silently. Four
+numbers in a sentence, such as "the classes 1, 2, 3, 4", are not a region.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sca.io.errors import InputError
 from sca.io.prompts import Box, Point, parse_box, parse_point
 
 _NUMBER = r"[-+]?(?:\d++(?:\.\d++|\.(?![\w.]))?+|\.\d++)(?:e[-+]?\d++)?+"
-_NUMBER_WITH_UNIT = rf"(?<![\w.]){_NUMBER}(?:px|(?!\w)(?:\s?(?:px|pixels?)\b|\s?%)?+)"  # a number and its unit
+_NUMBER_WITH_UNIT = rf"(?<![\w.]){_NUMBER}(?:px|(?!\w)(?:\s?(?:px|pixels?)\b|\s?%)?+)"
 _SEPARATOR = r"(?:[\s,;|()\[\]{}<>/\"'`&*]|->|(?<=[)\]}])\s*+-\s*+(?=[(\[{])|\b(?:and|to)\b)"
 _RUN = re.compile(rf"{_NUMBER_WITH_UNIT}(?:{_SEPARATOR}++{_NUMBER_WITH_UNIT})*+")
 _TOKEN = re.compile(rf"(?P<number>{_NUMBER_WITH_UNIT})|(?P<joint>{_SEPARATOR}++)")
@@ -42,7 +42,7 @@ _BOX_WORD = re.compile(
 )
 _POINT_WORD = re.compile(r"(?:.*[_-])?(?:(?:key)?points?|pts?|clicks?|pixels?)(?:[_-].*|\d?d?)")
 _SIZE_WORD = re.compile(r"(?:.*[_-])?(?:sizes?|resolutions?|dimensions?|shapes?)")
-_OTHER_ORDER_WORD = re.compile(  # names of numbers that are not x1, y1, x2, y2
+_OTHER_ORDER_WORD = re.compile(  # names of boxes and numbers in an order other than x1, y1, x2, y2
     r"box_?2d|(?:.*[_-])?(?:xywh|cxcywh|ltwh|tlwh|yxyx)|h|height|x2|x_?max|right|(?:.*[_-])?(?:poly(?:gon)?|segmentation)s?"
 )
 _OTHER_ORDER_PHRASE = re.compile(  # an order other than x1, y1, x2, y2, before or after the numbers of a box
@@ -54,11 +54,11 @@ _OTHER_ORDER_PHRASE = re.compile(  # an order other than x1, y1, x2, y2, before 
     r"|(?<!\w)(?:y\W{1,3}x\W{1,3}y\W{1,3}x|y_?(?:1\W{1,3}x_?1|0\W{1,3}x_?0|min\W{1,3}x_?min)"
     r"|x_?(?:1\W{1,3}x_?2|0\W{1,3}x_?1|min\W{1,3}x_?max)|top\s*,\s*left\s*,\s*bottom)\b"
 )
-_RANGE = (  # of the numbers of an axis, after its name
+_RANGE = (  # range on an axis, after the name of the axis
     rf"(?=[\s:=])\s*+(?:[:=]|from|between|in|is|of)?+\s*+{_NUMBER}\s*+(?:to|and|-|:|\.\.+|\N{{EN DASH}})\s*+{_NUMBER}"
 )
 _CORNER_COORDINATES = rf"(?<![\w.,])(?!\d,\d{{3}}\b|\d+,0\d\d\b){_NUMBER}\s*,\s*{_NUMBER}"  # not 1,200 or 12,000
-_UNREADABLE = re.compile(  # tokens for places, a mask, a slice of an array, a geometry of X11, ranges, numbers with "-"
+_UNREADABLE = re.compile(  # location tokens, mask files, array slices, X11 geometries, ranges, numbers joined by "-"
     r"<(?:loc|patch_index|bin|coord|seg|[xy])_?\d+>|(?<!\w)mask\s*=\s*\S+"
     r"|[\[(]\s*\d+\s*:\s*\d+\s*,\s*\d+\s*:\s*\d+|(?<!\w)\d+(?:x\d+){3}|(?<!\w)\d+x\d+[-+]\d+[-+]\d+"
     rf"|(?<![\w.])(?<!\d )[xy]{_RANGE}|(?<!\w)rows?{_RANGE}\W{{1,3}}(?:and\s)?col(?:umn)?s?{_RANGE}"
@@ -69,36 +69,41 @@ _UNREADABLE = re.compile(  # tokens for places, a mask, a slice of an array, a g
     rf"|(?<!\w)cent(?:er|re)\s*[:=]\s*{_NUMBER}[\s,;]+{_NUMBER}"
 )
 _CORNER_PAIR = re.compile(rf"{_CORNER_COORDINATES}(?:px)?\s+to\s+{_NUMBER_WITH_UNIT}\s*,\s*{_NUMBER_WITH_UNIT}")
-_NO_REGION = re.compile(  # a color, bullet points, a number of things as in "box: 2 sentences"
+_NO_REGION = re.compile(  # colors, bullet points, counts as in "box: 2 sentences"
     r"\b(?:rgb|hs[lv])a?\s?\([^()]{0,60}\)|\bcmyk\s?\([^()]{0,60}\)|\b(?:bullet|talking|main|selling)[\s-]?points?\b"
     r"|\b(?:b?box(?:es)?|points?)\s?:\s?\d+(?:\s?(?:-|or)\s?\d+)?\s(?!(?:px|pixels?|and|to|by|x|y)\b)(?=[^\W\d_])"
 )
-_ASCII_SIGNS = {0xFF01 + offset: 0x21 + offset for offset in range(94)}  # of full-width signs
+_ASCII_SIGNS = {0xFF01 + offset: 0x21 + offset for offset in range(94)}  # full-width characters
 _ASCII_SIGNS |= str.maketrans(
     "\N{MINUS SIGN}\N{LEFT BLACK LENTICULAR BRACKET}\N{RIGHT BLACK LENTICULAR BRACKET}", "-[]"
 )
-_NAME_WITHOUT_SPACE = re.compile(r"(?<!\w)(b?box|point|region)(?=\d+\s*[,;])")  # to its first number
-_ESCAPE_SEQUENCE = re.compile(r"\\[nrt\"']")  # of a text in JSON that is in JSON again
+_NAME_WITHOUT_SPACE = re.compile(r"(?<!\w)(b?box|point|region)(?=\d+\s*[,;])")  # before its first number
+_ESCAPE_SEQUENCE = re.compile(r"\\[nrt\"']")  # in JSON that was encoded twice
 _ASSIGNED_VALUE = re.compile(
     r"(?<!\w)(?:b?box(?:_2d)?|point(?:_2d)?)[\"'`]?\s*[:=][\s\"'`(\[{<|>]*([^\s\"'`)\]}>|]{1,40})"
 )
-MAX_NUMBERS = 2048  # of a text; a region has at most 256 points of 3 numbers
-_MAX_NAME_DISTANCE = 60  # characters before numbers in which the word is that names them
+MAX_NUMBERS = 2048  # per text; a region has at most 256 points of 3 numbers
+_MAX_NAME_DISTANCE = 60  # characters before numbers that are searched for their name
 
-_BOX_ORDERS = ([], ["x1", "y1", "x2", "y2"], ["x0", "y0", "x1", "y1"])  # names of the numbers of a box, if any
+_BOX_ORDERS = ([], ["x1", "y1", "x2", "y2"], ["x0", "y0", "x1", "y1"])  # names of the numbers of a box
 _BOX_HINT = "write box=x1,y1,x2,y2 in pixels"
 _POINT_HINT = "write point=x,y in pixels"
 
 
 class TextRegion(NamedTuple):
-    """What a text points at: a box, points, or both."""
+    """Region in a text, in pixels: a box, points, or both.
+
+    Attributes:
+        box: x1 y1 x2 y2.
+        points: x, y and label 1 inside or 0 outside.
+    """
 
     box: Box | None
     points: tuple[Point, ...]
 
 
 class _RegionMention(NamedTuple):
-    """A box or some points, and where in the text they are."""
+    """Box or points, and their position in the text."""
 
     start: int
     end: int
@@ -108,7 +113,7 @@ class _RegionMention(NamedTuple):
 
 @dataclass
 class _NumberRun:
-    """Numbers that belong together. groups: those in each pair of innermost brackets; empty without brackets."""
+    """Numbers that belong together; `groups` contains those in each innermost pair of brackets."""
 
     start: int
     end: int
@@ -128,14 +133,14 @@ def find_region(text: str, reject_bare: bool = True) -> TextRegion | None:
     """Find the region in a text.
 
     Args:
-        text: What a person or a program wrote, in any case, with ASCII or full-width signs.
-        refuse_bare: Refuse four numbers in a sentence that may be a box or anything else, such as "1,2,3,4".
+        text: Text in any case, with ASCII or full-width characters.
+        reject_bare: Reject four numbers in a sentence that may or may not be a box, such as "1,2,3,4".
 
     Returns:
-        The region, in the pixels that the text states; None if nothing in the text looks like coordinates.
+        The region in the pixels of the text; None if nothing in the text looks like coordinates.
 
     Raises:
-        InputError: If the text contains several regions, or what looks like coordinates and cannot be read.
+        InputError: The text contains several regions, coordinates that cannot be read, or too many numbers.
     """
     text = text.translate(_ASCII_SIGNS).casefold()
     text = _NAME_WITHOUT_SPACE.sub(r"\1 ", _ESCAPE_SEQUENCE.sub("  ", text))
@@ -159,7 +164,7 @@ def find_region(text: str, reject_bare: bool = True) -> TextRegion | None:
 
 
 def _merge_mentions(text: str, mentions: Sequence[_RegionMention]) -> TextRegion | None:
-    """One region of what stands side by side; InputError for several regions."""
+    """Merge adjacent mentions to one region; raise InputError for several regions."""
     if not mentions:
         return None
     boxes = [each.box for each in mentions if each.box]
@@ -175,7 +180,7 @@ def _merge_mentions(text: str, mentions: Sequence[_RegionMention]) -> TextRegion
 
 
 def _check_assignments(text: str, mentions: Sequence[_RegionMention]) -> None:
-    """Refuse `box=` and `point=` whose value has digits and was not read; names alone, as in box=x1,y1, are words."""
+    """Reject `box=` and `point=` with a value that has digits and was not parsed; names, as in box=x1,y1, are text."""
     for match in _ASSIGNED_VALUE.finditer(text):
         value = re.sub(rf"(?<![^\W_])(?:{_EDGE_NAMES})(?![^\W_])", "", match[1])
         if re.search(r"\d", value) and not any(each.start <= match.start(1) < each.end for each in mentions):
@@ -186,7 +191,7 @@ def _check_assignments(text: str, mentions: Sequence[_RegionMention]) -> None:
 
 
 def _parse_named_values(text: str) -> Iterator[_RegionMention]:
-    """Read `x1=10, y1=20, x2=30, y2=40`, `{"x": 10, "y": 20, "width": 5, "height": 5}` and `x=10, y=20`."""
+    """Parse `x1=10, y1=20, x2=30, y2=40`, `{"x": 10, "y": 20, "width": 5, "height": 5}` and `x=10, y=20`."""
     unread_matches = []
     for matches in _iter_named_groups(text):
         values = {_normalize_edge_name(match[1]): match[3] for match in matches}
@@ -205,7 +210,7 @@ def _parse_named_values(text: str) -> Iterator[_RegionMention]:
 
 
 def _iter_named_groups(text: str) -> Iterator[list[re.Match[str]]]:
-    """Numbers with names that are next to each other."""
+    """Yield groups of adjacent named numbers."""
     matches: list[re.Match[str]] = []
     for match in _NAMED_NUMBER.finditer(text):
         if matches and _NAMED_NUMBER_SEPARATOR.match(text, matches[-1].end()).end() != match.start():  # type: ignore[union-attr]
@@ -217,7 +222,7 @@ def _iter_named_groups(text: str) -> Iterator[list[re.Match[str]]]:
 
 
 def _normalize_edge_name(name: str) -> str:
-    """One name for each edge, of those that mean the same."""
+    """Return the canonical name of an edge."""
     name = name.replace("_", "")
     canonical_names = {"left": "x1", "xmin": "x1", "top": "y1", "ymin": "y1"}
     canonical_names |= dict.fromkeys(("xc", "xcenter", "xcentre", "centerx", "centrex"), "cx")
@@ -227,7 +232,7 @@ def _normalize_edge_name(name: str) -> str:
 
 
 def _values_to_mention(values: dict[str, str], start: int, end: int) -> _RegionMention | None:
-    """A box or a point of named values; None for other names."""
+    """Convert named values to a box or a point; None for other names."""
     names = frozenset(values)
     if names == {"x", "y"} or names == {"x", "y", "label"}:
         return _RegionMention(
@@ -261,7 +266,7 @@ def _parse_runs(text: str, reject_bare: bool) -> Iterator[_RegionMention]:
 
 
 def _split_runs(text: str, match: re.Match[str]) -> Iterator[_NumberRun]:
-    """Runs of one kind: a number beside a bracket, or after a space where others have commas, is another thing."""
+    """Split a match where numbers leave or enter brackets, or where a space follows numbers separated by commas."""
     opening_text = re.search(r"[\s([{\"'`<|]*$", text[max(0, match.start() - _MAX_NAME_DISTANCE) : match.start()])
     depth = len(re.findall(r"[([{]", opening_text[0])) if opening_text else 0
     run, has_commas, is_new_group = _NumberRun(match.start(), match.start()), False, True
@@ -291,9 +296,9 @@ def _has_region_name(text: str, start: int) -> bool:
 
 
 def _find_name(text: str, start: int, end: int) -> tuple[str, int]:
-    """The word that names the numbers at `start`, and its place; "" if there is none after `end`.
+    """Return the word that names the numbers at `start`, and its position; "" if there is none after `end`.
 
-    Words such as "is" and "of" are skipped; "box" is preferred to "coordinates" in "box coordinates".
+    Words such as "is" and "of" are skipped. In "box coordinates", the name is "box".
     """
     search_start = max(end, start - _MAX_NAME_DISTANCE)
     name, name_start = "", start
@@ -312,7 +317,7 @@ def _find_name(text: str, start: int, end: int) -> tuple[str, int]:
 
 
 def _parse_run(text: str, run: _NumberRun, search_start: int, reject_bare: bool) -> _RegionMention | None:
-    """A box or points; None for numbers that do not look like coordinates; InputError for those that do."""
+    """Convert a run to a box or points; None if it is not coordinates, InputError if it is and cannot be read."""
     num_numbers = len(run.numbers)
     name, name_start = _find_name(text, run.start, search_start)
     is_assigned = bool(re.search(r"[:=]\W*$", text[max(name_start, run.start - _MAX_NAME_DISTANCE) : run.start]))
@@ -352,13 +357,13 @@ def _parse_run(text: str, run: _NumberRun, search_start: int, reject_bare: bool)
 
 
 def _is_count_of_others(text: str, num_numbers: int) -> bool:
-    """Whether a text ends with a number, as of "3 points: 10, 20 words", of points that `count` numbers are not."""
+    """Return whether a text ends with a count of points that does not match, as in "3 points: 10, 20 words"."""
     match = re.search(r"(?:^|[^\W\d_]\s+)(\d+)\s+(?:[^\W\d_]+\s+)?$", text)
     return match is not None and num_numbers != 2 * int(match[1])
 
 
 def _may_be_box(text: str, run: _NumberRun) -> bool:
-    """Whether bare numbers are x1 y1 x2 y2 of a box with an area, and no amount of money."""
+    """Return whether bare numbers form a nonempty box x1 y1 x2 y2 and are not amounts of money."""
     numbers = re.split(r"[ \t,;|*]+", text[run.start : run.end])
     if text[: run.start].endswith(("$", "\N{EURO SIGN}", "\N{POUND SIGN}")) or len(numbers) != 4:
         return False
@@ -369,7 +374,7 @@ def _may_be_box(text: str, run: _NumberRun) -> bool:
 
 
 def _is_bare(text: str, run: _NumberRun, name: str) -> bool:
-    """Whether nothing marks numbers as coordinates: no name, no brackets around several of them, no "1,2 to 3,4"."""
+    """Return whether numbers have no mark of coordinates: a name, brackets around several, or "1,2 to 3,4"."""
     numbers = text[run.start : run.end]
     if name in ("", "at") and re.search(r"\d/\d", numbers):  # a date
         return True
@@ -383,7 +388,7 @@ def _is_bare(text: str, run: _NumberRun, name: str) -> bool:
 
 
 def _is_alone(text: str, run: _NumberRun) -> bool:
-    """Whether numbers are all there is in a text or, if they are four, in its line."""
+    """Return whether numbers are the only content of the text or, if there are four, of their line."""
     if re.search(r"\d/\d", text[run.start : run.end]):
         return False
     start, end = 0, len(text)
@@ -394,7 +399,7 @@ def _is_alone(text: str, run: _NumberRun) -> bool:
 
 
 def _parse_edge_order(text: str) -> list[str]:
-    """The last four words of a text if all of them name coordinates."""
+    """Return the last four words of a text if all of them name coordinates, else an empty list."""
     names = [match[0] for match in _WORD.finditer(text)][-4:]
     is_order = len(names) == 4 and all(re.fullmatch(_EDGE_NAMES, name) for name in names)
     return [_normalize_edge_name(name) for name in names] if is_order else []
@@ -405,7 +410,7 @@ def _format_number_count(run: _NumberRun) -> str:
 
 
 def _numbers_to_points(text: str, run: _NumberRun) -> tuple[Point, ...]:
-    """One point, or one of each pair of brackets."""
+    """Convert numbers to one point, or to one per pair of brackets."""
     if len(run.numbers) in (1, 2, 3) and len(run.groups) < 2:
         return (_numbers_to_point(run.numbers),)
     if run.groups and sum(map(len, run.groups)) == len(run.numbers) and {len(each) for each in run.groups} <= {2, 3}:
@@ -422,13 +427,13 @@ def _numbers_to_box(numbers: Sequence[str]) -> Box:
 
 
 def _strip_pixel_unit(number: str) -> str:
-    """The digits of a number in pixels; InputError for one in percent."""
+    """Remove the unit of a number in pixels; raise InputError for percentages."""
     if number.endswith("%"):
         raise InputError(f"the coordinate {_shorten_text(number)} is not in pixels; {_BOX_HINT}")
     return re.sub(r"\s?[a-z]+$", "", number)
 
 
 def _shorten_text(text: str) -> str:
-    """A part of a text on one line, not too long."""
+    """Quote a text on one line with at most 60 characters."""
     line = " ".join(text.split())
     return repr(line if len(line) <= 60 else f"{line[:57]}...")

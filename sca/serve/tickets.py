@@ -18,37 +18,44 @@ from sca.inference.engine import PredictedMask
 
 
 class SchedulerError(Exception):
-    """A question that got no answer; the message says why."""
+    """Error of a request that cannot be completed."""
 
 
 class QueueFullError(SchedulerError):
-    """Too much waits already."""
+    """Error of a request that exceeds the queue."""
 
 
 class DeadlineExceededError(SchedulerError):
-    """The time that a question had is over."""
+    """Error of a request whose deadline has passed."""
 
 
 class InsufficientMemoryError(SchedulerError):
-    """The answer does not fit into memory."""
+    """Error of a request that needs too much memory."""
 
 
 class UnsupportedRequestError(SchedulerError, ValueError):
-    """The model is not of the kind that could answer."""
+    """Error of a request that the model does not support."""
 
 
 class SchedulerClosedError(SchedulerError):
-    """The scheduler answers no more: it was closed, or its thread has died."""
+    """Error of a request to a scheduler that is closed or whose worker thread has crashed."""
 
 
 @dataclass(frozen=True)
 class InferenceRequest:
-    """A request to caption regions of one image: its `prompts`, checked by `sca.io.prompts.check_prompt`, or the
-    regions that a search with `everything` finds.
+    """Request to caption regions of one image.
 
-    generation: options of `Predictor.predict`. return_masks: also return the masks of `prompts`. return_candidates:
-    also return all candidate masks of each prompt. timeout: seconds to complete the response. client_id: clients take
-    turns. max_regions: maximum regions of `everything`, best first.
+    Args:
+        image: Image, with the EXIF orientation applied.
+        prompts: Regions in image pixels, checked by `sca.io.prompts.check_prompt`.
+        everything: Options of a search that finds the regions; None for `prompts`.
+        task: "caption" or "recognition".
+        generation: Options returned by `sca.inference.generation_options.resolve_generation_options`.
+        return_masks: Return the masks of `prompts`.
+        return_candidates: Return all candidate masks of each prompt.
+        timeout: Seconds to complete the request.
+        client_id: Identity of the client; clients take turns.
+        max_regions: Maximum regions of `everything`, best first.
     """
 
     image: Image.Image
@@ -64,20 +71,25 @@ class InferenceRequest:
 
 
 class RegionsFound(NamedTuple):
-    """The number of regions to caption."""
+    """Event before the first caption: the number of regions to caption."""
 
     regions: int
 
 
 class CandidateMasks(NamedTuple):
-    """All masks that a region may have, the best first."""
+    """Event with the candidate masks of a region, highest predicted IoU first.
+
+    Attributes:
+        region: Index of the region in the request.
+        masks: Candidate masks.
+    """
 
     region: int
     masks: list[PredictedMask]
 
 
 class RequestDone(NamedTuple):
-    """All regions are answered."""
+    """Last event of a completed request: the number of captioned regions."""
 
     regions: int
 
@@ -86,19 +98,22 @@ RequestEvent = RegionsFound | SearchProgress | Caption | CandidateMasks | Reques
 
 
 class Ticket:
-    """A queued or running request. `on_event` is called in the scheduler's thread: with `SearchProgress` during a
-    search, with `RegionsFound`, with each caption, and finally with `RequestDone` or a `SchedulerError`.
+    """Request in the queue of the scheduler.
+
+    Args:
+        request: Request.
+        on_event: Function called in the worker thread: with `SearchProgress` during a search, with `RegionsFound`,
+            with each caption (after its `CandidateMasks`, if requested), and finally with `RequestDone` or a
+            `SchedulerError`.
     """
 
     def __init__(self, request: InferenceRequest, on_event: Callable[[RequestEvent], None]):
         self.request, self.on_event = request, on_event
         self.digest = _hash_image(request.image)
         self.prompts = list(request.prompts)
-        self.found_masks: list[PredictedMask] | None = None  # of what was found
+        self.found_masks: list[PredictedMask] | None = None  # result of a search
         self.needs_search = request.everything is not None
-        self.search_steps: Generator[SearchProgress, None, tuple[list[PredictedMask], list[Prompt]]] | None = (
-            None  # of a search that runs
-        )
+        self.search_steps: Generator[SearchProgress, None, tuple[list[PredictedMask], list[Prompt]]] | None = None
         self.search_progress: SearchProgress | None = None
         self.num_turns = self.num_captioned = 0
         self.deadline = time.monotonic() + request.timeout
@@ -106,34 +121,34 @@ class Ticket:
 
     @property
     def num_remaining(self) -> int:
-        """Regions without an answer."""
+        """Number of regions that are not captioned yet."""
         return len(self.prompts) - self.num_captioned
 
     @property
     def queue_size(self) -> int:
-        """Places taken in the queue: regions without an answer, or one if they have to be found first."""
+        """Size in the queue: the number of remaining regions, or one for a search."""
         if self.is_cancelled:
             return 0
         return 1 if self.request.everything is not None else self.num_remaining
 
     @property
     def batch_key(self) -> tuple[Any, ...]:
-        """Tickets of one kind can be answered together."""
+        """Key of tickets that can be captioned in one batch."""
         request = self.request
         return request.task, tuple(sorted(request.generation.items())), self.needs_masks, request.return_candidates
 
     @property
     def needs_masks(self) -> bool:
-        """Whether masks are still to be made."""
+        """Whether the captioner must compute masks."""
         return self.found_masks is None and self.request.return_masks
 
     def cancel(self) -> None:
-        """Nothing more is computed or told."""
+        """Cancel the request: compute nothing more and send no more events."""
         self.is_cancelled = True
 
 
 def _hash_image(image: Image.Image) -> str:
-    """Of an image's pixels, a strip at a time."""
+    """Hash the pixels of an image, in strips to limit memory."""
     digest = hashlib.sha256(repr((image.size, image.mode)).encode())
     strip_height = max(1, 2**22 // image.width)
     for strip_top in range(0, image.height, strip_height):
