@@ -33,7 +33,7 @@ from sca.output.html_page import encode_data_uri
 from sca.serve.scheduler import RequestScheduler
 from sca.serve.tickets import CandidateMasks, InferenceRequest, RequestDone, SchedulerError
 
-MAX_LOADED_MODELS = 2  # unused models in memory
+MAX_LOADED_MODELS = 2  # models in memory, unless more are in use
 RESPONSE_TIMEOUT_SECONDS = 300.0  # per request
 SESSION_LIFETIME_SECONDS = 3600  # time in memory of the image and regions of an inactive browser tab
 DOWNLOAD_FORMATS = ("png", "jsonl", "coco", "html")
@@ -76,7 +76,7 @@ class SliderValues(NamedTuple):
         return [gr.update(value=value, maximum=max(value, limit)) for value, limit in values_with_limits]
 
 
-SLIDER_MAXIMA = SliderValues(8, 64, 1)  # unless the value of the model is larger
+SLIDER_MAXIMA = SliderValues(8, 64, 1)  # raised to the value of the model if that is larger
 
 
 class ModelPool:
@@ -181,7 +181,7 @@ class ModelPool:
         return scheduler
 
     def _unload_idle_models(self) -> None:
-        """Unload unused models, except for the `MAX_LOADED_MODELS` most recent ones."""
+        """Unload the least recently used idle models while more than `MAX_LOADED_MODELS` are loaded."""
         with self._lock:
             idle_names = [name for name in self._schedulers if not self._num_users[name]]
             schedulers = [

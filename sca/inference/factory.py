@@ -37,11 +37,9 @@ def captioner(
     """Load a captioner: a model or a baseline with the method `caption`.
 
     Args:
-        source: One of
-            - a checkpoint: a folder, a model name or a hub id;
-            - the name of a registered captioner;
-            - "encoder+captioner", where the encoder predicts the masks, such as "sam-vit-b+blip-base".
-            Options can follow a name, as in "sam-vit-b+blip-base batch_size=8", or be in a table with the key `name`.
+        source: A checkpoint (a folder, a model name or a hub id), the name of a registered captioner, or
+            "encoder+captioner" such as "sam-vit-b+blip-base", where the encoder predicts the masks. Options can follow
+            a name, as in "sam-vit-b+blip-base batch_size=8". A table contains the key `name` and options.
         device: Device of the model.
         trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`.
         allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.

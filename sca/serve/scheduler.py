@@ -48,9 +48,9 @@ from sca.serve.tickets import (
 
 log = logging.getLogger("sca.serve")
 
-SEARCH_SECONDS = 0.1  # duration of one turn of a search
+SEARCH_SECONDS = 0.1  # maximum duration of one turn of a search
 MAX_CONCURRENT_SEARCHES = 2  # searches in progress; the others wait
-SEARCH_BYTES = 512 * 2**20 // MAX_CONCURRENT_SEARCHES  # candidate masks in memory per search
+SEARCH_BYTES = 512 * 2**20 // MAX_CONCURRENT_SEARCHES  # maximum size of candidate masks per search
 SHORT_REQUEST_REGIONS = 64  # requests with more regions can use only three quarters of the queue
 CROWDED_TURN_DIVISOR = 4  # factor by which turns are shorter while requests outside the turn wait
 POINTS_PER_REGION_COST = 32  # points of a prompt that cost as much as a region
@@ -91,7 +91,7 @@ class RequestScheduler:
         self._tickets: deque[Ticket] = deque()
         self._current_turn: list[Ticket] = []
         self._last_turn_was_new = False  # whether the last turn was the first of its ticket
-        self._last_turn_by_client: dict[str, int] = {}  # of clients with queued tickets
+        self._last_turn_by_client: dict[str, int] = {}  # for clients with queued tickets
         self._condition = threading.Condition()
         self._is_draining = self._is_closed = self._has_crashed = False
         self._thread = threading.Thread(target=self._run_worker, name="sca-scheduler", daemon=True)
