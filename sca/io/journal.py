@@ -188,7 +188,7 @@ def _is_torn_first_line(file: IO[bytes], first_line_prefix: bytes) -> bool:
     file.seek(0)
     content = file.read()
     is_other_text = b"\n" in content and b"\0" not in content
-    written = content.lstrip(b"\0").partition(b"\0")[0]
+    written = content.lstrip(b"\0").partition(b"\0")[0].rstrip(b"\n")
     has_prefix = first_line_prefix.startswith(written[: len(first_line_prefix)])
     return has_prefix and not is_other_text and _decode_entry(content) is None
 

@@ -64,7 +64,9 @@ def parse_json(text: str | bytes, location: str, require_finite: bool = False, a
         raise InputError(f"{location} is not valid JSON: nested deeper than {MAX_DEPTH} levels") from error
     except json.JSONDecodeError as error:
         position = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"{location} is not valid JSON: {error.msg} at {position}; copy it again") from error
+        raise InputError(
+            f"{location} is not valid JSON: {error.msg.removesuffix(' at')} at {position}; copy it again"
+        ) from error
     except ValueError as error:  # including integers of thousands of digits
         raise InputError(f"{location} is not valid JSON: {str(error).split(';')[0]}; copy it again") from error
     return value

@@ -54,7 +54,7 @@ def test_an_example_is_a_function_of_the_seed_and_the_place(stream):
 
 def test_every_epoch_has_every_image_once_in_an_order_of_its_own(stream):
     examples = stream(length=24)
-    epochs = [[examples[place].pixels.numpy().tobytes() for place in range(8 * n, 8 * n + 8)] for n in range(3)]
+    epochs = [[examples[place].pixel_values.numpy().tobytes() for place in range(8 * n, 8 * n + 8)] for n in range(3)]
     assert [len(set(epoch)) for epoch in epochs] == [8, 8, 8]
     assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
     assert epochs[0] != epochs[1] != epochs[2]
@@ -70,7 +70,7 @@ def test_words_masks_boxes_and_points_of_a_row_belong_to_one_region(stream, toke
     examples = stream(SamplingOptions(class_name_prob=0.3), dataset=dataset)
     for place in range(16):
         example = examples[place]
-        sample = by_pixels[example.pixels[None].numpy().tobytes()]
+        sample = by_pixels[example.pixel_values[None].numpy().tobytes()]
         boxes = {region.box: region for region in sample.regions}
         assert sorted(map(tuple, example.boxes.tolist())) == sorted(boxes)
         for row, box in enumerate(example.boxes.tolist()):
