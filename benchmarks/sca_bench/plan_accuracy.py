@@ -138,6 +138,7 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Compare plans with measurements on the command line."""
     parser = argparse.ArgumentParser(description="What sca plan says beside what a run takes.")
     parser.add_argument(
         "models", nargs="*", default=FULL_SIZE_MODELS, help="encoder+mixer+language-model (default: six of real size)"

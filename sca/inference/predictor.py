@@ -105,6 +105,7 @@ class Predictor:
             temperature: Sampling temperature.
             top_p: Probability mass for nucleus sampling.
             seed: Random seed for sampling.
+            **unknown_arguments: Rejected with the name of the closest argument.
 
         Returns:
             A caption for each region, in order: prompts, boxes, points, masks.
@@ -146,6 +147,7 @@ class Predictor:
             points: (N, 2) x y; one region each.
             masks: (height, width) arrays or COCO RLEs; one region each.
             multimask_output: Return all candidates of the segmenter (SAM has three); otherwise its single mask.
+            **unknown_arguments: Rejected with the name of the closest argument.
 
         Returns:
             The masks of each region, highest predicted IoU first.
@@ -186,6 +188,7 @@ class Predictor:
             temperature: Sampling temperature.
             top_p: Probability mass for nucleus sampling.
             seed: Random seed for sampling.
+            **unknown_arguments: Rejected with the name of the closest argument.
 
         Returns:
             The captions of each image, in the order of its regions.

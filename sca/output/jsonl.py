@@ -16,6 +16,8 @@ from sca.io.atomic import AtomicFile, make_write_error
 
 
 class Sink(Protocol):
+    """Destination of a document: a file or a stream."""
+
     replaces_file: bool
 
     def write(self, text: str) -> None: ...

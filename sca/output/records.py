@@ -126,6 +126,7 @@ def _number(value: Any) -> float:
 def annotations_to_captions(
     annotations: Iterable[Annotation], size: ImageSize, skip: SkipCounter, reject: RejectCallback
 ) -> list[Caption]:
+    """Convert annotations of one image to captions; `skip` counts and `reject` receives those that cannot be used."""
     captions = []
     for index, annotation in enumerate(annotations):
         try:

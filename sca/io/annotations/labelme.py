@@ -38,6 +38,8 @@ MIN_POINTS = dict.fromkeys(POLYGON_TYPES, 3) | {"rectangle": 2, "circle": 2, "ma
 
 
 class LabelMeShape(NamedTuple):
+    """One shape of a LabelMe file, with the record that contains it."""
+
     location: str
     shape_type: str
     points: Points
