@@ -317,7 +317,12 @@ def build_page(
         gallery.select(open_example, None, session_outputs, **event_options, **decoding_options)
         request_inputs = [session, model, initial_state, task]
         canvas_event = canvas.input(
-            handle_canvas_event, [*request_inputs, beams], session_outputs, **event_options, concurrency_limit=None
+            handle_canvas_event,
+            [*request_inputs, beams],
+            session_outputs,
+            **event_options,
+            concurrency_limit=None,
+            trigger_mode="multiple",  # the default drops events while a caption is pending
         )
         find_event = find_button.click(
             handle_find, [*request_inputs, *sliders], session_outputs, **event_options, concurrency_limit=None

@@ -1,5 +1,5 @@
 // The picture with its regions, and the tools to point with. Runs in gradio's HTML component: `element`, `props`,
-// `trigger` and `watch` are given. What the person does is told by trigger("input", {action, ...}); what is shown is
+// `trigger` and `watch` are set. User actions are sent as trigger("input", {action, ...}); the canvas shows
 // props.value: {size: [width, height], regions: [{path, box, points, caption, score, iou, share, color, masks}], current}.
 const NS = "http://www.w3.org/2000/svg";
 const find = (name) => element.querySelector(name);
@@ -11,7 +11,17 @@ const made = (name, attributes) => {
 let tool = "inside", drag = null, pinned = null, brush = null, cursor = null;
 
 const state = () => props.value?.size ? props.value : {size: [1, 1], regions: [], current: null};
-const tell = (action, more = {}) => trigger("input", {action, ...more});
+let startsRegion = false;  // sent with the next prompt: events of their own may be handled out of order
+
+function sendAction(action, payload = {}) {
+  trigger("input", {action, new_region: startsRegion, ...payload});
+  startsRegion = false;
+}
+
+function startRegion() {
+  startsRegion = true;
+  draw();
+}
 const svg = () => find("svg");
 const paint = () => find("canvas");
 
@@ -36,7 +46,7 @@ function draw() {
   for (const [, number] of order) root.append(shape(regions[number], number));
   if (cursor) root.append(made("path", {class: "cursor", d: `M${cursor[0] - 8} ${cursor[1]}h16m-8 -8v16`}));
   const list = find("ol");
-  list.replaceChildren(...regions.map((region, number) => item(region, number, number === current)));
+  list.replaceChildren(...regions.map((region, number) => item(region, number, number === current && !startsRegion)));
   filter();
   show(pinned !== null && pinned < regions.length ? pinned : null);
   const layer = paint();
@@ -125,7 +135,7 @@ function choose(next) {
 
 function sendPainted() {
   const layer = paint();
-  tell("mask", {png: layer.toDataURL("image/png")});
+  sendAction("mask", {png: layer.toDataURL("image/png")});
   layer.getContext("2d").clearRect(0, 0, layer.width, layer.height);
 }
 
@@ -141,7 +151,7 @@ function stroke(from, to) {
 }
 
 function point(place, label) {
-  if (props.picture) tell("point", {x: place[0], y: place[1], label});
+  if (props.picture) sendAction("point", {x: place[0], y: place[1], label});
 }
 
 element.addEventListener("pointerdown", (event) => {
@@ -178,7 +188,7 @@ element.addEventListener("pointerup", (event) => {
   } else if (tool === "box" && moved) {
     const box = [Math.min(start[0], here[0]), Math.min(start[1], here[1]),
       Math.max(start[0], here[0]), Math.max(start[1], here[1])];
-    tell("box", {box});
+    sendAction("box", {box});
   } else if (tool === "inside" || tool === "outside") {
     point(start, tool === "inside" ? 1 : 0);
   } else if (tool === "paint") {
@@ -194,8 +204,9 @@ element.addEventListener("input", (event) => {
 element.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (button?.dataset.tool) choose(button.dataset.tool);
-  else if (button?.dataset.action) tell(button.dataset.action);
-  else if (button?.dataset.mask) tell("choose", {region: numberOf(event), mask: Number(button.dataset.mask)});
+  else if (button?.dataset.action === "new") startRegion();
+  else if (button?.dataset.action) sendAction(button.dataset.action);
+  else if (button?.dataset.mask) sendAction("choose", {region: numberOf(event), mask: Number(button.dataset.mask)});
   else if (event.target.closest("ol")) pick(numberOf(event));
 });
 element.addEventListener("keydown", (event) => {
@@ -210,7 +221,7 @@ element.addEventListener("keydown", (event) => {
 function pick(number) {
   if (number === null) return;
   pinned = number;
-  tell("select", {region: number});
+  sendAction("select", {region: number});
 }
 function keys(event) {  // a cross that arrows move; Enter is a point inside, Shift + Enter one outside
   const [width, height] = state().size, step = Math.max(width, height) / (event.shiftKey ? 100 : 25);
@@ -224,7 +235,7 @@ function keys(event) {  // a cross that arrows move; Enter is a point inside, Sh
   } else if (event.key === "Enter" && cursor) {
     point(cursor, event.shiftKey ? 0 : 1);
   } else if (event.key === "z" && (event.ctrlKey || event.metaKey)) {
-    tell("undo");
+    sendAction("undo");
   } else if (event.key === "Escape") {
     cursor = null;
     draw();

@@ -72,8 +72,8 @@ class Session:
         """Handle an event of the canvas.
 
         Args:
-            event: Table with `action`: "undo", "new", "clear", "select", "choose", "point", "box" or "mask", and its
-                arguments in image pixels.
+            event: Table with `action`: "undo", "clear", "select", "choose", "point", "box" or "mask", and its arguments
+                in image pixels. A prompt with `new_region` begins a new region.
 
         Returns:
             Index of the region to caption; None if the event adds no prompt.
@@ -81,12 +81,13 @@ class Session:
         Raises:
             InputError: The prompt does not fit the image.
         """
-        match event.get("action"):
+        action = event.get("action")
+        if event.get("new_region") and action in ("point", "box", "mask"):
+            self.current_index = None
+        match action:
             case "undo":
                 if self.undo_history:
                     self.regions, self.current_index = self.undo_history.pop()
-            case "new":
-                self.current_index = None
             case "clear":
                 self._record_change((), None)
             case "select":

@@ -105,6 +105,13 @@ def test_further_points_are_of_the_same_region_until_a_new_one(tab):
     captions(tab, 1)
 
 
+def test_clicks_while_a_caption_is_pending_are_kept(tab):
+    for x, y in ((270, 260), (260, 265), (280, 270)):
+        tab.mouse.click(*place(tab, x, y))
+    tab.wait_for_function("() => document.querySelectorAll('#canvas .stage svg .point.inside').length === 3")
+    captions(tab, 1)
+
+
 def test_a_box_is_drawn(tab):
     tab.get_by_role("button", name="Box", exact=True).click()
     tab.mouse.move(*place(tab, 180, 350))

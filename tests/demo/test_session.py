@@ -42,8 +42,7 @@ def session():
 
 def click(session, x):
     """A new region, and what it is asked by."""
-    session.handle_event({"action": "new"})
-    number = session.handle_event({"action": "point", "x": x, "y": 5, "label": 1})
+    number = session.handle_event({"action": "point", "x": x, "y": 5, "label": 1, "new_region": True})
     return session.regions[number].prompt
 
 
