@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -79,8 +84,37 @@ def run_command(arguments: list[str]) -> int:
 
     A ValueError (a user's mistake) and an OSError (a file that cannot be read or written) are reported in one line. So
     is the error of a broken torchvision, which any command may import. Other exceptions are defects and keep their
-    traceback. Under `python -X dev`, all exceptions do.
+    traceback, unless they follow an interrupt. Under `python -X dev`, all exceptions do.
     """
+    with _record_interrupts() as interrupts:
+        return _run_command(arguments, interrupts)
+
+
+@contextmanager
+def _record_interrupts() -> Iterator[list[int]]:
+    """Yield a list that receives every SIGINT, which still raises KeyboardInterrupt.
+
+    Libraries may replace this exception by one of theirs: NumPy does, if the signal arrives in the conversion of an
+    array whose `__array__` has no `copy`, as in `pycocotools.mask.decode`.
+    """
+    interrupts: list[int] = []
+
+    def handle_interrupt(signal_number: int, frame: FrameType | None) -> None:
+        interrupts.append(signal_number)
+        signal.default_int_handler(signal_number, frame)
+
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, handle_interrupt)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _run_command(arguments: list[str], interrupts: list[int]) -> int:
     command = typer.main.get_command(app)
     arguments = [HOME_PATTERN.sub(lambda match: match[1] + os.path.expanduser(match[2]), each) for each in arguments]
     try:
@@ -92,11 +126,12 @@ def run_command(arguments: list[str]) -> int:
     except UsageError as error:
         return _report_usage_error(error)
     except KeyboardInterrupt:
-        print_stderr("interrupted; what was finished is kept")
-        return 130
+        return _report_interrupt()
     except BrokenPipeError:  # the reader closed the pipe
         return 0
     except Exception as error:
+        if interrupts and not sys.flags.dev_mode:
+            return _report_interrupt()
         torchvision_error = find_torchvision_error(error)
         if sys.flags.dev_mode or not (torchvision_error or isinstance(error, (ValueError, OSError))):
             raise
@@ -107,6 +142,11 @@ def run_command(arguments: list[str]) -> int:
             else f"{describe_error(error)}{remedy}"
         )
         return 2
+
+
+def _report_interrupt() -> int:
+    print_stderr("interrupted; what was finished is kept")
+    return 130
 
 
 def _report_usage_error(error: Any) -> int:

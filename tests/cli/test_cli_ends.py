@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from sca.cli import main
+from sca.cli import listing, main, run_command
 from sca.io.errors import OutputError
 
 FORMATS = ("--format", "jsonl,coco,html,png")
@@ -43,6 +43,27 @@ def test_an_interrupt_keeps_what_is_finished(started, many, checkpoint, here):
     page = (here / "out/captions.html").read_text()
     assert page.rstrip().endswith("</html>")
     assert not [path for path in (here / "out").iterdir() if path.name.startswith(".")]
+
+
+@posix
+def test_interrupt_that_a_library_replaces_is_still_an_interrupt(monkeypatch, capsys):
+    def replace_interrupt(kind):
+        try:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise TypeError("__array__() got an unexpected keyword argument 'copy'") from None
+
+    monkeypatch.setattr(listing, "_collect_rows", replace_interrupt)
+    original_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        status = run_command(["list", "mixer"])
+        final_handler = signal.getsignal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, original_handler)
+    assert status == 130
+    assert capsys.readouterr().err.splitlines() == ["sca: interrupted; what was finished is kept"]
+    assert final_handler is signal.default_int_handler
 
 
 def test_a_reader_that_has_seen_enough_ends_the_run_quietly(started, many, checkpoint):
