@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from sca.builder import build, resolve_parts
 from sca.checkpoints.state import list_stored_tensors
 from sca.inference.engine import REGION_BATCH_SIZE
+from sca.io.validation import check_range
 from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner
 from sca.nn.two_way import TwoWayTransformer
 from sca.plan_cache import GIB, MAX_PLANNED_REGIONS, Plan, resolve_gpu_memory
@@ -35,10 +36,10 @@ LAYER_INDEX_ATTRIBUTE = "layer_idx"  # transformers' attribute for the index of 
 
 def plan_model(
     spec: ModelSpec,
-    images: int = 1,
-    regions: int = 32,
-    words: int = 20,
-    train: bool = False,
+    batch_size: int = 1,
+    regions_per_image: int = 32,
+    max_new_tokens: int = 20,
+    training: bool = False,
     dtype: torch.dtype = torch.float32,
     gpu: str | float | None = None,
     on_gpu: bool = False,
@@ -49,10 +50,10 @@ def plan_model(
 
     Args:
         spec: Model.
-        images: Images B.
-        regions: Regions per image.
-        words: Tokens per caption.
-        train: Plan a training step instead of captioning.
+        batch_size: Images B.
+        regions_per_image: Regions per image.
+        max_new_tokens: Tokens per caption.
+        training: Estimate a training step instead of captioning.
         dtype: Dtype of the weights; in training, dtype of autocast.
         gpu: Name out of `GPU_MEMORY_GIB`, or memory in GiB; None for no limit.
         on_gpu: Use the code paths of a GPU even if `gpu` is None.
@@ -64,9 +65,9 @@ def plan_model(
         RegistryError: As in `sca.build`, or the GPU is unknown.
         ValueError: A count is less than 1, or the model branches on the content of its tensors.
     """
-    for label, count in (("images", images), ("regions", regions), ("words", words)):
-        if count < 1:
-            raise ValueError(f"{count} {label}: give 1 or more")
+    counts = {"batch_size": batch_size, "regions_per_image": regions_per_image, "max_new_tokens": max_new_tokens}
+    for name, count in counts.items():
+        check_range(name, count, int, 1)
     memory_budget = None if gpu is None else int(resolve_gpu_memory(gpu) * GIB * USABLE_MEMORY_FRACTION)
     model = build(spec, "meta")
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.group_parameters().items()}
@@ -78,35 +79,36 @@ def plan_model(
     if on_gpu or gpu is not None:  # a GPU computes all regions of a chunk together
         for module in _find_two_way_transformers(model):
             module.max_elements_per_chunk = 2**62
-    meter = _CostMeter(model if train else model.to(dtype).requires_grad_(False), dtype)
-    measure = meter.measure_training_step if train else meter.measure_inference
+    meter = _CostMeter(model if training else model.to(dtype).requires_grad_(False), dtype)
+    measure = meter.measure_training_step if training else meter.measure_inference
     try:
-        flops, memory = measure(images, regions, words)
+        flops, memory = measure(batch_size, regions_per_image, max_new_tokens)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
-            f"a part of this model decides by what its tensors hold ({error}): only a run shows what it costs"
+            f"the cost of this model cannot be estimated because it branches on the content of its tensors ({error}); "
+            "measure a run instead"
         ) from error
     max_regions = (
         None
         if memory_budget is None
-        else _find_max_regions(lambda count: max(measure(images, count, words)[1].values()), memory_budget)
+        else _find_max_regions(lambda count: max(measure(batch_size, count, max_new_tokens)[1].values()), memory_budget)
     )
     return Plan(
         model="+".join(part.name for part in (spec.encoder, spec.mixer, spec.language_model)),
-        images=images,
-        regions=regions,
-        words=words,
+        batch_size=batch_size,
+        regions_per_image=regions_per_image,
+        max_new_tokens=max_new_tokens,
         dtype=str(dtype).removeprefix("torch."),
-        train=train,
+        training=training,
         parameters=groups,
-        trainable=num_trainable,
-        weights=weight_bytes,
-        checkpoint=sum(size for name, size in tensor_sizes.items() if name in stored_names),
+        trainable_parameters=num_trainable,
+        weight_bytes=weight_bytes,
+        checkpoint_bytes=sum(size for name, size in tensor_sizes.items() if name in stored_names),
         flops=flops,
         memory=memory,
         gpu=None if gpu is None else str(gpu),
-        room=memory_budget,
-        most_regions=max_regions,
+        usable_gpu_memory=memory_budget,
+        max_regions_per_image=max_regions,
     )
 
 
@@ -167,10 +169,12 @@ class _CostMeter:
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     @torch.no_grad()
-    def measure_inference(self, images: int, regions: int, num_tokens: int) -> tuple[dict[str, int], dict[str, int]]:
+    def measure_inference(
+        self, batch_size: int, regions_per_image: int, num_tokens: int
+    ) -> tuple[dict[str, int], dict[str, int]]:
         """Return FLOPs and peak bytes per stage of `Predictor`, which encodes all images at once and chunks regions."""
         model, image_size = self.model.eval(), self.model.encoder.image_format.size
-        prompts = _make_prompts(images, regions, image_size)
+        prompts = _make_prompts(batch_size, regions_per_image, image_size)
         first_chunk, *later_chunks = prompts.iter_chunks(REGION_BATCH_SIZE)
         full_chunks = [chunk for chunk in later_chunks if len(chunk) == REGION_BATCH_SIZE]  # only one of them is run
         chunk_counts = [(first_chunk, 1), *((chunk, len(full_chunks)) for chunk in full_chunks[:1])]
@@ -184,7 +188,7 @@ class _CostMeter:
                 run = partial(type(layer).forward, layer)
                 layer.forward = stages.count_once(run, _compute_layer_signature(layer), _find_layer_index(layer))
             with stages("encode"):
-                features = model.encode(torch.empty(images, 3, image_size, image_size, dtype=self.dtype))
+                features = model.encode(torch.empty(batch_size, 3, image_size, image_size, dtype=self.dtype))
             prefixes, prepared = [], None
             for chunk, times in chunk_counts:
                 prefixes += [torch.empty_like(prefixes[0]) for _ in range(times - 1)]  # of the chunks that are not run
@@ -246,12 +250,12 @@ class _CostMeter:
         stages.flops["decode"] = (stages.flops["decode"] + first_step_flops[0]) * (num_tokens - 1) // 2
 
     def measure_training_step(
-        self, images: int, regions: int, num_tokens: int
+        self, batch_size: int, regions_per_image: int, num_tokens: int
     ) -> tuple[dict[str, int], dict[str, int]]:
         """Return FLOPs and peak bytes of a training step with one caption per region, with the state of AdamW."""
         model, image_size = self.model.train(), self.model.encoder.image_format.size
-        rows = images * regions
-        prompts, has_mask = _make_prompts(images, regions, image_size), torch.ones(rows, dtype=torch.bool)
+        rows = batch_size * regions_per_image
+        prompts, has_mask = _make_prompts(batch_size, regions_per_image, image_size), torch.ones(rows, dtype=torch.bool)
         attention_mask = torch.ones(rows, num_tokens, dtype=torch.long)
         with self.fake_mode, MemoryTracker() as tracker:
             self._replace_weights()
@@ -261,7 +265,7 @@ class _CostMeter:
             batch = Batch(
                 prompts=prompts,
                 task_ids=torch.zeros(rows, dtype=torch.long),
-                pixel_values=torch.empty(images, 3, image_size, image_size),
+                pixel_values=torch.empty(batch_size, 3, image_size, image_size),
                 input_ids=torch.zeros(rows, num_tokens, dtype=torch.long),
                 attention_mask=attention_mask,
             )
@@ -292,9 +296,9 @@ class _CostMeter:
                         tensors[name] = empty_tensors[id(tensor)]
 
 
-def _make_prompts(images: int, regions: int, image_size: int) -> PromptBatch:
+def _make_prompts(batch_size: int, regions_per_image: int, image_size: int) -> PromptBatch:
     """Return boxes of a third of an image's side. They are real tensors, because the code reads their values."""
-    image_index = torch.arange(images).repeat_interleave(regions)
+    image_index = torch.arange(batch_size).repeat_interleave(regions_per_image)
     return PromptBatch(
         image_index, boxes=torch.tensor([[0.0, 0.0, image_size / 3, image_size / 3]]).repeat(len(image_index), 1)
     )

@@ -54,53 +54,53 @@ class Plan:
 
     Attributes:
         model: Names of the components.
-        images: Images.
-        regions: Regions per image.
-        words: Tokens per caption.
+        batch_size: Images.
+        regions_per_image: Regions per image.
+        max_new_tokens: Tokens per caption.
         dtype: Dtype of the weights; in training, dtype of autocast.
-        train: Whether this is a training step.
+        training: Whether this is a training step.
         parameters: Number of parameters per group.
-        trainable: Number of trainable parameters.
-        weights: Bytes of all weights in float32. The download may be half as large, or contain unused components.
-        checkpoint: Bytes of a checkpoint without the pretrained weights that it refers to.
+        trainable_parameters: Number of trainable parameters.
+        weight_bytes: Bytes of all weights in float32. The download may be half as large, or contain unused components.
+        checkpoint_bytes: Bytes of a checkpoint without the pretrained weights that it refers to.
         flops: Floating-point operations per stage for all images and regions; a multiply-add counts as two.
         memory: Peak bytes per stage, weights included.
         gpu: GPU as requested.
-        room: Usable bytes of the GPU.
-        most_regions: Regions per image that fit, at most 2% below the maximum; 0 if not even one fits, None without a
+        usable_gpu_memory: Usable bytes of the GPU.
+        max_regions_per_image: Regions per image that fit, at most 2% below the maximum; 0 if not even one fits, None without a
             GPU or if `MAX_PLANNED_REGIONS` fit.
     """
 
     model: str
-    images: int
-    regions: int
-    words: int
+    batch_size: int
+    regions_per_image: int
+    max_new_tokens: int
     dtype: str
-    train: bool
+    training: bool
     parameters: dict[str, int]
-    trainable: int
-    weights: int
-    checkpoint: int
+    trainable_parameters: int
+    weight_bytes: int
+    checkpoint_bytes: int
     flops: dict[str, int]
     memory: dict[str, int]
     gpu: str | None = None
-    room: int | None = None
-    most_regions: int | None = None
+    usable_gpu_memory: int | None = None
+    max_regions_per_image: int | None = None
 
     @property
-    def peak(self) -> int:
+    def peak_memory(self) -> int:
         """Peak memory over all stages in bytes."""
         return max(self.memory.values())
 
     @property
     def fits(self) -> bool | None:
         """Whether the peak memory fits on the GPU; None without a GPU."""
-        return None if self.room is None else self.peak <= self.room
+        return None if self.usable_gpu_memory is None else self.peak_memory <= self.usable_gpu_memory
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields with the total number of parameters, `peak` and `fits`."""
+        """Return all fields, `total_parameters`, `peak_memory` and `fits`."""
         total = sum(self.parameters.values())
-        return {**asdict(self), "parameters_in_all": total, "peak": self.peak, "fits": self.fits}
+        return {**asdict(self), "total_parameters": total, "peak_memory": self.peak_memory, "fits": self.fits}
 
 
 def resolve_gpu_memory(gpu: str | float) -> float:
@@ -118,10 +118,12 @@ def resolve_gpu_memory(gpu: str | float) -> float:
             gpu = float(gpu)
         except ValueError:
             if gpu.lower() not in GPU_MEMORY_GIB:
-                raise make_unknown_name_error(f"no GPU {gpu!r} is known; GiB will do", gpu, GPU_MEMORY_GIB) from None
+                raise make_unknown_name_error(
+                    f"unknown GPU {gpu!r}; use a known name or its memory in GiB", gpu, GPU_MEMORY_GIB
+                ) from None
             return GPU_MEMORY_GIB[gpu.lower()]
     if not 0 < gpu < 2**20:
-        raise ValueError(f"a GPU with {gpu:g} GiB: give its name, or more than 0")
+        raise ValueError(f"GPU memory of {gpu:g} GiB is out of range; use the name of a GPU or a number greater than 0")
     return gpu
 
 

@@ -224,11 +224,15 @@ def iter_training_steps(sweep: Sweep, use_tiny_models: bool) -> Iterator[Measure
 def iter_plan_measurements(device: str, use_tiny_models: bool) -> Iterator[Measurement]:
     """Yield predicted and measured memory of captioning and training."""
     models = ("tiny-vit+query+tiny-gpt2",) if use_tiny_models else FULL_SIZE_MODELS
-    sizes = {"images": 1, "regions": 2 if use_tiny_models else 64, "words": 4 if use_tiny_models else MAX_NEW_TOKENS}
-    for train in (False, True):
+    sizes = {
+        "batch_size": 1,
+        "regions_per_image": 2 if use_tiny_models else 64,
+        "max_new_tokens": 4 if use_tiny_models else MAX_NEW_TOKENS,
+    }
+    for training in (False, True):
         for model in models:
-            config = {"model": model, **sizes, "train": train, "device": device, "dtype": "bfloat16"}
-            label = f"{model}, {'training' if train else 'captioning'}"
+            config = {"model": model, **sizes, "training": training, "device": device, "dtype": "bfloat16"}
+            label = f"{model}, {'training' if training else 'captioning'}"
             yield Measurement("plan", label, "sca_bench.plan_accuracy:work", config)
 
 

@@ -36,7 +36,7 @@ def floor_lines():
 def plan_lines():
     for row in read("plan/cpu.json")["rows"]:
         memory, flops = (row[of][0] / row[of][1] for of in ("memory", "flops"))
-        yield f"| {row['model']} | {'training' if row['train'] else 'captioning'} | {memory:.3f} | {flops:.3f} |"
+        yield f"| {row['model']} | {'training' if row['training'] else 'captioning'} | {memory:.3f} | {flops:.3f} |"
 
 
 def weak_supervision_lines():

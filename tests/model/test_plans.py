@@ -18,14 +18,14 @@ def cache(tmp_path, monkeypatch):
 
 def test_plan_key_changes_with_the_spec_settings_and_source(monkeypatch):
     spec = ModelSpec.parse(TINY)
-    key = compute_plan_key(spec, {"images": 1})
-    assert key == compute_plan_key(ModelSpec.parse(TINY), {"images": 1})
-    assert key != compute_plan_key(spec, {"images": 2})
-    assert key != compute_plan_key(spec.apply_overrides(["lora=8"]), {"images": 1})
+    key = compute_plan_key(spec, {"batch_size": 1})
+    assert key == compute_plan_key(ModelSpec.parse(TINY), {"batch_size": 1})
+    assert key != compute_plan_key(spec, {"batch_size": 2})
+    assert key != compute_plan_key(spec.apply_overrides(["lora=8"]), {"batch_size": 1})
     for name in ("hash_source_files", "version"):
         with monkeypatch.context() as changed:
             changed.setattr(f"sca.plan_cache.{name}", lambda package: "changed")
-            assert key != compute_plan_key(spec, {"images": 1}), name
+            assert key != compute_plan_key(spec, {"batch_size": 1}), name
 
 
 @pytest.mark.parametrize("files", [("shade.py",), ("shade/__init__.py", "shade/parts.py")])
