@@ -67,8 +67,8 @@ class Plan:
         memory: Peak bytes per stage, weights included.
         gpu: GPU as requested.
         usable_gpu_memory: Usable bytes of the GPU.
-        max_regions_per_image: Regions per image that fit, at most 2% below the maximum; 0 if not even one fits, None without a
-            GPU or if `MAX_PLANNED_REGIONS` fit.
+        max_regions_per_image: Regions per image that fit, at most 2% below the maximum; 0 if not even one fits, None
+            without a GPU or if `MAX_PLANNED_REGIONS` fit.
     """
 
     model: str
