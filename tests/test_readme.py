@@ -122,7 +122,10 @@ def test_the_table_is_the_one_that_the_measured_results_give():
 def test_results_become_a_table_between_the_markers(tmp_path):
     report = {"model": "m", "dataset": "d", "split": "test", "prompt": "box", "images": 3, "regions": 7}
     scored = report | {"scores": {"mask-iou/mean": 0.8765, "attributes/all": 0.5, "mask-iou/regions": 7}}
-    other = report | {"model": "n", "scores": {"mask-iou/mean": None, "attributes/all": None, "class/area": 0.25}}
+    other = report | {
+        "model": "n",
+        "scores": {"mask-iou/mean": None, "attributes/all": None, "class/area-accuracy": 0.25},
+    }
     (tmp_path / "results.json").write_text(json.dumps([scored, other]), "utf-8")
     page = tmp_path / "README.md"
     page.write_text(f"before\n{results_table.START}\nold\n{results_table.END}\nafter\n", "utf-8")

@@ -24,9 +24,9 @@ from sca.io.text import escape_markdown
 START, END = "<!-- results -->", "<!-- /results -->"
 COLUMN_TITLES = {
     "attributes/all": "size, texture, color and form all right",
-    "relations/right": "stated places right",
-    "class/count": "class right, by regions",
-    "class/area": "class right, by area",
+    "relations/correct": "stated places right",
+    "class/accuracy": "class right, by regions",
+    "class/area-accuracy": "class right, by area",
     "mask-iou/mean": "mask IoU",
     "region-sensitivity/caption": "caption follows the prompt",
     "region-sensitivity/recognition": "class follows the prompt",

@@ -25,7 +25,7 @@ from sca_bench.decoding import DECODING_METHODS
 from sca_bench.plan_accuracy import FULL_SIZE_MODELS
 from sca_bench.sweep import PART_KINDS, Sweep, SweepRow
 
-from sca.launchers.local import Local
+from sca.launchers.local import LocalLauncher
 from sca.launchers.task import Task, TaskOutcome
 from sca.launchers.worker import LOG_FILE
 from sca.training.recipe import Recipe
@@ -112,7 +112,7 @@ def run_measurements(
             )
             for measurement in missing
         ]
-        for task, result in add_killed_outcomes(Local(num_workers=1).map(tasks), tasks, deadline):
+        for task, result in add_killed_outcomes(LocalLauncher(num_workers=1).map(tasks), tasks, deadline):
             measurement = by_key[task.key]
             row = {
                 "key": measurement.key,

@@ -11,7 +11,7 @@ from typing import Any
 
 from sca_bench.sweep import PART_KINDS
 
-QUALITY_SCORES = ("cider-d", "attributes/all", "meteor", "class/count", "mask-iou/mean", "densecap-map")
+QUALITY_SCORES = ("cider-d", "attributes/all", "meteor", "class/accuracy", "mask-iou/mean", "densecap-map")
 
 
 @dataclass(frozen=True)

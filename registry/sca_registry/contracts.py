@@ -406,7 +406,8 @@ class Metric(Protocol):
     `references` and `tokenizer` are set by the evaluation protocol. A metric may also have:
 
     - `implementation`: the package that computes it, with its version;
-    - `whole = True`: records of controls (adversarial prompts) are passed together with the others;
+    - `includes_controls = True`: the metric is called once with all records, those of controls (adversarial prompts)
+      included, instead of once per control;
     - `scores`, in its class or card: the names of its scores, `class/*` for all with a prefix.
 
     Attributes:

@@ -21,7 +21,7 @@ from sca.io.paths import distinguish_paths
 if TYPE_CHECKING:
     from sca.io.terminal import Table
 
-SCORE_PRIORITY = ("cider-d", "attributes/all", "meteor", "rouge-l", "cider", "class/count", "mask-iou/mean")
+SCORE_PRIORITY = ("cider-d", "attributes/all", "meteor", "rouge-l", "cider", "class/accuracy", "mask-iou/mean")
 PROTOCOL_KEYS = ("prompt", "proposer", "generation", "seed", "limit")
 
 

@@ -68,7 +68,7 @@ def check_best_scores(
     """Check that the scores of `validate.best` exist and that at least one can be computed on a dataset.
 
     Args:
-        score_names: Scores such as "class/count".
+        score_names: Scores such as "class/accuracy".
         metrics: Metrics to compute; None for every metric whose inputs are available.
         dataset: Any dataset, see `draft_records`.
         limit: Maximum images to check. Defaults to all.

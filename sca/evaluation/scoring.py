@@ -137,10 +137,10 @@ def score_records(
                 raise
             skipped_metrics[name] = str(error)
             continue
-        scores_controls = getattr(metric, "whole", False)
-        for control in [None] if scores_controls else controls:
+        includes_controls = getattr(metric, "includes_controls", False)
+        for control in [None] if includes_controls else controls:
             scored_records = (
-                records if scores_controls else [record for record in records if record.get("control") == control]
+                records if includes_controls else [record for record in records if record.get("control") == control]
             )
             taken_names = [each.name for each in scores if each.control == control]
             reason = _find_missing_inputs(metric, scored_records, load_image)

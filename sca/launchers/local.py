@@ -22,7 +22,7 @@ from sca.launchers.worker import LOG_FILE, RESULT_FILE, run_task
 MAX_KILLS = 3  # kills from outside after which a task is left for another run
 
 
-class Local:
+class LocalLauncher:
     """Launcher that runs each task in a process on this machine.
 
     Processes are forked from a fork server that only imports the modules of the tasks.

@@ -225,7 +225,7 @@ class ValidationOptions:
     limit: int = 100
     prompt: str = "box"
     metrics: Sequence[str] = ()
-    best: Sequence[str] = ("cider-d", "class/count")
+    best: Sequence[str] = ("cider-d", "class/accuracy")
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any], data: DataSource) -> ValidationOptions:

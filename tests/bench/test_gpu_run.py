@@ -16,7 +16,7 @@ from sca_bench.parity import compare_golden_folders, compare_scenes
 from sca_registry import get_registry
 
 from markers import read_between, replace_between
-from sca.launchers.local import Local
+from sca.launchers.local import LocalLauncher
 from sca.launchers.task import Task, TaskOutcome
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,7 @@ def test_settled_rows_of_the_same_device_are_known(tmp_path):
 
 def test_local_launcher_starts_no_task_after_its_deadline(tmp_path):
     task = Task("late", "time:sleep", {"device": "cpu"}, str(tmp_path / "late"), deadline=time.time() - 1)
-    assert list(Local(num_workers=1).map([task])) == []
+    assert list(LocalLauncher(num_workers=1).map([task])) == []
     assert not (tmp_path / "late").exists()
 
 
@@ -156,7 +156,7 @@ def test_local_launcher_ends_a_task_at_its_deadline_without_an_outcome(tmp_path,
         Task(name, "slow_job:work", {"device": "cpu"}, str(tmp_path / name), deadline=time.time() + 3) for name in "ab"
     ]
     try:
-        assert list(Local(num_workers=1).map(tasks)) == []
+        assert list(LocalLauncher(num_workers=1).map(tasks)) == []
     finally:
         forkserver._forkserver._stop()
 

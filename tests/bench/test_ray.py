@@ -3,7 +3,7 @@
 import pytest
 from sca_bench.sweep import Sweep
 
-from sca.launchers.local import Local
+from sca.launchers.local import LocalLauncher
 from sca.launchers.task import Task
 
 pytestmark = pytest.mark.all
@@ -36,12 +36,12 @@ def cluster():
 
 
 def test_two_nodes_make_the_rows_that_one_machine_makes(cluster, tmp_path):
-    from sca.launchers.ray import Ray
+    from sca.launchers.ray import RayLauncher
 
     mixers = ["roi-pool", "mask-tokens", {"name": "query", "depth": 1, "num_heads": 2, "mlp_dim": 64}]
     sweep = Sweep("three", BASE, {"mixer": mixers}, measure={"regions": [1], "words": 2})
     found = {}
-    for name, launcher in (("local", Local(num_workers=1)), ("ray", Ray(address=cluster.address))):
+    for name, launcher in (("local", LocalLauncher(num_workers=1)), ("ray", RayLauncher(address=cluster.address))):
         tasks = [Task(row.key, JOB, row.config, str(tmp_path / name / row.key)) for row in sweep.list_rows()]
         kept = ("state", "reason", "parameters", "flops")
         found[name] = {task.key: {key: row.get(key) for key in kept} for task, row in launcher.map(tasks)}
@@ -50,8 +50,8 @@ def test_two_nodes_make_the_rows_that_one_machine_makes(cluster, tmp_path):
     assert sorted(row["state"] for row in found["ray"].values()) == ["done", "done", "impossible"]
 
 
-def test_a_row_takes_a_core_or_more():
-    from sca.launchers.ray import Ray
+def test_ray_launcher_rejects_zero_cpus():
+    from sca.launchers.ray import RayLauncher
 
-    with pytest.raises(ValueError, match="cores is 0"):
-        Ray(cores=0)
+    with pytest.raises(ValueError, match="num_cpus is 0"):
+        RayLauncher(num_cpus=0)

@@ -340,7 +340,7 @@ def made(name, seed, score, speed, state="done"):
     timing = {"median": 1 / speed, "low": 0.9 / speed, "high": 1.1 / speed, "repeats": 5}
     stages = dict.fromkeys(("encode", "segment", "mix", "prefill", "decode"), timing)
     point = {"regions": 1, "stages": stages, "whole": timing, "first_caption": timing, "regions_per_second": speed}
-    scores = [{"name": "class/count", "value": score, "low": score - 0.02, "high": score + 0.02, "control": None}]
+    scores = [{"name": "class/accuracy", "value": score, "low": score - 0.02, "high": score + 0.02, "control": None}]
     row = {
         "key": f"{name}{seed}",
         "label": f"{name} seed={seed}",
@@ -369,7 +369,7 @@ def rows():
 
 
 def test_seeds_are_one_line_with_their_spread(rows):
-    best, second, third = summarize_rows(rows, "class/count")
+    best, second, third = summarize_rows(rows, "class/accuracy")
     assert (best.label, best.quality, best.seed_scores) == ("slow", pytest.approx(0.91), (0.9, 0.91, 0.92))
     assert second.regions_per_second == {1: 100.0, 8: 200.0}
     assert third.label == "bad"
@@ -423,7 +423,7 @@ def test_report_has_a_column_per_axis_and_per_score(rows):
     told = report.render_markdown(rows)
     heads, _, first, *_ = [line.strip("| ").split(" | ") for line in told.splitlines()]
     assert heads[:3] == ["mixer", "train.steps", "seeds"]
-    assert heads[-2:] == ["words", "class/count, wrong-region"]
+    assert heads[-2:] == ["words", "class/accuracy, wrong-region"]
     assert [first[0], first[1], *first[-2:]] == ["slow(depth=2)", "20", "7", "0.100"]
     assert "in every row: encoder tiny" in told
     for cell in (*heads, *first):
@@ -437,8 +437,8 @@ def test_diff_shows_the_digits_in_which_scores_differ(rows):
         for row, value in zip(rerun, values, strict=False):
             row["scores"][0]["value"] = value
     changed = diff_rows(rows, again).change_lines
-    assert changed[0] == "slow seed=0: class/count 0.65432, then 0.65433"
-    assert changed[1] == "slow seed=1: class/count 0.5, then 0.5000000000000002"
+    assert changed[0] == "slow seed=0: class/accuracy 0.65432, then 0.65433"
+    assert changed[1] == "slow seed=1: class/accuracy 0.5, then 0.5000000000000002"
     assert "mean 0.6149, then" not in diff_rows(rows, again).score_lines[0]
 
 
@@ -451,12 +451,12 @@ def test_diff_summarizes_every_score(rows):
     del again[4]["scores"][1]
     found = diff_rows(rows, again)
     assert found.score_lines == (
-        "class/count: 1 of 7 rows differ, mean 0.6614, then 0.6257",
-        "class/count, wrong-region: 1 of 7 rows differ, mean 0.6883, then 0.6883; missing in 1 of them",
+        "class/accuracy: 1 of 7 rows differ, mean 0.6614, then 0.6257",
+        "class/accuracy, wrong-region: 1 of 7 rows differ, mean 0.6883, then 0.6883; missing in 1 of them",
     )
     assert found.change_lines == (
-        "fast seed=0: class/count 0.5, then 0.25",
-        "fast seed=1: class/count, wrong-region 0.5, then nothing",
+        "fast seed=0: class/accuracy 0.5, then 0.25",
+        "fast seed=1: class/accuracy, wrong-region 0.5, then nothing",
     )
     assert set(found.score_lines) <= set(found.format_lines())
 

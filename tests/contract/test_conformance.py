@@ -625,7 +625,7 @@ def test_plugin_that_prints_when_it_is_imported_breaks_its_promise(tmp_path, mon
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: loud\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[sca_metrics]\nloud = loud_metric:Loud\n")
     (tmp_path / "loud_metric.py").write_text(
-        "print('hello')\nfrom sca.evaluation.metrics.class_accuracy import Classes as Loud\n"
+        "print('hello')\nfrom sca.evaluation.metrics.class_accuracy import ClassAccuracy as Loud\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

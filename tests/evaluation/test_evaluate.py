@@ -66,8 +66,8 @@ def test_who_answers_for_another_region_of_the_dataset_scores_about_chance(scene
     assert values["attributes/color"] == pytest.approx(1 / len(COLORS), abs=0.1)
     assert values["attributes/form"] == pytest.approx(1 / len(SHAPE_NAMES), abs=0.1)
     assert values["attributes/all"] < 0.05
-    assert values["class/count"] == pytest.approx(1 / len(SHAPE_NAMES), abs=0.1)
-    assert values["relations/right"] < 0.15
+    assert values["class/accuracy"] == pytest.approx(1 / len(SHAPE_NAMES), abs=0.1)
+    assert values["relations/correct"] < 0.15
     assert 0.2 < values["region-sensitivity/caption"] < 0.5
     assert values["region-sensitivity/recognition"] < 0.3
     assert values["mask-iou/mean"] == 1  # it did not shuffle those
@@ -120,7 +120,7 @@ def test_a_metric_that_cannot_be_computed_is_left_out_with_its_reason_and_refuse
     report = evaluate(teller(dataset), dataset, prompting=names)
     assert {"attributes", "relations", "cider-d"} <= set(report.skipped_metrics)
     assert "task=caption" in report.skipped_metrics["attributes"]
-    assert "class/count" in report.scores
+    assert "class/accuracy" in report.scores
     with pytest.raises(ValueError, match=r"'relations'.*task=caption"):
         evaluate(teller(dataset), dataset, prompting=names, metrics=["class", "relations"])
 

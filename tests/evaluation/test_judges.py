@@ -46,12 +46,12 @@ def test_nouns_and_verbs_are_recalled_as_published_and_where_there_are_any(pipel
     records = told(("a red dog runs", ["a dog sits"]), ("a dog", ["a cat Rex"]), ("Rex", ["a red"]))
     nouns = sca_registry.metrics.build("noun-recall", model=pipeline)(records)
     assert nouns.per_record["noun-recall/exact"].tolist() == [1, 0, 0]
-    assert nouns.values["noun-recall/exact-where-any"] == 0.5
+    assert nouns.values["noun-recall/exact-nonempty"] == 0.5
     assert nouns.per_record["noun-recall/fuzzy"] == pytest.approx([1, 0.3, 0])  # the cat by the dog, Rex by nothing
     verbs = sca_registry.metrics.build("verb-recall", model=pipeline)(records)
     assert verbs.values["verb-recall/exact"] == 0
-    assert verbs.values["verb-recall/exact-where-any"] == 0
-    assert np.isnan(verbs.per_record["verb-recall/exact-where-any"]).tolist() == [False, True, True]
+    assert verbs.values["verb-recall/exact-nonempty"] == 0
+    assert np.isnan(verbs.per_record["verb-recall/exact-nonempty"]).tolist() == [False, True, True]
 
 
 def test_letter_case_counts_as_in_the_published_evaluation(pipeline):

@@ -68,7 +68,7 @@ def test_a_relation_is_right_if_such_a_shape_lies_there(make_record):
         "a small dotted red star",  # states none
     )
     scores = total("relations", records)
-    assert scores["relations/right"] == 0.5
+    assert scores["relations/correct"] == 0.5
     assert scores["relations/stated"] == pytest.approx(2 / 3)
     assert scores["relations/captions"] == 3
 
@@ -77,12 +77,12 @@ def test_a_relation_to_a_shape_of_another_image_or_to_itself_does_not_hold(make_
     records = scene(make_record, "left of a green cross", "right of a blue square", "below a red circle")
     records.append(make_record("", image=2, region=9, attributes=CIRCLE | {"color": "green", "form": "cross"}))
     records[-1]["truth"]["attributes"] |= {"center": [99.0, 50.0]}
-    assert total("relations", records)["relations/right"] == pytest.approx(1 / 3)
+    assert total("relations", records)["relations/correct"] == pytest.approx(1 / 3)
 
 
 def test_no_relation_at_all_is_neither_right_nor_wrong(make_record):
     scores = total("relations", scene(make_record, "a circle", "a square", "a star"))
-    assert math.isnan(scores["relations/right"])
+    assert math.isnan(scores["relations/correct"])
     assert scores["relations/stated"] == 0
 
 
@@ -94,9 +94,9 @@ def test_classes_by_count_by_area_and_by_mean(make_record):
     records = [make_record(said, "recognition", name=name, area=float(area)) for said, name, area in answers]
     records.append(make_record("a road", attributes=CIRCLE, name="road"))  # a caption is no answer to this
     assert total("class", records) == {
-        "class/count": 0.75,
-        "class/area": 0.8,
-        "class/mean": 0.75,
+        "class/accuracy": 0.75,
+        "class/area-accuracy": 0.8,
+        "class/mean-accuracy": 0.75,
         "class/regions": 4,
         "class/car": 0.5,
         "class/car/regions": 2,
@@ -108,19 +108,19 @@ def test_classes_by_count_by_area_and_by_mean(make_record):
 def test_the_mean_over_classes_does_not_let_the_common_ones_decide(make_record):
     records = [make_record("road", "recognition", name=name) for name in ("road", "road", "road", "car")]
     scores = total("class", records)
-    assert (scores["class/count"], scores["class/mean"]) == (0.75, 0.5)
+    assert (scores["class/accuracy"], scores["class/mean-accuracy"]) == (0.75, 0.5)
 
 
 def test_letter_case_and_spacing_are_no_mistakes_but_other_words_are(make_record):
     pairs = [(" Traffic  LIGHT\n", "traffic light"), ("Straße", "STRASSE"), ("trafficlight", "traffic light")]
     records = [make_record(said, "recognition", name=name) for said, name in pairs]
-    assert total("class", records)["class/count"] == pytest.approx(2 / 3)
+    assert total("class", records)["class/accuracy"] == pytest.approx(2 / 3)
 
 
-def test_a_class_called_mean_does_not_hide_the_mean(make_record):
-    records = [make_record(said, "recognition", name=name) for said, name in (("x", "mean"), ("car", "car"))]
+def test_class_accuracy_quotes_a_class_named_like_a_summary(make_record):
+    records = [make_record(said, "recognition", name=name) for said, name in (("x", "mean-accuracy"), ("car", "car"))]
     scores = total("class", records)
-    assert (scores["class/mean"], scores['class/"mean"']) == (0.5, 0.0)
+    assert (scores["class/mean-accuracy"], scores['class/"mean-accuracy"']) == (0.5, 0.0)
 
 
 # --- mask-iou
@@ -134,7 +134,7 @@ def test_overlap_in_pixels_is_averaged_over_regions(make_record, rectangle):
         record["truth"]["mask"] = truth
     scores = total("mask-iou", records)
     assert scores["mask-iou/mean"] == pytest.approx((1 + 1 / 3 + 0 + 0.5) / 4)
-    assert scores["mask-iou/over-0.5"] == 0.25
+    assert scores["mask-iou/above-0.5"] == 0.25
     assert scores["mask-iou/regions"] == 4
 
 

@@ -84,7 +84,7 @@ def test_a_run_that_lost_or_gained_lines_or_whose_truth_was_changed_is_refused(r
     with pytest.raises(InputError, match="what is true of them"):
         score_file(run)
     path.write_text(whole)
-    assert score_file(run, ["class"]).scores["class/count"] == 1
+    assert score_file(run, ["class"]).scores["class/accuracy"] == 1
 
 
 def test_predictions_can_be_held_against_a_dataset(run, made):

@@ -17,7 +17,7 @@ def test_train_takes_a_recipe_by_name_and_evaluate_the_model(tmp_path, monkeypat
     assert isinstance(model, sca.SegmentCaptioner)
     assert Path("runs/sca-tiny/model/weights.safetensors").is_file()
     report = sca.evaluate(model, {"name": "scenes", "count": 2, "size": 64}, metrics=["class"])
-    assert 0 <= report.scores["class/mean"] <= 1
+    assert 0 <= report.scores["class/mean-accuracy"] <= 1
 
 
 def test_train_takes_a_file_or_a_recipe_and_changes(tmp_path):

@@ -117,7 +117,7 @@ def captioned(folder, **fields):
     [
         ({"best": ["foo"]}, r"validate\.best: no metric has a score 'foo'\."),
         ({"best": ["cidr-d"]}, r"no metric has a score 'cidr-d'\. Did you mean 'cider-d'"),
-        ({"best": ["class/count"]}, r"class: needs task=recognition, truth\.name, which none of the 1 records has"),
+        ({"best": ["class/accuracy"]}, r"class: needs task=recognition, truth\.name, which none of the 1 records has"),
         ({"metrics": ["rouge-l"]}, r"cider-d: it is not among validate\.metrics; class: it is not among"),
         ({"metrics": ["class"]}, r"metric 'class': needs task=recognition, truth\.name, .*; choose other metrics"),
         ({"metrics": ["mask-iou"]}, r"metric 'mask-iou': needs truth\.mask, which none of the 1 records has"),
@@ -144,7 +144,9 @@ def test_validation_rejects_data_without_captions_and_names(plan, monkeypatch):
 
 
 def test_validation_accepts_a_score_that_a_later_name_of_best_replaces(plan, tmp_path):
-    assert len(open_validation_dataset(plan({**captioned(tmp_path), "best": ["class/count", "rouge-l"]}).validate)) == 1
+    assert (
+        len(open_validation_dataset(plan({**captioned(tmp_path), "best": ["class/accuracy", "rouge-l"]}).validate)) == 1
+    )
 
 
 def test_validation_rejects_an_empty_best(plan):

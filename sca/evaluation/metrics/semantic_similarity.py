@@ -22,7 +22,7 @@ MODEL_PACKAGE, MODEL_FOLDER = (
 )
 
 
-class Semantic:
+class SemanticSimilarity:
     """Cosine similarity in -1..1 of the embeddings of the caption and the closest reference, averaged over regions.
 
     Args:
