@@ -120,7 +120,7 @@ def test_the_table_is_the_one_that_the_measured_results_give():
 
 
 def test_results_become_a_table_between_the_markers(tmp_path):
-    report = {"model": "m", "dataset": "d", "split": "test", "prompt": "box", "images": 3, "regions": 7}
+    report = {"model": "m", "dataset": "d", "split": "test", "prompt_type": "box", "num_images": 3, "num_regions": 7}
     scored = report | {"scores": {"mask-iou/mean": 0.8765, "attributes/all": 0.5, "mask-iou/regions": 7}}
     other = report | {
         "model": "n",
@@ -148,7 +148,15 @@ def test_a_page_without_markers_or_a_folder_without_reports_is_refused_in_one_li
     (tmp_path / "results.json").write_text('{"scores": {}}', "utf-8")
     with pytest.raises(SystemExit, match=r"error: .*results.json is not what `sca evaluate --json` prints"):
         results_table.main(str(page), str(tmp_path))
-    report = {"model": "m", "dataset": "d", "split": "test", "prompt": "box", "images": 3, "regions": 7, "scores": {}}
+    report = {
+        "model": "m",
+        "dataset": "d",
+        "split": "test",
+        "prompt_type": "box",
+        "num_images": 3,
+        "num_regions": 7,
+        "scores": {},
+    }
     (tmp_path / "results.json").write_text(json.dumps(report), "utf-8")
     with pytest.raises(SystemExit, match=r"error: .*README.md: the page has no <!-- results -->"):
         results_table.main(str(page), str(tmp_path))

@@ -3,8 +3,9 @@
 Reads every JSON file of the folder in alphabetical order. A file contains the output of `sca evaluate ... --json`, or a
 list of such reports:
 
-    {"model": "sca-tiny", "dataset": "scenes", "split": "test", "prompt": "box", "images": 500, "regions": 1700,
-     "scores": {"attributes/all": 0.9, "mask-iou/mean": 0.8, ...}, "controls": {"wrong-region": {...}}, ...}
+    {"model": "sca-tiny", "dataset": "scenes", "split": "test", "prompt_type": "box", "num_images": 500,
+     "num_regions": 1700, "scores": {"attributes/all": 0.9, "mask-iou/mean": 0.8, ...},
+     "controls": {"wrong-region": {...}}, ...}
 
 Each report is a row, and so is each of its controls. A column appears if a report has its score. The text between the
 two markers is replaced.
@@ -31,7 +32,7 @@ COLUMN_TITLES = {
     "region-sensitivity/caption": "caption follows the prompt",
     "region-sensitivity/recognition": "class follows the prompt",
 }
-REQUIRED_FIELDS = {"model", "dataset", "split", "prompt", "images", "regions", "scores"}
+REQUIRED_FIELDS = {"model", "dataset", "split", "prompt_type", "num_images", "num_regions", "scores"}
 PERCENT_SCORES = {name for name in COLUMN_TITLES if name != "mask-iou/mean"}
 
 
@@ -58,11 +59,11 @@ def render_results_table(reports: Iterable[Mapping[str, Any]]) -> str:
     rows = [["model", "images", "prompt", "regions", *(COLUMN_TITLES[name] for name in score_names)]]
     rows.append(["---"] * 3 + ["---:"] * (1 + len(score_names)))
     for report in reports:
-        images = f"{report['images']} of {report['dataset']} {report['split']}"
+        images = f"{report['num_images']} of {report['dataset']} {report['split']}"
         for control, scores in {"": report["scores"], **report.get("controls", {})}.items():
-            prompt = f"{report['prompt']}, {control}" if control else report["prompt"]
+            prompt = f"{report['prompt_type']}, {control}" if control else report["prompt_type"]
             cells = [_format_cell(name, scores.get(name)) for name in score_names]
-            rows.append([report["model"], images, prompt, str(report["regions"]), *cells])
+            rows.append([report["model"], images, prompt, str(report["num_regions"]), *cells])
     return "\n".join(f"| {' | '.join(map(escape_markdown, row))} |" for row in rows)
 
 

@@ -273,7 +273,7 @@ def make_training_measurement(device: str, use_tiny_models: bool) -> Measurement
     evaluate_options = {
         "dataset": {"name": "scenes", "count": 2 if use_tiny_models else 300},
         "split": "test",
-        "prompt": "box",
+        "prompt_type": "box",
         "metrics": ["attributes", "mask-iou"],
     }
     config = {

@@ -206,7 +206,7 @@ def _format_numeric_cells(summary: CombinationSummary) -> list[str]:
         _format_in_unit(flops.get("encode"), 1e9),
         _format_in_unit(other_flops if flops else None, 1e9),
         "" if summary.quality is None else f"{summary.quality:.3f}",
-        "" if summary.low is None or summary.high is None else f"{summary.low:.3f} to {summary.high:.3f}",
+        "" if summary.ci_low is None or summary.ci_high is None else f"{summary.ci_low:.3f} to {summary.ci_high:.3f}",
         f"{min(summary.seed_scores):.3f} to {max(summary.seed_scores):.3f}" if len(summary.seed_scores) > 1 else "",
         _format_in_unit(summary.first_caption, 1e-3),
         _format_in_unit(summary.max_regions_per_second, 1),
@@ -217,11 +217,11 @@ def _format_numeric_cells(summary: CombinationSummary) -> list[str]:
 
 def _find_below_best(summaries: Sequence[CombinationSummary]) -> set[int]:
     """Return the indices of combinations whose interval is entirely below that of the best."""
-    best_low = next((summary.low for summary in summaries if summary.low is not None), None)
+    best_low = next((summary.ci_low for summary in summaries if summary.ci_low is not None), None)
     return {
         index
         for index, summary in enumerate(summaries)
-        if best_low is not None and summary.high is not None and summary.high < best_low
+        if best_low is not None and summary.ci_high is not None and summary.ci_high < best_low
     }
 
 

@@ -18,9 +18,9 @@ QUALITY_SCORES = ("cider-d", "attributes/all", "meteor", "class/accuracy", "mask
 class CombinationSummary:
     """Results of one combination over its seeds; None where nothing was measured.
 
-    `quality` is the mean score over seeds. `low` and `high` are the outermost bounds of the 95 % bootstrap intervals
-    over images. `seed_scores` contains the score of each seed, and `scores` the mean of every score over seeds, with
-    controls as "NAME, CONTROL".
+    `quality` is the mean score over seeds. `ci_low` and `ci_high` are the outermost bounds of the 95% bootstrap
+    intervals over images. `seed_scores` contains the score of each seed, and `scores` the mean of every score over
+    seeds, with controls as "NAME, CONTROL".
     """
 
     label: str
@@ -29,8 +29,8 @@ class CombinationSummary:
     trainable: int | None
     flops: Mapping[str, float] | None  # by stage, for the planned regions and tokens
     quality: float | None
-    low: float | None
-    high: float | None
+    ci_low: float | None
+    ci_high: float | None
     seed_scores: tuple[float, ...]
     scores: Mapping[str, float]
     regions_per_second: Mapping[int, float]  # regions per image -> regions per second, image encoding included
@@ -51,7 +51,7 @@ class CombinationSummary:
             if (each["name"], each["control"]) == (score_name, None)
         ]
         values = [each["value"] for each in scores if each["value"] is not None]
-        bounds = [(each["low"], each["high"]) for each in scores if each["low"] is not None]
+        bounds = [(each["ci_low"], each["ci_high"]) for each in scores if each["ci_low"] is not None]
         throughput_curves = [row["curve"] for row in rows if row.get("curve")]
         region_counts = sorted({point["regions"] for curve in throughput_curves for point in curve})
         largest_points = [
@@ -73,8 +73,8 @@ class CombinationSummary:
             trainable=parameters.get("trainable"),
             flops=first.get("flops"),
             quality=mean(values) if values else None,
-            low=min(low for low, _ in bounds) if bounds else None,
-            high=max(high for _, high in bounds) if bounds else None,
+            ci_low=min(low for low, _ in bounds) if bounds else None,
+            ci_high=max(high for _, high in bounds) if bounds else None,
             seed_scores=tuple(values),
             scores=_average_scores(rows),
             regions_per_second={

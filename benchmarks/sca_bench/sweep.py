@@ -20,7 +20,7 @@ A sweep is a TOML file, bundled in `benchmarks/sweeps` or your own:
     [evaluate]                # optional: dataset, prompt type and metrics
     dataset = { name = "scenes", count = 20 }
     split = "val"
-    prompt = "box"
+    prompt_type = "box"
     metrics = ["attributes", "mask-iou"]
 
     [measure]                 # optional: timing
@@ -57,9 +57,9 @@ from sca.training.recipe import MAX_SEED, Recipe, TrainOptions
 SECTION_KEYS = {
     "train": (
         *("recipe", "steps", "batch_size", "learning_rate", "warmup_steps"),
-        *("max_regions", "captions_per_region", "precision", "prompts", "num_workers"),
+        *("max_regions", "captions_per_region", "precision", "prompt_weights", "num_workers"),
     ),
-    "evaluate": ("dataset", "split", "prompt", "tasks", "metrics", "limit", "batch_size", "generation"),
+    "evaluate": ("dataset", "split", "prompt_type", "tasks", "metrics", "max_images", "batch_size", "generation"),
     "measure": ("regions", "words", "repeats", "dtype", "training", "images", "plan"),
 }
 PART_KINDS = ("encoder", "segmenter", "mixer", "language_model")
@@ -250,7 +250,7 @@ def _check_train_value(location: str, key: str, value: Any) -> None:
 def _check_evaluate_value(location: str, key: str, value: Any) -> None:
     if key == "dataset":
         Part.from_dict(value, "dataset of evaluate")
-    elif key in ("limit", "batch_size"):
+    elif key in ("max_images", "batch_size"):
         check_range(location, value, int, 1)
     elif key in ("tasks", "metrics"):
         check_list(location, value, str, minimum=1)

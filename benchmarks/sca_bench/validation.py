@@ -49,14 +49,14 @@ def _check_evaluation(sweep: Sweep) -> None:
     if evaluation is None:
         return
     prompting = PromptingOptions(
-        **{key: evaluation[key] for key in ("prompt", "tasks", "generation") if key in evaluation}
+        **{key: evaluation[key] for key in ("prompt_type", "tasks", "generation") if key in evaluation}
     )
     check_metrics(evaluation.get("metrics"), None)
     part, split = Part.from_dict(evaluation["dataset"], "dataset of evaluate"), evaluation.get("split", "val")
     dataset, dataset_name = datasets.build(part.name, split, **part.options), f"evaluate.dataset ({split})"
     check_dataset_not_empty(dataset, dataset_name)
-    check_has_truth(dataset, dataset_name, prompting.tasks, evaluation.get("limit"))
-    check_metric_needs(evaluation.get("metrics", ()), dataset, prompting.tasks, evaluation.get("limit"))
+    check_has_truth(dataset, dataset_name, prompting.tasks, evaluation.get("max_images"))
+    check_metric_needs(evaluation.get("metrics", ()), dataset, prompting.tasks, evaluation.get("max_images"))
 
 
 def _check_component(kind: str, part: Part) -> None:

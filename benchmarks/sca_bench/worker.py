@@ -178,7 +178,7 @@ def _evaluate_model(model: Any, evaluate_options: Mapping[str, Any], config: Map
     from sca.evaluation.predictions import PromptingOptions
 
     prompting_options = {
-        key: evaluate_options[key] for key in ("prompt", "tasks", "generation") if key in evaluate_options
+        key: evaluate_options[key] for key in ("prompt_type", "tasks", "generation") if key in evaluate_options
     }
     report = evaluate(
         model,
@@ -187,7 +187,7 @@ def _evaluate_model(model: Any, evaluate_options: Mapping[str, Any], config: Map
         prompting=PromptingOptions(**prompting_options, seed=config["seed"]),
         metrics=evaluate_options.get("metrics"),
         batch_size=evaluate_options.get("batch_size", 8),
-        limit=evaluate_options.get("limit"),
+        max_images=evaluate_options.get("max_images"),
     )
     return [each.to_dict() for each in report.scoring.scores]
 

@@ -44,7 +44,7 @@ def make_stage_recipe(initial_model: Any, steps: int, seed: int, num_captioned_s
         "seed": 1 if learns_names else 2,
     }
     if learns_names:
-        source["names"] = "caption"
+        source["class_name_task"] = "caption"
     options = {
         **SHARED_OPTIONS,
         "steps": steps,

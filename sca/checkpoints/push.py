@@ -214,9 +214,9 @@ def _render_scores(score_files: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     for file in score_files:
         for each in _select_reported_scores(file):
-            interval = f"{each['low']:.3f} to {each['high']:.3f}" if each.get("low") is not None else ""
+            interval = f"{each['ci_low']:.3f} to {each['ci_high']:.3f}" if each.get("ci_low") is not None else ""
             value = f"{each['value']:.3f}"
-            lines.append(_format_table_row(file.get("dataset"), each["name"], value, interval, each.get("protocol")))
+            lines.append(_format_table_row(file.get("dataset"), each["name"], value, interval, each.get("protocol_id")))
     return [*lines, ""]
 
 
@@ -227,7 +227,7 @@ def _format_table_row(*cells: Any) -> str:
 
 def _select_reported_scores(file: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Select the scores that exist and do not belong to controls (adversarial prompts)."""
-    return [each for each in file["rows"] if each["control"] is None and each["value"] is not None]
+    return [each for each in file["score_details"] if each["control"] is None and each["value"] is not None]
 
 
 def _read_scores(path: str | Path) -> Mapping[str, Any]:

@@ -13,7 +13,10 @@ from sca.io.errors import InputError
 from sca.io.json import is_json_lines_name
 from sca.io.paths import expand_user
 
-SOURCE_DEFAULTS = {"names": "both", "augment": {"flip": 0.5, "crop": 0.7, "color": 0.2}}
+SOURCE_DEFAULTS = {
+    "class_name_task": "both",
+    "augment": {"flip_prob": 0.5, "min_crop_fraction": 0.7, "color_jitter": 0.2},
+}
 DEFAULT_HOLD_OUT = 0.1  # fraction of the images of a file without splits
 MIN_HELD_OUT = 4  # images, but at most a third of all
 SPLIT_ALIASES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}  # names that tools use

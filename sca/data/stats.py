@@ -30,7 +30,7 @@ def compute_dataset_stats(dataset: Dataset, check_images: bool = False) -> dict[
     region_counts: Counter[int] = Counter()  # per image
     sizes = dict.fromkeys((*MAX_AREA_BY_SIZE, "large"), 0)
     num_with_mask = num_without_phrase = 0
-    for regions in annotations(dataset, check_images):
+    for regions in iter_region_annotations(dataset, check_images):
         region_counts[len(regions)] += 1
         for region in regions:
             x1, y1, x2, y2 = region.box
@@ -66,7 +66,7 @@ def compute_dataset_stats(dataset: Dataset, check_images: bool = False) -> dict[
     }
 
 
-def annotations(dataset: Dataset, check_images: bool) -> Iterator[tuple[Region, ...]]:
+def iter_region_annotations(dataset: Dataset, check_images: bool) -> Iterator[tuple[Region, ...]]:
     """Iterate over the regions of each image."""
     if not check_images and hasattr(dataset, "annotations_of_all"):
         return dataset.annotations_of_all()

@@ -106,7 +106,7 @@ def render_comparison(comparison: RunComparison) -> str:
             each.name,
             *map(_format_score, (each.first, each.second)),
             f"{each.difference:+.3f}",
-            _format_interval(each.low, each.high, "+.3f"),
+            _format_interval(each.ci_low, each.ci_high, "+.3f"),
         ]
         for each in comparison.differences
     ]
@@ -117,7 +117,7 @@ def render_comparison(comparison: RunComparison) -> str:
         "comparison.html",
         "sca.evaluation",
         title=f"{first.title} → {second.title}",
-        remarks=comparison.remarks,
+        remarks=comparison.notes,
         headings=["score", first.name, second.name, "difference", "95 % interval"],
         rows=rows,
         by=comparison.sorted_by,
@@ -144,14 +144,16 @@ def _build_score_table(reports: Sequence[EvaluationReport]) -> tuple[list[str], 
         for scores in scores_by_column:
             each = scores.get(name)
             cells.append(
-                "" if each is None else f"{_format_score(each.value)} {_format_interval(each.low, each.high)}".rstrip()
+                ""
+                if each is None
+                else f"{_format_score(each.value)} {_format_interval(each.ci_low, each.ci_high)}".rstrip()
             )
         rows.append(cells)
     return ["score", *(f"{report.name}{f', {control}' if control else ''}" for report, control in columns)], rows
 
 
 def _collect_remarks(reports: Sequence[EvaluationReport]) -> list[str]:
-    lines = [f"{remark}" for report in reports for remark in (*report.remarks, *report.notes)]
+    lines = [f"{remark}" for report in reports for remark in (*report.warnings, *report.notes)]
     return list(dict.fromkeys([*lines, *reports[0].scoring.summarize_skipped_metrics()]))
 
 

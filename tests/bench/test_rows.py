@@ -167,7 +167,7 @@ def test_a_row_has_all_that_was_asked(tmp_path):
     assert made["memory"]["planned"] > 0
     assert made["memory"]["host"] > 0
     assert {"class/accuracy"} <= {score["name"] for score in made["scores"]}
-    assert all(score["protocol"] for score in made["scores"])
+    assert all(score["protocol_id"] for score in made["scores"])
     assert made["environment"]["versions"]["torch"]
     assert made["seconds"]["process"] >= made["seconds"]["whole"]
     assert "sca bench row" in (tmp_path / "row/log.txt").read_text()

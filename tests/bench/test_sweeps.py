@@ -135,9 +135,9 @@ FIELDS = [
     *(("train", field, kind) for field, kind in (("recipe", str), ("steps", int), ("batch_size", int))),
     *(("train", field, kind) for field, kind in (("warmup_steps", int), ("learning_rate", float))),
     *(("train", field, kind) for field, kind in (("max_regions", int), ("captions_per_region", int))),
-    *(("train", field, kind) for field, kind in (("precision", str), ("prompts", dict), ("num_workers", int))),
-    *(("evaluate", field, kind) for field, kind in (("split", str), ("prompt", str), ("tasks", list))),
-    *(("evaluate", field, kind) for field, kind in (("metrics", list), ("limit", int), ("batch_size", int))),
+    *(("train", field, kind) for field, kind in (("precision", str), ("prompt_weights", dict), ("num_workers", int))),
+    *(("evaluate", field, kind) for field, kind in (("split", str), ("prompt_type", str), ("tasks", list))),
+    *(("evaluate", field, kind) for field, kind in (("metrics", list), ("max_images", int), ("batch_size", int))),
     *(("evaluate", field, kind) for field, kind in (("generation", dict), ("dataset", "part"))),
     *(("measure", field, kind) for field, kind in (("regions", list), ("words", int), ("repeats", int))),
     *(
@@ -224,7 +224,7 @@ def test_sweep_read_reports_text_that_is_not_utf_8(tmp_path):
             "metric 'class': needs task=recognition, truth.name",
         ),
         ("task_tokens = 2", "task_tokens = 2\ngeneration = { beans = 3 }", "generation has no option 'beans'"),
-        ("[axes]", "[train]\nprompts = { circle = 1.0 }\n[axes]", "train.prompts has no 'circle'"),
+        ("[axes]", "[train]\nprompt_weights = { circle = 1.0 }\n[axes]", "train.prompt_weights has no 'circle'"),
         ("[axes]", '[train]\nrecipe = "sca-tny"\n[axes]', "Did you mean 'sca-tiny'"),
         ("task_tokens = 2", 'task_tokens = 2\nlora = 4\ntrainable = ["mixer"]\n[train]\nsteps = 1', "lora=4 would not"),
     ],
@@ -340,7 +340,9 @@ def made(name, seed, score, speed, state="done"):
     timing = {"median": 1 / speed, "low": 0.9 / speed, "high": 1.1 / speed, "repeats": 5}
     stages = dict.fromkeys(("encode", "segment", "mix", "prefill", "decode"), timing)
     point = {"regions": 1, "stages": stages, "whole": timing, "first_caption": timing, "regions_per_second": speed}
-    scores = [{"name": "class/accuracy", "value": score, "low": score - 0.02, "high": score + 0.02, "control": None}]
+    scores = [
+        {"name": "class/accuracy", "value": score, "ci_low": score - 0.02, "ci_high": score + 0.02, "control": None}
+    ]
     row = {
         "key": f"{name}{seed}",
         "label": f"{name} seed={seed}",

@@ -112,9 +112,9 @@ def test_card_shows_the_text_of_a_stranger_as_text(model, tmp_path):
     part = {"name": HOSTILE, "weights": HOSTILE, "license": HOSTILE}
     origin = {"written_by": HOSTILE, "parts": {"encoder": part, "mixer": HOSTILE}}
     (model / "origin.json").write_text(json.dumps(origin))
-    row = {"name": HOSTILE, "value": 0.5, "control": None, "protocol": HOSTILE}
+    row = {"name": HOSTILE, "value": 0.5, "control": None, "protocol_id": HOSTILE}
     scores = tmp_path / "scores.json"
-    scores.write_text(json.dumps({"dataset": HOSTILE, "split": HOSTILE, "rows": [row]}))
+    scores.write_text(json.dumps({"dataset": HOSTILE, "split": HOSTILE, "score_details": [row]}))
     body = render_card(model, "me/model", [scores]).split("\n---\n", 1)[1]
     assert "<" not in body
     assert "\x1b" not in body

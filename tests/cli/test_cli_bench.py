@@ -56,7 +56,7 @@ def test_one_row_is_made_by_the_command_that_is_given_with_it(shell, sweep, here
     rows = [json.loads(line) for line in (here / "runs/bench/mine/results.jsonl").read_text().splitlines()]
     row = next(each for each in rows if each["state"] == "done")
     made = json.loads(shell("bench", "row", json.dumps(row["config"])).out)
-    kept = ("name", "value", "low", "high", "n", "protocol")
+    kept = ("name", "value", "ci_low", "ci_high", "num_samples", "protocol_id")
     assert [[each[key] for key in kept] for each in made["scores"]] == [
         [each[key] for key in kept] for each in row["scores"]
     ]

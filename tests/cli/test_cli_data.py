@@ -38,22 +38,31 @@ def test_pictures_are_opened_when_that_is_asked_for(root, shell):
 def test_a_page_shows_samples_before_and_after_augmentation(root, shell, here):
     scenes = Scenes("val", count=6, size=64)
     told = shell(
-        "data", "view", "coco", f"root='{root}'", "--limit", 2, "--augment", "{flip=1.0}", "--out", "page.html"
+        "data",
+        "view",
+        "coco",
+        f"root='{root}'",
+        "--num-images",
+        2,
+        "--augment",
+        "{flip_prob=1.0}",
+        "--out",
+        "page.html",
     )
     assert told.status == 0, told.err
     page = (here / "page.html").read_text()
     assert page.count("<section") == 4
     assert page.count("augmented</h2>") == 2
     assert any(phrase in page for sample in scenes for region in sample.regions for phrase in region.phrases)
-    wrong = shell("data", "view", "coco", f"root='{root}'", "--augment", "{flop=1.0}")
+    wrong = shell("data", "view", "coco", f"root='{root}'", "--augment", "{flop_prob=1.0}")
     assert wrong.status == 2
-    assert "--augment has no 'flop'. Did you mean 'flip'" in wrong.err[0]
+    assert "--augment has no 'flop_prob'. Did you mean 'flip_prob'" in wrong.err[0]
 
 
 @pytest.mark.parametrize("folder", [".", "/", "there"])
 def test_a_page_is_not_written_over_a_folder(shell, here, folder):
     (here / "there").mkdir()
-    told = shell("data", "view", "scenes", "count=1", "--limit", 1, "--out", folder)
+    told = shell("data", "view", "scenes", "count=1", "--num-images", 1, "--out", folder)
     assert told.status == 2
     assert told.err[1:] == [f"sca: cannot write {folder}: Is a directory; choose another folder"]
 

@@ -8,19 +8,19 @@ import pytest
 
 @pytest.fixture
 def evaluated(shell, checkpoint):
-    return lambda *arguments: shell("evaluate", checkpoint, "scenes", "count=3", "--limit", 2, *arguments)
+    return lambda *arguments: shell("evaluate", checkpoint, "scenes", "count=3", "--max-images", 2, *arguments)
 
 
 def test_scores_are_printed_as_a_table_and_written_with_the_predictions(evaluated, here):
-    result = evaluated("--out", "scores", "--prompt", "center", "--split", "test")
+    result = evaluated("--out", "scores", "--prompt-type", "center", "--split", "test")
     assert result.status == 0
     assert "mask-iou/mean" in result.out
     scores = json.loads((here / "scores/scores.json").read_text())
-    assert (scores["images"], scores["prompt"], scores["split"]) == (2, "center", "test")
+    assert (scores["num_images"], scores["prompt_type"], scores["split"]) == (2, "center", "test")
     run, *records, end = [json.loads(line) for line in (here / "scores/predictions.jsonl").read_text().splitlines()]
     assert run["run"]["dataset"] == "scenes"
-    assert end["end"]["records"] == len(records)
-    assert len({(record["image_id"], record["region_id"]) for record in records}) == scores["regions"]
+    assert end["summary"]["num_records"] == len(records)
+    assert len({(record["image_id"], record["region_id"]) for record in records}) == scores["num_regions"]
     assert {record["task"] for record in records} == {"caption", "recognition"}
     assert result.err == ["sca: scenes test: 3 images", "sca: wrote scores/predictions.jsonl and scores/scores.json"]
 
@@ -38,9 +38,9 @@ def test_json_is_all_there_is_on_standard_output(evaluated):
         (("scenes", "cuont=3"), "Did you mean 'count'?"),
         (("scenes", "count"), "write key=value"),
         (("scenes", "--split", "vla"), "there are: train, val, test"),
-        (("scenes", "--prompt", "bax"), "Did you mean 'box'?"),
+        (("scenes", "--prompt-type", "bax"), "Did you mean 'box'?"),
         (("scenes", "--device", "gpu"), "device 'gpu' is not available"),
-        (("scenes", "--limit", "0"), "'--limit'"),
+        (("scenes", "--max-images", "0"), "'--max-images'"),
         (("coco",), "give root=FOLDER"),
         (("coco", "root=/nowhere"), "not there: /nowhere/val.json"),
     ],
@@ -59,11 +59,11 @@ def test_predictions_are_scored_again_without_the_model(evaluated, shell):
     again = shell("score", "run", "--metrics", "rouge-l,cider", "tokenizer=plain", "references=first", "--json")
     scores = json.loads(again.out)
     assert set(scores["scores"]) == {"rouge-l", "cider"}
-    assert {row["references"] for row in scores["rows"]} == {"first"}
-    assert {row["tokenizer"] for row in scores["rows"]} == {"plain"}
+    assert {row["references"] for row in scores["score_details"]} == {"first"}
+    assert {row["tokenizer"] for row in scores["score_details"]} == {"plain"}
     shown = shell("score", "run", "--dataset", "scenes", "--metrics", "class", "dataset.count=3")
     assert shown.status == 2
-    assert "regions of the dataset were not asked for" in shown.err[0]
+    assert "regions of the dataset have no prediction" in shown.err[0]
 
 
 def test_controls_stand_in_columns_of_their_own(evaluated):
@@ -74,7 +74,7 @@ def test_controls_stand_in_columns_of_their_own(evaluated):
 
 def test_two_runs_are_compared_and_shown_on_pages(evaluated, shell, here):
     for prompt in ("box", "center"):
-        evaluated("--out", prompt, "--prompt", prompt, "--metrics", "mask-iou")
+        evaluated("--out", prompt, "--prompt-type", prompt, "--metrics", "mask-iou")
     result = shell("compare", "box", "center", "--metrics", "mask-iou,attributes", "--out", "pages/compare.html")
     assert result.status == 0
     assert "mask-iou/mean" in result.out
@@ -126,9 +126,9 @@ def test_a_published_protocol_is_run_by_its_name_beside_what_was_published(shell
     run = json.loads((here / "out/visual-genome-test/predictions.jsonl").read_text().splitlines()[0])["run"]
     assert run["generation"]["num_beams"] == 3
     assert run["tasks"] == ["caption"]
-    assert [line for line in result.err if "left out" in line and "spice" in line and "--metrics" in line]
+    assert [line for line in result.err if "skipped" in line and "spice" in line and "--metrics" in line]
     refused = shell("evaluate", checkpoint, "vg-region-captioning", f"root={visual_genome}", "--split", "val")
-    assert "has its own splits" in refused.err[0]
+    assert "sets splits and prompts" in refused.err[0]
 
 
 def test_evaluate_reports_where_missing_images_were_looked_for(shell, checkpoint, here):

@@ -243,12 +243,12 @@ def test_evaluate_refuses_another_run_and_foreign_scores(shell, refused, here):
     for _ in range(2):
         assert shell(*asked, "out").status == 0
     before = content(here / "out")
-    line = refused(2, *asked, "out", "--prompt", "center")
+    line = refused(2, *asked, "out", "--prompt-type", "center")
     assert 'another run (prompt: "box" there, "center" now)' in line
     assert "--overwrite" in line
     assert content(here / "out") == before
-    assert shell(*asked, "out", "--prompt", "center", "--overwrite").status == 0
-    assert b'"prompt": "center"' in (here / "out/predictions.jsonl").read_bytes()
+    assert shell(*asked, "out", "--prompt-type", "center", "--overwrite").status == 0
+    assert b'"prompt_type": "center"' in (here / "out/predictions.jsonl").read_bytes()
     (here / "mine/predictions.jsonl").write_text('{"image_id": 1}\n')
     (here / "mine/scores.json").unlink()
     assert "without their run" in refused(2, *asked, "mine", "--overwrite")

@@ -128,7 +128,7 @@ def test_files_of_labeling_tools_are_recognized_and_split(folder, write):
     file = write(folder)
     for path in {file, folder}:
         table = detect_data_source(path)
-        options = {key: value for key, value in table.items() if key not in ("names", "augment")}
+        options = {key: value for key, value in table.items() if key not in ("class_name_task", "augment")}
         part = Part.from_dict(options, "dataset")
         ids = {split: datasets.build(part.name, split, **part.options).image_ids for split in ("train", "val")}
         assert sorted(ids["train"] + ids["val"]) == list(range(20))

@@ -41,9 +41,9 @@ def test_differences_come_with_intervals_and_the_answers_that_changed(runs):
     color = next(each for each in comparison.differences if each.name == "attributes/color")
     assert color.second == 1
     assert color.difference == pytest.approx(1 - color.first)
-    assert 0 < color.low < color.difference < color.high < 1
+    assert 0 < color.ci_low < color.difference < color.ci_high < 1
     size = next(each for each in comparison.differences if each.name == "attributes/size")
-    assert (size.difference, size.low, size.high) == (0, 0, 0)
+    assert (size.difference, size.ci_low, size.ci_high) == (0, 0, 0)
     assert comparison.sorted_by == "attributes/all"
     assert comparison.changes
     assert {each.change for each in comparison.changes} == {1}
@@ -61,9 +61,9 @@ def test_only_the_same_regions_are_compared(runs, teller, tmp_path):
         folder.mkdir()
         dataset = Scenes(split, count=10)
         evaluate(teller(dataset), {"name": "scenes", "count": 10}, split, folder=folder, metrics=["class"])
-    with pytest.raises(InputError, match=r"answers are only in .*, the first for region"):
+    with pytest.raises(InputError, match=r"predictions are only in .*, the first for region"):
         compare_runs(runs[0], fewer)
-    with pytest.raises(InputError, match="answers are only in"):
+    with pytest.raises(InputError, match="predictions are only in"):
         compare_runs(fewer, other)
 
 
@@ -83,7 +83,7 @@ def test_what_else_differs_is_said(runs, teller, tmp_path):
         prompting=PromptingOptions("center"),
         metrics=["class"],
     )
-    assert compare_runs(runs[0], tmp_path, DRAWN).remarks == ("prompt differs: 'box' and 'center'",)
+    assert compare_runs(runs[0], tmp_path, DRAWN).notes == ("prompt_type differs: 'box' and 'center'",)
 
 
 class Tags(HTMLParser):
@@ -160,5 +160,5 @@ def test_without_pictures_a_page_has_words(tmp_path):
     page = render_report([score_file(path, ["rouge-l"], {"tokenizer": "plain"})])
     assert "images not shown: the predictions do not contain the location of the images" in page
     assert "the cat" in page
-    with pytest.raises(ValueError, match="no score 'meteor' of single regions: there are rouge-l"):
+    with pytest.raises(ValueError, match="no score 'meteor' of single regions; choose from rouge-l"):
         render_report([score_file(path, ["rouge-l"], {"tokenizer": "plain"})], sort_by="meteor")

@@ -48,10 +48,10 @@ def test_who_answers_from_the_truth_scores_one_everywhere(scenes, teller):
     stated = values.pop("relations/stated")
     assert set(values.values()) == {1.0}
     assert stated == pytest.approx(
-        sum(len(region.phrases) > 1 for sample in scenes for region in sample.regions) / report.to_dict()["regions"]
+        sum(len(region.phrases) > 1 for sample in scenes for region in sample.regions) / report.to_dict()["num_regions"]
     )
     assert report.skipped_metrics == {}
-    assert report.end["images"] == 60
+    assert report.summary["num_images"] == 60
 
 
 def test_who_answers_for_another_region_of_the_dataset_scores_about_chance(scenes, teller):
@@ -99,8 +99,8 @@ def test_a_model_is_evaluated_from_pixels_to_report(model, prompt):
     report = evaluate(model, dataset, "test", prompting=PromptingOptions(prompt), batch_size=4, metrics=DRAWN)
     plain = report.to_dict()
     assert (plain["model"], plain["dataset"], plain["split"]) == ("tiny-vit+query+tiny-gpt2", "scenes", "test")
-    assert (plain["images"], plain["prompt"]) == (6, prompt)
-    assert plain["regions"] == report.scores["mask-iou/regions"] == report.scores["attributes/captions"]
+    assert (plain["num_images"], plain["prompt_type"]) == (6, prompt)
+    assert plain["num_regions"] == report.scores["mask-iou/regions"] == report.scores["attributes/captions"]
     assert all(0 <= value <= 1 or math.isnan(value) for value in shares(report).values())
     assert report.seconds > 0
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
@@ -109,7 +109,7 @@ def test_a_model_is_evaluated_from_pixels_to_report(model, prompt):
 def test_the_same_evaluation_gives_the_same_scores(model, scenes):
     questions = PromptingOptions("mask-point", seed=3)
     first, second = (
-        evaluate(sca.Predictor(model), scenes, prompting=questions, limit=4, metrics=DRAWN).to_dict() for _ in "ab"
+        evaluate(sca.Predictor(model), scenes, prompting=questions, max_images=4, metrics=DRAWN).to_dict() for _ in "ab"
     )
     assert first | {"seconds": 0} == second | {"seconds": 0}
 
@@ -183,9 +183,9 @@ def test_report_table_counts_metrics_left_out_in_one_line(teller):
     screen.print(report.build_table())
     shown = screen.file.getvalue()
     assert all(name in shown for name in report.scores)
-    (line,) = [line for line in shown.splitlines() if "left out" in line]
-    assert f"{len(report.skipped_metrics)} metrics left out" in line
-    assert "`sca list metrics`" in line
+    (line,) = [line for line in shown.splitlines() if "metrics skipped" in line]
+    assert f"{len(report.skipped_metrics)} metrics skipped" in line
+    assert "--metrics" in line
     assert "nan" not in shown
 
 
@@ -203,7 +203,7 @@ def test_evaluate_rejects_unknown_generation_options_before_it_asks(model, gener
 
 
 def test_questions_reject_an_empty_list_of_tasks():
-    with pytest.raises(ValueError, match="tasks are empty; give one or more of"):
+    with pytest.raises(ValueError, match="tasks are empty; choose one or more of"):
         PromptingOptions(tasks=())
 
 
@@ -215,5 +215,5 @@ def test_evaluate_rejects_metrics_that_the_data_cannot_have_before_it_loads_a_mo
     data = {"name": "jsonl", "file": str(tmp_path / "a.jsonl")}
     with pytest.raises(ValueError, match=r"metric 'class': needs task=recognition, truth\.name"):
         evaluate("no-such-model", data, metrics=["class"])
-    with pytest.raises(ValueError, match="nothing to evaluate: no region of jsonl has what recognition asks for"):
+    with pytest.raises(ValueError, match="no region of jsonl has ground truth for recognition"):
         evaluate("no-such-model", data, prompting=PromptingOptions(tasks=["recognition"]))

@@ -61,7 +61,7 @@ def test_what_is_not_a_number_is_not_counted():
 def test_there_is_no_interval_over_fewer_than_five_images(images, enough):
     records = [record(image, region) for image in range(images) for region in range(3)]
     (found,) = score_records(records, ["rouge-l"], {"tokenizer": "plain"}).scores
-    assert (found.low is not None) == (found.high is not None) == enough
+    assert (found.ci_low is not None) == (found.ci_high is not None) == enough
     assert found.note == ("" if enough else "no interval over fewer than 5 images")
 
 
@@ -102,5 +102,5 @@ def test_a_comparison_over_few_images_has_no_intervals_and_says_so(tmp_path):
         ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = compare_runs(tmp_path / "a.jsonl", tmp_path / "b.jsonl", ["rouge-l"], {"tokenizer": "plain"})
-    assert found.differences[0].low is None
-    assert "no intervals over fewer than 5 images" in found.remarks
+    assert found.differences[0].ci_low is None
+    assert "no intervals over fewer than 5 images" in found.notes

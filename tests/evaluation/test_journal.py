@@ -43,10 +43,10 @@ def lines(folder):
 
 def test_a_file_begins_with_the_run_and_ends_with_its_end(teller, dataset, tmp_path):
     report = evaluate(teller(dataset), dataset, batch_size=2, folder=tmp_path, metrics=["class"])
-    run, *records, end = lines(tmp_path)
+    run, *records, last = lines(tmp_path)
     assert run["run"]["dataset"] == "Scenes"
-    assert run["run"]["images"] == end["end"]["images"] == 7
-    assert end["end"]["records"] == len(records) == len(report.records)
+    assert run["run"]["num_images"] == last["summary"]["num_images"] == 7
+    assert last["summary"]["num_records"] == len(records) == len(report.records)
     assert [record["index"] for record in records] == sorted(record["index"] for record in records)
 
 
@@ -87,7 +87,7 @@ def test_a_run_that_stops_goes_on_where_it_was(teller, dataset, tmp_path, batch)
     tires = Tires(dataset)
     with pytest.raises(RuntimeError):
         evaluate(tires, dataset, batch_size=2, folder=cut, metrics=["class"])
-    with pytest.raises(InputError, match=r"has not ended: .* records so far"):
+    with pytest.raises(InputError, match=r"unfinished run with \d+ records; evaluate into the same folder"):
         score_file(cut)
     with (cut / PREDICTIONS_NAME).open("ab") as file:
         file.write(b'{"index": 6, "image_id": 12, "reg')
@@ -121,7 +121,7 @@ def test_kill_9_at_any_moment_leaves_what_an_uninterrupted_run_leaves(tmp_path, 
             os.kill(child.pid, signal.SIGKILL)
             child.wait()
         child.stdout.close()
-        if (killed / PREDICTIONS_NAME).is_file() and '"end"' in (killed / PREDICTIONS_NAME).read_text():
+        if (killed / PREDICTIONS_NAME).is_file() and '"summary"' in (killed / PREDICTIONS_NAME).read_text():
             assert (killed / PREDICTIONS_NAME).read_bytes() == (whole / PREDICTIONS_NAME).read_bytes()
             (killed / PREDICTIONS_NAME).unlink()  # once more from the beginning
     assert hits
@@ -148,11 +148,13 @@ def test_several_processes_write_what_one_writes(tmp_path):
 def test_a_folder_with_another_run_is_left_as_it_is(teller, dataset, tmp_path):
     evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
     before = (tmp_path / PREDICTIONS_NAME).read_bytes()
-    with pytest.raises(DifferentRunError, match=r"another run .*prompt: \"box\" there, \"center\" now.*another folder"):
+    with pytest.raises(
+        DifferentRunError, match=r"another run .*prompt_type: \"box\" there, \"center\" now.*another folder"
+    ):
         evaluate(teller(dataset), dataset, folder=tmp_path, prompting=PromptingOptions("center"))
     assert (tmp_path / PREDICTIONS_NAME).read_bytes() == before
     (tmp_path / PREDICTIONS_NAME).write_text('{"image_id": 1}\n')
-    with pytest.raises(InputError, match="without their run"):
+    with pytest.raises(InputError, match="was not written by `sca evaluate`"):
         evaluate(teller(dataset), dataset, folder=tmp_path)
 
 
@@ -186,7 +188,7 @@ def test_evaluate_takes_only_numbered_predictions_for_its_own(teller, dataset, t
     (tmp_path / PREDICTIONS_NAME).unlink()
     report = evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
     assert report.records
-    evaluate(teller(dataset), dataset, folder=tmp_path, limit=3, overwrite=True, metrics=["class"])
+    evaluate(teller(dataset), dataset, folder=tmp_path, max_images=3, overwrite=True, metrics=["class"])
     assert all(path.is_file() for path in copies)
 
 

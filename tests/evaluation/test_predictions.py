@@ -90,8 +90,8 @@ def test_a_captioner_that_takes_one_image_at_a_time_gives_the_same(teller):
 def test_the_batch_changes_nothing_but_how_many_go_together(batch):
     dataset = Scenes("val", count=5)
     progress, echo = [], Echo()
-    records = asked(echo, dataset, batch_size=batch, limit=4, progress=lambda *state: progress.append(state))
-    assert records == asked(Echo(), dataset, limit=4)
+    records = asked(echo, dataset, batch_size=batch, max_images=4, progress=lambda *state: progress.append(state))
+    assert records == asked(Echo(), dataset, max_images=4)
     assert progress[-1] == (4, 4)
     assert max(len(counts) for _, counts in echo.calls) == min(batch, 4)
     assert max(echo.encoded) == min(batch, 4)
@@ -155,7 +155,7 @@ def test_a_region_without_a_mask_is_pointed_at_inside_the_one_that_the_captioner
     for record in asked(Points(whole), bare, PromptingOptions("mask-point")):
         ((x, y, _),) = record["prompt"]["points"]
         assert inside[record["region_id"]][int(y), int(x)]
-    with pytest.raises(ValueError, match="the model gives none"):
+    with pytest.raises(ValueError, match="neither the dataset nor the model has masks"):
         asked(Echo(), [sample(1, TOLD)], PromptingOptions("mask"))
 
 
@@ -221,7 +221,7 @@ def test_a_picture_that_cannot_be_read_is_counted_and_the_others_are_asked():
             return None if place == 1 else self[place]
 
     found = list(predict_dataset(Echo(), Damaged(sample(i, TOLD) for i in range(4)), batch_size=2))
-    assert [each.num_unread for each in found] == [1, 0]
+    assert [each.num_unreadable for each in found] == [1, 0]
     assert [record["index"] for each in found for record in each.records] == [0, 2, 3]
 
 
@@ -235,14 +235,14 @@ def test_what_is_done_is_left_out_and_the_rest_stays_in_its_batch():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"prompt": "scribble"}, {"tasks": ["caption", "translation"]}, {"controls": ["hypnosis"]}]
+    "wrong", [{"prompt_type": "scribble"}, {"tasks": ["caption", "translation"]}, {"controls": ["hypnosis"]}]
 )
 def test_a_wrong_question_is_refused_at_once(wrong):
     with pytest.raises(ValueError, match=r"scribble|translation|hypnosis"):
         PromptingOptions(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"limit": 0}])
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"max_images": 0}])
 def test_a_number_below_one_is_refused_at_once(wrong):
     with pytest.raises(ValueError, match="give a whole number, 1 or more"):
         predict_dataset(Echo(), [], **wrong)

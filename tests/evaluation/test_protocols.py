@@ -18,16 +18,16 @@ def test_a_protocol_asks_what_there_is(name):
         assert metric in sca_registry.metrics
     for run in found.runs:
         assert run.prompting
-        assert set(run.options) <= set(sca_registry.datasets.load_entry(run.dataset).options)
+        assert set(run.dataset_options) <= set(sca_registry.datasets.load_entry(run.dataset).options)
         assert run.proposer is None or run.proposer in sca_registry.proposers
         for values in run.published.values():
-            assert 0 < len(values) <= len(run.columns)
+            assert 0 < len(values) <= len(run.scores)
             assert all(0 < value < 2 for value in values)
 
 
 def test_the_main_table_is_the_papers():
     (run,) = protocol.read_protocol("vg-region-captioning").runs
-    ours = dict(zip(run.columns, run.published["SCA GPT2-large, pretrained, VG"], strict=True))
+    ours = dict(zip(run.scores, run.published["SCA GPT2-large, pretrained, VG"], strict=True))
     assert (ours["cider-d"], ours["meteor"], ours["spice"]) == (1.498, 0.175, 0.314)
     assert run.generation == {"num_beams": 3}
 
@@ -46,5 +46,5 @@ def test_what_was_published_stands_above_what_was_measured():
 
 def test_available_metrics_raises_the_first_reason_if_no_metric_is_available():
     with pytest.raises(RegistryError, match="jar"):
-        protocol.available_metrics(SimpleNamespace(metrics=("spice",)), {})
-    assert protocol.available_metrics(SimpleNamespace(metrics=("spice", "class")), {}) == (["class"], ["spice"])
+        protocol.find_available_metrics(SimpleNamespace(metrics=("spice",)), {})
+    assert protocol.find_available_metrics(SimpleNamespace(metrics=("spice", "class")), {}) == (["class"], ["spice"])

@@ -21,5 +21,7 @@ def test_a_metric_whose_package_is_not_installed_says_what_installs_it(monkeypat
 
 def test_protocol_id_depends_on_the_version_of_the_search():
     settings, run = {"tokenizer": "plain"}, {"proposer": {"name": "grid"}}
-    scored = [score_records([RECORD], ["rouge-l"], settings, run={**run, **more}) for more in ({}, {"search": 2})]
-    assert scored[0].scores[0].protocol != scored[1].scores[0].protocol
+    scored = [
+        score_records([RECORD], ["rouge-l"], settings, run={**run, **more}) for more in ({}, {"search_version": 2})
+    ]
+    assert scored[0].scores[0].protocol_id != scored[1].scores[0].protocol_id

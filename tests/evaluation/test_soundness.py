@@ -35,16 +35,16 @@ def run(teller, tmp_path):
 def test_a_file_made_by_hand_needs_ids_captions_and_references(made):
     report = score_file(made(GOOD, GOOD | {"region_id": 2, "caption": "a cat"}), ["rouge-l"], {"tokenizer": "plain"})
     assert report.scores["rouge-l"] == pytest.approx(0.75)
-    assert report.title == "predictions made by hand"
+    assert report.title == "hand-written predictions"
 
 
 @pytest.mark.parametrize(
     ("records", "said"),
     [
-        ((GOOD, GOOD), r"1 regions are there more than once: region 1 of image 1 \(caption\)"),
+        ((GOOD, GOOD), r"1 duplicate records; keep one of each: region 1 of image 1 \(caption\)"),
         (({"image_id": 1, "caption": ""},), "record 1 has no region_id"),
         ((GOOD | {"caption": None},), "record 1: caption must be text"),
-        ((GOOD | {"task": "translation"},), "no task 'translation'"),
+        ((GOOD | {"task": "translation"},), "unknown task 'translation'; choose from"),
         ((GOOD | {"references": "a dog"},), "references must be a list of strings"),
         ((GOOD, GOOD | {"region_id": 2, "references": []}), r"1 of 2 captions have no references: region 2 of image 1"),
         (
@@ -67,7 +67,7 @@ def test_what_cannot_be_scored_is_refused(made, records, said):
 def test_what_is_odd_is_counted_and_scored(made):
     odd = [GOOD | {"region_id": 2, "caption": " "}, GOOD | {"region_id": 3, "caption": "a\ndog 😀"}]
     report = score_file(made(GOOD, *odd), ["rouge-l"])
-    assert report.remarks == [
+    assert report.warnings == [
         *("1 captions are empty and scored as such", "1 captions have line breaks, which are read as spaces")
     ]
     assert 0.6 < report.scores["rouge-l"] < 1
@@ -81,7 +81,7 @@ def test_a_run_that_lost_or_gained_lines_or_whose_truth_was_changed_is_refused(r
     with pytest.raises(InputError, match="2 fewer records than the"):
         score_file(run)
     path.write_text(whole.replace('"name": "star"', '"name": "moon"').replace('"name": "circle"', '"name": "moon"'))
-    with pytest.raises(InputError, match="what is true of them"):
+    with pytest.raises(InputError, match="the ground truth were changed after the run"):
         score_file(run)
     path.write_text(whole)
     assert score_file(run, ["class"]).scores["class/accuracy"] == 1
@@ -89,14 +89,14 @@ def test_a_run_that_lost_or_gained_lines_or_whose_truth_was_changed_is_refused(r
 
 def test_predictions_can_be_held_against_a_dataset(run, made):
     assert score_file(run, ["class"], dataset={"name": "scenes", "count": 3}).scores
-    with pytest.raises(InputError, match=r"regions of the dataset were not asked for: region \d+ of image"):
+    with pytest.raises(InputError, match=r"regions of the dataset have no prediction: region \d+ of image"):
         score_file(run, ["class"], dataset={"name": "scenes", "count": 4})
     with pytest.raises(InputError, match="regions are not in the dataset: region 1 of image 1"):
         score_file(made(GOOD), dataset={"name": "scenes", "count": 1})
 
 
 def test_pictures_of_another_version_of_the_data_are_not_looked_at():
-    with pytest.raises(InputError, match="is not the one that was asked about"):
-        make_run_image_loader({"dataset": "scenes", "split": "val", "options": {"count": 1}, "data": "0123"})(
-            {"index": 0}
-        )
+    with pytest.raises(InputError, match="the contents of the dataset scenes val have changed"):
+        make_run_image_loader(
+            {"dataset": "scenes", "split": "val", "dataset_options": {"count": 1}, "dataset_hash": "0123"}
+        )({"index": 0})

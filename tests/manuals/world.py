@@ -30,10 +30,10 @@ SMALLER = (  # what is said, and how it is done here: in seconds, on a CPU
     (r"^sca train (?!own-data)[^#]*", rf"\g<0> {FEW}"),
     (r"^(sca train own-data [^#]*?)(train\.steps=\d+)?([^#]*)$", rf"\1\3 {FEW}"),
     (r"-m sca train \S+", rf"\g<0> {FEW}"),
-    (r"(^sca train (?:pretrain-|finetune-|vg-)\S*.*|-m sca train vg-\S+.*)", r"\1 validate.limit=1"),
+    (r"(^sca train (?:pretrain-|finetune-|vg-)\S*.*|-m sca train vg-\S+.*)", r"\1 validate.max_images=1"),
     (r"--multi_gpu --num_processes 16 --num_machines 2", "--cpu --num_processes 1"),
-    (r"^(sca evaluate .*)--limit \d+", r"\1--limit 2"),
-    (r"^sca evaluate (?!.*--limit).*", r"\g<0> --limit 2"),
+    (r"^(sca evaluate .*)--max-images \d+", r"\1--max-images 2"),
+    (r"^sca evaluate (?!.*--max-images).*", r"\g<0> --max-images 2"),
     (r"--device cuda", "--device cpu"),
     (r"^curl ", "curl --fail "),
 )

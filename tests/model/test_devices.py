@@ -388,7 +388,7 @@ def test_a_step_of_adamw_needs_nothing_from_the_host(small):
 def test_auxiliary_losses_run_on_an_accelerator(small):
     attributes = AttributeValues({"color": ("red", "blue")}, {"side": ("left", "right")})
     model = small()
-    lesson = TrainingModule(model, {"attributes": 1.0, "features": 1.0}, attributes)
+    lesson = TrainingModule(model, {"attributes": 1.0, "feature_attributes": 1.0}, attributes)
     batch = batch_of(model)
     batch.extra = {name: torch.tensor([0, 1, -100, 0, 1]) for name in ("color", "side")}
     with simulated_cuda(), torch.autocast("cuda", torch.bfloat16):

@@ -39,7 +39,7 @@ def shown(sample, region):
 @settings(deadline=None)
 @given(samples(), st.integers(0, 2**32 - 1))
 def test_boxes_and_masks_stay_on_what_they_show(sample, seed):
-    augment = Augmentation(flip=0.5, crop=0.5, keep=0.4)
+    augment = Augmentation(flip_prob=0.5, min_crop_fraction=0.5, min_visibility=0.4)
     changed = augment(sample, np.random.default_rng(seed))
     for region in changed.regions:
         before = sample.regions[region.id]
@@ -98,7 +98,7 @@ def test_a_region_without_a_mask_is_dropped_by_what_is_left_of_its_box():
 
 def test_nothing_asked_for_changes_nothing():
     sample = Scenes("train", count=1, size=64)[0]
-    plain = Augmentation(flip=0.0, crop=1.0, color=0.0)(sample, np.random.default_rng(0))
+    plain = Augmentation(flip_prob=0.0, min_crop_fraction=1.0, color_jitter=0.0)(sample, np.random.default_rng(0))
     assert np.array_equal(plain.image, sample.image)
     assert plain.regions == sample.regions
 
@@ -106,7 +106,7 @@ def test_nothing_asked_for_changes_nothing():
 @pytest.mark.parametrize("color", [0.3, 0.9])
 def test_colors_stray_and_regions_stay(color):
     sample = Scenes("train", count=1, size=64)[0]
-    changed = Augmentation(flip=0.0, color=color)(sample, np.random.default_rng(0))
+    changed = Augmentation(flip_prob=0.0, color_jitter=color)(sample, np.random.default_rng(0))
     assert changed.image.size == sample.image.size
     assert not np.array_equal(changed.image, sample.image)
     assert changed.regions == sample.regions
@@ -115,7 +115,7 @@ def test_colors_stray_and_regions_stay(color):
 @settings(deadline=None)
 @given(samples(), st.integers(0, 2**32 - 1), st.sampled_from([(0.1, 2.0), (1.0, 2.0), (0.5, 0.5), (1.0, 1.0)]))
 def test_large_scale_jitter_takes_boxes_and_masks_along(sample, seed, scale):
-    changed = Augmentation(flip=0.5, scale=scale, keep=0.4)(sample, np.random.default_rng(seed))
+    changed = Augmentation(flip_prob=0.5, scale_range=scale, min_visibility=0.4)(sample, np.random.default_rng(seed))
     side = max(sample.image.size)
     assert changed.image.size == (side, side)
     for region in changed.regions:
@@ -139,7 +139,9 @@ def test_large_scale_jitter_takes_boxes_and_masks_along(sample, seed, scale):
 @settings(deadline=None)
 @given(samples(), st.integers(0, 2**32 - 1), st.floats(0.1, 2.0))
 def test_what_jitter_shows_whole_has_its_area_scaled_and_points_in_it_stay_on_it(sample, seed, factor):
-    changed = Augmentation(flip=0.5, scale=(factor, factor), keep=1.0)(sample, np.random.default_rng(seed))
+    changed = Augmentation(flip_prob=0.5, scale_range=(factor, factor), min_visibility=1.0)(
+        sample, np.random.default_rng(seed)
+    )
     for region in changed.regions:
         x1, y1, x2, y2 = region.box
         assert 0 <= x1 < x2 <= changed.image.width
@@ -163,7 +165,9 @@ def test_a_crop_and_jitter_together_keep_no_region_that_lost_most_of_its_area(ma
     region = Region(1, (20.0, 10.0, 40.0, 30.0), encode_rle(pixels) if masked else None, "thing")
     sample, kept = Sample(Image.new("RGB", (60, 40)), 1, (region,)), []
     for seed in range(300):
-        changed = Augmentation(flip=0.5, crop=0.5, scale=(2.0, 2.0), keep=0.4)(sample, np.random.default_rng(seed))
+        changed = Augmentation(flip_prob=0.5, min_crop_fraction=0.5, scale_range=(2.0, 2.0), min_visibility=0.4)(
+            sample, np.random.default_rng(seed)
+        )
         for x1, y1, x2, y2 in (region.box for region in changed.regions):
             kept.append((x2 - x1) * (y2 - y1) / 2**2)
     assert 20 < len(kept) < 280
@@ -173,7 +177,9 @@ def test_a_crop_and_jitter_together_keep_no_region_that_lost_most_of_its_area(ma
 def test_padding_is_at_the_right_and_below_whatever_else_happens():
     sample = Scenes("train", count=1, size=64)[0]
     for seed in range(10):
-        changed = Augmentation(flip=0.5, color=0.5, scale=(0.5, 0.5))(sample, np.random.default_rng(seed))
+        changed = Augmentation(flip_prob=0.5, color_jitter=0.5, scale_range=(0.5, 0.5))(
+            sample, np.random.default_rng(seed)
+        )
         pixels = np.asarray(changed.image)
         assert (pixels[32:] == PADDING_COLOR).all()
         assert (pixels[:, 32:] == PADDING_COLOR).all()
@@ -189,7 +195,7 @@ def test_words_of_a_side_are_known_in_all_their_forms():
 
 def test_jitter_scales_a_box_without_a_mask():
     sample = Sample(Image.new("RGB", (100, 50)), 1, (Region(1, (20.0, 10.0, 40.0, 30.0), None, "car"),))
-    changed = Augmentation(flip=0, scale=(0.5, 0.5))(sample, np.random.default_rng(0))
+    changed = Augmentation(flip_prob=0, scale_range=(0.5, 0.5))(sample, np.random.default_rng(0))
     assert changed.image.size == (100, 100)
     assert changed.regions[0].box == (10.0, 5.0, 20.0, 15.0)
 
@@ -202,6 +208,6 @@ def test_what_names_a_side_can_be_left_out_of_a_flipped_picture():
         Region(4, (0.0, 0.0, 5.0, 5.0), None, "a", ("leftover",)),
     )
     sample = Sample(Image.new("RGB", (20, 10)), 1, named)
-    flipped_one = Augmentation(flip=1.0, sides="drop")(sample, np.random.default_rng(0))
+    flipped_one = Augmentation(flip_prob=1.0, side_words="drop")(sample, np.random.default_rng(0))
     assert [region.id for region in flipped_one.regions] == [4]
-    assert len(Augmentation(flip=0.0, sides="drop")(sample, np.random.default_rng(0)).regions) == 4
+    assert len(Augmentation(flip_prob=0.0, side_words="drop")(sample, np.random.default_rng(0)).regions) == 4

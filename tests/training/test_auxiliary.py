@@ -58,35 +58,37 @@ def test_features_are_averaged_where_the_region_truly_is(small, batch):
 
 def test_auxiliary_losses_are_weighted_into_the_loss_and_reach_what_they_shape(small, batch):
     model = small(trainable=["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"])
-    training_module = TrainingModule(model, {"caption": 0.0, "mask": 0.0, "iou": 0.0, "features": 0.5}, ATTRIBUTES)
+    training_module = TrainingModule(
+        model, {"caption": 0.0, "mask": 0.0, "iou": 0.0, "feature_attributes": 0.5}, ATTRIBUTES
+    )
     training_module(batch).backward()
     touched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched == {"encoder"}  # the features themselves, and no way round them
-    (features,) = training_module.recent_losses["features"]
+    (features,) = training_module.recent_losses["feature_attributes"]
     assert training_module(batch).item() == pytest.approx(0.5 * features.item(), rel=1e-5)
 
 
 def test_a_region_is_not_asked_to_show_what_is_about_another_one(small):
     attributes = AttributeValues.from_datasets([Scenes("val"), Scenes("val")])
-    training_module = TrainingModule(small(), {"features": 1.0, "attributes": 1.0}, attributes)
-    assert training_module.heads["features"].heads.keys() == {"color", "form", "size", "texture"}
+    training_module = TrainingModule(small(), {"feature_attributes": 1.0, "attributes": 1.0}, attributes)
+    assert training_module.heads["feature_attributes"].heads.keys() == {"color", "form", "size", "texture"}
     assert training_module.heads["attributes"].heads.keys() == Scenes.attributes.keys()
 
 
 def test_attributes_that_the_data_does_not_have_cannot_be_named(small):
-    for loss in ("attributes", "features"):
+    for loss in ("attributes", "feature_attributes"):
         with pytest.raises(RegistryError, match=f"set loss.{loss}=0"):
             TrainingModule(small(), {loss: 1.0}, AttributeValues({}, {}))
     TrainingModule(small(), {"attributes": 1.0}, AttributeValues({}, {"relation": ("above", "below")}))
 
 
 def test_a_region_without_a_true_mask_teaches_no_features(small, batch):
-    training_module = TrainingModule(small(), {"features": 1.0}, ATTRIBUTES)
+    training_module = TrainingModule(small(), {"feature_attributes": 1.0}, ATTRIBUTES)
     training_module(batch)
     batch.targets.has_mask[1] = False
     training_module(batch)
-    both, one = training_module.recent_losses["features"]
+    both, one = training_module.recent_losses["feature_attributes"]
     assert 0 < one < both
     batch.targets.has_mask[0] = False
     assert math.isfinite(training_module(batch).item())
-    assert training_module.recent_losses["features"][-1] == 0
+    assert training_module.recent_losses["feature_attributes"][-1] == 0

@@ -38,18 +38,21 @@ def same(one, other):
 
 
 VARIED = SamplingOptions(
-    prompts={"box": 0.5, "point": 0.5}, class_name_prob=0.5, longest_caption_prob=0.5, box_jitter=0.1
+    prompt_weights={"box": 0.5, "point": 0.5}, class_name_prob=0.5, longest_caption_prob=0.5, box_jitter=0.1
 )
 
 
 def test_an_example_is_a_function_of_the_seed_and_the_place(stream):
-    one, other = stream(VARIED, augment=Augmentation(crop=0.8)), stream(VARIED, augment=Augmentation(crop=0.8))
+    one, other = (
+        stream(VARIED, augment=Augmentation(min_crop_fraction=0.8)),
+        stream(VARIED, augment=Augmentation(min_crop_fraction=0.8)),
+    )
     forwards = [one[place] for place in range(20)]
     np.random.seed(9)
     torch.manual_seed(9)
     backwards = [other[place] for place in reversed(range(20))][::-1]
     assert all(map(same, forwards, backwards))
-    assert not same(one[3], stream(VARIED, seed=1, augment=Augmentation(crop=0.8))[3])
+    assert not same(one[3], stream(VARIED, seed=1, augment=Augmentation(min_crop_fraction=0.8))[3])
 
 
 def test_every_epoch_has_every_image_once_in_an_order_of_its_own(stream):
@@ -128,7 +131,7 @@ def test_shares_are_kept(stream):
     tasks = torch.cat([example.task_ids for example in examples]).float()
     assert 0.44 < tasks.mean() < 0.56
     mixture = ExampleMixture(
-        [stream(VARIED, length=2400)], [1.0], 2400, prompt_shares=VARIED.prompts, examples_per_step=8
+        [stream(VARIED, length=2400)], [1.0], 2400, prompt_weights=VARIED.prompt_weights, examples_per_step=8
     )
     kinds = [str(kind) for kind in mixture._prompt_kinds]
     assert len(kinds) == 300
@@ -208,7 +211,7 @@ def test_a_batch_has_all_regions_in_rows_and_says_whose_they_are(stream, tokeniz
 
 @pytest.mark.parametrize("kind", ["box", "point", "mask", "box-and-point"])
 def test_a_batch_is_prompted_by_the_kind_that_is_drawn_for_its_step(stream, tokenizer, kind):
-    mixture = ExampleMixture([stream()], [1.0], 4, prompt_shares={kind: 1.0})
+    mixture = ExampleMixture([stream()], [1.0], 4, prompt_weights={kind: 1.0})
     batch = collate_examples([mixture[0], mixture[1]], tokenizer.pad_token_id)
     prompts = batch.prompts
     assert (prompts.boxes is not None) == ("box" in kind)
@@ -223,7 +226,7 @@ def test_a_batch_is_prompted_by_the_kind_that_is_drawn_for_its_step(stream, toke
 
 def test_a_region_without_a_mask_is_prompted_by_its_box_filled(stream, tokenizer):
     sample = Sample(Image.new("RGB", (64, 64)), 1, (Region(1, (10.0, 20.0, 30.0, 40.0), None, "car"),))
-    example = ExampleMixture([stream(dataset=[sample])], [1.0], 1, prompt_shares={"mask": 1.0})[0]
+    example = ExampleMixture([stream(dataset=[sample])], [1.0], 1, prompt_weights={"mask": 1.0})[0]
     cells = collate_examples([example], tokenizer.pad_token_id).prompts.masks[0, 0] > 0
     assert cells.sum() == 10 * 10
     assert cells[10:20, 5:15].all()

@@ -45,48 +45,54 @@ def counted(monkeypatch):
 def test_a_picture_is_encoded_once_for_all_epochs_and_mixers_and_the_weights_are_alike(plan, tmp_path, monkeypatch):
     plain = train(plan(), tmp_path / "plain", quiet=True)
     seen = counted(monkeypatch)
-    cached = train(plan(cache_features=str(tmp_path / "kept")), tmp_path / "cached", quiet=True)
+    cached = train(plan(feature_cache_dir=str(tmp_path / "kept")), tmp_path / "cached", quiet=True)
     assert len(seen) == 9  # of the 12 that six steps of two draw
     for name, tensor in plain.state_dict().items():
         assert torch.allclose(tensor, cached.state_dict()[name], atol=2e-3), name
-    train(plan({"mixer": "mask-tokens"}, cache_features=str(tmp_path / "kept")), tmp_path / "other", quiet=True)
+    train(plan({"mixer": "mask-tokens"}, feature_cache_dir=str(tmp_path / "kept")), tmp_path / "other", quiet=True)
     assert len(seen) == 9
-    train(plan({"encoder": "tiny-vit"}, cache_features=str(tmp_path / "kept")), tmp_path / "another", quiet=True)
+    train(plan({"encoder": "tiny-vit"}, feature_cache_dir=str(tmp_path / "kept")), tmp_path / "another", quiet=True)
     assert len(seen) == 18  # another encoder has features of its own
 
 
 def test_only_pictures_that_are_drawn_are_encoded(plan, tmp_path, monkeypatch):
     seen = counted(monkeypatch)
-    train(plan(steps=2, cache_features=str(tmp_path / "kept")), tmp_path / "run", quiet=True)
+    train(plan(steps=2, feature_cache_dir=str(tmp_path / "kept")), tmp_path / "run", quiet=True)
     assert len(seen) == 4
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {"trainable": ["encoder", "mixer"]}}, "keeps what a frozen encoder makes, and this one trains"),
-        ({"scenes": {"augment": {"flip": 0.5}}}, "needs pictures as they are, and data.scenes.augment changes them"),
+        (
+            {"model": {"trainable": ["encoder", "mixer"]}},
+            "requires a frozen encoder; remove it, or remove 'encoder' from trainable",
+        ),
+        (
+            {"scenes": {"augment": {"flip_prob": 0.5}}},
+            "requires images without augmentation; remove it, or data.scenes.augment",
+        ),
     ],
 )
 def test_features_that_change_are_not_kept(plan, tmp_path, change, message):
     with pytest.raises(RegistryError, match=message):
-        train(plan(**change, cache_features=str(tmp_path / "kept")), tmp_path / "run", quiet=True)
+        train(plan(**change, feature_cache_dir=str(tmp_path / "kept")), tmp_path / "run", quiet=True)
 
 
 def test_a_cache_says_what_is_wrong_with_it(small, tmp_path):
     model, picture = small(), Image.new("RGB", (64, 48), "red")
     cache = FeatureCache(tmp_path, model)
-    with pytest.raises(KeyError, match="no features of this"):
+    with pytest.raises(KeyError, match="no cached features of an image"):
         cache[picture]
     cache.encode_missing(model, [picture, picture], lambda: None)
     assert cache[picture].shape == model.encode(torch.zeros(1, 3, 64, 64)).shape[1:]
     assert np.load(cache.get_path(picture)).dtype == np.float16
     cache.get_path(picture).write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"is broken .* remove it"):
+    with pytest.raises(ValueError, match=r"is damaged .* delete it"):
         cache[picture]
     model.encode = lambda pixels: torch.full((len(pixels), 4, 8, 8), 1e9)
     cache.get_path(picture).unlink()
-    with pytest.raises(ValueError, match="float16 does not hold"):
+    with pytest.raises(ValueError, match="exceed the range of float16"):
         cache.encode_missing(model, [picture], lambda: None)
 
 

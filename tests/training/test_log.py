@@ -22,7 +22,7 @@ def plan(small_table):
 
 
 def test_training_log_writes_one_line_per_step(plan, tmp_path, capfd):
-    train(plan(validate={"every": 2, "limit": 1}), tmp_path)
+    train(plan(validate={"eval_steps": 2, "max_images": 1}), tmp_path)
     out, err = capfd.readouterr()
     assert out == ""
     lines = [line for line in err.splitlines() if line.startswith(("step ", "trained "))]
@@ -37,7 +37,7 @@ def test_training_log_writes_one_line_per_step(plan, tmp_path, capfd):
 
 
 def test_quiet_training_writes_nothing(plan, tmp_path, capfd):
-    train(plan(validate={"every": 2, "limit": 1}), tmp_path, quiet=True)
+    train(plan(validate={"eval_steps": 2, "max_images": 1}), tmp_path, quiet=True)
     assert capfd.readouterr() == ("", "")
 
 

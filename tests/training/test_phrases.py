@@ -40,7 +40,7 @@ def test_a_crop_is_told_by_what_is_left_of_it():
     language_model = TinyGpt2(hidden_size=8, depth=1, num_heads=1)
     processor, drawing = Processor(ImageFormat(size=32), 4), SamplingOptions(max_tokens=40)
     picture = sample(Region(1, (20, 20, 44, 44), None, "owl"))
-    augment = Augmentation(flip=0.0, crop=0.3)
+    augment = Augmentation(flip_prob=0.0, min_crop_fraction=0.3)
     stream = ExampleStream(
         [picture], processor, language_model.tokenizer, drawing, 60, augment=augment, phrase_mode="template"
     )

@@ -32,7 +32,7 @@ steps = 50
 batch_size = 8
 warmup_steps = 5
 learning_rate = 1e-2
-prompts = { box = 0.5, point = 0.3, mask = 0.2 }
+prompt_weights = { box = 0.5, point = 0.3, mask = 0.2 }
 class_name_prob = 0.5
 captions_per_region = 2
 save_steps = 20
@@ -107,13 +107,13 @@ WAYS = {
         *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", *TRAIN, "other"),
     ),
-    "two that share out what trains": (*TRAIN, "other", "train.num_processes=2", "train.sharded=true"),
+    "two that share out what trains": (*TRAIN, "other", "train.num_processes=2", "train.fsdp=true"),
     "two, and pieces": (
         *TRAIN,
         "other",
         "train.num_processes=2",
         "train.gradient_accumulation_steps=2",
-        "train.sharded=true",
+        "train.fsdp=true",
     ),
 }
 
@@ -193,7 +193,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(run, tm
 
 @pytest.mark.all
 def test_several_processes_validate_one_model_whose_encoder_has_statistics_of_its_batches(run, tmp_path):
-    (tmp_path / "recipe.toml").write_text(f"{RECIPE}[validate]\nevery = 2\nlimit = 4\n")
+    (tmp_path / "recipe.toml").write_text(f"{RECIPE}[validate]\neval_steps = 2\nmax_images = 4\n")
     trained = 'trainable=["encoder", "mixer", "projection", "task_tokens"]'
     run(*TRAIN, "other", "train.num_processes=2", "train.steps=4", "lora=0", trained)
     assert sorted(path.name for path in (tmp_path / "other/validation").iterdir()) == ["step-2", "step-4"]
@@ -201,11 +201,13 @@ def test_several_processes_validate_one_model_whose_encoder_has_statistics_of_it
 
 
 def test_a_sharded_run_is_not_validated(run, tmp_path):
-    (tmp_path / "recipe.toml").write_text(f"{RECIPE}[validate]\nevery = 5\n")
+    (tmp_path / "recipe.toml").write_text(f"{RECIPE}[validate]\neval_steps = 5\n")
     process = run.start(*WAYS["two that share out what trains"])
     said = process.communicate()[0]
     assert process.returncode == 2
-    assert said == "sca: a sharded model is not validated while it trains: leave [validate] out\n"
+    assert (
+        said == "sca: a sharded model cannot be validated during training; remove [validate], or train without FSDP\n"
+    )
 
 
 @pytest.mark.parametrize(("asked", "given"), [("", 4), ("1", 1), ("8", 4), ("4,2", 4), ("0", 4)])

@@ -44,30 +44,36 @@ def test_a_recipe_goes_on_from_a_model_and_learns_from_a_path(tmp_path):
     (own,) = changed.data.values()
     assert own.dataset.name == "jsonl"
     assert own.dataset.options["hold_out"] == 0.5
-    assert own.names == "both"
+    assert own.class_name_task == "both"
     with pytest.raises(RegistryError, match="model is 'sca-street', which has no options to set"):
         Recipe.read("sca-tiny", ["model=sca-street", "mixer.depth=2"])
-    with pytest.raises(RegistryError, match=r"the recipe own-data has no data: give data=PATH of your own"):
+    with pytest.raises(RegistryError, match=r"the recipe own-data has no data; set data=PATH"):
         Recipe.read("own-data")
 
 
 def test_overrides_reach_every_table_and_do_not_change_the_recipe():
     plain = Recipe.read("sca-tiny")
-    changes = ["train.steps=7", "mixer.depth=1", "loss.mask=0.5", "data.scenes.count=16", "train.prompts.box=0.2"]
+    changes = [
+        "train.steps=7",
+        "mixer.depth=1",
+        "loss.mask=0.5",
+        "data.scenes.count=16",
+        "train.prompt_weights.box=0.2",
+    ]
     changed = Recipe.read("sca-tiny", changes)
     assert changed.train.steps == 7
     assert changed.model.mixer.options["depth"] == 1
     assert changed.loss["mask"] == 0.5
     assert changed.data["scenes"].dataset.options == {"count": 16}
-    assert changed.train.prompts["box"] == 0.2
-    assert Recipe.read("sca-tiny", ["train.prompts={point=1}"]).train.prompts == {"point": 1}
+    assert changed.train.prompt_weights["box"] == 0.2
+    assert Recipe.read("sca-tiny", ["train.prompt_weights={point=1}"]).train.prompt_weights == {"point": 1}
     assert Recipe.read("sca-tiny") == plain
 
 
 def test_what_a_recipe_leaves_out_has_its_default(small_table):
     recipe = Recipe.from_dict("mine", {"model": small_table, "data": {"scenes": {"name": "scenes"}}})
     assert recipe.train == TrainOptions()
-    assert recipe.loss == {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
+    assert recipe.loss == {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "feature_attributes": 0.0}
 
 
 def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
@@ -88,15 +94,15 @@ def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
         ("train.batch_size=-4", "train.batch_size is -4"),
         ("train.learning_rate=fast", "train.learning_rate is 'fast'; give a number"),
         ("train.warmup_steps=true", "train.warmup_steps is True"),
-        ("train.prompts={circle=1.0}", "train.prompts has no 'circle'"),
-        ("train.prompts={box=0}", "none of them ever is"),
-        ("train.prompts.box=-1", "train.prompts.box is -1"),
+        ("train.prompt_weights={circle=1.0}", "train.prompt_weights has no 'circle'"),
+        ("train.prompt_weights={box=0}", "prompt_weights are all 0"),
+        ("train.prompt_weights.box=-1", "train.prompt_weights.box is -1"),
         ("train.precision=fp16", "train.precision is 'fp16'.*There are: float32"),
         ("train.longest_caption_prob=2", "train.longest_caption_prob is 2; give a number from 0 to 1"),
-        ("data.scenes.weight=0", "data.scenes.weight is 0; give a number above 0"),
+        ("data.scenes.weight=0", "data.scenes.weight is 0; give a number greater than 0"),
         ("data.scenes.weight=much", "data.scenes.weight is 'much'; give a number"),
-        ("data.scenes.augment={flop=1}", "data.scenes.augment has no 'flop'.*Did you mean 'flip'"),
-        ("data.scenes.augment={flip=2}", "data.scenes.augment.flip is 2; give a number from 0 to 1"),
+        ("data.scenes.augment={flop_prob=1}", "data.scenes.augment has no 'flop_prob'.*Did you mean 'flip_prob'"),
+        ("data.scenes.augment={flip_prob=2}", "data.scenes.augment.flip_prob is 2; give a number from 0 to 1"),
         ("loss.masks=1", "loss has no 'masks'.*Did you mean 'mask'"),
         ("loss.mask=much", "loss.mask is 'much'; give a number"),
         ("mixer.depth", "does not set anything"),
@@ -115,7 +121,7 @@ def test_a_wrong_override_is_refused(change, message):
         ({"trian": {}}, "a recipe has no 'trian'.*Did you mean 'train'"),
         ({"train": 3}, r"train of the recipe mine is 3; give a table \[train\]"),
         ({"train": {"epochs": 3}}, r"\[train\] has no 'epochs'"),
-        ({"train": {"prompts": {"circle": 1.0}}}, "train.prompts has no 'circle'"),
+        ({"train": {"prompt_weights": {"circle": 1.0}}}, "train.prompt_weights has no 'circle'"),
         ({"train": {"learning_rate": 10**400}}, r"train.learning_rate is 10+; give a number"),
         ({"data": {}}, "has no data"),
         ({"model": {"encoder": "tiny-vit"}}, "the mixer is None"),
@@ -132,7 +138,7 @@ def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path):
         Recipe.read("sca-tny")
     broken = tmp_path / "broken.toml"
     broken.write_text("[train\n")
-    with pytest.raises(RegistryError, match="is not TOML"):
+    with pytest.raises(RegistryError, match="is not valid TOML"):
         Recipe.read(str(broken))
 
 
@@ -155,7 +161,8 @@ WANTED = {
 DEFAULTS = {"train": vars(TrainOptions()), "validate": vars(ValidationOptions()), "loss": DEFAULT_LOSS_WEIGHTS}
 FIELDS = [(section, name, default) for section, table in DEFAULTS.items() for name, default in table.items()]
 FIELDS += [
-    ("data.scenes", name, vars(DataSource(Part("scenes")))[name]) for name in ("split", "weight", "phrases", "names")
+    ("data.scenes", name, vars(DataSource(Part("scenes")))[name])
+    for name in ("split", "weight", "phrases", "class_name_task")
 ]
 FIELDS += [("data.scenes.augment", name, default) for name, default in vars(Augmentation()).items()]
 
@@ -186,7 +193,7 @@ def test_recipe_rejects_a_wrong_type_in_any_field(small_table, section, name, de
 
 SIGNS = {float: (-1.0, math.inf, -math.inf, math.nan), int: (-1,)}
 NUMBERS = [(section, name, default) for section, name, default in FIELDS if type(default) in SIGNS]
-NUMBERS += [("train.lr_multipliers", "mixer", 1.0), ("train.prompts", "box", 1.0)]
+NUMBERS += [("train.lr_multipliers", "mixer", 1.0), ("train.prompt_weights", "box", 1.0)]
 
 
 @pytest.mark.parametrize(("section", "name", "default"), NUMBERS)
@@ -216,7 +223,7 @@ def test_recipe_rejects_a_wrong_type_in_any_section(small_table, section):
             Recipe.from_dict("mine", {**table, section: value})
 
 
-@pytest.mark.parametrize("key", ["metrics", "best"])
+@pytest.mark.parametrize("key", ["metrics", "metric_for_best_model"])
 def test_validation_rejects_lists_of_other_types(small_table, key):
     table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}, "validate": {key: ["cider", 3]}}
     with pytest.raises(RegistryError, match=rf"validate\.{key} is \['cider', 3\]; give a list of (1 or more )?strings"):
@@ -245,18 +252,24 @@ def test_recipe_takes_whole_tables_as_assignments(tmp_path):
 
 
 def test_recipe_takes_every_field_of_validate_as_an_assignment(small_table):
-    table = {"model": small_table, "data": {"a": {"name": "scenes", "count": 9}}, "validate": {"every": 3}}
-    assigned = ['validate.best=["rouge-l"]', 'validate.metrics=["rouge-l"]', "validate.limit=4", "validate.prompt=mask"]
+    table = {"model": small_table, "data": {"a": {"name": "scenes", "count": 9}}, "validate": {"eval_steps": 3}}
+    assigned = ['validate.metric_for_best_model=["rouge-l"]', 'validate.metrics=["rouge-l"]']
+    assigned += ["validate.max_images=4", "validate.prompt_type=mask"]
     found = Recipe.from_dict("mine", table, [*assigned, "validate.dataset.size=64", "data.a.count=8"]).validate
     dataset = {"name": "scenes", "count": 8, "size": 64}
-    assert found == ValidationOptions(3, dataset, limit=4, prompt="mask", metrics=("rouge-l",), best=("rouge-l",))
-    with pytest.raises(RegistryError, match=r"validate has no 'bst'\. Did you mean 'best'\? There are: every, dataset"):
-        Recipe.from_dict("mine", table, ["validate.bst=3"])
+    assert found == ValidationOptions(
+        3, dataset, max_images=4, prompt_type="mask", metrics=("rouge-l",), metric_for_best_model=("rouge-l",)
+    )
+    with pytest.raises(
+        RegistryError,
+        match=r"validate has no 'metric_for_best'\. Did you mean 'metric_for_best_model'\? There are: eval_steps",
+    ):
+        Recipe.from_dict("mine", table, ["validate.metric_for_best=3"])
     with pytest.raises(RegistryError, match=r"no 'valdate' to set\. Did you mean 'validate'"):
-        Recipe.from_dict("mine", table, ["valdate.best=3"])
+        Recipe.from_dict("mine", table, ["valdate.eval_steps=3"])
 
 
-@pytest.mark.parametrize("assignment", ["validate.every=3", "validate={every=3}"])
+@pytest.mark.parametrize("assignment", ["validate.eval_steps=3", "validate={eval_steps=3}"])
 def test_recipe_without_validate_takes_it_from_assignments(small_table, assignment):
     table = {"model": small_table, "data": {"a": {"name": "scenes"}}}
     assert Recipe.from_dict("mine", table).validate is None
@@ -265,7 +278,7 @@ def test_recipe_without_validate_takes_it_from_assignments(small_table, assignme
 
 def test_recipe_rejects_lora_that_would_not_train(tmp_path):
     with pytest.raises(
-        RegistryError, match=r"lora=8 would not train: .* give trainable=\[.*\"task_tokens\", \"lora\"\]"
+        RegistryError, match=r"lora=8 is not trainable, .* set trainable=\[.*\"task_tokens\", \"lora\"\]"
     ):
         Recipe.read("sca-tiny", ["lora=8"])
     recipe = Recipe.read("sca-tiny", ["lora=8", 'trainable=["mixer", "projection", "task_tokens", "lora"]'])
@@ -293,7 +306,7 @@ def test_recipe_read_reports_text_that_is_not_utf_8(tmp_path):
     ("validate", "message"),
     [
         ({"metrics": ["cidr"]}, "no metrics named 'cidr'"),
-        ({"prompt": "circle"}, "prompt is 'circle'"),
+        ({"prompt_type": "circle"}, "prompt_type is 'circle'"),
         ({"dataset": {"name": "scene"}}, "no datasets named 'scene'"),
         ({"dataset": {"name": "scenes", "cuont": 3}}, "has no option 'cuont'"),
     ],
@@ -333,8 +346,8 @@ def test_recipe_is_checked_without_weights(model, monkeypatch):
     ("change", "message"),
     [
         ({"train": {"lr_multipliers": {"nothing": 1.0}}}, "nothing"),
-        ({"train": {"cache_features": "features"}}, "cache_features"),
-        ({"train": {"report_to": "nobody"}}, "nothing is called 'nobody'"),
+        ({"train": {"feature_cache_dir": "features"}}, "feature_cache_dir"),
+        ({"train": {"report_to": "nobody"}}, "unknown integration 'nobody'"),
         ({"model": {**LARGE, "language_model": {"name": "hf", "config": {"model_type": "gpt2"}}}}, "no tokenizer"),
     ],
 )

@@ -22,7 +22,12 @@ def plan(small_table):
         table = {
             "model": small_table,
             "data": {
-                "scenes": {"name": "scenes", "count": 9, "size": 64, "augment": {"crop": 0.8, "color": 0.2}},
+                "scenes": {
+                    "name": "scenes",
+                    "count": 9,
+                    "size": 64,
+                    "augment": {"min_crop_fraction": 0.8, "color_jitter": 0.2},
+                },
                 "more": {"name": "scenes", "count": 5, "size": 64, "seed": 7, "weight": 0.5},
             },
             "train": {

@@ -40,7 +40,7 @@ def scores(folder):
 
 
 def test_the_best_of_the_validated_models_is_kept(plan, tmp_path):
-    model = train(plan({"every": 2, "limit": 3}, learning_rate=0.02), tmp_path, quiet=True)
+    model = train(plan({"eval_steps": 2, "max_images": 3}, learning_rate=0.02), tmp_path, quiet=True)
     found = scores(tmp_path)
     assert found.keys() == {2, 4}
     best = json.loads((tmp_path / "best.json").read_text())
@@ -48,7 +48,7 @@ def test_the_best_of_the_validated_models_is_kept(plan, tmp_path):
     asked = read_predictions(tmp_path / f"validation/step-{best['step']}/predictions.jsonl")
     assert asked.run["split"] == "val"
     assert len({record["image_id"] for record in asked.records}) == 3
-    assert asked.run["weights"] == hash_weights(load(tmp_path / "best"))
+    assert asked.run["weights_hash"] == hash_weights(load(tmp_path / "best"))
     assert model.training is False
 
 
@@ -57,25 +57,27 @@ def test_train_opens_the_dataset_of_validate_once(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "sca.training.train.open_validation_dataset", lambda each: opened.append(each) or open_validation_dataset(each)
     )
-    recipe = plan({"every": 4, "limit": 1})
+    recipe = plan({"eval_steps": 4, "max_images": 1})
     train(recipe, tmp_path, quiet=True)
     assert opened == [recipe.validate]
 
 
 def test_validating_changes_nothing_of_what_is_learned(plan, tmp_path):
     straight = train(plan(), tmp_path / "one", quiet=True).state_dict()
-    watched = train(plan({"every": 1, "limit": 2}), tmp_path / "two", quiet=True).state_dict()
+    watched = train(plan({"eval_steps": 1, "max_images": 2}), tmp_path / "two", quiet=True).state_dict()
     assert all(torch.equal(straight[name], watched[name]) for name in straight)
 
 
 def test_train_reports_a_validation_without_images(plan, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"image": "a.png", "box": [0, 0, 9, 9], "caption": "a dog"}\n')
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    recipe = plan({"every": 1, "dataset": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl"), "hold_out": 0.01}})
+    recipe = plan(
+        {"eval_steps": 1, "dataset": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl"), "hold_out": 0.01}}
+    )
     told = []
     train(recipe, tmp_path / "run", quiet=True, report=told.append)
     assert told == [
-        "validate (val): nothing is validated; 0 regions, 0 with captions, 0 class names, 0 images; "
+        "validate (val): no validation, because the dataset is empty; 0 regions, 0 with captions, 0 class names, 0 images; "
         "0 of 1 images held out for validation"
     ]
     assert not (tmp_path / "run/best").exists()
@@ -84,9 +86,9 @@ def test_train_reports_a_validation_without_images(plan, tmp_path):
 @pytest.mark.parametrize(
     ("validate", "message"),
     [
-        ({"split": "test"}, "what is tested must not choose"),
-        ({"evry": 3}, "has no 'evry'. Did you mean 'every'"),
-        ({"every": 0}, "give a whole number, 1 or more"),
+        ({"split": "test"}, "a test split must not select the model"),
+        ({"evl_steps": 3}, "has no 'evl_steps'. Did you mean 'eval_steps'"),
+        ({"eval_steps": 0}, "give a whole number, 1 or more"),
         ({"metrics": "bleu"}, "give a list"),
         ({"dataset": {"name": 3}}, "dataset of validate"),
     ],
@@ -99,9 +101,9 @@ def test_a_wrong_validation_is_refused(plan, validate, message):
 def test_a_best_score_that_is_not_scored_is_refused(plan, tmp_path):
     with pytest.raises(
         RegistryError,
-        match=r"validate\.best is \['spice'\], and none of these scores is computed \(spice: .*\); name",
+        match=r"is \['spice'\], and none of these scores can be computed \(spice: .*\); choose another",
     ):
-        train(plan({"every": 1, "limit": 2, "best": ["spice"]}), tmp_path, quiet=True)
+        train(plan({"eval_steps": 1, "max_images": 2, "metric_for_best_model": ["spice"]}), tmp_path, quiet=True)
 
 
 def captioned(folder, **fields):
@@ -115,10 +117,13 @@ def captioned(folder, **fields):
 @pytest.mark.parametrize(
     ("validate", "message"),
     [
-        ({"best": ["foo"]}, r"validate\.best: no metric has a score 'foo'\."),
-        ({"best": ["cidr-d"]}, r"no metric has a score 'cidr-d'\. Did you mean 'cider-d'"),
-        ({"best": ["class/accuracy"]}, r"class: needs task=recognition, truth\.name, which none of the 1 records has"),
-        ({"metrics": ["rouge-l"]}, r"cider-d: it is not among validate\.metrics; class: it is not among"),
+        ({"metric_for_best_model": ["foo"]}, r"validate\.metric_for_best_model: no metric has a score 'foo'\."),
+        ({"metric_for_best_model": ["cidr-d"]}, r"no metric has a score 'cidr-d'\. Did you mean 'cider-d'"),
+        (
+            {"metric_for_best_model": ["class/accuracy"]},
+            r"class: needs task=recognition, truth\.name, which none of the 1 records has",
+        ),
+        ({"metrics": ["rouge-l"]}, r"cider-d: not in validate\.metrics; class: not in"),
         ({"metrics": ["class"]}, r"metric 'class': needs task=recognition, truth\.name, .*; choose other metrics"),
         ({"metrics": ["mask-iou"]}, r"metric 'mask-iou': needs truth\.mask, which none of the 1 records has"),
     ],
@@ -139,19 +144,24 @@ def test_validation_rejects_data_without_captions_and_names(plan, monkeypatch):
             return iter([(Region(0, (0.0, 0.0, 9.0, 9.0)),)])
 
     monkeypatch.setattr("sca.training.datasets.datasets", SimpleNamespace(build=lambda *_, **__: Wordless()))
-    with pytest.raises(ValueError, match=r"nothing to evaluate: no region of validate \(val\) has what"):
+    with pytest.raises(ValueError, match=r"no region of validate \(val\) has ground truth"):
         open_validation_dataset(plan({}).validate)
 
 
 def test_validation_accepts_a_score_that_a_later_name_of_best_replaces(plan, tmp_path):
     assert (
-        len(open_validation_dataset(plan({**captioned(tmp_path), "best": ["class/accuracy", "rouge-l"]}).validate)) == 1
+        len(
+            open_validation_dataset(
+                plan({**captioned(tmp_path), "metric_for_best_model": ["class/accuracy", "rouge-l"]}).validate
+            )
+        )
+        == 1
     )
 
 
 def test_validation_rejects_an_empty_best(plan):
-    with pytest.raises(RegistryError, match=r"validate\.best is \[\]; give a list of 1 or more"):
-        plan({"best": []})
+    with pytest.raises(RegistryError, match=r"validate\.metric_for_best_model is \[\]; give a list of 1 or more"):
+        plan({"metric_for_best_model": []})
 
 
 def test_a_part_learns_at_its_own_rate(plan, tmp_path):
@@ -164,9 +174,7 @@ def test_a_part_learns_at_its_own_rate(plan, tmp_path):
 
 
 def test_a_rate_for_what_does_not_train_is_refused(plan, tmp_path):
-    with pytest.raises(
-        RegistryError, match=r"train\.lr_multipliers\.mixr is for nothing that trains\. Did you mean 'mixer'"
-    ):
+    with pytest.raises(RegistryError, match=r"train\.lr_multipliers: no trainable group 'mixr'\. Did you mean 'mixer'"):
         train(plan(lr_multipliers={"mixr": 2.0}), tmp_path, quiet=True)
 
 
@@ -189,13 +197,20 @@ def test_curves_are_written_for_tensorboard_where_it_is_installed(plan, tmp_path
 def test_validating_reports_a_score_that_is_not_a_number(plan, tmp_path):
     told = []
     data = {"name": "scenes", "count": 1, "size": 64}
-    recipe = plan({"every": 2, "limit": 1, "dataset": data, "best": ["densecap-map", "cider-d", "rouge-l"]})
+    recipe = plan(
+        {
+            "eval_steps": 2,
+            "max_images": 1,
+            "dataset": data,
+            "metric_for_best_model": ["densecap-map", "cider-d", "rouge-l"],
+        }
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sca.evaluation.metrics.cider.CiderD.__call__", undefined)
         train(recipe, tmp_path, quiet=True, report=told.append)
     best = json.loads((tmp_path / "best.json").read_text())
     assert best["metric"] == "rouge-l"
-    assert told[0] == "validate.best: cider-d is not a number on this data; rouge-l chooses `best`"
+    assert told[0] == "validate.metric_for_best_model: cider-d is NaN or infinite on this data; rouge-l selects `best`"
 
 
 def undefined(metric, records):
@@ -204,16 +219,16 @@ def undefined(metric, records):
 
 def test_validating_reports_a_score_that_never_changes(plan, tmp_path):
     told = []
-    recipe = plan({"every": 2, "limit": 2, "best": ["rouge-l"]}, learning_rate=0.0)
+    recipe = plan({"eval_steps": 2, "max_images": 2, "metric_for_best_model": ["rouge-l"]}, learning_rate=0.0)
     train(recipe, tmp_path, quiet=True, report=told.append)
     (line,) = told
-    assert line.startswith("validate.best: rouge-l was ")
-    assert "at all 2 validations, so `best` is the first of them" in line
+    assert line.startswith("validate.metric_for_best_model: rouge-l was ")
+    assert "in all 2 validations, so `best` is the first model" in line
 
 
 def test_validating_prefers_the_earlier_names_of_best():
     kept = ValidationCallback.__new__(ValidationCallback)
-    kept.options = ValidationOptions(best=("a", "b"))
+    kept.options = ValidationOptions(metric_for_best_model=("a", "b"))
     for before, metric, score, better in (
         (None, "b", 0.0, True),
         ({"metric": "b", "score": 0.5}, "b", 0.4, False),
@@ -226,7 +241,7 @@ def test_validating_prefers_the_earlier_names_of_best():
 
 def test_train_reports_each_dataset_first(plan, tmp_path):
     told = []
-    recipe = plan({"every": 4, "limit": 1})
+    recipe = plan({"eval_steps": 4, "max_images": 1})
     train(recipe, tmp_path, report=told.append)
     assert told[:2] == ["data.scenes (train): 6 images", "validate (val): 6 images"]
 
