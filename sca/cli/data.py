@@ -110,11 +110,11 @@ def stats(
         return
     table = Table(("", ""), title=f"{dataset} {split}")
     for name, value in statistics.items():
-        if name not in ("dataset", "split", "examples") and value not in (None, {}):
-            table.add_row(name.replace("_", " "), _format_statistic(value))
-    for reason, examples in statistics["examples"].items():
+        if name not in ("dataset", "split", "skipped_examples") and value not in (None, {}):
+            table.add_row(name.removeprefix("num_").replace("_", " "), _format_statistic(value))
+    for reason, examples in statistics["skipped_examples"].items():
         for index, example in enumerate(examples):
-            table.add_row("" if index else f"such as {reason}", example)
+            table.add_row("" if index else f"examples: {reason}", example)
     print_table(table)
 
 

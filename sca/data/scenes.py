@@ -195,9 +195,9 @@ class Scenes:
 
     def __init__(self, split: str, count: int | None = None, size: int = BASE_IMAGE_SIZE, seed: int = 0):
         if split not in DEFAULT_SPLIT_SIZES:
-            raise InputError(f"no split {split!r} in scenes; there are: {', '.join(DEFAULT_SPLIT_SIZES)}")
+            raise InputError(f"no split {split!r} in scenes; choose from {', '.join(DEFAULT_SPLIT_SIZES)}")
         if size < 32:
-            raise InputError(f"scenes of {size} pixels are too small to tell the shapes apart; the least is 32")
+            raise InputError(f"scenes of {size} pixels are too small to distinguish the shapes; give 32 or more")
         self.split, self.size, self.seed = split, size, seed
         self.count = DEFAULT_SPLIT_SIZES[split] if count is None else count
         self._split_index = list(DEFAULT_SPLIT_SIZES).index(split)

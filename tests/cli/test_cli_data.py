@@ -18,9 +18,9 @@ def test_the_command_tells_them_and_what_was_left_out(root, shell):
     next((root / "val").iterdir()).unlink()
     told = shell("data", "stats", "coco", f"root='{root}'", "--json")
     found = json.loads(told.out)
-    assert found["images"] == 5
+    assert found["num_images"] == 5
     assert found["skipped"] == {"image missing": 1}
-    assert len(found["examples"]["image missing"]) == 1
+    assert len(found["skipped_examples"]["image missing"]) == 1
     table = shell("data", "stats", "coco", f"root='{root}'")
     assert table.status == 0
     assert "image missing 1" in table.out
@@ -30,9 +30,9 @@ def test_pictures_are_opened_when_that_is_asked_for(root, shell):
     next((root / "val").iterdir()).write_bytes(b"no picture")
     for option, skipped in ([], {}), (["--check-images"], {"image unreadable": 1}):
         assert json.loads(shell("data", "stats", "coco", f"root='{root}'", "--json", *option).out)["skipped"] == skipped
-    too_many = shell("data", "stats", "coco", f"root='{root}'", "max_bad=0", "--check-images")
+    too_many = shell("data", "stats", "coco", f"root='{root}'", "max_bad_records=0", "--check-images")
     assert too_many.status == 2
-    assert "more than max_bad=0; image unreadable: 1" in too_many.err[0]
+    assert "more than max_bad_records=0; image unreadable: 1" in too_many.err[0]
 
 
 def test_a_page_shows_samples_before_and_after_augmentation(root, shell, here):

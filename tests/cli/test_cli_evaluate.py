@@ -37,12 +37,12 @@ def test_json_is_all_there_is_on_standard_output(evaluated):
         (("scens",), "Did you mean 'scenes'?"),
         (("scenes", "cuont=3"), "Did you mean 'count'?"),
         (("scenes", "count"), "write key=value"),
-        (("scenes", "--split", "vla"), "there are: train, val, test"),
+        (("scenes", "--split", "vla"), "choose from train, val, test"),
         (("scenes", "--prompt-type", "bax"), "Did you mean 'box'?"),
         (("scenes", "--device", "gpu"), "device 'gpu' is not available"),
         (("scenes", "--max-images", "0"), "'--max-images'"),
         (("coco",), "give root=FOLDER"),
-        (("coco", "root=/nowhere"), "not there: /nowhere/val.json"),
+        (("coco", "root=/nowhere"), "missing: /nowhere/val.json"),
     ],
     ids=str,
 )
@@ -134,8 +134,8 @@ def test_a_published_protocol_is_run_by_its_name_beside_what_was_published(shell
 def test_evaluate_reports_where_missing_images_were_looked_for(shell, checkpoint, here):
     line = {"image": "gone.png", "box": [0, 0, 4, 4], "caption": "a dog", "width": 8, "height": 8}
     (here / "mine.jsonl").write_text(json.dumps(line))
-    result = shell("evaluate", checkpoint, "jsonl", "file=mine.jsonl", f"images={here}")
-    said = f"sca: jsonl val has no image that can be used: 1 image missing: gone.png (looked in {here})"
+    result = shell("evaluate", checkpoint, "jsonl", "file=mine.jsonl", f"image_root={here}")
+    said = f"sca: jsonl val has no usable image: 1 image missing: gone.png (looked in {here})"
     assert (result.status, result.err) == (2, [said])
 
 

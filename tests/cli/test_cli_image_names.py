@@ -22,9 +22,9 @@ def test_cli_options_take_folders_of_any_name(shell, picture, here, monkeypatch,
     monkeypatch.setenv("HOME", str(here / "home"))
     picture(os.path.expanduser(images).removeprefix(f"{here}/") + "/a.png")
     _lines(here / "a.jsonl", "a.png")
-    result = shell("data", "stats", "jsonl", "file=a.jsonl", f"images={images}", "--json")
+    result = shell("data", "stats", "jsonl", "file=a.jsonl", f"image_root={images}", "--json")
     assert result.status == 0, result.err
-    assert json.loads(result.out)["images"] == 1
+    assert json.loads(result.out)["num_images"] == 1
 
 
 def test_cli_options_expand_the_home_directory(shell, picture, here, monkeypatch):

@@ -90,7 +90,7 @@ def test_the_official_layout_and_plain_paths_are_found(written):
     official.parent.mkdir(parents=True)
     official.write_text((root / "val.json").read_text())
     (root / "official" / "val2017").symlink_to(root / "val")
-    plain = Coco("any", annotations=root / "val.json", images=root / "val")
+    plain = Coco("any", annotations=root / "val.json", image_root=root / "val")
     assert plain[0][1:] == Coco("val", root=root / "official")[0][1:] == Coco("val", root=root)[0][1:]
 
 
@@ -179,16 +179,18 @@ def test_normalized_box_is_left_out_and_counted(written, bbox):
 
 def test_too_many_bad_pictures_stop_with_an_account(written):
     root = several(written(content()), {0: lambda path: path.unlink(), 2: cut})
-    dataset = Coco("val", root=root, max_bad=1)
-    with pytest.raises(ValueError, match=r"2 images .* more than max_bad=1; image missing: 1, such as 0.png; .*2.png"):
+    dataset = Coco("val", root=root, max_bad_records=1)
+    with pytest.raises(
+        ValueError, match=r"2 images .* more than max_bad_records=1; image missing: 1, such as 0.png; .*2.png"
+    ):
         list(dataset)
     with pytest.raises(ValueError, match="1 images"):
-        Coco("val", root=root, max_bad=0)
+        Coco("val", root=root, max_bad_records=0)
 
 
 def test_a_dataset_with_no_readable_picture_says_so(written):
     dataset = Coco("val", root=several(written(content()), dict.fromkeys(range(4), cut)))
-    with pytest.raises(ValueError, match=r"no picture in .* can be read; image unreadable: 4"):
+    with pytest.raises(ValueError, match=r"no image in .* can be read; image unreadable: 4"):
         dataset[0]
 
 
@@ -214,13 +216,13 @@ PLACE_OF = r"val\.json: annotations\[0\] \(id 1\), "
             {"images": [{"id": 1, "file_name": "a.png", "width": 0, "height": 2}]},
             "'width' and 'height' are .0, 2.; give the size",
         ),
-        ({"images": content()["images"] * 2}, r"images\[1\] \(id 1\): this id was given before"),
+        ({"images": content()["images"] * 2}, r"images\[1\] \(id 1\): duplicate id"),
         ({"categories": [{"id": 7}]}, r"categories\[0\] \(id 7\): no 'name'"),
         ({"categories": []}, PLACE + "category_id 7 has no name among the categories"),
         ({"annotations": [3]}, r"annotations\[0\] is 3; give an object"),
         ({"annotations": [{}]}, r"annotations\[0\]: no 'id'; it has: nothing"),
         ({"annotations": [annotation("x")]}, "'id' is 'x'; give a whole number"),
-        ({"annotations": [annotation(1), annotation(1)]}, r"annotations\[1\] \(id 1\): this id was given before"),
+        ({"annotations": [annotation(1), annotation(1)]}, r"annotations\[1\] \(id 1\): duplicate id"),
         ({"annotations": [annotation(1, image_id=4)]}, PLACE + "image_id 4 is not among the images"),
         ({"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]}, PLACE + "no 'bbox'"),
         ({"annotations": [annotation(1, bbox=[1, 2, 3])]}, PLACE_OF + "'bbox' is .*; give 4 numbers"),
@@ -251,12 +253,12 @@ PLACE_OF = r"val\.json: annotations\[0\] \(id 1\), "
 )
 def test_a_broken_record_is_named_with_its_file_and_field(written, broken, message):
     with pytest.raises(ValueError, match=message):
-        Coco("val", root=written(content(**broken)), max_bad=0)
+        Coco("val", root=written(content(**broken)), max_bad_records=0)
 
 
 def test_a_file_that_is_cut_off_or_is_no_coco_is_named(written):
     text = json.dumps(content())
-    with pytest.raises(ValueError, match=r"val\.json is not valid JSON: .* of 100 bytes; was it cut off"):
+    with pytest.raises(ValueError, match=r"val\.json is not valid JSON: .* of 100 bytes; copy or download it again"):
         Coco("val", root=written(None, text[:100]))
     with pytest.raises(ValueError, match=r"val\.json: COCO's format is an object"):
         Coco("val", root=written(None, "[]"))
@@ -275,7 +277,7 @@ def test_missing_files_and_unclear_options_say_what_to_give(tmp_path):
 
 def test_any_file_in_the_format_is_read_by_name(written):
     root = written(content(annotation(5, caption="a tabby")))
-    options = {"annotations": f"{root}/{{split}}.json", "images": f"{root}/{{split}}"}
+    options = {"annotations": f"{root}/{{split}}.json", "image_root": f"{root}/{{split}}"}
     (sample,) = datasets.build("coco-json", "val", **options)
     assert sample[1:] == Coco("val", root=root)[0][1:]
     with pytest.raises(ValueError, match=r"no data for split 'test': looked for .*test\.json with"):

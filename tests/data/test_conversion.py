@@ -81,9 +81,9 @@ def test_a_changed_source_is_converted_again(write, conversions):
 def test_what_was_made_of_files_before_they_changed_is_removed(write, cache):
     Coco("val", root=write("other"))
     Coco("val", root=write())
-    before = set(cache.glob("coco-*/about.json"))
+    before = set(cache.glob("coco-*/metadata.json"))
     Coco("val", root=write(iscrowd=1))
-    after = set(cache.glob("coco-*/about.json"))
+    after = set(cache.glob("coco-*/metadata.json"))
     assert (len(before), len(before & after), len(after)) == (2, 1, 2)
 
 
@@ -92,8 +92,8 @@ def test_pictures_that_were_missing_count_when_they_are_there(write, conversions
     (root / "val" / "1.png").rename(root / "1.png")
     without = Coco("val", root=root)
     assert (len(without), without.skipped) == (2, {"image missing": 1})
-    with pytest.raises(ValueError, match=r"1 images .* more than max_bad=0; image missing: 1, such as 1\.png"):
-        Coco("val", root=root, max_bad=0)
+    with pytest.raises(ValueError, match=r"1 images .* more than max_bad_records=0; image missing: 1, such as 1\.png"):
+        Coco("val", root=root, max_bad_records=0)
     assert len(conversions) == 1
     (root / "1.png").rename(root / "val" / "1.png")
     assert len(Coco("val", root=root)) == 3
@@ -124,7 +124,7 @@ def test_an_index_can_be_read_exactly(write):
 
 def test_about_a_table_stands_beside_it(write, cache):
     dataset = Coco("val", root=write(iscrowd=1))
-    (file,) = cache.glob("coco-*/about.json")
+    (file,) = cache.glob("coco-*/metadata.json")
     about = json.loads(file.read_text())
     assert (about["images"], about["regions"], about["phrases"]) == (2, 2, 2)
     assert about["hash"] == dataset.hash
@@ -230,7 +230,7 @@ def test_an_interrupt_keeps_what_is_done_and_a_mistake_does_not(write, cache, mo
         monkeypatch.setattr(Coco, "_build_row", stop)
         with pytest.raises(error):
             Coco("val", root=root)
-        assert len(list(cache.glob(".coco-*/about.json"))) == kept
+        assert len(list(cache.glob(".coco-*/metadata.json"))) == kept
 
 
 def test_a_terminal_shows_how_far_a_conversion_is(write, tmp_path):
@@ -260,7 +260,7 @@ def test_a_conversion_that_fails_leaves_nothing(write, cache):
 def test_a_cache_that_cannot_be_written_is_named(write, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SCA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OutputError, match=r"cannot write .*file.data.coco-[-\w]+: .*; SCA_CACHE names another"):
+    with pytest.raises(OutputError, match=r"cannot write .*file.data.coco-[-\w]+: .*; set SCA_CACHE to another folder"):
         Coco("val", root=write())
 
 

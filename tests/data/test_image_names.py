@@ -62,7 +62,7 @@ def test_jsonl_finds_every_spelling_of_every_name(pairs):
             )
             _write_image(root / name, width=number + 1)
             written.append(spell(name))
-        dataset = Jsonl("val", file=_write_lines(Path(folder, "a.jsonl"), *written), images=root)
+        dataset = Jsonl("val", file=_write_lines(Path(folder, "a.jsonl"), *written), image_root=root)
         assert [sample.image.width for sample in dataset] == list(range(1, len(pairs) + 1))
         assert not dataset.skipped
 
@@ -86,7 +86,7 @@ def test_coco_counts_urls_and_ambiguous_names_by_their_reason(tmp_path):
     assert "is a URL, not a file" in dataset.examples["image is a URL"][0]
     several, taken = dataset.examples["image name ambiguous"]
     assert all(str(tmp_path / name) in several for name in ("a.png", "images/a.png"))
-    assert "'/val/b.png' and '/train/b.png' both lead to" in taken
+    assert "'/val/b.png' and '/train/b.png' both refer to" in taken
     assert len(dataset) == 2
     (tmp_path / "images/a.png").unlink()  # which settles it, so that the table is made again
     assert len(CocoJson("val", tmp_path / "a.json", tmp_path)) == 3
@@ -124,8 +124,8 @@ def test_datasets_expand_the_home_directory(tmp_path, monkeypatch, name):
     _write_lines(tmp_path / "data/val.jsonl", "a.png")
     options = {
         "coco": {"root": "~/data"},
-        "coco-json": {"annotations": "~/data/val.json", "images": "~/data/val"},
-        "jsonl": {"file": "~/data/val.jsonl", "images": "~/data/val"},
+        "coco-json": {"annotations": "~/data/val.json", "image_root": "~/data/val"},
+        "jsonl": {"file": "~/data/val.jsonl", "image_root": "~/data/val"},
     }
     assert len(datasets.build(name, "val", **options[name])) == 1
 
@@ -139,10 +139,12 @@ def _write_tasks(path: Path, *names: str) -> Path:
 
 
 READERS = {
-    "jsonl": lambda folder, split, *names: Jsonl(split, _write_lines(folder / "a.jsonl", *names), hold_out=0.3),
-    "coco": lambda folder, split, *names: CocoJson(split, _write_coco(folder / "a.json", *names), folder, hold_out=0.3),
+    "jsonl": lambda folder, split, *names: Jsonl(split, _write_lines(folder / "a.jsonl", *names), val_fraction=0.3),
+    "coco": lambda folder, split, *names: CocoJson(
+        split, _write_coco(folder / "a.json", *names), folder, val_fraction=0.3
+    ),
     "tasks": lambda folder, split, *names: LabelingToolDataset(
-        split, _write_tasks(folder / "a.json", *names), hold_out=0.3
+        split, _write_tasks(folder / "a.json", *names), val_fraction=0.3
     ),
 }
 

@@ -105,7 +105,7 @@ def test_images_are_found_by_the_file_by_the_folder_given_or_where_one_works(wri
     out = tmp_path / "elsewhere" / "out"
     out.mkdir(parents=True)
     moved = file.rename(out / "regions.jsonl")
-    assert len(Jsonl("val", file=moved, images=tmp_path)) == 1
+    assert len(Jsonl("val", file=moved, image_root=tmp_path)) == 1
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert Jsonl("val", file="out/regions.jsonl").skipped == {"image missing": 1}
     monkeypatch.chdir(tmp_path)
@@ -119,7 +119,7 @@ def test_a_file_of_each_split_is_named_at_once(write):
         file = write(line(caption=split), name=f"{split}.jsonl")
     pattern = str(file.with_name("{split}.jsonl"))
     assert [Jsonl(split, file=pattern)[0].regions[0].phrases for split in ("train", "val")] == [("train",), ("val",)]
-    with pytest.raises(ValueError, match=r"there is no file .*test\.jsonl; give file=FILE, which may hold {split}"):
+    with pytest.raises(ValueError, match=r"no file .*test\.jsonl; give file=FILE, which may contain {split}"):
         Jsonl("test", file=pattern)
 
 
@@ -181,8 +181,8 @@ def test_what_is_left_out_is_counted(write, tmp_path):
         "image missing": 1,
         "image unreadable": 1,
     }
-    with pytest.raises(ValueError, match=r"2 images .* more than max_bad=1"):
-        Jsonl("val", file=file, max_bad=1)
+    with pytest.raises(ValueError, match=r"2 images .* more than max_bad_records=1"):
+        Jsonl("val", file=file, max_bad_records=1)
 
 
 PLACE = r"regions\.jsonl: line 1 \(id \d\): "
@@ -200,11 +200,11 @@ PLACE = r"regions\.jsonl: line 1 \(id \d\): "
         ([line(box=[1, 2, 3])], PLACE[:-2] + r", 'box' is .*; give 4 numbers"),
         ([line(box=[1, 2, 3, "4"])], PLACE[:-2] + r", 'box' is .*; give 4 numbers"),
         ([line(box=[1, 2, 3, float("nan")])], PLACE[:-2] + r", 'box' is .*; give 4 numbers"),
-        ([line(box=[9, 2, 3, 4])], PLACE + r"box is \[9, 2, 3, 4\], whose ends come before its beginnings"),
-        ([line(box=[1, 9, 3, 4])], PLACE + r"box is \[1, 9, 3, 4\], whose ends"),
+        ([line(box=[9, 2, 3, 4])], PLACE + r"box is \[9, 2, 3, 4\], with x2 < x1 or y2 < y1; give x1, y1, x2, y2"),
+        ([line(box=[1, 9, 3, 4])], PLACE + r"box is \[1, 9, 3, 4\], with x2 < x1 or y2 < y1"),
         ([line(caption=3)], PLACE[:-2] + r", 'caption' is 3; give text, or a list of texts"),
-        ([line(caption=None)], PLACE + "give a caption or phrases, a name, or both; there is none"),
-        ([line(phrases=["x"])], PLACE + "give a caption or phrases, .*; there is caption and phrases"),
+        ([line(caption=None)], PLACE + "give a name, or one of caption and phrases, or both; it has none"),
+        ([line(phrases=["x"])], PLACE + "give a name, or one of caption and phrases, .*; it has caption and phrases"),
         ([line(caption=None, phrases=[3])], PLACE[:-2] + r", 'phrases' is .*; give text, or a list of texts"),
         ([line(caption="\ud800")], PLACE[:-2] + ", 'caption' contains .*, half of a surrogate pair"),
         ([line(name=3)], PLACE[:-2] + r", 'name' is 3; give text"),
@@ -220,29 +220,29 @@ PLACE = r"regions\.jsonl: line 1 \(id \d\): "
         ([line(width=5, height=-1)], PLACE + "'width' and 'height' are .5, -1.; give the size"),
         (
             [line(width=5, height=9), line(width=9, height=5)],
-            r"line 2 .*: width and height are \(9, 5\), and \(5, 9\) on",
+            r"line 2 .*: width and height are \(9, 5\), but \(5, 9\) on",
         ),
-        ([line(id=1), line(id=1)], r"line 2 \(id 1\): this id was given before"),
-        ([line(id=1), line()], "line 2: no 'id', which the first line has; give it on every line, or on none"),
+        ([line(id=1), line(id=1)], r"line 2 \(id 1\): duplicate id"),
+        ([line(id=1), line()], "line 2: no 'id', which the first line has; give it on every line or on none"),
         (
             [line(), line(image_id=1)],
-            "line 2: 'image_id', which the first line lacks; give it on every line, or on none",
+            "line 2: 'image_id', which the first line lacks; give it on every line or on none",
         ),
         ([line(id="1")], "line 1, 'id' is '1'; give a whole number"),
-        ([line(image_id=1), line(image_id=2)], r"line 2 .*: image_id 2 is another than before, 1, for the same image"),
+        ([line(image_id=1), line(image_id=2)], r"line 2 .*: image_id 2 differs from the earlier 1 of this image"),
         (
             [line(image_id=1), line(image_id=1, image="photos/2.png")],
-            r"line 2 .*: image_id 1 was given before, to photos.1\.png",
+            r"line 2 .*: duplicate image_id 1, which photos.1\.png has",
         ),
     ],
 )
 def test_a_broken_line_is_named_with_its_file_and_field(write, lines, message):
     with pytest.raises(ValueError, match=message):
-        Jsonl("val", file=write(*lines), max_bad=0)
+        Jsonl("val", file=write(*lines), max_bad_records=0)
 
 
 def test_text_that_is_not_utf_8_is_named(write):
     file = write(line())
     file.write_bytes(file.read_bytes() + b'\n{"caption": "\xe9"}')
     with pytest.raises(ValueError, match=r"regions\.jsonl: line 2 is not UTF-8"):
-        Jsonl("val", file=file, max_bad=0)
+        Jsonl("val", file=file, max_bad_records=0)

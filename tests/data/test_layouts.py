@@ -83,12 +83,12 @@ def test_masks_without_words_and_captions_without_masks_are_counted(written, nam
     first = next(iter(json.loads(captions.read_text())))
     changed(captions, lambda content: content.update({"777": ["a thing"], first: "  "}))
     found = datasets.build(name, "train", root=root)
-    assert found.skipped == {"region without text": 1, "caption of no mask": 1}
+    assert found.skipped == {"region without text": 1, "caption without mask": 1}
     (root / "sa_888.captions.json").write_text("{}")
     found = datasets.build(name, "train", root=root)
-    assert found.skipped["captions of no picture"] == 1
-    assert found.examples["captions of no picture"] == [str(root / "sa_888.captions.json")]
-    with pytest.raises(ValueError, match="SA-1B has one split, train, and 'val' was asked for"):
+    assert found.skipped["captions without image"] == 1
+    assert found.examples["captions without image"] == [str(root / "sa_888.captions.json")]
+    with pytest.raises(ValueError, match="no split 'val' in SA-1B; its only split is train"):
         datasets.build(name, "val", root=root)
 
 
@@ -135,8 +135,8 @@ def test_an_image_id_that_is_not_that_of_its_file_is_named(written, name):
     other = next(path for path in root.glob("sa_*.jpg") if path.stem != file.stem)
     number = int(other.stem.removeprefix("sa_"))
     changed(file, lambda content: content["image"].update(image_id=number))
-    with pytest.raises(ValueError, match=rf"{file.name}: image: image_id {number} is not that in the name of the file"):
-        datasets.build(name, "train", root=root, max_bad=0)
+    with pytest.raises(ValueError, match=rf"{file.name}: image: image_id {number} does not match the file name"):
+        datasets.build(name, "train", root=root, max_bad_records=0)
 
 
 @pytest.mark.parametrize("name", ["sa1b"])
@@ -144,5 +144,5 @@ def test_a_picture_in_two_folders_is_refused(written, name):
     root, file = written
     (root / "again").mkdir()
     shutil.copy(file, root / "again")
-    with pytest.raises(ValueError, match=rf"{file.name} is the same picture as .*{file.name}"):
+    with pytest.raises(ValueError, match=rf"{file.name} and .*{file.name} are the same image"):
         datasets.build(name, "train", root=root)

@@ -43,7 +43,7 @@ def test_one_file_is_enough_and_every_picture_is_in_one_split(pictures, write):
         assert not set(seen["train"]) & set(seen["val"])
         assert sorted(seen["train"] + seen["val"]) == list(range(40))
         assert 1 <= len(seen["val"]) <= 10
-        with pytest.raises(ValueError, match="the splits are train and val, and 'test' was asked for"):
+        with pytest.raises(ValueError, match="no split 'test' with val_fraction="):
             datasets.build(part.name, "test", **part.options)
 
 
@@ -66,16 +66,16 @@ def test_splits_that_are_there_are_taken(tmp_path):
 
 
 def test_what_cannot_be_recognized_is_told(tmp_path):
-    with pytest.raises(ValueError, match="there is no such file or folder"):
+    with pytest.raises(ValueError, match="does not exist"):
         detect_data_source(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="and it has none"):
+    with pytest.raises(ValueError, match="it contains none"):
         detect_data_source(tmp_path)
     for name in ("a.json", "b.json"):
         (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=r"and it has a\.json, b\.json"):
+    with pytest.raises(ValueError, match=r"it contains a\.json, b\.json"):
         detect_data_source(tmp_path)
     (tmp_path / "a.csv").touch()
-    with pytest.raises(ValueError, match="a folder with one is wanted"):
+    with pytest.raises(ValueError, match="or a folder with one"):
         detect_data_source(tmp_path / "a.csv")
 
 
@@ -125,7 +125,7 @@ def test_exports_of_labeling_tools_are_recognized(tmp_path, layout):
     train, val = (datasets.build(part.name, split, **part.options) for split in ("train", "val"))
     assert (train.skipped, val.skipped) == ({}, {})
     has_splits = any("al" in file for file in list(layout)[1:])
-    assert has_splits == ("hold_out" not in table)
+    assert has_splits == ("val_fraction" not in table)
     assert len(val) if not has_splits else len(val) == 20
     assert len(train) + len(val) == (40 if has_splits else 20)
     if has_splits and len(layout) == 3:

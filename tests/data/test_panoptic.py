@@ -19,7 +19,7 @@ def write(tmp_path, monkeypatch):
     monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "coco"
 
-    def write(*segments, colors=((1, 2, 3), (200, 0, 0)), size=(WIDTH, HEIGHT), images=1, max_bad=100):
+    def write(*segments, colors=((1, 2, 3), (200, 0, 0)), size=(WIDTH, HEIGHT), images=1, max_bad_records=100):
         (root / "annotations" / "panoptic_val2017").mkdir(parents=True, exist_ok=True)
         (root / "val2017").mkdir(exist_ok=True)
         Image.new("RGB", (WIDTH, HEIGHT)).save(root / "val2017" / "1.jpg")
@@ -37,7 +37,7 @@ def write(tmp_path, monkeypatch):
             ],
         }
         (root / "annotations" / "panoptic_val2017.json").write_text(json.dumps(content))
-        return datasets.build("coco-panoptic", "val", root=str(root), max_bad=max_bad)
+        return datasets.build("coco-panoptic", "val", root=str(root), max_bad_records=max_bad_records)
 
     write.root = root
     return write
@@ -71,8 +71,8 @@ def test_what_does_not_fit_is_counted(write):
     assert [region.name for region in dataset[0].regions] == ["person"]
     assert dataset.skipped == {"crowd": 1, "segment without a pixel": 1, "image without annotation": 1}
     dataset = write(segment(LEFT))
-    assert dataset.skipped == {"pixels of no segment": 1}
-    assert ": 200" in dataset.examples["pixels of no segment"][0]
+    assert dataset.skipped == {"pixels without a segment": 1}
+    assert ": 200" in dataset.examples["pixels without a segment"][0]
     assert not write(segment(LEFT), colors=((1, 2, 3), (0, 0, 0))).skipped  # black is of nothing
 
 
@@ -86,8 +86,8 @@ def test_a_picture_of_masks_that_cannot_be_used_makes_a_bad_image(write):
         (write.root / "annotations" / "panoptic_val2017.json").touch()
         dataset = datasets.build("coco-panoptic", "val", root=str(write.root))
         assert (len(dataset), dataset.skipped) == (0, {"segments unreadable": 1})
-        with pytest.raises(ValueError, match=r"more than max_bad=0; segments unreadable: 1, such as .*1\.png"):
-            datasets.build("coco-panoptic", "val", root=str(write.root), max_bad=0)
+        with pytest.raises(ValueError, match=r"more than max_bad_records=0; segments unreadable: 1, such as .*1\.png"):
+            datasets.build("coco-panoptic", "val", root=str(write.root), max_bad_records=0)
     path.write_bytes(whole)
     assert len(datasets.build("coco-panoptic", "val", root=str(write.root))) == 1
 
@@ -96,7 +96,7 @@ def test_a_picture_of_masks_that_cannot_be_used_makes_a_bad_image(write):
     ("segments", "message"),
     [
         ([segment("x")], r"segments_info\[0\], 'id' is 'x'; give a whole number"),
-        ([segment(LEFT), segment(LEFT)], rf"segments_info\[1\] \(id {LEFT}\): this id was given before"),
+        ([segment(LEFT), segment(LEFT)], rf"segments_info\[1\] \(id {LEFT}\): duplicate id"),
         (
             [segment(LEFT, 9)],
             rf"annotations\[0\] \(image_id 1\): segments_info\[0\] \(id {LEFT}\): category_id 9 has no",
@@ -106,4 +106,4 @@ def test_a_picture_of_masks_that_cannot_be_used_makes_a_bad_image(write):
 )
 def test_a_broken_segment_is_named(write, segments, message):
     with pytest.raises(ValueError, match=message):
-        write(*segments, max_bad=0)
+        write(*segments, max_bad_records=0)

@@ -210,14 +210,14 @@ def test_a_file_that_is_cut_in_the_middle_is_named(written):
     whole = written.file.read_bytes()
     written.file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=rf"{written.file.name}.* is not valid JSON: .*\bat (column )?\d+"):
-        written.open(max_bad=0)
+        written.open(max_bad_records=0)
 
 
 @each(BOXED)
 def test_a_region_without_a_box_is_named(written):
     written.change(lambda region: [region.pop(key, None) for key in (written.layout.box, "mask", "segmentation")])
     with pytest.raises(ValueError, match=rf"{written.file.name}.*: no '{written.layout.box}'; it has: "):
-        written.open(max_bad=0)
+        written.open(max_bad_records=0)
 
 
 @each(BOXED)
@@ -251,10 +251,12 @@ def test_pictures_that_are_missing_or_corrupt_are_counted_and_too_many_stop(writ
     assert dataset.skipped == {"image missing": 1, "image unreadable": 1}
     assert first.name in dataset.examples["image missing"][0]
     assert second.name in dataset.examples["image unreadable"][0]
-    with pytest.raises(ValueError, match=r"2 images of .* more than max_bad=1; image missing: 1, .* unreadable: 1"):
-        list(written.open(max_bad=1))
-    with pytest.raises(ValueError, match=r"1 images of .* more than max_bad=0"):
-        written.open(max_bad=0)
+    with pytest.raises(
+        ValueError, match=r"2 images of .* more than max_bad_records=1; image missing: 1, .* unreadable: 1"
+    ):
+        list(written.open(max_bad_records=1))
+    with pytest.raises(ValueError, match=r"1 images of .* more than max_bad_records=0"):
+        written.open(max_bad_records=0)
 
 
 @each()
@@ -265,11 +267,11 @@ def test_an_id_that_is_given_twice_is_named(written):
     write(written.file, content)
     if written.name == "visual-genome":  # as published, some are
         dataset = written.open()
-        assert dataset.skipped == {"region id repeated": 1}
-        assert f"region_id {first['region_id']}" in dataset.examples["region id repeated"][0]
+        assert dataset.skipped == {"duplicate region id": 1}
+        assert f"region_id {first['region_id']}" in dataset.examples["duplicate region id"][0]
         return
-    with pytest.raises(ValueError, match=rf"{written.file.name}.*\(id {first['id']}\): this id was given before"):
-        written.open(max_bad=0)
+    with pytest.raises(ValueError, match=rf"{written.file.name}.*\(id {first['id']}\): duplicate id"):
+        written.open(max_bad_records=0)
 
 
 @each(SAID)
@@ -298,13 +300,13 @@ def test_a_category_without_a_name_is_named(written):
     written.layout.regions(content)[0]["category_id"] = 77
     write(written.file, content)
     with pytest.raises(ValueError, match=rf"{written.file.name}.*: category_id 77 has no name among the categories"):
-        written.open(max_bad=0)
+        written.open(max_bad_records=0)
     written.change(lambda region: region.update(category_id=1))
     content = read(written.file)
     del content["categories"][0]["name"]
     write(written.file, content)
     with pytest.raises(ValueError, match=rf"{written.file.name}: categories\[0\] \(id 1\): no 'name'"):
-        written.open(max_bad=0)
+        written.open(max_bad_records=0)
 
 
 @each([name for name in LAYOUTS if name not in ("jsonl", "sa1b")])

@@ -57,7 +57,7 @@ def test_a_file_cut_anywhere_is_named(folder, content, data):
     path = folder / "cut.json"
     whole = json.dumps(content).encode()
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
-    with pytest.raises(ValueError, match=r"cut\.json is not valid JSON: .* of \d+ bytes; was it cut off"):
+    with pytest.raises(ValueError, match=r"cut\.json is not valid JSON: .* of \d+ bytes; copy or download it again"):
         list(iter_list_elements(path))
 
 

@@ -104,9 +104,9 @@ def test_each_collection_has_its_folder_and_its_usual_split(write, name, collect
 
 def test_the_published_split_of_refcocog_is_an_option(write):
     root = str(write(collection="refcocog", by="google"))
-    assert len(datasets.build("refcocog", "val", root=root, by="google")) == 2
+    assert len(datasets.build("refcocog", "val", root=root, split_by="google")) == 2
     with pytest.raises(
-        ValueError, match=r"no refs\(umd\)\.p or .*; there is: refs\(google\)\.p; give by=unc, google or"
+        ValueError, match=r"no refs\(umd\)\.p or .*; found: refs\(google\)\.p; give split_by=unc, google or"
     ):
         datasets.build("refcocog", "val", root=root)
 
@@ -115,10 +115,10 @@ def test_pictures_are_looked_for_in_the_usual_places(write, tmp_path):
     root = write(images="train2014")
     expected = [sample[1:] for sample in RefCoco("val", root=root)]
     (root / "train2014").rename(root / "else")
-    assert [sample[1:] for sample in RefCoco("val", root=root, images=root / "else")] == expected
-    assert [sample[1:] for sample in RefCoco("val", root=root / "refcoco", images=root / "else")] == expected
+    assert [sample[1:] for sample in RefCoco("val", root=root, image_root=root / "else")] == expected
+    assert [sample[1:] for sample in RefCoco("val", root=root / "refcoco", image_root=root / "else")] == expected
     with pytest.raises(
-        ValueError, match=r"no folder .*train2014 or .*: give images=FOLDER with COCO's train2014 images"
+        ValueError, match=r"no folder .*train2014 or .*; give image_root=FOLDER with COCO's train2014 images"
     ):
         RefCoco("val", root=root)
 
@@ -163,26 +163,26 @@ class Malicious:
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_malicious_pickle_is_refused_and_nothing_runs(write, tmp_path, protocol):
     data = pickle.dumps([ref(1, "val", sentences=[Malicious(tmp_path / "harm")])], protocol=protocol)
-    with pytest.raises(ValueError, match=r"refs\(unc\)\.p is no whole pickle of only lists.*: it asks for \w+\.open"):
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p is not a complete pickle of lists.*: it refers to \w+\.open"):
         RefCoco("val", root=write(data))
     assert not (tmp_path / "harm").exists()
 
 
 def test_not_even_a_harmless_class_is_looked_up(write):
-    with pytest.raises(ValueError, match=r"it asks for collections\.OrderedDict"):
+    with pytest.raises(ValueError, match=r"it refers to collections\.OrderedDict"):
         RefCoco("val", root=write(b"ccollections\nOrderedDict\n)R."))
 
 
 @pytest.mark.parametrize("data", [b"", b"nothing", pickle.dumps(list(REFS))[:200], b"\x80\x02}q\x00(U", b"\x82\x01."])
 def test_a_damaged_pickle_is_named(write, data):
-    with pytest.raises(ValueError, match=r"refs\(unc\)\.p is no whole pickle"):
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p is not a complete pickle"):
         RefCoco("val", root=write(data))
 
 
 def test_an_unknown_split_says_which_there_are(write):
     with pytest.raises(ValueError, match=r"refs\(unc\)\.p has no split 'testB'; it has: train, val, testA"):
         RefCoco("testB", root=write())
-    with pytest.raises(ValueError, match="no collection 'refclef'; there are: refcoco, refcoco\\+, refcocog"):
+    with pytest.raises(ValueError, match="unknown collection 'refclef'; choose from refcoco, refcoco\\+, refcocog"):
         RefCoco("val", root="unused", collection="refclef")
 
 
@@ -194,7 +194,7 @@ PLACE = r"refs\(unc\)\.p: \[0\] \(ref_id 2\)"
     [
         ({}, r"refs\(unc\)\.p must be a list of refs, not of type dict"),
         ([4], r"refs\(unc\)\.p: \[0\] is 4; give an object"),
-        ([ref(2, "val"), ref(2, "train")], r"\[1\] \(ref_id 2\): this ref_id was given before"),
+        ([ref(2, "val"), ref(2, "train")], r"\[1\] \(ref_id 2\): duplicate ref_id"),
         ([ref(2, None)], PLACE + ", 'split' is None; give text"),
         ([ref(2, "val", ann_id=5)], PLACE + r": ann_id 5 is not among the annotations of .*instances\.json"),
         ([ref(2, "val", ann_id="5")], PLACE + r", 'ann_id' is '5'; give a whole number"),
@@ -207,7 +207,7 @@ PLACE = r"refs\(unc\)\.p: \[0\] \(ref_id 2\)"
 )
 def test_a_broken_ref_is_named_with_its_file_and_field(write, refs, message):
     with pytest.raises(ValueError, match=message):
-        RefCoco("val", root=write(pickle.dumps(refs)), max_bad=0)
+        RefCoco("val", root=write(pickle.dumps(refs)), max_bad_records=0)
 
 
 @pytest.mark.parametrize(
@@ -224,4 +224,4 @@ def test_a_broken_annotation_is_named(write, broken, message):
     content = instances(*REFS)
     content["annotations"][1] |= broken
     with pytest.raises(ValueError, match=rf"instances\.json: annotations\[1\] \(id 102\)[:,] {message}"):
-        RefCoco("val", root=write(content=content), max_bad=0)
+        RefCoco("val", root=write(content=content), max_bad_records=0)

@@ -67,7 +67,7 @@ def test_each_split_has_its_usual_length_and_ends():
 def test_an_unknown_split_or_a_tiny_canvas_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"'dev'.*train, val, test"):
         Scenes("dev")
-    with pytest.raises(ValueError, match="least is 32"):
+    with pytest.raises(ValueError, match="give 32 or more"):
         Scenes("val", size=16)
 
 

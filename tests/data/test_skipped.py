@@ -83,8 +83,10 @@ def test_jsonl_loses_nothing_good_and_names_every_broken_line(folder, drawn):
     assert sum(f"{place} " in named or f"{place}:" in named for place in bad) >= min(len(bad), 5)
     assert (f"{len(bad)} unusable region" in summarize_dataset(dataset)) == bool(bad)
     if bad:
-        with pytest.raises(ValueError, match=f"{len(bad)} regions of .* more than max_bad={len(bad) - 1}; .*line"):
-            Jsonl("train", file, max_bad=len(bad) - 1)
+        with pytest.raises(
+            ValueError, match=f"{len(bad)} regions of .* more than max_bad_records={len(bad) - 1}; .*line"
+        ):
+            Jsonl("train", file, max_bad_records=len(bad) - 1)
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -104,7 +106,7 @@ def test_coco_loses_nothing_good_and_names_every_broken_annotation(folder, drawn
         "categories": [{"id": 1, "name": "thing"}],
     }
     (folder / "all.json").write_text(json.dumps(content))
-    dataset = Coco("train", annotations=folder / "all.json", images=folder)
+    dataset = Coco("train", annotations=folder / "all.json", image_root=folder)
     assert regions(dataset) == good
     assert dataset.skipped[UNUSABLE_REGION_REASON] == len(bad)
     named = " ".join(dataset.examples.get(UNUSABLE_REGION_REASON, ()))
@@ -119,7 +121,7 @@ def coco(folder, annotations=None, **changes):
         "categories": [{"id": 1, "name": "thing"}],
     }
     (folder / "mine.json").write_text(json.dumps(content | changes))
-    return Coco("train", annotations=folder / "mine.json", images=folder)
+    return Coco("train", annotations=folder / "mine.json", image_root=folder)
 
 
 def test_a_summary_counts_regions_captions_names_and_images(folder):
@@ -144,7 +146,7 @@ def test_an_image_record_that_is_broken_costs_that_image(folder):
 def test_a_caption_under_another_key_is_named_with_the_key_that_is_read(folder, key):
     dataset = coco(folder, [{key: "a dog"}] * 3)
     assert f"3 captions under {key!r}, which is not read (the key is 'caption')" in summarize_dataset(dataset)
-    assert dataset.about["captioned"] == 0
+    assert dataset.about["captioned_regions"] == 0
     lines = [{"image": "0.png", "box": [1, 2, 9, 8], "name": "dog", key: "a dog"}]
     (folder / "named.jsonl").write_text("\n".join(map(json.dumps, lines)))
     line = summarize_dataset(Jsonl("train", folder / "named.jsonl"))
@@ -158,9 +160,9 @@ def test_a_category_without_a_name_keeps_captions_and_is_counted(folder):
     assert dataset.skipped["category without a name"] == 1
     assert dataset.attributes == {"name": ("cat",)}
     with pytest.raises(
-        ValueError, match=r"1 categories of .* more than max_bad=0; .*categories\[0\] \(id 1\): no 'name'"
+        ValueError, match=r"1 categories of .* more than max_bad_records=0; .*categories\[0\] \(id 1\): no 'name'"
     ):
-        Coco("train", annotations=folder / "mine.json", images=folder, max_bad=0)
+        Coco("train", annotations=folder / "mine.json", image_root=folder, max_bad_records=0)
 
 
 def regions_and_names(dataset):
@@ -181,7 +183,7 @@ def test_empty_dataset_error_names_missing_images_and_folder(folder):
     with pytest.raises(EmptyDatasetError) as caught:
         check_dataset_not_empty(dataset, "data.own (train)")
     assert str(caught.value) == (
-        f"data.own (train) has no image that can be used: 2 images missing: gone0.png, gone1.png (looked in {folder})"
+        f"data.own (train) has no usable image: 2 images missing: gone0.png, gone1.png (looked in {folder})"
     )
 
 
@@ -203,7 +205,7 @@ def test_held_out_images_do_not_change_with_their_order(folder):
 
 def test_the_summary_says_how_many_images_are_held_out(folder):
     coco(folder)
-    options = {"annotations": folder / "mine.json", "images": folder, "hold_out": 0.1}
+    options = {"annotations": folder / "mine.json", "image_root": folder, "val_fraction": 0.1}
     for _ in range(2):  # converted, and opened again
         assert "; 1 of 3 images held out for validation" in summarize_dataset(CocoJson("train", **options))
     assert len(CocoJson("val", **options)) == 1

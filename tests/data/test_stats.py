@@ -22,13 +22,13 @@ def test_numbers_are_those_of_the_samples_and_no_picture_is_opened(root):
     for picture in root.rglob("*.png"):
         picture.write_bytes(b"")
     for found in (compute_dataset_stats(scenes), compute_dataset_stats(dataset)):
-        assert found["images"] == 6
-        assert found["regions"] == found["regions_with_mask"] == len(regions)
-        assert found["phrases"] == sum(len(region.phrases) for region in regions)
-        assert found["words"] == sum(len(phrase.split()) for region in regions for phrase in region.phrases)
+        assert found["num_images"] == 6
+        assert found["num_regions"] == found["num_regions_with_mask"] == len(regions)
+        assert found["num_phrases"] == sum(len(region.phrases) for region in regions)
+        assert found["num_words"] == sum(len(phrase.split()) for region in regions for phrase in region.phrases)
         assert sum(found["regions_by_size"].values()) == len(regions)
-        assert found["regions_an_image"]["most"] == max(len(sample.regions) for sample in scenes)
-        assert found["commonest_classes"].keys() == {region.name for region in regions}
+        assert found["regions_per_image"]["max"] == max(len(sample.regions) for sample in scenes)
+        assert found["most_common_classes"].keys() == {region.name for region in regions}
     assert found["hash"] == dataset.hash
 
 

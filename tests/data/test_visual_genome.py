@@ -90,31 +90,29 @@ def test_what_is_left_out_is_counted(write):
         "box clipped": 1,
         "empty box": 2,
         "region without text": 1,
-        "region id repeated": 2,
-        "image id repeated": 1,
+        "duplicate region id": 2,
+        "duplicate image id": 1,
         "image without data": 1,
         "image missing": 1,
         "image without regions": 2,
     }
     assert dataset.examples["image missing"] == ["3.jpg"]
     with pytest.raises(
-        ValueError, match=r"2 images .* max_bad=1; image missing: 1, such as 3.jpg; image without data: 1"
+        ValueError, match=r"2 images .* max_bad_records=1; image missing: 1, such as 3.jpg; image without data: 1"
     ):
-        VisualGenome("val", root=root, max_bad=1)
+        VisualGenome("val", root=root, max_bad_records=1)
 
 
 def test_the_splits_may_lie_elsewhere_and_their_absence_says_where_to_get_them(write, tmp_path_factory):
     root = write()
     elsewhere = (root / "densecap_splits.json").rename(tmp_path_factory.mktemp("elsewhere") / "mine.json")
     assert VisualGenome("train", root=root, splits=elsewhere).image_ids == [1]
-    with pytest.raises(
-        ValueError, match=r"take info/densecap_splits\.json of the densecap .*jcjohnson/densecap.*splits="
-    ):
+    with pytest.raises(ValueError, match=r"copy info/densecap_splits\.json of .*jcjohnson/densecap to .*splits="):
         VisualGenome("train", root=root)
     with pytest.raises(ValueError, match=r"mine\.json has no split 'testA'; it has: train, val, test"):
         VisualGenome("testA", root=root, splits=elsewhere)
     (root / "image_data.json").unlink()
-    with pytest.raises(ValueError, match=r"there is no image_data\.json; give root=FOLDER"):
+    with pytest.raises(ValueError, match=r"no image_data\.json in .*; give root=FOLDER"):
         VisualGenome("train", root=root, splits=elsewhere)
 
 
@@ -156,14 +154,14 @@ PLACE = r"region_descriptions\.json: \[0\] \(id 1\): regions\[0\]"
         ({"y": float("nan")}, PLACE + r" \(region_id 1\), 'y' is nan; give a number"),
         ({"x": 10**400}, PLACE + r" \(region_id 1\), 'x' is 1000"),
         ({"width": -4}, PLACE + r" \(region_id 1\): the box has width -4 and height 20"),
-        ({"image_id": 2}, PLACE + r" \(region_id 1\): image_id 2 is not that of its image"),
+        ({"image_id": 2}, PLACE + r" \(region_id 1\): image_id 2 differs from that of its image"),
         ({"region_id": "1"}, PLACE + r", 'region_id' is '1'; give a whole number"),
         ({"region_id": 1 << 63}, PLACE + r", 'region_id' is .*; give a whole number"),
     ],
 )
 def test_a_broken_region_is_named_with_its_file_and_field(write, broken, message):
     with pytest.raises(ValueError, match=message):
-        VisualGenome("train", root=write(region(1) | broken), max_bad=0)
+        VisualGenome("train", root=write(region(1) | broken), max_bad_records=0)
 
 
 @pytest.mark.parametrize("key", ["region_id", "phrase", "x", "height"])
@@ -171,7 +169,7 @@ def test_a_missing_field_is_named(write, key):
     whole = region(1)
     del whole[key]
     with pytest.raises(ValueError, match=rf"{PLACE}.*: no '{key}'; it has: "):
-        VisualGenome("train", root=write(whole), max_bad=0)
+        VisualGenome("train", root=write(whole), max_bad_records=0)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +178,7 @@ def test_a_missing_field_is_named(write, key):
         ({"region_descriptions": "[{}]"}, r"region_descriptions\.json: \[0\]: no 'id'; it has: nothing"),
         (
             {"region_descriptions": '[{"id": 1, "reg'},
-            r"region_descriptions\.json is not valid JSON: Unter.*; was it cut",
+            r"region_descriptions\.json is not valid JSON: Unter.*; copy or download",
         ),
         ({"region_descriptions": '[{"id": 1, "regions": []}'}, r"region_descriptions\.json is not valid JSON"),
         ({"region_descriptions": '[{"id": 1, "regions": []},'}, r"region_descriptions\.json is not valid JSON"),
@@ -188,13 +186,13 @@ def test_a_missing_field_is_named(write, key):
         ({"region_descriptions": "[] []"}, r"region_descriptions\.json is not valid JSON"),
         (
             {"region_descriptions": '{"id": 1}'},
-            r"region_descriptions\.json must be a list .*, and is an object",
+            r"region_descriptions\.json must be a list .*, not an object",
         ),
         ({"region_descriptions": "[1]"}, r"region_descriptions\.json: \[0\] is 1; give an object"),
         ({"region_descriptions": [{"id": 1}]}, r"\[0\] \(id 1\): no 'regions'"),
         ({"region_descriptions": [{"id": 1, "regions": [4]}]}, r"regions\[0\] is 4; give an object"),
-        ({"region_descriptions": [{"id": 7, "regions": []}] * 2}, r"\[1\] \(id 7\): this id was given before"),
-        ({"image_data": [picture(1), picture(1)]}, r"image_data\.json: \[1\] \(image_id 1\): this image_id was given"),
+        ({"region_descriptions": [{"id": 7, "regions": []}] * 2}, r"\[1\] \(id 7\): duplicate id"),
+        ({"image_data": [picture(1), picture(1)]}, r"image_data\.json: \[1\] \(image_id 1\): duplicate image_id"),
         (
             {"image_data": [picture(1, width=0)]},
             r"image_data\.json: \[0\] \(image_id 1\): 'width' and 'height' are .0, 64.; give the size",
@@ -212,4 +210,4 @@ def test_a_missing_field_is_named(write, key):
 )
 def test_a_broken_file_is_named(write, files, message):
     with pytest.raises(ValueError, match=message):
-        VisualGenome("train", root=write(**files), max_bad=0)
+        VisualGenome("train", root=write(**files), max_bad_records=0)

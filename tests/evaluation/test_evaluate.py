@@ -170,7 +170,7 @@ def test_a_metric_that_somebody_registers_is_computed_with_the_others(teller, mo
 
 
 def test_a_dataset_without_anything_to_ask_for_is_refused(teller):
-    with pytest.raises(ValueError, match="no image that can be used"):
+    with pytest.raises(ValueError, match="no usable image"):
         evaluate(teller([]), [])
 
 

@@ -33,7 +33,7 @@ DEEP_JSON = {
 
 
 def read_dataset(path):
-    return datasets.build("jsonl", "train", file=str(path), images=str(path.parent), max_bad=0)
+    return datasets.build("jsonl", "train", file=str(path), image_root=str(path.parent), max_bad_records=0)
 
 
 def read_index(path):

@@ -209,23 +209,28 @@ def test_read_assignment_needs_no_quotes_for_paths_and_any_alphabet(name):
 
 def test_override_reads_text_where_the_option_is_text():
     recipe = {
-        "data": {"own": {"name": "coco-json", "annotations": "a.json", "images": "x"}},
+        "data": {"own": {"name": "coco-json", "annotations": "a.json", "image_root": "x"}},
         "train": {"steps": 100, "feature_cache_dir": ""},
         "validate": {"dataset": {"name": "jsonl", "file": "a.jsonl"}},
     }
     changed = apply_overrides(
         recipe,
         [
-            *("data.own.images=1_000", "data.own.annotations=2024", "data.own.max_bad=1_000", "data.own.weight=2"),
-            *("train.steps=1_000", "train.feature_cache_dir=0123", "validate.dataset.images=my photos"),
+            *(
+                "data.own.image_root=1_000",
+                "data.own.annotations=2024",
+                "data.own.max_bad_records=1_000",
+                "data.own.weight=2",
+            ),
+            *("train.steps=1_000", "train.feature_cache_dir=0123", "validate.dataset.image_root=my photos"),
         ],
     )
     assert changed["data"]["own"] == {
-        **{"name": "coco-json", "annotations": "2024", "images": "1_000"},
-        **{"max_bad": 1000, "weight": 2},
+        **{"name": "coco-json", "annotations": "2024", "image_root": "1_000"},
+        **{"max_bad_records": 1000, "weight": 2},
     }
     assert changed["train"] == {"steps": 1000, "feature_cache_dir": "0123"}
-    assert changed["validate"]["dataset"]["images"] == "my photos"
+    assert changed["validate"]["dataset"]["image_root"] == "my photos"
 
 
 def test_part_parse_reads_text_where_the_option_is_text():

@@ -39,11 +39,11 @@ def test_every_shipped_recipe_reads_and_is_repeated_by_what_it_writes(name, tmp_
 
 def test_a_recipe_goes_on_from_a_model_and_learns_from_a_path(tmp_path):
     (tmp_path / "own.jsonl").touch()
-    changed = Recipe.read("sca-tiny", ["model=sca-street", f"data='{tmp_path}'", "data.own.hold_out=0.5"])
+    changed = Recipe.read("sca-tiny", ["model=sca-street", f"data='{tmp_path}'", "data.own.val_fraction=0.5"])
     assert changed.model == "sca-street"
     (own,) = changed.data.values()
     assert own.dataset.name == "jsonl"
-    assert own.dataset.options["hold_out"] == 0.5
+    assert own.dataset.options["val_fraction"] == 0.5
     assert own.class_name_task == "both"
     with pytest.raises(RegistryError, match="model is 'sca-street', which has no options to set"):
         Recipe.read("sca-tiny", ["model=sca-street", "mixer.depth=2"])
@@ -322,9 +322,7 @@ def test_open_sources_rejects_a_dataset_without_usable_images(small_table, tmp_p
     (tmp_path / "mine.jsonl").write_text('{"image": "gone.png", "box": [0, 0, 9, 9], "caption": "a dog"}\n')
     data = {"own": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl")}}
     recipe = Recipe.from_dict("mine", {"model": small_table, "data": data})
-    with pytest.raises(
-        ValueError, match=r"data\.own \(train\) has no image that can be used: 1 image missing: gone\.png"
-    ):
+    with pytest.raises(ValueError, match=r"data\.own \(train\) has no usable image: 1 image missing: gone\.png"):
         open_training_datasets(recipe)
     (tmp_path / "gone.png").write_bytes(b"damaged")
     data["own"] |= {"file": str(tmp_path / "mine.jsonl")}

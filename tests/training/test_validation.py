@@ -72,13 +72,13 @@ def test_train_reports_a_validation_without_images(plan, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"image": "a.png", "box": [0, 0, 9, 9], "caption": "a dog"}\n')
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     recipe = plan(
-        {"eval_steps": 1, "dataset": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl"), "hold_out": 0.01}}
+        {"eval_steps": 1, "dataset": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl"), "val_fraction": 0.01}}
     )
     told = []
     train(recipe, tmp_path / "run", quiet=True, report=told.append)
     assert told == [
-        "validate (val): no validation, because the dataset is empty; 0 regions, 0 with captions, 0 class names, 0 images; "
-        "0 of 1 images held out for validation"
+        "validate (val): no validation, because the dataset is empty; 0 regions, 0 with captions, 0 class names, "
+        "0 images; 0 of 1 images held out for validation"
     ]
     assert not (tmp_path / "run/best").exists()
 
@@ -135,7 +135,7 @@ def test_validation_checks_metrics_and_best_against_the_data(plan, tmp_path, val
 
 def test_validation_rejects_data_without_captions_and_names(plan, monkeypatch):
     class Wordless:
-        about = {"regions": 1, "captioned": 0, "names": []}  # noqa: RUF012
+        about = {"regions": 1, "captioned_regions": 0, "class_names": []}  # noqa: RUF012
 
         def __len__(self):
             return 1
