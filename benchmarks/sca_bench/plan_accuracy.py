@@ -138,7 +138,7 @@ def compare_plan(
     }
 
 
-def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+def run_job(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Compare one model as a launcher job; `config` contains `model` and the options of `compare_plan`."""
     options = {key: value for key, value in config.items() if key != "model"}
     options["dtype"] = getattr(torch, options["dtype"])

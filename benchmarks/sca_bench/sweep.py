@@ -4,7 +4,7 @@ A sweep is a TOML file, bundled in `benchmarks/sweeps` or your own:
 
     summary = "what is compared"
     seeds = [0, 1, 2]
-    threads = 1               # CPU threads per row; 0: the cores divided among the workers
+    num_threads = 1           # CPU threads per row; 0: the cores divided among the workers
 
     [model]                   # a ModelSpec shared by all rows
     encoder = "tiny-vit"
@@ -23,13 +23,14 @@ A sweep is a TOML file, bundled in `benchmarks/sweeps` or your own:
     prompt_type = "box"
     metrics = ["attributes", "mask-iou"]
 
-    [measure]                 # optional: timing
-    regions = [1, 8, 64]      # regions per image
-    words = 16                # tokens per caption
-    repeats = 5
+    [benchmark]               # optional: timing
+    batch_size = 1            # images
+    regions_per_image = [1, 8, 64]
+    max_new_tokens = 16       # tokens per caption
+    num_repeats = 5
     dtype = "float32"
-    training = true           # also time a training step
-    plan = true               # predict memory and operations first; takes seconds per row
+    training_step = true      # also time a training step
+    plan = true               # estimate memory and FLOPs first; takes seconds per row
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ SECTION_KEYS = {
         *("max_regions", "captions_per_region", "precision", "prompt_weights", "num_workers"),
     ),
     "evaluate": ("dataset", "split", "prompt_type", "tasks", "metrics", "max_images", "batch_size", "generation"),
-    "measure": ("regions", "words", "repeats", "dtype", "training", "images", "plan"),
+    "benchmark": (
+        *("batch_size", "regions_per_image", "max_new_tokens", "num_repeats", "dtype", "training_step", "plan"),
+    ),
 }
 PART_KINDS = ("encoder", "segmenter", "mixer", "language_model")
 ROW_ORDERS = ("cheapest", "listed")
@@ -71,7 +74,7 @@ MAX_ROWS = 10_000  # a week at one minute per row
 class SweepRow:
     """One row of a sweep as plain values; its key is a hash of them."""
 
-    config: Mapping[str, Any]  # model, train, evaluate, measure, seed, threads, device
+    config: Mapping[str, Any]  # model, train, evaluate, benchmark, seed, num_threads, device
 
     @property
     def key(self) -> str:
@@ -122,11 +125,11 @@ class Sweep:
         model: Fields of a ModelSpec shared by all rows.
         axes: Field of the model, or dotted option -> its values.
         seeds: Random seeds; each is a row of every combination.
-        threads: CPU threads per row; 0 divides the cores among the workers.
+        num_threads: CPU threads per row; 0 divides the cores among the workers.
         summary: One line for lists.
         train: Recipe and overrides, see the module docstring.
         evaluate: Evaluation options.
-        measure: Timing options.
+        benchmark: Timing options.
         device: A torch device.
     """
 
@@ -134,11 +137,11 @@ class Sweep:
     model: Mapping[str, Any]
     axes: Mapping[str, Sequence[Any]]
     seeds: Sequence[int] = (0,)
-    threads: int = 1
+    num_threads: int = 1
     summary: str = ""
     train: Mapping[str, Any] | None = None
     evaluate: Mapping[str, Any] | None = None
-    measure: Mapping[str, Any] | None = None
+    benchmark: Mapping[str, Any] | None = None
     device: str = field(default="cpu", kw_only=True)
 
     @classmethod
@@ -152,7 +155,7 @@ class Sweep:
         try:
             table = parse_toml(text)
         except ValueError as error:
-            raise RegistryError(f"the sweep {name} is not TOML: {error}") from error
+            raise RegistryError(f"the sweep {name} is not valid TOML: {error}") from error
         check_keys("a sweep", table, [each.name for each in fields(cls) if each.name not in ("name", "device")])
         table = {"model": {}, "axes": {}, **table}
         _check_fields(name, table)
@@ -172,7 +175,7 @@ class Sweep:
         if count > MAX_ROWS:
             axis_sizes = " x ".join(f"{axis} {size:,}" for axis, size in sizes.items())
             raise RegistryError(
-                f"the sweep {self.name} has {count:,} combinations ({axis_sizes}), at most {MAX_ROWS:,} are allowed; "
+                f"the sweep {self.name} has {count:,} combinations ({axis_sizes}), and the maximum is {MAX_ROWS:,}; "
                 "shorten an axis"
             )
 
@@ -199,7 +202,7 @@ class Sweep:
                 config = {
                     "model": spec.to_dict(),
                     "seed": seed,
-                    "threads": self.threads,
+                    "num_threads": self.num_threads,
                     "device": self.device,
                     **{table: dict(value) for table in SECTION_KEYS if (value := getattr(self, table)) is not None},
                 }
@@ -220,7 +223,7 @@ def _read_sweep_text(name: str) -> tuple[str, str]:
         return (_get_sweeps_folder() / f"{name}.toml").read_text("utf-8"), name
     if name.endswith(".toml") and Path(name).is_file():
         return read_toml_text(Path(name)), Path(name).stem
-    raise make_unknown_name_error(f"no sweep named {name!r}, and no TOML file there", name, list_sweeps())
+    raise make_unknown_name_error(f"unknown sweep {name!r}, and no such TOML file", name, list_sweeps())
 
 
 def _check_fields(name: str, table: Mapping[str, Any]) -> None:
@@ -234,13 +237,13 @@ def _check_fields(name: str, table: Mapping[str, Any]) -> None:
     check_list("seeds", table.get("seeds", [0]), int, minimum=1)
     for seed in table.get("seeds", ()):
         check_range("seeds", seed, int, 0, MAX_SEED)
-    check_range("threads", table.get("threads", 1), int, 0)
+    check_range("num_threads", table.get("num_threads", 1), int, 0)
     for section, keys in SECTION_KEYS.items():
         check_keys(f"[{section}] of a sweep", table.get(section, {}), keys)
         for key, value in table.get(section, {}).items():
             SECTION_CHECKS[section](f"{section}.{key}", key, value)
     if "evaluate" in table and "dataset" not in table["evaluate"]:
-        raise RegistryError("[evaluate] of a sweep has no dataset: give dataset = { name = ..., ... }")
+        raise RegistryError("[evaluate] of a sweep has no dataset; add dataset = { name = ..., ... }")
 
 
 def _check_train_value(location: str, key: str, value: Any) -> None:
@@ -261,14 +264,14 @@ def _check_evaluate_value(location: str, key: str, value: Any) -> None:
         check_type(location, value, str)
 
 
-def _check_measure_value(location: str, key: str, value: Any) -> None:
-    if key == "regions":
+def _check_benchmark_value(location: str, key: str, value: Any) -> None:
+    if key == "regions_per_image":
         check_list(location, value, int, minimum=1)
-        for regions in value:
-            check_range(location, regions, int, 1)
+        for count in value:
+            check_range(location, count, int, 1)
     elif key == "dtype":
         check_choice(location, value, DTYPES)
-    elif key in ("training", "plan"):
+    elif key in ("training_step", "plan"):
         check_type(location, value, bool)
     else:
         check_range(location, value, int, 1)
@@ -277,7 +280,7 @@ def _check_measure_value(location: str, key: str, value: Any) -> None:
 SECTION_CHECKS: dict[str, Callable[[str, str, Any], None]] = {
     "train": _check_train_value,
     "evaluate": _check_evaluate_value,
-    "measure": _check_measure_value,
+    "benchmark": _check_benchmark_value,
 }
 
 

@@ -27,10 +27,10 @@ segmenter = [{ name = "sam", depth = 1, num_heads = 2, mlp_dim = 64 }, "box"]
 [evaluate]
 dataset = { name = "scenes", count = 2, size = 64 }
 metrics = ["attributes", "class"]
-[measure]
-regions = [1]
-words = 2
-repeats = 5
+[benchmark]
+regions_per_image = [1]
+max_new_tokens = 2
+num_repeats = 5
 """
 
 

@@ -22,15 +22,15 @@ def read(name):
 
 
 def published_lines():
-    for row in read("against-published/results.json")["rows"]:
-        ours, other = row["ours"], row["published"]
-        yield f"| {row['what']} | {row['unit']} | {ours:.4g} | {other:.4g} | {ours / other:.2f} | {row['note']} |"
+    for row in read("published-comparison/results.json")["rows"]:
+        ours, other = row["ours"], row["reference"]
+        yield f"| {row['quantity']} | {row['unit']} | {ours:.4g} | {other:.4g} | {ours / other:.2f} | {row['note']} |"
 
 
 def floor_lines():
     for row in read("roofline/results.json")["rows"]:
-        cells = [f"{value:.3g}" for value in (row["published"], row["ours"], *row["floors"])]
-        yield f"| {row['stage']} | {' | '.join(cells)} | {row['ours'] / max(row['floors']):.1f} |"
+        cells = [f"{value:.3g}" for value in (row["published"], row["ours"], *row["lower_bounds"])]
+        yield f"| {row['stage']} | {' | '.join(cells)} | {row['ours'] / max(row['lower_bounds']):.1f} |"
 
 
 def plan_lines():
@@ -68,9 +68,9 @@ def test_committed_results_are_rows_and_markdown():
 @pytest.mark.parametrize("sweep", ["encoders", "mixers"])
 def test_page_of_benchmarks_shows_the_scores_of_a_sweep(sweep):
     heads, _, *rows = report.render_markdown(ResultStore(RESULTS / sweep).read_rows()).partition("\n\n")[0].splitlines()
-    pattern = r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \|$"
+    pattern = r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \| ([\d.]+) \|$"
     shown = [tuple(map(float, found)) for found in re.findall(pattern, PAGE, re.MULTILINE)]
     for row in rows:
         cells = dict(zip(heads.split(" | "), row.split(" | "), strict=True))
-        values = cells["parameters, M"], cells["score"], *cells["over seeds"].split(" to ")
+        values = cells["params (M)"], cells["score"], *cells["95% CI"].split(" to "), cells["std over seeds"]
         assert pytest.approx(tuple(map(float, values)), abs=0.0051) in shown

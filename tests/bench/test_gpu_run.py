@@ -42,7 +42,7 @@ def gpu_row(**fields):
         "config": {"dtype": "bfloat16"},
         "state": "done",
         "reason": "",
-        "seconds": {"whole": 1.0},
+        "seconds": {"total": 1.0},
         "environment": {
             "device": "NVIDIA H100 80GB HBM3",
             "versions": {"torch": "2.11.0"},
@@ -53,25 +53,25 @@ def gpu_row(**fields):
 
 
 def timing(seconds):
-    return {"median": seconds, "low": seconds, "high": seconds, "repeats": 3}
+    return {"median": seconds, "min": seconds, "max": seconds, "num_repeats": 3}
 
 
-SCENES = {"regions": 350, "captions": 0.97, "least_iou": 0.95, "mean_iou": 0.998, "finite": True}
-CURVE = [
+SCENES = {"num_regions": 350, "identical_captions": 0.97, "min_iou": 0.95, "mean_iou": 0.998, "is_finite": True}
+THROUGHPUT = [
     {
-        "images": 1,
-        "regions": regions,
+        "batch_size": 1,
+        "regions_per_image": regions,
         "stages": {name: timing(0.01) for name in ("encode", "segment", "mix", "prefill", "decode")},
         "regions_per_second": 1280.0,
-        "peak": memory * 2**30,
+        "peak_memory": memory * 2**30,
     }
     for regions, memory in ((1, 3), (64, 5))
 ]
 RATIO = {
-    "what": "captions, encoding included",
+    "quantity": "captions, including encoding",
     "unit": "regions/s",
     "ours": 2000.0,
-    "published": 100.0,
+    "reference": 100.0,
     "note": "16 x 64",
 }
 GPU_ROWS = [
@@ -84,8 +84,8 @@ GPU_ROWS = [
         part="throughput",
         label="sam-vit-h+query+gpt2, 1/64 regions",
         config={},
-        curve=CURVE,
-        memory={"answering": 5 * 2**30},
+        throughput=THROUGHPUT,
+        memory={"captioning": 5 * 2**30},
     ),
     gpu_row(
         key="k4",
@@ -118,13 +118,13 @@ def test_measurements_are_distinct_and_cover_every_part_in_order(device):
 
 def test_measurements_on_a_gpu_name_every_promised_combination():
     configs = [each.config for each in run.iter_measurements("cuda", GOLDEN) if each.part == "throughput"]
-    first = [config for config in configs if config["measure"]["regions"] == [64]]
+    first = [config for config in configs if config["benchmark"]["regions_per_image"] == [64]]
     names = {
         tuple(config["model"][kind]["name"] for kind in ("encoder", "mixer", "language_model")) for config in first
     }
     assert len(names) == 20
     assert ("sam-vit-h", "resampler", "mistral-7b") in names
-    assert {tuple(config["measure"]["regions"]) for config in configs} == {(64,), (1, 8, 256)}
+    assert {tuple(config["benchmark"]["regions_per_image"]) for config in configs} == {(64,), (1, 8, 256)}
     for kind in ("encoder", "mixer", "language_model"):
         assert all(config["model"][kind]["name"] in get_registry(kind) for config in configs)
 
@@ -149,11 +149,12 @@ def test_local_launcher_starts_no_task_after_its_deadline(tmp_path):
 
 
 def test_local_launcher_ends_a_task_at_its_deadline_without_an_outcome(tmp_path, monkeypatch):
-    (tmp_path / "slow_job.py").write_text("import time\ndef work(config, folder):\n    time.sleep(600)\n")
+    (tmp_path / "slow_job.py").write_text("import time\ndef run_job(config, folder):\n    time.sleep(600)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     forkserver._forkserver._stop()  # one that was started before does not know the path
     tasks = [
-        Task(name, "slow_job:work", {"device": "cpu"}, str(tmp_path / name), deadline=time.time() + 3) for name in "ab"
+        Task(name, "slow_job:run_job", {"device": "cpu"}, str(tmp_path / name), deadline=time.time() + 3)
+        for name in "ab"
     ]
     try:
         assert list(LocalLauncher(num_workers=1).map(tasks)) == []
@@ -168,7 +169,7 @@ def test_every_way_of_decoding_gives_the_same_ids(way):
     torch.manual_seed(0)
     language_model = TinyGpt2(hidden_size=32, depth=2, num_heads=2, max_positions=64).eval()
     found = measure_method(language_model, torch.randn(3, 5, 32), 6, way, 1)
-    assert found["ids"] == 1.0
+    assert found["identical_ids"] == 1.0
     assert found["tokens_per_second"] > 0
 
 
@@ -176,7 +177,7 @@ def test_golden_comparison_finds_no_difference_in_float32():
     found = compare_golden_folders(GOLDEN, "cpu", torch.float32)
     assert set(found) == {"sca-tiny-query-gpt2", "sca-tiny-query-llama", "sca-tiny-split-gpt2"}
     for differences in found.values():
-        assert differences.pop("ids") == 1.0
+        assert differences.pop("identical_captions") == 1.0
         assert max(differences.values()) < 1e-4
 
 
@@ -187,9 +188,9 @@ def test_golden_comparison_refuses_a_folder_without_checkpoints(tmp_path):
 
 def test_scene_comparison_sees_rounding_in_bfloat16_only():
     exact = compare_scenes(2, "cpu", torch.float32)
-    assert (exact["captions"], exact["least_iou"]) == (1.0, 1.0)
+    assert (exact["identical_captions"], exact["min_iou"]) == (1.0, 1.0)
     rounded = compare_scenes(2, "cpu", torch.bfloat16)
-    assert rounded["finite"]
+    assert rounded["is_finite"]
     assert 0.9 < rounded["mean_iou"] < 1.0
 
 
@@ -222,7 +223,7 @@ def test_collect_writes_rows_of_a_gpu_into_the_tables(pages):
         "- decoding, 64 rows, cuda graph: crashed. &lt;b&gt;ended&lt;/b&gt; by SIGSEGV",
     ):
         assert line in guide
-    assert "captions 2,000 regions/s, encoding included" in readme
+    assert "captions 2,000 regions/s, including encoding" in readme
     assert readme.startswith("before\n")
     assert readme.endswith("\nafter\n")
     again = gather(pages)  # from the rows that are kept
@@ -297,7 +298,7 @@ def test_gpu_run_on_a_cpu_ends_records_failures_and_skips_what_is_known(tmp_path
         return done.stdout
 
     assert "wheels" in shell("bash", "benchmarks/gpu/prepare.sh")
-    command = ["bash", "benchmarks/gpu/run.sh", "--device", "cpu", "--seconds", "240", "--inputs", str(inputs)]
+    command = ["bash", "benchmarks/gpu/run.sh", "--device", "cpu", "--time-budget", "240", "--inputs", str(inputs)]
     nowhere = tmp_path / "nowhere"
     nowhere.mkdir()
     told = shell(*command, "--golden", str(nowhere))

@@ -47,6 +47,6 @@ def test_jobs_of_a_part_run_on_cuda(part, measurements, cuda, tmp_path):
         module, _, name = each.job.partition(":")
         config = {**each.config, "device": "cuda"}
         if part == "published":
-            config |= {"images": 1, "regions": 2, "beside": 2}
+            config |= {"batch_size": 1, "regions_per_image": 2, "published_regions": 2}
         row = getattr(import_module(module), name)(config, str(tmp_path))
         assert row["state"] == "done", (each.label, row["reason"], row.get("traceback"))

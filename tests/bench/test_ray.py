@@ -8,7 +8,7 @@ from sca.launchers.task import Task
 
 pytestmark = pytest.mark.all
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
-JOB = "sca_bench.worker:work"
+JOB = "sca_bench.worker:run_row"
 BASE = {
     "encoder": {
         "name": "tiny-vit",
@@ -39,7 +39,7 @@ def test_two_nodes_make_the_rows_that_one_machine_makes(cluster, tmp_path):
     from sca.launchers.ray import RayLauncher
 
     mixers = ["roi-pool", "mask-tokens", {"name": "query", "depth": 1, "num_heads": 2, "mlp_dim": 64}]
-    sweep = Sweep("three", BASE, {"mixer": mixers}, measure={"regions": [1], "words": 2})
+    sweep = Sweep("three", BASE, {"mixer": mixers}, benchmark={"regions_per_image": [1], "max_new_tokens": 2})
     found = {}
     for name, launcher in (("local", LocalLauncher(num_workers=1)), ("ray", RayLauncher(address=cluster.address))):
         tasks = [Task(row.key, JOB, row.config, str(tmp_path / name / row.key)) for row in sweep.list_rows()]
@@ -47,7 +47,7 @@ def test_two_nodes_make_the_rows_that_one_machine_makes(cluster, tmp_path):
         found[name] = {task.key: {key: row.get(key) for key in kept} for task, row in launcher.map(tasks)}
         assert all((tmp_path / name / task.key / "log.txt").is_file() for task in tasks)
     assert found["local"] == found["ray"]
-    assert sorted(row["state"] for row in found["ray"].values()) == ["done", "done", "impossible"]
+    assert sorted(row["state"] for row in found["ray"].values()) == ["done", "done", "incompatible"]
 
 
 def test_ray_launcher_rejects_zero_cpus():

@@ -49,7 +49,7 @@ class Raises(RoiPool):
     def __init__(self, segmenter):
         raise KeyError("chalk")
 """
-JOB = "sca_bench.worker:work"
+JOB = "sca_bench.worker:run_row"
 BASE = {
     "encoder": {
         "name": "tiny-vit",
@@ -97,9 +97,9 @@ def task(folder, timeout=120.0, **model):
     config = {
         "model": {**BASE, **model},
         "seed": 0,
-        "threads": 1,
+        "num_threads": 1,
         "device": "cpu",
-        "measure": {"regions": [1], "words": 2},
+        "benchmark": {"regions_per_image": [1], "max_new_tokens": 2},
     }
     row = SweepRow(json.loads(json.dumps(config)))
     return Task(row.key, JOB, row.config, str(folder / row.key), timeout)
@@ -127,55 +127,63 @@ def test_a_model_that_becomes_infinite_is_told(tmp_path):
     config["train"] = {"recipe": "sca-tiny", "steps": 3, "batch_size": 1, "learning_rate": 1e38, "warmup_steps": 1}
     row = SweepRow(config)
     (outcome,) = LocalLauncher(num_workers=1).map([Task(row.key, JOB, config, str(tmp_path / "row"), 300.0)])
-    assert outcome.result["state"] == "not-finite", outcome.result["reason"]
+    assert outcome.result["state"] == "non-finite", outcome.result["reason"]
 
 
 @pytest.mark.all
 def test_what_does_not_fit_together_or_into_memory_is_no_failure(tmp_path):
     small, large = task(tmp_path, mixer="mask-tokens"), task(tmp_path)
     large = replace(
-        large, config={**large.config, "measure": {"regions": [1], "words": 2, "images": 1 << 22}}, key="large"
+        large,
+        config={**large.config, "benchmark": {"regions_per_image": [1], "max_new_tokens": 2, "batch_size": 1 << 22}},
+        key="large",
     )
     found = {
         outcome.task.key: outcome.result
         for outcome in LocalLauncher(num_workers=1).map([small, replace(large, folder=str(tmp_path / "l"))])
     }
-    assert found[small.key]["state"] == "impossible"
+    assert found[small.key]["state"] == "incompatible"
     assert "needs masks" in found[small.key]["reason"]
     assert found["large"]["state"] == "skipped"
-    assert "--force tries it" in found["large"]["reason"]
+    assert "run it anyway with --force" in found["large"]["reason"]
 
 
 def test_a_row_has_all_that_was_asked(tmp_path):
     config = dict(task(tmp_path, lora=2).config)
-    config["measure"] = {"regions": [1, 3], "words": 2, "repeats": 5, "training": True}
+    config["benchmark"] = {"regions_per_image": [1, 3], "max_new_tokens": 2, "num_repeats": 5, "training_step": True}
     config["evaluate"] = {"dataset": {"name": "scenes", "count": 2, "size": 64}, "metrics": ["class"]}
     config["model"] = sca_registry.spec.ModelSpec.from_dict(config["model"]).to_dict()
     row = SweepRow(config)
     (outcome,) = LocalLauncher(num_workers=1).map([Task(row.key, JOB, config, str(tmp_path / "row"))])
     made = outcome.result
     assert made["state"] == "done", made["reason"]
-    assert [point["regions"] for point in made["curve"]] == [1, 3]
-    for point in made["curve"]:
-        for timing in (*point["stages"].values(), point["whole"], point["first_caption"]):
-            assert timing["repeats"] == 5
-            assert 0 <= timing["low"] <= timing["median"] <= timing["high"]
+    assert [point["regions_per_image"] for point in made["throughput"]] == [1, 3]
+    for point in made["throughput"]:
+        for timing in (*point["stages"].values(), point["total"], point["time_to_first_token"]):
+            assert timing["num_repeats"] == 5
+            assert 0 <= timing["min"] <= timing["median"] <= timing["max"]
         assert point["regions_per_second"] > 0
-    assert made["training_step"]["regions"] == 3
+    assert made["training_step"]["regions_per_image"] == 3
     assert made["flops"]["encode"] > 0
-    assert made["parameters"]["trainable"] < made["parameters"]["whole"] or made["parameters"]["trainable"] > 0
-    assert made["memory"]["planned"] > 0
+    assert made["parameters"]["trainable"] < made["parameters"]["total"] or made["parameters"]["trainable"] > 0
+    assert made["memory"]["estimated"] > 0
     assert made["memory"]["host"] > 0
     assert {"class/accuracy"} <= {score["name"] for score in made["scores"]}
     assert all(score["protocol_id"] for score in made["scores"])
     assert made["environment"]["versions"]["torch"]
-    assert made["seconds"]["process"] >= made["seconds"]["whole"]
+    assert made["seconds"]["process"] >= made["seconds"]["total"]
     assert "sca bench row" in (tmp_path / "row/log.txt").read_text()
 
 
 @pytest.mark.all
 def test_workers_change_nothing_but_how_many_go_together(tmp_path):
-    sweep = Sweep("two", BASE, {"encoder.image_size": [64, 96]}, seeds=(0, 1), measure={"regions": [1], "words": 2})
+    sweep = Sweep(
+        "two",
+        BASE,
+        {"encoder.image_size": [64, 96]},
+        seeds=(0, 1),
+        benchmark={"regions_per_image": [1], "max_new_tokens": 2},
+    )
     keys = []
     for workers in (1, 2, 4):
         tasks = [Task(row.key, JOB, row.config, str(tmp_path / f"{workers}-{row.key}")) for row in sweep.list_rows()]

@@ -30,10 +30,10 @@ SMALL = (
     + """
 [axes]
 mixer = ["roi-pool", "mask-tokens"]
-[measure]
-regions = [1]
-words = 2
-repeats = 5
+[benchmark]
+regions_per_image = [1]
+max_new_tokens = 2
+num_repeats = 5
 """
 )
 
@@ -57,7 +57,9 @@ def test_every_shipped_sweep_can_be_read(name):
 
 def test_sweep_with_too_many_combinations_is_refused_before_they_are_built(sweep):
     axes = "".join(f'"mixer.a{number}" = {list(range(10))}\n' for number in range(10))
-    with pytest.raises(RegistryError, match=r"mixer 2 x mixer.a0 10 x .* seeds 1\), at most 10,000") as caught:
+    with pytest.raises(
+        RegistryError, match=r"mixer 2 x mixer.a0 10 x .* seeds 1\), and the maximum is 10,000"
+    ) as caught:
         sweep(f'{BASE}[axes]\nmixer = ["roi-pool", "mask-tokens"]\n{axes}')
     assert "20,000,000,000 combinations" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -78,7 +80,7 @@ def test_the_smoke_sweep_has_sixty_rows_and_the_mixers_with_a_transformer_are_of
 def test_a_key_is_of_what_is_asked_and_of_nothing_else(sweep):
     first, again = sweep().list_rows(), sweep(SMALL.replace("[axes]", "# a remark\n[axes]")).list_rows()
     assert [row.key for row in first] == [row.key for row in again]
-    other = sweep(SMALL.replace("words = 2", "words = 3")).list_rows()
+    other = sweep(SMALL.replace("max_new_tokens = 2", "max_new_tokens = 3")).list_rows()
     assert not {row.key for row in first} & {row.key for row in other}
 
 
@@ -88,11 +90,11 @@ def test_a_key_is_of_what_is_asked_and_of_nothing_else(sweep):
         ('"roi-pool"', '"roi-pol"', "Did you mean 'roi-pool'"),
         ('["roi-pool", "mask-tokens"]', "[]", "the axis 'mixer' .* give a list of one or more"),
         ('["roi-pool", "mask-tokens"]', '"roi-pool"', "give a list"),
-        ("[measure]", "[mesure]", "Did you mean 'measure'"),
-        ("words = 2", "word = 2", "Did you mean 'words'"),
+        ("[benchmark]", "[benchmrk]", "Did you mean 'benchmark'"),
+        ("max_new_tokens = 2", "max_tokens = 2", "Did you mean 'max_new_tokens'"),
         ("[axes]", "seeds = []\n[axes]", "has no 'seeds'"),
         ("task_tokens = 2", "task_token = 2", "Did you mean 'task_tokens'"),
-        ("[axes]", "[axes", "is not TOML"),
+        ("[axes]", "[axes", "is not valid TOML"),
         ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds is 4294967296; give a whole number from 0 to"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = []\n[axes]', "tasks is .*; give a list of 1 or more"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = []\n[axes]', "metrics is .*; give a list of 1 or more"),
@@ -116,7 +118,7 @@ def test_a_wrong_sweep_is_refused_with_the_place(sweep, old, new, said):
 WHOLE = """
 summary = "all fields"
 seeds = [0]
-threads = 1
+num_threads = 1
 [model]
 encoder = "tiny-vit"
 mixer = "query"
@@ -127,11 +129,11 @@ task_tokens = [1]
 recipe = "sca-tiny"
 [evaluate]
 dataset = "scenes"
-[measure]
+[benchmark]
 """
 FIELDS = [
-    *((None, field, kind) for field, kind in (("summary", str), ("seeds", list), ("threads", int))),
-    *((None, section, dict) for section in ("model", "axes", "train", "evaluate", "measure")),
+    *((None, field, kind) for field, kind in (("summary", str), ("seeds", list), ("num_threads", int))),
+    *((None, section, dict) for section in ("model", "axes", "train", "evaluate", "benchmark")),
     *(("train", field, kind) for field, kind in (("recipe", str), ("steps", int), ("batch_size", int))),
     *(("train", field, kind) for field, kind in (("warmup_steps", int), ("learning_rate", float))),
     *(("train", field, kind) for field, kind in (("max_regions", int), ("captions_per_region", int))),
@@ -139,10 +141,13 @@ FIELDS = [
     *(("evaluate", field, kind) for field, kind in (("split", str), ("prompt_type", str), ("tasks", list))),
     *(("evaluate", field, kind) for field, kind in (("metrics", list), ("max_images", int), ("batch_size", int))),
     *(("evaluate", field, kind) for field, kind in (("generation", dict), ("dataset", "part"))),
-    *(("measure", field, kind) for field, kind in (("regions", list), ("words", int), ("repeats", int))),
     *(
-        ("measure", field, kind)
-        for field, kind in (("dtype", str), ("training", bool), ("plan", bool), ("images", int))
+        ("benchmark", field, kind)
+        for field, kind in (("regions_per_image", list), ("max_new_tokens", int), ("num_repeats", int))
+    ),
+    *(
+        ("benchmark", field, kind)
+        for field, kind in (("dtype", str), ("training_step", bool), ("plan", bool), ("batch_size", int))
     ),
 ]
 WRONG = {
@@ -206,7 +211,7 @@ def test_sweep_read_reports_text_that_is_not_utf_8(tmp_path):
         ("image_size = 64", 'image_size = "64"', "encoder 'tiny-vit': image_size is '64'; give a whole number"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = ["cidr"]\n[axes]', "no metrics named 'cidr'"),
         ("[axes]", '[evaluate]\ndataset = "scene"\n[axes]', "no datasets named 'scene'"),
-        ("[axes]", '[evaluate]\ndataset = "scenes"\nprompt = "circle"\n[axes]', "prompt is 'circle'"),
+        ("[axes]", '[evaluate]\ndataset = "scenes"\nprompt_type = "circle"\n[axes]', "prompt_type is 'circle'"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = ["name"]\n[axes]', "task is 'name'"),
         (
             "[axes]",
@@ -226,7 +231,11 @@ def test_sweep_read_reports_text_that_is_not_utf_8(tmp_path):
         ("task_tokens = 2", "task_tokens = 2\ngeneration = { beans = 3 }", "generation has no option 'beans'"),
         ("[axes]", "[train]\nprompt_weights = { circle = 1.0 }\n[axes]", "train.prompt_weights has no 'circle'"),
         ("[axes]", '[train]\nrecipe = "sca-tny"\n[axes]', "Did you mean 'sca-tiny'"),
-        ("task_tokens = 2", 'task_tokens = 2\nlora = 4\ntrainable = ["mixer"]\n[train]\nsteps = 1', "lora=4 would not"),
+        (
+            "task_tokens = 2",
+            'task_tokens = 2\nlora = 4\ntrainable = ["mixer"]\n[train]\nsteps = 1',
+            "lora=4 is not trainable",
+        ),
     ],
 )
 def test_run_checks_every_row_before_the_first(sweep, tmp_path, old, new, said):
@@ -265,32 +274,36 @@ def test_sweep_axis_edits_a_short_value(sweep):
 
 
 def test_an_unknown_sweep_is_told_with_the_closest():
-    with pytest.raises(RegistryError, match=r"no sweep named 'smok'.*Did you mean 'smoke'"):
+    with pytest.raises(RegistryError, match=r"unknown sweep 'smok'.*Did you mean 'smoke'"):
         Sweep.read("smok")
 
 
 def test_a_run_makes_what_is_missing_and_nothing_twice(sweep, tmp_path):
     told = []
     found = run_sweep(sweep(), tmp_path / "out", launcher_options={"num_workers": 1}, report=told.append)
-    assert found.state_counts == {"done": 1, "impossible": 1}
+    assert found.state_counts == {"done": 1, "incompatible": 1}
     assert found.missing == []
     assert len(told) == 3
-    assert "beyond its own work" in told[-1]
+    assert "process overhead" in told[-1]
     before = (tmp_path / "out/results.jsonl").read_bytes()
     told.clear()
     run_sweep(sweep(), tmp_path / "out", report=told.append)
-    assert told == ["2 of 2 rows are there already"]
+    assert told == ["2 of 2 rows are finished already"]
     assert (tmp_path / "out/results.jsonl").read_bytes() == before
     (tmp_path / "out/results.jsonl").write_bytes(before[:-20])  # cut in the middle of a line
     told.clear()
     found = run_sweep(sweep(), tmp_path / "out", launcher_options={"num_workers": 1}, report=told.append)
-    assert "ended in the middle of a line" in told[0]
+    assert "ends with an incomplete line" in told[0]
     assert found.missing == []
     assert len(ResultStore(tmp_path / "out").read_rows()) == 2
     found = run_sweep(
-        sweep(), tmp_path / "out", launcher_options={"num_workers": 1}, retry_states=("impossible",), report=told.append
+        sweep(),
+        tmp_path / "out",
+        launcher_options={"num_workers": 1},
+        retry_states=("incompatible",),
+        report=told.append,
     )
-    assert found.state_counts == {"done": 1, "impossible": 1}
+    assert found.state_counts == {"done": 1, "incompatible": 1}
 
 
 def test_what_is_missing_is_known_at_any_instant(sweep, tmp_path):
@@ -337,9 +350,10 @@ def test_a_folder_of_a_row_that_is_gone_is_made_again(tmp_path):
 
 
 def made(name, seed, score, speed, state="done"):
-    timing = {"median": 1 / speed, "low": 0.9 / speed, "high": 1.1 / speed, "repeats": 5}
+    timing = {"median": 1 / speed, "min": 0.9 / speed, "max": 1.1 / speed, "num_repeats": 5}
     stages = dict.fromkeys(("encode", "segment", "mix", "prefill", "decode"), timing)
-    point = {"regions": 1, "stages": stages, "whole": timing, "first_caption": timing, "regions_per_second": speed}
+    point = {"regions_per_image": 1, "stages": stages, "total": timing, "time_to_first_token": timing}
+    point["regions_per_second"] = speed
     scores = [
         {"name": "class/accuracy", "value": score, "ci_low": score - 0.02, "ci_high": score + 0.02, "control": None}
     ]
@@ -351,10 +365,13 @@ def made(name, seed, score, speed, state="done"):
     }
     row |= {"config": {"model": {"mixer": name}, "seed": seed}, "sweep": "s", "seconds": {}}
     if state == "done":
-        row |= {"scores": scores, "curve": [point, {**point, "regions": 8, "regions_per_second": 2 * speed}]}
         row |= {
-            "memory": {"planned": 2**30},
-            "parameters": {"whole": 10**6, "trainable": 10**5},
+            "scores": scores,
+            "throughput": [point, {**point, "regions_per_image": 8, "regions_per_second": 2 * speed}],
+        }
+        row |= {
+            "memory": {"estimated": 2**30},
+            "parameters": {"total": 10**6, "trainable": 10**5},
             "flops": {"encode": 1e9},
         }
     return row
@@ -408,7 +425,7 @@ def test_report_shows_hostile_text_as_text(rows):
     assert "[a](" not in told
     assert "http:" not in told
     assert "\x1b" not in page + told
-    assert all(line.startswith(("|", "-", "Regions a second", "Score: ", "")) for line in told.splitlines())
+    assert all(line.startswith(("|", "-", "Regions per second", "Score: ", "")) for line in told.splitlines())
     assert f'"\'{HOSTILE}"' in table
     number = rows[0]["scores"][0]["value"]
     assert f",{number}," in table
@@ -426,8 +443,8 @@ def test_report_has_a_column_per_axis_and_per_score(rows):
     heads, _, first, *_ = [line.strip("| ").split(" | ") for line in told.splitlines()]
     assert heads[:3] == ["mixer", "train.steps", "seeds"]
     assert heads[-2:] == ["words", "class/accuracy, wrong-region"]
-    assert [first[0], first[1], *first[-2:]] == ["slow(depth=2)", "20", "7", "0.100"]
-    assert "in every row: encoder tiny" in told
+    assert [first[0], first[1], *first[-2:]] == ["slow(depth=2)", "20", "7", "10.0"]
+    assert "all rows: encoder tiny" in told
     for cell in (*heads, *first):
         assert f">{cell}</" in report.render_sweep_page(rows, "sweep s")
     assert report.render_csv(rows).startswith('"key","label","mixer","train.steps","state"')
@@ -439,9 +456,9 @@ def test_diff_shows_the_digits_in_which_scores_differ(rows):
         for row, value in zip(rerun, values, strict=False):
             row["scores"][0]["value"] = value
     changed = diff_rows(rows, again).change_lines
-    assert changed[0] == "slow seed=0: class/accuracy 0.65432, then 0.65433"
-    assert changed[1] == "slow seed=1: class/accuracy 0.5, then 0.5000000000000002"
-    assert "mean 0.6149, then" not in diff_rows(rows, again).score_lines[0]
+    assert changed[0] == "slow seed=0: class/accuracy 65.432, then 65.433"
+    assert changed[1] == "slow seed=1: class/accuracy 50, then 50.00000000000002"
+    assert "mean 61.49, then" not in diff_rows(rows, again).score_lines[0]
 
 
 def test_diff_summarizes_every_score(rows):
@@ -453,20 +470,20 @@ def test_diff_summarizes_every_score(rows):
     del again[4]["scores"][1]
     found = diff_rows(rows, again)
     assert found.score_lines == (
-        "class/accuracy: 1 of 7 rows differ, mean 0.6614, then 0.6257",
-        "class/accuracy, wrong-region: 1 of 7 rows differ, mean 0.6883, then 0.6883; missing in 1 of them",
+        "class/accuracy: 1 of 7 rows differ, mean 66.14, then 62.57",
+        "class/accuracy, wrong-region: 1 of 7 rows differ, mean 68.83, then 68.83; missing in 1 of them",
     )
     assert found.change_lines == (
-        "fast seed=0: class/accuracy 0.5, then 0.25",
-        "fast seed=1: class/accuracy, wrong-region 0.5, then nothing",
+        "fast seed=0: class/accuracy 50, then 25",
+        "fast seed=1: class/accuracy, wrong-region 50, then none",
     )
     assert set(found.score_lines) <= set(found.format_lines())
 
 
 def test_a_second_run_is_held_against_the_first(rows):
     again = json.loads(json.dumps(rows))
-    for point in again[0]["curve"]:
-        point["whole"]["median"] *= 2
+    for point in again[0]["throughput"]:
+        point["total"]["median"] *= 2
     again[3]["scores"][0]["value"] = 0.25
     again[-1]["state"] = "done"
     found = diff_rows(rows, again[:-2] + again[-1:])

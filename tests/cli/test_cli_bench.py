@@ -21,10 +21,10 @@ mixer = ["roi-pool", "mask-tokens"]
 [evaluate]
 dataset = { name = "scenes", count = 2, size = 64 }
 metrics = ["class"]
-[measure]
-regions = [1, 2]
-words = 2
-repeats = 5
+[benchmark]
+regions_per_image = [1, 2]
+max_new_tokens = 2
+num_repeats = 5
 """
 
 
@@ -35,12 +35,12 @@ def sweep(here):
 
 
 def test_a_sweep_is_run_looked_at_reported_and_repeated(shell, sweep, here):
-    assert shell("bench", "status", sweep).out.startswith("2 rows: none made; 2 missing")
+    assert shell("bench", "status", sweep).out.startswith("2 rows: none finished; 2 missing")
     made = shell("bench", "run", sweep, "num_workers=1")
     assert made.status == 0, made.err
-    assert made.out.strip() == "2 rows: 1 done, 1 impossible; 0 missing"
+    assert made.out.strip() == "2 rows: 1 done, 1 incompatible; 0 missing"
     assert len(made.err) == 3
-    assert shell("bench", "run", sweep, "num_workers=1").err == ["sca: 2 of 2 rows are there already"]
+    assert shell("bench", "run", sweep, "num_workers=1").err == ["sca: 2 of 2 rows are finished already"]
     assert shell("bench", "report", "runs/bench/mine").status == 0
     for suffix in ("html", "md", "csv"):
         assert "mask-tokens" in (here / f"runs/bench/mine/report.{suffix}").read_text()
@@ -70,9 +70,9 @@ def test_one_row_is_made_by_the_command_that_is_given_with_it(shell, sweep, here
         (("run", "smoke", "--launcher", "locl"), "Did you mean 'local'?"),
         (("run", "smoke", "--retry-state", "broken"), "no state 'broken'"),
         (("run", "smoke", "--device", "gpu"), "device 'gpu' is not available"),
-        (("report", "nowhere"), "no results in nowhere: sca bench run SWEEP --out nowhere makes some"),
+        (("report", "nowhere"), "no results in nowhere; run sca bench run SWEEP --out nowhere"),
         (("row", "{"), "the configuration is not valid JSON"),
-        (("row", "{}"), "a row has no 'model'"),
+        (("row", "{}"), "the configuration has no 'model'"),
     ],
     ids=str,
 )
@@ -99,4 +99,4 @@ def test_the_ratios_to_the_published_procedure_are_printed(shell, refused):
     result = shell("bench", "published", "tiny", "--num-repeats", 1)
     assert result.status == 0, result.err
     assert "same captions: True" in result.out
-    assert "no part 'tinny'" in refused(2, "bench", "published", "tinny")
+    assert "unknown part 'tinny'" in refused(2, "bench", "published", "tinny")

@@ -66,10 +66,10 @@ mixer = "masked-pool"
 language_model = "tiny-gpt2"
 task_tokens = 2
 
-[measure]
-regions = [1]
-words = 2
-repeats = 2
+[benchmark]
+regions_per_image = [1]
+max_new_tokens = 2
+num_repeats = 2
 """
 
 
