@@ -31,7 +31,7 @@ from sca.io.text import escape_markdown
 from sca.output.formats import MultiFormatWriter
 from sca.output.html_page import encode_data_uri
 from sca.serve.scheduler import RequestScheduler
-from sca.serve.tickets import CandidateMasks, InferenceRequest, RequestDone, SchedulerError
+from sca.serve.inference_requests import CandidateMasks, InferenceRequest, RequestDone, SchedulerError
 
 MAX_LOADED_MODELS = 2  # models in memory, unless more are in use
 RESPONSE_TIMEOUT_SECONDS = 300.0  # per request

@@ -26,11 +26,11 @@ from starlette.requests import ClientDisconnect
 from sca.inference.automatic import SearchProgress
 from sca.io.errors import InputError
 from sca.serve.access_control import HostCheckMiddleware, KeyCheckMiddleware
-from sca.serve.chat import add_chat_routes
+from sca.serve.chat_completions import add_chat_routes
 from sca.serve.errors import ApiError, make_error_response, to_api_error
 from sca.serve.limits import ServerLimits
-from sca.serve.memory import BudgetError, release_memory
-from sca.serve.request_body import RequestLimitMiddleware
+from sca.serve.memory_budget import BudgetError, release_memory
+from sca.serve.limits_middleware import RequestLimitMiddleware
 from sca.serve.root_path import RootPathMiddleware
 from sca.serve.scheduler import SHORT_REQUEST_REGIONS, RequestScheduler
 from sca.serve.schema import CaptionRequest, CaptionResponse, HealthResponse, JsonCaptionRequest, add_body_schema
@@ -44,7 +44,7 @@ from sca.serve.service import (
     decode_base64,
     get_media_type,
 )
-from sca.serve.tickets import InferenceRequest, RegionsFound, RequestDone, RequestEvent, SchedulerError
+from sca.serve.inference_requests import InferenceRequest, RegionsFound, RequestDone, RequestEvent, SchedulerError
 
 TRIM_INTERVAL = 10.0  # seconds between releases of freed memory to the system
 KEEPALIVE_INTERVAL = 10.0  # seconds without an event before a stream sends a keepalive comment

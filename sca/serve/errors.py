@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from sca.io.errors import ImageMemoryError, InputError, TooLargeError
-from sca.serve.memory import BudgetError
-from sca.serve.tickets import (
+from sca.serve.memory_budget import BudgetError
+from sca.serve.inference_requests import (
     DeadlineExceededError,
     InsufficientMemoryError,
     QueueFullError,

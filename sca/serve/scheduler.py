@@ -29,9 +29,9 @@ from sca.inference.automatic import search_everything
 from sca.inference.batch import caption_requests
 from sca.inference.engine import EncodedImages, MaskEngine
 from sca.io.masks import mask_to_box
-from sca.serve.feature_store import FeatureStore
-from sca.serve.memory import is_out_of_memory, release_memory
-from sca.serve.tickets import (
+from sca.serve.feature_cache import FeatureStore
+from sca.serve.memory_budget import is_out_of_memory, release_memory
+from sca.serve.inference_requests import (
     CandidateMasks,
     DeadlineExceededError,
     InferenceRequest,

@@ -27,11 +27,11 @@ from sca.io.prompts import parse_prompt
 from sca.output.jsonl import caption_to_record
 from sca.serve.errors import ApiError
 from sca.serve.limits import MAX_BEAMS, MAX_CROP_LAYERS, MAX_NEW_TOKENS, MAX_POINTS_PER_SIDE, ServerLimits
-from sca.serve.memory import BudgetError, ByteBudget
+from sca.serve.memory_budget import BudgetError, ByteBudget
 from sca.serve.metrics import ServerMetrics
 from sca.serve.scheduler import RequestScheduler
 from sca.serve.schema import CaptionRequest, ErrorResponse, EverythingIn, PromptIn, RegionOut
-from sca.serve.tickets import (
+from sca.serve.inference_requests import (
     DeadlineExceededError,
     InferenceRequest,
     InsufficientMemoryError,

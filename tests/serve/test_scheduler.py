@@ -11,9 +11,9 @@ from sca_registry.spec import EverythingOptions
 import sca
 from sca.inference.automatic import SearchProgress, caption_everything
 from sca.serve import scheduler as module
-from sca.serve.feature_store import FeatureStore
+from sca.serve.feature_cache import FeatureStore
 from sca.serve.scheduler import RequestScheduler
-from sca.serve.tickets import (
+from sca.serve.inference_requests import (
     DeadlineExceededError,
     InferenceRequest,
     InsufficientMemoryError,

@@ -11,11 +11,11 @@ from sca_registry.contracts import Prompt
 
 from sca.captioners.region_captioner import RegionCaptioner
 from sca.cli import run_command
-from sca.serve.chat import IGNORED_FIELDS, NEUTRAL_VALUES
+from sca.serve.chat_completions import IGNORED_FIELDS, NEUTRAL_VALUES
 from sca.serve.limits import ServerLimits
 from sca.serve.root_path import check_root_path
 from sca.serve.scheduler import RequestScheduler
-from sca.serve.tickets import InferenceRequest, Ticket
+from sca.serve.inference_requests import InferenceRequest, Ticket
 
 ROOT = Path(__file__).resolve().parents[2]
 BOX = (10.0, 12.0, 60.0, 70.0)

@@ -15,7 +15,7 @@ from sca_registry.contracts import Prompt
 from sca.io import masks
 from sca.serve.limits import ServerLimits
 from sca.serve.scheduler import RequestScheduler
-from sca.serve.tickets import QueueFullError
+from sca.serve.inference_requests import QueueFullError
 
 BOX = [{"box": [0, 0, 9, 9]}]
 

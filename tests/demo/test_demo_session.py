@@ -32,7 +32,7 @@ from sca.inference.factory import captioner
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError
 from sca.io.prompts import MAX_POINTS
-from sca.serve.tickets import InferenceRequest, RequestDone, SchedulerClosedError
+from sca.serve.inference_requests import InferenceRequest, RequestDone, SchedulerClosedError
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.serve import service as module
 from sca.serve.limits import ServerLimits
-from sca.serve.memory import BudgetError, ByteBudget, is_out_of_memory
+from sca.serve.memory_budget import BudgetError, ByteBudget, is_out_of_memory
 from sca.serve.service import CaptionService
-from sca.serve.tickets import InferenceRequest, InsufficientMemoryError, RequestDone
+from sca.serve.inference_requests import InferenceRequest, InsufficientMemoryError, RequestDone
 
 MIB = 2**20
 

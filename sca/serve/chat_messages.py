@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from sca.io.errors import InputError
 from sca.serve.errors import ApiError
 from sca.serve.schema import PromptIn
-from sca.serve.text_region import find_region
+from sca.serve.region_parser import find_region
 
 MAX_TEXT = 2**20  # characters of messages that are searched for a region
 TEXT_PARTS = ("text", "input_text", "output_text")

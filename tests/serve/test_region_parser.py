@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sca.io.errors import InputError
-from sca.serve.text_region import find_region
+from sca.serve.region_parser import find_region
 
 BOX = (370.0, 434.0, 448.0, 512.0)
 BOXES = [

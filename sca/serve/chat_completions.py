@@ -1,7 +1,7 @@
 """Chat route compatible with the OpenAI API: caption one region of an image.
 
 See https://platform.openai.com/docs/api-reference/chat. The region is read from the fields `box`, `points` and `mask`
-(`extra_body` in the OpenAI client), else from the text of the user messages (see `sca.serve.text_region`). Without
+(`extra_body` in the OpenAI client), else from the text of the user messages (see `sca.serve.region_parser`). Without
 either, it is the entire image. Unsupported fields are rejected by name.
 """
 
@@ -20,7 +20,7 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 from sca_registry.contracts import Caption, Prompt
 
-from sca.serve.conversation import ChatMessage, check_message_parts, find_image_url, find_text_region, split_turns
+from sca.serve.chat_messages import ChatMessage, check_message_parts, find_image_url, find_text_region, split_turns
 from sca.serve.errors import ApiError
 from sca.serve.limits import MAX_BEAMS, MAX_NEW_TOKENS, MAX_SEED, MIN_SEED
 from sca.serve.schema import CaptionRequest, ErrorResponse, PromptIn, add_body_schema

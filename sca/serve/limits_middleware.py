@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from sca.serve.errors import ApiError, make_error_response
 from sca.serve.limits import ServerLimits
-from sca.serve.memory import ByteBudget, MemoryLease
+from sca.serve.memory_budget import ByteBudget, MemoryLease
 
 BODY_COPIES = 4  # memory per byte of a body while it is parsed: the body, the text in its JSON, the decoded file
 LINGER_SECONDS = 1.0  # time to discard the rest of a rejected body, so that the client reads the response
