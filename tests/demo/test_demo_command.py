@@ -1,20 +1,20 @@
-"""The demo starts with the options of its command."""
+"""Options of the command `sca demo`."""
 
 import pytest
 
-gradio = pytest.importorskip("gradio", reason="needs the extra demo")
+gradio = pytest.importorskip("gradio", reason="requires the extra demo")
 
 
-@pytest.mark.parametrize(("given", "expected"), [("/captions/", "/captions"), ("", None)])
-def test_demo_is_shown_below_its_root_path(monkeypatch, given, expected):
+@pytest.mark.parametrize(("root_path", "expected"), [("/captions/", "/captions"), ("", None)])
+def test_demo_command_passes_the_root_path_to_gradio(monkeypatch, root_path, expected):
     from sca.cli import run_command
 
-    started = {}
+    launch_options = {}
 
     def launch(_, **options):
-        started.update(options)
+        launch_options.update(options)
         raise ValueError("started")
 
     monkeypatch.setattr(gradio.Blocks, "launch", launch)
-    assert run_command(["demo", "--port", "0", *(["--root-path", given] if given else [])]) == 2
-    assert started["root_path"] == expected
+    assert run_command(["demo", "--port", "0", *(["--root-path", root_path] if root_path else [])]) == 2
+    assert launch_options["root_path"] == expected

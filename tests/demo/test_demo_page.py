@@ -1,11 +1,11 @@
-"""What a stranger's file is called is text on the page of the demo."""
+"""Escaping of file names on the demo page."""
 
 import pytest
 
-gradio = pytest.importorskip("gradio", reason="the demo is made by gradio")
+gradio = pytest.importorskip("gradio", reason="requires the extra demo")
 
 
-def test_status_and_errors_of_a_hostile_name_have_no_markup(tmp_path):
+def test_status_and_errors_escape_file_names(tmp_path):
     from PIL import Image
 
     from sca.demo import app
@@ -15,8 +15,8 @@ def test_status_and_errors_of_a_hostile_name_have_no_markup(tmp_path):
     _, _, status = app._start_session(str(tmp_path / name), name, 10_000)
     assert "<" not in status
     assert "[a](" not in status
-    (tmp_path / name).write_bytes(b"none")
-    with pytest.raises(gradio.Error) as caught:
+    (tmp_path / name).write_bytes(b"not an image")
+    with pytest.raises(gradio.Error) as raised:
         app._start_session(str(tmp_path / name), name, 10_000)
-    assert "<" not in caught.value.message
-    assert "&lt;img src=x" in caught.value.message
+    assert "<" not in raised.value.message
+    assert "&lt;img src=x" in raised.value.message

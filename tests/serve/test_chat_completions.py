@@ -1,4 +1,4 @@
-"""The chat route behaves as clients of the OpenAI API expect, and says so where it cannot."""
+"""Chat completions: compatibility with clients of the OpenAI API, and rejection of unsupported requests."""
 
 import base64
 import re
@@ -12,10 +12,10 @@ from sca_registry.contracts import Prompt
 from sca.captioners.region_captioner import RegionCaptioner
 from sca.cli import run_command
 from sca.serve.chat_completions import IGNORED_FIELDS, NEUTRAL_VALUES
+from sca.serve.inference_requests import InferenceRequest, QueueEntry
 from sca.serve.limits import ServerLimits
 from sca.serve.root_path import check_root_path
 from sca.serve.scheduler import RequestScheduler
-from sca.serve.inference_requests import InferenceRequest, Ticket
 
 ROOT = Path(__file__).resolve().parents[2]
 BOX = (10.0, 12.0, 60.0, 70.0)
@@ -23,69 +23,77 @@ TEXT_BOX = "box=10,12,60,70"
 
 
 @pytest.fixture
-def openai_client(served):
-    """A client of the package `openai`, of a server in this process."""
-    openai = pytest.importorskip("openai", reason="needs the package openai")
-    return openai.OpenAI(base_url=f"{served()}/v1", api_key="none", max_retries=0)
+def openai_client(start_server):
+    """Client of the package `openai` for a server in this process."""
+    openai = pytest.importorskip("openai", reason="requires the package openai")
+    return openai.OpenAI(base_url=f"{start_server()}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="session")
-def url(png):
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def image_url(png_bytes):
+    return f"data:image/png;base64,{base64.b64encode(png_bytes).decode()}"
 
 
 @pytest.fixture(scope="session")
-def user(url):
-    """`user(text)`: a message with the image of the scene and a text."""
+def make_message(image_url):
+    """Function that returns a user message with the image of the scene and a text."""
 
     def make(text=TEXT_BOX, **image):
-        parts = [{"type": "image_url", "image_url": {"url": url}, **image}, {"type": "text", "text": text}]
+        parts = [{"type": "image_url", "image_url": {"url": image_url}, **image}, {"type": "text", "text": text}]
         return {"role": "user", "content": parts}
 
     return make
 
 
 @pytest.fixture
-def ask(client):
-    """`ask(messages, field=value, ...)`: the response to a request of the chat route."""
-    same = client()
-    return lambda messages, **fields: same.post("/v1/chat/completions", json={"messages": messages, **fields})
+def send_chat(make_client):
+    """Function that sends messages and other fields to the chat route and returns the response."""
+    client = make_client()
+    return lambda messages, **fields: client.post("/v1/chat/completions", json={"messages": messages, **fields})
 
 
-def box_of(response):
+def get_box(response):
     assert response.status_code == 200, response.text
     return tuple(response.json()["region"]["box"])
 
 
-def message_of(response):
+def get_error_message(response):
     assert response.status_code == 422, response.text
     return response.json()["error"]["message"]
 
 
-# --- errors
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("fields", "status", "code", "param", "message"),
     [
-        ({"model": "gpt-4o"}, 404, "model_not_found", "model", "no model 'gpt-4o' here: there is 'sca-tiny'"),
+        (
+            {"model": "gpt-4o"},
+            404,
+            "model_not_found",
+            "model",
+            "unknown model 'gpt-4o'; this server provides 'sca-tiny'",
+        ),
         ({"n": 100}, 422, "invalid_value", "n", "less than or equal to 16"),
-        ({"logprobs": True}, 422, "unsupported_parameter", "logprobs", "'logprobs' is not supported; leave it out"),
+        ({"logprobs": True}, 422, "unsupported_parameter", "logprobs", "'logprobs' is not supported; remove it"),
         (
             {"messages": [{"role": "user", "content": "hi"}]},
             422,
             "invalid_value",
             "messages",
-            "no message has an image",
+            "no message contains an image",
         ),
         ({"messages": []}, 422, "invalid_value", "messages", "at least 1 item"),
     ],
 )
-def test_openai_client_shows_the_reason_of_an_error(openai_client, user, fields, status, code, param, message):
+def test_openai_client_raises_the_error_of_the_server(
+    openai_client, make_message, fields, status, code, param, message
+):
     import openai
 
     with pytest.raises(openai.APIStatusError) as raised:
-        openai_client.chat.completions.create(**{"model": "sca-tiny", "messages": [user()], **fields})
+        openai_client.chat.completions.create(**{"model": "sca-tiny", "messages": [make_message()], **fields})
     error = raised.value
     assert (error.status_code, error.code, error.param) == (status, code, param)
     assert error.type == "invalid_request_error"
@@ -93,7 +101,7 @@ def test_openai_client_shows_the_reason_of_an_error(openai_client, user, fields,
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "sent", "status"),
+    ("method", "path", "options", "status"),
     [
         ("GET", "/v1/nothing", {}, 404),
         ("GET", "/v1/models/other", {}, 404),
@@ -108,10 +116,10 @@ def test_openai_client_shows_the_reason_of_an_error(openai_client, user, fields,
         ("POST", "/v1/chat/completions", {"headers": {"Authorization": "Bearer wrong"}}, 401),
     ],
 )
-def test_every_error_of_the_api_is_an_error_object(client, method, path, sent, status):
-    headers = {"Authorization": "Bearer right", **sent.get("headers", {})}
-    response = client(ServerLimits(max_body_bytes=9_000), keys=["right"]).request(
-        method, path, **{**sent, "headers": headers}
+def test_client_errors_have_the_openai_error_format(make_client, method, path, options, status):
+    headers = {"Authorization": "Bearer right", **options.get("headers", {})}
+    response = make_client(ServerLimits(max_body_bytes=9_000), api_keys=["right"]).request(
+        method, path, **{**options, "headers": headers}
     )
     assert response.status_code == status
     assert response.json().keys() == {"error"}
@@ -123,119 +131,128 @@ def test_every_error_of_the_api_is_an_error_object(client, method, path, sent, s
     assert error["code"]
 
 
-def test_an_error_of_the_server_is_an_error_object(client, user, tiny, monkeypatch):
-    same = client()
-    monkeypatch.setattr(tiny, "caption_batch", lambda *_, **__: 1 / 0)
-    response = same.post("/v1/chat/completions", json={"messages": [user()]})
+def test_server_errors_have_the_openai_error_format(make_client, make_message, captioner, monkeypatch):
+    client = make_client()
+    monkeypatch.setattr(captioner, "caption_batch", lambda *_, **__: 1 / 0)
+    response = client.post("/v1/chat/completions", json={"messages": [make_message()]})
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"
-    same.app.state.scheduler.drain(0)
-    response = same.post("/v1/chat/completions", json={"messages": [user()]})
+    client.app.state.scheduler.drain(0)
+    response = client.post("/v1/chat/completions", json={"messages": [make_message()]})
     assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
 
 
-# --- generation
+# --- generation ------------------------------------------------------------------------------------------------------
 
 
-def test_openai_client_gets_a_caption_with_its_usage(openai_client, user, tiny, scene):
-    (expected,) = tiny.caption(scene.image, [Prompt(box=BOX)])
-    told = openai_client.chat.completions.create(model="sca-tiny", messages=[user()])
-    (choice,) = told.choices
+def test_openai_client_receives_caption_and_usage(openai_client, make_message, captioner, scene):
+    (expected,) = captioner.caption(scene.image, [Prompt(box=BOX)])
+    completion = openai_client.chat.completions.create(model="sca-tiny", messages=[make_message()])
+    (choice,) = completion.choices
     assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", expected.text, "stop")
-    tokens = len(tiny.model.language_model.tokenizer.encode(expected.text))
-    assert told.usage.completion_tokens == tokens
-    assert told.usage.prompt_tokens == expected.usage.prompt_tokens > 0
-    assert told.usage.total_tokens == told.usage.prompt_tokens + tokens
-    assert told.region["box"] == list(BOX)
+    tokens = len(captioner.model.language_model.tokenizer.encode(expected.text))
+    assert completion.usage.completion_tokens == tokens
+    assert completion.usage.prompt_tokens == expected.usage.prompt_tokens > 0
+    assert completion.usage.total_tokens == completion.usage.prompt_tokens + tokens
+    assert completion.region["box"] == list(BOX)
     assert [each.id for each in openai_client.models.list()] == ["sca-tiny"]
     assert openai_client.models.retrieve("sca-tiny").id == "sca-tiny"
 
 
-def test_openai_client_sees_that_a_caption_was_cut(openai_client, user):
+def test_openai_client_receives_finish_reason_length_for_truncated_caption(openai_client, make_message):
     create = openai_client.chat.completions.create
-    cut = create(model="sca-tiny", messages=[user()], max_tokens=2)
-    assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 2)
-    whole = create(model="sca-tiny", messages=[user()], max_completion_tokens=64)
-    assert whole.choices[0].finish_reason == "stop"
-    assert whole.choices[0].message.content.startswith(cut.choices[0].message.content)
-    streamed = list(create(model="sca-tiny", messages=[user()], max_tokens=2, n=2, stream=True))
-    ends = {chunk.choices[0].index: chunk.choices[0].finish_reason for chunk in streamed}
-    assert ends == {0: "length", 1: "length"}
+    truncated = create(model="sca-tiny", messages=[make_message()], max_tokens=2)
+    assert (truncated.choices[0].finish_reason, truncated.usage.completion_tokens) == ("length", 2)
+    completion = create(model="sca-tiny", messages=[make_message()], max_completion_tokens=64)
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.choices[0].message.content.startswith(truncated.choices[0].message.content)
+    chunks = list(create(model="sca-tiny", messages=[make_message()], max_tokens=2, n=2, stream=True))
+    finish_reasons = {chunk.choices[0].index: chunk.choices[0].finish_reason for chunk in chunks}
+    assert finish_reasons == {0: "length", 1: "length"}
 
 
-def test_openai_client_gets_usage_at_the_end_of_a_stream(openai_client, user):
+def test_openai_client_receives_usage_in_last_chunk(openai_client, make_message):
     create = openai_client.chat.completions.create
-    whole = create(model="sca-tiny", messages=[user()])
-    chunks = list(create(model="sca-tiny", messages=[user()], stream=True, stream_options={"include_usage": True}))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole.choices[0].message.content
-    assert all(chunk.usage is None and chunk.choices for chunk in chunks[:-1])
-    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
-    plain = list(create(model="sca-tiny", messages=[user()], stream=True))
-    assert all(chunk.usage is None and chunk.choices for chunk in plain)
-
-
-def test_stream_options_without_a_stream_are_refused(ask, user):
-    assert "stream=true" in message_of(ask([user()], stream_options={"include_usage": True}))
-
-
-def test_a_seed_gives_the_same_captions_whatever_else_is_asked(ask, user):
-    def captions(**fields):
-        told = ask([user()], temperature=2, **fields).json()["choices"]
-        return [choice["message"]["content"] for choice in told]
-
-    first = captions(seed=7, n=3)
-    captions()  # draws without a seed
-    assert captions(seed=7, n=3) == first
-    assert len({captions(seed=seed)[0] for seed in range(6)}) > 1
-    assert len({captions(seed=-(2**63))[0], captions(seed=-(2**63))[0]}) == 1
-    assert len({captions()[0] for _ in range(6)}) > 1
-
-
-def test_a_small_top_p_leaves_the_likeliest_tokens(ask, user):
-    likeliest = ask([user()]).json()["choices"][0]["message"]["content"]
-    for fields in ({"temperature": 2, "top_p": 1e-6}, {"top_p": 0}, {"top_p": 1}, {"temperature": 0, "top_p": 0.9}):
-        assert ask([user()], **fields).json()["choices"][0]["message"]["content"] == likeliest
-    drawn = {ask([user()], top_p=0.99, seed=seed).json()["choices"][0]["message"]["content"] for seed in range(8)}
-    assert len(drawn) > 1, "top_p alone draws with temperature 1"
-
-
-def test_stop_ends_a_caption_before_its_text(ask, user):
-    whole = ask([user()]).json()["choices"][0]["message"]["content"]
-    first, second = whole.split()[1:3]
-    for stop, end in ((second, second), (["never there", second], second), ([second, first], first)):
-        (choice,) = ask([user()], stop=stop).json()["choices"]
-        assert choice["message"]["content"] == whole[: whole.index(end)]
-        assert choice["finish_reason"] == "stop"
-    assert ask([user()], stop=[]).json()["choices"][0]["message"]["content"] == whole
-
-
-def test_n_gives_as_many_choices(ask, user):
-    for fields in ({"n": 3}, {"n": 3, "temperature": 1, "seed": 1}):
-        told = ask([user()], **fields).json()
-        assert [choice["index"] for choice in told["choices"]] == [0, 1, 2]
-        assert told["usage"]["completion_tokens"] > 3
-
-
-def test_n_is_1_whatever_the_checkpoint_has_as_default(ask, user, tiny, monkeypatch):
-    monkeypatch.setattr(
-        tiny.model, "spec", tiny.model.spec.apply_overrides(["generation={num_beams=3, num_captions=3}"])
+    completion = create(model="sca-tiny", messages=[make_message()])
+    chunks = list(
+        create(model="sca-tiny", messages=[make_message()], stream=True, stream_options={"include_usage": True})
     )
-    told = ask([user()]).json()
-    assert len(told["choices"]) == 1
-    assert told["usage"]["completion_tokens"] < 20
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == completion.choices[0].message.content
+    )
+    assert all(chunk.usage is None and chunk.choices for chunk in chunks[:-1])
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], completion.usage)
+    plain_chunks = list(create(model="sca-tiny", messages=[make_message()], stream=True))
+    assert all(chunk.usage is None and chunk.choices for chunk in plain_chunks)
 
 
-def test_captions_of_a_region_count_in_what_a_turn_may_cost(scheduler, scene):
-    def cost(**generation):
+def test_chat_route_rejects_stream_options_without_stream(send_chat, make_message):
+    assert "stream=true" in get_error_message(send_chat([make_message()], stream_options={"include_usage": True}))
+
+
+def test_seed_makes_sampled_captions_reproducible(send_chat, make_message):
+    def sample_captions(**fields):
+        choices = send_chat([make_message()], temperature=2, **fields).json()["choices"]
+        return [choice["message"]["content"] for choice in choices]
+
+    first_captions = sample_captions(seed=7, n=3)
+    sample_captions()  # samples without a seed in between
+    assert sample_captions(seed=7, n=3) == first_captions
+    assert len({sample_captions(seed=seed)[0] for seed in range(6)}) > 1
+    assert len({sample_captions(seed=-(2**63))[0], sample_captions(seed=-(2**63))[0]}) == 1
+    assert len({sample_captions()[0] for _ in range(6)}) > 1
+
+
+def test_small_top_p_selects_the_likeliest_tokens(send_chat, make_message):
+    greedy_caption = send_chat([make_message()]).json()["choices"][0]["message"]["content"]
+    for fields in ({"temperature": 2, "top_p": 1e-6}, {"top_p": 0}, {"top_p": 1}, {"temperature": 0, "top_p": 0.9}):
+        assert send_chat([make_message()], **fields).json()["choices"][0]["message"]["content"] == greedy_caption
+    sampled_captions = {
+        send_chat([make_message()], top_p=0.99, seed=seed).json()["choices"][0]["message"]["content"]
+        for seed in range(8)
+    }
+    assert len(sampled_captions) > 1, "top_p without temperature samples with temperature 1"
+
+
+def test_stop_truncates_caption_before_the_stop_sequence(send_chat, make_message):
+    full_caption = send_chat([make_message()]).json()["choices"][0]["message"]["content"]
+    first, second = full_caption.split()[1:3]
+    for stop, end in ((second, second), (["never there", second], second), ([second, first], first)):
+        (choice,) = send_chat([make_message()], stop=stop).json()["choices"]
+        assert choice["message"]["content"] == full_caption[: full_caption.index(end)]
+        assert choice["finish_reason"] == "stop"
+    assert send_chat([make_message()], stop=[]).json()["choices"][0]["message"]["content"] == full_caption
+
+
+def test_n_sets_the_number_of_choices(send_chat, make_message):
+    for fields in ({"n": 3}, {"n": 3, "temperature": 1, "seed": 1}):
+        body = send_chat([make_message()], **fields).json()
+        assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+        assert body["usage"]["completion_tokens"] > 3
+
+
+def test_n_defaults_to_1_for_any_checkpoint(send_chat, make_message, captioner, monkeypatch):
+    monkeypatch.setattr(
+        captioner.model, "spec", captioner.model.spec.apply_overrides(["generation={num_beams=3, num_captions=3}"])
+    )
+    body = send_chat([make_message()]).json()
+    assert len(body["choices"]) == 1
+    assert body["usage"]["completion_tokens"] < 20
+
+
+def test_scheduler_cost_grows_with_number_of_captions(scheduler, scene):
+    def estimate_cost(**generation):
         prompt = Prompt(box=BOX)
-        ticket = Ticket(
+        entry = QueueEntry(
             InferenceRequest(scene.image, [prompt], generation=generation, return_masks=False), lambda _: None
         )
-        return RequestScheduler._make_cost_function(scheduler, ticket)(prompt)
+        return RequestScheduler._make_cost_function(scheduler, entry)(prompt)
 
-    assert cost(do_sample=True, num_captions=16) == 16 * cost(do_sample=True)
-    assert cost(num_beams=16, num_captions=16) == 16 * cost()
-    assert cost(do_sample=True, seed=1) == scheduler.max_regions_per_turn, "seeded regions are captioned one at a time"
+    assert estimate_cost(do_sample=True, num_captions=16) == 16 * estimate_cost(do_sample=True)
+    assert estimate_cost(num_beams=16, num_captions=16) == 16 * estimate_cost()
+    assert estimate_cost(do_sample=True, seed=1) == scheduler.max_regions_per_turn, (
+        "seeded regions are captioned one at a time"
+    )
 
 
 @pytest.mark.parametrize(
@@ -257,21 +274,21 @@ def test_captions_of_a_region_count_in_what_a_turn_may_cost(scheduler, scene):
         {"max_tokens": 0},
     ],
 )
-def test_fields_of_a_chat_have_limits(ask, user, fields):
+def test_chat_route_rejects_out_of_range_values(send_chat, make_message, fields):
     (name,) = fields
-    assert name in message_of(ask([user()], **fields))
+    assert name in get_error_message(send_chat([make_message()], **fields))
 
 
-def test_the_client_example_of_the_readme_runs(served, monkeypatch, capsys):
-    pytest.importorskip("openai", reason="needs the package openai")
+def test_openai_example_of_readme_runs(start_server, monkeypatch, capsys):
+    pytest.importorskip("openai", reason="requires the package openai")
     monkeypatch.chdir(ROOT)
     (example,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
     assert "http://127.0.0.1:8000/v1" in example
-    exec(example.replace("http://127.0.0.1:8000", served()), {})
+    exec(example.replace("http://127.0.0.1:8000", start_server()), {})
     assert capsys.readouterr().out.endswith("[370.0, 434.0, 448.0, 512.0]\n")
 
 
-# --- fields that cannot be honored
+# --- unsupported fields ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -296,40 +313,46 @@ def test_the_client_example_of_the_readme_runs(served, monkeypatch, capsys):
         ("bbox", [1, 2, 3, 4]),
     ],
 )
-def test_a_field_that_cannot_be_honored_is_refused_by_its_name(ask, user, name, value):
-    response = ask([user()], **{name: value})
-    assert message_of(response) == f"the field {name!r} is not supported; leave it out"
+def test_chat_route_rejects_unsupported_field_by_name(send_chat, make_message, name, value):
+    response = send_chat([make_message()], **{name: value})
+    assert get_error_message(response) == f"the field {name!r} is not supported; remove it"
     assert response.json()["error"]["param"] == name
 
 
 @pytest.mark.parametrize(("name", "value"), [("n", 2), ("temperature", 0.5), ("top_p", 0.5)])
-def test_a_field_that_a_captioner_does_not_take_is_refused_by_its_name(ask, user, tiny, monkeypatch, name, value):
-    monkeypatch.setattr(type(tiny), "generation_options", RegionCaptioner.generation_options, raising=False)
+def test_chat_route_rejects_field_unsupported_by_captioner(
+    send_chat, make_message, captioner, monkeypatch, name, value
+):
+    monkeypatch.setattr(type(captioner), "generation_options", RegionCaptioner.generation_options, raising=False)
     accepted = {"n": 1, "seed": 1, "max_tokens": 5, **({"temperature": 0} if name != "top_p" else {})}
-    assert ask([user()], **accepted).status_code == 200
-    assert f"{name!r} is not supported by this model" in message_of(ask([user()], **{**accepted, name: value}))
+    assert send_chat([make_message()], **accepted).status_code == 200
+    assert f"{name!r} is not supported by this model" in get_error_message(
+        send_chat([make_message()], **{**accepted, name: value})
+    )
 
 
-def test_fields_that_ask_for_nothing_are_accepted(ask, user):
-    neutral = {name: values[0] for name, values in NEUTRAL_VALUES.items()}
-    assert ask([user()], **neutral).status_code == 200
+def test_chat_route_accepts_neutral_values_and_ignored_fields(send_chat, make_message):
+    neutral_fields = {name: values[0] for name, values in NEUTRAL_VALUES.items()}
+    assert send_chat([make_message()], **neutral_fields).status_code == 200
     assert (
-        ask([user()], **dict.fromkeys((*NEUTRAL_VALUES, "n", "stop", "seed", "top_p", "stream", "unknown"))).status_code
+        send_chat(
+            [make_message()], **dict.fromkeys((*NEUTRAL_VALUES, "n", "stop", "seed", "top_p", "stream", "unknown"))
+        ).status_code
         == 200
     )
-    assert ask([user()], **dict.fromkeys(IGNORED_FIELDS, "x")).status_code == 200
+    assert send_chat([make_message()], **dict.fromkeys(IGNORED_FIELDS, "x")).status_code == 200
 
 
-# --- messages
+# --- messages --------------------------------------------------------------------------------------------------------
 
-CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 HISTORIES = {
     "tool call": [
-        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]},
         {"role": "tool", "tool_call_id": "1", "content": "ok"},
     ],
     "without content": [
-        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [TOOL_CALL]},
         {"role": "tool", "content": [], "tool_call_id": "1"},
     ],
     "function": [
@@ -349,56 +372,81 @@ HISTORIES = {
 
 
 @pytest.mark.parametrize("name", HISTORIES)
-def test_a_history_is_accepted_in_any_shape(ask, user, name):
-    assert box_of(ask([*HISTORIES[name], user()])) == BOX
+def test_chat_route_accepts_history_of_any_content(send_chat, make_message, name):
+    assert get_box(send_chat([*HISTORIES[name], make_message()])) == BOX
 
 
 @pytest.mark.parametrize("name", ["tool call", "without content", "function"])
-def test_a_region_holds_while_tools_are_called(ask, user, name):
-    assert box_of(ask([user(), *HISTORIES[name]])) == BOX
+def test_region_persists_across_tool_calls(send_chat, make_message, name):
+    assert get_box(send_chat([make_message(), *HISTORIES[name]])) == BOX
 
 
-def test_a_region_holds_for_further_questions_on_its_image(ask, user, url, scene):
-    answer = {"role": "assistant", "content": "a circle"}
-    coordinates = {"role": "assistant", "content": "a circle, box=1,1,5,5"}
-    more = {"role": "user", "content": "Are you sure?"}
-    other = {"role": "user", "content": "And at box=1,2,30,40?"}
-    whole = (0, 0, *scene.image.size)
-    assert box_of(ask([user(), coordinates, more])) == BOX
-    assert box_of(ask([user(), answer, other])) == (1, 2, 30, 40)
-    assert box_of(ask([user(), answer, other, answer, more])) == (1, 2, 30, 40)
-    assert box_of(ask([user("What is this?"), answer, more])) == whole
-    assert box_of(ask([user(), answer, user("And this?")])) == BOX, "the same image again"
-    assert box_of(ask([user(), answer, user("And this?", image_url=f"{url}=")])) == whole, "another image"
-    assert box_of(ask([user("And this?", image_url=f"{url}="), answer, user(), answer, user("And this?")])) == BOX
-    assert box_of(ask([{"role": "user", "content": TEXT_BOX}, user("Here it is")])) == BOX
-    assert box_of(ask([{"role": "user", "content": TEXT_BOX}, answer, user("Here it is")])) == BOX
+def test_region_persists_in_later_turns_about_its_image(send_chat, make_message, image_url, scene):
+    reply = {"role": "assistant", "content": "a circle"}
+    reply_with_box = {"role": "assistant", "content": "a circle, box=1,1,5,5"}
+    question = {"role": "user", "content": "Are you sure?"}
+    box_question = {"role": "user", "content": "And at box=1,2,30,40?"}
+    full_image_box = (0, 0, *scene.image.size)
+    assert get_box(send_chat([make_message(), reply_with_box, question])) == BOX
+    assert get_box(send_chat([make_message(), reply, box_question])) == (1, 2, 30, 40)
+    assert get_box(send_chat([make_message(), reply, box_question, reply, question])) == (1, 2, 30, 40)
+    assert get_box(send_chat([make_message("What is this?"), reply, question])) == full_image_box
+    assert get_box(send_chat([make_message(), reply, make_message("And this?")])) == BOX, "the same image again"
+    assert (
+        get_box(send_chat([make_message(), reply, make_message("And this?", image_url=f"{image_url}=")]))
+        == full_image_box
+    ), "another image"
+    assert (
+        get_box(
+            send_chat(
+                [
+                    make_message("And this?", image_url=f"{image_url}="),
+                    reply,
+                    make_message(),
+                    reply,
+                    make_message("And this?"),
+                ]
+            )
+        )
+        == BOX
+    )
+    assert get_box(send_chat([{"role": "user", "content": TEXT_BOX}, make_message("Here it is")])) == BOX
+    assert get_box(send_chat([{"role": "user", "content": TEXT_BOX}, reply, make_message("Here it is")])) == BOX
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "assistant", "tool", "function"])
-def test_coordinates_in_a_message_of_another_role_are_not_overlooked(ask, user, role):
+def test_chat_route_rejects_coordinates_in_messages_of_other_roles_only(send_chat, make_message, role):
     message = {"role": role, "content": '{"bbox_2d": [10, 12, 60, 70]}'}
-    assert f"role {role!r} has coordinates" in message_of(ask([user("What is this?"), message]))
-    assert box_of(ask([message, user()])) == BOX
-    assert box_of(ask([message, user("What is this?")], box=[1, 2, 30, 40])) == (1, 2, 30, 40)
+    assert f"role {role!r} contains coordinates" in get_error_message(
+        send_chat([make_message("What is this?"), message])
+    )
+    assert get_box(send_chat([message, make_message()])) == BOX
+    assert get_box(send_chat([message, make_message("What is this?")], box=[1, 2, 30, 40])) == (1, 2, 30, 40)
 
 
-def test_several_regions_or_images_for_one_answer_are_refused(ask, user, url):
-    assert "more than one box" in message_of(ask([user(f"{TEXT_BOX} or [1,2,30,40]")]))
-    assert "more than one box" in message_of(ask([user(), {"role": "user", "content": "box=1,2,30,40"}]))
-    other = {"type": "image_url", "image_url": {"url": f"{url}="}}
-    two = {"role": "user", "content": [other, *user()["content"]]}
-    assert "2 images" in message_of(ask([two]))
-    same = {"role": "user", "content": [user()["content"][0], *user()["content"]]}
-    assert box_of(ask([same])) == BOX
+def test_chat_route_rejects_several_regions_or_images_per_turn(send_chat, make_message, image_url):
+    assert "more than one box" in get_error_message(send_chat([make_message(f"{TEXT_BOX} or [1,2,30,40]")]))
+    assert "more than one box" in get_error_message(
+        send_chat([make_message(), {"role": "user", "content": "box=1,2,30,40"}])
+    )
+    other_image = {"type": "image_url", "image_url": {"url": f"{image_url}="}}
+    two_images = {"role": "user", "content": [other_image, *make_message()["content"]]}
+    assert "2 images" in get_error_message(send_chat([two_images]))
+    repeated_image = {"role": "user", "content": [make_message()["content"][0], *make_message()["content"]]}
+    assert get_box(send_chat([repeated_image])) == BOX
 
 
-def test_parts_and_fields_that_are_not_read_are_refused(ask, user):
-    audio = {"role": "user", "content": [*user()["content"], {"type": "input_audio", "input_audio": {"data": ""}}]}
-    assert "'input_audio' cannot be answered" in message_of(ask([audio]))
-    for message in ({**user("What?"), "bbox": [1, 2, 3, 4]}, user("What?", region=[1, 2, 3, 4])):
-        assert "is not read; give box, points or mask" in message_of(ask([message]))
-    assert box_of(ask([user(cache_control={"type": "ephemeral"}, detail="low", crop=None)])) == BOX
+def test_chat_route_rejects_unsupported_parts_and_fields(send_chat, make_message):
+    audio = {
+        "role": "user",
+        "content": [*make_message()["content"], {"type": "input_audio", "input_audio": {"data": ""}}],
+    }
+    assert "'input_audio' is not supported" in get_error_message(send_chat([audio]))
+    for message in ({**make_message("What?"), "bbox": [1, 2, 3, 4]}, make_message("What?", region=[1, 2, 3, 4])):
+        assert "is not supported; send the region in the field box, points or mask" in get_error_message(
+            send_chat([message])
+        )
+    assert get_box(send_chat([make_message(cache_control={"type": "ephemeral"}, detail="low", crop=None)])) == BOX
 
 
 @pytest.mark.parametrize(
@@ -408,110 +456,113 @@ def test_parts_and_fields_that_are_not_read_are_refused(ask, user):
         *("keypoints", "bbox-2d", "segmentation"),
     ],
 )
-def test_a_region_in_an_unknown_field_is_refused(ask, user, name):
-    message = user("What is this?")
+def test_chat_route_rejects_region_in_unknown_field(send_chat, make_message, name):
+    message = make_message("What is this?")
     message["content"][1][name] = [1, 2, 3, 4]
-    assert f"the field {name!r} of a message is not read" in message_of(ask([message]))
+    assert f"the field {name!r} of a message is not supported" in get_error_message(send_chat([message]))
 
 
-def test_a_long_history_without_coordinates_is_accepted(ask, user, scene):
-    text = "Please describe what the picture shows. " * 100
-    messages = [user("What is this?"), *[{"role": "user", "content": text}] * 17]
-    assert box_of(ask(messages)) == (0, 0, *scene.image.size)
-    assert "1,048,576 are allowed" in ask([user("x" * (2**20 + 1))]).json()["error"]["message"]
+def test_chat_route_accepts_long_history_without_coordinates(send_chat, make_message, scene):
+    text = "Please describe what the image shows. " * 100
+    messages = [make_message("What is this?"), *[{"role": "user", "content": text}] * 17]
+    assert get_box(send_chat(messages)) == (0, 0, *scene.image.size)
+    assert (
+        "at most 1,048,576 are searched for a region"
+        in send_chat([make_message("x" * (2**20 + 1))]).json()["error"]["message"]
+    )
 
 
-def _with_content(*parts):
+def make_fields(*parts):
     return {"messages": [{"role": "user", "content": list(parts)}]}
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "start"),
+    ("fields", "param", "message"),
     [
         ({"stop": ""}, "stop", "stop: String should have at least 1 character"),
         ({"stop": [""]}, "stop.0", "stop.0: String should have at least 1 character"),
         ({"stop": ["a"] * 5}, "stop", "stop: List should have at most 4 items"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "messages.0.content: Input should be"),
         (
-            _with_content({"type": "image_url", "image_url": {}}),
+            make_fields({"type": "image_url", "image_url": {}}),
             "messages.0.content.0.image_url.url",
             "messages.0.content.0.image_url.url: Field required",
         ),
         (
-            _with_content({"type": "image_url", "image_url": 5}),
+            make_fields({"type": "image_url", "image_url": 5}),
             "messages.0.content.0.image_url",
             "messages.0.content.0.image_url: Input should be",
         ),
         (
-            _with_content({"type": "text", "text": 5}),
+            make_fields({"type": "text", "text": 5}),
             "messages.0.content.0.text",
             "messages.0.content.0.text: Input should be a valid string",
         ),
-        (_with_content({"type": "image_url", "image_url": "http://a.b"}), "messages", "image_url: pictures are not"),
-        (_with_content({"type": "image_url", "image_url": "a=b"}), "messages", "image_url: not base64"),
+        (make_fields({"type": "image_url", "image_url": "http://a.b"}), "messages", "image_url: image URLs are not"),
+        (make_fields({"type": "image_url", "image_url": "a=b"}), "messages", "image_url: the text is not base64"),
         ({"points": [[5000, 1]]}, None, "the region: the point 5000,1,1 is outside"),
         ({"box": [1, 2, 3]}, None, "the region, 'box': a box is 4 numbers"),
     ],
 )
-def test_an_error_names_the_field_that_was_sent(ask, user, fields, param, start):
-    response = ask(**{"messages": [user()], **fields})
-    assert message_of(response).startswith(start)
+def test_error_names_the_invalid_field(send_chat, make_message, fields, param, message):
+    response = send_chat(**{"messages": [make_message()], **fields})
+    assert get_error_message(response).startswith(message)
     assert response.json()["error"]["param"] == param
-    assert not re.search(r"ImageUrl|Part\b|constrained|union|prompts", message_of(response))
+    assert not re.search(r"ImageUrl|Part\b|constrained|union|prompts", get_error_message(response))
 
 
-def test_an_image_is_read_as_clients_send_it(ask, png, url):
-    data = base64.b64encode(png).decode()
-    lines = base64.encodebytes(png).decode()
-    web = base64.urlsafe_b64encode(png).decode()
-    spellings = {
-        "string": url,
-        "object": {"url": url, "detail": "high"},
+def test_chat_route_accepts_image_encodings_of_clients(send_chat, png_bytes, image_url):
+    data = base64.b64encode(png_bytes).decode()
+    base64_lines = base64.encodebytes(png_bytes).decode()
+    urlsafe_data = base64.urlsafe_b64encode(png_bytes).decode()
+    encodings = {
+        "string": image_url,
+        "object": {"url": image_url, "detail": "high"},
         "bare": data,
-        "line breaks": f"data:image/png;base64,{lines}",
-        "windows line breaks": lines.replace("\n", "\r\n"),
+        "line breaks": f"data:image/png;base64,{base64_lines}",
+        "windows line breaks": base64_lines.replace("\n", "\r\n"),
         "no padding": f"data:image/png;base64,{data.rstrip('=')}",
         "more padding": f"{data}==",
-        "url-safe": f"data:image/png;base64,{web}",
-        "url-safe without padding": web.rstrip("="),
+        "url-safe": f"data:image/png;base64,{urlsafe_data}",
+        "url-safe without padding": urlsafe_data.rstrip("="),
         "case": f"DATA:Image/PNG;BASE64,{data}",
         "parameters": f"data:image/png;charset=utf-8;base64,{data}",
         "no type": f"data:;base64,{data}",
         "space": f" data:image/png;base64, {data} ",
         "percent": f"data:image/png;base64,{data.replace('+', '%2B').replace('/', '%2f').replace('=', '%3D')}",
     }
-    for name, image in spellings.items():
+    for name, image in encodings.items():
         content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": TEXT_BOX}]
-        response = ask([{"role": "user", "content": content}])
+        response = send_chat([{"role": "user", "content": content}])
         assert response.status_code == 200, (name, response.text)
-        assert box_of(response) == BOX
-    content = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": TEXT_BOX}]
-    assert box_of(ask([{"role": "user", "content": content}])) == BOX
+        assert get_box(response) == BOX
+    content = [{"type": "input_image", "image_url": image_url}, {"type": "input_text", "text": TEXT_BOX}]
+    assert get_box(send_chat([{"role": "user", "content": content}])) == BOX
 
 
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("http://127.0.0.1/a.png", "pictures are not fetched from elsewhere"),
-        ("HTTPS://example.org/a.png", "pictures are not fetched from elsewhere"),
-        ("file:///etc/passwd", "pictures are not fetched from elsewhere"),
-        ("data:image/png,abc", "a data: URL in base64"),
-        ("data:image/png;base64", "a data: URL in base64"),
-        ("data:image/png;base64,a=bc", "not base64"),
-        ("data:image/png;base64,abcde", "not base64"),
-        ("data:image/png;base64,ab!d", "not base64"),
-        ("data:image/png;base64,abcé", "not base64"),
+        ("http://127.0.0.1/a.png", "image URLs are not fetched"),
+        ("HTTPS://example.org/a.png", "image URLs are not fetched"),
+        ("file:///etc/passwd", "image URLs are not fetched"),
+        ("data:image/png,abc", "the data: URL is not base64"),
+        ("data:image/png;base64", "the data: URL is not base64"),
+        ("data:image/png;base64,a=bc", "the text is not base64"),
+        ("data:image/png;base64,abcde", "the text is not base64"),
+        ("data:image/png;base64,ab!d", "the text is not base64"),
+        ("data:image/png;base64,abcé", "the text is not base64"),
         ("data:image/png;base64,", "the image is empty"),
     ],
 )
-def test_an_image_that_cannot_be_read_is_refused(ask, image, message):
+def test_chat_route_rejects_invalid_image(send_chat, image, message):
     content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": TEXT_BOX}]
-    assert message in message_of(ask([{"role": "user", "content": content}]))
+    assert message in get_error_message(send_chat([{"role": "user", "content": content}]))
 
 
-# --- generated requests
+# --- generated requests ----------------------------------------------------------------------------------------------
 
-SPELLINGS = [
+BOX_FORMATS = [
     "box={0},{1},{2},{3}",
     "Box: {0}, {1}, {2}, {3}",
     "box=[{0},{1},{2},{3}]",
@@ -543,11 +594,11 @@ FIELDS = {
 
 @st.composite
 def conversations(draw):
-    """Messages without the image, and the box that the last turn is about, None for the whole image."""
+    """Generate messages without the image, and the box in the last turn; None for the entire image."""
     messages, box = [], None
     for role in draw(st.lists(st.sampled_from(["system", "developer", "assistant", "tool call", "user"]), max_size=5)):
         if role == "tool call":
-            messages.append({"role": "assistant", "content": draw(PARTS), "tool_calls": [CALL]})
+            messages.append({"role": "assistant", "content": draw(PARTS), "tool_calls": [TOOL_CALL]})
             messages.append({"role": "tool", "tool_call_id": "1", "content": draw(PARTS)})
         elif role == "user":
             messages.append({"role": "user", "content": draw(SENTENCES)})
@@ -556,13 +607,13 @@ def conversations(draw):
     texts = [draw(SENTENCES), draw(SENTENCES)]
     if draw(st.booleans()):
         box = draw(BOXES)
-        texts.insert(1, draw(st.sampled_from(SPELLINGS)).format(*box))
+        texts.insert(1, draw(st.sampled_from(BOX_FORMATS)).format(*box))
     messages.insert(draw(st.integers(0, len(messages))), {"role": "user", "content": " ".join(texts)})
     return messages, box
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.all)])
-def test_generated_conversations_never_lose_their_region(ask, url, scene, count):
+def test_chat_route_finds_region_in_generated_conversations(send_chat, image_url, scene, count):
     statuses = []
 
     @given(
@@ -571,61 +622,61 @@ def test_generated_conversations_never_lose_their_region(ask, url, scene, count)
     @settings(
         max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
-    def try_one(conversation, fields, is_string, draw):
+    def check_conversation(conversation, fields, is_string, random):
         messages, box = conversation
-        place = draw.choice([number for number, each in enumerate(messages) if each["role"] == "user"])
-        image = {"type": "image_url", "image_url": url if is_string else {"url": url}}
-        parts = [image, {"type": "text", "text": messages[place]["content"]}]
-        draw.shuffle(parts)
-        response = ask([*messages[:place], {"role": "user", "content": parts}, *messages[place + 1 :]], **fields)
+        index = random.choice([position for position, each in enumerate(messages) if each["role"] == "user"])
+        image = {"type": "image_url", "image_url": image_url if is_string else {"url": image_url}}
+        parts = [image, {"type": "text", "text": messages[index]["content"]}]
+        random.shuffle(parts)
+        response = send_chat([*messages[:index], {"role": "user", "content": parts}, *messages[index + 1 :]], **fields)
         statuses.append(response.status_code)
-        assert box_of(response) == (box or (0, 0, *scene.image.size)), messages
+        assert get_box(response) == (box or (0, 0, *scene.image.size)), messages
         assert len(response.json()["choices"]) == fields.get("n", 1)
 
-    try_one()
+    check_conversation()
     assert len(statuses) >= count
 
 
-# --- the page
+# --- root path and documentation page --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "path"), [("", ""), ("/", ""), ("captions", "/captions"), ("/a/b-c.d/", "/a/b-c.d"), ("/~me", "/~me")]
 )
-def test_check_root_path_begins_with_a_slash_and_ends_with_none(text, path):
+def test_check_root_path_normalizes_slashes(text, path):
     assert check_root_path(text) == path
 
 
 @pytest.mark.parametrize("text", ["https://example.org/a", "/a?b", "/a/../b", "/a//b", "/a b", "/é"])
-def test_check_root_path_refuses_what_is_no_path(text, capsys):
+def test_check_root_path_rejects_invalid_paths(text, capsys):
     assert run_command(["serve", "--root-path", text]) == 2
-    assert "is not a path; write it as /captions" in capsys.readouterr().err
+    assert "is not a URL path; write it like /captions" in capsys.readouterr().err
 
 
-def test_check_root_path_refuses_the_start_of_a_route(client):
-    routes = [route.path for route in client().app.routes if route.path != "/"]
+def test_check_root_path_rejects_prefix_of_a_route(make_client):
+    routes = [route.path for route in make_client().app.routes if route.path != "/"]
     assert len(routes) > 7
     for path in {*("/v1", "docs/", "/v1/chat"), *(re.sub(r"/\{.*", "", route) for route in routes)}:
-        with pytest.raises(ValueError, match=r"is the start of a route of the server; choose another, like /captions$"):
+        with pytest.raises(ValueError, match=r"is a prefix of a route of the server; choose another, like /captions$"):
             check_root_path(path)
     assert check_root_path("/v1x") == "/v1x"
     assert check_root_path("/a/v1") == "/a/v1"
 
 
 @pytest.mark.parametrize("prefix", ["", "/captions"])
-def test_docs_work_below_a_path(client, user, prefix):
-    """The proxy may remove the path or leave it."""
-    below = client(root_path="/captions", keys=["key"])
-    below.headers["Authorization"] = "Bearer key"
-    page = below.get(f"{prefix}/docs").text
-    addresses = re.findall(r"""(?:src|href)="(.+?)"|url: '(.+?)'""", page)
-    assert len(addresses) >= 3
-    for address in map("".join, addresses):
-        assert address.startswith("/captions/")
-        assert below.get(f"{prefix}{address.removeprefix('/captions')}").status_code == 200
-    assert below.get(f"{prefix}/openapi.json").json()["servers"] == [{"url": "/captions"}]
-    assert below.get(f"{prefix}/", follow_redirects=False).headers["location"] == "/captions/docs"
-    assert below.post(f"{prefix}/v1/chat/completions", json={"messages": [user()]}).status_code == 200
-    del below.headers["Authorization"]
-    assert below.get(f"{prefix}/health").status_code == 200
-    assert below.get(f"{prefix}/v1/models").status_code == 401
+def test_docs_work_behind_a_proxy_with_root_path(make_client, make_message, prefix):
+    """Cover proxies that strip the path and proxies that do not."""
+    client = make_client(root_path="/captions", api_keys=["key"])
+    client.headers["Authorization"] = "Bearer key"
+    page = client.get(f"{prefix}/docs").text
+    urls = re.findall(r"""(?:src|href)="(.+?)"|url: '(.+?)'""", page)
+    assert len(urls) >= 3
+    for url in map("".join, urls):
+        assert url.startswith("/captions/")
+        assert client.get(f"{prefix}{url.removeprefix('/captions')}").status_code == 200
+    assert client.get(f"{prefix}/openapi.json").json()["servers"] == [{"url": "/captions"}]
+    assert client.get(f"{prefix}/", follow_redirects=False).headers["location"] == "/captions/docs"
+    assert client.post(f"{prefix}/v1/chat/completions", json={"messages": [make_message()]}).status_code == 200
+    del client.headers["Authorization"]
+    assert client.get(f"{prefix}/health").status_code == 200
+    assert client.get(f"{prefix}/v1/models").status_code == 401
