@@ -229,7 +229,7 @@ def _build_speed_chart(summaries: Sequence[CombinationSummary], score_name: str 
     points = [(index, summary.max_regions_per_second, summary.quality) for index, summary in enumerate(summaries)]
     plotted = [(n, math.log10(x), y) for n, x, y in points if x and y is not None]
     return _build_scatter_chart(
-        plotted, "regions a second (log)", str(score_name), "quality and speed", lambda x: f"{10**x:.3g}"
+        plotted, "regions/s (log)", str(score_name), "Quality and speed", lambda x: f"{10**x:.3g}"
     )
 
 
@@ -238,9 +238,9 @@ def _build_memory_chart(summaries: Sequence[CombinationSummary], score_name: str
     plotted = [(n, -math.log10(x), y) for n, x, y in points if x and y is not None]
     return _build_scatter_chart(
         plotted,
-        "memory, GiB (log, less to the right)",
+        "memory, GiB (log, decreasing)",
         str(score_name),
-        "quality and memory",
+        "Quality and memory",
         lambda x: f"{10**-x / 2**30:.3g}",
     )
 
@@ -280,8 +280,8 @@ def _build_throughput_chart(summaries: Sequence[CombinationSummary]) -> Chart | 
         for index, curve in curves
     ]
     return Chart(
-        "speed over regions of an image",
-        (f"{10**low_x:.3g}", f"{10**high_x:.3g}", "regions of an image (log)"),
+        "Throughput by regions per image",
+        (f"{10**low_x:.3g}", f"{10**high_x:.3g}", "regions per image (log)"),
         (f"{10**low_y:.3g}", f"{10**high_y:.3g}", "regions/s (log)"),
         [(f"curve color-{index % len(REGION_COLORS)}", points) for index, points in polylines],
         [],

@@ -156,11 +156,11 @@ def find_text_region(turns: Sequence[Sequence[ChatMessage]], url: str) -> Region
         url: Result of `find_image_url`.
 
     Returns:
-        The region; an empty prompt if there is none.
+        The region; an empty prompt if the text contains none.
 
     Raises:
         ApiError: The text is too long to search (413), or only messages of other roles contain coordinates (422).
-        InputError: The region cannot be read, or there are several.
+        InputError: The region cannot be parsed, or the text contains several.
     """
     relevant_turns = _select_turns_about(turns, url)
     num_searched = 0

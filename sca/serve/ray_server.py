@@ -31,7 +31,7 @@ def serve_on_ray(
         num_cpus: CPU cores per replica.
 
     Raises:
-        ValueError: The address cannot be bound, there are too few cores or GPUs, or the model cannot be loaded.
+        ValueError: The address cannot be bound, the machine has too few cores or GPUs, or the model cannot be loaded.
     """
     import ray
 

@@ -294,7 +294,7 @@ def _has_region_name(text: str, start: int) -> bool:
 
 
 def _find_name(text: str, start: int, end: int) -> tuple[str, int]:
-    """Return the word that names the numbers at `start`, and its position; "" if there is none after `end`.
+    """Return the word that names the numbers at `start`, and its position; "" if no word after `end` names them.
 
     Words such as "is" and "of" are skipped. In "box coordinates", the name is "box".
     """

@@ -126,7 +126,7 @@ class EverythingParameters(StrictModel):
     ] = None
     caption_from: Annotated[
         Literal["box-and-point", "box", "point"] | None,
-        Field(description="Prompt from which each region that was found is captioned."),
+        Field(description="Prompt used to caption the regions of everything mode."),
     ] = None
     max_regions: Annotated[int | None, Field(ge=1, description="Maximum regions, best first.")] = None
 
@@ -189,7 +189,7 @@ class AlternativeCaption(BaseModel):
 class RegionResult(BaseModel):
     """Captioned region, with the fields of `sca caption`; null if not available."""
 
-    region_id: Annotated[int, Field(description="Index of the prompt in the request, or of the region found.")]
+    region_id: Annotated[int, Field(description="Index of the region: in `prompts`, or by predicted IoU.")]
     prompt: Annotated[dict[str, Any], Field(description="Prompt of the region.")]
     box: Annotated[list[float] | None, Field(description="Box as x1, y1, x2, y2 in pixels.")]
     mask: Annotated[RleMask | None, Field(description="Mask of the region.")]

@@ -231,7 +231,7 @@ INVALID_REQUESTS = {
         413,
         "a prompt has 40,000 points; at most 256 are allowed",
     ),
-    "many points in all": (
+    "many points per request": (
         {"prompts": [{"points": [[1, 1]] * 256}] * 65},
         413,
         "16,640 points; at most 16,384 are allowed",
