@@ -187,7 +187,7 @@ class ModelSpec:
         """
         names = [name.strip() for name in text.split("+")]
         if len(names) != 3 or not all(names):
-            hint = " Two names are encoder+captioner, for sca.captioner." if len(names) == 2 else ""
+            hint = " Two names are encoder+captioner, for sca.load_captioner." if len(names) == 2 else ""
             raise RegistryError(
                 f"{text!r} is not a model; write encoder+mixer+language-model, such as tiny-vit+query+tiny-gpt2.{hint}"
             )

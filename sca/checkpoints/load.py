@@ -206,7 +206,7 @@ def _describe_composition(source: str) -> str:
     """Return the message for component names in place of a checkpoint."""
     names = ", ".join(repr(name.strip()) for name in source.split("+"))
     if source.count("+") == 1:
-        return f"{source!r} names an encoder and a captioner; open it with sca.captioner({source!r})"
+        return f"{source!r} names an encoder and a captioner; open it with sca.load_captioner({source!r})"
     return (
         f"{source!r} names components, which have no trained weights; build a model with sca.compose({names}), or give "
         "a checkpoint"

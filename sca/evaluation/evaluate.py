@@ -36,7 +36,7 @@ from sca.evaluation.scoring import ImageLoader, ScoringResult, check_metrics, co
 from sca.evaluation.validation import check_dataset_regions, check_predictions, fill_defaults
 from sca.inference.automatic import SEARCH_VERSION
 from sca.inference.engine import Engine
-from sca.inference.factory import captioner as open_captioner
+from sca.inference.factory import load_captioner
 from sca.inference.predictor import Predictor
 from sca.io.errors import DifferentRunError, InputError
 from sca.io.run_folder import RunFolder, iter_existing_paths
@@ -171,7 +171,7 @@ def evaluate(
     share of the images; the first one scores.
 
     Args:
-        model: Anything that `sca.captioner` accepts, a built model, or an object with a method `caption`.
+        model: Anything that `sca.load_captioner` accepts, a built model, or an object with a method `caption`.
         dataset: A registered name, a table of a name and options such as `{"name": "coco", "root": FOLDER}`, or a built
             dataset.
         split: Split of a dataset passed by name; a built dataset has its own.
@@ -410,7 +410,7 @@ def _build_report(
 
 def _resolve_captioner(model: Any, device: str, trust_options: Mapping[str, bool]) -> tuple[str, Captioner]:
     if isinstance(model, str | Path):
-        return str(model), open_captioner(model, device, **trust_options)
+        return str(model), load_captioner(model, device, **trust_options)
     if isinstance(model, Predictor):
         model = model.engine
     if isinstance(model, Engine):

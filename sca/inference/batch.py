@@ -74,8 +74,8 @@ class BatchCaptioner:
         region_source: Result of `job.read_region_source`, after `match_images` with all images of the run.
 
     Raises:
-        ValueError: The captioner does not support an option, or everything mode. `sca.captioner` lists the errors of
-            loading a model.
+        ValueError: The captioner does not support an option, or everything mode. Loading a model raises the errors of
+            `sca.load_captioner`.
     """
 
     def __init__(self, job: CaptionJob, region_source: RegionSource):

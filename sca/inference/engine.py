@@ -64,13 +64,13 @@ class MaskEngine(ABC):
 
     Args:
         model: Encoder and segmenter, set to eval mode; None if the captioner needs no segmenter.
-        regions: Regions per batch of the segmenter. Affects memory, not results.
+        region_batch_size: Regions per batch of the segmenter. Affects memory, not results.
     """
 
-    def __init__(self, model: SegmentationModel | None, regions: int = REGION_BATCH_SIZE):
+    def __init__(self, model: SegmentationModel | None, region_batch_size: int = REGION_BATCH_SIZE):
         self.model = None if model is None else model.eval()
         self.processor = Processor.from_encoder(model.encoder) if model is not None else None
-        self.region_batch_size = regions
+        self.region_batch_size = region_batch_size
 
     @property
     def device(self) -> torch.device:
@@ -254,7 +254,7 @@ class Engine(MaskEngine):
 
     Args:
         model: Model, set to eval mode.
-        regions: Regions per batch of the segmenter and the mixer. Affects memory, not results.
+        region_batch_size: Regions per batch of the segmenter and the mixer. Affects memory, not results.
 
     Raises:
         ValueError: `model` is not a model, for example a name.
@@ -262,12 +262,12 @@ class Engine(MaskEngine):
 
     model: SegmentCaptioner
 
-    def __init__(self, model: SegmentCaptioner, regions: int = REGION_BATCH_SIZE):
+    def __init__(self, model: SegmentCaptioner, region_batch_size: int = REGION_BATCH_SIZE):
         if isinstance(model, str | Path):
             raise ValueError(f"Predictor takes a model and not its name; use sca.load({str(model)!r})")
         if not isinstance(model, SegmentCaptioner):
             raise ValueError(f"model is of type {type(model).__name__}; give a model, such as sca.load returns")
-        super().__init__(model, regions)
+        super().__init__(model, region_batch_size)
 
     @property
     def generation(self) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ NAME_FORMS_HINT = (
 )
 
 
-def captioner(
+def load_captioner(
     source: str | Path | Mapping[str, Any],
     device: str | torch.device = "cpu",
     *,
@@ -44,7 +44,7 @@ def captioner(
         trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`.
         allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.
         revision: Revision of a hub id; see `sca.load`.
-        **options: Options of a registered captioner; for a checkpoint `dtype` and `regions` (see `Engine`).
+        **options: Options of a registered captioner; for a checkpoint `dtype` and `region_batch_size` (see `Engine`).
 
     Returns:
         An `Engine` for a checkpoint, else an instance of the registered captioner.
@@ -97,8 +97,8 @@ def _load_engine(
     source: str | Path, device: str | torch.device, trust_options: Mapping[str, Any], **options: Any
 ) -> Engine:
     for option in options:
-        if option not in ("dtype", "regions"):
+        if option not in ("dtype", "region_batch_size"):
             raise make_unknown_name_error(
-                f"the model {str(source)!r} has no option {option!r}", option, ("dtype", "regions")
+                f"the model {str(source)!r} has no option {option!r}", option, ("dtype", "region_batch_size")
             )
     return Engine(load(source, device, options.pop("dtype", None), **trust_options), **options)

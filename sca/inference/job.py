@@ -131,7 +131,7 @@ class CaptionJob:
     or found by `everything`.
 
     Args:
-        model: Source of the captioner; see `sca.captioner`.
+        model: Source of the captioner; see `sca.load_captioner`.
         device: Device of the model.
         dtype: Floating-point type of the model; None for that of the checkpoint.
         seed: Random seed.
@@ -211,15 +211,15 @@ class CaptionJob:
         return [*prompt_files, *map(Path, self.masks), *map(Path, list_mask_files(self.regions)), *proposals]
 
     def load_captioner(self) -> Captioner:
-        """Set the random seed and load the captioner; `sca.captioner` lists the errors."""
+        """Set the random seed and load the captioner; `sca.load_captioner` lists the errors."""
         import torch
 
-        from sca.inference.factory import captioner
+        from sca.inference.factory import load_captioner
 
         torch.manual_seed(self.seed)
         trust_options = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
         options = {"dtype": self.dtype} if self.dtype else {}
-        return captioner(self.model, resolve_device(self.device), **trust_options, **options)
+        return load_captioner(self.model, resolve_device(self.device), **trust_options, **options)
 
     def _parse_proposer(self) -> Part | None:
         return Part.parse(self.proposer, "proposer", "proposers") if self.proposer else None

@@ -32,8 +32,9 @@ class Predictor:
 
     Args:
         model: Model, set to eval mode, or a captioner with an engine, such as
-            `sca.captioner("sam-vit-b+blip-base")`.
-        regions: Regions per batch of the segmenter and the mixer, for a model only. Affects memory, not results.
+            `sca.load_captioner("sam-vit-b+blip-base")`.
+        region_batch_size: Regions per batch of the segmenter and the mixer, for a model only. Affects memory, not
+            results.
 
     Attributes:
         engine: Engine of the model.
@@ -41,13 +42,13 @@ class Predictor:
         encoded: Features of the current image; None before `set_image`.
 
     Raises:
-        ValueError: `model` is not a model, for example a name, or `regions` is set for a captioner.
+        ValueError: `model` is not a model, for example a name, or `region_batch_size` is set for a captioner.
     """
 
-    def __init__(self, model: SegmentCaptioner | MaskEngine, regions: int | None = None):
-        if isinstance(model, MaskEngine) and regions is not None:
-            raise ValueError("regions is an option of the captioner; give it to sca.captioner")
-        self.engine = model if isinstance(model, MaskEngine) else Engine(model, regions or REGION_BATCH_SIZE)
+    def __init__(self, model: SegmentCaptioner | MaskEngine, region_batch_size: int | None = None):
+        if isinstance(model, MaskEngine) and region_batch_size is not None:
+            raise ValueError("region_batch_size is an option of the captioner; pass it to sca.load_captioner")
+        self.engine = model if isinstance(model, MaskEngine) else Engine(model, region_batch_size or REGION_BATCH_SIZE)
         self.image: Image.Image | None = None
         self.encoded: EncodedImages | None = None
 

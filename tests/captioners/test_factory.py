@@ -17,10 +17,10 @@ COUNTED = [name for name in sca_registry.captioners.list_names() if sca_registry
 
 
 def test_models_are_predictors_by_name_and_by_folder(small, tmp_path):
-    assert isinstance(sca.captioner("sca-tiny"), Engine)
+    assert isinstance(sca.load_captioner("sca-tiny"), Engine)
     folder = sca.save(small(), tmp_path / "a+b model")
     for source in (folder, str(folder)):
-        assert isinstance(sca.captioner(source, dtype="bfloat16", regions=3), Engine)
+        assert isinstance(sca.load_captioner(source, dtype="bfloat16", region_batch_size=3), Engine)
 
 
 def test_captioners_are_built_with_options_from_text_a_table_and_keywords(weights):
@@ -30,22 +30,22 @@ def test_captioners_are_built_with_options_from_text_a_table_and_keywords(weight
         {"name": "crop-captioner", "weights": blip, "batch_size": 3},
     )
     for source in written:
-        captioner = sca.captioner(source)
+        captioner = sca.load_captioner(source)
         assert isinstance(captioner, Captioner)
         assert captioner.image_text_model.batch_size == 3
         assert captioner.model is None
-    assert sca.captioner(written[0], batch_size=5).image_text_model.batch_size == 5
-    assert sca.captioner(written[0]).facts["weights"] == blip
+    assert sca.load_captioner(written[0], batch_size=5).image_text_model.batch_size == 5
+    assert sca.load_captioner(written[0]).facts["weights"] == blip
 
 
 def test_two_names_are_an_encoder_and_a_captioner(weights, image):
-    captioner = sca.captioner(f"sca-tiny+crop-captioner weights={weights('blip')}")
+    captioner = sca.load_captioner(f"sca-tiny+crop-captioner weights={weights('blip')}")
     (caption,) = captioner.caption(image, [Prompt(points=((20, 20, 1),))])
     assert caption.mask["size"] == [60, 80]
 
 
 def test_what_looks_at_nothing_needs_no_device():
-    floor = sca.captioner("most-frequent dataset=scenes options={count=2}", device="meta")
+    floor = sca.load_captioner("most-frequent dataset=scenes options={count=2}", device="meta")
     assert isinstance(floor, Captioner)
 
 
@@ -67,11 +67,11 @@ def test_what_looks_at_nothing_needs_no_device():
 )
 def test_what_there_is_not_is_said_with_what_there_is(source, message):
     with pytest.raises(ValueError, match=message):
-        sca.captioner(source)
+        sca.load_captioner(source)
 
 
 def test_a_model_of_two_names_is_pointed_to_the_door():
-    with pytest.raises(RegistryError, match=r"Two names are encoder\+captioner, for sca.captioner"):
+    with pytest.raises(RegistryError, match=r"Two names are encoder\+captioner, for sca.load_captioner"):
         ModelSpec.parse("sam-vit-b+blip-base")
 
 

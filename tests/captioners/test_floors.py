@@ -75,7 +75,7 @@ def test_neighbors_are_the_same_each_time_and_images_together_are_as_alone(train
 
 
 def test_points_have_neighbors_where_the_encoder_finds_masks(training):
-    captioner = sca.captioner("sca-tiny+nearest-neighbor", **SCENES)
+    captioner = sca.load_captioner("sca-tiny+nearest-neighbor", **SCENES)
     sample = training[0]
     points = [Prompt(points=((*region.attributes["center"], 1),)) for region in sample.regions]
     found = captioner.caption(sample.image, points, "recognition")

@@ -121,5 +121,5 @@ def test_random_weights_need_a_configuration_and_are_the_same_each_time(image, p
     with pytest.raises(ValueError, match="'qwen2_vl' cannot be tried out"):
         CropCaptioner(pretrained=False, config={"model_type": "qwen2_vl", "vision_config": {"depth": 1}})
     small = {"name": "blip-base", **tiny_options("captioner", "blip-base")}
-    one, other = (sca.captioner(small).caption(image, prompts) for _ in range(2))
+    one, other = (sca.load_captioner(small).caption(image, prompts) for _ in range(2))
     assert one == other

@@ -242,7 +242,7 @@ def test_a_bare_name_is_never_a_folder(name, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=r"what lies here is written \./xk-huang"):
             load(name)
         with pytest.raises(ValueError, match=r"what lies here is written \./xk-huang"):
-            sca.captioner(name)
+            sca.load_captioner(name)
     elif name == "sca-tiny":
         for path in ("./sca-tiny", tmp_path / "sca-tiny"):
             with pytest.raises(InputError, match=r"spec\.json"):

@@ -358,7 +358,7 @@ def test_caption_in_shards_keeps_the_regions_beside_a_bad_one(shell, checkpoint,
 
 def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoint):
     from sca.inference.automatic import caption_everything
-    from sca.inference.factory import captioner
+    from sca.inference.factory import load_captioner
     from sca.inference.predictor import Predictor
 
     thresholds = ("--pred-iou-thresh", 0, "--stability-score-thresh", 0, "--box-nms-thresh", 1)
@@ -372,7 +372,7 @@ def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoin
     assert len(captioned("a.png", *search[:-2], "--proposer", grid, "--max-regions", 1)) == 1
     result = shell("caption", "a.png", "--box", "1,1,9,9", "--max-regions", 2, "--model", checkpoint)
     assert (result.status, result.err) == (2, ["sca: --max-regions can only be used with --everything"])
-    predictor = Predictor(captioner(checkpoint))
+    predictor = Predictor(load_captioner(checkpoint))
     predictor.set_image(Image.open("a.png").convert("RGB"))
     with pytest.raises(ValueError, match="max_regions is 0; give a whole number, 1 or more"):
         caption_everything(predictor, max_regions=0)

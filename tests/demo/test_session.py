@@ -28,7 +28,7 @@ from sca.demo.app import (
 )
 from sca.demo.session import Session
 from sca.inference.automatic import caption_everything, resolve_everything_options
-from sca.inference.factory import captioner
+from sca.inference.factory import load_captioner
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError
 from sca.io.prompts import MAX_POINTS
@@ -203,7 +203,7 @@ def slider_values(demo):
 def test_sliders_start_at_the_values_that_the_command_line_uses(name):
     models = ModelPool("cpu", None, [name])
     before = models.get_slider_values(name)  # of what is not loaded
-    own = captioner(name)
+    own = load_captioner(name)
     search = resolve_everything_options(own, {})
     assert search != EverythingOptions()
     assert before == (own.generation["num_beams"], search.points_per_side, search.pred_iou_thresh)
@@ -235,7 +235,7 @@ def test_a_slider_that_nobody_moved_leaves_its_value_to_the_model(models):
     )  # as of a model whose values were not known when it was chosen
     session = Session(scene, "a.png")
     *_, status = list(_caption_everything(models, session, name, shown, "caption", *shown))[-1]
-    own = Predictor(captioner(name))
+    own = Predictor(load_captioner(name))
     own.set_image(scene)
     assert words(session) == [each.text for each in caption_everything(own)]
     assert status == f"{len(session.regions)} regions"

@@ -19,7 +19,7 @@ from torch import nn
 from sca.builder import build
 from sca.data.scenes import Scenes
 from sca.inference.automatic import caption_everything
-from sca.inference.factory import captioner
+from sca.inference.factory import load_captioner
 from sca.inference.predictor import Predictor
 from sca.mixers.resampler import ResamplerMixer
 from sca.nn.masks import pool_under_masks
@@ -414,7 +414,9 @@ def test_baseline_captions_on_an_accelerator(name):
     sample = Scenes("test", count=1, size=64)[0]
     prompts = [Prompt(box=region.box) for region in sample.regions]
     with simulated_cuda():
-        captions = captioner({"name": name, **tiny_options("captioner", name)}, "cuda").caption(sample.image, prompts)
+        captions = load_captioner({"name": name, **tiny_options("captioner", name)}, "cuda").caption(
+            sample.image, prompts
+        )
     assert len(captions) == len(prompts)
 
 

@@ -14,9 +14,9 @@ pytest.importorskip("prometheus_client", reason="needs the extra serve")
 
 @pytest.fixture(scope="session")
 def tiny():
-    from sca.inference.factory import captioner
+    from sca.inference.factory import load_captioner
 
-    return captioner("sca-tiny")
+    return load_captioner("sca-tiny")
 
 
 @pytest.fixture
