@@ -122,7 +122,7 @@ class SegmentCaptioner(SegmentationModel):
 
     def prepare_mixer(self, regions: SegmenterOutput) -> Any:
         """Compute what all regions of an image share in the mixer; None if the mixer has no `prepare` method."""
-        prepare_images = getattr(self.mixer, "prepare", None)
+        prepare_images = getattr(self.mixer, "prepare_images", None)
         return None if prepare_images is None else prepare_images(regions.image_embeddings, regions.positional_encoding)
 
     def mix(self, regions: SegmenterOutput, prepared: Any = None) -> Tensor:
@@ -181,8 +181,8 @@ class SegmentCaptioner(SegmentationModel):
             losses["caption"], logits = compute_caption_loss(
                 self.language_model, hidden_states, batch.input_ids[batch.attention_mask.bool()]
             )
-        if batch.targets is not None and hasattr(self.segmenter, "loss"):
-            losses |= self.segmenter.loss(regions, batch.targets)
+        if batch.targets is not None and hasattr(self.segmenter, "compute_losses"):
+            losses |= self.segmenter.compute_losses(regions, batch.targets)
         loss = sum((loss_weights or {}).get(name, 1.0) * value for name, value in losses.items()) if losses else None
         return ModelOutput(loss, losses, logits, regions, queries)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from sca_registry import get_registry
-from sca_registry.contracts import Batch, PromptBatch, Targets
+from sca_registry.contracts import Batch, MaskTargets, PromptBatch
 from sca_registry.spec import ModelSpec
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -265,9 +265,9 @@ class _CostMeter:
                 input_ids=torch.zeros(rows, num_tokens, dtype=torch.long),
                 attention_mask=attention_mask,
             )
-            if hasattr(model.segmenter, "loss"):
+            if hasattr(model.segmenter, "compute_losses"):
                 valid_pixels = torch.ones(rows, mask_size, mask_size, dtype=torch.bool)
-                batch.targets = Targets(torch.rand(rows, mask_size, mask_size), valid_pixels, has_mask)
+                batch.targets = MaskTargets(torch.rand(rows, mask_size, mask_size), valid_pixels, has_mask)
             autocast = torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
             with stages("forward"), autocast:
                 loss = model(batch).loss

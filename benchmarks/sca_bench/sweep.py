@@ -18,7 +18,7 @@ A sweep is a TOML file, bundled in `benchmarks/sweeps` or your own:
     steps = 100
 
     [evaluate]                # optional: dataset, prompt type and metrics
-    dataset = { name = "scenes", count = 20 }
+    dataset = { name = "scenes", num_images = 20 }
     split = "val"
     prompt = "box"
     metrics = ["attributes", "mask-iou"]

@@ -83,7 +83,7 @@ class LabelMe:
         scaled = (scale_region(region, factors, image.size) for region in self.regions[index])
         return Sample(image, index, tuple(filter(None, scaled)))
 
-    def annotations_of_all(self) -> Iterator[tuple[Region, ...]]:
+    def iter_annotations(self) -> Iterator[tuple[Region, ...]]:
         """Return the regions of each image, in order, without opening images."""
         return iter(self.regions)
 
@@ -91,7 +91,7 @@ class LabelMe:
 class LabelRecall:
     """Fraction of captions that contain the label of their region, ignoring case."""
 
-    needs = ("task=caption", "caption", "truth.name")
+    required_fields = ("task=caption", "caption", "truth.name")
     scores = ("label-recall/mean", "label-recall/captions")
 
     def __call__(self, records) -> MetricOutput:

@@ -57,7 +57,7 @@ def test_dataset_counts_what_is_no_region(folder):
         "line, read as its box": 1,
     }
     assert dataset.examples["keypoint"] == [f"{folder / '0.json'}, shapes[0]"]
-    assert [len(regions) for regions in dataset.annotations_of_all()] == [0, 4]
+    assert [len(regions) for regions in dataset.iter_annotations()] == [0, 4]
 
 
 def turned(folder, **changes):

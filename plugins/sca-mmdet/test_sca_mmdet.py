@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory):
     [
         ("encoder", MmdetEncoder, {"config": TINY, "pretrained": False, "image_size": 64}),
         ("encoder", MmdetEncoder, {"config": "faster-rcnn_r50_fpn_1x_coco", "pretrained": False, "image_size": 64}),
-        ("proposer", MmdetProposer, {"config": TINY, "pretrained": False, "score": 0.0, "largest": 5}),
+        ("proposer", MmdetProposer, {"config": TINY, "pretrained": False, "score_thr": 0.0, "max_per_img": 5}),
     ],
 )
 def test_the_parts_keep_the_promises_of_their_kind(kind, part, options, conformance):
@@ -56,7 +56,7 @@ def test_the_parts_keep_the_promises_of_their_kind(kind, part, options, conforma
 def test_the_level_nearest_to_sams_stride_is_taken(config, order, channels):
     with torch.device("meta"):
         part = MmdetEncoder(config, pretrained=False)
-    assert (part.image_format.order, part.channels, part.stride) == (order, channels, 16)
+    assert (part.image_format.channel_order, part.channels, part.stride) == (order, channels, 16)
 
 
 @torch.no_grad()
@@ -65,10 +65,10 @@ def test_features_are_the_detectors_own(checkpoint):
     pixels = torch.randn(1, 3, 64, 64)
     levels = detector.extract_feat(pixels)
     for level in (0, 1, -1):
-        part = MmdetEncoder(TINY, weights=str(file), image_size=64, level=level).eval()
+        part = MmdetEncoder(TINY, weights=str(file), image_size=64, feature_level=level).eval()
         assert torch.equal(part(pixels), levels[level])
     with pytest.raises(ValueError, match=r"no level 3: .* has 3"):
-        MmdetEncoder(TINY, weights=str(file), level=3)
+        MmdetEncoder(TINY, weights=str(file), feature_level=3)
 
 
 def test_what_mmdet_does_to_a_picture_is_what_the_encoder_asks_for(checkpoint):
@@ -89,15 +89,15 @@ def test_what_mmdet_does_to_a_picture_is_what_the_encoder_asks_for(checkpoint):
 
 def test_boxes_have_scores_and_the_names_that_the_weights_say(checkpoint):
     picture = Image.new("RGB", (640, 480))
-    proposals = MmdetProposer(TINY, weights=str(checkpoint[0]), score=0.0, largest=7)(picture, "a")
+    proposals = MmdetProposer(TINY, weights=str(checkpoint[0]), score_thr=0.0, max_per_img=7)(picture, "a")
     assert len(proposals.prompts) == 7
     assert list(proposals.scores) == sorted(proposals.scores, reverse=True)
     assert all(name.startswith("thing ") for name in proposals.names)
-    proposer = MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score=0.0, largest=3)
+    proposer = MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score_thr=0.0, max_per_img=3)
     assert "person" in proposer.class_names
     assert {*proposer(picture, "a").names} <= {*proposer.class_names}
     assert len(proposer(picture, "a").prompts) == 3
-    assert not MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score=0.9)(picture, "a").prompts
+    assert not MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score_thr=0.9)(picture, "a").prompts
 
 
 @pytest.mark.parametrize(

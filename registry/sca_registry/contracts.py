@@ -44,18 +44,18 @@ class ImageFormat:
         size: Side S of the square input frame in pixels.
         mean: Channel means for values in 0..1.
         std: Channel standard deviations for values in 0..1.
-        order: Channel order.
+        channel_order: Channel order.
         resample: Interpolation used for resizing.
-        fit: "pad" scales the longest side to `size` and pads right and bottom with zeros after normalization;
+        resize_mode: "pad" scales the longest side to `size` and pads right and bottom with zeros after normalization;
             "stretch" scales both sides to `size`.
     """
 
     size: int
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    order: Literal["rgb", "bgr"] = "rgb"
+    channel_order: Literal["rgb", "bgr"] = "rgb"
     resample: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
-    fit: Literal["pad", "stretch"] = "pad"
+    resize_mode: Literal["pad", "stretch"] = "pad"
 
 
 @dataclass
@@ -132,7 +132,7 @@ class GenerationOutput(NamedTuple):
 
 
 @dataclass
-class Targets(_TensorRows):
+class MaskTargets(_TensorRows):
     """Ground-truth masks to train a segmenter on."""
 
     masks: Tensor  # (N, 4h, 4w) in 0..1: fraction of each cell that the region covers
@@ -151,8 +151,8 @@ class Batch:
     input_ids: Tensor | None = None  # (M, L) caption tokens and EOS, padded on the right
     attention_mask: Tensor | None = None  # (M, L) 1 for caption tokens and EOS, 0 for padding
     region_index: Tensor | None = None  # (M,) prompt of each caption; None: one caption per prompt, in order
-    targets: Targets | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)  # (N, ...) targets of auxiliary losses
+    targets: MaskTargets | None = None
+    auxiliary_targets: dict[str, Tensor] = field(default_factory=dict)  # (N, ...) targets of auxiliary losses
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
         """Move every tensor as `Tensor.to` does."""
@@ -406,14 +406,14 @@ class Metric(Protocol):
     `references` and `tokenizer` are set by the evaluation protocol. A metric may also have:
 
     - `implementation`: the package that computes it, with its version;
-    - `whole = True`: records of controls (adversarial prompts) are passed together with the others;
+    - `includes_controls = True`: records of controls (adversarial prompts) are passed together with the others;
     - `scores`, in its class or card: the names of its scores, `class/*` for all with a prefix.
 
     Attributes:
-        needs: Required fields of a record, such as "mask", "truth.mask" or "task=caption".
+        required_fields: Required fields of a record, such as "mask", "truth.mask" or "task=caption".
     """
 
-    needs: tuple[str, ...]
+    required_fields: tuple[str, ...]
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> MetricOutput:
         """Score records."""
@@ -441,7 +441,7 @@ class Captioner(Protocol):
 class Launcher(Protocol):
     """Launcher of tasks, built by `factory(**options)`. See `sca.launchers.task`."""
 
-    def map(self, tasks: Sequence[Any]) -> Iterator[Any]:
+    def run_tasks(self, tasks: Sequence[Any]) -> Iterator[Any]:
         """Run tasks and yield their outcomes in the order in which they finish."""
 
 

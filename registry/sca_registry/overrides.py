@@ -8,7 +8,7 @@ of a model do not need the prefix `model.`.
     mixer=roi-pool          replace the mixer and drop its options
     lora=16                 set the rank to 16; lora.alpha=8 sets its alpha, lora=0 disables LoRA
     train.steps=200         set a field of a recipe
-    data.scenes.count=16    set an option of a dataset
+    data.scenes.num_images=16    set an option of a dataset
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sca_registry.errors import RegistryError, make_unknown_name_error
 
 MODEL_PARTS = ("encoder", "segmenter", "mixer", "language_model")
 MODEL_FIELDS = (*MODEL_PARTS, "projection", "task_tokens", "trainable", "lora", "generation", "everything")
-SHORTHAND_KEYS = {"projection": "kind", "lora": "rank"}  # key of a table that is written as a single value
+SHORTHAND_KEYS = {"projection": "type", "lora": "rank"}  # key of a table that is written as a single value
 
 KEY_PATTERN = re.compile(r"[^\W\d][\w-]*", re.ASCII)
 BARE_STRING_PATTERN = re.compile(r"""[^\W\d][^\s"'\[\]{}=#,]*|[/~.][^\s"'\[\]{}=#,]*""")

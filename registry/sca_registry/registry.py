@@ -329,7 +329,7 @@ class Registry(catalogue.Registry):
 
         Args:
             name: Name of the component.
-            field: "gives", "needs" or "default_segmenter".
+            field: "provides", "requires" or "default_segmenter".
 
         Returns:
             The value; None if neither declares it.

@@ -18,8 +18,8 @@ from sca_registry.registry import get_registry
 SPEC_FORMAT = 2
 ARGUMENT_PATTERN = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")
 TRAINABLE_GROUPS = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
-DEFAULT_PROJECTION = {"kind": "linear", "norm": "none"}
-PROJECTION_CHOICES = {"kind": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
+DEFAULT_PROJECTION = {"type": "linear", "norm": "none"}
+PROJECTION_CHOICES = {"type": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
 PEFT_OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 DEFAULT_LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": None}
 CAPTION_FROM_CHOICES = ("box-and-point", "box", "point")
@@ -132,7 +132,7 @@ class ModelSpec:
         mixer: Feature mixer.
         language_model: Language model.
         segmenter: Segmenter; None for the default of the encoder.
-        projection: Projection from queries to embeddings: `kind` "linear" or "mlp"; `norm` "none", "pre", "post" or
+        projection: Projection from queries to embeddings: `type` "linear" or "mlp"; `norm` "none", "pre", "post" or
             "both".
         task_tokens: Number of learned tokens per task.
         trainable: Trainable groups out of `TRAINABLE_GROUPS`; the others are frozen.
@@ -355,7 +355,7 @@ def _check_number(subject: str, key: str, value: Any, is_integer: bool, minimum:
 
 
 def _complete_projection(value: Any) -> dict[str, str]:
-    projection = {"kind": value} if isinstance(value, str) else _check_table("projection", value)
+    projection = {"type": value} if isinstance(value, str) else _check_table("projection", value)
     for key, setting in projection.items():
         if key not in PROJECTION_CHOICES:
             raise make_unknown_name_error(f"projection has no {key!r}", key, PROJECTION_CHOICES)

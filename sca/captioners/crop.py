@@ -65,12 +65,12 @@ class CropCaptioner(RegionCaptioner):
                 "blip2-opt-2.7b or another model that reads questions"
             )
         self.vcot = vcot
-        self.fact_options = {"encoder": encoder, "vcot": vcot}
+        self.metadata_options = {"encoder": encoder, "vcot": vcot}
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Options and weights that identify the captioner in evaluation results."""
-        return {"captioner": "crop", **self.fact_options, **self.image_text_model.facts}
+        return {"captioner": "crop", **self.metadata_options, **self.image_text_model.metadata}
 
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any

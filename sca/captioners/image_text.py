@@ -93,7 +93,7 @@ class ImageTextModel:
         self.eos_token_ids = self._find_eos_token_ids()
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Fingerprint of the weights; {"weights": None} for random weights."""
         return compute_weights_fingerprint(self.weights, self.revision) if self.weights else {"weights": None}
 

@@ -65,7 +65,7 @@ class RegionCaptioner(MaskEngine):
         encoder: Name of an encoder whose default segmenter predicts masks, such as a SAM; or a table of its name and
             options; or a checkpoint, whose encoder and segmenter are used; or None.
         device: Device of the encoder and the segmenter.
-        masks: Require a segmenter that predicts masks.
+        requires_masks: Require a segmenter that predicts masks.
 
     Raises:
         ValueError: Masks are required and the segmenter predicts none.
@@ -75,9 +75,11 @@ class RegionCaptioner(MaskEngine):
 
     generation_options = tuple(DEFAULT_GENERATION)  # accepted by `resolve_generation_options`
 
-    def __init__(self, encoder: str | Mapping[str, Any] | None, device: str | torch.device, masks: bool = True):
+    def __init__(
+        self, encoder: str | Mapping[str, Any] | None, device: str | torch.device, requires_masks: bool = True
+    ):
         model, self.has_masks = (None, False) if encoder is None else build_segmentation_model(encoder, device)
-        if masks and model is not None and not self.has_masks:
+        if requires_masks and model is not None and not self.has_masks:
             raise ValueError(
                 f"the encoder {Part.from_dict(encoder).name!r} brings a segmenter without masks, and masks cut regions "
                 "out: take a SAM, such as sam-vit-b, or none"
@@ -232,7 +234,7 @@ def build_segmentation_model(
 
 
 def _has_masks(segmenter: str) -> bool:
-    return "masks" in (sca_registry.segmenters.get_declared(segmenter, "gives") or ())
+    return "masks" in (sca_registry.segmenters.get_declared(segmenter, "provides") or ())
 
 
 def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:

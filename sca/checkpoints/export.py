@@ -23,7 +23,10 @@ from sca.io.hub import silence_transformers
 from sca.io.weight_files import SAFETENSORS_FILE, format_first_names
 from sca.model import SegmentCaptioner
 
-USAGE_OPTIONS = {"segmenter": ("box_masks",), "language_model": ("dtype", "eos", "tokenizer", "checkpointing")}
+USAGE_OPTIONS = {
+    "segmenter": ("box_masks",),
+    "language_model": ("dtype", "eos_token", "tokenizer", "gradient_checkpointing"),
+}
 
 
 def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
@@ -137,7 +140,7 @@ def _find_unpublishable(model: SegmentCaptioner) -> str | None:
     spec = model.spec
     if spec.mixer.name not in MIXER_BY_ARCHITECTURE.values():
         return f"the mixer {spec.mixer.name!r}: it knows {' and '.join(MIXER_BY_ARCHITECTURE.values())}"
-    if spec.projection != {"kind": "linear", "norm": "none"}:
+    if spec.projection != {"type": "linear", "norm": "none"}:
         return f"a projection {dict(spec.projection)}: it knows linear, without a norm"
     if spec.lora:
         return "LoRA: write the language model by itself (layout lm), which merges it"

@@ -95,7 +95,7 @@ class ConvertedTable:
         self.split, self.images, self.max_bad = split, images, max_bad
         self.sources = list(sources)
         self._skip = SkipCounter()
-        self.attributes: dict[str, tuple[str, ...]] = {}
+        self.attribute_values: dict[str, tuple[str, ...]] = {}
         self.remarks: list[str] = []
         self._bad_image_stamps: dict[str, list[int] | None] = {}  # stamp of each unusable image
         self._empty_image_sizes: dict[str, tuple[list[int], int, int]] = {}  # stamp, width and height
@@ -260,7 +260,7 @@ class ConvertedTable:
         metadata = self._read_metadata(folder)
         if metadata is None:
             return False
-        self.about, self.hash = metadata, str(metadata["hash"])
+        self.metadata, self.content_hash = metadata, str(metadata["hash"])
         self._restore_counts(metadata)
         shards = [Dataset.from_file(str(folder / _format_shard_name(number))) for number in range(metadata["shards"])]
         self._table = concatenate_datasets(shards)
@@ -332,7 +332,7 @@ class ConvertedTable:
                 writer.finalize()
             has_more = metadata["entries"] - entries_before == IMAGES_PER_SHARD
             metadata |= {"shards": metadata["shards"] + 1, "skipped": self.skipped, "examples": self.examples}
-            metadata |= {"attributes": self.attributes, "remarks": self.remarks, "names": list(names)}
+            metadata |= {"attributes": self.attribute_values, "remarks": self.remarks, "names": list(names)}
             metadata |= {"bad": self._bad_image_stamps, "measured": self._empty_image_sizes, "whole": not has_more}
             sync_path(path)
             write_file(draft / "about.json", json.dumps(metadata, indent=1))
@@ -418,7 +418,7 @@ class ConvertedTable:
 
     def _restore_counts(self, metadata: dict[str, Any]) -> None:
         self._skip, self._bad_image_stamps = SkipCounter(metadata["skipped"], metadata["examples"]), metadata["bad"]
-        self.attributes = {name: tuple(values) for name, values in metadata["attributes"].items()}
+        self.attribute_values = {name: tuple(values) for name, values in metadata["attributes"].items()}
         self.remarks, self._empty_image_sizes = metadata["remarks"], metadata["measured"]
 
 

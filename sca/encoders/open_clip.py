@@ -36,8 +36,9 @@ class OpenClipEncoder(nn.Module):
         pretrained: True loads `weights`, False initializes randomly. A tag of the model in open_clip, or a file, is
             loaded instead of `weights`.
         image_size: S in pixels; None for the tower's own. Position embeddings are resized.
-        layer: Index of the block, negative from the end. The output of the last block of a plain ViT is normalized.
-        fit: "pad" or "stretch", see `ImageFormat`.
+        feature_layer: Index of the block, negative from the end. The output of the last block of a plain ViT is
+            normalized.
+        resize_mode: "pad" or "stretch", see `ImageFormat`.
         config: Fields of the tower's `vision_cfg` to override.
 
     Raises:
@@ -54,8 +55,8 @@ class OpenClipEncoder(nn.Module):
         revision: str | None = None,
         pretrained: bool | str = True,
         image_size: int | None = None,
-        layer: int = -1,
-        fit: str = "pad",
+        feature_layer: int = -1,
+        resize_mode: str = "pad",
         config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
@@ -82,9 +83,13 @@ class OpenClipEncoder(nn.Module):
         self.source = weights  # even if the weights are not loaded
         self.checkpoint = weights if pretrained else None
         self.revision = revision
-        self.visual = IntermediateLayer(tower.trunk, layer) if hasattr(tower, "trunk") else TowerLayer(tower, layer)
+        self.visual = (
+            IntermediateLayer(tower.trunk, feature_layer)
+            if hasattr(tower, "trunk")
+            else TowerLayer(tower, feature_layer)
+        )
         image_size = image_size or max(tower.image_size) if isinstance(tower.image_size, tuple) else tower.image_size
-        self.image_format = make_image_format(image_size, preprocessing, fit)
+        self.image_format = make_image_format(image_size, preprocessing, resize_mode)
         self.channels, self.stride = probe_feature_shape(self.visual, self.image_format.size, self.visual.stride)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

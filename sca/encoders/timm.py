@@ -39,9 +39,9 @@ class TimmEncoder(nn.Module):
         revision: Revision of the hub id.
         pretrained: Load the weights; False initializes randomly.
         image_size: S in pixels; None for the backbone's own. Position embeddings are resized.
-        layer: Index of the block or stage, negative from the end. The output of the last block of a plain ViT is
-            normalized.
-        fit: "pad" or "stretch", see `ImageFormat`.
+        feature_layer: Index of the block or stage, negative from the end. The output of the last block of a plain ViT
+            is normalized.
+        resize_mode: "pad" or "stretch", see `ImageFormat`.
         config: Arguments of the backbone to override.
 
     Raises:
@@ -57,8 +57,8 @@ class TimmEncoder(nn.Module):
         revision: str | None = None,
         pretrained: bool | str = True,
         image_size: int | None = None,
-        layer: int = -1,
-        fit: str = "pad",
+        feature_layer: int = -1,
+        resize_mode: str = "pad",
         config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
@@ -114,7 +114,7 @@ class TimmEncoder(nn.Module):
         self.source = weights  # even if the weights are not loaded
         self.checkpoint = weights if pretrained else None
         self.revision = revision
-        self.backbone = IntermediateLayer(backbone, layer)
+        self.backbone = IntermediateLayer(backbone, feature_layer)
         preprocessing = backbone.pretrained_cfg
         image_size = (
             image_size
@@ -122,7 +122,7 @@ class TimmEncoder(nn.Module):
             or (not model and folder_config.image_size)
             or preprocessing["input_size"][-1]
         )
-        self.image_format = make_image_format(image_size, preprocessing, fit)
+        self.image_format = make_image_format(image_size, preprocessing, resize_mode)
         self.channels, self.stride = probe_feature_shape(self.backbone, self.image_format.size, self.backbone.stride)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -188,16 +188,18 @@ def _read_folder_config(folder: Path | None) -> _FolderConfig:
         )
 
 
-def make_image_format(size: int, preprocessing: Mapping[str, Any], fit: str) -> ImageFormat:
+def make_image_format(size: int, preprocessing: Mapping[str, Any], resize_mode: str) -> ImageFormat:
     """Return the image format of pretrained weights.
 
     Args:
         size: Side of the input frame in pixels.
         preprocessing: `mean`, `std` and `interpolation` of the weights.
-        fit: "pad" or "stretch".
+        resize_mode: "pad" or "stretch".
     """
     resample = "bicubic" if preprocessing["interpolation"] == "bicubic" else "bilinear"
-    return ImageFormat(size, tuple(preprocessing["mean"]), tuple(preprocessing["std"]), resample=resample, fit=fit)
+    return ImageFormat(
+        size, tuple(preprocessing["mean"]), tuple(preprocessing["std"]), resample=resample, resize_mode=resize_mode
+    )
 
 
 def resolve_layer(layer: int, num_layers: int, name: str) -> tuple[int, bool]:

@@ -224,7 +224,7 @@ def evaluate(
         "dataset": dataset_name,
         "options": dataset_options,
         "split": split,
-        "data": getattr(built_dataset, "hash", None),
+        "data": getattr(built_dataset, "content_hash", None),
         "images": len(built_dataset),
         "prompt": None if proposer_part else prompting.prompt,
         "proposer": proposer_part and proposer_part.to_dict(),
@@ -335,7 +335,10 @@ def score_file(
         built_dataset = _resolve_dataset(dataset, split)[-1]
         samples = filter(
             None,
-            (getattr(built_dataset, "read", built_dataset.__getitem__)(place) for place in range(len(built_dataset))),
+            (
+                getattr(built_dataset, "read_sample", built_dataset.__getitem__)(place)
+                for place in range(len(built_dataset))
+            ),
         )
         region_keys = (
             (sample.image_id, region.id) for sample in samples for region in sample.regions if _has_any_truth(region)
@@ -359,7 +362,7 @@ def make_run_image_loader(run: Mapping[str, Any]) -> ImageLoader | None:
     def load_image(record: Record) -> Image.Image:
         if not loaders:
             dataset = sca_registry.datasets.build(run["dataset"], run["split"], **run["options"])
-            if getattr(dataset, "hash", None) != run["data"]:
+            if getattr(dataset, "content_hash", None) != run["data"]:
                 raise InputError(
                     f"the dataset {run['dataset']} {run['split']} is not the one that was asked about: another content"
                 )
@@ -375,7 +378,7 @@ def _make_image_loader(dataset: Dataset) -> ImageLoader:
 
     def load_image(record: Record) -> Image.Image:
         if cached[0] != record["index"]:
-            sample = getattr(dataset, "read", dataset.__getitem__)(record["index"])
+            sample = getattr(dataset, "read_sample", dataset.__getitem__)(record["index"])
             if sample is None or sample.image_id != record["image_id"]:
                 raise InputError(f"image {record['image_id']} cannot be read where it was, at {record['index']}")
             cached[:] = record["index"], sample.image
@@ -427,7 +430,7 @@ def _get_captioner_identity(captioner: Captioner, generation: Mapping[str, Any])
             "spec": spec.to_dict(),
             "generation": {**spec.generation, **generation},
         }
-    return {"weights": None, "spec": getattr(captioner, "facts", None), "generation": dict(generation)}
+    return {"weights": None, "spec": getattr(captioner, "metadata", None), "generation": dict(generation)}
 
 
 def _get_model_name(model: Any) -> str:

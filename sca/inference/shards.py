@@ -156,7 +156,7 @@ class ShardedRun:
                 if name not in self.finished
             ]
             ended_names = set()
-            for task, result in launcher.map(tasks):
+            for task, result in launcher.run_tasks(tasks):
                 ended_names.add(task.key)
                 if result["state"] != "done":
                     yield ShardResult(task.key, None, (), f"{result['state']}: {result['reason']}")

@@ -272,7 +272,9 @@ class TextTokenizer:
                 raise ValueError(f"the tokenizer has no token {eos_token!r} to end a text with")
             tokenizer.eos_token = eos_token
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer does not say which token ends a text: name one of its tokens with eos=...")
+            raise ValueError(
+                "the tokenizer does not say which token ends a text: name one of its tokens with eos_token=..."
+            )
         self.tokenizer = tokenizer
         self.eos_token_id = tokenizer.eos_token_id
         self.pad_token_id = self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

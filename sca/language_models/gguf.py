@@ -20,14 +20,14 @@ class GgufLanguageModel(CausalLanguageModel):
 
     Args:
         weights: GGUF file.
-        eos: EOS token; None for that of the file.
+        eos_token: EOS token; None for that of the file.
         dtype: Dtype of the parameters: "float32", "bfloat16" or "float16".
 
     Raises:
         ValueError: The file does not exist, or the dtype is unknown.
     """
 
-    def __init__(self, weights: str, eos: str | None = None, dtype: str = "float32"):
+    def __init__(self, weights: str, eos_token: str | None = None, dtype: str = "float32"):
         if dtype not in DTYPES:
             raise ValueError(f"no dtype {dtype!r}: there are {', '.join(DTYPES)}")
         file = Path(weights).expanduser()
@@ -37,6 +37,6 @@ class GgufLanguageModel(CausalLanguageModel):
         with translate_load_errors(weights), silence_transformers():
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **load_options)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-        super().__init__(model, TextTokenizer(tokenizer, eos))
+        super().__init__(model, TextTokenizer(tokenizer, eos_token))
         self.source_tokenizer = self.tokenizer
         self.checkpoint = weights

@@ -45,7 +45,7 @@ class ResamplerMixer(nn.Module):
         self.norm = nn.LayerNorm(self.hidden_size)
         self.apply(init_weights)
 
-    def prepare(self, image_embeddings: Tensor, positional_encoding: Tensor) -> ImageKeysValues:
+    def prepare_images(self, image_embeddings: Tensor, positional_encoding: Tensor) -> ImageKeysValues:
         """Compute the keys and values of images.
 
         Args:
@@ -65,7 +65,7 @@ class ResamplerMixer(nn.Module):
             prepared: Output of `prepare` for their images; None computes it.
         """
         if prepared is None:
-            prepared = self.prepare(regions.image_embeddings, regions.positional_encoding)
+            prepared = self.prepare_images(regions.image_embeddings, regions.positional_encoding)
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         tokens = torch.cat((queries, regions.tokens), dim=1)
         for layer_number, (layer, (keys, values)) in enumerate(zip(self.layers, prepared, strict=True), 1):

@@ -58,7 +58,7 @@ def _run_jobs(job: str, configs: Iterable[Mapping[str, Any]], timeout: float) ->
             )
             for index, config in enumerate(configs)
         ]
-        results = {outcome.task.key: outcome.result for outcome in Local(os.cpu_count() or 1).map(tasks)}
+        results = {outcome.task.key: outcome.result for outcome in Local(os.cpu_count() or 1).run_tasks(tasks)}
     return [_check_result(results.get(task.key)) for task in tasks]
 
 

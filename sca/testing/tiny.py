@@ -18,7 +18,7 @@ def tiny_options(kind: str, name: str) -> dict[str, Any]:
     Args:
         kind: Kind of the component, singular or plural.
         name: Registered name. The options of built-in components are in `tiny.toml`, those of others in their cards
-            (`small`).
+            (`tiny_options`).
 
     Returns:
         Options; empty if there are none.
@@ -28,7 +28,7 @@ def tiny_options(kind: str, name: str) -> dict[str, Any]:
     """
     parts = get_registry(kind)
     builtin = _builtin_options()[parts.kind.plural].get(name.removeprefix(f"{BUILTIN_DISTRIBUTION}:"), {})
-    return {**builtin, **parts.get_card(name).small}
+    return {**builtin, **parts.get_card(name).tiny_options}
 
 
 @functools.cache

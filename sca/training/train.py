@@ -191,7 +191,7 @@ def _collect_run_settings(recipe: Recipe, model: SegmentCaptioner, mixture: Exam
     """Collect what identifies a run: the recipe, the hashes of its data, and of the weights it starts from."""
     table = recipe.to_dict()
     options = {f"train.{name}": value for name, value in table.pop("train").items()}
-    dataset_hashes = [getattr(each.dataset, "hash", None) for each in mixture.streams]
+    dataset_hashes = [getattr(each.dataset, "content_hash", None) for each in mixture.streams]
     weights = hash_weights(model) if isinstance(recipe.model, str) else None
     return {**table, **options, "contents": dataset_hashes, "weights": weights}
 

@@ -35,7 +35,7 @@ def test_captioners_are_built_with_options_from_text_a_table_and_keywords(weight
         assert captioner.image_text_model.batch_size == 3
         assert captioner.model is None
     assert sca.load_captioner(written[0], batch_size=5).image_text_model.batch_size == 5
-    assert sca.load_captioner(written[0]).facts["weights"] == blip
+    assert sca.load_captioner(written[0]).metadata["weights"] == blip
 
 
 def test_two_names_are_an_encoder_and_a_captioner(weights, image):
@@ -45,7 +45,7 @@ def test_two_names_are_an_encoder_and_a_captioner(weights, image):
 
 
 def test_what_looks_at_nothing_needs_no_device():
-    floor = sca.load_captioner("most-frequent dataset=scenes options={count=2}", device="meta")
+    floor = sca.load_captioner("most-frequent dataset=scenes dataset_options={num_images=2}", device="meta")
     assert isinstance(floor, Captioner)
 
 
@@ -140,14 +140,16 @@ def test_everything_on_the_command_line_needs_masks(shell, weights):
     status, out, err = shell(*ASKED, "--model", f"sca-tiny+{crops}", *search)
     assert (status, err) == (0, "")
     assert records(out)
-    for model in (crops, "most-frequent dataset=scenes options={count=2}"):
+    for model in (crops, "most-frequent dataset=scenes dataset_options={num_images=2}"):
         status, out, err = shell(*ASKED, "--model", model, *search)
         assert (status, out) == (2, "")
         assert "everything mode needs a model, or encoder+captioner" in err
 
 
 def test_a_floor_answers_on_the_command_line(shell):
-    status, out, err = shell(*ASKED, "--model", "most-frequent dataset=scenes options={count=2}", "--point", "3,3")
+    status, out, err = shell(
+        *ASKED, "--model", "most-frequent dataset=scenes dataset_options={num_images=2}", "--point", "3,3"
+    )
     assert (status, err) == (0, "")
     assert records(out)[0]["caption"]
 

@@ -10,7 +10,7 @@ from sca.captioners.baselines import MostFrequent, NearestNeighbor
 from sca.data.scenes import Scenes
 
 COUNT = 12
-SCENES = {"dataset": "scenes", "options": {"count": COUNT, "size": 64}}
+SCENES = {"dataset": "scenes", "dataset_options": {"num_images": COUNT, "image_size": 64}}
 TINY = {
     "name": "tiny-vit",
     "image_size": 64,
@@ -23,7 +23,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def training():
-    scenes = Scenes("train", count=COUNT, size=64)
+    scenes = Scenes("train", num_images=COUNT, image_size=64)
     return [scenes[place] for place in range(COUNT)]
 
 
@@ -62,7 +62,7 @@ def test_a_region_of_training_is_its_own_nearest_neighbor(training):
 
 
 def test_neighbors_are_the_same_each_time_and_images_together_are_as_alone(training):
-    test = Scenes("test", count=4, size=64)
+    test = Scenes("test", num_images=4, image_size=64)
     samples = [test[place] for place in range(4)]
     requests = [boxes(sample) for sample in samples]
     one, other = NearestNeighbor(TINY, **SCENES), NearestNeighbor(TINY, **SCENES)

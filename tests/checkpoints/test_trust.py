@@ -310,7 +310,7 @@ GPT2 = get_registry("language_model").get_card("gpt2").options
     ("option", "value", "wanted"),
     [
         ("dtype", "float32", True),
-        ("checkpointing", False, True),
+        ("gradient_checkpointing", False, True),
         ("depth", 2, True),
         ("stem_channels", (8, 16), True),
         ("trust_remote_code", False, True),
@@ -322,7 +322,7 @@ GPT2 = get_registry("language_model").get_card("gpt2").options
         ("attn_implementation", "flash_attention_2", False),
         ("depth", 2**30, False),
         ("rate", float("nan"), False),
-        ("eos", None, False),
+        ("eos_token", None, False),
         ("config", {"model_type": "gpt2"}, False),
     ],
 )

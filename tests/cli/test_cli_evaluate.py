@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def evaluated(shell, checkpoint):
-    return lambda *arguments: shell("evaluate", checkpoint, "scenes", "count=3", "--limit", 2, *arguments)
+    return lambda *arguments: shell("evaluate", checkpoint, "scenes", "num_images=3", "--limit", 2, *arguments)
 
 
 def test_scores_are_printed_as_a_table_and_written_with_the_predictions(evaluated, here):
@@ -35,8 +35,8 @@ def test_json_is_all_there_is_on_standard_output(evaluated):
     ("arguments", "said"),
     [
         (("scens",), "Did you mean 'scenes'?"),
-        (("scenes", "cuont=3"), "Did you mean 'count'?"),
-        (("scenes", "count"), "write key=value"),
+        (("scenes", "num_image=3"), "Did you mean 'num_images'?"),
+        (("scenes", "num_images"), "write key=value"),
         (("scenes", "--split", "vla"), "there are: train, val, test"),
         (("scenes", "--prompt", "bax"), "Did you mean 'box'?"),
         (("scenes", "--device", "gpu"), "device 'gpu' is not available"),
@@ -61,7 +61,7 @@ def test_predictions_are_scored_again_without_the_model(evaluated, shell):
     assert set(scores["scores"]) == {"rouge-l", "cider"}
     assert {row["references"] for row in scores["rows"]} == {"first"}
     assert {row["tokenizer"] for row in scores["rows"]} == {"plain"}
-    shown = shell("score", "run", "--dataset", "scenes", "--metrics", "class", "dataset.count=3")
+    shown = shell("score", "run", "--dataset", "scenes", "--metrics", "class", "dataset.num_images=3")
     assert shown.status == 2
     assert "regions of the dataset were not asked for" in shown.err[0]
 
@@ -92,7 +92,7 @@ def test_two_runs_are_compared_and_shown_on_pages(evaluated, shell, here):
 
 def test_proposed_regions_are_captioned_and_judged(shell, checkpoint):
     result = shell(
-        *("evaluate", checkpoint, "scenes", "count=2", "--proposer", "grid", "proposer.points_per_side=2"),
+        *("evaluate", checkpoint, "scenes", "num_images=2", "--proposer", "grid", "proposer.points_per_side=2"),
         *("--metrics", "densecap-map", "tokenizer=plain", "--json"),
     )
     assert result.status == 0, result.err

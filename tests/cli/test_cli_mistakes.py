@@ -234,7 +234,7 @@ def test_cli_reports_permission_errors(refused, shell, nobody):
         2, "caption", "a.png", *arguments, "--out", "locked/new"
     )
     assert "permission denied (secret.png)" in refused(1, "caption", "secret.png", *arguments)
-    exported = shell("data", "export", "scenes", "locked/new", "count=1")
+    exported = shell("data", "export", "scenes", "locked/new", "num_images=1")
     assert exported.status == 2
     assert exported.err == [
         "sca: scenes val: 1 image",

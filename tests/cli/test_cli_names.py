@@ -113,7 +113,7 @@ def test_a_part_is_shown_with_its_options_and_their_defaults(shell):
     lines = shell("show", "mixers", "query").out.splitlines()
     assert "  num_queries = 8" in lines
     assert not any("segmenter" in line for line in lines[lines.index("options:") :])
-    assert "  size = 128" in shell("show", "dataset", "scenes").out.splitlines()  # a constant of its module
+    assert "  image_size = 128" in shell("show", "dataset", "scenes").out.splitlines()  # a constant of its module
 
 
 def test_a_shown_part_has_the_options_that_it_takes(shell):
@@ -147,11 +147,11 @@ def test_a_typo_is_answered_with_the_closest_name(refused):
 
 
 def test_a_dataset_is_exported_and_a_mistake_leaves_nothing(shell, refused, here):
-    assert shell("data", "export", "scenes", "out", "count=2").status == 0
+    assert shell("data", "export", "scenes", "out", "num_images=2").status == 0
     assert len(json.loads((here / "out" / "val.json").read_text())["images"]) == 2
-    assert "not a new or empty folder" in refused(2, "data", "export", "scenes", "out", "count=2")
+    assert "not a new or empty folder" in refused(2, "data", "export", "scenes", "out", "num_images=2")
     assert "Did you mean 'coco'?" in refused(2, "data", "export", "scenes", "new", "--format", "cocoa")
-    assert "Did you mean 'count'?" in refused(2, "data", "export", "scenes", "new", "cuont=2")
+    assert "Did you mean 'num_images'?" in refused(2, "data", "export", "scenes", "new", "num_image=2")
     assert [path.name for path in here.iterdir()] == ["out"]
 
 

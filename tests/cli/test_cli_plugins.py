@@ -71,7 +71,7 @@ def test_the_whole_way_from_a_new_plugin_to_captions(site, tmp_path):
 
     site.run("sca", "plugin", "new", "mixer", "shade")
     site.install(tmp_path / "sca-shade")
-    short = ["train.steps=1", "train.batch_size=2", "train.num_processes=1", "data.scenes.count=4"]
+    short = ["train.steps=1", "train.batch_size=2", "train.num_processes=1", "data.scenes.num_images=4"]
     trained = site.run("sca", "train", "sca-tiny", "mixer=shade", *short, "--out", "runs/shade", "--quiet")
     assert trained.returncode == 0, trained.stderr
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")

@@ -307,7 +307,7 @@ def test_crashed_task_tells_the_last_line_of_its_log(tmp_path):
     from sca.launchers.task import Task
 
     task = Task("a", f"{__name__}:end_badly", {"device": "cpu"}, str(tmp_path / "a"))
-    (outcome,) = Local(num_workers=1).map([task])
+    (outcome,) = Local(num_workers=1).run_tasks([task])
     assert outcome.result["state"] == "crashed"
     assert outcome.result["reason"] == "ended with status 1: RuntimeError: the reason of cpu"
 

@@ -48,7 +48,7 @@ VARIANTS = {  # options worth trying besides those that make a component tiny
     "captioners": {
         "crop-captioner": [{"encoder": "sca-tiny"}],
         "blip2-opt-2.7b": [{"vcot": True}],
-        "vlm": [{"show": "box", "encoder": "sca-tiny"}],
+        "vlm": [{"region_format": "box", "encoder": "sca-tiny"}],
     },
 }
 READERS = (
@@ -242,21 +242,21 @@ class Batched(QueryMixer):
 
 
 class Unnamed:
-    needs = "caption"
+    required_fields = "caption"
 
     def __call__(self, records):
         return MetricOutput({"a": 1.0})
 
 
 class Tabular:
-    needs = ("caption",)
+    required_fields = ("caption",)
 
     def __call__(self, records):
         return {"a": 1.0}
 
 
 class Hopeful(Tabular):
-    needs = ("captoin",)
+    required_fields = ("captoin",)
 
 
 class Outside:
@@ -340,7 +340,7 @@ class OtherBoxes(SmallSam):
 
 
 class Boastful(BoxSegmenter):
-    gives = ("masks", "boxes")
+    provides = ("masks", "boxes")
 
 
 class ManyMasks(SmallSam):
@@ -354,9 +354,9 @@ class Deaf(BoxSegmenter):
 
 
 class CountsPadding(SmallSam):
-    def loss(self, regions, targets):
+    def compute_losses(self, regions, targets):
         targets.valid_pixels = torch.ones_like(targets.valid_pixels)
-        return super().loss(regions, targets)
+        return super().compute_losses(regions, targets)
 
 
 class Cut(SmallSam):
@@ -365,7 +365,7 @@ class Cut(SmallSam):
 
 
 class Greedy(QueryMixer):
-    needs = ()
+    required_fields = ()
 
     def __init__(self, segmenter, **options):
         super().__init__(segmenter, mask_pooling=True, depth=1, mlp_dim=32)
@@ -456,7 +456,7 @@ class Chatty(Small):
 
 class Drawn:
     def __init__(self, split):
-        self.scenes = Scenes(split, count=4, size=64)
+        self.scenes = Scenes(split, num_images=4, image_size=64)
 
     def __len__(self):
         return len(self.scenes)
@@ -523,8 +523,8 @@ class OneScore(SmallSam):
 
 
 class LossOfEachRegion(SmallSam):
-    def loss(self, regions, targets):
-        return {name: value.expand(3) for name, value in super().loss(regions, targets).items()}
+    def compute_losses(self, regions, targets):
+        return {name: value.expand(3) for name, value in super().compute_losses(regions, targets).items()}
 
 
 class Flat(Small):

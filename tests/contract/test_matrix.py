@@ -83,7 +83,7 @@ def test_a_combination_learns_and_comes_back_from_disk(
     part, mixed = parts_of(encoder, mixer, sam_folder)
     spoken, options = {"name": "hf", "weights": str(lm_folder(family))}, {"lora": lora, "task_tokens": 2}
     boxed = sca_registry.encoders.get_declared(encoder, "default_segmenter") == "box"
-    if boxed and "masks" in (sca_registry.mixers.get_declared(mixer, "needs") or ()):
+    if boxed and "masks" in (sca_registry.mixers.get_declared(mixer, "requires") or ()):
         with monkeypatch.context() as patch:
             patch.setattr(sca_registry.encoders, "build", None)  # refused before anything is built
             with pytest.raises(RegistryError, match=rf"'{mixer}'.*segmenter=sam"):

@@ -15,7 +15,7 @@ OTHERS = {"datasets": {"scenes"}, "proposers": {"grid"}}  # that have an option 
 def test_tiny_options_exist_for_exactly_the_components_that_need_them(kind):
     needed = {*read_builtin_cards(kind)} - WITHOUT.get(kind, set()) if kind in SIZED else OTHERS.get(kind, set())
     assert {*tiny._builtin_options()[kind]} == needed
-    assert not [card.name for card in read_builtin_cards(kind).values() if card.small]
+    assert not [card.name for card in read_builtin_cards(kind).values() if card.tiny_options]
 
 
 def test_tiny_options_of_a_plugin_are_those_of_its_card(tmp_path, monkeypatch):

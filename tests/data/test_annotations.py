@@ -65,7 +65,7 @@ def test_label_studio_export_is_a_dataset(folder):
     assert (cat.name, cat.phrases, cat.mask, cat.box) == ("cat", ("a cat", "asleep"), None, (10, 15, 30, 21))
     assert (dog.name, dog.phrases, decode_rle(dog.mask).shape) == ("dog", (), (HEIGHT, WIDTH))
     assert [region.id for region in (*two.regions, *three.regions)] == [3, 4]
-    assert dataset.attributes == {"name": ("cat", "dog", "eye")}
+    assert dataset.attribute_values == {"name": ("cat", "dog", "eye")}
     assert dataset.skipped == {
         "relation": 1,
         "region without a box or mask": 1,

@@ -62,7 +62,7 @@ def test_everything_is_read_as_it_was_written(write):
         Region(3, (0, 0, 64, 48), None, "cat"),
     )
     assert second.regions == (Region(1, (2, 3, 12, 11.5), phrases=("a café", "☕")),)
-    assert Jsonl("val", file=file).attributes == {"name": ("cat", "dog")}
+    assert Jsonl("val", file=file).attribute_values == {"name": ("cat", "dog")}
 
 
 def test_ids_that_are_given_are_kept(write):

@@ -129,7 +129,7 @@ def test_it_keeps_the_promises_of_a_dataset(write):
 
 
 def test_what_was_exported_is_read_back(tmp_path):
-    scenes = Scenes("val", count=3, size=SIDE)
+    scenes = Scenes("val", num_images=3, image_size=SIDE)
     again = RefCoco("val", root=export_dataset(scenes, tmp_path / "out", "refcoco"))
     for one, other in zip(scenes, again, strict=True):
         assert [(r.box, r.mask, r.name, r.phrases) for r in one.regions] == [

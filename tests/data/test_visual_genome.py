@@ -67,7 +67,7 @@ def test_it_keeps_the_promises_of_a_dataset(write):
 
 
 def test_what_was_exported_is_read_back(tmp_path):
-    scenes = Scenes("val", count=3, size=SIDE)
+    scenes = Scenes("val", num_images=3, image_size=SIDE)
     again = VisualGenome("val", root=export_dataset(scenes, tmp_path / "out", "vg"))
     for one, other in zip(scenes, again, strict=True):
         told = [(phrase, region.box) for region in one.regions for phrase in region.phrases]

@@ -229,7 +229,7 @@ def test_sliders_and_note_follow_the_model():
 
 def test_a_slider_that_nobody_moved_leaves_its_value_to_the_model(models):
     models, (name, *_) = models
-    scene = Scenes("test", count=1, size=128, seed=29)[0].image
+    scene = Scenes("test", num_images=1, image_size=128, seed=29)[0].image
     shown = SliderValues(
         points_per_side=7, pred_iou_thresh=0.99
     )  # as of a model whose values were not known when it was chosen

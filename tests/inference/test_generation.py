@@ -89,7 +89,13 @@ def test_every_caller_generates_in_pieces(rows, monkeypatch):
     assert len(predictor.predict(boxes=BOXES)) == 40
     found = predictor.engine.predict_best_masks(predictor.encoded, [[Prompt(box=box) for box in BOXES]])
     predictor.engine.caption_masks(predictor.encoded, found, [Prompt(box=box) for box in BOXES])
-    evaluate(model, {"name": "scenes", "count": 12, "size": 64}, "test", prompting=PromptingOptions(), batch_size=12)
+    evaluate(
+        model,
+        {"name": "scenes", "num_images": 12, "image_size": 64},
+        "test",
+        prompting=PromptingOptions(),
+        batch_size=12,
+    )
     features = model.encode(torch.zeros(1, 3, 64, 64))
     prompts = PromptBatch(torch.zeros(40, dtype=torch.long), boxes=torch.tensor(BOXES, dtype=torch.float))
     model.generate(features, prompts, torch.zeros(40, dtype=torch.long))

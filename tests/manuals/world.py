@@ -53,8 +53,8 @@ language_model = "tiny-gpt2"
 
 [data.scenes]
 name = "scenes"
-size = 64
-count = 8
+image_size = 64
+num_images = 8
 """
 SWEEP = """
 summary = "one row"
@@ -141,7 +141,7 @@ class World:
 def furnish(folder, sam, hub):
     """What the manuals take for granted; `hub` gets what they load by name. sam: a folder with a tiny SAM."""
     shutil.copytree(ROOT / "examples", folder / "examples")
-    scenes = {split: Scenes(split, count=6, size=96) for split in ("train", "val", "test")}
+    scenes = {split: Scenes(split, num_images=6, image_size=96) for split in ("train", "val", "test")}
     layouts = {
         "street": "coco",
         "VG": "vg",

@@ -11,7 +11,7 @@ import sca_registry
 import torch
 from accelerator import simulated_cuda
 from PIL import Image
-from sca_registry.contracts import Batch, Prompt, PromptBatch, SegmenterOutput, Targets
+from sca_registry.contracts import Batch, MaskTargets, Prompt, PromptBatch, SegmenterOutput
 from sca_registry.spec import ModelSpec
 from tiny import FAMILIES, tiny
 from torch import nn
@@ -89,7 +89,7 @@ def batch_of(model, regions=None):
     ids = torch.randint(3, 90, (len(region), 3), generator=draw)
     mask = torch.ones_like(ids)
     mask[1::2, 2] = 0
-    targets = Targets(
+    targets = MaskTargets(
         torch.rand(len(prompts), side, side, generator=draw),
         torch.ones(len(prompts), side, side, dtype=torch.bool),
         torch.arange(len(prompts)) != 1,
@@ -390,7 +390,7 @@ def test_auxiliary_losses_run_on_an_accelerator(small):
     model = small()
     lesson = TrainingModule(model, {"attributes": 1.0, "features": 1.0}, attributes)
     batch = batch_of(model)
-    batch.extra = {name: torch.tensor([0, 1, -100, 0, 1]) for name in ("color", "side")}
+    batch.auxiliary_targets = {name: torch.tensor([0, 1, -100, 0, 1]) for name in ("color", "side")}
     with simulated_cuda(), torch.autocast("cuda", torch.bfloat16):
         lesson.to("cuda")
         loss = lesson(batch.to("cuda"), {"regions": 1.0})
@@ -411,7 +411,7 @@ def test_features_are_kept_from_an_accelerator(small, picture, tmp_path):
 
 @pytest.mark.parametrize("name", ["crop-captioner", "vlm", "nearest-neighbor"])
 def test_baseline_captions_on_an_accelerator(name):
-    sample = Scenes("test", count=1, size=64)[0]
+    sample = Scenes("test", num_images=1, image_size=64)[0]
     prompts = [Prompt(box=region.box) for region in sample.regions]
     with simulated_cuda():
         captions = load_captioner({"name": name, **tiny_options("captioner", name)}, "cuda").caption(

@@ -59,8 +59,8 @@ def test_a_clip_gives_the_patches_of_its_image_tower(clip):
     model.visual.output_tokens, model.visual.proj = True, None
     torch.testing.assert_close(mine(pixels).flatten(2).mT, model.visual(pixels)[1], rtol=1e-5, atol=1e-5)
     inner = model.visual.forward_intermediates(pixels, indices=[1], intermediates_only=True)["image_intermediates"][0]
-    torch.testing.assert_close(encoder("open-clip", weights=str(folder), layer=1)(pixels), inner)
-    assert len(encoder("open-clip", weights=str(folder), layer=1).visual.tower.transformer.resblocks) == 2
+    torch.testing.assert_close(encoder("open-clip", weights=str(folder), feature_layer=1)(pixels), inner)
+    assert len(encoder("open-clip", weights=str(folder), feature_layer=1).visual.tower.transformer.resblocks) == 2
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def test_a_backbone_of_timm_gives_its_normalized_patches(vit):
     torch.testing.assert_close(mine(pixels).flatten(2).mT, tokens, rtol=1e-5, atol=1e-5)
     named = encoder("timm", model="vit_tiny_patch16_224", weights=str(folder / "model.safetensors"), config=VIT)
     torch.testing.assert_close(named(pixels), mine(pixels))
-    assert encoder("timm", weights=str(folder), layer=-2)(pixels).shape == (2, 32, 4, 4)
+    assert encoder("timm", weights=str(folder), feature_layer=-2)(pixels).shape == (2, 32, 4, 4)
 
 
 @torch.no_grad()
@@ -157,8 +157,8 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(kind, name, file, how, 
         ("open-clip", {"model": "ViT-B-16", "pretrained": "opnai"}, "Did you mean 'openai'"),
         ("timm", {}, "there are no weights"),
         ("open-clip", {}, "there are no weights"),
-        ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "layer": 12}, "no layer 12: .* has 12"),
-        ("open-clip", {"model": "ViT-B-16", "pretrained": False, "layer": -13}, "no layer -13: .* has 12"),
+        ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "feature_layer": 12}, "no layer 12: .* has 12"),
+        ("open-clip", {"model": "ViT-B-16", "pretrained": False, "feature_layer": -13}, "no layer -13: .* has 12"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 70}, "70"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "config": {"dept": 2}}, "dept"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "config": {"num_classes": 2}}, "leave it out"),
@@ -194,7 +194,7 @@ def test_each_name_has_a_license_a_source_and_the_extra_that_brings_it():
 def test_sams_own_heads_serve_an_encoder_of_another_width_and_grid(clip, sam_folder):
     folder, _ = clip
     model = sca.compose(
-        {"name": "open-clip", "weights": str(folder), "image_size": 96, "layer": 1},
+        {"name": "open-clip", "weights": str(folder), "image_size": 96, "feature_layer": 1},
         {"name": "mask-tokens", "depth": 1, "mlp_dim": 64, "num_heads": 4},
         {"name": "tiny-gpt2", "hidden_size": 32},
         segmenter={"name": "sam", "weights": str(sam_folder)},

@@ -44,7 +44,7 @@ def test_neither_pad_nor_unknown_nor_beginning_is_needed(tokenizer, special):
 
 def test_an_end_is_needed_and_can_be_named(tokenizer):
     folder = tokenizer(pad_token="<pad>")
-    with pytest.raises(InputError, match=r"name one of its tokens with eos="):
+    with pytest.raises(InputError, match=r"name one of its tokens with eos_token="):
         load_tokenizer(folder)
     with pytest.raises(InputError, match="no token '<stop>'"):
         load_tokenizer(folder, eos_token="<stop>")
@@ -68,7 +68,7 @@ def test_a_language_model_may_be_of_lower_precision_than_the_rest(lm_folder, fam
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_checkpointing_forgets_the_layers_and_gives_the_same_gradients(lm_folder, family):
-    plain, saving = (HfLanguageModel(str(lm_folder(family)), checkpointing=on).eval() for on in (False, True))
+    plain, saving = (HfLanguageModel(str(lm_folder(family)), gradient_checkpointing=on).eval() for on in (False, True))
     mask, remembered, gradients = torch.ones(2, 5, dtype=torch.long), [], []
     for model in (plain, saving):
         model.requires_grad_(False)

@@ -128,7 +128,10 @@ def test_a_part_that_is_only_a_name_takes_options():
         "name": "tiny-vit",
         "image_size": 64,
     }
-    assert apply_overrides(RECIPE, ["data.train.size=64"])["data"]["train"] == {"name": "scenes", "size": 64}
+    assert apply_overrides(RECIPE, ["data.train.image_size=64"])["data"]["train"] == {
+        "name": "scenes",
+        "image_size": 64,
+    }
 
 
 def test_a_recipe_s_own_tables_are_set():

@@ -23,7 +23,7 @@ specs = st.builds(
     mixer=parts,
     language_model=parts,
     segmenter=st.none() | parts,
-    projection=st.fixed_dictionaries({}, optional={"kind": st.sampled_from(["linear", "mlp"])}),
+    projection=st.fixed_dictionaries({}, optional={"type": st.sampled_from(["linear", "mlp"])}),
     task_tokens=st.integers(0, 9),
     lora=st.none() | st.integers(1, 64) | st.fixed_dictionaries({"rank": st.integers(1, 64)}),
     generation=st.fixed_dictionaries({}, optional={"num_beams": st.integers(1, 5)}),
@@ -36,7 +36,7 @@ def test_three_names_are_a_model():
     assert TINY.lora is None
     assert TINY.task_tokens == 6
     assert TINY.trainable == ("mixer", "projection", "task_tokens", "neck", "lora")
-    assert TINY.projection == {"kind": "linear", "norm": "none"}
+    assert TINY.projection == {"type": "linear", "norm": "none"}
     assert TINY.generation == {"max_new_tokens": 20, "num_beams": 1}
 
 
@@ -81,10 +81,10 @@ def test_a_number_is_short_for_a_rank():
 def test_overrides_edit_replace_and_leave_the_original_alone():
     changed = TINY.apply_overrides(["mixer.depth=2", "projection=mlp", "projection.norm=pre", "generation.num_beams=3"])
     assert changed.mixer == Part("query", {"depth": 2})
-    assert changed.projection == {"kind": "mlp", "norm": "pre"}
+    assert changed.projection == {"type": "mlp", "norm": "pre"}
     assert changed.generation == {"max_new_tokens": 20, "num_beams": 3}
     assert changed.apply_overrides(["mixer=roi-pool"]).mixer == Part("roi-pool")
-    assert changed.apply_overrides(["projection=linear"]).projection == {"kind": "linear", "norm": "none"}
+    assert changed.apply_overrides(["projection=linear"]).projection == {"type": "linear", "norm": "none"}
     assert ModelSpec.parse("tiny-vit+query+tiny-gpt2") == TINY
 
 
@@ -135,7 +135,7 @@ def test_check_finds_a_wrong_name_of_any_part(text, told):
 CARDS = """
     [masked]
     factory = "shade.parts:Mean"
-    needs = ["masks"]
+    requires = ["masks"]
 
     [silent]
     factory = "shade.parts:Mean"
@@ -144,7 +144,7 @@ CARDS = """
 
 @pytest.fixture
 def shade(site):
-    source = MIXER + "\n    class Wants(Mean):\n        needs = ('masks', 'grid')\n"
+    source = MIXER + "\n    class Wants(Mean):\n        requires = ('masks', 'grid')\n"
     files = {"shade/__init__.py": "", "shade/parts.py": source, "shade/mixers.toml": CARDS}
     site.install("shade", "[sca_mixers]\nlabel = shade:mixers.toml\nwants = shade.parts:Wants\n", files)
 

@@ -53,12 +53,12 @@ def test_a_recipe_goes_on_from_a_model_and_learns_from_a_path(tmp_path):
 
 def test_overrides_reach_every_table_and_do_not_change_the_recipe():
     plain = Recipe.read("sca-tiny")
-    changes = ["train.steps=7", "mixer.depth=1", "loss.mask=0.5", "data.scenes.count=16", "train.prompts.box=0.2"]
+    changes = ["train.steps=7", "mixer.depth=1", "loss.mask=0.5", "data.scenes.num_images=16", "train.prompts.box=0.2"]
     changed = Recipe.read("sca-tiny", changes)
     assert changed.train.steps == 7
     assert changed.model.mixer.options["depth"] == 1
     assert changed.loss["mask"] == 0.5
-    assert changed.data["scenes"].dataset.options == {"count": 16}
+    assert changed.data["scenes"].dataset.options == {"num_images": 16}
     assert changed.train.prompts["box"] == 0.2
     assert Recipe.read("sca-tiny", ["train.prompts={point=1}"]).train.prompts == {"point": 1}
     assert Recipe.read("sca-tiny") == plain
@@ -235,9 +235,9 @@ def test_recipe_model_table_replaces_a_name(tmp_path):
 
 
 def test_recipe_takes_whole_tables_as_assignments(tmp_path):
-    written = ['data={x={name="scenes", count=3}}', "train={steps=7}", "train.batch_size=2", "loss={mask=0.5}"]
+    written = ['data={x={name="scenes", num_images=3}}', "train={steps=7}", "train.batch_size=2", "loss={mask=0.5}"]
     recipe = Recipe.read("sca-tiny", written)
-    assert recipe.data == {"x": DataSource(Part("scenes", {"count": 3}))}
+    assert recipe.data == {"x": DataSource(Part("scenes", {"num_images": 3}))}
     assert recipe.train == TrainOptions(steps=7, batch_size=2)
     assert recipe.loss == DEFAULT_LOSS_WEIGHTS | {"mask": 0.5}
     with pytest.raises(RegistryError, match=r"a recipe's \[train\] has no 'stps'\. Did you mean 'steps'"):
@@ -245,10 +245,12 @@ def test_recipe_takes_whole_tables_as_assignments(tmp_path):
 
 
 def test_recipe_takes_every_field_of_validate_as_an_assignment(small_table):
-    table = {"model": small_table, "data": {"a": {"name": "scenes", "count": 9}}, "validate": {"every": 3}}
+    table = {"model": small_table, "data": {"a": {"name": "scenes", "num_images": 9}}, "validate": {"every": 3}}
     assigned = ['validate.best=["rouge-l"]', 'validate.metrics=["rouge-l"]', "validate.limit=4", "validate.prompt=mask"]
-    found = Recipe.from_dict("mine", table, [*assigned, "validate.dataset.size=64", "data.a.count=8"]).validate
-    dataset = {"name": "scenes", "count": 8, "size": 64}
+    found = Recipe.from_dict(
+        "mine", table, [*assigned, "validate.dataset.image_size=64", "data.a.num_images=8"]
+    ).validate
+    dataset = {"name": "scenes", "num_images": 8, "image_size": 64}
     assert found == ValidationOptions(3, dataset, limit=4, prompt="mask", metrics=("rouge-l",), best=("rouge-l",))
     with pytest.raises(RegistryError, match=r"validate has no 'bst'\. Did you mean 'best'\? There are: every, dataset"):
         Recipe.from_dict("mine", table, ["validate.bst=3"])
@@ -319,7 +321,7 @@ def test_open_sources_rejects_a_dataset_without_usable_images(small_table, tmp_p
         open_training_datasets(recipe)
 
 
-DATA = {"data": {"scenes": {"name": "scenes", "count": 2, "size": 64}}}
+DATA = {"data": {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}}}
 LARGE = {"encoder": "sam-vit-h", "mixer": "query", "language_model": "mistral-7b", "lora": 4}
 
 

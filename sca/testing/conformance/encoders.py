@@ -24,7 +24,7 @@ def image_format(harness: PartHarness) -> str | None:
         return f"size {image.size}, stride {harness.part.stride}"
     if len(image.mean) != 3 or len(image.std) != 3 or min(image.std) <= 0:
         return f"mean {image.mean}, std {image.std}"
-    for name in ("order", "resample", "fit"):
+    for name in ("channel_order", "resample", "resize_mode"):
         allowed_values = get_args(inspect.get_annotations(ImageFormat, eval_str=True)[name])
         if getattr(image, name) not in allowed_values:
             return f"{name} = {getattr(image, name)!r}; there are {', '.join(allowed_values)}"

@@ -110,7 +110,7 @@ class PartHarness:
         return part
 
     def get_declared_value(self, field: str) -> Any:
-        """Return the value of a field, such as `gives` or `needs`, of the card or class."""
+        """Return the value of a field, such as `provides` or `requires`, of the card or class."""
         return (
             get_registry(self.kind).get_declared(self.name, field) if self.name else getattr(self.factory, field, None)
         )
@@ -302,12 +302,12 @@ class MixerHarness(PartHarness):
 
     def collect_needs(self) -> set[str]:
         """Return which of masks, boxes and grid the mixer requires with its present options."""
-        required = set(self.get_declared_value("needs") or ())
+        required = set(self.get_declared_value("requires") or ())
         if self.name:
             card = get_registry(self.kind).get_card(self.name)
             options = {**card.options, **self.options}
             required.update(
-                thing for option, things in card.needs_with.items() if options.get(option) for thing in things
+                thing for option, things in card.option_requires.items() if options.get(option) for thing in things
             )
         return required
 

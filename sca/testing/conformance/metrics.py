@@ -29,7 +29,7 @@ def make_example_records() -> list[dict[str, Any]]:
         "mask": EMPTY_RLE,
         "box": [4.0, 4.0, 20.0, 20.0],
         "area": 0.0,
-        "attributes": {"color": "red", "form": "circle", "size": "small", "texture": "striped", "relations": []},
+        "attributes": {"color": "red", "shape": "circle", "size": "small", "texture": "striped", "relations": []},
     }
     return [
         {
@@ -52,8 +52,8 @@ def make_example_records() -> list[dict[str, Any]]:
 
 @register_check("metrics")
 def needs_are_paths(harness: PartHarness) -> str | None:
-    """`needs` is a tuple of paths in a record, such as "caption", "truth.mask" or "task=caption"."""
-    needs = harness.part.needs
+    """`requires` is a tuple of paths in a record, such as "caption", "truth.mask" or "task=caption"."""
+    needs = harness.part.required_fields
     if not isinstance(needs, tuple) or not all(isinstance(need, str) for need in needs):
         return f"needs = {needs!r}"
     for need in needs:
@@ -68,7 +68,7 @@ def needs_are_paths(harness: PartHarness) -> str | None:
 def gives_scores(harness: PartHarness) -> str | None:
     """On records with the required fields it returns a `MetricOutput` of numbers with the declared names."""
     records = make_example_records()
-    if "image" in harness.part.needs or describe_missing_needs(records, harness.part.needs):
+    if "image" in harness.part.required_fields or describe_missing_needs(records, harness.part.required_fields):
         raise DoesNotApply("the example has not what it needs")
     output = harness.part(records)
     if not isinstance(output, MetricOutput):

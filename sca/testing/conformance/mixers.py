@@ -28,10 +28,10 @@ def regions_are_told_apart(harness: MixerHarness) -> str | None:
     return "two regions of one image with the same queries" if torch.allclose(first, second) else None
 
 
-@register_check("mixers", source="sca_registry.cards.Card.needs")
+@register_check("mixers", source="sca_registry.cards.Card.requires")
 @torch.no_grad()
 def needs_no_more_than_it_says(harness: MixerHarness) -> str | None:
-    """The mixer runs without masks, boxes or grid unless its card or class lists them in `needs`."""
+    """The mixer runs without masks, boxes or grid unless its card or class lists them in `requires`."""
     needs, inputs = harness.collect_needs(), harness.make_inputs()
     fields_by_need = {"masks": ("masks", "iou_scores", "mask_tokens"), "boxes": ("boxes",), "grid": ("grid",)}
     for need, names in fields_by_need.items():
@@ -60,10 +60,10 @@ def uses_grid_is_true(harness: MixerHarness) -> str | None:
 def prepared_or_not(harness: MixerHarness) -> str | None:
     """Passing the result of `prepare` does not change the queries, for all regions or a subset."""
     part = harness.part
-    if not hasattr(part, "prepare"):
+    if not hasattr(part, "prepare_images"):
         raise DoesNotApply("it has no prepare")
     inputs = harness.make_inputs()
-    prepared = part.prepare(inputs.image_embeddings, inputs.positional_encoding)
+    prepared = part.prepare_images(inputs.image_embeddings, inputs.positional_encoding)
     problem = describe_difference({"queries": part(inputs)}, {"queries": part(inputs, prepared)})
     if problem:
         return problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sca_registry.contracts import SegmenterOutput, Targets
+from sca_registry.contracts import MaskTargets, SegmenterOutput
 from torch import Tensor
 
 from sca.io.masks import mask_to_box
@@ -84,11 +84,11 @@ def given_boxes_are_kept(harness: SegmenterHarness) -> str | None:
     return None
 
 
-@register_check("segmenters", source="sca_registry.cards.Card.gives")
+@register_check("segmenters", source="sca_registry.cards.Card.provides")
 @torch.no_grad()
 def gives_what_it_says(harness: SegmenterHarness) -> str | None:
-    """The outputs listed in `gives` of the card or class are present for a box prompt."""
-    declared_fields = harness.get_declared_value("gives")
+    """The outputs listed in `provides` of the card or class are present for a box prompt."""
+    declared_fields = harness.get_declared_value("provides")
     if declared_fields is None:
         raise DoesNotApply("it does not say what it gives")
     inputs = harness.make_inputs()
@@ -159,7 +159,7 @@ def _get_region_view(output: SegmenterOutput, row: int) -> Tensor:
     )
 
 
-def _make_targets() -> Targets:
+def _make_targets() -> MaskTargets:
     """Make targets whose right quarter is padding; the last region has no mask."""
     masks = torch.zeros(len(IMAGE_INDEX), MASK_SIZE, MASK_SIZE)
     masks[:, 4:20, 4:20] = 1.0
@@ -168,11 +168,11 @@ def _make_targets() -> Targets:
     has_mask = torch.ones(len(IMAGE_INDEX), dtype=torch.bool)
     has_mask[-1] = False
     masks[-1] = 0.0
-    return Targets(masks, valid_pixels, has_mask)
+    return MaskTargets(masks, valid_pixels, has_mask)
 
 
-def _compute_losses(part: Any, harness: SegmenterHarness, targets: Targets) -> dict[str, Tensor]:
-    if not hasattr(part, "loss"):
+def _compute_losses(part: Any, harness: SegmenterHarness, targets: MaskTargets) -> dict[str, Tensor]:
+    if not hasattr(part, "compute_losses"):
         raise DoesNotApply("it has no loss")
     inputs = harness.make_inputs()
-    return part.loss(part(inputs.features, inputs.prompts["box"]), targets)
+    return part.compute_losses(part(inputs.features, inputs.prompts["box"]), targets)
