@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sca.nn.projection import Projection
-from sca.nn.region_rows import concat_segmenter_outputs
+from sca.nn.region_batch import concat_segmenter_outputs
 
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec

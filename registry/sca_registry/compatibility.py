@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sca_registry.errors import RegistryError
-from sca_registry.overrides import MODEL_PARTS
+from sca_registry.overrides import MODEL_COMPONENTS
 from sca_registry.registry import get_registry
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.spec import ComponentSpec, ModelSpec
 
 
 def check_compatible(spec: ModelSpec) -> None:
@@ -20,7 +20,7 @@ def check_compatible(spec: ModelSpec) -> None:
     Raises:
         RegistryError: A name is unknown, or a component needs an output that the upstream component does not provide.
     """
-    for kind in MODEL_PARTS:
+    for kind in MODEL_COMPONENTS:
         component = getattr(spec, kind)
         if component is not None:
             get_registry(kind).get_card(component.name)
@@ -29,12 +29,12 @@ def check_compatible(spec: ModelSpec) -> None:
         _check_fit("encoder", spec.encoder, "segmenter", segmenter)
     elif _list_needs("mixer", spec.mixer):
         segmenter_name = get_registry("encoder").get_declared(spec.encoder.name, "default_segmenter")
-        segmenter = Part(segmenter_name) if segmenter_name else None
+        segmenter = ComponentSpec(segmenter_name) if segmenter_name else None
     if segmenter is not None:
         _check_fit("segmenter", segmenter, "mixer", spec.mixer)
 
 
-def _check_fit(upstream_kind: str, upstream: Part, kind: str, component: Part) -> None:
+def _check_fit(upstream_kind: str, upstream: ComponentSpec, kind: str, component: ComponentSpec) -> None:
     required = _list_needs(kind, component)
     provided = get_registry(upstream_kind).get_declared(upstream.name, "provides") if required else None
     if provided is None:
@@ -65,7 +65,7 @@ def _check_fit(upstream_kind: str, upstream: Part, kind: str, component: Part) -
     )
 
 
-def _list_needs(kind: str, component: Part) -> list[str]:
+def _list_needs(kind: str, component: ComponentSpec) -> list[str]:
     """List the outputs that a component needs with its options."""
     option_needs = get_registry(kind).get_card(component.name).option_requires
     base_needs = get_registry(kind).get_declared(component.name, "requires") or ()
@@ -73,7 +73,7 @@ def _list_needs(kind: str, component: Part) -> list[str]:
     return [*base_needs, *(output_name for option in enabled_options for output_name in option_needs[option])]
 
 
-def _list_enabled_options(kind: str, component: Part) -> list[str]:
+def _list_enabled_options(kind: str, component: ComponentSpec) -> list[str]:
     """List the enabled options of a component that need outputs of the upstream component."""
     card = get_registry(kind).get_card(component.name)
     return [option for option in card.option_requires if {**card.options, **component.options}.get(option)]

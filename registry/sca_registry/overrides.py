@@ -20,8 +20,8 @@ from typing import Any
 
 from sca_registry.errors import RegistryError, make_unknown_name_error
 
-MODEL_PARTS = ("encoder", "segmenter", "mixer", "language_model")
-MODEL_FIELDS = (*MODEL_PARTS, "projection", "task_tokens", "trainable", "lora", "generation", "everything")
+MODEL_COMPONENTS = ("encoder", "segmenter", "mixer", "language_model")
+MODEL_FIELDS = (*MODEL_COMPONENTS, "projection", "task_tokens", "trainable", "lora", "generation", "everything")
 SHORTHAND_KEYS = {"projection": "type", "lora": "rank"}  # key of a table that is written as a single value
 
 KEY_PATTERN = re.compile(r"[^\W\d][\w-]*", re.ASCII)
@@ -158,7 +158,7 @@ def _is_text_key(table: Mapping[str, Any], parents: tuple[str, ...], key: str) -
 
     name = table.get("name")
     if isinstance(name, str):
-        kind = parents[-1] if parents and parents[-1] in MODEL_PARTS else "dataset"
+        kind = parents[-1] if parents and parents[-1] in MODEL_COMPONENTS else "dataset"
         return get_registry(kind).is_text_option(name, key)
     return isinstance(table.get(key), str) and parents[:1] != ("model",)
 

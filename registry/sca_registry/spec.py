@@ -11,7 +11,7 @@ from typing import Any
 
 from sca_registry.errors import RegistryError, make_unknown_name_error
 from sca_registry.options import check_options
-from sca_registry.overrides import MODEL_PARTS, apply_overrides, parse_assignments
+from sca_registry.overrides import MODEL_COMPONENTS, apply_overrides, parse_assignments
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.registry import get_registry
 
@@ -30,7 +30,7 @@ MAX_GRID_POINTS = 2**20  # points in the grids of an image and all its crops
 
 
 @dataclass(frozen=True)
-class Part:
+class ComponentSpec:
     """Component of a model: a registered name and options.
 
     Attributes:
@@ -46,7 +46,7 @@ class Part:
         return {"name": self.name, **self.options}
 
     @classmethod
-    def from_dict(cls, data: Any, subject: str = "component") -> Part:
+    def from_dict(cls, data: Any, subject: str = "component") -> ComponentSpec:
         """Create a component from the table of `to_dict`, or from a name.
 
         Args:
@@ -67,7 +67,7 @@ class Part:
         return cls(table["name"], {option: value for option, value in table.items() if option != "name"})
 
     @classmethod
-    def parse(cls, text: str, subject: str = "a component", kind: str = "") -> Part:
+    def parse(cls, text: str, subject: str = "a component", kind: str = "") -> ComponentSpec:
         """Parse a component with options.
 
         Args:
@@ -145,10 +145,10 @@ class ModelSpec:
         RegistryError: A field, key or value is invalid.
     """
 
-    encoder: Part
-    mixer: Part
-    language_model: Part
-    segmenter: Part | None = None
+    encoder: ComponentSpec
+    mixer: ComponentSpec
+    language_model: ComponentSpec
+    segmenter: ComponentSpec | None = None
     projection: Mapping[str, str] = field(default_factory=dict)
     task_tokens: int = 6
     trainable: tuple[str, ...] = TRAINABLE_GROUPS[:5]
@@ -191,7 +191,7 @@ class ModelSpec:
             raise RegistryError(
                 f"{text!r} is not a model; write encoder+mixer+language-model, such as tiny-vit+query+tiny-gpt2.{hint}"
             )
-        encoder, mixer, language_model = map(Part, names)
+        encoder, mixer, language_model = map(ComponentSpec, names)
         return cls(encoder, mixer, language_model)
 
     @classmethod
@@ -214,9 +214,9 @@ class ModelSpec:
         for key in table:
             if key not in field_names:
                 raise make_unknown_name_error(f"a model has no {key!r}", key, field_names)
-        for kind in MODEL_PARTS:
+        for kind in MODEL_COMPONENTS:
             if kind in table or kind != "segmenter":
-                table[kind] = Part.from_dict(table.get(kind), kind.replace("_", " "))
+                table[kind] = ComponentSpec.from_dict(table.get(kind), kind.replace("_", " "))
         return cls(**table)
 
     def to_dict(self) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class ModelSpec:
         data: dict[str, Any] = {"format": SPEC_FORMAT}
         for each in fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, Part):
+            if isinstance(value, ComponentSpec):
                 data[each.name] = value.to_dict()
             elif isinstance(value, Mapping):
                 data[each.name] = {key: option for key, option in value.items() if option is not None}
@@ -253,7 +253,7 @@ def _suggest_fix(spec_format: Any) -> str:
 def _suggest_registered_name(subject: str, factory: Any) -> str:
     """Suggest the registered name of a factory, or its registration."""
     kind = subject.replace(" ", "_")
-    if kind not in MODEL_PARTS:
+    if kind not in MODEL_COMPONENTS:
         return ""
     path = f"{getattr(factory, '__module__', '')}:{getattr(factory, '__qualname__', '')}"
     names = [name for name in get_registry(kind).list_names() if get_registry(kind).get_card(name).factory == path]

@@ -13,9 +13,9 @@ from PIL import Image
 from sca_registry import RegistryError, zoo
 from sca_registry.contracts import Caption, Prompt, TokenUsage
 from sca_registry.errors import make_unknown_name_error
-from sca_registry.spec import DEFAULT_GENERATION, Part
+from sca_registry.spec import DEFAULT_GENERATION, ComponentSpec
 
-from sca.builder import resolve_parts
+from sca.builder import resolve_components
 from sca.checkpoints.load import HUB_ID_PATTERN, load
 from sca.inference.engine import EncodedImages, MaskEngine, PredictedMask
 from sca.inference.prompt_arguments import check_task
@@ -81,8 +81,8 @@ class RegionCaptioner(MaskEngine):
         model, self.has_masks = (None, False) if encoder is None else build_segmentation_model(encoder, device)
         if requires_masks and model is not None and not self.has_masks:
             raise ValueError(
-                f"the encoder {Part.from_dict(encoder).name!r} brings a segmenter without masks, and masks cut regions "
-                "out: take a SAM, such as sam-vit-b, or none"
+                f"the segmenter of the encoder {ComponentSpec.from_dict(encoder).name!r} predicts no masks; use a SAM "
+                "encoder, such as sam-vit-b, or no encoder"
             )
         super().__init__(model)
 
@@ -213,22 +213,26 @@ def build_segmentation_model(
         RegistryError: The encoder is unknown, or an option is invalid.
         InputError: The checkpoint cannot be read.
     """
-    part = Part.from_dict(encoder, "encoder")
-    if part.name not in sca_registry.encoders:
-        if part.name in zoo.list_names() or find_local_folder(part.name) or HUB_ID_PATTERN.fullmatch(part.name):
-            for option in part.options:
+    component = ComponentSpec.from_dict(encoder, "encoder")
+    if component.name not in sca_registry.encoders:
+        if (
+            component.name in zoo.list_names()
+            or find_local_folder(component.name)
+            or HUB_ID_PATTERN.fullmatch(component.name)
+        ):
+            for option in component.options:
                 if option not in TRUST_OPTIONS:
                     raise RegistryError(
-                        f"the encoder {part.name!r} is a checkpoint, which has no option {option!r} to set; it takes "
+                        f"the encoder {component.name!r} is a checkpoint, which has no option {option!r}; choose from "
                         f"{', '.join(TRUST_OPTIONS)}"
                     )
-            model = load(part.name, device, **part.options)
-            segmenter = resolve_parts(model.spec, model.encoder)["segmenter"].name
+            model = load(component.name, device, **component.options)
+            segmenter = resolve_components(model.spec, model.encoder)["segmenter"].name
             return SegmentationModel(model.encoder, model.segmenter), _has_masks(segmenter)
-        sca_registry.encoders.get_card(part.name)  # raises with the available names
+        sca_registry.encoders.get_card(component.name)  # raises with the available names
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        built_encoder = sca_registry.encoders.build(part.name, **part.options)
+        built_encoder = sca_registry.encoders.build(component.name, **component.options)
         segmenter = sca_registry.segmenters.build(built_encoder.default_segmenter, built_encoder)
     return SegmentationModel(built_encoder, segmenter).to(device), _has_masks(built_encoder.default_segmenter)
 

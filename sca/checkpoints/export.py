@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from sca_registry import get_registry
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.spec import ComponentSpec, ModelSpec
 from torch import Tensor
 
 from sca.builder import build
 from sca.checkpoints.published import FIXED_CONFIG, MIXER_BY_ARCHITECTURE, NAME_PREFIXES, SPECIAL_TOKEN_FIELDS
-from sca.checkpoints.state import list_stored_tensors
+from sca.checkpoints.tensors import list_stored_tensors
 from sca.io.atomic import write_folder
 from sca.io.errors import InputError
 from sca.io.hub import silence_transformers
@@ -93,12 +93,12 @@ def write_language_model(model: SegmentCaptioner, folder: Path) -> Path:
     return folder
 
 
-def attach_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
+def attach_sources(model: SegmentCaptioner, **components: ComponentSpec) -> SegmentCaptioner:
     """Return the same model with components whose pretrained weights a checkpoint refers to instead of storing them.
 
     Args:
         model: Model.
-        **parts: `encoder`, which also replaces the segmenter by SAM's, and `language_model`.
+        **components: `encoder`, which also replaces the segmenter by SAM's, and `language_model`.
 
     Returns:
         The model in eval mode.
@@ -106,13 +106,13 @@ def attach_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
     Raises:
         InputError: The pretrained weights differ from those of the model.
     """
-    changed_parts = {
-        kind: Part(part.name, _select_usage_options(model.spec, kind) | dict(part.options))
-        for kind, part in parts.items()
+    changed_components = {
+        kind: ComponentSpec(component.name, _select_usage_options(model.spec, kind) | dict(component.options))
+        for kind, component in components.items()
     }
-    if "encoder" in parts:
-        changed_parts["segmenter"] = Part("sam", _select_usage_options(model.spec, "segmenter"))
-    sourced_model = build(replace(model.spec, **changed_parts))
+    if "encoder" in components:
+        changed_components["segmenter"] = ComponentSpec("sam", _select_usage_options(model.spec, "segmenter"))
+    sourced_model = build(replace(model.spec, **changed_components))
     tensors, source_tensors = model.state_dict(), sourced_model.state_dict()
     sourced_names = source_tensors.keys() - list_stored_tensors(sourced_model)
     differing_names = sorted(
@@ -120,7 +120,7 @@ def attach_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
     )
     if differing_names:
         raise InputError(
-            f"the weights of {' and '.join(part.name for part in parts.values())} are others than the model's: "
+            f"the weights of {' and '.join(each.name for each in components.values())} differ from those of the model: "
             f"{format_first_names(differing_names)}"
         )
     sourced_model.load_state_dict(tensors)
@@ -130,9 +130,11 @@ def attach_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
 
 def _select_usage_options(spec: ModelSpec, kind: str) -> dict[str, Any]:
     """Select the options of a component that affect its usage but not its weights."""
-    part = getattr(spec, kind)
+    component = getattr(spec, kind)
     return {
-        name: part.options[name] for name in USAGE_OPTIONS.get(kind, ()) if part is not None and name in part.options
+        name: component.options[name]
+        for name in USAGE_OPTIONS.get(kind, ())
+        if component is not None and name in component.options
     }
 
 

@@ -17,7 +17,7 @@ from sca.builder import build
 from sca.checkpoints.layout import CONFIG_FILE, ORIGIN_FILE, SPEC_FILE, WEIGHTS_FILE, is_published_checkpoint
 from sca.checkpoints.native import load_native_checkpoint, read_spec, wrap_spec_errors
 from sca.checkpoints.published import load_published_checkpoint, read_published_spec
-from sca.checkpoints.state import check_finite_weights
+from sca.checkpoints.tensors import check_finite_weights
 from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, resolve_real_root
 from sca.devices import resolve_device, resolve_dtype
 from sca.io.atomic import get_previous_folder

@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 
 from sca.builder import build
 from sca.checkpoints.layout import find_tokenizer_source
-from sca.checkpoints.state import BuildSizeLimit, assign_tensors
+from sca.checkpoints.tensors import BuildSizeLimit, assign_tensors
 from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, confine_spec
 from sca.io.errors import InputError
 from sca.io.hub import fetch_model_folder

@@ -150,12 +150,12 @@ def render_card(
             "    print(caption.text)",
             "```",
             "",
-            *_render_parts(spec, origin),
+            *_render_components(spec, origin),
             *(["## Trained on", "", trained_on, ""] if trained_on else []),
             *_render_scores(score_files),
             "## License",
             "",
-            license or "Not stated. The parts above keep theirs.",
+            license or "Not specified. The components above keep their licenses.",
             "",
         ]
     )
@@ -186,17 +186,19 @@ def _render_metadata(repo_id: str, score_files: Sequence[Mapping[str, Any]], lic
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _render_parts(spec: ModelSpec, origin: Mapping[str, Any]) -> list[str]:
-    lines = ["## Parts", "", "| part | name | weights | license |", "| --- | --- | --- | --- |"]
-    part_origins = origin.get("parts")
+def _render_components(spec: ModelSpec, origin: Mapping[str, Any]) -> list[str]:
+    lines = ["## Components", "", "| component | name | weights | license |", "| --- | --- | --- | --- |"]
+    component_origins = origin.get("components")
     for kind in ("encoder", "segmenter", "mixer", "language_model"):
-        part = getattr(spec, kind)
-        part_origin = part_origins.get(kind) if isinstance(part_origins, dict) else None
-        part_origin = part_origin if isinstance(part_origin, dict) else {}
-        if part is not None or part_origin:
-            name = part_origin.get("name") or (part.name if part is not None else "")
+        component = getattr(spec, kind)
+        component_origin = component_origins.get(kind) if isinstance(component_origins, dict) else None
+        component_origin = component_origin if isinstance(component_origin, dict) else {}
+        if component is not None or component_origin:
+            name = component_origin.get("name") or (component.name if component is not None else "")
             lines.append(
-                _format_table_row(kind.replace("_", " "), name, part_origin.get("weights"), part_origin.get("license"))
+                _format_table_row(
+                    kind.replace("_", " "), name, component_origin.get("weights"), component_origin.get("license")
+                )
             )
     if origin.get("written_by"):
         lines += ["", f"Written by {escape_markdown(str(origin['written_by']))}."]

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from sca_registry import get_registry
 from sca_registry.cards import NAME_PATTERN
-from sca_registry.overrides import MODEL_PARTS
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.overrides import MODEL_COMPONENTS
+from sca_registry.spec import ComponentSpec, ModelSpec
 
 from sca.io.errors import InputError
 from sca.io.hub import get_known_sources
@@ -73,8 +73,12 @@ def confine_spec(spec: ModelSpec, folder: Path, trust: Trust) -> ModelSpec:
             registered card, and the caller does not allow it. Or a number is too large.
         RegistryError: A component does not exist.
     """
-    parts = {kind: getattr(spec, kind) for kind in MODEL_PARTS}
-    confined = {kind: _confine_part(kind, part, folder, trust) for kind, part in parts.items() if part is not None}
+    components = {kind: getattr(spec, kind) for kind in MODEL_COMPONENTS}
+    confined = {
+        kind: _confine_component(kind, component, folder, trust)
+        for kind, component in components.items()
+        if component is not None
+    }
     _check_numbers([spec.lora, spec.generation, spec.everything, spec.task_tokens])
     return replace(spec, **confined)
 
@@ -95,7 +99,7 @@ def is_settable(kind: str, name: str, option: str, value: Any) -> bool:
     if option == "revision" or not all(_is_plain(each) for each in values):
         return False
     try:
-        _confine_part(kind, Part(name, {option: value}), Path(), NO_TRUST)
+        _confine_component(kind, ComponentSpec(name, {option: value}), Path(), NO_TRUST)
     except TrustError:
         return False
     return True
@@ -167,23 +171,23 @@ def check_file(path: Path, root: Path, trust: Trust) -> None:
         raise TrustError(f"{path} is a link to outside of its folder; {EXTERNAL_REMEDY}")
 
 
-def _confine_part(kind: str, part: Part, folder: Path, trust: Trust) -> Part:
-    card = get_registry(kind).get_card(part.name)
-    subject = f"{kind.replace('_', ' ')} {part.name!r}"
-    _check_numbers(part.options)
-    _check_configuration(part.options, f"the {subject}", trust)
-    options = dict(part.options)
+def _confine_component(kind: str, component: ComponentSpec, folder: Path, trust: Trust) -> ComponentSpec:
+    card = get_registry(kind).get_card(component.name)
+    subject = f"{kind.replace('_', ' ')} {component.name!r}"
+    _check_numbers(component.options)
+    _check_configuration(component.options, f"the {subject}", trust)
+    options = dict(component.options)
     revision = options.get("revision", card.options.get("revision"))
     if revision != card.options.get("revision") and not trust.external:
         raise TrustError(f"{subject} sets revision={_shorten_value(revision)}, not that of its card; {EXTERNAL_REMEDY}")
-    for option, value in part.options.items():
+    for option, value in component.options.items():
         if option == TRUST_OPTION or option in card.code_options:
             if value is False or (option != TRUST_OPTION and _is_plain_name(value)):
                 continue
             if not trust.remote_code:
                 raise TrustError(f"{subject} sets {option}={_shorten_value(value)}, which runs code; {CODE_REMEDY}")
         options[option] = _confine_value(subject, option, value, folder, trust)
-    return Part(part.name, options)
+    return ComponentSpec(component.name, options)
 
 
 def _confine_value(subject: str, option: str, value: Any, folder: Path, trust: Trust) -> Any:

@@ -24,7 +24,7 @@ from sca.cli.plugin_commands import CommandGroup
 from sca.io.errors import DifferentRunError
 from sca.io.terminal import guard_terminal
 from sca.io.text import describe_error
-from sca.repair import find_torchvision_error
+from sca.torchvision_fix import find_torchvision_error
 
 app = typer.Typer(
     name="sca",

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sca_registry.contracts import Caption, Launcher
 
     from sca.inference.batch import CaptionResults, Failure
-    from sca.inference.job import CaptionJob, RegionSource
+    from sca.inference.caption_job import CaptionJob, RegionSource
     from sca.inference.shards import ShardedRun
 
 DEFAULT_MODEL = "sca-tiny"
@@ -245,7 +245,7 @@ def caption(
     """
     from sca_registry.contracts import TASKS
 
-    from sca.inference.job import CaptionJob
+    from sca.inference.caption_job import CaptionJob
 
     formats = _parse_formats(format, out)
     images = [str(parse_input_path(name)) for name in images]
@@ -418,10 +418,10 @@ def _find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[st
 
 def _build_launcher(text: str) -> Launcher:
     import sca_registry
-    from sca_registry.spec import Part
+    from sca_registry.spec import ComponentSpec
 
-    part = Part.parse(text, "--launcher", "launchers")
-    return sca_registry.launchers.build(part.name, **part.options)
+    component = ComponentSpec.parse(text, "--launcher", "launchers")
+    return sca_registry.launchers.build(component.name, **component.options)
 
 
 def _caption_shards(
@@ -544,7 +544,7 @@ class ProgressBars:
 
 def _report_prompts(region_source: RegionSource, failures: FailureReporter, quiet: bool) -> None:
     """Report the contents of a prompts file, and its records without a usable prompt."""
-    from sca.inference.job import ListedPrompts
+    from sca.inference.caption_job import ListedPrompts
     from sca.io.images import format_path
 
     if not isinstance(region_source, ListedPrompts):

@@ -235,6 +235,6 @@ def _find_weight_sources(name: str) -> list[tuple[str, str | None, str]]:
 def _make_part(kind: str, name: str, fallback_name: str) -> object:
     """Build a registered component, or `fallback_name` with weights from a folder or Hub id."""
     from sca_registry import get_registry
-    from sca_registry.spec import Part
+    from sca_registry.spec import ComponentSpec
 
-    return Part(name) if name in get_registry(kind) else Part(fallback_name, {"weights": name})
+    return ComponentSpec(name) if name in get_registry(kind) else ComponentSpec(fallback_name, {"weights": name})

@@ -22,7 +22,7 @@ from sca.io.text import format_count
 
 if TYPE_CHECKING:
     from sca.io.annotations.annotation import SkipCounter
-    from sca.output.captioned import CaptionedImage
+    from sca.output.captioned_image import CaptionedImage
 
 MAX_PRINTED_ERRORS = 10  # maximum number of unreadable records to print
 ImageRoot = Annotated[

@@ -162,7 +162,7 @@ def _collect_rows(kind: str) -> list[dict[str, Any]]:
 def _describe_part(kind: str, name: str) -> dict[str, Any]:
     """Return the facts of a component. Built-in components are read without an import; plugins are loaded."""
     from sca_registry.plugins import BUILTIN_DISTRIBUTION
-    from sca_registry.static_options import read_source_options
+    from sca_registry.source_options import read_source_options
 
     part_registry = get_registry(kind)
     entry = next(

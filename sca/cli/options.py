@@ -128,7 +128,7 @@ Dtype = Annotated[
 ]
 
 
-def parse_part_options(kind: str, name: str, assignments: Sequence[str]) -> dict[str, Any]:
+def parse_component_options(kind: str, name: str, assignments: Sequence[str]) -> dict[str, Any]:
     """Parse the `key=value` options of one component, by its kind and name."""
     from sca_registry import get_registry
     from sca_registry.overrides import parse_assignments

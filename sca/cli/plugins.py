@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sca.cli.options import PanelCommand, parse_part_options, print_line, print_stderr
+from sca.cli.options import PanelCommand, parse_component_options, print_line, print_stderr
 from sca.io.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ def check(
 
     Exit status 1 if a check fails.
     """
-    from sca.testing.conformance import check_part
-    from sca.testing.tiny import tiny_options
+    from sca.testing.conformance import check_component
+    from sca.testing.tiny import get_tiny_options
 
-    part_options = {**tiny_options(kind, name), **parse_part_options(kind, name, options or ())}
-    findings = check_part(kind, name, **part_options)
+    part_options = {**get_tiny_options(kind, name), **parse_component_options(kind, name, options or ())}
+    findings = check_component(kind, name, **part_options)
     num_failed = sum(not finding.passed for finding in findings)
     for finding in findings:
         if not (quiet and finding.passed):
@@ -93,30 +93,30 @@ def doctor(
     """
     from sca_registry import REGISTRIES
 
-    from sca import repair
+    from sca import torchvision_fix
 
     if fix and undo_fix:
         raise ValueError("--fix and --undo-fix exclude each other; pass one of them")
     if fix or undo_fix:
         try:
-            print_line(repair.fix_torchvision() if fix else repair.remove_torchvision_fix())
+            print_line(torchvision_fix.fix_torchvision() if fix else torchvision_fix.remove_torchvision_fix())
         except InputError as error:
             print_stderr(str(error))
             raise typer.Exit(1) from error
         return
 
-    from sca.testing.isolation import try_parts
+    from sca.testing.subprocess_checks import check_components
 
     for name, value in _collect_environment():
         print_line(f"{name + ':':<17}{value}")
-    if problem := repair.diagnose_torchvision():
+    if problem := torchvision_fix.diagnose_torchvision():
         _print_section("to repair:", [problem, "then run `sca doctor` again: no component was tried"])
         raise typer.Exit(1)
     entries = [entry for parts in REGISTRIES.values() for entry in parts.list_entries()]
     entries = [entry for entry in entries if distribution in ("", entry.distribution)]
     if not entries:
         raise ValueError(f"no package {distribution!r} offers a part: `sca list` shows what comes from where")
-    entries = try_parts(entries, timeout)
+    entries = check_components(entries, timeout)
     _print_packages(entries)
     broken_distributions = dict.fromkeys(entry.distribution for entry in entries if entry.state == "broken")
     repairs = [*map(_suggest_repair, broken_distributions), *_find_command_problems(), *_find_unknown_groups()]
@@ -200,10 +200,12 @@ def _find_command_problems() -> list[str]:
         group.name for group in app.registered_groups
     }
     problems = []
-    for name, offers in find_plugin_commands().items():
+    for name, registrations in find_plugin_commands().items():
         if name in builtin_commands:
-            problems += [f"{each.origin}: `sca` has a command {name!r} itself; rename the plugin's" for each in offers]
-        elif problem := find_command_problem(name, offers):
+            problems += [
+                f"{each.origin}: `sca` has a command {name!r} itself; rename the plugin's" for each in registrations
+            ]
+        elif problem := find_command_problem(name, registrations):
             problems.append(problem)
     return problems
 

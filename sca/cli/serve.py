@@ -98,7 +98,7 @@ def serve(
     """
     import sca_registry
     from sca_registry import RegistryError
-    from sca_registry.spec import Part
+    from sca_registry.spec import ComponentSpec
 
     from sca.launchers.local import Local
     from sca.launchers.ray import Ray
@@ -107,10 +107,10 @@ def serve(
     from sca.serve.root_path import check_root_path
     from sca.serve.sockets import is_loopback
 
-    part = Part.parse(launcher, "--launcher", "launchers")
-    built_launcher = sca_registry.launchers.build(part.name, **part.options)
+    component = ComponentSpec.parse(launcher, "--launcher", "launchers")
+    built_launcher = sca_registry.launchers.build(component.name, **component.options)
     if not isinstance(built_launcher, Local | Ray):
-        raise RegistryError(f"the launcher {part.name!r} cannot serve; choose local or ray")
+        raise RegistryError(f"the launcher {component.name!r} cannot serve; choose local or ray")
     if num_replicas != 1 and isinstance(built_launcher, Local):
         raise ValueError(
             f"the local launcher serves one replica of a model, not {num_replicas}; use the ray launcher for more"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 from sca_registry import zoo
 from sca_registry.contracts import TASKS, Caption
-from sca_registry.spec import DEFAULT_GENERATION, EverythingOptions, Part
+from sca_registry.spec import DEFAULT_GENERATION, ComponentSpec, EverythingOptions
 
 from sca.checkpoints.load import read_local_spec
 from sca.checkpoints.trust import Trust
@@ -194,7 +194,7 @@ class ModelPool:
 def _check_has_no_options(name: str) -> None:
     """Raise ValueError if a name contains options, which could trust a checkpoint; folders have none."""
     path = resolve_local_path(name)
-    if (path is None or not path.exists()) and Part.parse(name, "a model").options:
+    if (path is None or not path.exists()) and ComponentSpec.parse(name, "a model").options:
         raise ValueError(f"the model {name!r:.80} has options; enter its name only, or pass it to --model")
 
 

@@ -17,9 +17,9 @@ import sca_registry
 from PIL import Image
 from sca_registry.contracts import Captioner, Dataset, Region
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
-from sca_registry.spec import Part, check_generation
+from sca_registry.spec import ComponentSpec, check_generation
 
-from sca.checkpoints.state import hash_weights
+from sca.checkpoints.tensors import hash_weights
 from sca.data.summary import check_dataset_not_empty, summarize_dataset
 from sca.evaluation.predictions import DenseCaptioningOptions, PromptingOptions, predict_dataset
 from sca.evaluation.predictions_file import (
@@ -148,7 +148,7 @@ class EvaluationReport:
 
 def evaluate(
     model: str | Path | SegmentCaptioner | Captioner,
-    dataset: str | Mapping[str, Any] | Part | Dataset,
+    dataset: str | Mapping[str, Any] | ComponentSpec | Dataset,
     split: str = "val",
     *,
     prompting: PromptingOptions | None = None,
@@ -213,7 +213,7 @@ def evaluate(
     model_name, captioner = _resolve_captioner(model, device, trust_options)
     if isinstance(captioner, Engine):
         check_generation("generation", prompting.generation, captioner.model.language_model.generate)
-    proposer_part = Part.from_dict(proposer, "proposer") if proposer is not None else None
+    proposer_part = ComponentSpec.from_dict(proposer, "proposer") if proposer is not None else None
     prompting_options: PromptingOptions | DenseCaptioningOptions = prompting
     if proposer_part is not None:
         built_proposer = sca_registry.proposers.build(proposer_part.name, **proposer_part.options)
@@ -311,7 +311,7 @@ def score_file(
     path: str | Path,
     metrics: Sequence[str] | None = None,
     metric_options: Mapping[str, Any] | None = None,
-    dataset: str | Mapping[str, Any] | Part | Dataset | None = None,
+    dataset: str | Mapping[str, Any] | ComponentSpec | Dataset | None = None,
     split: str = "val",
 ) -> EvaluationReport:
     """Score a predictions file, or the folder of one, without the model.
@@ -441,9 +441,9 @@ def _get_model_name(model: Any) -> str:
 
 def _resolve_dataset(dataset: Any, split: str) -> tuple[str, str, dict[str, Any], Dataset]:
     """Return the name, split, options and the dataset itself."""
-    if not isinstance(dataset, str | Mapping | Part):
+    if not isinstance(dataset, str | Mapping | ComponentSpec):
         return type(dataset).__name__, getattr(dataset, "split", ""), {}, dataset
-    part = dataset if isinstance(dataset, Part) else Part.from_dict(dataset, "dataset")
+    part = dataset if isinstance(dataset, ComponentSpec) else ComponentSpec.from_dict(dataset, "dataset")
     built_dataset = sca_registry.datasets.build(part.name, split, **part.options)
     return part.name, split, dict(part.options), built_dataset
 

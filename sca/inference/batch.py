@@ -1,7 +1,7 @@
 """Captioning of many images in batches.
 
     from sca.inference.batch import BatchCaptioner, Failure
-    from sca.inference.job import CaptionJob
+    from sca.inference.caption_job import CaptionJob
 
     job = CaptionJob("sca-tiny", boxes=["370,434,448,512"])
     for result in BatchCaptioner(job, job.read_region_source()).caption_images(paths):
@@ -20,13 +20,13 @@ from PIL import Image
 from sca_registry.contracts import Caption, Captioner, Prompt
 
 from sca.inference.automatic import caption_everything, resolve_everything_options
+from sca.inference.caption_job import CaptionJob, RegionSource, SearchedRegions
 from sca.inference.engine import MaskEngine
 from sca.inference.generation_options import resolve_generation_options
-from sca.inference.job import CaptionJob, RegionSource, SearchedRegions
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError
 from sca.io.images import format_path, open_image
-from sca.output.captioned import CaptionedImage, ImageSize, resize_to_recorded
+from sca.output.captioned_image import CaptionedImage, ImageSize, resize_to_recorded
 
 UNUSABLE_IMAGE, UNUSABLE_PROMPTS = "image", "prompts"  # kinds of failure
 

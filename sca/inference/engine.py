@@ -21,7 +21,7 @@ from torch import Tensor
 from sca.inference.processor import InputFrame, Processor
 from sca.inference.prompt_arguments import check_task
 from sca.io.masks import encode_rle, mask_to_box
-from sca.language_models.usage import count_tokens
+from sca.language_models.token_usage import count_tokens
 from sca.model import NON_FINITE_HINT, SegmentCaptioner
 from sca.nn.masks import select_best_masks
 

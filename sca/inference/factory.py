@@ -12,7 +12,7 @@ import torch
 from sca_registry import RegistryError, zoo
 from sca_registry.contracts import Captioner
 from sca_registry.errors import make_unknown_name_error
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 from sca.checkpoints.load import load
 from sca.devices import resolve_device
@@ -57,17 +57,17 @@ def load_captioner(
     trust_options = {name: value for name, value in trust_options.items() if value}
     path = None if isinstance(source, Mapping) else resolve_local_path(source)
     if isinstance(source, Mapping):
-        part = Part.from_dict(source, "captioner")
+        component = ComponentSpec.from_dict(source, "captioner")
     elif isinstance(source, Path) or (path is not None and path.exists()):
         return _load_engine(source, device, trust_options, **options)
     else:
-        part = Part.parse(source, "a captioner", "captioners")
-    options = {**part.options, **options}
-    names = [name.strip() for name in part.name.split("+")]
+        component = ComponentSpec.parse(source, "a captioner", "captioners")
+    options = {**component.options, **options}
+    names = [name.strip() for name in component.name.split("+")]
     if len(names) > 2:
         raise RegistryError(
-            f"{part.name!r} names the parts of a model, which is nothing before it is trained: give the checkpoint "
-            "that training has written, or a name of the zoo"
+            f"{component.name!r} names components, which have no trained weights; give a checkpoint folder or the name "
+            "of a zoo model"
         )
     if len(names) == 2:
         options = {"encoder": {"name": names[0], **trust_options} if trust_options else names[0], **options}
@@ -77,7 +77,7 @@ def load_captioner(
     if len(names) == 2:
         known_names = sca_registry.captioners.list_names()
         raise make_unknown_name_error(
-            f"{part.name!r} is encoder+captioner, and no captioner is named {name!r}", name, known_names
+            f"{component.name!r} is encoder+captioner, and no captioner is named {name!r}", name, known_names
         )
     if name in zoo.list_names() or "/" in name or os.sep in name:
         return _load_engine(name, device, trust_options, **options)

@@ -25,7 +25,7 @@ from sca_registry.contracts import Launcher
 
 import sca.inference.factory  # noqa: F401 (preloads it in the fork server of the shards)
 from sca.inference.batch import UNUSABLE_IMAGE, UNUSABLE_PROMPTS, BatchCaptioner, Failure
-from sca.inference.job import CaptionJob, ListedPrompts, RegionSource
+from sca.inference.caption_job import CaptionJob, ListedPrompts, RegionSource
 from sca.io.atomic import write_file
 from sca.io.images import IMAGE_SUFFIXES, format_path
 from sca.io.journal import Journal, read_journal

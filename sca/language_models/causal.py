@@ -13,8 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.pytorch_utils import Conv1D
 
 from sca.io.hub import silence_transformers
-from sca.language_models.greedy import generate_greedy, has_plain_greedy_settings
-from sca.language_models.probe import probe_model
+from sca.language_models.greedy_search import generate_greedy, has_plain_greedy_settings
+from sca.language_models.model_inspection import inspect_model
 
 POSITION_LIMIT_FIELDS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # in configurations
 SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -46,7 +46,7 @@ class CausalLanguageModel(nn.Module):
         if model.can_generate():
             special_tokens = {name: getattr(model.generation_config, name) for name in SPECIAL_TOKEN_FIELDS}
             model.generation_config = GenerationConfig(**special_tokens)
-        self.structure = probe_model(model)
+        self.structure = inspect_model(model)
         self.tokenizer = tokenizer
         self.hidden_size = model.get_input_embeddings().embedding_dim
         config = model.config.get_text_config(decoder=True)

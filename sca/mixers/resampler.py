@@ -7,8 +7,8 @@ from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sca.nn.region_rows import iter_rows_by_image
-from sca.nn.two_way import init_weights
+from sca.nn.region_batch import iter_rows_by_image
+from sca.nn.two_way_transformer import init_weights
 
 ImageKeysValues = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (B, heads, h w, D / heads)
 

@@ -15,7 +15,7 @@ from sca.io.atomic import create_writable_folder, translate_output_errors
 from sca.io.errors import OutputError
 from sca.io.images import format_path
 from sca.io.run_folder import RunFolder, check_same_run
-from sca.output.captioned import CaptionedImage
+from sca.output.captioned_image import CaptionedImage
 from sca.output.formats import OUTPUT_FORMATS, list_output_patterns
 from sca.output.jsonl import caption_to_record
 from sca.output.records import parse_image

@@ -15,7 +15,7 @@ from sca.io.atomic import AtomicFile
 from sca.io.errors import InputError, RejectCallback
 from sca.io.images import format_path
 from sca.io.validation import read_field, require_recorded_size
-from sca.output.captioned import ImageSize
+from sca.output.captioned_image import ImageSize
 from sca.output.contours import mask_to_polygons, rings_to_mask
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record

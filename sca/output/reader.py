@@ -16,7 +16,7 @@ from sca.io.annotations.annotation import SkipCounter
 from sca.io.errors import InputError, RejectCallback, raise_error
 from sca.io.images import format_path
 from sca.io.json import is_json_lines_file, open_regular_file, parse_json, parse_json_lines
-from sca.output.captioned import CaptionedImage, merge_images
+from sca.output.captioned_image import CaptionedImage, merge_images
 from sca.output.coco import read_coco
 from sca.output.geojson import read_geojson_records
 from sca.output.label_studio import read_label_studio

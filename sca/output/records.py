@@ -25,7 +25,7 @@ from sca.io.validation import (
     require_key,
     require_recorded_size,
 )
-from sca.output.captioned import CaptionedImage, ImageSize
+from sca.output.captioned_image import CaptionedImage, ImageSize
 
 
 def parse_image(record: Any, location: str) -> CaptionedImage:

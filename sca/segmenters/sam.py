@@ -22,7 +22,7 @@ from transformers.models.sam.modeling_sam import (
 from sca.io.hub import load_pretrained
 from sca.nn.boxes import rasterize_boxes
 from sca.nn.masks import masks_to_boxes, select_best_masks
-from sca.nn.two_way import TwoWayTransformer, build_decoder_config
+from sca.nn.two_way_transformer import TwoWayTransformer, build_decoder_config
 
 SAM_HIDDEN_SIZE = 256  # D of all published checkpoints
 UPSCALE_ELEMENTS_PER_CHUNK = 2**22  # grid elements that are upscaled at once on a CPU

@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from sca.builder import build
 from sca.checkpoints.load import load, load_without_weights
 from sca.checkpoints.native import check_writable, save
-from sca.checkpoints.state import hash_weights
+from sca.checkpoints.tensors import hash_weights
 from sca.data.summary import count_skipped, summarize_dataset
 from sca.inference.processor import Processor
 from sca.io.run_folder import RunFolder, iter_existing_paths

@@ -7,7 +7,7 @@ import sca_registry
 import torch
 from sca_registry import RegistryError
 from sca_registry.contracts import Captioner, Prompt
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.spec import ComponentSpec, ModelSpec
 
 import sca
 from sca.cli import run_command
@@ -76,7 +76,7 @@ def test_a_model_of_two_names_is_pointed_to_the_door():
 
 
 def test_a_part_on_one_line_keeps_quoted_values_together():
-    assert Part.parse("a b='x y' c=[1,2] d=true") == Part("a", {"b": "x y", "c": [1, 2], "d": True})
+    assert ComponentSpec.parse("a b='x y' c=[1,2] d=true") == ComponentSpec("a", {"b": "x y", "c": [1, 2], "d": True})
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -188,4 +188,4 @@ def test_captioners_are_listed_shown_and_checked(shell):
     assert "vcot = False" in out
     status, out, _ = shell("check", "captioner", "most-frequent")
     assert status == 0
-    assert "describe-answers-in-order" in out
+    assert "captions-match-prompts" in out

@@ -11,7 +11,7 @@ import sca
 from sca.captioners.crop import CropCaptioner
 from sca.captioners.image_text import ImageTextInput, ImageTextModel
 from sca.io.errors import InputError
-from sca.testing.tiny import tiny_options
+from sca.testing.tiny import get_tiny_options
 
 KINDS = ("blip", "git", "blip-2")
 
@@ -120,6 +120,6 @@ def test_random_weights_need_a_configuration_and_are_the_same_each_time(image, p
         CropCaptioner()
     with pytest.raises(ValueError, match="'qwen2_vl' cannot be tried out"):
         CropCaptioner(pretrained=False, config={"model_type": "qwen2_vl", "vision_config": {"depth": 1}})
-    small = {"name": "blip-base", **tiny_options("captioner", "blip-base")}
+    small = {"name": "blip-base", **get_tiny_options("captioner", "blip-base")}
     one, other = (sca.load_captioner(small).caption(image, prompts) for _ in range(2))
     assert one == other

@@ -110,7 +110,7 @@ def test_push_follows_links_within_a_repository_of_the_hub_cache(model, uploaded
 
 def test_card_shows_the_text_of_a_stranger_as_text(model, tmp_path):
     part = {"name": HOSTILE, "weights": HOSTILE, "license": HOSTILE}
-    origin = {"written_by": HOSTILE, "parts": {"encoder": part, "mixer": HOSTILE}}
+    origin = {"written_by": HOSTILE, "components": {"encoder": part, "mixer": HOSTILE}}
     (model / "origin.json").write_text(json.dumps(origin))
     row = {"name": HOSTILE, "value": 0.5, "control": None, "protocol": HOSTILE}
     scores = tmp_path / "scores.json"

@@ -278,7 +278,7 @@ def test_quiet_leaves_the_result_alone(shell, checkpoint, picture, here):
 
 @pytest.mark.parametrize(("name", "domain"), [("sca-tiny", "drawn scenes"), ("sca-street", "street photographs")])
 def test_caption_remarks_once_on_a_model_of_a_narrow_domain(shell, picture, monkeypatch, checkpoint, name, domain):
-    from sca.inference.job import CaptionJob
+    from sca.inference.caption_job import CaptionJob
 
     load = CaptionJob.load_captioner
     monkeypatch.setattr(CaptionJob, "load_captioner", lambda job: load(replace(job, model=str(checkpoint))))

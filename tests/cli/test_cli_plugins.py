@@ -103,7 +103,7 @@ def test_a_broken_promise_is_told_with_what_was_expected(site):
     site.write("wrong", "[sca_mixers]\nwrong = wrong:Wrong\n", wrong=wrong)
     checked = site.run("sca", "check", "mixer", "wrong", "--quiet")
     assert checked.returncode == 1
-    assert "FAILED  queries-shape: expected:" in checked.stdout
+    assert "FAILED  output-shape: expected:" in checked.stdout
     assert "sca_registry.contracts.Mixer" in checked.stdout
 
 

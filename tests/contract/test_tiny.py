@@ -14,7 +14,7 @@ OTHERS = {"datasets": {"scenes"}, "proposers": {"grid"}}  # that have an option 
 @pytest.mark.parametrize("kind", COMPONENT_KINDS)
 def test_tiny_options_exist_for_exactly_the_components_that_need_them(kind):
     needed = {*read_builtin_cards(kind)} - WITHOUT.get(kind, set()) if kind in SIZED else OTHERS.get(kind, set())
-    assert {*tiny._builtin_options()[kind]} == needed
+    assert {*tiny._read_builtin_options()[kind]} == needed
     assert not [card.name for card in read_builtin_cards(kind).values() if card.tiny_options]
 
 
@@ -32,10 +32,10 @@ def test_tiny_options_of_a_plugin_are_those_of_its_card(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     sca_registry.refresh_plugins()
     try:
-        assert tiny.tiny_options("mixer", "shade") == {"depth": 1}
-        assert tiny.tiny_options("mixer", "shade:query") == {}
-        sizes = tiny.tiny_options("mixer", "query")
-        assert sizes == tiny.tiny_options("mixers", "segment-caption-anything:query") != {}
+        assert tiny.get_tiny_options("mixer", "shade") == {"depth": 1}
+        assert tiny.get_tiny_options("mixer", "shade:query") == {}
+        sizes = tiny.get_tiny_options("mixer", "query")
+        assert sizes == tiny.get_tiny_options("mixers", "segment-caption-anything:query") != {}
     finally:
         monkeypatch.undo()
         sca_registry.refresh_plugins()

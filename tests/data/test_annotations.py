@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sca_registry import datasets
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 from sca.data.custom import detect_data_source
 from sca.data.labeling_tools import LabelingToolDataset
@@ -129,7 +129,7 @@ def test_files_of_labeling_tools_are_recognized_and_split(folder, write):
     for path in {file, folder}:
         table = detect_data_source(path)
         options = {key: value for key, value in table.items() if key not in ("names", "augment")}
-        part = Part.from_dict(options, "dataset")
+        part = ComponentSpec.from_dict(options, "dataset")
         ids = {split: datasets.build(part.name, split, **part.options).image_ids for split in ("train", "val")}
         assert sorted(ids["train"] + ids["val"]) == list(range(20))
         assert ids["val"]

@@ -12,7 +12,7 @@ from sca_registry.contracts import Caption, Prompt, Region
 from sca.data.jsonl import Jsonl
 from sca.io import masks
 from sca.output.jsonl import JsonlWriter as Output
-from sca.testing.conformance import check_part
+from sca.testing.conformance import check_component
 
 WIDTH, HEIGHT = 64, 48
 
@@ -73,7 +73,7 @@ def test_ids_that_are_given_are_kept(write):
 
 def test_it_keeps_the_promises_of_a_dataset(write):
     file = write(line(mask=masks.encode_rle(square())), line(image="photos/2.png"))
-    findings = check_part("dataset", "jsonl", split="val", file=str(file))
+    findings = check_component("dataset", "jsonl", split="val", file=str(file))
     assert [finding for finding in findings if not finding.passed] == []
 
 

@@ -13,7 +13,7 @@ from sca_registry import datasets
 
 from sca.data.export import EXPORT_WRITERS, export_dataset
 from sca.data.scenes import Scenes
-from sca.testing.conformance import check_part
+from sca.testing.conformance import check_component
 
 SCENES = Scenes("val", num_images=3, image_size=64, seed=4)
 LONG = " ".join(f"word{number}" for number in range(10_000))
@@ -170,7 +170,7 @@ def test_a_whole_layout_is_read_whole(written):
 @each()
 def test_it_keeps_the_promises_of_a_dataset(written):
     given = dict(option.format(written.root).split("=") for option in written.layout.options)
-    findings = check_part("dataset", written.name, split=written.layout.split, **given)
+    findings = check_component("dataset", written.name, split=written.layout.split, **given)
     assert [finding for finding in findings if not finding.passed] == []
 
 

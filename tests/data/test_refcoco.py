@@ -13,7 +13,7 @@ from sca_registry import datasets
 from sca.data.export import export_dataset
 from sca.data.refcoco import RefCoco
 from sca.data.scenes import Scenes
-from sca.testing.conformance import check_part
+from sca.testing.conformance import check_component
 
 SIDE = 64
 
@@ -124,7 +124,7 @@ def test_pictures_are_looked_for_in_the_usual_places(write, tmp_path):
 
 
 def test_it_keeps_the_promises_of_a_dataset(write):
-    findings = check_part("dataset", "refcoco", split="val", root=str(write()))
+    findings = check_component("dataset", "refcoco", split="val", root=str(write()))
     assert [finding for finding in findings if not finding.passed] == []
 
 

@@ -11,7 +11,7 @@ from sca_registry.contracts import Region
 from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
 from sca.data.visual_genome import VisualGenome
-from sca.testing.conformance import check_part
+from sca.testing.conformance import check_component
 
 SIDE = 64
 
@@ -62,7 +62,7 @@ def test_everything_is_read_as_it_was_written(write):
 
 
 def test_it_keeps_the_promises_of_a_dataset(write):
-    findings = check_part("dataset", "visual-genome", split="test", root=str(write()))
+    findings = check_component("dataset", "visual-genome", split="test", root=str(write()))
     assert [finding for finding in findings if not finding.passed] == []
 
 

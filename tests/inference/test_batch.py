@@ -11,8 +11,8 @@ from sca_registry.contracts import Caption, Prompt
 
 import sca
 from sca.inference.batch import UNUSABLE_IMAGE, UNUSABLE_PROMPTS, BatchCaptioner, Failure, caption_requests
-from sca.inference.job import CaptionJob
-from sca.output.captioned import CaptionedImage, ImageSize
+from sca.inference.caption_job import CaptionJob
+from sca.output.captioned_image import CaptionedImage, ImageSize
 
 
 @pytest.fixture

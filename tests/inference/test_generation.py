@@ -10,7 +10,7 @@ from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import PromptingOptions
 from sca.inference.engine import Engine
 from sca.inference.predictor import Predictor
-from sca.language_models.usage import count_tokens
+from sca.language_models.token_usage import count_tokens
 
 BOXES = [(n % 40, n // 40, n % 40 + 20, n // 40 + 20) for n in range(40)]
 

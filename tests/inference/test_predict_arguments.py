@@ -13,7 +13,7 @@ import sca
 from sca.inference.generation_options import GENERATION_OPTIONS
 from sca.io.errors import InputError
 from sca.io.masks import encode_rle
-from sca.language_models.usage import count_tokens
+from sca.language_models.token_usage import count_tokens
 
 BOX = (4, 4, 40, 40)
 

@@ -240,7 +240,7 @@ def test_a_model_is_pushed_with_a_card_and_read_back_by_its_name(shell, hub, tmp
     assert "drawn scenes" in card
     assert 'sca.load("me/tiny")' in card
     program = (
-        "import sca; from sca.checkpoints.state import hash_weights as h; "
+        "import sca; from sca.checkpoints.tensors import hash_weights as h; "
         "print(h(sca.load('me/tiny')) == h(sca.load('sca-tiny')))"
     )
     status, out, err = shell(sys.executable, "-c", program)

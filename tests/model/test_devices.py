@@ -24,7 +24,7 @@ from sca.inference.predictor import Predictor
 from sca.mixers.resampler import ResamplerMixer
 from sca.nn.masks import pool_under_masks
 from sca.nn.roi_align import roi_align
-from sca.testing.tiny import tiny_options
+from sca.testing.tiny import get_tiny_options
 from sca.training.auxiliary_losses import AttributeValues
 from sca.training.feature_cache import FeatureCache
 from sca.training.module import TrainingModule
@@ -48,7 +48,7 @@ def spec_of(encoder="tiny-vit", segmenter="sam", mixer="query", family="gpt2", *
     options = {"depth": 1, "num_heads": 4, "mlp_dim": 48} if segmenter == "sam" else {}
     mixed = {"mask_pooling": False} if mixer == "query" and segmenter == "box" else {}
     table = {
-        "encoder": {"name": encoder, **tiny_options("encoder", encoder)},
+        "encoder": {"name": encoder, **get_tiny_options("encoder", encoder)},
         "segmenter": {"name": segmenter, "hidden_size": 32, **options},
         "mixer": {"name": mixer, **MIXERS[mixer], **mixed},
         "language_model": {"name": "hf", "pretrained": False, "config": tiny(family)},
@@ -414,7 +414,7 @@ def test_baseline_captions_on_an_accelerator(name):
     sample = Scenes("test", num_images=1, image_size=64)[0]
     prompts = [Prompt(box=region.box) for region in sample.regions]
     with simulated_cuda():
-        captions = load_captioner({"name": name, **tiny_options("captioner", name)}, "cuda").caption(
+        captions = load_captioner({"name": name, **get_tiny_options("captioner", name)}, "cuda").caption(
             sample.image, prompts
         )
     assert len(captions) == len(prompts)

@@ -12,7 +12,7 @@ from sca_registry.contracts import PromptBatch
 
 import sca
 from sca.io.errors import InputError
-from sca.testing.tiny import tiny_options
+from sca.testing.tiny import get_tiny_options
 
 open_clip = pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
 timm = pytest.importorskip("timm", reason="the extra timm is not installed", exc_type=Exception)
@@ -97,7 +97,7 @@ def test_a_frozen_encoder_is_referred_to_and_its_origin_recorded(kind, request, 
     again = sca.load(tmp_path / "model", allow_external=True)
     pixels = torch.randn(1, 3, 64, 64)
     assert torch.equal(again.encode(pixels), model.encode(pixels))
-    origin = json.loads((tmp_path / "model" / "origin.json").read_text())["parts"]["encoder"]
+    origin = json.loads((tmp_path / "model" / "origin.json").read_text())["components"]["encoder"]
     assert origin["weights"] == str(folder)
     assert all(len(digest) == 64 for digest in origin["sha256"].values())
     assert len(origin["sha256"]) == 1
@@ -176,7 +176,7 @@ def test_other_packages_logging_is_left_alone():
     import logging
 
     before = (list(logging.root.handlers), logging.root.level, logging.root.disabled)
-    encoder("open-clip", **tiny_options("encoder", "open-clip"))
+    encoder("open-clip", **get_tiny_options("encoder", "open-clip"))
     assert (list(logging.root.handlers), logging.root.level, logging.root.disabled) == before
 
 

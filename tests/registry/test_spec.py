@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sca_registry import RegistryError
 from sca_registry.compatibility import check_compatible
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.spec import ComponentSpec, ModelSpec
 from sources import MIXER
 
 TINY = ModelSpec.parse("tiny-vit+query+tiny-gpt2")
 
 names = st.from_regex(r"[a-z][a-z0-9-]*", fullmatch=True)
 options = st.dictionaries(names.filter(lambda name: name != "name"), st.integers() | st.text() | st.booleans())
-parts = st.builds(Part, names, options)
+parts = st.builds(ComponentSpec, names, options)
 specs = st.builds(
     ModelSpec,
     encoder=parts,
@@ -31,7 +31,11 @@ specs = st.builds(
 
 
 def test_three_names_are_a_model():
-    assert (TINY.encoder, TINY.mixer, TINY.language_model) == (Part("tiny-vit"), Part("query"), Part("tiny-gpt2"))
+    assert (TINY.encoder, TINY.mixer, TINY.language_model) == (
+        ComponentSpec("tiny-vit"),
+        ComponentSpec("query"),
+        ComponentSpec("tiny-gpt2"),
+    )
     assert TINY.segmenter is None
     assert TINY.lora is None
     assert TINY.task_tokens == 6
@@ -80,10 +84,10 @@ def test_a_number_is_short_for_a_rank():
 
 def test_overrides_edit_replace_and_leave_the_original_alone():
     changed = TINY.apply_overrides(["mixer.depth=2", "projection=mlp", "projection.norm=pre", "generation.num_beams=3"])
-    assert changed.mixer == Part("query", {"depth": 2})
+    assert changed.mixer == ComponentSpec("query", {"depth": 2})
     assert changed.projection == {"type": "mlp", "norm": "pre"}
     assert changed.generation == {"max_new_tokens": 20, "num_beams": 3}
-    assert changed.apply_overrides(["mixer=roi-pool"]).mixer == Part("roi-pool")
+    assert changed.apply_overrides(["mixer=roi-pool"]).mixer == ComponentSpec("roi-pool")
     assert changed.apply_overrides(["projection=linear"]).projection == {"type": "linear", "norm": "none"}
     assert ModelSpec.parse("tiny-vit+query+tiny-gpt2") == TINY
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 from sca_registry import RegistryError
 from sca_registry.compatibility import check_compatible
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 import sca
 from sca.training.augmentation import Augmentation
@@ -155,7 +155,8 @@ WANTED = {
 DEFAULTS = {"train": vars(TrainOptions()), "validate": vars(ValidationOptions()), "loss": DEFAULT_LOSS_WEIGHTS}
 FIELDS = [(section, name, default) for section, table in DEFAULTS.items() for name, default in table.items()]
 FIELDS += [
-    ("data.scenes", name, vars(DataSource(Part("scenes")))[name]) for name in ("split", "weight", "phrases", "names")
+    ("data.scenes", name, vars(DataSource(ComponentSpec("scenes")))[name])
+    for name in ("split", "weight", "phrases", "names")
 ]
 FIELDS += [("data.scenes.augment", name, default) for name, default in vars(Augmentation()).items()]
 
@@ -228,7 +229,7 @@ def test_recipe_model_table_replaces_a_name(tmp_path):
     written = 'model={encoder="tiny-vit", mixer="query", language_model="tiny-gpt2"}'
     for name in ("own-data", "sca-tiny"):
         recipe = Recipe.read(name, [f"data='{tmp_path}'", written, "mixer.depth=1"])
-        assert recipe.model.mixer == Part("query", {"depth": 1})
+        assert recipe.model.mixer == ComponentSpec("query", {"depth": 1})
     for wrong in ('model={encoder="tiny-vit"}', "model=[1]"):
         with pytest.raises(RegistryError, match=r"the mixer is None|model of the recipe own-data is"):
             Recipe.read("own-data", [f"data='{tmp_path}'", wrong])
@@ -237,7 +238,7 @@ def test_recipe_model_table_replaces_a_name(tmp_path):
 def test_recipe_takes_whole_tables_as_assignments(tmp_path):
     written = ['data={x={name="scenes", num_images=3}}', "train={steps=7}", "train.batch_size=2", "loss={mask=0.5}"]
     recipe = Recipe.read("sca-tiny", written)
-    assert recipe.data == {"x": DataSource(Part("scenes", {"num_images": 3}))}
+    assert recipe.data == {"x": DataSource(ComponentSpec("scenes", {"num_images": 3}))}
     assert recipe.train == TrainOptions(steps=7, batch_size=2)
     assert recipe.loss == DEFAULT_LOSS_WEIGHTS | {"mask": 0.5}
     with pytest.raises(RegistryError, match=r"a recipe's \[train\] has no 'stps'\. Did you mean 'steps'"):

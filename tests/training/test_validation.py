@@ -11,7 +11,7 @@ from sca_registry import RegistryError
 from sca_registry.contracts import MetricOutput, Region
 
 from sca.checkpoints.load import load
-from sca.checkpoints.state import hash_weights
+from sca.checkpoints.tensors import hash_weights
 from sca.evaluation.predictions_file import read_predictions
 from sca.training.datasets import open_validation_dataset
 from sca.training.recipe import Recipe, ValidationOptions

@@ -12,7 +12,7 @@ from typing import Any
 
 from sca_registry import proposers
 from sca_registry.contracts import Captioner, Prompt, Proposer
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 from sca.devices import resolve_device
 from sca.inference.prompt_arguments import check_task
@@ -206,8 +206,8 @@ class CaptionJob:
         """List the files from which the regions are read."""
         prompts = [] if self.prompts is None else [Path(self.prompts)]
         prompt_files = [file for path in prompts for file in (list_labelme_files(path) if path.is_dir() else [path])]
-        part = self._parse_proposer()
-        proposals = iter_existing_paths(part.options) if part else ()
+        component = self._parse_proposer()
+        proposals = iter_existing_paths(component.options) if component else ()
         return [*prompt_files, *map(Path, self.masks), *map(Path, list_mask_files(self.regions)), *proposals]
 
     def load_captioner(self) -> Captioner:
@@ -221,9 +221,9 @@ class CaptionJob:
         options = {"dtype": self.dtype} if self.dtype else {}
         return load_captioner(self.model, resolve_device(self.device), **trust_options, **options)
 
-    def _parse_proposer(self) -> Part | None:
-        return Part.parse(self.proposer, "proposer", "proposers") if self.proposer else None
+    def _parse_proposer(self) -> ComponentSpec | None:
+        return ComponentSpec.parse(self.proposer, "proposer", "proposers") if self.proposer else None
 
     def _build_proposer(self) -> Proposer | None:
-        part = self._parse_proposer()
-        return proposers.build(part.name, **part.options) if part else None
+        component = self._parse_proposer()
+        return proposers.build(component.name, **component.options) if component else None

@@ -16,7 +16,7 @@ FLORENCE2_IMAGE_SIZE = 768  # Florence-2's configuration contains no image size
 IMAGE_TOKEN = "<image>"
 
 
-def build_untrained_processor(config: PreTrainedConfig) -> Any:
+def build_dummy_processor(config: PreTrainedConfig) -> Any:
     """Build a processor with the image size of a model and this package's small tokenizer.
 
     Args:
