@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from sca.io.errors import InputError
+from sca.language_models import model_inspection
 from sca.language_models.causal import CausalLanguageModel
 from sca.language_models.hf import HfLanguageModel
 
@@ -108,23 +109,23 @@ def test_probe_runs_once_per_configuration_and_changes_no_random_numbers(folder,
     torch.manual_seed(5)
     for _ in range(2):
         model_inspection._structures.clear()
-        model_inspection.probe_model(model)
+        model_inspection.inspect_model(model)
     assert torch.equal(torch.rand(3), expected)
-    assert model_inspection.probe_model(model) == model_inspection.probe_model(model)
+    assert model_inspection.inspect_model(model) == model_inspection.inspect_model(model)
     assert len(runs) == 3
     assert all(sum(each.numel() for each in run.parameters()) < 300_000 for run in runs)
 
 
 def test_probe_falls_back_on_the_model_itself(folder, monkeypatch):
     model = HfLanguageModel(folder()).model
-    expected = model_inspection.probe_model(model)
+    expected = model_inspection.inspect_model(model)
 
     def cannot(_):
         raise KeyError("no such size")
 
     monkeypatch.setattr(model_inspection, "_structures", {})
     monkeypatch.setattr(model_inspection, "_build_tiny_model", cannot)
-    assert model_inspection.probe_model(model) == expected
+    assert model_inspection.inspect_model(model) == expected
     model.config.n_inner = 7
     with pytest.raises(ValueError, match=r"cannot be run on embeddings.*no such size"):
-        model_inspection.probe_model(model.to("meta"))
+        model_inspection.inspect_model(model.to("meta"))
