@@ -15,6 +15,9 @@ from sca_registry.plugins import Registration, find_plugin_registrations
 from typer.core import TyperCommand, TyperGroup
 
 COMMAND_GROUP = "sca_commands"
+EVALUATION_PANEL = "Data, training and evaluation"
+PLUGIN_PANEL = "Commands of plugins"
+SHOW_COMPLETION_HELP = "Print the completion script of the current shell."  # typer's text is longer than a line
 
 
 class PluginCommand(TyperCommand):
@@ -28,6 +31,29 @@ class CommandGroup(TyperGroup):
         self._add_plugins()
         return super().list_commands(ctx)
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters = super().get_params(ctx)
+        for parameter in parameters:
+            if parameter.name == "show_completion":
+                parameter.help = SHOW_COMPLETION_HELP
+        return parameters
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands of each panel in a section of its own, in plain text."""
+        sections: dict[str, list[tuple[str, Any]]] = {}
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            sections.setdefault(command.rich_help_panel, []).append((name, command))
+        name_width = max(map(len, self.commands))
+        for title, commands in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [
+                        (name.ljust(name_width), command.get_short_help_str(formatter.width - name_width - 6))
+                        for name, command in commands
+                    ]
+                )
+
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         if args and args[0] not in self.commands:
             self._add_plugins()  # also for "Did you mean"
@@ -38,7 +64,9 @@ class CommandGroup(TyperGroup):
         for name, registrations in find_plugin_commands().items():
             if name not in self.commands:
                 self.commands[name] = PluginCommand(
-                    name, help=find_command_problem(name, registrations) or registrations[0].card.summary
+                    name,
+                    help=find_command_problem(name, registrations) or registrations[0].card.summary,
+                    rich_help_panel=EVALUATION_PANEL if registrations[0].is_builtin else PLUGIN_PANEL,
                 )
 
 

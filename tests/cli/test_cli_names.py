@@ -8,6 +8,8 @@ import sys
 import pytest
 from sca_registry import zoo
 
+from sca.cli import COMMANDS as COMMANDS_BY_PANEL
+
 COMMANDS = (
     ["--help"],
     ["--version"],
@@ -57,6 +59,32 @@ def test_every_command_tells_what_it_does(shell):
         assert shell(command, "--help").status == 0
 
 
+def test_help_groups_the_commands_and_fits_a_screen(shell, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = shell("--help").out.splitlines()
+    panels = [line.removesuffix(":") for line in lines if line.endswith(":")]
+    assert panels == ["Options", *COMMANDS_BY_PANEL]
+    assert len(lines) < 40
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines if line.endswith("...") and not line.startswith("Usage")]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("sca ca", ["caption"]),
+        ("sca caption --max-n", ["--max-new-tokens"]),
+        ("sca data vi", ["view"]),
+        ("sca bench ru", ["run"]),
+    ],
+)
+def test_shell_completion_completes_commands_and_options(started, monkeypatch, words, expected):
+    for name, value in {"_SCA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": words.count(" ")}.items():
+        monkeypatch.setenv(name, str(value))
+    out, _ = started().communicate()
+    assert out.split() == expected
+
+
 def test_nothing_asked_is_answered_with_the_help(shell):
     result = shell()
     assert result.status == 2
@@ -83,7 +111,7 @@ def test_a_model_whose_weights_are_gone_is_listed_as_broken(shell, here, monkeyp
     monkeypatch.setattr(zoo.ZooEntry, "folder", here / "gone")
     for row in json.loads(shell("list", "models", "--json").out):
         assert row["state"] == "broken"
-        assert row["reason"].startswith(f"there are no weights in {here / 'gone'}; restore")
+        assert row["reason"].startswith(f"no weights in {here / 'gone'}; restore")
     assert "state:        broken" in shell("show", "model", "sca-tiny").out
 
 
