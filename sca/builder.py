@@ -68,10 +68,10 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
     """
     if not isinstance(spec, ModelSpec):
         raise ValueError(
-            f"the spec is of type {type(spec).__name__}; give a sca.ModelSpec, such as sca.ModelSpec.parse('a+b+c')"
+            f"the spec is of type {type(spec).__name__}; give an sca.ModelSpec, such as sca.ModelSpec.parse('a+b+c')"
         )
     if not isinstance(weights, bool):
-        raise ValueError(f"weights is {weights!r:.80}; give True or False, and a file as the option of a component")
+        raise ValueError(f"weights is {weights!r:.80}; give True or False; weight files are options of components")
     target_device = resolve_device(device, allow_meta=True)
     check_compatible(spec)
     use_random_weights = not weights or target_device.type == "meta"
@@ -97,9 +97,8 @@ def _check_prefix_fits(spec: ModelSpec, mixer: Mixer, language_model: LanguageMo
     max_positions, prefix_length = getattr(language_model, "max_positions", None), spec.task_tokens + mixer.num_queries
     if max_positions is not None and prefix_length >= max_positions:
         raise RegistryError(
-            f"the mixer {spec.mixer.name!r} gives {mixer.num_queries} queries, which with {spec.task_tokens} task "
-            f"tokens are a prefix of {prefix_length}; the language model {spec.language_model.name!r} has "
-            f"{max_positions} positions in all: choose fewer queries or another language model"
+            f"the prefix of {mixer.num_queries} queries and {spec.task_tokens} task tokens fills the {max_positions} "
+            f"positions of the language model {spec.language_model.name!r}; use fewer queries or another language model"
         )
 
 

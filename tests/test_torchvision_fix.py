@@ -176,7 +176,7 @@ def test_doctor_reports_a_broken_torchvision_before_it_tries_a_part(monkeypatch,
 
     problem = "torchvision cannot be imported; run `sca doctor --fix`"
     monkeypatch.setattr(torchvision_fix, "diagnose_torchvision", lambda: problem)
-    monkeypatch.setattr("sca.testing.subprocess_checks.try_parts", lambda *_: pytest.fail("a part was tried"))
+    monkeypatch.setattr("sca.testing.subprocess_checks.check_components", lambda *_: pytest.fail("a part was tried"))
     assert run_command(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("to repair:") + 1] == "  torchvision cannot be imported; run `sca doctor --fix`"
@@ -201,7 +201,7 @@ def test_doctor_reports_built_in_components_that_raise_or_abort_on_import(tmp_pa
     command = [sys.executable, "-m", "sca", "doctor", "segment-caption-anything"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 1
-    assert re.search(r"mixer query +broken: the process that tried it", done.stdout)
+    assert re.search(r"mixer query +broken: the process of its checks", done.stdout)
     assert re.search(r"mixer split +broken: OSError: libcudart.so.13: no such file", done.stdout)
     assert re.search(r"4 of kind mixer +ok", done.stdout)
     assert "pip install --force-reinstall -c constraints.txt PACKAGE" in done.stdout

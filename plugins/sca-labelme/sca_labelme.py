@@ -46,7 +46,7 @@ class LabelMe:
         self.split = split
         self.files = labelme.list_labelme_files(folder)
         if not self.files:
-            raise ValueError(f"there are no LabelMe files (*.json) in {folder}")
+            raise ValueError(f"no LabelMe files (*.json) in {folder}; give their folder as root")
         skip = SkipCounter()
         self.skipped, self.examples = skip.counts, skip.examples
         self.image_paths, self.image_sizes, self.regions = [], [], []
@@ -107,7 +107,7 @@ def _read_file(file: Path) -> tuple[dict, Path]:
     """Read a LabelMe file; return its content and the path of its image."""
     content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("imagePath"), str):
-        raise ValueError(f"{file} has no imagePath, so it is not a file of LabelMe")
+        raise ValueError(f"{file} has no imagePath, so it is not a LabelMe file")
     try:
         return content, resolve_image_path(content["imagePath"], [file.parent])
     except InputError as error:

@@ -121,7 +121,7 @@ class _ChannelNorm(nn.LayerNorm):
 
 def _check_weights(weights: str | None, pretrained: bool) -> str | None:
     if pretrained and weights is None:
-        raise ValueError("there are no weights: give weights=mobile_sam.pt, or pretrained=false")
+        raise ValueError("no weights; give weights=mobile_sam.pt, or pretrained=false")
     return weights if pretrained else None
 
 
@@ -146,9 +146,7 @@ def _load_tensors(component: nn.Module, file: str, prefix: str | tuple[str, ...]
         sorted(tensors.keys() - component_tensors.keys()),
     )
     if missing or unexpected:
-        problem = f"it lacks {missing[0]}" if missing else f"it has no place for {unexpected[0]}"
-        raise InputError(
-            f"{file} is not a checkpoint of MobileSAM: {problem}, of {len(missing) + len(unexpected)} tensors"
-        )
+        problem = f"missing {missing[0]}" if missing else f"unexpected {unexpected[0]}"
+        raise InputError(f"{file} is not a MobileSAM checkpoint: {problem} ({len(missing) + len(unexpected)} tensors)")
     with translate_load_errors(file):
         component.load_state_dict(tensors)

@@ -1,6 +1,6 @@
 """Overrides: `key=value` assignments that change specs and recipes, on the command line, in sweeps and in code.
 
-A key is a dotted path and a value is TOML. A plain word is a string, so `mixer=roi-pool` needs no quotes. An option
+A key is a dotted path and a value is TOML. An unquoted name is a string, so `mixer=roi-pool` needs no quotes. An option
 annotated as text or a path reads any value as text, except lists and tables: `root=2024`, `root=my photos`. The fields
 of a model do not need the prefix `model.`.
 
@@ -55,7 +55,7 @@ def apply_overrides(table: Mapping[str, Any], assignments: Iterable[str]) -> dic
             path = ("model", *path)
         elif root_key not in result and root_key != "model":
             raise make_unknown_name_error(
-                f"{assignment!r}: there is no {path[0]!r} to set", path[0], {**result, **dict.fromkeys(MODEL_FIELDS)}
+                f"{assignment!r}: unknown key {path[0]!r}", path[0], {**result, **dict.fromkeys(MODEL_FIELDS)}
             )
         _set_value(result, (), path, text, assignment)
     return result
@@ -74,8 +74,8 @@ def parse_assignment(
         Path and value, such as (("mixer", "depth"), 2).
 
     Raises:
-        RegistryError: The assignment has no `=`, the key is not a dotted path, or the value is neither TOML nor a plain
-            word.
+        RegistryError: The assignment has no `=`, the key is not a dotted path, or the value is neither TOML nor an
+            unquoted name.
     """
     path, text = _split_assignment(assignment)
     return path, _parse_value(text, assignment, lambda: is_text(path))
@@ -85,7 +85,7 @@ def _split_assignment(assignment: str) -> tuple[tuple[str, ...], str]:
     key, separator, text = assignment.partition("=")
     path = tuple(key_part.strip() for key_part in key.split("."))
     if not separator or not all(map(KEY_PATTERN.fullmatch, path)):
-        raise RegistryError(f"{assignment!r} does not set anything; write key=value, such as mixer.depth=2")
+        raise RegistryError(f"{assignment!r} is not an assignment; write key=value, such as mixer.depth=2")
     return path, text.strip()
 
 
@@ -128,7 +128,7 @@ def _parse_value(text: str, assignment: str, is_text: Callable[[], bool]) -> Any
         if BARE_STRING_PATTERN.fullmatch(text):
             return text
     raise RegistryError(
-        f"{assignment!r}: the value is not TOML; put text that is not a single plain word in quotes: "
+        f"{assignment!r}: the value is not TOML; quote text with spaces or special characters: "
         f"'{assignment.partition('=')[0]}=\"...\"'"
     )
 

@@ -116,7 +116,7 @@ class Registry(catalogue.Registry):
         def add_factory(factory: Factory) -> Factory:
             if not callable(factory):
                 raise RegistryError(
-                    f"{self._singular} {name!r} cannot be {factory!r}, which is not callable; register a class or a "
+                    f"{self._singular} {name!r} cannot be {factory!r}, which is not callable; register a class or "
                     "function"
                 )
             conflicts = [
@@ -441,7 +441,7 @@ class Registry(catalogue.Registry):
         """Suggest a component of another kind, the component of a hub id or factory, or the closest name."""
         for other in REGISTRIES.values():
             if other is not self and name in other:
-                return f" It is one of the {other.kind.plural.replace('_', ' ')}."
+                return f" It is the name of a {other.kind.singular.replace('_', ' ')}."
         for known_name, registration in registrations_by_name.items():
             if name in (registration.card.options.get("weights"), registration.card.factory):
                 return f" Did you mean {known_name!r}?"
@@ -462,7 +462,7 @@ class Registry(catalogue.Registry):
         try:
             factory = attrgetter(attribute)(importlib.import_module(module))
             if not callable(factory):
-                raise TypeError(f"{registration.card.factory} is a {type(factory).__name__}, which cannot be called")
+                raise TypeError(f"{registration.card.factory} is a {type(factory).__name__}, which is not callable")
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # third-party code can raise anything, or call sys.exit

@@ -176,7 +176,7 @@ class TrainingRegions:
 
     def __init__(self, dataset: str, split: str, dataset_options: Mapping[str, Any], limit: int):
         if limit < 0:
-            raise ValueError(f"limit is {limit}: give a whole number, 0 for all")
+            raise ValueError(f"limit is {limit}; give an integer of at least 0 (0 for all images)")
         self.metadata = {"dataset": dataset, "split": split, "dataset_options": dict(dataset_options), "limit": limit}
         self.dataset: Dataset = sca_registry.datasets.build(dataset, split, **dataset_options)
         check_dataset_not_empty(self.dataset, f"{dataset} {split}")
@@ -197,10 +197,8 @@ class TrainingRegions:
             ValueError: The task is not among them.
         """
         if task not in available:
-            missing = {"recognition": "name, which recognition says", "caption": "phrase, which captions say"}[task]
-            raise ValueError(
-                f"no region of {self.metadata['dataset']} {self.metadata['split']} that was read has a {missing}"
-            )
+            missing = {"recognition": "a name for recognition", "caption": "a phrase for captions"}[task]
+            raise ValueError(f"no region read from {self.metadata['dataset']} {self.metadata['split']} has {missing}")
 
 
 def _get_text(region: Region, task: str) -> str | None:

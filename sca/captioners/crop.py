@@ -61,8 +61,8 @@ class CropCaptioner(RegionCaptioner):
         self.image_text_model = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
         if vcot and self.image_text_model.model_type in CAPTION_ONLY_MODELS:
             raise ValueError(
-                f"vcot asks questions, and a {self.image_text_model.model_type!r} model answers none: take "
-                "blip2-opt-2.7b or another model that reads questions"
+                f"vcot requires a model that takes questions, which {self.image_text_model.model_type!r} does not; use "
+                "blip2-opt-2.7b or a similar model"
             )
         self.vcot = vcot
         self.metadata_options = {"encoder": encoder, "vcot": vcot}

@@ -65,7 +65,7 @@ class ImageTextModel:
     ):
         resolve_dtype(dtype)
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; use an integer of 1 or more")
+            raise ValueError(f"batch_size is {batch_size}; give an integer of at least 1")
         self.weights = weights if pretrained else None
         self.revision = revision
         self.batch_size = batch_size
@@ -187,7 +187,7 @@ def load_processor(folder: Path) -> Any:
             image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except InputError as error:
         hint = (
-            f". It needs: pip install '{BUILTIN_DISTRIBUTION}[baselines]'"
+            f". Install the extra: pip install '{BUILTIN_DISTRIBUTION}[baselines]'"
             if "torchvision" in str(error).lower()
             else ""
         )

@@ -165,8 +165,8 @@ class RegionCaptioner(MaskEngine):
             return [RegionView(*each, *mask) for each, mask in zip(prompted, masks, strict=True)]
         if any(prompt.box is None and prompt.mask is None for *_, prompt in prompted):
             raise ValueError(
-                "a point is no region yet, and nothing here finds the region it means: write encoder+captioner with an "
-                "encoder that brings masks, sam-vit-b+NAME, or give a box or a mask"
+                "point prompts require an encoder whose segmenter predicts masks; use encoder+captioner, such as "
+                "sam-vit-b+NAME, or give a box or a mask"
             )
         rles = [None if prompt.mask is None else encode_rle(prompt.mask) for *_, prompt in prompted]
         return [RegionView(*each, rle, None) for each, rle in zip(prompted, rles, strict=True)]
@@ -249,11 +249,9 @@ def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:
     """
     for name, value in options.items():
         if name not in DEFAULT_GENERATION:
-            raise make_unknown_name_error(
-                f"this captioner has no option {name!r} of generation", name, DEFAULT_GENERATION
-            )
+            raise make_unknown_name_error(f"this captioner has no generation option {name!r}", name, DEFAULT_GENERATION)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise RegistryError(f"{name} is {value!r}: give a whole number, 1 or more")
+            raise RegistryError(f"{name} is {value!r}; give an integer of at least 1")
     return {**DEFAULT_GENERATION, **options}
 
 

@@ -86,17 +86,15 @@ class VisionLanguageModel(RegionCaptioner):
         self.image_text_model = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
         model_type = self.image_text_model.model_type
         if model_type in CAPTION_ONLY_MODELS:
-            raise ValueError(
-                f"a {model_type!r} model answers no questions: caption crops with it, as crop-captioner does"
-            )
+            raise ValueError(f"a {model_type!r} model takes no questions; use it with crop-captioner")
         if region_format == "region-tokens" and model_type not in REGION_TOKEN_FORMATTERS:
             raise ValueError(
-                f"a {model_type!r} model has no words for places; "
-                f"{' and '.join(map(repr, REGION_TOKEN_FORMATTERS))} have. Take region_format=crop or region_format=box"
+                f"a {model_type!r} model has no location tokens; "
+                f"{' and '.join(map(repr, REGION_TOKEN_FORMATTERS))} have. Use region_format=crop or region_format=box"
             )
         if region_format == "region-tokens" and question is not None:
             raise ValueError(
-                "region tokens come with a question of their own: leave out question, or take region_format=crop"
+                "region_format=region-tokens has a fixed question; omit question, or use region_format=crop"
             )
         self.region_format = region_format
         self.task_questions = (

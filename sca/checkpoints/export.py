@@ -45,7 +45,7 @@ def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
     """
     problem = _find_unpublishable(model)
     if problem:
-        raise InputError(f"the published layout has no place for {problem}")
+        raise InputError(f"the published layout does not support {problem}")
     tensors: dict[str, Tensor] = {}
     written_pointers = set()
     for name, tensor in model.state_dict().items():
@@ -141,23 +141,23 @@ def _select_usage_options(spec: ModelSpec, kind: str) -> dict[str, Any]:
 def _find_unpublishable(model: SegmentCaptioner) -> str | None:
     spec = model.spec
     if spec.mixer.name not in MIXER_BY_ARCHITECTURE.values():
-        return f"the mixer {spec.mixer.name!r}: it knows {' and '.join(MIXER_BY_ARCHITECTURE.values())}"
+        return f"the mixer {spec.mixer.name!r}; supported are {' and '.join(MIXER_BY_ARCHITECTURE.values())}"
     if spec.projection != {"type": "linear", "norm": "none"}:
-        return f"a projection {dict(spec.projection)}: it knows linear, without a norm"
+        return f"the projection {dict(spec.projection)}; supported is linear without a norm"
     if spec.lora:
-        return "LoRA: write the language model by itself (layout lm), which merges it"
+        return "LoRA; export the language model with the layout lm, which merges it"
     unknown_names = [name for name in model.state_dict() if _to_published_name(name) == name and name != "task_tokens"]
     if unknown_names:
-        return f"tensors such as {unknown_names[0]}: it knows SAM, the mixer and the language model"
+        return f"the tensor {unknown_names[0]}; supported are those of SAM, the mixer and the language model"
     if model.segmenter.box_masks:
-        return "prompts that are drawn into the image (segmenter.box_masks)"
+        return "box masks (segmenter.box_masks)"
     decoder_config, layer = model.segmenter.decoder.config, model.mixer.transformer.layers[0]
     shared_sizes = {"num_heads": (layer.self_attn.num_attention_heads, decoder_config.num_attention_heads)}
     shared_sizes["mlp_dim"] = (layer.mlp.lin1.out_features, decoder_config.mlp_dim)
     for field, (mixer_size, segmenter_size) in shared_sizes.items():
         if mixer_size != segmenter_size:
             sizes = f"a mixer with {field}={mixer_size} and a segmenter with {field}={segmenter_size}"
-            return f"{sizes}: it has one value for both"
+            return f"{sizes}; it has one value for both"
     return None
 
 

@@ -99,7 +99,7 @@ def check_writable(folder: Path) -> None:
         if folder.is_dir() and any(folder.iterdir()):
             read_spec(folder)
     except (OutputError, InputError) as error:
-        raise OutputError(f"{error}; what is in it stays") from error
+        raise OutputError(f"{error}; its content is unchanged") from error
 
 
 def is_saved(model: SegmentCaptioner, folder: Path) -> bool:
@@ -142,9 +142,9 @@ def load_native_checkpoint(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {WEIGHTS_FILE}: the checkpoint is incomplete") from error
+        raise InputError(f"{folder} has no {WEIGHTS_FILE}; copy the checkpoint again") from error
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder / WEIGHTS_FILE} is broken ({error}): copy it again") from error
+        raise InputError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy it again") from error
     assign_tensors(model, tensors, expected, folder / WEIGHTS_FILE, SPEC_FILE)
     if (folder / "tokenizer").is_dir():
         model.language_model.tokenizer = load_tokenizer(folder / "tokenizer")
@@ -247,9 +247,7 @@ def read_spec(folder: Path) -> ModelSpec:
     try:
         table = read_json(folder / SPEC_FILE, MAX_SPEC_BYTES, require_finite=True)
     except FileNotFoundError as error:
-        raise InputError(
-            f"{folder} has no {SPEC_FILE}, so it is not a model that `sca train` or sca.save wrote"
-        ) from error
+        raise InputError(f"{folder} has no {SPEC_FILE}; give a folder written by `sca train` or sca.save") from error
     try:
         return ModelSpec.from_dict(check_object(table, str(folder / SPEC_FILE)))
     except RegistryError as error:

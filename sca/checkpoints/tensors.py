@@ -144,7 +144,7 @@ def assign_tensors(
     for name, tensor in tensors.items():
         if model_tensors[name].shape != tensor.shape:
             raise InputError(
-                f"{location}: {name} is {tuple(tensor.shape)} and the {config_name} asks for "
+                f"{location}: {name} is {tuple(tensor.shape)} and the {config_name} requires "
                 f"{tuple(model_tensors[name].shape)}"
             )
     model.load_state_dict(model_tensors | tensors)

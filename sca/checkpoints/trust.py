@@ -121,7 +121,7 @@ def resolve_source(name: str, folder: Path, trust: Trust) -> str:
         TrustError: The reference is external, and the caller does not allow it.
     """
     if "\0" in name:
-        raise TrustError(f"{_shorten_value(name)} is no path; copy the checkpoint again")
+        raise TrustError(f"{_shorten_value(name)} is not a path; copy the checkpoint again")
     path = _find_inside(name, folder)
     if path is not None:
         return str(path)
@@ -168,7 +168,7 @@ def check_file(path: Path, root: Path, trust: Trust) -> None:
     if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise TrustError(f"{path} is not a regular file; copy the checkpoint again")
     if path.is_symlink() and not trust.external and not path.resolve().is_relative_to(root):
-        raise TrustError(f"{path} is a link to outside of its folder; {EXTERNAL_REMEDY}")
+        raise TrustError(f"{path} is a link to outside its folder; {EXTERNAL_REMEDY}")
 
 
 def _confine_component(kind: str, component: ComponentSpec, folder: Path, trust: Trust) -> ComponentSpec:
@@ -209,7 +209,7 @@ def _check_configuration(content: Any, subject: object, trust: Trust) -> None:
         is_remote = key.endswith(REMOTE_KEYS) and isinstance(value, str) and _is_reference(value)
         if (is_kernel or is_remote) and not trust.remote_code:
             raise TrustError(
-                f"{subject} sets {key}={_shorten_value(value)}, which can fetch and run code; {CODE_REMEDY}"
+                f"{subject} sets {key}={_shorten_value(value)}, which can download and run code; {CODE_REMEDY}"
             )
         is_file = key.endswith("_file") and key != "special_tokens_map_file"
         if is_file and isinstance(value, str) and _is_reference(value) and not trust.external:
@@ -223,11 +223,11 @@ def _check_numbers(content: Any) -> None:
         limit = MAX_LAYERS if any(each in key for each in ("depth", "layer", "blocks")) else MAX_NUMBER
         if isinstance(value, int) and abs(value) > limit:
             subject = f"{key} is {_format_number(value)}, which is" if key else f"the number {_format_number(value)} is"
-            raise TrustError(f"{subject} more than any model has; copy the checkpoint again")
+            raise TrustError(f"{subject} larger than in any model; copy the checkpoint again")
 
 
 def _format_number(value: int) -> str:
-    return str(value) if abs(value) < 10**20 else "a number of many digits"
+    return str(value) if abs(value) < 10**20 else "a number with many digits"
 
 
 def _is_plain(value: Any) -> bool:

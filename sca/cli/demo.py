@@ -65,7 +65,7 @@ def demo(
     from sca.serve.sockets import is_loopback
 
     if importlib.util.find_spec("gradio") is None:
-        raise RegistryError("the demo needs gradio: pip install 'segment-caption-anything[demo]'")
+        raise RegistryError("the demo requires gradio: pip install 'segment-caption-anything[demo]'")
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     from sca.demo.launch import run_demo
 
@@ -78,7 +78,8 @@ def demo(
         names = list(dict.fromkeys((*names, *zoo.list_names())))
     elif any_model:
         raise RegistryError(
-            f"--any-model lets everyone who reaches {host} load any folder of this machine; name models with --model"
+            f"--any-model would let everyone who reaches {host} load any folder of this machine; give models with "
+            "--model"
         )
 
     def report_ready(message: str) -> None:

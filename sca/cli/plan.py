@@ -54,9 +54,9 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Estimate the parameters, FLOPs and memory of a model without downloading weights.
+    """Estimate the parameters, FLOPs and memory of a model.
 
-    The model is built without weights and run on meta tensors.
+    Downloads no weights: the model is built without weights and run on meta tensors.
     """
     from sca.plan_cache import resolve_gpu_memory
 

@@ -110,11 +110,9 @@ def serve(
     component = ComponentSpec.parse(launcher, "--launcher", "launchers")
     built_launcher = sca_registry.launchers.build(component.name, **component.options)
     if not isinstance(built_launcher, Local | Ray):
-        raise RegistryError(f"the launcher {component.name!r} cannot serve; choose local or ray")
+        raise RegistryError(f"the launcher {component.name!r} cannot run a server; choose local or ray")
     if num_replicas != 1 and isinstance(built_launcher, Local):
-        raise ValueError(
-            f"the local launcher serves one replica of a model, not {num_replicas}; use the ray launcher for more"
-        )
+        raise ValueError(f"the local launcher runs one replica, not {num_replicas}; use the ray launcher for more")
     server_config = ServerConfig(
         model,
         device,
@@ -140,7 +138,7 @@ def serve(
         resolve_device(device)
 
     def report_ready(url: str) -> None:
-        print_stderr(f"{model} answers at {url}; Ctrl+C ends it")
+        print_stderr(f"serving {model} at {url}; press Ctrl+C to stop")
         if not is_loopback(host) and not server_config.api_keys:
             print_stderr(f"anyone who reaches {host} can use this server; pass --api-key-file FILE to require a key")
 

@@ -61,12 +61,12 @@ class OpenClipEncoder(nn.Module):
     ):
         super().__init__()
         if isinstance(pretrained, str) and weights:
-            raise ValueError(f"both weights={weights} and pretrained={pretrained} are given: leave one out")
+            raise ValueError(f"weights={weights} and pretrained={pretrained} exclude each other; omit one")
         pretrained_config = _resolve_pretrained_config(model, pretrained, weights)
         if isinstance(pretrained, str):
             weights, self.file_prefix = _resolve_weights(model, pretrained, pretrained_config)
         if weights is None and (pretrained or not model):
-            raise ValueError("there are no weights: give pretrained=TAG or a file, or weights=FOLDER or a hub id")
+            raise ValueError("no weights; give pretrained=TAG or a file, or weights=FOLDER or a hub id")
         file = fetch_weight_file(weights, revision, self.file_prefix) if pretrained else None
         folder = (
             file.parent
@@ -145,7 +145,7 @@ def _resolve_pretrained_config(model: str | None, pretrained: bool | str, weight
         return defaults
     if open_clip.get_model_config(model) is None:
         hint = suggest_name(model, open_clip.list_models())
-        raise ValueError(f"open_clip has no model {model!r}.{hint} open_clip.list_models() gives them all")
+        raise ValueError(f"open_clip has no model {model!r}.{hint} List all models with open_clip.list_models().")
     configs_by_tag = {
         tag: open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)
     }
@@ -167,7 +167,7 @@ def _resolve_weights(model: str | None, pretrained: str, pretrained_config: Mapp
         return pretrained, OPEN_CLIP_PREFIX
     tags = open_clip.list_pretrained_tags_by_model(model) if model else []
     if pretrained not in tags:
-        problem = f"pretrained={pretrained} is no file here, and open_clip has no such weights of {model!r}"
+        problem = f"pretrained={pretrained} is neither a file nor a tag of the open_clip model {model!r}"
         raise ValueError(f"{problem}.{suggest_name(pretrained, tags)}{format_choices(tags)}")
     name, _, file = pretrained_config["hf_hub"].rpartition("/")
     return name, "" if file else OPEN_CLIP_PREFIX
@@ -184,7 +184,7 @@ def _read_preprocessing(folder: Path | None) -> dict[str, Any]:
                 len(preprocessing[field]) != 3
                 or not all(isinstance(each, float | int) for each in preprocessing[field])
             ):
-                raise ValueError(f"{field} of preprocess_cfg is {preprocessing[field]!r}, and three numbers are needed")
+                raise ValueError(f"{field} of preprocess_cfg is {preprocessing[field]!r}; it must be three numbers")
         return preprocessing
 
 

@@ -69,16 +69,16 @@ class TimmEncoder(nn.Module):
             pretrained_config = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
             if pretrained_config is None:
                 hint = suggest_name(model, timm.list_models())
-                raise ValueError(f"timm has no model {model!r}.{hint} timm.list_models() gives them all")
+                raise ValueError(f"timm has no model {model!r}.{hint} List all models with timm.list_models().")
             weights = weights or pretrained_config.hf_hub_id
         if not isinstance(pretrained, bool):
             raise ValueError(
-                f"pretrained={pretrained!r}: give true or false; a tag belongs to the model, model=NAME.TAG"
+                f"pretrained is {pretrained!r}; give true or false, and a tag with the model: model=NAME.TAG"
             )
         if "num_classes" in (config or {}):
-            raise ValueError("num_classes is the weights' business: leave it out, the classifier is not kept")
+            raise ValueError("num_classes cannot be set, because the classifier is removed; omit it")
         if weights is None and (pretrained or not model):
-            raise ValueError("there are no weights: give weights=FOLDER or a hub id, or another model")
+            raise ValueError("no weights; give weights=FOLDER or a hub id, or another model")
         backbone_options = dict(config or {})
         if (
             pretrained
@@ -86,10 +86,10 @@ class TimmEncoder(nn.Module):
             and pretrained_config.license in RESTRICTED_LICENSES
             and not list_usage_terms(weights)
         ):
-            logger.warning("sca: %s: its license is %s", weights, pretrained_config.license)
+            logger.warning("sca: the license of %s is %s", weights, pretrained_config.license)
         file = fetch_weight_file(weights, revision) if pretrained else None
         if not model and find_local_file(weights) is not None:
-            raise ValueError(f"which model {weights} is of has to be said: model=NAME")
+            raise ValueError(f"the model of {weights} is unknown; give model=NAME")
         folder_config = _read_folder_config(
             file.parent if file else fetch_model_folder(weights, revision, include_weights=False) if not model else None
         )
@@ -145,7 +145,7 @@ class IntermediateLayer(nn.Module):
         super().__init__()
         name = type(backbone).__name__
         if not hasattr(backbone, "forward_intermediates"):
-            raise ValueError(f"{name} gives nothing but its last output: choose another backbone")
+            raise ValueError(f"{name} does not return intermediate features; choose another backbone")
         self.layer_index, is_last = resolve_layer(layer, len(backbone.feature_info), name)
         # only the last block of a plain ViT, whose blocks all have the same stride
         self.normalize = is_last and len({info["reduction"] for info in backbone.feature_info}) == 1
@@ -217,5 +217,7 @@ def resolve_layer(layer: int, num_layers: int, name: str) -> tuple[int, bool]:
         ValueError: The layer does not exist.
     """
     if not -num_layers <= layer < num_layers:
-        raise ValueError(f"no layer {layer}: {name} has {num_layers}, from 0, or from -1 backwards")
+        raise ValueError(
+            f"layer {layer} is out of range; {name} has {num_layers} layers, from {-num_layers} to {num_layers - 1}"
+        )
     return layer % num_layers, layer % num_layers == num_layers - 1

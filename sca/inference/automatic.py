@@ -117,7 +117,7 @@ def caption_everything(
     )
     check_task(task)
     if max_regions is not None and (not isinstance(max_regions, int) or max_regions < 1):
-        raise ValueError(f"max_regions is {max_regions!r}; give a whole number, 1 or more")
+        raise ValueError(f"max_regions is {max_regions!r}; give an integer of at least 1")
     if not isinstance(options, EverythingOptions | None):
         raise ValueError(
             f"options is of type {type(options).__name__}; give sca.EverythingOptions(...), or its fields by name"
@@ -131,7 +131,7 @@ def caption_everything(
         engine, **{name: kwargs[name] for name in kwargs.keys() & {*GENERATION_OPTIONS}}
     )
     if encoded is None:
-        raise ValueError("there is no image yet: call set_image(image) first")
+        raise ValueError("no image is set; call set_image(image) first")
     masks, prompts = find_everything(engine, encoded, options, proposals, progress)
     masks, prompts = masks[:max_regions], prompts[:max_regions]
     captions = engine.caption_masks(encoded, masks, prompts, task, **generation) if masks else []
@@ -344,8 +344,9 @@ def _iter_mask_candidates(
         segmenter_output = engine.model.segment(encoded.features, chunk)
         if segmenter_output.masks is None:
             raise ValueError(
-                f"everything needs masks, and the segmenter {type(engine.model.segmenter).__name__} gives none: "
-                "build the model with segmenter=sam"
+                f"everything mode requires masks, but {type(engine.model.segmenter).__name__} predicts none; build "
+                "the model "
+                "with segmenter=sam"
             )
         masks, scores = segmenter_output.masks.flatten(0, 1).float(), segmenter_output.iou_scores.flatten().float()
         kept_indices = ((scores > options.pred_iou_thresh) | (options.pred_iou_thresh <= 0)).nonzero().squeeze(1)

@@ -221,7 +221,7 @@ def _check_can_search(captioner: Captioner, name: str) -> MaskEngine:
     """Return the captioner if it can search for regions, else raise ValueError."""
     if not isinstance(captioner, MaskEngine) or captioner.model is None:
         raise ValueError(
-            f"{name!r} finds no regions by itself; everything mode needs a model, or encoder+captioner with an encoder "
-            "that brings masks, such as sam-vit-b+blip-base"
+            f"{name!r} cannot find regions; for everything mode, use a model, or encoder+captioner with an encoder "
+            "whose segmenter predicts masks, such as sam-vit-b+blip-base"
         )
     return captioner

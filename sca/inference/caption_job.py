@@ -111,7 +111,7 @@ class ListedPrompts:
                 the image.
         """
         if path not in self.image_keys:
-            raise InputError(f"{self.region_prompts.path} has no regions for it; name it there, or leave the image out")
+            raise InputError(f"{self.region_prompts.path} has no regions for it; add them, or omit the image")
         prompts, problems = self.region_prompts.fit_prompts(self.image_keys[path], *size)
         if problems and not prompts:
             remaining_count = f" (and {len(problems) - 1} more regions)" if len(problems) > 1 else ""

@@ -264,9 +264,9 @@ class Engine(MaskEngine):
 
     def __init__(self, model: SegmentCaptioner, region_batch_size: int = REGION_BATCH_SIZE):
         if isinstance(model, str | Path):
-            raise ValueError(f"Predictor takes a model and not its name; use sca.load({str(model)!r})")
+            raise ValueError(f"model is the name {str(model)!r}; give a model, such as sca.load({str(model)!r})")
         if not isinstance(model, SegmentCaptioner):
-            raise ValueError(f"model is of type {type(model).__name__}; give a model, such as sca.load returns")
+            raise ValueError(f"model is of type {type(model).__name__}; give a model loaded with sca.load")
         super().__init__(model, region_batch_size)
 
     @property
@@ -372,7 +372,7 @@ class Engine(MaskEngine):
         tokenizer = self.model.language_model.tokenizer
         if tokenizer is None:
             raise ValueError(
-                "the language model has no tokenizer, so it generates token IDs and no text; add one with "
+                "the language model has no tokenizer, so it generates token ids without text; add one with "
                 "`sca import MODEL OUT --tokenizer FOLDER`, or use SegmentCaptioner.generate"
             )
         return [tokenizer.decode(token_ids) for token_ids in sequences]

@@ -20,8 +20,8 @@ from sca.inference.engine import Engine
 from sca.io.hub import resolve_local_path, suggest_path
 
 NAME_FORMS_HINT = (
-    "A folder that `sca train` wrote works too, and so do a hub id, OWNER/NAME, and encoder+captioner, such as "
-    "sam-vit-b+blip-base."
+    "A folder written by `sca train`, a hub id OWNER/NAME, and encoder+captioner, such as sam-vit-b+blip-base, are "
+    "also accepted."
 )
 
 
@@ -82,7 +82,7 @@ def load_captioner(
     if name in zoo.list_names() or "/" in name or os.sep in name:
         return _load_engine(name, device, trust_options, **options)
     known_names = [*zoo.list_names(), *sca_registry.captioners.list_names()]
-    reason = make_unknown_name_error(f"no model or captioner named {name!r}, and no folder there", name, known_names)
+    reason = make_unknown_name_error(f"no model, captioner or folder named {name!r}", name, known_names)
     raise RegistryError(f"{reason} {NAME_FORMS_HINT}{suggest_path(name)}")
 
 

@@ -203,9 +203,9 @@ class Predictor:
         )
         check_task(task)
         if not isinstance(images, Sequence | np.ndarray) or not isinstance(requests, Sequence):
-            raise ValueError("images and requests are lists: one list of prompts for each image")
+            raise ValueError("images and requests must be lists, with one list of prompts per image")
         if len(images) != len(requests):
-            raise ValueError(f"there are {len(images)} images and {len(requests)} requests; give one for each image")
+            raise ValueError(f"{len(images)} images, but {len(requests)} requests; give one request per image")
         upright_images, checked_requests = [], []
         for index, (image, request) in enumerate(zip(images, requests, strict=True)):
             try:
@@ -214,7 +214,7 @@ class Predictor:
             except ValueError as error:
                 raise type(error)(f"image {index}: {error}") from error
         if not any(checked_requests):
-            raise InputError("no region; give at least one prompt")
+            raise InputError("no regions; give at least one prompt")
         generation = resolve_generation_options(
             self.engine,
             max_new_tokens=max_new_tokens,
@@ -241,5 +241,5 @@ class Predictor:
         masks: Sequence[np.ndarray | RLE],
     ) -> list[Prompt]:
         if self.image is None:
-            raise ValueError("there is no image yet: call set_image(image) first")
+            raise ValueError("no image is set; call set_image(image) first")
         return collect_prompts(prompts, boxes, points, masks, self.image.size)

@@ -166,7 +166,7 @@ class ShardedRun:
                 journal.append({"shard": task.key, "content": self._fingerprints[task.key], "problems": problems})
                 self.finished[task.key] = problems
                 yield ShardResult(task.key, path, problems)
-        killed_reason = "its process was killed each time; if memory ran out, use fewer workers or smaller batches"
+        killed_reason = "its process was killed repeatedly; if memory ran out, use fewer workers or smaller batches"
         yield from (ShardResult(name, None, (), killed_reason) for name in sorted({*self.missing_names} - ended_names))
         if not self.missing_names:
             self._folder.finish()
@@ -245,7 +245,7 @@ def name_shards(archives: Iterable[str], paths: Sequence[Path], size: int) -> di
         name = Path(archive).stem
         if name in archives_by_name:
             raise ValueError(
-                f"{archive} and {archives_by_name[name]} would both be {name}.jsonl: caption them into two folders"
+                f"{archive} and {archives_by_name[name]} would both be written to {name}.jsonl; use two output folders"
             )
         archives_by_name[name] = archive
     shards: dict[str, ShardContent] = {

@@ -279,7 +279,7 @@ def fetch_weight_file(source: str | Path, revision: str | None = None, prefix: s
         return file
     files = require_weight_files(fetch_model_folder(source, revision, prefix=prefix), source, prefix)
     if len(files) > 1:
-        raise InputError(f"{source} has its weights in {len(files)} shards, and one file is needed here")
+        raise InputError(f"{source} has its weights in {len(files)} shards; give weights in a single file")
     return files[0]
 
 
@@ -391,16 +391,16 @@ def _translate_hub_errors(name: str, revision: str | None) -> Iterator[None]:
                 "token"
             ) from error
         raise InputError(
-            f"{description} is neither a folder here nor a model on the hub; for a private one set HF_TOKEN to your "
-            f"token{suggest_path(name)}"
+            f"{description} is neither a folder nor a model on the hub; for a private model, set HF_TOKEN to your token"
+            f"{suggest_path(name)}"
         ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"the hub has no {description}") from error
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:150]
         raise InputError(
-            f"{description} is no folder here, and the hub could not be reached ({reason}). Try again with a network, "
-            f"or give a folder that has it: weights=FOLDER{suggest_path(name)}"
+            f"{description} is not a folder, and the hub could not be reached ({reason}); connect to a network, or "
+            f"give weights=FOLDER{suggest_path(name)}"
         ) from error
 
 

@@ -170,7 +170,7 @@ def parse_rle(value: Any) -> dict[str, Any]:
     elif isinstance(counts, list) and all(_is_integer(run) for run in counts):
         runs = counts
     else:
-        raise InputError("'counts' of an RLE is a string, or a list of whole numbers")
+        raise InputError("'counts' of an RLE is a string, or a list of integers")
     if any(run < 0 for run in runs) or sum(runs) != height * width:
         raise InputError(f"the runs in 'counts' do not fill the {height} x {width} pixels of 'size'")
     if isinstance(counts, list):
@@ -194,7 +194,7 @@ def _parse_run_lengths(counts: str) -> list[int]:
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
     if shift:
-        raise InputError("'counts' is cut short")
+        raise InputError("'counts' is truncated")
     return runs
 
 

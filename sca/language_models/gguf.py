@@ -29,10 +29,10 @@ class GgufLanguageModel(CausalLanguageModel):
 
     def __init__(self, weights: str, eos_token: str | None = None, dtype: str = "float32"):
         if dtype not in DTYPES:
-            raise ValueError(f"no dtype {dtype!r}: there are {', '.join(DTYPES)}")
+            raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
         file = Path(weights).expanduser()
         if not file.is_file():
-            raise ValueError(f"there is no GGUF file {weights}: give weights=FILE")
+            raise ValueError(f"no GGUF file {weights}; give weights=FILE")
         load_options = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
         with translate_load_errors(weights), silence_transformers():
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **load_options)

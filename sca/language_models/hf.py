@@ -54,9 +54,9 @@ class HfLanguageModel(CausalLanguageModel):
         trust_remote_code: bool = False,
     ):
         if dtype not in DTYPES:
-            raise ValueError(f"no dtype {dtype!r}: there are {', '.join(DTYPES)}")
+            raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
         if not isinstance(trust_remote_code, bool):
-            raise ValueError(f"trust_remote_code is {trust_remote_code!r}; choose true or false")
+            raise ValueError(f"trust_remote_code is {trust_remote_code!r}; give true or false")
         load_options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
         if weights and pretrained:
             model = load_pretrained(
@@ -115,7 +115,7 @@ def load_tokenizer(folder: Path, eos_token: str | None = None, trust_remote_code
     except InputError as error:
         hint = ""
         if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-            hint = ". One of SentencePiece needs: pip install 'segment-caption-anything[sentencepiece]'"
+            hint = ". SentencePiece tokenizers require an extra: pip install 'segment-caption-anything[sentencepiece]'"
         raise InputError(f"{error}{hint}") from error
 
 
@@ -139,5 +139,5 @@ def make_config(weights: str | None, revision: str | None, config: Mapping[str, 
     if config is not None:
         return AutoConfig.for_model(**config)
     if weights is None:
-        raise ValueError("there are neither weights nor a config: give weights=FOLDER or a hub id")
+        raise ValueError("neither weights nor config is set; give weights=FOLDER or a hub id")
     return fetch_pretrained_config(AutoConfig, weights, revision)

@@ -130,7 +130,7 @@ def _inspect_structure(model: PreTrainedModel) -> ModelStructure:
 def _describe_error(error: Exception) -> str:
     if isinstance(error, UnsupportedModelError):
         return str(error)
-    return f"cannot be run on embeddings ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return f"fails on embeddings ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def _check_signatures(model: PreTrainedModel) -> None:
     if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
         raise UnsupportedModelError("does not accept embeddings (inputs_embeds)")
     if not isinstance(model.get_input_embeddings(), nn.Embedding):
-        raise UnsupportedModelError("has no table of token embeddings")
+        raise UnsupportedModelError("has no token embeddings")
     if not model.can_generate():
         raise UnsupportedModelError("cannot generate")
     if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:

@@ -89,5 +89,5 @@ def _parse_feature(feature: Any, location: str) -> dict[str, Any]:
             rings = [ring[:-1] for polygon in geometry["coordinates"] for ring in polygon]
             properties["mask"] = masks.encode_rle(rings_to_mask(rings, *size))
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{location}: a mask that cannot be read: {error}") from error
+            raise InputError(f"{location}: invalid mask: {error}") from error
     return properties

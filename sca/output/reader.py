@@ -82,6 +82,6 @@ def _read_json(
         yield from merge_images(read_coco(content, path, skip, roots, reject), roots, reject).values()
     else:
         raise InputError(
-            f"{format_path(path)} is none of JSON lines (.jsonl), COCO, Parquet, GeoJSON, Label Studio and LabelMe "
-            "files"
+            f"{format_path(path)} is not a captions file; supported are JSON lines (.jsonl), COCO, Parquet, GeoJSON, "
+            "Label Studio and LabelMe"
         )

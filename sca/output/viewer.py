@@ -77,7 +77,7 @@ def _pair_images(
         counterpart = second_images.pop(files.unify_spelling(name), None) if second_images else None
         if counterpart is not None and counterpart.size != each.size:
             sizes = [f"{size.width} x {size.height}" for size in (each.size, counterpart.size)]
-            raise InputError(f"{format_path(each.image)} is {sizes[0]} in one file and {sizes[1]} in the other")
+            raise InputError(f"{format_path(each.image)} is {sizes[0]} in one file, but {sizes[1]} in the other")
         yield each, counterpart
     for unmatched in (second_images or {}).values():
         yield unmatched._replace(captions=[]), unmatched

@@ -56,7 +56,7 @@ def test_what_looks_at_nothing_needs_no_device():
         ("blip-bass", "Did you mean 'blip-base'.*encoder.captioner"),
         ("sam-vit-b+blip-bass", "no captioner is named 'blip-bass'. Did you mean 'blip-base'"),
         ("sam-vit-c+blip-base", "no encoders named 'sam-vit-c'. Did you mean 'sam-vit-"),
-        ("sam-vit-b+query+gpt2", "nothing before it is trained: give the checkpoint"),
+        ("sam-vit-b+query+gpt2", "no trained weights; give a checkpoint folder"),
         ("sam-vit-b+most-frequent dataset=scenes", "no option 'encoder'"),
         ("nearest-neighbor dataset=scenes", "needs the option 'encoder'"),
         ("blip-base vcott=true", "no option 'vcott'. Did you mean 'vcot'"),
@@ -71,7 +71,7 @@ def test_what_there_is_not_is_said_with_what_there_is(source, message):
 
 
 def test_a_model_of_two_names_is_pointed_to_the_door():
-    with pytest.raises(RegistryError, match=r"Two names are encoder\+captioner, for sca.load_captioner"):
+    with pytest.raises(RegistryError, match=r"for encoder\+captioner, use sca.load_captioner"):
         ModelSpec.parse("sam-vit-b+blip-base")
 
 
@@ -143,7 +143,7 @@ def test_everything_on_the_command_line_needs_masks(shell, weights):
     for model in (crops, "most-frequent dataset=scenes dataset_options={num_images=2}"):
         status, out, err = shell(*ASKED, "--model", model, *search)
         assert (status, out) == (2, "")
-        assert "everything mode needs a model, or encoder+captioner" in err
+        assert "for everything mode, use a model, or encoder+captioner" in err
 
 
 def test_a_floor_answers_on_the_command_line(shell):
@@ -168,7 +168,7 @@ def test_a_floor_answers_on_the_command_line(shell):
             ("--box", "1,1,9,9", "--num-captions", "2"),
             "generation option 'num_captions'",
         ),
-        ("sam-vit-b+query+gpt2", ("--box", "1,1,9,9"), "give the checkpoint"),
+        ("sam-vit-b+query+gpt2", ("--box", "1,1,9,9"), "give a checkpoint folder"),
     ],
 )
 def test_a_mistake_is_one_line(shell, weights, model, more, message):

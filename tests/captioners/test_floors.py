@@ -90,7 +90,7 @@ def test_an_encoder_without_masks_takes_boxes(training):
     assert [each.text for each in captioner.caption(sample.image, boxes(sample))] == [
         region.phrases[-1] for region in sample.regions
     ]
-    with pytest.raises(ValueError, match="a point is no region yet"):
+    with pytest.raises(ValueError, match="point prompts require an encoder"):
         captioner.caption(sample.image, [Prompt(points=((3, 3, 1),))])
 
 

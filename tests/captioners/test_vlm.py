@@ -86,11 +86,11 @@ def test_a_question_goes_through_the_chat_template_and_pictures_of_other_sizes_d
         (
             "qwen2_vl",
             {"region_format": "region-tokens"},
-            "'qwen2_vl' model has no words for places; 'florence2' and 'kosmos-2'",
+            "'qwen2_vl' model has no location tokens; 'florence2' and 'kosmos-2'",
         ),
-        ("blip", {}, "'blip' model answers no questions: .* crop-captioner"),
-        ("florence2", {"region_format": "circle"}, "region_format is 'circle'. There are: crop, box, region-tokens"),
-        ("florence2", {"region_format": "region-tokens", "question": "What?"}, "leave out question"),
+        ("blip", {}, "'blip' model takes no questions; .* crop-captioner"),
+        ("florence2", {"region_format": "circle"}, "region_format is 'circle'. Choose from: crop, box, region-tokens"),
+        ("florence2", {"region_format": "region-tokens", "question": "What?"}, "omit question"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused_with_the_way_out(weights, kind, how, message):

@@ -68,7 +68,7 @@ def test_push_refuses_links_out_of_the_checkpoint(model, uploaded, tmp_path, pla
         link.symlink_to(secret / "id_rsa")
     else:
         link.symlink_to(secret)
-    with pytest.raises(InputError, match=f"{place} is a link out of the checkpoint; replace it"):
+    with pytest.raises(InputError, match=f"{place} is a link to outside the checkpoint; replace it"):
         push_checkpoint(model, "me/model")
     assert not uploaded
 
@@ -85,7 +85,7 @@ def test_push_refuses_a_checkpoint_that_is_not_whole(model, uploaded, name):
 def test_card_of_reads_no_links_out_of_the_checkpoint(model, tmp_path, name):
     (model / name).rename(tmp_path / "secret")
     (model / name).symlink_to(tmp_path / "secret")
-    with pytest.raises(InputError, match=f"{name} is a link out of the checkpoint"):
+    with pytest.raises(InputError, match=f"{name} is a link to outside the checkpoint"):
         render_card(model, "me/model")
 
 

@@ -162,7 +162,7 @@ def test_check_folder_refuses_links_fifos_and_configurations_that_lead_elsewhere
 @pytest.mark.parametrize("value", ["flash_attention_2", "stranger/kernel", {"": "stranger/kernel"}, [{"a": "sdpa|b"}]])
 def test_check_folder_refuses_kernels_other_than_those_of_torch(folder, key, value):
     change(folder, "tokenizer_config.json", text_config={key: value})
-    with pytest.raises(TrustError, match=r"can fetch and run code; .*--trust-remote-code"):
+    with pytest.raises(TrustError, match=r"can download and run code; .*--trust-remote-code"):
         check_folder(folder, Trust(external=True))
     check_folder(folder, Trust(remote_code=True))
     for harmless in (None, "", True, "eager", {"": "sdpa", "vision_config": None}):
@@ -187,7 +187,7 @@ def test_load_and_plan_read_no_file_before_its_link_is_checked(folder, tmp_path,
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "secret")
     for use in (load, lambda path: _resolve_spec(str(path), False, False)):
-        with pytest.raises(InputError, match=f"{name} is a link to outside of its folder"):
+        with pytest.raises(InputError, match=f"{name} is a link to outside its folder"):
             use(folder)
 
 

@@ -374,7 +374,7 @@ def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoin
     assert (result.status, result.err) == (2, ["sca: --max-regions can only be used with --everything"])
     predictor = Predictor(load_captioner(checkpoint))
     predictor.set_image(Image.open("a.png").convert("RGB"))
-    with pytest.raises(ValueError, match="max_regions is 0; give a whole number, 1 or more"):
+    with pytest.raises(ValueError, match="max_regions is 0; give an integer of at least 1"):
         caption_everything(predictor, max_regions=0)
 
 

@@ -128,7 +128,7 @@ def test_a_published_protocol_is_run_by_its_name_beside_what_was_published(shell
     assert run["tasks"] == ["caption"]
     assert [line for line in result.err if "left out" in line and "spice" in line and "--metrics" in line]
     refused = shell("evaluate", checkpoint, "vg-region-captioning", f"root={visual_genome}", "--split", "val")
-    assert "has its own splits" in refused.err[0]
+    assert "defines its splits" in refused.err[0]
 
 
 def test_evaluate_reports_where_missing_images_were_looked_for(shell, checkpoint, here):
@@ -165,4 +165,4 @@ def test_compare_and_report_read_options_alike(handmade, shell, refused, command
     assert "no metric 'rogue-l'" in refused(2, *arguments, "rogue-l.references=first")
     assert shell(command, "one", "./lr=0.1", "--metrics", "rouge-l", "--out", "page.html").status == 0
     last = ("one", "lr=0.1") if command == "report" else ("one", "two", "lr=0.1")
-    assert "write ./lr=0.1 to name the path" in refused(2, command, *last, "--metrics", "rouge-l")
+    assert "write ./lr=0.1 for the path" in refused(2, command, *last, "--metrics", "rouge-l")

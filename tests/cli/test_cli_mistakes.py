@@ -33,12 +33,12 @@ def model(checkpoint):
         ("--point", "1,2,7"): "is not 1 or 0",
         ("--region", "bax=1,2,3,4"): "'bax' is no part of a region",
         ("--region", "mask=none.png"): "cannot read the mask none.png",
-        ("--region", ""): "points at nothing",
+        ("--region", ""): "is empty",
         ("--prompts", "none.json"): "cannot read the prompts none.json",
         ("--prompts", "a.png"): "not UTF-8 text",
         (): "no region to caption",
-        (*BOX, "--everything"): "leave out --box",
-        (*BOX, "--prompts", "none.json"): "not from both",
+        (*BOX, "--everything"): "--everything excludes --box",
+        (*BOX, "--prompts", "none.json"): "--prompts excludes --box",
         (*BOX, "--points-per-side", 3): "--points-per-side can only be used with --everything",
         (*BOX, "--proposer", "grid"): "--proposer can only be used with --everything",
         ("--everything", "--proposer", "grid", "--points-per-side", 3): "omit --points-per-side and --crop-n-layers",
@@ -54,7 +54,7 @@ def model(checkpoint):
         ("--everything", "--points-per-side", 0): "--points-per-side",
         (*BOX, "--format", "png"): "--format png needs --out",
         (*BOX, "--out", "o", "--format", "pgn"): "Did you mean 'png'?",
-        (*BOX, "--out", "o", "--format", ""): "There are: jsonl, coco, parquet",
+        (*BOX, "--out", "o", "--format", ""): "Choose from: jsonl, coco, parquet",
         (*BOX, "--out", "-", "--format", "coco"): "--out - writes JSONL only",
         (*BOX, "--out", "a.png"): "cannot write a.png: File exists; choose another folder",
         (*BOX, "--out", "a.png/o"): "cannot write a.png/o: Not a directory",
@@ -145,7 +145,7 @@ def bad(picture, here):
     (here / "empty").mkdir()
     (here / "lost.png").symlink_to("nowhere")
     return {
-        "missing.png": "no file, folder or match",
+        "missing.png": "no file or folder missing.png",
         "*.webp": "nothing matches the pattern",
         "empty": "no images in empty",
         "cut.jpg": "truncated or damaged",
@@ -252,4 +252,4 @@ def test_a_defect_keeps_its_traceback(shell, monkeypatch):
 
 
 def test_a_message_is_always_one_line(refused):
-    assert re.fullmatch(r"no kind of thing is called .*", refused(2, "list", "two\nlines"))
+    assert re.fullmatch(r"unknown kind .*", refused(2, "list", "two\nlines"))

@@ -89,7 +89,7 @@ def test_a_plugin_that_exists_is_not_written_over_and_a_wrong_kind_is_told(site,
     assert "Did you mean 'mixers'" in site.run("sca", "plugin", "new", "mixr", "mine").stderr
     assert "no template for a launcher" in site.run("sca", "plugin", "new", "launcher", "mine").stderr
     taken = site.run("sca", "plugin", "new", "mixer", "query").stderr
-    assert "there is a mixer 'query' already, from segment-caption-anything" in taken
+    assert "the mixer 'query' already exists in segment-caption-anything" in taken
     site.write("sca-shade", "", hostile=MIXER)
     assert "sca-shade is installed already" in site.run("sca", "plugin", "new", "mixer", "shade").stderr
 
@@ -141,7 +141,7 @@ HOSTILE = {  # distribution: its entry points, its module, and what is said of t
     "shape": (
         "shape = hostile_shape:Mixer",
         MIXER.replace("keepdim=True", "keepdim=False"),
-        "breaks promises (queries",
+        "failed checks: output-shape",
     ),
     "nothing": ("nothing = hostile_nothing:Absent", MIXER, "no attribute 'Absent'"),
     "nowhere": ("nowhere = hostile_no_such_module:Mixer", MIXER, "hostile_no_such_module"),

@@ -129,7 +129,7 @@ def test_caption_does_not_discard_an_unfinished_run(interrupted, captioned, shel
         result = captioned("--out", "out", *arguments)
         assert result.status == 2
         assert result.err == [
-            "sca: out contains an unfinished run with 2 images done; continue it with --resume, choose another --out, "
+            "sca: out contains an unfinished run with 2 images captioned; resume it with --resume, choose another --out, "
             "or replace it with --overwrite"
         ]
         assert content(interrupted) == before
@@ -212,7 +212,7 @@ def test_commands_refuse_a_folder_that_is_being_written(captioned, shell, refuse
 def test_import_replaces_only_the_same_checkpoint(shell, refused, checkpoint, here):
     (here / "repo").mkdir()
     (here / "repo/spec.json").write_text('{"openapi": "3.0"}')
-    assert "what is in it stays" in refused(2, "import", "sca-tiny", "repo")
+    assert "its content is unchanged" in refused(2, "import", "sca-tiny", "repo")
     (here / "repo/README.md").write_text("my model card")
     (here / "repo/.git").mkdir()
     before = content(here / "repo")

@@ -619,7 +619,10 @@ def test_every_promise_has_a_mutant_that_breaks_it():
 def test_encoder_with_an_unknown_default_segmenter_breaks_its_promise(monkeypatch):
     monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
     sca_registry.encoders.register("nowhere", func=Nowhere)
-    assert "'nothing'; there are" in broken(check_component("encoder", "nowhere"))["default-segmenter-is-registered"]
+    assert (
+        "no segmenter 'nothing'; choose from"
+        in broken(check_component("encoder", "nowhere"))["default-segmenter-is-registered"]
+    )
 
 
 def test_plugin_that_prints_when_it_is_imported_breaks_its_promise(tmp_path, monkeypatch):
@@ -634,7 +637,7 @@ def test_plugin_that_prints_when_it_is_imported_breaks_its_promise(tmp_path, mon
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     sca_registry.refresh_plugins()
     try:
-        assert "it prints 'hello'" in broken(check_component("metric", "loud"))["import-has-no-side-effects"]
+        assert "the import prints 'hello'" in broken(check_component("metric", "loud"))["import-has-no-side-effects"]
     finally:
         monkeypatch.undo()
         sca_registry.refresh_plugins()
@@ -730,5 +733,5 @@ print(*{name.partition(".")[0] for name in {*sys.modules} - known} & {*OPTIONAL_
 
 def test_the_fixture_fails_with_what_was_expected(conformance):
     assert all(finding.passed for finding in conformance("mixer", "query", depth=1, mlp_dim=32))
-    with pytest.raises(pytest.fail.Exception, match="FAILED  output-shape: expected: "):
+    with pytest.raises(pytest.fail.Exception, match=r"FAILED  output-shape: .* Expected: "):
         conformance("mixer", TooMany)

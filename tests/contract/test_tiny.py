@@ -27,7 +27,7 @@ def test_tiny_options_of_a_plugin_are_those_of_its_card(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text("[sca_mixers]\ncards = shade:mixers.toml\n")
     (tmp_path / "shade").mkdir()
     (tmp_path / "shade/__init__.py").touch()
-    cards = '[shade]\nfactory = "shade:Shade"\nsmall = { depth = 1 }\n[query]\nfactory = "shade:Query"\n'
+    cards = '[shade]\nfactory = "shade:Shade"\ntiny_options = { depth = 1 }\n[query]\nfactory = "shade:Query"\n'
     (tmp_path / "shade/mixers.toml").write_text(cards)
     monkeypatch.syspath_prepend(tmp_path)
     sca_registry.refresh_plugins()

@@ -228,7 +228,7 @@ PLACE = r"regions\.jsonl: line 1 \(id \d\): "
             [line(), line(image_id=1)],
             "line 2: 'image_id', which the first line lacks; give it on every line, or on none",
         ),
-        ([line(id="1")], "line 1, 'id' is '1'; give a whole number"),
+        ([line(id="1")], "line 1, 'id' is '1'; give an integer"),
         ([line(image_id=1), line(image_id=2)], r"line 2 .*: image_id 2 is another than before, 1, for the same image"),
         (
             [line(image_id=1), line(image_id=1, image="photos/2.png")],

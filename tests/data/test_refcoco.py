@@ -197,7 +197,7 @@ PLACE = r"refs\(unc\)\.p: \[0\] \(ref_id 2\)"
         ([ref(2, "val"), ref(2, "train")], r"\[1\] \(ref_id 2\): this ref_id was given before"),
         ([ref(2, None)], PLACE + ", 'split' is None; give text"),
         ([ref(2, "val", ann_id=5)], PLACE + r": ann_id 5 is not among the annotations of .*instances\.json"),
-        ([ref(2, "val", ann_id="5")], PLACE + r", 'ann_id' is '5'; give a whole number"),
+        ([ref(2, "val", ann_id="5")], PLACE + r", 'ann_id' is '5'; give an integer"),
         ([ref(2, "val", image_id=3)], PLACE + r": image_id 3 is not among the images of .*instances\.json"),
         ([ref(2, "val", image_id=2)], PLACE + r": ann_id 102 is of image 1, not of 2"),
         ([ref(2, "val", sentences=None)], PLACE + r", 'sentences' is None; give a list"),

@@ -157,8 +157,8 @@ PLACE = r"region_descriptions\.json: \[0\] \(id 1\): regions\[0\]"
         ({"x": 10**400}, PLACE + r" \(region_id 1\), 'x' is 1000"),
         ({"width": -4}, PLACE + r" \(region_id 1\): the box has width -4 and height 20"),
         ({"image_id": 2}, PLACE + r" \(region_id 1\): image_id 2 is not that of its image"),
-        ({"region_id": "1"}, PLACE + r", 'region_id' is '1'; give a whole number"),
-        ({"region_id": 1 << 63}, PLACE + r", 'region_id' is .*; give a whole number"),
+        ({"region_id": "1"}, PLACE + r", 'region_id' is '1'; give an integer"),
+        ({"region_id": 1 << 63}, PLACE + r", 'region_id' is .*; give an integer"),
     ],
 )
 def test_a_broken_region_is_named_with_its_file_and_field(write, broken, message):
@@ -201,7 +201,7 @@ def test_a_missing_field_is_named(write, key):
         ),
         (
             {"image_data": [picture(1, height="9")]},
-            r"image_data\.json: \[0\] \(image_id 1\), 'height' is .*; give a whole",
+            r"image_data\.json: \[0\] \(image_id 1\), 'height' is .*; give an integer",
         ),
         ({"image_data": [picture(2)]}, "image without data: 1, such as 1"),
         ({"densecap_splits": []}, r"densecap_splits\.json is \[\]; give an object"),

@@ -193,8 +193,8 @@ def test_report_table_counts_metrics_left_out_in_one_line(teller):
     ("generation", "message"),
     [
         ({"num_beans": 3}, "generation has no option 'num_beans'. Did you mean 'num_beams'"),
-        ({"num_beams": "x"}, "generation.num_beams is 'x': give a whole number"),
-        ({"temperature": "hot"}, "generation.temperature is 'hot': give a number"),
+        ({"num_beams": "x"}, "generation.num_beams is 'x'; give an integer"),
+        ({"temperature": "hot"}, "generation.temperature is 'hot'; give a number"),
     ],
 )
 def test_evaluate_rejects_unknown_generation_options_before_it_asks(model, generation, message):

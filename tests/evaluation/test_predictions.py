@@ -244,5 +244,5 @@ def test_a_wrong_question_is_refused_at_once(wrong):
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"limit": 0}])
 def test_a_number_below_one_is_refused_at_once(wrong):
-    with pytest.raises(ValueError, match="give a whole number, 1 or more"):
+    with pytest.raises(ValueError, match="give an integer of at least 1"):
         predict_dataset(Echo(), [], **wrong)

@@ -24,7 +24,7 @@ def check_message(call, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "half16"}, "no dtype 'half16'. There are: float32, bfloat16, float16"),
+        ({"dtype": "half16"}, "no dtype 'half16'. Choose from: float32, bfloat16, float16"),
         ({"dtype": torch.int64}, "no dtype 'torch.int64'"),
         ({"device": "gpu"}, "device 'gpu' is not available .* Did you mean 'cuda'"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not available"),
@@ -92,7 +92,7 @@ class Unregistered(torch.nn.Module):
         (NAMES, {"lora": "8"}, "lora is '8': give a rank, such as lora=8, or a table of rank, alpha"),
         (NAMES, {"lora": 8.5}, "lora is 8.5: give a rank"),
         (NAMES, {"weights": "model.safetensors"}, "weights is 'model.safetensors'; give True or False"),
-        (({"name": "tiny-vit", "image_size": "64"}, *NAMES[1:]), {}, "image_size is '64'; give a whole number"),
+        (({"name": "tiny-vit", "image_size": "64"}, *NAMES[1:]), {}, "image_size is '64'; give an integer"),
         ((*NAMES[:2], {"name": "hf", "weights": 5}), {}, "weights is 5; give text"),
     ],
 )

@@ -141,7 +141,7 @@ def test_a_language_model_written_alone_has_its_lora_merged(composed, tmp_path):
         ({"segmenter": "box"}, r"tensors such as segmenter\.frequencies"),
         ({"num_heads": 2}, "a mixer with num_heads=2 and a segmenter with num_heads=4"),
         ({"mlp_dim": 64}, "a mixer with mlp_dim=64 and a segmenter with mlp_dim=48"),
-        ({"segmenter": {"name": "sam", "box_masks": True}}, "drawn into the image"),
+        ({"segmenter": {"name": "sam", "box_masks": True}}, "box masks"),
     ],
 )
 def test_what_the_published_layout_cannot_hold_is_refused(composed, tmp_path, changes, told):
@@ -219,12 +219,12 @@ def code(folder):
     [
         (without_a_shard, "no b.safetensors"),
         (cut, "cannot be read"),
-        (code, "holds more than tensors"),
+        (code, "contains more than tensors"),
         (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "sca"}'), "not that of a published model"),
         (changed(architectures=["ScaModel"]), "no model is called 'ScaModel'"),
         (changed(mask_caption_decoder_config={"num_caption_heads": 3}), "num_caption_heads is 3, and only 1"),
-        (changed(text_config={"n_embd": 64}), r"c_attn\.bias is \(96,\) and the config\.json asks for \(192,\)"),
+        (changed(text_config={"n_embd": 64}), r"c_attn\.bias is \(96,\) and the config\.json requires \(192,\)"),
         (tensors(lambda held: held.pop("language_project.bias")), r"missing projection\.0\.bias"),
         (tensors(lambda held: held.update(more=torch.zeros(1))), "unexpected more"),
     ],

@@ -95,4 +95,4 @@ def test_a_key_file_that_is_missing_is_one_line(command, capfd, tmp_path):
 def test_the_demo_serves_no_folders_to_a_network(capfd):
     pytest.importorskip("gradio", reason="needs the extra demo")
     assert run_command(["demo", "--host", "0.0.0.0", "--any-model"]) == 2
-    assert "load any folder of this machine; name models with --model" in capfd.readouterr().err
+    assert "load any folder of this machine; give models with --model" in capfd.readouterr().err

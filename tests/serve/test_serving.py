@@ -18,7 +18,7 @@ def begin(*arguments):
     said = []
     for line in process.stderr:
         said.append(line)
-        if found := re.search(r"answers at (http://\S+);", line):
+        if found := re.search(r"at (http://\S+);", line):
             return process, found[1]
     raise AssertionError("".join(said))
 
@@ -77,7 +77,7 @@ def test_a_mistake_is_told_by_ray_as_well(arguments, words):
     [
         (("--model", "nothing"), "no model or captioner named 'nothing'"),
         (("--device", "gpu9"), "device 'gpu9' is not available"),
-        (("--num-replicas", "2"), "the local launcher serves one replica of a model, not 2"),
+        (("--num-replicas", "2"), "the local launcher runs one replica, not 2"),
         (("--launcher", "slurm"), "slurm"),
         (("--dtype", "int3"), "no dtype 'int3'"),
         (("--host", "256.0.0.1"), "cannot listen at 256.0.0.1, port 8000"),

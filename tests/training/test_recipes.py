@@ -82,16 +82,16 @@ def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
     ("change", "message"),
     [
         ("train.step=7", "train has no 'step'.*Did you mean 'steps'"),
-        ("train.steps=many", "train.steps is 'many'; give a whole number"),
-        ("train.steps=1.5", "train.steps is 1.5; give a whole number"),
-        ("train.steps=0", "train.steps is 0; give a whole number, 1 or more"),
+        ("train.steps=many", "train.steps is 'many'; give an integer"),
+        ("train.steps=1.5", "train.steps is 1.5; give an integer"),
+        ("train.steps=0", "train.steps is 0; give an integer of at least 1"),
         ("train.batch_size=-4", "train.batch_size is -4"),
         ("train.learning_rate=fast", "train.learning_rate is 'fast'; give a number"),
         ("train.warmup_steps=true", "train.warmup_steps is True"),
         ("train.prompts={circle=1.0}", "train.prompts has no 'circle'"),
         ("train.prompts={box=0}", "none of them ever is"),
         ("train.prompts.box=-1", "train.prompts.box is -1"),
-        ("train.precision=fp16", "train.precision is 'fp16'.*There are: float32"),
+        ("train.precision=fp16", "train.precision is 'fp16'.*Choose from: float32"),
         ("train.longest_caption_prob=2", "train.longest_caption_prob is 2; give a number from 0 to 1"),
         ("data.scenes.weight=0", "data.scenes.weight is 0; give a number above 0"),
         ("data.scenes.weight=much", "data.scenes.weight is 'much'; give a number"),
@@ -99,7 +99,7 @@ def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
         ("data.scenes.augment={flip=2}", "data.scenes.augment.flip is 2; give a number from 0 to 1"),
         ("loss.masks=1", "loss has no 'masks'.*Did you mean 'mask'"),
         ("loss.mask=much", "loss.mask is 'much'; give a number"),
-        ("mixer.depth", "does not set anything"),
+        ("mixer.depth", "is not an assignment"),
         ("trian.steps=7", "no 'trian' to set"),
         ("task_tokens=-1", "task_tokens is -1"),
     ],
@@ -146,9 +146,9 @@ WRONG = {  # of each type some values that are of another one
 }
 WANTED = {
     bool: "give true or false",
-    int: "give a whole number",
+    int: "give an integer",
     float: "give a number",
-    str: "give text|There are: ",
+    str: "give text|Choose from: ",
     dict: "give a table",
     list: "give a list",
 }
@@ -205,7 +205,7 @@ def test_recipe_rejects_negative_and_infinite_numbers_in_any_field(small_table, 
 def test_recipe_rejects_a_seed_that_numpy_does_not_take(small_table):
     table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}}
     assert Recipe.from_dict("mine", table | {"train": {"seed": MAX_SEED}}).train.seed == MAX_SEED
-    with pytest.raises(RegistryError, match=r"train\.seed is 4294967296; give a whole number from 0 to 4294967295"):
+    with pytest.raises(RegistryError, match=r"train\.seed is 4294967296; give an integer from 0 to 4294967295"):
         Recipe.from_dict("mine", table | {"train": {"seed": MAX_SEED + 1}})
 
 
@@ -253,7 +253,9 @@ def test_recipe_takes_every_field_of_validate_as_an_assignment(small_table):
     ).validate
     dataset = {"name": "scenes", "num_images": 8, "image_size": 64}
     assert found == ValidationOptions(3, dataset, limit=4, prompt="mask", metrics=("rouge-l",), best=("rouge-l",))
-    with pytest.raises(RegistryError, match=r"validate has no 'bst'\. Did you mean 'best'\? There are: every, dataset"):
+    with pytest.raises(
+        RegistryError, match=r"validate has no 'bst'\. Did you mean 'best'\? Choose from: every, dataset"
+    ):
         Recipe.from_dict("mine", table, ["validate.bst=3"])
     with pytest.raises(RegistryError, match=r"no 'valdate' to set\. Did you mean 'validate'"):
         Recipe.from_dict("mine", table, ["valdate.best=3"])

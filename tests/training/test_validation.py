@@ -86,7 +86,7 @@ def test_train_reports_a_validation_without_images(plan, tmp_path):
     [
         ({"split": "test"}, "what is tested must not choose"),
         ({"evry": 3}, "has no 'evry'. Did you mean 'every'"),
-        ({"every": 0}, "give a whole number, 1 or more"),
+        ({"every": 0}, "give an integer of at least 1"),
         ({"metrics": "bleu"}, "give a list"),
         ({"dataset": {"name": 3}}, "dataset of validate"),
     ],

@@ -40,7 +40,7 @@ class MmdetEncoder(nn.Module):
     ):
         super().__init__()
         if pretrained and weights is None:
-            raise ValueError("there are no weights: give weights=FILE or a URL, or pretrained=false")
+            raise ValueError("no weights; give weights=FILE or a URL, or pretrained=false")
         mmdet_config = load_mmdet_config(config, ("backbone", "neck"))
         detector, _ = build_detector(mmdet_config, config, weights if pretrained else None)
         self.checkpoint = weights if pretrained else None
@@ -54,7 +54,10 @@ class MmdetEncoder(nn.Module):
         if feature_level is None:
             feature_level = min(levels, key=lambda number: abs(levels[number][1] - TARGET_STRIDE), default=0)
         if not -len(levels) <= feature_level < len(levels):
-            raise ValueError(f"no level {feature_level}: {config} has {len(levels)}, from 0, or from -1 backwards")
+            raise ValueError(
+                f"feature_level {feature_level} is out of range; {config} has {len(levels)} levels, from "
+                f"{-len(levels)} to {len(levels) - 1}"
+            )
         self.level = feature_level % len(levels)
         self.channels, self.stride = levels[self.level]
         freeze_unused_parameters(self, self.image_format.size)  # parameters of the other levels
