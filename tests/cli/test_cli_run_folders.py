@@ -129,8 +129,8 @@ def test_caption_does_not_discard_an_unfinished_run(interrupted, captioned, shel
         result = captioned("--out", "out", *arguments)
         assert result.status == 2
         assert result.err == [
-            "sca: out contains an unfinished run with 2 images captioned; resume it with --resume, choose another --out, "
-            "or replace it with --overwrite"
+            "sca: out contains an unfinished run with 2 images captioned; resume it with --resume, choose another "
+            "--out, or replace it with --overwrite"
         ]
         assert content(interrupted) == before
     assert (
