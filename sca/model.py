@@ -120,7 +120,7 @@ class SegmentCaptioner(SegmentationModel):
         return getattr(self.spec, kind).name
 
     def prepare_mixer(self, regions: SegmenterOutput) -> Any:
-        """Compute what all regions of an image share in the mixer; None if the mixer has no `prepare` method."""
+        """Compute what all regions of an image share in the mixer; None if the mixer has no `prepare_images` method."""
         prepare_images = getattr(self.mixer, "prepare_images", None)
         return None if prepare_images is None else prepare_images(regions.image_embeddings, regions.positional_encoding)
 

@@ -24,7 +24,7 @@ ENCODER_NAME_RULES = (  # pattern of an original tensor name, and its replacemen
     (r"^patch_embed\.seq\.0\.", "vit.patch_embed.conv1."),
     (r"^patch_embed\.seq\.2\.", "vit.patch_embed.conv2."),
     (r"^layers\.(\d)\.blocks\.", r"vit.stages.\1.blocks."),
-    (r"^layers\.(\d)\.downsample\.", lambda found: f"vit.stages.{int(found[1]) + 1}.downsample."),
+    (r"^layers\.(\d)\.downsample\.", lambda match: f"vit.stages.{int(match[1]) + 1}.downsample."),
     (r"\.c\.", ".conv."),
 )
 SEGMENTER_NAME_RULES = (

@@ -297,7 +297,8 @@ class Encoder(Protocol):
 class Segmenter(Protocol):
     """Promptable segmenter, built by `factory(encoder, **options)`.
 
-    A trainable segmenter has a method `loss(regions: SegmenterOutput, targets: Targets) -> dict[str, Tensor]`.
+    A trainable segmenter has a method `compute_losses(regions: SegmenterOutput, targets: MaskTargets)` that returns
+    named scalar losses.
 
     Attributes:
         channels: Hidden size D.
@@ -319,8 +320,8 @@ class Segmenter(Protocol):
 class Mixer(Protocol):
     """Feature mixer, built by `factory(segmenter, **options)`: it turns regions into queries for the language model.
 
-    A mixer may have a method `prepare(image_embeddings, positional_encoding)` that computes what all regions of an
-    image share, from (B, D, h, w) and (D, h, w). Its result is then passed to the mixer as a second argument.
+    A mixer may have a method `prepare_images(image_embeddings, positional_encoding)` that computes what all regions of
+    an image share, from (B, D, h, w) and (D, h, w). Its result is then passed to the mixer as a second argument.
 
     Attributes:
         hidden_size: Width D of the queries.
@@ -387,8 +388,15 @@ class LanguageModel(Protocol):
 class Dataset(Protocol):
     """Dataset of images with annotated regions, built by `factory(split, **options)`.
 
-    A dataset may have `attributes`, the possible values of each attribute of its regions, for auxiliary losses; and
-    `between`, the names of those attributes that relate a region to another one and so are not visible in it alone.
+    A dataset may also have:
+
+    - `iter_annotations()`: yields the regions of each image, in order, without opening images;
+    - `read_sample(index)`: returns a sample, or None if its image cannot be read;
+    - `content_hash`: identifies the content, so that results on other content are not mixed;
+    - `metadata`: table of counts, such as `regions` and `captioned`;
+    - `skipped` and `examples`: counts and first locations of skipped entries, by reason;
+    - `attribute_values`: possible values of each attribute of its regions, for auxiliary losses;
+    - `relation_attributes`: names of the attributes that relate a region to another one.
     """
 
     def __len__(self) -> int:

@@ -64,7 +64,7 @@ def _is_finite(tensor: Tensor, forbid_infinity: bool) -> bool:
 class BuildSizeLimit(TorchDispatchMode):
     """Context manager that aborts building a model far larger than its weight files.
 
-    A spec is a few numbers, and a wrong one could otherwise exhaust memory before its weights are found not to fit.
+    A spec consists of a few numbers; a wrong one could otherwise exhaust memory before the weights are compared.
     Pretrained weights of components count too; those not downloaded yet count as `MAX_DOWNLOAD_BYTES`.
 
     Args:

@@ -224,7 +224,7 @@ def predict_dataset(
 ) -> Iterator[PredictedBatch]:
     """Caption the regions of a dataset in batches of fixed composition.
 
-    Images that a dataset with a method `read` cannot read have no records.
+    Images that a dataset with a method `read_sample` cannot read have no records.
 
     Args:
         captioner: Any captioner.

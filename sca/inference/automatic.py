@@ -223,9 +223,9 @@ def _is_single_point(prompt: Prompt) -> bool:
 
 def _select_region_prompts(proposals: Proposals, max_count: int | None) -> list[Prompt]:
     """Return the `max_count` prompts with the best scores that are not single points, in order."""
-    indices = [place for place, prompt in enumerate(proposals.prompts) if not _is_single_point(prompt)]
-    best_indices = sorted(indices, key=lambda place: -proposals.scores[place])[:max_count]
-    return [proposals.prompts[place] for place in sorted(best_indices)]
+    indices = [index for index, prompt in enumerate(proposals.prompts) if not _is_single_point(prompt)]
+    best_indices = sorted(indices, key=lambda index: -proposals.scores[index])[:max_count]
+    return [proposals.prompts[index] for index in sorted(best_indices)]
 
 
 def _search_windows(
@@ -365,7 +365,7 @@ def _suppress_overlaps(candidates: Sequence[Candidate], scores: Tensor, options:
         is_same = box_ious > options.box_nms_thresh
         nearby = (box_ious.gt(0) & ~is_same).nonzero()[:, 0] if options.mask_nms_thresh < 1 else ()
         if len(nearby):  # masks overlap only where boxes do
-            rles = [candidates[place].mask for place in others[nearby].tolist()]
+            rles = [candidates[other].mask for other in others[nearby].tolist()]
             mask_ious = coco.iou([candidates[index].mask], rles, [0] * len(rles))[0]
             is_same[nearby] = torch.from_numpy(mask_ious > options.mask_nms_thresh)
         return is_same

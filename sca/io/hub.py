@@ -62,7 +62,7 @@ Config = TypeVar("Config", bound="PretrainedConfig")
 
 TIMEOUT_SECONDS = 10  # timeout of requests to the Hub and of the lock
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers
-OPEN_CLIP_PREFIX = "open_clip_"  # prefix of open_clip's files, stored beside those of transformers or timm
+OPEN_CLIP_PREFIX = "open_clip_"  # prefix of open_clip's files, stored next to those of transformers or timm
 PINNED_COMMITS_FILE = "pulled.json"  # commits pinned by `sca pull`, in the user's cache
 COMMIT_PATTERN = re.compile("[0-9a-f]{40}")
 
@@ -120,7 +120,7 @@ def suggest_path(name: str) -> str:
     """Return a hint on how to write the path of an entry of the working folder; empty if no such entry exists."""
     if "\0" in name or not os.path.exists(name):
         return ""
-    hint = f"; what lies here is written ./{name}"
+    hint = f"; for the local path, write ./{name}"
     folder = Path(name)
     try:
         if (folder / ADAPTER_CONFIG_FILE).exists() or find_weight_files(folder):
@@ -324,8 +324,8 @@ def load_pretrained(
     unexpected = [name for name in loading_info["unexpected_keys"] if not name.startswith(tuple(ignored_prefixes))]
     for problem, names in (
         ("lacks", loading_info["missing_keys"]),
-        ("has another shape of", [str(each[0]) for each in loading_info["mismatched_keys"]]),
-        ("has no place for", unexpected),
+        ("has other shapes for", [str(each[0]) for each in loading_info["mismatched_keys"]]),
+        ("has unexpected tensors", unexpected),
     ):
         if names:
             raise InputError(

@@ -372,7 +372,7 @@ def _describe_os_error(error: OSError | ValueError) -> str:
         return "there is no such file; check the name"
     if isinstance(error, PermissionError):
         location = f" ({format_path(error.filename)})" if error.filename else ""
-        return f"permission denied{location}; ask for read access"
+        return f"permission denied{location}; change the permissions"
     code = getattr(error, "errno", None)
     if code == errno.ENAMETOOLONG:
         return "the name is too long; check it"

@@ -161,7 +161,7 @@ def parse_rle(value: Any) -> dict[str, Any]:
         raise InputError("an RLE is an object with 'size' [height, width] and 'counts'")
     size, counts = value["size"], value["counts"]
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_integer(side) and side > 0 for side in size):
-        raise InputError(f"'size' of an RLE is [height, width] in whole pixels, not {size!r:.40}")
+        raise InputError(f"'size' of an RLE is [height, width] in integer pixels, not {size!r:.40}")
     height, width = size
     if height * width > PIXEL_LIMIT:
         raise InputError(f"an RLE of {height} x {width} is larger than the {PIXEL_LIMIT:,} pixels an image may have")

@@ -31,8 +31,8 @@ MAX_POINTS = 256  # maximum of a prompt from the network: each point costs as mu
 
 _BOX_FORMAT = "a box is 4 numbers x1,y1,x2,y2 in pixels"
 _POINT_FORMAT = "a point is x,y or x,y,label in pixels, label 1 inside or 0 outside"
-_MASK_FORMAT = "give an image or a .npy array, not zero inside"
-_REGION_FORMAT = "a region is written box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE, each part where wanted"
+_MASK_FORMAT = "give an image or a .npy array that is nonzero inside"
+_REGION_FORMAT = "write any of box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE"
 
 
 def parse_box(text: str) -> Box:
@@ -197,9 +197,9 @@ def _check_and_clip_box(box: Box, width: int, height: int) -> Box:
     scale = find_normalized_scale(box, width, height)
     if clipped is not None and scale is None:
         return clipped
-    problem = f"{'lies outside' if clipped is None else 'leaves'} the {width} x {height} image"
+    problem = f"{'is outside' if clipped is None else 'extends beyond'} the {width} x {height} image"
     if scale == 1:
-        problem = f"lies within 0..1 of the {width} x {height} image"
+        problem = f"is within 0..1 of the {width} x {height} image"
     hint = "boxes are x1,y1,x2,y2 in its pixels"
     if scale is not None:
         pixels = ",".join(f"{value:g}" for value in scale_to_pixels(box, scale, width, height))
@@ -217,7 +217,7 @@ def _check_not_normalized(points: Sequence[Point], width: int, height: int) -> N
     x, y, label = points[0]
     pixels = ",".join(f"{value:g}" for value in scale_to_pixels((x, y), 1, width, height))
     raise InputError(
-        f"the point {x:g},{y:g},{label} lies within 0..1; points are in pixels: "
+        f"the point {x:g},{y:g},{label} is within 0..1; points are in pixels: "
         f"if it is normalized to 0..1, write {pixels}"
     )
 
@@ -235,7 +235,7 @@ def _check_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
     if not binary_mask.any():
         raise InputError("the mask is empty; mark the region with nonzero pixels")
     if binary_mask.all():
-        warn_once("whole mask", f"a mask covers the whole {width} x {height} image; outside is 0")
+        warn_once("whole mask", f"a mask covers the full {width} x {height} image; pixels outside the region must be 0")
     return binary_mask
 
 

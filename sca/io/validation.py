@@ -182,7 +182,9 @@ def read_recorded_size(
         return None
     if not is_int64(width) or not is_int64(height) or min(width, height) < 1:
         names = " and ".join(map(repr, keys))
-        raise InputError(f"{location}: {names} are {(width, height)!r:.80}; give the size of the image in whole pixels")
+        raise InputError(
+            f"{location}: {names} are {(width, height)!r:.80}; give the size of the image in integer pixels"
+        )
     if width * height > PIXEL_LIMIT:
         raise InputError(f"{location}: the image is {width} x {height}; at most {PIXEL_LIMIT:,} pixels are allowed")
     return width, height
@@ -200,7 +202,7 @@ def require_recorded_size(record: Any, location: str) -> tuple[int, int]:
 def xywh_to_xyxy(subject: str, x: float, y: float, width: float, height: float) -> Box:
     """Convert a corner and a size to x1, y1, x2, y2; raise InputError for a negative size or an infinite corner."""
     if min(width, height) < 0:
-        raise InputError(f"{subject} has width {width} and height {height}; give none below 0")
+        raise InputError(f"{subject} has width {width} and height {height}; give values of at least 0")
     if not math.isfinite(float(x) + float(width)) or not math.isfinite(float(y) + float(height)):
         raise InputError(f"{subject} has a corner that is not finite; give the box in image pixels")
     return x, y, x + width, y + height

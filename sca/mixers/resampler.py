@@ -17,7 +17,8 @@ class ResamplerMixer(nn.Module):
     """Perceiver (arXiv 2103.03206) in the style of the Q-Former (BLIP-2, arXiv 2301.12597); returns queries (N, Q, D).
 
     Learned queries and the output tokens of a region attend to each other, and the queries attend to the features of
-    the image. `prepare` computes the keys and values once per image, and all its regions share them without a copy.
+    the image. `prepare_images` computes the keys and values once per image, and all its regions share them without a
+    copy.
 
     Args:
         segmenter: Segmenter.
@@ -62,7 +63,7 @@ class ResamplerMixer(nn.Module):
 
         Args:
             regions: N regions.
-            prepared: Output of `prepare` for their images; None computes it.
+            prepared: Output of `prepare_images` for their images; None computes it.
         """
         if prepared is None:
             prepared = self.prepare_images(regions.image_embeddings, regions.positional_encoding)

@@ -20,7 +20,7 @@ import pytest
 def conformance() -> Callable[..., Any]:
     """Return the function `conformance(kind, component, **options)`.
 
-    It takes the arguments of `check_part`, fails the test if a check fails, and otherwise returns the results.
+    It takes the arguments of `check_component`, fails the test if a check fails, and otherwise returns the results.
     """
 
     def check_conformance(kind: str, component: str | Callable[..., Any], /, **options: Any) -> Any:

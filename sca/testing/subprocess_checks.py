@@ -30,9 +30,9 @@ def check_components(entries: Sequence[RegistryEntry], timeout: float) -> list[R
     states = _run_jobs(
         "plugin_check:check_plugin_component", [{"kind": e.kind, "name": e.name} for e in unchecked], timeout
     )
-    found = dict(zip(map(_get_key, unchecked), states, strict=True))
-    found |= _import_builtins([entry for entry in entries if entry.state == "ok"])
-    return [replace(entry, **found.get(_get_key(entry), {})) for entry in entries]
+    checked = dict(zip(map(_get_key, unchecked), states, strict=True))
+    checked |= _import_builtins([entry for entry in entries if entry.state == "ok"])
+    return [replace(entry, **checked.get(_get_key(entry), {})) for entry in entries]
 
 
 def _import_builtins(entries: Sequence[RegistryEntry]) -> dict[tuple[str, str], Mapping[str, str]]:

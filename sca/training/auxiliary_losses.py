@@ -27,7 +27,7 @@ class AttributeValues(NamedTuple):
 
     @classmethod
     def from_datasets(cls, datasets: Iterable[Dataset]) -> AttributeValues:
-        """Merge the attributes of datasets; those in `between` of a dataset are relations."""
+        """Merge the attribute values of datasets; `relation_attributes` of a dataset are grouped separately."""
         attribute_groups: tuple[dict[str, tuple[str, ...]], ...] = {}, {}
         for dataset in datasets:
             for name, values in getattr(dataset, "attribute_values", {}).items():

@@ -107,11 +107,11 @@ def test_caption_clips_boxes_over_the_edge_and_counts_them(shell, checkpoint, pi
     call = ("caption", "--model", checkpoint, "--max-new-tokens", 3, "--out", "-")
     result = shell(*call, "a.png", "b.png", "--box", "-1,-1,65,49", "--box", "0,0,9,9")
     assert [record["box"] for record in lines(result.out)][::2] == [[0, 0, 64, 48]] * 2
-    assert result.err == ["sca: changed or left out: box clipped: 2 (first: a.png)"]
+    assert result.err == ["sca: changed or skipped: box clipped: 2 (first: a.png)"]
     asked = [{"image": "a.png", "box": box} for box in ([1, 2, 9, 9], [60, 40, 66, 50])]
     (here / "asked.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in asked))
     result = shell(*call, "a.png", "--prompts", "asked.jsonl")
-    assert result.err[1:] == ["sca: changed or left out: box clipped: 1 (first: asked.jsonl, line 2)"]
+    assert result.err[1:] == ["sca: changed or skipped: box clipped: 1 (first: asked.jsonl, line 2)"]
 
 
 def test_prompts_of_many_images_come_from_json_lines_and_from_coco(captioned, picture, here):

@@ -70,7 +70,7 @@ def model(checkpoint):
         (*BOX, "--bax", "1"): "--box",
         ("--box", "20,20,10,30"): "a.png: the box 20,20,10,30 is reversed",
         ("--box", "20,20,20,30"): "a.png: the box 20,20,20,30 is empty",
-        ("--box", "70,0,80,9"): "a.png: the box 70,0,80,9 lies outside the 64 x 48 image",
+        ("--box", "70,0,80,9"): "a.png: the box 70,0,80,9 is outside the 64 x 48 image",
         ("--point", "64,0"): "a.png: the point 64,0,1 is outside the 64 x 48 image",
         ("--region", "mask=small.png"): "a.png: the mask is 3 x 3, the image 64 x 48",
         ("--region", "mask=black.png"): "a.png: the mask is empty",
@@ -121,7 +121,7 @@ def test_everything_and_mask_prompts_need_a_model_with_masks(refused, picture, m
         ("p.json", '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 2}]}', "'image_id'"),
         ("p.jsonl", '{"image": "b.png", "box": [1, 2, 3, 4]}', "a.png: p.jsonl has no regions for it"),
         ("p.jsonl", '{"image": "x/a.png", "box": [1, 2, 3, 4]}\n{"image": "y/a.png", "box": [1, 2, 3, 4]}', "could"),
-        ("p.jsonl", '{"image": "a.png", "box": [90, 0, 99, 9]}', "p.jsonl, line 1: the box 90,0,99,9 lies outside"),
+        ("p.jsonl", '{"image": "a.png", "box": [90, 0, 99, 9]}', "p.jsonl, line 1: the box 90,0,99,9 is outside"),
         ("p.jsonl", '{"image": "a.png", "mask": "p.jsonl"}', "p.jsonl, line 1, 'mask': cannot read the mask"),
     ],
 )  # fmt: skip

@@ -37,7 +37,7 @@ def text(content):
         ("sca-tniy", "Did you mean 'sca-tiny'?"),
         ("no/such/folder", "no model named 'no/such/folder', and no folder there"),
         ("./a.png", "a.png is a file, and a model is a folder"),
-        ("a.png", "what lies here is written ./a.png"),
+        ("a.png", "for the local path, write ./a.png"),
         (".", "has no spec.json"),
         ("./" + "x" * 300, "File name too long"),
     ],

@@ -85,9 +85,9 @@ def test_a_changed_source_is_converted_again(write, conversions):
 def test_what_was_made_of_files_before_they_changed_is_removed(write, cache):
     Coco("val", root=write("other"))
     Coco("val", root=write())
-    before = set(cache.glob("coco-*/about.json"))
+    before = set(cache.glob("coco-*/metadata.json"))
     Coco("val", root=write(iscrowd=1))
-    after = set(cache.glob("coco-*/about.json"))
+    after = set(cache.glob("coco-*/metadata.json"))
     assert (len(before), len(before & after), len(after)) == (2, 1, 2)
 
 
@@ -128,12 +128,12 @@ def test_an_index_can_be_read_exactly(write):
 
 def test_about_a_table_stands_beside_it(write, cache):
     dataset = Coco("val", root=write(iscrowd=1))
-    (file,) = cache.glob("coco-*/about.json")
-    about = json.loads(file.read_text())
-    assert (about["images"], about["regions"], about["phrases"]) == (2, 2, 2)
-    assert about["hash"] == dataset.content_hash
-    assert about["skipped"] == {"crowd": 1, "image without regions": 1}
-    assert about["examples"]["image without regions"] == ["0.png"]
+    (file,) = cache.glob("coco-*/metadata.json")
+    metadata = json.loads(file.read_text())
+    assert (metadata["images"], metadata["regions"], metadata["phrases"]) == (2, 2, 2)
+    assert metadata["hash"] == dataset.content_hash
+    assert metadata["skipped"] == {"crowd": 1, "image without regions": 1}
+    assert metadata["examples"]["image without regions"] == ["0.png"]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -238,7 +238,7 @@ def test_an_interrupt_keeps_what_is_done_and_a_mistake_does_not(write, cache, mo
         monkeypatch.setattr(Coco, "_build_row", stop)
         with pytest.raises(error):
             Coco("val", root=root)
-        assert len(list(cache.glob(".coco-*/about.json"))) == kept
+        assert len(list(cache.glob(".coco-*/metadata.json"))) == kept
 
 
 def test_a_terminal_shows_how_far_a_conversion_is(write, tmp_path):

@@ -81,7 +81,7 @@ def test_xywh_to_xyxy_rejects_infinite_corners(box):
             "f: 'width' and 'height' are (0, 1); give the size",
         ),
         (lambda: read_recorded_size({"width": 10**5, "height": 10**5}, "f"), "at most 178,956,970 pixels are allowed"),
-        (lambda: xywh_to_xyxy("f, 'b'", 0, 0, -1, 1), "f, 'b' has width -1 and height 1; give none below 0"),
+        (lambda: xywh_to_xyxy("f, 'b'", 0, 0, -1, 1), "f, 'b' has width -1 and height 1; give values of at least 0"),
     ],
 )
 def test_a_wrong_value_of_a_record_is_one_line_with_its_place(read, message):

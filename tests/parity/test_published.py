@@ -135,9 +135,9 @@ def test_a_language_model_written_alone_has_its_lora_merged(composed, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"lora": 2}, "no place for LoRA"),
-        ({"projection": "mlp"}, "no place for a projection"),
-        ({"mixer": "resampler"}, "no place for the mixer 'resampler'"),
+        ({"lora": 2}, "does not support LoRA"),
+        ({"projection": "mlp"}, "does not support the projection"),
+        ({"mixer": "resampler"}, "does not support the mixer 'resampler'"),
         ({"segmenter": "box"}, r"tensors such as segmenter\.frequencies"),
         ({"num_heads": 2}, "a mixer with num_heads=2 and a segmenter with num_heads=4"),
         ({"mlp_dim": 64}, "a mixer with mlp_dim=64 and a segmenter with mlp_dim=48"),

@@ -130,7 +130,7 @@ def test_validation_checks_metrics_and_best_against_the_data(plan, tmp_path, val
 
 def test_validation_rejects_data_without_captions_and_names(plan, monkeypatch):
     class Wordless:
-        about = {"regions": 1, "captioned": 0, "names": []}  # noqa: RUF012
+        metadata = {"regions": 1, "captioned": 0, "names": []}  # noqa: RUF012
 
         def __len__(self):
             return 1

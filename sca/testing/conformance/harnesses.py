@@ -307,7 +307,7 @@ class MixerHarness(ComponentHarness):
             card = get_registry(self.kind).get_card(self.name)
             options = {**card.options, **self.options}
             required.update(
-                thing for option, things in card.option_requires.items() if options.get(option) for thing in things
+                output for option, outputs in card.option_requires.items() if options.get(option) for output in outputs
             )
         return required
 

@@ -64,5 +64,5 @@ def write_plugin_package(kind: str, name: str, folder: Path | None = None) -> Pa
             ("test.py.txt", f"test_{module_name}.py"),
         ):
             text = (template_folder / template).read_text("utf-8")
-            (draft / target).write_text(re.sub(r"\{([A-Z]+)\}", lambda found: placeholders[found[1]], text), "utf-8")
+            (draft / target).write_text(re.sub(r"\{([A-Z]+)\}", lambda match: placeholders[match[1]], text), "utf-8")
     return folder
