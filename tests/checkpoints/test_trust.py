@@ -239,9 +239,9 @@ def test_a_bare_name_is_never_a_folder(name, tmp_path, monkeypatch):
     assert locate_checkpoint("sca-tiny") == zoo.get_entry("sca-tiny").folder
     assert (tmp_path / name).is_dir()
     if name == "xk-huang":
-        with pytest.raises(InputError, match=r"what lies here is written \./xk-huang"):
+        with pytest.raises(InputError, match=r"for the local path, write \./xk-huang"):
             load(name)
-        with pytest.raises(ValueError, match=r"what lies here is written \./xk-huang"):
+        with pytest.raises(ValueError, match=r"for the local path, write \./xk-huang"):
             sca.load_captioner(name)
     elif name == "sca-tiny":
         for path in ("./sca-tiny", tmp_path / "sca-tiny"):
