@@ -45,7 +45,7 @@ check: dev
 # The picture in the README: a drawn scene that no model was trained on, and what the shipped model says of it.
 picture: core
 	rm -rf out/drawn
-	$(SCA) data export scenes out/drawn --split test --limit 1 size=512 seed=29
+	$(SCA) data export scenes out/drawn --split test --limit 1 image_size=512 seed=29
 	cp out/drawn/test/*.png $(SCENE)
 	$(SCA) caption $(SCENE) $(SHAPES) --out out/drawn/captions --format png
 	cp out/drawn/captions/scene.captions.png examples/

@@ -59,5 +59,5 @@ def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         from sca_registry.errors import make_unknown_name_error
 
-        raise make_unknown_name_error(f"no dtype {str(name)!r}", str(name), DTYPES)
+        raise make_unknown_name_error(f"unknown dtype {str(name)!r}", str(name), DTYPES)
     return None if name is None else getattr(torch, str(name))

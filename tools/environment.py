@@ -176,7 +176,7 @@ def read_pyproject():
 
 def hash_sources():
     """Return a hash of the files that determine what is installed."""
-    files = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__), ROOT / "sca/repair.py")
+    files = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__), ROOT / "sca/torchvision_fix.py")
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -37,7 +37,7 @@ def render_model_table() -> str:
     rows.append(["---", "---", *["---:"] * 4, "---"])
     for model_name, reason in CHOICES.items():
         spec = ModelSpec.parse(model_name)
-        model_plan = plan_model(spec, regions=NUM_REGIONS, dtype=torch.bfloat16)
+        model_plan = plan_model(spec, regions_per_image=NUM_REGIONS, dtype=torch.bfloat16)
         flops_per_region = sum(flops for stage, flops in model_plan.flops.items() if stage != "encode") / NUM_REGIONS
         part_cards = (
             get_registry("encoders").get_card(spec.encoder.name),
@@ -48,7 +48,7 @@ def render_model_table() -> str:
                 f"`{model_name}`",
                 reason,
                 f"{sum(model_plan.parameters.values()) / 1e6:,.0f} M",
-                f"{model_plan.peak / GIB:.2g} GiB",
+                f"{model_plan.peak_memory / GIB:.2g} GiB",
                 _format_giga(model_plan.flops["encode"]),
                 _format_giga(flops_per_region),
                 ", ".join(dict.fromkeys(card.license for card in part_cards)),

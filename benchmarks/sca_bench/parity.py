@@ -120,7 +120,7 @@ def compare_scenes(num_scenes: int, device: str, dtype: torch.dtype) -> dict[str
     """
     from sca.data.scenes import Scenes
 
-    scenes = Scenes("test", count=num_scenes)
+    scenes = Scenes("test", num_images=num_scenes)
     reference_model = sca.load("sca-tiny")
     tested_model = sca.load("sca-tiny").to(device=device, dtype=dtype)
     eos_token_id = reference_model.language_model.tokenizer.eos_token_id

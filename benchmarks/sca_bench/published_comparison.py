@@ -35,7 +35,7 @@ from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 import sca
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.model import SegmentCaptioner
-from sca.nn.two_way import TwoWayTransformer
+from sca.nn.two_way_transformer import TwoWayTransformer
 from sca_bench.timing import make_random_inputs, make_training_batch, synchronize
 from sca_bench.worker import run_measurement
 

@@ -90,7 +90,7 @@ def run_sweep(
         overhead_seconds: list[float] = []
         if finished_keys & rows.keys():
             report(f"{len(finished_keys & rows.keys())} of {len(rows)} rows are there already")
-        for number, (task, result) in enumerate(built_launcher.map(tasks), 1):
+        for number, (task, result) in enumerate(built_launcher.run_tasks(tasks), 1):
             row = rows[task.key]
             store.append(
                 {"key": task.key, "label": row.label, "sweep": sweep.name, "config": dict(row.config), **result}

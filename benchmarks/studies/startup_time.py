@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _save_scene(path: str) -> None:
-    code = f"from sca.data.scenes import Scenes; Scenes('test', count=1)[0].image.save({path!r})"
+    code = f"from sca.data.scenes import Scenes; Scenes('test', num_images=1)[0].image.save({path!r})"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -40,10 +40,10 @@ class Card:
         parameters: Number of parameters.
         config: Model configuration for building without weights, passed to the factory as the option `config`.
         extra: Extra of the distribution that must be installed.
-        gives: Outputs (`PROVIDED_OUTPUTS`) that the component provides to the downstream component.
-        needs: Outputs (`PROVIDED_OUTPUTS`) that the component requires from the upstream component.
-        needs_with: Outputs that an enabled option requires, by option.
-        small: Options that make a plugin tiny, for `sca check`.
+        provides:  Outputs (`PROVIDED_OUTPUTS`) that the component provides to the downstream component.
+        requires: Outputs (`PROVIDED_OUTPUTS`) that the component requires from the upstream component.
+        option_requires:  Outputs that an enabled option requires, by option.
+        tiny_options:  Options that make a plugin tiny, for `sca check`.
         scores: Names of the scores of a metric; `class/*` for all scores with a prefix.
         code_options: Options that can run code. A checkpoint may only set them to a plain name.
     """
@@ -58,10 +58,10 @@ class Card:
     parameters: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     extra: str = ""
-    gives: tuple[str, ...] | None = None
-    needs: tuple[str, ...] | None = None
-    needs_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    small: Mapping[str, Any] = field(default_factory=dict)
+    provides: tuple[str, ...] | None = None
+    requires: tuple[str, ...] | None = None
+    option_requires: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tiny_options: Mapping[str, Any] = field(default_factory=dict)
     scores: tuple[str, ...] | None = None
     code_options: tuple[str, ...] = ()
 
@@ -154,10 +154,10 @@ def _parse_card(name: str, table: Any) -> Card:
                 f"{key} of card {name!r} is {value!r}; give a value of type {FIELD_TYPES[key].__name__}"
             )
     check_factory(table["factory"])
-    for output_name in (*table.get("needs", ()), *table.get("gives", ())):
+    for output_name in (*table.get("requires", ()), *table.get("provides", ())):
         if output_name not in PROVIDED_OUTPUTS:
             raise make_unknown_name_error(
-                f"card {name!r} has an unknown output {output_name!r} in needs or gives",
+                f"card {name!r} has an unknown output {output_name!r} in requires or provides",
                 str(output_name),
                 PROVIDED_OUTPUTS,
             )

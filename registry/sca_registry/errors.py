@@ -25,8 +25,8 @@ def suggest_name(requested: str, names: Iterable[str]) -> str:
 
 
 def format_choices(names: Collection[str]) -> str:
-    """Format names as a sentence with a leading space, such as " There are: box, sam.", in their order."""
-    return f" There are: {', '.join(names)}." if names else " There are none."
+    """Format names as a sentence with a leading space, such as " Choose from: box, sam.", in their order."""
+    return f" Choose from: {', '.join(names)}." if names else " None are available."
 
 
 def make_unknown_name_error(problem: str, requested: str, names: Iterable[str]) -> RegistryError:

@@ -74,7 +74,7 @@ def describe_domain(source: object) -> str:
     """Describe the domain of a zoo model that is not trained for photographs.
 
     Args:
-        source: Source of a captioner, as for `sca.captioner`.
+        source: Source of a captioner, as for `sca.load_captioner`.
 
     Returns:
         One line with the domain and the models for photographs; "" for those models and for sources outside the zoo.

@@ -108,7 +108,7 @@ def serve(
     """
     import sca_registry
     from sca_registry import RegistryError
-    from sca_registry.spec import Part
+    from sca_registry.spec import ComponentSpec
 
     from sca.launchers.local import Local
     from sca.launchers.ray import Ray
@@ -117,10 +117,10 @@ def serve(
     from sca.serve.root_path import check_root_path
     from sca.serve.sockets import is_loopback
 
-    part = Part.parse(launcher, "--launcher", "launchers")
-    built_launcher = sca_registry.launchers.build(part.name, **part.options)
+    component = ComponentSpec.parse(launcher, "--launcher", "launchers")
+    built_launcher = sca_registry.launchers.build(component.name, **component.options)
     if not isinstance(built_launcher, Local | Ray):
-        raise RegistryError(f"the launcher {part.name!r} cannot serve; choose local or ray")
+        raise RegistryError(f"the launcher {component.name!r} cannot run a server; choose local or ray")
     if num_replicas != 1 and isinstance(built_launcher, Local):
         raise ValueError(
             f"the local launcher supports 1 replica, not {num_replicas}; use --launcher ray for several replicas"

@@ -139,7 +139,7 @@ class Coco(TableDataset):
             self._skip(NO_CATEGORIES_REASON, str(self.annotations))
         bar.reset(len(coco_index.images))
         if self.has_class_names:
-            self.attributes = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
+            self.attribute_values = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
         image_indices = coco_index.annotations.resolve_references(
             "image_id", coco_index.images, "the images", self._reject_region
         )

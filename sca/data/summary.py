@@ -30,7 +30,7 @@ def summarize_dataset(dataset: Dataset) -> str:
     Returns:
         Such as "721 regions, 680 with captions, 11 class names, 39 images; 1 image missing: x.jpg (looked in photos)".
     """
-    metadata = getattr(dataset, "about", None)
+    metadata = getattr(dataset, "metadata", None)
     parts = [format_count(len(dataset), "image")]
     if metadata is not None:
         captioned = f"{metadata['captioned']:,} with captions"

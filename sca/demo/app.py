@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import gradio as gr
 from sca_registry import zoo
 from sca_registry.contracts import TASKS, Caption
-from sca_registry.spec import DEFAULT_GENERATION, EverythingOptions, Part
+from sca_registry.spec import DEFAULT_GENERATION, ComponentSpec, EverythingOptions
 
 from sca.checkpoints.load import read_local_spec
 from sca.checkpoints.trust import Trust
 from sca.demo.session import Session
 from sca.inference.automatic import SearchProgress, resolve_everything_options
-from sca.inference.factory import captioner
+from sca.inference.factory import load_captioner
 from sca.inference.generation_options import resolve_generation_options
 from sca.io.errors import InputError
 from sca.io.hub import resolve_local_path
@@ -114,7 +114,7 @@ class ModelPool:
             name: Name of the model.
 
         Raises:
-            ValueError: The model is not allowed or cannot be loaded; `sca.captioner` lists the errors.
+            ValueError: The model is not allowed or cannot be loaded; `sca.load_captioner` lists the errors.
         """
         self._check_model_name(name)
         scheduler = self._acquire_loaded(name)
@@ -175,7 +175,7 @@ class ModelPool:
 
     def _load_model(self, name: str) -> RequestScheduler:
         options = {**self.trust_options.get(name, {}), **({"dtype": self.dtype} if self.dtype else {})}
-        scheduler = RequestScheduler(captioner(name, self.device, **options))
+        scheduler = RequestScheduler(load_captioner(name, self.device, **options))
         with self._lock:
             self._schedulers[name] = scheduler
             self._num_users[name] += 1
@@ -195,7 +195,7 @@ class ModelPool:
 def _check_has_no_options(name: str) -> None:
     """Raise ValueError if a name contains options, which could trust a checkpoint; folders have none."""
     path = resolve_local_path(name)
-    if (path is None or not path.exists()) and Part.parse(name, "a model").options:
+    if (path is None or not path.exists()) and ComponentSpec.parse(name, "a model").options:
         raise ValueError(f"the model {name!r:.80} has options; enter the name only, or pass it to --model")
 
 

@@ -96,6 +96,6 @@ def _draw_examples(folder: Path) -> list[tuple[str, str]]:
     examples = []
     for index, seed in enumerate(EXAMPLE_SEEDS, 1):
         path = folder / f"scene-{index}.png"
-        Scenes("test", count=1, size=512, seed=seed)[0].image.save(path)
+        Scenes("test", num_images=1, image_size=512, seed=seed)[0].image.save(path)
         examples.append((str(path), path.name))
     return examples

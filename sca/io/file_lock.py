@@ -1,4 +1,4 @@
-"""Exclusive locks that are released when their process ends, however it ends."""
+"""Exclusive locks that are released when their process ends in any way."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def _translate_decoder_errors(display_name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise TooLargeError(f"{display_name}: {str(error).split(',')[0]}; scale it down") from error
     except Image.UnidentifiedImageError as error:
-        raise InputError(f"{display_name} is not an image that can be read; convert it to JPEG or PNG") from error
+        raise InputError(f"{display_name} is not a readable image; convert it to JPEG or PNG") from error
     except Exception as error:  # a decoder may raise anything for damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, MemoryError) or "out of memory" in reason.lower():  # Pillow's decoders report it as text
@@ -351,7 +351,7 @@ def _list_argument_images(path: Path, problems: list[str]) -> list[Path]:
         if "**" not in str(path):
             images += [image for match in matches if match.is_dir() for image in _list_folder_images(match, problems)]
     else:
-        raise InputError(f"there is no file, folder or match for {format_path(path)}; check the name")
+        raise InputError(f"no file or folder {format_path(path)}; check the name")
     if not images:
         raise InputError(f"no images in {format_path(path)}; looked for {' '.join(IMAGE_SUFFIXES)}")
     return images
@@ -372,7 +372,7 @@ def _describe_os_error(error: OSError | ValueError) -> str:
         return "there is no such file; check the name"
     if isinstance(error, PermissionError):
         location = f" ({format_path(error.filename)})" if error.filename else ""
-        return f"permission denied{location}; ask for read access"
+        return f"permission denied{location}; change the permissions"
     code = getattr(error, "errno", None)
     if code == errno.ENAMETOOLONG:
         return "the name is too long; check it"

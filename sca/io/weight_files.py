@@ -74,7 +74,7 @@ def require_weight_files(folder: Path, source: str | Path, prefix: str = "") -> 
     files = find_weight_files(folder, prefix)
     if files is None:
         raise InputError(
-            f"{source} has no whole weights: {describe_missing_weights(folder, prefix)}. Copy or download it again"
+            f"{source} has incomplete weights: {describe_missing_weights(folder, prefix)}; copy or download it again"
         )
     for file in files:
         check_is_not_lfs_pointer(file)
@@ -147,10 +147,10 @@ def _read_shard_names(index: Path) -> list[str]:
     try:
         shards = sorted(set(read_json(index)["weight_map"].values()))
         if any(Path(shard).name != shard for shard in shards):
-            raise ValueError("a shard is a file in another folder")
+            raise ValueError("a shard is in another folder")
         return shards
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is not the index of a model in shards ({error!r}): copy it again") from error
+        raise InputError(f"{index} is not an index of sharded weights ({error!r}); copy it again") from error
 
 
 def describe_missing_weights(folder: Path, prefix: str = "") -> str:

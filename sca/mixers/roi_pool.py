@@ -31,7 +31,9 @@ class RoiPoolMixer(nn.Module):
             ValueError: The regions have no boxes: point prompts with a segmenter that predicts no masks.
         """
         if regions.boxes is None:
-            raise ValueError("the mixer 'roi-pool' needs boxes: ask with boxes, or use segmenter=sam, which finds them")
+            raise ValueError(
+                "the mixer 'roi-pool' requires boxes; give box prompts, or use segmenter=sam, which predicts them"
+            )
         scale = regions.image_embeddings.shape[-1] / regions.image_size
         # (N, D, output_size, output_size)
         pooled = roi_align(regions.image_embeddings, regions.image_index, regions.boxes * scale, self.output_size)

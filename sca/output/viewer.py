@@ -11,7 +11,7 @@ from PIL import Image
 from sca.io.errors import InputError
 from sca.io.image_names import ImageNameResolver, resolve_image_path
 from sca.io.images import format_path
-from sca.output.captioned import CaptionedImage, ImageSize, merge_images
+from sca.output.captioned_image import CaptionedImage, ImageSize, merge_images
 from sca.output.html import HtmlWriter
 
 

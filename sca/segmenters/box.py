@@ -43,7 +43,7 @@ class BoxSegmenter(nn.Module):
             ValueError: The prompts have masks.
         """
         if prompts.masks is not None:
-            raise ValueError("the segmenter 'box' takes boxes and points; for mask prompts use segmenter=sam")
+            raise ValueError("the segmenter 'box' does not support mask prompts; use segmenter=sam")
         image_embeddings = self.neck(features)
         tokens = []
         if prompts.points is not None:

@@ -20,7 +20,7 @@ class ServerConfig:
     """Configuration of a server.
 
     Args:
-        model: Source of the captioner; see `sca.captioner`.
+        model: Source of the captioner; see `sca.load_captioner`.
         device: Device of the model.
         dtype: Floating-point type of the model; None for that of the checkpoint.
         seed: Random seed.
@@ -73,14 +73,14 @@ class ServerConfig:
             )
 
     def load_captioner(self) -> Captioner:
-        """Set the random seed and load the captioner; `sca.captioner` lists the errors."""
+        """Set the random seed and load the captioner; `sca.load_captioner` lists the errors."""
         import torch
 
-        from sca.inference.factory import captioner
+        from sca.inference.factory import load_captioner
 
         torch.manual_seed(self.seed)
         trust_options = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
-        return captioner(self.model, self.device, **trust_options, **({"dtype": self.dtype} if self.dtype else {}))
+        return load_captioner(self.model, self.device, **trust_options, **({"dtype": self.dtype} if self.dtype else {}))
 
     def create_app(self, captioner: Captioner | None = None) -> FastAPI:
         """Create the application.

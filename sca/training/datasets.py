@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from sca_registry import datasets
 from sca_registry.contracts import Dataset
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 from sca.data.summary import check_dataset_not_empty, count_skipped, summarize_dataset
 from sca.training.recipe import Recipe, ValidationOptions
@@ -43,7 +43,7 @@ def open_validation_dataset(validation: ValidationOptions) -> Dataset:
 
     PromptingOptions(prompt=validation.prompt)
     check_metrics(validation.metrics or None, None)
-    part = Part.from_dict(validation.dataset, "dataset of validate")
+    part = ComponentSpec.from_dict(validation.dataset, "dataset of validate")
     dataset = datasets.build(part.name, validation.split, **part.options)
     if len(dataset):
         check_has_truth(dataset, f"validate ({validation.split})", limit=validation.limit)

@@ -62,11 +62,12 @@ class TrainingModule(nn.Module):
         output = self.model(batch, self.loss_weights, self.chunk_size)
         losses = dict(output.losses)
         if "attributes" in self.heads:
-            losses["attributes"] = self.heads["attributes"](output.queries, batch.extra)
+            losses["attributes"] = self.heads["attributes"](output.queries, batch.auxiliary_targets)
         if "features" in self.heads:
             features = pool_ground_truth_features(output.regions, batch.targets)
             masked_labels = {
-                name: labels.masked_fill(~batch.targets.has_mask, UNKNOWN_LABEL) for name, labels in batch.extra.items()
+                name: labels.masked_fill(~batch.targets.has_mask, UNKNOWN_LABEL)
+                for name, labels in batch.auxiliary_targets.items()
             }
             losses["features"] = self.heads["features"](features, masked_labels)
         if loss_scales is not None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sca_registry import RegistryError
 from sca_registry.errors import make_unknown_name_error
 from sca_registry.overrides import apply_overrides, parse_assignment
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.spec import ComponentSpec, ModelSpec
 
 from sca.io.toml import parse_toml, read_toml_text
 from sca.io.validation import (
@@ -157,7 +157,7 @@ class DataSource:
             one of the two if the region has no phrase and "recognition" otherwise.
     """
 
-    dataset: Part
+    dataset: ComponentSpec
     split: str = "train"
     weight: float = 1.0
     augment: Augmentation | None = None
@@ -175,7 +175,7 @@ class DataSource:
         Raises:
             RegistryError: A value is invalid.
         """
-        part = Part.from_dict(table, f"dataset of {location}")
+        part = ComponentSpec.from_dict(table, f"dataset of {location}")
         options = dict(part.options)
         option_names = ("split", "weight", "augment", "phrases", "names")
         split, weight, augment_table, phrases, names = (options.pop(key, None) for key in option_names)
@@ -194,7 +194,7 @@ class DataSource:
             if value is not None:
                 check_choice(f"{location}.{key}", value, choices)
                 kwargs[key] = value
-        return cls(Part(part.name, options), **kwargs)
+        return cls(ComponentSpec(part.name, options), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table [data.NAME]."""
@@ -251,7 +251,7 @@ class ValidationOptions:
             check_range(f"validate.{key}", getattr(options, key), int, 1)
         if options.split.startswith("test"):
             raise RegistryError(f"validate.split is {options.split!r}: what is tested must not choose; give 'val'")
-        Part.from_dict(options.dataset, "dataset of validate")
+        ComponentSpec.from_dict(options.dataset, "dataset of validate")
         return options
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from sca.builder import build
 from sca.checkpoints.load import load, load_without_weights
 from sca.checkpoints.native import check_writable, save
-from sca.checkpoints.state import hash_weights
+from sca.checkpoints.tensors import hash_weights
 from sca.data.summary import count_skipped, summarize_dataset
 from sca.inference.processor import Processor
 from sca.io.run_folder import RunFolder, iter_existing_paths
@@ -191,7 +191,7 @@ def _collect_run_settings(recipe: Recipe, model: SegmentCaptioner, mixture: Exam
     """Collect what identifies a run: the recipe, the hashes of its data, and of the weights it starts from."""
     table = recipe.to_dict()
     options = {f"train.{name}": value for name, value in table.pop("train").items()}
-    dataset_hashes = [getattr(each.dataset, "hash", None) for each in mixture.streams]
+    dataset_hashes = [getattr(each.dataset, "content_hash", None) for each in mixture.streams]
     weights = hash_weights(model) if isinstance(recipe.model, str) else None
     return {**table, **options, "contents": dataset_hashes, "weights": weights}
 

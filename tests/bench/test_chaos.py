@@ -25,7 +25,7 @@ trainable = ["encoder", "segmenter", "mixer", "projection", "task_tokens", "lang
 mixer = [{ name = "query", num_queries = 2, depth = 1, num_heads = 2, mlp_dim = 64 }, "mask-tokens", "roi-pool"]
 segmenter = [{ name = "sam", depth = 1, num_heads = 2, mlp_dim = 64 }, "box"]
 [evaluate]
-dataset = { name = "scenes", count = 2, size = 64 }
+dataset = { name = "scenes", num_images = 2, image_size = 64 }
 metrics = ["attributes", "class"]
 [measure]
 regions = [1]

@@ -144,7 +144,7 @@ def test_settled_rows_of_the_same_device_are_known(tmp_path):
 
 def test_local_launcher_starts_no_task_after_its_deadline(tmp_path):
     task = Task("late", "time:sleep", {"device": "cpu"}, str(tmp_path / "late"), deadline=time.time() - 1)
-    assert list(Local(num_workers=1).map([task])) == []
+    assert list(Local(num_workers=1).run_tasks([task])) == []
     assert not (tmp_path / "late").exists()
 
 
@@ -156,7 +156,7 @@ def test_local_launcher_ends_a_task_at_its_deadline_without_an_outcome(tmp_path,
         Task(name, "slow_job:work", {"device": "cpu"}, str(tmp_path / name), deadline=time.time() + 3) for name in "ab"
     ]
     try:
-        assert list(Local(num_workers=1).map(tasks)) == []
+        assert list(Local(num_workers=1).run_tasks(tasks)) == []
     finally:
         forkserver._forkserver._stop()
 

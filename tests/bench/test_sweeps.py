@@ -93,18 +93,18 @@ def test_a_key_is_of_what_is_asked_and_of_nothing_else(sweep):
         ("[axes]", "seeds = []\n[axes]", "has no 'seeds'"),
         ("task_tokens = 2", "task_token = 2", "Did you mean 'task_tokens'"),
         ("[axes]", "[axes", "is not TOML"),
-        ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds is 4294967296; give a whole number from 0 to"),
+        ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds is 4294967296; give an integer from 0 to"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = []\n[axes]', "tasks is .*; give a list of 1 or more"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = []\n[axes]', "metrics is .*; give a list of 1 or more"),
         (
             "[axes]",
             '[evaluate]\ndataset = "scenes"\ngeneration = { num_beams = 0 }\n[axes]',
-            "evaluate.generation.num_beams is 0: give a whole number, 1 or more",
+            "evaluate.generation.num_beams is 0; give an integer of at least 1",
         ),
         (
             "[axes]",
             '[evaluate]\ndataset = "scenes"\ngeneration = { num_beams = "x" }\n[axes]',
-            "evaluate.generation.num_beams is 'x': give a whole number",
+            "evaluate.generation.num_beams is 'x'; give an integer",
         ),
     ],
 )
@@ -156,7 +156,7 @@ WRONG = {
 }
 WANTED = {
     str: "give text",
-    int: "give a whole number",
+    int: "give an integer",
     float: "give a number",
     bool: "give true or false",
     list: "give a list of",
@@ -203,7 +203,7 @@ def test_sweep_read_reports_text_that_is_not_utf_8(tmp_path):
     ("old", "new", "said"),
     [
         ('mixer = ["roi-pool"', 'mixer = [{ name = "roi-pool", dpth = 2 }', "mixer 'roi-pool' has no option 'dpth'"),
-        ("image_size = 64", 'image_size = "64"', "encoder 'tiny-vit': image_size is '64'; give a whole number"),
+        ("image_size = 64", 'image_size = "64"', "encoder 'tiny-vit': image_size is '64'; give an integer"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = ["cidr"]\n[axes]', "no metrics named 'cidr'"),
         ("[axes]", '[evaluate]\ndataset = "scene"\n[axes]', "no datasets named 'scene'"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nprompt = "circle"\n[axes]', "prompt is 'circle'"),
@@ -216,7 +216,7 @@ def test_sweep_read_reports_text_that_is_not_utf_8(tmp_path):
         (
             "[axes]",
             '[evaluate]\ndataset = "scenes"\ngeneration = { temperature = "x" }\n[axes]',
-            "evaluate.generation.temperature is 'x': give a number",
+            "evaluate.generation.temperature is 'x'; give a number",
         ),
         (
             "[axes]",

@@ -19,7 +19,7 @@ stem_channels = [8, 16]
 [axes]
 mixer = ["roi-pool", "mask-tokens"]
 [evaluate]
-dataset = { name = "scenes", count = 2, size = 64 }
+dataset = { name = "scenes", num_images = 2, image_size = 64 }
 metrics = ["class"]
 [measure]
 regions = [1, 2]

@@ -85,7 +85,7 @@ def test_a_run_with_other_options_is_not_gone_on_with(shell, refused, checkpoint
     assert shell(*asked, *BOXES, "--quiet").status == 0
     assert not (here / "out/captions.journal").exists()
     line = refused(2, "caption", "photos", *BOXES, "--resume")
-    assert line == "--resume continues the run of a folder; name it with --out"
+    assert line == "--resume requires --out, the folder of the interrupted run"
 
 
 @pytest.mark.parametrize(("count", "kills"), [pytest.param(500, 10, marks=pytest.mark.all)])

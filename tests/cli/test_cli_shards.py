@@ -45,7 +45,7 @@ def test_what_is_there_is_not_made_again_and_another_run_is_refused(shell, check
     kept = (here / "parts/shard-00000.jsonl").stat().st_mtime_ns
     again = shell(*asked, "--shard-size", 3)
     assert again.status == 0
-    assert again.err[0] == "sca: 1 of 2 shards are there already"
+    assert again.err[0] == "sca: 1 of 2 shards are already captioned"
     assert (here / "parts/shard-00000.jsonl").stat().st_mtime_ns == kept
     other = shell(*asked, "--shard-size", 3, "--max-new-tokens", 2)
     assert other.status == 2
@@ -53,7 +53,7 @@ def test_what_is_there_is_not_made_again_and_another_run_is_refused(shell, check
     (here / "parts/shard-00001.jsonl").unlink()
     same = shell(*asked, "--shard-size", 3, "--resume", "--batch-size", 2)  # neither changes a caption
     assert same.status == 0
-    assert same.err[0] == "sca: 1 of 2 shards are there already"
+    assert same.err[0] == "sca: 1 of 2 shards are already captioned"
 
 
 def test_repeated_shards_report_the_images_that_were_not_captioned(shell, checkpoint, pictures, here):
@@ -307,7 +307,7 @@ def test_crashed_task_tells_the_last_line_of_its_log(tmp_path):
     from sca.launchers.task import Task
 
     task = Task("a", f"{__name__}:end_badly", {"device": "cpu"}, str(tmp_path / "a"))
-    (outcome,) = Local(num_workers=1).map([task])
+    (outcome,) = Local(num_workers=1).run_tasks([task])
     assert outcome.result["state"] == "crashed"
     assert outcome.result["reason"] == "ended with status 1: RuntimeError: the reason of cpu"
 
@@ -315,7 +315,7 @@ def test_crashed_task_tells_the_last_line_of_its_log(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--launcher", "local"), "name a folder with --out"),
+        (("--launcher", "local"), "give a folder with --out"),
         (("--launcher", "local", "--out", "x", "--format", "png"), "writes one JSONL file per shard"),
         (("--launcher", "locl", "--out", "x"), "Did you mean 'local'"),
         (("--launcher", "local num_workers=-1", "--out", "x"), "workers is -1"),

@@ -219,7 +219,7 @@ PLACE_OF = r"val\.json: annotations\[0\] \(id 1\), "
         ({"categories": []}, PLACE + "category_id 7 has no name among the categories"),
         ({"annotations": [3]}, r"annotations\[0\] is 3; give an object"),
         ({"annotations": [{}]}, r"annotations\[0\]: no 'id'; it has: nothing"),
-        ({"annotations": [annotation("x")]}, "'id' is 'x'; give a whole number"),
+        ({"annotations": [annotation("x")]}, "'id' is 'x'; give an integer"),
         ({"annotations": [annotation(1), annotation(1)]}, r"annotations\[1\] \(id 1\): this id was given before"),
         ({"annotations": [annotation(1, image_id=4)]}, PLACE + "image_id 4 is not among the images"),
         ({"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]}, PLACE + "no 'bbox'"),

@@ -28,7 +28,7 @@ from sca.demo.app import (
 )
 from sca.demo.session import Session
 from sca.inference.automatic import caption_everything, resolve_everything_options
-from sca.inference.factory import captioner
+from sca.inference.factory import load_captioner
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError
 from sca.io.prompts import MAX_POINTS
@@ -206,7 +206,7 @@ def get_page_sliders(page):
 def test_sliders_start_at_the_defaults_of_the_model(name):
     pool = ModelPool("cpu", None, [name])
     unloaded_values = pool.get_slider_values(name)
-    model = captioner(name)
+    model = load_captioner(name)
     options = resolve_everything_options(model, {})
     assert options != EverythingOptions()
     assert unloaded_values == (model.generation["num_beams"], options.points_per_side, options.pred_iou_thresh)
@@ -233,12 +233,12 @@ def test_select_model_updates_sliders_and_note():
 
 def test_unmoved_sliders_use_the_defaults_of_the_model(pool_and_names):
     pool, (name, *_) = pool_and_names
-    scene = Scenes("test", count=1, size=128, seed=29)[0].image
+    scene = Scenes("test", num_images=1, image_size=128, seed=29)[0].image
     # The model was not loaded when it was selected, so the sliders do not have its defaults.
     initial_values = SliderValues(points_per_side=7, pred_iou_thresh=0.99)
     session = Session(scene, "a.png")
     *_, status = list(_caption_everything(pool, session, name, initial_values, "caption", *initial_values))[-1]
-    predictor = Predictor(captioner(name))
+    predictor = Predictor(load_captioner(name))
     predictor.set_image(scene)
     assert get_captions(session) == [each.text for each in caption_everything(predictor)]
     assert status == f"{len(session.regions)} regions"

@@ -21,7 +21,7 @@ DRAWN = ["attributes", "class", "mask-iou"]
 @pytest.fixture(scope="module")
 def runs(teller, tmp_path_factory):
     """A run that knows all, and one that has every third color wrong; both of scenes that can be drawn again."""
-    dataset = Scenes("val", count=20)
+    dataset = Scenes("val", num_images=20)
 
     def wrong(region, _, task):
         said = region.phrases[-1] if task == "caption" else region.name
@@ -30,7 +30,7 @@ def runs(teller, tmp_path_factory):
     folders = []
     for name, say in (("right", None), ("wrong", wrong)):
         folder = tmp_path_factory.mktemp(name)
-        evaluate(teller(dataset, say), {"name": "scenes", "count": 20}, folder=folder, metrics=["class"])
+        evaluate(teller(dataset, say), {"name": "scenes", "num_images": 20}, folder=folder, metrics=["class"])
         folders.append(folder)
     return folders
 
@@ -56,11 +56,11 @@ def test_differences_come_with_intervals_and_the_answers_that_changed(runs):
 
 def test_only_the_same_regions_are_compared(runs, teller, tmp_path):
     fewer, other = tmp_path / "fewer", tmp_path / "other"
-    dataset = Scenes("val", count=10)
+    dataset = Scenes("val", num_images=10)
     for folder, split in ((fewer, "val"), (other, "test")):
         folder.mkdir()
-        dataset = Scenes(split, count=10)
-        evaluate(teller(dataset), {"name": "scenes", "count": 10}, split, folder=folder, metrics=["class"])
+        dataset = Scenes(split, num_images=10)
+        evaluate(teller(dataset), {"name": "scenes", "num_images": 10}, split, folder=folder, metrics=["class"])
     with pytest.raises(InputError, match=r"answers are only in .*, the first for region"):
         compare_runs(runs[0], fewer)
     with pytest.raises(InputError, match="answers are only in"):
@@ -68,7 +68,7 @@ def test_only_the_same_regions_are_compared(runs, teller, tmp_path):
 
 
 def test_what_else_differs_is_said(runs, teller, tmp_path):
-    dataset = Scenes("val", count=20)
+    dataset = Scenes("val", num_images=20)
 
     class Points(type(teller(dataset))):
         def _answer(self, regions, prompt, task, place):
@@ -78,7 +78,7 @@ def test_what_else_differs_is_said(runs, teller, tmp_path):
 
     evaluate(
         Points(dataset),
-        {"name": "scenes", "count": 20},
+        {"name": "scenes", "num_images": 20},
         folder=tmp_path,
         prompting=PromptingOptions("center"),
         metrics=["class"],

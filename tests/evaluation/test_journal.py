@@ -24,13 +24,14 @@ import torch
 torch.set_num_threads(1)
 from sca.evaluation.evaluate import evaluate
 print("ready", flush=True)
-evaluate("sca-tiny", {"name": "scenes", "count": 24}, "val", batch_size=3, metrics=["attributes"], folder=sys.argv[1])
+dataset = {"name": "scenes", "num_images": 24}
+evaluate("sca-tiny", dataset, "val", batch_size=3, metrics=["attributes"], folder=sys.argv[1])
 """
 
 
 @pytest.fixture
 def dataset():
-    return Scenes("val", count=7)
+    return Scenes("val", num_images=7)
 
 
 def count_lines(file):

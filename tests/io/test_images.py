@@ -294,7 +294,7 @@ def test_one_problem_does_not_stop_the_others(tmp_path):
     assert images == [tmp_path / "a.png"]
     assert len(problems) == 4
     assert not any("\n" in problem for problem in problems)
-    for problem, words in zip(problems, ("no file, folder", "nothing matches", "no images", "bad"), strict=True):
+    for problem, words in zip(problems, ("no file or folder", "nothing matches", "no images", "bad"), strict=True):
         assert words in problem
 
 

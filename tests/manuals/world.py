@@ -22,7 +22,7 @@ from sca.builder import build
 from sca.checkpoints.export import write_language_model, write_published_checkpoint
 from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
-from sca.testing.tiny import tiny_options
+from sca.testing.tiny import get_tiny_options
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FEW = "train.steps=2 train.batch_size=2 train.num_processes=1 train.num_workers=0 train.save_steps=2"
@@ -53,8 +53,8 @@ language_model = "tiny-gpt2"
 
 [data.scenes]
 name = "scenes"
-size = 64
-count = 8
+image_size = 64
+num_images = 8
 """
 SWEEP = """
 summary = "one row"
@@ -141,7 +141,7 @@ class World:
 def furnish(folder, sam, hub):
     """What the manuals take for granted; `hub` gets what they load by name. sam: a folder with a tiny SAM."""
     shutil.copytree(ROOT / "examples", folder / "examples")
-    scenes = {split: Scenes(split, count=6, size=96) for split in ("train", "val", "test")}
+    scenes = {split: Scenes(split, num_images=6, image_size=96) for split in ("train", "val", "test")}
     layouts = {
         "street": "coco",
         "VG": "vg",
@@ -187,7 +187,7 @@ def stock(hub, sam, folder):
     for size in ("base", "large", "huge"):
         hub.models[f"facebook/sam-vit-{size}"] = sam
     for name, kind in (("blip-base", "blip-base"), ("florence-2-base", "vlm")):
-        reader = sca_registry.captioners.build(kind, **tiny_options("captioner", kind)).image_text_model
+        reader = sca_registry.captioners.build(kind, **get_tiny_options("captioner", kind)).image_text_model
         reader.model.save_pretrained(folder / name)
         reader.processor.save_pretrained(folder / name)
         hub.models[sca_registry.captioners.get_card(name).options["weights"]] = folder / name

@@ -11,7 +11,7 @@ import sca_registry
 import torch
 from accelerator import simulated_cuda
 from PIL import Image
-from sca_registry.contracts import Batch, Prompt, PromptBatch, SegmenterOutput, Targets
+from sca_registry.contracts import Batch, MaskTargets, Prompt, PromptBatch, SegmenterOutput
 from sca_registry.spec import ModelSpec
 from tiny import FAMILIES, tiny
 from torch import nn
@@ -19,12 +19,12 @@ from torch import nn
 from sca.builder import build
 from sca.data.scenes import Scenes
 from sca.inference.automatic import caption_everything
-from sca.inference.factory import captioner
+from sca.inference.factory import load_captioner
 from sca.inference.predictor import Predictor
 from sca.mixers.resampler import ResamplerMixer
 from sca.nn.masks import pool_under_masks
 from sca.nn.roi_align import roi_align
-from sca.testing.tiny import tiny_options
+from sca.testing.tiny import get_tiny_options
 from sca.training.auxiliary_losses import AttributeValues
 from sca.training.feature_cache import FeatureCache
 from sca.training.module import TrainingModule
@@ -48,7 +48,7 @@ def spec_of(encoder="tiny-vit", segmenter="sam", mixer="query", family="gpt2", *
     options = {"depth": 1, "num_heads": 4, "mlp_dim": 48} if segmenter == "sam" else {}
     mixed = {"mask_pooling": False} if mixer == "query" and segmenter == "box" else {}
     table = {
-        "encoder": {"name": encoder, **tiny_options("encoder", encoder)},
+        "encoder": {"name": encoder, **get_tiny_options("encoder", encoder)},
         "segmenter": {"name": segmenter, "hidden_size": 32, **options},
         "mixer": {"name": mixer, **MIXERS[mixer], **mixed},
         "language_model": {"name": "hf", "pretrained": False, "config": tiny(family)},
@@ -89,7 +89,7 @@ def batch_of(model, regions=None):
     ids = torch.randint(3, 90, (len(region), 3), generator=draw)
     mask = torch.ones_like(ids)
     mask[1::2, 2] = 0
-    targets = Targets(
+    targets = MaskTargets(
         torch.rand(len(prompts), side, side, generator=draw),
         torch.ones(len(prompts), side, side, dtype=torch.bool),
         torch.arange(len(prompts)) != 1,
@@ -390,7 +390,7 @@ def test_auxiliary_losses_run_on_an_accelerator(small):
     model = small()
     lesson = TrainingModule(model, {"attributes": 1.0, "features": 1.0}, attributes)
     batch = batch_of(model)
-    batch.extra = {name: torch.tensor([0, 1, -100, 0, 1]) for name in ("color", "side")}
+    batch.auxiliary_targets = {name: torch.tensor([0, 1, -100, 0, 1]) for name in ("color", "side")}
     with simulated_cuda(), torch.autocast("cuda", torch.bfloat16):
         lesson.to("cuda")
         loss = lesson(batch.to("cuda"), {"regions": 1.0})
@@ -411,10 +411,12 @@ def test_features_are_kept_from_an_accelerator(small, picture, tmp_path):
 
 @pytest.mark.parametrize("name", ["crop-captioner", "vlm", "nearest-neighbor"])
 def test_baseline_captions_on_an_accelerator(name):
-    sample = Scenes("test", count=1, size=64)[0]
+    sample = Scenes("test", num_images=1, image_size=64)[0]
     prompts = [Prompt(box=region.box) for region in sample.regions]
     with simulated_cuda():
-        captions = captioner({"name": name, **tiny_options("captioner", name)}, "cuda").caption(sample.image, prompts)
+        captions = load_captioner({"name": name, **get_tiny_options("captioner", name)}, "cuda").caption(
+            sample.image, prompts
+        )
     assert len(captions) == len(prompts)
 
 

@@ -7,7 +7,7 @@ from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
 from sca.language_models import causal
 from sca.language_models.hf import HfLanguageModel
-from sca.nn.two_way import TwoWayTransformer, init_weights
+from sca.nn.two_way_transformer import TwoWayTransformer, init_weights
 
 REGIONS, TOKENS, WIDTH, SIDE = 7, 5, 32, 6
 

@@ -61,7 +61,7 @@ def test_a_typo_is_answered_with_the_name_meant_the_names_there_are_and_how_to_a
     with pytest.raises(RegistryError) as caught:
         mixers.get("qurey")
     told = str(caught.value)
-    assert told.startswith("no mixers named 'qurey'. Did you mean 'query'? There are: ")
+    assert told.startswith("no mixers named 'qurey'. Did you mean 'query'? Choose from: ")
     assert told.endswith(" Plugins add names with entry points in the group 'sca_mixers'.")
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("prometheus_client", reason="requires the extra serve")
 def captioner():
     from sca.inference import factory
 
-    return factory.captioner("sca-tiny")
+    return factory.load_captioner("sca-tiny")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ def plan(small_table):
     def make(model=None, scenes=None, **options):
         table = {
             "model": {**small_table, "trainable": ["mixer", "projection", "task_tokens"], **(model or {})},
-            "data": {"scenes": {"name": "scenes", "count": 9, "size": 64, **(scenes or {})}},
+            "data": {"scenes": {"name": "scenes", "num_images": 9, "image_size": 64, **(scenes or {})}},
             "train": {
                 "steps": 6,
                 "batch_size": 2,

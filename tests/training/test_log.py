@@ -15,7 +15,7 @@ LINE = r"step [12]/2  loss \S+ \(caption \S+, mask \S+, iou \S+\)  learning rate
 def plan(small_table):
     def make(**tables):
         train = {"steps": 2, "batch_size": 1, "warmup_steps": 0, "save_steps": 2}
-        data = {"scenes": {"name": "scenes", "count": 2, "size": 64}}
+        data = {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}}
         return Recipe.from_dict("tiny", {"model": small_table, "data": data, "train": train, **tables})
 
     return make

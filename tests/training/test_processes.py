@@ -25,8 +25,8 @@ task_tokens = 2
 lora = { rank = 2 }
 [data.scenes]
 name = "scenes"
-count = 40
-size = 64
+num_images = 40
+image_size = 64
 [train]
 steps = 50
 batch_size = 8

@@ -22,8 +22,8 @@ def plan(small_table):
         table = {
             "model": small_table,
             "data": {
-                "scenes": {"name": "scenes", "count": 9, "size": 64, "augment": {"crop": 0.8, "color": 0.2}},
-                "more": {"name": "scenes", "count": 5, "size": 64, "seed": 7, "weight": 0.5},
+                "scenes": {"name": "scenes", "num_images": 9, "image_size": 64, "augment": {"crop": 0.8, "color": 0.2}},
+                "more": {"name": "scenes", "num_images": 5, "image_size": 64, "seed": 7, "weight": 0.5},
             },
             "train": {
                 "steps": 6,

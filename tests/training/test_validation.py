@@ -11,7 +11,7 @@ from sca_registry import RegistryError
 from sca_registry.contracts import MetricOutput, Region
 
 from sca.checkpoints.load import load
-from sca.checkpoints.state import hash_weights
+from sca.checkpoints.tensors import hash_weights
 from sca.evaluation.predictions_file import read_predictions
 from sca.training.datasets import open_validation_dataset
 from sca.training.recipe import Recipe, ValidationOptions
@@ -24,7 +24,7 @@ def plan(small_table):
     def make(validate=None, loss=None, **options):
         table = {
             "model": small_table,
-            "data": {"scenes": {"name": "scenes", "count": 6, "size": 64}},
+            "data": {"scenes": {"name": "scenes", "num_images": 6, "image_size": 64}},
             "train": {"steps": 4, "batch_size": 2, "warmup_steps": 1, "save_steps": 2, **options},
             "loss": loss or {},
         }
@@ -86,7 +86,7 @@ def test_train_reports_a_validation_without_images(plan, tmp_path):
     [
         ({"split": "test"}, "what is tested must not choose"),
         ({"evry": 3}, "has no 'evry'. Did you mean 'every'"),
-        ({"every": 0}, "give a whole number, 1 or more"),
+        ({"every": 0}, "give an integer of at least 1"),
         ({"metrics": "bleu"}, "give a list"),
         ({"dataset": {"name": 3}}, "dataset of validate"),
     ],
@@ -130,12 +130,12 @@ def test_validation_checks_metrics_and_best_against_the_data(plan, tmp_path, val
 
 def test_validation_rejects_data_without_captions_and_names(plan, monkeypatch):
     class Wordless:
-        about = {"regions": 1, "captioned": 0, "names": []}  # noqa: RUF012
+        metadata = {"regions": 1, "captioned": 0, "names": []}  # noqa: RUF012
 
         def __len__(self):
             return 1
 
-        def annotations_of_all(self):
+        def iter_annotations(self):
             return iter([(Region(0, (0.0, 0.0, 9.0, 9.0)),)])
 
     monkeypatch.setattr("sca.training.datasets.datasets", SimpleNamespace(build=lambda *_, **__: Wordless()))
@@ -186,7 +186,7 @@ def test_curves_are_written_for_tensorboard_where_it_is_installed(plan, tmp_path
 
 def test_validating_reports_a_score_that_is_not_a_number(plan, tmp_path):
     told = []
-    data = {"name": "scenes", "count": 1, "size": 64}
+    data = {"name": "scenes", "num_images": 1, "image_size": 64}
     recipe = plan({"every": 2, "limit": 1, "dataset": data, "best": ["densecap-map", "cider-d", "rouge-l"]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sca.evaluation.metrics.cider.CiderD.__call__", undefined)

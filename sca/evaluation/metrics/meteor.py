@@ -39,7 +39,7 @@ class Meteor:
         ValueError: Java or pycocoevalcap is missing.
     """
 
-    needs = CAPTION_NEEDS
+    required_fields = CAPTION_NEEDS
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):
         reason = find_java_problem()

@@ -113,4 +113,4 @@ class SkipCounter:
     def summarize(self) -> str:
         """Return one line with each reason, its count and its first location; empty if nothing was counted."""
         parts = [f"{reason}: {n} (first: {self.examples[reason][0]})" for reason, n in self.counts.items()]
-        return f"changed or left out: {'; '.join(parts)}" if parts else ""
+        return f"changed or skipped: {'; '.join(parts)}" if parts else ""

@@ -29,7 +29,7 @@ class CheckResult:
     def __str__(self) -> str:
         if self.passed:
             return f"ok      {self.name}: {self.details}"
-        return f"FAILED  {self.name}: expected: {self.expected} Found: {self.details}. See {self.source}"
+        return f"FAILED  {self.name}: {self.details}. Expected: {self.expected} See {self.source}."
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ PTH_CONTENT = f"""\
 import sys; exec("try:\\n    import {STUB_PACKAGE}\\nexcept Exception:\\n    pass")
 """
 LOADER_SOURCE = '''\
-"""Loads the libraries beside this file when torchvision is imported and torch has no CUDA.
+"""Loads the libraries in this folder when torchvision is imported and torch has no CUDA.
 
 See `sca doctor --undo-fix`.
 """
@@ -45,7 +45,7 @@ class Loader:
             sys.meta_path.remove(self)
             try:
                 load()
-            except Exception:  # torchvision then tells what is missing
+            except Exception:  # torchvision then reports what is missing
                 pass
         return None
 
@@ -120,11 +120,11 @@ def fix_torchvision(site: Path = SITE_PACKAGES) -> str:
     try:
         install_stubs(site)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        raise InputError(f"torchvision is built for CUDA, and fitting it to this torch failed: {error}") from error
+        raise InputError(f"torchvision is built for CUDA, and adapting it to this torch failed: {error}") from error
     error = _find_import_error("torchvision")
     if error:
         remove_torchvision_fix(site)
-        raise InputError(f"torchvision cannot be imported even with CUDA's names present ({error}); {REINSTALL_HINT}")
+        raise InputError(f"torchvision cannot be imported even with the CUDA stubs ({error}); {REINSTALL_HINT}")
     stub_paths = f"{site / STUB_PACKAGE} and {STUB_PACKAGE}.pth"
     return f"torchvision can be imported now; `sca doctor --undo-fix` removes {stub_paths}"
 
@@ -184,7 +184,7 @@ def compile_stubs(torchvision: Path, torch_libraries: Path, folder: Path) -> Non
                 torch_cuda_symbols.add(name)
     versions = set(runtime_versions.values())
     if len(versions) != 1:
-        raise ValueError(f"its operators name {len(versions)} versions of the CUDA runtime, not one")
+        raise ValueError(f"its operators require {len(versions)} versions of the CUDA runtime instead of one")
     (soname,) = versions
     _compile_library(folder / "libtorch_cuda.so", ["int torchvision_stub;"])
     _compile_library(

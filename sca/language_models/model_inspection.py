@@ -22,8 +22,8 @@ from transformers.utils import ModelOutput
 
 from sca.io.errors import InputError
 from sca.io.hub import silence_transformers
-from sca.language_models.greedy import generate_greedy
-from sca.language_models.shrink import shrink_config
+from sca.language_models.greedy_search import generate_greedy
+from sca.language_models.tiny_config import make_tiny_config
 
 PROBE_BATCH_SIZE, PROBE_LENGTH, PROBE_STEPS = 3, 7, 5
 TOLERANCE_BY_DTYPE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative to the largest value
@@ -89,7 +89,7 @@ def _replace_module(module: nn.Module, path: Sequence[str], replacement: nn.Modu
 _structures: dict[tuple[type, str], ModelStructure] = {}
 
 
-def probe_model(model: PreTrainedModel) -> ModelStructure:
+def inspect_model(model: PreTrainedModel) -> ModelStructure:
     """Check a causal language model and return its structure.
 
     The checks run on a tiny model of the same class and configuration with random weights (about 0.1 s, once per
@@ -107,11 +107,11 @@ def probe_model(model: PreTrainedModel) -> ModelStructure:
     """
     key = (type(model), model.config.to_json_string(use_diff=False))
     if key not in _structures:
-        _structures[key] = _probe_structure(model)
+        _structures[key] = _inspect_structure(model)
     return _structures[key]
 
 
-def _probe_structure(model: PreTrainedModel) -> ModelStructure:
+def _inspect_structure(model: PreTrainedModel) -> ModelStructure:
     subject = f"the language model {model.config.model_type!r}"
     try:
         _check_signatures(model)
@@ -130,7 +130,7 @@ def _probe_structure(model: PreTrainedModel) -> ModelStructure:
 def _describe_error(error: Exception) -> str:
     if isinstance(error, UnsupportedModelError):
         return str(error)
-    return f"cannot be run on embeddings ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return f"fails on embeddings ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def _check_signatures(model: PreTrainedModel) -> None:
     if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
         raise UnsupportedModelError("does not accept embeddings (inputs_embeds)")
     if not isinstance(model.get_input_embeddings(), nn.Embedding):
-        raise UnsupportedModelError("has no table of token embeddings")
+        raise UnsupportedModelError("has no token embeddings")
     if not model.can_generate():
         raise UnsupportedModelError("cannot generate")
     if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
@@ -153,7 +153,7 @@ def _check_signatures(model: PreTrainedModel) -> None:
 
 def _build_tiny_model(model: PreTrainedModel) -> PreTrainedModel:
     """Build a tiny model of the same class and settings with random parameters large enough to affect the output."""
-    tiny_model = type(model)(shrink_config(model.config)).float().eval()
+    tiny_model = type(model)(make_tiny_config(model.config)).float().eval()
     tiny_model.generation_config = GenerationConfig()
     for name, parameter in tiny_model.named_parameters():
         noise = torch.randn_like(parameter)

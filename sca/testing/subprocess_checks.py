@@ -16,7 +16,7 @@ from sca.launchers.task import Task
 IMPORT_TIMEOUT = 300.0  # seconds for all built-in components
 
 
-def try_parts(entries: Sequence[RegistryEntry], timeout: float) -> list[RegistryEntry]:
+def check_components(entries: Sequence[RegistryEntry], timeout: float) -> list[RegistryEntry]:
     """Import the built-in components and check those of plugins in separate processes.
 
     Args:
@@ -27,24 +27,28 @@ def try_parts(entries: Sequence[RegistryEntry], timeout: float) -> list[Registry
         The components with their actual states, in the same order.
     """
     unchecked = [entry for entry in entries if entry.state == "unchecked"]
-    states = _run_jobs("plugin_check:try_part", [{"kind": e.kind, "name": e.name} for e in unchecked], timeout)
-    found = dict(zip(map(_get_key, unchecked), states, strict=True))
-    found |= _import_builtins([entry for entry in entries if entry.state == "ok"])
-    return [replace(entry, **found.get(_get_key(entry), {})) for entry in entries]
+    states = _run_jobs(
+        "plugin_check:check_plugin_component", [{"kind": e.kind, "name": e.name} for e in unchecked], timeout
+    )
+    checked = dict(zip(map(_get_key, unchecked), states, strict=True))
+    checked |= _import_builtins([entry for entry in entries if entry.state == "ok"])
+    return [replace(entry, **checked.get(_get_key(entry), {})) for entry in entries]
 
 
 def _import_builtins(entries: Sequence[RegistryEntry]) -> dict[tuple[str, str], Mapping[str, str]]:
     """Import components in one process, or one process per module if that process crashes."""
-    parts = [{"kind": entry.kind, "name": entry.name} for entry in entries]
-    (outcome,) = _run_jobs("plugin_check:import_parts", [{"parts": parts}], IMPORT_TIMEOUT)
+    components = [{"kind": entry.kind, "name": entry.name} for entry in entries]
+    (outcome,) = _run_jobs("plugin_check:import_components", [{"components": components}], IMPORT_TIMEOUT)
     if "states" in outcome:
         return dict(zip(map(_get_key, entries), outcome["states"], strict=True))
     modules = [entry.factory.partition(":")[0] for entry in entries]
-    first_parts = dict(zip(reversed(modules), reversed(parts), strict=True))
-    outcomes = _run_jobs("plugin_check:import_parts", [{"parts": [p]} for p in first_parts.values()], IMPORT_TIMEOUT)
+    first_components = dict(zip(reversed(modules), reversed(components), strict=True))
+    outcomes = _run_jobs(
+        "plugin_check:import_components", [{"components": [p]} for p in first_components.values()], IMPORT_TIMEOUT
+    )
     by_module = {
         module: outcome["states"][0] if "states" in outcome else outcome
-        for module, outcome in zip(first_parts, outcomes, strict=True)
+        for module, outcome in zip(first_components, outcomes, strict=True)
     }
     return {_get_key(entry): by_module[module] for entry, module in zip(entries, modules, strict=True)}
 
@@ -58,15 +62,15 @@ def _run_jobs(job: str, configs: Iterable[Mapping[str, Any]], timeout: float) ->
             )
             for index, config in enumerate(configs)
         ]
-        results = {outcome.task.key: outcome.result for outcome in Local(os.cpu_count() or 1).map(tasks)}
+        results = {outcome.task.key: outcome.result for outcome in Local(os.cpu_count() or 1).run_tasks(tasks)}
     return [_check_result(results.get(task.key)) for task in tasks]
 
 
 def _check_result(result: Mapping[str, Any] | None) -> Mapping[str, Any]:
     if result is None:
-        return {"state": "broken", "reason": "the process that tried it was killed"}
+        return {"state": "broken", "reason": "the process of its checks was killed"}
     if result.get("state") in ("crashed", "timed-out"):
-        return {"state": "broken", "reason": f"the process that tried it failed: {result['reason']}"}
+        return {"state": "broken", "reason": f"the process of its checks failed: {result['reason']}"}
     return {key: value for key, value in result.items() if key in ("state", "reason", "states")}
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from sca_registry import get_registry
-from sca_registry.overrides import MODEL_PARTS
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.overrides import MODEL_COMPONENTS
+from sca_registry.spec import ComponentSpec, ModelSpec
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -64,7 +64,7 @@ def _is_finite(tensor: Tensor, forbid_infinity: bool) -> bool:
 class BuildSizeLimit(TorchDispatchMode):
     """Context manager that aborts building a model far larger than its weight files.
 
-    A spec is a few numbers, and a wrong one could otherwise exhaust memory before its weights are found not to fit.
+    A spec consists of a few numbers; a wrong one could otherwise exhaust memory before the weights are compared.
     Pretrained weights of components count too; those not downloaded yet count as `MAX_DOWNLOAD_BYTES`.
 
     Args:
@@ -78,9 +78,9 @@ class BuildSizeLimit(TorchDispatchMode):
     def __init__(self, files: Sequence[Path], spec: ModelSpec):
         super().__init__()
         sizes = [file.stat().st_size for file in files if file.is_file()]
-        for kind in MODEL_PARTS:
-            part = getattr(spec, kind)
-            sizes += [] if part is None else _list_source_sizes(kind, part)
+        for kind in MODEL_COMPONENTS:
+            component = getattr(spec, kind)
+            sizes += [] if component is None else _list_source_sizes(kind, component)
         self.remaining_bytes = sum(sizes) * MAX_EXPANSION + EXTRA_BYTES
         self.tracked_storages: set[int] = set()
 
@@ -106,9 +106,9 @@ class BuildSizeLimit(TorchDispatchMode):
         self.remaining_bytes += size
 
 
-def _list_source_sizes(kind: str, part: Part) -> list[int]:
+def _list_source_sizes(kind: str, component: ComponentSpec) -> list[int]:
     """Return the sizes in bytes of the pretrained weights of a component."""
-    options = {**get_registry(kind).get_card(part.name).options, **part.options}
+    options = {**get_registry(kind).get_card(component.name).options, **component.options}
     path = resolve_local_path(str(options["weights"])) if options.get("weights") else None
     if path is not None and path.exists():
         return [file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
@@ -144,7 +144,7 @@ def assign_tensors(
     for name, tensor in tensors.items():
         if model_tensors[name].shape != tensor.shape:
             raise InputError(
-                f"{location}: {name} is {tuple(tensor.shape)} and the {config_name} asks for "
+                f"{location}: {name} is {tuple(tensor.shape)} and the {config_name} requires "
                 f"{tuple(model_tensors[name].shape)}"
             )
     model.load_state_dict(model_tensors | tensors)
@@ -157,12 +157,12 @@ def list_stored_tensors(model: SegmentCaptioner) -> set[str]:
     component, a segmenter's neck or LoRA, are always stored.
     """
     sourced_names = set()
-    for part_name in ("encoder", "segmenter", "language_model"):
-        part = getattr(model, part_name)
-        if getattr(part, "checkpoint", None):
-            is_trainable = any(parameter.requires_grad for parameter in part.parameters())
-            names = dict(part.named_parameters(remove_duplicate=False)) if is_trainable else part.state_dict()
-            sourced_names |= {f"{part_name}.{name}" for name in names}
+    for kind in ("encoder", "segmenter", "language_model"):
+        component = getattr(model, kind)
+        if getattr(component, "checkpoint", None):
+            is_trainable = any(parameter.requires_grad for parameter in component.parameters())
+            names = dict(component.named_parameters(remove_duplicate=False)) if is_trainable else component.state_dict()
+            sourced_names |= {f"{kind}.{name}" for name in names}
     trainable_names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     added_names = {name for name in sourced_names if name.startswith("segmenter.neck.") or "lora_" in name}
     return set(model.state_dict()) - (sourced_names - trainable_names - added_names)

@@ -6,7 +6,7 @@ import torch
 from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 
-from sca.nn.two_way import TwoWayTransformer, init_weights
+from sca.nn.two_way_transformer import TwoWayTransformer, init_weights
 
 
 class SplitMixer(nn.Module):

@@ -1,4 +1,4 @@
-"""Processors for image-to-text models with random weights, which need no files; for tests and trials."""
+"""Processors for image-to-text models with random weights, which need no files; for tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLORENCE2_IMAGE_SIZE = 768  # Florence-2's configuration contains no image size
 IMAGE_TOKEN = "<image>"
 
 
-def build_untrained_processor(config: PreTrainedConfig) -> Any:
+def build_dummy_processor(config: PreTrainedConfig) -> Any:
     """Build a processor with the image size of a model and this package's small tokenizer.
 
     Args:
@@ -27,8 +27,9 @@ def build_untrained_processor(config: PreTrainedConfig) -> Any:
     """
     if config.model_type not in ("blip", "blip-2", "git", "florence2", "kosmos-2"):
         raise ValueError(
-            f"random weights of {config.model_type!r} cannot be tried out, as nothing is known of its processor: give "
-            "weights=FOLDER or a hub id"
+            f"random weights are not supported for {config.model_type!r}, whose processor is unknown; give "
+            "weights=FOLDER "
+            "or a hub id"
         )
     image_size = getattr(config.vision_config, "image_size", FLORENCE2_IMAGE_SIZE)
     tokenizer = PreTrainedTokenizerFast(

@@ -12,7 +12,7 @@ from typing import Any
 
 from sca_registry import proposers
 from sca_registry.contracts import Captioner, Prompt, Proposer
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 from sca.devices import resolve_device
 from sca.inference.prompt_arguments import check_task
@@ -111,7 +111,7 @@ class ListedPrompts:
                 the image.
         """
         if path not in self.image_keys:
-            raise InputError(f"{self.region_prompts.path} has no regions for it; name it there, or leave the image out")
+            raise InputError(f"{self.region_prompts.path} has no regions for it; add them, or omit the image")
         prompts, problems = self.region_prompts.fit_prompts(self.image_keys[path], *size)
         if problems and not prompts:
             remaining_count = f" (and {len(problems) - 1} more regions)" if len(problems) > 1 else ""
@@ -131,7 +131,7 @@ class CaptionJob:
     or found by `everything`.
 
     Args:
-        model: Source of the captioner; see `sca.captioner`.
+        model: Source of the captioner; see `sca.load_captioner`.
         device: Device of the model.
         dtype: Floating-point type of the model; None for that of the checkpoint.
         seed: Random seed.
@@ -206,24 +206,24 @@ class CaptionJob:
         """List the files from which the regions are read."""
         prompts = [] if self.prompts is None else [Path(self.prompts)]
         prompt_files = [file for path in prompts for file in (list_labelme_files(path) if path.is_dir() else [path])]
-        part = self._parse_proposer()
-        proposals = iter_existing_paths(part.options) if part else ()
+        component = self._parse_proposer()
+        proposals = iter_existing_paths(component.options) if component else ()
         return [*prompt_files, *map(Path, self.masks), *map(Path, list_mask_files(self.regions)), *proposals]
 
     def load_captioner(self) -> Captioner:
-        """Set the random seed and load the captioner; `sca.captioner` lists the errors."""
+        """Set the random seed and load the captioner; `sca.load_captioner` lists the errors."""
         import torch
 
-        from sca.inference.factory import captioner
+        from sca.inference.factory import load_captioner
 
         torch.manual_seed(self.seed)
         trust_options = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
         options = {"dtype": self.dtype} if self.dtype else {}
-        return captioner(self.model, resolve_device(self.device), **trust_options, **options)
+        return load_captioner(self.model, resolve_device(self.device), **trust_options, **options)
 
-    def _parse_proposer(self) -> Part | None:
-        return Part.parse(self.proposer, "proposer", "proposers") if self.proposer else None
+    def _parse_proposer(self) -> ComponentSpec | None:
+        return ComponentSpec.parse(self.proposer, "proposer", "proposers") if self.proposer else None
 
     def _build_proposer(self) -> Proposer | None:
-        part = self._parse_proposer()
-        return proposers.build(part.name, **part.options) if part else None
+        component = self._parse_proposer()
+        return proposers.build(component.name, **component.options) if component else None

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from sca import repair
+from sca import torchvision_fix
 from sca.io.errors import InputError
 
 WATCHED = """
@@ -35,11 +35,11 @@ def site(tmp_path):
             (tmp_path / name).mkdir()
             (tmp_path / name / "__init__.py").write_text("")
         (tmp_path / "torch/version.py").write_text(f"from typing import Optional\ncuda: Optional[str] = {cuda!r}\n")
-        stubs = tmp_path / repair.STUB_PACKAGE
+        stubs = tmp_path / torchvision_fix.STUB_PACKAGE
         stubs.mkdir()
-        (stubs / "__init__.py").write_text(repair.LOADER_SOURCE)
+        (stubs / "__init__.py").write_text(torchvision_fix.LOADER_SOURCE)
         (stubs / "libcudart.so.13").write_bytes(b"")
-        (tmp_path / f"{repair.STUB_PACKAGE}.pth").write_text(repair.PTH_CONTENT)
+        (tmp_path / f"{torchvision_fix.STUB_PACKAGE}.pth").write_text(torchvision_fix.PTH_CONTENT)
         return tmp_path
 
     return make
@@ -64,9 +64,9 @@ def test_stubs_do_nothing_where_a_torch_with_cuda_was_installed_later(site):
 def test_stubs_never_break_the_start_of_python(site, damage):
     folder = site(None)
     if damage == "no folder":
-        shutil.rmtree(folder / repair.STUB_PACKAGE)
+        shutil.rmtree(folder / torchvision_fix.STUB_PACKAGE)
     elif damage == "broken loader":
-        (folder / repair.STUB_PACKAGE / "__init__.py").write_text("raise SystemError\n")
+        (folder / torchvision_fix.STUB_PACKAGE / "__init__.py").write_text("raise SystemError\n")
     elif damage == "no torch":
         shutil.rmtree(folder / "torch")
     else:
@@ -76,9 +76,9 @@ def test_stubs_never_break_the_start_of_python(site, damage):
 
 def test_unfix_removes_what_fix_wrote(site):
     folder = site(None)
-    assert f"removed {folder / repair.STUB_PACKAGE}.pth and" in repair.remove_torchvision_fix(folder)
+    assert f"removed {folder / torchvision_fix.STUB_PACKAGE}.pth and" in torchvision_fix.remove_torchvision_fix(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["torch", "torchvision"]
-    assert repair.remove_torchvision_fix(folder) == "nothing to remove"
+    assert torchvision_fix.remove_torchvision_fix(folder) == "nothing to remove"
 
 
 @pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("nm")), reason="needs gcc and nm")
@@ -110,7 +110,7 @@ def test_install_stubs_makes_a_library_of_operators_for_cuda_loadable(tmp_path):
     load = f"import ctypes; print(ctypes.CDLL({str(operators)!r}).used())"
     alone = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
     assert "OSError" in alone.stderr
-    repair.install_stubs(tmp_path)
+    torchvision_fix.install_stubs(tmp_path)
     fitted = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torchvision_stubs; torchvision_stubs.load(); {load}"
     )
@@ -123,14 +123,14 @@ def test_install_stubs_makes_a_library_of_operators_for_cuda_loadable(tmp_path):
 def test_doctor_fix_and_unfix_are_one_line_each(monkeypatch, capsys):
     from sca.cli import run_command
 
-    monkeypatch.setattr(repair, "fix_torchvision", lambda: "fixed")
+    monkeypatch.setattr(torchvision_fix, "fix_torchvision", lambda: "fixed")
     assert run_command(["doctor", "--fix"]) == 0
     assert capsys.readouterr().out == "fixed\n"
 
     def fail():
         raise InputError("no gcc")
 
-    monkeypatch.setattr(repair, "fix_torchvision", fail)
+    monkeypatch.setattr(torchvision_fix, "fix_torchvision", fail)
     assert run_command(["doctor", "--fix"]) == 1
     assert capsys.readouterr().err == "sca: no gcc\n"
     assert run_command(["doctor", "--fix", "--undo-fix"]) == 2
@@ -145,7 +145,7 @@ def processes(monkeypatch):
             failed = torchvision if "torchvision" in program else "AssertionError" if cuda else ""
             return subprocess.CompletedProcess([], int(bool(failed)), "", f"Traceback\n{failed}\n")
 
-        monkeypatch.setattr(repair, "_run_python", run)
+        monkeypatch.setattr(torchvision_fix, "_run_python", run)
 
     return end
 
@@ -160,7 +160,7 @@ def processes(monkeypatch):
 )
 def test_diagnose_names_the_error_and_the_remedy(processes, site, error, cuda, remedy):
     processes(error, cuda)
-    told = repair.diagnose_torchvision(site(None))
+    told = torchvision_fix.diagnose_torchvision(site(None))
     assert remedy in told
     assert error in told
     assert bool(told) == bool(error)
@@ -168,15 +168,15 @@ def test_diagnose_names_the_error_and_the_remedy(processes, site, error, cuda, r
 
 def test_diagnose_passes_where_torchvision_is_not_installed(processes, tmp_path):
     processes("ModuleNotFoundError: No module named 'torchvision'", False)
-    assert repair.diagnose_torchvision(tmp_path) == ""
+    assert torchvision_fix.diagnose_torchvision(tmp_path) == ""
 
 
 def test_doctor_reports_a_broken_torchvision_before_it_tries_a_part(monkeypatch, capsys):
     from sca.cli import run_command
 
     problem = "torchvision cannot be imported; run `sca doctor --fix`"
-    monkeypatch.setattr(repair, "diagnose_torchvision", lambda: problem)
-    monkeypatch.setattr("sca.testing.isolation.try_parts", lambda *_: pytest.fail("a part was tried"))
+    monkeypatch.setattr(torchvision_fix, "diagnose_torchvision", lambda: problem)
+    monkeypatch.setattr("sca.testing.subprocess_checks.check_components", lambda *_: pytest.fail("a part was tried"))
     assert run_command(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("to repair:") + 1] == "  torchvision cannot be imported; run `sca doctor --fix`"
@@ -187,7 +187,7 @@ import os, sys
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "sca.mixers.split":
+        if name == "sca.mixers.split_mixer":
             raise OSError("libcudart.so.13: no such file")
         if name == "sca.mixers.query":
             os.abort()
@@ -201,7 +201,7 @@ def test_doctor_reports_built_in_components_that_raise_or_abort_on_import(tmp_pa
     command = [sys.executable, "-m", "sca", "doctor", "segment-caption-anything"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 1
-    assert re.search(r"mixer query +broken: the process that tried it", done.stdout)
+    assert re.search(r"mixer query +broken: the process of its checks", done.stdout)
     assert re.search(r"mixer split +broken: OSError: libcudart.so.13: no such file", done.stdout)
     assert re.search(r"4 of kind mixer +ok", done.stdout)
     assert "pip install --force-reinstall -c constraints.txt PACKAGE" in done.stdout

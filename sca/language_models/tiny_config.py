@@ -51,7 +51,7 @@ PER_LAYER_FIELD = re.compile(
 LAYER_INDICES_FIELD = re.compile(r"mlp_only_layers|full_attn_idxs|moe_layers|hybrid_layer_ids|ple_layer_ids")
 
 
-def shrink_config(config: PreTrainedConfig, **fields: Any) -> PreTrainedConfig:
+def make_tiny_config(config: PreTrainedConfig, **fields: Any) -> PreTrainedConfig:
     """Return a configuration of the same architecture with tiny sizes.
 
     Args:
