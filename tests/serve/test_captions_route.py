@@ -214,7 +214,7 @@ INVALID_REQUESTS = {
         "prompts.0, 'mask': the mask is 8000 x 20000, the image 96 x 96",
     ),
     "mask that is none": ({"prompts": [{"mask": {"size": [96, 96], "counts": "zz"}}]}, 422, "prompts.0, 'mask': "),
-    "a file": ({"prompts": [{"mask": "/etc/passwd"}]}, 422, "an RLE, not a file's name"),
+    "a file": ({"prompts": [{"mask": "/etc/passwd"}]}, 422, "give an RLE, not a file name"),
     "empty prompt": ({"prompts": [{}]}, 422, "prompts.0: no 'box', 'points' or 'mask'"),
     "another field": ({"prompts": BOX, "boxes": 1}, 422, "boxes: Extra inputs are not permitted"),
     "another task": ({"prompts": BOX, "task": "poem"}, 422, "task: Input should be 'caption' or 'recognition'"),
@@ -222,7 +222,7 @@ INVALID_REQUESTS = {
     "captions": (
         {"prompts": BOX, "num_captions": 4, "num_beams": 2},
         422,
-        "num_captions=4 needs num_beams=4 or more, not 2",
+        "num_captions=4 requires num_beams of at least 4, not 2",
     ),
     "beams": ({"prompts": BOX, "num_beams": 10**9}, 422, "num_beams: Input should be less than or equal to 16"),
     "too many": ({"prompts": BOX * 5000}, 413, "5,000 prompts; at most 4,096 are allowed"),
