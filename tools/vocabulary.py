@@ -152,7 +152,7 @@ def check_text(path: str, text: str, rules: Rules) -> list[Finding]:
         findings += check_functions(path, tree, rules)
     else:
         prose = text
-        identifiers = iter_words(text)
+        identifiers = iter_compound_names(text)
     for pattern, replacement in rules.terms:
         for match in pattern.finditer(prose):
             line = prose.count("\n", 0, match.start()) + 1
@@ -171,10 +171,10 @@ def compile_term(term: str) -> re.Pattern:
     return re.compile(rf"\b(?:{term})".replace(" ", r"\s+(?:(?:#|//|>|\*)\s*)?"), re.IGNORECASE)
 
 
-def find_terms(words: str, terms: tuple[tuple[re.Pattern, str], ...]) -> Iterator[tuple[str, str]]:
-    """Yield the terms found in the words of a name, each with its replacement."""
+def find_terms(phrase: str, terms: tuple[tuple[re.Pattern, str], ...]) -> Iterator[tuple[str, str]]:
+    """Yield the terms found in a phrase or in the words of a name, each with its replacement."""
     for pattern, replacement in terms:
-        if match := pattern.search(words):
+        if match := pattern.search(phrase):
             yield match[0], replacement
 
 
@@ -183,8 +183,8 @@ def split_words(name: str) -> str:
     return " ".join(WORD_IN_IDENTIFIER.findall(name)).lower()
 
 
-def iter_words(text: str) -> Iterator[tuple[str, int]]:
-    """Yield the identifiers of a text that is not Python, each with its line."""
+def iter_compound_names(text: str) -> Iterator[tuple[str, int]]:
+    """Yield the names of more than one word in a text that is not Python, each with its line."""
     for line, content in enumerate(text.splitlines(), 1):
         for match in IDENTIFIER.finditer(content):
             if not match[0].islower() or "_" in match[0]:

@@ -259,7 +259,7 @@ def compare_batching(settings: ComparisonSettings) -> list[RatioRow]:
     from PIL import Image
 
     predictor = sca.Predictor(settings.prepare_model(sca.load("sca-tiny")))
-    predictor.set_image(Image.new("RGB", (512, 512), "grey"))
+    predictor.set_image(Image.new("RGB", (512, 512), "gray"))
     boxes = [Prompt(box=(x * 60.0, y * 60.0, x * 60.0 + 70, y * 60.0 + 70)) for x in range(8) for y in range(8)]
     texts: dict[str, list[str]] = {}
 
