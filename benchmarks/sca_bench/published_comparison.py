@@ -136,6 +136,9 @@ def generate_ids(
         prompts: N prompts.
         regions_per_call: Regions per call of the segmenter and mixer.
         generate_together: Generate all captions in one call of the language model, instead of one call per chunk.
+
+    Returns:
+        (N, T) token ids.
     """
     prefixes = []
     for chunk in prompts.iter_chunks(regions_per_call):
@@ -312,6 +315,12 @@ COMPARISON_PARTS = ("captions", "training", "resampler", "tiny", "everything")
 
 def choose_parts(names: Sequence[str]) -> list[str]:
     """Return the named comparisons in the order of `COMPARISON_PARTS`; all of them without names.
+
+    Args:
+        names: Names of comparisons.
+
+    Returns:
+        The names, in order.
 
     Raises:
         RegistryError: An unknown name.

@@ -129,6 +129,9 @@ def is_relation_true(statement: Statement, region: Region, others: Iterable[Regi
         statement: Parsed phrase. Without a relation, or without both color and form of the other shape, it is not true.
         region: Region that the phrase describes.
         others: Regions of the scene, which may include `region`.
+
+    Returns:
+        True if the relation holds.
     """
     return statement.relation is not None and any(
         other.id != region.id

@@ -112,6 +112,9 @@ class ModelPool:
         Args:
             name: Name of the model.
 
+        Yields:
+            The scheduler, which stays loaded during the block.
+
         Raises:
             ValueError: The model is not allowed or cannot be loaded; `sca.captioner` lists the errors.
         """
@@ -134,6 +137,9 @@ class ModelPool:
 
         Args:
             name: Name of the model.
+
+        Returns:
+            The values of the sliders.
 
         Raises:
             ValueError: The model is not allowed, or its spec cannot be read.
@@ -208,6 +214,9 @@ def build_page(
         model_names: Models to choose from; the first is selected.
         examples: Paths and names of example images.
         max_pixels: Maximum pixels per image.
+
+    Returns:
+        The Gradio page.
     """
     any_model = models.allow_any_model
     package_files = files("sca.demo")

@@ -195,6 +195,9 @@ def make_image_format(size: int, preprocessing: Mapping[str, Any], fit: str) -> 
         size: Side of the input frame in pixels.
         preprocessing: `mean`, `std` and `interpolation` of the weights.
         fit: "pad" or "stretch".
+
+    Returns:
+        The image format.
     """
     resample = "bicubic" if preprocessing["interpolation"] == "bicubic" else "bilinear"
     return ImageFormat(size, tuple(preprocessing["mean"]), tuple(preprocessing["std"]), resample=resample, fit=fit)

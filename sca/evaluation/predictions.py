@@ -204,6 +204,9 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], limit: int | None = No
         dataset: Any dataset. Its images are not opened. A dataset without `annotations_of_all` yields nothing.
         tasks: Tasks as in `PromptingOptions`.
         limit: Maximum images. Defaults to all.
+
+    Yields:
+        Records without captions, in the order of the dataset.
     """
     if hasattr(dataset, "annotations_of_all"):
         for regions in islice(dataset.annotations_of_all(), limit):

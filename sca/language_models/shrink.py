@@ -58,6 +58,9 @@ def shrink_config(config: PreTrainedConfig, **fields: Any) -> PreTrainedConfig:
         config: Configuration; it is not changed.
         **fields: Fields of the tiny configuration to override.
 
+    Returns:
+        The tiny configuration.
+
     Raises:
         Exception: The architecture does not support the sizes.
     """

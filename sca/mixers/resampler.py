@@ -63,6 +63,9 @@ class ResamplerMixer(nn.Module):
         Args:
             regions: N regions.
             prepared: Output of `prepare` for their images; None computes it.
+
+        Returns:
+            (N, Q, D) queries.
         """
         if prepared is None:
             prepared = self.prepare(regions.image_embeddings, regions.positional_encoding)

@@ -48,6 +48,9 @@ class CaptionedImage(NamedTuple):
         Args:
             roots: Folders that the name may start from.
 
+        Returns:
+            The upright RGB image.
+
         Raises:
             InputError: The image cannot be opened, or its aspect ratio differs from that of `size`.
         """
@@ -63,6 +66,9 @@ def resize_to_recorded(image: Image.Image, size: ImageSize, name: str) -> Image.
         image: Image in its present size.
         size: Recorded size.
         name: Name of the image in messages.
+
+    Returns:
+        The image, resized if necessary.
 
     Raises:
         InputError: The aspect ratios differ; the message names both sizes.

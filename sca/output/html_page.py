@@ -33,7 +33,10 @@ def render_template(template: str, package: str = "sca.output", **values: Any) -
     Args:
         template: File name in the package's folder `templates`, which also contains its CSS and JavaScript.
         package: Import name of the package.
-        values: Variables of the template.
+        **values: Variables of the template.
+
+    Returns:
+        The rendered page.
     """
     return _get_environment(package).get_template(template).render(values)
 
@@ -66,6 +69,10 @@ def replace_unprintable(value: str) -> str:
 
 def check_page_path(path: Path, inputs: Iterable[str | Path]) -> None:
     """Check that a page does not overwrite an input, or a file that is not one of our pages.
+
+    Args:
+        path: Path of the page.
+        inputs: Input files of the command.
 
     Raises:
         OutputError: The page must not be written; the message names the path and the fix.
