@@ -163,7 +163,7 @@ def check_text(path: str, text: str, rules: Rules) -> list[Finding]:
         elif split_words(name) != name.lower() or path.endswith(".py"):  # a plain word was checked as prose
             matches = find_terms(split_words(name), rules.terms)
             findings += [Finding(path, line, name, f"{new} (for {term})") for term, new in matches]
-    return sorted({finding for finding in findings if not rules.is_exception(finding)}, key=lambda each: each.line)
+    return sorted({finding for finding in findings if not rules.is_exception(finding)})
 
 
 def compile_term(term: str) -> re.Pattern:
