@@ -483,7 +483,7 @@ def by_width(region):
     return Region(region.id, (x1, y1, x2 - x1, y2 - y1), region.mask, region.name)
 
 
-class Grey(Drawn):
+class Gray(Drawn):
     def change(self, sample):
         return sample._replace(image=sample.image.convert("L"))
 
@@ -593,7 +593,7 @@ MUTANTS = [
     ("language model", Endless, "words-end-and-do-not-begin"),
     ("language model", Beginning, "words-end-and-do-not-begin"),
     ("language model", Chatty, "words-come-back"),
-    ("dataset", Grey, "samples"),
+    ("dataset", Gray, "samples"),
     ("dataset", Shuffled, "samples-are-fixed"),
     ("dataset", Unending, "the-end-is-an-index-error"),
     ("dataset", each_region(by_width), "boxes-lie-in-the-image"),

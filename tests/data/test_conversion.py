@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a dataset of some grey pictures with a region each, and gives its folder."""
+    """Writes a dataset of some gray pictures with a region each, and gives its folder."""
 
     def write(name="set", images=3, **changes):
         root = tmp_path / name
