@@ -45,6 +45,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_python_block_runs(checkout):
     program = "\n".join(blocks("python"))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=checkout)
@@ -53,6 +54,7 @@ def test_every_python_block_runs(checkout):
 
 
 @pytest.mark.parametrize("command", commands("sca", TEXT, GUIDE, *MANUALS, *DOCS))
+@pytest.mark.slow
 def test_every_command_is_understood(command):
     _, *arguments = shlex.split(command)
     parser = typer.main.get_command(cli.app)
@@ -87,6 +89,7 @@ def test_the_folders_of_the_tree_are_there():
     assert shown >= {f"sca/{each.name}/" for each in (ROOT / "sca").iterdir() if (each / "__init__.py").exists()}
 
 
+@pytest.mark.slow
 def test_the_plugin_of_the_readme_installs_is_listed_and_trains(tmp_path):
     (code,) = (block for block in blocks("python") if "class MeanMixer" in block)
     (project,) = blocks("toml")
@@ -151,6 +154,7 @@ def test_a_page_without_markers_or_a_folder_without_reports_is_refused_in_one_li
         results_table.main(str(page), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_table_of_combinations_is_what_is_planned():
     pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
     assert read_between(TEXT, model_table.START, model_table.END) == model_table.render_model_table(), (

@@ -4,6 +4,8 @@ import pytest
 
 gradio = pytest.importorskip("gradio", reason="needs the extra demo")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("given", "expected"), [("/captions/", "/captions"), ("", None)])
 def test_demo_is_shown_below_its_root_path(monkeypatch, given, expected):

@@ -227,6 +227,7 @@ def test_sliders_and_note_follow_the_model():
     assert {each.elem_id for each in change.outputs} >= {"note", "num_beams", "points_per_side", "pred_iou_thresh"}
 
 
+@pytest.mark.slow
 def test_a_slider_that_nobody_moved_leaves_its_value_to_the_model(models):
     models, (name, *_) = models
     scene = Scenes("test", count=1, size=128, seed=29)[0].image

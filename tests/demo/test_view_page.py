@@ -13,6 +13,8 @@ from sca.io import masks
 from sca.output.colors import REGION_COLORS
 from sca.output.html import HtmlWriter
 
+pytestmark = pytest.mark.slow
+
 
 def write(folder, name, images, regions, words):
     """Captions of squares in noise."""

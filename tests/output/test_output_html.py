@@ -122,6 +122,7 @@ def test_tints_of_regions_leave_the_colors_of_the_image(page, captions):
     assert 0 < float(opacities[0]) <= 0.15
 
 
+@pytest.mark.slow
 def test_jinja2_is_imported_when_a_page_is_written():
     program = "import sys, sca, sca.output, sca.output.html_page, sca.output.viewer; print('jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"

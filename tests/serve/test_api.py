@@ -354,6 +354,7 @@ def test_a_full_queue_says_when_to_come_again(client, asked):
     assert told.headers["retry-after"] == "1"
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_is_not_computed_for(served, asked, tiny, monkeypatch):
     usual, regions = tiny.caption_batch, []
 
@@ -381,6 +382,7 @@ def test_a_client_that_leaves_is_not_computed_for(served, asked, tiny, monkeypat
     assert httpx.get(f"{url}/health").json()["waiting"] == 0
 
 
+@pytest.mark.slow
 def test_many_clients_get_what_each_would_get_alone(served, asked, scene, tiny):
     url = served()
     prompts = [Prompt(box=region.box) for region in scene.regions]

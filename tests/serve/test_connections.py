@@ -13,6 +13,8 @@ import pytest
 from sca.serve import server as serving
 from sca.serve.limits import ServerLimits
 
+pytestmark = pytest.mark.slow
+
 CLOSING = {
     "error": {
         "message": "the server is shutting down; try again later",

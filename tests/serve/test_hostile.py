@@ -9,6 +9,8 @@ import random
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 FUZZED = {"reduced": 100, "whole": 2000}
 
 

@@ -81,6 +81,7 @@ def message_of(response):
         ({"messages": []}, 422, "invalid_value", "messages", "at least 1 item"),
     ],
 )
+@pytest.mark.slow
 def test_openai_client_shows_the_reason_of_an_error(openai_client, user, fields, status, code, param, message):
     import openai
 
@@ -137,6 +138,7 @@ def test_an_error_of_the_server_is_an_error_object(client, user, tiny, monkeypat
 # --- generation
 
 
+@pytest.mark.slow
 def test_openai_client_gets_a_caption_with_its_usage(openai_client, user, tiny, scene):
     (expected,) = tiny.caption(scene.image, [Prompt(box=BOX)])
     told = openai_client.chat.completions.create(model="sca-tiny", messages=[user()])
@@ -151,6 +153,7 @@ def test_openai_client_gets_a_caption_with_its_usage(openai_client, user, tiny, 
     assert openai_client.models.retrieve("sca-tiny").id == "sca-tiny"
 
 
+@pytest.mark.slow
 def test_openai_client_sees_that_a_caption_was_cut(openai_client, user):
     create = openai_client.chat.completions.create
     cut = create(model="sca-tiny", messages=[user()], max_tokens=2)
@@ -163,6 +166,7 @@ def test_openai_client_sees_that_a_caption_was_cut(openai_client, user):
     assert ends == {0: "length", 1: "length"}
 
 
+@pytest.mark.slow
 def test_openai_client_gets_usage_at_the_end_of_a_stream(openai_client, user):
     create = openai_client.chat.completions.create
     whole = create(model="sca-tiny", messages=[user()])
@@ -178,6 +182,7 @@ def test_stream_options_without_a_stream_are_refused(ask, user):
     assert "stream=true" in message_of(ask([user()], stream_options={"include_usage": True}))
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_captions_whatever_else_is_asked(ask, user):
     def captions(**fields):
         told = ask([user()], temperature=2, **fields).json()["choices"]
@@ -262,6 +267,7 @@ def test_fields_of_a_chat_have_limits(ask, user, fields):
     assert name in message_of(ask([user()], **fields))
 
 
+@pytest.mark.slow
 def test_the_client_example_of_the_readme_runs(served, monkeypatch, capsys):
     pytest.importorskip("openai", reason="needs the package openai")
     monkeypatch.chdir(ROOT)
@@ -562,6 +568,7 @@ def conversations(draw):
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.all)])
+@pytest.mark.slow
 def test_generated_conversations_never_lose_their_region(ask, url, scene, count):
     statuses = []
 
@@ -613,6 +620,7 @@ def test_check_root_path_refuses_the_start_of_a_route(client):
 
 
 @pytest.mark.parametrize("prefix", ["", "/captions"])
+@pytest.mark.slow
 def test_docs_work_below_a_path(client, user, prefix):
     """The proxy may remove the path or leave it."""
     below = client(root_path="/captions", keys=["key"])

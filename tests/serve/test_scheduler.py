@@ -122,6 +122,7 @@ def test_a_long_question_does_not_keep_a_short_one_waiting(held, scene):
     scheduler.close()
 
 
+@pytest.mark.slow
 def test_a_search_for_everything_does_not_keep_short_questions_waiting(tiny, scene, monkeypatch):
     monkeypatch.setattr("sca.serve.scheduler.SEARCH_SECONDS", 0.0)
     scheduler, order = RequestScheduler(tiny), []
@@ -146,6 +147,7 @@ def alone(captioner, image, options):
     return caption_everything(predictor, options=options)
 
 
+@pytest.mark.slow
 def test_searches_take_turns_and_each_is_as_if_alone(tiny, scene):
     scheduler = RequestScheduler(tiny)
     options = EverythingOptions(**{**vars(tiny.everything), "points_per_side": 24})

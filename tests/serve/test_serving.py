@@ -11,6 +11,8 @@ import pytest
 
 from sca.cli import run_command
 
+pytestmark = pytest.mark.slow
+
 
 def begin(*arguments):
     """A server in a process of its own, and its address."""
