@@ -35,9 +35,9 @@ def take_demo_screenshot(browser):
         address = next(filter(None, (re.search(r"http://[\d.]+:\d+", line) for line in server.stderr)))[0]
         page.goto(address)
         page.locator("#examples img").first.click()
-        page.wait_for_selector("#canvas .stage svg image")
+        page.wait_for_selector("#canvas .image-frame svg image")
         for number, (x, y) in enumerate(CLICK_POINTS, 1):
-            frame = page.locator("#canvas .stage svg").bounding_box()
+            frame = page.locator("#canvas .image-frame svg").bounding_box()
             scale = min(frame["width"], frame["height"]) / 512
             left, top = (frame["width"] - 512 * scale) / 2, (frame["height"] - 512 * scale) / 2
             page.mouse.click(frame["x"] + left + x * scale, frame["y"] + top + y * scale)

@@ -43,8 +43,8 @@ class SearchProgress(NamedTuple):
         points: Total points.
     """
 
-    done: int
-    points: int
+    processed_points: int
+    total_points: int
 
 
 class Candidate(NamedTuple):

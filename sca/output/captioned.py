@@ -1,4 +1,4 @@
-"""Captioned images as recorded in files."""
+"""Captioned images read from files."""
 
 from __future__ import annotations
 
@@ -31,9 +31,14 @@ class ImageSize(NamedTuple):
 
 
 class CaptionedImage(NamedTuple):
-    """Image by its recorded name, with its captions in order.
+    """Image of a captions file.
 
-    `embedded` opens the image embedded in the file, if the image file does not exist.
+    Attributes:
+        image: Name of the image in the file.
+        size: Recorded size.
+        captions: Captions in order.
+        model: Name of the model, if recorded.
+        embedded: Function that opens the image embedded in the file, for an image file that does not exist.
     """
 
     image: str
@@ -63,7 +68,7 @@ def resize_to_recorded(image: Image.Image, size: ImageSize, name: str) -> Image.
     """Resize an image to the size that its captions record.
 
     Args:
-        image: Image in its present size.
+        image: Image in its current size.
         size: Recorded size.
         name: Name of the image in messages.
 
@@ -71,7 +76,7 @@ def resize_to_recorded(image: Image.Image, size: ImageSize, name: str) -> Image.
         The image, resized if necessary.
 
     Raises:
-        InputError: The aspect ratios differ; the message names both sizes.
+        InputError: The aspect ratios differ; the message contains both sizes.
     """
     if image.size == size:
         return image
@@ -82,7 +87,7 @@ def resize_to_recorded(image: Image.Image, size: ImageSize, name: str) -> Image.
     actual = f"{image.width} x {image.height}"
     warn_once(
         "resized images",
-        f"{format_path(name)} is {actual}, and its captions record {size.width} x {size.height}: it is resized to that",
+        f"{format_path(name)} is {actual}, and its captions record {size.width} x {size.height}; the image is resized",
     )
     return image.resize(size)
 
@@ -109,7 +114,9 @@ def merge_images(
             continue
         if first.size != each.size:
             sizes = [f"{size.width} x {size.height}" for size in (first.size, each.size)]
-            reject(InputError(f"{format_path(each.image)} is {sizes[0]} and {sizes[1]} in one file; give one size"))
+            reject(
+                InputError(f"{format_path(each.image)} has two sizes in one file, {sizes[0]} and {sizes[1]}; keep one")
+            )
             continue
         start = 1 + max((caption.region_id for caption in first.captions), default=-1)
         renumbered = [replace(caption, region_id=region_id) for region_id, caption in enumerate(each.captions, start)]

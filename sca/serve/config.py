@@ -68,7 +68,8 @@ class ServerConfig:
         missing_packages = [name for name in REQUIRED_PACKAGES if find_spec(name) is None]
         if missing_packages:
             raise RegistryError(
-                f"serving needs {' and '.join(missing_packages)}: pip install 'segment-caption-anything[serve]'"
+                f"the server requires {' and '.join(missing_packages)}; run "
+                "pip install 'segment-caption-anything[serve]'"
             )
 
     def load_captioner(self) -> Captioner:

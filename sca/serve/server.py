@@ -18,7 +18,7 @@ from sca.serve.sockets import bind_socket
 
 HEADER_TIMEOUT_SECONDS = 10.0  # maximum time to receive the headers of a request
 SHUTDOWN_TIMEOUT_SECONDS = 5.0  # time for requests to complete at shutdown
-SHUTDOWN_MARGIN_SECONDS = 1.0  # part of it that is reserved for error responses to the remaining requests
+SHUTDOWN_MARGIN_SECONDS = 1.0  # part of the shutdown timeout for error responses to the remaining requests
 
 
 class DeadlineProtocol(H11Protocol):

@@ -388,7 +388,7 @@ def test_a_report_has_everything_and_the_same_rows_give_the_same_bytes(rows):
     assert "&lt;b&gt;" in page
     assert "crashed" in page
     assert page.count("<svg") == 4
-    assert 'class="pale"' in page
+    assert 'class="dimmed"' in page
     assert page.count("sca bench row") == 3
     assert report.render_markdown(rows) == report.render_markdown(list(reversed(rows)))
     assert report.render_csv(rows) == report.render_csv(list(reversed(rows)))

@@ -90,7 +90,7 @@ def test_two_runs_are_compared_and_shown_on_pages(evaluated, shell, here):
     for name in ("compare", "report"):
         page = (here / f"pages/{name}.html").read_text()
         assert page.startswith("<!DOCTYPE html>")
-        assert re.search(r'<th class="number">[^<]*\(box\)</th><th class="number">[^<]*\(center\)</th>', page)
+        assert re.search(r'<th class="numeric">[^<]*\(box\)</th><th class="numeric">[^<]*\(center\)</th>', page)
 
 
 def test_proposed_regions_are_captioned_and_judged(shell, checkpoint):

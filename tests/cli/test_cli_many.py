@@ -183,5 +183,5 @@ def test_a_page_shows_and_compares(shell, checkpoint, pictures, here):
     page = (here / "pages/view.html").read_text()
     images = ViewerPage(page).images
     assert len(images) == 12
-    assert all(len(image["regions"]) == len(image["other"]) == 2 for image in images)
+    assert all(len(image["regions"]) == len(image["other_regions"]) == 2 for image in images)
     assert "http://" not in page

@@ -88,7 +88,7 @@ def test_pages_replace_pages_only(captioned, shell, refused, here):
     assert "is an input of this command" in line
     (here / "view.html").write_text("<!DOCTYPE html><p>precious")
     line = refused(2, "view", "out/captions.jsonl")
-    assert line == "view.html exists and is not a page that `sca` wrote; choose another --out"
+    assert line == "view.html exists and is not a page written by `sca`; choose another --out"
     (here / "data.html").write_text("precious")
     assert "is not a page" in refused(2, "data", "view", "scenes", "count=2")
     (here / "data.html").unlink()

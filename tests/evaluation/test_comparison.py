@@ -129,19 +129,19 @@ def test_a_report_has_scores_their_spread_the_best_the_worst_and_models_side_by_
     for words in (
         "attributes/color",
         "[",
-        "best",
-        "worst",
-        "at random",
-        "Regions side by side",
-        "How scores are spread",
+        "Best",
+        "Worst",
+        "Random",
+        "Example regions",
+        "Score distributions",
     ):
         assert words in page
     tags = Tags(page).seen
-    assert {"mask", "true", "box"} <= {attributes.get("class") for _, attributes in tags}
+    assert {"mask", "ground-truth", "box"} <= {attributes.get("class") for _, attributes in tags}
     figure = page.partition('class="figure"')[2].partition("</table>")[0]
     assert figure.count("<tr>") == 3  # two models and the truth
     assert figure.count("<td>") == 18
-    assert "true" in figure.rpartition("<tr>")[2]
+    assert "ground truth" in figure.rpartition("<tr>")[2]
     assert 'class="mask"' not in figure.rpartition("<tr>")[2]
 
 
@@ -160,7 +160,7 @@ def test_without_pictures_a_page_has_words(tmp_path):
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     page = render_report([score_file(path, ["rouge-l"], {"tokenizer": "plain"})])
-    assert "images not shown: the predictions do not contain the location of the images" in page
+    assert "Images not shown: the predictions do not contain the location of the images" in page
     assert "the cat" in page
     with pytest.raises(ValueError, match="no score 'meteor' of single regions: there are rouge-l"):
         render_report([score_file(path, ["rouge-l"], {"tokenizer": "plain"})], sort_by="meteor")

@@ -1,4 +1,4 @@
-"""A region in the text of a chat message is read in any usual spelling, or refused; it is never overlooked."""
+"""Region parser: regions in chat text are parsed in common notations, or rejected; none is ignored."""
 
 from contextlib import suppress
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sca.io.errors import InputError
-from sca.serve.text_region import find_region
+from sca.serve.region_parser import find_region
 
 BOX = (370.0, 434.0, 448.0, 512.0)
 BOXES = [
@@ -88,12 +88,6 @@ BOXES = [
     "the box [370,434,448,512] of the 512 x 512 image, size (512, 512)",
     "boxes are box=x1,y1,x2,y2; describe box=370,434,448,512",
 ]
-BARE = [  # that count only in a text or a line of their own
-    "370,434,448,512",
-    "370 434 448 512",
-    "| 370 | 434 | 448 | 512 |",
-    "**370**, **434**, **448**, **512**",
-]
 POINTS = {
     "point=10,20": [(10, 20, 1)],
     "point=10,20,0;point=3,4": [(10, 20, 0), (3, 4, 1)],
@@ -110,31 +104,31 @@ POINTS = {
     "1 point: 10, 20": [(10, 20, 1)],
     "at most 2 points: (10, 20), (3, 4)": [(10, 20, 1), (3, 4, 1)],
 }
-REFUSED = {
-    "box=1,2,3": "has 3 numbers and a box has 4; write box=x1,y1,x2,y2",
-    "box=1": "has 1 number and",
+REJECTED = {
+    "box=1,2,3": "has 3 numbers instead of 4; write box=x1,y1,x2,y2",
+    "box=1": "has 1 number instead",
     "box=1,2,3,4,5": "has 5 numbers",
     "box=1,2,3,4 box=5,6,7,8": "more than one box; send one request per box",
     "box=1,2,3,4 and [5,6,7,8]": "more than one box; send one request per box",
     "[[1,2,3,4],[5,6,7,8]]": "has 8 numbers",
     "box=1,2,3,4 but not point=3,4": "2 regions",
     "point=1,2 versus point=3,4": "2 regions",
-    "box_2d: [1,2,3,4]": "is not x1,y1,x2,y2",
-    "xywh=1,2,3,4": "is not x1,y1,x2,y2",
-    "[x, y, w, h] = [1,2,3,4]": "is not x1,y1,x2,y2",
-    "[y1, x1, y2, x2] = [1,2,3,4]": "is not x1,y1,x2,y2",
-    "polygon: 1,2,3,4,5,6": "is not x1,y1,x2,y2",
-    "<loc_12><loc_13><loc_14><loc_15>": "is not a region that can be read",
-    "img[434:512, 370:448]": "is not a region that can be read",
-    "448x512+370+434": "is not a region that can be read",
-    '<points x1="1" y1="2" x2="3" y2="4">': "is not a region",
-    "x: 370-448, y: 434-512": "is not a region",
+    "box_2d: [1,2,3,4]": "is not a box x1,y1,x2,y2",
+    "xywh=1,2,3,4": "is not a box x1,y1,x2,y2",
+    "[x, y, w, h] = [1,2,3,4]": "is not a box x1,y1,x2,y2",
+    "[y1, x1, y2, x2] = [1,2,3,4]": "is not a box x1,y1,x2,y2",
+    "polygon: 1,2,3,4,5,6": "is not a box x1,y1,x2,y2",
+    "<loc_12><loc_13><loc_14><loc_15>": "cannot parse",
+    "img[434:512, 370:448]": "cannot parse",
+    "448x512+370+434": "cannot parse",
+    '<points x1="1" y1="2" x2="3" y2="4">': "cannot parse",
+    "x: 370-448, y: 434-512": "cannot parse",
     '{"topLeft": {"x": 370, "y": 434}, "bottomRight": {"x": 448, "y": 512}}': "2 regions",
-    "left 370 and then top 434 as well as right 448": "is not a region",
-    f"box={'1,' * 3000}2": "has 3,001 numbers, and 2,048 are searched",
-    "(xmin, xmax, ymin, ymax) = (1, 2, 3, 4)": "is not x1,y1,x2,y2",
-    "top, left, bottom, right: 1, 2, 3, 4": "is not x1,y1,x2,y2",
-    "mask=a.png": "is not a region that can be read",
+    "left 370 and then top 434 as well as right 448": "cannot parse",
+    f"box={'1,' * 3000}2": "contains 3,001 numbers; shorten it to at most 2,048",
+    "(xmin, xmax, ymin, ymax) = (1, 2, 3, 4)": "is not a box x1,y1,x2,y2",
+    "top, left, bottom, right: 1, 2, 3, 4": "is not a box x1,y1,x2,y2",
+    "mask=a.png": "cannot parse",
     "box=10%,20%,30%,40%": "'10%' is not in pixels",
     "(10, 20)": "has 2 numbers",
     "10,20": "has 2 numbers",
@@ -144,46 +138,46 @@ REFUSED = {
     "[0.1, 0.2]": "has 2 numbers",
     "1,2,3,4,5,6": "has 6 numbers",
     "top-left (370,434), bottom-right (448,512)": "has 2 numbers",
-    "box=10x20x30x40": "is not a region that can be read",
+    "box=10x20x30x40": "cannot parse",
     "box=a,2,3,4": "has 3 numbers",
     "box=nan,1,2,3": "",
     "box: 370-434-448-512": "",
     "box=1e999,2,3,4": "not a finite number",
     "point=1": "",
-    "point=1,2,3,4": "is not x,y",
+    "point=1,2,3,4": "is not a point x,y",
     "point=1,2,7": "is not 1 or 0",
-    "x1=3, y1=4, x2=9": "is not a region",
-    "x=5 and further down y=6": "is not a region",
-    "from x=10,y=20 to x=30,y=40": "is not a region",
-    "between x=10 and x=30, y=20 and y=40": "is not a region",
-    "x=10 x=30": "is not a region",
-    "bbox (10,20,30,40) in x, y, width, height": "'x, y, width, height', which is not x1,y1,x2,y2",
-    "bbox (10,20,30,40) as left, top, width and height": "is not x1,y1,x2,y2",
-    "bbox=[10,20,30,40], format: xywh": "'xywh', which is not x1,y1,x2,y2",
-    '{"bbox":[10,20,30,40],"bbox_mode":"BoxMode.XYWH_ABS"}': "is not x1,y1,x2,y2",
-    "box [10,20,30,40] (x,y,w,h)": "is not x1,y1,x2,y2",
-    "box [10,20,30,40] (y1, x1, y2, x2)": "is not x1,y1,x2,y2",
-    "box [10,20,30,40] (xmin, xmax, ymin, ymax)": "is not x1,y1,x2,y2",
-    "box=[10,20,30,40] in COCO format": "is not x1,y1,x2,y2",
-    "box=[10,20,30,40], format=yolo": "is not x1,y1,x2,y2",
-    "COCO bbox [10,20,30,40]": "is not x1,y1,x2,y2",
-    "bounding box in xywh format [10,20,30,40]": "is not x1,y1,x2,y2",
-    "[10,20,30,40] cxcywh": "is not x1,y1,x2,y2",
-    "[10,20,30,40], ltwh": "is not x1,y1,x2,y2",
-    "[10,20,30,40], yxyx": "is not x1,y1,x2,y2",
-    "rows 20 to 40, cols 10 to 30": "is not a region",
-    "columns 10-30 and rows 20-40": "is not a region",
-    "x from 10 to 30, y from 20 to 40": "is not a region",
-    "box from x 10 to 30 and y 20 to 40": "is not a region",
-    "box 1-2-3-4": "is not a region",
+    "x1=3, y1=4, x2=9": "cannot parse",
+    "x=5 and further down y=6": "cannot parse",
+    "from x=10,y=20 to x=30,y=40": "cannot parse",
+    "between x=10 and x=30, y=20 and y=40": "cannot parse",
+    "x=10 x=30": "cannot parse",
+    "bbox (10,20,30,40) in x, y, width, height": "the order 'x, y, width, height' instead of x1,y1,x2,y2",
+    "bbox (10,20,30,40) as left, top, width and height": "instead of x1,y1,x2,y2",
+    "bbox=[10,20,30,40], format: xywh": "the order 'xywh' instead of x1,y1,x2,y2",
+    '{"bbox":[10,20,30,40],"bbox_mode":"BoxMode.XYWH_ABS"}': "instead of x1,y1,x2,y2",
+    "box [10,20,30,40] (x,y,w,h)": "instead of x1,y1,x2,y2",
+    "box [10,20,30,40] (y1, x1, y2, x2)": "instead of x1,y1,x2,y2",
+    "box [10,20,30,40] (xmin, xmax, ymin, ymax)": "instead of x1,y1,x2,y2",
+    "box=[10,20,30,40] in COCO format": "instead of x1,y1,x2,y2",
+    "box=[10,20,30,40], format=yolo": "instead of x1,y1,x2,y2",
+    "COCO bbox [10,20,30,40]": "instead of x1,y1,x2,y2",
+    "bounding box in xywh format [10,20,30,40]": "instead of x1,y1,x2,y2",
+    "[10,20,30,40] cxcywh": "instead of x1,y1,x2,y2",
+    "[10,20,30,40], ltwh": "instead of x1,y1,x2,y2",
+    "[10,20,30,40], yxyx": "instead of x1,y1,x2,y2",
+    "rows 20 to 40, cols 10 to 30": "cannot parse",
+    "columns 10-30 and rows 20-40": "cannot parse",
+    "x from 10 to 30, y from 20 to 40": "cannot parse",
+    "box from x 10 to 30 and y 20 to 40": "cannot parse",
+    "box 1-2-3-4": "cannot parse",
     "pos: 10 20": "has 2 numbers",
     "xy=10,20": "has 2 numbers",
-    "center: 10 20": "is not a region",
-    "area: 10-20-30-40": "is not a region",
-    "box 1.5-2.5-3.5-4.5": "is not a region",
-    "10,20 - 30,40": "is not a region",
-    "What is at 370,434-448,512?": "is not a region",
-    "2 points: 1, 2, 3, 4": "is not x,y",
+    "center: 10 20": "cannot parse",
+    "area: 10-20-30-40": "cannot parse",
+    "box 1.5-2.5-3.5-4.5": "cannot parse",
+    "10,20 - 30,40": "cannot parse",
+    "What is at 370,434-448,512?": "cannot parse",
+    "2 points: 1, 2, 3, 4": "is not a point x,y",
 }
 NO_REGION = [
     "",
@@ -229,37 +223,37 @@ NO_REGION = [
 
 
 @pytest.mark.parametrize("text", BOXES)
-def test_find_region_reads_a_box_in_any_spelling(text):
+def test_find_region_parses_box_notations(text):
     assert find_region(text) == (BOX, ())
 
 
 @pytest.mark.parametrize("text", POINTS)
-def test_find_region_reads_points(text):
+def test_find_region_parses_points(text):
     assert find_region(text) == (None, tuple(POINTS[text]))
 
 
-def test_find_region_joins_the_parts_of_a_region():
+def test_find_region_combines_box_and_points():
     assert find_region("box=1,2,3,4;point=2,3;point=1,2,0") == ((1, 2, 3, 4), ((2, 3, 1), (1, 2, 0)))
 
 
-@pytest.mark.parametrize("text", REFUSED)
-def test_find_region_refuses_what_it_cannot_read(text):
+@pytest.mark.parametrize("text", REJECTED)
+def test_find_region_rejects_invalid_coordinates(text):
     with pytest.raises(InputError) as raised:
         find_region(text)
-    assert REFUSED[text] in str(raised.value)
+    assert REJECTED[text] in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("text", NO_REGION)
-def test_find_region_leaves_other_numbers_alone(text):
+def test_find_region_ignores_other_numbers(text):
     assert find_region(text) is None
 
 
 @pytest.mark.parametrize("text", ["What is 10,20,30,40?", "Which of the classes 1, 2, 3, 4 is it?"])
-def test_find_region_refuses_four_bare_numbers_in_a_sentence(text):
-    with pytest.raises(InputError, match="may be a region; if they are, write box=x1,y1,x2,y2"):
+def test_find_region_rejects_ambiguous_numbers(text):
+    with pytest.raises(InputError, match="are ambiguous; for a region, write box=x1,y1,x2,y2"):
         find_region(text)
-    assert find_region(text, reject_bare=False) is None
+    assert find_region(text, reject_ambiguous=False) is None
 
 
 WORDS = st.sampled_from(
@@ -269,16 +263,16 @@ WORDS = st.sampled_from(
 
 @given(st.lists(WORDS, max_size=4), st.sampled_from(BOXES), st.lists(WORDS, max_size=4))
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
-def test_find_region_never_overlooks_a_box_among_words(before, box, after):
+def test_find_region_finds_box_in_any_sentence(before, box, after):
     try:
-        found = find_region(" ".join([*before, box, *after]))
+        region = find_region(" ".join([*before, box, *after]))
     except InputError:
         return
-    assert found == (BOX, ())
+    assert region == (BOX, ())
 
 
 @given(st.text("box=point:[](){}<>|,;. 0123456789-+%exy\"'\n", max_size=60))
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
-def test_find_region_raises_nothing_but_prompt_errors(text):
+def test_find_region_raises_only_input_errors(text):
     with suppress(InputError):
         find_region(text)

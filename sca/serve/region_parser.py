@@ -90,7 +90,7 @@ _BOX_HINT = "write box=x1,y1,x2,y2 in pixels"
 _POINT_HINT = "write point=x,y in pixels"
 
 
-class TextRegion(NamedTuple):
+class ParsedRegion(NamedTuple):
     """Region in a text, in pixels: a box, points, or both.
 
     Attributes:
@@ -129,12 +129,12 @@ class _NumberRun:
             self.groups[-1].append(match[0])
 
 
-def find_region(text: str, reject_bare: bool = True) -> TextRegion | None:
+def find_region(text: str, reject_ambiguous: bool = True) -> ParsedRegion | None:
     """Find the region in a text.
 
     Args:
         text: Text in any case, with ASCII or full-width characters.
-        reject_bare: Reject four numbers in a sentence that may or may not be a box, such as "1,2,3,4".
+        reject_ambiguous: Reject four numbers in a sentence that may or may not be a box, such as "1,2,3,4".
 
     Returns:
         The region in the pixels of the text; None if nothing in the text looks like coordinates.
@@ -147,36 +147,34 @@ def find_region(text: str, reject_bare: bool = True) -> TextRegion | None:
     text = _NO_REGION.sub(lambda match: "_" * len(match[0]), text)
     num_numbers = len(re.findall(r"\d+", text))
     if num_numbers > MAX_NUMBERS:
-        raise InputError(
-            f"the text has {num_numbers:,} numbers, and {MAX_NUMBERS:,} are searched for a region; send less text"
-        )
+        raise InputError(f"the text contains {num_numbers:,} numbers; shorten it to at most {MAX_NUMBERS:,} numbers")
     if match := _UNREADABLE.search(text):
-        raise InputError(f"the text {_shorten_text(match[0])} is not a region that can be read; {_BOX_HINT}")
+        raise InputError(f"cannot parse {_shorten_text(match[0])} as a region; {_BOX_HINT}")
     named_mentions = list(_parse_named_values(text))
     for mention in named_mentions:
         text = f"{text[: mention.start]}{' ' * (mention.end - mention.start)}{text[mention.end :]}"
-    unnamed_mentions = list(_parse_runs(text, reject_bare))
+    unnamed_mentions = list(_parse_runs(text, reject_ambiguous))
     if any(mention.box for mention in unnamed_mentions) and (match := _OTHER_ORDER_PHRASE.search(text)):
-        raise InputError(f"the text has a box and {_shorten_text(match[0])}, which is not x1,y1,x2,y2; {_BOX_HINT}")
+        raise InputError(f"the box has the order {_shorten_text(match[0])} instead of x1,y1,x2,y2; {_BOX_HINT}")
     mentions = sorted([*named_mentions, *unnamed_mentions])
     _check_assignments(text, mentions)
     return _merge_mentions(text, mentions)
 
 
-def _merge_mentions(text: str, mentions: Sequence[_RegionMention]) -> TextRegion | None:
+def _merge_mentions(text: str, mentions: Sequence[_RegionMention]) -> ParsedRegion | None:
     """Merge adjacent mentions to one region; raise InputError for several regions."""
     if not mentions:
         return None
     boxes = [each.box for each in mentions if each.box]
     if len(boxes) > 1:
-        raise InputError("the text contains more than one box; send one request per box, or all to /v1/captions")
+        raise InputError("the text contains more than one box; send one request per box, or use /v1/captions")
     for current, following in pairwise(mentions):
         if re.search(r"\w", text[current.end : following.start]):
             raise InputError(
-                f"the text has {len(mentions)} regions and a request has one; send one request for each, or write "
-                "box=x1,y1,x2,y2;point=x,y for the parts of one region"
+                f"the text contains {len(mentions)} regions; send one request per region, or write "
+                "box=x1,y1,x2,y2;point=x,y to combine prompts of one region"
             )
-    return TextRegion(boxes[0] if boxes else None, tuple(point for each in mentions for point in each.points))
+    return ParsedRegion(boxes[0] if boxes else None, tuple(point for each in mentions for point in each.points))
 
 
 def _check_assignments(text: str, mentions: Sequence[_RegionMention]) -> None:
@@ -184,10 +182,10 @@ def _check_assignments(text: str, mentions: Sequence[_RegionMention]) -> None:
     for match in _ASSIGNED_VALUE.finditer(text):
         value = re.sub(rf"(?<![^\W_])(?:{_EDGE_NAMES})(?![^\W_])", "", match[1])
         if re.search(r"\d", value) and not any(each.start <= match.start(1) < each.end for each in mentions):
-            raise InputError(f"the text {_shorten_text(match[0])} is not a region that can be read; {_BOX_HINT}")
+            raise InputError(f"cannot parse {_shorten_text(match[0])} as a region; {_BOX_HINT}")
 
 
-# --- numbers with names ----------------------------------------------------------------------------------------------
+# --- named numbers ---------------------------------------------------------------------------------------------------
 
 
 def _parse_named_values(text: str) -> Iterator[_RegionMention]:
@@ -205,7 +203,7 @@ def _parse_named_values(text: str) -> Iterator[_RegionMention]:
             unread_matches += [match for match in matches if _normalize_edge_name(match[1]) not in ("w", "h", "label")]
     if len(unread_matches) > 2 or sum(bool(match[2].strip(" isat\n\t")) for match in unread_matches) > 1:
         raise InputError(
-            f"the text {_shorten_text(' '.join(each[0] for each in unread_matches))} is not a region; {_BOX_HINT}"
+            f"cannot parse {_shorten_text(' '.join(each[0] for each in unread_matches))} as a region; {_BOX_HINT}"
         )
 
 
@@ -252,14 +250,14 @@ def _values_to_mention(values: dict[str, str], start: int, end: int) -> _RegionM
     return None
 
 
-# --- numbers in a row ------------------------------------------------------------------------------------------------
+# --- unnamed numbers -------------------------------------------------------------------------------------------------
 
 
-def _parse_runs(text: str, reject_bare: bool) -> Iterator[_RegionMention]:
+def _parse_runs(text: str, reject_ambiguous: bool) -> Iterator[_RegionMention]:
     end = 0
     for match in _RUN.finditer(text):
         for run in _split_runs(text, match):
-            mention = _parse_run(text, run, end, reject_bare)
+            mention = _parse_run(text, run, end, reject_ambiguous)
             if mention is not None:
                 yield mention
             end = run.end
@@ -291,12 +289,12 @@ def _split_runs(text: str, match: re.Match[str]) -> Iterator[_NumberRun]:
 
 
 def _has_region_name(text: str, start: int) -> bool:
-    word, _ = _find_name(text, start, 0)
-    return bool(_BOX_WORD.fullmatch(word) or _POINT_WORD.fullmatch(word))
+    name, _ = _find_name(text, start, 0)
+    return bool(_BOX_WORD.fullmatch(name) or _POINT_WORD.fullmatch(name))
 
 
 def _find_name(text: str, start: int, end: int) -> tuple[str, int]:
-    """Return the word that names the numbers at `start`, and its position; "" if there is none after `end`.
+    """Return the word that names the numbers at `start`, and its position; "" if no word after `end` names them.
 
     Words such as "is" and "of" are skipped. In "box coordinates", the name is "box".
     """
@@ -316,7 +314,7 @@ def _find_name(text: str, start: int, end: int) -> tuple[str, int]:
     return name, name_start
 
 
-def _parse_run(text: str, run: _NumberRun, search_start: int, reject_bare: bool) -> _RegionMention | None:
+def _parse_run(text: str, run: _NumberRun, search_start: int, reject_ambiguous: bool) -> _RegionMention | None:
     """Convert a run to a box or points; None if it is not coordinates, InputError if it is and cannot be read."""
     num_numbers = len(run.numbers)
     name, name_start = _find_name(text, run.start, search_start)
@@ -335,24 +333,24 @@ def _parse_run(text: str, run: _NumberRun, search_start: int, reject_bare: bool)
         and _is_count_of_others(text[max(0, name_start - _MAX_NAME_DISTANCE) : name_start], num_numbers)
     ):
         return None
-    is_bare = not (is_box or is_point or _OTHER_ORDER_WORD.fullmatch(name)) and _is_bare(text, run, name)
-    if is_bare and not _is_alone(text, run):
-        if reject_bare and _may_be_box(text, run):
+    is_unmarked = not (is_box or is_point or _OTHER_ORDER_WORD.fullmatch(name)) and _is_unmarked(text, run, name)
+    if is_unmarked and not _is_alone(text, run):
+        if reject_ambiguous and _may_be_box(text, run):
             raise InputError(
-                f"the numbers {_shorten_text(text[run.start : run.end])} may be a region; if they are, {_BOX_HINT}, "
-                "and if not, spell them out"
+                f"the numbers {_shorten_text(text[run.start : run.end])} are ambiguous; for a region, {_BOX_HINT}; "
+                "otherwise spell them out"
             )
         return None
     order = _parse_edge_order(text[max(search_start, run.start - _MAX_NAME_DISTANCE) : run.start])
     if _OTHER_ORDER_WORD.fullmatch(name) or order not in _BOX_ORDERS:
-        raise InputError(f"the text {_shorten_text(text[name_start : run.end])} is not x1,y1,x2,y2; {_BOX_HINT}")
+        raise InputError(f"{_shorten_text(text[name_start : run.end])} is not a box x1,y1,x2,y2; {_BOX_HINT}")
     if is_point:
         return _RegionMention(name_start, run.end, None, _numbers_to_points(text[name_start : run.end], run))
     if num_numbers == 4:
         return _RegionMention(name_start if is_box else run.start, run.end, _numbers_to_box(run.numbers), ())
     raise InputError(
-        f"the text {_shorten_text(text[name_start : run.end])} has {_format_number_count(run)} and a box has 4; "
-        f"{_BOX_HINT}, or {_POINT_HINT.removeprefix('write ')}"
+        f"{_shorten_text(text[name_start : run.end])} has {_format_number_count(run)} instead of 4; {_BOX_HINT}, or "
+        f"{_POINT_HINT.removeprefix('write ')}"
     )
 
 
@@ -363,7 +361,7 @@ def _is_count_of_others(text: str, num_numbers: int) -> bool:
 
 
 def _may_be_box(text: str, run: _NumberRun) -> bool:
-    """Return whether bare numbers form a nonempty box x1 y1 x2 y2 and are not amounts of money."""
+    """Return whether unmarked numbers form a nonempty box x1 y1 x2 y2 and are not amounts of money."""
     numbers = re.split(r"[ \t,;|*]+", text[run.start : run.end])
     if text[: run.start].endswith(("$", "\N{EURO SIGN}", "\N{POUND SIGN}")) or len(numbers) != 4:
         return False
@@ -373,7 +371,7 @@ def _may_be_box(text: str, run: _NumberRun) -> bool:
     return x1 < x2 and y1 < y2
 
 
-def _is_bare(text: str, run: _NumberRun, name: str) -> bool:
+def _is_unmarked(text: str, run: _NumberRun, name: str) -> bool:
     """Return whether numbers have no mark of coordinates: a name, brackets around several, or "1,2 to 3,4"."""
     numbers = text[run.start : run.end]
     if name in ("", "at") and re.search(r"\d/\d", numbers):  # a date
@@ -415,7 +413,7 @@ def _numbers_to_points(text: str, run: _NumberRun) -> tuple[Point, ...]:
         return (_numbers_to_point(run.numbers),)
     if run.groups and sum(map(len, run.groups)) == len(run.numbers) and {len(each) for each in run.groups} <= {2, 3}:
         return tuple(map(_numbers_to_point, run.groups))
-    raise InputError(f"the text {_shorten_text(text)} is not x,y or [[x,y],[x,y]]; {_POINT_HINT}")
+    raise InputError(f"{_shorten_text(text)} is not a point x,y or a list of points [[x,y],[x,y]]; {_POINT_HINT}")
 
 
 def _numbers_to_point(numbers: Sequence[str]) -> Point:

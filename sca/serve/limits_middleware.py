@@ -11,9 +11,9 @@ from starlette.responses import Response
 
 from sca.serve.errors import ApiError, make_error_response
 from sca.serve.limits import ServerLimits
-from sca.serve.memory import ByteBudget, MemoryLease
+from sca.serve.memory_budget import MemoryBudget, MemoryLease
 
-BODY_COPIES = 4  # memory per byte of a body while it is parsed: the body, the text in its JSON, the decoded file
+BODY_MEMORY_FACTOR = 4  # bytes of memory per byte of a body: the body, its JSON strings, and the decoded file
 LINGER_SECONDS = 1.0  # time to discard the rest of a rejected body, so that the client reads the response
 
 
@@ -30,7 +30,7 @@ class RequestLimitMiddleware:
         budget: Memory budget of all requests.
     """
 
-    def __init__(self, app: Any, limits: ServerLimits, budget: ByteBudget):
+    def __init__(self, app: Any, limits: ServerLimits, budget: MemoryBudget):
         self.app, self.limits, self.budget, self.num_running = app, limits, budget, 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -58,12 +58,12 @@ class RequestLimitMiddleware:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise ApiError(408, f"the request was not there after {self.limits.timeout:g} s") from None
+                raise ApiError(408, f"the request did not arrive within {self.limits.timeout:g} s") from None
             size = len(message.get("body", b""))
             bytes_left -= size
             if bytes_left < 0:
                 raise self._make_size_error()
-            lease.add(BODY_COPIES * size)
+            lease.add(BODY_MEMORY_FACTOR * size)
             is_fully_read = message["type"] == "http.disconnect" or not message.get("more_body", False)
             return message
 
@@ -99,15 +99,15 @@ class RequestLimitMiddleware:
         content_length = headers.get("content-length")
         # Ambiguous: proxies can disagree on the end of the body (request smuggling).
         if content_length is not None and "transfer-encoding" in headers:
-            return ApiError(400, "both Content-Length and Transfer-Encoding: send one of them")
+            return ApiError(400, "the request has both Content-Length and Transfer-Encoding; send one of them")
         if content_length is not None and int(content_length) > self.limits.max_body_bytes:
             return self._make_size_error()
         if self.num_running > self.limits.max_connections:
-            return ApiError(503, f"{self.limits.max_connections} requests are being answered: try again later")
+            return ApiError(503, f"{self.limits.max_connections} requests are in progress; try again later")
         return None
 
     def _make_size_error(self) -> ApiError:
-        return ApiError(413, f"the request has more than the {self.limits.max_body_bytes:,} bytes that are allowed")
+        return ApiError(413, f"the request exceeds the limit of {self.limits.max_body_bytes:,} bytes")
 
 
 async def _discard_body(receive: Any) -> None:

@@ -1,4 +1,4 @@
-"""Requests to the scheduler, their events, and their tickets in the queue."""
+"""Inference requests: their events, their errors, and their entries in the queue of the scheduler."""
 
 from __future__ import annotations
 
@@ -70,46 +70,54 @@ class InferenceRequest:
     max_regions: int | None = None
 
 
-class RegionsFound(NamedTuple):
-    """Event before the first caption: the number of regions to caption."""
+class CaptioningStarted(NamedTuple):
+    """Event before the first caption.
 
-    regions: int
+    Attributes:
+        num_regions: Number of regions to caption.
+    """
+
+    num_regions: int
 
 
 class CandidateMasks(NamedTuple):
     """Event with the candidate masks of a region, highest predicted IoU first.
 
     Attributes:
-        region: Index of the region in the request.
+        region_index: Index of the region in the request.
         masks: Candidate masks.
     """
 
-    region: int
+    region_index: int
     masks: list[PredictedMask]
 
 
 class RequestDone(NamedTuple):
-    """Last event of a completed request: the number of captioned regions."""
+    """Last event of a completed request.
 
-    regions: int
+    Attributes:
+        num_regions: Number of captioned regions.
+    """
+
+    num_regions: int
 
 
-RequestEvent = RegionsFound | SearchProgress | Caption | CandidateMasks | RequestDone | SchedulerError
+RequestEvent = CaptioningStarted | SearchProgress | Caption | CandidateMasks | RequestDone | SchedulerError
 
 
-class Ticket:
-    """Request in the queue of the scheduler.
+class QueueEntry:
+    """Entry of a request in the queue of the scheduler.
 
     Args:
         request: Request.
-        on_event: Function called in the worker thread: with `SearchProgress` during a search, with `RegionsFound`,
-            with each caption (after its `CandidateMasks`, if requested), and finally with `RequestDone` or a
-            `SchedulerError`.
+        on_event: Function called in the worker thread: with `SearchProgress` during a search, with
+            `CaptioningStarted`, with each caption (after its `CandidateMasks`, if requested), and finally with
+            `RequestDone` or a `SchedulerError`.
     """
 
     def __init__(self, request: InferenceRequest, on_event: Callable[[RequestEvent], None]):
         self.request, self.on_event = request, on_event
-        self.digest = _hash_image(request.image)
+        self.image_digest = _hash_image(request.image)
         self.prompts = list(request.prompts)
         self.found_masks: list[PredictedMask] | None = None  # result of a search
         self.needs_search = request.everything is not None
@@ -133,7 +141,7 @@ class Ticket:
 
     @property
     def batch_key(self) -> tuple[Any, ...]:
-        """Key of tickets that can be captioned in one batch."""
+        """Key that is equal for entries that can be captioned in one batch."""
         request = self.request
         return request.task, tuple(sorted(request.generation.items())), self.needs_masks, request.return_candidates
 

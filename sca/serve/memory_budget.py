@@ -8,15 +8,15 @@ import threading
 
 import torch
 
-SMALL_REQUEST_SHARE = 1 / 64  # fraction of the budget up to which a request is small
-LARGE_REQUESTS_SHARE = 3 / 4  # fraction of the budget for all large requests; the rest is reserved for small ones
+MAX_SMALL_REQUEST_SHARE = 1 / 64  # maximum share of the budget for one small request
+MAX_LARGE_REQUESTS_SHARE = 3 / 4  # share of the budget for all large requests; the rest is reserved for small ones
 
 
-class BudgetError(Exception):
+class MemoryBudgetError(Exception):
     """Error of a request that needs more memory than available."""
 
 
-class ByteBudget:
+class MemoryBudget:
     """Memory budget of all requests. A quarter is reserved for small requests.
 
     Args:
@@ -28,16 +28,16 @@ class ByteBudget:
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.leased_bytes = max_bytes, 0
-        self._freed = threading.Condition()
+        self._memory_freed = threading.Condition()
 
     @property
     def max_request_bytes(self) -> int:
         """Maximum bytes of one request."""
-        return int(self.max_bytes * LARGE_REQUESTS_SHARE)
+        return int(self.max_bytes * MAX_LARGE_REQUESTS_SHARE)
 
     def is_small_request(self, num_bytes: int) -> bool:
         """Return whether a request of `num_bytes` can use the reserve for small requests."""
-        return num_bytes <= self.max_bytes * SMALL_REQUEST_SHARE
+        return num_bytes <= self.max_bytes * MAX_SMALL_REQUEST_SHARE
 
     def create_lease(self) -> MemoryLease:
         """Create an empty lease for one request."""
@@ -54,25 +54,26 @@ class ByteBudget:
                 or self.leased_bytes + num_bytes - lease.leased_bytes <= max_total_bytes
             )
 
-        with self._freed:
+        with self._memory_freed:
             if not can_resize() and (
-                num_bytes > max_total_bytes or not self._freed.wait_for(can_resize, max(0.0, timeout))
+                num_bytes > max_total_bytes or not self._memory_freed.wait_for(can_resize, max(0.0, timeout))
             ):
-                raise BudgetError(
-                    f"{self.leased_bytes >> 20} MiB of {self.max_bytes >> 20} are in use: try again later"
+                raise MemoryBudgetError(
+                    f"not enough memory ({self.leased_bytes >> 20} of {self.max_bytes >> 20} MiB in use); try again "
+                    "later"
                 )
             if lease.has_ended:  # the request was cancelled while its work continued
                 return
             self.leased_bytes += num_bytes - lease.leased_bytes
             lease.leased_bytes = num_bytes
-            self._freed.notify_all()
+            self._memory_freed.notify_all()
 
     def end_lease(self, lease: MemoryLease) -> None:
         """Release the memory of a lease permanently."""
-        with self._freed:
+        with self._memory_freed:
             self.leased_bytes -= lease.leased_bytes
             lease.leased_bytes, lease.has_ended = 0, True
-            self._freed.notify_all()
+            self._memory_freed.notify_all()
 
 
 class MemoryLease:
@@ -86,7 +87,7 @@ class MemoryLease:
         has_ended: Whether the lease was released.
     """
 
-    def __init__(self, budget: ByteBudget):
+    def __init__(self, budget: MemoryBudget):
         self._budget, self.leased_bytes, self.has_ended = budget, 0, False
 
     def resize(self, num_bytes: int, timeout: float = 0.0) -> None:
@@ -97,12 +98,12 @@ class MemoryLease:
             timeout: Seconds to wait for free memory.
 
         Raises:
-            BudgetError: The memory is not available within `timeout`.
+            MemoryBudgetError: The memory is not available within `timeout`.
         """
         self._budget.resize_lease(self, num_bytes, timeout)
 
     def add(self, num_bytes: int) -> None:
-        """Grow the lease by `num_bytes`, which can be negative; raise BudgetError if they are not available."""
+        """Grow the lease by `num_bytes`, which can be negative; raise MemoryBudgetError if they are not available."""
         self.resize(self.leased_bytes + num_bytes)
 
     def __enter__(self) -> MemoryLease:

@@ -1,7 +1,7 @@
-"""Chat route compatible with the OpenAI API: caption one region of an image.
+"""Routes compatible with the chat completions of the OpenAI API: caption one region of an image.
 
 See https://platform.openai.com/docs/api-reference/chat. The region is read from the fields `box`, `points` and `mask`
-(`extra_body` in the OpenAI client), else from the text of the user messages (see `sca.serve.text_region`). Without
+(`extra_body` in the OpenAI client), else from the text of the user messages (see `sca.serve.region_parser`). Without
 either, it is the entire image. Unsupported fields are rejected by name.
 """
 
@@ -20,10 +20,10 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 from sca_registry.contracts import Caption, Prompt
 
-from sca.serve.conversation import ChatMessage, check_message_parts, find_image_url, find_text_region, split_turns
+from sca.serve.chat_messages import ChatMessage, check_message_parts, find_image_url, find_text_region, split_turns
 from sca.serve.errors import ApiError
 from sca.serve.limits import MAX_BEAMS, MAX_NEW_TOKENS, MAX_SEED, MIN_SEED
-from sca.serve.schema import CaptionRequest, ErrorResponse, PromptIn, add_body_schema
+from sca.serve.schema import CaptionRequest, ErrorResponse, RegionPrompt, add_body_schema
 from sca.serve.service import (
     ERROR_RESPONSES,
     EVENT_STREAM_MEDIA_TYPE,
@@ -33,7 +33,7 @@ from sca.serve.service import (
     decode_base64,
 )
 
-MAX_STOPS, MAX_STOP_LENGTH = 4, 256  # stop sequences, and characters per stop sequence
+MAX_STOP_SEQUENCES, MAX_STOP_LENGTH = 4, 256  # stop sequences, and characters per stop sequence
 IGNORED_FIELDS = {  # fields that do not affect the response
     *("metadata", "user", "safety_identifier", "service_tier", "parallel_tool_calls", "prediction"),
     *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
@@ -59,33 +59,46 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
 }
 MODEL_NOT_FOUND_RESPONSE: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorResponse, "description": "no such model"}
+    404: {"model": ErrorResponse, "description": "Unknown model."}
 }
-StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopSequence = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class StreamOptions(BaseModel):
     """Options of a streamed response."""
 
-    include_usage: StrictBool | None = False
+    include_usage: Annotated[
+        StrictBool | None, Field(description="Send a last chunk with the token usage of the request.")
+    ] = False
 
 
-class ChatRequest(PromptIn):
+class ChatRequest(RegionPrompt):
     """Request of the chat route.
 
-    The region is given by `box`, `points` and `mask`, in image pixels, or in the text of the user messages. Fields of
+    The region is set by `box`, `points` and `mask`, in image pixels, or in the text of the user messages. Fields of
     the OpenAI API that do not affect the response are ignored.
     """
 
     model_config = ConfigDict(extra="allow")
 
-    model: str = ""
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
-    task: Literal["caption", "recognition"] = "caption"
-    n: Annotated[StrictInt | None, Field(ge=1, le=MAX_BEAMS, description="captions")] = None
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2, description="0 or none: the likeliest words")] = None
+    model: Annotated[str, Field(description="Name of the model; empty for the model of the server.")] = ""
+    messages: Annotated[
+        list[ChatMessage],
+        Field(min_length=1, max_length=1000, description="Conversation; the last image and its region are captioned."),
+    ]
+    task: Annotated[
+        Literal["caption", "recognition"],
+        Field(description="Generate a caption (`caption`) or a class name (`recognition`)."),
+    ] = "caption"
+    n: Annotated[StrictInt | None, Field(ge=1, le=MAX_BEAMS, description="Number of captions, best first.")] = None
+    max_tokens: Annotated[
+        int | None, Field(ge=1, description="Maximum tokens per caption; see `max_completion_tokens`.")
+    ] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1, description="Maximum tokens per caption.")] = None
+    temperature: Annotated[
+        float | None,
+        Field(ge=0, le=2, description="Sampling temperature; 0 or null chooses the likeliest tokens."),
+    ] = None
     top_p: Annotated[
         float | None,
         Field(
@@ -94,10 +107,15 @@ class ChatRequest(PromptIn):
             description="Nucleus sampling; a value below 1 without temperature implies temperature 1.",
         ),
     ] = None
-    seed: Annotated[StrictInt | None, Field(ge=MIN_SEED, le=MAX_SEED)] = None
-    stop: Annotated[StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None, Field()] = None
-    stream: StrictBool | None = False
-    stream_options: StreamOptions | None = None
+    seed: Annotated[StrictInt | None, Field(ge=MIN_SEED, le=MAX_SEED, description="Random seed for sampling.")] = None
+    stop: Annotated[
+        StopSequence | Annotated[list[StopSequence], Field(max_length=MAX_STOP_SEQUENCES)] | None,
+        Field(description="Stop sequence, or several; a caption ends before the first one that it contains."),
+    ] = None
+    stream: Annotated[StrictBool | None, Field(description="Send the response as server-sent events.")] = False
+    stream_options: Annotated[
+        StreamOptions | None, Field(description="Options of a streamed response; requires `stream`.")
+    ] = None
 
     def check_supported(self, generation_options: Collection[str] | None = None) -> None:
         """Reject unsupported fields.
@@ -116,7 +134,7 @@ class ChatRequest(PromptIn):
             ):
                 raise ApiError(
                     422,
-                    f"the field {name[:40]!r} is not supported; leave it out",
+                    f"the field {name[:40]!r} is not supported; remove it",
                     "unsupported_parameter",
                     name[:40],
                 )
@@ -125,7 +143,7 @@ class ChatRequest(PromptIn):
             if generation_options is not None and option in generation_fields and option not in generation_options:
                 raise ApiError(
                     422,
-                    f"the field {name!r} is not supported by this model; leave it out",
+                    f"the field {name!r} is not supported by this model; remove it",
                     "unsupported_parameter",
                     name,
                 )
@@ -145,7 +163,7 @@ class ChatRequest(PromptIn):
         turns = split_turns(self.messages)
         check_message_parts(turns)
         url = find_image_url(turns)
-        prompt = PromptIn(box=self.box, points=self.points, mask=self.mask)
+        prompt = RegionPrompt(box=self.box, points=self.points, mask=self.mask)
         if not prompt.model_dump(exclude_none=True):
             prompt = find_text_region(turns, url)
         return url, CaptionRequest(**self._collect_generation_options(), task=self.task, prompts=[prompt])
@@ -170,7 +188,7 @@ class ChatRequest(PromptIn):
         return self.n or 1
 
     @property
-    def stop_texts(self) -> list[str]:
+    def stop_sequences(self) -> list[str]:
         """Stop sequences."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
@@ -188,18 +206,16 @@ def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
 
     def check_model_name(name: str) -> None:
         if name != service.model_name:
-            message = f"no model {name[:100]!r} here: there is {service.model_name!r}"
+            message = f"unknown model {name[:100]!r}; this server provides {service.model_name!r}"
             raise ApiError(404, message, "model_not_found", "model")
 
-    @app.get("/v1/models", summary="The model that answers")
-    async def models() -> dict[str, Any]:
+    @app.get("/v1/models", summary="List the models")
+    async def list_models() -> dict[str, Any]:
         """List the model of the server."""
         return {"object": "list", "data": [model_info]}
 
-    @app.get(
-        "/v1/models/{name:path}", summary="The model that answers, by its name", responses=MODEL_NOT_FOUND_RESPONSE
-    )
-    async def model(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}", summary="Retrieve a model by its name", responses=MODEL_NOT_FOUND_RESPONSE)
+    async def retrieve_model(name: str) -> dict[str, Any]:
         """Return the model of the server if it has this name."""
         check_model_name(name)
         return model_info
@@ -210,12 +226,12 @@ def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
         "/v1/chat/completions",
         responses=ERROR_RESPONSES | MODEL_NOT_FOUND_RESPONSE,
         openapi_extra={"requestBody": request_body},
-        summary="One region, as chat clients ask",
+        summary="Create a chat completion: caption one region of an image",
     )
-    async def chat(request: Request) -> Response:
+    async def create_chat_completion(request: Request) -> Response:
         """Caption one region of an image, for clients of the OpenAI API.
 
-        The image is a `data:` URL in a message. The region is given by the fields `box`, `points` and `mask` in image
+        The image is a `data:` URL in a message. The region is set by the fields `box`, `points` and `mask` in image
         pixels, or in the text of the user messages, such as `box=10,20,30,40` or `point=10,20`; the default is the
         entire image. The response contains the region with its mask in the additional field `region`.
         """
@@ -241,7 +257,7 @@ def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
             return Response(status_code=499)  # client closed the connection
         (caption,) = captions
         choices, usage = (
-            make_choices(caption, chat_request.num_choices, chat_request.stop_texts),
+            make_choices(caption, chat_request.num_choices, chat_request.stop_sequences),
             count_usage(caption, chat_request.num_choices),
         )
         header = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.model_name}
@@ -255,12 +271,12 @@ def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
             "object": "chat.completion",
             "choices": [
                 {
-                    "index": number,
+                    "index": index,
                     "message": {"role": "assistant", "content": choice.text},
                     "logprobs": None,
                     "finish_reason": choice.finish_reason,
                 }
-                for number, choice in enumerate(choices)
+                for index, choice in enumerate(choices)
             ],
             "usage": usage,
             "region": caption_to_dict(caption, image),
@@ -268,22 +284,19 @@ def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
         return JSONResponse(response)
 
 
-def make_choices(caption: Caption, num_choices: int, stop_texts: Sequence[str]) -> list[ChatChoice]:
+def make_choices(caption: Caption, num_choices: int, stop_sequences: Sequence[str]) -> list[ChatChoice]:
     """Convert a caption and its alternatives to choices, best first.
 
     Args:
         caption: Caption of the region, with its alternatives.
         num_choices: Maximum number of choices.
-        stop_texts: Stop sequences; a text ends before the first one that it contains.
-
-    Returns:
-        At most `num_choices` choices.
+        stop_sequences: Stop sequences; a text ends before the first one that it contains.
     """
     texts = [caption.text, *(text for text, _ in caption.alternatives)]
     truncated_flags = caption.usage.is_truncated if caption.usage else (False,) * len(texts)
     choices = []
     for text, is_truncated in list(zip(texts, truncated_flags, strict=True))[:num_choices]:
-        stop_offsets = [place for stop in stop_texts if (place := text.find(stop)) >= 0]
+        stop_offsets = [offset for stop in stop_sequences if (offset := text.find(stop)) >= 0]
         if stop_offsets:
             choices.append(ChatChoice(text[: min(stop_offsets)], "stop"))
         else:
@@ -297,9 +310,6 @@ def count_usage(caption: Caption, num_choices: int) -> dict[str, int]:
     Args:
         caption: Caption of the region.
         num_choices: Number of choices to count.
-
-    Returns:
-        `prompt_tokens`, `completion_tokens` and `total_tokens`.
     """
     prompt_tokens = caption.usage.prompt_tokens if caption.usage else 0
     completion_tokens = sum(caption.usage.completion_tokens[:num_choices]) if caption.usage else 0

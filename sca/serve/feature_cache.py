@@ -7,20 +7,20 @@ from collections import OrderedDict
 from sca.inference.engine import EncodedImages
 
 
-class FeatureStore:
+class FeatureCache:
     """LRU cache of image features, without the images.
 
     Args:
         max_bytes: Maximum bytes of all features.
 
     Attributes:
-        stored_bytes: Current bytes of all features.
+        cached_bytes: Current bytes of all features.
         hits: Lookups that found features.
         misses: Lookups that did not.
     """
 
     def __init__(self, max_bytes: int):
-        self.max_bytes, self.stored_bytes, self.hits, self.misses = max_bytes, 0, 0, 0
+        self.max_bytes, self.cached_bytes, self.hits, self.misses = max_bytes, 0, 0, 0
         self._encoded_by_digest: OrderedDict[str, EncodedImages] = OrderedDict()
 
     def __len__(self) -> int:
@@ -39,9 +39,9 @@ class FeatureStore:
     def put(self, digest: str, encoded: EncodedImages) -> None:
         """Store the features of an image and evict the least recently used ones."""
         self._encoded_by_digest[digest] = encoded
-        self.stored_bytes += _count_feature_bytes(encoded)
-        while self.stored_bytes > self.max_bytes:
-            self.stored_bytes -= _count_feature_bytes(self._encoded_by_digest.popitem(last=False)[1])
+        self.cached_bytes += _count_feature_bytes(encoded)
+        while self.cached_bytes > self.max_bytes:
+            self.cached_bytes -= _count_feature_bytes(self._encoded_by_digest.popitem(last=False)[1])
 
 
 def _count_feature_bytes(encoded: EncodedImages) -> int:

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from sca.io.errors import InputError
 from sca.serve.errors import ApiError
-from sca.serve.schema import PromptIn
-from sca.serve.text_region import find_region
+from sca.serve.region_parser import find_region
+from sca.serve.schema import RegionPrompt
 
-MAX_TEXT = 2**20  # characters of messages that are searched for a region
+MAX_SEARCHED_CHARACTERS = 2**20  # characters of messages that are searched for a region
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image_url", "input_image")
 REGION_FIELD = re.compile(
@@ -21,7 +21,7 @@ REGION_FIELD = re.compile(
     r"|poly(?:gon)?s?|rect(?:angle)?s?|selections?|segmentations?|xyxy|xywh|ltrb)(?:[_-].*|\d?d?)",
     re.IGNORECASE,
 )
-_CAMEL_CASE = re.compile(r"(?<=[a-z])(?=[A-Z])")  # boundary of two words
+_CAMEL_CASE_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 class ImageUrl(BaseModel):
@@ -29,7 +29,7 @@ class ImageUrl(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    url: Annotated[str, Field(description="a data: URL")]
+    url: Annotated[str, Field(description="Image file as a data: URL in base64.")]
 
 
 class TextPart(BaseModel):
@@ -136,19 +136,19 @@ def find_image_url(turns: Sequence[Sequence[ChatMessage]]) -> str:
         if len(urls) > 1:
             raise ApiError(
                 422,
-                f"{len(urls)} images are sent for one answer and a request has one; send one request for each",
+                f"the last turn has {len(urls)} images; send one request per image",
                 param="messages",
             )
         if urls:
             return urls[0]
     raise ApiError(
         422,
-        "no message has an image: send one as {'type': 'image_url', 'image_url': {'url': ...}}",
+        "no message contains an image; send it as {'type': 'image_url', 'image_url': {'url': ...}}",
         param="messages",
     )
 
 
-def find_text_region(turns: Sequence[Sequence[ChatMessage]], url: str) -> PromptIn:
+def find_text_region(turns: Sequence[Sequence[ChatMessage]], url: str) -> RegionPrompt:
     """Find the region in the text of the user messages about an image.
 
     The last turn with a region determines the result, so that a region applies to later turns, even if each sends the
@@ -159,11 +159,11 @@ def find_text_region(turns: Sequence[Sequence[ChatMessage]], url: str) -> Prompt
         url: Result of `find_image_url`.
 
     Returns:
-        The region; an empty prompt if there is none.
+        The region; an empty prompt if the text contains none.
 
     Raises:
         ApiError: The text is too long to search (413), or only messages of other roles contain coordinates (422).
-        InputError: The region cannot be read, or there are several.
+        InputError: The region cannot be parsed, or the text contains several.
     """
     relevant_turns = _select_turns_about(turns, url)
     num_searched = 0
@@ -172,7 +172,7 @@ def find_text_region(turns: Sequence[Sequence[ChatMessage]], url: str) -> Prompt
         num_searched = _add_searched_length(num_searched, text)
         region = find_region(text)
         if region is not None:
-            return PromptIn(box=region.box, points=list(region.points) or None)
+            return RegionPrompt(box=region.box, points=list(region.points) or None)
     other_messages = [
         message for turn in relevant_turns for message in turn if message.role in ("assistant", "tool", "function")
     ]
@@ -182,20 +182,20 @@ def find_text_region(turns: Sequence[Sequence[ChatMessage]], url: str) -> Prompt
         if _looks_like_region(message.text):
             raise ApiError(
                 422,
-                f"only a message of the role {message.role!r} has coordinates; write the region in the user's message, "
-                "or give it as box, points or mask",
+                f"only a message of the role {message.role!r} contains coordinates; write the region in a user "
+                "message, or send it in the field box, points or mask",
                 param="messages",
             )
-    return PromptIn()
+    return RegionPrompt()
 
 
 def _select_turns_about(turns: Sequence[Sequence[ChatMessage]], url: str) -> Sequence[Sequence[ChatMessage]]:
     """Return the turns after the last other image, from the first with this image; all turns if none has another."""
-    other_image_turns = [number for number, turn in enumerate(turns) if any(other != url for other in _list_urls(turn))]
+    other_image_turns = [index for index, turn in enumerate(turns) if any(other != url for other in _list_urls(turn))]
     if not other_image_turns:
         return turns
     first_index = other_image_turns[-1] + 1
-    return turns[next(number for number in range(first_index, len(turns)) if url in _list_urls(turns[number])) :]
+    return turns[next(index for index in range(first_index, len(turns)) if url in _list_urls(turns[index])) :]
 
 
 def _list_urls(turn: Sequence[ChatMessage]) -> list[str]:
@@ -217,17 +217,17 @@ def check_message_parts(turns: Sequence[Sequence[ChatMessage]]) -> None:
             if message.role == "user" and isinstance(part, OtherPart) and part.type != "refusal":
                 raise ApiError(
                     422,
-                    f"a part of the type {part.type[:40]!r} cannot be answered; send parts of the types text and "
-                    "image_url",
+                    f"the content type {part.type[:40]!r} is not supported; send parts of the types text and image_url",
                     "unsupported_parameter",
                     "messages",
                 )
     for message in (message for turn in turns for message in turn if message.role == "user"):
         for name in _iter_extra_fields(message):
-            if REGION_FIELD.fullmatch(_CAMEL_CASE.sub("_", name[:100])):
+            if REGION_FIELD.fullmatch(_CAMEL_CASE_BOUNDARY.sub("_", name[:100])):
                 raise ApiError(
                     422,
-                    f"the field {name[:40]!r} of a message is not read; give box, points or mask beside messages",
+                    f"the field {name[:40]!r} of a message is not supported; send the region in the field box, points "
+                    "or mask of the request",
                     "unsupported_parameter",
                     "messages",
                 )
@@ -248,11 +248,11 @@ def _iter_extra_fields(message: ChatMessage) -> Iterator[str]:
 def _add_searched_length(num_searched: int, text: str) -> int:
     """Add the length of a text to `num_searched`; raise ApiError above `MAX_TEXT`."""
     num_searched += len(text)
-    if num_searched > MAX_TEXT:
+    if num_searched > MAX_SEARCHED_CHARACTERS:
         raise ApiError(
             413,
-            f"the messages have {num_searched:,} characters, and {MAX_TEXT:,} are allowed where their text may contain "
-            "the region; give the region as box, points or mask",
+            f"the messages have {num_searched:,} characters; at most {MAX_SEARCHED_CHARACTERS:,} are searched for a "
+            "region; send the region in the field box, points or mask",
             param="messages",
         )
     return num_searched
@@ -260,6 +260,6 @@ def _add_searched_length(num_searched: int, text: str) -> int:
 
 def _looks_like_region(text: str) -> bool:
     try:
-        return find_region(text, reject_bare=False) is not None
+        return find_region(text, reject_ambiguous=False) is not None
     except InputError:
         return True
