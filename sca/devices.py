@@ -22,6 +22,9 @@ def resolve_device(name: str | torch.device, allow_meta: bool = False) -> torch.
         name: Name such as "cuda:1".
         allow_meta: Accept "meta", the device without data.
 
+    Returns:
+        The device.
+
     Raises:
         ValueError: The name is invalid, or the device is not available.
     """

@@ -74,6 +74,9 @@ class SegmentationModel(nn.Module):
             features: (B, C, h, w) features of `encode`.
             prompts: N prompts in pixels of the input frame.
             multimask_output: Return three masks per region instead of one.
+
+        Returns:
+            Masks, scores and tokens of the N regions.
         """
         return self.segmenter(features, prompts, multimask_output)
 
@@ -253,6 +256,9 @@ class SegmentCaptioner(SegmentationModel):
             task_ids: (N,) 0 recognition, 1 caption.
             **generation: Options of `generate_from_prefix`.
 
+        Returns:
+            Token ids and scores of the captions.
+
         Raises:
             ValueError: Scores are not finite.
         """
@@ -269,6 +275,9 @@ class SegmentCaptioner(SegmentationModel):
             **generation: Options of the language model's `generate`, which override those of the spec, and `seed`, the
                 seed of every row. With a seed, rows are generated one at a time, so that a caption does not depend on
                 its neighbors, and the state of torch's generators is preserved.
+
+        Returns:
+            Token ids and scores of the captions.
 
         Raises:
             ValueError: Scores are not finite, because the weights are corrupt or the dtype overflows.

@@ -109,6 +109,9 @@ def resolve_gpu_memory(gpu: str | float) -> float:
     Args:
         gpu: Name out of `GPU_MEMORY_GIB`, or GiB.
 
+    Returns:
+        GiB.
+
     Raises:
         RegistryError: The GPU is unknown.
         ValueError: The memory is out of range.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sca_registry import plugins
 
-pytest_plugins = ["sca.testing.pytest"]
+pytest_plugins = ["sca.testing.pytest", "slow_guard"]
 
 CACHE = tempfile.TemporaryDirectory(prefix="sca-cache-")  # removed when the tests end
 os.environ["SCA_CACHE"] = CACHE.name

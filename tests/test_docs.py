@@ -23,6 +23,7 @@ def site(tmp_path_factory):
     return {path.name: path.read_text("utf-8") for path in folder.glob("*.html")}
 
 
+@pytest.mark.slow
 def test_every_page_is_there_and_every_chapter_of_the_readme_on_one(site):
     whole = "".join(site.values())
     for title in re.findall(r"^### (.+)$|^## (.+)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE):

@@ -45,6 +45,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_python_block_runs(checkout):
     program = "\n".join(blocks("python"))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=checkout)
@@ -53,6 +54,7 @@ def test_every_python_block_runs(checkout):
 
 
 @pytest.mark.parametrize("command", commands("sca", TEXT, GUIDE, *MANUALS, *DOCS))
+@pytest.mark.slow
 def test_every_command_is_understood(command):
     _, *arguments = shlex.split(command)
     parser = typer.main.get_command(cli.app)
@@ -72,7 +74,7 @@ def test_every_make_target_is_there():
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^):]+)\)", TEXT + GUIDE))))
 def test_every_file_that_is_linked_is_there(link):
-    assert (ROOT / link).is_file(), "make picture makes the pictures" if link.endswith(".png") else link
+    assert (ROOT / link).is_file(), "run: make scene" if link.endswith(".png") else link
 
 
 def test_the_folders_of_the_tree_are_there():
@@ -87,6 +89,7 @@ def test_the_folders_of_the_tree_are_there():
     assert shown >= {f"sca/{each.name}/" for each in (ROOT / "sca").iterdir() if (each / "__init__.py").exists()}
 
 
+@pytest.mark.slow
 def test_the_plugin_of_the_readme_installs_is_listed_and_trains(tmp_path):
     (code,) = (block for block in blocks("python") if "class MeanMixer" in block)
     (project,) = blocks("toml")
@@ -116,7 +119,7 @@ def test_the_plugin_of_the_readme_installs_is_listed_and_trains(tmp_path):
 def test_the_table_is_the_one_that_the_measured_results_give():
     shown = read_between(TEXT, results_table.START, results_table.END)
     reports = results_table.read_reports(ROOT / "benchmarks" / "results")
-    assert shown == (results_table.render_results_table(reports) if reports else ""), "run: make results"
+    assert shown == (results_table.render_results_table(reports) if reports else ""), "run: make results-table"
 
 
 def test_results_become_a_table_between_the_markers(tmp_path):
@@ -143,7 +146,7 @@ def test_a_page_without_markers_or_a_folder_without_reports_is_refused_in_one_li
     with pytest.raises(SystemExit, match="error: no report in"):
         results_table.main(str(page), str(tmp_path))
     (tmp_path / "results.json").write_text('{"scores": {}}', "utf-8")
-    with pytest.raises(SystemExit, match=r"error: .*results.json is not what `sca evaluate --json` prints"):
+    with pytest.raises(SystemExit, match=r"error: .*results.json is neither the output of `sca evaluate --json`"):
         results_table.main(str(page), str(tmp_path))
     report = {"model": "m", "dataset": "d", "split": "test", "prompt": "box", "images": 3, "regions": 7, "scores": {}}
     (tmp_path / "results.json").write_text(json.dumps(report), "utf-8")
@@ -151,8 +154,9 @@ def test_a_page_without_markers_or_a_folder_without_reports_is_refused_in_one_li
         results_table.main(str(page), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_table_of_combinations_is_what_is_planned():
     pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
     assert read_between(TEXT, model_table.START, model_table.END) == model_table.render_model_table(), (
-        "run: make choice"
+        "run: make model-table"
     )

@@ -51,16 +51,19 @@ def start(site):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_stubs_are_loaded_with_torchvision_where_torch_has_no_cuda(site):
     lines = start(site(None))
     assert lines == ["started False", "loaded libcudart.so.13", "looked for False", "imported"]
 
 
+@pytest.mark.slow
 def test_stubs_do_nothing_where_a_torch_with_cuda_was_installed_later(site):
     assert start(site("13.0")) == ["started False", "looked for False", "imported"]
 
 
 @pytest.mark.parametrize("damage", ["no folder", "broken loader", "no torch", "broken version"])
+@pytest.mark.slow
 def test_stubs_never_break_the_start_of_python(site, damage):
     folder = site(None)
     if damage == "no folder":
@@ -82,6 +85,7 @@ def test_unfix_removes_what_fix_wrote(site):
 
 
 @pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("nm")), reason="needs gcc and nm")
+@pytest.mark.slow
 def test_install_stubs_makes_a_library_of_operators_for_cuda_loadable(tmp_path):
     def compile(target, code, *flags):
         command = ["gcc", "-shared", "-fPIC", "-o", target, "-x", "c", "-", *flags]
@@ -196,6 +200,7 @@ sys.meta_path.insert(0, Finder())
 """
 
 
+@pytest.mark.slow
 def test_doctor_reports_built_in_components_that_raise_or_abort_on_import(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BROKEN_IMPORTS)
     command = [sys.executable, "-m", "sca", "doctor", "segment-caption-anything"]

@@ -46,7 +46,7 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
         content = read_json(path)
         for report in content if isinstance(content, list) else [content]:
             if not isinstance(report, dict) or not report.keys() >= REQUIRED_FIELDS:
-                raise ValueError(f"{path} is not what `sca evaluate --json` prints, nor a list of it")
+                raise ValueError(f"{path} is neither the output of `sca evaluate --json` nor a list of such reports")
             reports.append(report)
     return reports
 

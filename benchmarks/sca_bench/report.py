@@ -61,6 +61,9 @@ def render_sweep_page(rows: Sequence[Mapping[str, Any]], title: str, score_name:
         rows: Rows of the results file.
         title: Title of the page.
         score_name: Score that measures quality. Defaults to the most informative one available.
+
+    Returns:
+        The HTML.
     """
     score_name = score_name or choose_quality_score(rows)
     summaries = summarize_rows(rows, score_name)
@@ -96,6 +99,9 @@ def render_markdown(rows: Sequence[Mapping[str, Any]], score_name: str | None = 
     Args:
         rows: Rows of the results file.
         score_name: Score that measures quality. Defaults to the most informative one available.
+
+    Returns:
+        The Markdown.
     """
     score_name = score_name or choose_quality_score(rows)
     text_columns, numeric_columns = _build_columns(summarize_rows(rows, score_name), score_name)
@@ -172,6 +178,9 @@ def render_csv(rows: Sequence[Mapping[str, Any]], score_name: str | None = None)
     Args:
         rows: Rows of the results file.
         score_name: Score that measures quality. Defaults to the most informative one available.
+
+    Returns:
+        The CSV.
     """
     score_name = score_name or choose_quality_score(rows)
     score_names = sorted({each["name"] for row in rows for each in row.get("scores") or () if each["control"] is None})

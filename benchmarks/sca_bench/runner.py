@@ -54,6 +54,9 @@ def run_sweep(
         budget_seconds: Seconds after which no row starts; rows that are stopped stay missing.
         order: Order of the rows, see `Sweep.list_rows`.
 
+    Returns:
+        The numbers of rows by state.
+
     Raises:
         ValueError: A missing row is invalid; raised before the first row runs.
         LockedError: Another process writes to the folder.

@@ -145,6 +145,13 @@ class Sweep:
     def read(cls, name: str, device: str = "cpu") -> Sweep:
         """Read a bundled sweep by name, or a TOML file.
 
+        Args:
+            name: Name of a bundled sweep, or path of a TOML file.
+            device: Device of the rows.
+
+        Returns:
+            The sweep.
+
         Raises:
             RegistryError: An unknown name or key, or an invalid value.
         """
@@ -181,6 +188,9 @@ class Sweep:
 
         Args:
             order: "cheapest" for the fewest parameters first, or "listed" for the order of the axes in the sweep.
+
+        Returns:
+            The rows.
 
         Raises:
             RegistryError: An unknown component.

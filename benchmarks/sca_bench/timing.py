@@ -114,6 +114,9 @@ def measure_training_step(
         num_tokens: Tokens per caption.
         repeats: Repeats after a warm-up.
         use_cached_features: Compute the encoder features once, before the steps.
+
+    Returns:
+        The sizes, and summary statistics of the seconds.
     """
     pixels, prompts = make_random_inputs(model, num_images, num_regions)
     batch = make_training_batch(model, pixels, prompts, num_tokens)

@@ -22,6 +22,10 @@ def check_rows(sweep: Sweep, rows: Iterable[SweepRow]) -> None:
 
     Broken components and incompatible components are results of a sweep and not rejected.
 
+    Args:
+        sweep: Sweep of the rows.
+        rows: Rows to check.
+
     Raises:
         ValueError: The message names the invalid field or component, or the extra to install.
     """

@@ -16,7 +16,7 @@ pytest_plugins = ["sca.testing.pytest"]  # provides the fixture `conformance`
 @pytest.fixture
 def folder(tmp_path):
     for number in range(2):
-        Image.new("RGB", (40, 30), "grey").save(tmp_path / f"{number}.png")
+        Image.new("RGB", (40, 30), "gray").save(tmp_path / f"{number}.png")
         shapes = [
             {
                 "label": "roof",
@@ -64,7 +64,7 @@ def make_rotated_dataset(folder, **changes):
     """Create a dataset with an image that EXIF rotates by 90 degrees, annotated as displayed: 40 x 30."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (30, 40), "grey").save(folder / "0.png", exif=exif)
+    Image.new("RGB", (30, 40), "gray").save(folder / "0.png", exif=exif)
     door = {"label": "door", "points": [[32, 10], [39, 25]], "shape_type": "rectangle"}
     content = {"imagePath": "0.png", "shapes": [door], "imageWidth": 40, "imageHeight": 30} | changes
     (folder / "0.json").write_text(json.dumps(content))

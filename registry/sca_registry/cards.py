@@ -81,6 +81,9 @@ FIELD_TYPES = {
 def parse_cards(text: str) -> dict[str, Card | RegistryError]:
     """Parse a card file.
 
+    Args:
+        text: TOML document with a table per card.
+
     Returns:
         The card of each name, or the error of an invalid card.
 
@@ -108,6 +111,9 @@ def read_builtin_cards(plural: str) -> dict[str, Card]:
 
     Args:
         plural: Plural name of the kind, such as "encoders".
+
+    Returns:
+        Cards by name.
     """
     from importlib.resources import files
 
@@ -121,6 +127,9 @@ def read_builtin_cards(plural: str) -> dict[str, Card]:
 def check_name(name: object) -> None:
     """Check that a name is valid within `encoder+mixer+language-model`, `distribution:name` and a command line.
 
+    Args:
+        name: Name of a component.
+
     Raises:
         RegistryError: The name is invalid.
     """
@@ -132,6 +141,9 @@ def check_name(name: object) -> None:
 
 def check_factory(factory: str) -> None:
     """Check that the path of a factory has the form "package.module:attribute".
+
+    Args:
+        factory: Path of a factory.
 
     Raises:
         RegistryError: The path is invalid.

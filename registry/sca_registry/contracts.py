@@ -313,6 +313,9 @@ class Segmenter(Protocol):
             features: (B, C, h, w) features of the encoder.
             prompts: N prompts.
             multimask_output: Return three masks per region instead of one.
+
+        Returns:
+            Masks, scores and tokens of the N regions.
         """
 
 

@@ -14,6 +14,10 @@ class RegistryError(catalogue.RegistryError):
 def suggest_name(requested: str, names: Iterable[str]) -> str:
     """Suggest the closest name, ignoring case and treating underscores as hyphens.
 
+    Args:
+        requested: The unknown name.
+        names: All valid names.
+
     Returns:
         A sentence with a leading space, such as " Did you mean 'query'?"; "" if no name is close.
     """
@@ -36,6 +40,9 @@ def make_unknown_name_error(problem: str, requested: str, names: Iterable[str]) 
         problem: Start of the message, without a period.
         requested: The unknown name.
         names: All valid names.
+
+    Returns:
+        The error, to be raised by the caller.
     """
     names = list(names)
     return RegistryError(f"{problem}.{suggest_name(requested, names)}{format_choices(names)}")

@@ -46,6 +46,9 @@ def is_text_option(factory: Callable[..., Any], num_positional: int, option: str
         factory: Factory of a component.
         num_positional: Number of leading parameters that are not options.
         option: Name of the option.
+
+    Returns:
+        True if the option takes text.
     """
     for parameter in _filter_option_parameters(_get_parameters(factory) or [], num_positional):
         if parameter.name == option:

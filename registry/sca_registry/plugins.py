@@ -85,6 +85,9 @@ def get_builtin_registrations(plural: str) -> tuple[Registration, ...]:
 
     Args:
         plural: Plural name of the kind, such as "encoders".
+
+    Returns:
+        Offers in the order of the card file.
     """
     origin = _get_builtin_origin()
     return tuple(Registration(card, origin) for card in read_builtin_cards(plural).values())
@@ -96,6 +99,9 @@ def find_plugin_registrations(group: str) -> tuple[Registration, ...]:
 
     Args:
         group: Entry-point group of the kind, such as "sca_encoders".
+
+    Returns:
+        Offers of the installed distributions.
     """
     return tuple(
         registration
@@ -124,6 +130,9 @@ def is_extra_installed(distribution: str, extra: str) -> bool | None:
     Args:
         distribution: Name of the distribution.
         extra: Name of the extra.
+
+    Returns:
+        Whether the extra is installed, or None.
     """
     from importlib.metadata import PackageNotFoundError, metadata
 

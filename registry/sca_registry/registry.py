@@ -86,6 +86,9 @@ class Registry(catalogue.Registry):
     Extends `catalogue.Registry`: names are listed without imports, card files are read, duplicate names are rejected, a
     broken plugin only affects its own name, and `build` checks options and results.
 
+    Args:
+        kind: Kind of the components.
+
     Attributes:
         kind: Kind of the components.
     """
@@ -168,6 +171,9 @@ class Registry(catalogue.Registry):
         Args:
             name: Name of the component.
 
+        Returns:
+            The card.
+
         Raises:
             RegistryError: The name is unknown or ambiguous.
         """
@@ -180,6 +186,9 @@ class Registry(catalogue.Registry):
 
         Args:
             name: Name of the component.
+
+        Returns:
+            The factory.
 
         Raises:
             RegistryError: The name is unknown or ambiguous, or the component is broken or needs an extra.
@@ -203,6 +212,9 @@ class Registry(catalogue.Registry):
         Args:
             name: Name of the component.
             default: Returned if no plugin has the name, or the plugin does not work.
+
+        Returns:
+            The factory, or `default`.
         """
         with suppress(RegistryError):
             if self._is_plugin(self._resolve_registration(name)):
@@ -334,6 +346,9 @@ class Registry(catalogue.Registry):
         Args:
             name: Name of the component.
             option: Name of the option.
+
+        Returns:
+            True if the option takes text.
         """
         try:
             return is_text_option(self._load_factory(self._resolve_registration(name)), self._num_positional, option)
@@ -533,6 +548,9 @@ def get_registry(kind: str) -> Registry:
 
     Args:
         kind: Singular or plural name with underscores or hyphens, such as "language-model" or "language_models".
+
+    Returns:
+        The registry.
 
     Raises:
         RegistryError: The kind is unknown.

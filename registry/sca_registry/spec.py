@@ -53,6 +53,9 @@ class ComponentSpec:
             data: Table or name.
             subject: Subject of the error messages, such as "mixer".
 
+        Returns:
+            The component.
+
         Raises:
             RegistryError: `data` is neither a name nor a table with a name.
         """
@@ -74,6 +77,9 @@ class ComponentSpec:
             text: "NAME [key=value]...". Quotes enclose values with spaces.
             subject: Subject of the error messages, such as "--proposer".
             kind: Kind of the component, to read options that take text as text.
+
+        Returns:
+            The component.
 
         Raises:
             RegistryError: The text is invalid.
@@ -182,6 +188,9 @@ class ModelSpec:
         Args:
             text: "encoder+mixer+language-model".
 
+        Returns:
+            The spec.
+
         Raises:
             RegistryError: The text does not contain three names.
         """
@@ -200,6 +209,9 @@ class ModelSpec:
 
         Args:
             data: Tables, possibly partial. A component can be a name without options.
+
+        Returns:
+            The spec.
 
         Raises:
             RegistryError: A component is missing, a key is unknown, or the format is not supported.
@@ -237,6 +249,9 @@ class ModelSpec:
 
         Args:
             assignments: `key=value` assignments, see `overrides`.
+
+        Returns:
+            The changed spec.
 
         Raises:
             RegistryError: An assignment, or the changed spec, is invalid.
@@ -309,6 +324,9 @@ def make_everything_options(options: Mapping[str, Any]) -> EverythingOptions:
 
     Args:
         options: Values by field of `EverythingOptions`.
+
+    Returns:
+        The options.
 
     Raises:
         RegistryError: A field is unknown, or a value has the wrong type or is out of range.

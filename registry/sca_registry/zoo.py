@@ -59,6 +59,12 @@ def list_names() -> list[str]:
 def get_entry(name: str) -> ZooEntry:
     """Return the metadata of a model.
 
+    Args:
+        name: Name of the model.
+
+    Returns:
+        The metadata.
+
     Raises:
         RegistryError: The name is unknown.
     """

@@ -72,6 +72,9 @@ class MostFrequent:
             task: "recognition" or "caption".
             **generation: Generation options, which are checked and have no effect.
 
+        Returns:
+            A caption per prompt, in the same order.
+
         Raises:
             ValueError: The task is unknown, or the training regions have no text for it.
             RegistryError: A generation option is invalid.

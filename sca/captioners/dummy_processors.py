@@ -22,6 +22,9 @@ def build_dummy_processor(config: PreTrainedConfig) -> Any:
     Args:
         config: Configuration of a BLIP, BLIP-2, GIT, Florence-2 or Kosmos-2.
 
+    Returns:
+        The processor of the architecture.
+
     Raises:
         ValueError: The architecture is not supported.
     """

@@ -178,6 +178,12 @@ class ImageTextModel:
 def load_processor(folder: Path) -> Any:
     """Load the processor of images and texts from a folder.
 
+    Args:
+        folder: Folder with the files of the processor.
+
+    Returns:
+        The processor of transformers.
+
     Raises:
         InputError: The processor cannot be read.
     """

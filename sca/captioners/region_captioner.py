@@ -244,6 +244,12 @@ def _has_masks(segmenter: str) -> bool:
 def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:
     """Return `num_beams` and `max_new_tokens`, by default those of `DEFAULT_GENERATION`.
 
+    Args:
+        options: Generation options by name.
+
+    Returns:
+        `num_beams` and `max_new_tokens`.
+
     Raises:
         RegistryError: Another option is set, or a value is not an integer of at least 1.
     """
@@ -280,6 +286,9 @@ def crop_image(view: RegionView, box: Box, white_background: bool = False) -> Im
         view: Region.
         box: x1 y1 x2 y2 in image pixels, rounded by `box_to_pixels`.
         white_background: Paint pixels outside the mask of the region white. No effect without a mask.
+
+    Returns:
+        The RGB crop.
     """
     window = box_to_pixels(box, view.image.size)
     cropped = view.image.crop(window)

@@ -19,6 +19,9 @@ MODEL_FOLDERS = ("model", "best")  # folders of checkpoints in the folder of a t
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
     """Return the facts of a checkpoint folder, or of the model in the folder of a training run.
 
+    Args:
+        folder: Checkpoint folder, or folder of a training run.
+
     Returns:
         The components, the number of parameters and the version that wrote the checkpoint. For a checkpoint in the
         folder of a training run, also its training settings and best validation score.

@@ -51,6 +51,9 @@ def load(
             such as your own checkpoints whose weights are stored elsewhere. It does not allow code.
         revision: Revision of a hub id: a commit, a branch or a tag.
 
+    Returns:
+        The model, in eval mode on `device`.
+
     Raises:
         InputError: The checkpoint cannot be read, requires more than was allowed, has NaN or infinite weights, or has
             missing or unexpected tensors.
@@ -77,6 +80,9 @@ def load_without_weights(
         source: Zoo name, hub id or folder, as for `load`.
         trust_remote_code: As for `load`.
         allow_external: As for `load`.
+
+    Returns:
+        The model, on the meta device.
 
     Raises:
         InputError: The checkpoint cannot be read, or requires more than was allowed.
@@ -175,6 +181,9 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     Args:
         source: Zoo name, hub id or folder.
         revision: Revision of a hub id.
+
+    Returns:
+        The local checkpoint folder.
 
     Raises:
         InputError: The checkpoint does not exist, or cannot be downloaded.

@@ -91,6 +91,9 @@ def save(
 def check_writable(folder: Path) -> None:
     """Check that a folder is new, empty, or contains nothing but a checkpoint.
 
+    Args:
+        folder: Folder, which may not exist.
+
     Raises:
         OutputError: The folder contains other files.
     """
@@ -130,6 +133,9 @@ def load_native_checkpoint(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
     Args:
         folder: Checkpoint folder.
         spec: Its spec, as `confine_spec` returns it.
+
+    Returns:
+        The model with its weights.
 
     Raises:
         InputError: The spec or the weights cannot be read, or the weights do not fit the model.
@@ -201,6 +207,9 @@ def _get_settable_defaults(kind: str, component: ComponentSpec) -> dict[str, Any
 def collect_origin(model: SegmentCaptioner) -> dict[str, Any]:
     """Return the content of origin.json.
 
+    Args:
+        model: Model to describe.
+
     Returns:
         The version of this package, its commit if it is a git checkout, and for each component its distribution,
         version, license and a fingerprint of its pretrained weights.
@@ -240,6 +249,12 @@ def _read_commit() -> str | None:
 
 def read_spec(folder: Path) -> ModelSpec:
     """Read the spec of a checkpoint folder.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Returns:
+        The spec, as it is stored.
 
     Raises:
         InputError: The spec is missing or invalid.

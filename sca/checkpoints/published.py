@@ -71,6 +71,9 @@ def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentC
         folder: Checkpoint folder.
         trust: What the caller allows.
 
+    Returns:
+        The model, in eval mode on the CPU.
+
     Raises:
         InputError: The folder cannot be read, tensors are missing, unexpected or of the wrong shape, or the checkpoint
             requires more than was allowed.
@@ -108,6 +111,13 @@ def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentC
 def read_published_spec(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
     """Read the spec of a published folder, confined to what the caller allows.
 
+    Args:
+        folder: Checkpoint folder.
+        trust: What the caller allows.
+
+    Returns:
+        The spec of the model.
+
     Raises:
         InputError: The configuration cannot be read, or requires more than was allowed.
     """
@@ -123,6 +133,9 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
     Args:
         config: Content of the file.
         folder: Checkpoint folder, for error messages and the generation config.
+
+    Returns:
+        The spec of the model.
 
     Raises:
         InputError: The configuration is not that of a published model.

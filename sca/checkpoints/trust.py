@@ -94,6 +94,9 @@ def is_settable(kind: str, name: str, option: str, value: Any) -> bool:
         name: Name of the component.
         option: Name of the option.
         value: Value of the option.
+
+    Returns:
+        True if the option needs no permission.
     """
     values = value if isinstance(value, list | tuple) else (value,)
     if option == "revision" or not all(_is_plain(each) for each in values):

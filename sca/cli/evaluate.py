@@ -197,6 +197,15 @@ def parse_evaluation_options(
 ) -> dict[str, Any]:
     """Parse `key=value` options and group them: dataset, metrics, or one of `table_names` (kind.key=value).
 
+    Args:
+        assignments: `key=value` options.
+        dataset: Name of the dataset, to read options that take text as text.
+        proposer: Name of the proposer, for the same purpose.
+        table_names: Prefixes of options that form a table.
+
+    Returns:
+        Options by group: "dataset", "scores" and each of `table_names`.
+
     Raises:
         ValueError: An option is malformed.
     """

@@ -95,6 +95,9 @@ def parse_input_path(text: str) -> Path:
 def check_pipes(paths: Sequence[str | Path]) -> None:
     """Check that no pipe, such as standard input, would be read twice.
 
+    Args:
+        paths: All input paths of a command.
+
     Raises:
         ValueError: A pipe is named twice.
     """

@@ -94,6 +94,12 @@ def find_command_problem(name: str, registrations: Sequence[Registration]) -> st
 def load_plugin_command(name: str) -> Any:
     """Import a command of another distribution.
 
+    Args:
+        name: Name of the command.
+
+    Returns:
+        The Typer command or group.
+
     Raises:
         ValueError: The command cannot be used or imported; the message names the distribution.
     """

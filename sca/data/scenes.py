@@ -130,6 +130,9 @@ def is_relation_true(statement: Statement, region: Region, others: Iterable[Regi
             true.
         region: Region that the phrase describes.
         others: Regions of the scene, which may include `region`.
+
+    Returns:
+        True if the relation holds.
     """
     return statement.relation is not None and any(
         other.id != region.id

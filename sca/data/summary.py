@@ -66,6 +66,9 @@ def format_examples(names: Iterable[str], total: int) -> str:
     Args:
         names: Names, of which the first `MAX_EXAMPLES_SHOWN` are shown.
         total: Total number of names.
+
+    Returns:
+        Text such as "a.png, b.png and 3 more".
     """
     shown = [shorten(name, MAX_EXAMPLE_LENGTH, placeholder="...") for name in names][:MAX_EXAMPLES_SHOWN]
     num_more = total - len(shown)

@@ -37,6 +37,9 @@ class TableDataset(ConvertedTable):
         Args:
             index: Index of the sample.
 
+        Returns:
+            The sample.
+
         Raises:
             IndexError: The index is out of range.
             EmptyDatasetError: No image can be read.

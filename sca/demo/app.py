@@ -113,6 +113,9 @@ class ModelPool:
         Args:
             name: Name of the model.
 
+        Yields:
+            The scheduler, which stays loaded during the block.
+
         Raises:
             ValueError: The model is not allowed or cannot be loaded; `sca.load_captioner` lists the errors.
         """
@@ -135,6 +138,9 @@ class ModelPool:
 
         Args:
             name: Name of the model.
+
+        Returns:
+            The values of the sliders.
 
         Raises:
             ValueError: The model is not allowed, or its spec cannot be read.
@@ -209,6 +215,9 @@ def build_page(
         model_names: Models to choose from; the first is selected.
         examples: Paths and names of example images.
         max_pixels: Maximum pixels per image.
+
+    Returns:
+        The Gradio page.
     """
     any_model = models.allow_any_model
     package_files = files("sca.demo")

@@ -102,6 +102,9 @@ def build_sam_config(weights: str | None, revision: str | None, config: Mapping[
         revision: Revision of the hub id.
         config: Fields that differ from transformers' defaults.
 
+    Returns:
+        The configuration of transformers.
+
     Raises:
         ValueError: Neither `weights` nor `config` is set.
     """

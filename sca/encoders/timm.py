@@ -195,6 +195,9 @@ def make_image_format(size: int, preprocessing: Mapping[str, Any], resize_mode: 
         size: Side of the input frame in pixels.
         preprocessing: `mean`, `std` and `interpolation` of the weights.
         resize_mode: "pad" or "stretch".
+
+    Returns:
+        The image format.
     """
     resample = "bicubic" if preprocessing["interpolation"] == "bicubic" else "bilinear"
     return ImageFormat(

@@ -325,6 +325,9 @@ def score_file(
         dataset: Dataset whose regions the file must contain, as in `evaluate`; None skips this check.
         split: Split of a dataset passed by name.
 
+    Returns:
+        The scores of the predictions and of each control.
+
     Raises:
         InputError: The scores would be wrong: regions are missing, duplicated or unknown, boxes are invalid, references
             are missing, or the run has not ended.

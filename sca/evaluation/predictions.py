@@ -204,6 +204,9 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], limit: int | None = No
         dataset: Any dataset. Its images are not opened. A dataset without `iter_annotations` yields nothing.
         tasks: Tasks as in `PromptingOptions`.
         limit: Maximum images. Defaults to all.
+
+    Yields:
+        Records without captions, in the order of the dataset.
     """
     if hasattr(dataset, "iter_annotations"):
         for regions in islice(dataset.iter_annotations(), limit):

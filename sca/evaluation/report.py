@@ -247,6 +247,9 @@ class _RegionCropper:
         Args:
             record: Prediction record.
             contour_classes: Contours to draw: "mask" for the predicted mask, "ground-truth".
+
+        Returns:
+            The crop; None without an image or a ground-truth box.
         """
         image, box = self._open_image(record), record["truth"]["box"]
         if image is None or box is None:

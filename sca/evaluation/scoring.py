@@ -115,6 +115,9 @@ def score_records(
         run: The run header of the predictions file, for the protocol of the scores.
         load_image: Returns the image of a record, for metrics that need it.
 
+    Returns:
+        The scores, and the reasons for metrics that were left out.
+
     Raises:
         ValueError: An input of a metric in `metrics` is missing.
         RegistryError: An unknown metric or option.

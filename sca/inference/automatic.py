@@ -71,6 +71,9 @@ def resolve_everything_options(captioner: Any, overrides: Mapping[str, Any]) -> 
     Args:
         captioner: Captioner; SAM's options apply if it has none.
         overrides: Fields of `EverythingOptions` by name; None keeps the value of the captioner.
+
+    Returns:
+        The merged options.
     """
     default_options = getattr(captioner, "everything", EverythingOptions())
     return replace(default_options, **{name: value for name, value in overrides.items() if value is not None})
@@ -198,12 +201,9 @@ def search_everything(
         max_found_regions: Maximum regions to find.
         max_bytes: Maximum bytes of candidate masks in memory.
 
-    Yields:
-        The progress after each step.
-
     Returns:
-        The masks found from points, highest predicted IoU first, and the prompt to caption each from: the arguments of
-        `MaskEngine.caption_masks`.
+        A generator that yields the progress after each step, and returns the masks found from points, highest predicted
+        IoU first, and the prompt to caption each from: the arguments of `MaskEngine.caption_masks`.
 
     Raises:
         ValueError: The engine has no segmenter, the segmenter predicts no masks, or a maximum is exceeded.

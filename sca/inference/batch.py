@@ -101,8 +101,8 @@ class BatchCaptioner:
             keep_images: Also open the images in `captioned`.
             progress: Function called during a search with the number of processed points and the total.
 
-        Yields:
-            Captions or failures, in the order of `paths`.
+        Returns:
+            An iterator over captions and failures, in the order of `paths`.
         """
         opened_images = _open_images(paths, captioned or {})
         if self._engine is not None:

@@ -67,6 +67,13 @@ class SharedPrompts:
     def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
         """Return the prompts of an image; see `ListedPrompts.list_prompts`.
 
+        Args:
+            path: Image file.
+            size: Width and height of the upright image.
+
+        Returns:
+            The prompts in image pixels, and remarks about clipped boxes.
+
         Raises:
             InputError: A prompt does not fit the image.
         """
@@ -90,6 +97,9 @@ class ListedPrompts:
 
     def match_images(self, paths: Sequence[Path]) -> None:
         """Match all images of a run to the image names in the file.
+
+        Args:
+            paths: All image files of the run.
 
         Raises:
             InputError: A name in the file matches several images.
@@ -187,6 +197,9 @@ class CaptionJob:
 
     def read_region_source(self) -> RegionSource:
         """Read the prompts, or build the proposer of a search.
+
+        Returns:
+            The source of the regions of each image.
 
         Raises:
             InputError: A prompt cannot be read.

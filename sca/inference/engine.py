@@ -384,6 +384,9 @@ def clamp_ious(scores: Tensor) -> list[Any]:
     Args:
         scores: Predicted IoUs of any shape and device.
 
+    Returns:
+        Floats in 0..1, nested like the shape of `scores`.
+
     Raises:
         ValueError: A predicted IoU is NaN.
     """

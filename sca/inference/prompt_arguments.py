@@ -99,6 +99,9 @@ def _to_list(values: Any) -> Any:
 def check_task(task: str) -> None:
     """Check the name of a task.
 
+    Args:
+        task: Name of the task.
+
     Raises:
         ValueError: The task is unknown.
     """

@@ -98,6 +98,12 @@ def open_sharded_run(
 class ShardedRun:
     """Run of shards, opened by `open_sharded_run`.
 
+    Args:
+        folder: Run folder, locked by this process.
+        shards: Content of all shards by name.
+        fingerprints: Fingerprint of each shard by name.
+        finished: Finished shards by name, with the problems of their images.
+
     Attributes:
         shards: Content of all shards by name.
         finished: Finished shards by name, with the problems of their images.

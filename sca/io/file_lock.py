@@ -25,6 +25,9 @@ UNSUPPORTED_ERRNOS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLC
 def lock_file(file: IO[Any] | int) -> bool:
     """Lock an open file exclusively, without waiting.
 
+    Args:
+        file: Open file or its descriptor.
+
     Returns:
         False if another process holds the lock; True if it was acquired or the file system does not support locks.
     """

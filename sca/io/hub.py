@@ -270,6 +270,9 @@ def fetch_weight_file(source: str | Path, revision: str | None = None, prefix: s
         revision: Hub revision.
         prefix: Prefix of the file name.
 
+    Returns:
+        Path of the local file.
+
     Raises:
         InputError: The weights are missing or sharded.
     """
@@ -301,7 +304,10 @@ def load_pretrained(
         source: Folder or Hub id.
         revision: Hub revision.
         ignored_prefixes: Prefixes of weights that the model does not need.
-        options: Options of `from_pretrained`.
+        **options: Options of `from_pretrained`.
+
+    Returns:
+        The model, in eval mode.
 
     Raises:
         InputError: Weights are missing, unexpected or damaged.
@@ -337,6 +343,14 @@ def load_pretrained(
 def fetch_pretrained_config(cls: type[Config], source: str | Path, revision: str | None = None) -> Config:
     """Call `cls.from_pretrained` of a configuration class.
 
+    Args:
+        cls: Configuration class of transformers.
+        source: Folder or Hub id.
+        revision: Hub revision.
+
+    Returns:
+        The configuration.
+
     Raises:
         InputError: The configuration is missing or invalid.
     """
@@ -347,6 +361,14 @@ def fetch_pretrained_config(cls: type[Config], source: str | Path, revision: str
 
 def compute_weights_fingerprint(source: str | Path, revision: str | None = None, prefix: str = "") -> dict[str, Any]:
     """Return a fingerprint of weights: their commit, if they come from the Hub, and a hash of each file.
+
+    Args:
+        source: File, folder or Hub id.
+        revision: Hub revision.
+        prefix: Prefix of the file names.
+
+    Returns:
+        JSON-serializable fingerprint.
 
     Raises:
         InputError: The weights are missing or cannot be read.

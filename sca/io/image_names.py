@@ -154,6 +154,9 @@ def add_image_prefix(path: str, prefix: str) -> str:
         path: Path relative to the folder that the prefix serves, or absolute if it serves the root.
         prefix: URL prefix, such as `/data/local-files/?d=` or `https://host/folder/`. "" leaves the path unchanged.
 
+    Returns:
+        The URL.
+
     Raises:
         ValueError: The path leaves the folder by `..`.
     """

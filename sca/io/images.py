@@ -81,6 +81,12 @@ def open_image(path: str | Path, allow_pipe: bool = False) -> Image.Image:
 def read_image_file_size(path: str | Path) -> tuple[int, int]:
     """Return the width and height of the upright image in a file, without decoding it.
 
+    Args:
+        path: Image file.
+
+    Returns:
+        Width and height in pixels.
+
     Raises:
         InputError: The file cannot be opened.
     """
@@ -115,6 +121,9 @@ def read_image(file: BinaryIO, display_name: str, max_pixels: int | None = None)
         max_pixels: Maximum number of pixels, for images from untrusted sources. It also excludes decoders written in
             Python, which a small file can keep busy for minutes.
 
+    Returns:
+        The upright RGB image.
+
     Raises:
         InputError: The file is not an image, or has too many pixels.
     """
@@ -123,6 +132,14 @@ def read_image(file: BinaryIO, display_name: str, max_pixels: int | None = None)
 
 def open_image_header(file: BinaryIO, display_name: str, max_pixels: int | None = None) -> Image.Image:
     """Open an image without decoding it, and check its header. See `read_image` for the arguments.
+
+    Args:
+        file: Open file.
+        display_name: Name of the file in messages.
+        max_pixels: Maximum number of pixels.
+
+    Returns:
+        The undecoded image.
 
     Raises:
         InputError: The file is not an image that can be read.
@@ -157,6 +174,12 @@ def decode_image(image: Image.Image, display_name: str) -> Image.Image:
 def open_undecoded(file: BinaryIO | str | Path) -> Image.Image:
     """Open an image in one of `IMAGE_FORMATS` without decoding it: its size and mode are available, its pixels are not.
 
+    Args:
+        file: Open file or path.
+
+    Returns:
+        The undecoded image.
+
     Raises:
         PIL.UnidentifiedImageError: The file has another format.
     """
@@ -177,6 +200,9 @@ def convert_to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
 
     Args:
         image: PIL image, or a (height, width, 3) uint8 RGB array.
+
+    Returns:
+        The RGB image.
 
     Raises:
         InputError: `image` has another type, shape or dtype.

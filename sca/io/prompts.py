@@ -52,6 +52,9 @@ def parse_region(text: str, allow_pipe: bool = False) -> Prompt:
         text: Region.
         allow_pipe: See `read_mask_file`.
 
+    Returns:
+        The prompt, in image pixels.
+
     Raises:
         InputError: The text is malformed, or the mask cannot be read.
     """
@@ -119,6 +122,9 @@ def parse_prompt(value: Any, location: str, width: int, height: int) -> Prompt:
         location: Subject of the error messages.
         width: Width of the image in pixels.
         height: Height of the image in pixels.
+
+    Returns:
+        The prompt, in image pixels.
 
     Raises:
         InputError: The value is malformed or does not fit the image, see `check_prompt`.
@@ -241,6 +247,13 @@ def _check_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
 
 def parse_prompt_fields(value: Any, location: str) -> tuple[Box | None, tuple[Point, ...], dict[str, Any] | str | None]:
     """Parse the box, points and mask of a plain prompt; a text mask is a file name and returned unchanged.
+
+    Args:
+        value: JSON value.
+        location: Subject of the error messages.
+
+    Returns:
+        Box x1, y1, x2, y2; points (x, y, label); and the mask as RLE or file name.
 
     Raises:
         InputError: A field is malformed, or all are missing; the message begins with `location`.

@@ -174,6 +174,14 @@ def read_recorded_size(
 ) -> tuple[int, int] | None:
     """Return the recorded width and height of an image in pixels; None if either is missing.
 
+    Args:
+        record: Record with the size.
+        location: Subject of the error messages.
+        keys: Names of the fields with the width and the height.
+
+    Returns:
+        Width and height, or None.
+
     Raises:
         InputError: The values are not a valid image size.
     """

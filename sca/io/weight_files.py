@@ -63,6 +63,9 @@ def require_weight_files(folder: Path, source: str | Path, prefix: str = "") -> 
         source: Name of the folder in messages.
         prefix: Prefix of the file names.
 
+    Returns:
+        Paths of the weight files.
+
     Raises:
         InputError: Files are missing or Git LFS pointers, or the folder contains an adapter of other weights.
     """
@@ -109,6 +112,12 @@ def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
 
     Its other settings, such as a repetition penalty or a time limit, would change captions: generation follows only the
     spec.
+
+    Args:
+        folder: Model folder.
+
+    Returns:
+        Token ids by setting, such as `eos_token_id`.
 
     Raises:
         InputError: An id is not an integer, or the file is not JSON.

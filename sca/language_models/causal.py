@@ -108,6 +108,9 @@ class CausalLanguageModel(nn.Module):
             temperature: Sampling temperature.
             top_p: Cumulative probability of nucleus sampling.
 
+        Returns:
+            Token ids and scores of N x `num_captions` captions, best first.
+
         Raises:
             ValueError: `num_captions` is less than 1, or exceeds `num_beams` without sampling.
         """

@@ -133,6 +133,9 @@ def make_config(weights: str | None, revision: str | None, config: Mapping[str, 
         revision: Revision of the hub id.
         config: Fields of the configuration, including `model_type`.
 
+    Returns:
+        The configuration of transformers.
+
     Raises:
         ValueError: Neither `weights` nor `config` is set.
     """

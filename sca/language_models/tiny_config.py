@@ -58,6 +58,9 @@ def make_tiny_config(config: PreTrainedConfig, **fields: Any) -> PreTrainedConfi
         config: Configuration; it is not changed.
         **fields: Fields of the tiny configuration to override.
 
+    Returns:
+        The tiny configuration.
+
     Raises:
         Exception: The architecture does not support the sizes.
     """

@@ -14,6 +14,9 @@ def count_tokens(prompt_tokens: int, rows: Sequence[Sequence[int]], eos_token_id
         prompt_tokens: Positions of the prefix or tokens of the prompt.
         rows: Token ids of each caption, best first.
         eos_token_ids: EOS ids; ids after the first EOS are padding.
+
+    Returns:
+        The counts of prompt and completion tokens.
     """
     end_indices = [next((index for index, token in enumerate(row) if token in eos_token_ids), None) for row in rows]
     lengths = [len(row) if end is None else end + 1 for row, end in zip(rows, end_indices, strict=True)]

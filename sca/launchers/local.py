@@ -47,6 +47,9 @@ class Local:
 
         Args:
             tasks: Tasks. A task on "cuda" runs on one GPU, "cuda:N".
+
+        Yields:
+            The outcome of a task, in the order of completion.
         """
         context = get_context("forkserver")
         module_names = dict.fromkeys(task.function.partition(":")[0] for task in tasks)

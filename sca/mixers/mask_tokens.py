@@ -34,6 +34,12 @@ class MaskTokenMixer(nn.Module):
     def forward(self, regions: SegmenterOutput) -> Tensor:
         """Return the queries of each region, (N, M, D).
 
+        Args:
+            regions: N regions.
+
+        Returns:
+            (N, M, D) queries.
+
         Raises:
             ValueError: The regions have another number of masks.
         """

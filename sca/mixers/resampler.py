@@ -64,6 +64,9 @@ class ResamplerMixer(nn.Module):
         Args:
             regions: N regions.
             prepared: Output of `prepare_images` for their images; None computes it.
+
+        Returns:
+            (N, Q, D) queries.
         """
         if prepared is None:
             prepared = self.prepare_images(regions.image_embeddings, regions.positional_encoding)

@@ -27,6 +27,12 @@ class RoiPoolMixer(nn.Module):
     def forward(self, regions: SegmenterOutput) -> Tensor:
         """Return the queries of each region, (N, output_size^2, D).
 
+        Args:
+            regions: N regions with boxes.
+
+        Returns:
+            (N, output_size^2, D) queries.
+
         Raises:
             ValueError: The regions have no boxes: point prompts with a segmenter that predicts no masks.
         """

@@ -16,6 +16,9 @@ def probe_feature_shape(network: nn.Module, image_size: int, stride: int | None 
         image_size: S in pixels.
         stride: Stride of the network, if known. A feature grid with another stride would omit an edge of the image.
 
+    Returns:
+        C and the stride in pixels.
+
     Raises:
         ValueError: The feature grid is not square, the stride is not an integer, or it differs from `stride`.
     """

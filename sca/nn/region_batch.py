@@ -36,6 +36,9 @@ def iter_rows_by_image(image_index: Tensor) -> Iterator[tuple[int, slice]]:
 
     Args:
         image_index: (N,) image of each region, sorted.
+
+    Yields:
+        The index of an image and the slice of its rows.
     """
     start = 0
     for index, group in groupby(image_index.tolist()):

@@ -197,6 +197,9 @@ def build_decoder_config(
         mlp_dim: MLP width.
         **options: Other fields of transformers' `SamMaskDecoderConfig`.
 
+    Returns:
+        The configuration of transformers.
+
     Raises:
         ValueError: `hidden_size` is not a multiple of `2 * num_heads`.
     """

@@ -53,6 +53,9 @@ class CaptionedImage(NamedTuple):
         Args:
             roots: Folders that the name may start from.
 
+        Returns:
+            The upright RGB image.
+
         Raises:
             InputError: The image cannot be opened, or its aspect ratio differs from that of `size`.
         """
@@ -68,6 +71,9 @@ def resize_to_recorded(image: Image.Image, size: ImageSize, name: str) -> Image.
         image: Image in its current size.
         size: Recorded size.
         name: Name of the image in messages.
+
+    Returns:
+        The image, resized if necessary.
 
     Raises:
         InputError: The aspect ratios differ; the message contains both sizes.

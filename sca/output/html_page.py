@@ -33,7 +33,10 @@ def render_template(template: str, package: str = "sca.output", **values: Any) -
     Args:
         template: File name in the package's folder `templates`, which also contains its CSS and JavaScript.
         package: Import name of the package.
-        values: Variables of the template.
+        **values: Variables of the template.
+
+    Returns:
+        The rendered page.
     """
     return _get_environment(package).get_template(template).render(values)
 
@@ -70,6 +73,10 @@ def check_page_path(path: Path, inputs: Iterable[str | Path]) -> None:
     Args:
         path: Output file.
         inputs: Input files.
+
+    Args:
+        path: Path of the page.
+        inputs: Input files of the command.
 
     Raises:
         OutputError: The page must not be written; the message contains the path and the fix.

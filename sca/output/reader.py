@@ -42,6 +42,9 @@ def read_captions(
             Images are opened only if the file does not record their size.
         reject: Called with an error for each damaged record. Raises it by default.
 
+    Yields:
+        An image with its captions.
+
     Raises:
         InputError: The file has an unsupported format, or a record is damaged.
     """

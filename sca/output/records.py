@@ -31,6 +31,13 @@ from sca.output.captioned_image import CaptionedImage, ImageSize
 def parse_image(record: Any, location: str) -> CaptionedImage:
     """Parse an image of a journal: `image`, `width`, `height` and `captions`, each as in a line of JSON Lines.
 
+    Args:
+        record: JSON value.
+        location: File and line for error messages.
+
+    Returns:
+        The image with its captions.
+
     Raises:
         InputError: A field is missing or invalid.
     """
@@ -44,6 +51,14 @@ def group_records_by_image(
     records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: RejectCallback
 ) -> Iterator[CaptionedImage]:
     """Yield images from records, grouped by image.
+
+    Args:
+        records: Location and value of each record.
+        skip: Counts contents that cannot be kept.
+        reject: Called with an error for each damaged record.
+
+    Yields:
+        An image with its captions.
 
     Raises:
         InputError: The records of an image are not consecutive.

@@ -39,6 +39,9 @@ class BoxSegmenter(nn.Module):
             prompts: N prompts with boxes, points or both.
             multimask_output: Not used.
 
+        Returns:
+            Tokens and boxes of the N regions, without masks.
+
         Raises:
             ValueError: The prompts have masks.
         """

@@ -117,6 +117,9 @@ class SamSegmenter(nn.Module):
             features: (B, C, h, w) features of the encoder.
             prompts: N prompts in pixels of the input frame.
             multimask_output: Return three masks per region instead of one.
+
+        Returns:
+            Masks, scores, tokens and image embeddings of the N regions.
         """
         image_embeddings = self.neck(features)  # (B, D, h, w)
         prompt_tokens, dense_embeddings = self.embed_prompts(prompts)
@@ -149,6 +152,9 @@ class SamSegmenter(nn.Module):
 
     def embed_prompts(self, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
         """Embed prompts.
+
+        Args:
+            prompts: N prompts in pixels of the input frame.
 
         Returns:
             Prompt tokens (N, P', D), and dense embeddings: (N, D, h, w) for mask prompts or with `box_masks`, else

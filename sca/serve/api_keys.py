@@ -13,6 +13,9 @@ def read_keys(path: Path) -> tuple[str, ...]:
     Args:
         path: Text file with one key per line; empty lines and lines that start with # are ignored.
 
+    Returns:
+        The keys, in the order of the file.
+
     Raises:
         ValueError: The file cannot be read, contains no key, or contains a key that is not printable ASCII.
     """
@@ -35,6 +38,9 @@ def find_key_index(candidate: str, keys: Sequence[str]) -> int | None:
     Args:
         candidate: Key of a client.
         keys: Valid keys.
+
+    Returns:
+        The index, or None.
     """
     matching_index = None
     for index, key in enumerate(keys):

@@ -291,6 +291,9 @@ def make_choices(caption: Caption, num_choices: int, stop_sequences: Sequence[st
         caption: Caption of the region, with its alternatives.
         num_choices: Maximum number of choices.
         stop_sequences: Stop sequences; a text ends before the first one that it contains.
+
+    Returns:
+        At most `num_choices` choices.
     """
     texts = [caption.text, *(text for text, _ in caption.alternatives)]
     truncated_flags = caption.usage.is_truncated if caption.usage else (False,) * len(texts)
@@ -310,6 +313,9 @@ def count_usage(caption: Caption, num_choices: int) -> dict[str, int]:
     Args:
         caption: Caption of the region.
         num_choices: Number of choices to count.
+
+    Returns:
+        `prompt_tokens`, `completion_tokens` and `total_tokens`.
     """
     prompt_tokens = caption.usage.prompt_tokens if caption.usage else 0
     completion_tokens = sum(caption.usage.completion_tokens[:num_choices]) if caption.usage else 0

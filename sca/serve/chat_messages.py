@@ -125,6 +125,9 @@ def find_image_url(turns: Sequence[Sequence[ChatMessage]]) -> str:
     Args:
         turns: Result of `split_turns`.
 
+    Returns:
+        The URL.
+
     Raises:
         ApiError: No message has an image, or the last turn with images has several.
     """

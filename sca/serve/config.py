@@ -87,6 +87,9 @@ class ServerConfig:
 
         Args:
             captioner: Loaded captioner; None to load `model`.
+
+        Returns:
+            The FastAPI application.
         """
         from sca.serve.app import create_app
         from sca.serve.limits import ServerLimits

@@ -81,6 +81,12 @@ def make_error_response(error: ApiError, headers: Mapping[str, str] | None = Non
 def to_api_error(error: Exception) -> ApiError:
     """Convert an error of a request to an `ApiError`.
 
+    Args:
+        error: Error raised while a request was processed.
+
+    Returns:
+        The error with its HTTP status.
+
     Raises:
         TypeError: Requests do not cause errors of this type.
     """

@@ -79,6 +79,9 @@ class MemoryBudget:
 class MemoryLease:
     """Memory of one request, released at the end of a `with` block.
 
+    Args:
+        budget: Budget that the memory is taken from.
+
     Attributes:
         leased_bytes: Bytes currently leased.
         has_ended: Whether the lease was released.

@@ -14,6 +14,12 @@ ROUTES = (
 def check_root_path(text: str) -> str:
     """Normalize a root path to "/a/b", or "" for the root.
 
+    Args:
+        text: Path from the command line.
+
+    Returns:
+        The normalized path.
+
     Raises:
         ValueError: The text is not a path of URL characters, for example a full URL, or a route of the server starts
             with it. The latter would be ambiguous between proxies that strip the path and proxies that do not.

@@ -157,6 +157,12 @@ class RequestScheduler:
     def iter_events(self, request: InferenceRequest) -> Iterator[RequestEvent]:
         """Submit a request and yield its events up to `RequestDone`. Closing the iterator cancels the request.
 
+        Args:
+            request: Request to process.
+
+        Yields:
+            An event of the request.
+
         Raises:
             SchedulerError: The request cannot be queued or completed.
         """
@@ -169,7 +175,7 @@ class RequestScheduler:
                     raise event
                 yield event
                 if isinstance(event, RequestDone):
-                    return
+                    break
         finally:
             entry.cancel()
 

@@ -55,6 +55,9 @@ def add_body_schema(app: FastAPI, model: type[BaseModel]) -> dict[str, Any]:
     Args:
         app: Application; its method `openapi` is replaced.
         model: Model of the body.
+
+    Returns:
+        The JSON schema, which refers to the definitions.
     """
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     definitions, default_openapi = schema.pop("$defs", {}), app.openapi

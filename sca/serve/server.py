@@ -164,6 +164,9 @@ def make_server(
         write_timeout: Seconds for a client to read sent data.
         max_connections: Maximum concurrent connections.
         log_requests: Log each request.
+
+    Returns:
+        The server.
     """
     timeouts = {"write_timeout": write_timeout, "max_connections": max_connections}
     config = uvicorn.Config(

@@ -110,6 +110,9 @@ class CaptionService:
             request: HTTP request.
             model: Model of the body.
 
+        Returns:
+            The validated body.
+
         Raises:
             ApiError: The content type is not JSON (415), or the body has too many values (413).
             ValidationError: The body does not match the model.
@@ -132,6 +135,9 @@ class CaptionService:
         Args:
             body: JSON.
             model: Model of the body.
+
+        Returns:
+            The validated body.
 
         Raises:
             ApiError: The body has too many values (413).
@@ -198,6 +204,9 @@ class CaptionService:
     def check_request(self, caption_request: CaptionRequest) -> None:
         """Check a request against the limits, before its image is decoded.
 
+        Args:
+            caption_request: Body of the request.
+
         Raises:
             ApiError: The request is contradictory or not supported by the model (422), or too large (413).
         """
@@ -242,6 +251,9 @@ class CaptionService:
             image: Decoded image.
             prompts: Checked prompts in image pixels that replace those in `caption_request`.
             location_format: Name of a prompt in errors; `{}` is its index.
+
+        Returns:
+            The request of the scheduler.
 
         Raises:
             ApiError: A generation option is invalid or not supported (422).
@@ -356,6 +368,10 @@ class CaptionService:
     async def collect_captions(self, request: Request, inference_request: InferenceRequest) -> list[Caption]:
         """Collect the captions of a request.
 
+        Args:
+            request: HTTP request, which is watched for a disconnect.
+            inference_request: Request to submit.
+
         Returns:
             The captions in order; incomplete if the client disconnects.
 
@@ -395,6 +411,9 @@ def decode_base64(text: str, name: str = "image", param: str = "image") -> bytes
         text: Base64 text or URL.
         name: Field name in error messages.
         param: `param` of errors.
+
+    Returns:
+        The decoded bytes.
 
     Raises:
         ApiError: The text is another URL or not base64 (422).

@@ -13,6 +13,9 @@ def bind_socket(host: str, port: int) -> socket.socket:
         host: Host name or IP address.
         port: Port; 0 selects a free port.
 
+    Returns:
+        The bound socket, not yet listening.
+
     Raises:
         ValueError: The address cannot be bound.
     """

@@ -60,6 +60,9 @@ class AttributeHead(nn.Module):
         Args:
             vectors: (N, Q, D) vectors of N regions.
             labels: (N,) index of each region's value, or `UNKNOWN_LABEL`, by attribute.
+
+        Returns:
+            Scalar loss.
         """
         flat = vectors.flatten(1)
         losses = [

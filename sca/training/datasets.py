@@ -15,6 +15,9 @@ from sca.training.recipe import Recipe, ValidationOptions
 def open_training_datasets(recipe: Recipe) -> dict[str, Dataset]:
     """Open the datasets of a recipe.
 
+    Args:
+        recipe: Recipe of the training run.
+
     Returns:
         Datasets by their names in messages, such as "data.scenes (train)", in the order of the recipe.
 
@@ -32,6 +35,12 @@ def open_training_datasets(recipe: Recipe) -> dict[str, Dataset]:
 
 def open_validation_dataset(validation: ValidationOptions) -> Dataset:
     """Open the dataset of [validate], which may be empty, and check its prompts, metrics and scores.
+
+    Args:
+        validation: Options of [validate].
+
+    Returns:
+        The dataset.
 
     Raises:
         ValueError: The prompt, a metric or a score is unknown; the extra of a metric is not installed; the dataset

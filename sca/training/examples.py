@@ -259,6 +259,9 @@ def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions
         examples: Examples, all with the prompt kind of the first.
         pad_token_id: Id of the padding token.
         max_regions: Maximum regions of the batch; 0 for no limit.
+
+    Returns:
+        The batch, on the CPU.
     """
     examples = _limit_regions(examples, max_regions)
     counts = torch.tensor([len(example.boxes) for example in examples])

@@ -50,6 +50,12 @@ class FeatureCache:
     def __getitem__(self, image: Image.Image) -> Tensor:
         """Read the features of an image, (C, h, w) in float32.
 
+        Args:
+            image: RGB image, as `encode_missing` received it.
+
+        Returns:
+            (C, h, w) float32 features.
+
         Raises:
             KeyError: `encode_missing` did not encode the image.
             ValueError: The file is broken.

@@ -58,6 +58,9 @@ class TrainingModule(nn.Module):
             batch: Batch with targets.
             loss_scales: Factor of each loss: the batch's share of the step's terms, see `CaptionTrainer`. It makes the
                 gradients of accumulated batches equal those of one large batch. None for 1.
+
+        Returns:
+            Scalar loss.
         """
         output = self.model(batch, self.loss_weights, self.chunk_size)
         losses = dict(output.losses)
@@ -85,6 +88,10 @@ class TrainingModule(nn.Module):
 
 def check_lr_multipliers(options: TrainOptions, module: TrainingModule) -> None:
     """Check that every learning rate multiplier is for a group with trainable parameters.
+
+    Args:
+        options: Options of [train].
+        module: Module with the trainable parameters.
 
     Raises:
         RegistryError: A group has none.

@@ -172,6 +172,9 @@ class DataSource:
             table: Dataset name or table.
             location: Subject of error messages, such as "data.scenes".
 
+        Returns:
+            The data source.
+
         Raises:
             RegistryError: A value is invalid.
         """
@@ -235,6 +238,9 @@ class ValidationOptions:
             table: Values by field.
             data: Source of the default dataset.
 
+        Returns:
+            The options.
+
         Raises:
             RegistryError: A key or a value is invalid.
         """
@@ -291,6 +297,9 @@ class Recipe:
             name: Name of a bundled recipe, or path of a TOML file.
             assignments: `key=value` changes, such as "train.steps=200".
 
+        Returns:
+            The recipe, with its assignments applied.
+
         Raises:
             RegistryError: The name, a key or a value is invalid.
         """
@@ -309,6 +318,9 @@ class Recipe:
             name: Name of the recipe.
             table: Tables by section, as in TOML.
             assignments: `key=value` changes, such as "train.steps=200".
+
+        Returns:
+            The recipe, with its assignments applied.
 
         Raises:
             RegistryError: A key or a value is invalid.
@@ -403,6 +415,12 @@ def list_recipes() -> list[str]:
 def read_recipe_text(name: str) -> str:
     """Read the TOML text of a bundled recipe or of a file.
 
+    Args:
+        name: Name of a bundled recipe, or path of a TOML file.
+
+    Returns:
+        The text.
+
     Raises:
         RegistryError: Neither exists; the message suggests the closest name.
     """
@@ -467,6 +485,9 @@ def parse_augmentation(table: Any, location: str) -> Augmentation:
     Args:
         table: Values by field of `Augmentation`.
         location: Subject of error messages, such as "data.scenes.augment".
+
+    Returns:
+        The augmentation.
 
     Raises:
         RegistryError: A key or a value is invalid.

@@ -205,6 +205,13 @@ def _should_shard(recipe: Recipe) -> bool:
 def compute_images_per_process(options: TrainOptions, num_processes: int) -> int:
     """Return the number of images per process and accumulated batch.
 
+    Args:
+        options: Options of [train].
+        num_processes: Number of processes.
+
+    Returns:
+        The number of images.
+
     Raises:
         RegistryError: `batch_size` is not a multiple of processes x accumulated batches.
     """
@@ -219,6 +226,13 @@ def compute_images_per_process(options: TrainOptions, num_processes: int) -> int
 
 def compute_regions_per_process(options: TrainOptions, num_processes: int) -> int:
     """Return the maximum number of regions per process and accumulated batch; 0 for no limit.
+
+    Args:
+        options: Options of [train].
+        num_processes: Number of processes.
+
+    Returns:
+        The number of regions, or 0.
 
     Raises:
         RegistryError: `max_regions_per_step` is less than processes x accumulated batches.
@@ -324,6 +338,9 @@ def _collect_datasets_by_name(
 def check_shardable(recipe: Recipe) -> None:
     """Check that a recipe can train with sharded parameters.
 
+    Args:
+        recipe: Recipe of the training run.
+
     Raises:
         RegistryError: The recipe has a table [validate], which needs the full model in every process.
     """
@@ -333,6 +350,10 @@ def check_shardable(recipe: Recipe) -> None:
 
 def check_cacheable(recipe: Recipe, model: SegmentCaptioner) -> None:
     """Check that the features of images stay the same during training.
+
+    Args:
+        recipe: Recipe of the training run.
+        model: Model to train.
 
     Raises:
         RegistryError: The encoder is trainable, or a data source has augmentation.

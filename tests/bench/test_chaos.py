@@ -13,6 +13,8 @@ import pytest
 from sca_bench.store import ResultStore
 from sca_bench.sweep import Sweep
 
+pytestmark = pytest.mark.slow
+
 TINY = """
 seeds = [0, 1]
 [model]

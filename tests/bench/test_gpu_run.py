@@ -148,6 +148,7 @@ def test_local_launcher_starts_no_task_after_its_deadline(tmp_path):
     assert not (tmp_path / "late").exists()
 
 
+@pytest.mark.slow
 def test_local_launcher_ends_a_task_at_its_deadline_without_an_outcome(tmp_path, monkeypatch):
     (tmp_path / "slow_job.py").write_text("import time\ndef work(config, folder):\n    time.sleep(600)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -172,6 +173,7 @@ def test_every_way_of_decoding_gives_the_same_ids(way):
     assert found["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_golden_comparison_finds_no_difference_in_float32():
     found = compare_golden_folders(GOLDEN, "cpu", torch.float32)
     assert set(found) == {"sca-tiny-query-gpt2", "sca-tiny-query-llama", "sca-tiny-split-gpt2"}

@@ -13,6 +13,8 @@ from sca_bench.sweep import Sweep, SweepRow
 from sca.launchers.local import Local
 from sca.launchers.task import Task
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = """
 import ctypes, os, signal, time
 import torch

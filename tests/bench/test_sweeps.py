@@ -63,6 +63,7 @@ def test_sweep_with_too_many_combinations_is_refused_before_they_are_built(sweep
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_smoke_sweep_has_sixty_rows_and_the_mixers_with_a_transformer_are_of_one_size():
     import sca
 
@@ -269,6 +270,7 @@ def test_an_unknown_sweep_is_told_with_the_closest():
         Sweep.read("smok")
 
 
+@pytest.mark.slow
 def test_a_run_makes_what_is_missing_and_nothing_twice(sweep, tmp_path):
     told = []
     found = run_sweep(sweep(), tmp_path / "out", launcher_options={"num_workers": 1}, report=told.append)

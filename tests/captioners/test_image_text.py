@@ -33,6 +33,7 @@ def test_crops_are_told_apart_and_answers_come_in_order(weights, kind, image, pr
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.slow
 def test_how_many_go_at_a_time_makes_no_difference(weights, kind, beams, image, prompts):
     together = CropCaptioner(weights=weights(kind)).caption(image, prompts, num_beams=beams)
     alone = CropCaptioner(weights=weights(kind), batch_size=1).caption(image, prompts, num_beams=beams)

@@ -254,6 +254,7 @@ def test_what_was_added_to_pretrained_weights_is_held_even_if_it_is_frozen(sam_f
     assert all(torch.equal(again[name], value) for name, value in own.items())
 
 
+@pytest.mark.slow
 def test_weights_that_a_part_finds_in_its_own_way_are_named(small, tmp_path):
     model = small()
     model.encoder.checkpoint = "a_name_of_its_own"
@@ -317,6 +318,7 @@ print("whole after every kill, saves:", found())
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.parametrize("kills", [5, pytest.param(300, marks=pytest.mark.all)])
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, kills):
     """One process saves over and over and is killed at random moments, and another loads what is left."""
     tests = os.path.dirname(os.path.dirname(__file__))
@@ -337,6 +339,7 @@ class Killed(BaseException):
     """Nothing runs after a kill: no `finally` may help."""
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_step_of_a_save_leaves_a_whole_checkpoint_that_can_be_saved_over(
     small, tmp_path, monkeypatch
 ):

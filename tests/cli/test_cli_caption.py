@@ -343,6 +343,7 @@ def test_caption_reports_a_bad_region_and_keeps_the_others(shell, checkpoint, pi
     assert "would be" not in " ".join(shell("caption", "a.png", "--prompts", "c.json", "--model", checkpoint).err)
 
 
+@pytest.mark.slow
 def test_caption_in_shards_keeps_the_regions_beside_a_bad_one(shell, checkpoint, picture, here):
     picture("a.png"), picture("b.png")
     regions = [{"image": "a.png", "box": [1, 1, 9, 9]}, {"image": "a.png", "box": [90, 90, 99, 99]}]
@@ -356,6 +357,7 @@ def test_caption_in_shards_keeps_the_regions_beside_a_bad_one(shell, checkpoint,
     assert result.status == 2
 
 
+@pytest.mark.slow
 def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoint):
     from sca.inference.automatic import caption_everything
     from sca.inference.factory import load_captioner

@@ -11,6 +11,7 @@ def evaluated(shell, checkpoint):
     return lambda *arguments: shell("evaluate", checkpoint, "scenes", "num_images=3", "--limit", 2, *arguments)
 
 
+@pytest.mark.slow
 def test_scores_are_printed_as_a_table_and_written_with_the_predictions(evaluated, here):
     result = evaluated("--out", "scores", "--prompt", "center", "--split", "test")
     assert result.status == 0
@@ -25,6 +26,7 @@ def test_scores_are_printed_as_a_table_and_written_with_the_predictions(evaluate
     assert result.err == ["sca: scenes test: 3 images", "sca: wrote scores/predictions.jsonl and scores/scores.json"]
 
 
+@pytest.mark.slow
 def test_json_is_all_there_is_on_standard_output(evaluated):
     result = evaluated("--json")
     assert "mask-iou/mean" in json.loads(result.out)["scores"]
@@ -72,6 +74,7 @@ def test_controls_stand_in_columns_of_their_own(evaluated):
     assert headings.index("wrong-region") < headings.index("color-swap")
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_and_shown_on_pages(evaluated, shell, here):
     for prompt in ("box", "center"):
         evaluated("--out", prompt, "--prompt", prompt, "--metrics", "mask-iou")
@@ -119,6 +122,7 @@ def visual_genome(here):
     return here / "vg"
 
 
+@pytest.mark.slow
 def test_a_published_protocol_is_run_by_its_name_beside_what_was_published(shell, checkpoint, visual_genome, here):
     result = shell("evaluate", checkpoint, "vg-region-captioning", f"root={visual_genome}", "--out", "out")
     assert result.status == 0, result.err
@@ -158,6 +162,7 @@ def handmade(here):
 
 
 @pytest.mark.parametrize("command", ["compare", "report"])
+@pytest.mark.slow
 def test_compare_and_report_read_options_alike(handmade, shell, refused, command):
     arguments = (command, "one", "two", "--metrics", "rouge-l", "--out", "page.html")
     assert shell(*arguments, "tokenizer=plain", "rouge-l.references=first").status == 0

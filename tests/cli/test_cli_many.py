@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 from viewer_page import ViewerPage
 
+pytestmark = pytest.mark.slow
+
 BOXES = ("--box", "4,4,40,40", "--box", "10,10,30,30")
 
 

@@ -77,6 +77,7 @@ def model(checkpoint):
     }.items(),
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
+@pytest.mark.slow
 def test_a_mistake_in_the_options_is_one_line(refused, picture, model, here, wrong, said):
     picture("a.png")
     Image.new("L", (3, 3), 255).save(here / "small.png")
@@ -93,6 +94,7 @@ def test_a_mistake_in_the_options_is_one_line(refused, picture, model, here, wro
         ("--box", "1,1,9,9", "--prompts", "p.jsonl"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_of_caption_are_reported_before_torch_is_imported(picture, options):
     program = "import sys; from sca.cli import run_command; print(run_command(sys.argv[1:]), 'torch' in sys.modules)"
     command = [sys.executable, "-c", program, "caption", picture("a.png"), *options]
@@ -155,6 +157,7 @@ def bad(picture, here):
     }
 
 
+@pytest.mark.slow
 def test_a_bad_image_is_one_line_and_leaves_no_file(refused, bad, model, here):
     before = sorted(path.name for path in here.iterdir())
     for name, said in bad.items():

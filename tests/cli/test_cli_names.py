@@ -39,12 +39,14 @@ for command in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_looking_around_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", PROBE, json.dumps(COMMANDS)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("command", "most"), [("--help", 400), ("list", 550)])
+@pytest.mark.slow
 def test_help_and_list_import_few_modules(command, most):
     call = f"from sca.cli import run_command; run_command([{command!r}])"
     program = f"import sys; {call}; print(len(sys.modules), file=sys.stderr)"
@@ -91,6 +93,7 @@ def test_nothing_asked_is_answered_with_the_help(shell):
     assert result.err[0].startswith("Usage: sca")
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command(started):
     out, _ = started("--version").communicate()
     assert out.startswith("sca ")
@@ -144,6 +147,7 @@ def test_a_part_is_shown_with_its_options_and_their_defaults(shell):
     assert "  image_size = 128" in shell("show", "dataset", "scenes").out.splitlines()  # a constant of its module
 
 
+@pytest.mark.slow
 def test_a_shown_part_has_the_options_that_it_takes(shell):
     import inspect
 

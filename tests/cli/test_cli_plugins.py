@@ -12,6 +12,8 @@ import pytest
 
 from sca.testing.scaffold import TEMPLATE_KINDS
 
+pytestmark = pytest.mark.slow
+
 QUIET = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
 
 

@@ -8,6 +8,8 @@ from PIL import Image
 
 from sca.io.run_folder import MARKER_FILE, RunFolder
 
+pytestmark = pytest.mark.slow
+
 BOX = ("--box", "4,4,40,40")
 
 

@@ -33,6 +33,7 @@ def stripped(result):
 PARTS = ("encoder", "segmenter", "mixer", "language model", "trainable", "parameters")
 
 
+@pytest.mark.slow
 def test_show_model_prints_the_parts_of_a_name_and_of_its_folder_alike(shell, run):
     named = stripped(shell("show", "model", "sca-tiny"))
     assert named["encoder"].startswith("tiny-vit(")

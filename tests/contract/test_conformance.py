@@ -81,6 +81,7 @@ def broken(findings):
 
 
 @pytest.mark.parametrize(("kind", "name", "options"), list(on_trial()))
+@pytest.mark.slow
 def test_every_registered_part_keeps_its_promises(kind, name, options):
     findings = check_component(kind, name, **options)
     assert len(findings) == sum(kind in each.kinds for each in CHECKS)
@@ -121,6 +122,7 @@ def test_boxes_from_a_file_keep_their_promises(tmp_path):
     assert broken(check_component("proposer", "boxes-from-coco", annotations=str(tmp_path / "boxes.json"))) == {}
 
 
+@pytest.mark.slow
 def test_a_segmenter_that_draws_its_prompts_keeps_them_too():
     assert broken(check_component("segmenter", "sam", depth=1, mlp_dim=64, box_masks=True)) == {}
 
@@ -483,7 +485,7 @@ def by_width(region):
     return Region(region.id, (x1, y1, x2 - x1, y2 - y1), region.mask, region.name)
 
 
-class Grey(Drawn):
+class Gray(Drawn):
     def change(self, sample):
         return sample._replace(image=sample.image.convert("L"))
 
@@ -593,7 +595,7 @@ MUTANTS = [
     ("language model", Endless, "tokenizer-adds-only-eos"),
     ("language model", Beginning, "tokenizer-adds-only-eos"),
     ("language model", Chatty, "tokenizer-round-trip"),
-    ("dataset", Grey, "samples-have-valid-types"),
+    ("dataset", Gray, "samples-have-valid-types"),
     ("dataset", Shuffled, "samples-are-deterministic"),
     ("dataset", Unending, "raises-index-error-past-end"),
     ("dataset", each_region(by_width), "boxes-are-inside-image"),
@@ -616,6 +618,7 @@ def test_every_promise_has_a_mutant_that_breaks_it():
     assert {name for _, _, name in MUTANTS} | {*NAMED} == {each.name for each in CHECKS}
 
 
+@pytest.mark.slow
 def test_encoder_with_an_unknown_default_segmenter_breaks_its_promise(monkeypatch):
     monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
     sca_registry.encoders.register("nowhere", func=Nowhere)
@@ -625,6 +628,7 @@ def test_encoder_with_an_unknown_default_segmenter_breaks_its_promise(monkeypatc
     )
 
 
+@pytest.mark.slow
 def test_plugin_that_prints_when_it_is_imported_breaks_its_promise(tmp_path, monkeypatch):
     info = tmp_path / "loud-1.0.dist-info"
     info.mkdir()
@@ -644,6 +648,7 @@ def test_plugin_that_prints_when_it_is_imported_breaks_its_promise(tmp_path, mon
 
 
 @pytest.mark.parametrize(("kind", "factory", "name"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.slow
 def test_a_part_that_breaks_a_promise_is_told_which(kind, factory, name, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     findings = broken(check_component(kind.replace(" ", "_"), factory))
@@ -714,6 +719,7 @@ def test_a_promise_for_all_kinds_reaches_plugins_that_compute_nothing():
     ]
 
 
+@pytest.mark.slow
 def test_no_part_of_this_package_imports_a_large_optional_package_before_it_is_built():
     program = """
 import sys

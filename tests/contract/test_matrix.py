@@ -76,6 +76,7 @@ def parts_of(encoder, mixer, sam_folder):
 
 
 @pytest.mark.parametrize(("encoder", "mixer", "family", "lora"), COMBINATIONS)
+@pytest.mark.slow
 def test_a_combination_learns_and_comes_back_from_disk(
     encoder, mixer, family, lora, sam_folder, lm_folder, tmp_path, monkeypatch
 ):

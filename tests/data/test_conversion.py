@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a dataset of some grey pictures with a region each, and gives its folder."""
+    """Writes a dataset of some gray pictures with a region each, and gives its folder."""
 
     def write(name="set", images=3, **changes):
         root = tmp_path / name
@@ -137,6 +137,7 @@ def test_about_a_table_stands_beside_it(write, cache):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.slow
 def test_other_processes_read_the_same_table(write, method):
     dataset = Coco("val", root=write())
     expected = [sample[1:] for sample in dataset]
@@ -166,6 +167,7 @@ def start(root, log, after_each, first=""):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ)
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_converts_and_neither_prints(write, tmp_path):
     root, log = write(), tmp_path / "log"
     both = [start(root, log, "time.sleep(0.5)") for _ in range(2)]
@@ -173,6 +175,7 @@ def test_of_two_processes_one_converts_and_neither_prints(write, tmp_path):
     assert sorted(log.read_text().split()) == sorted(["read", *[Coco("val", root=root).content_hash] * 2])
 
 
+@pytest.mark.slow
 def test_a_conversion_that_is_killed_leaves_nothing_that_counts(write, tmp_path, cache):
     root = write()
     process = start(root, tmp_path / "log", "os.kill(os.getpid(), signal.SIGKILL)")
@@ -194,6 +197,7 @@ def killed_after(root, log, entries):
 
 
 @pytest.mark.parametrize("entries", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.slow
 def test_a_conversion_that_is_killed_goes_on_where_it_was(write, tmp_path, cache, monkeypatch, entries):
     root = write(images=7, bbox=[-4, 5, 20, 10], iscrowd=0)
     (root / "val" / "1.png").unlink()
@@ -215,6 +219,7 @@ def test_a_conversion_that_is_killed_goes_on_where_it_was(write, tmp_path, cache
     assert whole.skipped == {"box clipped": 1, "image missing": 1}
 
 
+@pytest.mark.slow
 def test_a_beginning_is_worth_nothing_when_its_missing_pictures_are_there(write, tmp_path):
     root = write(images=5)
     picture = (root / "val" / "1.png").rename(tmp_path / "1.png")
@@ -241,6 +246,7 @@ def test_an_interrupt_keeps_what_is_done_and_a_mistake_does_not(write, cache, mo
         assert len(list(cache.glob(".coco-*/metadata.json"))) == kept
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_how_far_a_conversion_is(write, tmp_path):
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
@@ -279,6 +285,7 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(write, monkey
     assert caught.value.name == "datasets"
 
 
+@pytest.mark.slow
 def test_a_reader_imports_datasets_only_when_it_is_used():
     modules = "sca.data.coco, sca.data.visual_genome, sca.data.refcoco, sca.data.jsonl"
     code = f"import sys, {modules}; sys.exit('datasets' in sys.modules or 'torch' in sys.modules)"

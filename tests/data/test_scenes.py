@@ -82,6 +82,7 @@ def test_every_length_grows_with_the_canvas(size):
                 assert least * 0.9 - 2 < max(x2 - x1, y2 - y1) < most * 1.3 + 2
 
 
+@pytest.mark.slow
 def test_the_box_is_the_tight_box_of_the_mask(samples):
     for sample in samples:
         for region in sample.regions:
@@ -185,6 +186,7 @@ def test_a_relation_is_judged_by_the_larger_difference_to_a_shape_named_in_full(
     assert is_relation_true(parse_statement(text), star, others) is true
 
 
+@pytest.mark.slow
 def test_drawing_needs_no_torch():
     code = "import sys; from sca.data.scenes import Scenes; Scenes('val')[0]; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

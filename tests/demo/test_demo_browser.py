@@ -14,6 +14,8 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="requires the extra demo")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo_url():

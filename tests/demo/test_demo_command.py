@@ -4,6 +4,8 @@ import pytest
 
 gradio = pytest.importorskip("gradio", reason="requires the extra demo")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("root_path", "expected"), [("/captions/", "/captions"), ("", None)])
 def test_demo_command_passes_the_root_path_to_gradio(monkeypatch, root_path, expected):

@@ -231,6 +231,7 @@ def test_select_model_updates_sliders_and_note():
     assert output_ids >= {"model-note", "num_beams", "points_per_side", "pred_iou_thresh"}
 
 
+@pytest.mark.slow
 def test_unmoved_sliders_use_the_defaults_of_the_model(pool_and_names):
     pool, (name, *_) = pool_and_names
     scene = Scenes("test", num_images=1, image_size=128, seed=29)[0].image

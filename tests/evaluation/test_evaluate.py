@@ -174,6 +174,7 @@ def test_a_dataset_without_anything_to_ask_for_is_refused(teller):
         evaluate(teller([]), [])
 
 
+@pytest.mark.slow
 def test_report_table_counts_metrics_left_out_in_one_line(teller):
     dataset = Scenes("val", num_images=2)
     report = evaluate(

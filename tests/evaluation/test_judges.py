@@ -144,6 +144,7 @@ def test_pictures_are_found_again_when_a_file_is_scored(clip, teller, tmp_path):
     assert 0 <= report.scores["clip-score"] <= 2.5
 
 
+@pytest.mark.slow
 def test_metrics_without_what_they_need_are_left_out_with_the_way_to_it(teller):
     dataset = Scenes("val", num_images=1)
     left_out = evaluate(teller(dataset), dataset).skipped_metrics

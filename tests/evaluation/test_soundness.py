@@ -64,6 +64,7 @@ def test_what_cannot_be_scored_is_refused(made, records, said):
         score_file(made(*records))
 
 
+@pytest.mark.slow
 def test_what_is_odd_is_counted_and_scored(made):
     odd = [GOOD | {"region_id": 2, "caption": " "}, GOOD | {"region_id": 3, "caption": "a\ndog 😀"}]
     report = score_file(made(GOOD, *odd), ["rouge-l"])

@@ -103,6 +103,7 @@ def test_job_refuses_regions_from_two_sources(sources):
         CaptionJob("sca-tiny", **sources)
 
 
+@pytest.mark.slow
 def test_shards_are_forked_from_a_process_that_has_imported_the_models():
     program = "import sys, sca.inference.shards; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

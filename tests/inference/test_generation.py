@@ -81,6 +81,7 @@ def test_pieces_of_different_length_are_padded_as_one_batch_is(small):
     assert models._concat_generated([short, long], pad).sequences.tolist() == [[[5, 2, pad, pad]], [[5, 6, 7, 2]]]
 
 
+@pytest.mark.slow
 def test_every_caller_generates_in_pieces(rows, monkeypatch):
     model, seen = rows
     monkeypatch.setattr(models, "MAX_SEQUENCES_PER_CALL", 16)

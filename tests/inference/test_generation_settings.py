@@ -62,6 +62,7 @@ def expected(lm_folder):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.slow
 def test_generation_ignores_a_setting_of_a_hub_model(folder, expected, name):
     generated = HfLanguageModel(folder(**{name: SETTINGS[name]})).generate(draw_prefix(), 6)
     assert torch.equal(generated.sequences, expected[1].sequences)

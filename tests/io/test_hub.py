@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hub import COMMIT, Hub
 
+pytestmark = pytest.mark.slow
+
 PULL = [sys.executable, "-m", "sca", "pull"]
 
 

@@ -9,6 +9,8 @@ import pytest
 from sca_registry.cards import Card, parse_cards
 from world import ELSEWHERE, ROOT, done_here, opened
 
+pytestmark = pytest.mark.slow
+
 MANUALS = [
     "README.md",
     "CONTRIBUTING.md",

@@ -106,6 +106,7 @@ def check_equals_its_model(name, **fields):
 
 
 @pytest.mark.parametrize("name", HEADS)
+@pytest.mark.slow
 def test_language_model_has_the_logits_and_ids_of_its_own_model(name):
     if name in NEWER and VERSION < (5, 23):
         pytest.skip("transformers 5.17 does not run it on embeddings, so that it is refused there")

@@ -125,6 +125,7 @@ def test_every_mixer_is_tried_here():
 
 
 @pytest.mark.parametrize(("parts", "precision", "chunk"), list(combinations()))
+@pytest.mark.slow
 def test_model_trains_and_generates_on_an_accelerator(parts, precision, chunk):
     model, dtype = built_here(**parts), PRECISIONS[precision]
     batch = batch_of(model)
@@ -162,6 +163,7 @@ def test_search_runs_on_an_accelerator(search):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("segmenter", ["sam", "box masks", "box"])
+@pytest.mark.slow
 def test_segmenter_takes_every_prompt_on_an_accelerator(segmenter, precision):
     part = {"name": "box", "hidden_size": 24}
     if segmenter != "box":
@@ -191,6 +193,7 @@ def test_segmenter_takes_every_prompt_on_an_accelerator(segmenter, precision):
     [(s, m, "gpt2") for s in ("sam", "box") for m in MIXERS if s == "sam" or m not in NEED_MASKS]
     + [("sam", "query", family) for family in FAMILIES if family != "gpt2"],
 )
+@pytest.mark.slow
 def test_model_in_half_precision_is_close_to_float32(segmenter, mixer, family, dtype):
     """On the CPU for real, where most kernels refuse mixed types as well."""
     model = built(segmenter=segmenter, mixer=mixer, family=family).eval()
@@ -318,6 +321,7 @@ def test_greedy_search_waits_no_longer_where_captions_end(pointed):
 @pytest.mark.parametrize(
     "mixer", [pytest.param(mixer, marks=[pytest.mark.all] * (mixer in ("split", "mask-tokens"))) for mixer in MIXERS]
 )
+@pytest.mark.slow
 def test_waits_of_a_training_step_do_not_grow_with_regions(mixer):
     model = built(mixer=mixer).train()
     with simulated_cuda() as device:
@@ -357,6 +361,7 @@ def test_waits_do_not_grow_with_images(pool):
 # --- what else runs there ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_chunks_are_computed_anew_with_the_same_random_numbers():
     model = built(lora={"rank": 2, "dropout": 0.5}).train()
     with simulated_cuda() as device:

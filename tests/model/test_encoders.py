@@ -249,6 +249,7 @@ def test_every_tag_of_open_clip_has_the_activation_that_it_was_trained_with():
         *(("timm", model) for model in ("rexnet_100", "resnest50d", "coat_lite_mini", "efficientnet_b0", "pvt_v2_b2")),
     ],
 )
+@pytest.mark.slow
 def test_towers_and_backbones_of_many_makes_have_features(name, model):
     if model == "coat_lite_mini" and not hasattr(timm.models.CoaT, "forward_intermediates"):
         pytest.skip("CoaT has no intermediate features before timm 1.0.31")

@@ -13,6 +13,8 @@ from sca.plan import _compute_layer_signature, _find_max_regions, plan_model
 from sca.plan_cache import MAX_PLANNED_REGIONS
 from sca.stage_costs import StageMeter
 
+pytestmark = pytest.mark.slow
+
 WORDS = 6
 LM = {"name": "hf", "pretrained": False}
 TINY_VIT = {"name": "tiny-vit"}

@@ -115,6 +115,7 @@ MIXERS = {
 @pytest.mark.parametrize("images", [1, 4])
 @pytest.mark.parametrize("count", [1, 3, 64])
 @pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.slow
 def test_many_regions_of_a_sam_are_as_one_at_a_time(sam_folder, lm_folder, mixer, count, images):
     torch.manual_seed(0)
     encoder, words = {"name": "sam", "weights": str(sam_folder)}, {"name": "hf", "weights": str(lm_folder("gpt2"))}

@@ -130,6 +130,7 @@ def test_region_fill_is_nearly_transparent(make_page, captions):
     assert 0 < float(opacities[0]) <= 0.15
 
 
+@pytest.mark.slow
 def test_jinja2_is_not_imported_with_sca_output():
     program = "import sys, sca, sca.output, sca.output.html_page, sca.output.viewer; print('jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"

@@ -13,6 +13,8 @@ from sca.io import masks
 from sca.output.colors import REGION_COLORS
 from sca.output.html import HtmlWriter
 
+pytestmark = pytest.mark.slow
+
 
 def write_captions(folder, name, num_images, num_regions, make_caption_text):
     """Write noise images and a JSON lines file with captions of squares in them; return the path of the file."""

@@ -230,6 +230,7 @@ def code(folder):
     ],
     ids=range(10),
 )
+@pytest.mark.slow
 def test_a_broken_folder_is_told_in_one_line(published, damage, told, monkeypatch):
     folder = published()
     damage(folder)

@@ -51,6 +51,7 @@ def test_anything_else_is_not(text):
 
 
 @given(specs)
+@pytest.mark.slow
 def test_writing_and_reading_gives_the_same_spec(spec):
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 

@@ -386,6 +386,7 @@ def test_full_queue_returns_503_with_retry_after(make_client, make_body):
     assert response.headers["retry-after"] == "1"
 
 
+@pytest.mark.slow
 def test_disconnected_client_stops_inference(start_server, make_body, captioner, monkeypatch):
     caption_batch, region_counts = captioner.caption_batch, []
 
@@ -413,6 +414,7 @@ def test_disconnected_client_stops_inference(start_server, make_body, captioner,
     assert httpx.get(f"{url}/health").json()["queued_regions"] == 0
 
 
+@pytest.mark.slow
 def test_concurrent_clients_get_the_same_captions_as_alone(start_server, make_body, scene, captioner):
     url = start_server()
     prompts = [Prompt(box=region.box) for region in scene.regions]

@@ -87,6 +87,7 @@ def get_error_message(response):
         ({"messages": []}, 422, "invalid_value", "messages", "at least 1 item"),
     ],
 )
+@pytest.mark.slow
 def test_openai_client_raises_the_error_of_the_server(
     openai_client, make_message, fields, status, code, param, message
 ):
@@ -145,6 +146,7 @@ def test_server_errors_have_the_openai_error_format(make_client, make_message, c
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_openai_client_receives_caption_and_usage(openai_client, make_message, captioner, scene):
     (expected,) = captioner.caption(scene.image, [Prompt(box=BOX)])
     completion = openai_client.chat.completions.create(model="sca-tiny", messages=[make_message()])
@@ -159,6 +161,7 @@ def test_openai_client_receives_caption_and_usage(openai_client, make_message, c
     assert openai_client.models.retrieve("sca-tiny").id == "sca-tiny"
 
 
+@pytest.mark.slow
 def test_openai_client_receives_finish_reason_length_for_truncated_caption(openai_client, make_message):
     create = openai_client.chat.completions.create
     truncated = create(model="sca-tiny", messages=[make_message()], max_tokens=2)
@@ -171,6 +174,7 @@ def test_openai_client_receives_finish_reason_length_for_truncated_caption(opena
     assert finish_reasons == {0: "length", 1: "length"}
 
 
+@pytest.mark.slow
 def test_openai_client_receives_usage_in_last_chunk(openai_client, make_message):
     create = openai_client.chat.completions.create
     completion = create(model="sca-tiny", messages=[make_message()])
@@ -279,6 +283,7 @@ def test_chat_route_rejects_out_of_range_values(send_chat, make_message, fields)
     assert name in get_error_message(send_chat([make_message()], **fields))
 
 
+@pytest.mark.slow
 def test_openai_example_of_readme_runs(start_server, monkeypatch, capsys):
     pytest.importorskip("openai", reason="requires the package openai")
     monkeypatch.chdir(ROOT)
@@ -613,6 +618,7 @@ def conversations(draw):
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.all)])
+@pytest.mark.slow
 def test_chat_route_finds_region_in_generated_conversations(send_chat, image_url, scene, count):
     statuses = []
 

@@ -13,6 +13,8 @@ import pytest
 from sca.serve import server as server_module
 from sca.serve.limits import ServerLimits
 
+pytestmark = pytest.mark.slow
+
 SHUTDOWN_ERROR = {
     "error": {
         "message": "the server is shutting down; try again later",

@@ -9,6 +9,8 @@ import random
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 NUM_REQUESTS = {"reduced": 100, "full": 2000}
 
 

@@ -122,6 +122,7 @@ def test_scheduler_completes_short_request_during_a_long_one(blocking_captioner,
     scheduler.close()
 
 
+@pytest.mark.slow
 def test_scheduler_completes_short_requests_during_a_search(captioner, scene, monkeypatch):
     monkeypatch.setattr("sca.serve.scheduler.SEARCH_SECONDS", 0.0)
     scheduler, order = RequestScheduler(captioner), []
@@ -146,6 +147,7 @@ def caption_without_scheduler(captioner, image, options):
     return caption_everything(predictor, options=options)
 
 
+@pytest.mark.slow
 def test_concurrent_searches_return_the_same_captions_as_alone(captioner, scene):
     scheduler = RequestScheduler(captioner)
     options = EverythingOptions(**{**vars(captioner.everything), "points_per_side": 24})

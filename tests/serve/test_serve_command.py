@@ -11,6 +11,8 @@ import pytest
 
 from sca.cli import run_command
 
+pytestmark = pytest.mark.slow
+
 
 def start_server(*arguments):
     """Start a server in a separate process; return the process and its URL."""

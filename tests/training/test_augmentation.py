@@ -15,7 +15,7 @@ from sca.training.augmentation import PADDING_COLOR, Augmentation, crop_region, 
 
 @st.composite
 def samples(draw):
-    """A grey picture with one to three rectangles, each of its own brightness, that do not overlap."""
+    """A gray picture with one to three rectangles, each of its own brightness, that do not overlap."""
     width, height = draw(st.integers(12, 60)), draw(st.integers(6, 40))
     pixels = np.zeros((height, width, 3), np.uint8)
     count = draw(st.integers(1, 3))

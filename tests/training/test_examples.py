@@ -123,6 +123,7 @@ def test_a_region_teaches_as_many_texts_as_are_drawn_and_none_twice(stream, toke
     assert all(told[row] <= regions[tuple(box)] for row, box in enumerate(batch.prompts.boxes.tolist()))
 
 
+@pytest.mark.slow
 def test_shares_are_kept(stream):
     examples = [stream(VARIED, length=300)[place] for place in range(300)]
     tasks = torch.cat([example.task_ids for example in examples]).float()

@@ -21,6 +21,7 @@ def plan(small_table):
     return make
 
 
+@pytest.mark.slow
 def test_training_log_writes_one_line_per_step(plan, tmp_path, capfd):
     train(plan(validate={"every": 2, "limit": 1}), tmp_path)
     out, err = capfd.readouterr()
@@ -36,6 +37,7 @@ def test_training_log_writes_one_line_per_step(plan, tmp_path, capfd):
     assert "\r" not in err  # no progress bar where there is no terminal
 
 
+@pytest.mark.slow
 def test_quiet_training_writes_nothing(plan, tmp_path, capfd):
     train(plan(validate={"every": 2, "limit": 1}), tmp_path, quiet=True)
     assert capfd.readouterr() == ("", "")

@@ -17,6 +17,7 @@ FEW = [
 ]
 
 
+@pytest.mark.slow
 def test_train_takes_a_recipe_by_name_and_evaluate_the_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = sca.train("sca-tiny", changes=FEW, quiet=True)
@@ -26,6 +27,7 @@ def test_train_takes_a_recipe_by_name_and_evaluate_the_model(tmp_path, monkeypat
     assert 0 <= report.scores["class/mean"] <= 1
 
 
+@pytest.mark.slow
 def test_train_takes_a_file_or_a_recipe_and_changes(tmp_path):
     (tmp_path / "mine.toml").write_text('model = "sca-tiny"\n[data.scenes]\nname = "scenes"\nsize = 64\ncount = 2\n')
     few = [*FEW[:2], "train.report_to=none"]

@@ -11,6 +11,8 @@ from sca.io.run_folder import RunFolder
 from sca.training.recipe import Recipe
 from sca.training.train import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def plan(small_table):

@@ -39,6 +39,7 @@ def scores(folder):
     return {line["step"]: line["validation_cider-d"] for line in lines if "validation_cider-d" in line}
 
 
+@pytest.mark.slow
 def test_the_best_of_the_validated_models_is_kept(plan, tmp_path):
     model = train(plan({"every": 2, "limit": 3}, learning_rate=0.02), tmp_path, quiet=True)
     found = scores(tmp_path)
@@ -52,6 +53,7 @@ def test_the_best_of_the_validated_models_is_kept(plan, tmp_path):
     assert model.training is False
 
 
+@pytest.mark.slow
 def test_train_opens_the_dataset_of_validate_once(plan, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(
@@ -62,12 +64,14 @@ def test_train_opens_the_dataset_of_validate_once(plan, tmp_path, monkeypatch):
     assert opened == [recipe.validate]
 
 
+@pytest.mark.slow
 def test_validating_changes_nothing_of_what_is_learned(plan, tmp_path):
     straight = train(plan(), tmp_path / "one", quiet=True).state_dict()
     watched = train(plan({"every": 1, "limit": 2}), tmp_path / "two", quiet=True).state_dict()
     assert all(torch.equal(straight[name], watched[name]) for name in straight)
 
 
+@pytest.mark.slow
 def test_train_reports_a_validation_without_images(plan, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"image": "a.png", "box": [0, 0, 9, 9], "caption": "a dog"}\n')
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
@@ -152,6 +156,7 @@ def test_validation_rejects_an_empty_best(plan):
         plan({"best": []})
 
 
+@pytest.mark.slow
 def test_a_part_learns_at_its_own_rate(plan, tmp_path):
     start = train(plan(steps=1, learning_rate=1e-30), tmp_path / "start", quiet=True).state_dict()
     model = train(plan(steps=3, lr_multipliers={"language_model": 0.0, "mixer": 1.0}), tmp_path / "run", quiet=True)
@@ -176,6 +181,7 @@ def test_a_reporter_that_is_not_there_is_refused(plan, tmp_path, names, message)
         train(plan(report_to=names), tmp_path, quiet=True)
 
 
+@pytest.mark.slow
 def test_curves_are_written_for_tensorboard_where_it_is_installed(plan, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
     train(plan(), tmp_path, quiet=True)
@@ -184,6 +190,7 @@ def test_curves_are_written_for_tensorboard_where_it_is_installed(plan, tmp_path
     assert {"train/loss", "train/caption", "train/learning_rate"} <= set(found)
 
 
+@pytest.mark.slow
 def test_validating_reports_a_score_that_is_not_a_number(plan, tmp_path):
     told = []
     data = {"name": "scenes", "num_images": 1, "image_size": 64}
@@ -200,6 +207,7 @@ def undefined(metric, records):
     return MetricOutput({"cider-d": math.nan}, notes={"cider-d": "no number"})
 
 
+@pytest.mark.slow
 def test_validating_reports_a_score_that_never_changes(plan, tmp_path):
     told = []
     recipe = plan({"every": 2, "limit": 2, "best": ["rouge-l"]}, learning_rate=0.0)
@@ -222,6 +230,7 @@ def test_validating_prefers_the_earlier_names_of_best():
         assert kept._is_best(metric, score, before) is better
 
 
+@pytest.mark.slow
 def test_train_reports_each_dataset_first(plan, tmp_path):
     told = []
     recipe = plan({"every": 4, "limit": 1})
@@ -229,6 +238,7 @@ def test_train_reports_each_dataset_first(plan, tmp_path):
     assert told[:2] == ["data.scenes (train): 6 images", "validate (val): 6 images"]
 
 
+@pytest.mark.slow
 def test_train_reports_images_that_it_finds_damaged(plan, tmp_path, small_table):
     for name in ("a", "b"):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")

@@ -144,6 +144,9 @@ def match_proposals(boxes: np.ndarray, scores: np.ndarray, true_boxes: np.ndarra
         boxes: (P, 4) proposed boxes x1 y1 x2 y2, best score first.
         scores: (P,) scores.
         true_boxes: (G, 4) merged ground-truth boxes.
+
+    Returns:
+        The assignment of the proposals.
     """
     if not len(true_boxes) or not len(boxes):
         zeros = np.zeros(len(boxes))

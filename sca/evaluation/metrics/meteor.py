@@ -94,6 +94,12 @@ class MeteorProgram:
     def score_lines(self, lines: Sequence[str]) -> list[str]:
         """Return the output of the program for each input line.
 
+        Args:
+            lines: Input lines.
+
+        Returns:
+            Output lines, one per input line.
+
         Raises:
             ValueError: Java is missing, or the program fails.
         """

@@ -30,6 +30,9 @@ def describe_unread_caption(record: Mapping[str, Any], read_keys: Sequence[str])
     Args:
         record: Record that may contain captions.
         read_keys: Caption keys that are read.
+
+    Returns:
+        The reason, or None.
     """
     if any(record.get(key) for key in read_keys):
         return None

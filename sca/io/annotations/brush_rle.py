@@ -44,6 +44,9 @@ def decode_brush_rle(code: Sequence[int], width: int, height: int) -> np.ndarray
         width: Width of the image in pixels.
         height: Height of the image in pixels.
 
+    Returns:
+        (height, width) bool mask.
+
     Raises:
         InputError: The bytes do not encode an image of this size.
     """

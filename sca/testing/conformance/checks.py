@@ -64,6 +64,9 @@ def register_check(*kinds: str, source: str | None = None) -> Callable[[Callable
     Args:
         *kinds: Kinds of components (plural).
         source: Where the expected behavior is documented. Default: the protocol of the kind.
+
+    Returns:
+        The decorator.
     """
 
     def register(function: Callable[[Any], str | None]) -> Callable[[Any], str | None]:

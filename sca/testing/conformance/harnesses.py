@@ -50,6 +50,9 @@ def make_random_regions(image_index: Tensor, num_images: int) -> SegmenterOutput
     Args:
         image_index: (N,) image of each region.
         num_images: Number of images.
+
+    Returns:
+        The output, on the CPU.
     """
     num_regions, tokens = len(image_index), torch.randn(len(image_index), 3 + NUM_MASKS, HIDDEN_SIZE)
     corner = torch.rand(num_regions, 2) * IMAGE_SIZE / 2
