@@ -262,10 +262,12 @@ def test_fields_of_a_chat_have_limits(ask, user, fields):
     assert name in message_of(ask([user()], **fields))
 
 
-def test_the_client_example_of_the_readme_runs(served, monkeypatch, capsys):
+def test_client_example_of_the_manual_runs(served, monkeypatch, capsys):
     pytest.importorskip("openai", reason="needs the package openai")
     monkeypatch.chdir(ROOT)
-    (example,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    (example,) = re.findall(
+        r"^```py\n(.*?)^```", (ROOT / "docs/serving.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
     assert "http://127.0.0.1:8000/v1" in example
     exec(example.replace("http://127.0.0.1:8000", served()), {})
     assert capsys.readouterr().out.endswith("[370.0, 434.0, 448.0, 512.0]\n")

@@ -205,7 +205,7 @@ print(json.dumps([sorted(imported), sorted(
 """
 
 
-@register_check(*COMPONENT_KINDS, source="plugins/README.md")
+@register_check(*COMPONENT_KINDS, source="docs/plugins.md")
 def import_is_light(harness: PartHarness) -> str | None:
     """Importing the module imports no large optional package, prints nothing and changes no process setting.
 
@@ -229,7 +229,7 @@ def import_is_light(harness: PartHarness) -> str | None:
     return f"it changes {format_names(changed)}" if changed else None
 
 
-@register_check(*COMPONENT_KINDS, source="plugins/README.md")
+@register_check(*COMPONENT_KINDS, source="docs/plugins.md")
 def the_process_is_left_alone(harness: PartHarness) -> str | None:
     """Building and running the component changes no process setting of torch, logging, warnings or environment."""
     state_before = capture_process_state()
