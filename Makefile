@@ -74,11 +74,11 @@ docs: dev
 screenshots: dev
 	$(BIN)/python tools/screenshots.py
 
-# The results in the README, as measured by `sca evaluate`.
+# The results in docs/evaluation.md, as measured by `sca evaluate`.
 results-table: core
 	$(BIN)/python tools/results_table.py
 
-# The combinations of components in the README, as computed by `sca plan`.
+# The combinations of components in docs/models.md, as computed by `sca plan`.
 model-table: dev
 	$(BIN)/python tools/model_table.py
 

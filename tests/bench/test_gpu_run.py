@@ -272,7 +272,7 @@ def test_tables_in_the_repository_are_those_of_its_rows():
     kept = ROOT / "benchmarks/results/gpu/rows.jsonl"
     rows = collect.read_rows(kept) if kept.is_file() else []
     for page, content in (
-        ("benchmarks/README.md", collect.render_tables(rows)),
+        ("docs/benchmarks.md", collect.render_tables(rows)),
         ("README.md", collect.render_headline(rows)),
     ):
         text = (ROOT / page).read_text("utf-8")

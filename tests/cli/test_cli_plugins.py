@@ -67,7 +67,7 @@ def test_a_new_plugin_installs_is_listed_and_keeps_its_promises_as_it_is(kind, s
     assert tested.returncode == 0, tested.stdout
 
 
-@pytest.mark.all  # tests/test_readme.py does the same with the plugin of the README
+@pytest.mark.all  # tests/manuals does the same with the plugin of the manual
 def test_the_whole_way_from_a_new_plugin_to_captions(site, tmp_path):
     from PIL import Image
 

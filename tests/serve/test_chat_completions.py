@@ -287,7 +287,8 @@ def test_chat_route_rejects_out_of_range_values(send_chat, make_message, fields)
 def test_openai_example_of_readme_runs(start_server, monkeypatch, capsys):
     pytest.importorskip("openai", reason="requires the package openai")
     monkeypatch.chdir(ROOT)
-    (example,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    page = (ROOT / "docs/serving.md").read_text("utf-8")
+    (example,) = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert "http://127.0.0.1:8000/v1" in example
     exec(example.replace("http://127.0.0.1:8000", start_server()), {})
     assert capsys.readouterr().out.endswith("[370.0, 434.0, 448.0, 512.0]\n")

@@ -205,7 +205,7 @@ print(json.dumps([sorted(imported), sorted(
 """
 
 
-@register_check(*COMPONENT_KINDS, source="plugins/README.md")
+@register_check(*COMPONENT_KINDS, source="docs/plugins.md")
 def import_has_no_side_effects(harness: ComponentHarness) -> str | None:
     """Importing the module imports no large optional package, prints nothing and changes no process setting.
 
@@ -229,7 +229,7 @@ def import_has_no_side_effects(harness: ComponentHarness) -> str | None:
     return f"the import changes {format_names(changed)}" if changed else None
 
 
-@register_check(*COMPONENT_KINDS, source="plugins/README.md")
+@register_check(*COMPONENT_KINDS, source="docs/plugins.md")
 def process_state_is_unchanged(harness: ComponentHarness) -> str | None:
     """Building and running the component changes no process setting of torch, logging, warnings or environment."""
     state_before = capture_process_state()
