@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("mkdocs", reason="the site is made by mkdocs-material")
 
@@ -23,7 +24,6 @@ def site(tmp_path_factory):
     return {path.name: path.read_text("utf-8") for path in folder.glob("*.html")}
 
 
-@pytest.mark.slow
 def test_every_page_is_there_and_every_chapter_of_the_readme_on_one(site):
     whole = "".join(site.values())
     for title in re.findall(r"^### (.+)$|^## (.+)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE):
