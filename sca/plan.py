@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 from sca_registry import get_registry
-from sca_registry.contracts import Batch, PromptBatch, Targets
+from sca_registry.contracts import Batch, MaskTargets, PromptBatch
 from sca_registry.spec import ModelSpec
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from sca.builder import build, resolve_parts
-from sca.checkpoints.state import list_stored_tensors
+from sca.builder import build, resolve_components
+from sca.checkpoints.tensors import list_stored_tensors
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.io.validation import check_range
 from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner
-from sca.nn.two_way import TwoWayTransformer
+from sca.nn.two_way_transformer import TwoWayTransformer
 from sca.plan_cache import GIB, MAX_PLANNED_REGIONS, Plan, resolve_gpu_memory
 from sca.stage_costs import CONSTANT_TYPES, CallCost, MemoryTracker, StageMeter
 
@@ -85,8 +85,7 @@ def plan_model(
         flops, memory = measure(batch_size, regions_per_image, max_new_tokens)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
-            f"the cost of this model cannot be estimated because it branches on the content of its tensors ({error}); "
-            "measure a run instead"
+            f"the cost of this model depends on the values of its tensors ({error}); measure a run instead"
         ) from error
     max_regions = (
         None
@@ -94,7 +93,7 @@ def plan_model(
         else _find_max_regions(lambda count: max(measure(batch_size, count, max_new_tokens)[1].values()), memory_budget)
     )
     return Plan(
-        model="+".join(part.name for part in (spec.encoder, spec.mixer, spec.language_model)),
+        model="+".join(component_spec.name for component_spec in (spec.encoder, spec.mixer, spec.language_model)),
         batch_size=batch_size,
         regions_per_image=regions_per_image,
         max_new_tokens=max_new_tokens,
@@ -114,13 +113,13 @@ def plan_model(
 
 def _set_checkpoint_sources(model: SegmentCaptioner, spec: ModelSpec) -> None:
     """Set the `checkpoint` of components, which is None after a build without weights."""
-    resolved_parts = resolve_parts(spec, model.encoder)
+    component_specs = resolve_components(spec, model.encoder)
     for kind in ("encoder", "language_model", "segmenter"):
-        part, component = resolved_parts[kind], getattr(model, kind)
-        options = {**get_registry(kind).get_card(part.name).options, **part.options}
+        component_spec, component = component_specs[kind], getattr(model, kind)
+        options = {**get_registry(kind).get_card(component_spec.name).options, **component_spec.options}
         if hasattr(component, "checkpoint") and options.get("pretrained", True):
             # weights of the encoder contain those of its default segmenter
-            is_bundled = kind == "segmenter" and part.name == model.encoder.default_segmenter
+            is_bundled = kind == "segmenter" and component_spec.name == model.encoder.default_segmenter
             source = getattr(component, "source", None) or options.get("weights")
             component.checkpoint = source or (model.encoder.checkpoint if is_bundled else None)
 
@@ -129,9 +128,9 @@ def _find_two_way_transformers(model: SegmentCaptioner) -> list[TwoWayTransforme
     return [module for module in model.modules() if isinstance(module, TwoWayTransformer)]
 
 
-def _list_layers(part: nn.Module) -> list[nn.Module]:
+def _list_layers(component: nn.Module) -> list[nn.Module]:
     """Return the layers of stacks, many of which are identical, except those with a patched `forward`."""
-    stacks = [module for module in part.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    stacks = [module for module in component.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     return [layer for stack in stacks for layer in stack if "forward" not in vars(layer)]
 
 
@@ -269,9 +268,9 @@ class _CostMeter:
                 input_ids=torch.zeros(rows, num_tokens, dtype=torch.long),
                 attention_mask=attention_mask,
             )
-            if hasattr(model.segmenter, "loss"):
+            if hasattr(model.segmenter, "compute_losses"):
                 valid_pixels = torch.ones(rows, mask_size, mask_size, dtype=torch.bool)
-                batch.targets = Targets(torch.rand(rows, mask_size, mask_size), valid_pixels, has_mask)
+                batch.targets = MaskTargets(torch.rand(rows, mask_size, mask_size), valid_pixels, has_mask)
             autocast = torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
             with stages("forward"), autocast:
                 loss = model(batch).loss

@@ -28,6 +28,9 @@ def run_job(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         config: `language_model` (a name, or a name with options), `method` (one of `DECODING_METHODS`), `batch_size`,
             `prefix_length`, `max_new_tokens`, `num_repeats`, `device` and `dtype`.
         folder: Unused.
+
+    Returns:
+        The measurements, JSON-serializable.
     """
 
     def measure_decoding(row: dict[str, Any]) -> None:

@@ -47,6 +47,9 @@ def run_row(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         config: Configuration of a `sca_bench.sweep.SweepRow`, and `force` to run it even if it is predicted to exceed
             memory.
         folder: Folder for the files of the row. Output is printed to the caller's standard output.
+
+    Returns:
+        The row, JSON-serializable.
     """
     config = dict(config)
     force = config.pop("force", False)

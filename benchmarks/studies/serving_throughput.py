@@ -75,7 +75,7 @@ def make_request_bodies() -> list[bytes]:
     from sca.data.scenes import Scenes
 
     request_bodies = []
-    for sample in map(Scenes("test", count=NUM_IMAGES).__getitem__, range(NUM_IMAGES)):
+    for sample in map(Scenes("test", num_images=NUM_IMAGES).__getitem__, range(NUM_IMAGES)):
         file = io.BytesIO()
         sample.image.save(file, "PNG")
         image = base64.b64encode(file.getvalue()).decode()

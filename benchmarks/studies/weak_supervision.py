@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tasks.append(Task(folder.name, "weak_supervision_job:run_job", config, str(folder)))
         launcher = sca_registry.launchers.build("local", **parse_assignments(args.options))
         scores_by_run = {}
-        for outcome in launcher.map(tasks):
+        for outcome in launcher.run_tasks(tasks):
             if outcome.result["state"] != "done":
                 raise SystemExit(f"{outcome.task.key}: {outcome.result}")
             scores_by_run[outcome.task.config["method"], outcome.task.config["seed"]] = outcome.result["scores"]

@@ -54,9 +54,9 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Estimate the parameters, FLOPs and memory of a model without downloading weights.
+    """Estimate the parameters, FLOPs and memory of a model.
 
-    The model is built without weights and run on meta tensors.
+    Downloads no weights: the model is built without weights and run on meta tensors.
     """
     from sca.plan_cache import resolve_gpu_memory
 
@@ -79,7 +79,7 @@ def plan(
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Disable garbage collection, which takes an eighth of the time of this short process and frees little."""
+    """Disable garbage collection, which uses an eighth of the time of this short process and frees little memory."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -132,7 +132,7 @@ def _resolve_spec(model: str, trust_remote_code: bool, allow_external: bool) -> 
         return spec
     if model in zoo.list_names():
         raise ValueError(
-            f"{model} is a hub model, which has no local spec; plan its components: sam-vit-h+query+gpt2-large"
+            f"the weights of {model} are on the hub; plan its components instead, such as sam-vit-h+query+gpt2-large"
         )
     local_names = [name for name in zoo.list_names() if zoo.get_entry(name).folder]
     raise make_unknown_name_error(
@@ -146,31 +146,30 @@ def _print_plan(model_plan: Plan) -> None:
     from sca.io.terminal import Table
     from sca.plan_cache import MAX_PLANNED_REGIONS
 
-    workload = "training step" if model_plan.training else "captioning"
+    workload = "a training step with" if model_plan.training else "captioning"
     counts = f"{model_plan.batch_size} x {model_plan.regions_per_image} regions, {model_plan.max_new_tokens} tokens"
-    print_line(f"{model_plan.model}: {workload} with {counts}, {model_plan.dtype}")
+    print_line(f"{model_plan.model}: {workload} {counts}, {model_plan.dtype}")
     table = Table(("stage", "GFLOPs", "peak memory"), right_aligned=("GFLOPs", "peak memory"), has_frame=False)
     for stage, flops in model_plan.flops.items():
         table.add_row(stage, f"{flops / 1e9:,.1f}", _format_bytes(model_plan.memory[stage]))
     table.add_row("total", f"{sum(model_plan.flops.values()) / 1e9:,.1f}", _format_bytes(model_plan.peak_memory))
     print_table(table)
-    for part, count in model_plan.parameters.items():
-        print_line(f"{part:<16}{count:>15,}")
-    trainable = f"{model_plan.trainable_parameters:,} trainable"
-    print_line(f"{'parameters':<16}{sum(model_plan.parameters.values()):>15,}  {trainable}")
+    for group, count in model_plan.parameters.items():
+        print_line(f"{group:<16}{count:>15,}")
+    print_line(
+        f"{'parameters':<16}{sum(model_plan.parameters.values()):>15,}  {model_plan.trainable_parameters:,} trainable"
+    )
     checkpoint_size = _format_bytes(model_plan.checkpoint_bytes)
-    print_line(f"{'float32 weights':<16}{_format_bytes(model_plan.weight_bytes):>15}  checkpoint {checkpoint_size}")
+    print_line(f"{'float32 weights':<16}{_format_bytes(model_plan.weight_bytes):>15}  checkpoint: {checkpoint_size}")
     if model_plan.usable_gpu_memory is not None:
         max_regions = model_plan.max_regions_per_image
-        fits = "fits" if model_plan.fits else "does not fit"
-        if max_regions is None:
-            limit_text = f"{MAX_PLANNED_REGIONS:,} regions per image also fit"
-        elif max_regions:
-            limit_text = f"up to {max_regions:,} regions per image fit"
-        else:
-            limit_text = "not even one region fits"
+        fits = "fits" if model_plan.fits_gpu else "does not fit"
+        limit_text = f"at least {MAX_PLANNED_REGIONS:,}" if max_regions is None else f"{max_regions:,}"
         usable_memory = _format_bytes(model_plan.usable_gpu_memory)
-        print_line(f"{model_plan.gpu:<16}{usable_memory:>15}  usable: this {fits}; {limit_text}")
+        print_line(
+            f"{model_plan.gpu:<16}{usable_memory:>15}  usable; the workload {fits}; maximum regions per image: "
+            f"{limit_text}"
+        )
 
 
 def _format_bytes(count: int) -> str:

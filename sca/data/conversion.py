@@ -79,9 +79,10 @@ class ConvertedTable:
 
     Attributes:
         reader: Name of the reader, which begins the names of its tables.
-        about: Content of `metadata.json`.
-        hash: SHA-256 of all images and regions, excluding file names: equal on every machine with the same data.
-        attributes: Possible values of each region attribute, such as the class names, for auxiliary losses.
+        metadata: Content of `metadata.json`.
+        content_hash: SHA-256 of all images and regions, excluding file names: equal on every machine with the same
+            data.
+        attribute_values: Possible values of each region attribute, such as the class names, for auxiliary losses.
         remarks: Phrases about the choice of images, such as how many were held out.
 
     Raises:
@@ -98,7 +99,7 @@ class ConvertedTable:
         self.split, self.image_root, self.max_bad_records = split, image_root, max_bad_records
         self.sources = list(sources)
         self._skip = SkipCounter()
-        self.attributes: dict[str, tuple[str, ...]] = {}
+        self.attribute_values: dict[str, tuple[str, ...]] = {}
         self.remarks: list[str] = []
         self._bad_image_stamps: dict[str, list[int] | None] = {}  # stamp of each unusable image
         self._empty_image_sizes: dict[str, tuple[list[int], int, int]] = {}  # stamp, width and height
@@ -124,7 +125,7 @@ class ConvertedTable:
     def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
         """Yield the inputs of `_build_row` in a fixed order.
 
-        Must be cheap, because a resumed conversion iterates over finished entries again. May set `attributes` and
+        Must be cheap, because a resumed conversion iterates over finished entries again. May set `attribute_values` and
         `remarks`, count with `_skip`, and set the total of the progress bar.
         """
         raise NotImplementedError
@@ -265,7 +266,7 @@ class ConvertedTable:
         metadata = self._read_metadata(folder)
         if metadata is None:
             return False
-        self.about, self.hash = metadata, str(metadata["hash"])
+        self.metadata, self.content_hash = metadata, str(metadata["hash"])
         self._restore_counts(metadata)
         shards = [Dataset.from_file(str(folder / _format_shard_name(number))) for number in range(metadata["shards"])]
         self._table = concatenate_datasets(shards)
@@ -337,7 +338,7 @@ class ConvertedTable:
                 writer.finalize()
             has_more = metadata["entries"] - entries_before == IMAGES_PER_SHARD
             metadata |= {"shards": metadata["shards"] + 1, "skipped": self.skipped, "examples": self.examples}
-            metadata |= {"attributes": self.attributes, "remarks": self.remarks, "class_names": list(class_names)}
+            metadata |= {"attributes": self.attribute_values, "remarks": self.remarks, "class_names": list(class_names)}
             metadata |= {"bad_images": self._bad_image_stamps, "empty_images": self._empty_image_sizes}
             metadata["is_complete"] = not has_more
             sync_path(path)
@@ -427,7 +428,7 @@ class ConvertedTable:
             SkipCounter(metadata["skipped"], metadata["examples"]),
             metadata["bad_images"],
         )
-        self.attributes = {name: tuple(values) for name, values in metadata["attributes"].items()}
+        self.attribute_values = {name: tuple(values) for name, values in metadata["attributes"].items()}
         self.remarks, self._empty_image_sizes = metadata["remarks"], metadata["empty_images"]
 
 

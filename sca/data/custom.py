@@ -195,6 +195,9 @@ def make_val_fraction_key(split: str, val_fraction: float) -> str:
         split: Name of the split.
         val_fraction: Fraction of the held-out images, from 0 to below 1.
 
+    Returns:
+        Part of the key; empty if nothing is held out.
+
     Raises:
         ValueError: The fraction is out of range, or a split other than "train" and "val" is held out.
     """

@@ -98,6 +98,12 @@ def list_protocols() -> list[str]:
 def read_protocol(name: str) -> EvaluationProtocol:
     """Read a bundled protocol.
 
+    Args:
+        name: Name of the protocol.
+
+    Returns:
+        The protocol.
+
     Raises:
         RegistryError: No protocol has this name.
     """
@@ -116,6 +122,9 @@ def find_available_metrics(
     Args:
         protocol: The protocol.
         metric_options: Options of metrics, such as `semantic.model`.
+
+    Returns:
+        The names of the available metrics, and those of the others.
 
     Raises:
         RegistryError: No metric can be computed; the error is that of the first.
@@ -145,6 +154,9 @@ def build_comparison_table(run: ProtocolRun, model: str, scores: Mapping[str, fl
         model: Name of the measured model.
         scores: Measured scores by name.
         source: Source of the published scores.
+
+    Returns:
+        The table.
     """
     from sca.io.terminal import Table
 

@@ -34,7 +34,7 @@ class RayLauncher:
             raise ValueError(f"num_cpus is {num_cpus}; use an integer of 1 or more")
         self.address, self.num_cpus = address, num_cpus
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[TaskOutcome]:
+    def run_tasks(self, tasks: Sequence[Task]) -> Iterator[TaskOutcome]:
         """Run tasks and yield their outcomes as they arrive. Tasks whose nodes were lost have no outcome."""
         import ray
 
@@ -69,7 +69,7 @@ class RayLauncher:
 def _run_on_node(task: Task) -> tuple[dict[str, Any] | None, str]:
     """Run a task with `LocalLauncher`, which classifies how its process ends; return the result and the log."""
     with tempfile.TemporaryDirectory(prefix="sca-") as folder:
-        outcomes = list(LocalLauncher(num_workers=1).map([replace(task, folder=folder)]))
+        outcomes = list(LocalLauncher(num_workers=1).run_tasks([replace(task, folder=folder)]))
         log = Path(folder, LOG_FILE)
         return (outcomes[0].result if outcomes else None), log.read_text("utf-8", "replace") if log.is_file() else ""
 

@@ -15,6 +15,8 @@ import sca
 from sca.checkpoints.export import write_published_checkpoint
 from sca.checkpoints.native import save
 
+pytestmark = pytest.mark.slow
+
 HOWS = ["load", "load", "caption", "export", "load", "import", "plan", "show", "push"]
 HOWS += ["demo"] if importlib.util.find_spec("gradio") else []
 

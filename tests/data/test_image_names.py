@@ -52,6 +52,7 @@ def _write_lines(path: Path, *names: str) -> Path:
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(NAMES, st.sampled_from(SPELLINGS)), min_size=1, max_size=8, unique_by=lambda pair: pair[0]))
+@pytest.mark.slow
 def test_jsonl_finds_every_spelling_of_every_name(pairs):
     with TemporaryDirectory() as folder:
         root = Path(folder, "images")
@@ -157,7 +158,7 @@ def test_dataset_merges_the_spellings_of_a_file_before_it_splits(tmp_path, reade
     train, val = (READERS[reader](tmp_path, split, *names) for split in ("train", "val"))
     assert (len(train), len(val)) == (8, 4)
     assert not set(train._table["file"]) & set(val._table["file"])
-    assert [len(regions) for dataset in (train, val) for regions in dataset.annotations_of_all()] == [2] * 12
+    assert [len(regions) for dataset in (train, val) for regions in dataset.iter_annotations()] == [2] * 12
     assert not train.skipped
 
 
@@ -177,4 +178,4 @@ def test_dataset_rejects_records_of_one_file_with_different_sizes(tmp_path):
     path.write_text(path.read_text().replace('"width": 8', '"width": 9', 1))
     dataset = CocoJson("train", path, tmp_path)
     assert dataset.skipped["unusable image"] == 1
-    assert [len(regions) for regions in dataset.annotations_of_all()] == [1]
+    assert [len(regions) for regions in dataset.iter_annotations()] == [1]

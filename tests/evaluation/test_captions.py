@@ -62,6 +62,7 @@ def scored(name, records, **options):
 
 
 @needs_java
+@pytest.mark.slow
 def test_words_are_those_of_pycocoevalcap(records, reference):
     references, captions = reference
     about, ours, theirs = tokenize_pairs(records, "any", tokenizer="ptb")
@@ -71,6 +72,7 @@ def test_words_are_those_of_pycocoevalcap(records, reference):
 
 @needs_java
 @pytest.mark.parametrize(("name", "theirs"), [("cider-d", Cider), ("rouge-l", Rouge)])
+@pytest.mark.slow
 def test_means_are_those_of_pycocoevalcap(records, reference, name, theirs):
     whole, single = theirs().compute_score(*reference)
     found = scored(name, records, tokenizer="ptb")
@@ -79,6 +81,7 @@ def test_means_are_those_of_pycocoevalcap(records, reference, name, theirs):
 
 
 @needs_java
+@pytest.mark.slow
 def test_bleu_is_that_of_pycocoevalcap(records, reference):
     whole, single = Bleu(4).compute_score(*reference, verbose=0)
     found = scored("bleu", records, tokenizer="ptb")
@@ -88,6 +91,7 @@ def test_bleu_is_that_of_pycocoevalcap(records, reference):
 
 
 @needs_java
+@pytest.mark.slow
 def test_meteor_is_that_of_pycocoevalcap(records, reference):
     program = Meteor()
     whole, single = program.compute_score(*reference)
@@ -113,6 +117,7 @@ def test_cider_without_the_d_is_the_mean_of_cosines():
 
 
 @pytest.mark.parametrize("name", ["bleu", "meteor", "cider-d", "rouge-l"])
+@pytest.mark.slow
 def test_the_score_of_resampled_regions_is_the_score_of_those_regions(name):
     if name == "meteor" and find_java_problem():
         pytest.skip(find_java_problem())
@@ -144,6 +149,7 @@ def test_the_first_reference_is_all_that_counts_if_that_is_asked():
 
 
 @pytest.mark.parametrize("tokenizer", ["plain", pytest.param("ptb", marks=needs_java)])
+@pytest.mark.slow
 def test_text_of_any_kind_keeps_its_place(tokenizer):
     texts = ("two\nlines", "", "a \u2028 b", "dog 😀 cat", "tab\tand\x0bmore", " ", "||| bars |||", "\u00e9t\u00e9")
     cut = tokenize_texts(texts, tokenizer)
@@ -157,6 +163,7 @@ def test_text_of_any_kind_keeps_its_place(tokenizer):
 
 
 @needs_java
+@pytest.mark.slow
 def test_meteor_takes_empty_captions_bars_and_emoji():
     told = [("", "a dog"), ("a ||| dog", "a dog"), ("a dog 😀", "a dog"), ("a\ndog", "a dog")]
     records = [
@@ -170,6 +177,7 @@ def test_meteor_takes_empty_captions_bars_and_emoji():
 
 
 @needs_java
+@pytest.mark.slow
 def test_meteor_program_is_kept_until_it_ends_or_a_call_is_interrupted(monkeypatch):
     expected = align_captions(["a dog"], [["a dog"]])
     kept = METEOR_PROGRAM._process

@@ -312,6 +312,7 @@ def test_what_is_found_is_captioned_from_what_one_wants(counted, scene, kind, bo
             assert label == 1
 
 
+@pytest.mark.slow
 def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
     """A stand-in for masks: what is bright. In a crop it is the same thing at another place of the frame."""
     predictor, calls = counted()
@@ -363,6 +364,7 @@ def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (70, 70), (300, 9), (1, 1)])
+@pytest.mark.slow
 def test_crops_of_small_and_narrow_images_are_pictures(counted, size):
     predictor, _ = counted()
     predictor.set_image(Image.new("RGB", size))
@@ -404,6 +406,7 @@ def test_a_model_says_itself_how_it_looks_for_everything(counted, scene):
     assert calls["segment"] == [9]
 
 
+@pytest.mark.slow
 def test_search_everything_interleaves_images(counted, scene):
     predictor, _ = counted(regions=10)
     images = [scene.image, scene.image.transpose(0)]
@@ -431,6 +434,7 @@ def test_search_everything_interleaves_images(counted, scene):
     assert steps >= 2 * 5 * 4 + found, "a step is a chunk of points or one mask"
 
 
+@pytest.mark.slow
 def test_search_everything_stops_at_its_limits(counted, scene):
     predictor, calls = counted(regions=10)
     predictor.set_image(scene.image)

@@ -8,10 +8,12 @@ from sca_registry.spec import ModelSpec
 from tiny import SAM, tiny
 
 import sca
-from sca.nn.two_way import TwoWayTransformer
+from sca.nn.two_way_transformer import TwoWayTransformer
 from sca.plan import _compute_layer_signature, _find_max_regions, plan_model
 from sca.plan_cache import MAX_PLANNED_REGIONS
 from sca.stage_costs import StageMeter
+
+pytestmark = pytest.mark.slow
 
 WORDS = 6
 LM = {"name": "hf", "pretrained": False}
@@ -103,7 +105,7 @@ def test_the_search_for_the_most_regions_ends_at_once_if_none_or_all_fit():
 
 def test_a_gpu_that_is_too_small_holds_no_region():
     none = plan_model(spec_of("middle"), max_new_tokens=WORDS, gpu=0.01)
-    assert (none.fits, none.max_regions_per_image) == (False, 0)
+    assert (none.fits_gpu, none.max_regions_per_image) == (False, 0)
 
 
 @pytest.mark.parametrize("mixer", ["query", "split", "mask-tokens", "resampler", "roi-pool", "masked-pool"])
@@ -188,17 +190,17 @@ def test_the_command_line_tells_what_fits_and_reaches_for_nothing(capsys, monkey
     )
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"]["mixer"] == 19_088_512
-    assert told["fits"] is True
+    assert told["fits_gpu"] is True
     assert (
         told["max_regions_per_image"] is None
     )  # regions are computed in chunks and generated in pieces, so any number fits
     assert cli.run_command(["plan", "sca-tiny", "--gpu", "24"]) == 0
-    assert "this fits; 16,384 regions" in capsys.readouterr().out
+    assert "the workload fits; maximum regions per image: at least 16,384" in capsys.readouterr().out
     for wrong, told in (
         (["plan", "sca-tny"], "Did you mean 'sca-tiny'"),
         (["plan", "sca-tiny", "--gpu", "h20"], "Did you mean 'h200'"),
-        (["plan", "sca-tiny", "--gpu", "-3"], "greater than 0"),
-        (["plan", "sca-tiny", "--gpu", "inf"], "name of a GPU"),
+        (["plan", "sca-tiny", "--gpu", "-3"], "a number above 0"),
+        (["plan", "sca-tiny", "--gpu", "inf"], "give a name"),
         (["plan", "sca-tiny", "--dtype", "int8"], "no dtype 'int8'"),
         (["plan", "tiny-vit+qury+gpt2"], "Did you mean 'query'"),
         (["plan", "sca-gpt2-large-vg"], "plan its components"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 from sca_registry import RegistryError
 from sca_registry.compatibility import check_compatible
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 import sca
 from sca.training.augmentation import Augmentation
@@ -57,14 +57,14 @@ def test_overrides_reach_every_table_and_do_not_change_the_recipe():
         "train.steps=7",
         "mixer.depth=1",
         "loss.mask=0.5",
-        "data.scenes.count=16",
+        "data.scenes.num_images=16",
         "train.prompt_weights.box=0.2",
     ]
     changed = Recipe.read("sca-tiny", changes)
     assert changed.train.steps == 7
     assert changed.model.mixer.options["depth"] == 1
     assert changed.loss["mask"] == 0.5
-    assert changed.data["scenes"].dataset.options == {"count": 16}
+    assert changed.data["scenes"].dataset.options == {"num_images": 16}
     assert changed.train.prompt_weights["box"] == 0.2
     assert Recipe.read("sca-tiny", ["train.prompt_weights={point=1}"]).train.prompt_weights == {"point": 1}
     assert Recipe.read("sca-tiny") == plain
@@ -88,16 +88,16 @@ def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
     ("change", "message"),
     [
         ("train.step=7", "train has no 'step'.*Did you mean 'steps'"),
-        ("train.steps=many", "train.steps is 'many'; give a whole number"),
-        ("train.steps=1.5", "train.steps is 1.5; give a whole number"),
-        ("train.steps=0", "train.steps is 0; give a whole number, 1 or more"),
+        ("train.steps=many", "train.steps is 'many'; give an integer"),
+        ("train.steps=1.5", "train.steps is 1.5; give an integer"),
+        ("train.steps=0", "train.steps is 0; give an integer of at least 1"),
         ("train.batch_size=-4", "train.batch_size is -4"),
         ("train.learning_rate=fast", "train.learning_rate is 'fast'; give a number"),
         ("train.warmup_steps=true", "train.warmup_steps is True"),
         ("train.prompt_weights={circle=1.0}", "train.prompt_weights has no 'circle'"),
         ("train.prompt_weights={box=0}", "prompt_weights are all 0"),
         ("train.prompt_weights.box=-1", "train.prompt_weights.box is -1"),
-        ("train.precision=fp16", "train.precision is 'fp16'.*There are: float32"),
+        ("train.precision=fp16", "train.precision is 'fp16'.*Choose from: float32"),
         ("train.longest_caption_prob=2", "train.longest_caption_prob is 2; give a number from 0 to 1"),
         ("data.scenes.weight=0", "data.scenes.weight is 0; give a number greater than 0"),
         ("data.scenes.weight=much", "data.scenes.weight is 'much'; give a number"),
@@ -105,7 +105,7 @@ def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
         ("data.scenes.augment={flip_prob=2}", "data.scenes.augment.flip_prob is 2; give a number from 0 to 1"),
         ("loss.masks=1", "loss has no 'masks'.*Did you mean 'mask'"),
         ("loss.mask=much", "loss.mask is 'much'; give a number"),
-        ("mixer.depth", "does not set anything"),
+        ("mixer.depth", "is not an assignment"),
         ("trian.steps=7", "no 'trian' to set"),
         ("task_tokens=-1", "task_tokens is -1"),
     ],
@@ -152,16 +152,16 @@ WRONG = {  # of each type some values that are of another one
 }
 WANTED = {
     bool: "give true or false",
-    int: "give a whole number",
+    int: "give an integer",
     float: "give a number",
-    str: "give text|There are: ",
+    str: "give text|Choose from: ",
     dict: "give a table",
     list: "give a list",
 }
 DEFAULTS = {"train": vars(TrainOptions()), "validate": vars(ValidationOptions()), "loss": DEFAULT_LOSS_WEIGHTS}
 FIELDS = [(section, name, default) for section, table in DEFAULTS.items() for name, default in table.items()]
 FIELDS += [
-    ("data.scenes", name, vars(DataSource(Part("scenes")))[name])
+    ("data.scenes", name, vars(DataSource(ComponentSpec("scenes")))[name])
     for name in ("split", "weight", "phrases", "class_name_task")
 ]
 FIELDS += [("data.scenes.augment", name, default) for name, default in vars(Augmentation()).items()]
@@ -211,7 +211,7 @@ def test_recipe_rejects_negative_and_infinite_numbers_in_any_field(small_table, 
 def test_recipe_rejects_a_seed_that_numpy_does_not_take(small_table):
     table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}}
     assert Recipe.from_dict("mine", table | {"train": {"seed": MAX_SEED}}).train.seed == MAX_SEED
-    with pytest.raises(RegistryError, match=r"train\.seed is 4294967296; give a whole number from 0 to 4294967295"):
+    with pytest.raises(RegistryError, match=r"train\.seed is 4294967296; give an integer from 0 to 4294967295"):
         Recipe.from_dict("mine", table | {"train": {"seed": MAX_SEED + 1}})
 
 
@@ -235,16 +235,16 @@ def test_recipe_model_table_replaces_a_name(tmp_path):
     written = 'model={encoder="tiny-vit", mixer="query", language_model="tiny-gpt2"}'
     for name in ("own-data", "sca-tiny"):
         recipe = Recipe.read(name, [f"data='{tmp_path}'", written, "mixer.depth=1"])
-        assert recipe.model.mixer == Part("query", {"depth": 1})
+        assert recipe.model.mixer == ComponentSpec("query", {"depth": 1})
     for wrong in ('model={encoder="tiny-vit"}', "model=[1]"):
         with pytest.raises(RegistryError, match=r"the mixer is None|model of the recipe own-data is"):
             Recipe.read("own-data", [f"data='{tmp_path}'", wrong])
 
 
 def test_recipe_takes_whole_tables_as_assignments(tmp_path):
-    written = ['data={x={name="scenes", count=3}}', "train={steps=7}", "train.batch_size=2", "loss={mask=0.5}"]
+    written = ['data={x={name="scenes", num_images=3}}', "train={steps=7}", "train.batch_size=2", "loss={mask=0.5}"]
     recipe = Recipe.read("sca-tiny", written)
-    assert recipe.data == {"x": DataSource(Part("scenes", {"count": 3}))}
+    assert recipe.data == {"x": DataSource(ComponentSpec("scenes", {"num_images": 3}))}
     assert recipe.train == TrainOptions(steps=7, batch_size=2)
     assert recipe.loss == DEFAULT_LOSS_WEIGHTS | {"mask": 0.5}
     with pytest.raises(RegistryError, match=r"a recipe's \[train\] has no 'stps'\. Did you mean 'steps'"):
@@ -252,17 +252,19 @@ def test_recipe_takes_whole_tables_as_assignments(tmp_path):
 
 
 def test_recipe_takes_every_field_of_validate_as_an_assignment(small_table):
-    table = {"model": small_table, "data": {"a": {"name": "scenes", "count": 9}}, "validate": {"eval_steps": 3}}
+    table = {"model": small_table, "data": {"a": {"name": "scenes", "num_images": 9}}, "validate": {"eval_steps": 3}}
     assigned = ['validate.metric_for_best_model=["rouge-l"]', 'validate.metrics=["rouge-l"]']
     assigned += ["validate.max_images=4", "validate.prompt_type=mask"]
-    found = Recipe.from_dict("mine", table, [*assigned, "validate.dataset.size=64", "data.a.count=8"]).validate
-    dataset = {"name": "scenes", "count": 8, "size": 64}
+    found = Recipe.from_dict(
+        "mine", table, [*assigned, "validate.dataset.image_size=64", "data.a.num_images=8"]
+    ).validate
+    dataset = {"name": "scenes", "num_images": 8, "image_size": 64}
     assert found == ValidationOptions(
         3, dataset, max_images=4, prompt_type="mask", metrics=("rouge-l",), metric_for_best_model=("rouge-l",)
     )
     with pytest.raises(
         RegistryError,
-        match=r"validate has no 'metric_for_best'\. Did you mean 'metric_for_best_model'\? There are: eval_steps",
+        match=r"validate has no 'metric_for_best'\. Did you mean 'metric_for_best_model'\? Choose from: eval_steps",
     ):
         Recipe.from_dict("mine", table, ["validate.metric_for_best=3"])
     with pytest.raises(RegistryError, match=r"no 'valdate' to set\. Did you mean 'validate'"):
@@ -330,7 +332,7 @@ def test_open_sources_rejects_a_dataset_without_usable_images(small_table, tmp_p
         open_training_datasets(recipe)
 
 
-DATA = {"data": {"scenes": {"name": "scenes", "count": 2, "size": 64}}}
+DATA = {"data": {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}}}
 LARGE = {"encoder": "sam-vit-h", "mixer": "query", "language_model": "mistral-7b", "lora": 4}
 
 
