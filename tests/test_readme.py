@@ -30,18 +30,20 @@ def test_readme_is_short():
 def iter_measured_facts():
     """Yield what the README must contain, from the committed results."""
     tiny, street = (
-        next(report for report in results_table.read_reports(RESULTS) if (report["model"], report["prompt"]) == key)
+        next(
+            report for report in results_table.read_reports(RESULTS) if (report["model"], report["prompt_type"]) == key
+        )
         for key in (("sca-tiny", "box"), ("sca-street", "box"))
     )
     for report in (tiny, street):
-        yield f"{report['regions']:,} regions of {report['images']}"
-        yield f"mask IoU {report['scores']['mask-iou/mean']:.3f}"
-    yield f"all four attributes correct: {tiny['scores']['attributes/all']:.1%}".replace("%", " %")
-    yield f"class accuracy {street['scores']['class/count']:.1%}".replace("%", " %")
-    published = json.loads((RESULTS / "against-published/results.json").read_text("utf-8"))["rows"]
-    captions, training = (row["ours"] / row["published"] for row in published[:2])
+        yield f"{report['num_regions']:,} regions of {report['num_images']}"
+        yield f"mask IoU {report['scores']['mask-iou/mean']:.1%}"
+    yield f"all four attributes correct: {tiny['scores']['attributes/all']:.1%}"
+    yield f"class accuracy {street['scores']['class/accuracy']:.1%}"
+    published = json.loads((RESULTS / "published-comparison/results.json").read_text("utf-8"))["rows"]
+    captions, training = (row["ours"] / row["reference"] for row in published[:2])
     yield f"captions {captions:.2f}x with identical token ids; training step {training:.2f}x"
-    serving = json.loads((RESULTS / "serving/results.json").read_text("utf-8"))["many"]
+    serving = json.loads((RESULTS / "serving-throughput/results.json").read_text("utf-8"))["multiple_clients"]
     yield f"{serving['requests_per_second']:.0f} responses per second"
 
 
@@ -97,8 +99,8 @@ def test_results_table_replaces_the_text_between_markers(tmp_path):
     head, rule, first, second = page.read_text("utf-8").splitlines()[2:-2]
     assert head.endswith("| all four attributes correct | class accuracy by area | mask IoU |")
     assert rule.count("|") == head.count("|")
-    assert first == "| m | 3 of d test | box | 7 | 50.0 % | – | 0.876 |"
-    assert second == "| n | 3 of d test | box | 7 | – | 25.0 % | – |"
+    assert first == "| m | 3 of d test | box | 7 | 50.0% | – | 87.6% |"
+    assert second == "| n | 3 of d test | box | 7 | – | 25.0% | – |"
     assert page.read_text("utf-8").startswith("before\n")
     assert page.read_text("utf-8").endswith("\nafter\n")
 

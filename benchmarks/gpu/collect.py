@@ -16,9 +16,9 @@ from typing import Any
 
 from sca_bench.timing import STAGES
 
-from sca.evaluation.score_format import format_score
 from sca.io.atomic import write_file
 from sca.io.journal import encode_lines
+from sca.io.score_format import format_score
 from sca.io.text import escape_markdown
 
 ROOT = Path(__file__).resolve().parents[2]

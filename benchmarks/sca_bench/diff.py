@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from sca.evaluation.score_format import PRINT_FACTOR
+from sca.io.score_format import PRINT_FACTOR
 from sca_bench.summary import average_scores, format_score_name
 
 MAX_DIGITS = 17  # distinguishes any two floats

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sca.evaluation.score_format import PRINT_FACTOR, format_interval, format_score
+from sca.io.score_format import PRINT_FACTOR, format_interval, format_score
 from sca.io.text import escape_markdown, format_count, format_csv
 from sca.output.colors import REGION_COLORS
 from sca.output.html_page import render_template

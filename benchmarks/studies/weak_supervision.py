@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from sca.evaluation.score_format import format_interval, format_score
 from sca.io.atomic import write_file
+from sca.io.score_format import format_interval, format_score
 from weak_supervision_job import METHODS, METRICS, NUM_CAPTIONED_SCENES, NUM_NAMED_SCENES
 
 SCORE_LABELS = {"cider-d": "CIDEr-D", "attributes/all": "all four attributes correct", "mask-iou/mean": "mask IoU"}

@@ -20,6 +20,7 @@ from sca.checkpoints.native import read_spec
 from sca.checkpoints.trust import resolve_real_root
 from sca.io.errors import InputError, OutputError
 from sca.io.json import read_json
+from sca.io.score_format import format_interval, format_score
 from sca.io.text import escape_markdown
 
 CARD_FILE = "README.md"
@@ -213,13 +214,14 @@ def _render_scores(score_files: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         "## Scores",
         "",
-        "| dataset | metric | value | 95 % interval | protocol |",
+        "Scores times 100.",
+        "",
+        "| dataset | metric | value | 95% CI | protocol |",
         "| --- | --- | ---: | --- | --- |",
     ]
     for file in score_files:
         for each in _select_reported_scores(file):
-            interval = f"{each['ci_low']:.3f} to {each['ci_high']:.3f}" if each.get("ci_low") is not None else ""
-            value = f"{each['value']:.3f}"
+            value, interval = format_score(each["value"]), format_interval(each.get("ci_low"), each.get("ci_high"))
             lines.append(_format_table_row(file.get("dataset"), each["name"], value, interval, each.get("protocol_id")))
     return [*lines, ""]
 

@@ -17,6 +17,7 @@ from sca.evaluation.records import Record
 from sca.evaluation.scoring import get_bootstrap_inputs
 from sca.io.errors import InputError
 from sca.io.paths import distinguish_paths
+from sca.io.score_format import PRINT_NOTE, format_interval, format_score
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
@@ -71,7 +72,7 @@ class RunComparison:
     changes: list[RegionChange] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; NaN becomes None."""
+        """Return plain JSON values with raw scores; NaN becomes None."""
         return {
             "first": dict(self.first.run),
             "second": dict(self.second.run),
@@ -83,21 +84,20 @@ class RunComparison:
         }
 
     def build_table(self) -> Table:
-        """Build a terminal table. A star marks a difference whose interval excludes 0."""
+        """Build a terminal table with scores times 100. A star marks a difference whose interval excludes 0."""
         from sca.io.terminal import Table
 
-        notes = ["* the interval of the difference does not hold 0", *self.notes]
-        numeric_columns = (self.first.name, self.second.name, "difference", "95 % interval")
+        notes = [PRINT_NOTE, "* the confidence interval of the difference excludes 0", *self.notes]
+        numeric_columns = (self.first.name, self.second.name, "difference", "95% CI")
         table = Table(
             ("score", *numeric_columns), f"{self.first.title}  →  {self.second.title}", numeric_columns, notes
         )
         for each in self.differences:
-            interval, star = "", ""
+            interval, star = format_interval(each.ci_low, each.ci_high, signed=True), ""
             if each.ci_low is not None and each.ci_high is not None:
-                interval = f"{each.ci_low:+.3f} to {each.ci_high:+.3f}"
                 star = " *" if each.ci_low > 0 or each.ci_high < 0 else ""
-            values = [f"{value:.3f}" for value in (each.first, each.second)]
-            table.add_row(each.name, *values, f"{each.difference:+.3f}{star}", interval)
+            values = [format_score(value) for value in (each.first, each.second)]
+            table.add_row(each.name, *values, f"{format_score(each.difference, signed=True)}{star}", interval)
         return table
 
 

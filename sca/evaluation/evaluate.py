@@ -40,6 +40,7 @@ from sca.inference.factory import load_captioner
 from sca.inference.predictor import Predictor
 from sca.io.errors import DifferentRunError, InputError
 from sca.io.run_folder import RunFolder, iter_existing_paths
+from sca.io.score_format import PRINT_NOTE, format_interval, format_score
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
@@ -110,7 +111,7 @@ class EvaluationReport:
         return f"{self.name} on {run['dataset']} {run['split']}, {prompting}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values without the records: raw scores, with None for NaN."""
+        """Return plain JSON values without the records. Scores are raw, not times 100, and NaN becomes None."""
         controls = dict.fromkeys(each.control for each in self.scoring.scores if each.control)
         return {
             **{key: self.run.get(key) for key in ("model", "weights_hash", "dataset", "split", "prompt_type")},
@@ -128,21 +129,21 @@ class EvaluationReport:
         }
 
     def build_table(self) -> Table:
-        """Build a terminal table: one row per score with its 95 % interval, one column per control, and notes below."""
+        """Build a terminal table with scores times 100: one row per score, one column per control, and notes below."""
         from sca.io.terminal import Table
 
         num_images, num_regions = len({record["image_id"] for record in self.records}), count_regions(self.records)
-        notes = [f"{num_images} images, {num_regions} regions, {self.seconds:.1f} s", *self.warnings]
+        notes = [f"{num_images} images, {num_regions} regions, {self.seconds:.1f} s", PRINT_NOTE, *self.warnings]
         notes += [*self.notes, *self.scoring.summarize_skipped_metrics()]
         controls = list(dict.fromkeys(each.control for each in self.scoring.scores if each.control))
-        numeric_columns = ("value", "95 % interval", *controls)
+        numeric_columns = ("value", "95% CI", *controls)
         table = Table(("score", *numeric_columns), self.title, numeric_columns, notes)
         control_values = {name: self.scoring.get_values(name) for name in controls}
         for each in self.scoring.scores:
             if each.control is None:
-                interval = "" if each.ci_low is None else f"{each.ci_low:.3f} to {each.ci_high:.3f}"
-                control_cells = [_format_value(control_values[name].get(each.name)) for name in controls]
-                table.add_row(each.name, _format_value(each.value), interval, *control_cells)
+                control_cells = [format_score(control_values[name].get(each.name)) for name in controls]
+                interval = format_interval(each.ci_low, each.ci_high)
+                table.add_row(each.name, format_score(each.value), interval, *control_cells)
         return table
 
 
@@ -473,9 +474,3 @@ def _get_process_group() -> tuple[int, int, Callable[[], None]]:
 
 def _replace_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in scores.items()}
-
-
-def _format_value(value: float | None) -> str:
-    return (
-        "" if value is None else str(value) if isinstance(value, int) else "-" if math.isnan(value) else f"{value:.3f}"
-    )

@@ -6,6 +6,7 @@ report, so that they can be shown next to measured scores.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from sca_registry import RegistryError, metrics
 from sca_registry.errors import make_unknown_name_error
 
 from sca.evaluation.predictions import PromptingOptions
+from sca.io.score_format import PRINT_NOTE, format_score
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
@@ -147,7 +149,7 @@ def find_available_metrics(
 
 
 def build_comparison_table(run: ProtocolRun, model: str, scores: Mapping[str, float], source: str) -> Table:
-    """Build a table of the measured scores below the published ones.
+    """Build a table of the measured scores below the published ones, times 100.
 
     Args:
         run: Run of the protocol.
@@ -160,12 +162,11 @@ def build_comparison_table(run: ProtocolRun, model: str, scores: Mapping[str, fl
     """
     from sca.io.terminal import Table
 
-    title = f"{run.name}, beside what was published"
-    table = Table(("model", *run.scores), title, run.scores, notes=[f"published: {source}"])
+    title = f"{run.name}, compared with published scores"
+    table = Table(("model", *run.scores), title, run.scores, notes=[PRINT_NOTE, f"published: {source}"])
     for system, values in run.published.items():
-        table.add_row(f"{system} (published)", *(f"{value:.3f}" for value in values))
-    measured = (scores.get(column) for column in run.scores)
-    table.add_row(model, *("–" if value is None or value != value else f"{value:.3f}" for value in measured))
+        table.add_row(f"{system} (published)", *map(format_score, values))
+    table.add_row(model, *(format_score(scores.get(name, math.nan)) for name in run.scores))
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 PRINT_FACTOR = 100  # fractions become percentages, and CIDEr-D becomes the value that papers print
+PRINT_NOTE = "scores times 100, counts unchanged"
 UNDEFINED_SCORE = "–"
 
 

@@ -18,6 +18,7 @@ from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import PromptingOptions
 from sca.io.atomic import write_file
 from sca.io.json import read_json
+from sca.io.score_format import format_score
 from sca.training.log import VALIDATION_PREFIX
 from sca.training.recipe import ValidationOptions
 from sca.training.trainer import CaptionTrainer
@@ -57,8 +58,8 @@ class ValidationCallback(TrainerCallback):
         for metric, values in self.best_scores.items():
             if len(values) > 1 and len(set(values)) == 1:
                 self.report(
-                    f"validate.metric_for_best_model: {metric} was {values[0]:g} in all {len(values)} validations, so "
-                    "`best` is the first model; choose another score, or validate on more images"
+                    f"validate.metric_for_best_model: {metric} was {format_score(values[0])} in all {len(values)} "
+                    "validations, so `best` is the first model; choose another score, or validate on more images"
                 )
 
     def _run_validation(self, step: int) -> None:

@@ -71,7 +71,7 @@ def test_predictions_are_scored_again_without_the_model(evaluated, shell):
 @pytest.mark.slow
 def test_controls_stand_in_columns_of_their_own(evaluated):
     result = evaluated("--control", "wrong-region", "--control", "color-swap", "--metrics", "attributes")
-    (headings,) = [line for line in result.out.splitlines() if "95 % interval" in line]
+    (headings,) = [line for line in result.out.splitlines() if "95% CI" in line]
     assert headings.index("wrong-region") < headings.index("color-swap")
 
 
@@ -82,7 +82,7 @@ def test_two_runs_are_compared_and_shown_on_pages(evaluated, shell, here):
     result = shell("compare", "box", "center", "--metrics", "mask-iou,attributes", "--out", "pages/compare.html")
     assert result.status == 0
     assert "mask-iou/mean" in result.out
-    assert "prompt differs" in result.out
+    assert "prompt_type differs" in result.out
     assert "(box)" in result.out
     assert "(center)" in result.out
     assert (

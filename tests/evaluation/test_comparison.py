@@ -52,7 +52,7 @@ def test_differences_come_with_intervals_and_the_answers_that_changed(runs):
     assert all(each.first["region_id"] % 3 == 0 for each in comparison.changes)
     screen = Console(file=io.StringIO(), width=150)
     screen.print(comparison.build_table())
-    assert re.search(r"attributes/color .* \+0\.\d+ \*", screen.file.getvalue())
+    assert re.search(r"attributes/color .* \+\d+\.\d \*", screen.file.getvalue())
     assert json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
 
 
@@ -128,7 +128,7 @@ def test_a_report_has_scores_their_spread_the_best_the_worst_and_models_side_by_
     page = pages(runs)["report"]
     for words in (
         "attributes/color",
-        "[",
+        "95% confidence interval",
         "Best",
         "Worst",
         "Random",

@@ -40,8 +40,8 @@ def test_an_unknown_protocol_is_refused_with_the_closest():
 def test_what_was_published_stands_above_what_was_measured():
     (run,) = protocol.read_protocol("refcocog-reg").runs
     table = protocol.build_comparison_table(run, "mine", {"meteor": 0.2}, "a paper")
-    assert table.rows[-1][:3] == ("mine", "0.200", "–")
-    assert table.rows[0] == ("Visdif (trained) (published)", "0.145")
+    assert table.rows[-1][:3] == ("mine", "20.0", "–")
+    assert table.rows[0] == ("Visdif (trained) (published)", "14.5")
 
 
 def test_available_metrics_raises_the_first_reason_if_no_metric_is_available():

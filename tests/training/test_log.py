@@ -50,7 +50,7 @@ def test_quiet_training_writes_nothing(plan, tmp_path, capfd):
             {"loss": 3.21456, "learning_rate": 1e-4, "grad_norm": 2.0, "caption": 2.5, "mask": 0.7, "epoch": 0.1},
             "step   50/2000  loss 3.215 (caption 2.5, mask 0.7)  learning rate 1.00e-04  12:34 left",
         ),
-        ({"validation_rouge-l": 0.25, "validation_cider-d": 0.5}, "step   50/2000  validation cider-d 0.5"),
+        ({"validation_rouge-l": 0.25, "validation_cider-d": 0.5}, "step   50/2000  validation cider-d 50.0"),
         ({"validation_words": 3.0}, ""),
         ({"train_runtime": 3.0, "train_loss": 2.0}, ""),
     ],
