@@ -23,7 +23,8 @@ from typing import Any
 
 from sca_bench.decoding import DECODING_METHODS
 from sca_bench.plan_accuracy import FULL_SIZE_MODELS
-from sca_bench.sweep import PART_KINDS, Sweep, SweepRow
+from sca_bench.sweep import Sweep, SweepRow
+from sca_registry.overrides import MODEL_COMPONENTS
 
 from sca.launchers.local import LocalLauncher
 from sca.launchers.task import Task, TaskOutcome
@@ -296,7 +297,7 @@ def make_training_measurement(device: str, use_tiny_models: bool) -> Measurement
 def convert_row_to_measurement(part: str, row: SweepRow) -> Measurement:
     """Return a row of a sweep as a measurement."""
     model = row.config["model"]
-    label = "+".join(model[kind]["name"] for kind in PART_KINDS if model.get(kind))
+    label = "+".join(model[kind]["name"] for kind in MODEL_COMPONENTS if model.get(kind))
     label += f", LoRA {model['lora']['rank']}" if model.get("lora") else ""
     region_counts = "/".join(map(str, row.config["benchmark"]["regions_per_image"]))
     return Measurement(part, f"{label}, {region_counts} regions", "sca_bench.worker:run_row", row.config)

@@ -35,8 +35,8 @@ def run_job(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
     def measure_decoding(row: dict[str, Any]) -> None:
         torch.manual_seed(0)
-        part = config["language_model"]
-        name, options = (part, {}) if isinstance(part, str) else (part["name"], {**part})
+        component = config["language_model"]
+        name, options = (component, {}) if isinstance(component, str) else (component["name"], {**component})
         options.pop("name", None)
         device, dtype = config["device"], getattr(torch, config["dtype"])
         with torch.device(device):

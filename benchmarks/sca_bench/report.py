@@ -15,7 +15,7 @@ from sca_bench.summary import (
     CombinationSummary,
     choose_quality_score,
     find_pareto_front,
-    find_shared_parts,
+    find_shared_components,
     find_varying_settings,
     summarize_rows,
 )
@@ -319,9 +319,11 @@ def _describe_environments(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
         if (each := row.get("environment"))
     }
-    shared_parts = find_shared_parts([row["config"] for row in rows])
+    shared_components = find_shared_components([row["config"] for row in rows])
     shared_text = (
-        f"all rows: {', '.join(f'{name} {value}' for name, value in shared_parts.items())}; " if shared_parts else ""
+        f"all rows: {', '.join(f'{name} {value}' for name, value in shared_components.items())}; "
+        if shared_components
+        else ""
     )
     return shared_text + ("; ".join(sorted(environments)) or "no finished rows")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Any
 
-from sca_bench.sweep import PART_KINDS
+from sca_registry.overrides import MODEL_COMPONENTS
 
 QUALITY_SCORES = ("cider-d", "attributes/all", "meteor", "class/accuracy", "mask-iou/mean", "densecap-map")
 
@@ -146,11 +146,11 @@ def find_varying_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, lis
     return {name: column for name, column in columns.items() if len(set(column)) > 1}
 
 
-def find_shared_parts(configs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def find_shared_components(configs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the components that are the same in all configurations."""
     tables = [_list_settings(config) for config in configs]
-    parts = {name: {table.get(name, "") for table in tables} for name in PART_KINDS}
-    return {name: value for name, values in parts.items() for value in values if len(values) == 1 and value}
+    components = {name: {table.get(name, "") for table in tables} for name in MODEL_COMPONENTS}
+    return {name: value for name, values in components.items() for value in values if len(values) == 1 and value}
 
 
 def _list_settings(config: Mapping[str, Any]) -> dict[str, str]:

@@ -47,7 +47,7 @@ from typing import Any
 
 from sca_registry import RegistryError, get_registry
 from sca_registry.errors import make_unknown_name_error
-from sca_registry.overrides import SHORTHAND_KEYS
+from sca_registry.overrides import MODEL_COMPONENTS, SHORTHAND_KEYS
 from sca_registry.spec import ComponentSpec, ModelSpec, check_generation
 
 from sca.devices import DTYPES
@@ -65,7 +65,6 @@ SECTION_KEYS = {
         *("batch_size", "regions_per_image", "max_new_tokens", "num_repeats", "dtype", "training_step", "plan"),
     ),
 }
-PART_KINDS = ("encoder", "segmenter", "mixer", "language_model")
 ROW_ORDERS = ("cheapest", "listed")
 MAX_ROWS = 10_000  # a week at one minute per row
 
@@ -101,18 +100,18 @@ class SweepRow:
     def label(self) -> str:
         """Components, their options and the seed, for display."""
         model = self.config["model"]
-        parts = [_format_part(model[kind]) for kind in PART_KINDS if model.get(kind)]
+        components = [_format_component(model[kind]) for kind in MODEL_COMPONENTS if model.get(kind)]
         suffixes = [f"lora={model['lora']['rank']}"] if model.get("lora") else []
-        return " ".join(["+".join(parts), *suffixes, f"seed={self.config['seed']}"])
+        return " ".join(["+".join(components), *suffixes, f"seed={self.config['seed']}"])
 
     @property
     def num_listed_parameters(self) -> int:
         """Parameters according to the component cards, used to run the cheapest rows first."""
         num_parameters = 0
-        for kind in PART_KINDS:
-            part = self.config["model"].get(kind)
-            if part and part["name"] in get_registry(kind):
-                num_parameters += get_registry(kind).get_card(part["name"]).parameters or 0
+        for kind in MODEL_COMPONENTS:
+            component = self.config["model"].get(kind)
+            if component and component["name"] in get_registry(kind):
+                num_parameters += get_registry(kind).get_card(component["name"]).parameters or 0
         return num_parameters
 
 
@@ -204,10 +203,10 @@ class Sweep:
             for axis, value in zip(self.axes, values, strict=True):
                 _set_axis_value(model, axis, value)
             spec = ModelSpec.from_dict(model)
-            for kind in PART_KINDS:
-                part = getattr(spec, kind)
-                if part is not None:
-                    get_registry(kind).get_card(part.name)
+            for kind in MODEL_COMPONENTS:
+                component = getattr(spec, kind)
+                if component is not None:
+                    get_registry(kind).get_card(component.name)
             for seed in self.seeds:
                 config = {
                     "model": spec.to_dict(),
@@ -305,7 +304,7 @@ def _set_axis_value(model: dict[str, Any], axis: str, value: Any) -> None:
         model[field_name] = value
         return
     part_table = model.get(field_name, {})
-    if field_name in PART_KINDS:
+    if field_name in MODEL_COMPONENTS:
         part_table = ComponentSpec.from_dict(part_table, field_name).to_dict()
     elif field_name in SHORTHAND_KEYS and not isinstance(part_table, Mapping):
         part_table = {SHORTHAND_KEYS[field_name]: part_table}
@@ -313,6 +312,8 @@ def _set_axis_value(model: dict[str, Any], axis: str, value: Any) -> None:
     model[field_name] = {**part_table, option: value}
 
 
-def _format_part(part: Mapping[str, Any]) -> str:
-    options = ",".join(f"{key}={value}" for key, value in part.items() if key != "name" and not isinstance(value, dict))
-    return part["name"] + (f"({options})" if options else "")
+def _format_component(component: Mapping[str, Any]) -> str:
+    options = ",".join(
+        f"{key}={value}" for key, value in component.items() if key != "name" and not isinstance(value, dict)
+    )
+    return component["name"] + (f"({options})" if options else "")

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from sca_registry import RegistryError, get_registry
 from sca_registry.compatibility import check_compatible
+from sca_registry.overrides import MODEL_COMPONENTS
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.spec import ModelSpec
 
@@ -33,7 +34,7 @@ import sca.evaluation.evaluate
 import sca.training.train  # noqa: F401 (also imports transformers)
 from sca.builder import build
 from sca.plan import plan_model
-from sca_bench.sweep import PART_KINDS, SweepRow
+from sca_bench.sweep import SweepRow
 from sca_bench.timing import measure_stages, measure_training_step
 
 MAX_TRAINING_REGIONS = 16  # maximum regions per image in a training step
@@ -125,9 +126,9 @@ def _make_row(row: dict[str, Any], config: Mapping[str, Any], folder: Path, forc
 
 def _find_broken_state(spec: ModelSpec) -> str | None:
     """Return the state of a row with a component that fails in every combination, else None."""
-    for kind in PART_KINDS:
-        if (part := getattr(spec, kind)) is not None:
-            entry = get_registry(kind).load_entry(part.name)
+    for kind in MODEL_COMPONENTS:
+        if (component := getattr(spec, kind)) is not None:
+            entry = get_registry(kind).load_entry(component.name)
             if entry.state == "broken":
                 return "import-error" if re.search(r"(Import|ModuleNotFound)Error", entry.reason) else "failed"
     return None

@@ -36,18 +36,22 @@ class MostFrequent:
         dataset: Name of the training dataset.
         split: Split of the dataset.
         dataset_options: Options of the dataset.
-        limit: Maximum number of images read, from the first; 0 for all.
+        max_images: Maximum number of images read, from the first; 0 for all.
 
     Raises:
-        ValueError: The limit is negative, or the dataset is empty or rejects its options.
+        ValueError: `max_images` is negative, or the dataset is empty or rejects its options.
     """
 
     generation_options = tuple(DEFAULT_GENERATION)  # accepted by `resolve_generation_options`
 
     def __init__(
-        self, dataset: str, split: str = "train", dataset_options: Mapping[str, Any] | None = None, limit: int = 1000
+        self,
+        dataset: str,
+        split: str = "train",
+        dataset_options: Mapping[str, Any] | None = None,
+        max_images: int = 1000,
     ):
-        self.training_regions = TrainingRegions(dataset, split, dataset_options or {}, limit)
+        self.training_regions = TrainingRegions(dataset, split, dataset_options or {}, max_images)
         self.metadata = {"captioner": "most-frequent", **self.training_regions.metadata}
 
     @cached_property
@@ -102,11 +106,11 @@ class NearestNeighbor(RegionCaptioner):
         dataset: Name of the training dataset.
         split: Split of the dataset.
         dataset_options: Options of the dataset.
-        limit: Maximum number of images read, from the first; 0 for all.
+        max_images: Maximum number of images read, from the first; 0 for all.
         device: Device of the encoder.
 
     Raises:
-        ValueError: The limit is negative, or the dataset is empty or rejects its options.
+        ValueError: `max_images` is negative, or the dataset is empty or rejects its options.
         RegistryError: The encoder is unknown, or an option is invalid.
         InputError: The checkpoint of the encoder cannot be read.
     """
@@ -117,11 +121,11 @@ class NearestNeighbor(RegionCaptioner):
         dataset: str,
         split: str = "train",
         dataset_options: Mapping[str, Any] | None = None,
-        limit: int = 1000,
+        max_images: int = 1000,
         device: str = "cpu",
     ):
         super().__init__(encoder, device, requires_masks=False)
-        self.training_regions = TrainingRegions(dataset, split, dataset_options or {}, limit)
+        self.training_regions = TrainingRegions(dataset, split, dataset_options or {}, max_images)
         self.metadata = {"captioner": "nearest-neighbor", "encoder": encoder, **self.training_regions.metadata}
 
     @torch.inference_mode()
@@ -171,23 +175,30 @@ class TrainingRegions:
         dataset: Name of the dataset.
         split: Split of the dataset.
         dataset_options: Options of the dataset.
-        limit: Maximum number of images read, from the first; 0 for all.
+        max_images: Maximum number of images read, from the first; 0 for all.
 
     Raises:
-        ValueError: The limit is negative, or the dataset is empty or rejects its options.
+        ValueError: `max_images` is negative, or the dataset is empty or rejects its options.
     """
 
-    def __init__(self, dataset: str, split: str, dataset_options: Mapping[str, Any], limit: int):
-        if limit < 0:
-            raise ValueError(f"limit is {limit}; give an integer of at least 0 (0 for all images)")
-        self.metadata = {"dataset": dataset, "split": split, "dataset_options": dict(dataset_options), "limit": limit}
+    def __init__(self, dataset: str, split: str, dataset_options: Mapping[str, Any], max_images: int):
+        if max_images < 0:
+            raise ValueError(f"max_images is {max_images}; give an integer of at least 0 (0 for all images)")
+        self.metadata = {
+            "dataset": dataset,
+            "split": split,
+            "dataset_options": dict(dataset_options),
+            "max_images": max_images,
+        }
         self.dataset: Dataset = sca_registry.datasets.build(dataset, split, **dataset_options)
         check_dataset_not_empty(self.dataset, f"{dataset} {split}")
 
     def iter_samples(self) -> Iterator[Sample]:
         """Yield the samples whose images can be read."""
         read_sample = getattr(self.dataset, "read_sample", self.dataset.__getitem__)
-        return filter(None, map(read_sample, range(self.metadata["limit"] or len(self.dataset))[: len(self.dataset)]))
+        return filter(
+            None, map(read_sample, range(self.metadata["max_images"] or len(self.dataset))[: len(self.dataset)])
+        )
 
     def check_has_text(self, task: str, available: Iterable[str]) -> None:
         """Check that the training regions have texts for a task.

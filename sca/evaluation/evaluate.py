@@ -214,10 +214,10 @@ def evaluate(
     model_name, captioner = _resolve_captioner(model, device, trust_options)
     if isinstance(captioner, Engine):
         check_generation("generation", prompting.generation, captioner.model.language_model.generate)
-    proposer_part = ComponentSpec.from_dict(proposer, "proposer") if proposer is not None else None
+    proposer_component = ComponentSpec.from_dict(proposer, "proposer") if proposer is not None else None
     prompting_options: PromptingOptions | DenseCaptioningOptions = prompting
-    if proposer_part is not None:
-        built_proposer = sca_registry.proposers.build(proposer_part.name, **proposer_part.options)
+    if proposer_component is not None:
+        built_proposer = sca_registry.proposers.build(proposer_component.name, **proposer_component.options)
         prompting_options = DenseCaptioningOptions(built_proposer, prompting.generation)
     run = {
         "model": model_name,
@@ -227,10 +227,10 @@ def evaluate(
         "split": split,
         "dataset_hash": getattr(built_dataset, "content_hash", None),
         "num_images": len(built_dataset),
-        "prompt_type": None if proposer_part else prompting.prompt_type,
-        "proposer": proposer_part and proposer_part.to_dict(),
-        **({"search_version": SEARCH_VERSION} if proposer_part else {}),
-        "tasks": ["dense"] if proposer_part else list(prompting.tasks),
+        "prompt_type": None if proposer_component else prompting.prompt_type,
+        "proposer": proposer_component and proposer_component.to_dict(),
+        **({"search_version": SEARCH_VERSION} if proposer_component else {}),
+        "tasks": ["dense"] if proposer_component else list(prompting.tasks),
         "controls": list(prompting.controls),
         "seed": prompting.seed,
         "max_images": max_images,
@@ -456,9 +456,9 @@ def _resolve_dataset(dataset: Any, split: str) -> tuple[str, str, dict[str, Any]
     """Return the name, split, options and the dataset itself."""
     if not isinstance(dataset, str | Mapping | ComponentSpec):
         return type(dataset).__name__, getattr(dataset, "split", ""), {}, dataset
-    part = dataset if isinstance(dataset, ComponentSpec) else ComponentSpec.from_dict(dataset, "dataset")
-    built_dataset = sca_registry.datasets.build(part.name, split, **part.options)
-    return part.name, split, dict(part.options), built_dataset
+    component = dataset if isinstance(dataset, ComponentSpec) else ComponentSpec.from_dict(dataset, "dataset")
+    built_dataset = sca_registry.datasets.build(component.name, split, **component.options)
+    return component.name, split, dict(component.options), built_dataset
 
 
 def _get_process_group() -> tuple[int, int, Callable[[], None]]:

@@ -118,7 +118,7 @@ def score_records(
         load_image: Returns the image of a record, for metrics that need it.
 
     Returns:
-        The scores, and the reasons for metrics that were left out.
+        The scores, and the reasons for skipped metrics.
 
     Raises:
         ValueError: An input of a metric in `metrics` is missing.
@@ -157,7 +157,7 @@ def score_records(
                     install_hint = f"pip install 'segment-caption-anything[{extra}]'" if extra else "install it"
                     reason = f"needs {error.name}: {install_hint}"
                 except Exception as error:  # a failing plugin must not affect other metrics
-                    reason = f"it failed: {type(error).__name__}: {error}; run `sca check metric {name}` for details"
+                    reason = f"failed with {type(error).__name__}: {error}; run `sca check metric {name}` for details"
             if reason is None:
                 outputs[name, control] = output
                 scores += _make_scores(name, control, metric, output, shared_options, run or {})
@@ -251,7 +251,7 @@ def _compute_metric(
     """Compute a metric. Raises TypeError for another output type, ValueError for a duplicate score name."""
     output = metric(records, load_image) if "image" in metric.required_fields else metric(records)
     if not isinstance(output, MetricOutput):
-        raise TypeError(f"it returned a {type(output).__name__}, not a MetricOutput")
+        raise TypeError(f"returned a {type(output).__name__} instead of a MetricOutput")
     for key, value in output.values.items():
         if key in taken_names:
             raise ValueError(f"the score {key!r} exists already, from another metric")

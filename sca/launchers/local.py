@@ -138,7 +138,9 @@ def _collect_outcome(process: Any, task: Task, is_overdue: bool, elapsed: float)
     if is_overdue and time.time() >= task.deadline:
         return None
     if is_overdue:
-        return TaskOutcome(task, _make_failure_result("timed-out", f"it took more than {task.timeout:g} s", elapsed))
+        return TaskOutcome(
+            task, _make_failure_result("timed-out", f"exceeded the timeout of {task.timeout:g} s", elapsed)
+        )
     if exit_code in (-signal.SIGKILL, -signal.SIGTERM, 255):  # 255: the fork server ended
         return None
     if exit_code is not None and exit_code < 0:

@@ -52,8 +52,8 @@ def open_validation_dataset(validation: ValidationOptions) -> Dataset:
 
     PromptingOptions(prompt_type=validation.prompt_type)
     check_metrics(validation.metrics or None, None)
-    part = ComponentSpec.from_dict(validation.dataset, "dataset of validate")
-    dataset = datasets.build(part.name, validation.split, **part.options)
+    component = ComponentSpec.from_dict(validation.dataset, "dataset of validate")
+    dataset = datasets.build(component.name, validation.split, **component.options)
     if len(dataset):
         check_has_truth(dataset, f"validate ({validation.split})", max_images=validation.max_images)
         check_metric_needs(validation.metrics, dataset, max_images=validation.max_images)

@@ -179,8 +179,8 @@ class DataSource:
         Raises:
             RegistryError: A value is invalid.
         """
-        part = ComponentSpec.from_dict(table, f"dataset of {location}")
-        options = dict(part.options)
+        component = ComponentSpec.from_dict(table, f"dataset of {location}")
+        options = dict(component.options)
         option_names = ("split", "weight", "augment", "phrases", "class_name_task")
         split, weight, augment_table, phrases, class_name_task = (options.pop(key, None) for key in option_names)
         kwargs: dict[str, Any] = {}
@@ -201,7 +201,7 @@ class DataSource:
             if value is not None:
                 check_choice(f"{location}.{key}", value, choices)
                 kwargs[key] = value
-        return cls(ComponentSpec(part.name, options), **kwargs)
+        return cls(ComponentSpec(component.name, options), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table [data.NAME]."""
@@ -474,8 +474,8 @@ def _check_train_options(train: Mapping[str, Any]) -> None:
         check_range(f"train.{key}", train[key], float)
     if train["adam_beta2"] >= 1:
         raise RegistryError(f"train.adam_beta2 is {train['adam_beta2']}; give a number less than 1")
-    for part, multiplier in train["lr_multipliers"].items():
-        check_range(f"train.lr_multipliers.{part}", multiplier, float)
+    for group, multiplier in train["lr_multipliers"].items():
+        check_range(f"train.lr_multipliers.{group}", multiplier, float)
     for key in FRACTION_OPTIONS:
         check_range(f"train.{key}", train[key], float, 0, 1)
     _check_prompt_weights(train["prompt_weights"])

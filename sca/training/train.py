@@ -299,8 +299,8 @@ def check_recipe(recipe: Recipe, trust_remote_code: bool = False, allow_external
         model = load_without_weights(recipe.model, **trust_options)
     else:
         model = build(recipe.model, "meta")
-        part = recipe.model.language_model
-        options = {**language_models.get_card(part.name).options, **part.options}
+        component = recipe.model.language_model
+        options = {**language_models.get_card(component.name).options, **component.options}
         if model.language_model.tokenizer is None and not (options.get("weights") or options.get("tokenizer")):
             raise RegistryError(NO_TOKENIZER_MESSAGE)
     if recipe.train.fsdp:

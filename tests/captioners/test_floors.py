@@ -43,11 +43,11 @@ def test_the_most_frequent_name_and_phrase_are_said_with_their_share(training):
 
 
 def test_only_the_first_images_are_read(training):
-    captioner = MostFrequent(**SCENES, limit=2)
+    captioner = MostFrequent(**SCENES, max_images=2)
     names = Counter(region.name for sample in training[:2] for region in sample.regions)
     (caption,) = captioner.caption(training[0].image, boxes(training[0])[:1], "recognition", num_beams=3)
     assert caption.text == names.most_common(1)[0][0]
-    assert len(list(MostFrequent(**SCENES, limit=0).training_regions.iter_samples())) == COUNT
+    assert len(list(MostFrequent(**SCENES, max_images=0).training_regions.iter_samples())) == COUNT
 
 
 def test_a_region_of_training_is_its_own_nearest_neighbor(training):

@@ -200,9 +200,9 @@ def test_meteor_program_is_kept_until_it_ends_or_a_call_is_interrupted(monkeypat
 
 def test_wrong_words_for_the_protocol_are_refused():
     record = drawn(1)
-    with pytest.raises(ValueError, match="no references 'best': there are all, first"):
+    with pytest.raises(ValueError, match="unknown references 'best'; choose from all, first"):
         scored("cider", record, references="best")
-    with pytest.raises(ValueError, match="no tokenizer 'spacy': there are ptb, plain"):
+    with pytest.raises(ValueError, match="unknown tokenizer 'spacy'; choose from ptb, plain"):
         scored("cider", record, tokenizer="spacy")
 
 

@@ -85,7 +85,7 @@ def test_cider_of_a_single_region_is_no_number_and_says_why(name, tmp_path):
     single = score_records([record(0, 0)], [name], {"tokenizer": "plain"})
     (found,) = single.scores
     assert math.isnan(found.value)
-    assert found.note.startswith("not a number for a single region")
+    assert found.note.startswith("undefined for a single region")
     (found,) = score_records([record(0, 0, "a red dog 0"), record(0, 1)], [name], {"tokenizer": "plain"}).scores
     assert found.value > 0
     line = {"image_id": 1, "region_id": 2, "caption": "a dog", "references": ["a dog"]}

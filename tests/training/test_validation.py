@@ -125,11 +125,11 @@ def captioned(folder, **fields):
         ({"metric_for_best_model": ["cidr-d"]}, r"no metric has a score 'cidr-d'\. Did you mean 'cider-d'"),
         (
             {"metric_for_best_model": ["class/accuracy"]},
-            r"class: needs task=recognition, truth\.name, which none of the 1 records has",
+            r"class: needs task=recognition, truth\.name, missing in all 1 records",
         ),
         ({"metrics": ["rouge-l"]}, r"cider-d: not in validate\.metrics; class: not in"),
         ({"metrics": ["class"]}, r"metric 'class': needs task=recognition, truth\.name, .*; choose other metrics"),
-        ({"metrics": ["mask-iou"]}, r"metric 'mask-iou': needs truth\.mask, which none of the 1 records has"),
+        ({"metrics": ["mask-iou"]}, r"metric 'mask-iou': needs truth\.mask, missing in all 1 records"),
     ],
 )
 def test_validation_checks_metrics_and_best_against_the_data(plan, tmp_path, validate, message):

@@ -52,7 +52,7 @@ class ContentRecall:
             self.nlp = spacy.load(model, exclude=["parser", "ner"])
         except OSError:
             raise ValueError(
-                f"no spaCy pipeline {model!r}: python -m spacy download en_core_web_lg, or give {name}.model=FOLDER"
+                f"no spaCy pipeline {model!r}; run python -m spacy download en_core_web_lg, or set {name}.model=FOLDER"
             ) from None
         self.pos, self.name, self.references, self.batch_size = frozenset(pos), name, references, batch_size
         self.implementation = f"spaCy {spacy.__version__}, {self.nlp.meta['name']} {self.nlp.meta['version']}"

