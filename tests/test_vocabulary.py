@@ -127,7 +127,15 @@ def test_each_exception_of_the_checkout_has_a_reason():
     assert [exception for exception in rules.exceptions if set(exception) != {"path", "terms", "reason"}] == []
 
 
-BANNED = ("a picture", "3 captions a region", "so many", "likewise", "the file as it is.", "three in all.", "by the same door")
+BANNED = (
+    "a picture",
+    "3 captions a region",
+    "so many",
+    "likewise",
+    "the file as it is.",
+    "three in all.",
+    "by the same door",
+)
 ALLOWED = (
     *("an image", "in all processes", "B stands for batch", "the box lies in the image", "as it is written"),
     *("too small to tell the shapes apart", "a spec consists of a few numbers"),
