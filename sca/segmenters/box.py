@@ -33,7 +33,7 @@ class BoxSegmenter(nn.Module):
             FeatureNeck(encoder.channels, self.channels) if self.channels != encoder.channels else nn.Identity()
         )
         self.register_buffer("frequencies", torch.randn(2, self.channels // 2))
-        self.kinds: nn.Embedding = nn.Embedding(4, self.channels)
+        self.point_embeddings: nn.Embedding = nn.Embedding(4, self.channels)
 
     def forward(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
         """Encode prompted regions.
@@ -56,11 +56,11 @@ class BoxSegmenter(nn.Module):
         if prompts.points is not None:
             assert prompts.labels is not None  # of the points
             token_groups.append(
-                self.encode_coordinates(prompts.points + 0.5) + self.kinds(prompts.labels.long().clamp(min=0))
+                self.encode_coordinates(prompts.points + 0.5) + self.point_embeddings(prompts.labels.long().clamp(min=0))
             )
         if prompts.boxes is not None:
             corners = prompts.boxes.unflatten(1, (2, 2))  # (N, 2, 2) in the input frame
-            token_groups.append(self.encode_coordinates(corners + 0.5) + self.kinds.weight[2:])
+            token_groups.append(self.encode_coordinates(corners + 0.5) + self.point_embeddings.weight[2:])
         tokens = torch.cat(token_groups, dim=1)  # (N, P', D)
         return SegmenterOutput(
             image_index=prompts.image_index,
