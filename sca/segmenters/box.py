@@ -56,7 +56,8 @@ class BoxSegmenter(nn.Module):
         if prompts.points is not None:
             assert prompts.labels is not None  # of the points
             token_groups.append(
-                self.encode_coordinates(prompts.points + 0.5) + self.point_embeddings(prompts.labels.long().clamp(min=0))
+                self.encode_coordinates(prompts.points + 0.5)
+                + self.point_embeddings(prompts.labels.long().clamp(min=0))
             )
         if prompts.boxes is not None:
             corners = prompts.boxes.unflatten(1, (2, 2))  # (N, 2, 2) in the input frame
