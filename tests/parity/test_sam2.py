@@ -1,0 +1,103 @@
+"""SAM 2, EdgeTAM and SAM 3's tracker predict what transformers' own models predict."""
+
+import pytest
+import torch
+from sca_registry.contracts import PromptBatch
+from tiny_models import SAM2_CONFIGS, build_tiny_model
+
+from sca.encoders.sam2 import Sam2Encoder
+from sca.segmenters.sam2 import Sam2Segmenter
+
+TOLERANCE = 1e-12  # relative, in float64
+IMAGE_INDEX = torch.tensor([0, 0, 0, 1])
+
+
+@pytest.fixture(scope="module", params=sorted(SAM2_CONFIGS))
+def models(request, tmp_path_factory):
+    """transformers' model, and ours with its weights, in float64."""
+    original = build_tiny_model(request.param, SAM2_CONFIGS[request.param])
+    folder = tmp_path_factory.mktemp(request.param)
+    original.save_pretrained(folder)
+    encoder = Sam2Encoder(str(folder)).eval()
+    return original.double(), encoder.double(), Sam2Segmenter(encoder).eval().double()
+
+
+@pytest.fixture(scope="module")
+def pixel_values(models):
+    side = models[1].image_format.size
+    return torch.randn(2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def image_embeddings(models, pixel_values):
+    """The embeddings that transformers' model computes for each image."""
+    return [models[0].get_image_embeddings(image[None]) for image in pixel_values]
+
+
+def make_prompts(kind, side):
+    generator = torch.Generator().manual_seed(1)
+    corners = torch.rand(4, 2, 2, dtype=torch.float64, generator=generator) * side / 2
+    boxes = torch.cat((corners[:, 0], corners[:, 1] + side / 2), dim=1)
+    points = torch.rand(4, 3, 2, dtype=torch.float64, generator=generator) * side
+    labels = torch.tensor([[1, 0, 1]]).expand(4, -1)
+    masks = 5 * torch.randn(4, 1, 32, 32, dtype=torch.float64, generator=generator)
+    fields = {
+        "box": {"boxes": boxes},
+        "points": {"points": points, "labels": labels},
+        "box and points": {"boxes": boxes, "points": points, "labels": labels},
+        "mask": {"masks": masks},
+        "box and mask": {"boxes": boxes, "masks": masks},
+    }
+    return PromptBatch(IMAGE_INDEX, **fields[kind])
+
+
+def predict_original(model, image_embeddings, prompts, multimask_output):
+    """Masks and IoU scores of transformers' model, region by region."""
+    masks, scores = [], []
+    for row, image in enumerate(prompts.image_index):
+        region = prompts[row : row + 1]
+        arguments = {
+            "input_boxes": region.boxes[None] if region.boxes is not None else None,
+            "input_points": region.points[None] if region.points is not None else None,
+            "input_labels": region.labels[None] if region.labels is not None else None,
+            "input_masks": region.masks,
+        }
+        output = model(image_embeddings=image_embeddings[image], multimask_output=multimask_output, **arguments)
+        masks.append(output.pred_masks[0, 0])
+        scores.append(output.iou_scores[0, 0])
+    return torch.stack(masks), torch.stack(scores)
+
+
+def relative_difference(actual, expected):
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("multimask_output", [True, False], ids=["three masks", "one mask"])
+@pytest.mark.parametrize("kind", ["box", "points", "box and points", "mask", "box and mask"])
+def test_sam2_segmenter_matches_transformers(models, pixel_values, image_embeddings, kind, multimask_output):
+    original, encoder, segmenter = models
+    prompts = make_prompts(kind, encoder.image_format.size)
+    expected_masks, expected_scores = predict_original(original, image_embeddings, prompts, multimask_output)
+    output = segmenter(encoder(pixel_values), prompts, multimask_output)
+    assert relative_difference(output.masks, expected_masks) < TOLERANCE
+    assert relative_difference(output.iou_scores, expected_scores) < TOLERANCE
+
+
+@torch.no_grad()
+def test_sam2_encoder_ignores_the_fourth_feature_level_of_sam3():
+    config = SAM2_CONFIGS["sam3_tracker"]
+    four_levels = {**config, "vision_config": {**config["vision_config"], "scale_factors": [4.0, 2.0, 1.0, 0.5]}}
+    encoder = Sam2Encoder(config={"model_type": "sam3_tracker", **four_levels}, pretrained=False)
+    assert encoder(torch.zeros(1, 3, 112, 112)).shape == (1, encoder.channels, 8, 8)
+
+
+@torch.no_grad()
+def test_sam2_encoder_without_high_res_features_returns_the_image_features_only(models, pixel_values):
+    _, encoder, segmenter = models
+    folder = encoder.checkpoint
+    small_encoder = Sam2Encoder(folder, high_res_features=False).eval().double()
+    features = small_encoder(pixel_values)
+    torch.testing.assert_close(features, encoder(pixel_values)[:, : small_encoder.channels])
+    output = Sam2Segmenter(small_encoder).eval().double()(features, make_prompts("box", encoder.image_format.size))
+    assert output.masks.shape == (4, 3, 32, 32)
