@@ -58,6 +58,8 @@ class Sam2Encoder(nn.Module):
         else:
             model = build_sam2_model(weights, revision, config)
         self.vision, self.no_memory_embedding = model.vision_encoder, model.no_memory_embedding
+        if model.config.model_type == "sam3_tracker":  # SAM 3's detector uses a fourth level, its tracker does not
+            self.vision.neck.fpn_layers = self.vision.neck.fpn_layers[:NUM_LEVELS]
         self.high_res_projections = nn.ModuleList()
         self.high_res_shapes: tuple[tuple[int, int], ...] = ()
         prompt_config = model.config.prompt_encoder_config
