@@ -94,7 +94,7 @@ def test_sam2_encoder_ignores_the_fourth_feature_level_of_sam3():
 
 @torch.no_grad()
 def test_sam2_encoder_without_high_res_features_returns_the_image_features_only(models, pixel_values):
-    _, encoder, segmenter = models
+    encoder = models[1]
     folder = encoder.checkpoint
     small_encoder = Sam2Encoder(folder, high_res_features=False).eval().double()
     features = small_encoder(pixel_values)
