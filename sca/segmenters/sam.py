@@ -153,7 +153,8 @@ class SamSegmenter(nn.Module):
         tokens, grid = self.decoder.transformer(
             tokens, grid, positional_encoding, prompts.image_index if is_grid_shared else None
         )
-        masks, iou_scores = self.decode_masks(tokens, grid, prompts.image_index, image_embeddings, high_res_features)
+        high_res_features = self.prepare_high_res_features(image_embeddings, high_res_features)
+        masks, iou_scores = self.decode_masks(tokens, grid, prompts.image_index, high_res_features)
         mask_tokens = tokens[:, 1 : 1 + len(self.decoder.mask_tokens.weight)]
         masks, iou_scores, mask_tokens = self.select_masks(masks, iou_scores, mask_tokens, multimask_output)
         return SegmenterOutput(
@@ -223,13 +224,14 @@ class SamSegmenter(nn.Module):
         """Return the module that maps the centers of cells to Fourier features."""
         return self.prompt_encoder.shared_embedding
 
+    def prepare_high_res_features(
+        self, image_embeddings: Tensor, high_res_features: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """Compute, once per image, the features of higher resolutions that masks are predicted from."""
+        return high_res_features
+
     def decode_masks(
-        self,
-        tokens: Tensor,
-        grid: Tensor,
-        image_index: Tensor,
-        image_embeddings: Tensor,
-        high_res_features: tuple[Tensor, ...],
+        self, tokens: Tensor, grid: Tensor, image_index: Tensor, high_res_features: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
         """Predict masks and their IoU.
 
@@ -237,24 +239,31 @@ class SamSegmenter(nn.Module):
             tokens: (N, T, D) output tokens.
             grid: (N, D, h, w) image features of each region.
             image_index: (N,) image of each region.
-            image_embeddings: (B, D, h, w) image features before any prompt.
-            high_res_features: Features of a higher resolution, (B, ...) each; empty if the encoder has none.
+            high_res_features: Features of images at higher resolutions, (B, ...) each, as prepared.
 
         Returns:
             Mask logits (N, M + 1, 4h, 4w) and predicted IoU (N, M + 1). The first mask is the single mask.
         """
-        networks = self.decoder.output_hypernetworks_mlps
-        weights = torch.stack([network(tokens[:, 1 + index]) for index, network in enumerate(networks)], dim=1)
         chunk_size = max(1, len(grid))
         if grid.device.type == "cpu" and not torch.is_grad_enabled():  # upscaled grids are 8 times larger
             chunk_size = max(1, UPSCALE_ELEMENTS_PER_CHUNK // max(1, grid[:1].numel()))
+        chunks = [slice(start, start + chunk_size) for start in range(0, max(1, len(grid)), chunk_size)]
         masks = [
-            torch.einsum(
-                "nmc,nchw->nmhw", weights[chunk], self.upscale_grid(grid[chunk], image_index[chunk], high_res_features)
-            )
-            for chunk in (slice(start, start + chunk_size) for start in range(0, max(1, len(grid)), chunk_size))
+            self.predict_masks(tokens[chunk], grid[chunk], image_index[chunk], high_res_features) for chunk in chunks
         ]
         return torch.cat(masks), self.decoder.iou_prediction_head(tokens[:, 0])
+
+    def predict_masks(
+        self, tokens: Tensor, grid: Tensor, image_index: Tensor, high_res_features: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Predict the mask logits of some regions, (N, M + 1, 4h, 4w); the arguments are those of `decode_masks`."""
+        upscaled = self.upscale_grid(grid, image_index, high_res_features)
+        return torch.einsum("nmc,nchw->nmhw", self.compute_mask_weights(tokens), upscaled)
+
+    def compute_mask_weights(self, tokens: Tensor) -> Tensor:
+        """Return the weights of each mask over the channels of the upscaled grid, (N, M + 1, D/8)."""
+        networks = self.decoder.output_hypernetworks_mlps
+        return torch.stack([network(tokens[:, 1 + index]) for index, network in enumerate(networks)], dim=1)
 
     def upscale_grid(self, grid: Tensor, image_index: Tensor, high_res_features: tuple[Tensor, ...]) -> Tensor:
         """Upscale the grids of N regions: (N, D, h, w) -> (N, D/8, 4h, 4w)."""

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-from sca_registry.contracts import PromptBatch
-from tiny_models import SAM2_CONFIGS, build_tiny_model
+from tiny_models import (
+    PROMPT_KINDS,
+    SAM2_CONFIGS,
+    build_tiny_model,
+    make_prompts,
+    predict_with_original,
+    relative_difference,
+)
 
 from sca.encoders.sam2 import Sam2Encoder
 from sca.segmenters.sam2 import Sam2Segmenter
 
 TOLERANCE = 1e-12  # relative, in float64
-IMAGE_INDEX = torch.tensor([0, 0, 0, 1])
 
 
 @pytest.fixture(scope="module", params=sorted(SAM2_CONFIGS))
@@ -31,54 +36,16 @@ def pixel_values(models):
 @pytest.fixture(scope="module")
 def image_embeddings(models, pixel_values):
     """The embeddings that transformers' model computes for each image."""
-    return [models[0].get_image_embeddings(image[None]) for image in pixel_values]
-
-
-def make_prompts(kind, side):
-    generator = torch.Generator().manual_seed(1)
-    corners = torch.rand(4, 2, 2, dtype=torch.float64, generator=generator) * side / 2
-    boxes = torch.cat((corners[:, 0], corners[:, 1] + side / 2), dim=1)
-    points = torch.rand(4, 3, 2, dtype=torch.float64, generator=generator) * side
-    labels = torch.tensor([[1, 0, 1]]).expand(4, -1)
-    masks = 5 * torch.randn(4, 1, 32, 32, dtype=torch.float64, generator=generator)
-    fields = {
-        "box": {"boxes": boxes},
-        "points": {"points": points, "labels": labels},
-        "box and points": {"boxes": boxes, "points": points, "labels": labels},
-        "mask": {"masks": masks},
-        "box and mask": {"boxes": boxes, "masks": masks},
-    }
-    return PromptBatch(IMAGE_INDEX, **fields[kind])
-
-
-def predict_original(model, image_embeddings, prompts, multimask_output):
-    """Masks and IoU scores of transformers' model, region by region."""
-    masks, scores = [], []
-    for row, image in enumerate(prompts.image_index):
-        region = prompts[row : row + 1]
-        arguments = {
-            "input_boxes": region.boxes[None] if region.boxes is not None else None,
-            "input_points": region.points[None] if region.points is not None else None,
-            "input_labels": region.labels[None] if region.labels is not None else None,
-            "input_masks": region.masks,
-        }
-        output = model(image_embeddings=image_embeddings[image], multimask_output=multimask_output, **arguments)
-        masks.append(output.pred_masks[0, 0])
-        scores.append(output.iou_scores[0, 0])
-    return torch.stack(masks), torch.stack(scores)
-
-
-def relative_difference(actual, expected):
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
+    return [{"image_embeddings": models[0].get_image_embeddings(image[None])} for image in pixel_values]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("multimask_output", [True, False], ids=["three masks", "one mask"])
-@pytest.mark.parametrize("kind", ["box", "points", "box and points", "mask", "box and mask"])
+@pytest.mark.parametrize("kind", PROMPT_KINDS)
 def test_sam2_segmenter_matches_transformers(models, pixel_values, image_embeddings, kind, multimask_output):
     original, encoder, segmenter = models
     prompts = make_prompts(kind, encoder.image_format.size)
-    expected_masks, expected_scores = predict_original(original, image_embeddings, prompts, multimask_output)
+    expected_masks, expected_scores = predict_with_original(original, image_embeddings, prompts, multimask_output)
     output = segmenter(encoder(pixel_values), prompts, multimask_output)
     assert relative_difference(output.masks, expected_masks) < TOLERANCE
     assert relative_difference(output.iou_scores, expected_scores) < TOLERANCE
