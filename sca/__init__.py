@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sca.checkpoints.native import save as save
     from sca.evaluation.evaluate import evaluate as evaluate
     from sca.inference.automatic import caption_everything as caption_everything
-    from sca.inference.factory import captioner as captioner
+    from sca.inference.factory import load_captioner as load_captioner
     from sca.inference.predictor import Predictor as Predictor
     from sca.inference.processor import Processor as Processor
     from sca.io.images import open_image as open_image
@@ -40,10 +40,10 @@ _LAZY_IMPORTS = {
     "SegmentCaptioner": "sca.model",
     "build": "sca.builder",
     "caption_everything": "sca.inference.automatic",
-    "captioner": "sca.inference.factory",
     "compose": "sca.builder",
     "evaluate": "sca.evaluation.evaluate",
     "load": "sca.checkpoints.load",
+    "load_captioner": "sca.inference.factory",
     "open_image": "sca.io.images",
     "save": "sca.checkpoints.native",
     "train": "sca.training.train",

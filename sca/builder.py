@@ -12,8 +12,8 @@ import torch
 from sca_registry import RegistryError, get_registry
 from sca_registry.compatibility import check_compatible
 from sca_registry.contracts import Encoder, LanguageModel, Mixer
-from sca_registry.overrides import MODEL_PARTS
-from sca_registry.spec import ModelSpec, Part, check_generation
+from sca_registry.overrides import MODEL_COMPONENTS
+from sca_registry.spec import ComponentSpec, ModelSpec, check_generation
 
 from sca.devices import resolve_device
 from sca.model import SegmentCaptioner
@@ -68,10 +68,10 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
     """
     if not isinstance(spec, ModelSpec):
         raise ValueError(
-            f"the spec is of type {type(spec).__name__}; give a sca.ModelSpec, such as sca.ModelSpec.parse('a+b+c')"
+            f"the spec is of type {type(spec).__name__}; give an sca.ModelSpec, such as sca.ModelSpec.parse('a+b+c')"
         )
     if not isinstance(weights, bool):
-        raise ValueError(f"weights is {weights!r:.80}; give True or False, and a file as the option of a component")
+        raise ValueError(f"weights is {weights!r:.80}; give True or False; weight files are options of components")
     target_device = resolve_device(device, allow_meta=True)
     check_compatible(spec)
     use_random_weights = not weights or target_device.type == "meta"
@@ -80,8 +80,8 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
     init_device = target_device if use_random_weights else contextlib.nullcontext()
     with init_device:  # initialize random weights on the target device
         encoder = sca_registry.encoders.build(spec.encoder.name, **spec.encoder.options)
-        segmenter_part = resolve_parts(spec, encoder)["segmenter"]
-        segmenter = sca_registry.segmenters.build(segmenter_part.name, encoder, **segmenter_part.options)
+        segmenter_component = resolve_components(spec, encoder)["segmenter"]
+        segmenter = sca_registry.segmenters.build(segmenter_component.name, encoder, **segmenter_component.options)
         mixer = sca_registry.mixers.build(spec.mixer.name, segmenter, **spec.mixer.options)
         language_model = sca_registry.language_models.build(spec.language_model.name, **spec.language_model.options)
         check_generation("generation", spec.generation, language_model.generate)
@@ -97,25 +97,24 @@ def _check_prefix_fits(spec: ModelSpec, mixer: Mixer, language_model: LanguageMo
     max_positions, prefix_length = getattr(language_model, "max_positions", None), spec.task_tokens + mixer.num_queries
     if max_positions is not None and prefix_length >= max_positions:
         raise RegistryError(
-            f"the mixer {spec.mixer.name!r} gives {mixer.num_queries} queries, which with {spec.task_tokens} task "
-            f"tokens are a prefix of {prefix_length}; the language model {spec.language_model.name!r} has "
-            f"{max_positions} positions in all: choose fewer queries or another language model"
+            f"the prefix of {mixer.num_queries} queries and {spec.task_tokens} task tokens fills the {max_positions} "
+            f"positions of the language model {spec.language_model.name!r}; use fewer queries or another language model"
         )
 
 
 def disable_pretrained_weights(spec: ModelSpec) -> ModelSpec:
     """Return the spec with `pretrained=False` for every component that has this option."""
-    changed_parts = {}
-    for kind in MODEL_PARTS:
-        part = getattr(spec, kind)
-        if part is not None and "pretrained" in get_registry(kind).load_entry(part.name).options:
-            changed_parts[kind] = Part(part.name, {**part.options, "pretrained": False})
-    return replace(spec, **changed_parts)
+    changed_components = {}
+    for kind in MODEL_COMPONENTS:
+        component = getattr(spec, kind)
+        if component is not None and "pretrained" in get_registry(kind).load_entry(component.name).options:
+            changed_components[kind] = ComponentSpec(component.name, {**component.options, "pretrained": False})
+    return replace(spec, **changed_components)
 
 
-def resolve_parts(spec: ModelSpec, encoder: Encoder) -> dict[str, Part]:
+def resolve_components(spec: ModelSpec, encoder: Encoder) -> dict[str, ComponentSpec]:
     """Return the component of each kind; a missing segmenter is the encoder's default."""
-    segmenter = spec.segmenter or Part(encoder.default_segmenter)
+    segmenter = spec.segmenter or ComponentSpec(encoder.default_segmenter)
     return {
         "encoder": spec.encoder,
         "segmenter": segmenter,

@@ -22,6 +22,9 @@ def resolve_device(name: str | torch.device, allow_meta: bool = False) -> torch.
         name: Name such as "cuda:1".
         allow_meta: Accept "meta", the device without data.
 
+    Returns:
+        The device.
+
     Raises:
         ValueError: The name is invalid, or the device is not available.
     """
@@ -59,5 +62,5 @@ def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         from sca_registry.errors import make_unknown_name_error
 
-        raise make_unknown_name_error(f"no dtype {str(name)!r}", str(name), DTYPES)
+        raise make_unknown_name_error(f"unknown dtype {str(name)!r}", str(name), DTYPES)
     return None if name is None else getattr(torch, str(name))

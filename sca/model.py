@@ -27,14 +27,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sca.nn.projection import Projection
-from sca.nn.region_rows import concat_segmenter_outputs
+from sca.nn.region_batch import concat_segmenter_outputs
 
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
 
 LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
 TOKENS_PER_LOSS_CHUNK = 512  # tokens whose logits are in memory at once
-NON_FINITE_HINT = "if this is float16, use dtype=float32 or bfloat16, else copy the weights again"
+NON_FINITE_HINT = "if this is float16, use dtype=float32 or bfloat16, otherwise download the weights again"
 MAX_SEQUENCES_PER_CALL = 512  # sequences per call of the language model, including beams and samples
 
 
@@ -74,6 +74,9 @@ class SegmentationModel(nn.Module):
             features: (B, C, h, w) features of `encode`.
             prompts: N prompts in pixels of the input frame.
             multimask_output: Return three masks per region instead of one.
+
+        Returns:
+            Masks, scores and tokens of the N regions.
         """
         return self.segmenter(features, prompts, multimask_output)
 
@@ -81,14 +84,13 @@ class SegmentationModel(nn.Module):
         return type(getattr(self, kind)).__name__
 
     def _check_shape(self, output: Any, expected_shape: tuple[int, ...], kind: str) -> Tensor:
-        """Return the output of a component if it has the shape that the component's attributes promise."""
+        """Return the output of a component if it has the shape that the component's attributes declare."""
         if getattr(output, "shape", None) == expected_shape:
             return output
         name = self._get_component_name(kind)
         actual = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise RegistryError(
-            f"{kind} {name!r} gives {actual}, and its attributes promise {expected_shape}; "
-            f"`sca check {kind} {name}` tells more"
+            f"{kind} {name!r} returns {actual}, expected shape {expected_shape}; run `sca check {kind} {name}`"
         )
 
 
@@ -121,8 +123,8 @@ class SegmentCaptioner(SegmentationModel):
         return getattr(self.spec, kind).name
 
     def prepare_mixer(self, regions: SegmenterOutput) -> Any:
-        """Compute what all regions of an image share in the mixer; None if the mixer has no `prepare` method."""
-        prepare_images = getattr(self.mixer, "prepare", None)
+        """Compute what all regions of an image share in the mixer; None if the mixer has no `prepare_images` method."""
+        prepare_images = getattr(self.mixer, "prepare_images", None)
         return None if prepare_images is None else prepare_images(regions.image_embeddings, regions.positional_encoding)
 
     def mix(self, regions: SegmenterOutput, prepared: Any = None) -> Tensor:
@@ -181,8 +183,8 @@ class SegmentCaptioner(SegmentationModel):
             losses["caption"], logits = compute_caption_loss(
                 self.language_model, hidden_states, batch.input_ids[batch.attention_mask.bool()]
             )
-        if batch.targets is not None and hasattr(self.segmenter, "loss"):
-            losses |= self.segmenter.loss(regions, batch.targets)
+        if batch.targets is not None and hasattr(self.segmenter, "compute_losses"):
+            losses |= self.segmenter.compute_losses(regions, batch.targets)
         loss = sum((loss_weights or {}).get(name, 1.0) * value for name, value in losses.items()) if losses else None
         return ModelOutput(loss, losses, logits, regions, queries)
 
@@ -254,6 +256,9 @@ class SegmentCaptioner(SegmentationModel):
             task_ids: (N,) 0 recognition, 1 caption.
             **generation: Options of `generate_from_prefix`.
 
+        Returns:
+            Token ids and scores of the captions.
+
         Raises:
             ValueError: Scores are not finite.
         """
@@ -270,6 +275,9 @@ class SegmentCaptioner(SegmentationModel):
             **generation: Options of the language model's `generate`, which override those of the spec, and `seed`, the
                 seed of every row. With a seed, rows are generated one at a time, so that a caption does not depend on
                 its neighbors, and the state of torch's generators is preserved.
+
+        Returns:
+            Token ids and scores of the captions.
 
         Raises:
             ValueError: Scores are not finite, because the weights are corrupt or the dtype overflows.
@@ -340,10 +348,10 @@ class SegmentCaptioner(SegmentationModel):
         lines = []
         for group, parameters in self.group_parameters().items():
             count, is_trainable = sum(p.numel() for p in parameters), any(p.requires_grad for p in parameters)
-            lines.append(f"{group:<15}{count:>15,}  {'trains' if is_trainable else 'frozen'}")
+            lines.append(f"{group:<15}{count:>15,}  {'trainable' if is_trainable else 'frozen'}")
         num_trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return "\n".join(
-            [*lines, f"{'in all':<15}{sum(p.numel() for p in self.parameters()):>15,}  {num_trainable:,} train"]
+            [*lines, f"{'total':<15}{sum(p.numel() for p in self.parameters()):>15,}  {num_trainable:,} trainable"]
         )
 
 

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 from sca_registry import get_registry
-from sca_registry.contracts import Batch, PromptBatch, Targets
+from sca_registry.contracts import Batch, MaskTargets, PromptBatch
 from sca_registry.spec import ModelSpec
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from sca.builder import build, resolve_parts
-from sca.checkpoints.state import list_stored_tensors
+from sca.builder import build, resolve_components
+from sca.checkpoints.tensors import list_stored_tensors
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner
-from sca.nn.two_way import TwoWayTransformer
+from sca.nn.two_way_transformer import TwoWayTransformer
 from sca.plan_cache import GIB, MAX_PLANNED_REGIONS, Plan, resolve_gpu_memory
 from sca.stage_costs import CONSTANT_TYPES, CallCost, MemoryTracker, StageMeter
 
@@ -35,10 +35,10 @@ LAYER_INDEX_ATTRIBUTE = "layer_idx"  # transformers' attribute for the index of 
 
 def plan_model(
     spec: ModelSpec,
-    images: int = 1,
-    regions: int = 32,
-    words: int = 20,
-    train: bool = False,
+    batch_size: int = 1,
+    regions_per_image: int = 32,
+    max_new_tokens: int = 20,
+    training: bool = False,
     dtype: torch.dtype = torch.float32,
     gpu: str | float | None = None,
     on_gpu: bool = False,
@@ -49,10 +49,10 @@ def plan_model(
 
     Args:
         spec: Model.
-        images: Images B.
-        regions: Regions per image.
-        words: Tokens per caption.
-        train: Plan a training step instead of captioning.
+        batch_size: Images B.
+        regions_per_image: Regions per image.
+        max_new_tokens: Tokens per caption.
+        training: Plan a training step instead of captioning.
         dtype: Dtype of the weights; in training, dtype of autocast.
         gpu: Name out of `GPU_MEMORY_GIB`, or memory in GiB; None for no limit.
         on_gpu: Use the code paths of a GPU even if `gpu` is None.
@@ -64,9 +64,10 @@ def plan_model(
         RegistryError: As in `sca.build`, or the GPU is unknown.
         ValueError: A count is less than 1, or the model branches on the content of its tensors.
     """
-    for label, count in (("images", images), ("regions", regions), ("words", words)):
+    counts = {"batch_size": batch_size, "regions_per_image": regions_per_image, "max_new_tokens": max_new_tokens}
+    for name, count in counts.items():
         if count < 1:
-            raise ValueError(f"{count} {label}: give 1 or more")
+            raise ValueError(f"{name} is {count}; give 1 or more")
     memory_budget = None if gpu is None else int(resolve_gpu_memory(gpu) * GIB * USABLE_MEMORY_FRACTION)
     model = build(spec, "meta")
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.group_parameters().items()}
@@ -78,47 +79,47 @@ def plan_model(
     if on_gpu or gpu is not None:  # a GPU computes all regions of a chunk together
         for module in _find_two_way_transformers(model):
             module.max_elements_per_chunk = 2**62
-    meter = _CostMeter(model if train else model.to(dtype).requires_grad_(False), dtype)
-    measure = meter.measure_training_step if train else meter.measure_inference
+    meter = _CostMeter(model if training else model.to(dtype).requires_grad_(False), dtype)
+    measure = meter.measure_training_step if training else meter.measure_inference
     try:
-        flops, memory = measure(images, regions, words)
+        flops, memory = measure(batch_size, regions_per_image, max_new_tokens)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
-            f"a part of this model decides by what its tensors hold ({error}): only a run shows what it costs"
+            f"the cost of this model depends on the values of its tensors ({error}); measure a run instead"
         ) from error
     max_regions = (
         None
         if memory_budget is None
-        else _find_max_regions(lambda count: max(measure(images, count, words)[1].values()), memory_budget)
+        else _find_max_regions(lambda count: max(measure(batch_size, count, max_new_tokens)[1].values()), memory_budget)
     )
     return Plan(
-        model="+".join(part.name for part in (spec.encoder, spec.mixer, spec.language_model)),
-        images=images,
-        regions=regions,
-        words=words,
+        model="+".join(component_spec.name for component_spec in (spec.encoder, spec.mixer, spec.language_model)),
+        batch_size=batch_size,
+        regions_per_image=regions_per_image,
+        max_new_tokens=max_new_tokens,
         dtype=str(dtype).removeprefix("torch."),
-        train=train,
+        training=training,
         parameters=groups,
-        trainable=num_trainable,
-        weights=weight_bytes,
-        checkpoint=sum(size for name, size in tensor_sizes.items() if name in stored_names),
+        trainable_parameters=num_trainable,
+        weight_bytes=weight_bytes,
+        checkpoint_bytes=sum(size for name, size in tensor_sizes.items() if name in stored_names),
         flops=flops,
         memory=memory,
         gpu=None if gpu is None else str(gpu),
-        room=memory_budget,
-        most_regions=max_regions,
+        usable_gpu_memory=memory_budget,
+        max_regions_per_image=max_regions,
     )
 
 
 def _set_checkpoint_sources(model: SegmentCaptioner, spec: ModelSpec) -> None:
     """Set the `checkpoint` of components, which is None after a build without weights."""
-    resolved_parts = resolve_parts(spec, model.encoder)
+    component_specs = resolve_components(spec, model.encoder)
     for kind in ("encoder", "language_model", "segmenter"):
-        part, component = resolved_parts[kind], getattr(model, kind)
-        options = {**get_registry(kind).get_card(part.name).options, **part.options}
+        component_spec, component = component_specs[kind], getattr(model, kind)
+        options = {**get_registry(kind).get_card(component_spec.name).options, **component_spec.options}
         if hasattr(component, "checkpoint") and options.get("pretrained", True):
             # weights of the encoder contain those of its default segmenter
-            is_bundled = kind == "segmenter" and part.name == model.encoder.default_segmenter
+            is_bundled = kind == "segmenter" and component_spec.name == model.encoder.default_segmenter
             source = getattr(component, "source", None) or options.get("weights")
             component.checkpoint = source or (model.encoder.checkpoint if is_bundled else None)
 
@@ -127,9 +128,9 @@ def _find_two_way_transformers(model: SegmentCaptioner) -> list[TwoWayTransforme
     return [module for module in model.modules() if isinstance(module, TwoWayTransformer)]
 
 
-def _list_layers(part: nn.Module) -> list[nn.Module]:
+def _list_layers(component: nn.Module) -> list[nn.Module]:
     """Return the layers of stacks, many of which are identical, except those with a patched `forward`."""
-    stacks = [module for module in part.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    stacks = [module for module in component.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     return [layer for stack in stacks for layer in stack if "forward" not in vars(layer)]
 
 
@@ -265,9 +266,9 @@ class _CostMeter:
                 input_ids=torch.zeros(rows, num_tokens, dtype=torch.long),
                 attention_mask=attention_mask,
             )
-            if hasattr(model.segmenter, "loss"):
+            if hasattr(model.segmenter, "compute_losses"):
                 valid_pixels = torch.ones(rows, mask_size, mask_size, dtype=torch.bool)
-                batch.targets = Targets(torch.rand(rows, mask_size, mask_size), valid_pixels, has_mask)
+                batch.targets = MaskTargets(torch.rand(rows, mask_size, mask_size), valid_pixels, has_mask)
             autocast = torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
             with stages("forward"), autocast:
                 loss = model(batch).loss

@@ -54,53 +54,53 @@ class Plan:
 
     Attributes:
         model: Names of the components.
-        images: Images.
-        regions: Regions per image.
-        words: Tokens per caption.
+        batch_size: Images per batch.
+        regions_per_image: Regions per image.
+        max_new_tokens: Tokens per caption.
         dtype: Dtype of the weights; in training, dtype of autocast.
-        train: Whether this is a training step.
+        training: Whether this is a training step.
         parameters: Number of parameters per group.
-        trainable: Number of trainable parameters.
-        weights: Bytes of all weights in float32. The download may be half as large, or contain unused components.
-        checkpoint: Bytes of a checkpoint without the pretrained weights that it refers to.
+        trainable_parameters: Number of trainable parameters.
+        weight_bytes: Bytes of all weights in float32. The download may be half as large, or contain unused components.
+        checkpoint_bytes: Bytes of a checkpoint without the pretrained weights that it refers to.
         flops: Floating-point operations per stage for all images and regions; a multiply-add counts as two.
         memory: Peak bytes per stage, weights included.
         gpu: GPU as requested.
-        room: Usable bytes of the GPU.
-        most_regions: Regions per image that fit, at most 2% below the maximum; 0 if not even one fits, None without a
-            GPU or if `MAX_PLANNED_REGIONS` fit.
+        usable_gpu_memory: Usable bytes of the GPU.
+        max_regions_per_image: Regions per image that fit, at most 2% below the maximum; 0 if not even one fits, None
+            without a GPU or if `MAX_PLANNED_REGIONS` fit.
     """
 
     model: str
-    images: int
-    regions: int
-    words: int
+    batch_size: int
+    regions_per_image: int
+    max_new_tokens: int
     dtype: str
-    train: bool
+    training: bool
     parameters: dict[str, int]
-    trainable: int
-    weights: int
-    checkpoint: int
+    trainable_parameters: int
+    weight_bytes: int
+    checkpoint_bytes: int
     flops: dict[str, int]
     memory: dict[str, int]
     gpu: str | None = None
-    room: int | None = None
-    most_regions: int | None = None
+    usable_gpu_memory: int | None = None
+    max_regions_per_image: int | None = None
 
     @property
-    def peak(self) -> int:
+    def peak_memory(self) -> int:
         """Peak memory over all stages in bytes."""
         return max(self.memory.values())
 
     @property
-    def fits(self) -> bool | None:
+    def fits_gpu(self) -> bool | None:
         """Whether the peak memory fits on the GPU; None without a GPU."""
-        return None if self.room is None else self.peak <= self.room
+        return None if self.usable_gpu_memory is None else self.peak_memory <= self.usable_gpu_memory
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields with the total number of parameters, `peak` and `fits`."""
+        """Return all fields with `total_parameters`, `peak_memory` and `fits_gpu`."""
         total = sum(self.parameters.values())
-        return {**asdict(self), "parameters_in_all": total, "peak": self.peak, "fits": self.fits}
+        return {**asdict(self), "total_parameters": total, "peak_memory": self.peak_memory, "fits_gpu": self.fits_gpu}
 
 
 def resolve_gpu_memory(gpu: str | float) -> float:
@@ -108,6 +108,9 @@ def resolve_gpu_memory(gpu: str | float) -> float:
 
     Args:
         gpu: Name out of `GPU_MEMORY_GIB`, or GiB.
+
+    Returns:
+        GiB.
 
     Raises:
         RegistryError: The GPU is unknown.
@@ -118,10 +121,12 @@ def resolve_gpu_memory(gpu: str | float) -> float:
             gpu = float(gpu)
         except ValueError:
             if gpu.lower() not in GPU_MEMORY_GIB:
-                raise make_unknown_name_error(f"no GPU {gpu!r} is known; GiB will do", gpu, GPU_MEMORY_GIB) from None
+                raise make_unknown_name_error(
+                    f"unknown GPU {gpu!r}; give a name or its memory in GiB", gpu, GPU_MEMORY_GIB
+                ) from None
             return GPU_MEMORY_GIB[gpu.lower()]
     if not 0 < gpu < 2**20:
-        raise ValueError(f"a GPU with {gpu:g} GiB: give its name, or more than 0")
+        raise ValueError(f"the memory of the GPU is {gpu:g} GiB; give a name, or a number above 0")
     return gpu
 
 
@@ -135,18 +140,25 @@ def compute_plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None
     Returns:
         A hash; None if the cost depends on files that the spec names, or if a component is unknown.
     """
-    parts = {"encoder": spec.encoder, "segmenter": spec.segmenter, "mixer": spec.mixer}
-    parts = {kind: part for kind, part in {**parts, "language_model": spec.language_model}.items() if part}
-    if any(FILE_OPTIONS & part.options.keys() for part in parts.values()):
+    components = {"encoder": spec.encoder, "segmenter": spec.segmenter, "mixer": spec.mixer}
+    components = {
+        kind: component
+        for kind, component in {**components, "language_model": spec.language_model}.items()
+        if component
+    }
+    if any(FILE_OPTIONS & component.options.keys() for component in components.values()):
         return None
     entries = [
-        entry for kind, part in parts.items() for entry in get_registry(kind).list_entries() if entry.name == part.name
+        entry
+        for kind, component in components.items()
+        for entry in get_registry(kind).list_entries()
+        if entry.name == component.name
     ]
-    if len(entries) < len(parts):  # unknown names; building raises the error
+    if len(entries) < len(components):  # unknown names; building raises the error
         return None
     packages = {BUILTIN_DISTRIBUTION, "torch", "transformers", "peft", *(entry.distribution for entry in entries)}
     packages |= {name for name in ("open_clip_torch", "timm") if is_installed(name)}
-    factories = [get_registry(kind).get_card(part.name).factory for kind, part in parts.items()]
+    factories = [get_registry(kind).get_card(component.name).factory for kind, component in components.items()]
     modules = {"sca", "sca_registry", *(factory.partition(":")[0].partition(".")[0] for factory in factories)}
     key_fields = {
         "spec": spec.to_dict(),

@@ -219,7 +219,7 @@ class StageMeter:
             for pair in cost.cache_updates:
                 cache.update(*(torch.empty(shape, dtype=dtype) for shape, dtype in pair), layer_index)
         results = tree_unflatten([_create_empty_tensor(each) for each in cost.result_metadata], cost.result_structure)
-        assert self.tracker.peak_bytes == peak, "what a call leaves is part of what it needs"
+        assert self.tracker.peak_bytes == peak, "the results of a call are part of its peak"
         return results
 
     @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sca_registry import plugins
 
-pytest_plugins = ["sca.testing.pytest"]
+pytest_plugins = ["sca.testing.pytest", "slow_guard"]
 
 CACHE = tempfile.TemporaryDirectory(prefix="sca-cache-")  # removed when the tests end
 os.environ["SCA_CACHE"] = CACHE.name
@@ -70,7 +70,7 @@ def scene():
     """A drawn scene of 96 pixels with several regions."""
     from sca.data.scenes import Scenes
 
-    scenes = Scenes("test", count=10, size=96)
+    scenes = Scenes("test", num_images=10, image_size=96)
     return next(sample for sample in map(scenes.__getitem__, range(10)) if len(sample.regions) >= 4)
 
 

@@ -21,7 +21,7 @@ from sca.io.errors import InputError
 WRONG = {  # a region of a picture of 64 x 48, and what is said of it
     "reversed": ({"box": [50, 10, 20, 30]}, "the box 50,10,20,30 is reversed: x2 must be greater than x1"),
     "empty": ({"box": [5, 5, 5, 9]}, "the box 5,5,5,9 is empty: x2 must be greater than x1"),
-    "outside": ({"box": [70, 10, 90, 30]}, "the box 70,10,90,30 lies outside the 64 x 48 image"),
+    "outside": ({"box": [70, 10, 90, 30]}, "the box 70,10,90,30 is outside the 64 x 48 image"),
     "too few": ({"box": [1, 2, 3]}, "a box is 4 numbers x1,y1,x2,y2 in pixels, not"),
     "a point outside": ({"points": [[64, 3]]}, "the point 64,3,1 is outside the 64 x 48 image"),
     "a point above": ({"points": [[3, -1, 1]]}, "the point 3,-1,1 is outside the 64 x 48 image"),

@@ -10,6 +10,8 @@ import pytest
 
 from sca.launchers.signals import accept_interrupts, block_interrupts, kill_process_tree
 
+pytestmark = pytest.mark.slow
+
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 
 

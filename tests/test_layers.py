@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PLACES = {"": "sca", "registry": "sca_registry", "benchmarks": "sca_bench"}  # folders of the packages
 PROGRAM = Path(sys.executable).with_name("lint-imports")

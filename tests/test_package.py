@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from sca_registry import zoo
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"sca": "sca", "sca_registry": "registry/sca_registry", "sca_bench": "benchmarks/sca_bench"}
 MADE = (
@@ -105,6 +107,11 @@ def test_the_sdist_holds_what_a_checkout_needs_and_nothing_that_was_made(built):
     assert wanted - files == set()
     assert [path for path in files if set(MADE) & set(path.split("/"))] == []
     assert files & set(LITTER) == set()
+
+
+@pytest.mark.all
+def test_twine_accepts_the_metadata(built):
+    run(sys.executable, "-m", "twine", "check", "--strict", built["wheel"], built["sdist"])
 
 
 def test_pip_makes_the_same_of_both(installed):

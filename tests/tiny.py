@@ -1,9 +1,9 @@
 """Real architectures at sizes that fit into a thimble."""
 
-from sca.testing.tiny import tiny_options
+from sca.testing.tiny import get_tiny_options
 
 SAM = {
-    **tiny_options("encoder", "sam")["config"],
+    **get_tiny_options("encoder", "sam")["config"],
     "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 8},
     "mask_decoder_config": {"hidden_size": 32, "num_attention_heads": 4, "mlp_dim": 48, "iou_head_hidden_dim": 32},
 }
@@ -38,5 +38,5 @@ FAMILIES = (*BUILT_IN, *MORE)
 def tiny(family):
     """The configuration of a language model."""
     if family in BUILT_IN:
-        return dict(tiny_options("language_model", BUILT_IN[family])["config"])
+        return dict(get_tiny_options("language_model", BUILT_IN[family])["config"])
     return {**SHAPE, **(MORE | OTHERS)[family], "model_type": family}

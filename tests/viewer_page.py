@@ -1,30 +1,36 @@
-"""Reads a page of the viewer as a program would."""
+"""Parser for viewer pages."""
 
 import json
 from html.parser import HTMLParser
 
 
 class ViewerPage(HTMLParser):
-    """Elements with their attributes; the text of scripts, styles and headings; the JSON of each image."""
+    """Parsed viewer page.
+
+    Attributes:
+        elements: Tag and attributes of each element.
+        texts: Text of elements without children, by tag; scripts with a type by their type.
+        images: JSON of each image.
+    """
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.texts, self._open = [], {}, None
+        self.elements, self.texts, self._open_key = [], {}, None
         self.feed(text)
         self.images = [json.loads(data) for data in self.texts.get("application/json", [])]
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
         self.elements.append((tag, attributes))
-        self._open = attributes.get("type", tag)
-        self.texts.setdefault(self._open, []).append("")
+        self._open_key = attributes.get("type", tag)
+        self.texts.setdefault(self._open_key, []).append("")
 
     def handle_endtag(self, tag):
-        self._open = None
+        self._open_key = None
 
     def handle_data(self, data):
-        if self._open is not None:
-            self.texts[self._open][-1] += data
+        if self._open_key is not None:
+            self.texts[self._open_key][-1] += data
 
-    def all(self, tag):
+    def find_all(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]

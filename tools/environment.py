@@ -47,12 +47,12 @@ def main(groups, lowest):
     venv.unfinished_path.unlink()  # pip rolls back a failed installation; only a kill leaves a partial one
     if exit_status:
         exit_with_error(
-            "pip could not install what is needed; its reason stands above. If there is no package index in reach, "
-            "connect, or set PIP_FIND_LINKS to a folder of wheels and PIP_NO_INDEX=1; then give the same command again"
+            "pip could not install the requirements; its message is above. Without access to a package index, set "
+            "PIP_FIND_LINKS to a folder of wheels and PIP_NO_INDEX=1, then repeat the command"
         )
     doctor_command = [venv.python, "-I", "-m", "sca", "doctor", "--fix"]
     if subprocess.run(doctor_command, stdout=subprocess.DEVNULL, check=False).returncode:
-        print_message("going on without torchvision, and without timm and open_clip, which need it")
+        print_message("continuing without torchvision, and without timm and open_clip, which need it")
         venv.run_pip("uninstall", "-qq", "-y", "torchvision", "timm", "open_clip_torch")
     venv.stamp_path.write_text(json.dumps({"place": str(venv.folder), "from": sources_hash, "groups": groups}), "utf-8")
 
@@ -62,8 +62,8 @@ def check_python(lowest):
     current_version, oldest_version = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST_PYTHON))
     if sys.version_info < OLDEST_PYTHON:
         exit_with_error(
-            f"this is Python {current_version}, and {oldest_version} or newer is needed; "
-            f"name one: make PYTHON=python{oldest_version} demo"
+            f"Python {current_version} is too old, {oldest_version} or newer is required; "
+            f"run: make PYTHON=python{oldest_version} demo"
         )
     if lowest and sys.version_info[:2] != OLDEST_PYTHON:
         exit_with_error(
@@ -97,13 +97,13 @@ class VirtualEnvironment:
         if self.folder.is_symlink() or self.folder.is_file():
             self.folder.unlink()
         elif self.folder.exists():
-            print_message(f"the {self.folder.name} that is there does not work; making a new one")
+            print_message(f"{self.folder.name} does not work; creating a new one")
             shutil.rmtree(self.folder)
         self.folder.mkdir()
         self.unfinished_path.touch()
         if subprocess.run([sys.executable, "-I", "-m", "venv", self.folder], check=False).returncode != 0:
             exit_with_error(
-                f"python could not make {self.folder.name}; its reason stands above. "
+                f"Python could not create {self.folder.name}; its message is above. "
                 "On Debian and Ubuntu: apt-get install python3-venv"
             )
 
@@ -176,7 +176,7 @@ def read_pyproject():
 
 def hash_sources():
     """Return a hash of the files that determine what is installed."""
-    files = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__), ROOT / "sca/repair.py")
+    files = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__), ROOT / "sca/torchvision_fix.py")
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

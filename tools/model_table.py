@@ -1,4 +1,4 @@
-"""Write the model table of the README: `python tools/model_table.py [README.md]`.
+"""Write the table of combinations to train: `python tools/model_table.py [docs/models.md]`.
 
 The values are those of `sca plan MODEL --dtype bfloat16` for one image with 32 regions and captions of 20 tokens.
 """
@@ -20,24 +20,24 @@ START, END = "<!-- choice -->", "<!-- /choice -->"
 NUM_REGIONS = 32
 CHOICES = {  # spec -> reason to choose it
     "sam-vit-h+query+gpt2-large": "the published system; its checkpoints load by name",
-    "sam-vit-b+query+gpt2": "the same at a third of the size, to train yourself",
-    "sam-vit-b+resampler+smollm2-360m": "masks of SAM, and many regions an image for little",
-    "sam-vit-l+query+qwen3-0.6b": "a newer language model of moderate size",
-    "sam-vit-h+query+mistral-7b": "the most fluent captions, with `lora=16`",
-    "clip-vit-l-14-336+query+gpt2": "what CLIP knows of words; boxes and points, no masks",
-    "siglip2-so400m-16-384+resampler+qwen3-0.6b": "the strongest image-text encoder here; no masks",
-    "dinov2-vit-b-14+query+gpt2": "a fine grid that was learned without words; no masks",
-    "tiny-vit+query+tiny-gpt2": "trains from nothing on a laptop",
+    "sam-vit-b+query+gpt2": "the same architecture at a sixth of the size; start here",
+    "sam-vit-b+resampler+smollm2-360m": "SAM's masks, and a low cost per region",
+    "sam-vit-l+query+qwen3-0.6b": "a recent language model of moderate size",
+    "sam-vit-h+query+mistral-7b": "a language model of 7 B parameters; use `lora=16`",
+    "clip-vit-l-14-336+query+gpt2": "image-text encoder; no masks",
+    "siglip2-so400m-16-384+resampler+qwen3-0.6b": "recent image-text encoder; no masks",
+    "dinov2-vit-b-14+query+gpt2": "self-supervised encoder with a fine grid; no masks",
+    "tiny-vit+query+tiny-gpt2": "trains from scratch on a laptop",
 }
 
 
 def render_model_table() -> str:
     """Render the Markdown table."""
-    rows = [["model", "for", "parameters", "memory", "GFLOP an image", "GFLOP a region", "licenses"]]
+    rows = [["model", "use", "parameters", "memory", "GFLOPs per image", "GFLOPs per region", "licenses"]]
     rows.append(["---", "---", *["---:"] * 4, "---"])
     for model_name, reason in CHOICES.items():
         spec = ModelSpec.parse(model_name)
-        model_plan = plan_model(spec, regions=NUM_REGIONS, dtype=torch.bfloat16)
+        model_plan = plan_model(spec, regions_per_image=NUM_REGIONS, dtype=torch.bfloat16)
         flops_per_region = sum(flops for stage, flops in model_plan.flops.items() if stage != "encode") / NUM_REGIONS
         part_cards = (
             get_registry("encoders").get_card(spec.encoder.name),
@@ -48,7 +48,7 @@ def render_model_table() -> str:
                 f"`{model_name}`",
                 reason,
                 f"{sum(model_plan.parameters.values()) / 1e6:,.0f} M",
-                f"{model_plan.peak / GIB:.2g} GiB",
+                f"{model_plan.peak_memory / GIB:.2g} GiB",
                 _format_giga(model_plan.flops["encode"]),
                 _format_giga(flops_per_region),
                 ", ".join(dict.fromkeys(card.license for card in part_cards)),
@@ -61,9 +61,9 @@ def _format_giga(num_operations: float) -> str:
     return f"{num_operations / 1e9:,.0f}" if num_operations >= 1e10 else f"{num_operations / 1e9:.1f}"
 
 
-def main(readme: str = "README.md") -> None:
+def main(page: str = "docs/models.md") -> None:
     try:
-        write_between(Path(readme), START, END, render_model_table())
+        write_between(Path(page), START, END, render_model_table())
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

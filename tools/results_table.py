@@ -1,4 +1,4 @@
-"""Write the results table of the README: `python tools/results_table.py [README.md] [benchmarks/results]`.
+"""Write the scores of the bundled models: `python tools/results_table.py [docs/evaluation.md] [benchmarks/results]`.
 
 Reads every JSON file of the folder in alphabetical order. A file contains the output of `sca evaluate ... --json`, or a
 list of such reports:
@@ -23,13 +23,13 @@ from sca.io.text import escape_markdown
 
 START, END = "<!-- results -->", "<!-- /results -->"
 COLUMN_TITLES = {
-    "attributes/all": "size, texture, color and form all right",
-    "relations/right": "stated places right",
-    "class/count": "class right, by regions",
-    "class/area": "class right, by area",
+    "attributes/all": "all four attributes correct",
+    "relations/right": "relations correct",
+    "class/count": "class accuracy by region",
+    "class/area": "class accuracy by area",
     "mask-iou/mean": "mask IoU",
-    "region-sensitivity/caption": "caption follows the prompt",
-    "region-sensitivity/recognition": "class follows the prompt",
+    "region-sensitivity/caption": "captions follow the prompt",
+    "region-sensitivity/recognition": "classes follow the prompt",
 }
 REQUIRED_FIELDS = {"model", "dataset", "split", "prompt", "images", "regions", "scores"}
 PERCENT_SCORES = {name for name in COLUMN_TITLES if name != "mask-iou/mean"}
@@ -46,7 +46,7 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
         content = read_json(path)
         for report in content if isinstance(content, list) else [content]:
             if not isinstance(report, dict) or not report.keys() >= REQUIRED_FIELDS:
-                raise ValueError(f"{path} is not what `sca evaluate --json` prints, nor a list of it")
+                raise ValueError(f"{path} is neither the output of `sca evaluate --json` nor a list of such reports")
             reports.append(report)
     return reports
 
@@ -72,7 +72,7 @@ def _format_cell(name: str, value: float | None) -> str:
     return f"{100 * value:.1f} %" if name in PERCENT_SCORES else f"{value:.3f}"
 
 
-def write_results_table(readme: Path, folder: Path) -> None:
+def write_results_table(page: Path, folder: Path) -> None:
     """Write the table of the folder's reports between the markers.
 
     Raises:
@@ -83,12 +83,12 @@ def write_results_table(readme: Path, folder: Path) -> None:
         raise ValueError(
             f"no report in {folder}: write one with sca evaluate MODEL DATASET --json > {folder}/NAME.json"
         )
-    write_between(readme, START, END, render_results_table(reports))
+    write_between(page, START, END, render_results_table(reports))
 
 
-def main(readme: str = "README.md", folder: str = "benchmarks/results") -> None:
+def main(page: str = "docs/evaluation.md", folder: str = "benchmarks/results") -> None:
     try:
-        write_results_table(Path(readme), Path(folder))
+        write_results_table(Path(page), Path(folder))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "paths", nargs="*", type=Path, metavar="PATH", help="Folder that run.sh wrote, or *.jsonl file."
     )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/gpu", help="Folder of kept rows.")
-    parser.add_argument("--guide", type=Path, default=ROOT / "benchmarks/README.md", help="Page for all tables.")
+    parser.add_argument("--guide", type=Path, default=ROOT / "docs/benchmarks.md", help="Page for all tables.")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="Page for the headline.")
     args = parser.parse_args(arguments)
     rows_path = args.results / "rows.jsonl"
@@ -132,7 +132,7 @@ def render_headline(rows: Sequence[ResultRow]) -> str:
                     "captions "
                     f"{each['ours']:,.0f} regions/s, encoding included; the published procedure in the same process "
                     f"{each['published']:,.0f} ({each['ours'] / each['published']:.1f}x). All rows: "
-                    "[benchmarks](benchmarks/README.md#on-a-gpu)."
+                    "[benchmarks](docs/benchmarks.md#gpu)."
                 )
     return "\n\n".join(sentences)
 

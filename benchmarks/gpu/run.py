@@ -112,7 +112,7 @@ def run_measurements(
             )
             for measurement in missing
         ]
-        for task, result in add_killed_outcomes(Local(num_workers=1).map(tasks), tasks, deadline):
+        for task, result in add_killed_outcomes(Local(num_workers=1).run_tasks(tasks), tasks, deadline):
             measurement = by_key[task.key]
             row = {
                 "key": measurement.key,
@@ -267,7 +267,7 @@ def make_training_measurement(device: str, use_tiny_models: bool) -> Measurement
     if not use_tiny_models:
         train_options |= {"steps": 800, "batch_size": 64, "num_workers": 12, "precision": "bfloat16"}
     evaluate_options = {
-        "dataset": {"name": "scenes", "count": 2 if use_tiny_models else 300},
+        "dataset": {"name": "scenes", "num_images": 2 if use_tiny_models else 300},
         "split": "test",
         "prompt": "box",
         "metrics": ["attributes", "mask-iou"],

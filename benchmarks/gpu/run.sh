@@ -7,7 +7,7 @@
 #    It ends by itself within --seconds, and writes rows.jsonl, log.txt and device.txt into $OUT (default: out/gpu).
 #    Rows in .gpu/rows that the same device made are not measured again. A part that fails is a row with its reason.
 # 3. Where the repository is: python benchmarks/gpu/collect.py FOLDER      commits nothing; adds the rows to
-#    benchmarks/results/gpu/ and writes the tables of benchmarks/README.md and README.md
+#    benchmarks/results/gpu/ and writes the tables of docs/benchmarks.md and README.md
 #
 # With --device cpu everything runs at tiny sizes. $PYTHON names another interpreter.
 set -euo pipefail

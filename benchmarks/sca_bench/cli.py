@@ -63,7 +63,7 @@ def run(
 
     The exit status is 1 if rows are missing at the end.
     """
-    from sca.cli.options import check_option_choice, parse_part_options, print_stderr
+    from sca.cli.options import check_option_choice, parse_component_options, print_stderr
     from sca_bench.row_states import ROW_STATES
     from sca_bench.runner import run_sweep
     from sca_bench.sweep import ROW_ORDERS, Sweep, list_sweeps
@@ -71,7 +71,7 @@ def run(
     for state in retry_state or ():
         check_option_choice("state", state, ROW_STATES)
     check_option_choice("order", order, ROW_ORDERS)
-    launcher_options = parse_part_options("launchers", launcher, options or ())
+    launcher_options = parse_component_options("launchers", launcher, options or ())
     device = str(launcher_options.pop("device", device))
     resolve_device(device)
     log = (lambda line: None) if quiet else print_stderr

@@ -28,6 +28,9 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         config: `language_model` (a name, or a name with options), `way` (one of `DECODING_METHODS`), `rows`, `prefix`
             (positions), `steps`, `repeats`, `device` and `dtype`.
         folder: Unused.
+
+    Returns:
+        The measurements, JSON-serializable.
     """
 
     def measure_decoding(row: dict[str, Any]) -> None:

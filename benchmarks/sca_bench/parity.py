@@ -28,6 +28,9 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         config: `device`, `dtype`, `tf32` (whether float32 convolutions may use TF32), and either `golden`, a folder of
             recorded checkpoints, or `scenes`, the number of scenes to generate.
         folder: Unused.
+
+    Returns:
+        The measurements, JSON-serializable.
     """
 
     def measure_parity(row: dict[str, Any]) -> None:
@@ -44,6 +47,14 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 def compare_golden_folders(folder: Path, device: str, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """Compare every recorded checkpoint in a folder, see `compare_golden`.
 
+    Args:
+        folder: Folder of recorded checkpoints.
+        device: Device of the model.
+        dtype: Data type of the model.
+
+    Returns:
+        Differences by checkpoint and output.
+
     Raises:
         ValueError: The folder contains no recorded checkpoint.
     """
@@ -56,6 +67,11 @@ def compare_golden_folders(folder: Path, device: str, dtype: torch.dtype) -> dic
 @torch.no_grad()
 def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, float]:
     """Compare a checkpoint's outputs with those that the published implementation recorded in float32 on a CPU.
+
+    Args:
+        folder: Folder of a recorded checkpoint.
+        device: Device of the model.
+        dtype: Data type of the model.
 
     Returns:
         The maximum absolute difference of each output, and as `ids` the fraction of captions with identical token ids.
@@ -114,13 +130,18 @@ def _truncate_after_eos(ids: Sequence[int], eos_token_id: int) -> Sequence[int]:
 def compare_scenes(num_scenes: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Compare sca-tiny on a device and in a data type with float32 on the CPU, on `num_scenes` generated scenes.
 
+    Args:
+        num_scenes: Number of generated scenes.
+        device: Device of the model.
+        dtype: Data type of the model.
+
     Returns:
         `regions`, the number of regions; `captions`, the fraction with identical token ids; the minimum and mean IoU of
         the selected masks on the segmenter's grid; and whether every value was finite.
     """
     from sca.data.scenes import Scenes
 
-    scenes = Scenes("test", count=num_scenes)
+    scenes = Scenes("test", num_images=num_scenes)
     reference_model = sca.load("sca-tiny")
     tested_model = sca.load("sca-tiny").to(device=device, dtype=dtype)
     eos_token_id = reference_model.language_model.tokenizer.eos_token_id

@@ -109,7 +109,7 @@ def compare_plan(
     model = build(spec, device, weights=False)
     model = model.to(dtype=torch.float32 if train else dtype)
     static_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    static_bytes += 8 * planned.trainable if train else 0  # optimizer state of AdamW
+    static_bytes += 8 * planned.trainable_parameters if train else 0  # optimizer state of AdamW
     pixels, prompts = make_random_inputs(model, images, regions)
     run_step = run_training_step if train else run_captioning
     allocated_bytes = measure_peak_allocation(lambda: run_step(model, pixels, prompts, words), torch.device(device))
@@ -125,7 +125,7 @@ def compare_plan(
         "dtype": planned.dtype,
         "parameters": [sum(planned.parameters.values()), sum(p.numel() for p in model.parameters())],
         "flops": [sum(planned.flops.values()), counter.get_total_flops()],
-        "memory": [planned.peak, static_bytes + pixels.nbytes + allocated_bytes],
+        "memory": [planned.peak_memory, static_bytes + pixels.nbytes + allocated_bytes],
     }
 
 

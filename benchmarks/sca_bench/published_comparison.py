@@ -35,7 +35,7 @@ from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 import sca
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.model import SegmentCaptioner
-from sca.nn.two_way import TwoWayTransformer
+from sca.nn.two_way_transformer import TwoWayTransformer
 from sca_bench.timing import make_random_inputs, make_training_batch, synchronize
 from sca_bench.worker import run_measurement
 
@@ -136,6 +136,9 @@ def generate_ids(
         prompts: N prompts.
         regions_per_call: Regions per call of the segmenter and mixer.
         generate_together: Generate all captions in one call of the language model, instead of one call per chunk.
+
+    Returns:
+        (N, T) token ids.
     """
     prefixes = []
     for chunk in prompts.iter_chunks(regions_per_call):
@@ -259,7 +262,7 @@ def compare_batching(settings: ComparisonSettings) -> list[RatioRow]:
     from PIL import Image
 
     predictor = sca.Predictor(settings.prepare_model(sca.load("sca-tiny")))
-    predictor.set_image(Image.new("RGB", (512, 512), "grey"))
+    predictor.set_image(Image.new("RGB", (512, 512), "gray"))
     boxes = [Prompt(box=(x * 60.0, y * 60.0, x * 60.0 + 70, y * 60.0 + 70)) for x in range(8) for y in range(8)]
     texts: dict[str, list[str]] = {}
 
@@ -312,6 +315,12 @@ COMPARISON_PARTS = ("captions", "training", "resampler", "tiny", "everything")
 
 def choose_parts(names: Sequence[str]) -> list[str]:
     """Return the named comparisons in the order of `COMPARISON_PARTS`; all of them without names.
+
+    Args:
+        names: Names of comparisons.
+
+    Returns:
+        The names, in order.
 
     Raises:
         RegistryError: An unknown name.

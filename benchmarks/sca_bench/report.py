@@ -39,8 +39,8 @@ class Chart(NamedTuple):
     """Lines and dots between two axes, in pixels. Indices refer to combinations in the initial order of the table."""
 
     title: str
-    across: tuple[str, str, str]  # bottom axis: text at its ends, and its label
-    up: tuple[str, str, str]
+    x_axis: tuple[str, str, str]  # text at the low end and at the high end, and label
+    y_axis: tuple[str, str, str]
     lines: list[tuple[str, list[tuple[float, float]]]]  # CSS classes and points
     dots: list[tuple[int, float, float]]
     labels: list[tuple[int, float, float]]
@@ -61,6 +61,9 @@ def render_sweep_page(rows: Sequence[Mapping[str, Any]], title: str, score_name:
         rows: Rows of the results file.
         title: Title of the page.
         score_name: Score that measures quality. Defaults to the most informative one available.
+
+    Returns:
+        The HTML.
     """
     score_name = score_name or choose_quality_score(rows)
     summaries = summarize_rows(rows, score_name)
@@ -75,11 +78,11 @@ def render_sweep_page(rows: Sequence[Mapping[str, Any]], title: str, score_name:
         "sweep.html",
         "sca_bench",
         title=title,
-        facts=f"{_describe_environments(rows)}; {quality_note}",
+        summary=f"{_describe_environments(rows)}; {quality_note}",
         headings=[*text_columns, *numeric_columns],
         text_columns=len(text_columns),
         rows=list(zip(*text_columns.values(), *numeric_columns.values(), strict=True)),
-        pale=_find_below_best(summaries),
+        dimmed=_find_below_best(summaries),
         width=CHART_WIDTH,
         height=CHART_HEIGHT,
         margin=CHART_MARGIN,
@@ -96,6 +99,9 @@ def render_markdown(rows: Sequence[Mapping[str, Any]], score_name: str | None = 
     Args:
         rows: Rows of the results file.
         score_name: Score that measures quality. Defaults to the most informative one available.
+
+    Returns:
+        The Markdown.
     """
     score_name = score_name or choose_quality_score(rows)
     text_columns, numeric_columns = _build_columns(summarize_rows(rows, score_name), score_name)
@@ -172,6 +178,9 @@ def render_csv(rows: Sequence[Mapping[str, Any]], score_name: str | None = None)
     Args:
         rows: Rows of the results file.
         score_name: Score that measures quality. Defaults to the most informative one available.
+
+    Returns:
+        The CSV.
     """
     score_name = score_name or choose_quality_score(rows)
     score_names = sorted({each["name"] for row in rows for each in row.get("scores") or () if each["control"] is None})
@@ -229,7 +238,7 @@ def _build_speed_chart(summaries: Sequence[CombinationSummary], score_name: str 
     points = [(index, summary.max_regions_per_second, summary.quality) for index, summary in enumerate(summaries)]
     plotted = [(n, math.log10(x), y) for n, x, y in points if x and y is not None]
     return _build_scatter_chart(
-        plotted, "regions a second (log)", str(score_name), "quality and speed", lambda x: f"{10**x:.3g}"
+        plotted, "regions/s (log)", str(score_name), "Quality and speed", lambda x: f"{10**x:.3g}"
     )
 
 
@@ -238,9 +247,9 @@ def _build_memory_chart(summaries: Sequence[CombinationSummary], score_name: str
     plotted = [(n, -math.log10(x), y) for n, x, y in points if x and y is not None]
     return _build_scatter_chart(
         plotted,
-        "memory, GiB (log, less to the right)",
+        "memory, GiB (log, decreasing)",
         str(score_name),
-        "quality and memory",
+        "Quality and memory",
         lambda x: f"{10**-x / 2**30:.3g}",
     )
 
@@ -255,10 +264,10 @@ def _build_scatter_chart(
     dots = [(n, scale_x(x), scale_y(y)) for n, x, y in points]
     front_indices = find_pareto_front([(x, y) for _, x, y in points])
     return Chart(
-        f"{title}; dashed: no combination is better in both. Numbers are places in the table as it first stands.",
+        f"{title}; dashed: Pareto front. Numbers: rows of the table in its initial order.",
         (format_x(low_x), format_x(high_x), x_label),
         (f"{low_y:.3g}", f"{high_y:.3g}", y_label),
-        [("front", [dots[n][1:] for n in sorted(front_indices, key=lambda n: points[n][1])])],
+        [("pareto-front", [dots[n][1:] for n in sorted(front_indices, key=lambda n: points[n][1])])],
         dots,
         [(n, x + 7, y + 4) for n, x, y in dots],
     )
@@ -280,10 +289,10 @@ def _build_throughput_chart(summaries: Sequence[CombinationSummary]) -> Chart | 
         for index, curve in curves
     ]
     return Chart(
-        "speed over regions of an image",
-        (f"{10**low_x:.3g}", f"{10**high_x:.3g}", "regions of an image (log)"),
+        "Throughput by regions per image",
+        (f"{10**low_x:.3g}", f"{10**high_x:.3g}", "regions per image (log)"),
         (f"{10**low_y:.3g}", f"{10**high_y:.3g}", "regions/s (log)"),
-        [(f"curve c{index % len(REGION_COLORS)}", points) for index, points in polylines],
+        [(f"curve color-{index % len(REGION_COLORS)}", points) for index, points in polylines],
         [],
         [(index, points[-1][0] + 3, points[-1][1] + 4) for index, points in polylines],
     )

@@ -54,6 +54,9 @@ def run_sweep(
         budget_seconds: Seconds after which no row starts; rows that are stopped stay missing.
         order: Order of the rows, see `Sweep.list_rows`.
 
+    Returns:
+        The numbers of rows by state.
+
     Raises:
         ValueError: A missing row is invalid; raised before the first row runs.
         LockedError: Another process writes to the folder.
@@ -90,7 +93,7 @@ def run_sweep(
         overhead_seconds: list[float] = []
         if finished_keys & rows.keys():
             report(f"{len(finished_keys & rows.keys())} of {len(rows)} rows are there already")
-        for number, (task, result) in enumerate(built_launcher.map(tasks), 1):
+        for number, (task, result) in enumerate(built_launcher.run_tasks(tasks), 1):
             row = rows[task.key]
             store.append(
                 {"key": task.key, "label": row.label, "sweep": sweep.name, "config": dict(row.config), **result}

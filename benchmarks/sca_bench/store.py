@@ -31,6 +31,9 @@ class ResultStore:
     def read_rows(self) -> list[dict[str, Any]]:
         """Return every complete row in the order of completion.
 
+        Returns:
+            Rows as written by the runner.
+
         Raises:
             InputError: A line other than the last is not a row.
         """
@@ -44,6 +47,9 @@ class ResultStore:
     @contextmanager
     def lock(self) -> Iterator[list[str]]:
         """Lock the folder for writing; yields one line per repair.
+
+        Yields:
+            One line per repair of the results file.
 
         Raises:
             LockedError: Another process holds the lock.

@@ -18,7 +18,7 @@ A sweep is a TOML file, bundled in `benchmarks/sweeps` or your own:
     steps = 100
 
     [evaluate]                # optional: dataset, prompt type and metrics
-    dataset = { name = "scenes", count = 20 }
+    dataset = { name = "scenes", num_images = 20 }
     split = "val"
     prompt = "box"
     metrics = ["attributes", "mask-iou"]
@@ -47,7 +47,7 @@ from typing import Any
 from sca_registry import RegistryError, get_registry
 from sca_registry.errors import make_unknown_name_error
 from sca_registry.overrides import SHORTHAND_KEYS
-from sca_registry.spec import ModelSpec, Part, check_generation
+from sca_registry.spec import ComponentSpec, ModelSpec, check_generation
 
 from sca.devices import DTYPES
 from sca.io.toml import parse_toml, read_toml_text
@@ -145,6 +145,13 @@ class Sweep:
     def read(cls, name: str, device: str = "cpu") -> Sweep:
         """Read a bundled sweep by name, or a TOML file.
 
+        Args:
+            name: Name of a bundled sweep, or path of a TOML file.
+            device: Device of the rows.
+
+        Returns:
+            The sweep.
+
         Raises:
             RegistryError: An unknown name or key, or an invalid value.
         """
@@ -181,6 +188,9 @@ class Sweep:
 
         Args:
             order: "cheapest" for the fewest parameters first, or "listed" for the order of the axes in the sweep.
+
+        Returns:
+            The rows.
 
         Raises:
             RegistryError: An unknown component.
@@ -249,7 +259,7 @@ def _check_train_value(location: str, key: str, value: Any) -> None:
 
 def _check_evaluate_value(location: str, key: str, value: Any) -> None:
     if key == "dataset":
-        Part.from_dict(value, "dataset of evaluate")
+        ComponentSpec.from_dict(value, "dataset of evaluate")
     elif key in ("limit", "batch_size"):
         check_range(location, value, int, 1)
     elif key in ("tasks", "metrics"):
@@ -293,7 +303,7 @@ def _set_axis_value(model: dict[str, Any], axis: str, value: Any) -> None:
         return
     part_table = model.get(field_name, {})
     if field_name in PART_KINDS:
-        part_table = Part.from_dict(part_table, field_name).to_dict()
+        part_table = ComponentSpec.from_dict(part_table, field_name).to_dict()
     elif field_name in SHORTHAND_KEYS and not isinstance(part_table, Mapping):
         part_table = {SHORTHAND_KEYS[field_name]: part_table}
     check_type(f"model.{field_name}", part_table, Mapping)

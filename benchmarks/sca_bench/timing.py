@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sca_registry.contracts import Batch, PromptBatch, Targets
+from sca_registry.contracts import Batch, MaskTargets, PromptBatch
 from torch import Tensor
 
 from sca.inference.engine import REGION_BATCH_SIZE
@@ -114,6 +114,9 @@ def measure_training_step(
         num_tokens: Tokens per caption.
         repeats: Repeats after a warm-up.
         use_cached_features: Compute the encoder features once, before the steps.
+
+    Returns:
+        The sizes, and summary statistics of the seconds.
     """
     pixels, prompts = make_random_inputs(model, num_images, num_regions)
     batch = make_training_batch(model, pixels, prompts, num_tokens)
@@ -143,11 +146,11 @@ def make_training_batch(model: SegmentCaptioner, pixels: Tensor, prompts: Prompt
     batch = Batch(
         prompts=prompts, task_ids=task_ids, pixel_values=pixels, input_ids=input_ids, attention_mask=input_ids
     )
-    if hasattr(model.segmenter, "loss"):
+    if hasattr(model.segmenter, "compute_losses"):
         side = 4 * pixels.shape[-1] // model.encoder.stride
         masks = torch.rand(num_regions, side, side, device=device)
         has_mask = torch.ones(num_regions, dtype=torch.bool, device=device)
-        batch.targets = Targets(masks, torch.ones_like(masks, dtype=torch.bool), has_mask)
+        batch.targets = MaskTargets(masks, torch.ones_like(masks, dtype=torch.bool), has_mask)
     return batch
 
 

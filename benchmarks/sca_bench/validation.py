@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sca_registry import RegistryError, datasets, get_registry
-from sca_registry.spec import ModelSpec, Part, check_generation
+from sca_registry.spec import ComponentSpec, ModelSpec, check_generation
 
 from sca.data.summary import check_dataset_not_empty
 from sca.evaluation.predictions import PromptingOptions
@@ -21,6 +21,10 @@ def check_rows(sweep: Sweep, rows: Iterable[SweepRow]) -> None:
     """Check the components, options, recipes, datasets, prompts and metrics of rows.
 
     Broken components and incompatible components are results of a sweep and not rejected.
+
+    Args:
+        sweep: Sweep of the rows.
+        rows: Rows to check.
 
     Raises:
         ValueError: The message names the invalid field or component, or the extra to install.
@@ -52,14 +56,14 @@ def _check_evaluation(sweep: Sweep) -> None:
         **{key: evaluation[key] for key in ("prompt", "tasks", "generation") if key in evaluation}
     )
     check_metrics(evaluation.get("metrics"), None)
-    part, split = Part.from_dict(evaluation["dataset"], "dataset of evaluate"), evaluation.get("split", "val")
+    part, split = ComponentSpec.from_dict(evaluation["dataset"], "dataset of evaluate"), evaluation.get("split", "val")
     dataset, dataset_name = datasets.build(part.name, split, **part.options), f"evaluate.dataset ({split})"
     check_dataset_not_empty(dataset, dataset_name)
     check_has_truth(dataset, dataset_name, prompting.tasks, evaluation.get("limit"))
     check_metric_needs(evaluation.get("metrics", ()), dataset, prompting.tasks, evaluation.get("limit"))
 
 
-def _check_component(kind: str, part: Part) -> None:
+def _check_component(kind: str, part: ComponentSpec) -> None:
     try:
         get_registry(kind).check(part.name, **part.options)
     except RegistryError:
@@ -67,14 +71,14 @@ def _check_component(kind: str, part: Part) -> None:
             raise
 
 
-def _check_generation(key: str, options: Mapping[str, Any], language_model: Part) -> None:
+def _check_generation(key: str, options: Mapping[str, Any], language_model: ComponentSpec) -> None:
     """Check generation options against the class of the language model before building it."""
     if not _is_broken_part("language_model", language_model):
         generate = get_registry("language_model").get_declared(language_model.name, "generate")
         check_generation(key, options, generate, num_positional=2)
 
 
-def _is_broken_part(kind: str, part: Part) -> bool:
+def _is_broken_part(kind: str, part: ComponentSpec) -> bool:
     return get_registry(kind).load_entry(part.name).state == "broken"
 
 

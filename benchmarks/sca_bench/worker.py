@@ -47,6 +47,9 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         config: Configuration of a `sca_bench.sweep.SweepRow`, and `force` to run it even if it is predicted to exceed
             memory.
         folder: Folder for the files of the row. Output is printed to the caller's standard output.
+
+    Returns:
+        The row, JSON-serializable.
     """
     config = dict(config)
     force = config.pop("force", False)
@@ -137,13 +140,20 @@ def _add_plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -
     dtype = getattr(torch, measure_options.get("dtype", "float32"))
     num_images = measure_options.get("images", 1)
     captioning_plan = plan_model(spec, num_images, num_regions, max_new_tokens, dtype=dtype)
-    peak = captioning_plan.peak
+    peak = captioning_plan.peak_memory
     if measure_options.get("training"):
         peak = max(
-            peak, plan_model(spec, num_images, min(MAX_TRAINING_REGIONS, num_regions), max_new_tokens, train=True).peak
+            peak,
+            plan_model(
+                spec, num_images, min(MAX_TRAINING_REGIONS, num_regions), max_new_tokens, training=True
+            ).peak_memory,
         )
     num_parameters = sum(captioning_plan.parameters.values())
-    row["parameters"] = {**captioning_plan.parameters, "whole": num_parameters, "trainable": captioning_plan.trainable}
+    row["parameters"] = {
+        **captioning_plan.parameters,
+        "whole": num_parameters,
+        "trainable": captioning_plan.trainable_parameters,
+    }
     row["flops"] = {**captioning_plan.flops, "images": num_images, "regions": num_regions, "words": max_new_tokens}
     row["memory"] = {"planned": peak, "room": _get_total_memory(config["device"])}
 

@@ -35,10 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="sca-tiny")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=60.0, help="Time beside the heavy client.")
-    parser.add_argument("--pause", type=float, default=60.0, help="Time after which memory is measured again.")
+    parser.add_argument("--seconds", type=float, default=60.0, help="Seconds of load next to the heavy client.")
+    parser.add_argument("--pause", type=float, default=60.0, help="Seconds until memory is measured again.")
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--out", type=Path, help="A file for the measurements.")
+    parser.add_argument("--out", type=Path, help="JSON file for the measurements.")
     args = parser.parse_args()
     with ServerProcess(args.model, args.device) as server:
         measurements = measure_impact(server, args.clients, args.seconds, args.pause)
@@ -89,7 +89,7 @@ def describe_measurements(measurements: dict[str, Any]) -> Iterator[str]:
             f"{measurements['clients']} clients {name}: {summary['requests_per_second']:.1f} requests/s, median "
             f"{latency['median']}, p99 {latency['p99']}, {summary['failed']} failed"
         )
-    yield f"p99 beside the heavy client: {measurements['ratio']:.1f} times as long"
+    yield f"p99 with the heavy client: {measurements['ratio']:.1f} times as long"
     yield f"the heavy client: {measurements['heavy']}"
     yield "memory of the server, MiB: " + ", ".join(
         f"{name} {b / 2**20:.0f}" for name, b in measurements["memory"].items()

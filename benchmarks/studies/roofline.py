@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--language-model", default="gpt2")
     parser.add_argument("--regions", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file for the measurements.")
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     model = sca.compose(args.encoder, "query", args.language_model, weights=False).eval()
@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flops = plan_model(model.spec, 1, args.regions, MAX_NEW_TOKENS).flops
     num_bytes = _count_stage_bytes(model, args.regions)
     print(
-        f"a matrix product makes {flops_per_second / 1e9:.0f} GFLOP/s here, a copy {bytes_per_second / 1e9:.1f} GB/s\n"
+        f"a matrix product runs at {flops_per_second / 1e9:.0f} GFLOP/s, a copy at {bytes_per_second / 1e9:.1f} GB/s\n"
     )
-    print("| stage | published, s | ours, s | arithmetic, s | bytes, s | ours : higher floor |")
+    print("| stage | published, s | ours, s | arithmetic, s | bytes, s | ours : higher minimum |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     rows = []
     for stage in STAGES:

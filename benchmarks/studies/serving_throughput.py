@@ -32,10 +32,10 @@ NUM_IMAGES = 24
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="sca-tiny")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of the many; a quarter of it for the one")
+    parser.add_argument("--seconds", type=float, default=120.0, help="Seconds of load; a quarter for a single client.")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="a file for what was measured")
+    parser.add_argument("--out", type=Path, help="JSON file for the measurements.")
     args = parser.parse_args()
     request_bodies = make_request_bodies()
     with ServerProcess(args.model, args.device) as server:
@@ -76,7 +76,7 @@ def make_request_bodies() -> list[bytes]:
     from sca.data.scenes import Scenes
 
     request_bodies = []
-    for sample in map(Scenes("test", count=NUM_IMAGES).__getitem__, range(NUM_IMAGES)):
+    for sample in map(Scenes("test", num_images=NUM_IMAGES).__getitem__, range(NUM_IMAGES)):
         file = io.BytesIO()
         sample.image.save(file, "PNG")
         image = base64.b64encode(file.getvalue()).decode()

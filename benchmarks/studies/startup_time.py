@@ -30,7 +30,7 @@ from PIL import Image
 from sca_registry.contracts import Prompt
 model = sca.compose("sam-vit-b", "query", "gpt2", weights=False)
 predictor = sca.Predictor(model)
-predictor.set_image(Image.new("RGB", (1024, 1024), "grey"))
+predictor.set_image(Image.new("RGB", (1024, 1024), "gray"))
 model.language_model._resolve_special_tokens = lambda: (0, [])
 predictor.engine._decode_texts = lambda sequences: ["" for _ in sequences]
 boxes = [(x * 50.0, y * 50.0, x * 50.0 + 99, y * 50.0 + 99) for x in range(16) for y in range(16)]
@@ -54,7 +54,7 @@ print(time.perf_counter() - start)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file for the measurements.")
     args = parser.parse_args(arguments)
     measurements: dict[str, Any] = {"import sca, seconds": _run_for_minimum(IMPORT_PROGRAM.format("sca"))}
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _save_scene(path: str) -> None:
-    code = f"from sca.data.scenes import Scenes; Scenes('test', count=1)[0].image.save({path!r})"
+    code = f"from sca.data.scenes import Scenes; Scenes('test', num_images=1)[0].image.save({path!r})"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -62,13 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/studies/weak_supervision.py", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("options", nargs="*", help="of the local launcher: num_workers=2")
-    parser.add_argument("--first", type=int, default=250, help="steps of names")
-    parser.add_argument("--second", type=int, default=150, help="steps of captions")
-    parser.add_argument("--few", type=int, default=NUM_CAPTIONED_SCENES, help="scenes with captions")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--scenes", type=int, default=150, help="unseen scenes to be asked about")
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("options", nargs="*", help="Options of the local launcher, such as num_workers=2.")
+    parser.add_argument("--first", type=int, default=250, help="Training steps on class names.")
+    parser.add_argument("--second", type=int, default=150, help="Training steps on captions.")
+    parser.add_argument("--few", type=int, default=NUM_CAPTIONED_SCENES, help="Scenes with captions.")
+    parser.add_argument("--seeds", type=int, default=3, help="Runs per method, each with its own seed.")
+    parser.add_argument("--scenes", type=int, default=150, help="Unseen scenes to evaluate on.")
+    parser.add_argument("--out", type=Path, help="JSON file for the results.")
     args = parser.parse_args(arguments)
 
     import sca_registry
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tasks.append(Task(folder.name, "weak_supervision_job:work", config, str(folder)))
         launcher = sca_registry.launchers.build("local", **parse_assignments(args.options))
         scores_by_run = {}
-        for outcome in launcher.map(tasks):
+        for outcome in launcher.run_tasks(tasks):
             if outcome.result["state"] != "done":
                 raise SystemExit(f"{outcome.task.key}: {outcome.result}")
             scores_by_run[outcome.task.config["way"], outcome.task.config["seed"]] = outcome.result["scores"]

@@ -40,7 +40,7 @@ def make_stage_recipe(initial_model: Any, steps: int, seed: int, num_captioned_s
     source = {
         "name": "scenes",
         "size": IMAGE_SIZE,
-        "count": num_captioned_scenes or NUM_NAMED_SCENES,
+        "num_images": num_captioned_scenes or NUM_NAMED_SCENES,
         "seed": 1 if learns_names else 2,
     }
     if learns_names:
@@ -76,6 +76,6 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     steps = name_steps + caption_steps if config["way"] == METHODS[2] else caption_steps
     recipe = Recipe.from_dict("captions", make_stage_recipe(initial_model, steps, seed, config["few"]))
     model = train(recipe, folder_path / "few", resume=False)
-    dataset = {"name": "scenes", "size": IMAGE_SIZE, "count": config["scenes"]}
+    dataset = {"name": "scenes", "image_size": IMAGE_SIZE, "num_images": config["scenes"]}
     report = evaluate(model, dataset, "val", metrics=METRICS, folder=folder)
     return {"state": "done", "scores": report.scores}

@@ -5,5 +5,5 @@ from sca_hello import HelloMixer
 pytest_plugins = ["sca.testing.pytest"]  # provides the fixture `conformance`
 
 
-def test_hello_keeps_its_promises(conformance):
+def test_hello_mixer_passes_conformance(conformance):
     conformance("mixer", HelloMixer)

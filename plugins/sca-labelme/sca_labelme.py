@@ -46,7 +46,7 @@ class LabelMe:
         self.split = split
         self.files = labelme.list_labelme_files(folder)
         if not self.files:
-            raise ValueError(f"there are no LabelMe files (*.json) in {folder}")
+            raise ValueError(f"no LabelMe files (*.json) in {folder}; give their folder as root")
         skip = SkipCounter()
         self.skipped, self.examples = skip.counts, skip.examples
         self.image_paths, self.image_sizes, self.regions = [], [], []
@@ -83,7 +83,7 @@ class LabelMe:
         scaled = (scale_region(region, factors, image.size) for region in self.regions[index])
         return Sample(image, index, tuple(filter(None, scaled)))
 
-    def annotations_of_all(self) -> Iterator[tuple[Region, ...]]:
+    def iter_annotations(self) -> Iterator[tuple[Region, ...]]:
         """Return the regions of each image, in order, without opening images."""
         return iter(self.regions)
 
@@ -91,7 +91,7 @@ class LabelMe:
 class LabelRecall:
     """Fraction of captions that contain the label of their region, ignoring case."""
 
-    needs = ("task=caption", "caption", "truth.name")
+    required_fields = ("task=caption", "caption", "truth.name")
     scores = ("label-recall/mean", "label-recall/captions")
 
     def __call__(self, records) -> MetricOutput:
@@ -107,7 +107,7 @@ def _read_file(file: Path) -> tuple[dict, Path]:
     """Read a LabelMe file; return its content and the path of its image."""
     content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("imagePath"), str):
-        raise ValueError(f"{file} has no imagePath, so it is not a file of LabelMe")
+        raise ValueError(f"{file} has no imagePath, so it is not a LabelMe file")
     try:
         return content, resolve_image_path(content["imagePath"], [file.parent])
     except InputError as error:

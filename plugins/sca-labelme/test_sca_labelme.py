@@ -16,7 +16,7 @@ pytest_plugins = ["sca.testing.pytest"]  # provides the fixture `conformance`
 @pytest.fixture
 def folder(tmp_path):
     for number in range(2):
-        Image.new("RGB", (40, 30), "grey").save(tmp_path / f"{number}.png")
+        Image.new("RGB", (40, 30), "gray").save(tmp_path / f"{number}.png")
         shapes = [
             {
                 "label": "roof",
@@ -33,7 +33,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_shapes_are_regions_with_masks(folder):
+def test_labelme_converts_shapes_to_regions_with_masks(folder):
     roof, door, sun, wire = LabelMe("train", str(folder))[1].regions
     assert (roof.name, roof.phrases, door.name, door.phrases) == ("roof", ("a red roof",), "door", ())
     assert (door.box, door.mask) == ((22, 10, 30, 25), None)
@@ -41,7 +41,7 @@ def test_shapes_are_regions_with_masks(folder):
     assert (wire.box, wire.mask) == ((0, 0, 9, 9), None)
 
 
-def test_dataset_counts_what_is_no_region(folder):
+def test_labelme_counts_skipped_shapes(folder):
     point = {"label": "eye", "points": [[3, 3]], "shape_type": "point"}
     ignored = {"label": "__ignore__", "points": [[2, 2], [20, 2], [2, 20]], "shape_type": "polygon"}
     cuboid = {"label": "box", "points": [[2, 2], [20, 2], [2, 20]], "shape_type": "cuboid"}
@@ -57,41 +57,41 @@ def test_dataset_counts_what_is_no_region(folder):
         "line, read as its box": 1,
     }
     assert dataset.examples["keypoint"] == [f"{folder / '0.json'}, shapes[0]"]
-    assert [len(regions) for regions in dataset.annotations_of_all()] == [0, 4]
+    assert [len(regions) for regions in dataset.iter_annotations()] == [0, 4]
 
 
-def turned(folder, **changes):
+def make_rotated_dataset(folder, **changes):
     """Create a dataset with an image that EXIF rotates by 90 degrees, annotated as displayed: 40 x 30."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (30, 40), "grey").save(folder / "0.png", exif=exif)
+    Image.new("RGB", (30, 40), "gray").save(folder / "0.png", exif=exif)
     door = {"label": "door", "points": [[32, 10], [39, 25]], "shape_type": "rectangle"}
     content = {"imagePath": "0.png", "shapes": [door], "imageWidth": 40, "imageHeight": 30} | changes
     (folder / "0.json").write_text(json.dumps(content))
     return LabelMe("train", str(folder))
 
 
-def test_dataset_applies_exif_orientation(folder):
+def test_labelme_applies_exif_orientation(folder):
     for changes in ({}, {"imageWidth": None, "imageHeight": None}):
-        sample = turned(folder, **changes)[0]
+        sample = make_rotated_dataset(folder, **changes)[0]
         assert sample.image.size == (40, 30)
         assert [region.box for region in sample.regions] == [(32, 10, 39, 25)]
 
 
-def test_dataset_rejects_an_image_of_another_size(folder):
+def test_labelme_rejects_a_rotated_image(folder):
     with pytest.raises(ValueError, match=r"records 30 x 40 and the image is 40 x 30 .*: it was rotated"):
-        turned(folder, imageWidth=30, imageHeight=40)[0]
+        make_rotated_dataset(folder, imageWidth=30, imageHeight=40)[0]
 
 
-def test_dataset_takes_a_missing_image_from_the_file(folder):
+def test_labelme_uses_image_data_if_the_image_is_missing(folder):
     data = base64.b64encode((folder / "0.png").read_bytes()).decode()
     for path in folder.glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"imageData": data}))
-    whole = LabelMe("train", str(folder))[0]
+    original = LabelMe("train", str(folder))[0]
     (folder / "0.png").unlink()
     sample = LabelMe("train", str(folder))[0]
-    assert sample.image.tobytes() == whole.image.tobytes()
-    assert sample.regions == whole.regions
+    assert sample.image.tobytes() == original.image.tobytes()
+    assert sample.regions == original.regions
 
 
 def test_labelme_counts_a_bad_shape_and_keeps_the_others(folder):
@@ -117,18 +117,18 @@ def test_labelme_scales_regions_to_a_resized_image(folder):
     assert decode_rle(roof.mask).shape == (60, 80)
 
 
-def test_the_dataset_keeps_its_promises(folder, conformance):
+def test_labelme_passes_conformance(folder, conformance):
     conformance("dataset", LabelMe, root=str(folder))
 
 
 @pytest.mark.parametrize("name", [".\\1.png", "C:\\photos\\1.png", "./1.png", "file:///photos/1.png"])
-def test_labelme_finds_the_image_of_another_system(folder, name):
+def test_labelme_resolves_image_paths_of_any_system(folder, name):
     content = json.loads((folder / "1.json").read_text()) | {"imagePath": name}
     (folder / "1.json").write_text(json.dumps(content))
     assert LabelMe("train", str(folder))[1].image.size == (40, 30)
 
 
-def test_labelme_names_the_file_of_a_url(folder):
+def test_labelme_rejects_image_urls(folder):
     content = json.loads((folder / "1.json").read_text()) | {"imagePath": "https://host/1.png"}
     (folder / "1.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"1\.json.*is a URL, not a file"):
@@ -136,16 +136,16 @@ def test_labelme_names_the_file_of_a_url(folder):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [("{", "not valid JSON"), ("{}", "no imagePath"), ('{"imagePath": "0.png", "shapes": {}}', "shapes")],
 )
-def test_a_broken_file_is_named(folder, text, told):
+def test_labelme_rejects_an_invalid_file(folder, text, message):
     (folder / "1.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"1\.json.*{told}"):
+    with pytest.raises(ValueError, match=rf"1\.json.*{message}"):
         LabelMe("train", str(folder))
 
 
-def test_a_label_is_found_in_a_caption_or_not():
+def test_label_recall_counts_captions_with_the_label():
     records = [
         {"task": "caption", "caption": "A red Roof", "truth": {"name": "roof"}},
         {"task": "caption", "caption": "a wall", "truth": {"name": "roof"}},

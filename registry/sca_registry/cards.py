@@ -40,10 +40,10 @@ class Card:
         parameters: Number of parameters.
         config: Model configuration for building without weights, passed to the factory as the option `config`.
         extra: Extra of the distribution that must be installed.
-        gives: Outputs (`PROVIDED_OUTPUTS`) that the component provides to the downstream component.
-        needs: Outputs (`PROVIDED_OUTPUTS`) that the component requires from the upstream component.
-        needs_with: Outputs that an enabled option requires, by option.
-        small: Options that make a plugin tiny, for `sca check`.
+        provides:  Outputs (`PROVIDED_OUTPUTS`) that the component provides to the downstream component.
+        requires: Outputs (`PROVIDED_OUTPUTS`) that the component requires from the upstream component.
+        option_requires:  Outputs that an enabled option requires, by option.
+        tiny_options:  Options that make a plugin tiny, for `sca check`.
         scores: Names of the scores of a metric; `class/*` for all scores with a prefix.
         code_options: Options that can run code. A checkpoint may only set them to a plain name.
     """
@@ -58,10 +58,10 @@ class Card:
     parameters: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     extra: str = ""
-    gives: tuple[str, ...] | None = None
-    needs: tuple[str, ...] | None = None
-    needs_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    small: Mapping[str, Any] = field(default_factory=dict)
+    provides: tuple[str, ...] | None = None
+    requires: tuple[str, ...] | None = None
+    option_requires: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tiny_options: Mapping[str, Any] = field(default_factory=dict)
     scores: tuple[str, ...] | None = None
     code_options: tuple[str, ...] = ()
 
@@ -80,6 +80,9 @@ FIELD_TYPES = {
 
 def parse_cards(text: str) -> dict[str, Card | RegistryError]:
     """Parse a card file.
+
+    Args:
+        text: TOML document with a table per card.
 
     Returns:
         The card of each name, or the error of an invalid card.
@@ -108,6 +111,9 @@ def read_builtin_cards(plural: str) -> dict[str, Card]:
 
     Args:
         plural: Plural name of the kind, such as "encoders".
+
+    Returns:
+        Cards by name.
     """
     from importlib.resources import files
 
@@ -121,6 +127,9 @@ def read_builtin_cards(plural: str) -> dict[str, Card]:
 def check_name(name: object) -> None:
     """Check that a name is valid within `encoder+mixer+language-model`, `distribution:name` and a command line.
 
+    Args:
+        name: Name of a component.
+
     Raises:
         RegistryError: The name is invalid.
     """
@@ -132,6 +141,9 @@ def check_name(name: object) -> None:
 
 def check_factory(factory: str) -> None:
     """Check that the path of a factory has the form "package.module:attribute".
+
+    Args:
+        factory: Path of a factory.
 
     Raises:
         RegistryError: The path is invalid.
@@ -154,10 +166,10 @@ def _parse_card(name: str, table: Any) -> Card:
                 f"{key} of card {name!r} is {value!r}; give a value of type {FIELD_TYPES[key].__name__}"
             )
     check_factory(table["factory"])
-    for output_name in (*table.get("needs", ()), *table.get("gives", ())):
+    for output_name in (*table.get("requires", ()), *table.get("provides", ())):
         if output_name not in PROVIDED_OUTPUTS:
             raise make_unknown_name_error(
-                f"card {name!r} has an unknown output {output_name!r} in needs or gives",
+                f"card {name!r} has an unknown output {output_name!r} in requires or provides",
                 str(output_name),
                 PROVIDED_OUTPUTS,
             )

@@ -1,18 +1,18 @@
-"""Compatibility of components, from the `gives` and `needs` of their cards or classes."""
+"""Compatibility of components, from the `provides` and `requires` of their cards or classes."""
 
 from __future__ import annotations
 
 from sca_registry.errors import RegistryError
-from sca_registry.overrides import MODEL_PARTS
+from sca_registry.overrides import MODEL_COMPONENTS
 from sca_registry.registry import get_registry
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.spec import ComponentSpec, ModelSpec
 
 
 def check_compatible(spec: ModelSpec) -> None:
     """Check the names and the compatibility of the components of a model, without building them.
 
-    A component whose card declares no `gives` or `needs` is imported to read them from its class. A component that
-    declares neither is compatible with everything.
+    A component whose card declares no `provides` or `requires` is imported to read them from its class. A component
+    that declares neither is compatible with everything.
 
     Args:
         spec: Model spec to check.
@@ -20,7 +20,7 @@ def check_compatible(spec: ModelSpec) -> None:
     Raises:
         RegistryError: A name is unknown, or a component needs an output that the upstream component does not provide.
     """
-    for kind in MODEL_PARTS:
+    for kind in MODEL_COMPONENTS:
         component = getattr(spec, kind)
         if component is not None:
             get_registry(kind).get_card(component.name)
@@ -29,14 +29,14 @@ def check_compatible(spec: ModelSpec) -> None:
         _check_fit("encoder", spec.encoder, "segmenter", segmenter)
     elif _list_needs("mixer", spec.mixer):
         segmenter_name = get_registry("encoder").get_declared(spec.encoder.name, "default_segmenter")
-        segmenter = Part(segmenter_name) if segmenter_name else None
+        segmenter = ComponentSpec(segmenter_name) if segmenter_name else None
     if segmenter is not None:
         _check_fit("segmenter", segmenter, "mixer", spec.mixer)
 
 
-def _check_fit(upstream_kind: str, upstream: Part, kind: str, component: Part) -> None:
+def _check_fit(upstream_kind: str, upstream: ComponentSpec, kind: str, component: ComponentSpec) -> None:
     required = _list_needs(kind, component)
-    provided = get_registry(upstream_kind).get_declared(upstream.name, "gives") if required else None
+    provided = get_registry(upstream_kind).get_declared(upstream.name, "provides") if required else None
     if provided is None:
         return
     missing = [output_name for output_name in required if output_name not in provided]
@@ -45,12 +45,12 @@ def _check_fit(upstream_kind: str, upstream: Part, kind: str, component: Part) -
     provider_names = [
         name
         for name in get_registry(upstream_kind).list_names()
-        if set(required) <= set(get_registry(upstream_kind).get_card(name).gives or ())
+        if set(required) <= set(get_registry(upstream_kind).get_card(name).provides or ())
     ]
     other_names = [name for name in get_registry(kind).list_names() if name != component.name]
     other_cards = [get_registry(kind).get_card(name) for name in other_names]
     compatible_names = [
-        card.name for card in other_cards if card.needs is not None and set(card.needs) <= set(provided)
+        card.name for card in other_cards if card.requires is not None and set(card.requires) <= set(provided)
     ]
     switched_off_options = [f"{kind}.{option}=false" for option in _list_enabled_options(kind, component)]
     fixes = (
@@ -65,15 +65,15 @@ def _check_fit(upstream_kind: str, upstream: Part, kind: str, component: Part) -
     )
 
 
-def _list_needs(kind: str, component: Part) -> list[str]:
+def _list_needs(kind: str, component: ComponentSpec) -> list[str]:
     """List the outputs that a component needs with its options."""
-    option_needs = get_registry(kind).get_card(component.name).needs_with
-    base_needs = get_registry(kind).get_declared(component.name, "needs") or ()
+    option_needs = get_registry(kind).get_card(component.name).option_requires
+    base_needs = get_registry(kind).get_declared(component.name, "requires") or ()
     enabled_options = _list_enabled_options(kind, component)
     return [*base_needs, *(output_name for option in enabled_options for output_name in option_needs[option])]
 
 
-def _list_enabled_options(kind: str, component: Part) -> list[str]:
+def _list_enabled_options(kind: str, component: ComponentSpec) -> list[str]:
     """List the enabled options of a component that need outputs of the upstream component."""
     card = get_registry(kind).get_card(component.name)
-    return [option for option in card.needs_with if {**card.options, **component.options}.get(option)]
+    return [option for option in card.option_requires if {**card.options, **component.options}.get(option)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sca_registry.plugins import Offer, is_extra_installed
+from sca_registry.plugins import Registration, is_extra_installed
 
 
 class ComponentState(NamedTuple):
@@ -19,26 +19,26 @@ class ComponentState(NamedTuple):
     reason: str = ""
 
 
-def infer_state(offer: Offer) -> ComponentState:
+def infer_state(registration: Registration) -> ComponentState:
     """Return the state of a component from its metadata, without importing it."""
-    if offer.problem:
-        return ComponentState("broken", offer.problem)
-    extra_state = _make_needs_extra_state(offer)
-    if extra_state and is_extra_installed(offer.origin.name, offer.card.extra) is False:
+    if registration.problem:
+        return ComponentState("broken", registration.problem)
+    extra_state = _make_needs_extra_state(registration)
+    if extra_state and is_extra_installed(registration.origin.name, registration.card.extra) is False:
         return extra_state
-    return ComponentState("ok" if offer.is_builtin or offer.registered_factory else "unchecked")
+    return ComponentState("ok" if registration.is_builtin or registration.registered_factory else "unchecked")
 
 
-def classify_failure(offer: Offer, error: BaseException) -> ComponentState:
+def classify_failure(registration: Registration, error: BaseException) -> ComponentState:
     """Return the state of a component whose import or construction raised an error.
 
     An import error means a missing extra if the card names an extra that is not known to be installed, and the missing
     module is outside the component's own package.
     """
-    extra_state = _make_needs_extra_state(offer)
-    package = offer.card.factory.partition(":")[0].partition(".")[0]
+    extra_state = _make_needs_extra_state(registration)
+    package = registration.card.factory.partition(":")[0].partition(".")[0]
     is_other_module = isinstance(error, ImportError) and (error.name or "").partition(".")[0] != package
-    if extra_state and is_other_module and not is_extra_installed(offer.origin.name, offer.card.extra):
+    if extra_state and is_other_module and not is_extra_installed(registration.origin.name, registration.card.extra):
         return extra_state
     return ComponentState("broken", _format_error(error))
 
@@ -50,10 +50,13 @@ def is_memory_error(error: BaseException) -> bool:
     )
 
 
-def _make_needs_extra_state(offer: Offer) -> ComponentState | None:
-    if not offer.card.extra:
+def _make_needs_extra_state(registration: Registration) -> ComponentState | None:
+    if not registration.card.extra:
         return None
-    return ComponentState(f"needs extra: {offer.card.extra}", f"pip install '{offer.origin.name}[{offer.card.extra}]'")
+    return ComponentState(
+        f"needs extra: {registration.card.extra}",
+        f"pip install '{registration.origin.name}[{registration.card.extra}]'",
+    )
 
 
 def _format_error(error: BaseException) -> str:

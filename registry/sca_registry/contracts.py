@@ -44,18 +44,18 @@ class ImageFormat:
         size: Side S of the square input frame in pixels.
         mean: Channel means for values in 0..1.
         std: Channel standard deviations for values in 0..1.
-        order: Channel order.
+        channel_order: Channel order.
         resample: Interpolation used for resizing.
-        fit: "pad" scales the longest side to `size` and pads right and bottom with zeros after normalization;
+        resize_mode: "pad" scales the longest side to `size` and pads right and bottom with zeros after normalization;
             "stretch" scales both sides to `size`.
     """
 
     size: int
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    order: Literal["rgb", "bgr"] = "rgb"
+    channel_order: Literal["rgb", "bgr"] = "rgb"
     resample: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
-    fit: Literal["pad", "stretch"] = "pad"
+    resize_mode: Literal["pad", "stretch"] = "pad"
 
 
 @dataclass
@@ -132,7 +132,7 @@ class GenerationOutput(NamedTuple):
 
 
 @dataclass
-class Targets(_TensorRows):
+class MaskTargets(_TensorRows):
     """Ground-truth masks to train a segmenter on."""
 
     masks: Tensor  # (N, 4h, 4w) in 0..1: fraction of each cell that the region covers
@@ -151,8 +151,8 @@ class Batch:
     input_ids: Tensor | None = None  # (M, L) caption tokens and EOS, padded on the right
     attention_mask: Tensor | None = None  # (M, L) 1 for caption tokens and EOS, 0 for padding
     region_index: Tensor | None = None  # (M,) prompt of each caption; None: one caption per prompt, in order
-    targets: Targets | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)  # (N, ...) targets of auxiliary losses
+    targets: MaskTargets | None = None
+    auxiliary_targets: dict[str, Tensor] = field(default_factory=dict)  # (N, ...) targets of auxiliary losses
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
         """Move every tensor as `Tensor.to` does."""
@@ -297,7 +297,8 @@ class Encoder(Protocol):
 class Segmenter(Protocol):
     """Promptable segmenter, built by `factory(encoder, **options)`.
 
-    A trainable segmenter has a method `loss(regions: SegmenterOutput, targets: Targets) -> dict[str, Tensor]`.
+    A trainable segmenter has a method `compute_losses(regions: SegmenterOutput, targets: MaskTargets)` that returns
+    named scalar losses.
 
     Attributes:
         channels: Hidden size D.
@@ -312,6 +313,9 @@ class Segmenter(Protocol):
             features: (B, C, h, w) features of the encoder.
             prompts: N prompts.
             multimask_output: Return three masks per region instead of one.
+
+        Returns:
+            Masks, scores and tokens of the N regions.
         """
 
 
@@ -319,8 +323,8 @@ class Segmenter(Protocol):
 class Mixer(Protocol):
     """Feature mixer, built by `factory(segmenter, **options)`: it turns regions into queries for the language model.
 
-    A mixer may have a method `prepare(image_embeddings, positional_encoding)` that computes what all regions of an
-    image share, from (B, D, h, w) and (D, h, w). Its result is then passed to the mixer as a second argument.
+    A mixer may have a method `prepare_images(image_embeddings, positional_encoding)` that computes what all regions of
+    an image share, from (B, D, h, w) and (D, h, w). Its result is then passed to the mixer as a second argument.
 
     Attributes:
         hidden_size: Width D of the queries.
@@ -387,8 +391,15 @@ class LanguageModel(Protocol):
 class Dataset(Protocol):
     """Dataset of images with annotated regions, built by `factory(split, **options)`.
 
-    A dataset may have `attributes`, the possible values of each attribute of its regions, for auxiliary losses; and
-    `between`, the names of those attributes that relate a region to another one and so are not visible in it alone.
+    A dataset may also have:
+
+    - `iter_annotations()`: yields the regions of each image, in order, without opening images;
+    - `read_sample(index)`: returns a sample, or None if its image cannot be read;
+    - `content_hash`: identifies the content, so that results on other content are not mixed;
+    - `metadata`: table of counts, such as `regions` and `captioned`;
+    - `skipped` and `examples`: counts and first locations of skipped entries, by reason;
+    - `attribute_values`: possible values of each attribute of its regions, for auxiliary losses;
+    - `relation_attributes`: names of the attributes that relate a region to another one.
     """
 
     def __len__(self) -> int:
@@ -406,14 +417,14 @@ class Metric(Protocol):
     `references` and `tokenizer` are set by the evaluation protocol. A metric may also have:
 
     - `implementation`: the package that computes it, with its version;
-    - `whole = True`: records of controls (adversarial prompts) are passed together with the others;
+    - `includes_controls = True`: records of controls (adversarial prompts) are passed together with the others;
     - `scores`, in its class or card: the names of its scores, `class/*` for all with a prefix.
 
     Attributes:
-        needs: Required fields of a record, such as "mask", "truth.mask" or "task=caption".
+        required_fields: Required fields of a record, such as "mask", "truth.mask" or "task=caption".
     """
 
-    needs: tuple[str, ...]
+    required_fields: tuple[str, ...]
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> MetricOutput:
         """Score records."""
@@ -441,7 +452,7 @@ class Captioner(Protocol):
 class Launcher(Protocol):
     """Launcher of tasks, built by `factory(**options)`. See `sca.launchers.task`."""
 
-    def map(self, tasks: Sequence[Any]) -> Iterator[Any]:
+    def run_tasks(self, tasks: Sequence[Any]) -> Iterator[Any]:
         """Run tasks and yield their outcomes in the order in which they finish."""
 
 

@@ -14,6 +14,10 @@ class RegistryError(catalogue.RegistryError):
 def suggest_name(requested: str, names: Iterable[str]) -> str:
     """Suggest the closest name, ignoring case and treating underscores as hyphens.
 
+    Args:
+        requested: The unknown name.
+        names: All valid names.
+
     Returns:
         A sentence with a leading space, such as " Did you mean 'query'?"; "" if no name is close.
     """
@@ -25,8 +29,8 @@ def suggest_name(requested: str, names: Iterable[str]) -> str:
 
 
 def format_choices(names: Collection[str]) -> str:
-    """Format names as a sentence with a leading space, such as " There are: box, sam.", in their order."""
-    return f" There are: {', '.join(names)}." if names else " There are none."
+    """Format names as a sentence with a leading space, such as " Choose from: box, sam.", in their order."""
+    return f" Choose from: {', '.join(names)}." if names else " None are available."
 
 
 def make_unknown_name_error(problem: str, requested: str, names: Iterable[str]) -> RegistryError:
@@ -36,6 +40,9 @@ def make_unknown_name_error(problem: str, requested: str, names: Iterable[str]) 
         problem: Start of the message, without a period.
         requested: The unknown name.
         names: All valid names.
+
+    Returns:
+        The error, to be raised by the caller.
     """
     names = list(names)
     return RegistryError(f"{problem}.{suggest_name(requested, names)}{format_choices(names)}")

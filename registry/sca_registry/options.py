@@ -17,7 +17,7 @@ UNION_PATTERN = re.compile(r"^Union\[(.*)\]$")
 NAMESPACE_PATTERN = re.compile(r"^(?:\w+\.)+")
 REQUIRED = ...  # default of a required option
 TYPE_DESCRIPTIONS = {
-    "int": "a whole number",
+    "int": "an integer",
     "float": "a number",
     "bool": "true or false",
     **dict.fromkeys(TEXT_TYPES, "text"),
@@ -46,6 +46,9 @@ def is_text_option(factory: Callable[..., Any], num_positional: int, option: str
         factory: Factory of a component.
         num_positional: Number of leading parameters that are not options.
         option: Name of the option.
+
+    Returns:
+        True if the option takes text.
     """
     for parameter in _filter_option_parameters(_get_parameters(factory) or [], num_positional):
         if parameter.name == option:
@@ -100,7 +103,7 @@ def check_options(subject: str, factory: Callable[..., Any], num_positional: int
                 )
     for option, default in defaults.items():
         if default is REQUIRED and option not in options:
-            raise RegistryError(f"{subject} needs the option {option!r}.{_format_options(defaults)}")
+            raise RegistryError(f"{subject} requires the option {option!r}.{_format_options(defaults)}")
     for parameter in _filter_option_parameters(parameters, num_positional):
         if parameter.name in options:
             _check_value(subject, parameter, options[parameter.name])

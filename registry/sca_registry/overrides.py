@@ -1,6 +1,6 @@
 """Overrides: `key=value` assignments that change specs and recipes, on the command line, in sweeps and in code.
 
-A key is a dotted path and a value is TOML. A plain word is a string, so `mixer=roi-pool` needs no quotes. An option
+A key is a dotted path and a value is TOML. An unquoted name is a string, so `mixer=roi-pool` needs no quotes. An option
 annotated as text or a path reads any value as text, except lists and tables: `root=2024`, `root=my photos`. The fields
 of a model do not need the prefix `model.`.
 
@@ -8,7 +8,7 @@ of a model do not need the prefix `model.`.
     mixer=roi-pool          replace the mixer and drop its options
     lora=16                 set the rank to 16; lora.alpha=8 sets its alpha, lora=0 disables LoRA
     train.steps=200         set a field of a recipe
-    data.scenes.count=16    set an option of a dataset
+    data.scenes.num_images=16    set an option of a dataset
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 from sca_registry.errors import RegistryError, make_unknown_name_error
 
-MODEL_PARTS = ("encoder", "segmenter", "mixer", "language_model")
-MODEL_FIELDS = (*MODEL_PARTS, "projection", "task_tokens", "trainable", "lora", "generation", "everything")
-SHORTHAND_KEYS = {"projection": "kind", "lora": "rank"}  # key of a table that is written as a single value
+MODEL_COMPONENTS = ("encoder", "segmenter", "mixer", "language_model")
+MODEL_FIELDS = (*MODEL_COMPONENTS, "projection", "task_tokens", "trainable", "lora", "generation", "everything")
+SHORTHAND_KEYS = {"projection": "type", "lora": "rank"}  # key of a table that is written as a single value
 
 KEY_PATTERN = re.compile(r"[^\W\d][\w-]*", re.ASCII)
 BARE_STRING_PATTERN = re.compile(r"""[^\W\d][^\s"'\[\]{}=#,]*|[/~.][^\s"'\[\]{}=#,]*""")
@@ -55,7 +55,7 @@ def apply_overrides(table: Mapping[str, Any], assignments: Iterable[str]) -> dic
             path = ("model", *path)
         elif root_key not in result and root_key != "model":
             raise make_unknown_name_error(
-                f"{assignment!r}: there is no {path[0]!r} to set", path[0], {**result, **dict.fromkeys(MODEL_FIELDS)}
+                f"{assignment!r}: unknown key {path[0]!r}", path[0], {**result, **dict.fromkeys(MODEL_FIELDS)}
             )
         _set_value(result, (), path, text, assignment)
     return result
@@ -74,8 +74,8 @@ def parse_assignment(
         Path and value, such as (("mixer", "depth"), 2).
 
     Raises:
-        RegistryError: The assignment has no `=`, the key is not a dotted path, or the value is neither TOML nor a plain
-            word.
+        RegistryError: The assignment has no `=`, the key is not a dotted path, or the value is neither TOML nor an
+            unquoted name.
     """
     path, text = _split_assignment(assignment)
     return path, _parse_value(text, assignment, lambda: is_text(path))
@@ -85,7 +85,7 @@ def _split_assignment(assignment: str) -> tuple[tuple[str, ...], str]:
     key, separator, text = assignment.partition("=")
     path = tuple(key_part.strip() for key_part in key.split("."))
     if not separator or not all(map(KEY_PATTERN.fullmatch, path)):
-        raise RegistryError(f"{assignment!r} does not set anything; write key=value, such as mixer.depth=2")
+        raise RegistryError(f"{assignment!r} is not an assignment; write key=value, such as mixer.depth=2")
     return path, text.strip()
 
 
@@ -128,7 +128,7 @@ def _parse_value(text: str, assignment: str, is_text: Callable[[], bool]) -> Any
         if BARE_STRING_PATTERN.fullmatch(text):
             return text
     raise RegistryError(
-        f"{assignment!r}: the value is not TOML; put text that is not a single plain word in quotes: "
+        f"{assignment!r}: the value is not TOML; quote text with spaces or special characters: "
         f"'{assignment.partition('=')[0]}=\"...\"'"
     )
 
@@ -158,7 +158,7 @@ def _is_text_key(table: Mapping[str, Any], parents: tuple[str, ...], key: str) -
 
     name = table.get("name")
     if isinstance(name, str):
-        kind = parents[-1] if parents and parents[-1] in MODEL_PARTS else "dataset"
+        kind = parents[-1] if parents and parents[-1] in MODEL_COMPONENTS else "dataset"
         return get_registry(kind).is_text_option(name, key)
     return isinstance(table.get(key), str) and parents[:1] != ("model",)
 

@@ -58,7 +58,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Offer:
+class Registration:
     """Component offered by a distribution, or registered in code.
 
     Attributes:
@@ -80,32 +80,42 @@ class Offer:
 
 
 @functools.cache
-def get_builtin_offers(plural: str) -> tuple[Offer, ...]:
+def get_builtin_registrations(plural: str) -> tuple[Registration, ...]:
     """Return the components of this distribution.
 
     Args:
         plural: Plural name of the kind, such as "encoders".
+
+    Returns:
+        Offers in the order of the card file.
     """
     origin = _get_builtin_origin()
-    return tuple(Offer(card, origin) for card in read_builtin_cards(plural).values())
+    return tuple(Registration(card, origin) for card in read_builtin_cards(plural).values())
 
 
 @functools.cache
-def find_plugin_offers(group: str) -> tuple[Offer, ...]:
+def find_plugin_registrations(group: str) -> tuple[Registration, ...]:
     """Return the components of all other distributions.
 
     Args:
         group: Entry-point group of the kind, such as "sca_encoders".
+
+    Returns:
+        Offers of the installed distributions.
     """
-    return tuple(offer for distribution in _find_distributions() for offer in _iter_offers(distribution, group))
+    return tuple(
+        registration
+        for distribution in _find_distributions()
+        for registration in _iter_registrations(distribution, group)
+    )
 
 
 def refresh_plugins() -> None:
     """Clear the cached metadata of installed distributions, to find plugins installed in the meantime."""
     importlib.invalidate_caches()
     for cached_function in (
-        get_builtin_offers,
-        find_plugin_offers,
+        get_builtin_registrations,
+        find_plugin_registrations,
         is_extra_installed,
         _get_builtin_origin,
         _find_distributions,
@@ -120,6 +130,9 @@ def is_extra_installed(distribution: str, extra: str) -> bool | None:
     Args:
         distribution: Name of the distribution.
         extra: Name of the extra.
+
+    Returns:
+        Whether the extra is installed, or None.
     """
     from importlib.metadata import PackageNotFoundError, metadata
 
@@ -185,7 +198,7 @@ def _make_origin(distribution: Distribution) -> Origin:
     )
 
 
-def _iter_offers(distribution: Distribution, group: str) -> Iterator[Offer]:
+def _iter_registrations(distribution: Distribution, group: str) -> Iterator[Registration]:
     origin = _make_origin(distribution)
     entry_points = distribution.entry_points
     versions = {entry_point.value for entry_point in entry_points.select(group="sca_api", name="version")}
@@ -195,16 +208,18 @@ def _iter_offers(distribution: Distribution, group: str) -> Iterator[Offer]:
         version_problem += f"; upgrade it: pip install -U {BUILTIN_DISTRIBUTION}"
     elif not all(re.fullmatch(r"v\d+", version) for version in versions):
         version_problem += f"; write the version as {API_VERSION}"
-    offers = [
-        offer for entry_point in entry_points.select(group=group) for offer in _read_entry_point(entry_point, origin)
+    registrations = [
+        registration
+        for entry_point in entry_points.select(group=group)
+        for registration in _read_entry_point(entry_point, origin)
     ]
-    counts = Counter(offer.card.name for offer in offers)
-    for name, offer in {offer.card.name: offer for offer in offers}.items():
-        problem = offer.problem or ("the distribution defines this name twice" if counts[name] > 1 else "")
-        yield Offer(offer.card, origin, version_problem if versions - {API_VERSION} else problem)
+    counts = Counter(registration.card.name for registration in registrations)
+    for name, registration in {registration.card.name: registration for registration in registrations}.items():
+        problem = registration.problem or ("the distribution defines this name twice" if counts[name] > 1 else "")
+        yield Registration(registration.card, origin, version_problem if versions - {API_VERSION} else problem)
 
 
-def _read_entry_point(entry_point: EntryPoint, origin: Origin) -> list[Offer]:
+def _read_entry_point(entry_point: EntryPoint, origin: Origin) -> list[Registration]:
     """Read one name or all names of a card file; an error of the file becomes the problem of its label."""
     name, value = entry_point.name, re.sub(r"\s|\[.*\]", "", entry_point.value)
     label_card = Card(name, value, summary=origin.summary, license=origin.license)
@@ -216,9 +231,9 @@ def _read_entry_point(entry_point: EntryPoint, origin: Origin) -> list[Offer]:
             check_factory(value)
             cards = {name: label_card}
     except Exception as error:  # third-party files can fail in any way; only this entry point is affected
-        return [Offer(label_card, origin, str(error))]
+        return [Registration(label_card, origin, str(error))]
     return [
-        Offer(card, origin) if isinstance(card, Card) else Offer(Card(name, value), origin, str(card))
+        Registration(card, origin) if isinstance(card, Card) else Registration(Card(name, value), origin, str(card))
         for name, card in cards.items()
     ]
 

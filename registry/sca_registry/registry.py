@@ -30,10 +30,10 @@ from sca_registry.errors import RegistryError, format_choices, make_unknown_name
 from sca_registry.options import check_options, get_factory_options, is_text_option
 from sca_registry.plugins import (
     BUILTIN_DISTRIBUTION,
-    Offer,
     Origin,
-    find_plugin_offers,
-    get_builtin_offers,
+    Registration,
+    find_plugin_registrations,
+    get_builtin_registrations,
     is_same_distribution,
 )
 
@@ -86,6 +86,9 @@ class Registry(catalogue.Registry):
     Extends `catalogue.Registry`: names are listed without imports, card files are read, duplicate names are rejected, a
     broken plugin only affects its own name, and `build` checks options and results.
 
+    Args:
+        kind: Kind of the components.
+
     Attributes:
         kind: Kind of the components.
     """
@@ -116,13 +119,13 @@ class Registry(catalogue.Registry):
         def add_factory(factory: Factory) -> Factory:
             if not callable(factory):
                 raise RegistryError(
-                    f"{self._singular} {name!r} cannot be {factory!r}, which is not callable; register a class or a "
+                    f"{self._singular} {name!r} cannot be {factory!r}, which is not callable; register a class or "
                     "function"
                 )
             conflicts = [
-                f"{BUILTIN_DISTRIBUTION} ({offer.card.factory})"
-                for offer in self._get_builtin_offers()
-                if offer.card.name == name
+                f"{BUILTIN_DISTRIBUTION} ({registration.card.factory})"
+                for registration in self._get_builtin_registrations()
+                if registration.card.name == name
             ]
             previous = self._get_registered().get(name)
             if previous is not None and not _is_redefinition(previous, factory):
@@ -140,21 +143,25 @@ class Registry(catalogue.Registry):
 
     def list_names(self) -> list[str]:
         """Return all names, sorted; ambiguous ones are `distribution:name`."""
-        return sorted(self._get_offers_by_name())
+        return sorted(self._get_registrations_by_name())
 
     def __contains__(self, name: object) -> bool:
         """Return whether a name refers to exactly one component, working or broken."""
-        return name in self._get_offers_by_name() or len(self._find_qualified_offers(name)) == 1
+        return name in self._get_registrations_by_name() or len(self._find_qualified_registrations(name)) == 1
 
     def list_entries(self) -> list[RegistryEntry]:
         """Return the metadata of all components, sorted by name, including broken ones and invalid names."""
-        named_offers = [
-            *self._get_offers_by_name().items(),
-            *((offer.card.name, offer) for offer in self._list_offers() if _has_invalid_name(offer)),
+        named_registrations = [
+            *self._get_registrations_by_name().items(),
+            *(
+                (registration.card.name, registration)
+                for registration in self._list_registrations()
+                if _has_invalid_name(registration)
+            ),
         ]
         entries = [
-            self._make_entry(name, offer, offer.card.default_options, infer_state(offer))
-            for name, offer in named_offers
+            self._make_entry(name, registration, registration.card.default_options, infer_state(registration))
+            for name, registration in named_registrations
         ]
         return sorted(entries, key=lambda entry: entry.name)
 
@@ -164,10 +171,13 @@ class Registry(catalogue.Registry):
         Args:
             name: Name of the component.
 
+        Returns:
+            The card.
+
         Raises:
             RegistryError: The name is unknown or ambiguous.
         """
-        return self._resolve_offer(name).card
+        return self._resolve_registration(name).card
 
     # --- factories, with an import of their module --------------------------------------------------------------------
 
@@ -177,11 +187,14 @@ class Registry(catalogue.Registry):
         Args:
             name: Name of the component.
 
+        Returns:
+            The factory.
+
         Raises:
             RegistryError: The name is unknown or ambiguous, or the component is broken or needs an extra.
         """
-        offer = self._resolve_offer(name)
-        return _bind_options(self._load_factory(offer), offer.card.default_options)
+        registration = self._resolve_registration(name)
+        return _bind_options(self._load_factory(registration), registration.card.default_options)
 
     def get_all(self) -> dict[str, Callable[..., Any]]:
         """Import all components and return the factories that work, by name. `find` returns the state of the others."""
@@ -189,7 +202,9 @@ class Registry(catalogue.Registry):
 
     def get_entry_points(self) -> dict[str, Callable[..., Any]]:
         """Import all installed plugins and return the factories that work, by name."""
-        return self._load_working(name for name, offer in self._get_offers_by_name().items() if self._is_plugin(offer))
+        return self._load_working(
+            name for name, registration in self._get_registrations_by_name().items() if self._is_plugin(registration)
+        )
 
     def get_entry_point(self, name: str, default: Any = None) -> Any:
         """Return the factory of a plugin.
@@ -197,9 +212,12 @@ class Registry(catalogue.Registry):
         Args:
             name: Name of the component.
             default: Returned if no plugin has the name, or the plugin does not work.
+
+        Returns:
+            The factory, or `default`.
         """
         with suppress(RegistryError):
-            if self._is_plugin(self._resolve_offer(name)):
+            if self._is_plugin(self._resolve_registration(name)):
                 return self.get(name)
         return default
 
@@ -216,11 +234,11 @@ class Registry(catalogue.Registry):
         Raises:
             RegistryError: The name is unknown or ambiguous.
         """
-        entry, offer = self.load_entry(name), self._resolve_offer(name)
+        entry, registration = self.load_entry(name), self._resolve_registration(name)
         state_facts = {key: getattr(entry, key) for key in ("distribution", "version", "state", "reason")}
         source_facts: dict[str, Any] = {"file": None, "line_no": None, "docstring": None}
         with suppress(RegistryError):
-            factory = self._load_factory(offer)
+            factory = self._load_factory(registration)
             source_facts["docstring"] = inspect.getdoc(factory)
             with suppress(TypeError, OSError):
                 source_facts |= {"file": inspect.getsourcefile(factory), "line_no": inspect.getsourcelines(factory)[1]}
@@ -244,12 +262,12 @@ class Registry(catalogue.Registry):
         assert len(upstream) == self._num_positional, (
             f"build({name!r}, ...) takes {self._num_positional} positional argument(s) and options"
         )
-        offer = self._resolve_offer(name)
-        card = offer.card
+        registration = self._resolve_registration(name)
+        card = registration.card
         default_options: Mapping[str, Any] = card.default_options
         if "weights" in options and options["weights"] != card.options.get("weights"):
             default_options = {key: value for key, value in card.options.items() if key != "revision"}
-        factory = _bind_options(self._load_factory(offer), default_options)
+        factory = _bind_options(self._load_factory(registration), default_options)
         check_options(f"{self._singular} {name!r}", factory, self._num_positional, options)
         try:
             component = factory(*upstream, **options)
@@ -258,15 +276,15 @@ class Registry(catalogue.Registry):
             raise
         except BaseException as error:  # third-party code can raise anything
             if isinstance(error, ValueError | OSError) and (upstream or options):  # the factory rejects its options
-                raise RegistryError(f"{self._describe_offer(offer)} cannot be built: {error}") from error
+                raise RegistryError(f"{self._describe_registration(registration)} cannot be built: {error}") from error
             option_text = ", ".join(f"{option}={value!r}" for option, value in options.items())
             problem = f"cannot be built with {option_text}" if option_text else "cannot be built"
-            is_component_fault = not (options or offer.is_builtin or is_memory_error(error))
-            self._raise_failure(offer, problem, error, is_component_fault)
+            is_component_fault = not (options or registration.is_builtin or is_memory_error(error))
+            self._raise_failure(registration, problem, error, is_component_fault)
         if missing:
             raise RegistryError(
-                f"{self._describe_offer(offer)} returned a {type(component).__name__} without {', '.join(missing)}; "
-                f"implement the protocol sca_registry.contracts.{self.kind.protocol.__name__}"
+                f"{self._describe_registration(registration)} returned a {type(component).__name__} without "
+                f"{', '.join(missing)}; implement the protocol sca_registry.contracts.{self.kind.protocol.__name__}"
             )
         return component
 
@@ -281,11 +299,11 @@ class Registry(catalogue.Registry):
             RegistryError: The name is unknown or ambiguous, the component is broken or needs an extra, or an option is
                 invalid.
         """
-        offer = self._resolve_offer(name)
-        state = infer_state(offer)
+        registration = self._resolve_registration(name)
+        state = infer_state(registration)
         if state.name.startswith("needs extra"):
-            raise RegistryError(f"{self._describe_offer(offer)} {state.name}. Install it: {state.reason}")
-        factory = _bind_options(self._load_factory(offer), offer.card.default_options)
+            raise RegistryError(f"{self._describe_registration(registration)} {state.name}. Install it: {state.reason}")
+        factory = _bind_options(self._load_factory(registration), registration.card.default_options)
         check_options(f"{self._singular} {name!r}", factory, self._num_positional, options)
 
     def load_entry(self, name: str) -> RegistryEntry:
@@ -300,16 +318,26 @@ class Registry(catalogue.Registry):
         Raises:
             RegistryError: The name is unknown or ambiguous.
         """
-        offer = self._resolve_offer(name)
-        name = next(key for key, known_offer in self._get_offers_by_name().items() if known_offer == offer)
+        registration = self._resolve_registration(name)
+        name = next(
+            key
+            for key, known_registration in self._get_registrations_by_name().items()
+            if known_registration == registration
+        )
         try:
-            factory = self._load_factory(offer)
+            factory = self._load_factory(registration)
         except RegistryError as error:
-            state = classify_failure(offer, error.__cause__) if error.__cause__ is not None else infer_state(offer)
-            return self._make_entry(name, offer, offer.card.default_options, state)
-        options = get_factory_options(_bind_options(factory, offer.card.default_options), self._num_positional)
-        state = infer_state(offer)
-        entry = self._make_entry(name, offer, options, ComponentState("ok") if state.name == "unchecked" else state)
+            state = (
+                classify_failure(registration, error.__cause__)
+                if error.__cause__ is not None
+                else infer_state(registration)
+            )
+            return self._make_entry(name, registration, registration.card.default_options, state)
+        options = get_factory_options(_bind_options(factory, registration.card.default_options), self._num_positional)
+        state = infer_state(registration)
+        entry = self._make_entry(
+            name, registration, options, ComponentState("ok") if state.name == "unchecked" else state
+        )
         return replace(entry, summary=entry.summary or (inspect.getdoc(factory) or "").partition("\n")[0])
 
     def is_text_option(self, name: str, option: str) -> bool:
@@ -318,9 +346,12 @@ class Registry(catalogue.Registry):
         Args:
             name: Name of the component.
             option: Name of the option.
+
+        Returns:
+            True if the option takes text.
         """
         try:
-            return is_text_option(self._load_factory(self._resolve_offer(name)), self._num_positional, option)
+            return is_text_option(self._load_factory(self._resolve_registration(name)), self._num_positional, option)
         except RegistryError:
             return False
 
@@ -329,7 +360,7 @@ class Registry(catalogue.Registry):
 
         Args:
             name: Name of the component.
-            field: "gives", "needs" or "default_segmenter".
+            field: "provides", "requires" or "default_segmenter".
 
         Returns:
             The value; None if neither declares it.
@@ -337,22 +368,22 @@ class Registry(catalogue.Registry):
         Raises:
             RegistryError: The name is unknown or ambiguous, or the component is broken or needs an extra.
         """
-        offer = self._resolve_offer(name)
-        value = getattr(offer.card, field, None)
+        registration = self._resolve_registration(name)
+        value = getattr(registration.card, field, None)
         if value is None:
-            value = getattr(self._load_factory(offer), field, None)
+            value = getattr(self._load_factory(registration), field, None)
         return None if isinstance(value, property) else value
 
-    # --- offers -------------------------------------------------------------------------------------------------------
+    # --- registrations ------------------------------------------------------------------------------------------------
 
-    def _get_builtin_offers(self) -> tuple[Offer, ...]:
-        return get_builtin_offers(self.kind.plural)
+    def _get_builtin_registrations(self) -> tuple[Registration, ...]:
+        return get_builtin_registrations(self.kind.plural)
 
     def _get_registered(self) -> dict[str, Any]:
         return super().get_all()
 
-    def _is_plugin(self, offer: Offer) -> bool:
-        return not offer.is_builtin and offer.registered_factory is None
+    def _is_plugin(self, registration: Registration) -> bool:
+        return not registration.is_builtin and registration.registered_factory is None
 
     def _load_working(self, names: Iterable[str]) -> dict[str, Callable[..., Any]]:
         factories = {}
@@ -361,99 +392,118 @@ class Registry(catalogue.Registry):
                 factories[name] = self.get(name)
         return factories
 
-    def _list_offers(self) -> list[Offer]:
-        """List all offers, built-in first; a factory that is both an entry point and registered is listed once."""
-        plugins = find_plugin_offers(self.kind.entry_point_group)
-        installed = {(offer.card.name, offer.card.factory) for offer in plugins}
-        code_offers = [
-            Offer(Card(name, _get_factory_path(factory)), Origin(_get_module_name(factory)), registered_factory=factory)
+    def _list_registrations(self) -> list[Registration]:
+        """List all registrations, built-in first; a factory that is both an entry point and registered appears once."""
+        plugins = find_plugin_registrations(self.kind.entry_point_group)
+        installed = {(registration.card.name, registration.card.factory) for registration in plugins}
+        code_registrations = [
+            Registration(
+                Card(name, _get_factory_path(factory)), Origin(_get_module_name(factory)), registered_factory=factory
+            )
             for name, factory in self._get_registered().items()
             if (name, _get_factory_path(factory)) not in installed
         ]
-        return [*self._get_builtin_offers(), *plugins, *code_offers]
+        return [*self._get_builtin_registrations(), *plugins, *code_registrations]
 
-    def _get_offers_by_name(self) -> dict[str, Offer]:
-        """Return each offer by its shortest unambiguous name."""
-        offers = [offer for offer in self._list_offers() if not _has_invalid_name(offer)]
-        offers_by_short_name: dict[str, list[Offer]] = {}
-        for offer in offers:
-            offers_by_short_name.setdefault(offer.card.name, []).append(offer)
+    def _get_registrations_by_name(self) -> dict[str, Registration]:
+        """Return each registration by its shortest unambiguous name."""
+        registrations = [
+            registration for registration in self._list_registrations() if not _has_invalid_name(registration)
+        ]
+        registrations_by_short_name: dict[str, list[Registration]] = {}
+        for registration in registrations:
+            registrations_by_short_name.setdefault(registration.card.name, []).append(registration)
         return {
-            name if offer.is_builtin or len(offers_by_short_name[name]) == 1 else f"{offer.origin.name}:{name}": offer
-            for name, offer in ((offer.card.name, offer) for offer in offers)
+            name
+            if registration.is_builtin or len(registrations_by_short_name[name]) == 1
+            else f"{registration.origin.name}:{name}": registration
+            for name, registration in ((registration.card.name, registration) for registration in registrations)
         }
 
-    def _find_qualified_offers(self, name: object) -> list[Offer]:
-        """Find the offers with the name `distribution:name`."""
+    def _find_qualified_registrations(self, name: object) -> list[Registration]:
+        """Find the registrations with the name `distribution:name`."""
         distribution, _, short_name = str(name).rpartition(":")
-        offers = self._get_offers_by_name().values()
+        registrations = self._get_registrations_by_name().values()
         return [
-            offer
-            for offer in offers
-            if offer.card.name == short_name and is_same_distribution(offer.origin.name, distribution)
+            registration
+            for registration in registrations
+            if registration.card.name == short_name and is_same_distribution(registration.origin.name, distribution)
         ]
 
-    def _resolve_offer(self, name: str) -> Offer:
-        offers_by_name = self._get_offers_by_name()
-        matches = [offers_by_name[name]] if name in offers_by_name else self._find_qualified_offers(name)
+    def _resolve_registration(self, name: str) -> Registration:
+        registrations_by_name = self._get_registrations_by_name()
+        matches = (
+            [registrations_by_name[name]] if name in registrations_by_name else self._find_qualified_registrations(name)
+        )
         if len(matches) == 1:
             return matches[0]
         qualified_names = [
-            repr(qualified_name) for qualified_name, offer in offers_by_name.items() if offer.card.name == name
+            repr(qualified_name)
+            for qualified_name, registration in registrations_by_name.items()
+            if registration.card.name == name
         ]
         if len(qualified_names) > 1:
             raise RegistryError(
                 f"{len(qualified_names)} {self._plural} are named {name!r}; choose {' or '.join(qualified_names)}"
             )
         raise RegistryError(
-            f"no {self._plural} named {name!r}.{self._suggest_meaning(str(name), offers_by_name)}"
-            f"{format_choices(sorted(offers_by_name))} "
+            f"no {self._plural} named {name!r}.{self._suggest_meaning(str(name), registrations_by_name)}"
+            f"{format_choices(sorted(registrations_by_name))} "
             f"Plugins add names with entry points in the group {self.kind.entry_point_group!r}."
         )
 
-    def _suggest_meaning(self, name: str, offers_by_name: Mapping[str, Offer]) -> str:
+    def _suggest_meaning(self, name: str, registrations_by_name: Mapping[str, Registration]) -> str:
         """Suggest a component of another kind, the component of a hub id or factory, or the closest name."""
         for other in REGISTRIES.values():
             if other is not self and name in other:
-                return f" It is one of the {other.kind.plural.replace('_', ' ')}."
-        for known_name, offer in offers_by_name.items():
-            if name in (offer.card.options.get("weights"), offer.card.factory):
+                return f" It is the name of a {other.kind.singular.replace('_', ' ')}."
+        for known_name, registration in registrations_by_name.items():
+            if name in (registration.card.options.get("weights"), registration.card.factory):
                 return f" Did you mean {known_name!r}?"
         if "/" in name and self.kind.plural == "language_models":
-            return f" For a hub id or a folder, use the part 'hf' with the option weights={name!r}."
-        return suggest_name(name, offers_by_name)
+            return f" For a hub id or a folder, use 'hf' with the option weights={name!r}."
+        return suggest_name(name, registrations_by_name)
 
-    def _load_factory(self, offer: Offer) -> Callable[..., Any]:
+    def _load_factory(self, registration: Registration) -> Callable[..., Any]:
         """Import a factory, without binding the options of its card."""
-        if offer.registered_factory is not None:
-            return offer.registered_factory
-        if offer.problem:
-            raise RegistryError(f"{self._describe_offer(offer)} is broken: {offer.problem}.{_suggest_remedy(offer)}")
-        module, _, attribute = offer.card.factory.partition(":")
+        if registration.registered_factory is not None:
+            return registration.registered_factory
+        if registration.problem:
+            raise RegistryError(
+                f"{self._describe_registration(registration)} is broken: {registration.problem}."
+                f"{_suggest_remedy(registration)}"
+            )
+        module, _, attribute = registration.card.factory.partition(":")
         try:
             factory = attrgetter(attribute)(importlib.import_module(module))
             if not callable(factory):
-                raise TypeError(f"{offer.card.factory} is a {type(factory).__name__}, which cannot be called")
+                raise TypeError(f"{registration.card.factory} is a {type(factory).__name__}, which is not callable")
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # third-party code can raise anything, or call sys.exit
-            self._raise_failure(offer, "is broken", error)
+            self._raise_failure(registration, "is broken", error)
         return factory
 
     def _raise_failure(
-        self, offer: Offer, problem: str, error: BaseException, is_component_fault: bool = True
+        self, registration: Registration, problem: str, error: BaseException, is_component_fault: bool = True
     ) -> NoReturn:
         """Raise the error of a failed import or construction, with a remedy if the component is at fault."""
-        state = classify_failure(offer, error)
+        state = classify_failure(registration, error)
         if state.name != "broken":
-            raise RegistryError(f"{self._describe_offer(offer)} {state.name}. Install it: {state.reason}") from error
-        remedy = _suggest_remedy(offer) if is_component_fault else ""
-        raise RegistryError(f"{self._describe_offer(offer)} {problem}: {state.reason}.{remedy}") from error
+            raise RegistryError(
+                f"{self._describe_registration(registration)} {state.name}. Install it: {state.reason}"
+            ) from error
+        remedy = _suggest_remedy(registration) if is_component_fault else ""
+        raise RegistryError(
+            f"{self._describe_registration(registration)} {problem}: {state.reason}.{remedy}"
+        ) from error
 
     # --- metadata and messages ----------------------------------------------------------------------------------------
 
-    def _make_entry(self, name: str, offer: Offer, options: Mapping[str, Any], state: ComponentState) -> RegistryEntry:
-        card = offer.card
+    def _make_entry(
+        self, name: str, registration: Registration, options: Mapping[str, Any], state: ComponentState
+    ) -> RegistryEntry:
+        card = registration.card
         return RegistryEntry(
             name=name,
             kind=self.kind.singular,
@@ -463,8 +513,8 @@ class Registry(catalogue.Registry):
             terms=card.terms,
             parameters=card.parameters,
             extra=card.extra,
-            distribution=offer.origin.name,
-            version=offer.origin.version,
+            distribution=registration.origin.name,
+            version=registration.origin.version,
             state=state.name,
             reason=state.reason,
             factory=card.factory,
@@ -484,8 +534,10 @@ class Registry(catalogue.Registry):
     def _plural(self) -> str:
         return self.kind.plural.replace("_", " ")
 
-    def _describe_offer(self, offer: Offer) -> str:
-        return f"{self._singular} {offer.card.name!r}" + ("" if offer.is_builtin else f" of {offer.origin}")
+    def _describe_registration(self, registration: Registration) -> str:
+        return f"{self._singular} {registration.card.name!r}" + (
+            "" if registration.is_builtin else f" of {registration.origin}"
+        )
 
 
 REGISTRIES = {plural: Registry(kind) for plural, kind in COMPONENT_KINDS.items()}
@@ -497,6 +549,9 @@ def get_registry(kind: str) -> Registry:
     Args:
         kind: Singular or plural name with underscores or hyphens, such as "language-model" or "language_models".
 
+    Returns:
+        The registry.
+
     Raises:
         RegistryError: The kind is unknown.
     """
@@ -504,7 +559,7 @@ def get_registry(kind: str) -> Registry:
     for component_kind in COMPONENT_KINDS.values():
         if normalized in (component_kind.singular, component_kind.plural):
             return REGISTRIES[component_kind.plural]
-    raise make_unknown_name_error(f"no kind of part is called {kind!r}", kind, COMPONENT_KINDS)
+    raise make_unknown_name_error(f"unknown kind of component {kind!r}", kind, COMPONENT_KINDS)
 
 
 def _list_protocol_members(protocol: type) -> list[str]:
@@ -521,20 +576,22 @@ def _bind_options(factory: Callable[..., Any], options: Mapping[str, Any]) -> Ca
     return functools.partial(factory, **options) if options else factory
 
 
-def _has_invalid_name(offer: Offer) -> bool:
+def _has_invalid_name(registration: Registration) -> bool:
     try:
-        check_name(offer.card.name)
+        check_name(registration.card.name)
     except RegistryError:
         return True
     return False
 
 
-def _suggest_remedy(offer: Offer) -> str:
-    if offer.is_builtin:  # a dependency is broken, so that upgrading this package does not help
+def _suggest_remedy(registration: Registration) -> str:
+    if registration.is_builtin:  # a dependency is broken, so that upgrading this package does not help
         return " Run `sca doctor` to find the cause."
-    if offer.registered_factory or "pip install" in offer.problem:  # no package to upgrade, or a remedy already
+    if (
+        registration.registered_factory or "pip install" in registration.problem
+    ):  # no package to upgrade, or a remedy already
         return ""
-    return f" Try: pip install -U {offer.origin.name}"
+    return f" Try: pip install -U {registration.origin.name}"
 
 
 def _get_module_name(factory: Any) -> str:

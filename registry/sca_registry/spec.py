@@ -11,15 +11,15 @@ from typing import Any
 
 from sca_registry.errors import RegistryError, make_unknown_name_error
 from sca_registry.options import check_options
-from sca_registry.overrides import MODEL_PARTS, apply_overrides, parse_assignments
+from sca_registry.overrides import MODEL_COMPONENTS, apply_overrides, parse_assignments
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.registry import get_registry
 
 SPEC_FORMAT = 2
 ARGUMENT_PATTERN = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")
 TRAINABLE_GROUPS = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
-DEFAULT_PROJECTION = {"kind": "linear", "norm": "none"}
-PROJECTION_CHOICES = {"kind": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
+DEFAULT_PROJECTION = {"type": "linear", "norm": "none"}
+PROJECTION_CHOICES = {"type": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
 PEFT_OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 DEFAULT_LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": None}
 CAPTION_FROM_CHOICES = ("box-and-point", "box", "point")
@@ -30,7 +30,7 @@ MAX_GRID_POINTS = 2**20  # points in the grids of an image and all its crops
 
 
 @dataclass(frozen=True)
-class Part:
+class ComponentSpec:
     """Component of a model: a registered name and options.
 
     Attributes:
@@ -46,12 +46,15 @@ class Part:
         return {"name": self.name, **self.options}
 
     @classmethod
-    def from_dict(cls, data: Any, subject: str = "component") -> Part:
+    def from_dict(cls, data: Any, subject: str = "component") -> ComponentSpec:
         """Create a component from the table of `to_dict`, or from a name.
 
         Args:
             data: Table or name.
             subject: Subject of the error messages, such as "mixer".
+
+        Returns:
+            The component.
 
         Raises:
             RegistryError: `data` is neither a name nor a table with a name.
@@ -60,20 +63,23 @@ class Part:
         if callable(data):
             description = getattr(data, "__qualname__", f"of type {type(data).__name__}")
             raise RegistryError(
-                f"the {subject} is {description}: give its name{_suggest_registered_name(subject, data)}"
+                f"the {subject} is {description}; give its name{_suggest_registered_name(subject, data)}"
             )
         if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
             raise RegistryError(f"the {subject} is {data!r}; give a name, or a table with a name and options")
         return cls(table["name"], {option: value for option, value in table.items() if option != "name"})
 
     @classmethod
-    def parse(cls, text: str, subject: str = "a component", kind: str = "") -> Part:
+    def parse(cls, text: str, subject: str = "a component", kind: str = "") -> ComponentSpec:
         """Parse a component with options.
 
         Args:
             text: "NAME [key=value]...". Quotes enclose values with spaces.
             subject: Subject of the error messages, such as "--proposer".
             kind: Kind of the component, to read options that take text as text.
+
+        Returns:
+            The component.
 
         Raises:
             RegistryError: The text is invalid.
@@ -132,7 +138,7 @@ class ModelSpec:
         mixer: Feature mixer.
         language_model: Language model.
         segmenter: Segmenter; None for the default of the encoder.
-        projection: Projection from queries to embeddings: `kind` "linear" or "mlp"; `norm` "none", "pre", "post" or
+        projection: Projection from queries to embeddings: `type` "linear" or "mlp"; `norm` "none", "pre", "post" or
             "both".
         task_tokens: Number of learned tokens per task.
         trainable: Trainable groups out of `TRAINABLE_GROUPS`; the others are frozen.
@@ -145,10 +151,10 @@ class ModelSpec:
         RegistryError: A field, key or value is invalid.
     """
 
-    encoder: Part
-    mixer: Part
-    language_model: Part
-    segmenter: Part | None = None
+    encoder: ComponentSpec
+    mixer: ComponentSpec
+    language_model: ComponentSpec
+    segmenter: ComponentSpec | None = None
     projection: Mapping[str, str] = field(default_factory=dict)
     task_tokens: int = 6
     trainable: tuple[str, ...] = TRAINABLE_GROUPS[:5]
@@ -166,7 +172,7 @@ class ModelSpec:
         set_field("everything", _complete_everything(self.everything))
         set_field("trainable", _check_trainable(self.trainable))
         if not isinstance(self.task_tokens, int) or isinstance(self.task_tokens, bool) or self.task_tokens < 0:
-            raise RegistryError(f"task_tokens is {self.task_tokens!r}; give a whole number, 0 or more")
+            raise RegistryError(f"task_tokens is {self.task_tokens!r}; give an integer of at least 0")
 
     @property
     def everything_options(self) -> EverythingOptions:
@@ -182,16 +188,19 @@ class ModelSpec:
         Args:
             text: "encoder+mixer+language-model".
 
+        Returns:
+            The spec.
+
         Raises:
             RegistryError: The text does not contain three names.
         """
         names = [name.strip() for name in text.split("+")]
         if len(names) != 3 or not all(names):
-            hint = " Two names are encoder+captioner, for sca.captioner." if len(names) == 2 else ""
+            hint = "; for encoder+captioner, use sca.load_captioner" if len(names) == 2 else ""
             raise RegistryError(
-                f"{text!r} is not a model; write encoder+mixer+language-model, such as tiny-vit+query+tiny-gpt2.{hint}"
+                f"{text!r} is not a model; write encoder+mixer+language-model, such as tiny-vit+query+tiny-gpt2{hint}"
             )
-        encoder, mixer, language_model = map(Part, names)
+        encoder, mixer, language_model = map(ComponentSpec, names)
         return cls(encoder, mixer, language_model)
 
     @classmethod
@@ -200,6 +209,9 @@ class ModelSpec:
 
         Args:
             data: Tables, possibly partial. A component can be a name without options.
+
+        Returns:
+            The spec.
 
         Raises:
             RegistryError: A component is missing, a key is unknown, or the format is not supported.
@@ -213,10 +225,10 @@ class ModelSpec:
         field_names = [each.name for each in fields(cls)]
         for key in table:
             if key not in field_names:
-                raise make_unknown_name_error(f"a model has no {key!r}", key, field_names)
-        for kind in MODEL_PARTS:
+                raise make_unknown_name_error(f"unknown field {key!r} of a model", key, field_names)
+        for kind in MODEL_COMPONENTS:
             if kind in table or kind != "segmenter":
-                table[kind] = Part.from_dict(table.get(kind), kind.replace("_", " "))
+                table[kind] = ComponentSpec.from_dict(table.get(kind), kind.replace("_", " "))
         return cls(**table)
 
     def to_dict(self) -> dict[str, Any]:
@@ -224,7 +236,7 @@ class ModelSpec:
         data: dict[str, Any] = {"format": SPEC_FORMAT}
         for each in fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, Part):
+            if isinstance(value, ComponentSpec):
                 data[each.name] = value.to_dict()
             elif isinstance(value, Mapping):
                 data[each.name] = {key: option for key, option in value.items() if option is not None}
@@ -237,6 +249,9 @@ class ModelSpec:
 
         Args:
             assignments: `key=value` assignments, see `overrides`.
+
+        Returns:
+            The changed spec.
 
         Raises:
             RegistryError: An assignment, or the changed spec, is invalid.
@@ -253,7 +268,7 @@ def _suggest_fix(spec_format: Any) -> str:
 def _suggest_registered_name(subject: str, factory: Any) -> str:
     """Suggest the registered name of a factory, or its registration."""
     kind = subject.replace(" ", "_")
-    if kind not in MODEL_PARTS:
+    if kind not in MODEL_COMPONENTS:
         return ""
     path = f"{getattr(factory, '__module__', '')}:{getattr(factory, '__qualname__', '')}"
     names = [name for name in get_registry(kind).list_names() if get_registry(kind).get_card(name).factory == path]
@@ -295,9 +310,9 @@ def check_generation(
         if name in checked_options:
             _check_number(subject, name, checked_options[name], is_integer=False, minimum=0, maximum=upper_bound)
     if checked_options.get("temperature") == 0:
-        raise RegistryError(f"{subject}.temperature is 0; give a number above 0, or leave out do_sample")
+        raise RegistryError(f"{subject}.temperature is 0; give a number above 0, or omit do_sample")
     if not isinstance(checked_options.get("do_sample", False), bool):
-        raise RegistryError(f"{subject}.do_sample is {checked_options['do_sample']!r:.80}: give true or false")
+        raise RegistryError(f"{subject}.do_sample is {checked_options['do_sample']!r:.80}; give true or false")
     if "seed" in checked_options:
         _check_number(subject, "seed", checked_options["seed"], is_integer=True, minimum=-(2**63), maximum=2**63 - 1)
     if generate_method is not None:
@@ -310,6 +325,9 @@ def make_everything_options(options: Mapping[str, Any]) -> EverythingOptions:
     Args:
         options: Values by field of `EverythingOptions`.
 
+    Returns:
+        The options.
+
     Raises:
         RegistryError: A field is unknown, or a value has the wrong type or is out of range.
     """
@@ -321,7 +339,7 @@ def _complete_everything(value: Any) -> dict[str, Any]:
     defaults = vars(EverythingOptions())
     for key, setting in options.items():
         if key not in defaults:
-            raise make_unknown_name_error(f"everything has no {key!r}", key, defaults)
+            raise make_unknown_name_error(f"unknown option everything.{key}", key, defaults)
         if key != "caption_from":
             is_integer, minimum = key in ("points_per_side", "crop_n_layers"), 1 if key == "points_per_side" else 0
             maximum = MAX_CROP_LAYERS if key == "crop_n_layers" else math.inf
@@ -337,28 +355,28 @@ def _complete_everything(value: Any) -> dict[str, Any]:
     num_points = completed["points_per_side"] ** 2 * sum(4**layer for layer in range(completed["crop_n_layers"] + 1))
     if num_points > MAX_GRID_POINTS:
         raise RegistryError(
-            "everything.points_per_side and everything.crop_n_layers request more than "
-            f"{MAX_GRID_POINTS:,} points; lower one of them"
+            "everything.points_per_side and everything.crop_n_layers result in more than "
+            f"{MAX_GRID_POINTS:,} points; reduce one of them"
         )
     return completed
 
 
 def _check_number(subject: str, key: str, value: Any, is_integer: bool, minimum: float, maximum: float) -> None:
-    expected = f"a {'whole ' if is_integer else ''}number"
+    expected = "an integer" if is_integer else "a number"
     is_valid = (
         isinstance(value, int if is_integer else int | float) and not isinstance(value, bool) and value != math.inf
     )
     if not (is_valid and value >= minimum):
-        raise RegistryError(f"{subject}.{key} is {value!r}: give {expected}, {minimum:g} or more")
+        raise RegistryError(f"{subject}.{key} is {value!r}; give {expected} of at least {minimum:g}")
     if value > maximum:
-        raise RegistryError(f"{subject}.{key} is {value!r:.80}: give {expected}, {maximum:g} or less")
+        raise RegistryError(f"{subject}.{key} is {value!r:.80}; give {expected} of at most {maximum:g}")
 
 
 def _complete_projection(value: Any) -> dict[str, str]:
-    projection = {"kind": value} if isinstance(value, str) else _check_table("projection", value)
+    projection = {"type": value} if isinstance(value, str) else _check_table("projection", value)
     for key, setting in projection.items():
         if key not in PROJECTION_CHOICES:
-            raise make_unknown_name_error(f"projection has no {key!r}", key, PROJECTION_CHOICES)
+            raise make_unknown_name_error(f"unknown option projection.{key}", key, PROJECTION_CHOICES)
         if setting not in PROJECTION_CHOICES[key]:
             raise make_unknown_name_error(f"projection.{key} is {setting!r}", str(setting), PROJECTION_CHOICES[key])
     return DEFAULT_PROJECTION | projection
@@ -369,15 +387,17 @@ def _complete_lora(value: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(value, int | Mapping):
         raise RegistryError(
-            f"lora is {value!r:.80}: give a rank, such as lora=8, or a table of {', '.join(DEFAULT_LORA)}"
+            f"lora is {value!r:.80}; give a rank, such as lora=8, or a table of {', '.join(DEFAULT_LORA)}"
         )
     options = {"rank": value} if isinstance(value, int) else dict(value)
     for key in options:
         if key not in DEFAULT_LORA:
-            raise make_unknown_name_error(f"lora has no {key!r}", PEFT_OPTION_NAMES.get(key, str(key)), DEFAULT_LORA)
+            raise make_unknown_name_error(
+                f"unknown option lora.{key}", PEFT_OPTION_NAMES.get(key, str(key)), DEFAULT_LORA
+            )
     rank = options.get("rank", DEFAULT_LORA["rank"])
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise RegistryError(f"lora.rank is {rank!r}; give a whole number, 1 or more, or lora=0 to disable LoRA")
+        raise RegistryError(f"lora.rank is {rank!r}; give an integer of at least 1, or lora=0 to disable LoRA")
     completed = DEFAULT_LORA | {"alpha": 2 * rank} | options
     for key, maximum in (("alpha", math.inf), ("dropout", 1)):
         _check_number("lora", key, completed[key], is_integer=False, minimum=0, maximum=maximum)

@@ -59,6 +59,12 @@ def list_names() -> list[str]:
 def get_entry(name: str) -> ZooEntry:
     """Return the metadata of a model.
 
+    Args:
+        name: Name of the model.
+
+    Returns:
+        The metadata.
+
     Raises:
         RegistryError: The name is unknown.
     """
@@ -74,7 +80,7 @@ def describe_domain(source: object) -> str:
     """Describe the domain of a zoo model that is not trained for photographs.
 
     Args:
-        source: Source of a captioner, as for `sca.captioner`.
+        source: Source of a captioner, as for `sca.load_captioner`.
 
     Returns:
         One line with the domain and the models for photographs; "" for those models and for sources outside the zoo.

@@ -35,7 +35,7 @@ class MostFrequent:
     Args:
         dataset: Name of the training dataset.
         split: Split of the dataset.
-        options: Options of the dataset.
+        dataset_options: Options of the dataset.
         limit: Maximum number of images read, from the first; 0 for all.
 
     Raises:
@@ -44,9 +44,11 @@ class MostFrequent:
 
     generation_options = tuple(DEFAULT_GENERATION)  # accepted by `resolve_generation_options`
 
-    def __init__(self, dataset: str, split: str = "train", options: Mapping[str, Any] | None = None, limit: int = 1000):
-        self.training_regions = TrainingRegions(dataset, split, options or {}, limit)
-        self.facts = {"captioner": "most-frequent", **self.training_regions.facts}
+    def __init__(
+        self, dataset: str, split: str = "train", dataset_options: Mapping[str, Any] | None = None, limit: int = 1000
+    ):
+        self.training_regions = TrainingRegions(dataset, split, dataset_options or {}, limit)
+        self.metadata = {"captioner": "most-frequent", **self.training_regions.metadata}
 
     @cached_property
     def most_frequent_texts(self) -> dict[str, tuple[str, float]]:
@@ -69,6 +71,9 @@ class MostFrequent:
             prompts: Prompts in image pixels.
             task: "recognition" or "caption".
             **generation: Generation options, which are checked and have no effect.
+
+        Returns:
+            A caption per prompt, in the same order.
 
         Raises:
             ValueError: The task is unknown, or the training regions have no text for it.
@@ -96,7 +101,7 @@ class NearestNeighbor(RegionCaptioner):
         encoder: Any encoder, see `RegionCaptioner`. Point prompts need one whose segmenter predicts masks.
         dataset: Name of the training dataset.
         split: Split of the dataset.
-        options: Options of the dataset.
+        dataset_options: Options of the dataset.
         limit: Maximum number of images read, from the first; 0 for all.
         device: Device of the encoder.
 
@@ -111,13 +116,13 @@ class NearestNeighbor(RegionCaptioner):
         encoder: str | Mapping[str, Any],
         dataset: str,
         split: str = "train",
-        options: Mapping[str, Any] | None = None,
+        dataset_options: Mapping[str, Any] | None = None,
         limit: int = 1000,
         device: str = "cpu",
     ):
-        super().__init__(encoder, device, masks=False)
-        self.training_regions = TrainingRegions(dataset, split, options or {}, limit)
-        self.facts = {"captioner": "nearest-neighbor", "encoder": encoder, **self.training_regions.facts}
+        super().__init__(encoder, device, requires_masks=False)
+        self.training_regions = TrainingRegions(dataset, split, dataset_options or {}, limit)
+        self.metadata = {"captioner": "nearest-neighbor", "encoder": encoder, **self.training_regions.metadata}
 
     @torch.inference_mode()
     def caption_regions(
@@ -165,24 +170,24 @@ class TrainingRegions:
     Args:
         dataset: Name of the dataset.
         split: Split of the dataset.
-        options: Options of the dataset.
+        dataset_options: Options of the dataset.
         limit: Maximum number of images read, from the first; 0 for all.
 
     Raises:
         ValueError: The limit is negative, or the dataset is empty or rejects its options.
     """
 
-    def __init__(self, dataset: str, split: str, options: Mapping[str, Any], limit: int):
+    def __init__(self, dataset: str, split: str, dataset_options: Mapping[str, Any], limit: int):
         if limit < 0:
-            raise ValueError(f"limit is {limit}: give a whole number, 0 for all")
-        self.facts = {"dataset": dataset, "split": split, "options": dict(options), "limit": limit}
-        self.dataset: Dataset = sca_registry.datasets.build(dataset, split, **options)
+            raise ValueError(f"limit is {limit}; give an integer of at least 0 (0 for all images)")
+        self.metadata = {"dataset": dataset, "split": split, "dataset_options": dict(dataset_options), "limit": limit}
+        self.dataset: Dataset = sca_registry.datasets.build(dataset, split, **dataset_options)
         check_dataset_not_empty(self.dataset, f"{dataset} {split}")
 
     def iter_samples(self) -> Iterator[Sample]:
         """Yield the samples whose images can be read."""
-        read_sample = getattr(self.dataset, "read", self.dataset.__getitem__)
-        return filter(None, map(read_sample, range(self.facts["limit"] or len(self.dataset))[: len(self.dataset)]))
+        read_sample = getattr(self.dataset, "read_sample", self.dataset.__getitem__)
+        return filter(None, map(read_sample, range(self.metadata["limit"] or len(self.dataset))[: len(self.dataset)]))
 
     def check_has_text(self, task: str, available: Iterable[str]) -> None:
         """Check that the training regions have texts for a task.
@@ -195,10 +200,8 @@ class TrainingRegions:
             ValueError: The task is not among them.
         """
         if task not in available:
-            missing = {"recognition": "name, which recognition says", "caption": "phrase, which captions say"}[task]
-            raise ValueError(
-                f"no region of {self.facts['dataset']} {self.facts['split']} that was read has a {missing}"
-            )
+            missing = {"recognition": "a name for recognition", "caption": "a phrase for captions"}[task]
+            raise ValueError(f"no region read from {self.metadata['dataset']} {self.metadata['split']} has {missing}")
 
 
 def _get_text(region: Region, task: str) -> str | None:

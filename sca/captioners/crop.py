@@ -61,16 +61,16 @@ class CropCaptioner(RegionCaptioner):
         self.image_text_model = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
         if vcot and self.image_text_model.model_type in CAPTION_ONLY_MODELS:
             raise ValueError(
-                f"vcot asks questions, and a {self.image_text_model.model_type!r} model answers none: take "
-                "blip2-opt-2.7b or another model that reads questions"
+                f"vcot requires a model that takes questions, which {self.image_text_model.model_type!r} does not; use "
+                "blip2-opt-2.7b or a similar model"
             )
         self.vcot = vcot
-        self.fact_options = {"encoder": encoder, "vcot": vcot}
+        self.metadata_options = {"encoder": encoder, "vcot": vcot}
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Options and weights that identify the captioner in evaluation results."""
-        return {"captioner": "crop", **self.fact_options, **self.image_text_model.facts}
+        return {"captioner": "crop", **self.metadata_options, **self.image_text_model.metadata}
 
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any

@@ -12,15 +12,15 @@ from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
+from sca.captioners.dummy_processors import build_dummy_processor
 from sca.captioners.region_captioner import ScoredText
-from sca.captioners.untrained_processors import build_untrained_processor
 from sca.devices import resolve_dtype
 from sca.io.errors import InputError
 from sca.io.hub import compute_weights_fingerprint, fetch_model_folder, load_pretrained, silence_transformers
 from sca.io.weight_files import translate_load_errors
 from sca.language_models.causal import extract_new_tokens
 from sca.language_models.hf import make_config
-from sca.language_models.usage import count_tokens
+from sca.language_models.token_usage import count_tokens
 from sca.model import check_finite_scores
 
 CAPTION_ONLY_MODELS = ("blip", "git")  # model types that continue a text but take no questions
@@ -65,7 +65,7 @@ class ImageTextModel:
     ):
         resolve_dtype(dtype)
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; use an integer of 1 or more")
+            raise ValueError(f"batch_size is {batch_size}; give an integer of at least 1")
         self.weights = weights if pretrained else None
         self.revision = revision
         self.batch_size = batch_size
@@ -82,7 +82,7 @@ class ImageTextModel:
             self.processor = load_processor(fetch_model_folder(weights, revision))
         else:
             model_config = make_config(weights, revision, config)
-            self.processor = build_untrained_processor(model_config)  # rejects unsupported architectures
+            self.processor = build_dummy_processor(model_config)  # rejects unsupported architectures
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = AutoModelForImageTextToText.from_config(model_config, trust_remote_code=False)
@@ -93,7 +93,7 @@ class ImageTextModel:
         self.eos_token_ids = self._find_eos_token_ids()
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Fingerprint of the weights; {"weights": None} for random weights."""
         return compute_weights_fingerprint(self.weights, self.revision) if self.weights else {"weights": None}
 
@@ -178,6 +178,12 @@ class ImageTextModel:
 def load_processor(folder: Path) -> Any:
     """Load the processor of images and texts from a folder.
 
+    Args:
+        folder: Folder with the files of the processor.
+
+    Returns:
+        The processor of transformers.
+
     Raises:
         InputError: The processor cannot be read.
     """
@@ -187,7 +193,7 @@ def load_processor(folder: Path) -> Any:
             image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except InputError as error:
         hint = (
-            f". It needs: pip install '{BUILTIN_DISTRIBUTION}[baselines]'"
+            f". Install the extra: pip install '{BUILTIN_DISTRIBUTION}[baselines]'"
             if "torchvision" in str(error).lower()
             else ""
         )

@@ -13,9 +13,9 @@ from PIL import Image
 from sca_registry import RegistryError, zoo
 from sca_registry.contracts import Caption, Prompt, TokenUsage
 from sca_registry.errors import make_unknown_name_error
-from sca_registry.spec import DEFAULT_GENERATION, Part
+from sca_registry.spec import DEFAULT_GENERATION, ComponentSpec
 
-from sca.builder import resolve_parts
+from sca.builder import resolve_components
 from sca.checkpoints.load import HUB_ID_PATTERN, load
 from sca.inference.engine import EncodedImages, MaskEngine, PredictedMask
 from sca.inference.prompt_arguments import check_task
@@ -65,7 +65,7 @@ class RegionCaptioner(MaskEngine):
         encoder: Name of an encoder whose default segmenter predicts masks, such as a SAM; or a table of its name and
             options; or a checkpoint, whose encoder and segmenter are used; or None.
         device: Device of the encoder and the segmenter.
-        masks: Require a segmenter that predicts masks.
+        requires_masks: Require a segmenter that predicts masks.
 
     Raises:
         ValueError: Masks are required and the segmenter predicts none.
@@ -75,12 +75,14 @@ class RegionCaptioner(MaskEngine):
 
     generation_options = tuple(DEFAULT_GENERATION)  # accepted by `resolve_generation_options`
 
-    def __init__(self, encoder: str | Mapping[str, Any] | None, device: str | torch.device, masks: bool = True):
+    def __init__(
+        self, encoder: str | Mapping[str, Any] | None, device: str | torch.device, requires_masks: bool = True
+    ):
         model, self.has_masks = (None, False) if encoder is None else build_segmentation_model(encoder, device)
-        if masks and model is not None and not self.has_masks:
+        if requires_masks and model is not None and not self.has_masks:
             raise ValueError(
-                f"the encoder {Part.from_dict(encoder).name!r} brings a segmenter without masks, and masks cut regions "
-                "out: take a SAM, such as sam-vit-b, or none"
+                f"the segmenter of the encoder {ComponentSpec.from_dict(encoder).name!r} predicts no masks; use a SAM "
+                "encoder, such as sam-vit-b, or no encoder"
             )
         super().__init__(model)
 
@@ -163,8 +165,8 @@ class RegionCaptioner(MaskEngine):
             return [RegionView(*each, *mask) for each, mask in zip(prompted, masks, strict=True)]
         if any(prompt.box is None and prompt.mask is None for *_, prompt in prompted):
             raise ValueError(
-                "a point is no region yet, and nothing here finds the region it means: write encoder+captioner with an "
-                "encoder that brings masks, sam-vit-b+NAME, or give a box or a mask"
+                "point prompts require an encoder whose segmenter predicts masks; use encoder+captioner, such as "
+                "sam-vit-b+NAME, or give a box or a mask"
             )
         rles = [None if prompt.mask is None else encode_rle(prompt.mask) for *_, prompt in prompted]
         return [RegionView(*each, rle, None) for each, rle in zip(prompted, rles, strict=True)]
@@ -211,43 +213,51 @@ def build_segmentation_model(
         RegistryError: The encoder is unknown, or an option is invalid.
         InputError: The checkpoint cannot be read.
     """
-    part = Part.from_dict(encoder, "encoder")
-    if part.name not in sca_registry.encoders:
-        if part.name in zoo.list_names() or find_local_folder(part.name) or HUB_ID_PATTERN.fullmatch(part.name):
-            for option in part.options:
+    component = ComponentSpec.from_dict(encoder, "encoder")
+    if component.name not in sca_registry.encoders:
+        if (
+            component.name in zoo.list_names()
+            or find_local_folder(component.name)
+            or HUB_ID_PATTERN.fullmatch(component.name)
+        ):
+            for option in component.options:
                 if option not in TRUST_OPTIONS:
                     raise RegistryError(
-                        f"the encoder {part.name!r} is a checkpoint, which has no option {option!r} to set; it takes "
+                        f"the encoder {component.name!r} is a checkpoint, which has no option {option!r}; choose from "
                         f"{', '.join(TRUST_OPTIONS)}"
                     )
-            model = load(part.name, device, **part.options)
-            segmenter = resolve_parts(model.spec, model.encoder)["segmenter"].name
+            model = load(component.name, device, **component.options)
+            segmenter = resolve_components(model.spec, model.encoder)["segmenter"].name
             return SegmentationModel(model.encoder, model.segmenter), _has_masks(segmenter)
-        sca_registry.encoders.get_card(part.name)  # raises with the available names
+        sca_registry.encoders.get_card(component.name)  # raises with the available names
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        built_encoder = sca_registry.encoders.build(part.name, **part.options)
+        built_encoder = sca_registry.encoders.build(component.name, **component.options)
         segmenter = sca_registry.segmenters.build(built_encoder.default_segmenter, built_encoder)
     return SegmentationModel(built_encoder, segmenter).to(device), _has_masks(built_encoder.default_segmenter)
 
 
 def _has_masks(segmenter: str) -> bool:
-    return "masks" in (sca_registry.segmenters.get_declared(segmenter, "gives") or ())
+    return "masks" in (sca_registry.segmenters.get_declared(segmenter, "provides") or ())
 
 
 def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:
     """Return `num_beams` and `max_new_tokens`, by default those of `DEFAULT_GENERATION`.
+
+    Args:
+        options: Generation options by name.
+
+    Returns:
+        `num_beams` and `max_new_tokens`.
 
     Raises:
         RegistryError: Another option is set, or a value is not an integer of at least 1.
     """
     for name, value in options.items():
         if name not in DEFAULT_GENERATION:
-            raise make_unknown_name_error(
-                f"this captioner has no option {name!r} of generation", name, DEFAULT_GENERATION
-            )
+            raise make_unknown_name_error(f"this captioner has no generation option {name!r}", name, DEFAULT_GENERATION)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise RegistryError(f"{name} is {value!r}: give a whole number, 1 or more")
+            raise RegistryError(f"{name} is {value!r}; give an integer of at least 1")
     return {**DEFAULT_GENERATION, **options}
 
 
@@ -276,6 +286,9 @@ def crop_image(view: RegionView, box: Box, white_background: bool = False) -> Im
         view: Region.
         box: x1 y1 x2 y2 in image pixels, rounded by `box_to_pixels`.
         white_background: Paint pixels outside the mask of the region white. No effect without a mask.
+
+    Returns:
+        The RGB crop.
     """
     window = box_to_pixels(box, view.image.size)
     cropped = view.image.crop(window)

@@ -50,10 +50,10 @@ class VisionLanguageModel(RegionCaptioner):
         weights: Hub id or folder, see `ImageTextModel`.
         revision: Revision of a hub id.
         pretrained: Load `weights`; False for random weights.
-        show: How the region is passed to the model. "crop" is the crop of the box. "box" is the full image with the
-            box drawn in red. "region-tokens" is the full image with the location tokens of the model: Florence-2's
-            tasks REGION_TO_DESCRIPTION and, for recognition, REGION_TO_CATEGORY (arXiv 2311.06242), or Kosmos-2's
-            grounded phrase (arXiv 2306.14824).
+        region_format: How the region is passed to the model. "crop" is the crop of the box. "box" is the full image
+            with the box drawn in red. "region-tokens" is the full image with the location tokens of the model:
+            Florence-2's tasks REGION_TO_DESCRIPTION and, for recognition, REGION_TO_CATEGORY (arXiv 2311.06242), or
+            Kosmos-2's grounded phrase (arXiv 2306.14824).
         question: Question for both tasks instead of the built-in ones. The chat template of the model is applied if it
             has one. Not available for "region-tokens".
         batch_size: Images per forward pass.
@@ -62,8 +62,8 @@ class VisionLanguageModel(RegionCaptioner):
         dtype: Data type of the weights, see `ImageTextModel`.
 
     Raises:
-        RegistryError: `show` is unknown.
-        ValueError: The model takes no questions, or does not support `show`.
+        RegistryError: `region_format` is unknown.
+        ValueError: The model takes no questions, or does not support `region_format`.
         InputError: The weights cannot be read.
     """
 
@@ -73,39 +73,41 @@ class VisionLanguageModel(RegionCaptioner):
         weights: str | None = None,
         revision: str | None = None,
         pretrained: bool = True,
-        show: str = "crop",
+        region_format: str = "crop",
         question: str | None = None,
         batch_size: int = 16,
         config: Mapping[str, Any] | None = None,
         device: str = "cpu",
         dtype: str | None = None,
     ):
-        if show not in REGION_FORMATS:
-            raise make_unknown_name_error(f"show is {show!r}", show, REGION_FORMATS)
+        if region_format not in REGION_FORMATS:
+            raise make_unknown_name_error(f"region_format is {region_format!r}", region_format, REGION_FORMATS)
         super().__init__(encoder, device)
         self.image_text_model = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
         model_type = self.image_text_model.model_type
         if model_type in CAPTION_ONLY_MODELS:
+            raise ValueError(f"a {model_type!r} model takes no questions; use it with crop-captioner")
+        if region_format == "region-tokens" and model_type not in REGION_TOKEN_FORMATTERS:
             raise ValueError(
-                f"a {model_type!r} model answers no questions: caption crops with it, as crop-captioner does"
+                f"a {model_type!r} model has no location tokens; "
+                f"{' and '.join(map(repr, REGION_TOKEN_FORMATTERS))} have. Use region_format=crop or region_format=box"
             )
-        if show == "region-tokens" and model_type not in REGION_TOKEN_FORMATTERS:
+        if region_format == "region-tokens" and question is not None:
             raise ValueError(
-                f"a {model_type!r} model has no words for places; "
-                f"{' and '.join(map(repr, REGION_TOKEN_FORMATTERS))} have. Take show=crop or show=box"
+                "region_format=region-tokens has a fixed question; omit question, or use region_format=crop"
             )
-        if show == "region-tokens" and question is not None:
-            raise ValueError("region tokens come with a question of their own: leave out question, or take show=crop")
-        self.region_format = show
+        self.region_format = region_format
         self.task_questions = (
-            (question, question) if question else MODEL_QUESTIONS.get((model_type, show)) or QUESTIONS.get(show)
+            (question, question)
+            if question
+            else MODEL_QUESTIONS.get((model_type, region_format)) or QUESTIONS.get(region_format)
         )
-        self.fact_options = {"encoder": encoder, "show": show, "question": question}
+        self.metadata_options = {"encoder": encoder, "region_format": region_format, "question": question}
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Options and weights that identify the captioner in evaluation results."""
-        return {"captioner": "vlm", **self.fact_options, **self.image_text_model.facts}
+        return {"captioner": "vlm", **self.metadata_options, **self.image_text_model.metadata}
 
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any

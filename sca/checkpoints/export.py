@@ -11,19 +11,22 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from sca_registry import get_registry
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.spec import ComponentSpec, ModelSpec
 from torch import Tensor
 
 from sca.builder import build
 from sca.checkpoints.published import FIXED_CONFIG, MIXER_BY_ARCHITECTURE, NAME_PREFIXES, SPECIAL_TOKEN_FIELDS
-from sca.checkpoints.state import list_stored_tensors
+from sca.checkpoints.tensors import list_stored_tensors
 from sca.io.atomic import write_folder
 from sca.io.errors import InputError
 from sca.io.hub import silence_transformers
 from sca.io.weight_files import SAFETENSORS_FILE, format_first_names
 from sca.model import SegmentCaptioner
 
-USAGE_OPTIONS = {"segmenter": ("box_masks",), "language_model": ("dtype", "eos", "tokenizer", "checkpointing")}
+USAGE_OPTIONS = {
+    "segmenter": ("box_masks",),
+    "language_model": ("dtype", "eos_token", "tokenizer", "gradient_checkpointing"),
+}
 
 
 def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
@@ -42,7 +45,7 @@ def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
     """
     problem = _find_unpublishable(model)
     if problem:
-        raise InputError(f"the published layout has no place for {problem}")
+        raise InputError(f"the published layout does not support {problem}")
     tensors: dict[str, Tensor] = {}
     written_pointers = set()
     for name, tensor in model.state_dict().items():
@@ -90,12 +93,12 @@ def write_language_model(model: SegmentCaptioner, folder: Path) -> Path:
     return folder
 
 
-def attach_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
+def attach_sources(model: SegmentCaptioner, **components: ComponentSpec) -> SegmentCaptioner:
     """Return the same model with components whose pretrained weights a checkpoint refers to instead of storing them.
 
     Args:
         model: Model.
-        **parts: `encoder`, which also replaces the segmenter by SAM's, and `language_model`.
+        **components: `encoder`, which also replaces the segmenter by SAM's, and `language_model`.
 
     Returns:
         The model in eval mode.
@@ -103,13 +106,13 @@ def attach_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
     Raises:
         InputError: The pretrained weights differ from those of the model.
     """
-    changed_parts = {
-        kind: Part(part.name, _select_usage_options(model.spec, kind) | dict(part.options))
-        for kind, part in parts.items()
+    changed_components = {
+        kind: ComponentSpec(component.name, _select_usage_options(model.spec, kind) | dict(component.options))
+        for kind, component in components.items()
     }
-    if "encoder" in parts:
-        changed_parts["segmenter"] = Part("sam", _select_usage_options(model.spec, "segmenter"))
-    sourced_model = build(replace(model.spec, **changed_parts))
+    if "encoder" in components:
+        changed_components["segmenter"] = ComponentSpec("sam", _select_usage_options(model.spec, "segmenter"))
+    sourced_model = build(replace(model.spec, **changed_components))
     tensors, source_tensors = model.state_dict(), sourced_model.state_dict()
     sourced_names = source_tensors.keys() - list_stored_tensors(sourced_model)
     differing_names = sorted(
@@ -117,7 +120,7 @@ def attach_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
     )
     if differing_names:
         raise InputError(
-            f"the weights of {' and '.join(part.name for part in parts.values())} are others than the model's: "
+            f"the weights of {' and '.join(each.name for each in components.values())} differ from those of the model: "
             f"{format_first_names(differing_names)}"
         )
     sourced_model.load_state_dict(tensors)
@@ -127,32 +130,34 @@ def attach_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
 
 def _select_usage_options(spec: ModelSpec, kind: str) -> dict[str, Any]:
     """Select the options of a component that affect its usage but not its weights."""
-    part = getattr(spec, kind)
+    component = getattr(spec, kind)
     return {
-        name: part.options[name] for name in USAGE_OPTIONS.get(kind, ()) if part is not None and name in part.options
+        name: component.options[name]
+        for name in USAGE_OPTIONS.get(kind, ())
+        if component is not None and name in component.options
     }
 
 
 def _find_unpublishable(model: SegmentCaptioner) -> str | None:
     spec = model.spec
     if spec.mixer.name not in MIXER_BY_ARCHITECTURE.values():
-        return f"the mixer {spec.mixer.name!r}: it knows {' and '.join(MIXER_BY_ARCHITECTURE.values())}"
-    if spec.projection != {"kind": "linear", "norm": "none"}:
-        return f"a projection {dict(spec.projection)}: it knows linear, without a norm"
+        return f"the mixer {spec.mixer.name!r}; supported are {' and '.join(MIXER_BY_ARCHITECTURE.values())}"
+    if spec.projection != {"type": "linear", "norm": "none"}:
+        return f"the projection {dict(spec.projection)}; supported is linear without a norm"
     if spec.lora:
-        return "LoRA: write the language model by itself (layout lm), which merges it"
+        return "LoRA; export the language model with the layout lm, which merges it"
     unknown_names = [name for name in model.state_dict() if _to_published_name(name) == name and name != "task_tokens"]
     if unknown_names:
-        return f"tensors such as {unknown_names[0]}: it knows SAM, the mixer and the language model"
+        return f"the tensor {unknown_names[0]}; supported are those of SAM, the mixer and the language model"
     if model.segmenter.box_masks:
-        return "prompts that are drawn into the image (segmenter.box_masks)"
+        return "box masks (segmenter.box_masks)"
     decoder_config, layer = model.segmenter.decoder.config, model.mixer.transformer.layers[0]
     shared_sizes = {"num_heads": (layer.self_attn.num_attention_heads, decoder_config.num_attention_heads)}
     shared_sizes["mlp_dim"] = (layer.mlp.lin1.out_features, decoder_config.mlp_dim)
     for field, (mixer_size, segmenter_size) in shared_sizes.items():
         if mixer_size != segmenter_size:
             sizes = f"a mixer with {field}={mixer_size} and a segmenter with {field}={segmenter_size}"
-            return f"{sizes}: it has one value for both"
+            return f"{sizes}; it has one value for both"
     return None
 
 

@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.overrides import MODEL_COMPONENTS
+from sca_registry.spec import ComponentSpec, ModelSpec
 
 from sca.io.errors import InputError
 from sca.io.json import read_json
 
-PARTS = ("encoder", "segmenter", "mixer", "language_model")
 TRAINING_SETTINGS = ("train.steps", "train.batch_size", "train.learning_rate", "train.seed")
 MODEL_FOLDERS = ("model", "best")  # folders of checkpoints in the folder of a training run
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
     """Return the facts of a checkpoint folder, or of the model in the folder of a training run.
+
+    Args:
+        folder: Checkpoint folder, or folder of a training run.
 
     Returns:
         The components, the number of parameters and the version that wrote the checkpoint. For a checkpoint in the
@@ -49,7 +52,9 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
 
 def describe_spec(spec: ModelSpec) -> dict[str, str]:
     """Return the components of a model with their options, its LoRA, and its trainable groups."""
-    facts = {name: format_part(part) for name in PARTS if (part := getattr(spec, name)) is not None}
+    facts = {
+        name: format_component(component) for name in MODEL_COMPONENTS if (component := getattr(spec, name)) is not None
+    }
     if spec.lora is not None:
         facts["lora"] = format_options(spec.to_dict()["lora"])
     return facts | {"trainable": ", ".join(spec.trainable)}
@@ -102,9 +107,9 @@ def _read_fields(path: Path, names: Sequence[str]) -> dict[str, str]:
     return {name: str(table.get(name, "")) for name in names}
 
 
-def format_part(part: Part) -> str:
+def format_component(component: ComponentSpec) -> str:
     """Format a component as NAME(OPTION=VALUE, ...)."""
-    return f"{part.name}({format_options(part.options)})" if part.options else part.name
+    return f"{component.name}({format_options(component.options)})" if component.options else component.name
 
 
 def format_options(options: Mapping[str, Any]) -> str:

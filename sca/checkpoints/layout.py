@@ -15,6 +15,12 @@ CONFIG_FILE = "config.json"  # published layout and transformers
 def is_published_checkpoint(folder: Path) -> bool:
     """Return whether a folder has the layout of the published system, see `sca.checkpoints.published`.
 
+    Args:
+        folder: Any folder.
+
+    Returns:
+        True for the published layout.
+
     Raises:
         InputError: Its `config.json` cannot be read.
     """

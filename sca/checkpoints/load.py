@@ -17,7 +17,7 @@ from sca.builder import build
 from sca.checkpoints.layout import CONFIG_FILE, ORIGIN_FILE, SPEC_FILE, WEIGHTS_FILE, is_published_checkpoint
 from sca.checkpoints.native import load_native_checkpoint, read_spec, wrap_spec_errors
 from sca.checkpoints.published import load_published_checkpoint, read_published_spec
-from sca.checkpoints.state import check_finite_weights
+from sca.checkpoints.tensors import check_finite_weights
 from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, resolve_real_root
 from sca.devices import resolve_device, resolve_dtype
 from sca.io.atomic import get_previous_folder
@@ -51,6 +51,9 @@ def load(
             such as your own checkpoints whose weights are stored elsewhere. It does not allow code.
         revision: Revision of a hub id: a commit, a branch or a tag.
 
+    Returns:
+        The model, in eval mode on `device`.
+
     Raises:
         InputError: The checkpoint cannot be read, requires more than was allowed, has NaN or infinite weights, or has
             missing or unexpected tensors.
@@ -77,6 +80,9 @@ def load_without_weights(
         source: Zoo name, hub id or folder, as for `load`.
         trust_remote_code: As for `load`.
         allow_external: As for `load`.
+
+    Returns:
+        The model, on the meta device.
 
     Raises:
         InputError: The checkpoint cannot be read, or requires more than was allowed.
@@ -176,6 +182,9 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         source: Zoo name, hub id or folder.
         revision: Revision of a hub id.
 
+    Returns:
+        The local checkpoint folder.
+
     Raises:
         InputError: The checkpoint does not exist, or cannot be downloaded.
     """
@@ -190,23 +199,21 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
             if folder.is_dir():
                 return folder
         if path.exists():
-            raise InputError(f"{source} is a file, and a model is a folder with {SPEC_FILE} and {WEIGHTS_FILE}")
+            raise InputError(f"{source} is a file; give a folder with {SPEC_FILE} and {WEIGHTS_FILE}")
     if isinstance(source, str) and HUB_ID_PATTERN.fullmatch(source):
         return fetch_model_folder(source, revision)
     if isinstance(source, str) and "+" in source and "/" not in source:
         raise InputError(_describe_composition(source))
-    reason = make_unknown_name_error(
-        f"no model named {str(source)!r}, and no folder there", str(source), zoo.list_names()
-    )
+    reason = make_unknown_name_error(f"no model or folder named {str(source)!r}", str(source), zoo.list_names())
     hint = "" if isinstance(source, Path) else suggest_path(source)
-    raise InputError(f"{reason} A folder that `sca train` wrote works too, and so does a hub id, OWNER/NAME{hint}.")
+    raise InputError(f"{reason} A folder written by `sca train` or a hub id OWNER/NAME is also accepted{hint}.")
 
 
 def _describe_composition(source: str) -> str:
     """Return the message for component names in place of a checkpoint."""
     names = ", ".join(repr(name.strip()) for name in source.split("+"))
     if source.count("+") == 1:
-        return f"{source!r} names an encoder and a captioner; open it with sca.captioner({source!r})"
+        return f"{source!r} names an encoder and a captioner; use sca.load_captioner({source!r})"
     return (
         f"{source!r} names components, which have no trained weights; build a model with sca.compose({names}), or give "
         "a checkpoint"

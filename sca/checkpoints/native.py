@@ -22,12 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from sca_registry import RegistryError, get_registry
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.spec import ComponentSpec, ModelSpec
 from torch import Tensor
 
-from sca.builder import build, resolve_parts
+from sca.builder import build, resolve_components
 from sca.checkpoints.layout import ORIGIN_FILE, SPEC_FILE, WEIGHTS_FILE
-from sca.checkpoints.state import BuildSizeLimit, assign_tensors, hash_tensors, hash_weights, list_stored_tensors
+from sca.checkpoints.tensors import BuildSizeLimit, assign_tensors, hash_tensors, hash_weights, list_stored_tensors
 from sca.checkpoints.trust import TrustError, is_settable
 from sca.devices import resolve_dtype
 from sca.io.atomic import check_folder_replaceable, write_folder
@@ -91,6 +91,9 @@ def save(
 def check_writable(folder: Path) -> None:
     """Check that a folder is new, empty, or contains nothing but a checkpoint.
 
+    Args:
+        folder: Folder, which may not exist.
+
     Raises:
         OutputError: The folder contains other files.
     """
@@ -99,7 +102,7 @@ def check_writable(folder: Path) -> None:
         if folder.is_dir() and any(folder.iterdir()):
             read_spec(folder)
     except (OutputError, InputError) as error:
-        raise OutputError(f"{error}; what is in it stays") from error
+        raise OutputError(f"{error}; its content is unchanged") from error
 
 
 def is_saved(model: SegmentCaptioner, folder: Path) -> bool:
@@ -131,6 +134,9 @@ def load_native_checkpoint(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
         folder: Checkpoint folder.
         spec: Its spec, as `confine_spec` returns it.
 
+    Returns:
+        The model with its weights.
+
     Raises:
         InputError: The spec or the weights cannot be read, or the weights do not fit the model.
     """
@@ -142,9 +148,9 @@ def load_native_checkpoint(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {WEIGHTS_FILE}: the checkpoint is incomplete") from error
+        raise InputError(f"{folder} has no {WEIGHTS_FILE}; copy the checkpoint again") from error
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder / WEIGHTS_FILE} is broken ({error}): copy it again") from error
+        raise InputError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy it again") from error
     assign_tensors(model, tensors, expected, folder / WEIGHTS_FILE, SPEC_FILE)
     if (folder / "tokenizer").is_dir():
         model.language_model.tokenizer = load_tokenizer(folder / "tokenizer")
@@ -178,52 +184,55 @@ def resolve_spec(model: SegmentCaptioner) -> ModelSpec:
     Defaults that a checkpoint may not set are left out: None, weights, revisions, paths, and options that run code. The
     segmenter is always named, even if it is the encoder's default.
     """
-    resolved_parts = resolve_parts(model.spec, model.encoder)
+    components = resolve_components(model.spec, model.encoder)
     return replace(
         model.spec,
         **{
-            kind: Part(part.name, {**_get_settable_defaults(kind, part), **part.options})
-            for kind, part in resolved_parts.items()
+            kind: ComponentSpec(component.name, {**_get_settable_defaults(kind, component), **component.options})
+            for kind, component in components.items()
         },
     )
 
 
-def _get_settable_defaults(kind: str, part: Part) -> dict[str, Any]:
+def _get_settable_defaults(kind: str, component: ComponentSpec) -> dict[str, Any]:
     """Return the default options that a checkpoint may set, with tuples as lists for JSON."""
-    defaults = get_registry(kind).load_entry(part.name).options
+    defaults = get_registry(kind).load_entry(component.name).options
     return {
         option: list(value) if isinstance(value, tuple) else value
         for option, value in defaults.items()
-        if is_settable(kind, part.name, option, value)
+        if is_settable(kind, component.name, option, value)
     }
 
 
 def collect_origin(model: SegmentCaptioner) -> dict[str, Any]:
     """Return the content of origin.json.
 
+    Args:
+        model: Model to describe.
+
     Returns:
         The version of this package, its commit if it is a git checkout, and for each component its distribution,
         version, license and a fingerprint of its pretrained weights.
     """
-    part_origins = {}
-    for kind, part in resolve_parts(model.spec, model.encoder).items():
-        entry = get_registry(kind).load_entry(part.name)
-        part_origins[kind] = {"name": part.name, "distribution": entry.distribution, "version": entry.version}
+    origins = {}
+    for kind, component_spec in resolve_components(model.spec, model.encoder).items():
+        entry = get_registry(kind).load_entry(component_spec.name)
+        origins[kind] = {"name": component_spec.name, "distribution": entry.distribution, "version": entry.version}
         component = getattr(model, kind)
         source = getattr(component, "checkpoint", None)
-        card_options = get_registry(kind).get_card(part.name).options
+        card_options = get_registry(kind).get_card(component_spec.name).options
         if source == card_options.get("weights"):  # the license is that of the card's weights
-            part_origins[kind] |= {"license": entry.license} if entry.license else {}
+            origins[kind] |= {"license": entry.license} if entry.license else {}
         if source:
             try:
-                part_origins[kind] |= compute_weights_fingerprint(
+                origins[kind] |= compute_weights_fingerprint(
                     source, getattr(component, "revision", None), getattr(component, "file_prefix", "")
                 )
             except InputError:  # weights were deleted, or are found by the component itself
-                part_origins[kind] |= {"weights": str(source)}
+                origins[kind] |= {"weights": str(source)}
     commit = _read_commit()
     written_by = f"segment-caption-anything {version('segment-caption-anything')}"
-    return {"written_by": written_by, **({"commit": commit} if commit else {}), "parts": part_origins}
+    return {"written_by": written_by, **({"commit": commit} if commit else {}), "components": origins}
 
 
 def _read_commit() -> str | None:
@@ -241,15 +250,19 @@ def _read_commit() -> str | None:
 def read_spec(folder: Path) -> ModelSpec:
     """Read the spec of a checkpoint folder.
 
+    Args:
+        folder: Checkpoint folder.
+
+    Returns:
+        The spec, as it is stored.
+
     Raises:
         InputError: The spec is missing or invalid.
     """
     try:
         table = read_json(folder / SPEC_FILE, MAX_SPEC_BYTES, require_finite=True)
     except FileNotFoundError as error:
-        raise InputError(
-            f"{folder} has no {SPEC_FILE}, so it is not a model that `sca train` or sca.save wrote"
-        ) from error
+        raise InputError(f"{folder} has no {SPEC_FILE}; give a folder written by `sca train` or sca.save") from error
     try:
         return ModelSpec.from_dict(check_object(table, str(folder / SPEC_FILE)))
     except RegistryError as error:
@@ -259,12 +272,10 @@ def read_spec(folder: Path) -> ModelSpec:
 def _describe_missing_packages(folder: Path) -> str:
     """Describe what origin.json claims to require for unknown components; the claim is not trusted."""
     try:
-        part_origins = read_json(folder / ORIGIN_FILE)["parts"]
-        missing_origins = [
-            part_origin for kind, part_origin in part_origins.items() if part_origin["name"] not in get_registry(kind)
-        ]
-        packages = {f"{part_origin['distribution']}=={part_origin['version']}" for part_origin in missing_origins}
-        modules = sorted({part_origin["distribution"] for part_origin in missing_origins if not part_origin["version"]})
+        origins = read_json(folder / ORIGIN_FILE)["components"]
+        missing_origins = [origin for kind, origin in origins.items() if origin["name"] not in get_registry(kind)]
+        packages = {f"{origin['distribution']}=={origin['version']}" for origin in missing_origins}
+        modules = sorted({origin["distribution"] for origin in missing_origins if not origin["version"]})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing or malformed
         return ""
     package_names = sorted(package for package in packages if PACKAGE_PATTERN.fullmatch(package))

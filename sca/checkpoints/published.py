@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 
 from sca.builder import build
 from sca.checkpoints.layout import find_tokenizer_source
-from sca.checkpoints.state import BuildSizeLimit, assign_tensors
+from sca.checkpoints.tensors import BuildSizeLimit, assign_tensors
 from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, confine_spec
 from sca.io.errors import InputError
 from sca.io.hub import fetch_model_folder
@@ -71,6 +71,9 @@ def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentC
         folder: Checkpoint folder.
         trust: What the caller allows.
 
+    Returns:
+        The model, in eval mode on the CPU.
+
     Raises:
         InputError: The folder cannot be read, tensors are missing, unexpected or of the wrong shape, or the checkpoint
             requires more than was allowed.
@@ -108,6 +111,13 @@ def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentC
 def read_published_spec(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
     """Read the spec of a published folder, confined to what the caller allows.
 
+    Args:
+        folder: Checkpoint folder.
+        trust: What the caller allows.
+
+    Returns:
+        The spec of the model.
+
     Raises:
         InputError: The configuration cannot be read, or requires more than was allowed.
     """
@@ -124,20 +134,23 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
         config: Content of the file.
         folder: Checkpoint folder, for error messages and the generation config.
 
+    Returns:
+        The spec of the model.
+
     Raises:
         InputError: The configuration is not that of a published model.
     """
     try:
         (architecture,) = config["architectures"]
         if architecture not in MIXER_BY_ARCHITECTURE:
-            subject = f"no model is called {architecture!r}"
+            subject = f"unknown architecture {architecture!r}"
             raise InputError(f"{folder}: {make_unknown_name_error(subject, architecture, MIXER_BY_ARCHITECTURE)}")
         vision_config, prompt_encoder_config, decoder_config = (
             config[part] for part in ("vision_config", "prompt_encoder_config", "mask_caption_decoder_config")
         )
         for field, value in FIXED_CONFIG.items():
             if decoder_config.get(field, value) != value:
-                raise InputError(f"{folder}: {field} is {decoder_config[field]!r}, and only {value!r} is known")
+                raise InputError(f"{folder}: {field} is {decoder_config[field]!r}, but only {value!r} is supported")
         num_heads, mlp_dim = decoder_config["num_attention_heads"], decoder_config["mlp_dim"]
         return ModelSpec.from_dict(
             {
@@ -168,7 +181,9 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
     except InputError:
         raise
     except Exception as error:  # transformers raises various errors for unexpected values
-        raise InputError(f"{folder / 'config.json'} is not that of a published model ({error!r})") from error
+        raise InputError(
+            f"{folder / 'config.json'} is not the configuration of a published model ({error!r})"
+        ) from error
 
 
 def _read_language_model_config(text_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -198,7 +213,7 @@ def _load_published_tokenizer(folder: Path, trust: Trust) -> TextTokenizer | Non
     except InputError as error:
         if has_tokenizer(folder):
             raise
-        warnings.warn(f"captions of {folder} are ids only: it has no tokenizer, and {error}", stacklevel=3)
+        warnings.warn(f"{folder} has no tokenizer, so it generates token ids without text: {error}", stacklevel=3)
         return None
 
 
@@ -209,7 +224,7 @@ def _read_published_tensors(folder: Path) -> dict[str, Tensor]:
             tensors |= read_tensors(file)
         except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{file} cannot be read, or holds more than tensors ({reason})") from error
+            raise InputError(f"{file} cannot be read, or contains more than tensors ({reason})") from error
     return tensors
 
 

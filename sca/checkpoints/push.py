@@ -62,13 +62,15 @@ def push_checkpoint(
         try:
             repo_url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(
-                repo_id=repo_url.repo_id, folder_path=draft, commit_message="A segment-caption-anything model"
+                repo_id=repo_url.repo_id, folder_path=draft, commit_message="Upload a segment-caption-anything model"
             )
         except HFValidationError as error:
-            raise OutputError(f"{repo_id!r} is no name for a model on a hub: give OWNER/NAME") from error
+            raise OutputError(f"{repo_id!r} is not a repository name; give OWNER/NAME") from error
         except (HfHubHTTPError, HTTPError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise OutputError(f"cannot write {repo_id} ({reason}): is HF_TOKEN a token that may write it?") from error
+            raise OutputError(
+                f"cannot upload to {repo_id} ({reason}); set HF_TOKEN to a token with write access"
+            ) from error
     return str(repo_url)
 
 
@@ -93,14 +95,14 @@ def _list_checkpoint_files(folder: Path) -> list[Path]:
     for name in CHECKPOINT_FILES:
         for path in (folder / name, *sorted((folder / name).rglob("*"))):
             if path.is_symlink() and not path.resolve().is_relative_to(real_root):
-                raise InputError(f"{path} is a link out of the checkpoint; replace it with the file itself")
+                raise InputError(f"{path} is a link to outside the checkpoint; replace it with the file itself")
             if path.is_dir() or path.is_file():
                 paths.append(path)
             elif path.exists():
-                raise InputError(f"{path} is no regular file; a checkpoint has only files and folders")
+                raise InputError(f"{path} is not a regular file; remove it")
     for name in (SPEC_FILE, WEIGHTS_FILE):
         if folder / name not in paths:
-            raise InputError(f"{folder} has no {name}, so it is not a whole checkpoint; copy it again")
+            raise InputError(f"{folder} has no {name}; copy the checkpoint again")
     return paths
 
 
@@ -137,7 +139,7 @@ def render_card(
             _render_metadata(repo_id, score_files, license),
             f"# {escape_markdown(repo_id)}",
             "",
-            "A model that segments and captions any region a person points at, made with "
+            "A model that segments and captions any prompted region of an image, built with "
             "[segment-caption-anything](https://pypi.org/project/segment-caption-anything/) after "
             "[Segment and Caption Anything](https://arxiv.org/abs/2312.00869).",
             "",
@@ -150,12 +152,12 @@ def render_card(
             "    print(caption.text)",
             "```",
             "",
-            *_render_parts(spec, origin),
-            *(["## Trained on", "", trained_on, ""] if trained_on else []),
+            *_render_components(spec, origin),
+            *(["## Training data", "", trained_on, ""] if trained_on else []),
             *_render_scores(score_files),
             "## License",
             "",
-            license or "Not stated. The parts above keep theirs.",
+            license or "Not specified. The components above keep their licenses.",
             "",
         ]
     )
@@ -186,17 +188,19 @@ def _render_metadata(repo_id: str, score_files: Sequence[Mapping[str, Any]], lic
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _render_parts(spec: ModelSpec, origin: Mapping[str, Any]) -> list[str]:
-    lines = ["## Parts", "", "| part | name | weights | license |", "| --- | --- | --- | --- |"]
-    part_origins = origin.get("parts")
+def _render_components(spec: ModelSpec, origin: Mapping[str, Any]) -> list[str]:
+    lines = ["## Components", "", "| component | name | weights | license |", "| --- | --- | --- | --- |"]
+    component_origins = origin.get("components")
     for kind in ("encoder", "segmenter", "mixer", "language_model"):
-        part = getattr(spec, kind)
-        part_origin = part_origins.get(kind) if isinstance(part_origins, dict) else None
-        part_origin = part_origin if isinstance(part_origin, dict) else {}
-        if part is not None or part_origin:
-            name = part_origin.get("name") or (part.name if part is not None else "")
+        component = getattr(spec, kind)
+        component_origin = component_origins.get(kind) if isinstance(component_origins, dict) else None
+        component_origin = component_origin if isinstance(component_origin, dict) else {}
+        if component is not None or component_origin:
+            name = component_origin.get("name") or (component.name if component is not None else "")
             lines.append(
-                _format_table_row(kind.replace("_", " "), name, part_origin.get("weights"), part_origin.get("license"))
+                _format_table_row(
+                    kind.replace("_", " "), name, component_origin.get("weights"), component_origin.get("license")
+                )
             )
     if origin.get("written_by"):
         lines += ["", f"Written by {escape_markdown(str(origin['written_by']))}."]
@@ -237,5 +241,5 @@ def _read_scores(path: str | Path) -> Mapping[str, Any]:
         for each in _select_reported_scores(content):
             float(each["value"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no scores.json of `sca evaluate`: {error}") from error
+        raise InputError(f"{path} is not a scores.json of `sca evaluate`: {error}") from error
     return content

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from sca_registry import get_registry
 from sca_registry.cards import NAME_PATTERN
-from sca_registry.overrides import MODEL_PARTS
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.overrides import MODEL_COMPONENTS
+from sca_registry.spec import ComponentSpec, ModelSpec
 
 from sca.io.errors import InputError
 from sca.io.hub import get_known_sources
@@ -73,8 +73,12 @@ def confine_spec(spec: ModelSpec, folder: Path, trust: Trust) -> ModelSpec:
             registered card, and the caller does not allow it. Or a number is too large.
         RegistryError: A component does not exist.
     """
-    parts = {kind: getattr(spec, kind) for kind in MODEL_PARTS}
-    confined = {kind: _confine_part(kind, part, folder, trust) for kind, part in parts.items() if part is not None}
+    components = {kind: getattr(spec, kind) for kind in MODEL_COMPONENTS}
+    confined = {
+        kind: _confine_component(kind, component, folder, trust)
+        for kind, component in components.items()
+        if component is not None
+    }
     _check_numbers([spec.lora, spec.generation, spec.everything, spec.task_tokens])
     return replace(spec, **confined)
 
@@ -90,12 +94,15 @@ def is_settable(kind: str, name: str, option: str, value: Any) -> bool:
         name: Name of the component.
         option: Name of the option.
         value: Value of the option.
+
+    Returns:
+        True if the option needs no permission.
     """
     values = value if isinstance(value, list | tuple) else (value,)
     if option == "revision" or not all(_is_plain(each) for each in values):
         return False
     try:
-        _confine_part(kind, Part(name, {option: value}), Path(), NO_TRUST)
+        _confine_component(kind, ComponentSpec(name, {option: value}), Path(), NO_TRUST)
     except TrustError:
         return False
     return True
@@ -117,7 +124,7 @@ def resolve_source(name: str, folder: Path, trust: Trust) -> str:
         TrustError: The reference is external, and the caller does not allow it.
     """
     if "\0" in name:
-        raise TrustError(f"{_shorten_value(name)} is no path; copy the checkpoint again")
+        raise TrustError(f"{_shorten_value(name)} is not a path; copy the checkpoint again")
     path = _find_inside(name, folder)
     if path is not None:
         return str(path)
@@ -164,26 +171,26 @@ def check_file(path: Path, root: Path, trust: Trust) -> None:
     if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise TrustError(f"{path} is not a regular file; copy the checkpoint again")
     if path.is_symlink() and not trust.external and not path.resolve().is_relative_to(root):
-        raise TrustError(f"{path} is a link to outside of its folder; {EXTERNAL_REMEDY}")
+        raise TrustError(f"{path} is a link to outside its folder; {EXTERNAL_REMEDY}")
 
 
-def _confine_part(kind: str, part: Part, folder: Path, trust: Trust) -> Part:
-    card = get_registry(kind).get_card(part.name)
-    subject = f"{kind.replace('_', ' ')} {part.name!r}"
-    _check_numbers(part.options)
-    _check_configuration(part.options, f"the {subject}", trust)
-    options = dict(part.options)
+def _confine_component(kind: str, component: ComponentSpec, folder: Path, trust: Trust) -> ComponentSpec:
+    card = get_registry(kind).get_card(component.name)
+    subject = f"{kind.replace('_', ' ')} {component.name!r}"
+    _check_numbers(component.options)
+    _check_configuration(component.options, f"the {subject}", trust)
+    options = dict(component.options)
     revision = options.get("revision", card.options.get("revision"))
     if revision != card.options.get("revision") and not trust.external:
         raise TrustError(f"{subject} sets revision={_shorten_value(revision)}, not that of its card; {EXTERNAL_REMEDY}")
-    for option, value in part.options.items():
+    for option, value in component.options.items():
         if option == TRUST_OPTION or option in card.code_options:
             if value is False or (option != TRUST_OPTION and _is_plain_name(value)):
                 continue
             if not trust.remote_code:
                 raise TrustError(f"{subject} sets {option}={_shorten_value(value)}, which runs code; {CODE_REMEDY}")
         options[option] = _confine_value(subject, option, value, folder, trust)
-    return Part(part.name, options)
+    return ComponentSpec(component.name, options)
 
 
 def _confine_value(subject: str, option: str, value: Any, folder: Path, trust: Trust) -> Any:
@@ -205,7 +212,7 @@ def _check_configuration(content: Any, subject: object, trust: Trust) -> None:
         is_remote = key.endswith(REMOTE_KEYS) and isinstance(value, str) and _is_reference(value)
         if (is_kernel or is_remote) and not trust.remote_code:
             raise TrustError(
-                f"{subject} sets {key}={_shorten_value(value)}, which can fetch and run code; {CODE_REMEDY}"
+                f"{subject} sets {key}={_shorten_value(value)}, which can download and run code; {CODE_REMEDY}"
             )
         is_file = key.endswith("_file") and key != "special_tokens_map_file"
         if is_file and isinstance(value, str) and _is_reference(value) and not trust.external:
@@ -219,11 +226,11 @@ def _check_numbers(content: Any) -> None:
         limit = MAX_LAYERS if any(each in key for each in ("depth", "layer", "blocks")) else MAX_NUMBER
         if isinstance(value, int) and abs(value) > limit:
             subject = f"{key} is {_format_number(value)}, which is" if key else f"the number {_format_number(value)} is"
-            raise TrustError(f"{subject} more than any model has; copy the checkpoint again")
+            raise TrustError(f"{subject} larger than in any model; copy the checkpoint again")
 
 
 def _format_number(value: int) -> str:
-    return str(value) if abs(value) < 10**20 else "a number of many digits"
+    return str(value) if abs(value) < 10**20 else "a number with many digits"
 
 
 def _is_plain(value: Any) -> bool:

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Annotated, Any
@@ -20,42 +20,54 @@ import typer
 
 from sca.cli import caption, checkpoints, compare, convert, data, demo, evaluate, listing, plan, plugins, serve, train
 from sca.cli.options import PanelCommand, print_stderr
-from sca.cli.plugin_commands import CommandGroup
+from sca.cli.plugin_commands import EVALUATION_PANEL, CommandGroup
 from sca.io.errors import DifferentRunError
 from sca.io.terminal import guard_terminal
 from sca.io.text import describe_error
-from sca.repair import find_torchvision_error
+from sca.torchvision_fix import find_torchvision_error
 
 app = typer.Typer(
     name="sca",
     cls=CommandGroup,
     help="Segment and caption regions of images with interchangeable components.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
 )
-app.command("list", cls=PanelCommand)(listing.list_names)
-app.command("show", cls=PanelCommand)(listing.show)
-app.command("caption", cls=PanelCommand)(caption.caption)
-app.command("train", cls=PanelCommand)(train.train)
-app.command("evaluate", cls=PanelCommand)(evaluate.evaluate)
-app.command("score", cls=PanelCommand)(evaluate.score)
-app.command("compare", cls=PanelCommand)(compare.compare)
-app.command("report", cls=PanelCommand)(compare.report)
-app.command("convert", cls=PanelCommand)(convert.convert)
-app.command("view", cls=PanelCommand)(convert.view)
-app.command("demo", cls=PanelCommand)(demo.demo)
-app.command("serve", cls=PanelCommand)(serve.serve)
-app.command("pull", cls=PanelCommand)(checkpoints.pull)
-app.command("push", cls=PanelCommand)(checkpoints.push)
-app.command("import", cls=PanelCommand)(checkpoints.import_)
-app.command("export", cls=PanelCommand)(checkpoints.export)
-app.command("plan", cls=PanelCommand)(plan.plan)
-app.command("check", cls=PanelCommand)(plugins.check)
-app.command("doctor", cls=PanelCommand)(plugins.doctor)
-app.add_typer(plugins.app, name="plugin")
-app.add_typer(data.app, name="data")
+COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {  # by the panel of `sca --help`
+    "Caption and serve": {
+        "caption": caption.caption,
+        "demo": demo.demo,
+        "serve": serve.serve,
+        "convert": convert.convert,
+        "view": convert.view,
+    },
+    EVALUATION_PANEL: {
+        "data": data.app,
+        "train": train.train,
+        "evaluate": evaluate.evaluate,
+        "score": evaluate.score,
+        "compare": compare.compare,
+        "report": compare.report,
+    },
+    "Models and checkpoints": {
+        "list": listing.list_names,
+        "show": listing.show,
+        "plan": plan.plan,
+        "pull": checkpoints.pull,
+        "push": checkpoints.push,
+        "import": checkpoints.import_,
+        "export": checkpoints.export,
+    },
+    "Plugins and diagnostics": {"plugin": plugins.app, "check": plugins.check, "doctor": plugins.doctor},
+}
+for panel, commands in COMMANDS.items():
+    for name, command in commands.items():
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, rich_help_panel=panel)
+        else:
+            app.command(name, cls=PanelCommand, rich_help_panel=panel)(command)
 
+COMPLETION_VARIABLE = "_SCA_COMPLETE"  # set by the shell that requests completions
 # Shells do not expand ~ in --out=~/x, and programs that call this one expand it in no argument.
 HOME_PATTERN = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")
 UsageError: Any = typer.BadParameter.__base__
@@ -72,8 +84,10 @@ def _define_app_options(
 
 
 def main() -> None:
-    """Run one command and exit with its status."""
+    """Run one command, or complete one for the shell, and exit with its status."""
     guard_terminal()
+    if COMPLETION_VARIABLE in os.environ:
+        typer.main.get_command(app).main(prog_name="sca")
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # characters that the terminal cannot encode are escaped
     sys.exit(run_command(sys.argv[1:]))
@@ -145,7 +159,7 @@ def _run_command(arguments: list[str], interrupts: list[int]) -> int:
 
 
 def _report_interrupt() -> int:
-    print_stderr("interrupted; what was finished is kept")
+    print_stderr("interrupted; finished results are kept")
     return 130
 
 

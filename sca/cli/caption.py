@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sca_registry.contracts import Caption, Launcher
 
     from sca.inference.batch import CaptionResults, Failure
-    from sca.inference.job import CaptionJob, RegionSource
+    from sca.inference.caption_job import CaptionJob, RegionSource
     from sca.inference.shards import ShardedRun
 
 DEFAULT_MODEL = "sca-tiny"
@@ -239,13 +239,13 @@ def caption(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Caption regions of images, given by prompts or found with --everything.
+    """Caption regions from prompts, or find them with --everything.
 
     Prints a table, and writes --format to --out. Images that cannot be read are reported; the others are captioned.
     """
     from sca_registry.contracts import TASKS
 
-    from sca.inference.job import CaptionJob
+    from sca.inference.caption_job import CaptionJob
 
     formats = _parse_formats(format, out)
     images = [str(parse_input_path(name)) for name in images]
@@ -275,11 +275,11 @@ def caption(
         if value is not None and not do_sample:
             raise ValueError(f"{flag} can only be used with --do-sample")
     if resume and out in ("", "-"):
-        raise ValueError("--resume continues the run of a folder; name it with --out")
+        raise ValueError("--resume requires --out, the folder of the interrupted run")
     if overwrite and (resume or out in ("", "-")):
-        raise ValueError("--overwrite replaces the run of a folder; name it with --out, and omit --resume")
+        raise ValueError("--overwrite requires --out, and excludes --resume")
     if launcher and (out in ("", "-") or formats != ("jsonl",)):
-        raise ValueError("--launcher writes one JSONL file per shard; name a folder with --out, and omit --format")
+        raise ValueError("--launcher writes one JSONL file per shard; give a folder with --out, and omit --format")
     job = CaptionJob(
         model=model,
         device=device,
@@ -390,7 +390,7 @@ def _caption_locally(
         for path in writers.paths.values() if writers else ():
             print_stderr(f"wrote {path}")
         if failures.count:
-            print_stderr(f"{num_done} of {num_done + failures.count} done{failures.format_failed_paths()}")
+            print_stderr(f"{num_done} of {num_done + failures.count} images captioned{failures.format_failed_paths()}")
     raise typer.Exit(failures.status)
 
 
@@ -418,10 +418,10 @@ def _find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[st
 
 def _build_launcher(text: str) -> Launcher:
     import sca_registry
-    from sca_registry.spec import Part
+    from sca_registry.spec import ComponentSpec
 
-    part = Part.parse(text, "--launcher", "launchers")
-    return sca_registry.launchers.build(part.name, **part.options)
+    component = ComponentSpec.parse(text, "--launcher", "launchers")
+    return sca_registry.launchers.build(component.name, **component.options)
 
 
 def _caption_shards(
@@ -435,7 +435,7 @@ def _caption_shards(
     """Caption the missing shards of a run and report the outcome of each."""
     missing = run.missing_names
     if run.finished and not quiet:
-        print_stderr(f"{len(run.finished)} of {len(run.shards)} shards are there already")
+        print_stderr(f"{len(run.finished)} of {len(run.shards)} shards are already captioned")
     for name, problems in run.finished.items():
         failures.report_shard(name, problems)
     if any(run.finished.values()):
@@ -494,7 +494,7 @@ class FailureReporter:
         if not self.paths:
             return ""
         suffix = f" and {len(self.paths) - limit} more" if len(self.paths) > limit else ""
-        return f"; not done: {', '.join(map(format_path, self.paths[:limit]))}{suffix}"
+        return f"; not captioned: {', '.join(map(format_path, self.paths[:limit]))}{suffix}"
 
 
 class ProgressBars:
@@ -544,7 +544,7 @@ class ProgressBars:
 
 def _report_prompts(region_source: RegionSource, failures: FailureReporter, quiet: bool) -> None:
     """Report the contents of a prompts file, and its records without a usable prompt."""
-    from sca.inference.job import ListedPrompts
+    from sca.inference.caption_job import ListedPrompts
     from sca.io.images import format_path
 
     if not isinstance(region_source, ListedPrompts):
@@ -597,7 +597,7 @@ def _check_pipes(images: Sequence[str], other_inputs: Sequence[str | Path], is_s
     piped = [str(path) for path in (*images, *other_inputs) if DESCRIPTOR_PATH_PATTERN.fullmatch(str(path))]
     if piped and (is_sharded or (resume and piped[0] in images)):
         option = "--launcher" if is_sharded else "--resume"
-        raise ValueError(f"{option} needs files, and {piped[0]} can be read only once; save it to a file")
+        raise ValueError(f"{option} requires files, but {piped[0]} can be read only once; save it to a file")
 
 
 def _check_image_prefix(prefix: str, formats: Sequence[str], paths: Iterable[Path]) -> None:
@@ -606,7 +606,7 @@ def _check_image_prefix(prefix: str, formats: Sequence[str], paths: Iterable[Pat
     from sca.output.formats import LABEL_STUDIO
 
     if prefix and LABEL_STUDIO not in formats:
-        raise ValueError(f"--image-prefix is for Label Studio; add --format {LABEL_STUDIO}, or leave it out")
+        raise ValueError(f"--image-prefix requires --format {LABEL_STUDIO}; add it, or omit --image-prefix")
     for path in paths if prefix else ():
         add_image_prefix(str(path), prefix)
 
@@ -621,18 +621,18 @@ def _parse_formats(format: str | None, out: str) -> tuple[str, ...]:
     for name in formats:
         check_option_choice("format", name, OUTPUT_FORMATS)
     if not out:
-        raise ValueError(f"--format {format} needs --out: name a folder to write to")
+        raise ValueError(f"--format {format} requires --out; give an output folder")
     if out == "-" and formats != ("jsonl",):
-        raise ValueError(f"--out - writes JSONL only: name a folder to write {format} to")
+        raise ValueError(f"--out - writes JSONL only; give an output folder for {format}")
     return formats
 
 
 def _check_region_options(listed: bool, prompts: bool, everything: bool, everything_flags: dict[str, Any]) -> None:
     """Raise ValueError unless regions are listed, in a prompts file, or to be found."""
     if listed and prompts:
-        raise ValueError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
+        raise ValueError("--prompts excludes --box, --point, --mask and --region; omit one of them")
     if everything and (listed or prompts):
-        raise ValueError("--everything finds its own regions: leave out --box, --point, --mask, --region and --prompts")
+        raise ValueError("--everything excludes --box, --point, --mask, --region and --prompts; omit them")
     if everything:
         return
     unused = [f"--{name.replace('_', '-')}" for name, value in everything_flags.items() if value is not None]
@@ -640,8 +640,7 @@ def _check_region_options(listed: bool, prompts: bool, everything: bool, everyth
         raise ValueError(f"{' and '.join(unused)} can only be used with --everything")
     if not (listed or prompts):
         raise ValueError(
-            "no region to caption: point with --box, --point, --mask, --region or --prompts, or find them with "
-            "--everything"
+            "no regions to caption; give --box, --point, --mask, --region or --prompts, or find them with --everything"
         )
 
 

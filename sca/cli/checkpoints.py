@@ -45,12 +45,15 @@ def pull(
 
     for source, card_revision, prefix in _find_weight_sources(name):
         if "://" in source:
-            raise ValueError(f"{name} has its weights at {source}, from where they are fetched when it is first built")
+            raise ValueError(
+                f"the weights of {name} are at {source} and are downloaded when it is first built; sca pull supports "
+                "the hub only"
+            )
         folder = fetch_and_pin(source, revision or card_revision, prefix=prefix)
         try:
             tokenizer = find_tokenizer_source(folder, Trust(external=allow_external))
         except TrustError as error:
-            print_stderr(f"its tokenizer was not fetched: {error}")
+            print_stderr(f"the tokenizer was not downloaded: {error}")
             continue
         if tokenizer:  # a published checkpoint has the tokenizer of its language model elsewhere
             fetch_and_pin(tokenizer, include_weights=False)
@@ -168,7 +171,7 @@ def _import_checkpoint(
     if tokenizer:
         loaded_tokenizer = load_tokenizer(fetch_model_folder(tokenizer))
         if loaded_tokenizer is None:
-            raise ValueError(f"there is no tokenizer in {tokenizer}")
+            raise ValueError(f"no tokenizer in {tokenizer}; give a folder or hub id with a tokenizer")
         model.language_model.tokenizer = loaded_tokenizer
     if out.is_dir() and any(out.iterdir()) and not (overwrite or is_saved(model, out)):
         raise OutputError(f"{out} contains another checkpoint; choose another folder, or replace it with --overwrite")
@@ -188,7 +191,7 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Export a checkpoint to the published layout or as a language model."""
+    """Export a checkpoint in another layout, or its language model."""
     from sca.checkpoints.export import write_language_model, write_published_checkpoint
     from sca.checkpoints.load import load
     from sca.io.atomic import check_folder_replaceable
@@ -211,7 +214,7 @@ def _find_weight_sources(name: str) -> list[tuple[str, str | None, str]]:
     if name in zoo.list_names():
         entry = zoo.get_entry(name)
         if entry.folder:
-            raise ValueError(f"{name} comes with the package: there is nothing to fetch")
+            raise ValueError(f"{name} is included in the package; no download is needed")
         return [(entry.checkpoint, entry.revision, "")]
     sources = []
     for registry in REGISTRIES.values():
@@ -229,12 +232,12 @@ def _find_weight_sources(name: str) -> list[tuple[str, str | None, str]]:
         for each in registry.list_names()
         if registry.get_card(each).options.get("weights")
     ]
-    raise make_unknown_name_error(f"nothing that can be fetched is named {name!r}", name, [*zoo.list_names(), *names])
+    raise make_unknown_name_error(f"no downloadable weights named {name!r}", name, [*zoo.list_names(), *names])
 
 
 def _make_part(kind: str, name: str, fallback_name: str) -> object:
     """Build a registered component, or `fallback_name` with weights from a folder or Hub id."""
     from sca_registry import get_registry
-    from sca_registry.spec import Part
+    from sca_registry.spec import ComponentSpec
 
-    return Part(name) if name in get_registry(kind) else Part(fallback_name, {"weights": name})
+    return ComponentSpec(name) if name in get_registry(kind) else ComponentSpec(fallback_name, {"weights": name})

@@ -38,7 +38,10 @@ def compare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two runs on the same regions, with confidence intervals of the paired differences."""
+    """Compare two runs on the same regions.
+
+    Prints the paired differences with confidence intervals.
+    """
     from sca.evaluation.comparison import compare_runs
     from sca.output.html_page import check_page_path
 
@@ -78,7 +81,7 @@ def report(
     options = [argument for argument in arguments if ASSIGNMENT_PATTERN.match(argument)]
     predictions = [parse_input_path(argument) for argument in arguments if argument not in options]
     if not predictions:
-        raise ValueError("no predictions are named; name one run folder or predictions.jsonl, or several")
+        raise ValueError("no predictions; give run folders or predictions.jsonl files")
     check_pipes(predictions)
     check_page_path(out, predictions)
     metric_options = _parse_metric_options(options)
@@ -92,12 +95,12 @@ def _parse_metric_options(options: Sequence[str]) -> dict[str, Any]:
 
     for option in options:
         if Path(option).exists():
-            raise ValueError(f"{option} is read as an option, because of '='; write ./{option} to name the path")
+            raise ValueError(f"{option} is parsed as an option because of '='; write ./{option} for the path")
     from sca.evaluation.scoring import SHARED_OPTIONS
 
     parsed = parse_evaluation_options(options, table_names=())
     for option in parsed["dataset"]:
-        raise make_unknown_name_error(f"scores have no option {option!r}", option, SHARED_OPTIONS)
+        raise make_unknown_name_error(f"unknown metric option {option!r}", option, SHARED_OPTIONS)
     return parsed["scores"]
 
 

@@ -22,7 +22,7 @@ from sca.io.text import format_count
 
 if TYPE_CHECKING:
     from sca.io.annotations.annotation import SkipCounter
-    from sca.output.captioned import CaptionedImage
+    from sca.output.captioned_image import CaptionedImage
 
 MAX_PRINTED_ERRORS = 10  # maximum number of unreadable records to print
 ImageRoot = Annotated[
@@ -107,7 +107,7 @@ def view(
     image_root: ImageRoot = None,
     image_prefix: ImagePrefix = "",
 ) -> None:
-    """Write an HTML viewer for captions, or for two caption files side by side."""
+    """Write an HTML viewer of captions, or of two files side by side."""
     from sca.io.annotations.annotation import SkipCounter
     from sca.io.atomic import create_writable_folder
     from sca.output.html_page import check_page_path
@@ -130,7 +130,7 @@ def view(
     for problem in problems[:10]:
         print_stderr(problem)
     if problems:
-        print_stderr(f"{format_count(len(problems), 'image')} not shown; name their folder with --image-root")
+        print_stderr(f"{format_count(len(problems), 'image')} not shown; give their folder with --image-root")
     if summary := skip.summarize():
         print_stderr(summary)
     print_stderr(f"wrote {out}, {format_count(num_regions, 'region')}")
@@ -151,7 +151,7 @@ class RejectionReporter:
     def finish(self) -> None:
         """Print the total, and exit with status 1 if it is not 0."""
         if self.count:
-            print_stderr(f"left out {format_count(self.count, 'record')} that cannot be used; correct the file")
+            print_stderr(f"skipped {format_count(self.count, 'record')} that cannot be used; correct the file")
             raise typer.Exit(1)
 
 

@@ -42,13 +42,13 @@ def export(
     """Export a dataset in a public dataset's layout."""
     from sca_registry import datasets
 
-    from sca.cli.options import check_option_choice, parse_part_options, print_line
+    from sca.cli.options import check_option_choice, parse_component_options, print_line
     from sca.data.export import EXPORT_WRITERS, export_dataset
     from sca.io.atomic import check_folder_replaceable
 
     check_option_choice("format", format, tuple(EXPORT_WRITERS))
     check_folder_replaceable(out)
-    dataset_options = parse_part_options("datasets", dataset, options or ())
+    dataset_options = parse_component_options("datasets", dataset, options or ())
     datasets_by_split = {name: datasets.build(dataset, name, **dataset_options) for name in split or ["val"]}
     with _exit_if_empty():
         _report_splits(dataset, datasets_by_split)
@@ -96,11 +96,11 @@ def stats(
     """Count the images, regions, phrases and words of a dataset."""
     from sca_registry import datasets
 
-    from sca.cli.options import parse_part_options, print_json, print_table
+    from sca.cli.options import parse_component_options, print_json, print_table
     from sca.data.stats import compute_dataset_stats
     from sca.io.terminal import Table
 
-    dataset_options = parse_part_options("datasets", dataset, options or ())
+    dataset_options = parse_component_options("datasets", dataset, options or ())
     built_dataset = datasets.build(dataset, split, **dataset_options)
     statistics = {"dataset": dataset, **compute_dataset_stats(built_dataset, check_images)}
     if as_json:
@@ -141,14 +141,14 @@ def view(
     from sca_registry import datasets
     from sca_registry.overrides import parse_assignment
 
-    from sca.cli.options import parse_part_options, print_line
+    from sca.cli.options import parse_component_options, print_line
     from sca.io.run_folder import iter_existing_paths
     from sca.output.dataset_page import write_samples_page
     from sca.output.html_page import check_page_path
     from sca.training.recipe import parse_augmentation
 
     augmentation = parse_augmentation(parse_assignment(f"augment={augment}")[1], "--augment") if augment else None
-    dataset_options = parse_part_options("datasets", dataset, options or ())
+    dataset_options = parse_component_options("datasets", dataset, options or ())
     check_page_path(out, iter_existing_paths(dataset_options))
     built_dataset = datasets.build(dataset, split, **dataset_options)
     with _exit_if_empty():

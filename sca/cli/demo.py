@@ -17,7 +17,7 @@ def demo(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Model to offer: a model name, checkpoint folder or captioner. Repeatable; the first is selected.",
+            help="Model to choose from: model name, checkpoint folder or captioner. Repeatable; the first is selected.",
             rich_help_panel="Model",
         ),
     ] = None,
@@ -35,7 +35,9 @@ def demo(
     allow_host: AllowHost = None,
     root_path: Annotated[
         str,
-        typer.Option(help="URL path of the demo behind a proxy, such as /captions.", rich_help_panel="Network"),
+        typer.Option(
+            help="URL path under which a proxy exposes the demo, such as /captions.", rich_help_panel="Network"
+        ),
     ] = "",
     api_key_file: Annotated[
         Path | None,
@@ -53,7 +55,8 @@ def demo(
 ) -> None:
     """Start the web demo. Requires the extra `demo`.
 
-    The page works offline. On a loopback address it also offers the published models; elsewhere only those of --model.
+    The page works offline. On a loopback address, all published models can be selected; on other addresses, only the
+    models of --model.
     """
     import importlib.util
     import os
@@ -65,7 +68,7 @@ def demo(
     from sca.serve.sockets import is_loopback
 
     if importlib.util.find_spec("gradio") is None:
-        raise RegistryError("the demo needs gradio: pip install 'segment-caption-anything[demo]'")
+        raise RegistryError("the demo requires gradio; run pip install 'segment-caption-anything[demo]'")
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     from sca.demo.launch import run_demo
 
@@ -78,13 +81,14 @@ def demo(
         names = list(dict.fromkeys((*names, *zoo.list_names())))
     elif any_model:
         raise RegistryError(
-            f"--any-model lets everyone who reaches {host} load any folder of this machine; name models with --model"
+            f"--any-model would let anyone with access to {host} load any folder of this machine; list the models with "
+            "--model instead"
         )
 
     def report_ready(message: str) -> None:
         print_stderr(message)
         if not is_loopback(host) and not keys:
-            print_stderr(f"anyone who reaches {host} can use this demo; pass --api-key-file FILE to require a key")
+            print_stderr(f"anyone with access to {host} can use this demo; pass --api-key-file FILE to require a key")
 
     run_demo(
         names,

@@ -178,7 +178,7 @@ def score(
 
     parsed_options = parse_evaluation_options(options or (), dataset, table_names=("dataset",))
     if parsed_options["dataset"] and dataset is None:
-        raise ValueError(f"{', '.join(parsed_options['dataset'])}: options of a dataset, and no --dataset is named")
+        raise ValueError(f"dataset options {', '.join(parsed_options['dataset'])} require --dataset; add it")
     expected_dataset = {"name": dataset, **parsed_options["dataset"]} if dataset else None
     report = score_file(
         predictions, metrics and split_names(metrics), parsed_options["scores"], expected_dataset, split
@@ -196,6 +196,15 @@ def parse_evaluation_options(
     table_names: Sequence[str] = ("generation", "proposer"),
 ) -> dict[str, Any]:
     """Parse `key=value` options and group them: dataset, metrics, or one of `table_names` (kind.key=value).
+
+    Args:
+        assignments: `key=value` options.
+        dataset: Name of the dataset, to read options that take text as text.
+        proposer: Name of the proposer, for the same purpose.
+        table_names: Prefixes of options that form a table.
+
+    Returns:
+        Options by group: "dataset", "scores" and each of `table_names`.
 
     Raises:
         ValueError: An option is malformed.
@@ -226,7 +235,7 @@ def parse_evaluation_options(
         elif len(path) == 1:
             options_by_table["dataset"][path[0]] = value
         else:
-            raise ValueError(f"{assignment!r}: write option=value, or metric.option=value")
+            raise ValueError(f"{assignment!r} is not an option; write option=value, or metric.option=value")
     return options_by_table
 
 
@@ -248,13 +257,16 @@ def _evaluate_protocol(
 
     split, prompt, proposer = overridden
     if split or prompt:
-        raise ValueError(f"the protocol {protocol.name} has its own splits and prompts: leave out --split and --prompt")
+        raise ValueError(f"the protocol {protocol.name} defines its splits and prompts; omit --split and --prompt")
     metric_options = {**protocol.metric_options, **parsed_options["scores"]}
     metric_names = metrics
     if not metric_names:
         metric_names, missing = available_metrics(protocol, metric_options)
         if missing and not quiet:
-            print_stderr(f"left out {', '.join(missing)} of {protocol.name}; name one with --metrics for the reason")
+            print_stderr(
+                f"skipped the metrics {', '.join(missing)} of {protocol.name}; pass one with --metrics to see the "
+                "reason"
+            )
     reports = []
     for protocol_run in protocol.runs:
         prompting = replace(protocol_run.prompting, controls=tuple(controls), seed=seed)

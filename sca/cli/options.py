@@ -95,12 +95,15 @@ def parse_input_path(text: str) -> Path:
 def check_pipes(paths: Sequence[str | Path]) -> None:
     """Check that no pipe, such as standard input, would be read twice.
 
+    Args:
+        paths: All input paths of a command.
+
     Raises:
         ValueError: A pipe is named twice.
     """
     for path, count in Counter(str(path) for path in paths if DESCRIPTOR_PATH_PATTERN.fullmatch(str(path))).items():
         if count > 1:
-            raise ValueError(f"{path} is named {count} times, and a pipe can be read once; save it to a file")
+            raise ValueError(f"{path} is given {count} times, but a pipe can be read only once; save it to a file")
 
 
 def check_option_choice(option: str, value: str, choices: Sequence[str]) -> None:
@@ -108,7 +111,7 @@ def check_option_choice(option: str, value: str, choices: Sequence[str]) -> None
     if value not in choices:
         from sca_registry.errors import make_unknown_name_error
 
-        raise make_unknown_name_error(f"no {option} {value!r}", value, choices)
+        raise make_unknown_name_error(f"unknown {option} {value!r}", value, choices)
 
 
 def check_dtype(dtype: str | None) -> str | None:
@@ -128,7 +131,7 @@ Dtype = Annotated[
 ]
 
 
-def parse_part_options(kind: str, name: str, assignments: Sequence[str]) -> dict[str, Any]:
+def parse_component_options(kind: str, name: str, assignments: Sequence[str]) -> dict[str, Any]:
     """Parse the `key=value` options of one component, by its kind and name."""
     from sca_registry import get_registry
     from sca_registry.overrides import parse_assignments

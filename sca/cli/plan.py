@@ -54,19 +54,19 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Estimate the parameters, FLOPs and memory of a model without downloading weights.
+    """Estimate the parameters, FLOPs and memory of a model.
 
-    The model is built without weights and run on meta tensors.
+    Downloads no weights: the model is built without weights and run on meta tensors.
     """
     from sca.plan_cache import resolve_gpu_memory
 
     if gpu is not None:
         resolve_gpu_memory(gpu)  # raises for an unknown GPU
     workload = {
-        "images": batch_size,
-        "regions": regions_per_image,
-        "words": max_new_tokens,
-        "train": train,
+        "batch_size": batch_size,
+        "regions_per_image": regions_per_image,
+        "max_new_tokens": max_new_tokens,
+        "training": train,
         "gpu": gpu,
     }
     with _without_garbage_collection():
@@ -79,7 +79,7 @@ def plan(
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Disable garbage collection, which takes an eighth of the time of this short process and frees little."""
+    """Disable garbage collection, which uses an eighth of the time of this short process and frees little memory."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -131,7 +131,9 @@ def _resolve_spec(model: str, trust_remote_code: bool, allow_external: bool) -> 
     if spec is not None:
         return spec
     if model in zoo.list_names():
-        raise ValueError(f"{model} lies on the hub: plan its parts, such as sam-vit-h+query+gpt2-large")
+        raise ValueError(
+            f"the weights of {model} are on the hub; plan its components instead, such as sam-vit-h+query+gpt2-large"
+        )
     local_names = [name for name in zoo.list_names() if zoo.get_entry(name).folder]
     raise make_unknown_name_error(
         f"{model!r} is neither a folder with a {SPEC_FILE} nor encoder+mixer+language-model{suggest_path(model)}",
@@ -144,30 +146,29 @@ def _print_plan(model_plan: Plan) -> None:
     from sca.io.terminal import Table
     from sca.plan_cache import MAX_PLANNED_REGIONS
 
-    workload = "a step of training" if model_plan.train else "captioning"
-    counts = f"{model_plan.images} x {model_plan.regions} regions, {model_plan.words} tokens"
-    print_line(f"{model_plan.model}: {workload} of {counts}, {model_plan.dtype}")
-    table = Table(("stage", "GFLOP", "most memory"), right_aligned=("GFLOP", "most memory"), has_frame=False)
+    workload = "a training step with" if model_plan.training else "captioning"
+    counts = f"{model_plan.batch_size} x {model_plan.regions_per_image} regions, {model_plan.max_new_tokens} tokens"
+    print_line(f"{model_plan.model}: {workload} {counts}, {model_plan.dtype}")
+    table = Table(("stage", "GFLOP", "peak memory"), right_aligned=("GFLOP", "peak memory"), has_frame=False)
     for stage, flops in model_plan.flops.items():
         table.add_row(stage, f"{flops / 1e9:,.1f}", _format_bytes(model_plan.memory[stage]))
-    table.add_row("in all", f"{sum(model_plan.flops.values()) / 1e9:,.1f}", _format_bytes(model_plan.peak))
+    table.add_row("total", f"{sum(model_plan.flops.values()) / 1e9:,.1f}", _format_bytes(model_plan.peak_memory))
     print_table(table)
-    for part, count in model_plan.parameters.items():
-        print_line(f"{part:<16}{count:>15,}")
-    print_line(f"{'parameters':<16}{sum(model_plan.parameters.values()):>15,}  {model_plan.trainable:,} train")
-    checkpoint_size = _format_bytes(model_plan.checkpoint)
-    print_line(f"{'in float32':<16}{_format_bytes(model_plan.weights):>15}  a checkpoint of it {checkpoint_size}")
-    if model_plan.room is not None:
-        max_regions = model_plan.most_regions
-        fits = "fits" if model_plan.fits else "does not fit"
-        limit_text = (
-            f"{MAX_PLANNED_REGIONS:,} regions an image do, too"
-            if max_regions is None
-            else f"up to {max_regions:,} regions an image do"
-        )
-        region_text = limit_text if max_regions != 0 else "not one region does"
+    for group, count in model_plan.parameters.items():
+        print_line(f"{group:<16}{count:>15,}")
+    print_line(
+        f"{'parameters':<16}{sum(model_plan.parameters.values()):>15,}  {model_plan.trainable_parameters:,} trainable"
+    )
+    checkpoint_size = _format_bytes(model_plan.checkpoint_bytes)
+    print_line(f"{'float32 weights':<16}{_format_bytes(model_plan.weight_bytes):>15}  checkpoint: {checkpoint_size}")
+    if model_plan.usable_gpu_memory is not None:
+        max_regions = model_plan.max_regions_per_image
+        fits = "fits" if model_plan.fits_gpu else "does not fit"
+        limit_text = f"at least {MAX_PLANNED_REGIONS:,}" if max_regions is None else f"{max_regions:,}"
+        usable_memory = _format_bytes(model_plan.usable_gpu_memory)
         print_line(
-            f"{model_plan.gpu:<16}{_format_bytes(model_plan.room):>15}  to plan with: this {fits}; {region_text}"
+            f"{model_plan.gpu:<16}{usable_memory:>15}  usable; the workload {fits}; maximum regions per image: "
+            f"{limit_text}"
         )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sca.cli.options import PanelCommand, parse_part_options, print_line, print_stderr
+from sca.cli.options import PanelCommand, parse_component_options, print_line, print_stderr
 from sca.io.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,16 +53,16 @@ def check(
 
     Exit status 1 if a check fails.
     """
-    from sca.testing.conformance import check_part
-    from sca.testing.tiny import tiny_options
+    from sca.testing.conformance import check_component
+    from sca.testing.tiny import get_tiny_options
 
-    part_options = {**tiny_options(kind, name), **parse_part_options(kind, name, options or ())}
-    findings = check_part(kind, name, **part_options)
-    num_failed = sum(not finding.passed for finding in findings)
-    for finding in findings:
-        if not (quiet and finding.passed):
-            print_line(str(finding))
-    print_line(f"{len(findings) - num_failed} of {len(findings)} promises kept")
+    component_options = {**get_tiny_options(kind, name), **parse_component_options(kind, name, options or ())}
+    results = check_component(kind, name, **component_options)
+    num_failed = sum(not result.passed for result in results)
+    for result in results:
+        if not (quiet and result.passed):
+            print_line(str(result))
+    print_line(f"{len(results) - num_failed} of {len(results)} checks passed")
     raise typer.Exit(1 if num_failed else 0)
 
 
@@ -87,42 +87,41 @@ def doctor(
 ) -> None:
     """Check the installation and suggest repairs.
 
-    A torchvision that cannot be imported is reported before anything is tried that would fail because of it. Built-in
-    components are imported. Every component of a plugin is tried in a process of its own, as `sca check` does. Exit
-    status 1 if something is broken.
+    Built-in components are imported. Every component of a plugin is checked in a separate process, as by `sca check`.
+    A torchvision that cannot be imported is reported first. Exit status 1 if something is broken.
     """
     from sca_registry import REGISTRIES
 
-    from sca import repair
+    from sca import torchvision_fix
 
     if fix and undo_fix:
         raise ValueError("--fix and --undo-fix exclude each other; pass one of them")
     if fix or undo_fix:
         try:
-            print_line(repair.fix_torchvision() if fix else repair.remove_torchvision_fix())
+            print_line(torchvision_fix.fix_torchvision() if fix else torchvision_fix.remove_torchvision_fix())
         except InputError as error:
             print_stderr(str(error))
             raise typer.Exit(1) from error
         return
 
-    from sca.testing.isolation import try_parts
+    from sca.testing.subprocess_checks import check_components
 
     for name, value in _collect_environment():
         print_line(f"{name + ':':<17}{value}")
-    if problem := repair.diagnose_torchvision():
-        _print_section("to repair:", [problem, "then run `sca doctor` again: no component was tried"])
+    if problem := torchvision_fix.diagnose_torchvision():
+        _print_section("to repair:", [problem, "then run `sca doctor` again; no component was checked"])
         raise typer.Exit(1)
-    entries = [entry for parts in REGISTRIES.values() for entry in parts.list_entries()]
+    entries = [entry for registry in REGISTRIES.values() for entry in registry.list_entries()]
     entries = [entry for entry in entries if distribution in ("", entry.distribution)]
     if not entries:
-        raise ValueError(f"no package {distribution!r} offers a part: `sca list` shows what comes from where")
-    entries = try_parts(entries, timeout)
+        raise ValueError(f"no package {distribution!r} with components; run `sca list --long` to see all packages")
+    entries = check_components(entries, timeout)
     _print_packages(entries)
     broken_distributions = dict.fromkeys(entry.distribution for entry in entries if entry.state == "broken")
     repairs = [*map(_suggest_repair, broken_distributions), *_find_command_problems(), *_find_unknown_groups()]
     missing_extras = Counter(entry.reason for entry in entries if entry.state.startswith("needs extra"))
     _print_section("to repair:", dict.fromkeys(repairs))
-    _print_section("for more parts:", [f"{line}  ({count} of them)" for line, count in missing_extras.items()])
+    _print_section("for more components:", [f"{line}  ({count} components)" for line, count in missing_extras.items()])
     raise typer.Exit(1 if repairs else 0)
 
 
@@ -183,7 +182,7 @@ def _find_unknown_groups() -> list[str]:
 
     known_groups = {f"sca_{kind}" for kind in COMPONENT_KINDS} | {"sca_api", COMMAND_GROUP}
     return [
-        f"{distribution.metadata['Name']}: no parts are read from the entry points {entry_point.group!r}."
+        f"{distribution.metadata['Name']}: unknown entry-point group {entry_point.group!r}."
         f"{suggest_name(entry_point.group, known_groups)}"
         for distribution in distributions()
         for entry_point in distribution.entry_points
@@ -200,10 +199,13 @@ def _find_command_problems() -> list[str]:
         group.name for group in app.registered_groups
     }
     problems = []
-    for name, offers in find_plugin_commands().items():
+    for name, registrations in find_plugin_commands().items():
         if name in builtin_commands:
-            problems += [f"{each.origin}: `sca` has a command {name!r} itself; rename the plugin's" for each in offers]
-        elif problem := find_command_problem(name, offers):
+            problems += [
+                f"{each.origin}: the command {name!r} is built in; rename the command of the plugin"
+                for each in registrations
+            ]
+        elif problem := find_command_problem(name, registrations):
             problems.append(problem)
     return problems
 

@@ -41,7 +41,9 @@ def serve(
     allow_host: AllowHost = None,
     root_path: Annotated[
         str,
-        typer.Option(help="URL path of the server behind a proxy, such as /captions.", rich_help_panel="Network"),
+        typer.Option(
+            help="URL path under which a proxy exposes the server, such as /captions.", rich_help_panel="Network"
+        ),
     ] = "",
     api_key_file: Annotated[
         Path | None,
@@ -55,7 +57,12 @@ def serve(
     ] = 32,
     max_pixels: MaxPixels = 50_000_000,
     max_prompts: Annotated[
-        int, typer.Option(help="Maximum prompts per request.", min=1, rich_help_panel="Limits")
+        int,
+        typer.Option(
+            help="Maximum prompts per request, and maximum regions found in everything mode.",
+            min=1,
+            rich_help_panel="Limits",
+        ),
     ] = 4096,
     timeout: Annotated[
         float,
@@ -77,7 +84,10 @@ def serve(
     ] = 512,
     launcher: Annotated[
         str,
-        typer.Option(help="Launcher that runs the server: local, or 'ray address=auto'.", rich_help_panel="Runtime"),
+        typer.Option(
+            help="Launcher that runs the server: local, ray, or 'ray address=ADDRESS' for a cluster.",
+            rich_help_panel="Runtime",
+        ),
     ] = "local",
     num_replicas: Annotated[
         int,
@@ -93,12 +103,12 @@ def serve(
 ) -> None:
     """Serve captions over HTTP. Requires the extra `serve`.
 
-    Endpoints: POST /v1/captions, POST /v1/chat/completions, /health, /metrics; /docs describes them. Concurrent
-    requests are batched.
+    Endpoints: POST /v1/captions, POST /v1/chat/completions, GET /v1/models, GET /health and GET /metrics; their
+    documentation is at /docs. Concurrent requests are batched.
     """
     import sca_registry
     from sca_registry import RegistryError
-    from sca_registry.spec import Part
+    from sca_registry.spec import ComponentSpec
 
     from sca.launchers.local import Local
     from sca.launchers.ray import Ray
@@ -107,13 +117,13 @@ def serve(
     from sca.serve.root_path import check_root_path
     from sca.serve.sockets import is_loopback
 
-    part = Part.parse(launcher, "--launcher", "launchers")
-    built_launcher = sca_registry.launchers.build(part.name, **part.options)
+    component = ComponentSpec.parse(launcher, "--launcher", "launchers")
+    built_launcher = sca_registry.launchers.build(component.name, **component.options)
     if not isinstance(built_launcher, Local | Ray):
-        raise RegistryError(f"the launcher {part.name!r} cannot serve; choose local or ray")
+        raise RegistryError(f"the launcher {component.name!r} cannot run a server; choose local or ray")
     if num_replicas != 1 and isinstance(built_launcher, Local):
         raise ValueError(
-            f"the local launcher serves one replica of a model, not {num_replicas}; use the ray launcher for more"
+            f"the local launcher supports 1 replica, not {num_replicas}; use --launcher ray for several replicas"
         )
     server_config = ServerConfig(
         model,
@@ -140,9 +150,9 @@ def serve(
         resolve_device(device)
 
     def report_ready(url: str) -> None:
-        print_stderr(f"{model} answers at {url}; Ctrl+C ends it")
+        print_stderr(f"serving {model} at {url}; press Ctrl+C to stop")
         if not is_loopback(host) and not server_config.api_keys:
-            print_stderr(f"anyone who reaches {host} can use this server; pass --api-key-file FILE to require a key")
+            print_stderr(f"anyone with access to {host} can use this server; pass --api-key-file FILE to require a key")
 
     if isinstance(built_launcher, Ray):
         from sca.serve.ray_server import serve_on_ray

@@ -48,6 +48,9 @@ class CocoIndex(NamedTuple):
             keys: Integer fields that every annotation has, starting with its id.
             requires_categories: Whether the file must have categories.
             reject: Callback of each list for the InputError of an unusable record; a list without one raises it.
+
+        Returns:
+            The index of the file.
         """
         lists: Mapping[str, Sequence[str]] = {"images": ("id",), "annotations": keys}
         categories = ("categories",)
@@ -85,6 +88,13 @@ class CocoIndex(NamedTuple):
 
     def get_category_name(self, record: Mapping[str, Any], location: str) -> str:
         """Return the category name of an annotation or segment.
+
+        Args:
+            record: Annotation or segment.
+            location: File and record for error messages.
+
+        Returns:
+            The name of the category.
 
         Raises:
             InputError: The record has no valid category.
@@ -139,7 +149,7 @@ class Coco(TableDataset):
             self._skip(NO_CATEGORIES_REASON, str(self.annotations))
         bar.reset(len(coco_index.images))
         if self.has_class_names:
-            self.attributes = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
+            self.attribute_values = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
         image_indices = coco_index.annotations.resolve_references(
             "image_id", coco_index.images, "the images", self._reject_region
         )

@@ -56,7 +56,7 @@ class CocoPanoptic(TableDataset):
         coco_index = coco_index._replace(
             category_names={number: _strip_stuff_suffixes(name) for number, name in coco_index.category_names.items()}
         )
-        self.attributes = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
+        self.attribute_values = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
         bar.reset(len(coco_index.annotations))
         image_indices = coco_index.annotations.resolve_references(
             "image_id", coco_index.images, "the images", self._reject_image

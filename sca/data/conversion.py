@@ -12,7 +12,7 @@ another width or height.
 
 A table is a folder `data/READER-SOURCE-CONTENT` in the cache folder. SOURCE is a digest of the reader's options and the
 paths of its files; CONTENT also covers their sizes and modification times. The table of changed files replaces the old
-one. A table has shards of `IMAGES_PER_SHARD` images. `about.json` contains its `hash`, its counts of images, regions
+one. A table has shards of `IMAGES_PER_SHARD` images. `metadata.json` contains its `hash`, its counts of images, regions
 and phrases, the first sources, and the skipped records by reason.
 
 A table is written atomically. A killed conversion resumes after its last complete shard, which is kept in a hidden
@@ -78,9 +78,10 @@ class ConvertedTable:
 
     Attributes:
         reader: Name of the reader, which begins the names of its tables.
-        about: Content of `about.json`.
-        hash: SHA-256 of all images and regions, excluding file names: equal on every machine with the same data.
-        attributes: Possible values of each region attribute, such as the class names, for auxiliary losses.
+        metadata: Content of `metadata.json`.
+        content_hash: SHA-256 of all images and regions, excluding file names: equal on every machine with the same
+            data.
+        attribute_values: Possible values of each region attribute, such as the class names, for auxiliary losses.
         remarks: Phrases about the choice of images, such as how many were held out.
 
     Raises:
@@ -95,7 +96,7 @@ class ConvertedTable:
         self.split, self.images, self.max_bad = split, images, max_bad
         self.sources = list(sources)
         self._skip = SkipCounter()
-        self.attributes: dict[str, tuple[str, ...]] = {}
+        self.attribute_values: dict[str, tuple[str, ...]] = {}
         self.remarks: list[str] = []
         self._bad_image_stamps: dict[str, list[int] | None] = {}  # stamp of each unusable image
         self._empty_image_sizes: dict[str, tuple[list[int], int, int]] = {}  # stamp, width and height
@@ -121,7 +122,7 @@ class ConvertedTable:
     def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
         """Yield the inputs of `_build_row` in a fixed order.
 
-        Must be cheap, because a resumed conversion iterates over finished entries again. May set `attributes` and
+        Must be cheap, because a resumed conversion iterates over finished entries again. May set `attribute_values` and
         `remarks`, count with `_skip`, and set the total of the progress bar.
         """
         raise NotImplementedError
@@ -260,7 +261,7 @@ class ConvertedTable:
         metadata = self._read_metadata(folder)
         if metadata is None:
             return False
-        self.about, self.hash = metadata, str(metadata["hash"])
+        self.metadata, self.content_hash = metadata, str(metadata["hash"])
         self._restore_counts(metadata)
         shards = [Dataset.from_file(str(folder / _format_shard_name(number))) for number in range(metadata["shards"])]
         self._table = concatenate_datasets(shards)
@@ -332,10 +333,10 @@ class ConvertedTable:
                 writer.finalize()
             has_more = metadata["entries"] - entries_before == IMAGES_PER_SHARD
             metadata |= {"shards": metadata["shards"] + 1, "skipped": self.skipped, "examples": self.examples}
-            metadata |= {"attributes": self.attributes, "remarks": self.remarks, "names": list(names)}
+            metadata |= {"attributes": self.attribute_values, "remarks": self.remarks, "names": list(names)}
             metadata |= {"bad": self._bad_image_stamps, "measured": self._empty_image_sizes, "whole": not has_more}
             sync_path(path)
-            write_file(draft / "about.json", json.dumps(metadata, indent=1))
+            write_file(draft / "metadata.json", json.dumps(metadata, indent=1))
         self._name_by_path_hash.clear()
 
     def _try_build_row(self, entry: Any) -> dict[str, Any] | None:
@@ -387,7 +388,7 @@ class ConvertedTable:
     def _read_metadata(self, folder: Path) -> dict[str, Any] | None:
         """Read the metadata of a complete or partial table; None if there is none or it is outdated."""
         try:
-            metadata = json.loads((folder / "about.json").read_text("utf-8"))
+            metadata = json.loads((folder / "metadata.json").read_text("utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         return metadata if self._is_current(folder, metadata) else None
@@ -418,7 +419,7 @@ class ConvertedTable:
 
     def _restore_counts(self, metadata: dict[str, Any]) -> None:
         self._skip, self._bad_image_stamps = SkipCounter(metadata["skipped"], metadata["examples"]), metadata["bad"]
-        self.attributes = {name: tuple(values) for name, values in metadata["attributes"].items()}
+        self.attribute_values = {name: tuple(values) for name, values in metadata["attributes"].items()}
         self.remarks, self._empty_image_sizes = metadata["remarks"], metadata["measured"]
 
 

@@ -188,6 +188,9 @@ def make_hold_out_key(split: str, hold_out: float) -> str:
         split: Name of the split.
         hold_out: Fraction of the held-out images, from 0 to below 1.
 
+    Returns:
+        Part of the key; empty if nothing is held out.
+
     Raises:
         ValueError: The fraction is out of range, or a split other than "train" and "val" is held out.
     """

@@ -62,6 +62,9 @@ def make_annotation_record(region: Region, image_id: int, categories: dict[str, 
         region: Region.
         image_id: Id of its image.
         categories: Category ids by name, to which new names are added.
+
+    Returns:
+        The annotation, with box and mask in image pixels.
     """
     x1, y1, x2, y2 = region.box
     return {

@@ -31,6 +31,9 @@ def iter_list_elements(path: Path) -> Iterator[Any]:
     Args:
         path: JSON file.
 
+    Yields:
+        One element at a time, parsed.
+
     Raises:
         InputError: The file is unreadable, invalid, or not a list.
     """

@@ -116,7 +116,7 @@ class Jsonl(TableDataset):
                 image_indices.append(number)
         for number in line_index.check_unique_ids(self._reject_region).duplicates:
             image_indices[number] = -1
-        self.attributes = {"name": tuple(sorted(class_names))} if class_names else {}
+        self.attribute_values = {"name": tuple(sorted(class_names))} if class_names else {}
         bar.reset(len(images))
         split_names, self.remarks = choose_split(map(name_resolver.identify_file, images), self.split, self.hold_out)
         for (name, (_, image_id)), (_, lines) in zip(

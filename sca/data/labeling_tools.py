@@ -62,7 +62,7 @@ class LabelingToolDataset(TableDataset):
         annotated_images = self._merge_images(self._iter_annotated_images(), name_resolver)
         bar.reset(len(annotated_images))
         names = (each.label for image in annotated_images for each in image.annotations)
-        self.attributes = {"name": tuple(sorted({name.strip() for name in names if name and name.strip()}))}
+        self.attribute_values = {"name": tuple(sorted({name.strip() for name in names if name and name.strip()}))}
         names = [name_resolver.identify_file(image.name) for image in annotated_images]
         split_names, self.remarks = choose_split(names, self.split, self.hold_out)
         first_region_id = 0

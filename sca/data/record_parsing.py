@@ -29,6 +29,9 @@ def read_dataset_json(path: Path) -> Any:
     Args:
         path: JSON file.
 
+    Returns:
+        The parsed content.
+
     Raises:
         InputError: The file is unreadable or invalid.
     """
@@ -93,6 +96,9 @@ def parse_phrases(value: Any, key: str, location: str) -> list[str]:
         value: String, list of strings, or None for no phrases.
         key: Field for error messages.
         location: File and record for error messages.
+
+    Returns:
+        The phrases; empty for None.
 
     Raises:
         InputError: The value has another type, or cannot be encoded as UTF-8.

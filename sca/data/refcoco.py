@@ -78,7 +78,7 @@ class RefCoco(TableDataset):
             splits = dict.fromkeys(split for *_, split in refs)
             raise InputError(f"{self.refs_file} has no split {self.split!r}; it has: {', '.join(splits) or 'none'}")
         coco_index = CocoIndex.read(self.instances_file, reject=self._get_reject_callbacks())
-        self.attributes = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
+        self.attribute_values = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
         split_refs = []
         for ref, location in ((ref, location) for ref, location, split in refs if split == self.split):
             with self._catch_record_errors():

@@ -1,9 +1,9 @@
 """Synthetic scenes with exact labels, for training and evaluation without downloads.
 
-A scene is two to five shapes on a varied background. Each shape has a size, a texture, a color and a form. A region has
-the visible mask of its shape, the box of the mask, the form as its name, and phrases of a fixed grammar:
+A scene is two to five objects on a varied background. Each object has a size, a texture, a color and a shape. A region
+has the visible mask of its object, the box of the mask, the shape as its name, and phrases of a fixed grammar:
 
-    a SIZE TEXTURE COLOR FORM [RELATION a COLOR FORM]        a small striped red circle left of a blue square
+    a SIZE TEXTURE COLOR SHAPE [RELATION a COLOR SHAPE]        a small striped red circle left of a blue square
 
 `parse_statement` parses a phrase and `is_relation_true` checks its relation, so that a caption can be scored by its
 content rather than its wording. The module does not import torch.
@@ -54,7 +54,7 @@ HUES = {  # hue and its maximum jitter, in degrees
 
 
 def _build_outlines() -> dict[str, np.ndarray]:
-    """Return each form as a (P, 2) polygon, y down; the longer side of its bounding box is 1."""
+    """Return each shape as a (P, 2) polygon, y down; the longer side of its bounding box is 1."""
 
     def make_ring(radii: Iterable[float]) -> np.ndarray:
         radii = np.asarray(tuple(radii))
@@ -71,7 +71,7 @@ def _build_outlines() -> dict[str, np.ndarray]:
         "star": make_ring([1, 0.48] * 5),
         "cross": np.concatenate([corner @ np.linalg.matrix_power(quarter_turn, turns) for turns in range(4)]),
     }
-    return {form: outline / np.ptp(outline, axis=0).max() for form, outline in outlines.items()}
+    return {shape: outline / np.ptp(outline, axis=0).max() for shape, outline in outlines.items()}
 
 
 OUTLINES = _build_outlines()
@@ -83,10 +83,10 @@ class Statement(NamedTuple):
     size: str | None = None
     texture: str | None = None
     color: str | None = None
-    form: str | None = None
+    shape: str | None = None
     relation: str | None = None
     other_color: str | None = None
-    other_form: str | None = None
+    other_shape: str | None = None
 
 
 def parse_statement(text: str) -> Statement | None:
@@ -121,19 +121,23 @@ def _find_first_word(text: str, words: tuple[str, ...]) -> str | None:
 
 
 def is_relation_true(statement: Statement, region: Region, others: Iterable[Region]) -> bool:
-    """Return whether the stated relation holds to any other shape of the stated color and form.
+    """Return whether the stated relation holds to any other object of the stated color and shape.
 
     The relation is the direction along the axis with the larger distance between the centers.
 
     Args:
-        statement: Parsed phrase. Without a relation, or without both color and form of the other shape, it is not true.
+        statement: Parsed phrase. Without a relation, or without both color and shape of the other object, it is not
+            true.
         region: Region that the phrase describes.
         others: Regions of the scene, which may include `region`.
+
+    Returns:
+        True if the relation holds.
     """
     return statement.relation is not None and any(
         other.id != region.id
         and other.attributes["color"] == statement.other_color
-        and other.attributes["form"] == statement.other_form
+        and other.attributes["shape"] == statement.other_shape
         and _compute_relation(region, other)[0] == statement.relation
         for other in others
     )
@@ -153,7 +157,7 @@ def _compute_relation(region: Region, other: Region) -> tuple[str, float]:
 class _DrawnShape(NamedTuple):
     """Shape drawn on its own patch, before it is placed."""
 
-    attributes: dict[str, Any]  # color, form, size, texture
+    attributes: dict[str, Any]  # color, shape, size, texture
     alpha: np.ndarray  # (h, w) float32: covered fraction of each pixel
     solid: np.ndarray  # (h, w) bool: pixels covered by at least half
     center: np.ndarray  # (2,) x y relative to the corner of the patch
@@ -164,56 +168,56 @@ class Scenes:
     """Synthetic scenes, drawn on access and deterministic for a seed, split and index.
 
     Splits use separate random streams. Image and region ids are unique over all splits. The `attributes` of a region
-    are its color, form, size, texture, `center` (x, y) in pixels, and `visible`, the fraction of the shape that no
-    other shape covers. If its most specific phrase states a relation, they also contain `relation`, `other_color` and
-    `other_form`.
+    are its color, shape, size, texture, `center` (x, y) in pixels, and `visible`, the fraction of the object that no
+    other object covers. If its most specific phrase states a relation, they also contain `relation`, `other_color` and
+    `other_shape`.
 
     Args:
         split: "train", "val" or "test".
-        count: Number of scenes. Default: 100,000 in train, 500 in val and test.
-        size: Side of the square image in pixels, at least 32. All lengths scale with it.
+        num_images: Number of scenes. Default: 100,000 in train, 500 in val and test.
+        image_size: Side of the square image in pixels, at least 32. All lengths scale with it.
         seed: Random seed.
 
     Raises:
         InputError: The split is unknown or the size is too small.
     """
 
-    attributes: ClassVar[dict[str, tuple[str, ...]]] = {
+    attribute_values: ClassVar[dict[str, tuple[str, ...]]] = {
         "color": COLORS,
-        "form": SHAPE_NAMES,
+        "shape": SHAPE_NAMES,
         "size": SIZE_NAMES,
         "texture": TEXTURES,
         "relation": RELATIONS,
         "other_color": COLORS,
-        "other_form": SHAPE_NAMES,
+        "other_shape": SHAPE_NAMES,
     }
-    between: ClassVar[tuple[str, ...]] = (
+    relation_attributes: ClassVar[tuple[str, ...]] = (
         "relation",
         "other_color",
-        "other_form",
+        "other_shape",
     )
 
-    def __init__(self, split: str, count: int | None = None, size: int = BASE_IMAGE_SIZE, seed: int = 0):
+    def __init__(self, split: str, num_images: int | None = None, image_size: int = BASE_IMAGE_SIZE, seed: int = 0):
         if split not in DEFAULT_SPLIT_SIZES:
             raise InputError(f"no split {split!r} in scenes; there are: {', '.join(DEFAULT_SPLIT_SIZES)}")
-        if size < 32:
-            raise InputError(f"scenes of {size} pixels are too small to tell the shapes apart; the least is 32")
-        self.split, self.size, self.seed = split, size, seed
-        self.count = DEFAULT_SPLIT_SIZES[split] if count is None else count
+        if image_size < 32:
+            raise InputError(f"scenes of {image_size} pixels are too small to tell the shapes apart; the least is 32")
+        self.split, self.image_size, self.seed = split, image_size, seed
+        self.num_images = DEFAULT_SPLIT_SIZES[split] if num_images is None else num_images
         self._split_index = list(DEFAULT_SPLIT_SIZES).index(split)
-        self._scale = size / BASE_IMAGE_SIZE
-        pixel_centers = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
+        self._scale = image_size / BASE_IMAGE_SIZE
+        pixel_centers = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size - 0.5
         self._x_grid, self._y_grid = pixel_centers[None, :, None], pixel_centers[:, None, None]  # in -0.5..0.5
 
     def __len__(self) -> int:
-        return self.count
+        return self.num_images
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self.count:
-            raise IndexError(f"scene {index} of {self.count}")
+        if not 0 <= index < self.num_images:
+            raise IndexError(f"scene {index} of {self.num_images}")
         rng = np.random.default_rng([self.seed, self._split_index, int(index)])
         canvas = self._draw_background(rng)
-        shape_index_map = np.full((self.size, self.size), -1, dtype=np.int8)  # topmost shape of each pixel
+        shape_index_map = np.full((self.image_size, self.image_size), -1, dtype=np.int8)  # topmost shape of each pixel
         shape_attributes = self._place_shapes(rng, canvas, shape_index_map)
 
         canvas *= 1 + rng.uniform(-0.25, 0.25) * self._x_grid + rng.uniform(-0.25, 0.25) * self._y_grid
@@ -273,7 +277,9 @@ class Scenes:
         )
         should_overlap = rng.random() < OVERLAP_PROBABILITY
         fallback = None
-        corners = rng.integers(0, (self.size - width + 1, self.size - height + 1), size=(MAX_PLACEMENT_TRIES, 2))
+        corners = rng.integers(
+            0, (self.image_size - width + 1, self.image_size - height + 1), size=(MAX_PLACEMENT_TRIES, 2)
+        )
         for left, top in corners.tolist():
             if (np.abs(centers - shape.center - (left, top)).max(axis=1) < MIN_CENTER_DISTANCE * self._scale).any():
                 continue
@@ -292,14 +298,14 @@ class Scenes:
     def _draw_shape(self, rng: np.random.Generator) -> _DrawnShape:
         attributes = {
             "color": COLORS[rng.integers(len(COLORS))],
-            "form": SHAPE_NAMES[rng.integers(len(SHAPE_NAMES))],
+            "shape": SHAPE_NAMES[rng.integers(len(SHAPE_NAMES))],
             "size": SIZE_NAMES[rng.choice(len(SIZE_NAMES), p=SIZE_PROBABILITIES)],
             "texture": TEXTURES[rng.integers(len(TEXTURES))],
         }
         diameter = rng.uniform(*DIAMETERS[attributes["size"]]) * self._scale
         angle = math.radians(rng.uniform(-20, 20))
         rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-        outline = diameter * OUTLINES[attributes["form"]] @ rotation
+        outline = diameter * OUTLINES[attributes["shape"]] @ rotation
         center = rng.random(2) - outline.min(axis=0)
         outline = outline + center
         width, height = np.ceil(outline.max(axis=0)).astype(int).tolist()
@@ -345,7 +351,7 @@ class Scenes:
             blend = 0.5 + 0.7 * (math.cos(angle) * self._x_grid + math.sin(angle) * self._y_grid)
         elif pattern == 1:
             coarse = Image.fromarray(rng.random([rng.integers(3, 9)] * 2, dtype=np.float32))
-            blend = np.asarray(coarse.resize((self.size, self.size), Image.Resampling.BICUBIC))[..., None]
+            blend = np.asarray(coarse.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC))[..., None]
         else:
             second = first + rng.uniform(10, 26) * rng.choice((-1, 1))
             cells = rng.uniform(5, 16)
@@ -370,7 +376,7 @@ def _build_regions(
         columns, rows = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
         box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
         mask_rle = {"size": mask_rle["size"], "counts": mask_rle["counts"].decode()}
-        regions.append(Region(image_id * 16 + index, box, mask_rle, attributes["form"], (), attributes))
+        regions.append(Region(image_id * 16 + index, box, mask_rle, attributes["shape"], (), attributes))
     return tuple(_add_phrases(region, regions) for region in regions)
 
 
@@ -381,16 +387,16 @@ def _add_phrases(region: Region, regions: list[Region]) -> Region:
     unambiguous. The last relation is also added to the attributes.
     """
     attributes = dict(region.attributes)
-    description = f"a {attributes['size']} {attributes['texture']} {attributes['color']} {attributes['form']}"
+    description = f"a {attributes['size']} {attributes['texture']} {attributes['color']} {attributes['shape']}"
     phrases = [description]
     others = (other for other in regions if other.id != region.id)
     nearest = sorted(others, key=lambda other: math.dist(attributes["center"], other.attributes["center"]))[:2]
     for other in reversed(nearest):
         relation, ratio = _compute_relation(region, other)
         if ratio >= MIN_RELATION_RATIO:
-            color, shape = other.attributes["color"], other.attributes["form"]
+            color, shape = other.attributes["color"], other.attributes["shape"]
             phrases.append(f"{description} {relation} {'an' if color == 'orange' else 'a'} {color} {shape}")
-            attributes |= {"relation": relation, "other_color": color, "other_form": shape}
+            attributes |= {"relation": relation, "other_color": color, "other_shape": shape}
     return replace(region, phrases=tuple(dict.fromkeys(phrases)), attributes=attributes)
 
 

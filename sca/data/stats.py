@@ -46,7 +46,7 @@ def compute_dataset_stats(dataset: Dataset, check_images: bool = False) -> dict[
                 phrases[phrase] += 1
     return {
         "split": getattr(dataset, "split", None),
-        "hash": getattr(dataset, "hash", None),
+        "hash": getattr(dataset, "content_hash", None),
         "images": region_counts.total(),
         "regions": sum(number * times for number, times in region_counts.items()),
         "regions_an_image": _summarize_distribution(region_counts),
@@ -68,8 +68,8 @@ def compute_dataset_stats(dataset: Dataset, check_images: bool = False) -> dict[
 
 def annotations(dataset: Dataset, check_images: bool) -> Iterator[tuple[Region, ...]]:
     """Iterate over the regions of each image."""
-    if not check_images and hasattr(dataset, "annotations_of_all"):
-        return dataset.annotations_of_all()
+    if not check_images and hasattr(dataset, "iter_annotations"):
+        return dataset.iter_annotations()
     samples = iter(dataset) if hasattr(dataset, "__iter__") else map(dataset.__getitem__, range(len(dataset)))
     return (sample.regions for sample in samples)
 

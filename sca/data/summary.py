@@ -30,7 +30,7 @@ def summarize_dataset(dataset: Dataset) -> str:
     Returns:
         Such as "721 regions, 680 with captions, 11 class names, 39 images; 1 image missing: x.jpg (looked in photos)".
     """
-    metadata = getattr(dataset, "about", None)
+    metadata = getattr(dataset, "metadata", None)
     parts = [format_count(len(dataset), "image")]
     if metadata is not None:
         captioned = f"{metadata['captioned']:,} with captions"
@@ -66,6 +66,9 @@ def format_examples(names: Iterable[str], total: int) -> str:
     Args:
         names: Names, of which the first `MAX_EXAMPLES_SHOWN` are shown.
         total: Total number of names.
+
+    Returns:
+        Text such as "a.png, b.png and 3 more".
     """
     shown = [shorten(name, MAX_EXAMPLE_LENGTH, placeholder="...") for name in names][:MAX_EXAMPLES_SHOWN]
     num_more = total - len(shown)

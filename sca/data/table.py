@@ -37,6 +37,9 @@ class TableDataset(ConvertedTable):
         Args:
             index: Index of the sample.
 
+        Returns:
+            The sample.
+
         Raises:
             IndexError: The index is out of range.
             EmptyDatasetError: No image can be read.
@@ -44,16 +47,16 @@ class TableDataset(ConvertedTable):
         """
         self._check_index(index)
         for step in range(len(self)):
-            sample = self.read((index + step) % len(self))
+            sample = self.read_sample((index + step) % len(self))
             if sample is not None:
                 return sample
         raise record_parsing.EmptyDatasetError(f"no picture in {self.images} can be read; {self._summarize_skipped()}")
 
     def __iter__(self) -> Iterator[Sample]:
         """Iterate over the readable samples once."""
-        return (sample for sample in map(self.read, range(len(self))) if sample is not None)
+        return (sample for sample in map(self.read_sample, range(len(self))) if sample is not None)
 
-    def read(self, index: int) -> Sample | None:
+    def read_sample(self, index: int) -> Sample | None:
         """Read exactly one sample.
 
         Args:
@@ -84,7 +87,7 @@ class TableDataset(ConvertedTable):
                 return self._skip_image("image of another size", name, f"{name} (no region is inside it any more)")
         return Sample(image, row["image_id"], tuple(regions))
 
-    def annotations_of_all(self) -> Iterator[tuple[Region, ...]]:
+    def iter_annotations(self) -> Iterator[tuple[Region, ...]]:
         """Yield the regions of each image in order, without opening images."""
         for row in self._table:
             yield tuple(_row_to_region(region, row["width"], row["height"]) for region in row["regions"])

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import gradio as gr
 from sca_registry import zoo
 from sca_registry.contracts import TASKS, Caption
-from sca_registry.spec import DEFAULT_GENERATION, EverythingOptions, Part
+from sca_registry.spec import DEFAULT_GENERATION, ComponentSpec, EverythingOptions
 
 from sca.checkpoints.load import read_local_spec
 from sca.checkpoints.trust import Trust
 from sca.demo.session import Session
 from sca.inference.automatic import SearchProgress, resolve_everything_options
-from sca.inference.factory import captioner
+from sca.inference.factory import load_captioner
 from sca.inference.generation_options import resolve_generation_options
 from sca.io.errors import InputError
 from sca.io.hub import resolve_local_path
@@ -30,8 +30,8 @@ from sca.io.masks import PIXEL_LIMIT
 from sca.io.text import escape_markdown
 from sca.output.formats import MultiFormatWriter
 from sca.output.html_page import encode_data_uri
+from sca.serve.inference_requests import CandidateMasks, InferenceRequest, RequestDone, SchedulerError
 from sca.serve.scheduler import RequestScheduler
-from sca.serve.tickets import CandidateMasks, InferenceRequest, RequestDone, SchedulerError
 
 MAX_LOADED_MODELS = 2  # models in memory, unless more are in use
 RESPONSE_TIMEOUT_SECONDS = 300.0  # per request
@@ -42,9 +42,10 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 # Errors are displayed elsewhere; the status tracker would cover the canvas.
 CSS = '#canvas [data-testid="status-tracker"] { display: none }'
 USAGE_TEXT = (
-    "Click what you mean, draw a box, or paint. Further points belong to the same region until **New region**. With "
-    "the keyboard: arrows move a cross on the picture, Enter sets a point inside, Shift + Enter one outside."
+    "Click a point, draw a box or paint a mask. Further prompts refine the same region until you press **New region**. "
+    "Keyboard: arrow keys move a crosshair, Enter adds a foreground point, Shift + Enter adds a background point."
 )
+NO_IMAGE_MESSAGE = "no image is open; open an image or choose an example"
 
 
 class SliderValues(NamedTuple):
@@ -106,14 +107,17 @@ class ModelPool:
         self._lock, self._load_lock = threading.Lock(), threading.Lock()
 
     @contextmanager
-    def scheduler(self, name: str) -> Iterator[RequestScheduler]:
+    def acquire_scheduler(self, name: str) -> Iterator[RequestScheduler]:
         """Return the scheduler of a model for a `with` block, and load the model if necessary.
 
         Args:
             name: Name of the model.
 
+        Yields:
+            The scheduler, which stays loaded during the block.
+
         Raises:
-            ValueError: The model is not allowed or cannot be loaded; `sca.captioner` lists the errors.
+            ValueError: The model is not allowed or cannot be loaded; `sca.load_captioner` lists the errors.
         """
         self._check_model_name(name)
         scheduler = self._acquire_loaded(name)
@@ -134,6 +138,9 @@ class ModelPool:
 
         Args:
             name: Name of the model.
+
+        Returns:
+            The values of the sliders.
 
         Raises:
             ValueError: The model is not allowed, or its spec cannot be read.
@@ -161,7 +168,7 @@ class ModelPool:
     def _check_model_name(self, name: str) -> None:
         if name not in self.model_names:
             if not self.allow_any_model:
-                raise ValueError(f"no model {name!r} here; choose from {', '.join(self.model_names)}")
+                raise ValueError(f"the model {name!r} is not available; choose from {', '.join(self.model_names)}")
             _check_has_no_options(name)
 
     def _acquire_loaded(self, name: str) -> RequestScheduler | None:
@@ -174,7 +181,7 @@ class ModelPool:
 
     def _load_model(self, name: str) -> RequestScheduler:
         options = {**self.trust_options.get(name, {}), **({"dtype": self.dtype} if self.dtype else {})}
-        scheduler = RequestScheduler(captioner(name, self.device, **options))
+        scheduler = RequestScheduler(load_captioner(name, self.device, **options))
         with self._lock:
             self._schedulers[name] = scheduler
             self._num_users[name] += 1
@@ -194,8 +201,8 @@ class ModelPool:
 def _check_has_no_options(name: str) -> None:
     """Raise ValueError if a name contains options, which could trust a checkpoint; folders have none."""
     path = resolve_local_path(name)
-    if (path is None or not path.exists()) and Part.parse(name, "a model").options:
-        raise ValueError(f"the model {name!r:.80} has options; enter its name only, or pass it to --model")
+    if (path is None or not path.exists()) and ComponentSpec.parse(name, "a model").options:
+        raise ValueError(f"the model {name!r:.80} has options; enter the name only, or pass it to --model")
 
 
 def build_page(
@@ -208,6 +215,9 @@ def build_page(
         model_names: Models to choose from; the first is selected.
         examples: Paths and names of example images.
         max_pixels: Maximum pixels per image.
+
+    Returns:
+        The Gradio page.
     """
     any_model = models.allow_any_model
     package_files = files("sca.demo")
@@ -221,22 +231,22 @@ def build_page(
                 list(model_names),
                 value=model_names[0],
                 label="Model",
-                info="of the zoo, or a folder" if any_model else None,
+                info="Model name or checkpoint folder" if any_model else None,
                 allow_custom_value=any_model,
                 elem_id="model",
             )
             task = gr.Radio(list(TASKS), value="caption", label="Task", elem_id="task")
-            beams = gr.Slider(
+            num_beams = gr.Slider(
                 1,
                 max(SLIDER_MAXIMA.num_beams, initial_values.num_beams),
                 initial_values.num_beams,
                 step=1,
-                label="Beams",
+                label="Number of beams",
                 elem_id="num_beams",
             )
-        note = gr.Markdown(_describe_model_domain(model_names[0]), elem_id="note")
+        model_note = gr.Markdown(zoo.describe_domain(model_names[0]), elem_id="model-note")
         with gr.Row():
-            upload = gr.UploadButton("Open a picture", file_types=["image"], elem_id="open", scale=1)
+            upload = gr.UploadButton("Open image", file_types=["image"], elem_id="open-image", scale=1)
             gallery = gr.Gallery(
                 list(examples),
                 label="Examples",
@@ -249,27 +259,27 @@ def build_page(
                 scale=4,
             )
         with gr.Tabs():
-            with gr.Tab("Point at regions", id="prompt"):
+            with gr.Tab("Prompts", id="prompts"):
                 gr.Markdown(USAGE_TEXT)
             with gr.Tab("Everything", id="everything"), gr.Row():
-                points = gr.Slider(
+                points_per_side = gr.Slider(
                     1,
                     max(SLIDER_MAXIMA.points_per_side, initial_values.points_per_side),
                     initial_values.points_per_side,
                     step=1,
-                    label="Points along each side",
+                    label="Points per side",
                     elem_id="points_per_side",
                 )
-                iou = gr.Slider(
+                pred_iou_thresh = gr.Slider(
                     0,
                     1,
                     initial_values.pred_iou_thresh,
                     step=0.01,
-                    label="Least predicted IoU of a mask",
+                    label="Minimum predicted IoU",
                     elem_id="pred_iou_thresh",
                 )
                 with gr.Column():
-                    find_button = gr.Button("Find everything", variant="primary", elem_id="find")
+                    everything_button = gr.Button("Caption everything", variant="primary", elem_id="caption-everything")
                     cancel_button = gr.Button("Cancel", elem_id="cancel")
         status = gr.Markdown("", elem_id="status")
         canvas = gr.HTML(
@@ -277,17 +287,17 @@ def build_page(
             html_template=package_files.joinpath("canvas.html").read_text("utf-8"),
             css_template=package_files.joinpath("canvas.css").read_text("utf-8"),
             js_on_load=package_files.joinpath("canvas.js").read_text("utf-8"),
-            picture="",
+            image="",
             elem_id="canvas",
         )
         with gr.Row():
-            save_button = gr.Button("Make files to download", elem_id="save", scale=1)
-            download_files = gr.Files(label="Files", interactive=False, elem_id="files", scale=4)
+            downloads_button = gr.Button("Prepare downloads", elem_id="prepare-downloads", scale=1)
+            download_files = gr.Files(label="Downloads", interactive=False, elem_id="downloads", scale=4)
 
         def handle_canvas_event(event: gr.EventData, *inputs: Any) -> Iterator[Any]:
             yield from _caption_prompted_region(models, event._data, *inputs)
 
-        def handle_find(*inputs: Any) -> Iterator[Any]:
+        def handle_caption_everything(*inputs: Any) -> Iterator[Any]:
             yield from _caption_everything(models, *inputs)
 
         def open_example(event: gr.SelectData) -> Any:
@@ -300,7 +310,7 @@ def build_page(
             return _refresh_sliders(models, name, initial, values)
 
         session_outputs = [session, canvas, status]
-        sliders = [beams, points, iou]
+        sliders = [num_beams, points_per_side, pred_iou_thresh]
         event_options = {"show_progress": "hidden", "api_visibility": "private"}
         # Decode one image at a time to limit memory.
         decoding_options = {
@@ -318,22 +328,28 @@ def build_page(
         request_inputs = [session, model, initial_state, task]
         canvas_event = canvas.input(
             handle_canvas_event,
-            [*request_inputs, beams],
+            [*request_inputs, num_beams],
             session_outputs,
             **event_options,
             concurrency_limit=None,
             trigger_mode="multiple",  # the default drops events while a caption is pending
         )
-        find_event = find_button.click(
-            handle_find, [*request_inputs, *sliders], session_outputs, **event_options, concurrency_limit=None
+        everything_event = everything_button.click(
+            handle_caption_everything,
+            [*request_inputs, *sliders],
+            session_outputs,
+            **event_options,
+            concurrency_limit=None,
         )
-        model.change(handle_model_change, model, [note, initial_state, *sliders], **event_options)
-        for event in (canvas_event, find_event):  # the model is loaded now, so its default values are known
+        model.change(handle_model_change, model, [model_note, initial_state, *sliders], **event_options)
+        for event in (canvas_event, everything_event):  # the model is loaded now, so its default values are known
             event.success(
                 handle_model_loaded, [model, initial_state, *sliders], [initial_state, *sliders], **event_options
             )
-        cancel_button.click(lambda: "cancelled; what was found stays", None, status, cancels=[find_event, canvas_event])
-        save_button.click(_write_download_files, [session, model], download_files, api_visibility="private")
+        cancel_button.click(
+            lambda: "cancelled; captioned regions are kept", None, status, cancels=[everything_event, canvas_event]
+        )
+        downloads_button.click(_prepare_downloads, [session, model], download_files, api_visibility="private")
     return blocks
 
 
@@ -346,23 +362,18 @@ def _start_session(path: str, name: str, max_pixels: int) -> tuple[Session, Any,
     session = Session(image, Path(name).name)
     return (
         session,
-        gr.update(value=session.to_canvas_value(), picture=encode_data_uri(image)),
+        gr.update(value=session.to_canvas_value(), image=encode_data_uri(image)),
         f"{escape_markdown(session.name)}: {_format_image_size(image)}",
     )
 
 
-def _describe_model_domain(model: str) -> str:
-    """Return the note on a model of a narrow domain, in Markdown."""
-    return zoo.describe_domain(model)
-
-
 def _select_model(models: ModelPool, name: str) -> list[Any]:
-    """Return the note on a model, its slider values, and updates that set the sliders to them."""
+    """Return the note on the domain of a model, its slider values, and updates that set the sliders to them."""
     try:
         slider_values = models.get_slider_values(name)
     except ValueError as error:
         raise _make_page_error(error) from error
-    return [_describe_model_domain(name), slider_values, *slider_values.make_slider_updates()]
+    return [zoo.describe_domain(name), slider_values, *slider_values.make_slider_updates()]
 
 
 def _refresh_sliders(models: ModelPool, name: str, initial: SliderValues, values: Sequence[float]) -> list[Any]:
@@ -384,7 +395,7 @@ def _caption_prompted_region(
 ) -> Iterator[tuple[Session, Any, str]]:
     """Yield the page with the new prompt, then with its caption."""
     if session is None:
-        raise gr.Error("there is no picture yet: open one, or choose an example")
+        raise gr.Error(NO_IMAGE_MESSAGE)
     try:
         region_index = session.handle_event(canvas_event)
     except ValueError as error:
@@ -394,7 +405,7 @@ def _caption_prompted_region(
         return
     prompt = session.regions[region_index].prompt
     try:
-        with models.scheduler(model) as scheduler:
+        with models.acquire_scheduler(model) as scheduler:
             inference_request = InferenceRequest(
                 session.image,
                 [prompt],
@@ -402,15 +413,15 @@ def _caption_prompted_region(
                 generation=resolve_generation_options(
                     scheduler.captioner, num_beams=None if num_beams == initial.num_beams else int(num_beams)
                 ),
-                return_candidates=scheduler.can_find_regions,
+                return_candidates=scheduler.supports_everything,
                 timeout=RESPONSE_TIMEOUT_SECONDS,
             )
             mask_candidates: tuple[Any, ...] = ()
-            for update in scheduler.iter_events(inference_request):
-                if isinstance(update, CandidateMasks):
-                    mask_candidates = tuple(update.masks)
-                elif isinstance(update, Caption):
-                    session.add_response(prompt, update, mask_candidates)
+            for event in scheduler.iter_events(inference_request):
+                if isinstance(event, CandidateMasks):
+                    mask_candidates = tuple(event.masks)
+                elif isinstance(event, Caption):
+                    session.store_caption(prompt, event, mask_candidates)
     except (SchedulerError, ValueError) as error:
         session.revert_prompt(prompt)
         yield session, session.to_canvas_value(), ""
@@ -430,9 +441,9 @@ def _caption_everything(
 ) -> Iterator[tuple[Session, Any, str]]:
     """Yield the progress of the search, then regions as they are captioned."""
     if session is None:
-        raise gr.Error("there is no picture yet: open one, or choose an example")
+        raise gr.Error(NO_IMAGE_MESSAGE)
     try:
-        with models.scheduler(model) as scheduler:
+        with models.acquire_scheduler(model) as scheduler:
             changes = SliderValues(int(num_beams), int(points_per_side), float(pred_iou_thresh)).find_changes(initial)
             generation = resolve_generation_options(scheduler.captioner, num_beams=changes.pop("num_beams"))
             options = resolve_everything_options(scheduler.captioner, changes)
@@ -440,27 +451,29 @@ def _caption_everything(
                 session.image, (), options, task, generation, timeout=RESPONSE_TIMEOUT_SECONDS
             )
             session.clear_regions()
-            yield session, session.to_canvas_value(), "looking for regions"
+            yield session, session.to_canvas_value(), "searching for regions"
             num_unshown = 0
-            for update in scheduler.iter_events(inference_request):
-                if isinstance(update, SearchProgress):
-                    yield session, gr.skip(), f"looked at {update.done} of {update.points} points"
-                elif isinstance(update, Caption):
-                    session.add_caption(update)
+            for event in scheduler.iter_events(inference_request):
+                if isinstance(event, SearchProgress):
+                    yield session, gr.skip(), f"searched {event.processed_points} of {event.total_points} points"
+                elif isinstance(event, Caption):
+                    session.add_found_region(event)
                     num_unshown += 1
-                if num_unshown and (num_unshown >= 16 or isinstance(update, RequestDone)):
+                if num_unshown and (num_unshown >= 16 or isinstance(event, RequestDone)):
                     yield session, session.to_canvas_value(), f"{len(session.regions)} regions captioned"
                     num_unshown = 0
     except (SchedulerError, ValueError) as error:
         raise _make_page_error(error) from error
     count = len(session.regions)
-    update = f"{count} regions" if count else "nothing found: lower the least IoU, or raise the points"
-    yield session, session.to_canvas_value(), update
+    summary = (
+        f"{count} regions" if count else "no regions found; lower the minimum predicted IoU or add points per side"
+    )
+    yield session, session.to_canvas_value(), summary
 
 
-def _write_download_files(session: Session | None, model: str) -> list[str]:
+def _prepare_downloads(session: Session | None, model: str) -> list[str]:
     if session is None or not session.captions:
-        raise gr.Error("there is nothing to download yet: point at something first")
+        raise gr.Error("no captions to download; caption a region first")
     folder = Path(tempfile.mkdtemp(prefix="sca-demo-", dir=_get_upload_folder()))
     with MultiFormatWriter(folder, DOWNLOAD_FORMATS, model) as writers:
         writers.add(session.name, session.image, session.captions)

@@ -58,8 +58,8 @@ def run_demo(
     with bind_socket(host, port) as bound_socket:
         port = bound_socket.getsockname()[1]
     models = ModelPool(device, dtype, model_names, allow_any_model=allow_any_model, trust_options=trust_options)
-    with models.scheduler(model_names[0]):
-        pass  # load it now, to raise errors before the page opens and to answer the first request faster
+    with models.acquire_scheduler(model_names[0]):
+        pass  # load it now, to raise errors before the page opens and to speed up the first request
     with tempfile.TemporaryDirectory(prefix="sca-demo-") as folder:
         blocks = build_page(models, model_names, _draw_examples(Path(folder)), max_pixels)
         try:
@@ -82,7 +82,7 @@ def run_demo(
                 ssr_mode=False,
                 root_path=root_path or None,
             )
-            on_ready(f"the demo is at {url}; Ctrl+C ends it")
+            on_ready(f"serving the demo at {url}; press Ctrl+C to stop")
             blocks.block_thread()
         finally:
             blocks.close(verbose=False)
@@ -96,6 +96,6 @@ def _draw_examples(folder: Path) -> list[tuple[str, str]]:
     examples = []
     for index, seed in enumerate(EXAMPLE_SEEDS, 1):
         path = folder / f"scene-{index}.png"
-        Scenes("test", count=1, size=512, seed=seed)[0].image.save(path)
+        Scenes("test", num_images=1, image_size=512, seed=seed)[0].image.save(path)
         examples.append((str(path), path.name))
     return examples

@@ -41,7 +41,7 @@ class SessionRegion:
     mask_index: int = 0
 
     @property
-    def displayed_caption(self) -> Caption:
+    def selected_caption(self) -> Caption:
         """Caption with the selected mask."""
         if not self.masks:
             return self.caption
@@ -72,8 +72,8 @@ class Session:
         """Handle an event of the canvas.
 
         Args:
-            event: Table with `action`: "undo", "clear", "select", "choose", "point", "box" or "mask", and its arguments
-                in image pixels. A prompt with `new_region` begins a new region.
+            event: Dictionary with `action`: "undo", "clear", "select_region", "select_mask", "point", "box" or "mask",
+                and the arguments of the action in image pixels. A prompt with `new_region` begins a new region.
 
         Returns:
             Index of the region to caption; None if the event adds no prompt.
@@ -90,10 +90,10 @@ class Session:
                     self.regions, self.current_index = self.undo_history.pop()
             case "clear":
                 self._record_change((), None)
-            case "select":
-                self.current_index = self._check_region_index(event.get("region"))
-            case "choose":
-                region_index, mask_index = self._check_region_index(event.get("region")), event.get("mask")
+            case "select_region":
+                self.current_index = self._check_region_index(event.get("region_index"))
+            case "select_mask":
+                region_index, mask_index = self._check_region_index(event.get("region_index")), event.get("mask_index")
                 if region_index is not None and mask_index in range(len(self.regions[region_index].masks)):
                     self._replace_region(region_index, replace(self.regions[region_index], mask_index=mask_index))
             case "point":
@@ -102,10 +102,10 @@ class Session:
             case "box":
                 return self._add_prompt(box=event.get("box"))
             case "mask":
-                return self._add_prompt(mask=self._decode_painted_mask(event.get("png")))
+                return self._add_prompt(mask=self._decode_painted_mask(event.get("image")))
         return None
 
-    def add_response(self, prompt: Prompt, caption: Caption, mask_candidates: tuple[PredictedMask, ...]) -> None:
+    def store_caption(self, prompt: Prompt, caption: Caption, mask_candidates: tuple[PredictedMask, ...]) -> None:
         """Store the caption of a region in the current state and in the undo history. Not an undo step itself.
 
         Args:
@@ -133,7 +133,7 @@ class Session:
                 self.regions, self.current_index = regions, current
                 self.undo_history.pop()
 
-    def add_caption(self, caption: Caption) -> None:
+    def add_found_region(self, caption: Caption) -> None:
         """Add a region found by everything mode. Not an undo step."""
         region = SessionRegion(caption.prompt, replace(caption, region_id=len(self.regions)))
         self.regions = (*self.regions, region)
@@ -145,14 +145,14 @@ class Session:
     @property
     def captions(self) -> list[Caption]:
         """Captions of all captioned regions, with their selected masks."""
-        return [region.displayed_caption for region in self.regions if region.caption is not None]
+        return [region.selected_caption for region in self.regions if region.caption is not None]
 
     def to_canvas_value(self) -> dict[str, Any]:
         """Return the JSON state of the canvas."""
         return {
             "size": list(self.image.size),
-            "regions": [self._region_to_dict(number, shown) for number, shown in enumerate(self.regions)],
-            "current": self.current_index,
+            "regions": [self._region_to_dict(index, region) for index, region in enumerate(self.regions)],
+            "current_index": self.current_index,
         }
 
     def _add_prompt(
@@ -166,7 +166,7 @@ class Session:
             previous_prompt.mask if mask is None else mask,
         )
         if len(prompt.points) > MAX_POINTS:
-            raise InputError(f"a region has at most {MAX_POINTS} points; begin a new one")
+            raise InputError(f"a region has at most {MAX_POINTS} points; begin a new region")
         region = SessionRegion(check_prompt(prompt, *self.image.size))
         if self.current_index is None:
             self._record_change((*self.regions, region), len(self.regions))
@@ -179,12 +179,15 @@ class Session:
         try:
             png_bytes = base64.b64decode(str(data_url).partition(",")[2], validate=True)
             max_pixels = self.image.width * self.image.height
-            with open_image_header(io.BytesIO(png_bytes), "what was painted", max_pixels) as layer:
+            with open_image_header(io.BytesIO(png_bytes), "the painted mask", max_pixels) as layer:
                 alpha = np.asarray(layer.convert("RGBA").getchannel("A"))
         except (binascii.Error, InputError, OSError, SyntaxError) as error:
-            raise InputError("what was painted did not arrive whole; paint it again") from error
+            raise InputError("the painted mask is damaged; paint it again") from error
         if layer.size != self.image.size:
-            raise InputError(f"what was painted is {layer.size}, the picture {self.image.size}; try again")
+            raise InputError(
+                f"the painted mask is {layer.width} x {layer.height}, and the image {self.image.width} x "
+                f"{self.image.height}; paint it again"
+            )
         return alpha > 0
 
     def _check_region_index(self, value: Any) -> int | None:
@@ -198,7 +201,7 @@ class Session:
         self.regions, self.current_index = regions, current
 
     def _region_to_dict(self, region_index: int, region: SessionRegion) -> dict[str, Any]:
-        caption = region.displayed_caption if region.caption is not None else None
+        caption = region.selected_caption if region.caption is not None else None
         rle, box = (caption.mask, caption.box) if caption else (None, region.prompt.box)
         num_pixels = self.image.width * self.image.height
         area = masks.compute_mask_area(rle) if rle else (box[2] - box[0]) * (box[3] - box[1]) if box else 0
@@ -208,9 +211,9 @@ class Session:
             "points": [list(point) for point in region.prompt.points],
             "caption": caption.text if caption else "…",
             "score": None if caption is None or np.isnan(caption.score) else float(caption.score),
-            "iou": None if caption is None or caption.predicted_iou is None else float(caption.predicted_iou),
-            "share": area / num_pixels,
+            "predicted_iou": None if caption is None or caption.predicted_iou is None else float(caption.predicted_iou),
+            "area_fraction": area / num_pixels,
             "color": f"rgb{get_region_color(region_index)}",
-            "masks": [{"iou": float(mask.predicted_iou)} for mask in region.masks],
-            "chosen": region.mask_index,
+            "masks": [{"predicted_iou": float(mask.predicted_iou)} for mask in region.masks],
+            "mask_index": region.mask_index,
         }

@@ -36,8 +36,9 @@ class OpenClipEncoder(nn.Module):
         pretrained: True loads `weights`, False initializes randomly. A tag of the model in open_clip, or a file, is
             loaded instead of `weights`.
         image_size: S in pixels; None for the tower's own. Position embeddings are resized.
-        layer: Index of the block, negative from the end. The output of the last block of a plain ViT is normalized.
-        fit: "pad" or "stretch", see `ImageFormat`.
+        feature_layer: Index of the block, negative from the end. The output of the last block of a plain ViT is
+            normalized.
+        resize_mode: "pad" or "stretch", see `ImageFormat`.
         config: Fields of the tower's `vision_cfg` to override.
 
     Raises:
@@ -54,18 +55,18 @@ class OpenClipEncoder(nn.Module):
         revision: str | None = None,
         pretrained: bool | str = True,
         image_size: int | None = None,
-        layer: int = -1,
-        fit: str = "pad",
+        feature_layer: int = -1,
+        resize_mode: str = "pad",
         config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         if isinstance(pretrained, str) and weights:
-            raise ValueError(f"both weights={weights} and pretrained={pretrained} are given: leave one out")
+            raise ValueError(f"weights={weights} and pretrained={pretrained} exclude each other; omit one")
         pretrained_config = _resolve_pretrained_config(model, pretrained, weights)
         if isinstance(pretrained, str):
             weights, self.file_prefix = _resolve_weights(model, pretrained, pretrained_config)
         if weights is None and (pretrained or not model):
-            raise ValueError("there are no weights: give pretrained=TAG or a file, or weights=FOLDER or a hub id")
+            raise ValueError("no weights; give pretrained=TAG or a file, or weights=FOLDER or a hub id")
         file = fetch_weight_file(weights, revision, self.file_prefix) if pretrained else None
         folder = (
             file.parent
@@ -82,9 +83,13 @@ class OpenClipEncoder(nn.Module):
         self.source = weights  # even if the weights are not loaded
         self.checkpoint = weights if pretrained else None
         self.revision = revision
-        self.visual = IntermediateLayer(tower.trunk, layer) if hasattr(tower, "trunk") else TowerLayer(tower, layer)
+        self.visual = (
+            IntermediateLayer(tower.trunk, feature_layer)
+            if hasattr(tower, "trunk")
+            else TowerLayer(tower, feature_layer)
+        )
         image_size = image_size or max(tower.image_size) if isinstance(tower.image_size, tuple) else tower.image_size
-        self.image_format = make_image_format(image_size, preprocessing, fit)
+        self.image_format = make_image_format(image_size, preprocessing, resize_mode)
         self.channels, self.stride = probe_feature_shape(self.visual, self.image_format.size, self.visual.stride)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -140,7 +145,7 @@ def _resolve_pretrained_config(model: str | None, pretrained: bool | str, weight
         return defaults
     if open_clip.get_model_config(model) is None:
         hint = suggest_name(model, open_clip.list_models())
-        raise ValueError(f"open_clip has no model {model!r}.{hint} open_clip.list_models() gives them all")
+        raise ValueError(f"open_clip has no model {model!r}.{hint} List all models with open_clip.list_models().")
     configs_by_tag = {
         tag: open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)
     }
@@ -162,7 +167,7 @@ def _resolve_weights(model: str | None, pretrained: str, pretrained_config: Mapp
         return pretrained, OPEN_CLIP_PREFIX
     tags = open_clip.list_pretrained_tags_by_model(model) if model else []
     if pretrained not in tags:
-        problem = f"pretrained={pretrained} is no file here, and open_clip has no such weights of {model!r}"
+        problem = f"pretrained={pretrained} is neither a file nor a tag of the open_clip model {model!r}"
         raise ValueError(f"{problem}.{suggest_name(pretrained, tags)}{format_choices(tags)}")
     name, _, file = pretrained_config["hf_hub"].rpartition("/")
     return name, "" if file else OPEN_CLIP_PREFIX
@@ -179,7 +184,7 @@ def _read_preprocessing(folder: Path | None) -> dict[str, Any]:
                 len(preprocessing[field]) != 3
                 or not all(isinstance(each, float | int) for each in preprocessing[field])
             ):
-                raise ValueError(f"{field} of preprocess_cfg is {preprocessing[field]!r}, and three numbers are needed")
+                raise ValueError(f"{field} of preprocess_cfg is {preprocessing[field]!r}; it must be three numbers")
         return preprocessing
 
 

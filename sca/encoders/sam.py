@@ -102,11 +102,14 @@ def build_sam_config(weights: str | None, revision: str | None, config: Mapping[
         revision: Revision of the hub id.
         config: Fields that differ from transformers' defaults.
 
+    Returns:
+        The configuration of transformers.
+
     Raises:
         ValueError: Neither `weights` nor `config` is set.
     """
     if config is None and weights is None:
-        raise ValueError("there are neither weights nor a config: give weights=facebook/sam-vit-base, or a folder")
+        raise ValueError("neither weights nor config is set; give weights=facebook/sam-vit-base, or a folder")
     full_config = SamConfig(**config) if config is not None else fetch_pretrained_config(SamConfig, weights, revision)
     full_config.vision_config._attn_implementation = "sdpa"
     full_config.vision_config.initializer_range = INITIALIZER_RANGE

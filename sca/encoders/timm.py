@@ -39,9 +39,9 @@ class TimmEncoder(nn.Module):
         revision: Revision of the hub id.
         pretrained: Load the weights; False initializes randomly.
         image_size: S in pixels; None for the backbone's own. Position embeddings are resized.
-        layer: Index of the block or stage, negative from the end. The output of the last block of a plain ViT is
-            normalized.
-        fit: "pad" or "stretch", see `ImageFormat`.
+        feature_layer: Index of the block or stage, negative from the end. The output of the last block of a plain ViT
+            is normalized.
+        resize_mode: "pad" or "stretch", see `ImageFormat`.
         config: Arguments of the backbone to override.
 
     Raises:
@@ -57,8 +57,8 @@ class TimmEncoder(nn.Module):
         revision: str | None = None,
         pretrained: bool | str = True,
         image_size: int | None = None,
-        layer: int = -1,
-        fit: str = "pad",
+        feature_layer: int = -1,
+        resize_mode: str = "pad",
         config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
@@ -69,16 +69,16 @@ class TimmEncoder(nn.Module):
             pretrained_config = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
             if pretrained_config is None:
                 hint = suggest_name(model, timm.list_models())
-                raise ValueError(f"timm has no model {model!r}.{hint} timm.list_models() gives them all")
+                raise ValueError(f"timm has no model {model!r}.{hint} List all models with timm.list_models().")
             weights = weights or pretrained_config.hf_hub_id
         if not isinstance(pretrained, bool):
             raise ValueError(
-                f"pretrained={pretrained!r}: give true or false; a tag belongs to the model, model=NAME.TAG"
+                f"pretrained is {pretrained!r}; give true or false, and a tag with the model: model=NAME.TAG"
             )
         if "num_classes" in (config or {}):
-            raise ValueError("num_classes is the weights' business: leave it out, the classifier is not kept")
+            raise ValueError("num_classes cannot be set, because the classifier is removed; omit it")
         if weights is None and (pretrained or not model):
-            raise ValueError("there are no weights: give weights=FOLDER or a hub id, or another model")
+            raise ValueError("no weights; give weights=FOLDER or a hub id, or another model")
         backbone_options = dict(config or {})
         if (
             pretrained
@@ -86,10 +86,10 @@ class TimmEncoder(nn.Module):
             and pretrained_config.license in RESTRICTED_LICENSES
             and not list_usage_terms(weights)
         ):
-            logger.warning("sca: %s: its license is %s", weights, pretrained_config.license)
+            logger.warning("sca: the license of %s is %s", weights, pretrained_config.license)
         file = fetch_weight_file(weights, revision) if pretrained else None
         if not model and find_local_file(weights) is not None:
-            raise ValueError(f"which model {weights} is of has to be said: model=NAME")
+            raise ValueError(f"the model of {weights} is unknown; give model=NAME")
         folder_config = _read_folder_config(
             file.parent if file else fetch_model_folder(weights, revision, include_weights=False) if not model else None
         )
@@ -114,7 +114,7 @@ class TimmEncoder(nn.Module):
         self.source = weights  # even if the weights are not loaded
         self.checkpoint = weights if pretrained else None
         self.revision = revision
-        self.backbone = IntermediateLayer(backbone, layer)
+        self.backbone = IntermediateLayer(backbone, feature_layer)
         preprocessing = backbone.pretrained_cfg
         image_size = (
             image_size
@@ -122,7 +122,7 @@ class TimmEncoder(nn.Module):
             or (not model and folder_config.image_size)
             or preprocessing["input_size"][-1]
         )
-        self.image_format = make_image_format(image_size, preprocessing, fit)
+        self.image_format = make_image_format(image_size, preprocessing, resize_mode)
         self.channels, self.stride = probe_feature_shape(self.backbone, self.image_format.size, self.backbone.stride)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class IntermediateLayer(nn.Module):
         super().__init__()
         name = type(backbone).__name__
         if not hasattr(backbone, "forward_intermediates"):
-            raise ValueError(f"{name} gives nothing but its last output: choose another backbone")
+            raise ValueError(f"{name} does not return intermediate features; choose another backbone")
         self.layer_index, is_last = resolve_layer(layer, len(backbone.feature_info), name)
         # only the last block of a plain ViT, whose blocks all have the same stride
         self.normalize = is_last and len({info["reduction"] for info in backbone.feature_info}) == 1
@@ -188,16 +188,21 @@ def _read_folder_config(folder: Path | None) -> _FolderConfig:
         )
 
 
-def make_image_format(size: int, preprocessing: Mapping[str, Any], fit: str) -> ImageFormat:
+def make_image_format(size: int, preprocessing: Mapping[str, Any], resize_mode: str) -> ImageFormat:
     """Return the image format of pretrained weights.
 
     Args:
         size: Side of the input frame in pixels.
         preprocessing: `mean`, `std` and `interpolation` of the weights.
-        fit: "pad" or "stretch".
+        resize_mode: "pad" or "stretch".
+
+    Returns:
+        The image format.
     """
     resample = "bicubic" if preprocessing["interpolation"] == "bicubic" else "bilinear"
-    return ImageFormat(size, tuple(preprocessing["mean"]), tuple(preprocessing["std"]), resample=resample, fit=fit)
+    return ImageFormat(
+        size, tuple(preprocessing["mean"]), tuple(preprocessing["std"]), resample=resample, resize_mode=resize_mode
+    )
 
 
 def resolve_layer(layer: int, num_layers: int, name: str) -> tuple[int, bool]:
@@ -215,5 +220,7 @@ def resolve_layer(layer: int, num_layers: int, name: str) -> tuple[int, bool]:
         ValueError: The layer does not exist.
     """
     if not -num_layers <= layer < num_layers:
-        raise ValueError(f"no layer {layer}: {name} has {num_layers}, from 0, or from -1 backwards")
+        raise ValueError(
+            f"layer {layer} is out of range; {name} has {num_layers} layers, from {-num_layers} to {num_layers - 1}"
+        )
     return layer % num_layers, layer % num_layers == num_layers - 1

@@ -24,7 +24,7 @@ class TinyVit(nn.Module):
         output_channels: Feature channels.
         stem_channels: Channels at 1/2 and 1/4 of the resolution.
         stem_blocks: Residual convolution blocks at 1/4 of the resolution.
-        fit: "pad" or "stretch", see `ImageFormat`.
+        resize_mode: "pad" or "stretch", see `ImageFormat`.
 
     Raises:
         ValueError: `image_size` is not a multiple of 8.
@@ -43,12 +43,12 @@ class TinyVit(nn.Module):
         output_channels: int = 96,
         stem_channels: tuple[int, int] = (32, 64),
         stem_blocks: int = 1,
-        fit: str = "pad",
+        resize_mode: str = "pad",
     ):
         super().__init__()
         if image_size % self.stride:
             raise ValueError(f"image_size {image_size} must be a multiple of the stride {self.stride}")
-        self.image_format = ImageFormat(size=image_size, fit=fit)
+        self.image_format = ImageFormat(size=image_size, resize_mode=resize_mode)
         self.channels = output_channels
         half_channels, quarter_channels = stem_channels
         self.stem = nn.Sequential(

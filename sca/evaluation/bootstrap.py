@@ -61,6 +61,9 @@ def has_enough_images(groups: np.ndarray) -> bool:
 
     Args:
         groups: (R,) image of each row.
+
+    Returns:
+        True if the number of different images suffices.
     """
     return len(np.unique(groups)) >= MIN_IMAGES
 

@@ -117,6 +117,9 @@ def compare_runs(
         metric_options: See `sca.evaluation.scoring.score_records`.
         sort_by: Score that ranks the regions. Defaults to the most informative one available.
 
+    Returns:
+        The paired differences of the scores, and the ranked regions.
+
     Raises:
         InputError: The runs have different regions or ground truth.
         ValueError: The score `sort_by` does not exist.
@@ -168,6 +171,13 @@ def label_reports(reports: Sequence[EvaluationReport]) -> list[EvaluationReport]
 
 def choose_score(score_name: str | None, available: Sequence[str]) -> str | None:
     """Return the requested score, or by default the first available one.
+
+    Args:
+        score_name: Requested score; None for the default.
+        available: Available scores, the most informative first.
+
+    Returns:
+        The name of the score; None if none is available.
 
     Raises:
         ValueError: The requested score is not available.

@@ -17,9 +17,9 @@ import sca_registry
 from PIL import Image
 from sca_registry.contracts import Captioner, Dataset, Region
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
-from sca_registry.spec import Part, check_generation
+from sca_registry.spec import ComponentSpec, check_generation
 
-from sca.checkpoints.state import hash_weights
+from sca.checkpoints.tensors import hash_weights
 from sca.data.summary import check_dataset_not_empty, summarize_dataset
 from sca.evaluation.predictions import DenseCaptioningOptions, PromptingOptions, predict_dataset
 from sca.evaluation.predictions_file import (
@@ -36,7 +36,7 @@ from sca.evaluation.scoring import ImageLoader, ScoringResult, check_metrics, co
 from sca.evaluation.validation import check_dataset_regions, check_predictions, fill_defaults
 from sca.inference.automatic import SEARCH_VERSION
 from sca.inference.engine import Engine
-from sca.inference.factory import captioner as open_captioner
+from sca.inference.factory import load_captioner
 from sca.inference.predictor import Predictor
 from sca.io.errors import DifferentRunError, InputError
 from sca.io.run_folder import RunFolder, iter_existing_paths
@@ -148,7 +148,7 @@ class EvaluationReport:
 
 def evaluate(
     model: str | Path | SegmentCaptioner | Captioner,
-    dataset: str | Mapping[str, Any] | Part | Dataset,
+    dataset: str | Mapping[str, Any] | ComponentSpec | Dataset,
     split: str = "val",
     *,
     prompting: PromptingOptions | None = None,
@@ -171,7 +171,7 @@ def evaluate(
     share of the images; the first one scores.
 
     Args:
-        model: Anything that `sca.captioner` accepts, a built model, or an object with a method `caption`.
+        model: Anything that `sca.load_captioner` accepts, a built model, or an object with a method `caption`.
         dataset: A registered name, a table of a name and options such as `{"name": "coco", "root": FOLDER}`, or a built
             dataset.
         split: Split of a dataset passed by name; a built dataset has its own.
@@ -213,7 +213,7 @@ def evaluate(
     model_name, captioner = _resolve_captioner(model, device, trust_options)
     if isinstance(captioner, Engine):
         check_generation("generation", prompting.generation, captioner.model.language_model.generate)
-    proposer_part = Part.from_dict(proposer, "proposer") if proposer is not None else None
+    proposer_part = ComponentSpec.from_dict(proposer, "proposer") if proposer is not None else None
     prompting_options: PromptingOptions | DenseCaptioningOptions = prompting
     if proposer_part is not None:
         built_proposer = sca_registry.proposers.build(proposer_part.name, **proposer_part.options)
@@ -224,7 +224,7 @@ def evaluate(
         "dataset": dataset_name,
         "options": dataset_options,
         "split": split,
-        "data": getattr(built_dataset, "hash", None),
+        "data": getattr(built_dataset, "content_hash", None),
         "images": len(built_dataset),
         "prompt": None if proposer_part else prompting.prompt,
         "proposer": proposer_part and proposer_part.to_dict(),
@@ -311,7 +311,7 @@ def score_file(
     path: str | Path,
     metrics: Sequence[str] | None = None,
     metric_options: Mapping[str, Any] | None = None,
-    dataset: str | Mapping[str, Any] | Part | Dataset | None = None,
+    dataset: str | Mapping[str, Any] | ComponentSpec | Dataset | None = None,
     split: str = "val",
 ) -> EvaluationReport:
     """Score a predictions file, or the folder of one, without the model.
@@ -325,6 +325,9 @@ def score_file(
         dataset: Dataset whose regions the file must contain, as in `evaluate`; None skips this check.
         split: Split of a dataset passed by name.
 
+    Returns:
+        The scores of the predictions and of each control.
+
     Raises:
         InputError: The scores would be wrong: regions are missing, duplicated or unknown, boxes are invalid, references
             are missing, or the run has not ended.
@@ -335,7 +338,10 @@ def score_file(
         built_dataset = _resolve_dataset(dataset, split)[-1]
         samples = filter(
             None,
-            (getattr(built_dataset, "read", built_dataset.__getitem__)(place) for place in range(len(built_dataset))),
+            (
+                getattr(built_dataset, "read_sample", built_dataset.__getitem__)(place)
+                for place in range(len(built_dataset))
+            ),
         )
         region_keys = (
             (sample.image_id, region.id) for sample in samples for region in sample.regions if _has_any_truth(region)
@@ -359,7 +365,7 @@ def make_run_image_loader(run: Mapping[str, Any]) -> ImageLoader | None:
     def load_image(record: Record) -> Image.Image:
         if not loaders:
             dataset = sca_registry.datasets.build(run["dataset"], run["split"], **run["options"])
-            if getattr(dataset, "hash", None) != run["data"]:
+            if getattr(dataset, "content_hash", None) != run["data"]:
                 raise InputError(
                     f"the dataset {run['dataset']} {run['split']} is not the one that was asked about: another content"
                 )
@@ -375,7 +381,7 @@ def _make_image_loader(dataset: Dataset) -> ImageLoader:
 
     def load_image(record: Record) -> Image.Image:
         if cached[0] != record["index"]:
-            sample = getattr(dataset, "read", dataset.__getitem__)(record["index"])
+            sample = getattr(dataset, "read_sample", dataset.__getitem__)(record["index"])
             if sample is None or sample.image_id != record["image_id"]:
                 raise InputError(f"image {record['image_id']} cannot be read where it was, at {record['index']}")
             cached[:] = record["index"], sample.image
@@ -410,7 +416,7 @@ def _build_report(
 
 def _resolve_captioner(model: Any, device: str, trust_options: Mapping[str, bool]) -> tuple[str, Captioner]:
     if isinstance(model, str | Path):
-        return str(model), open_captioner(model, device, **trust_options)
+        return str(model), load_captioner(model, device, **trust_options)
     if isinstance(model, Predictor):
         model = model.engine
     if isinstance(model, Engine):
@@ -427,7 +433,7 @@ def _get_captioner_identity(captioner: Captioner, generation: Mapping[str, Any])
             "spec": spec.to_dict(),
             "generation": {**spec.generation, **generation},
         }
-    return {"weights": None, "spec": getattr(captioner, "facts", None), "generation": dict(generation)}
+    return {"weights": None, "spec": getattr(captioner, "metadata", None), "generation": dict(generation)}
 
 
 def _get_model_name(model: Any) -> str:
@@ -438,9 +444,9 @@ def _get_model_name(model: Any) -> str:
 
 def _resolve_dataset(dataset: Any, split: str) -> tuple[str, str, dict[str, Any], Dataset]:
     """Return the name, split, options and the dataset itself."""
-    if not isinstance(dataset, str | Mapping | Part):
+    if not isinstance(dataset, str | Mapping | ComponentSpec):
         return type(dataset).__name__, getattr(dataset, "split", ""), {}, dataset
-    part = dataset if isinstance(dataset, Part) else Part.from_dict(dataset, "dataset")
+    part = dataset if isinstance(dataset, ComponentSpec) else ComponentSpec.from_dict(dataset, "dataset")
     built_dataset = sca_registry.datasets.build(part.name, split, **part.options)
     return part.name, split, dict(part.options), built_dataset
 

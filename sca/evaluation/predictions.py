@@ -201,12 +201,15 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], limit: int | None = No
     """Yield the task and ground truth of each record of a dataset without predicting.
 
     Args:
-        dataset: Any dataset. Its images are not opened. A dataset without `annotations_of_all` yields nothing.
+        dataset: Any dataset. Its images are not opened. A dataset without `iter_annotations` yields nothing.
         tasks: Tasks as in `PromptingOptions`.
         limit: Maximum images. Defaults to all.
+
+    Yields:
+        Records without captions, in the order of the dataset.
     """
-    if hasattr(dataset, "annotations_of_all"):
-        for regions in islice(dataset.annotations_of_all(), limit):
+    if hasattr(dataset, "iter_annotations"):
+        for regions in islice(dataset.iter_annotations(), limit):
             for region in regions:
                 yield from (
                     {"task": task, "truth": _make_truth(region)} for task in tasks if _has_truth_for_task(region, task)
@@ -224,7 +227,7 @@ def predict_dataset(
 ) -> Iterator[PredictedBatch]:
     """Caption the regions of a dataset in batches of fixed composition.
 
-    Images that a dataset with a method `read` cannot read have no records.
+    Images that a dataset with a method `read_sample` cannot read have no records.
 
     Args:
         captioner: Any captioner.
@@ -259,7 +262,7 @@ def _iter_predicted_batches(
     skip: Callable[[int], bool],
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[PredictedBatch]:
-    read_sample = getattr(dataset, "read", dataset.__getitem__)
+    read_sample = getattr(dataset, "read_sample", dataset.__getitem__)
     for batch in batches:
         if indices := [index for index in batch if not skip(index)]:
             samples = [(index, sample) for index in indices if (sample := read_sample(index)) is not None]

@@ -131,6 +131,9 @@ def read_predictions(path: str | Path) -> Predictions:
     Args:
         path: Predictions file or its folder.
 
+    Returns:
+        The contents of the file.
+
     Raises:
         InputError: The file does not exist, is not JSON Lines, or belongs to a run that has not ended.
     """
@@ -163,6 +166,12 @@ def read_predictions(path: str | Path) -> Predictions:
 def read_run(path: Path) -> Mapping[str, Any] | None:
     """Return the run header of a predictions file; None if the file does not exist or its first line is torn.
 
+    Args:
+        path: Predictions file.
+
+    Returns:
+        The run header.
+
     Raises:
         InputError: The file was not written by `sca evaluate`.
     """
@@ -175,6 +184,10 @@ def read_run(path: Path) -> Mapping[str, Any] | None:
 
 def check_same_runs(folder: Path, run: Mapping[str, Any]) -> None:
     """Check that the predictions in a folder belong to this run, so that it can resume.
+
+    Args:
+        folder: Folder of the predictions.
+        run: Run header of the new run.
 
     Raises:
         DifferentRunError: They belong to a different run.

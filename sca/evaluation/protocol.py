@@ -97,6 +97,12 @@ def list_protocols() -> list[str]:
 def read_protocol(name: str) -> EvaluationProtocol:
     """Read a bundled protocol.
 
+    Args:
+        name: Name of the protocol.
+
+    Returns:
+        The protocol.
+
     Raises:
         RegistryError: No protocol has this name.
     """
@@ -113,6 +119,9 @@ def available_metrics(protocol: EvaluationProtocol, settings: Mapping[str, Any])
     Args:
         protocol: The protocol.
         settings: Options of metrics, such as `semantic.model`.
+
+    Returns:
+        The names of the available metrics, and those of the others.
 
     Raises:
         RegistryError: No metric can be computed; the error is that of the first.
@@ -138,6 +147,9 @@ def build_comparison_table(run: ProtocolRun, model: str, scores: Mapping[str, fl
         model: Name of the measured model.
         scores: Measured scores by name.
         source: Source of the published scores.
+
+    Returns:
+        The table.
     """
     from sca.io.terminal import Table
 

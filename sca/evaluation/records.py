@@ -47,6 +47,9 @@ def require_records(records: Sequence[Record], needs: Sequence[str], metric: str
         needs: Needs of the metric, see the module docstring.
         metric: Name of the metric in the message.
 
+    Returns:
+        The records, in their order; at least one.
+
     Raises:
         ValueError: No record meets every need.
     """

@@ -25,7 +25,7 @@ from sca.evaluation.comparison import (
 from sca.evaluation.evaluate import EvaluationReport
 from sca.io import masks
 from sca.output.contours import mask_to_svg_path
-from sca.output.html_page import MAX_SHARP_SIDE, encode_data_uri, render_template
+from sca.output.html_page import MAX_PIXELATED_SIDE, encode_data_uri, render_template
 
 REGIONS_PER_GROUP = 8  # regions per group
 FIGURE_COLUMNS = 6  # regions in the figure
@@ -35,23 +35,23 @@ MAX_CROP_SIDE = 320  # pixels
 
 
 class RegionCrop(NamedTuple):
-    """A region and its surroundings for the template macro `region`, in image pixels."""
+    """A region and its surroundings for the template macro `render_region`, in image pixels."""
 
     label: str
-    picture: str  # data URI of the crop
-    is_sharp: bool  # whether the crop is displayed without smoothing
-    frame: tuple[int, int, int, int]  # left, top, width and height of the crop
+    image_uri: str  # data URI of the crop
+    is_pixelated: bool  # whether the crop is displayed without smoothing
+    view_box: tuple[int, int, int, int]  # left, top, width and height of the crop
     box: Sequence[float]  # x1, y1, x2, y2
-    contours: list[tuple[str, str]]  # kind ("mask" or "true") and SVG path data
+    contours: list[tuple[str, str]]  # CSS class ("mask" or "ground-truth") and SVG path data
 
 
 class RegionCard(NamedTuple):
     """A region with its captions and ground truth."""
 
-    view: RegionCrop | None
-    answers: list[tuple[str, str]]  # label and caption
-    true: str
-    facts: str
+    crop: RegionCrop | None
+    captions: list[tuple[str, str]]  # label and caption
+    ground_truth: str
+    details: str
 
 
 class ScoreHistogram(NamedTuple):
@@ -61,7 +61,7 @@ class ScoreHistogram(NamedTuple):
     heights: list[float]
     low: float
     high: float
-    regions: int
+    num_regions: int
 
 
 def render_report(reports: Sequence[EvaluationReport], sort_by: str | None = None, seed: int = 0) -> str:
@@ -120,7 +120,7 @@ def render_comparison(comparison: RunComparison) -> str:
         remarks=comparison.remarks,
         headings=["score", first.name, second.name, "difference", "95 % interval"],
         rows=rows,
-        by=comparison.sorted_by,
+        score_name=comparison.sorted_by,
         groups=[
             (heading, [_make_change_card(cropper, comparison, each) for each in region_changes])
             for heading, region_changes in (("Gained most", gains), ("Lost most", losses))
@@ -179,10 +179,10 @@ def _build_figure(reports: Sequence[EvaluationReport], score_name: str, seed: in
     ]
     rows.append(
         (
-            "true",
+            "ground truth",
             [
                 (
-                    cropper.make_crop(records_by_report[0][key], ("true",)),
+                    cropper.make_crop(records_by_report[0][key], ("ground-truth",)),
                     _format_ground_truth(records_by_report[0][key]),
                 )
                 for key in sampled_keys
@@ -202,9 +202,9 @@ def _build_ranking(
     cropper = _RegionCropper(report)
     groups = []
     for heading, keys in (
-        ("best", ranked_keys[::-1][:REGIONS_PER_GROUP]),
-        ("worst", ranked_keys[:REGIONS_PER_GROUP]),
-        ("at random", sampled_keys),
+        ("Best", ranked_keys[::-1][:REGIONS_PER_GROUP]),
+        ("Worst", ranked_keys[:REGIONS_PER_GROUP]),
+        ("Random", sampled_keys),
     ):
         groups.append(
             (heading, [_make_card(cropper, records[key], f"{score_name} {region_scores[key]:.3f}") for key in keys])
@@ -240,9 +240,17 @@ class _RegionCropper:
         self.problem = "" if report.load_image else "the predictions do not contain the location of the images"
 
     def make_crop(
-        self, record: Mapping[str, Any], contour_kinds: Sequence[str] = ("mask", "true")
+        self, record: Mapping[str, Any], contour_classes: Sequence[str] = ("mask", "ground-truth")
     ) -> RegionCrop | None:
-        """Crop a region with its ground-truth box and contours of the predicted ("mask") or true ("true") mask."""
+        """Crop a region with its ground-truth box and the contours of its predicted and ground-truth masks.
+
+        Args:
+            record: Prediction record.
+            contour_classes: Contours to draw: "mask" for the predicted mask, "ground-truth".
+
+        Returns:
+            The crop; None without an image or a ground-truth box.
+        """
         image, box = self._open_image(record), record["truth"]["box"]
         if image is None or box is None:
             return None
@@ -251,15 +259,15 @@ class _RegionCropper:
         left, top = max(0, int(x1 - margin)), max(0, int(y1 - margin))
         right, bottom = min(image.width, round(x2 + margin) + 1), min(image.height, round(y2 + margin) + 1)
         view_box = left, top, right - left, bottom - top
-        rles = {"mask": record["mask"], "true": record["truth"]["mask"]}
+        rles = {"mask": record["mask"], "ground-truth": record["truth"]["mask"]}
         contour_paths = [
-            (kind, path)
-            for kind, rle in rles.items()
-            if kind in contour_kinds and rle and (path := mask_to_svg_path(masks.decode_rle(rle)))
+            (contour_class, path)
+            for contour_class, rle in rles.items()
+            if contour_class in contour_classes and rle and (path := mask_to_svg_path(masks.decode_rle(rle)))
         ]
         image_uri = encode_data_uri(image.crop((left, top, right, bottom)), MAX_CROP_SIDE)
         return RegionCrop(
-            _format_region_id(record), image_uri, max(view_box[2:]) <= MAX_SHARP_SIDE, view_box, box, contour_paths
+            _format_region_id(record), image_uri, max(view_box[2:]) <= MAX_PIXELATED_SIDE, view_box, box, contour_paths
         )
 
     def _open_image(self, record: Mapping[str, Any]) -> Image.Image | None:

@@ -30,7 +30,7 @@ def check_has_truth(
     Raises:
         ValueError: No region has ground truth for any task.
     """
-    if hasattr(dataset, "annotations_of_all") and next(draft_records(dataset, tasks, limit), None) is None:
+    if hasattr(dataset, "iter_annotations") and next(draft_records(dataset, tasks, limit), None) is None:
         raise ValueError(describe_missing_truth(dataset, dataset_name, tasks))
 
 
@@ -121,7 +121,7 @@ def _find_metric_problem(metric: str, dataset: Dataset, limit: int | None) -> st
 def _find_missing_needs(metric: str, dataset: Dataset, tasks: Sequence[str], limit: int | None) -> str | None:
     """Return why no record of a dataset can meet a metric's needs; None if one can or if it is unknown."""
     dataset_needs = [
-        need for need in sca_registry.metrics.get_declared(metric, "needs") or () if _is_dataset_need(need)
+        need for need in sca_registry.metrics.get_declared(metric, "required_fields") or () if _is_dataset_need(need)
     ]
     if next(draft_records(dataset, tasks, limit), None) is None:
         return None

@@ -115,6 +115,9 @@ def score_records(
         run: The run header of the predictions file, for the protocol of the scores.
         load_image: Returns the image of a record, for metrics that need it.
 
+    Returns:
+        The scores, and the reasons for metrics that were left out.
+
     Raises:
         ValueError: An input of a metric in `metrics` is missing.
         RegistryError: An unknown metric or option.
@@ -137,7 +140,7 @@ def score_records(
                 raise
             skipped_metrics[name] = str(error)
             continue
-        scores_controls = getattr(metric, "whole", False)
+        scores_controls = getattr(metric, "includes_controls", False)
         for control in [None] if scores_controls else controls:
             scored_records = (
                 records if scores_controls else [record for record in records if record.get("control") == control]
@@ -233,16 +236,16 @@ def _build_metric(name: str, metric_options: Mapping[str, Any]) -> tuple[Metric,
 
 
 def _find_missing_inputs(metric: Metric, records: Sequence[Record], load_image: ImageLoader | None) -> str | None:
-    if "image" in metric.needs and load_image is None:
+    if "image" in metric.required_fields and load_image is None:
         return "needs the pictures, and the predictions do not say where they are"
-    return describe_missing_needs(records, [need for need in metric.needs if need != "image"])
+    return describe_missing_needs(records, [need for need in metric.required_fields if need != "image"])
 
 
 def _compute_metric(
     metric: Metric, records: Sequence[Record], load_image: ImageLoader | None, taken_names: Sequence[str]
 ) -> MetricOutput:
     """Compute a metric. Raises TypeError for another output type, ValueError for a duplicate score name."""
-    output = metric(records, load_image) if "image" in metric.needs else metric(records)
+    output = metric(records, load_image) if "image" in metric.required_fields else metric(records)
     if not isinstance(output, MetricOutput):
         raise TypeError(f"it gives a {type(output).__name__}, not a MetricOutput")
     for key, value in output.values.items():

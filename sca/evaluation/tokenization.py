@@ -48,6 +48,9 @@ def tokenize_pairs(
         references: "all" phrases of a region, or only the "first", as in SCA (arXiv 2312.00869).
         tokenizer: One of `TOKENIZERS`. Defaults to `choose_default_tokenizer`.
 
+    Returns:
+        The tokenized captions and references, with their records.
+
     Raises:
         ValueError: No record has a caption and references, or an unknown option.
     """
@@ -73,6 +76,13 @@ def choose_default_tokenizer() -> str:
 @functools.lru_cache(maxsize=2)  # consecutive metrics score the same captions
 def tokenize_texts(texts: tuple[str, ...], tokenizer: str) -> tuple[str, ...]:
     """Tokenize texts into tokens separated by single spaces.
+
+    Args:
+        texts: Texts without line breaks.
+        tokenizer: One of `TOKENIZERS`.
+
+    Returns:
+        The tokenized texts, in the same order.
 
     Raises:
         ValueError: An unknown tokenizer, or "ptb" without Java.
@@ -101,6 +111,13 @@ def find_java_problem() -> str | None:
 def get_jar_path(folder: str, name: str) -> Path:
     """Return the path of a file in pycocoevalcap.
 
+    Args:
+        folder: Folder in pycocoevalcap.
+        name: Name of the file.
+
+    Returns:
+        Path of the file.
+
     Raises:
         ImportError: pycocoevalcap is not installed; the message contains the install command.
     """
@@ -113,6 +130,12 @@ def get_jar_path(folder: str, name: str) -> Path:
 
 def build_java_command(*arguments: str) -> list[str]:
     """Return the command of a Java program that reads and writes UTF-8 in any locale.
+
+    Args:
+        *arguments: Arguments of `java`.
+
+    Returns:
+        The command and its arguments.
 
     Raises:
         ValueError: The Java tools cannot run.

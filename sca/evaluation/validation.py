@@ -24,6 +24,9 @@ def fill_defaults(predictions: Predictions, location: str) -> Predictions:
         predictions: Contents of a predictions file.
         location: File name for messages.
 
+    Returns:
+        The predictions with complete records.
+
     Raises:
         InputError: There are no records, or a record is malformed.
     """

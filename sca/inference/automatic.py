@@ -43,8 +43,8 @@ class SearchProgress(NamedTuple):
         points: Total points.
     """
 
-    done: int
-    points: int
+    processed_points: int
+    total_points: int
 
 
 class Candidate(NamedTuple):
@@ -71,6 +71,9 @@ def resolve_everything_options(captioner: Any, overrides: Mapping[str, Any]) -> 
     Args:
         captioner: Captioner; SAM's options apply if it has none.
         overrides: Fields of `EverythingOptions` by name; None keeps the value of the captioner.
+
+    Returns:
+        The merged options.
     """
     default_options = getattr(captioner, "everything", EverythingOptions())
     return replace(default_options, **{name: value for name, value in overrides.items() if value is not None})
@@ -117,7 +120,7 @@ def caption_everything(
     )
     check_task(task)
     if max_regions is not None and (not isinstance(max_regions, int) or max_regions < 1):
-        raise ValueError(f"max_regions is {max_regions!r}; give a whole number, 1 or more")
+        raise ValueError(f"max_regions is {max_regions!r}; give an integer of at least 1")
     if not isinstance(options, EverythingOptions | None):
         raise ValueError(
             f"options is of type {type(options).__name__}; give sca.EverythingOptions(...), or its fields by name"
@@ -131,7 +134,7 @@ def caption_everything(
         engine, **{name: kwargs[name] for name in kwargs.keys() & {*GENERATION_OPTIONS}}
     )
     if encoded is None:
-        raise ValueError("there is no image yet: call set_image(image) first")
+        raise ValueError("no image is set; call set_image(image) first")
     masks, prompts = find_everything(engine, encoded, options, proposals, progress)
     masks, prompts = masks[:max_regions], prompts[:max_regions]
     captions = engine.caption_masks(encoded, masks, prompts, task, **generation) if masks else []
@@ -198,12 +201,9 @@ def search_everything(
         max_found_regions: Maximum regions to find.
         max_bytes: Maximum bytes of candidate masks in memory.
 
-    Yields:
-        The progress after each step.
-
     Returns:
-        The masks found from points, highest predicted IoU first, and the prompt to caption each from: the arguments of
-        `MaskEngine.caption_masks`.
+        A generator that yields the progress after each step, and returns the masks found from points, highest predicted
+        IoU first, and the prompt to caption each from: the arguments of `MaskEngine.caption_masks`.
 
     Raises:
         ValueError: The engine has no segmenter, the segmenter predicts no masks, or a maximum is exceeded.
@@ -223,9 +223,9 @@ def _is_single_point(prompt: Prompt) -> bool:
 
 def _select_region_prompts(proposals: Proposals, max_count: int | None) -> list[Prompt]:
     """Return the `max_count` prompts with the best scores that are not single points, in order."""
-    indices = [place for place, prompt in enumerate(proposals.prompts) if not _is_single_point(prompt)]
-    best_indices = sorted(indices, key=lambda place: -proposals.scores[place])[:max_count]
-    return [proposals.prompts[place] for place in sorted(best_indices)]
+    indices = [index for index, prompt in enumerate(proposals.prompts) if not _is_single_point(prompt)]
+    best_indices = sorted(indices, key=lambda index: -proposals.scores[index])[:max_count]
+    return [proposals.prompts[index] for index in sorted(best_indices)]
 
 
 def _search_windows(
@@ -344,8 +344,9 @@ def _iter_mask_candidates(
         segmenter_output = engine.model.segment(encoded.features, chunk)
         if segmenter_output.masks is None:
             raise ValueError(
-                f"everything needs masks, and the segmenter {type(engine.model.segmenter).__name__} gives none: "
-                "build the model with segmenter=sam"
+                f"everything mode requires masks, but {type(engine.model.segmenter).__name__} predicts none; build "
+                "the model "
+                "with segmenter=sam"
             )
         masks, scores = segmenter_output.masks.flatten(0, 1).float(), segmenter_output.iou_scores.flatten().float()
         kept_indices = ((scores > options.pred_iou_thresh) | (options.pred_iou_thresh <= 0)).nonzero().squeeze(1)
@@ -364,7 +365,7 @@ def _suppress_overlaps(candidates: Sequence[Candidate], scores: Tensor, options:
         is_same = box_ious > options.box_nms_thresh
         nearby = (box_ious.gt(0) & ~is_same).nonzero()[:, 0] if options.mask_nms_thresh < 1 else ()
         if len(nearby):  # masks overlap only where boxes do
-            rles = [candidates[place].mask for place in others[nearby].tolist()]
+            rles = [candidates[other].mask for other in others[nearby].tolist()]
             mask_ious = coco.iou([candidates[index].mask], rles, [0] * len(rles))[0]
             is_same[nearby] = torch.from_numpy(mask_ious > options.mask_nms_thresh)
         return is_same

@@ -1,7 +1,7 @@
 """Captioning of many images in batches.
 
     from sca.inference.batch import BatchCaptioner, Failure
-    from sca.inference.job import CaptionJob
+    from sca.inference.caption_job import CaptionJob
 
     job = CaptionJob("sca-tiny", boxes=["370,434,448,512"])
     for result in BatchCaptioner(job, job.read_region_source()).caption_images(paths):
@@ -20,13 +20,13 @@ from PIL import Image
 from sca_registry.contracts import Caption, Captioner, Prompt
 
 from sca.inference.automatic import caption_everything, resolve_everything_options
+from sca.inference.caption_job import CaptionJob, RegionSource, SearchedRegions
 from sca.inference.engine import MaskEngine
 from sca.inference.generation_options import resolve_generation_options
-from sca.inference.job import CaptionJob, RegionSource, SearchedRegions
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError
 from sca.io.images import format_path, open_image
-from sca.output.captioned import CaptionedImage, ImageSize, resize_to_recorded
+from sca.output.captioned_image import CaptionedImage, ImageSize, resize_to_recorded
 
 UNUSABLE_IMAGE, UNUSABLE_PROMPTS = "image", "prompts"  # kinds of failure
 
@@ -74,8 +74,8 @@ class BatchCaptioner:
         region_source: Result of `job.read_region_source`, after `match_images` with all images of the run.
 
     Raises:
-        ValueError: The captioner does not support an option, or everything mode. `sca.captioner` lists the errors of
-            loading a model.
+        ValueError: The captioner does not support an option, or everything mode. Loading a model raises the errors of
+            `sca.load_captioner`.
     """
 
     def __init__(self, job: CaptionJob, region_source: RegionSource):
@@ -101,8 +101,8 @@ class BatchCaptioner:
             keep_images: Also open the images in `captioned`.
             progress: Function called during a search with the number of processed points and the total.
 
-        Yields:
-            Captions or failures, in the order of `paths`.
+        Returns:
+            An iterator over captions and failures, in the order of `paths`.
         """
         opened_images = _open_images(paths, captioned or {})
         if self._engine is not None:
@@ -221,7 +221,7 @@ def _check_can_search(captioner: Captioner, name: str) -> MaskEngine:
     """Return the captioner if it can search for regions, else raise ValueError."""
     if not isinstance(captioner, MaskEngine) or captioner.model is None:
         raise ValueError(
-            f"{name!r} finds no regions by itself; everything mode needs a model, or encoder+captioner with an encoder "
-            "that brings masks, such as sam-vit-b+blip-base"
+            f"{name!r} cannot find regions; for everything mode, use a model, or encoder+captioner with an encoder "
+            "whose segmenter predicts masks, such as sam-vit-b+blip-base"
         )
     return captioner

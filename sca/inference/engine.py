@@ -21,7 +21,7 @@ from torch import Tensor
 from sca.inference.processor import InputFrame, Processor
 from sca.inference.prompt_arguments import check_task
 from sca.io.masks import encode_rle, mask_to_box
-from sca.language_models.usage import count_tokens
+from sca.language_models.token_usage import count_tokens
 from sca.model import NON_FINITE_HINT, SegmentCaptioner
 from sca.nn.masks import select_best_masks
 
@@ -64,13 +64,13 @@ class MaskEngine(ABC):
 
     Args:
         model: Encoder and segmenter, set to eval mode; None if the captioner needs no segmenter.
-        regions: Regions per batch of the segmenter. Affects memory, not results.
+        region_batch_size: Regions per batch of the segmenter. Affects memory, not results.
     """
 
-    def __init__(self, model: SegmentationModel | None, regions: int = REGION_BATCH_SIZE):
+    def __init__(self, model: SegmentationModel | None, region_batch_size: int = REGION_BATCH_SIZE):
         self.model = None if model is None else model.eval()
         self.processor = Processor.from_encoder(model.encoder) if model is not None else None
-        self.region_batch_size = regions
+        self.region_batch_size = region_batch_size
 
     @property
     def device(self) -> torch.device:
@@ -254,7 +254,7 @@ class Engine(MaskEngine):
 
     Args:
         model: Model, set to eval mode.
-        regions: Regions per batch of the segmenter and the mixer. Affects memory, not results.
+        region_batch_size: Regions per batch of the segmenter and the mixer. Affects memory, not results.
 
     Raises:
         ValueError: `model` is not a model, for example a name.
@@ -262,12 +262,12 @@ class Engine(MaskEngine):
 
     model: SegmentCaptioner
 
-    def __init__(self, model: SegmentCaptioner, regions: int = REGION_BATCH_SIZE):
+    def __init__(self, model: SegmentCaptioner, region_batch_size: int = REGION_BATCH_SIZE):
         if isinstance(model, str | Path):
-            raise ValueError(f"Predictor takes a model and not its name; use sca.load({str(model)!r})")
+            raise ValueError(f"model is the name {str(model)!r}; give a model, such as sca.load({str(model)!r})")
         if not isinstance(model, SegmentCaptioner):
-            raise ValueError(f"model is of type {type(model).__name__}; give a model, such as sca.load returns")
-        super().__init__(model, regions)
+            raise ValueError(f"model is of type {type(model).__name__}; give a model loaded with sca.load")
+        super().__init__(model, region_batch_size)
 
     @property
     def generation(self) -> Mapping[str, Any]:
@@ -372,7 +372,7 @@ class Engine(MaskEngine):
         tokenizer = self.model.language_model.tokenizer
         if tokenizer is None:
             raise ValueError(
-                "the language model has no tokenizer, so it generates token IDs and no text; add one with "
+                "the language model has no tokenizer, so it generates token ids without text; add one with "
                 "`sca import MODEL OUT --tokenizer FOLDER`, or use SegmentCaptioner.generate"
             )
         return [tokenizer.decode(token_ids) for token_ids in sequences]
@@ -383,6 +383,9 @@ def clamp_ious(scores: Tensor) -> list[Any]:
 
     Args:
         scores: Predicted IoUs of any shape and device.
+
+    Returns:
+        Floats in 0..1, nested like the shape of `scores`.
 
     Raises:
         ValueError: A predicted IoU is NaN.

@@ -12,7 +12,7 @@ import torch
 from sca_registry import RegistryError, zoo
 from sca_registry.contracts import Captioner
 from sca_registry.errors import make_unknown_name_error
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 from sca.checkpoints.load import load
 from sca.devices import resolve_device
@@ -20,12 +20,12 @@ from sca.inference.engine import Engine
 from sca.io.hub import resolve_local_path, suggest_path
 
 NAME_FORMS_HINT = (
-    "A folder that `sca train` wrote works too, and so do a hub id, OWNER/NAME, and encoder+captioner, such as "
-    "sam-vit-b+blip-base."
+    "A folder written by `sca train`, a hub id OWNER/NAME, and encoder+captioner, such as sam-vit-b+blip-base, are "
+    "also accepted."
 )
 
 
-def captioner(
+def load_captioner(
     source: str | Path | Mapping[str, Any],
     device: str | torch.device = "cpu",
     *,
@@ -44,7 +44,7 @@ def captioner(
         trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`.
         allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.
         revision: Revision of a hub id; see `sca.load`.
-        **options: Options of a registered captioner; for a checkpoint `dtype` and `regions` (see `Engine`).
+        **options: Options of a registered captioner; for a checkpoint `dtype` and `region_batch_size` (see `Engine`).
 
     Returns:
         An `Engine` for a checkpoint, else an instance of the registered captioner.
@@ -57,17 +57,17 @@ def captioner(
     trust_options = {name: value for name, value in trust_options.items() if value}
     path = None if isinstance(source, Mapping) else resolve_local_path(source)
     if isinstance(source, Mapping):
-        part = Part.from_dict(source, "captioner")
+        component = ComponentSpec.from_dict(source, "captioner")
     elif isinstance(source, Path) or (path is not None and path.exists()):
         return _load_engine(source, device, trust_options, **options)
     else:
-        part = Part.parse(source, "a captioner", "captioners")
-    options = {**part.options, **options}
-    names = [name.strip() for name in part.name.split("+")]
+        component = ComponentSpec.parse(source, "a captioner", "captioners")
+    options = {**component.options, **options}
+    names = [name.strip() for name in component.name.split("+")]
     if len(names) > 2:
         raise RegistryError(
-            f"{part.name!r} names the parts of a model, which is nothing before it is trained: give the checkpoint "
-            "that training has written, or a name of the zoo"
+            f"{component.name!r} names components, which have no trained weights; give a checkpoint folder or the name "
+            "of a zoo model"
         )
     if len(names) == 2:
         options = {"encoder": {"name": names[0], **trust_options} if trust_options else names[0], **options}
@@ -77,12 +77,12 @@ def captioner(
     if len(names) == 2:
         known_names = sca_registry.captioners.list_names()
         raise make_unknown_name_error(
-            f"{part.name!r} is encoder+captioner, and no captioner is named {name!r}", name, known_names
+            f"{component.name!r} is encoder+captioner, and no captioner is named {name!r}", name, known_names
         )
     if name in zoo.list_names() or "/" in name or os.sep in name:
         return _load_engine(name, device, trust_options, **options)
     known_names = [*zoo.list_names(), *sca_registry.captioners.list_names()]
-    reason = make_unknown_name_error(f"no model or captioner named {name!r}, and no folder there", name, known_names)
+    reason = make_unknown_name_error(f"no model, captioner or folder named {name!r}", name, known_names)
     raise RegistryError(f"{reason} {NAME_FORMS_HINT}{suggest_path(name)}")
 
 
@@ -97,8 +97,8 @@ def _load_engine(
     source: str | Path, device: str | torch.device, trust_options: Mapping[str, Any], **options: Any
 ) -> Engine:
     for option in options:
-        if option not in ("dtype", "regions"):
+        if option not in ("dtype", "region_batch_size"):
             raise make_unknown_name_error(
-                f"the model {str(source)!r} has no option {option!r}", option, ("dtype", "regions")
+                f"the model {str(source)!r} has no option {option!r}", option, ("dtype", "region_batch_size")
             )
     return Engine(load(source, device, options.pop("dtype", None), **trust_options), **options)

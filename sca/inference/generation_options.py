@@ -82,7 +82,7 @@ def resolve_generation_options(
         elif not is_sampling:
             settings["num_beams"] = max(num_captions, defaults["num_beams"])
     elif num_captions and num_beams is not None and num_captions > num_beams and (num_beams > 1 or not is_sampling):
-        raise ValueError(f"num_captions={num_captions} needs num_beams={num_captions} or more, not {num_beams}")
+        raise ValueError(f"num_captions={num_captions} requires num_beams of at least {num_captions}, not {num_beams}")
     return settings
 
 

@@ -32,8 +32,9 @@ class Predictor:
 
     Args:
         model: Model, set to eval mode, or a captioner with an engine, such as
-            `sca.captioner("sam-vit-b+blip-base")`.
-        regions: Regions per batch of the segmenter and the mixer, for a model only. Affects memory, not results.
+            `sca.load_captioner("sam-vit-b+blip-base")`.
+        region_batch_size: Regions per batch of the segmenter and the mixer, for a model only. Affects memory, not
+            results.
 
     Attributes:
         engine: Engine of the model.
@@ -41,13 +42,13 @@ class Predictor:
         encoded: Features of the current image; None before `set_image`.
 
     Raises:
-        ValueError: `model` is not a model, for example a name, or `regions` is set for a captioner.
+        ValueError: `model` is not a model, for example a name, or `region_batch_size` is set for a captioner.
     """
 
-    def __init__(self, model: SegmentCaptioner | MaskEngine, regions: int | None = None):
-        if isinstance(model, MaskEngine) and regions is not None:
-            raise ValueError("regions is an option of the captioner; give it to sca.captioner")
-        self.engine = model if isinstance(model, MaskEngine) else Engine(model, regions or REGION_BATCH_SIZE)
+    def __init__(self, model: SegmentCaptioner | MaskEngine, region_batch_size: int | None = None):
+        if isinstance(model, MaskEngine) and region_batch_size is not None:
+            raise ValueError("region_batch_size is an option of the captioner; pass it to sca.load_captioner")
+        self.engine = model if isinstance(model, MaskEngine) else Engine(model, region_batch_size or REGION_BATCH_SIZE)
         self.image: Image.Image | None = None
         self.encoded: EncodedImages | None = None
 
@@ -202,9 +203,9 @@ class Predictor:
         )
         check_task(task)
         if not isinstance(images, Sequence | np.ndarray) or not isinstance(requests, Sequence):
-            raise ValueError("images and requests are lists: one list of prompts for each image")
+            raise ValueError("images and requests must be lists, with one list of prompts per image")
         if len(images) != len(requests):
-            raise ValueError(f"there are {len(images)} images and {len(requests)} requests; give one for each image")
+            raise ValueError(f"{len(images)} images, but {len(requests)} requests; give one request per image")
         upright_images, checked_requests = [], []
         for index, (image, request) in enumerate(zip(images, requests, strict=True)):
             try:
@@ -213,7 +214,7 @@ class Predictor:
             except ValueError as error:
                 raise type(error)(f"image {index}: {error}") from error
         if not any(checked_requests):
-            raise InputError("no region; give at least one prompt")
+            raise InputError("no regions; give at least one prompt")
         generation = resolve_generation_options(
             self.engine,
             max_new_tokens=max_new_tokens,
@@ -240,5 +241,5 @@ class Predictor:
         masks: Sequence[np.ndarray | RLE],
     ) -> list[Prompt]:
         if self.image is None:
-            raise ValueError("there is no image yet: call set_image(image) first")
+            raise ValueError("no image is set; call set_image(image) first")
         return collect_prompts(prompts, boxes, points, masks, self.image.size)

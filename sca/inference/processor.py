@@ -82,7 +82,7 @@ class Processor:
     def compute_frame(self, width: int, height: int) -> InputFrame:
         """Compute the placement of an image of `width` x `height` pixels in the input frame."""
         frame_size = self.image_format.size
-        if self.image_format.fit == "stretch":
+        if self.image_format.resize_mode == "stretch":
             return InputFrame(width, height, (frame_size, frame_size))
         scale = frame_size / max(width, height)
         return InputFrame(width, height, (max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))))
@@ -103,7 +103,7 @@ class Processor:
             rgb_image = image if image.mode == "RGB" else image.convert("RGB")  # avoid a slow copy
             values = np.asarray(rgb_image.resize((width, height), self._resample), dtype=np.float32) / 255.0
             values = (values - self._mean) / self._std
-            if self.image_format.order == "bgr":
+            if self.image_format.channel_order == "bgr":
                 values = values[:, :, ::-1]
             padded_image[:, :height, :width] = values.transpose(2, 0, 1)
         return torch.from_numpy(batch)

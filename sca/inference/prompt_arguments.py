@@ -43,7 +43,7 @@ def collect_prompts(
     collected += [Prompt(points=(_to_list(point),)) for point in _check_is_list("points", points)]
     collected += [Prompt(mask=mask) for mask in _check_is_list("masks", masks)]
     if not collected:
-        raise InputError("no region; give prompts, boxes, points or masks")
+        raise InputError("no regions; give prompts, boxes, points or masks")
     return check_prompts(collected, *image_size)
 
 
@@ -89,7 +89,7 @@ def _decode_rle(rle: RLE) -> np.ndarray:
     try:
         return decode_rle(parse_rle(rle))
     except ValueError as error:
-        raise InputError(f"the mask is unusable: {error}") from error
+        raise InputError(f"invalid mask: {error}") from error
 
 
 def _to_list(values: Any) -> Any:
@@ -98,6 +98,9 @@ def _to_list(values: Any) -> Any:
 
 def check_task(task: str) -> None:
     """Check the name of a task.
+
+    Args:
+        task: Name of the task.
 
     Raises:
         ValueError: The task is unknown.

@@ -25,7 +25,7 @@ from sca_registry.contracts import Launcher
 
 import sca.inference.factory  # noqa: F401 (preloads it in the fork server of the shards)
 from sca.inference.batch import UNUSABLE_IMAGE, UNUSABLE_PROMPTS, BatchCaptioner, Failure
-from sca.inference.job import CaptionJob, ListedPrompts, RegionSource
+from sca.inference.caption_job import CaptionJob, ListedPrompts, RegionSource
 from sca.io.atomic import write_file
 from sca.io.images import IMAGE_SUFFIXES, format_path
 from sca.io.journal import Journal, read_journal
@@ -98,6 +98,12 @@ def open_sharded_run(
 class ShardedRun:
     """Run of shards, opened by `open_sharded_run`.
 
+    Args:
+        folder: Run folder, locked by this process.
+        shards: Content of all shards by name.
+        fingerprints: Fingerprint of each shard by name.
+        finished: Finished shards by name, with the problems of their images.
+
     Attributes:
         shards: Content of all shards by name.
         finished: Finished shards by name, with the problems of their images.
@@ -156,7 +162,7 @@ class ShardedRun:
                 if name not in self.finished
             ]
             ended_names = set()
-            for task, result in launcher.map(tasks):
+            for task, result in launcher.run_tasks(tasks):
                 ended_names.add(task.key)
                 if result["state"] != "done":
                     yield ShardResult(task.key, None, (), f"{result['state']}: {result['reason']}")
@@ -166,7 +172,7 @@ class ShardedRun:
                 journal.append({"shard": task.key, "content": self._fingerprints[task.key], "problems": problems})
                 self.finished[task.key] = problems
                 yield ShardResult(task.key, path, problems)
-        killed_reason = "its process was killed each time; if memory ran out, use fewer workers or smaller batches"
+        killed_reason = "its process was killed repeatedly; if memory ran out, use fewer workers or smaller batches"
         yield from (ShardResult(name, None, (), killed_reason) for name in sorted({*self.missing_names} - ended_names))
         if not self.missing_names:
             self._folder.finish()
@@ -245,7 +251,7 @@ def name_shards(archives: Iterable[str], paths: Sequence[Path], size: int) -> di
         name = Path(archive).stem
         if name in archives_by_name:
             raise ValueError(
-                f"{archive} and {archives_by_name[name]} would both be {name}.jsonl: caption them into two folders"
+                f"{archive} and {archives_by_name[name]} would both be written to {name}.jsonl; use two output folders"
             )
         archives_by_name[name] = archive
     shards: dict[str, ShardContent] = {

@@ -24,6 +24,9 @@ def find_normalized_scale(box: Sequence[float], width: int, height: int) -> int 
         box: x1, y1, x2, y2.
         width: Width of the image in pixels.
         height: Height of the image in pixels.
+
+    Returns:
+        The scale, or None.
     """
     if min(box) < 0 or max(width, height) <= 1:
         return None
@@ -47,6 +50,9 @@ def compute_resize_factors(recorded: tuple[int, int], actual: tuple[int, int]) -
     Args:
         recorded: Width and height recorded in a file.
         actual: Width and height of the upright image.
+
+    Returns:
+        Factors of x and y; 1.0 for equal sizes.
 
     Raises:
         InputError: The aspect ratios differ by more than the rounding of a resized side.

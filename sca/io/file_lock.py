@@ -1,4 +1,4 @@
-"""Exclusive locks that are released when their process ends, however it ends."""
+"""Exclusive locks that are released when their process ends in any way."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ UNSUPPORTED_ERRNOS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLC
 
 def lock_file(file: IO[Any] | int) -> bool:
     """Lock an open file exclusively, without waiting.
+
+    Args:
+        file: Open file or its descriptor.
 
     Returns:
         False if another process holds the lock; True if it was acquired or the file system does not support locks.

@@ -20,6 +20,9 @@ def walk_files(
         folder: Top folder.
         onerror: Called with the error of a folder that cannot be listed.
         should_enter: Whether to enter a subfolder with this name.
+
+    Yields:
+        The path of a file.
     """
     visited: set[tuple[int, int]] = set()
     pending_folders = [str(folder)]

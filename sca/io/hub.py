@@ -62,7 +62,7 @@ Config = TypeVar("Config", bound="PretrainedConfig")
 
 TIMEOUT_SECONDS = 10  # timeout of requests to the Hub and of the lock
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers
-OPEN_CLIP_PREFIX = "open_clip_"  # prefix of open_clip's files, stored beside those of transformers or timm
+OPEN_CLIP_PREFIX = "open_clip_"  # prefix of open_clip's files, stored next to those of transformers or timm
 PINNED_COMMITS_FILE = "pulled.json"  # commits pinned by `sca pull`, in the user's cache
 COMMIT_PATTERN = re.compile("[0-9a-f]{40}")
 
@@ -120,7 +120,7 @@ def suggest_path(name: str) -> str:
     """Return a hint on how to write the path of an entry of the working folder; empty if no such entry exists."""
     if "\0" in name or not os.path.exists(name):
         return ""
-    hint = f"; what lies here is written ./{name}"
+    hint = f"; for the local path, write ./{name}"
     folder = Path(name)
     try:
         if (folder / ADAPTER_CONFIG_FILE).exists() or find_weight_files(folder):
@@ -270,6 +270,9 @@ def fetch_weight_file(source: str | Path, revision: str | None = None, prefix: s
         revision: Hub revision.
         prefix: Prefix of the file name.
 
+    Returns:
+        Path of the local file.
+
     Raises:
         InputError: The weights are missing or sharded.
     """
@@ -279,7 +282,7 @@ def fetch_weight_file(source: str | Path, revision: str | None = None, prefix: s
         return file
     files = require_weight_files(fetch_model_folder(source, revision, prefix=prefix), source, prefix)
     if len(files) > 1:
-        raise InputError(f"{source} has its weights in {len(files)} shards, and one file is needed here")
+        raise InputError(f"{source} has its weights in {len(files)} shards; give weights in a single file")
     return files[0]
 
 
@@ -301,7 +304,10 @@ def load_pretrained(
         source: Folder or Hub id.
         revision: Hub revision.
         ignored_prefixes: Prefixes of weights that the model does not need.
-        options: Options of `from_pretrained`.
+        **options: Options of `from_pretrained`.
+
+    Returns:
+        The model, in eval mode.
 
     Raises:
         InputError: Weights are missing, unexpected or damaged.
@@ -324,8 +330,8 @@ def load_pretrained(
     unexpected = [name for name in loading_info["unexpected_keys"] if not name.startswith(tuple(ignored_prefixes))]
     for problem, names in (
         ("lacks", loading_info["missing_keys"]),
-        ("has another shape of", [str(each[0]) for each in loading_info["mismatched_keys"]]),
-        ("has no place for", unexpected),
+        ("has other shapes for", [str(each[0]) for each in loading_info["mismatched_keys"]]),
+        ("has unexpected tensors", unexpected),
     ):
         if names:
             raise InputError(
@@ -337,6 +343,14 @@ def load_pretrained(
 def fetch_pretrained_config(cls: type[Config], source: str | Path, revision: str | None = None) -> Config:
     """Call `cls.from_pretrained` of a configuration class.
 
+    Args:
+        cls: Configuration class of transformers.
+        source: Folder or Hub id.
+        revision: Hub revision.
+
+    Returns:
+        The configuration.
+
     Raises:
         InputError: The configuration is missing or invalid.
     """
@@ -347,6 +361,14 @@ def fetch_pretrained_config(cls: type[Config], source: str | Path, revision: str
 
 def compute_weights_fingerprint(source: str | Path, revision: str | None = None, prefix: str = "") -> dict[str, Any]:
     """Return a fingerprint of weights: their commit, if they come from the Hub, and a hash of each file.
+
+    Args:
+        source: File, folder or Hub id.
+        revision: Hub revision.
+        prefix: Prefix of the file names.
+
+    Returns:
+        JSON-serializable fingerprint.
 
     Raises:
         InputError: The weights are missing or cannot be read.
@@ -391,16 +413,16 @@ def _translate_hub_errors(name: str, revision: str | None) -> Iterator[None]:
                 "token"
             ) from error
         raise InputError(
-            f"{description} is neither a folder here nor a model on the hub; for a private one set HF_TOKEN to your "
-            f"token{suggest_path(name)}"
+            f"{description} is neither a folder nor a model on the hub; for a private model, set HF_TOKEN to your token"
+            f"{suggest_path(name)}"
         ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"the hub has no {description}") from error
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:150]
         raise InputError(
-            f"{description} is no folder here, and the hub could not be reached ({reason}). Try again with a network, "
-            f"or give a folder that has it: weights=FOLDER{suggest_path(name)}"
+            f"{description} is not a folder, and the hub could not be reached ({reason}); connect to a network, or "
+            f"give weights=FOLDER{suggest_path(name)}"
         ) from error
 
 

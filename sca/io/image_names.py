@@ -54,7 +54,7 @@ def resolve_image_path(name: str, roots: Sequence[str | Path]) -> Path:
             matches = _list_existing_files(path for form in interpretations for path in locate(form, Path(root)))
             if len(matches) > 1:
                 first, second, *_ = matches
-                raise InputError(f"{_shorten_name(name)} could mean {first} or {second}; write the whole path")
+                raise InputError(f"{_shorten_name(name)} could mean {first} or {second}; write the full path")
             if matches:
                 _warn_about_substitute(name, interpretations, matches[0])
                 return matches[0]
@@ -153,6 +153,9 @@ def add_image_prefix(path: str, prefix: str) -> str:
     Args:
         path: Path relative to the folder that the prefix serves, or absolute if it serves the root.
         prefix: URL prefix, such as `/data/local-files/?d=` or `https://host/folder/`. "" leaves the path unchanged.
+
+    Returns:
+        The URL.
 
     Raises:
         ValueError: The path leaves the folder by `..`.

@@ -81,6 +81,12 @@ def open_image(path: str | Path, allow_pipe: bool = False) -> Image.Image:
 def read_image_file_size(path: str | Path) -> tuple[int, int]:
     """Return the width and height of the upright image in a file, without decoding it.
 
+    Args:
+        path: Image file.
+
+    Returns:
+        Width and height in pixels.
+
     Raises:
         InputError: The file cannot be opened.
     """
@@ -115,6 +121,9 @@ def read_image(file: BinaryIO, display_name: str, max_pixels: int | None = None)
         max_pixels: Maximum number of pixels, for images from untrusted sources. It also excludes decoders written in
             Python, which a small file can keep busy for minutes.
 
+    Returns:
+        The upright RGB image.
+
     Raises:
         InputError: The file is not an image, or has too many pixels.
     """
@@ -123,6 +132,14 @@ def read_image(file: BinaryIO, display_name: str, max_pixels: int | None = None)
 
 def open_image_header(file: BinaryIO, display_name: str, max_pixels: int | None = None) -> Image.Image:
     """Open an image without decoding it, and check its header. See `read_image` for the arguments.
+
+    Args:
+        file: Open file.
+        display_name: Name of the file in messages.
+        max_pixels: Maximum number of pixels.
+
+    Returns:
+        The undecoded image.
 
     Raises:
         InputError: The file is not an image that can be read.
@@ -157,6 +174,12 @@ def decode_image(image: Image.Image, display_name: str) -> Image.Image:
 def open_undecoded(file: BinaryIO | str | Path) -> Image.Image:
     """Open an image in one of `IMAGE_FORMATS` without decoding it: its size and mode are available, its pixels are not.
 
+    Args:
+        file: Open file or path.
+
+    Returns:
+        The undecoded image.
+
     Raises:
         PIL.UnidentifiedImageError: The file has another format.
     """
@@ -177,6 +200,9 @@ def convert_to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
 
     Args:
         image: PIL image, or a (height, width, 3) uint8 RGB array.
+
+    Returns:
+        The RGB image.
 
     Raises:
         InputError: `image` has another type, shape or dtype.
@@ -247,7 +273,7 @@ def _translate_decoder_errors(display_name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise TooLargeError(f"{display_name}: {str(error).split(',')[0]}; scale it down") from error
     except Image.UnidentifiedImageError as error:
-        raise InputError(f"{display_name} is not an image that can be read; convert it to JPEG or PNG") from error
+        raise InputError(f"{display_name} is not a readable image; convert it to JPEG or PNG") from error
     except Exception as error:  # a decoder may raise anything for damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, MemoryError) or "out of memory" in reason.lower():  # Pillow's decoders report it as text
@@ -351,7 +377,7 @@ def _list_argument_images(path: Path, problems: list[str]) -> list[Path]:
         if "**" not in str(path):
             images += [image for match in matches if match.is_dir() for image in _list_folder_images(match, problems)]
     else:
-        raise InputError(f"there is no file, folder or match for {format_path(path)}; check the name")
+        raise InputError(f"no file or folder {format_path(path)}; check the name")
     if not images:
         raise InputError(f"no images in {format_path(path)}; looked for {' '.join(IMAGE_SUFFIXES)}")
     return images
@@ -372,7 +398,7 @@ def _describe_os_error(error: OSError | ValueError) -> str:
         return "there is no such file; check the name"
     if isinstance(error, PermissionError):
         location = f" ({format_path(error.filename)})" if error.filename else ""
-        return f"permission denied{location}; ask for read access"
+        return f"permission denied{location}; change the permissions"
     code = getattr(error, "errno", None)
     if code == errno.ENAMETOOLONG:
         return "the name is too long; check it"

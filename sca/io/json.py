@@ -31,6 +31,9 @@ def read_json(path: str | Path, max_bytes: int | None = MAX_JSON_BYTES, require_
         max_bytes: Maximum size in bytes; None for files that only the user can have named.
         require_finite: Reject NaN, Infinity and numbers that overflow to it.
 
+    Returns:
+        The parsed value.
+
     Raises:
         OSError: The file does not exist or cannot be read.
         InputError: The file is not a regular file, too large, not UTF-8, not JSON, or nested too deeply.
@@ -47,6 +50,9 @@ def parse_json(text: str | bytes, location: str, require_finite: bool = False, a
         require_finite: Reject NaN, Infinity and numbers that overflow to it.
         allow_surrogates: Accept lone surrogates, which a truncated caption or a file name that is not UTF-8 can
             contain.
+
+    Returns:
+        The parsed value.
 
     Raises:
         InputError: The text is not JSON, is nested too deeply, or contains a lone surrogate. The message omits the
@@ -81,6 +87,9 @@ def parse_json_lines(
         lines: Lines, such as an open file.
         display_name: Name of the file in messages.
         reject: Called with the error of each line that is not JSON, which is then skipped. Raises it by default.
+
+    Yields:
+        The location and the value of a line.
     """
     for number, line in enumerate(lines, 1):
         location = f"{display_name}, line {number}"
@@ -100,6 +109,9 @@ def read_regular_file(path: str | Path, max_bytes: int | None = None, allow_pipe
         path: File.
         max_bytes: Maximum size in bytes.
         allow_pipe: See `open_regular_file`.
+
+    Returns:
+        The content of the file.
 
     Raises:
         OSError: The file does not exist or cannot be read.
@@ -122,6 +134,9 @@ def open_regular_file(path: str | Path, require_seekable: bool = False, allow_pi
         require_seekable: Read a pipe into memory, so that the result can seek.
         allow_pipe: Accept a pipe that a shell passes as an open descriptor, /dev/stdin or /dev/fd/N. Set it only for a
             path that a person typed: a name inside a file must not wait for standard input.
+
+    Returns:
+        The open file.
 
     Raises:
         OSError: The file does not exist or cannot be read.
@@ -165,6 +180,9 @@ def is_json_lines_file(path: str | Path, file: BinaryIO, key: str) -> bool:
         path: Path of the file.
         file: Open seekable file; rewound to its start.
         key: Key of every line, which a file with a single JSON value does not have.
+
+    Returns:
+        True for JSON Lines.
     """
     if not DESCRIPTOR_PATH_PATTERN.fullmatch(str(path)):
         return is_json_lines_name(path)

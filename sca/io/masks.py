@@ -161,7 +161,7 @@ def parse_rle(value: Any) -> dict[str, Any]:
         raise InputError("an RLE is an object with 'size' [height, width] and 'counts'")
     size, counts = value["size"], value["counts"]
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_integer(side) and side > 0 for side in size):
-        raise InputError(f"'size' of an RLE is [height, width] in whole pixels, not {size!r:.40}")
+        raise InputError(f"'size' of an RLE is [height, width] in integer pixels, not {size!r:.40}")
     height, width = size
     if height * width > PIXEL_LIMIT:
         raise InputError(f"an RLE of {height} x {width} is larger than the {PIXEL_LIMIT:,} pixels an image may have")
@@ -170,7 +170,7 @@ def parse_rle(value: Any) -> dict[str, Any]:
     elif isinstance(counts, list) and all(_is_integer(run) for run in counts):
         runs = counts
     else:
-        raise InputError("'counts' of an RLE is a string, or a list of whole numbers")
+        raise InputError("'counts' of an RLE is a string, or a list of integers")
     if any(run < 0 for run in runs) or sum(runs) != height * width:
         raise InputError(f"the runs in 'counts' do not fill the {height} x {width} pixels of 'size'")
     if isinstance(counts, list):
@@ -194,7 +194,7 @@ def _parse_run_lengths(counts: str) -> list[int]:
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
     if shift:
-        raise InputError("'counts' is cut short")
+        raise InputError("'counts' is truncated")
     return runs
 
 

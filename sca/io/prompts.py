@@ -31,8 +31,8 @@ MAX_POINTS = 256  # maximum of a prompt from the network: each point costs as mu
 
 _BOX_FORMAT = "a box is 4 numbers x1,y1,x2,y2 in pixels"
 _POINT_FORMAT = "a point is x,y or x,y,label in pixels, label 1 inside or 0 outside"
-_MASK_FORMAT = "give an image or a .npy array, not zero inside"
-_REGION_FORMAT = "a region is written box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE, each part where wanted"
+_MASK_FORMAT = "give an image or a .npy array that is nonzero inside"
+_REGION_FORMAT = "write any of box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE"
 
 
 def parse_box(text: str) -> Box:
@@ -52,6 +52,9 @@ def parse_region(text: str, allow_pipe: bool = False) -> Prompt:
         text: Region.
         allow_pipe: See `read_mask_file`.
 
+    Returns:
+        The prompt, in image pixels.
+
     Raises:
         InputError: The text is malformed, or the mask cannot be read.
     """
@@ -66,12 +69,12 @@ def parse_region(text: str, allow_pipe: bool = False) -> Prompt:
             case "mask" if mask is None:
                 mask = read_mask_file(expand_user(value.strip()), allow_pipe)
             case "box" | "mask" as twice:
-                raise InputError(f"{quote_value(text)} has two of '{twice}'; a region has at most one")
+                raise InputError(f"{quote_value(text)} has '{twice}' twice; give it once")
             case other:
-                raise InputError(f"{quote_value(other)} is no part of a region; {_REGION_FORMAT}")
+                raise InputError(f"{quote_value(other)} is not a field of a region; {_REGION_FORMAT}")
     prompt = Prompt(box, tuple(points), mask)
     if not prompt:
-        raise InputError(f"{quote_value(text)} points at nothing; {_REGION_FORMAT}")
+        raise InputError(f"{quote_value(text)} is empty; {_REGION_FORMAT}")
     return prompt
 
 
@@ -105,7 +108,7 @@ def read_mask_file(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
             with open_undecoded(file) as image:
                 return masks.binarize_mask_image(ImageOps.exif_transpose(image), image.format in masks.LOSSY_FORMATS)
     except UnidentifiedImageError as error:
-        raise InputError(f"cannot read the mask {format_path(path)}: it is no image; {_MASK_FORMAT}") from error
+        raise InputError(f"cannot read the mask {format_path(path)}: it is not an image; {_MASK_FORMAT}") from error
     except Exception as error:  # a decoder may raise anything for damaged data
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"cannot read the mask {format_path(path)}: {reason}; {_MASK_FORMAT}") from error
@@ -120,12 +123,15 @@ def parse_prompt(value: Any, location: str, width: int, height: int) -> Prompt:
         width: Width of the image in pixels.
         height: Height of the image in pixels.
 
+    Returns:
+        The prompt, in image pixels.
+
     Raises:
         InputError: The value is malformed or does not fit the image, see `check_prompt`.
     """
     box, points, mask = parse_prompt_fields(value, location)
     if isinstance(mask, str):
-        raise InputError(f"{location}, 'mask': an RLE, not a file's name")
+        raise InputError(f"{location}, 'mask': give an RLE, not a file name")
     if mask is not None and mask["size"] != [height, width]:  # checked before decoding, because the mask may be huge
         raise InputError(
             f"{location}, 'mask': the mask is {mask['size'][1]} x {mask['size'][0]}, the image {width} x {height} "
@@ -197,9 +203,9 @@ def _check_and_clip_box(box: Box, width: int, height: int) -> Box:
     scale = find_normalized_scale(box, width, height)
     if clipped is not None and scale is None:
         return clipped
-    problem = f"{'lies outside' if clipped is None else 'leaves'} the {width} x {height} image"
+    problem = f"{'is outside' if clipped is None else 'extends beyond'} the {width} x {height} image"
     if scale == 1:
-        problem = f"lies within 0..1 of the {width} x {height} image"
+        problem = f"is within 0..1 of the {width} x {height} image"
     hint = "boxes are x1,y1,x2,y2 in its pixels"
     if scale is not None:
         pixels = ",".join(f"{value:g}" for value in scale_to_pixels(box, scale, width, height))
@@ -217,7 +223,7 @@ def _check_not_normalized(points: Sequence[Point], width: int, height: int) -> N
     x, y, label = points[0]
     pixels = ",".join(f"{value:g}" for value in scale_to_pixels((x, y), 1, width, height))
     raise InputError(
-        f"the point {x:g},{y:g},{label} lies within 0..1; points are in pixels: "
+        f"the point {x:g},{y:g},{label} is within 0..1; points are in pixels: "
         f"if it is normalized to 0..1, write {pixels}"
     )
 
@@ -226,21 +232,28 @@ def _check_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
     try:
         binary_mask = masks.binarize_mask(np.asarray(mask))
     except ValueError as error:
-        raise InputError(f"the mask is unusable: {error}") from error
+        raise InputError(f"invalid mask: {error}") from error
     if binary_mask.shape != (height, width):
         raise InputError(
             f"the mask is {binary_mask.shape[1]} x {binary_mask.shape[0]}, the image {width} x {height} (width x "
             "height); give a mask of the image's size"
         )
     if not binary_mask.any():
-        raise InputError("the mask is empty: nothing in it is inside; mark the region with another value")
+        raise InputError("the mask is empty; mark the region with nonzero pixels")
     if binary_mask.all():
-        warn_once("whole mask", f"a mask covers the whole {width} x {height} image; outside is 0")
+        warn_once("whole mask", f"a mask covers the full {width} x {height} image; pixels outside the region must be 0")
     return binary_mask
 
 
 def parse_prompt_fields(value: Any, location: str) -> tuple[Box | None, tuple[Point, ...], dict[str, Any] | str | None]:
     """Parse the box, points and mask of a plain prompt; a text mask is a file name and returned unchanged.
+
+    Args:
+        value: JSON value.
+        location: Subject of the error messages.
+
+    Returns:
+        Box x1, y1, x2, y2; points (x, y, label); and the mask as RLE or file name.
 
     Raises:
         InputError: A field is malformed, or all are missing; the message begins with `location`.

@@ -38,6 +38,9 @@ class RegionPromptEntry:
     def build_prompt(self) -> Prompt:
         """Build the prompt in pixels of the recorded image size; decode or read its mask.
 
+        Returns:
+            The prompt.
+
         Raises:
             InputError: The mask file cannot be read; the message names the record.
         """
@@ -54,6 +57,9 @@ class RegionPromptEntry:
             width: Width of the image in pixels.
             height: Height of the image in pixels.
             clip_counter: Counts the box if it is clipped.
+
+        Returns:
+            The prompt, in pixels of the image.
 
         Raises:
             InputError: The prompt does not fit; the message names the record.
@@ -99,6 +105,12 @@ def _scale_coordinate(value: float, factor: float, recorded: int, actual: int) -
 
 class RegionPrompts(Mapping[str, list[Prompt]]):
     """Prompts of a file by image key, which is the image's name in the file. Keys keep the order of the file.
+
+    Args:
+        path: Prompts file.
+        entries: Records by image key.
+        skip_counter: Counts contents of the file that cannot be prompts.
+        problems: One message per record without a usable prompt.
 
     Attributes:
         skip_counter: Counts contents of the file that cannot be prompts.

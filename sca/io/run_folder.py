@@ -215,6 +215,12 @@ def _make_other_run_error(path: Path, changes: Iterable[str]) -> DifferentRunErr
 def read_runs(folder: Path) -> dict[str, RunRecord]:
     """Read the runs recorded in the marker of a folder, by kind.
 
+    Args:
+        folder: Run folder.
+
+    Returns:
+        Runs by kind; empty without a marker.
+
     Raises:
         InputError: The marker is damaged.
     """

@@ -20,8 +20,11 @@ def escape_terminal(text: str, allowed: str = "") -> str:
     Args:
         text: Untrusted text, for example a caption or a file name.
         allowed: Characters to keep, such as the newlines of a document.
+
+    Returns:
+        Text that is safe to print.
     """
-    return UNSAFE_PATTERN.sub(lambda found: found[0] if found[0] in allowed else _escape_character(found[0]), text)
+    return UNSAFE_PATTERN.sub(lambda match: match[0] if match[0] in allowed else _escape_character(match[0]), text)
 
 
 def escape_markdown(text: str) -> str:

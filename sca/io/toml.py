@@ -14,6 +14,12 @@ from sca.io.json import MAX_DEPTH, check_depth, read_regular_file
 def read_toml_text(path: Path) -> str:
     """Read the text of a TOML file, or of a pipe that a person typed.
 
+    Args:
+        path: TOML file or pipe.
+
+    Returns:
+        The text.
+
     Raises:
         InputError: The file is not a regular file, or not UTF-8.
     """
@@ -25,6 +31,12 @@ def read_toml_text(path: Path) -> str:
 
 def parse_toml(text: str) -> dict[str, Any]:
     """Parse TOML text.
+
+    Args:
+        text: TOML document.
+
+    Returns:
+        The table.
 
     Raises:
         ValueError: The text is not TOML, is nested too deeply, or contains dates.

@@ -20,7 +20,7 @@ from sca.io.errors import InputError
 
 TYPE_DESCRIPTIONS = {
     bool: "true or false",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     str: "text",
     Mapping: "a table",
@@ -64,7 +64,7 @@ def check_list(subject: str, values: Any, element_type: type, minimum: int = 0) 
     """Check a list of at least `minimum` elements of one type; raise RegistryError otherwise."""
     is_long_enough = isinstance(values, list | tuple) and len(values) >= minimum
     if not is_long_enough or not all(has_type(value, element_type) for value in values):
-        plural = {int: "whole numbers", str: "strings", float: "numbers"}[element_type]
+        plural = {int: "integers", str: "strings", float: "numbers"}[element_type]
         count = f"{minimum} or more " if minimum else ""
         raise RegistryError(f"{subject} is {values!r:.80}; give a list of {count}{plural}")
 
@@ -73,7 +73,7 @@ def check_range(subject: str, value: Any, expected_type: type, minimum: float = 
     """Check a number, `int` or `float`, from `minimum` to `maximum`; raise RegistryError otherwise."""
     check_type(subject, value, expected_type)
     if not minimum <= value <= maximum:
-        limits = f", {minimum} or more" if math.isinf(maximum) else f" from {minimum} to {maximum}"
+        limits = f" of at least {minimum}" if math.isinf(maximum) else f" from {minimum} to {maximum}"
         raise RegistryError(f"{subject} is {value}; give {TYPE_DESCRIPTIONS[expected_type]}{limits}")
 
 
@@ -157,7 +157,7 @@ def read_id(record: Any, key: str, location: str) -> int | str:
     """Return the id of a key; raise InputError unless it is an integer or text."""
     value = require_key(record, key, location)
     if not isinstance(value, int | str) or isinstance(value, bool):
-        raise InputError(f"{location}, {key!r} is {value!r:.80}; give a whole number or text")
+        raise InputError(f"{location}, {key!r} is {value!r:.80}; give an integer or text")
     return value
 
 
@@ -174,6 +174,14 @@ def read_recorded_size(
 ) -> tuple[int, int] | None:
     """Return the recorded width and height of an image in pixels; None if either is missing.
 
+    Args:
+        record: Record with the size.
+        location: Subject of the error messages.
+        keys: Names of the fields with the width and the height.
+
+    Returns:
+        Width and height, or None.
+
     Raises:
         InputError: The values are not a valid image size.
     """
@@ -182,7 +190,9 @@ def read_recorded_size(
         return None
     if not is_int64(width) or not is_int64(height) or min(width, height) < 1:
         names = " and ".join(map(repr, keys))
-        raise InputError(f"{location}: {names} are {(width, height)!r:.80}; give the size of the image in whole pixels")
+        raise InputError(
+            f"{location}: {names} are {(width, height)!r:.80}; give the size of the image in integer pixels"
+        )
     if width * height > PIXEL_LIMIT:
         raise InputError(f"{location}: the image is {width} x {height}; at most {PIXEL_LIMIT:,} pixels are allowed")
     return width, height
@@ -200,7 +210,7 @@ def require_recorded_size(record: Any, location: str) -> tuple[int, int]:
 def xywh_to_xyxy(subject: str, x: float, y: float, width: float, height: float) -> Box:
     """Convert a corner and a size to x1, y1, x2, y2; raise InputError for a negative size or an infinite corner."""
     if min(width, height) < 0:
-        raise InputError(f"{subject} has width {width} and height {height}; give none below 0")
+        raise InputError(f"{subject} has width {width} and height {height}; give values of at least 0")
     if not math.isfinite(float(x) + float(width)) or not math.isfinite(float(y) + float(height)):
         raise InputError(f"{subject} has a corner that is not finite; give the box in image pixels")
     return x, y, x + width, y + height

@@ -63,6 +63,9 @@ def require_weight_files(folder: Path, source: str | Path, prefix: str = "") -> 
         source: Name of the folder in messages.
         prefix: Prefix of the file names.
 
+    Returns:
+        Paths of the weight files.
+
     Raises:
         InputError: Files are missing or Git LFS pointers, or the folder contains an adapter of other weights.
     """
@@ -74,7 +77,7 @@ def require_weight_files(folder: Path, source: str | Path, prefix: str = "") -> 
     files = find_weight_files(folder, prefix)
     if files is None:
         raise InputError(
-            f"{source} has no whole weights: {describe_missing_weights(folder, prefix)}. Copy or download it again"
+            f"{source} has incomplete weights: {describe_missing_weights(folder, prefix)}; copy or download it again"
         )
     for file in files:
         check_is_not_lfs_pointer(file)
@@ -109,6 +112,12 @@ def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
 
     Its other settings, such as a repetition penalty or a time limit, would change captions: generation follows only the
     spec.
+
+    Args:
+        folder: Model folder.
+
+    Returns:
+        Token ids by setting, such as `eos_token_id`.
 
     Raises:
         InputError: An id is not an integer, or the file is not JSON.
@@ -147,10 +156,10 @@ def _read_shard_names(index: Path) -> list[str]:
     try:
         shards = sorted(set(read_json(index)["weight_map"].values()))
         if any(Path(shard).name != shard for shard in shards):
-            raise ValueError("a shard is a file in another folder")
+            raise ValueError("a shard is in another folder")
         return shards
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is not the index of a model in shards ({error!r}): copy it again") from error
+        raise InputError(f"{index} is not an index of sharded weights ({error!r}); copy it again") from error
 
 
 def describe_missing_weights(folder: Path, prefix: str = "") -> str:

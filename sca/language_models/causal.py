@@ -13,8 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.pytorch_utils import Conv1D
 
 from sca.io.hub import silence_transformers
-from sca.language_models.greedy import generate_greedy, has_plain_greedy_settings
-from sca.language_models.probe import probe_model
+from sca.language_models.greedy_search import generate_greedy, has_plain_greedy_settings
+from sca.language_models.model_inspection import inspect_model
 
 POSITION_LIMIT_FIELDS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # in configurations
 SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -46,7 +46,7 @@ class CausalLanguageModel(nn.Module):
         if model.can_generate():
             special_tokens = {name: getattr(model.generation_config, name) for name in SPECIAL_TOKEN_FIELDS}
             model.generation_config = GenerationConfig(**special_tokens)
-        self.structure = probe_model(model)
+        self.structure = inspect_model(model)
         self.tokenizer = tokenizer
         self.hidden_size = model.get_input_embeddings().embedding_dim
         config = model.config.get_text_config(decoder=True)
@@ -68,9 +68,9 @@ class CausalLanguageModel(nn.Module):
         num_embeddings = self.model.get_input_embeddings().num_embeddings
         if num_tokens > num_embeddings:
             raise ValueError(
-                f"the tokenizer has {num_tokens:,} tokens and the language model embeddings for "
-                f"{num_embeddings:,}; give the tokenizer of these weights, or weights saved after "
-                "resize_token_embeddings of transformers"
+                f"the tokenizer has {num_tokens:,} tokens, but the language model has {num_embeddings:,} embeddings; "
+                "use "
+                "the tokenizer of these weights, or resize the embeddings with transformers' resize_token_embeddings"
             )
         self._tokenizer = tokenizer
 
@@ -108,14 +108,17 @@ class CausalLanguageModel(nn.Module):
             temperature: Sampling temperature.
             top_p: Cumulative probability of nucleus sampling.
 
+        Returns:
+            Token ids and scores of N x `num_captions` captions, best first.
+
         Raises:
             ValueError: `num_captions` is less than 1, or exceeds `num_beams` without sampling.
         """
         if num_captions < 1:
-            raise ValueError(f"{num_captions} captions a region: ask for 1 or more")
+            raise ValueError(f"num_captions is {num_captions}; give an integer of at least 1")
         if num_captions > 1 and not do_sample and num_captions > num_beams:
             raise ValueError(
-                f"num_captions={num_captions} needs num_beams={num_captions} or more, not {num_beams}, or "
+                f"num_captions={num_captions} requires num_beams of at least {num_captions}, not {num_beams}, or "
                 "do_sample=true"
             )
         pad_token_id, eos_token_ids = self._resolve_special_tokens()
@@ -174,16 +177,16 @@ class CausalLanguageModel(nn.Module):
         model_type = self.model.config.model_type
         layers = self._find_linear_layers()
         requested = list(target_modules or KNOWN.get(model_type, ()))
-        problem = "" if requested else f"there are none for {model_type!r} unless you name them"
+        problem = "" if requested else f"no defaults for {model_type!r}, so they must be named"
         for name in requested:
             if name not in layers:
-                problem = f"no layer is called {name!r}"
+                problem = f"no layer named {name!r}"
             elif len(layers[name]) < max(map(len, layers.values())):
-                problem = f"only {len(layers[name])} of {max(map(len, layers.values()))} blocks have a {name!r}"
+                problem = f"only {len(layers[name])} of {max(map(len, layers.values()))} blocks have a layer {name!r}"
         if problem:
             layer_counts = ", ".join(f"{name} ({len(blocks)})" for name, blocks in sorted(layers.items()))
             raise ValueError(
-                f"target_modules of LoRA: {problem}. The linear layers, and in how many blocks: {layer_counts}"
+                f"lora.target_modules: {problem}; choose from the linear layers (number of blocks): {layer_counts}"
             )
         has_conv1d = any(
             isinstance(m, Conv1D) for name, m in self.model.named_modules() if name.split(".")[-1] in requested
@@ -269,10 +272,10 @@ class TextTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token: str | None = None):
         if eos_token is not None:
             if eos_token not in tokenizer.get_vocab():
-                raise ValueError(f"the tokenizer has no token {eos_token!r} to end a text with")
+                raise ValueError(f"eos_token {eos_token!r} is not in the vocabulary of the tokenizer")
             tokenizer.eos_token = eos_token
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer does not say which token ends a text: name one of its tokens with eos=...")
+            raise ValueError("the tokenizer has no EOS token; name one of its tokens with eos_token=TOKEN")
         self.tokenizer = tokenizer
         self.eos_token_id = tokenizer.eos_token_id
         self.pad_token_id = self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

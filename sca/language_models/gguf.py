@@ -20,23 +20,23 @@ class GgufLanguageModel(CausalLanguageModel):
 
     Args:
         weights: GGUF file.
-        eos: EOS token; None for that of the file.
+        eos_token: EOS token; None for that of the file.
         dtype: Dtype of the parameters: "float32", "bfloat16" or "float16".
 
     Raises:
         ValueError: The file does not exist, or the dtype is unknown.
     """
 
-    def __init__(self, weights: str, eos: str | None = None, dtype: str = "float32"):
+    def __init__(self, weights: str, eos_token: str | None = None, dtype: str = "float32"):
         if dtype not in DTYPES:
-            raise ValueError(f"no dtype {dtype!r}: there are {', '.join(DTYPES)}")
+            raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
         file = Path(weights).expanduser()
         if not file.is_file():
-            raise ValueError(f"there is no GGUF file {weights}: give weights=FILE")
+            raise ValueError(f"no GGUF file {weights}; give weights=FILE")
         load_options = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
         with translate_load_errors(weights), silence_transformers():
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **load_options)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-        super().__init__(model, TextTokenizer(tokenizer, eos))
+        super().__init__(model, TextTokenizer(tokenizer, eos_token))
         self.source_tokenizer = self.tokenizer
         self.checkpoint = weights

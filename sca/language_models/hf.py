@@ -32,9 +32,9 @@ class HfLanguageModel(CausalLanguageModel):
         config: Fields of the configuration, including `model_type`.
         tokenizer: Hub id or folder of the tokenizer; None for that of the weights. A model without a tokenizer works
             with token ids.
-        eos: EOS token; None for that of the tokenizer.
+        eos_token: EOS token; None for that of the tokenizer.
         dtype: Dtype of the parameters: "float32", "bfloat16" or "float16".
-        checkpointing: Recompute the layers in the backward pass to save memory.
+        gradient_checkpointing: Recompute the layers in the backward pass to save memory.
         trust_remote_code: Run code stored with the weights; use it only with sources that you trust.
 
     Raises:
@@ -48,15 +48,15 @@ class HfLanguageModel(CausalLanguageModel):
         pretrained: bool = True,
         config: Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
-        eos: str | None = None,
+        eos_token: str | None = None,
         dtype: str = "float32",
-        checkpointing: bool = False,
+        gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ):
         if dtype not in DTYPES:
-            raise ValueError(f"no dtype {dtype!r}: there are {', '.join(DTYPES)}")
+            raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
         if not isinstance(trust_remote_code, bool):
-            raise ValueError(f"trust_remote_code is {trust_remote_code!r}; choose true or false")
+            raise ValueError(f"trust_remote_code is {trust_remote_code!r}; give true or false")
         load_options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
         if weights and pretrained:
             model = load_pretrained(
@@ -70,15 +70,15 @@ class HfLanguageModel(CausalLanguageModel):
             tokenizer_folder = fetch_model_folder(tokenizer, include_weights=False)
         elif weights and pretrained:
             tokenizer_folder = fetch_model_folder(weights, revision)
-        super().__init__(model, tokenizer_folder and load_tokenizer(tokenizer_folder, eos, trust_remote_code))
+        super().__init__(model, tokenizer_folder and load_tokenizer(tokenizer_folder, eos_token, trust_remote_code))
         self.source_tokenizer = self.tokenizer  # a tokenizer that is set later is not stored with the weights
         self.checkpoint = weights if pretrained else None
         self.revision = revision
-        self.checkpointing = checkpointing
+        self.gradient_checkpointing = gradient_checkpointing
 
     def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the hidden states of the last layer: (N, L, E) and (N, L) -> (N, L, E)."""
-        if not (self.checkpointing and torch.is_grad_enabled()):
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return super().hidden_states(embeddings, attention_mask)
         layers = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         training_modes = [layer.training for layer in layers]
@@ -115,7 +115,7 @@ def load_tokenizer(folder: Path, eos_token: str | None = None, trust_remote_code
     except InputError as error:
         hint = ""
         if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-            hint = ". One of SentencePiece needs: pip install 'segment-caption-anything[sentencepiece]'"
+            hint = ". SentencePiece tokenizers require an extra: pip install 'segment-caption-anything[sentencepiece]'"
         raise InputError(f"{error}{hint}") from error
 
 
@@ -133,11 +133,14 @@ def make_config(weights: str | None, revision: str | None, config: Mapping[str, 
         revision: Revision of the hub id.
         config: Fields of the configuration, including `model_type`.
 
+    Returns:
+        The configuration of transformers.
+
     Raises:
         ValueError: Neither `weights` nor `config` is set.
     """
     if config is not None:
         return AutoConfig.for_model(**config)
     if weights is None:
-        raise ValueError("there are neither weights nor a config: give weights=FOLDER or a hub id")
+        raise ValueError("neither weights nor config is set; give weights=FOLDER or a hub id")
     return fetch_pretrained_config(AutoConfig, weights, revision)

@@ -79,10 +79,10 @@ def split_fused_attention(tensors: Mapping[str, Tensor], config: PhiConfig) -> d
         prefix, suffix = match.groups()
         expected = (3 * hidden_size, hidden_size) if suffix == "weight" else (3 * hidden_size,)
         if tensor.shape != expected:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} and the config.json asks for {expected}")
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but config.json requires {expected}")
         targets = [f"{prefix}{projection}.{suffix}" for projection in PROJECTIONS]
         if any(target in tensors for target in targets):
-            raise ValueError(f"there are both {name} and {targets[0]}; remove one of the two")
+            raise ValueError(f"the weights contain both {name} and {targets[0]}; remove one of them")
         by_head = tensor.unflatten(0, (num_heads, 3, hidden_size // num_heads))
         for index, target in enumerate(targets):
             split_tensors[target] = by_head[:, index].flatten(0, 1).contiguous()

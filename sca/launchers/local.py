@@ -39,7 +39,7 @@ class Local:
             raise ValueError(f"num_workers is {num_workers}; use an integer of 1 or more, or 0 for the default")
         self.num_workers = num_workers
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[TaskOutcome]:
+    def run_tasks(self, tasks: Sequence[Task]) -> Iterator[TaskOutcome]:
         """Run tasks and yield their outcomes as they arrive.
 
         A task whose process is killed from outside, for example by the out-of-memory killer, runs at most `MAX_KILLS`
@@ -47,6 +47,9 @@ class Local:
 
         Args:
             tasks: Tasks. A task on "cuda" runs on one GPU, "cuda:N".
+
+        Yields:
+            The outcome of a task, in the order of completion.
         """
         context = get_context("forkserver")
         module_names = dict.fromkeys(task.function.partition(":")[0] for task in tasks)

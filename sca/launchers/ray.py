@@ -34,7 +34,7 @@ class Ray:
             raise ValueError(f"cores is {cores}: give 1 or more, what a task takes of a node")
         self.address, self.cores = address, cores
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[TaskOutcome]:
+    def run_tasks(self, tasks: Sequence[Task]) -> Iterator[TaskOutcome]:
         """Run tasks and yield their outcomes as they arrive. Tasks whose nodes were lost have no outcome."""
         import ray
 
@@ -69,7 +69,7 @@ class Ray:
 def _run_on_node(task: Task) -> tuple[dict[str, Any] | None, str]:
     """Run a task on the node with `Local`, which classifies how its process ends; return the result and the log."""
     with tempfile.TemporaryDirectory(prefix="sca-") as folder:
-        outcomes = list(Local(num_workers=1).map([replace(task, folder=folder)]))
+        outcomes = list(Local(num_workers=1).run_tasks([replace(task, folder=folder)]))
         log = Path(folder, LOG_FILE)
         return (outcomes[0].result if outcomes else None), log.read_text("utf-8", "replace") if log.is_file() else ""
 

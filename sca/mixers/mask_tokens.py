@@ -6,7 +6,7 @@ import torch
 from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 
-from sca.nn.two_way import TwoWayTransformer, init_weights
+from sca.nn.two_way_transformer import TwoWayTransformer, init_weights
 
 
 class MaskTokenMixer(nn.Module):
@@ -34,13 +34,19 @@ class MaskTokenMixer(nn.Module):
     def forward(self, regions: SegmenterOutput) -> Tensor:
         """Return the queries of each region, (N, M, D).
 
+        Args:
+            regions: N regions.
+
+        Returns:
+            (N, M, D) queries.
+
         Raises:
             ValueError: The regions have another number of masks.
         """
         queries = regions.mask_tokens  # (N, M, D)
         if queries.shape[1] != self.num_queries:
             raise ValueError(
-                f"the mixer 'mask-tokens' was built for {self.num_queries} masks and got {queries.shape[1]}"
+                f"the mixer 'mask-tokens' requires {self.num_queries} masks per region, not {queries.shape[1]}"
             )
         tokens, _ = self.transformer(
             torch.cat((queries, regions.tokens), dim=1), regions.grid, regions.positional_encoding, return_grids=False

@@ -7,7 +7,7 @@ from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 
 from sca.nn.masks import pool_under_masks, select_best_masks
-from sca.nn.two_way import TwoWayTransformer, init_weights
+from sca.nn.two_way_transformer import TwoWayTransformer, init_weights
 
 
 class QueryMixer(nn.Module):

@@ -7,8 +7,8 @@ from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sca.nn.region_rows import iter_rows_by_image
-from sca.nn.two_way import init_weights
+from sca.nn.region_batch import iter_rows_by_image
+from sca.nn.two_way_transformer import init_weights
 
 ImageKeysValues = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (B, heads, h w, D / heads)
 
@@ -17,7 +17,8 @@ class ResamplerMixer(nn.Module):
     """Perceiver (arXiv 2103.03206) in the style of the Q-Former (BLIP-2, arXiv 2301.12597); returns queries (N, Q, D).
 
     Learned queries and the output tokens of a region attend to each other, and the queries attend to the features of
-    the image. `prepare` computes the keys and values once per image, and all its regions share them without a copy.
+    the image. `prepare_images` computes the keys and values once per image, and all its regions share them without a
+    copy.
 
     Args:
         segmenter: Segmenter.
@@ -45,7 +46,7 @@ class ResamplerMixer(nn.Module):
         self.norm = nn.LayerNorm(self.hidden_size)
         self.apply(init_weights)
 
-    def prepare(self, image_embeddings: Tensor, positional_encoding: Tensor) -> ImageKeysValues:
+    def prepare_images(self, image_embeddings: Tensor, positional_encoding: Tensor) -> ImageKeysValues:
         """Compute the keys and values of images.
 
         Args:
@@ -62,10 +63,13 @@ class ResamplerMixer(nn.Module):
 
         Args:
             regions: N regions.
-            prepared: Output of `prepare` for their images; None computes it.
+            prepared: Output of `prepare_images` for their images; None computes it.
+
+        Returns:
+            (N, Q, D) queries.
         """
         if prepared is None:
-            prepared = self.prepare(regions.image_embeddings, regions.positional_encoding)
+            prepared = self.prepare_images(regions.image_embeddings, regions.positional_encoding)
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         tokens = torch.cat((queries, regions.tokens), dim=1)
         for layer_number, (layer, (keys, values)) in enumerate(zip(self.layers, prepared, strict=True), 1):

@@ -27,11 +27,19 @@ class RoiPoolMixer(nn.Module):
     def forward(self, regions: SegmenterOutput) -> Tensor:
         """Return the queries of each region, (N, output_size^2, D).
 
+        Args:
+            regions: N regions with boxes.
+
+        Returns:
+            (N, output_size^2, D) queries.
+
         Raises:
             ValueError: The regions have no boxes: point prompts with a segmenter that predicts no masks.
         """
         if regions.boxes is None:
-            raise ValueError("the mixer 'roi-pool' needs boxes: ask with boxes, or use segmenter=sam, which finds them")
+            raise ValueError(
+                "the mixer 'roi-pool' requires boxes; give box prompts, or use segmenter=sam, which predicts them"
+            )
         scale = regions.image_embeddings.shape[-1] / regions.image_size
         # (N, D, output_size, output_size)
         pooled = roi_align(regions.image_embeddings, regions.image_index, regions.boxes * scale, self.output_size)

@@ -16,6 +16,9 @@ def probe_feature_shape(network: nn.Module, image_size: int, stride: int | None 
         image_size: S in pixels.
         stride: Stride of the network, if known. A feature grid with another stride would omit an edge of the image.
 
+    Returns:
+        C and the stride in pixels.
+
     Raises:
         ValueError: The feature grid is not square, the stride is not an integer, or it differs from `stride`.
     """
@@ -25,8 +28,8 @@ def probe_feature_shape(network: nn.Module, image_size: int, stride: int | None 
         ).shape
     if len(shape) != 4 or shape[2] != shape[3] or image_size % shape[2]:
         raise ValueError(
-            f"images of {image_size} pixels give features of shape {tuple(shape)}, and a square grid whose side "
-            "divides the image's is needed: choose another size or layer"
+            f"images of {image_size} pixels have features of shape {tuple(shape)}, not a square grid whose side "
+            "divides the image size; choose another size or layer"
         )
     actual_stride = image_size // shape[2]
     if stride is not None and actual_stride != stride:

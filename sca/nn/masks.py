@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sca.nn.region_rows import iter_rows_by_image
+from sca.nn.region_batch import iter_rows_by_image
 
 
 def pool_under_masks(image_embeddings: Tensor, image_index: Tensor, weights: Tensor) -> Tensor:

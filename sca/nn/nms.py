@@ -16,6 +16,9 @@ def suppress_overlaps(is_overlapping: Callable[[int, Tensor], Tensor], scores: T
         is_overlapping: Function of an index and other indices (K,) that returns which of them overlap too much with it,
             (K,) bool.
         scores: (N,) scores on the CPU.
+
+    Yields:
+        The index of a kept element.
     """
     order = scores.argsort(descending=True, stable=True)
     while len(order):

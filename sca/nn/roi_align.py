@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sca.nn.region_rows import iter_rows_by_image
+from sca.nn.region_batch import iter_rows_by_image
 
 
 def roi_align(features: Tensor, image_index: Tensor, boxes: Tensor, output_size: int) -> Tensor:

@@ -15,7 +15,7 @@ from sca.io.atomic import create_writable_folder, translate_output_errors
 from sca.io.errors import OutputError
 from sca.io.images import format_path
 from sca.io.run_folder import RunFolder, check_same_run
-from sca.output.captioned import CaptionedImage
+from sca.output.captioned_image import CaptionedImage
 from sca.output.formats import OUTPUT_FORMATS, list_output_patterns
 from sca.output.jsonl import caption_to_record
 from sca.output.records import parse_image
@@ -125,8 +125,8 @@ def open_caption_journal(
         num_unfinished = count_journal_images(path) if previous_run and not (previous_run.finished or overwrite) else 0
         if num_unfinished and not resume:
             raise OutputError(
-                f"{format_path(path)} contains an unfinished run with {num_unfinished} images done; continue it with "
-                "--resume, choose another --out, or replace it with --overwrite"
+                f"{format_path(path)} contains an unfinished run with {num_unfinished} images captioned; resume it "
+                "with --resume, choose another --out, or replace it with --overwrite"
             )
         ignored_settings = ("images",) if resume and num_unfinished else ()
         outputs = (*list_output_patterns(formats), CAPTION_JOURNAL_NAME)

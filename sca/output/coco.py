@@ -18,7 +18,7 @@ from sca.io.errors import InputError, RejectCallback
 from sca.io.image_names import read_named_image_size
 from sca.io.images import format_path
 from sca.io.validation import is_int64, read_field, read_id, read_image_name, require_recorded_size
-from sca.output.captioned import CaptionedImage, ImageSize
+from sca.output.captioned_image import CaptionedImage, ImageSize
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
 from sca.output.records import annotation_to_caption

@@ -12,7 +12,7 @@ REGION_COLORS = (
     (109, 76, 65),
     (63, 81, 181),
 )
-INSIDE_COLOR, OUTSIDE_COLOR = (0, 170, 60), (220, 30, 40)  # points with label 1 and label 0
+FOREGROUND_COLOR, BACKGROUND_COLOR = (0, 170, 60), (220, 30, 40)  # points with label 1 and label 0
 
 
 def get_region_color(index: int) -> tuple[int, int, int]:

@@ -57,6 +57,14 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[Ring]]:
 def rings_to_mask(rings: Sequence[Ring], width: int, height: int) -> np.ndarray:
     """Convert rings with integer corners and axis-aligned edges to a (height, width) bool mask, by the even-odd rule.
 
+    Args:
+        rings: Closed rings of corners (x, y) in pixels.
+        width: Width of the mask in pixels.
+        height: Height of the mask in pixels.
+
+    Returns:
+        (height, width) bool mask.
+
     Raises:
         InputError: A ring has other corners or edges.
     """

@@ -82,7 +82,7 @@ class MultiFormatWriter:
         formats = tuple(dict.fromkeys(formats))
         unknown = [name for name in formats if name not in _FORMAT_INFO]
         if unknown:
-            raise ValueError(f"no output format named '{unknown[0]}'; there are: {', '.join(OUTPUT_FORMATS)}")
+            raise ValueError(f"unknown output format {unknown[0]!r}; choose from {', '.join(OUTPUT_FORMATS)}")
         folder = Path(folder)
         create_writable_folder(folder)
         self.paths = {name: folder / _FORMAT_INFO[name][0] for name in formats}

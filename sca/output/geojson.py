@@ -15,7 +15,7 @@ from sca.io.atomic import AtomicFile
 from sca.io.errors import InputError, RejectCallback
 from sca.io.images import format_path
 from sca.io.validation import read_field, require_recorded_size
-from sca.output.captioned import ImageSize
+from sca.output.captioned_image import ImageSize
 from sca.output.contours import mask_to_polygons, rings_to_mask
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
@@ -89,5 +89,5 @@ def _parse_feature(feature: Any, location: str) -> dict[str, Any]:
             rings = [ring[:-1] for polygon in geometry["coordinates"] for ring in polygon]
             properties["mask"] = masks.encode_rle(rings_to_mask(rings, *size))
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{location}: a mask that cannot be read: {error}") from error
+            raise InputError(f"{location}: invalid mask: {error}") from error
     return properties

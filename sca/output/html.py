@@ -11,7 +11,7 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io.atomic import AtomicFile
-from sca.output.html_page import MAX_SHARP_SIDE, encode_data_uri, render_template, replace_unprintable
+from sca.output.html_page import MAX_PIXELATED_SIDE, encode_data_uri, render_template, replace_unprintable
 from sca.output.image_files import close_document
 
 
@@ -25,7 +25,9 @@ class HtmlWriter:
     """
 
     def __init__(self, path: Path, title: str | None = None, has_other_captions: bool = False):
-        html = render_template("viewer.html", title=title or "Captions of regions", compares=has_other_captions)
+        html = render_template(
+            "viewer.html", title=title or "Captions of regions", has_other_captions=has_other_captions
+        )
         start, _, self._end = html.partition("<!-- images -->\n")
         self._file = AtomicFile(path)
         self._num_images = 0
@@ -46,18 +48,18 @@ class HtmlWriter:
             captions: Captions of its regions.
             other_captions: Captions to compare with; captions of one region have the same index in both lists.
         """
-        caption_lists = (
-            {"regions": captions} if other_captions is None else {"regions": captions, "other": other_captions}
-        )
+        regions = {"regions": [_caption_to_dict(caption) for caption in captions]}
+        if other_captions is not None:
+            regions["other_regions"] = [_caption_to_dict(caption) for caption in other_captions]
         has_pixels = isinstance(image, Image.Image)
         section_html = render_template(
             "image.html",
             name=path,
             width=image.width,
             height=image.height,
-            picture=encode_data_uri(image) if has_pixels else None,
-            is_sharp=has_pixels and max(image.size) <= MAX_SHARP_SIDE,
-            captions={name: [_caption_to_dict(caption) for caption in each] for name, each in caption_lists.items()},
+            image_uri=encode_data_uri(image) if has_pixels else None,
+            is_pixelated=has_pixels and max(image.size) <= MAX_PIXELATED_SIDE,
+            regions=regions,
         )
         self._file.write(section_html)
         self._num_images += 1
@@ -74,14 +76,14 @@ class HtmlWriter:
 def _caption_to_dict(caption: Caption) -> dict[str, Any]:
     """Convert a caption to JSON values for the page; coordinates in image pixels."""
     return {
-        "region": int(caption.region_id),
+        "region_id": int(caption.region_id),
         "caption": replace_unprintable(caption.text),
         "score": _round_or_none(caption.score),
-        "iou": _round_or_none(caption.predicted_iou),
+        "predicted_iou": _round_or_none(caption.predicted_iou),
         "box": None if caption.box is None else [round(float(value), 2) for value in caption.box],
         "mask": caption.mask["counts"] if caption.mask else None,
         "points": [[float(x), float(y), int(label)] for x, y, label in caption.prompt.points],
-        "prompt_box": caption.prompt.box is not None,
+        "is_box_prompt": caption.prompt.box is not None,
     }
 
 

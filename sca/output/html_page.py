@@ -1,4 +1,4 @@
-"""Render HTML pages from Jinja2 templates: one file each, which loads nothing and runs only its own script."""
+"""HTML pages from Jinja2 templates: self-contained files that load nothing and run only their own script."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 MAX_EMBEDDED_SIDE = 1024  # longest side of an embedded image in pixels; larger images are resized
-MAX_SHARP_SIDE = 256  # up to this side, images are embedded as PNG and shown without smoothing
+MAX_PIXELATED_SIDE = 256  # longest side of images that are embedded as PNG and shown without smoothing
 GENERATOR_TAG = '<meta name="generator" content="segment-caption-anything">'  # marks pages that may be replaced
 
 
@@ -33,7 +33,10 @@ def render_template(template: str, package: str = "sca.output", **values: Any) -
     Args:
         template: File name in the package's folder `templates`, which also contains its CSS and JavaScript.
         package: Import name of the package.
-        values: Variables of the template.
+        **values: Variables of the template.
+
+    Returns:
+        The rendered page.
     """
     return _get_environment(package).get_template(template).render(values)
 
@@ -55,7 +58,7 @@ def _get_environment(package: str) -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["csp_hash"] = lambda content: Markup(_compute_csp_hash(content))
-    environment.globals |= {"generator": Markup(GENERATOR_TAG), "palette": REGION_COLORS}
+    environment.globals |= {"generator": Markup(GENERATOR_TAG), "region_colors": REGION_COLORS}
     return environment
 
 
@@ -65,10 +68,18 @@ def replace_unprintable(value: str) -> str:
 
 
 def check_page_path(path: Path, inputs: Iterable[str | Path]) -> None:
-    """Check that a page does not overwrite an input, or a file that is not one of our pages.
+    """Check that a page does not overwrite an input, or a file that `sca` did not write.
+
+    Args:
+        path: Output file.
+        inputs: Input files.
+
+    Args:
+        path: Path of the page.
+        inputs: Input files of the command.
 
     Raises:
-        OutputError: The page must not be written; the message names the path and the fix.
+        OutputError: The page must not be written; the message contains the path and the fix.
     """
     check_not_inputs([path], inputs)
     if not path.is_file():
@@ -76,7 +87,7 @@ def check_page_path(path: Path, inputs: Iterable[str | Path]) -> None:
     with path.open("rb") as file:
         is_generated = GENERATOR_TAG.encode() in file.read(4096)
     if not is_generated:
-        raise OutputError(f"{format_path(path)} exists and is not a page that `sca` wrote; choose another --out")
+        raise OutputError(f"{format_path(path)} exists and is not a page written by `sca`; choose another --out")
 
 
 def encode_data_uri(image: Image.Image, max_side: int = MAX_EMBEDDED_SIDE) -> str:
@@ -84,7 +95,7 @@ def encode_data_uri(image: Image.Image, max_side: int = MAX_EMBEDDED_SIDE) -> st
     image = image.convert("RGB")
     image.thumbnail((max_side, max_side))
     content = io.BytesIO()
-    file_type = "png" if max(image.size) <= MAX_SHARP_SIDE else "jpeg"
+    file_type = "png" if max(image.size) <= MAX_PIXELATED_SIDE else "jpeg"
     image.save(content, file_type, quality=88)
     return f"data:image/{file_type};base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
 

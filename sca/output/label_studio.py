@@ -24,7 +24,7 @@ from sca.io.atomic import AtomicFile
 from sca.io.errors import RejectCallback
 from sca.io.image_names import add_image_prefix, read_named_image_size
 from sca.io.images import format_path
-from sca.output.captioned import CaptionedImage, ImageSize
+from sca.output.captioned_image import CaptionedImage, ImageSize
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
 from sca.output.records import annotations_to_captions

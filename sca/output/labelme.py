@@ -24,7 +24,7 @@ from sca.io.images import format_path
 from sca.io.json import parse_json, read_regular_file
 from sca.io.paths import make_relative_path, remove_parents
 from sca.io.validation import read_image_name
-from sca.output.captioned import CaptionedImage, ImageSize
+from sca.output.captioned_image import CaptionedImage, ImageSize
 from sca.output.image_files import FilePerImage
 from sca.output.jsonl import caption_to_record
 from sca.output.records import annotations_to_captions

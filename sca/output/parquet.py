@@ -27,7 +27,7 @@ class ParquetWriter:
             import pyarrow
             import pyarrow.parquet
         except ImportError as error:
-            raise OutputError("parquet needs pyarrow: pip install 'segment-caption-anything[data]'") from error
+            raise OutputError("parquet requires pyarrow: pip install 'segment-caption-anything[data]'") from error
         rle = pyarrow.struct([("size", pyarrow.list_(pyarrow.int64())), ("counts", pyarrow.string())])
         self._schema = pyarrow.schema(
             [
@@ -137,7 +137,7 @@ def read_parquet_records(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise InputError("parquet needs pyarrow: pip install 'segment-caption-anything[data]'") from error
+        raise InputError("parquet requires pyarrow: pip install 'segment-caption-anything[data]'") from error
     try:
         row_number = 0
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
@@ -152,4 +152,4 @@ def read_parquet_records(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]
                     )
                 yield location, row
     except pyarrow.ArrowException as error:
-        raise InputError(f"{format_path(path)} is not a whole Parquet file: {' '.join(str(error).split())}") from error
+        raise InputError(f"{format_path(path)} is not a valid Parquet file: {' '.join(str(error).split())}") from error

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from sca_registry.contracts import Caption
 
 from sca.io import masks
-from sca.output.colors import INSIDE_COLOR, OUTSIDE_COLOR, choose_text_color, get_region_color
+from sca.output.colors import BACKGROUND_COLOR, FOREGROUND_COLOR, choose_text_color, get_region_color
 from sca.output.image_files import FilePerImage
 from sca.output.label_layout import LabelBlock, LabelPlacer
 
@@ -126,7 +126,11 @@ def _draw_labels(
     for caption in captions:
         for x, y, label in caption.prompt.points:
             _draw_point(
-                pen, (x + 0.5) * scale, (y + 0.5) * scale, 2.5 * line_width, INSIDE_COLOR if label else OUTSIDE_COLOR
+                pen,
+                (x + 0.5) * scale,
+                (y + 0.5) * scale,
+                2.5 * line_width,
+                FOREGROUND_COLOR if label else BACKGROUND_COLOR,
             )
     for index, block, _, label_box in labels:
         block.draw(pen, label_box[0], label_box[1], choose_text_color(get_region_color(index)), get_region_color(index))

@@ -16,7 +16,7 @@ from sca.io.annotations.annotation import SkipCounter
 from sca.io.errors import InputError, RejectCallback, raise_error
 from sca.io.images import format_path
 from sca.io.json import is_json_lines_file, open_regular_file, parse_json, parse_json_lines
-from sca.output.captioned import CaptionedImage, merge_images
+from sca.output.captioned_image import CaptionedImage, merge_images
 from sca.output.coco import read_coco
 from sca.output.geojson import read_geojson_records
 from sca.output.label_studio import read_label_studio
@@ -41,6 +41,9 @@ def read_captions(
         roots: Folders that image names may start from. Defaults to the working folder and the folder of the file.
             Images are opened only if the file does not record their size.
         reject: Called with an error for each damaged record. Raises it by default.
+
+    Yields:
+        An image with its captions.
 
     Raises:
         InputError: The file has an unsupported format, or a record is damaged.
@@ -82,6 +85,6 @@ def _read_json(
         yield from merge_images(read_coco(content, path, skip, roots, reject), roots, reject).values()
     else:
         raise InputError(
-            f"{format_path(path)} is none of JSON lines (.jsonl), COCO, Parquet, GeoJSON, Label Studio and LabelMe "
-            "files"
+            f"{format_path(path)} is not a captions file; supported are JSON lines (.jsonl), COCO, Parquet, GeoJSON, "
+            "Label Studio and LabelMe"
         )

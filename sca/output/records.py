@@ -25,11 +25,18 @@ from sca.io.validation import (
     require_key,
     require_recorded_size,
 )
-from sca.output.captioned import CaptionedImage, ImageSize
+from sca.output.captioned_image import CaptionedImage, ImageSize
 
 
 def parse_image(record: Any, location: str) -> CaptionedImage:
     """Parse an image of a journal: `image`, `width`, `height` and `captions`, each as in a line of JSON Lines.
+
+    Args:
+        record: JSON value.
+        location: File and line for error messages.
+
+    Returns:
+        The image with its captions.
 
     Raises:
         InputError: A field is missing or invalid.
@@ -45,6 +52,14 @@ def group_records_by_image(
 ) -> Iterator[CaptionedImage]:
     """Yield images from records, grouped by image.
 
+    Args:
+        records: Location and value of each record.
+        skip: Counts contents that cannot be kept.
+        reject: Called with an error for each damaged record.
+
+    Yields:
+        An image with its captions.
+
     Raises:
         InputError: The records of an image are not consecutive.
     """
@@ -53,13 +68,14 @@ def group_records_by_image(
         captions, size, model = [], None, None
         for _, location, record_data in image_records:
             if size is None and name in seen_names:
-                raise InputError(f"{location}: {name!r} had records before, with others between; sort them by image")
+                raise InputError(f"{location}: {name!r} has records in several places; sort the records by image")
             seen_names.add(name)
             try:
                 record_size = ImageSize(*require_recorded_size(record_data, location))
                 if record_size != (size or record_size):
                     raise InputError(
-                        f"{location}: the image is {record_size.width} x {record_size.height}, and was {size} before"
+                        f"{location}: the image is {record_size.width} x {record_size.height}, but {size} in an "
+                        "earlier record"
                     )
                 size, model = record_size, record_data.get("model") or model
                 caption = fit_caption_box(

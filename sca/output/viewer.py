@@ -1,4 +1,4 @@
-"""Write a viewer for caption files, or for two files of the same images: `sca view`."""
+"""Viewer for a caption file, or for two caption files of the same images: `sca view`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from sca.io.errors import InputError
 from sca.io.image_names import ImageNameResolver, resolve_image_path
 from sca.io.images import format_path
-from sca.output.captioned import CaptionedImage, ImageSize, merge_images
+from sca.output.captioned_image import CaptionedImage, ImageSize, merge_images
 from sca.output.html import HtmlWriter
 
 
@@ -22,7 +22,7 @@ def write_viewer(
     roots: Sequence[Path] = (Path(),),
     names: tuple[str, ...] = (),
 ) -> tuple[int, list[str]]:
-    """Write the viewer.
+    """Write the viewer as an HTML page.
 
     Args:
         path: Output file.
@@ -33,14 +33,15 @@ def write_viewer(
 
     Returns:
         The number of regions, and one message per image that could not be opened.
+
+    Raises:
+        InputError: The files record different sizes of an image.
     """
     first_images = merge_images(captioned, roots)
     second_images = None if other_captioned is None else merge_images(other_captioned, roots)
-    page, problems, count = (
-        HtmlWriter(path, " and ".join(names) or "Regions", second_images is not None),
-        list[str](),
-        0,
-    )
+    page = HtmlWriter(path, " and ".join(names) or "Regions", second_images is not None)
+    problems: list[str] = []
+    num_regions = 0
     try:
         for captioned_image, counterpart in _pair_images(first_images, second_images, roots):
             other_captions = None if second_images is None else counterpart.captions if counterpart else []
@@ -50,12 +51,12 @@ def write_viewer(
                 captioned_image.captions,
                 other_captions,
             )
-            count += len(captioned_image.captions) + len(other_captions or ())
+            num_regions += len(captioned_image.captions) + len(other_captions or ())
     except BaseException:
         page.discard()
         raise
     page.close()
-    return count, problems
+    return num_regions, problems
 
 
 def _open_image(captioned: CaptionedImage, roots: Sequence[Path], problems: list[str]) -> Image.Image | ImageSize:
@@ -77,7 +78,10 @@ def _pair_images(
         counterpart = second_images.pop(files.unify_spelling(name), None) if second_images else None
         if counterpart is not None and counterpart.size != each.size:
             sizes = [f"{size.width} x {size.height}" for size in (each.size, counterpart.size)]
-            raise InputError(f"{format_path(each.image)} is {sizes[0]} in one file and {sizes[1]} in the other")
+            raise InputError(
+                f"{format_path(each.image)} is {sizes[0]} pixels in one file and {sizes[1]} in the other; compare "
+                "captions of the same images"
+            )
         yield each, counterpart
     for unmatched in (second_images or {}).values():
         yield unmatched._replace(captions=[]), unmatched

@@ -39,11 +39,14 @@ class BoxSegmenter(nn.Module):
             prompts: N prompts with boxes, points or both.
             multimask_output: Not used.
 
+        Returns:
+            Tokens and boxes of the N regions, without masks.
+
         Raises:
             ValueError: The prompts have masks.
         """
         if prompts.masks is not None:
-            raise ValueError("the segmenter 'box' takes boxes and points; for mask prompts use segmenter=sam")
+            raise ValueError("the segmenter 'box' does not support mask prompts; use segmenter=sam")
         image_embeddings = self.neck(features)
         tokens = []
         if prompts.points is not None:

@@ -7,7 +7,7 @@ tokens and the updated image features of each region.
 from __future__ import annotations
 
 import torch
-from sca_registry.contracts import Encoder, PromptBatch, SegmenterOutput, Targets
+from sca_registry.contracts import Encoder, MaskTargets, PromptBatch, SegmenterOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
@@ -23,7 +23,7 @@ from sca.io.hub import load_pretrained
 from sca.nn.boxes import rasterize_boxes
 from sca.nn.feature_packing import count_packed_channels, unpack_feature_maps
 from sca.nn.masks import masks_to_boxes, select_best_masks
-from sca.nn.two_way import TwoWayTransformer, build_decoder_config
+from sca.nn.two_way_transformer import TwoWayTransformer, build_decoder_config
 
 SAM_HIDDEN_SIZE = 256  # D of all published checkpoints
 UPSCALE_ELEMENTS_PER_CHUNK = 2**22  # grid elements that are upscaled at once on a CPU
@@ -137,6 +137,9 @@ class SamSegmenter(nn.Module):
             features: (B, C, h, w) features of the encoder.
             prompts: N prompts in pixels of the input frame.
             multimask_output: Return three masks per region instead of one.
+
+        Returns:
+            Masks, scores, tokens and image embeddings of the N regions.
         """
         # (B, C, h, w), and features of higher resolutions if the encoder has them
         features, high_res_features = unpack_feature_maps(features, self.high_res_shapes)
@@ -185,6 +188,9 @@ class SamSegmenter(nn.Module):
 
     def embed_prompts(self, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
         """Embed prompts.
+
+        Args:
+            prompts: N prompts in pixels of the input frame.
 
         Returns:
             Prompt tokens (N, P', D), and dense embeddings: (N, D, h, w) for mask prompts or with `box_masks`, else
@@ -274,7 +280,7 @@ class SamSegmenter(nn.Module):
     def _compute_boxes(self, masks: Tensor, scores: Tensor) -> Tensor:
         return masks_to_boxes(select_best_masks(masks.detach(), scores) > 0) * (self.image_size / masks.shape[-1])
 
-    def loss(self, regions: SegmenterOutput, targets: Targets) -> dict[str, Tensor]:
+    def compute_losses(self, regions: SegmenterOutput, targets: MaskTargets) -> dict[str, Tensor]:
         """Compute SAM's losses; padding and regions without a ground-truth mask are ignored.
 
         Args:

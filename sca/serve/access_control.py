@@ -41,7 +41,7 @@ class HostCheckMiddleware:
             return await self.app(scope, receive, send)
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
-        message = f"the host {host_header[:100]!r} is not served here; start with --allow-host NAME to allow it"
+        message = f"the host {host_header[:100]!r} is not allowed; start the server with --allow-host NAME to allow it"
         await make_error_response(ApiError(403, message))(scope, receive, send)
 
     def _is_allowed(self, host_header: str) -> bool:
@@ -74,7 +74,7 @@ class KeyCheckMiddleware:
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         key_index = find_key_index(key.strip(), self.keys) if scheme.lower() == "bearer" else None
         if key_index is None:
-            error = ApiError(401, "no valid API key; send Authorization: Bearer KEY")
+            error = ApiError(401, "missing or invalid API key; send it as Authorization: Bearer KEY")
             return await make_error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
         scope.setdefault("state", {})["client"] = f"key {key_index}"
         await self.app(scope, receive, send)

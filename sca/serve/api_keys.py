@@ -13,6 +13,9 @@ def read_keys(path: Path) -> tuple[str, ...]:
     Args:
         path: Text file with one key per line; empty lines and lines that start with # are ignored.
 
+    Returns:
+        The keys, in the order of the file.
+
     Raises:
         ValueError: The file cannot be read, contains no key, or contains a key that is not printable ASCII.
     """
@@ -20,12 +23,12 @@ def read_keys(path: Path) -> tuple[str, ...]:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ValueError(f"cannot read the API keys in {path}: {reason}; write one key per line") from error
+        raise ValueError(f"cannot read API keys from {path}: {reason}; write one key per line") from error
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
-        raise ValueError(f"{path} has no API key; write one key per line")
+        raise ValueError(f"{path} contains no API key; write one key per line")
     if not all(key.isascii() and key.isprintable() for key in keys):  # limit of HTTP headers
-        raise ValueError(f"{path} has an API key that is not printable ASCII; write another one")
+        raise ValueError(f"{path} contains an API key that is not printable ASCII; use another key")
     return keys
 
 
@@ -35,6 +38,9 @@ def find_key_index(candidate: str, keys: Sequence[str]) -> int | None:
     Args:
         candidate: Key of a client.
         keys: Valid keys.
+
+    Returns:
+        The index, or None.
     """
     matching_index = None
     for index, key in enumerate(keys):

@@ -26,11 +26,12 @@ from starlette.requests import ClientDisconnect
 from sca.inference.automatic import SearchProgress
 from sca.io.errors import InputError
 from sca.serve.access_control import HostCheckMiddleware, KeyCheckMiddleware
-from sca.serve.chat import add_chat_routes
+from sca.serve.chat_completions import add_chat_routes
 from sca.serve.errors import ApiError, make_error_response, to_api_error
+from sca.serve.inference_requests import CaptioningStarted, InferenceRequest, RequestDone, RequestEvent, SchedulerError
 from sca.serve.limits import ServerLimits
-from sca.serve.memory import BudgetError, release_memory
-from sca.serve.request_body import RequestLimitMiddleware
+from sca.serve.limits_middleware import RequestLimitMiddleware
+from sca.serve.memory_budget import MemoryBudgetError, release_memory
 from sca.serve.root_path import RootPathMiddleware
 from sca.serve.scheduler import SHORT_REQUEST_REGIONS, RequestScheduler
 from sca.serve.schema import CaptionRequest, CaptionResponse, HealthResponse, JsonCaptionRequest, add_body_schema
@@ -42,10 +43,14 @@ from sca.serve.service import (
     caption_to_dict,
     count_mask_prompts,
     decode_base64,
+    describe_media_type,
     get_media_type,
 )
-from sca.serve.tickets import InferenceRequest, RegionsFound, RequestDone, RequestEvent, SchedulerError
 
+STREAM_DESCRIPTION = (
+    "Server-sent events: `search_progress` during the search of `everything`, `captioning_started` with the size of "
+    "the image and the number of regions, `region` for each captioned region, and finally `done` or `error`."
+)
 TRIM_INTERVAL = 10.0  # seconds between releases of freed memory to the system
 KEEPALIVE_INTERVAL = 10.0  # seconds without an event before a stream sends a keepalive comment
 
@@ -125,32 +130,32 @@ def _add_caption_route(app: FastAPI, service: CaptionService) -> None:
                 "type": "object",
                 "required": ["image"],
                 "properties": {
-                    "image": {"type": "string", "format": "binary"},
-                    "request": {"type": "string", "description": "JSON: the fields of the other way, without `image`"},
+                    "image": {"type": "string", "format": "binary", "description": "Image file."},
+                    "request": {
+                        "type": "string",
+                        "description": "JSON with the other fields of `JsonCaptionRequest`.",
+                    },
                 },
             },
         },
     }
-    stream_content = {
-        "description": "events `found`, `searched`, `region`, `done`, `error`",
-        "schema": {"type": "string"},
-    }
+    stream_content = {"schema": {"type": "string", "description": STREAM_DESCRIPTION}}
 
     @app.post(
         "/v1/captions",
         response_model=CaptionResponse,
         responses={**ERROR_RESPONSES, 200: {"content": {EVENT_STREAM_MEDIA_TYPE: stream_content}}},
         openapi_extra={"requestBody": {"required": True, "content": request_content}},
-        summary="Captions and masks of regions, at once or as they are there",
+        summary="Caption regions of an image",
     )
-    async def captions(request: Request) -> Response:
-        """Caption regions of one image: `prompts`, or all regions that are found with `everything`.
+    async def create_captions(request: Request) -> Response:
+        """Caption regions of one image: those of `prompts`, or all regions found by `everything`.
 
         Coordinates are pixels of the image with its EXIF orientation applied; the top left corner is 0, 0. The image
         is sent as base64 in JSON or as a file in multipart/form-data. With `stream`, or the header
-        `Accept: text/event-stream`, the response is a stream of server-sent events, one per region.
+        `Accept: text/event-stream`, the response is a stream of server-sent events.
         """
-        caption_request, image_bytes = await _read_request(service, request)
+        caption_request, image_bytes = await _parse_request(service, request)
         service.check_request(caption_request)
         image = await service.decode_request_image(request, image_bytes, count_mask_prompts(caption_request))
         del image_bytes
@@ -179,20 +184,30 @@ def _add_info_routes(app: FastAPI, service: CaptionService) -> None:
         return RedirectResponse(f"{root_path}/docs" if root_path else "docs")
 
     @app.head("/health", include_in_schema=False)
-    @app.get("/health", response_model=HealthResponse, responses={503: {"model": HealthResponse}})
-    async def health() -> Response:
+    @app.get(
+        "/health",
+        response_model=HealthResponse,
+        responses={503: {"model": HealthResponse, "description": "The server accepts no requests."}},
+        summary="Get the state of the server",
+    )
+    async def get_health() -> Response:
         """Return the state of the server; the status is 503 unless it accepts requests."""
         state = service.scheduler.state
         response = HealthResponse(
             status=state,
             model=service.model_name,
             device=str(getattr(service.scheduler.captioner, "device", "cpu")),
-            waiting=service.scheduler.num_queued,
+            queued_regions=service.scheduler.num_queued_regions,
         )
         return JSONResponse(response.model_dump(), 200 if state == "ok" else 503)
 
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def metrics() -> Response:
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}},
+        summary="Get the Prometheus metrics",
+    )
+    async def get_metrics() -> Response:
         """Return metrics in the Prometheus text format."""
         return service.metrics.render_page()
 
@@ -231,10 +246,10 @@ async def _stream_response(service: CaptionService, request: Request, inference_
 
 def _format_event(event: RequestEvent, header: dict[str, Any], image: Image.Image) -> bytes:
     match event:
-        case RegionsFound():
-            event_type, data = "found", {**header, **event._asdict()}
+        case CaptioningStarted():
+            event_type, data = "captioning_started", {**header, **event._asdict()}
         case SearchProgress():
-            event_type, data = "searched", event._asdict()
+            event_type, data = "search_progress", event._asdict()
         case RequestDone():
             event_type, data = "done", event._asdict()
         case _:
@@ -242,7 +257,7 @@ def _format_event(event: RequestEvent, header: dict[str, Any], image: Image.Imag
     return format_sse_event(event=event_type, data_str=json.dumps(data))
 
 
-async def _read_request(service: CaptionService, request: Request) -> tuple[CaptionRequest, bytes]:
+async def _parse_request(service: CaptionService, request: Request) -> tuple[CaptionRequest, bytes]:
     """Read a JSON or multipart body; return the request and the bytes of the image file."""
     media_type = get_media_type(request)
     if media_type == JSON_MEDIA_TYPE:
@@ -254,11 +269,15 @@ async def _read_request(service: CaptionService, request: Request) -> tuple[Capt
         async with request.form(max_files=1, max_fields=4) as form:
             image_file, request_json = form.get("image"), form.get("request", "{}")
             if not isinstance(image_file, UploadFile):
-                raise ApiError(422, "no file in the field 'image'")
+                raise ApiError(
+                    422, "the field 'image' is missing or not a file; send the image as a file", param="image"
+                )
             if not isinstance(request_json, str):
-                raise ApiError(422, "the field 'request' is JSON text, not a file")
+                raise ApiError(422, "the field 'request' is a file; send it as JSON text")
             return service.parse_json(request_json, CaptionRequest), await image_file.read()
-    raise ApiError(415, f"{media_type or 'no content type'}: send {JSON_MEDIA_TYPE} or multipart/form-data")
+    raise ApiError(
+        415, f"{describe_media_type(media_type)} is not supported; send {JSON_MEDIA_TYPE} or multipart/form-data"
+    )
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -269,7 +288,7 @@ def _add_error_handlers(app: FastAPI) -> None:
             return Response(status_code=499)  # client closed the connection
         return make_error_response(to_api_error(error))
 
-    error_types = (ApiError, BudgetError, SchedulerError, InputError, MemoryError, ValidationError)
+    error_types = (ApiError, MemoryBudgetError, SchedulerError, InputError, MemoryError, ValidationError)
     for error_type in (*error_types, ClientDisconnect, RequestValidationError):
         app.add_exception_handler(error_type, handle_error)
 
@@ -277,9 +296,9 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def handle_http_error(request: Request, error: HTTPException) -> Response:
         message = str(error.detail)
         if error.status_code in (404, 405):
-            message = f"there is no {request.method} {request.url.path[:200]}; the page at /docs lists the routes"
+            message = f"no route {request.method} {request.url.path[:200]}; /docs lists the routes"
         return make_error_response(ApiError(error.status_code, message), error.headers)
 
     @app.exception_handler(Exception)
     async def handle_unexpected_error(_: Request, __: Exception) -> Response:
-        return make_error_response(ApiError(500, "the server failed; its log says how"))
+        return make_error_response(ApiError(500, "internal server error; see the server log"))

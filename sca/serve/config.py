@@ -20,7 +20,7 @@ class ServerConfig:
     """Configuration of a server.
 
     Args:
-        model: Source of the captioner; see `sca.captioner`.
+        model: Source of the captioner; see `sca.load_captioner`.
         device: Device of the model.
         dtype: Floating-point type of the model; None for that of the checkpoint.
         seed: Random seed.
@@ -68,24 +68,28 @@ class ServerConfig:
         missing_packages = [name for name in REQUIRED_PACKAGES if find_spec(name) is None]
         if missing_packages:
             raise RegistryError(
-                f"serving needs {' and '.join(missing_packages)}: pip install 'segment-caption-anything[serve]'"
+                f"the server requires {' and '.join(missing_packages)}; run "
+                "pip install 'segment-caption-anything[serve]'"
             )
 
     def load_captioner(self) -> Captioner:
-        """Set the random seed and load the captioner; `sca.captioner` lists the errors."""
+        """Set the random seed and load the captioner; `sca.load_captioner` lists the errors."""
         import torch
 
-        from sca.inference.factory import captioner
+        from sca.inference.factory import load_captioner
 
         torch.manual_seed(self.seed)
         trust_options = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
-        return captioner(self.model, self.device, **trust_options, **({"dtype": self.dtype} if self.dtype else {}))
+        return load_captioner(self.model, self.device, **trust_options, **({"dtype": self.dtype} if self.dtype else {}))
 
     def create_app(self, captioner: Captioner | None = None) -> FastAPI:
         """Create the application.
 
         Args:
             captioner: Loaded captioner; None to load `model`.
+
+        Returns:
+            The FastAPI application.
         """
         from sca.serve.app import create_app
         from sca.serve.limits import ServerLimits

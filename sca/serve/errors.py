@@ -11,8 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from sca.io.errors import ImageMemoryError, InputError, TooLargeError
-from sca.serve.memory import BudgetError
-from sca.serve.tickets import (
+from sca.serve.inference_requests import (
     DeadlineExceededError,
     InsufficientMemoryError,
     QueueFullError,
@@ -20,6 +19,7 @@ from sca.serve.tickets import (
     SchedulerError,
     UnsupportedRequestError,
 )
+from sca.serve.memory_budget import MemoryBudgetError
 
 _FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
 MAX_REPORTED_PROBLEMS = 3  # validation errors per response
@@ -81,6 +81,12 @@ def make_error_response(error: ApiError, headers: Mapping[str, str] | None = Non
 def to_api_error(error: Exception) -> ApiError:
     """Convert an error of a request to an `ApiError`.
 
+    Args:
+        error: Error raised while a request was processed.
+
+    Returns:
+        The error with its HTTP status.
+
     Raises:
         TypeError: Requests do not cause errors of this type.
     """
@@ -90,8 +96,8 @@ def to_api_error(error: Exception) -> ApiError:
         case SchedulerError():
             return ApiError(_STATUS_BY_ERROR.get(type(error), 500), str(error))
         case MemoryError():
-            return ApiError(503, "not enough memory for this request: ask for less, or later")
-        case BudgetError() | ImageMemoryError():
+            return ApiError(503, "not enough memory; request fewer regions or try again later")
+        case MemoryBudgetError() | ImageMemoryError():
             return ApiError(503, str(error))
         case TooLargeError():
             return ApiError(413, str(error))

@@ -24,8 +24,15 @@ class ServerMetrics:
         self.registry = CollectorRegistry()
         self.registry.register(_SchedulerCollector(scheduler))
         labels = ("route", "status")
-        self.request_counter = Counter("sca_requests", "Requests that were answered", labels, registry=self.registry)
-        self.durations = Histogram("sca_request_seconds", "Until the last byte", ("route",), registry=self.registry)
+        self.request_counter = Counter(
+            "sca_http_requests", "HTTP requests by route and status.", labels, registry=self.registry
+        )
+        self.request_durations = Histogram(
+            "sca_http_request_duration_seconds",
+            "Time from the request to the last byte of its response.",
+            ("route",),
+            registry=self.registry,
+        )
 
     def render_page(self) -> Response:
         """Return the metrics in the Prometheus text format."""
@@ -50,7 +57,7 @@ class ServerMetrics:
             finally:
                 route = getattr(scope.get("route"), "path", "other")
                 self.request_counter.labels(route, status).inc()
-                self.durations.labels(route).observe(time.perf_counter() - start_time)
+                self.request_durations.labels(route).observe(time.perf_counter() - start_time)
 
         return count_request
 
@@ -60,13 +67,18 @@ class _SchedulerCollector(Collector):
         self.scheduler = scheduler
 
     def collect(self) -> Any:
-        scheduler, feature_store = self.scheduler, self.scheduler.feature_store
-        yield GaugeMetricFamily("sca_waiting_regions", "Regions without an answer", scheduler.num_queued)
-        yield CounterMetricFamily("sca_regions", "Regions that were answered", scheduler.num_captioned)
-        yield CounterMetricFamily("sca_turns", "Times that the model was asked", scheduler.num_turns)
-        yield GaugeMetricFamily("sca_kept_images", "Images whose features are kept", len(feature_store))
-        yield GaugeMetricFamily("sca_kept_bytes", "Bytes of them", feature_store.stored_bytes)
-        lookups = CounterMetricFamily("sca_feature_lookups", "Images whose features were asked for", labels=["found"])
-        lookups.add_metric(["yes"], feature_store.hits)
-        lookups.add_metric(["no"], feature_store.misses)
+        scheduler, feature_cache = self.scheduler, self.scheduler.feature_cache
+        num_queued = scheduler.num_queued_regions
+        yield GaugeMetricFamily("sca_queued_regions", "Regions queued or in progress.", num_queued)
+        yield CounterMetricFamily("sca_captioned_regions", "Captioned regions.", scheduler.num_captioned_regions)
+        yield CounterMetricFamily(
+            "sca_scheduler_turns", "Batches of regions captioned and search steps run.", scheduler.num_turns
+        )
+        yield GaugeMetricFamily("sca_feature_cache_images", "Images in the feature cache.", len(feature_cache))
+        yield GaugeMetricFamily("sca_feature_cache_bytes", "Size of the feature cache.", feature_cache.cached_bytes)
+        lookups = CounterMetricFamily(
+            "sca_feature_cache_lookups", "Lookups in the feature cache by result.", labels=["result"]
+        )
+        lookups.add_metric(["hit"], feature_cache.hits)
+        lookups.add_metric(["miss"], feature_cache.misses)
         yield lookups

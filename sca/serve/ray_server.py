@@ -14,7 +14,7 @@ def serve_on_ray(
     config: ServerConfig,
     host: str,
     port: int,
-    replicas: int,
+    num_replicas: int,
     on_ready: Callable[[str], None],
     address: str | None = None,
     num_cpus: int = 1,
@@ -25,13 +25,13 @@ def serve_on_ray(
         config: Configuration of the server.
         host: Address to bind on every node.
         port: Port to bind; 0 selects a free port, if `address` is None.
-        replicas: Number of model replicas.
+        num_replicas: Number of model replicas.
         on_ready: Function called with the URL of the server.
         address: Address of a Ray cluster; None starts one on this machine.
         num_cpus: CPU cores per replica.
 
     Raises:
-        ValueError: The address cannot be bound, there are too few cores or GPUs, or the model cannot be loaded.
+        ValueError: The address cannot be bound, the machine has too few cores or GPUs, or the model cannot be loaded.
     """
     import ray
 
@@ -50,11 +50,11 @@ def serve_on_ray(
 
     try:
         if address is None:  # other clusters can scale up
-            _check_cluster_capacity(actor_resources, replicas, ray.cluster_resources())
+            _check_cluster_capacity(actor_resources, num_replicas, ray.cluster_resources())
         ray.get(ray.remote(**actor_resources)(_load_captioner).remote(config))
         serve.start(http_options={"host": host, "port": port})
         deployment = serve.deployment(
-            num_replicas=replicas,
+            num_replicas=num_replicas,
             ray_actor_options=actor_resources,
             max_ongoing_requests=config.max_connections,
         )(serve.ingress(create_app)())
@@ -71,18 +71,18 @@ def serve_on_ray(
 
 
 def _check_cluster_capacity(
-    actor_resources: Mapping[str, int], replicas: int, cluster_resources: Mapping[str, float]
+    actor_resources: Mapping[str, int], num_replicas: int, cluster_resources: Mapping[str, float]
 ) -> None:
     """Raise ValueError if the replicas would wait forever for cores or GPUs."""
     for label, resource in (("GPUs", "GPU"), ("cores", "CPU")):
         required, available = (
-            replicas * actor_resources[f"num_{resource.lower()}s"],
+            num_replicas * actor_resources[f"num_{resource.lower()}s"],
             int(cluster_resources.get(resource, 0)),
         )
         if required > available:
             raise ValueError(
-                f"{replicas} replicas need {required} {label} and this machine has {available}: ask for fewer, or name "
-                "a cluster with 'ray address=...'"
+                f"{num_replicas} replicas require {required} {label}, and this machine has {available}; use fewer "
+                "replicas, or a cluster with --launcher 'ray address=...'"
             )
 
 

@@ -14,17 +14,21 @@ ROUTES = (
 def check_root_path(text: str) -> str:
     """Normalize a root path to "/a/b", or "" for the root.
 
+    Args:
+        text: Path from the command line.
+
+    Returns:
+        The normalized path.
+
     Raises:
         ValueError: The text is not a path of URL characters, for example a full URL, or a route of the server starts
             with it. The latter would be ambiguous between proxies that strip the path and proxies that do not.
     """
     path = text.strip("/")
     if path and not all(re.fullmatch(r"[\w.~-]+", part, re.ASCII) and part.strip(".") for part in path.split("/")):
-        raise ValueError(f"the root path {text!r} is not a path; write it as /captions")
+        raise ValueError(f"the root path {text!r} is not a URL path; write it like /captions")
     if path and any(f"{route}/".startswith(f"/{path}/") for route in ROUTES):
-        raise ValueError(
-            f"the root path {text!r} is the start of a route of the server; choose another, like /captions"
-        )
+        raise ValueError(f"the root path {text!r} is a prefix of a route of the server; choose another, like /captions")
     return f"/{path}" if path else ""
 
 

@@ -1,8 +1,8 @@
 """Scheduler that shares one model between many clients and batches their requests.
 
     scheduler = RequestScheduler(captioner)
-    ticket = scheduler.submit(InferenceRequest(image, prompts), on_event=print)
-    ticket.cancel()
+    entry = scheduler.submit(InferenceRequest(image, prompts), on_event=print)
+    entry.cancel()
 
 A worker thread owns the model and works in short turns. A turn captions some regions of the queued requests with the
 same task and options, or continues the search of one everything request for a moment. New requests and requests that
@@ -29,22 +29,22 @@ from sca.inference.automatic import search_everything
 from sca.inference.batch import caption_requests
 from sca.inference.engine import EncodedImages, MaskEngine
 from sca.io.masks import mask_to_box
-from sca.serve.feature_store import FeatureStore
-from sca.serve.memory import is_out_of_memory, release_memory
-from sca.serve.tickets import (
+from sca.serve.feature_cache import FeatureCache
+from sca.serve.inference_requests import (
     CandidateMasks,
+    CaptioningStarted,
     DeadlineExceededError,
     InferenceRequest,
     InsufficientMemoryError,
+    QueueEntry,
     QueueFullError,
-    RegionsFound,
     RequestDone,
     RequestEvent,
     SchedulerClosedError,
     SchedulerError,
-    Ticket,
     UnsupportedRequestError,
 )
+from sca.serve.memory_budget import is_out_of_memory, release_memory
 
 log = logging.getLogger("sca.serve")
 
@@ -55,6 +55,7 @@ SHORT_REQUEST_REGIONS = 64  # requests with more regions can use only three quar
 CROWDED_TURN_DIVISOR = 4  # factor by which turns are shorter while requests outside the turn wait
 POINTS_PER_REGION_COST = 32  # points of a prompt that cost as much as a region
 MASK_PIXELS_PER_REGION_COST = 2**22  # mask pixels that cost as much as a region
+EVERYTHING_UNSUPPORTED_MESSAGE = "this model does not support everything mode; send prompts"
 
 
 class RequestScheduler:
@@ -86,22 +87,22 @@ class RequestScheduler:
             max_queue,
         )
         self.max_found_regions = max_found_regions
-        self.feature_store = FeatureStore(feature_cache_bytes)
-        self.num_turns = self.num_captioned = 0
-        self._tickets: deque[Ticket] = deque()
-        self._current_turn: list[Ticket] = []
-        self._last_turn_was_new = False  # whether the last turn was the first of its ticket
-        self._last_turn_by_client: dict[str, int] = {}  # for clients with queued tickets
+        self.feature_cache = FeatureCache(feature_cache_bytes)
+        self.num_turns = self.num_captioned_regions = 0
+        self._queue: deque[QueueEntry] = deque()
+        self._current_turn: list[QueueEntry] = []
+        self._last_turn_was_new = False  # whether the last turn was the first of its entry
+        self._last_turn_by_client: dict[str, int] = {}  # for clients with queued entries
         self._condition = threading.Condition()
         self._is_draining = self._is_closed = self._has_crashed = False
         self._thread = threading.Thread(target=self._run_worker, name="sca-scheduler", daemon=True)
         self._thread.start()
 
     @property
-    def num_queued(self) -> int:
+    def num_queued_regions(self) -> int:
         """Number of regions queued or in progress."""
         with self._condition:
-            return self._count_queued()
+            return self._count_queued_regions()
 
     @property
     def accepts_requests(self) -> bool:
@@ -116,48 +117,57 @@ class RequestScheduler:
         return "draining" if self._is_draining else "ok"
 
     @property
-    def can_find_regions(self) -> bool:
+    def supports_everything(self) -> bool:
         """Whether the captioner supports everything mode."""
         return isinstance(self.captioner, MaskEngine) and self.captioner.model is not None
 
-    def submit(self, request: InferenceRequest, on_event: Callable[[RequestEvent], None]) -> Ticket:
+    def submit(self, request: InferenceRequest, on_event: Callable[[RequestEvent], None]) -> QueueEntry:
         """Queue a request.
 
         Args:
             request: Request.
-            on_event: Function called in the worker thread with each event; see `Ticket`.
+            on_event: Function called in the worker thread with each event; see `QueueEntry`.
 
         Returns:
-            The ticket, to cancel the request.
+            The entry in the queue; `cancel()` cancels the request.
 
         Raises:
             QueueFullError: The queue is full.
             SchedulerClosedError: The scheduler accepts no requests.
             UnsupportedRequestError: The request needs everything mode and the captioner does not support it.
         """
-        if request.everything is not None and not self.can_find_regions:
-            raise UnsupportedRequestError("this model finds no regions by itself: give prompts")
-        ticket = Ticket(request, on_event)
+        if request.everything is not None and not self.supports_everything:
+            raise UnsupportedRequestError(EVERYTHING_UNSUPPORTED_MESSAGE)
+        entry = QueueEntry(request, on_event)
         with self._condition:
             if self.state != "ok":
                 raise self._make_closed_error()
-            ticket_size, num_queued = ticket.queue_size, self._count_queued()
-            if num_queued + ticket_size > (
-                self.max_queue if ticket_size <= SHORT_REQUEST_REGIONS else self.max_queue * 3 // 4
+            entry_size, num_queued = entry.queue_size, self._count_queued_regions()
+            if num_queued + entry_size > (
+                self.max_queue if entry_size <= SHORT_REQUEST_REGIONS else self.max_queue * 3 // 4
             ):
-                raise QueueFullError(f"{num_queued} regions wait, and at most {self.max_queue} may: try again later")
-            self._tickets.append(ticket)
+                raise QueueFullError(
+                    f"the queue is full ({num_queued} of {self.max_queue} regions); try again later, or send fewer "
+                    "regions"
+                )
+            self._queue.append(entry)
             self._condition.notify_all()
-        return ticket
+        return entry
 
     def iter_events(self, request: InferenceRequest) -> Iterator[RequestEvent]:
         """Submit a request and yield its events up to `RequestDone`. Closing the iterator cancels the request.
+
+        Args:
+            request: Request to process.
+
+        Yields:
+            An event of the request.
 
         Raises:
             SchedulerError: The request cannot be queued or completed.
         """
         event_queue: SimpleQueue[RequestEvent] = SimpleQueue()
-        ticket = self.submit(request, event_queue.put)
+        entry = self.submit(request, event_queue.put)
         try:
             while True:
                 event = event_queue.get()
@@ -165,9 +175,9 @@ class RequestScheduler:
                     raise event
                 yield event
                 if isinstance(event, RequestDone):
-                    return
+                    break
         finally:
-            ticket.cancel()
+            entry.cancel()
 
     def drain(self, timeout: float) -> None:
         """Stop accepting requests, and close the scheduler after `timeout` seconds.
@@ -189,45 +199,41 @@ class RequestScheduler:
         """
         with self._condition:
             self._is_closed = True
-            waiting_tickets = [
-                ticket for ticket in self._tickets if not any(ticket is each for each in self._current_turn)
-            ]
+            waiting_entries = [entry for entry in self._queue if not any(entry is each for each in self._current_turn)]
             self._condition.notify_all()
-        for ticket in waiting_tickets:
-            _fail_ticket(ticket, self._make_closed_error())
+        for entry in waiting_entries:
+            _fail_entry(entry, self._make_closed_error())
         self._thread.join(timeout)
         with self._condition:
-            remaining_tickets, self._tickets = self._tickets, deque()
-        for ticket in remaining_tickets:
-            _fail_ticket(ticket, self._make_closed_error())
+            remaining_entries, self._queue = self._queue, deque()
+        for entry in remaining_entries:
+            _fail_entry(entry, self._make_closed_error())
 
     def _make_closed_error(self) -> SchedulerClosedError:
         if self._has_crashed:
-            return SchedulerClosedError("the model has stopped working; restart the server")
+            return SchedulerClosedError("the worker thread of the model has crashed; restart the server")
         return SchedulerClosedError("the server is shutting down; try again later")
 
-    def _count_queued(self) -> int:
-        return sum(ticket.queue_size for ticket in self._tickets)
+    def _count_queued_regions(self) -> int:
+        return sum(entry.queue_size for entry in self._queue)
 
     def _run_worker(self) -> None:
         try:
             self._process_turns()
         except BaseException:  # including SystemExit: queued requests would never end
-            log.critical("the model has stopped working; restart the server", exc_info=True)
+            log.critical("the worker thread of the model has crashed; restart the server", exc_info=True)
             self._has_crashed = True
         with self._condition:
-            remaining_tickets, self._tickets, self._current_turn = self._tickets, deque(), []
+            remaining_entries, self._queue, self._current_turn = self._queue, deque(), []
             self._is_closed = True
-        for ticket in remaining_tickets:
-            _fail_ticket(ticket, self._make_closed_error())
+        for entry in remaining_entries:
+            _fail_entry(entry, self._make_closed_error())
 
     def _process_turns(self) -> None:
         has_worked = False
         while True:
             with self._condition:
-                has_work = self._condition.wait_for(
-                    lambda: self._tickets or self._is_closed, 1.0 if has_worked else None
-                )
+                has_work = self._condition.wait_for(lambda: self._queue or self._is_closed, 1.0 if has_worked else None)
                 if self._is_closed:
                     return
                 self._current_turn = turn = self._select_turn() if has_work else []
@@ -238,47 +244,45 @@ class RequestScheduler:
             if turn:
                 self._run_turn(turn)
                 has_worked = True
-            with self._condition:  # unfinished tickets move to the end of the queue
+            with self._condition:  # unfinished entries move to the end of the queue
                 turn_ids = set(map(id, turn))
                 unfinished = [
                     each for each in turn if not each.is_cancelled and (each.num_remaining or each.needs_search)
                 ]
-                self._tickets = deque(each for each in self._tickets if id(each) not in turn_ids)
-                self._tickets.extend(unfinished)
+                self._queue = deque(each for each in self._queue if id(each) not in turn_ids)
+                self._queue.extend(unfinished)
                 self._current_turn = []
 
-    def _select_turn(self) -> list[Ticket]:
-        """Select the tickets of the next turn. They stay in the queue, because regions in progress count as queued."""
+    def _select_turn(self) -> list[QueueEntry]:
+        """Select the entries of the next turn. They stay in the queue, because regions in progress count as queued."""
         now = time.monotonic()
-        for ticket in [each for each in self._tickets if each.is_cancelled or each.deadline < now]:
-            self._tickets.remove(ticket)
-            _fail_ticket(
-                ticket, DeadlineExceededError(f"no answer in {ticket.request.timeout:g} s: ask for less, or later")
-            )
-        num_running_searches = sum(each.search_steps is not None for each in self._tickets)
-        ready_tickets = [
+        for entry in [each for each in self._queue if each.is_cancelled or each.deadline < now]:
+            self._queue.remove(entry)
+            _fail_entry(entry, DeadlineExceededError(format_timeout_message(entry.request.timeout)))
+        num_running_searches = sum(each.search_steps is not None for each in self._queue)
+        ready_entries = [
             each
-            for each in self._tickets
+            for each in self._queue
             if not each.needs_search or each.search_steps is not None or num_running_searches < MAX_CONCURRENT_SEARCHES
         ]
-        if not ready_tickets:
+        if not ready_entries:
             return []
-        first = self._select_first_ticket(ready_tickets)
+        first = self._select_first_entry(ready_entries)
         if first.needs_search:
             turn = [first]
         else:
-            # Rank tickets so that each client gets one before any client gets its second.
+            # Rank entries so that each client gets one before any client gets its second.
             num_selected_by_client: Counter[str] = Counter()
-            ranked_tickets = []
-            for each in ready_tickets:
+            ranked_entries = []
+            for each in ready_entries:
                 if each is not first and not each.needs_search and each.batch_key == first.batch_key:
-                    ranked_tickets.append((num_selected_by_client[each.request.client_id], each))
+                    ranked_entries.append((num_selected_by_client[each.request.client_id], each))
                     num_selected_by_client[each.request.client_id] += 1
-            turn = [first, *(each for _, each in sorted(ranked_tickets, key=lambda pair: pair[0]))][
+            turn = [first, *(each for _, each in sorted(ranked_entries, key=lambda pair: pair[0]))][
                 : self.max_regions_per_turn
             ]
         self.num_turns += 1
-        waiting_clients = {each.request.client_id for each in self._tickets}
+        waiting_clients = {each.request.client_id for each in self._queue}
         self._last_turn_by_client = {
             client: last for client, last in self._last_turn_by_client.items() if client in waiting_clients
         }
@@ -286,66 +290,66 @@ class RequestScheduler:
             self._last_turn_by_client[each.request.client_id] = self.num_turns
         return turn
 
-    def _select_first_ticket(self, ready_tickets: Sequence[Ticket]) -> Ticket:
-        """Select the next ticket: new and served tickets alternate; among these, the client that waited longest."""
-        new_tickets, served_tickets = (
-            [each for each in ready_tickets if bool(each.num_turns) is had] for had in (False, True)
+    def _select_first_entry(self, ready_entries: Sequence[QueueEntry]) -> QueueEntry:
+        """Select the next entry: new and served entries alternate; among these, the client that waited longest."""
+        new_entries, served_entries = (
+            [each for each in ready_entries if bool(each.num_turns) is was_served] for was_served in (False, True)
         )
-        eligible_tickets = (served_tickets if self._last_turn_was_new else new_tickets) or served_tickets or new_tickets
-        self._last_turn_was_new = eligible_tickets is new_tickets
-        return min(eligible_tickets, key=lambda each: self._last_turn_by_client.get(each.request.client_id, -1))
+        eligible_entries = (served_entries if self._last_turn_was_new else new_entries) or served_entries or new_entries
+        self._last_turn_was_new = eligible_entries is new_entries
+        return min(eligible_entries, key=lambda each: self._last_turn_by_client.get(each.request.client_id, -1))
 
-    def _run_turn(self, turn: list[Ticket]) -> None:
-        for ticket in turn:
-            ticket.num_turns += 1
+    def _run_turn(self, turn: list[QueueEntry]) -> None:
+        for entry in turn:
+            entry.num_turns += 1
         try:
             if turn[0].needs_search:
                 self._continue_search(turn[0])
             else:
                 self._caption_turn(turn)
-        except Exception as error:  # retry the tickets one by one, so that only the faulty one fails
+        except Exception as error:  # retry the entries one by one, so that only the faulty one fails
             if len(turn) > 1:
-                for ticket in turn:
-                    self._run_turn([ticket])
+                for entry in turn:
+                    self._run_turn([entry])
                 return
-            (ticket,) = turn
-            _fail_ticket(ticket, _to_scheduler_error(error))
+            (entry,) = turn
+            _fail_entry(entry, _to_scheduler_error(error))
 
-    def _continue_search(self, ticket: Ticket) -> None:
-        """Continue the search of a ticket for at most SEARCH_SECONDS."""
-        if ticket.search_steps is None:
+    def _continue_search(self, entry: QueueEntry) -> None:
+        """Continue the search of an entry for at most `SEARCH_SECONDS`."""
+        if entry.search_steps is None:
             limits = {"max_found_regions": self.max_found_regions, "max_bytes": SEARCH_BYTES}
-            encoded = self._encode_tickets([ticket])
-            ticket.search_steps = search_everything(self.captioner, encoded, ticket.request.everything, **limits)
+            encoded = self._encode_images([entry])
+            entry.search_steps = search_everything(self.captioner, encoded, entry.request.everything, **limits)
         slice_end = time.monotonic() + SEARCH_SECONDS
         try:
             while True:
-                progress = next(ticket.search_steps)
-                if progress != ticket.search_progress:
-                    ticket.search_progress = progress
-                    _send_event(ticket, progress)
-                if ticket.is_cancelled or time.monotonic() > slice_end:
+                progress = next(entry.search_steps)
+                if progress != entry.search_progress:
+                    entry.search_progress = progress
+                    _send_event(entry, progress)
+                if entry.is_cancelled or time.monotonic() > slice_end:
                     return
         except StopIteration as search_result:
-            ticket.found_masks, ticket.prompts = (each[: ticket.request.max_regions] for each in search_result.value)
-            ticket.needs_search, ticket.search_steps = False, None
-            _send_event(ticket, RegionsFound(len(ticket.prompts)))
-            if not ticket.prompts:
-                _send_event(ticket, RequestDone(0))
+            entry.found_masks, entry.prompts = (each[: entry.request.max_regions] for each in search_result.value)
+            entry.needs_search, entry.search_steps = False, None
+            _send_event(entry, CaptioningStarted(len(entry.prompts)))
+            if not entry.prompts:
+                _send_event(entry, RequestDone(0))
 
-    def _allocate_regions(self, tickets: Sequence[Ticket]) -> list[int]:
-        """Return the number of regions of each ticket in a turn, allocated round-robin up to the cost of a turn."""
-        has_other_tickets = any(
-            not each.is_cancelled for each in self._tickets if not any(each is one for one in tickets)
+    def _allocate_regions(self, entries: Sequence[QueueEntry]) -> list[int]:
+        """Return the number of regions of each entry in a turn, allocated round-robin up to the cost of a turn."""
+        has_other_entries = any(
+            not each.is_cancelled for each in self._queue if not any(each is one for one in entries)
         )
-        budget_left = self.max_regions_per_turn / (CROWDED_TURN_DIVISOR if has_other_tickets else 1)
-        cost_functions = [self._make_cost_function(ticket) for ticket in tickets]
-        region_counts = [0] * len(tickets)
+        budget_left = self.max_regions_per_turn / (CROWDED_TURN_DIVISOR if has_other_entries else 1)
+        cost_functions = [self._make_cost_function(entry) for entry in entries]
+        region_counts = [0] * len(entries)
         while True:
             previous_total = sum(region_counts)
-            for index, ticket in enumerate(tickets):
-                if region_counts[index] < ticket.num_remaining:
-                    cost = cost_functions[index](ticket.prompts[ticket.num_captioned + region_counts[index]])
+            for index, entry in enumerate(entries):
+                if region_counts[index] < entry.num_remaining:
+                    cost = cost_functions[index](entry.prompts[entry.num_captioned + region_counts[index]])
                     if sum(region_counts) and cost > budget_left:
                         return region_counts
                     budget_left -= cost
@@ -353,17 +357,17 @@ class RequestScheduler:
             if sum(region_counts) == previous_total:
                 return region_counts
 
-    def _make_cost_function(self, ticket: Ticket) -> Callable[[Prompt], float]:
+    def _make_cost_function(self, entry: QueueEntry) -> Callable[[Prompt], float]:
         """Return a function that estimates the cost of a region relative to one with default options."""
         default_options = getattr(self.captioner, "generation", DEFAULT_GENERATION)
-        options = {**default_options, **ticket.request.generation}
+        options = {**default_options, **entry.request.generation}
         num_sequences = max(options["num_beams"], options.get("num_captions", 1))
         default_cost = default_options["num_beams"] * default_options["max_new_tokens"]
         token_cost = num_sequences * options["max_new_tokens"] / default_cost
         if options.get("seed") is not None:  # such regions are captioned one at a time
             token_cost = max(token_cost, self.max_regions_per_turn)
-        cost_per_mask = ticket.request.image.width * ticket.request.image.height / MASK_PIXELS_PER_REGION_COST
-        num_predicted_masks = ticket.needs_masks + 3 * ticket.request.return_candidates
+        cost_per_mask = entry.request.image.width * entry.request.image.height / MASK_PIXELS_PER_REGION_COST
+        num_predicted_masks = entry.needs_masks + 3 * entry.request.return_candidates
 
         def estimate_cost(prompt: Prompt) -> float:
             num_masks = num_predicted_masks + (prompt.mask is not None)
@@ -371,76 +375,76 @@ class RequestScheduler:
 
         return estimate_cost
 
-    def _caption_turn(self, turn: list[Ticket]) -> None:
+    def _caption_turn(self, turn: list[QueueEntry]) -> None:
         allocated = zip(turn, self._allocate_regions(turn), strict=True)
         served = [(each, share) for each, share in allocated if share or not each.num_remaining]
         turn = [each for each, _ in served]
         requests = [each.prompts[each.num_captioned : each.num_captioned + share] for each, share in served]
         task, generation = turn[0].request.task, turn[0].request.generation
-        images, encoded = [ticket.request.image for ticket in turn], None
+        images, encoded = [entry.request.image for entry in turn], None
         if hasattr(self.captioner, "caption_batch"):
-            encoded, generation = self._encode_tickets(turn), {**generation, "return_masks": turn[0].needs_masks}
-        captions_by_ticket = caption_requests(self.captioner, images, requests, task, encoded, **generation)
-        for ticket, captions in zip(turn, captions_by_ticket, strict=True):
-            if not ticket.num_captioned and ticket.found_masks is None:
-                _send_event(ticket, RegionsFound(len(ticket.prompts)))
-            if ticket.request.return_candidates and captions and captions[0].mask is not None:
-                self._send_candidate_masks(ticket, len(captions))
+            encoded, generation = self._encode_images(turn), {**generation, "return_masks": turn[0].needs_masks}
+        captions_by_entry = caption_requests(self.captioner, images, requests, task, encoded, **generation)
+        for entry, captions in zip(turn, captions_by_entry, strict=True):
+            if not entry.num_captioned and entry.found_masks is None:
+                _send_event(entry, CaptioningStarted(len(entry.prompts)))
+            if entry.request.return_candidates and captions and captions[0].mask is not None:
+                self._send_candidate_masks(entry, len(captions))
             for caption in captions:
                 mask_fields = {}
-                if ticket.found_masks is not None:
-                    rle, predicted_iou = ticket.found_masks[ticket.num_captioned]
+                if entry.found_masks is not None:
+                    rle, predicted_iou = entry.found_masks[entry.num_captioned]
                     mask_fields = {"mask": rle, "box": mask_to_box(rle), "predicted_iou": predicted_iou}
-                _send_event(ticket, replace(caption, region_id=ticket.num_captioned, **mask_fields))
-                ticket.num_captioned += 1
-                self.num_captioned += 1
-            if not ticket.num_remaining:
-                _send_event(ticket, RequestDone(ticket.num_captioned))
+                _send_event(entry, replace(caption, region_id=entry.num_captioned, **mask_fields))
+                entry.num_captioned += 1
+                self.num_captioned_regions += 1
+            if not entry.num_remaining:
+                _send_event(entry, RequestDone(entry.num_captioned))
 
-    def _send_candidate_masks(self, ticket: Ticket, num_regions: int) -> None:
+    def _send_candidate_masks(self, entry: QueueEntry, num_regions: int) -> None:
         """Send the candidate masks of the next regions."""
-        prompts = ticket.prompts[ticket.num_captioned : ticket.num_captioned + num_regions]
-        masks_by_region = self.captioner.segment(self._encode_tickets([ticket]), [prompts])
-        for region_index, masks in enumerate(masks_by_region, ticket.num_captioned):
-            _send_event(ticket, CandidateMasks(region_index, masks))
+        prompts = entry.prompts[entry.num_captioned : entry.num_captioned + num_regions]
+        masks_by_region = self.captioner.segment(self._encode_images([entry]), [prompts])
+        for region_index, masks in enumerate(masks_by_region, entry.num_captioned):
+            _send_event(entry, CandidateMasks(region_index, masks))
 
-    def _encode_tickets(self, turn: Sequence[Ticket]) -> EncodedImages:
-        """Return the features of the images of tickets; encode those that are not cached, in batches."""
-        images_by_digest = {ticket.digest: ticket.request.image for ticket in turn}
-        encoded_by_digest = {digest: self.feature_store.get(digest) for digest in images_by_digest}
+    def _encode_images(self, turn: Sequence[QueueEntry]) -> EncodedImages:
+        """Return the image features of entries, in order; encode images that are not cached, in batches."""
+        images_by_digest = {entry.image_digest: entry.request.image for entry in turn}
+        encoded_by_digest = {digest: self.feature_cache.get(digest) for digest in images_by_digest}
         missing_digests = [digest for digest, encoded in encoded_by_digest.items() if encoded is None]
         for start in range(0, len(missing_digests), self.max_images_per_encode):
             batch_digests = missing_digests[start : start + self.max_images_per_encode]
             encoded_batch = self.captioner.encode([images_by_digest[digest] for digest in batch_digests])
             for index, digest in enumerate(batch_digests):
                 encoded_by_digest[digest] = _copy_encoded_image(encoded_batch, index)
-                self.feature_store.put(digest, encoded_by_digest[digest])
-        encoded_tickets = [encoded_by_digest[ticket.digest] for ticket in turn]
-        images = [ticket.request.image for ticket in turn]
-        if encoded_tickets[0].features is None:
+                self.feature_cache.put(digest, encoded_by_digest[digest])
+        encoded_entries = [encoded_by_digest[entry.image_digest] for entry in turn]
+        images = [entry.request.image for entry in turn]
+        if encoded_entries[0].features is None:
             return EncodedImages(images, None, ())
         features = (
-            encoded_tickets[0].features
-            if len(encoded_tickets) == 1
-            else torch.cat([encoded.features for encoded in encoded_tickets])
+            encoded_entries[0].features
+            if len(encoded_entries) == 1
+            else torch.cat([encoded.features for encoded in encoded_entries])
         )
-        return EncodedImages(images, features, [frame for encoded in encoded_tickets for frame in encoded.frames])
+        return EncodedImages(images, features, [frame for encoded in encoded_entries for frame in encoded.frames])
 
 
-def _send_event(ticket: Ticket, event: RequestEvent) -> None:
-    if ticket.is_cancelled:
+def _send_event(entry: QueueEntry, event: RequestEvent) -> None:
+    if entry.is_cancelled:
         return
     try:
-        ticket.on_event(event)
+        entry.on_event(event)
     except RuntimeError:  # the event loop is closed
-        ticket.cancel()
+        entry.cancel()
 
 
-def _fail_ticket(ticket: Ticket, error: SchedulerError) -> None:
-    """End a ticket with an error as its last event."""
-    _send_event(ticket, error)
-    ticket.cancel()
-    ticket.search_steps = None
+def _fail_entry(entry: QueueEntry, error: SchedulerError) -> None:
+    """End an entry with an error as its last event."""
+    _send_event(entry, error)
+    entry.cancel()
+    entry.search_steps = None
 
 
 def _to_scheduler_error(error: Exception) -> SchedulerError:
@@ -448,11 +452,16 @@ def _to_scheduler_error(error: Exception) -> SchedulerError:
     if isinstance(error, SchedulerError):
         return error
     if is_out_of_memory(error):
-        return InsufficientMemoryError("not enough memory: ask for fewer regions or beams")
+        return InsufficientMemoryError("not enough memory; request fewer regions or beams")
     if isinstance(error, ValueError):  # raised by the library for invalid requests
         return UnsupportedRequestError(str(error))
     log.exception("request failed", exc_info=error)
-    return SchedulerError("the model failed; the server's log says how")
+    return SchedulerError("the model failed; see the server log")
+
+
+def format_timeout_message(timeout: float) -> str:
+    """Return the message of a request that was not completed within `timeout` seconds."""
+    return f"no response within {timeout:g} s; request fewer regions or try again later"
 
 
 def _copy_encoded_image(encoded: EncodedImages, index: int) -> EncodedImages:

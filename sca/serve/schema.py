@@ -15,23 +15,37 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 _NUMBER = {"type": "number"}
-_BOX = {"type": "array", "items": _NUMBER, "minItems": 4, "maxItems": 4, "description": "x1, y1, x2, y2"}
+_BOX = {
+    "type": "array",
+    "items": _NUMBER,
+    "minItems": 4,
+    "maxItems": 4,
+    "description": "Box as x1, y1, x2, y2 in pixels.",
+}
 _NON_NEGATIVE_INTEGER = {"type": "integer", "minimum": 0}
 _SIZE = {
     "type": "array",
     "items": _NON_NEGATIVE_INTEGER,
     "minItems": 2,
     "maxItems": 2,
-    "description": "height, width: the image's",
+    "description": "Height and width of the image in pixels.",
 }
-_COUNTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": _NON_NEGATIVE_INTEGER}]}
-_RLE = {"type": "object", "properties": {"size": _SIZE, "counts": _COUNTS}, "required": ["size", "counts"]}
+_COUNTS = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": _NON_NEGATIVE_INTEGER}],
+    "description": "Run lengths in column-major order: a compressed string or a list of integers.",
+}
+_RLE = {
+    "type": "object",
+    "properties": {"size": _SIZE, "counts": _COUNTS},
+    "required": ["size", "counts"],
+    "description": "Mask as COCO RLE.",
+}
 _POINT = {
     "type": "array",
     "items": _NUMBER,
     "minItems": 2,
     "maxItems": 3,
-    "description": "x, y, and 1 inside, 0 outside",
+    "description": "Point as x, y in pixels and an optional label: 1 foreground (default), 0 background.",
 }
 
 
@@ -41,6 +55,9 @@ def add_body_schema(app: FastAPI, model: type[BaseModel]) -> dict[str, Any]:
     Args:
         app: Application; its method `openapi` is replaced.
         model: Model of the body.
+
+    Returns:
+        The JSON schema, which refers to the definitions.
     """
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     definitions, default_openapi = schema.pop("$defs", {}), app.openapi
@@ -62,15 +79,27 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class PromptIn(StrictModel):
+class RegionPrompt(StrictModel):
     """Prompt of one region: a box, points, a mask, or any combination, in image pixels."""
 
-    box: Annotated[Any, WithJsonSchema({"anyOf": [_BOX, {"type": "null"}]})] = None
-    points: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "array", "items": _POINT}, {"type": "null"}]})] = None
-    mask: Annotated[Any, WithJsonSchema({"anyOf": [_RLE, {"type": "null"}]})] = None
+    box: Annotated[
+        Any, WithJsonSchema({"anyOf": [_BOX, {"type": "null"}], "description": "Box around the region."})
+    ] = None
+    points: Annotated[
+        Any,
+        WithJsonSchema(
+            {
+                "anyOf": [{"type": "array", "items": _POINT}, {"type": "null"}],
+                "description": "Points on the region and on its background.",
+            }
+        ),
+    ] = None
+    mask: Annotated[Any, WithJsonSchema({"anyOf": [_RLE, {"type": "null"}], "description": "Mask of the region."})] = (
+        None
+    )
 
 
-class EverythingIn(StrictModel):
+class EverythingParameters(StrictModel):
     """Options of everything mode; omitted fields default to the values of the model."""
 
     points_per_side: Annotated[
@@ -98,22 +127,35 @@ class EverythingIn(StrictModel):
             description="Number of image crop layers to search in addition to the full image.",
         ),
     ] = None
-    caption_from: Literal["box-and-point", "box", "point"] | None = None
+    caption_from: Annotated[
+        Literal["box-and-point", "box", "point"] | None,
+        Field(description="Prompt used to caption the regions of everything mode."),
+    ] = None
     max_regions: Annotated[int | None, Field(ge=1, description="Maximum regions, best first.")] = None
 
 
 class CaptionRequest(StrictModel):
     """Regions of one image and options of generation; omitted options default to the values of the model."""
 
-    prompts: list[PromptIn] = []
-    everything: StrictBool | EverythingIn = False
-    task: Literal["caption", "recognition"] = "caption"
-    num_beams: Annotated[int | None, Field(ge=1, le=MAX_BEAMS)] = None
+    prompts: Annotated[
+        list[RegionPrompt], Field(description="One prompt per region. Mutually exclusive with `everything`.")
+    ] = []
+    everything: Annotated[
+        StrictBool | EverythingParameters,
+        Field(description="Find and caption all regions: true, or options of the search."),
+    ] = False
+    task: Annotated[
+        Literal["caption", "recognition"],
+        Field(description="Generate captions (`caption`) or class names (`recognition`)."),
+    ] = "caption"
+    num_beams: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="Number of beams for beam search.")] = None
     num_captions: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="Captions per region, best first.")] = (
         None
     )
-    max_new_tokens: Annotated[int | None, Field(ge=1, le=MAX_NEW_TOKENS)] = None
-    do_sample: StrictBool = False
+    max_new_tokens: Annotated[int | None, Field(ge=1, le=MAX_NEW_TOKENS, description="Maximum tokens per caption.")] = (
+        None
+    )
+    do_sample: Annotated[StrictBool, Field(description="Sample tokens instead of choosing the likeliest ones.")] = False
     temperature: Annotated[
         float | None, Field(ge=0.01, le=100, description="Sampling temperature; requires `do_sample`.")
     ] = None
@@ -121,71 +163,85 @@ class CaptionRequest(StrictModel):
         float | None, Field(ge=0, le=1, description="Probability mass for nucleus sampling; requires `do_sample`.")
     ] = None
     seed: Annotated[int | None, Field(ge=MIN_SEED, le=MAX_SEED, description="Random seed for sampling.")] = None
-    masks: Annotated[StrictBool, Field(description="whether masks are to be in the answer")] = True
-    stream: Annotated[StrictBool, Field(description="server-sent events: a region as soon as it is there")] = False
+    return_masks: Annotated[StrictBool, Field(description="Return the mask of each region.")] = True
+    stream: Annotated[
+        StrictBool, Field(description="Send each region as a server-sent event as soon as it is captioned.")
+    ] = False
 
 
 class JsonCaptionRequest(CaptionRequest):
     """Caption request with the image, for JSON bodies."""
 
-    image: Annotated[str, Field(description="the file in base64, or a data: URL")]
+    image: Annotated[str, Field(description="Image file as base64 or as a data: URL in base64.")]
 
 
-class RleOut(BaseModel):
+class RleMask(BaseModel):
     """Mask as COCO RLE in image pixels."""
 
-    size: Annotated[list[int], Field(description="height, width")]
-    counts: str
+    size: Annotated[list[int], Field(description="Height and width of the image in pixels.")]
+    counts: Annotated[str, Field(description="Compressed run lengths in column-major order.")]
 
 
-class AlternativeOut(BaseModel):
-    """Alternative caption of a region, and its score in 0..1."""
+class AlternativeCaption(BaseModel):
+    """Alternative caption of a region."""
 
-    caption: str
-    score: float | None
+    caption: Annotated[str, Field(description="Text of the caption.")]
+    score: Annotated[float | None, Field(description="Score in 0..1: exponential of the mean token log-probability.")]
 
 
-class RegionOut(BaseModel):
+class RegionResult(BaseModel):
     """Captioned region, with the fields of `sca caption`; null if not available."""
 
-    region_id: Annotated[int, Field(description="index of the prompt in the request")]
-    prompt: dict[str, Any]
-    box: list[float] | None
-    mask: RleOut | None
-    caption: str
-    score: Annotated[float | None, Field(description="exp of the mean log-probability of a token")]
-    predicted_iou: Annotated[float | None, Field(description="predicted for the mask")]
-    alternatives: list[AlternativeOut] = []
+    region_id: Annotated[int, Field(description="Index of the region: in `prompts`, or by predicted IoU.")]
+    prompt: Annotated[dict[str, Any], Field(description="Prompt of the region.")]
+    box: Annotated[list[float] | None, Field(description="Box as x1, y1, x2, y2 in pixels.")]
+    mask: Annotated[RleMask | None, Field(description="Mask of the region.")]
+    caption: Annotated[str, Field(description="Caption, or class name for the task `recognition`.")]
+    score: Annotated[
+        float | None, Field(description="Score of the caption in 0..1: exponential of the mean token log-probability.")
+    ]
+    predicted_iou: Annotated[float | None, Field(description="Predicted IoU of the mask; can exceed 1.")]
+    alternatives: Annotated[
+        list[AlternativeCaption], Field(description="Further captions, best first, if `num_captions` is above 1.")
+    ] = []
 
 
 class CaptionResponse(BaseModel):
-    """Captions of one image; width and height are those of the image in pixels."""
+    """Captions of the regions of one image."""
 
-    model: str
-    width: int
-    height: int
-    regions: list[RegionOut]
+    model: Annotated[str, Field(description="Name of the model.")]
+    width: Annotated[int, Field(description="Width of the image in pixels.")]
+    height: Annotated[int, Field(description="Height of the image in pixels.")]
+    regions: Annotated[
+        list[RegionResult],
+        Field(description="Regions in the order of `prompts`, or those of `everything` by predicted IoU."),
+    ]
 
 
-class ErrorOut(BaseModel):
+class ErrorObject(BaseModel):
     """Error object in the format of the OpenAI API."""
 
-    message: Annotated[str, Field(description="what is wrong and what to do, in one line")]
-    type: Literal["invalid_request_error", "server_error"]
-    param: Annotated[str | None, Field(description="the field of the request, if it is one")]
-    code: Annotated[str, Field(description="what programs compare")]
+    message: Annotated[str, Field(description="Problem and fix in one line.")]
+    type: Annotated[
+        Literal["invalid_request_error", "server_error"], Field(description="Whether the request or the server failed.")
+    ]
+    param: Annotated[str | None, Field(description="Invalid field of the request, if any.")]
+    code: Annotated[str, Field(description="Machine-readable error code.")]
 
 
 class ErrorResponse(BaseModel):
     """Response body of an error."""
 
-    error: ErrorOut
+    error: ErrorObject
 
 
 class HealthResponse(BaseModel):
-    """State of the server; `waiting` is the number of regions queued or in progress."""
+    """State of the server."""
 
-    status: Literal["ok", "draining", "down"]
-    model: str
-    device: str
-    waiting: int
+    status: Annotated[
+        Literal["ok", "draining", "down"],
+        Field(description="`ok`: accepts requests; `draining`: shutting down; `down`: stopped or crashed."),
+    ]
+    model: Annotated[str, Field(description="Name of the model.")]
+    device: Annotated[str, Field(description="Device of the model, such as `cpu` or `cuda:0`.")]
+    queued_regions: Annotated[int, Field(description="Regions queued or in progress.")]

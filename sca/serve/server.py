@@ -18,7 +18,7 @@ from sca.serve.sockets import bind_socket
 
 HEADER_TIMEOUT_SECONDS = 10.0  # maximum time to receive the headers of a request
 SHUTDOWN_TIMEOUT_SECONDS = 5.0  # time for requests to complete at shutdown
-SHUTDOWN_MARGIN_SECONDS = 1.0  # part of it that is reserved for error responses to the remaining requests
+SHUTDOWN_MARGIN_SECONDS = 1.0  # part of the shutdown timeout for error responses to the remaining requests
 
 
 class DeadlineProtocol(H11Protocol):
@@ -164,6 +164,9 @@ def make_server(
         write_timeout: Seconds for a client to read sent data.
         max_connections: Maximum concurrent connections.
         log_requests: Log each request.
+
+    Returns:
+        The server.
     """
     timeouts = {"write_timeout": write_timeout, "max_connections": max_connections}
     config = uvicorn.Config(

@@ -26,12 +26,7 @@ from sca.io.images import decode_image, open_image_header
 from sca.io.prompts import parse_prompt
 from sca.output.jsonl import caption_to_record
 from sca.serve.errors import ApiError
-from sca.serve.limits import MAX_BEAMS, MAX_CROP_LAYERS, MAX_NEW_TOKENS, MAX_POINTS_PER_SIDE, ServerLimits
-from sca.serve.memory import BudgetError, ByteBudget
-from sca.serve.metrics import ServerMetrics
-from sca.serve.scheduler import RequestScheduler
-from sca.serve.schema import CaptionRequest, ErrorResponse, EverythingIn, PromptIn, RegionOut
-from sca.serve.tickets import (
+from sca.serve.inference_requests import (
     DeadlineExceededError,
     InferenceRequest,
     InsufficientMemoryError,
@@ -39,6 +34,11 @@ from sca.serve.tickets import (
     RequestEvent,
     SchedulerError,
 )
+from sca.serve.limits import MAX_BEAMS, MAX_CROP_LAYERS, MAX_NEW_TOKENS, MAX_POINTS_PER_SIDE, ServerLimits
+from sca.serve.memory_budget import MemoryBudget, MemoryBudgetError
+from sca.serve.metrics import ServerMetrics
+from sca.serve.scheduler import EVERYTHING_UNSUPPORTED_MESSAGE, RequestScheduler, format_timeout_message
+from sca.serve.schema import CaptionRequest, ErrorResponse, EverythingParameters, RegionPrompt, RegionResult
 
 BodyModel = TypeVar("BodyModel", bound=BaseModel)
 POLL_INTERVAL = 0.5  # seconds between checks for a disconnected client
@@ -54,15 +54,15 @@ PERCENT_ENCODED = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%2
 EVENT_BYTES = 1000  # approximate size of an event without its mask
 
 _ERROR_DESCRIPTIONS = {
-    400: "not what a request looks like",
-    401: "no valid API key, where one is needed",
-    403: "a host that is not served",
-    408: "the request came too slowly",
-    413: "too large",
-    415: "neither JSON nor multipart/form-data",
-    422: "something that cannot be done, and why",
-    503: "too many wait, there is no memory, or the server ends; Retry-After says when to come again",
-    504: "no answer in time",
+    400: "Malformed request.",
+    401: "Missing or invalid API key.",
+    403: "Host header that is not allowed.",
+    408: "Request that did not arrive in time.",
+    413: "Request that exceeds a size limit.",
+    415: "Content type other than application/json and multipart/form-data.",
+    422: "Invalid or unsupported value.",
+    503: "Queue full, out of memory, or server shutting down; retry after the seconds in the header Retry-After.",
+    504: "Response that was not complete in time.",
 }
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": description} for status, description in _ERROR_DESCRIPTIONS.items()
@@ -85,7 +85,7 @@ class CaptionService:
     def __init__(self, scheduler: RequestScheduler, model_name: str, limits: ServerLimits):
         self.scheduler, self.model_name, self.limits = scheduler, model_name, limits
         self.metrics = ServerMetrics(scheduler)
-        self.budget = ByteBudget(limits.max_memory_bytes)
+        self.budget = MemoryBudget(limits.max_memory_bytes)
         self._small_image_pool = ThreadPoolExecutor(2, thread_name_prefix="sca-decode")
         self._large_image_pool = ThreadPoolExecutor(1, thread_name_prefix="sca-decode-large")
         # Threads of the other pools can wait for memory, so work of a request that holds memory needs its own pool.
@@ -110,12 +110,17 @@ class CaptionService:
             request: HTTP request.
             model: Model of the body.
 
+        Returns:
+            The validated body.
+
         Raises:
             ApiError: The content type is not JSON (415), or the body has too many values (413).
             ValidationError: The body does not match the model.
         """
         if get_media_type(request) != JSON_MEDIA_TYPE:
-            raise ApiError(415, f"{get_media_type(request) or 'no content type'}: send {JSON_MEDIA_TYPE}")
+            raise ApiError(
+                415, f"{describe_media_type(get_media_type(request))} is not supported; send {JSON_MEDIA_TYPE}"
+            )
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
@@ -131,15 +136,16 @@ class CaptionService:
             body: JSON.
             model: Model of the body.
 
+        Returns:
+            The validated body.
+
         Raises:
             ApiError: The body has too many values (413).
             ValidationError: The body does not match the model.
         """
         separators = ",[{" if isinstance(body, str) else (b",", b"[", b"{")
         if sum(body.count(each) for each in separators) > self.limits.max_json_values:
-            raise ApiError(
-                413, f"the request has more than the {self.limits.max_json_values:,} values that are allowed"
-            )
+            raise ApiError(413, f"the request exceeds the limit of {self.limits.max_json_values:,} JSON values")
         return model.model_validate_json(body)
 
     async def decode_request_image(self, request: Request, image_bytes: bytes, num_masks: int = 0) -> Image.Image:
@@ -156,7 +162,7 @@ class CaptionService:
         Raises:
             InputError: The file is not an image, or has too many pixels.
             ApiError: The masks have too many pixels (413).
-            BudgetError: There is not enough memory.
+            MemoryBudgetError: There is not enough memory.
             DeadlineExceededError: The deadline of the request has passed.
         """
         unread_image = await to_thread.run_sync(
@@ -165,7 +171,9 @@ class CaptionService:
         pixels = unread_image.width * unread_image.height
         if num_masks * pixels > max(ALWAYS_ALLOWED_MASK_PIXELS, 10 * self.limits.max_pixels):
             raise ApiError(
-                413, f"{num_masks} masks of {unread_image.width} x {unread_image.height} are too many: ask in pieces"
+                413,
+                f"{num_masks} masks of {unread_image.width} x {unread_image.height} pixels are too large; split them "
+                "across several requests",
             )
         lease = request.state.lease
         deadline = self.get_deadline(request)
@@ -176,7 +184,7 @@ class CaptionService:
         def decode_with_lease() -> Image.Image:
             lease.resize(needed_bytes, monotonic_deadline - time.monotonic())
             if lease.has_ended:
-                raise BudgetError("the request has ended")
+                raise MemoryBudgetError("the request was cancelled")
             image = decode_image(unread_image, "the image")
             lease.resize((DECODED_BYTES_PER_PIXEL + num_masks) * pixels)
             return image
@@ -191,34 +199,41 @@ class CaptionService:
             async with asyncio.timeout_at(deadline):
                 return await asyncio.get_running_loop().run_in_executor(pool, function)
         except TimeoutError:
-            raise DeadlineExceededError(f"no answer in {self.limits.timeout:g} s: ask for less, or later") from None
+            raise DeadlineExceededError(format_timeout_message(self.limits.timeout)) from None
 
     def check_request(self, caption_request: CaptionRequest) -> None:
         """Check a request against the limits, before its image is decoded.
+
+        Args:
+            caption_request: Body of the request.
 
         Raises:
             ApiError: The request is contradictory or not supported by the model (422), or too large (413).
         """
         if bool(caption_request.prompts) == bool(caption_request.everything):
             problem = "both prompts and everything" if caption_request.prompts else "neither prompts nor everything"
-            raise ApiError(422, f"{problem}: give prompts, or everything=true to have the regions found")
-        if len(caption_request.prompts) > self.limits.max_prompts:
+            raise ApiError(422, f"the request has {problem}; send either prompts or everything=true")
+        num_prompts = len(caption_request.prompts)
+        if num_prompts > self.limits.max_prompts:
             raise ApiError(
-                413, f"{len(caption_request.prompts):,} prompts, and {self.limits.max_prompts:,} are allowed"
+                413, f"the request has {num_prompts:,} prompts; at most {self.limits.max_prompts:,} are allowed"
             )
         point_counts = [len(prompt.points) for prompt in caption_request.prompts if isinstance(prompt.points, list)]
         if point_counts and max(point_counts) > self.limits.max_points:
-            raise ApiError(413, f"a prompt of {max(point_counts):,} points, and {self.limits.max_points:,} are allowed")
+            raise ApiError(
+                413, f"a prompt has {max(point_counts):,} points; at most {self.limits.max_points:,} are allowed"
+            )
         if sum(point_counts) > self.limits.max_points_per_request:
             raise ApiError(
                 413,
-                f"{sum(point_counts):,} points, and {self.limits.max_points_per_request:,} are allowed in all prompts",
+                f"the prompts have {sum(point_counts):,} points; at most {self.limits.max_points_per_request:,} are "
+                "allowed per request",
             )
         for name in ("temperature", "top_p"):
             if getattr(caption_request, name) is not None and not caption_request.do_sample:
                 raise ApiError(422, f"{name} can only be used with do_sample=true", param=name)
-        if caption_request.everything and not self.scheduler.can_find_regions:
-            raise ApiError(422, "this model finds no regions by itself: give prompts")
+        if caption_request.everything and not self.scheduler.supports_everything:
+            raise ApiError(422, EVERYTHING_UNSUPPORTED_MESSAGE)
 
     async def make_inference_request(
         self,
@@ -236,6 +251,9 @@ class CaptionService:
             image: Decoded image.
             prompts: Checked prompts in image pixels that replace those in `caption_request`.
             location_format: Name of a prompt in errors; `{}` is its index.
+
+        Returns:
+            The request of the scheduler.
 
         Raises:
             ApiError: A generation option is invalid or not supported (422).
@@ -260,7 +278,9 @@ class CaptionService:
         everything = max_regions = None
         if caption_request.everything:
             everything_fields = (
-                caption_request.everything if isinstance(caption_request.everything, EverythingIn) else EverythingIn()
+                caption_request.everything
+                if isinstance(caption_request.everything, EverythingParameters)
+                else EverythingParameters()
             )
             max_regions = everything_fields.max_regions
             search_options = resolve_everything_options(
@@ -287,7 +307,7 @@ class CaptionService:
             everything,
             caption_request.task,
             generation,
-            return_masks=caption_request.masks,
+            return_masks=caption_request.return_masks,
             timeout=self.limits.timeout,
             client_id=getattr(request.state, "client", None) or (request.client.host if request.client else ""),
             max_regions=max_regions,
@@ -314,11 +334,11 @@ class CaptionService:
         def queue_event(event: RequestEvent) -> None:
             try:
                 lease.add(_estimate_event_bytes(event))
-            except BudgetError as error:
+            except MemoryBudgetError as error:
                 event = InsufficientMemoryError(str(error))
             event_queue.put_nowait(event)
 
-        ticket = await to_thread.run_sync(
+        entry = await to_thread.run_sync(
             self.scheduler.submit, inference_request, lambda event: loop.call_soon_threadsafe(queue_event, event)
         )
         try:
@@ -326,7 +346,7 @@ class CaptionService:
             while True:
                 now = loop.time()
                 if now > deadline:
-                    raise DeadlineExceededError(f"no answer in {inference_request.timeout:g} s: ask for less, or later")
+                    raise DeadlineExceededError(format_timeout_message(inference_request.timeout))
                 if now > next_poll:
                     next_poll = now + POLL_INTERVAL
                     if await request.is_disconnected():
@@ -343,10 +363,14 @@ class CaptionService:
                 if isinstance(event, RequestDone):
                     return
         finally:
-            ticket.cancel()
+            entry.cancel()
 
     async def collect_captions(self, request: Request, inference_request: InferenceRequest) -> list[Caption]:
         """Collect the captions of a request.
+
+        Args:
+            request: HTTP request, which is watched for a disconnect.
+            inference_request: Request to submit.
 
         Returns:
             The captions in order; incomplete if the client disconnects.
@@ -367,6 +391,11 @@ def get_media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
+def describe_media_type(media_type: str) -> str:
+    """Return the description of a media type for error messages."""
+    return f"the content type {media_type[:100]!r}" if media_type else "a request without a content type"
+
+
 def count_mask_prompts(caption_request: CaptionRequest) -> int:
     """Count the prompts with a mask."""
     return sum(prompt.mask is not None for prompt in caption_request.prompts)
@@ -383,16 +412,19 @@ def decode_base64(text: str, name: str = "image", param: str = "image") -> bytes
         name: Field name in error messages.
         param: `param` of errors.
 
+    Returns:
+        The decoded bytes.
+
     Raises:
         ApiError: The text is another URL or not base64 (422).
     """
     header, comma, _ = text[:MAX_DATA_URL_HEADER].partition(",")
     scheme = URL_SCHEME.match(header)
     if scheme and scheme[1].lower() != "data":
-        raise ApiError(422, f"{name}: pictures are not fetched from elsewhere; send the file in base64", param=param)
+        raise ApiError(422, f"{name}: image URLs are not fetched; send the file in base64", param=param)
     if scheme:
         if not comma or not header.rstrip().lower().endswith(";base64"):
-            raise ApiError(422, f"{name}: a data: URL in base64, like data:image/png;base64,...", param=param)
+            raise ApiError(422, f"{name}: the data: URL is not base64; send data:image/png;base64,...", param=param)
         text = text[len(header) + 1 :]
     for escape, character in PERCENT_ENCODED.items():
         text = text.replace(escape, character).replace(escape.lower(), character)
@@ -400,13 +432,13 @@ def decode_base64(text: str, name: str = "image", param: str = "image") -> bytes
         encoded = text.encode("ascii").translate(URLSAFE_TO_STANDARD, b" \t\r\n\f\v").rstrip(b"=")
         return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
     except ValueError:  # including binascii.Error and UnicodeEncodeError
-        raise ApiError(422, f"{name}: not base64", param=param) from None
+        raise ApiError(422, f"{name}: the text is not base64; send the file in base64", param=param) from None
 
 
 def caption_to_dict(caption: Caption, image: Image.Image) -> dict[str, Any]:
-    """Convert a caption to the fields of `RegionOut`."""
+    """Convert a caption to the fields of `RegionResult`."""
     record_fields = caption_to_record("", image, caption)
-    return {name: record_fields[name] for name in RegionOut.model_fields if name in record_fields}
+    return {name: record_fields[name] for name in RegionResult.model_fields if name in record_fields}
 
 
 def _estimate_event_bytes(event: RequestEvent) -> int:
@@ -422,8 +454,8 @@ def _limit_default_options(captioner: Captioner, generation: Mapping[str, Any]) 
     return {name: limit for name, limit in limits.items() if options.get(name, 1) > limit}
 
 
-def _read_checked_prompts(prompt_inputs: list[PromptIn], size: tuple[int, int], location_format: str) -> list[Any]:
+def _read_checked_prompts(prompt_inputs: list[RegionPrompt], size: tuple[int, int], location_format: str) -> list[Any]:
     return [
-        parse_prompt(prompt.model_dump(exclude_none=True), location_format.format(place), *size)
-        for place, prompt in enumerate(prompt_inputs)
+        parse_prompt(prompt.model_dump(exclude_none=True), location_format.format(index), *size)
+        for index, prompt in enumerate(prompt_inputs)
     ]

@@ -13,6 +13,9 @@ def bind_socket(host: str, port: int) -> socket.socket:
         host: Host name or IP address.
         port: Port; 0 selects a free port.
 
+    Returns:
+        The bound socket, not yet listening.
+
     Raises:
         ValueError: The address cannot be bound.
     """
@@ -22,7 +25,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
         bound_socket.bind((host, port))
     except (OSError, OverflowError) as error:
         bound_socket.close()
-        raise ValueError(f"cannot listen at {host}, port {port}: {error}; choose another --port") from error
+        raise ValueError(f"cannot bind {host}, port {port}: {error}; choose another --port") from error
     return bound_socket
 
 

@@ -18,16 +18,16 @@ import pytest
 
 @pytest.fixture
 def conformance() -> Callable[..., Any]:
-    """Return the function `conformance(kind, part, **options)`.
+    """Return the function `conformance(kind, component, **options)`.
 
-    It takes the arguments of `check_part`, fails the test if a check fails, and otherwise returns the results.
+    It takes the arguments of `check_component`, fails the test if a check fails, and otherwise returns the results.
     """
 
-    def check_conformance(kind: str, part: str | Callable[..., Any], /, **options: Any) -> Any:
-        from sca.testing.conformance import check_part  # imports torch only when used
+    def check_conformance(kind: str, component: str | Callable[..., Any], /, **options: Any) -> Any:
+        from sca.testing.conformance import check_component  # imports torch only when used
 
-        results = check_part(kind, part, **options)
-        failures = [str(finding) for finding in results if not finding.passed]
+        results = check_component(kind, component, **options)
+        failures = [str(result) for result in results if not result.passed]
         if failures:
             pytest.fail("\n".join(failures), pytrace=False)
         return results

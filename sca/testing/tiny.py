@@ -12,13 +12,13 @@ from sca_registry.contracts import COMPONENT_KINDS
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 
 
-def tiny_options(kind: str, name: str) -> dict[str, Any]:
+def get_tiny_options(kind: str, name: str) -> dict[str, Any]:
     """Return the options that make a component tiny.
 
     Args:
         kind: Kind of the component, singular or plural.
         name: Registered name. The options of built-in components are in `tiny.toml`, those of others in their cards
-            (`small`).
+            (`tiny_options`).
 
     Returns:
         Options; empty if there are none.
@@ -26,13 +26,13 @@ def tiny_options(kind: str, name: str) -> dict[str, Any]:
     Raises:
         RegistryError: The kind or the name is unknown.
     """
-    parts = get_registry(kind)
-    builtin = _builtin_options()[parts.kind.plural].get(name.removeprefix(f"{BUILTIN_DISTRIBUTION}:"), {})
-    return {**builtin, **parts.get_card(name).small}
+    registry = get_registry(kind)
+    builtin = _read_builtin_options()[registry.kind.plural].get(name.removeprefix(f"{BUILTIN_DISTRIBUTION}:"), {})
+    return {**builtin, **registry.get_card(name).tiny_options}
 
 
 @functools.cache
-def _builtin_options() -> dict[str, dict[str, dict[str, Any]]]:
+def _read_builtin_options() -> dict[str, dict[str, dict[str, Any]]]:
     """Return the content of `tiny.toml` by kind and name."""
     options: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in COMPONENT_KINDS}
     for kind, groups in tomllib.loads((files("sca.testing") / "tiny.toml").read_text("utf-8")).items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from sca_registry.contracts import Dataset, SegmenterOutput, Targets
+from sca_registry.contracts import Dataset, MaskTargets, SegmenterOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,11 +27,11 @@ class AttributeValues(NamedTuple):
 
     @classmethod
     def from_datasets(cls, datasets: Iterable[Dataset]) -> AttributeValues:
-        """Merge the attributes of datasets; those in `between` of a dataset are relations."""
+        """Merge the attribute values of datasets; `relation_attributes` of a dataset are grouped separately."""
         attribute_groups: tuple[dict[str, tuple[str, ...]], ...] = {}, {}
         for dataset in datasets:
-            for name, values in getattr(dataset, "attributes", {}).items():
-                group = attribute_groups[name in getattr(dataset, "between", ())]
+            for name, values in getattr(dataset, "attribute_values", {}).items():
+                group = attribute_groups[name in getattr(dataset, "relation_attributes", ())]
                 group[name] = tuple(dict.fromkeys((*group.get(name, ()), *values)))
         return cls(*attribute_groups)
 
@@ -60,6 +60,9 @@ class AttributeHead(nn.Module):
         Args:
             vectors: (N, Q, D) vectors of N regions.
             labels: (N,) index of each region's value, or `UNKNOWN_LABEL`, by attribute.
+
+        Returns:
+            Scalar loss.
         """
         flat = vectors.flatten(1)
         losses = [
@@ -69,7 +72,7 @@ class AttributeHead(nn.Module):
         return sum(losses) / len(vectors)
 
 
-def pool_ground_truth_features(regions: SegmenterOutput, targets: Targets) -> Tensor:
+def pool_ground_truth_features(regions: SegmenterOutput, targets: MaskTargets) -> Tensor:
     """Return the image features averaged under the ground-truth mask of each region, (N, 1, D)."""
     return pool_under_masks(
         regions.image_embeddings, regions.image_index, targets.masks.to(regions.image_embeddings.dtype)

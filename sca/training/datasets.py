@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from sca_registry import datasets
 from sca_registry.contracts import Dataset
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 from sca.data.summary import check_dataset_not_empty, count_skipped, summarize_dataset
 from sca.training.recipe import Recipe, ValidationOptions
@@ -14,6 +14,9 @@ from sca.training.recipe import Recipe, ValidationOptions
 
 def open_training_datasets(recipe: Recipe) -> dict[str, Dataset]:
     """Open the datasets of a recipe.
+
+    Args:
+        recipe: Recipe of the training run.
 
     Returns:
         Datasets by their names in messages, such as "data.scenes (train)", in the order of the recipe.
@@ -33,6 +36,12 @@ def open_training_datasets(recipe: Recipe) -> dict[str, Dataset]:
 def open_validation_dataset(validation: ValidationOptions) -> Dataset:
     """Open the dataset of [validate], which may be empty, and check its prompts, metrics and scores.
 
+    Args:
+        validation: Options of [validate].
+
+    Returns:
+        The dataset.
+
     Raises:
         ValueError: The prompt, a metric or a score is unknown; the extra of a metric is not installed; the dataset
             lacks what a metric needs; no score can select the best model; or the dataset rejects its options.
@@ -43,7 +52,7 @@ def open_validation_dataset(validation: ValidationOptions) -> Dataset:
 
     PromptingOptions(prompt=validation.prompt)
     check_metrics(validation.metrics or None, None)
-    part = Part.from_dict(validation.dataset, "dataset of validate")
+    part = ComponentSpec.from_dict(validation.dataset, "dataset of validate")
     dataset = datasets.build(part.name, validation.split, **part.options)
     if len(dataset):
         check_has_truth(dataset, f"validate ({validation.split})", limit=validation.limit)

@@ -17,10 +17,10 @@ from sca_registry.contracts import (
     RECOGNITION_TASK_ID,
     Batch,
     Dataset,
+    MaskTargets,
     PromptBatch,
     Region,
     Sample,
-    Targets,
     Tokenizer,
 )
 from torch import Tensor
@@ -259,6 +259,9 @@ def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions
         examples: Examples, all with the prompt kind of the first.
         pad_token_id: Id of the padding token.
         max_regions: Maximum regions of the batch; 0 for no limit.
+
+    Returns:
+        The batch, on the CPU.
     """
     examples = _limit_regions(examples, max_regions)
     counts = torch.tensor([len(example.boxes) for example in examples])
@@ -267,7 +270,7 @@ def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions
     token_tensors = [torch.tensor(tokens) for example in examples for tokens in example.input_ids]
     input_ids = torch.nn.utils.rnn.pad_sequence(token_tensors, batch_first=True, padding_value=pad_token_id)
     lengths = torch.tensor([len(tokens) for tokens in token_tensors])
-    targets = Targets(
+    targets = MaskTargets(
         masks=torch.cat([example.masks for example in examples]),
         valid_pixels=torch.stack([example.valid_pixels for example in examples])[image_index],
         has_mask=torch.cat([example.has_mask for example in examples]),
@@ -284,7 +287,9 @@ def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions
             [example.region_index + first for example, first in zip(examples, region_offsets, strict=True)]
         ),
         targets=targets,
-        extra={name: torch.cat([example.labels[name] for example in examples]) for name in examples[0].labels},
+        auxiliary_targets={
+            name: torch.cat([example.labels[name] for example in examples]) for name in examples[0].labels
+        },
     )
 
 
@@ -300,7 +305,7 @@ def _limit_regions(examples: Sequence[Example], max_regions: int) -> Sequence[Ex
     return [example.select_first_regions(kept_counts[index]) for index, example in enumerate(examples)]
 
 
-def _build_prompts(examples: Sequence[Example], image_index: Tensor, targets: Targets) -> PromptBatch:
+def _build_prompts(examples: Sequence[Example], image_index: Tensor, targets: MaskTargets) -> PromptBatch:
     kind = examples[0].prompt_kind
     boxes, points = (torch.cat([getattr(example, name) for example in examples]) for name in ("boxes", "points"))
     masks = None

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sca.checkpoints.state import hash_tensors
+from sca.checkpoints.tensors import hash_tensors
 from sca.inference.processor import Processor
 from sca.io.atomic import remove_drafts, translate_output_errors, write_file
 from sca.io.paths import expand_user
@@ -49,6 +49,12 @@ class FeatureCache:
 
     def __getitem__(self, image: Image.Image) -> Tensor:
         """Read the features of an image, (C, h, w) in float32.
+
+        Args:
+            image: RGB image, as `encode_missing` received it.
+
+        Returns:
+            (C, h, w) float32 features.
 
         Raises:
             KeyError: `encode_missing` did not encode the image.

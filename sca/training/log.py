@@ -66,6 +66,9 @@ def format_logs(
         remaining_seconds: Seconds left, if known.
         loss_names: See `TrainingLog`.
         best_metrics: See `TrainingLog`.
+
+    Returns:
+        One line without a newline.
     """
     step_text = f"step {step:>{len(str(steps))}}/{steps}"
     if "loss" in logs:

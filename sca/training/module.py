@@ -58,15 +58,19 @@ class TrainingModule(nn.Module):
             batch: Batch with targets.
             loss_scales: Factor of each loss: the batch's share of the step's terms, see `CaptionTrainer`. It makes the
                 gradients of accumulated batches equal those of one large batch. None for 1.
+
+        Returns:
+            Scalar loss.
         """
         output = self.model(batch, self.loss_weights, self.chunk_size)
         losses = dict(output.losses)
         if "attributes" in self.heads:
-            losses["attributes"] = self.heads["attributes"](output.queries, batch.extra)
+            losses["attributes"] = self.heads["attributes"](output.queries, batch.auxiliary_targets)
         if "features" in self.heads:
             features = pool_ground_truth_features(output.regions, batch.targets)
             masked_labels = {
-                name: labels.masked_fill(~batch.targets.has_mask, UNKNOWN_LABEL) for name, labels in batch.extra.items()
+                name: labels.masked_fill(~batch.targets.has_mask, UNKNOWN_LABEL)
+                for name, labels in batch.auxiliary_targets.items()
             }
             losses["features"] = self.heads["features"](features, masked_labels)
         if loss_scales is not None:
@@ -84,6 +88,10 @@ class TrainingModule(nn.Module):
 
 def check_lr_multipliers(options: TrainOptions, module: TrainingModule) -> None:
     """Check that every learning rate multiplier is for a group with trainable parameters.
+
+    Args:
+        options: Options of [train].
+        module: Module with the trainable parameters.
 
     Raises:
         RegistryError: A group has none.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sca_registry import RegistryError
 from sca_registry.errors import make_unknown_name_error
 from sca_registry.overrides import apply_overrides, parse_assignment
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.spec import ComponentSpec, ModelSpec
 
 from sca.io.toml import parse_toml, read_toml_text
 from sca.io.validation import (
@@ -157,7 +157,7 @@ class DataSource:
             one of the two if the region has no phrase and "recognition" otherwise.
     """
 
-    dataset: Part
+    dataset: ComponentSpec
     split: str = "train"
     weight: float = 1.0
     augment: Augmentation | None = None
@@ -172,10 +172,13 @@ class DataSource:
             table: Dataset name or table.
             location: Subject of error messages, such as "data.scenes".
 
+        Returns:
+            The data source.
+
         Raises:
             RegistryError: A value is invalid.
         """
-        part = Part.from_dict(table, f"dataset of {location}")
+        part = ComponentSpec.from_dict(table, f"dataset of {location}")
         options = dict(part.options)
         option_names = ("split", "weight", "augment", "phrases", "names")
         split, weight, augment_table, phrases, names = (options.pop(key, None) for key in option_names)
@@ -194,7 +197,7 @@ class DataSource:
             if value is not None:
                 check_choice(f"{location}.{key}", value, choices)
                 kwargs[key] = value
-        return cls(Part(part.name, options), **kwargs)
+        return cls(ComponentSpec(part.name, options), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table [data.NAME]."""
@@ -235,6 +238,9 @@ class ValidationOptions:
             table: Values by field.
             data: Source of the default dataset.
 
+        Returns:
+            The options.
+
         Raises:
             RegistryError: A key or a value is invalid.
         """
@@ -251,7 +257,7 @@ class ValidationOptions:
             check_range(f"validate.{key}", getattr(options, key), int, 1)
         if options.split.startswith("test"):
             raise RegistryError(f"validate.split is {options.split!r}: what is tested must not choose; give 'val'")
-        Part.from_dict(options.dataset, "dataset of validate")
+        ComponentSpec.from_dict(options.dataset, "dataset of validate")
         return options
 
     def to_dict(self) -> dict[str, Any]:
@@ -291,6 +297,9 @@ class Recipe:
             name: Name of a bundled recipe, or path of a TOML file.
             assignments: `key=value` changes, such as "train.steps=200".
 
+        Returns:
+            The recipe, with its assignments applied.
+
         Raises:
             RegistryError: The name, a key or a value is invalid.
         """
@@ -309,6 +318,9 @@ class Recipe:
             name: Name of the recipe.
             table: Tables by section, as in TOML.
             assignments: `key=value` changes, such as "train.steps=200".
+
+        Returns:
+            The recipe, with its assignments applied.
 
         Raises:
             RegistryError: A key or a value is invalid.
@@ -403,6 +415,12 @@ def list_recipes() -> list[str]:
 def read_recipe_text(name: str) -> str:
     """Read the TOML text of a bundled recipe or of a file.
 
+    Args:
+        name: Name of a bundled recipe, or path of a TOML file.
+
+    Returns:
+        The text.
+
     Raises:
         RegistryError: Neither exists; the message suggests the closest name.
     """
@@ -467,6 +485,9 @@ def parse_augmentation(table: Any, location: str) -> Augmentation:
     Args:
         table: Values by field of `Augmentation`.
         location: Subject of error messages, such as "data.scenes.augment".
+
+    Returns:
+        The augmentation.
 
     Raises:
         RegistryError: A key or a value is invalid.

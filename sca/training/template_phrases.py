@@ -28,6 +28,9 @@ def add_template_phrases(sample: Sample, original: Sample) -> Sample:
     Args:
         sample: Sample, possibly augmented. Size and place refer to it, because a crop changes both.
         original: Sample before augmentation, without the crowds that the dataset skips.
+
+    Returns:
+        The sample with added phrases.
     """
     names = Counter(region.name for region in original.regions)
     regions = tuple(
@@ -52,6 +55,9 @@ def make_template_phrases(name: str, box: tuple[float, ...], size: tuple[int, in
         box: x1 y1 x2 y2 in image pixels.
         size: Width and height of the image.
         is_unique: Whether the region is the only one of its class, which selects the article "the".
+
+    Returns:
+        The phrases, without duplicates.
     """
     area_fraction = (box[2] - box[0]) * (box[3] - box[1]) / math.prod(size)
     adjective = "large" if area_fraction >= 1 / 8 else "small" if area_fraction <= 1 / 100 else None

@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from sca.builder import build
 from sca.checkpoints.load import load, load_without_weights
 from sca.checkpoints.native import check_writable, save
-from sca.checkpoints.state import hash_weights
+from sca.checkpoints.tensors import hash_weights
 from sca.data.summary import count_skipped, summarize_dataset
 from sca.inference.processor import Processor
 from sca.io.run_folder import RunFolder, iter_existing_paths
@@ -191,7 +191,7 @@ def _collect_run_settings(recipe: Recipe, model: SegmentCaptioner, mixture: Exam
     """Collect what identifies a run: the recipe, the hashes of its data, and of the weights it starts from."""
     table = recipe.to_dict()
     options = {f"train.{name}": value for name, value in table.pop("train").items()}
-    dataset_hashes = [getattr(each.dataset, "hash", None) for each in mixture.streams]
+    dataset_hashes = [getattr(each.dataset, "content_hash", None) for each in mixture.streams]
     weights = hash_weights(model) if isinstance(recipe.model, str) else None
     return {**table, **options, "contents": dataset_hashes, "weights": weights}
 
@@ -204,6 +204,13 @@ def _should_shard(recipe: Recipe) -> bool:
 
 def compute_images_per_process(options: TrainOptions, num_processes: int) -> int:
     """Return the number of images per process and accumulated batch.
+
+    Args:
+        options: Options of [train].
+        num_processes: Number of processes.
+
+    Returns:
+        The number of images.
 
     Raises:
         RegistryError: `batch_size` is not a multiple of processes x accumulated batches.
@@ -219,6 +226,13 @@ def compute_images_per_process(options: TrainOptions, num_processes: int) -> int
 
 def compute_regions_per_process(options: TrainOptions, num_processes: int) -> int:
     """Return the maximum number of regions per process and accumulated batch; 0 for no limit.
+
+    Args:
+        options: Options of [train].
+        num_processes: Number of processes.
+
+    Returns:
+        The number of regions, or 0.
 
     Raises:
         RegistryError: `max_regions_per_step` is less than processes x accumulated batches.
@@ -324,6 +338,9 @@ def _collect_datasets_by_name(
 def check_shardable(recipe: Recipe) -> None:
     """Check that a recipe can train with sharded parameters.
 
+    Args:
+        recipe: Recipe of the training run.
+
     Raises:
         RegistryError: The recipe has a table [validate], which needs the full model in every process.
     """
@@ -333,6 +350,10 @@ def check_shardable(recipe: Recipe) -> None:
 
 def check_cacheable(recipe: Recipe, model: SegmentCaptioner) -> None:
     """Check that the features of images stay the same during training.
+
+    Args:
+        recipe: Recipe of the training run.
+        model: Model to train.
 
     Raises:
         RegistryError: The encoder is trainable, or a data source has augmentation.

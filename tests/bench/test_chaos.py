@@ -13,6 +13,8 @@ import pytest
 from sca_bench.store import ResultStore
 from sca_bench.sweep import Sweep
 
+pytestmark = pytest.mark.slow
+
 TINY = """
 seeds = [0, 1]
 [model]
@@ -25,7 +27,7 @@ trainable = ["encoder", "segmenter", "mixer", "projection", "task_tokens", "lang
 mixer = [{ name = "query", num_queries = 2, depth = 1, num_heads = 2, mlp_dim = 64 }, "mask-tokens", "roi-pool"]
 segmenter = [{ name = "sam", depth = 1, num_heads = 2, mlp_dim = 64 }, "box"]
 [evaluate]
-dataset = { name = "scenes", count = 2, size = 64 }
+dataset = { name = "scenes", num_images = 2, image_size = 64 }
 metrics = ["attributes", "class"]
 [measure]
 regions = [1]

@@ -144,10 +144,11 @@ def test_settled_rows_of_the_same_device_are_known(tmp_path):
 
 def test_local_launcher_starts_no_task_after_its_deadline(tmp_path):
     task = Task("late", "time:sleep", {"device": "cpu"}, str(tmp_path / "late"), deadline=time.time() - 1)
-    assert list(Local(num_workers=1).map([task])) == []
+    assert list(Local(num_workers=1).run_tasks([task])) == []
     assert not (tmp_path / "late").exists()
 
 
+@pytest.mark.slow
 def test_local_launcher_ends_a_task_at_its_deadline_without_an_outcome(tmp_path, monkeypatch):
     (tmp_path / "slow_job.py").write_text("import time\ndef work(config, folder):\n    time.sleep(600)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -156,7 +157,7 @@ def test_local_launcher_ends_a_task_at_its_deadline_without_an_outcome(tmp_path,
         Task(name, "slow_job:work", {"device": "cpu"}, str(tmp_path / name), deadline=time.time() + 3) for name in "ab"
     ]
     try:
-        assert list(Local(num_workers=1).map(tasks)) == []
+        assert list(Local(num_workers=1).run_tasks(tasks)) == []
     finally:
         forkserver._forkserver._stop()
 
@@ -172,6 +173,7 @@ def test_every_way_of_decoding_gives_the_same_ids(way):
     assert found["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_golden_comparison_finds_no_difference_in_float32():
     found = compare_golden_folders(GOLDEN, "cpu", torch.float32)
     assert set(found) == {"sca-tiny-query-gpt2", "sca-tiny-query-llama", "sca-tiny-split-gpt2"}
@@ -270,7 +272,7 @@ def test_tables_in_the_repository_are_those_of_its_rows():
     kept = ROOT / "benchmarks/results/gpu/rows.jsonl"
     rows = collect.read_rows(kept) if kept.is_file() else []
     for page, content in (
-        ("benchmarks/README.md", collect.render_tables(rows)),
+        ("docs/benchmarks.md", collect.render_tables(rows)),
         ("README.md", collect.render_headline(rows)),
     ):
         text = (ROOT / page).read_text("utf-8")

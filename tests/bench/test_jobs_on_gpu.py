@@ -9,6 +9,8 @@ import pytest
 import torch
 from accelerator import simulated_cuda
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/data/golden"
 SPEC = importlib.util.spec_from_file_location("gpu_run_jobs", ROOT / "benchmarks/gpu/run.py")

@@ -44,7 +44,7 @@ def test_two_nodes_make_the_rows_that_one_machine_makes(cluster, tmp_path):
     for name, launcher in (("local", Local(num_workers=1)), ("ray", Ray(address=cluster.address))):
         tasks = [Task(row.key, JOB, row.config, str(tmp_path / name / row.key)) for row in sweep.list_rows()]
         kept = ("state", "reason", "parameters", "flops")
-        found[name] = {task.key: {key: row.get(key) for key in kept} for task, row in launcher.map(tasks)}
+        found[name] = {task.key: {key: row.get(key) for key in kept} for task, row in launcher.run_tasks(tasks)}
         assert all((tmp_path / name / task.key / "log.txt").is_file() for task in tasks)
     assert found["local"] == found["ray"]
     assert sorted(row["state"] for row in found["ray"].values()) == ["done", "done", "impossible"]

@@ -13,6 +13,8 @@ from sca_bench.sweep import Sweep, SweepRow
 from sca.launchers.local import Local
 from sca.launchers.task import Task
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = """
 import ctypes, os, signal, time
 import torch
@@ -112,7 +114,7 @@ def test_each_end_of_a_row_is_typed_and_the_others_go_on(hostile, tmp_path):
     tasks = {name: task(tmp_path, 25.0 if name == "sleeps" else 120.0, mixer=name) for name in EXPECTED}
     tasks["good"] = task(tmp_path)
     try:
-        found = {outcome.task.key: outcome.result for outcome in Local(num_workers=2).map(list(tasks.values()))}
+        found = {outcome.task.key: outcome.result for outcome in Local(num_workers=2).run_tasks(list(tasks.values()))}
     finally:
         forkserver._forkserver._stop()
     for name, (state, said) in EXPECTED.items():
@@ -126,7 +128,7 @@ def test_a_model_that_becomes_infinite_is_told(tmp_path):
     config = dict(task(tmp_path, segmenter={"name": "sam", "depth": 1, "num_heads": 2, "mlp_dim": 64}).config)
     config["train"] = {"recipe": "sca-tiny", "steps": 3, "batch_size": 1, "learning_rate": 1e38, "warmup_steps": 1}
     row = SweepRow(config)
-    (outcome,) = Local(num_workers=1).map([Task(row.key, JOB, config, str(tmp_path / "row"), 300.0)])
+    (outcome,) = Local(num_workers=1).run_tasks([Task(row.key, JOB, config, str(tmp_path / "row"), 300.0)])
     assert outcome.result["state"] == "not-finite", outcome.result["reason"]
 
 
@@ -138,7 +140,7 @@ def test_what_does_not_fit_together_or_into_memory_is_no_failure(tmp_path):
     )
     found = {
         outcome.task.key: outcome.result
-        for outcome in Local(num_workers=1).map([small, replace(large, folder=str(tmp_path / "l"))])
+        for outcome in Local(num_workers=1).run_tasks([small, replace(large, folder=str(tmp_path / "l"))])
     }
     assert found[small.key]["state"] == "impossible"
     assert "needs masks" in found[small.key]["reason"]
@@ -149,10 +151,10 @@ def test_what_does_not_fit_together_or_into_memory_is_no_failure(tmp_path):
 def test_a_row_has_all_that_was_asked(tmp_path):
     config = dict(task(tmp_path, lora=2).config)
     config["measure"] = {"regions": [1, 3], "words": 2, "repeats": 5, "training": True}
-    config["evaluate"] = {"dataset": {"name": "scenes", "count": 2, "size": 64}, "metrics": ["class"]}
+    config["evaluate"] = {"dataset": {"name": "scenes", "num_images": 2, "image_size": 64}, "metrics": ["class"]}
     config["model"] = sca_registry.spec.ModelSpec.from_dict(config["model"]).to_dict()
     row = SweepRow(config)
-    (outcome,) = Local(num_workers=1).map([Task(row.key, JOB, config, str(tmp_path / "row"))])
+    (outcome,) = Local(num_workers=1).run_tasks([Task(row.key, JOB, config, str(tmp_path / "row"))])
     made = outcome.result
     assert made["state"] == "done", made["reason"]
     assert [point["regions"] for point in made["curve"]] == [1, 3]
@@ -179,7 +181,7 @@ def test_workers_change_nothing_but_how_many_go_together(tmp_path):
     keys = []
     for workers in (1, 2, 4):
         tasks = [Task(row.key, JOB, row.config, str(tmp_path / f"{workers}-{row.key}")) for row in sweep.list_rows()]
-        keys.append(sorted((o.task.key, o.result["state"]) for o in Local(num_workers=workers).map(tasks)))
+        keys.append(sorted((o.task.key, o.result["state"]) for o in Local(num_workers=workers).run_tasks(tasks)))
     assert keys[0] == keys[1] == keys[2]
     assert len(keys[0]) == 4
 
@@ -193,5 +195,5 @@ def test_a_folder_that_is_tidied_up_meanwhile_loses_the_log_and_not_the_row(tmp_
         shutil.rmtree(tmp_path / asked.key)
 
     threading.Thread(target=tidy, daemon=True).start()
-    (outcome,) = Local(num_workers=1).map([asked])
+    (outcome,) = Local(num_workers=1).run_tasks([asked])
     assert outcome.result["state"] == "done", outcome.result["reason"]

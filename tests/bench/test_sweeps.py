@@ -63,6 +63,7 @@ def test_sweep_with_too_many_combinations_is_refused_before_they_are_built(sweep
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_smoke_sweep_has_sixty_rows_and_the_mixers_with_a_transformer_are_of_one_size():
     import sca
 
@@ -93,18 +94,18 @@ def test_a_key_is_of_what_is_asked_and_of_nothing_else(sweep):
         ("[axes]", "seeds = []\n[axes]", "has no 'seeds'"),
         ("task_tokens = 2", "task_token = 2", "Did you mean 'task_tokens'"),
         ("[axes]", "[axes", "is not TOML"),
-        ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds is 4294967296; give a whole number from 0 to"),
+        ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds is 4294967296; give an integer from 0 to"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = []\n[axes]', "tasks is .*; give a list of 1 or more"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = []\n[axes]', "metrics is .*; give a list of 1 or more"),
         (
             "[axes]",
             '[evaluate]\ndataset = "scenes"\ngeneration = { num_beams = 0 }\n[axes]',
-            "evaluate.generation.num_beams is 0: give a whole number, 1 or more",
+            "evaluate.generation.num_beams is 0; give an integer of at least 1",
         ),
         (
             "[axes]",
             '[evaluate]\ndataset = "scenes"\ngeneration = { num_beams = "x" }\n[axes]',
-            "evaluate.generation.num_beams is 'x': give a whole number",
+            "evaluate.generation.num_beams is 'x'; give an integer",
         ),
     ],
 )
@@ -156,7 +157,7 @@ WRONG = {
 }
 WANTED = {
     str: "give text",
-    int: "give a whole number",
+    int: "give an integer",
     float: "give a number",
     bool: "give true or false",
     list: "give a list of",
@@ -203,7 +204,7 @@ def test_sweep_read_reports_text_that_is_not_utf_8(tmp_path):
     ("old", "new", "said"),
     [
         ('mixer = ["roi-pool"', 'mixer = [{ name = "roi-pool", dpth = 2 }', "mixer 'roi-pool' has no option 'dpth'"),
-        ("image_size = 64", 'image_size = "64"', "encoder 'tiny-vit': image_size is '64'; give a whole number"),
+        ("image_size = 64", 'image_size = "64"', "encoder 'tiny-vit': image_size is '64'; give an integer"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = ["cidr"]\n[axes]', "no metrics named 'cidr'"),
         ("[axes]", '[evaluate]\ndataset = "scene"\n[axes]', "no datasets named 'scene'"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nprompt = "circle"\n[axes]', "prompt is 'circle'"),
@@ -216,7 +217,7 @@ def test_sweep_read_reports_text_that_is_not_utf_8(tmp_path):
         (
             "[axes]",
             '[evaluate]\ndataset = "scenes"\ngeneration = { temperature = "x" }\n[axes]',
-            "evaluate.generation.temperature is 'x': give a number",
+            "evaluate.generation.temperature is 'x'; give a number",
         ),
         (
             "[axes]",
@@ -269,6 +270,7 @@ def test_an_unknown_sweep_is_told_with_the_closest():
         Sweep.read("smok")
 
 
+@pytest.mark.slow
 def test_a_run_makes_what_is_missing_and_nothing_twice(sweep, tmp_path):
     told = []
     found = run_sweep(sweep(), tmp_path / "out", launcher_options={"num_workers": 1}, report=told.append)
@@ -386,7 +388,7 @@ def test_a_report_has_everything_and_the_same_rows_give_the_same_bytes(rows):
     assert "&lt;b&gt;" in page
     assert "crashed" in page
     assert page.count("<svg") == 4
-    assert 'class="pale"' in page
+    assert 'class="dimmed"' in page
     assert page.count("sca bench row") == 3
     assert report.render_markdown(rows) == report.render_markdown(list(reversed(rows)))
     assert report.render_csv(rows) == report.render_csv(list(reversed(rows)))

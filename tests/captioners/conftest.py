@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from sca_registry.contracts import Prompt
 
-from sca.testing.tiny import tiny_options
+from sca.testing.tiny import get_tiny_options
 
 CARDS = {"blip": "blip-base", "git": "git-base", "blip-2": "blip2-opt-2.7b", "florence2": "vlm", "kosmos-2": "kosmos-2"}
 TEMPLATE = (  # of a chat: the picture's place, and then the question
@@ -37,7 +37,7 @@ def weights(tmp_path_factory):
             if kind == "qwen2_vl":
                 model, processor = qwen()
             else:
-                options = tiny_options("captioner", CARDS[kind])
+                options = get_tiny_options("captioner", CARDS[kind])
                 image_text_model = sca_registry.captioners.build(CARDS[kind], **options).image_text_model
                 model, processor = image_text_model.model, image_text_model.processor
             lively(model).save_pretrained(folders[kind])

@@ -7,7 +7,7 @@ import sca_registry
 import torch
 from sca_registry import RegistryError
 from sca_registry.contracts import Captioner, Prompt
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.spec import ComponentSpec, ModelSpec
 
 import sca
 from sca.cli import run_command
@@ -17,10 +17,10 @@ COUNTED = [name for name in sca_registry.captioners.list_names() if sca_registry
 
 
 def test_models_are_predictors_by_name_and_by_folder(small, tmp_path):
-    assert isinstance(sca.captioner("sca-tiny"), Engine)
+    assert isinstance(sca.load_captioner("sca-tiny"), Engine)
     folder = sca.save(small(), tmp_path / "a+b model")
     for source in (folder, str(folder)):
-        assert isinstance(sca.captioner(source, dtype="bfloat16", regions=3), Engine)
+        assert isinstance(sca.load_captioner(source, dtype="bfloat16", region_batch_size=3), Engine)
 
 
 def test_captioners_are_built_with_options_from_text_a_table_and_keywords(weights):
@@ -30,22 +30,22 @@ def test_captioners_are_built_with_options_from_text_a_table_and_keywords(weight
         {"name": "crop-captioner", "weights": blip, "batch_size": 3},
     )
     for source in written:
-        captioner = sca.captioner(source)
+        captioner = sca.load_captioner(source)
         assert isinstance(captioner, Captioner)
         assert captioner.image_text_model.batch_size == 3
         assert captioner.model is None
-    assert sca.captioner(written[0], batch_size=5).image_text_model.batch_size == 5
-    assert sca.captioner(written[0]).facts["weights"] == blip
+    assert sca.load_captioner(written[0], batch_size=5).image_text_model.batch_size == 5
+    assert sca.load_captioner(written[0]).metadata["weights"] == blip
 
 
 def test_two_names_are_an_encoder_and_a_captioner(weights, image):
-    captioner = sca.captioner(f"sca-tiny+crop-captioner weights={weights('blip')}")
+    captioner = sca.load_captioner(f"sca-tiny+crop-captioner weights={weights('blip')}")
     (caption,) = captioner.caption(image, [Prompt(points=((20, 20, 1),))])
     assert caption.mask["size"] == [60, 80]
 
 
 def test_what_looks_at_nothing_needs_no_device():
-    floor = sca.captioner("most-frequent dataset=scenes options={count=2}", device="meta")
+    floor = sca.load_captioner("most-frequent dataset=scenes dataset_options={num_images=2}", device="meta")
     assert isinstance(floor, Captioner)
 
 
@@ -56,7 +56,7 @@ def test_what_looks_at_nothing_needs_no_device():
         ("blip-bass", "Did you mean 'blip-base'.*encoder.captioner"),
         ("sam-vit-b+blip-bass", "no captioner is named 'blip-bass'. Did you mean 'blip-base'"),
         ("sam-vit-c+blip-base", "no encoders named 'sam-vit-c'. Did you mean 'sam-vit-"),
-        ("sam-vit-b+query+gpt2", "nothing before it is trained: give the checkpoint"),
+        ("sam-vit-b+query+gpt2", "no trained weights; give a checkpoint folder"),
         ("sam-vit-b+most-frequent dataset=scenes", "no option 'encoder'"),
         ("nearest-neighbor dataset=scenes", "needs the option 'encoder'"),
         ("blip-base vcott=true", "no option 'vcott'. Did you mean 'vcot'"),
@@ -67,16 +67,16 @@ def test_what_looks_at_nothing_needs_no_device():
 )
 def test_what_there_is_not_is_said_with_what_there_is(source, message):
     with pytest.raises(ValueError, match=message):
-        sca.captioner(source)
+        sca.load_captioner(source)
 
 
 def test_a_model_of_two_names_is_pointed_to_the_door():
-    with pytest.raises(RegistryError, match=r"Two names are encoder\+captioner, for sca.captioner"):
+    with pytest.raises(RegistryError, match=r"for encoder\+captioner, use sca.load_captioner"):
         ModelSpec.parse("sam-vit-b+blip-base")
 
 
 def test_a_part_on_one_line_keeps_quoted_values_together():
-    assert Part.parse("a b='x y' c=[1,2] d=true") == Part("a", {"b": "x y", "c": [1, 2], "d": True})
+    assert ComponentSpec.parse("a b='x y' c=[1,2] d=true") == ComponentSpec("a", {"b": "x y", "c": [1, 2], "d": True})
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -140,14 +140,16 @@ def test_everything_on_the_command_line_needs_masks(shell, weights):
     status, out, err = shell(*ASKED, "--model", f"sca-tiny+{crops}", *search)
     assert (status, err) == (0, "")
     assert records(out)
-    for model in (crops, "most-frequent dataset=scenes options={count=2}"):
+    for model in (crops, "most-frequent dataset=scenes dataset_options={num_images=2}"):
         status, out, err = shell(*ASKED, "--model", model, *search)
         assert (status, out) == (2, "")
-        assert "everything mode needs a model, or encoder+captioner" in err
+        assert "for everything mode, use a model, or encoder+captioner" in err
 
 
 def test_a_floor_answers_on_the_command_line(shell):
-    status, out, err = shell(*ASKED, "--model", "most-frequent dataset=scenes options={count=2}", "--point", "3,3")
+    status, out, err = shell(
+        *ASKED, "--model", "most-frequent dataset=scenes dataset_options={num_images=2}", "--point", "3,3"
+    )
     assert (status, err) == (0, "")
     assert records(out)[0]["caption"]
 
@@ -166,7 +168,7 @@ def test_a_floor_answers_on_the_command_line(shell):
             ("--box", "1,1,9,9", "--num-captions", "2"),
             "generation option 'num_captions'",
         ),
-        ("sam-vit-b+query+gpt2", ("--box", "1,1,9,9"), "give the checkpoint"),
+        ("sam-vit-b+query+gpt2", ("--box", "1,1,9,9"), "give a checkpoint folder"),
     ],
 )
 def test_a_mistake_is_one_line(shell, weights, model, more, message):
@@ -186,4 +188,4 @@ def test_captioners_are_listed_shown_and_checked(shell):
     assert "vcot = False" in out
     status, out, _ = shell("check", "captioner", "most-frequent")
     assert status == 0
-    assert "describe-answers-in-order" in out
+    assert "captions-match-prompts" in out

@@ -10,7 +10,7 @@ from sca.captioners.baselines import MostFrequent, NearestNeighbor
 from sca.data.scenes import Scenes
 
 COUNT = 12
-SCENES = {"dataset": "scenes", "options": {"count": COUNT, "size": 64}}
+SCENES = {"dataset": "scenes", "dataset_options": {"num_images": COUNT, "image_size": 64}}
 TINY = {
     "name": "tiny-vit",
     "image_size": 64,
@@ -23,7 +23,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def training():
-    scenes = Scenes("train", count=COUNT, size=64)
+    scenes = Scenes("train", num_images=COUNT, image_size=64)
     return [scenes[place] for place in range(COUNT)]
 
 
@@ -62,7 +62,7 @@ def test_a_region_of_training_is_its_own_nearest_neighbor(training):
 
 
 def test_neighbors_are_the_same_each_time_and_images_together_are_as_alone(training):
-    test = Scenes("test", count=4, size=64)
+    test = Scenes("test", num_images=4, image_size=64)
     samples = [test[place] for place in range(4)]
     requests = [boxes(sample) for sample in samples]
     one, other = NearestNeighbor(TINY, **SCENES), NearestNeighbor(TINY, **SCENES)
@@ -75,7 +75,7 @@ def test_neighbors_are_the_same_each_time_and_images_together_are_as_alone(train
 
 
 def test_points_have_neighbors_where_the_encoder_finds_masks(training):
-    captioner = sca.captioner("sca-tiny+nearest-neighbor", **SCENES)
+    captioner = sca.load_captioner("sca-tiny+nearest-neighbor", **SCENES)
     sample = training[0]
     points = [Prompt(points=((*region.attributes["center"], 1),)) for region in sample.regions]
     found = captioner.caption(sample.image, points, "recognition")
@@ -90,7 +90,7 @@ def test_an_encoder_without_masks_takes_boxes(training):
     assert [each.text for each in captioner.caption(sample.image, boxes(sample))] == [
         region.phrases[-1] for region in sample.regions
     ]
-    with pytest.raises(ValueError, match="a point is no region yet"):
+    with pytest.raises(ValueError, match="point prompts require an encoder"):
         captioner.caption(sample.image, [Prompt(points=((3, 3, 1),))])
 
 

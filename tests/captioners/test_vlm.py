@@ -12,7 +12,7 @@ def texts(captions):
 
 
 def test_florence_is_told_the_place_in_thousandths_and_the_task_by_its_own_word(weights, image, prompts, asked):
-    captioner = VisionLanguageModel(weights=weights("florence2"), show="region-tokens")
+    captioner = VisionLanguageModel(weights=weights("florence2"), region_format="region-tokens")
     captioner.caption(image, prompts[1:])
     captioner.caption(image, prompts[2:3], "recognition")
     assert [question.text for question in asked[0]] == [
@@ -29,7 +29,7 @@ def test_florence_is_told_the_place_in_thousandths_and_the_task_by_its_own_word(
 
 
 def test_kosmos_is_told_the_cells_of_the_corners(weights, image, prompts, asked):
-    VisionLanguageModel(weights=weights("kosmos-2"), show="region-tokens").caption(image, prompts[1:3])
+    VisionLanguageModel(weights=weights("kosmos-2"), region_format="region-tokens").caption(image, prompts[1:3])
     tokens = [question.text.split("<object>")[1].split("</object>")[0] for question in asked[0]]
     first, last = 18 * 32 + 20, 29 * 32 + 27  # floor of the first corner, ceiling of the last
     assert tokens == [f"<patch_index_{first:04d}><patch_index_{last:04d}>", "<patch_index_0000><patch_index_1023>"]
@@ -37,14 +37,14 @@ def test_kosmos_is_told_the_cells_of_the_corners(weights, image, prompts, asked)
 
 @pytest.mark.parametrize("kind", ["florence2", "kosmos-2"])
 def test_regions_are_told_apart_by_tokens_alone_and_in_any_company(weights, kind, image, prompts):
-    captioner = VisionLanguageModel(weights=weights(kind), show="region-tokens")
+    captioner = VisionLanguageModel(weights=weights(kind), region_format="region-tokens")
     together = captioner.caption(image, prompts, num_beams=2)
     assert len(set(texts(together))) > 1
     assert [captioner.caption(image, [prompt], num_beams=2)[0].text for prompt in prompts] == texts(together)
 
 
 def test_what_an_answer_says_of_places_is_no_part_of_its_words(weights, image, prompts, monkeypatch):
-    captioner = VisionLanguageModel(weights=weights("florence2"), show="region-tokens")
+    captioner = VisionLanguageModel(weights=weights("florence2"), region_format="region-tokens")
     answer = "a red<loc_12> car<object><patch_index_0003></object> "
     monkeypatch.setattr(captioner.image_text_model.tokenizer, "decode", lambda ids, **how: answer)
     assert texts(captioner.caption(image, prompts[:1])) == ["a red car"]
@@ -52,7 +52,7 @@ def test_what_an_answer_says_of_places_is_no_part_of_its_words(weights, image, p
 
 def test_a_drawn_box_lies_around_the_region_and_the_picture_is_left_alone(weights, image, prompts, asked):
     before = np.asarray(image).copy()
-    captioner = VisionLanguageModel(weights=weights("qwen2_vl"), show="box")
+    captioner = VisionLanguageModel(weights=weights("qwen2_vl"), region_format="box")
     captioner.caption(image, prompts[1:2], max_new_tokens=3)
     drawn = np.asarray(asked[0][0].image)
     assert asked[0][0].text == QUESTIONS["box"][1]
@@ -83,10 +83,14 @@ def test_a_question_goes_through_the_chat_template_and_pictures_of_other_sizes_d
 @pytest.mark.parametrize(
     ("kind", "how", "message"),
     [
-        ("qwen2_vl", {"show": "region-tokens"}, "'qwen2_vl' model has no words for places; 'florence2' and 'kosmos-2'"),
-        ("blip", {}, "'blip' model answers no questions: .* crop-captioner"),
-        ("florence2", {"show": "circle"}, "show is 'circle'. There are: crop, box, region-tokens"),
-        ("florence2", {"show": "region-tokens", "question": "What?"}, "leave out question"),
+        (
+            "qwen2_vl",
+            {"region_format": "region-tokens"},
+            "'qwen2_vl' model has no location tokens; 'florence2' and 'kosmos-2'",
+        ),
+        ("blip", {}, "'blip' model takes no questions; .* crop-captioner"),
+        ("florence2", {"region_format": "circle"}, "region_format is 'circle'. Choose from: crop, box, region-tokens"),
+        ("florence2", {"region_format": "region-tokens", "question": "What?"}, "omit question"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused_with_the_way_out(weights, kind, how, message):

@@ -241,7 +241,7 @@ def use(folder: Path, how: str, out: Path) -> None:
         from sca.demo.app import ModelPool
 
         models = ModelPool("cpu", None, (), allow_any_model=True)
-        with models.scheduler(str(folder)):
+        with models.acquire_scheduler(str(folder)):
             pass
         models.close()
         return

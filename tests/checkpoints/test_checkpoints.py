@@ -18,7 +18,7 @@ import sca
 from sca.checkpoints.layout import SPEC_FILE, WEIGHTS_FILE
 from sca.checkpoints.load import load
 from sca.checkpoints.native import collect_origin, is_saved, resolve_spec, save
-from sca.checkpoints.state import list_stored_tensors
+from sca.checkpoints.tensors import list_stored_tensors
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError, OutputError
 from sca.mixers.query import QueryMixer
@@ -100,7 +100,7 @@ def test_checkpoint_with_a_part_of_main_loads_where_it_is_registered(small_table
         load(folder)
     assert str(e.value).endswith("registered them; register them again before loading.")
     origin = json.loads((folder / "origin.json").read_text())
-    origin["parts"]["mixer"]["distribution"] = "run this: rm -rf /"
+    origin["components"]["mixer"]["distribution"] = "run this: rm -rf /"
     (folder / "origin.json").write_text(json.dumps(origin))
     with pytest.raises(InputError) as e:
         load(folder)
@@ -215,7 +215,7 @@ def test_a_checkpoint_says_which_weights_it_was_trained_on(sam_folder, lm_folder
         {"name": "hf", "weights": str(lm_folder("gpt2"))},
     )
     save(model, tmp_path / "model")
-    origin = json.loads((tmp_path / "model" / "origin.json").read_text())["parts"]
+    origin = json.loads((tmp_path / "model" / "origin.json").read_text())["components"]
     for kind, folder in (("encoder", sam_folder), ("segmenter", sam_folder), ("language_model", lm_folder("gpt2"))):
         content = (folder / "model.safetensors").read_bytes()
         assert origin[kind]["weights"] == str(folder)
@@ -228,7 +228,7 @@ def test_a_folder_of_something_else_is_left_alone(small, tmp_path):
     (tmp_path / "photos" / "holiday.jpg").write_text("dear")
     (tmp_path / "file").write_text("dear")
     for name in ("photos", "file"):
-        with pytest.raises(OutputError, match="what is in it stays"):
+        with pytest.raises(OutputError, match="its content is unchanged"):
             save(small(), tmp_path / name)
     assert (tmp_path / "photos" / "holiday.jpg").read_text() == (tmp_path / "file").read_text() == "dear"
 
@@ -254,12 +254,13 @@ def test_what_was_added_to_pretrained_weights_is_held_even_if_it_is_frozen(sam_f
     assert all(torch.equal(again[name], value) for name, value in own.items())
 
 
+@pytest.mark.slow
 def test_weights_that_a_part_finds_in_its_own_way_are_named(small, tmp_path):
     model = small()
     model.encoder.checkpoint = "a_name_of_its_own"
     save(model, tmp_path / "model")
     written = json.loads((tmp_path / "model" / "origin.json").read_text())
-    assert written["parts"]["encoder"]["weights"] == "a_name_of_its_own"
+    assert written["components"]["encoder"]["weights"] == "a_name_of_its_own"
 
 
 def test_origin_names_the_commit_of_the_checkout(small):
@@ -317,6 +318,7 @@ print("whole after every kill, saves:", found())
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.parametrize("kills", [5, pytest.param(300, marks=pytest.mark.all)])
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, kills):
     """One process saves over and over and is killed at random moments, and another loads what is left."""
     tests = os.path.dirname(os.path.dirname(__file__))
@@ -337,6 +339,7 @@ class Killed(BaseException):
     """Nothing runs after a kill: no `finally` may help."""
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_step_of_a_save_leaves_a_whole_checkpoint_that_can_be_saved_over(
     small, tmp_path, monkeypatch
 ):

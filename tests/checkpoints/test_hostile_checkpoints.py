@@ -58,6 +58,7 @@ def test_a_checkpoint_with_its_language_model_in_its_folder_can_be_moved(bases, 
 
 
 @pytest.mark.parametrize("count", [15, pytest.param(200, marks=pytest.mark.all)])
+@pytest.mark.slow
 def test_hostile_checkpoints_end_in_one_line_and_touch_nothing(bases, tmp_path, count):
     outside, where = tmp_path / "outside", tmp_path / "models"
     outside.mkdir()

@@ -68,7 +68,7 @@ def test_push_refuses_links_out_of_the_checkpoint(model, uploaded, tmp_path, pla
         link.symlink_to(secret / "id_rsa")
     else:
         link.symlink_to(secret)
-    with pytest.raises(InputError, match=f"{place} is a link out of the checkpoint; replace it"):
+    with pytest.raises(InputError, match=f"{place} is a link to outside the checkpoint; replace it"):
         push_checkpoint(model, "me/model")
     assert not uploaded
 
@@ -85,7 +85,7 @@ def test_push_refuses_a_checkpoint_that_is_not_whole(model, uploaded, name):
 def test_card_of_reads_no_links_out_of_the_checkpoint(model, tmp_path, name):
     (model / name).rename(tmp_path / "secret")
     (model / name).symlink_to(tmp_path / "secret")
-    with pytest.raises(InputError, match=f"{name} is a link out of the checkpoint"):
+    with pytest.raises(InputError, match=f"{name} is a link to outside the checkpoint"):
         render_card(model, "me/model")
 
 
@@ -110,7 +110,7 @@ def test_push_follows_links_within_a_repository_of_the_hub_cache(model, uploaded
 
 def test_card_shows_the_text_of_a_stranger_as_text(model, tmp_path):
     part = {"name": HOSTILE, "weights": HOSTILE, "license": HOSTILE}
-    origin = {"written_by": HOSTILE, "parts": {"encoder": part, "mixer": HOSTILE}}
+    origin = {"written_by": HOSTILE, "components": {"encoder": part, "mixer": HOSTILE}}
     (model / "origin.json").write_text(json.dumps(origin))
     row = {"name": HOSTILE, "value": 0.5, "control": None, "protocol": HOSTILE}
     scores = tmp_path / "scores.json"

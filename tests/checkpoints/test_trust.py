@@ -162,7 +162,7 @@ def test_check_folder_refuses_links_fifos_and_configurations_that_lead_elsewhere
 @pytest.mark.parametrize("value", ["flash_attention_2", "stranger/kernel", {"": "stranger/kernel"}, [{"a": "sdpa|b"}]])
 def test_check_folder_refuses_kernels_other_than_those_of_torch(folder, key, value):
     change(folder, "tokenizer_config.json", text_config={key: value})
-    with pytest.raises(TrustError, match=r"can fetch and run code; .*--trust-remote-code"):
+    with pytest.raises(TrustError, match=r"can download and run code; .*--trust-remote-code"):
         check_folder(folder, Trust(external=True))
     check_folder(folder, Trust(remote_code=True))
     for harmless in (None, "", True, "eager", {"": "sdpa", "vision_config": None}):
@@ -187,7 +187,7 @@ def test_load_and_plan_read_no_file_before_its_link_is_checked(folder, tmp_path,
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "secret")
     for use in (load, lambda path: _resolve_spec(str(path), False, False)):
-        with pytest.raises(InputError, match=f"{name} is a link to outside of its folder"):
+        with pytest.raises(InputError, match=f"{name} is a link to outside its folder"):
             use(folder)
 
 
@@ -239,10 +239,10 @@ def test_a_bare_name_is_never_a_folder(name, tmp_path, monkeypatch):
     assert locate_checkpoint("sca-tiny") == zoo.get_entry("sca-tiny").folder
     assert (tmp_path / name).is_dir()
     if name == "xk-huang":
-        with pytest.raises(InputError, match=r"what lies here is written \./xk-huang"):
+        with pytest.raises(InputError, match=r"for the local path, write \./xk-huang"):
             load(name)
-        with pytest.raises(ValueError, match=r"what lies here is written \./xk-huang"):
-            sca.captioner(name)
+        with pytest.raises(ValueError, match=r"for the local path, write \./xk-huang"):
+            sca.load_captioner(name)
     elif name == "sca-tiny":
         for path in ("./sca-tiny", tmp_path / "sca-tiny"):
             with pytest.raises(InputError, match=r"spec\.json"):
@@ -310,7 +310,7 @@ GPT2 = get_registry("language_model").get_card("gpt2").options
     ("option", "value", "wanted"),
     [
         ("dtype", "float32", True),
-        ("checkpointing", False, True),
+        ("gradient_checkpointing", False, True),
         ("depth", 2, True),
         ("stem_channels", (8, 16), True),
         ("trust_remote_code", False, True),
@@ -322,7 +322,7 @@ GPT2 = get_registry("language_model").get_card("gpt2").options
         ("attn_implementation", "flash_attention_2", False),
         ("depth", 2**30, False),
         ("rate", float("nan"), False),
-        ("eos", None, False),
+        ("eos_token", None, False),
         ("config", {"model_type": "gpt2"}, False),
     ],
 )

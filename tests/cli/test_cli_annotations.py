@@ -64,7 +64,7 @@ def test_convert_and_view_name_a_damaged_region_and_end_with_status_1(here, shel
         result = shell(*arguments)
         assert result.status == 1
         assert any("in.json, annotations[0], 'bbox' is " in line for line in result.err)
-        assert result.err[-1] == "sca: left out 1 record that cannot be used; correct the file"
+        assert result.err[-1] == "sca: skipped 1 record that cannot be used; correct the file"
     assert len((here / "out/captions.jsonl").read_text().splitlines()) == 1
 
 
@@ -75,7 +75,7 @@ def test_convert_passes_over_cancelled_annotations(converted):
     (record,), err = converted([{"data": {"image": "a.png"}, "annotations": [cancelled, first, right]}])
     assert record["caption"] == "right"
     assert (
-        "sca: changed or left out: cancelled annotation: 1 (first: in.json, task 0); "
+        "sca: changed or skipped: cancelled annotation: 1 (first: in.json, task 0); "
         "task with several annotations, of which one is read: 1 (first: in.json, task 0)"
     ) in err
 
@@ -86,7 +86,7 @@ def test_convert_passes_over_other_results_and_says_so_in_one_line(converted):
     label = {**BOX, "value": {**BOX["value"], "rectanglelabels": ["cat"]}}
     records, err = converted([task(label, relation, choices)])
     assert [record["caption"] for record in records] == ["cat"]
-    (line,) = [line for line in err if "left out" in line]
+    (line,) = [line for line in err if "changed or skipped" in line]
     assert "relation: 1 (first: in.json, task 0, result 1); choices: 1 (first: in.json, task 0, region 'c')" in line
 
 
@@ -99,7 +99,7 @@ def test_convert_keeps_a_task_without_regions(here, converted, picture):
         "image without regions, whose size is unknown: 1 (first: in.json, task 1, b.png)" in line for line in err
     )
     _, err = converted(tasks, "--image-root", "folder")
-    assert not any("left out" in line for line in err)
+    assert not any("changed or skipped" in line for line in err)
 
 
 def test_caption_reads_a_folder_of_labelme_files(here, shell, checkpoint, picture):

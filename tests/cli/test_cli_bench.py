@@ -19,7 +19,7 @@ stem_channels = [8, 16]
 [axes]
 mixer = ["roi-pool", "mask-tokens"]
 [evaluate]
-dataset = { name = "scenes", count = 2, size = 64 }
+dataset = { name = "scenes", num_images = 2, image_size = 64 }
 metrics = ["class"]
 [measure]
 regions = [1, 2]
@@ -34,6 +34,7 @@ def sweep(here):
     return "mine.toml"
 
 
+@pytest.mark.slow
 def test_a_sweep_is_run_looked_at_reported_and_repeated(shell, sweep, here):
     assert shell("bench", "status", sweep).out.startswith("2 rows: none made; 2 missing")
     made = shell("bench", "run", sweep, "num_workers=1")
@@ -51,6 +52,7 @@ def test_a_sweep_is_run_looked_at_reported_and_repeated(shell, sweep, here):
     assert "timings: " in told
 
 
+@pytest.mark.slow
 def test_one_row_is_made_by_the_command_that_is_given_with_it(shell, sweep, here):
     assert shell("bench", "run", sweep, "num_workers=1", "--quiet").status == 0
     rows = [json.loads(line) for line in (here / "runs/bench/mine/results.jsonl").read_text().splitlines()]
@@ -95,6 +97,7 @@ def test_throughput_on_a_cpu_is_the_sweep_for_one(shell, here, monkeypatch):
     assert "sca bench published" in result.err[0]
 
 
+@pytest.mark.slow
 def test_the_ratios_to_the_published_procedure_are_printed(shell, refused):
     result = shell("bench", "published", "tiny", "--num-repeats", 1)
     assert result.status == 0, result.err

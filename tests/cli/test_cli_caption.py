@@ -107,11 +107,11 @@ def test_caption_clips_boxes_over_the_edge_and_counts_them(shell, checkpoint, pi
     call = ("caption", "--model", checkpoint, "--max-new-tokens", 3, "--out", "-")
     result = shell(*call, "a.png", "b.png", "--box", "-1,-1,65,49", "--box", "0,0,9,9")
     assert [record["box"] for record in lines(result.out)][::2] == [[0, 0, 64, 48]] * 2
-    assert result.err == ["sca: changed or left out: box clipped: 2 (first: a.png)"]
+    assert result.err == ["sca: changed or skipped: box clipped: 2 (first: a.png)"]
     asked = [{"image": "a.png", "box": box} for box in ([1, 2, 9, 9], [60, 40, 66, 50])]
     (here / "asked.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in asked))
     result = shell(*call, "a.png", "--prompts", "asked.jsonl")
-    assert result.err[1:] == ["sca: changed or left out: box clipped: 1 (first: asked.jsonl, line 2)"]
+    assert result.err[1:] == ["sca: changed or skipped: box clipped: 1 (first: asked.jsonl, line 2)"]
 
 
 def test_prompts_of_many_images_come_from_json_lines_and_from_coco(captioned, picture, here):
@@ -278,7 +278,7 @@ def test_quiet_leaves_the_result_alone(shell, checkpoint, picture, here):
 
 @pytest.mark.parametrize(("name", "domain"), [("sca-tiny", "drawn scenes"), ("sca-street", "street photographs")])
 def test_caption_remarks_once_on_a_model_of_a_narrow_domain(shell, picture, monkeypatch, checkpoint, name, domain):
-    from sca.inference.job import CaptionJob
+    from sca.inference.caption_job import CaptionJob
 
     load = CaptionJob.load_captioner
     monkeypatch.setattr(CaptionJob, "load_captioner", lambda job: load(replace(job, model=str(checkpoint))))
@@ -343,6 +343,7 @@ def test_caption_reports_a_bad_region_and_keeps_the_others(shell, checkpoint, pi
     assert "would be" not in " ".join(shell("caption", "a.png", "--prompts", "c.json", "--model", checkpoint).err)
 
 
+@pytest.mark.slow
 def test_caption_in_shards_keeps_the_regions_beside_a_bad_one(shell, checkpoint, picture, here):
     picture("a.png"), picture("b.png")
     regions = [{"image": "a.png", "box": [1, 1, 9, 9]}, {"image": "a.png", "box": [90, 90, 99, 99]}]
@@ -356,9 +357,10 @@ def test_caption_in_shards_keeps_the_regions_beside_a_bad_one(shell, checkpoint,
     assert result.status == 2
 
 
+@pytest.mark.slow
 def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoint):
     from sca.inference.automatic import caption_everything
-    from sca.inference.factory import captioner
+    from sca.inference.factory import load_captioner
     from sca.inference.predictor import Predictor
 
     thresholds = ("--pred-iou-thresh", 0, "--stability-score-thresh", 0, "--box-nms-thresh", 1)
@@ -372,9 +374,9 @@ def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoin
     assert len(captioned("a.png", *search[:-2], "--proposer", grid, "--max-regions", 1)) == 1
     result = shell("caption", "a.png", "--box", "1,1,9,9", "--max-regions", 2, "--model", checkpoint)
     assert (result.status, result.err) == (2, ["sca: --max-regions can only be used with --everything"])
-    predictor = Predictor(captioner(checkpoint))
+    predictor = Predictor(load_captioner(checkpoint))
     predictor.set_image(Image.open("a.png").convert("RGB"))
-    with pytest.raises(ValueError, match="max_regions is 0; give a whole number, 1 or more"):
+    with pytest.raises(ValueError, match="max_regions is 0; give an integer of at least 1"):
         caption_everything(predictor, max_regions=0)
 
 

@@ -84,7 +84,7 @@ def test_clash_of_plugin_commands_is_refused_and_names_both(shell, install):
     install("two", "greetings = two_app:app", two_app=APP)
     refused = shell("greetings", "hello", "you")
     assert refused.status == 2
-    assert "'greetings' is offered by" in refused.err[0]
+    assert "'greetings' is provided by" in refused.err[0]
     assert all(name in refused.err[0] for name in ("one 1.0", "two 1.0"))
 
 

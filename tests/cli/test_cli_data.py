@@ -11,7 +11,7 @@ from sca.data.scenes import Scenes
 
 @pytest.fixture
 def root(tmp_path):
-    return export_dataset({"val": Scenes("val", count=6, size=64)}, tmp_path / "root", "coco")
+    return export_dataset({"val": Scenes("val", num_images=6, image_size=64)}, tmp_path / "root", "coco")
 
 
 def test_the_command_tells_them_and_what_was_left_out(root, shell):
@@ -36,7 +36,7 @@ def test_pictures_are_opened_when_that_is_asked_for(root, shell):
 
 
 def test_a_page_shows_samples_before_and_after_augmentation(root, shell, here):
-    scenes = Scenes("val", count=6, size=64)
+    scenes = Scenes("val", num_images=6, image_size=64)
     told = shell(
         "data", "view", "coco", f"root='{root}'", "--limit", 2, "--augment", "{flip=1.0}", "--out", "page.html"
     )
@@ -53,7 +53,7 @@ def test_a_page_shows_samples_before_and_after_augmentation(root, shell, here):
 @pytest.mark.parametrize("folder", [".", "/", "there"])
 def test_a_page_is_not_written_over_a_folder(shell, here, folder):
     (here / "there").mkdir()
-    told = shell("data", "view", "scenes", "count=1", "--limit", 1, "--out", folder)
+    told = shell("data", "view", "scenes", "num_images=1", "--limit", 1, "--out", folder)
     assert told.status == 2
     assert told.err[1:] == [f"sca: cannot write {folder}: Is a directory; choose another folder"]
 
@@ -74,5 +74,5 @@ def test_data_view_and_export_reject_a_dataset_without_images(shell, here, comma
 
 
 def test_data_view_reports_what_it_read(shell, here):
-    found = shell("data", "view", "scenes", "count=2", "size=64", "--out", "out.html")
+    found = shell("data", "view", "scenes", "num_images=2", "image_size=64", "--out", "out.html")
     assert (found.status, found.err) == (0, ["sca: scenes val: 2 images"])

@@ -12,6 +12,8 @@ import pytest
 from sca.cli import listing, main, run_command
 from sca.io.errors import OutputError
 
+pytestmark = pytest.mark.slow
+
 FORMATS = ("--format", "jsonl,coco,html,png")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits are POSIX")
 

@@ -108,6 +108,7 @@ def test_data_stats_shows_hostile_classes_and_phrases_as_text(safe, here, pictur
     assert HOSTILE.replace("\n", " ").split()[0] in "".join(json.loads(as_json)["commonest_classes"])
 
 
+@pytest.mark.slow
 def test_recipes_sweeps_and_names_show_hostile_text_as_text(safe, here):
     (here / "r.toml").write_text(f"{json.dumps(HOSTILE)} = 1\n")
     safe(2, "train", "r.toml")

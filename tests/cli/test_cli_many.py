@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 from viewer_page import ViewerPage
 
+pytestmark = pytest.mark.slow
+
 BOXES = ("--box", "4,4,40,40", "--box", "10,10,30,30")
 
 
@@ -85,7 +87,7 @@ def test_a_run_with_other_options_is_not_gone_on_with(shell, refused, checkpoint
     assert shell(*asked, *BOXES, "--quiet").status == 0
     assert not (here / "out/captions.journal").exists()
     line = refused(2, "caption", "photos", *BOXES, "--resume")
-    assert line == "--resume continues the run of a folder; name it with --out"
+    assert line == "--resume requires --out, the folder of the interrupted run"
 
 
 @pytest.mark.parametrize(("count", "kills"), [pytest.param(500, 10, marks=pytest.mark.all)])
@@ -181,5 +183,5 @@ def test_a_page_shows_and_compares(shell, checkpoint, pictures, here):
     page = (here / "pages/view.html").read_text()
     images = ViewerPage(page).images
     assert len(images) == 12
-    assert all(len(image["regions"]) == len(image["other"]) == 2 for image in images)
+    assert all(len(image["regions"]) == len(image["other_regions"]) == 2 for image in images)
     assert "http://" not in page

@@ -33,12 +33,12 @@ def model(checkpoint):
         ("--point", "1,2,7"): "is not 1 or 0",
         ("--region", "bax=1,2,3,4"): "'bax' is no part of a region",
         ("--region", "mask=none.png"): "cannot read the mask none.png",
-        ("--region", ""): "points at nothing",
+        ("--region", ""): "is empty",
         ("--prompts", "none.json"): "cannot read the prompts none.json",
         ("--prompts", "a.png"): "not UTF-8 text",
         (): "no region to caption",
-        (*BOX, "--everything"): "leave out --box",
-        (*BOX, "--prompts", "none.json"): "not from both",
+        (*BOX, "--everything"): "--everything excludes --box",
+        (*BOX, "--prompts", "none.json"): "--prompts excludes --box",
         (*BOX, "--points-per-side", 3): "--points-per-side can only be used with --everything",
         (*BOX, "--proposer", "grid"): "--proposer can only be used with --everything",
         ("--everything", "--proposer", "grid", "--points-per-side", 3): "omit --points-per-side and --crop-n-layers",
@@ -54,7 +54,7 @@ def model(checkpoint):
         ("--everything", "--points-per-side", 0): "--points-per-side",
         (*BOX, "--format", "png"): "--format png needs --out",
         (*BOX, "--out", "o", "--format", "pgn"): "Did you mean 'png'?",
-        (*BOX, "--out", "o", "--format", ""): "There are: jsonl, coco, parquet",
+        (*BOX, "--out", "o", "--format", ""): "Choose from: jsonl, coco, parquet",
         (*BOX, "--out", "-", "--format", "coco"): "--out - writes JSONL only",
         (*BOX, "--out", "a.png"): "cannot write a.png: File exists; choose another folder",
         (*BOX, "--out", "a.png/o"): "cannot write a.png/o: Not a directory",
@@ -70,13 +70,14 @@ def model(checkpoint):
         (*BOX, "--bax", "1"): "--box",
         ("--box", "20,20,10,30"): "a.png: the box 20,20,10,30 is reversed",
         ("--box", "20,20,20,30"): "a.png: the box 20,20,20,30 is empty",
-        ("--box", "70,0,80,9"): "a.png: the box 70,0,80,9 lies outside the 64 x 48 image",
+        ("--box", "70,0,80,9"): "a.png: the box 70,0,80,9 is outside the 64 x 48 image",
         ("--point", "64,0"): "a.png: the point 64,0,1 is outside the 64 x 48 image",
         ("--region", "mask=small.png"): "a.png: the mask is 3 x 3, the image 64 x 48",
         ("--region", "mask=black.png"): "a.png: the mask is empty",
     }.items(),
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
+@pytest.mark.slow
 def test_a_mistake_in_the_options_is_one_line(refused, picture, model, here, wrong, said):
     picture("a.png")
     Image.new("L", (3, 3), 255).save(here / "small.png")
@@ -93,6 +94,7 @@ def test_a_mistake_in_the_options_is_one_line(refused, picture, model, here, wro
         ("--box", "1,1,9,9", "--prompts", "p.jsonl"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_of_caption_are_reported_before_torch_is_imported(picture, options):
     program = "import sys; from sca.cli import run_command; print(run_command(sys.argv[1:]), 'torch' in sys.modules)"
     command = [sys.executable, "-c", program, "caption", picture("a.png"), *options]
@@ -121,7 +123,7 @@ def test_everything_and_mask_prompts_need_a_model_with_masks(refused, picture, m
         ("p.json", '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 2}]}', "'image_id'"),
         ("p.jsonl", '{"image": "b.png", "box": [1, 2, 3, 4]}', "a.png: p.jsonl has no regions for it"),
         ("p.jsonl", '{"image": "x/a.png", "box": [1, 2, 3, 4]}\n{"image": "y/a.png", "box": [1, 2, 3, 4]}', "could"),
-        ("p.jsonl", '{"image": "a.png", "box": [90, 0, 99, 9]}', "p.jsonl, line 1: the box 90,0,99,9 lies outside"),
+        ("p.jsonl", '{"image": "a.png", "box": [90, 0, 99, 9]}', "p.jsonl, line 1: the box 90,0,99,9 is outside"),
         ("p.jsonl", '{"image": "a.png", "mask": "p.jsonl"}', "p.jsonl, line 1, 'mask': cannot read the mask"),
     ],
 )  # fmt: skip
@@ -145,7 +147,7 @@ def bad(picture, here):
     (here / "empty").mkdir()
     (here / "lost.png").symlink_to("nowhere")
     return {
-        "missing.png": "no file, folder or match",
+        "missing.png": "no file or folder missing.png",
         "*.webp": "nothing matches the pattern",
         "empty": "no images in empty",
         "cut.jpg": "truncated or damaged",
@@ -155,6 +157,7 @@ def bad(picture, here):
     }
 
 
+@pytest.mark.slow
 def test_a_bad_image_is_one_line_and_leaves_no_file(refused, bad, model, here):
     before = sorted(path.name for path in here.iterdir())
     for name, said in bad.items():
@@ -234,7 +237,7 @@ def test_cli_reports_permission_errors(refused, shell, nobody):
         2, "caption", "a.png", *arguments, "--out", "locked/new"
     )
     assert "permission denied (secret.png)" in refused(1, "caption", "secret.png", *arguments)
-    exported = shell("data", "export", "scenes", "locked/new", "count=1")
+    exported = shell("data", "export", "scenes", "locked/new", "num_images=1")
     assert exported.status == 2
     assert exported.err == [
         "sca: scenes val: 1 image",
@@ -252,4 +255,4 @@ def test_a_defect_keeps_its_traceback(shell, monkeypatch):
 
 
 def test_a_message_is_always_one_line(refused):
-    assert re.fullmatch(r"no kind of thing is called .*", refused(2, "list", "two\nlines"))
+    assert re.fullmatch(r"unknown kind .*", refused(2, "list", "two\nlines"))

@@ -37,7 +37,7 @@ def text(content):
         ("sca-tniy", "Did you mean 'sca-tiny'?"),
         ("no/such/folder", "no model named 'no/such/folder', and no folder there"),
         ("./a.png", "a.png is a file, and a model is a folder"),
-        ("a.png", "what lies here is written ./a.png"),
+        ("a.png", "for the local path, write ./a.png"),
         (".", "has no spec.json"),
         ("./" + "x" * 300, "File name too long"),
     ],
@@ -53,7 +53,7 @@ def test_truncated_weights_are_refused(broken, size):
 
 
 def test_absent_weights_are_refused(broken):
-    assert "the checkpoint is incomplete" in broken(lambda folder: (folder / "weights.safetensors").unlink())
+    assert "copy the checkpoint again" in broken(lambda folder: (folder / "weights.safetensors").unlink())
 
 
 @pytest.mark.parametrize("content", ["", "{", "5", "[]", "null", '"text"', "\xff", "{}", '{"encoder": 5}'])
@@ -70,10 +70,10 @@ def test_a_spec_that_is_none_is_refused_with_its_file(broken, content):
         ({"encoder": {"name": "tiny-vit", "image_size": 128}}, "encoder.position is (1, 64, 128)"),
         (
             {"encoder": {"name": "tiny-vit", "image_size": "big"}},
-            "encoder 'tiny-vit': image_size is 'big'; give a whole number",
+            "encoder 'tiny-vit': image_size is 'big'; give an integer",
         ),
-        ({"generation": {"num_beams": "many"}}, "generation.num_beams is 'many': give a whole number"),
-        ({"everything": {"points_per_side": [4]}}, "everything.points_per_side is [4]: give a whole number"),
+        ({"generation": {"num_beams": "many"}}, "generation.num_beams is 'many'; give an integer"),
+        ({"everything": {"points_per_side": [4]}}, "everything.points_per_side is [4]; give an integer"),
         ({"task_tokens": 3}, "task_tokens is (2, 2, 128)"),
         ({"segmenter": {"name": "box"}}, "use segmenter=sam"),
         ({"generation": {"num_beans": 3}}, "Did you mean 'num_beams'?"),

@@ -8,6 +8,8 @@ import sys
 import pytest
 from sca_registry import zoo
 
+from sca.cli import COMMANDS as COMMANDS_BY_PANEL
+
 COMMANDS = (
     ["--help"],
     ["--version"],
@@ -37,12 +39,14 @@ for command in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_looking_around_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", PROBE, json.dumps(COMMANDS)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("command", "most"), [("--help", 400), ("list", 550)])
+@pytest.mark.slow
 def test_help_and_list_import_few_modules(command, most):
     call = f"from sca.cli import run_command; run_command([{command!r}])"
     program = f"import sys; {call}; print(len(sys.modules), file=sys.stderr)"
@@ -57,12 +61,39 @@ def test_every_command_tells_what_it_does(shell):
         assert shell(command, "--help").status == 0
 
 
+def test_help_groups_the_commands_and_fits_a_screen(shell, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = shell("--help").out.splitlines()
+    panels = [line.removesuffix(":") for line in lines if line.endswith(":")]
+    assert panels == ["Options", *COMMANDS_BY_PANEL]
+    assert len(lines) < 40
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines if line.endswith("...") and not line.startswith("Usage")]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("sca ca", ["caption"]),
+        ("sca caption --max-n", ["--max-new-tokens"]),
+        ("sca data vi", ["view"]),
+        ("sca bench ru", ["run"]),
+    ],
+)
+def test_shell_completion_completes_commands_and_options(started, monkeypatch, words, expected):
+    for name, value in {"_SCA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": words.count(" ")}.items():
+        monkeypatch.setenv(name, str(value))
+    out, _ = started().communicate()
+    assert out.split() == expected
+
+
 def test_nothing_asked_is_answered_with_the_help(shell):
     result = shell()
     assert result.status == 2
     assert result.err[0].startswith("Usage: sca")
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command(started):
     out, _ = started("--version").communicate()
     assert out.startswith("sca ")
@@ -83,7 +114,7 @@ def test_a_model_whose_weights_are_gone_is_listed_as_broken(shell, here, monkeyp
     monkeypatch.setattr(zoo.ZooEntry, "folder", here / "gone")
     for row in json.loads(shell("list", "models", "--json").out):
         assert row["state"] == "broken"
-        assert row["reason"].startswith(f"there are no weights in {here / 'gone'}; restore")
+        assert row["reason"].startswith(f"no weights in {here / 'gone'}; restore")
     assert "state:        broken" in shell("show", "model", "sca-tiny").out
 
 
@@ -113,9 +144,10 @@ def test_a_part_is_shown_with_its_options_and_their_defaults(shell):
     lines = shell("show", "mixers", "query").out.splitlines()
     assert "  num_queries = 8" in lines
     assert not any("segmenter" in line for line in lines[lines.index("options:") :])
-    assert "  size = 128" in shell("show", "dataset", "scenes").out.splitlines()  # a constant of its module
+    assert "  image_size = 128" in shell("show", "dataset", "scenes").out.splitlines()  # a constant of its module
 
 
+@pytest.mark.slow
 def test_a_shown_part_has_the_options_that_it_takes(shell):
     import inspect
 
@@ -147,11 +179,11 @@ def test_a_typo_is_answered_with_the_closest_name(refused):
 
 
 def test_a_dataset_is_exported_and_a_mistake_leaves_nothing(shell, refused, here):
-    assert shell("data", "export", "scenes", "out", "count=2").status == 0
+    assert shell("data", "export", "scenes", "out", "num_images=2").status == 0
     assert len(json.loads((here / "out" / "val.json").read_text())["images"]) == 2
-    assert "not a new or empty folder" in refused(2, "data", "export", "scenes", "out", "count=2")
+    assert "not a new or empty folder" in refused(2, "data", "export", "scenes", "out", "num_images=2")
     assert "Did you mean 'coco'?" in refused(2, "data", "export", "scenes", "new", "--format", "cocoa")
-    assert "Did you mean 'count'?" in refused(2, "data", "export", "scenes", "new", "cuont=2")
+    assert "Did you mean 'num_images'?" in refused(2, "data", "export", "scenes", "new", "num_image=2")
     assert [path.name for path in here.iterdir()] == ["out"]
 
 

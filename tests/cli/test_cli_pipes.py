@@ -155,6 +155,7 @@ def test_cli_rejects_a_fifo_without_waiting(refused, here):
     assert refused(1, "caption", "b.png", *BOX).startswith("b.png is a pipe or a device, not an image file")
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_behind_the_table_does_not_undo_the_run(started, picture, checkpoint, here):
     arguments = ("caption", picture("a.png"), *BOX, "--model", checkpoint, "--out", "out", "--overwrite")
     for words in (2, 3):  # the second run replaces the first
@@ -167,6 +168,7 @@ def test_a_closed_pipe_behind_the_table_does_not_undo_the_run(started, picture, 
 
 
 @pytest.mark.parametrize("command", [["--help"], ["list"], ["show", "mixer", "query"]], ids=" ".join)
+@pytest.mark.slow
 def test_output_to_a_closed_pipe_ends_quietly(started, command):
     process = started(*command)
     process.stdout.close()

@@ -12,6 +12,8 @@ import pytest
 
 from sca.testing.scaffold import TEMPLATE_KINDS
 
+pytestmark = pytest.mark.slow
+
 QUIET = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
 
 
@@ -65,13 +67,13 @@ def test_a_new_plugin_installs_is_listed_and_keeps_its_promises_as_it_is(kind, s
     assert tested.returncode == 0, tested.stdout
 
 
-@pytest.mark.all  # tests/test_readme.py does the same with the plugin of the README
+@pytest.mark.all  # tests/manuals does the same with the plugin of the manual
 def test_the_whole_way_from_a_new_plugin_to_captions(site, tmp_path):
     from PIL import Image
 
     site.run("sca", "plugin", "new", "mixer", "shade")
     site.install(tmp_path / "sca-shade")
-    short = ["train.steps=1", "train.batch_size=2", "train.num_processes=1", "data.scenes.count=4"]
+    short = ["train.steps=1", "train.batch_size=2", "train.num_processes=1", "data.scenes.num_images=4"]
     trained = site.run("sca", "train", "sca-tiny", "mixer=shade", *short, "--out", "runs/shade", "--quiet")
     assert trained.returncode == 0, trained.stderr
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
@@ -89,7 +91,7 @@ def test_a_plugin_that_exists_is_not_written_over_and_a_wrong_kind_is_told(site,
     assert "Did you mean 'mixers'" in site.run("sca", "plugin", "new", "mixr", "mine").stderr
     assert "no template for a launcher" in site.run("sca", "plugin", "new", "launcher", "mine").stderr
     taken = site.run("sca", "plugin", "new", "mixer", "query").stderr
-    assert "there is a mixer 'query' already, from segment-caption-anything" in taken
+    assert "the mixer 'query' already exists in segment-caption-anything" in taken
     site.write("sca-shade", "", hostile=MIXER)
     assert "sca-shade is installed already" in site.run("sca", "plugin", "new", "mixer", "shade").stderr
 
@@ -103,7 +105,7 @@ def test_a_broken_promise_is_told_with_what_was_expected(site):
     site.write("wrong", "[sca_mixers]\nwrong = wrong:Wrong\n", wrong=wrong)
     checked = site.run("sca", "check", "mixer", "wrong", "--quiet")
     assert checked.returncode == 1
-    assert "FAILED  queries-shape: expected:" in checked.stdout
+    assert "FAILED  output-shape: expected:" in checked.stdout
     assert "sca_registry.contracts.Mixer" in checked.stdout
 
 
@@ -141,7 +143,7 @@ HOSTILE = {  # distribution: its entry points, its module, and what is said of t
     "shape": (
         "shape = hostile_shape:Mixer",
         MIXER.replace("keepdim=True", "keepdim=False"),
-        "breaks promises (queries",
+        "failed checks: output-shape",
     ),
     "nothing": ("nothing = hostile_nothing:Absent", MIXER, "no attribute 'Absent'"),
     "nowhere": ("nowhere = hostile_no_such_module:Mixer", MIXER, "hostile_no_such_module"),

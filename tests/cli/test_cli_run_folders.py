@@ -8,6 +8,8 @@ from PIL import Image
 
 from sca.io.run_folder import MARKER_FILE, RunFolder
 
+pytestmark = pytest.mark.slow
+
 BOX = ("--box", "4,4,40,40")
 
 
@@ -86,13 +88,13 @@ def test_pages_replace_pages_only(captioned, shell, refused, here):
     assert "is an input of this command" in line
     (here / "view.html").write_text("<!DOCTYPE html><p>precious")
     line = refused(2, "view", "out/captions.jsonl")
-    assert line == "view.html exists and is not a page that `sca` wrote; choose another --out"
+    assert line == "view.html exists and is not a page written by `sca`; choose another --out"
     (here / "data.html").write_text("precious")
-    assert "is not a page" in refused(2, "data", "view", "scenes", "count=2")
+    assert "is not a page" in refused(2, "data", "view", "scenes", "num_images=2")
     (here / "data.html").unlink()
     for _ in range(2):
         assert shell("view", "out/captions.jsonl", "--out", "page.html").status == 0
-        assert shell("data", "view", "scenes", "count=2").status == 0
+        assert shell("data", "view", "scenes", "num_images=2").status == 0
     assert (here / "out/captions.jsonl").read_bytes() == before
 
 
@@ -129,8 +131,8 @@ def test_caption_does_not_discard_an_unfinished_run(interrupted, captioned, shel
         result = captioned("--out", "out", *arguments)
         assert result.status == 2
         assert result.err == [
-            "sca: out contains an unfinished run with 2 images done; continue it with --resume, choose another --out, "
-            "or replace it with --overwrite"
+            "sca: out contains an unfinished run with 2 images captioned; resume it with --resume, choose another "
+            "--out, or replace it with --overwrite"
         ]
         assert content(interrupted) == before
     assert (
@@ -204,7 +206,7 @@ def test_commands_refuse_a_folder_that_is_being_written(captioned, shell, refuse
     with RunFolder("out", "caption"):
         assert captioned("--out", "out").err[0].startswith("sca: out is being written by another process")
         assert "is being written" in refused(2, "convert", "out/captions.jsonl", "out")
-        assert "is being written" in refused(2, "evaluate", "sca-tiny", "scenes", "count=1", "--out", "out")
+        assert "is being written" in refused(2, "evaluate", "sca-tiny", "scenes", "num_images=1", "--out", "out")
         assert "is being written" in refused(2, "train", "sca-tiny", "train.num_processes=1", "--out", "out")
     assert content(here / "out") == before
 
@@ -212,7 +214,7 @@ def test_commands_refuse_a_folder_that_is_being_written(captioned, shell, refuse
 def test_import_replaces_only_the_same_checkpoint(shell, refused, checkpoint, here):
     (here / "repo").mkdir()
     (here / "repo/spec.json").write_text('{"openapi": "3.0"}')
-    assert "what is in it stays" in refused(2, "import", "sca-tiny", "repo")
+    assert "its content is unchanged" in refused(2, "import", "sca-tiny", "repo")
     (here / "repo/README.md").write_text("my model card")
     (here / "repo/.git").mkdir()
     before = content(here / "repo")
@@ -235,7 +237,7 @@ def test_import_replaces_only_the_same_checkpoint(shell, refused, checkpoint, he
 
 
 def test_evaluate_refuses_another_run_and_foreign_scores(shell, refused, here):
-    asked = ("evaluate", "sca-tiny", "scenes", "count=1", "--metrics", "class", "--quiet", "--out")
+    asked = ("evaluate", "sca-tiny", "scenes", "num_images=1", "--metrics", "class", "--quiet", "--out")
     (here / "mine").mkdir()
     (here / "mine/scores.json").write_text("precious")
     assert "was not written by `sca evaluate`" in refused(2, *asked, "mine")
@@ -256,7 +258,7 @@ def test_evaluate_refuses_another_run_and_foreign_scores(shell, refused, here):
 
 
 def test_report_does_not_overwrite_what_it_reads(shell, refused, here):
-    asked = ("evaluate", "sca-tiny", "scenes", "count=1", "--metrics", "class", "--quiet", "--out", "out")
+    asked = ("evaluate", "sca-tiny", "scenes", "num_images=1", "--metrics", "class", "--quiet", "--out", "out")
     assert shell(*asked).status == 0
     before = content(here / "out")
     assert "is an input" in refused(2, "report", "out/predictions.jsonl", "--out", "out/predictions.jsonl")

@@ -22,6 +22,7 @@ def lines(path):
 BOXES = ("--box", "4,4,40,40", "--box", "10,10,30,30", "--batch-size", "1")  # so that all batches are equally large
 
 
+@pytest.mark.slow
 def test_shards_say_what_one_command_says(shell, checkpoint, pictures, here):
     assert shell("caption", "photos", *BOXES, "--model", checkpoint, "--out", "whole", "--quiet").status == 0
     result = shell(
@@ -38,6 +39,7 @@ def test_shards_say_what_one_command_says(shell, checkpoint, pictures, here):
     assert len(result.err) == 3
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again_and_another_run_is_refused(shell, checkpoint, pictures, here):
     asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1")
     assert shell(*asked, "--shard-size", 3).status == 0
@@ -45,7 +47,7 @@ def test_what_is_there_is_not_made_again_and_another_run_is_refused(shell, check
     kept = (here / "parts/shard-00000.jsonl").stat().st_mtime_ns
     again = shell(*asked, "--shard-size", 3)
     assert again.status == 0
-    assert again.err[0] == "sca: 1 of 2 shards are there already"
+    assert again.err[0] == "sca: 1 of 2 shards are already captioned"
     assert (here / "parts/shard-00000.jsonl").stat().st_mtime_ns == kept
     other = shell(*asked, "--shard-size", 3, "--max-new-tokens", 2)
     assert other.status == 2
@@ -53,9 +55,10 @@ def test_what_is_there_is_not_made_again_and_another_run_is_refused(shell, check
     (here / "parts/shard-00001.jsonl").unlink()
     same = shell(*asked, "--shard-size", 3, "--resume", "--batch-size", 2)  # neither changes a caption
     assert same.status == 0
-    assert same.err[0] == "sca: 1 of 2 shards are there already"
+    assert same.err[0] == "sca: 1 of 2 shards are already captioned"
 
 
+@pytest.mark.slow
 def test_repeated_shards_report_the_images_that_were_not_captioned(shell, checkpoint, pictures, here):
     (here / "photos/b.png").write_bytes(b"no image")
     asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1")
@@ -67,6 +70,7 @@ def test_repeated_shards_report_the_images_that_were_not_captioned(shell, checkp
     assert len(lines(here / "parts/shard-00000.jsonl")) == 4
 
 
+@pytest.mark.slow
 def test_shards_match_a_prompts_file_with_all_images_as_one_command_does(shell, checkpoint, picture, here):
     for name in ("a/x.png", "b/x.png"):
         picture(name)
@@ -80,6 +84,7 @@ def test_shards_match_a_prompts_file_with_all_images_as_one_command_does(shell, 
     assert {line["image"] for line in lines(here / "parts/shard-00000.jsonl")} == {"a/x.png"}
 
 
+@pytest.mark.slow
 def test_archive_whose_prompts_all_fail_is_named(shell, checkpoint, pictures, here):
     with tarfile.open(here / "set.tar", "w") as tar:
         tar.add(here / "photos/a.png", "a.png")
@@ -88,6 +93,7 @@ def test_archive_whose_prompts_all_fail_is_named(shell, checkpoint, pictures, he
     assert result.err[0].startswith(f"sca: set: failed: {here / 'set.tar'}/a.png: the box")
 
 
+@pytest.mark.slow
 def test_shard_whose_prompts_all_fail_is_not_finished(shell, checkpoint, pictures, here):
     far = ("--box", "9000,9000,9100,9100", "--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1")
     result = shell("caption", "photos", *far, "--quiet")
@@ -220,6 +226,7 @@ def test_images_that_do_not_exist_exit_with_1_beside_shards(shell, here, monkeyp
     assert shell("caption", "gone.png", "set.tar", *asked).status == 1
 
 
+@pytest.mark.slow
 def test_an_archive_is_a_shard_and_a_broken_picture_is_named(shell, checkpoint, pictures, here):
     (here / "photos/broken.jpg").write_bytes(b"\xff\xd8 no picture")
     with tarfile.open(here / "set-7.tar", "w") as tar:
@@ -236,6 +243,7 @@ def test_an_archive_is_a_shard_and_a_broken_picture_is_named(shell, checkpoint, 
     assert {line["image"] for line in found} == {f"{here / 'set-7.tar'}/{name}.png" for name in "abcde"}
 
 
+@pytest.mark.slow
 def test_shard_captions_images_whose_names_mean_something_to_a_command_line(shell, checkpoint, picture, here):
     (here / "~").mkdir()
     names = ["--task=recognition.png", "-x.png", "[a-z].png", "a.png", "~/a.png"]
@@ -264,6 +272,7 @@ def test_shard_of_files_that_have_gone_captions_no_others(shell, checkpoint, pic
     assert len(made["problems"]) == 2
 
 
+@pytest.mark.slow
 def test_archive_members_are_read_from_the_archive_and_nowhere_else(shell, checkpoint, picture, here):
     picture("secret.png")
     picture("packed/a.png")
@@ -287,6 +296,7 @@ def test_archive_members_are_read_from_the_archive_and_nowhere_else(shell, check
     assert found == {f"{here / 'set.tar'}/{name}" for name in inside}
 
 
+@pytest.mark.slow
 def test_failed_shard_tells_its_reason(shell, checkpoint, here, monkeypatch):
     (here / "broken.tar").write_bytes(b"no archive")
     with tarfile.open(here / "empty.tar", "w"):
@@ -302,12 +312,13 @@ def end_badly(config, folder):
     raise RuntimeError(f"the reason of {config['device']}")
 
 
+@pytest.mark.slow
 def test_crashed_task_tells_the_last_line_of_its_log(tmp_path):
     from sca.launchers.local import Local
     from sca.launchers.task import Task
 
     task = Task("a", f"{__name__}:end_badly", {"device": "cpu"}, str(tmp_path / "a"))
-    (outcome,) = Local(num_workers=1).map([task])
+    (outcome,) = Local(num_workers=1).run_tasks([task])
     assert outcome.result["state"] == "crashed"
     assert outcome.result["reason"] == "ended with status 1: RuntimeError: the reason of cpu"
 
@@ -315,7 +326,7 @@ def test_crashed_task_tells_the_last_line_of_its_log(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--launcher", "local"), "name a folder with --out"),
+        (("--launcher", "local"), "give a folder with --out"),
         (("--launcher", "local", "--out", "x", "--format", "png"), "writes one JSONL file per shard"),
         (("--launcher", "locl", "--out", "x"), "Did you mean 'local'"),
         (("--launcher", "local num_workers=-1", "--out", "x"), "workers is -1"),

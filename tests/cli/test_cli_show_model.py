@@ -14,7 +14,7 @@ from sca.training.train import train
 def run(tmp_path_factory):
     """The folder of a training run with two steps."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    table = {"model": "sca-tiny", "data": {"scenes": {"name": "scenes", "count": 2, "size": 64}}}
+    table = {"model": "sca-tiny", "data": {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}}}
     steps = {"steps": 2, "batch_size": 1, "warmup_steps": 0, "save_steps": 2, "learning_rate": 1e-5}
     train(Recipe.from_dict("mine", table | {"train": steps}), folder, quiet=True)
     (folder / "best.json").write_text(json.dumps({"step": 2, "metric": "cider-d", "score": 0.5}))
@@ -33,6 +33,7 @@ def stripped(result):
 PARTS = ("encoder", "segmenter", "mixer", "language model", "trainable", "parameters")
 
 
+@pytest.mark.slow
 def test_show_model_prints_the_parts_of_a_name_and_of_its_folder_alike(shell, run):
     named = stripped(shell("show", "model", "sca-tiny"))
     assert named["encoder"].startswith("tiny-vit(")

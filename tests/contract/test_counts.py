@@ -20,6 +20,7 @@ def parameters(module) -> int:
 
 
 @pytest.mark.parametrize(("kind", "name"), COUNTED)
+@pytest.mark.slow
 def test_a_card_counts_the_parameters_of_its_part(kind, name):
     registry = sca_registry.get_registry(kind)
     options = {"pretrained": False} if "pretrained" in registry.load_entry(name).options else {}
@@ -36,6 +37,7 @@ def test_the_published_model_has_the_published_counts():
 
 
 @pytest.mark.parametrize("name", zoo.list_names())
+@pytest.mark.slow
 def test_the_zoo_counts_the_parameters_of_its_models(name):
     entry = zoo.get_entry(name)
     if entry.folder:

@@ -8,7 +8,7 @@ from sca_registry.contracts import Batch, PromptBatch
 from tiny import FAMILIES
 
 import sca
-from sca.testing.tiny import tiny_options
+from sca.testing.tiny import get_tiny_options
 
 OPTIONS = {
     "query": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
@@ -69,13 +69,14 @@ def parts_of(encoder, mixer, sam_folder):
         part, card = {"name": "sam", "weights": str(sam_folder)}, sca_registry.encoders.get_card("sam")
     else:
         card = sca_registry.encoders.get_card(encoder)
-        part = {"name": encoder, **tiny_options("encoder", encoder)}
+        part = {"name": encoder, **get_tiny_options("encoder", encoder)}
     if card.extra and sca_registry.encoders.load_entry(encoder).state != "ok":
         pytest.skip(f"the extra {card.extra} is not installed")
     return part, {"name": mixer, **OPTIONS[mixer]}
 
 
 @pytest.mark.parametrize(("encoder", "mixer", "family", "lora"), COMBINATIONS)
+@pytest.mark.slow
 def test_a_combination_learns_and_comes_back_from_disk(
     encoder, mixer, family, lora, sam_folder, lm_folder, tmp_path, monkeypatch
 ):
@@ -83,7 +84,7 @@ def test_a_combination_learns_and_comes_back_from_disk(
     part, mixed = parts_of(encoder, mixer, sam_folder)
     spoken, options = {"name": "hf", "weights": str(lm_folder(family))}, {"lora": lora, "task_tokens": 2}
     boxed = sca_registry.encoders.get_declared(encoder, "default_segmenter") == "box"
-    if boxed and "masks" in (sca_registry.mixers.get_declared(mixer, "needs") or ()):
+    if boxed and "masks" in (sca_registry.mixers.get_declared(mixer, "requires") or ()):
         with monkeypatch.context() as patch:
             patch.setattr(sca_registry.encoders, "build", None)  # refused before anything is built
             with pytest.raises(RegistryError, match=rf"'{mixer}'.*segmenter=sam"):

@@ -14,8 +14,8 @@ OTHERS = {"datasets": {"scenes"}, "proposers": {"grid"}}  # that have an option 
 @pytest.mark.parametrize("kind", COMPONENT_KINDS)
 def test_tiny_options_exist_for_exactly_the_components_that_need_them(kind):
     needed = {*read_builtin_cards(kind)} - WITHOUT.get(kind, set()) if kind in SIZED else OTHERS.get(kind, set())
-    assert {*tiny._builtin_options()[kind]} == needed
-    assert not [card.name for card in read_builtin_cards(kind).values() if card.small]
+    assert {*tiny._read_builtin_options()[kind]} == needed
+    assert not [card.name for card in read_builtin_cards(kind).values() if card.tiny_options]
 
 
 def test_tiny_options_of_a_plugin_are_those_of_its_card(tmp_path, monkeypatch):
@@ -27,15 +27,15 @@ def test_tiny_options_of_a_plugin_are_those_of_its_card(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text("[sca_mixers]\ncards = shade:mixers.toml\n")
     (tmp_path / "shade").mkdir()
     (tmp_path / "shade/__init__.py").touch()
-    cards = '[shade]\nfactory = "shade:Shade"\nsmall = { depth = 1 }\n[query]\nfactory = "shade:Query"\n'
+    cards = '[shade]\nfactory = "shade:Shade"\ntiny_options = { depth = 1 }\n[query]\nfactory = "shade:Query"\n'
     (tmp_path / "shade/mixers.toml").write_text(cards)
     monkeypatch.syspath_prepend(tmp_path)
     sca_registry.refresh_plugins()
     try:
-        assert tiny.tiny_options("mixer", "shade") == {"depth": 1}
-        assert tiny.tiny_options("mixer", "shade:query") == {}
-        sizes = tiny.tiny_options("mixer", "query")
-        assert sizes == tiny.tiny_options("mixers", "segment-caption-anything:query") != {}
+        assert tiny.get_tiny_options("mixer", "shade") == {"depth": 1}
+        assert tiny.get_tiny_options("mixer", "shade:query") == {}
+        sizes = tiny.get_tiny_options("mixer", "query")
+        assert sizes == tiny.get_tiny_options("mixers", "segment-caption-anything:query") != {}
     finally:
         monkeypatch.undo()
         sca_registry.refresh_plugins()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sca_registry import datasets
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 from sca.data.custom import detect_data_source
 from sca.data.labeling_tools import LabelingToolDataset
@@ -65,7 +65,7 @@ def test_label_studio_export_is_a_dataset(folder):
     assert (cat.name, cat.phrases, cat.mask, cat.box) == ("cat", ("a cat", "asleep"), None, (10, 15, 30, 21))
     assert (dog.name, dog.phrases, decode_rle(dog.mask).shape) == ("dog", (), (HEIGHT, WIDTH))
     assert [region.id for region in (*two.regions, *three.regions)] == [3, 4]
-    assert dataset.attributes == {"name": ("cat", "dog", "eye")}
+    assert dataset.attribute_values == {"name": ("cat", "dog", "eye")}
     assert dataset.skipped == {
         "relation": 1,
         "region without a box or mask": 1,
@@ -129,7 +129,7 @@ def test_files_of_labeling_tools_are_recognized_and_split(folder, write):
     for path in {file, folder}:
         table = detect_data_source(path)
         options = {key: value for key, value in table.items() if key not in ("names", "augment")}
-        part = Part.from_dict(options, "dataset")
+        part = ComponentSpec.from_dict(options, "dataset")
         ids = {split: datasets.build(part.name, split, **part.options).image_ids for split in ("train", "val")}
         assert sorted(ids["train"] + ids["val"]) == list(range(20))
         assert ids["val"]

@@ -33,11 +33,11 @@ def content(*annotations, **changes):
 
 @pytest.fixture
 def written(tmp_path):
-    """Writes a dataset of one grey picture and gives its folder."""
+    """Writes a dataset of one gray picture and gives its folder."""
 
     def write(content, text=None):
         (tmp_path / "val").mkdir(exist_ok=True)
-        Image.new("RGB", (WIDTH, HEIGHT), "grey").save(tmp_path / "val" / "a.png")
+        Image.new("RGB", (WIDTH, HEIGHT), "gray").save(tmp_path / "val" / "a.png")
         (tmp_path / "val.json").write_text(json.dumps(content) if text is None else text)
         return tmp_path
 
@@ -194,7 +194,7 @@ def test_a_dataset_with_no_readable_picture_says_so(written):
 
 def test_a_picture_is_seen_as_its_viewer_sees_it(written):
     root = written(content())
-    stored = Image.new("RGB", (HEIGHT, WIDTH), "grey")
+    stored = Image.new("RGB", (HEIGHT, WIDTH), "gray")
     exif = stored.getexif()
     exif[0x0112] = 6  # turned by a quarter
     stored.save(root / "val" / "a.png", exif=exif)
@@ -219,7 +219,7 @@ PLACE_OF = r"val\.json: annotations\[0\] \(id 1\), "
         ({"categories": []}, PLACE + "category_id 7 has no name among the categories"),
         ({"annotations": [3]}, r"annotations\[0\] is 3; give an object"),
         ({"annotations": [{}]}, r"annotations\[0\]: no 'id'; it has: nothing"),
-        ({"annotations": [annotation("x")]}, "'id' is 'x'; give a whole number"),
+        ({"annotations": [annotation("x")]}, "'id' is 'x'; give an integer"),
         ({"annotations": [annotation(1), annotation(1)]}, r"annotations\[1\] \(id 1\): this id was given before"),
         ({"annotations": [annotation(1, image_id=4)]}, PLACE + "image_id 4 is not among the images"),
         ({"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]}, PLACE + "no 'bbox'"),

@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a dataset of some grey pictures with a region each, and gives its folder."""
+    """Writes a dataset of some gray pictures with a region each, and gives its folder."""
 
     def write(name="set", images=3, **changes):
         root = tmp_path / name
@@ -65,9 +65,13 @@ def test_a_second_opening_reads_no_source_and_is_the_same(write, conversions):
     one, two = Coco("val", root=root), Coco("val", root=root)
     assert len(conversions) == 1
     assert [sample[1:] for sample in one] == [sample[1:] for sample in two]
-    assert (one.hash, one.attributes, one.examples) == (two.hash, two.attributes, two.examples)
+    assert (one.content_hash, one.attribute_values, one.examples) == (
+        two.content_hash,
+        two.attribute_values,
+        two.examples,
+    )
     assert two.skipped == {"box clipped": 1}
-    assert two.attributes == {"name": ("cat", "dog")}
+    assert two.attribute_values == {"name": ("cat", "dog")}
 
 
 def test_a_changed_source_is_converted_again(write, conversions):
@@ -81,9 +85,9 @@ def test_a_changed_source_is_converted_again(write, conversions):
 def test_what_was_made_of_files_before_they_changed_is_removed(write, cache):
     Coco("val", root=write("other"))
     Coco("val", root=write())
-    before = set(cache.glob("coco-*/about.json"))
+    before = set(cache.glob("coco-*/metadata.json"))
     Coco("val", root=write(iscrowd=1))
-    after = set(cache.glob("coco-*/about.json"))
+    after = set(cache.glob("coco-*/metadata.json"))
     assert (len(before), len(before & after), len(after)) == (2, 1, 2)
 
 
@@ -100,11 +104,11 @@ def test_pictures_that_were_missing_count_when_they_are_there(write, conversions
 
 
 def test_the_hash_is_that_of_the_content_and_of_nothing_else(write):
-    here = Coco("val", root=write("here")).hash
+    here = Coco("val", root=write("here")).content_hash
     assert len(bytes.fromhex(here)) == 32
-    assert here == Coco("val", root=write("there")).hash
+    assert here == Coco("val", root=write("there")).content_hash
     changes = {"id": 7, "bbox": [4, 5, 20, 10], "segmentation": [], "category_id": 2, "caption": ["a cat."]}
-    others = {Coco("val", root=write(key, **{key: value})).hash for key, value in changes.items()}
+    others = {Coco("val", root=write(key, **{key: value})).content_hash for key, value in changes.items()}
     assert len(others - {here}) == len(changes)
 
 
@@ -114,30 +118,31 @@ def test_an_index_can_be_read_exactly(write):
     assert dataset.image_ids == [9, 8, 7]
     (root / "val" / "1.png").write_bytes(b"")
     assert dataset[1].image_id == 7
-    assert dataset.read(1) is dataset.read(1) is None
-    assert dataset.read(0).image_id == 9
+    assert dataset.read_sample(1) is dataset.read_sample(1) is None
+    assert dataset.read_sample(0).image_id == 9
     assert dataset.skipped == {"image unreadable": 1}
     for index in (-1, 3):
         with pytest.raises(IndexError):
-            dataset.read(index)
+            dataset.read_sample(index)
 
 
 def test_about_a_table_stands_beside_it(write, cache):
     dataset = Coco("val", root=write(iscrowd=1))
-    (file,) = cache.glob("coco-*/about.json")
-    about = json.loads(file.read_text())
-    assert (about["images"], about["regions"], about["phrases"]) == (2, 2, 2)
-    assert about["hash"] == dataset.hash
-    assert about["skipped"] == {"crowd": 1, "image without regions": 1}
-    assert about["examples"]["image without regions"] == ["0.png"]
+    (file,) = cache.glob("coco-*/metadata.json")
+    metadata = json.loads(file.read_text())
+    assert (metadata["images"], metadata["regions"], metadata["phrases"]) == (2, 2, 2)
+    assert metadata["hash"] == dataset.content_hash
+    assert metadata["skipped"] == {"crowd": 1, "image without regions": 1}
+    assert metadata["examples"]["image without regions"] == ["0.png"]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.slow
 def test_other_processes_read_the_same_table(write, method):
     dataset = Coco("val", root=write())
     expected = [sample[1:] for sample in dataset]
     with multiprocessing.get_context(method).Pool(2) as pool:
-        assert [sample[1:] for sample in pool.map(dataset.read, range(3))] == expected
+        assert [sample[1:] for sample in pool.map(dataset.read_sample, range(3))] == expected
     assert len(pickle.dumps(dataset)) < 10_000
 
 
@@ -153,7 +158,7 @@ def noted(self, bars):
         {}
 Coco._iter_entries = noted
 dataset = Coco("val", root=sys.argv[1])
-open(sys.argv[2], "a").write(dataset.hash + "\\n")
+open(sys.argv[2], "a").write(dataset.content_hash + "\\n")
 """
 
 
@@ -162,13 +167,15 @@ def start(root, log, after_each, first=""):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ)
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_converts_and_neither_prints(write, tmp_path):
     root, log = write(), tmp_path / "log"
     both = [start(root, log, "time.sleep(0.5)") for _ in range(2)]
     assert [process.communicate()[0] for process in both] == [b"", b""]
-    assert sorted(log.read_text().split()) == sorted(["read", *[Coco("val", root=root).hash] * 2])
+    assert sorted(log.read_text().split()) == sorted(["read", *[Coco("val", root=root).content_hash] * 2])
 
 
+@pytest.mark.slow
 def test_a_conversion_that_is_killed_leaves_nothing_that_counts(write, tmp_path, cache):
     root = write()
     process = start(root, tmp_path / "log", "os.kill(os.getpid(), signal.SIGKILL)")
@@ -190,6 +197,7 @@ def killed_after(root, log, entries):
 
 
 @pytest.mark.parametrize("entries", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.slow
 def test_a_conversion_that_is_killed_goes_on_where_it_was(write, tmp_path, cache, monkeypatch, entries):
     root = write(images=7, bbox=[-4, 5, 20, 10], iscrowd=0)
     (root / "val" / "1.png").unlink()
@@ -201,12 +209,17 @@ def test_a_conversion_that_is_killed_goes_on_where_it_was(write, tmp_path, cache
     monkeypatch.setattr(Coco, "_build_row", lambda self, entry: converted.append(entry) or record(self, entry))
     resumed = Coco("val", root=root)
     assert len(converted) == 7 - entries // 2 * 2
-    assert (resumed.hash, resumed.skipped, resumed.examples) == (whole.hash, whole.skipped, whole.examples)
-    assert resumed.about == whole.about
+    assert (resumed.content_hash, resumed.skipped, resumed.examples) == (
+        whole.content_hash,
+        whole.skipped,
+        whole.examples,
+    )
+    assert resumed.metadata == whole.metadata
     assert [sample[1:] for sample in resumed] == [sample[1:] for sample in whole]
     assert whole.skipped == {"box clipped": 1, "image missing": 1}
 
 
+@pytest.mark.slow
 def test_a_beginning_is_worth_nothing_when_its_missing_pictures_are_there(write, tmp_path):
     root = write(images=5)
     picture = (root / "val" / "1.png").rename(tmp_path / "1.png")
@@ -230,9 +243,10 @@ def test_an_interrupt_keeps_what_is_done_and_a_mistake_does_not(write, cache, mo
         monkeypatch.setattr(Coco, "_build_row", stop)
         with pytest.raises(error):
             Coco("val", root=root)
-        assert len(list(cache.glob(".coco-*/about.json"))) == kept
+        assert len(list(cache.glob(".coco-*/metadata.json"))) == kept
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_how_far_a_conversion_is(write, tmp_path):
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
@@ -271,6 +285,7 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(write, monkey
     assert caught.value.name == "datasets"
 
 
+@pytest.mark.slow
 def test_a_reader_imports_datasets_only_when_it_is_used():
     modules = "sca.data.coco, sca.data.visual_genome, sca.data.refcoco, sca.data.jsonl"
     code = f"import sys, {modules}; sys.exit('datasets' in sys.modules or 'torch' in sys.modules)"

@@ -20,7 +20,7 @@ from sca.data.scenes import Scenes
 from sca.io.errors import OutputError
 from sca.io.masks import encode_rle
 
-SPLITS = {"train": Scenes("train", count=4, size=64), "val": Scenes("val", count=2, size=64)}
+SPLITS = {"train": Scenes("train", num_images=4, image_size=64), "val": Scenes("val", num_images=2, image_size=64)}
 
 
 class Plain:
@@ -158,7 +158,7 @@ def test_export_of_no_samples_is_refused_and_leaves_nothing(tmp_path, format):
 
 
 def test_a_single_dataset_is_written_as_the_split_it_is(tmp_path):
-    export_dataset(Scenes("test", count=1, size=64), tmp_path / "out", "coco")
+    export_dataset(Scenes("test", num_images=1, image_size=64), tmp_path / "out", "coco")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"test.json", "test"}
 
 

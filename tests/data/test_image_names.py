@@ -155,7 +155,7 @@ def test_dataset_merges_the_spellings_of_a_file_before_it_splits(tmp_path, reade
     train, val = (READERS[reader](tmp_path, split, *names) for split in ("train", "val"))
     assert (len(train), len(val)) == (8, 4)
     assert not set(train._table["file"]) & set(val._table["file"])
-    assert [len(regions) for dataset in (train, val) for regions in dataset.annotations_of_all()] == [2] * 12
+    assert [len(regions) for dataset in (train, val) for regions in dataset.iter_annotations()] == [2] * 12
     assert not train.skipped
 
 
@@ -175,4 +175,4 @@ def test_dataset_rejects_records_of_one_file_with_different_sizes(tmp_path):
     path.write_text(path.read_text().replace('"width": 8', '"width": 9', 1))
     dataset = CocoJson("train", path, tmp_path)
     assert dataset.skipped["unusable image"] == 1
-    assert [len(regions) for regions in dataset.annotations_of_all()] == [1]
+    assert [len(regions) for regions in dataset.iter_annotations()] == [1]

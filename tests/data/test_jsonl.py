@@ -12,7 +12,7 @@ from sca_registry.contracts import Caption, Prompt, Region
 from sca.data.jsonl import Jsonl
 from sca.io import masks
 from sca.output.jsonl import JsonlWriter as Output
-from sca.testing.conformance import check_part
+from sca.testing.conformance import check_component
 
 WIDTH, HEIGHT = 64, 48
 
@@ -62,7 +62,7 @@ def test_everything_is_read_as_it_was_written(write):
         Region(3, (0, 0, 64, 48), None, "cat"),
     )
     assert second.regions == (Region(1, (2, 3, 12, 11.5), phrases=("a café", "☕")),)
-    assert Jsonl("val", file=file).attributes == {"name": ("cat", "dog")}
+    assert Jsonl("val", file=file).attribute_values == {"name": ("cat", "dog")}
 
 
 def test_ids_that_are_given_are_kept(write):
@@ -73,7 +73,7 @@ def test_ids_that_are_given_are_kept(write):
 
 def test_it_keeps_the_promises_of_a_dataset(write):
     file = write(line(mask=masks.encode_rle(square())), line(image="photos/2.png"))
-    findings = check_part("dataset", "jsonl", split="val", file=str(file))
+    findings = check_component("dataset", "jsonl", split="val", file=str(file))
     assert [finding for finding in findings if not finding.passed] == []
 
 
@@ -228,7 +228,7 @@ PLACE = r"regions\.jsonl: line 1 \(id \d\): "
             [line(), line(image_id=1)],
             "line 2: 'image_id', which the first line lacks; give it on every line, or on none",
         ),
-        ([line(id="1")], "line 1, 'id' is '1'; give a whole number"),
+        ([line(id="1")], "line 1, 'id' is '1'; give an integer"),
         ([line(image_id=1), line(image_id=2)], r"line 2 .*: image_id 2 is another than before, 1, for the same image"),
         (
             [line(image_id=1), line(image_id=1, image="photos/2.png")],

@@ -12,7 +12,7 @@ from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
 from sca.io.masks import encode_rle, mask_to_box
 
-SPLITS = {"train": Scenes("train", count=5, size=64)}
+SPLITS = {"train": Scenes("train", num_images=5, image_size=64)}
 LAYOUTS = {  # by the name of the reader: the format, and the file that messages name
     "coco": ("coco", "train.json"),
     "coco-captions": ("coco-captions", "annotations/captions_train2017.json"),

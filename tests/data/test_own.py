@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 from sca_registry import datasets
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 from sca.data.custom import detect_data_source
 
@@ -38,7 +38,7 @@ def test_one_file_is_enough_and_every_picture_is_in_one_split(pictures, write):
     for place in (pictures, next(pictures.glob("mine.*"))):
         table = detect_data_source(place)
         table = {key: value for key, value in table.items() if key not in ("names", "augment")}
-        part = Part.from_dict(table, "dataset")
+        part = ComponentSpec.from_dict(table, "dataset")
         seen = {split: datasets.build(part.name, split, **part.options).image_ids for split in ("train", "val")}
         assert not set(seen["train"]) & set(seen["val"])
         assert sorted(seen["train"] + seen["val"]) == list(range(40))
@@ -53,7 +53,7 @@ def test_a_split_counts_only_what_is_left_out_of_its_own_pictures(pictures, writ
     (file,) = pictures.glob("mine.*")
     file.write_text(file.read_text().replace("[0, 0, 4, 4]", "[-1, 0, 4, 4]"))
     table = {key: value for key, value in detect_data_source(file).items() if key not in ("names", "augment")}
-    part = Part.from_dict(table, "dataset")
+    part = ComponentSpec.from_dict(table, "dataset")
     for split in ("train", "val"):
         dataset = datasets.build(part.name, split, **part.options)
         assert dataset.skipped == {"box clipped": len(dataset)}
@@ -119,7 +119,7 @@ def _export(folder, layout):
 def test_exports_of_labeling_tools_are_recognized(tmp_path, layout):
     _export(tmp_path, layout)
     table = {key: value for key, value in detect_data_source(tmp_path).items() if key not in ("names", "augment")}
-    part = Part.from_dict(table, "dataset")
+    part = ComponentSpec.from_dict(table, "dataset")
     train, val = (datasets.build(part.name, split, **part.options) for split in ("train", "val"))
     assert (train.skipped, val.skipped) == ({}, {})
     has_splits = any("al" in file for file in list(layout)[1:])

@@ -95,7 +95,7 @@ def test_a_picture_of_masks_that_cannot_be_used_makes_a_bad_image(write):
 @pytest.mark.parametrize(
     ("segments", "message"),
     [
-        ([segment("x")], r"segments_info\[0\], 'id' is 'x'; give a whole number"),
+        ([segment("x")], r"segments_info\[0\], 'id' is 'x'; give an integer"),
         ([segment(LEFT), segment(LEFT)], rf"segments_info\[1\] \(id {LEFT}\): this id was given before"),
         (
             [segment(LEFT, 9)],

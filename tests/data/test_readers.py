@@ -13,9 +13,9 @@ from sca_registry import datasets
 
 from sca.data.export import EXPORT_WRITERS, export_dataset
 from sca.data.scenes import Scenes
-from sca.testing.conformance import check_part
+from sca.testing.conformance import check_component
 
-SCENES = Scenes("val", count=3, size=64, seed=4)
+SCENES = Scenes("val", num_images=3, image_size=64, seed=4)
 LONG = " ".join(f"word{number}" for number in range(10_000))
 SCRIPTS = ["собака на снегу", "雪の上の犬", "كلب على الثلج", "בית", "🐕 naïve"]
 
@@ -170,7 +170,7 @@ def test_a_whole_layout_is_read_whole(written):
 @each()
 def test_it_keeps_the_promises_of_a_dataset(written):
     given = dict(option.format(written.root).split("=") for option in written.layout.options)
-    findings = check_part("dataset", written.name, split=written.layout.split, **given)
+    findings = check_component("dataset", written.name, split=written.layout.split, **given)
     assert [finding for finding in findings if not finding.passed] == []
 
 
@@ -193,7 +193,7 @@ def test_a_conversion_that_is_stopped_goes_on_and_comes_to_the_same(written, tmp
         written.open()
     resumed = written.open()
     assert len(made) == 4  # the first; the second, which was stopped; and after it the second and the third
-    assert resumed.about == whole.about
+    assert resumed.metadata == whole.metadata
     assert [sample[1:] for sample in resumed] == [sample[1:] for sample in whole]
 
 
@@ -229,12 +229,12 @@ def test_a_box_outside_is_counted_and_one_over_the_edge_clipped(written):
             return lambda region: region.update(x=x, width=end - x)
         return lambda region: region.update({box: [x, 1, end if corners else end - x, 20]}, segmentation=None)
 
-    whole = written.open().about["regions"]
+    whole = written.open().metadata["regions"]
     written.change(move(70, 80), 0)
     written.change(move(30, 66), 1)
     dataset = written.open()
     assert dataset.skipped == {"empty box": 1, "box clipped": 1}
-    assert dataset.about["regions"] == whole - 1
+    assert dataset.metadata["regions"] == whole - 1
     assert written.file.name in dataset.examples["empty box"][0]
     assert any(region.box[0] == 30 and region.box[2] == 64 for sample in dataset for region in sample.regions)
 

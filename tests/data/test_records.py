@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
     st.booleans(),
     st.booleans(),
 )
+@pytest.mark.slow
 def test_pieces_together_are_the_whole(folder, content, chunk, indent, ascii_only, mark):
     path = folder / "file.json"
     written = json.dumps(content, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")

@@ -13,7 +13,7 @@ from sca_registry import datasets
 from sca.data.export import export_dataset
 from sca.data.refcoco import RefCoco
 from sca.data.scenes import Scenes
-from sca.testing.conformance import check_part
+from sca.testing.conformance import check_component
 
 SIDE = 64
 
@@ -124,12 +124,12 @@ def test_pictures_are_looked_for_in_the_usual_places(write, tmp_path):
 
 
 def test_it_keeps_the_promises_of_a_dataset(write):
-    findings = check_part("dataset", "refcoco", split="val", root=str(write()))
+    findings = check_component("dataset", "refcoco", split="val", root=str(write()))
     assert [finding for finding in findings if not finding.passed] == []
 
 
 def test_what_was_exported_is_read_back(tmp_path):
-    scenes = Scenes("val", count=3, size=SIDE)
+    scenes = Scenes("val", num_images=3, image_size=SIDE)
     again = RefCoco("val", root=export_dataset(scenes, tmp_path / "out", "refcoco"))
     for one, other in zip(scenes, again, strict=True):
         assert [(r.box, r.mask, r.name, r.phrases) for r in one.regions] == [
@@ -197,7 +197,7 @@ PLACE = r"refs\(unc\)\.p: \[0\] \(ref_id 2\)"
         ([ref(2, "val"), ref(2, "train")], r"\[1\] \(ref_id 2\): this ref_id was given before"),
         ([ref(2, None)], PLACE + ", 'split' is None; give text"),
         ([ref(2, "val", ann_id=5)], PLACE + r": ann_id 5 is not among the annotations of .*instances\.json"),
-        ([ref(2, "val", ann_id="5")], PLACE + r", 'ann_id' is '5'; give a whole number"),
+        ([ref(2, "val", ann_id="5")], PLACE + r", 'ann_id' is '5'; give an integer"),
         ([ref(2, "val", image_id=3)], PLACE + r": image_id 3 is not among the images of .*instances\.json"),
         ([ref(2, "val", image_id=2)], PLACE + r": ann_id 102 is of image 1, not of 2"),
         ([ref(2, "val", sentences=None)], PLACE + r", 'sentences' is None; give a list"),

@@ -8,6 +8,8 @@ import sys
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 WHOLE = (108_077, 50)  # images and regions of each: 5.4 million, as Visual Genome has
 LINKS = 50_000  # names that one file can have
 MEASURED = """

@@ -60,7 +60,7 @@ def changed(record, changes):
 
 
 def regions(dataset):
-    return {region.phrases[0] for regions in dataset.annotations_of_all() for region in regions}
+    return {region.phrases[0] for regions in dataset.iter_annotations() for region in regions}
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -144,7 +144,7 @@ def test_an_image_record_that_is_broken_costs_that_image(folder):
 def test_a_caption_under_another_key_is_named_with_the_key_that_is_read(folder, key):
     dataset = coco(folder, [{key: "a dog"}] * 3)
     assert f"3 captions under {key!r}, which is not read (the key is 'caption')" in summarize_dataset(dataset)
-    assert dataset.about["captioned"] == 0
+    assert dataset.metadata["captioned"] == 0
     lines = [{"image": "0.png", "box": [1, 2, 9, 8], "name": "dog", key: "a dog"}]
     (folder / "named.jsonl").write_text("\n".join(map(json.dumps, lines)))
     line = summarize_dataset(Jsonl("train", folder / "named.jsonl"))
@@ -156,7 +156,7 @@ def test_a_category_without_a_name_keeps_captions_and_is_counted(folder):
     dataset = coco(folder, [{"caption": "a dog"}, {"category_id": 2}, {}], categories=categories)
     assert regions_and_names(dataset) == [("a dog", None), ("", "cat")]
     assert dataset.skipped["category without a name"] == 1
-    assert dataset.attributes == {"name": ("cat",)}
+    assert dataset.attribute_values == {"name": ("cat",)}
     with pytest.raises(
         ValueError, match=r"1 categories of .* more than max_bad=0; .*categories\[0\] \(id 1\): no 'name'"
     ):
@@ -164,7 +164,7 @@ def test_a_category_without_a_name_keeps_captions_and_is_counted(folder):
 
 
 def regions_and_names(dataset):
-    return [(" ".join(r.phrases), r.name) for regions in dataset.annotations_of_all() for r in regions]
+    return [(" ".join(r.phrases), r.name) for regions in dataset.iter_annotations() for r in regions]
 
 
 def test_a_partial_download_is_counted(folder):

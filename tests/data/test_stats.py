@@ -12,11 +12,11 @@ from sca.data.stats import compute_dataset_stats
 
 @pytest.fixture
 def root(tmp_path):
-    return export_dataset({"val": Scenes("val", count=6, size=64)}, tmp_path / "root", "coco")
+    return export_dataset({"val": Scenes("val", num_images=6, image_size=64)}, tmp_path / "root", "coco")
 
 
 def test_numbers_are_those_of_the_samples_and_no_picture_is_opened(root):
-    scenes = Scenes("val", count=6, size=64)
+    scenes = Scenes("val", num_images=6, image_size=64)
     regions = [region for sample in scenes for region in sample.regions]
     dataset = datasets.build("coco", "val", root=root)
     for picture in root.rglob("*.png"):
@@ -29,7 +29,7 @@ def test_numbers_are_those_of_the_samples_and_no_picture_is_opened(root):
         assert sum(found["regions_by_size"].values()) == len(regions)
         assert found["regions_an_image"]["most"] == max(len(sample.regions) for sample in scenes)
         assert found["commonest_classes"].keys() == {region.name for region in regions}
-    assert found["hash"] == dataset.hash
+    assert found["hash"] == dataset.content_hash
 
 
 def test_a_table_of_files_that_have_changed_gives_way_to_the_new_one(root, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from sca_registry.contracts import Region
 from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
 from sca.data.visual_genome import VisualGenome
-from sca.testing.conformance import check_part
+from sca.testing.conformance import check_component
 
 SIDE = 64
 
@@ -62,12 +62,12 @@ def test_everything_is_read_as_it_was_written(write):
 
 
 def test_it_keeps_the_promises_of_a_dataset(write):
-    findings = check_part("dataset", "visual-genome", split="test", root=str(write()))
+    findings = check_component("dataset", "visual-genome", split="test", root=str(write()))
     assert [finding for finding in findings if not finding.passed] == []
 
 
 def test_what_was_exported_is_read_back(tmp_path):
-    scenes = Scenes("val", count=3, size=SIDE)
+    scenes = Scenes("val", num_images=3, image_size=SIDE)
     again = VisualGenome("val", root=export_dataset(scenes, tmp_path / "out", "vg"))
     for one, other in zip(scenes, again, strict=True):
         told = [(phrase, region.box) for region in one.regions for phrase in region.phrases]
@@ -157,8 +157,8 @@ PLACE = r"region_descriptions\.json: \[0\] \(id 1\): regions\[0\]"
         ({"x": 10**400}, PLACE + r" \(region_id 1\), 'x' is 1000"),
         ({"width": -4}, PLACE + r" \(region_id 1\): the box has width -4 and height 20"),
         ({"image_id": 2}, PLACE + r" \(region_id 1\): image_id 2 is not that of its image"),
-        ({"region_id": "1"}, PLACE + r", 'region_id' is '1'; give a whole number"),
-        ({"region_id": 1 << 63}, PLACE + r", 'region_id' is .*; give a whole number"),
+        ({"region_id": "1"}, PLACE + r", 'region_id' is '1'; give an integer"),
+        ({"region_id": 1 << 63}, PLACE + r", 'region_id' is .*; give an integer"),
     ],
 )
 def test_a_broken_region_is_named_with_its_file_and_field(write, broken, message):
@@ -201,7 +201,7 @@ def test_a_missing_field_is_named(write, key):
         ),
         (
             {"image_data": [picture(1, height="9")]},
-            r"image_data\.json: \[0\] \(image_id 1\), 'height' is .*; give a whole",
+            r"image_data\.json: \[0\] \(image_id 1\), 'height' is .*; give an integer",
         ),
         ({"image_data": [picture(2)]}, "image without data: 1, such as 1"),
         ({"densecap_splits": []}, r"densecap_splits\.json is \[\]; give an object"),

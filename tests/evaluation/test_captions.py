@@ -62,6 +62,7 @@ def scored(name, records, **options):
 
 
 @needs_java
+@pytest.mark.slow
 def test_words_are_those_of_pycocoevalcap(records, reference):
     references, captions = reference
     about, ours, theirs = tokenize_pairs(records, "any", tokenizer="ptb")
@@ -88,6 +89,7 @@ def test_bleu_is_that_of_pycocoevalcap(records, reference):
 
 
 @needs_java
+@pytest.mark.slow
 def test_meteor_is_that_of_pycocoevalcap(records, reference):
     program = Meteor()
     whole, single = program.compute_score(*reference)
@@ -144,6 +146,7 @@ def test_the_first_reference_is_all_that_counts_if_that_is_asked():
 
 
 @pytest.mark.parametrize("tokenizer", ["plain", pytest.param("ptb", marks=needs_java)])
+@pytest.mark.slow
 def test_text_of_any_kind_keeps_its_place(tokenizer):
     texts = ("two\nlines", "", "a \u2028 b", "dog 😀 cat", "tab\tand\x0bmore", " ", "||| bars |||", "\u00e9t\u00e9")
     cut = tokenize_texts(texts, tokenizer)
@@ -157,6 +160,7 @@ def test_text_of_any_kind_keeps_its_place(tokenizer):
 
 
 @needs_java
+@pytest.mark.slow
 def test_meteor_takes_empty_captions_bars_and_emoji():
     told = [("", "a dog"), ("a ||| dog", "a dog"), ("a dog 😀", "a dog"), ("a\ndog", "a dog")]
     records = [
@@ -170,6 +174,7 @@ def test_meteor_takes_empty_captions_bars_and_emoji():
 
 
 @needs_java
+@pytest.mark.slow
 def test_meteor_program_is_kept_until_it_ends_or_a_call_is_interrupted(monkeypatch):
     expected = align_captions(["a dog"], [["a dog"]])
     kept = METEOR_PROGRAM._process

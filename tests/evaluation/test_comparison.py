@@ -21,7 +21,7 @@ DRAWN = ["attributes", "class", "mask-iou"]
 @pytest.fixture(scope="module")
 def runs(teller, tmp_path_factory):
     """A run that knows all, and one that has every third color wrong; both of scenes that can be drawn again."""
-    dataset = Scenes("val", count=20)
+    dataset = Scenes("val", num_images=20)
 
     def wrong(region, _, task):
         said = region.phrases[-1] if task == "caption" else region.name
@@ -30,7 +30,7 @@ def runs(teller, tmp_path_factory):
     folders = []
     for name, say in (("right", None), ("wrong", wrong)):
         folder = tmp_path_factory.mktemp(name)
-        evaluate(teller(dataset, say), {"name": "scenes", "count": 20}, folder=folder, metrics=["class"])
+        evaluate(teller(dataset, say), {"name": "scenes", "num_images": 20}, folder=folder, metrics=["class"])
         folders.append(folder)
     return folders
 
@@ -54,13 +54,14 @@ def test_differences_come_with_intervals_and_the_answers_that_changed(runs):
     assert json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
 
 
+@pytest.mark.slow
 def test_only_the_same_regions_are_compared(runs, teller, tmp_path):
     fewer, other = tmp_path / "fewer", tmp_path / "other"
-    dataset = Scenes("val", count=10)
+    dataset = Scenes("val", num_images=10)
     for folder, split in ((fewer, "val"), (other, "test")):
         folder.mkdir()
-        dataset = Scenes(split, count=10)
-        evaluate(teller(dataset), {"name": "scenes", "count": 10}, split, folder=folder, metrics=["class"])
+        dataset = Scenes(split, num_images=10)
+        evaluate(teller(dataset), {"name": "scenes", "num_images": 10}, split, folder=folder, metrics=["class"])
     with pytest.raises(InputError, match=r"answers are only in .*, the first for region"):
         compare_runs(runs[0], fewer)
     with pytest.raises(InputError, match="answers are only in"):
@@ -68,7 +69,7 @@ def test_only_the_same_regions_are_compared(runs, teller, tmp_path):
 
 
 def test_what_else_differs_is_said(runs, teller, tmp_path):
-    dataset = Scenes("val", count=20)
+    dataset = Scenes("val", num_images=20)
 
     class Points(type(teller(dataset))):
         def _answer(self, regions, prompt, task, place):
@@ -78,7 +79,7 @@ def test_what_else_differs_is_said(runs, teller, tmp_path):
 
     evaluate(
         Points(dataset),
-        {"name": "scenes", "count": 20},
+        {"name": "scenes", "num_images": 20},
         folder=tmp_path,
         prompting=PromptingOptions("center"),
         metrics=["class"],
@@ -112,6 +113,7 @@ def pages(runs):
     return {"report": render_report(reports), "comparison": render_comparison(compare_runs(*runs, DRAWN))}
 
 
+@pytest.mark.slow
 def test_pages_are_whole_and_load_nothing(runs):
     for page in pages(runs).values():
         tags = Tags(page).seen
@@ -127,19 +129,19 @@ def test_a_report_has_scores_their_spread_the_best_the_worst_and_models_side_by_
     for words in (
         "attributes/color",
         "[",
-        "best",
-        "worst",
-        "at random",
-        "Regions side by side",
-        "How scores are spread",
+        "Best",
+        "Worst",
+        "Random",
+        "Example regions",
+        "Score distributions",
     ):
         assert words in page
     tags = Tags(page).seen
-    assert {"mask", "true", "box"} <= {attributes.get("class") for _, attributes in tags}
+    assert {"mask", "ground-truth", "box"} <= {attributes.get("class") for _, attributes in tags}
     figure = page.partition('class="figure"')[2].partition("</table>")[0]
     assert figure.count("<tr>") == 3  # two models and the truth
     assert figure.count("<td>") == 18
-    assert "true" in figure.rpartition("<tr>")[2]
+    assert "ground truth" in figure.rpartition("<tr>")[2]
     assert 'class="mask"' not in figure.rpartition("<tr>")[2]
 
 
@@ -158,7 +160,7 @@ def test_without_pictures_a_page_has_words(tmp_path):
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     page = render_report([score_file(path, ["rouge-l"], {"tokenizer": "plain"})])
-    assert "images not shown: the predictions do not contain the location of the images" in page
+    assert "Images not shown: the predictions do not contain the location of the images" in page
     assert "the cat" in page
     with pytest.raises(ValueError, match="no score 'meteor' of single regions: there are rouge-l"):
         render_report([score_file(path, ["rouge-l"], {"tokenizer": "plain"})], sort_by="meteor")

@@ -20,6 +20,7 @@ DRAWS = [
 
 @pytest.mark.parametrize(("draw", "mean"), DRAWS)
 @pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.all)])
+@pytest.mark.slow
 def test_nineteen_of_twenty_intervals_hold_the_mean(draw, mean, times):
     held = 0
     for number in range(times):

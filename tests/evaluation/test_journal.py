@@ -24,13 +24,14 @@ import torch
 torch.set_num_threads(1)
 from sca.evaluation.evaluate import evaluate
 print("ready", flush=True)
-evaluate("sca-tiny", {"name": "scenes", "count": 24}, "val", batch_size=3, metrics=["attributes"], folder=sys.argv[1])
+dataset = {"name": "scenes", "num_images": 24}
+evaluate("sca-tiny", dataset, "val", batch_size=3, metrics=["attributes"], folder=sys.argv[1])
 """
 
 
 @pytest.fixture
 def dataset():
-    return Scenes("val", count=7)
+    return Scenes("val", num_images=7)
 
 
 def count_lines(file):
@@ -103,6 +104,7 @@ def test_a_run_that_stops_goes_on_where_it_was(teller, dataset, tmp_path, batch)
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.all)])
+@pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_what_an_uninterrupted_run_leaves(tmp_path, kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
@@ -191,6 +193,7 @@ def test_evaluate_takes_only_numbered_predictions_for_its_own(teller, dataset, t
 
 
 @pytest.mark.parametrize("cut", [0, 1, 5, 9, 30, None])
+@pytest.mark.slow
 def test_evaluate_begins_anew_where_its_header_is_torn(teller, dataset, tmp_path, cut):
     evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
     whole = (tmp_path / PREDICTIONS_NAME).read_bytes()

@@ -138,14 +138,15 @@ def test_the_picture_that_is_scored_is_that_of_the_region(clip):
 
 
 def test_pictures_are_found_again_when_a_file_is_scored(clip, teller, tmp_path):
-    dataset = Scenes("val", count=2)
-    evaluate(teller(dataset), {"name": "scenes", "count": 2}, folder=tmp_path, metrics=["class"])
+    dataset = Scenes("val", num_images=2)
+    evaluate(teller(dataset), {"name": "scenes", "num_images": 2}, folder=tmp_path, metrics=["class"])
     report = score_file(tmp_path, ["clip-score"], {"clip-score.model": clip})
     assert 0 <= report.scores["clip-score"] <= 2.5
 
 
+@pytest.mark.slow
 def test_metrics_without_what_they_need_are_left_out_with_the_way_to_it(teller):
-    dataset = Scenes("val", count=1)
+    dataset = Scenes("val", num_images=1)
     left_out = evaluate(teller(dataset), dataset).skipped_metrics
     assert "clip-score.pretrained=openai" in left_out["clip-score"]
     assert "spice.jars=FOLDER" in left_out["spice"]

@@ -13,9 +13,9 @@ from sca.data.scenes import COLORS, SHAPE_NAMES, SIZE_NAMES, TEXTURES
 from sca.evaluation.records import describe_missing_needs, meets_need
 
 NAMES = ("attributes", "class", "mask-iou", "region-sensitivity", "relations")
-CIRCLE = {"color": "red", "form": "circle", "size": "small", "texture": "plain", "center": [10.0, 50.0]}
-SQUARE = {"color": "blue", "form": "square", "size": "large", "texture": "plain", "center": [90.0, 60.0]}
-STAR = {"color": "red", "form": "star", "size": "small", "texture": "dotted", "center": [12.0, 90.0]}
+CIRCLE = {"color": "red", "shape": "circle", "size": "small", "texture": "plain", "center": [10.0, 50.0]}
+SQUARE = {"color": "blue", "shape": "square", "size": "large", "texture": "plain", "center": [90.0, 60.0]}
+STAR = {"color": "red", "shape": "star", "size": "small", "texture": "dotted", "center": [12.0, 90.0]}
 
 
 def total(name, records):
@@ -35,7 +35,7 @@ def test_each_attribute_is_counted_alone_and_all_four_together(make_record):
     assert total("attributes", records) == {
         "attributes/all": 0.25,
         "attributes/color": 0.75,
-        "attributes/form": 0.5,
+        "attributes/shape": 0.5,
         "attributes/size": 0.5,
         "attributes/texture": 0.5,
         "attributes/captions": 4,
@@ -75,7 +75,7 @@ def test_a_relation_is_right_if_such_a_shape_lies_there(make_record):
 
 def test_a_relation_to_a_shape_of_another_image_or_to_itself_does_not_hold(make_record):
     records = scene(make_record, "left of a green cross", "right of a blue square", "below a red circle")
-    records.append(make_record("", image=2, region=9, attributes=CIRCLE | {"color": "green", "form": "cross"}))
+    records.append(make_record("", image=2, region=9, attributes=CIRCLE | {"color": "green", "shape": "cross"}))
     records[-1]["truth"]["attributes"] |= {"center": [99.0, 50.0]}
     assert total("relations", records)["relations/right"] == pytest.approx(1 / 3)
 
@@ -168,7 +168,7 @@ def test_masks_of_two_sizes_are_refused(make_record, rectangle):
 def test_an_answer_follows_if_it_is_more_about_its_own_region_than_about_the_other(make_record):
     records = [
         make_record("a small plain red circle", region=1, attributes=CIRCLE),
-        make_record("a large plain red circle", region=2, attributes=SQUARE),  # size is its own; color, form are not
+        make_record("a large plain red circle", region=2, attributes=SQUARE),  # size is its own; color, shape are not
     ]
     scores = total("region-sensitivity", records)
     assert scores == {"region-sensitivity/caption": 0.5, "region-sensitivity/caption/pairs": 2}
@@ -184,7 +184,7 @@ def test_a_tie_is_not_followed(make_record):
 
 def test_only_the_facts_that_differ_are_compared(make_record):
     records = [
-        make_record("a small plain red star", region=1, attributes=CIRCLE),  # form and texture differ: one of each
+        make_record("a small plain red star", region=1, attributes=CIRCLE),  # shape and texture differ: one of each
         make_record("a small dotted red star", region=2, attributes=STAR),
     ]
     assert total("region-sensitivity", records)["region-sensitivity/caption"] == 0.5
@@ -216,7 +216,7 @@ def test_recognition_is_compared_by_name_and_apart_from_captions(make_record):
 facts = st.fixed_dictionaries(
     {
         "color": st.sampled_from(COLORS[:3]),
-        "form": st.sampled_from(SHAPE_NAMES[:3]),
+        "shape": st.sampled_from(SHAPE_NAMES[:3]),
         "size": st.sampled_from(SIZE_NAMES),
         "texture": st.sampled_from(TEXTURES),
     }
@@ -225,7 +225,7 @@ facts = st.fixed_dictionaries(
 
 @given(st.lists(facts, min_size=2, max_size=5), facts)
 def test_an_answer_that_ignores_the_prompt_never_follows_more_than_half(make_record, truths, said):
-    text = "a {size} {texture} {color} {form}".format(**said)
+    text = "a {size} {texture} {color} {shape}".format(**said)
     records = [make_record(text, region=i, attributes=truth) for i, truth in enumerate(truths)]
     assert not total("region-sensitivity", records)["region-sensitivity/caption"] > 0.5
 
@@ -250,7 +250,7 @@ def test_single_judgments_add_up_to_the_total(make_record, rectangle, name):
     mask = rectangle(0, 0, 4, 4)
     texts = "a small plain red circle left of a blue square", "a red star above a red circle", "a red star"
     records = [
-        make_record(text, task, 7, region, mask, name=facts["form"], attributes=facts)
+        make_record(text, task, 7, region, mask, name=facts["shape"], attributes=facts)
         for region, (text, facts) in enumerate(zip(texts, (CIRCLE, SQUARE, STAR), strict=True))
         for task in ("caption", "recognition")
     ]

@@ -51,7 +51,7 @@ BOTH = Region(4, (1.0, 1.0, 7.0, 3.0), name="car", phrases=("a car", "the car"))
 
 
 def test_a_record_comes_back_from_json_as_it_was():
-    dataset = Scenes("val", count=3)
+    dataset = Scenes("val", num_images=3)
     for prompt in PROMPT_TYPES:
         records = asked(Echo(), dataset, PromptingOptions(prompt))
         assert json.loads(json.dumps(records, allow_nan=False)) == records
@@ -88,7 +88,7 @@ def test_a_captioner_that_takes_one_image_at_a_time_gives_the_same(teller):
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_the_batch_changes_nothing_but_how_many_go_together(batch):
-    dataset = Scenes("val", count=5)
+    dataset = Scenes("val", num_images=5)
     progress, echo = [], Echo()
     records = asked(echo, dataset, batch_size=batch, limit=4, progress=lambda *state: progress.append(state))
     assert records == asked(Echo(), dataset, limit=4)
@@ -99,7 +99,7 @@ def test_the_batch_changes_nothing_but_how_many_go_together(batch):
 
 
 def test_points_lie_inside_the_mask_and_are_drawn_again_for_another_seed():
-    dataset = Scenes("val", count=3)
+    dataset = Scenes("val", num_images=3)
     drawn = [
         [record["prompt"]["points"] for record in asked(Echo(), dataset, PromptingOptions("mask-point", seed=seed))]
         for seed in (0, 0, 1)
@@ -112,7 +112,7 @@ def test_points_lie_inside_the_mask_and_are_drawn_again_for_another_seed():
 
 
 def test_a_point_is_the_same_for_both_tasks_and_whatever_else_is_in_the_dataset():
-    dataset = Scenes("val", count=3)
+    dataset = Scenes("val", num_images=3)
     points = {}
     for records in (
         asked(Echo(), dataset, PromptingOptions("random-point")),
@@ -136,13 +136,13 @@ def test_each_prompt_is_where_it_says():
     ((x, y, _),) = record["prompt"]["points"]
     assert 1 <= x <= 6
     assert 1 <= y <= 3
-    scene = Scenes("val", count=1)
+    scene = Scenes("val", num_images=1)
     for record in asked(Echo(), scene, PromptingOptions("mask")):
         assert record["prompt"] == {"mask": record["truth"]["mask"]}
 
 
 def test_a_region_without_a_mask_is_pointed_at_inside_the_one_that_the_captioner_gives_for_its_box(teller):
-    whole = list(Scenes("val", count=3))
+    whole = list(Scenes("val", num_images=3))
     bare = [each._replace(regions=tuple(replace(region, mask=None) for region in each.regions)) for each in whole]
     inside = {region.id: masks.decode_rle(region.mask) for each in whole for region in each.regions}
 
@@ -160,7 +160,7 @@ def test_a_region_without_a_mask_is_pointed_at_inside_the_one_that_the_captioner
 
 
 def test_controls_ask_the_same_regions_once_more_and_keep_their_truth():
-    scene = Scenes("val", count=6)
+    scene = Scenes("val", num_images=6)
     records = asked(Echo(), scene, PromptingOptions(controls=tuple(CONTROLS)))
     usual = {(r["region_id"], r["task"]): r for r in records if r["control"] is None}
     names = {region.id: region.name for each in scene for region in each.regions}
@@ -244,5 +244,5 @@ def test_a_wrong_question_is_refused_at_once(wrong):
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"limit": 0}])
 def test_a_number_below_one_is_refused_at_once(wrong):
-    with pytest.raises(ValueError, match="give a whole number, 1 or more"):
+    with pytest.raises(ValueError, match="give an integer of at least 1"):
         predict_dataset(Echo(), [], **wrong)

@@ -27,7 +27,7 @@ def made(tmp_path):
 @pytest.fixture
 def run(teller, tmp_path):
     """A folder with the predictions of a run."""
-    dataset = Scenes("val", count=3)
+    dataset = Scenes("val", num_images=3)
     evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
     return tmp_path
 
@@ -64,6 +64,7 @@ def test_what_cannot_be_scored_is_refused(made, records, said):
         score_file(made(*records))
 
 
+@pytest.mark.slow
 def test_what_is_odd_is_counted_and_scored(made):
     odd = [GOOD | {"region_id": 2, "caption": " "}, GOOD | {"region_id": 3, "caption": "a\ndog 😀"}]
     report = score_file(made(GOOD, *odd), ["rouge-l"])
@@ -88,15 +89,15 @@ def test_a_run_that_lost_or_gained_lines_or_whose_truth_was_changed_is_refused(r
 
 
 def test_predictions_can_be_held_against_a_dataset(run, made):
-    assert score_file(run, ["class"], dataset={"name": "scenes", "count": 3}).scores
+    assert score_file(run, ["class"], dataset={"name": "scenes", "num_images": 3}).scores
     with pytest.raises(InputError, match=r"regions of the dataset were not asked for: region \d+ of image"):
-        score_file(run, ["class"], dataset={"name": "scenes", "count": 4})
+        score_file(run, ["class"], dataset={"name": "scenes", "num_images": 4})
     with pytest.raises(InputError, match="regions are not in the dataset: region 1 of image 1"):
-        score_file(made(GOOD), dataset={"name": "scenes", "count": 1})
+        score_file(made(GOOD), dataset={"name": "scenes", "num_images": 1})
 
 
 def test_pictures_of_another_version_of_the_data_are_not_looked_at():
     with pytest.raises(InputError, match="is not the one that was asked about"):
-        make_run_image_loader({"dataset": "scenes", "split": "val", "options": {"count": 1}, "data": "0123"})(
+        make_run_image_loader({"dataset": "scenes", "split": "val", "options": {"num_images": 1}, "data": "0123"})(
             {"index": 0}
         )

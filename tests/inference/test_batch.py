@@ -11,8 +11,8 @@ from sca_registry.contracts import Caption, Prompt
 
 import sca
 from sca.inference.batch import UNUSABLE_IMAGE, UNUSABLE_PROMPTS, BatchCaptioner, Failure, caption_requests
-from sca.inference.job import CaptionJob
-from sca.output.captioned import CaptionedImage, ImageSize
+from sca.inference.caption_job import CaptionJob
+from sca.output.captioned_image import CaptionedImage, ImageSize
 
 
 @pytest.fixture
@@ -103,6 +103,7 @@ def test_job_refuses_regions_from_two_sources(sources):
         CaptionJob("sca-tiny", **sources)
 
 
+@pytest.mark.slow
 def test_shards_are_forked_from_a_process_that_has_imported_the_models():
     program = "import sys, sca.inference.shards; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -110,13 +111,13 @@ def test_shards_are_forked_from_a_process_that_has_imported_the_models():
 
 
 def test_engines_and_other_objects_in_place_of_a_predictor_are_refused():
-    engine = sca.captioner("sca-tiny")
+    engine = sca.load_captioner("sca-tiny")
     with pytest.raises(ValueError, match=r"predictor is of type Engine; give sca\.Predictor"):
         sca.caption_everything(engine)
     with pytest.raises(ValueError, match="model is of type object; give a model"):
         sca.Predictor(object())
-    with pytest.raises(ValueError, match=r"regions is an option of the captioner"):
-        sca.Predictor(engine, regions=2)
+    with pytest.raises(ValueError, match=r"region_batch_size is an option of the captioner"):
+        sca.Predictor(engine, region_batch_size=2)
 
 
 def test_segmenting_without_a_segmenter_is_refused():

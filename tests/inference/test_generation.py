@@ -10,7 +10,7 @@ from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import PromptingOptions
 from sca.inference.engine import Engine
 from sca.inference.predictor import Predictor
-from sca.language_models.usage import count_tokens
+from sca.language_models.token_usage import count_tokens
 
 BOXES = [(n % 40, n // 40, n % 40 + 20, n // 40 + 20) for n in range(40)]
 
@@ -81,6 +81,7 @@ def test_pieces_of_different_length_are_padded_as_one_batch_is(small):
     assert models._concat_generated([short, long], pad).sequences.tolist() == [[[5, 2, pad, pad]], [[5, 6, 7, 2]]]
 
 
+@pytest.mark.slow
 def test_every_caller_generates_in_pieces(rows, monkeypatch):
     model, seen = rows
     monkeypatch.setattr(models, "MAX_SEQUENCES_PER_CALL", 16)
@@ -89,7 +90,13 @@ def test_every_caller_generates_in_pieces(rows, monkeypatch):
     assert len(predictor.predict(boxes=BOXES)) == 40
     found = predictor.engine.predict_best_masks(predictor.encoded, [[Prompt(box=box) for box in BOXES]])
     predictor.engine.caption_masks(predictor.encoded, found, [Prompt(box=box) for box in BOXES])
-    evaluate(model, {"name": "scenes", "count": 12, "size": 64}, "test", prompting=PromptingOptions(), batch_size=12)
+    evaluate(
+        model,
+        {"name": "scenes", "num_images": 12, "image_size": 64},
+        "test",
+        prompting=PromptingOptions(),
+        batch_size=12,
+    )
     features = model.encode(torch.zeros(1, 3, 64, 64))
     prompts = PromptBatch(torch.zeros(40, dtype=torch.long), boxes=torch.tensor(BOXES, dtype=torch.float))
     model.generate(features, prompts, torch.zeros(40, dtype=torch.long))

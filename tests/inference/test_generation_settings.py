@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from sca.io.errors import InputError
-from sca.language_models import probe
+from sca.language_models import model_inspection
 from sca.language_models.causal import CausalLanguageModel
 from sca.language_models.hf import HfLanguageModel
 
@@ -62,6 +62,7 @@ def expected(lm_folder):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.slow
 def test_generation_ignores_a_setting_of_a_hub_model(folder, expected, name):
     generated = HfLanguageModel(folder(**{name: SETTINGS[name]})).generate(draw_prefix(), 6)
     assert torch.equal(generated.sequences, expected[1].sequences)
@@ -100,32 +101,32 @@ def test_an_id_that_is_no_number_is_refused_in_one_line(folder, value):
 
 
 def test_probe_runs_once_per_configuration_and_changes_no_random_numbers(folder, monkeypatch):
-    runs, examine = [], probe._examine_model
-    monkeypatch.setattr(probe, "_examine_model", lambda model: runs.append(model) or examine(model))
-    monkeypatch.setattr(probe, "_structures", {})
+    runs, examine = [], model_inspection._examine_model
+    monkeypatch.setattr(model_inspection, "_examine_model", lambda model: runs.append(model) or examine(model))
+    monkeypatch.setattr(model_inspection, "_structures", {})
     model = HfLanguageModel(folder()).model
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     for _ in range(2):
-        probe._structures.clear()
-        probe.probe_model(model)
+        model_inspection._structures.clear()
+        model_inspection.inspect_model(model)
     assert torch.equal(torch.rand(3), expected)
-    assert probe.probe_model(model) == probe.probe_model(model)
+    assert model_inspection.inspect_model(model) == model_inspection.inspect_model(model)
     assert len(runs) == 3
     assert all(sum(each.numel() for each in run.parameters()) < 300_000 for run in runs)
 
 
 def test_probe_falls_back_on_the_model_itself(folder, monkeypatch):
     model = HfLanguageModel(folder()).model
-    expected = probe.probe_model(model)
+    expected = model_inspection.inspect_model(model)
 
     def cannot(_):
         raise KeyError("no such size")
 
-    monkeypatch.setattr(probe, "_structures", {})
-    monkeypatch.setattr(probe, "_build_tiny_model", cannot)
-    assert probe.probe_model(model) == expected
+    monkeypatch.setattr(model_inspection, "_structures", {})
+    monkeypatch.setattr(model_inspection, "_build_tiny_model", cannot)
+    assert model_inspection.inspect_model(model) == expected
     model.config.n_inner = 7
-    with pytest.raises(ValueError, match=r"cannot be run on embeddings.*no such size"):
-        probe.probe_model(model.to("meta"))
+    with pytest.raises(ValueError, match=r"fails on embeddings.*no such size"):
+        model_inspection.inspect_model(model.to("meta"))

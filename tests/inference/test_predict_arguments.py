@@ -13,7 +13,7 @@ import sca
 from sca.inference.generation_options import GENERATION_OPTIONS
 from sca.io.errors import InputError
 from sca.io.masks import encode_rle
-from sca.language_models.usage import count_tokens
+from sca.language_models.token_usage import count_tokens
 
 BOX = (4, 4, 40, 40)
 
@@ -99,7 +99,7 @@ def test_predict_refuses_options_that_cannot_be_meant(predictor, options, messag
 
 
 def test_empty_requests_are_an_error(idle):
-    with pytest.raises(InputError, match="no region; give prompts, boxes, points or masks"):
+    with pytest.raises(InputError, match="no regions; give prompts, boxes, points or masks"):
         idle.predict()
     with pytest.raises(InputError, match="no region"):
         idle.predict(boxes=np.zeros((0, 4)))
@@ -144,7 +144,7 @@ def test_several_captions_are_found_by_as_many_beams_or_drawn_one_by_one(predict
     (caption,) = predictor.predict(boxes=[BOX], num_captions=3, do_sample=True, temperature=2.0, seed=1)
     assert len(caption.alternatives) == 2
     for do_sample in (None, True):
-        with pytest.raises(ValueError, match="num_captions=3 needs num_beams=3 or more, not 2"):
+        with pytest.raises(ValueError, match="num_captions=3 requires num_beams of at least 3, not 2"):
             predictor.predict(boxes=[BOX], num_captions=3, num_beams=2, do_sample=do_sample)
 
 
@@ -185,7 +185,7 @@ def test_predict_batch_equals_predict_and_keeps_the_image(predictor, scene):
         (2, [[Prompt(box=BOX)]], "there are 2 images and 1 requests"),
         (1, [[BOX]], "image 0: prompt 0: tuple is not a prompt"),
         (2, [[Prompt(box=BOX)], [Prompt(box=(5000, 0, 5010, 9))]], "image 1: prompt 0: the box"),
-        (None, [[Prompt(box=BOX)]], "images and requests are lists"),
+        (None, [[Prompt(box=BOX)]], "images and requests must be lists"),
         ("text", [[Prompt(box=BOX)]], "image 0: str is not an image"),
     ],
 )
@@ -217,7 +217,7 @@ def test_caption_everything_takes_search_and_generation_options_over_the_models_
     [
         ({"points_per_side": "many"}, r"everything\.points_per_side is 'many'"),
         ({"task": "name"}, "unknown task 'name'"),
-        ({"max_regions": 2.5}, r"max_regions is 2\.5; give a whole number"),
+        ({"max_regions": 2.5}, r"max_regions is 2\.5; give an integer"),
         ({"max_regions": "3"}, "max_regions is '3'"),
         ({"options": {"points_per_side": 4}}, "options is of type dict"),
         ({"num_beams": 0}, "num_beams is 0"),
@@ -230,7 +230,7 @@ def test_caption_everything_checks_arguments_before_it_searches(idle, given, mes
 
 
 def test_predictor_refuses_a_name_in_place_of_a_model():
-    with pytest.raises(ValueError, match=r"takes a model and not its name; use sca.load\('sca-tiny'\)"):
+    with pytest.raises(ValueError, match=r"give a model, such as sca.load\('sca-tiny'\)"):
         sca.Predictor("sca-tiny")
 
 

@@ -312,6 +312,7 @@ def test_what_is_found_is_captioned_from_what_one_wants(counted, scene, kind, bo
             assert label == 1
 
 
+@pytest.mark.slow
 def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
     """A stand-in for masks: what is bright. In a crop it is the same thing at another place of the frame."""
     predictor, calls = counted()
@@ -363,6 +364,7 @@ def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (70, 70), (300, 9), (1, 1)])
+@pytest.mark.slow
 def test_crops_of_small_and_narrow_images_are_pictures(counted, size):
     predictor, _ = counted()
     predictor.set_image(Image.new("RGB", size))

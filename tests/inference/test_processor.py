@@ -51,7 +51,7 @@ def test_masks_come_back_as_the_published_processor_brings_them(width, height):
 @pytest.mark.parametrize(("width", "height"), [(90, 50), (50, 90), (64, 64), (33, 7), (301, 200), (63, 64), (3, 500)])
 @pytest.mark.parametrize("fit", ["pad", "stretch"])
 def test_what_is_inside_is_what_is_above_zero_of_the_masks(width, height, fit):
-    processor = Processor(ImageFormat(size=64, fit=fit), 8)
+    processor = Processor(ImageFormat(size=64, resize_mode=fit), 8)
     frame, draw = processor.compute_frame(width, height), torch.Generator().manual_seed(1)
     for cells in (0, 1, 5, 100, 1024):
         logits = -torch.rand(32, 32, generator=draw) - 0.1
@@ -67,10 +67,10 @@ def test_what_is_inside_is_what_is_above_zero_of_the_masks(width, height, fit):
 
 def test_a_padded_picture_is_zero_right_and_below_and_a_stretched_one_fills_the_frame():
     wide = Image.new("RGB", (80, 40), (200, 100, 0))
-    padded = Processor(ImageFormat(size=64, fit="pad"), 8).preprocess_images([wide])
+    padded = Processor(ImageFormat(size=64, resize_mode="pad"), 8).preprocess_images([wide])
     assert padded[:, :, :32].all()
     assert not padded[:, :, 32:].any()
-    stretched = Processor(ImageFormat(size=64, fit="stretch"), 8)
+    stretched = Processor(ImageFormat(size=64, resize_mode="stretch"), 8)
     assert stretched.preprocess_images([wide]).all()
     assert stretched.compute_frame(80, 40).scale == (64 / 80, 64 / 40)
 
@@ -78,7 +78,7 @@ def test_a_padded_picture_is_zero_right_and_below_and_a_stretched_one_fills_the_
 def test_channels_are_normalized_and_come_in_the_order_that_is_asked_for():
     image = Image.new("RGB", (8, 8), (255, 51, 0))
     rgb = ImageFormat(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0))
-    bgr = ImageFormat(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0), order="bgr")
+    bgr = ImageFormat(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0), channel_order="bgr")
     values = Processor(rgb, 1).preprocess_images([image])[0, :, 0, 0]
     assert torch.allclose(values, torch.tensor([1.0, -1.2, -0.5]))
     assert torch.equal(Processor(bgr, 1).preprocess_images([image])[0, :, 0, 0], values.flip(0))
@@ -94,7 +94,7 @@ def test_pictures_of_other_modes_and_sizes_share_a_batch():
 
 @given(SIDES, SIDES, st.sampled_from(["pad", "stretch"]), st.data())
 def test_boxes_and_points_go_into_the_frame_and_boxes_come_back(width, height, fit, data):
-    processor = Processor(ImageFormat(size=64, fit=fit), 8)
+    processor = Processor(ImageFormat(size=64, resize_mode=fit), 8)
     frame = processor.compute_frame(width, height)
     x1, x2 = sorted(data.draw(st.lists(st.floats(0, width), min_size=2, max_size=2)))
     y1, y2 = sorted(data.draw(st.lists(st.floats(0, height), min_size=2, max_size=2)))
@@ -113,7 +113,7 @@ def test_boxes_and_points_go_into_the_frame_and_boxes_come_back(width, height, f
 @given(st.integers(8, 200), st.integers(8, 200), st.sampled_from(["pad", "stretch"]), st.data())
 def test_a_mask_goes_into_the_frame_and_comes_back(width, height, fit, data):
     """A rectangle, at the resolution of the mask's cells: a cell on its edge may go either way."""
-    processor = Processor(ImageFormat(size=64, fit=fit), 8)
+    processor = Processor(ImageFormat(size=64, resize_mode=fit), 8)
     frame = processor.compute_frame(width, height)
     x1, y1 = data.draw(st.integers(0, width - 4)), data.draw(st.integers(0, height - 4))
     x2, y2 = data.draw(st.integers(x1 + 4, width)), data.draw(st.integers(y1 + 4, height))
@@ -134,7 +134,7 @@ def test_a_mask_goes_into_the_frame_and_comes_back(width, height, fit, data):
 
 
 def test_coverage_is_the_share_of_each_cell_that_the_mask_covers():
-    processor = Processor(ImageFormat(size=32, fit="pad"), 2)  # 8 x 8 cells of 4 pixels
+    processor = Processor(ImageFormat(size=32, resize_mode="pad"), 2)  # 8 x 8 cells of 4 pixels
     mask = np.zeros((16, 32), dtype=bool)
     mask[0:4, 0:6] = True
     covered = processor.compute_coverage(mask, processor.compute_frame(32, 16))

@@ -23,30 +23,42 @@ from sca.training.train import train  # noqa: F401
 
 RECIPE = """
 [model]
-encoder = { name = "tiny-vit", size = 64, width = 32, depth = 1, channels = 32, stem = [8, 16] }
-segmenter = { name = "sam", depth = 1, heads = 2, mlp = 64 }
-mixer = { name = "query", queries = 2, depth = 1, heads = 2, mlp = 64 }
-language_model = { name = "tiny-gpt2", width = 32, depth = 1, heads = 2, positions = 40 }
+segmenter = { name = "sam", depth = 1, num_heads = 2, mlp_dim = 64 }
+mixer = { name = "query", num_queries = 2, depth = 1, num_heads = 2, mlp_dim = 64 }
+language_model = { name = "tiny-gpt2", hidden_size = 32, depth = 1, num_heads = 2, max_positions = 40 }
 task_tokens = 2
 trainable = ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"]
+[model.encoder]
+name = "tiny-vit"
+image_size = 64
+hidden_size = 32
+depth = 1
+output_channels = 32
+stem_channels = [8, 16]
 [data.scenes]
 name = "scenes"
-count = 10
-size = 64
+num_images = 10
+image_size = 64
 [train]
 steps = 12
-images = 2
-warmup = 2
-save = 2
+batch_size = 2
+warmup_steps = 2
+save_steps = 2
 """
 SWEEP = """
 seeds = [0, 1]
 [model]
-encoder = { name = "tiny-vit", size = 64, width = 32, depth = 1, channels = 32, stem = [8, 16] }
-language_model = { name = "tiny-gpt2", width = 32, depth = 1, heads = 2, positions = 40 }
+language_model = { name = "tiny-gpt2", hidden_size = 32, depth = 1, num_heads = 2, max_positions = 40 }
 task_tokens = 2
+[model.encoder]
+name = "tiny-vit"
+image_size = 64
+hidden_size = 32
+depth = 1
+output_channels = 32
+stem_channels = [8, 16]
 [axes]
-mixer = [{ name = "query", queries = 2, depth = 1, heads = 2, mlp = 64 }, "roi-pool"]
+mixer = [{ name = "query", num_queries = 2, depth = 1, num_heads = 2, mlp_dim = 64 }, "roi-pool"]
 """
 BOXES = ("--box", "4,4,40,40", "--box", "10,10,30,30")
 COMMANDS = {  # what OUT stands for is a run folder
@@ -54,7 +66,18 @@ COMMANDS = {  # what OUT stands for is a run folder
         *("caption", "photos", *BOXES, "--batch-size", 2),
         *("--format", "jsonl,coco,png", "--out", "OUT", "--resume"),
     ),
-    "evaluate": ("evaluate", "sca-tiny", "scenes", "count=12", "--batch-size", 2, "--metrics", "class", "--out", "OUT"),
+    "evaluate": (
+        "evaluate",
+        "sca-tiny",
+        "scenes",
+        "num_images=12",
+        "--batch-size",
+        2,
+        "--metrics",
+        "class",
+        "--out",
+        "OUT",
+    ),
     "train": ("train", "recipe.toml", "--out", "OUT"),
     "bench": ("bench", "run", "sweep.toml", "num_workers=1", "--out", "OUT"),
     "convert": ("convert", "many.jsonl", "OUT", "--format", "jsonl,coco,geojson,labelme"),
@@ -188,7 +211,7 @@ def main(kinds, *counts):
 
 
 def try_kind(kind, *counts):
-    for number, sample in enumerate(Scenes("test", count=12, size=64)):
+    for number, sample in enumerate(Scenes("test", num_images=12, image_size=64)):
         Path("photos").mkdir(exist_ok=True)
         sample.image.save(f"photos/{number:02d}.png")
     Path("recipe.toml").write_text(RECIPE)

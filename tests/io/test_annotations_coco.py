@@ -76,7 +76,7 @@ def test_keypoints_that_are_not_labeled_count_for_nothing():
     [
         ({"bbox": [1, 2, 3]}, "'bbox' is [1, 2, 3"),
         ({"bbox": [1, 2, 3, float("nan")]}, "'bbox' is [1, 2, 3"),
-        ({"bbox": [1, 2, -3, 4]}, "'bbox' has width -3 and height 4; give none below 0"),
+        ({"bbox": [1, 2, -3, 4]}, "'bbox' has width -3 and height 4; give values of at least 0"),
         ({"segmentation": [[1, 2, 3]]}, "'segmentation': must be lists of x, y"),
         ({"segmentation": [[1, 2, 3, 4, 1e9, 6]]}, "'segmentation': has a point far outside the image of 40 x 20"),
         ({"segmentation": 7}, "'segmentation': must be polygons, or RLE"),

@@ -12,6 +12,8 @@ from sca.io.errors import InputError
 from sca.io.prompt_files import read_region_prompts
 from sca.output.reader import read_captions
 
+pytestmark = pytest.mark.slow
+
 HEAD = {"original_width": 40, "original_height": 30, "image_rotation": 0, "to_name": "image", "id": "a", "score": 0.5}
 VALUES = {
     "rectanglelabels": {"x": 1, "y": 2, "width": 3, "height": 4, "rotation": 5, "rectanglelabels": ["cat"]},

@@ -317,7 +317,7 @@ def test_task_without_regions_is_an_image_without_regions():
             [task(result("brushlabels", value={"rle": 10**9}))],
             "a brush that cannot be read: 'value', 'rle' is 1000000000; give a list",
         ),
-        ([task(result("brushlabels", value={"rle": [1, 2]}))], "cut short"),
+        ([task(result("brushlabels", value={"rle": [1, 2]}))], "is truncated"),
         ([task(result("bitmasklabels", value={"imageDataURL": "é"}))], "'imageDataURL' is not base64"),
         ([task(rectangle() | {"original_width": 10**9})], "at most 178,956,970 pixels are allowed"),
         (

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("caption", "evaluate", "train", "bench", "convert", "import")
 FEW, MANY = (2, 1, 1, 1), (20, 5, 5, 3)  # kills, full disks, torn tails, pairs at once
 CASES = [("caption,convert", FEW)]  # for the others see tests of theirs

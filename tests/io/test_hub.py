@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hub import COMMIT, Hub
 
+pytestmark = pytest.mark.slow
+
 PULL = [sys.executable, "-m", "sca", "pull"]
 
 
@@ -165,11 +167,11 @@ def test_a_gated_model_asks_for_a_token_and_takes_it(shell, hub):
 @pytest.mark.parametrize(
     ("arguments", "online", "told"),
     [
-        (["owner/absent"], True, "neither a folder here nor a model on the hub"),
+        (["owner/absent"], True, "neither a folder nor a model on the hub"),
         (["owner/sam", "--revision", "nowhere"], True, "the hub has no 'owner/sam' at revision 'nowhere'"),
         (["owner/sam"], False, "the hub could not be reached"),
         (["gpt3"], True, "Did you mean 'gpt2'?"),
-        (["sca-tiny"], True, "comes with the package"),
+        (["sca-tiny"], True, "is included in the package"),
     ],
 )
 def test_what_cannot_be_had_is_told_in_one_line(shell, arguments, online, told):
@@ -240,7 +242,7 @@ def test_a_model_is_pushed_with_a_card_and_read_back_by_its_name(shell, hub, tmp
     assert "drawn scenes" in card
     assert 'sca.load("me/tiny")' in card
     program = (
-        "import sca; from sca.checkpoints.state import hash_weights as h; "
+        "import sca; from sca.checkpoints.tensors import hash_weights as h; "
         "print(h(sca.load('me/tiny')) == h(sca.load('sca-tiny')))"
     )
     status, out, err = shell(sys.executable, "-c", program)
@@ -252,8 +254,8 @@ def test_a_model_is_pushed_with_a_card_and_read_back_by_its_name(shell, hub, tmp
 def test_what_the_hub_refuses_is_one_line(shell, hub, tmp_path):
     hub.given = tmp_path / "given"
     for asked, words in (
-        (("sca-tiny", "me/tiny"), "is HF_TOKEN a token that may write it?"),
-        (("sca-tiny", "no such name!"), "'no such name!' is no name for a model on a hub: give OWNER/NAME"),
+        (("sca-tiny", "me/tiny"), "set HF_TOKEN to a token with write access"),
+        (("sca-tiny", "no such name!"), "'no such name!' is not a repository name; give OWNER/NAME"),
         (("nothing", "me/tiny"), "nothing"),
         (("sca-tiny", "me/tiny", "--scores", "absent.json"), "absent.json is no scores.json of `sca evaluate`"),
     ):

@@ -71,7 +71,7 @@ def test_exif_rotation_is_applied_once(tmp_path, suffix, orientation):
     assert not image.getexif(), "a second reader of the EXIF would turn it again"
 
 
-def test_16_bit_grey_keeps_its_scale(tmp_path):
+def test_16_bit_gray_keeps_its_scale(tmp_path):
     ramp = np.array([[0, 255, 300, 40000, 65535]], np.uint16)
     for suffix in ("png", "tif"):
         Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
@@ -156,7 +156,7 @@ def test_open_image_scales_colors_of_16_bits(tmp_path, caplog, monkeypatch, bits
         (np.array([[-3.0, -3.0]], np.float32), [0, 0]),
     ],
 )
-def test_32_bit_grey_is_scaled_by_what_holds_its_values(tmp_path, values, expected):
+def test_32_bit_gray_is_scaled_by_what_holds_its_values(tmp_path, values, expected):
     Image.fromarray(values).save(tmp_path / "a.tif")
     assert np.asarray(open_image(tmp_path / "a.tif"))[0, :, 0].tolist() == pytest.approx(expected, abs=1)
 
@@ -165,15 +165,15 @@ def test_32_bit_grey_is_scaled_by_what_holds_its_values(tmp_path, values, expect
 def test_transparency_shows_white(tmp_path, mode):
     """Left transparent black, right opaque black."""
     path = tmp_path / "a.png"
-    grey = Image.fromarray(np.array([[0, 10]], np.uint8))
+    gray = Image.fromarray(np.array([[0, 10]], np.uint8))
     if mode in ("LA", "RGBA"):
-        image = grey.convert(mode)
+        image = gray.convert(mode)
         image.putalpha(Image.fromarray(np.array([[0, 255]], np.uint8)))
         image.save(path)
     elif mode == "P":
-        grey.convert("P").save(path, transparency=0)
+        gray.convert("P").save(path, transparency=0)
     else:
-        grey.convert(mode).save(path, transparency=0 if mode == "L" else (0, 0, 0))
+        gray.convert(mode).save(path, transparency=0 if mode == "L" else (0, 0, 0))
     assert np.asarray(open_image(path))[0, :, 0].tolist() == [255, 10]
 
 
@@ -294,7 +294,7 @@ def test_one_problem_does_not_stop_the_others(tmp_path):
     assert images == [tmp_path / "a.png"]
     assert len(problems) == 4
     assert not any("\n" in problem for problem in problems)
-    for problem, words in zip(problems, ("no file, folder", "nothing matches", "no images", "bad"), strict=True):
+    for problem, words in zip(problems, ("no file or folder", "nothing matches", "no images", "bad"), strict=True):
         assert words in problem
 
 

@@ -48,6 +48,7 @@ SPELLINGS = {
     decomposed=st.booleans(),
     short=st.booleans(),
 )
+@pytest.mark.slow
 def test_find_image_resolves_every_spelling_or_refuses(stem, others, layout, spelling, decomposed, short):
     folder, root_name = FOLDERS[layout]
     with TemporaryDirectory() as temporary:

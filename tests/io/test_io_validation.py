@@ -66,12 +66,12 @@ def test_xywh_to_xyxy_rejects_infinite_corners(box):
     [
         (lambda: read_field({"a": 1}, "b", int, "f, line 1"), "f, line 1: no 'b'; it has: a"),
         (lambda: read_field([], "b", int, "f, line 1"), "f, line 1 is []; give an object"),
-        (lambda: read_field({"b": True}, "b", int, "f"), "f, 'b' is True; give a whole number"),
-        (lambda: read_field({"b": 2**63}, "b", int, "f"), f"f, 'b' is {2**63}; give a whole number"),
+        (lambda: read_field({"b": True}, "b", int, "f"), "f, 'b' is True; give an integer"),
+        (lambda: read_field({"b": 2**63}, "b", int, "f"), f"f, 'b' is {2**63}; give an integer"),
         (lambda: read_field({"b": "\ud800"}, "b", str, "f"), r"f, 'b' contains '\ud800', half of a surrogate pair"),
         (lambda: read_image_name({"b": " "}, "b", "f"), "f, 'b' is ' '; give the file name of an image"),
         (lambda: read_image_name({"b": "a\0"}, "b", "f"), "give the file name of an image"),
-        (lambda: read_id({"b": 1.5}, "b", "f"), "f, 'b' is 1.5; give a whole number or text"),
+        (lambda: read_id({"b": 1.5}, "b", "f"), "f, 'b' is 1.5; give an integer or text"),
         (lambda: parse_texts("f, 'b'", ["a", 1]), "f, 'b' is ['a', 1]; give text, or a list of texts"),
         (lambda: check_numbers("f, 'b'", [1, math.inf], "x, y"), "f, 'b' is [1, inf]; give 2 numbers (x, y)"),
         (lambda: check_encodable("f", {"a": ["\udc80"]}), r"f contains '\udc80', half of a surrogate pair"),
@@ -81,7 +81,7 @@ def test_xywh_to_xyxy_rejects_infinite_corners(box):
             "f: 'width' and 'height' are (0, 1); give the size",
         ),
         (lambda: read_recorded_size({"width": 10**5, "height": 10**5}, "f"), "at most 178,956,970 pixels are allowed"),
-        (lambda: xywh_to_xyxy("f, 'b'", 0, 0, -1, 1), "f, 'b' has width -1 and height 1; give none below 0"),
+        (lambda: xywh_to_xyxy("f, 'b'", 0, 0, -1, 1), "f, 'b' has width -1 and height 1; give values of at least 0"),
     ],
 )
 def test_a_wrong_value_of_a_record_is_one_line_with_its_place(read, message):

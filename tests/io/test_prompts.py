@@ -168,7 +168,7 @@ def test_mask_of_a_lossy_image_has_no_ringing(tmp_path):
 def test_mask_of_the_whole_image_is_noticed(caplog, monkeypatch):
     monkeypatch.setattr("sca.io.warnings_once._warned_keys", set())
     check_prompt(Prompt(mask=np.ones((10, 20), bool)), 20, 10)
-    assert "covers the whole 20 x 10 image" in caplog.text
+    assert "covers the full 20 x 10 image" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_one_wrong_annotation_takes_no_other_away(tmp_path):
     assert fitting == [Prompt(box=(1, 2, 4, 6))] * 2
     (problem,) = problems
     assert "annotations[5]" in problem
-    assert "lies outside the 20 x 10 image" in problem
+    assert "is outside the 20 x 10 image" in problem
 
 
 def test_files_that_are_no_prompts_are_refused(tmp_path):

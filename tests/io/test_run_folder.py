@@ -162,6 +162,7 @@ def test_run_folder_removes_what_a_kill_left_in_its_own_folders_and_nowhere_else
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.slow
 def test_lock_ends_with_its_process_and_is_not_kept_by_forked_workers(tmp_path):
     ready, worker = os.pipe(), None
     pid = os.fork()

@@ -1,4 +1,4 @@
-"""A folder in which what the manuals say can be done at once: pictures, data sets and a hub, all of them small."""
+"""A folder in which the blocks of a page run within seconds: images, datasets and a Hub, all of them small."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 import sca_registry
 import torch
 from hub import Hub
+from pages import ROOT
 from PIL import Image
 from sca_registry.spec import ModelSpec
 
@@ -22,14 +23,13 @@ from sca.builder import build
 from sca.checkpoints.export import write_language_model, write_published_checkpoint
 from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
-from sca.testing.tiny import tiny_options
+from sca.testing.tiny import get_tiny_options
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-FEW = "train.steps=2 train.batch_size=2 train.num_processes=1 train.num_workers=0 train.save_steps=2"
-SMALLER = (  # what is said, and how it is done here: in seconds, on a CPU
-    (r"^sca train (?!own-data)[^#]*", rf"\g<0> {FEW}"),
-    (r"^(sca train own-data [^#]*?)(train\.steps=\d+)?([^#]*)$", rf"\1\3 {FEW}"),
-    (r"-m sca train \S+", rf"\g<0> {FEW}"),
+SHORT_TRAINING = "train.steps=2 train.batch_size=2 train.num_processes=1 train.num_workers=0 train.save_steps=2"
+REPLACEMENTS = (  # line of a page -> line that runs within seconds on a CPU
+    (r"^sca train (?!own-data)[^#]*", rf"\g<0> {SHORT_TRAINING}"),
+    (r"^(sca train own-data [^#]*?)(train\.steps=\d+)?([^#]*)$", rf"\1\3 {SHORT_TRAINING}"),
+    (r"-m sca train \S+", rf"\g<0> {SHORT_TRAINING}"),
     (r"(^sca train (?:pretrain-|finetune-|vg-)\S*.*|-m sca train vg-\S+.*)", r"\1 validate.limit=1"),
     (r"--multi_gpu --num_processes 16 --num_machines 2", "--cpu --num_processes 1"),
     (r"^(sca evaluate .*)--limit \d+", r"\1--limit 2"),
@@ -37,13 +37,16 @@ SMALLER = (  # what is said, and how it is done here: in seconds, on a CPU
     (r"--device cuda", "--device cpu"),
     (r"^curl ", "curl --fail "),
 )
-ELSEWHERE = (  # lines that are not run, and why
-    (r"^make ", "the Makefile's targets are what runs the tests"),
-    (r"^pip install -c constraints.txt ", "tests/test_package.py installs the package; the extras are looked up below"),
+SKIPPED_LINES = (  # pattern, reason
+    (r"^make ", "the targets run the tests"),
+    (
+        r"^pip install -c constraints.txt ",
+        "tests/test_package.py installs the package; test_manuals.py checks extras",
+    ),
     (r"^sca doctor --fix", "it would change the environment of the tests; tests/test_repair.py repairs a folder"),
-    (r"--use_fsdp", "accelerate's own FSDP wants a GPU; tests/training shards with gloo"),
-    (r"^sca bench run throughput ", "hours on a CPU; tests/bench runs small ones"),
-    (r"mmdet|rtmdet", "needs MMDetection's weights; tests/contract tries its plugin with small ones"),
+    (r"--use_fsdp", "FSDP of accelerate requires a GPU; tests/training shards with gloo"),
+    (r"^sca bench run throughput ", "takes hours on a CPU; tests/bench runs small sweeps"),
+    (r"mmdet|rtmdet", "requires weights of MMDetection; the tests of the plugin use small ones"),
 )
 RECIPE = """
 [model]
@@ -53,8 +56,8 @@ language_model = "tiny-gpt2"
 
 [data.scenes]
 name = "scenes"
-size = 64
-count = 8
+image_size = 64
+num_images = 8
 """
 SWEEP = """
 summary = "one row"
@@ -73,16 +76,16 @@ repeats = 2
 """
 
 
-def done_here(block):
-    """The lines of a block that are run."""
-    return [line for line in block.splitlines() if not any(re.search(each, line) for each, _ in ELSEWHERE)]
+def list_runnable_lines(block):
+    """Return the lines of a block that are run."""
+    return [line for line in block.splitlines() if not any(re.search(pattern, line) for pattern, _ in SKIPPED_LINES)]
 
 
 class World:
-    """`run(block)` does the lines of a shell block as a person would, in the folder and one after the other."""
+    """Working folder of a reader. `run` runs the lines of a shell block in it, one block after the other."""
 
-    def __init__(self, folder, hub):
-        self.folder, self.address = folder, hub
+    def __init__(self, folder, hub_address):
+        self.folder = folder
         self.site = folder / "site-packages"
         self.environment = {
             **os.environ,
@@ -90,58 +93,58 @@ class World:
             "PYTHONPATH": str(self.site),
             "OMP_NUM_THREADS": "1",
             "HF_HOME": str(folder / "hub-cache"),
-            "HF_ENDPOINT": hub,
+            "HF_ENDPOINT": hub_address,
             "HF_HUB_DISABLE_XET": "1",
             "SCA_CACHE": str(folder / "cache"),
         }
-        self.started = []
+        self.servers = []
 
     def run(self, block):
-        block = re.sub(r"\s*\\\n\s*", " ", block)
-        lines = done_here(block)
+        lines = list_runnable_lines(re.sub(r"\s*\\\n\s*", " ", block))
         if any(line.startswith(("sca demo", "sca serve")) for line in lines):
             (line,) = lines
-            return self.start(line)
-        script = "\n".join(map(self.smaller, lines))
-        done = subprocess.run(
+            return self.start_server(line)
+        script = "\n".join(map(self.shorten_line, lines))
+        process = subprocess.run(
             ["bash", "-ec", script], capture_output=True, text=True, cwd=self.folder, env=self.environment
         )
-        assert done.returncode == 0, f"{script}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
+        assert process.returncode == 0, f"{script}\n{process.stdout[-1000:]}\n{process.stderr[-3000:]}"
+        return process.stdout
 
-    def smaller(self, line):
-        for said, done in SMALLER:
-            line = re.sub(said, done, line)
+    def shorten_line(self, line):
+        """Return a line that does the same within seconds, with the port of the running server."""
+        for pattern, replacement in REPLACEMENTS:
+            line = re.sub(pattern, replacement, line)
         install = f"pip install --quiet --no-deps --no-build-isolation --target {self.site} ."
         line = re.sub(r"^pip install (-e )?\.", install, line)
         return line.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}") if "127.0.0.1:8000" in line else line
 
-    def start(self, line):
-        """A server, which answers when this returns."""
+    def start_server(self, line):
+        """Start a server, wait until it responds, and return the response."""
         command = f"{line} --port 0".split()
         server = subprocess.Popen(command, cwd=self.folder, env=self.environment, stderr=subprocess.PIPE, text=True)
-        self.started.append(server)
-        said = []
-        for told in server.stderr:
-            said.append(told)
-            if found := re.search(r"http://127\.0\.0\.1:(\d+)", told):
-                self.port = int(found[1])
-                page = f"{found[0]}/health" if command[1] == "serve" else found[0]
-                with urllib.request.urlopen(page, timeout=60) as answer:
-                    return answer.read().decode()
-        raise AssertionError("".join(said))
+        self.servers.append(server)
+        log = []
+        for log_line in server.stderr:
+            log.append(log_line)
+            if match := re.search(r"http://127\.0\.0\.1:(\d+)", log_line):
+                self.port = int(match[1])
+                page = f"{match[0]}/health" if command[1] == "serve" else match[0]
+                with urllib.request.urlopen(page, timeout=60) as response:
+                    return response.read().decode()
+        raise AssertionError("".join(log))
 
-    def end(self):
-        for server in self.started:
+    def close(self):
+        for server in self.servers:
             server.terminate()
             server.wait(30)
             server.stderr.close()
 
 
-def furnish(folder, sam, hub):
-    """What the manuals take for granted; `hub` gets what they load by name. sam: a folder with a tiny SAM."""
+def create_files(folder, sam_folder, hub):
+    """Create the files that the pages assume, and fill the Hub with the weights that they load by name."""
     shutil.copytree(ROOT / "examples", folder / "examples")
-    scenes = {split: Scenes(split, count=6, size=96) for split in ("train", "val", "test")}
+    scenes = {split: Scenes(split, num_images=6, image_size=96) for split in ("train", "val", "test")}
     layouts = {
         "street": "coco",
         "VG": "vg",
@@ -150,9 +153,9 @@ def furnish(folder, sam, hub):
         "data/coco": "coco-panoptic",
         "refer/refcocog": "refcoco",
     }
-    for place, layout in layouts.items():
-        export_dataset(scenes, folder / place, layout)
-    for split in scenes:  # COCO's instances lie beside the panoptic annotations, and have the same pictures
+    for name, layout in layouts.items():
+        export_dataset(scenes, folder / name, layout)
+    for split in scenes:  # COCO has instances next to the panoptic annotations, of the same images
         content = json.loads((folder / "street" / f"{split}.json").read_text())
         for image in content["images"]:
             image["file_name"] = Path(image["file_name"]).with_suffix(".jpg").name
@@ -161,46 +164,52 @@ def furnish(folder, sam, hub):
     (folder / "refer/refcocog/images").rename(folder / "train2014")
     shutil.copytree(folder / "street/val", folder / "photos")
     shutil.copytree(folder / "photos", folder / "more")
-    (picture, *_) = sorted((folder / "photos").iterdir())
-    Image.open(picture).convert("RGB").save(folder / "more/one.jpg")
+    first_image, *_ = sorted((folder / "photos").iterdir())
+    Image.open(first_image).convert("RGB").save(folder / "more/one.jpg")
     Image.open(folder / "examples/scene.png").convert("RGB").save(folder / "photo.jpg")
     shutil.copy(folder / "street/val.json", folder / "boxes.json")
     with tarfile.open(folder / "set-0.tar", "w") as archive:
-        archive.add(picture, "0.png")
+        archive.add(first_image, "0.png")
     (folder / "my-recipe.toml").write_text(RECIPE)
     (folder / "my-sweep.toml").write_text(SWEEP)
-    stock(hub, sam, folder / "hub")
+    fill_hub(hub, sam_folder, folder / "hub")
 
 
-def stock(hub, sam, folder):
-    """The hub's models by the ids of published ones, at sizes that fit into a thimble."""
+def fill_hub(hub, sam_folder, folder):
+    """Add tiny models to the Hub under the names of published ones."""
     torch.manual_seed(0)
-    shipped = sca.load("sca-tiny")
-    words = write_language_model(shipped, folder / "words")
-    parts = {"encoder": {"name": "sam", "weights": str(sam)}, "language_model": {"name": "hf", "weights": str(words)}}
-    mixer = {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48}
-    published = build(ModelSpec.from_dict({**parts, "mixer": mixer, "task_tokens": 2}))
+    language_model = write_language_model(sca.load("sca-tiny"), folder / "language-model")
+    published = build(
+        ModelSpec.from_dict(
+            {
+                "encoder": {"name": "sam", "weights": str(sam_folder)},
+                "language_model": {"name": "hf", "weights": str(language_model)},
+                "mixer": {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
+                "task_tokens": 2,
+            }
+        )
+    )
     hub.models["xk-huang/segment-caption-anything-gpt2_large-vg"] = write_published_checkpoint(
         published, folder / "published"
     )
-    hub.models["openai-community/gpt2-large"] = words
+    hub.models["openai-community/gpt2-large"] = language_model
     for size in ("base", "large", "huge"):
-        hub.models[f"facebook/sam-vit-{size}"] = sam
-    for name, kind in (("blip-base", "blip-base"), ("florence-2-base", "vlm")):
-        reader = sca_registry.captioners.build(kind, **tiny_options("captioner", kind)).image_text_model
-        reader.model.save_pretrained(folder / name)
-        reader.processor.save_pretrained(folder / name)
+        hub.models[f"facebook/sam-vit-{size}"] = sam_folder
+    for name, factory in (("blip-base", "blip-base"), ("florence-2-base", "vlm")):
+        captioner = sca_registry.captioners.build(factory, **get_tiny_options("captioner", factory)).image_text_model
+        captioner.model.save_pretrained(folder / name)
+        captioner.processor.save_pretrained(folder / name)
         hub.models[sca_registry.captioners.get_card(name).options["weights"]] = folder / name
 
 
 @contextmanager
-def opened(folder, sam):
-    """A world with its hub, for as long as that is served."""
+def open_world(folder, sam_folder):
+    """Create a world and serve its Hub; a context manager. sam_folder: weights of a tiny SAM."""
     hub = Hub()
-    furnish(folder, sam, hub)
+    create_files(folder, sam_folder, hub)
     with hub.serving() as address:
         world = World(folder, address)
         try:
             yield world
         finally:
-            world.end()
+            world.close()

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as ARCHITECTURES
 
 from sca.language_models.causal import CausalLanguageModel
-from sca.language_models.shrink import shrink_config
+from sca.language_models.tiny_config import make_tiny_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "language-models.md"
 ROWS, PREFIX, STEPS = 4, 9, 8
@@ -61,7 +61,7 @@ def build(name, **fields):
     if getattr(config, "is_decoder", None) is False:
         fields = {"is_decoder": True, **fields}
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(shrink_config(config, **FIELDS.get(name, {}) | fields)).eval()
+    model = AutoModelForCausalLM.from_config(make_tiny_config(config, **FIELDS.get(name, {}) | fields)).eval()
     for parameter in model.parameters():
         parameter.data += torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.05)
     return model
@@ -106,6 +106,7 @@ def check_equals_its_model(name, **fields):
 
 
 @pytest.mark.parametrize("name", HEADS)
+@pytest.mark.slow
 def test_language_model_has_the_logits_and_ids_of_its_own_model(name):
     if name in NEWER and VERSION < (5, 23):
         pytest.skip("transformers 5.17 does not run it on embeddings, so that it is refused there")

@@ -11,7 +11,7 @@ import sca_registry
 import torch
 from accelerator import simulated_cuda
 from PIL import Image
-from sca_registry.contracts import Batch, Prompt, PromptBatch, SegmenterOutput, Targets
+from sca_registry.contracts import Batch, MaskTargets, Prompt, PromptBatch, SegmenterOutput
 from sca_registry.spec import ModelSpec
 from tiny import FAMILIES, tiny
 from torch import nn
@@ -19,12 +19,12 @@ from torch import nn
 from sca.builder import build
 from sca.data.scenes import Scenes
 from sca.inference.automatic import caption_everything
-from sca.inference.factory import captioner
+from sca.inference.factory import load_captioner
 from sca.inference.predictor import Predictor
 from sca.mixers.resampler import ResamplerMixer
 from sca.nn.masks import pool_under_masks
 from sca.nn.roi_align import roi_align
-from sca.testing.tiny import tiny_options
+from sca.testing.tiny import get_tiny_options
 from sca.training.auxiliary_losses import AttributeValues
 from sca.training.feature_cache import FeatureCache
 from sca.training.module import TrainingModule
@@ -48,7 +48,7 @@ def spec_of(encoder="tiny-vit", segmenter="sam", mixer="query", family="gpt2", *
     options = {"depth": 1, "num_heads": 4, "mlp_dim": 48} if segmenter == "sam" else {}
     mixed = {"mask_pooling": False} if mixer == "query" and segmenter == "box" else {}
     table = {
-        "encoder": {"name": encoder, **tiny_options("encoder", encoder)},
+        "encoder": {"name": encoder, **get_tiny_options("encoder", encoder)},
         "segmenter": {"name": segmenter, "hidden_size": 32, **options},
         "mixer": {"name": mixer, **MIXERS[mixer], **mixed},
         "language_model": {"name": "hf", "pretrained": False, "config": tiny(family)},
@@ -89,7 +89,7 @@ def batch_of(model, regions=None):
     ids = torch.randint(3, 90, (len(region), 3), generator=draw)
     mask = torch.ones_like(ids)
     mask[1::2, 2] = 0
-    targets = Targets(
+    targets = MaskTargets(
         torch.rand(len(prompts), side, side, generator=draw),
         torch.ones(len(prompts), side, side, dtype=torch.bool),
         torch.arange(len(prompts)) != 1,
@@ -125,6 +125,7 @@ def test_every_mixer_is_tried_here():
 
 
 @pytest.mark.parametrize(("parts", "precision", "chunk"), list(combinations()))
+@pytest.mark.slow
 def test_model_trains_and_generates_on_an_accelerator(parts, precision, chunk):
     model, dtype = built_here(**parts), PRECISIONS[precision]
     batch = batch_of(model)
@@ -162,6 +163,7 @@ def test_search_runs_on_an_accelerator(search):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("segmenter", ["sam", "box masks", "box"])
+@pytest.mark.slow
 def test_segmenter_takes_every_prompt_on_an_accelerator(segmenter, precision):
     part = {"name": "box", "hidden_size": 24}
     if segmenter != "box":
@@ -191,6 +193,7 @@ def test_segmenter_takes_every_prompt_on_an_accelerator(segmenter, precision):
     [(s, m, "gpt2") for s in ("sam", "box") for m in MIXERS if s == "sam" or m not in NEED_MASKS]
     + [("sam", "query", family) for family in FAMILIES if family != "gpt2"],
 )
+@pytest.mark.slow
 def test_model_in_half_precision_is_close_to_float32(segmenter, mixer, family, dtype):
     """On the CPU for real, where most kernels refuse mixed types as well."""
     model = built(segmenter=segmenter, mixer=mixer, family=family).eval()
@@ -318,6 +321,7 @@ def test_greedy_search_waits_no_longer_where_captions_end(pointed):
 @pytest.mark.parametrize(
     "mixer", [pytest.param(mixer, marks=[pytest.mark.all] * (mixer in ("split", "mask-tokens"))) for mixer in MIXERS]
 )
+@pytest.mark.slow
 def test_waits_of_a_training_step_do_not_grow_with_regions(mixer):
     model = built(mixer=mixer).train()
     with simulated_cuda() as device:
@@ -357,6 +361,7 @@ def test_waits_do_not_grow_with_images(pool):
 # --- what else runs there ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_chunks_are_computed_anew_with_the_same_random_numbers():
     model = built(lora={"rank": 2, "dropout": 0.5}).train()
     with simulated_cuda() as device:
@@ -390,7 +395,7 @@ def test_auxiliary_losses_run_on_an_accelerator(small):
     model = small()
     lesson = TrainingModule(model, {"attributes": 1.0, "features": 1.0}, attributes)
     batch = batch_of(model)
-    batch.extra = {name: torch.tensor([0, 1, -100, 0, 1]) for name in ("color", "side")}
+    batch.auxiliary_targets = {name: torch.tensor([0, 1, -100, 0, 1]) for name in ("color", "side")}
     with simulated_cuda(), torch.autocast("cuda", torch.bfloat16):
         lesson.to("cuda")
         loss = lesson(batch.to("cuda"), {"regions": 1.0})
@@ -411,10 +416,12 @@ def test_features_are_kept_from_an_accelerator(small, picture, tmp_path):
 
 @pytest.mark.parametrize("name", ["crop-captioner", "vlm", "nearest-neighbor"])
 def test_baseline_captions_on_an_accelerator(name):
-    sample = Scenes("test", count=1, size=64)[0]
+    sample = Scenes("test", num_images=1, image_size=64)[0]
     prompts = [Prompt(box=region.box) for region in sample.regions]
     with simulated_cuda():
-        captions = captioner({"name": name, **tiny_options("captioner", name)}, "cuda").caption(sample.image, prompts)
+        captions = load_captioner({"name": name, **get_tiny_options("captioner", name)}, "cuda").caption(
+            sample.image, prompts
+        )
     assert len(captions) == len(prompts)
 
 

@@ -12,7 +12,7 @@ from sca_registry.contracts import PromptBatch
 
 import sca
 from sca.io.errors import InputError
-from sca.testing.tiny import tiny_options
+from sca.testing.tiny import get_tiny_options
 
 open_clip = pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
 timm = pytest.importorskip("timm", reason="the extra timm is not installed", exc_type=Exception)
@@ -59,8 +59,8 @@ def test_a_clip_gives_the_patches_of_its_image_tower(clip):
     model.visual.output_tokens, model.visual.proj = True, None
     torch.testing.assert_close(mine(pixels).flatten(2).mT, model.visual(pixels)[1], rtol=1e-5, atol=1e-5)
     inner = model.visual.forward_intermediates(pixels, indices=[1], intermediates_only=True)["image_intermediates"][0]
-    torch.testing.assert_close(encoder("open-clip", weights=str(folder), layer=1)(pixels), inner)
-    assert len(encoder("open-clip", weights=str(folder), layer=1).visual.tower.transformer.resblocks) == 2
+    torch.testing.assert_close(encoder("open-clip", weights=str(folder), feature_layer=1)(pixels), inner)
+    assert len(encoder("open-clip", weights=str(folder), feature_layer=1).visual.tower.transformer.resblocks) == 2
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def test_a_backbone_of_timm_gives_its_normalized_patches(vit):
     torch.testing.assert_close(mine(pixels).flatten(2).mT, tokens, rtol=1e-5, atol=1e-5)
     named = encoder("timm", model="vit_tiny_patch16_224", weights=str(folder / "model.safetensors"), config=VIT)
     torch.testing.assert_close(named(pixels), mine(pixels))
-    assert encoder("timm", weights=str(folder), layer=-2)(pixels).shape == (2, 32, 4, 4)
+    assert encoder("timm", weights=str(folder), feature_layer=-2)(pixels).shape == (2, 32, 4, 4)
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def test_a_frozen_encoder_is_referred_to_and_its_origin_recorded(kind, request, 
     again = sca.load(tmp_path / "model", allow_external=True)
     pixels = torch.randn(1, 3, 64, 64)
     assert torch.equal(again.encode(pixels), model.encode(pixels))
-    origin = json.loads((tmp_path / "model" / "origin.json").read_text())["parts"]["encoder"]
+    origin = json.loads((tmp_path / "model" / "origin.json").read_text())["components"]["encoder"]
     assert origin["weights"] == str(folder)
     assert all(len(digest) == 64 for digest in origin["sha256"].values())
     assert len(origin["sha256"]) == 1
@@ -155,15 +155,23 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(kind, name, file, how, 
         ("timm", {"model": "vit_tiny_patch16_22", "pretrained": False}, "Did you mean 'vit_tiny_patch16_224'"),
         ("open-clip", {"model": "ViT-B-61", "pretrained": False}, "Did you mean 'ViT-B-16'"),
         ("open-clip", {"model": "ViT-B-16", "pretrained": "opnai"}, "Did you mean 'openai'"),
-        ("timm", {}, "there are no weights"),
-        ("open-clip", {}, "there are no weights"),
-        ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "layer": 12}, "no layer 12: .* has 12"),
-        ("open-clip", {"model": "ViT-B-16", "pretrained": False, "layer": -13}, "no layer -13: .* has 12"),
+        ("timm", {}, "no weights; give"),
+        ("open-clip", {}, "no weights; give"),
+        (
+            "timm",
+            {"model": "vit_tiny_patch16_224", "pretrained": False, "feature_layer": 12},
+            "layer 12 is out of range; .* has 12",
+        ),
+        (
+            "open-clip",
+            {"model": "ViT-B-16", "pretrained": False, "feature_layer": -13},
+            "layer -13 is out of range; .* has 12",
+        ),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 70}, "70"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "config": {"dept": 2}}, "dept"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "config": {"num_classes": 2}}, "leave it out"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": "augreg"}, "NAME.TAG"),
-        ("open-clip", {"model": "ViT-B-16", "pretrained": "openai", "weights": "a/b"}, "leave one out"),
+        ("open-clip", {"model": "ViT-B-16", "pretrained": "openai", "weights": "a/b"}, "exclude each other"),
         ("open-clip", {"model": "ViT-B-16", "pretrained": False, "image_size": 68}, "multiple of the stride 16"),
     ],
 )
@@ -176,7 +184,7 @@ def test_other_packages_logging_is_left_alone():
     import logging
 
     before = (list(logging.root.handlers), logging.root.level, logging.root.disabled)
-    encoder("open-clip", **tiny_options("encoder", "open-clip"))
+    encoder("open-clip", **get_tiny_options("encoder", "open-clip"))
     assert (list(logging.root.handlers), logging.root.level, logging.root.disabled) == before
 
 
@@ -194,7 +202,7 @@ def test_each_name_has_a_license_a_source_and_the_extra_that_brings_it():
 def test_sams_own_heads_serve_an_encoder_of_another_width_and_grid(clip, sam_folder):
     folder, _ = clip
     model = sca.compose(
-        {"name": "open-clip", "weights": str(folder), "image_size": 96, "layer": 1},
+        {"name": "open-clip", "weights": str(folder), "image_size": 96, "feature_layer": 1},
         {"name": "mask-tokens", "depth": 1, "mlp_dim": 64, "num_heads": 4},
         {"name": "tiny-gpt2", "hidden_size": 32},
         segmenter={"name": "sam", "weights": str(sam_folder)},
@@ -241,6 +249,7 @@ def test_every_tag_of_open_clip_has_the_activation_that_it_was_trained_with():
         *(("timm", model) for model in ("rexnet_100", "resnest50d", "coat_lite_mini", "efficientnet_b0", "pvt_v2_b2")),
     ],
 )
+@pytest.mark.slow
 def test_towers_and_backbones_of_many_makes_have_features(name, model):
     if model == "coat_lite_mini" and not hasattr(timm.models.CoaT, "forward_intermediates"):
         pytest.skip("CoaT has no intermediate features before timm 1.0.31")

@@ -7,7 +7,7 @@ from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
 from sca.language_models import causal
 from sca.language_models.hf import HfLanguageModel
-from sca.nn.two_way import TwoWayTransformer, init_weights
+from sca.nn.two_way_transformer import TwoWayTransformer, init_weights
 
 REGIONS, TOKENS, WIDTH, SIDE = 7, 5, 32, 6
 
@@ -74,6 +74,7 @@ def test_gradients_are_the_library_s(transformer, asked):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ends", [0, 4, 40])
+@pytest.mark.slow
 def test_greedy_words_are_those_of_generate(lm_folder, monkeypatch, family, ends):
     """Of 97 words so many end a caption, so that few, some or most leave the batch early."""
     model = HfLanguageModel(weights=str(lm_folder(family)))

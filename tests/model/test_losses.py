@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sca_registry.contracts import Batch, PromptBatch, SegmenterOutput, Targets
+from sca_registry.contracts import Batch, MaskTargets, PromptBatch, SegmenterOutput
 
 from sca.model import compute_caption_loss
 
@@ -54,7 +54,7 @@ def test_a_step_in_chunks_learns_the_same(small, chunk):
     def learned(chunk):
         model = small().train()
         given = batch(ids, mask)
-        given.targets = Targets(
+        given.targets = MaskTargets(
             torch.zeros(3, 32, 32), torch.ones(3, 32, 32, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
         )
         output = model(given, chunk_size=chunk)
@@ -118,7 +118,7 @@ def test_the_last_position_of_the_prefix_predicts_the_first_word_and_the_last_wo
 def test_the_loss_is_the_sum_of_the_losses_by_their_weights(small):
     model = small()
     given = batch(torch.tensor([[11, 12], [14, 0], [3, 4]]), torch.tensor([[1, 1], [1, 0], [1, 1]]))
-    given.targets = Targets(
+    given.targets = MaskTargets(
         torch.zeros(3, 32, 32), torch.ones(3, 32, 32, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
     )
     output = model(given, {"mask": 0.5, "iou": 0.0})
@@ -202,7 +202,9 @@ def test_the_mask_losses_are_those_of_the_best_mask_and_every_iou_is_learned(sma
         [by_hand(mask.flatten().tolist(), t.flatten().tolist(), v.flatten().tolist()) for mask in candidates]
         for candidates, t, v in zip(masks, truth, valid, strict=True)
     ]
-    losses = small().segmenter.loss(regions(masks, scores), Targets(truth, valid, torch.tensor([True, True])))
+    losses = small().segmenter.compute_losses(
+        regions(masks, scores), MaskTargets(truth, valid, torch.tensor([True, True]))
+    )
     best = [min(loss for loss, _ in candidates) for candidates in hand]
     assert float(losses["mask"]) == pytest.approx(sum(best) / 2, rel=1e-5)
     errors = [(float(scores[n, m]) - hand[n][m][1]) ** 2 for n in range(2) for m in range(2)]
@@ -212,7 +214,9 @@ def test_the_mask_losses_are_those_of_the_best_mask_and_every_iou_is_learned(sma
 def test_only_the_best_mask_gets_a_gradient(small, example):
     masks, scores, truth, valid = example
     masks.requires_grad_()
-    small().segmenter.loss(regions(masks, scores), Targets(truth, valid, torch.tensor([True, True])))["mask"].backward()
+    small().segmenter.compute_losses(regions(masks, scores), MaskTargets(truth, valid, torch.tensor([True, True])))[
+        "mask"
+    ].backward()
     learns = masks.grad.flatten(2).any(2)
     assert learns.sum(1).tolist() == [1, 1]
     assert not masks.grad[1, :, 1, 1].any()  # padding
@@ -221,12 +225,14 @@ def test_only_the_best_mask_gets_a_gradient(small, example):
 def test_regions_without_a_true_mask_do_not_count(small, example):
     masks, scores, truth, valid = example
     segmenter = small().segmenter
-    alone = segmenter.loss(regions(masks[:1], scores[:1]), Targets(truth[:1], valid[:1], torch.tensor([True])))
-    both = segmenter.loss(regions(masks, scores), Targets(truth, valid, torch.tensor([True, False])))
+    alone = segmenter.compute_losses(
+        regions(masks[:1], scores[:1]), MaskTargets(truth[:1], valid[:1], torch.tensor([True]))
+    )
+    both = segmenter.compute_losses(regions(masks, scores), MaskTargets(truth, valid, torch.tensor([True, False])))
     assert {name: float(value) for name, value in both.items()} == pytest.approx(
         {name: float(value) for name, value in alone.items()}
     )
     masks.requires_grad_()
-    none = segmenter.loss(regions(masks, scores), Targets(truth, valid, torch.tensor([False, False])))
+    none = segmenter.compute_losses(regions(masks, scores), MaskTargets(truth, valid, torch.tensor([False, False])))
     assert none["mask"] == none["iou"] == 0
     none["mask"].backward()  # every process of a group goes backwards, even one without masks

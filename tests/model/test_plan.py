@@ -8,10 +8,12 @@ from sca_registry.spec import ModelSpec
 from tiny import SAM, tiny
 
 import sca
-from sca.nn.two_way import TwoWayTransformer
+from sca.nn.two_way_transformer import TwoWayTransformer
 from sca.plan import _compute_layer_signature, _find_max_regions, plan_model
 from sca.plan_cache import MAX_PLANNED_REGIONS
 from sca.stage_costs import StageMeter
+
+pytestmark = pytest.mark.slow
 
 WORDS = 6
 LM = {"name": "hf", "pretrained": False}
@@ -71,20 +73,20 @@ def test_parameters_operations_and_memory_are_those_of_a_run(name, images, regio
 @pytest.mark.parametrize("name", MODELS)
 def test_what_trains_is_counted(name):
     trained = sum(p.numel() for p in sca.build(spec_of(name)).parameters() if p.requires_grad)
-    assert plan_model(spec_of(name), regions=1, words=1).trainable == trained
+    assert plan_model(spec_of(name), regions_per_image=1, max_new_tokens=1).trainable_parameters == trained
 
 
 @pytest.mark.all
 @pytest.mark.parametrize(("name", "train", "room"), [("tiny", True, 0.05), ("middle", False, 0.25)])
 def test_the_most_regions_that_fit_do_fit_and_more_do_not(name, train, room):
-    found = plan_model(spec_of(name), regions=1, words=WORDS, gpu=room, train=train)
-    most = found.most_regions
+    found = plan_model(spec_of(name), regions_per_image=1, max_new_tokens=WORDS, gpu=room, training=train)
+    most = found.max_regions_per_image
     assert most > 8
     fitting, larger = (
-        plan_model(spec_of(name), regions=number, words=WORDS, train=train, on_gpu=True)
+        plan_model(spec_of(name), regions_per_image=number, max_new_tokens=WORDS, training=train, on_gpu=True)
         for number in (most, most + 2 + most // 50)
     )
-    assert fitting.peak <= found.room < larger.peak
+    assert fitting.peak_memory <= found.usable_gpu_memory < larger.peak_memory
 
 
 @pytest.mark.parametrize("memory", [lambda n: 7 * n, lambda n: 2000 + min(n, 64) * 900 + n, lambda n: n * n])
@@ -102,8 +104,8 @@ def test_the_search_for_the_most_regions_ends_at_once_if_none_or_all_fit():
 
 
 def test_a_gpu_that_is_too_small_holds_no_region():
-    none = plan_model(spec_of("middle"), words=WORDS, gpu=0.01)
-    assert (none.fits, none.most_regions) == (False, 0)
+    none = plan_model(spec_of("middle"), max_new_tokens=WORDS, gpu=0.01)
+    assert (none.fits_gpu, none.max_regions_per_image) == (False, 0)
 
 
 @pytest.mark.parametrize("mixer", ["query", "split", "mask-tokens", "resampler", "roi-pool", "masked-pool"])
@@ -132,14 +134,14 @@ SAM_MODEL = {
 def test_alike_layers_and_steps_cost_what_running_each_would(name, monkeypatch):
     spec = ModelSpec.from_dict({**MODELS, "sam": SAM_MODEL}[name])
     monkeypatch.setattr(TwoWayTransformer, "max_elements_per_chunk", 1)  # a step for each region
-    plan_model(spec, regions=1, words=1)  # the probe of a language model is run once
+    plan_model(spec, regions_per_image=1, max_new_tokens=1)  # the probe of a language model is run once
     calls = []
     linear = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or linear(*args))
-    found = plan_model(spec, regions=5, words=WORDS)
+    found = plan_model(spec, regions_per_image=5, max_new_tokens=WORDS)
     quick = len(calls)
     monkeypatch.setattr(StageMeter, "count_once", lambda self, run, *_: run)
-    assert plan_model(spec, regions=5, words=WORDS) == found
+    assert plan_model(spec, regions_per_image=5, max_new_tokens=WORDS) == found
     assert quick < 0.8 * (len(calls) - quick)
 
 
@@ -162,16 +164,18 @@ def test_weights_that_lie_elsewhere_are_no_part_of_a_checkpoint(sam_folder, lm_f
         "language_model": {"name": "hf", "weights": str(lm_folder("gpt2"))},
     }
     spec = ModelSpec.from_dict(table)
-    planned = plan_model(spec, regions=2, words=3)
+    planned = plan_model(spec, regions_per_image=2, max_new_tokens=3)
     written = sca.save(sca.build(spec), tmp_path / "model") / "weights.safetensors"
-    assert planned.checkpoint == sum(tensor.nbytes for tensor in load_file(written).values())
-    assert planned.weights > planned.checkpoint
+    assert planned.checkpoint_bytes == sum(tensor.nbytes for tensor in load_file(written).values())
+    assert planned.weight_bytes > planned.checkpoint_bytes
 
 
 def test_half_precision_takes_half_the_memory():
-    whole, half = (plan_model(spec_of("middle"), regions=4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    whole, half = (
+        plan_model(spec_of("middle"), regions_per_image=4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
     assert half.memory["encode"] == pytest.approx(whole.memory["encode"] / 2, rel=0.05)
-    assert half.weights == whole.weights  # in float32 both
+    assert half.weight_bytes == whole.weight_bytes  # in float32 both
 
 
 def test_the_command_line_tells_what_fits_and_reaches_for_nothing(capsys, monkeypatch):
@@ -186,22 +190,24 @@ def test_the_command_line_tells_what_fits_and_reaches_for_nothing(capsys, monkey
     )
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"]["mixer"] == 19_088_512
-    assert told["fits"] is True
-    assert told["most_regions"] is None  # regions are computed in chunks and generated in pieces, so any number fits
+    assert told["fits_gpu"] is True
+    assert (
+        told["max_regions_per_image"] is None
+    )  # regions are computed in chunks and generated in pieces, so any number fits
     assert cli.run_command(["plan", "sca-tiny", "--gpu", "24"]) == 0
-    assert "this fits; 16,384 regions" in capsys.readouterr().out
+    assert "the workload fits; maximum regions per image: at least 16,384" in capsys.readouterr().out
     for wrong, told in (
         (["plan", "sca-tny"], "Did you mean 'sca-tiny'"),
         (["plan", "sca-tiny", "--gpu", "h20"], "Did you mean 'h200'"),
-        (["plan", "sca-tiny", "--gpu", "-3"], "more than 0"),
-        (["plan", "sca-tiny", "--gpu", "inf"], "give its name"),
+        (["plan", "sca-tiny", "--gpu", "-3"], "a number above 0"),
+        (["plan", "sca-tiny", "--gpu", "inf"], "give a name"),
         (["plan", "sca-tiny", "--dtype", "int8"], "no dtype 'int8'"),
         (["plan", "tiny-vit+qury+gpt2"], "Did you mean 'query'"),
-        (["plan", "sca-gpt2-large-vg"], "plan its parts"),
+        (["plan", "sca-gpt2-large-vg"], "plan its components"),
     ):
         assert cli.run_command(wrong) == 2
         assert told in capsys.readouterr().err
 
 
 def test_a_model_whose_parts_all_train_can_be_planned_in_use(small_table):
-    assert plan_model(ModelSpec.from_dict(small_table), regions=2, words=3).flops["segment"] > 0
+    assert plan_model(ModelSpec.from_dict(small_table), regions_per_image=2, max_new_tokens=3).flops["segment"] > 0

@@ -50,6 +50,7 @@ def test_plan_key_is_none_for_files_and_unknown_components(spec):
     )
 
 
+@pytest.mark.slow
 def test_plan_command_computes_once(capsys, monkeypatch, cache):
     assert run_command(["plan", TINY, "--json"]) == 0
     first = capsys.readouterr().out
@@ -62,6 +63,7 @@ def test_plan_command_computes_once(capsys, monkeypatch, cache):
     assert read_plan(file.stem) is None
 
 
+@pytest.mark.slow
 def test_write_plan_keeps_the_latest(cache):
     plan = sca.plan.plan_model(ModelSpec.parse(TINY))
     for number in range(MAX_CACHED_PLANS + 3):
@@ -70,6 +72,7 @@ def test_write_plan_keeps_the_latest(cache):
     assert read_plan(str(MAX_CACHED_PLANS + 2)) == plan
 
 
+@pytest.mark.slow
 def test_write_plan_without_a_cache_folder_does_nothing(cache):
     cache.parent.write_text("a file")
     write_plan("key", sca.plan.plan_model(ModelSpec.parse(TINY)))

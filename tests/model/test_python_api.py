@@ -24,14 +24,14 @@ def check_message(call, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "half16"}, "no dtype 'half16'. There are: float32, bfloat16, float16"),
+        ({"dtype": "half16"}, "no dtype 'half16'. Choose from: float32, bfloat16, float16"),
         ({"dtype": torch.int64}, "no dtype 'torch.int64'"),
         ({"device": "gpu"}, "device 'gpu' is not available .* Did you mean 'cuda'"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not available"),
         ({"device": None}, "device 'None' is not available"),
     ],
 )
-@pytest.mark.parametrize("load", [sca.load, sca.captioner])
+@pytest.mark.parametrize("load", [sca.load, sca.load_captioner])
 def test_load_rejects_unknown_devices_and_dtypes(load, options, message):
     check_message(lambda: load("sca-tiny", **options), message)
 
@@ -39,7 +39,7 @@ def test_load_rejects_unknown_devices_and_dtypes(load, options, message):
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_compose_and_captioners_reject_unknown_devices(device):
     check_message(lambda: sca.compose(*NAMES, device=device), f"device '{device}' is not available")
-    check_message(lambda: sca.captioner("blip-base", device=device), f"device '{device}' is not available")
+    check_message(lambda: sca.load_captioner("blip-base", device=device), f"device '{device}' is not available")
 
 
 def test_load_and_save_take_dtypes_by_name(model, tmp_path):
@@ -54,7 +54,7 @@ def test_load_and_save_take_dtypes_by_name(model, tmp_path):
     ("source", "message"),
     [
         ("a+b+c", r"'a\+b\+c' names components, .*; build a model with sca.compose\('a', 'b', 'c'\), or give"),
-        ("sam-vit-b+blip-base", r"open it with sca.captioner\('sam-vit-b\+blip-base'\)"),
+        ("sam-vit-b+blip-base", r"open it with sca.load_captioner\('sam-vit-b\+blip-base'\)"),
         (5, "the model is of type int; give a zoo name, a folder or a hub id"),
         (None, "the model is of type NoneType; give a zoo name"),
         ("runs/a+b/model", "no model named 'runs/a\\+b/model'"),
@@ -92,7 +92,7 @@ class Unregistered(torch.nn.Module):
         (NAMES, {"lora": "8"}, "lora is '8': give a rank, such as lora=8, or a table of rank, alpha"),
         (NAMES, {"lora": 8.5}, "lora is 8.5: give a rank"),
         (NAMES, {"weights": "model.safetensors"}, "weights is 'model.safetensors'; give True or False"),
-        (({"name": "tiny-vit", "image_size": "64"}, *NAMES[1:]), {}, "image_size is '64'; give a whole number"),
+        (({"name": "tiny-vit", "image_size": "64"}, *NAMES[1:]), {}, "image_size is '64'; give an integer"),
         ((*NAMES[:2], {"name": "hf", "weights": 5}), {}, "weights is 5; give text"),
     ],
 )

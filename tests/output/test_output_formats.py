@@ -150,7 +150,7 @@ LINE = {"image": "a.png", "width": 4, "height": 3, "region_id": 0, "caption": "x
 BROKEN = {
     "not JSON": ("a.jsonl", "{", "a.jsonl, line 1 is not valid JSON"),
     "no image": ("a.jsonl", json.dumps({**LINE, "image": 3}), "line 1, 'image' is 3; give the file name of an image"),
-    "no size": ("a.jsonl", json.dumps({**LINE, "width": None}), "line 1, 'width' is None; give a whole number"),
+    "no size": ("a.jsonl", json.dumps({**LINE, "width": None}), "line 1, 'width' is None; give an integer"),
     "no caption": ("a.jsonl", json.dumps({**LINE, "caption": None}), "line 1, 'caption' is None; give text"),
     "a box beyond float": ("a.jsonl", json.dumps({**LINE, "box": [0, 0, 1, 10**400]}), "line 1, 'box' is ["),
     "a box of three": ("a.jsonl", json.dumps({**LINE, "box": [1, 2, 3]}), "line 1, 'box' is ["),
@@ -166,7 +166,7 @@ BROKEN = {
         "line 3: 'a' had records before",
     ),
     "another kind": ("a.json", "{}", "a.json is none of JSON lines"),
-    "no parquet": ("a.parquet", "PAR1", "is not a whole Parquet file"),
+    "no parquet": ("a.parquet", "PAR1", "is not a valid Parquet file"),
     "a list of what": ("a.json", "[3]", "task 0 is 3; give an object"),
     "lost annotations": (
         "a.json",

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
-from sca.output.colors import INSIDE_COLOR, OUTSIDE_COLOR, REGION_COLORS, choose_text_color
+from sca.output.colors import BACKGROUND_COLOR, FOREGROUND_COLOR, REGION_COLORS, choose_text_color
 from sca.output.label_layout import MAX_LABEL_LINES, LabelBlock, LabelPlacer
 from sca.output.png import MASK_OPACITY, MIN_CANVAS_SIZE, draw_captions
 
@@ -56,8 +56,8 @@ def test_masks_are_tinted_inside_and_nowhere_else():
 def test_points_are_green_inside_and_red_outside():
     prompt = Prompt(points=((300, 300, 1), (100, 400, 0)))
     drawn = draw_captions(Image.new("RGB", (600, 600)), [Caption("x", 1.0, None, None, None, prompt, 0)])
-    assert drawn.getpixel((300, 300)) == INSIDE_COLOR
-    assert drawn.getpixel((100, 400)) == OUTSIDE_COLOR
+    assert drawn.getpixel((300, 300)) == FOREGROUND_COLOR
+    assert drawn.getpixel((100, 400)) == BACKGROUND_COLOR
 
 
 def test_labels_stay_inside_and_apart():

@@ -158,4 +158,4 @@ def test_view_pairs_images_by_their_file_and_keeps_all_regions(folder, make):
     regions, problems = write_viewer(folder / "view.html", *files, roots=[folder])
     assert (regions, problems) == (5, [])
     (image,) = ViewerPage((folder / "view.html").read_text()).images
-    assert (len(image["regions"]), len(image["other"])) == (2, 3)
+    assert (len(image["regions"]), len(image["other_regions"])) == (2, 3)

@@ -61,6 +61,7 @@ regions = st.one_of(
 @settings(deadline=None, max_examples=25)
 @given(captions=st.lists(regions, min_size=1, max_size=4))
 @example([of_mask("x", mask) for mask in SPECIAL])
+@pytest.mark.slow
 def test_regions_come_back_exactly(name, captions):
     with tempfile.TemporaryDirectory() as folder:
         with MultiFormatWriter(folder, (name,)) as writers:

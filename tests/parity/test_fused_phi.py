@@ -130,7 +130,7 @@ def rotated(values, cos, sin):
 
 
 def test_fused_tensor_of_another_shape_is_rejected_in_one_line(published, plain):
-    told = r"self_attn\.query_key_value\.weight is \(95, 32\) and the config\.json asks for \(96, 32\)"
+    told = r"self_attn\.query_key_value\.weight has shape \(95, 32\), but config\.json requires \(96, 32\)"
     for folder, load, error in ((published, sca.load, InputError), (plain, HfLanguageModel, InputError)):
         rewrite(folder, lambda held: drop_row(fuse(held)))
         with pytest.raises(error, match=told) as raised:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sca_registry.contracts import Batch, PromptBatch
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 import sca
 from sca.checkpoints.export import attach_sources, write_language_model, write_published_checkpoint
@@ -70,8 +70,8 @@ def test_our_own_layout_takes_it_over_whole_or_by_name(published, composed, sam_
     expected = model(batch()).logits
     whole = sca.save(model, tmp_path / "whole")
     assert torch.equal(sca.load(whole)(batch()).logits, expected)
-    sources = {"encoder": Part("sam", {"weights": str(sam_folder)})}
-    sources["language_model"] = Part("hf", {"weights": str(lm_folder("gpt2"))})
+    sources = {"encoder": ComponentSpec("sam", {"weights": str(sam_folder)})}
+    sources["language_model"] = ComponentSpec("hf", {"weights": str(lm_folder("gpt2"))})
     named = sca.save(attach_sources(model, **sources), tmp_path / "named")
     assert torch.equal(sca.load(named, allow_external=True)(batch()).logits, expected)
     held = load_file(named / "weights.safetensors")
@@ -86,19 +86,19 @@ def test_a_source_with_other_weights_is_refused(published, lm_folder, tmp_path):
     tensors["transformer.ln_f.weight"][0] += 1e-3
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"are others than the model's: language_model\.model\.transformer\.ln_f"):
-        attach_sources(model, language_model=Part("hf", {"weights": str(other)}))
+        attach_sources(model, language_model=ComponentSpec("hf", {"weights": str(other)}))
 
 
 @torch.no_grad()
 def test_options_of_use_survive_and_lower_precision_is_no_difference(composed, lm_folder, sam_folder):
     model = composed(segmenter={"name": "sam", "box_masks": True})
-    assert attach_sources(model, encoder=Part("sam", {"weights": str(sam_folder)})).segmenter.box_masks
+    assert attach_sources(model, encoder=ComponentSpec("sam", {"weights": str(sam_folder)})).segmenter.box_masks
     half = sca.compose(
         {"name": "sam", "weights": str(sam_folder)},
         {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
         {"name": "hf", "weights": str(lm_folder("gpt2")), "dtype": "bfloat16"},
     )
-    again = attach_sources(half, language_model=Part("hf", {"weights": str(lm_folder("gpt2"))}))
+    again = attach_sources(half, language_model=ComponentSpec("hf", {"weights": str(lm_folder("gpt2"))}))
     assert next(again.language_model.parameters()).dtype == torch.bfloat16
 
 
@@ -135,13 +135,13 @@ def test_a_language_model_written_alone_has_its_lora_merged(composed, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"lora": 2}, "no place for LoRA"),
-        ({"projection": "mlp"}, "no place for a projection"),
-        ({"mixer": "resampler"}, "no place for the mixer 'resampler'"),
+        ({"lora": 2}, "does not support LoRA"),
+        ({"projection": "mlp"}, "does not support the projection"),
+        ({"mixer": "resampler"}, "does not support the mixer 'resampler'"),
         ({"segmenter": "box"}, r"tensors such as segmenter\.frequencies"),
         ({"num_heads": 2}, "a mixer with num_heads=2 and a segmenter with num_heads=4"),
         ({"mlp_dim": 64}, "a mixer with mlp_dim=64 and a segmenter with mlp_dim=48"),
-        ({"segmenter": {"name": "sam", "box_masks": True}}, "drawn into the image"),
+        ({"segmenter": {"name": "sam", "box_masks": True}}, "box masks"),
     ],
 )
 def test_what_the_published_layout_cannot_hold_is_refused(composed, tmp_path, changes, told):
@@ -219,17 +219,18 @@ def code(folder):
     [
         (without_a_shard, "no b.safetensors"),
         (cut, "cannot be read"),
-        (code, "holds more than tensors"),
+        (code, "contains more than tensors"),
         (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "sca"}'), "not that of a published model"),
         (changed(architectures=["ScaModel"]), "no model is called 'ScaModel'"),
         (changed(mask_caption_decoder_config={"num_caption_heads": 3}), "num_caption_heads is 3, and only 1"),
-        (changed(text_config={"n_embd": 64}), r"c_attn\.bias is \(96,\) and the config\.json asks for \(192,\)"),
+        (changed(text_config={"n_embd": 64}), r"c_attn\.bias is \(96,\) and the config\.json requires \(192,\)"),
         (tensors(lambda held: held.pop("language_project.bias")), r"missing projection\.0\.bias"),
         (tensors(lambda held: held.update(more=torch.zeros(1))), "unexpected more"),
     ],
     ids=range(10),
 )
+@pytest.mark.slow
 def test_a_broken_folder_is_told_in_one_line(published, damage, told, monkeypatch):
     folder = published()
     damage(folder)

@@ -75,6 +75,7 @@ def test_a_mask_prompt_is_read_by_the_mask_encoder_one_a_region(theirs, ours, pi
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_everything_encodes_a_large_image_once_and_writes_for_survivors_only(sam_folder, lm_folder, monkeypatch):
     torch.manual_seed(0)
     model = sca.compose(

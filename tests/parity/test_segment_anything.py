@@ -168,7 +168,7 @@ def trained():
 )
 @pytest.mark.parametrize("size", [None, (320, 213), (100, 260)])
 def test_everything_equals_the_original_region_by_region(trained, search, nms, size):
-    image = Scenes("test", count=3)[2].image
+    image = Scenes("test", num_images=3)[2].image
     image = image if size is None else image.resize(size, Image.Resampling.BICUBIC)
     options = EverythingOptions(box_nms_thresh=nms, **search)
     predictor = sca.Predictor(trained)

@@ -32,9 +32,9 @@ def test_the_factory_of_a_card_is_there(kind, card):
 @each_card
 def test_a_segmenter_says_what_it_gives_and_a_mixer_what_it_needs(kind, card):
     things = {"masks", "boxes", "grid"}
-    assert {*(card.gives or ()), *(card.needs or ()), *chain(*card.needs_with.values())} <= things
-    assert kind != "segmenters" or card.gives is not None
-    assert kind not in ("segmenters", "mixers") or card.needs is not None
+    assert {*(card.provides or ()), *(card.requires or ()), *chain(*card.option_requires.values())} <= things
+    assert kind != "segmenters" or card.provides is not None
+    assert kind not in ("segmenters", "mixers") or card.requires is not None
 
 
 @each_card

@@ -16,11 +16,13 @@ def imported_after(code: str, path: str = "") -> set[str]:
     )
 
 
+@pytest.mark.slow
 def test_importing_the_registry_imports_nothing_heavy():
     heavy = {"torch", "numpy", "PIL", "tomllib", "difflib", "sca"}
     assert not heavy & imported_after("import sca_registry")
 
 
+@pytest.mark.slow
 def test_listing_imports_no_torch_no_plugin_and_no_factory(site):
     files = {"shade/__init__.py": "", "shade/parts.py": MIXER}
     site.install("shade", "[sca_mixers]\nmean = shade.parts:Mean\n", files)
@@ -31,6 +33,7 @@ def test_listing_imports_no_torch_no_plugin_and_no_factory(site):
     assert not {"torch", "shade", "sca", "sca.encoders"} & modules
 
 
+@pytest.mark.slow
 def test_a_look_up_imports_its_own_module_and_no_other_plugin(site):
     site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER})
     site.install("other", "[sca_mixers]\nelse = other:Mean\n", {"other.py": MIXER})
@@ -61,7 +64,7 @@ def test_a_typo_is_answered_with_the_name_meant_the_names_there_are_and_how_to_a
     with pytest.raises(RegistryError) as caught:
         mixers.get("qurey")
     told = str(caught.value)
-    assert told.startswith("no mixers named 'qurey'. Did you mean 'query'? There are: ")
+    assert told.startswith("no mixers named 'qurey'. Did you mean 'query'? Choose from: ")
     assert told.endswith(" Plugins add names with entry points in the group 'sca_mixers'.")
 
 

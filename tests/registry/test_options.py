@@ -38,7 +38,7 @@ def test_the_factory_is_not_called_with_a_wrong_option(offer):
 def test_an_option_without_a_default_is_asked_for(offer):
     offer("def make(segmenter, checkpoint, *, depth=1): pass")
     assert mixers.load_entry("mine").options == {"checkpoint": REQUIRED, "depth": 1}
-    with pytest.raises(RegistryError, match=r"needs the option 'checkpoint'. There are: checkpoint, depth=1"):
+    with pytest.raises(RegistryError, match=r"requires the option 'checkpoint'. Choose from: checkpoint, depth=1"):
         mixers.build("mine", None)
 
 
@@ -118,14 +118,14 @@ def test_takes_text_follows_the_annotation(parameter, wanted):
 @pytest.mark.parametrize(
     ("annotation", "wrong", "right", "wanted"),
     [
-        ("int", "a", 2, "a whole number"),
-        ("int | None", "a", None, "a whole number or None"),
-        ("'int | None'", 1.5, 2, "a whole number or None"),
+        ("int", "a", 2, "an integer"),
+        ("int | None", "a", None, "an integer or None"),
+        ("'int | None'", 1.5, 2, "an integer or None"),
         ("Optional[float]", "a", 1, "a number or None"),
         ("'Optional[float]'", "a", 1.5, "a number or None"),
         ("'typing.Optional[float]'", "a", None, "a number or None"),
-        ("Union[int, None]", "a", 2, "a whole number or None"),
-        ("'Union[bool, int]'", "a", True, "a whole number or true or false"),
+        ("Union[int, None]", "a", 2, "an integer or None"),
+        ("'Union[bool, int]'", "a", True, "an integer or true or false"),
         ("bool", 1, True, "true or false"),
         ("str", 5, "a", "text"),
         ("str | Path | None", 5, Path("a"), "text or None"),

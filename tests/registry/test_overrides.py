@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sca_registry import RegistryError
 from sca_registry.overrides import apply_overrides, parse_assignment, parse_assignments
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 RECIPE = {
     "model": {
@@ -128,7 +128,10 @@ def test_a_part_that_is_only_a_name_takes_options():
         "name": "tiny-vit",
         "image_size": 64,
     }
-    assert apply_overrides(RECIPE, ["data.train.size=64"])["data"]["train"] == {"name": "scenes", "size": 64}
+    assert apply_overrides(RECIPE, ["data.train.image_size=64"])["data"]["train"] == {
+        "name": "scenes",
+        "image_size": 64,
+    }
 
 
 def test_a_recipe_s_own_tables_are_set():
@@ -230,5 +233,5 @@ def test_override_reads_text_where_the_option_is_text():
 
 def test_part_parse_reads_text_where_the_option_is_text():
     written = "boxes-from-coco annotations=2024"
-    assert Part.parse(written, "--proposer", "proposers").options == {"annotations": "2024"}
-    assert Part.parse(written).options == {"annotations": 2024}
+    assert ComponentSpec.parse(written, "--proposer", "proposers").options == {"annotations": "2024"}
+    assert ComponentSpec.parse(written).options == {"annotations": 2024}

@@ -12,7 +12,7 @@ CARDS = """
     license = "MIT"
     parameters = 12
     options = { depth = 5 }
-    gives = ["boxes"]
+    provides =  ["boxes"]
 
     [hard]
     factory = "shade.parts:Mean"
@@ -41,7 +41,7 @@ def test_a_card_file_brings_many_names_and_their_facts(site):
     listed = {entry.name: entry for entry in mixers.list_entries()}
     assert "label" not in listed
     assert (listed["soft"].summary, listed["soft"].license, listed["soft"].parameters) == ("Soft.", "MIT", 12)
-    assert mixers.get_card("soft").gives == ("boxes",)
+    assert mixers.get_card("soft").provides == ("boxes",)
     assert mixers.build("soft", None).depth == 5
     assert mixers.build("soft", None, depth=6).depth == 6
     assert mixers.load_entry("soft").options == {"depth": 5}

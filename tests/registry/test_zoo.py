@@ -23,7 +23,7 @@ def test_an_entry_says_everything_that_a_user_has_to_know(name):
 
 
 def test_a_typo_is_answered_with_the_model_meant():
-    with pytest.raises(RegistryError, match=r"'sca-tinny'. Did you mean 'sca-tiny'\? There are: "):
+    with pytest.raises(RegistryError, match=r"'sca-tinny'. Did you mean 'sca-tiny'\? Choose from: "):
         zoo.get_entry("sca-tinny")
 
 

@@ -1,4 +1,4 @@
-"""The shipped model behind a scheduler, in this process and behind a real socket."""
+"""Fixtures of the server tests: the bundled model behind a scheduler, an application and a server on loopback."""
 
 import base64
 import io
@@ -8,40 +8,40 @@ import time
 
 import pytest
 
-pytest.importorskip("fastapi", reason="needs the extra serve")
-pytest.importorskip("prometheus_client", reason="needs the extra serve")
+pytest.importorskip("fastapi", reason="requires the extra serve")
+pytest.importorskip("prometheus_client", reason="requires the extra serve")
 
 
 @pytest.fixture(scope="session")
-def tiny():
-    from sca.inference.factory import captioner
+def captioner():
+    from sca.inference import factory
 
-    return captioner("sca-tiny")
+    return factory.load_captioner("sca-tiny")
 
 
 @pytest.fixture
-def scheduler(tiny):
+def scheduler(captioner):
     from sca.serve.scheduler import RequestScheduler
 
-    scheduler = RequestScheduler(tiny)
+    scheduler = RequestScheduler(captioner)
     yield scheduler
     scheduler.close()
 
 
 @pytest.fixture(scope="session")
-def png(scene):
-    """The scene as a file."""
+def png_bytes(scene):
+    """PNG file of the scene."""
     file = io.BytesIO()
     scene.image.save(file, "PNG")
     return file.getvalue()
 
 
 @pytest.fixture(scope="session")
-def asked(png, scene):
-    """`asked(field=value, ...)`: a request as JSON, with the boxes of the scene unless others are given."""
+def make_body(png_bytes, scene):
+    """Function that returns a request body with the given fields; the default prompts are the boxes of the scene."""
 
     def make(**fields):
-        image = base64.b64encode(png).decode()
+        image = base64.b64encode(png_bytes).decode()
         if not fields.keys() & {"prompts", "everything"}:
             fields["prompts"] = [{"box": list(region.box)} for region in scene.regions]
         return {"image": image, **fields}
@@ -50,30 +50,32 @@ def asked(png, scene):
 
 
 @pytest.fixture
-def client(tiny):
-    """`client(limits)` talks to the application in this process."""
+def make_client(captioner):
+    """Function that returns a client of a new application in this process."""
     from fastapi.testclient import TestClient
 
     from sca.serve.app import create_app
     from sca.serve.scheduler import RequestScheduler
 
-    opened = []
+    open_clients = []
 
-    def make(limits=None, root_path="", keys=(), **options):
-        app = create_app(RequestScheduler(tiny, **options), "sca-tiny", limits, root_path=root_path, api_keys=keys)
+    def make(limits=None, root_path="", api_keys=(), **options):
+        app = create_app(
+            RequestScheduler(captioner, **options), "sca-tiny", limits, root_path=root_path, api_keys=api_keys
+        )
         client = TestClient(app, raise_server_exceptions=False)
         client.__enter__()
-        opened.append(client)
+        open_clients.append(client)
         return client
 
     yield make
-    for each in opened:
-        each.__exit__(None, None, None)
+    for client in open_clients:
+        client.__exit__(None, None, None)
 
 
 @pytest.fixture
-def served(tiny):
-    """`served(limits)` is the address of a server on loopback; `served.stop()` ends it."""
+def start_server(captioner):
+    """Function that starts a server on loopback and returns its URL; its attribute `stop` stops all servers."""
     from sca.serve.app import create_app
     from sca.serve.limits import ServerLimits
     from sca.serve.scheduler import RequestScheduler
@@ -81,19 +83,20 @@ def served(tiny):
 
     running = []
 
-    def start(limits=None, captioner=tiny, **options):
-        door, limits, scheduler = socket.socket(), limits or ServerLimits(), RequestScheduler(captioner, **options)
-        door.bind(("127.0.0.1", 0))
+    def start(limits=None, captioner=captioner, **options):
+        bound_socket, limits = socket.socket(), limits or ServerLimits()
+        scheduler = RequestScheduler(captioner, **options)
+        bound_socket.bind(("127.0.0.1", 0))
         app = create_app(scheduler, "sca-tiny", limits, allowed_hosts=())
         server = make_server(
             app, scheduler, write_timeout=limits.timeout, max_connections=limits.max_connections, log_requests=False
         )
-        thread = threading.Thread(target=server.run, args=([door],), daemon=True)
+        thread = threading.Thread(target=server.run, args=([bound_socket],), daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
         running.append((server, thread))
-        return f"http://127.0.0.1:{door.getsockname()[1]}"
+        return f"http://127.0.0.1:{bound_socket.getsockname()[1]}"
 
     def stop():
         while running:

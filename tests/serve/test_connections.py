@@ -1,4 +1,4 @@
-"""Clients that send slowly, send nothing, read nothing, or send what may be understood in two ways."""
+"""Connections that are slow, silent or ambiguous, and the shutdown of the server."""
 
 import contextlib
 import json
@@ -10,10 +10,12 @@ import time
 import httpx
 import pytest
 
-from sca.serve import server as serving
+from sca.serve import server as server_module
 from sca.serve.limits import ServerLimits
 
-CLOSING = {
+pytestmark = pytest.mark.slow
+
+SHUTDOWN_ERROR = {
     "error": {
         "message": "the server is shutting down; try again later",
         "type": "server_error",
@@ -21,133 +23,135 @@ CLOSING = {
         "code": "overloaded",
     }
 }
-HEAD = "POST /v1/captions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+REQUEST_HEAD = "POST /v1/captions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 
 
-def connect(url, receive=None):
+def connect(url, receive_buffer=None):
     host, port = url.removeprefix("http://").split(":")
-    line = socket.socket()
-    if receive:
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
-    line.settimeout(20)
-    line.connect((host, int(port)))
-    return line
+    connection = socket.socket()
+    if receive_buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.settimeout(20)
+    connection.connect((host, int(port)))
+    return connection
 
 
-def read_all(line):
-    """What comes until the connection is closed; fails if it is not."""
-    got = b""
+def read_all(connection):
+    """Return the bytes received until the connection is closed; fail on a timeout."""
+    received = b""
     with contextlib.suppress(ConnectionResetError):
-        while piece := line.recv(65536):
-            got += piece
-    return got
+        while chunk := connection.recv(65536):
+            received += chunk
+    return received
 
 
-def test_a_connection_is_closed_after_408_though_its_client_goes_on(served):
-    line = connect(served(ServerLimits(timeout=1)))
-    line.sendall(f"{HEAD}Content-Length: 100000\r\n\r\n".encode())
+def test_server_closes_connection_after_408_while_client_keeps_sending(start_server):
+    connection = connect(start_server(ServerLimits(timeout=1)))
+    connection.sendall(f"{REQUEST_HEAD}Content-Length: 100000\r\n\r\n".encode())
     stop = threading.Event()
 
-    def dribble():
+    def send_slowly():
         with contextlib.suppress(OSError):
             while not stop.wait(0.1):
-                line.sendall(b" ")
+                connection.sendall(b" ")
 
-    going_on = threading.Thread(target=dribble)
-    going_on.start()
+    sender = threading.Thread(target=send_slowly)
+    sender.start()
     try:
-        got = read_all(line)
+        received = read_all(connection)
     finally:
         stop.set()
-        going_on.join()
-    assert b" 408 " in got
-    assert b"connection: close" in got.lower()
-    assert b'{"error":{"message":"the request was not there after 1 s",' in got
+        sender.join()
+    assert b" 408 " in received
+    assert b"connection: close" in received.lower()
+    assert b'{"error":{"message":"the request did not arrive within 1 s",' in received
 
 
-def test_a_body_that_is_too_large_is_refused_before_it_comes(served):
-    line = connect(served(ServerLimits(max_body_bytes=1000)))
-    line.sendall(f"{HEAD}Content-Length: 100000\r\n\r\n".encode())
-    assert b" 413 " in read_all(line)
+def test_server_rejects_too_large_body_before_reading_it(start_server):
+    connection = connect(start_server(ServerLimits(max_body_bytes=1000)))
+    connection.sendall(f"{REQUEST_HEAD}Content-Length: 100000\r\n\r\n".encode())
+    assert b" 413 " in read_all(connection)
 
 
-def test_content_length_with_transfer_encoding_is_refused(served):
-    line = connect(served())
-    line.sendall(f"{HEAD}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode())
-    got = read_all(line)
-    assert b" 400 " in got
-    assert b"both Content-Length and Transfer-Encoding" in got
+def test_server_rejects_content_length_with_transfer_encoding(start_server):
+    connection = connect(start_server())
+    connection.sendall(f"{REQUEST_HEAD}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode())
+    received = read_all(connection)
+    assert b" 400 " in received
+    assert b"both Content-Length and Transfer-Encoding" in received
 
 
 @pytest.mark.parametrize(
-    "sent", [b"", b"GET /health HTTP/1.1\r\nX-A: ", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /"]
+    "sent_bytes", [b"", b"GET /health HTTP/1.1\r\nX-A: ", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /"]
 )
-def test_a_connection_without_a_whole_head_is_closed(served, sent):
-    line = connect(served(ServerLimits(timeout=1)))
-    line.sendall(sent)
-    read_all(line)
+def test_server_closes_connection_without_complete_headers(start_server, sent_bytes):
+    connection = connect(start_server(ServerLimits(timeout=1)))
+    connection.sendall(sent_bytes)
+    read_all(connection)
 
 
-def test_silent_connections_make_room_for_others(served, monkeypatch):
-    monkeypatch.setattr(serving, "HEADER_TIMEOUT_SECONDS", 600.0)
-    url = served(ServerLimits(max_connections=6))
-    silent = [connect(url) for _ in range(12)]
-    for each in silent[::3]:
+def test_server_closes_oldest_silent_connections_at_the_limit(start_server, monkeypatch):
+    monkeypatch.setattr(server_module, "HEADER_TIMEOUT_SECONDS", 600.0)
+    url = start_server(ServerLimits(max_connections=6))
+    silent_connections = [connect(url) for _ in range(12)]
+    for each in silent_connections[::3]:
         each.sendall(b"GET /health HTTP/1.1\r\nX-A: ")
-    for each in silent[1::3]:
-        each.sendall(f"{HEAD}Content-Length: 100\r\n\r\n".encode())
+    for each in silent_connections[1::3]:
+        each.sendall(f"{REQUEST_HEAD}Content-Length: 100\r\n\r\n".encode())
     with httpx.Client() as client:
         for _ in range(3):
             assert client.get(f"{url}/health").status_code == 200
-    assert read_all(silent[0]) == b"", "the first that came has made room"
+    assert read_all(silent_connections[0]) == b"", "the oldest connection is closed"
 
 
-def test_more_requests_than_connections_are_told(served, asked, tiny, monkeypatch):
-    go, usual = threading.Event(), tiny.caption_batch
-    monkeypatch.setattr(tiny, "caption_batch", lambda *a, **b: (go.wait(60), usual(*a, **b))[1])
-    url, statuses = served(ServerLimits(max_connections=2)), []
+def test_server_rejects_requests_above_max_connections(start_server, make_body, captioner, monkeypatch):
+    release, caption_batch = threading.Event(), captioner.caption_batch
+    monkeypatch.setattr(
+        captioner, "caption_batch", lambda *args, **kwargs: (release.wait(60), caption_batch(*args, **kwargs))[1]
+    )
+    url, statuses = start_server(ServerLimits(max_connections=2)), []
 
-    def ask():
-        answer = httpx.post(f"{url}/v1/captions", json=asked(), timeout=60)
-        statuses.append((answer.status_code, answer.json().get("error", {}).get("message")))
+    def send_request():
+        response = httpx.post(f"{url}/v1/captions", json=make_body(), timeout=60)
+        statuses.append((response.status_code, response.json().get("error", {}).get("message")))
 
-    threads = [threading.Thread(target=ask) for _ in range(3)]
+    threads = [threading.Thread(target=send_request) for _ in range(3)]
     for thread in threads:
         thread.start()
         time.sleep(0.3)
-    go.set()
+    release.set()
     for thread in threads:
         thread.join()
     assert sorted(statuses, key=str) == [
         (200, None),
         (200, None),
-        (503, "2 requests are being answered: try again later"),
+        (503, "2 requests are in progress; try again later"),
     ]
 
 
-def test_a_client_that_does_not_read_is_left(served, asked, scene):
-    url = served(ServerLimits(timeout=1))
-    line = connect(url, receive=4096)
+def test_server_closes_connection_that_does_not_read(start_server, make_body, scene):
+    url = start_server(ServerLimits(timeout=1))
+    connection = connect(url, receive_buffer=4096)
     box = {"box": [1, 1, 90, 90]}
-    body = json.dumps(asked(prompts=[box] * 64, masks=True))
-    line.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-    for _ in range(200):  # answers that nobody reads
+    body = json.dumps(make_body(prompts=[box] * 64, return_masks=True))
+    connection.sendall(f"{REQUEST_HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    for _ in range(200):  # responses that are never read
         with contextlib.suppress(OSError):
-            line.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
     deadline = time.monotonic() + 30
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):
         while time.monotonic() < deadline:
-            line.sendall(b"\r\n")
+            connection.sendall(b"\r\n")
             time.sleep(0.2)
     assert time.monotonic() < deadline
 
 
-def test_an_upload_that_is_given_up_leaves_no_traceback(served, caplog):
-    url = served()
+def test_aborted_upload_logs_no_traceback(start_server, caplog):
+    url = start_server()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            with connect(url) as line:
-                line.sendall(f"{HEAD}Content-Length: 1000\r\n\r\n{{".encode())
+            with connect(url) as connection:
+                connection.sendall(f"{REQUEST_HEAD}Content-Length: 1000\r\n\r\n{{".encode())
                 time.sleep(0.1)
         deadline = time.monotonic() + 10
         while 'status="499"' not in httpx.get(f"{url}/metrics").text:
@@ -157,59 +161,61 @@ def test_an_upload_that_is_given_up_leaves_no_traceback(served, caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_requests_without_an_answer_are_told_when_the_server_ends(served, asked, tiny, monkeypatch):
-    """One in a long turn, one that waits, one whose body has not come; and one that is done in time."""
-    monkeypatch.setattr(serving, "SHUTDOWN_TIMEOUT_SECONDS", 2.0)
-    usual, busy = tiny.caption_batch, threading.Event()
+def test_shutdown_returns_503_to_unfinished_requests(start_server, make_body, captioner, monkeypatch):
+    """Cover a request in a long turn, a queued request and a request whose body is incomplete."""
+    monkeypatch.setattr(server_module, "SHUTDOWN_TIMEOUT_SECONDS", 2.0)
+    caption_batch, is_busy = captioner.caption_batch, threading.Event()
 
-    def answer(encoded, requests, task, **settings):
+    def caption_slowly(encoded, requests, task, **kwargs):
         if task == "recognition":
-            busy.set()
+            is_busy.set()
             time.sleep(6)
-        return usual(encoded, requests, task, **settings)
+        return caption_batch(encoded, requests, task, **kwargs)
 
-    monkeypatch.setattr(tiny, "caption_batch", answer)
-    url, told = served(ServerLimits(timeout=30)), {}
+    monkeypatch.setattr(captioner, "caption_batch", caption_slowly)
+    url, responses = start_server(ServerLimits(timeout=30)), {}
 
-    def ask(task):
-        got = httpx.post(f"{url}/v1/captions", json=asked(task=task), timeout=60)
-        told[task] = got.status_code, got.headers["content-type"], got.json()
+    def send_request(task):
+        response = httpx.post(f"{url}/v1/captions", json=make_body(task=task), timeout=60)
+        responses[task] = response.status_code, response.headers["content-type"], response.json()
 
-    threads = [threading.Thread(target=ask, args=(task,)) for task in ("recognition", "caption")]
+    threads = [threading.Thread(target=send_request, args=(task,)) for task in ("recognition", "caption")]
     threads[0].start()
-    assert busy.wait(60)
+    assert is_busy.wait(60)
     threads[1].start()
-    line = connect(url)
-    line.sendall(f"{HEAD}Content-Length: 1000\r\n\r\n{{".encode())
+    connection = connect(url)
+    connection.sendall(f"{REQUEST_HEAD}Content-Length: 1000\r\n\r\n{{".encode())
     time.sleep(0.5)
     start = time.monotonic()
-    served.stop()
-    assert time.monotonic() - start < 6 - 0.5, "it waits for nobody longer than its grace"
+    start_server.stop()
+    assert time.monotonic() - start < 6 - 0.5, "the shutdown does not wait beyond its timeout"
     for thread in threads:
         thread.join()
-    expected = 503, "application/json", CLOSING
-    assert told == {"recognition": expected, "caption": expected}
-    got = read_all(line)
-    assert b" 503 " in got
-    assert b"the server is shutting down" in got
+    expected = 503, "application/json", SHUTDOWN_ERROR
+    assert responses == {"recognition": expected, "caption": expected}
+    received = read_all(connection)
+    assert b" 503 " in received
+    assert b"the server is shutting down" in received
 
 
-def test_a_stream_is_told_when_the_server_ends(served, asked, tiny, monkeypatch):
-    monkeypatch.setattr(serving, "SHUTDOWN_TIMEOUT_SECONDS", 2.0)
-    usual = tiny.caption_batch
-    monkeypatch.setattr(tiny, "caption_batch", lambda *a, **b: (time.sleep(0.3), usual(*a, **b))[1])
-    url = served(max_regions_per_turn=1)
-    body = asked(prompts=[{"box": [0, 0, 50, 50]}] * 200, stream=True)
-    with httpx.stream("POST", f"{url}/v1/captions", json=body, timeout=60) as answer:
-        lines = answer.iter_lines()
-        first = next(lines)
-        stopping = threading.Thread(target=served.stop)
-        stopping.start()
-        rest = list(lines)
-        stopping.join()
-    assert (first, answer.status_code) == ("event: found", 200)
-    assert "event: region" in rest
-    assert [line for line in rest if line][-2:] == [
+def test_shutdown_ends_stream_with_an_error_event(start_server, make_body, captioner, monkeypatch):
+    monkeypatch.setattr(server_module, "SHUTDOWN_TIMEOUT_SECONDS", 2.0)
+    caption_batch = captioner.caption_batch
+    monkeypatch.setattr(
+        captioner, "caption_batch", lambda *args, **kwargs: (time.sleep(0.3), caption_batch(*args, **kwargs))[1]
+    )
+    url = start_server(max_regions_per_turn=1)
+    body = make_body(prompts=[{"box": [0, 0, 50, 50]}] * 200, stream=True)
+    with httpx.stream("POST", f"{url}/v1/captions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        first_line = next(lines)
+        stop_thread = threading.Thread(target=start_server.stop)
+        stop_thread.start()
+        remaining_lines = list(lines)
+        stop_thread.join()
+    assert (first_line, response.status_code) == ("event: captioning_started", 200)
+    assert "event: region" in remaining_lines
+    assert [line for line in remaining_lines if line][-2:] == [
         "event: error",
-        f"data: {json.dumps(CLOSING)}",
+        f"data: {json.dumps(SHUTDOWN_ERROR)}",
     ]

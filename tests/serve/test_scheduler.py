@@ -1,4 +1,4 @@
-"""Who asks at the same time is answered together, by the same words as alone."""
+"""Scheduler: concurrent requests are batched fairly and return the same captions as alone."""
 
 import threading
 import time
@@ -10,156 +10,158 @@ from sca_registry.spec import EverythingOptions
 
 import sca
 from sca.inference.automatic import SearchProgress, caption_everything
-from sca.serve import scheduler as module
-from sca.serve.feature_store import FeatureStore
-from sca.serve.scheduler import RequestScheduler
-from sca.serve.tickets import (
+from sca.serve import scheduler as scheduler_module
+from sca.serve.feature_cache import FeatureCache
+from sca.serve.inference_requests import (
+    CaptioningStarted,
     DeadlineExceededError,
     InferenceRequest,
     InsufficientMemoryError,
     QueueFullError,
-    RegionsFound,
     RequestDone,
     SchedulerClosedError,
     SchedulerError,
     UnsupportedRequestError,
 )
+from sca.serve.scheduler import RequestScheduler
 
 
 class Listener:
-    """What a ticket tells, and a wait for its end."""
+    """Event callback that records events and waits for the last one."""
 
     def __init__(self):
-        self.events, self.ended = [], threading.Event()
+        self.events, self.is_done = [], threading.Event()
 
     def __call__(self, event):
         self.events.append(event)
         if isinstance(event, RequestDone | SchedulerError):
-            self.ended.set()
+            self.is_done.set()
 
     @property
     def captions(self):
-        assert self.ended.wait(60)
+        assert self.is_done.wait(60)
         return [event for event in self.events if isinstance(event, Caption)]
 
 
-class Held:
-    """A captioner that waits until it is let go, and counts what it is asked."""
+class BlockingCaptioner:
+    """Captioner that waits until it is released, and records the batch sizes."""
 
     def __init__(self, captioner):
-        self.captioner, self.go, self.asked = captioner, threading.Event(), []
-        self.encoded, self.busy = 0, threading.Event()
+        self.captioner, self.release, self.batch_sizes = captioner, threading.Event(), []
+        self.num_encoded, self.is_busy = 0, threading.Event()
 
     def encode(self, images):
-        self.encoded += len(images)
+        self.num_encoded += len(images)
         return self.captioner.encode(images)
 
-    def caption_batch(self, encoded, requests, task, **settings):
-        self.busy.set()
-        self.go.wait(60)
-        self.asked.append([len(request) for request in requests])
-        return self.captioner.caption_batch(encoded, requests, task, **settings)
+    def caption_batch(self, encoded, requests, task, **kwargs):
+        self.is_busy.set()
+        self.release.wait(60)
+        self.batch_sizes.append([len(request) for request in requests])
+        return self.captioner.caption_batch(encoded, requests, task, **kwargs)
 
 
 @pytest.fixture
-def held(tiny):
-    held = Held(tiny)
-    yield held
-    held.go.set()
+def blocking_captioner(captioner):
+    blocking_captioner = BlockingCaptioner(captioner)
+    yield blocking_captioner
+    blocking_captioner.release.set()
 
 
-def occupy(scheduler, held, question):
-    """A question that is being answered; what is asked from now on waits."""
+def occupy(scheduler, blocking_captioner, request):
+    """Submit a request that blocks the worker; later requests wait in the queue."""
     listener = Listener()
-    scheduler.submit(question, listener)
-    assert held.busy.wait(60)
+    scheduler.submit(request, listener)
+    assert blocking_captioner.is_busy.wait(60)
     return listener
 
 
-def boxes(scene):
+def make_box_prompts(scene):
     return [Prompt(box=region.box) for region in scene.regions]
 
 
-def told(captions):
+def to_tuples(captions):
     return [(each.text, each.region_id, each.mask, each.box) for each in captions]
 
 
-def test_questions_that_wait_together_are_answered_together_as_if_each_was_alone(tiny, held, scene):
-    scheduler = RequestScheduler(held, max_regions_per_turn=64)
-    prompts = boxes(scene)
-    first = occupy(scheduler, held, InferenceRequest(scene.image, prompts))
+def test_scheduler_batches_queued_requests_without_changing_captions(captioner, blocking_captioner, scene):
+    scheduler = RequestScheduler(blocking_captioner, max_regions_per_turn=64)
+    prompts = make_box_prompts(scene)
+    first = occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, prompts))
     listeners = [Listener() for _ in range(5)]
-    pictures = [scene.image, scene.image.transpose(0)]
+    images = [scene.image, scene.image.transpose(0)]
     for number, listener in enumerate(listeners):
-        scheduler.submit(InferenceRequest(pictures[number % 2], prompts[: number + 1]), listener)
-    held.go.set()
+        scheduler.submit(InferenceRequest(images[number % 2], prompts[: number + 1]), listener)
+    blocking_captioner.release.set()
     for number, listener in enumerate(listeners):
-        assert told(listener.captions) == told(tiny.caption(pictures[number % 2], prompts[: number + 1]))
-    assert told(first.captions) == told(tiny.caption(scene.image, prompts))
-    assert held.asked[1:] == [[1, 2, 3, 4, min(5, len(prompts))]]
-    assert held.encoded == 2, "each picture once"
+        assert to_tuples(listener.captions) == to_tuples(captioner.caption(images[number % 2], prompts[: number + 1]))
+    assert to_tuples(first.captions) == to_tuples(captioner.caption(scene.image, prompts))
+    assert blocking_captioner.batch_sizes[1:] == [[1, 2, 3, 4, min(5, len(prompts))]]
+    assert blocking_captioner.num_encoded == 2, "each image is encoded once"
     scheduler.close()
 
 
-def test_a_long_question_does_not_keep_a_short_one_waiting(held, scene):
-    scheduler = RequestScheduler(held, max_regions_per_turn=4)
-    order, ended = [], [threading.Event(), threading.Event()]
+def test_scheduler_completes_short_request_during_a_long_one(blocking_captioner, scene):
+    scheduler = RequestScheduler(blocking_captioner, max_regions_per_turn=4)
+    event_order, done_events = [], [threading.Event(), threading.Event()]
 
-    def listen(number):
-        def tell(event):
-            order.append(number)
+    def make_listener(index):
+        def on_event(event):
+            event_order.append(index)
             if isinstance(event, RequestDone):
-                ended[number].set()
+                done_events[index].set()
 
-        return tell
+        return on_event
 
-    scheduler.submit(InferenceRequest(scene.image, boxes(scene) * 10), listen(0))
-    scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:2]), listen(1))
-    held.go.set()
-    assert all(each.wait(60) for each in ended)
-    assert len(order) - 1 - order[::-1].index(1) < len(order) / 2
-    assert max(sum(each) for each in held.asked) <= 4
+    scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene) * 10), make_listener(0))
+    scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:2]), make_listener(1))
+    blocking_captioner.release.set()
+    assert all(each.wait(60) for each in done_events)
+    assert len(event_order) - 1 - event_order[::-1].index(1) < len(event_order) / 2
+    assert max(sum(each) for each in blocking_captioner.batch_sizes) <= 4
     scheduler.close()
 
 
-def test_a_search_for_everything_does_not_keep_short_questions_waiting(tiny, scene, monkeypatch):
+@pytest.mark.slow
+def test_scheduler_completes_short_requests_during_a_search(captioner, scene, monkeypatch):
     monkeypatch.setattr("sca.serve.scheduler.SEARCH_SECONDS", 0.0)
-    scheduler, order = RequestScheduler(tiny), []
-    search, options = Listener(), EverythingOptions(**{**vars(tiny.everything), "points_per_side": 32})
+    scheduler, order = RequestScheduler(captioner), []
+    search, options = Listener(), EverythingOptions(**{**vars(captioner.everything), "points_per_side": 32})
     scheduler.submit(
         InferenceRequest(scene.image, everything=options), lambda event: (order.append("search"), search(event))
     )
     for number in range(5):
         short = Listener()
-        scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:1]), short)
+        scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:1]), short)
         assert short.captions
         order.append(number)
-    assert not search.ended.is_set()
-    assert "search" in order[: order.index(3)], "it goes on meanwhile"
-    assert told(search.captions) == told(alone(tiny, scene.image, options))
+    assert not search.is_done.is_set()
+    assert "search" in order[: order.index(3)], "the search continues between them"
+    assert to_tuples(search.captions) == to_tuples(caption_without_scheduler(captioner, scene.image, options))
     scheduler.close()
 
 
-def alone(captioner, image, options):
+def caption_without_scheduler(captioner, image, options):
     predictor = sca.Predictor(captioner)
     predictor.set_image(image)
     return caption_everything(predictor, options=options)
 
 
-def test_searches_take_turns_and_each_is_as_if_alone(tiny, scene):
-    scheduler = RequestScheduler(tiny)
-    options = EverythingOptions(**{**vars(tiny.everything), "points_per_side": 24})
+@pytest.mark.slow
+def test_concurrent_searches_return_the_same_captions_as_alone(captioner, scene):
+    scheduler = RequestScheduler(captioner)
+    options = EverythingOptions(**{**vars(captioner.everything), "points_per_side": 24})
     images = [scene.image, scene.image.transpose(0), scene.image.transpose(1)]
-    expected = [told(alone(tiny, image, options)) for image in images]
+    expected = [to_tuples(caption_without_scheduler(captioner, image, options)) for image in images]
     listeners = [Listener() for _ in images]
     for image, listener in zip(images, listeners, strict=True):
         scheduler.submit(InferenceRequest(image, everything=options), listener)
-    assert [told(listener.captions) for listener in listeners] == expected
+    assert [to_tuples(listener.captions) for listener in listeners] == expected
     scheduler.close()
 
 
-def test_a_search_that_finds_too_much_is_refused(tiny, scene):
-    scheduler, listener = RequestScheduler(tiny, max_found_regions=3), Listener()
+def test_scheduler_rejects_search_above_max_found_regions(captioner, scene):
+    scheduler, listener = RequestScheduler(captioner, max_found_regions=3), Listener()
     options = EverythingOptions(points_per_side=8, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0)
     scheduler.submit(InferenceRequest(scene.image, everything=options), listener)
     assert listener.captions == []
@@ -167,10 +169,10 @@ def test_a_search_that_finds_too_much_is_refused(tiny, scene):
     scheduler.close()
 
 
-def test_a_search_with_too_many_masks_is_refused(tiny, scene, monkeypatch):
-    assert module.MAX_CONCURRENT_SEARCHES * module.SEARCH_BYTES <= 512 * 2**20
-    monkeypatch.setattr(module, "SEARCH_BYTES", 2**16)
-    scheduler, listener = RequestScheduler(tiny), Listener()
+def test_scheduler_rejects_search_above_memory_limit(captioner, scene, monkeypatch):
+    assert scheduler_module.MAX_CONCURRENT_SEARCHES * scheduler_module.SEARCH_BYTES <= 512 * 2**20
+    monkeypatch.setattr(scheduler_module, "SEARCH_BYTES", 2**16)
+    scheduler, listener = RequestScheduler(captioner), Listener()
     scheduler.submit(
         InferenceRequest(
             scene.image,
@@ -183,244 +185,262 @@ def test_a_search_with_too_many_masks_is_refused(tiny, scene, monkeypatch):
     scheduler.close()
 
 
-def test_releasing_memory_does_not_block_the_scheduler(tiny, scene, monkeypatch):
-    releasing, go = threading.Event(), threading.Event()
-    monkeypatch.setattr(module, "release_memory", lambda: releasing.set() or go.wait(60))
-    scheduler, listener = RequestScheduler(tiny), Listener()
-    scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:1]), listener)
+def test_memory_release_does_not_block_the_scheduler(captioner, scene, monkeypatch):
+    is_releasing, proceed = threading.Event(), threading.Event()
+    monkeypatch.setattr(scheduler_module, "release_memory", lambda: is_releasing.set() or proceed.wait(60))
+    scheduler, listener = RequestScheduler(captioner), Listener()
+    scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:1]), listener)
     assert listener.captions
-    assert releasing.wait(30)
-    looking = threading.Thread(target=lambda: scheduler.num_queued, daemon=True)
-    looking.start()
-    looking.join(5)
-    waited = looking.is_alive()
-    go.set()
-    assert not waited
+    assert is_releasing.wait(30)
+    reader = threading.Thread(target=lambda: scheduler.num_queued_regions, daemon=True)
+    reader.start()
+    reader.join(5)
+    was_blocked = reader.is_alive()
+    proceed.set()
+    assert not was_blocked
     scheduler.close()
 
 
-def test_who_has_had_no_turn_alternates_with_others_and_clients_take_turns(held, scene):
-    """Each question has a kind of its own, so that each turn is of one."""
-    scheduler, order = RequestScheduler(held, max_regions_per_turn=1), []
-    prompts = boxes(scene)[:1]
+def test_scheduler_alternates_new_and_served_requests_and_clients(blocking_captioner, scene):
+    """Requests have different options, so that each turn has one request."""
+    scheduler, order = RequestScheduler(blocking_captioner, max_regions_per_turn=1), []
+    prompts = make_box_prompts(scene)[:1]
 
-    def ask(name, client, words, count=1):
-        question = InferenceRequest(
-            scene.image, prompts * count, generation={"max_new_tokens": words}, client_id=client
+    def submit(name, client_id, max_new_tokens, count=1):
+        request = InferenceRequest(
+            scene.image, prompts * count, generation={"max_new_tokens": max_new_tokens}, client_id=client_id
         )
-        scheduler.submit(question, lambda event: order.append(name) if isinstance(event, Caption) else None)
+        scheduler.submit(request, lambda event: order.append(name) if isinstance(event, Caption) else None)
 
-    occupy(scheduler, held, InferenceRequest(scene.image, prompts))
-    ask("long", "heavy", 4, count=4)
+    occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, prompts))
+    submit("long", "heavy", 4, count=4)
     for number in range(3):
-        ask(f"heavy {number}", "heavy", 5 + number)
-    ask("light", "light", 9)
-    held.go.set()
+        submit(f"heavy {number}", "heavy", 5 + number)
+    submit("light", "light", 9)
+    blocking_captioner.release.set()
     deadline = time.monotonic() + 60
-    while scheduler.num_queued and time.monotonic() < deadline:
+    while scheduler.num_queued_regions and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert order[:3] == ["long", "long", "light"], "after one new question of the other client"
-    news, longs = [[place for place, name in enumerate(order) if (name == "long") is kind] for kind in (False, True)]
-    assert all(later - before <= 2 for before, later in pairwise(news[1:]))
-    assert longs[1] < news[-1], "who has had a turn goes on meanwhile"
+    assert order[:3] == ["long", "long", "light"], "after one new request of the other client"
+    new_positions, long_positions = [
+        [position for position, name in enumerate(order) if (name == "long") is is_long] for is_long in (False, True)
+    ]
+    assert all(later - earlier <= 2 for earlier, later in pairwise(new_positions[1:]))
+    assert long_positions[1] < new_positions[-1], "requests that had a turn continue in between"
     scheduler.close()
 
 
 @pytest.mark.parametrize(
-    ("more", "sizes"),
+    ("options", "sizes"),
     [({}, [8]), ({"generation": {"num_beams": 4}}, [2] * 4), ({"generation": {"max_new_tokens": 80}}, [2] * 4)],
 )
-def test_regions_that_cost_more_are_fewer_in_a_turn(held, scene, more, sizes):
-    scheduler, listener = RequestScheduler(held, max_regions_per_turn=8), Listener()
-    held.go.set()
-    scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:1] * 8, **more), listener)
+def test_scheduler_captions_fewer_costly_regions_per_turn(blocking_captioner, scene, options, sizes):
+    scheduler, listener = RequestScheduler(blocking_captioner, max_regions_per_turn=8), Listener()
+    blocking_captioner.release.set()
+    scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:1] * 8, **options), listener)
     assert len(listener.captions) == 8
-    assert [sum(each) for each in held.asked] == sizes
+    assert [sum(each) for each in blocking_captioner.batch_sizes] == sizes
     scheduler.close()
 
 
-def test_points_and_large_masks_make_a_turn_shorter(held, scene):
-    scheduler, listeners = RequestScheduler(held, max_regions_per_turn=8), [Listener(), Listener()]
-    held.go.set()
-    many = Prompt(points=((3.0, 3.0, 1),) * 256)
-    scheduler.submit(InferenceRequest(scene.image, [many] * 3), listeners[0])
+def test_scheduler_shortens_turns_for_points_and_large_masks(blocking_captioner, scene):
+    scheduler, listeners = RequestScheduler(blocking_captioner, max_regions_per_turn=8), [Listener(), Listener()]
+    blocking_captioner.release.set()
+    many_points = Prompt(points=((3.0, 3.0, 1),) * 256)
+    scheduler.submit(InferenceRequest(scene.image, [many_points] * 3), listeners[0])
     assert len(listeners[0].captions) == 3
-    large = scene.image.resize((4096, 4096))
-    scheduler.submit(InferenceRequest(large, [Prompt(box=(0.0, 0.0, 9.0, 9.0))] * 4, return_masks=True), listeners[1])
+    large_image = scene.image.resize((4096, 4096))
+    scheduler.submit(
+        InferenceRequest(large_image, [Prompt(box=(0.0, 0.0, 9.0, 9.0))] * 4, return_masks=True), listeners[1]
+    )
     assert len(listeners[1].captions) == 4
-    assert [sum(each) for each in held.asked] == [1, 1, 1, 1, 1, 1, 1]
+    assert [sum(each) for each in blocking_captioner.batch_sizes] == [1, 1, 1, 1, 1, 1, 1]
     scheduler.close()
 
 
-def test_long_questions_leave_room_in_the_queue(held, scene):
-    scheduler = RequestScheduler(held, max_queue=200)
-    occupy(scheduler, held, InferenceRequest(scene.image, boxes(scene)[:1]))
-    scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:1] * 140), Listener())
+def test_long_requests_leave_room_in_the_queue(blocking_captioner, scene):
+    scheduler = RequestScheduler(blocking_captioner, max_queue=200)
+    occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1]))
+    scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:1] * 140), Listener())
     with pytest.raises(QueueFullError):
-        scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:1] * 65), Listener())
-    scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:1] * 50), Listener())
-    held.go.set()
+        scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:1] * 65), Listener())
+    scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:1] * 50), Listener())
+    blocking_captioner.release.set()
     scheduler.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_when_the_worker_dies_who_waits_is_told_and_nobody_is_let_in(held, scene, caplog):
-    def answer(*_, **__):
-        held.busy.set()
-        held.go.wait(60)
+def test_worker_crash_fails_queued_and_later_requests(blocking_captioner, scene, caplog):
+    def crash(*_, **__):
+        blocking_captioner.is_busy.set()
+        blocking_captioner.release.wait(60)
         raise SystemExit
 
-    held.caption_batch = answer
-    scheduler = RequestScheduler(held)
-    listeners = [occupy(scheduler, held, InferenceRequest(scene.image, boxes(scene))), Listener()]
-    scheduler.submit(InferenceRequest(scene.image, boxes(scene), task="recognition"), listeners[1])
-    held.go.set()
+    blocking_captioner.caption_batch = crash
+    scheduler = RequestScheduler(blocking_captioner)
+    listeners = [
+        occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene))),
+        Listener(),
+    ]
+    scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene), task="recognition"), listeners[1])
+    blocking_captioner.release.set()
     for listener in listeners:
         assert listener.captions == []
         assert isinstance(listener.events[-1], SchedulerClosedError)
-        assert "the model has stopped working; restart the server" in str(listener.events[-1])
+        assert "the worker thread of the model has crashed; restart the server" in str(listener.events[-1])
     assert (scheduler.accepts_requests, scheduler.state) == (False, "down")
     with pytest.raises(SchedulerClosedError, match="restart the server"):
-        scheduler.submit(InferenceRequest(scene.image, boxes(scene)), Listener())
+        scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)), Listener())
     assert "SystemExit" in caplog.text
     scheduler.close()
 
 
-def test_a_draining_scheduler_answers_who_waits_and_takes_no_more(held, scene):
-    scheduler = RequestScheduler(held)
-    listeners = [occupy(scheduler, held, InferenceRequest(scene.image, boxes(scene)[:1])), Listener()]
-    scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:2], task="recognition"), listeners[1])
+def test_draining_scheduler_completes_queued_requests_and_rejects_new_ones(blocking_captioner, scene):
+    scheduler = RequestScheduler(blocking_captioner)
+    listeners = [
+        occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1])),
+        Listener(),
+    ]
+    scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:2], task="recognition"), listeners[1])
     scheduler.drain(30)
     assert scheduler.state == "draining"
     with pytest.raises(SchedulerClosedError, match="shutting down"):
-        scheduler.submit(InferenceRequest(scene.image, boxes(scene)), Listener())
-    held.go.set()
+        scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)), Listener())
+    blocking_captioner.release.set()
     assert [len(listener.captions) for listener in listeners] == [1, 2]
     scheduler.close()
 
 
-def test_settings_that_differ_are_not_mixed(tiny, held, scene):
-    scheduler = RequestScheduler(held)
-    prompts = boxes(scene)
+def test_scheduler_does_not_batch_different_tasks(captioner, blocking_captioner, scene):
+    scheduler = RequestScheduler(blocking_captioner)
+    prompts = make_box_prompts(scene)
     listeners = {task: Listener() for task in ("caption", "recognition")}
-    occupy(scheduler, held, InferenceRequest(scene.image, prompts[:1]))
+    occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, prompts[:1]))
     for task, listener in listeners.items():
         scheduler.submit(InferenceRequest(scene.image, prompts, task=task), listener)
-    held.go.set()
+    blocking_captioner.release.set()
     for task, listener in listeners.items():
-        assert told(listener.captions) == told(tiny.caption(scene.image, prompts, task))
+        assert to_tuples(listener.captions) == to_tuples(captioner.caption(scene.image, prompts, task))
     scheduler.close()
 
 
-def test_everything_is_found_and_captioned_as_without_a_server(tiny, scheduler, scene):
-    listener, options = Listener(), EverythingOptions(**{**vars(tiny.everything), "points_per_side": 12})
+def test_everything_request_returns_the_same_captions_as_without_scheduler(captioner, scheduler, scene):
+    listener, options = Listener(), EverythingOptions(**{**vars(captioner.everything), "points_per_side": 12})
     scheduler.submit(InferenceRequest(scene.image, everything=options), listener)
     captions = listener.captions
-    assert told(captions) == told(alone(tiny, scene.image, options))
-    kinds = [type(event) for event in listener.events]
-    assert kinds[0] is SearchProgress
-    assert listener.events[kinds.index(RegionsFound)] == (len(captions),)
+    assert to_tuples(captions) == to_tuples(caption_without_scheduler(captioner, scene.image, options))
+    event_types = [type(event) for event in listener.events]
+    assert event_types[0] is SearchProgress
+    assert listener.events[event_types.index(CaptioningStarted)] == (len(captions),)
     assert listener.events[-1] == (len(captions),)
 
 
-def test_nothing_is_computed_for_who_has_left(held, scene):
-    scheduler = RequestScheduler(held)
-    occupy(scheduler, held, InferenceRequest(scene.image, boxes(scene)[:1]))
-    left = Listener()
-    scheduler.submit(InferenceRequest(scene.image, boxes(scene)), left).cancel()
+def test_scheduler_skips_cancelled_requests(blocking_captioner, scene):
+    scheduler = RequestScheduler(blocking_captioner)
+    occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1]))
+    cancelled = Listener()
+    scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)), cancelled).cancel()
     last = Listener()
-    scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:2]), last)
-    held.go.set()
+    scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:2]), last)
+    blocking_captioner.release.set()
     assert len(last.captions) == 2
-    assert sum(map(sum, held.asked)) == 3
-    assert left.events == []
-    assert scheduler.num_queued == 0
+    assert sum(map(sum, blocking_captioner.batch_sizes)) == 3
+    assert cancelled.events == []
+    assert scheduler.num_queued_regions == 0
     scheduler.close()
 
 
-def test_too_many_are_sent_away_and_late_ones_told(held, scene):
-    scheduler = RequestScheduler(held, max_queue=10)
+def test_scheduler_rejects_requests_above_max_queue_and_after_their_deadline(blocking_captioner, scene):
+    scheduler = RequestScheduler(blocking_captioner, max_queue=10)
     late = Listener()
-    first = occupy(scheduler, held, InferenceRequest(scene.image, boxes(scene)[:1] * 8))
-    scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:2], timeout=0.01), late)
-    with pytest.raises(QueueFullError, match="10 regions wait, and at most 10 may"):
-        scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:1]), Listener())
+    first = occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1] * 8))
+    scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:2], timeout=0.01), late)
+    with pytest.raises(QueueFullError, match=r"the queue is full \(10 of 10 regions\)"):
+        scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:1]), Listener())
     time.sleep(0.1)
-    held.go.set()
+    blocking_captioner.release.set()
     assert late.captions == []
     assert isinstance(late.events[-1], DeadlineExceededError)
     assert len(first.captions) == 8
     scheduler.close()
 
 
-def test_what_fails_by_itself_does_not_keep_others_from_an_answer(tiny, held, scene, caplog):
-    def answer(encoded, requests, task, **settings):
-        held.busy.set()
-        held.go.wait(60)
+def test_failed_request_does_not_fail_others_in_its_turn(captioner, blocking_captioner, scene, caplog):
+    def caption_or_fail(encoded, requests, task, **kwargs):
+        blocking_captioner.is_busy.set()
+        blocking_captioner.release.wait(60)
         if any(prompt.points for request in requests for prompt in request):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
         if any(len(request) == 3 for request in requests):
             raise RuntimeError("a defect")
         if any(len(request) == 2 for request in requests):
-            raise ValueError("it cannot be said")
-        return tiny.caption_batch(encoded, requests, task, **settings)
+            raise ValueError("unsupported")
+        return captioner.caption_batch(encoded, requests, task, **kwargs)
 
-    held.caption_batch = answer
-    scheduler = RequestScheduler(held)
-    one = boxes(scene)[:1]
-    listeners = [occupy(scheduler, held, InferenceRequest(scene.image, one)), *(Listener() for _ in range(4))]
-    for listener, prompts in zip(listeners[1:], (one, [Prompt(points=((3, 3, 1),))], one * 3, one * 2), strict=True):
+    blocking_captioner.caption_batch = caption_or_fail
+    scheduler = RequestScheduler(blocking_captioner)
+    one_prompt = make_box_prompts(scene)[:1]
+    listeners = [
+        occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, one_prompt)),
+        *(Listener() for _ in range(4)),
+    ]
+    for listener, prompts in zip(
+        listeners[1:], (one_prompt, [Prompt(points=((3, 3, 1),))], one_prompt * 3, one_prompt * 2), strict=True
+    ):
         scheduler.submit(InferenceRequest(scene.image, prompts), listener)
-    held.go.set()
+    blocking_captioner.release.set()
     assert [len(listener.captions) for listener in listeners] == [1, 1, 0, 0, 0]
-    kinds = [type(listener.events[-1]) for listener in listeners]
-    assert kinds == [RequestDone, RequestDone, InsufficientMemoryError, SchedulerError, UnsupportedRequestError]
+    event_types = [type(listener.events[-1]) for listener in listeners]
+    assert event_types == [RequestDone, RequestDone, InsufficientMemoryError, SchedulerError, UnsupportedRequestError]
     assert "a defect" not in str(listeners[3].events[-1])
     assert "a defect" in caplog.text
     scheduler.close()
 
 
-def test_a_closed_scheduler_tells_who_waits_and_takes_no_more(held, scene):
-    scheduler = RequestScheduler(held)
-    listeners = [occupy(scheduler, held, InferenceRequest(scene.image, boxes(scene)[:1])), Listener()]
-    scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:1], task="recognition"), listeners[1])
-    closing = threading.Thread(target=scheduler.close)
-    closing.start()
-    held.go.set()
-    closing.join()
+def test_closed_scheduler_fails_queued_requests_and_rejects_new_ones(blocking_captioner, scene):
+    scheduler = RequestScheduler(blocking_captioner)
+    listeners = [
+        occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1])),
+        Listener(),
+    ]
+    scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:1], task="recognition"), listeners[1])
+    close_thread = threading.Thread(target=scheduler.close)
+    close_thread.start()
+    blocking_captioner.release.set()
+    close_thread.join()
     assert len(listeners[0].captions) == 1
     assert isinstance(listeners[1].events[-1], SchedulerClosedError)
     with pytest.raises(SchedulerClosedError):
-        scheduler.submit(InferenceRequest(scene.image, boxes(scene)), Listener())
+        scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)), Listener())
     assert not scheduler.accepts_requests
 
 
-def test_kept_features_are_bounded(tiny, scene):
-    encoded = tiny.encode([scene.image])
+def test_feature_cache_evicts_least_recently_used_images(captioner, scene):
+    encoded = captioner.encode([scene.image])
     size = encoded.features.nbytes
-    store = FeatureStore(2 * size + 1)
+    cache = FeatureCache(2 * size + 1)
     for name in "abc":
-        store.put(name, encoded)
-    assert store.get("a") is None
-    assert store.get("b") is encoded
-    store.put("d", encoded)
-    assert store.get("c") is None, "the one that was not asked for"
-    assert store.get("b") is encoded
-    assert store.stored_bytes == 2 * size
-    FeatureStore(0).put("a", encoded)
+        cache.put(name, encoded)
+    assert cache.get("a") is None
+    assert cache.get("b") is encoded
+    cache.put("d", encoded)
+    assert cache.get("c") is None, "the least recently used one"
+    assert cache.get("b") is encoded
+    assert cache.cached_bytes == 2 * size
+    FeatureCache(0).put("a", encoded)
 
 
-def test_a_scheduler_keeps_no_images(tiny, scene):
-    scheduler, listener = RequestScheduler(tiny), Listener()
-    scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:1]), listener)
+def test_feature_cache_of_scheduler_contains_no_images(captioner, scene):
+    scheduler, listener = RequestScheduler(captioner), Listener()
+    scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:1]), listener)
     assert listener.captions
-    (kept,) = scheduler.feature_store._encoded_by_digest.values()
-    assert kept.images == ()
+    (cached,) = scheduler.feature_cache._encoded_by_digest.values()
+    assert cached.images == ()
     scheduler.close()
 
 
-def test_what_regions_are_not_found_by_cannot_be_asked_for_everything(held, scene):
-    scheduler = RequestScheduler(held)
-    with pytest.raises(UnsupportedRequestError, match="give prompts"):
+def test_scheduler_rejects_everything_request_for_unsupported_captioner(blocking_captioner, scene):
+    scheduler = RequestScheduler(blocking_captioner)
+    with pytest.raises(UnsupportedRequestError, match="send prompts"):
         scheduler.submit(InferenceRequest(scene.image, everything=EverythingOptions()), Listener())
     scheduler.close()

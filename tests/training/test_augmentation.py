@@ -15,7 +15,7 @@ from sca.training.augmentation import PADDING_COLOR, Augmentation, crop_region, 
 
 @st.composite
 def samples(draw):
-    """A grey picture with one to three rectangles, each of its own brightness, that do not overlap."""
+    """A gray picture with one to three rectangles, each of its own brightness, that do not overlap."""
     width, height = draw(st.integers(12, 60)), draw(st.integers(6, 40))
     pixels = np.zeros((height, width, 3), np.uint8)
     count = draw(st.integers(1, 3))
@@ -73,7 +73,7 @@ def test_words_keep_their_capitals_and_text_among_the_attributes_changes_too():
 
 def test_the_places_that_phrases_of_a_flipped_scene_state_are_true():
     stated = 0
-    for sample in Scenes("train", count=20, size=64, seed=2):
+    for sample in Scenes("train", num_images=20, image_size=64, seed=2):
         _, regions = flip_horizontally(sample.image, list(sample.regions))
         places = []
         for region in regions:
@@ -97,7 +97,7 @@ def test_a_region_without_a_mask_is_dropped_by_what_is_left_of_its_box():
 
 
 def test_nothing_asked_for_changes_nothing():
-    sample = Scenes("train", count=1, size=64)[0]
+    sample = Scenes("train", num_images=1, image_size=64)[0]
     plain = Augmentation(flip=0.0, crop=1.0, color=0.0)(sample, np.random.default_rng(0))
     assert np.array_equal(plain.image, sample.image)
     assert plain.regions == sample.regions
@@ -105,7 +105,7 @@ def test_nothing_asked_for_changes_nothing():
 
 @pytest.mark.parametrize("color", [0.3, 0.9])
 def test_colors_stray_and_regions_stay(color):
-    sample = Scenes("train", count=1, size=64)[0]
+    sample = Scenes("train", num_images=1, image_size=64)[0]
     changed = Augmentation(flip=0.0, color=color)(sample, np.random.default_rng(0))
     assert changed.image.size == sample.image.size
     assert not np.array_equal(changed.image, sample.image)
@@ -171,7 +171,7 @@ def test_a_crop_and_jitter_together_keep_no_region_that_lost_most_of_its_area(ma
 
 
 def test_padding_is_at_the_right_and_below_whatever_else_happens():
-    sample = Scenes("train", count=1, size=64)[0]
+    sample = Scenes("train", num_images=1, image_size=64)[0]
     for seed in range(10):
         changed = Augmentation(flip=0.5, color=0.5, scale=(0.5, 0.5))(sample, np.random.default_rng(seed))
         pixels = np.asarray(changed.image)

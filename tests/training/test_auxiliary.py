@@ -5,19 +5,19 @@ import math
 import pytest
 import torch
 from sca_registry import RegistryError
-from sca_registry.contracts import Batch, PromptBatch, Targets
+from sca_registry.contracts import Batch, MaskTargets, PromptBatch
 from torch.nn import functional as F
 
 from sca.data.scenes import Scenes
 from sca.training.auxiliary_losses import UNKNOWN_LABEL, AttributeHead, AttributeValues, pool_ground_truth_features
 from sca.training.module import TrainingModule
 
-OWN = {"color": ("red", "blue"), "form": ("circle", "square", "star")}
+OWN = {"color": ("red", "blue"), "shape": ("circle", "square", "star")}
 ATTRIBUTES = AttributeValues(OWN, {"relation": ("above", "below")})
 
 
 def labels(colors, forms):
-    return {"color": torch.tensor(colors), "form": torch.tensor(forms)}
+    return {"color": torch.tensor(colors), "shape": torch.tensor(forms)}
 
 
 def test_each_attribute_adds_its_cross_entropy_and_an_unknown_one_adds_nothing():
@@ -26,7 +26,7 @@ def test_each_attribute_adds_its_cross_entropy_and_an_unknown_one_adds_nothing()
     known = labels([0, 1, UNKNOWN_LABEL], [2, UNKNOWN_LABEL, UNKNOWN_LABEL])
     colors, forms = (head.heads[name](vectors.flatten(1)) for name in OWN)
     by_hand = F.cross_entropy(colors[:1], known["color"][:1]) + F.cross_entropy(colors[1:2], known["color"][1:2])
-    by_hand += F.cross_entropy(forms[:1], known["form"][:1])
+    by_hand += F.cross_entropy(forms[:1], known["shape"][:1])
     assert head(vectors, known).item() == pytest.approx(by_hand.item() / 3, rel=1e-5)
 
 
@@ -41,8 +41,8 @@ def batch():
         task_ids=torch.tensor([1, 1]),
         input_ids=torch.tensor([[5, 6], [7, 8]]),
         attention_mask=torch.ones(2, 2, dtype=torch.long),
-        targets=Targets(masks, torch.ones(2, 32, 32, dtype=torch.bool), torch.tensor([True, True])),
-        extra=labels([0, 1], [2, 0]),
+        targets=MaskTargets(masks, torch.ones(2, 32, 32, dtype=torch.bool), torch.tensor([True, True])),
+        auxiliary_targets=labels([0, 1], [2, 0]),
     )
 
 
@@ -69,8 +69,8 @@ def test_auxiliary_losses_are_weighted_into_the_loss_and_reach_what_they_shape(s
 def test_a_region_is_not_asked_to_show_what_is_about_another_one(small):
     attributes = AttributeValues.from_datasets([Scenes("val"), Scenes("val")])
     training_module = TrainingModule(small(), {"features": 1.0, "attributes": 1.0}, attributes)
-    assert training_module.heads["features"].heads.keys() == {"color", "form", "size", "texture"}
-    assert training_module.heads["attributes"].heads.keys() == Scenes.attributes.keys()
+    assert training_module.heads["features"].heads.keys() == {"color", "shape", "size", "texture"}
+    assert training_module.heads["attributes"].heads.keys() == Scenes.attribute_values.keys()
 
 
 def test_attributes_that_the_data_does_not_have_cannot_be_named(small):

@@ -25,7 +25,7 @@ def tokenizer():
 @pytest.fixture
 def stream(tokenizer):
     def make(drawing=None, length=40, seed=0, dataset=None, **more):
-        dataset = dataset if dataset is not None else Scenes("train", count=8, size=64)
+        dataset = dataset if dataset is not None else Scenes("train", num_images=8, image_size=64)
         processor = Processor(ImageFormat(size=64), 8)
         return ExampleStream(dataset, processor, tokenizer, drawing or SamplingOptions(), length, seed, **more)
 
@@ -62,7 +62,7 @@ def test_every_epoch_has_every_image_once_in_an_order_of_its_own(stream):
 
 def test_words_masks_boxes_and_points_of_a_row_belong_to_one_region(stream, tokenizer):
     """Every row's phrase is one of the phrases of the region whose box it has, and its point lies in that region."""
-    dataset = Scenes("train", count=8, size=64)
+    dataset = Scenes("train", num_images=8, image_size=64)
     by_pixels = {
         Processor(ImageFormat(size=64), 8).preprocess_images([sample.image]).numpy().tobytes(): sample
         for sample in dataset
@@ -101,7 +101,7 @@ def test_names_come_first_then_plain_phrases_then_the_telling_ones(stream, token
 
 
 def test_a_region_teaches_as_many_texts_as_are_drawn_and_none_twice(stream, tokenizer):
-    dataset = Scenes("train", count=8, size=64)
+    dataset = Scenes("train", num_images=8, image_size=64)
     several = [
         stream(SamplingOptions(captions_per_region=9, class_name_prob=0.3), dataset=dataset)[place]
         for place in range(8)
@@ -123,6 +123,7 @@ def test_a_region_teaches_as_many_texts_as_are_drawn_and_none_twice(stream, toke
     assert all(told[row] <= regions[tuple(box)] for row, box in enumerate(batch.prompts.boxes.tolist()))
 
 
+@pytest.mark.slow
 def test_shares_are_kept(stream):
     examples = [stream(VARIED, length=300)[place] for place in range(300)]
     tasks = torch.cat([example.task_ids for example in examples]).float()
@@ -154,7 +155,7 @@ def test_no_more_regions_and_words_than_asked_for(stream, tokenizer):
 
 
 def test_attributes_are_labeled_by_their_place_in_the_list(stream):
-    dataset = Scenes("train", count=8, size=64)
+    dataset = Scenes("train", num_images=8, image_size=64)
     example = stream(dataset=dataset, attributes={"color": COLORS, "name": ("square",), "mood": ("sad",)})[0]
     assert ((example.labels["color"] >= 0) & (example.labels["color"] < len(COLORS))).all()
     assert set(example.labels["name"].tolist()) <= {0, -100}
@@ -173,8 +174,8 @@ def test_a_region_without_a_mask_is_pointed_at_inside_its_box_and_teaches_no_mas
 
 
 def test_a_mixture_draws_each_stream_in_proportion_and_in_its_own_order(stream):
-    first = stream(length=750, dataset=Scenes("train", count=8, size=64))
-    second = stream(length=250, dataset=Scenes("val", count=8, size=64))
+    first = stream(length=750, dataset=Scenes("train", num_images=8, image_size=64))
+    second = stream(length=250, dataset=Scenes("val", num_images=8, image_size=64))
     mixture = ExampleMixture([first, second], [3, 1], 1000, seed=4)
     again = ExampleMixture([first, second], [3, 1], 1000, seed=4)
     assert len(mixture) == 1000

@@ -16,7 +16,7 @@ def plan(small_table):
     def make(model=None, scenes=None, **options):
         table = {
             "model": {**small_table, "trainable": ["mixer", "projection", "task_tokens"], **(model or {})},
-            "data": {"scenes": {"name": "scenes", "count": 9, "size": 64, **(scenes or {})}},
+            "data": {"scenes": {"name": "scenes", "num_images": 9, "image_size": 64, **(scenes or {})}},
             "train": {
                 "steps": 6,
                 "batch_size": 2,
@@ -42,6 +42,7 @@ def counted(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_a_picture_is_encoded_once_for_all_epochs_and_mixers_and_the_weights_are_alike(plan, tmp_path, monkeypatch):
     plain = train(plan(), tmp_path / "plain", quiet=True)
     seen = counted(monkeypatch)
@@ -55,6 +56,7 @@ def test_a_picture_is_encoded_once_for_all_epochs_and_mixers_and_the_weights_are
     assert len(seen) == 18  # another encoder has features of its own
 
 
+@pytest.mark.slow
 def test_only_pictures_that_are_drawn_are_encoded(plan, tmp_path, monkeypatch):
     seen = counted(monkeypatch)
     train(plan(steps=2, cache_features=str(tmp_path / "kept")), tmp_path / "run", quiet=True)

@@ -14,7 +14,9 @@ from sca.training.examples import ExampleStream, collate_examples
 from sca.training.recipe import Recipe, SamplingOptions
 from sca.training.train import train
 
-SCENES = Scenes("train", count=16, size=64, seed=3)
+pytestmark = pytest.mark.slow
+
+SCENES = Scenes("train", num_images=16, image_size=64, seed=3)
 WORD_LOSS = 0.2  # nats a word, without smoothing: the likeliest word is right nearly always
 MASK_IOU = 0.85
 TABLE = {

@@ -15,12 +15,13 @@ LINE = r"step [12]/2  loss \S+ \(caption \S+, mask \S+, iou \S+\)  learning rate
 def plan(small_table):
     def make(**tables):
         train = {"steps": 2, "batch_size": 1, "warmup_steps": 0, "save_steps": 2}
-        data = {"scenes": {"name": "scenes", "count": 2, "size": 64}}
+        data = {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}}
         return Recipe.from_dict("tiny", {"model": small_table, "data": data, "train": train, **tables})
 
     return make
 
 
+@pytest.mark.slow
 def test_training_log_writes_one_line_per_step(plan, tmp_path, capfd):
     train(plan(validate={"every": 2, "limit": 1}), tmp_path)
     out, err = capfd.readouterr()
@@ -36,6 +37,7 @@ def test_training_log_writes_one_line_per_step(plan, tmp_path, capfd):
     assert "\r" not in err  # no progress bar where there is no terminal
 
 
+@pytest.mark.slow
 def test_quiet_training_writes_nothing(plan, tmp_path, capfd):
     train(plan(validate={"every": 2, "limit": 1}), tmp_path, quiet=True)
     assert capfd.readouterr() == ("", "")

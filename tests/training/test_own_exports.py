@@ -17,7 +17,7 @@ STEPS = 300
 def annotated():
     """Images with regions, as (image, [(x1, y1, x2, y2, caption)]): forms have names that the model has not learned."""
     found = []
-    for sample in Scenes("train", count=IMAGES, size=128, seed=11):
+    for sample in Scenes("train", num_images=IMAGES, image_size=128, seed=11):
         regions = [(*region.box, f"a {WORDS.get(region.name, region.name)}") for region in sample.regions]
         found.append((sample.image, regions))
     return found

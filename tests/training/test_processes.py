@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 [model]
 encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, \
@@ -25,8 +27,8 @@ task_tokens = 2
 lora = { rank = 2 }
 [data.scenes]
 name = "scenes"
-count = 40
-size = 64
+num_images = 40
+image_size = 64
 [train]
 steps = 50
 batch_size = 8

@@ -8,18 +8,26 @@ from sca_registry import RegistryError
 import sca
 from sca.training.recipe import Recipe
 
-FEW = ["train.steps=1", "train.batch_size=2", "data.scenes.size=64", "data.scenes.count=2", "train.report_to=none"]
+FEW = [
+    "train.steps=1",
+    "train.batch_size=2",
+    "data.scenes.image_size=64",
+    "data.scenes.num_images=2",
+    "train.report_to=none",
+]
 
 
+@pytest.mark.slow
 def test_train_takes_a_recipe_by_name_and_evaluate_the_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = sca.train("sca-tiny", changes=FEW, quiet=True)
     assert isinstance(model, sca.SegmentCaptioner)
     assert Path("runs/sca-tiny/model/weights.safetensors").is_file()
-    report = sca.evaluate(model, {"name": "scenes", "count": 2, "size": 64}, metrics=["class"])
+    report = sca.evaluate(model, {"name": "scenes", "num_images": 2, "image_size": 64}, metrics=["class"])
     assert 0 <= report.scores["class/mean"] <= 1
 
 
+@pytest.mark.slow
 def test_train_takes_a_file_or_a_recipe_and_changes(tmp_path):
     (tmp_path / "mine.toml").write_text('model = "sca-tiny"\n[data.scenes]\nname = "scenes"\nsize = 64\ncount = 2\n')
     few = [*FEW[:2], "train.report_to=none"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 from sca_registry import RegistryError
 from sca_registry.compatibility import check_compatible
-from sca_registry.spec import Part
+from sca_registry.spec import ComponentSpec
 
 import sca
 from sca.training.augmentation import Augmentation
@@ -53,12 +53,12 @@ def test_a_recipe_goes_on_from_a_model_and_learns_from_a_path(tmp_path):
 
 def test_overrides_reach_every_table_and_do_not_change_the_recipe():
     plain = Recipe.read("sca-tiny")
-    changes = ["train.steps=7", "mixer.depth=1", "loss.mask=0.5", "data.scenes.count=16", "train.prompts.box=0.2"]
+    changes = ["train.steps=7", "mixer.depth=1", "loss.mask=0.5", "data.scenes.num_images=16", "train.prompts.box=0.2"]
     changed = Recipe.read("sca-tiny", changes)
     assert changed.train.steps == 7
     assert changed.model.mixer.options["depth"] == 1
     assert changed.loss["mask"] == 0.5
-    assert changed.data["scenes"].dataset.options == {"count": 16}
+    assert changed.data["scenes"].dataset.options == {"num_images": 16}
     assert changed.train.prompts["box"] == 0.2
     assert Recipe.read("sca-tiny", ["train.prompts={point=1}"]).train.prompts == {"point": 1}
     assert Recipe.read("sca-tiny") == plain
@@ -82,16 +82,16 @@ def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
     ("change", "message"),
     [
         ("train.step=7", "train has no 'step'.*Did you mean 'steps'"),
-        ("train.steps=many", "train.steps is 'many'; give a whole number"),
-        ("train.steps=1.5", "train.steps is 1.5; give a whole number"),
-        ("train.steps=0", "train.steps is 0; give a whole number, 1 or more"),
+        ("train.steps=many", "train.steps is 'many'; give an integer"),
+        ("train.steps=1.5", "train.steps is 1.5; give an integer"),
+        ("train.steps=0", "train.steps is 0; give an integer of at least 1"),
         ("train.batch_size=-4", "train.batch_size is -4"),
         ("train.learning_rate=fast", "train.learning_rate is 'fast'; give a number"),
         ("train.warmup_steps=true", "train.warmup_steps is True"),
         ("train.prompts={circle=1.0}", "train.prompts has no 'circle'"),
         ("train.prompts={box=0}", "none of them ever is"),
         ("train.prompts.box=-1", "train.prompts.box is -1"),
-        ("train.precision=fp16", "train.precision is 'fp16'.*There are: float32"),
+        ("train.precision=fp16", "train.precision is 'fp16'.*Choose from: float32"),
         ("train.longest_caption_prob=2", "train.longest_caption_prob is 2; give a number from 0 to 1"),
         ("data.scenes.weight=0", "data.scenes.weight is 0; give a number above 0"),
         ("data.scenes.weight=much", "data.scenes.weight is 'much'; give a number"),
@@ -99,7 +99,7 @@ def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
         ("data.scenes.augment={flip=2}", "data.scenes.augment.flip is 2; give a number from 0 to 1"),
         ("loss.masks=1", "loss has no 'masks'.*Did you mean 'mask'"),
         ("loss.mask=much", "loss.mask is 'much'; give a number"),
-        ("mixer.depth", "does not set anything"),
+        ("mixer.depth", "is not an assignment"),
         ("trian.steps=7", "no 'trian' to set"),
         ("task_tokens=-1", "task_tokens is -1"),
     ],
@@ -146,16 +146,17 @@ WRONG = {  # of each type some values that are of another one
 }
 WANTED = {
     bool: "give true or false",
-    int: "give a whole number",
+    int: "give an integer",
     float: "give a number",
-    str: "give text|There are: ",
+    str: "give text|Choose from: ",
     dict: "give a table",
     list: "give a list",
 }
 DEFAULTS = {"train": vars(TrainOptions()), "validate": vars(ValidationOptions()), "loss": DEFAULT_LOSS_WEIGHTS}
 FIELDS = [(section, name, default) for section, table in DEFAULTS.items() for name, default in table.items()]
 FIELDS += [
-    ("data.scenes", name, vars(DataSource(Part("scenes")))[name]) for name in ("split", "weight", "phrases", "names")
+    ("data.scenes", name, vars(DataSource(ComponentSpec("scenes")))[name])
+    for name in ("split", "weight", "phrases", "names")
 ]
 FIELDS += [("data.scenes.augment", name, default) for name, default in vars(Augmentation()).items()]
 
@@ -204,7 +205,7 @@ def test_recipe_rejects_negative_and_infinite_numbers_in_any_field(small_table, 
 def test_recipe_rejects_a_seed_that_numpy_does_not_take(small_table):
     table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}}
     assert Recipe.from_dict("mine", table | {"train": {"seed": MAX_SEED}}).train.seed == MAX_SEED
-    with pytest.raises(RegistryError, match=r"train\.seed is 4294967296; give a whole number from 0 to 4294967295"):
+    with pytest.raises(RegistryError, match=r"train\.seed is 4294967296; give an integer from 0 to 4294967295"):
         Recipe.from_dict("mine", table | {"train": {"seed": MAX_SEED + 1}})
 
 
@@ -228,16 +229,16 @@ def test_recipe_model_table_replaces_a_name(tmp_path):
     written = 'model={encoder="tiny-vit", mixer="query", language_model="tiny-gpt2"}'
     for name in ("own-data", "sca-tiny"):
         recipe = Recipe.read(name, [f"data='{tmp_path}'", written, "mixer.depth=1"])
-        assert recipe.model.mixer == Part("query", {"depth": 1})
+        assert recipe.model.mixer == ComponentSpec("query", {"depth": 1})
     for wrong in ('model={encoder="tiny-vit"}', "model=[1]"):
         with pytest.raises(RegistryError, match=r"the mixer is None|model of the recipe own-data is"):
             Recipe.read("own-data", [f"data='{tmp_path}'", wrong])
 
 
 def test_recipe_takes_whole_tables_as_assignments(tmp_path):
-    written = ['data={x={name="scenes", count=3}}', "train={steps=7}", "train.batch_size=2", "loss={mask=0.5}"]
+    written = ['data={x={name="scenes", num_images=3}}', "train={steps=7}", "train.batch_size=2", "loss={mask=0.5}"]
     recipe = Recipe.read("sca-tiny", written)
-    assert recipe.data == {"x": DataSource(Part("scenes", {"count": 3}))}
+    assert recipe.data == {"x": DataSource(ComponentSpec("scenes", {"num_images": 3}))}
     assert recipe.train == TrainOptions(steps=7, batch_size=2)
     assert recipe.loss == DEFAULT_LOSS_WEIGHTS | {"mask": 0.5}
     with pytest.raises(RegistryError, match=r"a recipe's \[train\] has no 'stps'\. Did you mean 'steps'"):
@@ -245,12 +246,16 @@ def test_recipe_takes_whole_tables_as_assignments(tmp_path):
 
 
 def test_recipe_takes_every_field_of_validate_as_an_assignment(small_table):
-    table = {"model": small_table, "data": {"a": {"name": "scenes", "count": 9}}, "validate": {"every": 3}}
+    table = {"model": small_table, "data": {"a": {"name": "scenes", "num_images": 9}}, "validate": {"every": 3}}
     assigned = ['validate.best=["rouge-l"]', 'validate.metrics=["rouge-l"]', "validate.limit=4", "validate.prompt=mask"]
-    found = Recipe.from_dict("mine", table, [*assigned, "validate.dataset.size=64", "data.a.count=8"]).validate
-    dataset = {"name": "scenes", "count": 8, "size": 64}
+    found = Recipe.from_dict(
+        "mine", table, [*assigned, "validate.dataset.image_size=64", "data.a.num_images=8"]
+    ).validate
+    dataset = {"name": "scenes", "num_images": 8, "image_size": 64}
     assert found == ValidationOptions(3, dataset, limit=4, prompt="mask", metrics=("rouge-l",), best=("rouge-l",))
-    with pytest.raises(RegistryError, match=r"validate has no 'bst'\. Did you mean 'best'\? There are: every, dataset"):
+    with pytest.raises(
+        RegistryError, match=r"validate has no 'bst'\. Did you mean 'best'\? Choose from: every, dataset"
+    ):
         Recipe.from_dict("mine", table, ["validate.bst=3"])
     with pytest.raises(RegistryError, match=r"no 'valdate' to set\. Did you mean 'validate'"):
         Recipe.from_dict("mine", table, ["valdate.best=3"])
@@ -319,7 +324,7 @@ def test_open_sources_rejects_a_dataset_without_usable_images(small_table, tmp_p
         open_training_datasets(recipe)
 
 
-DATA = {"data": {"scenes": {"name": "scenes", "count": 2, "size": 64}}}
+DATA = {"data": {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}}}
 LARGE = {"encoder": "sam-vit-h", "mixer": "query", "language_model": "mistral-7b", "lora": 4}
 
 

@@ -22,8 +22,8 @@ def plan(small_table):
         table = {
             "model": small_table,
             "data": {
-                "scenes": {"name": "scenes", "count": 9, "size": 64, "augment": {"crop": 0.8, "color": 0.2}},
-                "more": {"name": "scenes", "count": 5, "size": 64, "seed": 7, "weight": 0.5},
+                "scenes": {"name": "scenes", "num_images": 9, "image_size": 64, "augment": {"crop": 0.8, "color": 0.2}},
+                "more": {"name": "scenes", "num_images": 5, "image_size": 64, "seed": 7, "weight": 0.5},
             },
             "train": {
                 "steps": 6,
@@ -64,6 +64,7 @@ def folders(folder):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights_to_the_last_bit(plan, tmp_path, monkeypatch, accumulate):
     recipe = plan(gradient_accumulation_steps=accumulate)
     straight = train(recipe, tmp_path / "straight", quiet=True)
@@ -86,6 +87,7 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_last_bit(plan, tmp_path
     assert folders(tmp_path / "stopped") == ["checkpoint-6", "model"]
 
 
+@pytest.mark.slow
 def test_without_resume_a_run_starts_from_nothing(plan, tmp_path):
     first = train(plan(steps=2), tmp_path, quiet=True)
     again = train(plan(steps=2), tmp_path, resume=False, quiet=True)
@@ -93,6 +95,7 @@ def test_without_resume_a_run_starts_from_nothing(plan, tmp_path):
     assert not same(first, train(plan(steps=2, seed=1), tmp_path, quiet=True, overwrite=True))
 
 
+@pytest.mark.slow
 def test_a_run_can_start_from_a_checkpoint(plan, small, small_table, tmp_path):
     from sca.checkpoints.native import save
 
@@ -119,6 +122,7 @@ def test_a_budget_that_cannot_be_shared_out_is_refused(plan, tmp_path):
         train(plan(max_regions_per_step=1, gradient_accumulation_steps=2), tmp_path, quiet=True)
 
 
+@pytest.mark.slow
 def test_examples_come_in_the_order_of_the_stream(plan, tmp_path, monkeypatch):
     places, take = [], ExampleMixture.__getitem__
     monkeypatch.setattr(ExampleMixture, "__getitem__", lambda self, place: (places.append(place), take(self, place))[1])

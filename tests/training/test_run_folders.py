@@ -11,13 +11,15 @@ from sca.io.run_folder import RunFolder
 from sca.training.recipe import Recipe
 from sca.training.train import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def plan(small_table):
     def make(name="tiny", **options):
         table = {
             "model": small_table,
-            "data": {"scenes": {"name": "scenes", "count": 2, "size": 64}},
+            "data": {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}},
             "train": {"steps": 1, "batch_size": 1, "warmup_steps": 0, "save_steps": 1, **options},
         }
         return Recipe.from_dict(name, table)
@@ -65,7 +67,7 @@ def test_train_sees_that_the_data_is_another(plan, tmp_path):
     from sca.data.scenes import Scenes
 
     (tmp_path / "data").mkdir()
-    Scenes("train", count=1, size=64)[0].image.save(tmp_path / "data/a.png")
+    Scenes("train", num_images=1, image_size=64)[0].image.save(tmp_path / "data/a.png")
     table = {"name": "jsonl", "file": str(tmp_path / "data/a.jsonl")}
 
     def recipe(caption):
@@ -118,7 +120,7 @@ def test_the_command_sets_aside_only_in_its_default_folder(plan, tmp_path, monke
     from sca.cli import run_command
 
     monkeypatch.chdir(tmp_path)
-    lines = ['model = "sca-tiny"', "[data.scenes]", 'name = "scenes"', "count = 2", "size = 64"]
+    lines = ['model = "sca-tiny"', "[data.scenes]", 'name = "scenes"', "num_images = 2", "image_size = 64"]
     (tmp_path / "mine.toml").write_text(
         "\n".join([*lines, "[train]", "steps = 1", "batch_size = 1", "num_processes = 1"])
     )

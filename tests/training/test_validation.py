@@ -11,7 +11,7 @@ from sca_registry import RegistryError
 from sca_registry.contracts import MetricOutput, Region
 
 from sca.checkpoints.load import load
-from sca.checkpoints.state import hash_weights
+from sca.checkpoints.tensors import hash_weights
 from sca.evaluation.predictions_file import read_predictions
 from sca.training.datasets import open_validation_dataset
 from sca.training.recipe import Recipe, ValidationOptions
@@ -24,7 +24,7 @@ def plan(small_table):
     def make(validate=None, loss=None, **options):
         table = {
             "model": small_table,
-            "data": {"scenes": {"name": "scenes", "count": 6, "size": 64}},
+            "data": {"scenes": {"name": "scenes", "num_images": 6, "image_size": 64}},
             "train": {"steps": 4, "batch_size": 2, "warmup_steps": 1, "save_steps": 2, **options},
             "loss": loss or {},
         }
@@ -39,6 +39,7 @@ def scores(folder):
     return {line["step"]: line["validation_cider-d"] for line in lines if "validation_cider-d" in line}
 
 
+@pytest.mark.slow
 def test_the_best_of_the_validated_models_is_kept(plan, tmp_path):
     model = train(plan({"every": 2, "limit": 3}, learning_rate=0.02), tmp_path, quiet=True)
     found = scores(tmp_path)
@@ -52,6 +53,7 @@ def test_the_best_of_the_validated_models_is_kept(plan, tmp_path):
     assert model.training is False
 
 
+@pytest.mark.slow
 def test_train_opens_the_dataset_of_validate_once(plan, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(
@@ -62,12 +64,14 @@ def test_train_opens_the_dataset_of_validate_once(plan, tmp_path, monkeypatch):
     assert opened == [recipe.validate]
 
 
+@pytest.mark.slow
 def test_validating_changes_nothing_of_what_is_learned(plan, tmp_path):
     straight = train(plan(), tmp_path / "one", quiet=True).state_dict()
     watched = train(plan({"every": 1, "limit": 2}), tmp_path / "two", quiet=True).state_dict()
     assert all(torch.equal(straight[name], watched[name]) for name in straight)
 
 
+@pytest.mark.slow
 def test_train_reports_a_validation_without_images(plan, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"image": "a.png", "box": [0, 0, 9, 9], "caption": "a dog"}\n')
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
@@ -86,7 +90,7 @@ def test_train_reports_a_validation_without_images(plan, tmp_path):
     [
         ({"split": "test"}, "what is tested must not choose"),
         ({"evry": 3}, "has no 'evry'. Did you mean 'every'"),
-        ({"every": 0}, "give a whole number, 1 or more"),
+        ({"every": 0}, "give an integer of at least 1"),
         ({"metrics": "bleu"}, "give a list"),
         ({"dataset": {"name": 3}}, "dataset of validate"),
     ],
@@ -130,12 +134,12 @@ def test_validation_checks_metrics_and_best_against_the_data(plan, tmp_path, val
 
 def test_validation_rejects_data_without_captions_and_names(plan, monkeypatch):
     class Wordless:
-        about = {"regions": 1, "captioned": 0, "names": []}  # noqa: RUF012
+        metadata = {"regions": 1, "captioned": 0, "names": []}  # noqa: RUF012
 
         def __len__(self):
             return 1
 
-        def annotations_of_all(self):
+        def iter_annotations(self):
             return iter([(Region(0, (0.0, 0.0, 9.0, 9.0)),)])
 
     monkeypatch.setattr("sca.training.datasets.datasets", SimpleNamespace(build=lambda *_, **__: Wordless()))
@@ -152,6 +156,7 @@ def test_validation_rejects_an_empty_best(plan):
         plan({"best": []})
 
 
+@pytest.mark.slow
 def test_a_part_learns_at_its_own_rate(plan, tmp_path):
     start = train(plan(steps=1, learning_rate=1e-30), tmp_path / "start", quiet=True).state_dict()
     model = train(plan(steps=3, lr_multipliers={"language_model": 0.0, "mixer": 1.0}), tmp_path / "run", quiet=True)
@@ -176,6 +181,7 @@ def test_a_reporter_that_is_not_there_is_refused(plan, tmp_path, names, message)
         train(plan(report_to=names), tmp_path, quiet=True)
 
 
+@pytest.mark.slow
 def test_curves_are_written_for_tensorboard_where_it_is_installed(plan, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
     train(plan(), tmp_path, quiet=True)
@@ -184,9 +190,10 @@ def test_curves_are_written_for_tensorboard_where_it_is_installed(plan, tmp_path
     assert {"train/loss", "train/caption", "train/learning_rate"} <= set(found)
 
 
+@pytest.mark.slow
 def test_validating_reports_a_score_that_is_not_a_number(plan, tmp_path):
     told = []
-    data = {"name": "scenes", "count": 1, "size": 64}
+    data = {"name": "scenes", "num_images": 1, "image_size": 64}
     recipe = plan({"every": 2, "limit": 1, "dataset": data, "best": ["densecap-map", "cider-d", "rouge-l"]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sca.evaluation.metrics.cider.CiderD.__call__", undefined)
@@ -200,6 +207,7 @@ def undefined(metric, records):
     return MetricOutput({"cider-d": math.nan}, notes={"cider-d": "no number"})
 
 
+@pytest.mark.slow
 def test_validating_reports_a_score_that_never_changes(plan, tmp_path):
     told = []
     recipe = plan({"every": 2, "limit": 2, "best": ["rouge-l"]}, learning_rate=0.0)
@@ -222,6 +230,7 @@ def test_validating_prefers_the_earlier_names_of_best():
         assert kept._is_best(metric, score, before) is better
 
 
+@pytest.mark.slow
 def test_train_reports_each_dataset_first(plan, tmp_path):
     told = []
     recipe = plan({"every": 4, "limit": 1})
@@ -229,6 +238,7 @@ def test_train_reports_each_dataset_first(plan, tmp_path):
     assert told[:2] == ["data.scenes (train): 6 images", "validate (val): 6 images"]
 
 
+@pytest.mark.slow
 def test_train_reports_images_that_it_finds_damaged(plan, tmp_path, small_table):
     for name in ("a", "b"):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")

@@ -39,7 +39,7 @@ def load_mmdet_config(name: str, components: tuple[str, ...] = ()) -> Config:
         config_files = _list_configs()
         if name not in config_files:
             raise ValueError(
-                f"there is no config {name!r}, as a file or among the {len(config_files)} of mmdet."
+                f"no config {name!r}, neither a file nor one of the {len(config_files)} configs of mmdet."
                 f"{suggest_name(name, config_files)}"
             )
         path = config_files[name]
@@ -47,7 +47,7 @@ def load_mmdet_config(name: str, components: tuple[str, ...] = ()) -> Config:
         config = Config.fromfile(str(path))
         model = config.get("model")
     if not isinstance(model, dict) or "backbone" not in model:
-        raise ValueError(f"{path} is no config of a detector: it has no model with a backbone")
+        raise ValueError(f"{path} is not the config of a detector; its model has no backbone")
     check_operators({component: model.get(component) for component in components} if components else model, name)
     return config
 
@@ -88,8 +88,10 @@ def build_detector(config: Config, name: str, weights: str | None) -> tuple[nn.M
             sorted(tensors.keys() - detector_tensors.keys()),
         )
         if missing or unexpected:
-            problem = f"it lacks {missing[0]!r}" if missing else f"it has no place for {unexpected[0]!r}"
-            raise ValueError(f"it does not fit {name}: {problem}, of {len(missing)} and {len(unexpected)} such tensors")
+            problem = f"missing {missing[0]!r}" if missing else f"unexpected {unexpected[0]!r}"
+            raise ValueError(
+                f"it does not fit {name}: {problem} ({len(missing)} missing and {len(unexpected)} unexpected tensors)"
+            )
         detector.load_state_dict(tensors)
     return detector.eval(), content.get("meta") or {}
 

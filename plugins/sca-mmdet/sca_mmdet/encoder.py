@@ -19,9 +19,9 @@ class MmdetEncoder(nn.Module):
         weights: File or URL in the format of mmdet.
         pretrained: Load `weights`; False for random weights.
         image_size: Side S of the square input frame in pixels.
-        level: Index of the feature level, from the finest, 0, or negative from the coarsest. By default the level with
-            the stride nearest to 16.
-        fit: "pad" or "stretch", see `ImageFormat`.
+        feature_level: Index of the feature level, from the finest, 0, or negative from the coarsest. By default the
+            level with the stride nearest to 16.
+        resize_mode: "pad" or "stretch", see `ImageFormat`.
 
     Raises:
         ValueError: The config, the weights or the level do not exist, or the backbone or neck needs compiled operators.
@@ -35,25 +35,30 @@ class MmdetEncoder(nn.Module):
         weights: str | None = None,
         pretrained: bool = True,
         image_size: int = 640,
-        level: int | None = None,
-        fit: str = "pad",
+        feature_level: int | None = None,
+        resize_mode: str = "pad",
     ):
         super().__init__()
         if pretrained and weights is None:
-            raise ValueError("there are no weights: give weights=FILE or a URL, or pretrained=false")
+            raise ValueError("no weights; give weights=FILE or a URL, or pretrained=false")
         mmdet_config = load_mmdet_config(config, ("backbone", "neck"))
         detector, _ = build_detector(mmdet_config, config, weights if pretrained else None)
         self.checkpoint = weights if pretrained else None
         self.backbone = detector.backbone
         self.neck = detector.neck if getattr(detector, "with_neck", False) else None
-        self.image_format = _make_image_format(mmdet_config.model.get("data_preprocessor") or {}, image_size, fit)
+        self.image_format = _make_image_format(
+            mmdet_config.model.get("data_preprocessor") or {}, image_size, resize_mode
+        )
         self.level = 0
         levels = self._probe_levels()
-        if level is None:
-            level = min(levels, key=lambda number: abs(levels[number][1] - TARGET_STRIDE), default=0)
-        if not -len(levels) <= level < len(levels):
-            raise ValueError(f"no level {level}: {config} has {len(levels)}, from 0, or from -1 backwards")
-        self.level = level % len(levels)
+        if feature_level is None:
+            feature_level = min(levels, key=lambda number: abs(levels[number][1] - TARGET_STRIDE), default=0)
+        if not -len(levels) <= feature_level < len(levels):
+            raise ValueError(
+                f"feature_level {feature_level} is out of range; {config} has {len(levels)} levels, from "
+                f"{-len(levels)} to {len(levels) - 1}"
+            )
+        self.level = feature_level % len(levels)
         self.channels, self.stride = levels[self.level]
         freeze_unused_parameters(self, self.image_format.size)  # parameters of the other levels
 
@@ -81,7 +86,7 @@ class MmdetEncoder(nn.Module):
                 raise
 
 
-def _make_image_format(preprocessor: dict, image_size: int, fit: str) -> ImageFormat:
+def _make_image_format(preprocessor: dict, image_size: int, resize_mode: str) -> ImageFormat:
     """Convert mmdet's preprocessing, which reads images as BGR in 0..255, to an image format."""
     mean, std = preprocessor.get("mean") or [0.0] * 3, preprocessor.get("std") or [1.0] * 3
     is_bgr = not preprocessor.get("bgr_to_rgb")
@@ -91,6 +96,6 @@ def _make_image_format(preprocessor: dict, image_size: int, fit: str) -> ImageFo
         size=image_size,
         mean=tuple(value / 255 for value in mean),
         std=tuple(value / 255 for value in std),
-        order="bgr" if is_bgr else "rgb",
-        fit=fit,
+        channel_order="bgr" if is_bgr else "rgb",
+        resize_mode=resize_mode,
     )

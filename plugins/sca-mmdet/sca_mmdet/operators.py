@@ -101,7 +101,7 @@ class _OperatorModule(ModuleType):
             raise AttributeError(name)
 
         def raise_missing(*_: Any, **__: Any) -> None:
-            raise RuntimeError(f"this needs mmcv's compiled {name}: {REMEDY}")
+            raise RuntimeError(f"the compiled operator {name} of mmcv is required: {REMEDY}")
 
         return raise_missing
 
@@ -202,7 +202,7 @@ def roi_align_forward(
         RuntimeError: `pool_mode` is not 1.
     """
     if pool_mode != 1:
-        raise RuntimeError(f"RoIAlign by maxima needs the compiled mmcv: {REMEDY}")
+        raise RuntimeError(f"RoIAlign with maximum pooling requires the compiled mmcv: {REMEDY}")
     output.copy_(roi_align(input, rois, (aligned_height, aligned_width), spatial_scale, sampling_ratio, aligned))
 
 

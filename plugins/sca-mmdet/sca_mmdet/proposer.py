@@ -19,8 +19,8 @@ class MmdetProposer:
         config: Name of a config in mmdet, or path of a file.
         weights: File or URL in the format of mmdet.
         pretrained: Load `weights`; False for random weights.
-        score: Minimum score.
-        largest: Maximum number of regions, highest scores first.
+        score_thr: Minimum score.
+        max_per_img: Maximum number of regions, highest scores first.
         device: Device of the detector.
 
     Raises:
@@ -32,19 +32,19 @@ class MmdetProposer:
         config: str,
         weights: str | None = None,
         pretrained: bool = True,
-        score: float = 0.3,
-        largest: int = 100,
+        score_thr: float = 0.3,
+        max_per_img: int = 100,
         device: str = "cpu",
     ):
         if pretrained and weights is None:
-            raise ValueError("there are no weights: give weights=FILE or a URL, or pretrained=false")
+            raise ValueError("no weights; give weights=FILE or a URL, or pretrained=false")
         mmdet_config = load_mmdet_config(config)
-        _set_score_thresholds(mmdet_config.model.get("test_cfg"), score)
+        _set_score_thresholds(mmdet_config.model.get("test_cfg"), score_thr)
         self.detector, metadata = build_detector(mmdet_config, config, weights if pretrained else None)
         self.detector.cfg = mmdet_config
         self.detector.to(device)
         self.class_names = _read_class_names(mmdet_config, metadata)
-        self.score_thresh, self.max_regions = score, largest
+        self.score_thresh, self.max_regions = score_thr, max_per_img
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
         """Return boxes of at least 1 pixel per side, best first."""

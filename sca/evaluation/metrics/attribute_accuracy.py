@@ -10,19 +10,19 @@ from sca_registry.contracts import MetricOutput
 from sca.data.scenes import Statement, parse_statement
 from sca.evaluation.records import Record, collect_region_ids, require_records
 
-ATTRIBUTES = ("color", "form", "size", "texture")
+ATTRIBUTES = ("color", "shape", "size", "texture")
 
 
 class Attributes:
-    """Fraction of captions with the correct color, form, size and texture: each attribute, and `all` four.
+    """Fraction of captions with the correct color, shape, size and texture: each attribute, and `all` four.
 
     Captions are parsed by `sca.data.scenes.parse_statement`. An attribute that is not stated counts as wrong.
     """
 
-    needs = ("task=caption", "caption", *(f"truth.attributes.{fact}" for fact in ATTRIBUTES))
+    required_fields = ("task=caption", "caption", *(f"truth.attributes.{fact}" for fact in ATTRIBUTES))
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        scored_records = require_records(records, self.needs, "attributes")
+        scored_records = require_records(records, self.required_fields, "attributes")
         correct = {attribute: np.zeros(len(scored_records)) for attribute in ATTRIBUTES}
         for row, record in enumerate(scored_records):
             statement = parse_statement(record["caption"]) or Statement()

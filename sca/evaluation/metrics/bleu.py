@@ -25,7 +25,7 @@ class Bleu:
         tokenizer: One of `sca.evaluation.tokenization.TOKENIZERS`. Defaults to the best available.
     """
 
-    needs = CAPTION_NEEDS
+    required_fields = CAPTION_NEEDS
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):
         self.references, self.tokenizer = references, tokenizer

@@ -28,7 +28,7 @@ class CiderD:
         tokenizer: One of `sca.evaluation.tokenization.TOKENIZERS`. Defaults to the best available.
     """
 
-    needs = CAPTION_NEEDS
+    required_fields = CAPTION_NEEDS
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):
         self.references, self.tokenizer = references, tokenizer
@@ -61,7 +61,7 @@ class Cider:
         tokenizer: One of `sca.evaluation.tokenization.TOKENIZERS`. Defaults to the best available.
     """
 
-    needs = CAPTION_NEEDS
+    required_fields = CAPTION_NEEDS
     implementation = "sca"
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):

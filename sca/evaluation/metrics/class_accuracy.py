@@ -20,10 +20,10 @@ class Classes:
     like one of `SUMMARY_NAMES` is quoted.
     """
 
-    needs = ("task=recognition", "caption", "truth.name", "truth.area")
+    required_fields = ("task=recognition", "caption", "truth.name", "truth.area")
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        scored_records = require_records(records, self.needs, "class")
+        scored_records = require_records(records, self.required_fields, "class")
         true_names = np.array([normalize_text(record["truth"]["name"]) for record in scored_records])
         predicted_names = np.array([normalize_text(record["caption"]) for record in scored_records])
         areas = np.array([float(record["truth"]["area"]) for record in scored_records])

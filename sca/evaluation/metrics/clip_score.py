@@ -32,7 +32,7 @@ class ClipScore:
         ValueError: No weights are specified, or open_clip is not installed.
     """
 
-    needs = ("image", "task=caption", "caption", "truth.box")
+    required_fields = ("image", "task=caption", "caption", "truth.box")
 
     def __init__(
         self, model: str = "ViT-B-32", pretrained: str | None = None, batch_size: int = 64, device: str = "cpu"
@@ -56,7 +56,7 @@ class ClipScore:
 
     @torch.inference_mode()
     def __call__(self, records: Sequence[Record], load_image: Callable[[Record], Image.Image]) -> MetricOutput:
-        scored_records = require_records(records, self.needs[1:], "clip-score")
+        scored_records = require_records(records, self.required_fields[1:], "clip-score")
         values = []
         for start in range(0, len(scored_records), self.batch_size):
             chunk = scored_records[start : start + self.batch_size]

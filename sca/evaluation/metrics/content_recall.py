@@ -34,7 +34,7 @@ class ContentRecall:
         ValueError: spaCy or the pipeline is not installed.
     """
 
-    needs = CAPTION_NEEDS
+    required_fields = CAPTION_NEEDS
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class ContentRecall:
         self.implementation = f"spaCy {spacy.__version__}, {self.nlp.meta['name']} {self.nlp.meta['version']}"
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        scored_records = require_records(records, self.needs, self.name)
+        scored_records = require_records(records, self.required_fields, self.name)
         max_references = 1 if self.references == "first" else None
         texts = [record["caption"] for record in scored_records] + [
             " ".join(r["truth"]["phrases"][:max_references]) for r in scored_records

@@ -50,14 +50,14 @@ class DenseCapMap:
         tokenizer: One of `sca.evaluation.tokenization.TOKENIZERS`. Defaults to the best available.
     """
 
-    needs = ("task=dense",)
+    required_fields = ("task=dense",)
 
     def __init__(self, tokenizer: str | None = None):
         self.tokenizer = tokenizer
         self.implementation = "sca, METEOR 1.5 of pycocoevalcap"
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        image_records = require_records(records, self.needs, "densecap-map")
+        image_records = require_records(records, self.required_fields, "densecap-map")
         matched, captions, references, num_true_boxes = [], [], [], 0
         for image_record in image_records:
             true_boxes, phrases = merge_true_boxes(
@@ -144,6 +144,9 @@ def match_proposals(boxes: np.ndarray, scores: np.ndarray, true_boxes: np.ndarra
         boxes: (P, 4) proposed boxes x1 y1 x2 y2, best score first.
         scores: (P,) scores.
         true_boxes: (G, 4) merged ground-truth boxes.
+
+    Returns:
+        The assignment of the proposals.
     """
     if not len(true_boxes) or not len(boxes):
         zeros = np.zeros(len(boxes))

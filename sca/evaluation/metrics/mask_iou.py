@@ -18,10 +18,10 @@ class MaskIou:
     ground-truth mask but no predicted mask scores 0.
     """
 
-    needs = ("mask", "truth.mask")
+    required_fields = ("mask", "truth.mask")
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        require_records(records, self.needs, "mask-iou")
+        require_records(records, self.required_fields, "mask-iou")
         regions: dict[tuple[int, int], Record] = {}
         for record in filter_records(records, ("truth.mask",)):
             regions.setdefault((record["image_id"], record["region_id"]), record)

@@ -39,7 +39,7 @@ class Meteor:
         ValueError: Java or pycocoevalcap is missing.
     """
 
-    needs = CAPTION_NEEDS
+    required_fields = CAPTION_NEEDS
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):
         reason = find_java_problem()
@@ -93,6 +93,12 @@ class MeteorProgram:
 
     def score_lines(self, lines: Sequence[str]) -> list[str]:
         """Return the output of the program for each input line.
+
+        Args:
+            lines: Input lines.
+
+        Returns:
+            Output lines, one per input line.
 
         Raises:
             ValueError: Java is missing, or the program fails.

@@ -37,20 +37,20 @@ class RegionSensitivity:
     Agreement depends on the task and the data:
 
     - Recognition: whether the name is correct.
-    - Captions of generated scenes: the number of correct values among color, form, size and texture (parsed by
+    - Captions of generated scenes: the number of correct values among color, shape, size and texture (parsed by
       `sca.data.scenes.parse_statement`), counting only those that differ between the two ground truths.
     - Other captions: F-measure of the words with those of the closest phrase.
     """
 
-    needs = (
+    required_fields = (
         "caption",
         "truth.name or task=caption",
         "truth.phrases or truth.attributes.color or task=recognition",
     )
-    whole = True  # also scores controls
+    includes_controls = True  # also scores controls
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        scored_records = require_records(records, self.needs, "region-sensitivity")
+        scored_records = require_records(records, self.required_fields, "region-sensitivity")
         uncontrolled_records = [record for record in scored_records if record.get("control") is None]
         compared_records: list[Record] = []  # region i of each pair, and each region with a moved prompt
         comparison_names: list[str] = []

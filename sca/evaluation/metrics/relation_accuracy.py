@@ -17,20 +17,20 @@ from sca.evaluation.records import (
     require_records,
 )
 
-TRUTH_NEEDS = tuple(f"truth.attributes.{fact}" for fact in ("color", "form", "center"))
+TRUTH_NEEDS = tuple(f"truth.attributes.{fact}" for fact in ("color", "shape", "center"))
 
 
 class Relations:
     """`stated` is the fraction of captions that state a relation; `right` is the fraction of those that are correct.
 
-    A relation is correct if another region of the image has the stated color and form and is on the stated side
+    A relation is correct if another region of the image has the stated color and shape and is on the stated side
     (`sca.data.scenes.is_relation_true`). What the caption states about the region itself is ignored.
     """
 
-    needs = ("task=caption", "caption", *TRUTH_NEEDS)
+    required_fields = ("task=caption", "caption", *TRUTH_NEEDS)
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        scored_records = require_records(records, self.needs, "relations")
+        scored_records = require_records(records, self.required_fields, "relations")
         regions_by_image = {
             image: [_make_region(per_record) for per_record in image_records]
             for image, image_records in group_by_image(filter_records(records, TRUTH_NEEDS)).items()

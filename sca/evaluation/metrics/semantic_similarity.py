@@ -36,7 +36,7 @@ class Semantic:
         ValueError: No sentence encoder was found.
     """
 
-    needs = CAPTION_NEEDS
+    required_fields = CAPTION_NEEDS
 
     def __init__(self, model: str | None = None, references: str = "all", batch_size: int = 256, device: str = "cpu"):
         folder = Path(model).expanduser() if model else _find_installed_model()
@@ -56,7 +56,7 @@ class Semantic:
         self.references, self.batch_size = references, batch_size
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        scored_records = require_records(records, self.needs, "semantic")
+        scored_records = require_records(records, self.required_fields, "semantic")
         max_references = 1 if self.references == "first" else None
         phrases = [record["truth"]["phrases"][:max_references] for record in scored_records]
         texts = dict.fromkeys(record["caption"] for record in scored_records)

@@ -34,7 +34,7 @@ class Spice:
         ValueError: Java or the jars are missing.
     """
 
-    needs = CAPTION_NEEDS
+    required_fields = CAPTION_NEEDS
     implementation = "SPICE 1.0"
 
     def __init__(self, jars: str | None = None, references: str = "all", tokenizer: str | None = None):

@@ -30,6 +30,9 @@ def describe_unread_caption(record: Mapping[str, Any], read_keys: Sequence[str])
     Args:
         record: Record that may contain captions.
         read_keys: Caption keys that are read.
+
+    Returns:
+        The reason, or None.
     """
     if any(record.get(key) for key in read_keys):
         return None
@@ -113,4 +116,4 @@ class SkipCounter:
     def summarize(self) -> str:
         """Return one line with each reason, its count and its first location; empty if nothing was counted."""
         parts = [f"{reason}: {n} (first: {self.examples[reason][0]})" for reason, n in self.counts.items()]
-        return f"changed or left out: {'; '.join(parts)}" if parts else ""
+        return f"changed or skipped: {'; '.join(parts)}" if parts else ""

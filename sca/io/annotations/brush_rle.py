@@ -44,6 +44,9 @@ def decode_brush_rle(code: Sequence[int], width: int, height: int) -> np.ndarray
         width: Width of the image in pixels.
         height: Height of the image in pixels.
 
+    Returns:
+        (height, width) bool mask.
+
     Raises:
         InputError: The bytes do not encode an image of this size.
     """
@@ -54,13 +57,13 @@ def decode_brush_rle(code: Sequence[int], width: int, height: int) -> np.ndarray
         nonlocal offset
         offset += count
         if offset > len(text):
-            raise InputError("the run-length code is cut short")
+            raise InputError("the run-length code is truncated")
         return int(text[offset - count : offset], 2)
 
     count, value_bits = read_bits(32), read_bits(5) + 1
     if count != 4 * width * height:
         raise InputError(
-            f"the run-length code has {count} values, and an image of {width} x {height} {4 * width * height}"
+            f"the run-length code has {count} values instead of {4 * width * height} for {width} x {height} pixels"
         )
     sizes = [read_bits(4) + 1 for _ in range(4)]
     alpha = np.zeros(width * height, bool)

@@ -29,6 +29,9 @@ def read_annotation(
         label: Name of the category.
         skip: Called for each item that cannot be kept.
 
+    Returns:
+        The annotation, with its box and mask in image pixels.
+
     Raises:
         InputError: A field is invalid; the message names it.
     """
@@ -94,6 +97,13 @@ def clean_category_name(name: str) -> str:
 def parse_bbox(value: Any, subject: str) -> Box | None:
     """Convert a `bbox` [x, y, width, height] to x1, y1, x2, y2; None without one.
 
+    Args:
+        value: JSON value of `bbox`.
+        subject: Subject of the error messages.
+
+    Returns:
+        x1, y1, x2, y2, or None.
+
     Raises:
         InputError: The value is not a box; the message begins with `subject`.
     """
@@ -110,6 +120,9 @@ def parse_segmentation(value: Any, size: ImageSize, count: CountCallback) -> dic
         value: Polygons [[x, y, x, y, ...]], or an RLE, compressed or not.
         size: Width and height of the image.
         count: Called for each polygon without an interior.
+
+    Returns:
+        A compressed RLE with `size` and `counts`, or None.
 
     Raises:
         InputError: The value is invalid; the message describes the expected format.
@@ -133,6 +146,13 @@ def parse_segmentation(value: Any, size: ImageSize, count: CountCallback) -> dic
 def parse_polygons(value: list[Any], count: CountCallback) -> list[Points]:
     """Parse polygons [[x, y, x, y, ...]]; those with fewer than three points are counted and skipped.
 
+    Args:
+        value: JSON value of `segmentation`.
+        count: Called for each skipped polygon.
+
+    Returns:
+        The points (x, y) of each polygon.
+
     Raises:
         InputError: The value is invalid; the message describes the expected format.
     """
@@ -149,6 +169,13 @@ def parse_polygons(value: list[Any], count: CountCallback) -> list[Points]:
 
 def compute_segmentation_box(value: Any, count: CountCallback) -> Box | None:
     """Return the bounding box of a `segmentation` whose image size is unknown; None if it is empty.
+
+    Args:
+        value: JSON value of `segmentation`.
+        count: Called for each skipped polygon.
+
+    Returns:
+        x1, y1, x2, y2, or None.
 
     Raises:
         InputError: The value is invalid; the message describes the expected format.

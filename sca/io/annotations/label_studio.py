@@ -55,6 +55,9 @@ def read_tasks(
         skip: Called for each task, result or item that cannot be kept.
         measure: Returns the size of an image by its name, or None. Called if no shape records the size.
         reject: Called with an error for each task, result or region that is invalid. Raises it by default.
+
+    Yields:
+        An image with its annotations.
     """
     for number, task in enumerate(content if isinstance(content, list) else [content]):
         try:
@@ -130,6 +133,14 @@ def find_image_names(data: Mapping[str, Any], results: Results, location: str) -
     """Map (data key, index in the list of that key) to the name of each image of a task.
 
     The data keys are those in `to_name` of the results, else "image", else the only key whose value names an image.
+
+    Args:
+        data: `data` of the task.
+        results: Results of its annotation.
+        location: Task, for messages.
+
+    Returns:
+        Image names by data key and index; the index is 0 for a single name.
 
     Raises:
         InputError: No key or several keys match.
@@ -210,6 +221,9 @@ def read_regions(
         location: Task, for messages.
         skip: Called for each result or item that cannot be kept.
         reject: Called with an error for each region that is invalid. Raises it by default.
+
+    Returns:
+        The annotations, in the order of their first results.
     """
     regions: dict[Any, list[Mapping[str, Any]]] = {}
     for number, result in enumerate(results):
@@ -280,6 +294,15 @@ def read_shape(
     result: Mapping[str, Any], size: ImageSize, location: str, skip: SkipCallback
 ) -> tuple[Box | None, Mapping[str, Any] | None, Point | None]:
     """Return the box, the mask or the point of a result in pixels. All are None for a result that was counted.
+
+    Args:
+        result: Result of a labeling tool.
+        size: Width and height of the image.
+        location: Task, for messages.
+        skip: Called for each result that cannot be kept.
+
+    Returns:
+        Box x1, y1, x2, y2; mask as RLE; and point x, y. At most one is set.
 
     Raises:
         InputError: The value is invalid.

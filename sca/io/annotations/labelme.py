@@ -49,6 +49,14 @@ class LabelMeShape(NamedTuple):
 def find_image_size(content: Mapping[str, Any], image_path: Path, display_name: str) -> ImageSize:
     """Return the image size: as recorded in the file, else that of the image file, else that of the embedded image.
 
+    Args:
+        content: Content of the LabelMe file.
+        image_path: Path of the image file, which may not exist.
+        display_name: Name of the LabelMe file in messages.
+
+    Returns:
+        Width and height of the upright image.
+
     Raises:
         InputError: The size is unknown.
     """
@@ -68,6 +76,14 @@ def list_labelme_files(folder: Path) -> list[Path]:
 def open_annotated_image(content: Mapping[str, Any], image_path: Path, display_name: str) -> Image.Image:
     """Open the image file as `sca.open_image` does, or the embedded image if the file does not exist.
 
+    Args:
+        content: Content of the LabelMe file.
+        image_path: Path of the image file, which may not exist.
+        display_name: Name of the LabelMe file in messages.
+
+    Returns:
+        The upright RGB image.
+
     Raises:
         InputError: Neither is an image, or it is too large.
     """
@@ -78,6 +94,13 @@ def open_annotated_image(content: Mapping[str, Any], image_path: Path, display_n
 
 def open_embedded_image(content: Mapping[str, Any], display_name: str) -> Image.Image:
     """Open the embedded image, `imageData`, as `sca.open_image` does.
+
+    Args:
+        content: Content of the LabelMe file.
+        display_name: Name of the LabelMe file in messages.
+
+    Returns:
+        The upright RGB image.
 
     Raises:
         InputError: The data are not an image, or too large.
@@ -105,6 +128,9 @@ def read_annotations(
         display_name: Name of the file in messages.
         skip: Called for each shape that cannot be kept.
         reject: Called with an error for each region that is invalid. Raises it by default.
+
+    Returns:
+        The annotations, in the order of their first shapes.
 
     Raises:
         InputError: The file has no list of shapes.
@@ -134,6 +160,13 @@ def read_annotations(
 
 def draw_shape(shape: LabelMeShape, size: ImageSize) -> np.ndarray:
     """Draw a polygon, rectangle, circle or mask as LabelMe does: (height, width) bool.
+
+    Args:
+        shape: Shape of the LabelMe file.
+        size: Width and height of the image.
+
+    Returns:
+        (height, width) bool mask.
 
     Raises:
         InputError: The shape cannot be drawn.

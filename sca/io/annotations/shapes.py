@@ -128,6 +128,13 @@ def trace_ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees:
 def decode_base64_image(text: Any, subject: str) -> bytes:
     """Decode a base64 image embedded in an annotation file, with or without a data URI header.
 
+    Args:
+        text: JSON value with the encoded image.
+        subject: Subject of the error messages.
+
+    Returns:
+        The bytes of the image file.
+
     Raises:
         InputError: The text is not base64, empty, or larger than MAX_EMBEDDED_BYTES.
     """

@@ -1,20 +1,25 @@
-// Sections are filled when they come near the window and emptied when they are far: 10,000 regions stay fast.
-const find = (selector, parent = document) => parent.querySelector(selector);
-const main = find("main"), controls = find("form");
-const images = new Map([...main.children].map((section) => {
-  const data = find("script", section);
+// Viewer of captioned regions. A section is filled when it comes near the window and emptied when it is far away, so
+// that a page of 10,000 regions stays responsive.
+//
+// Each section contains JSON: {regions: [...], other_regions: [...]}, the second only on pages that compare two files.
+// A region is {region_id, caption, score, predicted_iou, box, mask, points, is_box_prompt}: the box is x1, y1, x2, y2,
+// the mask COCO's compressed run lengths, and each point x, y, label; in image pixels. Regions of one index are a pair.
+const query = (selector, parent = document) => parent.querySelector(selector);
+const main = query("main"), controls = query("form");
+const imagesBySection = new Map([...main.children].map((section) => {
+  const data = query("script", section);
   data.remove();
   return [section, JSON.parse(data.textContent)];
 }));
 
-function makeElement(name, properties) {
+function createElement(name, properties) {
   return Object.assign(document.createElement(name), properties);
 }
 
-function makeShape(svg, name, attributes) {
-  const shape = document.createElementNS(svg.namespaceURI, name);
-  for (const [key, value] of Object.entries(attributes)) shape.setAttribute(key, value);
-  return shape;
+function createSvgElement(svg, name, attributes) {
+  const node = document.createElementNS(svg.namespaceURI, name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  return node;
 }
 
 function formatCount(count, noun) {
@@ -22,30 +27,33 @@ function formatCount(count, noun) {
 }
 
 function readFilter() {
-  const words = find("#search").value.trim().toLowerCase().split(/\s+/).filter(Boolean);
-  return {words, score: Number(find("#score").value), differ: find("#differ")?.checked ?? false};
+  const searchTerms = query("#search").value.trim().toLowerCase().split(/\s+/).filter(Boolean);
+  const minScore = Number(query("#min-score").value), onlyDifferent = query("#only-different")?.checked ?? false;
+  return {searchTerms, minScore, onlyDifferent};
 }
 
-function passes(region, filter) {
+function matchesFilter(region, filter) {
   const caption = region.caption.toLowerCase();
-  return (region.score ?? 1) >= filter.score && filter.words.every((word) => caption.includes(word));
+  return (region.score ?? 1) >= filter.minScore && filter.searchTerms.every((term) => caption.includes(term));
 }
 
-function selectPlaces(image, filter) {  // places of the regions that pass the filter in either file
-  const count = Math.max(image.regions.length, image.other?.length ?? 0);
-  return [...Array(count).keys()].filter((place) => {
-    const [one, other] = [image.regions[place], image.other?.[place]];
-    if (filter.differ && one && other && one.caption === other.caption) return false;
-    return (one && passes(one, filter)) || (other && passes(other, filter));
+// Return the indices of the regions that match the filter in either file.
+function selectRegionIndices(image, filter) {
+  const count = Math.max(image.regions.length, image.other_regions?.length ?? 0);
+  return [...Array(count).keys()].filter((index) => {
+    const [region, otherRegion] = [image.regions[index], image.other_regions?.[index]];
+    if (filter.onlyDifferent && region && otherRegion && region.caption === otherRegion.caption) return false;
+    return (region && matchesFilter(region, filter)) || (otherRegion && matchesFilter(otherRegion, filter));
   });
 }
 
-function decodeLengths(counts) {  // COCO's compressed run lengths: pixels outside and inside in turn
+// Decode COCO's compressed run lengths; runs of background and foreground pixels alternate.
+function decodeRunLengths(counts) {
   const lengths = [];
-  for (let at = 0; at < counts.length;) {
+  for (let offset = 0; offset < counts.length;) {
     let value = 0, shift = 0, bits;
     do {
-      bits = counts.charCodeAt(at++) - 48;
+      bits = counts.charCodeAt(offset++) - 48;
       value |= (bits & 31) << shift;
       shift += 5;
     } while (bits & 32);
@@ -55,192 +63,213 @@ function decodeLengths(counts) {  // COCO's compressed run lengths: pixels outsi
   return lengths;
 }
 
-function decodeColumns(counts, height) {  // of each column of a mask the rows where it begins and ends: [y1, y2, ...]
+// Decode a mask to its columns: each is the rows [start, end, start, end, ...] of its foreground runs.
+function decodeMaskColumns(counts, height) {
   const columns = [];
-  let at = 0;
-  decodeLengths(counts).forEach((length, number) => {
-    const end = at + length;
-    while (number % 2 && at < end) {
-      const start = at - at % height, bottom = Math.min(end, start + height);
-      (columns[start / height] ??= []).push(at - start, bottom - start);
-      at = bottom;
+  let offset = 0;
+  decodeRunLengths(counts).forEach((length, runIndex) => {
+    const end = offset + length;
+    while (runIndex % 2 && offset < end) {
+      const columnStart = offset - offset % height, runEnd = Math.min(end, columnStart + height);
+      (columns[columnStart / height] ??= []).push(offset - columnStart, runEnd - columnStart);
+      offset = runEnd;
     }
-    at = end;
+    offset = end;
   });
   return columns;
 }
 
-function findTurns(left = [], right = []) {  // rows where two neighboring columns begin or cease to differ
-  const turns = [];
-  for (const y of [...left, ...right].sort((a, b) => a - b)) {
-    if (turns.at(-1) === y) turns.pop();
-    else turns.push(y);
+// Return the rows of the outline's corners between two neighboring columns: where a difference starts or ends.
+function findCornerRows(leftColumn = [], rightColumn = []) {
+  const cornerRows = [];
+  for (const y of [...leftColumn, ...rightColumn].sort((a, b) => a - b)) {
+    if (cornerRows.at(-1) === y) cornerRows.pop();
+    else cornerRows.push(y);
   }
-  return turns;
+  return cornerRows;
 }
 
-function traceOutline(columns) {  // path data along the edges of pixels, for the even-odd rule
-  const corners = [], rows = new Map(), across = [];
+// Return SVG path data along the pixel edges of a mask, for the even-odd rule.
+function traceOutline(columns) {
+  const corners = [], cornersByRow = new Map(), horizontalPartners = [];
   for (let x = 0; x <= columns.length; x++) {
-    for (const y of findTurns(columns[x - 1], columns[x])) {
-      if (!rows.has(y)) rows.set(y, []);
-      rows.get(y).push(corners.length);
+    for (const y of findCornerRows(columns[x - 1], columns[x])) {
+      if (!cornersByRow.has(y)) cornersByRow.set(y, []);
+      cornersByRow.get(y).push(corners.length);
       corners.push([x, y]);
     }
   }
-  // Corners along a line are the ends of its edges in pairs.
-  for (const row of rows.values()) row.forEach((corner, number) => { across[corner] = row[number ^ 1]; });
-  const seen = new Uint8Array(corners.length), path = [];
+  // Along a line, corners are the ends of edges in pairs; corners 2n and 2n + 1 are the ends of a vertical edge.
+  for (const row of cornersByRow.values()) {
+    row.forEach((corner, position) => { horizontalPartners[corner] = row[position ^ 1]; });
+  }
+  const isVisited = new Uint8Array(corners.length), path = [];
   for (let first = 0; first < corners.length; first++) {
-    if (seen[first]) continue;
+    if (isVisited[first]) continue;
     path.push(`M${corners[first]}`);
-    for (let corner = first; !seen[corner]; corner = across[corner ^ 1]) {
-      seen[corner] = seen[corner ^ 1] = 1;
-      path.push(`V${corners[corner ^ 1][1]}H${corners[across[corner ^ 1]][0]}`);
+    for (let corner = first; !isVisited[corner]; corner = horizontalPartners[corner ^ 1]) {
+      isVisited[corner] = isVisited[corner ^ 1] = 1;
+      path.push(`V${corners[corner ^ 1][1]}H${corners[horizontalPartners[corner ^ 1]][0]}`);
     }
     path.push("z");
   }
   return path.join("");
 }
 
-function findCenter(columns) {  // a point well inside of a mask, for its label: in the middle of its tallest columns
-  const spans = columns.flatMap((column, x) => column.flatMap((top, number) => (
-    number % 2 ? [] : [{x: x + 0.5, y: (top + column[number + 1]) / 2, length: column[number + 1] - top}]
+// Return a point inside a mask for its label: the center of the middle one of its tallest runs.
+function findLabelPosition(columns) {
+  const runs = columns.flatMap((column, x) => column.flatMap((start, position) => (
+    position % 2 ? [] : [{x: x + 0.5, y: (start + column[position + 1]) / 2, length: column[position + 1] - start}]
   )));
-  const longest = spans.reduce((most, {length}) => Math.max(most, length), 0);
-  const tall = spans.filter(({length}) => length > 0.9 * longest);
-  return tall[tall.length >> 1];
+  const maxLength = runs.reduce((longest, {length}) => Math.max(longest, length), 0);
+  const tallRuns = runs.filter(({length}) => length > 0.9 * maxLength);
+  return tallRuns[tallRuns.length >> 1];
 }
 
-function drawRegion(svg, region, size) {  // its shapes, their area and the place of its label
+function computeMaskArea(columns) {
+  return columns.reduce((area, column) => (
+    column.reduce((columnArea, y, position) => columnArea + (position % 2 ? y : -y), area)
+  ), 0);
+}
+
+// Return the SVG elements of a region, its area in pixels, and the position of its label; null without a shape.
+function drawRegion(svg, region, imageSize) {
   const shapes = [];
-  let area = 0, center = null;
-  const add = (name, kind, attributes) => shapes.push(makeShape(svg, name, {class: kind, ...attributes}));
-  const columns = region.mask ? decodeColumns(region.mask, size.height) : [];
+  let area = 0, labelPosition = null;
+  const addShape = (name, className, attributes) => {
+    shapes.push(createSvgElement(svg, name, {class: className, ...attributes}));
+  };
+  const columns = region.mask ? decodeMaskColumns(region.mask, imageSize.height) : [];
   if (columns.length) {
     const d = traceOutline(columns);
-    for (const kind of ["casing", "shape"]) add("path", kind, {d});
-    area = columns.reduce((sum, column) => column.reduce((rest, y, number) => rest + (number % 2 ? y : -y), sum), 0);
-    center = findCenter(columns);
+    for (const className of ["halo", "contour"]) addShape("path", className, {d});
+    area = computeMaskArea(columns);
+    labelPosition = findLabelPosition(columns);
   }
   if (region.box) {
     const [x, y, right, bottom] = region.box, rectangle = {x, y, width: right - x, height: bottom - y};
-    if (columns.length) add("rect", region.prompt_box ? "frame prompt" : "frame", rectangle);
-    else for (const kind of ["casing", "shape"]) add("rect", kind, rectangle);
+    if (columns.length) addShape("rect", region.is_box_prompt ? "box prompt" : "box", rectangle);
+    else for (const className of ["halo", "contour"]) addShape("rect", className, rectangle);
     area ||= rectangle.width * rectangle.height;
-    center ??= {x, y};
+    labelPosition ??= {x, y};
   }
   for (const [x, y, label] of region.points) {
-    const r = Math.max(Math.max(size.width, size.height) / 120, 0.5);
-    add("circle", label ? "point inside" : "point outside", {cx: x + 0.5, cy: y + 0.5, r});
-    center ??= {x, y};
+    const r = Math.max(Math.max(imageSize.width, imageSize.height) / 120, 0.5);
+    addShape("circle", label ? "point foreground" : "point background", {cx: x + 0.5, cy: y + 0.5, r});
+    labelPosition ??= {x, y};
   }
-  return {shapes, area, center};
+  return {shapes, area, labelPosition};
 }
 
-function makeText(region, kind) {
-  if (!region) return makeElement("span", {className: `${kind} none`, textContent: "—"});
-  const text = makeElement("span", {className: kind, textContent: region.caption});
-  const facts = [["score", region.score], ["IoU", region.iou]].filter(([, value]) => value !== null);
-  const shown = facts.map(([name, value]) => `${name} ${value.toFixed(2)}`).join(" · ");
-  text.append(" ", makeElement("small", {textContent: shown}));
-  return text;
+function createCaption(region, className) {
+  if (!region) return createElement("span", {className: `${className} missing`, textContent: "—"});
+  const caption = createElement("span", {className, textContent: region.caption});
+  const scores = [["score", region.score], ["IoU", region.predicted_iou]].filter(([, value]) => value !== null);
+  const scoreText = scores.map(([name, value]) => `${name} ${value.toFixed(2)}`).join(" · ");
+  caption.append(" ", createElement("small", {textContent: scoreText}));
+  return caption;
 }
 
-function makeItem(image, place, region) {
-  const item = makeElement("li", {tabIndex: 0});
-  item.append(makeElement("b", {className: "number", textContent: region.region}));
-  item.append(makeText(image.regions[place], "one"));
-  if (image.other) item.append(makeText(image.other[place], "other"));
+function createListItem(image, index, region) {
+  const item = createElement("li", {tabIndex: 0});
+  item.append(createElement("b", {className: "region-id", textContent: region.region_id}));
+  item.append(createCaption(image.regions[index], "caption"));
+  if (image.other_regions) item.append(createCaption(image.other_regions[index], "other-caption"));
   return item;
 }
 
-function connect(content) {  // one region is highlighted: the one pointed at or focused, else the one clicked
-  const parts = [...content.querySelectorAll("[data-place]")], list = find("ol", content);
-  const findPlace = (event) => event.target.closest("[data-place]")?.dataset.place ?? null;
-  let pinned = null;
-  const highlight = (place) => {
-    for (const part of parts) part.classList.toggle("on", part.dataset.place === place);
-    const item = find("li.on", content);
-    content.classList.toggle("focused", item !== null);
-    find(".current", content).textContent = item ? find("span:not(.none)", item).textContent : "";
+// Highlight one region at a time: the one under the pointer or with the focus, else the one that was clicked.
+function addHighlighting(content) {
+  const nodes = [...content.querySelectorAll("[data-index]")], list = query("ol", content);
+  const getIndex = (event) => event.target.closest("[data-index]")?.dataset.index ?? null;
+  let pinnedIndex = null;
+  const highlight = (index) => {
+    for (const node of nodes) node.classList.toggle("highlighted", node.dataset.index === index);
+    const item = query("li.highlighted", content);
+    content.classList.toggle("has-highlight", item !== null);
+    query(".highlighted-caption", content).textContent = item ? query("span:not(.missing)", item).textContent : "";
     if (item && !list.matches(":hover")) list.scrollTop = item.offsetTop - list.clientHeight / 2;
   };
-  const pin = (place) => { pinned = place; highlight(place); };
+  const pin = (index) => { pinnedIndex = index; highlight(index); };
   for (const name of ["pointerover", "focusin"]) {
-    content.addEventListener(name, (event) => highlight(findPlace(event) ?? pinned));
+    content.addEventListener(name, (event) => highlight(getIndex(event) ?? pinnedIndex));
   }
-  for (const name of ["pointerleave", "focusout"]) content.addEventListener(name, () => highlight(pinned));
-  content.addEventListener("click", (event) => pin(findPlace(event) === pinned ? null : findPlace(event)));
+  for (const name of ["pointerleave", "focusout"]) content.addEventListener(name, () => highlight(pinnedIndex));
+  content.addEventListener("click", (event) => pin(getIndex(event) === pinnedIndex ? null : getIndex(event)));
   content.addEventListener("keydown", (event) => {
     if (event.key === " ") event.preventDefault();
-    if (["Enter", " ", "Escape"].includes(event.key)) pin(event.key === "Escape" ? null : findPlace(event));
+    if (["Enter", " ", "Escape"].includes(event.key)) pin(event.key === "Escape" ? null : getIndex(event));
   });
 }
 
-function fill(section) {
-  if (find(".content", section)) return;
-  const image = images.get(section), [width, height] = [section.dataset.width, section.dataset.height].map(Number);
-  const content = find("#content").content.cloneNode(true).firstElementChild, svg = find("svg", content);
-  const mark = (node, place) => {
-    node.dataset.place = place;
-    node.classList.add(`c${place % main.dataset.colors}`);
+function fillSection(section) {
+  if (query(".content", section)) return;
+  const image = imagesBySection.get(section);
+  const [width, height] = [section.dataset.width, section.dataset.height].map(Number);
+  const content = query("#section-content").content.cloneNode(true).firstElementChild, svg = query("svg", content);
+  const setIndex = (node, index) => {
+    node.dataset.index = index;
+    node.classList.add(`color-${index % main.dataset.numColors}`);
     return node;
   };
-  find(".stage", content).style.maxWidth = `calc(76vh * ${width / height})`;
+  query(".image-frame", content).style.maxWidth = `calc(76vh * ${width / height})`;
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  svg.setAttribute("aria-label", find("h2", section).textContent);
-  const attributes = {width, height, ...(section.dataset.picture ? {href: section.dataset.picture} : {})};
-  for (const [name, value] of Object.entries(attributes)) find("image", svg).setAttribute(name, value);
+  svg.setAttribute("aria-label", query("h2", section).textContent);
+  const attributes = {width, height, ...(section.dataset.image ? {href: section.dataset.image} : {})};
+  for (const [name, value] of Object.entries(attributes)) query("image", svg).setAttribute(name, value);
   const groups = [];
-  for (const place of selectPlaces(image, readFilter())) {
-    const region = image.regions[place] ?? image.other[place], drawn = drawRegion(svg, region, {width, height});
-    const group = mark(makeShape(svg, "g", {class: "region overlay"}), place);
-    group.append(...drawn.shapes);
-    groups.push({group, area: drawn.area});
-    find("ol", content).append(mark(makeItem(image, place, region), place));
-    if (!drawn.center) continue;
-    const label = mark(makeElement("span", {className: "label", textContent: region.region, ariaHidden: true}), place);
-    Object.assign(label.style, {left: `${100 * drawn.center.x / width}%`, top: `${100 * drawn.center.y / height}%`});
-    find(".labels", content).append(label);
+  for (const index of selectRegionIndices(image, readFilter())) {
+    const region = image.regions[index] ?? image.other_regions[index];
+    const {shapes, area, labelPosition} = drawRegion(svg, region, {width, height});
+    const group = setIndex(createSvgElement(svg, "g", {class: "region overlay"}), index);
+    group.append(...shapes);
+    groups.push({group, area});
+    query("ol", content).append(setIndex(createListItem(image, index, region), index));
+    if (!labelPosition) continue;
+    const properties = {className: "region-label", textContent: region.region_id, ariaHidden: true};
+    const label = setIndex(createElement("span", properties), index);
+    const [left, top] = [100 * labelPosition.x / width, 100 * labelPosition.y / height];
+    Object.assign(label.style, {left: `${left}%`, top: `${top}%`});
+    query(".region-labels", content).append(label);
   }
   svg.append(...groups.sort((a, b) => b.area - a.area).map(({group}) => group));  // small regions on top
-  connect(content);
+  addHighlighting(content);
   section.append(content);
 }
 
-function empty(section) {
-  const content = find(".content", section);
+function emptySection(section) {
+  const content = query(".content", section);
   if (!content) return;
   section.style.minHeight = `${section.offsetHeight}px`;
   content.remove();
 }
 
 const observer = new IntersectionObserver((entries) => {
-  for (const {target, isIntersecting} of entries) (isIntersecting ? fill : empty)(target);
+  for (const {target, isIntersecting} of entries) (isIntersecting ? fillSection : emptySection)(target);
 }, {rootMargin: "600px"});
 
-function update() {
+function applyFilter() {
   const filter = readFilter();
-  let regionCount = 0, imageCount = 0;
+  const isFiltered = filter.searchTerms.length || filter.minScore || filter.onlyDifferent;
+  let numRegions = 0, numImages = 0;
   observer.disconnect();
-  for (const [section, image] of images) {
-    const count = selectPlaces(image, filter).length, isFiltered = filter.words.length || filter.score || filter.differ;
-    regionCount += count;
-    imageCount += count > 0;
+  for (const [section, image] of imagesBySection) {
+    const count = selectRegionIndices(image, filter).length;
+    numRegions += count;
+    numImages += count > 0;
     section.hidden = count === 0 && isFiltered;
-    find(".content", section)?.remove();
+    query(".content", section)?.remove();
     section.style.minHeight = "";
     if (!section.hidden) observer.observe(section);
   }
-  find("#count").textContent = `${formatCount(regionCount, "region")} in ${formatCount(imageCount, "image")}`;
+  query("#region-count").textContent = `${formatCount(numRegions, "region")} in ${formatCount(numImages, "image")}`;
 }
 
-let waiting = null;
+let filterTimer = null;
 controls.addEventListener("input", (event) => {
-  if (event.target.id === "overlay") return;
-  clearTimeout(waiting);
-  waiting = setTimeout(update, 150);
+  if (event.target.id === "show-regions") return;
+  clearTimeout(filterTimer);
+  filterTimer = setTimeout(applyFilter, 150);
 });
 controls.addEventListener("submit", (event) => event.preventDefault());
-update();
+applyFilter();

@@ -31,14 +31,14 @@ from sca.testing.conformance import (  # noqa: F401 (register their checks)
     segmenters,
 )
 from sca.testing.conformance.checks import CHECKS, CheckResult, ConformanceCheck, DoesNotApply
-from sca.testing.conformance.harnesses import HARNESSES, PartHarness
+from sca.testing.conformance.harnesses import HARNESSES, ComponentHarness
 
-__all__ = ["CHECKS", "CheckResult", "check_part"]
+__all__ = ["CHECKS", "CheckResult", "check_component"]
 
 LIBRARY_FOLDERS = {"conformance", "torch", "transformers", "timm", "open_clip", "sca_registry"}
 
 
-def check_part(kind: str, part: str | Callable[..., Any], /, **options: Any) -> list[CheckResult]:
+def check_component(kind: str, component: str | Callable[..., Any], /, **options: Any) -> list[CheckResult]:
     """Run all checks of a kind on a component.
 
     Checks that apply to every kind run first. If the component cannot be built or run, the remaining checks are
@@ -47,7 +47,7 @@ def check_part(kind: str, part: str | Callable[..., Any], /, **options: Any) -> 
 
     Args:
         kind: Kind of the component, singular or plural.
-        part: Registered name, or factory.
+        component: Registered name, or factory.
         **options: Options of the factory, and the `split` of a dataset (default "val").
 
     Returns:
@@ -57,13 +57,16 @@ def check_part(kind: str, part: str | Callable[..., Any], /, **options: Any) -> 
         RegistryError: The kind is unknown.
     """
     kind_info = get_registry(kind).kind
-    harness = HARNESSES.get(kind_info.plural, PartHarness)(kind_info.plural, part, options)
+    harness = HARNESSES.get(kind_info.plural, ComponentHarness)(kind_info.plural, component, options)
     with torch.random.fork_rng(devices=[]):
         results = []
         checks = [each for each in CHECKS if kind_info.plural in each.kinds]
         for conformance_check in sorted(checks, key=lambda each: each.function.__module__ != common.__name__):
             results.append(_run_check(conformance_check, harness))
-            if conformance_check.function in (common.builds, common.runs) and not results[-1].passed:
+            if (
+                conformance_check.function in (common.factory_returns_component, common.forward_succeeds)
+                and not results[-1].passed
+            ):
                 break
     return results
 
@@ -76,17 +79,13 @@ def _format_error_location(error: BaseException) -> str:
     return f" ({Path(plugin_frames[-1].filename).name}:{plugin_frames[-1].lineno})" if plugin_frames else ""
 
 
-def _run_check(conformance_check: ConformanceCheck, harness: PartHarness) -> CheckResult:
+def _run_check(conformance_check: ConformanceCheck, harness: ComponentHarness) -> CheckResult:
     source = conformance_check.source or f"sca_registry.contracts.{COMPONENT_KINDS[harness.kind].protocol.__name__}"
     torch.manual_seed(0)
     try:
         problem = conformance_check.function(harness)
     except DoesNotApply as exception:
-        return CheckResult(
-            conformance_check.name, True, conformance_check.expected, f"does not apply: {exception}", source
-        )
+        return CheckResult(conformance_check.name, True, conformance_check.expected, f"skipped: {exception}", source)
     except Exception as error:
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}{_format_error_location(error)}"
-    return CheckResult(
-        conformance_check.name, problem is None, conformance_check.expected, problem or "as expected", source
-    )
+    return CheckResult(conformance_check.name, problem is None, conformance_check.expected, problem or "passed", source)

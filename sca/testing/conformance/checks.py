@@ -29,7 +29,7 @@ class CheckResult:
     def __str__(self) -> str:
         if self.passed:
             return f"ok      {self.name}: {self.details}"
-        return f"FAILED  {self.name}: expected: {self.expected} Found: {self.details}. See {self.source}"
+        return f"FAILED  {self.name}: {self.details}. Expected: {self.expected} See {self.source}."
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ def register_check(*kinds: str, source: str | None = None) -> Callable[[Callable
     Args:
         *kinds: Kinds of components (plural).
         source: Where the expected behavior is documented. Default: the protocol of the kind.
+
+    Returns:
+        The decorator.
     """
 
     def register(function: Callable[[Any], str | None]) -> Callable[[Any], str | None]:

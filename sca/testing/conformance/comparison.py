@@ -26,7 +26,7 @@ def describe_difference(
         Description; None if all tensors are equal within the tolerance.
     """
     if expected.keys() != actual.keys():
-        return f"other outputs: {format_names(sorted(expected.keys() ^ actual.keys()))}"
+        return f"different outputs: {format_names(sorted(expected.keys() ^ actual.keys()))}"
     for name, value in expected.items():
         problem = describe_shape_mismatch(name, actual[name], tuple(value.shape))
         if problem:
@@ -35,15 +35,15 @@ def describe_difference(
             continue
         deviation = float((value.double() - actual[name].double()).abs().max())
         if not deviation <= tolerance * float(value.double().abs().max()):  # also true for NaN
-            return f"{name} differs by {deviation:.2g}, of at most {float(value.abs().max()):.2g}"
+            return f"{name} differs by up to {deviation:.2g} (largest value {float(value.abs().max()):.2g})"
     return None
 
 
 def describe_shape_mismatch(name: str, value: Any, shape: tuple[int | None, ...]) -> str | None:
     """Describe a value that is not a tensor of this shape; None if it is."""
     if not isinstance(value, Tensor):
-        return f"{name} is {type(value).__name__}, not a tensor {shape}"
-    return None if tuple(value.shape) == shape else f"{name} is {tuple(value.shape)}, not {shape}"
+        return f"{name} is of type {type(value).__name__}, not a tensor of shape {shape}"
+    return None if tuple(value.shape) == shape else f"{name} has shape {tuple(value.shape)}, not {shape}"
 
 
 def compute_weighted_sum(outputs: Mapping[str, Tensor]) -> Tensor:

@@ -11,23 +11,23 @@ from sca_registry.contracts import ImageFormat
 
 from sca.testing.conformance.checks import DoesNotApply, register_check
 from sca.testing.conformance.comparison import describe_shape_mismatch
-from sca.testing.conformance.harnesses import EncoderHarness, PartHarness
+from sca.testing.conformance.harnesses import ComponentHarness, EncoderHarness
 
 
 @register_check("encoders", source="sca_registry.contracts.ImageFormat")
-def image_format(harness: PartHarness) -> str | None:
+def image_format_is_valid(harness: ComponentHarness) -> str | None:
     """`image_format` is an ImageFormat: size a multiple of the stride, three means, three positive deviations."""
-    image = harness.part.image_format
+    image = harness.component.image_format
     if not isinstance(image, ImageFormat):
-        return f"image_format is a {type(image).__name__}"
-    if image.size <= 0 or image.size % harness.part.stride:
-        return f"size {image.size}, stride {harness.part.stride}"
+        return f"image_format is of type {type(image).__name__}"
+    if image.size <= 0 or image.size % harness.component.stride:
+        return f"size {image.size} is not a multiple of the stride {harness.component.stride}"
     if len(image.mean) != 3 or len(image.std) != 3 or min(image.std) <= 0:
-        return f"mean {image.mean}, std {image.std}"
-    for name in ("order", "resample", "fit"):
+        return f"mean is {image.mean}, std is {image.std}"
+    for name in ("channel_order", "resample", "resize_mode"):
         allowed_values = get_args(inspect.get_annotations(ImageFormat, eval_str=True)[name])
         if getattr(image, name) not in allowed_values:
-            return f"{name} = {getattr(image, name)!r}; there are {', '.join(allowed_values)}"
+            return f"{name} is {getattr(image, name)!r}; choose from {', '.join(allowed_values)}"
     return None
 
 
@@ -36,22 +36,24 @@ def image_format(harness: PartHarness) -> str | None:
 def output_shape(harness: EncoderHarness) -> str | None:
     """Pixels of shape (B, 3, S, S) produce features of shape (B, channels, S/stride, S/stride)."""
     pixels = harness.make_inputs()
-    side = pixels.shape[-1] // harness.part.stride
-    return describe_shape_mismatch("features", harness.part(pixels), (len(pixels), harness.part.channels, side, side))
+    side = pixels.shape[-1] // harness.component.stride
+    return describe_shape_mismatch(
+        "features", harness.component(pixels), (len(pixels), harness.component.channels, side, side)
+    )
 
 
 @register_check("encoders")
 @torch.no_grad()
-def features_follow_the_image(harness: EncoderHarness) -> str | None:
+def features_depend_on_image(harness: EncoderHarness) -> str | None:
     """Different images have different features."""
-    first, second = harness.part(harness.make_inputs())
-    return "two images with the same features" if torch.allclose(first, second) else None
+    first, second = harness.component(harness.make_inputs())
+    return "two different images have the same features" if torch.allclose(first, second) else None
 
 
 @register_check("encoders")
-def default_segmenter_is_known(harness: PartHarness) -> str | None:
+def default_segmenter_is_registered(harness: ComponentHarness) -> str | None:
     """`default_segmenter` is the name of a registered segmenter."""
     if harness.name is None:
-        raise DoesNotApply("a factory without a name may not be installed, nor its segmenter")
-    name, segmenter_names = harness.part.default_segmenter, get_registry("segmenters").list_names()
-    return None if name in segmenter_names else f"{name!r}; there are {', '.join(segmenter_names)}"
+        raise DoesNotApply("the factory is not registered by name, so its segmenter may not be installed")
+    name, segmenter_names = harness.component.default_segmenter, get_registry("segmenters").list_names()
+    return None if name in segmenter_names else f"no segmenter {name!r}; choose from {', '.join(segmenter_names)}"

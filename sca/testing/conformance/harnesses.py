@@ -50,6 +50,9 @@ def make_random_regions(image_index: Tensor, num_images: int) -> SegmenterOutput
     Args:
         image_index: (N,) image of each region.
         num_images: Number of images.
+
+    Returns:
+        The output, on the CPU.
     """
     num_regions, tokens = len(image_index), torch.randn(len(image_index), 3 + NUM_MASKS, HIDDEN_SIZE)
     corner = torch.rand(num_regions, 2) * IMAGE_SIZE / 2
@@ -69,7 +72,7 @@ def make_random_regions(image_index: Tensor, num_images: int) -> SegmenterOutput
     )
 
 
-class PartHarness:
+class ComponentHarness:
     """Component under test, its factory and its inputs.
 
     Subclasses define the inputs of a kind. `make_inputs()` returns equal inputs on every call, `select_rows(inputs,
@@ -77,16 +80,16 @@ class PartHarness:
 
     Args:
         kind: Kind of the component (plural).
-        part: Registered name, or factory.
+        component: Registered name, or factory.
         options: Options of the factory.
     """
 
     upstream: tuple[Any, ...] = ()
 
-    def __init__(self, kind: str, part: str | Callable[..., Any], options: Mapping[str, Any]):
+    def __init__(self, kind: str, component: str | Callable[..., Any], options: Mapping[str, Any]):
         self.kind = kind
-        self.name = part if isinstance(part, str) else None
-        self.factory = partial(get_registry(kind).build, part) if isinstance(part, str) else part
+        self.name = component if isinstance(component, str) else None
+        self.factory = partial(get_registry(kind).build, component) if isinstance(component, str) else component
         self.options = dict(options)
         # Captured before the component is imported, unless this process has already used it.
         self.initial_state = capture_process_state()
@@ -94,23 +97,23 @@ class PartHarness:
     def build(self, seed: int = 0) -> Any:
         """Build the component in eval mode with seeded random weights."""
         torch.manual_seed(seed)
-        part = self.factory(*self.upstream, **self.options)
-        return part.eval() if isinstance(part, nn.Module) else part
+        component = self.factory(*self.upstream, **self.options)
+        return component.eval() if isinstance(component, nn.Module) else component
 
     @cached_property
-    def part(self) -> Any:
+    def component(self) -> Any:
         """Component, built once with seed 0."""
         return self.build()
 
     def build_module(self, seed: int = 0) -> nn.Module:
         """Build a new instance for checks that modify it. Raises DoesNotApply if it is not a torch module."""
-        part = self.build(seed)
-        if not isinstance(part, nn.Module):
-            raise DoesNotApply(f"a {type(part).__name__} is no torch module")
-        return part
+        component = self.build(seed)
+        if not isinstance(component, nn.Module):
+            raise DoesNotApply(f"{type(component).__name__} is not a torch module")
+        return component
 
     def get_declared_value(self, field: str) -> Any:
-        """Return the value of a field, such as `gives` or `needs`, of the card or class."""
+        """Return the value of a field, such as `provides` or `requires`, of the card or class."""
         return (
             get_registry(self.kind).get_declared(self.name, field) if self.name else getattr(self.factory, field, None)
         )
@@ -128,7 +131,7 @@ class PartHarness:
             name: value for name, value in options.items() if isinstance(value, int) and not isinstance(value, bool)
         }
 
-    def with_options(self, options: Mapping[str, Any]) -> PartHarness:
+    def with_options(self, options: Mapping[str, Any]) -> ComponentHarness:
         """Return a harness of the same component with other options."""
         return type(self)(self.kind, self.name or self.factory, {**self.options, **options})
 
@@ -152,20 +155,20 @@ class PartHarness:
         """Return the floating-point tensors that upstream components produce."""
         return [inputs]
 
-    def compute_outputs(self, part: Any, inputs: Any) -> dict[str, Tensor]:
+    def compute_outputs(self, component: Any, inputs: Any) -> dict[str, Tensor]:
         """Run a component and return its output tensors by name."""
         raise NotImplementedError
 
 
-class EncoderHarness(PartHarness):
+class EncoderHarness(ComponentHarness):
     """Harness of encoders."""
 
     def make_inputs(self) -> Tensor:
-        size = self.part.image_format.size
+        size = self.component.image_format.size
         return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
-    def compute_outputs(self, part: Any, inputs: Tensor) -> dict[str, Tensor]:
-        return {"features": part(inputs)}
+    def compute_outputs(self, component: Any, inputs: Tensor) -> dict[str, Tensor]:
+        return {"features": component(inputs)}
 
 
 @dataclass
@@ -176,7 +179,7 @@ class SegmenterInputs:
     prompts: dict[str, PromptBatch]
 
 
-class SegmenterHarness(PartHarness):
+class SegmenterHarness(ComponentHarness):
     """Harness of segmenters."""
 
     upstream = (StandInEncoder(),)
@@ -213,7 +216,7 @@ class SegmenterHarness(PartHarness):
         for prompt_type, prompts in all_inputs.prompts.items():
             if prompt_type != "box":
                 try:
-                    self.part(all_inputs.features, prompts)
+                    self.component(all_inputs.features, prompts)
                     accepted.append(prompt_type)
                 except ValueError:
                     continue
@@ -244,11 +247,11 @@ class SegmenterHarness(PartHarness):
     def list_upstream_tensors(self, inputs: SegmenterInputs) -> list[Tensor]:
         return [inputs.features]
 
-    def compute_outputs(self, part: Any, inputs: SegmenterInputs) -> dict[str, Tensor]:
+    def compute_outputs(self, component: Any, inputs: SegmenterInputs) -> dict[str, Tensor]:
         outputs = {}
         runs = [(prompt_type, prompt_type, True) for prompt_type in inputs.prompts]
         for name, prompt_type, multimask in [*runs, ("box, one mask", "box", False)]:
-            segmenter_output = part(inputs.features, inputs.prompts[prompt_type], multimask)
+            segmenter_output = component(inputs.features, inputs.prompts[prompt_type], multimask)
             values = {field: getattr(segmenter_output, field) for field in self.OUTPUT_FIELDS}
             values["image_embeddings"] = segmenter_output.image_embeddings[segmenter_output.image_index]
             dense_embeddings = segmenter_output.dense_embeddings
@@ -264,7 +267,7 @@ class SegmenterHarness(PartHarness):
 SHARED_FIELDS = ("image_index", "image_embeddings", "image_size", "positional_encoding")  # no row per region
 
 
-class MixerHarness(PartHarness):
+class MixerHarness(ComponentHarness):
     """Harness of mixers."""
 
     upstream = (StandInSegmenter(),)
@@ -297,17 +300,17 @@ class MixerHarness(PartHarness):
             inputs.masks,
         ]
 
-    def compute_outputs(self, part: Any, inputs: SegmenterOutput) -> dict[str, Tensor]:
-        return {"queries": part(inputs)}
+    def compute_outputs(self, component: Any, inputs: SegmenterOutput) -> dict[str, Tensor]:
+        return {"queries": component(inputs)}
 
     def collect_needs(self) -> set[str]:
         """Return which of masks, boxes and grid the mixer requires with its present options."""
-        required = set(self.get_declared_value("needs") or ())
+        required = set(self.get_declared_value("requires") or ())
         if self.name:
             card = get_registry(self.kind).get_card(self.name)
             options = {**card.options, **self.options}
             required.update(
-                thing for option, things in card.needs_with.items() if options.get(option) for thing in things
+                output for option, outputs in card.option_requires.items() if options.get(option) for output in outputs
             )
         return required
 
@@ -321,7 +324,7 @@ class LanguageModelInputs:
     prefix: Tensor  # (N, K, E)
 
 
-class LanguageModelHarness(PartHarness):
+class LanguageModelHarness(ComponentHarness):
     """Harness of language models."""
 
     LENGTHS = (6, 3, 1)
@@ -329,22 +332,22 @@ class LanguageModelHarness(PartHarness):
     def make_inputs(self) -> LanguageModelInputs:
         generator = torch.Generator().manual_seed(1)
         num_texts, max_length = len(self.LENGTHS), max(self.LENGTHS)
-        tokenizer = self.part.tokenizer
+        tokenizer = self.component.tokenizer
         vocab_size = self.vocab_size
         input_ids = torch.randint(vocab_size, (num_texts, max_length), generator=generator)
         attention_mask = (torch.arange(max_length) < torch.tensor(self.LENGTHS)[:, None]).long()
         input_ids = input_ids.masked_fill(attention_mask == 0, tokenizer.pad_token_id if tokenizer is not None else 0)
-        embedding_std = self.part.embed_tokens(torch.arange(min(vocab_size, 64))[None]).float().std().item()
+        embedding_std = self.component.embed_tokens(torch.arange(min(vocab_size, 64))[None]).float().std().item()
         return LanguageModelInputs(
             input_ids,
             attention_mask,
-            torch.randn(num_texts, 3, self.part.hidden_size, generator=generator) * embedding_std,
+            torch.randn(num_texts, 3, self.component.hidden_size, generator=generator) * embedding_std,
         )
 
     @cached_property
     def vocab_size(self) -> int:
         """Size of the last dimension of the logits."""
-        return self.part.lm_head(torch.zeros(1, self.part.hidden_size)).shape[-1]
+        return self.component.lm_head(torch.zeros(1, self.component.hidden_size)).shape[-1]
 
     def count_rows(self, inputs: LanguageModelInputs) -> int:
         return len(inputs.input_ids)
@@ -361,33 +364,33 @@ class LanguageModelHarness(PartHarness):
     def list_upstream_tensors(self, inputs: LanguageModelInputs) -> list[Tensor]:
         return [inputs.prefix]
 
-    def compute_outputs(self, part: Any, inputs: LanguageModelInputs) -> dict[str, Tensor]:
-        embeddings = part.embed_tokens(inputs.input_ids)
+    def compute_outputs(self, component: Any, inputs: LanguageModelInputs) -> dict[str, Tensor]:
+        embeddings = component.embed_tokens(inputs.input_ids)
         attention_mask = torch.cat(
             (inputs.attention_mask.new_ones(inputs.prefix.shape[:2]), inputs.attention_mask), dim=1
         )
-        hidden_states = part.hidden_states(
+        hidden_states = component.hidden_states(
             torch.cat((inputs.prefix, embeddings.to(inputs.prefix.dtype)), dim=1), attention_mask
         )
         outputs = {
             "embeddings": embeddings * inputs.attention_mask[..., None],
             "states": hidden_states * attention_mask[..., None],
         }
-        outputs["logits"] = part.lm_head(hidden_states) * attention_mask[..., None]
+        outputs["logits"] = component.lm_head(hidden_states) * attention_mask[..., None]
         padding = max(self.LENGTHS) - inputs.input_ids.shape[1]
         return {name: nn.functional.pad(value, (0, 0, 0, padding)) for name, value in outputs.items()}
 
 
-class DatasetHarness(PartHarness):
+class DatasetHarness(ComponentHarness):
     """Harness of datasets."""
 
-    def __init__(self, kind: str, part: str | Callable[..., Any], options: Mapping[str, Any]):
-        super().__init__(kind, part, {name: value for name, value in options.items() if name != "split"})
+    def __init__(self, kind: str, component: str | Callable[..., Any], options: Mapping[str, Any]):
+        super().__init__(kind, component, {name: value for name, value in options.items() if name != "split"})
         self.upstream = (options.get("split", "val"),)
 
     def read_samples(self) -> list[Any]:
         """Return the first `MAX_SAMPLES` samples."""
-        return [self.part[index] for index in range(min(MAX_SAMPLES, len(self.part)))]
+        return [self.component[index] for index in range(min(MAX_SAMPLES, len(self.component)))]
 
     def iter_regions(self) -> Iterator[tuple[Any, Region]]:
         """Iterate over the regions of the first samples, each with its sample."""

@@ -19,172 +19,172 @@ EXAMPLE_TEXTS = ("a small striped red circle left of a blue square", "car", "two
 
 @register_check("language_models")
 @torch.no_grad()
-def states_and_logits_shape(harness: LanguageModelHarness) -> str | None:
+def output_shapes(harness: LanguageModelHarness) -> str | None:
     """`embed_tokens` returns (N, L, E), `hidden_states` the shape of its input, and `lm_head` (..., V).
 
     `lm_head` supports any leading shape.
     """
-    part, inputs = harness.part, harness.make_inputs()
+    component, inputs = harness.component, harness.make_inputs()
     num_texts, length = inputs.input_ids.shape
-    embedded = part.embed_tokens(inputs.input_ids)
-    problem = describe_shape_mismatch("embed_tokens(ids)", embedded, (num_texts, length, part.hidden_size))
-    hidden_states = part.hidden_states(embedded, inputs.attention_mask)
+    embedded = component.embed_tokens(inputs.input_ids)
+    problem = describe_shape_mismatch("embed_tokens(ids)", embedded, (num_texts, length, component.hidden_size))
+    hidden_states = component.hidden_states(embedded, inputs.attention_mask)
     problem = problem or describe_shape_mismatch(
-        "hidden_states(embeddings, mask)", hidden_states, (num_texts, length, part.hidden_size)
+        "hidden_states(embeddings, mask)", hidden_states, (num_texts, length, component.hidden_size)
     )
     problem = problem or describe_shape_mismatch(
-        "lm_head(states)", part.lm_head(hidden_states), (num_texts, length, harness.vocab_size)
+        "lm_head(states)", component.lm_head(hidden_states), (num_texts, length, harness.vocab_size)
     )
     problem = problem or describe_shape_mismatch(
-        "lm_head(states[0, 0])", part.lm_head(hidden_states[0, 0]), (harness.vocab_size,)
+        "lm_head(states[0, 0])", component.lm_head(hidden_states[0, 0]), (harness.vocab_size,)
     )
     return problem or describe_shape_mismatch(
-        "embed_tokens of no ids", part.embed_tokens(inputs.input_ids[:, :0]), (num_texts, 0, part.hidden_size)
+        "embed_tokens of no ids", component.embed_tokens(inputs.input_ids[:, :0]), (num_texts, 0, component.hidden_size)
     )
 
 
 @register_check("language_models")
 @torch.no_grad()
-def later_words_are_unseen(harness: LanguageModelHarness) -> str | None:
+def hidden_states_are_causal(harness: LanguageModelHarness) -> str | None:
     """A hidden state depends on its own and earlier tokens, and not on later ones."""
-    part, inputs = harness.part, harness.select_rows(harness.make_inputs(), [0])
-    hidden_states = part.hidden_states(part.embed_tokens(inputs.input_ids), inputs.attention_mask)
+    component, inputs = harness.component, harness.select_rows(harness.make_inputs(), [0])
+    hidden_states = component.hidden_states(component.embed_tokens(inputs.input_ids), inputs.attention_mask)
     changed_ids = inputs.input_ids.clone()
     changed_ids[:, -1] = (changed_ids[:, -1] + 1) % harness.vocab_size
-    changed_states = part.hidden_states(part.embed_tokens(changed_ids), inputs.attention_mask)
+    changed_states = component.hidden_states(component.embed_tokens(changed_ids), inputs.attention_mask)
     if torch.equal(hidden_states[:, -1], changed_states[:, -1]):
-        return "the last state does not depend on its own word"
+        return "the last hidden state does not depend on its own token"
     return describe_difference(
-        {"states before a changed word": hidden_states[:, :-1]},
-        {"states before a changed word": changed_states[:, :-1]},
+        {"hidden states before a changed token": hidden_states[:, :-1]},
+        {"hidden states before a changed token": changed_states[:, :-1]},
     )
 
 
 @register_check("language_models")
 @torch.no_grad()
-def agrees_with_transformers(harness: LanguageModelHarness) -> str | None:
+def logits_match_transformers(harness: LanguageModelHarness) -> str | None:
     """`lm_head(hidden_states(embed_tokens(ids)))` equals the logits of the wrapped transformers model."""
     models = [each for each in harness.build_module().children() if isinstance(each, PreTrainedModel)]
     if not models:
-        raise DoesNotApply("there is no transformers model directly inside")
-    part, inputs = harness.part, harness.select_rows(harness.make_inputs(), [0])
-    model = next(each for each in part.children() if isinstance(each, PreTrainedModel))
+        raise DoesNotApply("the component has no transformers model as a child module")
+    component, inputs = harness.component, harness.select_rows(harness.make_inputs(), [0])
+    model = next(each for each in component.children() if isinstance(each, PreTrainedModel))
     expected = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits
-    hidden_states = part.hidden_states(part.embed_tokens(inputs.input_ids), inputs.attention_mask)
-    return describe_difference({"logits": expected}, {"logits": part.lm_head(hidden_states)})
+    hidden_states = component.hidden_states(component.embed_tokens(inputs.input_ids), inputs.attention_mask)
+    return describe_difference({"logits": expected}, {"logits": component.lm_head(hidden_states)})
 
 
 @register_check("language_models")
 @torch.no_grad()
-def generates_new_words_only(harness: LanguageModelHarness) -> str | None:
+def generates_new_tokens_only(harness: LanguageModelHarness) -> str | None:
     """`generate` returns sequences (N, R, T) without prefix, T at most `max_new_tokens`, and scores (N, R) <= 0."""
     inputs = harness.make_inputs()
     for max_new_tokens in (1, MAX_NEW_TOKENS):
-        generation_output = harness.part.generate(inputs.prefix, max_new_tokens=max_new_tokens)
+        generation_output = harness.component.generate(inputs.prefix, max_new_tokens=max_new_tokens)
         if not isinstance(generation_output, GenerationOutput):
-            return f"a {type(generation_output).__name__} and not a GenerationOutput"
+            return f"generate returns a {type(generation_output).__name__}, not a GenerationOutput"
         num_prefixes, num_captions, length = (
             generation_output.sequences.shape if generation_output.sequences.dim() == 3 else (0, 0, 0)
         )
         if num_prefixes != len(inputs.prefix) or not num_captions or not 1 <= length <= max_new_tokens:
             shape = tuple(generation_output.sequences.shape)
-            return f"sequences {shape} for {len(inputs.prefix)} prefixes and {max_new_tokens} new tokens"
+            return f"sequences of shape {shape} for {len(inputs.prefix)} prefixes and max_new_tokens={max_new_tokens}"
         if generation_output.scores.shape != (num_prefixes, num_captions) or not (generation_output.scores <= 0).all():
-            return f"scores {generation_output.scores.tolist()}"
+            return f"scores are {generation_output.scores.tolist()}"
         if not ((generation_output.sequences >= 0) & (generation_output.sequences < harness.vocab_size)).all():
-            return f"ids outside 0..{harness.vocab_size - 1}"
+            return f"token ids outside 0..{harness.vocab_size - 1}"
     return None
 
 
 @register_check("language_models")
 @torch.no_grad()
-def generates_the_likeliest_word(harness: LanguageModelHarness) -> str | None:
+def default_generation_is_greedy(harness: LanguageModelHarness) -> str | None:
     """By default generation is greedy, and the score is the mean log-probability of the generated tokens.
 
     EOS is included in the mean; tokens after it are not.
     """
-    part, inputs = harness.part, harness.make_inputs()
-    eos_token_id = part.tokenizer.eos_token_id if part.tokenizer is not None else None
-    generation_output = part.generate(inputs.prefix, max_new_tokens=MAX_NEW_TOKENS)
+    component, inputs = harness.component, harness.make_inputs()
+    eos_token_id = component.tokenizer.eos_token_id if component.tokenizer is not None else None
+    generation_output = component.generate(inputs.prefix, max_new_tokens=MAX_NEW_TOKENS)
     for row, prefix in enumerate(inputs.prefix):
         embeddings, expected_ids, log_probs = prefix[None], [], []
         while len(expected_ids) < MAX_NEW_TOKENS and (not expected_ids or expected_ids[-1] != eos_token_id):
             attention_mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
-            logits = part.lm_head(part.hidden_states(embeddings, attention_mask))[0, -1]
+            logits = component.lm_head(component.hidden_states(embeddings, attention_mask))[0, -1]
             expected_ids.append(int(logits.argmax()))
             log_probs.append(float(logits.float().log_softmax(0)[expected_ids[-1]]))
-            embeddings = torch.cat((embeddings, part.embed_tokens(torch.tensor([expected_ids[-1:]]))), dim=1)
+            embeddings = torch.cat((embeddings, component.embed_tokens(torch.tensor([expected_ids[-1:]]))), dim=1)
         generated_ids, score = (
             generation_output.sequences[row, 0].tolist()[: len(expected_ids)],
             float(generation_output.scores[row, 0]),
         )
         if generated_ids != expected_ids:
-            return f"ids {generated_ids} where {expected_ids} are the likeliest"
+            return f"token ids {generated_ids}, while greedy search selects {expected_ids}"
         if not math.isclose(score, sum(log_probs) / len(log_probs), rel_tol=1e-3, abs_tol=1e-3):
-            return f"a score of {score:.4f} where the mean log-probability is {sum(log_probs) / len(log_probs):.4f}"
+            return f"score {score:.4f}, while the mean log-probability is {sum(log_probs) / len(log_probs):.4f}"
     return None
 
 
 @register_check("language_models")
-def adapts_gently(harness: LanguageModelHarness) -> str | None:
+def lora_preserves_outputs(harness: LanguageModelHarness) -> str | None:
     """`add_lora` adds trainable parameters named lora_, leaves the outputs unchanged, and freezes nothing."""
-    part = harness.build_module()
+    component = harness.build_module()
     inputs = harness.make_inputs()
     with torch.no_grad():
-        initial_outputs = harness.compute_outputs(part, inputs)
-    trainable = {id(parameter): name for name, parameter in part.named_parameters() if parameter.requires_grad}
-    initial_parameters = {id(parameter) for parameter in part.parameters()}
+        initial_outputs = harness.compute_outputs(component, inputs)
+    trainable = {id(parameter): name for name, parameter in component.named_parameters() if parameter.requires_grad}
+    initial_parameters = {id(parameter) for parameter in component.parameters()}
     try:
-        part.add_lora(rank=2, alpha=4, dropout=0.0, target_modules=None)
+        component.add_lora(rank=2, alpha=4, dropout=0.0, target_modules=None)
     except ValueError as error:
-        raise DoesNotApply(f"it says: {error}") from error
+        raise DoesNotApply(f"add_lora raises: {error}") from error
     added = [
-        (name, parameter) for name, parameter in part.named_parameters() if id(parameter) not in initial_parameters
+        (name, parameter) for name, parameter in component.named_parameters() if id(parameter) not in initial_parameters
     ]
     if not added or not all("lora_" in name and parameter.requires_grad for name, parameter in added):
-        return f"added: {format_names([name for name, _ in added])}"
-    frozen = [trainable[id(p)] for p in part.parameters() if id(p) in trainable and not p.requires_grad]
+        return f"added parameters: {format_names([name for name, _ in added]) or 'none'}"
+    frozen = [trainable[id(p)] for p in component.parameters() if id(p) in trainable and not p.requires_grad]
     if frozen:
-        return f"no longer trains: {format_names(frozen)}"
+        return f"frozen by add_lora: {format_names(frozen)}"
     with torch.no_grad():
-        return describe_difference(initial_outputs, harness.compute_outputs(part.eval(), inputs))
+        return describe_difference(initial_outputs, harness.compute_outputs(component.eval(), inputs))
 
 
 @register_check("language_models", source="sca_registry.contracts.Tokenizer")
-def words_end_and_do_not_begin(harness: LanguageModelHarness) -> str | None:
+def tokenizer_adds_only_eos(harness: LanguageModelHarness) -> str | None:
     """`encode` appends `eos_token_id` once and no BOS token; a token limit includes EOS."""
     tokenizer = _require_tokenizer(harness)
     if tokenizer.encode("") != [tokenizer.eos_token_id]:
-        return f"no text is {tokenizer.encode('')}, and the end is {tokenizer.eos_token_id}"
+        return f"an empty text is encoded as {tokenizer.encode('')}, not as EOS ({tokenizer.eos_token_id}) only"
     for text in EXAMPLE_TEXTS:
         ids = tokenizer.encode(text)
         if ids[-1] != tokenizer.eos_token_id or ids.count(tokenizer.eos_token_id) != 1:
-            return f"{text!r} is {ids}, and the end is {tokenizer.eos_token_id}"
-        if not all(isinstance(word, int) and 0 <= word < harness.vocab_size for word in ids):
-            return f"{text!r} is {ids}, in a vocabulary of {harness.vocab_size}"
+            return f"{text!r} is encoded as {ids}; EOS is {tokenizer.eos_token_id}"
+        if not all(isinstance(token, int) and 0 <= token < harness.vocab_size for token in ids):
+            return f"{text!r} is encoded as {ids}; the vocabulary has {harness.vocab_size} tokens"
         truncated_ids = tokenizer.encode(text, 2)
         if (
             len(truncated_ids) > 2
             or truncated_ids[-1] != tokenizer.eos_token_id
             or truncated_ids[:-1] != ids[: len(truncated_ids) - 1]
         ):
-            return f"{text!r} with a limit of 2 is {truncated_ids}"
+            return f"{text!r} with max_length=2 is encoded as {truncated_ids}"
     return None
 
 
 @register_check("language_models", source="sca_registry.contracts.Tokenizer")
-def words_come_back(harness: LanguageModelHarness) -> str | None:
+def tokenizer_round_trip(harness: LanguageModelHarness) -> str | None:
     """`decode` restores the encoded text and stops at the first `eos_token_id`."""
     tokenizer = _require_tokenizer(harness)
     for text in EXAMPLE_TEXTS:
         ids = tokenizer.encode(text)
         for padded_ids in (ids, [*ids, tokenizer.pad_token_id], [*ids, ids[0], tokenizer.pad_token_id]):
             if tokenizer.decode(padded_ids) != text:
-                return f"{text!r} comes back as {tokenizer.decode(padded_ids)!r}"
+                return f"{text!r} is decoded as {tokenizer.decode(padded_ids)!r}"
     return None
 
 
 def _require_tokenizer(harness: LanguageModelHarness) -> Any:
-    if harness.part.tokenizer is None:
-        raise DoesNotApply("it has no tokenizer")
-    return harness.part.tokenizer
+    if harness.component.tokenizer is None:
+        raise DoesNotApply("the component has no tokenizer")
+    return harness.component.tokenizer

@@ -10,7 +10,7 @@ from sca_registry.contracts import TASKS, MetricOutput
 
 from sca.evaluation.records import describe_missing_needs
 from sca.testing.conformance.checks import DoesNotApply, register_check
-from sca.testing.conformance.harnesses import PartHarness
+from sca.testing.conformance.harnesses import ComponentHarness
 
 RECORD_FIELDS = (
     *("index", "image_id", "region_id", "task", "control", "prompt", "caption", "score"),
@@ -29,7 +29,7 @@ def make_example_records() -> list[dict[str, Any]]:
         "mask": EMPTY_RLE,
         "box": [4.0, 4.0, 20.0, 20.0],
         "area": 0.0,
-        "attributes": {"color": "red", "form": "circle", "size": "small", "texture": "striped", "relations": []},
+        "attributes": {"color": "red", "shape": "circle", "size": "small", "texture": "striped", "relations": []},
     }
     return [
         {
@@ -51,32 +51,37 @@ def make_example_records() -> list[dict[str, Any]]:
 
 
 @register_check("metrics")
-def needs_are_paths(harness: PartHarness) -> str | None:
-    """`needs` is a tuple of paths in a record, such as "caption", "truth.mask" or "task=caption"."""
-    needs = harness.part.needs
-    if not isinstance(needs, tuple) or not all(isinstance(need, str) for need in needs):
-        return f"needs = {needs!r}"
-    for need in needs:
-        for choice in need.split(" or "):
+def required_fields_are_valid(harness: ComponentHarness) -> str | None:
+    """`required_fields` is a tuple of paths in a record, such as "caption", "truth.mask" or "task=caption"."""
+    required_fields = harness.component.required_fields
+    if not isinstance(required_fields, tuple) or not all(isinstance(each, str) for each in required_fields):
+        return f"required_fields is {required_fields!r}"
+    for requirement in required_fields:
+        for choice in requirement.split(" or "):
             field, _, subpath = choice.partition("=")[0].partition(".")
             if field not in RECORD_FIELDS or (field == "truth" and subpath.partition(".")[0] not in TRUTH_FIELDS):
-                return f"{need!r}; a record has {', '.join(RECORD_FIELDS)}, and its truth {', '.join(TRUTH_FIELDS)}"
+                return (
+                    f"unknown field {requirement!r}; a record has {', '.join(RECORD_FIELDS)}, and its truth has "
+                    f"{', '.join(TRUTH_FIELDS)}"
+                )
     return None
 
 
 @register_check("metrics", source="sca_registry.contracts.MetricOutput")
-def gives_scores(harness: PartHarness) -> str | None:
+def returns_declared_scores(harness: ComponentHarness) -> str | None:
     """On records with the required fields it returns a `MetricOutput` of numbers with the declared names."""
     records = make_example_records()
-    if "image" in harness.part.needs or describe_missing_needs(records, harness.part.needs):
-        raise DoesNotApply("the example has not what it needs")
-    output = harness.part(records)
+    if "image" in harness.component.required_fields or describe_missing_needs(
+        records, harness.component.required_fields
+    ):
+        raise DoesNotApply("the example records lack required fields")
+    output = harness.component(records)
     if not isinstance(output, MetricOutput):
-        return f"a {type(output).__name__}"
+        return f"the metric returns a {type(output).__name__}, not a MetricOutput"
     declared = harness.get_declared_value("scores")
     for key, value in output.values.items():
         if declared is not None and not any(fnmatchcase(key, name) for name in declared):
-            return f"{key!r}, which is not among the declared scores {', '.join(declared)}"
+            return f"score {key!r} is not declared; declared are {', '.join(declared)}"
         if isinstance(value, bool | str) or not isinstance(float(value), float) or math.isinf(value):
-            return f"{key} = {value!r}"
-    return None if output.values else "no score at all"
+            return f"score {key!r} is {value!r}"
+    return None if output.values else "the metric returns no scores"

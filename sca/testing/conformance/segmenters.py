@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sca_registry.contracts import SegmenterOutput, Targets
+from sca_registry.contracts import MaskTargets, SegmenterOutput
 from torch import Tensor
 
 from sca.io.masks import mask_to_box
@@ -23,14 +23,14 @@ from sca.testing.conformance.harnesses import (
 
 @register_check("segmenters", source="sca_registry.contracts.SegmenterOutput")
 @torch.no_grad()
-def regions(harness: SegmenterHarness) -> str | None:
+def output_shapes(harness: SegmenterHarness) -> str | None:
     """Every field of `SegmenterOutput` has its documented shape for every accepted kind of prompt."""
-    inputs, hidden_size, num_regions = harness.make_inputs(), harness.part.channels, len(IMAGE_INDEX)
+    inputs, hidden_size, num_regions = harness.make_inputs(), harness.component.channels, len(IMAGE_INDEX)
     for prompt_type, prompts in inputs.prompts.items():
-        output = harness.part(inputs.features, prompts)
+        output = harness.component(inputs.features, prompts)
         if not torch.equal(output.image_index, prompts.image_index) or output.image_size != IMAGE_SIZE:
             return (
-                f"by {prompt_type}: image_index {output.image_index.tolist()}, image_size {output.image_size}; "
+                f"{prompt_type} prompts: image_index {output.image_index.tolist()}, image_size {output.image_size}; "
                 f"the prompts have {prompts.image_index.tolist()}"
             )
         num_tokens, num_prompt_tokens = output.tokens.shape[1], output.prompt_tokens.shape[1]
@@ -56,97 +56,100 @@ def regions(harness: SegmenterHarness) -> str | None:
             problem = (
                 None
                 if value is None and name in optional
-                else describe_shape_mismatch(f"{name} by {prompt_type}", value, shape)
+                else describe_shape_mismatch(f"{name} of {prompt_type} prompts", value, shape)
             )
             if problem:
                 return problem
         if (output.masks is None) != (output.iou_scores is None):
-            return f"by {prompt_type}: masks and iou_scores do not come together"
+            return f"{prompt_type} prompts: only one of masks and iou_scores is returned"
     return None
 
 
 @register_check("segmenters", source="sca_registry.contracts.SegmenterOutput")
 @torch.no_grad()
-def given_boxes_are_kept(harness: SegmenterHarness) -> str | None:
+def box_prompts_are_kept(harness: SegmenterHarness) -> str | None:
     """`boxes` are the box prompts; without box prompts, the tight boxes of the best masks, or None."""
     inputs = harness.make_inputs()
     for prompt_type, prompts in inputs.prompts.items():
-        output = harness.part(inputs.features, prompts)
+        output = harness.component(inputs.features, prompts)
         if prompts.boxes is not None and (output.boxes is None or not torch.equal(output.boxes, prompts.boxes)):
-            return f"by {prompt_type}: other boxes than were given"
+            return f"{prompt_type} prompts: boxes differ from the box prompts"
         if prompts.boxes is None and output.boxes is not None and output.masks is not None:
             best_masks = output.masks[torch.arange(len(prompts)), output.iou_scores.argmax(1)] > 0
             tight_boxes = [mask_to_box(mask.numpy()) or (0, 0, 0, 0) for mask in best_masks]
             if not torch.allclose(
                 output.boxes, torch.tensor(tight_boxes, dtype=torch.float32) * IMAGE_SIZE / MASK_SIZE
             ):
-                return f"by {prompt_type}: boxes that are not tight around the best masks"
+                return f"{prompt_type} prompts: boxes are not the tight boxes of the best masks"
     return None
 
 
-@register_check("segmenters", source="sca_registry.cards.Card.gives")
+@register_check("segmenters", source="sca_registry.cards.Card.provides")
 @torch.no_grad()
-def gives_what_it_says(harness: SegmenterHarness) -> str | None:
-    """The outputs listed in `gives` of the card or class are present for a box prompt."""
-    declared_fields = harness.get_declared_value("gives")
+def provides_declared_outputs(harness: SegmenterHarness) -> str | None:
+    """The outputs listed in `provides` of the card or class are present for a box prompt."""
+    declared_fields = harness.get_declared_value("provides")
     if declared_fields is None:
-        raise DoesNotApply("it does not say what it gives")
+        raise DoesNotApply("neither the card nor the class declares `provides`")
     inputs = harness.make_inputs()
-    output = harness.part(inputs.features, inputs.prompts["box"])
+    output = harness.component(inputs.features, inputs.prompts["box"])
     missing_fields = [name for name in declared_fields if getattr(output, name) is None]
-    return f"no {' and no '.join(missing_fields)}" if missing_fields else None
+    return f"missing outputs: {', '.join(missing_fields)}" if missing_fields else None
 
 
 @register_check("segmenters")
 @torch.no_grad()
-def one_mask_when_asked(harness: SegmenterHarness) -> str | None:
+def single_mask_output(harness: SegmenterHarness) -> str | None:
     """`multimask_output=False` returns one mask per region."""
     inputs = harness.make_inputs()
-    output = harness.part(inputs.features, inputs.prompts["box"], multimask_output=False)
+    output = harness.component(inputs.features, inputs.prompts["box"], multimask_output=False)
     if output.masks is None:
-        raise DoesNotApply("it gives no masks")
+        raise DoesNotApply("the segmenter predicts no masks")
     return describe_shape_mismatch("masks", output.masks, (len(IMAGE_INDEX), 1, MASK_SIZE, MASK_SIZE))
 
 
 @register_check("segmenters")
 @torch.no_grad()
-def prompts_are_heard(harness: SegmenterHarness) -> str | None:
+def outputs_depend_on_prompt(harness: SegmenterHarness) -> str | None:
     """Two regions of one image differ in their tokens or in their image features."""
     inputs = harness.make_inputs()
     for prompt_type, prompts in inputs.prompts.items():
-        output = harness.part(inputs.features, prompts)
+        output = harness.component(inputs.features, prompts)
         if torch.allclose(output.tokens[0], output.tokens[1]) and torch.allclose(
             _get_region_view(output, 0), _get_region_view(output, 1)
         ):
-            return f"by {prompt_type}: two regions of one image with the same tokens and grid"
+            return f"{prompt_type} prompts: two regions of one image have the same tokens and grid"
     return None
 
 
 @register_check("segmenters")
-def loss_is_scalars_that_train(harness: SegmenterHarness) -> str | None:
-    """`loss(regions, targets)`, if defined, returns named finite scalars with gradients for the segmenter."""
-    part = harness.build_module()
-    losses = _compute_losses(part, harness, _make_targets())
+def losses_are_differentiable(harness: SegmenterHarness) -> str | None:
+    """`compute_losses(regions, targets)`, if defined, returns named finite scalars with gradients for the segmenter."""
+    component = harness.build_module()
+    losses = _compute_losses(component, harness, _make_targets())
     for name, value in losses.items():
         if not isinstance(value, Tensor) or value.dim() or not value.isfinite():
-            return f"{name} = {value!r}"
+            return f"loss {name!r} is {value!r}"
     sum(losses.values()).backward()
-    has_gradient = any(p.grad is not None and p.grad.any() for p in part.parameters() if p.requires_grad)
-    return None if has_gradient else "no gradient"
+    has_gradient = any(p.grad is not None and p.grad.any() for p in component.parameters() if p.requires_grad)
+    return None if has_gradient else "no gradient reaches the segmenter"
 
 
 @register_check("segmenters", source="sca_registry.contracts.Targets")
 @torch.no_grad()
-def loss_counts_only_truth(harness: SegmenterHarness) -> str | None:
+def losses_ignore_padding_and_missing_masks(harness: SegmenterHarness) -> str | None:
     """The loss ignores padding and regions without a ground-truth mask."""
-    part, targets = harness.build_module(), _make_targets()
-    expected_losses = _compute_losses(part, harness, _make_targets())
+    component, targets = harness.build_module(), _make_targets()
+    expected_losses = _compute_losses(component, harness, _make_targets())
     padded_targets, unlabeled_targets = _make_targets(), _make_targets()
     padded_targets.masks[~targets.valid_pixels] = 1.0
     unlabeled_targets.masks[~targets.has_mask] = 1.0
-    for ignored_part, changed_targets in (("padding", padded_targets), ("regions without a mask", unlabeled_targets)):
-        if describe_difference(expected_losses, _compute_losses(part, harness, changed_targets)):
-            return f"the loss depends on {ignored_part}"
+    for ignored_content, changed_targets in (
+        ("padding", padded_targets),
+        ("regions without a mask", unlabeled_targets),
+    ):
+        if describe_difference(expected_losses, _compute_losses(component, harness, changed_targets)):
+            return f"the losses depend on {ignored_content}"
     return None
 
 
@@ -159,7 +162,7 @@ def _get_region_view(output: SegmenterOutput, row: int) -> Tensor:
     )
 
 
-def _make_targets() -> Targets:
+def _make_targets() -> MaskTargets:
     """Make targets whose right quarter is padding; the last region has no mask."""
     masks = torch.zeros(len(IMAGE_INDEX), MASK_SIZE, MASK_SIZE)
     masks[:, 4:20, 4:20] = 1.0
@@ -168,11 +171,11 @@ def _make_targets() -> Targets:
     has_mask = torch.ones(len(IMAGE_INDEX), dtype=torch.bool)
     has_mask[-1] = False
     masks[-1] = 0.0
-    return Targets(masks, valid_pixels, has_mask)
+    return MaskTargets(masks, valid_pixels, has_mask)
 
 
-def _compute_losses(part: Any, harness: SegmenterHarness, targets: Targets) -> dict[str, Tensor]:
-    if not hasattr(part, "loss"):
-        raise DoesNotApply("it has no loss")
+def _compute_losses(component: Any, harness: SegmenterHarness, targets: MaskTargets) -> dict[str, Tensor]:
+    if not hasattr(component, "compute_losses"):
+        raise DoesNotApply("the segmenter has no compute_losses")
     inputs = harness.make_inputs()
-    return part.loss(part(inputs.features, inputs.prompts["box"]), targets)
+    return component.compute_losses(component(inputs.features, inputs.prompts["box"]), targets)

@@ -34,11 +34,11 @@ def write_plugin_package(kind: str, name: str, folder: Path | None = None) -> Pa
     kind_info = get_registry(kind).kind
     check_name(name)
     if kind_info.singular not in TEMPLATE_KINDS:
-        raise ValueError(f"there is no template for a {kind_info.singular}: there are {', '.join(TEMPLATE_KINDS)}")
+        raise ValueError(f"no template for a {kind_info.singular}; choose from {', '.join(TEMPLATE_KINDS)}")
     if name in get_registry(kind):
         distribution_name = get_registry(kind).load_entry(name).distribution
         raise ValueError(
-            f"there is a {kind_info.singular} {name!r} already, from {distribution_name}: choose another name"
+            f"the {kind_info.singular} {name!r} already exists in {distribution_name}; choose another name"
         )
     module_name = "sca_" + re.sub(r"\W+", "_", name.lower()).strip("_")
     placeholders = {
@@ -51,9 +51,9 @@ def write_plugin_package(kind: str, name: str, folder: Path | None = None) -> Pa
         "PLURAL": kind_info.plural,
     }
     if not placeholders["CLASS"][0].isalpha():
-        placeholders["CLASS"] = "Part" + placeholders["CLASS"]
+        placeholders["CLASS"] = "Component" + placeholders["CLASS"]
     if is_installed(placeholders["DISTRIBUTION"]):
-        raise ValueError(f"a package {placeholders['DISTRIBUTION']} is installed already: choose another name")
+        raise ValueError(f"a package {placeholders['DISTRIBUTION']} is already installed; choose another name")
     folder = folder or Path(placeholders["DISTRIBUTION"])
     template_folder = files("sca.testing.scaffold") / "templates"
     with write_folder(folder) as draft:
@@ -64,5 +64,5 @@ def write_plugin_package(kind: str, name: str, folder: Path | None = None) -> Pa
             ("test.py.txt", f"test_{module_name}.py"),
         ):
             text = (template_folder / template).read_text("utf-8")
-            (draft / target).write_text(re.sub(r"\{([A-Z]+)\}", lambda found: placeholders[found[1]], text), "utf-8")
+            (draft / target).write_text(re.sub(r"\{([A-Z]+)\}", lambda match: placeholders[match[1]], text), "utf-8")
     return folder

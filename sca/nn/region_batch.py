@@ -1,0 +1,47 @@
+"""Rows of regions in a batch: group them by image, and concatenate chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+from sca_registry.contracts import SegmenterOutput
+from torch import Tensor
+
+PER_REGION_FIELDS = (  # one row per region
+    *("image_index", "prompt_tokens", "tokens", "mask_tokens", "grid", "masks", "iou_scores", "boxes"),
+)
+
+
+def concat_segmenter_outputs(outputs: Sequence[SegmenterOutput]) -> SegmenterOutput:
+    """Concatenate the regions of chunks of the same images, in order."""
+
+    def concat_field(name: str) -> Tensor | None:
+        values = [getattr(output, name) for output in outputs]
+        return None if values[0] is None else torch.cat(values)
+
+    dense_embeddings = outputs[0].dense_embeddings  # (N, D, h, w), or (D, 1, 1) for all regions
+    if dense_embeddings.dim() == 4:
+        dense_embeddings = concat_field("dense_embeddings")
+    per_region = {name: concat_field(name) for name in PER_REGION_FIELDS}
+    return replace(outputs[0], dense_embeddings=dense_embeddings, **per_region)
+
+
+def iter_rows_by_image(image_index: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each image that has regions, with the slice of its rows.
+
+    This synchronizes with an accelerator once; boolean masks would synchronize once per image.
+
+    Args:
+        image_index: (N,) image of each region, sorted.
+
+    Yields:
+        The index of an image and the slice of its rows.
+    """
+    start = 0
+    for index, group in groupby(image_index.tolist()):
+        end = start + len(list(group))
+        yield index, slice(start, end)
+        start = end

@@ -1,0 +1,240 @@
+"""SAM's two-way transformer: tokens attend to an image grid, and the grid attends to the tokens.
+
+The block is that of Segment Anything (arXiv 2304.02643), built from transformers' modules. SCA (arXiv 2312.00869)
+stacks a second, deeper one on SAM's as its text feature mixer.
+
+The parameters are those of transformers, but the forward is optimized, because nearly all of the work is on the grids
+of the regions: each layer projects a grid once for keys, values and queries; the positional encoding is projected once
+for all regions; and while regions share the grid of their image, it is projected once per image.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import SamMaskDecoderConfig
+from transformers.models.sam.modeling_sam import SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer
+
+GridProjection = tuple[Tensor, Tensor]
+
+
+class TwoWayForward(nn.Module):
+    """The optimized forward for the modules of a two-way transformer of SAM, SAM 2 or one of its relatives.
+
+    It has no modules of its own: assign it to `__class__` of a transformer of SAM 2 from transformers.
+    """
+
+    max_elements_per_chunk = 2**20  # grid elements per chunk in CPU inference
+
+    def forward(
+        self,
+        tokens: Tensor,
+        grid: Tensor,
+        positional_encoding: Tensor,
+        image_index: Tensor | None = None,
+        return_grids: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Update tokens and grids.
+
+        Args:
+            tokens: (N, T, D) tokens.
+            grid: (N, D, h, w) grids of regions, or (B, D, h, w) grids of images if `image_index` is set.
+            positional_encoding: (D, h, w) positional encoding of the grid.
+            image_index: (N,) image of each region; None if the grids are those of regions.
+            return_grids: Return the updated grids, too.
+
+        Returns:
+            Tokens (N, T, D), and grids (N, D, h, w) or None.
+        """
+        cells = grid.flatten(2).transpose(1, 2)  # (N or B, P, D)
+        positions = positional_encoding.flatten(1).T  # (P, D)
+        projections = [_build_grid_projection(layer, positions) for layer in self.layers]
+        final_projection = _build_key_value_projection(self.final_attn_token_to_image, positions)
+        shared_projected = None if image_index is None else _project_cells(cells, *projections[0])  # (B, P, 3I)
+        chunk_size = len(tokens)
+        if _should_fuse(grid):  # keep the grids of a chunk in the CPU cache
+            chunk_size = self.max_elements_per_chunk // (cells.shape[1] * cells.shape[2])
+        token_chunks, grid_chunks = [], []
+        for start in range(0, len(tokens), max(chunk_size, 1)):
+            chunk = slice(start, start + max(chunk_size, 1))
+            rows = chunk if image_index is None else image_index[chunk]
+            first_projected = None if shared_projected is None else _select_rows(shared_projected, rows)
+            queries, keys = self._forward_chunk(
+                tokens[chunk], _select_rows(cells, rows), first_projected, projections, final_projection
+            )
+            token_chunks.append(queries)
+            if return_grids:
+                grid_chunks.append(keys)
+        if not token_chunks:
+            return tokens, grid[:0] if return_grids else None
+        if not return_grids:
+            return torch.cat(token_chunks), None
+        keys = torch.cat(grid_chunks) if len(grid_chunks) > 1 else grid_chunks[0]
+        return torch.cat(token_chunks), keys.transpose(1, 2).unflatten(2, grid.shape[-2:])
+
+    def _forward_chunk(
+        self,
+        tokens: Tensor,
+        cells: Tensor,
+        first_projected: Tensor | None,
+        projections: list[GridProjection],
+        final_projection: GridProjection,
+    ) -> tuple[Tensor, Tensor]:
+        """Apply all layers to a chunk; `first_projected` are its grids projected for the first layer, if available."""
+        queries = tokens
+        for layer, projection in zip(self.layers, projections, strict=True):
+            projected = _project_cells(cells, *projection) if first_projected is None else first_projected
+            first_projected = None
+            keys, values, cell_queries = projected.chunk(3, dim=-1)
+            queries = _update_tokens(layer, queries, tokens, keys, values)
+            image_to_token = layer.cross_attn_image_to_token
+            cells = layer.layer_norm4(_update_cells(image_to_token, cells, cell_queries, queries + tokens, queries))
+        final_attention = self.final_attn_token_to_image
+        keys, values = _project_cells(cells, *final_projection).chunk(2, dim=-1)
+        queries = queries + _compute_attention(final_attention, final_attention.q_proj(queries + tokens), keys, values)
+        return self.layer_norm_final_attn(queries), cells
+
+
+class TwoWayTransformer(TwoWayForward, SamTwoWayTransformer):
+    """Two-way transformer over the tokens and the grids of regions.
+
+    Args:
+        hidden_size: Width D, a multiple of twice the number of heads.
+        depth: Layers.
+        num_heads: Attention heads.
+        mlp_dim: MLP width.
+
+    Raises:
+        ValueError: `hidden_size` is not a multiple of `2 * num_heads`.
+    """
+
+    def __init__(self, hidden_size: int, depth: int, num_heads: int = 8, mlp_dim: int = 2048):
+        super().__init__(build_decoder_config(hidden_size, depth, num_heads, mlp_dim))
+
+
+def _should_fuse(grid: Tensor) -> bool:
+    """Return whether to use the fused code path, which is faster in CPU inference only."""
+    return grid.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _select_rows(values: Tensor, rows: Tensor | slice) -> Tensor:
+    """Select rows of `values`; a view if all rows are the same."""
+    if isinstance(rows, slice):
+        return values[rows]
+    if values.device.type == "cpu" and len(rows) and bool((rows == rows[0]).all()):
+        return values[int(rows[0])].expand(len(rows), -1, -1)
+    return values[rows]
+
+
+def _update_tokens(
+    layer: SamTwoWayAttentionBlock, queries: Tensor, tokens: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Attend from tokens (N, T, D) to each other, then to the projected grid."""
+    self_attention, cross_attention = layer.self_attn, layer.cross_attn_token_to_image
+    self_queries = queries if layer.skip_first_layer_pe else queries + tokens
+    attended = _compute_attention(
+        self_attention,
+        self_attention.q_proj(self_queries),
+        self_attention.k_proj(self_queries),
+        self_attention.v_proj(queries),
+    )
+    queries = layer.layer_norm1(attended if layer.skip_first_layer_pe else queries + attended)
+    queries = layer.layer_norm2(
+        queries + _compute_attention(cross_attention, cross_attention.q_proj(queries + tokens), keys, values)
+    )
+    return layer.layer_norm3(queries + layer.mlp(queries))
+
+
+def _compute_attention(attention: SamAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attend from projected queries (N, L, I) to keys and values (N, M, I): (N, L, D)."""
+    head_shape = (attention.num_attention_heads, -1)
+    query, key, value = (each.unflatten(2, head_shape).transpose(1, 2) for each in (query, key, value))
+    return _get_output_projection(attention)(
+        F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    )
+
+
+def _get_output_projection(attention: nn.Module) -> nn.Linear:
+    """Return the output projection, which SAM and SAM 2 name differently in transformers."""
+    return attention.out_proj if hasattr(attention, "out_proj") else attention.o_proj
+
+
+def _update_cells(attention: SamAttention, cells: Tensor, cell_queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attend from cells (N, P, D) with `cell_queries` (N, P, I) to tokens (N, T, D)."""
+    # On a CPU, cells are the last dimension, since a softmax over the few tokens would leave SIMD registers mostly
+    # empty. The output projection is applied to the tokens, so that one matrix product updates the cells.
+    if not _should_fuse(cells):
+        return cells + _compute_attention(attention, cell_queries, attention.k_proj(keys), attention.v_proj(values))
+    num_heads, inner_size = attention.num_attention_heads, cell_queries.shape[-1]
+    head_shape = (num_heads, inner_size // num_heads)
+    keys = attention.k_proj(keys).unflatten(2, head_shape).transpose(1, 2) * head_shape[1] ** -0.5  # (N, heads, T, d)
+    # (N, heads, T, P)
+    attention_weights = torch.softmax(keys @ cell_queries.unflatten(2, head_shape).permute(0, 2, 3, 1), dim=2)
+    out_proj = _get_output_projection(attention)
+    values = attention.v_proj(values).unflatten(2, head_shape).transpose(1, 2) @ out_proj.weight.T.unflatten(
+        0, head_shape
+    )
+    values = values + out_proj.bias / num_heads  # (N, heads, T, D); the attention weights of a head sum to 1
+    return torch.baddbmm(cells, attention_weights.flatten(1, 2).transpose(1, 2), values.flatten(1, 2))
+
+
+def _project_cells(cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Project cells (N, P, D) to keys and values for the tokens and queries of the cells, (N, P, 3I)."""
+    if len(cells) == 1 and _should_fuse(cells):
+        return torch.addmm(bias, cells[0], weight.T).unsqueeze(0)
+    return F.linear(cells, weight) + bias
+
+
+def _build_grid_projection(layer: SamTwoWayAttentionBlock, positions: Tensor) -> GridProjection:
+    """Return the weights (3I, D) of a layer for `_project_cells`, and the bias (P, 3I) with projected positions."""
+    query_proj = layer.cross_attn_image_to_token.q_proj
+    weight, bias = _build_key_value_projection(layer.cross_attn_token_to_image, positions)
+    return torch.cat((weight, query_proj.weight)), torch.cat((bias, query_proj(positions)), dim=1)
+
+
+def _build_key_value_projection(attention: SamAttention, positions: Tensor) -> GridProjection:
+    """Return the weights (2I, D) and the bias (P, 2I) for keys and values only."""
+    bias = torch.cat((attention.k_proj(positions), attention.v_proj.bias.expand(len(positions), -1)), dim=1)
+    return torch.cat((attention.k_proj.weight, attention.v_proj.weight)), bias
+
+
+def build_decoder_config(
+    hidden_size: int, depth: int, num_heads: int, mlp_dim: int, **options: int
+) -> SamMaskDecoderConfig:
+    """Return the configuration of a mask decoder.
+
+    Args:
+        hidden_size: Width D.
+        depth: Layers of the two-way transformer.
+        num_heads: Attention heads.
+        mlp_dim: MLP width.
+        **options: Other fields of transformers' `SamMaskDecoderConfig`.
+
+    Returns:
+        The configuration of transformers.
+
+    Raises:
+        ValueError: `hidden_size` is not a multiple of `2 * num_heads`.
+    """
+    if hidden_size % (2 * num_heads):
+        raise ValueError(
+            f"hidden_size {hidden_size} must be a multiple of twice the {num_heads} heads: cross-attention halves it"
+        )
+    config = SamMaskDecoderConfig(
+        hidden_size=hidden_size, num_hidden_layers=depth, num_attention_heads=num_heads, mlp_dim=mlp_dim, **options
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialize weights as N(0, 0.02) and biases with zeros, as SAM does; use it with `Module.apply`.
+
+    Args:
+        module: Linear, convolution or embedding layer; other modules are unchanged.
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)

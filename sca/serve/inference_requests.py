@@ -1,0 +1,164 @@
+"""Inference requests: their events, their errors, and their entries in the queue of the scheduler."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from PIL import Image
+from sca_registry.contracts import Caption, Prompt
+from sca_registry.spec import EverythingOptions
+
+from sca.inference.automatic import SearchProgress
+from sca.inference.engine import PredictedMask
+
+
+class SchedulerError(Exception):
+    """Error of a request that cannot be completed."""
+
+
+class QueueFullError(SchedulerError):
+    """Error of a request that exceeds the queue."""
+
+
+class DeadlineExceededError(SchedulerError):
+    """Error of a request whose deadline has passed."""
+
+
+class InsufficientMemoryError(SchedulerError):
+    """Error of a request that needs too much memory."""
+
+
+class UnsupportedRequestError(SchedulerError, ValueError):
+    """Error of a request that the model does not support."""
+
+
+class SchedulerClosedError(SchedulerError):
+    """Error of a request to a scheduler that is closed or whose worker thread has crashed."""
+
+
+@dataclass(frozen=True)
+class InferenceRequest:
+    """Request to caption regions of one image.
+
+    Args:
+        image: Image, with the EXIF orientation applied.
+        prompts: Regions in image pixels, checked by `sca.io.prompts.check_prompt`.
+        everything: Options of a search that finds the regions; None for `prompts`.
+        task: "caption" or "recognition".
+        generation: Options returned by `sca.inference.generation_options.resolve_generation_options`.
+        return_masks: Return the masks of `prompts`.
+        return_candidates: Return all candidate masks of each prompt.
+        timeout: Seconds to complete the request.
+        client_id: Identity of the client; clients take turns.
+        max_regions: Maximum regions of `everything`, best first.
+    """
+
+    image: Image.Image
+    prompts: Sequence[Prompt] = ()
+    everything: EverythingOptions | None = None
+    task: str = "caption"
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    return_masks: bool = True
+    return_candidates: bool = False
+    timeout: float = math.inf
+    client_id: str = ""
+    max_regions: int | None = None
+
+
+class CaptioningStarted(NamedTuple):
+    """Event before the first caption.
+
+    Attributes:
+        num_regions: Number of regions to caption.
+    """
+
+    num_regions: int
+
+
+class CandidateMasks(NamedTuple):
+    """Event with the candidate masks of a region, highest predicted IoU first.
+
+    Attributes:
+        region_index: Index of the region in the request.
+        masks: Candidate masks.
+    """
+
+    region_index: int
+    masks: list[PredictedMask]
+
+
+class RequestDone(NamedTuple):
+    """Last event of a completed request.
+
+    Attributes:
+        num_regions: Number of captioned regions.
+    """
+
+    num_regions: int
+
+
+RequestEvent = CaptioningStarted | SearchProgress | Caption | CandidateMasks | RequestDone | SchedulerError
+
+
+class QueueEntry:
+    """Entry of a request in the queue of the scheduler.
+
+    Args:
+        request: Request.
+        on_event: Function called in the worker thread: with `SearchProgress` during a search, with
+            `CaptioningStarted`, with each caption (after its `CandidateMasks`, if requested), and finally with
+            `RequestDone` or a `SchedulerError`.
+    """
+
+    def __init__(self, request: InferenceRequest, on_event: Callable[[RequestEvent], None]):
+        self.request, self.on_event = request, on_event
+        self.image_digest = _hash_image(request.image)
+        self.prompts = list(request.prompts)
+        self.found_masks: list[PredictedMask] | None = None  # result of a search
+        self.needs_search = request.everything is not None
+        self.search_steps: Generator[SearchProgress, None, tuple[list[PredictedMask], list[Prompt]]] | None = None
+        self.search_progress: SearchProgress | None = None
+        self.num_turns = self.num_captioned = 0
+        self.deadline = time.monotonic() + request.timeout
+        self.is_cancelled = False
+
+    @property
+    def num_remaining(self) -> int:
+        """Number of regions that are not captioned yet."""
+        return len(self.prompts) - self.num_captioned
+
+    @property
+    def queue_size(self) -> int:
+        """Size in the queue: the number of remaining regions, or one for a search."""
+        if self.is_cancelled:
+            return 0
+        return 1 if self.request.everything is not None else self.num_remaining
+
+    @property
+    def batch_key(self) -> tuple[Any, ...]:
+        """Key that is equal for entries that can be captioned in one batch."""
+        request = self.request
+        return request.task, tuple(sorted(request.generation.items())), self.needs_masks, request.return_candidates
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the captioner must compute masks."""
+        return self.found_masks is None and self.request.return_masks
+
+    def cancel(self) -> None:
+        """Cancel the request: compute nothing more and send no more events."""
+        self.is_cancelled = True
+
+
+def _hash_image(image: Image.Image) -> str:
+    """Hash the pixels of an image, in strips to limit memory."""
+    digest = hashlib.sha256(repr((image.size, image.mode)).encode())
+    strip_height = max(1, 2**22 // image.width)
+    for strip_top in range(0, image.height, strip_height):
+        digest.update(image.crop((0, strip_top, image.width, min(strip_top + strip_height, image.height))).tobytes())
+    return digest.hexdigest()
