@@ -23,6 +23,7 @@ from sca.output.formats import OUTPUT_FORMATS
 from sca.training.augmentation import Augmentation
 from sca.training.recipe import DEFAULT_LOSS_WEIGHTS, TrainOptions, ValidationOptions, list_recipes
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *DOCS, *sorted(ROOT.glob("plugins/**/*.md")), ROOT / "benchmarks" / "README.md"]

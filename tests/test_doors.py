@@ -55,6 +55,7 @@ def client(model):
 
 
 @pytest.mark.parametrize("name", WRONG)
+@pytest.mark.slow
 def test_a_wrong_region_is_told_alike(name, model, picture, client, capfd):
     region, words = WRONG[name]
     predictor = sca.Predictor(model)

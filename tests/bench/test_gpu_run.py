@@ -187,6 +187,7 @@ def test_golden_comparison_refuses_a_folder_without_checkpoints(tmp_path):
         compare_golden_folders(tmp_path, "cpu", torch.float32)
 
 
+@pytest.mark.slow
 def test_scene_comparison_sees_rounding_in_bfloat16_only():
     exact = compare_scenes(2, "cpu", torch.float32)
     assert (exact["captions"], exact["least_iou"]) == (1.0, 1.0)

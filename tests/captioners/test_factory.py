@@ -16,6 +16,7 @@ from sca.inference.engine import Engine
 COUNTED = [name for name in sca_registry.captioners.list_names() if sca_registry.captioners.get_card(name).parameters]
 
 
+@pytest.mark.slow
 def test_models_are_predictors_by_name_and_by_folder(small, tmp_path):
     assert isinstance(sca.load_captioner("sca-tiny"), Engine)
     folder = sca.save(small(), tmp_path / "a+b model")
@@ -120,6 +121,7 @@ def records(out):
 ASKED = ("caption", "a.png", "--out", "-", "--max-new-tokens", 4, "--num-beams", 2)
 
 
+@pytest.mark.slow
 def test_a_captioner_answers_on_the_command_line_as_a_model_does(shell, weights, sam_folder):
     encoder = f"encoder={{name=\"sam\",weights='{sam_folder}'}}"
     for model in (

@@ -47,6 +47,7 @@ def edit(folder, change):
     save_file(tensors, folder / WEIGHTS_FILE)
 
 
+@pytest.mark.slow
 def test_a_reloaded_model_gives_the_same_answers_to_the_last_bit(saved):
     model, folder = saved
     again = load(folder)

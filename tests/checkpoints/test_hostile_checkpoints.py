@@ -15,6 +15,8 @@ import sca
 from sca.checkpoints.export import write_published_checkpoint
 from sca.checkpoints.native import save
 
+pytestmark = pytest.mark.slow
+
 HOWS = ["load", "load", "caption", "export", "load", "import", "plan", "show", "push"]
 HOWS += ["demo"] if importlib.util.find_spec("gradio") else []
 
@@ -58,7 +60,6 @@ def test_a_checkpoint_with_its_language_model_in_its_folder_can_be_moved(bases, 
 
 
 @pytest.mark.parametrize("count", [15, pytest.param(200, marks=pytest.mark.all)])
-@pytest.mark.slow
 def test_hostile_checkpoints_end_in_one_line_and_touch_nothing(bases, tmp_path, count):
     outside, where = tmp_path / "outside", tmp_path / "models"
     outside.mkdir()

@@ -101,6 +101,7 @@ def test_load_runs_the_code_that_the_caller_trusts(stranger):
         ("segmenter", {"name": "sam", "weights": "a\0b"}, "no path"),
     ],
 )
+@pytest.mark.slow
 def test_load_refuses_what_a_spec_may_not_name(folder, part, value, message):
     with pytest.raises(InputError, match=message) as caught:
         load(change(folder, **{part: value}))
@@ -140,6 +141,7 @@ def test_your_own_checkpoint_loads_when_you_agree(small, lm_folder, tmp_path):
     assert load(folder, allow_external=True).spec.language_model.name == "hf"
 
 
+@pytest.mark.slow
 def test_check_folder_refuses_links_fifos_and_configurations_that_lead_elsewhere(folder, tmp_path):
     (tmp_path / "secret").write_text("{}")
     (folder / "link.json").symlink_to(tmp_path / "secret")
@@ -160,6 +162,7 @@ def test_check_folder_refuses_links_fifos_and_configurations_that_lead_elsewhere
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation_internal", "experts_implementation"])
 @pytest.mark.parametrize("value", ["flash_attention_2", "stranger/kernel", {"": "stranger/kernel"}, [{"a": "sdpa|b"}]])
+@pytest.mark.slow
 def test_check_folder_refuses_kernels_other_than_those_of_torch(folder, key, value):
     change(folder, "tokenizer_config.json", text_config={key: value})
     with pytest.raises(TrustError, match=r"can download and run code; .*--trust-remote-code"):

@@ -53,6 +53,7 @@ def test_each_flag_is_one_region_in_order(captioned, picture):
         assert 0 <= record["predicted_iou"] <= 1
 
 
+@pytest.mark.slow
 def test_several_captions_a_region_are_written_when_they_are_asked_for(captioned, picture):
     (record,) = captioned(picture("a.png"), "--box", "0,0,9,9", "--num-captions", 2)
     assert len(record["alternatives"]) == 1
@@ -71,6 +72,7 @@ def test_a_mask_is_a_region_of_its_own(captioned, picture, here):
     assert [sorted(record["prompt"]) for record in records] == [["box"], ["mask"]]
 
 
+@pytest.mark.slow
 def test_everything_takes_proposals_by_name(captioned, picture, here):
     content = {
         "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 48}],
@@ -89,6 +91,7 @@ def test_everything_takes_proposals_by_name(captioned, picture, here):
     assert all(len(record["prompt"]["points"]) == 1 for record in found)
 
 
+@pytest.mark.slow
 def test_a_region_joins_box_points_and_mask_file(captioned, picture, here):
     mask = np.zeros((48, 64), np.uint8)
     mask[5:20, 5:30] = 255
@@ -167,6 +170,7 @@ def test_files_folders_and_patterns_are_found_and_a_picture_comes_once(captioned
 
 
 @pytest.mark.parametrize("name", ["two words.png", "new\nline.png", "日本 é.png", "[x]*.png", "'q\".png", "-dash.png"])
+@pytest.mark.slow
 def test_unusual_names_are_names(shell, checkpoint, picture, here, name):
     picture(name)
     arguments = ["--model", checkpoint, "--box", "0,0,9,9", "--max-new-tokens", 2, "--out", "out", "--format"]
@@ -277,6 +281,7 @@ def test_quiet_leaves_the_result_alone(shell, checkpoint, picture, here):
 
 
 @pytest.mark.parametrize(("name", "domain"), [("sca-tiny", "drawn scenes"), ("sca-street", "street photographs")])
+@pytest.mark.slow
 def test_caption_remarks_once_on_a_model_of_a_narrow_domain(shell, picture, monkeypatch, checkpoint, name, domain):
     from sca.inference.caption_job import CaptionJob
 

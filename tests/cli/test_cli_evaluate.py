@@ -68,6 +68,7 @@ def test_predictions_are_scored_again_without_the_model(evaluated, shell):
     assert "regions of the dataset were not asked for" in shown.err[0]
 
 
+@pytest.mark.slow
 def test_controls_stand_in_columns_of_their_own(evaluated):
     result = evaluated("--control", "wrong-region", "--control", "color-swap", "--metrics", "attributes")
     (headings,) = [line for line in result.out.splitlines() if "95 % interval" in line]
@@ -93,6 +94,7 @@ def test_two_runs_are_compared_and_shown_on_pages(evaluated, shell, here):
         assert re.search(r'<th class="numeric">[^<]*\(box\)</th><th class="numeric">[^<]*\(center\)</th>', page)
 
 
+@pytest.mark.slow
 def test_proposed_regions_are_captioned_and_judged(shell, checkpoint):
     result = shell(
         *("evaluate", checkpoint, "scenes", "num_images=2", "--proposer", "grid", "proposer.points_per_side=2"),

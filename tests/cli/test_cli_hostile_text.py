@@ -37,6 +37,7 @@ def captions(here, picture):
     return "captions.jsonl"
 
 
+@pytest.mark.slow
 def test_caption_shows_a_hostile_file_name_as_text(safe, checkpoint, picture, here):
     picture(f"{NAME}.png")
     (here / f"broken {NAME}.png").write_bytes(b"no image")

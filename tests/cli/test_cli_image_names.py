@@ -18,6 +18,7 @@ def _lines(path, *names):
 @pytest.mark.parametrize(
     "images", [".", "~/data", "фото", "1_000", "2024", "0123", "true", "my photos", "a#b", "./.", "写真/"]
 )
+@pytest.mark.slow
 def test_cli_options_take_folders_of_any_name(shell, picture, here, monkeypatch, images):
     monkeypatch.setenv("HOME", str(here / "home"))
     picture(os.path.expanduser(images).removeprefix(f"{here}/") + "/a.png")

@@ -228,6 +228,7 @@ def nobody(checkpoint, shell, monkeypatch):
         (folder / "locked").chmod(0o755)
 
 
+@pytest.mark.slow
 def test_cli_reports_permission_errors(refused, shell, nobody):
     arguments = (*BOX, "--model", "./model")
     assert "locked: Permission denied; choose a folder that you may write in" in refused(

@@ -81,6 +81,7 @@ def test_a_spec_that_is_none_is_refused_with_its_file(broken, content):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_spec_that_does_not_fit_is_refused(broken, change, said):
     assert said in broken(spec(**change))
 

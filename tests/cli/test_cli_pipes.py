@@ -58,6 +58,7 @@ def _coco():
 
 
 @pytest.mark.parametrize("source", [pipe, stdin])
+@pytest.mark.slow
 def test_caption_reads_an_image_from_a_pipe(shell, picture, checkpoint, here, source):
     expected = shell("caption", picture("a.png"), *BOX, "--model", checkpoint, "--out", "-", "--quiet").out
     with source((here / "a.png").read_bytes()) as name:
@@ -68,6 +69,7 @@ def test_caption_reads_an_image_from_a_pipe(shell, picture, checkpoint, here, so
 
 @pytest.mark.parametrize("content", [_lines(RECORD), _coco()], ids=["lines", "coco"])
 @pytest.mark.parametrize("source", [pipe, stdin])
+@pytest.mark.slow
 def test_caption_reads_prompts_from_a_pipe(shell, picture, checkpoint, content, source):
     picture("a.png")
     with source(content) as name:
@@ -104,6 +106,7 @@ def test_convert_reads_captions_from_a_pipe(shell, here, kind):
     assert found["box"] == pytest.approx([1, 1, 9, 9])
 
 
+@pytest.mark.slow
 def test_view_and_score_read_standard_input(shell, picture, here):
     picture("a.png")
     with stdin(_lines(RECORD)) as name:
@@ -140,6 +143,7 @@ def test_cli_limits_the_bytes_of_a_pipe(refused, here, monkeypatch):
         assert "/dev/stdin has more than 10 bytes" in refused(1, "caption", name, *BOX)
 
 
+@pytest.mark.slow
 def test_caption_reports_a_fifo_in_a_folder(shell, picture, checkpoint, here):
     picture("in/a.png")
     os.mkfifo(here / "in/b.png")

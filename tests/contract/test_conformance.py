@@ -685,6 +685,7 @@ def test_a_part_that_does_not_run_is_told_so_once_and_where_it_was_raised():
     assert all(finding.passed for finding in kept)
 
 
+@pytest.mark.slow
 def test_whatever_a_part_raises_is_a_finding_and_the_other_checks_go_on():
     class FailsAlone(TinyVit):
         def forward(self, pixels):

@@ -52,6 +52,7 @@ def _write_lines(path: Path, *names: str) -> Path:
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(NAMES, st.sampled_from(SPELLINGS)), min_size=1, max_size=8, unique_by=lambda pair: pair[0]))
+@pytest.mark.slow
 def test_jsonl_finds_every_spelling_of_every_name(pairs):
     with TemporaryDirectory() as folder:
         root = Path(folder, "images")

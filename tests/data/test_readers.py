@@ -168,6 +168,7 @@ def test_a_whole_layout_is_read_whole(written):
 
 
 @each()
+@pytest.mark.slow
 def test_it_keeps_the_promises_of_a_dataset(written):
     given = dict(option.format(written.root).split("=") for option in written.layout.options)
     findings = check_component("dataset", written.name, split=written.layout.split, **given)
@@ -175,6 +176,7 @@ def test_it_keeps_the_promises_of_a_dataset(written):
 
 
 @each()
+@pytest.mark.slow
 def test_a_conversion_that_is_stopped_goes_on_and_comes_to_the_same(written, tmp_path, monkeypatch):
     written.pictures()[0].unlink()
     monkeypatch.setattr("sca.data.conversion.IMAGES_PER_SHARD", 1)
@@ -315,6 +317,7 @@ def test_a_split_that_is_not_there_is_named(written):
 
 @each([name for name in LAYOUTS if name != "visual-genome"])  # whose pictures are called by their ids
 @pytest.mark.parametrize("name", [r"\u0000", "a" * 5000])
+@pytest.mark.slow
 def test_a_name_that_no_file_can_have_is_that_of_a_missing_picture(written, name):
     picture = written.pictures()[0].name
     for file in written.root.rglob("*.json*"):

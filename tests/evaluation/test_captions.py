@@ -72,6 +72,7 @@ def test_words_are_those_of_pycocoevalcap(records, reference):
 
 @needs_java
 @pytest.mark.parametrize(("name", "theirs"), [("cider-d", Cider), ("rouge-l", Rouge)])
+@pytest.mark.slow
 def test_means_are_those_of_pycocoevalcap(records, reference, name, theirs):
     whole, single = theirs().compute_score(*reference)
     found = scored(name, records, tokenizer="ptb")
@@ -80,6 +81,7 @@ def test_means_are_those_of_pycocoevalcap(records, reference, name, theirs):
 
 
 @needs_java
+@pytest.mark.slow
 def test_bleu_is_that_of_pycocoevalcap(records, reference):
     whole, single = Bleu(4).compute_score(*reference, verbose=0)
     found = scored("bleu", records, tokenizer="ptb")
@@ -115,6 +117,7 @@ def test_cider_without_the_d_is_the_mean_of_cosines():
 
 
 @pytest.mark.parametrize("name", ["bleu", "meteor", "cider-d", "rouge-l"])
+@pytest.mark.slow
 def test_the_score_of_resampled_regions_is_the_score_of_those_regions(name):
     if name == "meteor" and find_java_problem():
         pytest.skip(find_java_problem())

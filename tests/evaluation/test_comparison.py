@@ -15,6 +15,8 @@ from sca.evaluation.predictions import PromptingOptions
 from sca.evaluation.report import render_comparison, render_report
 from sca.io.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 DRAWN = ["attributes", "class", "mask-iou"]
 
 
@@ -54,7 +56,6 @@ def test_differences_come_with_intervals_and_the_answers_that_changed(runs):
     assert json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
 
 
-@pytest.mark.slow
 def test_only_the_same_regions_are_compared(runs, teller, tmp_path):
     fewer, other = tmp_path / "fewer", tmp_path / "other"
     dataset = Scenes("val", num_images=10)
@@ -113,7 +114,6 @@ def pages(runs):
     return {"report": render_report(reports), "comparison": render_comparison(compare_runs(*runs, DRAWN))}
 
 
-@pytest.mark.slow
 def test_pages_are_whole_and_load_nothing(runs):
     for page in pages(runs).values():
         tags = Tags(page).seen

@@ -38,6 +38,7 @@ def test_the_last_pixel_counts():
     assert compute_pixel_ious(np.array([[0, 0, 9, 9]]), np.array([[10, 0, 19, 9]]))[0, 0] == 0
 
 
+@pytest.mark.slow
 def test_all_right_is_one_and_all_elsewhere_is_nothing():
     regions = [([0, 0, 9, 9], "a red car"), ([50, 50, 79, 79], "a tall man")]
     right = total(dense(1, [([0, 0, 9, 9], 0.9, "a red car"), ([50, 50, 79, 79], 0.8, "a tall man")], regions))
@@ -48,6 +49,7 @@ def test_all_right_is_one_and_all_elsewhere_is_nothing():
     assert wrong["densecap-map/rouge-l"] == wrong["densecap-map/boxes"] == 0
 
 
+@pytest.mark.slow
 def test_a_box_is_found_once_and_the_better_scored_proposal_has_it():
     regions = [([0, 0, 9, 9], "a car")]
     twice = [([0, 0, 9, 9], 0.5, "a car"), ([0, 0, 9, 9], 0.9, "a dog")]
@@ -58,6 +60,7 @@ def test_a_box_is_found_once_and_the_better_scored_proposal_has_it():
     assert total(dense(1, [([0, 0, 9, 9], 0.9, "one dog"), twice[0]], regions))["densecap-map/rouge-l"] == 0
 
 
+@pytest.mark.slow
 def test_an_overlap_at_the_threshold_is_not_above_it():
     regions = [([0, 0, 9, 9], "a car")]
     half = total(dense(1, [([0, 0, 9, 4], 0.9, "a car")], regions))["densecap-map/boxes"]
@@ -79,6 +82,7 @@ def test_precision_is_read_at_a_hundred_and_one_recalls():
     assert compute_mean_precision(scores, overlaps, first, agreement, num_true_boxes=2) == pytest.approx(51 / 101 / 2)
 
 
+@pytest.mark.slow
 def test_an_image_without_proposals_lowers_recall_and_none_at_all_is_nothing():
     regions = [([0, 0, 9, 9], "a car")]
     whole = dense(1, [([0, 0, 9, 9], 0.9, "a car")], regions)

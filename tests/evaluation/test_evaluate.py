@@ -42,6 +42,7 @@ def shares(report):
     return {name: value for name, value in report.scores.items() if isinstance(value, float)}
 
 
+@pytest.mark.slow
 def test_who_answers_from_the_truth_scores_one_everywhere(scenes, teller):
     report = evaluate(teller(scenes), scenes, metrics=DRAWN)
     values = shares(report)
@@ -54,6 +55,7 @@ def test_who_answers_from_the_truth_scores_one_everywhere(scenes, teller):
     assert report.end["images"] == 60
 
 
+@pytest.mark.slow
 def test_who_answers_for_another_region_of_the_dataset_scores_about_chance(scenes, teller):
     draw = random.Random(0)
     everything = [region for sample in scenes for region in sample.regions]
@@ -94,6 +96,7 @@ def test_who_confuses_two_regions_of_an_image_follows_nothing(teller):
 
 
 @pytest.mark.parametrize("prompt", ["box", "mask-point"])
+@pytest.mark.slow
 def test_a_model_is_evaluated_from_pixels_to_report(model, prompt):
     dataset = {"name": "scenes", "image_size": 64, "num_images": 6}
     report = evaluate(model, dataset, "test", prompting=PromptingOptions(prompt), batch_size=4, metrics=DRAWN)

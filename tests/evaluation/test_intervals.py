@@ -34,6 +34,7 @@ def test_nineteen_of_twenty_intervals_hold_the_mean(draw, mean, times):
 
 
 @pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.all)])
+@pytest.mark.slow
 def test_regions_of_one_image_are_drawn_together(times):
     """Ten regions an image that are all alike tell no more than one."""
     held, groups = 0, np.repeat(np.arange(150), 10)

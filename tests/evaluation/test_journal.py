@@ -162,6 +162,7 @@ def test_a_folder_with_another_run_is_left_as_it_is(teller, dataset, tmp_path):
 @pytest.mark.parametrize(
     "content", ['{"image_id": 1}', '{"image_id": 1, "reg', '{"image_id": 1}\n', '{"run": 5}\n', "notes"]
 )
+@pytest.mark.slow
 def test_evaluate_leaves_predictions_made_by_hand_unchanged(teller, dataset, tmp_path, content, overwrite):
     evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
     (tmp_path / "predictions.1.jsonl").write_text(content)

@@ -406,6 +406,7 @@ def test_a_model_says_itself_how_it_looks_for_everything(counted, scene):
     assert calls["segment"] == [9]
 
 
+@pytest.mark.slow
 def test_search_everything_interleaves_images(counted, scene):
     predictor, _ = counted(regions=10)
     images = [scene.image, scene.image.transpose(0)]
@@ -433,6 +434,7 @@ def test_search_everything_interleaves_images(counted, scene):
     assert steps >= 2 * 5 * 4 + found, "a step is a chunk of points or one mask"
 
 
+@pytest.mark.slow
 def test_search_everything_stops_at_its_limits(counted, scene):
     predictor, calls = counted(regions=10)
     predictor.set_image(scene.image)

@@ -98,6 +98,7 @@ def test_guard_terminal_covers_log_records_warnings_and_tracebacks(guarded, caps
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.slow
 def test_guard_terminal_covers_threads_and_finalizers(guarded, capsys):
     class Broken:
         def __del__(self):

@@ -275,6 +275,7 @@ def test_waits_grow_with_chunks_by_a_few_each(pointed):
     assert totals[2] - totals[1] == totals[3] - totals[2] <= 4  # owners, which cells are hit, masks, predicted IoU
 
 
+@pytest.mark.slow
 def test_waits_do_not_grow_with_the_masks_of_everything(pointed):
     with simulated_cuda() as device:
         predictor = pointed()
@@ -415,6 +416,7 @@ def test_features_are_kept_from_an_accelerator(small, picture, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["crop-captioner", "vlm", "nearest-neighbor"])
+@pytest.mark.slow
 def test_baseline_captions_on_an_accelerator(name):
     sample = Scenes("test", num_images=1, image_size=64)[0]
     prompts = [Prompt(box=region.box) for region in sample.regions]

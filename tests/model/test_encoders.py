@@ -175,6 +175,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(kind, name, file, how, 
         ("open-clip", {"model": "ViT-B-16", "pretrained": False, "image_size": 68}, "multiple of the stride 16"),
     ],
 )
+@pytest.mark.slow
 def test_a_wrong_model_layer_or_size_is_told(name, options, message):
     with pytest.raises(ValueError, match=message):
         encoder(name, **options)
@@ -222,6 +223,7 @@ def test_sams_own_heads_serve_an_encoder_of_another_width_and_grid(clip, sam_fol
 
 
 @pytest.mark.parametrize("segmenter", ["box", "sam"])
+@pytest.mark.slow
 def test_encoders_of_any_width_are_compared_at_sams(segmenter):
     """So that the mixer is equally large for all of them."""
     wide, narrow = (

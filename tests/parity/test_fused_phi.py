@@ -74,6 +74,7 @@ def logits(folder):
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["safetensors", "bin"])
+@pytest.mark.slow
 def test_published_phi_with_fused_attention_predicts_the_same(published, old):
     expected = logits(published)
     rewrite(published, fuse)

@@ -80,6 +80,7 @@ def test_regions_queries_prefix_logits_and_loss_are_alike(golden, kind, task):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.slow
 def test_the_same_words_are_generated(golden, kind, task, beams):
     features = golden.model.encode(golden.recorded["pixel_values"])
     found = golden.model.generate(features, golden.prompts(kind), golden.task(task), num_beams=beams, max_new_tokens=8)
