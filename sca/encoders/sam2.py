@@ -69,7 +69,7 @@ class Sam2Encoder(nn.Module):
             self.high_res_shapes = get_high_res_shapes(self.image_channels)
         self.channels = count_packed_channels(self.image_channels, self.high_res_shapes)
         statistics = {"mean": SAM3_MEAN, "std": SAM3_STD} if model.config.model_type == "sam3_tracker" else {}
-        self.image_format = ImageFormat(size=_get_side(prompt_config.image_size), fit="stretch", **statistics)
+        self.image_format = ImageFormat(size=_get_side(prompt_config.image_size), resize_mode="stretch", **statistics)
         self.stride = _get_side(prompt_config.patch_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from transformers import Sam2MaskDecoderConfig, Sam2PromptEncoderConfig, SamMask
 from transformers.models.sam2.modeling_sam2 import Sam2MaskDecoder, Sam2PromptEncoder
 
 from sca.nn.sam2 import load_sam2_model
-from sca.nn.two_way import TwoWayForward
+from sca.nn.two_way_transformer import TwoWayForward
 from sca.segmenters.sam import SamSegmenter
 
 

@@ -18,7 +18,7 @@ from transformers.models.sam_hq.modeling_sam_hq import (
 )
 
 from sca.io.hub import load_pretrained
-from sca.nn.two_way import TwoWayForward
+from sca.nn.two_way_transformer import TwoWayForward
 from sca.segmenters.sam import POSITION_FREQUENCY_SCALE, SamSegmenter
 
 
