@@ -22,29 +22,19 @@ from transformers.models.sam.modeling_sam import SamAttention, SamTwoWayAttentio
 GridProjection = tuple[Tensor, Tensor]
 
 
-class TwoWayTransformer(SamTwoWayTransformer):
-    """Two-way transformer over the tokens and the grids of regions.
+class TwoWayForward(nn.Module):
+    """The optimized forward for the modules of a two-way transformer of SAM, SAM 2 or one of its relatives.
 
-    Args:
-        hidden_size: Width D, a multiple of twice the number of heads.
-        depth: Layers.
-        num_heads: Attention heads.
-        mlp_dim: MLP width.
-
-    Raises:
-        ValueError: `hidden_size` is not a multiple of `2 * num_heads`.
+    It has no modules of its own: assign it to `__class__` of a transformer of SAM 2 from transformers.
     """
 
     max_elements_per_chunk = 2**20  # grid elements per chunk in CPU inference
-
-    def __init__(self, hidden_size: int, depth: int, num_heads: int = 8, mlp_dim: int = 2048):
-        super().__init__(build_decoder_config(hidden_size, depth, num_heads, mlp_dim))
 
     @property
     def _blocks(self) -> Sequence[SamTwoWayAttentionBlock]:
         return cast("Sequence[SamTwoWayAttentionBlock]", self.layers)
 
-    def forward(  # type: ignore[override]  # other arguments than those of transformers
+    def forward(
         self,
         tokens: Tensor,
         grid: Tensor,
@@ -113,6 +103,23 @@ class TwoWayTransformer(SamTwoWayTransformer):
         return self.layer_norm_final_attn(queries), cells
 
 
+class TwoWayTransformer(TwoWayForward, SamTwoWayTransformer):
+    """Two-way transformer over the tokens and the grids of regions.
+
+    Args:
+        hidden_size: Width D, a multiple of twice the number of heads.
+        depth: Layers.
+        num_heads: Attention heads.
+        mlp_dim: MLP width.
+
+    Raises:
+        ValueError: `hidden_size` is not a multiple of `2 * num_heads`.
+    """
+
+    def __init__(self, hidden_size: int, depth: int, num_heads: int = 8, mlp_dim: int = 2048):
+        super().__init__(build_decoder_config(hidden_size, depth, num_heads, mlp_dim))
+
+
 def _should_fuse(grid: Tensor) -> bool:
     """Return whether to use the fused code path, which is faster in CPU inference only."""
     return grid.device.type == "cpu" and not torch.is_grad_enabled()
@@ -150,7 +157,14 @@ def _compute_attention(attention: SamAttention, query: Tensor, key: Tensor, valu
     """Attend from projected queries (N, L, I) to keys and values (N, M, I): (N, L, D)."""
     head_shape = (attention.num_attention_heads, -1)
     query, key, value = (each.unflatten(2, head_shape).transpose(1, 2) for each in (query, key, value))
-    return attention.out_proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+    return _get_output_projection(attention)(
+        F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    )
+
+
+def _get_output_projection(attention: nn.Module) -> nn.Linear:
+    """Return the output projection, which SAM and SAM 2 name differently in transformers."""
+    return attention.out_proj if hasattr(attention, "out_proj") else attention.o_proj
 
 
 def _update_cells(attention: SamAttention, cells: Tensor, cell_queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -164,7 +178,7 @@ def _update_cells(attention: SamAttention, cells: Tensor, cell_queries: Tensor, 
     keys = attention.k_proj(keys).unflatten(2, head_shape).transpose(1, 2) * head_shape[1] ** -0.5  # (N, heads, T, d)
     # (N, heads, T, P)
     attention_weights = torch.softmax(keys @ cell_queries.unflatten(2, head_shape).permute(0, 2, 3, 1), dim=2)
-    out_proj = attention.out_proj
+    out_proj = _get_output_projection(attention)
     values = attention.v_proj(values).unflatten(2, head_shape).transpose(1, 2) @ out_proj.weight.T.unflatten(
         0, head_shape
     )
