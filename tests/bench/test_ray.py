@@ -9,7 +9,7 @@ from sca.launchers.task import Task
 pytestmark = pytest.mark.all
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 JOB = "sca_bench.worker:run_row"
-BASE = {
+BASE_MODEL = {
     "encoder": {
         "name": "tiny-vit",
         "image_size": 64,
@@ -25,29 +25,31 @@ BASE = {
 
 
 @pytest.fixture
-def cluster():
+def ray_cluster():
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(num_cpus=1)
-    yield made
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster
     ray.shutdown()
-    made.shutdown()
+    cluster.shutdown()
 
 
-def test_two_nodes_make_the_rows_that_one_machine_makes(cluster, tmp_path):
+def test_ray_launcher_on_two_nodes_returns_the_rows_of_the_local_launcher(ray_cluster, tmp_path):
     from sca.launchers.ray import RayLauncher
 
     mixers = ["roi-pool", "mask-tokens", {"name": "query", "depth": 1, "num_heads": 2, "mlp_dim": 64}]
-    sweep = Sweep("three", BASE, {"mixer": mixers}, benchmark={"regions_per_image": [1], "max_new_tokens": 2})
-    found = {}
-    for name, launcher in (("local", LocalLauncher(num_workers=1)), ("ray", RayLauncher(address=cluster.address))):
+    sweep = Sweep("three", BASE_MODEL, {"mixer": mixers}, benchmark={"regions_per_image": [1], "max_new_tokens": 2})
+    rows_by_launcher = {}
+    for name, launcher in (("local", LocalLauncher(num_workers=1)), ("ray", RayLauncher(address=ray_cluster.address))):
         tasks = [Task(row.key, JOB, row.config, str(tmp_path / name / row.key)) for row in sweep.list_rows()]
-        kept = ("state", "reason", "parameters", "flops")
-        found[name] = {task.key: {key: row.get(key) for key in kept} for task, row in launcher.run_tasks(tasks)}
+        fields = ("state", "reason", "parameters", "flops")
+        rows_by_launcher[name] = {
+            task.key: {key: row.get(key) for key in fields} for task, row in launcher.run_tasks(tasks)
+        }
         assert all((tmp_path / name / task.key / "log.txt").is_file() for task in tasks)
-    assert found["local"] == found["ray"]
-    assert sorted(row["state"] for row in found["ray"].values()) == ["done", "done", "incompatible"]
+    assert rows_by_launcher["local"] == rows_by_launcher["ray"]
+    assert sorted(row["state"] for row in rows_by_launcher["ray"].values()) == ["done", "done", "incompatible"]
 
 
 def test_ray_launcher_rejects_zero_cpus():
