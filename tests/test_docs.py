@@ -116,6 +116,7 @@ def site(tmp_path_factory):
     return {path.name: path.read_text("utf-8") for path in folder.glob("*.html")}
 
 
+@pytest.mark.slow
 def test_site_has_every_page_in_its_navigation(site):
     for path in DOCS:
         name = f"{path.stem}.html"
@@ -123,6 +124,7 @@ def test_site_has_every_page_in_its_navigation(site):
         assert f'href="{name}"' in site["index.html"].replace('href="."', 'href="index.html"'), name
 
 
+@pytest.mark.slow
 def test_site_contains_the_generated_references(site):
     assert "sca caption" in site["cli.html"]
     assert "--points-per-side" in site["cli.html"]
@@ -132,6 +134,7 @@ def test_site_contains_the_generated_references(site):
     assert not [name for name, page in site.items() if "<!-- generated" in page]
 
 
+@pytest.mark.slow
 def test_site_loads_nothing_from_other_hosts(site):
     for name, page in site.items():
         addresses = re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=[\"']?(https?:[^\"' >]+)", page)

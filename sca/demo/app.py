@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import gradio as gr
 from sca_registry import zoo
@@ -33,6 +33,9 @@ from sca.output.html_page import encode_data_uri
 from sca.serve.inference_requests import CandidateMasks, InferenceRequest, RequestDone, SchedulerError
 from sca.serve.scheduler import RequestScheduler
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 MAX_LOADED_MODELS = 2  # models in memory, unless more are in use
 RESPONSE_TIMEOUT_SECONDS = 300.0  # per request
 SESSION_LIFETIME_SECONDS = 3600  # time in memory of the image and regions of an inactive browser tab
@@ -46,6 +49,20 @@ USAGE_TEXT = (
     "Keyboard: arrow keys move a crosshair, Enter adds a foreground point, Shift + Enter adds a background point."
 )
 NO_IMAGE_MESSAGE = "no image is open; open an image or choose an example"
+
+
+class _EventOptions(TypedDict):
+    """Options of gradio events: how they are shown, and whether they are part of the API."""
+
+    show_progress: Literal["full", "minimal", "hidden"]
+    api_visibility: Literal["public", "private", "undocumented"]
+
+
+class _ConcurrencyOptions(TypedDict):
+    """Options of gradio events that share a limit on concurrency."""
+
+    concurrency_limit: int
+    concurrency_id: str
 
 
 class SliderValues(NamedTuple):
@@ -100,8 +117,11 @@ class ModelPool:
         allow_any_model: bool = False,
         trust_options: Mapping[str, Mapping[str, bool]] | None = None,
     ):
-        self.device, self.dtype, self.model_names, self.allow_any_model = device, dtype, model_names, allow_any_model
-        self.trust_options = trust_options or {}
+        self.device = device
+        self.dtype = dtype
+        self.model_names = model_names
+        self.allow_any_model = allow_any_model
+        self.trust_options: Mapping[str, Mapping[str, bool]] = trust_options or {}
         self._schedulers: OrderedDict[str, RequestScheduler] = OrderedDict()
         self._num_users: Counter[str] = Counter()
         self._lock, self._load_lock = threading.Lock(), threading.Lock()
@@ -180,7 +200,7 @@ class ModelPool:
             return self._schedulers[name]
 
     def _load_model(self, name: str) -> RequestScheduler:
-        options = {**self.trust_options.get(name, {}), **({"dtype": self.dtype} if self.dtype else {})}
+        options: dict[str, Any] = {**self.trust_options.get(name, {}), **({"dtype": self.dtype} if self.dtype else {})}
         scheduler = RequestScheduler(load_captioner(name, self.device, **options))
         with self._lock:
             self._schedulers[name] = scheduler
@@ -301,7 +321,8 @@ def build_page(
             yield from _caption_everything(models, *inputs)
 
         def open_example(event: gr.SelectData) -> Any:
-            return _start_session(*examples[event.index], max_pixels)
+            path, name = examples[event.index]
+            return _start_session(path, name, max_pixels)
 
         def handle_model_change(name: str) -> list[Any]:
             return _select_model(models, name)
@@ -311,12 +332,9 @@ def build_page(
 
         session_outputs = [session, canvas, status]
         sliders = [num_beams, points_per_side, pred_iou_thresh]
-        event_options = {"show_progress": "hidden", "api_visibility": "private"}
+        event_options: _EventOptions = {"show_progress": "hidden", "api_visibility": "private"}
         # Decode one image at a time to limit memory.
-        decoding_options = {
-            "concurrency_limit": 1,
-            "concurrency_id": "decode",
-        }
+        decoding_options: _ConcurrencyOptions = {"concurrency_limit": 1, "concurrency_id": "decode"}
         upload.upload(
             lambda path: _start_session(path, path, max_pixels),
             upload,
@@ -379,7 +397,8 @@ def _select_model(models: ModelPool, name: str) -> list[Any]:
 def _refresh_sliders(models: ModelPool, name: str, initial: SliderValues, values: Sequence[float]) -> list[Any]:
     """Return the slider values of a loaded model, and updates of the sliders whose `values` still are `initial`."""
     slider_values = models.get_slider_values(name)
-    changes = SliderValues(*values).find_changes(initial)
+    num_beams, points_per_side, pred_iou_thresh = values
+    changes = SliderValues(int(num_beams), int(points_per_side), pred_iou_thresh).find_changes(initial)
     updates = zip(changes.values(), slider_values.make_slider_updates(), strict=True)
     return [slider_values, *(update if value is None else gr.skip() for value, update in updates)]
 
@@ -494,5 +513,5 @@ def _make_page_error(error: Exception) -> gr.Error:
     return gr.Error(escape(str(error), quote=False))
 
 
-def _format_image_size(image: Any) -> str:
+def _format_image_size(image: Image.Image) -> str:
     return f"{image.width} x {image.height} pixels"

@@ -41,9 +41,9 @@ class SessionRegion:
     mask_index: int = 0
 
     @property
-    def selected_caption(self) -> Caption:
-        """Caption with the selected mask."""
-        if not self.masks:
+    def selected_caption(self) -> Caption | None:
+        """Caption with the selected mask; None while it is generated."""
+        if self.caption is None or not self.masks:
             return self.caption
         rle, predicted_iou = self.masks[self.mask_index]
         box = self.prompt.box or masks.mask_to_box(rle)
@@ -94,7 +94,11 @@ class Session:
                 self.current_index = self._check_region_index(event.get("region_index"))
             case "select_mask":
                 region_index, mask_index = self._check_region_index(event.get("region_index")), event.get("mask_index")
-                if region_index is not None and mask_index in range(len(self.regions[region_index].masks)):
+                if (
+                    region_index is not None
+                    and isinstance(mask_index, int)
+                    and mask_index in range(len(self.regions[region_index].masks))
+                ):
                     self._replace_region(region_index, replace(self.regions[region_index], mask_index=mask_index))
             case "point":
                 label = 1 if event.get("label") else 0
@@ -145,7 +149,8 @@ class Session:
     @property
     def captions(self) -> list[Caption]:
         """Captions of all captioned regions, with their selected masks."""
-        return [region.selected_caption for region in self.regions if region.caption is not None]
+        captions = [region.selected_caption for region in self.regions]
+        return [caption for caption in captions if caption is not None]
 
     def to_canvas_value(self) -> dict[str, Any]:
         """Return the JSON state of the canvas."""
@@ -169,10 +174,12 @@ class Session:
             raise InputError(f"a region has at most {MAX_POINTS} points; begin a new region")
         region = SessionRegion(check_prompt(prompt, *self.image.size))
         if self.current_index is None:
-            self._record_change((*self.regions, region), len(self.regions))
+            region_index = len(self.regions)
+            self._record_change((*self.regions, region), region_index)
         else:
-            self._replace_region(self.current_index, region)
-        return self.current_index
+            region_index = self.current_index
+            self._replace_region(region_index, region)
+        return region_index
 
     def _decode_painted_mask(self, data_url: Any) -> np.ndarray:
         """Decode a painted mask from a data: URL to (height, width) bool."""
@@ -201,7 +208,7 @@ class Session:
         self.regions, self.current_index = regions, current
 
     def _region_to_dict(self, region_index: int, region: SessionRegion) -> dict[str, Any]:
-        caption = region.selected_caption if region.caption is not None else None
+        caption = region.selected_caption
         rle, box = (caption.mask, caption.box) if caption else (None, region.prompt.box)
         num_pixels = self.image.width * self.image.height
         area = masks.compute_mask_area(rle) if rle else (box[2] - box[0]) * (box[3] - box[1]) if box else 0

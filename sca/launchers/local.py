@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sca.io.atomic import remove_drafts
 from sca.launchers.signals import block_interrupts
@@ -20,6 +21,15 @@ from sca.launchers.task import Task, TaskOutcome
 from sca.launchers.worker import LOG_FILE, RESULT_FILE, run_task
 
 MAX_KILLS = 3  # kills from outside after which a task is left for another run
+
+
+class _RunningTask(NamedTuple):
+    """Task with its process, its GPU if any, and its start by `time.monotonic`."""
+
+    process: BaseProcess
+    task: Task
+    gpu: int | None
+    start_time: float
 
 
 class LocalLauncher:
@@ -54,11 +64,12 @@ class LocalLauncher:
         context = get_context("forkserver")
         module_names = dict.fromkeys(task.function.partition(":")[0] for task in tasks)
         context.set_forkserver_preload(["sca.launchers.worker", *module_names])
-        waiting, running = deque(tasks), {}
+        waiting = deque(tasks)
+        running: dict[int, _RunningTask] = {}
         num_kills: dict[str, int] = {}
         devices = _list_gpus(tasks)
         num_workers = self.num_workers or len(devices) or max(1, (os.cpu_count() or 2) // 2)
-        free_devices = deque(devices or range(num_workers))
+        free_devices = deque(devices)
         try:
             while waiting or running:
                 while waiting and len(running) < num_workers:
@@ -66,8 +77,8 @@ class LocalLauncher:
                     if time.time() >= task.deadline:
                         continue
                     device = free_devices.popleft() if free_devices else None
-                    process = _start_process(context, task, device if devices else None)
-                    running[process.sentinel] = process, task, device, time.monotonic()
+                    process = _start_process(context, task, device)
+                    running[process.sentinel] = _RunningTask(process, task, device, time.monotonic())
                 if not running:
                     break
                 self._wait_for_process(running)
@@ -76,7 +87,8 @@ class LocalLauncher:
                     if process.is_alive() and not is_overdue:
                         continue
                     del running[sentinel]
-                    free_devices.append(device)
+                    if device is not None:
+                        free_devices.append(device)
                     outcome = _collect_outcome(process, task, is_overdue, time.monotonic() - start_time)
                     if outcome is None and time.time() < task.deadline:
                         num_kills[task.key] = num_kills.get(task.key, 0) + 1
@@ -89,9 +101,9 @@ class LocalLauncher:
                 _kill_process(process)
 
     @staticmethod
-    def _wait_for_process(running: dict[int, Any]) -> None:
+    def _wait_for_process(running: dict[int, _RunningTask]) -> None:
         """Wait until a process ends or is overdue."""
-        seconds_left = min(_compute_time_left(task, start) for _, task, _, start in running.values())
+        seconds_left = min(_compute_time_left(each.task, each.start_time) for each in running.values())
         wait(list(running), timeout=None if math.isinf(seconds_left) else max(0.0, seconds_left))
 
 
@@ -108,7 +120,7 @@ def _list_gpus(tasks: Sequence[Task]) -> list[int]:
     return list(range(torch.cuda.device_count()))
 
 
-def _start_process(context: Any, task: Task, gpu: int | None) -> Any:
+def _start_process(context: Any, task: Task, gpu: int | None) -> BaseProcess:
     folder = Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT_FILE).unlink(missing_ok=True)
@@ -116,13 +128,13 @@ def _start_process(context: Any, task: Task, gpu: int | None) -> Any:
     config = dict(task.config)
     if gpu is not None:
         config["device"] = f"cuda:{gpu}"
-    process = context.Process(target=run_task, args=(task.function, config, str(folder)), daemon=False)
+    process: BaseProcess = context.Process(target=run_task, args=(task.function, config, str(folder)), daemon=False)
     with block_interrupts():
         process.start()
     return process
 
 
-def _collect_outcome(process: Any, task: Task, is_overdue: bool, elapsed: float) -> TaskOutcome | None:
+def _collect_outcome(process: BaseProcess, task: Task, is_overdue: bool, elapsed: float) -> TaskOutcome | None:
     """Return the outcome of a process that ended; None if it was killed from outside or stopped by its deadline."""
     if process.is_alive() and is_overdue:
         _kill_process(process)
@@ -165,11 +177,14 @@ def _make_failure_result(state: str, reason: str, elapsed: float) -> dict[str, A
     return {"state": state, "reason": reason, "seconds": {"process": elapsed}}
 
 
-def _kill_process(process: Any) -> None:
+def _kill_process(process: BaseProcess) -> None:
     """Kill a process and its process group."""
+    pid = process.pid
+    if pid is None:  # not started
+        return
     for kill_function in (os.killpg, os.kill):
         try:
-            kill_function(process.pid, signal.SIGKILL)
+            kill_function(pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             continue
     process.join()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
 from sca.serve.api_keys import find_key_index
 from sca.serve.errors import ApiError, make_error_response
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 PUBLIC_PATHS = ("/health",)  # need no API key
@@ -28,12 +31,14 @@ class HostCheckMiddleware:
         hosts: Additional host names to allow; "*" allows all.
     """
 
-    def __init__(self, app: Any, hosts: Sequence[str] = ()):
+    def __init__(self, app: ASGIApp, hosts: Sequence[str] = ()):
         self.app = app
-        self.allows_every_host = "*" in hosts
-        self.allowed_hosts = {name.lower().rstrip(".") for name in (*LOCAL_HOSTS, socket.gethostname(), *hosts)}
+        self.allows_every_host: bool = "*" in hosts
+        self.allowed_hosts: set[str] = {
+            name.lower().rstrip(".") for name in (*LOCAL_HOSTS, socket.gethostname(), *hosts)
+        }
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or self.allows_every_host:
             return await self.app(scope, receive, send)
         host_header = Headers(scope=scope).get("host", "")
@@ -65,10 +70,11 @@ class KeyCheckMiddleware:
         keys: Valid API keys.
     """
 
-    def __init__(self, app: Any, keys: Sequence[str]):
-        self.app, self.keys = app, keys
+    def __init__(self, app: ASGIApp, keys: Sequence[str]):
+        self.app = app
+        self.keys = keys
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) in PUBLIC_PATHS:
             return await self.app(scope, receive, send)
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")

@@ -252,8 +252,10 @@ def _format_event(event: RequestEvent, header: dict[str, Any], image: Image.Imag
             event_type, data = "search_progress", event._asdict()
         case RequestDone():
             event_type, data = "done", event._asdict()
-        case _:
+        case Caption():
             event_type, data = "region", caption_to_dict(event, image)
+        case _:  # the routes request no candidate masks, and errors are raised
+            raise TypeError(type(event).__name__)
     return format_sse_event(event=event_type, data_str=json.dumps(data))
 
 

@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import Collection, Iterator, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from anyio import to_thread
 from fastapi import FastAPI, Request, Response
@@ -79,7 +79,7 @@ class ChatRequest(RegionPrompt):
     the OpenAI API that do not affect the response are ignored.
     """
 
-    model_config = ConfigDict(extra="allow")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
 
     model: Annotated[str, Field(description="Name of the model; empty for the model of the server.")] = ""
     messages: Annotated[
@@ -247,7 +247,7 @@ def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
         full_image_prompts = (
             None
             if caption_request.prompts[0].model_dump(exclude_none=True)
-            else [Prompt(box=(0.0, 0.0, *map(float, image.size)))]
+            else [Prompt(box=(0.0, 0.0, float(image.width), float(image.height)))]
         )
         inference_request = await service.make_inference_request(
             request, caption_request, image, full_image_prompts, "the region"

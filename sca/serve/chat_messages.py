@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -27,7 +27,7 @@ _CAMEL_CASE_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])")
 class ImageUrl(BaseModel):
     """URL of an image."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
 
     url: Annotated[str, Field(description="Image file as a data: URL in base64.")]
 
@@ -35,7 +35,7 @@ class ImageUrl(BaseModel):
 class TextPart(BaseModel):
     """Text of a message."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
 
     type: Literal["text", "input_text", "output_text"]
     text: str | None = None
@@ -44,7 +44,7 @@ class TextPart(BaseModel):
 class ImagePart(BaseModel):
     """Image of a message."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
 
     type: Literal["image_url", "input_image"]
     image_url: ImageUrl | str
@@ -58,7 +58,7 @@ class ImagePart(BaseModel):
 class OtherPart(BaseModel):
     """Other content of a message; rejected in the last turn, ignored in earlier ones."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
 
     type: str
 
@@ -79,7 +79,7 @@ MessagePart = Annotated[
 class ChatMessage(BaseModel):
     """Message of a conversation. Fields unrelated to the image, such as `name` and `tool_call_id`, are ignored."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[MessagePart] | None = None

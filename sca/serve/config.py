@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sca_registry import RegistryError
 
@@ -79,8 +79,14 @@ class ServerConfig:
         from sca.inference.factory import load_captioner
 
         torch.manual_seed(self.seed)
-        trust_options = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
-        return load_captioner(self.model, self.device, **trust_options, **({"dtype": self.dtype} if self.dtype else {}))
+        options: dict[str, Any] = {"dtype": self.dtype} if self.dtype else {}
+        return load_captioner(
+            self.model,
+            self.device,
+            trust_remote_code=self.trust_remote_code,
+            allow_external=self.allow_external,
+            **options,
+        )
 
     def create_app(self, captioner: Captioner | None = None) -> FastAPI:
         """Create the application.

@@ -58,8 +58,9 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         super().__init__(message)
-        self.status, self.param = status, param
-        self.code = code or _CODE_BY_STATUS.get(status, "error")
+        self.status = status
+        self.param = param
+        self.code: str = code or _CODE_BY_STATUS.get(status, "error")
 
     @property
     def headers(self) -> dict[str, str]:

@@ -20,7 +20,10 @@ class FeatureCache:
     """
 
     def __init__(self, max_bytes: int):
-        self.max_bytes, self.cached_bytes, self.hits, self.misses = max_bytes, 0, 0, 0
+        self.max_bytes = max_bytes
+        self.cached_bytes: int = 0
+        self.hits: int = 0
+        self.misses: int = 0
         self._encoded_by_digest: OrderedDict[str, EncodedImages] = OrderedDict()
 
     def __len__(self) -> int:

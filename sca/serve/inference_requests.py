@@ -116,16 +116,18 @@ class QueueEntry:
     """
 
     def __init__(self, request: InferenceRequest, on_event: Callable[[RequestEvent], None]):
-        self.request, self.on_event = request, on_event
-        self.image_digest = _hash_image(request.image)
-        self.prompts = list(request.prompts)
+        self.request = request
+        self.on_event = on_event
+        self.image_digest: str = _hash_image(request.image)
+        self.prompts: list[Prompt] = list(request.prompts)
         self.found_masks: list[PredictedMask] | None = None  # result of a search
-        self.needs_search = request.everything is not None
+        self.needs_search: bool = request.everything is not None
         self.search_steps: Generator[SearchProgress, None, tuple[list[PredictedMask], list[Prompt]]] | None = None
         self.search_progress: SearchProgress | None = None
-        self.num_turns = self.num_captioned = 0
-        self.deadline = time.monotonic() + request.timeout
-        self.is_cancelled = False
+        self.num_turns: int = 0
+        self.num_captioned: int = 0
+        self.deadline: float = time.monotonic() + request.timeout
+        self.is_cancelled: bool = False
 
     @property
     def num_remaining(self) -> int:

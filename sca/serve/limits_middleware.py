@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
@@ -12,6 +12,9 @@ from starlette.responses import Response
 from sca.serve.errors import ApiError, make_error_response
 from sca.serve.limits import ServerLimits
 from sca.serve.memory_budget import MemoryBudget, MemoryLease
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BODY_MEMORY_FACTOR = 4  # bytes of memory per byte of a body: the body, its JSON strings, and the decoded file
 LINGER_SECONDS = 1.0  # time to discard the rest of a rejected body, so that the client reads the response
@@ -30,10 +33,13 @@ class RequestLimitMiddleware:
         budget: Memory budget of all requests.
     """
 
-    def __init__(self, app: Any, limits: ServerLimits, budget: MemoryBudget):
-        self.app, self.limits, self.budget, self.num_running = app, limits, budget, 0
+    def __init__(self, app: ASGIApp, limits: ServerLimits, budget: MemoryBudget):
+        self.app = app
+        self.limits = limits
+        self.budget = budget
+        self.num_running: int = 0
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         self.num_running += 1
@@ -44,13 +50,13 @@ class RequestLimitMiddleware:
         finally:
             self.num_running -= 1
 
-    async def _handle_request(self, scope: Any, receive: Any, send: Any, lease: MemoryLease) -> None:
+    async def _handle_request(self, scope: Scope, receive: Receive, send: Send, lease: MemoryLease) -> None:
         headers = Headers(scope=scope)
         bytes_left, deadline = self.limits.max_body_bytes, asyncio.get_running_loop().time() + self.limits.timeout
         is_fully_read = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
         has_started = False
 
-        async def receive_within_limits() -> Any:
+        async def receive_within_limits() -> Message:
             nonlocal bytes_left, is_fully_read
             if is_fully_read:  # waits for the client to disconnect
                 return await receive()
@@ -67,7 +73,7 @@ class RequestLimitMiddleware:
             is_fully_read = message["type"] == "http.disconnect" or not message.get("more_body", False)
             return message
 
-        async def send_or_close(message: Any) -> None:
+        async def send_or_close(message: Message) -> None:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
@@ -110,7 +116,7 @@ class RequestLimitMiddleware:
         return ApiError(413, f"the request exceeds the limit of {self.limits.max_body_bytes:,} bytes")
 
 
-async def _discard_body(receive: Any) -> None:
+async def _discard_body(receive: Receive) -> None:
     """Discard the rest of a request for `LINGER_SECONDS`."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_SECONDS):

@@ -27,7 +27,8 @@ class MemoryBudget:
     """
 
     def __init__(self, max_bytes: int):
-        self.max_bytes, self.leased_bytes = max_bytes, 0
+        self.max_bytes = max_bytes
+        self.leased_bytes: int = 0
         self._memory_freed = threading.Condition()
 
     @property
@@ -88,7 +89,9 @@ class MemoryLease:
     """
 
     def __init__(self, budget: MemoryBudget):
-        self._budget, self.leased_bytes, self.has_ended = budget, 0, False
+        self._budget = budget
+        self.leased_bytes: int = 0
+        self.has_ended: bool = False
 
     def resize(self, num_bytes: int, timeout: float = 0.0) -> None:
         """Change the size of the lease.

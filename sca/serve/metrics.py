@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from fastapi import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from sca.serve.scheduler import RequestScheduler
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class ServerMetrics:
@@ -21,13 +25,13 @@ class ServerMetrics:
     """
 
     def __init__(self, scheduler: RequestScheduler):
-        self.registry = CollectorRegistry()
+        self.registry: CollectorRegistry = CollectorRegistry()
         self.registry.register(_SchedulerCollector(scheduler))
         labels = ("route", "status")
-        self.request_counter = Counter(
+        self.request_counter: Counter = Counter(
             "sca_http_requests", "HTTP requests by route and status.", labels, registry=self.registry
         )
-        self.request_durations = Histogram(
+        self.request_durations: Histogram = Histogram(
             "sca_http_request_duration_seconds",
             "Time from the request to the last byte of its response.",
             ("route",),
@@ -38,15 +42,15 @@ class ServerMetrics:
         """Return the metrics in the Prometheus text format."""
         return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
 
-    def wrap_app(self, app: Any) -> Any:
+    def wrap_app(self, app: ASGIApp) -> ASGIApp:
         """Wrap an ASGI application to record its requests."""
 
-        async def count_request(scope: Any, receive: Any, send: Any) -> None:
+        async def count_request(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":
                 return await app(scope, receive, send)
             start_time, status = time.perf_counter(), 500
 
-            async def send_and_record_status(message: Any) -> None:
+            async def send_and_record_status(message: Message) -> None:
                 nonlocal status
                 if message["type"] == "http.response.start":
                     status = message["status"]
@@ -66,7 +70,7 @@ class _SchedulerCollector(Collector):
     def __init__(self, scheduler: RequestScheduler):
         self.scheduler = scheduler
 
-    def collect(self) -> Any:
+    def collect(self) -> Iterator[Metric]:
         scheduler, feature_cache = self.scheduler, self.scheduler.feature_cache
         num_queued = scheduler.num_queued_regions
         yield GaugeMetricFamily("sca_queued_regions", "Regions queued or in progress.", num_queued)

@@ -43,7 +43,8 @@ def serve_on_ray(
         ray.init(address=address, log_to_driver=False, include_dashboard=False)
     from ray import serve
 
-    actor_resources = {"num_cpus": num_cpus, "num_gpus": int(config.device.startswith("cuda"))}
+    num_gpus = int(config.device.startswith("cuda"))
+    actor_resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
 
     def create_app() -> Any:  # Ray treats a function with parameters as the application itself
         return config.create_app()
@@ -51,7 +52,7 @@ def serve_on_ray(
     try:
         if address is None:  # other clusters can scale up
             _check_cluster_capacity(actor_resources, num_replicas, ray.cluster_resources())
-        ray.get(ray.remote(**actor_resources)(_load_captioner).remote(config))
+        ray.get(ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(_load_captioner).remote(config))
         serve.start(http_options={"host": host, "port": port})
         deployment = serve.deployment(
             num_replicas=num_replicas,

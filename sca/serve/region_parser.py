@@ -85,7 +85,8 @@ _ASSIGNED_VALUE = re.compile(
 MAX_NUMBERS = 2048  # per text; a region has at most 256 points of 3 numbers
 _MAX_NAME_DISTANCE = 60  # characters before numbers that are searched for their name
 
-_BOX_ORDERS = ([], ["x1", "y1", "x2", "y2"], ["x0", "y0", "x1", "y1"])  # names of the numbers of a box
+# names of the numbers of a box
+_BOX_ORDERS: tuple[list[str], ...] = ([], ["x1", "y1", "x2", "y2"], ["x0", "y0", "x1", "y1"])
 _BOX_HINT = "write box=x1,y1,x2,y2 in pixels"
 _POINT_HINT = "write point=x,y in pixels"
 
@@ -211,9 +212,11 @@ def _iter_named_groups(text: str) -> Iterator[list[re.Match[str]]]:
     """Yield groups of adjacent named numbers."""
     matches: list[re.Match[str]] = []
     for match in _NAMED_NUMBER.finditer(text):
-        if matches and _NAMED_NUMBER_SEPARATOR.match(text, matches[-1].end()).end() != match.start():  # type: ignore[union-attr]
-            yield matches
-            matches = []
+        if matches:
+            separator = _NAMED_NUMBER_SEPARATOR.match(text, matches[-1].end())
+            if separator is None or separator.end() != match.start():
+                yield matches
+                matches = []
         matches.append(match)
     if matches:
         yield matches
@@ -245,8 +248,9 @@ def _values_to_mention(values: dict[str, str], start: int, end: int) -> _RegionM
             left, top, width, height = _numbers_to_box([values[name] for name in (x, y, "w", "h")])
             return _RegionMention(start, end, (left, top, left + width, top + height), ())
     if names == {"cx", "cy", "w", "h"}:
-        x, y, width, height = _numbers_to_box([values[name] for name in ("cx", "cy", "w", "h")])
-        return _RegionMention(start, end, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), ())
+        center_x, center_y, width, height = _numbers_to_box([values[name] for name in ("cx", "cy", "w", "h")])
+        left, top = center_x - width / 2, center_y - height / 2
+        return _RegionMention(start, end, (left, top, center_x + width / 2, center_y + height / 2), ())
     return None
 
 

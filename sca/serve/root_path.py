@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 ROUTES = (
     *("/v1/captions", "/v1/chat/completions", "/v1/models", "/docs/oauth2-redirect", "/openapi.json"),
@@ -40,10 +43,11 @@ class RootPathMiddleware:
         root_path: Result of `check_root_path`.
     """
 
-    def __init__(self, app: Any, root_path: str):
-        self.app, self.root_path = app, root_path
+    def __init__(self, app: ASGIApp, root_path: str):
+        self.app = app
+        self.root_path = root_path
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             has_prefix = f"{scope['path']}/".startswith(f"{self.root_path}/")
             path = scope["path"] if has_prefix else f"{self.root_path}{scope['path']}"

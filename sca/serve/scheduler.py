@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from sca_registry.contracts import Captioner, Prompt
@@ -46,7 +46,7 @@ from sca.serve.inference_requests import (
 )
 from sca.serve.memory_budget import is_out_of_memory, release_memory
 
-log = logging.getLogger("sca.serve")
+log: logging.Logger = logging.getLogger("sca.serve")
 
 SEARCH_SECONDS = 0.1  # maximum duration of one turn of a search
 MAX_CONCURRENT_SEARCHES = 2  # searches in progress; the others wait
@@ -80,15 +80,14 @@ class RequestScheduler:
         max_queue: int = 10_000,
         max_found_regions: int | None = None,
     ):
-        self.captioner, self.max_regions_per_turn, self.max_images_per_encode, self.max_queue = (
-            captioner,
-            max_regions_per_turn,
-            max_images_per_encode,
-            max_queue,
-        )
+        self.captioner = captioner
+        self.max_regions_per_turn = max_regions_per_turn
+        self.max_images_per_encode = max_images_per_encode
+        self.max_queue = max_queue
         self.max_found_regions = max_found_regions
-        self.feature_cache = FeatureCache(feature_cache_bytes)
-        self.num_turns = self.num_captioned_regions = 0
+        self.feature_cache: FeatureCache = FeatureCache(feature_cache_bytes)
+        self.num_turns: int = 0
+        self.num_captioned_regions: int = 0
         self._queue: deque[QueueEntry] = deque()
         self._current_turn: list[QueueEntry] = []
         self._last_turn_was_new = False  # whether the last turn was the first of its entry
@@ -120,6 +119,11 @@ class RequestScheduler:
     def supports_everything(self) -> bool:
         """Whether the captioner supports everything mode."""
         return isinstance(self.captioner, MaskEngine) and self.captioner.model is not None
+
+    @property
+    def _engine(self) -> MaskEngine:
+        """The captioner, for searches and for captioners with `caption_batch`."""
+        return cast(MaskEngine, self.captioner)
 
     def submit(self, request: InferenceRequest, on_event: Callable[[RequestEvent], None]) -> QueueEntry:
         """Queue a request.
@@ -318,9 +322,13 @@ class RequestScheduler:
     def _continue_search(self, entry: QueueEntry) -> None:
         """Continue the search of an entry for at most `SEARCH_SECONDS`."""
         if entry.search_steps is None:
-            limits = {"max_found_regions": self.max_found_regions, "max_bytes": SEARCH_BYTES}
-            encoded = self._encode_images([entry])
-            entry.search_steps = search_everything(self.captioner, encoded, entry.request.everything, **limits)
+            entry.search_steps = search_everything(
+                self._engine,
+                self._encode_images([entry]),
+                entry.request.everything,
+                max_found_regions=self.max_found_regions,
+                max_bytes=SEARCH_BYTES,
+            )
         slice_end = time.monotonic() + SEARCH_SECONDS
         try:
             while True:
@@ -391,11 +399,11 @@ class RequestScheduler:
             if entry.request.return_candidates and captions and captions[0].mask is not None:
                 self._send_candidate_masks(entry, len(captions))
             for caption in captions:
-                mask_fields = {}
+                result = replace(caption, region_id=entry.num_captioned)
                 if entry.found_masks is not None:
                     rle, predicted_iou = entry.found_masks[entry.num_captioned]
-                    mask_fields = {"mask": rle, "box": mask_to_box(rle), "predicted_iou": predicted_iou}
-                _send_event(entry, replace(caption, region_id=entry.num_captioned, **mask_fields))
+                    result = replace(result, mask=rle, box=mask_to_box(rle), predicted_iou=predicted_iou)
+                _send_event(entry, result)
                 entry.num_captioned += 1
                 self.num_captioned_regions += 1
             if not entry.num_remaining:
@@ -404,30 +412,28 @@ class RequestScheduler:
     def _send_candidate_masks(self, entry: QueueEntry, num_regions: int) -> None:
         """Send the candidate masks of the next regions."""
         prompts = entry.prompts[entry.num_captioned : entry.num_captioned + num_regions]
-        masks_by_region = self.captioner.segment(self._encode_images([entry]), [prompts])
+        masks_by_region = self._engine.segment(self._encode_images([entry]), [prompts])
         for region_index, masks in enumerate(masks_by_region, entry.num_captioned):
             _send_event(entry, CandidateMasks(region_index, masks))
 
     def _encode_images(self, turn: Sequence[QueueEntry]) -> EncodedImages:
         """Return the image features of entries, in order; encode images that are not cached, in batches."""
         images_by_digest = {entry.image_digest: entry.request.image for entry in turn}
-        encoded_by_digest = {digest: self.feature_cache.get(digest) for digest in images_by_digest}
-        missing_digests = [digest for digest, encoded in encoded_by_digest.items() if encoded is None]
+        cached_by_digest = {digest: self.feature_cache.get(digest) for digest in images_by_digest}
+        encoded_by_digest = {digest: encoded for digest, encoded in cached_by_digest.items() if encoded is not None}
+        missing_digests = [digest for digest in images_by_digest if digest not in encoded_by_digest]
         for start in range(0, len(missing_digests), self.max_images_per_encode):
             batch_digests = missing_digests[start : start + self.max_images_per_encode]
-            encoded_batch = self.captioner.encode([images_by_digest[digest] for digest in batch_digests])
+            encoded_batch = self._engine.encode([images_by_digest[digest] for digest in batch_digests])
             for index, digest in enumerate(batch_digests):
                 encoded_by_digest[digest] = _copy_encoded_image(encoded_batch, index)
                 self.feature_cache.put(digest, encoded_by_digest[digest])
         encoded_entries = [encoded_by_digest[entry.image_digest] for entry in turn]
         images = [entry.request.image for entry in turn]
-        if encoded_entries[0].features is None:
+        entry_features = [encoded.features for encoded in encoded_entries if encoded.features is not None]
+        if not entry_features:  # no encoder
             return EncodedImages(images, None, ())
-        features = (
-            encoded_entries[0].features
-            if len(encoded_entries) == 1
-            else torch.cat([encoded.features for encoded in encoded_entries])
-        )
+        features = entry_features[0] if len(entry_features) == 1 else torch.cat(entry_features)
         return EncodedImages(images, features, [frame for encoded in encoded_entries for frame in encoded.frames])
 
 

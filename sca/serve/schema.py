@@ -5,7 +5,7 @@ Coordinates are pixels of the image with its EXIF orientation applied; the top l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, WithJsonSchema
 
@@ -69,14 +69,14 @@ def add_body_schema(app: FastAPI, model: type[BaseModel]) -> dict[str, Any]:
             schemas.setdefault(name, definition)
         return document
 
-    app.openapi = build_openapi  # type: ignore[method-assign]
+    app.openapi = build_openapi  # type: ignore[method-assign]  # as FastAPI documents
     return schema
 
 
 class StrictModel(BaseModel):
     """Base model that rejects unknown fields."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
 class RegionPrompt(StrictModel):

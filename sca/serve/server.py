@@ -38,8 +38,9 @@ class DeadlineProtocol(H11Protocol):
 
     def __init__(self, *args: Any, write_timeout: float, max_connections: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.write_timeout, self.max_connections = write_timeout, max_connections
-        self.waiting_since = 0.0  # start of the connection or of its current request
+        self.write_timeout = write_timeout
+        self.max_connections = max_connections
+        self.waiting_since: float = 0.0  # start of the connection or of its current request
         self._header_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
 
@@ -53,7 +54,7 @@ class DeadlineProtocol(H11Protocol):
         """Whether the connection waits for a request or for the rest of one."""
         return not self.has_pending_request or (self.cycle.more_body and not self.cycle.response_started)
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
         self._start_header_timer()
         if len(self.connections) > self.max_connections:
@@ -103,7 +104,11 @@ class DeadlineProtocol(H11Protocol):
         self._stall_timer = self.loop.call_later(timeout, self.transport.abort)
 
     def _close_longest_waiting(self) -> None:
-        waiting = [each for each in self.connections if each is not self and each.is_awaiting_request]
+        waiting = [
+            each
+            for each in self.connections
+            if isinstance(each, DeadlineProtocol) and each is not self and each.is_awaiting_request
+        ]
         if waiting:
             min(waiting, key=lambda each: (each.has_pending_request, each.waiting_since)).transport.abort()
 
@@ -147,8 +152,13 @@ def serve_locally(config: ServerConfig, host: str, port: int, on_ready: Callable
         bound_socket.listen(config.max_connections)  # early clients wait until the server is ready
         url_host = f"[{host}]" if ":" in host else host
         app = config.create_app(captioner)
-        options = {"write_timeout": config.timeout, "max_connections": config.max_connections}
-        server = make_server(app, app.state.scheduler, log_requests=config.log_requests, **options)
+        server = make_server(
+            app,
+            app.state.scheduler,
+            write_timeout=config.timeout,
+            max_connections=config.max_connections,
+            log_requests=config.log_requests,
+        )
         on_ready(f"http://{url_host}:{bound_socket.getsockname()[1]}")
         server.run([bound_socket])
 
@@ -168,10 +178,10 @@ def make_server(
     Returns:
         The server.
     """
-    timeouts = {"write_timeout": write_timeout, "max_connections": max_connections}
+    protocol = partial(DeadlineProtocol, write_timeout=write_timeout, max_connections=max_connections)
     config = uvicorn.Config(
         app,
-        http=partial(DeadlineProtocol, **timeouts),  # type: ignore[arg-type]
+        http=protocol,  # type: ignore[arg-type]  # declared as a class, and only called
         ws="none",
         log_level="info" if log_requests else "warning",
         timeout_graceful_shutdown=int(SHUTDOWN_TIMEOUT_SECONDS),

@@ -7,7 +7,7 @@ import base64
 import io
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -41,6 +41,7 @@ from sca.serve.scheduler import EVERYTHING_UNSUPPORTED_MESSAGE, RequestScheduler
 from sca.serve.schema import CaptionRequest, ErrorResponse, EverythingParameters, RegionPrompt, RegionResult
 
 BodyModel = TypeVar("BodyModel", bound=BaseModel)
+Result = TypeVar("Result")
 POLL_INTERVAL = 0.5  # seconds between checks for a disconnected client
 ALWAYS_ALLOWED_MASK_PIXELS = 64 * 2**20  # mask pixels per request that are allowed for any `max_pixels`
 JSON_MEDIA_TYPE = "application/json"
@@ -83,9 +84,11 @@ class CaptionService:
     """
 
     def __init__(self, scheduler: RequestScheduler, model_name: str, limits: ServerLimits):
-        self.scheduler, self.model_name, self.limits = scheduler, model_name, limits
-        self.metrics = ServerMetrics(scheduler)
-        self.budget = MemoryBudget(limits.max_memory_bytes)
+        self.scheduler = scheduler
+        self.model_name = model_name
+        self.limits = limits
+        self.metrics: ServerMetrics = ServerMetrics(scheduler)
+        self.budget: MemoryBudget = MemoryBudget(limits.max_memory_bytes)
         self._small_image_pool = ThreadPoolExecutor(2, thread_name_prefix="sca-decode")
         self._large_image_pool = ThreadPoolExecutor(1, thread_name_prefix="sca-decode-large")
         # Threads of the other pools can wait for memory, so work of a request that holds memory needs its own pool.
@@ -143,8 +146,11 @@ class CaptionService:
             ApiError: The body has too many values (413).
             ValidationError: The body does not match the model.
         """
-        separators = ",[{" if isinstance(body, str) else (b",", b"[", b"{")
-        if sum(body.count(each) for each in separators) > self.limits.max_json_values:
+        if isinstance(body, str):
+            num_separators = sum(body.count(each) for each in ",[{")
+        else:
+            num_separators = sum(body.count(each) for each in b",[{")
+        if num_separators > self.limits.max_json_values:
             raise ApiError(413, f"the request exceeds the limit of {self.limits.max_json_values:,} JSON values")
         return model.model_validate_json(body)
 
@@ -193,7 +199,7 @@ class CaptionService:
         pool = self._small_image_pool if self.budget.is_small_request(needed_bytes) else self._large_image_pool
         return await self._run_in_pool(pool, deadline, decode_with_lease)
 
-    async def _run_in_pool(self, pool: Executor, deadline: float, function: Callable[[], Any]) -> Any:
+    async def _run_in_pool(self, pool: Executor, deadline: float, function: Callable[[], Result]) -> Result:
         """Run a function in a thread of a pool; raise DeadlineExceededError after the deadline."""
         try:
             async with asyncio.timeout_at(deadline):
@@ -315,7 +321,7 @@ class CaptionService:
 
     async def iter_events(
         self, request: Request, inference_request: InferenceRequest
-    ) -> AsyncIterator[RequestEvent | None]:
+    ) -> AsyncGenerator[RequestEvent | None, None]:
         """Yield the events of a request, and None after `POLL_INTERVAL` seconds without one.
 
         The request is cancelled when the client disconnects or the deadline passes. Queued events count toward the
@@ -338,9 +344,10 @@ class CaptionService:
                 event = InsufficientMemoryError(str(error))
             event_queue.put_nowait(event)
 
-        entry = await to_thread.run_sync(
-            self.scheduler.submit, inference_request, lambda event: loop.call_soon_threadsafe(queue_event, event)
-        )
+        def forward_event(event: RequestEvent) -> None:
+            loop.call_soon_threadsafe(queue_event, event)
+
+        entry = await to_thread.run_sync(self.scheduler.submit, inference_request, forward_event)
         try:
             next_poll = loop.time()
             while True:
@@ -454,7 +461,9 @@ def _limit_default_options(captioner: Captioner, generation: Mapping[str, Any]) 
     return {name: limit for name, limit in limits.items() if options.get(name, 1) > limit}
 
 
-def _read_checked_prompts(prompt_inputs: list[RegionPrompt], size: tuple[int, int], location_format: str) -> list[Any]:
+def _read_checked_prompts(
+    prompt_inputs: list[RegionPrompt], size: tuple[int, int], location_format: str
+) -> list[Prompt]:
     return [
         parse_prompt(prompt.model_dump(exclude_none=True), location_format.format(index), *size)
         for index, prompt in enumerate(prompt_inputs)

@@ -89,7 +89,7 @@ def test_a_point_without_an_encoder_is_refused_with_the_way_out(weights, image):
 def test_an_encoder_without_masks_is_refused_with_the_way_out(weights):
     pytest.importorskip("timm")
     encoder = {"name": "timm", "model": "resnet18", "pretrained": False, "image_size": 64}
-    with pytest.raises(ValueError, match=r"'timm' brings a segmenter without masks.*sam-vit-b"):
+    with pytest.raises(ValueError, match=r"encoder 'timm' predicts no masks.*sam-vit-b"):
         CropCaptioner(encoder, weights("blip"))
 
 
@@ -115,7 +115,7 @@ def test_a_chain_of_thought_without_an_answer_speaks_of_the_region(weights, imag
 
 
 def test_a_chain_of_thought_needs_a_model_that_answers_questions(weights):
-    with pytest.raises(ValueError, match="a 'blip' model answers none: take blip2-opt"):
+    with pytest.raises(ValueError, match="takes questions, which 'blip' does not; use blip2-opt"):
         CropCaptioner(weights=weights("blip"), vcot=True)
 
 

@@ -53,16 +53,16 @@ def test_what_looks_at_nothing_needs_no_device():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("sca-tinny", "no model or captioner named 'sca-tinny'.* Did you mean 'sca-tiny'"),
+        ("sca-tinny", "no model, captioner or folder named 'sca-tinny'.* Did you mean 'sca-tiny'"),
         ("blip-bass", "Did you mean 'blip-base'.*encoder.captioner"),
         ("sam-vit-b+blip-bass", "no captioner is named 'blip-bass'. Did you mean 'blip-base'"),
         ("sam-vit-c+blip-base", "no encoders named 'sam-vit-c'. Did you mean 'sam-vit-"),
         ("sam-vit-b+query+gpt2", "no trained weights; give a checkpoint folder"),
         ("sam-vit-b+most-frequent dataset=scenes", "no option 'encoder'"),
-        ("nearest-neighbor dataset=scenes", "needs the option 'encoder'"),
+        ("nearest-neighbor dataset=scenes", "requires the option 'encoder'"),
         ("blip-base vcott=true", "no option 'vcott'. Did you mean 'vcot'"),
         ("sca-tiny vcot=true", "the model 'sca-tiny' has no option 'vcot'"),
-        ("sca-tiny dtype=float33", "no dtype 'float33'. Did you mean 'float32'"),
+        ("sca-tiny dtype=float33", "unknown dtype 'float33'. Did you mean 'float32'"),
         ("blip-base 'batch_size", "a captioner is 'NAME"),
     ],
 )

@@ -104,5 +104,5 @@ def test_a_dataset_without_words_for_a_task_is_named(floor, training, monkeypatc
     monkeypatch.setattr(Scenes, "__getitem__", nameless)
     captioner = floor(**SCENES)
     assert captioner.caption(training[0].image, boxes(training[0]))
-    with pytest.raises(ValueError, match="no region of scenes train that was read has a name"):
+    with pytest.raises(ValueError, match="no region read from scenes train has a name"):
         captioner.caption(training[0].image, boxes(training[0]), "recognition")

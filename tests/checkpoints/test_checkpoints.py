@@ -175,7 +175,7 @@ def test_an_unexpected_tensor_is_named(saved):
 def test_a_tensor_of_another_shape_is_named(saved):
     _, folder = saved
     edit(folder, lambda tensors: tensors.update({"task_tokens": torch.zeros(2, 9, 32)}))
-    with pytest.raises(InputError, match=r"task_tokens is \(2, 9, 32\) and the spec\.json asks for \(2, 2, 32\)"):
+    with pytest.raises(InputError, match=r"task_tokens is \(2, 9, 32\) and the spec\.json requires \(2, 2, 32\)"):
         load(folder)
 
 
@@ -194,7 +194,7 @@ def test_another_spec_than_the_weights_were_written_with_is_refused(saved):
         (SPEC_FILE, None, "has no spec.json"),
         (SPEC_FILE, b"{", "not valid JSON"),
         (WEIGHTS_FILE, None, "has no weights.safetensors"),
-        (WEIGHTS_FILE, b"\x10\0\0\0\0\0\0\0{", "is broken"),
+        (WEIGHTS_FILE, b"\x10\0\0\0\0\0\0\0{", "is damaged"),
     ],
 )
 def test_a_damaged_folder_is_refused_with_the_file_that_is_wrong(saved, file, content, message):

@@ -92,7 +92,7 @@ def test_card_of_reads_no_links_out_of_the_checkpoint(model, tmp_path, name):
 def test_push_refuses_what_is_no_file(model, uploaded):
     (model / "tokenizer").mkdir(exist_ok=True)
     os.mkfifo(model / "tokenizer/pipe")
-    with pytest.raises(InputError, match="pipe is no regular file"):
+    with pytest.raises(InputError, match="pipe is not a regular file"):
         push_checkpoint(model, "me/model")
     assert not uploaded
 

@@ -92,13 +92,13 @@ def test_load_runs_the_code_that_the_caller_trusts(stranger):
         ("encoder", {"name": "sam", "weights": "https://example.org/a.pth"}, "--allow-external"),
         ("encoder", {"name": "timm", "model": "hf-hub:stranger/model"}, "--allow-external"),
         ("encoder", {"name": "open-clip", "model": "ViT-B-32", "pretrained": "./a.pt"}, "--allow-external"),
-        ("encoder", {"name": "tiny-vit", "hidden_size": 10**12}, "hidden_size is 1000000000000, which is more"),
+        ("encoder", {"name": "tiny-vit", "hidden_size": 10**12}, "hidden_size is 1000000000000, which is larger"),
         ("encoder", {"name": "tiny-vit", "trust_remote_code": True}, "--trust-remote-code"),
         ("encoder", {"name": "sam-vit-b", "revision": "0" * 40}, "revision=.*, not that of its card; .*--allow-ext"),
         ("encoder", {"name": "sam-vit-b", "revision": None}, "revision=None, not that of its card"),
         ("language_model", {"name": "hf", "config": {"_attn_implementation": {"": "a"}}}, "--trust-remote-code"),
         ("encoder", {"name": "stranger"}, "no encoders named"),
-        ("segmenter", {"name": "sam", "weights": "a\0b"}, "no path"),
+        ("segmenter", {"name": "sam", "weights": "a\0b"}, "is not a path"),
     ],
 )
 @pytest.mark.slow
@@ -198,7 +198,7 @@ def test_load_stops_a_model_that_is_far_larger_than_its_weights(folder):
     for encoder in ({"name": "tiny-vit", "hidden_size": 2**12}, {"name": "tiny-vit", "hidden_size": 1024, "depth": 99}):
         with pytest.raises(InputError, match="far larger than its weights"):
             load(change(folder, encoder=encoder))
-    with pytest.raises(InputError, match="depth is 1000000, which is more than any model has"):
+    with pytest.raises(InputError, match="depth is 1000000, which is larger than in any model"):
         load(change(folder, encoder={"name": "tiny-vit", "depth": 10**6}))
 
 

@@ -112,7 +112,7 @@ def test_prompts_of_another_type_are_named_by_index(idle):
         idle.predict([Prompt(box=BOX), BOX])
     with pytest.raises(InputError, match=r"prompt 0: the mask is 5 x 5"):
         idle.predict(masks=[np.ones((5, 5), bool)])
-    with pytest.raises(InputError, match=r"prompt 1: the mask is unusable: the runs in 'counts'"):
+    with pytest.raises(InputError, match=r"prompt 1: invalid mask: the runs in 'counts'"):
         idle.predict(boxes=[BOX], masks=[{"size": [9, 9], "counts": "0"}])
 
 
@@ -182,7 +182,7 @@ def test_predict_batch_equals_predict_and_keeps_the_image(predictor, scene):
 @pytest.mark.parametrize(
     ("images", "requests", "message"),
     [
-        (2, [[Prompt(box=BOX)]], "there are 2 images and 1 requests"),
+        (2, [[Prompt(box=BOX)]], "2 images, but 1 requests"),
         (1, [[BOX]], "image 0: prompt 0: tuple is not a prompt"),
         (2, [[Prompt(box=BOX)], [Prompt(box=(5000, 0, 5010, 9))]], "image 1: prompt 0: the box"),
         (None, [[Prompt(box=BOX)]], "images and requests must be lists"),

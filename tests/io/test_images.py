@@ -211,8 +211,8 @@ def test_what_is_no_image_is_refused(tmp_path):
     assert "no such file" in refusal(tmp_path / "missing.jpg")
     assert "is a folder" in refusal(tmp_path)
     assert "0 bytes" in refusal(tmp_path / "empty.jpg")
-    assert "not an image" in refusal(tmp_path / "text.jpg")
-    assert "not an image" in refusal(tmp_path / "program.eps")
+    assert "not a readable image" in refusal(tmp_path / "text.jpg")
+    assert "not a readable image" in refusal(tmp_path / "program.eps")
     with pytest.raises(InputError, match="nul"):
         open_image("nul\0.jpg")
     with pytest.raises(InputError) as raised:
@@ -226,7 +226,7 @@ def test_a_truncated_image_is_refused(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert "damaged" in refusal(path) or "not an image" in refusal(path)
+    assert "damaged" in refusal(path) or "not a readable image" in refusal(path)
 
 
 def test_a_decompression_bomb_is_refused_with_its_pixels(tmp_path):
@@ -326,7 +326,7 @@ UNLISTED = {
 @pytest.mark.parametrize("name", UNLISTED)
 def test_read_image_rejects_unlisted_formats_without_decoding(name, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("it was decoded"))
-    with pytest.raises(InputError, match="not an image that can be read"):
+    with pytest.raises(InputError, match="not a readable image"):
         read_image(io.BytesIO(UNLISTED[name]), "it", 10**6)
 
 

@@ -17,7 +17,7 @@ def test_a_part_of_another_shape_is_named_with_the_command_that_tells_more(small
     part, (pixels, prompts) = getattr(model, kind), asked
     forward = part.forward
     part.forward = lambda *given: forward(*given)[..., :-1]
-    with pytest.raises(RegistryError, match=rf"{kind} '{name}' gives shape .* promise .*`sca check {kind} {name}`"):
+    with pytest.raises(RegistryError, match=rf"{kind} '{name}' returns shape .* expected .*`sca check {kind} {name}`"):
         model.generate(model.encode(pixels), prompts, torch.tensor([1]))
     part.forward = lambda *given: [forward(*given)]
     with pytest.raises(RegistryError, match=rf"{kind} '{name}' gives a list"):

@@ -24,8 +24,8 @@ def check_message(call, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "half16"}, "no dtype 'half16'. Choose from: float32, bfloat16, float16"),
-        ({"dtype": torch.int64}, "no dtype 'torch.int64'"),
+        ({"dtype": "half16"}, "unknown dtype 'half16'. Choose from: float32, bfloat16, float16"),
+        ({"dtype": torch.int64}, "unknown dtype 'torch.int64'"),
         ({"device": "gpu"}, "device 'gpu' is not available .* Did you mean 'cuda'"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not available"),
         ({"device": None}, "device 'None' is not available"),
@@ -79,18 +79,18 @@ class Unregistered(torch.nn.Module):
 @pytest.mark.parametrize(
     ("names", "fields", "message"),
     [
-        (("query", "tiny-vit", "tiny-gpt2"), {}, r"no encoders named 'query'\. It is one of the mixers\."),
-        (("tiny-vit", "tiny-gpt2", "query"), {}, r"no mixers named 'tiny-gpt2'\. It is one of the language models\."),
+        (("query", "tiny-vit", "tiny-gpt2"), {}, r"no encoders named 'query'\. It is the name of a mixer\."),
+        (("tiny-vit", "tiny-gpt2", "query"), {}, r"no mixers named 'tiny-gpt2'\. It is the name of a language model\."),
         (("tiny-vit", "query", "openai-community/gpt2"), {}, r"Did you mean 'gpt2'\?"),
-        (("tiny-vit", "query", "facebook/opt-1.3b"), {}, r"part 'hf' with the option weights='facebook/opt-1\.3b'"),
-        (("tiny-vit", QueryMixer, "tiny-gpt2"), {}, "the mixer is QueryMixer: give its name, 'query'"),
+        (("tiny-vit", "query", "facebook/opt-1.3b"), {}, r"use 'hf' with the option weights='facebook/opt-1\.3b'"),
+        (("tiny-vit", QueryMixer, "tiny-gpt2"), {}, "the mixer is QueryMixer; give its name, 'query'"),
         (("tiny-vit", Unregistered, "tiny-gpt2"), {}, r"register it with @sca_registry\.mixers\('NAME'\)"),
-        (("tiny-vit", Unregistered(), "tiny-gpt2"), {}, r"the mixer is of type Unregistered: give its name; register"),
-        (NAMES, {"lora": {"r": 8}}, "lora has no 'r'. Did you mean 'rank'"),
+        (("tiny-vit", Unregistered(), "tiny-gpt2"), {}, r"the mixer is of type Unregistered; give its name; register"),
+        (NAMES, {"lora": {"r": 8}}, "unknown option lora.r. Did you mean 'rank'"),
         (NAMES, {"lora": {"lora_alpha": 8}}, "Did you mean 'alpha'"),
         (NAMES, {"lora": {"targets": ["q"]}}, "Did you mean 'target_modules'"),
-        (NAMES, {"lora": "8"}, "lora is '8': give a rank, such as lora=8, or a table of rank, alpha"),
-        (NAMES, {"lora": 8.5}, "lora is 8.5: give a rank"),
+        (NAMES, {"lora": "8"}, "lora is '8'; give a rank, such as lora=8, or a table of rank, alpha"),
+        (NAMES, {"lora": 8.5}, "lora is 8.5; give a rank"),
         (NAMES, {"weights": "model.safetensors"}, "weights is 'model.safetensors'; give True or False"),
         (({"name": "tiny-vit", "image_size": "64"}, *NAMES[1:]), {}, "image_size is '64'; give an integer"),
         ((*NAMES[:2], {"name": "hf", "weights": 5}), {}, "weights is 5; give text"),
@@ -101,4 +101,4 @@ def test_compose_names_the_way_out(names, fields, message):
 
 
 def test_registry_names_the_kind_of_a_known_name():
-    check_message(lambda: mixers.get("tiny-vit"), r"no mixers named 'tiny-vit'\. It is one of the encoders\.")
+    check_message(lambda: mixers.get("tiny-vit"), r"no mixers named 'tiny-vit'\. It is the name of an encoder\.")

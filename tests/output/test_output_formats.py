@@ -165,7 +165,7 @@ BROKEN = {
         "\n".join(json.dumps({**LINE, "image": name}) for name in "aba"),
         "line 3: 'a' had records before",
     ),
-    "another kind": ("a.json", "{}", "a.json is none of JSON lines"),
+    "another kind": ("a.json", "{}", "a.json is not a captions file"),
     "no parquet": ("a.parquet", "PAR1", "is not a valid Parquet file"),
     "a list of what": ("a.json", "[3]", "task 0 is 3; give an object"),
     "lost annotations": (
@@ -186,7 +186,7 @@ BROKEN = {
                 ],
             }
         ),
-        "features[0]: a mask that cannot be read: edges that do not follow pixels",
+        "features[0]: invalid mask: edges that do not follow pixels",
     ),
 }
 

@@ -194,7 +194,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_image(tmp_pat
 
 
 def test_an_unknown_format_is_refused_with_what_there_is(tmp_path):
-    with pytest.raises(ValueError, match="no output format named 'xml'; there are: jsonl, coco, parquet"):
+    with pytest.raises(ValueError, match="unknown output format 'xml'; choose from jsonl, coco, parquet"):
         MultiFormatWriter(tmp_path / "out", ["jsonl", "xml"])
     assert not (tmp_path / "out").exists()
 
