@@ -96,7 +96,7 @@ def test_row_key_depends_only_on_the_configuration(make_sweep):
         ('["roi-pool", "mask-tokens"]', '"roi-pool"', "give a list"),
         ("[benchmark]", "[benchmrk]", "Did you mean 'benchmark'"),
         ("max_new_tokens = 2", "max_tokens = 2", "Did you mean 'max_new_tokens'"),
-        ("[axes]", "seeds = []\n[axes]", "has no 'seeds'"),
+        ("[axes]", "seeds = []\n[axes]", "unknown field 'seeds'"),
         ("task_tokens = 2", "task_token = 2", "Did you mean 'task_tokens'"),
         ("[axes]", "[axes", "is not valid TOML"),
         ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds is 4294967296; give an integer from 0 to"),
