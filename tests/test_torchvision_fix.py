@@ -119,7 +119,10 @@ def test_install_stubs_makes_cuda_operator_library_loadable(tmp_path):
     run_without_stubs = subprocess.run([sys.executable, "-c", load_program], capture_output=True, text=True)
     assert "OSError" in run_without_stubs.stderr
     torchvision_fix.install_stubs(tmp_path)
-    load_with_stubs_program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torchvision_stubs; torchvision_stubs.load(); {load_program}"
+    load_with_stubs_program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torchvision_stubs; torchvision_stubs.load(); "
+        f"{load_program}"
+    )
     (tmp_path / "torch/__init__.py").write_text("")
     run_with_stubs = subprocess.run(
         [sys.executable, "-S", "-c", load_with_stubs_program], capture_output=True, text=True

@@ -151,7 +151,7 @@ def written_dataset(request, tmp_path, monkeypatch):
 
 
 def parametrize_layouts(names=tuple(LAYOUTS)):
-    return pytest.mark.parametrize("written", names, indirect=True)
+    return pytest.mark.parametrize("written_dataset", names, indirect=True)
 
 
 def list_phrases(dataset):

@@ -230,7 +230,7 @@ def try_command(command_name, *counts):
     Path("many.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     chaos = Chaos(command_name)
     for method_name, count in zip(("kill_runs", "fill_disks", "tear_journals", "run_pairs"), counts, strict=True):
-        if count and (method_name != "tails" or command_name in JOURNAL_FILES):
+        if count and (method_name != "tear_journals" or command_name in JOURNAL_FILES):
             getattr(chaos, method_name)(count)
     assert not list(Path().rglob(LOCK_FILE))
 
