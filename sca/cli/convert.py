@@ -73,7 +73,7 @@ def convert(
     with RunFolder(out, "convert", list_output_patterns(OUTPUT_FORMATS)) as folder:
         settings = {"captions": str(captions), "image_root": image_root and str(image_root)}
         settings |= {"image_prefix": image_prefix} if image_prefix else {}
-        folder.begin(settings, list_output_patterns(formats), [captions], overwrite=overwrite)
+        folder.begin_run(settings, list_output_patterns(formats), [captions], overwrite=overwrite)
         with MultiFormatWriter(out, formats, first.model, image_prefix) as writers:
             for captioned in chain([first], captioned_images):
                 image: ImageOrSize = captioned.size

@@ -269,7 +269,7 @@ def _hold_predictions_folder(folder: Path, run: Mapping[str, Any], overwrite: bo
             if not overwrite:
                 raise
             is_different_run = True
-        run_folder.begin(
+        run_folder.begin_run(
             run, OUTPUT_PATTERNS, iter_existing_paths(inputs), overwrite=overwrite, ignored_settings=RESUMABLE_KEYS
         )
         if is_different_run:  # even if the marker is from this run

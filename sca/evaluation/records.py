@@ -35,7 +35,7 @@ def describe_missing_needs(records: Sequence[Record], needs: Sequence[str]) -> s
         return "no records"
     unmet_needs = [need for need in needs if not any(meets_need(record, need) for record in records)]
     if unmet_needs:
-        return f"needs {', '.join(unmet_needs)}, missing in all {len(records)} records"
+        return f"needs {', '.join(unmet_needs)}, missing in each of {len(records)} records"
     return f"needs {', '.join(needs)}, and none of the {len(records)} records has all of them"
 
 

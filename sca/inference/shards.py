@@ -304,7 +304,7 @@ def begin_sharded_run(
     problems = {str(entry.get("shard")): _parse_problems(entry.get("problems")) for entry in entries}
     loose_settings = ("images", "shards") if not overwrite and finished.items() <= fingerprints.items() else ()
     outputs = [JOURNAL_NAME, *map(_make_output_pattern, fingerprints)]
-    folder.begin(
+    folder.begin_run(
         {**settings, "shards": fingerprints}, outputs, inputs, overwrite=overwrite, ignored_settings=loose_settings
     )
     kept_outputs = set() if overwrite else {JOURNAL_NAME, *map(_make_output_pattern, finished)}

@@ -92,7 +92,7 @@ def _merge_spellings(
     """Merge the regions of keys that spell the same image file under the first of these keys."""
     name_resolver = ImageNameResolver(partial(resolve_image_path, roots=roots))
     file_names_by_key = {key: list_possible_file_names(key) for key in entries}
-    file_name_counts = Counter(name for found in file_names_by_key.values() for name in found)
+    file_name_counts = Counter(name for file_names in file_names_by_key.values() for name in file_names)
     merged: dict[str, list[RegionPromptEntry]] = {}
     for key, regions in entries.items():
         is_shared = any(file_name_counts[name] > 1 for name in file_names_by_key[key])

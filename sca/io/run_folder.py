@@ -60,7 +60,7 @@ class RunFolder:
 
     Example:
         >>> with RunFolder("out", "caption", OUTPUTS) as folder:
-        ...     folder.begin(settings, outputs=("captions.jsonl",), inputs=images)
+        ...     folder.begin_run(settings, outputs=("captions.jsonl",), inputs=images)
         ...     folder.finish()
 
     Args:
@@ -99,7 +99,7 @@ class RunFolder:
             run, outputs=tuple(each for each in run.outputs if is_declared_pattern(each, self.patterns))
         )
 
-    def begin(
+    def begin_run(
         self,
         settings: Mapping[str, Any],
         outputs: Iterable[str],

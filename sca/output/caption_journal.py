@@ -130,7 +130,9 @@ def open_caption_journal(
             )
         ignored_settings = ("images",) if resume and num_unfinished else ()
         outputs = (*list_output_patterns(formats), CAPTION_JOURNAL_NAME)
-        previous_run = folder.begin(settings, outputs, inputs, overwrite=overwrite, ignored_settings=ignored_settings)
+        previous_run = folder.begin_run(
+            settings, outputs, inputs, overwrite=overwrite, ignored_settings=ignored_settings
+        )
         caption_journal = CaptionJournal(
             path, {name: value for name, value in settings.items() if name != "images"}, resume
         )

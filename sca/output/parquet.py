@@ -71,17 +71,17 @@ class ParquetWriter:
     def close(self, finished: bool = True) -> None:
         """Finish the file with the completed images. An unfinished run leaves an older file unchanged."""
         if not finished and (self._file.replaces_file or not self._num_images):
-            self._drop()
+            self._discard()
             return
         try:
             self._flush()
             self._writer.close()
         except BaseException:
-            self._drop()
+            self._discard()
             raise
         self._file.commit()
 
-    def _drop(self) -> None:
+    def _discard(self) -> None:
         self._sink.is_kept = False
         self._file.discard()
 

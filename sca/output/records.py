@@ -102,7 +102,7 @@ def _iter_named_records(records: Iterable[tuple[str, Any]], reject: RejectCallba
 
 
 def _parse_caption(record: Mapping[str, Any], size: ImageSize, default_region_id: int, location: str) -> Caption:
-    text = _text(record, location)
+    text = _read_caption_text(record, location)
     rle, box, prompt_fields = record.get("mask"), record.get("box"), record.get("prompt")
     try:
         rle = None if rle is None else masks.parse_rle(rle)
@@ -116,17 +116,17 @@ def _parse_caption(record: Mapping[str, Any], size: ImageSize, default_region_id
     alternatives = read_field(record, "alternatives", list, location) if record.get("alternatives") else []
     return Caption(
         text,
-        _number(record.get("score")),
+        _parse_score(record.get("score")),
         None if box is None else cast("Box", tuple(map(float, box))),
         rle,
-        None if record.get("predicted_iou") is None else _number(record["predicted_iou"]),
+        None if record.get("predicted_iou") is None else _parse_score(record["predicted_iou"]),
         parsed_prompt,
         record["region_id"] if is_int64(record.get("region_id")) else default_region_id,
         tuple(_parse_alternative(each, f"{location}, 'alternatives'") for each in alternatives),
     )
 
 
-def _text(plain: Any, where: str) -> str:
+def _read_caption_text(plain: Any, where: str) -> str:
     """Parse a caption, which may contain a lone surrogate."""
     text = require_key(plain, "caption", where)
     check_type(f"{where}, 'caption'", text, str, InputError)
@@ -134,10 +134,10 @@ def _text(plain: Any, where: str) -> str:
 
 
 def _parse_alternative(value: Any, location: str) -> tuple[str, float]:
-    return _text(value, location), _number(value.get("score"))
+    return _read_caption_text(value, location), _parse_score(value.get("score"))
 
 
-def _number(value: Any) -> float:
+def _parse_score(value: Any) -> float:
     return float(value) if is_finite_number(value) else math.nan
 
 
@@ -170,10 +170,10 @@ def annotation_to_caption(annotation: Annotation, size: ImageSize, region_id: in
     text, *alternatives = annotation.texts or ("",)
     caption = Caption(
         text,
-        _number(annotation.score),
+        _parse_score(annotation.score),
         annotation.box,
         annotation.mask,
-        None if annotation.predicted_iou is None else _number(annotation.predicted_iou),
+        None if annotation.predicted_iou is None else _parse_score(annotation.predicted_iou),
         prompt,
         region_id,
         tuple((alternative, math.nan) for alternative in alternatives),

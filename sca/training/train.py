@@ -162,7 +162,7 @@ def _train_process(
         fill_feature_cache(model.to(trainer.args.device), mixture, trainer, quiet)
     if run_folder is not None:
         input_paths = iter_existing_paths(recipe.to_dict())
-        run_folder.begin(
+        run_folder.begin_run(
             _collect_run_settings(recipe, model, mixture),
             OUTPUT_FILES,
             input_paths,

@@ -29,7 +29,7 @@ PATTERNS = ("a.txt", "b.txt", "*.part.txt", "step-#/*", "sub/*")
 def write_run(folder, settings=None, outputs=("a.txt", "*.part.txt"), **options):
     """A run that writes its outputs and comes to its end; gives the run before it."""
     with RunFolder(folder, "test", PATTERNS) as run_folder:
-        earlier_run = run_folder.begin(settings or {"x": 1}, outputs, **options)
+        earlier_run = run_folder.begin_run(settings or {"x": 1}, outputs, **options)
         (folder / "a.txt").write_text("new")
         (folder / "1.part.txt").write_text("new")
         run_folder.finish()
@@ -75,7 +75,7 @@ def test_run_folder_overwrite_deletes_only_outputs_of_the_earlier_run(tmp_path):
     write_run(tmp_path)
     (tmp_path / "notes").write_text("precious")
     with RunFolder(tmp_path, "test", PATTERNS) as run_folder:
-        assert run_folder.begin({"x": 2}, ["b.txt"], overwrite=True) is None
+        assert run_folder.begin_run({"x": 2}, ["b.txt"], overwrite=True) is None
         assert list_names(tmp_path) == [LOCK_FILE, "notes", MARKER_FILE]
 
 
@@ -83,9 +83,9 @@ def test_run_folder_overwrite_does_not_follow_symlinks_out_of_the_folder(tmp_pat
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a.txt").write_text("precious")
     with RunFolder(tmp_path / "out", "test", PATTERNS) as run_folder:
-        run_folder.begin({"x": 1}, ["sub/*"])
+        run_folder.begin_run({"x": 1}, ["sub/*"])
         (tmp_path / "out/sub").symlink_to(tmp_path / "other")
-        run_folder.begin({"x": 2}, ["sub/*"], overwrite=True)
+        run_folder.begin_run({"x": 2}, ["sub/*"], overwrite=True)
     assert (tmp_path / "other/a.txt").read_text() == "precious"
 
 
@@ -94,7 +94,7 @@ def test_run_folder_rename_earlier_moves_the_earlier_run_aside(tmp_path):
     write_run(out)
     (tmp_path / "out-1").mkdir()
     with RunFolder(out, "test", PATTERNS) as run_folder:
-        run_folder.begin({"x": 2}, ["a.txt"], rename_earlier=True)
+        run_folder.begin_run({"x": 2}, ["a.txt"], rename_earlier=True)
         assert run_folder.earlier_run_path == tmp_path / "out-2"
         assert list_names(out) == [LOCK_FILE, MARKER_FILE]
         with pytest.raises(LockedError), RunFolder(out, "test", PATTERNS):
@@ -106,9 +106,9 @@ def test_run_folder_rename_earlier_moves_the_earlier_run_aside(tmp_path):
 def test_run_folder_commands_share_a_folder_but_not_files(tmp_path):
     write_run(tmp_path)
     with RunFolder(tmp_path, "other", PATTERNS) as run_folder:
-        run_folder.begin({}, ["b.txt"])
+        run_folder.begin_run({}, ["b.txt"])
         with pytest.raises(OutputError, match="not written by `sca other`"):
-            run_folder.begin({}, ["a.txt"])
+            run_folder.begin_run({}, ["a.txt"])
     assert write_run(tmp_path) is not None
 
 
@@ -255,7 +255,7 @@ def test_make_exact_pattern_matches_only_the_literal_name(tmp_path):
     for name in file_names:
         assert find_outputs(tmp_path, [make_exact_pattern(name)]) == [tmp_path / name]
     with RunFolder(tmp_path / "out", "test", ["*.txt"]) as run_folder:
-        run_folder.begin({}, map(make_exact_pattern, file_names))
+        run_folder.begin_run({}, map(make_exact_pattern, file_names))
         assert set(run_folder.last_run.outputs) == set(map(make_exact_pattern, file_names))
 
 

@@ -130,11 +130,11 @@ def write_captioned_dataset(folder, **fields):
         ({"metric_for_best_model": ["cidr-d"]}, r"no metric has a score 'cidr-d'\. Did you mean 'cider-d'"),
         (
             {"metric_for_best_model": ["class/accuracy"]},
-            r"class: needs task=recognition, truth\.name, missing in all 1 records",
+            r"class: needs task=recognition, truth\.name, missing in each of 1 records",
         ),
         ({"metrics": ["rouge-l"]}, r"cider-d: not in validate\.metrics; class: not in"),
         ({"metrics": ["class"]}, r"metric 'class': needs task=recognition, truth\.name, .*; choose other metrics"),
-        ({"metrics": ["mask-iou"]}, r"metric 'mask-iou': needs truth\.mask, missing in all 1 records"),
+        ({"metrics": ["mask-iou"]}, r"metric 'mask-iou': needs truth\.mask, missing in each of 1 records"),
     ],
 )
 def test_open_validation_dataset_checks_metrics_and_best_against_data(make_recipe, tmp_path, validate, message):
