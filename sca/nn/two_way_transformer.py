@@ -10,6 +10,9 @@ for all regions; and while regions share the grid of their image, it is projecte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +40,11 @@ class TwoWayTransformer(SamTwoWayTransformer):
     def __init__(self, hidden_size: int, depth: int, num_heads: int = 8, mlp_dim: int = 2048):
         super().__init__(build_decoder_config(hidden_size, depth, num_heads, mlp_dim))
 
-    def forward(
+    @property
+    def _blocks(self) -> Sequence[SamTwoWayAttentionBlock]:
+        return cast("Sequence[SamTwoWayAttentionBlock]", self.layers)
+
+    def forward(  # type: ignore[override]  # other arguments than those of transformers
         self,
         tokens: Tensor,
         grid: Tensor,
@@ -59,7 +66,7 @@ class TwoWayTransformer(SamTwoWayTransformer):
         """
         cells = grid.flatten(2).transpose(1, 2)  # (N or B, P, D)
         positions = positional_encoding.flatten(1).T  # (P, D)
-        projections = [_build_grid_projection(layer, positions) for layer in self.layers]
+        projections = [_build_grid_projection(layer, positions) for layer in self._blocks]
         final_projection = _build_key_value_projection(self.final_attn_token_to_image, positions)
         shared_projected = None if image_index is None else _project_cells(cells, *projections[0])  # (B, P, 3I)
         chunk_size = len(tokens)
@@ -93,7 +100,7 @@ class TwoWayTransformer(SamTwoWayTransformer):
     ) -> tuple[Tensor, Tensor]:
         """Apply all layers to a chunk; `first_projected` are its grids projected for the first layer, if available."""
         queries = tokens
-        for layer, projection in zip(self.layers, projections, strict=True):
+        for layer, projection in zip(self._blocks, projections, strict=True):
             projected = _project_cells(cells, *projection) if first_projected is None else first_projected
             first_projected = None
             keys, values, cell_queries = projected.chunk(3, dim=-1)
@@ -186,7 +193,7 @@ def _build_key_value_projection(attention: SamAttention, positions: Tensor) -> G
 
 
 def build_decoder_config(
-    hidden_size: int, depth: int, num_heads: int, mlp_dim: int, **options: int
+    hidden_size: int, depth: int, num_heads: int, mlp_dim: int, **options: Any
 ) -> SamMaskDecoderConfig:
     """Return the configuration of a mask decoder.
 
@@ -222,5 +229,6 @@ def init_weights(module: nn.Module) -> None:
     """
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            nn.init.zeros_(bias)
