@@ -6,11 +6,13 @@ tokens and the updated image features of each region.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from sca_registry.contracts import Encoder, MaskTargets, PromptBatch, SegmenterOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import SamConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
+from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 from transformers.models.sam.modeling_sam import (
     SamMaskDecoder,
     SamPositionalEmbedding,
@@ -52,6 +54,9 @@ class SamSegmenter(nn.Module):
         pretrained: Load pretrained weights; False initializes randomly.
     """
 
+    prompt_encoder: SamPromptEncoder
+    decoder: SamMaskDecoder
+
     def __init__(
         self,
         encoder: Encoder,
@@ -68,15 +73,15 @@ class SamSegmenter(nn.Module):
         pretrained: bool = True,
     ):
         super().__init__()
-        self.image_size = encoder.image_format.size
-        self.grid_size = self.image_size // encoder.stride
+        self.image_size: int = encoder.image_format.size
+        self.grid_size: int = self.image_size // encoder.stride
         self.box_masks = box_masks
         if pretrained and weights is None and encoder.default_segmenter == "sam":
             weights, revision = encoder.checkpoint, getattr(encoder, "revision", None)
-        self.checkpoint = weights if pretrained else None
+        self.checkpoint: str | None = weights if pretrained else None
         if self.checkpoint:
             other_modules = ("vision_encoder.",)
-            sam = load_pretrained(SamPromptAndMaskModel, weights, revision, other_modules, dtype="float32")
+            sam = load_pretrained(SamPromptAndMaskModel, self.checkpoint, revision, other_modules, dtype="float32")
             self.prompt_encoder, self.decoder = sam.prompt_encoder, sam.mask_decoder
         else:
             channels = hidden_size or (SAM_HIDDEN_SIZE if weights else min(encoder.channels, SAM_HIDDEN_SIZE))
@@ -102,9 +107,9 @@ class SamSegmenter(nn.Module):
                     mask_decoder_config=mask_decoder_config,
                 )
             )
-        self.channels = self.decoder.hidden_size
+        self.channels: int = self.decoder.hidden_size
         self.prompt_encoder.input_image_size = self.image_size
-        self.neck = nn.Identity()
+        self.neck: nn.Module = nn.Identity()
         if self.channels != encoder.channels:
             self.neck = FeatureNeck(encoder.channels, self.channels)
         self.prompt_encoder.shared_embedding.positional_embedding.requires_grad_(False)
@@ -231,6 +236,8 @@ class SamSegmenter(nn.Module):
             "mask", 20 focal + dice loss of the best mask per region, and "iou", the mean squared error of all predicted
             IoU scores.
         """
+        assert regions.masks is not None  # see `forward`
+        assert regions.iou_scores is not None
         region_rows = targets.has_mask.nonzero().squeeze(1)  # indices: a bool mask would synchronize at every use
         if not len(region_rows):
             zero = regions.masks.sum() * 0.0
@@ -268,15 +275,18 @@ class SamPromptAndMaskModel(SamPreTrainedModel):
 
     _tied_weights_keys = SamModel._tied_weights_keys
 
+    prompt_encoder: SamPromptEncoder
+    mask_decoder: SamMaskDecoder
+
     def __init__(self, config: SamConfig):
         super().__init__(config)
-        self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
+        self.shared_image_embedding: SamPositionalEmbedding = SamPositionalEmbedding(config.vision_config)
         self.prompt_encoder, self.mask_decoder = _build_prompt_and_mask_modules(config)
         self.post_init()
 
 
 def _build_prompt_and_mask_modules(config: SamConfig) -> tuple[SamPromptEncoder, SamMaskDecoder]:
-    mask_decoder_config = config.mask_decoder_config
+    mask_decoder_config = cast("SamMaskDecoderConfig", config.mask_decoder_config)
     decoder = SamMaskDecoder(mask_decoder_config)
     decoder.transformer = TwoWayTransformer(
         mask_decoder_config.hidden_size,
@@ -305,6 +315,7 @@ def draw_prompts(prompts: PromptBatch, mask_size: int, image_size: int) -> Tenso
     if prompts.boxes is not None:
         canvas += rasterize_boxes(prompts.boxes, mask_size, image_size) * 2.0 - 1.0
     if prompts.points is not None:
+        assert prompts.labels is not None  # of the points
         squared_distance = (prompts.points.float()[..., None] + 0.5 - centers).square()  # (N, P, 2, side)
         x, y = (-squared_distance / (2 * (image_size / 32) ** 2)).exp().unbind(2)
         height = torch.where(prompts.labels == 1, 2.0, torch.where(prompts.labels == 0, -2.0, 0.0))
@@ -322,7 +333,9 @@ class FeatureNeck(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.layers = SamVisionNeck(SamVisionConfig(hidden_size=in_channels, output_channels=out_channels))
+        self.layers: SamVisionNeck = SamVisionNeck(
+            SamVisionConfig(hidden_size=in_channels, output_channels=out_channels)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Apply the neck."""
