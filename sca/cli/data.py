@@ -17,7 +17,7 @@ DatasetOptions = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Dataset options, such as root=FOLDER.")
 ]
 
-app = typer.Typer(help="Inspect and export datasets.", no_args_is_help=True, rich_markup_mode=None)
+app: typer.Typer = typer.Typer(help="Inspect and export datasets.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()

@@ -136,12 +136,12 @@ def evaluate(
             )
         ]
         protocol = None
-    reports = [report for report in reports if report is not None]  # with several processes, only one has them
-    if as_json and reports:
-        report_dicts = [report.to_dict() for report in reports]
+    own_reports = [report for report in reports if report is not None]  # with several processes, only one has them
+    if as_json and own_reports:
+        report_dicts = [report.to_dict() for report in own_reports]
         print_json(report_dicts if protocol else report_dicts[0])
-    elif reports:
-        for index, report in enumerate(reports):
+    elif own_reports:
+        for index, report in enumerate(own_reports):
             print_table(report.build_table())
             if protocol and protocol.runs[index].columns:
                 protocol_run = protocol.runs[index]
