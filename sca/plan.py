@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from sca_registry import get_registry
@@ -27,6 +27,9 @@ from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner
 from sca.nn.two_way_transformer import TwoWayTransformer
 from sca.plan_cache import GIB, MAX_PLANNED_REGIONS, Plan, resolve_gpu_memory
 from sca.stage_costs import CONSTANT_TYPES, CallCost, MemoryTracker, StageMeter
+
+if TYPE_CHECKING:
+    from sca.language_models.causal import CausalLanguageModel
 
 # usable fraction of GPU memory: contexts, workspaces and fragmentation need the rest
 USABLE_MEMORY_FRACTION = 0.92
@@ -163,7 +166,8 @@ class _CostMeter:
     def __init__(self, model: SegmentCaptioner, dtype: torch.dtype):
         self.model = model
         self.dtype = dtype
-        self.layers = _list_layers(model.encoder) + _list_layers(model.language_model)
+        components = cast("nn.Module", model.encoder), cast("nn.Module", model.language_model)
+        self.layers = [layer for component in components for layer in _list_layers(component)]
         self.cached_costs: dict[Any, CallCost] = {}
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -179,14 +183,16 @@ class _CostMeter:
         with self.fake_mode, MemoryTracker() as tracker:
             self._replace_weights()
             stages = StageMeter(tracker, self.cached_costs)
-            for module in _find_two_way_transformers(model):
+            transformers: list[Any] = [*_find_two_way_transformers(model)]
+            for module in transformers:
                 module._forward_chunk = stages.count_once(partial(TwoWayTransformer._forward_chunk, module), id(module))
             for layer in self.layers:
                 run = partial(type(layer).forward, layer)
                 layer.forward = stages.count_once(run, _compute_layer_signature(layer), _find_layer_index(layer))
             with stages("encode"):
                 features = model.encode(torch.empty(images, 3, image_size, image_size, dtype=self.dtype))
-            prefixes, prepared = [], None
+            prefixes: list[Tensor] = []
+            prepared = None
             for chunk, times in chunk_counts:
                 prefixes += [torch.empty_like(prefixes[0]) for _ in range(times - 1)]  # of the chunks that are not run
                 with stages("segment", times):
@@ -219,7 +225,7 @@ class _CostMeter:
                 )
             return
 
-        causal_model = language_model.model
+        causal_model = cast("CausalLanguageModel", language_model).model
         logits_options = (
             {"logits_to_keep": 1}
             if "logits_to_keep" in inspect.signature(type(causal_model).forward).parameters
@@ -281,7 +287,8 @@ class _CostMeter:
         """Replace every tensor of the model by a tracked fake tensor; shared tensors stay shared."""
         empty_tensors: dict[int, Tensor] = {}
         for module in self.model.modules():
-            for tensors in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in tables:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         if id(tensor) not in empty_tensors:
