@@ -57,7 +57,7 @@ class SamEncoder(nn.Module):
             layer.attn.__class__ = ChunkedAttention  # same parameters, other forward
         self.image_format: ImageFormat = ImageFormat(size=cast("int", self.vision.config.image_size))
         self.channels: int = self.vision.config.output_channels
-        self.stride: int = self.vision.config.patch_size
+        self.stride: int = cast("int", self.vision.config.patch_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode images: (B, 3, S, S) -> (B, 256, S/16, S/16)."""

@@ -315,18 +315,20 @@ def _search_window(
             is_kept = (boxes > 0).any(1) & (
                 (stability >= options.stability_score_thresh) | (options.stability_score_thresh <= 0)
             )
-            boxes = (boxes + torch.tensor((x1, y1) * 2, device=boxes.device)).tolist()
+            image_boxes = (boxes + torch.tensor((x1, y1) * 2, device=boxes.device)).tolist()
             kept_rows = [
                 row
                 for row, keep in enumerate(is_kept.tolist())
-                if keep and not _is_cut_off(boxes[row], window, image_size)
+                if keep and not _is_cut_off(image_boxes[row], window, image_size)
             ]
             binary_masks = processor.iter_binary_masks(masks[chunk][kept_rows], [frame] * len(kept_rows))
             for row, binary_mask in zip(kept_rows, binary_masks, strict=True):
                 mask = np.zeros((height, width), bool, order="F")
                 mask[y1:y2, x1:x2] = binary_mask
                 point = points[point_indices[start + row]].tolist()
-                yield Candidate(encode_rle(mask), tuple(boxes[row]), (point[0], point[1]), scores[start + row], window)
+                yield Candidate(
+                    encode_rle(mask), tuple(image_boxes[row]), (point[0], point[1]), scores[start + row], window
+                )
         done = points_done
         yield done
 

@@ -17,7 +17,7 @@ from sca.language_models.greedy_search import generate_greedy, has_plain_greedy_
 from sca.language_models.model_inspection import ModelStructure, inspect_model
 
 if TYPE_CHECKING:
-    from transformers import GenerationMixin
+    from transformers._typing import GenerativePreTrainedModel
 
 POSITION_LIMIT_FIELDS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # in configurations
 SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -137,9 +137,9 @@ class CausalLanguageModel(nn.Module):
                 self.model, body, self.lm_head, prefix.to(self.model.dtype), max_steps, pad_token_id, eos_token_ids
             )
             return GenerationOutput(sequences[:, None], scores[:, None])
-        sampling_options = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
+        sampling_options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
         with silence_transformers():
-            output = cast("GenerationMixin", self.model).generate(
+            output: Any = cast("GenerativePreTrainedModel", self.model).generate(
                 inputs_embeds=prefix.to(self.model.dtype),
                 attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
                 max_new_tokens=max_steps,

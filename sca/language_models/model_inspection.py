@@ -26,7 +26,7 @@ from sca.language_models.greedy_search import generate_greedy
 from sca.language_models.tiny_config import make_tiny_config
 
 if TYPE_CHECKING:
-    from transformers import GenerationMixin
+    from transformers._typing import GenerativePreTrainedModel
 
 PROBE_BATCH_SIZE, PROBE_LENGTH, PROBE_STEPS = 3, 7, 5
 TOLERANCE_BY_DTYPE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative to the largest value
@@ -152,7 +152,7 @@ def _check_signatures(model: PreTrainedModel) -> None:
         raise UnsupportedModelError("cannot generate")
     if (
         "inputs_embeds"
-        not in inspect.signature(cast("GenerationMixin", model).prepare_inputs_for_generation).parameters
+        not in inspect.signature(cast("GenerativePreTrainedModel", model).prepare_inputs_for_generation).parameters
     ):
         raise UnsupportedModelError("cannot generate from embeddings (inputs_embeds)")
 
@@ -209,7 +209,7 @@ def _examine_generation(
     model: PreTrainedModel, structure: ModelStructure, prefix: Tensor, tolerance: float
 ) -> ModelStructure:
     """Compare the model's own greedy `generate` with the logits without a cache, and `generate_greedy` with both."""
-    generated = cast("GenerationMixin", model).generate(
+    generated: Any = cast("GenerativePreTrainedModel", model).generate(
         inputs_embeds=prefix,
         attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
         generation_config=GenerationConfig(

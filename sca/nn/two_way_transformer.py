@@ -34,7 +34,11 @@ class TwoWayForward(nn.Module):
     def _blocks(self) -> Sequence[SamTwoWayAttentionBlock]:
         return cast("Sequence[SamTwoWayAttentionBlock]", self.layers)
 
-    def forward(
+    @property
+    def _blocks(self) -> Sequence[SamTwoWayAttentionBlock]:
+        return cast("Sequence[SamTwoWayAttentionBlock]", self.layers)
+
+    def forward(  # type: ignore[override]  # other arguments than those of transformers
         self,
         tokens: Tensor,
         grid: Tensor,

@@ -266,9 +266,9 @@ def _read_region(
 
 def _read_geometry(
     shapes: Results, size: ImageSize, location: str, skip: SkipCallback
-) -> tuple[Box | None, Mapping[str, Any] | None, Point | None] | None:
+) -> tuple[Box | None, dict[str, Any] | None, Point | None] | None:
     """Return the union of the masks, the first box or else the first point of a region; count other shapes once."""
-    boxes, rles, points = dict[Box, None](), list[Mapping[str, Any]](), dict[Point, None]()
+    boxes, rles, points = dict[Box, None](), list[dict[str, Any]](), dict[Point, None]()
     for result in shapes:
         rotation = result.get("image_rotation")
         if is_finite_number(rotation) and rotation % 360:
@@ -292,7 +292,7 @@ def _read_geometry(
 
 def read_shape(
     result: Mapping[str, Any], size: ImageSize, location: str, skip: SkipCallback
-) -> tuple[Box | None, Mapping[str, Any] | None, Point | None]:
+) -> tuple[Box | None, dict[str, Any] | None, Point | None]:
     """Return the box, the mask or the point of a result in pixels. All are None for a result that was counted.
 
     Args:
@@ -353,7 +353,7 @@ def read_shape(
 
 def _fill_shape(
     points: Points, size: ImageSize, location: str, skip: SkipCallback
-) -> tuple[Box | None, Mapping[str, Any] | None, Point | None]:
+) -> tuple[Box | None, dict[str, Any] | None, Point | None]:
     if len(points) < 3:
         skip("polygon with fewer than three points", location)
         return None, None, None
