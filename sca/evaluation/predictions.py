@@ -301,7 +301,7 @@ class _EncodedImages:
                 "prompts by mask need masks: the dataset has none for some regions, and the model gives none for their "
                 "boxes; ask by box, center or random-point"
             )
-        return {region: caption.mask for region, caption in captions.items()}
+        return {region: caption.mask for region, caption in captions.items() if caption.mask is not None}
 
 
 def _should_caption(region: Region, task: str, prompts: PromptsByRegion) -> bool:
