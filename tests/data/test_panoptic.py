@@ -62,7 +62,7 @@ def test_a_segment_is_where_its_color_is(write):
 
 
 def test_names_are_without_what_only_tells_classes_apart(write):
-    names = write(segment(LEFT)).attributes["name"]
+    names = write(segment(LEFT)).attribute_values["name"]
     assert names == ("person", "wall", "floor-wood", "door", "tree", "traffic light")
 
 

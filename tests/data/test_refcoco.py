@@ -81,7 +81,7 @@ def test_everything_is_read_as_it_was_written(write):
     truth[4:12, 2:12] = True
     assert np.array_equal(rle.decode(first.mask), truth)
     assert second.id == 5
-    assert dataset.attributes == {"name": ("cat",)}
+    assert dataset.attribute_values == {"name": ("cat",)}
     assert dataset.split == "val"
 
 
