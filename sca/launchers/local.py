@@ -23,6 +23,15 @@ from sca.launchers.worker import LOG_FILE, RESULT_FILE, run_task
 MAX_KILLS = 3  # kills from outside after which a task is left for another run
 
 
+class _RunningTask(NamedTuple):
+    """Task with its process, its GPU if any, and its start by `time.monotonic`."""
+
+    process: BaseProcess
+    task: Task
+    gpu: int | None
+    start_time: float
+
+
 class Local:
     """Launcher that runs each task in a process on this machine.
 
@@ -96,15 +105,6 @@ class Local:
         """Wait until a process ends or is overdue."""
         seconds_left = min(_compute_time_left(each.task, each.start_time) for each in running.values())
         wait(list(running), timeout=None if math.isinf(seconds_left) else max(0.0, seconds_left))
-
-
-class _RunningTask(NamedTuple):
-    """Task with its process, its GPU if any, and its start by `time.monotonic`."""
-
-    process: BaseProcess
-    task: Task
-    gpu: int | None
-    start_time: float
 
 
 def _compute_time_left(task: Task, start_time: float) -> float:
