@@ -61,7 +61,7 @@ vocabulary: dev
 # The images in the README: a drawn scene that no model was trained on, and its captions by the bundled model.
 scene: core
 	rm -rf out/drawn
-	$(SCA) data export scenes out/drawn --split test --limit 1 image_size=512 seed=29
+	$(SCA) data export scenes out/drawn --split test --max-images 1 image_size=512 seed=29
 	cp out/drawn/test/*.png $(SCENE)
 	$(SCA) caption $(SCENE) $(SHAPES) --out out/drawn/captions --format png
 	cp out/drawn/captions/scene.captions.png examples/

@@ -86,7 +86,7 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
         language_model = sca_registry.language_models.build(spec.language_model.name, **spec.language_model.options)
         check_generation("generation", spec.generation, language_model.generate)
         _check_prefix_fits(spec, mixer, language_model)
-        if spec.lora:
+        if isinstance(spec.lora, Mapping):
             language_model.add_lora(**spec.lora)
         model = SegmentCaptioner(spec, encoder, segmenter, mixer, language_model)
     return model.to(target_device).eval()
@@ -104,7 +104,7 @@ def _check_prefix_fits(spec: ModelSpec, mixer: Mixer, language_model: LanguageMo
 
 def disable_pretrained_weights(spec: ModelSpec) -> ModelSpec:
     """Return the spec with `pretrained=False` for every component that has this option."""
-    changed_components = {}
+    changed_components: dict[str, Any] = {}
     for kind in MODEL_COMPONENTS:
         component = getattr(spec, kind)
         if component is not None and "pretrained" in get_registry(kind).load_entry(component.name).options:

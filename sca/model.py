@@ -5,9 +5,9 @@ The shape legend is that of `sca_registry.contracts`. W counts the caption token
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from sca_registry import RegistryError
@@ -115,8 +115,10 @@ class SegmentCaptioner(SegmentationModel):
         self.spec = spec
         self.mixer = mixer
         self.language_model = language_model
-        self.projection = Projection(mixer.hidden_size, language_model.hidden_size, **spec.projection)
-        self.task_tokens = nn.Parameter(torch.randn(2, spec.task_tokens, language_model.hidden_size) * 0.02)
+        self.projection: Projection = Projection(mixer.hidden_size, language_model.hidden_size, **spec.projection)
+        self.task_tokens: nn.Parameter = nn.Parameter(
+            torch.randn(2, spec.task_tokens, language_model.hidden_size) * 0.02
+        )
         self.freeze_parameters()
 
     def _get_component_name(self, kind: str) -> str:
@@ -140,7 +142,8 @@ class SegmentCaptioner(SegmentationModel):
         Raises:
             RegistryError: The mixer returns another shape.
         """
-        queries = self.mixer(regions) if prepared is None else self.mixer(regions, prepared)
+        mixer: Callable[..., Tensor] = self.mixer
+        queries = mixer(regions) if prepared is None else mixer(regions, prepared)
         return self._check_shape(queries, (len(regions), self.mixer.num_queries, self.mixer.hidden_size), "mixer")
 
     def build_prefix(self, queries: Tensor, task_ids: Tensor) -> Tensor:
@@ -172,10 +175,15 @@ class SegmentCaptioner(SegmentationModel):
             their queries. `logits` is None for a batch of more than `TOKENS_PER_LOSS_CHUNK` tokens. Regions computed
             in chunks have no `grid`.
         """
-        features = batch.features if batch.features is not None else self.encode(batch.pixel_values)
+        features = batch.features
+        if features is None:
+            assert batch.pixel_values is not None  # exactly one of them is set
+            features = self.encode(batch.pixel_values)
         regions, queries = self._segment_and_mix(features, batch.prompts, chunk_size)
-        losses, logits = {}, None
+        losses: dict[str, Tensor] = {}
+        logits = None
         if batch.input_ids is not None:
+            assert batch.attention_mask is not None  # of the tokens
             caption_queries = queries if batch.region_index is None else queries[batch.region_index]  # (M, Q, D)
             hidden_states = self._compute_token_states(
                 self.build_prefix(caption_queries, batch.task_ids), batch.input_ids, batch.attention_mask, chunk_size
@@ -185,7 +193,8 @@ class SegmentCaptioner(SegmentationModel):
             )
         if batch.targets is not None and hasattr(self.segmenter, "compute_losses"):
             losses |= self.segmenter.compute_losses(regions, batch.targets)
-        loss = sum((loss_weights or {}).get(name, 1.0) * value for name, value in losses.items()) if losses else None
+        weights = loss_weights or {}
+        loss = cast("Tensor", sum(weights.get(name, 1.0) * value for name, value in losses.items())) if losses else None
         return ModelOutput(loss, losses, logits, regions, queries)
 
     def _segment_and_mix(

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from sca_registry import get_registry
@@ -23,10 +23,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from sca.builder import build, resolve_components
 from sca.checkpoints.tensors import list_stored_tensors
 from sca.inference.engine import REGION_BATCH_SIZE
+from sca.io.validation import check_range
 from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner
 from sca.nn.two_way_transformer import TwoWayTransformer
 from sca.plan_cache import GIB, MAX_PLANNED_REGIONS, Plan, resolve_gpu_memory
 from sca.stage_costs import CONSTANT_TYPES, CallCost, MemoryTracker, StageMeter
+
+if TYPE_CHECKING:
+    from sca.language_models.causal import CausalLanguageModel
 
 # usable fraction of GPU memory: contexts, workspaces and fragmentation need the rest
 USABLE_MEMORY_FRACTION = 0.92
@@ -52,7 +56,7 @@ def plan_model(
         batch_size: Images B.
         regions_per_image: Regions per image.
         max_new_tokens: Tokens per caption.
-        training: Plan a training step instead of captioning.
+        training: Estimate a training step instead of captioning.
         dtype: Dtype of the weights; in training, dtype of autocast.
         gpu: Name out of `GPU_MEMORY_GIB`, or memory in GiB; None for no limit.
         on_gpu: Use the code paths of a GPU even if `gpu` is None.
@@ -66,8 +70,7 @@ def plan_model(
     """
     counts = {"batch_size": batch_size, "regions_per_image": regions_per_image, "max_new_tokens": max_new_tokens}
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}; give 1 or more")
+        check_range(name, count, int, 1)
     memory_budget = None if gpu is None else int(resolve_gpu_memory(gpu) * GIB * USABLE_MEMORY_FRACTION)
     model = build(spec, "meta")
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.group_parameters().items()}
@@ -163,15 +166,18 @@ class _CostMeter:
     def __init__(self, model: SegmentCaptioner, dtype: torch.dtype):
         self.model = model
         self.dtype = dtype
-        self.layers = _list_layers(model.encoder) + _list_layers(model.language_model)
+        components = cast("nn.Module", model.encoder), cast("nn.Module", model.language_model)
+        self.layers = [layer for component in components for layer in _list_layers(component)]
         self.cached_costs: dict[Any, CallCost] = {}
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     @torch.no_grad()
-    def measure_inference(self, images: int, regions: int, num_tokens: int) -> tuple[dict[str, int], dict[str, int]]:
+    def measure_inference(
+        self, batch_size: int, regions_per_image: int, num_tokens: int
+    ) -> tuple[dict[str, int], dict[str, int]]:
         """Return FLOPs and peak bytes per stage of `Predictor`, which encodes all images at once and chunks regions."""
         model, image_size = self.model.eval(), self.model.encoder.image_format.size
-        prompts = _make_prompts(images, regions, image_size)
+        prompts = _make_prompts(batch_size, regions_per_image, image_size)
         first_chunk, *later_chunks = prompts.iter_chunks(REGION_BATCH_SIZE)
         full_chunks = [chunk for chunk in later_chunks if len(chunk) == REGION_BATCH_SIZE]  # only one of them is run
         chunk_counts = [(first_chunk, 1), *((chunk, len(full_chunks)) for chunk in full_chunks[:1])]
@@ -179,14 +185,16 @@ class _CostMeter:
         with self.fake_mode, MemoryTracker() as tracker:
             self._replace_weights()
             stages = StageMeter(tracker, self.cached_costs)
-            for module in _find_two_way_transformers(model):
+            transformers: list[Any] = [*_find_two_way_transformers(model)]
+            for module in transformers:
                 module._forward_chunk = stages.count_once(partial(TwoWayTransformer._forward_chunk, module), id(module))
             for layer in self.layers:
                 run = partial(type(layer).forward, layer)
                 layer.forward = stages.count_once(run, _compute_layer_signature(layer), _find_layer_index(layer))
             with stages("encode"):
-                features = model.encode(torch.empty(images, 3, image_size, image_size, dtype=self.dtype))
-            prefixes, prepared = [], None
+                features = model.encode(torch.empty(batch_size, 3, image_size, image_size, dtype=self.dtype))
+            prefixes: list[Tensor] = []
+            prepared = None
             for chunk, times in chunk_counts:
                 prefixes += [torch.empty_like(prefixes[0]) for _ in range(times - 1)]  # of the chunks that are not run
                 with stages("segment", times):
@@ -219,7 +227,7 @@ class _CostMeter:
                 )
             return
 
-        causal_model = language_model.model
+        causal_model = cast("CausalLanguageModel", language_model).model
         logits_options = (
             {"logits_to_keep": 1}
             if "logits_to_keep" in inspect.signature(type(causal_model).forward).parameters
@@ -247,12 +255,12 @@ class _CostMeter:
         stages.flops["decode"] = (stages.flops["decode"] + first_step_flops[0]) * (num_tokens - 1) // 2
 
     def measure_training_step(
-        self, images: int, regions: int, num_tokens: int
+        self, batch_size: int, regions_per_image: int, num_tokens: int
     ) -> tuple[dict[str, int], dict[str, int]]:
         """Return FLOPs and peak bytes of a training step with one caption per region, with the state of AdamW."""
         model, image_size = self.model.train(), self.model.encoder.image_format.size
-        rows = images * regions
-        prompts, has_mask = _make_prompts(images, regions, image_size), torch.ones(rows, dtype=torch.bool)
+        rows = batch_size * regions_per_image
+        prompts, has_mask = _make_prompts(batch_size, regions_per_image, image_size), torch.ones(rows, dtype=torch.bool)
         attention_mask = torch.ones(rows, num_tokens, dtype=torch.long)
         with self.fake_mode, MemoryTracker() as tracker:
             self._replace_weights()
@@ -262,7 +270,7 @@ class _CostMeter:
             batch = Batch(
                 prompts=prompts,
                 task_ids=torch.zeros(rows, dtype=torch.long),
-                pixel_values=torch.empty(images, 3, image_size, image_size),
+                pixel_values=torch.empty(batch_size, 3, image_size, image_size),
                 input_ids=torch.zeros(rows, num_tokens, dtype=torch.long),
                 attention_mask=attention_mask,
             )
@@ -281,7 +289,8 @@ class _CostMeter:
         """Replace every tensor of the model by a tracked fake tensor; shared tensors stay shared."""
         empty_tensors: dict[int, Tensor] = {}
         for module in self.model.modules():
-            for tensors in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in tables:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         if id(tensor) not in empty_tensors:
@@ -293,9 +302,9 @@ class _CostMeter:
                         tensors[name] = empty_tensors[id(tensor)]
 
 
-def _make_prompts(images: int, regions: int, image_size: int) -> PromptBatch:
+def _make_prompts(batch_size: int, regions_per_image: int, image_size: int) -> PromptBatch:
     """Return boxes of a third of an image's side. They are real tensors, because the code reads their values."""
-    image_index = torch.arange(images).repeat_interleave(regions)
+    image_index = torch.arange(batch_size).repeat_interleave(regions_per_image)
     return PromptBatch(
         image_index, boxes=torch.tensor([[0.0, 0.0, image_size / 3, image_size / 3]]).repeat(len(image_index), 1)
     )

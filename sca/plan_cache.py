@@ -117,14 +117,15 @@ def resolve_gpu_memory(gpu: str | float) -> float:
         ValueError: The memory is out of range.
     """
     if isinstance(gpu, str):
+        name = gpu
         try:
-            gpu = float(gpu)
+            gpu = float(name)
         except ValueError:
-            if gpu.lower() not in GPU_MEMORY_GIB:
+            if name.lower() not in GPU_MEMORY_GIB:
                 raise make_unknown_name_error(
-                    f"unknown GPU {gpu!r}; give a name or its memory in GiB", gpu, GPU_MEMORY_GIB
+                    f"unknown GPU {name!r}; give a name or its memory in GiB", name, GPU_MEMORY_GIB
                 ) from None
-            return GPU_MEMORY_GIB[gpu.lower()]
+            return GPU_MEMORY_GIB[name.lower()]
     if not 0 < gpu < 2**20:
         raise ValueError(f"the memory of the GPU is {gpu:g} GiB; give a name, or a number above 0")
     return gpu
@@ -140,12 +141,8 @@ def compute_plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None
     Returns:
         A hash; None if the cost depends on files that the spec names, or if a component is unknown.
     """
-    components = {"encoder": spec.encoder, "segmenter": spec.segmenter, "mixer": spec.mixer}
-    components = {
-        kind: component
-        for kind, component in {**components, "language_model": spec.language_model}.items()
-        if component
-    }
+    components = {"encoder": spec.encoder, "mixer": spec.mixer, "language_model": spec.language_model}
+    components |= {"segmenter": spec.segmenter} if spec.segmenter else {}
     if any(FILE_OPTIONS & component.options.keys() for component in components.values()):
         return None
     entries = [

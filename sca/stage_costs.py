@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 ALLOCATION_BLOCK_BYTES = 512  # allocators round sizes up to multiples of this
 CONSTANT_TYPES = (bool, int, float, str, tuple, torch.dtype, torch.device, type(None))
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 INDEXING_OPERATORS = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
@@ -37,6 +37,9 @@ class MemoryTracker(TorchDispatchMode):
         peak_bytes: Maximum of `current_bytes`.
         tracked_storages: Storages that are alive.
     """
+
+    current_bytes: int
+    peak_bytes: int
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,12 +103,13 @@ def _record_cache_updates(caches: list[DynamicCache]) -> Iterator[CacheUpdates]:
         updates.append([(each.shape, each.dtype) for each in (keys, values)])  # no strides: they may be views
         return original(keys, values, *args, **kwargs)
 
-    for cache in caches:
+    patched_caches: list[Any] = [*caches]
+    for cache in patched_caches:
         cache.update = partial(record_and_update, cache.update)
     try:
         yield updates
     finally:
-        for cache in caches:
+        for cache in patched_caches:
             del cache.update
 
 
@@ -147,8 +151,8 @@ class StageMeter:
         self.cached_costs = cached_costs
         self.flops: dict[str, int] = {}
         self.memory: dict[str, int] = {}
-        self.flop_counter = FlopCounterMode(display=False)
-        self.repeated_flops = 0  # FLOPs of calls that were counted without running
+        self.flop_counter: FlopCounterMode = FlopCounterMode(display=False)
+        self.repeated_flops: int = 0  # FLOPs of calls that were counted without running
 
     @contextmanager
     def __call__(self, stage: str, times: int = 1) -> Iterator[None]:
@@ -186,7 +190,7 @@ class StageMeter:
                 str(structure),
                 shapes,
                 tuple(constants),
-                *(cache.get_seq_length(layer_index) for cache in caches),
+                *(cache.get_seq_length(cast("int", layer_index)) for cache in caches),
             )
             if key in self.cached_costs:
                 return self._repeat_cost(self.cached_costs[key], caches, layer_index)
@@ -217,7 +221,8 @@ class StageMeter:
         self.tracker.peak_bytes = peak = max(self.tracker.peak_bytes, self.tracker.current_bytes + cost.extra_bytes)
         for cache in caches:
             for pair in cost.cache_updates:
-                cache.update(*(torch.empty(shape, dtype=dtype) for shape, dtype in pair), layer_index)
+                keys, values = (torch.empty(shape, dtype=dtype) for shape, dtype in pair)
+                cache.update(keys, values, cast("int", layer_index))
         results = tree_unflatten([_create_empty_tensor(each) for each in cost.result_metadata], cost.result_structure)
         assert self.tracker.peak_bytes == peak, "the results of a call are part of its peak"
         return results

@@ -112,19 +112,19 @@ def fix_torchvision(site: Path = SITE_PACKAGES) -> str:
     """
     if not (site / "torchvision").is_dir():
         return "nothing to fix: torchvision is not installed"
-    error = _find_import_error("torchvision")
-    if not error:
+    problem = _find_import_error("torchvision")
+    if not problem:
         return "nothing to fix: torchvision can be imported"
     if not _is_torch_without_cuda():
-        raise InputError(f"torchvision cannot be imported ({error}), and torch has CUDA; {REINSTALL_HINT}")
+        raise InputError(f"torchvision cannot be imported ({problem}), and torch has CUDA; {REINSTALL_HINT}")
     try:
         install_stubs(site)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         raise InputError(f"torchvision is built for CUDA, and adapting it to this torch failed: {error}") from error
-    error = _find_import_error("torchvision")
-    if error:
+    problem = _find_import_error("torchvision")
+    if problem:
         remove_torchvision_fix(site)
-        raise InputError(f"torchvision cannot be imported even with the CUDA stubs ({error}); {REINSTALL_HINT}")
+        raise InputError(f"torchvision cannot be imported even with the CUDA stubs ({problem}); {REINSTALL_HINT}")
     stub_paths = f"{site / STUB_PACKAGE} and {STUB_PACKAGE}.pth"
     return f"torchvision can be imported now; `sca doctor --undo-fix` removes {stub_paths}"
 

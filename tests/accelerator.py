@@ -30,23 +30,33 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 aten = torch.ops.aten
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
 REPOSITORY = Path(__file__).parent.parent
-ASKING = str(REPOSITORY / "sca") + os.sep
-INNER = (__file__, os.path.dirname(torch.__file__))  # says nothing about who asked
+PACKAGE_PREFIX = str(REPOSITORY / "sca") + os.sep
+UNREPORTED_PREFIXES = (__file__, os.path.dirname(torch.__file__))  # says nothing about who asked
 
-COPIES = {aten._to_copy.default, aten.copy_.default, aten.copy.default}
-CHOOSING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-NUMBERS = {aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor, *CHOOSING}  # take one from the CPU
-WAITS = {  # operations whose result, or its shape, the host needs before it goes on
+COPY_OPERATIONS = {aten._to_copy.default, aten.copy_.default, aten.copy.default}
+INDEXING_OPERATIONS = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}
+OPERATIONS_ACCEPTING_CPU_SCALARS = {
+    aten.fill_.Tensor,
+    aten.masked_fill.Tensor,
+    aten.masked_fill_.Tensor,
+    *INDEXING_OPERATIONS,
+}  # take one from the CPU
+SYNCHRONIZING_OPERATIONS = {  # operations whose result, or its shape, the host needs before it goes on
     *(aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default),
     *(aten.masked_select.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default),
     *(aten.repeat_interleave.Tensor, aten.bincount.default),
 }
-PRODUCTS = {  # need one type, and CUDA has none for whole numbers
+MATRIX_PRODUCT_OPERATIONS = {  # need one type, and CUDA has none for whole numbers
     *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.addmv.default, aten.mv.default),
     *(aten.dot.default, aten.linear.default, aten.convolution.default, aten.convolution_backward.default),
 }
-ONE_TYPE = {aten.native_layer_norm.default, aten.native_group_norm.default, *PRODUCTS}
-AUTOCAST = {  # by name, as called from Python: https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference
+SINGLE_DTYPE_OPERATIONS = {aten.native_layer_norm.default, aten.native_group_norm.default, *MATRIX_PRODUCT_OPERATIONS}
+AUTOCAST_CATEGORIES = {  # by name, as called from Python: https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference
     "lower": {
         *("__matmul__", "__rmatmul__", "addbmm", "addmm", "addmv", "baddbmm", "bmm", "conv1d", "conv2d"),
         *("conv_transpose2d", "einsum", "linear", "matmul", "mm", "mv", "scaled_dot_product_attention"),
@@ -65,13 +75,13 @@ class SimulatedTensor(Tensor):
     """A tensor that says it is on `cuda:0`; `held` has its values."""
 
     @staticmethod
-    def __new__(cls, held):
-        with torch.inference_mode(held.is_inference()):
-            shape = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=META)
+    def __new__(cls, cpu_values):
+        with torch.inference_mode(cpu_values.is_inference()):
+            shape = torch.empty_strided(cpu_values.shape, cpu_values.stride(), dtype=cpu_values.dtype, device=META)
             return Tensor._make_subclass(cls, shape, False, dispatch_device=True, device_for_backend_keys=CUDA)
 
-    def __init__(self, held):
-        self.held = held
+    def __init__(self, cpu_values):
+        self.cpu_values = cpu_values
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -110,14 +120,14 @@ class SimulatedTensor(Tensor):
 def simulated_cuda():
     """See above. Yields the `Simulation` that is on within."""
     simulation = Simulation()
-    states = simulation.generator
+    rng_generator = simulation.generator
     patches = {
         "_lazy_init": lambda: None,
         "_initialized": True,
         "is_bf16_supported": lambda *_, **__: True,
         "device": lambda *_: nullcontext(),
-        "get_rng_state": lambda *_: states.get_state(),
-        "set_rng_state": lambda state, *_: states.set_state(state),
+        "get_rng_state": lambda *_: rng_generator.get_state(),
+        "set_rng_state": lambda state, *_: rng_generator.set_state(state),
         "amp.common.amp_definitely_not_available": lambda: False,
     }
     with ExitStack() as stack:
@@ -125,10 +135,10 @@ def simulated_cuda():
             stack.enter_context(patch(f"torch.cuda.{name}", value))
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` makes its tensor on the CPU and moves it
-        swaps = torch.__future__.get_swap_module_params_on_conversion()
-        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
+        original_swap_setting = torch.__future__.get_swap_module_params_on_conversion()
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, original_swap_setting)
         torch.__future__.set_swap_module_params_on_conversion(True)  # keeps the class, and weights that are tied
-        stack.enter_context(_Calls())
+        stack.enter_context(_TorchCallInterceptor())
         stack.enter_context(simulation)
         yield simulation
 
@@ -138,157 +148,167 @@ class Simulation(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.waits = Counter()
-        self.draws = []
+        self.synchronizations = Counter()
+        self.random_tensor_sums = []
         self.generator = torch.Generator()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:
             return META
         kwargs = kwargs or {}
-        if _is_composed(func):
+        if _is_composite(func):
             with self:  # in inference mode nothing has taken it apart yet
                 return func.decompose(*args, **kwargs)
-        tensors = _tensors((args, kwargs))
-        simulated = any(isinstance(tensor, SimulatedTensor) for tensor in tensors)
-        asked = kwargs.get("device")
-        there = asked is not None and torch.device(asked).type != "cpu"  # C++ writes meta where it means this device
-        if simulated:
-            _check(func, tensors)
-            self._count(func, tensors, asked, args)
-        elif there and tensors:
-            self._wait(func)  # from the CPU, of memory that is not pinned
-        held_args, held = _mapped((args, kwargs), lambda tensor: getattr(tensor, "held", tensor))
-        if there:
-            held["device"] = CPU
-        lands = there if asked is not None else simulated
-        if lands and torch.Tag.nondeterministic_seeded in func.tags:
-            found = self._draw(func, held_args, held)
+        tensors = _collect_tensors((args, kwargs))
+        has_simulated_tensor = any(isinstance(tensor, SimulatedTensor) for tensor in tensors)
+        requested_device = kwargs.get("device")
+        is_cuda_requested = (
+            requested_device is not None and torch.device(requested_device).type != "cpu"
+        )  # C++ writes meta where it means this device
+        if has_simulated_tensor:
+            _check_gpu_constraints(func, tensors)
+            self._count_synchronization(func, tensors, requested_device, args)
+        elif is_cuda_requested and tensors:
+            self._record_synchronization(func)  # from the CPU, of memory that is not pinned
+        cpu_args, cpu_kwargs = _map_tensors((args, kwargs), lambda tensor: getattr(tensor, "held", tensor))
+        if is_cuda_requested:
+            cpu_kwargs["device"] = CPU
+        result_on_cuda = is_cuda_requested if requested_device is not None else has_simulated_tensor
+        if result_on_cuda and torch.Tag.nondeterministic_seeded in func.tags:
+            result = self._run_with_device_rng(func, cpu_args, cpu_kwargs)
         else:
-            found = func(*held_args, **held)
-        if not lands:
-            return found
+            result = func(*cpu_args, **cpu_kwargs)
+        if not result_on_cuda:
+            return result
         if torch.Tag.inplace_view in func.tags and func is not aten.detach_.default:
             raise NotImplementedError(f"{func} changes the shape of a simulated tensor")
-        found = _mapped(found, SimulatedTensor)
-        return return_and_correct_aliasing(func, args, kwargs, found)
+        result = _map_tensors(result, SimulatedTensor)
+        return return_and_correct_aliasing(func, args, kwargs, result)
 
     @contextmanager
-    def counted(self):
+    def count_synchronizations(self):
         """The waits within, as a Counter."""
-        before, found = self.waits, Counter()
-        self.waits = found
+        outer_counter, inner_counter = self.synchronizations, Counter()
+        self.synchronizations = inner_counter
         try:
-            yield found
+            yield inner_counter
         finally:
-            self.waits = before + found
+            self.synchronizations = outer_counter + inner_counter
 
-    def _draw(self, func, args, kwargs):
+    def _run_with_device_rng(self, func, args, kwargs):
         if kwargs.get("generator") is not None:
             raise RuntimeError(f"{func}: expected a 'cuda' device type for generator but found 'cpu'")
-        state = torch.get_rng_state()
+        cpu_rng_state = torch.get_rng_state()
         torch.set_rng_state(self.generator.get_state())
         try:
-            found = func(*args, **kwargs)
+            result = func(*args, **kwargs)
         finally:
             self.generator.set_state(torch.get_rng_state())
-            torch.set_rng_state(state)
-        self.draws += [float(leaf.double().sum()) for leaf in _tensors(found)]
-        return found
+            torch.set_rng_state(cpu_rng_state)
+        self.random_tensor_sums += [float(leaf.double().sum()) for leaf in _collect_tensors(result)]
+        return result
 
-    def _count(self, func, tensors, asked, args):
-        away = func in COPIES and (
+    def _count_synchronization(self, func, tensors, requested_device, args):
+        crosses_devices = func in COPY_OPERATIONS and (
             any(not isinstance(tensor, SimulatedTensor) for tensor in tensors)
-            or (asked is not None and torch.device(asked).type == "cpu")
+            or (requested_device is not None and torch.device(requested_device).type == "cpu")
         )
-        chosen = func in CHOOSING and [index for index in args[1] if index is not None]
-        hidden = chosen and any(index.dtype == torch.bool or not isinstance(index, SimulatedTensor) for index in chosen)
-        if away or hidden or func in WAITS:
-            self._wait(func)
+        index_tensors = func in INDEXING_OPERATIONS and [index for index in args[1] if index is not None]
+        has_hidden_synchronization = index_tensors and any(
+            index.dtype == torch.bool or not isinstance(index, SimulatedTensor) for index in index_tensors
+        )
+        if crosses_devices or has_hidden_synchronization or func in SYNCHRONIZING_OPERATIONS:
+            self._record_synchronization(func)
 
-    def _wait(self, func):
-        frame, outside = sys._getframe(1), None
-        while frame is not None and not frame.f_code.co_filename.startswith(ASKING):
-            inner = frame.f_code.co_filename
-            if outside is None and not inner.startswith(INNER):
-                outside = f"{Path(inner).name}:{frame.f_lineno}"
+    def _record_synchronization(self, func):
+        frame, external_location = sys._getframe(1), None
+        while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE_PREFIX):
+            frame_file = frame.f_code.co_filename
+            if external_location is None and not frame_file.startswith(UNREPORTED_PREFIXES):
+                external_location = f"{Path(frame_file).name}:{frame.f_lineno}"
             frame = frame.f_back
-        here = frame and f"{Path(frame.f_code.co_filename).relative_to(REPOSITORY)}:{frame.f_lineno}"
-        self.waits[str(func), " by ".join(filter(None, (here, outside)))] += 1
+        package_location = frame and f"{Path(frame.f_code.co_filename).relative_to(REPOSITORY)}:{frame.f_lineno}"
+        self.synchronizations[str(func), " by ".join(filter(None, (package_location, external_location)))] += 1
 
 
-class _Calls(TorchFunctionMode):
+class _TorchCallInterceptor(TorchFunctionMode):
     """What is called of torch, before it is in C++: `cuda` becomes `cuda:0`, since torch would ask the driver which one
     is meant; and autocast is applied, since torch's own looks at the device that C++ sees.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        args = tuple(map(_with_index, args))
-        kwargs = {key: _with_index(value) for key, value in (kwargs or {}).items()}
+        args = tuple(map(_add_cuda_index, args))
+        kwargs = {key: _add_cuda_index(value) for key, value in (kwargs or {}).items()}
         if torch.is_autocast_enabled("cuda"):
-            args, kwargs = _autocast(getattr(func, "__name__", ""), (args, kwargs))
+            args, kwargs = _cast_arguments(getattr(func, "__name__", ""), (args, kwargs))
         if func is Tensor.backward:
             (loss,) = args
             with self:  # what is computed anew is called of torch, too
-                how = {"allow_unreachable": True, "accumulate_grad": True}
-                return _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), **how)
+                backward_options = {"allow_unreachable": True, "accumulate_grad": True}
+                return _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), **backward_options)
         return func(*args, **kwargs)
 
 
-def _with_index(value):
+def _add_cuda_index(value):
     return CUDA if isinstance(value, str | torch.device) and str(value) == "cuda" else value
 
 
-def _autocast(name, given):
+def _cast_arguments(name, arguments):
     """The arguments of an operation in the type that CUDA's autocast gives them."""
-    kind = next((kind for kind, names in AUTOCAST.items() if name in names), None)
-    if kind is None:
-        return given
-    if kind == "widest":
-        kind = "float32" if any(tensor.dtype == torch.float32 for tensor in _tensors(given)) else "lower"
-    dtype = torch.get_autocast_dtype("cuda") if kind == "lower" else torch.float32
+    category = next((category for category, names in AUTOCAST_CATEGORIES.items() if name in names), None)
+    if category is None:
+        return arguments
+    if category == "widest":
+        category = (
+            "float32" if any(tensor.dtype == torch.float32 for tensor in _collect_tensors(arguments)) else "lower"
+        )
+    dtype = torch.get_autocast_dtype("cuda") if category == "lower" else torch.float32
 
     def cast(tensor):
-        eligible = isinstance(tensor, SimulatedTensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
+        is_castable = (
+            isinstance(tensor, SimulatedTensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        )
+        return tensor.to(dtype) if is_castable else tensor
 
-    return _mapped(given, cast)
+    return _map_tensors(arguments, cast)
 
 
-def _mapped(value, change):
+def _map_tensors(value, function):
     """Lists, tuples and tables with their tensors changed; torch's own function for it takes most of a run."""
     if isinstance(value, Tensor):
-        return change(value)
+        return function(value)
     if isinstance(value, list | tuple):
-        return type(value)([_mapped(each, change) for each in value])
+        return type(value)([_map_tensors(each, function) for each in value])
     if isinstance(value, dict):
-        return {key: _mapped(each, change) for key, each in value.items()}
+        return {key: _map_tensors(each, function) for key, each in value.items()}
     return value
 
 
-def _tensors(value):
-    found = []
-    _mapped(value, found.append)
-    return found
+def _collect_tensors(value):
+    tensors = []
+    _map_tensors(value, tensors.append)
+    return tensors
 
 
 @cache
-def _is_composed(func):
+def _is_composite(func):
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
-def _check(func, tensors):
+def _check_gpu_constraints(func, tensors):
     """Raises RuntimeError for what a GPU refuses."""
-    if func not in COPIES:
+    if func not in COPY_OPERATIONS:
         for tensor in tensors:
-            number = tensor.dim() == 0 and (torch.Tag.pointwise in func.tags or func in NUMBERS)
-            index = func in CHOOSING and tensor is not tensors[0] and not tensor.is_floating_point()
-            if not isinstance(tensor, SimulatedTensor) and not number and not index:
+            is_scalar = tensor.dim() == 0 and (
+                torch.Tag.pointwise in func.tags or func in OPERATIONS_ACCEPTING_CPU_SCALARS
+            )
+            is_index = func in INDEXING_OPERATIONS and tensor is not tensors[0] and not tensor.is_floating_point()
+            if not isinstance(tensor, SimulatedTensor) and not is_scalar and not is_index:
                 shapes = ", ".join(f"{tuple(each.shape)} on {each.device}" for each in tensors)
                 raise RuntimeError(f"Expected all tensors to be on the same device: {func} of {shapes}")
-    if func in ONE_TYPE:
-        types = {tensor.dtype for tensor in tensors}
-        if len(types) > 1:
-            raise RuntimeError(f"expected one scalar type: {func} of {', '.join(sorted(map(str, types)))}")
-        if func in PRODUCTS and not tensors[0].is_floating_point():
+    if func in SINGLE_DTYPE_OPERATIONS:
+        dtypes = {tensor.dtype for tensor in tensors}
+        if len(dtypes) > 1:
+            raise RuntimeError(f"expected one scalar type: {func} of {', '.join(sorted(map(str, dtypes)))}")
+        if func in MATRIX_PRODUCT_OPERATIONS and not tensors[0].is_floating_point():
             raise RuntimeError(f"{func} is not implemented for {tensors[0].dtype} on cuda")

@@ -11,23 +11,27 @@ from sca_registry import plugins
 
 pytest_plugins = ["sca.testing.pytest", "slow_guard"]
 
-CACHE = tempfile.TemporaryDirectory(prefix="sca-cache-")  # removed when the tests end
-os.environ["SCA_CACHE"] = CACHE.name
+CACHE_FOLDER = tempfile.TemporaryDirectory(prefix="sca-cache-")  # removed when the tests end
+os.environ["SCA_CACHE"] = CACHE_FOLDER.name
 
-INSTALLED = {origin.metadata["Name"] for origin in plugins._find_distributions()} - {plugins.BUILTIN_DISTRIBUTION}
-_find_distributions = plugins._find_distributions.__wrapped__
+INSTALLED_DISTRIBUTION_NAMES = {origin.metadata["Name"] for origin in plugins._find_distributions()} - {
+    plugins.BUILTIN_DISTRIBUTION
+}
+_find_all_distributions = plugins._find_distributions.__wrapped__
 
 
 @functools.cache
-def _distributions_for_tests():
+def _find_builtin_and_test_distributions():
     """Leave out the plugins that happen to be installed: tests count names, and write plugins of their own."""
-    return tuple(each for each in _find_distributions() if each.metadata["Name"] not in INSTALLED)
+    return tuple(
+        each for each in _find_all_distributions() if each.metadata["Name"] not in INSTALLED_DISTRIBUTION_NAMES
+    )
 
 
-plugins._find_distributions = _distributions_for_tests
+plugins._find_distributions = _find_builtin_and_test_distributions
 plugins.refresh_plugins()
 
-PARTS = {
+SMALL_MODEL_SPEC = {
     "encoder": {
         "name": "tiny-vit",
         "image_size": 64,
@@ -45,24 +49,24 @@ PARTS = {
 
 
 @pytest.fixture
-def small():
+def build_small_model():
     """Builds a model of 64 pixels and width 32 with random weights, always the same; fields of the spec change it."""
     from sca_registry.spec import ModelSpec
 
     from sca.builder import build
 
-    def make(seed=0, **fields):
+    def build_with_fields(seed=0, **fields):
         torch.manual_seed(seed)
-        return build(ModelSpec.from_dict({**PARTS, **fields}))
+        return build(ModelSpec.from_dict({**SMALL_MODEL_SPEC, **fields}))
 
-    return make
+    return build_with_fields
 
 
 @pytest.fixture
-def small_table():
+def small_model_table():
     """The table [model] of such a model, every part of which trains."""
-    trained = ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"]
-    return {**PARTS, "trainable": trained}
+    trainable_groups = ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"]
+    return {**SMALL_MODEL_SPEC, "trainable": trainable_groups}
 
 
 @pytest.fixture(scope="session")
@@ -77,11 +81,11 @@ def scene():
 @pytest.fixture(scope="session")
 def sam_folder(tmp_path_factory):
     """A tiny SAM with random weights, as transformers saves one."""
-    from tiny import SAM
+    from tiny import TINY_SAM_CONFIG
     from transformers import SamConfig, SamModel
 
     torch.manual_seed(1)
-    config = SamConfig(**SAM)
+    config = SamConfig(**TINY_SAM_CONFIG)
     config.vision_config.initializer_range = 0.1
     folder = tmp_path_factory.mktemp("sam")
     SamModel(config).save_pretrained(folder)
@@ -89,21 +93,23 @@ def sam_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def lm_folder(tmp_path_factory):
+def save_language_model(tmp_path_factory):
     """Tiny language models with random weights, as transformers saves them: `lm_folder("gpt2")`."""
-    from tiny import tiny
+    from tiny import make_tiny_config
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folders = {}
+    folder_by_family = {}
 
-    def save(family):
-        if family not in folders:
+    def save_family(family):
+        if family not in folder_by_family:
             torch.manual_seed(2)
-            folders[family] = tmp_path_factory.mktemp(family)
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny(family))).save_pretrained(folders[family])
-        return folders[family]
+            folder_by_family[family] = tmp_path_factory.mktemp(family)
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**make_tiny_config(family))).save_pretrained(
+                folder_by_family[family]
+            )
+        return folder_by_family[family]
 
-    return save
+    return save_family
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +119,7 @@ def browser():
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium here: apt-get install chromium")
-    with playwright.sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with playwright.sync_playwright() as playwright_driver:
+        browser = playwright_driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
         browser.close()

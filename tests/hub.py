@@ -9,22 +9,24 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HEAD_COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def pinned_by_cards(name):
+def list_pinned_revisions(hub_id):
     """The commits of a hub id that cards pin; the small models that are served in their place are of all of them."""
     from sca_registry import REGISTRIES
 
     cards = [registry.get_card(each) for registry in REGISTRIES.values() for each in registry.list_names()]
     return {
-        card.options["revision"] for card in cards if card.options.get("weights") == name and "revision" in card.options
+        card.options["revision"]
+        for card in cards
+        if card.options.get("weights") == hub_id and "revision" in card.options
     }
 
 
-def commit_of(revision):
+def get_requested_commit(revision):
     """The commit that a request names, in a list; that of "main" for any other revision."""
-    return revision[0] if revision and re.fullmatch("[0-9a-f]{40}", revision[0]) else COMMIT
+    return revision[0] if revision and re.fullmatch("[0-9a-f]{40}", revision[0]) else HEAD_COMMIT
 
 
 class Hub:
@@ -36,12 +38,12 @@ class Hub:
     def __init__(self):
         self.models: dict[str, Path] = {}
         self.requests: list[str] = []
-        self.gated: set[str] = set()
-        self.cut: set[str] = set()
-        self.given: Path | None = None
+        self.gated_models: set[str] = set()
+        self.truncated_files: set[str] = set()
+        self.upload_folder: Path | None = None
 
     @contextmanager
-    def serving(self):
+    def run_server(self):
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -51,13 +53,13 @@ class Hub:
                 pass
 
             def do_HEAD(self):
-                hub.answer(self, body=False)
+                hub.handle_get(self, body=False)
 
             def do_GET(self):
-                hub.answer(self, body=True)
+                hub.handle_get(self, body=True)
 
             def do_POST(self):
-                hub.take(self, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+                hub.handle_post(self, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -67,37 +69,43 @@ class Hub:
             server.shutdown()
             server.server_close()
 
-    def answer(self, request, body):
+    def handle_get(self, request, body):
         self.requests.append(f"{request.command} {request.path}")
         path = request.path.partition("?")[0].strip("/")
-        api = path.removeprefix("api/models/") if path.startswith("api/models/") else None
-        name = "/".join((api or path).split("/")[:2])
+        api_path = path.removeprefix("api/models/") if path.startswith("api/models/") else None
+        name = "/".join((api_path or path).split("/")[:2])
         if name not in self.models:
-            return self.refuse(request, 404, "RepoNotFound")
-        if name in self.gated and request.headers.get("Authorization") != "Bearer secret":
-            return self.refuse(request, 403, "GatedRepo")
-        if api is not None:
-            rest = api.split("/")[2:]
-            if rest[:1] == ["revision"] and rest[1] not in ("main", COMMIT, *pinned_by_cards(name)):
-                return self.refuse(request, 404, "RevisionNotFound")
-            return self.describe(request, name, commit_of(rest[1:2]), tree=rest[:1] == ["tree"])
-        file, commit = self.models[name] / "/".join(path.split("/")[4:]), commit_of(path.split("/")[3:4])
+            return self.send_error(request, 404, "RepoNotFound")
+        if name in self.gated_models and request.headers.get("Authorization") != "Bearer secret":
+            return self.send_error(request, 403, "GatedRepo")
+        if api_path is not None:
+            api_segments = api_path.split("/")[2:]
+            if api_segments[:1] == ["revision"] and api_segments[1] not in (
+                "main",
+                HEAD_COMMIT,
+                *list_pinned_revisions(name),
+            ):
+                return self.send_error(request, 404, "RevisionNotFound")
+            return self.send_model_info(
+                request, name, get_requested_commit(api_segments[1:2]), is_tree_request=api_segments[:1] == ["tree"]
+            )
+        file, commit = self.models[name] / "/".join(path.split("/")[4:]), get_requested_commit(path.split("/")[3:4])
         return (
             self.send_file(request, file, commit, body)
             if file.is_file()
-            else self.refuse(request, 404, "EntryNotFound")
+            else self.send_error(request, 404, "EntryNotFound")
         )
 
-    def take(self, request, body):
+    def handle_post(self, request, body):
         """A repository that is made, what is asked of its files before they come, and the commit that has them."""
         self.requests.append(f"{request.command} {request.path}")
-        if self.given is None or request.headers.get("Authorization") != "Bearer secret":
-            return self.refuse(request, 403, "Forbidden")
+        if self.upload_folder is None or request.headers.get("Authorization") != "Bearer secret":
+            return self.send_error(request, 403, "Forbidden")
         path = request.path.partition("?")[0].strip("/")
         if path == "api/repos/create":
-            asked = json.loads(body)
-            name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
-            folder = self.models[name] = self.given / name
+            create_request = json.loads(body)
+            name = "/".join(filter(None, (create_request.get("organization"), create_request["name"])))
+            folder = self.models[name] = self.upload_folder / name
             folder.mkdir(parents=True, exist_ok=True)
             return self.send_json(request, {"url": f"http://{request.headers['Host']}/{name}", "name": name})
         if path == "api/validate-yaml":
@@ -111,22 +119,22 @@ class Hub:
                 target = self.models[name] / line["value"]["path"]
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(base64.b64decode(line["value"]["content"]))
-        address = f"http://{request.headers['Host']}/{name}/commit/{COMMIT}"
-        return self.send_json(request, {"commitUrl": address, "commitOid": COMMIT, "hookOutput": ""})
+        commit_url = f"http://{request.headers['Host']}/{name}/commit/{HEAD_COMMIT}"
+        return self.send_json(request, {"commitUrl": commit_url, "commitOid": HEAD_COMMIT, "hookOutput": ""})
 
     @staticmethod
     def send_json(request, content):
-        text = json.dumps(content).encode()
+        payload = json.dumps(content).encode()
         request.send_response(200)
         request.send_header("Content-Type", "application/json")
-        request.send_header("Content-Length", str(len(text)))
+        request.send_header("Content-Length", str(len(payload)))
         request.end_headers()
-        request.wfile.write(text)
+        request.wfile.write(payload)
 
-    def describe(self, request, name, commit, tree):
+    def send_model_info(self, request, name, commit, is_tree_request):
         folder = self.models[name]
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        if tree:
+        if is_tree_request:
             content = [
                 {"type": "file", "path": file, "size": (self.models[name] / file).stat().st_size, "oid": file}
                 for file in files
@@ -137,26 +145,26 @@ class Hub:
 
     def send_file(self, request, file, commit, body):
         content = file.read_bytes()
-        start = int((request.headers.get("Range") or "bytes=0-")[6:].partition("-")[0])
-        request.send_response(206 if start else 200)
+        first_byte = int((request.headers.get("Range") or "bytes=0-")[6:].partition("-")[0])
+        request.send_response(206 if first_byte else 200)
         request.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()[:40]}"')
         request.send_header("X-Repo-Commit", commit)
         request.send_header("Accept-Ranges", "bytes")
-        request.send_header("Content-Length", str(len(content) - start))
-        if start:
-            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        request.send_header("Content-Length", str(len(content) - first_byte))
+        if first_byte:
+            request.send_header("Content-Range", f"bytes {first_byte}-{len(content) - 1}/{len(content)}")
         request.end_headers()
         if not body:
             return
-        if file.name in self.cut:
-            self.cut.discard(file.name)
-            request.wfile.write(content[start : start + (len(content) - start) // 2])
+        if file.name in self.truncated_files:
+            self.truncated_files.discard(file.name)
+            request.wfile.write(content[first_byte : first_byte + (len(content) - first_byte) // 2])
             request.close_connection = True
             return
-        request.wfile.write(content[start:])
+        request.wfile.write(content[first_byte:])
 
     @staticmethod
-    def refuse(request, status, reason):
+    def send_error(request, status, reason):
         request.send_response(status)
         request.send_header("X-Error-Code", reason)
         request.send_header("Content-Length", "0")

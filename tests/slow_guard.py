@@ -10,7 +10,12 @@ FORBIDDEN_EVENTS = frozenset(  # see https://docs.python.org/3/library/audit_eve
         *("socket.connect", "socket.getaddrinfo"),
     }
 )
-ALLOWED_PROGRAMS = frozenset({"uname"})  # started by `platform.processor`, which libraries call when they are imported
+ALLOWED_PROGRAMS = frozenset(
+    {
+        "git",  # `sca.save` records the commit
+        "uname",  # libraries call `platform.processor` when they are imported
+    }
+)
 
 guarded_tests = []  # the test that runs, unless it is marked
 

@@ -23,6 +23,7 @@ from sca.output.formats import OUTPUT_FORMATS
 from sca.training.augmentation import Augmentation
 from sca.training.recipe import DEFAULT_LOSS_WEIGHTS, TrainOptions, ValidationOptions, list_recipes
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *DOCS, *sorted(ROOT.glob("plugins/**/*.md")), ROOT / "benchmarks" / "README.md"]
@@ -103,7 +104,7 @@ def test_page_names_everything_that_exists(page, names):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site_pages(tmp_path_factory):
     """The built pages by name."""
     pytest.importorskip("mkdocs", reason="mkdocs-material is not installed")
     folder = tmp_path_factory.mktemp("site")
@@ -115,23 +116,26 @@ def site(tmp_path_factory):
     return {path.name: path.read_text("utf-8") for path in folder.glob("*.html")}
 
 
-def test_site_has_every_page_in_its_navigation(site):
+@pytest.mark.slow
+def test_site_has_every_page_in_its_navigation(site_pages):
     for path in DOCS:
         name = f"{path.stem}.html"
-        assert name in site
-        assert f'href="{name}"' in site["index.html"].replace('href="."', 'href="index.html"'), name
+        assert name in site_pages
+        assert f'href="{name}"' in site_pages["index.html"].replace('href="."', 'href="index.html"'), name
 
 
-def test_site_contains_the_generated_references(site):
-    assert "sca caption" in site["cli.html"]
-    assert "--points-per-side" in site["cli.html"]
-    assert "sam-vit-b" in site["cards.html"]
-    assert 'id="sca.inference.predictor.Predictor.set_image"' in site["api.html"]
-    assert 'id="sca_registry.contracts.Mixer"' in site["contracts.html"]
-    assert not [name for name, page in site.items() if "<!-- generated" in page]
+@pytest.mark.slow
+def test_site_contains_the_generated_references(site_pages):
+    assert "sca caption" in site_pages["cli.html"]
+    assert "--points-per-side" in site_pages["cli.html"]
+    assert "sam-vit-b" in site_pages["cards.html"]
+    assert 'id="sca.inference.predictor.Predictor.set_image"' in site_pages["api.html"]
+    assert 'id="sca_registry.contracts.Mixer"' in site_pages["contracts.html"]
+    assert not [name for name, page in site_pages.items() if "<!-- generated" in page]
 
 
-def test_site_loads_nothing_from_other_hosts(site):
-    for name, page in site.items():
+@pytest.mark.slow
+def test_site_loads_nothing_from_other_hosts(site_pages):
+    for name, page in site_pages.items():
         addresses = re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=[\"']?(https?:[^\"' >]+)", page)
         assert not [address for address in addresses if "canonical" not in address], (name, addresses)

@@ -18,7 +18,7 @@ from sca.demo.session import Session
 from sca.inference.engine import Engine
 from sca.io.errors import InputError
 
-WRONG = {  # a region of a picture of 64 x 48, and what is said of it
+INVALID_REGIONS = {  # a region of a picture of 64 x 48, and what is said of it
     "reversed": ({"box": [50, 10, 20, 30]}, "the box 50,10,20,30 is reversed: x2 must be greater than x1"),
     "empty": ({"box": [5, 5, 5, 9]}, "the box 5,5,5,9 is empty: x2 must be greater than x1"),
     "outside": ({"box": [70, 10, 90, 30]}, "the box 70,10,90,30 is outside the 64 x 48 image"),
@@ -35,7 +35,7 @@ def model():
 
 
 @pytest.fixture
-def picture(tmp_path, monkeypatch):
+def image_in_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image = Image.new("RGB", (64, 48), "teal")
     image.save("a.png")
@@ -54,31 +54,36 @@ def client(model):
         yield client
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_region_is_told_alike(name, model, picture, client, capfd):
-    region, words = WRONG[name]
+@pytest.mark.parametrize("case", INVALID_REGIONS)
+@pytest.mark.slow
+def test_invalid_region_has_same_message_in_python_cli_server_and_demo(
+    case, model, image_in_working_folder, client, capfd
+):
+    region, expected_message = INVALID_REGIONS[case]
     predictor = sca.Predictor(model)
-    predictor.set_image(picture)
+    predictor.set_image(image_in_working_folder)
     with pytest.raises(InputError) as raised:
         predictor.predict([Prompt(box=region.get("box"), points=region.get("points", ()))])
-    assert words in str(raised.value)
+    assert expected_message in str(raised.value)
 
-    written = [f"{key.removesuffix('s')}={','.join(map(str, value))}" for key, value in plain(region)]
-    assert run_command(["caption", "a.png", "--region", ";".join(written)]) == 2
+    region_fields = [
+        f"{key.removesuffix('s')}={','.join(map(str, value))}" for key, value in list_region_fields(region)
+    ]
+    assert run_command(["caption", "a.png", "--region", ";".join(region_fields)]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert words in line
+    assert expected_message in line
 
-    asked = {"image": base64.b64encode(Path("a.png").read_bytes()).decode(), "prompts": [region]}
-    answer = client.post("/v1/captions", json=asked)
-    assert answer.status_code == 422
-    assert words in answer.json()["error"]["message"]
+    request = {"image": base64.b64encode(Path("a.png").read_bytes()).decode(), "prompts": [region]}
+    response = client.post("/v1/captions", json=request)
+    assert response.status_code == 422
+    assert expected_message in response.json()["error"]["message"]
 
     if len(region.get("points", ((1, 2),))[0]) == 2:  # a canvas gives no label that there is not
-        with pytest.raises(InputError, match=re.escape(words)):
-            Session(picture, "a.png").handle_event(pointed(region))
+        with pytest.raises(InputError, match=re.escape(expected_message)):
+            Session(image_in_working_folder, "a.png").handle_event(make_canvas_event(region))
 
 
-def pointed(region):
+def make_canvas_event(region):
     """What the canvas of the demo would say."""
     if "box" in region:
         return {"action": "box", "box": region["box"]}
@@ -86,61 +91,63 @@ def pointed(region):
     return {"action": "point", "x": x, "y": y, "label": 1}
 
 
-def plain(region):
+def list_region_fields(region):
     return [("box", region["box"])] if "box" in region else [("point", point) for point in region["points"]]
 
 
-PICTURES = {
+INVALID_IMAGES = {
     "words": (b"no picture", "is not an image"),
     "nothing": (b"", "is empty"),
     "half": (None, "truncated"),
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_a_broken_picture_is_told_alike(name, picture, client, capfd, tmp_path):
-    content, words = PICTURES[name]
+@pytest.mark.parametrize("case", INVALID_IMAGES)
+def test_invalid_image_has_same_message_in_python_cli_and_server(
+    case, image_in_working_folder, client, capfd, tmp_path
+):
+    content, expected_message = INVALID_IMAGES[case]
     if content is None:
-        whole = io.BytesIO()
+        png_file = io.BytesIO()
         noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
-        Image.fromarray(noise).save(whole, "PNG")
-        content = whole.getvalue()[: len(whole.getvalue()) // 2]
+        Image.fromarray(noise).save(png_file, "PNG")
+        content = png_file.getvalue()[: len(png_file.getvalue()) // 2]
     (tmp_path / "b.png").write_bytes(content)
     with pytest.raises(sca.io.images.InputError) as raised:
         sca.open_image("b.png")
     assert run_command(["caption", "b.png", "--box", "1,1,9,9"]) == 1
-    said = capfd.readouterr().err.splitlines()
-    asked = {"image": base64.b64encode(content).decode(), "prompts": [{"box": [1, 1, 9, 9]}]}
-    answer = client.post("/v1/captions", json=asked)
-    assert answer.status_code == 422
-    for told in (str(raised.value), said[0], answer.json()["error"]["message"]):
-        assert words in told
+    error_lines = capfd.readouterr().err.splitlines()
+    request = {"image": base64.b64encode(content).decode(), "prompts": [{"box": [1, 1, 9, 9]}]}
+    response = client.post("/v1/captions", json=request)
+    assert response.status_code == 422
+    for message in (str(raised.value), error_lines[0], response.json()["error"]["message"]):
+        assert expected_message in message
 
 
-@pytest.mark.parametrize("given", [np.zeros((4, 5)), np.zeros((4, 5, 4), np.uint8), "a.png", None])
-def test_what_is_no_picture_is_told_in_python(given, model):
+@pytest.mark.parametrize("invalid_image", [np.zeros((4, 5)), np.zeros((4, 5, 4), np.uint8), "a.png", None])
+def test_set_image_rejects_arrays_and_values_that_are_not_images(invalid_image, model):
     with pytest.raises(ValueError, match="give"):
-        sca.Predictor(model).set_image(given)
+        sca.Predictor(model).set_image(invalid_image)
 
 
-def test_arrays_and_tensors_are_boxes_and_points(model, picture):
+def test_predict_accepts_prompts_as_arrays_and_tensors(model, image_in_working_folder):
     predictor = sca.Predictor(model)
-    predictor.set_image(picture)
-    asked = {"boxes": [(1, 2, 30, 40)], "points": [(5, 6)]}
-    expected = [(caption.text, caption.box) for caption in predictor.predict(**asked)]
-    for kind in (np.array, torch.tensor):
-        found = predictor.predict(**{key: kind(value) for key, value in asked.items()})
-        assert [(caption.text, caption.box) for caption in found] == expected
-    assert json.dumps(found[0].prompt.box)
+    predictor.set_image(image_in_working_folder)
+    prompts = {"boxes": [(1, 2, 30, 40)], "points": [(5, 6)]}
+    expected = [(caption.text, caption.box) for caption in predictor.predict(**prompts)]
+    for convert in (np.array, torch.tensor):
+        captions = predictor.predict(**{key: convert(value) for key, value in prompts.items()})
+        assert [(caption.text, caption.box) for caption in captions] == expected
+    assert json.dumps(captions[0].prompt.box)
 
 
-def test_a_picture_in_memory_is_seen_as_from_a_file(model, tmp_path):
+def test_set_image_treats_pil_image_like_the_image_file(model, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 4), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.png", exif=exif)
     predictor = sca.Predictor(model)
-    with Image.open(tmp_path / "turned.png") as opened:
-        predictor.set_image(opened)
+    with Image.open(tmp_path / "turned.png") as pil_image:
+        predictor.set_image(pil_image)
     assert predictor.image.size == (20, 30)
     assert np.array_equal(predictor.image, sca.open_image(tmp_path / "turned.png"))

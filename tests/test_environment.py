@@ -11,43 +11,45 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-DIRECT = [
+DIRECT_REQUIREMENTS = [
     *PYPROJECT["project"]["dependencies"],
     *(requirement for extra in PYPROJECT["project"]["optional-dependencies"].values() for requirement in extra),
 ]
 
 
 @pytest.fixture(scope="module")
-def environment():
+def environment_module():
     spec = importlib.util.spec_from_file_location("environment", ROOT / "tools" / "environment.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.mark.parametrize("requirement", DIRECT)
-def test_pin_lowest_pins_each_direct_requirement_to_its_lower_bound(environment, requirement):
-    asked, pinned = Requirement(requirement), Requirement(environment.pin_lowest(requirement))
+@pytest.mark.parametrize("requirement", DIRECT_REQUIREMENTS)
+def test_pin_lowest_pins_each_direct_requirement_to_its_lower_bound(environment_module, requirement):
+    declared, pinned = Requirement(requirement), Requirement(environment_module.pin_lowest(requirement))
     (pin,) = pinned.specifier
-    assert (pinned.name, pinned.extras, pin.operator) == (asked.name, asked.extras, "==")
-    assert f">={pin.version}" in map(str, asked.specifier)
+    assert (pinned.name, pinned.extras, pin.operator) == (declared.name, declared.extras, "==")
+    assert f">={pin.version}" in map(str, declared.specifier)
 
 
 @pytest.mark.parametrize("requirement", ["numpy", "numpy<3", "numpy==2.0", "numpy>2"])
-def test_pin_lowest_rejects_a_requirement_without_a_lower_bound(environment, requirement):
+def test_pin_lowest_rejects_a_requirement_without_a_lower_bound(environment_module, requirement):
     with pytest.raises(SystemExit, match="has no lower bound; write it as name>=version"):
-        environment.pin_lowest(requirement)
+        environment_module.pin_lowest(requirement)
 
 
-def test_lowest_versions_pin_everything_that_pyproject_asks_for(environment):
-    pins = [Requirement(pin) for pin in environment.get_lowest_versions(["test"])]
-    wanted = {Requirement(requirement).name for requirement in [*DIRECT, *PYPROJECT["dependency-groups"]["test"]]}
-    assert {pin.name for pin in pins} == wanted
-    assert len({str(pin) for pin in pins}) == len(wanted), "two extras give one package different lower bounds"
+def test_lowest_versions_pin_every_requirement_in_pyproject_once(environment_module):
+    pins = [Requirement(pin) for pin in environment_module.get_lowest_versions(["test"])]
+    expected_names = {
+        Requirement(requirement).name for requirement in [*DIRECT_REQUIREMENTS, *PYPROJECT["dependency-groups"]["test"]]
+    }
+    assert {pin.name for pin in pins} == expected_names
+    assert len({str(pin) for pin in pins}) == len(expected_names), "two extras give one package different lower bounds"
 
 
-def test_tested_versions_take_extras_of_the_package_from_the_checkout(environment):
-    arguments = environment.get_tested_versions(["dev", "ray"])
+def test_tested_versions_install_package_extras_from_checkout(environment_module):
+    arguments = environment_module.get_tested_versions(["dev", "ray"])
     assert arguments[:2] == ["-c", "constraints.txt"]
     assert "pytest>=9" in arguments  # of a group that dev includes
     assert arguments[arguments.index(".[ray]") - 1] == "-e"

@@ -12,12 +12,12 @@ from sca.launchers.signals import accept_interrupts, block_interrupts, kill_proc
 
 pytestmark = pytest.mark.slow
 
-SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+SLEEP_PROGRAM = "import time; print('up', flush=True); time.sleep(60)"
 
 
-def test_process_started_while_interrupts_are_blocked_ignores_one():
+def test_block_interrupts_makes_child_process_ignore_sigint():
     with block_interrupts():
-        process = subprocess.Popen([sys.executable, "-c", SLEEP], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", SLEEP_PROGRAM], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"up\n"
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -26,38 +26,38 @@ def test_process_started_while_interrupts_are_blocked_ignores_one():
     process.communicate()
 
 
-def test_interrupt_that_comes_while_blocked_is_raised_afterwards():
+def test_block_interrupts_raises_pending_interrupt_on_exit():
     finished = []
 
-    def interrupted():
+    def raise_interrupt_while_blocked():
         with block_interrupts():
             signal.raise_signal(signal.SIGINT)
             time.sleep(0.01)
             finished.append(True)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    original_handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
-            interrupted()
+            raise_interrupt_while_blocked()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, original_handler)
     assert finished
 
 
-def test_interrupts_are_accepted_again_in_a_process_of_its_own():
+def test_accept_interrupts_unblocks_sigint():
     with block_interrupts():
         accept_interrupts()
         assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
-def test_killing_a_launcher_kills_what_it_has_started():
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}])"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+def test_kill_process_tree_kills_child_processes():
+    launcher_program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP_PROGRAM!r}])"
+    process = subprocess.Popen([sys.executable, "-c", launcher_program], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"up\n"
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert family
+    child_processes = psutil.Process(process.pid).children(recursive=True)
+    assert child_processes
     kill_process_tree(process.pid)
     process.communicate()
-    gone, alive = psutil.wait_procs(family, timeout=5)
-    assert gone
+    ended, alive = psutil.wait_procs(child_processes, timeout=5)
+    assert ended
     assert not alive

@@ -17,117 +17,148 @@ from sca_registry import zoo
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"sca": "sca", "sca_registry": "registry/sca_registry", "sca_bench": "benchmarks/sca_bench"}
-MADE = (
+SOURCE_FOLDER_BY_PACKAGE = {"sca": "sca", "sca_registry": "registry/sca_registry", "sca_bench": "benchmarks/sca_bench"}
+GENERATED_NAMES = (
     *(".git", ".venv", ".venv-lowest", "out", "runs", "dist", "build"),
     *("__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache"),
 )
-LITTER = (".venv/lib/torch.py", "out/boxes/captions.jsonl", "runs/mine/model/spec.json", "sca/__pycache__/model.pyc")
-SHIPPED = [name for name in zoo.list_names() if zoo.get_entry(name).folder]  # the others are on the hub
-LARGEST = 6_000_000  # bytes of a shipped checkpoint
+GENERATED_FILES = (
+    ".venv/lib/torch.py",
+    "out/boxes/captions.jsonl",
+    "runs/mine/model/spec.json",
+    "sca/__pycache__/model.pyc",
+)
+BUNDLED_MODELS = [name for name in zoo.list_names() if zoo.get_entry(name).folder]  # the others are on the hub
+MAX_CHECKPOINT_BYTES = 6_000_000  # bytes of a shipped checkpoint
 
 
-def run(*command: str | Path, **options) -> str:
+def run_checked(*command: str | Path, **options) -> str:
     """The standard output of a command; its errors are shown if it fails."""
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    completed = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
+    assert completed.returncode == 0, f"{command}\n{completed.stdout}\n{completed.stderr}"
+    return completed.stdout
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> dict[str, Path]:
+def built_distributions(tmp_path_factory) -> dict[str, Path]:
     """The wheel and the sdist, built from a checkout in which people have worked."""
-    folder = tmp_path_factory.mktemp("built")
-    checkout = folder / "checkout"
-    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*MADE, ".hypothesis"))
-    for path in LITTER:
+    build_folder = tmp_path_factory.mktemp("built")
+    checkout = build_folder / "checkout"
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*GENERATED_NAMES, ".hypothesis"))
+    for path in GENERATED_FILES:
         (checkout / path).parent.mkdir(parents=True, exist_ok=True)
         (checkout / path).write_text("left over\n")
-    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--wheel", "-o", folder / "dist", cwd=checkout)
-    (wheel,), (sdist,) = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz")
+    run_checked(
+        sys.executable, "-m", "build", "--no-isolation", "--sdist", "--wheel", "-o", build_folder / "dist", cwd=checkout
+    )
+    (wheel,), (sdist,) = (build_folder / "dist").glob("*.whl"), (build_folder / "dist").glob("*.tar.gz")
     return {"wheel": wheel, "sdist": sdist}
 
 
 @pytest.fixture(scope="module", params=["wheel", pytest.param("sdist", marks=pytest.mark.all)])
-def installed(request, built, tmp_path_factory) -> Path:
+def installed_packages(request, built_distributions, tmp_path_factory) -> Path:
     """A folder with nothing but what pip makes of the wheel, or of the sdist."""
-    site = tmp_path_factory.mktemp(request.param)
-    flags = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--no-compile", "--target", site)
-    run(sys.executable, "-m", "pip", "install", *flags, built[request.param])
-    return site
+    target_folder = tmp_path_factory.mktemp(request.param)
+    flags = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--no-compile", "--target", target_folder)
+    run_checked(sys.executable, "-m", "pip", "install", *flags, built_distributions[request.param])
+    return target_folder
 
 
-def source_files() -> set[str]:
+def list_source_files() -> set[str]:
     """The files of the packages as they are imported: sca/model.py, sca_registry/cards/mixers.toml, ..."""
     return {
         f"{name}/{path.relative_to(ROOT / folder).as_posix()}"
-        for name, folder in PACKAGES.items()
+        for name, folder in SOURCE_FOLDER_BY_PACKAGE.items()
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
 
 
-def sdist_files(sdist: Path) -> set[str]:
+def list_sdist_files(sdist: Path) -> set[str]:
     with tarfile.open(sdist) as archive:
         return {name.partition("/")[2] for name in archive.getnames()}
 
 
-def test_the_wheel_holds_the_packages_and_nothing_else(built):
-    with zipfile.ZipFile(built["wheel"]) as archive:
+def test_wheel_contains_exactly_the_source_files(built_distributions):
+    with zipfile.ZipFile(built_distributions["wheel"]) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert files == source_files()
+    assert files == list_source_files()
 
 
-def test_the_data_that_the_code_reads_is_among_the_files(built):
-    with zipfile.ZipFile(built["wheel"]) as archive:
+def test_wheel_contains_data_files_read_at_runtime(built_distributions):
+    with zipfile.ZipFile(built_distributions["wheel"]) as archive:
         files = set(archive.namelist())
-    wanted = {"sca/py.typed", "sca_registry/py.typed", "sca/language_models/tiny_tokenizer.json"}
-    wanted |= {f"sca_registry/cards/{kind}.toml" for kind in ("encoders", "segmenters", "mixers", "language_models")}
-    wanted |= {f"sca_registry/zoo/{name}.toml" for name in zoo.list_names()} | {"sca/training/recipes/sca-tiny.toml"}
-    wanted |= {f"sca/output/templates/{name}" for name in ("page.html", "viewer.html", "viewer.css", "viewer.js")}
-    wanted |= {"sca/evaluation/templates/report.html", "sca_bench/templates/sweep.html"}
-    for name in SHIPPED:
+    expected_files = {"sca/py.typed", "sca_registry/py.typed", "sca/language_models/tiny_tokenizer.json"}
+    expected_files |= {
+        f"sca_registry/cards/{kind}.toml" for kind in ("encoders", "segmenters", "mixers", "language_models")
+    }
+    expected_files |= {f"sca_registry/zoo/{name}.toml" for name in zoo.list_names()} | {
+        "sca/training/recipes/sca-tiny.toml"
+    }
+    expected_files |= {
+        f"sca/output/templates/{name}" for name in ("page.html", "viewer.html", "viewer.css", "viewer.js")
+    }
+    expected_files |= {"sca/evaluation/templates/report.html", "sca_bench/templates/sweep.html"}
+    for name in BUNDLED_MODELS:
         package, _, folder = zoo.get_entry(name).checkpoint.partition(":")
-        wanted |= {f"{package}/{folder}/{file}" for file in ("spec.json", "weights.safetensors", "origin.json")}
-    assert wanted - files == set()
+        expected_files |= {f"{package}/{folder}/{file}" for file in ("spec.json", "weights.safetensors", "origin.json")}
+    assert expected_files - files == set()
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_checkpoint_is_small(name):
+@pytest.mark.parametrize("name", BUNDLED_MODELS)
+def test_bundled_checkpoint_is_below_size_limit(name):
     package, _, folder = zoo.get_entry(name).checkpoint.partition(":")
-    sizes = [path.stat().st_size for path in (ROOT / PACKAGES[package] / folder).rglob("*") if path.is_file()]
-    assert 0 < sum(sizes) <= LARGEST
+    sizes = [
+        path.stat().st_size for path in (ROOT / SOURCE_FOLDER_BY_PACKAGE[package] / folder).rglob("*") if path.is_file()
+    ]
+    assert 0 < sum(sizes) <= MAX_CHECKPOINT_BYTES
 
 
-def test_the_sdist_holds_what_a_checkout_needs_and_nothing_that_was_made(built):
-    files = sdist_files(built["sdist"])
-    wanted = {"pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE", "tools/environment.py"}
-    wanted |= {"examples/scene.png", "tests/test_package.py"}
-    wanted |= {f"{PACKAGES[package]}/{rest}" for package, _, rest in (path.partition("/") for path in source_files())}
-    assert wanted - files == set()
-    assert [path for path in files if set(MADE) & set(path.split("/"))] == []
-    assert files & set(LITTER) == set()
+def test_sdist_contains_development_files_and_no_generated_files(built_distributions):
+    files = list_sdist_files(built_distributions["sdist"])
+    expected_files = {"pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE", "tools/environment.py"}
+    expected_files |= {"examples/scene.png", "tests/test_package.py"}
+    expected_files |= {
+        f"{SOURCE_FOLDER_BY_PACKAGE[package]}/{relative_path}"
+        for package, _, relative_path in (path.partition("/") for path in list_source_files())
+    }
+    assert expected_files - files == set()
+    assert [path for path in files if set(GENERATED_NAMES) & set(path.split("/"))] == []
+    assert files & set(GENERATED_FILES) == set()
 
 
 @pytest.mark.all
-def test_twine_accepts_the_metadata(built):
-    run(sys.executable, "-m", "twine", "check", "--strict", built["wheel"], built["sdist"])
+def test_twine_accepts_the_metadata(built_distributions):
+    run_checked(
+        sys.executable, "-m", "twine", "check", "--strict", built_distributions["wheel"], built_distributions["sdist"]
+    )
 
 
-def test_pip_makes_the_same_of_both(installed):
-    files = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
-    assert {path for path in files if path.partition("/")[0] in PACKAGES} == source_files()
-    assert {path.partition("/")[0] for path in files} == {*PACKAGES, "bin", "segment_caption_anything-0.1.0.dist-info"}
+def test_pip_install_of_wheel_or_sdist_yields_exactly_the_source_files(installed_packages):
+    files = {
+        path.relative_to(installed_packages).as_posix() for path in installed_packages.rglob("*") if path.is_file()
+    }
+    assert {path for path in files if path.partition("/")[0] in SOURCE_FOLDER_BY_PACKAGE} == list_source_files()
+    assert {path.partition("/")[0] for path in files} == {
+        *SOURCE_FOLDER_BY_PACKAGE,
+        "bin",
+        "segment_caption_anything-0.1.0.dist-info",
+    }
 
 
 @pytest.mark.parametrize("model", ["sca-tiny", pytest.param("sca-street", marks=pytest.mark.all)])
-def test_what_is_installed_captions_with_the_shipped_checkpoint(installed, model, tmp_path):
-    alone = {**os.environ, "PYTHONPATH": str(installed)}  # before this checkout, which the tests' environment knows
-    where = "import sca, sca_registry; print(sca.__file__, sca_registry.__file__)"
-    for file in run(sys.executable, "-c", where, env=alone, cwd=tmp_path).split():
-        assert Path(file).is_relative_to(installed)
+def test_installed_package_captions_with_bundled_checkpoint(installed_packages, model, tmp_path):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(installed_packages),
+    }  # before this checkout, which the tests' environment knows
+    print_module_paths = "import sca, sca_registry; print(sca.__file__, sca_registry.__file__)"
+    for file in run_checked(sys.executable, "-c", print_module_paths, env=environment, cwd=tmp_path).split():
+        assert Path(file).is_relative_to(installed_packages)
     command = ("-m", "sca", "caption", ROOT / "examples" / "scene.png", "--box", "370,434,448,512", "--out", "-")
-    (line,) = run(sys.executable, *command, "--model", model, "--quiet", env=alone, cwd=tmp_path).splitlines()
+    (line,) = run_checked(
+        sys.executable, *command, "--model", model, "--quiet", env=environment, cwd=tmp_path
+    ).splitlines()
     record = json.loads(line)
     assert record["model"] == model
     assert record["box"] == [370, 434, 448, 512]
@@ -135,13 +166,21 @@ def test_what_is_installed_captions_with_the_shipped_checkpoint(installed, model
     assert record["caption"]
 
 
-def test_what_is_installed_writes_pages(installed, tmp_path):
-    program = "from pathlib import Path; from sca.output.html import HtmlWriter; HtmlWriter(Path('page.html')).close()"
-    run(sys.executable, "-c", program, env={**os.environ, "PYTHONPATH": str(installed)}, cwd=tmp_path)
+def test_installed_package_writes_html_page(installed_packages, tmp_path):
+    write_page_program = (
+        "from pathlib import Path; from sca.output.html import HtmlWriter; HtmlWriter(Path('page.html')).close()"
+    )
+    run_checked(
+        sys.executable,
+        "-c",
+        write_page_program,
+        env={**os.environ, "PYTHONPATH": str(installed_packages)},
+        cwd=tmp_path,
+    )
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
 
 
-def test_constraints_pin_everything_that_the_extras_which_listen_stand_on():
+def test_constraints_pin_all_dependencies_of_serve_and_demo_extras():
     """fastapi, gradio and whatever they require on this Python, at the version that is installed here."""
     import tomllib
     from importlib.metadata import distribution
@@ -153,17 +192,20 @@ def test_constraints_pin_everything_that_the_extras_which_listen_stand_on():
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
     pinned = {canonicalize_name(name): version for name, version in pinned.items()}
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
-    left, found = [Requirement(each) for each in (*extras["serve"], *extras["demo"])], {}
-    while left:
-        requirement = left.pop()
+    pending, distribution_by_requirement = (
+        [Requirement(dependency) for dependency in (*extras["serve"], *extras["demo"])],
+        {},
+    )
+    while pending:
+        requirement = pending.pop()
         key = canonicalize_name(requirement.name), frozenset(requirement.extras)
-        if key not in found:
-            found[key] = distribution(requirement.name)
-            for each in map(Requirement, found[key].requires or ()):
-                wanted = each.marker is None or any(
-                    each.marker.evaluate({"extra": extra}) for extra in requirement.extras or {""}
+        if key not in distribution_by_requirement:
+            distribution_by_requirement[key] = distribution(requirement.name)
+            for dependency in map(Requirement, distribution_by_requirement[key].requires or ()):
+                is_required = dependency.marker is None or any(
+                    dependency.marker.evaluate({"extra": extra}) for extra in requirement.extras or {""}
                 )
-                left += [each] if wanted else []
-    installed = {name: distribution.version for (name, _), distribution in found.items()}
-    assert len(installed) > 30
-    assert {name: pinned.get(name) for name in installed} == installed
+                pending += [dependency] if is_required else []
+    installed_versions = {name: distribution.version for (name, _), distribution in distribution_by_requirement.items()}
+    assert len(installed_versions) > 30
+    assert {name: pinned.get(name) for name in installed_versions} == installed_versions

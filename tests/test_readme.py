@@ -30,18 +30,20 @@ def test_readme_is_short():
 def iter_measured_facts():
     """Yield what the README must contain, from the committed results."""
     tiny, street = (
-        next(report for report in results_table.read_reports(RESULTS) if (report["model"], report["prompt"]) == key)
+        next(
+            report for report in results_table.read_reports(RESULTS) if (report["model"], report["prompt_type"]) == key
+        )
         for key in (("sca-tiny", "box"), ("sca-street", "box"))
     )
     for report in (tiny, street):
-        yield f"{report['regions']:,} regions of {report['images']}"
-        yield f"mask IoU {report['scores']['mask-iou/mean']:.3f}"
-    yield f"all four attributes correct: {tiny['scores']['attributes/all']:.1%}".replace("%", " %")
-    yield f"class accuracy {street['scores']['class/count']:.1%}".replace("%", " %")
-    published = json.loads((RESULTS / "against-published/results.json").read_text("utf-8"))["rows"]
-    captions, training = (row["ours"] / row["published"] for row in published[:2])
+        yield f"{report['num_regions']:,} regions of {report['num_images']}"
+        yield f"mask IoU {report['scores']['mask-iou/mean']:.1%}"
+    yield f"all four attributes correct: {tiny['scores']['attributes/all']:.1%}"
+    yield f"class accuracy {street['scores']['class/accuracy']:.1%}"
+    published = json.loads((RESULTS / "published-comparison/results.json").read_text("utf-8"))["rows"]
+    captions, training = (row["ours"] / row["reference"] for row in published[:2])
     yield f"captions {captions:.2f}x with identical token ids; training step {training:.2f}x"
-    serving = json.loads((RESULTS / "serving/results.json").read_text("utf-8"))["many"]
+    serving = json.loads((RESULTS / "serving-throughput/results.json").read_text("utf-8"))["multiple_clients"]
     yield f"{serving['requests_per_second']:.0f} responses per second"
 
 
@@ -83,9 +85,12 @@ def test_model_table_is_current():
 
 
 def test_results_table_replaces_the_text_between_markers(tmp_path):
-    report = {"model": "m", "dataset": "d", "split": "test", "prompt": "box", "images": 3, "regions": 7}
+    report = {"model": "m", "dataset": "d", "split": "test", "prompt_type": "box", "num_images": 3, "num_regions": 7}
     scored = report | {"scores": {"mask-iou/mean": 0.8765, "attributes/all": 0.5, "mask-iou/regions": 7}}
-    other = report | {"model": "n", "scores": {"mask-iou/mean": None, "attributes/all": None, "class/area": 0.25}}
+    other = report | {
+        "model": "n",
+        "scores": {"mask-iou/mean": None, "attributes/all": None, "class/area-accuracy": 0.25},
+    }
     (tmp_path / "results.json").write_text(json.dumps([scored, other]), "utf-8")
     page = tmp_path / "page.md"
     page.write_text(f"before\n{results_table.START}\nold\n{results_table.END}\nafter\n", "utf-8")
@@ -94,8 +99,8 @@ def test_results_table_replaces_the_text_between_markers(tmp_path):
     head, rule, first, second = page.read_text("utf-8").splitlines()[2:-2]
     assert head.endswith("| all four attributes correct | class accuracy by area | mask IoU |")
     assert rule.count("|") == head.count("|")
-    assert first == "| m | 3 of d test | box | 7 | 50.0 % | – | 0.876 |"
-    assert second == "| n | 3 of d test | box | 7 | – | 25.0 % | – |"
+    assert first == "| m | 3 of d test | box | 7 | 50.0% | – | 87.6% |"
+    assert second == "| n | 3 of d test | box | 7 | – | 25.0% | – |"
     assert page.read_text("utf-8").startswith("before\n")
     assert page.read_text("utf-8").endswith("\nafter\n")
 
@@ -108,7 +113,15 @@ def test_results_table_rejects_a_page_without_markers_and_a_folder_without_repor
     (tmp_path / "results.json").write_text('{"scores": {}}', "utf-8")
     with pytest.raises(SystemExit, match=r"error: .*results.json is neither the output of `sca evaluate --json`"):
         results_table.main(str(page), str(tmp_path))
-    report = {"model": "m", "dataset": "d", "split": "test", "prompt": "box", "images": 3, "regions": 7, "scores": {}}
+    report = {
+        "model": "m",
+        "dataset": "d",
+        "split": "test",
+        "prompt_type": "box",
+        "num_images": 3,
+        "num_regions": 7,
+        "scores": {},
+    }
     (tmp_path / "results.json").write_text(json.dumps(report), "utf-8")
     with pytest.raises(SystemExit, match=r"error: .*page.md: the page has no <!-- results -->"):
         results_table.main(str(page), str(tmp_path))

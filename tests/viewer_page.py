@@ -15,22 +15,22 @@ class ViewerPage(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.texts, self._open_key = [], {}, None
+        self.elements, self.texts_by_tag, self._open_key = [], {}, None
         self.feed(text)
-        self.images = [json.loads(data) for data in self.texts.get("application/json", [])]
+        self.images = [json.loads(data) for data in self.texts_by_tag.get("application/json", [])]
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
         self.elements.append((tag, attributes))
         self._open_key = attributes.get("type", tag)
-        self.texts.setdefault(self._open_key, []).append("")
+        self.texts_by_tag.setdefault(self._open_key, []).append("")
 
     def handle_endtag(self, tag):
         self._open_key = None
 
     def handle_data(self, data):
         if self._open_key is not None:
-            self.texts[self._open_key][-1] += data
+            self.texts_by_tag[self._open_key][-1] += data
 
     def find_all(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]

@@ -3,8 +3,9 @@
 Reads every JSON file of the folder in alphabetical order. A file contains the output of `sca evaluate ... --json`, or a
 list of such reports:
 
-    {"model": "sca-tiny", "dataset": "scenes", "split": "test", "prompt": "box", "images": 500, "regions": 1700,
-     "scores": {"attributes/all": 0.9, "mask-iou/mean": 0.8, ...}, "controls": {"wrong-region": {...}}, ...}
+    {"model": "sca-tiny", "dataset": "scenes", "split": "test", "prompt_type": "box", "num_images": 500,
+     "num_regions": 1700, "scores": {"attributes/all": 0.9, "mask-iou/mean": 0.8, ...},
+     "controls": {"wrong-region": {...}}, ...}
 
 Each report is a row, and so is each of its controls. A column appears if a report has its score. The text between the
 two markers is replaced.
@@ -19,20 +20,20 @@ from typing import Any
 
 from markers import write_between
 from sca.io.json import read_json
+from sca.io.score_format import UNDEFINED_SCORE, format_score
 from sca.io.text import escape_markdown
 
 START, END = "<!-- results -->", "<!-- /results -->"
 COLUMN_TITLES = {
     "attributes/all": "all four attributes correct",
-    "relations/right": "relations correct",
-    "class/count": "class accuracy by region",
-    "class/area": "class accuracy by area",
+    "relations/correct": "relations correct",
+    "class/accuracy": "class accuracy by region",
+    "class/area-accuracy": "class accuracy by area",
     "mask-iou/mean": "mask IoU",
     "region-sensitivity/caption": "captions follow the prompt",
     "region-sensitivity/recognition": "classes follow the prompt",
 }
-REQUIRED_FIELDS = {"model", "dataset", "split", "prompt", "images", "regions", "scores"}
-PERCENT_SCORES = {name for name in COLUMN_TITLES if name != "mask-iou/mean"}
+REQUIRED_FIELDS = {"model", "dataset", "split", "prompt_type", "num_images", "num_regions", "scores"}
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
@@ -52,24 +53,22 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
 
 
 def render_results_table(reports: Iterable[Mapping[str, Any]]) -> str:
-    """Render a Markdown table: fractions in percent, IoUs in 0..1, and a dash for missing scores."""
+    """Render a Markdown table of scores in percent, with a dash for missing scores."""
     reports = list(reports)
     score_names = [name for name in COLUMN_TITLES if any(report["scores"].get(name) is not None for report in reports)]
     rows = [["model", "images", "prompt", "regions", *(COLUMN_TITLES[name] for name in score_names)]]
     rows.append(["---"] * 3 + ["---:"] * (1 + len(score_names)))
     for report in reports:
-        images = f"{report['images']} of {report['dataset']} {report['split']}"
+        images = f"{report['num_images']} of {report['dataset']} {report['split']}"
         for control, scores in {"": report["scores"], **report.get("controls", {})}.items():
-            prompt = f"{report['prompt']}, {control}" if control else report["prompt"]
-            cells = [_format_cell(name, scores.get(name)) for name in score_names]
-            rows.append([report["model"], images, prompt, str(report["regions"]), *cells])
+            prompt = f"{report['prompt_type']}, {control}" if control else report["prompt_type"]
+            cells = [_format_cell(scores.get(name)) for name in score_names]
+            rows.append([report["model"], images, prompt, str(report["num_regions"]), *cells])
     return "\n".join(f"| {' | '.join(map(escape_markdown, row))} |" for row in rows)
 
 
-def _format_cell(name: str, value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f} %" if name in PERCENT_SCORES else f"{value:.3f}"
+def _format_cell(value: float | None) -> str:
+    return UNDEFINED_SCORE if value is None else f"{format_score(value)}%"
 
 
 def write_results_table(page: Path, folder: Path) -> None:

@@ -57,7 +57,7 @@ def take_view_screenshot(browser):
     """Save docs/images/view.jpg: the page of `sca view`."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [*SCA_COMMAND, "data", "export", "scenes", "scenes", "--split", "test", "--limit", "4"],
+            [*SCA_COMMAND, "data", "export", "scenes", "scenes", "--split", "test", "--max-images", "4"],
             cwd=folder,
             check=True,
         )

@@ -18,6 +18,7 @@ from sca_bench.timing import STAGES
 
 from sca.io.atomic import write_file
 from sca.io.journal import encode_lines
+from sca.io.score_format import format_score
 from sca.io.text import escape_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,12 +127,12 @@ def render_headline(rows: Sequence[ResultRow]) -> str:
     sentences = []
     for row in rows:
         for each in row.get("ratios", ()):
-            if row["part"] == "published" and each["what"] == "captions, encoding included":
+            if row["part"] == "published" and each["quantity"] == "captions, including encoding":
                 sentences.append(
                     f"On one {_get_device(row)}, {row['label'].removeprefix('captions: ')} with random weights "
                     "captions "
-                    f"{each['ours']:,.0f} regions/s, encoding included; the published procedure in the same process "
-                    f"{each['published']:,.0f} ({each['ours'] / each['published']:.1f}x). All rows: "
+                    f"{each['ours']:,.0f} regions/s, including encoding; the published procedure in the same process "
+                    f"{each['reference']:,.0f} ({each['ours'] / each['reference']:.1f}x). All rows: "
                     "[benchmarks](docs/benchmarks.md#gpu)."
                 )
     return "\n\n".join(sentences)
@@ -194,14 +195,14 @@ def _make_golden_cells(row: ResultRow) -> list[list[str]]:
         [
             f"{name}, {row['config']['dtype']}{_format_tf32(row)}",
             f"{max(_list_differences(each)):.1e}",
-            f"{each['ids']:.1%}",
+            f"{each['identical_captions']:.1%}",
         ]
         for name, each in row.get("golden", {}).items()
     ]
 
 
 def _list_differences(golden: Mapping[str, float]) -> list[float]:
-    return [value for name, value in golden.items() if name != "ids"]
+    return [value for name, value in golden.items() if name != "identical_captions"]
 
 
 def _format_tf32(row: ResultRow) -> str:
@@ -212,17 +213,17 @@ def _make_scene_cells(row: ResultRow) -> list[list[str]]:
     scenes = row.get("scenes")
     if not scenes:
         return []
-    cells = [f"{scenes['captions']:.1%}", f"{scenes['mean_iou']:.4f}", f"{scenes['least_iou']:.4f}"]
-    return [[f"{scenes['regions']} regions, {row['config']['dtype']}{_format_tf32(row)}", *cells]]
+    cells = [f"{scenes['identical_captions']:.1%}", f"{scenes['mean_iou']:.4f}", f"{scenes['min_iou']:.4f}"]
+    return [[f"{scenes['num_regions']} regions, {row['config']['dtype']}{_format_tf32(row)}", *cells]]
 
 
 def _make_ratio_cells(row: ResultRow) -> list[list[str]]:
     return [
         [
-            f"{each['what']} ({each['note']})",
+            f"{each['quantity']} ({each['note']})",
             each["unit"],
-            *(f"{each[name]:,.4g}" for name in ("ours", "published")),
-            f"{each['ours'] / each['published']:.2f}",
+            *(f"{each[name]:,.4g}" for name in ("ours", "reference")),
+            f"{each['ours'] / each['reference']:.2f}",
         ]
         for each in row.get("ratios", ())
     ]
@@ -233,10 +234,10 @@ def _make_throughput_cells(row: ResultRow) -> list[list[str]]:
         return []
     name = row["label"].rpartition(", ")[0]
     lines = []
-    for point in row["curve"]:
+    for point in row["throughput"]:
         stages = [f"{1e3 * point['stages'][stage]['median']:,.1f}" for stage in STAGES]
         speed = f"{point['regions_per_second']:,.0f}"
-        lines.append([name, f"{point['regions']}", speed, *stages, _format_gib(point.get("peak"))])
+        lines.append([name, f"{point['regions_per_image']}", speed, *stages, _format_gib(point.get("peak_memory"))])
     return lines
 
 
@@ -247,8 +248,8 @@ def _format_gib(num_bytes: int | None) -> str:
 def _make_plan_cells(row: ResultRow) -> list[list[str]]:
     if "plan" not in row:
         return []
-    planned, measured = row["plan"]["memory"]
-    return [[row["label"], _format_gib(planned), _format_gib(measured), f"{planned / measured:.3f}"]]
+    estimated, measured = row["plan"]["memory"]
+    return [[row["label"], _format_gib(estimated), _format_gib(measured), f"{estimated / measured:.3f}"]]
 
 
 def _make_step_cells(row: ResultRow) -> list[list[str]]:
@@ -271,52 +272,54 @@ def _make_decoding_cells(row: ResultRow) -> list[list[str]]:
     if not decoding:
         return []
     cells = [f"{1e3 * decoding['seconds']['median']:,.1f}", f"{decoding['tokens_per_second']:,.0f}"]
-    return [[row["label"], *cells, f"{decoding['prepared']:.1f}", f"{decoding['ids']:.1%}"]]
+    return [[row["label"], *cells, f"{decoding['preparation_seconds']:.1f}", f"{decoding['identical_ids']:.1%}"]]
 
 
 def _make_score_cells(row: ResultRow) -> list[list[str]]:
     if "scores" not in row:
         return []
     values = {each["name"]: each["value"] for each in row["scores"] if each["control"] is None}
-    cells = [
-        f"{values[name]:.3f}" if values.get(name) is not None else "" for name in ("attributes/all", "mask-iou/mean")
-    ]
+    cells = [format_score(values.get(name)) for name in ("attributes/all", "mask-iou/mean")]
     return [[row["label"], f"{row['config']['train']['steps']}", f"{row['seconds']['train']:,.0f}", *cells]]
 
 
 RESULT_TABLES: Sequence[tuple[str, Sequence[str], Callable[[ResultRow], list[list[str]]]]] = (
     (
         "Golden checkpoints of the published implementation:",
-        ("checkpoint", "largest difference", "identical captions"),
+        ("checkpoint", "max difference", "identical captions"),
         _make_golden_cells,
     ),
     (
         "Captions and masks of sca-tiny compared with float32 on the CPU:",
-        ("data", "identical captions", "mean mask IoU", "least mask IoU"),
+        ("data", "identical captions", "mean mask IoU", "min mask IoU"),
         _make_scene_cells,
     ),
     (
         "Compared with the published procedure in the same process:",
-        ("quantity", "unit", "ours", "published", "ratio"),
+        ("quantity", "unit", "ours", "reference", "ratio (x)"),
         _make_ratio_cells,
     ),
     (
         "Throughput, random weights; stages in ms for all regions of the batch:",
-        ("combination", "regions", "captions/s", *STAGES, "peak GiB"),
+        ("combination", "regions per image", "regions/s", *STAGES, "peak memory (GiB)"),
         _make_throughput_cells,
     ),
-    ("Memory that `sca plan` predicts:", ("model", "planned GiB", "measured GiB", "ratio"), _make_plan_cells),
+    ("Peak memory estimated by `sca plan`:", ("model", "estimated (GiB)", "measured (GiB)", "ratio"), _make_plan_cells),
     (
-        "A training step:",
-        ("combination", "trainable, M", "step, ms", "with cached features, ms", "peak GiB"),
+        "Training step:",
+        ("combination", "trainable (M)", "time (ms)", "time with cached features (ms)", "peak memory (GiB)"),
         _make_step_cells,
     ),
     (
         "Decoding with GPT-2 large:",
-        ("method", "ms", "tokens/s", "preparation, s", "identical ids"),
+        ("method", "time (ms)", "tokens/s", "preparation (s)", "identical ids"),
         _make_decoding_cells,
     ),
-    ("Training sca-tiny:", ("recipe", "steps", "seconds", "attributes", "mask IoU"), _make_score_cells),
+    (
+        "Training sca-tiny, with scores times 100:",
+        ("recipe", "steps", "time (s)", "all four attributes correct", "mask IoU"),
+        _make_score_cells,
+    ),
 )
 
 

@@ -3,9 +3,9 @@
 #
 # wheels/   this package and the requirements that such a machine lacks, for Python $PYTHON_VERSION (default 3.12)
 # rows/     rows of earlier runs, which are not measured again
-# commit    the commit that is measured
+# commit    hash of the measured commit
 #
-# $PYTHON names the interpreter whose pip downloads; $INPUTS another folder than .gpu.
+# $PYTHON sets the interpreter whose pip downloads the wheels, $INPUTS a folder other than .gpu.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
@@ -29,6 +29,6 @@ echo "$commit" >"$inputs/commit"
 size=$({ git ls-files -z && find "$inputs" -type f -print0; } | xargs -0 du --apparent-size -cb | awk 'END { print int($1 / 1048576) + 1 }')
 echo "$inputs: $(find "$inputs/wheels" -name '*.whl' | wc -l) wheels, $(cat "$inputs"/rows/*.jsonl 2>/dev/null | wc -l) rows; with the tracked files $size MiB"
 if ((size > limit)); then
-  echo "error: more than $limit MiB; a smaller set of wheels or rows has to do" >&2
+  echo "error: more than $limit MiB; use fewer wheels or rows" >&2
   exit 1
 fi

@@ -23,16 +23,17 @@ from typing import Any
 
 from sca_bench.decoding import DECODING_METHODS
 from sca_bench.plan_accuracy import FULL_SIZE_MODELS
-from sca_bench.sweep import PART_KINDS, Sweep, SweepRow
+from sca_bench.sweep import Sweep, SweepRow
+from sca_registry.overrides import MODEL_COMPONENTS
 
-from sca.launchers.local import Local
+from sca.launchers.local import LocalLauncher
 from sca.launchers.task import Task, TaskOutcome
 from sca.launchers.worker import LOG_FILE
 from sca.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN_FOLDER = Path("tests/data/golden")  # relative to the repository, where jobs start
-FINAL_STATES = ("done", "impossible", "skipped", "out-of-memory")  # states that another run would reproduce
+FINAL_STATES = ("done", "incompatible", "skipped", "out-of-memory")  # states that another run would reproduce
 SHUTDOWN_SECONDS = 8.0  # seconds reserved for shutdown
 MEASUREMENT_TIMEOUT = 150.0  # maximum seconds per measurement
 MAX_NEW_TOKENS = 20
@@ -68,8 +69,8 @@ class Measurement:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda", help="Device: cuda, or cpu for tiny sizes.")
-    parser.add_argument("--seconds", type=float, default=450.0, help="Time budget in seconds.")
-    parser.add_argument("--started", type=float, default=time.time(), help="Unix time from which the budget counts.")
+    parser.add_argument("--time-budget", type=float, default=450.0, help="Time budget in seconds.")
+    parser.add_argument("--start-time", type=float, default=time.time(), help="Unix time at which the budget starts.")
     parser.add_argument("--inputs", type=Path, default=ROOT / ".gpu", help="Folder that prepare.sh filled.")
     parser.add_argument("--golden", type=Path, default=GOLDEN_FOLDER, help="Folder of golden checkpoints.")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "out/gpu"), help="Folder for rows.")
@@ -88,7 +89,7 @@ def main() -> None:
         f"{len(missing)} to measure",
         flush=True,
     )
-    deadline = args.started + args.seconds - SHUTDOWN_SECONDS
+    deadline = args.start_time + args.time_budget - SHUTDOWN_SECONDS
     rows = run_measurements(missing, deadline, args.out, read_commit(args.inputs))
     num_failed = sum(row["state"] not in FINAL_STATES for row in rows)
     print(f"{len(rows)} rows measured, {num_failed} of them failed; {len(missing) - len(rows)} left for another run")
@@ -112,7 +113,7 @@ def run_measurements(
             )
             for measurement in missing
         ]
-        for task, result in add_killed_outcomes(Local(num_workers=1).run_tasks(tasks), tasks, deadline):
+        for task, result in add_killed_outcomes(LocalLauncher(num_workers=1).run_tasks(tasks), tasks, deadline):
             measurement = by_key[task.key]
             row = {
                 "key": measurement.key,
@@ -144,7 +145,7 @@ def add_killed_outcomes(
         del pending[outcome.task.key]
         yield outcome
     if time.time() < deadline:
-        reason = "its process was killed from outside, as the kernel does when memory runs out"
+        reason = "the process was killed from outside, for example by the out-of-memory killer"
         for task in pending.values():
             yield TaskOutcome(task, {"state": "killed", "reason": reason, "seconds": {}})
 
@@ -159,11 +160,15 @@ def iter_measurements(device: str, golden: Path) -> Iterator[Measurement]:
     yield from iter_published_comparisons(device, use_tiny_models)
     sweep = read_throughput_sweep(device, use_tiny_models)
     main_counts, other_counts = ([2], [1, 4]) if use_tiny_models else ([64], [1, 8, 256])
-    yield from iter_throughput_measurements(replace(sweep, measure={**sweep.measure, "regions": main_counts}))
+    yield from iter_throughput_measurements(
+        replace(sweep, benchmark={**sweep.benchmark, "regions_per_image": main_counts})
+    )
     yield from iter_plan_measurements(device, use_tiny_models)
     yield from iter_training_steps(sweep, use_tiny_models)
     yield from iter_decoding_measurements(device, use_tiny_models)
-    yield from iter_throughput_measurements(replace(sweep, measure={**sweep.measure, "regions": other_counts}))
+    yield from iter_throughput_measurements(
+        replace(sweep, benchmark={**sweep.benchmark, "regions_per_image": other_counts})
+    )
     yield make_training_measurement(device, use_tiny_models)
 
 
@@ -174,35 +179,37 @@ def iter_parity_measurements(device: str, golden: Path, num_scenes: int) -> Iter
             continue
         precision = f"{dtype}{' with TF32 convolutions' if tf32 else ''}"
         config = {"device": device, "dtype": dtype, "tf32": tf32}
-        job = "sca_bench.parity:work"
+        job = "sca_bench.parity:run_job"
         if dtype == "float32":
-            yield Measurement("parity", f"golden checkpoints, {precision}", job, {**config, "golden": str(golden)})
-        yield Measurement("parity", f"{num_scenes} scenes, {precision}", job, {**config, "scenes": num_scenes})
+            yield Measurement(
+                "parity", f"golden checkpoints, {precision}", job, {**config, "golden_folder": str(golden)}
+            )
+        yield Measurement("parity", f"{num_scenes} scenes, {precision}", job, {**config, "num_scenes": num_scenes})
 
 
 def iter_published_comparisons(device: str, use_tiny_models: bool) -> Iterator[Measurement]:
     """Yield captioning and training next to the published procedure, in one process."""
-    sizes = {"images": 16, "regions": 64, "beside": 64, "repeats": 3}
+    sizes = {"batch_size": 16, "regions_per_image": 64, "published_regions": 64, "num_repeats": 3}
     if use_tiny_models:
-        sizes = {"images": 2, "regions": 9, "beside": 9, "repeats": 1}
+        sizes = {"batch_size": 2, "regions_per_image": 9, "published_regions": 9, "num_repeats": 1}
     parts = (TINY_VIT, TINY_LM) if use_tiny_models else ("sam-vit-b", "gpt2-large")
     config = {"encoder": parts[0], "language_model": parts[1], "device": device, "dtype": "bfloat16", **sizes}
     label = "tiny" if use_tiny_models else "sam-vit-b+query+gpt2-large, bfloat16"
     for part in ("captions", "resampler", "tiny") if use_tiny_models else ("captions", "training", "resampler", "tiny"):
         yield Measurement(
-            "published", f"{part}: {label}", "sca_bench.published_comparison:work", {**config, "parts": [part]}
+            "published", f"{part}: {label}", "sca_bench.published_comparison:run_job", {**config, "parts": [part]}
         )
 
 
 def read_throughput_sweep(device: str, use_tiny_models: bool) -> Sweep:
     """Return the sweep `throughput` without LoRA and training, most valuable first; with tiny components on a CPU."""
     sweep = Sweep.read("throughput", device)
-    measure = {**sweep.measure, "training": False, "plan": False, "repeats": 3}
+    benchmark = {**sweep.benchmark, "training_step": False, "plan": False, "num_repeats": 3}
     axes = {**sweep.axes, "lora": [0]}
     if use_tiny_models:
         axes |= {"encoder": [TINY_VIT], "mixer": TINY_MIXERS, "language_model": [TINY_LM]}
-        measure |= {"words": 4, "repeats": 1}
-    return replace(sweep, axes=axes, measure=measure)
+        benchmark |= {"max_new_tokens": 4, "num_repeats": 1}
+    return replace(sweep, axes=axes, benchmark=benchmark)
 
 
 def iter_throughput_measurements(sweep: Sweep) -> Iterator[Measurement]:
@@ -216,20 +223,24 @@ def iter_training_steps(sweep: Sweep, use_tiny_models: bool) -> Iterator[Measure
     axes = {**sweep.axes, "lora": [0, 2 if use_tiny_models else 16]}
     if not use_tiny_models:
         axes |= {"encoder": ["sam-vit-b"], "mixer": ["query"], "language_model": ["gpt2-large"]}
-    measure = {**sweep.measure, "training": True, "regions": [2 if use_tiny_models else 16]}
-    for row in replace(sweep, axes=axes, measure=measure).list_rows("listed"):
+    benchmark = {**sweep.benchmark, "training_step": True, "regions_per_image": [2 if use_tiny_models else 16]}
+    for row in replace(sweep, axes=axes, benchmark=benchmark).list_rows("listed"):
         yield convert_row_to_measurement("training step", row)
 
 
 def iter_plan_measurements(device: str, use_tiny_models: bool) -> Iterator[Measurement]:
     """Yield predicted and measured memory of captioning and training."""
     models = ("tiny-vit+query+tiny-gpt2",) if use_tiny_models else FULL_SIZE_MODELS
-    sizes = {"images": 1, "regions": 2 if use_tiny_models else 64, "words": 4 if use_tiny_models else MAX_NEW_TOKENS}
-    for train in (False, True):
+    sizes = {
+        "batch_size": 1,
+        "regions_per_image": 2 if use_tiny_models else 64,
+        "max_new_tokens": 4 if use_tiny_models else MAX_NEW_TOKENS,
+    }
+    for training in (False, True):
         for model in models:
-            config = {"model": model, **sizes, "train": train, "device": device, "dtype": "bfloat16"}
-            label = f"{model}, {'training' if train else 'captioning'}"
-            yield Measurement("plan", label, "sca_bench.plan_accuracy:work", config)
+            config = {"model": model, **sizes, "training": training, "device": device, "dtype": "bfloat16"}
+            label = f"{model}, {'training' if training else 'captioning'}"
+            yield Measurement("plan", label, "sca_bench.plan_accuracy:run_job", config)
 
 
 def iter_decoding_measurements(device: str, use_tiny_models: bool) -> Iterator[Measurement]:
@@ -243,13 +254,13 @@ def iter_decoding_measurements(device: str, use_tiny_models: bool) -> Iterator[M
                 continue  # a CPU has no graphs, and compilation would dominate
             config = {
                 "language_model": language_model,
-                "way": method,
-                "rows": num_rows,
-                "prefix": 14,
-                "steps": MAX_NEW_TOKENS,
+                "method": method,
+                "batch_size": num_rows,
+                "prefix_length": 14,
+                "max_new_tokens": MAX_NEW_TOKENS,
             }
-            config |= {"repeats": 1 if use_tiny_models else 5, "device": device, "dtype": "bfloat16"}
-            yield Measurement("decoding", f"{num_rows} rows, {method}", "sca_bench.decoding:work", config)
+            config |= {"num_repeats": 1 if use_tiny_models else 5, "device": device, "dtype": "bfloat16"}
+            yield Measurement("decoding", f"{num_rows} rows, {method}", "sca_bench.decoding:run_job", config)
 
 
 def make_training_measurement(device: str, use_tiny_models: bool) -> Measurement:
@@ -269,27 +280,27 @@ def make_training_measurement(device: str, use_tiny_models: bool) -> Measurement
     evaluate_options = {
         "dataset": {"name": "scenes", "num_images": 2 if use_tiny_models else 300},
         "split": "test",
-        "prompt": "box",
+        "prompt_type": "box",
         "metrics": ["attributes", "mask-iou"],
     }
     config = {
         "model": model.to_dict(),
         "seed": 0,
-        "threads": 0,
+        "num_threads": 0,
         "device": device,
         "train": train_options,
         "evaluate": evaluate_options,
     }
-    return Measurement("sca-tiny", "recipe sca-tiny in bfloat16", "sca_bench.worker:work", config)
+    return Measurement("sca-tiny", "recipe sca-tiny in bfloat16", "sca_bench.worker:run_row", config)
 
 
 def convert_row_to_measurement(part: str, row: SweepRow) -> Measurement:
     """Return a row of a sweep as a measurement."""
     model = row.config["model"]
-    label = "+".join(model[kind]["name"] for kind in PART_KINDS if model.get(kind))
+    label = "+".join(model[kind]["name"] for kind in MODEL_COMPONENTS if model.get(kind))
     label += f", LoRA {model['lora']['rank']}" if model.get("lora") else ""
-    region_counts = "/".join(map(str, row.config["measure"]["regions"]))
-    return Measurement(part, f"{label}, {region_counts} regions", "sca_bench.worker:work", row.config)
+    region_counts = "/".join(map(str, row.config["benchmark"]["regions_per_image"]))
+    return Measurement(part, f"{label}, {region_counts} regions", "sca_bench.worker:run_row", row.config)
 
 
 # --- earlier rows and environment -------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Measure on a GPU: bash benchmarks/gpu/run.sh [--device cpu] [--seconds 450] [--only PART...]
+# Measure on a GPU: bash benchmarks/gpu/run.sh [--device cpu] [--time-budget 450] [--only PART...]
 #
 # 1. Where the network is: bash benchmarks/gpu/prepare.sh      fills .gpu/ (wheels, rows of earlier runs)
 # 2. On the GPU, in a copy of the working tree with .gpu/ in it: bash benchmarks/gpu/run.sh
 #    It needs Python 3.12 with torch, torchvision, transformers, accelerate, peft, timm, typer and rich, and no network.
-#    It ends by itself within --seconds, and writes rows.jsonl, log.txt and device.txt into $OUT (default: out/gpu).
+#    It ends within --time-budget seconds, and writes rows.jsonl, log.txt and device.txt into $OUT (default: out/gpu).
 #    Rows in .gpu/rows that the same device made are not measured again. A part that fails is a row with its reason.
 # 3. Where the repository is: python benchmarks/gpu/collect.py FOLDER      commits nothing; adds the rows to
 #    benchmarks/results/gpu/ and writes the tables of docs/benchmarks.md and README.md
@@ -27,4 +27,4 @@ if compgen -G "$inputs/wheels/*.whl" >/dev/null; then
   export PYTHONPATH=$site PYTHONSAFEPATH=1 # not the checkout, also in processes that are started from here
 fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-"$python" benchmarks/gpu/run.py --started "$started" "$@"
+"$python" benchmarks/gpu/run.py --start-time "$started" "$@"

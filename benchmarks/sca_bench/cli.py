@@ -64,8 +64,8 @@ def run(
     The exit status is 1 if rows are missing at the end.
     """
     from sca.cli.options import check_option_choice, parse_component_options, print_stderr
-    from sca_bench.row_states import ROW_STATES
     from sca_bench.runner import run_sweep
+    from sca_bench.store import ROW_STATES
     from sca_bench.sweep import ROW_ORDERS, Sweep, list_sweeps
 
     for state in retry_state or ():
@@ -77,7 +77,9 @@ def run(
     log = (lambda line: None) if quiet else print_stderr
     if device == "cpu" and f"{sweep}-cpu" in list_sweeps():
         sweep = f"{sweep}-cpu"
-        log(f"on a CPU the sweep is {sweep}; `sca bench published` prints the ratios to the published procedure")
+        log(
+            f"on a CPU, runs the sweep {sweep}; `sca bench published` measures the speedup over the published procedure"
+        )
     loaded_sweep = Sweep.read(sweep, device)
     sweep_status = run_sweep(
         loaded_sweep,
@@ -88,7 +90,7 @@ def run(
         tuple(retry_state or ()),
         force,
         log,
-        budget_seconds=time_budget,
+        time_budget=time_budget,
         order=order,
     )
     _print_status(sweep_status)
@@ -124,14 +126,14 @@ def row(
 
     from sca.cli.options import print_json
     from sca.io.json import parse_json
-    from sca_bench.worker import work
+    from sca_bench.worker import run_row
 
     row_config = parse_json(config, "the configuration")
-    for key in ("model", "seed", "threads", "device"):
+    for key in ("model", "seed", "num_threads", "device"):
         if not isinstance(row_config, dict) or key not in row_config:
-            raise ValueError(f"a row has no {key!r}: give the `config` of one of results.jsonl")
+            raise ValueError(f"the configuration has no {key!r}; pass the `config` field of a row of results.jsonl")
     with tempfile.TemporaryDirectory(prefix="sca-") as folder, contextlib.redirect_stdout(sys.stderr):
-        result = work({**row_config, "force": force}, folder)
+        result = run_row({**row_config, "force": force}, folder)
     print_json(result)
     raise typer.Exit(0 if result["state"] == "done" else 1)
 
@@ -165,7 +167,7 @@ def report(
 
     rows = ResultStore(folder).read_rows()
     if not rows:
-        raise ValueError(f"no results in {folder}: sca bench run SWEEP --out {folder} makes some")
+        raise ValueError(f"no results in {folder}; run sca bench run SWEEP --out {folder}")
     page = out or folder / "report.html"
     create_writable_folder(page.parent)
     siblings = [page.with_suffix(".md"), page.with_suffix(".csv")]
@@ -173,7 +175,7 @@ def report(
     check_page_path(page, ())
     for sibling in siblings:
         if sibling.exists() and not page.exists():
-            raise ValueError(f"{sibling} exists and is not of a report; choose another --out")
+            raise ValueError(f"{sibling} exists and does not belong to a report; choose another --out")
     for path, content in (
         (page, reports.render_sweep_page(rows, f"sweep {rows[0]['sweep']}", score)),
         (page.with_suffix(".md"), reports.render_markdown(rows, score)),
@@ -260,7 +262,7 @@ def published(
     )
     rows = print_table(run_comparisons(choose_parts(parts or ()), settings))
     if out:
-        measurements = {key: value for key, value in asdict(settings).items() if key != "seconds"}
+        measurements = {key: value for key, value in asdict(settings).items() if key != "time_budget"}
         measurements |= {"rows": [convert_row_to_dict(row) for row in rows], "environment": collect_environment(device)}
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, f"{json.dumps(measurements, indent=1)}\n")
@@ -273,7 +275,9 @@ def _get_results_folder(name: str, out: Path | None) -> Path:
 def _print_status(sweep_status: SweepStatus) -> None:
     from sca.cli.options import print_line
 
-    counts = ", ".join(f"{count} {state}" for state, count in sorted(sweep_status.state_counts.items())) or "none made"
+    counts = (
+        ", ".join(f"{count} {state}" for state, count in sorted(sweep_status.state_counts.items())) or "none finished"
+    )
     print_line(f"{sweep_status.num_rows} rows: {counts}; {len(sweep_status.missing)} missing")
     for label in sweep_status.missing[:10]:
         print_line(f"  missing: {label}")

@@ -21,12 +21,12 @@ from sca_bench.worker import run_measurement
 DECODING_METHODS = ("growing cache", "fixed cache", "cuda graph", "torch.compile")
 
 
-def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+def run_job(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Measure one decoding method as a launcher job.
 
     Args:
-        config: `language_model` (a name, or a name with options), `way` (one of `DECODING_METHODS`), `rows`, `prefix`
-            (positions), `steps`, `repeats`, `device` and `dtype`.
+        config: `language_model` (a name, or a name with options), `method` (one of `DECODING_METHODS`), `batch_size`,
+            `prefix_length`, `max_new_tokens`, `num_repeats`, `device` and `dtype`.
         folder: Unused.
 
     Returns:
@@ -35,14 +35,16 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
     def measure_decoding(row: dict[str, Any]) -> None:
         torch.manual_seed(0)
-        part = config["language_model"]
-        name, options = (part, {}) if isinstance(part, str) else (part["name"], {**part})
+        component = config["language_model"]
+        name, options = (component, {}) if isinstance(component, str) else (component["name"], {**component})
         options.pop("name", None)
         device, dtype = config["device"], getattr(torch, config["dtype"])
         with torch.device(device):
             language_model = language_models.build(name, **options, **get_untrained_options(name)).to(dtype).eval()
-            prefix = torch.randn(config["rows"], config["prefix"], language_model.hidden_size, dtype=dtype)
-        row["decoding"] = measure_method(language_model, prefix, config["steps"], config["way"], config["repeats"])
+            prefix = torch.randn(config["batch_size"], config["prefix_length"], language_model.hidden_size, dtype=dtype)
+        row["decoding"] = measure_method(
+            language_model, prefix, config["max_new_tokens"], config["method"], config["num_repeats"]
+        )
 
     return run_measurement(measure_decoding, config["device"])
 
@@ -54,7 +56,7 @@ def get_untrained_options(name: str) -> dict[str, bool]:
 
 @torch.inference_mode()
 def measure_method(
-    language_model: nn.Module, prefix: Tensor, num_steps: int, method: str, repeats: int
+    language_model: nn.Module, prefix: Tensor, num_steps: int, method: str, num_repeats: int
 ) -> dict[str, Any]:
     """Time the decoding of `num_steps` tokens for each row of a prefix.
 
@@ -63,11 +65,11 @@ def measure_method(
         prefix: (N, K, E) embeddings.
         num_steps: Tokens per row.
         method: One of `DECODING_METHODS`.
-        repeats: Repeats after a warm-up.
+        num_repeats: Repeats after a warm-up.
 
     Returns:
-        Seconds of preparation (capture or compilation), summarized decoding seconds, tokens per second, and as `ids`
-        the fraction of rows with the same ids as the growing cache.
+        Seconds of preparation (capture or compilation), summarized decoding seconds, tokens per second, and the
+        fraction of rows with the same ids as the growing cache.
     """
     start = time.perf_counter()
     decode = _prepare_decoding(language_model, prefix, num_steps, method)
@@ -75,7 +77,7 @@ def measure_method(
     synchronize(prefix.device)
     preparation_seconds = time.perf_counter() - start
     seconds = []
-    for _ in range(repeats):
+    for _ in range(num_repeats):
         start = time.perf_counter()
         decode()
         synchronize(prefix.device)
@@ -83,10 +85,10 @@ def measure_method(
     reference = _decode_with_growing_cache(language_model, prefix, num_steps)
     timing = summarize_seconds(seconds)
     return {
-        "prepared": preparation_seconds,
+        "preparation_seconds": preparation_seconds,
         "seconds": timing,
         "tokens_per_second": ids.numel() / timing["median"],
-        "ids": float((ids == reference).all(dim=1).float().mean()),
+        "identical_ids": float((ids == reference).all(dim=1).float().mean()),
     }
 
 
@@ -121,7 +123,7 @@ def _prepare_decoding(language_model: nn.Module, prefix: Tensor, num_steps: int,
         start_decoding()
         decode_step = _capture_cuda_graph(decode_step)
     elif method != "fixed cache":
-        raise ValueError(f"unknown way {method!r}; choose from {', '.join(DECODING_METHODS)}")
+        raise ValueError(f"unknown method {method!r}; choose from {', '.join(DECODING_METHODS)}")
 
     def decode_all() -> Tensor:
         start_decoding()
@@ -137,7 +139,7 @@ def _prepare_decoding(language_model: nn.Module, prefix: Tensor, num_steps: int,
 def _capture_cuda_graph(decode_step: Callable[[], None]) -> Callable[[], None]:
     """Capture a step as a CUDA graph and return its replay function."""
     if not torch.cuda.is_available():
-        raise ValueError("a CUDA graph needs a CUDA device; choose another way")
+        raise ValueError("a CUDA graph requires a CUDA device; choose another method")
     side_stream = torch.cuda.Stream()
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
-from sca_bench.summary import format_score_name
+from sca.io.score_format import PRINT_FACTOR
+from sca_bench.summary import average_scores, format_score_name
 
 MAX_DIGITS = 17  # distinguishes any two floats
 
@@ -44,9 +45,9 @@ class SweepDiff:
         ]
         if self.num_timings:
             output_lines.append(
-                f"{self.num_timings} timings: {self.share_inside:.1%} of the second's medians lie between the first's "
-                f"least and most, whose median width is {self.median_width:.1%}; the second takes "
-                f"{self.median_ratio:.3f} times as long"
+                f"{self.num_timings} timings: {self.share_inside:.1%} of the second run's medians are within the first "
+                f"run's min-max range (median relative width {self.median_width:.1%}); time ratio "
+                f"{self.median_ratio:.3f}x"
             )
         return [*output_lines, *self.score_lines, *self.change_lines]
 
@@ -63,9 +64,9 @@ def diff_rows(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, 
             change_lines.append(f"{first_row['label']}: {first_row['state']}, then {second_row['state']}")
         before, after = dict(_iter_timings(first_row)), dict(_iter_timings(second_row))
         for name in before.keys() & after.keys():
-            is_inside.append(before[name]["low"] <= after[name]["median"] <= before[name]["high"])
+            is_inside.append(before[name]["min"] <= after[name]["median"] <= before[name]["max"])
             if before[name]["median"]:
-                widths.append((before[name]["high"] - before[name]["low"]) / before[name]["median"])
+                widths.append((before[name]["max"] - before[name]["min"]) / before[name]["median"])
                 ratios.append(after[name]["median"] / before[name]["median"])
         pairs = _pair_scores(first_row, second_row)
         change_lines += [
@@ -102,26 +103,27 @@ def _summarize_score(name: str, pairs: Sequence[tuple[float | None, float | None
     num_incomplete = len(pairs) - len(complete_pairs)
     suffix = f"; missing in {num_incomplete} of them" if num_incomplete else ""
     if not complete_pairs:
-        return f"{name}: no row has it in both runs"
-    before, after = (mean(values) for values in zip(*complete_pairs, strict=True))
+        return f"{name}: in no row of both runs"
+    before, after = (average_scores(values) for values in zip(*complete_pairs, strict=True))
     num_differing = sum(first != second for first, second in pairs)
     return f"{name}: {num_differing} of {len(pairs)} rows differ, mean {_format_change(before, after)}{suffix}"
 
 
 def _format_change(before: float | None, after: float | None) -> str:
-    """Format two values with at least 4 digits, and more if different values would look equal."""
+    """Format two scores times 100 (counts unchanged) with at least 4 digits, more if they differ and look equal."""
+    before, after = (value * PRINT_FACTOR if isinstance(value, float) else value for value in (before, after))
     for digits in range(4, MAX_DIGITS + 1):
-        formatted = ["nothing" if value is None else f"{value:.{digits}g}" for value in (before, after)]
+        formatted = ["none" if value is None else f"{value:.{digits}g}" for value in (before, after)]
         if before == after or formatted[0] != formatted[1]:
             break
     return f"{formatted[0]}, then {formatted[1]}"
 
 
 def _iter_timings(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float]]]:
-    for point in row.get("curve") or ():
-        for name in ("whole", "first_caption"):
-            yield f"{point['regions']} {name}", point[name]
+    for point in row.get("throughput") or ():
+        for name in ("total", "time_to_first_token"):
+            yield f"{point['regions_per_image']} {name}", point[name]
         for stage, timing in point["stages"].items():
-            yield f"{point['regions']} {stage}", timing
+            yield f"{point['regions_per_image']} {stage}", timing
     if row.get("training_step"):
         yield "step", row["training_step"]

@@ -21,12 +21,12 @@ RECORDED_NUM_BEAMS, RECORDED_MAX_NEW_TOKENS = (1, 3), 8  # settings of the recor
 SCENES_PER_BATCH = 10
 
 
-def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+def run_job(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Measure parity as a launcher job.
 
     Args:
-        config: `device`, `dtype`, `tf32` (whether float32 convolutions may use TF32), and either `golden`, a folder of
-            recorded checkpoints, or `scenes`, the number of scenes to generate.
+        config: `device`, `dtype`, `tf32` (whether float32 convolutions may use TF32), and either `golden_folder`, a
+            folder of recorded checkpoints, or `num_scenes`, the number of scenes to generate.
         folder: Unused.
 
     Returns:
@@ -36,10 +36,10 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     def measure_parity(row: dict[str, Any]) -> None:
         torch.backends.cudnn.allow_tf32 = config.get("tf32", False)
         device, dtype = config["device"], getattr(torch, config["dtype"])
-        if "golden" in config:
-            row["golden"] = compare_golden_folders(Path(config["golden"]), device, dtype)
+        if "golden_folder" in config:
+            row["golden"] = compare_golden_folders(Path(config["golden_folder"]), device, dtype)
         else:
-            row["scenes"] = compare_scenes(config["scenes"], device, dtype)
+            row["scenes"] = compare_scenes(config["num_scenes"], device, dtype)
 
     return run_measurement(measure_parity, config["device"])
 
@@ -74,7 +74,8 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
         dtype: Data type of the model.
 
     Returns:
-        The maximum absolute difference of each output, and as `ids` the fraction of captions with identical token ids.
+        The maximum absolute difference of each output, and `identical_captions`, the fraction of captions with
+        identical token ids.
     """
     model = sca.load(folder).to(device=device, dtype=dtype)
     recorded = {name: value.to(device) for name, value in load_file(folder / "golden.safetensors").items()}
@@ -114,7 +115,9 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
                 # without the placeholder token
                 recorded_ids = recorded[f"{name}.generated.beams{num_beams}"].flatten(0, 2)[:, 1:]
                 is_same += compare_captions(ids, recorded_ids, model.language_model.model.config.eos_token_id)
-    return {name: max(values) for name, values in differences.items()} | {"ids": sum(is_same) / len(is_same)}
+    return {name: max(values) for name, values in differences.items()} | {
+        "identical_captions": sum(is_same) / len(is_same)
+    }
 
 
 def compare_captions(first_ids: Tensor, second_ids: Tensor, eos_token_id: int) -> list[bool]:
@@ -136,8 +139,8 @@ def compare_scenes(num_scenes: int, device: str, dtype: torch.dtype) -> dict[str
         dtype: Data type of the model.
 
     Returns:
-        `regions`, the number of regions; `captions`, the fraction with identical token ids; the minimum and mean IoU of
-        the selected masks on the segmenter's grid; and whether every value was finite.
+        `num_regions`; `identical_captions`, the fraction of captions with identical token ids; the minimum and mean IoU
+        of the selected masks on the segmenter's grid; and whether every value was finite.
     """
     from sca.data.scenes import Scenes
 
@@ -160,11 +163,11 @@ def compare_scenes(num_scenes: int, device: str, dtype: torch.dtype) -> dict[str
         intersection, union = (masks > 0) & (tested_masks > 0), (masks > 0) | (tested_masks > 0)
         ious += ((intersection.sum((1, 2)) + 1e-9) / (union.sum((1, 2)) + 1e-9)).tolist()
     return {
-        "regions": len(is_same),
-        "captions": sum(is_same) / len(is_same),
-        "least_iou": min(ious),
+        "num_regions": len(is_same),
+        "identical_captions": sum(is_same) / len(is_same),
+        "min_iou": min(ious),
         "mean_iou": sum(ious) / len(ious),
-        "finite": is_finite,
+        "is_finite": is_finite,
     }
 
 

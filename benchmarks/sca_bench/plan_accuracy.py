@@ -1,7 +1,7 @@
 """Compare `sca plan` with measurements: `python -m sca_bench.plan_accuracy [--device cuda] [--out FILE] [MODEL...]`.
 
 Each model is built with random weights, captions a few regions and takes a training step. Operations are counted by
-torch; memory is the peak of its allocator. Prints a Markdown table of planned-to-measured ratios, and writes the rows
+torch; memory is the peak of its allocator. Prints a Markdown table of estimated-to-measured ratios, and writes the rows
 with device and versions as JSON.
 """
 
@@ -83,53 +83,62 @@ def measure_peak_allocation(function: Callable[[], None], device: torch.device) 
 
 def compare_plan(
     spec: ModelSpec,
-    images: int,
-    regions: int,
-    words: int,
-    train: bool = False,
+    batch_size: int,
+    regions_per_image: int,
+    max_new_tokens: int,
+    training: bool = False,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Compare the planned and measured parameters, operations and memory of a model.
+    """Compare the estimated and measured parameters, operations and memory of a model.
 
     Args:
         spec: Model specification.
-        images: Images per batch.
-        regions: Regions per image.
-        words: Tokens per caption.
-        train: Measure a training step instead of captioning.
+        batch_size: Images per batch.
+        regions_per_image: Regions per image.
+        max_new_tokens: Tokens per caption.
+        training: Measure a training step instead of captioning.
         device: A torch device.
         dtype: Data type of the weights; training always uses float32.
 
     Returns:
-        The settings, and a pair [planned, measured] for `parameters`, `flops` and `memory` (bytes).
+        The settings, and a pair [estimated, measured] for `parameters`, `flops` and `memory` (bytes).
     """
-    plan_dtype = torch.float32 if train else dtype
-    planned = plan_model(spec, images, regions, words, train, plan_dtype, on_gpu=device.startswith("cuda"))
-    model = build(spec, device, weights=False)
-    model = model.to(dtype=torch.float32 if train else dtype)
+    weight_dtype = torch.float32 if training else dtype
+    plan = plan_model(
+        spec,
+        batch_size,
+        regions_per_image,
+        max_new_tokens,
+        training,
+        weight_dtype,
+        on_gpu=device.startswith("cuda"),
+    )
+    model = build(spec, device, weights=False).to(dtype=weight_dtype)
     static_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    static_bytes += 8 * planned.trainable_parameters if train else 0  # optimizer state of AdamW
-    pixels, prompts = make_random_inputs(model, images, regions)
-    run_step = run_training_step if train else run_captioning
-    allocated_bytes = measure_peak_allocation(lambda: run_step(model, pixels, prompts, words), torch.device(device))
+    static_bytes += 8 * plan.trainable_parameters if training else 0  # optimizer state of AdamW
+    pixels, prompts = make_random_inputs(model, batch_size, regions_per_image)
+    run_step = run_training_step if training else run_captioning
+    allocated_bytes = measure_peak_allocation(
+        lambda: run_step(model, pixels, prompts, max_new_tokens), torch.device(device)
+    )
     model.zero_grad()
     with FlopCounterMode(display=False) as counter:
-        run_step(model, pixels, prompts, words)
+        run_step(model, pixels, prompts, max_new_tokens)
     return {
-        "model": planned.model,
-        "images": images,
-        "regions": regions,
-        "words": words,
-        "train": train,
-        "dtype": planned.dtype,
-        "parameters": [sum(planned.parameters.values()), sum(p.numel() for p in model.parameters())],
-        "flops": [sum(planned.flops.values()), counter.get_total_flops()],
-        "memory": [planned.peak_memory, static_bytes + pixels.nbytes + allocated_bytes],
+        "model": plan.model,
+        "batch_size": batch_size,
+        "regions_per_image": regions_per_image,
+        "max_new_tokens": max_new_tokens,
+        "training": training,
+        "dtype": plan.dtype,
+        "parameters": [sum(plan.parameters.values()), sum(p.numel() for p in model.parameters())],
+        "flops": [sum(plan.flops.values()), counter.get_total_flops()],
+        "memory": [plan.peak_memory, static_bytes + pixels.nbytes + allocated_bytes],
     }
 
 
-def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+def run_job(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Compare one model as a launcher job; `config` contains `model` and the options of `compare_plan`."""
     options = {key: value for key, value in config.items() if key != "model"}
     options["dtype"] = getattr(torch, options["dtype"])
@@ -139,30 +148,35 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 def main() -> None:
     """Compare plans with measurements on the command line."""
-    parser = argparse.ArgumentParser(description="What sca plan says beside what a run takes.")
+    parser = argparse.ArgumentParser(description="Compare the estimates of sca plan with measurements.")
     parser.add_argument(
-        "models", nargs="*", default=FULL_SIZE_MODELS, help="encoder+mixer+language-model (default: six of real size)"
+        "models",
+        nargs="*",
+        default=FULL_SIZE_MODELS,
+        help="Models: encoder+mixer+language-model. Defaults to six full-size models.",
     )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--regions", type=int, default=16)
-    parser.add_argument("--words", type=int, default=8)
-    parser.add_argument("--train", action="store_true", help="also a step of training")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="Time budget; no model is started after it.")
-    parser.add_argument("--out", type=Path, help="a JSON file for the rows")
+    parser.add_argument("--device", default="cpu", help="Device: cpu or cuda.")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="Data type.")
+    parser.add_argument("--regions-per-image", type=int, default=16, help="Regions per image.")
+    parser.add_argument("--max-new-tokens", type=int, default=8, help="Tokens per caption.")
+    parser.add_argument("--train", action="store_true", help="Also measure a training step.")
+    parser.add_argument("--time-budget", type=float, default=math.inf, help="Seconds after which no model starts.")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows.")
     args = parser.parse_args()
     rows, start = [], time.monotonic()
-    print("| model | what | memory, planned : measured | operations, planned : measured |\n| --- | --- | ---: | ---: |")
+    print(
+        "| model | workload | memory, estimated / measured | FLOPs, estimated / measured |\n| --- | --- | ---: | ---: |"
+    )
     for model_name in args.models:
-        for train in (False, True) if args.train else (False,):
-            if time.monotonic() - start >= args.seconds:
+        for training in (False, True) if args.train else (False,):
+            if time.monotonic() - start >= args.time_budget:
                 break
             spec, dtype = ModelSpec.parse(model_name), getattr(torch, args.dtype)
-            row = compare_plan(spec, 1, args.regions, args.words, train, args.device, dtype)
+            row = compare_plan(spec, 1, args.regions_per_image, args.max_new_tokens, training, args.device, dtype)
             rows.append(row)
-            mode = "training" if train else "captioning"
+            workload = "training" if training else "captioning"
             ratios = [f"{row[quantity][0] / row[quantity][1]:.3f}" for quantity in ("memory", "flops")]
-            print(f"| {row['model']} | {mode} | {' | '.join(ratios)} |", flush=True)
+            print(f"| {row['model']} | {workload} | {' | '.join(ratios)} |", flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         content = {**collect_environment(args.device), "rows": rows}

@@ -12,8 +12,8 @@ tiny         64 regions of sca-tiny in one batch next to one at a time
 everything   captions of an image, estimated from stage times: published for all 1,024 points, with one encoder pass
              per 64 points; ours for the 100 regions that remain
 
-On a GPU the published procedure may take a minute where ours takes a second. `beside` limits the regions that it
-captions; the comparison is then between rates.
+On a GPU the published procedure may take a minute where ours takes a second. `published_regions` limits the
+regions that it captions; the comparison is then between rates.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sca_bench.timing import make_random_inputs, make_training_batch, synchroniz
 from sca_bench.worker import run_measurement
 
 PUBLISHED_REGIONS_PER_CALL, MAX_NEW_TOKENS, REGIONS_PER_STEP, NUM_GRID_POINTS, NUM_KEPT_REGIONS = 8, 20, 16, 1024, 100
-RatioRow = tuple[str, str, float, float, str]  # quantity, unit, ours, published or other, note
+RatioRow = tuple[str, str, float, float, str]  # quantity, unit, ours, reference (published or other), note
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,24 @@ class ComparisonSettings:
     Args:
         encoder: Name of a SAM encoder.
         language_model: Name of a language model.
-        images: Images per batch.
-        regions: Regions per image.
-        beside: Regions captioned with the published procedure; 0 for all.
-        repeats: Repeats of each procedure after a warm-up; the fastest counts.
+        batch_size: Images per batch.
+        regions_per_image: Regions per image.
+        published_regions: Regions captioned with the published procedure; 0 for all.
+        num_repeats: Repeats of each procedure after a warm-up; the fastest counts.
         device: A torch device.
         dtype: Data type of the weights and activations.
-        seconds: Time budget; no comparison starts after it.
+        time_budget: Seconds after which no comparison starts.
     """
 
     encoder: str | Mapping[str, Any] = "sam-vit-b"
     language_model: str | Mapping[str, Any] = "gpt2"
-    images: int = 1
-    regions: int = 32
-    beside: int = 0
-    repeats: int = 3
+    batch_size: int = 1
+    regions_per_image: int = 32
+    published_regions: int = 0
+    num_repeats: int = 3
     device: str = "cpu"
     dtype: str = "float32"
-    seconds: float = math.inf
+    time_budget: float = math.inf
 
     def prepare_model(self, model: SegmentCaptioner) -> SegmentCaptioner:
         """Move a model to the device and data type, in eval mode."""
@@ -114,7 +114,7 @@ def use_published_procedure(model: SegmentCaptioner) -> Iterator[None]:
 def time_alternately(settings: ComparisonSettings, *functions: Callable[[], Any]) -> list[float]:
     """Return the minimum seconds of each function. They run alternately; the first round is a warm-up."""
     seconds: list[list[float]] = [[] for _ in functions]
-    for repeat in range(settings.repeats + 1):
+    for repeat in range(settings.num_repeats + 1):
         for function, function_seconds in zip(functions, seconds, strict=True):
             synchronize(settings.device)
             start = time.perf_counter()
@@ -153,9 +153,9 @@ def generate_ids(
 
 def compare_captioning(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
     """Compare captioning throughput, with and without encoding."""
-    num_images, num_regions = settings.images, settings.regions
+    num_images, num_regions = settings.batch_size, settings.regions_per_image
     pixels, prompts = make_random_inputs(model, num_images, num_regions)
-    published_prompts = prompts[: settings.beside or None]
+    published_prompts = prompts[: settings.published_regions or None]
     num_captions, num_published_captions = len(prompts), len(published_prompts)
     num_published_images = int(published_prompts.image_index[-1]) + 1
     token_ids: dict[str, Tensor] = {}
@@ -181,7 +181,7 @@ def compare_captioning(model: SegmentCaptioner, settings: ComparisonSettings) ->
     share_identical = float(
         (token_ids["ours"][:num_published_captions] == token_ids["published"]).all(dim=1).float().mean()
     )
-    note = f"{num_images} x {num_regions} regions beside {num_published_captions}; identical ids: {share_identical:.1%}"
+    note = f"{num_images} x {num_regions} regions, {num_published_captions} published; identical: {share_identical:.1%}"
     published_total_seconds = published_seconds + encoding_seconds * num_published_images / num_images
     return [
         (
@@ -192,7 +192,7 @@ def compare_captioning(model: SegmentCaptioner, settings: ComparisonSettings) ->
             note,
         ),
         (
-            "captions, encoding included",
+            "captions, including encoding",
             "regions/s",
             num_captions / (seconds + encoding_seconds),
             num_published_captions / published_total_seconds,
@@ -228,8 +228,14 @@ def compare_training(model: SegmentCaptioner, settings: ComparisonSettings) -> l
     model.eval()
     note = f"{REGIONS_PER_STEP} regions, forward and backward"
     return [
-        ("a step of training, features kept", "steps/s", 1 / cached_seconds, 1 / published_seconds, note),
-        ("the same with and without features kept", "steps/s", 1 / cached_seconds, 1 / uncached_seconds, "ours both"),
+        ("training step, cached features", "steps/s", 1 / cached_seconds, 1 / published_seconds, note),
+        (
+            "training step, with vs. without cached features",
+            "steps/s",
+            1 / cached_seconds,
+            1 / uncached_seconds,
+            "both ours",
+        ),
     ]
 
 
@@ -252,8 +258,8 @@ def compare_mixers(settings: ComparisonSettings) -> list[RatioRow]:
                 )
         seconds_64, seconds_1, query_seconds = time_alternately(settings, *mix_functions)
     return [
-        ("mix stage, resampler beside query", "regions/s", 64 / seconds_64, 64 / query_seconds, "64 regions"),
-        ("mix stage of resampler, 64 regions beside 1", "seconds", seconds_64, seconds_1, "linear would be 64"),
+        ("mix stage, resampler vs. query", "regions/s", 64 / seconds_64, 64 / query_seconds, "64 regions"),
+        ("mix stage of resampler, 64 regions vs. 1", "seconds", seconds_64, seconds_1, "64 if linear"),
     ]
 
 
@@ -274,7 +280,7 @@ def compare_batching(settings: ComparisonSettings) -> list[RatioRow]:
 
     together_seconds, loop_seconds = time_alternately(settings, caption_together, caption_one_by_one)
     note = f"64 regions; same captions: {texts['ours'] == texts['loop']}"
-    return [("sca-tiny, all at once beside a loop", "regions/s", 64 / together_seconds, 64 / loop_seconds, note)]
+    return [("sca-tiny, one batch vs. a loop", "regions/s", 64 / together_seconds, 64 / loop_seconds, note)]
 
 
 def compare_everything(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
@@ -301,11 +307,11 @@ def compare_everything(model: SegmentCaptioner, settings: ComparisonSettings) ->
     published_total_seconds = NUM_GRID_POINTS / 64 * encode_seconds + NUM_GRID_POINTS * published_seconds / 16
     return [
         (
-            "everything in an image (estimated)",
+            "everything mode (estimated)",
             "images/s",
             1 / total_seconds,
             1 / published_total_seconds,
-            f"{NUM_KEPT_REGIONS} of {NUM_GRID_POINTS} left",
+            f"{NUM_KEPT_REGIONS} of {NUM_GRID_POINTS} regions kept",
         )
     ]
 
@@ -327,7 +333,7 @@ def choose_parts(names: Sequence[str]) -> list[str]:
     """
     for name in names:
         if name not in COMPARISON_PARTS:
-            raise make_unknown_name_error(f"no part {name!r}", name, COMPARISON_PARTS)
+            raise make_unknown_name_error(f"unknown part {name!r}", name, COMPARISON_PARTS)
     return [part for part in COMPARISON_PARTS if part in names or not names]
 
 
@@ -347,30 +353,30 @@ def run_comparisons(parts: Sequence[str], settings: ComparisonSettings) -> Itera
         "everything": lambda: compare_everything(model, settings),
     }
     for part in parts:
-        if time.monotonic() - start < settings.seconds:
+        if time.monotonic() - start < settings.time_budget:
             yield from comparisons[part]()
 
 
 def convert_row_to_dict(row: RatioRow) -> dict[str, Any]:
     """Return a row as plain values."""
-    return dict(zip(("what", "unit", "ours", "published", "note"), row, strict=True))
+    return dict(zip(("quantity", "unit", "ours", "reference", "note"), row, strict=True))
 
 
 def print_table(rows: Iterable[RatioRow]) -> list[RatioRow]:
     """Print a Markdown table row by row as it is measured, and return the rows."""
-    print("| quantity | unit | ours | published | ratio | |\n| --- | --- | ---: | ---: | ---: | --- |")
+    print("| quantity | unit | ours | reference | ratio (x) | |\n| --- | --- | ---: | ---: | ---: | --- |")
     measured_rows = []
     for row in rows:
-        quantity, unit, ours, published_value, note = row
+        quantity, unit, ours, reference, note = row
         print(
-            f"| {quantity} | {unit} | {ours:.4g} | {published_value:.4g} | {ours / published_value:.2f} | {note} |",
+            f"| {quantity} | {unit} | {ours:.4g} | {reference:.4g} | {ours / reference:.2f} | {note} |",
             flush=True,
         )
         measured_rows.append(row)
     return measured_rows
 
 
-def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+def run_job(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Run comparisons as a launcher job; `config` contains `parts` and the fields of `ComparisonSettings`."""
     options = dict(config)
     parts = options.pop("parts", ())

@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sca.io.text import escape_markdown, format_csv
+from sca.io.score_format import PRINT_FACTOR, format_interval, format_score
+from sca.io.text import escape_markdown, format_count, format_csv
 from sca.output.colors import REGION_COLORS
 from sca.output.html_page import render_template
-from sca_bench.row_states import ROW_STATES
+from sca_bench.store import ROW_STATES
 from sca_bench.summary import (
     CombinationSummary,
     choose_quality_score,
     find_pareto_front,
-    find_shared_parts,
+    find_shared_components,
     find_varying_settings,
     summarize_rows,
 )
@@ -22,16 +23,8 @@ from sca_bench.timing import STAGES
 
 CHART_WIDTH, CHART_HEIGHT, CHART_MARGIN = 560, 320, 48  # pixels
 NUMERIC_COLUMNS = (
-    *(
-        "seeds",
-        "parameters, M",
-        "trained, M",
-        "GFLOP encode",
-        "GFLOP the rest",
-        "score",
-        "95 % interval",
-    ),
-    *("over seeds", "first caption, ms", "regions/s", "step, ms", "memory, GiB"),
+    *("seeds", "params (M)", "trainable (M)", "encoder GFLOPs", "other GFLOPs", "score", "95% CI", "std over seeds"),
+    *("time to first token (ms)", "regions/s", "training step (ms)", "memory (GiB)"),
 )
 
 
@@ -55,7 +48,7 @@ class StageBars(NamedTuple):
 
 
 def render_sweep_page(rows: Sequence[Mapping[str, Any]], title: str, score_name: str | None = None) -> str:
-    """Render a self-contained HTML page.
+    """Render a self-contained HTML page, with scores times 100.
 
     Args:
         rows: Rows of the results file.
@@ -68,7 +61,7 @@ def render_sweep_page(rows: Sequence[Mapping[str, Any]], title: str, score_name:
     score_name = score_name or choose_quality_score(rows)
     summaries = summarize_rows(rows, score_name)
     text_columns, numeric_columns = _build_columns(summaries, score_name)
-    quality_note = f"quality: {score_name}" if score_name else "without scores"
+    quality_note = f"score: {score_name}, times 100" if score_name else "no scores"
     charts = (
         _build_speed_chart(summaries, score_name),
         _build_memory_chart(summaries, score_name),
@@ -94,7 +87,7 @@ def render_sweep_page(rows: Sequence[Mapping[str, Any]], title: str, score_name:
 
 
 def render_markdown(rows: Sequence[Mapping[str, Any]], score_name: str | None = None) -> str:
-    """Render a Markdown table, followed by the rows that did not finish.
+    """Render a Markdown table with scores times 100, followed by the rows that did not finish.
 
     Args:
         rows: Rows of the results file.
@@ -116,7 +109,7 @@ def render_markdown(rows: Sequence[Mapping[str, Any]], score_name: str | None = 
         f"- {escape_markdown(row['label'])}: {escape_markdown(row['state'])}. {escape_markdown(row['reason'])}"
         for row in _list_unfinished_rows(rows)
     ]
-    score_note = f"Score: {escape_markdown(score_name)}; " if score_name else ""
+    score_note = f"Score: {escape_markdown(score_name)}; scores times 100; " if score_name else ""
     markdown_lines += [
         *_render_speed_table(summarize_rows(rows, score_name)),
         "",
@@ -145,12 +138,8 @@ def _build_columns(
         else {}
     )
     names = dict.fromkeys(name for summary in summaries for name in summary.scores if name != score_name)
-    numeric_columns |= {name: [_format_score(summary.scores.get(name)) for summary in summaries] for name in names}
+    numeric_columns |= {name: [format_score(summary.scores.get(name)) for summary in summaries] for name in names}
     return text_columns, numeric_columns or {name: [] for name in NUMERIC_COLUMNS}
-
-
-def _format_score(value: float | None) -> str:
-    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def _render_speed_table(summaries: Sequence[CombinationSummary]) -> list[str]:
@@ -159,8 +148,12 @@ def _render_speed_table(summaries: Sequence[CombinationSummary]) -> list[str]:
     if not timed_summaries:
         return []
     region_counts = sorted({num_regions for summary in timed_summaries for num_regions in summary.regions_per_second})
-    headings = [*(f"at {num_regions}" for num_regions in region_counts), *(f"{stage}, ms" for stage in STAGES)]
-    markdown_lines = ["", "Regions a second by regions an image, and the stages at the most of them:", ""]
+    headings = [*(format_count(count, "region") for count in region_counts), *(f"{stage} (ms)" for stage in STAGES)]
+    markdown_lines = [
+        "",
+        "Regions per second by regions per image, and time per stage at the largest number of regions:",
+        "",
+    ]
     axes = find_varying_settings([summary.config for summary in timed_summaries]) or {
         "combination": [summary.label for summary in timed_summaries]
     }
@@ -173,7 +166,7 @@ def _render_speed_table(summaries: Sequence[CombinationSummary]) -> list[str]:
 
 
 def render_csv(rows: Sequence[Mapping[str, Any]], score_name: str | None = None) -> str:
-    """Render CSV with one line per row, including every score and timing.
+    """Render CSV with one line per row, including every timing and raw score.
 
     Args:
         rows: Rows of the results file.
@@ -186,38 +179,39 @@ def render_csv(rows: Sequence[Mapping[str, Any]], score_name: str | None = None)
     score_names = sorted({each["name"] for row in rows for each in row.get("scores") or () if each["control"] is None})
     sorted_rows = sorted(rows, key=lambda row: (row["label"], row["key"]))
     axes = find_varying_settings([row["config"] for row in sorted_rows])
-    columns = ["key", "label", *axes, "state", "reason", "seed", "parameters", "trainable", "memory", *score_names]
-    columns += ["regions", *STAGES, "first_caption", "regions_per_second", "training_step"]
+    columns = ["key", "label", *axes, "state", "reason", "seed", "parameters", "trainable_parameters"]
+    columns += ["estimated_memory", *score_names, "regions_per_image", *STAGES, "time_to_first_token"]
+    columns += ["regions_per_second", "training_step"]
     csv_rows: list[list[Any]] = [columns]
     for row, *axis_values in zip(sorted_rows, *axes.values(), strict=True):
         scores = {each["name"]: each["value"] for each in row.get("scores") or () if each["control"] is None}
         parameters, memory = row.get("parameters") or {}, row.get("memory") or {}
         row_values = [row["key"], row["label"], *axis_values, row["state"], row["reason"], row["config"]["seed"]]
-        row_values += [parameters.get("whole"), parameters.get("trainable"), memory.get("planned")]
+        row_values += [parameters.get("total"), parameters.get("trainable"), memory.get("estimated")]
         row_values += [scores.get(name) for name in score_names]
-        for point in row.get("curve") or [None]:
+        for point in row.get("throughput") or [None]:
             step_seconds = (row.get("training_step") or {}).get("median")
             timings = [None] * (3 + len(STAGES))
             if point:
-                timings = [point["regions"], *(point["stages"][stage]["median"] for stage in STAGES)]
-                timings += [point["first_caption"]["median"], point["regions_per_second"]]
+                timings = [point["regions_per_image"], *(point["stages"][stage]["median"] for stage in STAGES)]
+                timings += [point["time_to_first_token"]["median"], point["regions_per_second"]]
             csv_rows.append([*row_values, *timings, step_seconds])
     return format_csv(csv_rows)
 
 
 def _format_numeric_cells(summary: CombinationSummary) -> list[str]:
-    flops = {key: value for key, value in (summary.flops or {}).items() if key not in ("images", "regions", "words")}
+    flops = {key: value for key, value in (summary.flops or {}).items() if key in STAGES}
     other_flops = sum(flops.values()) - flops.get("encode", 0)
     return [
         str(len(summary.rows)),
         _format_in_unit(summary.parameters, 1e6),
-        _format_in_unit(summary.trainable, 1e6),
+        _format_in_unit(summary.trainable_parameters, 1e6),
         _format_in_unit(flops.get("encode"), 1e9),
         _format_in_unit(other_flops if flops else None, 1e9),
-        "" if summary.quality is None else f"{summary.quality:.3f}",
-        "" if summary.low is None or summary.high is None else f"{summary.low:.3f} to {summary.high:.3f}",
-        f"{min(summary.seed_scores):.3f} to {max(summary.seed_scores):.3f}" if len(summary.seed_scores) > 1 else "",
-        _format_in_unit(summary.first_caption, 1e-3),
+        format_score(summary.quality),
+        format_interval(summary.ci_low, summary.ci_high),
+        format_score(summary.seed_std),
+        _format_in_unit(summary.time_to_first_token, 1e-3),
         _format_in_unit(summary.max_regions_per_second, 1),
         _format_in_unit(summary.training_step, 1e-3),
         _format_in_unit(summary.memory, 2**30),
@@ -226,11 +220,11 @@ def _format_numeric_cells(summary: CombinationSummary) -> list[str]:
 
 def _find_below_best(summaries: Sequence[CombinationSummary]) -> set[int]:
     """Return the indices of combinations whose interval is entirely below that of the best."""
-    best_low = next((summary.low for summary in summaries if summary.low is not None), None)
+    best_low = next((summary.ci_low for summary in summaries if summary.ci_low is not None), None)
     return {
         index
         for index, summary in enumerate(summaries)
-        if best_low is not None and summary.high is not None and summary.high < best_low
+        if best_low is not None and summary.ci_high is not None and summary.ci_high < best_low
     }
 
 
@@ -266,7 +260,7 @@ def _build_scatter_chart(
     return Chart(
         f"{title}; dashed: Pareto front. Numbers: rows of the table in its initial order.",
         (format_x(low_x), format_x(high_x), x_label),
-        (f"{low_y:.3g}", f"{high_y:.3g}", y_label),
+        (f"{PRINT_FACTOR * low_y:.3g}", f"{PRINT_FACTOR * high_y:.3g}", y_label),
         [("pareto-front", [dots[n][1:] for n in sorted(front_indices, key=lambda n: points[n][1])])],
         dots,
         [(n, x + 7, y + 4) for n, x, y in dots],
@@ -325,13 +319,13 @@ def _describe_environments(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
         if (each := row.get("environment"))
     }
-    shared_parts = find_shared_parts([row["config"] for row in rows])
+    shared_components = find_shared_components([row["config"] for row in rows])
     shared_text = (
-        f"in every row: {', '.join(f'{name} {value}' for name, value in shared_parts.items())}; "
-        if shared_parts
+        f"all rows: {', '.join(f'{name} {value}' for name, value in shared_components.items())}; "
+        if shared_components
         else ""
     )
-    return shared_text + ("; ".join(sorted(environments)) or "nothing was made")
+    return shared_text + ("; ".join(sorted(environments)) or "no finished rows")
 
 
 def _format_in_unit(value: float | None, unit: float) -> str:

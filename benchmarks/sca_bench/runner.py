@@ -37,7 +37,7 @@ def run_sweep(
     retry_states: tuple[str, ...] = (),
     force: bool = False,
     report: Callable[[str], None] = print,
-    budget_seconds: float = math.inf,
+    time_budget: float = math.inf,
     order: str = "cheapest",
 ) -> SweepStatus:
     """Run the missing rows of a sweep and append each to `folder/results.jsonl` when it finishes.
@@ -51,7 +51,7 @@ def run_sweep(
         retry_states: States whose rows run again.
         force: Run rows that are predicted to exceed memory.
         report: Called with one line per event.
-        budget_seconds: Seconds after which no row starts; rows that are stopped stay missing.
+        time_budget: Seconds after which no row starts; rows that are stopped stay missing.
         order: Order of the rows, see `Sweep.list_rows`.
 
     Returns:
@@ -62,7 +62,7 @@ def run_sweep(
         LockedError: Another process writes to the folder.
         OutputError: The folder cannot be written.
     """
-    deadline = time.time() + budget_seconds
+    deadline = time.time() + time_budget
     built_launcher = sca_registry.launchers.build(launcher, **(launcher_options or {}))
     store = ResultStore(folder)
     with store.lock() as repairs:
@@ -80,7 +80,7 @@ def run_sweep(
         tasks = [
             Task(
                 key,
-                "sca_bench.worker:work",
+                "sca_bench.worker:run_row",
                 {**row.config, **({"force": True} if force else {})},
                 str(store.make_row_folder(key)),
                 timeout,
@@ -92,24 +92,23 @@ def run_sweep(
         ]
         overhead_seconds: list[float] = []
         if finished_keys & rows.keys():
-            report(f"{len(finished_keys & rows.keys())} of {len(rows)} rows are there already")
+            report(f"{len(finished_keys & rows.keys())} of {len(rows)} rows are finished already")
         for number, (task, result) in enumerate(built_launcher.run_tasks(tasks), 1):
             row = rows[task.key]
             store.append(
                 {"key": task.key, "label": row.label, "sweep": sweep.name, "config": dict(row.config), **result}
             )
-            more = (
+            suffix = (
                 f" ({result['reason']:.200})"
                 if result["reason"]
                 else f" in {result['seconds'].get('process', 0):.1f} s"
             )
-            report(f"{number} of {len(tasks)}: {row.label}: {result['state']}{more}")
-            if "whole" in result["seconds"]:
-                overhead_seconds.append(result["seconds"]["process"] - result["seconds"]["whole"])
+            report(f"{number} of {len(tasks)}: {row.label}: {result['state']}{suffix}")
+            if "total" in result["seconds"]:
+                overhead_seconds.append(result["seconds"]["process"] - result["seconds"]["total"])
         if overhead_seconds:
             report(
-                f"a row took {median(overhead_seconds):.2f} s beyond its own work "
-                f"(the median of {len(overhead_seconds)})"
+                f"process overhead: {median(overhead_seconds):.2f} s per row (median of {len(overhead_seconds)} rows)"
             )
     return read_sweep_status(sweep, folder)
 

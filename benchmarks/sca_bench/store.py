@@ -19,6 +19,17 @@ from sca.io.journal import Journal, encode_lines, read_journal
 from sca.io.run_folder import RunFolder
 
 RESULTS_NAME = "results.jsonl"
+ROW_STATES = {
+    "done": "trained, evaluated and timed",
+    "incompatible": "the components are incompatible",
+    "skipped": "the estimated memory exceeds the available memory",
+    "out-of-memory": "out of memory",
+    "timed-out": "exceeded the timeout",
+    "crashed": "the process was ended by a signal that it caused, or without a result",
+    "non-finite": "a weight or a loss is NaN or infinite",
+    "import-error": "an import failed",
+    "failed": "any other error",
+}
 
 
 class ResultStore:
@@ -40,7 +51,7 @@ class ResultStore:
         rows: dict[str, dict[str, Any]] = {}
         for number, row in enumerate(read_journal(self.path), 1):
             if "key" not in row:
-                raise InputError(f"{self.path}, line {number}, is no row: move the file away, or remove the line")
+                raise InputError(f"{self.path}, line {number}, is not a row; remove the line, or move the file")
             rows.setdefault(row["key"], row)
         return list(rows.values())
 
@@ -79,4 +90,4 @@ class ResultStore:
             return []
         with Journal(self.path) as journal:
             dropped = journal.dropped_bytes
-        return [f"{self.path} ended in the middle of a line; its row is made again"] if dropped else []
+        return [f"{self.path} ends with an incomplete line; its row runs again"] if dropped else []

@@ -6,38 +6,38 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
-from sca_bench.sweep import PART_KINDS
+from sca_registry.overrides import MODEL_COMPONENTS
 
-QUALITY_SCORES = ("cider-d", "attributes/all", "meteor", "class/count", "mask-iou/mean", "densecap-map")
+QUALITY_SCORES = ("cider-d", "attributes/all", "meteor", "class/accuracy", "mask-iou/mean", "densecap-map")
 
 
 @dataclass(frozen=True)
 class CombinationSummary:
     """Results of one combination over its seeds; None where nothing was measured.
 
-    `quality` is the mean score over seeds. `low` and `high` are the outermost bounds of the 95 % bootstrap intervals
-    over images. `seed_scores` contains the score of each seed, and `scores` the mean of every score over seeds, with
-    controls as "NAME, CONTROL".
+    `quality` is the mean score over seeds. `ci_low` and `ci_high` are the outermost bounds of the 95% bootstrap
+    intervals over images. `seed_scores` contains the score of each seed, and `scores` the mean of every score over
+    seeds, with controls as "NAME, CONTROL".
     """
 
     label: str
     rows: Sequence[Mapping[str, Any]]
     parameters: int | None
-    trainable: int | None
-    flops: Mapping[str, float] | None  # by stage, for the planned regions and tokens
+    trainable_parameters: int | None
+    flops: Mapping[str, float] | None  # by stage, for the largest number of regions
     quality: float | None
-    low: float | None
-    high: float | None
+    ci_low: float | None
+    ci_high: float | None
     seed_scores: tuple[float, ...]
     scores: Mapping[str, float]
     regions_per_second: Mapping[int, float]  # regions per image -> regions per second, image encoding included
     stages: Mapping[str, float]  # seconds by stage at the largest number of regions
-    first_caption: float | None  # seconds at the smallest number of regions
+    time_to_first_token: float | None  # seconds at the smallest number of regions
     training_step: float | None  # seconds
-    memory: int | None  # bytes: peak of the device, else as planned
+    memory: int | None  # bytes: measured peak while captioning, else as estimated
     command: str
 
     @classmethod
@@ -51,35 +51,38 @@ class CombinationSummary:
             if (each["name"], each["control"]) == (score_name, None)
         ]
         values = [each["value"] for each in scores if each["value"] is not None]
-        bounds = [(each["low"], each["high"]) for each in scores if each["low"] is not None]
-        throughput_curves = [row["curve"] for row in rows if row.get("curve")]
-        region_counts = sorted({point["regions"] for curve in throughput_curves for point in curve})
+        bounds = [(each["ci_low"], each["ci_high"]) for each in scores if each["ci_low"] is not None]
+        throughput_curves = [row["throughput"] for row in rows if row.get("throughput")]
+        region_counts = sorted({point["regions_per_image"] for curve in throughput_curves for point in curve})
         largest_points = [
-            point for curve in throughput_curves for point in curve if point["regions"] == region_counts[-1]
+            point for curve in throughput_curves for point in curve if point["regions_per_image"] == region_counts[-1]
         ]
         smallest_points = [
-            point for curve in throughput_curves for point in curve if point["regions"] == region_counts[0]
+            point for curve in throughput_curves for point in curve if point["regions_per_image"] == region_counts[0]
         ]
         step_seconds = [row["training_step"]["median"] for row in rows if row.get("training_step")]
         memory_bytes = [
-            row["memory"].get("answering") or row["memory"].get("planned") for row in rows if row.get("memory")
+            row["memory"].get("captioning") or row["memory"].get("estimated") for row in rows if row.get("memory")
         ]
         memory_bytes = [each for each in memory_bytes if each is not None]
         parameters = first.get("parameters") or {}
         return cls(
             label=first["label"].rpartition(" seed=")[0],
             rows=rows,
-            parameters=parameters.get("whole"),
-            trainable=parameters.get("trainable"),
+            parameters=parameters.get("total"),
+            trainable_parameters=parameters.get("trainable"),
             flops=first.get("flops"),
-            quality=mean(values) if values else None,
-            low=min(low for low, _ in bounds) if bounds else None,
-            high=max(high for _, high in bounds) if bounds else None,
+            quality=average_scores(values) if values else None,
+            ci_low=min(low for low, _ in bounds) if bounds else None,
+            ci_high=max(high for _, high in bounds) if bounds else None,
             seed_scores=tuple(values),
             scores=_average_scores(rows),
             regions_per_second={
                 regions: median(
-                    p["regions_per_second"] for curve in throughput_curves for p in curve if p["regions"] == regions
+                    p["regions_per_second"]
+                    for curve in throughput_curves
+                    for p in curve
+                    if p["regions_per_image"] == regions
                 )
                 for regions in region_counts
             },
@@ -87,7 +90,7 @@ class CombinationSummary:
                 stage: median(point["stages"][stage]["median"] for point in largest_points)
                 for stage in (largest_points[0]["stages"] if largest_points else ())
             },
-            first_caption=median(point["first_caption"]["median"] for point in smallest_points)
+            time_to_first_token=median(point["time_to_first_token"]["median"] for point in smallest_points)
             if smallest_points
             else None,
             training_step=median(step_seconds) if step_seconds else None,
@@ -99,6 +102,11 @@ class CombinationSummary:
     def config(self) -> Mapping[str, Any]:
         """Configuration of the first row."""
         return self.rows[0]["config"]
+
+    @property
+    def seed_std(self) -> float | None:
+        """Sample standard deviation of the score over seeds; None for a single seed."""
+        return stdev(self.seed_scores) if len(self.seed_scores) > 1 else None
 
     @property
     def max_regions_per_second(self) -> float | None:
@@ -138,11 +146,11 @@ def find_varying_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, lis
     return {name: column for name, column in columns.items() if len(set(column)) > 1}
 
 
-def find_shared_parts(configs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def find_shared_components(configs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the components that are the same in all configurations."""
     tables = [_list_settings(config) for config in configs]
-    parts = {name: {table.get(name, "") for table in tables} for name in PART_KINDS}
-    return {name: value for name, values in parts.items() for value in values if len(values) == 1 and value}
+    components = {name: {table.get(name, "") for table in tables} for name in MODEL_COMPONENTS}
+    return {name: value for name, values in components.items() for value in values if len(values) == 1 and value}
 
 
 def _list_settings(config: Mapping[str, Any]) -> dict[str, str]:
@@ -174,7 +182,13 @@ def _average_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for score in (score for row in rows for score in row.get("scores") or ()):
         if score["value"] is not None:
             values.setdefault(format_score_name(score), []).append(score["value"])
-    return {name: mean(each) for name, each in values.items()}
+    return {name: average_scores(each) for name, each in values.items()}
+
+
+def average_scores(values: Sequence[float]) -> float:
+    """Return the mean of scores; the mean of counts is rounded to a count."""
+    average = mean(values)
+    return round(average) if all(isinstance(value, int) for value in values) else average
 
 
 def find_pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -4,7 +4,7 @@ A sweep is a TOML file, bundled in `benchmarks/sweeps` or your own:
 
     summary = "what is compared"
     seeds = [0, 1, 2]
-    threads = 1               # CPU threads per row; 0: the cores divided among the workers
+    num_threads = 1           # CPU threads per row; 0: the cores divided among the workers
 
     [model]                   # a ModelSpec shared by all rows
     encoder = "tiny-vit"
@@ -20,16 +20,17 @@ A sweep is a TOML file, bundled in `benchmarks/sweeps` or your own:
     [evaluate]                # optional: dataset, prompt type and metrics
     dataset = { name = "scenes", num_images = 20 }
     split = "val"
-    prompt = "box"
+    prompt_type = "box"
     metrics = ["attributes", "mask-iou"]
 
-    [measure]                 # optional: timing
-    regions = [1, 8, 64]      # regions per image
-    words = 16                # tokens per caption
-    repeats = 5
+    [benchmark]               # optional: timing
+    batch_size = 1            # images
+    regions_per_image = [1, 8, 64]
+    max_new_tokens = 16       # tokens per caption
+    num_repeats = 5
     dtype = "float32"
-    training = true           # also time a training step
-    plan = true               # predict memory and operations first; takes seconds per row
+    training_step = true      # also time a training step
+    plan = true               # estimate memory and FLOPs first; takes seconds per row
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from typing import Any
 
 from sca_registry import RegistryError, get_registry
 from sca_registry.errors import make_unknown_name_error
-from sca_registry.overrides import SHORTHAND_KEYS
+from sca_registry.overrides import MODEL_COMPONENTS, SHORTHAND_KEYS
 from sca_registry.spec import ComponentSpec, ModelSpec, check_generation
 
 from sca.devices import DTYPES
@@ -57,12 +58,13 @@ from sca.training.recipe import MAX_SEED, Recipe, TrainOptions
 SECTION_KEYS = {
     "train": (
         *("recipe", "steps", "batch_size", "learning_rate", "warmup_steps"),
-        *("max_regions", "captions_per_region", "precision", "prompts", "num_workers"),
+        *("max_regions", "captions_per_region", "precision", "prompt_weights", "num_workers"),
     ),
-    "evaluate": ("dataset", "split", "prompt", "tasks", "metrics", "limit", "batch_size", "generation"),
-    "measure": ("regions", "words", "repeats", "dtype", "training", "images", "plan"),
+    "evaluate": ("dataset", "split", "prompt_type", "tasks", "metrics", "max_images", "batch_size", "generation"),
+    "benchmark": (
+        *("batch_size", "regions_per_image", "max_new_tokens", "num_repeats", "dtype", "training_step", "plan"),
+    ),
 }
-PART_KINDS = ("encoder", "segmenter", "mixer", "language_model")
 ROW_ORDERS = ("cheapest", "listed")
 MAX_ROWS = 10_000  # a week at one minute per row
 
@@ -71,7 +73,7 @@ MAX_ROWS = 10_000  # a week at one minute per row
 class SweepRow:
     """One row of a sweep as plain values; its key is a hash of them."""
 
-    config: Mapping[str, Any]  # model, train, evaluate, measure, seed, threads, device
+    config: Mapping[str, Any]  # model, train, evaluate, benchmark, seed, num_threads, device
 
     @property
     def key(self) -> str:
@@ -98,18 +100,18 @@ class SweepRow:
     def label(self) -> str:
         """Components, their options and the seed, for display."""
         model = self.config["model"]
-        parts = [_format_part(model[kind]) for kind in PART_KINDS if model.get(kind)]
+        components = [_format_component(model[kind]) for kind in MODEL_COMPONENTS if model.get(kind)]
         suffixes = [f"lora={model['lora']['rank']}"] if model.get("lora") else []
-        return " ".join(["+".join(parts), *suffixes, f"seed={self.config['seed']}"])
+        return " ".join(["+".join(components), *suffixes, f"seed={self.config['seed']}"])
 
     @property
     def num_listed_parameters(self) -> int:
         """Parameters according to the component cards, used to run the cheapest rows first."""
         num_parameters = 0
-        for kind in PART_KINDS:
-            part = self.config["model"].get(kind)
-            if part and part["name"] in get_registry(kind):
-                num_parameters += get_registry(kind).get_card(part["name"]).parameters or 0
+        for kind in MODEL_COMPONENTS:
+            component = self.config["model"].get(kind)
+            if component and component["name"] in get_registry(kind):
+                num_parameters += get_registry(kind).get_card(component["name"]).parameters or 0
         return num_parameters
 
 
@@ -122,11 +124,11 @@ class Sweep:
         model: Fields of a ModelSpec shared by all rows.
         axes: Field of the model, or dotted option -> its values.
         seeds: Random seeds; each is a row of every combination.
-        threads: CPU threads per row; 0 divides the cores among the workers.
+        num_threads: CPU threads per row; 0 divides the cores among the workers.
         summary: One line for lists.
         train: Recipe and overrides, see the module docstring.
         evaluate: Evaluation options.
-        measure: Timing options.
+        benchmark: Timing options.
         device: A torch device.
     """
 
@@ -134,11 +136,11 @@ class Sweep:
     model: Mapping[str, Any]
     axes: Mapping[str, Sequence[Any]]
     seeds: Sequence[int] = (0,)
-    threads: int = 1
+    num_threads: int = 1
     summary: str = ""
     train: Mapping[str, Any] | None = None
     evaluate: Mapping[str, Any] | None = None
-    measure: Mapping[str, Any] | None = None
+    benchmark: Mapping[str, Any] | None = None
     device: str = field(default="cpu", kw_only=True)
 
     @classmethod
@@ -159,7 +161,7 @@ class Sweep:
         try:
             table = parse_toml(text)
         except ValueError as error:
-            raise RegistryError(f"the sweep {name} is not TOML: {error}") from error
+            raise RegistryError(f"the sweep {name} is not valid TOML: {error}") from error
         check_keys("a sweep", table, [each.name for each in fields(cls) if each.name not in ("name", "device")])
         table = {"model": {}, "axes": {}, **table}
         _check_fields(name, table)
@@ -179,7 +181,7 @@ class Sweep:
         if count > MAX_ROWS:
             axis_sizes = " x ".join(f"{axis} {size:,}" for axis, size in sizes.items())
             raise RegistryError(
-                f"the sweep {self.name} has {count:,} combinations ({axis_sizes}), at most {MAX_ROWS:,} are allowed; "
+                f"the sweep {self.name} has {count:,} combinations ({axis_sizes}), and the maximum is {MAX_ROWS:,}; "
                 "shorten an axis"
             )
 
@@ -201,15 +203,15 @@ class Sweep:
             for axis, value in zip(self.axes, values, strict=True):
                 _set_axis_value(model, axis, value)
             spec = ModelSpec.from_dict(model)
-            for kind in PART_KINDS:
-                part = getattr(spec, kind)
-                if part is not None:
-                    get_registry(kind).get_card(part.name)
+            for kind in MODEL_COMPONENTS:
+                component = getattr(spec, kind)
+                if component is not None:
+                    get_registry(kind).get_card(component.name)
             for seed in self.seeds:
                 config = {
                     "model": spec.to_dict(),
                     "seed": seed,
-                    "threads": self.threads,
+                    "num_threads": self.num_threads,
                     "device": self.device,
                     **{table: dict(value) for table in SECTION_KEYS if (value := getattr(self, table)) is not None},
                 }
@@ -230,7 +232,7 @@ def _read_sweep_text(name: str) -> tuple[str, str]:
         return (_get_sweeps_folder() / f"{name}.toml").read_text("utf-8"), name
     if name.endswith(".toml") and Path(name).is_file():
         return read_toml_text(Path(name)), Path(name).stem
-    raise make_unknown_name_error(f"no sweep named {name!r}, and no TOML file there", name, list_sweeps())
+    raise make_unknown_name_error(f"unknown sweep {name!r}, and no such TOML file", name, list_sweeps())
 
 
 def _check_fields(name: str, table: Mapping[str, Any]) -> None:
@@ -244,13 +246,13 @@ def _check_fields(name: str, table: Mapping[str, Any]) -> None:
     check_list("seeds", table.get("seeds", [0]), int, minimum=1)
     for seed in table.get("seeds", ()):
         check_range("seeds", seed, int, 0, MAX_SEED)
-    check_range("threads", table.get("threads", 1), int, 0)
+    check_range("num_threads", table.get("num_threads", 1), int, 0)
     for section, keys in SECTION_KEYS.items():
         check_keys(f"[{section}] of a sweep", table.get(section, {}), keys)
         for key, value in table.get(section, {}).items():
             SECTION_CHECKS[section](f"{section}.{key}", key, value)
     if "evaluate" in table and "dataset" not in table["evaluate"]:
-        raise RegistryError("[evaluate] of a sweep has no dataset: give dataset = { name = ..., ... }")
+        raise RegistryError("[evaluate] of a sweep has no dataset; add dataset = { name = ..., ... }")
 
 
 def _check_train_value(location: str, key: str, value: Any) -> None:
@@ -260,7 +262,7 @@ def _check_train_value(location: str, key: str, value: Any) -> None:
 def _check_evaluate_value(location: str, key: str, value: Any) -> None:
     if key == "dataset":
         ComponentSpec.from_dict(value, "dataset of evaluate")
-    elif key in ("limit", "batch_size"):
+    elif key in ("max_images", "batch_size"):
         check_range(location, value, int, 1)
     elif key in ("tasks", "metrics"):
         check_list(location, value, str, minimum=1)
@@ -271,14 +273,14 @@ def _check_evaluate_value(location: str, key: str, value: Any) -> None:
         check_type(location, value, str)
 
 
-def _check_measure_value(location: str, key: str, value: Any) -> None:
-    if key == "regions":
+def _check_benchmark_value(location: str, key: str, value: Any) -> None:
+    if key == "regions_per_image":
         check_list(location, value, int, minimum=1)
-        for regions in value:
-            check_range(location, regions, int, 1)
+        for count in value:
+            check_range(location, count, int, 1)
     elif key == "dtype":
         check_choice(location, value, DTYPES)
-    elif key in ("training", "plan"):
+    elif key in ("training_step", "plan"):
         check_type(location, value, bool)
     else:
         check_range(location, value, int, 1)
@@ -287,7 +289,7 @@ def _check_measure_value(location: str, key: str, value: Any) -> None:
 SECTION_CHECKS: dict[str, Callable[[str, str, Any], None]] = {
     "train": _check_train_value,
     "evaluate": _check_evaluate_value,
-    "measure": _check_measure_value,
+    "benchmark": _check_benchmark_value,
 }
 
 
@@ -302,7 +304,7 @@ def _set_axis_value(model: dict[str, Any], axis: str, value: Any) -> None:
         model[field_name] = value
         return
     part_table = model.get(field_name, {})
-    if field_name in PART_KINDS:
+    if field_name in MODEL_COMPONENTS:
         part_table = ComponentSpec.from_dict(part_table, field_name).to_dict()
     elif field_name in SHORTHAND_KEYS and not isinstance(part_table, Mapping):
         part_table = {SHORTHAND_KEYS[field_name]: part_table}
@@ -310,6 +312,8 @@ def _set_axis_value(model: dict[str, Any], axis: str, value: Any) -> None:
     model[field_name] = {**part_table, option: value}
 
 
-def _format_part(part: Mapping[str, Any]) -> str:
-    options = ",".join(f"{key}={value}" for key, value in part.items() if key != "name" and not isinstance(value, dict))
-    return part["name"] + (f"({options})" if options else "")
+def _format_component(component: Mapping[str, Any]) -> str:
+    options = ",".join(
+        f"{key}={value}" for key, value in component.items() if key != "name" and not isinstance(value, dict)
+    )
+    return component["name"] + (f"({options})" if options else "")

@@ -19,7 +19,8 @@ STAGES = ("encode", "segment", "mix", "prefill", "decode")
 
 def summarize_seconds(seconds: list[float]) -> dict[str, Any]:
     """Return the median, minimum and maximum of repeats in seconds."""
-    return {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds), "repeats": len(seconds)}
+    median = statistics.median(seconds)
+    return {"median": median, "min": min(seconds), "max": max(seconds), "num_repeats": len(seconds)}
 
 
 def make_random_inputs(model: SegmentCaptioner, num_images: int, num_regions: int) -> tuple[Tensor, PromptBatch]:
@@ -36,7 +37,7 @@ def make_random_inputs(model: SegmentCaptioner, num_images: int, num_regions: in
 
 @torch.inference_mode()
 def measure_stages(
-    model: SegmentCaptioner, num_images: int, num_regions: int, max_new_tokens: int, repeats: int
+    model: SegmentCaptioner, num_images: int, num_regions: int, max_new_tokens: int, num_repeats: int
 ) -> dict[str, Any]:
     """Time every stage of captioning.
 
@@ -48,7 +49,7 @@ def measure_stages(
         num_images: Images per batch.
         num_regions: Regions per image.
         max_new_tokens: Tokens per caption.
-        repeats: Repeats after a warm-up.
+        num_repeats: Repeats after a warm-up.
 
     Returns:
         Seconds by stage, in total and up to the first token, and the throughput.
@@ -57,7 +58,7 @@ def measure_stages(
     model.language_model._resolve_special_tokens = lambda: (0, [])
     clock, generate = _DeviceClock(pixels.device), model.language_model.generate
     repeat_seconds: list[dict[str, float]] = []
-    for repeat in range(repeats + 1):
+    for repeat in range(num_repeats + 1):
         stage_seconds = dict.fromkeys(STAGES, 0.0)
         features = clock.time_stage(stage_seconds, "encode", lambda: model.encode(pixels))
         prefixes, prepared_features = [], None
@@ -81,18 +82,18 @@ def measure_stages(
         if repeat:  # the first is a warm-up
             repeat_seconds.append(stage_seconds)
     total_seconds = [sum(run.values()) for run in repeat_seconds]
-    first_caption_seconds = [sum(run[stage] for stage in STAGES[:4]) for run in repeat_seconds]
+    first_token_seconds = [sum(run[stage] for stage in STAGES[:4]) for run in repeat_seconds]
     stage_timings = {stage: summarize_seconds([run[stage] for run in repeat_seconds]) for stage in STAGES}
     num_captions = num_images * num_regions
     return {
-        "images": num_images,
-        "regions": num_regions,
-        "words": max_new_tokens,
+        "batch_size": num_images,
+        "regions_per_image": num_regions,
+        "max_new_tokens": max_new_tokens,
         "stages": stage_timings,
-        "whole": summarize_seconds(total_seconds),
-        "first_caption": summarize_seconds(first_caption_seconds),
+        "total": summarize_seconds(total_seconds),
+        "time_to_first_token": summarize_seconds(first_token_seconds),
         "regions_per_second": num_captions / statistics.median(total_seconds),
-        "captions_per_second_encoded": num_captions
+        "regions_per_second_after_encoding": num_captions
         / statistics.median([w - r["encode"] for w, r in zip(total_seconds, repeat_seconds, strict=True)]),
     }
 
@@ -102,7 +103,7 @@ def measure_training_step(
     num_images: int,
     num_regions: int,
     num_tokens: int,
-    repeats: int,
+    num_repeats: int,
     use_cached_features: bool = False,
 ) -> dict[str, Any]:
     """Time a training step: forward, backward and AdamW over the trainable parameters, with one caption per region.
@@ -112,7 +113,7 @@ def measure_training_step(
         num_images: Images per batch.
         num_regions: Regions per image.
         num_tokens: Tokens per caption.
-        repeats: Repeats after a warm-up.
+        num_repeats: Repeats after a warm-up.
         use_cached_features: Compute the encoder features once, before the steps.
 
     Returns:
@@ -127,7 +128,7 @@ def measure_training_step(
     optimizer = torch.optim.AdamW(trainable_parameters)
     clock, seconds = _DeviceClock(pixels.device), []
     model.train()
-    for repeat in range(repeats + 1):
+    for repeat in range(num_repeats + 1):
         start = clock.read_time()
         optimizer.zero_grad()
         model(batch).loss.backward()
@@ -135,7 +136,12 @@ def measure_training_step(
         if repeat:
             seconds.append(clock.read_time() - start)
     model.eval()
-    return {"images": num_images, "regions": num_regions, "words": num_tokens, **summarize_seconds(seconds)}
+    return {
+        "batch_size": num_images,
+        "regions_per_image": num_regions,
+        "max_new_tokens": num_tokens,
+        **summarize_seconds(seconds),
+    }
 
 
 def make_training_batch(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, num_tokens: int) -> Batch:

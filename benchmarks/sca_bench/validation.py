@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sca_registry import RegistryError, datasets, get_registry
+from sca_registry.overrides import MODEL_COMPONENTS
 from sca_registry.spec import ComponentSpec, ModelSpec, check_generation
 
 from sca.data.summary import check_dataset_not_empty
@@ -14,7 +15,7 @@ from sca.evaluation.predictions import PromptingOptions
 from sca.evaluation.requirements import check_has_truth, check_metric_needs
 from sca.evaluation.scoring import check_metrics
 from sca.training.datasets import open_training_datasets, open_validation_dataset
-from sca_bench.sweep import PART_KINDS, Sweep, SweepRow
+from sca_bench.sweep import Sweep, SweepRow
 
 
 def check_rows(sweep: Sweep, rows: Iterable[SweepRow]) -> None:
@@ -33,10 +34,10 @@ def check_rows(sweep: Sweep, rows: Iterable[SweepRow]) -> None:
     checked_keys: set[str] = set()
     for row in rows:
         spec = ModelSpec.from_dict(row.config["model"])
-        for kind in PART_KINDS:
-            part = getattr(spec, kind)
-            if part is not None and _is_first_check(checked_keys, [kind, part.to_dict()]):
-                _check_component(kind, part)
+        for kind in MODEL_COMPONENTS:
+            component = getattr(spec, kind)
+            if component is not None and _is_first_check(checked_keys, [kind, component.to_dict()]):
+                _check_component(kind, component)
         evaluation_generation = (sweep.evaluate or {}).get("generation", {})
         for key, options in (("generation", spec.generation), ("evaluate.generation", evaluation_generation)):
             if _is_first_check(checked_keys, [key, options, spec.language_model.name]):
@@ -53,33 +54,36 @@ def _check_evaluation(sweep: Sweep) -> None:
     if evaluation is None:
         return
     prompting = PromptingOptions(
-        **{key: evaluation[key] for key in ("prompt", "tasks", "generation") if key in evaluation}
+        **{key: evaluation[key] for key in ("prompt_type", "tasks", "generation") if key in evaluation}
     )
     check_metrics(evaluation.get("metrics"), None)
-    part, split = ComponentSpec.from_dict(evaluation["dataset"], "dataset of evaluate"), evaluation.get("split", "val")
-    dataset, dataset_name = datasets.build(part.name, split, **part.options), f"evaluate.dataset ({split})"
+    component, split = (
+        ComponentSpec.from_dict(evaluation["dataset"], "dataset of evaluate"),
+        evaluation.get("split", "val"),
+    )
+    dataset, dataset_name = datasets.build(component.name, split, **component.options), f"evaluate.dataset ({split})"
     check_dataset_not_empty(dataset, dataset_name)
-    check_has_truth(dataset, dataset_name, prompting.tasks, evaluation.get("limit"))
-    check_metric_needs(evaluation.get("metrics", ()), dataset, prompting.tasks, evaluation.get("limit"))
+    check_has_truth(dataset, dataset_name, prompting.tasks, evaluation.get("max_images"))
+    check_metric_needs(evaluation.get("metrics", ()), dataset, prompting.tasks, evaluation.get("max_images"))
 
 
-def _check_component(kind: str, part: ComponentSpec) -> None:
+def _check_component(kind: str, component: ComponentSpec) -> None:
     try:
-        get_registry(kind).check(part.name, **part.options)
+        get_registry(kind).check(component.name, **component.options)
     except RegistryError:
-        if not _is_broken_part(kind, part):
+        if not _is_broken_component(kind, component):
             raise
 
 
 def _check_generation(key: str, options: Mapping[str, Any], language_model: ComponentSpec) -> None:
     """Check generation options against the class of the language model before building it."""
-    if not _is_broken_part("language_model", language_model):
+    if not _is_broken_component("language_model", language_model):
         generate = get_registry("language_model").get_declared(language_model.name, "generate")
         check_generation(key, options, generate, num_positional=2)
 
 
-def _is_broken_part(kind: str, part: ComponentSpec) -> bool:
-    return get_registry(kind).load_entry(part.name).state == "broken"
+def _is_broken_component(kind: str, component: ComponentSpec) -> bool:
+    return get_registry(kind).load_entry(component.name).state == "broken"
 
 
 def _is_first_check(checked_keys: set[str], facts: object) -> bool:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from sca_registry import RegistryError, get_registry
 from sca_registry.compatibility import check_compatible
+from sca_registry.overrides import MODEL_COMPONENTS
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.spec import ModelSpec
 
@@ -33,14 +34,14 @@ import sca.evaluation.evaluate
 import sca.training.train  # noqa: F401 (also imports transformers)
 from sca.builder import build
 from sca.plan import plan_model
-from sca_bench.sweep import PART_KINDS, SweepRow
+from sca_bench.sweep import SweepRow
 from sca_bench.timing import measure_stages, measure_training_step
 
 MAX_TRAINING_REGIONS = 16  # maximum regions per image in a training step
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "out of memory", "cannot allocate memory", "std::bad_alloc")
 
 
-def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+def run_row(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Run a row as a launcher job; any failure becomes its state and reason.
 
     Args:
@@ -79,31 +80,31 @@ def run_measurement(measure: Callable[[dict[str, Any]], None], device: str) -> d
         traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
             raise
-    row["seconds"]["whole"] = time.perf_counter() - start
+    row["seconds"]["total"] = time.perf_counter() - start
     row["memory"] = _measure_memory(device) | row.get("memory", {})
     row["environment"] = collect_environment(device)
     return row
 
 
 def _make_row(row: dict[str, Any], config: Mapping[str, Any], folder: Path, force: bool) -> None:
-    if config["threads"]:
-        torch.set_num_threads(config["threads"])
+    if config["num_threads"]:
+        torch.set_num_threads(config["num_threads"])
     spec = ModelSpec.from_dict(config["model"])
     try:
         check_compatible(spec)
     except RegistryError as error:
-        row["state"], row["reason"] = _find_broken_state(spec) or "impossible", str(error)
+        row["state"], row["reason"] = _find_broken_state(spec) or "incompatible", str(error)
         return
-    measure_options, train_options = config.get("measure"), config.get("train")
-    if measure_options is None or measure_options.get("plan", True):
+    benchmark_options, train_options = config.get("benchmark"), config.get("train")
+    if benchmark_options is None or benchmark_options.get("plan", True):
         with _StageTimer(row, "plan"):
             _add_plan(row, spec, config)
     memory = row.get("memory", {})
-    if memory.get("room") is not None and memory["planned"] > memory["room"] and not force:
+    if memory.get("available") is not None and memory["estimated"] > memory["available"] and not force:
         row["state"] = "skipped"
         row["reason"] = (
-            f"planned to take {memory['planned'] / 2**30:.1f} GiB of the "
-            f"{memory['room'] / 2**30:.1f} GiB there are; --force tries it"
+            f"estimated memory of {memory['estimated'] / 2**30:.1f} GiB exceeds the available "
+            f"{memory['available'] / 2**30:.1f} GiB; run it anyway with --force"
         )
         return
     torch.manual_seed(config["seed"])
@@ -114,34 +115,35 @@ def _make_row(row: dict[str, Any], config: Mapping[str, Any], folder: Path, forc
             model = _train_model(row, config, folder).to(config["device"])
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.group_parameters().items()}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    row.setdefault("parameters", {**groups, "whole": sum(groups.values()), "trainable": trainable})
+    row.setdefault("parameters", {**groups, "total": sum(groups.values()), "trainable": trainable})
     if evaluate_options := config.get("evaluate"):
         with _StageTimer(row, "evaluate"):
             row["scores"] = _evaluate_model(model, evaluate_options, config)
-    if measure_options:
-        with _StageTimer(row, "measure"):
-            _add_measurements(row, model, measure_options)
+    if benchmark_options:
+        with _StageTimer(row, "benchmark"):
+            _add_measurements(row, model, benchmark_options)
 
 
 def _find_broken_state(spec: ModelSpec) -> str | None:
     """Return the state of a row with a component that fails in every combination, else None."""
-    for kind in PART_KINDS:
-        if (part := getattr(spec, kind)) is not None:
-            entry = get_registry(kind).load_entry(part.name)
+    for kind in MODEL_COMPONENTS:
+        if (component := getattr(spec, kind)) is not None:
+            entry = get_registry(kind).load_entry(component.name)
             if entry.state == "broken":
                 return "import-error" if re.search(r"(Import|ModuleNotFound)Error", entry.reason) else "failed"
     return None
 
 
 def _add_plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -> None:
-    """Add the parameters, operations by stage, and predicted and available memory."""
-    measure_options = config.get("measure") or {}
-    num_regions, max_new_tokens = max(measure_options.get("regions", [1])), measure_options.get("words", 16)
-    dtype = getattr(torch, measure_options.get("dtype", "float32"))
-    num_images = measure_options.get("images", 1)
+    """Add the parameters, FLOPs by stage, and estimated and available memory."""
+    benchmark_options = config.get("benchmark") or {}
+    num_regions = max(benchmark_options.get("regions_per_image", [1]))
+    max_new_tokens = benchmark_options.get("max_new_tokens", 16)
+    dtype = getattr(torch, benchmark_options.get("dtype", "float32"))
+    num_images = benchmark_options.get("batch_size", 1)
     captioning_plan = plan_model(spec, num_images, num_regions, max_new_tokens, dtype=dtype)
     peak = captioning_plan.peak_memory
-    if measure_options.get("training"):
+    if benchmark_options.get("training_step"):
         peak = max(
             peak,
             plan_model(
@@ -151,11 +153,16 @@ def _add_plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -
     num_parameters = sum(captioning_plan.parameters.values())
     row["parameters"] = {
         **captioning_plan.parameters,
-        "whole": num_parameters,
+        "total": num_parameters,
         "trainable": captioning_plan.trainable_parameters,
     }
-    row["flops"] = {**captioning_plan.flops, "images": num_images, "regions": num_regions, "words": max_new_tokens}
-    row["memory"] = {"planned": peak, "room": _get_total_memory(config["device"])}
+    row["flops"] = {
+        **captioning_plan.flops,
+        "batch_size": num_images,
+        "regions_per_image": num_regions,
+        "max_new_tokens": max_new_tokens,
+    }
+    row["memory"] = {"estimated": peak, "available": _get_total_memory(config["device"])}
 
 
 def _train_model(row: dict[str, Any], config: Mapping[str, Any], folder: Path):
@@ -181,7 +188,7 @@ def _evaluate_model(model: Any, evaluate_options: Mapping[str, Any], config: Map
     from sca.evaluation.predictions import PromptingOptions
 
     prompting_options = {
-        key: evaluate_options[key] for key in ("prompt", "tasks", "generation") if key in evaluate_options
+        key: evaluate_options[key] for key in ("prompt_type", "tasks", "generation") if key in evaluate_options
     }
     report = evaluate(
         model,
@@ -190,44 +197,44 @@ def _evaluate_model(model: Any, evaluate_options: Mapping[str, Any], config: Map
         prompting=PromptingOptions(**prompting_options, seed=config["seed"]),
         metrics=evaluate_options.get("metrics"),
         batch_size=evaluate_options.get("batch_size", 8),
-        limit=evaluate_options.get("limit"),
+        max_images=evaluate_options.get("max_images"),
     )
     return [each.to_dict() for each in report.scoring.scores]
 
 
-def _add_measurements(row: dict[str, Any], model: Any, measure_options: Mapping[str, Any]) -> None:
+def _add_measurements(row: dict[str, Any], model: Any, benchmark_options: Mapping[str, Any]) -> None:
     num_images, max_new_tokens, repeats = (
-        measure_options.get("images", 1),
-        measure_options.get("words", 16),
-        measure_options.get("repeats", 5),
+        benchmark_options.get("batch_size", 1),
+        benchmark_options.get("max_new_tokens", 16),
+        benchmark_options.get("num_repeats", 5),
     )
-    region_counts, memory = measure_options.get("regions", [1]), row.setdefault("memory", {})
+    region_counts, memory = benchmark_options.get("regions_per_image", [1]), row.setdefault("memory", {})
     device = model.task_tokens.device
-    if measure_options.get("training"):  # float32 weights as in training, with autocast for lower precisions
+    if benchmark_options.get("training_step"):  # float32 weights as in training, with autocast for lower precisions
         step_sizes = (num_images, min(MAX_TRAINING_REGIONS, max(region_counts)), max_new_tokens, repeats)
         with (
             _record_peak_memory(memory, "training", device),
-            torch.autocast(device.type, **_get_autocast_options(measure_options)),
+            torch.autocast(device.type, **_get_autocast_options(benchmark_options)),
         ):
             row["training_step"] = measure_training_step(model, *step_sizes)
         if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
-            with torch.autocast(device.type, **_get_autocast_options(measure_options)):
+            with torch.autocast(device.type, **_get_autocast_options(benchmark_options)):
                 row["training_step_cached"] = measure_training_step(model, *step_sizes, use_cached_features=True)
         model.zero_grad(set_to_none=True)
-    model = model.to(getattr(torch, measure_options.get("dtype", "float32")))
-    row["curve"] = []
+    model = model.to(getattr(torch, benchmark_options.get("dtype", "float32")))
+    row["throughput"] = []
     for num_regions in region_counts:
         peak: dict[str, int] = {}
-        with _record_peak_memory(peak, "peak", device):
+        with _record_peak_memory(peak, "peak_memory", device):
             point = measure_stages(model, num_images, num_regions, max_new_tokens, repeats)
-        row["curve"].append(point | peak)
-    peaks = [point["peak"] for point in row["curve"] if "peak" in point]
+        row["throughput"].append(point | peak)
+    peaks = [point["peak_memory"] for point in row["throughput"] if "peak_memory" in point]
     if peaks:
-        memory["answering"] = max(peaks)
+        memory["captioning"] = max(peaks)
 
 
-def _get_autocast_options(measure_options: Mapping[str, Any]) -> dict[str, Any]:
-    dtype = getattr(torch, measure_options.get("dtype", "float32"))
+def _get_autocast_options(benchmark_options: Mapping[str, Any]) -> dict[str, Any]:
+    dtype = getattr(torch, benchmark_options.get("dtype", "float32"))
     return {"dtype": torch.bfloat16 if dtype == torch.float32 else dtype, "enabled": dtype != torch.float32}
 
 
@@ -261,7 +268,7 @@ def _classify_error(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and any(message in str(error).lower() for message in OUT_OF_MEMORY_MESSAGES):
         return "out-of-memory"
     if isinstance(error, FloatingPointError):
-        return "not-finite"
+        return "non-finite"
     return "import-error" if isinstance(error, ImportError) else "failed"
 
 

@@ -1,4 +1,4 @@
-"""Measure the impact of one heavy client: `python benchmarks/studies/heavy_client.py [--seconds 60] [--clients 16]`.
+"""Measure the impact of one heavy client: `python benchmarks/studies/heavy_client.py [--num-clients 16]`.
 
 Starts `sca serve`. Some clients request one caption after another, first alone and then alongside one client that
 cycles through the largest accepted requests and beyond: points, prompts, everything mode, pixels, beams, bodies at one
@@ -33,15 +33,15 @@ REQUEST_TIMEOUT = 5.0  # seconds until the heavy client sends its next request
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="sca-tiny")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=60.0, help="Seconds of load next to the heavy client.")
-    parser.add_argument("--pause", type=float, default=60.0, help="Seconds until memory is measured again.")
-    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--model", default="sca-tiny", help="Model to serve.")
+    parser.add_argument("--device", default="cpu", help="Device: cpu or cuda.")
+    parser.add_argument("--duration", type=float, default=60.0, help="Duration with the heavy client.")
+    parser.add_argument("--pause", type=float, default=60.0, help="Pause before memory is measured again.")
+    parser.add_argument("--num-clients", type=int, default=16, help="Number of other clients.")
     parser.add_argument("--out", type=Path, help="JSON file for the measurements.")
     args = parser.parse_args()
     with ServerProcess(args.model, args.device) as server:
-        measurements = measure_impact(server, args.clients, args.seconds, args.pause)
+        measurements = measure_impact(server, args.num_clients, args.duration, args.pause)
     measurements["environment"] = collect_environment(args.device)
     for line in describe_measurements(measurements):
         print(line)
@@ -55,7 +55,7 @@ def measure_impact(server: Any, num_clients: int, seconds: float, pause: float) 
     request_bodies = make_request_bodies()
     send_requests(server, request_bodies, num_clients, 3.0)  # warm-up
     memory_before = server.get_memory()
-    counts_alone = send_requests(server, request_bodies, num_clients, seconds / 2)
+    counts_without = send_requests(server, request_bodies, num_clients, seconds / 2)
     statuses: dict[str, Counter[Any]] = {}
     peak_memory, stop = [memory_before], threading.Event()
     threads = [
@@ -64,36 +64,37 @@ def measure_impact(server: Any, num_clients: int, seconds: float, pause: float) 
     ]
     for thread in threads:
         thread.start()
-    counts_beside = send_requests(server, request_bodies, num_clients, seconds)
+    counts_with = send_requests(server, request_bodies, num_clients, seconds)
     stop.set()
     for thread in threads:
         thread.join()
     time.sleep(pause)
     return {
-        "clients": num_clients,
-        "alone": summarize_requests(counts_alone),
-        "beside": summarize_requests(counts_beside),
-        "ratio": summarize_requests(counts_beside)["latency"]["p99"]
-        / summarize_requests(counts_alone)["latency"]["p99"],
-        "heavy": {name: {str(status): count for status, count in each.items()} for name, each in statuses.items()},
-        "memory": {"before": memory_before, "highest": peak_memory[0], "after": server.get_memory()},
+        "num_clients": num_clients,
+        "without_heavy_client": summarize_requests(counts_without),
+        "with_heavy_client": summarize_requests(counts_with),
+        "p99_ratio": summarize_requests(counts_with)["latency"]["p99"]
+        / summarize_requests(counts_without)["latency"]["p99"],
+        "heavy_client_statuses": {
+            name: {str(status): count for status, count in each.items()} for name, each in statuses.items()
+        },
+        "memory": {"before": memory_before, "peak": peak_memory[0], "after": server.get_memory()},
     }
 
 
 def describe_measurements(measurements: dict[str, Any]) -> Iterator[str]:
     """Yield the measurements as lines to print."""
-    for name in ("alone", "beside"):
+    for name in ("without_heavy_client", "with_heavy_client"):
         summary = measurements[name]
         latency = {each: f"{1000 * value:.0f} ms" for each, value in summary["latency"].items()}
         yield (
-            f"{measurements['clients']} clients {name}: {summary['requests_per_second']:.1f} requests/s, median "
-            f"{latency['median']}, p99 {latency['p99']}, {summary['failed']} failed"
+            f"{measurements['num_clients']} clients {name.replace('_', ' ')}: "
+            f"{summary['requests_per_second']:.1f} requests/s, median {latency['median']}, p99 {latency['p99']}, "
+            f"{summary['num_failed']} failed"
         )
-    yield f"p99 with the heavy client: {measurements['ratio']:.1f} times as long"
-    yield f"the heavy client: {measurements['heavy']}"
-    yield "memory of the server, MiB: " + ", ".join(
-        f"{name} {b / 2**20:.0f}" for name, b in measurements["memory"].items()
-    )
+    yield f"p99 latency with the heavy client: {measurements['p99_ratio']:.1f}x"
+    yield f"responses to the heavy client: {measurements['heavy_client_statuses']}"
+    yield "server memory (MiB): " + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in measurements["memory"].items())
 
 
 def _run_heavy_client(server: Any, stop: threading.Event, statuses: dict[str, Counter[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Measure the throughput gain of concurrent clients: `python benchmarks/studies/serving_throughput.py [--clients 32]`.
+"""Measure the speedup of concurrent clients: `python benchmarks/studies/serving_throughput.py [--num-clients 32]`.
 
 Starts `sca serve` and requests captions of the same generated scenes, first one after another and then from many
 clients at once for the same time. Prints requests per second of both, their ratio, the latency, and the server's
@@ -31,41 +31,40 @@ NUM_IMAGES = 24
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="sca-tiny")
-    parser.add_argument("--seconds", type=float, default=120.0, help="Seconds of load; a quarter for a single client.")
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="sca-tiny", help="Model to serve.")
+    parser.add_argument(
+        "--duration", type=float, default=120.0, help="Duration with all clients; a quarter of it with one."
+    )
+    parser.add_argument("--num-clients", type=int, default=32, help="Number of concurrent clients.")
+    parser.add_argument("--device", default="cpu", help="Device: cpu or cuda.")
     parser.add_argument("--out", type=Path, help="JSON file for the measurements.")
     args = parser.parse_args()
     request_bodies = make_request_bodies()
     with ServerProcess(args.model, args.device) as server:
         send_requests(server, request_bodies, 1, 3.0)  # warm-up
-        single_client = send_requests(server, request_bodies, 1, args.seconds / 4)
+        single_client = send_requests(server, request_bodies, 1, args.duration / 4)
         memory_before = server.get_memory()
-        halves = [send_requests(server, request_bodies, args.clients, args.seconds / 2), server.get_memory()]
-        halves += [send_requests(server, request_bodies, args.clients, args.seconds / 2), server.get_memory()]
-    many_clients = {name: halves[0][name] + halves[2][name] for name in ("answered", "failed", "seconds")}
+        halves = [send_requests(server, request_bodies, args.num_clients, args.duration / 2), server.get_memory()]
+        halves += [send_requests(server, request_bodies, args.num_clients, args.duration / 2), server.get_memory()]
+    many_clients = {name: halves[0][name] + halves[2][name] for name in ("num_completed", "num_failed", "seconds")}
     many_clients["latencies"] = halves[0]["latencies"] + halves[2]["latencies"]
     measurements = {
-        "one": summarize_requests(single_client),
-        "many": {"clients": args.clients, **summarize_requests(many_clients)},
-        "ratio": compute_request_rate(many_clients) / compute_request_rate(single_client),
-        "memory": {"before": memory_before, "half way": halves[1], "after": halves[3]},
+        "single_client": summarize_requests(single_client),
+        "multiple_clients": {"num_clients": args.num_clients, **summarize_requests(many_clients)},
+        "speedup": compute_request_rate(many_clients) / compute_request_rate(single_client),
+        "memory": {"before": memory_before, "halfway": halves[1], "after": halves[3]},
         "environment": collect_environment(args.device),
     }
     print(
-        f"one client: {compute_request_rate(single_client):.1f} requests/s, "
+        f"1 client: {compute_request_rate(single_client):.1f} requests/s, "
         f"{median(single_client['latencies']) * 1000:.0f} ms each"
     )
     print(
-        f"{args.clients} clients: {compute_request_rate(many_clients):.1f} requests/s, "
-        f"{median(many_clients['latencies']) * 1000:.0f} ms each, {many_clients['failed']} failed: "
-        f"{measurements['ratio']:.2f} times as many"
+        f"{args.num_clients} clients: {compute_request_rate(many_clients):.1f} requests/s, "
+        f"{median(many_clients['latencies']) * 1000:.0f} ms each, {many_clients['num_failed']} failed; "
+        f"speedup {measurements['speedup']:.2f}x"
     )
-    print(
-        "memory of the server, MiB: "
-        + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in measurements["memory"].items())
-    )
+    print("server memory (MiB): " + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in measurements["memory"].items()))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_file(args.out, f"{json.dumps(measurements, indent=1)}\n")
@@ -109,7 +108,7 @@ class ServerProcess:
                     return self
             except OSError:
                 time.sleep(0.1)
-        raise SystemExit("the server does not answer")
+        raise SystemExit("the server does not respond")
 
     def __exit__(self, *_: Any) -> None:
         self.process.terminate()
@@ -133,7 +132,7 @@ def send_requests(
         seconds: Duration.
 
     Returns:
-        Counts of answered and failed requests, the duration, and the latencies in seconds.
+        Counts of completed and failed requests, the duration, and the latencies in seconds.
     """
     latencies: list[list[float]] = [[] for _ in range(num_clients)]
     failures = [0] * num_clients
@@ -171,24 +170,24 @@ def send_requests(
         thread.join()
     all_latencies = [latency for one in latencies for latency in one]
     return {
-        "answered": len(all_latencies),
-        "failed": sum(failures),
+        "num_completed": len(all_latencies),
+        "num_failed": sum(failures),
         "seconds": time.monotonic() - start,
         "latencies": all_latencies,
     }
 
 
 def compute_request_rate(counts: dict[str, Any]) -> float:
-    """Return answered requests per second."""
-    return counts["answered"] / counts["seconds"]
+    """Return completed requests per second."""
+    return counts["num_completed"] / counts["seconds"]
 
 
 def summarize_requests(counts: dict[str, Any]) -> dict[str, Any]:
     """Return counts, request rate, and median and 99th-percentile latency in seconds."""
     latencies = sorted(counts["latencies"])
     return {
-        "answered": counts["answered"],
-        "failed": counts["failed"],
+        "num_completed": counts["num_completed"],
+        "num_failed": counts["num_failed"],
         "seconds": counts["seconds"],
         "requests_per_second": compute_request_rate(counts),
         "latency": {"median": median(latencies), "p99": latencies[int(0.99 * len(latencies))]},

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the measurements.")
     args = parser.parse_args(arguments)
-    measurements: dict[str, Any] = {"import sca, seconds": _run_for_minimum(IMPORT_PROGRAM.format("sca"))}
+    measurements: dict[str, Any] = {"import_sca_seconds": _run_for_minimum(IMPORT_PROGRAM.format("sca"))}
     with tempfile.TemporaryDirectory() as folder:
         image = str(Path(folder, "scene.png"))
         _save_scene(image)
@@ -67,12 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import_seconds = median(_time_command(import_command) for _ in range(NUM_REPEATS))
         compute_seconds = _run_for_minimum(CAPTION_PROGRAM.format(image=image, boxes=BOX_ARGUMENTS))
     measurements |= {
-        "sca caption, seconds": caption_seconds,
-        "importing torch and transformers, seconds": import_seconds,
-        "loading and computing, seconds": compute_seconds,
-        "ratio": caption_seconds / (import_seconds + compute_seconds),
+        "sca_caption_seconds": caption_seconds,
+        "import_torch_and_transformers_seconds": import_seconds,
+        "load_and_caption_seconds": compute_seconds,
+        "overhead": caption_seconds / (import_seconds + compute_seconds),
     }
-    measurements["256 regions, bytes"] = float(_run_for_number([sys.executable, "-c", MEMORY_PROGRAM]))
+    measurements["peak_memory_256_regions"] = float(_run_for_number([sys.executable, "-c", MEMORY_PROGRAM]))
     for name, value in measurements.items():
         print(f"{name}: {value:.3f}" if value < 1e6 else f"{name}: {value / 2**30:.2f} GiB")
     if args.out:

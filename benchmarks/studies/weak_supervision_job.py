@@ -30,7 +30,7 @@ SHARED_OPTIONS = {
     "box_jitter": 0.03,
 }
 NUM_CAPTIONED_SCENES, NUM_NAMED_SCENES, IMAGE_SIZE = 8, 4000, 128  # scenes with captions, scenes with names, pixels
-METHODS = ("names, then captions", "captions", "captions, as many steps")
+METHODS = ("class names, then captions", "captions only", "captions only, equal steps")
 METRICS = ("cider-d", "attributes", "mask-iou")
 
 
@@ -44,7 +44,7 @@ def make_stage_recipe(initial_model: Any, steps: int, seed: int, num_captioned_s
         "seed": 1 if learns_names else 2,
     }
     if learns_names:
-        source["names"] = "caption"
+        source["class_name_task"] = "caption"
     options = {
         **SHARED_OPTIONS,
         "steps": steps,
@@ -55,7 +55,7 @@ def make_stage_recipe(initial_model: Any, steps: int, seed: int, num_captioned_s
     return {"model": initial_model, "data": {"scenes": source}, "train": options}
 
 
-def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+def run_job(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Train and evaluate one model as a launcher job; writes `predictions.jsonl` to the folder."""
     import torch
 
@@ -64,18 +64,23 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     from sca.training.train import train
 
     torch.set_num_threads(1)
-    folder_path, name_steps, caption_steps, seed = Path(folder), config["first"], config["second"], config["seed"]
+    folder_path, name_steps, caption_steps, seed = (
+        Path(folder),
+        config["name_steps"],
+        config["caption_steps"],
+        config["seed"],
+    )
     initial_model: Any = MODEL_SPEC
-    if config["way"] == METHODS[0]:
+    if config["method"] == METHODS[0]:
         train(
             Recipe.from_dict("names", make_stage_recipe(MODEL_SPEC, name_steps, seed, None)),
             folder_path / "names",
             resume=False,
         )
         initial_model = str(folder_path / "names/model")
-    steps = name_steps + caption_steps if config["way"] == METHODS[2] else caption_steps
-    recipe = Recipe.from_dict("captions", make_stage_recipe(initial_model, steps, seed, config["few"]))
-    model = train(recipe, folder_path / "few", resume=False)
-    dataset = {"name": "scenes", "image_size": IMAGE_SIZE, "num_images": config["scenes"]}
+    steps = name_steps + caption_steps if config["method"] == METHODS[2] else caption_steps
+    recipe = Recipe.from_dict("captions", make_stage_recipe(initial_model, steps, seed, config["num_captioned_scenes"]))
+    model = train(recipe, folder_path / "captions", resume=False)
+    dataset = {"name": "scenes", "image_size": IMAGE_SIZE, "num_images": config["num_eval_scenes"]}
     report = evaluate(model, dataset, "val", metrics=METRICS, folder=folder)
     return {"state": "done", "scores": report.scores}

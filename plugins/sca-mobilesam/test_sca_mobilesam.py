@@ -13,7 +13,7 @@ TO_ORIGINAL = (  # written by hand from the original code
     (r"^vit\.patch_embed\.conv1\.", "patch_embed.seq.0."),
     (r"^vit\.patch_embed\.conv2\.", "patch_embed.seq.2."),
     (r"^vit\.stages\.(\d)\.blocks\.", r"layers.\1.blocks."),
-    (r"^vit\.stages\.(\d)\.downsample\.", lambda found: f"layers.{int(found[1]) - 1}.downsample."),
+    (r"^vit\.stages\.(\d)\.downsample\.", lambda match: f"layers.{int(match[1]) - 1}.downsample."),
     (r"\.conv\.", ".c."),
 )
 SEGMENTER_NAMES = {

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,20 +65,20 @@ class _TensorRows:
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
-    def __getitem__(self, rows: Any):
+    def __getitem__(self, rows: Any) -> Self:
         """Select rows of every field by a slice, an index tensor or a boolean tensor."""
         return self._map_tensors(lambda value: value[rows])
 
-    def to(self, *args: Any, **kwargs: Any):
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move every tensor as `Tensor.to` does; a dtype applies to floating-point fields only."""
         return self._map_tensors(lambda value: _move_tensor(value, args, kwargs))
 
-    def _map_tensors(self, function: Callable[[Tensor], Tensor]):
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: function(value) for name, value in values.items() if hasattr(value, "shape")})
 
 
-def _move_tensor(value: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+def _move_tensor(value: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     result = value.to(*args, **kwargs)
     return result if value.is_floating_point() else result.to(value.dtype)
 
@@ -417,7 +417,8 @@ class Metric(Protocol):
     `references` and `tokenizer` are set by the evaluation protocol. A metric may also have:
 
     - `implementation`: the package that computes it, with its version;
-    - `includes_controls = True`: records of controls (adversarial prompts) are passed together with the others;
+    - `includes_controls = True`: the metric is called once with all records, those of controls (adversarial prompts)
+      included, instead of once per control;
     - `scores`, in its class or card: the names of its scores, `class/*` for all with a prefix.
 
     Attributes:

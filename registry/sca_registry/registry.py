@@ -456,7 +456,8 @@ class Registry(catalogue.Registry):
         """Suggest a component of another kind, the component of a hub id or factory, or the closest name."""
         for other in REGISTRIES.values():
             if other is not self and name in other:
-                return f" It is the name of a {other.kind.singular.replace('_', ' ')}."
+                article = "an" if other.kind.singular[0] in "aeiou" else "a"
+                return f" It is the name of {article} {other.kind.singular.replace('_', ' ')}."
         for known_name, registration in registrations_by_name.items():
             if name in (registration.card.options.get("weights"), registration.card.factory):
                 return f" Did you mean {known_name!r}?"

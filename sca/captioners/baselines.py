@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import sca_registry
 import torch
@@ -21,6 +21,7 @@ from sca.data.summary import check_dataset_not_empty
 from sca.inference.engine import EncodedImages
 from sca.inference.prompt_arguments import check_task
 from sca.io.masks import encode_rle, mask_to_box
+from sca.model import SegmentationModel
 from sca.nn.roi_align import roi_align
 
 ENCODE_BATCH_SIZE = 16  # images encoded at a time
@@ -36,19 +37,23 @@ class MostFrequent:
         dataset: Name of the training dataset.
         split: Split of the dataset.
         dataset_options: Options of the dataset.
-        limit: Maximum number of images read, from the first; 0 for all.
+        max_images: Maximum number of images read, from the first; 0 for all.
 
     Raises:
-        ValueError: The limit is negative, or the dataset is empty or rejects its options.
+        ValueError: `max_images` is negative, or the dataset is empty or rejects its options.
     """
 
-    generation_options = tuple(DEFAULT_GENERATION)  # accepted by `resolve_generation_options`
+    generation_options: tuple[str, ...] = tuple(DEFAULT_GENERATION)  # accepted by `resolve_generation_options`
 
     def __init__(
-        self, dataset: str, split: str = "train", dataset_options: Mapping[str, Any] | None = None, limit: int = 1000
+        self,
+        dataset: str,
+        split: str = "train",
+        dataset_options: Mapping[str, Any] | None = None,
+        max_images: int = 1000,
     ):
-        self.training_regions = TrainingRegions(dataset, split, dataset_options or {}, limit)
-        self.metadata = {"captioner": "most-frequent", **self.training_regions.metadata}
+        self.training_regions: TrainingRegions = TrainingRegions(dataset, split, dataset_options or {}, max_images)
+        self.metadata: dict[str, Any] = {"captioner": "most-frequent", **self.training_regions.metadata}
 
     @cached_property
     def most_frequent_texts(self) -> dict[str, tuple[str, float]]:
@@ -85,7 +90,7 @@ class MostFrequent:
         captions = []
         for index, prompt in enumerate(prompts):
             rle = None if prompt.mask is None else encode_rle(prompt.mask)
-            box = prompt.box or (rle and mask_to_box(rle))
+            box = prompt.box or (mask_to_box(rle) if rle else None)
             captions.append(Caption(*self.most_frequent_texts[task], box, rle, None, prompt, index))
         return captions
 
@@ -102,14 +107,16 @@ class NearestNeighbor(RegionCaptioner):
         dataset: Name of the training dataset.
         split: Split of the dataset.
         dataset_options: Options of the dataset.
-        limit: Maximum number of images read, from the first; 0 for all.
+        max_images: Maximum number of images read, from the first; 0 for all.
         device: Device of the encoder.
 
     Raises:
-        ValueError: The limit is negative, or the dataset is empty or rejects its options.
+        ValueError: `max_images` is negative, or the dataset is empty or rejects its options.
         RegistryError: The encoder is unknown, or an option is invalid.
         InputError: The checkpoint of the encoder cannot be read.
     """
+
+    model: SegmentationModel
 
     def __init__(
         self,
@@ -117,12 +124,16 @@ class NearestNeighbor(RegionCaptioner):
         dataset: str,
         split: str = "train",
         dataset_options: Mapping[str, Any] | None = None,
-        limit: int = 1000,
+        max_images: int = 1000,
         device: str = "cpu",
     ):
         super().__init__(encoder, device, requires_masks=False)
-        self.training_regions = TrainingRegions(dataset, split, dataset_options or {}, limit)
-        self.metadata = {"captioner": "nearest-neighbor", "encoder": encoder, **self.training_regions.metadata}
+        self.training_regions: TrainingRegions = TrainingRegions(dataset, split, dataset_options or {}, max_images)
+        self.metadata: dict[str, Any] = {
+            "captioner": "nearest-neighbor",
+            "encoder": encoder,
+            **self.training_regions.metadata,
+        }
 
     @torch.inference_mode()
     def caption_regions(
@@ -138,7 +149,7 @@ class NearestNeighbor(RegionCaptioner):
         boxes = [view.prompt.box or view.tight_box for view in regions]
         query_features = self._pool_box_features(encoded, [view.image_index for view in regions], boxes)
         similarities, nearest = (query_features @ features[rows].T).clamp(-1, 1).max(1)  # (N,)
-        texts = [_get_text(indexed_regions[rows[index]], task) for index in nearest.tolist()]
+        texts = [cast("str", _get_text(indexed_regions[rows[index]], task)) for index in nearest.tolist()]
         return [ScoredText(*each) for each in zip(texts, similarities.tolist(), strict=True)]
 
     @cached_property
@@ -160,7 +171,8 @@ class NearestNeighbor(RegionCaptioner):
         cells = torch.tensor(list(boxes)).reshape(-1, 4) * scales / self.model.encoder.stride  # (N, 4)
         image_index_tensor = torch.tensor(image_index, dtype=torch.long, device=self.device)
         return F.normalize(
-            roi_align(encoded.features, image_index_tensor, cells.to(self.device), 1).flatten(1).float(), dim=1
+            roi_align(encoded.require_features(), image_index_tensor, cells.to(self.device), 1).flatten(1).float(),
+            dim=1,
         )
 
 
@@ -171,23 +183,30 @@ class TrainingRegions:
         dataset: Name of the dataset.
         split: Split of the dataset.
         dataset_options: Options of the dataset.
-        limit: Maximum number of images read, from the first; 0 for all.
+        max_images: Maximum number of images read, from the first; 0 for all.
 
     Raises:
-        ValueError: The limit is negative, or the dataset is empty or rejects its options.
+        ValueError: `max_images` is negative, or the dataset is empty or rejects its options.
     """
 
-    def __init__(self, dataset: str, split: str, dataset_options: Mapping[str, Any], limit: int):
-        if limit < 0:
-            raise ValueError(f"limit is {limit}; give an integer of at least 0 (0 for all images)")
-        self.metadata = {"dataset": dataset, "split": split, "dataset_options": dict(dataset_options), "limit": limit}
+    def __init__(self, dataset: str, split: str, dataset_options: Mapping[str, Any], max_images: int):
+        if max_images < 0:
+            raise ValueError(f"max_images is {max_images}; give an integer of at least 0 (0 for all images)")
+        self.metadata: dict[str, Any] = {
+            "dataset": dataset,
+            "split": split,
+            "dataset_options": dict(dataset_options),
+            "max_images": max_images,
+        }
         self.dataset: Dataset = sca_registry.datasets.build(dataset, split, **dataset_options)
         check_dataset_not_empty(self.dataset, f"{dataset} {split}")
 
     def iter_samples(self) -> Iterator[Sample]:
         """Yield the samples whose images can be read."""
         read_sample = getattr(self.dataset, "read_sample", self.dataset.__getitem__)
-        return filter(None, map(read_sample, range(self.metadata["limit"] or len(self.dataset))[: len(self.dataset)]))
+        return filter(
+            None, map(read_sample, range(self.metadata["max_images"] or len(self.dataset))[: len(self.dataset)])
+        )
 
     def check_has_text(self, task: str, available: Iterable[str]) -> None:
         """Check that the training regions have texts for a task.

@@ -58,14 +58,16 @@ class CropCaptioner(RegionCaptioner):
         dtype: str | None = None,
     ):
         super().__init__(encoder, device)
-        self.image_text_model = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
+        self.image_text_model: ImageTextModel = ImageTextModel(
+            weights, revision, pretrained, config, device, dtype, batch_size
+        )
         if vcot and self.image_text_model.model_type in CAPTION_ONLY_MODELS:
             raise ValueError(
                 f"vcot requires a model that takes questions, which {self.image_text_model.model_type!r} does not; use "
                 "blip2-opt-2.7b or a similar model"
             )
         self.vcot = vcot
-        self.metadata_options = {"encoder": encoder, "vcot": vcot}
+        self.metadata_options: dict[str, Any] = {"encoder": encoder, "vcot": vcot}
 
     @property
     def metadata(self) -> dict[str, Any]:

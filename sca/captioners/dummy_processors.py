@@ -41,7 +41,8 @@ def build_dummy_processor(config: PreTrainedConfig) -> Any:
         extra_special_tokens={"image_token": IMAGE_TOKEN} if config.model_type == "florence2" else {},
     )
     size = {"height": image_size, "width": image_size}
-    image_processor = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"](size=size, crop_size=size, do_center_crop=False)
+    processor_classes: Any = IMAGE_PROCESSOR_MAPPING[type(config)]
+    image_processor = processor_classes["pil"](size=size, crop_size=size, do_center_crop=False)
     options = {}
     if config.model_type == "florence2":
         tokenizer.add_tokens([f"<loc_{index}>" for index in range(1000)])

@@ -66,20 +66,20 @@ class ImageTextModel:
         resolve_dtype(dtype)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; give an integer of at least 1")
-        self.weights = weights if pretrained else None
+        self.weights: str | None = weights if pretrained else None
         self.revision = revision
         self.batch_size = batch_size
         target_device = torch.device(device)
         dtype_name = dtype or ("float32" if target_device.type == "cpu" else "auto")
         if self.weights:
-            model = load_pretrained(
+            model: Any = load_pretrained(
                 AutoModelForImageTextToText,
-                weights,
+                self.weights,
                 revision,
                 ("",),  # ignore any unused tensor, such as old buffers and other heads
                 dtype=dtype_name,
             )
-            self.processor = load_processor(fetch_model_folder(weights, revision))
+            self.processor: Any = load_processor(fetch_model_folder(self.weights, revision))
         else:
             model_config = make_config(weights, revision, config)
             self.processor = build_dummy_processor(model_config)  # rejects unsupported architectures
@@ -87,10 +87,10 @@ class ImageTextModel:
                 torch.manual_seed(0)
                 model = AutoModelForImageTextToText.from_config(model_config, trust_remote_code=False)
             model = model if dtype_name == "auto" else model.to(getattr(torch, dtype_name))
-        self.model = model.to(target_device).eval()
-        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.model: Any = model.to(target_device).eval()  # `PreTrainedModel` with `generate`
+        self.tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)
         self.model_type: str = model.config.model_type
-        self.eos_token_ids = self._find_eos_token_ids()
+        self.eos_token_ids: list[int] = self._find_eos_token_ids()
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import sca_registry
 import torch
@@ -44,6 +44,7 @@ class RegionView(NamedTuple):
         """
         if self.prompt.box is not None and self.predicted_iou is None:
             return self.prompt.box
+        assert self.mask is not None  # predicted, or that of the prompt
         return mask_to_box(self.mask) or (0.0, 0.0, 0.0, 0.0)
 
 
@@ -73,7 +74,8 @@ class RegionCaptioner(MaskEngine):
         InputError: The checkpoint cannot be read.
     """
 
-    generation_options = tuple(DEFAULT_GENERATION)  # accepted by `resolve_generation_options`
+    generation_options: tuple[str, ...] = tuple(DEFAULT_GENERATION)  # accepted by `resolve_generation_options`
+    has_masks: bool
 
     def __init__(
         self, encoder: str | Mapping[str, Any] | None, device: str | torch.device, requires_masks: bool = True
@@ -162,7 +164,7 @@ class RegionCaptioner(MaskEngine):
         ]
         if self.has_masks:
             masks = self.predict_best_masks(encoded, requests)
-            return [RegionView(*each, *mask) for each, mask in zip(prompted, masks, strict=True)]
+            return [RegionView(*each, *cast("PredictedMask", mask)) for each, mask in zip(prompted, masks, strict=True)]
         if any(prompt.box is None and prompt.mask is None for *_, prompt in prompted):
             raise ValueError(
                 "point prompts require an encoder whose segmenter predicts masks; use encoder+captioner, such as "
@@ -182,8 +184,8 @@ class RegionCaptioner(MaskEngine):
                 Caption(
                     text.text,
                     text.score,
-                    box=view.prompt.box or (view.mask and mask_to_box(view.mask)),
-                    mask=view.mask and dict(view.mask),
+                    box=view.prompt.box or (mask_to_box(view.mask) if view.mask else None),
+                    mask=dict(view.mask) if view.mask else None,
                     predicted_iou=view.predicted_iou,
                     prompt=view.prompt,
                     region_id=index,

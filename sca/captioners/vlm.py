@@ -83,7 +83,9 @@ class VisionLanguageModel(RegionCaptioner):
         if region_format not in REGION_FORMATS:
             raise make_unknown_name_error(f"region_format is {region_format!r}", region_format, REGION_FORMATS)
         super().__init__(encoder, device)
-        self.image_text_model = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
+        self.image_text_model: ImageTextModel = ImageTextModel(
+            weights, revision, pretrained, config, device, dtype, batch_size
+        )
         model_type = self.image_text_model.model_type
         if model_type in CAPTION_ONLY_MODELS:
             raise ValueError(f"a {model_type!r} model takes no questions; use it with crop-captioner")
@@ -97,12 +99,16 @@ class VisionLanguageModel(RegionCaptioner):
                 "region_format=region-tokens has a fixed question; omit question, or use region_format=crop"
             )
         self.region_format = region_format
-        self.task_questions = (
+        self.task_questions: tuple[str, str] | None = (
             (question, question)
             if question
             else MODEL_QUESTIONS.get((model_type, region_format)) or QUESTIONS.get(region_format)
         )
-        self.metadata_options = {"encoder": encoder, "region_format": region_format, "question": question}
+        self.metadata_options: dict[str, Any] = {
+            "encoder": encoder,
+            "region_format": region_format,
+            "question": question,
+        }
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -123,6 +129,7 @@ class VisionLanguageModel(RegionCaptioner):
             return ImageTextInput(
                 view.image, REGION_TOKEN_FORMATTERS[self.image_text_model.model_type](box, view.image.size, task_index)
             )
+        assert self.task_questions is not None  # see `__init__`
         image = crop_image(view, box) if self.region_format == "crop" else draw_box(view.image, box)
         return ImageTextInput(image, self.task_questions[task_index])
 

@@ -6,7 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +22,15 @@ from sca.io.errors import InputError
 from sca.io.hub import silence_transformers
 from sca.io.weight_files import SAFETENSORS_FILE, format_first_names
 from sca.model import SegmentCaptioner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sca.encoders.sam import SamEncoder
+    from sca.language_models.causal import CausalLanguageModel, TextTokenizer
+    from sca.mixers.query import QueryMixer
+    from sca.nn.two_way_transformer import TwoWayTransformer
+    from sca.segmenters.sam import SamSegmenter
 
 USAGE_OPTIONS = {
     "segmenter": ("box_masks",),
@@ -52,14 +61,15 @@ def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
         if tensor.data_ptr() not in written_pointers:  # tied tensors are written once
             written_pointers.add(tensor.data_ptr())
             tensors[_to_published_name(name)] = (tensor.flatten(0, 1) if name == "task_tokens" else tensor).contiguous()
-    causal_model = model.language_model.model
+    causal_model = _get_causal_model(model)
     with write_folder(folder) as draft:
         save_file(tensors, draft / SAFETENSORS_FILE, metadata={"format": "pt"})
         (draft / "config.json").write_text(json.dumps(_build_published_config(model), indent=2) + "\n", "utf-8")
-        special_tokens = {key: getattr(causal_model.generation_config, key) for key in SPECIAL_TOKEN_FIELDS}
+        special_tokens: dict[str, Any] = {
+            key: getattr(causal_model.generation_config, key) for key in SPECIAL_TOKEN_FIELDS
+        }
         (draft / "generation_config.json").write_text(json.dumps(special_tokens, indent=2) + "\n", "utf-8")
-        if model.language_model.tokenizer is not None:
-            model.language_model.tokenizer.save(str(draft))
+        _save_tokenizer(model, draft)
     return folder
 
 
@@ -78,7 +88,7 @@ def write_language_model(model: SegmentCaptioner, folder: Path) -> Path:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    causal_model = copy.deepcopy(model.language_model.model)
+    causal_model = copy.deepcopy(_get_causal_model(model))
     lora_layers = [
         (name, module) for name, module in causal_model.named_modules() if isinstance(module, BaseTunerLayer)
     ]
@@ -88,9 +98,21 @@ def write_language_model(model: SegmentCaptioner, folder: Path) -> Path:
         setattr(causal_model.get_submodule(parent), attribute, module.get_base_layer())
     with write_folder(folder) as draft, silence_transformers():
         causal_model.save_pretrained(draft)
-        if model.language_model.tokenizer is not None:
-            model.language_model.tokenizer.save(str(draft))
+        _save_tokenizer(model, draft)
     return folder
+
+
+def _get_causal_model(model: SegmentCaptioner) -> PreTrainedModel:
+    return cast("CausalLanguageModel", model.language_model).model
+
+
+def _get_mixer_transformer(model: SegmentCaptioner) -> TwoWayTransformer:
+    return cast("QueryMixer", model.mixer).transformer  # all mixers of the published layout have one
+
+
+def _save_tokenizer(model: SegmentCaptioner, folder: Path) -> None:
+    if model.language_model.tokenizer is not None:
+        cast("TextTokenizer", model.language_model.tokenizer).save(str(folder))
 
 
 def attach_sources(model: SegmentCaptioner, **components: ComponentSpec) -> SegmentCaptioner:
@@ -106,7 +128,7 @@ def attach_sources(model: SegmentCaptioner, **components: ComponentSpec) -> Segm
     Raises:
         InputError: The pretrained weights differ from those of the model.
     """
-    changed_components = {
+    changed_components: dict[str, Any] = {
         kind: ComponentSpec(component.name, _select_usage_options(model.spec, kind) | dict(component.options))
         for kind, component in components.items()
     }
@@ -149,9 +171,11 @@ def _find_unpublishable(model: SegmentCaptioner) -> str | None:
     unknown_names = [name for name in model.state_dict() if _to_published_name(name) == name and name != "task_tokens"]
     if unknown_names:
         return f"the tensor {unknown_names[0]}; supported are those of SAM, the mixer and the language model"
-    if model.segmenter.box_masks:
+    segmenter = cast("SamSegmenter", model.segmenter)
+    if segmenter.box_masks:
         return "box masks (segmenter.box_masks)"
-    decoder_config, layer = model.segmenter.decoder.config, model.mixer.transformer.layers[0]
+    decoder_config: Any = segmenter.decoder.config
+    layer: Any = _get_mixer_transformer(model).layers[0]
     shared_sizes = {"num_heads": (layer.self_attn.num_attention_heads, decoder_config.num_attention_heads)}
     shared_sizes["mlp_dim"] = (layer.mlp.lin1.out_features, decoder_config.mlp_dim)
     for field, (mixer_size, segmenter_size) in shared_sizes.items():
@@ -162,8 +186,9 @@ def _find_unpublishable(model: SegmentCaptioner) -> str | None:
 
 
 def _build_published_config(model: SegmentCaptioner) -> dict[str, Any]:
-    decoder_config, prompt_encoder = model.segmenter.decoder.config, model.segmenter.prompt_encoder
-    image_size, grid_size, mixer = model.segmenter.image_size, model.segmenter.grid_size, model.mixer
+    segmenter = cast("SamSegmenter", model.segmenter)
+    decoder_config: Any = segmenter.decoder.config
+    image_size, grid_size = segmenter.image_size, segmenter.grid_size
     return {
         "architectures": [
             next(name for name, mixer_name in MIXER_BY_ARCHITECTURE.items() if mixer_name == model.spec.mixer.name)
@@ -173,14 +198,14 @@ def _build_published_config(model: SegmentCaptioner) -> dict[str, Any]:
         "use_decoder_only_language_model": True,
         "vl_projector_type": "linear",
         "vl_projector_norm_type": "none",
-        "vision_config": model.encoder.vision.config.to_dict(),
+        "vision_config": cast("SamEncoder", model.encoder).vision.config.to_dict(),
         "prompt_encoder_config": {
             "hidden_size": model.segmenter.channels,
             "image_size": image_size,
             "patch_size": image_size // grid_size,
             "image_embedding_size": grid_size,
-            "mask_input_channels": prompt_encoder.mask_embed.conv2.out_channels,
-            "num_point_embeddings": len(prompt_encoder.point_embed),
+            "mask_input_channels": segmenter.prompt_encoder.mask_embed.conv2.out_channels,
+            "num_point_embeddings": len(segmenter.prompt_encoder.point_embed),
         },
         "mask_caption_decoder_config": FIXED_CONFIG
         | {
@@ -190,12 +215,12 @@ def _build_published_config(model: SegmentCaptioner) -> dict[str, Any]:
             "mlp_dim": decoder_config.mlp_dim,
             "iou_head_depth": decoder_config.iou_head_depth,
             "iou_head_hidden_dim": decoder_config.iou_head_hidden_dim,
-            "additional_num_hidden_layers": len(mixer.transformer.layers),
-            "num_caption_tokens": mixer.num_queries,
+            "additional_num_hidden_layers": len(_get_mixer_transformer(model).layers),
+            "num_caption_tokens": model.mixer.num_queries,
         },
         "text_config": {
             "_name_or_path": _get_language_model_source(model),
-            **model.language_model.model.config.to_dict(),
+            **_get_causal_model(model).config.to_dict(),
         },
     }
 

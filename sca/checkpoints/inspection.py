@@ -11,6 +11,7 @@ from sca_registry.spec import ComponentSpec, ModelSpec
 
 from sca.io.errors import InputError
 from sca.io.json import read_json
+from sca.io.score_format import format_score
 
 TRAINING_SETTINGS = ("train.steps", "train.batch_size", "train.learning_rate", "train.seed")
 MODEL_FOLDERS = ("model", "best")  # folders of checkpoints in the folder of a training run
@@ -78,7 +79,7 @@ def describe_training(run: Path) -> dict[str, Any]:
     }
     if (run / "best.json").is_file():
         best = _read_fields(run / "best.json", ("metric", "score", "step"))
-        facts["best_score"] = f"{best['metric']} {best['score']} at step {best['step']}"
+        facts["best_score"] = f"{best['metric']} {_format_stored_score(best['score'])} at step {best['step']}"
     return facts
 
 
@@ -105,6 +106,13 @@ def _read_fields(path: Path, names: Sequence[str]) -> dict[str, str]:
     if not isinstance(table, dict):
         raise InputError(f"{path} is damaged; copy it again")
     return {name: str(table.get(name, "")) for name in names}
+
+
+def _format_stored_score(text: str) -> str:
+    try:
+        return format_score(float(text))
+    except ValueError:
+        return text
 
 
 def format_component(component: ComponentSpec) -> str:

@@ -142,7 +142,7 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
         InputError: The checkpoint cannot be read, or requires more than was allowed.
     """
     is_bundled = isinstance(source, str) and source in zoo.list_names()
-    folder = zoo.get_entry(source).folder if is_bundled else find_local_folder(source)
+    folder = zoo.get_entry(str(source)).folder if is_bundled else find_local_folder(source)
     if folder is None or not (folder / SPEC_FILE).exists():
         return None
     _, spec = open_checkpoint(source if is_bundled else folder, trust)

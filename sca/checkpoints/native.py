@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +37,9 @@ from sca.io.json import open_regular_file, read_json
 from sca.io.validation import check_object
 from sca.language_models.hf import load_tokenizer
 from sca.model import SegmentCaptioner
+
+if TYPE_CHECKING:
+    from sca.language_models.causal import TextTokenizer
 
 MAX_SPEC_BYTES = 2**20
 # Distribution and version as in PEP 508 and PEP 440; excludes URLs and pip options.
@@ -175,7 +178,7 @@ def _write_checkpoint(
     _write_json(folder / ORIGIN_FILE, collect_origin(model))
     tokenizer = model.language_model.tokenizer
     if tokenizer is not None and tokenizer is not getattr(model.language_model, "source_tokenizer", None):
-        tokenizer.save(str(folder / "tokenizer"))
+        cast("TextTokenizer", tokenizer).save(str(folder / "tokenizer"))
 
 
 def resolve_spec(model: SegmentCaptioner) -> ModelSpec:
@@ -184,14 +187,11 @@ def resolve_spec(model: SegmentCaptioner) -> ModelSpec:
     Defaults that a checkpoint may not set are left out: None, weights, revisions, paths, and options that run code. The
     segmenter is always named, even if it is the encoder's default.
     """
-    components = resolve_components(model.spec, model.encoder)
-    return replace(
-        model.spec,
-        **{
-            kind: ComponentSpec(component.name, {**_get_settable_defaults(kind, component), **component.options})
-            for kind, component in components.items()
-        },
-    )
+    components: dict[str, Any] = {
+        kind: ComponentSpec(component.name, {**_get_settable_defaults(kind, component), **component.options})
+        for kind, component in resolve_components(model.spec, model.encoder).items()
+    }
+    return replace(model.spec, **components)
 
 
 def _get_settable_defaults(kind: str, component: ComponentSpec) -> dict[str, Any]:

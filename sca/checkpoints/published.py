@@ -11,7 +11,7 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from sca_registry.errors import make_unknown_name_error
@@ -28,7 +28,7 @@ from sca.io.errors import InputError
 from sca.io.hub import fetch_model_folder
 from sca.io.json import read_json
 from sca.io.weight_files import find_weight_files, has_tokenizer, read_tensors, require_weight_files
-from sca.language_models.causal import TextTokenizer
+from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 from sca.language_models.hf import load_tokenizer
 from sca.language_models.phi import split_fused_attention
 from sca.model import SegmentCaptioner
@@ -82,7 +82,7 @@ def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentC
     with no_init_weights(), BuildSizeLimit(find_weight_files(folder) or [], spec):
         model = build(spec)
     tensors = {_to_native_name(name): tensor for name, tensor in _read_published_tensors(folder).items()}
-    causal_config = model.language_model.model.config
+    causal_config: Any = cast("CausalLanguageModel", model.language_model).model.config
     if causal_config.model_type == "phi":
         try:
             tensors = split_fused_attention(tensors, causal_config)

@@ -20,6 +20,7 @@ from sca.checkpoints.native import read_spec
 from sca.checkpoints.trust import resolve_real_root
 from sca.io.errors import InputError, OutputError
 from sca.io.json import read_json
+from sca.io.score_format import format_interval, format_score
 from sca.io.text import escape_markdown
 
 CARD_FILE = "README.md"
@@ -213,14 +214,15 @@ def _render_scores(score_files: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         "## Scores",
         "",
-        "| dataset | metric | value | 95 % interval | protocol |",
+        "Scores times 100.",
+        "",
+        "| dataset | metric | value | 95% CI | protocol |",
         "| --- | --- | ---: | --- | --- |",
     ]
     for file in score_files:
         for each in _select_reported_scores(file):
-            interval = f"{each['low']:.3f} to {each['high']:.3f}" if each.get("low") is not None else ""
-            value = f"{each['value']:.3f}"
-            lines.append(_format_table_row(file.get("dataset"), each["name"], value, interval, each.get("protocol")))
+            value, interval = format_score(each["value"]), format_interval(each.get("ci_low"), each.get("ci_high"))
+            lines.append(_format_table_row(file.get("dataset"), each["name"], value, interval, each.get("protocol_id")))
     return [*lines, ""]
 
 
@@ -231,7 +233,7 @@ def _format_table_row(*cells: Any) -> str:
 
 def _select_reported_scores(file: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Select the scores that exist and do not belong to controls (adversarial prompts)."""
-    return [each for each in file["rows"] if each["control"] is None and each["value"] is not None]
+    return [each for each in file["score_details"] if each["control"] is None and each["value"] is not None]
 
 
 def _read_scores(path: str | Path) -> Mapping[str, Any]:

@@ -81,7 +81,7 @@ class BuildSizeLimit(TorchDispatchMode):
         for kind in MODEL_COMPONENTS:
             component = getattr(spec, kind)
             sizes += [] if component is None else _list_source_sizes(kind, component)
-        self.remaining_bytes = sum(sizes) * MAX_EXPANSION + EXTRA_BYTES
+        self.remaining_bytes: int = sum(sizes) * MAX_EXPANSION + EXTRA_BYTES
         self.tracked_storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -74,7 +74,7 @@ def confine_spec(spec: ModelSpec, folder: Path, trust: Trust) -> ModelSpec:
         RegistryError: A component does not exist.
     """
     components = {kind: getattr(spec, kind) for kind in MODEL_COMPONENTS}
-    confined = {
+    confined: dict[str, Any] = {
         kind: _confine_component(kind, component, folder, trust)
         for kind, component in components.items()
         if component is not None

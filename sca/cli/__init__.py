@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -26,7 +26,10 @@ from sca.io.terminal import guard_terminal
 from sca.io.text import describe_error
 from sca.torchvision_fix import find_torchvision_error
 
-app = typer.Typer(
+if TYPE_CHECKING:
+    import io
+
+app: typer.Typer = typer.Typer(
     name="sca",
     cls=CommandGroup,
     help="Segment and caption regions of images with interchangeable components.",
@@ -60,12 +63,18 @@ COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {  # by the p
     },
     "Plugins and diagnostics": {"plugin": plugins.app, "check": plugins.check, "doctor": plugins.doctor},
 }
-for panel, commands in COMMANDS.items():
-    for name, command in commands.items():
-        if isinstance(command, typer.Typer):
-            app.add_typer(command, name=name, rich_help_panel=panel)
-        else:
-            app.command(name, cls=PanelCommand, rich_help_panel=panel)(command)
+
+
+def _add_commands() -> None:
+    for panel, commands in COMMANDS.items():
+        for name, command in commands.items():
+            if isinstance(command, typer.Typer):
+                app.add_typer(command, name=name, rich_help_panel=panel)
+            else:
+                app.command(name, cls=PanelCommand, rich_help_panel=panel)(command)
+
+
+_add_commands()
 
 COMPLETION_VARIABLE = "_SCA_COMPLETE"  # set by the shell that requests completions
 # Shells do not expand ~ in --out=~/x, and programs that call this one expand it in no argument.
@@ -89,7 +98,8 @@ def main() -> None:
     if COMPLETION_VARIABLE in os.environ:
         typer.main.get_command(app).main(prog_name="sca")
     if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # characters that the terminal cannot encode are escaped
+        # characters that the terminal cannot encode are escaped
+        cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
     sys.exit(run_command(sys.argv[1:]))
 
 

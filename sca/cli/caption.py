@@ -31,12 +31,13 @@ from sca.io import terminal
 from sca.io.text import format_count
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from rich.progress import Progress, TaskID
     from sca_registry.contracts import Caption, Launcher
 
     from sca.inference.batch import CaptionResults, Failure
     from sca.inference.caption_job import CaptionJob, RegionSource
     from sca.inference.shards import ShardedRun
+    from sca.output.captioned_image import ImageOrSize
 
 DEFAULT_MODEL = "sca-tiny"
 EXIT_STATUSES = {"image": 1, "prompts": 2}  # exit status by the kind of failure
@@ -323,7 +324,7 @@ def caption(
 
         settings = {"images": context.params["images"], **_collect_settings(context.params, input_files)}
         shard_specs = name_shards(archives, paths, shard_size)
-        inputs = [*archives, *paths, *input_files]
+        inputs: list[str | Path] = [*archives, *paths, *input_files]
         with open_sharded_run(Path(out), shard_specs, settings, inputs, overwrite) as sharded_run:
             _caption_shards(sharded_run, job, built_launcher, region_source, failures, quiet)
         if not quiet:
@@ -371,8 +372,10 @@ def _caption_locally(
             if isinstance(result, Failure):
                 failures.add(result)
                 continue
-            for receiver in filter(None, (writers, table)):
-                receiver.add(*result)
+            if writers:
+                writers.add(*result)
+            if table:
+                table.add(*result)
             if journal:
                 journal.add(str(result.path), result.image, result.captions)
             if job.everything and not result.captions and not quiet:
@@ -464,8 +467,8 @@ class FailureReporter:
     """Reports failures immediately, and keeps the exit status: 1 for an image, 2 for its prompts."""
 
     def __init__(self, problems: Iterable[str] = ()):
-        self.count = 0
-        self.status = 0
+        self.count: int = 0
+        self.status: int = 0
         self.paths: list[Path] = []
         for problem in problems:
             self.report(problem, status=1)
@@ -506,15 +509,15 @@ class ProgressBars:
 
         console = Console(stderr=True)
         name_column, rate_column = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
-        self.progress = Progress(
+        self.progress: Progress = Progress(
             *(name_column, BarColumn(), MofNCompleteColumn(), rate_column, TimeRemainingColumn()),
             console=console,
             disable=quiet or not console.is_terminal,
             transient=True,
             redirect_stdout=False,
         )
-        self.image_task = self.progress.add_task("images", total=num_images, visible=num_images > 1, rate="")
-        self.search_task = self.progress.add_task("points", visible=False, rate="")
+        self.image_task: TaskID = self.progress.add_task("images", total=num_images, visible=num_images > 1, rate="")
+        self.search_task: TaskID = self.progress.add_task("points", visible=False, rate="")
 
     def __enter__(self) -> ProgressBars:
         self.progress.start()
@@ -568,7 +571,7 @@ class CaptionTable:
 
     def __init__(self) -> None:
         columns = ("image", "region", "caption", "score", "iou", "box")
-        self.table = terminal.Table(columns, right_aligned=("region", "score", "iou"), has_frame=False)
+        self.table: terminal.Table = terminal.Table(columns, right_aligned=("region", "score", "iou"), has_frame=False)
 
     def __enter__(self) -> CaptionTable:
         return self
@@ -578,7 +581,7 @@ class CaptionTable:
             with suppress(BrokenPipeError):  # the files of the run are finished regardless
                 print_table(self.table)
 
-    def add(self, path: Path, image: Image, captions: Sequence[Caption]) -> None:
+    def add(self, path: Path, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         from sca.io.images import format_path
 
         for each in captions:

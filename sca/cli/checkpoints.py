@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from sca.cli.options import (
     print_line,
     print_stderr,
 )
+
+if TYPE_CHECKING:
+    from sca_registry.spec import ComponentSpec
 
 LAYOUTS = ("published", "lm")
 
@@ -152,7 +155,7 @@ def _import_checkpoint(
     language_model: str,
     tokenizer: str,
     overwrite: bool,
-    trust_options: Mapping[str, bool],
+    trust_options: Mapping[str, Any],
 ) -> None:
     from sca.checkpoints.export import attach_sources
     from sca.checkpoints.load import load
@@ -163,11 +166,9 @@ def _import_checkpoint(
 
     model = load(source, **trust_options)
     if encoder or language_model:
-        model = attach_sources(
-            model,
-            **({"encoder": _make_part("encoder", encoder, "sam")} if encoder else {}),
-            **({"language_model": _make_part("language_model", language_model, "hf")} if language_model else {}),
-        )
+        sources = {"encoder": _make_part("encoder", encoder, "sam")} if encoder else {}
+        sources |= {"language_model": _make_part("language_model", language_model, "hf")} if language_model else {}
+        model = attach_sources(model, **sources)
     if tokenizer:
         loaded_tokenizer = load_tokenizer(fetch_model_folder(tokenizer))
         if loaded_tokenizer is None:
@@ -235,7 +236,7 @@ def _find_weight_sources(name: str) -> list[tuple[str, str | None, str]]:
     raise make_unknown_name_error(f"no downloadable weights named {name!r}", name, [*zoo.list_names(), *names])
 
 
-def _make_part(kind: str, name: str, fallback_name: str) -> object:
+def _make_part(kind: str, name: str, fallback_name: str) -> ComponentSpec:
     """Build a registered component, or `fallback_name` with weights from a folder or Hub id."""
     from sca_registry import get_registry
     from sca_registry.spec import ComponentSpec

@@ -22,7 +22,7 @@ from sca.io.text import format_count
 
 if TYPE_CHECKING:
     from sca.io.annotations.annotation import SkipCounter
-    from sca.output.captioned_image import CaptionedImage
+    from sca.output.captioned_image import CaptionedImage, ImageOrSize
 
 MAX_PRINTED_ERRORS = 10  # maximum number of unreadable records to print
 ImageRoot = Annotated[
@@ -76,7 +76,7 @@ def convert(
         folder.begin(settings, list_output_patterns(formats), [captions], overwrite=overwrite)
         with MultiFormatWriter(out, formats, first.model, image_prefix) as writers:
             for captioned in chain([first], captioned_images):
-                image = captioned.size
+                image: ImageOrSize = captioned.size
                 if set(formats) & set(DRAWN_FORMATS):
                     try:
                         image = captioned.open(roots)
@@ -141,7 +141,7 @@ class RejectionReporter:
     """Prints the first unreadable records, and counts all."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count: int = 0
 
     def __call__(self, error: ValueError) -> None:
         self.count += 1

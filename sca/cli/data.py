@@ -17,7 +17,7 @@ DatasetOptions = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Dataset options, such as root=FOLDER.")
 ]
 
-app = typer.Typer(help="Inspect and export datasets.", no_args_is_help=True, rich_markup_mode=None)
+app: typer.Typer = typer.Typer(help="Inspect and export datasets.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
@@ -37,7 +37,9 @@ def export(
         list[str] | None,
         typer.Option(help="Split to export: train, val or test. Repeatable. Defaults to val.", rich_help_panel="Data"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Maximum images per split.", min=1, rich_help_panel="Data")] = None,
+    max_images: Annotated[
+        int | None, typer.Option(help="Maximum images per split.", min=1, rich_help_panel="Data")
+    ] = None,
 ) -> None:
     """Export a dataset in a public dataset's layout."""
     from sca_registry import datasets
@@ -52,7 +54,7 @@ def export(
     datasets_by_split = {name: datasets.build(dataset, name, **dataset_options) for name in split or ["val"]}
     with _exit_if_empty():
         _report_splits(dataset, datasets_by_split)
-        print_line(f"wrote {export_dataset(datasets_by_split, out, format, max_images=limit)}")
+        print_line(f"wrote {export_dataset(datasets_by_split, out, format, max_images=max_images)}")
 
 
 def _report_splits(dataset: str, datasets_by_split: Mapping[str, Any]) -> None:
@@ -108,11 +110,11 @@ def stats(
         return
     table = Table(("", ""), title=f"{dataset} {split}")
     for name, value in statistics.items():
-        if name not in ("dataset", "split", "examples") and value not in (None, {}):
-            table.add_row(name.replace("_", " "), _format_statistic(value))
-    for reason, examples in statistics["examples"].items():
+        if name not in ("dataset", "split", "skipped_examples") and value not in (None, {}):
+            table.add_row(name.removeprefix("num_").replace("_", " "), _format_statistic(value))
+    for reason, examples in statistics["skipped_examples"].items():
         for index, example in enumerate(examples):
-            table.add_row("" if index else f"such as {reason}", example)
+            table.add_row("" if index else f"examples: {reason}", example)
     print_table(table)
 
 
@@ -127,11 +129,16 @@ def view(
     dataset: DatasetName,
     options: DatasetOptions = None,
     split: SplitName = "val",
-    limit: Annotated[int, typer.Option(help="Number of randomly sampled images.", min=1, rich_help_panel="Data")] = 12,
+    num_images: Annotated[
+        int, typer.Option(help="Number of randomly sampled images.", min=1, rich_help_panel="Data")
+    ] = 12,
     seed: Annotated[int, typer.Option(help="Random seed for sampling and augmentation.", rich_help_panel="Data")] = 0,
     augment: Annotated[
         str,
-        typer.Option(help="Augmentation to show next to each image: '{flip=0.5, crop=0.7}'.", rich_help_panel="Data"),
+        typer.Option(
+            help="Augmentation to show next to each image: '{flip_prob=0.5, min_crop_fraction=0.7}'.",
+            rich_help_panel="Data",
+        ),
     ] = "",
     out: Annotated[Path, typer.Option(help="HTML page to write.", rich_help_panel="Output")] = Path("data.html"),
 ) -> None:
@@ -153,7 +160,7 @@ def view(
     built_dataset = datasets.build(dataset, split, **dataset_options)
     with _exit_if_empty():
         _report_splits(dataset, {split: built_dataset})
-        indices = sorted(random.Random(seed).sample(range(len(built_dataset)), min(limit, len(built_dataset))))
+        indices = sorted(random.Random(seed).sample(range(len(built_dataset)), min(num_images, len(built_dataset))))
         title = f"{dataset} {split}: {len(indices)} of {len(built_dataset)} images"
         print_line(
             f"wrote {write_samples_page((built_dataset[index] for index in indices), out, title, augmentation, seed)}"

@@ -41,8 +41,8 @@ def evaluate(
         str | None,
         typer.Option(help="Dataset split, such as train, val, test or testA. Defaults to val.", rich_help_panel="Data"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Maximum number of images.", min=1, rich_help_panel="Data")] = None,
-    prompt: Annotated[
+    max_images: Annotated[int | None, typer.Option(help="Maximum images.", min=1, rich_help_panel="Data")] = None,
+    prompt_type: Annotated[
         str | None,
         typer.Option(help="Prompt type: box, center, random-point, mask-point or mask.", rich_help_panel="Prompts"),
     ] = None,
@@ -87,8 +87,8 @@ def evaluate(
     from sca.evaluation.predictions import CONTROLS, PROMPT_TYPES
     from sca.io.atomic import create_writable_folder
 
-    if prompt is not None:
-        check_option_choice("prompt", prompt, list(PROMPT_TYPES))
+    if prompt_type is not None:
+        check_option_choice("prompt-type", prompt_type, list(PROMPT_TYPES))
     for each in control or ():
         check_option_choice("control", each, list(CONTROLS))
     parsed_options = parse_evaluation_options(options or (), dataset, proposer)
@@ -97,7 +97,7 @@ def evaluate(
     resolve_device(device)
     if out:
         create_writable_folder(out)
-    run_options = {"batch_size": batch_size, "limit": limit, "device": device, "overwrite": overwrite}
+    run_options = {"batch_size": batch_size, "max_images": max_images, "device": device, "overwrite": overwrite}
     run_options |= {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     if _is_protocol(dataset):
         protocol = protocols.read_protocol(dataset)
@@ -106,7 +106,7 @@ def evaluate(
             protocol,
             parsed_options,
             metric_names,
-            (split, prompt, proposer),
+            (split, prompt_type, proposer),
             control or (),
             seed,
             out,
@@ -117,7 +117,10 @@ def evaluate(
         from sca.evaluation.predictions import PromptingOptions
 
         prompting = PromptingOptions(
-            prompt=prompt or "box", controls=tuple(control or ()), seed=seed, generation=parsed_options["generation"]
+            prompt_type=prompt_type or "box",
+            controls=tuple(control or ()),
+            seed=seed,
+            generation=parsed_options["generation"],
         )
         dataset_table = {"name": dataset, **parsed_options["dataset"]}
         proposer_table = {"name": proposer, **parsed_options["proposer"]} if proposer else None
@@ -136,14 +139,14 @@ def evaluate(
             )
         ]
         protocol = None
-    reports = [report for report in reports if report is not None]  # with several processes, only one has them
-    if as_json and reports:
-        report_dicts = [report.to_dict() for report in reports]
+    own_reports = [report for report in reports if report is not None]  # with several processes, only one has them
+    if as_json and own_reports:
+        report_dicts = [report.to_dict() for report in own_reports]
         print_json(report_dicts if protocol else report_dicts[0])
-    elif reports:
-        for index, report in enumerate(reports):
+    elif own_reports:
+        for index, report in enumerate(own_reports):
             print_table(report.build_table())
-            if protocol and protocol.runs[index].columns:
+            if protocol and protocol.runs[index].scores:
                 protocol_run = protocol.runs[index]
                 print_table(
                     protocols.build_comparison_table(protocol_run, report.run["model"], report.scores, protocol.source)
@@ -253,15 +256,15 @@ def _evaluate_protocol(
 ) -> list[EvaluationReport | None]:
     from dataclasses import replace
 
-    from sca.evaluation.protocol import available_metrics
+    from sca.evaluation.protocol import find_available_metrics
 
-    split, prompt, proposer = overridden
-    if split or prompt:
-        raise ValueError(f"the protocol {protocol.name} defines its splits and prompts; omit --split and --prompt")
+    split, prompt_type, proposer = overridden
+    if split or prompt_type:
+        raise ValueError(f"the protocol {protocol.name} defines its splits and prompts; omit --split and --prompt-type")
     metric_options = {**protocol.metric_options, **parsed_options["scores"]}
     metric_names = metrics
     if not metric_names:
-        metric_names, missing = available_metrics(protocol, metric_options)
+        metric_names, missing = find_available_metrics(protocol, metric_options)
         if missing and not quiet:
             print_stderr(
                 f"skipped the metrics {', '.join(missing)} of {protocol.name}; pass one with --metrics to see the "
@@ -347,7 +350,7 @@ def _is_protocol(name: str) -> bool:
         from sca_registry.errors import make_unknown_name_error
 
         known = [*sca_registry.datasets.list_names(), *protocol.list_protocols()]
-        raise make_unknown_name_error(f"no dataset or protocol {name!r}", name, known)
+        raise make_unknown_name_error(f"unknown dataset or protocol {name!r}", name, known)
     return False
 
 

@@ -149,7 +149,7 @@ def _print_plan(model_plan: Plan) -> None:
     workload = "a training step with" if model_plan.training else "captioning"
     counts = f"{model_plan.batch_size} x {model_plan.regions_per_image} regions, {model_plan.max_new_tokens} tokens"
     print_line(f"{model_plan.model}: {workload} {counts}, {model_plan.dtype}")
-    table = Table(("stage", "GFLOP", "peak memory"), right_aligned=("GFLOP", "peak memory"), has_frame=False)
+    table = Table(("stage", "GFLOPs", "peak memory"), right_aligned=("GFLOPs", "peak memory"), has_frame=False)
     for stage, flops in model_plan.flops.items():
         table.add_row(stage, f"{flops / 1e9:,.1f}", _format_bytes(model_plan.memory[stage]))
     table.add_row("total", f"{sum(model_plan.flops.values()) / 1e9:,.1f}", _format_bytes(model_plan.peak_memory))

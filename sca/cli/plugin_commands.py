@@ -32,7 +32,7 @@ class CommandGroup(TyperGroup):
         return super().list_commands(ctx)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        parameters = super().get_params(ctx)
+        parameters: list[Any] = super().get_params(ctx)
         for parameter in parameters:
             if parameter.name == "show_completion":
                 parameter.help = SHOW_COMPLETION_HELP
@@ -42,7 +42,7 @@ class CommandGroup(TyperGroup):
         """List the commands of each panel in a section of its own, in plain text."""
         sections: dict[str, list[tuple[str, Any]]] = {}
         for name in self.list_commands(ctx):
-            command = self.get_command(ctx, name)
+            command: Any = self.get_command(ctx, name)
             sections.setdefault(command.rich_help_panel, []).append((name, command))
         name_width = max(map(len, self.commands))
         for title, commands in sections.items():
@@ -58,7 +58,9 @@ class CommandGroup(TyperGroup):
         if args and args[0] not in self.commands:
             self._add_plugins()  # also for "Did you mean"
         name, command, remaining_args = super().resolve_command(ctx, args)
-        return name, load_plugin_command(name) if isinstance(command, PluginCommand) else command, remaining_args
+        if isinstance(command, PluginCommand) and name is not None:
+            command = load_plugin_command(name)
+        return name, command, remaining_args
 
     def _add_plugins(self) -> None:
         for name, registrations in find_plugin_commands().items():
@@ -122,7 +124,8 @@ def _make_command(name: str, command: typer.Typer | Callable[..., Any]) -> Any:
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     if isinstance(command, typer.Typer):
         app.add_typer(command, name=name)
-        return typer.main.get_command(app).commands[name]
+        group: Any = typer.main.get_command(app)
+        return group.commands[name]
     if not callable(command):
         raise TypeError(f"{type(command).__name__} is not a typer app or a function")
     app.command(name)(command)

@@ -16,7 +16,7 @@ from sca.io.errors import InputError
 if TYPE_CHECKING:
     from sca_registry.registry import RegistryEntry
 
-app = typer.Typer(help="Create plugin packages.", no_args_is_help=True, rich_markup_mode=None)
+app: typer.Typer = typer.Typer(help="Create plugin packages.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()

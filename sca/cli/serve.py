@@ -110,8 +110,8 @@ def serve(
     from sca_registry import RegistryError
     from sca_registry.spec import ComponentSpec
 
-    from sca.launchers.local import Local
-    from sca.launchers.ray import Ray
+    from sca.launchers.local import LocalLauncher
+    from sca.launchers.ray import RayLauncher
     from sca.serve.api_keys import read_keys
     from sca.serve.config import ServerConfig
     from sca.serve.root_path import check_root_path
@@ -119,9 +119,9 @@ def serve(
 
     component = ComponentSpec.parse(launcher, "--launcher", "launchers")
     built_launcher = sca_registry.launchers.build(component.name, **component.options)
-    if not isinstance(built_launcher, Local | Ray):
+    if not isinstance(built_launcher, LocalLauncher | RayLauncher):
         raise RegistryError(f"the launcher {component.name!r} cannot run a server; choose local or ray")
-    if num_replicas != 1 and isinstance(built_launcher, Local):
+    if num_replicas != 1 and isinstance(built_launcher, LocalLauncher):
         raise ValueError(
             f"the local launcher supports 1 replica, not {num_replicas}; use --launcher ray for several replicas"
         )
@@ -146,7 +146,7 @@ def serve(
         allow_external=allow_external,
     )
     server_config.check_installed()
-    if isinstance(built_launcher, Local):  # Ray reports it for its nodes
+    if isinstance(built_launcher, LocalLauncher):  # Ray reports it for its nodes
         resolve_device(device)
 
     def report_ready(url: str) -> None:
@@ -154,10 +154,10 @@ def serve(
         if not is_loopback(host) and not server_config.api_keys:
             print_stderr(f"anyone with access to {host} can use this server; pass --api-key-file FILE to require a key")
 
-    if isinstance(built_launcher, Ray):
+    if isinstance(built_launcher, RayLauncher):
         from sca.serve.ray_server import serve_on_ray
 
-        ray_options = (built_launcher.address, built_launcher.cores)
+        ray_options = (built_launcher.address, built_launcher.num_cpus)
         serve_on_ray(server_config, host, port, num_replicas, report_ready, *ray_options)
     else:
         from sca.serve.server import serve_locally

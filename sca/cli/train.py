@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,7 +46,7 @@ def train(
 
     loaded_recipe = Recipe.read(recipe, overrides or ())
     folder = out or Path("runs") / loaded_recipe.name
-    trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+    trust_options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     import torch
 
     from sca.training.processes import join_processes, run_processes
@@ -64,7 +64,7 @@ def train(
         options += ["--out", str(out)] if out else []
         raise typer.Exit(run_processes(num_processes, ["train", *options, "--", recipe, *(overrides or ())]))
     is_main_process = os.environ.get("RANK", "0") == "0"
-    conflict_options = {"overwrite": overwrite, "set_aside": out is None and not overwrite}
+    conflict_options: dict[str, Any] = {"overwrite": overwrite, "set_aside": out is None and not overwrite}
     with join_processes():
         model = train_recipe(
             loaded_recipe, folder, resume=resume, quiet=quiet, report=print_stderr, **conflict_options, **trust_options

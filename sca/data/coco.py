@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from sca.data.custom import choose_split, make_hold_out_key, resolve_split_path
+from sca.data.custom import choose_split, make_val_fraction_key, resolve_split_path
 from sca.data.record_index import RecordIndex, group_indices_by_owner, index_json_lists
 from sca.data.record_parsing import iter_identified_records, parse_phrases
 from sca.data.table import TableDataset
@@ -119,8 +119,8 @@ class Coco(TableDataset):
         split: Name of the split, such as "train".
         root: Folder with `train.json` and `train/`, or with `annotations/instances_train2017.json` and `train2017/`.
         annotations: JSON file, instead of the one in `root`.
-        images: Image folder, instead of the one in `root`.
-        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        image_root: Image folder, instead of the one in `root`.
+        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "coco"
@@ -136,11 +136,11 @@ class Coco(TableDataset):
         split: str,
         root: str | Path | None = None,
         annotations: str | Path | None = None,
-        images: str | Path | None = None,
-        max_bad: int = 100,
+        image_root: str | Path | None = None,
+        max_bad_records: int = 100,
     ):
-        self.annotations, image_folder = find_coco_files(self.layouts, split, root, annotations, images)
-        super().__init__(split, image_folder, [self.annotations], max_bad, self.selection_key)
+        self.annotations, image_folder = find_coco_files(self.layouts, split, root, annotations, image_root)
+        super().__init__(split, image_folder, [self.annotations], max_bad_records, self.selection_key)
 
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the file index, the index of an image, and the indices of its annotations."""
@@ -220,8 +220,8 @@ class GritVisualGenome(Coco):
         split: "train" or "test".
         root: Folder with `train.json` and `test.json`, and images in `images/`, `VG_100K/` or `VG_100K_2/`.
         annotations: JSON file, instead of the one in `root`.
-        images: Image folder, instead of `root`.
-        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        image_root: Image folder, instead of `root`.
+        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "visual-genome-grit"
@@ -230,7 +230,7 @@ class GritVisualGenome(Coco):
 
     def _resolve_image_path(self, name: str) -> Path:
         path, file_name = super()._resolve_image_path(name), split_path_parts(name)[-1]
-        paths = [path, *(self.images / folder / file_name for folder in ("images", "VG_100K", "VG_100K_2"))]
+        paths = [path, *(self.image_root / folder / file_name for folder in ("images", "VG_100K", "VG_100K_2"))]
         return next(filter(os.path.isfile, paths), path)
 
 
@@ -242,8 +242,8 @@ class Objects365(Coco):
         root: Folder with `annotations/zhiyuan_objv2_train.json` or `objects365v2_train_fixann.json`, with or without
             `annotations/`, and the image folders `train/patch0/` and so on.
         annotations: JSON file, instead of the one in `root`.
-        images: Image folder, instead of the one in `root`.
-        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        image_root: Image folder, instead of the one in `root`.
+        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "objects365"
@@ -265,8 +265,8 @@ class V3Det(Coco):
         root: Folder with `annotations/v3det_2023_v1_train.json`, with or without `annotations/`. Its file names begin
             with `images/`.
         annotations: JSON file, instead of the one in `root`.
-        images: Image folder, instead of `root`.
-        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        image_root: Image folder, instead of `root`.
+        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "v3det"
@@ -284,8 +284,8 @@ class CocoCaptions(Coco):
         root: Folder with `annotations/captions_train2017.json` and `train2017/`, or with `captions_train.json` and
             `train/`.
         annotations: JSON file, instead of the one in `root`.
-        images: Image folder, instead of the one in `root`.
-        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        image_root: Image folder, instead of the one in `root`.
+        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "coco-captions"
@@ -313,19 +313,26 @@ class CocoJson(Coco):
     Args:
         split: "train" or "val", or the name of a split of the files.
         annotations: JSON file. `{split}` is replaced by the split, where "val" may also be `valid` or `validation`.
-        images: Image folder, which may contain `{split}`.
-        hold_out: Fraction of the images of a file without splits that "val" has: at least 4 images, or a third of all
-            if that is fewer. "train" has the others.
-        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        image_root: Image folder, which may contain `{split}`.
+        val_fraction: Fraction of the images of a file without splits that "val" has: at least 4 images, or a third of
+            all if that is fewer. "train" has the others.
+        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     def __init__(
-        self, split: str, annotations: str | Path, images: str | Path, hold_out: float = 0.0, max_bad: int = 100
+        self,
+        split: str,
+        annotations: str | Path,
+        image_root: str | Path,
+        val_fraction: float = 0.0,
+        max_bad_records: int = 100,
     ):
-        self.hold_out = hold_out
-        annotations, images = (resolve_split_path(str(expand_user(path)), split) for path in (annotations, images))
-        self.selection_key = make_hold_out_key(split, hold_out)
-        super().__init__(split, annotations=annotations, images=images, max_bad=max_bad)
+        self.val_fraction = val_fraction
+        annotations, image_root = (
+            resolve_split_path(str(expand_user(path)), split) for path in (annotations, image_root)
+        )
+        self.selection_key = make_val_fraction_key(split, val_fraction)
+        super().__init__(split, annotations=annotations, image_root=image_root, max_bad_records=max_bad_records)
 
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the file index, the index of an image, and the annotations of all records of its file."""
@@ -340,7 +347,7 @@ class CocoJson(Coco):
             elif self._has_same_size(record, location, coco_index.images[entry_by_name[name][1]][0]):
                 entry_by_name[name][2].extend(annotation_indices)
         split_names, self.remarks = choose_split(
-            map(name_resolver.identify_file, entry_by_name), self.split, self.hold_out
+            map(name_resolver.identify_file, entry_by_name), self.split, self.val_fraction
         )
         return (entry for name, entry in entry_by_name.items() if name_resolver.identify_file(name) in split_names)
 
@@ -349,7 +356,7 @@ class CocoJson(Coco):
         sizes = [(each.get("width"), each.get("height")) for each in (first_record, record)]
         if sizes[0] != sizes[1]:
             self._reject_image(
-                f"{location}: width and height are {sizes[1]}, and {sizes[0]} in a record of the same file"
+                f"{location}: width and height are {sizes[1]}, but {sizes[0]} in another record of the same file"
             )
         return sizes[0] == sizes[1]
 
@@ -386,7 +393,7 @@ def find_coco_files(
     split: str,
     root: str | Path | None,
     annotations: str | Path | None = None,
-    images: str | Path | None = None,
+    image_root: str | Path | None = None,
 ) -> tuple[Path, Path]:
     """Find the annotation file and the image folder of a split.
 
@@ -395,26 +402,28 @@ def find_coco_files(
         split: Name of the split.
         root: Folder of the dataset.
         annotations: Annotation file, instead of the one in `root`.
-        images: Image folder, instead of the one in `root`.
+        image_root: Image folder, instead of the one in `root`.
 
     Returns:
         The first pair of paths that both exist.
 
     Raises:
-        InputError: No pair exists, or neither `root` nor both `annotations` and `images` are given.
+        InputError: No pair exists, or neither `root` nor both `annotations` and `image_root` are given.
     """
-    root, annotations, images = (None if path is None else expand_user(path) for path in (root, annotations, images))
+    root, annotations, image_root = (
+        None if path is None else expand_user(path) for path in (root, annotations, image_root)
+    )
     if root is not None:
         names = [tuple(name.replace("{split}", split) for name in layout) for layout in layouts]
-        candidates = [(annotations or f"{root}/{file}", images or f"{root}/{folder}") for file, folder in names]
-    elif annotations is not None and images is not None:
-        candidates = [(annotations, images)]
+        candidates = [(annotations or f"{root}/{file}", image_root or f"{root}/{folder}") for file, folder in names]
+    elif annotations is not None and image_root is not None:
+        candidates = [(annotations, image_root)]
     else:
-        raise InputError("give root=FOLDER, or both annotations=FILE and images=FOLDER")
+        raise InputError("give root=FOLDER, or both annotations=FILE and image_root=FOLDER")
     paths = [(Path(file), Path(folder)) for file, folder in candidates]
     for file, folder in paths:
         if file.is_file() and folder.is_dir():
             return file, folder
     searched = " or ".join(f"{file} with {folder}{os.sep}" for file, folder in paths)
     missing = dict.fromkeys(str(path) for pair in paths for path in pair if not path.exists())
-    raise InputError(f"no data for split {split!r}: looked for {searched}; not there: {', '.join(missing)}")
+    raise InputError(f"no data for split {split!r}: looked for {searched}; missing: {', '.join(missing)}")

@@ -36,17 +36,17 @@ class CocoPanoptic(TableDataset):
         split: Name of the split, such as "val".
         root: Folder with `annotations/panoptic_val2017.json`, the PNG files in `annotations/panoptic_val2017/`, and the
             images in `val2017/`.
-        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "coco-panoptic"
 
-    def __init__(self, split: str, root: str | Path, max_bad: int = 100):
+    def __init__(self, split: str, root: str | Path, max_bad_records: int = 100):
         self.annotations, image_folder = find_coco_files(LAYOUTS, split, root)
         self.segments: Path = self.annotations.with_suffix("")
         if not self.segments.is_dir():
-            raise InputError(f"there is no folder {self.segments} with the PNG files of {self.annotations.name}")
-        super().__init__(split, image_folder, [self.annotations, self.segments], max_bad)
+            raise InputError(f"no folder {self.segments} with the PNG files of {self.annotations.name}")
+        super().__init__(split, image_folder, [self.annotations, self.segments], max_bad_records)
 
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the file index, an image index, its annotation and location, and the number of segments before it."""
@@ -84,7 +84,7 @@ class CocoPanoptic(TableDataset):
                 segment_id = read_field(segment, "id", int, segment_location)
                 segment_location = f"{segment_location} (id {segment_id})"
                 if segment_id in known_ids:
-                    raise InputError(f"{segment_location}: this id was given before")
+                    raise InputError(f"{segment_location}: duplicate id")
                 known_ids.add(segment_id)
                 name = coco_index.get_category_name(segment, segment_location)
                 if segment.get("iscrowd"):
@@ -95,7 +95,7 @@ class CocoPanoptic(TableDataset):
                         row, segments_before + n + 1, segment_ids == segment_id, segment_location, name, kind
                     )
         for segment_id in np.setdiff1d(segment_ids, list(known_ids)).tolist():
-            self._skip("pixels of no segment", f"{location}: {segment_id}")
+            self._skip("pixels without a segment", f"{location}: {segment_id}")
         return row
 
     def _read_segment_ids(self, name: str, row: dict[str, Any]) -> np.ndarray | None:

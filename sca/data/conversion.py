@@ -45,9 +45,10 @@ from sca.io.image_names import is_url, resolve_image_path
 from sca.io.images import read_image_file_size
 from sca.io.masks import RLE, mask_to_box
 
-SCHEMA_VERSION = 7  # increase it when the format or a reader changes, to convert all tables again
+SCHEMA_VERSION = 8  # increase it when the format or a reader changes, to convert all tables again
+METADATA_FILE = "metadata.json"
 IMAGES_PER_SHARD = 2000  # including skipped images
-BAD_IMAGE_REASONS = (  # counted against `max_bad`
+BAD_IMAGE_REASONS = (  # counted against `max_bad_records`
     *("image missing", "image is a URL", "image name ambiguous"),
     *("image unreadable", "image of another size", "image without data"),
     *("segments unreadable", "segments of another size"),
@@ -71,9 +72,9 @@ class ConvertedTable:
 
     Args:
         split: Name of the split.
-        images: Folder that image file names are relative to.
+        image_root: Folder that image file names are relative to.
         sources: Files to read, starting with the one that messages name.
-        max_bad: Maximum number of unusable images, of unusable regions, and of unnamed categories.
+        max_bad_records: Maximum number of unusable images, of unusable regions, and of unnamed categories.
         selection_key: Options that select records in addition to the sources.
 
     Attributes:
@@ -85,15 +86,17 @@ class ConvertedTable:
         remarks: Phrases about the choice of images, such as how many were held out.
 
     Raises:
-        InputError: A source is missing or truncated, or more than `max_bad` records are unusable.
+        InputError: A source is missing or truncated, or more than `max_bad_records` records are unusable.
         ImportError: The extra `data` is not installed.
         OutputError: The cache folder cannot be written.
     """
 
     reader: str
 
-    def __init__(self, split: str, images: Path, sources: Sequence[Path], max_bad: int, selection_key: str = ""):
-        self.split, self.images, self.max_bad = split, images, max_bad
+    def __init__(
+        self, split: str, image_root: Path, sources: Sequence[Path], max_bad_records: int, selection_key: str = ""
+    ):
+        self.split, self.image_root, self.max_bad_records = split, image_root, max_bad_records
         self.sources = list(sources)
         self._skip = SkipCounter()
         self.attribute_values: dict[str, tuple[str, ...]] = {}
@@ -103,7 +106,7 @@ class ConvertedTable:
         self._name_by_path_hash: dict[int, str | None] = {}  # None: the path as written
         folders = {folder: os.path.realpath(folder) for folder in {source.parent for source in self.sources}}
         paths = [f"{folders[source.parent]}/{source.name}" for source in self.sources]
-        source_identity = [selection_key, os.path.realpath(images), *paths]
+        source_identity = [selection_key, os.path.realpath(image_root), *paths]
         source_key = _compute_digest(source_identity)  # independent of the state of the files
         content_key = _compute_digest([SCHEMA_VERSION, source_key, *map(_get_file_stamp, self.sources)])
         self._open_or_convert(get_cache_folder().absolute() / "data" / f"{self.reader}-{source_key}-{content_key}")
@@ -133,7 +136,7 @@ class ConvertedTable:
 
     def _resolve_image_path(self, name: str) -> Path:
         """Return the path of an image, which may not exist. Raises InputError for an ambiguous name or a URL."""
-        return resolve_image_path(name, [self.images])
+        return resolve_image_path(name, [self.image_root])
 
     def _create_row(
         self, image_id: int, name: str, width: int, height: int, is_size_recorded: bool = True
@@ -202,7 +205,7 @@ class ConvertedTable:
         }
 
     def _skip_image(self, reason: str, name: str, example: str, stop: bool = True) -> None:
-        """Count an unusable image once; with `stop`, raise InputError if it exceeds `max_bad`."""
+        """Count an unusable image once; with `stop`, raise InputError if it exceeds `max_bad_records`."""
         if name not in self._bad_image_stamps:
             self._bad_image_stamps[name] = self._get_image_stamp(name)
             self._skip(reason, example)
@@ -211,16 +214,18 @@ class ConvertedTable:
 
     def _check_max_bad(self) -> None:
         num_bad_images = len(self._bad_image_stamps) + self.skipped[UNUSABLE_IMAGE_REASON]
-        if num_bad_images > self.max_bad:
+        if num_bad_images > self.max_bad_records:
             raise InputError(
-                f"{num_bad_images} images of {self.sources[0]} cannot be used, more than max_bad={self.max_bad}; "
-                f"{self._summarize_skipped()}. Are the pictures in {self.images} whole and the right ones?"
+                f"{num_bad_images} images of {self.sources[0]} cannot be used, more than "
+                f"max_bad_records={self.max_bad_records}; {self._summarize_skipped()}. Check the images in "
+                f"{self.image_root}"
             )
         for reason, noun in ((UNUSABLE_REGION_REASON, "regions"), (UNNAMED_CATEGORY_REASON, "categories")):
-            if self.skipped[reason] > self.max_bad:
+            if self.skipped[reason] > self.max_bad_records:
                 raise InputError(
                     f"{self.skipped[reason]} {noun} of {self.sources[0]} cannot be used, more than "
-                    f"max_bad={self.max_bad}; {self._summarize_skipped(reason)}. Correct them, or give a larger max_bad"
+                    f"max_bad_records={self.max_bad_records}; {self._summarize_skipped(reason)}. Correct them, or "
+                    "increase max_bad_records"
                 )
 
     def _summarize_skipped(self, *reasons: str) -> str:
@@ -236,9 +241,7 @@ class ConvertedTable:
             import datasets  # noqa: F401
             from filelock import FileLock
         except ImportError as error:
-            message = (
-                f"{self.reader} needs `datasets` ({error}). Install it: pip install 'segment-caption-anything[data]'"
-            )
+            message = f"{self.reader} requires `datasets` ({error}); pip install 'segment-caption-anything[data]'"
             raise ImportError(message, name=error.name) from error
         if self._try_open_table(folder):
             return
@@ -247,7 +250,9 @@ class ConvertedTable:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock_guard = lock.acquire()
         except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror or error}; SCA_CACHE names another") from error
+            raise OutputError(
+                f"cannot write {folder}: {error.strerror or error}; set SCA_CACHE to another folder"
+            ) from error
         with lock_guard:
             if not self._try_open_table(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # outdated
@@ -280,10 +285,10 @@ class ConvertedTable:
             if metadata is None:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir()
-                metadata = {"sources": list(map(str, self.sources[:MAX_EXAMPLES])), "hash": "", "whole": False}
-                metadata |= dict.fromkeys(("shards", "entries", "images", "regions", "captioned", "phrases"), 0)
-                metadata["names"] = []
-            if not metadata["whole"]:
+                metadata = {"sources": list(map(str, self.sources[:MAX_EXAMPLES])), "hash": "", "is_complete": False}
+                metadata |= dict.fromkeys(("shards", "entries", "images", "regions", "captioned_regions", "phrases"), 0)
+                metadata["class_names"] = []
+            if not metadata["is_complete"]:
                 with tqdm(desc=self.reader, unit=" images", leave=False, disable=None) as bar:
                     self._write_shards(draft, metadata, bar)
             os.rename(draft, folder)
@@ -313,7 +318,7 @@ class ConvertedTable:
                 for name in Dataset.from_file(str(draft / _format_shard_name(number)))["file"]:
                     with suppress(InputError):
                         self._register_file_name(self._resolve_image_path(name), name)
-        names = dict.fromkeys(metadata["names"])
+        class_names = dict.fromkeys(metadata["class_names"])
         has_more = True
         while has_more:
             path, entries_before = draft / _format_shard_name(metadata["shards"]), metadata["entries"]
@@ -327,17 +332,18 @@ class ConvertedTable:
                         ).hexdigest()
                         metadata["images"] += 1
                         metadata["regions"] += len(record["regions"])
-                        metadata["captioned"] += sum(bool(region["phrases"]) for region in record["regions"])
-                        names |= dict.fromkeys(region["name"] for region in record["regions"] if region["name"])
+                        metadata["captioned_regions"] += sum(bool(region["phrases"]) for region in record["regions"])
+                        class_names |= dict.fromkeys(region["name"] for region in record["regions"] if region["name"])
                         metadata["phrases"] += sum(len(region["phrases"]) for region in record["regions"])
                     bar.update()
                 writer.finalize()
             has_more = metadata["entries"] - entries_before == IMAGES_PER_SHARD
             metadata |= {"shards": metadata["shards"] + 1, "skipped": self.skipped, "examples": self.examples}
-            metadata |= {"attributes": self.attribute_values, "remarks": self.remarks, "names": list(names)}
-            metadata |= {"bad": self._bad_image_stamps, "measured": self._empty_image_sizes, "whole": not has_more}
+            metadata |= {"attributes": self.attribute_values, "remarks": self.remarks, "class_names": list(class_names)}
+            metadata |= {"bad_images": self._bad_image_stamps, "empty_images": self._empty_image_sizes}
+            metadata["is_complete"] = not has_more
             sync_path(path)
-            write_file(draft / "metadata.json", json.dumps(metadata, indent=1))
+            write_file(draft / METADATA_FILE, json.dumps(metadata, indent=1))
         self._name_by_path_hash.clear()
 
     def _try_build_row(self, entry: Any) -> dict[str, Any] | None:
@@ -368,7 +374,7 @@ class ConvertedTable:
             self._skip_image("image missing", name, name, stop=False)
             return None
         if (other_name := self._register_file_name(path, name)) is not None:
-            message = f"{name!r} and {other_name!r} both lead to {path}; write paths relative to {self.images}"
+            message = f"{name!r} and {other_name!r} both refer to {path}; write paths relative to {self.image_root}"
             return self._skip_image("image name ambiguous", name, message, stop=False)
         return path
 
@@ -377,11 +383,11 @@ class ConvertedTable:
 
         Names that exist as written do not conflict: they may be links to one file.
         """
-        written_name = None if path == self.images / name else name
+        written_name = None if path == self.image_root / name else name
         other_name = self._name_by_path_hash.setdefault(hash(os.path.realpath(path)), written_name)
         if other_name == written_name:
             return None
-        return other_name or os.path.relpath(path, self.images)
+        return other_name or os.path.relpath(path, self.image_root)
 
     def _get_image_stamp(self, name: str) -> list[int] | None:
         try:
@@ -392,7 +398,7 @@ class ConvertedTable:
     def _read_metadata(self, folder: Path) -> dict[str, Any] | None:
         """Read the metadata of a complete or partial table; None if there is none or it is outdated."""
         try:
-            metadata = json.loads((folder / "metadata.json").read_text("utf-8"))
+            metadata = json.loads((folder / METADATA_FILE).read_text("utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         return metadata if self._is_current(folder, metadata) else None
@@ -401,9 +407,9 @@ class ConvertedTable:
         """Return whether unusable images are unchanged and measured images still have the same size."""
         from datasets import Dataset
 
-        if any(self._get_image_stamp(name) != stamp for name, stamp in metadata["bad"].items()):
+        if any(self._get_image_stamp(name) != stamp for name, stamp in metadata["bad_images"].items()):
             return False
-        if not all(self._has_size(name, *measured) for name, measured in metadata["measured"].items()):
+        if not all(self._has_size(name, *size) for name, size in metadata["empty_images"].items()):
             return False
         for number in range(metadata["shards"]):
             shard = Dataset.from_file(str(folder / _format_shard_name(number))).data
@@ -422,9 +428,12 @@ class ConvertedTable:
         return True
 
     def _restore_counts(self, metadata: dict[str, Any]) -> None:
-        self._skip, self._bad_image_stamps = SkipCounter(metadata["skipped"], metadata["examples"]), metadata["bad"]
+        self._skip, self._bad_image_stamps = (
+            SkipCounter(metadata["skipped"], metadata["examples"]),
+            metadata["bad_images"],
+        )
         self.attribute_values = {name: tuple(values) for name, values in metadata["attributes"].items()}
-        self.remarks, self._empty_image_sizes = metadata["remarks"], metadata["measured"]
+        self.remarks, self._empty_image_sizes = metadata["remarks"], metadata["empty_images"]
 
 
 def _build_features() -> Any:

@@ -13,9 +13,12 @@ from sca.io.errors import InputError
 from sca.io.json import is_json_lines_name
 from sca.io.paths import expand_user
 
-SOURCE_DEFAULTS = {"names": "both", "augment": {"flip": 0.5, "crop": 0.7, "color": 0.2}}
-DEFAULT_HOLD_OUT = 0.1  # fraction of the images of a file without splits
-MIN_HELD_OUT = 4  # images, but at most a third of all
+SOURCE_DEFAULTS = {
+    "class_name_task": "both",
+    "augment": {"flip_prob": 0.5, "min_crop_fraction": 0.7, "color_jitter": 0.2},
+}
+DEFAULT_VAL_FRACTION = 0.1  # fraction of the images of a file without splits
+MIN_VAL_IMAGES = 4  # images, but at most a third of all
 SPLIT_ALIASES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}  # names that tools use
 SPLIT_LAYOUTS = (  # annotation file and image folder of exports with splits: Roboflow, CVAT
     ("{split}/_annotations.coco.json", "{split}"),
@@ -28,7 +31,7 @@ def detect_data_source(path: str | Path) -> dict[str, Any]:
     """Return the recipe's data table for a file or folder.
 
     Images are relative to the folder of the annotation file, or to `images/` next to it. If the data has no splits,
-    "val" has the fraction `DEFAULT_HOLD_OUT`, see `choose_split`. Suffixes are case-insensitive.
+    "val" has the fraction `DEFAULT_VAL_FRACTION`, see `choose_split`. Suffixes are case-insensitive.
 
     Args:
         path: One of:
@@ -46,44 +49,46 @@ def detect_data_source(path: str | Path) -> dict[str, Any]:
     """
     path = expand_user(path)
     if not path.exists():
-        raise InputError(f"data={path}: there is no such file or folder")
+        raise InputError(f"data={path} does not exist")
     if path.is_dir():
         if (path / "train.json").is_file() and (path / "train").is_dir():
             return {"name": "coco", "root": str(path), **SOURCE_DEFAULTS}
         if table := _find_split_export(path):
             return {**table, **SOURCE_DEFAULTS}
         if _is_labelme_folder(path):
-            return {"name": "annotations", "file": str(path), "hold_out": DEFAULT_HOLD_OUT, **SOURCE_DEFAULTS}
+            return {"name": "annotations", "file": str(path), "val_fraction": DEFAULT_VAL_FRACTION, **SOURCE_DEFAULTS}
         path = _find_single_file(path)
-    images = _find_image_folder(path)
+    image_root = _find_image_folder(path)
     if is_json_lines_name(path):
         return {
             "name": "jsonl",
             "file": str(path),
-            "images": str(images),
-            "hold_out": DEFAULT_HOLD_OUT,
+            "image_root": str(image_root),
+            "val_fraction": DEFAULT_VAL_FRACTION,
             **SOURCE_DEFAULTS,
         }
     if _is_json_name(path):
         tool = _detect_tool(path)
         if tool == "LabelMe":  # image names are relative to its own folder
-            return {"name": "annotations", "file": str(path), "hold_out": DEFAULT_HOLD_OUT, **SOURCE_DEFAULTS}
+            return {"name": "annotations", "file": str(path), "val_fraction": DEFAULT_VAL_FRACTION, **SOURCE_DEFAULTS}
         if tool == "Label Studio":
             return {
                 "name": "annotations",
                 "file": str(path),
-                "images": str(images),
-                "hold_out": DEFAULT_HOLD_OUT,
+                "image_root": str(image_root),
+                "val_fraction": DEFAULT_VAL_FRACTION,
                 **SOURCE_DEFAULTS,
             }
         return {
             "name": "coco-json",
             "annotations": str(path),
-            "images": str(images),
-            "hold_out": DEFAULT_HOLD_OUT,
+            "image_root": str(image_root),
+            "val_fraction": DEFAULT_VAL_FRACTION,
             **SOURCE_DEFAULTS,
         }
-    raise InputError(f"data={path}: a .jsonl file, a .json file of a labeling tool or a folder with one is wanted")
+    raise InputError(
+        f"data={path} has an unknown format; give a .jsonl file, a .json file of a labeling tool, or a folder with one"
+    )
 
 
 def _is_labelme_folder(folder: Path) -> bool:
@@ -115,10 +120,12 @@ def _detect_tool(path: Path) -> str:
 
 def _find_split_export(folder: Path) -> dict[str, Any] | None:
     """Return the data source of an export with files for "train" and "val"; None if there are none."""
-    for file, images in SPLIT_LAYOUTS:
-        paths = [resolve_split_path(f"{folder}/{each}", split) for each in (file, images) for split in ("train", "val")]
+    for file, image_folder in SPLIT_LAYOUTS:
+        paths = [
+            resolve_split_path(f"{folder}/{each}", split) for each in (file, image_folder) for split in ("train", "val")
+        ]
         if all(each.exists() for each in paths):
-            return {"name": "coco-json", "annotations": f"{folder}/{file}", "images": f"{folder}/{images}"}
+            return {"name": "coco-json", "annotations": f"{folder}/{file}", "image_root": f"{folder}/{image_folder}"}
     return None
 
 
@@ -131,7 +138,7 @@ def _find_single_file(folder: Path) -> Path:
         files = [file for file in files if file in train_files] or files
     if len(files) != 1:
         file_names = ", ".join(str(file.relative_to(folder)) for file in files[:5]) or "none"
-        raise InputError(f"data={folder}: a folder with one .jsonl or .json file is wanted, and it has {file_names}")
+        raise InputError(f"data={folder} must contain one .jsonl or .json file; it contains {file_names}")
     return files[0]
 
 
@@ -158,35 +165,35 @@ def resolve_split_path(path: str, split: str) -> Path:
     return next((each for each in map(Path, candidates) if each.exists()), Path(candidates[0]))
 
 
-def choose_split(names: Iterable[str], split: str, hold_out: float) -> tuple[set[str], list[str]]:
+def choose_split(names: Iterable[str], split: str, val_fraction: float) -> tuple[set[str], list[str]]:
     """Choose the images of a split of a file without splits.
 
-    "val" has the first images in the order of a hash of their names: the fraction `hold_out`, at least `MIN_HELD_OUT`
-    images, or a third of all if that is fewer. "train" has the others.
+    "val" has the first images in the order of a hash of their names: the fraction `val_fraction`, at least
+    `MIN_VAL_IMAGES` images, or a third of all if that is fewer. "train" has the others.
 
     Args:
         names: File names of the images, one per file.
         split: "train" or "val".
-        hold_out: Fraction of the images, from 0 to below 1; 0 if the file has only one split.
+        val_fraction: Fraction of the images, from 0 to below 1; 0 if the file has only one split.
 
     Returns:
         The names in the split, and remarks with the number of held-out images.
     """
     unique_names = set(names)
-    if not hold_out:
+    if not val_fraction:
         return unique_names, []
     ordered = sorted(unique_names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())
-    count = max(int(hold_out * len(ordered)), min(MIN_HELD_OUT, len(ordered) // 3))
+    count = max(int(val_fraction * len(ordered)), min(MIN_VAL_IMAGES, len(ordered) // 3))
     split_names = ordered[:count] if split == "val" else ordered[count:]
     return set(split_names), [f"{count} of {len(ordered)} images held out for validation"]
 
 
-def make_hold_out_key(split: str, hold_out: float) -> str:
+def make_val_fraction_key(split: str, val_fraction: float) -> str:
     """Return the part of a table's selection key for a held-out split.
 
     Args:
         split: Name of the split.
-        hold_out: Fraction of the held-out images, from 0 to below 1.
+        val_fraction: Fraction of the held-out images, from 0 to below 1.
 
     Returns:
         Part of the key; empty if nothing is held out.
@@ -194,8 +201,8 @@ def make_hold_out_key(split: str, hold_out: float) -> str:
     Raises:
         ValueError: The fraction is out of range, or a split other than "train" and "val" is held out.
     """
-    if not 0 <= hold_out < 1:
-        raise ValueError(f"hold_out={hold_out}: give the share of the images that are kept for val, from 0 to 1")
-    if hold_out and split not in ("train", "val"):
-        raise ValueError(f"with hold_out={hold_out} the splits are train and val, and {split!r} was asked for")
-    return f"{split} {hold_out}" if hold_out else ""
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; give a number from 0 to less than 1")
+    if val_fraction and split not in ("train", "val"):
+        raise ValueError(f"no split {split!r} with val_fraction={val_fraction}; choose train or val")
+    return f"{split} {val_fraction}" if val_fraction else ""

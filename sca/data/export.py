@@ -79,7 +79,7 @@ def export_dataset(
         EmptyDatasetError: No sample is readable.
     """
     if format not in EXPORT_WRITERS:
-        raise ValueError(f"no format {format!r}; there are: {', '.join(EXPORT_WRITERS)}")
+        raise ValueError(f"unknown format {format!r}; choose from {', '.join(EXPORT_WRITERS)}")
     folder = Path(folder)
     splits = dataset if isinstance(dataset, Mapping) else {getattr(dataset, "split", "train"): dataset}
     counts: Counter[str] = Counter()

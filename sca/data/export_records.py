@@ -33,7 +33,7 @@ def register_id(record_type: str, record_id: int, split: str, split_by_id: dict[
     """Register an id. Raises InputError if it is repeated."""
     if record_id in split_by_id:
         raise InputError(
-            f"{record_type} id {record_id} of split {split!r} was there before, in split {split_by_id[record_id]!r}"
+            f"duplicate {record_type} id {record_id}, in split {split!r} and in split {split_by_id[record_id]!r}"
         )
     split_by_id[record_id] = split
 

@@ -39,7 +39,7 @@ def iter_list_elements(path: Path) -> Iterator[Any]:
     """
     for key, value, _, _ in iter_members(path):
         if key is not None:
-            raise InputError(f"{path} must be a list of objects, and is an object with {key!r}")
+            raise InputError(f"{path} must be a list of objects, not an object with {key!r}")
         if value is not LIST_START:
             yield value
 
@@ -68,7 +68,7 @@ def iter_members(path: Path) -> Iterator[tuple[str | None, Any, int, int]]:
                 while separator == ",":
                     key, _, _ = window.parse_value()
                     if not isinstance(key, str):
-                        raise window.make_error("no name in quotes")
+                        raise window.make_error("expected a key in quotes")
                     window.take_character(":")
                     if window.skip_character("["):
                         yield from _iter_list(window, key)
@@ -76,7 +76,7 @@ def iter_members(path: Path) -> Iterator[tuple[str | None, Any, int, int]]:
                         yield key, *window.parse_value()
                     separator = window.take_character(",}")
             if window.peek():
-                raise window.make_error("there is more after the end")
+                raise window.make_error("unexpected content after the end")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     except OSError as error:
@@ -123,7 +123,7 @@ class _JsonWindow:
         """Return and skip the next character, which must be one of `characters`."""
         next_character = self.peek()
         if not next_character or next_character not in characters:
-            raise self.make_error(f"no {' or '.join(map(repr, characters))}")
+            raise self.make_error(f"expected {' or '.join(map(repr, characters))}")
         self._position += 1
         return next_character
 
@@ -139,7 +139,9 @@ class _JsonWindow:
                 if not self._read_chunk():
                     raise self.make_error(error.msg) from None
             except (RecursionError, ValueError) as error:  # ValueError: an integer with thousands of digits
-                raise self.make_error("nested too deep" if isinstance(error, RecursionError) else str(error)) from None
+                raise self.make_error(
+                    "nested too deeply" if isinstance(error, RecursionError) else str(error)
+                ) from None
         try:
             check_depth(value)
         except InputError as error:

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sca.data import record_parsing
-from sca.data.custom import choose_split, make_hold_out_key, resolve_split_path
+from sca.data.custom import choose_split, make_val_fraction_key, resolve_split_path
 from sca.data.record_index import LineIndex, group_indices_by_owner, read_jsonl_records
 from sca.data.record_parsing import count_unread_caption, parse_phrases
 from sca.data.table import TableDataset
@@ -32,7 +32,7 @@ class Jsonl(TableDataset):
 
     Fields of a line:
 
-    - `image`: file name, relative to `images`, else to the folder of the file or to the working folder.
+    - `image`: file name, relative to `image_root`, else to the folder of the file or to the working folder.
     - `box`: x1 y1 x2 y2 in image pixels. Default: the box of the mask.
     - `caption`, or `phrases` (a list), or only a `name`.
     - `mask`: COCO RLE or polygons; optional.
@@ -46,10 +46,10 @@ class Jsonl(TableDataset):
     Args:
         split: "train" or "val", or the name of a split of the files.
         file: JSON Lines file. `{split}` is replaced by the split.
-        images: Folder that image names are relative to.
-        hold_out: Fraction of the images of a file without splits that "val" has: at least 4 images, or a third of all
-            if that is fewer. "train" has the others.
-        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        image_root: Folder that image names are relative to.
+        val_fraction: Fraction of the images of a file without splits that "val" has: at least 4 images, or a third of
+            all if that is fewer. "train" has the others.
+        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "jsonl"
@@ -58,21 +58,21 @@ class Jsonl(TableDataset):
         self,
         split: str,
         file: str | Path,
-        images: str | Path | None = None,
-        hold_out: float = 0.0,
-        max_bad: int = 100,
+        image_root: str | Path | None = None,
+        val_fraction: float = 0.0,
+        max_bad_records: int = 100,
     ):
-        self.hold_out = hold_out
+        self.val_fraction = val_fraction
         self.file = resolve_split_path(str(expand_user(file)), split)
         if not self.file.is_file():
-            raise InputError(f"there is no file {self.file}; give file=FILE, which may hold {{split}}")
-        self.working_folder = os.getcwd() if images is None else ""
-        folder = self.file.parent if images is None else expand_user(images)
-        hold_out_key = make_hold_out_key(split, hold_out)
-        super().__init__(split, folder, [self.file], max_bad, self.working_folder + hold_out_key)
+            raise InputError(f"no file {self.file}; give file=FILE, which may contain {{split}}")
+        self.working_folder = os.getcwd() if image_root is None else ""
+        folder = self.file.parent if image_root is None else expand_user(image_root)
+        val_fraction_key = make_val_fraction_key(split, val_fraction)
+        super().__init__(split, folder, [self.file], max_bad_records, self.working_folder + val_fraction_key)
 
     def _resolve_image_path(self, name: str) -> Path:
-        return resolve_image_path(name, [self.images, *([self.working_folder] if self.working_folder else [])])
+        return resolve_image_path(name, [self.image_root, *([self.working_folder] if self.working_folder else [])])
 
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the line index, an image's name and id, and its line numbers; images in order of appearance."""
@@ -91,7 +91,7 @@ class Jsonl(TableDataset):
                     if (key in record) != expected:
                         problem = f"no {key!r}, which the first line has"
                         problem = problem if expected else f"{key!r}, which the first line lacks"
-                        raise InputError(f"{location}: {problem}; give it on every line, or on none")
+                        raise InputError(f"{location}: {problem}; give it on every line or on none")
                 region_id = read_field(record, "id", int, location) if is_key_expected["id"] else len(image_indices)
                 location = f"{location} (id {region_id})"
                 name = name_resolver.unify_spelling(normalize_name(read_field(record, "image", str, location)))
@@ -101,12 +101,11 @@ class Jsonl(TableDataset):
                 )
                 if name_by_image_id.get(image_id, name) != name:
                     raise InputError(
-                        f"{location}: image_id {image_id} was given before, to {name_by_image_id[image_id]}"
+                        f"{location}: duplicate image_id {image_id}, which {name_by_image_id[image_id]} has"
                     )
                 if previous_image_id != image_id and name in images:
                     raise InputError(
-                        f"{location}: image_id {image_id} is another than before, {previous_image_id}, for the same "
-                        "image"
+                        f"{location}: image_id {image_id} differs from the earlier {previous_image_id} of this image"
                     )
                 name_by_image_id[image_id] = name
                 number, _ = images.setdefault(name, (len(images), image_id))
@@ -118,7 +117,9 @@ class Jsonl(TableDataset):
             image_indices[number] = -1
         self.attribute_values: dict[str, tuple[str, ...]] = {"name": tuple(sorted(class_names))} if class_names else {}
         bar.reset(len(images))
-        split_names, self.remarks = choose_split(map(name_resolver.identify_file, images), self.split, self.hold_out)
+        split_names, self.remarks = choose_split(
+            map(name_resolver.identify_file, images), self.split, self.val_fraction
+        )
         for (name, (_, image_id)), (_, lines) in zip(
             images.items(), group_indices_by_owner(image_indices, len(images)), strict=True
         ):
@@ -151,7 +152,7 @@ class Jsonl(TableDataset):
                     require_recorded_size(record, location) if "width" in record or "height" in record else first_size
                 )
                 if first_size and size != first_size:
-                    raise InputError(f"{location}: width and height are {size}, and {first_size} on a line before")
+                    raise InputError(f"{location}: width and height are {size}, but {first_size} on an earlier line")
                 first_size = size
                 yield number, record, location
 
@@ -172,12 +173,12 @@ class Jsonl(TableDataset):
             None if mask_value and record.get("box") is None else read_number_list(record, "box", BOX_FORMAT, location)
         )
         if box and (box[2] < box[0] or box[3] < box[1]):
-            raise InputError(f"{location}: box is {box}, whose ends come before its beginnings; it is {BOX_FORMAT}")
+            raise InputError(f"{location}: box is {box}, with x2 < x1 or y2 < y1; give {BOX_FORMAT}")
         count_unread_caption(record, ("caption", "phrases"), location, self._skip)
         text_fields = [key for key in TEXT_FIELDS if record.get(key) is not None]
         if not text_fields or len({"caption", "phrases"} & set(text_fields)) == 2:
             raise InputError(
-                f"{location}: give a caption or phrases, a name, or both; there is "
+                f"{location}: give a name, or one of caption and phrases, or both; it has "
                 f"{' and '.join(text_fields) or 'none'}"
             )
         phrase_field = next((key for key in ("caption", "phrases") if key in text_fields), "caption")

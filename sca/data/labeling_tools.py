@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sca.data.custom import choose_split, make_hold_out_key, resolve_split_path
+from sca.data.custom import choose_split, make_val_fraction_key, resolve_split_path
 from sca.data.record_parsing import read_dataset_json
 from sca.data.table import TableDataset
 from sca.io.annotations import label_studio, labelme
@@ -32,10 +32,10 @@ class LabelingToolDataset(TableDataset):
     Args:
         split: "train" or "val", or the name of a split of the files.
         file: File or folder. `{split}` is replaced by the split.
-        images: Folder that image names are relative to. Default: the folder of the file.
-        hold_out: Fraction of the images of a file without splits that "val" has: at least 4 images, or a third of all
-            if that is fewer. "train" has the others.
-        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        image_root: Folder that image names are relative to. Default: the folder of the file.
+        val_fraction: Fraction of the images of a file without splits that "val" has: at least 4 images, or a third of
+            all if that is fewer. "train" has the others.
+        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "annotations"
@@ -44,17 +44,17 @@ class LabelingToolDataset(TableDataset):
         self,
         split: str,
         file: str | Path,
-        images: str | Path | None = None,
-        hold_out: float = 0.0,
-        max_bad: int = 100,
+        image_root: str | Path | None = None,
+        val_fraction: float = 0.0,
+        max_bad_records: int = 100,
     ):
-        self.hold_out = hold_out
+        self.val_fraction = val_fraction
         self.file = resolve_split_path(str(expand_user(file)), split)
         files = labelme.list_labelme_files(self.file) if self.file.is_dir() else [self.file]
         if not files or not files[0].is_file():
             raise InputError(f"{self.file} is neither a .json file nor a folder of LabelMe files; give file=PATH")
-        folder = files[0].parent if images is None else expand_user(images)
-        super().__init__(split, folder, files, max_bad, make_hold_out_key(split, hold_out))
+        folder = files[0].parent if image_root is None else expand_user(image_root)
+        super().__init__(split, folder, files, max_bad_records, make_val_fraction_key(split, val_fraction))
 
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the index of an image, the id of its first region, and the image with its regions."""
@@ -64,7 +64,7 @@ class LabelingToolDataset(TableDataset):
         names = (each.label for image in annotated_images for each in image.annotations)
         self.attribute_values = {"name": tuple(sorted({name.strip() for name in names if name and name.strip()}))}
         names = [name_resolver.identify_file(image.name) for image in annotated_images]
-        split_names, self.remarks = choose_split(names, self.split, self.hold_out)
+        split_names, self.remarks = choose_split(names, self.split, self.val_fraction)
         first_region_id = 0
         for number, (image, name) in enumerate(zip(annotated_images, names, strict=True)):
             if name in split_names:
@@ -116,7 +116,7 @@ class LabelingToolDataset(TableDataset):
         for file in self.sources:
             content = read_dataset_json(file)
             if isinstance(content, list) or label_studio.is_task(content):
-                measure = partial(read_named_image_size, roots=[self.images])
+                measure = partial(read_named_image_size, roots=[self.image_root])
                 yield from label_studio.read_tasks(content, str(file), self._skip, measure, self._reject_region)
                 continue
             name = read_field(check_object(content, str(file)), "imagePath", str, str(file))

@@ -110,7 +110,7 @@ class RecordIndex:
         ids, order = np.asarray(self.columns[self.keys[0]]), self._indices_by_id
         repeated_indices = order[1:][ids[order][1:] == ids[order][:-1]]
         for number in np.sort(repeated_indices).tolist():
-            problem = InputError(f"{self.describe_location(number)}: this {self.keys[0]} was given before")
+            problem = InputError(f"{self.describe_location(number)}: duplicate {self.keys[0]}")
             if reject is None:
                 raise problem
             reject(problem)

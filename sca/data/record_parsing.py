@@ -47,7 +47,7 @@ def read_dataset_json(path: Path) -> Any:
 def make_truncation_error(path: Path, problem: str, position: int, size: int) -> InputError:
     """Return an InputError for a JSON file that is invalid at a byte position, and possibly truncated."""
     offset_text = f"{problem} at {position} of {size} bytes"
-    return InputError(f"{path} is not valid JSON: {offset_text}; was it cut off while it was copied or downloaded?")
+    return InputError(f"{path} is not valid JSON: {offset_text}; copy or download it again")
 
 
 def make_read_error(path: Path, error: OSError) -> InputError:
@@ -79,7 +79,7 @@ def iter_identified_records(
             record_id = read_field(record, key, int, location)
             location = f"{location} ({key} {record_id})"
             if record_id in ids:
-                raise InputError(f"{location}: this {key} was given before")
+                raise InputError(f"{location}: duplicate {key}")
         except ValueError as error:
             if reject is None:
                 raise

@@ -33,13 +33,13 @@ class RefCoco(TableDataset):
 
     Args:
         split: Name of the split, such as "val" or "testA".
-        root: Folder of the collection, or its parent folder. It contains `instances.json` and `refs(BY).p`, or
-            `refs(BY).json` with the same content.
+        root: Folder of the collection, or its parent folder. It contains `instances.json` and `refs(SPLIT_BY).p`, or
+            `refs(SPLIT_BY).json` with the same content.
         collection: "refcoco", "refcoco+" or "refcocog".
-        by: Authors of the split: "unc", "google" or "umd". Default: "umd" for RefCOCOg, else "unc".
-        images: Folder of COCO's train2014. Default: `images/mscoco/images/train2014`, `train2014` or `images` in
+        split_by: Authors of the split: "unc", "google" or "umd". Default: "umd" for RefCOCOg, else "unc".
+        image_root: Folder of COCO's train2014. Default: `images/mscoco/images/train2014`, `train2014` or `images` in
             `root`.
-        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "refcoco"
@@ -49,21 +49,23 @@ class RefCoco(TableDataset):
         split: str,
         root: str | Path,
         collection: str = "refcoco",
-        by: str | None = None,
-        images: str | Path | None = None,
-        max_bad: int = 100,
+        split_by: str | None = None,
+        image_root: str | Path | None = None,
+        max_bad_records: int = 100,
     ):
         if collection not in DEFAULT_SPLIT_AUTHORS:
-            raise InputError(f"no collection {collection!r}; there are: {', '.join(DEFAULT_SPLIT_AUTHORS)}")
+            raise InputError(f"unknown collection {collection!r}; choose from {', '.join(DEFAULT_SPLIT_AUTHORS)}")
         root = expand_user(root)
         folder = root / collection if (root / collection).is_dir() else root
         self.refs_file, self.instances_file = (
-            _find_refs_file(folder, by or DEFAULT_SPLIT_AUTHORS[collection]),
+            _find_refs_file(folder, split_by or DEFAULT_SPLIT_AUTHORS[collection]),
             folder / "instances.json",
         )
         if not self.instances_file.is_file():
-            raise InputError(f"there is no instances.json beside {self.refs_file}")
-        super().__init__(split, _find_image_folder(root, images), [self.refs_file, self.instances_file], max_bad, split)
+            raise InputError(f"no instances.json next to {self.refs_file}")
+        super().__init__(
+            split, _find_image_folder(root, image_root), [self.refs_file, self.instances_file], max_bad_records, split
+        )
 
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the file index, an image index, and its refs with their locations and annotation indices."""
@@ -147,7 +149,7 @@ class _SafeUnpickler(pickle.Unpickler):
     """Unpickler of lists, dicts, strings and numbers that refuses every global."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
 def _read_refs(path: Path) -> list[Any]:
@@ -159,7 +161,7 @@ def _read_refs(path: Path) -> list[Any]:
                 refs = _SafeUnpickler(file, encoding="latin1").load()  # pickled by Python 2
         except Exception as error:  # an unpickler may raise anything for damaged data
             raise InputError(
-                f"{path} is no whole pickle of only lists, tables, texts and numbers, and was not read: {error}"
+                f"{path} is not a complete pickle of lists, dicts, strings and numbers: {error}"
             ) from error
     if not isinstance(refs, list):
         raise InputError(f"{path} must be a list of refs, not of type {type(refs).__name__}")
@@ -176,22 +178,22 @@ def _read_sentences(ref: dict[str, Any], location: str) -> list[str]:
     return parse_phrases(texts, "sent", location)
 
 
-def _find_refs_file(folder: Path, by: str) -> Path:
-    """Return the refs file of the split authors `by`. Raises InputError."""
-    paths = [folder / f"refs({by}){suffix}" for suffix in (".p", ".json")]
+def _find_refs_file(folder: Path, split_by: str) -> Path:
+    """Return the refs file of the split authors `split_by`. Raises InputError."""
+    paths = [folder / f"refs({split_by}){suffix}" for suffix in (".p", ".json")]
     for path in paths:
         if path.is_file():
             return path
     available = sorted(path.name for path in folder.glob("refs(*).*"))
     raise InputError(
-        f"no {paths[0].name} or {paths[1].name} in {folder}; there is: "
-        f"{', '.join(available) or 'no refs file at all'}; give by=unc, google or umd, and root=FOLDER that has them"
+        f"no {paths[0].name} or {paths[1].name} in {folder}; found: "
+        f"{', '.join(available) or 'no refs file'}; give split_by=unc, google or umd, and root=FOLDER with this file"
     )
 
 
-def _find_image_folder(root: Path, images: str | Path | None) -> Path:
-    paths = [expand_user(images)] if images is not None else [root / name for name in IMAGE_FOLDERS]
+def _find_image_folder(root: Path, image_root: str | Path | None) -> Path:
+    paths = [expand_user(image_root)] if image_root is not None else [root / name for name in IMAGE_FOLDERS]
     for path in paths:
         if path.is_dir():
             return path
-    raise InputError(f"no folder {' or '.join(map(str, paths))}: give images=FOLDER with COCO's train2014 images")
+    raise InputError(f"no folder {' or '.join(map(str, paths))}; give image_root=FOLDER with COCO's train2014 images")

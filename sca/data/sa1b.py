@@ -32,44 +32,44 @@ class Sa1b(TableDataset):
     Args:
         split: "train".
         root: Folder with `sa_1.json`, `sa_1.jpg` and so on, or with subfolders of them, as in the archives.
-        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "sa1b"
 
-    def __init__(self, split: str, root: str | Path, max_bad: int = 100):
+    def __init__(self, split: str, root: str | Path, max_bad_records: int = 100):
         if split != "train":
-            raise InputError(f"SA-1B has one split, train, and {split!r} was asked for")
+            raise InputError(f"no split {split!r} in SA-1B; its only split is train")
         root = expand_user(root)
         annotation_files = (path for path in walk_files(root) if path.match("sa_*.json"))
         # Numeric order in each folder.
         sorted_files = sorted(annotation_files, key=lambda file: (str(file.parent), len(file.name), file.name))
         self.files: list[Path] = [path for path in sorted_files if not path.name.endswith(CAPTIONS_SUFFIX)]
         if not self.files:
-            raise InputError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")
+            raise InputError(f"no sa_*.json in {root}; give root=FOLDER with the files of SA-1B")
         file_by_name: dict[str, Path] = {}
         for file in self.files:
             if (other := file_by_name.setdefault(file.name, file)) != file:
-                raise InputError(f"{file} is the same picture as {other}; a picture may be there once")
+                raise InputError(f"{file} and {other} are the same image; remove one of them")
         self.caption_files = [path for path in sorted_files if path.name.endswith(CAPTIONS_SUFFIX)]
-        super().__init__(split, root, [*self.files, *self.caption_files], max_bad)
+        super().__init__(split, root, [*self.files, *self.caption_files], max_bad_records)
 
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         bar.reset(len(self.files))
         expected_caption_files = set(map(_get_captions_file, self.files))
         for unmatched_file in (file for file in self.caption_files if file not in expected_caption_files):
-            self._skip("captions of no picture", str(unmatched_file))
+            self._skip("captions without image", str(unmatched_file))
         yield from self.files
 
     def _build_row(self, entry: Any) -> dict[str, Any]:
         file = entry
         content = read_dataset_json(file)
         record, image_location = read_field(content, "image", dict, str(file)), f"{file}: image"
-        folder = file.parent.relative_to(self.images)
+        folder = file.parent.relative_to(self.image_root)
         name = str(folder / read_field(record, "file_name", str, image_location))
         image_id = read_field(record, "image_id", int, image_location)
         if file.stem != f"sa_{image_id}":
-            raise InputError(f"{image_location}: image_id {image_id} is not that in the name of the file")
+            raise InputError(f"{image_location}: image_id {image_id} does not match the file name")
         row = self._create_row(image_id, name, *require_recorded_size(record, image_location))
         captions = (
             check_object(read_dataset_json(_get_captions_file(file)), str(_get_captions_file(file)))
@@ -92,7 +92,7 @@ class Sa1b(TableDataset):
                 if region is not None:
                     self._add_region(row, annotation["id"], region.box, location, mask=region.mask, phrases=phrases)
         for annotation_id in captions:
-            self._skip("caption of no mask", f"{_get_captions_file(file)}: {annotation_id}")
+            self._skip("caption without mask", f"{_get_captions_file(file)}: {annotation_id}")
         return row
 
 

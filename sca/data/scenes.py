@@ -199,9 +199,9 @@ class Scenes:
 
     def __init__(self, split: str, num_images: int | None = None, image_size: int = BASE_IMAGE_SIZE, seed: int = 0):
         if split not in DEFAULT_SPLIT_SIZES:
-            raise InputError(f"no split {split!r} in scenes; there are: {', '.join(DEFAULT_SPLIT_SIZES)}")
+            raise InputError(f"no split {split!r} in scenes; choose from {', '.join(DEFAULT_SPLIT_SIZES)}")
         if image_size < 32:
-            raise InputError(f"scenes of {image_size} pixels are too small to tell the shapes apart; the least is 32")
+            raise InputError(f"scenes of {image_size} pixels are too small to distinguish the shapes; give 32 or more")
         self.split, self.image_size, self.seed = split, image_size, seed
         self.num_images = DEFAULT_SPLIT_SIZES[split] if num_images is None else num_images
         self._split_index = list(DEFAULT_SPLIT_SIZES).index(split)

@@ -30,7 +30,7 @@ def compute_dataset_stats(dataset: Dataset, check_images: bool = False) -> dict[
     region_counts: Counter[int] = Counter()  # per image
     sizes = dict.fromkeys((*MAX_AREA_BY_SIZE, "large"), 0)
     num_with_mask = num_without_phrase = 0
-    for regions in annotations(dataset, check_images):
+    for regions in iter_region_annotations(dataset, check_images):
         region_counts[len(regions)] += 1
         for region in regions:
             x1, y1, x2, y2 = region.box
@@ -47,26 +47,26 @@ def compute_dataset_stats(dataset: Dataset, check_images: bool = False) -> dict[
     return {
         "split": getattr(dataset, "split", None),
         "hash": getattr(dataset, "content_hash", None),
-        "images": region_counts.total(),
-        "regions": sum(number * times for number, times in region_counts.items()),
-        "regions_an_image": _summarize_distribution(region_counts),
+        "num_images": region_counts.total(),
+        "num_regions": sum(number * times for number, times in region_counts.items()),
+        "regions_per_image": _summarize_distribution(region_counts),
         "regions_by_size": sizes,
-        "regions_with_mask": num_with_mask,
-        "regions_without_phrase": num_without_phrase,
-        "classes": len(names),
-        "commonest_classes": dict(names.most_common(NUM_MOST_COMMON)),
-        "phrases": phrases.total(),
-        "different_phrases": len(phrases),
-        "commonest_phrases": dict(phrases.most_common(NUM_MOST_COMMON)),
-        "words": sum(number * times for number, times in phrase_lengths.items()),
-        "different_words": len(words),
-        "words_a_phrase": _summarize_distribution(phrase_lengths),
+        "num_regions_with_mask": num_with_mask,
+        "num_regions_without_phrase": num_without_phrase,
+        "num_classes": len(names),
+        "most_common_classes": dict(names.most_common(NUM_MOST_COMMON)),
+        "num_phrases": phrases.total(),
+        "num_unique_phrases": len(phrases),
+        "most_common_phrases": dict(phrases.most_common(NUM_MOST_COMMON)),
+        "num_words": sum(number * times for number, times in phrase_lengths.items()),
+        "num_unique_words": len(words),
+        "words_per_phrase": _summarize_distribution(phrase_lengths),
         "skipped": dict(getattr(dataset, "skipped", {})),
-        "examples": dict(getattr(dataset, "examples", {})),
+        "skipped_examples": dict(getattr(dataset, "examples", {})),
     }
 
 
-def annotations(dataset: Dataset, check_images: bool) -> Iterator[tuple[Region, ...]]:
+def iter_region_annotations(dataset: Dataset, check_images: bool) -> Iterator[tuple[Region, ...]]:
     """Iterate over the regions of each image."""
     if not check_images and hasattr(dataset, "iter_annotations"):
         return dataset.iter_annotations()
@@ -85,4 +85,4 @@ def _summarize_distribution(counts: Counter[int]) -> dict[str, float] | None:
         if 2 * cumulative >= total:
             median = number
             break
-    return {"least": min(counts), "median": median, "mean": round(mean, 3), "most": max(counts)}
+    return {"min": min(counts), "median": median, "mean": round(mean, 3), "max": max(counts)}

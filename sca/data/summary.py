@@ -33,8 +33,8 @@ def summarize_dataset(dataset: Dataset) -> str:
     metadata = getattr(dataset, "metadata", None)
     parts = [format_count(len(dataset), "image")]
     if metadata is not None:
-        captioned = f"{metadata['captioned']:,} with captions"
-        names = format_count(len(metadata["names"]), "class name")
+        captioned = f"{metadata['captioned_regions']:,} with captions"
+        names = format_count(len(metadata["class_names"]), "class name")
         parts = [format_count(metadata["regions"], "region"), captioned, names, *parts]
     remarks = getattr(dataset, "remarks", ())
     return "; ".join([", ".join(parts), *remarks, *_describe_skipped(dataset)])
@@ -57,7 +57,7 @@ def check_dataset_not_empty(dataset: Dataset, subject: str) -> None:
     """
     if not len(dataset):
         skipped = "; ".join([*getattr(dataset, "remarks", ()), *_describe_skipped(dataset)])
-        raise EmptyDatasetError(f"{subject} has no image that can be used: {skipped or 'it contains no images'}")
+        raise EmptyDatasetError(f"{subject} has no usable image: {skipped or 'it contains no images'}")
 
 
 def format_examples(names: Iterable[str], total: int) -> str:
@@ -88,7 +88,7 @@ def _describe_skipped(dataset: Dataset) -> list[str]:
         total = skipped[reason]
         example_text = format_examples(_shorten_examples(dataset, examples.get(reason, ())), total)
         reason_text = reason if total == 1 else NOUN_PATTERN.sub(lambda match: PLURALS[match[0]], reason, count=1)
-        folder_text = f" (looked in {dataset.images})" if reason == "image missing" else ""
+        folder_text = f" (looked in {dataset.image_root})" if reason == "image missing" else ""
         phrases.append(f"{total:,} {reason_text}" + (f": {example_text}" if example_text else "") + folder_text)
     return phrases
 

@@ -43,14 +43,16 @@ class TableDataset(ConvertedTable):
         Raises:
             IndexError: The index is out of range.
             EmptyDatasetError: No image can be read.
-            InputError: More than `max_bad` images are unusable.
+            InputError: More than `max_bad_records` images are unusable.
         """
         self._check_index(index)
         for step in range(len(self)):
             sample = self.read_sample((index + step) % len(self))
             if sample is not None:
                 return sample
-        raise record_parsing.EmptyDatasetError(f"no picture in {self.images} can be read; {self._summarize_skipped()}")
+        raise record_parsing.EmptyDatasetError(
+            f"no image in {self.image_root} can be read; {self._summarize_skipped()}"
+        )
 
     def __iter__(self) -> Iterator[Sample]:
         """Iterate over the readable samples once."""
@@ -67,7 +69,7 @@ class TableDataset(ConvertedTable):
 
         Raises:
             IndexError: The index is out of range.
-            InputError: More than `max_bad` images are unusable.
+            InputError: More than `max_bad_records` images are unusable.
         """
         self._check_index(index)
         row = self._table[int(index)]
@@ -86,7 +88,7 @@ class TableDataset(ConvertedTable):
                 return None
             regions = [scaled for region in regions if (scaled := scale_region(region, scale, image.size)) is not None]
             if not regions:
-                return self._skip_image("image of another size", name, f"{name} (no region is inside it any more)")
+                return self._skip_image("image of another size", name, f"{name} (no region is inside it)")
         return Sample(image, row["image_id"], tuple(regions))
 
     def iter_annotations(self) -> Iterator[tuple[Region, ...]]:

@@ -32,28 +32,28 @@ class VisualGenome(TableDataset):
             `VG_100K_2/ID.jpg`.
         splits: JSON file {"train": [image id, ...], "val": ..., "test": ...}. Default: `densecap_splits.json` in `root`
             (arXiv 1511.07571).
-        max_bad: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
     reader = "visual-genome"
 
-    def __init__(self, split: str, root: str | Path, splits: str | Path | None = None, max_bad: int = 100):
+    def __init__(self, split: str, root: str | Path, splits: str | Path | None = None, max_bad_records: int = 100):
         root = expand_user(root)
         self.image_data: Path = root / "image_data.json"
         self.descriptions: Path = root / "region_descriptions.json"
         self.splits: Path = root / SPLITS_FILE if splits is None else expand_user(splits)
         if not self.splits.is_file():
             raise InputError(
-                f"no file {self.splits}, which says what is in which split: take info/{SPLITS_FILE} of the densecap "
-                f"repository (https://github.com/jcjohnson/densecap) and put it into {root}, or give splits=FILE"
+                f"no file {self.splits}; copy info/{SPLITS_FILE} of https://github.com/jcjohnson/densecap to {root}, "
+                "or give splits=FILE"
             )
         for file in (self.image_data, self.descriptions):
             if not file.is_file():
-                raise InputError(f"no Visual Genome in {root}: there is no {file.name}; give root=FOLDER that has it")
-        super().__init__(split, root, [self.descriptions, self.image_data, self.splits], max_bad, split)
+                raise InputError(f"no {file.name} in {root}; give root=FOLDER with the files of Visual Genome")
+        super().__init__(split, root, [self.descriptions, self.image_data, self.splits], max_bad_records, split)
 
     def _resolve_image_path(self, name: str) -> Path:
-        paths = [self.images / folder / name for folder in IMAGE_FOLDERS]
+        paths = [self.image_root / folder / name for folder in IMAGE_FOLDERS]
         return next((path for path in paths if path.is_file()), paths[0])
 
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
@@ -95,7 +95,7 @@ class VisualGenome(TableDataset):
         for region, location, region_id in regions:
             with self._catch_record_errors():
                 if region.get("image_id", row["image_id"]) != row["image_id"]:
-                    raise InputError(f"{location}: image_id {region['image_id']!r:.80} is not that of its image")
+                    raise InputError(f"{location}: image_id {region['image_id']!r:.80} differs from that of its image")
                 box_values = (read_field(region, side, float, location) for side in BOX_FIELDS)
                 box = xywh_to_xyxy(f"{location}: the box", *box_values)
                 phrase = parse_phrases(read_field(region, "phrase", str, location), "phrase", location)
@@ -109,7 +109,7 @@ class VisualGenome(TableDataset):
         region_id = read_field(region, "region_id", int, location)
         location = f"{location} (region_id {region_id})"
         if region_id in region_ids:
-            return self._skip("region id repeated", location)
+            return self._skip("duplicate region id", location)
         region_ids.add(region_id)
         regions.append((region, location, region_id))
 
@@ -123,6 +123,6 @@ class VisualGenome(TableDataset):
             if type(image_id) is not int:
                 raise InputError(f"{self.splits}: {self.split}[{index}] must be an image id, not {image_id!r:.80}")
             if image_id in image_ids:
-                self._skip("image id repeated", f"{self.splits}: {self.split}[{index}] (id {image_id})")
+                self._skip("duplicate image id", f"{self.splits}: {self.split}[{index}] (id {image_id})")
             image_ids.add(image_id)
         return image_ids

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sca_registry.contracts import ImageFormat
 from sca_registry.errors import format_choices, suggest_name
 from torch import Tensor, nn
 
@@ -46,7 +47,9 @@ class OpenClipEncoder(nn.Module):
     """
 
     default_segmenter = "box"
-    file_prefix = OPEN_CLIP_PREFIX  # prefix of the file names
+    file_prefix: str = OPEN_CLIP_PREFIX  # prefix of the file names
+    channels: int
+    stride: int
 
     def __init__(
         self,
@@ -67,29 +70,30 @@ class OpenClipEncoder(nn.Module):
             weights, self.file_prefix = _resolve_weights(model, pretrained, pretrained_config)
         if weights is None and (pretrained or not model):
             raise ValueError("no weights; give pretrained=TAG or a file, or weights=FOLDER or a hub id")
-        file = fetch_weight_file(weights, revision, self.file_prefix) if pretrained else None
+        source = (model or "") if weights is None else weights
+        file = fetch_weight_file(source, revision, self.file_prefix) if pretrained else None
         folder = (
             file.parent
             if file
             else None
             if model
-            else fetch_model_folder(weights, revision, False, prefix=self.file_prefix)
+            else fetch_model_folder(source, revision, False, prefix=self.file_prefix)
         )
         preprocessing = {**pretrained_config, **_read_preprocessing(folder)}
-        with translate_load_errors(weights if pretrained else model or weights):
+        with translate_load_errors(source if pretrained else model or source):
             tower = _build_image_tower(
                 model or f"local-dir:{folder}", file, image_size, config, bool(pretrained_config.get("quick_gelu"))
             )
         self.source = weights  # even if the weights are not loaded
-        self.checkpoint = weights if pretrained else None
+        self.checkpoint: str | None = weights if pretrained else None
         self.revision = revision
-        self.visual = (
+        self.visual: IntermediateLayer | TowerLayer = (
             IntermediateLayer(tower.trunk, feature_layer)
             if hasattr(tower, "trunk")
             else TowerLayer(tower, feature_layer)
         )
-        image_size = image_size or max(tower.image_size) if isinstance(tower.image_size, tuple) else tower.image_size
-        self.image_format = make_image_format(image_size, preprocessing, resize_mode)
+        input_size = image_size or max(tower.image_size) if isinstance(tower.image_size, tuple) else tower.image_size
+        self.image_format: ImageFormat = make_image_format(input_size, preprocessing, resize_mode)
         self.channels, self.stride = probe_feature_shape(self.visual, self.image_format.size, self.visual.stride)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -108,7 +112,12 @@ class TowerLayer(nn.Module):
         ValueError: The layer does not exist.
     """
 
-    def __init__(self, tower: nn.Module, layer: int):
+    tower: Any  # module with `forward_intermediates`
+    stride: int | None
+    layer_index: int
+    is_last: bool
+
+    def __init__(self, tower: Any, layer: int):
         super().__init__()
         is_vit = hasattr(tower, "transformer")
         num_layers = tower.transformer.layers if is_vit else 5
@@ -190,7 +199,7 @@ def _read_preprocessing(folder: Path | None) -> dict[str, Any]:
 
 def _build_image_tower(
     name: str, file: Path | None, image_size: int | None, config: Mapping[str, Any] | None, quick_gelu: bool
-) -> nn.Module:
+) -> Any:
     """Return the image tower of a model with pretrained or random weights; the text tower is discarded."""
     import open_clip
 

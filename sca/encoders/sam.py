@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sca_registry.contracts import ImageFormat
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import SamConfig, SamVisionModel
+from transformers import SamConfig, SamVisionConfig, SamVisionModel
 from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionSdpaAttention
 
 from sca.io.hub import fetch_pretrained_config, load_pretrained
@@ -34,6 +34,7 @@ class SamEncoder(nn.Module):
     """
 
     default_segmenter = "sam"
+    vision: SamVisionEncoder
 
     def __init__(
         self,
@@ -43,20 +44,20 @@ class SamEncoder(nn.Module):
         config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        self.checkpoint = weights if pretrained else None
+        self.checkpoint: str | None = weights if pretrained else None
         self.revision = revision
         if self.checkpoint:
             other_modules = ("mask_decoder.", "prompt_encoder.", "shared_image_embedding.")
             self.vision = load_pretrained(
-                SamVisionModel, weights, revision, other_modules, dtype="float32"
+                SamVisionModel, self.checkpoint, revision, other_modules, dtype="float32"
             ).vision_encoder
         else:
-            self.vision = SamVisionEncoder(build_sam_config(weights, revision, config).vision_config)
+            self.vision = SamVisionEncoder(_get_vision_config(build_sam_config(weights, revision, config)))
         for layer in self.vision.layers:
             layer.attn.__class__ = ChunkedAttention  # same parameters, other forward
-        self.image_format = ImageFormat(size=self.vision.config.image_size)
-        self.channels = self.vision.config.output_channels
-        self.stride = self.vision.config.patch_size
+        self.image_format: ImageFormat = ImageFormat(size=cast("int", self.vision.config.image_size))
+        self.channels: int = self.vision.config.output_channels
+        self.stride: int = self.vision.config.patch_size
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode images: (B, 3, S, S) -> (B, 256, S/16, S/16)."""
@@ -72,12 +73,15 @@ class ChunkedAttention(SamVisionSdpaAttention):
 
     max_bias_elements = 2**24  # elements of the position bias per chunk
 
-    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, None]:
+    # transformers declares that the method returns a tensor, but returns this tuple
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, output_attentions: bool = False
+    ) -> tuple[Tensor, None]:
         """Attend over the grid: (B, h, w, C) -> (B, h, w, C)."""
         batch, height, width, _ = hidden_states.shape
         cells, heads = height * width, self.num_attention_heads
         if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or not self.use_rel_pos:
-            return super().forward(hidden_states, output_attentions)
+            return cast("tuple[Tensor, None]", super().forward(hidden_states, output_attentions))
         qkv = self.qkv(hidden_states).reshape(batch, cells, 3, heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.reshape(3, batch * heads, cells, -1).unbind(0)  # (B heads, h w, d)
         outputs = torch.empty_like(query)
@@ -88,8 +92,10 @@ class ChunkedAttention(SamVisionSdpaAttention):
                 query[chunk], self.rel_pos_h, self.rel_pos_w, (height, width), (height, width)
             )
             bias = relative_positions.reshape(1, -1, cells, cells)
-            chunk_inputs = (each[chunk].unsqueeze(0) for each in (query, key, value))
-            outputs[chunk] = F.scaled_dot_product_attention(*chunk_inputs, attn_mask=bias).squeeze(0)
+            chunk_query, chunk_key, chunk_value = (each[chunk].unsqueeze(0) for each in (query, key, value))
+            outputs[chunk] = F.scaled_dot_product_attention(
+                chunk_query, chunk_key, chunk_value, attn_mask=bias
+            ).squeeze(0)
         merged = outputs.view(batch, heads, cells, -1).transpose(1, 2).reshape(batch, height, width, -1)
         return self.proj(merged), None
 
@@ -108,9 +114,17 @@ def build_sam_config(weights: str | None, revision: str | None, config: Mapping[
     Raises:
         ValueError: Neither `weights` nor `config` is set.
     """
-    if config is None and weights is None:
+    if config is not None:
+        full_config = SamConfig(**config)
+    elif weights is not None:
+        full_config = fetch_pretrained_config(SamConfig, weights, revision)
+    else:
         raise ValueError("neither weights nor config is set; give weights=facebook/sam-vit-base, or a folder")
-    full_config = SamConfig(**config) if config is not None else fetch_pretrained_config(SamConfig, weights, revision)
-    full_config.vision_config._attn_implementation = "sdpa"
-    full_config.vision_config.initializer_range = INITIALIZER_RANGE
+    vision_config = _get_vision_config(full_config)
+    vision_config._attn_implementation = "sdpa"
+    vision_config.initializer_range = INITIALIZER_RANGE
     return full_config
+
+
+def _get_vision_config(config: SamConfig) -> SamVisionConfig:
+    return cast("SamVisionConfig", config.vision_config)  # transformers converts tables

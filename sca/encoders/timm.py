@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from sca_registry.contracts import ImageFormat
 from sca_registry.errors import suggest_name
@@ -16,7 +16,7 @@ from sca.io.json import read_json
 from sca.io.weight_files import translate_load_errors
 from sca.nn.feature_shape import probe_feature_shape
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 RESTRICTED_LICENSES = (
     "cc-by-nc-4.0",
@@ -49,6 +49,8 @@ class TimmEncoder(nn.Module):
     """
 
     default_segmenter = "box"
+    channels: int
+    stride: int
 
     def __init__(
         self,
@@ -79,19 +81,20 @@ class TimmEncoder(nn.Module):
             raise ValueError("num_classes cannot be set, because the classifier is removed; omit it")
         if weights is None and (pretrained or not model):
             raise ValueError("no weights; give weights=FOLDER or a hub id, or another model")
+        source = (model or "") if weights is None else weights
         backbone_options = dict(config or {})
         if (
             pretrained
             and pretrained_config
             and pretrained_config.license in RESTRICTED_LICENSES
-            and not list_usage_terms(weights)
+            and not list_usage_terms(source)
         ):
             logger.warning("sca: the license of %s is %s", weights, pretrained_config.license)
-        file = fetch_weight_file(weights, revision) if pretrained else None
-        if not model and find_local_file(weights) is not None:
+        file = fetch_weight_file(source, revision) if pretrained else None
+        if not model and find_local_file(source) is not None:
             raise ValueError(f"the model of {weights} is unknown; give model=NAME")
         folder_config = _read_folder_config(
-            file.parent if file else fetch_model_folder(weights, revision, include_weights=False) if not model else None
+            file.parent if file else fetch_model_folder(source, revision, include_weights=False) if not model else None
         )
         if model:
             name = model
@@ -99,7 +102,7 @@ class TimmEncoder(nn.Module):
                 {"file": str(file), "custom_load": False, **folder_config.preprocessing} if file else None
             )
         else:
-            name = f"local-dir:{fetch_model_folder(weights, revision, include_weights=pretrained)}"
+            name = f"local-dir:{fetch_model_folder(source, revision, include_weights=pretrained)}"
             pretrained_config = (
                 timm.get_pretrained_cfg(folder_config.architecture)
                 if timm.is_model(folder_config.architecture)
@@ -107,22 +110,22 @@ class TimmEncoder(nn.Module):
             )
         if image_size and pretrained_config and pretrained_config.fixed_input_size:
             backbone_options["img_size"] = image_size
-        with translate_load_errors(weights if pretrained else model or weights):
+        with translate_load_errors(source if pretrained else model or source):
             # create it with its classifier: otherwise timm does not load the weights strictly
-            backbone = timm.create_model(name, pretrained=pretrained, **backbone_options)
+            backbone: Any = timm.create_model(name, pretrained=pretrained, **backbone_options)
             backbone.reset_classifier(0)
         self.source = weights  # even if the weights are not loaded
-        self.checkpoint = weights if pretrained else None
+        self.checkpoint: str | None = weights if pretrained else None
         self.revision = revision
-        self.backbone = IntermediateLayer(backbone, feature_layer)
+        self.backbone: IntermediateLayer = IntermediateLayer(backbone, feature_layer)
         preprocessing = backbone.pretrained_cfg
-        image_size = (
+        input_size: int = (
             image_size
             or backbone_options.get("img_size")
             or (not model and folder_config.image_size)
             or preprocessing["input_size"][-1]
         )
-        self.image_format = make_image_format(image_size, preprocessing, resize_mode)
+        self.image_format: ImageFormat = make_image_format(input_size, preprocessing, resize_mode)
         self.channels, self.stride = probe_feature_shape(self.backbone, self.image_format.size, self.backbone.stride)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -141,15 +144,18 @@ class IntermediateLayer(nn.Module):
         ValueError: The layer does not exist, or the backbone cannot return intermediate features.
     """
 
-    def __init__(self, backbone: nn.Module, layer: int):
+    network: Any  # module with `forward_intermediates`
+    layer_index: int
+
+    def __init__(self, backbone: Any, layer: int):
         super().__init__()
         name = type(backbone).__name__
         if not hasattr(backbone, "forward_intermediates"):
             raise ValueError(f"{name} does not return intermediate features; choose another backbone")
         self.layer_index, is_last = resolve_layer(layer, len(backbone.feature_info), name)
         # only the last block of a plain ViT, whose blocks all have the same stride
-        self.normalize = is_last and len({info["reduction"] for info in backbone.feature_info}) == 1
-        self.stride = backbone.feature_info[self.layer_index]["reduction"]
+        self.normalize: bool = is_last and len({info["reduction"] for info in backbone.feature_info}) == 1
+        self.stride: int = backbone.feature_info[self.layer_index]["reduction"]
         self.network = backbone.eval()
         if hasattr(backbone, "prune_intermediate_layers"):
             (self.layer_index,) = backbone.prune_intermediate_layers(
@@ -199,9 +205,12 @@ def make_image_format(size: int, preprocessing: Mapping[str, Any], resize_mode: 
     Returns:
         The image format.
     """
-    resample = "bicubic" if preprocessing["interpolation"] == "bicubic" else "bilinear"
     return ImageFormat(
-        size, tuple(preprocessing["mean"]), tuple(preprocessing["std"]), resample=resample, resize_mode=resize_mode
+        size,
+        tuple(preprocessing["mean"]),
+        tuple(preprocessing["std"]),
+        resample="bicubic" if preprocessing["interpolation"] == "bicubic" else "bilinear",
+        resize_mode=cast("Literal['pad', 'stretch']", resize_mode),
     )
 
 

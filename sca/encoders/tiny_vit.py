@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 import torch
 from sca_registry.contracts import ImageFormat
 from torch import Tensor, nn
@@ -48,26 +50,32 @@ class TinyVit(nn.Module):
         super().__init__()
         if image_size % self.stride:
             raise ValueError(f"image_size {image_size} must be a multiple of the stride {self.stride}")
-        self.image_format = ImageFormat(size=image_size, resize_mode=resize_mode)
+        self.image_format: ImageFormat = ImageFormat(
+            size=image_size, resize_mode=cast("Literal['pad', 'stretch']", resize_mode)
+        )
         self.channels = output_channels
         half_channels, quarter_channels = stem_channels
-        self.stem = nn.Sequential(
+        self.stem: nn.Module = nn.Sequential(
             *_make_convolution_layers(3, half_channels),
             *_make_convolution_layers(half_channels, quarter_channels),
             *(ConvolutionBlock(quarter_channels) for _ in range(stem_blocks)),
             nn.Conv2d(quarter_channels, hidden_size, 3, stride=2, padding=1),
         )
         grid_size = image_size // self.stride
-        self.position = nn.Parameter(torch.zeros(1, grid_size * grid_size, hidden_size))
+        self.position: nn.Parameter = nn.Parameter(torch.zeros(1, grid_size * grid_size, hidden_size))
         nn.init.normal_(self.position, std=0.02)
         layer = nn.TransformerEncoderLayer(
             hidden_size, num_heads, 4 * hidden_size, 0.0, "gelu", batch_first=True, norm_first=True
         )
-        self.transformer = nn.TransformerEncoder(layer, depth, nn.LayerNorm(hidden_size), enable_nested_tensor=False)
+        self.transformer: nn.TransformerEncoder = nn.TransformerEncoder(
+            layer, depth, nn.LayerNorm(hidden_size), enable_nested_tensor=False
+        )
         for parameter in self.transformer.parameters():  # TransformerEncoder copies one layer: initialize each anew
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        self.neck = SamVisionNeck(SamVisionConfig(hidden_size=hidden_size, output_channels=output_channels))
+        self.neck: SamVisionNeck = SamVisionNeck(
+            SamVisionConfig(hidden_size=hidden_size, output_channels=output_channels)
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode images: (B, 3, S, S) -> (B, output_channels, S/8, S/8)."""
@@ -85,7 +93,7 @@ class ConvolutionBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.layers = nn.Sequential(
+        self.layers: nn.Sequential = nn.Sequential(
             *_make_convolution_layers(channels, channels, stride=1),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(channels),

@@ -17,24 +17,25 @@ from sca.evaluation.records import Record
 from sca.evaluation.scoring import get_bootstrap_inputs
 from sca.io.errors import InputError
 from sca.io.paths import distinguish_paths
+from sca.io.score_format import PRINT_NOTE, format_interval, format_score
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
 
-SCORE_PRIORITY = ("cider-d", "attributes/all", "meteor", "rouge-l", "cider", "class/count", "mask-iou/mean")
-PROTOCOL_KEYS = ("prompt", "proposer", "generation", "seed", "limit")
+SCORE_PRIORITY = ("cider-d", "attributes/all", "meteor", "rouge-l", "cider", "class/accuracy", "mask-iou/mean")
+COMPARED_RUN_KEYS = ("prompt_type", "proposer", "generation", "seed", "max_images")
 
 
 @dataclass(frozen=True)
 class ScoreDifference:
-    """A score of both runs; `difference` is second minus first, with its 95 % bootstrap interval over images."""
+    """A score of both runs; `difference` is second minus first, with its 95% bootstrap interval over images."""
 
     name: str
     first: float
     second: float
     difference: float
-    low: float | None
-    high: float | None
+    ci_low: float | None
+    ci_high: float | None
 
 
 class RegionChange(NamedTuple):
@@ -58,7 +59,7 @@ class RunComparison:
         first: The first run.
         second: The second run.
         differences: Scores that both runs have.
-        remarks: Differences between the runs other than the model.
+        notes: Differences between the runs other than the model.
         sorted_by: Score that sorts `changes`; None if no region has a score.
         changes: Regions whose score differs, greatest gain first.
     """
@@ -66,12 +67,12 @@ class RunComparison:
     first: EvaluationReport
     second: EvaluationReport
     differences: tuple[ScoreDifference, ...]
-    remarks: tuple[str, ...]
+    notes: tuple[str, ...]
     sorted_by: str | None
     changes: list[RegionChange] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; NaN becomes None."""
+        """Return plain JSON values with raw scores; NaN becomes None."""
         return {
             "first": dict(self.first.run),
             "second": dict(self.second.run),
@@ -79,25 +80,24 @@ class RunComparison:
                 {key: None if value != value else value for key, value in asdict(each).items()}
                 for each in self.differences
             ],
-            "remarks": list(self.remarks),
+            "notes": list(self.notes),
         }
 
     def build_table(self) -> Table:
-        """Build a terminal table. A star marks a difference whose interval excludes 0."""
+        """Build a terminal table with scores times 100. A star marks a difference whose interval excludes 0."""
         from sca.io.terminal import Table
 
-        notes = ["* the interval of the difference does not hold 0", *self.remarks]
-        numeric_columns = (self.first.name, self.second.name, "difference", "95 % interval")
+        notes = [PRINT_NOTE, "* the confidence interval of the difference excludes 0", *self.notes]
+        numeric_columns = (self.first.name, self.second.name, "difference", "95% CI")
         table = Table(
             ("score", *numeric_columns), f"{self.first.title}  →  {self.second.title}", numeric_columns, notes
         )
         for each in self.differences:
-            interval, star = "", ""
-            if each.low is not None and each.high is not None:
-                interval = f"{each.low:+.3f} to {each.high:+.3f}"
-                star = " *" if each.low > 0 or each.high < 0 else ""
-            values = [f"{value:.3f}" for value in (each.first, each.second)]
-            table.add_row(each.name, *values, f"{each.difference:+.3f}{star}", interval)
+            interval, star = format_interval(each.ci_low, each.ci_high, signed=True), ""
+            if each.ci_low is not None and each.ci_high is not None:
+                star = " *" if each.ci_low > 0 or each.ci_high < 0 else ""
+            values = [format_score(value) for value in (each.first, each.second)]
+            table.add_row(each.name, *values, f"{format_score(each.difference, signed=True)}{star}", interval)
         return table
 
 
@@ -186,7 +186,7 @@ def choose_score(score_name: str | None, available: Sequence[str]) -> str | None
         ValueError: The requested score is not available.
     """
     if score_name is not None and score_name not in available:
-        raise ValueError(f"no score {score_name!r} of single regions: there are {', '.join(available) or 'none'}")
+        raise ValueError(f"no score {score_name!r} of single regions; choose from {', '.join(available) or 'none'}")
     return score_name or next(iter(available), None)
 
 
@@ -233,23 +233,22 @@ def _check_same_regions(reports: Sequence[EvaluationReport], paths: Sequence[str
         if unmatched_keys:
             image, region, task = min(unmatched_keys, key=str)
             raise InputError(
-                f"{len(unmatched_keys)} answers are only in {name}, the first for region {region} of image {image} "
-                f"({task}): "
-                "runs are compared on the same regions"
+                f"{len(unmatched_keys)} predictions are only in {name}, the first for region {region} of image {image} "
+                f"({task}); compare runs on the same regions"
             )
     if hash_truth(reports[0].records) != hash_truth(reports[1].records):
         raise InputError(
-            f"{paths[0]} and {paths[1]} have the same regions with another truth: two datasets, or two versions"
+            f"{paths[0]} and {paths[1]} have different ground truth; compare runs on the same version of the dataset"
         )
 
 
 def _describe_run_differences(reports: Sequence[EvaluationReport]) -> tuple[str, ...]:
     runs = [report.run for report in reports]
-    differing = [key for key in PROTOCOL_KEYS if runs[0].get(key) != runs[1].get(key)]
-    remarks = [f"{key} differs: {runs[0].get(key)!r} and {runs[1].get(key)!r}" for key in differing]
+    differing = [key for key in COMPARED_RUN_KEYS if runs[0].get(key) != runs[1].get(key)]
+    notes = [f"{key} differs: {runs[0].get(key)!r} and {runs[1].get(key)!r}" for key in differing]
     if len({record["image_id"] for record in reports[0].records}) < MIN_IMAGES:
-        remarks.append(f"no intervals over fewer than {MIN_IMAGES} images")
-    return tuple(remarks)
+        notes.append(f"no intervals over fewer than {MIN_IMAGES} images")
+    return tuple(notes)
 
 
 def collect_bootstrap_inputs(report: EvaluationReport) -> dict[str, Any]:

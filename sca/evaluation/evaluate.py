@@ -40,6 +40,7 @@ from sca.inference.factory import load_captioner
 from sca.inference.predictor import Predictor
 from sca.io.errors import DifferentRunError, InputError
 from sca.io.run_folder import RunFolder, iter_existing_paths
+from sca.io.score_format import PRINT_NOTE, format_interval, format_score
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
@@ -56,9 +57,9 @@ class EvaluationReport:
 
     Attributes:
         run: The run header of the predictions file; empty for a file made by hand.
-        end: The end line of the predictions file; empty for a file made by hand.
+        summary: The last line of the predictions file; empty for a file made by hand.
         scoring: The scores.
-        remarks: Anomalies of the predictions.
+        warnings: Anomalies of the predictions.
         seconds: Time for scoring, plus prediction if this call predicted.
         records: The prediction records.
         load_image: Returns the image of a record, if the images are available.
@@ -67,9 +68,9 @@ class EvaluationReport:
     """
 
     run: Mapping[str, Any]
-    end: Mapping[str, Any]
+    summary: Mapping[str, Any]
     scoring: ScoringResult
-    remarks: Sequence[str]
+    warnings: Sequence[str]
     seconds: float
     records: list[dict[str, Any]] = field(repr=False)
     load_image: ImageLoader | None = field(default=None, repr=False)
@@ -105,44 +106,44 @@ class EvaluationReport:
         """Model, dataset, split and prompt, for headings."""
         run = self.run
         if not run:
-            return self.label or "predictions made by hand"
-        prompting = f"proposals of {run['proposer']}" if run.get("proposer") else f"prompted by {run['prompt']}"
+            return self.label or "hand-written predictions"
+        prompting = f"proposals of {run['proposer']}" if run.get("proposer") else f"prompted by {run['prompt_type']}"
         return f"{self.name} on {run['dataset']} {run['split']}, {prompting}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values without the records; NaN becomes None."""
+        """Return plain JSON values without the records. Scores are raw, not times 100, and NaN becomes None."""
         controls = dict.fromkeys(each.control for each in self.scoring.scores if each.control)
         return {
-            **{key: self.run.get(key) for key in ("model", "weights", "dataset", "split", "prompt")},
-            "images": len({record["image_id"] for record in self.records}),
-            "regions": count_regions(self.records),
+            **{key: self.run.get(key) for key in ("model", "weights_hash", "dataset", "split", "prompt_type")},
+            "num_images": len({record["image_id"] for record in self.records}),
+            "num_regions": count_regions(self.records),
             "scores": _replace_nan(self.scores),
             "controls": {name: _replace_nan(self.scoring.get_values(name)) for name in controls},
             "notes": self.notes,
-            "left_out": dict(self.skipped_metrics),
-            "remarks": list(self.remarks),
+            "skipped_metrics": dict(self.skipped_metrics),
+            "warnings": list(self.warnings),
             "seconds": self.seconds,
-            "rows": [each.to_dict() for each in self.scoring.scores],
+            "score_details": [each.to_dict() for each in self.scoring.scores],
             "run": dict(self.run),
-            "end": dict(self.end),
+            "summary": dict(self.summary),
         }
 
     def build_table(self) -> Table:
-        """Build a terminal table: one row per score with its 95 % interval, one column per control, and notes below."""
+        """Build a terminal table with scores times 100: one row per score, one column per control, and notes below."""
         from sca.io.terminal import Table
 
         num_images, num_regions = len({record["image_id"] for record in self.records}), count_regions(self.records)
-        notes = [f"{num_images} images, {num_regions} regions, {self.seconds:.1f} s", *self.remarks]
+        notes = [f"{num_images} images, {num_regions} regions, {self.seconds:.1f} s", PRINT_NOTE, *self.warnings]
         notes += [*self.notes, *self.scoring.summarize_skipped_metrics()]
         controls = list(dict.fromkeys(each.control for each in self.scoring.scores if each.control))
-        numeric_columns = ("value", "95 % interval", *controls)
+        numeric_columns = ("value", "95% CI", *controls)
         table = Table(("score", *numeric_columns), self.title, numeric_columns, notes)
         control_values = {name: self.scoring.get_values(name) for name in controls}
         for each in self.scoring.scores:
             if each.control is None:
-                interval = "" if each.low is None else f"{each.low:.3f} to {each.high:.3f}"
-                control_cells = [_format_value(control_values[name].get(each.name)) for name in controls]
-                table.add_row(each.name, _format_value(each.value), interval, *control_cells)
+                control_cells = [format_score(control_values[name].get(each.name)) for name in controls]
+                interval = format_interval(each.ci_low, each.ci_high)
+                table.add_row(each.name, format_score(each.value), interval, *control_cells)
         return table
 
 
@@ -156,7 +157,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     metric_options: Mapping[str, Any] | None = None,
     batch_size: int = 8,
-    limit: int | None = None,
+    max_images: int | None = None,
     device: str = "cpu",
     folder: str | Path | None = None,
     overwrite: bool = False,
@@ -181,7 +182,7 @@ def evaluate(
             `sca.evaluation.scoring.score_records`.
         metric_options: Options of metrics, and the shared options `references` and `tokenizer`.
         batch_size: Images per encoder batch.
-        limit: Maximum images.
+        max_images: Maximum images.
         device: Device of a model that is loaded.
         folder: Folder for predictions.jsonl, which is written during the run; an interrupted run resumes. Required with
             several processes.
@@ -202,38 +203,38 @@ def evaluate(
     check_metrics(metrics, metric_options)
     rank, num_processes, wait = _get_process_group()
     if num_processes > 1 and folder is None:
-        raise ValueError("several processes need a folder to merge their predictions in; give a folder")
+        raise ValueError("several processes need a folder for their predictions; pass folder=")
     prompting = prompting or PromptingOptions()
     trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     dataset_name, split, dataset_options, built_dataset = _resolve_dataset(dataset, split)
     check_dataset_not_empty(built_dataset, f"{dataset_name} {split}".rstrip())
     if proposer is None:
-        check_has_truth(built_dataset, dataset_name, prompting.tasks, limit)
-        check_metric_needs(metrics or (), built_dataset, prompting.tasks, limit)
+        check_has_truth(built_dataset, dataset_name, prompting.tasks, max_images)
+        check_metric_needs(metrics or (), built_dataset, prompting.tasks, max_images)
     model_name, captioner = _resolve_captioner(model, device, trust_options)
     if isinstance(captioner, Engine):
         check_generation("generation", prompting.generation, captioner.model.language_model.generate)
-    proposer_part = ComponentSpec.from_dict(proposer, "proposer") if proposer is not None else None
+    proposer_component = ComponentSpec.from_dict(proposer, "proposer") if proposer is not None else None
     prompting_options: PromptingOptions | DenseCaptioningOptions = prompting
-    if proposer_part is not None:
-        built_proposer = sca_registry.proposers.build(proposer_part.name, **proposer_part.options)
+    if proposer_component is not None:
+        built_proposer = sca_registry.proposers.build(proposer_component.name, **proposer_component.options)
         prompting_options = DenseCaptioningOptions(built_proposer, prompting.generation)
     run = {
         "model": model_name,
         **_get_captioner_identity(captioner, prompting.generation),
         "dataset": dataset_name,
-        "options": dataset_options,
+        "dataset_options": dataset_options,
         "split": split,
-        "data": getattr(built_dataset, "content_hash", None),
-        "images": len(built_dataset),
-        "prompt": None if proposer_part else prompting.prompt,
-        "proposer": proposer_part and proposer_part.to_dict(),
-        **({"search": SEARCH_VERSION} if proposer_part else {}),
-        "tasks": ["dense"] if proposer_part else list(prompting.tasks),
+        "dataset_hash": getattr(built_dataset, "content_hash", None),
+        "num_images": len(built_dataset),
+        "prompt_type": None if proposer_component else prompting.prompt_type,
+        "proposer": proposer_component and proposer_component.to_dict(),
+        **({"search_version": SEARCH_VERSION} if proposer_component else {}),
+        "tasks": ["dense"] if proposer_component else list(prompting.tasks),
         "controls": list(prompting.controls),
         "seed": prompting.seed,
-        "limit": limit,
-        "batch": batch_size,
+        "max_images": max_images,
+        "batch_size": batch_size,
         "versions": {name: version(name) for name in (BUILTIN_DISTRIBUTION, "torch", "transformers")},
     }
     with ExitStack() as stack:
@@ -288,14 +289,16 @@ def _collect_predictions(
 ) -> Predictions | None:
     """Predict what is missing and return all predictions; None in all processes but the first."""
     rank, num_processes, wait = process
-    batch_size, limit = run["batch"], run["limit"]
+    batch_size, max_images = run["batch_size"], run["max_images"]
     wait()  # until the first process has locked the folder
     journal = PredictionsJournal(None if folder is None else Path(folder), run, rank)
     wait()  # until every process has read the earlier predictions
     if not journal.is_finished:
-        is_of_other_process = lambda place: place // batch_size % num_processes != rank  # noqa: E731
-        is_skipped = lambda place: place in journal.done_indices or is_of_other_process(place)  # noqa: E731
-        for predicted_batch in predict_dataset(captioner, dataset, prompting, batch_size, limit, is_skipped, progress):
+        is_of_other_process = lambda index: index // batch_size % num_processes != rank  # noqa: E731
+        is_skipped = lambda index: index in journal.done_indices or is_of_other_process(index)  # noqa: E731
+        for predicted_batch in predict_dataset(
+            captioner, dataset, prompting, batch_size, max_images, is_skipped, progress
+        ):
             journal.add(predicted_batch)
     journal.close()
     wait()  # until every process has synced its predictions
@@ -339,8 +342,8 @@ def score_file(
         samples = filter(
             None,
             (
-                getattr(built_dataset, "read_sample", built_dataset.__getitem__)(place)
-                for place in range(len(built_dataset))
+                getattr(built_dataset, "read_sample", built_dataset.__getitem__)(index)
+                for index in range(len(built_dataset))
             ),
         )
         region_keys = (
@@ -364,10 +367,11 @@ def make_run_image_loader(run: Mapping[str, Any]) -> ImageLoader | None:
 
     def load_image(record: Record) -> Image.Image:
         if not loaders:
-            dataset = sca_registry.datasets.build(run["dataset"], run["split"], **run["options"])
-            if getattr(dataset, "content_hash", None) != run["data"]:
+            dataset = sca_registry.datasets.build(run["dataset"], run["split"], **run["dataset_options"])
+            if getattr(dataset, "content_hash", None) != run["dataset_hash"]:
                 raise InputError(
-                    f"the dataset {run['dataset']} {run['split']} is not the one that was asked about: another content"
+                    f"the contents of the dataset {run['dataset']} {run['split']} have changed since the run; restore "
+                    "them, or evaluate again"
                 )
             loaders.append(_make_image_loader(dataset))
         return loaders[0](record)
@@ -383,7 +387,9 @@ def _make_image_loader(dataset: Dataset) -> ImageLoader:
         if cached[0] != record["index"]:
             sample = getattr(dataset, "read_sample", dataset.__getitem__)(record["index"])
             if sample is None or sample.image_id != record["image_id"]:
-                raise InputError(f"image {record['image_id']} cannot be read where it was, at {record['index']}")
+                raise InputError(
+                    f"image {record['image_id']} is not at index {record['index']} of the dataset, or cannot be read"
+                )
             cached[:] = record["index"], sample.image
         return cached[1]
 
@@ -403,14 +409,18 @@ def _build_report(
     start: float,
 ) -> EvaluationReport:
     predictions = fill_defaults(predictions, location)
-    remarks = check_predictions(predictions, location)
-    if predictions.end.get("unread"):
-        remarks.append(f"{predictions.end['unread']} pictures could not be read and are left out")
-    run = {**predictions.run, "truth": predictions.end.get("truth")} if predictions.run else {}
+    warnings = check_predictions(predictions, location)
+    if predictions.summary.get("num_unreadable"):
+        warnings.append(f"{predictions.summary['num_unreadable']} unreadable images skipped")
+    run = (
+        {**predictions.run, "ground_truth_hash": predictions.summary.get("ground_truth_hash")}
+        if predictions.run
+        else {}
+    )
     scoring = score_records(predictions.records, metrics, metric_options, run, load_image)
     seconds = time.perf_counter() - start
     return EvaluationReport(
-        predictions.run, predictions.end, scoring, remarks, seconds, predictions.records, load_image
+        predictions.run, predictions.summary, scoring, warnings, seconds, predictions.records, load_image
     )
 
 
@@ -434,11 +444,11 @@ def _get_captioner_identity(captioner: Captioner, generation: Mapping[str, Any])
     if isinstance(captioner, Engine):
         spec = captioner.model.spec
         return {
-            "weights": hash_weights(captioner.model),
+            "weights_hash": hash_weights(captioner.model),
             "spec": spec.to_dict(),
             "generation": {**spec.generation, **generation},
         }
-    return {"weights": None, "spec": getattr(captioner, "metadata", None), "generation": dict(generation)}
+    return {"weights_hash": None, "spec": getattr(captioner, "metadata", None), "generation": dict(generation)}
 
 
 def _get_model_name(model: Any) -> str:
@@ -451,9 +461,9 @@ def _resolve_dataset(dataset: Any, split: str) -> tuple[str, str, dict[str, Any]
     """Return the name, split, options and the dataset itself."""
     if not isinstance(dataset, str | Mapping | ComponentSpec):
         return type(dataset).__name__, getattr(dataset, "split", ""), {}, dataset
-    part = dataset if isinstance(dataset, ComponentSpec) else ComponentSpec.from_dict(dataset, "dataset")
-    built_dataset = sca_registry.datasets.build(part.name, split, **part.options)
-    return part.name, split, dict(part.options), built_dataset
+    component = dataset if isinstance(dataset, ComponentSpec) else ComponentSpec.from_dict(dataset, "dataset")
+    built_dataset = sca_registry.datasets.build(component.name, split, **component.options)
+    return component.name, split, dict(component.options), built_dataset
 
 
 def _get_process_group() -> tuple[int, int, Callable[[], None]]:
@@ -469,9 +479,3 @@ def _get_process_group() -> tuple[int, int, Callable[[], None]]:
 
 def _replace_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in scores.items()}
-
-
-def _format_value(value: float | None) -> str:
-    return (
-        "" if value is None else str(value) if isinstance(value, int) else "-" if math.isnan(value) else f"{value:.3f}"
-    )

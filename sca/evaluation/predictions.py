@@ -37,16 +37,16 @@ from sca.io.validation import check_choice, check_range
 from sca.output.jsonl import caption_to_record
 
 PROMPT_TYPES = {
-    "box": "the region's own box",
-    "center": "the point in the middle of the box",
-    "random-point": "a point drawn inside the box",
-    "mask-point": "a point drawn inside the mask",
+    "box": "the box of the region",
+    "center": "the center point of the box",
+    "random-point": "a random point inside the box",
+    "mask-point": "a random point inside the mask",
     "mask": "the mask",
 }
 CONTROLS = {
-    "wrong-region": "asked for another region of the image, which is called and described otherwise",
-    "color-swap": "red is shown as green, green as blue and blue as red",
-    "shuffled-mask": "asked for the region's box and mask moved to another place of the image",
+    "wrong-region": "prompt of another region of the image with another name and other phrases",
+    "color-swap": "image with red shown as green, green as blue and blue as red",
+    "shuffled-mask": "box and mask of the region moved to another position in the image",
 }
 NUM_CANDIDATE_SHIFTS = 16  # candidate positions for a shifted region; the one with the least overlap is used
 
@@ -58,7 +58,7 @@ class PredictedBatch(NamedTuple):
 
     indices: Sequence[int]  # indices of the images in the dataset
     records: list[dict[str, Any]]
-    num_unread: int  # images that could not be read
+    num_unreadable: int  # images that could not be read
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class PromptingOptions:
     """Prompt type, tasks and controls of an evaluation.
 
     Args:
-        prompt: One of `PROMPT_TYPES`. Random points depend only on `seed` and the region id. For a region without a
-            ground-truth mask, "mask-point" and "mask" use the mask that the captioner predicts for the box, as in SCA
-            (arXiv 2312.00869).
+        prompt_type: One of `PROMPT_TYPES`. Random points depend only on `seed` and the region id. For a region without
+            a ground-truth mask, "mask-point" and "mask" use the mask that the captioner predicts for the box, as in
+            SCA (arXiv 2312.00869).
         tasks: Tasks of every region that has the ground truth: phrases for "caption", a name for "recognition".
         controls: Adversarial controls of `CONTROLS`; each repeats all predictions.
         seed: Random seed of point prompts and shifted regions.
@@ -78,20 +78,20 @@ class PromptingOptions:
         ValueError: An unknown prompt type, task or control, or no task.
     """
 
-    prompt: str = "box"
+    prompt_type: str = "box"
     tasks: tuple[str, ...] = ("caption", "recognition")
     controls: tuple[str, ...] = ()
     seed: int = 0
     generation: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_choice("prompt", self.prompt, PROMPT_TYPES)
+        check_choice("prompt_type", self.prompt_type, PROMPT_TYPES)
         for task in self.tasks:
             check_choice("task", task, TASKS)
         for control in self.controls:
             check_choice("control", control, CONTROLS)
         if not self.tasks:
-            raise ValueError(f"tasks are empty; give one or more of {', '.join(TASKS)}")
+            raise ValueError(f"tasks are empty; choose one or more of {', '.join(TASKS)}")
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         object.__setattr__(self, "controls", tuple(dict.fromkeys(self.controls)))
 
@@ -106,14 +106,14 @@ class PromptingOptions:
             The records, grouped by image in the order of `samples`.
         """
         encoded_images = _EncodedImages(captioner, [sample.image for _, sample in samples])
-        true_prompts = [
+        region_prompts = [
             _make_prompts(self, sample, encoded_images, position) for position, (_, sample) in enumerate(samples)
         ]
         records: list[list[dict[str, Any]]] = [[] for _ in samples]
         for control in (None, *self.controls):
             control_prompts = [
                 self._apply_control(control, sample, prompts)
-                for (_, sample), prompts in zip(samples, true_prompts, strict=True)
+                for (_, sample), prompts in zip(samples, region_prompts, strict=True)
             ]
             control_images = encoded_images
             if control == "color-swap":
@@ -197,19 +197,19 @@ class DenseCaptioningOptions:
         }
 
 
-def draft_records(dataset: Dataset, tasks: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
+def draft_records(dataset: Dataset, tasks: Sequence[str], max_images: int | None = None) -> Iterator[dict[str, Any]]:
     """Yield the task and ground truth of each record of a dataset without predicting.
 
     Args:
         dataset: Any dataset. Its images are not opened. A dataset without `iter_annotations` yields nothing.
         tasks: Tasks as in `PromptingOptions`.
-        limit: Maximum images. Defaults to all.
+        max_images: Maximum images. Defaults to all.
 
     Yields:
         Records without captions, in the order of the dataset.
     """
     if hasattr(dataset, "iter_annotations"):
-        for regions in islice(dataset.iter_annotations(), limit):
+        for regions in islice(dataset.iter_annotations(), max_images):
             for region in regions:
                 yield from (
                     {"task": task, "truth": _make_truth(region)} for task in tasks if _has_truth_for_task(region, task)
@@ -221,7 +221,7 @@ def predict_dataset(
     dataset: Dataset,
     prompting: PromptingOptions | DenseCaptioningOptions | None = None,
     batch_size: int = 8,
-    limit: int | None = None,
+    max_images: int | None = None,
     skip: Callable[[int], bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[PredictedBatch]:
@@ -234,7 +234,7 @@ def predict_dataset(
         dataset: Any dataset.
         prompting: Prompt type, tasks, controls and generation options. Defaults to box prompts.
         batch_size: Images per batch.
-        limit: Maximum images. Defaults to all.
+        max_images: Maximum images. Defaults to all.
         skip: Returns whether to skip the image at a dataset index.
         progress: Called with the number of images done (or skipped) and the total.
 
@@ -242,12 +242,12 @@ def predict_dataset(
         An iterator over batches of records.
 
     Raises:
-        ValueError: `batch_size` or `limit` is below 1; raised before the first batch.
+        ValueError: `batch_size` or `max_images` is less than 1; raised before the first batch.
     """
-    for name, number in (("batch_size", batch_size), ("limit", limit)):
+    for name, number in (("batch_size", batch_size), ("max_images", max_images)):
         if number is not None:
             check_range(name, number, int, 1)
-    num_images = len(dataset) if limit is None else min(limit, len(dataset))
+    num_images = len(dataset) if max_images is None else min(max_images, len(dataset))
     batches = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
     return _iter_predicted_batches(
         captioner, dataset, prompting or PromptingOptions(), batches, skip or (lambda _: False), progress
@@ -298,8 +298,8 @@ class _EncodedImages:
         regions_without_mask = [region for region, caption in captions.items() if caption.mask is None]
         if regions_without_mask:
             raise ValueError(
-                "prompts by mask need masks: the dataset has none for some regions, and the model gives none for their "
-                "boxes; ask by box, center or random-point"
+                "mask prompts need masks, and neither the dataset nor the model has masks of some regions; use the "
+                "prompt type box, center or random-point"
             )
         return {region: caption.mask for region, caption in captions.items() if caption.mask is not None}
 
@@ -321,7 +321,7 @@ def _make_prompts(
         for region in sample.regions
         if any(_should_caption(region, task, {region.id: Prompt()}) for task in prompting.tasks)
     ]
-    if prompting.prompt in ("mask-point", "mask"):
+    if prompting.prompt_type in ("mask-point", "mask"):
         boxes = {region.id: Prompt(box=region.box) for region in regions if region.mask is None}
         predicted_masks = encoded_images.predict_masks(index, boxes) if boxes else {}
         regions = [replace(region, mask=predicted_masks.get(region.id, region.mask)) for region in regions]
@@ -330,12 +330,12 @@ def _make_prompts(
 
 def _make_prompt(prompting: PromptingOptions, region: Region) -> Prompt:
     x1, y1, x2, y2 = region.box
-    if prompting.prompt == "center":
+    if prompting.prompt_type == "center":
         return Prompt(points=(((x1 + x2) / 2, (y1 + y2) / 2, 1),))
-    if prompting.prompt == "mask" and region.mask is not None:
+    if prompting.prompt_type == "mask" and region.mask is not None:
         return Prompt(mask=masks.decode_rle(region.mask))
-    if prompting.prompt in ("random-point", "mask-point"):
-        point_region = region if prompting.prompt == "mask-point" else replace(region, mask=None)
+    if prompting.prompt_type in ("random-point", "mask-point"):
+        point_region = region if prompting.prompt_type == "mask-point" else replace(region, mask=None)
         return sample_point_prompt(point_region, np.random.default_rng([prompting.seed, region.id]))
     return Prompt(box=region.box)
 
@@ -385,7 +385,7 @@ def _caption_point_proposals(
     from sca.inference.predictor import Predictor
 
     if not isinstance(captioner, MaskEngine) or captioner.model is None:
-        raise ValueError("points of a proposer are searched by what gives masks; another captioner needs boxes")
+        raise ValueError("point proposals need a captioner that predicts masks; use a proposer of boxes")
     predictor = Predictor(captioner)
     predictor.set_image(image)
     return caption_everything(predictor, proposals=proposals, **generation)

@@ -2,12 +2,12 @@
 
     {"run": {...}}     first line: settings of the run, see `sca.evaluation.evaluate`
     {...}              one record per line, see `sca.evaluation.predictions`
-    {"done": [...], "unread": 0}   only in unfinished files: dataset indices of the images whose records precede this
-                       line, and the number of those images that could not be read
-    {"end": {...}}     last line of a finished file: counts, and a hash of the ground truth
+    {"done_indices": [...], "num_unreadable": 0}   only in unfinished files: dataset indices of the images whose records
+                       precede this line, and the number of those images that could not be read
+    {"summary": {...}}   last line of a finished file: counts, and a hash of the ground truth
 
-An interrupted run resumes: records after the last `done` are discarded and predicted again. A finished file is
-rewritten in dataset order without `done` lines. With several processes, each writes its own file
+An interrupted run resumes: records after the last `done_indices` are discarded and predicted again. A finished file is
+rewritten in dataset order without these lines. With several processes, each writes its own file
 (`predictions.1.jsonl` and so on), and the first process merges them.
 """
 
@@ -34,7 +34,7 @@ PREDICTIONS_NAME = "predictions.jsonl"
 PREDICTIONS_PATTERNS = (PREDICTIONS_NAME, "predictions.#.jsonl")  # of the first process and of the others
 HEADER_PREFIX = b'{"run": {'  # first bytes of a file written by `sca evaluate`
 TEXT_FIELDS = ("caption", "truth", "references", "proposals")  # record fields that contain text
-RESUMABLE_KEYS = ("versions", "batch")  # settings that may change when a run resumes
+RESUMABLE_KEYS = ("versions", "batch_size")  # settings that may change when a run resumes
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Predictions:
     Attributes:
         records: Prediction records.
         run: The run header; empty for a file made by hand.
-        end: The end line; empty for a file made by hand.
+        summary: The last line; empty for a file made by hand.
     """
 
     records: list[dict[str, Any]]
     run: Mapping[str, Any] = field(default_factory=dict)
-    end: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
 
 
 class PredictionsJournal:
@@ -71,7 +71,7 @@ class PredictionsJournal:
         self.done_indices: set[int] = set()
         self.is_finished: bool = False
         self._records: list[dict[str, Any]] = []
-        self._num_unread = 0
+        self._num_unreadable = 0
         self._file = None
         if folder is not None:
             check_same_runs(folder, run)
@@ -90,9 +90,9 @@ class PredictionsJournal:
         self.done_indices.update(batch.indices)
         if self._file is None:
             self._records += batch.records
-            self._num_unread += batch.num_unread
+            self._num_unreadable += batch.num_unreadable
             return
-        self._file.append(*batch.records, {"done": list(batch.indices), "unread": batch.num_unread})
+        self._file.append(*batch.records, {"done_indices": list(batch.indices), "num_unreadable": batch.num_unreadable})
 
     def close(self) -> None:
         """Sync the predictions of this process to disk. Nothing can be added afterwards."""
@@ -103,15 +103,15 @@ class PredictionsJournal:
         """Merge the predictions of all processes, after each has closed its journal."""
         if self.folder is None:
             records = sorted(self._records, key=lambda each: each["index"])
-            return Predictions(records, self.run, _summarize_records(records, self._num_unread))
+            return Predictions(records, self.run, _summarize_records(records, self._num_unreadable))
         path = self.folder / PREDICTIONS_NAME
         if not self.is_finished:
             parts = [_read_part(part) for part in find_predictions_files(self.folder)]
             records = sorted(
                 (record for part_records, _ in parts for record in part_records), key=lambda each: each["index"]
             )
-            end = _summarize_records(records, sum(unread for _, unread in parts))
-            write_file(path, journal.encode_lines([{"run": self.run}, *records, {"end": end}]))
+            summary = _summarize_records(records, sum(num_unreadable for _, num_unreadable in parts))
+            write_file(path, journal.encode_lines([{"run": self.run}, *records, {"summary": summary}]))
             for part in find_predictions_files(self.folder):
                 if part != path:
                     part.unlink()
@@ -123,8 +123,8 @@ class PredictionsJournal:
         if read_run(path) is None:  # killed before the first prediction
             return
         for entry in journal.read_journal(path, _completes_batch, HEADER_PREFIX):
-            self.done_indices.update(entry.get("done", ()))
-            self.is_finished |= "end" in entry
+            self.done_indices.update(entry.get("done_indices", ()))
+            self.is_finished |= "summary" in entry
 
 
 def read_predictions(path: str | Path) -> Predictions:
@@ -142,27 +142,27 @@ def read_predictions(path: str | Path) -> Predictions:
     path = Path(path)
     path = path / PREDICTIONS_NAME if path.is_dir() else path
     run: Mapping[str, Any] = {}
-    end: Mapping[str, Any] = {}
+    summary: Mapping[str, Any] = {}
     records = []
     try:
         with open_regular_file(path, allow_pipe=True) as file:
             for place, content in parse_json_lines(file, str(path)):
                 if "run" in check_object(content, place):
                     run = content["run"]
-                elif "end" in content:
-                    end = content["end"]
-                elif "done" not in content:
+                elif "summary" in content:
+                    summary = content["summary"]
+                elif "done_indices" not in content:
                     for key in TEXT_FIELDS:  # image names may contain a lone surrogate
                         check_encodable(f"{place}, {key!r}", content.get(key))
                     records.append(content)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    if run and not end:
+    if run and not summary:
         raise InputError(
-            f"{path} is of a run that has not ended: {len(records)} records so far; evaluate into the same folder to "
-            "resume it"
+            f"{path} belongs to an unfinished run with {len(records)} records; evaluate into the same folder to resume "
+            "it"
         )
-    return Predictions(records, run, end)
+    return Predictions(records, run, summary)
 
 
 def read_run(path: Path) -> Mapping[str, Any] | None:
@@ -179,7 +179,7 @@ def read_run(path: Path) -> Mapping[str, Any] | None:
     """
     for entry in journal.read_journal(path, first_line_prefix=HEADER_PREFIX):
         if not isinstance(entry.get("run"), dict):
-            raise InputError(f"{path} contains predictions without their run; choose another folder")
+            raise InputError(f"{path} was not written by `sca evaluate`; choose another folder")
         return entry["run"]
     return None
 
@@ -211,31 +211,31 @@ def hash_truth(records: Iterable[Mapping[str, Any]]) -> str:
     return f"{total % 2**256:064x}"
 
 
-def _summarize_records(records: Sequence[Mapping[str, Any]], num_unread: int) -> dict[str, Any]:
+def _summarize_records(records: Sequence[Mapping[str, Any]], num_unreadable: int) -> dict[str, Any]:
     prompted_records = [record for record in records if record["control"] is None]
     return {
-        "images": len({record["index"] for record in prompted_records}),
-        "records": len(records),
-        "tasks": dict(sorted(Counter(record["task"] for record in prompted_records).items())),
-        "unread": num_unread,
-        "truth": hash_truth(records),
+        "num_images": len({record["index"] for record in prompted_records}),
+        "num_records": len(records),
+        "task_counts": dict(sorted(Counter(record["task"] for record in prompted_records).items())),
+        "num_unreadable": num_unreadable,
+        "ground_truth_hash": hash_truth(records),
     }
 
 
 def _read_part(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the records before the last `done` line of a file, and the number of unreadable images."""
+    """Return the records before the last `done_indices` line of a file, and the number of unreadable images."""
     records: list[dict[str, Any]] = []
-    num_unread = 0
+    num_unreadable = 0
     for entry in journal.read_journal(path, _completes_batch, HEADER_PREFIX):
-        if "done" in entry:
-            num_unread += entry["unread"]
+        if "done_indices" in entry:
+            num_unreadable += entry["num_unreadable"]
         elif "run" not in entry:
             records.append(entry)
-    return records, num_unread
+    return records, num_unreadable
 
 
 def _completes_batch(entry: Mapping[str, Any]) -> bool:
-    return any(name in entry for name in ("run", "done", "end"))
+    return any(name in entry for name in ("run", "done_indices", "summary"))
 
 
 def find_predictions_files(folder: Path) -> list[Path]:

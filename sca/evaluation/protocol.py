@@ -6,6 +6,7 @@ report, so that they can be shown next to measured scores.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from sca_registry import RegistryError, metrics
 from sca_registry.errors import make_unknown_name_error
 
 from sca.evaluation.predictions import PromptingOptions
+from sca.io.score_format import PRINT_NOTE, format_score
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
@@ -31,30 +33,31 @@ class ProtocolRun:
         name: Name of the run.
         dataset: Registered name of the dataset.
         split: Split of the dataset.
-        prompt: Prompt type, see `sca.evaluation.predictions.PROMPT_TYPES`.
+        prompt_type: Prompt type, see `sca.evaluation.predictions.PROMPT_TYPES`.
         tasks: Tasks of every region.
         generation: Generation options.
-        options: Dataset options.
+        dataset_options: Dataset options.
         proposer: Registered name of the proposer, for dense captioning.
-        columns: Scores to compare.
-        published: System -> its published scores in the order of `columns`; trailing columns may be missing.
+        scores: Names of the scores to compare.
+        published: System -> its published values of `scores`, in the raw scale of this package; trailing ones may be
+            missing.
     """
 
     name: str
     dataset: str
     split: str
-    prompt: str = "box"
+    prompt_type: str = "box"
     tasks: tuple[str, ...] = ("caption",)
     generation: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    dataset_options: Mapping[str, Any] = field(default_factory=dict)
     proposer: str | None = None
-    columns: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
     published: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def prompting(self) -> PromptingOptions:
         """Prompt type, tasks and generation options of the run."""
-        return PromptingOptions(self.prompt, tuple(self.tasks), generation=self.generation)
+        return PromptingOptions(self.prompt_type, tuple(self.tasks), generation=self.generation)
 
 
 @dataclass(frozen=True)
@@ -107,18 +110,20 @@ def read_protocol(name: str) -> EvaluationProtocol:
         RegistryError: No protocol has this name.
     """
     if name not in list_protocols():
-        raise make_unknown_name_error(f"no protocol {name!r}", name, list_protocols())
+        raise make_unknown_name_error(f"unknown protocol {name!r}", name, list_protocols())
     table = tomllib.loads((_get_protocols_folder() / f"{name}{TOML_SUFFIX}").read_text("utf-8"))
     runs = tuple(ProtocolRun(**run) for run in table.pop("runs"))
     return EvaluationProtocol(name=name, runs=runs, **table)
 
 
-def available_metrics(protocol: EvaluationProtocol, settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def find_available_metrics(
+    protocol: EvaluationProtocol, metric_options: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
     """Return the metrics of a protocol that can be computed on this machine, and those that cannot.
 
     Args:
         protocol: The protocol.
-        settings: Options of metrics, such as `semantic.model`.
+        metric_options: Options of metrics, such as `semantic.model`.
 
     Returns:
         The names of the available metrics, and those of the others.
@@ -128,9 +133,13 @@ def available_metrics(protocol: EvaluationProtocol, settings: Mapping[str, Any])
     """
     available, problems = [], {}
     for name in protocol.metrics:
-        own = {key.partition(".")[2]: value for key, value in settings.items() if key.partition(".")[0] == name != key}
+        own_options = {
+            key.partition(".")[2]: value
+            for key, value in metric_options.items()
+            if key.partition(".")[0] == name != key
+        }
         try:
-            metrics.build(name, **own)
+            metrics.build(name, **own_options)
             available.append(name)
         except RegistryError as error:
             problems[name] = error
@@ -140,7 +149,7 @@ def available_metrics(protocol: EvaluationProtocol, settings: Mapping[str, Any])
 
 
 def build_comparison_table(run: ProtocolRun, model: str, scores: Mapping[str, float], source: str) -> Table:
-    """Build a table of the measured scores below the published ones.
+    """Build a table of the measured scores below the published ones, times 100.
 
     Args:
         run: Run of the protocol.
@@ -153,12 +162,11 @@ def build_comparison_table(run: ProtocolRun, model: str, scores: Mapping[str, fl
     """
     from sca.io.terminal import Table
 
-    title = f"{run.name}, beside what was published"
-    table = Table(("model", *run.columns), title, run.columns, notes=[f"published: {source}"])
+    title = f"{run.name}, compared with published scores"
+    table = Table(("model", *run.scores), title, run.scores, notes=[PRINT_NOTE, f"published: {source}"])
     for system, values in run.published.items():
-        table.add_row(f"{system} (published)", *(f"{value:.3f}" for value in values))
-    measured = (scores.get(column) for column in run.columns)
-    table.add_row(model, *("–" if value is None or value != value else f"{value:.3f}" for value in measured))
+        table.add_row(f"{system} (published)", *map(format_score, values))
+    table.add_row(model, *(format_score(scores.get(name, math.nan)) for name in run.scores))
     return table
 
 

@@ -32,10 +32,10 @@ def describe_missing_needs(records: Sequence[Record], needs: Sequence[str]) -> s
     if filter_records(records, needs):
         return None
     if not records:
-        return "there are no records"
+        return "no records"
     unmet_needs = [need for need in needs if not any(meets_need(record, need) for record in records)]
     if unmet_needs:
-        return f"needs {', '.join(unmet_needs)}, which none of the {len(records)} records has"
+        return f"needs {', '.join(unmet_needs)}, missing in all {len(records)} records"
     return f"needs {', '.join(needs)}, and none of the {len(records)} records has all of them"
 
 

@@ -1,4 +1,4 @@
-"""HTML reports of runs: scores with intervals, histograms and example regions.
+"""HTML reports of runs: scores with confidence intervals, histograms and example regions.
 
 Each report is one self-contained file.
 """
@@ -24,6 +24,7 @@ from sca.evaluation.comparison import (
 )
 from sca.evaluation.evaluate import EvaluationReport
 from sca.io import masks
+from sca.io.score_format import PRINT_FACTOR, format_interval, format_score
 from sca.output.contours import mask_to_svg_path
 from sca.output.html_page import MAX_PIXELATED_SIDE, encode_data_uri, render_template
 
@@ -55,7 +56,7 @@ class RegionCard(NamedTuple):
 
 
 class ScoreHistogram(NamedTuple):
-    """Histogram of region scores; bar heights are relative to the tallest bar."""
+    """Histogram of region scores times 100; bar heights are relative to the tallest bar."""
 
     title: str
     heights: list[float]
@@ -104,9 +105,9 @@ def render_comparison(comparison: RunComparison) -> str:
     rows = [
         [
             each.name,
-            *map(_format_score, (each.first, each.second)),
-            f"{each.difference:+.3f}",
-            _format_interval(each.low, each.high, "+.3f"),
+            *map(format_score, (each.first, each.second)),
+            format_score(each.difference, signed=True),
+            format_interval(each.ci_low, each.ci_high, signed=True),
         ]
         for each in comparison.differences
     ]
@@ -117,8 +118,8 @@ def render_comparison(comparison: RunComparison) -> str:
         "comparison.html",
         "sca.evaluation",
         title=f"{first.title} → {second.title}",
-        remarks=comparison.remarks,
-        headings=["score", first.name, second.name, "difference", "95 % interval"],
+        remarks=comparison.notes,
+        headings=["score", first.name, second.name, "difference", "95% CI"],
         rows=rows,
         score_name=comparison.sorted_by,
         groups=[
@@ -144,14 +145,16 @@ def _build_score_table(reports: Sequence[EvaluationReport]) -> tuple[list[str], 
         for scores in scores_by_column:
             each = scores.get(name)
             cells.append(
-                "" if each is None else f"{_format_score(each.value)} {_format_interval(each.low, each.high)}".rstrip()
+                ""
+                if each is None
+                else f"{format_score(each.value)}{_format_bracketed_interval(each.ci_low, each.ci_high)}"
             )
         rows.append(cells)
     return ["score", *(f"{report.name}{f', {control}' if control else ''}" for report, control in columns)], rows
 
 
 def _collect_remarks(reports: Sequence[EvaluationReport]) -> list[str]:
-    lines = [f"{remark}" for report in reports for remark in (*report.remarks, *report.notes)]
+    lines = [f"{remark}" for report in reports for remark in (*report.warnings, *report.notes)]
     return list(dict.fromkeys([*lines, *reports[0].scoring.summarize_skipped_metrics()]))
 
 
@@ -164,7 +167,8 @@ def _iter_histograms(
             if len(np.unique(values)) > 2:  # the mean fully describes a binary score
                 counts, edges = np.histogram(values, HISTOGRAM_BINS)
                 heights = (counts / counts.max()).tolist()
-                yield ScoreHistogram(f"{name}, {report.name}", heights, edges[0], edges[-1], len(values))
+                low, high = PRINT_FACTOR * edges[0], PRINT_FACTOR * edges[-1]
+                yield ScoreHistogram(f"{name}, {report.name}", heights, low, high, len(values))
 
 
 def _build_figure(reports: Sequence[EvaluationReport], score_name: str, seed: int) -> dict[str, Any]:
@@ -207,7 +211,10 @@ def _build_ranking(
         ("Random", sampled_keys),
     ):
         groups.append(
-            (heading, [_make_card(cropper, records[key], f"{score_name} {region_scores[key]:.3f}") for key in keys])
+            (
+                heading,
+                [_make_card(cropper, records[key], f"{score_name} {format_score(region_scores[key])}") for key in keys],
+            )
         )
     return {"title": f"{report.title}, by {score_name}", "groups": groups, "problem": cropper.problem}
 
@@ -224,7 +231,7 @@ def _make_card(cropper: _RegionCropper, record: Mapping[str, Any], score_text: s
 def _make_change_card(cropper: _RegionCropper, comparison: RunComparison, change: RegionChange) -> RegionCard:
     reports, records = (comparison.first, comparison.second), (change.first, change.second)
     captions = [
-        (f"{report.name}, {value:.3f}", record["caption"])
+        (f"{report.name}, {format_score(value)}", record["caption"])
         for report, record, value in zip(reports, records, change.values, strict=True)
     ]
     return RegionCard(
@@ -289,9 +296,5 @@ def _format_region_id(record: Mapping[str, Any]) -> str:
     return f"region {record['region_id']} of image {record['image_id']}"
 
 
-def _format_score(value: float) -> str:
-    return str(value) if isinstance(value, int) else "–" if value != value else f"{value:.3f}"
-
-
-def _format_interval(low: float | None, high: float | None, format_spec: str = ".3f") -> str:
-    return "" if low is None or high is None else f"[{low:{format_spec}}, {high:{format_spec}}]"
+def _format_bracketed_interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" ({format_interval(low, high)})"

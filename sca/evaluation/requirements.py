@@ -17,7 +17,7 @@ from sca.evaluation.scoring import check_metrics
 
 
 def check_has_truth(
-    dataset: Dataset, dataset_name: str, tasks: Sequence[str] = PromptingOptions.tasks, limit: int | None = None
+    dataset: Dataset, dataset_name: str, tasks: Sequence[str] = PromptingOptions.tasks, max_images: int | None = None
 ) -> None:
     """Check that a dataset has a region with ground truth for a task.
 
@@ -25,25 +25,28 @@ def check_has_truth(
         dataset: Any dataset, see `draft_records`.
         dataset_name: Name of the dataset in the message.
         tasks: Tasks of every region.
-        limit: Maximum images to check. Defaults to all.
+        max_images: Maximum images to check. Defaults to all.
 
     Raises:
         ValueError: No region has ground truth for any task.
     """
-    if hasattr(dataset, "iter_annotations") and next(draft_records(dataset, tasks, limit), None) is None:
+    if hasattr(dataset, "iter_annotations") and next(draft_records(dataset, tasks, max_images), None) is None:
         raise ValueError(describe_missing_truth(dataset, dataset_name, tasks))
 
 
 def describe_missing_truth(dataset: Dataset, dataset_name: str, tasks: Sequence[str]) -> str:
     """Return the error message for a dataset without ground truth for the tasks."""
     return (
-        f"nothing to evaluate: no region of {dataset_name} has what {' or '.join(tasks)} asks for (phrases for "
-        f"captions, a name for recognition); {summarize_dataset(dataset)}"
+        f"no region of {dataset_name} has ground truth for {' or '.join(tasks)} (phrases for captions, a name for "
+        f"recognition); {summarize_dataset(dataset)}"
     )
 
 
 def check_metric_needs(
-    metrics: Sequence[str], dataset: Dataset, tasks: Sequence[str] = PromptingOptions.tasks, limit: int | None = None
+    metrics: Sequence[str],
+    dataset: Dataset,
+    tasks: Sequence[str] = PromptingOptions.tasks,
+    max_images: int | None = None,
 ) -> None:
     """Check that a dataset meets the needs of metrics.
 
@@ -51,27 +54,27 @@ def check_metric_needs(
         metrics: Registered names.
         dataset: Any dataset, see `draft_records`.
         tasks: Tasks of every region.
-        limit: Maximum images to check. Defaults to all.
+        max_images: Maximum images to check. Defaults to all.
 
     Raises:
         ValueError: A metric needs a task or ground truth that no region has.
     """
     for name in metrics:
-        reason = _find_missing_needs(name, dataset, tasks, limit)
+        reason = _find_missing_needs(name, dataset, tasks, max_images)
         if reason:
             raise ValueError(f"metric {name!r}: {reason}; choose other metrics or other data")
 
 
 def check_best_scores(
-    score_names: Sequence[str], metrics: Sequence[str] | None, dataset: Dataset, limit: int | None = None
+    score_names: Sequence[str], metrics: Sequence[str] | None, dataset: Dataset, max_images: int | None = None
 ) -> None:
-    """Check that the scores of `validate.best` exist and that at least one can be computed on a dataset.
+    """Check that the scores of `validate.metric_for_best_model` exist and that a dataset supports at least one of them.
 
     Args:
-        score_names: Scores such as "class/count".
+        score_names: Scores such as "class/accuracy".
         metrics: Metrics to compute; None for every metric whose inputs are available.
         dataset: Any dataset, see `draft_records`.
-        limit: Maximum images to check. Defaults to all.
+        max_images: Maximum images to check. Defaults to all.
 
     Raises:
         RegistryError: No metric has one of the scores, or none of the scores can be computed.
@@ -84,17 +87,21 @@ def check_best_scores(
     for each, matches in metrics_by_score.items():
         if not matches:
             known_scores = [score for patterns in score_patterns.values() for score in patterns or ()]
-            raise make_unknown_name_error(f"validate.best: no metric has a score {each!r}", each, known_scores)
-    missing = "it is not among validate.metrics"
+            raise make_unknown_name_error(
+                f"validate.metric_for_best_model: no metric has a score {each!r}", each, known_scores
+            )
+    missing = "not in validate.metrics"
     problems = {
-        name: missing if metrics is not None and name not in metrics else _find_metric_problem(name, dataset, limit)
+        name: missing
+        if metrics is not None and name not in metrics
+        else _find_metric_problem(name, dataset, max_images)
         for name in dict.fromkeys(name for matches in metrics_by_score.values() for name in matches)
     }
     if all(problems.values()):
         reasons = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise RegistryError(
-            f"validate.best is {list(score_names)}, and none of these scores is computed ({reasons}); "
-            "name another score"
+            f"validate.metric_for_best_model is {list(score_names)}, and none of these scores can be computed "
+            f"({reasons}); choose another score"
         )
 
 
@@ -110,24 +117,26 @@ def _matches_any(score: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(score, name) for name in patterns)
 
 
-def _find_metric_problem(metric: str, dataset: Dataset, limit: int | None) -> str | None:
+def _find_metric_problem(metric: str, dataset: Dataset, max_images: int | None) -> str | None:
     try:
         check_metrics([metric], None)
     except RegistryError as error:
         return str(error)
-    return _find_missing_needs(metric, dataset, PromptingOptions.tasks, limit)
+    return _find_missing_needs(metric, dataset, PromptingOptions.tasks, max_images)
 
 
-def _find_missing_needs(metric: str, dataset: Dataset, tasks: Sequence[str], limit: int | None) -> str | None:
+def _find_missing_needs(metric: str, dataset: Dataset, tasks: Sequence[str], max_images: int | None) -> str | None:
     """Return why no record of a dataset can meet a metric's needs; None if one can or if it is unknown."""
     dataset_needs = [
         need for need in sca_registry.metrics.get_declared(metric, "required_fields") or () if _is_dataset_need(need)
     ]
-    if next(draft_records(dataset, tasks, limit), None) is None:
+    if next(draft_records(dataset, tasks, max_images), None) is None:
         return None
-    if any(all(meets_need(record, need) for need in dataset_needs) for record in draft_records(dataset, tasks, limit)):
+    if any(
+        all(meets_need(record, need) for need in dataset_needs) for record in draft_records(dataset, tasks, max_images)
+    ):
         return None
-    return describe_missing_needs(list(draft_records(dataset, tasks, limit)), dataset_needs)
+    return describe_missing_needs(list(draft_records(dataset, tasks, max_images)), dataset_needs)
 
 
 def _is_dataset_need(need: str) -> bool:

@@ -29,7 +29,9 @@ from sca.evaluation.records import Record, describe_missing_needs, filter_record
 from sca.evaluation.tokenization import choose_default_tokenizer
 
 SHARED_OPTIONS = ("references", "tokenizer")  # options passed to every metric that accepts them
-REGION_KEYS = ("image_id", "region_id")
+COMPARABLE_RUN_KEYS = (  # settings of the run that two comparable scores must share
+    *("dataset", "split", "ground_truth_hash", "prompt_type", "seed", "generation", "proposer"),
+)
 
 ImageLoader = Callable[[Record], Image.Image]
 
@@ -42,28 +44,28 @@ class Score:
         name: Name, such as "attributes/color".
         metric: Registered name of the metric.
         value: A fraction (NaN if nothing could be scored) or an integer count.
-        low: Lower bound of the 95 % bootstrap interval over images; None without an interval.
-        high: Upper bound of the interval.
-        n: Number of judgments behind the value.
+        ci_low: Lower bound of the 95% bootstrap confidence interval over images; None without an interval.
+        ci_high: Upper bound of the interval.
+        num_samples: Number of judgments behind the value.
         control: Adversarial control, see `sca.evaluation.predictions.CONTROLS`; None for the regular predictions.
         references: Shared option `references`, if the metric has it.
         tokenizer: Shared option `tokenizer`, if the metric has it.
         implementation: Package and version that computed the score.
-        protocol: Hash of the settings, except the model, that two comparable scores must share.
+        protocol_id: Hash of the settings, except the model, that two comparable scores must share.
         note: Why the value is NaN or has no interval; else empty.
     """
 
     name: str
     metric: str
     value: float
-    low: float | None
-    high: float | None
-    n: int
+    ci_low: float | None
+    ci_high: float | None
+    num_samples: int
     control: str | None
     references: str | None
     tokenizer: str | None
     implementation: str
-    protocol: str
+    protocol_id: str
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,8 +92,8 @@ class ScoringResult:
         count = len(self.skipped_metrics)
         if not count:
             return []
-        message = f"{count} metric{'s' * (count > 1)} left out"
-        return [f"{message}; see `sca list metrics`, or name one with --metrics for the reason"]
+        message = f"{count} metric{'s' * (count > 1)} skipped"
+        return [f"{message}; request one with --metrics to see the reason"]
 
     def get_values(self, control: str | None = None) -> dict[str, float]:
         """Return the values by score name for a control, or for the regular predictions."""
@@ -116,7 +118,7 @@ def score_records(
         load_image: Returns the image of a record, for metrics that need it.
 
     Returns:
-        The scores, and the reasons for metrics that were left out.
+        The scores, and the reasons for skipped metrics.
 
     Raises:
         ValueError: An input of a metric in `metrics` is missing.
@@ -140,10 +142,10 @@ def score_records(
                 raise
             skipped_metrics[name] = str(error)
             continue
-        scores_controls = getattr(metric, "includes_controls", False)
-        for control in [None] if scores_controls else controls:
+        includes_controls = getattr(metric, "includes_controls", False)
+        for control in [None] if includes_controls else controls:
             scored_records = (
-                records if scores_controls else [record for record in records if record.get("control") == control]
+                records if includes_controls else [record for record in records if record.get("control") == control]
             )
             taken_names = [each.name for each in scores if each.control == control]
             reason = _find_missing_inputs(metric, scored_records, load_image)
@@ -155,7 +157,7 @@ def score_records(
                     install_hint = f"pip install 'segment-caption-anything[{extra}]'" if extra else "install it"
                     reason = f"needs {error.name}: {install_hint}"
                 except Exception as error:  # a failing plugin must not affect other metrics
-                    reason = f"it failed: {type(error).__name__}: {error}; `sca check metric {name}` may tell more"
+                    reason = f"failed with {type(error).__name__}: {error}; run `sca check metric {name}` for details"
             if reason is None:
                 outputs[name, control] = output
                 scores += _make_scores(name, control, metric, output, shared_options, run or {})
@@ -210,11 +212,13 @@ def _check_metric_options(metric_options: Mapping[str, Any], metrics: Sequence[s
     for key in metric_options:
         metric, _, option = key.partition(".")
         if option and metric not in names:
-            raise make_unknown_name_error(f"no metric {metric!r} for {key}", metric, names)
+            raise make_unknown_name_error(f"{key}: unknown metric {metric!r}", metric, names)
         if not option and key not in SHARED_OPTIONS:
-            raise make_unknown_name_error(f"scores have no option {key!r}", key, SHARED_OPTIONS)
+            raise make_unknown_name_error(f"unknown metric option {key!r}", key, SHARED_OPTIONS)
         if option and metrics is not None and metric not in metrics:
-            raise sca_registry.RegistryError(f"{key} is given, and {metric!r} is not among the metrics")
+            raise sca_registry.RegistryError(
+                f"{key} is set, and {metric!r} is not among the metrics; add it, or remove the option"
+            )
     return metric_options
 
 
@@ -237,7 +241,7 @@ def _build_metric(name: str, metric_options: Mapping[str, Any]) -> tuple[Metric,
 
 def _find_missing_inputs(metric: Metric, records: Sequence[Record], load_image: ImageLoader | None) -> str | None:
     if "image" in metric.required_fields and load_image is None:
-        return "needs the pictures, and the predictions do not say where they are"
+        return "needs the images, and the predictions do not contain their location"
     return describe_missing_needs(records, [need for need in metric.required_fields if need != "image"])
 
 
@@ -251,10 +255,10 @@ def _compute_metric(
     else:
         output = metric(records)
     if not isinstance(output, MetricOutput):
-        raise TypeError(f"it gives a {type(output).__name__}, not a MetricOutput")
+        raise TypeError(f"returned a {type(output).__name__} instead of a MetricOutput")
     for key, value in output.values.items():
         if key in taken_names:
-            raise ValueError(f"the score {key!r} is another metric's")
+            raise ValueError(f"the score {key!r} exists already, from another metric")
         float(value)
     return output
 
@@ -273,9 +277,9 @@ def _make_scores(
     implementation = (
         f"{implementation} {entry.version}".rstrip() if implementation == default_implementation else implementation
     )
-    run_facts = {key: run.get(key) for key in ("dataset", "split", "truth", "prompt", "seed", "generation", "proposer")}
-    run_facts |= {"search": run["search"]} if "search" in run else {}
-    protocol = compute_protocol_id(run_facts, name, control, shared_options, implementation)
+    run_facts = {key: run.get(key) for key in COMPARABLE_RUN_KEYS}
+    run_facts |= {"search_version": run["search_version"]} if "search_version" in run else {}
+    protocol_id = compute_protocol_id(run_facts, name, control, shared_options, implementation)
     bootstrap_inputs = get_bootstrap_inputs(output)
     enough_images = {key: has_enough_images(groups) for key, (_, groups) in bootstrap_inputs.items()}
     intervals = {
@@ -293,14 +297,14 @@ def _make_scores(
             name=key,
             metric=name,
             value=value if isinstance(value, int) else float(value),
-            low=intervals[key][0] if intervals.get(key) else None,
-            high=intervals[key][1] if intervals.get(key) else None,
-            n=counts[key],
+            ci_low=intervals[key][0] if intervals.get(key) else None,
+            ci_high=intervals[key][1] if intervals.get(key) else None,
+            num_samples=counts[key],
             control=control,
             references=shared_options["references"],
             tokenizer=shared_options["tokenizer"],
             implementation=implementation,
-            protocol=protocol,
+            protocol_id=protocol_id,
             note=notes.get(key, ""),
         )
         for key, value in output.values.items()

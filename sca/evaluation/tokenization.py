@@ -19,7 +19,7 @@ from sca.evaluation.records import Record, require_records
 
 REFERENCE_CHOICES = ("all", "first")
 TOKENIZERS = {
-    "ptb": "the Penn Treebank tokenizer of Stanford CoreNLP 3.4.1 without punctuation, as pycocoevalcap has it; Java",
+    "ptb": "Penn Treebank tokenizer of Stanford CoreNLP 3.4.1 without punctuation, as in pycocoevalcap; requires Java",
     "plain": "lower-case runs of letters, digits and apostrophes",
 }
 PUNCTUATION = frozenset(
@@ -55,7 +55,7 @@ def tokenize_pairs(
         ValueError: No record has a caption and references, or an unknown option.
     """
     if references not in REFERENCE_CHOICES:
-        raise ValueError(f"no references {references!r}: there are {', '.join(REFERENCE_CHOICES)}")
+        raise ValueError(f"unknown references {references!r}; choose from {', '.join(REFERENCE_CHOICES)}")
     scored_records = require_records(records, CAPTION_NEEDS, metric)
     phrases = [record["truth"]["phrases"][: 1 if references == "first" else None] for record in scored_records]
     texts = [record["caption"] for record in scored_records] + [phrase for each in phrases for phrase in each]
@@ -88,7 +88,7 @@ def tokenize_texts(texts: tuple[str, ...], tokenizer: str) -> tuple[str, ...]:
         ValueError: An unknown tokenizer, or "ptb" without Java.
     """
     if tokenizer not in TOKENIZERS:
-        raise ValueError(f"no tokenizer {tokenizer!r}: there are {', '.join(TOKENIZERS)}")
+        raise ValueError(f"unknown tokenizer {tokenizer!r}; choose from {', '.join(TOKENIZERS)}")
     single_line_texts = [" ".join(text.split()) for text in texts]
     if tokenizer == "plain":
         return tuple(" ".join(WORD_PATTERN.findall(text.lower())) for text in single_line_texts)
@@ -161,6 +161,6 @@ def _tokenize_ptb(texts: Sequence[str]) -> Iterable[str]:
         os.unlink(path)
     lines = result.stdout.decode("utf-8").split("\n")[:-1]
     if result.returncode or len(lines) != len(texts):
-        error_lines = result.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
-        raise ValueError(f"the tokenizer 'ptb' gave {len(lines)} lines for {len(texts)} texts: {error_lines[0]}")
+        error_lines = result.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no error output"]
+        raise ValueError(f"the tokenizer 'ptb' returned {len(lines)} lines for {len(texts)} texts: {error_lines[0]}")
     return (" ".join(word for word in line.split() if word not in PUNCTUATION) for line in lines)

@@ -35,7 +35,7 @@ def fill_defaults(predictions: Predictions, location: str) -> Predictions:
     return Predictions(
         [_fill_record_defaults(record, f"{location}, record {n}") for n, record in enumerate(predictions.records, 1)],
         predictions.run,
-        predictions.end,
+        predictions.summary,
     )
 
 
@@ -47,25 +47,31 @@ def check_predictions(predictions: Predictions, location: str) -> list[str]:
         location: File name for messages.
 
     Returns:
-        Remarks about anomalies that do not prevent scoring.
+        Warnings about anomalies that do not prevent scoring.
 
     Raises:
         InputError: Regions are duplicated, records or references are missing, or a box or score is invalid.
     """
-    records, end = predictions.records, predictions.end
+    records, summary = predictions.records, predictions.summary
     key_counts = Counter(map(_get_record_key, records))
     duplicates = [key for key, count in key_counts.items() if count > 1]
     if duplicates:
         raise InputError(
-            f"{location}: {len(duplicates)} regions are there more than once: "
+            f"{location}: {len(duplicates)} duplicate records; keep one of each: "
             f"{_join_first(map(_format_record_key, duplicates))}"
         )
-    if end and end["records"] != len(records):
-        comparison = "fewer" if len(records) < end["records"] else "more"
-        difference = abs(end["records"] - len(records))
-        raise InputError(f"{location}: {difference} {comparison} records than the {end['records']} that the run wrote")
-    if end and end["truth"] != hash_truth(records):
-        raise InputError(f"{location}: regions, or what is true of them, are not those that the run was asked about")
+    if summary and summary["num_records"] != len(records):
+        comparison = "fewer" if len(records) < summary["num_records"] else "more"
+        difference = abs(summary["num_records"] - len(records))
+        raise InputError(
+            f"{location}: {difference} {comparison} records than the {summary['num_records']} that the run wrote; "
+            "restore the file, or evaluate again"
+        )
+    if summary and summary["ground_truth_hash"] != hash_truth(records):
+        raise InputError(
+            f"{location}: the regions or the ground truth were changed after the run; restore the file, or evaluate "
+            "again"
+        )
     with_invalid_boxes = [record for record in records if not all(map(_is_box, _collect_boxes(record)))]
     if with_invalid_boxes:
         raise InputError(
@@ -87,8 +93,10 @@ def check_predictions(predictions: Predictions, location: str) -> list[str]:
         )
     num_empty = sum(not record["caption"].strip() for record in records if record["task"] in TASKS)
     num_multiline = sum(len(record["caption"].splitlines()) > 1 for record in records if record["task"] in TASKS)
-    remarks = [f"{num_empty} captions are empty and scored as such"] if num_empty else []
-    return remarks + ([f"{num_multiline} captions have line breaks, which are read as spaces"] if num_multiline else [])
+    warnings = [f"{num_empty} captions are empty and scored as such"] if num_empty else []
+    return warnings + (
+        [f"{num_multiline} captions have line breaks, which are read as spaces"] if num_multiline else []
+    )
 
 
 def check_dataset_regions(predictions: Predictions, expected_regions: Iterable[tuple[int, int]], location: str) -> None:
@@ -106,7 +114,7 @@ def check_dataset_regions(predictions: Predictions, expected_regions: Iterable[t
     expected_regions = set(expected_regions)
     for problem, regions in (
         ("are not in the dataset", predicted_regions - expected_regions),
-        ("of the dataset were not asked for", expected_regions - predicted_regions),
+        ("of the dataset have no prediction", expected_regions - predicted_regions),
     ):
         if regions:
             listed = _join_first(f"region {region} of image {image}" for image, region in sorted(regions, key=str))
@@ -116,10 +124,10 @@ def check_dataset_regions(predictions: Predictions, expected_regions: Iterable[t
 def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str, Any]:
     for key in ("image_id", "region_id"):
         if key not in record:
-            raise InputError(f"{location} has no {key}; it has {', '.join(record) or 'nothing'}")
+            raise InputError(f"{location} has no {key}; its fields are {', '.join(record) or 'none'}")
     task = record.get("task", "caption")
     if task not in (*TASKS, "dense"):
-        raise InputError(f"{location}: no task {task!r}: there are {', '.join(TASKS)}, dense")
+        raise InputError(f"{location}: unknown task {task!r}; choose from {', '.join(TASKS)}, dense")
     if task != "dense" and not isinstance(record.get("caption"), str):
         raise InputError(f"{location}: caption must be text, not {record.get('caption')!r}")
     truth = record.get("truth", {})

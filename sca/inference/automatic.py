@@ -299,6 +299,7 @@ def _search_window(
 ) -> Iterator[int | Candidate]:
     """Search a window with points (P, 2) in image pixels; yield candidates, and the points processed after a step."""
     (frame,) = encoded.frames
+    _, processor = engine.require_segmenter()
     x1, y1, x2, y2 = window
     width, height = image_size
     done = 0
@@ -308,7 +309,7 @@ def _search_window(
         for start in range(0, len(masks), MASKS_PER_CHUNK):
             yield done
             chunk = slice(start, start + MASKS_PER_CHUNK)
-            stability, boxes = engine.processor.compute_stability_and_boxes(
+            stability, boxes = processor.compute_stability_and_boxes(
                 masks[chunk], frame, options.stability_score_offset
             )
             is_kept = (boxes > 0).any(1) & (
@@ -320,7 +321,7 @@ def _search_window(
                 for row, keep in enumerate(is_kept.tolist())
                 if keep and not _is_cut_off(boxes[row], window, image_size)
             ]
-            binary_masks = engine.processor.iter_binary_masks(masks[chunk][kept_rows], [frame] * len(kept_rows))
+            binary_masks = processor.iter_binary_masks(masks[chunk][kept_rows], [frame] * len(kept_rows))
             for row, binary_mask in zip(kept_rows, binary_masks, strict=True):
                 mask = np.zeros((height, width), bool, order="F")
                 mask[y1:y2, x1:x2] = binary_mask
@@ -340,14 +341,17 @@ def _iter_mask_candidates(
     prompts = PromptBatch(torch.zeros(len(points), dtype=torch.long), points=point_coords, labels=labels).to(
         engine.device
     )
+    model, _ = engine.require_segmenter()
+    features = encoded.require_features()
     for chunk_index, chunk in enumerate(prompts.iter_chunks(engine.region_batch_size)):
-        segmenter_output = engine.model.segment(encoded.features, chunk)
+        segmenter_output = model.segment(features, chunk)
         if segmenter_output.masks is None:
             raise ValueError(
-                f"everything mode requires masks, but {type(engine.model.segmenter).__name__} predicts none; build "
+                f"everything mode requires masks, but {type(model.segmenter).__name__} predicts none; build "
                 "the model "
                 "with segmenter=sam"
             )
+        assert segmenter_output.iou_scores is not None  # of the masks
         masks, scores = segmenter_output.masks.flatten(0, 1).float(), segmenter_output.iou_scores.flatten().float()
         kept_indices = ((scores > options.pred_iou_thresh) | (options.pred_iou_thresh <= 0)).nonzero().squeeze(1)
         point_indices = kept_indices // segmenter_output.masks.shape[1] + chunk_index * engine.region_batch_size

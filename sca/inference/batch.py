@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from PIL import Image
-from sca_registry.contracts import Caption, Captioner, Prompt
+from sca_registry.contracts import Caption, Captioner, Prompt, Proposer
 
 from sca.inference.automatic import caption_everything, resolve_everything_options
-from sca.inference.caption_job import CaptionJob, RegionSource, SearchedRegions
+from sca.inference.caption_job import CaptionJob, ListedPrompts, RegionSource, SearchedRegions, SharedPrompts
 from sca.inference.engine import MaskEngine
 from sca.inference.generation_options import resolve_generation_options
 from sca.inference.predictor import Predictor
@@ -79,7 +79,9 @@ class BatchCaptioner:
     """
 
     def __init__(self, job: CaptionJob, region_source: RegionSource):
-        self.job, self.region_source, self.captioner = job, region_source, job.load_captioner()
+        self.job: CaptionJob = job
+        self.region_source: RegionSource = region_source
+        self.captioner: Captioner = job.load_captioner()
         self._generation = resolve_generation_options(self.captioner, **job.generation_options)
         self._engine = (
             _check_can_search(self.captioner, job.model) if isinstance(region_source, SearchedRegions) else None
@@ -104,12 +106,16 @@ class BatchCaptioner:
         Returns:
             An iterator over captions and failures, in the order of `paths`.
         """
-        opened_images = _open_images(paths, captioned or {})
-        if self._engine is not None:
-            return self._caption_everything(self._engine, opened_images, keep_images, progress)
-        return self._caption_prompted(opened_images, keep_images)
+        opened_images, region_source = _open_images(paths, captioned or {}), self.region_source
+        if isinstance(region_source, SearchedRegions):
+            assert self._engine is not None  # see `__init__`
+            proposer = region_source.proposer
+            return self._caption_everything(self._engine, proposer, opened_images, keep_images, progress)
+        return self._caption_prompted(region_source, opened_images, keep_images)
 
-    def _caption_prompted(self, opened_images: OpenedImages, keep_images: bool) -> CaptionResults:
+    def _caption_prompted(
+        self, region_source: SharedPrompts | ListedPrompts, opened_images: OpenedImages, keep_images: bool
+    ) -> CaptionResults:
         batch: list[ImagePrompts] = []
         for opened_image in opened_images:
             if isinstance(opened_image, Failure):
@@ -117,7 +123,7 @@ class BatchCaptioner:
                 continue
             path, image = opened_image
             try:
-                prompts, problems = self.region_source.list_prompts(path, image.size)
+                prompts, problems = region_source.list_prompts(path, image.size)
             except InputError as error:
                 yield Failure(path, f"{format_path(path)}: {error}", UNUSABLE_PROMPTS)
                 continue
@@ -133,8 +139,9 @@ class BatchCaptioner:
             yield from self._caption_batch(batch, keep_images)
 
     def _caption_batch(self, batch: Sequence[ImagePrompts], keep_images: bool) -> Iterator[ImageCaptions]:
-        if all(isinstance(image, CaptionedImage) for _, image, _ in batch):
-            yield from (_reuse_captions(path, image, keep_images) for path, image, _ in batch)
+        captioned_images = [(path, image) for path, image, _ in batch if isinstance(image, CaptionedImage)]
+        if len(captioned_images) == len(batch):
+            yield from (_reuse_captions(path, image, keep_images) for path, image in captioned_images)
             return
         paths = [path for path, _, _ in batch]
         images = [open_image(path) if isinstance(image, CaptionedImage) else image for path, image, _ in batch]
@@ -145,13 +152,14 @@ class BatchCaptioner:
     def _caption_everything(
         self,
         engine: MaskEngine,
+        proposer: Proposer | None,
         opened_images: OpenedImages,
         keep_images: bool,
         progress: Callable[[int, int], None] | None,
     ) -> CaptionResults:
-        job, proposer = self.job, self.region_source.proposer
+        job = self.job
         options, predictor = resolve_everything_options(engine, job.search_options), Predictor(engine)
-        limits = {"max_regions": job.max_regions, "progress": progress}
+        limits: dict[str, Any] = {"max_regions": job.max_regions, "progress": progress}
         for opened_image in opened_images:
             if isinstance(opened_image, Failure):
                 yield opened_image
@@ -192,8 +200,9 @@ def caption_requests(
         The captions of each image, in the order of its prompts.
     """
     if hasattr(captioner, "caption_batch"):
-        encoded = captioner.encode(images) if encoded is None else encoded
-        return captioner.caption_batch(encoded, requests, task, **generation)
+        engine = cast("MaskEngine", captioner)
+        encoded = engine.encode(images) if encoded is None else encoded
+        return engine.caption_batch(encoded, requests, task, **generation)
     image_requests = zip(images, requests, strict=True)
     return [
         captioner.caption(image, request, task, **generation) if request else [] for image, request in image_requests

@@ -42,7 +42,8 @@ class SearchedRegions:
     """
 
     def __init__(self, proposer: Proposer | None):
-        self.proposer, self.clipped = proposer, SkipCounter()
+        self.proposer: Proposer | None = proposer
+        self.clipped: SkipCounter = SkipCounter()
 
     def match_images(self, paths: Sequence[Path]) -> None:
         """Do nothing: a search does not depend on image names."""
@@ -59,7 +60,8 @@ class SharedPrompts:
     """
 
     def __init__(self, prompts: Sequence[Prompt]):
-        self.prompts, self.clipped = prompts, SkipCounter()
+        self.prompts: Sequence[Prompt] = prompts
+        self.clipped: SkipCounter = SkipCounter()
 
     def match_images(self, paths: Sequence[Path]) -> None:
         """Do nothing: every image has the same prompts."""
@@ -92,7 +94,8 @@ class ListedPrompts:
     """
 
     def __init__(self, region_prompts: RegionPrompts):
-        self.region_prompts, self.clipped = region_prompts, region_prompts.clip_counter
+        self.region_prompts: RegionPrompts = region_prompts
+        self.clipped: SkipCounter = region_prompts.clip_counter
         self.image_keys: Mapping[Path, str] = {}
 
     def match_images(self, paths: Sequence[Path]) -> None:
@@ -230,9 +233,9 @@ class CaptionJob:
         from sca.inference.factory import load_captioner
 
         torch.manual_seed(self.seed)
-        trust_options = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
-        options = {"dtype": self.dtype} if self.dtype else {}
-        return load_captioner(self.model, resolve_device(self.device), **trust_options, **options)
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
+        options |= {"dtype": self.dtype} if self.dtype else {}
+        return load_captioner(self.model, resolve_device(self.device), **options)
 
     def _parse_proposer(self) -> ComponentSpec | None:
         return ComponentSpec.parse(self.proposer, "proposer", "proposers") if self.proposer else None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
-from sca_registry.contracts import TASKS, Caption, Prompt, PromptBatch, SegmenterOutput, TokenUsage
+from sca_registry.contracts import TASKS, Caption, Prompt, PromptBatch, SegmenterOutput, Tokenizer, TokenUsage
 from sca_registry.spec import EverythingOptions
 from torch import Tensor
 
@@ -44,6 +44,16 @@ class EncodedImages(NamedTuple):
     features: Tensor | None
     frames: Sequence[InputFrame]
 
+    def require_features(self) -> Tensor:
+        """Return the features.
+
+        Raises:
+            ValueError: The images were encoded without an encoder.
+        """
+        if self.features is None:
+            raise ValueError("the images have no features; encode them with an engine that has an encoder")
+        return self.features
+
 
 class PredictedMask(NamedTuple):
     """Candidate mask of a region.
@@ -68,13 +78,15 @@ class MaskEngine(ABC):
     """
 
     def __init__(self, model: SegmentationModel | None, region_batch_size: int = REGION_BATCH_SIZE):
-        self.model = None if model is None else model.eval()
-        self.processor = Processor.from_encoder(model.encoder) if model is not None else None
+        self.model: SegmentationModel | None = None if model is None else model.eval()
+        self.processor: Processor | None = Processor.from_encoder(model.encoder) if model is not None else None
         self.region_batch_size = region_batch_size
 
     @property
     def device(self) -> torch.device:
         """Device of the model."""
+        if self.model is None:
+            raise AttributeError("a captioner without a segmenter has no device")
         return next(self.model.parameters()).device
 
     @property
@@ -88,8 +100,17 @@ class MaskEngine(ABC):
         Raises:
             ValueError: It has neither.
         """
-        if self.model is None:
+        self.require_segmenter()
+
+    def require_segmenter(self) -> tuple[SegmentationModel, Processor]:
+        """Return the encoder and segmenter with their processor.
+
+        Raises:
+            ValueError: The engine has neither.
+        """
+        if self.model is None or self.processor is None:
             raise ValueError("the captioner has no segmenter; use encoder+captioner, such as sam-vit-b+blip-base")
+        return self.model, self.processor
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> EncodedImages:
@@ -104,7 +125,7 @@ class MaskEngine(ABC):
         Raises:
             ValueError: The features contain NaN or infinite values.
         """
-        if self.model is None:
+        if self.model is None or self.processor is None:
             return EncodedImages(images, None, ())
         pixel_values = self.processor.preprocess_images(images).to(self.device, next(self.model.parameters()).dtype)
         frames = [self.processor.compute_frame(*image.size) for image in images]
@@ -135,6 +156,7 @@ class MaskEngine(ABC):
         for indices, prompts, segmenter_output in self._iter_segmented_chunks(encoded, requests, multimask_output):
             if segmenter_output.masks is None:
                 raise ValueError("the segmenter predicts no masks; build the model with segmenter=sam")
+            assert segmenter_output.iou_scores is not None  # of the masks
             order = segmenter_output.iou_scores.argsort(dim=1, descending=True, stable=True)  # (N, M)
             logits = segmenter_output.masks.take_along_dim(order[..., None, None], dim=1).flatten(0, 1)
             ious = clamp_ious(segmenter_output.iou_scores.take_along_dim(order, dim=1))
@@ -163,6 +185,7 @@ class MaskEngine(ABC):
         best_predictions: list[PredictedMask | None] = [None] * sum(map(len, requests))
         for indices, prompts, segmenter_output in self._iter_segmented_chunks(encoded, requests):
             if segmenter_output.masks is not None:
+                assert segmenter_output.iou_scores is not None  # of the masks
                 mask_logits = select_best_masks(segmenter_output.masks, segmenter_output.iou_scores)
                 ious = clamp_ious(segmenter_output.iou_scores.amax(1))
                 rles = self._iter_rles(mask_logits, prompts.image_index, encoded.frames)
@@ -235,18 +258,19 @@ class MaskEngine(ABC):
         self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]], multimask_output: bool = True
     ) -> Iterator[tuple[list[int], PromptBatch, SegmenterOutput]]:
         """Yield chunks of regions: their indices in the flattened requests, their prompts and their masks."""
-        for indices, prompt_batch in self.processor.group_prompts(requests, encoded.frames):
+        model, processor = self.require_segmenter()
+        features = encoded.require_features()
+        for indices, prompt_batch in processor.group_prompts(requests, encoded.frames):
             for chunk_index, chunk in enumerate(prompt_batch.to(self.device).iter_chunks(self.region_batch_size)):
                 chunk_indices = indices[
                     chunk_index * self.region_batch_size : chunk_index * self.region_batch_size + len(chunk)
                 ]
-                yield chunk_indices, chunk, self.model.segment(encoded.features, chunk, multimask_output)
+                yield chunk_indices, chunk, model.segment(features, chunk, multimask_output)
 
     def _iter_rles(self, logits: Tensor, image_index: Tensor, frames: Sequence[InputFrame]) -> Iterator[dict[str, Any]]:
         """Convert (N, 4h, 4w) logits to RLEs in image pixels, one at a time because full-size masks are large."""
-        return map(
-            encode_rle, self.processor.iter_binary_masks(logits, [frames[image] for image in image_index.tolist()])
-        )
+        _, processor = self.require_segmenter()
+        return map(encode_rle, processor.iter_binary_masks(logits, [frames[image] for image in image_index.tolist()]))
 
 
 class Engine(MaskEngine):
@@ -261,6 +285,7 @@ class Engine(MaskEngine):
     """
 
     model: SegmentCaptioner
+    processor: Processor
 
     def __init__(self, model: SegmentCaptioner, region_batch_size: int = REGION_BATCH_SIZE):
         if isinstance(model, str | Path):
@@ -294,20 +319,21 @@ class Engine(MaskEngine):
             for image_index, r in enumerate(requests)
             for region_index, prompt in enumerate(r)
         ]
-        flat_captions: list[Caption | None] = [None] * len(flat_requests)
+        flat_captions: dict[int, Caption] = {}
         for indices, prompts in self.processor.group_prompts(requests, encoded.frames):
             scored_texts, usages, rles, predicted_ious = self._caption_prompt_batch(
                 encoded, prompts, TASKS.index(task), return_masks, generation
             )
             for row, index in enumerate(indices):
                 _, prompt, region_index = flat_requests[index]
-                box = prompt.box or (rles[row] and mask_to_box(rles[row]))
+                rle = rles[row]
+                box = prompt.box or (mask_to_box(rle) if rle else None)
                 (text, score), *alternatives = scored_texts[row]
                 flat_captions[index] = Caption(
                     text,
                     score,
                     box,
-                    rles[row],
+                    rle,
                     predicted_ious[row],
                     prompt,
                     region_index,
@@ -315,8 +341,8 @@ class Engine(MaskEngine):
                     usages[row],
                 )
         captions: list[list[Caption]] = [[] for _ in requests]
-        for (image_index, _, _), caption in zip(flat_requests, flat_captions, strict=True):
-            captions[image_index].append(caption)
+        for index, (image_index, _, _) in enumerate(flat_requests):
+            captions[image_index].append(flat_captions[index])
         return captions
 
     def caption_masks(
@@ -343,14 +369,18 @@ class Engine(MaskEngine):
         generation: Mapping[str, Any],
     ) -> tuple[list[list[tuple[str, float]]], list[TokenUsage], list[Any], list[Any]]:
         """Return texts with scores, token usage, mask RLE and predicted IoU (None if unavailable) of each prompt."""
-        prefixes, rles, predicted_ious = [], [], []
+        prefixes: list[Tensor] = []
+        rles: list[dict[str, Any]] = []
+        predicted_ious: list[float] = []
         prepared = None
+        features = encoded.require_features()
         for chunk in prompts.to(self.device).iter_chunks(self.region_batch_size):
-            segmenter_output = self.model.segment(encoded.features, chunk)
+            segmenter_output = self.model.segment(features, chunk)
             prepared = self.model.prepare_mixer(segmenter_output) if prepared is None else prepared
             task_ids = torch.full((len(chunk),), task_id, device=self.device)
             prefixes.append(self.model.build_prefix(self.model.mix(segmenter_output, prepared), task_ids))
             if segmenter_output.masks is not None and return_masks:
+                assert segmenter_output.iou_scores is not None  # of the masks
                 best_logits = select_best_masks(segmenter_output.masks, segmenter_output.iou_scores)
                 rles += self._iter_rles(best_logits, chunk.image_index, encoded.frames)
             if segmenter_output.iou_scores is not None:
@@ -361,21 +391,22 @@ class Engine(MaskEngine):
         no_values = [None] * len(prompts)
         scores = generated.scores.exp().tolist()
         sequences = generated.sequences.tolist()
+        tokenizer = self._require_tokenizer()
         scored_texts = [
-            list(zip(self._decode_texts(rows), each, strict=True)) for rows, each in zip(sequences, scores, strict=True)
+            list(zip(map(tokenizer.decode, rows), each, strict=True))
+            for rows, each in zip(sequences, scores, strict=True)
         ]
-        tokenizer = self.model.language_model.tokenizer
         usages = [count_tokens(prefix.shape[1], rows, [tokenizer.eos_token_id]) for rows in sequences]
         return scored_texts, usages, rles or no_values, predicted_ious or no_values
 
-    def _decode_texts(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+    def _require_tokenizer(self) -> Tokenizer:
         tokenizer = self.model.language_model.tokenizer
         if tokenizer is None:
             raise ValueError(
                 "the language model has no tokenizer, so it generates token ids without text; add one with "
                 "`sca import MODEL OUT --tokenizer FOLDER`, or use SegmentCaptioner.generate"
             )
-        return [tokenizer.decode(token_ids) for token_ids in sequences]
+        return tokenizer
 
 
 def clamp_ious(scores: Tensor) -> list[Any]:

@@ -48,7 +48,9 @@ class Predictor:
     def __init__(self, model: SegmentCaptioner | MaskEngine, region_batch_size: int | None = None):
         if isinstance(model, MaskEngine) and region_batch_size is not None:
             raise ValueError("region_batch_size is an option of the captioner; pass it to sca.load_captioner")
-        self.engine = model if isinstance(model, MaskEngine) else Engine(model, region_batch_size or REGION_BATCH_SIZE)
+        self.engine: MaskEngine = (
+            model if isinstance(model, MaskEngine) else Engine(model, region_batch_size or REGION_BATCH_SIZE)
+        )
         self.image: Image.Image | None = None
         self.encoded: EncodedImages | None = None
 
@@ -128,6 +130,7 @@ class Predictor:
             top_p=top_p,
             seed=seed,
         )
+        assert self.encoded is not None  # see `_collect_prompts`
         return self.engine.caption_batch(self.encoded, [request], task, **generation)[0]
 
     def segment(
@@ -159,6 +162,7 @@ class Predictor:
         """
         reject_unknown_arguments("segment", unknown_arguments, (*REGION_ARGUMENTS[:4], "multimask_output"))
         request = self._collect_prompts(prompts, boxes, points, masks)
+        assert self.encoded is not None  # see `_collect_prompts`
         return self.engine.segment(self.encoded, [request], multimask_output)
 
     def predict_batch(

@@ -7,7 +7,7 @@ that the encoder receives.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -143,7 +143,10 @@ class Processor:
             points, labels = labeled_points[:, :, :2] * scales[:, None], labeled_points[:, :, 2].long()
         if first_prompt.mask is not None:
             masks = torch.stack(
-                [self.encode_mask_prompt(prompt.mask, frames[image_index]) for _, image_index, prompt in entries]
+                [
+                    self.encode_mask_prompt(cast("np.ndarray", prompt.mask), frames[image_index])
+                    for _, image_index, prompt in entries
+                ]
             )
         image_indices = torch.tensor([image_index for _, image_index, _ in entries])
         return PromptBatch(image_indices, boxes, points, labels, masks)
@@ -257,9 +260,8 @@ class Processor:
             if len(self._upscalings) >= MAX_CACHED_FRAMES:
                 self._upscalings.clear()
             axis_lengths = frame.content_size[::-1], (frame.height, frame.width)
-            self._upscalings[frame, device] = tuple(
-                self._compute_upscaling(*each, device) for each in zip(*axis_lengths, strict=True)
-            )
+            vertical, horizontal = (self._compute_upscaling(*each, device) for each in zip(*axis_lengths, strict=True))
+            self._upscalings[frame, device] = vertical, horizontal
         return self._upscalings[frame, device]
 
     def _compute_upscaling(self, content_length: int, length: int, device: torch.device) -> AxisUpscaling:

@@ -116,7 +116,8 @@ class ShardedRun:
         fingerprints: Mapping[str, str],
         finished: dict[str, Sequence[ImageProblem]],
     ):
-        self.shards, self.finished = shards, finished
+        self.shards: Mapping[str, ShardContent] = shards
+        self.finished: dict[str, Sequence[ImageProblem]] = finished
         self._folder, self._fingerprints = folder, fingerprints
 
     @property

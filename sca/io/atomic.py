@@ -41,7 +41,7 @@ class AtomicFile:
     def __init__(self, path: Path, visible: bool = False):
         self.path = path
         with translate_output_errors(path):
-            self.replaces_file = _is_replaceable_file(path)
+            self.replaces_file: bool = _is_replaceable_file(path)
             self._write_path = (
                 path if visible and not self.replaces_file else path.with_name(DRAFT_NAME.format(secrets.token_hex(8)))
             )
@@ -266,7 +266,7 @@ def _exchange_folders(one: Path, other: Path) -> bool:
     """Exchange two folders in one step; return False if the system or the file system does not support it."""
     library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     names = os.fsencode(one), os.fsencode(other)
-    if sys.platform == "linux" and hasattr(library, "renameat2"):
+    if sys.platform == "linux" and library is not None and hasattr(library, "renameat2"):
         at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
         return library.renameat2(at_cwd, names[0], at_cwd, names[1], exchange) == 0
     if sys.platform == "darwin" and hasattr(library, "renamex_np"):

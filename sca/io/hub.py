@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from huggingface_hub import model_info, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -53,9 +53,10 @@ from sca.io.weight_files import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 Config = TypeVar("Config", bound="PretrainedConfig")
@@ -286,13 +287,33 @@ def fetch_weight_file(source: str | Path, revision: str | None = None, prefix: s
     return files[0]
 
 
+@overload
 def load_pretrained(
     cls: type[Model],
     source: str | Path,
     revision: str | None = None,
     ignored_prefixes: Sequence[str] = (),
     **options: Any,
-) -> Model:
+) -> Model: ...
+
+
+@overload
+def load_pretrained(
+    cls: type[_BaseAutoModelClass],
+    source: str | Path,
+    revision: str | None = None,
+    ignored_prefixes: Sequence[str] = (),
+    **options: Any,
+) -> PreTrainedModel: ...
+
+
+def load_pretrained(
+    cls: Any,
+    source: str | Path,
+    revision: str | None = None,
+    ignored_prefixes: Sequence[str] = (),
+    **options: Any,
+) -> Any:
     """Call `cls.from_pretrained` and reject weights that do not match the model.
 
     Every tensor of the model must be among the weights, so that none is initialized at random. Every weight must belong
@@ -340,7 +361,17 @@ def load_pretrained(
     return model
 
 
-def fetch_pretrained_config(cls: type[Config], source: str | Path, revision: str | None = None) -> Config:
+@overload
+def fetch_pretrained_config(cls: type[Config], source: str | Path, revision: str | None = None) -> Config: ...
+
+
+@overload
+def fetch_pretrained_config(
+    cls: type[AutoConfig], source: str | Path, revision: str | None = None
+) -> PretrainedConfig: ...
+
+
+def fetch_pretrained_config(cls: Any, source: str | Path, revision: str | None = None) -> Any:
     """Call `cls.from_pretrained` of a configuration class.
 
     Args:

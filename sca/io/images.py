@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from sca.io.errors import ImageMemoryError, InputError, IrregularFileError, TooLargeError
 from sca.io.file_walk import walk_files
@@ -130,7 +130,7 @@ def read_image(file: BinaryIO, display_name: str, max_pixels: int | None = None)
     return decode_image(open_image_header(file, display_name, max_pixels), display_name)
 
 
-def open_image_header(file: BinaryIO, display_name: str, max_pixels: int | None = None) -> Image.Image:
+def open_image_header(file: BinaryIO, display_name: str, max_pixels: int | None = None) -> ImageFile.ImageFile:
     """Open an image without decoding it, and check its header. See `read_image` for the arguments.
 
     Args:
@@ -163,7 +163,7 @@ def open_image_header(file: BinaryIO, display_name: str, max_pixels: int | None 
         return image
 
 
-def decode_image(image: Image.Image, display_name: str) -> Image.Image:
+def decode_image(image: ImageFile.ImageFile, display_name: str) -> Image.Image:
     """Decode the result of `open_image_header`, as `open_image` does."""
     with _translate_decoder_errors(display_name):
         has_deep_colors = any(DEEP_COLOR_MODE.match(_get_raw_mode(tile)) for tile in image.tile)
@@ -171,7 +171,7 @@ def decode_image(image: Image.Image, display_name: str) -> Image.Image:
         return _convert_to_upright_rgb(image, display_name, has_deep_colors)
 
 
-def open_undecoded(file: BinaryIO | str | Path) -> Image.Image:
+def open_undecoded(file: BinaryIO | str | Path) -> ImageFile.ImageFile:
     """Open an image in one of `IMAGE_FORMATS` without decoding it: its size and mode are available, its pixels are not.
 
     Args:

@@ -49,7 +49,8 @@ class Journal:
         first_line_prefix: bytes = ENTRY_PREFIX,
         sync_seconds: float = SYNC_SECONDS,
     ):
-        self.path, self._sync_seconds = path, sync_seconds
+        self.path: Path = path
+        self._sync_seconds = sync_seconds
         is_new = not path.exists()
         if not is_new and not path.is_file():  # a pipe would block
             raise InputError(f"{format_path(path)} is not a regular file; choose another folder")
@@ -59,7 +60,7 @@ class Journal:
                 self._file.close()
                 raise LockedError(f"{format_path(path)} is being written by another process; wait for it")
             self._size = _find_valid_size(self._file, completes_group)
-            self.dropped_bytes = os.fstat(self._file.fileno()).st_size - self._size
+            self.dropped_bytes: int = os.fstat(self._file.fileno()).st_size - self._size
             if self.dropped_bytes and not self._size and not _is_torn_first_line(self._file, first_line_prefix):
                 self._file.close()
                 raise InputError(f"{format_path(path)} is not a journal; choose another folder, or move the file")
@@ -168,7 +169,8 @@ def _iter_lines_backward(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
     The file is read in blocks: if another process truncates a memory-mapped file, reading it ends the process.
     """
-    start, pieces = file.seek(0, os.SEEK_END), []
+    start = file.seek(0, os.SEEK_END)
+    pieces: list[bytes] = []
     while start:
         end, start = start, max(0, start - BLOCK_BYTES)
         file.seek(start)

@@ -102,9 +102,9 @@ def read_mask_file(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
             is_array = str(path).lower().endswith(".npy") or file.read(len(NPY_MAGIC)) == NPY_MAGIC
             file.seek(0)
             if is_array:
-                is_piped = isinstance(file, io.BytesIO)
-                load_options = {} if is_piped else {"mmap_mode": "r"}
-                return masks.binarize_mask(np.load(file if is_piped else path, **load_options, allow_pickle=False))
+                if isinstance(file, io.BytesIO):  # a pipe
+                    return masks.binarize_mask(np.load(file, allow_pickle=False))
+                return masks.binarize_mask(np.load(path, mmap_mode="r", allow_pickle=False))
             with open_undecoded(file) as image:
                 return masks.binarize_mask_image(ImageOps.exif_transpose(image), image.format in masks.LOSSY_FORMATS)
     except UnidentifiedImageError as error:

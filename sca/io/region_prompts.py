@@ -125,9 +125,11 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         skip_counter: SkipCounter,
         problems: Sequence[str] = (),
     ):
-        self.path, self.skip_counter, self.clip_counter = path, skip_counter, SkipCounter()
+        self.path: Path = path
+        self.skip_counter: SkipCounter = skip_counter
+        self.clip_counter: SkipCounter = SkipCounter()
         self._entries = entries
-        self.problems = tuple(problems)
+        self.problems: tuple[str, ...] = tuple(problems)
 
     def __getitem__(self, key: str) -> list[Prompt]:
         return [entry.build_prompt() for entry in self._entries[key]]

@@ -74,7 +74,9 @@ class RunFolder:
     """
 
     def __init__(self, folder: str | Path, kind: str, patterns: Iterable[str] = ()):
-        self.path, self.kind, self.patterns = Path(folder), kind, frozenset(patterns)
+        self.path: Path = Path(folder)
+        self.kind: str = kind
+        self.patterns: frozenset[str] = frozenset(patterns)
         self.earlier_run_path: Path | None = None
         self._exit_stack = ExitStack()
 
@@ -278,7 +280,8 @@ def check_not_inputs(
     if not existing:
         return
     root = Path(folder).resolve() if folder is not None else None
-    input_by_file, input_by_parent = {}, {}
+    input_by_file: dict[tuple[int, int] | str, str | Path] = {}
+    input_by_parent: dict[str, str | Path] = {}
     for input_path in inputs:
         identity = _get_file_id(input_path)
         if identity is None:

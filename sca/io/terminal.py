@@ -76,7 +76,7 @@ def guard_terminal() -> None:
     logging.setLogRecordFactory(_EscapedLogRecord)
 
 
-def _print_traceback(error_type: Any, error: BaseException, trace: Any) -> None:
+def _print_traceback(error_type: Any, error: BaseException | None, trace: Any) -> None:
     print(_format_traceback(error_type, error, trace), file=sys.stderr, flush=True)
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import numbers
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from sca_registry import RegistryError
 from sca_registry.errors import make_unknown_name_error
@@ -34,7 +34,7 @@ def is_int64(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and -(1 << 63) <= int(value) < 1 << 63
 
 
-def is_finite_number(value: Any) -> bool:
+def is_finite_number(value: Any) -> TypeGuard[float]:
     """Return whether a value is a number that is finite as a float; False for bool, NaN, infinity and 10**400."""
     try:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from sca_registry.contracts import GenerationOutput, Tokenizer
@@ -14,7 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from sca.io.hub import silence_transformers
 from sca.language_models.greedy_search import generate_greedy, has_plain_greedy_settings
-from sca.language_models.model_inspection import inspect_model
+from sca.language_models.model_inspection import ModelStructure, inspect_model
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin
 
 POSITION_LIMIT_FIELDS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # in configurations
 SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -42,16 +45,20 @@ class CausalLanguageModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer | None):
         super().__init__()
-        self.model = model
+        self.model: PreTrainedModel = model
         if model.can_generate():
             special_tokens = {name: getattr(model.generation_config, name) for name in SPECIAL_TOKEN_FIELDS}
             model.generation_config = GenerationConfig(**special_tokens)
-        self.structure = inspect_model(model)
+        self.structure: ModelStructure = inspect_model(model)
         self.tokenizer = tokenizer
-        self.hidden_size = model.get_input_embeddings().embedding_dim
+        self.hidden_size: int = self._embedding_layer.embedding_dim
         config = model.config.get_text_config(decoder=True)
         limits = (getattr(config, name, None) for name in POSITION_LIMIT_FIELDS)
         self.max_positions: int | None = next((limit for limit in limits if limit), None)
+
+    @property
+    def _embedding_layer(self) -> nn.Embedding:
+        return cast("nn.Embedding", self.model.get_input_embeddings())
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -65,7 +72,7 @@ class CausalLanguageModel(nn.Module):
     @tokenizer.setter
     def tokenizer(self, tokenizer: Tokenizer | None) -> None:
         num_tokens = tokenizer.vocab_size if isinstance(tokenizer, TextTokenizer) else 0
-        num_embeddings = self.model.get_input_embeddings().num_embeddings
+        num_embeddings = self._embedding_layer.num_embeddings
         if num_tokens > num_embeddings:
             raise ValueError(
                 f"the tokenizer has {num_tokens:,} tokens, but the language model has {num_embeddings:,} embeddings; "
@@ -132,7 +139,7 @@ class CausalLanguageModel(nn.Module):
             return GenerationOutput(sequences[:, None], scores[:, None])
         sampling_options = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
         with silence_transformers():
-            output = self.model.generate(
+            output = cast("GenerationMixin", self.model).generate(
                 inputs_embeds=prefix.to(self.model.dtype),
                 attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
                 max_new_tokens=max_steps,
@@ -192,7 +199,11 @@ class CausalLanguageModel(nn.Module):
             isinstance(m, Conv1D) for name, m in self.model.named_modules() if name.split(".")[-1] in requested
         )
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=requested, fan_in_fan_out=has_conv1d
+            r=rank,
+            lora_alpha=cast("int", alpha),  # peft only divides it by the rank
+            lora_dropout=dropout,
+            target_modules=requested,
+            fan_in_fan_out=has_conv1d,
         )
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         inject_adapter_in_model(config, self.model)  # freezes all but the adapters
@@ -277,8 +288,8 @@ class TextTokenizer:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token; name one of its tokens with eos_token=TOKEN")
         self.tokenizer = tokenizer
-        self.eos_token_id = tokenizer.eos_token_id
-        self.pad_token_id = self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.eos_token_id: int = tokenizer.eos_token_id
+        self.pad_token_id: int = self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @property
     def vocab_size(self) -> int:
@@ -295,7 +306,7 @@ class TextTokenizer:
         ids = list(ids)
         if self.eos_token_id in ids:
             ids = ids[: ids.index(self.eos_token_id)]
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return cast("str", self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def save(self, folder: str) -> None:
         """Save the tokenizer in transformers' format."""

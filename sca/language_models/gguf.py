@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from sca_registry.contracts import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sca.devices import DTYPES
@@ -38,5 +39,5 @@ class GgufLanguageModel(CausalLanguageModel):
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **load_options)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         super().__init__(model, TextTokenizer(tokenizer, eos_token))
-        self.source_tokenizer = self.tokenizer
+        self.source_tokenizer: Tokenizer | None = self.tokenizer
         self.checkpoint = weights

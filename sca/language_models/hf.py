@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from sca_registry.contracts import Tokenizer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
@@ -19,6 +20,9 @@ from sca.io.hub import fetch_model_folder, fetch_pretrained_config, load_pretrai
 from sca.io.weight_files import has_tokenizer, translate_load_errors
 from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 from sca.language_models.phi import FusedPhiForCausalLM, has_fused_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class HfLanguageModel(CausalLanguageModel):
@@ -57,22 +61,26 @@ class HfLanguageModel(CausalLanguageModel):
             raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
         if not isinstance(trust_remote_code, bool):
             raise ValueError(f"trust_remote_code is {trust_remote_code!r}; give true or false")
-        load_options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+        load_options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
         if weights and pretrained:
-            model = load_pretrained(
+            model: PreTrainedModel = load_pretrained(
                 _resolve_model_class(weights, revision, trust_remote_code), weights, revision, **load_options
             )
         else:
             model = AutoModelForCausalLM.from_config(make_config(weights, revision, config), **load_options)
             model.tie_weights()  # even if the caller disables the initialization of parameters
-        tokenizer_folder = None
+        tokenizer_folder: Path | None = None
         if tokenizer:
             tokenizer_folder = fetch_model_folder(tokenizer, include_weights=False)
         elif weights and pretrained:
             tokenizer_folder = fetch_model_folder(weights, revision)
-        super().__init__(model, tokenizer_folder and load_tokenizer(tokenizer_folder, eos_token, trust_remote_code))
-        self.source_tokenizer = self.tokenizer  # a tokenizer that is set later is not stored with the weights
-        self.checkpoint = weights if pretrained else None
+        super().__init__(
+            model, load_tokenizer(tokenizer_folder, eos_token, trust_remote_code) if tokenizer_folder else None
+        )
+        self.source_tokenizer: Tokenizer | None = (
+            self.tokenizer
+        )  # a tokenizer that is set later is not stored with the weights
+        self.checkpoint: str | None = weights if pretrained else None
         self.revision = revision
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -80,7 +88,7 @@ class HfLanguageModel(CausalLanguageModel):
         """Return the hidden states of the last layer: (N, L, E) and (N, L) -> (N, L, E)."""
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return super().hidden_states(embeddings, attention_mask)
-        layers = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        layers: list[Any] = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         training_modes = [layer.training for layer in layers]
         for layer in layers:
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
@@ -119,7 +127,9 @@ def load_tokenizer(folder: Path, eos_token: str | None = None, trust_remote_code
         raise InputError(f"{error}{hint}") from error
 
 
-def _resolve_model_class(weights: str, revision: str | None, trust_remote_code: bool) -> type:
+def _resolve_model_class(
+    weights: str, revision: str | None, trust_remote_code: bool
+) -> type[FusedPhiForCausalLM] | type[AutoModelForCausalLM]:
     with translate_load_errors(weights):
         is_fused = has_fused_attention(fetch_model_folder(weights, revision, include_code=trust_remote_code))
     return FusedPhiForCausalLM if is_fused else AutoModelForCausalLM

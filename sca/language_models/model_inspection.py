@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from sca.io.errors import InputError
 from sca.io.hub import silence_transformers
 from sca.language_models.greedy_search import generate_greedy
 from sca.language_models.tiny_config import make_tiny_config
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin
 
 PROBE_BATCH_SIZE, PROBE_LENGTH, PROBE_STEPS = 3, 7, 5
 TOLERANCE_BY_DTYPE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative to the largest value
@@ -82,7 +85,7 @@ def _replace_module(module: nn.Module, path: Sequence[str], replacement: nn.Modu
         return replacement
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
-    copied._modules[path[0]] = _replace_module(module._modules[path[0]], path[1:], replacement)
+    copied._modules[path[0]] = _replace_module(module.get_submodule(path[0]), path[1:], replacement)
     return copied
 
 
@@ -147,7 +150,10 @@ def _check_signatures(model: PreTrainedModel) -> None:
         raise UnsupportedModelError("has no token embeddings")
     if not model.can_generate():
         raise UnsupportedModelError("cannot generate")
-    if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
+    if (
+        "inputs_embeds"
+        not in inspect.signature(cast("GenerationMixin", model).prepare_inputs_for_generation).parameters
+    ):
         raise UnsupportedModelError("cannot generate from embeddings (inputs_embeds)")
 
 
@@ -203,7 +209,7 @@ def _examine_generation(
     model: PreTrainedModel, structure: ModelStructure, prefix: Tensor, tolerance: float
 ) -> ModelStructure:
     """Compare the model's own greedy `generate` with the logits without a cache, and `generate_greedy` with both."""
-    generated = model.generate(
+    generated = cast("GenerationMixin", model).generate(
         inputs_embeds=prefix,
         attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
         generation_config=GenerationConfig(
@@ -279,7 +285,7 @@ def _sample_token_ids(model: PreTrainedModel) -> Tensor:
     config = model.config.get_text_config(decoder=True)
     fields = {name: value for name, value in config.to_dict().items() if name.endswith(("_token_id", "_token_index"))}
     special_ids = {token for value in fields.values() for token in (value if isinstance(value, list) else [value])}
-    num_ids = min(model.get_input_embeddings().num_embeddings, 1000)
+    num_ids = min(cast("nn.Embedding", model.get_input_embeddings()).num_embeddings, 1000)
     ordinary_ids = torch.tensor([token for token in range(num_ids) if token not in special_ids], device=model.device)
     return ordinary_ids[
         torch.randint(len(ordinary_ids), (PROBE_BATCH_SIZE, PROBE_LENGTH), device="cpu").to(model.device)

@@ -26,7 +26,7 @@ class FusedPhiForCausalLM(PhiForCausalLM):
     """Phi model loaded from a folder with fused attention."""
 
     @classmethod
-    def from_pretrained(cls, folder: Path, **options: Any) -> Any:
+    def from_pretrained(cls, folder: Path, **options: Any) -> Any:  # type: ignore[override]  # called for folders only
         """Load a checkpoint with fused attention.
 
         Args:

@@ -32,7 +32,7 @@ class _RunningTask(NamedTuple):
     start_time: float
 
 
-class Local:
+class LocalLauncher:
     """Launcher that runs each task in a process on this machine.
 
     Processes are forked from a fork server that only imports the modules of the tasks.
@@ -150,7 +150,9 @@ def _collect_outcome(process: BaseProcess, task: Task, is_overdue: bool, elapsed
     if is_overdue and time.time() >= task.deadline:
         return None
     if is_overdue:
-        return TaskOutcome(task, _make_failure_result("timed-out", f"it took more than {task.timeout:g} s", elapsed))
+        return TaskOutcome(
+            task, _make_failure_result("timed-out", f"exceeded the timeout of {task.timeout:g} s", elapsed)
+        )
     if exit_code in (-signal.SIGKILL, -signal.SIGTERM, 255):  # 255: the fork server ended
         return None
     if exit_code is not None and exit_code < 0:

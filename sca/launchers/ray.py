@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sca.launchers.local import Local
+from sca.launchers.local import LocalLauncher
 from sca.launchers.task import Task, TaskOutcome
 from sca.launchers.worker import LOG_FILE
 
 MAX_RETRIES = 3  # per task, if its node is lost
 
 
-class Ray:
+class RayLauncher:
     """Launcher that runs each task on a node of a Ray cluster with the required GPUs, memory and cores.
 
     The package must be installed on every node. Results and logs are sent back over the network; no shared file system
@@ -23,16 +23,16 @@ class Ray:
 
     Args:
         address: Address of the cluster, "auto" for the cluster of this machine; None starts one on this machine.
-        cores: CPU cores per task.
+        num_cpus: CPU cores per task.
 
     Raises:
-        ValueError: `cores` is less than 1.
+        ValueError: `num_cpus` is less than 1.
     """
 
-    def __init__(self, address: str | None = None, cores: int = 1):
-        if cores < 1:
-            raise ValueError(f"cores is {cores}: give 1 or more, what a task takes of a node")
-        self.address, self.cores = address, cores
+    def __init__(self, address: str | None = None, num_cpus: int = 1):
+        if num_cpus < 1:
+            raise ValueError(f"num_cpus is {num_cpus}; use an integer of 1 or more")
+        self.address, self.num_cpus = address, num_cpus
 
     def run_tasks(self, tasks: Sequence[Task]) -> Iterator[TaskOutcome]:
         """Run tasks and yield their outcomes as they arrive. Tasks whose nodes were lost have no outcome."""
@@ -45,7 +45,7 @@ class Ray:
             run_remotely = ray.remote(max_retries=MAX_RETRIES)(_run_on_node)
             tasks_by_reference = {
                 run_remotely.options(
-                    num_cpus=self.cores, num_gpus=task.num_gpus, memory=int(task.memory_gib * 2**30) or None
+                    num_cpus=self.num_cpus, num_gpus=task.num_gpus, memory=int(task.memory_gib * 2**30) or None
                 ).remote(task): task
                 for task in tasks
             }
@@ -67,9 +67,9 @@ class Ray:
 
 
 def _run_on_node(task: Task) -> tuple[dict[str, Any] | None, str]:
-    """Run a task on the node with `Local`, which classifies how its process ends; return the result and the log."""
+    """Run a task with `LocalLauncher`, which classifies how its process ends; return the result and the log."""
     with tempfile.TemporaryDirectory(prefix="sca-") as folder:
-        outcomes = list(Local(num_workers=1).run_tasks([replace(task, folder=folder)]))
+        outcomes = list(LocalLauncher(num_workers=1).run_tasks([replace(task, folder=folder)]))
         log = Path(folder, LOG_FILE)
         return (outcomes[0].result if outcomes else None), log.read_text("utf-8", "replace") if log.is_file() else ""
 

@@ -14,16 +14,16 @@ from typing import Any
 from sca.io.atomic import write_file
 from sca.launchers.signals import accept_interrupts
 
-LOG_FILE, RESULT_FILE = "log.txt", "made.json"
+LOG_FILE, RESULT_FILE = "log.txt", "result.json"
 
 
-def run_task(job: str, config: Mapping[str, Any], folder: str) -> None:
+def run_task(function: str, config: Mapping[str, Any], folder: str) -> None:
     """Run a task in this process, write its result, and exit.
 
     Standard output and error are redirected to the log. The process is killed when its parent ends.
 
     Args:
-        job: "module:function".
+        function: "module:function".
         config: First argument of the function.
         folder: Second argument of the function: the folder of the task.
     """
@@ -33,7 +33,7 @@ def run_task(job: str, config: Mapping[str, Any], folder: str) -> None:
     with open(Path(folder, LOG_FILE), "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    module_name, _, function_name = job.partition(":")
+    module_name, _, function_name = function.partition(":")
     result = getattr(import_module(module_name), function_name)(config, folder)
     Path(folder).mkdir(parents=True, exist_ok=True)  # in case it was deleted meanwhile
     write_file(Path(folder, RESULT_FILE), json.dumps(result))

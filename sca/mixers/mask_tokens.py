@@ -26,9 +26,9 @@ class MaskTokenMixer(nn.Module):
         self, segmenter: Segmenter, num_masks: int = 3, depth: int = 12, num_heads: int = 8, mlp_dim: int = 2048
     ):
         super().__init__()
-        self.hidden_size = segmenter.channels
+        self.hidden_size: int = segmenter.channels
         self.num_queries = num_masks
-        self.transformer = TwoWayTransformer(self.hidden_size, depth, num_heads, mlp_dim)
+        self.transformer: TwoWayTransformer = TwoWayTransformer(self.hidden_size, depth, num_heads, mlp_dim)
         self.apply(init_weights)
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
@@ -43,6 +43,8 @@ class MaskTokenMixer(nn.Module):
         Raises:
             ValueError: The regions have another number of masks.
         """
+        assert regions.mask_tokens is not None  # `requires` of the card
+        assert regions.grid is not None
         queries = regions.mask_tokens  # (N, M, D)
         if queries.shape[1] != self.num_queries:
             raise ValueError(

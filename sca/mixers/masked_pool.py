@@ -25,11 +25,11 @@ class MaskedPoolMixer(nn.Module):
 
     def __init__(self, segmenter: Segmenter, num_queries: int = 8, mlp_dim: int = 2048):
         super().__init__()
-        self.hidden_size = segmenter.channels
+        self.hidden_size: int = segmenter.channels
         self.num_queries = num_queries
-        self.norm = nn.LayerNorm(self.hidden_size)
-        self.geometry = nn.Linear(5, self.hidden_size)
-        self.layers = nn.Sequential(
+        self.norm: nn.LayerNorm = nn.LayerNorm(self.hidden_size)
+        self.geometry: nn.Linear = nn.Linear(5, self.hidden_size)
+        self.layers: nn.Sequential = nn.Sequential(
             nn.LayerNorm(self.hidden_size),
             nn.Linear(self.hidden_size, mlp_dim),
             nn.GELU(),
@@ -38,6 +38,8 @@ class MaskedPoolMixer(nn.Module):
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
         """Return the queries of each region, (N, Q, D)."""
+        assert regions.masks is not None  # `requires` of the card
+        assert regions.iou_scores is not None
         best_logits = select_best_masks(regions.masks, regions.iou_scores)  # (N, 4h, 4w)
         probabilities = best_logits.sigmoid()
         pooled = pool_under_masks(regions.image_embeddings, regions.image_index, probabilities)

@@ -38,12 +38,14 @@ class QueryMixer(nn.Module):
         mask_pooling: bool = False,
     ):
         super().__init__()
-        self.hidden_size = segmenter.channels
+        self.hidden_size: int = segmenter.channels
         self.num_queries = num_queries
-        self.tokens = nn.Embedding(num_queries, self.hidden_size)
-        self.transformer = TwoWayTransformer(self.hidden_size, depth, num_heads, mlp_dim)
+        self.tokens: nn.Embedding = nn.Embedding(num_queries, self.hidden_size)
+        self.transformer: TwoWayTransformer = TwoWayTransformer(self.hidden_size, depth, num_heads, mlp_dim)
         self.apply(init_weights)
-        self.pool = nn.Linear(self.hidden_size, num_queries * self.hidden_size) if mask_pooling else None
+        self.pool: nn.Linear | None = None
+        if mask_pooling:
+            self.pool = nn.Linear(self.hidden_size, num_queries * self.hidden_size)
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
         """Return the queries of each region, (N, Q, D)."""
@@ -55,6 +57,8 @@ class QueryMixer(nn.Module):
         tokens, _ = self.transformer(tokens, grid, regions.positional_encoding, return_grids=False)
         region_queries = tokens[:, : self.num_queries]
         if self.pool is not None:
+            assert regions.masks is not None  # `option_requires` of the card
+            assert regions.iou_scores is not None
             best_logits = select_best_masks(regions.masks.detach(), regions.iou_scores)  # (N, 4h, 4w)
             pooled = pool_under_masks(regions.image_embeddings, regions.image_index, best_logits.sigmoid())  # (N, D)
             region_queries = region_queries + self.pool(pooled).unflatten(1, (self.num_queries, self.hidden_size))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
@@ -37,13 +40,15 @@ class ResamplerMixer(nn.Module):
         self, segmenter: Segmenter, num_queries: int = 8, depth: int = 6, num_heads: int = 8, mlp_dim: int = 2048
     ):
         super().__init__()
-        self.hidden_size = segmenter.channels
+        self.hidden_size: int = segmenter.channels
         if self.hidden_size % num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of the {num_heads} heads")
         self.num_queries = num_queries
-        self.tokens = nn.Embedding(num_queries, self.hidden_size)
-        self.layers = nn.ModuleList(ResamplerLayer(self.hidden_size, num_heads, mlp_dim) for _ in range(depth))
-        self.norm = nn.LayerNorm(self.hidden_size)
+        self.tokens: nn.Embedding = nn.Embedding(num_queries, self.hidden_size)
+        self.layers: nn.ModuleList = nn.ModuleList(
+            ResamplerLayer(self.hidden_size, num_heads, mlp_dim) for _ in range(depth)
+        )
+        self.norm: nn.LayerNorm = nn.LayerNorm(self.hidden_size)
         self.apply(init_weights)
 
     def prepare_images(self, image_embeddings: Tensor, positional_encoding: Tensor) -> ImageKeysValues:
@@ -56,7 +61,8 @@ class ResamplerMixer(nn.Module):
         Returns:
             Keys and values of each layer, (B, heads, h w, D / heads).
         """
-        return [layer.project_image(image_embeddings, positional_encoding) for layer in self.layers]
+        layers = cast("Iterable[ResamplerLayer]", self.layers)
+        return [layer.project_image(image_embeddings, positional_encoding) for layer in layers]
 
     def forward(self, regions: SegmenterOutput, prepared: ImageKeysValues | None = None) -> Tensor:
         """Return the queries of each region, (N, Q, D).
@@ -91,14 +97,16 @@ class ResamplerLayer(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         # before self-attention, of the queries and of the image before cross-attention, and before the MLP
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(4))
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.self_attn_out = nn.Linear(hidden_size, hidden_size)
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(hidden_size, hidden_size)
-        self.value = nn.Linear(hidden_size, hidden_size)
-        self.cross_attn_out = nn.Linear(hidden_size, hidden_size)
-        self.mlp = nn.Sequential(nn.Linear(hidden_size, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, hidden_size))
+        self.norms: nn.ModuleList = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(4))
+        self.qkv: nn.Linear = nn.Linear(hidden_size, 3 * hidden_size)
+        self.self_attn_out: nn.Linear = nn.Linear(hidden_size, hidden_size)
+        self.query: nn.Linear = nn.Linear(hidden_size, hidden_size)
+        self.key: nn.Linear = nn.Linear(hidden_size, hidden_size)
+        self.value: nn.Linear = nn.Linear(hidden_size, hidden_size)
+        self.cross_attn_out: nn.Linear = nn.Linear(hidden_size, hidden_size)
+        self.mlp: nn.Sequential = nn.Sequential(
+            nn.Linear(hidden_size, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, hidden_size)
+        )
 
     def project_image(self, image_embeddings: Tensor, positional_encoding: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of images for this layer, (B, heads, h w, D / heads)."""

@@ -20,9 +20,9 @@ class RoiPoolMixer(nn.Module):
 
     def __init__(self, segmenter: Segmenter, output_size: int = 6):
         super().__init__()
-        self.hidden_size = segmenter.channels
+        self.hidden_size: int = segmenter.channels
         self.output_size = output_size
-        self.num_queries = output_size * output_size
+        self.num_queries: int = output_size * output_size
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
         """Return the queries of each region, (N, output_size^2, D).

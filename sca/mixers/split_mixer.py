@@ -29,10 +29,10 @@ class SplitMixer(nn.Module):
         self, segmenter: Segmenter, num_queries: int = 8, depth: int = 12, num_heads: int = 8, mlp_dim: int = 2048
     ):
         super().__init__()
-        self.hidden_size = segmenter.channels
+        self.hidden_size: int = segmenter.channels
         self.num_queries = num_queries
-        self.tokens = nn.Embedding(num_queries, self.hidden_size)
-        self.transformer = TwoWayTransformer(self.hidden_size, depth, num_heads, mlp_dim)
+        self.tokens: nn.Embedding = nn.Embedding(num_queries, self.hidden_size)
+        self.transformer: TwoWayTransformer = TwoWayTransformer(self.hidden_size, depth, num_heads, mlp_dim)
         self.apply(init_weights)
 
     def forward(self, regions: SegmenterOutput) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from sca_registry.contracts import SegmenterOutput
@@ -24,8 +25,8 @@ def concat_segmenter_outputs(outputs: Sequence[SegmenterOutput]) -> SegmenterOut
 
     dense_embeddings = outputs[0].dense_embeddings  # (N, D, h, w), or (D, 1, 1) for all regions
     if dense_embeddings.dim() == 4:
-        dense_embeddings = concat_field("dense_embeddings")
-    per_region = {name: concat_field(name) for name in PER_REGION_FIELDS}
+        dense_embeddings = torch.cat([output.dense_embeddings for output in outputs])
+    per_region: dict[str, Any] = {name: concat_field(name) for name in PER_REGION_FIELDS}
     return replace(outputs[0], dense_embeddings=dense_embeddings, **per_region)
 
 

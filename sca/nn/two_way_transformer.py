@@ -10,6 +10,9 @@ for all regions; and while regions share the grid of their image, it is projecte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,23 +22,17 @@ from transformers.models.sam.modeling_sam import SamAttention, SamTwoWayAttentio
 GridProjection = tuple[Tensor, Tensor]
 
 
-class TwoWayTransformer(SamTwoWayTransformer):
-    """Two-way transformer over the tokens and the grids of regions.
+class TwoWayForward(nn.Module):
+    """The optimized forward for the modules of a two-way transformer of SAM, SAM 2 or one of its relatives.
 
-    Args:
-        hidden_size: Width D, a multiple of twice the number of heads.
-        depth: Layers.
-        num_heads: Attention heads.
-        mlp_dim: MLP width.
-
-    Raises:
-        ValueError: `hidden_size` is not a multiple of `2 * num_heads`.
+    It has no modules of its own: assign it to `__class__` of a transformer of SAM 2 from transformers.
     """
 
     max_elements_per_chunk = 2**20  # grid elements per chunk in CPU inference
 
-    def __init__(self, hidden_size: int, depth: int, num_heads: int = 8, mlp_dim: int = 2048):
-        super().__init__(build_decoder_config(hidden_size, depth, num_heads, mlp_dim))
+    @property
+    def _blocks(self) -> Sequence[SamTwoWayAttentionBlock]:
+        return cast("Sequence[SamTwoWayAttentionBlock]", self.layers)
 
     def forward(
         self,
@@ -59,7 +56,7 @@ class TwoWayTransformer(SamTwoWayTransformer):
         """
         cells = grid.flatten(2).transpose(1, 2)  # (N or B, P, D)
         positions = positional_encoding.flatten(1).T  # (P, D)
-        projections = [_build_grid_projection(layer, positions) for layer in self.layers]
+        projections = [_build_grid_projection(layer, positions) for layer in self._blocks]
         final_projection = _build_key_value_projection(self.final_attn_token_to_image, positions)
         shared_projected = None if image_index is None else _project_cells(cells, *projections[0])  # (B, P, 3I)
         chunk_size = len(tokens)
@@ -93,7 +90,7 @@ class TwoWayTransformer(SamTwoWayTransformer):
     ) -> tuple[Tensor, Tensor]:
         """Apply all layers to a chunk; `first_projected` are its grids projected for the first layer, if available."""
         queries = tokens
-        for layer, projection in zip(self.layers, projections, strict=True):
+        for layer, projection in zip(self._blocks, projections, strict=True):
             projected = _project_cells(cells, *projection) if first_projected is None else first_projected
             first_projected = None
             keys, values, cell_queries = projected.chunk(3, dim=-1)
@@ -104,6 +101,23 @@ class TwoWayTransformer(SamTwoWayTransformer):
         keys, values = _project_cells(cells, *final_projection).chunk(2, dim=-1)
         queries = queries + _compute_attention(final_attention, final_attention.q_proj(queries + tokens), keys, values)
         return self.layer_norm_final_attn(queries), cells
+
+
+class TwoWayTransformer(TwoWayForward, SamTwoWayTransformer):
+    """Two-way transformer over the tokens and the grids of regions.
+
+    Args:
+        hidden_size: Width D, a multiple of twice the number of heads.
+        depth: Layers.
+        num_heads: Attention heads.
+        mlp_dim: MLP width.
+
+    Raises:
+        ValueError: `hidden_size` is not a multiple of `2 * num_heads`.
+    """
+
+    def __init__(self, hidden_size: int, depth: int, num_heads: int = 8, mlp_dim: int = 2048):
+        super().__init__(build_decoder_config(hidden_size, depth, num_heads, mlp_dim))
 
 
 def _should_fuse(grid: Tensor) -> bool:
@@ -143,7 +157,14 @@ def _compute_attention(attention: SamAttention, query: Tensor, key: Tensor, valu
     """Attend from projected queries (N, L, I) to keys and values (N, M, I): (N, L, D)."""
     head_shape = (attention.num_attention_heads, -1)
     query, key, value = (each.unflatten(2, head_shape).transpose(1, 2) for each in (query, key, value))
-    return attention.out_proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+    return _get_output_projection(attention)(
+        F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    )
+
+
+def _get_output_projection(attention: nn.Module) -> nn.Linear:
+    """Return the output projection, which SAM and SAM 2 name differently in transformers."""
+    return attention.out_proj if hasattr(attention, "out_proj") else attention.o_proj
 
 
 def _update_cells(attention: SamAttention, cells: Tensor, cell_queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -157,7 +178,7 @@ def _update_cells(attention: SamAttention, cells: Tensor, cell_queries: Tensor, 
     keys = attention.k_proj(keys).unflatten(2, head_shape).transpose(1, 2) * head_shape[1] ** -0.5  # (N, heads, T, d)
     # (N, heads, T, P)
     attention_weights = torch.softmax(keys @ cell_queries.unflatten(2, head_shape).permute(0, 2, 3, 1), dim=2)
-    out_proj = attention.out_proj
+    out_proj = _get_output_projection(attention)
     values = attention.v_proj(values).unflatten(2, head_shape).transpose(1, 2) @ out_proj.weight.T.unflatten(
         0, head_shape
     )
@@ -186,7 +207,7 @@ def _build_key_value_projection(attention: SamAttention, positions: Tensor) -> G
 
 
 def build_decoder_config(
-    hidden_size: int, depth: int, num_heads: int, mlp_dim: int, **options: int
+    hidden_size: int, depth: int, num_heads: int, mlp_dim: int, **options: Any
 ) -> SamMaskDecoderConfig:
     """Return the configuration of a mask decoder.
 
@@ -222,5 +243,6 @@ def init_weights(module: nn.Module) -> None:
     """
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            nn.init.zeros_(bias)

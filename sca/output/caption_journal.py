@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io import journal
@@ -15,7 +14,7 @@ from sca.io.atomic import create_writable_folder, translate_output_errors
 from sca.io.errors import OutputError
 from sca.io.images import format_path
 from sca.io.run_folder import RunFolder, check_same_run
-from sca.output.captioned_image import CaptionedImage
+from sca.output.captioned_image import CaptionedImage, ImageOrSize
 from sca.output.formats import OUTPUT_FORMATS, list_output_patterns
 from sca.output.jsonl import caption_to_record
 from sca.output.records import parse_image
@@ -52,11 +51,11 @@ class CaptionJournal:
         """Whether an image has been added."""
         return self._file is not None
 
-    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
+    def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         if path in self.completed:
             return
         if self._file is None:  # keep an older journal until there is a new image
-            self._open_file()
+            self._file = self._open_file()
         records = [caption_to_record(path, image, caption) for caption in captions]
         self._file.append({"image": path, "width": image.width, "height": image.height, "captions": records})
 
@@ -70,12 +69,13 @@ class CaptionJournal:
         with translate_output_errors(self._path):
             self._path.unlink(missing_ok=True)
 
-    def _open_file(self) -> None:
+    def _open_file(self) -> journal.Journal:
         if not self._resume:
             self._remove()
-        self._file = journal.Journal(self._path)
-        if self._file.is_empty:
-            self._file.append(self._run_options)
+        file = journal.Journal(self._path)
+        if file.is_empty:
+            file.append(self._run_options)
+        return file
 
     def _read_entries(self) -> None:
         """Read the images of the existing journal."""

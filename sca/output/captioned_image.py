@@ -30,6 +30,9 @@ class ImageSize(NamedTuple):
         return self.width, self.height
 
 
+ImageOrSize = Image.Image | ImageSize
+
+
 class CaptionedImage(NamedTuple):
     """Image of a captions file.
 

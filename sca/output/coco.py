@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io import masks
@@ -18,7 +17,7 @@ from sca.io.errors import InputError, RejectCallback
 from sca.io.image_names import read_named_image_size
 from sca.io.images import format_path
 from sca.io.validation import is_int64, read_field, read_id, read_image_name, require_recorded_size
-from sca.output.captioned_image import CaptionedImage, ImageSize
+from sca.output.captioned_image import CaptionedImage, ImageOrSize, ImageSize
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
 from sca.output.records import annotation_to_caption
@@ -43,7 +42,7 @@ class CocoWriter:
         info = {"description": "captions of regions", "model": model}
         self._file.write(f'{{"info": {json.dumps(info)},\n"annotations": [')
 
-    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
+    def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         image_id = len(self._images) + 1
         lines = [
             json.dumps(_make_annotation(annotation_id, image_id, path, image, caption), allow_nan=False)
@@ -61,7 +60,7 @@ class CocoWriter:
 
 
 def _make_annotation(
-    annotation_id: int, image_id: int, path: str, image: Image.Image, caption: Caption
+    annotation_id: int, image_id: int, path: str, image: ImageOrSize, caption: Caption
 ) -> dict[str, Any]:
     caption_record = caption_to_record(path, image, caption)
     mask, box = caption_record["mask"], caption_record["box"]
@@ -109,7 +108,7 @@ def read_coco(
             for record_location, _ in records:
                 skip("region of an image that cannot be used", record_location)
             continue
-        captions = []
+        captions: list[Caption] = []
         for record_location, each in records:
             try:
                 annotation = coco.read_annotation(

@@ -54,7 +54,7 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[Ring]]:
     return outer
 
 
-def rings_to_mask(rings: Sequence[Ring], width: int, height: int) -> np.ndarray:
+def rings_to_mask(rings: Sequence[Ring | np.ndarray], width: int, height: int) -> np.ndarray:
     """Convert rings with integer corners and axis-aligned edges to a (height, width) bool mask, by the even-odd rule.
 
     Args:

@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io.atomic import create_writable_folder
 from sca.io.errors import OutputError
+from sca.output.captioned_image import ImageOrSize
 from sca.output.coco import CocoWriter
 from sca.output.geojson import GeoJsonWriter
 from sca.output.html import HtmlWriter
@@ -33,7 +33,7 @@ __all__ = ["OUTPUT_FORMATS", "MultiFormatWriter", "OutputError", "list_output_pa
 
 
 class Writer(Protocol):
-    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None: ...
+    def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None: ...
 
     def close(self, finished: bool = True) -> None: ...
 
@@ -85,7 +85,7 @@ class MultiFormatWriter:
             raise ValueError(f"unknown output format {unknown[0]!r}; choose from {', '.join(OUTPUT_FORMATS)}")
         folder = Path(folder)
         create_writable_folder(folder)
-        self.paths = {name: folder / _FORMAT_INFO[name][0] for name in formats}
+        self.paths: dict[str, Path] = {name: folder / _FORMAT_INFO[name][0] for name in formats}
         self._writers: list[Writer] = []
         try:
             for name, path in self.paths.items():
@@ -103,12 +103,12 @@ class MultiFormatWriter:
         writers._writers = [JsonlWriter(StreamSink(stream), model)]
         return writers
 
-    def add(self, path: str | Path, image: Image.Image, captions: Sequence[Caption]) -> None:
+    def add(self, path: str | Path, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         """Write the captions of one image.
 
         Args:
             path: Image path as it appears in the records.
-            image: RGB image.
+            image: RGB image; its size is enough without `DRAWN_FORMATS`.
             captions: Captions of its regions.
         """
         for writer in self._writers:

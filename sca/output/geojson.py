@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io import masks
@@ -15,7 +14,7 @@ from sca.io.atomic import AtomicFile
 from sca.io.errors import InputError, RejectCallback
 from sca.io.images import format_path
 from sca.io.validation import read_field, require_recorded_size
-from sca.output.captioned_image import ImageSize
+from sca.output.captioned_image import ImageOrSize, ImageSize
 from sca.output.contours import mask_to_polygons, rings_to_mask
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
@@ -36,7 +35,7 @@ class GeoJsonWriter:
         self._model, self._num_features, self._num_images = model, 0, 0
         self._file.write('{"type": "FeatureCollection", "features": [')
 
-    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
+    def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         lines = [json.dumps(self._make_feature(path, image, caption), allow_nan=False) for caption in captions]
         if lines:
             self._file.write((",\n" if self._num_features else "\n") + ",\n".join(lines))
@@ -47,7 +46,7 @@ class GeoJsonWriter:
         """Finish the file with the completed images. An unfinished run leaves an older file unchanged."""
         close_document(self._file, "\n]}\n", bool(self._num_images), finished)
 
-    def _make_feature(self, path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
+    def _make_feature(self, path: str, image: ImageOrSize, caption: Caption) -> dict[str, Any]:
         caption_record = caption_to_record(path, image, caption)
         properties = {name: caption_record[name] for name in PROPERTY_NAMES if name in caption_record}
         return {

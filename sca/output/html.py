@@ -11,6 +11,7 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io.atomic import AtomicFile
+from sca.output.captioned_image import ImageOrSize
 from sca.output.html_page import MAX_PIXELATED_SIDE, encode_data_uri, render_template, replace_unprintable
 from sca.output.image_files import close_document
 
@@ -36,7 +37,7 @@ class HtmlWriter:
     def add(
         self,
         path: str,
-        image: Image.Image | Any,
+        image: ImageOrSize,
         captions: Sequence[Caption],
         other_captions: Sequence[Caption] | None = None,
     ) -> None:
@@ -57,7 +58,7 @@ class HtmlWriter:
             name=path,
             width=image.width,
             height=image.height,
-            image_uri=encode_data_uri(image) if has_pixels else None,
+            image_uri=encode_data_uri(image) if isinstance(image, Image.Image) else None,
             is_pixelated=has_pixels and max(image.size) <= MAX_PIXELATED_SIDE,
             regions=regions,
         )

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
 from sca.io.atomic import AtomicFile, make_write_error
+from sca.output.captioned_image import ImageOrSize
 
 
 class Sink(Protocol):
@@ -66,7 +66,7 @@ class JsonlWriter:
         self._sink: Sink | None = None
         self._model = model
 
-    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
+    def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         records = ({**caption_to_record(path, image, caption), "model": self._model} for caption in captions)
         self._get_sink().write("".join(f"{json.dumps(each, allow_nan=False)}\n" for each in records))
 
@@ -83,7 +83,7 @@ class JsonlWriter:
         return self._sink
 
 
-def caption_to_record(path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
+def caption_to_record(path: str, image: ImageOrSize, caption: Caption) -> dict[str, Any]:
     """Convert a caption to a JSON-serializable record."""
     mask = caption.mask
     alternatives = [{"caption": text, "score": _replace_non_finite(score)} for text, score in caption.alternatives]

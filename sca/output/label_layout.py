@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Rectangle = tuple[int, int, int, int]
+Color = tuple[int, int, int]
 
 HIDDEN_REGION_WEIGHT = 2.0  # weight of hiding a whole region; 1 is a label at the opposite side of the image
 GRID_CELLS = 512  # cells of the grid along the longer image side
@@ -26,15 +27,18 @@ class LabelBlock:
     def __init__(self, text: str, font_size: int, width: int):
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split()) or "(no caption)"
         self._load_font, text = _choose_font(text, font_size)
-        self.margin = max(2, font_size // 4)
-        self.text = "\n".join(_wrap_text(text, self._load_font, width - 2 * self.margin))
+        self.margin: int = max(2, font_size // 4)
+        self.text: str = "\n".join(_wrap_text(text, self._load_font, width - 2 * self.margin))
         left, top, right, bottom = _get_measuring_canvas().multiline_textbbox(
             (0, 0), self.text, self._load_font, spacing=self.margin
         )
         self._offset = self.margin - left, self.margin - top
-        self.size = round(right - left + 2 * self.margin + 0.5), round(bottom - top + 2 * self.margin + 0.5)
+        self.size: tuple[int, int] = (
+            round(right - left + 2 * self.margin + 0.5),
+            round(bottom - top + 2 * self.margin + 0.5),
+        )
 
-    def draw(self, canvas: ImageDraw.ImageDraw, x: int, y: int, text_color: tuple, background: tuple) -> None:
+    def draw(self, canvas: ImageDraw.ImageDraw, x: int, y: int, text_color: Color, background: Color) -> None:
         """Draw the block with its upper-left corner at x, y."""
         canvas.rectangle((x, y, x + self.size[0] - 1, y + self.size[1] - 1), fill=background)
         position = (x + self._offset[0], y + self._offset[1])

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io import masks
@@ -24,7 +23,7 @@ from sca.io.atomic import AtomicFile
 from sca.io.errors import RejectCallback
 from sca.io.image_names import add_image_prefix, read_named_image_size
 from sca.io.images import format_path
-from sca.output.captioned_image import CaptionedImage, ImageSize
+from sca.output.captioned_image import CaptionedImage, ImageOrSize, ImageSize
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
 from sca.output.records import annotations_to_captions
@@ -58,7 +57,7 @@ class LabelStudioWriter:
         self._model, self._num_images = model, 0
         self._file.write("[")
 
-    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
+    def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         results = [
             result for index, caption in enumerate(captions) for result in _make_results(index, path, image, caption)
         ]
@@ -72,7 +71,7 @@ class LabelStudioWriter:
         close_document(self._file, "\n]\n", bool(self._num_images), finished)
 
 
-def _make_results(index: int, path: str, image: Image.Image, caption: Caption) -> list[dict[str, Any]]:
+def _make_results(index: int, path: str, image: ImageOrSize, caption: Caption) -> list[dict[str, Any]]:
     caption_record = caption_to_record(path, image, caption)
     width, height = image.size
     common_fields = {
@@ -83,6 +82,7 @@ def _make_results(index: int, path: str, image: Image.Image, caption: Caption) -
         "image_rotation": 0,
     }
     score = {} if caption_record["score"] is None else {"score": caption_record["score"]}
+    value: dict[str, Any]
     if caption_record["mask"]:
         value = {
             "format": "rle",

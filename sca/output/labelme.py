@@ -24,7 +24,7 @@ from sca.io.images import format_path
 from sca.io.json import parse_json, read_regular_file
 from sca.io.paths import make_relative_path, remove_parents
 from sca.io.validation import read_image_name
-from sca.output.captioned_image import CaptionedImage, ImageSize
+from sca.output.captioned_image import CaptionedImage, ImageOrSize, ImageSize
 from sca.output.image_files import FilePerImage
 from sca.output.jsonl import caption_to_record
 from sca.output.records import annotations_to_captions
@@ -44,8 +44,8 @@ class LabelMeWriter:
         create_writable_folder(folder)
         self._folder, self._model, self._files = folder, model, FilePerImage(folder, ".json")
 
-    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
-        content = {
+    def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
+        content: dict[str, Any] = {
             "version": LABELME_VERSION,
             "flags": {},
             "shapes": [_make_shape(path, image, caption) for caption in captions],
@@ -63,7 +63,7 @@ class LabelMeWriter:
         self._files.close()
 
 
-def _make_shape(path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
+def _make_shape(path: str, image: ImageOrSize, caption: Caption) -> dict[str, Any]:
     caption_record = caption_to_record(path, image, caption)
     common_fields = {
         "label": REGION_LABEL,

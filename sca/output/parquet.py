@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io.atomic import AtomicFile
 from sca.io.errors import InputError, OutputError
 from sca.io.images import format_path
 from sca.io.json import parse_json
+from sca.output.captioned_image import ImageOrSize
 from sca.output.jsonl import caption_to_record
 
 ROWS_PER_GROUP = 5_000  # rows buffered before a group is written
@@ -46,11 +46,12 @@ class ParquetWriter:
             ]
         )
         self._file = AtomicFile(path)
-        self._model, self._rows, self._num_images = model, [], 0
+        self._model, self._num_images = model, 0
+        self._rows: list[dict[str, Any]] = []
         self._sink = _PyarrowSink(self._file)
         self._writer = pyarrow.parquet.ParquetWriter(self._sink, self._schema, compression="zstd")
 
-    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
+    def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         for caption in captions:
             caption_record = {**caption_to_record(path, image, caption), "model": self._model}
             caption_record["prompt"] = json.dumps(caption_record["prompt"])

@@ -6,12 +6,14 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw
 from sca_registry.contracts import Caption
 
 from sca.io import masks
+from sca.output.captioned_image import ImageOrSize
 from sca.output.colors import BACKGROUND_COLOR, FOREGROUND_COLOR, choose_text_color, get_region_color
 from sca.output.image_files import FilePerImage
 from sca.output.label_layout import LabelBlock, LabelPlacer
@@ -32,9 +34,9 @@ class PngWriter:
     def __init__(self, folder: Path, model: str | None = None):
         self._files = FilePerImage(folder, ".captions.png")
 
-    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
+    def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         content = io.BytesIO()
-        draw_captions(image, captions).save(content, "PNG", compress_level=4)
+        draw_captions(cast("Image.Image", image), captions).save(content, "PNG", compress_level=4)
         self._files.write(path, content.getvalue())
 
     def close(self, finished: bool = True) -> None:

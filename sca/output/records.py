@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
 from sca.io.annotations.annotation import Annotation, SkipCounter
 from sca.io.annotations.shapes import clip_annotated_box
+from sca.io.coordinates import Box
 from sca.io.errors import InputError, RejectCallback
 from sca.io.prompts import parse_prompt
 from sca.io.validation import (
@@ -65,7 +66,8 @@ def group_records_by_image(
     """
     seen_names: set[str] = set()
     for name, image_records in groupby(_iter_named_records(records, reject), key=lambda record: record[0]):
-        captions, size, model = [], None, None
+        captions: list[Caption] = []
+        size, model = None, None
         for _, location, record_data in image_records:
             if size is None and name in seen_names:
                 raise InputError(f"{location}: {name!r} has records in several places; sort the records by image")
@@ -115,7 +117,7 @@ def _parse_caption(record: Mapping[str, Any], size: ImageSize, default_region_id
     return Caption(
         text,
         _number(record.get("score")),
-        None if box is None else tuple(map(float, box)),
+        None if box is None else cast("Box", tuple(map(float, box))),
         rle,
         None if record.get("predicted_iou") is None else _number(record["predicted_iou"]),
         parsed_prompt,

@@ -22,14 +22,18 @@ class BoxSegmenter(nn.Module):
             trainable neck.
     """
 
+    frequencies: Tensor  # (2, D / 2)
+
     def __init__(self, encoder: Encoder, hidden_size: int | None = None):
         super().__init__()
-        self.channels = hidden_size or min(encoder.channels, SAM_HIDDEN_SIZE)
-        self.image_size = encoder.image_format.size
-        self.grid_size = self.image_size // encoder.stride
-        self.neck = FeatureNeck(encoder.channels, self.channels) if self.channels != encoder.channels else nn.Identity()
+        self.channels: int = hidden_size or min(encoder.channels, SAM_HIDDEN_SIZE)
+        self.image_size: int = encoder.image_format.size
+        self.grid_size: int = self.image_size // encoder.stride
+        self.neck: nn.Module = (
+            FeatureNeck(encoder.channels, self.channels) if self.channels != encoder.channels else nn.Identity()
+        )
         self.register_buffer("frequencies", torch.randn(2, self.channels // 2))
-        self.kinds = nn.Embedding(4, self.channels)
+        self.point_embeddings: nn.Embedding = nn.Embedding(4, self.channels)
 
     def forward(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
         """Encode prompted regions.
@@ -48,15 +52,17 @@ class BoxSegmenter(nn.Module):
         if prompts.masks is not None:
             raise ValueError("the segmenter 'box' does not support mask prompts; use segmenter=sam")
         image_embeddings = self.neck(features)
-        tokens = []
+        token_groups = []
         if prompts.points is not None:
-            tokens.append(
-                self.encode_coordinates(prompts.points + 0.5) + self.kinds(prompts.labels.long().clamp(min=0))
+            assert prompts.labels is not None  # of the points
+            token_groups.append(
+                self.encode_coordinates(prompts.points + 0.5)
+                + self.point_embeddings(prompts.labels.long().clamp(min=0))
             )
         if prompts.boxes is not None:
             corners = prompts.boxes.unflatten(1, (2, 2))  # (N, 2, 2) in the input frame
-            tokens.append(self.encode_coordinates(corners + 0.5) + self.kinds.weight[2:])
-        tokens = torch.cat(tokens, dim=1)  # (N, P', D)
+            token_groups.append(self.encode_coordinates(corners + 0.5) + self.point_embeddings.weight[2:])
+        tokens = torch.cat(token_groups, dim=1)  # (N, P', D)
         return SegmenterOutput(
             image_index=prompts.image_index,
             image_embeddings=image_embeddings,

@@ -6,11 +6,13 @@ tokens and the updated image features of each region.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from sca_registry.contracts import Encoder, MaskTargets, PromptBatch, SegmenterOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import SamConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
+from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 from transformers.models.sam.modeling_sam import (
     SamMaskDecoder,
     SamPositionalEmbedding,
@@ -21,6 +23,7 @@ from transformers.models.sam.modeling_sam import (
 
 from sca.io.hub import load_pretrained
 from sca.nn.boxes import rasterize_boxes
+from sca.nn.feature_packing import count_packed_channels, unpack_feature_maps
 from sca.nn.masks import masks_to_boxes, select_best_masks
 from sca.nn.two_way_transformer import TwoWayTransformer, build_decoder_config
 
@@ -52,6 +55,12 @@ class SamSegmenter(nn.Module):
         pretrained: Load pretrained weights; False initializes randomly.
     """
 
+    # `default_segmenter` of the encoders whose weights contain those of the segmenter
+    encoder_families: tuple[str, ...] = ("sam",)
+    # Modules of transformers; in subclasses, those of SAM's relatives, which have the same submodules.
+    prompt_encoder: SamPromptEncoder
+    decoder: SamMaskDecoder
+
     def __init__(
         self,
         encoder: Encoder,
@@ -68,18 +77,21 @@ class SamSegmenter(nn.Module):
         pretrained: bool = True,
     ):
         super().__init__()
-        self.image_size = encoder.image_format.size
-        self.grid_size = self.image_size // encoder.stride
+        self.image_size: int = encoder.image_format.size
+        self.grid_size: int = self.image_size // encoder.stride
         self.box_masks = box_masks
-        if pretrained and weights is None and encoder.default_segmenter == "sam":
+        has_own_encoder = encoder.default_segmenter in self.encoder_families
+        if pretrained and weights is None and has_own_encoder:
             weights, revision = encoder.checkpoint, getattr(encoder, "revision", None)
-        self.checkpoint = weights if pretrained else None
+        self.checkpoint: str | None = weights if pretrained else None
+        self.high_res_shapes: tuple[tuple[int, int], ...] = (
+            getattr(encoder, "high_res_shapes", ()) if has_own_encoder else ()
+        )
+        in_channels = encoder.channels - count_packed_channels(0, self.high_res_shapes)
         if self.checkpoint:
-            other_modules = ("vision_encoder.",)
-            sam = load_pretrained(SamPromptAndMaskModel, weights, revision, other_modules, dtype="float32")
-            self.prompt_encoder, self.decoder = sam.prompt_encoder, sam.mask_decoder
+            self.prompt_encoder, self.decoder = self.load_modules(self.checkpoint, revision)
         else:
-            channels = hidden_size or (SAM_HIDDEN_SIZE if weights else min(encoder.channels, SAM_HIDDEN_SIZE))
+            channels = hidden_size or (SAM_HIDDEN_SIZE if weights else min(in_channels, SAM_HIDDEN_SIZE))
             mask_decoder_config = build_decoder_config(
                 channels,
                 depth,
@@ -88,27 +100,41 @@ class SamSegmenter(nn.Module):
                 iou_head_depth=iou_head_depth,
                 iou_head_hidden_dim=iou_head_hidden_size or channels,
             )
-            prompt_encoder_config = SamPromptEncoderConfig(
-                hidden_size=channels,
-                image_size=self.image_size,
-                patch_size=encoder.stride,
-                mask_input_channels=mask_input_channels,
+            self.prompt_encoder, self.decoder = self.build_modules(
+                mask_decoder_config, encoder.stride, mask_input_channels
             )
-            vision_config = SamVisionConfig(hidden_size=POSITION_FREQUENCY_SCALE, num_pos_feats=channels // 2)
-            self.prompt_encoder, self.decoder = _build_prompt_and_mask_modules(
-                SamConfig(
-                    vision_config=vision_config,
-                    prompt_encoder_config=prompt_encoder_config,
-                    mask_decoder_config=mask_decoder_config,
-                )
-            )
-        self.channels = self.decoder.hidden_size
+        self.channels: int = self.decoder.hidden_size
         self.prompt_encoder.input_image_size = self.image_size
-        self.neck = nn.Identity()
-        if self.channels != encoder.channels:
-            self.neck = FeatureNeck(encoder.channels, self.channels)
+        self.neck: nn.Module = nn.Identity()
+        if self.channels != in_channels:
+            self.neck = FeatureNeck(in_channels, self.channels)
         self.prompt_encoder.shared_embedding.positional_embedding.requires_grad_(False)
         self.prompt_encoder.no_mask_embed.weight.requires_grad_(not box_masks)  # unused: every prompt has a mask
+
+    def load_modules(self, weights: str, revision: str | None) -> tuple[nn.Module, nn.Module]:
+        """Load the pretrained prompt encoder and mask decoder."""
+        sam = load_pretrained(SamPromptAndMaskModel, weights, revision, ("vision_encoder.",), dtype="float32")
+        return sam.prompt_encoder, sam.mask_decoder
+
+    def build_modules(
+        self, mask_decoder_config: SamMaskDecoderConfig, patch_size: int, mask_input_channels: int
+    ) -> tuple[nn.Module, nn.Module]:
+        """Build a prompt encoder and a mask decoder with random weights."""
+        channels = mask_decoder_config.hidden_size
+        prompt_encoder_config = SamPromptEncoderConfig(
+            hidden_size=channels,
+            image_size=self.image_size,
+            patch_size=patch_size,
+            mask_input_channels=mask_input_channels,
+        )
+        vision_config = SamVisionConfig(hidden_size=POSITION_FREQUENCY_SCALE, num_pos_feats=channels // 2)
+        return _build_prompt_and_mask_modules(
+            SamConfig(
+                vision_config=vision_config,
+                prompt_encoder_config=prompt_encoder_config,
+                mask_decoder_config=mask_decoder_config,
+            )
+        )
 
     def forward(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
         """Segment prompted regions.
@@ -121,20 +147,25 @@ class SamSegmenter(nn.Module):
         Returns:
             Masks, scores, tokens and image embeddings of the N regions.
         """
+        # (B, C, h, w), and features of higher resolutions if the encoder has them
+        features, high_res_features = unpack_feature_maps(features, self.high_res_shapes)
+        if not isinstance(self.neck, nn.Identity):  # another hidden size than the encoder's
+            high_res_features = ()
         image_embeddings = self.neck(features)  # (B, D, h, w)
         prompt_tokens, dense_embeddings = self.embed_prompts(prompts)
         positional_encoding = self.compute_positional_encoding()
         is_grid_shared = dense_embeddings.dim() == 3  # without dense prompts, the regions of an image share its grid
         # (B or N, D, h, w)
         grid = (image_embeddings if is_grid_shared else image_embeddings[prompts.image_index]) + dense_embeddings
-        output_tokens = torch.cat((self.decoder.iou_token.weight, self.decoder.mask_tokens.weight))  # (1 + M + 1, D)
+        output_tokens = self.get_output_tokens()
         tokens = torch.cat((output_tokens.expand(len(prompts), -1, -1), prompt_tokens), dim=1)
         tokens, grid = self.decoder.transformer(
             tokens, grid, positional_encoding, prompts.image_index if is_grid_shared else None
         )
-        masks, iou_scores = self.decode_masks(tokens, grid)
-        selected = slice(1, None) if multimask_output else slice(0, 1)
-        masks, iou_scores = masks[:, selected], iou_scores[:, selected]
+        high_res_features = self.prepare_high_res_features(image_embeddings, high_res_features)
+        masks, iou_scores = self.decode_masks(tokens, grid, prompts.image_index, high_res_features)
+        mask_tokens = tokens[:, 1 : 1 + len(self.decoder.mask_tokens.weight)]
+        masks, iou_scores, mask_tokens = self.select_masks(masks, iou_scores, mask_tokens, multimask_output)
         return SegmenterOutput(
             image_index=prompts.image_index,
             image_embeddings=image_embeddings,
@@ -143,12 +174,23 @@ class SamSegmenter(nn.Module):
             positional_encoding=positional_encoding,
             prompt_tokens=prompt_tokens,
             tokens=tokens,
-            mask_tokens=tokens[:, 1 : output_tokens.shape[0]][:, selected],
+            mask_tokens=mask_tokens,
             grid=grid,
             masks=masks,
             iou_scores=iou_scores,
             boxes=prompts.boxes if prompts.boxes is not None else self._compute_boxes(masks, iou_scores),
         )
+
+    def get_output_tokens(self) -> Tensor:
+        """Return the learned output tokens: the IoU token, M + 1 mask tokens, then those of subclasses, (T, D)."""
+        return torch.cat((self.decoder.iou_token.weight, self.decoder.mask_tokens.weight))
+
+    def select_masks(
+        self, masks: Tensor, iou_scores: Tensor, mask_tokens: Tensor, multimask_output: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Select three masks per region, or the single one, with their scores and tokens."""
+        selected = slice(1, None) if multimask_output else slice(0, 1)
+        return masks[:, selected], iou_scores[:, selected], mask_tokens[:, selected]
 
     def embed_prompts(self, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
         """Embed prompts.
@@ -185,34 +227,58 @@ class SamSegmenter(nn.Module):
 
     def compute_positional_encoding(self) -> Tensor:
         """Return the random Fourier features of each cell's center, (D, h, w)."""
-        embedding = self.prompt_encoder.shared_embedding
+        embedding = self.get_grid_embedding()
         centers = (torch.arange(self.grid_size, device=embedding.positional_embedding.device) + 0.5) / self.grid_size
         y, x = torch.meshgrid(centers, centers, indexing="ij")
         return embedding(torch.stack((x, y), dim=-1).unsqueeze(0)).squeeze(0).permute(2, 0, 1)
 
-    def decode_masks(self, tokens: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    def get_grid_embedding(self) -> nn.Module:
+        """Return the module that maps the centers of cells to Fourier features."""
+        return self.prompt_encoder.shared_embedding
+
+    def prepare_high_res_features(
+        self, image_embeddings: Tensor, high_res_features: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """Compute, once per image, the features of higher resolutions that masks are predicted from."""
+        return high_res_features
+
+    def decode_masks(
+        self, tokens: Tensor, grid: Tensor, image_index: Tensor, high_res_features: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
         """Predict masks and their IoU.
 
         Args:
             tokens: (N, T, D) output tokens.
             grid: (N, D, h, w) image features of each region.
+            image_index: (N,) image of each region.
+            high_res_features: Features of images at higher resolutions, (B, ...) each, as prepared.
 
         Returns:
             Mask logits (N, M + 1, 4h, 4w) and predicted IoU (N, M + 1). The first mask is the single mask.
         """
-        networks = self.decoder.output_hypernetworks_mlps
-        weights = torch.stack([network(tokens[:, 1 + index]) for index, network in enumerate(networks)], dim=1)
         chunk_size = max(1, len(grid))
         if grid.device.type == "cpu" and not torch.is_grad_enabled():  # upscaled grids are 8 times larger
             chunk_size = max(1, UPSCALE_ELEMENTS_PER_CHUNK // max(1, grid[:1].numel()))
+        chunks = [slice(start, start + chunk_size) for start in range(0, max(1, len(grid)), chunk_size)]
         masks = [
-            torch.einsum("nmc,nchw->nmhw", weight_chunk, self._upscale_grid(grid_chunk))
-            for weight_chunk, grid_chunk in zip(weights.split(chunk_size), grid.split(chunk_size), strict=True)
+            self.predict_masks(tokens[chunk], grid[chunk], image_index[chunk], high_res_features) for chunk in chunks
         ]
         return torch.cat(masks), self.decoder.iou_prediction_head(tokens[:, 0])
 
-    def _upscale_grid(self, grid: Tensor) -> Tensor:
-        """Upscale grids: (N, D, h, w) -> (N, D/8, 4h, 4w)."""
+    def predict_masks(
+        self, tokens: Tensor, grid: Tensor, image_index: Tensor, high_res_features: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Predict the mask logits of some regions, (N, M + 1, 4h, 4w); the arguments are those of `decode_masks`."""
+        upscaled = self.upscale_grid(grid, image_index, high_res_features)
+        return torch.einsum("nmc,nchw->nmhw", self.compute_mask_weights(tokens), upscaled)
+
+    def compute_mask_weights(self, tokens: Tensor) -> Tensor:
+        """Return the weights of each mask over the channels of the upscaled grid, (N, M + 1, D/8)."""
+        networks = self.decoder.output_hypernetworks_mlps
+        return torch.stack([network(tokens[:, 1 + index]) for index, network in enumerate(networks)], dim=1)
+
+    def upscale_grid(self, grid: Tensor, image_index: Tensor, high_res_features: tuple[Tensor, ...]) -> Tensor:
+        """Upscale the grids of N regions: (N, D, h, w) -> (N, D/8, 4h, 4w)."""
         decoder = self.decoder
         upscaled = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(grid)))
         return decoder.activation(decoder.upscale_conv2(upscaled))
@@ -231,6 +297,8 @@ class SamSegmenter(nn.Module):
             "mask", 20 focal + dice loss of the best mask per region, and "iou", the mean squared error of all predicted
             IoU scores.
         """
+        assert regions.masks is not None  # see `forward`
+        assert regions.iou_scores is not None
         region_rows = targets.has_mask.nonzero().squeeze(1)  # indices: a bool mask would synchronize at every use
         if not len(region_rows):
             zero = regions.masks.sum() * 0.0
@@ -268,15 +336,18 @@ class SamPromptAndMaskModel(SamPreTrainedModel):
 
     _tied_weights_keys = SamModel._tied_weights_keys
 
+    prompt_encoder: SamPromptEncoder
+    mask_decoder: SamMaskDecoder
+
     def __init__(self, config: SamConfig):
         super().__init__(config)
-        self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
+        self.shared_image_embedding: SamPositionalEmbedding = SamPositionalEmbedding(config.vision_config)
         self.prompt_encoder, self.mask_decoder = _build_prompt_and_mask_modules(config)
         self.post_init()
 
 
 def _build_prompt_and_mask_modules(config: SamConfig) -> tuple[SamPromptEncoder, SamMaskDecoder]:
-    mask_decoder_config = config.mask_decoder_config
+    mask_decoder_config = cast("SamMaskDecoderConfig", config.mask_decoder_config)
     decoder = SamMaskDecoder(mask_decoder_config)
     decoder.transformer = TwoWayTransformer(
         mask_decoder_config.hidden_size,
@@ -305,6 +376,7 @@ def draw_prompts(prompts: PromptBatch, mask_size: int, image_size: int) -> Tenso
     if prompts.boxes is not None:
         canvas += rasterize_boxes(prompts.boxes, mask_size, image_size) * 2.0 - 1.0
     if prompts.points is not None:
+        assert prompts.labels is not None  # of the points
         squared_distance = (prompts.points.float()[..., None] + 0.5 - centers).square()  # (N, P, 2, side)
         x, y = (-squared_distance / (2 * (image_size / 32) ** 2)).exp().unbind(2)
         height = torch.where(prompts.labels == 1, 2.0, torch.where(prompts.labels == 0, -2.0, 0.0))
@@ -322,7 +394,9 @@ class FeatureNeck(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.layers = SamVisionNeck(SamVisionConfig(hidden_size=in_channels, output_channels=out_channels))
+        self.layers: SamVisionNeck = SamVisionNeck(
+            SamVisionConfig(hidden_size=in_channels, output_channels=out_channels)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Apply the neck."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from sca_registry.registry import RegistryEntry
 
-from sca.launchers.local import Local
+from sca.launchers.local import LocalLauncher
 from sca.launchers.task import Task
 
 IMPORT_TIMEOUT = 300.0  # seconds for all built-in components
@@ -62,7 +62,7 @@ def _run_jobs(job: str, configs: Iterable[Mapping[str, Any]], timeout: float) ->
             )
             for index, config in enumerate(configs)
         ]
-        results = {outcome.task.key: outcome.result for outcome in Local(os.cpu_count() or 1).run_tasks(tasks)}
+        results = {outcome.task.key: outcome.result for outcome in LocalLauncher(os.cpu_count() or 1).run_tasks(tasks)}
     return [_check_result(results.get(task.key)) for task in tasks]
 
 

@@ -22,62 +22,66 @@ class Augmentation:
     """Random augmentation of samples.
 
     Args:
-        flip: Probability of a horizontal flip.
-        sides: "swap" exchanges "left" and "right" in the phrases and text attributes of a flipped image; "drop" removes
-            the regions of a flipped image that mention either.
-        crop: Minimum fraction of each side that a random crop keeps; 1 for no crop.
-        scale: Minimum and maximum factor of large-scale jitter (arXiv 2012.07177); empty for none. The result is a
-            square with the longer side of the image: randomly cropped if enlarged, padded at the right and bottom if
+        flip_prob: Probability of a horizontal flip.
+        side_words: "swap" exchanges "left" and "right" in the phrases and text attributes of a flipped image; "drop"
+            removes the regions of a flipped image that mention either.
+        min_crop_fraction: Minimum fraction of each side that a random crop keeps; 1 for no crop.
+        scale_range: Minimum and maximum factor of large-scale jitter (arXiv 2012.07177); empty for none. The result is
+            a square with the longer side of the image: randomly cropped if enlarged, padded at the right and bottom if
             reduced.
-        color: Maximum deviation of the brightness, contrast and saturation factors from 1.
-        keep: Minimum fraction of a region's area that must remain; other regions are dropped.
+        color_jitter: Maximum deviation of the brightness, contrast and saturation factors from 1.
+        min_visibility: Minimum fraction of a region's area that must remain; other regions are dropped.
     """
 
-    flip: float = 0.5
-    sides: str = "swap"
-    crop: float = 1.0
-    scale: Sequence[float] = ()
-    color: float = 0.0
-    keep: float = 0.4
+    flip_prob: float = 0.5
+    side_words: str = "swap"
+    min_crop_fraction: float = 1.0
+    scale_range: Sequence[float] = ()
+    color_jitter: float = 0.0
+    min_visibility: float = 0.4
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """Return a randomly augmented copy of a sample."""
         image, regions = sample.image, list(sample.regions)
         original_areas = {region.id: _compute_area(region) for region in regions}
-        if self.crop < 1:
+        if self.min_crop_fraction < 1:
             image, regions = self._crop_randomly(image, regions, original_areas, rng)
-        if rng.random() < self.flip:
-            if self.sides == "drop":
+        if rng.random() < self.flip_prob:
+            if self.side_words == "drop":
                 regions = [region for region in regions if not has_side_word(region)]
             image, regions = flip_horizontally(image, regions)
-        if self.color:
+        if self.color_jitter:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-                image = enhance(image).enhance(rng.uniform(1 - self.color, 1 + self.color))
-        if self.scale:
+                image = enhance(image).enhance(rng.uniform(1 - self.color_jitter, 1 + self.color_jitter))
+        if self.scale_range:
             image, regions = self._jitter_scale(image, regions, original_areas, rng)
         return Sample(image, sample.image_id, tuple(regions))
 
     def _crop_randomly(
         self, image: Image.Image, regions: list[Region], original_areas: dict[int, float], rng: np.random.Generator
     ) -> tuple[Image.Image, list[Region]]:
-        fraction = rng.uniform(self.crop, 1)
+        fraction = rng.uniform(self.min_crop_fraction, 1)
         width, height = max(1, round(image.width * fraction)), max(1, round(image.height * fraction))
         left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
         window = (left, top, left + width, top + height)
-        cropped_regions = [crop_region(region, window, original_areas[region.id], self.keep) for region in regions]
+        cropped_regions = [
+            crop_region(region, window, original_areas[region.id], self.min_visibility) for region in regions
+        ]
         return image.crop(window), [region for region in cropped_regions if region is not None]
 
     def _jitter_scale(
         self, image: Image.Image, regions: list[Region], original_areas: dict[int, float], rng: np.random.Generator
     ) -> tuple[Image.Image, list[Region]]:
-        side, factor = max(image.size), rng.uniform(*self.scale)
+        side, factor = max(image.size), rng.uniform(*self.scale_range)
         width, height = (min(length, max(1, round(side / factor))) for length in image.size)  # visible window
         left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
         window = (left, top, left + width, top + height)
         size = (min(side, max(1, round(width * factor))), min(side, max(1, round(height * factor))))
         canvas = Image.new("RGB", (side, side), PADDING_COLOR)
         canvas.paste(image.crop(window).resize(size, Image.Resampling.BILINEAR))
-        cropped_regions = [crop_region(region, window, original_areas[region.id], self.keep) for region in regions]
+        cropped_regions = [
+            crop_region(region, window, original_areas[region.id], self.min_visibility) for region in regions
+        ]
         resized_regions = [
             resize_region(region, (width, height), size, (side, side))
             for region in cropped_regions
@@ -123,7 +127,7 @@ def _compute_area(region: Region) -> float:
 
 
 def crop_region(
-    region: Region, window: tuple[int, int, int, int], original_area: float, min_area_fraction: float
+    region: Region, window: tuple[int, int, int, int], original_area: float, min_visibility: float
 ) -> Region | None:
     """Crop a region to a window.
 
@@ -131,7 +135,7 @@ def crop_region(
         region: Region in image pixels.
         window: x1 y1 x2 y2 in image pixels.
         original_area: Area of the region before augmentation, in pixels.
-        min_area_fraction: Minimum fraction of `original_area` that must remain.
+        min_visibility: Minimum fraction of `original_area` that must remain.
 
     Returns:
         The region in pixels of the window; None if too little of it remains.
@@ -143,9 +147,9 @@ def crop_region(
         return None
     if region.mask is None:
         remaining_fraction = (box[2] - box[0]) * (box[3] - box[1]) / original_area
-        return replace(region, box=box) if remaining_fraction >= min_area_fraction else None
+        return replace(region, box=box) if remaining_fraction >= min_visibility else None
     mask = decode_rle(region.mask)[top:bottom, left:right]
-    if mask.sum() < min_area_fraction * original_area or not mask.any():
+    if mask.sum() < min_visibility * original_area or not mask.any():
         return None
     rle = encode_rle(mask)
     mask_box = mask_to_box(rle)

@@ -50,14 +50,14 @@ def open_validation_dataset(validation: ValidationOptions) -> Dataset:
     from sca.evaluation.requirements import check_best_scores, check_has_truth, check_metric_needs
     from sca.evaluation.scoring import check_metrics
 
-    PromptingOptions(prompt=validation.prompt)
+    PromptingOptions(prompt_type=validation.prompt_type)
     check_metrics(validation.metrics or None, None)
-    part = ComponentSpec.from_dict(validation.dataset, "dataset of validate")
-    dataset = datasets.build(part.name, validation.split, **part.options)
+    component = ComponentSpec.from_dict(validation.dataset, "dataset of validate")
+    dataset = datasets.build(component.name, validation.split, **component.options)
     if len(dataset):
-        check_has_truth(dataset, f"validate ({validation.split})", limit=validation.limit)
-        check_metric_needs(validation.metrics, dataset, limit=validation.limit)
-        check_best_scores(validation.best, validation.metrics or None, dataset, validation.limit)
+        check_has_truth(dataset, f"validate ({validation.split})", max_images=validation.max_images)
+        check_metric_needs(validation.metrics, dataset, max_images=validation.max_images)
+        check_best_scores(validation.metric_for_best_model, validation.metrics or None, dataset, validation.max_images)
     return dataset
 
 

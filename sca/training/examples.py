@@ -85,8 +85,8 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         seed: Random seed.
         attributes: Possible values by attribute, for `Example.labels`.
         augment: Random augmentation of samples.
-        phrase_mode: "dataset" or "template", see `DataSource.phrases`.
-        class_name_task: Task of class names, see `DataSource.names`.
+        phrase_mode: "dataset" or "template", see `DataSource`.
+        class_name_task: Task of class names, see `DataSource`.
         cache: Cached features to return instead of pixel values.
     """
 
@@ -207,7 +207,7 @@ class ExampleMixture(torch.utils.data.Dataset[Example]):
         weights: Sampling weights of the streams.
         length: Number of examples.
         seed: Random seed.
-        prompt_shares: Sampling weights of the prompt kinds; only boxes by default.
+        prompt_weights: Sampling weights of the prompt kinds; only boxes by default.
         examples_per_step: Examples per step, over all processes.
     """
 
@@ -217,7 +217,7 @@ class ExampleMixture(torch.utils.data.Dataset[Example]):
         weights: Sequence[float],
         length: int,
         seed: int = 0,
-        prompt_shares: Mapping[str, float] | None = None,
+        prompt_weights: Mapping[str, float] | None = None,
         examples_per_step: int = 1,
     ):
         self.streams = streams
@@ -228,7 +228,7 @@ class ExampleMixture(torch.utils.data.Dataset[Example]):
         for index in range(len(streams)):
             is_selected = self._stream_indices == index
             self._stream_positions[is_selected] = np.arange(is_selected.sum())
-        kinds, probabilities = zip(*(prompt_shares or {"box": 1.0}).items(), strict=True)
+        kinds, probabilities = zip(*(prompt_weights or {"box": 1.0}).items(), strict=True)
         rng = np.random.default_rng([seed, 3])
         self._prompt_kinds = rng.choice(
             kinds, size=-(-length // examples_per_step), p=np.asarray(probabilities) / sum(probabilities)

@@ -58,14 +58,14 @@ class FeatureCache:
 
         Raises:
             KeyError: `encode_missing` did not encode the image.
-            ValueError: The file is broken.
+            ValueError: The file is damaged.
         """
         try:
             return torch.from_numpy(np.load(self.get_path(image), mmap_mode="r").astype(np.float32))
         except FileNotFoundError as error:
-            raise KeyError(f"no features of this {image.size} picture in {self.folder}") from error
+            raise KeyError(f"no cached features of an image of size {image.size} in {self.folder}") from error
         except ValueError as error:
-            raise ValueError(f"{self.get_path(image)} is broken ({error}): remove it, and it is made again") from error
+            raise ValueError(f"{self.get_path(image)} is damaged ({error}); delete it to recompute it") from error
 
     @torch.no_grad()
     def encode_missing(
@@ -107,7 +107,7 @@ class FeatureCache:
 def _write_features(path: Path, features: Tensor) -> None:
     array = features.half().cpu()
     if not array.isfinite().all():
-        raise ValueError("the encoder gives features that float16 does not hold: train without train.cache_features")
+        raise ValueError("the features exceed the range of float16; train without train.feature_cache_dir")
     content = io.BytesIO()
     np.save(content, array.numpy())
     with translate_output_errors(path):

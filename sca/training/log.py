@@ -11,6 +11,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from sca.io.score_format import format_score
+
 VALIDATION_PREFIX = "validation_"  # prefix of validation scores in the trainer's logs
 
 
@@ -83,4 +85,4 @@ def format_logs(
         return "  ".join([step_text, *columns])
     scores = {name: logs[f"{VALIDATION_PREFIX}{name}"] for name in best_metrics if f"{VALIDATION_PREFIX}{name}" in logs}
     metric = next((name for name, score in scores.items() if math.isfinite(score)), None)
-    return f"{step_text}  validation {metric} {scores[metric]:.4g}" if metric else ""
+    return f"{step_text}  validation {metric} {format_score(scores[metric])}" if metric else ""

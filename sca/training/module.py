@@ -38,17 +38,17 @@ class TrainingModule(nn.Module):
         self.model = model
         self.loss_weights: dict[str, float] = dict(loss_weights)
         self.chunk_size = chunk_size
-        for loss in ("attributes", "features"):
+        for loss in ("attributes", "feature_attributes"):
             if loss_weights.get(loss) and not (
                 attributes.region_attributes or (loss == "attributes" and attributes.relation_attributes)
             ):
-                raise RegistryError(f"loss.{loss} names attributes, and the data has none: set loss.{loss}=0")
+                raise RegistryError(f"loss.{loss} requires attributes, and no dataset has any; set loss.{loss}=0")
         self.heads = nn.ModuleDict()
         if loss_weights.get("attributes"):
             attribute_values = attributes.region_attributes | attributes.relation_attributes
             self.heads["attributes"] = AttributeHead(model.mixer.hidden_size, model.mixer.num_queries, attribute_values)
-        if loss_weights.get("features"):
-            self.heads["features"] = AttributeHead(model.segmenter.channels, 1, attributes.region_attributes)
+        if loss_weights.get("feature_attributes"):
+            self.heads["feature_attributes"] = AttributeHead(model.segmenter.channels, 1, attributes.region_attributes)
         self.recent_losses: dict[str, list[float]] = {}
 
     def forward(self, batch: Batch, loss_scales: Mapping[str, float] | None = None) -> Tensor:
@@ -67,13 +67,13 @@ class TrainingModule(nn.Module):
         losses = dict(output.losses)
         if "attributes" in self.heads:
             losses["attributes"] = self.heads["attributes"](output.queries, batch.auxiliary_targets)
-        if "features" in self.heads:
+        if "feature_attributes" in self.heads:
             features = pool_ground_truth_features(output.regions, batch.targets)
             masked_labels = {
                 name: labels.masked_fill(~batch.targets.has_mask, UNKNOWN_LABEL)
                 for name, labels in batch.auxiliary_targets.items()
             }
-            losses["features"] = self.heads["features"](features, masked_labels)
+            losses["feature_attributes"] = self.heads["feature_attributes"](features, masked_labels)
         if loss_scales is not None:
             losses = {name: value * loss_scales.get(name, loss_scales["regions"]) for name, value in losses.items()}
         for name, value in losses.items():
@@ -99,4 +99,4 @@ def check_lr_multipliers(options: TrainOptions, module: TrainingModule) -> None:
     """
     for name in options.lr_multipliers:
         if name not in (groups := module.group_trainable_parameters()):
-            raise make_unknown_name_error(f"train.lr_multipliers.{name} is for nothing that trains", name, groups)
+            raise make_unknown_name_error(f"train.lr_multipliers: no trainable group {name!r}", name, groups)

@@ -1,11 +1,12 @@
 """Training recipes: model, data, options and loss weights in one TOML file.
 
 [model]          A `ModelSpec`; or `model = "NAME"`, a checkpoint or a zoo name to start from.
-[data.NAME]      A `DataSource`: name of a dataset, split, weight, augment, phrases, names, and the dataset's options.
+[data.NAME]      A `DataSource`: name of a dataset, split, weight, augment, phrases, class_name_task, and the
+                 dataset's options.
 [train]          `TrainOptions`.
 [validate]       `ValidationOptions`; without this table, the model is not validated.
-[loss]           Weights of the losses. `attributes` and `features` train auxiliary heads that predict the attributes of
-                 regions from their queries, and from the image features under their ground-truth masks.
+[loss]           Weights of the losses. `attributes` and `feature_attributes` train auxiliary heads that predict the
+                 attributes of regions from their queries, and from the image features under their ground-truth masks.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     from sca.training.augmentation import Augmentation
 
 SECTIONS = ("model", "data", "train", "loss", "validate")
-DEFAULT_LOSS_WEIGHTS = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
+DEFAULT_LOSS_WEIGHTS = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "feature_attributes": 0.0}
 PROMPT_KINDS = ("box", "point", "mask", "box-and-point")
 PHRASE_MODES = ("dataset", "template")
-SIDE_MODES = ("swap", "drop")
+SIDE_WORD_MODES = ("swap", "drop")
 CLASS_NAME_TASKS = ("recognition", "caption", "both")
 PRECISIONS = ("float32", "bfloat16", "float16")
 POSITIVE_COUNT_OPTIONS = (  # integers of at least 1
@@ -67,8 +68,8 @@ class SamplingOptions:
     """Sampling options for regions and their texts.
 
     Args:
-        prompts: Sampling weights of the prompt kinds "box", "point", "mask" and "box-and-point", drawn once per step.
-            A region without a mask uses its filled box as the mask.
+        prompt_weights: Sampling weights of the prompt kinds "box", "point", "mask" and "box-and-point", drawn once per
+            step. A region without a mask uses its filled box as the mask.
         class_name_prob: Probability that a sampled text is the region's class name instead of a phrase.
         class_name_warmup: Fraction of training, from the start, in which every text is a class name (the weak
             supervision of SCA, arXiv 2312.00869).
@@ -82,7 +83,7 @@ class SamplingOptions:
         max_tokens: Maximum tokens per text, including the end token.
     """
 
-    prompts: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
+    prompt_weights: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
     class_name_prob: float = 0.0
     class_name_warmup: float = 0.0
     short_caption_warmup: float = 0.0
@@ -110,11 +111,11 @@ class TrainOptions(SamplingOptions):
         max_grad_norm: Maximum gradient norm.
         gradient_accumulation_steps: Batches per step that are computed one after another.
         chunk_size: Regions per forward pass, with activations recomputed for the gradients to save memory; 0 for all.
-        cache_features: Folder for the features of a frozen encoder, see `FeatureCache`; "" for none.
+        feature_cache_dir: Folder that caches the features of a frozen encoder, see `FeatureCache`; "" for none.
         precision: "float32", or autocast to "bfloat16" or "float16".
         report_to: "tensorboard", "wandb", "trackio" or another integration of transformers, comma-separated; "none";
             or "auto" for TensorBoard if it is installed.
-        sharded: Shard trainable parameters over the processes, see `sca.training.sharding`.
+        fsdp: Shard trainable parameters over the processes (FSDP2), see `sca.training.sharding`.
         num_processes: Processes started on this machine, unless a launcher started them; on GPUs, one per GPU instead.
         num_workers: Processes that load data.
         save_steps: Steps between checkpoints to resume from.
@@ -132,10 +133,10 @@ class TrainOptions(SamplingOptions):
     max_grad_norm: float = 1.0
     gradient_accumulation_steps: int = 1
     chunk_size: int = 0
-    cache_features: str = ""
+    feature_cache_dir: str = ""
     precision: str = "float32"
     report_to: str = "auto"
-    sharded: bool = False
+    fsdp: bool = False
     num_processes: int = 1
     num_workers: int = 0
     save_steps: int = 500
@@ -153,8 +154,8 @@ class DataSource:
         augment: Random augmentation of the samples.
         phrases: "dataset" for the phrases of the dataset, or "template" to add `add_template_phrases` to regions
             without a phrase.
-        names: Task of a class name: "recognition", "caption" as in the released recipe of SCA, or "both" for a random
-            one of the two if the region has no phrase and "recognition" otherwise.
+        class_name_task: Task of a class name: "recognition", "caption" as in the released recipe of SCA, or "both" for
+            a random one of the two if the region has no phrase and "recognition" otherwise.
     """
 
     dataset: ComponentSpec
@@ -162,7 +163,7 @@ class DataSource:
     weight: float = 1.0
     augment: Augmentation | None = None
     phrases: str = "dataset"
-    names: str = "recognition"
+    class_name_task: str = "recognition"
 
     @classmethod
     def from_dict(cls, table: Any, location: str) -> DataSource:
@@ -178,10 +179,10 @@ class DataSource:
         Raises:
             RegistryError: A value is invalid.
         """
-        part = ComponentSpec.from_dict(table, f"dataset of {location}")
-        options = dict(part.options)
-        option_names = ("split", "weight", "augment", "phrases", "names")
-        split, weight, augment_table, phrases, names = (options.pop(key, None) for key in option_names)
+        component = ComponentSpec.from_dict(table, f"dataset of {location}")
+        options = dict(component.options)
+        option_names = ("split", "weight", "augment", "phrases", "class_name_task")
+        split, weight, augment_table, phrases, class_name_task = (options.pop(key, None) for key in option_names)
         kwargs: dict[str, Any] = {}
         if split is not None:
             check_type(f"{location}.split", split, str)
@@ -189,20 +190,28 @@ class DataSource:
         if weight is not None:
             check_type(f"{location}.weight", weight, float)
             if weight <= 0:
-                raise RegistryError(f"{location}.weight is {weight}; give a number above 0, or leave the table out")
+                raise RegistryError(f"{location}.weight is {weight}; give a number greater than 0, or remove the table")
             kwargs["weight"] = float(weight)
         if augment_table is not None:
             kwargs["augment"] = parse_augmentation(augment_table, f"{location}.augment")
-        for key, value, choices in (("phrases", phrases, PHRASE_MODES), ("names", names, CLASS_NAME_TASKS)):
+        for key, value, choices in (
+            ("phrases", phrases, PHRASE_MODES),
+            ("class_name_task", class_name_task, CLASS_NAME_TASKS),
+        ):
             if value is not None:
                 check_choice(f"{location}.{key}", value, choices)
                 kwargs[key] = value
-        return cls(ComponentSpec(part.name, options), **kwargs)
+        return cls(ComponentSpec(component.name, options), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table [data.NAME]."""
         augment = {} if self.augment is None else {"augment": _tuples_to_lists(vars(self.augment))}
-        source_options = {"split": self.split, "weight": self.weight, "phrases": self.phrases, "names": self.names}
+        source_options = {
+            "split": self.split,
+            "weight": self.weight,
+            "phrases": self.phrases,
+            "class_name_task": self.class_name_task,
+        }
         return self.dataset.to_dict() | source_options | augment
 
 
@@ -211,24 +220,24 @@ class ValidationOptions:
     """Options of [validate].
 
     Args:
-        every: Steps between validations; the last step is always validated.
+        eval_steps: Steps between validations; the last step is always validated.
         dataset: Table of the dataset; by default that of the first data source.
         split: Split of the dataset. Test splits are rejected, because a model selected on a split has no unbiased score
             on it.
-        limit: Maximum number of images.
-        prompt: Prompt kind.
+        max_images: Maximum images.
+        prompt_type: One of `sca.evaluation.predictions.PROMPT_TYPES`.
         metrics: Names of metrics; by default all that the data supports.
-        best: Names of scores. The model with the highest score is saved in the folder `best`; the first score that is a
-            number counts.
+        metric_for_best_model: Names of scores. The model with the highest score is saved in the folder `best`; the
+            first score that is finite counts.
     """
 
-    every: int = 500
+    eval_steps: int = 500
     dataset: Mapping[str, Any] = field(default_factory=dict)
     split: str = "val"
-    limit: int = 100
-    prompt: str = "box"
+    max_images: int = 100
+    prompt_type: str = "box"
     metrics: Sequence[str] = ()
-    best: Sequence[str] = ("cider-d", "class/count")
+    metric_for_best_model: Sequence[str] = ("cider-d", "class/accuracy")
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any], data: DataSource) -> ValidationOptions:
@@ -247,16 +256,18 @@ class ValidationOptions:
         defaults = {each.name: getattr(cls(), each.name) for each in fields(cls)}
         check_keys("a recipe's [validate]", table, defaults)
         for key, value in table.items():
-            if key in ("metrics", "best"):
-                check_list(f"validate.{key}", value, str, minimum=int(key == "best"))
+            if key in ("metrics", "metric_for_best_model"):
+                check_list(f"validate.{key}", value, str, minimum=int(key == "metric_for_best_model"))
             else:
                 check_same_type(f"validate.{key}", value, defaults[key])
         lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
         options = cls(**{"dataset": data.dataset.to_dict(), **table, **lists})
-        for key in ("every", "limit"):
+        for key in ("eval_steps", "max_images"):
             check_range(f"validate.{key}", getattr(options, key), int, 1)
         if options.split.startswith("test"):
-            raise RegistryError(f"validate.split is {options.split!r}: what is tested must not choose; give 'val'")
+            raise RegistryError(
+                f"validate.split is {options.split!r}; a test split must not select the model, give 'val'"
+            )
         ComponentSpec.from_dict(options.dataset, "dataset of validate")
         return options
 
@@ -307,7 +318,7 @@ class Recipe:
         try:
             table = parse_toml(text)
         except ValueError as error:
-            raise RegistryError(f"the recipe {name} is not TOML: {error}") from error
+            raise RegistryError(f"the recipe {name} is not valid TOML: {error}") from error
         return cls.from_dict(Path(name).stem if name.endswith(".toml") else name, table, assignments)
 
     @classmethod
@@ -350,7 +361,7 @@ class Recipe:
             check_range(f"loss.{key}", weight, float)
         if not merged["data"]:
             raise RegistryError(
-                f"the recipe {name} has no data: give data=PATH of your own, or a table [data.NAME] with name = '...'"
+                f"the recipe {name} has no data; set data=PATH, or add a table [data.NAME] with name = '...'"
             )
         data = {
             key: DataSource.from_dict(validate_table, f"data.{key}") for key, validate_table in merged["data"].items()
@@ -428,7 +439,7 @@ def read_recipe_text(name: str) -> str:
         return (files("sca.training.recipes") / f"{name}.toml").read_text("utf-8")
     if name.endswith(".toml") and Path(name).is_file():
         return read_toml_text(Path(name))
-    raise make_unknown_name_error(f"no recipe named {name!r}, and no TOML file there", name, list_recipes())
+    raise make_unknown_name_error(f"unknown recipe {name!r}, and no such TOML file", name, list_recipes())
 
 
 def _check_tables(name: str, table: Mapping[str, Any]) -> None:
@@ -446,8 +457,8 @@ def _read_model(table: Mapping[str, Any]) -> ModelSpec:
     if spec.lora and "lora" not in spec.trainable:
         names = ", ".join(f'"{name}"' for name in (*spec.trainable, "lora") if name != "language_model")
         raise RegistryError(
-            f"lora={spec.lora['rank']} would not train: the model's trainable does not contain 'lora'; "
-            f"give trainable=[{names}]"
+            f"lora={spec.lora['rank']} is not trainable, because `trainable` does not contain 'lora'; "
+            f"set trainable=[{names}]"
         )
     return spec
 
@@ -462,21 +473,21 @@ def _check_train_options(train: Mapping[str, Any]) -> None:
     for key in NON_NEGATIVE_OPTIONS:
         check_range(f"train.{key}", train[key], float)
     if train["adam_beta2"] >= 1:
-        raise RegistryError(f"train.adam_beta2 is {train['adam_beta2']}; give a number below 1")
-    for part, multiplier in train["lr_multipliers"].items():
-        check_range(f"train.lr_multipliers.{part}", multiplier, float)
+        raise RegistryError(f"train.adam_beta2 is {train['adam_beta2']}; give a number less than 1")
+    for group, multiplier in train["lr_multipliers"].items():
+        check_range(f"train.lr_multipliers.{group}", multiplier, float)
     for key in FRACTION_OPTIONS:
         check_range(f"train.{key}", train[key], float, 0, 1)
-    _check_prompts(train["prompts"])
+    _check_prompt_weights(train["prompt_weights"])
     check_choice("train.precision", train["precision"], PRECISIONS)
 
 
-def _check_prompts(prompts: Mapping[str, Any]) -> None:
-    check_keys("train.prompts", prompts, PROMPT_KINDS)
-    for kind, share in prompts.items():
-        check_range(f"train.prompts.{kind}", share, float)
-    if not any(prompts.values()):
-        raise RegistryError("train.prompts says how often each prompt is drawn, and none of them ever is")
+def _check_prompt_weights(prompt_weights: Mapping[str, Any]) -> None:
+    check_keys("train.prompt_weights", prompt_weights, PROMPT_KINDS)
+    for kind, weight in prompt_weights.items():
+        check_range(f"train.prompt_weights.{kind}", weight, float)
+    if not any(prompt_weights.values()):
+        raise RegistryError("train.prompt_weights are all 0; give one prompt kind a weight greater than 0")
 
 
 def parse_augmentation(table: Any, location: str) -> Augmentation:
@@ -497,14 +508,14 @@ def parse_augmentation(table: Any, location: str) -> Augmentation:
     defaults = {each.name: getattr(Augmentation(), each.name) for each in fields(Augmentation)}
     check_keys(location, table, defaults)
     for key, value in table.items():
-        check_same_type(f"{location}.{key}", value, list(defaults[key]) if key == "scale" else defaults[key])
-        if key == "sides":
-            check_choice(f"{location}.sides", value, SIDE_MODES)
-        elif key == "scale":
-            check_list(f"{location}.scale", value, float)
+        check_same_type(f"{location}.{key}", value, list(defaults[key]) if key == "scale_range" else defaults[key])
+        if key == "side_words":
+            check_choice(f"{location}.side_words", value, SIDE_WORD_MODES)
+        elif key == "scale_range":
+            check_list(f"{location}.scale_range", value, float)
             if value and not (len(value) == 2 and 0 < value[0] <= value[1]):
                 raise RegistryError(
-                    f"{location}.scale is {value!r}; give the least and the greatest factor, [0.1, 2.0]"
+                    f"{location}.scale_range is {value!r}; give the minimum and maximum factor, [0.1, 2.0]"
                 )
         else:
             check_range(f"{location}.{key}", value, float, 0, 1)

@@ -39,18 +39,18 @@ from sca.training.validation import ValidationCallback
 MODEL_FILES = ("spec.json", "weights.safetensors", "origin.json", "tokenizer/*")
 RESUME_FILES = ("best.json", "checkpoint-#/*", "validation/step-#/*")  # files of an unfinished run
 OUTPUT_FILES = (*RESUME_FILES, *(f"{folder}/{name}" for folder in ("model", "best") for name in MODEL_FILES))
-NO_TOKENIZER_MESSAGE = "the language model has no tokenizer to learn words with: language_model.tokenizer=FOLDER"
+NO_TOKENIZER_MESSAGE = "the language model has no tokenizer; set language_model.tokenizer=FOLDER"
 RESULT_NEUTRAL_OPTIONS = tuple(  # options that do not change the result of a step
     f"train.{name}"
     for name in (
-        "cache_features",
         "chunk_size",
+        "feature_cache_dir",
+        "fsdp",
         "gradient_accumulation_steps",
         "num_processes",
         "num_workers",
         "report_to",
         "save_steps",
-        "sharded",
     )
 )
 
@@ -153,10 +153,12 @@ def _train_process(
     )
     trainer.remove_callback(PrinterCallback)  # `TrainingLog` prints instead
     if not quiet:
-        trainer.add_callback(TrainingLog(DEFAULT_LOSS_WEIGHTS, recipe.validate.best if recipe.validate else ()))
+        trainer.add_callback(
+            TrainingLog(DEFAULT_LOSS_WEIGHTS, recipe.validate.metric_for_best_model if recipe.validate else ())
+        )
     if recipe.validate is not None and len(validation_dataset):
         trainer.add_callback(ValidationCallback(trainer, recipe.validate, validation_dataset, folder, report))
-    if recipe.train.cache_features:
+    if recipe.train.feature_cache_dir:
         fill_feature_cache(model.to(trainer.args.device), mixture, trainer, quiet)
     if run_folder is not None:
         input_paths = iter_existing_paths(recipe.to_dict())
@@ -171,14 +173,17 @@ def _train_process(
             run_folder.delete_outputs(RESUME_FILES)
         report_datasets(datasets_by_name, report, quiet)
         if validation_dataset is not None and not len(validation_dataset):
-            report(f"validate ({recipe.validate.split}): nothing is validated; {summarize_dataset(validation_dataset)}")
+            report(
+                f"validate ({recipe.validate.split}): no validation, because the dataset is empty; "
+                f"{summarize_dataset(validation_dataset)}"
+            )
     trainer.accelerator.wait_for_everyone()
     last_checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    left_out_before = {name: count_skipped(dataset) for name, dataset in datasets_by_name.items()}
+    skipped_before = {name: count_skipped(dataset) for name, dataset in datasets_by_name.items()}
     trainer.train(resume_from_checkpoint=last_checkpoint)
     if run_folder is not None:  # images found to be damaged during training
         report_datasets(
-            {name: each for name, each in datasets_by_name.items() if count_skipped(each) != left_out_before[name]},
+            {name: each for name, each in datasets_by_name.items() if count_skipped(each) != skipped_before[name]},
             report,
         )
     tensors = gather_tensors(model.eval().state_dict())
@@ -192,14 +197,14 @@ def _collect_run_settings(recipe: Recipe, model: SegmentCaptioner, mixture: Exam
     table = recipe.to_dict()
     options = {f"train.{name}": value for name, value in table.pop("train").items()}
     dataset_hashes = [getattr(each.dataset, "content_hash", None) for each in mixture.streams]
-    weights = hash_weights(model) if isinstance(recipe.model, str) else None
-    return {**table, **options, "contents": dataset_hashes, "weights": weights}
+    weights_hash = hash_weights(model) if isinstance(recipe.model, str) else None
+    return {**table, **options, "dataset_hashes": dataset_hashes, "initial_weights_hash": weights_hash}
 
 
 def _should_shard(recipe: Recipe) -> bool:
     """Return whether the recipe or `accelerate launch --use_fsdp` requests sharding; its other settings are ignored."""
     is_requested = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return is_requested or recipe.train.sharded
+    return is_requested or recipe.train.fsdp
 
 
 def compute_images_per_process(options: TrainOptions, num_processes: int) -> int:
@@ -219,7 +224,7 @@ def compute_images_per_process(options: TrainOptions, num_processes: int) -> int
     if options.batch_size % num_parts:
         raise RegistryError(
             f"train.batch_size={options.batch_size} is not a multiple of {num_processes} processes x "
-            f"train.gradient_accumulation_steps={options.gradient_accumulation_steps}"
+            f"train.gradient_accumulation_steps={options.gradient_accumulation_steps}; change one of them"
         )
     return options.batch_size // num_parts
 
@@ -268,11 +273,11 @@ def prepare_training(
         model = load(recipe.model, trust_remote_code=trust_remote_code, allow_external=allow_external)
     else:
         model = build(recipe.model)
-    if recipe.train.sharded:
+    if recipe.train.fsdp:
         check_shardable(recipe)
     if model.language_model.tokenizer is None:
         raise RegistryError(NO_TOKENIZER_MESSAGE)
-    if recipe.train.cache_features:
+    if recipe.train.feature_cache_dir:
         check_cacheable(recipe, model)
     return model, *_build_mixture(recipe, model, list(sources.values())), validation_dataset
 
@@ -294,13 +299,13 @@ def check_recipe(recipe: Recipe, trust_remote_code: bool = False, allow_external
         model = load_without_weights(recipe.model, **trust_options)
     else:
         model = build(recipe.model, "meta")
-        part = recipe.model.language_model
-        options = {**language_models.get_card(part.name).options, **part.options}
+        component = recipe.model.language_model
+        options = {**language_models.get_card(component.name).options, **component.options}
         if model.language_model.tokenizer is None and not (options.get("weights") or options.get("tokenizer")):
             raise RegistryError(NO_TOKENIZER_MESSAGE)
-    if recipe.train.sharded:
+    if recipe.train.fsdp:
         check_shardable(recipe)
-    if recipe.train.cache_features:
+    if recipe.train.feature_cache_dir:
         check_cacheable(recipe, model)
     attributes = AttributeValues.from_datasets(list(sources.values()))
     check_lr_multipliers(recipe.train, TrainingModule(model, recipe.loss, attributes))
@@ -345,7 +350,9 @@ def check_shardable(recipe: Recipe) -> None:
         RegistryError: The recipe has a table [validate], which needs the full model in every process.
     """
     if recipe.validate is not None:
-        raise RegistryError("a sharded model is not validated while it trains: leave [validate] out")
+        raise RegistryError(
+            "a sharded model cannot be validated during training; remove [validate], or train without FSDP"
+        )
 
 
 def check_cacheable(recipe: Recipe, model: SegmentCaptioner) -> None:
@@ -359,11 +366,13 @@ def check_cacheable(recipe: Recipe, model: SegmentCaptioner) -> None:
         RegistryError: The encoder is trainable, or a data source has augmentation.
     """
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
-        raise RegistryError("train.cache_features keeps what a frozen encoder makes, and this one trains: leave it out")
+        raise RegistryError(
+            "train.feature_cache_dir requires a frozen encoder; remove it, or remove 'encoder' from trainable"
+        )
     for name, source in recipe.data.items():
         if source.augment is not None:
             raise RegistryError(
-                f"train.cache_features needs pictures as they are, and data.{name}.augment changes them"
+                f"train.feature_cache_dir requires images without augmentation; remove it, or data.{name}.augment"
             )
 
 
@@ -427,7 +436,7 @@ def _build_mixture(
     weights = [source.weight for source in sources]
     attributes = AttributeValues.from_datasets(datasets)
     length = options.steps * options.batch_size
-    cache = FeatureCache(options.cache_features, model) if options.cache_features else None
+    cache = FeatureCache(options.feature_cache_dir, model) if options.feature_cache_dir else None
     streams = [
         ExampleStream(
             dataset,
@@ -439,12 +448,14 @@ def _build_mixture(
             attributes=attributes.region_attributes | attributes.relation_attributes,
             augment=source.augment,
             phrase_mode=source.phrases,
-            class_name_task=source.names,
+            class_name_task=source.class_name_task,
             cache=cache,
         )
         for dataset, source in zip(datasets, sources, strict=True)
     ]
-    return ExampleMixture(streams, weights, length, options.seed, options.prompts, options.batch_size), attributes
+    return ExampleMixture(
+        streams, weights, length, options.seed, options.prompt_weights, options.batch_size
+    ), attributes
 
 
 def _resolve_reporters(names: str) -> list[str]:
@@ -461,7 +472,7 @@ def _resolve_reporters(names: str) -> list[str]:
     for name in requested:
         if name not in INTEGRATION_TO_CALLBACK:
             raise make_unknown_name_error(
-                f"train.report_to={names!r}: nothing is called {name!r}", name, INTEGRATION_TO_CALLBACK
+                f"train.report_to={names!r}: unknown integration {name!r}", name, INTEGRATION_TO_CALLBACK
             )
         if name not in installed:
             raise RegistryError(f"train.report_to={names!r}: {name} is not installed: pip install {name}")

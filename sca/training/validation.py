@@ -18,6 +18,7 @@ from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import PromptingOptions
 from sca.io.atomic import write_file
 from sca.io.json import read_json
+from sca.io.score_format import format_score
 from sca.training.log import VALIDATION_PREFIX
 from sca.training.recipe import ValidationOptions
 from sca.training.trainer import CaptionTrainer
@@ -43,12 +44,12 @@ class ValidationCallback(TrainerCallback):
         report: Callable[[str], None] = lambda line: None,
     ):
         self.trainer, self.options, self.dataset, self.folder, self.report = trainer, options, dataset, folder, report
-        self.questions = PromptingOptions(prompt=options.prompt)
+        self.prompting = PromptingOptions(prompt_type=options.prompt_type)
         self.best_scores: dict[str, list[float]] = {}  # by score that selected the best model
-        self.reported_metrics: set[str] = set()  # scores of `best` that were NaN or infinite
+        self.reported_metrics: set[str] = set()  # scores that were NaN or infinite
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self.options.every == 0 or state.global_step == state.max_steps:
+        if state.global_step % self.options.eval_steps == 0 or state.global_step == state.max_steps:
             logs = control.should_log
             self._run_validation(state.global_step)
             control.should_log = logs  # only the first process logs here; all processes must still log the step
@@ -57,8 +58,8 @@ class ValidationCallback(TrainerCallback):
         for metric, values in self.best_scores.items():
             if len(values) > 1 and len(set(values)) == 1:
                 self.report(
-                    f"validate.best: {metric} was {values[0]:g} at all {len(values)} validations, so `best` is the "
-                    "first of them; name another score, or validate on more images"
+                    f"validate.metric_for_best_model: {metric} was {format_score(values[0])} in all {len(values)} "
+                    "validations, so `best` is the first model; choose another score, or validate on more images"
                 )
 
     def _run_validation(self, step: int) -> None:
@@ -73,9 +74,9 @@ class ValidationCallback(TrainerCallback):
             model.eval(),
             self.dataset,
             options.split,
-            prompting=self.questions,
+            prompting=self.prompting,
             metrics=options.metrics or None,
-            limit=options.limit,
+            max_images=options.max_images,
             folder=folder,
             overwrite=True,  # left by a run that ended between this step and its last checkpoint
         )
@@ -85,10 +86,12 @@ class ValidationCallback(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
 
     def _record_scores(self, step: int, scores: Mapping[str, float]) -> None:
-        scored_metrics = [name for name in self.options.best if name in scores]
+        scored_metrics = [name for name in self.options.metric_for_best_model if name in scores]
         if not scored_metrics:
             raise make_unknown_name_error(
-                f"validate.best is {list(self.options.best)}, and none was scored", "", scores
+                f"validate.metric_for_best_model is {list(self.options.metric_for_best_model)}, and none was computed",
+                "",
+                scores,
             )
         metric = next((name for name in scored_metrics if math.isfinite(scores[name])), None)
         self._report_unusable_metrics(scored_metrics, metric)
@@ -101,16 +104,16 @@ class ValidationCallback(TrainerCallback):
         self.trainer.log({f"{VALIDATION_PREFIX}{name}": value for name, value in scores.items()})
 
     def _report_unusable_metrics(self, scored_metrics: Sequence[str], metric: str | None) -> None:
-        """Report, once each, the scores of `best` that could not select a model because they are not finite."""
+        """Report, once each, the scores that could not select a model because they are not finite."""
         for name in scored_metrics if metric is None else scored_metrics[: scored_metrics.index(metric)]:
             if name not in self.reported_metrics:
                 self.reported_metrics.add(name)
-                consequence = f"{metric} chooses `best`" if metric else "no model is kept as `best`"
-                self.report(f"validate.best: {name} is not a number on this data; {consequence}")
+                consequence = f"{metric} selects `best`" if metric else "no model is saved as `best`"
+                self.report(f"validate.metric_for_best_model: {name} is NaN or infinite on this data; {consequence}")
 
     def _is_best(self, metric: str, score: float, previous: Mapping[str, Any] | None) -> bool:
-        """Return whether a model is better than the saved one; earlier scores of `best` take precedence."""
+        """Return whether a model is better than the saved one; earlier metrics of the option take precedence."""
         if previous is None or previous["metric"] == metric:
             return previous is None or score > previous["score"]
-        order = list(self.options.best)
+        order = list(self.options.metric_for_best_model)
         return previous["metric"] not in order or order.index(metric) < order.index(previous["metric"])

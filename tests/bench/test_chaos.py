@@ -15,7 +15,7 @@ from sca_bench.sweep import Sweep
 
 pytestmark = pytest.mark.slow
 
-TINY = """
+TINY_SWEEP = """
 seeds = [0, 1]
 [model]
 encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, \
@@ -29,81 +29,87 @@ segmenter = [{ name = "sam", depth = 1, num_heads = 2, mlp_dim = 64 }, "box"]
 [evaluate]
 dataset = { name = "scenes", num_images = 2, image_size = 64 }
 metrics = ["attributes", "class"]
-[measure]
-regions = [1]
-words = 2
-repeats = 5
+[benchmark]
+regions_per_image = [1]
+max_new_tokens = 2
+num_repeats = 5
 """
 
 
-def started(sweep, folder, mark):
+def start_sweep(sweep, folder, mark):
     """`sca bench run` in a process whose children carry a mark."""
     command = [sys.executable, "-m", "sca", "bench", "run", sweep, "num_workers=2", "--out", folder, "--quiet"]
     environment = {**os.environ, "SCA_MARK": mark}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(list(map(str, command)), env=environment, **quiet)
+    discard_output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(list(map(str, command)), env=environment, **discard_output)
 
 
-def marked(mark):
+def find_marked_processes(mark):
     """The processes that carry it."""
-    found = []
+    process_ids = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
                 if f"SCA_MARK={mark}".encode() in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
+                    process_ids.append(int(folder.name))
             except OSError:
                 continue
-    return found
+    return process_ids
 
 
-def lasting(rows):
+def select_reproducible_fields(rows):
     """What of rows is no timing: keys, states, reasons, parameters, operations and scores."""
-    kept = ("label", "state", "reason", "config", "parameters", "flops", "scores")
-    return {row["key"]: {name: row.get(name) for name in kept} for row in rows}
+    fields = ("label", "state", "reason", "config", "parameters", "flops", "scores")
+    return {row["key"]: {name: row.get(name) for name in fields} for row in rows}
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-@pytest.mark.parametrize(("name", "kills"), [("tiny", 1), pytest.param("smoke", 200, marks=pytest.mark.all)])
-def test_nothing_is_lost_or_doubled_when_runner_and_workers_are_killed(tmp_path, name, kills):
+@pytest.mark.parametrize(("name", "num_kills"), [("tiny", 1), pytest.param("smoke", 200, marks=pytest.mark.all)])
+def test_sweep_loses_and_duplicates_no_rows_when_processes_are_killed(tmp_path, name, num_kills):
     sweep = name
     if name == "tiny":
         sweep = tmp_path / "tiny.toml"
-        sweep.write_text(TINY)
-    uninterrupted, begun = started(sweep, tmp_path / "whole", "whole"), time.monotonic()
+        sweep.write_text(TINY_SWEEP)
+    uninterrupted, start_time = start_sweep(sweep, tmp_path / "whole", "whole"), time.monotonic()
     while not (tmp_path / "whole/results.jsonl").exists() and uninterrupted.poll() is None:
         time.sleep(0.1)
-    first_row = time.monotonic() - begun  # seconds, which depend on the machine
+    seconds_to_first_row = time.monotonic() - start_time  # seconds, which depend on the machine
     assert uninterrupted.wait() == 0
-    whole = ResultStore(tmp_path / "whole").read_rows()
-    draw, folder, done, early = random.Random(0), tmp_path / "killed", 0, 0
-    runner = started(sweep, folder, "killed")
-    while done < kills:
-        time.sleep(draw.random() * draw.choice((0.1, 1.6)) * first_row)  # some while it starts, some while it works
+    expected_rows = ResultStore(tmp_path / "whole").read_rows()
+    rng, folder, num_killed, num_killed_before_first_row = random.Random(0), tmp_path / "killed", 0, 0
+    runner = start_sweep(sweep, folder, "killed")
+    while num_killed < num_kills:
+        time.sleep(
+            rng.random() * rng.choice((0.1, 1.6)) * seconds_to_first_row
+        )  # some while it starts, some while it works
         if runner.poll() is not None:
             if runner.returncode == 0:  # all is there: from the beginning, so that there is something to kill
-                assert lasting(ResultStore(folder).read_rows()) == lasting(whole)
+                assert select_reproducible_fields(ResultStore(folder).read_rows()) == select_reproducible_fields(
+                    expected_rows
+                )
                 (folder / "results.jsonl").unlink()
-            runner = started(sweep, folder, "killed")
+            runner = start_sweep(sweep, folder, "killed")
             continue
-        victims = marked("killed")
+        victims = find_marked_processes("killed")
         if victims:
-            victim = runner.pid if draw.random() < 0.2 else draw.choice(victims)
+            victim = runner.pid if rng.random() < 0.2 else rng.choice(victims)
             try:
                 os.kill(victim, signal.SIGKILL)
-                done += 1
-                early += not (folder / "results.jsonl").exists()
+                num_killed += 1
+                num_killed_before_first_row += not (folder / "results.jsonl").exists()
             except ProcessLookupError:
                 continue
             ResultStore(folder).read_rows()  # can be read at any instant
-    assert early < kills / 2 or name == "tiny"
+    assert num_killed_before_first_row < num_kills / 2 or name == "tiny"
     runner.wait()
-    while started(sweep, folder, "killed").wait():
+    while start_sweep(sweep, folder, "killed").wait():
         pass
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert len({row["key"] for row in lines}) == len(lines) == len(Sweep.read(str(sweep)).list_rows())
-    assert lasting(lines) == lasting(whole)
+    assert select_reproducible_fields(lines) == select_reproducible_fields(expected_rows)
     deadline = time.monotonic() + 60
-    while marked("killed") and time.monotonic() < deadline:  # one that was importing ends when it has imported
+    while (
+        find_marked_processes("killed") and time.monotonic() < deadline
+    ):  # one that was importing ends when it has imported
         time.sleep(0.2)
-    assert not marked("killed")  # nobody was left behind
+    assert not find_marked_processes("killed")  # nobody was left behind

@@ -13,64 +13,71 @@ import weak_supervision
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+README = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
 SWEEPS = ["encoders", "mixers", "throughput-cpu"]
 
 
-def read(name):
+def read_results(name):
     return json.loads((RESULTS / name).read_text("utf-8"))
 
 
-def published_lines():
-    for row in read("against-published/results.json")["rows"]:
-        ours, other = row["ours"], row["published"]
-        yield f"| {row['what']} | {row['unit']} | {ours:.4g} | {other:.4g} | {ours / other:.2f} | {row['note']} |"
+def iter_published_lines():
+    for row in read_results("published-comparison/results.json")["rows"]:
+        ours, published = row["ours"], row["reference"]
+        numbers = f"{ours:.4g} | {published:.4g} | {ours / published:.2f}"
+        yield f"| {row['quantity']} | {row['unit']} | {numbers} | {row['note']} |"
 
 
-def floor_lines():
-    for row in read("roofline/results.json")["rows"]:
-        cells = [f"{value:.3g}" for value in (row["published"], row["ours"], *row["floors"])]
-        yield f"| {row['stage']} | {' | '.join(cells)} | {row['ours'] / max(row['floors']):.1f} |"
+def iter_roofline_lines():
+    for row in read_results("roofline/results.json")["rows"]:
+        cells = [f"{value:.3g}" for value in (row["published"], row["ours"], *row["lower_bounds"])]
+        yield f"| {row['stage']} | {' | '.join(cells)} | {row['ours'] / max(row['lower_bounds']):.1f} |"
 
 
-def plan_lines():
-    for row in read("plan/cpu.json")["rows"]:
-        memory, flops = (row[of][0] / row[of][1] for of in ("memory", "flops"))
-        yield f"| {row['model']} | {'training' if row['train'] else 'captioning'} | {memory:.3f} | {flops:.3f} |"
+def iter_plan_lines():
+    for row in read_results("plan/cpu.json")["rows"]:
+        memory, flops = (row[quantity][0] / row[quantity][1] for quantity in ("memory", "flops"))
+        yield f"| {row['model']} | {'training' if row['training'] else 'captioning'} | {memory:.3f} | {flops:.3f} |"
 
 
-def weak_supervision_lines():
-    yield from weak_supervision.render_results(read("weak-supervision/results.json")).splitlines()
+def iter_weak_supervision_lines():
+    yield from weak_supervision.render_results(read_results("weak-supervision/results.json")).splitlines()
 
 
-@pytest.mark.parametrize("lines", [published_lines, floor_lines, plan_lines, weak_supervision_lines])
-def test_page_of_benchmarks_shows_the_committed_results(lines):
-    shown = PAGE.splitlines()
-    expected = list(lines())
+@pytest.mark.parametrize(
+    "iter_lines", [iter_published_lines, iter_roofline_lines, iter_plan_lines, iter_weak_supervision_lines]
+)
+def test_benchmark_readme_shows_committed_results(iter_lines):
+    readme_lines = README.splitlines()
+    expected = list(iter_lines())
     assert expected
-    assert [line for line in expected if line not in shown] == []
+    assert [line for line in expected if line not in readme_lines] == []
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)
-def test_committed_report_is_what_its_rows_give(sweep):
+def test_committed_report_matches_its_rows(sweep):
     rows = ResultStore(RESULTS / sweep).read_rows()
-    stale = (RESULTS / sweep / "report.md").read_bytes() != report.render_markdown(rows).encode()
-    assert not stale, f"run: sca bench report benchmarks/results/{sweep}"
+    is_stale = (RESULTS / sweep / "report.md").read_bytes() != report.render_markdown(rows).encode()
+    assert not is_stale, f"run: sca bench report benchmarks/results/{sweep}"
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
-def test_committed_results_are_rows_and_markdown():
-    listed = subprocess.run(["git", "ls-files", RESULTS], cwd=RESULTS, capture_output=True, text=True).stdout.split()
-    assert "shipped.json" in listed
-    assert {Path(name).suffix for name in listed} <= {".json", ".jsonl", ".md"}
+def test_committed_results_contain_only_rows_and_markdown():
+    committed_files = subprocess.run(
+        ["git", "ls-files", RESULTS], cwd=RESULTS, capture_output=True, text=True
+    ).stdout.split()
+    assert "shipped.json" in committed_files
+    assert {Path(name).suffix for name in committed_files} <= {".json", ".jsonl", ".md"}
 
 
 @pytest.mark.parametrize("sweep", ["encoders", "mixers"])
-def test_page_of_benchmarks_shows_the_scores_of_a_sweep(sweep):
-    heads, _, *rows = report.render_markdown(ResultStore(RESULTS / sweep).read_rows()).partition("\n\n")[0].splitlines()
-    pattern = r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \|$"
-    shown = [tuple(map(float, found)) for found in re.findall(pattern, PAGE, re.MULTILINE)]
+def test_benchmark_readme_shows_scores_of_sweep(sweep):
+    header, _, *rows = (
+        report.render_markdown(ResultStore(RESULTS / sweep).read_rows()).partition("\n\n")[0].splitlines()
+    )
+    pattern = r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \| ([\d.]+) \|$"
+    readme_scores = [tuple(map(float, match)) for match in re.findall(pattern, README, re.MULTILINE)]
     for row in rows:
-        cells = dict(zip(heads.split(" | "), row.split(" | "), strict=True))
-        scores = (100 * float(score) for score in (cells["score"], *cells["over seeds"].split(" to ")))
-        assert pytest.approx((float(cells["parameters, M"]), *scores), abs=0.051) in shown
+        cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+        values = cells["params (M)"], cells["score"], *cells["95% CI"].split(" to "), cells["std over seeds"]
+        assert pytest.approx(tuple(map(float, values)), abs=0.0051) in readme_scores

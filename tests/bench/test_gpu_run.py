@@ -16,7 +16,7 @@ from sca_bench.parity import compare_golden_folders, compare_scenes
 from sca_registry import get_registry
 
 from markers import read_between, replace_between
-from sca.launchers.local import Local
+from sca.launchers.local import LocalLauncher
 from sca.launchers.task import Task, TaskOutcome
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,10 +31,10 @@ def load_script(name):
     return module
 
 
-run, collect = load_script("run"), load_script("collect")
+run_script, collect_script = load_script("run"), load_script("collect")
 
 
-def gpu_row(**fields):
+def make_gpu_row(**fields):
     row = {
         "key": "k1",
         "part": "parity",
@@ -42,7 +42,7 @@ def gpu_row(**fields):
         "config": {"dtype": "bfloat16"},
         "state": "done",
         "reason": "",
-        "seconds": {"whole": 1.0},
+        "seconds": {"total": 1.0},
         "environment": {
             "device": "NVIDIA H100 80GB HBM3",
             "versions": {"torch": "2.11.0"},
@@ -52,49 +52,59 @@ def gpu_row(**fields):
     return {**row, **fields}
 
 
-def timing(seconds):
-    return {"median": seconds, "low": seconds, "high": seconds, "repeats": 3}
+def make_timing(seconds):
+    return {"median": seconds, "min": seconds, "max": seconds, "num_repeats": 3}
 
 
-SCENES = {"regions": 350, "captions": 0.97, "least_iou": 0.95, "mean_iou": 0.998, "finite": True}
-CURVE = [
+SCENE_COMPARISON = {
+    "num_regions": 350,
+    "identical_captions": 0.97,
+    "min_iou": 0.95,
+    "mean_iou": 0.998,
+    "is_finite": True,
+}
+THROUGHPUT = [
     {
-        "images": 1,
-        "regions": regions,
-        "stages": {name: timing(0.01) for name in ("encode", "segment", "mix", "prefill", "decode")},
+        "batch_size": 1,
+        "regions_per_image": regions,
+        "stages": {name: make_timing(0.01) for name in ("encode", "segment", "mix", "prefill", "decode")},
         "regions_per_second": 1280.0,
-        "peak": memory * 2**30,
+        "peak_memory": memory * 2**30,
     }
     for regions, memory in ((1, 3), (64, 5))
 ]
-RATIO = {
-    "what": "captions, encoding included",
+PUBLISHED_RATIO = {
+    "quantity": "captions, including encoding",
     "unit": "regions/s",
     "ours": 2000.0,
-    "published": 100.0,
+    "reference": 100.0,
     "note": "16 x 64",
 }
 GPU_ROWS = [
-    gpu_row(scenes=SCENES),
-    gpu_row(
-        key="k2", part="published", label="captions: sam-vit-b+query+gpt2-large, bfloat16", config={}, ratios=[RATIO]
+    make_gpu_row(scenes=SCENE_COMPARISON),
+    make_gpu_row(
+        key="k2",
+        part="published",
+        label="captions: sam-vit-b+query+gpt2-large, bfloat16",
+        config={},
+        ratios=[PUBLISHED_RATIO],
     ),
-    gpu_row(
+    make_gpu_row(
         key="k3",
         part="throughput",
         label="sam-vit-h+query+gpt2, 1/64 regions",
         config={},
-        curve=CURVE,
-        memory={"answering": 5 * 2**30},
+        throughput=THROUGHPUT,
+        memory={"captioning": 5 * 2**30},
     ),
-    gpu_row(
+    make_gpu_row(
         key="k4",
         part="plan",
         label="sam-vit-b+query+gpt2, captioning",
         config={},
         plan={"memory": [2 * 2**30, 2**30]},
     ),
-    gpu_row(
+    make_gpu_row(
         key="k5",
         part="decoding",
         label="64 rows, cuda graph",
@@ -110,88 +120,91 @@ GPU_ROWS = [
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_measurements_are_distinct_and_cover_every_part_in_order(device):
-    listed = list(run.iter_measurements(device, GOLDEN))
-    assert len({each.key for each in listed}) == len(listed)
-    parts = list(dict.fromkeys(each.part for each in listed))
+    measurements = list(run_script.iter_measurements(device, GOLDEN))
+    assert len({each.key for each in measurements}) == len(measurements)
+    parts = list(dict.fromkeys(each.part for each in measurements))
     assert parts == ["parity", "published", "throughput", "plan", "training step", "decoding", "sca-tiny"]
 
 
-def test_measurements_on_a_gpu_name_every_promised_combination():
-    configs = [each.config for each in run.iter_measurements("cuda", GOLDEN) if each.part == "throughput"]
-    first = [config for config in configs if config["measure"]["regions"] == [64]]
+def test_gpu_measurements_include_every_promised_combination():
+    configs = [each.config for each in run_script.iter_measurements("cuda", GOLDEN) if each.part == "throughput"]
+    configs_of_64_regions = [config for config in configs if config["benchmark"]["regions_per_image"] == [64]]
     names = {
-        tuple(config["model"][kind]["name"] for kind in ("encoder", "mixer", "language_model")) for config in first
+        tuple(config["model"][kind]["name"] for kind in ("encoder", "mixer", "language_model"))
+        for config in configs_of_64_regions
     }
     assert len(names) == 20
     assert ("sam-vit-h", "resampler", "mistral-7b") in names
-    assert {tuple(config["measure"]["regions"]) for config in configs} == {(64,), (1, 8, 256)}
+    assert {tuple(config["benchmark"]["regions_per_image"]) for config in configs} == {(64,), (1, 8, 256)}
     for kind in ("encoder", "mixer", "language_model"):
         assert all(config["model"][kind]["name"] in get_registry(kind) for config in configs)
 
 
-def test_settled_rows_of_the_same_device_are_known(tmp_path):
+def test_read_final_keys_returns_settled_rows_of_the_same_device(tmp_path):
     rows = [
-        gpu_row(key="a"),
-        gpu_row(key="b", state="failed"),
-        gpu_row(key="c", state="out-of-memory"),
-        gpu_row(key="d", environment={"device": "another"}),
+        make_gpu_row(key="a"),
+        make_gpu_row(key="b", state="failed"),
+        make_gpu_row(key="c", state="out-of-memory"),
+        make_gpu_row(key="d", environment={"device": "another"}),
     ]
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
     (tmp_path / "rows.jsonl").write_text(text + '{"key": "cut')
-    assert run.read_final_keys(tmp_path, "NVIDIA H100 80GB HBM3") == {"a", "c"}
-    assert run.read_final_keys(tmp_path / "nothing", "NVIDIA H100 80GB HBM3") == set()
+    assert run_script.read_final_keys(tmp_path, "NVIDIA H100 80GB HBM3") == {"a", "c"}
+    assert run_script.read_final_keys(tmp_path / "nothing", "NVIDIA H100 80GB HBM3") == set()
 
 
 def test_local_launcher_starts_no_task_after_its_deadline(tmp_path):
     task = Task("late", "time:sleep", {"device": "cpu"}, str(tmp_path / "late"), deadline=time.time() - 1)
-    assert list(Local(num_workers=1).run_tasks([task])) == []
+    assert list(LocalLauncher(num_workers=1).run_tasks([task])) == []
     assert not (tmp_path / "late").exists()
 
 
 @pytest.mark.slow
 def test_local_launcher_ends_a_task_at_its_deadline_without_an_outcome(tmp_path, monkeypatch):
-    (tmp_path / "slow_job.py").write_text("import time\ndef work(config, folder):\n    time.sleep(600)\n")
+    (tmp_path / "slow_job.py").write_text("import time\ndef run_job(config, folder):\n    time.sleep(600)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     forkserver._forkserver._stop()  # one that was started before does not know the path
     tasks = [
-        Task(name, "slow_job:work", {"device": "cpu"}, str(tmp_path / name), deadline=time.time() + 3) for name in "ab"
+        Task(name, "slow_job:run_job", {"device": "cpu"}, str(tmp_path / name), deadline=time.time() + 3)
+        for name in "ab"
     ]
     try:
-        assert list(Local(num_workers=1).run_tasks(tasks)) == []
+        assert list(LocalLauncher(num_workers=1).run_tasks(tasks)) == []
     finally:
         forkserver._forkserver._stop()
 
 
-@pytest.mark.parametrize("way", ["fixed cache", pytest.param("torch.compile", marks=pytest.mark.all)])
-def test_every_way_of_decoding_gives_the_same_ids(way):
+@pytest.mark.parametrize("method", ["fixed cache", pytest.param("torch.compile", marks=pytest.mark.all)])
+def test_decoding_methods_return_the_same_ids(method):
     from sca.language_models.tiny_gpt2 import TinyGpt2
 
     torch.manual_seed(0)
     language_model = TinyGpt2(hidden_size=32, depth=2, num_heads=2, max_positions=64).eval()
-    found = measure_method(language_model, torch.randn(3, 5, 32), 6, way, 1)
-    assert found["ids"] == 1.0
-    assert found["tokens_per_second"] > 0
+    measurement = measure_method(language_model, torch.randn(3, 5, 32), 6, method, 1)
+    assert measurement["identical_ids"] == 1.0
+    assert measurement["tokens_per_second"] > 0
 
 
 @pytest.mark.slow
 def test_golden_comparison_finds_no_difference_in_float32():
-    found = compare_golden_folders(GOLDEN, "cpu", torch.float32)
-    assert set(found) == {"sca-tiny-query-gpt2", "sca-tiny-query-llama", "sca-tiny-split-gpt2"}
-    for differences in found.values():
-        assert differences.pop("ids") == 1.0
+    differences_by_checkpoint = compare_golden_folders(GOLDEN, "cpu", torch.float32)
+    assert set(differences_by_checkpoint) == {"sca-tiny-query-gpt2", "sca-tiny-query-llama", "sca-tiny-split-gpt2"}
+    for differences in differences_by_checkpoint.values():
+        assert differences.pop("identical_captions") == 1.0
         assert max(differences.values()) < 1e-4
 
 
-def test_golden_comparison_refuses_a_folder_without_checkpoints(tmp_path):
+def test_golden_comparison_rejects_folder_without_checkpoints(tmp_path):
     with pytest.raises(ValueError, match=r"contains no \*/golden\.safetensors"):
         compare_golden_folders(tmp_path, "cpu", torch.float32)
 
 
-def test_scene_comparison_sees_rounding_in_bfloat16_only():
+@pytest.mark.slow
+def test_scene_comparison_finds_rounding_only_in_bfloat16():
     exact = compare_scenes(2, "cpu", torch.float32)
-    assert (exact["captions"], exact["least_iou"]) == (1.0, 1.0)
+    assert (exact["identical_captions"], exact["min_iou"]) == (1.0, 1.0)
     rounded = compare_scenes(2, "cpu", torch.bfloat16)
-    assert rounded["finite"]
+    assert rounded["is_finite"]
     assert 0.9 < rounded["mean_iou"] < 1.0
 
 
@@ -199,21 +212,21 @@ def test_scene_comparison_sees_rounding_in_bfloat16_only():
 
 
 @pytest.fixture
-def pages(tmp_path):
+def page_folder(tmp_path):
     for name in ("guide.md", "readme.md"):
-        (tmp_path / name).write_text(f"before\n{collect.START}\nold\n{collect.END}\nafter\n")
+        (tmp_path / name).write_text(f"before\n{collect_script.START}\nold\n{collect_script.END}\nafter\n")
     return tmp_path
 
 
-def gather(folder, *paths):
+def run_collect(folder, *paths):
     options = ["--results", folder / "results", "--guide", folder / "guide.md", "--readme", folder / "readme.md"]
-    collect.main([str(each) for each in (*paths, *options)])
+    collect_script.main([str(each) for each in (*paths, *options)])
     return (folder / "guide.md").read_text(), (folder / "readme.md").read_text()
 
 
-def test_collect_writes_rows_of_a_gpu_into_the_tables(pages):
-    (pages / "made.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in GPU_ROWS))
-    guide, readme = gather(pages, pages / "made.jsonl")
+def test_collect_writes_gpu_rows_into_the_tables(page_folder):
+    (page_folder / "made.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in GPU_ROWS))
+    guide, readme = run_collect(page_folder, page_folder / "made.jsonl")
     for line in (
         "### NVIDIA H100 80GB HBM3",
         "torch 2.11.0; commit 0123456789.",
@@ -224,18 +237,18 @@ def test_collect_writes_rows_of_a_gpu_into_the_tables(pages):
         "- decoding, 64 rows, cuda graph: crashed. &lt;b&gt;ended&lt;/b&gt; by SIGSEGV",
     ):
         assert line in guide
-    assert "captions 2,000 regions/s, encoding included" in readme
+    assert "captions 2,000 regions/s, including encoding" in readme
     assert readme.startswith("before\n")
     assert readme.endswith("\nafter\n")
-    again = gather(pages)  # from the rows that are kept
-    assert again == (guide, readme)
+    regenerated = run_collect(page_folder)  # from the rows that are kept
+    assert regenerated == (guide, readme)
 
 
-def test_collect_keeps_a_measured_row_over_a_later_failure(pages):
-    (pages / "made.jsonl").write_text(f"{json.dumps(gpu_row(scenes=SCENES))}\n")
-    gather(pages, pages / "made.jsonl")
-    (pages / "made.jsonl").write_text(f"{json.dumps(gpu_row(state='failed', reason='no'))}\n")
-    guide, _ = gather(pages, pages / "made.jsonl")
+def test_collect_keeps_a_measured_row_over_a_later_failure(page_folder):
+    (page_folder / "made.jsonl").write_text(f"{json.dumps(make_gpu_row(scenes=SCENE_COMPARISON))}\n")
+    run_collect(page_folder, page_folder / "made.jsonl")
+    (page_folder / "made.jsonl").write_text(f"{json.dumps(make_gpu_row(state='failed', reason='no'))}\n")
+    guide, _ = run_collect(page_folder, page_folder / "made.jsonl")
     assert "97.0%" in guide
     assert "Not measured" not in guide
 
@@ -245,41 +258,43 @@ def test_collect_keeps_a_measured_row_over_a_later_failure(pages):
     [
         ("{\n", "line 1 is not JSON"),
         ('{"key": 1}\n', "line 1 is not a row of run.sh"),
-        (f"{json.dumps(gpu_row(environment=[]))}\n", "line 1 is not a row of run.sh"),
-        (f"{json.dumps(gpu_row(config=None))}\n", "line 1 is not a row of run.sh"),
+        (f"{json.dumps(make_gpu_row(environment=[]))}\n", "line 1 is not a row of run.sh"),
+        (f"{json.dumps(make_gpu_row(config=None))}\n", "line 1 is not a row of run.sh"),
     ],
 )
-def test_collect_refuses_what_is_not_a_row_in_one_line(pages, content, problem):
-    (pages / "made.jsonl").write_text(content)
+def test_collect_reports_line_that_is_not_a_row(page_folder, content, problem):
+    (page_folder / "made.jsonl").write_text(content)
     with pytest.raises(SystemExit, match=f"error: .*made.jsonl, {problem}"):
-        gather(pages, pages / "made.jsonl")
-    assert not (pages / "results").exists()
+        run_collect(page_folder, page_folder / "made.jsonl")
+    assert not (page_folder / "results").exists()
 
 
-def test_collect_keeps_what_follows_a_commit():
-    assert collect._shorten_commit(f"{'0123456789' * 4} with changes") == "0123456789 with changes"
+def test_collect_shortens_commit_and_keeps_its_suffix():
+    assert collect_script._shorten_commit(f"{'0123456789' * 4} with changes") == "0123456789 with changes"
 
 
-def test_a_task_whose_process_was_killed_becomes_a_row_while_there_is_time():
+def test_add_killed_outcomes_adds_missing_tasks_before_the_deadline():
     tasks = [Task(key, "time:sleep", {"device": "cpu"}, key) for key in ("a", "b")]
-    made = TaskOutcome(tasks[0], {"state": "done"})
-    (first, killed) = run.add_killed_outcomes([made], tasks, time.time() + 60)
-    assert (first, killed.task, killed.result["state"]) == (made, tasks[1], "killed")
-    assert list(run.add_killed_outcomes([made], tasks, time.time() - 1)) == [made]
+    finished = TaskOutcome(tasks[0], {"state": "done"})
+    (first, killed) = run_script.add_killed_outcomes([finished], tasks, time.time() + 60)
+    assert (first, killed.task, killed.result["state"]) == (finished, tasks[1], "killed")
+    assert list(run_script.add_killed_outcomes([finished], tasks, time.time() - 1)) == [finished]
 
 
-def test_tables_in_the_repository_are_those_of_its_rows():
-    kept = ROOT / "benchmarks/results/gpu/rows.jsonl"
-    rows = collect.read_rows(kept) if kept.is_file() else []
+def test_committed_gpu_tables_match_committed_rows():
+    rows_path = ROOT / "benchmarks/results/gpu/rows.jsonl"
+    rows = collect_script.read_rows(rows_path) if rows_path.is_file() else []
     for page, content in (
-        ("docs/benchmarks.md", collect.render_tables(rows)),
-        ("README.md", collect.render_headline(rows)),
+        ("docs/benchmarks.md", collect_script.render_tables(rows)),
+        ("README.md", collect_script.render_headline(rows)),
     ):
         text = (ROOT / page).read_text("utf-8")
-        assert read_between(text, collect.START, collect.END) == content, "run: python benchmarks/gpu/collect.py"
+        assert read_between(text, collect_script.START, collect_script.END) == content, (
+            "run: python benchmarks/gpu/collect.py"
+        )
 
 
-def test_markers_that_are_missing_are_named():
+def test_replace_between_reports_missing_markers():
     with pytest.raises(ValueError, match=r"has no <a> with <b> behind it"):
         replace_between("text <b> <a>", "<a>", "<b>", "new")
 
@@ -288,30 +303,30 @@ def test_markers_that_are_missing_are_named():
 
 
 @pytest.mark.all
-def test_gpu_run_on_a_cpu_ends_records_failures_and_skips_what_is_known(tmp_path, pages):
+def test_gpu_run_on_cpu_records_failures_and_skips_known_rows(tmp_path, page_folder):
     inputs, out = tmp_path / "inputs", tmp_path / "out"
     environment = {**os.environ, "PYTHON": sys.executable, "INPUTS": str(inputs), "OUT": str(out)}
     environment["PYTHON_VERSION"] = ".".join(map(str, sys.version_info[:2]))
 
-    def shell(*command):
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def run_command(*command):
+        completed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert completed.returncode == 0, completed.stderr
+        return completed.stdout
 
-    assert "wheels" in shell("bash", "benchmarks/gpu/prepare.sh")
-    command = ["bash", "benchmarks/gpu/run.sh", "--device", "cpu", "--seconds", "240", "--inputs", str(inputs)]
-    nowhere = tmp_path / "nowhere"
-    nowhere.mkdir()
-    told = shell(*command, "--golden", str(nowhere))
-    rows = collect.read_rows(out / "rows.jsonl")
+    assert "wheels" in run_command("bash", "benchmarks/gpu/prepare.sh")
+    command = ["bash", "benchmarks/gpu/run.sh", "--device", "cpu", "--time-budget", "240", "--inputs", str(inputs)]
+    empty_folder = tmp_path / "nowhere"
+    empty_folder.mkdir()
+    output = run_command(*command, "--golden", str(empty_folder))
+    rows = collect_script.read_rows(out / "rows.jsonl")
     assert len(list(out.iterdir())) <= 8
     assert [row["label"] for row in rows if row["state"] != "done"] == ["golden checkpoints, float32"]
-    assert f"{len(rows)} rows measured, 1 of them failed; 0 left for another run" in told
-    assert {row["part"] for row in rows} == {each.part for each in run.iter_measurements("cpu", GOLDEN)}
+    assert f"{len(rows)} rows measured, 1 of them failed; 0 left for another run" in output
+    assert {row["part"] for row in rows} == {each.part for each in run_script.iter_measurements("cpu", GOLDEN)}
     (inputs / "rows/earlier.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
     environment["OUT"] = str(tmp_path / "again")
-    told = shell(*command)
-    assert f"{len(rows) - 1} known, 1 to measure" in told
-    assert "1 rows measured, 0 of them failed" in told
-    guide, _ = gather(pages, out, tmp_path / "again")
+    output = run_command(*command)
+    assert f"{len(rows) - 1} known, 1 to measure" in output
+    assert "1 rows measured, 0 of them failed" in output
+    guide, _ = run_collect(page_folder, out, tmp_path / "again")
     assert "Throughput, random weights" in guide

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/data/golden"
-SPEC = importlib.util.spec_from_file_location("gpu_run_jobs", ROOT / "benchmarks/gpu/run.py")
-JOBS = (
+RUN_SCRIPT_SPEC = importlib.util.spec_from_file_location("gpu_run_jobs", ROOT / "benchmarks/gpu/run.py")
+PARTS = (
     "throughput",
     "decoding",
     *(pytest.param(part, marks=pytest.mark.all) for part in ("published", "training step")),
@@ -23,9 +23,9 @@ JOBS = (
 
 @pytest.fixture(scope="module")
 def measurements():
-    run = importlib.util.module_from_spec(SPEC)
-    sys.modules[SPEC.name] = run
-    SPEC.loader.exec_module(run)
+    run = importlib.util.module_from_spec(RUN_SCRIPT_SPEC)
+    sys.modules[RUN_SCRIPT_SPEC.name] = run
+    RUN_SCRIPT_SPEC.loader.exec_module(run)
     return list(run.iter_measurements("cpu", GOLDEN))
 
 
@@ -41,14 +41,18 @@ def cuda(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("part", JOBS)
+@pytest.mark.parametrize("part", PARTS)
 def test_jobs_of_a_part_run_on_cuda(part, measurements, cuda, tmp_path):
-    chosen = [each for each in measurements if each.part == part and not each.label.startswith("tiny:")]
-    assert chosen
-    for each in chosen:
-        module, _, name = each.job.partition(":")
-        config = {**each.config, "device": "cuda"}
+    measurements_of_part = [
+        measurement
+        for measurement in measurements
+        if measurement.part == part and not measurement.label.startswith("tiny:")
+    ]
+    assert measurements_of_part
+    for measurement in measurements_of_part:
+        module, _, name = measurement.job.partition(":")
+        config = {**measurement.config, "device": "cuda"}
         if part == "published":
-            config |= {"images": 1, "regions": 2, "beside": 2}
+            config |= {"batch_size": 1, "regions_per_image": 2, "published_regions": 2}
         row = getattr(import_module(module), name)(config, str(tmp_path))
-        assert row["state"] == "done", (each.label, row["reason"], row.get("traceback"))
+        assert row["state"] == "done", (measurement.label, row["reason"], row.get("traceback"))

@@ -3,13 +3,13 @@
 import pytest
 from sca_bench.sweep import Sweep
 
-from sca.launchers.local import Local
+from sca.launchers.local import LocalLauncher
 from sca.launchers.task import Task
 
 pytestmark = pytest.mark.all
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
-JOB = "sca_bench.worker:work"
-BASE = {
+JOB = "sca_bench.worker:run_row"
+BASE_MODEL = {
     "encoder": {
         "name": "tiny-vit",
         "image_size": 64,
@@ -25,33 +25,35 @@ BASE = {
 
 
 @pytest.fixture
-def cluster():
+def ray_cluster():
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(num_cpus=1)
-    yield made
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster
     ray.shutdown()
-    made.shutdown()
+    cluster.shutdown()
 
 
-def test_two_nodes_make_the_rows_that_one_machine_makes(cluster, tmp_path):
-    from sca.launchers.ray import Ray
+def test_ray_launcher_on_two_nodes_returns_the_rows_of_the_local_launcher(ray_cluster, tmp_path):
+    from sca.launchers.ray import RayLauncher
 
     mixers = ["roi-pool", "mask-tokens", {"name": "query", "depth": 1, "num_heads": 2, "mlp_dim": 64}]
-    sweep = Sweep("three", BASE, {"mixer": mixers}, measure={"regions": [1], "words": 2})
-    found = {}
-    for name, launcher in (("local", Local(num_workers=1)), ("ray", Ray(address=cluster.address))):
+    sweep = Sweep("three", BASE_MODEL, {"mixer": mixers}, benchmark={"regions_per_image": [1], "max_new_tokens": 2})
+    rows_by_launcher = {}
+    for name, launcher in (("local", LocalLauncher(num_workers=1)), ("ray", RayLauncher(address=ray_cluster.address))):
         tasks = [Task(row.key, JOB, row.config, str(tmp_path / name / row.key)) for row in sweep.list_rows()]
-        kept = ("state", "reason", "parameters", "flops")
-        found[name] = {task.key: {key: row.get(key) for key in kept} for task, row in launcher.run_tasks(tasks)}
+        fields = ("state", "reason", "parameters", "flops")
+        rows_by_launcher[name] = {
+            task.key: {key: row.get(key) for key in fields} for task, row in launcher.run_tasks(tasks)
+        }
         assert all((tmp_path / name / task.key / "log.txt").is_file() for task in tasks)
-    assert found["local"] == found["ray"]
-    assert sorted(row["state"] for row in found["ray"].values()) == ["done", "done", "impossible"]
+    assert rows_by_launcher["local"] == rows_by_launcher["ray"]
+    assert sorted(row["state"] for row in rows_by_launcher["ray"].values()) == ["done", "done", "incompatible"]
 
 
-def test_a_row_takes_a_core_or_more():
-    from sca.launchers.ray import Ray
+def test_ray_launcher_rejects_zero_cpus():
+    from sca.launchers.ray import RayLauncher
 
-    with pytest.raises(ValueError, match="cores is 0"):
-        Ray(cores=0)
+    with pytest.raises(ValueError, match="num_cpus is 0"):
+        RayLauncher(num_cpus=0)

@@ -10,12 +10,12 @@ import pytest
 import sca_registry
 from sca_bench.sweep import Sweep, SweepRow
 
-from sca.launchers.local import Local
+from sca.launchers.local import LocalLauncher
 from sca.launchers.task import Task
 
 pytestmark = pytest.mark.slow
 
-HOSTILE = """
+HOSTILE_MIXERS = """
 import ctypes, os, signal, time
 import torch
 from sca.mixers.roi_pool import RoiPoolMixer as RoiPool
@@ -51,8 +51,8 @@ class Raises(RoiPool):
     def __init__(self, segmenter):
         raise KeyError("chalk")
 """
-JOB = "sca_bench.worker:work"
-BASE = {
+JOB = "sca_bench.worker:run_row"
+BASE_MODEL = {
     "encoder": {
         "name": "tiny-vit",
         "image_size": 64,
@@ -67,7 +67,7 @@ BASE = {
     "task_tokens": 2,
     "trainable": ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"],
 }
-EXPECTED = {
+EXPECTED_STATES = {
     "segfaults": ("crashed", "SIGSEGV"),
     "leaves": ("crashed", "status 3"),
     "exits": ("failed", "SystemExit: 4"),
@@ -79,15 +79,15 @@ EXPECTED = {
 
 
 @pytest.fixture
-def hostile(tmp_path, monkeypatch):
+def hostile_plugin(tmp_path, monkeypatch):
     """A plugin whose mixers end badly, as a distribution on the path of this process and its children."""
     site = tmp_path / "site"
     folder = site / "hostile-1.0.dist-info"
     folder.mkdir(parents=True)
-    (site / "hostile_mixers.py").write_text(HOSTILE)
+    (site / "hostile_mixers.py").write_text(HOSTILE_MIXERS)
     (site / "hostile_absent.py").write_text("import no_such_package\n")
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: hostile\nVersion: 1.0\n")
-    points = [f"{name} = hostile_mixers:{name.capitalize()}" for name in EXPECTED if name != "absent"]
+    points = [f"{name} = hostile_mixers:{name.capitalize()}" for name in EXPECTED_STATES if name != "absent"]
     points.append("absent = hostile_absent:Absent")
     (folder / "entry_points.txt").write_text("[sca_mixers]\n" + "\n".join(points) + "\n")
     monkeypatch.syspath_prepend(str(site))
@@ -95,105 +95,130 @@ def hostile(tmp_path, monkeypatch):
     return site
 
 
-def task(folder, timeout=120.0, **model):
+def make_task(folder, timeout=120.0, **model):
     config = {
-        "model": {**BASE, **model},
+        "model": {**BASE_MODEL, **model},
         "seed": 0,
-        "threads": 1,
+        "num_threads": 1,
         "device": "cpu",
-        "measure": {"regions": [1], "words": 2},
+        "benchmark": {"regions_per_image": [1], "max_new_tokens": 2},
     }
     row = SweepRow(json.loads(json.dumps(config)))
     return Task(row.key, JOB, row.config, str(folder / row.key), timeout)
 
 
-def test_each_end_of_a_row_is_typed_and_the_others_go_on(hostile, tmp_path):
+def test_failed_rows_have_their_state_and_other_rows_continue(hostile_plugin, tmp_path):
     from multiprocessing import forkserver
 
     forkserver._forkserver._stop()  # one that was started before knows nothing of the plugin
-    tasks = {name: task(tmp_path, 25.0 if name == "sleeps" else 120.0, mixer=name) for name in EXPECTED}
-    tasks["good"] = task(tmp_path)
+    tasks = {name: make_task(tmp_path, 25.0 if name == "sleeps" else 120.0, mixer=name) for name in EXPECTED_STATES}
+    tasks["good"] = make_task(tmp_path)
     try:
-        found = {outcome.task.key: outcome.result for outcome in Local(num_workers=2).run_tasks(list(tasks.values()))}
+        rows_by_key = {
+            outcome.task.key: outcome.result for outcome in LocalLauncher(num_workers=2).run_tasks(list(tasks.values()))
+        }
     finally:
         forkserver._forkserver._stop()
-    for name, (state, said) in EXPECTED.items():
-        row = found[tasks[name].key]
-        assert (row["state"], said in row["reason"]) == (state, True), (name, row["state"], row["reason"])
-    assert found[tasks["good"].key]["state"] == "done"
+    for name, (state, reason) in EXPECTED_STATES.items():
+        row = rows_by_key[tasks[name].key]
+        assert (row["state"], reason in row["reason"]) == (state, True), (name, row["state"], row["reason"])
+    assert rows_by_key[tasks["good"].key]["state"] == "done"
 
 
 @pytest.mark.all
-def test_a_model_that_becomes_infinite_is_told(tmp_path):
-    config = dict(task(tmp_path, segmenter={"name": "sam", "depth": 1, "num_heads": 2, "mlp_dim": 64}).config)
+def test_row_of_diverging_training_is_not_finite(tmp_path):
+    config = dict(make_task(tmp_path, segmenter={"name": "sam", "depth": 1, "num_heads": 2, "mlp_dim": 64}).config)
     config["train"] = {"recipe": "sca-tiny", "steps": 3, "batch_size": 1, "learning_rate": 1e38, "warmup_steps": 1}
     row = SweepRow(config)
-    (outcome,) = Local(num_workers=1).run_tasks([Task(row.key, JOB, config, str(tmp_path / "row"), 300.0)])
-    assert outcome.result["state"] == "not-finite", outcome.result["reason"]
+    (outcome,) = LocalLauncher(num_workers=1).run_tasks([Task(row.key, JOB, config, str(tmp_path / "row"), 300.0)])
+    assert outcome.result["state"] == "non-finite", outcome.result["reason"]
 
 
 @pytest.mark.all
-def test_what_does_not_fit_together_or_into_memory_is_no_failure(tmp_path):
-    small, large = task(tmp_path, mixer="mask-tokens"), task(tmp_path)
-    large = replace(
-        large, config={**large.config, "measure": {"regions": [1], "words": 2, "images": 1 << 22}}, key="large"
+def test_row_of_incompatible_or_oversized_model_is_impossible_or_skipped(tmp_path):
+    incompatible, oversized = make_task(tmp_path, mixer="mask-tokens"), make_task(tmp_path)
+    oversized = replace(
+        oversized,
+        config={
+            **oversized.config,
+            "benchmark": {"regions_per_image": [1], "max_new_tokens": 2, "batch_size": 1 << 22},
+        },
+        key="large",
     )
-    found = {
+    rows_by_key = {
         outcome.task.key: outcome.result
-        for outcome in Local(num_workers=1).run_tasks([small, replace(large, folder=str(tmp_path / "l"))])
+        for outcome in LocalLauncher(num_workers=1).run_tasks(
+            [incompatible, replace(oversized, folder=str(tmp_path / "l"))]
+        )
     }
-    assert found[small.key]["state"] == "impossible"
-    assert "needs masks" in found[small.key]["reason"]
-    assert found["large"]["state"] == "skipped"
-    assert "--force tries it" in found["large"]["reason"]
+    assert rows_by_key[incompatible.key]["state"] == "incompatible"
+    assert "needs masks" in rows_by_key[incompatible.key]["reason"]
+    assert rows_by_key["large"]["state"] == "skipped"
+    assert "run it anyway with --force" in rows_by_key["large"]["reason"]
 
 
-def test_a_row_has_all_that_was_asked(tmp_path):
-    config = dict(task(tmp_path, lora=2).config)
-    config["measure"] = {"regions": [1, 3], "words": 2, "repeats": 5, "training": True}
+def test_row_contains_all_requested_measurements(tmp_path):
+    config = dict(make_task(tmp_path, lora=2).config)
+    config["benchmark"] = {"regions_per_image": [1, 3], "max_new_tokens": 2, "num_repeats": 5, "training_step": True}
     config["evaluate"] = {"dataset": {"name": "scenes", "num_images": 2, "image_size": 64}, "metrics": ["class"]}
     config["model"] = sca_registry.spec.ModelSpec.from_dict(config["model"]).to_dict()
     row = SweepRow(config)
-    (outcome,) = Local(num_workers=1).run_tasks([Task(row.key, JOB, config, str(tmp_path / "row"))])
-    made = outcome.result
-    assert made["state"] == "done", made["reason"]
-    assert [point["regions"] for point in made["curve"]] == [1, 3]
-    for point in made["curve"]:
-        for timing in (*point["stages"].values(), point["whole"], point["first_caption"]):
-            assert timing["repeats"] == 5
-            assert 0 <= timing["low"] <= timing["median"] <= timing["high"]
+    (outcome,) = LocalLauncher(num_workers=1).run_tasks([Task(row.key, JOB, config, str(tmp_path / "row"))])
+    row_result = outcome.result
+    assert row_result["state"] == "done", row_result["reason"]
+    assert [point["regions_per_image"] for point in row_result["throughput"]] == [1, 3]
+    for point in row_result["throughput"]:
+        for timing in (*point["stages"].values(), point["total"], point["time_to_first_token"]):
+            assert timing["num_repeats"] == 5
+            assert 0 <= timing["min"] <= timing["median"] <= timing["max"]
         assert point["regions_per_second"] > 0
-    assert made["training_step"]["regions"] == 3
-    assert made["flops"]["encode"] > 0
-    assert made["parameters"]["trainable"] < made["parameters"]["whole"] or made["parameters"]["trainable"] > 0
-    assert made["memory"]["planned"] > 0
-    assert made["memory"]["host"] > 0
-    assert {"class/count"} <= {score["name"] for score in made["scores"]}
-    assert all(score["protocol"] for score in made["scores"])
-    assert made["environment"]["versions"]["torch"]
-    assert made["seconds"]["process"] >= made["seconds"]["whole"]
+    assert row_result["training_step"]["regions_per_image"] == 3
+    assert row_result["flops"]["encode"] > 0
+    assert (
+        row_result["parameters"]["trainable"] < row_result["parameters"]["total"]
+        or row_result["parameters"]["trainable"] > 0
+    )
+    assert row_result["memory"]["estimated"] > 0
+    assert row_result["memory"]["host"] > 0
+    assert {"class/accuracy"} <= {score["name"] for score in row_result["scores"]}
+    assert all(score["protocol_id"] for score in row_result["scores"])
+    assert row_result["environment"]["versions"]["torch"]
+    assert row_result["seconds"]["process"] >= row_result["seconds"]["total"]
     assert "sca bench row" in (tmp_path / "row/log.txt").read_text()
 
 
 @pytest.mark.all
-def test_workers_change_nothing_but_how_many_go_together(tmp_path):
-    sweep = Sweep("two", BASE, {"encoder.image_size": [64, 96]}, seeds=(0, 1), measure={"regions": [1], "words": 2})
-    keys = []
-    for workers in (1, 2, 4):
-        tasks = [Task(row.key, JOB, row.config, str(tmp_path / f"{workers}-{row.key}")) for row in sweep.list_rows()]
-        keys.append(sorted((o.task.key, o.result["state"]) for o in Local(num_workers=workers).run_tasks(tasks)))
-    assert keys[0] == keys[1] == keys[2]
-    assert len(keys[0]) == 4
+def test_local_launcher_num_workers_does_not_change_rows(tmp_path):
+    sweep = Sweep(
+        "two",
+        BASE_MODEL,
+        {"encoder.image_size": [64, 96]},
+        seeds=(0, 1),
+        benchmark={"regions_per_image": [1], "max_new_tokens": 2},
+    )
+    row_states = []
+    for num_workers in (1, 2, 4):
+        tasks = [
+            Task(row.key, JOB, row.config, str(tmp_path / f"{num_workers}-{row.key}")) for row in sweep.list_rows()
+        ]
+        row_states.append(
+            sorted(
+                (outcome.task.key, outcome.result["state"])
+                for outcome in LocalLauncher(num_workers=num_workers).run_tasks(tasks)
+            )
+        )
+    assert row_states[0] == row_states[1] == row_states[2]
+    assert len(row_states[0]) == 4
 
 
-def test_a_folder_that_is_tidied_up_meanwhile_loses_the_log_and_not_the_row(tmp_path):
-    asked = task(tmp_path)
+def test_row_survives_deletion_of_its_folder(tmp_path):
+    running_task = make_task(tmp_path)
 
-    def tidy():
-        while not (tmp_path / asked.key / "log.txt").is_file():
+    def delete_row_folder():
+        while not (tmp_path / running_task.key / "log.txt").is_file():
             time.sleep(0.01)
-        shutil.rmtree(tmp_path / asked.key)
+        shutil.rmtree(tmp_path / running_task.key)
 
-    threading.Thread(target=tidy, daemon=True).start()
-    (outcome,) = Local(num_workers=1).run_tasks([asked])
+    threading.Thread(target=delete_row_folder, daemon=True).start()
+    (outcome,) = LocalLauncher(num_workers=1).run_tasks([running_task])
     assert outcome.result["state"] == "done", outcome.result["reason"]

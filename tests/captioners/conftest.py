@@ -9,14 +9,20 @@ from sca_registry.contracts import Prompt
 
 from sca.testing.tiny import get_tiny_options
 
-CARDS = {"blip": "blip-base", "git": "git-base", "blip-2": "blip2-opt-2.7b", "florence2": "vlm", "kosmos-2": "kosmos-2"}
-TEMPLATE = (  # of a chat: the picture's place, and then the question
+CARD_NAMES = {
+    "blip": "blip-base",
+    "git": "git-base",
+    "blip-2": "blip2-opt-2.7b",
+    "florence2": "vlm",
+    "kosmos-2": "kosmos-2",
+}
+CHAT_TEMPLATE = (  # of a chat: the picture's place, and then the question
     "{% for turn in messages %}{% for part in turn['content'] %}{% if part['type'] == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
 
 
-def lively(model):
+def randomize_weights(model):
     """Weights so large that different pictures have different words."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -27,7 +33,7 @@ def lively(model):
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory):
+def weights_folder(tmp_path_factory):
     """`weights("blip")` is the folder of a model with its tokenizer and image processor."""
     folders = {}
 
@@ -35,19 +41,19 @@ def weights(tmp_path_factory):
         if kind not in folders:
             folders[kind] = tmp_path_factory.mktemp(kind)
             if kind == "qwen2_vl":
-                model, processor = qwen()
+                model, processor = build_tiny_qwen()
             else:
-                options = get_tiny_options("captioner", CARDS[kind])
-                image_text_model = sca_registry.captioners.build(CARDS[kind], **options).image_text_model
+                options = get_tiny_options("captioner", CARD_NAMES[kind])
+                image_text_model = sca_registry.captioners.build(CARD_NAMES[kind], **options).image_text_model
                 model, processor = image_text_model.model, image_text_model.processor
-            lively(model).save_pretrained(folders[kind])
+            randomize_weights(model).save_pretrained(folders[kind])
             processor.save_pretrained(folders[kind])
         return str(folders[kind])
 
     return save
 
 
-def qwen():
+def build_tiny_qwen():
     """A model whose pictures have as many tokens as they have patches, asked through a chat template."""
     pytest.importorskip("torchvision")
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, Qwen2VLVideoProcessor
@@ -56,19 +62,28 @@ def qwen():
     from sca.language_models.tiny_gpt2 import TinyGpt2
 
     tokenizer = TinyGpt2(hidden_size=8, depth=1).tokenizer.tokenizer
-    words = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    tokenizer.add_tokens(words, special_tokens=True)
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8}
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    text = {"vocab_size": 800, "hidden_size": 32, "intermediate_size": 48, "rope_parameters": rope, **heads, **ends}
-    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(words), strict=True))
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(vision_config=vision, text_config=text, **ids))
-    pictures = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=256, max_pixels=4096)
-    videos = Qwen2VLVideoProcessor(patch_size=8)
-    return model, Qwen2VLProcessor(pictures, tokenizer, videos, chat_template=TEMPLATE)
+    special_tokens = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer.add_tokens(special_tokens, special_tokens=True)
+    token_id_fields = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    vision_config = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8}
+    rope_config = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    layer_sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    special_token_ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    text_config = {
+        "vocab_size": 800,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "rope_parameters": rope_config,
+        **layer_sizes,
+        **special_token_ids,
+    }
+    token_ids = dict(zip(token_id_fields, tokenizer.convert_tokens_to_ids(special_tokens), strict=True))
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(vision_config=vision_config, text_config=text_config, **token_ids)
+    )
+    image_processor = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=256, max_pixels=4096)
+    video_processor = Qwen2VLVideoProcessor(patch_size=8)
+    return model, Qwen2VLProcessor(image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE)
 
 
 @pytest.fixture
@@ -90,7 +105,7 @@ def prompts():
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def question_calls(monkeypatch):
     """The questions that reach an image-to-text model, a list a call."""
     from sca.captioners.image_text import ImageTextModel
 

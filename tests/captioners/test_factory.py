@@ -13,81 +13,84 @@ import sca
 from sca.cli import run_command
 from sca.inference.engine import Engine
 
-COUNTED = [name for name in sca_registry.captioners.list_names() if sca_registry.captioners.get_card(name).parameters]
+CAPTIONERS_WITH_PARAMETERS = [
+    name for name in sca_registry.captioners.list_names() if sca_registry.captioners.get_card(name).parameters
+]
 
 
-def test_models_are_predictors_by_name_and_by_folder(small, tmp_path):
+@pytest.mark.slow
+def test_captioner_factory_returns_an_engine_for_models_by_name_or_folder(build_small_model, tmp_path):
     assert isinstance(sca.load_captioner("sca-tiny"), Engine)
-    folder = sca.save(small(), tmp_path / "a+b model")
+    folder = sca.save(build_small_model(), tmp_path / "a+b model")
     for source in (folder, str(folder)):
         assert isinstance(sca.load_captioner(source, dtype="bfloat16", region_batch_size=3), Engine)
 
 
-def test_captioners_are_built_with_options_from_text_a_table_and_keywords(weights):
-    blip = weights("blip")
-    written = (
-        f"crop-captioner weights={blip} batch_size=3",
-        {"name": "crop-captioner", "weights": blip, "batch_size": 3},
+def test_captioner_factory_accepts_options_as_text_table_or_keywords(weights_folder):
+    blip_folder = weights_folder("blip")
+    sources = (
+        f"crop-captioner weights={blip_folder} batch_size=3",
+        {"name": "crop-captioner", "weights": blip_folder, "batch_size": 3},
     )
-    for source in written:
+    for source in sources:
         captioner = sca.load_captioner(source)
         assert isinstance(captioner, Captioner)
         assert captioner.image_text_model.batch_size == 3
         assert captioner.model is None
-    assert sca.load_captioner(written[0], batch_size=5).image_text_model.batch_size == 5
-    assert sca.load_captioner(written[0]).metadata["weights"] == blip
+    assert sca.load_captioner(sources[0], batch_size=5).image_text_model.batch_size == 5
+    assert sca.load_captioner(sources[0]).metadata["weights"] == blip_folder
 
 
-def test_two_names_are_an_encoder_and_a_captioner(weights, image):
-    captioner = sca.load_captioner(f"sca-tiny+crop-captioner weights={weights('blip')}")
+def test_captioner_factory_combines_an_encoder_and_a_captioner(weights_folder, image):
+    captioner = sca.load_captioner(f"sca-tiny+crop-captioner weights={weights_folder('blip')}")
     (caption,) = captioner.caption(image, [Prompt(points=((20, 20, 1),))])
     assert caption.mask["size"] == [60, 80]
 
 
-def test_what_looks_at_nothing_needs_no_device():
-    floor = sca.load_captioner("most-frequent dataset=scenes dataset_options={num_images=2}", device="meta")
-    assert isinstance(floor, Captioner)
+def test_captioner_factory_builds_most_frequent_on_any_device():
+    baseline = sca.load_captioner("most-frequent dataset=scenes dataset_options={num_images=2}", device="meta")
+    assert isinstance(baseline, Captioner)
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("sca-tinny", "no model or captioner named 'sca-tinny'.* Did you mean 'sca-tiny'"),
+        ("sca-tinny", "no model, captioner or folder named 'sca-tinny'.* Did you mean 'sca-tiny'"),
         ("blip-bass", "Did you mean 'blip-base'.*encoder.captioner"),
         ("sam-vit-b+blip-bass", "no captioner is named 'blip-bass'. Did you mean 'blip-base'"),
         ("sam-vit-c+blip-base", "no encoders named 'sam-vit-c'. Did you mean 'sam-vit-"),
         ("sam-vit-b+query+gpt2", "no trained weights; give a checkpoint folder"),
         ("sam-vit-b+most-frequent dataset=scenes", "no option 'encoder'"),
-        ("nearest-neighbor dataset=scenes", "needs the option 'encoder'"),
+        ("nearest-neighbor dataset=scenes", "requires the option 'encoder'"),
         ("blip-base vcott=true", "no option 'vcott'. Did you mean 'vcot'"),
         ("sca-tiny vcot=true", "the model 'sca-tiny' has no option 'vcot'"),
-        ("sca-tiny dtype=float33", "no dtype 'float33'. Did you mean 'float32'"),
+        ("sca-tiny dtype=float33", "unknown dtype 'float33'. Did you mean 'float32'"),
         ("blip-base 'batch_size", "a captioner is 'NAME"),
     ],
 )
-def test_what_there_is_not_is_said_with_what_there_is(source, message):
+def test_captioner_factory_rejects_unknown_names_and_options_with_suggestions(source, message):
     with pytest.raises(ValueError, match=message):
         sca.load_captioner(source)
 
 
-def test_a_model_of_two_names_is_pointed_to_the_door():
+def test_model_spec_parse_of_two_names_points_to_the_captioner_factory():
     with pytest.raises(RegistryError, match=r"for encoder\+captioner, use sca.load_captioner"):
         ModelSpec.parse("sam-vit-b+blip-base")
 
 
-def test_a_part_on_one_line_keeps_quoted_values_together():
+def test_part_parse_keeps_quoted_values_together():
     assert ComponentSpec.parse("a b='x y' c=[1,2] d=true") == ComponentSpec("a", {"b": "x y", "c": [1, 2], "d": True})
 
 
-@pytest.mark.parametrize("name", COUNTED)
-def test_a_card_counts_the_parameters_of_its_model(name):
+@pytest.mark.parametrize("name", CAPTIONERS_WITH_PARAMETERS)
+def test_captioner_card_parameters_match_the_built_model(name):
     with torch.device("meta"):
         captioner = sca_registry.captioners.build(name, pretrained=False, device="meta")
-    counted = sum(parameter.numel() for parameter in captioner.image_text_model.model.parameters())
-    assert counted == sca_registry.captioners.get_card(name).parameters
+    num_parameters = sum(parameter.numel() for parameter in captioner.image_text_model.model.parameters())
+    assert num_parameters == sca_registry.captioners.get_card(name).parameters
 
 
-def test_every_card_says_where_it_comes_from_and_on_what_terms():
+def test_captioner_cards_state_summary_source_license_and_terms():
     for name in sca_registry.captioners.list_names():
         card = sca_registry.captioners.get_card(name)
         assert card.summary.endswith(".")
@@ -100,62 +103,71 @@ def test_every_card_says_where_it_comes_from_and_on_what_terms():
 
 
 @pytest.fixture
-def shell(tmp_path, monkeypatch, capfd, image):
+def run_cli(tmp_path, monkeypatch, capfd, image):
     monkeypatch.chdir(tmp_path)
     image.save("a.png")
 
-    def call(*arguments):
+    def run(*arguments):
         capfd.readouterr()
         status = run_command([str(argument) for argument in arguments])
         out, err = capfd.readouterr()
         return status, out, err
 
-    return call
+    return run
 
 
-def records(out):
+def parse_json_lines(out):
     return [json.loads(line) for line in out.splitlines()]
 
 
-ASKED = ("caption", "a.png", "--out", "-", "--max-new-tokens", 4, "--num-beams", 2)
+CAPTION_ARGUMENTS = ("caption", "a.png", "--out", "-", "--max-new-tokens", 4, "--num-beams", 2)
 
 
-def test_a_captioner_answers_on_the_command_line_as_a_model_does(shell, weights, sam_folder):
+@pytest.mark.slow
+def test_caption_command_writes_the_same_records_for_captioners_as_for_models(run_cli, weights_folder, sam_folder):
     encoder = f"encoder={{name=\"sam\",weights='{sam_folder}'}}"
     for model in (
-        f"sca-tiny+crop-captioner weights={weights('git')}",
-        f"crop-captioner weights={weights('blip')} {encoder}",
+        f"sca-tiny+crop-captioner weights={weights_folder('git')}",
+        f"crop-captioner weights={weights_folder('blip')} {encoder}",
     ):
-        status, out, err = shell(*ASKED, "--model", model, "--box", "10,10,40,30", "--point", "60,45")
+        status, out, err = run_cli(*CAPTION_ARGUMENTS, "--model", model, "--box", "10,10,40,30", "--point", "60,45")
         assert (status, err) == (0, "")
-        assert [record["region_id"] for record in records(out)] == [0, 1]
-        assert all(record["mask"]["size"] == [60, 80] for record in records(out))
-        assert records(out)[0]["box"] == [10, 10, 40, 30]
-        assert records(out)[0]["model"] == model
+        assert [record["region_id"] for record in parse_json_lines(out)] == [0, 1]
+        assert all(record["mask"]["size"] == [60, 80] for record in parse_json_lines(out))
+        assert parse_json_lines(out)[0]["box"] == [10, 10, 40, 30]
+        assert parse_json_lines(out)[0]["model"] == model
 
 
-def test_everything_on_the_command_line_needs_masks(shell, weights):
-    crops = f"crop-captioner weights={weights('git')}"
-    search = ("--everything", "--points-per-side", 3, "--pred-iou-thresh", 0, "--stability-score-thresh", 0)
-    status, out, err = shell(*ASKED, "--model", f"sca-tiny+{crops}", *search)
+def test_caption_command_everything_mode_requires_masks(run_cli, weights_folder):
+    crop_captioner = f"crop-captioner weights={weights_folder('git')}"
+    everything_arguments = (
+        "--everything",
+        "--points-per-side",
+        3,
+        "--pred-iou-thresh",
+        0,
+        "--stability-score-thresh",
+        0,
+    )
+    status, out, err = run_cli(*CAPTION_ARGUMENTS, "--model", f"sca-tiny+{crop_captioner}", *everything_arguments)
     assert (status, err) == (0, "")
-    assert records(out)
-    for model in (crops, "most-frequent dataset=scenes dataset_options={num_images=2}"):
-        status, out, err = shell(*ASKED, "--model", model, *search)
+    assert parse_json_lines(out)
+    for model in (crop_captioner, "most-frequent dataset=scenes dataset_options={num_images=2}"):
+        status, out, err = run_cli(*CAPTION_ARGUMENTS, "--model", model, *everything_arguments)
         assert (status, out) == (2, "")
         assert "for everything mode, use a model, or encoder+captioner" in err
 
 
-def test_a_floor_answers_on_the_command_line(shell):
-    status, out, err = shell(
-        *ASKED, "--model", "most-frequent dataset=scenes dataset_options={num_images=2}", "--point", "3,3"
+def test_caption_command_runs_the_most_frequent_baseline(run_cli):
+    status, out, err = run_cli(
+        *CAPTION_ARGUMENTS, "--model", "most-frequent dataset=scenes dataset_options={num_images=2}", "--point", "3,3"
     )
     assert (status, err) == (0, "")
-    assert records(out)[0]["caption"]
+    assert parse_json_lines(out)[0]["caption"]
 
 
 @pytest.mark.parametrize(
-    ("model", "more", "message"),
+    ("model", "arguments", "message"),
     [
         ("crop-captioner weights={blip}", ("--point", "3,3"), "sam-vit-b+NAME"),
         (
@@ -171,21 +183,21 @@ def test_a_floor_answers_on_the_command_line(shell):
         ("sam-vit-b+query+gpt2", ("--box", "1,1,9,9"), "give a checkpoint folder"),
     ],
 )
-def test_a_mistake_is_one_line(shell, weights, model, more, message):
-    status, out, err = shell(*ASKED, "--model", model.format(blip=weights("blip")), *more)
+def test_caption_command_reports_invalid_requests_in_one_line(run_cli, weights_folder, model, arguments, message):
+    status, out, err = run_cli(*CAPTION_ARGUMENTS, "--model", model.format(blip=weights_folder("blip")), *arguments)
     assert (status, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert message in err
 
 
-def test_captioners_are_listed_shown_and_checked(shell):
-    status, out, _ = shell("list", "captioners", "--json")
+def test_list_show_and_check_commands_accept_captioners(run_cli):
+    status, out, _ = run_cli("list", "captioners", "--json")
     assert status == 0
     assert {"blip-base", "vlm", "most-frequent"} <= {row["name"] for row in json.loads(out)}
-    status, out, _ = shell("show", "captioner", "blip2-opt-2.7b")
+    status, out, _ = run_cli("show", "captioner", "blip2-opt-2.7b")
     assert status == 0
     assert "not commercial use" in out
     assert "vcot = False" in out
-    status, out, _ = shell("check", "captioner", "most-frequent")
+    status, out, _ = run_cli("check", "captioner", "most-frequent")
     assert status == 0
     assert "captions-match-prompts" in out

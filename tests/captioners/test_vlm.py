@@ -7,81 +7,88 @@ from sca.captioners.region_captioner import RegionView
 from sca.captioners.vlm import QUESTIONS, VisionLanguageModel, draw_box
 
 
-def texts(captions):
+def get_texts(captions):
     return [caption.text for caption in captions]
 
 
-def test_florence_is_told_the_place_in_thousandths_and_the_task_by_its_own_word(weights, image, prompts, asked):
-    captioner = VisionLanguageModel(weights=weights("florence2"), region_format="region-tokens")
+def test_florence_prompt_contains_the_task_token_and_box_tokens_in_thousandths(
+    weights_folder, image, prompts, question_calls
+):
+    captioner = VisionLanguageModel(weights=weights_folder("florence2"), region_format="region-tokens")
     captioner.caption(image, prompts[1:])
     captioner.caption(image, prompts[2:3], "recognition")
-    assert [question.text for question in asked[0]] == [
+    assert [question.text for question in question_calls[0]] == [
         "<REGION_TO_DESCRIPTION><loc_625><loc_583><loc_875><loc_916>",
         "<REGION_TO_DESCRIPTION><loc_0><loc_0><loc_999><loc_999>",
         "<REGION_TO_DESCRIPTION><loc_187><loc_200><loc_412><loc_466>",
     ]
-    assert asked[1][0].text == "<REGION_TO_CATEGORY><loc_0><loc_0><loc_999><loc_999>"
-    assert all(question.image is image for call in asked for question in call)
-    places = captioner.image_text_model.processor(images=image, text=asked[0][0].text, return_tensors="pt")[
+    assert question_calls[1][0].text == "<REGION_TO_CATEGORY><loc_0><loc_0><loc_999><loc_999>"
+    assert all(question.image is image for call in question_calls for question in call)
+    input_ids = captioner.image_text_model.processor(images=image, text=question_calls[0][0].text, return_tensors="pt")[
         "input_ids"
     ][0]
-    assert "<loc_625>" in captioner.image_text_model.tokenizer.convert_ids_to_tokens(places)
+    assert "<loc_625>" in captioner.image_text_model.tokenizer.convert_ids_to_tokens(input_ids)
 
 
-def test_kosmos_is_told_the_cells_of_the_corners(weights, image, prompts, asked):
-    VisionLanguageModel(weights=weights("kosmos-2"), region_format="region-tokens").caption(image, prompts[1:3])
-    tokens = [question.text.split("<object>")[1].split("</object>")[0] for question in asked[0]]
-    first, last = 18 * 32 + 20, 29 * 32 + 27  # floor of the first corner, ceiling of the last
-    assert tokens == [f"<patch_index_{first:04d}><patch_index_{last:04d}>", "<patch_index_0000><patch_index_1023>"]
+def test_kosmos_prompt_contains_the_patch_tokens_of_the_box_corners(weights_folder, image, prompts, question_calls):
+    VisionLanguageModel(weights=weights_folder("kosmos-2"), region_format="region-tokens").caption(image, prompts[1:3])
+    tokens = [question.text.split("<object>")[1].split("</object>")[0] for question in question_calls[0]]
+    first_patch, last_patch = 18 * 32 + 20, 29 * 32 + 27  # floor of the first corner, ceiling of the last
+    assert tokens == [
+        f"<patch_index_{first_patch:04d}><patch_index_{last_patch:04d}>",
+        "<patch_index_0000><patch_index_1023>",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["florence2", "kosmos-2"])
-def test_regions_are_told_apart_by_tokens_alone_and_in_any_company(weights, kind, image, prompts):
-    captioner = VisionLanguageModel(weights=weights(kind), region_format="region-tokens")
-    together = captioner.caption(image, prompts, num_beams=2)
-    assert len(set(texts(together))) > 1
-    assert [captioner.caption(image, [prompt], num_beams=2)[0].text for prompt in prompts] == texts(together)
+def test_vlm_with_region_tokens_distinguishes_regions_independent_of_batching(weights_folder, kind, image, prompts):
+    captioner = VisionLanguageModel(weights=weights_folder(kind), region_format="region-tokens")
+    batched_captions = captioner.caption(image, prompts, num_beams=2)
+    assert len(set(get_texts(batched_captions))) > 1
+    assert [captioner.caption(image, [prompt], num_beams=2)[0].text for prompt in prompts] == get_texts(
+        batched_captions
+    )
 
 
-def test_what_an_answer_says_of_places_is_no_part_of_its_words(weights, image, prompts, monkeypatch):
-    captioner = VisionLanguageModel(weights=weights("florence2"), region_format="region-tokens")
+def test_vlm_removes_location_tokens_from_captions(weights_folder, image, prompts, monkeypatch):
+    captioner = VisionLanguageModel(weights=weights_folder("florence2"), region_format="region-tokens")
     answer = "a red<loc_12> car<object><patch_index_0003></object> "
     monkeypatch.setattr(captioner.image_text_model.tokenizer, "decode", lambda ids, **how: answer)
-    assert texts(captioner.caption(image, prompts[:1])) == ["a red car"]
+    assert get_texts(captioner.caption(image, prompts[:1])) == ["a red car"]
 
 
-def test_a_drawn_box_lies_around_the_region_and_the_picture_is_left_alone(weights, image, prompts, asked):
-    before = np.asarray(image).copy()
-    captioner = VisionLanguageModel(weights=weights("qwen2_vl"), region_format="box")
+def test_vlm_draws_the_box_around_the_region_on_a_copy_of_the_image(weights_folder, image, prompts, question_calls):
+    original_pixels = np.asarray(image).copy()
+    captioner = VisionLanguageModel(weights=weights_folder("qwen2_vl"), region_format="box")
     captioner.caption(image, prompts[1:2], max_new_tokens=3)
-    drawn = np.asarray(asked[0][0].image)
-    assert asked[0][0].text == QUESTIONS["box"][1]
-    assert np.array_equal(np.asarray(image), before)
-    assert np.array_equal(drawn[35:55, 50:70], before[35:55, 50:70])
-    assert (drawn[33:35, 48:72] == (255, 0, 0)).all()
-    assert (drawn[33:57, 70:72] == (255, 0, 0)).all()
-    changed = (drawn != before).any(-1)
-    assert not changed[:33].any()
-    assert not changed[:, 72:].any()
+    drawn_pixels = np.asarray(question_calls[0][0].image)
+    assert question_calls[0][0].text == QUESTIONS["box"][1]
+    assert np.array_equal(np.asarray(image), original_pixels)
+    assert np.array_equal(drawn_pixels[35:55, 50:70], original_pixels[35:55, 50:70])
+    assert (drawn_pixels[33:35, 48:72] == (255, 0, 0)).all()
+    assert (drawn_pixels[33:57, 70:72] == (255, 0, 0)).all()
+    is_changed = (drawn_pixels != original_pixels).any(-1)
+    assert not is_changed[:33].any()
+    assert not is_changed[:, 72:].any()
     assert draw_box(image, (0, 0, 80, 60)).tobytes() == image.tobytes()  # what is all of the image has no outside
 
 
-def test_a_question_goes_through_the_chat_template_and_pictures_of_other_sizes_do_not_mix(weights, image, prompts):
-    captioner = VisionLanguageModel(weights=weights("qwen2_vl"), question="Which thing is this?")
-    together = captioner.caption(image, prompts, max_new_tokens=4, num_beams=2)
-    alone = [captioner.caption(image, [prompt], max_new_tokens=4, num_beams=2)[0].text for prompt in prompts]
-    assert texts(together) == alone
-    assert len(set(alone)) > 1
+def test_vlm_applies_the_chat_template_and_batches_images_of_different_sizes(weights_folder, image, prompts):
+    captioner = VisionLanguageModel(weights=weights_folder("qwen2_vl"), question="Which thing is this?")
+    batched_captions = captioner.caption(image, prompts, max_new_tokens=4, num_beams=2)
+    single_texts = [captioner.caption(image, [prompt], max_new_tokens=4, num_beams=2)[0].text for prompt in prompts]
+    assert get_texts(batched_captions) == single_texts
+    assert len(set(single_texts)) > 1
     inputs = captioner.image_text_model._process_input(
         captioner._build_input(RegionView(0, image, prompts[0], None, None), 1)
     )
-    words = captioner.image_text_model.tokenizer.decode(inputs["input_ids"][0])
-    assert "Which thing is this?" in words
-    assert words.count("<|vision_start|>") == 1
+    prompt_text = captioner.image_text_model.tokenizer.decode(inputs["input_ids"][0])
+    assert "Which thing is this?" in prompt_text
+    assert prompt_text.count("<|vision_start|>") == 1
 
 
 @pytest.mark.parametrize(
-    ("kind", "how", "message"),
+    ("kind", "options", "message"),
     [
         (
             "qwen2_vl",
@@ -93,6 +100,6 @@ def test_a_question_goes_through_the_chat_template_and_pictures_of_other_sizes_d
         ("florence2", {"region_format": "region-tokens", "question": "What?"}, "omit question"),
     ],
 )
-def test_what_a_model_cannot_do_is_refused_with_the_way_out(weights, kind, how, message):
+def test_vlm_rejects_unsupported_options_and_suggests_alternatives(weights_folder, kind, options, message):
     with pytest.raises(ValueError, match=message):
-        VisionLanguageModel(weights=weights(kind), **how)
+        VisionLanguageModel(weights=weights_folder(kind), **options)

@@ -14,20 +14,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-MARKER = "ran"  # a file that hostile code writes
-DEEP = "[" * 100_000 + "]" * 100_000
-CODE = (
+MARKER_FILE = "ran"  # a file that hostile code writes
+DEEP_JSON = "[" * 100_000 + "]" * 100_000
+HOSTILE_CODE = (
     "open({marker!r}, 'w').close()\nclass Stranger: ...\nmodel = dict(type='Stranger', backbone=dict(type='ResNet'))\n"
 )
 
 
-def hostile_values(outside: Path, inner: str) -> list[Any]:
+def list_hostile_values(outside_folder: Path, model_folder: str) -> list[Any]:
     """What a string field may hold instead: paths, URLs, hub ids, code, escapes, wrong types and sizes."""
     return [
-        str(outside / "secret"),
-        str(outside / "stranger.py"),
+        str(outside_folder / "secret"),
+        str(outside_folder / "stranger.py"),
         "../outside/secret",
-        f"{inner}/../../outside/secret",
+        f"{model_folder}/../../outside/secret",
         "~/secret",
         "\\\\server\\share\\model",
         "C:\\Users\\model",
@@ -55,58 +55,60 @@ def hostile_values(outside: Path, inner: str) -> list[Any]:
         [],
         ["stranger/model"] * 3,
         {"name": "stranger/model", "trust_remote_code": True},
-        Raw(DEEP),
-        Raw("NaN"),
-        Raw('"\\ud800"'),
+        RawJson(DEEP_JSON),
+        RawJson("NaN"),
+        RawJson('"\\ud800"'),
     ]
 
 
-class Raw(str):
+class RawJson(str):
     """JSON text that is written unchanged."""
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in which `Raw` values stand for themselves."""
-    raws: list[str] = []
+    raw_texts: list[str] = []
 
     def encode(value: Any) -> Any:
-        if isinstance(value, Raw):
-            raws.append(str(value))
-            return f"<<raw {len(raws) - 1}>>"
+        if isinstance(value, RawJson):
+            raw_texts.append(str(value))
+            return f"<<raw {len(raw_texts) - 1}>>"
         if isinstance(value, dict):
             return {key: encode(each) for key, each in value.items()}
         return [encode(each) for each in value] if isinstance(value, list) else value
 
     text = json.dumps(encode(content))
-    for number, raw in enumerate(raws):
+    for number, raw in enumerate(raw_texts):
         text = text.replace(f'"<<raw {number}>>"', raw)
     path.write_text(text, "utf-8")
 
 
-def fields(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def iter_string_paths(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The paths of all strings in JSON content."""
     if isinstance(content, dict):
         for key, value in content.items():
-            yield from fields(value, (*path, key))
+            yield from iter_string_paths(value, (*path, key))
     elif isinstance(content, list):
-        for place, value in enumerate(content[:2]):
-            yield from fields(value, (*path, place))
+        for index, value in enumerate(content[:2]):
+            yield from iter_string_paths(value, (*path, index))
     elif isinstance(content, str):
         yield path
 
 
-def replaced(content: Any, path: tuple[Any, ...], value: Any) -> Any:
+def replace_at_path(content: Any, path: tuple[Any, ...], value: Any) -> Any:
     """A copy of JSON content with another value at a path; keys that do not exist are added."""
     if not path:
         return value
     key, *rest = path
     if isinstance(content, list):
-        return [replaced(each, tuple(rest), value) if place == key else each for place, each in enumerate(content)]
+        return [
+            replace_at_path(each, tuple(rest), value) if index == key else each for index, each in enumerate(content)
+        ]
     table = content if isinstance(content, dict) else {}
-    return {**table, key: replaced(table.get(key), tuple(rest), value)}
+    return {**table, key: replace_at_path(table.get(key), tuple(rest), value)}
 
 
-ADDED = {  # fields that a stranger would add, by file
+ADDED_FIELDS = {  # fields that a stranger would add, by file
     "spec.json": [
         ("language_model", "weights"),
         ("language_model", "tokenizer"),
@@ -149,42 +151,55 @@ ADDED = {  # fields that a stranger would add, by file
     "tokenizer.json": [],
     "model.safetensors.index.json": [("weight_map", "a")],
 }
-COMPONENTS = ("hf", "gguf", "sam", "timm", "open-clip", "mmdet", "stranger", "sca-mmdet:mmdet", "../sam", "os:system")
+COMPONENT_NAMES = (
+    "hf",
+    "gguf",
+    "sam",
+    "timm",
+    "open-clip",
+    "mmdet",
+    "stranger",
+    "sca-mmdet:mmdet",
+    "../sam",
+    "os:system",
+)
 
 
-def make(base: Path, where: Path, number: int, outside: Path) -> str:
+def write_hostile_checkpoint(base_checkpoint: Path, models_folder: Path, seed: int, outside_folder: Path) -> str:
     """Write one hostile checkpoint, by its number always the same, and say what is hostile about it."""
-    draw = random.Random(number)
-    folder = where / f"model-{number}"
-    shutil.copytree(base, folder)
+    rng = random.Random(seed)
+    folder = models_folder / f"model-{seed}"
+    shutil.copytree(base_checkpoint, folder)
     for program in ("stranger.py", "modeling_stranger.py", "conftest.py", "sitecustomize.py"):
-        (folder / program).write_text(CODE.format(marker=str(where / MARKER)))
-    files = sorted(path for path in folder.rglob("*.json") if path.name in ADDED)
-    new = [
+        (folder / program).write_text(HOSTILE_CODE.format(marker=str(models_folder / MARKER_FILE)))
+    files = sorted(path for path in folder.rglob("*.json") if path.name in ADDED_FIELDS)
+    addable_files = [
         folder / "lm" / name for name in ("adapter_config.json", "generation_config.json") if (folder / "lm").is_dir()
     ]
-    file = draw.choice([*files, *[path for path in files if path.name in ("spec.json", "config.json")] * 2, *new])
+    file = rng.choice(
+        [*files, *[path for path in files if path.name in ("spec.json", "config.json")] * 2, *addable_files]
+    )
     content = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    known = list(fields(content))
-    known = known if len(known) < 40 else draw.sample(known, 40)
-    values = hostile_values(outside, str(folder))
-    said = []
-    if file.name == "spec.json" and draw.random() < 0.5:
-        kind = draw.choice(("encoder", "language_model", "segmenter"))
-        content = replaced(content, (kind,), {"name": draw.choice(COMPONENTS)})
-        said.append(f"{kind}={content[kind]['name']}")
-    for _ in range(draw.choice((1, 1, 2))):
-        path, value = draw.choice([*known, *ADDED[file.name] * 3] or [("stranger",)]), draw.choice(values)
-        content = replaced(content, path, value)
-        said.append(f"{'.'.join(map(str, path))}={str(value)[:60]!r}")
+    string_paths = list(iter_string_paths(content))
+    string_paths = string_paths if len(string_paths) < 40 else rng.sample(string_paths, 40)
+    values = list_hostile_values(outside_folder, str(folder))
+    changes = []
+    if file.name == "spec.json" and rng.random() < 0.5:
+        kind = rng.choice(("encoder", "language_model", "segmenter"))
+        content = replace_at_path(content, (kind,), {"name": rng.choice(COMPONENT_NAMES)})
+        changes.append(f"{kind}={content[kind]['name']}")
+    for _ in range(rng.choice((1, 1, 2))):
+        path, value = rng.choice([*string_paths, *ADDED_FIELDS[file.name] * 3] or [("stranger",)]), rng.choice(values)
+        content = replace_at_path(content, path, value)
+        changes.append(f"{'.'.join(map(str, path))}={str(value)[:60]!r}")
     write_json(file, content)
-    return f"{file.relative_to(folder)}: {', '.join(said)}"
+    return f"{file.relative_to(folder)}: {', '.join(changes)}"
 
 
 # --- the process that watches -----------------------------------------------------------------------------------------
 
-SEEN: list[str] = []
-WATCHED = (
+OBSERVED_EVENTS: list[str] = []
+WATCHED_EVENTS = (
     "socket.connect",
     "socket.getaddrinfo",
     "subprocess.Popen",
@@ -195,37 +210,37 @@ WATCHED = (
 )
 
 
-def watch(allowed: list[Path], folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
+def make_audit_hook(allowed_paths: list[Path], folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
     """An audit hook that keeps what a checkpoint must not cause; the model's own folder is only read."""
-    reads = tuple(f"{path}/" for path in (*allowed, folder))
+    readable_prefixes = tuple(f"{path}/" for path in (*allowed_paths, folder))
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "subprocess.Popen" and arguments[1] == ["git", "rev-parse", "HEAD"]:
             return  # which commit of this package writes a checkpoint
-        if event in WATCHED:
-            SEEN.append(f"{event} {arguments!r:.200}")
+        if event in WATCHED_EVENTS:
+            OBSERVED_EVENTS.append(f"{event} {arguments!r:.200}")
         elif event == "open" and isinstance(arguments[0], str):
             path, mode, flags = arguments
-            writes = isinstance(flags, int) and flags & 3
-            full = str(Path(path).absolute()) if "\0" not in path else path
-            if writes and full.startswith(f"{folder}/"):
-                SEEN.append(f"write {full}")
-            elif not f"{full}/".startswith((*reads, "/proc/", "/sys/", "/dev/")):
-                SEEN.append(f"open {full!r:.200} {mode}")
+            is_write = isinstance(flags, int) and flags & 3
+            absolute_path = str(Path(path).absolute()) if "\0" not in path else path
+            if is_write and absolute_path.startswith(f"{folder}/"):
+                OBSERVED_EVENTS.append(f"write {absolute_path}")
+            elif not f"{absolute_path}/".startswith((*readable_prefixes, "/proc/", "/sys/", "/dev/")):
+                OBSERVED_EVENTS.append(f"open {absolute_path!r:.200} {mode}")
         elif event in ("import", "compile", "exec"):
             text = f"{arguments!r:.4000}"
             if str(folder) in text or "stranger" in text.lower():
-                SEEN.append(f"{event} {text:.200}")
+                OBSERVED_EVENTS.append(f"{event} {text:.200}")
 
     return hook
 
 
-def use(folder: Path, how: str, out: Path) -> None:
+def use_checkpoint(folder: Path, command: str, out: Path) -> None:
     """Use a checkpoint the way a command does."""
     import sca
     from sca.cli import run_command
 
-    if how == "load":
+    if command == "load":
         sca.load(folder)
         return
     arguments = {
@@ -236,8 +251,8 @@ def use(folder: Path, how: str, out: Path) -> None:
         "show": ["show", "model", str(folder)],
         "push": ["push", str(folder), "owner/name", "--dry-run"],
         "demo": [],
-    }[how]
-    if how == "demo":
+    }[command]
+    if command == "demo":
         from sca.demo.app import ModelPool
 
         models = ModelPool("cpu", None, (), allow_any_model=True)
@@ -250,7 +265,7 @@ def use(folder: Path, how: str, out: Path) -> None:
         raise ValueError("refused")
 
 
-def main(folder: Path, hows: list[str], allowed: list[str]) -> None:
+def main(folder: Path, commands: list[str], allowed_paths: list[str]) -> None:
     """Use every checkpoint in a folder and print what happened."""
     import contextlib
     import io
@@ -262,35 +277,40 @@ def main(folder: Path, hows: list[str], allowed: list[str]) -> None:
     out = folder.parent / "out"
     out.mkdir(exist_ok=True)
     sca.load("sca-tiny")  # what a first load imports
-    if "demo" in hows:
+    if "demo" in commands:
         import sca.demo.app
-    places = [Path(each) for each in (*allowed, sys.prefix, sys.base_prefix, str(Path(sca.__file__).parents[1]), out)]
-    for number, model in enumerate(sorted(folder.glob("model-*"))):
-        how = hows[number % len(hows)]
-        SEEN.clear()
-        hook = watch(places, model)
-        HOOKS[:] = [hook]
-        said, errors = "", io.StringIO()
+    readable_paths = [
+        Path(each) for each in (*allowed_paths, sys.prefix, sys.base_prefix, str(Path(sca.__file__).parents[1]), out)
+    ]
+    for index, model in enumerate(sorted(folder.glob("model-*"))):
+        command = commands[index % len(commands)]
+        OBSERVED_EVENTS.clear()
+        hook = make_audit_hook(readable_paths, model)
+        ACTIVE_HOOKS[:] = [hook]
+        message, errors = "", io.StringIO()
         try:
             with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-                use(model, how, out)
-            said = "used"
+                use_checkpoint(model, command, out)
+            message = "used"
         except ValueError as error:
-            said = f"{error}" if how in ("load", "demo") else errors.getvalue()
+            message = f"{error}" if command in ("load", "demo") else errors.getvalue()
         except BaseException as error:
-            said = f"Traceback: {type(error).__name__}: {error}"
-        HOOKS.clear()
-        print("##" + json.dumps({"model": model.name, "how": how, "said": said, "seen": SEEN[:5]}), flush=True)
+            message = f"Traceback: {type(error).__name__}: {error}"
+        ACTIVE_HOOKS.clear()
+        print(
+            "##" + json.dumps({"model": model.name, "how": command, "said": message, "seen": OBSERVED_EVENTS[:5]}),
+            flush=True,
+        )
 
 
-HOOKS: list[Callable[[str, tuple[Any, ...]], None]] = []
+ACTIVE_HOOKS: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 
-def _dispatch(event: str, arguments: tuple[Any, ...]) -> None:
-    for hook in HOOKS:
+def _run_active_hooks(event: str, arguments: tuple[Any, ...]) -> None:
+    for hook in ACTIVE_HOOKS:
         hook(event, arguments)
 
 
 if __name__ == "__main__":
-    sys.addaudithook(_dispatch)
+    sys.addaudithook(_run_active_hooks)
     main(Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:])

@@ -24,36 +24,39 @@ from sca.io.errors import InputError, OutputError
 from sca.mixers.query import QueryMixer
 
 
-def batch_of(model):
-    draw = torch.Generator().manual_seed(4)
-    side = model.encoder.image_format.size
-    return torch.randn(2, 3, side, side, generator=draw)
+def make_pixel_values(model):
+    generator = torch.Generator().manual_seed(4)
+    image_size = model.encoder.image_format.size
+    return torch.randn(2, 3, image_size, image_size, generator=generator)
 
 
-def same_tensors(one, other):
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+def have_equal_tensors(first_model, second_model):
+    first_state, second_state = first_model.state_dict(), second_model.state_dict()
+    return first_state.keys() == second_state.keys() and all(
+        torch.equal(first_state[name], second_state[name]) for name in first_state
+    )
 
 
 @pytest.fixture
-def saved(small, tmp_path):
-    model = small(seed=3)
+def saved_model(build_small_model, tmp_path):
+    model = build_small_model(seed=3)
     return model, save(model, tmp_path / "model")
 
 
-def edit(folder, change):
+def edit_weights(folder, change_tensors):
     tensors = load_file(folder / WEIGHTS_FILE)
-    change(tensors)
+    change_tensors(tensors)
     save_file(tensors, folder / WEIGHTS_FILE)
 
 
-def test_a_reloaded_model_gives_the_same_answers_to_the_last_bit(saved):
-    model, folder = saved
-    again = load(folder)
-    assert same_tensors(model, again)
-    assert torch.equal(model.encode(batch_of(model)), again.encode(batch_of(model)))
-    assert again.spec.to_dict() == json.loads(json.dumps(resolve_spec(model).to_dict()))
-    assert not again.training
+@pytest.mark.slow
+def test_load_restores_identical_tensors_features_and_spec(saved_model):
+    model, folder = saved_model
+    reloaded = load(folder)
+    assert have_equal_tensors(model, reloaded)
+    assert torch.equal(model.encode(make_pixel_values(model)), reloaded.encode(make_pixel_values(model)))
+    assert reloaded.spec.to_dict() == json.loads(json.dumps(resolve_spec(model).to_dict()))
+    assert not reloaded.training
 
 
 def make_mixer(
@@ -62,22 +65,24 @@ def make_mixer(
     return QueryMixer(segmenter, num_queries=queries, depth=depth, num_heads=heads[0], mlp_dim=64)
 
 
-def test_checkpoint_keeps_the_defaults_of_its_parts(small, small_table, tmp_path, monkeypatch):
+def test_checkpoint_stores_the_default_options_of_its_components(
+    build_small_model, small_model_table, tmp_path, monkeypatch
+):
     monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
     sca_registry.mixers("changing")(make_mixer)
     torch.manual_seed(0)
-    model = sca.compose(**small_table | {"mixer": {"name": "changing", "depth": 2}})
+    model = sca.compose(**small_model_table | {"mixer": {"name": "changing", "depth": 2}})
     folder = save(model, tmp_path / "model")
     assert is_saved(model, folder)
-    written = json.loads((folder / SPEC_FILE).read_text())
-    assert written["mixer"] == {"name": "changing", "queries": 3, "depth": 2, "heads": [4]}
-    assert written["segmenter"]["name"] == "sam"
+    spec = json.loads((folder / SPEC_FILE).read_text())
+    assert spec["mixer"] == {"name": "changing", "queries": 3, "depth": 2, "heads": [4]}
+    assert spec["segmenter"]["name"] == "sam"
     monkeypatch.setattr(make_mixer, "__defaults__", (5, 4, (2,), None, None, None, None))
-    assert same_tensors(model, load(folder))
+    assert have_equal_tensors(model, load(folder))
 
 
-def test_checkpoint_without_resolved_options_loads(saved):
-    model, folder = saved
+def test_load_accepts_a_checkpoint_without_resolved_options(saved_model):
+    model, folder = saved_model
     (folder / SPEC_FILE).write_text(json.dumps(model.spec.to_dict()))
     assert load(folder).spec == model.spec
     assert not is_saved(model, folder)
@@ -89,45 +94,47 @@ class MainMixer(QueryMixer):
     __module__ = "__main__"
 
 
-def test_checkpoint_with_a_part_of_main_loads_where_it_is_registered(small_table, tmp_path, monkeypatch):
+def test_checkpoint_with_a_mixer_of_main_loads_only_where_it_is_registered(small_model_table, tmp_path, monkeypatch):
     monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
     sca_registry.mixers("of-main")(MainMixer)
     mixer = {"name": "of-main", "depth": 1, "num_heads": 4, "mlp_dim": 64}
-    folder = save(sca.compose(**small_table | {"mixer": mixer}), tmp_path / "model")
+    folder = save(sca.compose(**small_model_table | {"mixer": mixer}), tmp_path / "model")
     assert type(load(folder).mixer) is MainMixer
     monkeypatch.setattr(sca_registry.mixers, "_get_registered", dict)  # another program
-    with pytest.raises(InputError, match=r"no mixers named 'of-main'\..* the code of the program that saved it") as e:
+    with pytest.raises(
+        InputError, match=r"no mixers named 'of-main'\..* the code of the program that saved it"
+    ) as error:
         load(folder)
-    assert str(e.value).endswith("registered them; register them again before loading.")
+    assert str(error.value).endswith("registered them; register them again before loading.")
     origin = json.loads((folder / "origin.json").read_text())
     origin["components"]["mixer"]["distribution"] = "run this: rm -rf /"
     (folder / "origin.json").write_text(json.dumps(origin))
-    with pytest.raises(InputError) as e:
+    with pytest.raises(InputError) as error:
         load(folder)
-    assert "rm -rf" not in str(e.value)
+    assert "rm -rf" not in str(error.value)
 
 
-def test_captions_of_a_reloaded_model_are_equal(saved, scene):
-    model, folder = saved
+def test_reloaded_model_predicts_equal_captions(saved_model, scene):
+    model, folder = saved_model
     boxes = [region.box for region in scene.regions]
-    answers = []
-    for each in (model, load(folder)):
-        predictor = Predictor(each)
+    captions = []
+    for each_model in (model, load(folder)):
+        predictor = Predictor(each_model)
         predictor.set_image(scene.image)
-        answers.append(predictor.predict(boxes=boxes))
-    assert answers[0] == answers[1]
+        captions.append(predictor.predict(boxes=boxes))
+    assert captions[0] == captions[1]
 
 
-def test_lora_and_its_frozen_base_are_reloaded(small, tmp_path):
-    model = small(trainable=["lora", "mixer"], lora=2)
+def test_load_restores_lora_and_its_frozen_base_model(build_small_model, tmp_path):
+    model = build_small_model(trainable=["lora", "mixer"], lora=2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    assert same_tensors(model, load(save(model, tmp_path / "model")))
+    assert have_equal_tensors(model, load(save(model, tmp_path / "model")))
 
 
-def test_a_part_with_weights_of_its_own_is_not_stored_but_for_what_trains(small):
-    model = small(trainable=["mixer", "projection", "lora"], lora=2)
+def test_list_stored_tensors_excludes_frozen_external_weights(build_small_model):
+    model = build_small_model(trainable=["mixer", "projection", "lora"], lora=2)
     assert list_stored_tensors(model) == set(model.state_dict())
     model.encoder.checkpoint = model.language_model.checkpoint = "somewhere/else"
     names = list_stored_tensors(model)
@@ -138,48 +145,48 @@ def test_a_part_with_weights_of_its_own_is_not_stored_but_for_what_trains(small)
     assert {name for name in model.state_dict() if name.startswith(("segmenter.", "mixer."))} <= names
 
 
-def test_statistics_of_a_trained_part_are_stored_though_its_weights_came_from_elsewhere(small):
-    model = small(trainable=["encoder"])
+def test_list_stored_tensors_includes_all_tensors_of_a_trainable_external_encoder(build_small_model):
+    model = build_small_model(trainable=["encoder"])
     model.encoder.checkpoint = "somewhere/else"
     assert {name for name in model.state_dict() if name.startswith("encoder.")} <= list_stored_tensors(model)
 
 
-def test_half_precision_on_disk_loads_as_what_was_asked_for(saved, tmp_path):
-    model, _ = saved
+def test_load_casts_half_precision_weights_to_the_requested_dtype(saved_model, tmp_path):
+    model, _ = saved_model
     folder = save(model, tmp_path / "half", dtype=torch.bfloat16)
     weights = load_file(folder / WEIGHTS_FILE)
-    floating = [tensor for tensor in weights.values() if tensor.is_floating_point()]
-    assert {tensor.dtype for tensor in floating} == {torch.bfloat16}
-    again = load(folder, dtype=torch.float32)
-    assert torch.equal(again.task_tokens, model.task_tokens.bfloat16().float())
+    floating_tensors = [tensor for tensor in weights.values() if tensor.is_floating_point()]
+    assert {tensor.dtype for tensor in floating_tensors} == {torch.bfloat16}
+    reloaded = load(folder, dtype=torch.float32)
+    assert torch.equal(reloaded.task_tokens, model.task_tokens.bfloat16().float())
 
 
 # --- what does not fit is refused by name ---------------------------------------------------------------------------
 
 
-def test_a_missing_tensor_is_named(saved):
-    _, folder = saved
-    edit(folder, lambda tensors: tensors.pop("mixer.tokens.weight"))
+def test_load_names_a_missing_tensor(saved_model):
+    _, folder = saved_model
+    edit_weights(folder, lambda tensors: tensors.pop("mixer.tokens.weight"))
     with pytest.raises(InputError, match=r"missing mixer\.tokens\.weight; unexpected nothing"):
         load(folder)
 
 
-def test_an_unexpected_tensor_is_named(saved):
-    _, folder = saved
-    edit(folder, lambda tensors: tensors.update({"mixer.extra": torch.zeros(2)}))
+def test_load_names_an_unexpected_tensor(saved_model):
+    _, folder = saved_model
+    edit_weights(folder, lambda tensors: tensors.update({"mixer.extra": torch.zeros(2)}))
     with pytest.raises(InputError, match=r"missing nothing; unexpected mixer\.extra"):
         load(folder)
 
 
-def test_a_tensor_of_another_shape_is_named(saved):
-    _, folder = saved
-    edit(folder, lambda tensors: tensors.update({"task_tokens": torch.zeros(2, 9, 32)}))
-    with pytest.raises(InputError, match=r"task_tokens is \(2, 9, 32\) and the spec\.json asks for \(2, 2, 32\)"):
+def test_load_names_a_tensor_with_a_wrong_shape(saved_model):
+    _, folder = saved_model
+    edit_weights(folder, lambda tensors: tensors.update({"task_tokens": torch.zeros(2, 9, 32)}))
+    with pytest.raises(InputError, match=r"task_tokens is \(2, 9, 32\) and the spec\.json requires \(2, 2, 32\)"):
         load(folder)
 
 
-def test_another_spec_than_the_weights_were_written_with_is_refused(saved):
-    _, folder = saved
+def test_load_rejects_a_spec_that_does_not_match_the_weights(saved_model):
+    _, folder = saved_model
     spec = json.loads((folder / SPEC_FILE).read_text())
     spec["mixer"]["depth"] = 2
     (folder / SPEC_FILE).write_text(json.dumps(spec))
@@ -193,47 +200,51 @@ def test_another_spec_than_the_weights_were_written_with_is_refused(saved):
         (SPEC_FILE, None, "has no spec.json"),
         (SPEC_FILE, b"{", "not valid JSON"),
         (WEIGHTS_FILE, None, "has no weights.safetensors"),
-        (WEIGHTS_FILE, b"\x10\0\0\0\0\0\0\0{", "is broken"),
+        (WEIGHTS_FILE, b"\x10\0\0\0\0\0\0\0{", "is damaged"),
     ],
 )
-def test_a_damaged_folder_is_refused_with_the_file_that_is_wrong(saved, file, content, message):
-    _, folder = saved
+def test_load_names_the_missing_or_damaged_file(saved_model, file, content, message):
+    _, folder = saved_model
     (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
     with pytest.raises(InputError, match=message):
         load(folder)
 
 
-def test_no_such_model_names_the_zoo(tmp_path):
+def test_load_of_an_unknown_model_lists_the_zoo(tmp_path):
     with pytest.raises(InputError, match="sca-tiny"):
         load(tmp_path / "nothing")
 
 
-def test_a_checkpoint_says_which_weights_it_was_trained_on(sam_folder, lm_folder, tmp_path):
+def test_save_records_paths_and_hashes_of_pretrained_weights(sam_folder, save_language_model, tmp_path):
     model = sca.compose(
         {"name": "sam", "weights": str(sam_folder)},
         {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
-        {"name": "hf", "weights": str(lm_folder("gpt2"))},
+        {"name": "hf", "weights": str(save_language_model("gpt2"))},
     )
     save(model, tmp_path / "model")
     origin = json.loads((tmp_path / "model" / "origin.json").read_text())["components"]
-    for kind, folder in (("encoder", sam_folder), ("segmenter", sam_folder), ("language_model", lm_folder("gpt2"))):
+    for kind, folder in (
+        ("encoder", sam_folder),
+        ("segmenter", sam_folder),
+        ("language_model", save_language_model("gpt2")),
+    ):
         content = (folder / "model.safetensors").read_bytes()
         assert origin[kind]["weights"] == str(folder)
         assert origin[kind]["sha256"] == {"model.safetensors": hashlib.sha256(content).hexdigest()}
     assert "weights" not in origin["mixer"]
 
 
-def test_a_folder_of_something_else_is_left_alone(small, tmp_path):
+def test_save_never_overwrites_other_folders_and_files(build_small_model, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_text("dear")
     (tmp_path / "file").write_text("dear")
     for name in ("photos", "file"):
         with pytest.raises(OutputError, match="its content is unchanged"):
-            save(small(), tmp_path / name)
+            save(build_small_model(), tmp_path / name)
     assert (tmp_path / "photos" / "holiday.jpg").read_text() == (tmp_path / "file").read_text() == "dear"
 
 
-def test_what_was_added_to_pretrained_weights_is_held_even_if_it_is_frozen(sam_folder, tmp_path):
+def test_save_stores_the_frozen_neck_of_a_pretrained_segmenter(sam_folder, tmp_path):
     model = sca.compose(
         {
             "name": "tiny-vit",
@@ -248,32 +259,32 @@ def test_what_was_added_to_pretrained_weights_is_held_even_if_it_is_frozen(sam_f
         segmenter={"name": "sam", "weights": str(sam_folder)},
         trainable=["mixer"],
     )
-    own = {name: value for name, value in model.state_dict().items() if name.startswith("segmenter.neck.")}
-    again = load(save(model, tmp_path / "model"), allow_external=True).state_dict()
-    assert own
-    assert all(torch.equal(again[name], value) for name, value in own.items())
+    neck_tensors = {name: value for name, value in model.state_dict().items() if name.startswith("segmenter.neck.")}
+    reloaded_state = load(save(model, tmp_path / "model"), allow_external=True).state_dict()
+    assert neck_tensors
+    assert all(torch.equal(reloaded_state[name], value) for name, value in neck_tensors.items())
 
 
 @pytest.mark.slow
-def test_weights_that_a_part_finds_in_its_own_way_are_named(small, tmp_path):
-    model = small()
+def test_save_records_weights_that_are_not_a_path(build_small_model, tmp_path):
+    model = build_small_model()
     model.encoder.checkpoint = "a_name_of_its_own"
     save(model, tmp_path / "model")
-    written = json.loads((tmp_path / "model" / "origin.json").read_text())
-    assert written["components"]["encoder"]["weights"] == "a_name_of_its_own"
+    origin = json.loads((tmp_path / "model" / "origin.json").read_text())
+    assert origin["components"]["encoder"]["weights"] == "a_name_of_its_own"
 
 
-def test_origin_names_the_commit_of_the_checkout(small):
+def test_collect_origin_records_the_git_commit(build_small_model):
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         pytest.skip("not a checkout")
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    assert collect_origin(small())["commit"] == head.stdout.strip()
+    assert collect_origin(build_small_model())["commit"] == head.stdout.strip()
 
 
 # --- a kill at any moment -------------------------------------------------------------------------------------------
 
-SAVING_AND_DYING = """
+SAVE_AND_KILL_SCRIPT = """
 import os, random, signal, sys, time
 import torch
 from conftest import PARTS
@@ -317,20 +328,20 @@ print("whole after every kill, saves:", found())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-@pytest.mark.parametrize("kills", [5, pytest.param(300, marks=pytest.mark.all)])
+@pytest.mark.parametrize("num_kills", [5, pytest.param(300, marks=pytest.mark.all)])
 @pytest.mark.slow
-def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, kills):
+def test_save_killed_at_random_times_leaves_a_complete_checkpoint(tmp_path, num_kills):
     """One process saves over and over and is killed at random moments, and another loads what is left."""
-    tests = os.path.dirname(os.path.dirname(__file__))
-    environment = {**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SAVING_AND_DYING, str(tmp_path / "model"), str(kills)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert "whole after every kill" in ended.stdout
-    assert not ended.stdout.rstrip().endswith(" 0.0"), "no save ever came to its end"
+    tests_folder = os.path.dirname(os.path.dirname(__file__))
+    environment = {**os.environ, "PYTHONPATH": tests_folder, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SAVE_AND_KILL_SCRIPT, str(tmp_path / "model"), str(num_kills)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "whole after every kill" in result.stdout
+    assert not result.stdout.rstrip().endswith(" 0.0"), "no save ever came to its end"
 
 
-def whole(folder):
+def is_complete_checkpoint(folder):
     """A checkpoint that loads, with all its numbers from one and the same save."""
     return len({value for each in load(folder).parameters() for value in each.detach().unique().tolist()}) == 1
 
@@ -340,53 +351,51 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
-def test_a_kill_before_any_step_of_a_save_leaves_a_whole_checkpoint_that_can_be_saved_over(
-    small, tmp_path, monkeypatch
-):
+def test_save_killed_before_any_file_operation_leaves_a_complete_checkpoint(build_small_model, tmp_path, monkeypatch):
     """The n-th change of the disk, and all that would come after it, do not happen: for every n there is."""
-    folder, model = tmp_path / "model", small()
-    for moment in itertools.count():
-        save(filled(model, 1.0), folder)
-        changes = itertools.count()
+    folder, model = tmp_path / "model", build_small_model()
+    for num_operations in itertools.count():
+        save(fill_parameters(model, 1.0), folder)
+        operation_counter = itertools.count()
 
-        def dies(function, left=moment, changes=changes):
-            def change(*arguments, **options):
-                if next(changes) >= left:
+        def raise_after_limit(function, limit=num_operations, operation_counter=operation_counter):
+            def guarded_function(*arguments, **options):
+                if next(operation_counter) >= limit:
                     raise Killed
                 return function(*arguments, **options)
 
-            return change
+            return guarded_function
 
-        filled(model, 2.0)
+        fill_parameters(model, 2.0)
         with monkeypatch.context() as patch:
             for name in ("rename", "mkdir", "fsync", "unlink", "rmdir"):
-                patch.setattr(os, name, dies(getattr(os, name)))
+                patch.setattr(os, name, raise_after_limit(getattr(os, name)))
             try:
                 save(model, folder)
                 break
             except Killed:
                 pass
-        assert whole(folder), moment
-    assert moment > 10
+        assert is_complete_checkpoint(folder), num_operations
+    assert num_operations > 10
     assert float(load(folder).task_tokens.detach().max()) == 2.0
 
 
-def filled(model, number):
+def fill_parameters(model, value):
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(number)
+            parameter.fill_(value)
     return model
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_half_written(saved, tmp_path, monkeypatch):
-    model, folder = saved
+def test_save_on_a_full_disk_keeps_the_previous_checkpoint(saved_model, tmp_path, monkeypatch):
+    model, folder = saved_model
 
-    def full(_):
+    def raise_disk_full(_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sca.io.atomic.sync_path", full)
+        patch.setattr("sca.io.atomic.sync_path", raise_disk_full)
         with pytest.raises(OutputError, match="No space left on device"):
             save(model, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert same_tensors(model, load(folder))
+    assert have_equal_tensors(model, load(folder))

@@ -14,7 +14,7 @@ from PIL import Image
 import sca
 from sca.cli import run_command
 
-SMALL = {
+SMALL_MODEL_PARTS = {
     "encoder": {"name": "tiny-vit", "image_size": 64},
     "language_model": "tiny-gpt2",
     "task_tokens": 2,
@@ -22,7 +22,7 @@ SMALL = {
 }
 
 
-class Result(NamedTuple):
+class CommandResult(NamedTuple):
     status: int
     out: str
     err: list[str]
@@ -35,80 +35,82 @@ def checkpoint(tmp_path_factory):
     model = sca.compose(
         mixer={"name": "query", "num_queries": 4, "depth": 1, "num_heads": 4, "mlp_dim": 64, "mask_pooling": True},
         segmenter={"name": "sam", "num_heads": 4, "mlp_dim": 64, "box_masks": True},
-        **SMALL,
+        **SMALL_MODEL_PARTS,
     )
     return sca.save(model, tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture(scope="session")
-def maskless(tmp_path_factory):
+def maskless_checkpoint(tmp_path_factory):
     """A model whose segmenter gives no masks."""
     torch.manual_seed(0)
     mixer = {"name": "query", "num_queries": 4, "depth": 1, "num_heads": 4, "mlp_dim": 64}
-    return sca.save(sca.compose(mixer=mixer, segmenter="box", **SMALL), tmp_path_factory.mktemp("models") / "maskless")
+    return sca.save(
+        sca.compose(mixer=mixer, segmenter="box", **SMALL_MODEL_PARTS), tmp_path_factory.mktemp("models") / "maskless"
+    )
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def working_folder(tmp_path, monkeypatch):
     """The working folder, empty."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def picture(here):
+def write_image(working_folder):
     """`picture("a.png")` writes 64 x 48 pixels of noise and gives the name."""
 
-    def write(name, width=64, height=48):
-        (here / name).parent.mkdir(parents=True, exist_ok=True)
+    def write_noise_image(name, width=64, height=48):
+        (working_folder / name).parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(len(name)).integers(0, 255, (height, width, 3), np.uint8)
-        Image.fromarray(pixels).save(here / name)
+        Image.fromarray(pixels).save(working_folder / name)
         return name
 
-    return write
+    return write_noise_image
 
 
 @pytest.fixture
-def shell(here, capfd):
+def run_sca(working_folder, capfd):
     """`shell("list", "mixers")` runs one command in this process."""
 
-    def call(*arguments):
+    def call_sca(*arguments):
         capfd.readouterr()
         status = run_command([str(argument) for argument in arguments])
         out, err = capfd.readouterr()
-        return Result(status, out, err.splitlines())
+        return CommandResult(status, out, err.splitlines())
 
-    return call
+    return call_sca
 
 
 @pytest.fixture
-def refused(shell):
+def get_sca_error(run_sca):
     """`refused(status, ...)` runs a command that must fail with that status and one line, which is given back."""
 
-    def call(status, *arguments):
-        result = shell(*arguments)
+    def call_failing_sca(status, *arguments):
+        result = run_sca(*arguments)
         assert result.status == status, result
         assert result.out == ""
         assert len(result.err) == 1, result.err
         assert result.err[0].startswith("sca: ")
         return result.err[0].removeprefix("sca: ")
 
-    return call
+    return call_failing_sca
 
 
 @pytest.fixture
-def started(here):
+def start_sca(working_folder):
     """`started(...)` begins a command in a process of its own."""
     processes = []
 
-    def start(*arguments, **options):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    def start_process(*arguments, **options):
+        popen_options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
         if os.name == "posix":  # where the tests run in the background, an interrupt is ignored, and that is inherited
-            pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-        processes.append(subprocess.Popen([sys.executable, "-m", "sca", *map(str, arguments)], **pipes))
+            popen_options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        processes.append(subprocess.Popen([sys.executable, "-m", "sca", *map(str, arguments)], **popen_options))
         return processes[-1]
 
-    yield start
+    yield start_process
     for process in processes:
         process.kill()
         process.wait()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-SWEEP = """
+SWEEP_TOML = """
 [model]
 segmenter = "box"
 language_model = { name = "tiny-gpt2", hidden_size = 32, depth = 1, num_heads = 2, max_positions = 40 }
@@ -21,85 +21,85 @@ mixer = ["roi-pool", "mask-tokens"]
 [evaluate]
 dataset = { name = "scenes", num_images = 2, image_size = 64 }
 metrics = ["class"]
-[measure]
-regions = [1, 2]
-words = 2
-repeats = 5
+[benchmark]
+regions_per_image = [1, 2]
+max_new_tokens = 2
+num_repeats = 5
 """
 
 
 @pytest.fixture
-def sweep(here):
-    (here / "mine.toml").write_text(SWEEP)
+def sweep_file(working_folder):
+    (working_folder / "mine.toml").write_text(SWEEP_TOML)
     return "mine.toml"
 
 
 @pytest.mark.slow
-def test_a_sweep_is_run_looked_at_reported_and_repeated(shell, sweep, here):
-    assert shell("bench", "status", sweep).out.startswith("2 rows: none made; 2 missing")
-    made = shell("bench", "run", sweep, "num_workers=1")
-    assert made.status == 0, made.err
-    assert made.out.strip() == "2 rows: 1 done, 1 impossible; 0 missing"
-    assert len(made.err) == 3
-    assert shell("bench", "run", sweep, "num_workers=1").err == ["sca: 2 of 2 rows are there already"]
-    assert shell("bench", "report", "runs/bench/mine").status == 0
+def test_bench_runs_reports_repeats_and_compares_a_sweep(run_sca, sweep_file, working_folder):
+    assert run_sca("bench", "status", sweep_file).out.startswith("2 rows: none finished; 2 missing")
+    result = run_sca("bench", "run", sweep_file, "num_workers=1")
+    assert result.status == 0, result.err
+    assert result.out.strip() == "2 rows: 1 done, 1 incompatible; 0 missing"
+    assert len(result.err) == 3
+    assert run_sca("bench", "run", sweep_file, "num_workers=1").err == ["sca: 2 of 2 rows are finished already"]
+    assert run_sca("bench", "report", "runs/bench/mine").status == 0
     for suffix in ("html", "md", "csv"):
-        assert "mask-tokens" in (here / f"runs/bench/mine/report.{suffix}").read_text()
-    again = shell("bench", "run", sweep, "num_workers=1", "--out", "again", "--quiet")
-    assert again.err == []
-    told = shell("bench", "diff", "runs/bench/mine", "again").out
-    assert told.startswith("2 rows in both, 0 only in the first, 0 only in the second")
-    assert "timings: " in told
+        assert "mask-tokens" in (working_folder / f"runs/bench/mine/report.{suffix}").read_text()
+    quiet_result = run_sca("bench", "run", sweep_file, "num_workers=1", "--out", "again", "--quiet")
+    assert quiet_result.err == []
+    diff_output = run_sca("bench", "diff", "runs/bench/mine", "again").out
+    assert diff_output.startswith("2 rows in both, 0 only in the first, 0 only in the second")
+    assert "timings: " in diff_output
 
 
 @pytest.mark.slow
-def test_one_row_is_made_by_the_command_that_is_given_with_it(shell, sweep, here):
-    assert shell("bench", "run", sweep, "num_workers=1", "--quiet").status == 0
-    rows = [json.loads(line) for line in (here / "runs/bench/mine/results.jsonl").read_text().splitlines()]
-    row = next(each for each in rows if each["state"] == "done")
-    made = json.loads(shell("bench", "row", json.dumps(row["config"])).out)
-    kept = ("name", "value", "low", "high", "n", "protocol")
-    assert [[each[key] for key in kept] for each in made["scores"]] == [
-        [each[key] for key in kept] for each in row["scores"]
+def test_bench_row_reproduces_scores_of_a_sweep_row(run_sca, sweep_file, working_folder):
+    assert run_sca("bench", "run", sweep_file, "num_workers=1", "--quiet").status == 0
+    rows = [json.loads(line) for line in (working_folder / "runs/bench/mine/results.jsonl").read_text().splitlines()]
+    finished_row = next(each for each in rows if each["state"] == "done")
+    rerun_row = json.loads(run_sca("bench", "row", json.dumps(finished_row["config"])).out)
+    compared_fields = ("name", "value", "ci_low", "ci_high", "num_samples", "protocol_id")
+    assert [[each[key] for key in compared_fields] for each in rerun_row["scores"]] == [
+        [each[key] for key in compared_fields] for each in finished_row["scores"]
     ]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected_message"),
     [
         (("run", "smok"), "Did you mean 'smoke'?"),
         (("run", "smoke", "worker=2"), "Did you mean 'num_workers'?"),
         (("run", "smoke", "--launcher", "locl"), "Did you mean 'local'?"),
         (("run", "smoke", "--retry-state", "broken"), "no state 'broken'"),
         (("run", "smoke", "--device", "gpu"), "device 'gpu' is not available"),
-        (("report", "nowhere"), "no results in nowhere: sca bench run SWEEP --out nowhere makes some"),
+        (("report", "nowhere"), "no results in nowhere; run sca bench run SWEEP --out nowhere"),
         (("row", "{"), "the configuration is not valid JSON"),
-        (("row", "{}"), "a row has no 'model'"),
+        (("row", "{}"), "the configuration has no 'model'"),
     ],
     ids=str,
 )
-def test_a_mistake_is_one_line(refused, arguments, said):
-    assert said in refused(2, "bench", *arguments)
+def test_bench_reports_invalid_arguments_in_one_line(get_sca_error, arguments, expected_message):
+    assert expected_message in get_sca_error(2, "bench", *arguments)
 
 
-def test_throughput_on_a_cpu_is_the_sweep_for_one(shell, here, monkeypatch):
+def test_bench_run_throughput_on_cpu_selects_cpu_sweep(run_sca, working_folder, monkeypatch):
     from sca_bench import runner
 
-    made = []
+    recorded_calls = []
 
-    def run(sweep, folder, launcher, options, *rest, **more):
-        made.append((sweep.name, str(folder), options))
+    def record_call(sweep, folder, launcher, options, *rest, **more):
+        recorded_calls.append((sweep.name, str(folder), options))
         return runner.SweepStatus(0, {}, [])
 
-    monkeypatch.setattr(runner, "run_sweep", run)
-    result = shell("bench", "run", "throughput", "device=cpu", "num_workers=1")
-    assert made == [("throughput-cpu", "runs/bench/throughput-cpu", {"num_workers": 1})]
+    monkeypatch.setattr(runner, "run_sweep", record_call)
+    result = run_sca("bench", "run", "throughput", "device=cpu", "num_workers=1")
+    assert recorded_calls == [("throughput-cpu", "runs/bench/throughput-cpu", {"num_workers": 1})]
     assert "sca bench published" in result.err[0]
 
 
 @pytest.mark.slow
-def test_the_ratios_to_the_published_procedure_are_printed(shell, refused):
-    result = shell("bench", "published", "tiny", "--num-repeats", 1)
+def test_bench_published_prints_ratios_and_rejects_unknown_part(run_sca, get_sca_error):
+    result = run_sca("bench", "published", "tiny", "--num-repeats", 1)
     assert result.status == 0, result.err
     assert "same captions: True" in result.out
-    assert "no part 'tinny'" in refused(2, "bench", "published", "tinny")
+    assert "unknown part 'tinny'" in get_sca_error(2, "bench", "published", "tinny")

@@ -12,27 +12,39 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-KEYS = ["image", "width", "height", "region_id", "prompt", "box", "mask", "caption", "score", "predicted_iou", "model"]
+RECORD_KEYS = [
+    "image",
+    "width",
+    "height",
+    "region_id",
+    "prompt",
+    "box",
+    "mask",
+    "caption",
+    "score",
+    "predicted_iou",
+    "model",
+]
 
 
-def lines(text):
+def parse_json_lines(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.fixture
-def captioned(shell, checkpoint):
+def caption_to_records(run_sca, checkpoint):
     """`captioned("a.png", ...)` gives the records of a run that must go well and say nothing else."""
 
-    def call(*arguments):
-        result = shell("caption", "--model", checkpoint, "--max-new-tokens", 3, "--out", "-", *arguments)
+    def caption(*arguments):
+        result = run_sca("caption", "--model", checkpoint, "--max-new-tokens", 3, "--out", "-", *arguments)
         assert result.status == 0, result.err
         assert all(re.fullmatch(r"sca: \S+: \d+ regions?, \d+ images?", line) for line in result.err)  # of --prompts
-        return lines(result.out)
+        return parse_json_lines(result.out)
 
-    return call
+    return caption
 
 
-def coco(path):
+def load_coco(path):
     with contextlib.redirect_stdout(io.StringIO()):
         return COCO(str(path))
 
@@ -40,12 +52,12 @@ def coco(path):
 # --- what is asked
 
 
-def test_each_flag_is_one_region_in_order(captioned, picture):
-    records = captioned(picture("a.png"), "--point", "5,6", "--box", "1,2,30,40", "--box", "0,0,9,9")
-    assert [list(record) for record in records] == [KEYS] * 3
+def test_caption_writes_one_region_per_prompt_flag_boxes_first(caption_to_records, write_image):
+    records = caption_to_records(write_image("a.png"), "--point", "5,6", "--box", "1,2,30,40", "--box", "0,0,9,9")
+    assert [list(record) for record in records] == [RECORD_KEYS] * 3
     assert [record["region_id"] for record in records] == [0, 1, 2]
-    asked = [{"box": [1, 2, 30, 40]}, {"box": [0, 0, 9, 9]}, {"points": [[5, 6, 1]]}]
-    assert [record["prompt"] for record in records] == asked
+    expected_prompts = [{"box": [1, 2, 30, 40]}, {"box": [0, 0, 9, 9]}, {"points": [[5, 6, 1]]}]
+    assert [record["prompt"] for record in records] == expected_prompts
     for record in records:
         assert (record["image"], record["width"], record["height"]) == ("a.png", 64, 48)
         assert record["mask"]["size"] == [48, 64]
@@ -53,104 +65,115 @@ def test_each_flag_is_one_region_in_order(captioned, picture):
         assert 0 <= record["predicted_iou"] <= 1
 
 
-def test_several_captions_a_region_are_written_when_they_are_asked_for(captioned, picture):
-    (record,) = captioned(picture("a.png"), "--box", "0,0,9,9", "--num-captions", 2)
+@pytest.mark.slow
+def test_caption_writes_alternatives_only_with_num_captions(caption_to_records, write_image):
+    (record,) = caption_to_records(write_image("a.png"), "--box", "0,0,9,9", "--num-captions", 2)
     assert len(record["alternatives"]) == 1
     assert set(record["alternatives"][0]) == {"caption", "score"}
-    (drawn,) = captioned("a.png", "--box", "0,0,9,9", "--do-sample", "--temperature", 2, "--num-captions", 3)
-    assert len(drawn["alternatives"]) == 2
-    (plain,) = captioned("a.png", "--box", "0,0,9,9")
-    assert "alternatives" not in plain
+    (sampled_record,) = caption_to_records(
+        "a.png", "--box", "0,0,9,9", "--do-sample", "--temperature", 2, "--num-captions", 3
+    )
+    assert len(sampled_record["alternatives"]) == 2
+    (default_record,) = caption_to_records("a.png", "--box", "0,0,9,9")
+    assert "alternatives" not in default_record
 
 
-def test_a_mask_is_a_region_of_its_own(captioned, picture, here):
+def test_caption_treats_mask_file_as_separate_region(caption_to_records, write_image, working_folder):
     mask = np.zeros((48, 64), bool)
     mask[10:30, 20:40] = True
-    np.save(here / "mask.npy", mask)
-    records = captioned(picture("a.png"), "--box", "0,0,9,9", "--mask", "mask.npy")
+    np.save(working_folder / "mask.npy", mask)
+    records = caption_to_records(write_image("a.png"), "--box", "0,0,9,9", "--mask", "mask.npy")
     assert [sorted(record["prompt"]) for record in records] == [["box"], ["mask"]]
 
 
-def test_everything_takes_proposals_by_name(captioned, picture, here):
+@pytest.mark.slow
+def test_caption_everything_uses_proposer_by_name_with_options(caption_to_records, write_image, working_folder):
     content = {
         "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 48}],
         "annotations": [{"id": 1, "image_id": 1, "bbox": [3, 4, 20, 10]}],
     }
-    (here / "my boxes.json").write_text(json.dumps(content))
+    (working_folder / "my boxes.json").write_text(json.dumps(content))
     proposer = "boxes-from-coco annotations='my boxes.json'"
-    (record,) = captioned(picture("a.png"), "--everything", "--proposer", proposer)
+    (record,) = caption_to_records(write_image("a.png"), "--everything", "--proposer", proposer)
     assert record["prompt"] == {"box": [3, 4, 23, 14]}
     with pytest.raises(AssertionError):  # the file has boxes for another picture of that name
-        captioned("a.png", picture("other/a.png"), "--everything", "--proposer", proposer)
-    found = captioned(
+        caption_to_records("a.png", write_image("other/a.png"), "--everything", "--proposer", proposer)
+    records = caption_to_records(
         *("a.png", "--everything", "--proposer", "grid points_per_side=2"),
         *("--pred-iou-thresh", 0, "--stability-score-thresh", 0),
     )
-    assert all(len(record["prompt"]["points"]) == 1 for record in found)
+    assert all(len(record["prompt"]["points"]) == 1 for record in records)
 
 
-def test_a_region_joins_box_points_and_mask_file(captioned, picture, here):
+@pytest.mark.slow
+def test_caption_region_flag_combines_box_points_and_mask(caption_to_records, write_image, working_folder):
     mask = np.zeros((48, 64), np.uint8)
     mask[5:20, 5:30] = 255
-    Image.fromarray(mask).save(here / "mask.png")
-    np.save(here / "mask.npy", mask > 0)
-    both = "box=1,1,40,40;point=3,3,1;point=4,4,0;mask=mask.png"
-    records = captioned(picture("a.png"), "--region", both, "--region", "mask=mask.npy", "--region", "point=9,9")
+    Image.fromarray(mask).save(working_folder / "mask.png")
+    np.save(working_folder / "mask.npy", mask > 0)
+    combined_region = "box=1,1,40,40;point=3,3,1;point=4,4,0;mask=mask.png"
+    records = caption_to_records(
+        write_image("a.png"), "--region", combined_region, "--region", "mask=mask.npy", "--region", "point=9,9"
+    )
     assert records[0]["prompt"]["box"] == [1, 1, 40, 40]
     assert records[0]["prompt"]["points"] == [[3, 3, 1], [4, 4, 0]]
     assert records[0]["prompt"]["mask"] == records[1]["prompt"]["mask"]
     assert records[2]["prompt"] == {"points": [[9, 9, 1]]}
 
 
-def test_caption_clips_boxes_over_the_edge_and_counts_them(shell, checkpoint, picture, here):
-    picture("a.png"), picture("b.png")
-    call = ("caption", "--model", checkpoint, "--max-new-tokens", 3, "--out", "-")
-    result = shell(*call, "a.png", "b.png", "--box", "-1,-1,65,49", "--box", "0,0,9,9")
-    assert [record["box"] for record in lines(result.out)][::2] == [[0, 0, 64, 48]] * 2
+def test_caption_clips_boxes_to_image_and_reports_their_number(run_sca, checkpoint, write_image, working_folder):
+    write_image("a.png"), write_image("b.png")
+    arguments = ("caption", "--model", checkpoint, "--max-new-tokens", 3, "--out", "-")
+    result = run_sca(*arguments, "a.png", "b.png", "--box", "-1,-1,65,49", "--box", "0,0,9,9")
+    assert [record["box"] for record in parse_json_lines(result.out)][::2] == [[0, 0, 64, 48]] * 2
     assert result.err == ["sca: changed or skipped: box clipped: 2 (first: a.png)"]
-    asked = [{"image": "a.png", "box": box} for box in ([1, 2, 9, 9], [60, 40, 66, 50])]
-    (here / "asked.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in asked))
-    result = shell(*call, "a.png", "--prompts", "asked.jsonl")
+    prompts = [{"image": "a.png", "box": box} for box in ([1, 2, 9, 9], [60, 40, 66, 50])]
+    (working_folder / "asked.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in prompts))
+    result = run_sca(*arguments, "a.png", "--prompts", "asked.jsonl")
     assert result.err[1:] == ["sca: changed or skipped: box clipped: 1 (first: asked.jsonl, line 2)"]
 
 
-def test_prompts_of_many_images_come_from_json_lines_and_from_coco(captioned, picture, here):
-    picture("in/a.png"), picture("in/b.png")
-    asked = [
+def test_caption_reads_prompts_of_several_images_from_jsonl_and_coco(caption_to_records, write_image, working_folder):
+    write_image("in/a.png"), write_image("in/b.png")
+    prompts = [
         {"image": "in/b.png", "points": [[4, 5, 1]]},
         {"image": "in/a.png", "box": [1, 2, 9, 9]},
         {"image": "in/a.png", "box": [3, 3, 9, 9]},
     ]
-    (here / "asked.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in asked))
-    records = captioned("in", "--prompts", "asked.jsonl")
+    (working_folder / "asked.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in prompts))
+    records = caption_to_records("in", "--prompts", "asked.jsonl")
     assert [(record["image"], record["region_id"]) for record in records] == [
         ("in/a.png", 0),
         ("in/a.png", 1),
         ("in/b.png", 0),
     ]
-    table = {
+    coco_content = {
         "images": [{"id": 7, "file_name": "b.png"}, {"id": 8, "file_name": "a.png"}],
         "annotations": [{"id": 1, "image_id": 7, "bbox": [1, 2, 8, 7]}],
     }
-    (here / "asked.json").write_text(json.dumps(table))
-    (record,) = captioned("in", "--prompts", "asked.json")
+    (working_folder / "asked.json").write_text(json.dumps(coco_content))
+    (record,) = caption_to_records("in", "--prompts", "asked.json")
     assert (record["image"], record["box"]) == ("in/b.png", [1, 2, 9, 9])
 
 
-def test_what_was_written_can_be_asked_again(captioned, picture, shell, checkpoint, here):
-    first = captioned(picture("a.png"), "--box", "1,2,30,40", "--point", "5,6")
-    (here / "again.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in first))
-    assert captioned("a.png", "--prompts", "again.jsonl") == first
+def test_caption_accepts_its_own_output_as_prompts_with_same_result(
+    caption_to_records, write_image, run_sca, checkpoint, working_folder
+):
+    records = caption_to_records(write_image("a.png"), "--box", "1,2,30,40", "--point", "5,6")
+    (working_folder / "again.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in records))
+    assert caption_to_records("a.png", "--prompts", "again.jsonl") == records
 
 
-def test_everything_finds_its_regions_and_can_find_none(captioned, shell, picture, checkpoint):
-    picture("a.png")
-    records = captioned(
+def test_caption_everything_finds_regions_and_reports_when_none_found(
+    caption_to_records, run_sca, write_image, checkpoint
+):
+    write_image("a.png")
+    records = caption_to_records(
         "a.png", "--everything", "--points-per-side", 3, "--pred-iou-thresh", 0, "--stability-score-thresh", 0
     )
     assert records
     assert all(record["mask"] and record["box"] for record in records)
-    result = shell(
+    result = run_sca(
         "caption", "a.png", "--everything", "--points-per-side", 3, "--pred-iou-thresh", 1, "--model", checkpoint
     )
     assert result.status == 0
@@ -159,68 +182,71 @@ def test_everything_finds_its_regions_and_can_find_none(captioned, shell, pictur
     ]
 
 
-def test_files_folders_and_patterns_are_found_and_a_picture_comes_once(captioned, picture):
+def test_caption_expands_files_folders_and_patterns_without_duplicates(caption_to_records, write_image):
     for name in ("a.png", "in/b.png", "in/deep/c.jpg", "d.png"):
-        picture(name)
-    records = captioned("d.png", "in", "*.png", "./d.png", "in/b.png", "--box", "0,0,9,9")
+        write_image(name)
+    records = caption_to_records("d.png", "in", "*.png", "./d.png", "in/b.png", "--box", "0,0,9,9")
     assert [record["image"] for record in records] == ["d.png", "in/b.png", "in/deep/c.jpg", "a.png"]
 
 
 @pytest.mark.parametrize("name", ["two words.png", "new\nline.png", "日本 é.png", "[x]*.png", "'q\".png", "-dash.png"])
-def test_unusual_names_are_names(shell, checkpoint, picture, here, name):
-    picture(name)
+@pytest.mark.slow
+def test_caption_accepts_unusual_image_names_in_all_formats(run_sca, checkpoint, write_image, working_folder, name):
+    write_image(name)
     arguments = ["--model", checkpoint, "--box", "0,0,9,9", "--max-new-tokens", 2, "--out", "out", "--format"]
-    result = shell("caption", *arguments, "jsonl,coco,png,html", "--", name)
+    result = run_sca("caption", *arguments, "jsonl,coco,png,html", "--", name)
     assert result.status == 0, result.err
-    (record,) = lines((here / "out/captions.jsonl").read_text())
+    (record,) = parse_json_lines((working_folder / "out/captions.jsonl").read_text())
     assert record["image"] == name
-    assert coco("out/coco.json").loadImgs([1])[0]["file_name"] == name
-    assert len(list((here / "out").glob("*.captions.png"))) == 1
+    assert load_coco("out/coco.json").loadImgs([1])[0]["file_name"] == name
+    assert len(list((working_folder / "out").glob("*.captions.png"))) == 1
 
 
-def test_a_name_that_is_not_unicode_is_a_name(shell, checkpoint, picture, here):
-    picture("a.png")
+def test_caption_accepts_image_name_that_is_not_valid_unicode(run_sca, checkpoint, write_image, working_folder):
+    write_image("a.png")
     os.rename("a.png", b"\xff.png")
     arguments = ["--model", checkpoint, "--box", "0,0,9,9", "--out", "out", "--format", "jsonl,coco,png,html"]
-    result = shell("caption", ".", *arguments)
+    result = run_sca("caption", ".", *arguments)
     assert result.status == 0, result.err
 
 
-def test_pictures_of_every_shape_and_mode_are_captioned(captioned, here):
-    Image.new("RGB", (2, 1)).save(here / "1.png")
-    Image.new("RGB", (20000, 10)).save(here / "2.png")
-    Image.new("P", (9, 9)).save(here / "3.png")
-    Image.new("I;16", (9, 9)).save(here / "4.png")
-    Image.new("CMYK", (9, 9)).save(here / "5.jpg")
-    Image.new("RGBA", (9, 9)).save(here / "6.png")
-    turned = Image.Exif()
-    turned[0x112] = 6
-    Image.new("RGB", (9, 5)).save(here / "7.jpg", exif=turned)
-    records = captioned(".", "--box", "0,0,2,1")
+def test_caption_reads_images_of_all_modes_sizes_and_exif_orientations(caption_to_records, working_folder):
+    Image.new("RGB", (2, 1)).save(working_folder / "1.png")
+    Image.new("RGB", (20000, 10)).save(working_folder / "2.png")
+    Image.new("P", (9, 9)).save(working_folder / "3.png")
+    Image.new("I;16", (9, 9)).save(working_folder / "4.png")
+    Image.new("CMYK", (9, 9)).save(working_folder / "5.jpg")
+    Image.new("RGBA", (9, 9)).save(working_folder / "6.png")
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (9, 5)).save(working_folder / "7.jpg", exif=exif)
+    records = caption_to_records(".", "--box", "0,0,2,1")
     sizes = [(record["width"], record["height"]) for record in records]
     assert sizes == [(2, 1), (20000, 10), (9, 9), (9, 9), (9, 9), (9, 9), (5, 9)]
 
 
-def test_the_number_of_images_in_a_batch_changes_nothing(captioned, picture):
+def test_caption_results_do_not_depend_on_batch_size(caption_to_records, write_image):
     for name in ("a.png", "b.png", "c.png"):
-        picture(name, width=30 + ord(name[0]))
-    one, all_of_them = (captioned(".", "--box", "0,0,9,9", "--point", "4,4", "--batch-size", n) for n in (1, 8))
-    assert [record["caption"] for record in one] == [record["caption"] for record in all_of_them]
-    assert [record["mask"] for record in one] == [record["mask"] for record in all_of_them]
+        write_image(name, width=30 + ord(name[0]))
+    unbatched, batched = (
+        caption_to_records(".", "--box", "0,0,9,9", "--point", "4,4", "--batch-size", n) for n in (1, 8)
+    )
+    assert [record["caption"] for record in unbatched] == [record["caption"] for record in batched]
+    assert [record["mask"] for record in unbatched] == [record["mask"] for record in batched]
 
 
-def test_numbers_may_be_smaller(captioned, picture):
+def test_caption_supports_half_precision_dtypes(caption_to_records, write_image):
     for dtype in ("bfloat16", "float16"):
-        assert len(captioned(picture("a.png"), "--box", "0,0,9,9", "--dtype", dtype)) == 1
+        assert len(caption_to_records(write_image("a.png"), "--box", "0,0,9,9", "--dtype", dtype)) == 1
 
 
-def test_more_words_than_the_model_has_room_for_are_not_said(captioned, picture):
-    assert len(captioned(picture("a.png"), "--box", "0,0,9,9", "--max-new-tokens", 4000)) == 1
+def test_caption_caps_max_new_tokens_at_model_context(caption_to_records, write_image):
+    assert len(caption_to_records(write_image("a.png"), "--box", "0,0,9,9", "--max-new-tokens", 4000)) == 1
 
 
-def test_without_masks_there_is_no_mask_and_no_iou(shell, maskless, picture):
-    result = shell("caption", picture("a.png"), "--box", "0,0,9,9", "--model", maskless, "--out", "-")
-    (record,) = lines(result.out)
+def test_caption_without_mask_output_writes_null_mask_and_iou(run_sca, maskless_checkpoint, write_image):
+    result = run_sca("caption", write_image("a.png"), "--box", "0,0,9,9", "--model", maskless_checkpoint, "--out", "-")
+    (record,) = parse_json_lines(result.out)
     assert (record["mask"], record["predicted_iou"]) == (None, None)
     assert record["box"] == [0, 0, 9, 9]
 
@@ -228,9 +254,9 @@ def test_without_masks_there_is_no_mask_and_no_iou(shell, maskless, picture):
 # --- what is said and written
 
 
-def test_all_formats_read_back(shell, checkpoint, picture, here):
-    picture("a.png"), picture("in/a.png", 40, 80)
-    result = shell(
+def test_caption_writes_all_formats_with_matching_content(run_sca, checkpoint, write_image, working_folder):
+    write_image("a.png"), write_image("in/a.png", 40, 80)
+    result = run_sca(
         "caption", "a.png", "in", "--box", "1,2,30,40", "--point", "5,6", "--max-new-tokens", 3, "--model", checkpoint,
         "--out", "out", "--format", "jsonl,coco,png,html",
     )  # fmt: skip
@@ -242,7 +268,7 @@ def test_all_formats_read_back(shell, checkpoint, picture, here):
         "sca: wrote out/captions.html",
     ]
     assert result.out.splitlines()[0].split() == ["image", "region", "caption", "score", "iou", "box"]
-    assert sorted(path.name for path in (here / "out").iterdir()) == [
+    assert sorted(path.name for path in (working_folder / "out").iterdir()) == [
         "a-2.captions.png",
         "a.captions.png",
         "captions.html",
@@ -250,73 +276,75 @@ def test_all_formats_read_back(shell, checkpoint, picture, here):
         "coco.json",
         "sca-run.json",
     ]
-    records = lines((here / "out/captions.jsonl").read_text())
-    read = coco("out/coco.json")
-    assert [(read.loadImgs([a["image_id"]])[0]["file_name"], a["region_id"]) for a in read.dataset["annotations"]] == [
-        (record["image"], record["region_id"]) for record in records
-    ]
-    for record, annotation in zip(records, read.dataset["annotations"], strict=True):
-        assert read.annToMask(annotation).shape == (record["height"], record["width"])
+    records = parse_json_lines((working_folder / "out/captions.jsonl").read_text())
+    coco_dataset = load_coco("out/coco.json")
+    assert [
+        (coco_dataset.loadImgs([a["image_id"]])[0]["file_name"], a["region_id"])
+        for a in coco_dataset.dataset["annotations"]
+    ] == [(record["image"], record["region_id"]) for record in records]
+    for record, annotation in zip(records, coco_dataset.dataset["annotations"], strict=True):
+        assert coco_dataset.annToMask(annotation).shape == (record["height"], record["width"])
         assert annotation["caption"] == record["caption"]
     for name in ("a-2.captions.png", "a.captions.png"):
-        with Image.open(here / "out" / name) as drawn:
-            drawn.load()
-    page = (here / "out/captions.html").read_text()
+        with Image.open(working_folder / "out" / name) as drawing:
+            drawing.load()
+    page = (working_folder / "out/captions.html").read_text()
     assert page.count("<section") == 2
     assert "://" not in page  # nothing to load
 
 
-def test_quiet_leaves_the_result_alone(shell, checkpoint, picture, here):
-    arguments = ["caption", picture("a.png"), "--box", "0,0,9,9", "--model", checkpoint, "--quiet"]
-    written = shell(*arguments, "--out", "out")
-    assert (written.out, written.err) == ("", [])
-    assert (here / "out/captions.jsonl").exists()
-    printed = shell(*arguments)  # the table is all there is
-    assert "a.png" in printed.out
-    assert printed.err == []
+def test_caption_quiet_suppresses_log_lines_but_not_the_result(run_sca, checkpoint, write_image, working_folder):
+    arguments = ["caption", write_image("a.png"), "--box", "0,0,9,9", "--model", checkpoint, "--quiet"]
+    result_with_folder = run_sca(*arguments, "--out", "out")
+    assert (result_with_folder.out, result_with_folder.err) == ("", [])
+    assert (working_folder / "out/captions.jsonl").exists()
+    result_on_stdout = run_sca(*arguments)  # the table is all there is
+    assert "a.png" in result_on_stdout.out
+    assert result_on_stdout.err == []
 
 
 @pytest.mark.parametrize(("name", "domain"), [("sca-tiny", "drawn scenes"), ("sca-street", "street photographs")])
-def test_caption_remarks_once_on_a_model_of_a_narrow_domain(shell, picture, monkeypatch, checkpoint, name, domain):
+@pytest.mark.slow
+def test_caption_notes_narrow_training_domain_once(run_sca, write_image, monkeypatch, checkpoint, name, domain):
     from sca.inference.caption_job import CaptionJob
 
-    load = CaptionJob.load_captioner
-    monkeypatch.setattr(CaptionJob, "load_captioner", lambda job: load(replace(job, model=str(checkpoint))))
-    arguments = ["caption", picture("a.png"), picture("b.png"), "--box", "0,0,9,9", "--model", name]
-    (remark,) = shell(*arguments).err
-    assert remark.startswith(f"sca: {name} is trained on {domain} only; for photographs: ")
-    assert "sca-gpt2-large-vg (5.7 GB)" in remark
-    assert "`sca pull sca-gpt2-large-pretrain-vg`" in remark
-    assert "--model sca-gpt2-large-pretrain-vg`" in remark
-    assert shell(*arguments, "--quiet").err == []
+    load_captioner = CaptionJob.load_captioner
+    monkeypatch.setattr(CaptionJob, "load_captioner", lambda job: load_captioner(replace(job, model=str(checkpoint))))
+    arguments = ["caption", write_image("a.png"), write_image("b.png"), "--box", "0,0,9,9", "--model", name]
+    (line,) = run_sca(*arguments).err
+    assert line.startswith(f"sca: {name} is trained on {domain} only; for photographs: ")
+    assert "sca-gpt2-large-vg (5.7 GB)" in line
+    assert "`sca pull sca-gpt2-large-pretrain-vg`" in line
+    assert "--model sca-gpt2-large-pretrain-vg`" in line
+    assert run_sca(*arguments, "--quiet").err == []
 
 
-def test_ambiguous_prompts_leave_an_earlier_run_unchanged(shell, checkpoint, picture, here):
+def test_caption_with_ambiguous_prompts_keeps_earlier_results(run_sca, checkpoint, write_image, working_folder):
     for name in ("a/x.png", "b/x.png"):
-        picture(name)
-    assert shell("caption", "a", "--box", "1,1,9,9", "--model", checkpoint, "--out", "out", "--quiet").status == 0
-    before = (here / "out/captions.jsonl").read_bytes()
-    (here / "p.jsonl").write_text(json.dumps({"image": "x.png", "box": [1, 1, 9, 9]}) + "\n")
-    asked = ("caption", "a/x.png", "b/x.png", "--prompts", "p.jsonl", "--model", checkpoint, "--overwrite")
-    result = shell(*asked, "--out", "out")
+        write_image(name)
+    assert run_sca("caption", "a", "--box", "1,1,9,9", "--model", checkpoint, "--out", "out", "--quiet").status == 0
+    original_content = (working_folder / "out/captions.jsonl").read_bytes()
+    (working_folder / "p.jsonl").write_text(json.dumps({"image": "x.png", "box": [1, 1, 9, 9]}) + "\n")
+    arguments = ("caption", "a/x.png", "b/x.png", "--prompts", "p.jsonl", "--model", checkpoint, "--overwrite")
+    result = run_sca(*arguments, "--out", "out")
     assert result.status == 2
     assert "could mean 2 images" in result.err[-1]
-    assert (here / "out/captions.jsonl").read_bytes() == before
+    assert (working_folder / "out/captions.jsonl").read_bytes() == original_content
 
 
-def test_a_second_run_replaces_the_files_of_the_first_when_told(shell, checkpoint, picture, here):
-    for box, status, *more in (("0,0,9,9", 0), ("1,1,5,5", 2), ("1,1,5,5", 0, "--overwrite")):
-        arguments = ["--model", checkpoint, "--out", "out", "--format", "jsonl,coco", *more]
-        assert shell("caption", picture("a.png"), "--box", box, *arguments).status == status
-    (record,) = lines((here / "out/captions.jsonl").read_text())
+def test_caption_replaces_earlier_results_only_with_overwrite(run_sca, checkpoint, write_image, working_folder):
+    for box, status, *overwrite_flags in (("0,0,9,9", 0), ("1,1,5,5", 2), ("1,1,5,5", 0, "--overwrite")):
+        arguments = ["--model", checkpoint, "--out", "out", "--format", "jsonl,coco", *overwrite_flags]
+        assert run_sca("caption", write_image("a.png"), "--box", box, *arguments).status == status
+    (record,) = parse_json_lines((working_folder / "out/captions.jsonl").read_text())
     assert record["box"] == [1, 1, 5, 5]
-    assert len(coco("out/coco.json").getAnnIds()) == 1
+    assert len(load_coco("out/coco.json").getAnnIds()) == 1
 
 
-def test_caption_reports_a_bad_region_and_keeps_the_others(shell, checkpoint, picture, here):
-    picture("a.png")
+def test_caption_reports_invalid_regions_and_captions_the_rest(run_sca, checkpoint, write_image, working_folder):
+    write_image("a.png")
     boxes = [[1, 1, 20, 20], [5, 5, 0, 9], [2, 2, 9, 9], [90, 90, 5, 5], [1, 2, 3]]
-    (here / "c.json").write_text(
+    (working_folder / "c.json").write_text(
         json.dumps(
             {
                 "images": [{"id": 1, "file_name": "a.png"}],
@@ -324,55 +352,57 @@ def test_caption_reports_a_bad_region_and_keeps_the_others(shell, checkpoint, pi
             }
         )
     )
-    (here / "l.jsonl").write_text(
+    (working_folder / "l.jsonl").write_text(
         '{"image": "a.png", "box": [1, 1, 20, 20]}\n{"image": "a.png", "box": [9, 9, 2, 2]}\nno JSON\n'
     )
-    for file, done, places, total in (
+    for file, num_captioned, positions, summary in (
         ("c.json", 2, ["annotations[1], 'bbox'", "annotations[4], 'bbox'", "annotations[3]"], "3 regions, 1 image; 2"),
         ("l.jsonl", 1, ["line 3", "line 2"], "2 regions, 1 image; 1"),
     ):
-        result = shell(
+        result = run_sca(
             "caption", "a.png", "--prompts", file, "--max-new-tokens", 2, "--model", checkpoint, "--out", "-"
         )
         assert result.status == 2
-        assert len(lines(result.out)) == done
-        assert result.err[0].startswith(f"sca: {file}: {total} record")
-        assert len(result.err) == 1 + len(places)
-        for place, line in zip(places, result.err[1:], strict=True):
-            assert f"{file}, {place}" in line
-    assert "would be" not in " ".join(shell("caption", "a.png", "--prompts", "c.json", "--model", checkpoint).err)
+        assert len(parse_json_lines(result.out)) == num_captioned
+        assert result.err[0].startswith(f"sca: {file}: {summary} record")
+        assert len(result.err) == 1 + len(positions)
+        for position, line in zip(positions, result.err[1:], strict=True):
+            assert f"{file}, {position}" in line
+    assert "would be" not in " ".join(run_sca("caption", "a.png", "--prompts", "c.json", "--model", checkpoint).err)
 
 
 @pytest.mark.slow
-def test_caption_in_shards_keeps_the_regions_beside_a_bad_one(shell, checkpoint, picture, here):
-    picture("a.png"), picture("b.png")
+def test_caption_in_shards_captions_valid_regions_beside_invalid_ones(run_sca, checkpoint, write_image, working_folder):
+    write_image("a.png"), write_image("b.png")
     regions = [{"image": "a.png", "box": [1, 1, 9, 9]}, {"image": "a.png", "box": [90, 90, 99, 99]}]
     regions.append({"image": "b.png", "box": [1, 1, 9, 9]})
-    (here / "r.jsonl").write_text("\n".join(map(json.dumps, [*regions, {"image": "b.png"}])))
-    asked = ("a.png", "b.png", "--prompts", "r.jsonl", "--max-new-tokens", 2, "--model", checkpoint, "--out", "out")
-    result = shell("caption", *asked, "--launcher", "local num_workers=1")
-    assert len(lines((here / "out/shard-00000.jsonl").read_text())) == 2
+    (working_folder / "r.jsonl").write_text("\n".join(map(json.dumps, [*regions, {"image": "b.png"}])))
+    arguments = ("a.png", "b.png", "--prompts", "r.jsonl", "--max-new-tokens", 2, "--model", checkpoint, "--out", "out")
+    result = run_sca("caption", *arguments, "--launcher", "local num_workers=1")
+    assert len(parse_json_lines((working_folder / "out/shard-00000.jsonl").read_text())) == 2
     assert sum("line 4" in line for line in result.err) == 1
     assert sum("line 2" in line for line in result.err) == 1
     assert result.status == 2
 
 
 @pytest.mark.slow
-def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoint):
+def test_caption_max_regions_keeps_highest_ranked_regions(caption_to_records, run_sca, write_image, checkpoint):
     from sca.inference.automatic import caption_everything
     from sca.inference.factory import load_captioner
     from sca.inference.predictor import Predictor
 
     thresholds = ("--pred-iou-thresh", 0, "--stability-score-thresh", 0, "--box-nms-thresh", 1)
-    search = ("--everything", *thresholds, "--points-per-side", 3)
-    every = captioned(picture("a.png"), *search)
-    assert len(every) > 2
-    best = [{**each, "score": pytest.approx(each["score"], rel=1e-4)} for each in every[:2]]  # of another batch size
-    assert captioned("a.png", *search, "--max-regions", 2) == best
-    assert captioned("a.png", *search, "--max-regions", 1000) == every
-    grid = "grid points_per_side=2"
-    assert len(captioned("a.png", *search[:-2], "--proposer", grid, "--max-regions", 1)) == 1
-    result = shell("caption", "a.png", "--box", "1,1,9,9", "--max-regions", 2, "--model", checkpoint)
+    search_arguments = ("--everything", *thresholds, "--points-per-side", 3)
+    all_records = caption_to_records(write_image("a.png"), *search_arguments)
+    assert len(all_records) > 2
+    best_records = [
+        {**each, "score": pytest.approx(each["score"], rel=1e-4)} for each in all_records[:2]
+    ]  # of another batch size
+    assert caption_to_records("a.png", *search_arguments, "--max-regions", 2) == best_records
+    assert caption_to_records("a.png", *search_arguments, "--max-regions", 1000) == all_records
+    proposer = "grid points_per_side=2"
+    assert len(caption_to_records("a.png", *search_arguments[:-2], "--proposer", proposer, "--max-regions", 1)) == 1
+    result = run_sca("caption", "a.png", "--box", "1,1,9,9", "--max-regions", 2, "--model", checkpoint)
     assert (result.status, result.err) == (2, ["sca: --max-regions can only be used with --everything"])
     predictor = Predictor(load_captioner(checkpoint))
     predictor.set_image(Image.open("a.png").convert("RGB"))
@@ -381,18 +411,20 @@ def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoin
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_search_for_everything_shows_its_progress_on_a_terminal(shell, picture, checkpoint, monkeypatch, quiet):
+def test_caption_everything_shows_search_progress_on_terminal_unless_quiet(
+    run_sca, write_image, checkpoint, monkeypatch, quiet
+):
     from rich.console import Console
 
     from sca.cli.caption import ProgressBars
 
-    seen = []
-    original = ProgressBars.show_search
-    monkeypatch.setattr(ProgressBars, "show_search", lambda self, *step: (original(self, *step), seen.append(step)))
+    steps = []
+    show_search = ProgressBars.show_search
+    monkeypatch.setattr(ProgressBars, "show_search", lambda self, *step: (show_search(self, *step), steps.append(step)))
     monkeypatch.setattr(Console, "is_terminal", True)
-    arguments = ("caption", picture("a.png"), "--everything", "--points-per-side", 3, "--model", checkpoint)
-    result = shell(*arguments, *(["--quiet"] if quiet else []))
+    arguments = ("caption", write_image("a.png"), "--everything", "--points-per-side", 3, "--model", checkpoint)
+    result = run_sca(*arguments, *(["--quiet"] if quiet else []))
     assert result.status == 0
-    assert seen[-1] == (9, 9)
+    assert steps[-1] == (9, 9)
     assert any("points" in line for line in result.err) != quiet
     assert "9/9" not in result.out

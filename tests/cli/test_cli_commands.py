@@ -5,7 +5,7 @@ import sys
 import pytest
 import sca_registry
 
-APP = """
+PLUGIN_APP_SOURCE = """
 import typer
 
 app = typer.Typer(help="Greetings.", rich_markup_mode=None)
@@ -16,52 +16,58 @@ def group(): ...
 @app.command()
 def hello(name: str): print(f"hello, {name}")
 """
-FUNCTION = "def greet(name: str, twice: bool = False): print(*[f'hi, {name}'] * (1 + twice))"
+PLUGIN_FUNCTION_SOURCE = "def greet(name: str, twice: bool = False): print(*[f'hi, {name}'] * (1 + twice))"
 
 
 @pytest.fixture
-def install(tmp_path, monkeypatch):
+def install_command_plugin(tmp_path, monkeypatch):
     """`install(name, entry_points, **modules)` makes a distribution with commands."""
-    before, folder = set(sys.modules), tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(folder)
+    original_modules, site_folder = set(sys.modules), tmp_path / "site"
+    site_folder.mkdir()
+    monkeypatch.syspath_prepend(site_folder)
 
-    def call(name, entry_points, **modules):
-        info = folder / f"{name}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nSummary: Says {name}.\n")
-        (info / "entry_points.txt").write_text(f"[sca_commands]\n{entry_points}\n")
+    def install_distribution(name, entry_points, **modules):
+        dist_info = site_folder / f"{name}-1.0.dist-info"
+        dist_info.mkdir()
+        (dist_info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nSummary: Says {name}.\n"
+        )
+        (dist_info / "entry_points.txt").write_text(f"[sca_commands]\n{entry_points}\n")
         for module, text in modules.items():
-            (folder / f"{module}.py").write_text(text)
+            (site_folder / f"{module}.py").write_text(text)
         sca_registry.refresh_plugins()
 
-    yield call
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
+    yield install_distribution
+    for name in set(sys.modules) - original_modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(site_folder)):
             del sys.modules[name]
     monkeypatch.undo()
     sca_registry.refresh_plugins()
 
 
-def test_help_lists_commands_of_plugins_without_importing_them(shell, install):
-    install("greeter", "greetings = greeter_app:app", greeter_app="raise SystemExit('imported')")
-    listed = shell("--help").out
-    assert "greetings  Says greeter." in listed
-    assert "bench      Benchmark combinations" in listed
+def test_help_lists_plugin_commands_without_importing_them(run_sca, install_command_plugin):
+    install_command_plugin("greeter", "greetings = greeter_app:app", greeter_app="raise SystemExit('imported')")
+    help_text = run_sca("--help").out
+    assert "greetings  Says greeter." in help_text
+    assert "bench      Benchmark combinations" in help_text
     assert "greeter_app" not in sys.modules
 
 
-def test_plugin_command_may_be_an_app_or_a_function(shell, install):
-    install("greeter", "greetings = greeter_app:app\ngreet = greeter_app:greet", greeter_app=APP + FUNCTION)
-    assert shell("greetings", "hello", "you").out == "hello, you\n"
-    assert "install-completion" not in shell("greetings", "--help").out
-    assert shell("greet", "you", "--twice").out == "hi, you hi, you\n"
-    usage = shell("greet")
-    assert (usage.status, usage.err[-1]) == (2, "sca: Missing argument 'name'. See: sca greet --help")
+def test_plugin_command_can_be_typer_app_or_function(run_sca, install_command_plugin):
+    install_command_plugin(
+        "greeter",
+        "greetings = greeter_app:app\ngreet = greeter_app:greet",
+        greeter_app=PLUGIN_APP_SOURCE + PLUGIN_FUNCTION_SOURCE,
+    )
+    assert run_sca("greetings", "hello", "you").out == "hello, you\n"
+    assert "install-completion" not in run_sca("greetings", "--help").out
+    assert run_sca("greet", "you", "--twice").out == "hi, you hi, you\n"
+    result = run_sca("greet")
+    assert (result.status, result.err[-1]) == (2, "sca: Missing argument 'name'. See: sca greet --help")
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("module_source", "reason"),
     [
         ("raise RuntimeError('out of tea')", "RuntimeError: out of tea"),
         ("raise SystemExit(0)", "SystemExit: 0"),
@@ -70,33 +76,35 @@ def test_plugin_command_may_be_an_app_or_a_function(shell, install):
         ("", "AttributeError: module 'greeter_app' has no attribute 'app'"),
     ],
 )
-def test_broken_plugin_command_is_one_line_and_harms_no_other(shell, install, text, reason):
-    install("greeter", "greetings = greeter_app:app", greeter_app=text)
-    failed = shell("greetings")
-    assert failed.status == 2
-    assert failed.err == [f"sca: the command 'greetings' of greeter 1.0 cannot be loaded: {reason}; update it"]
-    assert shell("list", "mixer").status == 0
-    assert "greetings" in shell("--help").out
+def test_broken_plugin_command_fails_in_one_line_without_affecting_others(
+    run_sca, install_command_plugin, module_source, reason
+):
+    install_command_plugin("greeter", "greetings = greeter_app:app", greeter_app=module_source)
+    result = run_sca("greetings")
+    assert result.status == 2
+    assert result.err == [f"sca: the command 'greetings' of greeter 1.0 cannot be loaded: {reason}; update it"]
+    assert run_sca("list", "mixer").status == 0
+    assert "greetings" in run_sca("--help").out
 
 
-def test_clash_of_plugin_commands_is_refused_and_names_both(shell, install):
-    install("one", "greetings = one_app:app", one_app=APP)
-    install("two", "greetings = two_app:app", two_app=APP)
-    refused = shell("greetings", "hello", "you")
-    assert refused.status == 2
-    assert "'greetings' is provided by" in refused.err[0]
-    assert all(name in refused.err[0] for name in ("one 1.0", "two 1.0"))
+def test_plugin_command_offered_twice_is_rejected_naming_both_plugins(run_sca, install_command_plugin):
+    install_command_plugin("one", "greetings = one_app:app", one_app=PLUGIN_APP_SOURCE)
+    install_command_plugin("two", "greetings = two_app:app", two_app=PLUGIN_APP_SOURCE)
+    result = run_sca("greetings", "hello", "you")
+    assert result.status == 2
+    assert "'greetings' is provided by" in result.err[0]
+    assert all(name in result.err[0] for name in ("one 1.0", "two 1.0"))
 
 
-def test_plugin_command_does_not_replace_one_of_sca(shell, install):
-    install("thief", "caption = thief_app:app", thief_app="raise SystemExit('imported')")
-    assert "Usage: sca caption" in shell("caption", "--help").out
+def test_plugin_command_does_not_replace_builtin_command(run_sca, install_command_plugin):
+    install_command_plugin("thief", "caption = thief_app:app", thief_app="raise SystemExit('imported')")
+    assert "Usage: sca caption" in run_sca("caption", "--help").out
     from sca.cli.plugins import _find_command_problems
 
     assert _find_command_problems() == ["thief 1.0: `sca` has a command 'caption' itself; rename the plugin's"]
 
 
-def test_mistyped_plugin_command_is_suggested(shell, install):
-    install("greeter", "greetings = greeter_app:app", greeter_app=APP)
-    assert "Did you mean 'greetings'" in shell("greetngs").err[0]
-    assert "Did you mean 'bench'" in shell("bnech").err[0]
+def test_mistyped_command_suggests_plugin_and_builtin_commands(run_sca, install_command_plugin):
+    install_command_plugin("greeter", "greetings = greeter_app:app", greeter_app=PLUGIN_APP_SOURCE)
+    assert "Did you mean 'greetings'" in run_sca("greetngs").err[0]
+    assert "Did you mean 'bench'" in run_sca("bnech").err[0]

@@ -15,40 +15,40 @@ from sca.io.errors import OutputError
 pytestmark = pytest.mark.slow
 
 FORMATS = ("--format", "jsonl,coco,html,png")
-posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits are POSIX")
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits are POSIX")
 
 
 @pytest.fixture
-def many(picture, here):
+def folder_with_2000_images(write_image, working_folder):
     """A folder of more pictures than are captioned in the time of a test."""
-    picture("many/0.png")
-    for number in range(1, 2000):
-        shutil.copyfile(here / "many/0.png", here / f"many/{number}.png")
-    return here / "many"
+    write_image("many/0.png")
+    for index in range(1, 2000):
+        shutil.copyfile(working_folder / "many/0.png", working_folder / f"many/{index}.png")
+    return working_folder / "many"
 
 
-@posix
-def test_an_interrupt_keeps_what_is_finished(started, many, checkpoint, here):
+@posix_only
+def test_caption_interrupt_keeps_finished_captions(start_sca, folder_with_2000_images, checkpoint, working_folder):
     arguments = ("--box", "0,0,9,9", "--model", checkpoint, "--batch-size", 1, "--max-new-tokens", 2)
-    process = started("caption", many, *arguments, "--out", "out", *FORMATS)
-    lines = here / "out/captions.jsonl"
-    while process.poll() is None and not (lines.exists() and lines.read_text().count("\n") > 2):
+    process = start_sca("caption", folder_with_2000_images, *arguments, "--out", "out", *FORMATS)
+    jsonl_path = working_folder / "out/captions.jsonl"
+    while process.poll() is None and not (jsonl_path.exists() and jsonl_path.read_text().count("\n") > 2):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode == 130, err
     assert err.splitlines() == ["sca: interrupted; what was finished is kept"]
-    done = [json.loads(line)["image"] for line in lines.read_text().splitlines()]
-    assert 2 < len(done) < 2000
-    assert len(out.splitlines()) in (len(done), len(done) + 1)  # the table, and its header
-    assert abs(len(json.loads((here / "out/coco.json").read_text())["images"]) - len(done)) <= 1
-    page = (here / "out/captions.html").read_text()
+    finished_images = [json.loads(line)["image"] for line in jsonl_path.read_text().splitlines()]
+    assert 2 < len(finished_images) < 2000
+    assert len(out.splitlines()) in (len(finished_images), len(finished_images) + 1)  # the table, and its header
+    assert abs(len(json.loads((working_folder / "out/coco.json").read_text())["images"]) - len(finished_images)) <= 1
+    page = (working_folder / "out/captions.html").read_text()
     assert page.rstrip().endswith("</html>")
-    assert not [path for path in (here / "out").iterdir() if path.name.startswith(".")]
+    assert not [path for path in (working_folder / "out").iterdir() if path.name.startswith(".")]
 
 
-@posix
-def test_interrupt_that_a_library_replaces_is_still_an_interrupt(monkeypatch, capsys):
+@posix_only
+def test_cli_reports_interrupt_that_a_library_replaced_by_its_own_error(monkeypatch, capsys):
     def replace_interrupt(kind):
         try:
             signal.raise_signal(signal.SIGINT)
@@ -68,9 +68,9 @@ def test_interrupt_that_a_library_replaces_is_still_an_interrupt(monkeypatch, ca
     assert final_handler is signal.default_int_handler
 
 
-def test_a_reader_that_has_seen_enough_ends_the_run_quietly(started, many, checkpoint):
+def test_caption_stops_silently_when_stdout_is_closed(start_sca, folder_with_2000_images, checkpoint):
     arguments = ("--box", "0,0,9,9", "--model", checkpoint, "--batch-size", 1, "--max-new-tokens", 2)
-    process = started("caption", many, *arguments, "--out", "-")
+    process = start_sca("caption", folder_with_2000_images, *arguments, "--out", "-")
     assert json.loads(process.stdout.readline())["region_id"] == 0
     process.stdout.close()
     assert process.stderr.read() == ""
@@ -78,8 +78,8 @@ def test_a_reader_that_has_seen_enough_ends_the_run_quietly(started, many, check
 
 
 @pytest.mark.parametrize("command", [["list", "--json"], ["--version"]], ids=" ".join)
-def test_an_answer_that_nobody_reads_is_quiet(started, command):
-    process = started(*command)
+def test_command_exits_silently_when_stdout_is_closed(start_sca, command):
+    process = start_sca(*command)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 0
@@ -87,32 +87,36 @@ def test_an_answer_that_nobody_reads_is_quiet(started, command):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux")
 @pytest.mark.parametrize("command", [["list", "--json"], ["--version"]], ids=" ".join)
-def test_a_full_standard_output_is_one_line(started, command):
-    with open("/dev/full", "w") as full:
-        process = started(*command, stdout=full)
+def test_command_reports_full_stdout_in_one_line(start_sca, command):
+    with open("/dev/full", "w") as full_device:
+        process = start_sca(*command, stdout=full_device)
         _, err = process.communicate()
     assert process.returncode == 2
     assert err.splitlines() == ["sca: No space left on device"]
 
 
-@posix
-def test_a_full_disk_is_one_line_and_leaves_whole_files(shell, picture, checkpoint, here, monkeypatch):
+@posix_only
+def test_caption_reports_full_disk_and_leaves_complete_files(
+    run_sca, write_image, checkpoint, working_folder, monkeypatch
+):
     import resource
 
-    for number in range(20):
-        picture(f"in/{number}.png")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for index in range(20):
+        write_image(f"in/{index}.png")
+    original_limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
-        result = shell("caption", "in", "--box", "0,0,9,9", "--model", checkpoint, "--out", "out", *FORMATS, "--quiet")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, original_limits[1]))
+        result = run_sca(
+            "caption", "in", "--box", "0,0,9,9", "--model", checkpoint, "--out", "out", *FORMATS, "--quiet"
+        )
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, original_limits)
     assert result.status == 2
     assert len(result.err) == 1
     assert "free some space or choose another folder" in result.err[0]
-    for line in (here / "out/captions.jsonl").read_text().splitlines():
+    for line in (working_folder / "out/captions.jsonl").read_text().splitlines():
         json.loads(line)
-    for path in (here / "out").iterdir():
+    for path in (working_folder / "out").iterdir():
         assert not path.name.startswith(".")
         if path.name == "coco.json":
             json.loads(path.read_text())
@@ -120,31 +124,31 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(shell, picture, checkpoi
             assert path.read_text().rstrip().endswith("</html>")
 
 
-@posix
-def test_a_full_disk_leaves_no_half_checkpoint(checkpoint, here):
+@posix_only
+def test_save_on_full_disk_leaves_no_partial_checkpoint(checkpoint, working_folder):
     import resource
 
     import sca
 
     model = sca.load(checkpoint)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original_limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, original_limits[1]))
         with pytest.raises(OutputError, match="File too large"):
-            sca.save(model, here / "new")
+            sca.save(model, working_folder / "new")
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list(here.iterdir()) == []
+        resource.setrlimit(resource.RLIMIT_FSIZE, original_limits)
+    assert list(working_folder.iterdir()) == []
 
 
-def test_a_terminal_that_lacks_letters_still_gets_the_captions(checkpoint, picture, monkeypatch):
+def test_caption_escapes_characters_missing_from_stdout_encoding(checkpoint, write_image, monkeypatch):
     command = [
-        *("sca", "caption", picture("日本.png"), "--box", "0,0,9,9", "--model", str(checkpoint)),
+        *("sca", "caption", write_image("日本.png"), "--box", "0,0,9,9", "--model", str(checkpoint)),
         *("--max-new-tokens", "2"),
     ]
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    latin1_stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stdout", latin1_stdout)
     with pytest.raises(SystemExit, match="0"):
         main()
-    assert b"\\u65e5\\u672c.png" in terminal.buffer.getvalue()
+    assert b"\\u65e5\\u672c.png" in latin1_stdout.buffer.getvalue()

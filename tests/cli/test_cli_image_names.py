@@ -5,124 +5,137 @@ import os
 
 import pytest
 
-BOX = {"box": [1, 1, 9, 9], "caption": "a cat"}
-LOCAL = "/data/local-files/?d="
+REGION_FIELDS = {"box": [1, 1, 9, 9], "caption": "a cat"}
+LOCAL_FILES_PREFIX = "/data/local-files/?d="
 
 
-def _lines(path, *names):
-    records = ({"image": name, "width": 64, "height": 48, **BOX} for name in names)
+def write_jsonl(path, *names):
+    records = ({"image": name, "width": 64, "height": 48, **REGION_FIELDS} for name in names)
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     return path
 
 
 @pytest.mark.parametrize(
-    "images", [".", "~/data", "фото", "1_000", "2024", "0123", "true", "my photos", "a#b", "./.", "写真/"]
+    "folder", [".", "~/data", "фото", "1_000", "2024", "0123", "true", "my photos", "a#b", "./.", "写真/"]
 )
-def test_cli_options_take_folders_of_any_name(shell, picture, here, monkeypatch, images):
-    monkeypatch.setenv("HOME", str(here / "home"))
-    picture(os.path.expanduser(images).removeprefix(f"{here}/") + "/a.png")
-    _lines(here / "a.jsonl", "a.png")
-    result = shell("data", "stats", "jsonl", "file=a.jsonl", f"images={images}", "--json")
+@pytest.mark.slow
+def test_data_stats_accepts_image_folders_of_any_name(run_sca, write_image, working_folder, monkeypatch, folder):
+    monkeypatch.setenv("HOME", str(working_folder / "home"))
+    write_image(os.path.expanduser(folder).removeprefix(f"{working_folder}/") + "/a.png")
+    write_jsonl(working_folder / "a.jsonl", "a.png")
+    result = run_sca("data", "stats", "jsonl", "file=a.jsonl", f"image_root={folder}", "--json")
     assert result.status == 0, result.err
-    assert json.loads(result.out)["images"] == 1
+    assert json.loads(result.out)["num_images"] == 1
 
 
-def test_cli_options_expand_the_home_directory(shell, picture, here, monkeypatch):
-    monkeypatch.setenv("HOME", str(here / "home"))
-    picture("home/a.png")
-    _lines(here / "home/a.jsonl", "~/a.png")
-    assert shell("convert", "~/a.jsonl", "~/out", "--format", "jsonl,png").status == 0
-    assert shell("view", "~/a.jsonl", "--out=~/v.html").err == [f"sca: wrote {here}/home/v.html, 1 region"]
-    assert (here / "home/out/a.captions.png").exists()
+def test_convert_and_view_expand_home_directory(run_sca, write_image, working_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(working_folder / "home"))
+    write_image("home/a.png")
+    write_jsonl(working_folder / "home/a.jsonl", "~/a.png")
+    assert run_sca("convert", "~/a.jsonl", "~/out", "--format", "jsonl,png").status == 0
+    assert run_sca("view", "~/a.jsonl", "--out=~/v.html").err == [f"sca: wrote {working_folder}/home/v.html, 1 region"]
+    assert (working_folder / "home/out/a.captions.png").exists()
 
 
-@pytest.mark.parametrize("prefix", [LOCAL, "https://host/x/", "http://host/data/local-files/?d=sub/"])
-def test_view_strips_the_image_prefix_that_convert_writes(shell, picture, here, prefix):
-    picture("my pics/a b#1.png")
-    _lines(here / "a.jsonl", "my pics/a b#1.png")
-    assert shell("convert", "a.jsonl", "tasks", "--format", "label-studio", "--image-prefix", prefix).status == 0
-    (task,) = json.loads((here / "tasks/label-studio.json").read_text())
+@pytest.mark.parametrize("prefix", [LOCAL_FILES_PREFIX, "https://host/x/", "http://host/data/local-files/?d=sub/"])
+def test_view_and_convert_strip_image_prefix_that_convert_writes(run_sca, write_image, working_folder, prefix):
+    write_image("my pics/a b#1.png")
+    write_jsonl(working_folder / "a.jsonl", "my pics/a b#1.png")
+    assert run_sca("convert", "a.jsonl", "tasks", "--format", "label-studio", "--image-prefix", prefix).status == 0
+    (task,) = json.loads((working_folder / "tasks/label-studio.json").read_text())
     assert task["data"]["image"] == f"{prefix}my%20pics/a%20b%231.png"
-    given = ("tasks/label-studio.json", "--image-prefix", prefix)
-    assert shell("view", *given).err == ["sca: wrote view.html, 1 region"]
-    assert shell("convert", *given, "again", "--format", "jsonl,png").status == 0
-    assert json.loads((here / "again/captions.jsonl").read_text())["image"] == "my pics/a b#1.png"
+    arguments = ("tasks/label-studio.json", "--image-prefix", prefix)
+    assert run_sca("view", *arguments).err == ["sca: wrote view.html, 1 region"]
+    assert run_sca("convert", *arguments, "again", "--format", "jsonl,png").status == 0
+    assert json.loads((working_folder / "again/captions.jsonl").read_text())["image"] == "my pics/a b#1.png"
 
 
-def test_caption_writes_an_image_prefix(shell, refused, picture, checkpoint, here):
-    arguments = ("--box", "1,1,9,9", "--max-new-tokens", 2, "--model", checkpoint, "--image-prefix", LOCAL, "--quiet")
+def test_caption_writes_image_prefix_only_to_label_studio_files(
+    run_sca, get_sca_error, write_image, checkpoint, working_folder
+):
+    arguments = (
+        "--box",
+        "1,1,9,9",
+        "--max-new-tokens",
+        2,
+        "--model",
+        checkpoint,
+        "--image-prefix",
+        LOCAL_FILES_PREFIX,
+        "--quiet",
+    )
     formats = ("--out", "out", "--format", "label-studio,jsonl")
-    assert shell("caption", picture("pics/é.png"), *arguments, *formats).status == 0
-    (task,) = json.loads((here / "out/label-studio.json").read_text())
-    assert task["data"]["image"] == f"{LOCAL}pics/%C3%A9.png"
-    assert json.loads((here / "out/captions.jsonl").read_text())["image"] == "pics/é.png"
-    assert "add --format label-studio" in refused(2, "caption", "pics", *arguments)
-    (here / "deep").mkdir()
-    os.chdir(here / "deep")
-    assert "leaves the folder" in refused(2, "caption", "../pics", *arguments, *formats)
+    assert run_sca("caption", write_image("pics/é.png"), *arguments, *formats).status == 0
+    (task,) = json.loads((working_folder / "out/label-studio.json").read_text())
+    assert task["data"]["image"] == f"{LOCAL_FILES_PREFIX}pics/%C3%A9.png"
+    assert json.loads((working_folder / "out/captions.jsonl").read_text())["image"] == "pics/é.png"
+    assert "add --format label-studio" in get_sca_error(2, "caption", "pics", *arguments)
+    (working_folder / "deep").mkdir()
+    os.chdir(working_folder / "deep")
+    assert "leaves the folder" in get_sca_error(2, "caption", "../pics", *arguments, *formats)
 
 
 @pytest.mark.parametrize(
     "name", ["/data/upload/1/1a2b3c4d-a.png", "/data/local-files/?d=sub%2Fa.png", "C:\\old\\a.png", "file:///old/a.png"]
 )
-def test_convert_rewrites_image_names_of_other_tools(shell, picture, here, name):
-    picture("export/images/a.png")
+def test_view_and_convert_find_images_named_by_other_tools(run_sca, write_image, working_folder, name):
+    write_image("export/images/a.png")
     results = [
         {"id": "1", "type": "rectanglelabels", "original_width": 64, "original_height": 48}
         | {"value": {"x": 1, "y": 1, "width": 9, "height": 9, "rectanglelabels": ["region"]}},
         {"id": "1", "type": "textarea", "original_width": 64, "original_height": 48, "value": {"text": ["a cat"]}},
     ]
     tasks = [{"data": {"image": name}, "annotations": [{"result": results}]}]
-    (here / "export/tasks.json").write_text(json.dumps(tasks))
-    assert shell("view", "export/tasks.json").err == ["sca: wrote view.html, 1 region"]  # beside the file
-    result = shell("convert", "export/tasks.json", "out", "--image-root", "export", "--format", "jsonl,labelme,png")
+    (working_folder / "export/tasks.json").write_text(json.dumps(tasks))
+    assert run_sca("view", "export/tasks.json").err == ["sca: wrote view.html, 1 region"]  # beside the file
+    result = run_sca("convert", "export/tasks.json", "out", "--image-root", "export", "--format", "jsonl,labelme,png")
     assert result.status == 0, result.err
-    assert json.loads((here / "out/captions.jsonl").read_text())["image"] == "images/a.png"
+    assert json.loads((working_folder / "out/captions.jsonl").read_text())["image"] == "images/a.png"
 
 
-def test_convert_reports_image_urls_as_urls(shell, here):
-    _lines(here / "a.jsonl", "https://host/a.png")
-    result = shell("view", "a.jsonl")
+def test_view_reports_image_url_and_convert_keeps_it(run_sca, working_folder):
+    write_jsonl(working_folder / "a.jsonl", "https://host/a.png")
+    result = run_sca("view", "a.jsonl")
     assert "'https://host/a.png' is a URL, not a file" in result.err[0]
-    assert shell("convert", "a.jsonl", "out", "--format", "labelme").status == 0
-    assert json.loads((here / "out/labelme/a.json").read_text())["imagePath"] == "https://host/a.png"
+    assert run_sca("convert", "a.jsonl", "out", "--format", "labelme").status == 0
+    assert json.loads((working_folder / "out/labelme/a.json").read_text())["imagePath"] == "https://host/a.png"
 
 
-def test_convert_reports_an_unused_image_prefix(shell, here):
-    _lines(here / "a.jsonl", "a.png")
-    result = shell("convert", "a.jsonl", "out", "--format", "jsonl", "--image-prefix", LOCAL)
-    assert f"sca: no image name of a.jsonl begins with --image-prefix {LOCAL}" in result.err
+def test_convert_reports_unused_image_prefix(run_sca, working_folder):
+    write_jsonl(working_folder / "a.jsonl", "a.png")
+    result = run_sca("convert", "a.jsonl", "out", "--format", "jsonl", "--image-prefix", LOCAL_FILES_PREFIX)
+    assert f"sca: no image name of a.jsonl begins with --image-prefix {LOCAL_FILES_PREFIX}" in result.err
 
 
-def test_caption_reads_images_below_linked_folders_once(shell, picture, checkpoint, here):
-    picture("store/a.png")
-    picture("in/b.png")
-    (here / "in/link").symlink_to(here / "store")
-    (here / "in/again").symlink_to(here / "store")
-    (here / "store/loop").symlink_to(here / "in")
-    result = shell(
+def test_caption_reads_images_in_symlinked_folders_once(run_sca, write_image, checkpoint, working_folder):
+    write_image("store/a.png")
+    write_image("in/b.png")
+    (working_folder / "in/link").symlink_to(working_folder / "store")
+    (working_folder / "in/again").symlink_to(working_folder / "store")
+    (working_folder / "store/loop").symlink_to(working_folder / "in")
+    result = run_sca(
         "caption", "in", "--box", "1,1,9,9", "--max-new-tokens", 2, "--model", checkpoint, "--out", "-", "--quiet"
     )
     assert [json.loads(line)["image"] for line in result.out.splitlines()] == ["in/again/a.png", "in/b.png"]
 
 
-def test_caption_finds_images_of_labelme_files_in_a_linked_folder(shell, picture, here):
-    picture("a.png")
-    _lines(here / "a.jsonl", "a.png")
-    (here / "far/away").mkdir(parents=True)
-    (here / "out").symlink_to(here / "far/away")
-    assert shell("convert", "a.jsonl", "out", "--format", "labelme").status == 0
-    name = json.loads((here / "out/labelme/a.json").read_text())["imagePath"]
-    assert os.path.samefile(here / "out/labelme" / name, here / "a.png")
-    assert shell("convert", "out/labelme", "back", "--format", "jsonl,png").status == 0
+def test_convert_finds_images_of_labelme_files_in_symlinked_folder(run_sca, write_image, working_folder):
+    write_image("a.png")
+    write_jsonl(working_folder / "a.jsonl", "a.png")
+    (working_folder / "far/away").mkdir(parents=True)
+    (working_folder / "out").symlink_to(working_folder / "far/away")
+    assert run_sca("convert", "a.jsonl", "out", "--format", "labelme").status == 0
+    name = json.loads((working_folder / "out/labelme/a.json").read_text())["imagePath"]
+    assert os.path.samefile(working_folder / "out/labelme" / name, working_folder / "a.png")
+    assert run_sca("convert", "out/labelme", "back", "--format", "jsonl,png").status == 0
 
 
 @pytest.mark.parametrize("name", ["..\\pics\\a.png", "C:\\old\\pics\\a.png", "pics\\a.png"])
-def test_view_reads_labelme_files_of_windows(shell, picture, here, name):
-    picture("pics/a.png")
-    picture("labels/pics/a.png")
-    os.remove(here / ("labels/pics/a.png" if name.startswith("..") else "pics/a.png"))
+def test_view_reads_labelme_files_with_windows_paths(run_sca, write_image, working_folder, name):
+    write_image("pics/a.png")
+    write_image("labels/pics/a.png")
+    os.remove(working_folder / ("labels/pics/a.png" if name.startswith("..") else "pics/a.png"))
     shape = {"label": "cat", "points": [[1, 1], [9, 9]], "shape_type": "rectangle"}
     content = {"imagePath": name, "imageWidth": 64, "imageHeight": 48, "shapes": [shape]}
-    (here / "labels/a.json").write_text(json.dumps(content))
-    assert shell("view", "labels").err == ["sca: wrote view.html, 1 region"]
+    (working_folder / "labels/a.json").write_text(json.dumps(content))
+    assert run_sca("view", "labels").err == ["sca: wrote view.html, 1 region"]

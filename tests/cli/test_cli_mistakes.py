@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-BOX = ("--box", "0,0,9,9")
+BOX_ARGUMENTS = ("--box", "0,0,9,9")
 
 
 @pytest.fixture
-def model(checkpoint):
+def model_arguments(checkpoint):
     return ("--model", checkpoint, "--max-new-tokens", 2)
 
 
@@ -24,7 +24,7 @@ def model(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("options", "expected_message"),
     {
         ("--box", "1,2,x,9"): "'x' in '1,2,x,9' is not a finite number; a box is 4 numbers x1,y1,x2,y2",
         ("--box", "nan,2,3,9"): "'nan' in 'nan,2,3,9' is not a finite number",
@@ -37,37 +37,37 @@ def model(checkpoint):
         ("--prompts", "none.json"): "cannot read the prompts none.json",
         ("--prompts", "a.png"): "not UTF-8 text",
         (): "no region to caption",
-        (*BOX, "--everything"): "--everything excludes --box",
-        (*BOX, "--prompts", "none.json"): "--prompts excludes --box",
-        (*BOX, "--points-per-side", 3): "--points-per-side can only be used with --everything",
-        (*BOX, "--proposer", "grid"): "--proposer can only be used with --everything",
+        (*BOX_ARGUMENTS, "--everything"): "--everything excludes --box",
+        (*BOX_ARGUMENTS, "--prompts", "none.json"): "--prompts excludes --box",
+        (*BOX_ARGUMENTS, "--points-per-side", 3): "--points-per-side can only be used with --everything",
+        (*BOX_ARGUMENTS, "--proposer", "grid"): "--proposer can only be used with --everything",
         ("--everything", "--proposer", "grid", "--points-per-side", 3): "omit --points-per-side and --crop-n-layers",
-        (*BOX, "--temperature", 2): "--temperature can only be used with --do-sample",
-        (*BOX, "--top-p", 0.9): "--top-p can only be used with --do-sample",
+        (*BOX_ARGUMENTS, "--temperature", 2): "--temperature can only be used with --do-sample",
+        (*BOX_ARGUMENTS, "--top-p", 0.9): "--top-p can only be used with --do-sample",
         ("--everything", "--proposer", "gird"): "Did you mean 'grid'?",
         ("--everything", "--proposer", "grid 'points"): "proposer is 'NAME [key=value]...'",
         ("--everything", "--caption-from", "boxes"): "no prompt to caption from 'boxes'",
-        (*BOX, "--pred-iou-thresh", 0.5, "--min-area", 0.5): (
+        (*BOX_ARGUMENTS, "--pred-iou-thresh", 0.5, "--min-area", 0.5): (
             "--pred-iou-thresh and --min-area can only be used with --everything"
         ),
         ("--everything", "--pred-iou-thresh", 2): "--pred-iou-thresh",
         ("--everything", "--points-per-side", 0): "--points-per-side",
-        (*BOX, "--format", "png"): "--format png needs --out",
-        (*BOX, "--out", "o", "--format", "pgn"): "Did you mean 'png'?",
-        (*BOX, "--out", "o", "--format", ""): "Choose from: jsonl, coco, parquet",
-        (*BOX, "--out", "-", "--format", "coco"): "--out - writes JSONL only",
-        (*BOX, "--out", "a.png"): "cannot write a.png: File exists; choose another folder",
-        (*BOX, "--out", "a.png/o"): "cannot write a.png/o: Not a directory",
-        (*BOX, "--task", "recogntion"): "Did you mean 'recognition'?",
-        (*BOX, "--dtype", "bfloat61"): "Did you mean 'bfloat16'?",
-        (*BOX, "--device", "gpu"): "device 'gpu' is not available",
-        (*BOX, "--device", "cuda:99"): "device 'cuda:99' is not available",
-        (*BOX, "--device", "meta"): "device 'meta' is not available",
-        (*BOX, "--batch-size", "many"): "'--batch-size'",
-        (*BOX, "--batch-size", 0): "'--batch-size'",
-        (*BOX, "--num-beams", 0): "'--num-beams'",
-        (*BOX, "--seed", -1): "'--seed'",
-        (*BOX, "--bax", "1"): "--box",
+        (*BOX_ARGUMENTS, "--format", "png"): "--format png needs --out",
+        (*BOX_ARGUMENTS, "--out", "o", "--format", "pgn"): "Did you mean 'png'?",
+        (*BOX_ARGUMENTS, "--out", "o", "--format", ""): "Choose from: jsonl, coco, parquet",
+        (*BOX_ARGUMENTS, "--out", "-", "--format", "coco"): "--out - writes JSONL only",
+        (*BOX_ARGUMENTS, "--out", "a.png"): "cannot write a.png: File exists; choose another folder",
+        (*BOX_ARGUMENTS, "--out", "a.png/o"): "cannot write a.png/o: Not a directory",
+        (*BOX_ARGUMENTS, "--task", "recogntion"): "Did you mean 'recognition'?",
+        (*BOX_ARGUMENTS, "--dtype", "bfloat61"): "Did you mean 'bfloat16'?",
+        (*BOX_ARGUMENTS, "--device", "gpu"): "device 'gpu' is not available",
+        (*BOX_ARGUMENTS, "--device", "cuda:99"): "device 'cuda:99' is not available",
+        (*BOX_ARGUMENTS, "--device", "meta"): "device 'meta' is not available",
+        (*BOX_ARGUMENTS, "--batch-size", "many"): "'--batch-size'",
+        (*BOX_ARGUMENTS, "--batch-size", 0): "'--batch-size'",
+        (*BOX_ARGUMENTS, "--num-beams", 0): "'--num-beams'",
+        (*BOX_ARGUMENTS, "--seed", -1): "'--seed'",
+        (*BOX_ARGUMENTS, "--bax", "1"): "--box",
         ("--box", "20,20,10,30"): "a.png: the box 20,20,10,30 is reversed",
         ("--box", "20,20,20,30"): "a.png: the box 20,20,20,30 is empty",
         ("--box", "70,0,80,9"): "a.png: the box 70,0,80,9 is outside the 64 x 48 image",
@@ -78,11 +78,13 @@ def model(checkpoint):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 @pytest.mark.slow
-def test_a_mistake_in_the_options_is_one_line(refused, picture, model, here, wrong, said):
-    picture("a.png")
-    Image.new("L", (3, 3), 255).save(here / "small.png")
-    Image.new("L", (64, 48)).save(here / "black.png")
-    assert said in refused(2, "caption", "a.png", *model, *wrong)
+def test_caption_reports_invalid_options_in_one_line(
+    get_sca_error, write_image, model_arguments, working_folder, options, expected_message
+):
+    write_image("a.png")
+    Image.new("L", (3, 3), 255).save(working_folder / "small.png")
+    Image.new("L", (64, 48)).save(working_folder / "black.png")
+    assert expected_message in get_sca_error(2, "caption", "a.png", *model_arguments, *options)
 
 
 @pytest.mark.parametrize(
@@ -95,26 +97,30 @@ def test_a_mistake_in_the_options_is_one_line(refused, picture, model, here, wro
     ],
 )
 @pytest.mark.slow
-def test_mistakes_of_caption_are_reported_before_torch_is_imported(picture, options):
+def test_caption_reports_invalid_options_before_importing_torch(write_image, options):
     program = "import sys; from sca.cli import run_command; print(run_command(sys.argv[1:]), 'torch' in sys.modules)"
-    command = [sys.executable, "-c", program, "caption", picture("a.png"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "2 False\n", done.stderr
+    command = [sys.executable, "-c", program, "caption", write_image("a.png"), *options]
+    completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert completed.stdout == "2 False\n", completed.stderr
 
 
-def test_no_image_at_all_is_a_mistake(refused, model):
-    assert "IMAGE" in refused(2, "caption", *model, *BOX)
+def test_caption_without_images_is_a_usage_error(get_sca_error, model_arguments):
+    assert "IMAGE" in get_sca_error(2, "caption", *model_arguments, *BOX_ARGUMENTS)
 
 
-def test_everything_and_mask_prompts_need_a_model_with_masks(refused, picture, maskless, here):
-    Image.new("L", (64, 48), 255).save(here / "mask.png")
-    picture("a.png")
-    assert "segmenter=sam" in refused(2, "caption", "a.png", "--everything", "--model", maskless)
-    assert "segmenter=sam" in refused(2, "caption", "a.png", "--region", "mask=mask.png", "--model", maskless)
+def test_caption_everything_and_mask_prompts_require_model_with_masks(
+    get_sca_error, write_image, maskless_checkpoint, working_folder
+):
+    Image.new("L", (64, 48), 255).save(working_folder / "mask.png")
+    write_image("a.png")
+    assert "segmenter=sam" in get_sca_error(2, "caption", "a.png", "--everything", "--model", maskless_checkpoint)
+    assert "segmenter=sam" in get_sca_error(
+        2, "caption", "a.png", "--region", "mask=mask.png", "--model", maskless_checkpoint
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "expected_message"),
     [
         ("p.jsonl", '{"image": "a.png", "box": [1, 2, 3]}', "p.jsonl, line 1, 'box'"),
         ("p.jsonl", '{"image": "a.png"}', "p.jsonl, line 1: no 'box', 'points' or 'mask'"),
@@ -127,25 +133,29 @@ def test_everything_and_mask_prompts_need_a_model_with_masks(refused, picture, m
         ("p.jsonl", '{"image": "a.png", "mask": "p.jsonl"}', "p.jsonl, line 1, 'mask': cannot read the mask"),
     ],
 )  # fmt: skip
-def test_a_mistake_in_a_prompts_file_is_named_with_its_place(refused, picture, model, here, name, content, said):
-    (here / name).write_text(content)
-    assert said in refused(2, "caption", picture("a.png"), "--prompts", name, "--quiet", *model)
+def test_caption_reports_file_and_position_of_invalid_prompt(
+    get_sca_error, write_image, model_arguments, working_folder, name, content, expected_message
+):
+    (working_folder / name).write_text(content)
+    assert expected_message in get_sca_error(
+        2, "caption", write_image("a.png"), "--prompts", name, "--quiet", *model_arguments
+    )
 
 
 # --- images: status 1
 
 
 @pytest.fixture
-def bad(picture, here):
+def message_by_invalid_image(write_image, working_folder):
     """Files that are no pictures, and words that their line must have."""
-    picture("whole.jpg", 300, 300)
-    whole = (here / "whole.jpg").read_bytes()
-    (here / "whole.jpg").unlink()
-    (here / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (here / "zero.png").touch()
-    (here / "text.png").write_text("no picture")
-    (here / "empty").mkdir()
-    (here / "lost.png").symlink_to("nowhere")
+    write_image("whole.jpg", 300, 300)
+    jpeg_content = (working_folder / "whole.jpg").read_bytes()
+    (working_folder / "whole.jpg").unlink()
+    (working_folder / "cut.jpg").write_bytes(jpeg_content[: len(jpeg_content) // 2])
+    (working_folder / "zero.png").touch()
+    (working_folder / "text.png").write_text("no picture")
+    (working_folder / "empty").mkdir()
+    (working_folder / "lost.png").symlink_to("nowhere")
     return {
         "missing.png": "no file or folder missing.png",
         "*.webp": "nothing matches the pattern",
@@ -158,51 +168,77 @@ def bad(picture, here):
 
 
 @pytest.mark.slow
-def test_a_bad_image_is_one_line_and_leaves_no_file(refused, bad, model, here):
-    before = sorted(path.name for path in here.iterdir())
-    for name, said in bad.items():
-        assert said in refused(1, "caption", name, *BOX, *model, "--out", "-")
-    assert sorted(path.name for path in here.iterdir()) == before
+def test_caption_reports_invalid_image_in_one_line_and_writes_no_file(
+    get_sca_error, message_by_invalid_image, model_arguments, working_folder
+):
+    original_names = sorted(path.name for path in working_folder.iterdir())
+    for name, expected_message in message_by_invalid_image.items():
+        assert expected_message in get_sca_error(1, "caption", name, *BOX_ARGUMENTS, *model_arguments, "--out", "-")
+    assert sorted(path.name for path in working_folder.iterdir()) == original_names
 
 
-def test_good_images_among_bad_ones_are_captioned_and_written(shell, bad, picture, model, here):
-    picture("good.png"), picture("also good.png")
+def test_caption_writes_results_of_valid_images_beside_invalid_ones(
+    run_sca, message_by_invalid_image, write_image, model_arguments, working_folder
+):
+    write_image("good.png"), write_image("also good.png")
     formats = ("--out", "out", "--format", "jsonl,coco,png,html")
-    result = shell("caption", "good.png", *bad, "also good.png", *BOX, *model, *formats, "--quiet")
+    result = run_sca(
+        "caption",
+        "good.png",
+        *message_by_invalid_image,
+        "also good.png",
+        *BOX_ARGUMENTS,
+        *model_arguments,
+        *formats,
+        "--quiet",
+    )
     assert result.status == 1
-    assert len(result.err) == len(bad)
-    for said in bad.values():
-        assert sum(said in line for line in result.err) == 1
-    records = [json.loads(line) for line in (here / "out/captions.jsonl").read_text().splitlines()]
+    assert len(result.err) == len(message_by_invalid_image)
+    for expected_message in message_by_invalid_image.values():
+        assert sum(expected_message in line for line in result.err) == 1
+    records = [json.loads(line) for line in (working_folder / "out/captions.jsonl").read_text().splitlines()]
     assert [record["image"] for record in records] == ["good.png", "also good.png"]
-    assert len(json.loads((here / "out/coco.json").read_text())["images"]) == 2
-    assert [path.name for path in (here / "out").iterdir() if path.name.startswith(".")] == []
+    assert len(json.loads((working_folder / "out/coco.json").read_text())["images"]) == 2
+    assert [path.name for path in (working_folder / "out").iterdir() if path.name.startswith(".")] == []
 
 
-def test_of_a_bad_image_and_a_wrong_request_the_request_decides(shell, picture, model, here):
-    picture("a.png"), picture("small.png", 5, 5)
-    (here / "bad.png").touch()
-    result = shell("caption", "a.png", "small.png", "bad.png", "--box", "6,6,9,9", *model, "--out", "-")
+def test_caption_exits_with_2_if_both_image_and_prompt_are_invalid(
+    run_sca, write_image, model_arguments, working_folder
+):
+    write_image("a.png"), write_image("small.png", 5, 5)
+    (working_folder / "bad.png").touch()
+    result = run_sca("caption", "a.png", "small.png", "bad.png", "--box", "6,6,9,9", *model_arguments, "--out", "-")
     assert result.status == 2
     assert len(result.out.splitlines()) == 1
     assert [line.split()[1] for line in result.err] == ["small.png:", "bad.png", "1"]
     assert result.err[-1] == "sca: 1 of 3 done; not done: small.png, bad.png"
 
 
-def test_when_no_image_is_good_older_results_stay(shell, picture, model, here):
-    asked = ("caption", picture("a.png"), *BOX, *model, "--out", "out", "--format", "jsonl,coco")
-    assert shell(*asked).status == 0
-    before = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
-    (here / "a.png").write_bytes(b"")
-    assert shell(*asked).status == 1
-    assert {path.name: path.read_bytes() for path in (here / "out").iterdir()} == before
+def test_caption_keeps_earlier_results_when_every_image_is_invalid(
+    run_sca, write_image, model_arguments, working_folder
+):
+    arguments = (
+        "caption",
+        write_image("a.png"),
+        *BOX_ARGUMENTS,
+        *model_arguments,
+        "--out",
+        "out",
+        "--format",
+        "jsonl,coco",
+    )
+    assert run_sca(*arguments).status == 0
+    original_files = {path.name: path.read_bytes() for path in (working_folder / "out").iterdir()}
+    (working_folder / "a.png").write_bytes(b"")
+    assert run_sca(*arguments).status == 1
+    assert {path.name: path.read_bytes() for path in (working_folder / "out").iterdir()} == original_files
 
 
 # --- permissions
 
 
 @pytest.fixture
-def nobody(checkpoint, shell, monkeypatch):
+def folder_as_unprivileged_user(checkpoint, run_sca, monkeypatch):
     """A folder for all, and an account without rights in others; a test's own rights are given up until its end."""
     import shutil
 
@@ -214,45 +250,46 @@ def nobody(checkpoint, shell, monkeypatch):
         Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "a.png")
         Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "secret.png")
         (folder / "locked").mkdir()
-        shell("caption", folder / "a.png", *BOX, "--model", folder / "model")  # imports all that is needed
+        run_sca("caption", folder / "a.png", *BOX_ARGUMENTS, "--model", folder / "model")  # imports all that is needed
         (folder / "secret.png").chmod(0)
         (folder / "locked").chmod(0o555)
         folder.chmod(0o755)
         monkeypatch.chdir(folder)
-        root = os.geteuid() == 0
-        if root:
+        is_root = os.geteuid() == 0
+        if is_root:
             os.seteuid(65534)
         yield folder
-        if root:
+        if is_root:
             os.seteuid(0)
         (folder / "locked").chmod(0o755)
 
 
-def test_cli_reports_permission_errors(refused, shell, nobody):
-    arguments = (*BOX, "--model", "./model")
-    assert "locked: Permission denied; choose a folder that you may write in" in refused(
+@pytest.mark.slow
+def test_caption_and_data_export_report_permission_errors(get_sca_error, run_sca, folder_as_unprivileged_user):
+    arguments = (*BOX_ARGUMENTS, "--model", "./model")
+    assert "locked: Permission denied; choose a folder that you may write in" in get_sca_error(
         2, "caption", "a.png", *arguments, "--out", "locked"
     )
-    assert "locked/new: Permission denied; choose a folder that you may write in" in refused(
+    assert "locked/new: Permission denied; choose a folder that you may write in" in get_sca_error(
         2, "caption", "a.png", *arguments, "--out", "locked/new"
     )
-    assert "permission denied (secret.png)" in refused(1, "caption", "secret.png", *arguments)
-    exported = shell("data", "export", "scenes", "locked/new", "num_images=1")
-    assert exported.status == 2
-    assert exported.err == [
+    assert "permission denied (secret.png)" in get_sca_error(1, "caption", "secret.png", *arguments)
+    export_result = run_sca("data", "export", "scenes", "locked/new", "num_images=1")
+    assert export_result.status == 2
+    assert export_result.err == [
         "sca: scenes val: 1 image",
         "sca: cannot write locked/new: Permission denied; choose a folder that you may write in",
     ]
-    assert list((nobody / "locked").iterdir()) == []
+    assert list((folder_as_unprivileged_user / "locked").iterdir()) == []
 
 
-def test_a_defect_keeps_its_traceback(shell, monkeypatch):
+def test_list_does_not_hide_unexpected_exception(run_sca, monkeypatch):
     from sca_registry import Registry
 
     monkeypatch.setattr(Registry, "list_entries", lambda self: [][0])
     with pytest.raises(IndexError):
-        shell("list", "mixers")
+        run_sca("list", "mixers")
 
 
-def test_a_message_is_always_one_line(refused):
-    assert re.fullmatch(r"unknown kind .*", refused(2, "list", "two\nlines"))
+def test_list_reports_name_with_line_break_in_one_line(get_sca_error):
+    assert re.fullmatch(r"unknown kind .*", get_sca_error(2, "list", "two\nlines"))

@@ -8,31 +8,31 @@ import pytest
 
 
 @pytest.fixture
-def broken(checkpoint, refused, picture, here):
+def get_error_for_damaged_model(checkpoint, get_sca_error, write_image, working_folder):
     """`broken(damage)` captions with a copy of the checkpoint that `damage(folder)` has spoilt; the line it says."""
 
-    def call(damage):
-        shutil.copytree(checkpoint, here / "model", dirs_exist_ok=True)
-        damage(here / "model")
-        return refused(2, "caption", picture("a.png"), "--box", "0,0,9,9", "--model", "./model")
+    def damage_and_caption(damage):
+        shutil.copytree(checkpoint, working_folder / "model", dirs_exist_ok=True)
+        damage(working_folder / "model")
+        return get_sca_error(2, "caption", write_image("a.png"), "--box", "0,0,9,9", "--model", "./model")
 
-    return call
+    return damage_and_caption
 
 
-def spec(**changes):
+def change_spec(**changes):
     def damage(folder):
-        table = json.loads((folder / "spec.json").read_text())
-        (folder / "spec.json").write_text(json.dumps(table | changes))
+        spec_content = json.loads((folder / "spec.json").read_text())
+        (folder / "spec.json").write_text(json.dumps(spec_content | changes))
 
     return damage
 
 
-def text(content):
+def replace_spec_text(content):
     return lambda folder: (folder / "spec.json").write_text(content)
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "expected_message"),
     [
         ("sca-tniy", "Did you mean 'sca-tiny'?"),
         ("no/such/folder", "no model named 'no/such/folder', and no folder there"),
@@ -42,27 +42,29 @@ def text(content):
         ("./" + "x" * 300, "File name too long"),
     ],
 )
-def test_what_is_no_model_is_refused(refused, picture, model, said):
-    assert said in refused(2, "caption", picture("a.png"), "--box", "0,0,9,9", "--model", model)
+def test_caption_rejects_names_and_paths_that_are_not_models(get_sca_error, write_image, model, expected_message):
+    assert expected_message in get_sca_error(2, "caption", write_image("a.png"), "--box", "0,0,9,9", "--model", model)
 
 
 @pytest.mark.parametrize("size", [0, 100, 100_000])
-def test_truncated_weights_are_refused(broken, size):
-    said = broken(lambda folder: os.truncate(folder / "weights.safetensors", size))
-    assert said.startswith("model/weights.safetensors is broken")
+def test_caption_rejects_truncated_weights(get_error_for_damaged_model, size):
+    message = get_error_for_damaged_model(lambda folder: os.truncate(folder / "weights.safetensors", size))
+    assert message.startswith("model/weights.safetensors is broken")
 
 
-def test_absent_weights_are_refused(broken):
-    assert "copy the checkpoint again" in broken(lambda folder: (folder / "weights.safetensors").unlink())
+def test_caption_rejects_checkpoint_without_weights(get_error_for_damaged_model):
+    assert "copy the checkpoint again" in get_error_for_damaged_model(
+        lambda folder: (folder / "weights.safetensors").unlink()
+    )
 
 
 @pytest.mark.parametrize("content", ["", "{", "5", "[]", "null", '"text"', "\xff", "{}", '{"encoder": 5}'])
-def test_a_spec_that_is_none_is_refused_with_its_file(broken, content):
-    assert broken(text(content)).startswith("model/spec.json")
+def test_caption_names_the_file_of_an_invalid_spec(get_error_for_damaged_model, content):
+    assert get_error_for_damaged_model(replace_spec_text(content)).startswith("model/spec.json")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected_message"),
     [
         ({"format": 99}, "pip install -U segment-caption-anything"),
         ({"encoder": "tiny-vti"}, "Did you mean 'tiny-vit'?"),
@@ -81,36 +83,39 @@ def test_a_spec_that_is_none_is_refused_with_its_file(broken, content):
     ],
     ids=str,
 )
-def test_a_spec_that_does_not_fit_is_refused(broken, change, said):
-    assert said in broken(spec(**change))
+@pytest.mark.slow
+def test_caption_rejects_spec_that_does_not_match_code_or_weights(
+    get_error_for_damaged_model, change, expected_message
+):
+    assert expected_message in get_error_for_damaged_model(change_spec(**change))
 
 
-def test_a_missing_plugin_is_named_with_the_line_that_brings_it(broken):
-    def damage(folder):
-        spec(mixer={"name": "their-mixer"})(folder)
+def test_caption_names_package_of_missing_plugin_as_unverified_claim(get_error_for_damaged_model):
+    def replace_mixer_by_plugin(folder):
+        change_spec(mixer={"name": "their-mixer"})(folder)
         origin = json.loads((folder / "origin.json").read_text())
         origin["parts"]["mixer"] = {"name": "their-mixer", "distribution": "their-package", "version": "1.2"}
         (folder / "origin.json").write_text(json.dumps(origin))
 
-    said = broken(damage)
-    assert "no mixers named 'their-mixer'" in said
+    message = get_error_for_damaged_model(replace_mixer_by_plugin)
+    assert "no mixers named 'their-mixer'" in message
     claim = "claims that they come from their-package==1.2; install that only if you trust its publisher."
-    assert said.endswith(f"Its origin.json {claim}")
+    assert message.endswith(f"Its origin.json {claim}")
 
 
 @pytest.mark.parametrize(
     "package", ["--index-url http://x", "a @ http://x", "git+http://x", "a b", "$(id)", "a;b", ["a"]]
 )
-def test_a_package_name_that_is_none_is_not_repeated(broken, package):
-    def damage(folder):
-        spec(mixer={"name": "their-mixer"})(folder)
+def test_caption_does_not_print_invalid_plugin_package_name(get_error_for_damaged_model, package):
+    def set_package_name(folder):
+        change_spec(mixer={"name": "their-mixer"})(folder)
         origin = {"parts": {"mixer": {"name": "their-mixer", "distribution": package, "version": "1"}}}
         (folder / "origin.json").write_text(json.dumps(origin))
 
-    assert "claims" not in broken(damage)
+    assert "claims" not in get_error_for_damaged_model(set_package_name)
 
 
-def test_a_checkpoint_can_be_read_by_others(checkpoint):
+def test_save_gives_checkpoint_files_default_permissions(checkpoint):
     umask = os.umask(0)
     os.umask(umask)
     for path in (checkpoint, *checkpoint.rglob("*")):

@@ -10,7 +10,7 @@ from sca_registry import zoo
 
 from sca.cli import COMMANDS as COMMANDS_BY_PANEL
 
-COMMANDS = (
+LIGHTWEIGHT_COMMANDS = (
     ["--help"],
     ["--version"],
     ["list"],
@@ -29,7 +29,7 @@ COMMANDS = (
     *([command, "--help"] for command in ("list", "show", "caption", "train", "evaluate", "data")),
     ["data", "export", "--help"],
 )
-PROBE = """
+CHECK_IMPORTS_PROGRAM = """
 import json, sys
 from sca.cli import run_command
 for command in json.loads(sys.argv[1]):
@@ -40,30 +40,32 @@ for command in json.loads(sys.argv[1]):
 
 
 @pytest.mark.slow
-def test_looking_around_imports_no_torch():
-    done = subprocess.run([sys.executable, "-c", PROBE, json.dumps(COMMANDS)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_help_list_and_show_import_no_heavy_modules():
+    completed = subprocess.run(
+        [sys.executable, "-c", CHECK_IMPORTS_PROGRAM, json.dumps(LIGHTWEIGHT_COMMANDS)], capture_output=True, text=True
+    )
+    assert completed.returncode == 0, completed.stderr
 
 
-@pytest.mark.parametrize(("command", "most"), [("--help", 400), ("list", 550)])
+@pytest.mark.parametrize(("command", "max_modules"), [("--help", 400), ("list", 550)])
 @pytest.mark.slow
-def test_help_and_list_import_few_modules(command, most):
-    call = f"from sca.cli import run_command; run_command([{command!r}])"
-    program = f"import sys; {call}; print(len(sys.modules), file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stderr.split()[-1]) < most
+def test_help_and_list_import_few_modules(command, max_modules):
+    call_code = f"from sca.cli import run_command; run_command([{command!r}])"
+    program = f"import sys; {call_code}; print(len(sys.modules), file=sys.stderr)"
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(completed.stderr.split()[-1]) < max_modules
 
 
-def test_every_command_tells_what_it_does(shell):
-    whole = shell("--help").out
+def test_help_lists_commands_and_each_command_has_help(run_sca):
+    help_text = run_sca("--help").out
     for command in ("list", "show", "caption", "train", "evaluate", "data"):
-        assert f"\n  {command} " in whole
-        assert shell(command, "--help").status == 0
+        assert f"\n  {command} " in help_text
+        assert run_sca(command, "--help").status == 0
 
 
-def test_help_groups_the_commands_and_fits_a_screen(shell, monkeypatch):
+def test_help_groups_the_commands_and_fits_a_screen(run_sca, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    lines = shell("--help").out.splitlines()
+    lines = run_sca("--help").out.splitlines()
     panels = [line.removesuffix(":") for line in lines if line.endswith(":")]
     assert panels == ["Options", *COMMANDS_BY_PANEL]
     assert len(lines) < 40
@@ -80,75 +82,75 @@ def test_help_groups_the_commands_and_fits_a_screen(shell, monkeypatch):
         ("sca bench ru", ["run"]),
     ],
 )
-def test_shell_completion_completes_commands_and_options(started, monkeypatch, words, expected):
+def test_shell_completion_completes_commands_and_options(start_sca, monkeypatch, words, expected):
     for name, value in {"_SCA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": words.count(" ")}.items():
         monkeypatch.setenv(name, str(value))
-    out, _ = started().communicate()
+    out, _ = start_sca().communicate()
     assert out.split() == expected
 
 
-def test_nothing_asked_is_answered_with_the_help(shell):
-    result = shell()
+def test_sca_without_arguments_prints_usage(run_sca):
+    result = run_sca()
     assert result.status == 2
     assert result.err[0].startswith("Usage: sca")
 
 
 @pytest.mark.slow
-def test_the_module_is_the_command(started):
-    out, _ = started("--version").communicate()
+def test_python_module_runs_sca_command(start_sca):
+    out, _ = start_sca("--version").communicate()
     assert out.startswith("sca ")
 
 
-def test_a_listing_has_what_a_chooser_wants(shell):
+def test_list_json_rows_have_all_fields_and_valid_states(run_sca):
     for kind in ("encoders", "segmenter", "language-models", "models", "recipes"):
-        rows = json.loads(shell("list", kind, "--json").out)
+        rows = json.loads(run_sca("list", kind, "--json").out)
         assert rows
         for row in rows:
-            facts = {"name", "summary", "source", "license", "parameters", "distribution", "version", "state"}
-            assert facts <= row.keys()
+            required_fields = {"name", "summary", "source", "license", "parameters", "distribution", "version", "state"}
+            assert required_fields <= row.keys()
             assert row["state"] == "ok" or row["reason"].startswith("pip install 'segment-caption-anything[")
             assert row["summary"]
 
 
-def test_a_model_whose_weights_are_gone_is_listed_as_broken(shell, here, monkeypatch):
-    monkeypatch.setattr(zoo.ZooEntry, "folder", here / "gone")
-    for row in json.loads(shell("list", "models", "--json").out):
+def test_list_and_show_report_model_without_weights_as_broken(run_sca, working_folder, monkeypatch):
+    monkeypatch.setattr(zoo.ZooEntry, "folder", working_folder / "gone")
+    for row in json.loads(run_sca("list", "models", "--json").out):
         assert row["state"] == "broken"
-        assert row["reason"].startswith(f"no weights in {here / 'gone'}; restore")
-    assert "state:        broken" in shell("show", "model", "sca-tiny").out
+        assert row["reason"].startswith(f"no weights in {working_folder / 'gone'}; restore")
+    assert "state:        broken" in run_sca("show", "model", "sca-tiny").out
 
 
-def test_a_listing_of_everything_has_every_kind_and_every_name_a_line(shell):
-    rows = json.loads(shell("list", "--json").out)
+def test_list_without_kind_lists_all_kinds_and_names(run_sca):
+    rows = json.loads(run_sca("list", "--json").out)
     assert {"encoder", "segmenter", "mixer", "language_model", "dataset", "metric", "model", "recipe"} <= {
         row["kind"] for row in rows
     }
-    table = shell("list").out
+    table = run_sca("list").out
     for row in rows:
         assert row["name"] in table
     assert "Apache-2.0" not in table
-    assert "Apache-2.0" in shell("list", "mixers", "--long").out
+    assert "Apache-2.0" in run_sca("list", "mixers", "--long").out
 
 
-def test_a_listing_of_one_kind_fits_80_columns(shell, monkeypatch):
+def test_list_of_one_kind_fits_80_columns(run_sca, monkeypatch):
     from rich.console import Console
 
     monkeypatch.setattr(Console, "is_terminal", True)
     monkeypatch.setenv("COLUMNS", "80")
-    lines = re.sub(r"\x1b\[[\d;]*m", "", shell("list", "mixers").out).splitlines()
+    lines = re.sub(r"\x1b\[[\d;]*m", "", run_sca("list", "mixers").out).splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("query ") for line in lines)
 
 
-def test_a_part_is_shown_with_its_options_and_their_defaults(shell):
-    lines = shell("show", "mixers", "query").out.splitlines()
+def test_show_prints_options_with_defaults(run_sca):
+    lines = run_sca("show", "mixers", "query").out.splitlines()
     assert "  num_queries = 8" in lines
     assert not any("segmenter" in line for line in lines[lines.index("options:") :])
-    assert "  image_size = 128" in shell("show", "dataset", "scenes").out.splitlines()  # a constant of its module
+    assert "  image_size = 128" in run_sca("show", "dataset", "scenes").out.splitlines()  # a constant of its module
 
 
 @pytest.mark.slow
-def test_a_shown_part_has_the_options_that_it_takes(shell):
+def test_show_prints_exactly_the_constructor_options_of_every_component(run_sca):
     import inspect
 
     import sca_registry
@@ -156,46 +158,48 @@ def test_a_shown_part_has_the_options_that_it_takes(shell):
     for kind in ("encoders", "segmenters", "mixers", "language_models", "datasets", "metrics"):
         registry = sca_registry.get_registry(kind)
         for name in registry.list_names():
-            upstream = kind in ("segmenters", "mixers", "datasets")
-            taken = list(inspect.signature(registry.get(name)).parameters.values())[upstream:]
-            lines = shell("show", kind, name).out.splitlines()
-            shown = [line.strip() for line in lines[lines.index("options:") + 1 :]] if "options:" in lines else []
-            assert shown == [f"{each.name} = {_default(each)}" for each in taken]
+            has_upstream_parameter = kind in ("segmenters", "mixers", "datasets")
+            parameters = list(inspect.signature(registry.get(name)).parameters.values())[has_upstream_parameter:]
+            lines = run_sca("show", kind, name).out.splitlines()
+            printed_options = (
+                [line.strip() for line in lines[lines.index("options:") + 1 :]] if "options:" in lines else []
+            )
+            assert printed_options == [f"{each.name} = {format_default(each)}" for each in parameters]
 
 
-def _default(parameter):
+def format_default(parameter):
     return "(required)" if parameter.default is parameter.empty else parameter.default
 
 
-def test_a_typo_is_answered_with_the_closest_name(refused):
-    assert "Did you mean 'encoders'?" in refused(2, "list", "encodrs")
-    assert "Did you mean 'models'?" in refused(2, "list", "modles")
-    assert "Did you mean 'query'?" in refused(2, "show", "mixer", "qurey")
-    assert "Did you mean 'sca-tiny'?" in refused(2, "show", "model", "sca-tniy")
-    assert "Did you mean 'sca-tiny'?" in refused(2, "show", "recipe", "sca-tniy")
-    assert "Did you mean 'sca-tiny'?" in refused(2, "train", "sca-tniy")
-    assert "Did you mean 'steps'?" in refused(2, "train", "sca-tiny", "train.stesp=3")
-    assert "'caption'" in refused(2, "captoin", "a.png")
+def test_commands_suggest_closest_name_for_typos(get_sca_error):
+    assert "Did you mean 'encoders'?" in get_sca_error(2, "list", "encodrs")
+    assert "Did you mean 'models'?" in get_sca_error(2, "list", "modles")
+    assert "Did you mean 'query'?" in get_sca_error(2, "show", "mixer", "qurey")
+    assert "Did you mean 'sca-tiny'?" in get_sca_error(2, "show", "model", "sca-tniy")
+    assert "Did you mean 'sca-tiny'?" in get_sca_error(2, "show", "recipe", "sca-tniy")
+    assert "Did you mean 'sca-tiny'?" in get_sca_error(2, "train", "sca-tniy")
+    assert "Did you mean 'steps'?" in get_sca_error(2, "train", "sca-tiny", "train.stesp=3")
+    assert "'caption'" in get_sca_error(2, "captoin", "a.png")
 
 
-def test_a_dataset_is_exported_and_a_mistake_leaves_nothing(shell, refused, here):
-    assert shell("data", "export", "scenes", "out", "num_images=2").status == 0
-    assert len(json.loads((here / "out" / "val.json").read_text())["images"]) == 2
-    assert "not a new or empty folder" in refused(2, "data", "export", "scenes", "out", "num_images=2")
-    assert "Did you mean 'coco'?" in refused(2, "data", "export", "scenes", "new", "--format", "cocoa")
-    assert "Did you mean 'num_images'?" in refused(2, "data", "export", "scenes", "new", "num_image=2")
-    assert [path.name for path in here.iterdir()] == ["out"]
+def test_data_export_writes_dataset_and_leaves_nothing_after_errors(run_sca, get_sca_error, working_folder):
+    assert run_sca("data", "export", "scenes", "out", "num_images=2").status == 0
+    assert len(json.loads((working_folder / "out" / "val.json").read_text())["images"]) == 2
+    assert "not a new or empty folder" in get_sca_error(2, "data", "export", "scenes", "out", "num_images=2")
+    assert "Did you mean 'coco'?" in get_sca_error(2, "data", "export", "scenes", "new", "--format", "cocoa")
+    assert "Did you mean 'num_images'?" in get_sca_error(2, "data", "export", "scenes", "new", "num_image=2")
+    assert [path.name for path in working_folder.iterdir()] == ["out"]
 
 
-def test_list_and_show_name_the_domain_of_models_and_those_for_photographs(shell):
-    listed = shell("list", "models")
-    assert "drawn scenes" in listed.out
-    (line,) = listed.err
+def test_list_and_show_print_model_domains_and_models_for_photographs(run_sca):
+    list_result = run_sca("list", "models")
+    assert "drawn scenes" in list_result.out
+    (line,) = list_result.err
     assert line.startswith("sca: for photographs: ")
-    assert shell("list", "models", "--json").err == []
-    shown = shell("show", "model", "sca-street")
-    assert re.search("^domain: +street photographs$", shown.out, re.M)
-    assert shown.err == [f"sca: {zoo.describe_domain('sca-street')}"]
-    published = shell("show", "model", "sca-gpt2-large-vg")
-    assert re.search("^download: +5.7 GB$", published.out, re.M)
-    assert published.err == []
+    assert run_sca("list", "models", "--json").err == []
+    show_result = run_sca("show", "model", "sca-street")
+    assert re.search("^domain: +street photographs$", show_result.out, re.M)
+    assert show_result.err == [f"sca: {zoo.describe_domain('sca-street')}"]
+    published_result = run_sca("show", "model", "sca-gpt2-large-vg")
+    assert re.search("^download: +5.7 GB$", published_result.out, re.M)
+    assert published_result.err == []

@@ -12,165 +12,178 @@ import pytest
 from PIL import Image
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pipes have names on POSIX only")
-BOX = ("--box", "0,0,20,20", "--max-new-tokens", 2)
+BOX_ARGUMENTS = ("--box", "0,0,20,20", "--max-new-tokens", 2)
 RECORD = {"image": "a.png", "width": 64, "height": 48, "box": [1, 1, 9, 9], "caption": "a cat", "score": 0.5}
 
 
 @contextmanager
-def pipe(content: bytes, number: int | None = None):
+def open_pipe(content: bytes, descriptor: int | None = None):
     """A pipe that ends after its content, by its name; with a number, in place of that descriptor."""
-    read, write = os.pipe()
+    read_descriptor, write_descriptor = os.pipe()
 
-    def fill():
-        with os.fdopen(write, "wb") as stream:
+    def write_content():
+        with os.fdopen(write_descriptor, "wb") as stream:
             stream.write(content)
 
-    writer = threading.Thread(target=fill)
+    writer = threading.Thread(target=write_content)
     writer.start()
-    before = None
-    if number is not None:
-        before = os.dup(number)
-        os.dup2(read, number)
+    original_descriptor = None
+    if descriptor is not None:
+        original_descriptor = os.dup(descriptor)
+        os.dup2(read_descriptor, descriptor)
     try:
-        yield f"/dev/fd/{read}"
+        yield f"/dev/fd/{read_descriptor}"
     finally:
-        os.close(read)
-        if before is not None:
-            os.dup2(before, number)
-            os.close(before)
+        os.close(read_descriptor)
+        if original_descriptor is not None:
+            os.dup2(original_descriptor, descriptor)
+            os.close(original_descriptor)
         writer.join()
 
 
 @contextmanager
-def stdin(content: bytes):
-    with pipe(content, 0):
+def replace_stdin(content: bytes):
+    with open_pipe(content, 0):
         yield "-"
 
 
-def _lines(*records):
+def encode_jsonl(*records):
     return "".join(f"{json.dumps(record)}\n" for record in records).encode()
 
 
-def _coco():
+def encode_coco():
     images = [{"id": 1, "file_name": "a.png", "width": 64, "height": 48}]
     annotations = [{"id": 1, "image_id": 1, "bbox": [1, 1, 8, 8], "caption": "a cat"}]
     return json.dumps({"images": images, "annotations": annotations}).encode()
 
 
-@pytest.mark.parametrize("source", [pipe, stdin])
-def test_caption_reads_an_image_from_a_pipe(shell, picture, checkpoint, here, source):
-    expected = shell("caption", picture("a.png"), *BOX, "--model", checkpoint, "--out", "-", "--quiet").out
-    with source((here / "a.png").read_bytes()) as name:
-        result = shell("caption", name, *BOX, "--model", checkpoint, "--out", "-", "--quiet")
+@pytest.mark.parametrize("open_source", [open_pipe, replace_stdin])
+@pytest.mark.slow
+def test_caption_reads_image_from_pipe(run_sca, write_image, checkpoint, working_folder, open_source):
+    expected = run_sca(
+        "caption", write_image("a.png"), *BOX_ARGUMENTS, "--model", checkpoint, "--out", "-", "--quiet"
+    ).out
+    with open_source((working_folder / "a.png").read_bytes()) as name:
+        result = run_sca("caption", name, *BOX_ARGUMENTS, "--model", checkpoint, "--out", "-", "--quiet")
     assert (result.status, result.err) == (0, [])
     assert json.loads(result.out) | {"image": "a.png"} == json.loads(expected)
 
 
-@pytest.mark.parametrize("content", [_lines(RECORD), _coco()], ids=["lines", "coco"])
-@pytest.mark.parametrize("source", [pipe, stdin])
-def test_caption_reads_prompts_from_a_pipe(shell, picture, checkpoint, content, source):
-    picture("a.png")
-    with source(content) as name:
-        result = shell(
+@pytest.mark.parametrize("content", [encode_jsonl(RECORD), encode_coco()], ids=["lines", "coco"])
+@pytest.mark.parametrize("open_source", [open_pipe, replace_stdin])
+@pytest.mark.slow
+def test_caption_reads_prompts_from_pipe(run_sca, write_image, checkpoint, content, open_source):
+    write_image("a.png")
+    with open_source(content) as name:
+        result = run_sca(
             "caption", "a.png", "--prompts", name, "--model", checkpoint, "--out", "-", "--quiet", "--max-new-tokens", 2
         )
     assert (result.status, result.err) == (0, [])
     assert json.loads(result.out)["prompt"] == {"box": [1, 1, 9, 9]}
 
 
-@pytest.mark.parametrize("kind", ["png", "npy"])
-def test_caption_reads_a_mask_from_a_pipe(shell, picture, checkpoint, kind):
-    picture("a.png")
+@pytest.mark.parametrize("file_format", ["png", "npy"])
+def test_caption_reads_mask_from_pipe(run_sca, write_image, checkpoint, file_format):
+    write_image("a.png")
     mask, content = np.zeros((48, 64), np.uint8), io.BytesIO()
     mask[4:9, 5:20] = 255
-    np.save(content, mask) if kind == "npy" else Image.fromarray(mask).save(content, "PNG")
-    with pipe(content.getvalue()) as name:
-        result = shell(
+    np.save(content, mask) if file_format == "npy" else Image.fromarray(mask).save(content, "PNG")
+    with open_pipe(content.getvalue()) as name:
+        result = run_sca(
             "caption", "a.png", "--mask", name, "--model", checkpoint, "--out", "-", "--quiet", "--max-new-tokens", 2
         )
     assert (result.status, result.err) == (0, [])
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "coco", "parquet", "geojson", "label-studio"])
-def test_convert_reads_captions_from_a_pipe(shell, here, kind):
-    (here / "captions.jsonl").write_bytes(_lines(RECORD))
-    assert shell("convert", "captions.jsonl", "made", "--format", kind).status == 0
-    (file,) = (path for path in (here / "made").iterdir() if path.name != "sca-run.json" and path.name[0] != ".")
-    with stdin(file.read_bytes()) as name:
-        result = shell("convert", name, "again", "--format", "jsonl")
+@pytest.mark.parametrize("file_format", ["jsonl", "coco", "parquet", "geojson", "label-studio"])
+def test_convert_reads_captions_from_stdin(run_sca, working_folder, file_format):
+    (working_folder / "captions.jsonl").write_bytes(encode_jsonl(RECORD))
+    assert run_sca("convert", "captions.jsonl", "made", "--format", file_format).status == 0
+    (file,) = (
+        path for path in (working_folder / "made").iterdir() if path.name != "sca-run.json" and path.name[0] != "."
+    )
+    with replace_stdin(file.read_bytes()) as name:
+        result = run_sca("convert", name, "again", "--format", "jsonl")
     assert result.status == 0, result.err
-    found = json.loads((here / "again/captions.jsonl").read_text())
-    assert (found["image"], found["caption"]) == ("a.png", "a cat")
-    assert found["box"] == pytest.approx([1, 1, 9, 9])
+    record = json.loads((working_folder / "again/captions.jsonl").read_text())
+    assert (record["image"], record["caption"]) == ("a.png", "a cat")
+    assert record["box"] == pytest.approx([1, 1, 9, 9])
 
 
-def test_view_and_score_read_standard_input(shell, picture, here):
-    picture("a.png")
-    with stdin(_lines(RECORD)) as name:
-        assert shell("view", name).err == ["sca: wrote view.html, 1 region"]
+@pytest.mark.slow
+def test_view_and_score_read_stdin(run_sca, write_image, working_folder):
+    write_image("a.png")
+    with replace_stdin(encode_jsonl(RECORD)) as name:
+        assert run_sca("view", name).err == ["sca: wrote view.html, 1 region"]
     predictions = {"image_id": 1, "region_id": 2, "caption": "a red car", "references": ["the red car"]}
-    with stdin(_lines(predictions)) as name:
-        assert shell("score", name, "--metrics", "bleu").status == 0
+    with replace_stdin(encode_jsonl(predictions)) as name:
+        assert run_sca("score", name, "--metrics", "bleu").status == 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected_message"),
     [
-        (("caption", "-", "-", *BOX), "/dev/stdin is named 2 times"),
+        (("caption", "-", "-", *BOX_ARGUMENTS), "/dev/stdin is named 2 times"),
         (("caption", "-", "--prompts", "/dev/stdin"), "/dev/stdin is named 2 times"),
-        (("caption", "-", *BOX, "--launcher", "local", "--out", "out"), "--launcher needs files"),
-        (("caption", "-", *BOX, "--resume", "--out", "out"), "--resume needs files"),
+        (("caption", "-", *BOX_ARGUMENTS, "--launcher", "local", "--out", "out"), "--launcher needs files"),
+        (("caption", "-", *BOX_ARGUMENTS, "--resume", "--out", "out"), "--resume needs files"),
         (("compare", "-", "-"), "/dev/stdin is named 2 times"),
         (("view", "-", "-"), "/dev/stdin is named 2 times"),
     ],
 )
-def test_cli_rejects_a_pipe_that_would_be_read_twice(refused, here, arguments, told):
-    with stdin(b""):
-        assert told in refused(2, *arguments)
+def test_commands_reject_pipes_that_would_be_read_twice(get_sca_error, working_folder, arguments, expected_message):
+    with replace_stdin(b""):
+        assert expected_message in get_sca_error(2, *arguments)
 
 
-def test_cli_reports_an_empty_pipe(refused, here):
-    with stdin(b"") as name:
-        assert refused(1, "caption", name, *BOX) == "/dev/stdin is empty (0 bytes); copy or download it again"
+def test_caption_reports_empty_stdin(get_sca_error, working_folder):
+    with replace_stdin(b"") as name:
+        assert (
+            get_sca_error(1, "caption", name, *BOX_ARGUMENTS)
+            == "/dev/stdin is empty (0 bytes); copy or download it again"
+        )
 
 
-def test_cli_limits_the_bytes_of_a_pipe(refused, here, monkeypatch):
+def test_caption_rejects_stdin_above_size_limit(get_sca_error, working_folder, monkeypatch):
     monkeypatch.setattr("sca.io.json.MAX_PIPE_BYTES", 10)
-    with stdin(b"x" * 11) as name:
-        assert "/dev/stdin has more than 10 bytes" in refused(1, "caption", name, *BOX)
+    with replace_stdin(b"x" * 11) as name:
+        assert "/dev/stdin has more than 10 bytes" in get_sca_error(1, "caption", name, *BOX_ARGUMENTS)
 
 
-def test_caption_reports_a_fifo_in_a_folder(shell, picture, checkpoint, here):
-    picture("in/a.png")
-    os.mkfifo(here / "in/b.png")
+@pytest.mark.slow
+def test_caption_skips_fifo_in_folder_and_reports_it(run_sca, write_image, checkpoint, working_folder):
+    write_image("in/a.png")
+    os.mkfifo(working_folder / "in/b.png")
     for images in ("in", "in/*.png"):
-        result = shell("caption", images, *BOX, "--model", checkpoint, "--out", "-")
+        result = run_sca("caption", images, *BOX_ARGUMENTS, "--model", checkpoint, "--out", "-")
         assert result.status == 0
         assert result.err == ["sca: skipped in/b.png, which is a pipe or a device, not an image file"]
         assert [json.loads(line)["image"] for line in result.out.splitlines()] == ["in/a.png"]
 
 
-def test_cli_rejects_a_fifo_without_waiting(refused, here):
-    os.mkfifo(here / "b.png")
-    assert refused(1, "caption", "b.png", *BOX).startswith("b.png is a pipe or a device, not an image file")
+def test_caption_rejects_fifo_without_blocking(get_sca_error, working_folder):
+    os.mkfifo(working_folder / "b.png")
+    assert get_sca_error(1, "caption", "b.png", *BOX_ARGUMENTS).startswith(
+        "b.png is a pipe or a device, not an image file"
+    )
 
 
 @pytest.mark.slow
-def test_a_closed_pipe_behind_the_table_does_not_undo_the_run(started, picture, checkpoint, here):
-    arguments = ("caption", picture("a.png"), *BOX, "--model", checkpoint, "--out", "out", "--overwrite")
-    for words in (2, 3):  # the second run replaces the first
-        process = started(*arguments, "--max-new-tokens", words)
+def test_caption_with_closed_stdout_still_writes_results(start_sca, write_image, checkpoint, working_folder):
+    arguments = ("caption", write_image("a.png"), *BOX_ARGUMENTS, "--model", checkpoint, "--out", "out", "--overwrite")
+    for max_new_tokens in (2, 3):  # the second run replaces the first
+        process = start_sca(*arguments, "--max-new-tokens", max_new_tokens)
         process.stdout.close()
         assert process.stderr.read() == "sca: wrote out/captions.jsonl\n"
         assert process.wait() == 0
-        assert json.loads((here / "out/sca-run.json").read_text())["runs"]["caption"]["finished"]
-    assert (here / "out/captions.jsonl").exists()
+        assert json.loads((working_folder / "out/sca-run.json").read_text())["runs"]["caption"]["finished"]
+    assert (working_folder / "out/captions.jsonl").exists()
 
 
 @pytest.mark.parametrize("command", [["--help"], ["list"], ["show", "mixer", "query"]], ids=" ".join)
 @pytest.mark.slow
-def test_output_to_a_closed_pipe_ends_quietly(started, command):
-    process = started(*command)
+def test_command_with_closed_stdout_exits_silently(start_sca, command):
+    process = start_sca(*command)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 0

@@ -11,320 +11,387 @@ import pytest
 
 
 @pytest.fixture
-def pictures(picture):
-    return [picture(f"photos/{name}.png") for name in "abcde"]
+def image_paths(write_image):
+    return [write_image(f"photos/{name}.png") for name in "abcde"]
 
 
-def lines(path):
+def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-BOXES = ("--box", "4,4,40,40", "--box", "10,10,30,30", "--batch-size", "1")  # so that all batches are equally large
+BOX_ARGUMENTS = (
+    "--box",
+    "4,4,40,40",
+    "--box",
+    "10,10,30,30",
+    "--batch-size",
+    "1",
+)  # so that all batches are equally large
 
 
 @pytest.mark.slow
-def test_shards_say_what_one_command_says(shell, checkpoint, pictures, here):
-    assert shell("caption", "photos", *BOXES, "--model", checkpoint, "--out", "whole", "--quiet").status == 0
-    result = shell(
-        *("caption", "photos", *BOXES, "--model", checkpoint, "--out", "parts"),
+def test_caption_in_shards_matches_unsharded_captions(run_sca, checkpoint, image_paths, working_folder):
+    assert run_sca("caption", "photos", *BOX_ARGUMENTS, "--model", checkpoint, "--out", "whole", "--quiet").status == 0
+    result = run_sca(
+        *("caption", "photos", *BOX_ARGUMENTS, "--model", checkpoint, "--out", "parts"),
         *("--launcher", "local num_workers=2", "--shard-size", 2),
     )
     assert result.status == 0, result.err
-    parts = sorted((here / "parts").glob("*.jsonl"))
-    assert [path.name for path in parts] == [f"shard-0000{n}.jsonl" for n in range(3)]
-    made, whole = [line for path in parts for line in lines(path)], lines(here / "whole/captions.jsonl")
-    for line in whole:  # a worker has fewer threads, which may move the last bits
-        line |= {name: pytest.approx(line[name], rel=1e-4) for name in ("score", "predicted_iou")}
-    assert made == whole
+    shard_files = sorted((working_folder / "parts").glob("*.jsonl"))
+    assert [path.name for path in shard_files] == [f"shard-0000{n}.jsonl" for n in range(3)]
+    sharded_records, unsharded_records = (
+        [record for path in shard_files for record in read_jsonl(path)],
+        read_jsonl(working_folder / "whole/captions.jsonl"),
+    )
+    for record in unsharded_records:  # a worker has fewer threads, which may move the last bits
+        record |= {name: pytest.approx(record[name], rel=1e-4) for name in ("score", "predicted_iou")}
+    assert sharded_records == unsharded_records
     assert len(result.err) == 3
 
 
 @pytest.mark.slow
-def test_what_is_there_is_not_made_again_and_another_run_is_refused(shell, checkpoint, pictures, here):
-    asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1")
-    assert shell(*asked, "--shard-size", 3).status == 0
-    (here / "parts/shard-00001.jsonl").unlink()
-    kept = (here / "parts/shard-00000.jsonl").stat().st_mtime_ns
-    again = shell(*asked, "--shard-size", 3)
-    assert again.status == 0
-    assert again.err[0] == "sca: 1 of 2 shards are already captioned"
-    assert (here / "parts/shard-00000.jsonl").stat().st_mtime_ns == kept
-    other = shell(*asked, "--shard-size", 3, "--max-new-tokens", 2)
-    assert other.status == 2
-    assert 'contains another run (max_new_tokens: null there, "2" now)' in other.err[0]
-    (here / "parts/shard-00001.jsonl").unlink()
-    same = shell(*asked, "--shard-size", 3, "--resume", "--batch-size", 2)  # neither changes a caption
-    assert same.status == 0
-    assert same.err[0] == "sca: 1 of 2 shards are already captioned"
+def test_caption_in_shards_skips_finished_shards_and_rejects_other_options(
+    run_sca, checkpoint, image_paths, working_folder
+):
+    arguments = (
+        "caption",
+        "photos",
+        *BOX_ARGUMENTS,
+        "--model",
+        checkpoint,
+        "--out",
+        "parts",
+        "--launcher",
+        "local num_workers=1",
+    )
+    assert run_sca(*arguments, "--shard-size", 3).status == 0
+    (working_folder / "parts/shard-00001.jsonl").unlink()
+    modification_time = (working_folder / "parts/shard-00000.jsonl").stat().st_mtime_ns
+    repeated_result = run_sca(*arguments, "--shard-size", 3)
+    assert repeated_result.status == 0
+    assert repeated_result.err[0] == "sca: 1 of 2 shards are already captioned"
+    assert (working_folder / "parts/shard-00000.jsonl").stat().st_mtime_ns == modification_time
+    other_options_result = run_sca(*arguments, "--shard-size", 3, "--max-new-tokens", 2)
+    assert other_options_result.status == 2
+    assert 'contains another run (max_new_tokens: null there, "2" now)' in other_options_result.err[0]
+    (working_folder / "parts/shard-00001.jsonl").unlink()
+    resumed_result = run_sca(*arguments, "--shard-size", 3, "--resume", "--batch-size", 2)  # neither changes a caption
+    assert resumed_result.status == 0
+    assert resumed_result.err[0] == "sca: 1 of 2 shards are already captioned"
 
 
 @pytest.mark.slow
-def test_repeated_shards_report_the_images_that_were_not_captioned(shell, checkpoint, pictures, here):
-    (here / "photos/b.png").write_bytes(b"no image")
-    asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1")
+def test_repeated_shards_report_images_that_failed_before(run_sca, checkpoint, image_paths, working_folder):
+    (working_folder / "photos/b.png").write_bytes(b"no image")
+    arguments = (
+        "caption",
+        "photos",
+        *BOX_ARGUMENTS,
+        "--model",
+        checkpoint,
+        "--out",
+        "parts",
+        "--launcher",
+        "local num_workers=1",
+    )
     for _ in range(2):
-        result = shell(*asked, "--shard-size", 3)
+        result = run_sca(*arguments, "--shard-size", 3)
         assert result.status == 1
         assert sum(line.startswith("sca: shard-00000: photos/b.png") for line in result.err) == 1
     assert "--overwrite" in result.err[-1]
-    assert len(lines(here / "parts/shard-00000.jsonl")) == 4
+    assert len(read_jsonl(working_folder / "parts/shard-00000.jsonl")) == 4
 
 
 @pytest.mark.slow
-def test_shards_match_a_prompts_file_with_all_images_as_one_command_does(shell, checkpoint, picture, here):
+def test_shards_match_prompts_to_images_like_unsharded_run(run_sca, checkpoint, write_image, working_folder):
     for name in ("a/x.png", "b/x.png"):
-        picture(name)
-    (here / "p.jsonl").write_text(json.dumps({"image": "a/x.png", "box": [4, 4, 40, 40]}) + "\n")
-    asked = ("caption", "a/x.png", "b/x.png", "--prompts", "p.jsonl", "--model", checkpoint, "--quiet")
-    whole = shell(*asked, "--out", "whole")
-    parts = shell(*asked, "--out", "parts", "--launcher", "local num_workers=1", "--shard-size", 2)
-    assert whole.status == parts.status == 2
-    assert "b/x.png: p.jsonl has no regions for it" in whole.err[0]
-    assert "b/x.png: p.jsonl has no regions for it" in parts.err[0]
-    assert {line["image"] for line in lines(here / "parts/shard-00000.jsonl")} == {"a/x.png"}
+        write_image(name)
+    (working_folder / "p.jsonl").write_text(json.dumps({"image": "a/x.png", "box": [4, 4, 40, 40]}) + "\n")
+    arguments = ("caption", "a/x.png", "b/x.png", "--prompts", "p.jsonl", "--model", checkpoint, "--quiet")
+    unsharded_result = run_sca(*arguments, "--out", "whole")
+    sharded_result = run_sca(*arguments, "--out", "parts", "--launcher", "local num_workers=1", "--shard-size", 2)
+    assert unsharded_result.status == sharded_result.status == 2
+    assert "b/x.png: p.jsonl has no regions for it" in unsharded_result.err[0]
+    assert "b/x.png: p.jsonl has no regions for it" in sharded_result.err[0]
+    assert {line["image"] for line in read_jsonl(working_folder / "parts/shard-00000.jsonl")} == {"a/x.png"}
 
 
 @pytest.mark.slow
-def test_archive_whose_prompts_all_fail_is_named(shell, checkpoint, pictures, here):
-    with tarfile.open(here / "set.tar", "w") as tar:
-        tar.add(here / "photos/a.png", "a.png")
-    asked = ("--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1", "--quiet")
-    result = shell("caption", "set.tar", "--box", "9000,9000,9100,9100", *asked)
-    assert result.err[0].startswith(f"sca: set: failed: {here / 'set.tar'}/a.png: the box")
+def test_failed_archive_shard_names_archive_and_image(run_sca, checkpoint, image_paths, working_folder):
+    with tarfile.open(working_folder / "set.tar", "w") as tar:
+        tar.add(working_folder / "photos/a.png", "a.png")
+    arguments = ("--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1", "--quiet")
+    result = run_sca("caption", "set.tar", "--box", "9000,9000,9100,9100", *arguments)
+    assert result.err[0].startswith(f"sca: set: failed: {working_folder / 'set.tar'}/a.png: the box")
 
 
 @pytest.mark.slow
-def test_shard_whose_prompts_all_fail_is_not_finished(shell, checkpoint, pictures, here):
-    far = ("--box", "9000,9000,9100,9100", "--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1")
-    result = shell("caption", "photos", *far, "--quiet")
+def test_shard_without_valid_prompt_fails_and_is_reported_missing(run_sca, checkpoint, image_paths, working_folder):
+    arguments = (
+        "--box",
+        "9000,9000,9100,9100",
+        "--model",
+        checkpoint,
+        "--out",
+        "parts",
+        "--launcher",
+        "local num_workers=1",
+    )
+    result = run_sca("caption", "photos", *arguments, "--quiet")
     assert result.status == 1
     assert "shard-00000: failed: photos/a.png: the box" in result.err[0]
     assert result.err[-1] == "sca: 1 shard missing; repeat the command to resume"
-    assert not (here / "parts/shard-00000.jsonl").exists()
+    assert not (working_folder / "parts/shard-00000.jsonl").exists()
 
 
-NAMES = ("set-0", "shard-00000")
-SETTINGS = {"images": ["x"], "max_new_tokens": "2"}
+SHARD_NAMES = ("set-0", "shard-00000")
+RUN_SETTINGS = {"images": ["x"], "max_new_tokens": "2"}
 
 
-def begin(folder, contents, done=(), settings=SETTINGS, inputs=(), overwrite=False):
+def begin_run(folder, contents, finished_names=(), settings=RUN_SETTINGS, inputs=(), overwrite=False):
     """Begin a run of shards, and finish some of them."""
     from sca.inference.shards import JOURNAL_NAME, OUTPUT_PATTERNS, RUN_KIND, begin_sharded_run
     from sca.io.journal import Journal
     from sca.io.run_folder import RunFolder
 
     with RunFolder(folder, RUN_KIND, OUTPUT_PATTERNS) as run_folder:
-        earlier = begin_sharded_run(run_folder, settings, contents, inputs, overwrite)
+        earlier_names = begin_sharded_run(run_folder, settings, contents, inputs, overwrite)
         with Journal(folder / JOURNAL_NAME) as journal:
-            for name in done:
+            for name in finished_names:
                 (folder / f"{name}.jsonl").write_text(f"{name}\n")
                 journal.append({"shard": name, "content": contents[name]})
-    return set(earlier)
+    return set(earlier_names)
 
 
 @pytest.mark.parametrize("name", ["photos.jsonl", "shards.journal"])
-def test_shards_refuse_files_that_they_did_not_write(tmp_path, name):
+def test_sharded_run_rejects_folder_with_files_it_did_not_write(tmp_path, name):
     from sca.io.errors import OutputError
 
     (tmp_path / name).write_text("precious")
     (tmp_path / "shards.json").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="was not written by `sca caption --launcher`"):
-            begin(tmp_path, {"photos": "1"}, overwrite=overwrite)
+            begin_run(tmp_path, {"photos": "1"}, overwrite=overwrite)
     with pytest.raises(OutputError, match="is an input of this command"):
-        begin(tmp_path, {"photos": "1"}, inputs=[tmp_path / name])
+        begin_run(tmp_path, {"photos": "1"}, inputs=[tmp_path / name])
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["precious"] * 2
 
 
-def test_shards_refuse_an_output_that_is_their_prompts_file(refused, picture, here):
-    picture("photos/a.png")
-    line = json.dumps({"image": "photos/a.png", "box": [4, 4, 40, 40]})
-    (here / "shard-00000.jsonl").write_text(line)
-    asked = ("caption", "photos", "--prompts", "shard-00000.jsonl", "--out", ".", "--launcher", "local", "--quiet")
-    assert "is an input of this command" in refused(2, *asked)
-    assert (here / "shard-00000.jsonl").read_text() == line
+def test_sharded_run_rejects_its_prompts_file_as_output(get_sca_error, write_image, working_folder):
+    write_image("photos/a.png")
+    record = json.dumps({"image": "photos/a.png", "box": [4, 4, 40, 40]})
+    (working_folder / "shard-00000.jsonl").write_text(record)
+    arguments = ("caption", "photos", "--prompts", "shard-00000.jsonl", "--out", ".", "--launcher", "local", "--quiet")
+    assert "is an input of this command" in get_sca_error(2, *arguments)
+    assert (working_folder / "shard-00000.jsonl").read_text() == record
 
 
-def test_shards_are_done_only_if_the_journal_lists_them(tmp_path):
-    contents = dict.fromkeys(NAMES, "1")
-    assert begin(tmp_path, contents, ["set-0"]) == set()
+def test_sharded_run_counts_only_shards_in_journal_as_finished(tmp_path):
+    contents = dict.fromkeys(SHARD_NAMES, "1")
+    assert begin_run(tmp_path, contents, ["set-0"]) == set()
     (tmp_path / "shard-00000.jsonl").write_text("of a run that was killed before it was recorded")
-    assert begin(tmp_path, {"set-0": "1"}) == {"set-0"}
+    assert begin_run(tmp_path, {"set-0": "1"}) == {"set-0"}
     assert not (tmp_path / "shard-00000.jsonl").exists()
-    assert begin(tmp_path, contents, ["shard-00000"]) == {"set-0"}
-    assert begin(tmp_path, {**contents, "set-1": "2"}) == set(NAMES), "more archives"
+    assert begin_run(tmp_path, contents, ["shard-00000"]) == {"set-0"}
+    assert begin_run(tmp_path, {**contents, "set-1": "2"}) == set(SHARD_NAMES), "more archives"
     (tmp_path / "set-0.jsonl").unlink()
-    assert begin(tmp_path, contents) == {"shard-00000"}
+    assert begin_run(tmp_path, contents) == {"shard-00000"}
 
 
-def test_shards_of_other_images_or_options_are_refused_and_overwritten_when_told(tmp_path):
+def test_sharded_run_of_other_images_or_options_requires_overwrite(tmp_path):
     from sca.io.errors import OutputError
 
-    contents = dict.fromkeys(NAMES, "1")
-    begin(tmp_path, contents, ["set-0"])
-    repaired = {**contents, "shard-00000": "2"}
-    assert begin(tmp_path, repaired) == {"set-0"}, "what is not finished may change"
-    for other, settings in (({**contents, "set-0": "2"}, SETTINGS), (contents, {**SETTINGS, "max_new_tokens": "3"})):
+    contents = dict.fromkeys(SHARD_NAMES, "1")
+    begin_run(tmp_path, contents, ["set-0"])
+    changed_contents = {**contents, "shard-00000": "2"}
+    assert begin_run(tmp_path, changed_contents) == {"set-0"}, "what is not finished may change"
+    for other_contents, settings in (
+        ({**contents, "set-0": "2"}, RUN_SETTINGS),
+        (contents, {**RUN_SETTINGS, "max_new_tokens": "3"}),
+    ):
         with pytest.raises(OutputError, match=r"contains another run \(.*or replace the run"):
-            begin(tmp_path, other, settings=settings)
+            begin_run(tmp_path, other_contents, settings=settings)
     assert (tmp_path / "set-0.jsonl").read_text() == "set-0\n"
     (tmp_path / "mine.jsonl").write_text("precious")
-    for overwritten in (repaired, {"set-1": "1"}):
-        assert begin(tmp_path, overwritten, overwritten, overwrite=True) == set()
-        shards = {path.stem for path in tmp_path.glob("*.jsonl")}
-        assert shards == {*overwritten, "mine"}
+    for replacement_contents in (changed_contents, {"set-1": "1"}):
+        assert begin_run(tmp_path, replacement_contents, replacement_contents, overwrite=True) == set()
+        file_stems = {path.stem for path in tmp_path.glob("*.jsonl")}
+        assert file_stems == {*replacement_contents, "mine"}
 
 
-def test_shard_numbers_are_names_that_no_archive_has(tmp_path):
+def test_name_shards_avoids_archive_names_and_fingerprints_depend_on_content(tmp_path):
     from sca.inference.shards import _compute_fingerprint, name_shards
 
     archive = tmp_path / "shard-00000.tar"
     shards = name_shards([str(archive)], [Path("a.png"), Path("b.png")], 1)
     assert list(shards) == ["shard-00000", "shard-00001", "shard-00002"]
     assert shards["shard-00000"] == {"tar": str(archive)}
-    absent = _compute_fingerprint(shards["shard-00000"])
+    fingerprint_without_archive = _compute_fingerprint(shards["shard-00000"])
     archive.write_bytes(b"one")
-    one = _compute_fingerprint(shards["shard-00000"])
+    fingerprint_of_archive = _compute_fingerprint(shards["shard-00000"])
     archive.write_bytes(b"three")
     assert (
-        len({absent, one, _compute_fingerprint(shards["shard-00000"]), _compute_fingerprint(shards["shard-00001"])})
+        len(
+            {
+                fingerprint_without_archive,
+                fingerprint_of_archive,
+                _compute_fingerprint(shards["shard-00000"]),
+                _compute_fingerprint(shards["shard-00001"]),
+            }
+        )
         == 4
     )
 
 
-@pytest.mark.parametrize(("number", "is_of_image"), [(errno.ENOSPC, False), (errno.EIO, False), (errno.EISDIR, True)])
-def test_full_disk_fails_a_shard_and_not_its_images(tmp_path, monkeypatch, number, is_of_image):
+@pytest.mark.parametrize(
+    ("error_number", "is_image_error"), [(errno.ENOSPC, False), (errno.EIO, False), (errno.EISDIR, True)]
+)
+def test_disk_error_fails_whole_shard_and_image_error_only_the_image(
+    tmp_path, monkeypatch, error_number, is_image_error
+):
     from sca.inference.shards import caption_shard
 
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("a.png"))
 
-    def extract(*arguments, **options):
-        raise OSError(number, os.strerror(number))
+    def raise_os_error(*arguments, **options):
+        raise OSError(error_number, os.strerror(error_number))
 
-    monkeypatch.setattr(tarfile.TarFile, "extract", extract)
+    monkeypatch.setattr(tarfile.TarFile, "extract", raise_os_error)
     config = {
         "job": {"model": "sca-tiny", "everything": True},
         "content": {"tar": str(tmp_path / "set.tar")},
         "folder": str(tmp_path),
         "device": "cpu",
     }
-    made = caption_shard(config, str(tmp_path / "work"))
-    if is_of_image:
-        assert made["state"] == "done"
-        assert "a.png of " in made["problems"][0][0]
+    outcome = caption_shard(config, str(tmp_path / "work"))
+    if is_image_error:
+        assert outcome["state"] == "done"
+        assert "a.png of " in outcome["problems"][0][0]
     else:
-        reason = f"cannot unpack {tmp_path}/set.tar: {os.strerror(number)}"
-        assert made == {"state": "failed", "reason": reason}
+        reason = f"cannot unpack {tmp_path}/set.tar: {os.strerror(error_number)}"
+        assert outcome == {"state": "failed", "reason": reason}
 
 
-def test_images_that_do_not_exist_exit_with_1_beside_shards(shell, here, monkeypatch):
-    asked = (*BOXES, "--out", "out", "--launcher", "local")
-    assert shell("caption", "gone.png", *asked).status == 1
-    assert not (here / "out").exists()
+def test_sharded_run_with_missing_image_exits_with_1(run_sca, working_folder, monkeypatch):
+    launcher_arguments = (*BOX_ARGUMENTS, "--out", "out", "--launcher", "local")
+    assert run_sca("caption", "gone.png", *launcher_arguments).status == 1
+    assert not (working_folder / "out").exists()
     monkeypatch.setattr("sca.inference.shards.ShardedRun.caption_shards", lambda *arguments: iter(()))
-    assert shell("caption", "gone.png", "set.tar", *asked).status == 1
+    assert run_sca("caption", "gone.png", "set.tar", *launcher_arguments).status == 1
 
 
 @pytest.mark.slow
-def test_an_archive_is_a_shard_and_a_broken_picture_is_named(shell, checkpoint, pictures, here):
-    (here / "photos/broken.jpg").write_bytes(b"\xff\xd8 no picture")
-    with tarfile.open(here / "set-7.tar", "w") as tar:
-        for path in sorted((here / "photos").iterdir()):
+def test_archive_is_one_shard_and_damaged_image_in_it_is_reported(run_sca, checkpoint, image_paths, working_folder):
+    (working_folder / "photos/broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    with tarfile.open(working_folder / "set-7.tar", "w") as tar:
+        for path in sorted((working_folder / "photos").iterdir()):
             tar.add(path, path.name)
-        tar.add(here / "photos/a.png", "a.txt")
-    result = shell(
-        *("caption", "set-7.tar", *BOXES, "--model", checkpoint, "--out", "parts", "--launcher", "local num_workers=1")
+        tar.add(working_folder / "photos/a.png", "a.txt")
+    result = run_sca(
+        *(
+            "caption",
+            "set-7.tar",
+            *BOX_ARGUMENTS,
+            "--model",
+            checkpoint,
+            "--out",
+            "parts",
+            "--launcher",
+            "local num_workers=1",
+        )
     )
     assert result.status == 1
     assert any("set-7: " in line and "broken.jpg" in line for line in result.err)
-    found = lines(here / "parts/set-7.jsonl")
-    assert len(found) == 10
-    assert {line["image"] for line in found} == {f"{here / 'set-7.tar'}/{name}.png" for name in "abcde"}
+    records = read_jsonl(working_folder / "parts/set-7.jsonl")
+    assert len(records) == 10
+    assert {line["image"] for line in records} == {f"{working_folder / 'set-7.tar'}/{name}.png" for name in "abcde"}
 
 
 @pytest.mark.slow
-def test_shard_captions_images_whose_names_mean_something_to_a_command_line(shell, checkpoint, picture, here):
-    (here / "~").mkdir()
+def test_shard_captions_images_with_names_that_look_like_options_or_patterns(
+    run_sca, checkpoint, write_image, working_folder
+):
+    (working_folder / "~").mkdir()
     names = ["--task=recognition.png", "-x.png", "[a-z].png", "a.png", "~/a.png"]
     for name in names:
-        picture(name)
-    asked = ("--model", checkpoint, "--out", "out", "--launcher", "local num_workers=1", "--quiet")
-    assert shell("caption", *BOXES, *asked, "--", ".").status == 0
-    assert sorted({line["image"] for line in lines(here / "out/shard-00000.jsonl")}) == sorted(names)
+        write_image(name)
+    arguments = ("--model", checkpoint, "--out", "out", "--launcher", "local num_workers=1", "--quiet")
+    assert run_sca("caption", *BOX_ARGUMENTS, *arguments, "--", ".").status == 0
+    assert sorted({line["image"] for line in read_jsonl(working_folder / "out/shard-00000.jsonl")}) == sorted(names)
 
 
-def test_shard_of_files_that_have_gone_captions_no_others(shell, checkpoint, picture, here):
+def test_shard_with_deleted_files_captions_no_other_files(run_sca, checkpoint, write_image, working_folder):
     from sca.inference.shards import caption_shard
 
-    picture("a.png")
+    write_image("a.png")
     job = {"model": str(checkpoint), "boxes": ["4,4,40,40"]}
     config = {
         "job": job,
         "content": {"images": ["[a-z].png", "*.png"]},
         "keys": {},
-        "folder": str(here),
+        "folder": str(working_folder),
         "device": "cpu",
     }
-    made = caption_shard(config, str(here / "work"))
-    assert made["captions"] == ""
-    assert all("there is no such file" in line for line, _ in made["problems"])
-    assert len(made["problems"]) == 2
+    outcome = caption_shard(config, str(working_folder / "work"))
+    assert outcome["captions"] == ""
+    assert all("there is no such file" in line for line, _ in outcome["problems"])
+    assert len(outcome["problems"]) == 2
 
 
 @pytest.mark.slow
-def test_archive_members_are_read_from_the_archive_and_nowhere_else(shell, checkpoint, picture, here):
-    picture("secret.png")
-    picture("packed/a.png")
-    with tarfile.open(here / "set.tar", "w") as tar:
-        outside = (f"{here}/secret.png", "../secret.png", "x/../../../secret.png")
-        for name in (*outside, "*.png", "--task=x.png", "~/b.png"):
+def test_archive_members_cannot_refer_to_files_outside_the_archive(run_sca, checkpoint, write_image, working_folder):
+    write_image("secret.png")
+    write_image("packed/a.png")
+    with tarfile.open(working_folder / "set.tar", "w") as tar:
+        outside_names = (f"{working_folder}/secret.png", "../secret.png", "x/../../../secret.png")
+        for name in (*outside_names, "*.png", "--task=x.png", "~/b.png"):
             member = tarfile.TarInfo(name)
-            member.size = (here / "packed/a.png").stat().st_size
-            tar.addfile(member, io.BytesIO((here / "packed/a.png").read_bytes()))
-        link = tarfile.TarInfo("link.png")
-        link.type, link.linkname = tarfile.SYMTYPE, str(here / "secret.png")
-        tar.addfile(link)
-    (here / "secret.png").write_bytes(b"not read")
-    asked = ("--model", checkpoint, "--out", "out", "--launcher", "local num_workers=1", "--quiet")
-    result = shell("caption", "set.tar", *BOXES, *asked)
+            member.size = (working_folder / "packed/a.png").stat().st_size
+            tar.addfile(member, io.BytesIO((working_folder / "packed/a.png").read_bytes()))
+        symbolic_link = tarfile.TarInfo("link.png")
+        symbolic_link.type, symbolic_link.linkname = tarfile.SYMTYPE, str(working_folder / "secret.png")
+        tar.addfile(symbolic_link)
+    (working_folder / "secret.png").write_bytes(b"not read")
+    arguments = ("--model", checkpoint, "--out", "out", "--launcher", "local num_workers=1", "--quiet")
+    result = run_sca("caption", "set.tar", *BOX_ARGUMENTS, *arguments)
     assert result.status == 1
     assert sum("cannot be unpacked" in line for line in result.err) == 2
     assert not any("not read" in line or "damaged" in line for line in result.err)
-    inside = (f"{str(here)[1:]}/secret.png", "*.png", "--task=x.png", "~/b.png")
-    found = {line["image"] for line in lines(here / "out/set.jsonl")}
-    assert found == {f"{here / 'set.tar'}/{name}" for name in inside}
+    inside_names = (f"{str(working_folder)[1:]}/secret.png", "*.png", "--task=x.png", "~/b.png")
+    image_names = {line["image"] for line in read_jsonl(working_folder / "out/set.jsonl")}
+    assert image_names == {f"{working_folder / 'set.tar'}/{name}" for name in inside_names}
 
 
 @pytest.mark.slow
-def test_failed_shard_tells_its_reason(shell, checkpoint, here, monkeypatch):
-    (here / "broken.tar").write_bytes(b"no archive")
-    with tarfile.open(here / "empty.tar", "w"):
+def test_failed_shard_reports_reason(run_sca, checkpoint, working_folder, monkeypatch):
+    (working_folder / "broken.tar").write_bytes(b"no archive")
+    with tarfile.open(working_folder / "empty.tar", "w"):
         pass
-    asked = ("--model", checkpoint, "--out", "out", "--launcher", "local num_workers=1", "--quiet")
-    result = shell("caption", "broken.tar", "empty.tar", *BOXES, *asked)
+    arguments = ("--model", checkpoint, "--out", "out", "--launcher", "local num_workers=1", "--quiet")
+    result = run_sca("caption", "broken.tar", "empty.tar", *BOX_ARGUMENTS, *arguments)
     assert result.status == 1
     assert any(line.startswith("sca: broken: failed: cannot read") for line in result.err)
     assert any("empty.tar contains no images" in line for line in result.err)
 
 
-def end_badly(config, folder):
+def raise_device_error(config, folder):
     raise RuntimeError(f"the reason of {config['device']}")
 
 
 @pytest.mark.slow
-def test_crashed_task_tells_the_last_line_of_its_log(tmp_path):
-    from sca.launchers.local import Local
+def test_crashed_task_reports_last_line_of_its_log(tmp_path):
+    from sca.launchers.local import LocalLauncher
     from sca.launchers.task import Task
 
-    task = Task("a", f"{__name__}:end_badly", {"device": "cpu"}, str(tmp_path / "a"))
-    (outcome,) = Local(num_workers=1).run_tasks([task])
+    task = Task("a", f"{__name__}:raise_device_error", {"device": "cpu"}, str(tmp_path / "a"))
+    (outcome,) = LocalLauncher(num_workers=1).run_tasks([task])
     assert outcome.result["state"] == "crashed"
     assert outcome.result["reason"] == "ended with status 1: RuntimeError: the reason of cpu"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected_message"),
     [
         (("--launcher", "local"), "give a folder with --out"),
         (("--launcher", "local", "--out", "x", "--format", "png"), "writes one JSONL file per shard"),
@@ -332,29 +399,36 @@ def test_crashed_task_tells_the_last_line_of_its_log(tmp_path):
         (("--launcher", "local num_workers=-1", "--out", "x"), "workers is -1"),
     ],
 )
-def test_a_wrong_launcher_is_one_line(refused, pictures, arguments, said):
-    assert said in refused(2, "caption", "photos", *BOXES, *arguments)
+def test_caption_reports_invalid_launcher_options_in_one_line(get_sca_error, image_paths, arguments, expected_message):
+    assert expected_message in get_sca_error(2, "caption", "photos", *BOX_ARGUMENTS, *arguments)
 
 
 @pytest.mark.all
-def test_a_cluster_says_what_one_command_says(shell, checkpoint, pictures, here):
+def test_caption_on_ray_cluster_matches_unsharded_captions(run_sca, checkpoint, image_paths, working_folder):
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     try:
-        assert shell("caption", "photos", *BOXES, "--model", checkpoint, "--out", "whole", "--quiet").status == 0
-        result = shell(
-            *("caption", "photos", *BOXES, "--model", checkpoint, "--out", "parts", "--quiet"),
+        assert (
+            run_sca("caption", "photos", *BOX_ARGUMENTS, "--model", checkpoint, "--out", "whole", "--quiet").status == 0
+        )
+        result = run_sca(
+            *("caption", "photos", *BOX_ARGUMENTS, "--model", checkpoint, "--out", "parts", "--quiet"),
             *("--launcher", f'ray address="{cluster.address}"', "--shard-size", 2),
         )
         assert result.status == 0, result.err
     finally:
         ray.shutdown()
         cluster.shutdown()
-    found = [line for path in sorted((here / "parts").glob("*.jsonl")) for line in lines(path)]
-    kept = ("image", "region_id", "caption", "box")  # other threads add up otherwise, which an untrained mask shows
-    assert [[line[key] for key in kept] for line in found] == [
-        [line[key] for key in kept] for line in lines(here / "whole/captions.jsonl")
+    sharded_records = [line for path in sorted((working_folder / "parts").glob("*.jsonl")) for line in read_jsonl(path)]
+    compared_fields = (
+        "image",
+        "region_id",
+        "caption",
+        "box",
+    )  # other threads add up otherwise, which an untrained mask shows
+    assert [[line[key] for key in compared_fields] for line in sharded_records] == [
+        [line[key] for key in compared_fields] for line in read_jsonl(working_folder / "whole/captions.jsonl")
     ]

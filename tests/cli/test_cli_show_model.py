@@ -11,60 +11,62 @@ from sca.training.train import train
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def training_run_folder(tmp_path_factory):
     """The folder of a training run with two steps."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    table = {"model": "sca-tiny", "data": {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}}}
-    steps = {"steps": 2, "batch_size": 1, "warmup_steps": 0, "save_steps": 2, "learning_rate": 1e-5}
-    train(Recipe.from_dict("mine", table | {"train": steps}), folder, quiet=True)
+    model_and_data = {"model": "sca-tiny", "data": {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}}}
+    train_options = {"steps": 2, "batch_size": 1, "warmup_steps": 0, "save_steps": 2, "learning_rate": 1e-5}
+    train(Recipe.from_dict("mine", model_and_data | {"train": train_options}), folder, quiet=True)
     (folder / "best.json").write_text(json.dumps({"step": 2, "metric": "cider-d", "score": 0.5}))
     return folder
 
 
-def facts(result):
+def parse_facts(result):
     assert result.status == 0, result.err
     return dict(line.split(":", 1) for line in result.out.splitlines())
 
 
-def stripped(result):
-    return {name: value.strip() for name, value in facts(result).items()}
+def strip_facts(result):
+    return {name: value.strip() for name, value in parse_facts(result).items()}
 
 
-PARTS = ("encoder", "segmenter", "mixer", "language model", "trainable", "parameters")
+COMPARED_FIELDS = ("encoder", "segmenter", "mixer", "language model", "trainable", "parameters")
 
 
 @pytest.mark.slow
-def test_show_model_prints_the_parts_of_a_name_and_of_its_folder_alike(shell, run):
-    named = stripped(shell("show", "model", "sca-tiny"))
-    assert named["encoder"].startswith("tiny-vit(")
-    for folder in (run, run / "model"):
-        shown = stripped(shell("show", "model", folder))
-        for part in PARTS:  # a folder has the options that were defaults, too
-            (name, *options), (found, *more) = (re.split(r"[(),] ?", each[part]) for each in (named, shown))
-            assert found == name
-            assert set(options) <= set(more)
+def test_show_model_prints_same_components_for_name_and_folder(run_sca, training_run_folder):
+    facts_of_name = strip_facts(run_sca("show", "model", "sca-tiny"))
+    assert facts_of_name["encoder"].startswith("tiny-vit(")
+    for folder in (training_run_folder, training_run_folder / "model"):
+        facts_of_folder = strip_facts(run_sca("show", "model", folder))
+        for part in COMPARED_FIELDS:  # a folder has the options that were defaults, too
+            (name, *options), (folder_part_name, *folder_options) = (
+                re.split(r"[(),] ?", each[part]) for each in (facts_of_name, facts_of_folder)
+            )
+            assert folder_part_name == name
+            assert set(options) <= set(folder_options)
 
 
-def test_show_model_prints_how_a_run_was_trained(shell, run):
-    shown = stripped(shell("show", "model", run))
-    assert shown["trained by"].startswith("sca train, finished, in ")
-    assert (shown["trained from"], shown["trained on"]) == ("sca-tiny", "scenes")
-    assert "steps=2" in shown["training"]
-    assert shown["best score"] == "cider-d 0.5 at step 2"
+def test_show_model_prints_training_details_of_run_folder(run_sca, training_run_folder):
+    facts_of_run = strip_facts(run_sca("show", "model", training_run_folder))
+    assert facts_of_run["trained by"].startswith("sca train, finished, in ")
+    assert (facts_of_run["trained from"], facts_of_run["trained on"]) == ("sca-tiny", "scenes")
+    assert "steps=2" in facts_of_run["training"]
+    assert facts_of_run["best score"] == "cider-d 0.5 at step 2"
 
 
-def test_show_model_reads_nothing_beside_a_checkpoint_that_is_not_of_a_run(shell, run):
-    assert "trained by" in stripped(shell("show", "model", run / "model"))
-    other = shutil.copytree(run / "model", run / "other")
-    assert "trained by" not in stripped(shell("show", "model", other))
+def test_show_model_prints_no_training_details_of_copied_checkpoint(run_sca, training_run_folder):
+    assert "trained by" in strip_facts(run_sca("show", "model", training_run_folder / "model"))
+    copied_checkpoint = shutil.copytree(training_run_folder / "model", training_run_folder / "other")
+    assert "trained by" not in strip_facts(run_sca("show", "model", copied_checkpoint))
 
 
-def test_show_model_refuses_what_has_no_model(refused, run, tmp_path):
-    assert "no spec.json" in refused(2, "show", "model", tmp_path)
-    assert "Did you mean 'sca-tiny'?" in refused(2, "show", "model", "sca-tniy")
-    begun = tmp_path / "begun"
-    shutil.copytree(run, begun, ignore=shutil.ignore_patterns("model", "checkpoint-*"))
-    assert "without a model yet" in refused(2, "show", "model", begun)
-    damaged = shutil.copytree(run, tmp_path / "damaged")
-    (damaged / "best.json").write_text("[]")
-    assert "best.json is damaged" in refused(2, "show", "model", damaged)
+def test_show_model_rejects_folders_without_readable_model(get_sca_error, training_run_folder, tmp_path):
+    assert "no spec.json" in get_sca_error(2, "show", "model", tmp_path)
+    assert "Did you mean 'sca-tiny'?" in get_sca_error(2, "show", "model", "sca-tniy")
+    unfinished_run = tmp_path / "begun"
+    shutil.copytree(training_run_folder, unfinished_run, ignore=shutil.ignore_patterns("model", "checkpoint-*"))
+    assert "without a model yet" in get_sca_error(2, "show", "model", unfinished_run)
+    damaged_run = shutil.copytree(training_run_folder, tmp_path / "damaged")
+    (damaged_run / "best.json").write_text("[]")
+    assert "best.json is damaged" in get_sca_error(2, "show", "model", damaged_run)

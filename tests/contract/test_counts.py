@@ -7,7 +7,7 @@ from sca_registry import zoo
 
 import sca
 
-COUNTED = [
+COMPONENTS_WITH_PARAMETERS = [
     (kind, name)
     for kind in ("encoders", "language_models")
     for name in sca_registry.get_registry(kind).list_names()
@@ -15,20 +15,20 @@ COUNTED = [
 ]
 
 
-def parameters(module) -> int:
+def count_parameters(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize(("kind", "name"), COUNTED)
+@pytest.mark.parametrize(("kind", "name"), COMPONENTS_WITH_PARAMETERS)
 @pytest.mark.slow
-def test_a_card_counts_the_parameters_of_its_part(kind, name):
+def test_card_parameters_match_the_built_component(kind, name):
     registry = sca_registry.get_registry(kind)
     options = {"pretrained": False} if "pretrained" in registry.load_entry(name).options else {}
     with torch.device("meta"):
-        assert parameters(registry.build(name, **options)) == registry.get_card(name).parameters
+        assert count_parameters(registry.build(name, **options)) == registry.get_card(name).parameters
 
 
-def test_the_published_model_has_the_published_counts():
+def test_published_model_has_the_parameter_counts_of_the_paper():
     """Table of the paper: a text mixer of 19.1 M, 19.4 M trainable numbers with GPT-2 large."""
     report = sca.compose("sam-vit-h", "query", "gpt2-large", device="meta").summarize_parameters()
     counts = {line[:15].strip(): int(line[15:].split()[0].replace(",", "")) for line in report.splitlines()}
@@ -38,20 +38,20 @@ def test_the_published_model_has_the_published_counts():
 
 @pytest.mark.parametrize("name", zoo.list_names())
 @pytest.mark.slow
-def test_the_zoo_counts_the_parameters_of_its_models(name):
+def test_zoo_parameters_match_the_built_model(name):
     entry = zoo.get_entry(name)
     if entry.folder:
         model = sca.load(name)
     else:  # a published one: a SAM ViT-H, the mixer of the paper, and one of two language models
         language_model = "open-llama-3b" if "llama" in name else "gpt2-large"
         model = sca.compose("sam-vit-h", "query", language_model, device="meta")
-    assert parameters(model) == entry.parameters
+    assert count_parameters(model) == entry.parameters
 
 
-def test_there_are_as_many_names_as_promised_each_with_its_terms():
-    for kind, least in (("encoders", 40), ("mixers", 6), ("language_models", 14)):
+def test_registries_list_enough_components_with_complete_cards():
+    for kind, minimum in (("encoders", 40), ("mixers", 6), ("language_models", 14)):
         registry = sca_registry.get_registry(kind)
-        assert len(registry.list_names()) >= least
+        assert len(registry.list_names()) >= minimum
         for name in registry.list_names():
             card = registry.get_card(name)
             assert card.summary.endswith(".")

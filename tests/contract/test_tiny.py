@@ -6,25 +6,39 @@ from sca_registry.contracts import COMPONENT_KINDS
 
 from sca.testing import tiny
 
-SIZED = ("encoders", "segmenters", "mixers", "language_models", "captioners")  # kinds that have parameters
-WITHOUT = {"segmenters": {"box"}, "mixers": {"roi-pool"}, "language_models": {"gguf"}}  # no sizes, or those of a file
-OTHERS = {"datasets": {"scenes"}, "proposers": {"grid"}}  # that have an option which makes them quick
+KINDS_WITH_PARAMETERS = (
+    "encoders",
+    "segmenters",
+    "mixers",
+    "language_models",
+    "captioners",
+)  # kinds that have parameters
+COMPONENTS_WITHOUT_SIZES = {
+    "segmenters": {"box"},
+    "mixers": {"roi-pool"},
+    "language_models": {"gguf"},
+}  # no sizes, or those of a file
+OTHER_COMPONENTS = {"datasets": {"scenes"}, "proposers": {"grid"}}  # that have an option which makes them quick
 
 
 @pytest.mark.parametrize("kind", COMPONENT_KINDS)
 def test_tiny_options_exist_for_exactly_the_components_that_need_them(kind):
-    needed = {*read_builtin_cards(kind)} - WITHOUT.get(kind, set()) if kind in SIZED else OTHERS.get(kind, set())
-    assert {*tiny._read_builtin_options()[kind]} == needed
+    expected_names = (
+        {*read_builtin_cards(kind)} - COMPONENTS_WITHOUT_SIZES.get(kind, set())
+        if kind in KINDS_WITH_PARAMETERS
+        else OTHER_COMPONENTS.get(kind, set())
+    )
+    assert {*tiny._read_builtin_options()[kind]} == expected_names
     assert not [card.name for card in read_builtin_cards(kind).values() if card.tiny_options]
 
 
-def test_tiny_options_of_a_plugin_are_those_of_its_card(tmp_path, monkeypatch):
+def test_tiny_options_of_a_plugin_come_from_its_card(tmp_path, monkeypatch):
     import sca_registry
 
-    info = tmp_path / "shade-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shade\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[sca_mixers]\ncards = shade:mixers.toml\n")
+    dist_info = tmp_path / "shade-1.0.dist-info"
+    dist_info.mkdir()
+    (dist_info / "METADATA").write_text("Metadata-Version: 2.1\nName: shade\nVersion: 1.0\n")
+    (dist_info / "entry_points.txt").write_text("[sca_mixers]\ncards = shade:mixers.toml\n")
     (tmp_path / "shade").mkdir()
     (tmp_path / "shade/__init__.py").touch()
     cards = '[shade]\nfactory = "shade:Shade"\ntiny_options = { depth = 1 }\n[query]\nfactory = "shade:Query"\n'

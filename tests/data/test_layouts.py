@@ -22,80 +22,80 @@ LAYOUTS = {  # by the name of the reader: the format, and the file that messages
     "visual-genome-grit": ("vg-grit", "train.json"),
     "sa1b": ("sa1b", "sa_{first}.json"),
 }
-every_layout = pytest.mark.parametrize("name", LAYOUTS)
+parametrize_layouts = pytest.mark.parametrize("name", LAYOUTS)
 
 
 @pytest.fixture
-def written(tmp_path, name):
+def written_layout(tmp_path, name):
     """A folder in the layout, and its file."""
     format, file = LAYOUTS[name]
     root = export_dataset(SPLITS, tmp_path / "root", format)
-    first = sorted(int(path.stem[3:]) for path in root.glob("sa_*.jpg")) or [""]
-    return root, root / file.format(first=first[0])
+    first_id = sorted(int(path.stem[3:]) for path in root.glob("sa_*.jpg")) or [""]
+    return root, root / file.format(first=first_id[0])
 
 
-def changed(path, change):
+def edit_json(path, change):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
 
 
-def annotations(content):
+def get_annotations(content):
     first = content["annotations"][0]
     return first["segments_info"] if "segments_info" in first else content["annotations"]
 
 
-@every_layout
-def test_what_was_written_is_read(written, name):
-    root, _ = written
-    found = datasets.build(name, "train", root=root)
-    assert len(found) == 5
-    assert not found.skipped
-    for sample, truth in zip(found, SPLITS["train"], strict=True):
-        assert sample.image_id == truth.image_id
-        told = {phrase.lower() for region in sample.regions for phrase in region.phrases}
+@parametrize_layouts
+def test_layout_reads_back_exported_scenes(written_layout, name):
+    root, _ = written_layout
+    dataset = datasets.build(name, "train", root=root)
+    assert len(dataset) == 5
+    assert not dataset.skipped
+    for sample, scene in zip(dataset, SPLITS["train"], strict=True):
+        assert sample.image_id == scene.image_id
+        phrases = {phrase.lower() for region in sample.regions for phrase in region.phrases}
         names = {region.name for region in sample.regions}
-        true_names = {region.name for region in truth.regions}
-        true_phrases = {phrase.lower() for region in truth.regions for phrase in region.phrases}
-        assert told == (set() if name in ("coco-panoptic", "objects365", "v3det") else true_phrases)
+        true_names = {region.name for region in scene.regions}
+        true_phrases = {phrase.lower() for region in scene.regions for phrase in region.phrases}
+        assert phrases == (set() if name in ("coco-panoptic", "objects365", "v3det") else true_phrases)
         assert names == ({None} if name in ("coco-captions", "visual-genome-grit", "sa1b") else true_names)
-        boxes = {tuple(map(round, region.box)) for region in truth.regions}
+        true_boxes = {tuple(map(round, region.box)) for region in scene.regions}
         if name == "coco-captions":
             assert [region.box for region in sample.regions] == [(0, 0, 64, 64)]
         else:
-            ours = {tuple(map(round, region.box)) for region in sample.regions}
-            assert ours == boxes or name == "coco-panoptic"
+            read_boxes = {tuple(map(round, region.box)) for region in sample.regions}
+            assert read_boxes == true_boxes or name == "coco-panoptic"
         if name in ("coco", "coco-panoptic", "sa1b"):
             assert all(region.mask for region in sample.regions)
 
 
 @pytest.mark.parametrize("name", ["coco", "coco-panoptic", "objects365", "v3det"])
-def test_underscores_in_names_are_read_as_spaces(written, name):
-    root, file = written
-    changed(file, lambda content: content["categories"][0].update(name="aerosol_can"))
+def test_layout_reads_underscores_in_names_as_spaces(written_layout, name):
+    root, file = written_layout
+    edit_json(file, lambda content: content["categories"][0].update(name="aerosol_can"))
     assert "aerosol can" in datasets.build(name, "train", root=root).attributes["name"]
 
 
 @pytest.mark.parametrize("name", ["sa1b"])
-def test_masks_without_words_and_captions_without_masks_are_counted(written, name):
-    root, file = written
+def test_sa1b_counts_masks_without_text_and_captions_without_masks(written_layout, name):
+    root, file = written_layout
     captions = file.with_suffix(".captions.json")
-    first = next(iter(json.loads(captions.read_text())))
-    changed(captions, lambda content: content.update({"777": ["a thing"], first: "  "}))
-    found = datasets.build(name, "train", root=root)
-    assert found.skipped == {"region without text": 1, "caption of no mask": 1}
+    first_id = next(iter(json.loads(captions.read_text())))
+    edit_json(captions, lambda content: content.update({"777": ["a thing"], first_id: "  "}))
+    dataset = datasets.build(name, "train", root=root)
+    assert dataset.skipped == {"region without text": 1, "caption without mask": 1}
     (root / "sa_888.captions.json").write_text("{}")
-    found = datasets.build(name, "train", root=root)
-    assert found.skipped["captions of no picture"] == 1
-    assert found.examples["captions of no picture"] == [str(root / "sa_888.captions.json")]
-    with pytest.raises(ValueError, match="SA-1B has one split, train, and 'val' was asked for"):
+    dataset = datasets.build(name, "train", root=root)
+    assert dataset.skipped["captions without image"] == 1
+    assert dataset.examples["captions without image"] == [str(root / "sa_888.captions.json")]
+    with pytest.raises(ValueError, match="no split 'val' in SA-1B; its only split is train"):
         datasets.build(name, "val", root=root)
 
 
-def a_mask(root, across, down, **given):
+def open_sa1b_with_one_mask(root, columns, rows, **fields):
     """SA-1B with one picture of 30 x 20 pixels and one mask that fills these of them; its box as it is published."""
     mask = np.zeros((20, 30), bool)
-    mask[down, across] = True
+    mask[rows, columns] = True
     x1, y1, x2, y2 = mask_to_box(encode_rle(mask))
     annotation = {
         "id": 7,
@@ -105,44 +105,44 @@ def a_mask(root, across, down, **given):
     }
     image = {"image_id": 3, "width": 30, "height": 20, "file_name": "sa_3.jpg"}
     root.mkdir()
-    (root / "sa_3.json").write_text(json.dumps({"image": image, "annotations": [annotation | given]}))
+    (root / "sa_3.json").write_text(json.dumps({"image": image, "annotations": [annotation | fields]}))
     Image.new("RGB", (30, 20)).save(root / "sa_3.jpg")
     return datasets.build("sa1b", "train", root=root)
 
 
-@pytest.mark.parametrize("across", [slice(4, 5), slice(2, 9), slice(0, 30)])
-def test_a_published_box_ends_on_the_last_pixel_and_ours_behind_it(tmp_path, across):
-    dataset = a_mask(tmp_path / "sa", across, slice(3, 10))
+@pytest.mark.parametrize("columns", [slice(4, 5), slice(2, 9), slice(0, 30)])
+def test_sa1b_converts_between_inclusive_and_exclusive_boxes(tmp_path, columns):
+    dataset = open_sa1b_with_one_mask(tmp_path / "sa", columns, slice(3, 10))
     (region,) = dataset[0].regions
-    assert region.box == mask_to_box(region.mask) == (across.start, 3, across.stop, 10)
+    assert region.box == mask_to_box(region.mask) == (columns.start, 3, columns.stop, 10)
     assert not dataset.skipped
     root = export_dataset({"train": dataset}, tmp_path / "again", "sa1b")
     content = json.loads((root / "sa_3.json").read_text())
-    assert content["annotations"][0]["bbox"] == [across.start, 3, across.stop - across.start - 1, 6]
+    assert content["annotations"][0]["bbox"] == [columns.start, 3, columns.stop - columns.start - 1, 6]
 
 
-def test_a_mask_of_sa1b_without_a_pixel_is_counted(tmp_path):
+def test_sa1b_counts_empty_masks(tmp_path):
     empty = encode_rle(np.zeros((20, 30), bool))
-    assert a_mask(tmp_path / "sa", slice(2, 9), slice(3, 10), segmentation=empty).skipped == {
+    assert open_sa1b_with_one_mask(tmp_path / "sa", slice(2, 9), slice(3, 10), segmentation=empty).skipped == {
         "empty mask": 1,
         "image without regions": 1,
     }
 
 
 @pytest.mark.parametrize("name", ["sa1b"])
-def test_an_image_id_that_is_not_that_of_its_file_is_named(written, name):
-    root, file = written  # so that none is given twice
-    other = next(path for path in root.glob("sa_*.jpg") if path.stem != file.stem)
-    number = int(other.stem.removeprefix("sa_"))
-    changed(file, lambda content: content["image"].update(image_id=number))
-    with pytest.raises(ValueError, match=rf"{file.name}: image: image_id {number} is not that in the name of the file"):
-        datasets.build(name, "train", root=root, max_bad=0)
+def test_sa1b_reports_image_id_that_differs_from_file_name(written_layout, name):
+    root, file = written_layout  # so that none is given twice
+    other_image = next(path for path in root.glob("sa_*.jpg") if path.stem != file.stem)
+    other_id = int(other_image.stem.removeprefix("sa_"))
+    edit_json(file, lambda content: content["image"].update(image_id=other_id))
+    with pytest.raises(ValueError, match=rf"{file.name}: image: image_id {other_id} does not match the file name"):
+        datasets.build(name, "train", root=root, max_bad_records=0)
 
 
 @pytest.mark.parametrize("name", ["sa1b"])
-def test_a_picture_in_two_folders_is_refused(written, name):
-    root, file = written
+def test_sa1b_rejects_image_in_two_folders(written_layout, name):
+    root, file = written_layout
     (root / "again").mkdir()
     shutil.copy(file, root / "again")
-    with pytest.raises(ValueError, match=rf"{file.name} is the same picture as .*{file.name}"):
+    with pytest.raises(ValueError, match=rf"{file.name} and .*{file.name} are the same image"):
         datasets.build(name, "train", root=root)

@@ -10,16 +10,16 @@ from sca_registry import datasets
 from sca.io.masks import decode_rle
 
 WIDTH, HEIGHT = 40, 30
-PUBLISHED = ["person", "wall-other-merged", "floor-wood", "door-stuff", "tree-merged", "traffic light"]
+PUBLISHED_CLASS_NAMES = ["person", "wall-other-merged", "floor-wood", "door-stuff", "tree-merged", "traffic light"]
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
+def write_dataset(tmp_path, monkeypatch):
     """Writes a picture whose left half is of one color and whose right half is of another, and opens it."""
     monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "coco"
 
-    def write(*segments, colors=((1, 2, 3), (200, 0, 0)), size=(WIDTH, HEIGHT), images=1, max_bad=100):
+    def write(*segments, colors=((1, 2, 3), (200, 0, 0)), size=(WIDTH, HEIGHT), images=1, max_bad_records=100):
         (root / "annotations" / "panoptic_val2017").mkdir(parents=True, exist_ok=True)
         (root / "val2017").mkdir(exist_ok=True)
         Image.new("RGB", (WIDTH, HEIGHT)).save(root / "val2017" / "1.jpg")
@@ -33,25 +33,26 @@ def write(tmp_path, monkeypatch):
             ],
             "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": list(segments)}],
             "categories": [
-                {"id": number, "name": name, "isthing": int(number in (0, 5))} for number, name in enumerate(PUBLISHED)
+                {"id": number, "name": name, "isthing": int(number in (0, 5))}
+                for number, name in enumerate(PUBLISHED_CLASS_NAMES)
             ],
         }
         (root / "annotations" / "panoptic_val2017.json").write_text(json.dumps(content))
-        return datasets.build("coco-panoptic", "val", root=str(root), max_bad=max_bad)
+        return datasets.build("coco-panoptic", "val", root=str(root), max_bad_records=max_bad_records)
 
     write.root = root
     return write
 
 
-def segment(identity, category=0, **changes):
-    return {"id": identity, "category_id": category, "iscrowd": 0, "bbox": [0, 0, 1, 1], "area": 1} | changes
+def make_segment(segment_id, category=0, **changes):
+    return {"id": segment_id, "category_id": category, "iscrowd": 0, "bbox": [0, 0, 1, 1], "area": 1} | changes
 
 
-LEFT, RIGHT = 1 + 2 * 256 + 3 * 65536, 200
+LEFT_ID, RIGHT_ID = 1 + 2 * 256 + 3 * 65536, 200
 
 
-def test_a_segment_is_where_its_color_is(write):
-    dataset = write(segment(LEFT), segment(RIGHT, 1))
+def test_panoptic_decodes_segments_by_color(write_dataset):
+    dataset = write_dataset(make_segment(LEFT_ID), make_segment(RIGHT_ID, 1))
     thing, stuff = dataset[0].regions
     assert (thing.id, thing.name, thing.attributes) == (1, "person", {"kind": "thing"})
     assert (stuff.id, stuff.name, stuff.attributes) == (2, "wall", {"kind": "stuff"})
@@ -61,49 +62,49 @@ def test_a_segment_is_where_its_color_is(write):
     assert not dataset.skipped
 
 
-def test_names_are_without_what_only_tells_classes_apart(write):
-    names = write(segment(LEFT)).attribute_values["name"]
+def test_panoptic_strips_suffixes_of_class_names(write_dataset):
+    names = write_dataset(make_segment(LEFT_ID)).attribute_values["name"]
     assert names == ("person", "wall", "floor-wood", "door", "tree", "traffic light")
 
 
-def test_what_does_not_fit_is_counted(write):
-    dataset = write(segment(LEFT), segment(RIGHT, iscrowd=1), segment(7), images=2)
+def test_panoptic_counts_skipped_segments_and_images(write_dataset):
+    dataset = write_dataset(make_segment(LEFT_ID), make_segment(RIGHT_ID, iscrowd=1), make_segment(7), images=2)
     assert [region.name for region in dataset[0].regions] == ["person"]
     assert dataset.skipped == {"crowd": 1, "segment without a pixel": 1, "image without annotation": 1}
-    dataset = write(segment(LEFT))
-    assert dataset.skipped == {"pixels of no segment": 1}
-    assert ": 200" in dataset.examples["pixels of no segment"][0]
-    assert not write(segment(LEFT), colors=((1, 2, 3), (0, 0, 0))).skipped  # black is of nothing
+    dataset = write_dataset(make_segment(LEFT_ID))
+    assert dataset.skipped == {"pixels without a segment": 1}
+    assert ": 200" in dataset.examples["pixels without a segment"][0]
+    assert not write_dataset(make_segment(LEFT_ID), colors=((1, 2, 3), (0, 0, 0))).skipped  # black is of nothing
 
 
-def test_a_picture_of_masks_that_cannot_be_used_makes_a_bad_image(write):
-    assert write(segment(LEFT), size=(20, 15)).skipped == {"segments of another size": 1}
-    write(segment(LEFT), segment(RIGHT))
-    path = write.root / "annotations" / "panoptic_val2017" / "1.png"
-    whole = path.read_bytes()
-    for damage in (lambda: path.write_bytes(whole[:60]), path.unlink):
+def test_panoptic_counts_unusable_segment_images_as_bad(write_dataset):
+    assert write_dataset(make_segment(LEFT_ID), size=(20, 15)).skipped == {"segments of another size": 1}
+    write_dataset(make_segment(LEFT_ID), make_segment(RIGHT_ID))
+    path = write_dataset.root / "annotations" / "panoptic_val2017" / "1.png"
+    original_bytes = path.read_bytes()
+    for damage in (lambda: path.write_bytes(original_bytes[:60]), path.unlink):
         damage()
-        (write.root / "annotations" / "panoptic_val2017.json").touch()
-        dataset = datasets.build("coco-panoptic", "val", root=str(write.root))
+        (write_dataset.root / "annotations" / "panoptic_val2017.json").touch()
+        dataset = datasets.build("coco-panoptic", "val", root=str(write_dataset.root))
         assert (len(dataset), dataset.skipped) == (0, {"segments unreadable": 1})
-        with pytest.raises(ValueError, match=r"more than max_bad=0; segments unreadable: 1, such as .*1\.png"):
-            datasets.build("coco-panoptic", "val", root=str(write.root), max_bad=0)
-    path.write_bytes(whole)
-    assert len(datasets.build("coco-panoptic", "val", root=str(write.root))) == 1
+        with pytest.raises(ValueError, match=r"more than max_bad_records=0; segments unreadable: 1, such as .*1\.png"):
+            datasets.build("coco-panoptic", "val", root=str(write_dataset.root), max_bad_records=0)
+    path.write_bytes(original_bytes)
+    assert len(datasets.build("coco-panoptic", "val", root=str(write_dataset.root))) == 1
 
 
 @pytest.mark.parametrize(
     ("segments", "message"),
     [
-        ([segment("x")], r"segments_info\[0\], 'id' is 'x'; give an integer"),
-        ([segment(LEFT), segment(LEFT)], rf"segments_info\[1\] \(id {LEFT}\): this id was given before"),
+        ([make_segment("x")], r"segments_info\[0\], 'id' is 'x'; give an integer"),
+        ([make_segment(LEFT_ID), make_segment(LEFT_ID)], rf"segments_info\[1\] \(id {LEFT_ID}\): duplicate id"),
         (
-            [segment(LEFT, 9)],
-            rf"annotations\[0\] \(image_id 1\): segments_info\[0\] \(id {LEFT}\): category_id 9 has no",
+            [make_segment(LEFT_ID, 9)],
+            rf"annotations\[0\] \(image_id 1\): segments_info\[0\] \(id {LEFT_ID}\): category_id 9 has no",
         ),
         ([4], r"segments_info\[0\] is 4; give an object"),
     ],
 )
-def test_a_broken_segment_is_named(write, segments, message):
+def test_panoptic_reports_broken_segment(write_dataset, segments, message):
     with pytest.raises(ValueError, match=message):
-        write(*segments, max_bad=0)
+        write_dataset(*segments, max_bad_records=0)

@@ -18,11 +18,11 @@ from sca.testing.conformance import check_component
 SIDE = 64
 
 
-def ref(identity, split, image_id=1, **changes):
-    sentences = [{"sent": f"{text} {identity}", "raw": "RAW", "sent_id": 0, "tokens": []} for text in ("one", "other")]
+def make_ref(ref_id, split, image_id=1, **changes):
+    sentences = [{"sent": f"{text} {ref_id}", "raw": "RAW", "sent_id": 0, "tokens": []} for text in ("one", "other")]
     return {
-        "ref_id": identity,
-        "ann_id": 100 + identity,
+        "ref_id": ref_id,
+        "ann_id": 100 + ref_id,
         "image_id": image_id,
         "category_id": 1,
         "split": split,
@@ -33,28 +33,32 @@ def ref(identity, split, image_id=1, **changes):
     }
 
 
-def instances(*refs, **changes):
-    pictures = [{"id": n, "file_name": f"COCO_train2014_{n:012d}.jpg", "width": SIDE, "height": SIDE} for n in (1, 2)]
-    things = {
-        each["ann_id"]: {
-            "id": each["ann_id"],
-            "image_id": each["image_id"],
+def make_instances(*refs, **changes):
+    images = [{"id": n, "file_name": f"COCO_train2014_{n:012d}.jpg", "width": SIDE, "height": SIDE} for n in (1, 2)]
+    annotations_by_id = {
+        item["ann_id"]: {
+            "id": item["ann_id"],
+            "image_id": item["image_id"],
             "category_id": 1,
-            "bbox": [each["ref_id"], 4, 10, 8],
-            "segmentation": [[each["ref_id"], 4, each["ref_id"] + 10, 4, each["ref_id"] + 10, 12, each["ref_id"], 12]],
+            "bbox": [item["ref_id"], 4, 10, 8],
+            "segmentation": [[item["ref_id"], 4, item["ref_id"] + 10, 4, item["ref_id"] + 10, 12, item["ref_id"], 12]],
             "iscrowd": 0,
         }
-        for each in refs
+        for item in refs
     }
-    whole = {"images": pictures, "annotations": list(things.values()), "categories": [{"id": 1, "name": "cat"}]}
-    return whole | changes
+    content = {
+        "images": images,
+        "annotations": list(annotations_by_id.values()),
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    return content | changes
 
 
-REFS = (ref(1, "train"), ref(2, "val"), ref(3, "val", 2), ref(4, "testA", 2), ref(5, "val"))
+REFS = (make_ref(1, "train"), make_ref(2, "val"), make_ref(3, "val", 2), make_ref(4, "testA", 2), make_ref(5, "val"))
 
 
 @pytest.fixture
-def write(tmp_path):
+def write_refcoco(tmp_path):
     """Writes refs in the publishers' layout and gives the root."""
 
     def write(refs=REFS, collection="refcoco", by="unc", content=None, images="images/mscoco/images/train2014"):
@@ -64,29 +68,29 @@ def write(tmp_path):
         (tmp_path / collection).mkdir(exist_ok=True)
         data = refs if isinstance(refs, bytes) else pickle.dumps(list(refs), protocol=2)
         (tmp_path / collection / f"refs({by}).p").write_bytes(data)
-        content = content or instances(*REFS)
+        content = content or make_instances(*REFS)
         (tmp_path / collection / "instances.json").write_text(json.dumps(content))
         return tmp_path
 
     return write
 
 
-def test_everything_is_read_as_it_was_written(write):
-    dataset = datasets.build("refcoco", "val", root=str(write()))
+def test_refcoco_reads_all_fields(write_refcoco):
+    dataset = datasets.build("refcoco", "val", root=str(write_refcoco()))
     assert dataset.image_ids == [1, 2]
     first, second = dataset[0].regions
     assert (first.id, first.box, first.name) == (2, (2, 4, 12, 12), "cat")
     assert first.phrases == ("one 2", "other 2")
-    truth = np.zeros((SIDE, SIDE), bool)
-    truth[4:12, 2:12] = True
-    assert np.array_equal(rle.decode(first.mask), truth)
+    true_mask = np.zeros((SIDE, SIDE), bool)
+    true_mask[4:12, 2:12] = True
+    assert np.array_equal(rle.decode(first.mask), true_mask)
     assert second.id == 5
     assert dataset.attribute_values == {"name": ("cat",)}
     assert dataset.split == "val"
 
 
-def test_the_split_is_that_of_the_expression_and_not_that_of_the_image(write):
-    root = write()
+def test_refcoco_split_is_that_of_the_expression_not_the_image(write_refcoco):
+    root = write_refcoco()
     ids = {
         split: [(sample.image_id, [region.id for region in sample.regions]) for sample in RefCoco(split, root=root)]
         for split in ("train", "val", "testA")
@@ -97,48 +101,48 @@ def test_the_split_is_that_of_the_expression_and_not_that_of_the_image(write):
 @pytest.mark.parametrize(
     ("name", "collection", "by"), [("refcoco-plus", "refcoco+", "unc"), ("refcocog", "refcocog", "umd")]
 )
-def test_each_collection_has_its_folder_and_its_usual_split(write, name, collection, by):
-    dataset = datasets.build(name, "val", root=str(write(collection=collection, by=by)))
+def test_refcoco_collections_use_their_folder_and_default_split(write_refcoco, name, collection, by):
+    dataset = datasets.build(name, "val", root=str(write_refcoco(collection=collection, by=by)))
     assert [len(sample.regions) for sample in dataset] == [2, 1]
 
 
-def test_the_published_split_of_refcocog_is_an_option(write):
-    root = str(write(collection="refcocog", by="google"))
-    assert len(datasets.build("refcocog", "val", root=root, by="google")) == 2
+def test_refcocog_accepts_google_split(write_refcoco):
+    root = str(write_refcoco(collection="refcocog", by="google"))
+    assert len(datasets.build("refcocog", "val", root=root, split_by="google")) == 2
     with pytest.raises(
-        ValueError, match=r"no refs\(umd\)\.p or .*; there is: refs\(google\)\.p; give by=unc, google or"
+        ValueError, match=r"no refs\(umd\)\.p or .*; found: refs\(google\)\.p; give split_by=unc, google or"
     ):
         datasets.build("refcocog", "val", root=root)
 
 
-def test_pictures_are_looked_for_in_the_usual_places(write, tmp_path):
-    root = write(images="train2014")
+def test_refcoco_finds_images_in_default_or_given_folder(write_refcoco, tmp_path):
+    root = write_refcoco(images="train2014")
     expected = [sample[1:] for sample in RefCoco("val", root=root)]
     (root / "train2014").rename(root / "else")
-    assert [sample[1:] for sample in RefCoco("val", root=root, images=root / "else")] == expected
-    assert [sample[1:] for sample in RefCoco("val", root=root / "refcoco", images=root / "else")] == expected
+    assert [sample[1:] for sample in RefCoco("val", root=root, image_root=root / "else")] == expected
+    assert [sample[1:] for sample in RefCoco("val", root=root / "refcoco", image_root=root / "else")] == expected
     with pytest.raises(
-        ValueError, match=r"no folder .*train2014 or .*: give images=FOLDER with COCO's train2014 images"
+        ValueError, match=r"no folder .*train2014 or .*; give image_root=FOLDER with COCO's train2014 images"
     ):
         RefCoco("val", root=root)
 
 
-def test_it_keeps_the_promises_of_a_dataset(write):
-    findings = check_component("dataset", "refcoco", split="val", root=str(write()))
+def test_refcoco_passes_conformance(write_refcoco):
+    findings = check_component("dataset", "refcoco", split="val", root=str(write_refcoco()))
     assert [finding for finding in findings if not finding.passed] == []
 
 
-def test_what_was_exported_is_read_back(tmp_path):
+def test_refcoco_reads_back_exported_scenes(tmp_path):
     scenes = Scenes("val", num_images=3, image_size=SIDE)
-    again = RefCoco("val", root=export_dataset(scenes, tmp_path / "out", "refcoco"))
-    for one, other in zip(scenes, again, strict=True):
-        assert [(r.box, r.mask, r.name, r.phrases) for r in one.regions] == [
-            (r.box, r.mask, r.name, r.phrases) for r in other.regions
+    exported = RefCoco("val", root=export_dataset(scenes, tmp_path / "out", "refcoco"))
+    for original, read_back in zip(scenes, exported, strict=True):
+        assert [(r.box, r.mask, r.name, r.phrases) for r in original.regions] == [
+            (r.box, r.mask, r.name, r.phrases) for r in read_back.regions
         ]
 
 
-def test_python_2_wrote_the_pickles_and_json_will_do_as_well(write):
-    root = write()
+def test_refcoco_reads_python_2_pickles_and_json(write_refcoco):
+    root = write_refcoco()
     expected = [sample[1:] for sample in RefCoco("val", root=root)]
     file = root / "refcoco" / "refs(unc).p"
     (file.with_suffix(".json")).write_text(json.dumps(pickle.loads(file.read_bytes())))
@@ -146,10 +150,10 @@ def test_python_2_wrote_the_pickles_and_json_will_do_as_well(write):
     assert [sample[1:] for sample in RefCoco("val", root=root)] == expected
     sentence = b"caf\xe9"  # as Python 2 has it: a byte string, here in Latin-1
     text = b"U" + struct.pack("B", len(sentence)) + sentence
-    written = pickle.dumps([ref(2, "val", sentences=[{"sent": "CAFE"}])], protocol=2)
-    written = written.replace(b"X\x04\x00\x00\x00CAFE", text)
+    pickled_refs = pickle.dumps([make_ref(2, "val", sentences=[{"sent": "CAFE"}])], protocol=2)
+    pickled_refs = pickled_refs.replace(b"X\x04\x00\x00\x00CAFE", text)
     (file.with_suffix(".json")).unlink()
-    assert RefCoco("val", root=write(written))[0].regions[0].phrases == ("café",)
+    assert RefCoco("val", root=write_refcoco(pickled_refs))[0].regions[0].phrases == ("café",)
 
 
 class Malicious:
@@ -161,32 +165,32 @@ class Malicious:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_malicious_pickle_is_refused_and_nothing_runs(write, tmp_path, protocol):
-    data = pickle.dumps([ref(1, "val", sentences=[Malicious(tmp_path / "harm")])], protocol=protocol)
-    with pytest.raises(ValueError, match=r"refs\(unc\)\.p is no whole pickle of only lists.*: it asks for \w+\.open"):
-        RefCoco("val", root=write(data))
+def test_refcoco_rejects_malicious_pickle_without_running_it(write_refcoco, tmp_path, protocol):
+    data = pickle.dumps([make_ref(1, "val", sentences=[Malicious(tmp_path / "harm")])], protocol=protocol)
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p is not a complete pickle of lists.*: it refers to \w+\.open"):
+        RefCoco("val", root=write_refcoco(data))
     assert not (tmp_path / "harm").exists()
 
 
-def test_not_even_a_harmless_class_is_looked_up(write):
-    with pytest.raises(ValueError, match=r"it asks for collections\.OrderedDict"):
-        RefCoco("val", root=write(b"ccollections\nOrderedDict\n)R."))
+def test_refcoco_rejects_pickle_with_any_class(write_refcoco):
+    with pytest.raises(ValueError, match=r"it refers to collections\.OrderedDict"):
+        RefCoco("val", root=write_refcoco(b"ccollections\nOrderedDict\n)R."))
 
 
 @pytest.mark.parametrize("data", [b"", b"nothing", pickle.dumps(list(REFS))[:200], b"\x80\x02}q\x00(U", b"\x82\x01."])
-def test_a_damaged_pickle_is_named(write, data):
-    with pytest.raises(ValueError, match=r"refs\(unc\)\.p is no whole pickle"):
-        RefCoco("val", root=write(data))
+def test_refcoco_reports_damaged_pickle(write_refcoco, data):
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p is not a complete pickle"):
+        RefCoco("val", root=write_refcoco(data))
 
 
-def test_an_unknown_split_says_which_there_are(write):
+def test_refcoco_reports_unknown_split_and_collection(write_refcoco):
     with pytest.raises(ValueError, match=r"refs\(unc\)\.p has no split 'testB'; it has: train, val, testA"):
-        RefCoco("testB", root=write())
-    with pytest.raises(ValueError, match="no collection 'refclef'; there are: refcoco, refcoco\\+, refcocog"):
+        RefCoco("testB", root=write_refcoco())
+    with pytest.raises(ValueError, match="unknown collection 'refclef'; choose from refcoco, refcoco\\+, refcocog"):
         RefCoco("val", root="unused", collection="refclef")
 
 
-PLACE = r"refs\(unc\)\.p: \[0\] \(ref_id 2\)"
+REF_PATTERN = r"refs\(unc\)\.p: \[0\] \(ref_id 2\)"
 
 
 @pytest.mark.parametrize(
@@ -194,24 +198,24 @@ PLACE = r"refs\(unc\)\.p: \[0\] \(ref_id 2\)"
     [
         ({}, r"refs\(unc\)\.p must be a list of refs, not of type dict"),
         ([4], r"refs\(unc\)\.p: \[0\] is 4; give an object"),
-        ([ref(2, "val"), ref(2, "train")], r"\[1\] \(ref_id 2\): this ref_id was given before"),
-        ([ref(2, None)], PLACE + ", 'split' is None; give text"),
-        ([ref(2, "val", ann_id=5)], PLACE + r": ann_id 5 is not among the annotations of .*instances\.json"),
-        ([ref(2, "val", ann_id="5")], PLACE + r", 'ann_id' is '5'; give an integer"),
-        ([ref(2, "val", image_id=3)], PLACE + r": image_id 3 is not among the images of .*instances\.json"),
-        ([ref(2, "val", image_id=2)], PLACE + r": ann_id 102 is of image 1, not of 2"),
-        ([ref(2, "val", sentences=None)], PLACE + r", 'sentences' is None; give a list"),
-        ([ref(2, "val", sentences=[{}])], PLACE + r": sentences\[0\]: no 'sent'; it has: nothing"),
-        ([ref(2, "val", sentences=[{"sent": 4}])], PLACE + r": sentences\[0\], 'sent' is 4; give text"),
+        ([make_ref(2, "val"), make_ref(2, "train")], r"\[1\] \(ref_id 2\): duplicate ref_id"),
+        ([make_ref(2, None)], REF_PATTERN + ", 'split' is None; give text"),
+        ([make_ref(2, "val", ann_id=5)], REF_PATTERN + r": ann_id 5 is not among the annotations of .*instances\.json"),
+        ([make_ref(2, "val", ann_id="5")], REF_PATTERN + r", 'ann_id' is '5'; give an integer"),
+        ([make_ref(2, "val", image_id=3)], REF_PATTERN + r": image_id 3 is not among the images of .*instances\.json"),
+        ([make_ref(2, "val", image_id=2)], REF_PATTERN + r": ann_id 102 is of image 1, not of 2"),
+        ([make_ref(2, "val", sentences=None)], REF_PATTERN + r", 'sentences' is None; give a list"),
+        ([make_ref(2, "val", sentences=[{}])], REF_PATTERN + r": sentences\[0\]: no 'sent'; it has: nothing"),
+        ([make_ref(2, "val", sentences=[{"sent": 4}])], REF_PATTERN + r": sentences\[0\], 'sent' is 4; give text"),
     ],
 )
-def test_a_broken_ref_is_named_with_its_file_and_field(write, refs, message):
+def test_refcoco_reports_broken_ref_with_file_and_field(write_refcoco, refs, message):
     with pytest.raises(ValueError, match=message):
-        RefCoco("val", root=write(pickle.dumps(refs)), max_bad=0)
+        RefCoco("val", root=write_refcoco(pickle.dumps(refs)), max_bad_records=0)
 
 
 @pytest.mark.parametrize(
-    ("broken", "message"),
+    ("changes", "message"),
     [
         ({"bbox": [1, 2, 3]}, "'bbox' is .*; give 4 numbers"),
         ({"bbox": [1, 2, -3, 4]}, "'bbox' has width -3 and height"),
@@ -220,8 +224,8 @@ def test_a_broken_ref_is_named_with_its_file_and_field(write, refs, message):
         ({"category_id": 8}, "category_id 8 has no name"),
     ],
 )
-def test_a_broken_annotation_is_named(write, broken, message):
-    content = instances(*REFS)
-    content["annotations"][1] |= broken
+def test_refcoco_reports_broken_annotation(write_refcoco, changes, message):
+    content = make_instances(*REFS)
+    content["annotations"][1] |= changes
     with pytest.raises(ValueError, match=rf"instances\.json: annotations\[1\] \(id 102\)[:,] {message}"):
-        RefCoco("val", root=write(content=content), max_bad=0)
+        RefCoco("val", root=write_refcoco(content=content), max_bad_records=0)

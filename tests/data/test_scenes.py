@@ -36,27 +36,27 @@ def regions(samples):
     return [region for sample in samples for region in sample.regions]
 
 
-def the_same(one, other):
-    return np.array_equal(one.image, other.image) and one[1:] == other[1:]
+def are_samples_equal(first, second):
+    return np.array_equal(first.image, second.image) and first[1:] == second[1:]
 
 
-def test_a_scene_depends_on_seed_split_and_index_alone():
-    one, other = Scenes("val", seed=3), Scenes("val", num_images=12, seed=3)
-    assert the_same(one[11], other[11])
-    assert not the_same(one[11], one[10])
-    assert not the_same(one[11], Scenes("val", seed=4)[11])
+def test_scenes_depend_only_on_seed_split_and_index():
+    scenes, scenes_of_other_count = Scenes("val", seed=3), Scenes("val", num_images=12, seed=3)
+    assert are_samples_equal(scenes[11], scenes_of_other_count[11])
+    assert not are_samples_equal(scenes[11], scenes[10])
+    assert not are_samples_equal(scenes[11], Scenes("val", seed=4)[11])
 
 
-def test_splits_are_drawn_from_streams_of_their_own_and_share_no_id():
-    parts = [list(Scenes(split, num_images=40)) for split in DEFAULT_SPLIT_SIZES]
-    pixels = {sample.image.tobytes() for part in parts for sample in part}
-    images = {sample.image_id for part in parts for sample in part}
-    assert len(pixels) == len(images) == 3 * 40
-    ids = [region.id for part in parts for sample in part for region in sample.regions]
-    assert len(ids) == len(set(ids))
+def test_scenes_splits_share_no_images_or_ids():
+    splits = [list(Scenes(split, num_images=40)) for split in DEFAULT_SPLIT_SIZES]
+    image_bytes = {sample.image.tobytes() for samples_of_split in splits for sample in samples_of_split}
+    image_ids = {sample.image_id for samples_of_split in splits for sample in samples_of_split}
+    assert len(image_bytes) == len(image_ids) == 3 * 40
+    region_ids = [region.id for samples_of_split in splits for sample in samples_of_split for region in sample.regions]
+    assert len(region_ids) == len(set(region_ids))
 
 
-def test_each_split_has_its_usual_length_and_ends():
+def test_scenes_splits_have_default_lengths_and_check_index():
     assert {split: len(Scenes(split)) for split in DEFAULT_SPLIT_SIZES} == {"train": 100_000, "val": 500, "test": 500}
     with pytest.raises(IndexError, match="scene 2 of 2"):
         Scenes("val", num_images=2)[2]
@@ -64,26 +64,26 @@ def test_each_split_has_its_usual_length_and_ends():
         Scenes("val")[-1]
 
 
-def test_an_unknown_split_or_a_tiny_canvas_is_refused_with_the_way_out():
+def test_scenes_reject_unknown_split_and_small_size():
     with pytest.raises(ValueError, match=r"'dev'.*train, val, test"):
         Scenes("dev")
-    with pytest.raises(ValueError, match="least is 32"):
+    with pytest.raises(ValueError, match="give 32 or more"):
         Scenes("val", image_size=16)
 
 
 @pytest.mark.parametrize("size", [32, 96, 200])
-def test_every_length_grows_with_the_canvas(size):
+def test_scenes_shapes_scale_with_image_size(size):
     for sample in Scenes("val", num_images=10, image_size=size):
         assert sample.image.size == (size, size)
         for region in sample.regions:
-            least, most = (limit * size / 128 for limit in DIAMETERS[region.attributes["size"]])
+            min_diameter, max_diameter = (limit * size / 128 for limit in DIAMETERS[region.attributes["size"]])
             x1, y1, x2, y2 = region.box
             if region.attributes["visible"] == 1:
-                assert least * 0.9 - 2 < max(x2 - x1, y2 - y1) < most * 1.3 + 2
+                assert min_diameter * 0.9 - 2 < max(x2 - x1, y2 - y1) < max_diameter * 1.3 + 2
 
 
 @pytest.mark.slow
-def test_the_box_is_the_tight_box_of_the_mask(samples):
+def test_scenes_boxes_are_tight_around_masks(samples):
     for sample in samples:
         for region in sample.regions:
             assert region.mask["size"] == [sample.image.height, sample.image.width]
@@ -92,21 +92,21 @@ def test_the_box_is_the_tight_box_of_the_mask(samples):
             assert region.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
 
 
-def test_masks_share_no_pixel(samples):
+def test_scenes_masks_do_not_overlap(samples):
     for sample in samples:
         assert rle.decode([region.mask for region in sample.regions]).sum(axis=2).max() == 1
 
 
-def test_two_to_five_shapes_stay_in_sight_and_some_overlap(samples, regions):
+def test_scenes_have_two_to_five_visible_shapes_and_some_overlap(samples, regions):
     assert {len(sample.regions) for sample in samples} == {2, 3, 4, 5}
-    shares = np.array([region.attributes["visible"] for region in regions])
-    assert shares.min() >= MIN_VISIBLE_FRACTION
-    assert 0.1 < (shares < 1).mean() < 0.3  # those on top are touched by as many overlaps again
+    visible_fractions = np.array([region.attributes["visible"] for region in regions])
+    assert visible_fractions.min() >= MIN_VISIBLE_FRACTION
+    assert 0.1 < (visible_fractions < 1).mean() < 0.3  # those on top are touched by as many overlaps again
     for region in regions:
         assert 4 < min(region.attributes["center"]) <= max(region.attributes["center"]) < 124
 
 
-def test_every_attribute_takes_every_value_about_as_often_as_it_should(regions):
+def test_scenes_attribute_values_are_about_equally_frequent(regions):
     for name, values in {"color": COLORS, "shape": SHAPE_NAMES, "size": SIZE_NAMES, "texture": TEXTURES}.items():
         assert Scenes.attribute_values[name] == values
         counts = [sum(region.attributes[name] == value for region in regions) for value in values]
@@ -114,61 +114,65 @@ def test_every_attribute_takes_every_value_about_as_often_as_it_should(regions):
         assert min(counts) > 0.6 * len(regions) / len(values)
 
 
-def test_a_shape_shows_its_color_and_a_texture_shows_two_tones(samples):
-    plain, textured = [], []
+def test_scenes_pixels_show_color_and_texture_of_shapes(samples):
+    plain_spreads, textured_spreads = [], []
     for sample in samples:
         pixels = np.asarray(sample.image, dtype=float)
         for region in sample.regions:
-            inside = pixels[rle.decode(region.mask).astype(bool)]
-            spread = np.ptp(np.percentile(inside.max(axis=1), [20, 95]))
-            (plain if region.attributes["texture"] == "plain" else textured).append(spread)
+            region_pixels = pixels[rle.decode(region.mask).astype(bool)]
+            spread = np.ptp(np.percentile(region_pixels.max(axis=1), [20, 95]))
+            (plain_spreads if region.attributes["texture"] == "plain" else textured_spreads).append(spread)
             if region.attributes["color"] in ("red", "green", "blue"):
-                assert inside.mean(axis=0).argmax() == ("red", "green", "blue").index(region.attributes["color"])
-    assert np.median(textured) > 3 * np.median(plain)
+                assert region_pixels.mean(axis=0).argmax() == ("red", "green", "blue").index(region.attributes["color"])
+    assert np.median(textured_spreads) > 3 * np.median(plain_spreads)
 
 
-def test_every_phrase_parses_back_to_the_truth_and_every_relation_holds(samples):
-    stated = set()
+def test_scenes_phrases_parse_to_true_attributes_and_true_relations(samples):
+    stated_relations = set()
     for sample in samples:
         for region in sample.regions:
-            facts = region.attributes
-            assert region.name == facts["shape"]
+            attributes = region.attributes
+            assert region.name == attributes["shape"]
             assert 1 <= len(set(region.phrases)) == len(region.phrases) <= 3
-            first, *related = map(parse_statement, region.phrases)
-            truth = Statement(facts["size"], facts["texture"], facts["color"], facts["shape"])
-            assert first == truth
-            for statement in related:
-                assert statement[:4] == truth[:4]
+            first_statement, *relation_statements = map(parse_statement, region.phrases)
+            true_statement = Statement(
+                attributes["size"], attributes["texture"], attributes["color"], attributes["shape"]
+            )
+            assert first_statement == true_statement
+            for statement in relation_statements:
+                assert statement[:4] == true_statement[:4]
                 assert is_relation_true(statement, region, sample.regions)
-                stated.add(statement.relation)
-    assert stated == set(RELATIONS)
+                stated_relations.add(statement.relation)
+    assert stated_relations == set(RELATIONS)
 
 
-WORDS = SIZE_NAMES, TEXTURES, COLORS, SHAPE_NAMES, RELATIONS, COLORS, SHAPE_NAMES
-SAID = st.tuples(*map(st.sampled_from, WORDS)) | st.tuples(*map(st.sampled_from, WORDS[:4]), *[st.none()] * 3)
+STATEMENT_FIELD_VALUES = SIZE_NAMES, TEXTURES, COLORS, SHAPE_NAMES, RELATIONS, COLORS, SHAPE_NAMES
+STATEMENT_VALUES = st.tuples(*map(st.sampled_from, STATEMENT_FIELD_VALUES)) | st.tuples(
+    *map(st.sampled_from, STATEMENT_FIELD_VALUES[:4]), *[st.none()] * 3
+)
 
 
-@given(SAID, st.sets(st.integers(0, 6)))
-def test_parse_finds_what_is_there_and_only_that(said, silent):
-    kept = Statement(*(None if place in silent else word for place, word in enumerate(said)))
-    if kept.relation is None:
-        kept = kept._replace(other_color=None, other_shape=None)
-    one, other = (" ".join(filter(None, words)) for words in (kept[:4], kept[5:]))
-    text = f"An odd {one}, {kept.relation or ''} the   {other.upper()}!"
-    assert parse_statement(text) == (kept if any(kept) else None)
+@given(STATEMENT_VALUES, st.sets(st.integers(0, 6)))
+def test_parse_statement_finds_only_stated_values(values, omitted):
+    statement = Statement(*(None if index in omitted else value for index, value in enumerate(values)))
+    if statement.relation is None:
+        statement = statement._replace(other_color=None, other_shape=None)
+    subject, related_shape = (" ".join(filter(None, parts)) for parts in (statement[:4], statement[5:]))
+    text = f"An odd {subject}, {statement.relation or ''} the   {related_shape.upper()}!"
+    assert parse_statement(text) == (statement if any(statement) else None)
 
 
 @given(st.text())
-def test_parse_never_raises(text):
+def test_parse_statement_never_raises(text):
     assert parse_statement(text) is None or any(parse_statement(text))
 
 
-def at(identity, x, y, color="red", shape="star"):
-    return Region(identity, (0, 0, 1, 1), attributes={"color": color, "shape": shape, "center": (x, y)})
+def make_region_at(region_id, x, y, color="red", shape="star"):
+    return Region(region_id, (0, 0, 1, 1), attributes={"color": color, "shape": shape, "center": (x, y)})
 
 
 @pytest.mark.parametrize(
-    ("text", "true"),
+    ("text", "is_true"),
     [
         ("a star left of a blue star", True),
         ("a star right of a blue star", False),
@@ -180,21 +184,25 @@ def at(identity, x, y, color="red", shape="star"):
         ("a star", False),
     ],
 )
-def test_a_relation_is_judged_by_the_larger_difference_to_a_shape_named_in_full(text, true):
-    star = at(1, 50, 50)
-    others = [star, at(2, 80, 75, "blue"), at(3, 40, 90, "green")]
-    assert is_relation_true(parse_statement(text), star, others) is true
+def test_is_relation_true_uses_larger_difference_to_fully_named_shape(text, is_true):
+    star = make_region_at(1, 50, 50)
+    shapes = [star, make_region_at(2, 80, 75, "blue"), make_region_at(3, 40, 90, "green")]
+    assert is_relation_true(parse_statement(text), star, shapes) is is_true
 
 
 @pytest.mark.slow
-def test_drawing_needs_no_torch():
+def test_scenes_do_not_import_torch():
     code = "import sys; from sca.data.scenes import Scenes; Scenes('val')[0]; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_last_phrase_is_the_most_telling_and_its_relation_is_among_the_attributes(regions):
+def test_scenes_last_phrase_states_relation_of_attributes(regions):
     for region in regions:
-        last = parse_statement(region.phrases[-1])
-        stated = {name: region.attributes.get(name) for name in ("relation", "other_color", "other_shape")}
-        assert stated == {"relation": last.relation, "other_color": last.other_color, "other_shape": last.other_shape}
+        last_statement = parse_statement(region.phrases[-1])
+        relation_attributes = {name: region.attributes.get(name) for name in ("relation", "other_color", "other_shape")}
+        assert relation_attributes == {
+            "relation": last_statement.relation,
+            "other_color": last_statement.other_color,
+            "other_shape": last_statement.other_shape,
+        }
         assert parse_statement(region.phrases[0]).relation is None

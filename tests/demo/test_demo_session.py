@@ -95,6 +95,7 @@ def pool_and_names(tmp_path):
     pool.close()
 
 
+@pytest.mark.slow
 def test_model_pool_keeps_models_in_use(pool_and_names, session):
     pool, (first, *others) = pool_and_names
     inference_request = InferenceRequest(session.image, [], generation={})
@@ -203,6 +204,7 @@ def get_page_sliders(page):
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.list_names() if zoo.get_entry(name).folder])
+@pytest.mark.slow
 def test_sliders_start_at_the_defaults_of_the_model(name):
     pool = ModelPool("cpu", None, [name])
     unloaded_values = pool.get_slider_values(name)

@@ -6,7 +6,7 @@ from sca_registry.contracts import Caption
 
 from sca.io.masks import encode_rle
 
-BOX = [0.0, 0.0, 2.0, 2.0]
+DEFAULT_BOX = [0.0, 0.0, 2.0, 2.0]
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,7 @@ def make_record():
     """A record in which only what matters is said."""
 
     def make(caption="", task="caption", image=1, region=1, mask=None, **truth):
-        truth = {"name": None, "phrases": [], "attributes": {}, "mask": None, "box": BOX, "area": 4.0} | truth
+        truth = {"name": None, "phrases": [], "attributes": {}, "mask": None, "box": DEFAULT_BOX, "area": 4.0} | truth
         return {
             "index": image,
             "image_id": image,
@@ -33,7 +33,7 @@ def make_record():
 
 
 @pytest.fixture(scope="session")
-def rectangle():
+def make_rectangle_mask():
     """The mask of a rectangle x1 y1 x2 y2 in an image of 10 x 8 pixels (width, height)."""
 
     def make(x1, y1, x2, y2, width=10, height=8):
@@ -45,20 +45,24 @@ def rectangle():
 
 
 @pytest.fixture(scope="session")
-def teller():
+def make_oracle_captioner():
     """A captioner that knows a dataset by heart and says of each region what `say(region, regions, task)` gives."""
 
-    class Teller:
-        def __init__(self, dataset, say=None):
-            self.scenes = {sample.image.tobytes(): sample.regions for sample in dataset}
-            self.say = say or (lambda region, _, task: region.phrases[-1] if task == "caption" else region.name)
+    class OracleCaptioner:
+        def __init__(self, dataset, describe_region=None):
+            self.regions_by_image = {sample.image.tobytes(): sample.regions for sample in dataset}
+            self.describe_region = describe_region or (
+                lambda region, _, task: region.phrases[-1] if task == "caption" else region.name
+            )
 
         def caption(self, image, prompts, task="caption"):
-            regions = self.scenes[image.tobytes()]
-            return [self._answer(regions, prompt, task, place) for place, prompt in enumerate(prompts)]
+            regions = self.regions_by_image[image.tobytes()]
+            return [self._caption_prompt(regions, prompt, task, index) for index, prompt in enumerate(prompts)]
 
-        def _answer(self, regions, prompt, task, place):
+        def _caption_prompt(self, regions, prompt, task, index):
             region = next(region for region in regions if region.box == prompt.box)
-            return Caption(self.say(region, regions, task), 1.0, prompt.box, region.mask, 1.0, prompt, place)
+            return Caption(
+                self.describe_region(region, regions, task), 1.0, prompt.box, region.mask, 1.0, prompt, index
+            )
 
-    return Teller
+    return OracleCaptioner

@@ -18,7 +18,7 @@ from sca.data.scenes import COLORS, SHAPE_NAMES, Scenes
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import PromptingOptions
 
-DRAWN = ["attributes", "class", "mask-iou", "region-sensitivity", "relations"]
+SCENE_METRICS = ["attributes", "class", "mask-iou", "region-sensitivity", "relations"]
 
 
 @pytest.fixture(scope="module")
@@ -38,107 +38,125 @@ def model():
     )
 
 
-def shares(report):
+def select_float_scores(report):
     return {name: value for name, value in report.scores.items() if isinstance(value, float)}
 
 
-def test_who_answers_from_the_truth_scores_one_everywhere(scenes, teller):
-    report = evaluate(teller(scenes), scenes, metrics=DRAWN)
-    values = shares(report)
-    stated = values.pop("relations/stated")
+@pytest.mark.slow
+def test_evaluate_scores_oracle_captioner_with_one(scenes, make_oracle_captioner):
+    report = evaluate(make_oracle_captioner(scenes), scenes, metrics=SCENE_METRICS)
+    values = select_float_scores(report)
+    stated_fraction = values.pop("relations/stated")
     assert set(values.values()) == {1.0}
-    assert stated == pytest.approx(
-        sum(len(region.phrases) > 1 for sample in scenes for region in sample.regions) / report.to_dict()["regions"]
+    assert stated_fraction == pytest.approx(
+        sum(len(region.phrases) > 1 for sample in scenes for region in sample.regions) / report.to_dict()["num_regions"]
     )
     assert report.skipped_metrics == {}
-    assert report.end["images"] == 60
+    assert report.summary["num_images"] == 60
 
 
-def test_who_answers_for_another_region_of_the_dataset_scores_about_chance(scenes, teller):
-    draw = random.Random(0)
-    everything = [region for sample in scenes for region in sample.regions]
+@pytest.mark.slow
+def test_evaluate_scores_random_captions_at_chance(scenes, make_oracle_captioner):
+    rng = random.Random(0)
+    all_regions = [region for sample in scenes for region in sample.regions]
 
-    def shuffled(region, regions, task):
-        other = draw.choice(everything)
+    def describe_random_region(region, regions, task):
+        other = rng.choice(all_regions)
         return other.phrases[-1] if task == "caption" else other.name
 
-    values = shares(evaluate(teller(scenes, shuffled), scenes, metrics=DRAWN))
+    values = select_float_scores(
+        evaluate(make_oracle_captioner(scenes, describe_random_region), scenes, metrics=SCENE_METRICS)
+    )
     assert values["attributes/color"] == pytest.approx(1 / len(COLORS), abs=0.1)
     assert values["attributes/shape"] == pytest.approx(1 / len(SHAPE_NAMES), abs=0.1)
     assert values["attributes/all"] < 0.05
-    assert values["class/count"] == pytest.approx(1 / len(SHAPE_NAMES), abs=0.1)
-    assert values["relations/right"] < 0.15
+    assert values["class/accuracy"] == pytest.approx(1 / len(SHAPE_NAMES), abs=0.1)
+    assert values["relations/correct"] < 0.15
     assert 0.2 < values["region-sensitivity/caption"] < 0.5
     assert values["region-sensitivity/recognition"] < 0.3
     assert values["mask-iou/mean"] == 1  # it did not shuffle those
 
 
-def test_who_says_the_same_of_every_region_of_an_image_is_found_out(scenes, teller):
-    def blind(region, regions, task):
+def test_evaluate_region_sensitivity_is_at_most_half_for_image_level_captions(scenes, make_oracle_captioner):
+    def describe_first_region(region, regions, task):
         return regions[0].phrases[0] if task == "caption" else regions[0].name
 
-    values = shares(evaluate(teller(scenes, blind), scenes, metrics=DRAWN))
+    values = select_float_scores(
+        evaluate(make_oracle_captioner(scenes, describe_first_region), scenes, metrics=SCENE_METRICS)
+    )
     assert values["region-sensitivity/caption"] <= 0.5
     assert values["region-sensitivity/recognition"] <= 0.5
 
 
-def test_who_confuses_two_regions_of_an_image_follows_nothing(teller):
-    pairs = [sample for sample in Scenes("val", num_images=60) if len(sample.regions) == 2]
+def test_evaluate_region_sensitivity_is_zero_for_swapped_captions(make_oracle_captioner):
+    samples_with_two_regions = [sample for sample in Scenes("val", num_images=60) if len(sample.regions) == 2]
 
-    def swapped(region, regions, task):
+    def describe_other_region(region, regions, task):
         other = regions[region.id == regions[0].id]
         return other.phrases[0] if task == "caption" else other.name
 
-    values = shares(evaluate(teller(pairs, swapped), pairs, metrics=DRAWN))
+    values = select_float_scores(
+        evaluate(
+            make_oracle_captioner(samples_with_two_regions, describe_other_region),
+            samples_with_two_regions,
+            metrics=SCENE_METRICS,
+        )
+    )
     assert values["region-sensitivity/caption"] == values["region-sensitivity/recognition"] == 0
 
 
 @pytest.mark.parametrize("prompt", ["box", "mask-point"])
-def test_a_model_is_evaluated_from_pixels_to_report(model, prompt):
+@pytest.mark.slow
+def test_evaluate_reports_scores_of_a_model(model, prompt):
     dataset = {"name": "scenes", "image_size": 64, "num_images": 6}
-    report = evaluate(model, dataset, "test", prompting=PromptingOptions(prompt), batch_size=4, metrics=DRAWN)
-    plain = report.to_dict()
-    assert (plain["model"], plain["dataset"], plain["split"]) == ("tiny-vit+query+tiny-gpt2", "scenes", "test")
-    assert (plain["images"], plain["prompt"]) == (6, prompt)
-    assert plain["regions"] == report.scores["mask-iou/regions"] == report.scores["attributes/captions"]
-    assert all(0 <= value <= 1 or math.isnan(value) for value in shares(report).values())
+    report = evaluate(model, dataset, "test", prompting=PromptingOptions(prompt), batch_size=4, metrics=SCENE_METRICS)
+    report_dict = report.to_dict()
+    assert (report_dict["model"], report_dict["dataset"], report_dict["split"]) == (
+        "tiny-vit+query+tiny-gpt2",
+        "scenes",
+        "test",
+    )
+    assert (report_dict["num_images"], report_dict["prompt_type"]) == (6, prompt)
+    assert report_dict["num_regions"] == report.scores["mask-iou/regions"] == report.scores["attributes/captions"]
+    assert all(0 <= value <= 1 or math.isnan(value) for value in select_float_scores(report).values())
     assert report.seconds > 0
-    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert json.loads(json.dumps(report_dict, allow_nan=False)) == report_dict
 
 
-def test_the_same_evaluation_gives_the_same_scores(model, scenes):
-    questions = PromptingOptions("mask-point", seed=3)
+def test_evaluate_is_deterministic(model, scenes):
+    prompting = PromptingOptions("mask-point", seed=3)
     first, second = (
-        evaluate(sca.Predictor(model), scenes, prompting=questions, limit=4, metrics=DRAWN).to_dict() for _ in "ab"
+        evaluate(sca.Predictor(model), scenes, prompting=prompting, max_images=4, metrics=SCENE_METRICS).to_dict()
+        for _ in "ab"
     )
     assert first | {"seconds": 0} == second | {"seconds": 0}
 
 
-def test_a_metric_that_cannot_be_computed_is_left_out_with_its_reason_and_refused_when_asked_for(teller):
+def test_evaluate_skips_unavailable_metrics_unless_named(make_oracle_captioner):
     dataset = Scenes("val", num_images=2)
-    names = PromptingOptions(tasks=["recognition"])
-    report = evaluate(teller(dataset), dataset, prompting=names)
+    prompting = PromptingOptions(tasks=["recognition"])
+    report = evaluate(make_oracle_captioner(dataset), dataset, prompting=prompting)
     assert {"attributes", "relations", "cider-d"} <= set(report.skipped_metrics)
     assert "task=caption" in report.skipped_metrics["attributes"]
-    assert "class/count" in report.scores
+    assert "class/accuracy" in report.scores
     with pytest.raises(ValueError, match=r"'relations'.*task=caption"):
-        evaluate(teller(dataset), dataset, prompting=names, metrics=["class", "relations"])
+        evaluate(make_oracle_captioner(dataset), dataset, prompting=prompting, metrics=["class", "relations"])
 
 
-def test_only_the_metrics_that_were_named_are_computed(teller):
+def test_evaluate_computes_only_named_metrics(make_oracle_captioner):
     dataset = Scenes("val", num_images=2)
-    report = evaluate(teller(dataset), dataset, metrics=["class"])
+    report = evaluate(make_oracle_captioner(dataset), dataset, metrics=["class"])
     assert {name.split("/")[0] for name in report.scores} == {"class"}
     assert report.skipped_metrics == {}
 
 
-def test_a_wrong_metric_or_option_is_refused_before_anything_is_asked():
-    class Silent:
+def test_evaluate_rejects_wrong_metrics_and_options_before_captioning():
+    class UnusedCaptioner:
         def caption(self, image, prompts, task="caption"):
             raise AssertionError("it was asked")
 
     dataset = Scenes("val", num_images=2)
-    for wrong, said in (
+    for arguments, message in (
         ({"metrics": ["clas"]}, "Did you mean 'class'"),
         ({"metrics": ["semantic"]}, "semantic.model=FOLDER"),
         ({"metric_options": {"reference": "all"}}, "Did you mean 'references'"),
@@ -148,12 +166,12 @@ def test_a_wrong_metric_or_option_is_refused_before_anything_is_asked():
             "'rouge-l' is not among the metrics",
         ),
     ):
-        with pytest.raises(ValueError, match=said):
-            evaluate(Silent(), dataset, **wrong)
+        with pytest.raises(ValueError, match=message):
+            evaluate(UnusedCaptioner(), dataset, **arguments)
 
 
-def test_a_metric_that_somebody_registers_is_computed_with_the_others(teller, monkeypatch):
-    class Words:
+def test_evaluate_computes_registered_metrics(make_oracle_captioner, monkeypatch):
+    class WordCount:
         required_fields = ("caption",)
 
         def __call__(self, records):
@@ -162,32 +180,37 @@ def test_a_metric_that_somebody_registers_is_computed_with_the_others(teller, mo
             )
 
     monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
-    sca_registry.metrics("words")(Words)
+    sca_registry.metrics("words")(WordCount)
     dataset = Scenes("val", num_images=2)
     assert (
-        evaluate(teller(dataset), dataset, prompting=PromptingOptions(tasks=["recognition"])).scores["words/mean"] == 1
+        evaluate(make_oracle_captioner(dataset), dataset, prompting=PromptingOptions(tasks=["recognition"])).scores[
+            "words/mean"
+        ]
+        == 1
     )
 
 
-def test_a_dataset_without_anything_to_ask_for_is_refused(teller):
-    with pytest.raises(ValueError, match="no image that can be used"):
-        evaluate(teller([]), [])
+def test_evaluate_rejects_empty_dataset(make_oracle_captioner):
+    with pytest.raises(ValueError, match="no usable image"):
+        evaluate(make_oracle_captioner([]), [])
 
 
 @pytest.mark.slow
-def test_report_table_counts_metrics_left_out_in_one_line(teller):
+def test_report_table_counts_skipped_metrics_in_one_line(make_oracle_captioner):
     dataset = Scenes("val", num_images=2)
     report = evaluate(
-        teller(dataset, lambda region, *_: region.name), dataset, prompting=PromptingOptions(tasks=["caption"])
+        make_oracle_captioner(dataset, lambda region, *_: region.name),
+        dataset,
+        prompting=PromptingOptions(tasks=["caption"]),
     )
-    screen = Console(file=io.StringIO(), width=100)
-    screen.print(report.build_table())
-    shown = screen.file.getvalue()
-    assert all(name in shown for name in report.scores)
-    (line,) = [line for line in shown.splitlines() if "left out" in line]
-    assert f"{len(report.skipped_metrics)} metrics left out" in line
-    assert "`sca list metrics`" in line
-    assert "nan" not in shown
+    console = Console(file=io.StringIO(), width=100)
+    console.print(report.build_table())
+    output = console.file.getvalue()
+    assert all(name in output for name in report.scores)
+    (line,) = [line for line in output.splitlines() if "metrics skipped" in line]
+    assert f"{len(report.skipped_metrics)} metrics skipped" in line
+    assert "--metrics" in line
+    assert "nan" not in output
 
 
 @pytest.mark.parametrize(
@@ -198,17 +221,17 @@ def test_report_table_counts_metrics_left_out_in_one_line(teller):
         ({"temperature": "hot"}, "generation.temperature is 'hot'; give a number"),
     ],
 )
-def test_evaluate_rejects_unknown_generation_options_before_it_asks(model, generation, message):
+def test_evaluate_rejects_wrong_generation_options(model, generation, message):
     with pytest.raises(ValueError, match=message):
         evaluate(model, {"name": "scenes", "num_images": 1}, prompting=PromptingOptions(generation=generation))
 
 
-def test_questions_reject_an_empty_list_of_tasks():
-    with pytest.raises(ValueError, match="tasks are empty; give one or more of"):
+def test_prompting_options_reject_empty_tasks():
+    with pytest.raises(ValueError, match="tasks are empty; choose one or more of"):
         PromptingOptions(tasks=())
 
 
-def test_evaluate_rejects_metrics_that_the_data_cannot_have_before_it_loads_a_model(tmp_path):
+def test_evaluate_rejects_metrics_unsupported_by_data_before_loading_model(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         '{"image": "a.png", "box": [0, 0, 9, 9], "caption": "a dog", "width": 9, "height": 9}'
     )
@@ -216,5 +239,5 @@ def test_evaluate_rejects_metrics_that_the_data_cannot_have_before_it_loads_a_mo
     data = {"name": "jsonl", "file": str(tmp_path / "a.jsonl")}
     with pytest.raises(ValueError, match=r"metric 'class': needs task=recognition, truth\.name"):
         evaluate("no-such-model", data, metrics=["class"])
-    with pytest.raises(ValueError, match="nothing to evaluate: no region of jsonl has what recognition asks for"):
+    with pytest.raises(ValueError, match="no region of jsonl has ground truth for recognition"):
         evaluate("no-such-model", data, prompting=PromptingOptions(tasks=["recognition"]))

@@ -12,12 +12,12 @@ from sca.evaluation.predictions import CONTROLS, PROMPT_TYPES, DenseCaptioningOp
 from sca.io import masks
 
 
-def asked(captioner, dataset, questions=None, **how):
+def collect_records(captioner, dataset, prompting=None, **options):
     """Every record in one list."""
-    return [record for each in predict_dataset(captioner, dataset, questions, **how) for record in each.records]
+    return [record for batch in predict_dataset(captioner, dataset, prompting, **options) for record in batch.records]
 
 
-class Echo:
+class EchoCaptioner:
     """Says where it was asked, and remembers how."""
 
     def __init__(self):
@@ -40,20 +40,20 @@ class Echo:
         ]
 
 
-def sample(number, *regions):
+def make_sample(number, *regions):
     return Sample(Image.new("RGB", (10, 8)), number, regions)
 
 
-BARE = Region(1, (1.0, 1.0, 4.0, 3.0))
-NAMED = Region(2, (1.0, 1.0, 5.0, 3.0), name="car")
-TOLD = Region(3, (1.0, 1.0, 6.0, 3.0), phrases=("a car",), attributes={"center": (1.0, 2.0)})
-BOTH = Region(4, (1.0, 1.0, 7.0, 3.0), name="car", phrases=("a car", "the car"))
+UNLABELED_REGION = Region(1, (1.0, 1.0, 4.0, 3.0))
+NAMED_REGION = Region(2, (1.0, 1.0, 5.0, 3.0), name="car")
+CAPTIONED_REGION = Region(3, (1.0, 1.0, 6.0, 3.0), phrases=("a car",), attributes={"center": (1.0, 2.0)})
+NAMED_CAPTIONED_REGION = Region(4, (1.0, 1.0, 7.0, 3.0), name="car", phrases=("a car", "the car"))
 
 
-def test_a_record_comes_back_from_json_as_it_was():
+def test_prediction_records_round_trip_through_json():
     dataset = Scenes("val", num_images=3)
     for prompt in PROMPT_TYPES:
-        records = asked(Echo(), dataset, PromptingOptions(prompt))
+        records = collect_records(EchoCaptioner(), dataset, PromptingOptions(prompt))
         assert json.loads(json.dumps(records, allow_nan=False)) == records
     record, region = records[0], dataset[0].regions[0]
     assert (record["image_id"], record["region_id"]) == (dataset[0].image_id, region.id)
@@ -62,9 +62,14 @@ def test_a_record_comes_back_from_json_as_it_was():
     assert record["truth"]["area"] == masks.compute_mask_area(region.mask)
 
 
-def test_a_task_is_asked_only_where_there_is_truth_and_answers_stay_with_their_regions():
-    dataset = [sample(1, BARE, NAMED, BOTH), sample(2, BARE), sample(3), sample(4, TOLD, BARE, BOTH)]
-    records = asked(Echo(), dataset)
+def test_predict_dataset_prompts_only_labeled_tasks_and_keeps_regions_aligned():
+    dataset = [
+        make_sample(1, UNLABELED_REGION, NAMED_REGION, NAMED_CAPTIONED_REGION),
+        make_sample(2, UNLABELED_REGION),
+        make_sample(3),
+        make_sample(4, CAPTIONED_REGION, UNLABELED_REGION, NAMED_CAPTIONED_REGION),
+    ]
+    records = collect_records(EchoCaptioner(), dataset)
     assert [(record["image_id"], record["region_id"], record["task"]) for record in records] == [
         (1, 2, "recognition"),
         (1, 4, "caption"),
@@ -80,104 +85,111 @@ def test_a_task_is_asked_only_where_there_is_truth_and_answers_stay_with_their_r
     assert records[0]["truth"]["area"] == 8.0  # of the box
 
 
-def test_a_captioner_that_takes_one_image_at_a_time_gives_the_same(teller):
-    dataset = [sample(1, BARE, NAMED, BOTH)]
-    records = asked(teller(dataset), dataset)
+def test_predict_dataset_accepts_captioner_without_batches(make_oracle_captioner):
+    dataset = [make_sample(1, UNLABELED_REGION, NAMED_REGION, NAMED_CAPTIONED_REGION)]
+    records = collect_records(make_oracle_captioner(dataset), dataset)
     assert [record["caption"] for record in records] == ["car", "the car", "car"]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8])
-def test_the_batch_changes_nothing_but_how_many_go_together(batch):
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_predict_dataset_batch_size_does_not_change_records(batch_size):
     dataset = Scenes("val", num_images=5)
-    progress, echo = [], Echo()
-    records = asked(echo, dataset, batch_size=batch, limit=4, progress=lambda *state: progress.append(state))
-    assert records == asked(Echo(), dataset, limit=4)
+    progress, captioner = [], EchoCaptioner()
+    records = collect_records(
+        captioner, dataset, batch_size=batch_size, max_images=4, progress=lambda *state: progress.append(state)
+    )
+    assert records == collect_records(EchoCaptioner(), dataset, max_images=4)
     assert progress[-1] == (4, 4)
-    assert max(len(counts) for _, counts in echo.calls) == min(batch, 4)
-    assert max(echo.encoded) == min(batch, 4)
-    assert sum(echo.encoded) == 4  # once, though two tasks are asked
+    assert max(len(counts) for _, counts in captioner.calls) == min(batch_size, 4)
+    assert max(captioner.encoded) == min(batch_size, 4)
+    assert sum(captioner.encoded) == 4  # once, though two tasks are asked
 
 
-def test_points_lie_inside_the_mask_and_are_drawn_again_for_another_seed():
+def test_mask_point_prompts_lie_in_the_mask_and_depend_on_the_seed():
     dataset = Scenes("val", num_images=3)
-    drawn = [
-        [record["prompt"]["points"] for record in asked(Echo(), dataset, PromptingOptions("mask-point", seed=seed))]
+    points_by_seed = [
+        [
+            record["prompt"]["points"]
+            for record in collect_records(EchoCaptioner(), dataset, PromptingOptions("mask-point", seed=seed))
+        ]
         for seed in (0, 0, 1)
     ]
-    assert drawn[0] == drawn[1] != drawn[2]
-    for record in asked(Echo(), dataset, PromptingOptions("mask-point")):
+    assert points_by_seed[0] == points_by_seed[1] != points_by_seed[2]
+    for record in collect_records(EchoCaptioner(), dataset, PromptingOptions("mask-point")):
         ((x, y, label),) = record["prompt"]["points"]
         assert label == 1
         assert masks.decode_rle(record["truth"]["mask"])[int(y), int(x)]
 
 
-def test_a_point_is_the_same_for_both_tasks_and_whatever_else_is_in_the_dataset():
+def test_random_point_prompt_is_the_same_for_all_tasks_and_datasets():
     dataset = Scenes("val", num_images=3)
     points = {}
     for records in (
-        asked(Echo(), dataset, PromptingOptions("random-point")),
-        asked(Echo(), [dataset[2]], PromptingOptions("random-point", ("caption",))),
+        collect_records(EchoCaptioner(), dataset, PromptingOptions("random-point")),
+        collect_records(EchoCaptioner(), [dataset[2]], PromptingOptions("random-point", ("caption",))),
     ):
         for record in records:
             points.setdefault(record["region_id"], []).append(record["prompt"]["points"])
-    assert all(drawn == drawn[:1] * len(drawn) for drawn in points.values())
+    assert all(region_points == region_points[:1] * len(region_points) for region_points in points.values())
 
 
-def test_two_regions_of_the_same_shape_have_points_of_their_own():
+def test_random_point_prompts_differ_between_identical_regions():
     twins = [Region(number, (0.0, 0.0, 10.0, 8.0), name="car") for number in (1, 2)]
-    first, second = asked(Echo(), [sample(1, *twins)], PromptingOptions("random-point"))
+    first, second = collect_records(EchoCaptioner(), [make_sample(1, *twins)], PromptingOptions("random-point"))
     assert first["prompt"] != second["prompt"]
 
 
-def test_each_prompt_is_where_it_says():
-    (record,) = asked(Echo(), [sample(1, TOLD)], PromptingOptions("center"))
+def test_prompt_types_have_expected_locations():
+    (record,) = collect_records(EchoCaptioner(), [make_sample(1, CAPTIONED_REGION)], PromptingOptions("center"))
     assert record["prompt"] == {"points": [[3.5, 2.0, 1]]}
-    (record,) = asked(Echo(), [sample(1, TOLD)], PromptingOptions("random-point"))
+    (record,) = collect_records(EchoCaptioner(), [make_sample(1, CAPTIONED_REGION)], PromptingOptions("random-point"))
     ((x, y, _),) = record["prompt"]["points"]
     assert 1 <= x <= 6
     assert 1 <= y <= 3
     scene = Scenes("val", num_images=1)
-    for record in asked(Echo(), scene, PromptingOptions("mask")):
+    for record in collect_records(EchoCaptioner(), scene, PromptingOptions("mask")):
         assert record["prompt"] == {"mask": record["truth"]["mask"]}
 
 
-def test_a_region_without_a_mask_is_pointed_at_inside_the_one_that_the_captioner_gives_for_its_box(teller):
-    whole = list(Scenes("val", num_images=3))
-    bare = [each._replace(regions=tuple(replace(region, mask=None) for region in each.regions)) for each in whole]
-    inside = {region.id: masks.decode_rle(region.mask) for each in whole for region in each.regions}
+def test_mask_point_prompt_uses_predicted_mask_for_region_without_mask(make_oracle_captioner):
+    samples = list(Scenes("val", num_images=3))
+    samples_without_masks = [
+        scene._replace(regions=tuple(replace(region, mask=None) for region in scene.regions)) for scene in samples
+    ]
+    masks_by_region = {region.id: masks.decode_rle(region.mask) for scene in samples for region in scene.regions}
 
-    class Points(type(teller(whole))):
-        def _answer(self, regions, prompt, task, place):
+    class PointOracleCaptioner(type(make_oracle_captioner(samples))):
+        def _caption_prompt(self, regions, prompt, task, index):
             if prompt.box:
-                return super()._answer(regions, prompt, task, place)
-            return Caption("", 1.0, None, None, None, prompt, place)
+                return super()._caption_prompt(regions, prompt, task, index)
+            return Caption("", 1.0, None, None, None, prompt, index)
 
-    for record in asked(Points(whole), bare, PromptingOptions("mask-point")):
+    for record in collect_records(PointOracleCaptioner(samples), samples_without_masks, PromptingOptions("mask-point")):
         ((x, y, _),) = record["prompt"]["points"]
-        assert inside[record["region_id"]][int(y), int(x)]
-    with pytest.raises(ValueError, match="the model gives none"):
-        asked(Echo(), [sample(1, TOLD)], PromptingOptions("mask"))
+        assert masks_by_region[record["region_id"]][int(y), int(x)]
+    with pytest.raises(ValueError, match="neither the dataset nor the model has masks"):
+        collect_records(EchoCaptioner(), [make_sample(1, CAPTIONED_REGION)], PromptingOptions("mask"))
 
 
-def test_controls_ask_the_same_regions_once_more_and_keep_their_truth():
+def test_controls_prompt_the_same_regions_and_keep_their_truth():
     scene = Scenes("val", num_images=6)
-    records = asked(Echo(), scene, PromptingOptions(controls=tuple(CONTROLS)))
-    usual = {(r["region_id"], r["task"]): r for r in records if r["control"] is None}
-    names = {region.id: region.name for each in scene for region in each.regions}
-    boxes = {tuple(region.box): region.id for each in scene for region in each.regions}
+    records = collect_records(EchoCaptioner(), scene, PromptingOptions(controls=tuple(CONTROLS)))
+    regular_records = {(r["region_id"], r["task"]): r for r in records if r["control"] is None}
+    names_by_id = {region.id: region.name for each in scene for region in each.regions}
+    ids_by_box = {tuple(region.box): region.id for each in scene for region in each.regions}
     for control in CONTROLS:
-        misled = [record for record in records if record["control"] == control]
-        assert misled
-        for record in misled:
-            own = usual[record["region_id"], record["task"]]
-            assert record["truth"] == own["truth"]
+        control_records = [record for record in records if record["control"] == control]
+        assert control_records
+        for record in control_records:
+            regular_record = regular_records[record["region_id"], record["task"]]
+            assert record["truth"] == regular_record["truth"]
             if control == "color-swap":
-                assert record["prompt"] == own["prompt"]
+                assert record["prompt"] == regular_record["prompt"]
             else:
-                assert record["prompt"] != own["prompt"]
+                assert record["prompt"] != regular_record["prompt"]
             if control == "wrong-region":
-                other = boxes[tuple(record["prompt"]["box"])]
-                assert names[other] != names[record["region_id"]]
+                prompted_id = ids_by_box[tuple(record["prompt"]["box"])]
+                assert names_by_id[prompted_id] != names_by_id[record["region_id"]]
             if control == "shuffled-mask":
                 x1, y1, x2, y2 = record["prompt"]["box"]
                 bx1, by1, bx2, by2 = record["truth"]["box"]
@@ -186,63 +198,74 @@ def test_controls_ask_the_same_regions_once_more_and_keep_their_truth():
                 assert max(x2, y2) <= scene[0].image.width
 
 
-def test_colors_are_swapped_in_what_is_shown_and_in_nothing_else():
-    seen = []
+def test_color_swap_control_changes_only_the_image():
+    pixel_colors = []
 
-    class Looks(Echo):
+    class PixelRecorder(EchoCaptioner):
         def encode(self, images):
-            seen.append(images[0].getpixel((0, 0)))
+            pixel_colors.append(images[0].getpixel((0, 0)))
             return images
 
     image = Image.new("RGB", (10, 8), (1, 2, 3))
-    asked(Looks(), [Sample(image, 1, (TOLD,))], PromptingOptions(controls=("color-swap",)))
-    assert seen == [(1, 2, 3), (3, 1, 2)]
+    collect_records(
+        PixelRecorder(), [Sample(image, 1, (CAPTIONED_REGION,))], PromptingOptions(controls=("color-swap",))
+    )
+    assert pixel_colors == [(1, 2, 3), (3, 1, 2)]
 
 
-def test_proposed_regions_are_recorded_with_all_that_is_true_of_the_image():
+def test_dense_captioning_records_proposals_and_labeled_regions():
     def proposer(image, image_id):
         prompts = (Prompt(box=(0.0, 0.0, 2.0, 2.0)), Prompt(box=(1.0, 1.0, 6.0, 3.0)))
         return Proposals(prompts, (0.25, 0.5), (None, None))
 
-    class Describes:
+    class ConstantCaptioner:
         def caption(self, image, prompts, task="caption"):
             return [Caption("a car", 1.0, p.box, None, None, p, i) for i, p in enumerate(prompts)]
 
-    (record,) = asked(Describes(), [sample(7, TOLD, NAMED)], DenseCaptioningOptions(proposer))
+    (record,) = collect_records(
+        ConstantCaptioner(), [make_sample(7, CAPTIONED_REGION, NAMED_REGION)], DenseCaptioningOptions(proposer)
+    )
     assert record["task"] == "dense"
     assert [each["score"] for each in record["proposals"]] == [0.5, 0.25]
     assert record["proposals"][0]["box"] == [1, 1, 6, 3]
     assert record["truth"]["regions"] == [{"id": 3, "box": [1, 1, 6, 3], "phrases": ["a car"]}]
 
 
-def test_a_picture_that_cannot_be_read_is_counted_and_the_others_are_asked():
-    class Damaged(list):
-        def read(self, place):
-            return None if place == 1 else self[place]
+def test_predict_dataset_counts_unreadable_images_and_continues():
+    class DamagedDataset(list):
+        def read(self, index):
+            return None if index == 1 else self[index]
 
-    found = list(predict_dataset(Echo(), Damaged(sample(i, TOLD) for i in range(4)), batch_size=2))
-    assert [each.num_unread for each in found] == [1, 0]
-    assert [record["index"] for each in found for record in each.records] == [0, 2, 3]
-
-
-def test_what_is_done_is_left_out_and_the_rest_stays_in_its_batch():
-    found = list(
+    batches = list(
         predict_dataset(
-            Echo(), [sample(i, TOLD) for i in range(6)], batch_size=2, skip=lambda place: place in (0, 1, 4)
+            EchoCaptioner(), DamagedDataset(make_sample(i, CAPTIONED_REGION) for i in range(4)), batch_size=2
         )
     )
-    assert [list(each.indices) for each in found] == [[2, 3], [5]]
+    assert [batch.num_unreadable for batch in batches] == [1, 0]
+    assert [record["index"] for batch in batches for record in batch.records] == [0, 2, 3]
+
+
+def test_predict_dataset_skip_keeps_batch_boundaries():
+    batches = list(
+        predict_dataset(
+            EchoCaptioner(),
+            [make_sample(i, CAPTIONED_REGION) for i in range(6)],
+            batch_size=2,
+            skip=lambda place: place in (0, 1, 4),
+        )
+    )
+    assert [list(batch.indices) for batch in batches] == [[2, 3], [5]]
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"prompt": "scribble"}, {"tasks": ["caption", "translation"]}, {"controls": ["hypnosis"]}]
+    "options", [{"prompt_type": "scribble"}, {"tasks": ["caption", "translation"]}, {"controls": ["hypnosis"]}]
 )
-def test_a_wrong_question_is_refused_at_once(wrong):
+def test_prompting_options_reject_unknown_values(options):
     with pytest.raises(ValueError, match=r"scribble|translation|hypnosis"):
-        PromptingOptions(**wrong)
+        PromptingOptions(**options)
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"limit": 0}])
-def test_a_number_below_one_is_refused_at_once(wrong):
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"max_images": 0}])
+def test_predict_dataset_rejects_numbers_below_one(options):
     with pytest.raises(ValueError, match="give an integer of at least 1"):
-        predict_dataset(Echo(), [], **wrong)
+        predict_dataset(EchoCaptioner(), [], **options)

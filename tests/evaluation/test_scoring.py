@@ -12,14 +12,17 @@ RECORD = {
 }
 
 
-def test_a_metric_whose_package_is_not_installed_says_what_installs_it(monkeypatch):
+def test_score_records_reports_install_command_of_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider_scorer", None)
-    settings = {"tokenizer": "plain"}
+    metric_options = {"tokenizer": "plain"}
     with pytest.raises(ValueError, match=r"'cider-d': needs pycocoevalcap.*: pip install '.*\[metrics\]'"):
-        score_records([RECORD], ["cider-d"], settings)
+        score_records([RECORD], ["cider-d"], metric_options)
 
 
-def test_protocol_id_depends_on_the_version_of_the_search():
-    settings, run = {"tokenizer": "plain"}, {"proposer": {"name": "grid"}}
-    scored = [score_records([RECORD], ["rouge-l"], settings, run={**run, **more}) for more in ({}, {"search": 2})]
-    assert scored[0].scores[0].protocol != scored[1].scores[0].protocol
+def test_protocol_id_depends_on_search_version():
+    metric_options, run = {"tokenizer": "plain"}, {"proposer": {"name": "grid"}}
+    scored = [
+        score_records([RECORD], ["rouge-l"], metric_options, run={**run, **search_fields})
+        for search_fields in ({}, {"search_version": 2})
+    ]
+    assert scored[0].scores[0].protocol_id != scored[1].scores[0].protocol_id

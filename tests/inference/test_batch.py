@@ -16,25 +16,25 @@ from sca.output.captioned_image import CaptionedImage, ImageSize
 
 
 @pytest.fixture
-def paths(tmp_path):
-    found = [tmp_path / f"{name}.png" for name in "abcd"]
-    for path in found:
+def image_paths(tmp_path):
+    image_paths = [tmp_path / f"{name}.png" for name in "abcd"]
+    for path in image_paths:
         Image.new("RGB", (64, 48), "navy").save(path)
-    return found
+    return image_paths
 
 
-def caption(job, paths, **options):
+def caption_images(job, image_paths, **options):
     region_source = job.read_region_source()
-    region_source.match_images(paths)
-    return list(BatchCaptioner(job, region_source).caption_images(paths, **options))
+    region_source.match_images(image_paths)
+    return list(BatchCaptioner(job, region_source).caption_images(image_paths, **options))
 
 
-def test_failures_are_yielded_between_the_captions_of_the_others(paths):
-    paths[1].write_bytes(b"no image")
-    Image.new("RGB", (8, 8)).save(paths[2])
-    results = caption(CaptionJob("sca-tiny", boxes=["20,20,40,40"], batch_size=2), paths)
-    failed = {result.path: result for result in results if isinstance(result, Failure)}
-    assert {path.name: (each.kind, each.is_entire_image) for path, each in failed.items()} == {
+def test_batch_captioner_yields_failures_among_captioned_images(image_paths):
+    image_paths[1].write_bytes(b"no image")
+    Image.new("RGB", (8, 8)).save(image_paths[2])
+    results = caption_images(CaptionJob("sca-tiny", boxes=["20,20,40,40"], batch_size=2), image_paths)
+    failure_by_path = {result.path: result for result in results if isinstance(result, Failure)}
+    assert {path.name: (each.kind, each.is_entire_image) for path, each in failure_by_path.items()} == {
         "b.png": (UNUSABLE_IMAGE, True),
         "c.png": (UNUSABLE_PROMPTS, True),
     }
@@ -43,39 +43,44 @@ def test_failures_are_yielded_between_the_captions_of_the_others(paths):
     assert all(len(result.captions) == 1 for result in captioned)
 
 
-def test_regions_of_a_file_that_do_not_fit_are_failures_of_their_image(paths, tmp_path):
-    lines = [{"image": "a.png", "box": [1, 1, 9, 9]}, {"image": "a.png", "box": [90, 90, 99, 99]}]
-    (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    failure, result = caption(CaptionJob("sca-tiny", prompts=str(tmp_path / "prompts.jsonl")), paths[:1])
+def test_batch_captioner_reports_prompts_outside_the_image_as_failures(image_paths, tmp_path):
+    records = [{"image": "a.png", "box": [1, 1, 9, 9]}, {"image": "a.png", "box": [90, 90, 99, 99]}]
+    (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    failure, result = caption_images(CaptionJob("sca-tiny", prompts=str(tmp_path / "prompts.jsonl")), image_paths[:1])
     assert (failure.kind, failure.is_entire_image) == (UNUSABLE_PROMPTS, False)
     assert "prompts.jsonl, line 2" in failure.reason
     assert len(result.captions) == 1
 
 
 @pytest.mark.parametrize("keep_images", [False, True])
-def test_images_that_are_done_are_repeated_and_opened_only_if_wanted(paths, keep_images):
-    known = CaptionedImage(
-        str(paths[0]), ImageSize(64, 48), [Caption("known", 0.5, None, None, None, Prompt(), 0)], None
+def test_batch_captioner_repeats_captioned_images_and_opens_them_on_request(image_paths, keep_images):
+    captioned_image = CaptionedImage(
+        str(image_paths[0]), ImageSize(64, 48), [Caption("known", 0.5, None, None, None, Prompt(), 0)], None
     )
     job = CaptionJob("sca-tiny", boxes=["20,20,40,40"], batch_size=1)
-    first, second = caption(job, paths[:2], captioned={str(paths[0]): known}, keep_images=keep_images)
-    assert first.captions == known.captions
-    assert isinstance(first.image, Image.Image) == keep_images
-    assert second.captions[0].text != "known"
+    first_result, second_result = caption_images(
+        job, image_paths[:2], captioned={str(image_paths[0]): captioned_image}, keep_images=keep_images
+    )
+    assert first_result.captions == captioned_image.captions
+    assert isinstance(first_result.image, Image.Image) == keep_images
+    assert second_result.captions[0].text != "known"
 
 
-def test_captioners_that_only_describe_are_not_called_for_an_empty_request(paths):
+def test_caption_requests_skips_captioners_for_empty_requests(image_paths):
     class Teller:
         def caption(self, image, prompts, task="caption", **generation):
             assert prompts
-            return [Caption("told", 0.5, prompt.box, None, None, prompt, place) for place, prompt in enumerate(prompts)]
+            return [
+                Caption("told", 0.5, prompt.box, None, None, prompt, region_id)
+                for region_id, prompt in enumerate(prompts)
+            ]
 
-    images = [sca.open_image(path) for path in paths[:2]]
-    answers = caption_requests(Teller(), images, [[Prompt(box=(1, 1, 9, 9))], []], "caption")
-    assert [[each.text for each in captions] for captions in answers] == [["told"], []]
+    images = [sca.open_image(path) for path in image_paths[:2]]
+    batch_captions = caption_requests(Teller(), images, [[Prompt(box=(1, 1, 9, 9))], []], "caption")
+    assert [[each.text for each in captions] for captions in batch_captions] == [["told"], []]
 
 
-def test_job_is_plain_values_that_any_process_can_receive():
+def test_caption_job_round_trips_through_json():
     job = CaptionJob("sca-tiny", boxes=["1,2,3,4"], generation_options={"num_beams": 2}, batch_size=3)
     assert CaptionJob(**json.loads(json.dumps(asdict(job)))).batch_size == 3
 
@@ -83,12 +88,12 @@ def test_job_is_plain_values_that_any_process_can_receive():
 @pytest.mark.parametrize(
     ("options", "message"), [({"batch_size": 0}, "batch_size is 0"), ({"task": "poetry"}, "unknown task")]
 )
-def test_job_refuses_values_out_of_range(options, message):
+def test_caption_job_rejects_invalid_values(options, message):
     with pytest.raises(ValueError, match=message):
         CaptionJob("sca-tiny", boxes=["1,2,3,4"], **options)
 
 
-def test_job_refuses_a_request_without_regions():
+def test_caption_job_rejects_a_request_without_regions():
     with pytest.raises(ValueError, match=r"no regions to caption; give boxes, points, .* or everything"):
         CaptionJob("sca-tiny")
 
@@ -98,19 +103,19 @@ def test_job_refuses_a_request_without_regions():
     [{"boxes": ["1,2,3,4"], "everything": True}, {"prompts": "p.jsonl", "everything": True}]
     + [{name: ["1,2"], "prompts": "p.jsonl"} for name in ("boxes", "points", "masks", "regions")],
 )
-def test_job_refuses_regions_from_two_sources(sources):
+def test_caption_job_rejects_regions_from_two_sources(sources):
     with pytest.raises(ValueError, match=f"{' and '.join(sources)} exclude each other; give "):
         CaptionJob("sca-tiny", **sources)
 
 
 @pytest.mark.slow
-def test_shards_are_forked_from_a_process_that_has_imported_the_models():
+def test_shards_module_imports_transformers_before_forking():
     program = "import sys, sca.inference.shards; print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "True\n"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stdout == "True\n"
 
 
-def test_engines_and_other_objects_in_place_of_a_predictor_are_refused():
+def test_predictor_functions_reject_engines_and_other_objects():
     engine = sca.load_captioner("sca-tiny")
     with pytest.raises(ValueError, match=r"predictor is of type Engine; give sca\.Predictor"):
         sca.caption_everything(engine)
@@ -120,7 +125,7 @@ def test_engines_and_other_objects_in_place_of_a_predictor_are_refused():
         sca.Predictor(engine, region_batch_size=2)
 
 
-def test_segmenting_without_a_segmenter_is_refused():
+def test_segment_without_a_segmenter_is_rejected():
     from sca.inference.engine import MaskEngine
 
     class Nothing(MaskEngine):

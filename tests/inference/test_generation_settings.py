@@ -12,7 +12,7 @@ from sca.language_models import model_inspection
 from sca.language_models.causal import CausalLanguageModel
 from sca.language_models.hf import HfLanguageModel
 
-SETTINGS = {
+GENERATION_SETTINGS = {
     "max_time": 1e-4,
     "stop_strings": ["a"],
     "num_return_sequences": 3,
@@ -39,15 +39,15 @@ SETTINGS = {
 
 
 @pytest.fixture
-def folder(lm_folder, tmp_path):
+def copy_language_model(save_language_model, tmp_path):
     """Copies a tiny language model, with fields added to one of its files."""
 
-    def copy(file="generation_config.json", **fields):
-        path = shutil.copytree(lm_folder("gpt2"), tmp_path / "lm", dirs_exist_ok=True) / file
-        path.write_text(json.dumps(json.loads((lm_folder("gpt2") / file).read_text()) | fields))
+    def copy_with_fields(file_name="generation_config.json", **fields):
+        path = shutil.copytree(save_language_model("gpt2"), tmp_path / "lm", dirs_exist_ok=True) / file_name
+        path.write_text(json.dumps(json.loads((save_language_model("gpt2") / file_name).read_text()) | fields))
         return str(path.parent)
 
-    return copy
+    return copy_with_fields
 
 
 def draw_prefix():
@@ -55,56 +55,62 @@ def draw_prefix():
 
 
 @pytest.fixture(scope="module")
-def expected(lm_folder):
+def expected_outputs(save_language_model):
     """What a model without any settings generates, by the number of beams."""
-    model = HfLanguageModel(str(lm_folder("gpt2")))
-    return {beams: model.generate(draw_prefix(), 6, beams) for beams in (1, 2)}
+    model = HfLanguageModel(str(save_language_model("gpt2")))
+    return {num_beams: model.generate(draw_prefix(), 6, num_beams) for num_beams in (1, 2)}
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", GENERATION_SETTINGS)
 @pytest.mark.slow
-def test_generation_ignores_a_setting_of_a_hub_model(folder, expected, name):
-    generated = HfLanguageModel(folder(**{name: SETTINGS[name]})).generate(draw_prefix(), 6)
-    assert torch.equal(generated.sequences, expected[1].sequences)
-    assert torch.equal(generated.scores, expected[1].scores)
+def test_generate_ignores_a_generation_setting_of_a_hub_model(copy_language_model, expected_outputs, name):
+    output = HfLanguageModel(copy_language_model(**{name: GENERATION_SETTINGS[name]})).generate(draw_prefix(), 6)
+    assert torch.equal(output.sequences, expected_outputs[1].sequences)
+    assert torch.equal(output.scores, expected_outputs[1].scores)
 
 
-@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-@pytest.mark.parametrize("beams", [1, 2])
-def test_generation_ignores_all_settings_of_a_hub_model(folder, expected, file, beams):
-    generated = HfLanguageModel(folder(file, **SETTINGS)).generate(draw_prefix(), 6, beams)
-    assert torch.equal(generated.sequences, expected[beams].sequences)
-    assert torch.equal(generated.scores, expected[beams].scores)
+@pytest.mark.parametrize("file_name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_generate_ignores_all_generation_settings_of_a_hub_model(
+    copy_language_model, expected_outputs, file_name, num_beams
+):
+    output = HfLanguageModel(copy_language_model(file_name, **GENERATION_SETTINGS)).generate(
+        draw_prefix(), 6, num_beams
+    )
+    assert torch.equal(output.sequences, expected_outputs[num_beams].sequences)
+    assert torch.equal(output.scores, expected_outputs[num_beams].scores)
 
 
-def test_generation_ignores_settings_of_a_model_in_memory(folder, expected):
-    model = HfLanguageModel(folder()).model
+def test_generate_ignores_generation_settings_of_a_model_in_memory(copy_language_model, expected_outputs):
+    model = HfLanguageModel(copy_language_model()).model
     model.generation_config = GenerationConfig(repetition_penalty=1.8, max_time=1e-4, eos_token_id=2, pad_token_id=0)
-    generated = CausalLanguageModel(model, None).generate(draw_prefix(), 6)
-    assert torch.equal(generated.sequences, expected[1].sequences)
+    output = CausalLanguageModel(model, None).generate(draw_prefix(), 6)
+    assert torch.equal(output.sequences, expected_outputs[1].sequences)
 
 
-def test_ids_of_the_end_and_of_padding_are_those_of_generation_config(folder):
+def test_generate_uses_eos_and_pad_ids_of_generation_config(copy_language_model):
     prefix = draw_prefix()
-    free = HfLanguageModel(folder()).generate(prefix, 12).sequences[0, 0].tolist()
-    model = HfLanguageModel(folder(eos_token_id=[96, free[3]], pad_token_id=7))
-    end = free.index(free[3])
-    assert model.generate(prefix, 12).sequences[0, 0].tolist()[: end + 1] == free[: end + 1]
+    unrestricted_ids = HfLanguageModel(copy_language_model()).generate(prefix, 12).sequences[0, 0].tolist()
+    model = HfLanguageModel(copy_language_model(eos_token_id=[96, unrestricted_ids[3]], pad_token_id=7))
+    end_index = unrestricted_ids.index(unrestricted_ids[3])
+    assert model.generate(prefix, 12).sequences[0, 0].tolist()[: end_index + 1] == unrestricted_ids[: end_index + 1]
     assert model.pad_token_id == 7
-    assert set(model.generate(prefix, 12).sequences[0, 0].tolist()[end + 1 :]) <= {7}
+    assert set(model.generate(prefix, 12).sequences[0, 0].tolist()[end_index + 1 :]) <= {7}
 
 
 @pytest.mark.parametrize("value", ["a", -1, 1.5, [2, "a"], True])
-def test_an_id_that_is_no_number_is_refused_in_one_line(folder, value):
+def test_language_model_rejects_a_non_integer_eos_token_id(copy_language_model, value):
     with pytest.raises(InputError, match=r"eos_token_id in .*generation_config.json is .*; give the id of a token"):
-        HfLanguageModel(folder(eos_token_id=value))
+        HfLanguageModel(copy_language_model(eos_token_id=value))
 
 
-def test_probe_runs_once_per_configuration_and_changes_no_random_numbers(folder, monkeypatch):
-    runs, examine = [], model_inspection._examine_model
-    monkeypatch.setattr(model_inspection, "_examine_model", lambda model: runs.append(model) or examine(model))
+def test_probe_runs_once_per_configuration_and_keeps_the_random_state(copy_language_model, monkeypatch):
+    examined_models, examine_model = [], model_inspection._examine_model
+    monkeypatch.setattr(
+        model_inspection, "_examine_model", lambda model: examined_models.append(model) or examine_model(model)
+    )
     monkeypatch.setattr(model_inspection, "_structures", {})
-    model = HfLanguageModel(folder()).model
+    model = HfLanguageModel(copy_language_model()).model
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -113,19 +119,21 @@ def test_probe_runs_once_per_configuration_and_changes_no_random_numbers(folder,
         model_inspection.inspect_model(model)
     assert torch.equal(torch.rand(3), expected)
     assert model_inspection.inspect_model(model) == model_inspection.inspect_model(model)
-    assert len(runs) == 3
-    assert all(sum(each.numel() for each in run.parameters()) < 300_000 for run in runs)
+    assert len(examined_models) == 3
+    assert all(
+        sum(each.numel() for each in examined_model.parameters()) < 300_000 for examined_model in examined_models
+    )
 
 
-def test_probe_falls_back_on_the_model_itself(folder, monkeypatch):
-    model = HfLanguageModel(folder()).model
+def test_probe_falls_back_to_the_model_itself(copy_language_model, monkeypatch):
+    model = HfLanguageModel(copy_language_model()).model
     expected = model_inspection.inspect_model(model)
 
-    def cannot(_):
+    def fail_to_build(_):
         raise KeyError("no such size")
 
     monkeypatch.setattr(model_inspection, "_structures", {})
-    monkeypatch.setattr(model_inspection, "_build_tiny_model", cannot)
+    monkeypatch.setattr(model_inspection, "_build_tiny_model", fail_to_build)
     assert model_inspection.inspect_model(model) == expected
     model.config.n_inner = 7
     with pytest.raises(ValueError, match=r"fails on embeddings.*no such size"):

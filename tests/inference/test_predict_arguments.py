@@ -31,25 +31,25 @@ def predictor(model, scene):
 
 
 @pytest.fixture
-def idle(predictor, monkeypatch):
+def idle_predictor(predictor, monkeypatch):
     """A predictor that must not compute anything."""
     monkeypatch.setattr(predictor.engine, "caption_batch", lambda *_, **__: pytest.fail("computed"))
     return predictor
 
 
-def test_predict_takes_masks_as_arrays_and_rles_after_boxes_and_points(predictor, scene):
-    inside = np.zeros((scene.image.height, scene.image.width), bool)
-    inside[10:40, 20:60] = True
-    captions = predictor.predict(masks=[inside, encode_rle(inside)], boxes=np.array([BOX]), points=[(9, 9)])
+def test_predict_accepts_masks_as_arrays_and_rles_after_boxes_and_points(predictor, scene):
+    mask = np.zeros((scene.image.height, scene.image.width), bool)
+    mask[10:40, 20:60] = True
+    captions = predictor.predict(masks=[mask, encode_rle(mask)], boxes=np.array([BOX]), points=[(9, 9)])
     assert [caption.region_id for caption in captions] == [0, 1, 2, 3]
     assert captions[0].prompt.box == BOX
     assert captions[1].prompt.points == ((9, 9, 1),)
     assert captions[2].text == captions[3].text
-    assert (captions[2].prompt.mask == inside).all()
-    assert len(predictor.segment(masks=[inside])[0]) == 3
+    assert (captions[2].prompt.mask == mask).all()
+    assert len(predictor.segment(masks=[mask])[0]) == 3
 
 
-def test_caption_array_is_the_mask(predictor, scene):
+def test_caption_array_returns_the_mask_as_a_boolean_array(predictor, scene):
     (caption,) = predictor.predict(boxes=[BOX])
     assert caption.array.shape == (scene.image.height, scene.image.width)
     assert caption.array.dtype == bool
@@ -57,7 +57,7 @@ def test_caption_array_is_the_mask(predictor, scene):
 
 
 @pytest.mark.parametrize(
-    ("keyword", "closest"),
+    ("keyword", "closest_name"),
     [
         ("bboxes", "boxes"),
         ("box", "boxes"),
@@ -67,12 +67,12 @@ def test_caption_array_is_the_mask(predictor, scene):
         ("max_tokens", "max_new_tokens"),
     ],
 )
-def test_unknown_keyword_is_a_type_error_with_the_closest_name(idle, keyword, closest):
-    for call in (idle.predict, lambda **given: idle.predict_batch([], [], **given)):
+def test_predict_unknown_keyword_raises_type_error_with_the_closest_name(idle_predictor, keyword, closest_name):
+    for predict in (idle_predictor.predict, lambda **given: idle_predictor.predict_batch([], [], **given)):
         with pytest.raises(TypeError, match=rf"has no argument '{keyword}'"):
-            call(**{keyword: [BOX]})
-    with pytest.raises(TypeError, match=rf"predict\(\) has no argument '{keyword}'. Did you mean '{closest}'\?"):
-        idle.predict(**{keyword: [BOX]})
+            predict(**{keyword: [BOX]})
+    with pytest.raises(TypeError, match=rf"predict\(\) has no argument '{keyword}'. Did you mean '{closest_name}'\?"):
+        idle_predictor.predict(**{keyword: [BOX]})
 
 
 @pytest.mark.parametrize(
@@ -92,32 +92,32 @@ def test_unknown_keyword_is_a_type_error_with_the_closest_name(idle, keyword, cl
         ({"task": "describe"}, "unknown task 'describe'"),
     ],
 )
-def test_predict_refuses_options_that_cannot_be_meant(predictor, options, message, monkeypatch):
+def test_predict_rejects_invalid_generation_options(predictor, options, message, monkeypatch):
     monkeypatch.setattr(predictor.engine, "_caption_prompt_batch", lambda *_, **__: pytest.fail("computed"))
     with pytest.raises(ValueError, match=message):
         predictor.predict(boxes=[BOX], **options)
 
 
-def test_empty_requests_are_an_error(idle):
+def test_predict_rejects_empty_requests(idle_predictor):
     with pytest.raises(InputError, match="no regions; give prompts, boxes, points or masks"):
-        idle.predict()
+        idle_predictor.predict()
     with pytest.raises(InputError, match="no region"):
-        idle.predict(boxes=np.zeros((0, 4)))
+        idle_predictor.predict(boxes=np.zeros((0, 4)))
     with pytest.raises(InputError, match="no region"):
-        idle.predict_batch([Image.new("RGB", (9, 9))], [[]])
+        idle_predictor.predict_batch([Image.new("RGB", (9, 9))], [[]])
 
 
-def test_prompts_of_another_type_are_named_by_index(idle):
+def test_predict_names_an_invalid_prompt_by_index(idle_predictor):
     with pytest.raises(InputError, match=r"prompt 1: tuple is not a prompt; give sca.Prompt"):
-        idle.predict([Prompt(box=BOX), BOX])
+        idle_predictor.predict([Prompt(box=BOX), BOX])
     with pytest.raises(InputError, match=r"prompt 0: the mask is 5 x 5"):
-        idle.predict(masks=[np.ones((5, 5), bool)])
-    with pytest.raises(InputError, match=r"prompt 1: the mask is unusable: the runs in 'counts'"):
-        idle.predict(boxes=[BOX], masks=[{"size": [9, 9], "counts": "0"}])
+        idle_predictor.predict(masks=[np.ones((5, 5), bool)])
+    with pytest.raises(InputError, match=r"prompt 1: invalid mask: the runs in 'counts'"):
+        idle_predictor.predict(boxes=[BOX], masks=[{"size": [9, 9], "counts": "0"}])
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"),
+    ("arguments", "message"),
     [
         ({"prompts": Prompt(box=BOX)}, "prompts is of type Prompt; give a list of prompts"),
         ({"boxes": [1, 2, 30, 40]}, r"boxes is a list of numbers; give a list of boxes: boxes=\[\[1, 2, 30, 40\]\]"),
@@ -126,18 +126,18 @@ def test_prompts_of_another_type_are_named_by_index(idle):
         ({"boxes": None, "points": None}, "no region"),
     ],
 )
-def test_one_region_in_place_of_a_list_is_refused(idle, request_, message):
+def test_predict_rejects_a_single_region_instead_of_a_list(idle_predictor, arguments, message):
     with pytest.raises(InputError, match=message):
-        idle.predict(**request_)
+        idle_predictor.predict(**arguments)
     with pytest.raises(InputError, match=message):
-        idle.segment(**request_)
+        idle_predictor.segment(**arguments)
 
 
-def test_predict_takes_none_for_no_regions(predictor):
+def test_predict_accepts_none_for_no_regions(predictor):
     assert len(predictor.predict(boxes=None, points=[(9, 9)])) == 1
 
 
-def test_several_captions_are_found_by_as_many_beams_or_drawn_one_by_one(predictor, monkeypatch):
+def test_predict_num_captions_uses_as_many_beams_or_samples(predictor, monkeypatch):
     (caption,) = predictor.predict(boxes=[BOX], num_captions=3)
     assert len(caption.alternatives) == 2
     monkeypatch.setattr(type(predictor.engine), "generation", {"max_new_tokens": 5, "num_beams": 2})
@@ -148,63 +148,65 @@ def test_several_captions_are_found_by_as_many_beams_or_drawn_one_by_one(predict
             predictor.predict(boxes=[BOX], num_captions=3, num_beams=2, do_sample=do_sample)
 
 
-def test_seed_of_the_spec_is_used(model, scene):
+def test_predict_uses_the_seed_of_the_spec(model, scene):
     spec = replace(model.spec, generation={"do_sample": True, "temperature": 3.0, "seed": 3})
     predictor = sca.Predictor(model)
     predictor.set_image(scene.image)
     expected = predictor.predict(boxes=[BOX], do_sample=True, temperature=3.0, seed=3)
-    before, model.spec = model.spec, spec
+    original_spec, model.spec = model.spec, spec
     try:
         assert predictor.predict(boxes=[BOX])[0].text == expected[0].text
     finally:
-        model.spec = before
+        model.spec = original_spec
 
 
-def test_usage_ends_at_the_first_end_and_counts_ordinary_padding_ids():
+def test_count_tokens_stops_at_the_first_eos_and_counts_ids_equal_to_padding():
     assert count_tokens(3, [[5, 0, 7, 2], [5, 0, 7, 9], [2, 0, 0, 0]], [2]) == (3, (4, 4, 1), (False, True, False))
 
 
-def test_predict_batch_equals_predict_and_keeps_the_image(predictor, scene):
-    other = np.asarray(scene.image.rotate(90))
+def test_predict_batch_matches_predict_and_keeps_the_current_image(predictor, scene):
+    rotated_image = np.asarray(scene.image.rotate(90))
     requests = [[Prompt(box=BOX), Prompt(points=((9, 9, 1),))], [], [Prompt(box=BOX)]]
-    before = predictor.image
-    found = predictor.predict_batch([scene.image, scene.image, other], requests, max_new_tokens=5)
-    assert predictor.image is before
-    assert [len(captions) for captions in found] == [2, 0, 1]
-    for image, request, captions in zip([scene.image, scene.image, other], requests, found, strict=True):
+    current_image = predictor.image
+    batch_captions = predictor.predict_batch([scene.image, scene.image, rotated_image], requests, max_new_tokens=5)
+    assert predictor.image is current_image
+    assert [len(captions) for captions in batch_captions] == [2, 0, 1]
+    for image, request, captions in zip(
+        [scene.image, scene.image, rotated_image], requests, batch_captions, strict=True
+    ):
         if request:
             predictor.set_image(image)
-            alone = predictor.predict(request, max_new_tokens=5)
-            assert [each.text for each in captions] == [each.text for each in alone]
-            assert [each.region_id for each in captions] == [each.region_id for each in alone]
+            expected = predictor.predict(request, max_new_tokens=5)
+            assert [each.text for each in captions] == [each.text for each in expected]
+            assert [each.region_id for each in captions] == [each.region_id for each in expected]
 
 
 @pytest.mark.parametrize(
     ("images", "requests", "message"),
     [
-        (2, [[Prompt(box=BOX)]], "there are 2 images and 1 requests"),
+        (2, [[Prompt(box=BOX)]], "2 images, but 1 requests"),
         (1, [[BOX]], "image 0: prompt 0: tuple is not a prompt"),
         (2, [[Prompt(box=BOX)], [Prompt(box=(5000, 0, 5010, 9))]], "image 1: prompt 0: the box"),
         (None, [[Prompt(box=BOX)]], "images and requests must be lists"),
         ("text", [[Prompt(box=BOX)]], "image 0: str is not an image"),
     ],
 )
-def test_predict_batch_checks_lengths_ranges_and_types(idle, scene, images, requests, message):
-    given = {None: scene.image, "text": ["a.png"]}.get(images) or [scene.image] * images
+def test_predict_batch_checks_lengths_ranges_and_types(idle_predictor, scene, images, requests, message):
+    image_list = {None: scene.image, "text": ["a.png"]}.get(images) or [scene.image] * images
     with pytest.raises(ValueError, match=message):
-        idle.predict_batch(given, requests)
+        idle_predictor.predict_batch(image_list, requests)
 
 
-def test_predict_batch_checks_its_task_before_it_encodes(idle, scene, monkeypatch):
-    monkeypatch.setattr(idle.engine, "encode", lambda *_: pytest.fail("encoded"))
+def test_predict_batch_checks_its_task_before_encoding(idle_predictor, scene, monkeypatch):
+    monkeypatch.setattr(idle_predictor.engine, "encode", lambda *_: pytest.fail("encoded"))
     with pytest.raises(ValueError, match="unknown task 'describe'"):
-        idle.predict_batch([scene.image], [[Prompt(box=BOX)]], task="describe")
+        idle_predictor.predict_batch([scene.image], [[Prompt(box=BOX)]], task="describe")
 
 
-def test_caption_everything_takes_search_and_generation_options_over_the_models_own(predictor):
-    few = sca.caption_everything(predictor, points_per_side=2, max_new_tokens=3)
+def test_caption_everything_options_override_those_of_the_model(predictor):
+    captions = sca.caption_everything(predictor, points_per_side=2, max_new_tokens=3)
     options = EverythingOptions(**{**vars(predictor.engine.everything), "points_per_side": 2})
-    assert few == sca.caption_everything(predictor, options=options, max_new_tokens=3)
+    assert captions == sca.caption_everything(predictor, options=options, max_new_tokens=3)
     message = r"caption_everything\(\) has no argument 'point_per_side'. Did you mean 'points_per_side'\?"
     with pytest.raises(TypeError, match=message):
         sca.caption_everything(predictor, point_per_side=2)
@@ -213,7 +215,7 @@ def test_caption_everything_takes_search_and_generation_options_over_the_models_
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         ({"points_per_side": "many"}, r"everything\.points_per_side is 'many'"),
         ({"task": "name"}, "unknown task 'name'"),
@@ -223,17 +225,17 @@ def test_caption_everything_takes_search_and_generation_options_over_the_models_
         ({"num_beams": 0}, "num_beams is 0"),
     ],
 )
-def test_caption_everything_checks_arguments_before_it_searches(idle, given, message, monkeypatch):
-    monkeypatch.setattr(idle.model, "segment", lambda *_: pytest.fail("searched"))
+def test_caption_everything_checks_arguments_before_searching(idle_predictor, arguments, message, monkeypatch):
+    monkeypatch.setattr(idle_predictor.model, "segment", lambda *_: pytest.fail("searched"))
     with pytest.raises(ValueError, match=message):
-        sca.caption_everything(idle, **given)
+        sca.caption_everything(idle_predictor, **arguments)
 
 
-def test_predictor_refuses_a_name_in_place_of_a_model():
+def test_predictor_rejects_a_model_name_and_suggests_load():
     with pytest.raises(ValueError, match=r"give a model, such as sca.load\('sca-tiny'\)"):
         sca.Predictor("sca-tiny")
 
 
 @pytest.mark.parametrize("method", ["predict", "predict_batch"])
-def test_generation_options_are_explicit_keywords(method):
+def test_predict_methods_list_generation_options_as_keywords(method):
     assert set(GENERATION_OPTIONS) < set(inspect.signature(getattr(sca.Predictor, method)).parameters)

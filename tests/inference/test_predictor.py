@@ -16,62 +16,62 @@ from sca.inference.predictor import Predictor
 from sca.io.masks import decode_rle, mask_to_box
 from sca.proposers.grid import PointGrid
 
-RESAMPLER = {"name": "resampler", "num_queries": 2, "depth": 1, "num_heads": 2, "mlp_dim": 64}
+RESAMPLER_MIXER = {"name": "resampler", "num_queries": 2, "depth": 1, "num_heads": 2, "mlp_dim": 64}
 
 
 @pytest.fixture
-def counted(small, monkeypatch):
+def build_counting_predictor(build_small_model, monkeypatch):
     """A predictor, and how often each stage was called, with how many rows."""
 
-    def make(regions=64, **fields):
-        model = small(**fields)
+    def build_predictor(regions=64, **fields):
+        model = build_small_model(**fields)
         calls = {}
 
-        def watch(owner, name, rows):
-            stage = getattr(owner, name)
+        def count_calls(module, name, count_rows):
+            stage = getattr(module, name)
 
-            def called(*arguments, **options):
-                calls.setdefault(name, []).append(rows(*arguments))
+            def run_and_count(*arguments, **options):
+                calls.setdefault(name, []).append(count_rows(*arguments))
                 return stage(*arguments, **options)
 
-            monkeypatch.setattr(owner, name, called)
+            monkeypatch.setattr(module, name, run_and_count)
 
-        watch(model, "encode", len)
-        watch(model, "segment", lambda features, prompts, *_: len(prompts))
-        watch(model, "prepare_mixer", len)
-        watch(model, "mix", lambda regions, *_: len(regions))
-        watch(model.language_model, "generate", lambda prefix, *_: len(prefix))
+        count_calls(model, "encode", len)
+        count_calls(model, "segment", lambda features, prompts, *_: len(prompts))
+        count_calls(model, "prepare_mixer", len)
+        count_calls(model, "mix", lambda regions, *_: len(regions))
+        count_calls(model.language_model, "generate", lambda prefix, *_: len(prefix))
         return Predictor(model, regions), calls
 
-    return make
+    return build_predictor
 
 
-def mixed(scene):
+def make_mixed_prompts(scene):
     """Prompts of every kind, in no order."""
-    first, second, third, *_ = scene.regions
-    (x1, y1, x2, y2), mask = third.box, decode_rle(first.mask)
+    first_region, second_region, third_region, *_ = scene.regions
+    (x1, y1, x2, y2), mask = third_region.box, decode_rle(first_region.mask)
     return [
-        Prompt(box=first.box),
+        Prompt(box=first_region.box),
         Prompt(points=((x1 + 2, y1 + 2, 1),)),
-        Prompt(box=second.box),
+        Prompt(box=second_region.box),
         Prompt(mask=mask),
-        Prompt(box=third.box, points=(((x1 + x2) / 2, (y1 + y2) / 2, 1),)),
+        Prompt(box=third_region.box, points=(((x1 + x2) / 2, (y1 + y2) / 2, 1),)),
         Prompt(points=((x1 + 3, y1 + 3, 1), (1, 1, 0))),
         Prompt(points=((x2 - 2, y2 - 2, 1),)),
     ]
 
 
-def alike(one, other):
+def are_captions_close(caption, expected):
     """The same answer, but for the last bits of numbers that were added in another order."""
-    close = one.score == pytest.approx(other.score, rel=1e-4)
-    close = close and one.predicted_iou == pytest.approx(other.predicted_iou, abs=1e-4)
-    differs = (decode_rle(one.mask) != decode_rle(other.mask)).mean()
-    asked = (one.prompt.box, one.prompt.points) == (other.prompt.box, other.prompt.points)
-    return close and one.text == other.text and asked and differs < 0.01
+    scores_close = caption.score == pytest.approx(expected.score, rel=1e-4)
+    scores_close = scores_close and caption.predicted_iou == pytest.approx(expected.predicted_iou, abs=1e-4)
+    mask_difference = (decode_rle(caption.mask) != decode_rle(expected.mask)).mean()
+    same_prompt = (caption.prompt.box, caption.prompt.points) == (expected.prompt.box, expected.prompt.points)
+    return scores_close and caption.text == expected.text and same_prompt and mask_difference < 0.01
 
 
-def test_an_image_is_encoded_once_and_asked_as_often_as_wanted(counted, scene):
-    predictor, calls = counted()
+def test_predictor_encodes_an_image_once_for_many_predictions(build_counting_predictor, scene):
+    predictor, calls = build_counting_predictor()
     predictor.set_image(scene.image)
     for region in scene.regions:
         predictor.predict(boxes=[region.box])
@@ -80,85 +80,85 @@ def test_an_image_is_encoded_once_and_asked_as_often_as_wanted(counted, scene):
     assert calls["generate"] == [1] * len(scene.regions) + [2]
 
 
-def test_mixed_requests_come_back_in_order(counted, scene):
-    predictor, calls = counted()
-    prompts = mixed(scene)
-    together = predictor.engine.caption(scene.image, prompts)
-    assert [caption.region_id for caption in together] == list(range(len(prompts)))
-    assert all(caption.prompt is prompt for caption, prompt in zip(together, prompts, strict=True))
+def test_engine_caption_keeps_the_order_of_mixed_prompts(build_counting_predictor, scene):
+    predictor, calls = build_counting_predictor()
+    prompts = make_mixed_prompts(scene)
+    captions = predictor.engine.caption(scene.image, prompts)
+    assert [caption.region_id for caption in captions] == list(range(len(prompts)))
+    assert all(caption.prompt is prompt for caption, prompt in zip(captions, prompts, strict=True))
     assert sorted(calls["segment"]) == [1, 1, 1, 2, 2]
     predictor.set_image(scene.image)
-    for prompt, caption in zip(prompts, together, strict=True):
-        assert alike(predictor.predict([prompt])[0], caption)
+    for prompt, caption in zip(prompts, captions, strict=True):
+        assert are_captions_close(predictor.predict([prompt])[0], caption)
 
 
-def test_several_images_answer_as_each_alone(counted, scene):
-    predictor, calls = counted()
+def test_engine_caption_batch_matches_each_image_captioned_alone(build_counting_predictor, scene):
+    predictor, calls = build_counting_predictor()
     images = [scene.image, scene.image.resize((96, 60)), scene.image]
-    requests = [mixed(scene)[:3], [], mixed(scene)]
-    together = predictor.engine.caption_batch(predictor.engine.encode(images), requests)
+    requests = [make_mixed_prompts(scene)[:3], [], make_mixed_prompts(scene)]
+    batch_captions = predictor.engine.caption_batch(predictor.engine.encode(images), requests)
     assert calls["encode"] == [3]
-    assert [len(captions) for captions in together] == [3, 0, 7]
-    for image, request, captions in zip(images, requests, together, strict=True):
-        for caption, alone in zip(captions, predictor.engine.caption(image, request), strict=True):
-            assert alike(caption, alone)
-            assert caption.region_id == alone.region_id
+    assert [len(captions) for captions in batch_captions] == [3, 0, 7]
+    for image, request, captions in zip(images, requests, batch_captions, strict=True):
+        for caption, expected in zip(captions, predictor.engine.caption(image, request), strict=True):
+            assert are_captions_close(caption, expected)
+            assert caption.region_id == expected.region_id
 
 
-def test_how_many_regions_go_at_a_time_changes_memory_and_not_answers(counted, scene):
+def test_predictor_regions_per_chunk_does_not_change_captions(build_counting_predictor, scene):
     boxes = [region.box for region in scene.regions]
-    many, _ = counted()
-    few, calls = counted(regions=3)
-    many.set_image(scene.image)
-    few.set_image(scene.image)
-    expected, found = many.predict(boxes=boxes), few.predict(boxes=boxes)
-    assert [caption.text for caption in found] == [caption.text for caption in expected]
+    predictor, _ = build_counting_predictor()
+    chunked_predictor, calls = build_counting_predictor(regions=3)
+    predictor.set_image(scene.image)
+    chunked_predictor.set_image(scene.image)
+    expected, captions = predictor.predict(boxes=boxes), chunked_predictor.predict(boxes=boxes)
+    assert [caption.text for caption in captions] == [caption.text for caption in expected]
     assert max(calls["segment"]) <= 3
     assert sum(calls["segment"]) == len(boxes)
 
 
-def test_what_regions_share_is_computed_once_for_all_chunks(counted, scene):
-    predictor, calls = counted(regions=1, mixer=RESAMPLER)
+def test_predictor_prepares_the_mixer_once_for_all_chunks(build_counting_predictor, scene):
+    predictor, calls = build_counting_predictor(regions=1, mixer=RESAMPLER_MIXER)
     predictor.set_image(scene.image)
-    found = predictor.predict(boxes=[region.box for region in scene.regions])
+    captions = predictor.predict(boxes=[region.box for region in scene.regions])
     assert len(calls["mix"]) == len(scene.regions) > 1
     assert len(calls["prepare_mixer"]) == 1
-    together = Engine(predictor.model).caption(scene.image, [caption.prompt for caption in found])
-    assert [caption.text for caption in together] == [caption.text for caption in found]
+    unchunked_captions = Engine(predictor.model).caption(scene.image, [caption.prompt for caption in captions])
+    assert [caption.text for caption in unchunked_captions] == [caption.text for caption in captions]
 
 
-def test_all_candidates_for_a_mask_can_be_had_or_the_single_one(counted, scene):
-    predictor, calls = counted(regions=2)
+def test_predictor_segment_returns_three_masks_or_one_per_prompt(build_counting_predictor, scene):
+    predictor, calls = build_counting_predictor(regions=2)
     predictor.set_image(scene.image)
-    prompts = mixed(scene)
-    three, one = predictor.segment(prompts), predictor.segment(prompts, multimask_output=False)
-    assert [len(masks) for masks in three] == [3] * len(prompts)
-    assert [len(masks) for masks in one] == [1] * len(prompts)
+    prompts = make_mixed_prompts(scene)
+    candidates, single_masks = predictor.segment(prompts), predictor.segment(prompts, multimask_output=False)
+    assert [len(masks) for masks in candidates] == [3] * len(prompts)
+    assert [len(masks) for masks in single_masks] == [1] * len(prompts)
     assert "generate" not in calls
-    for masks, caption in zip(three, predictor.predict(prompts), strict=True):
+    for masks, caption in zip(candidates, predictor.predict(prompts), strict=True):
         ious = [mask.predicted_iou for mask in masks]
         assert ious == sorted(ious, reverse=True)
-        differs = decode_rle(masks[0].rle) != decode_rle(caption.mask)
-        assert differs.mean() < 0.01  # logits close to zero fall either way
+        mask_difference = decode_rle(masks[0].rle) != decode_rle(caption.mask)
+        assert mask_difference.mean() < 0.01  # logits close to zero fall either way
         assert ious[0] == pytest.approx(caption.predicted_iou)
 
 
-def test_several_captions_a_region_come_best_first(counted, scene):
-    predictor, _ = counted()
+def test_predictor_returns_alternative_captions_on_request(build_counting_predictor, scene):
+    predictor, _ = build_counting_predictor()
     predictor.set_image(scene.image)
     boxes = [region.box for region in scene.regions]
     for caption in predictor.predict(boxes=boxes, num_beams=3, num_captions=3):
-        told = [(caption.text, caption.score), *caption.alternatives]
-        assert len(told) == 3
-        assert all(0 <= score <= 1 for _, score in told)
-    best = predictor.predict(boxes=boxes, num_beams=3)
-    again = predictor.predict(boxes=boxes, num_beams=3, num_captions=2)
-    assert [caption.text for caption in again] == [caption.text for caption in best]
-    assert all(not caption.alternatives for caption in best)
+        ranked_captions = [(caption.text, caption.score), *caption.alternatives]
+        assert len(ranked_captions) == 3
+        assert all(0 <= score <= 1 for _, score in ranked_captions)
+    single_captions = predictor.predict(boxes=boxes, num_beams=3)
+    captions_of_two = predictor.predict(boxes=boxes, num_beams=3, num_captions=2)
+    assert [caption.text for caption in captions_of_two] == [caption.text for caption in single_captions]
+    assert all(not caption.alternatives for caption in single_captions)
 
 
-def test_an_answer_is_in_the_images_own_pixels(counted, scene):
-    predictor, _ = counted()
+def test_predictor_returns_boxes_and_masks_in_image_pixels(build_counting_predictor, scene):
+    predictor, _ = build_counting_predictor()
     predictor.set_image(scene.image)
     box = scene.regions[0].box
     by_box, by_point = predictor.predict(boxes=[box], points=[(50, 50)])
@@ -170,24 +170,24 @@ def test_an_answer_is_in_the_images_own_pixels(counted, scene):
     assert by_point.prompt == Prompt(points=((50.0, 50.0, 1),))
 
 
-def test_an_array_is_taken_as_well_as_a_picture(counted, scene):
-    predictor, _ = counted()
+def test_predictor_set_image_accepts_arrays_and_pil_images(build_counting_predictor, scene):
+    predictor, _ = build_counting_predictor()
     predictor.set_image(scene.image)
     expected = predictor.predict(points=[(40, 40)])
     predictor.set_image(np.asarray(scene.image))
     assert predictor.predict(points=[(40, 40)]) == expected
 
 
-def test_without_masks_there_are_captions_and_boxes(counted, scene):
-    predictor, _ = counted(segmenter={"name": "box"})
+def test_engine_without_masks_returns_captions_and_boxes(build_counting_predictor, scene):
+    predictor, _ = build_counting_predictor(segmenter={"name": "box"})
     (caption,) = predictor.engine.caption(scene.image, [Prompt(box=scene.regions[0].box)])
     assert caption.mask is None
     assert caption.predicted_iou is None
     assert caption.box == scene.regions[0].box
 
 
-def test_mistakes_say_what_to_do(counted, scene):
-    predictor, _ = counted()
+def test_predictor_errors_suggest_a_fix(build_counting_predictor, scene):
+    predictor, _ = build_counting_predictor()
     with pytest.raises(ValueError, match="set_image"):
         predictor.predict(points=[(1, 1)])
     with pytest.raises(ValueError, match="set_image"):
@@ -201,82 +201,92 @@ def test_mistakes_say_what_to_do(counted, scene):
         predictor.predict(points=[(1, 1)])
 
 
-def finished(search):
+def run_to_end(generator):
     """What a generator returns."""
     while True:
         try:
-            next(search)
-        except StopIteration as end:
-            return end.value
+            next(generator)
+        except StopIteration as stop:
+            return stop.value
 
 
 # --- everything -----------------------------------------------------------------------------------------------------
 
-ANY = EverythingOptions(points_per_side=6, pred_iou_thresh=-10.0, stability_score_thresh=0.0, box_nms_thresh=0.5)
-ALL = EverythingOptions(
+LENIENT_OPTIONS = EverythingOptions(
+    points_per_side=6, pred_iou_thresh=-10.0, stability_score_thresh=0.0, box_nms_thresh=0.5
+)
+KEEP_ALL_OPTIONS = EverythingOptions(
     points_per_side=3, pred_iou_thresh=-10.0, stability_score_thresh=0.0, box_nms_thresh=1.0
 )  # all three masks of nine points
 
 
-def test_everything_encodes_once_and_writes_captions_for_the_survivors_only(counted, scene):
-    predictor, calls = counted(regions=10)
+def test_caption_everything_encodes_once_and_captions_only_kept_regions(build_counting_predictor, scene):
+    predictor, calls = build_counting_predictor(regions=10)
     predictor.set_image(scene.image)
-    seen = []
-    captions = caption_everything(predictor, options=ANY, progress=lambda done, of: seen.append((done, of)))
+    progress_calls = []
+    captions = caption_everything(
+        predictor, options=LENIENT_OPTIONS, progress=lambda done, of: progress_calls.append((done, of))
+    )
     assert calls["encode"] == [1]
-    assert seen == [(0, 36), (10, 36), (20, 36), (30, 36), (36, 36)]
+    assert progress_calls == [(0, 36), (10, 36), (20, 36), (30, 36), (36, 36)]
     assert 0 < len(captions) < 36
     assert calls["generate"] == [len(captions)]
     assert sum(calls["mix"]) == len(captions)
     assert sum(calls["segment"]) == 36 + len(captions)
 
 
-def test_a_full_size_mask_is_made_once_for_what_is_looked_at_in_full_size(counted, scene, monkeypatch):
-    predictor, _ = counted()
+def test_caption_everything_computes_each_full_size_mask_once(build_counting_predictor, scene, monkeypatch):
+    predictor, _ = build_counting_predictor()
     predictor.set_image(scene.image)
-    processor, made = predictor.engine.processor, []
+    processor, full_size_masks = predictor.engine.processor, []
     iter_masks = processor.iter_binary_masks
-    monkeypatch.setattr(processor, "iter_binary_masks", lambda *args: (made.extend(args[1]), iter_masks(*args))[1])
-    captions = caption_everything(predictor, options=ALL)  # no filter that looks at full size leaves anything out
-    assert len(made) == len(captions) > 9
+    monkeypatch.setattr(
+        processor, "iter_binary_masks", lambda *args: (full_size_masks.extend(args[1]), iter_masks(*args))[1]
+    )
+    captions = caption_everything(
+        predictor, options=KEEP_ALL_OPTIONS
+    )  # no filter that looks at full size leaves anything out
+    assert len(full_size_masks) == len(captions) > 9
 
 
-def test_what_everything_finds_is_told_with_the_mask_it_was_found_by_best_first(counted, scene):
-    predictor, _ = counted()
+def test_caption_everything_sorts_by_predicted_iou_and_keeps_masks_of_the_search(build_counting_predictor, scene):
+    predictor, _ = build_counting_predictor()
     predictor.set_image(scene.image)
-    captions = caption_everything(predictor, options=ALL)
+    captions = caption_everything(predictor, options=KEEP_ALL_OPTIONS)
     assert len(captions) > 9
     assert [caption.predicted_iou for caption in captions] == sorted(
         (caption.predicted_iou for caption in captions), reverse=True
     )
     for caption in captions:
         assert caption.box == caption.prompt.box == mask_to_box(caption.mask)
-    asked = predictor.predict([caption.prompt for caption in captions])
-    assert [caption.text for caption in captions] == [caption.text for caption in asked]
+    predicted = predictor.predict([caption.prompt for caption in captions])
+    assert [caption.text for caption in captions] == [caption.text for caption in predicted]
 
 
 @pytest.mark.parametrize(
     "options", [{"pred_iou_thresh": 10.0}, {"stability_score_thresh": 1.1}, {"min_area": 1.1}, {"max_area": -1.0}]
 )
-def test_each_filter_can_leave_nothing_and_then_nothing_is_written(counted, scene, options):
-    predictor, calls = counted()
+def test_caption_everything_generates_nothing_if_a_filter_removes_all_masks(build_counting_predictor, scene, options):
+    predictor, calls = build_counting_predictor()
     predictor.set_image(scene.image)
-    assert caption_everything(predictor, options=EverythingOptions(**{**vars(ANY), **options})) == []
+    assert caption_everything(predictor, options=EverythingOptions(**{**vars(LENIENT_OPTIONS), **options})) == []
     assert "generate" not in calls
 
 
-def test_of_two_masks_that_overlap_too_much_the_better_stays(counted, scene):
-    predictor, _ = counted()
+def test_caption_everything_box_nms_keeps_the_better_of_overlapping_masks(build_counting_predictor, scene):
+    predictor, _ = build_counting_predictor()
     predictor.set_image(scene.image)
-    loose = caption_everything(predictor, options=ALL)
-    strict = caption_everything(predictor, options=EverythingOptions(**{**vars(ALL), "box_nms_thresh": 0.0}))
-    assert len(strict) < len(loose)
-    assert strict[0].box == loose[0].box
+    all_captions = caption_everything(predictor, options=KEEP_ALL_OPTIONS)
+    suppressed_captions = caption_everything(
+        predictor, options=EverythingOptions(**{**vars(KEEP_ALL_OPTIONS), "box_nms_thresh": 0.0})
+    )
+    assert len(suppressed_captions) < len(all_captions)
+    assert suppressed_captions[0].box == all_captions[0].box
 
 
-def test_mask_nms_suppresses_a_region_whose_box_is_large_for_a_stray_cell(counted):
+def test_caption_everything_mask_nms_suppresses_a_mask_with_a_stray_cell(build_counting_predictor):
     """The second mask's box overlaps little with the first's."""
-    predictor, _ = counted()
+    predictor, _ = build_counting_predictor()
     predictor.set_image(Image.new("RGB", (64, 64)))
     segmenter = predictor.model.segmenter
 
@@ -291,20 +301,24 @@ def test_mask_nms_suppresses_a_region_whose_box_is_large_for_a_stray_cell(counte
             return replace(regions, masks=masks, iou_scores=torch.tensor([[0.8, 0.9, 0.7]]).expand(len(prompts), -1))
 
     predictor.model.segmenter = Fixed()
-    found = caption_everything(predictor, options=replace(ANY, mask_nms_thresh=0.5))
-    assert [round(caption.predicted_iou, 1) for caption in found] == [0.9, 0.7]
-    as_in_sam = caption_everything(predictor, options=ANY)
-    assert [round(caption.predicted_iou, 1) for caption in as_in_sam] == [0.9, 0.8, 0.7]
+    captions = caption_everything(predictor, options=replace(LENIENT_OPTIONS, mask_nms_thresh=0.5))
+    assert [round(caption.predicted_iou, 1) for caption in captions] == [0.9, 0.7]
+    box_nms_captions = caption_everything(predictor, options=LENIENT_OPTIONS)
+    assert [round(caption.predicted_iou, 1) for caption in box_nms_captions] == [0.9, 0.8, 0.7]
 
 
-@pytest.mark.parametrize(("kind", "box", "points"), [("box", 1, 0), ("point", 0, 1), ("box-and-point", 1, 1)])
-def test_what_is_found_is_captioned_from_what_one_wants(counted, scene, kind, box, points):
-    predictor, _ = counted()
+@pytest.mark.parametrize(
+    ("caption_from", "num_boxes", "num_points"), [("box", 1, 0), ("point", 0, 1), ("box-and-point", 1, 1)]
+)
+def test_caption_everything_captions_from_the_prompt_kind_of_caption_from(
+    build_counting_predictor, scene, caption_from, num_boxes, num_points
+):
+    predictor, _ = build_counting_predictor()
     predictor.set_image(scene.image)
-    found = caption_everything(predictor, options=replace(ANY, caption_from=kind))
-    assert found
-    for caption in found:
-        assert ((caption.prompt.box is not None), len(caption.prompt.points)) == (box, points)
+    captions = caption_everything(predictor, options=replace(LENIENT_OPTIONS, caption_from=caption_from))
+    assert captions
+    for caption in captions:
+        assert ((caption.prompt.box is not None), len(caption.prompt.points)) == (num_boxes, num_points)
         assert caption.box == mask_to_box(caption.mask)
         for x, y, label in caption.prompt.points:
             assert 0 <= x < scene.image.width
@@ -313,19 +327,19 @@ def test_what_is_found_is_captioned_from_what_one_wants(counted, scene, kind, bo
 
 
 @pytest.mark.slow
-def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
+def test_everything_search_of_crops_returns_masks_in_image_pixels(build_counting_predictor):
     """A stand-in for masks: what is bright. In a crop it is the same thing at another place of the frame."""
-    predictor, calls = counted()
+    predictor, calls = build_counting_predictor()
     pixels = np.zeros((128, 192, 3), np.uint8)
     pixels[52:60, 100:116] = 255
     pixels[4:12, 6:14] = 255
     predictor.set_image(pixels)
     segmenter = predictor.model.segmenter
     encode = predictor.model.encode
-    seen = {}
+    latest = {}
 
-    def remember(batch):
-        seen["bright"] = (batch[:, 0] > 1.5).float()  # (B, S, S)
+    def encode_and_store(batch):
+        latest["bright"] = (batch[:, 0] > 1.5).float()  # (B, S, S)
         return encode(batch)
 
     class Bright(torch.nn.Module):
@@ -333,14 +347,14 @@ def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
 
         def forward(self, features, prompts, multimask_output=True):
             regions = segmenter(features, prompts, multimask_output)
-            bright = torch.nn.functional.adaptive_avg_pool2d(seen["bright"], regions.masks.shape[-2:]) * 18 - 9
-            at = (prompts.points[:, 0] * regions.masks.shape[-1] / regions.image_size).long()  # (N, 2) x y
-            hit = bright[0, at[:, 1], at[:, 0]] > 0
-            masks = torch.where(hit[:, None, None, None], bright[None], torch.full_like(regions.masks, -9.0))
+            bright = torch.nn.functional.adaptive_avg_pool2d(latest["bright"], regions.masks.shape[-2:]) * 18 - 9
+            cells = (prompts.points[:, 0] * regions.masks.shape[-1] / regions.image_size).long()  # (N, 2) x y
+            is_on_bright = bright[0, cells[:, 1], cells[:, 0]] > 0
+            masks = torch.where(is_on_bright[:, None, None, None], bright[None], torch.full_like(regions.masks, -9.0))
             iou_scores = torch.full_like(regions.iou_scores, 0.9)
             return replace(regions, masks=masks.expand_as(regions.masks), iou_scores=iou_scores)
 
-    predictor.model.encode = remember
+    predictor.model.encode = encode_and_store
     predictor.model.segmenter = Bright()
     predictor.set_image(pixels)
     del calls["encode"][:]
@@ -353,117 +367,129 @@ def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
         crop_overlap_ratio=0.34,
         caption_from="box",
     )
-    search = finished(automatic._search_windows(predictor.engine, predictor.encoded, options))
+    found_regions = run_to_end(automatic._search_windows(predictor.engine, predictor.encoded, options))
     assert calls["encode"] == [1] * 4
-    small = [each for each in search if each.window != (0, 0, 192, 128)]
-    assert small, "a closer look stays in place of the one from afar"
-    truth = np.zeros((128, 192), bool)
-    truth[52:60, 100:116] = truth[4:12, 6:14] = True
-    for each in search:
-        assert (decode_rle(each.mask) & truth).sum() > 0.7 * decode_rle(each.mask).sum()
+    crop_regions = [found_region for found_region in found_regions if found_region.window != (0, 0, 192, 128)]
+    assert crop_regions, "a closer look stays in place of the one from afar"
+    bright_mask = np.zeros((128, 192), bool)
+    bright_mask[52:60, 100:116] = bright_mask[4:12, 6:14] = True
+    for found_region in found_regions:
+        assert (decode_rle(found_region.mask) & bright_mask).sum() > 0.7 * decode_rle(found_region.mask).sum()
 
 
-@pytest.mark.parametrize("size", [(64, 64), (70, 70), (300, 9), (1, 1)])
+@pytest.mark.parametrize("image_size", [(64, 64), (70, 70), (300, 9), (1, 1)])
 @pytest.mark.slow
-def test_crops_of_small_and_narrow_images_are_pictures(counted, size):
-    predictor, _ = counted()
-    predictor.set_image(Image.new("RGB", size))
-    caption_everything(predictor, options=replace(ANY, points_per_side=2, crop_n_layers=4))
+def test_caption_everything_with_crop_layers_accepts_small_and_narrow_images(build_counting_predictor, image_size):
+    predictor, _ = build_counting_predictor()
+    predictor.set_image(Image.new("RGB", image_size))
+    caption_everything(predictor, options=replace(LENIENT_OPTIONS, points_per_side=2, crop_n_layers=4))
 
 
-def test_proposals_take_the_place_of_the_grid(counted, scene):
-    predictor, calls = counted()
+def test_caption_everything_uses_proposals_instead_of_the_grid(build_counting_predictor, scene):
+    predictor, calls = build_counting_predictor()
     predictor.set_image(scene.image)
-    boxes = [Prompt(box=region.box) for region in scene.regions]
-    mask = Prompt(mask=decode_rle(scene.regions[0].mask))
-    given = Proposals((*boxes, mask), (1.0,) * (len(boxes) + 1), (None,) * (len(boxes) + 1))
-    captions = caption_everything(predictor, options=ALL, proposals=given)
-    assert [caption.prompt for caption in captions] == [*boxes, mask]
-    assert [caption.region_id for caption in captions] == list(range(len(boxes) + 1))
-    assert sum(calls["segment"]) == len(boxes) + 1
-    several = Prompt(points=((5.0, 5.0, 0), (40.0, 40.0, 1)))
-    (caption,) = caption_everything(predictor, options=ALL, proposals=Proposals((several,), (1.0,), (None,)))
-    assert caption.prompt is several
-    points = PointGrid(points_per_side=3)(scene.image, "scene")
-    by_points = caption_everything(predictor, options=ALL, proposals=points)
-    assert [caption.box for caption in by_points] == [c.box for c in caption_everything(predictor, options=ALL)]
+    box_prompts = [Prompt(box=region.box) for region in scene.regions]
+    mask_prompt = Prompt(mask=decode_rle(scene.regions[0].mask))
+    proposals = Proposals(
+        (*box_prompts, mask_prompt), (1.0,) * (len(box_prompts) + 1), (None,) * (len(box_prompts) + 1)
+    )
+    captions = caption_everything(predictor, options=KEEP_ALL_OPTIONS, proposals=proposals)
+    assert [caption.prompt for caption in captions] == [*box_prompts, mask_prompt]
+    assert [caption.region_id for caption in captions] == list(range(len(box_prompts) + 1))
+    assert sum(calls["segment"]) == len(box_prompts) + 1
+    point_prompt = Prompt(points=((5.0, 5.0, 0), (40.0, 40.0, 1)))
+    (caption,) = caption_everything(
+        predictor, options=KEEP_ALL_OPTIONS, proposals=Proposals((point_prompt,), (1.0,), (None,))
+    )
+    assert caption.prompt is point_prompt
+    grid_proposals = PointGrid(points_per_side=3)(scene.image, "scene")
+    grid_captions = caption_everything(predictor, options=KEEP_ALL_OPTIONS, proposals=grid_proposals)
+    assert [caption.box for caption in grid_captions] == [
+        c.box for c in caption_everything(predictor, options=KEEP_ALL_OPTIONS)
+    ]
 
 
-@pytest.mark.parametrize(("count", "kept"), [(1, [2]), (2, [0, 2]), (3, [0, 2, 3]), (9, [0, 1, 2, 3])])
-def test_max_regions_keeps_the_proposals_with_the_best_scores_in_their_order(counted, scene, count, kept):
-    predictor, _ = counted()
+@pytest.mark.parametrize(("max_regions", "kept_indices"), [(1, [2]), (2, [0, 2]), (3, [0, 2, 3]), (9, [0, 1, 2, 3])])
+def test_caption_everything_max_regions_keeps_best_proposals_in_order(
+    build_counting_predictor, scene, max_regions, kept_indices
+):
+    predictor, _ = build_counting_predictor()
     predictor.set_image(scene.image)
-    boxes = tuple(Prompt(box=(0.0, 0.0, 10.0 + place, 10.0)) for place in range(4))
-    proposals = Proposals(boxes, (0.5, 0.1, 0.9, 0.5), (None,) * 4)
-    captions = caption_everything(predictor, options=ALL, proposals=proposals, max_regions=count)
-    assert [caption.prompt for caption in captions] == [boxes[place] for place in kept]
+    box_prompts = tuple(Prompt(box=(0.0, 0.0, 10.0 + index, 10.0)) for index in range(4))
+    proposals = Proposals(box_prompts, (0.5, 0.1, 0.9, 0.5), (None,) * 4)
+    captions = caption_everything(predictor, options=KEEP_ALL_OPTIONS, proposals=proposals, max_regions=max_regions)
+    assert [caption.prompt for caption in captions] == [box_prompts[index] for index in kept_indices]
 
 
-def test_a_model_says_itself_how_it_looks_for_everything(counted, scene):
-    predictor, calls = counted(everything={"points_per_side": 3, "pred_iou_thresh": 10.0})
+def test_caption_everything_uses_the_everything_options_of_the_model(build_counting_predictor, scene):
+    predictor, calls = build_counting_predictor(everything={"points_per_side": 3, "pred_iou_thresh": 10.0})
     predictor.set_image(scene.image)
     assert caption_everything(predictor) == []
     assert calls["segment"] == [9]
 
 
-def test_search_everything_interleaves_images(counted, scene):
-    predictor, _ = counted(regions=10)
+@pytest.mark.slow
+def test_search_everything_gives_equal_results_if_images_are_interleaved(build_counting_predictor, scene):
+    predictor, _ = build_counting_predictor(regions=10)
     images = [scene.image, scene.image.transpose(0)]
-    alone = []
+    expected = []
     for image in images:
         predictor.set_image(image)
-        alone.append(find_everything(predictor.engine, predictor.encoded, replace(ANY, crop_n_layers=1)))
-    running, together = {}, {}
-    for number, image in enumerate(images):
+        expected.append(find_everything(predictor.engine, predictor.encoded, replace(LENIENT_OPTIONS, crop_n_layers=1)))
+    searches, results = {}, {}
+    for index, image in enumerate(images):
         predictor.set_image(image)
-        running[number] = search_everything(predictor.engine, predictor.encoded, replace(ANY, crop_n_layers=1))
-        next(running[number])
+        searches[index] = search_everything(
+            predictor.engine, predictor.encoded, replace(LENIENT_OPTIONS, crop_n_layers=1)
+        )
+        next(searches[index])
     predictor.set_image(Image.new("RGB", (5, 5)))
-    steps = 0
-    while running:
-        for number in list(running):
+    num_steps = 0
+    while searches:
+        for index in list(searches):
             try:
-                next(running[number])
-                steps += 1
-            except StopIteration as end:
-                together[number] = end.value
-                del running[number]
-    assert [together[number] for number in range(2)] == alone
-    found = sum(len(masks) for masks, _ in alone)
-    assert steps >= 2 * 5 * 4 + found, "a step is a chunk of points or one mask"
+                next(searches[index])
+                num_steps += 1
+            except StopIteration as stop:
+                results[index] = stop.value
+                del searches[index]
+    assert [results[index] for index in range(2)] == expected
+    num_masks = sum(len(masks) for masks, _ in expected)
+    assert num_steps >= 2 * 5 * 4 + num_masks, "a step is a chunk of points or one mask"
 
 
-def test_search_everything_stops_at_its_limits(counted, scene):
-    predictor, calls = counted(regions=10)
+@pytest.mark.slow
+def test_search_everything_raises_at_its_region_and_memory_limits(build_counting_predictor, scene):
+    predictor, calls = build_counting_predictor(regions=10)
     predictor.set_image(scene.image)
     with pytest.raises(ValueError, match="more than 3 regions were found; raise pred_iou_thresh or stability"):
-        finished(search_everything(predictor.engine, predictor.encoded, ALL, max_found_regions=3))
+        run_to_end(search_everything(predictor.engine, predictor.encoded, KEEP_ALL_OPTIONS, max_found_regions=3))
     del calls["segment"][:]
-    options = replace(ALL, points_per_side=32)
+    options = replace(KEEP_ALL_OPTIONS, points_per_side=32)
     with pytest.raises(ValueError, match="too many masks pass the filters"):
-        finished(search_everything(predictor.engine, predictor.encoded, options, max_bytes=2**20))
+        run_to_end(search_everything(predictor.engine, predictor.encoded, options, max_bytes=2**20))
     assert sum(calls["segment"]) < 32 * 32
 
 
-def test_everything_without_masks_is_refused_with_the_way_out(counted):
-    predictor, _ = counted(segmenter={"name": "box"})
+def test_caption_everything_without_masks_suggests_a_segmenter(build_counting_predictor):
+    predictor, _ = build_counting_predictor(segmenter={"name": "box"})
     predictor.set_image(Image.new("RGB", (64, 64)))
     with pytest.raises(ValueError, match="segmenter=sam"):
         caption_everything(predictor)
 
 
-def test_everything_needs_masks_and_not_a_segmenter_of_a_certain_make(counted, scene):
+def test_caption_everything_needs_only_the_segmenter_contract(build_counting_predictor, scene):
     """Only what the contract lists is asked of a segmenter."""
-    predictor, _ = counted()
+    predictor, _ = build_counting_predictor()
     predictor.set_image(scene.image)
     segmenter = predictor.model.segmenter
 
     class Plain(torch.nn.Module):
         channels = segmenter.channels
 
-        def forward(self, *asked):
-            return segmenter(*asked)
+        def forward(self, *arguments):
+            return segmenter(*arguments)
 
-    expected = caption_everything(predictor, options=ANY)
+    expected = caption_everything(predictor, options=LENIENT_OPTIONS)
     predictor.model.segmenter = Plain()
-    assert caption_everything(predictor, options=ANY) == expected
+    assert caption_everything(predictor, options=LENIENT_OPTIONS) == expected

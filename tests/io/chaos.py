@@ -60,10 +60,10 @@ stem_channels = [8, 16]
 [axes]
 mixer = [{ name = "query", num_queries = 2, depth = 1, num_heads = 2, mlp_dim = 64 }, "roi-pool"]
 """
-BOXES = ("--box", "4,4,40,40", "--box", "10,10,30,30")
-COMMANDS = {  # what OUT stands for is a run folder
+BOX_ARGUMENTS = ("--box", "4,4,40,40", "--box", "10,10,30,30")
+COMMAND_ARGUMENTS = {  # what OUT stands for is a run folder
     "caption": (
-        *("caption", "photos", *BOXES, "--batch-size", 2),
+        *("caption", "photos", *BOX_ARGUMENTS, "--batch-size", 2),
         *("--format", "jsonl,coco,png", "--out", "OUT", "--resume"),
     ),
     "evaluate": (
@@ -83,8 +83,8 @@ COMMANDS = {  # what OUT stands for is a run folder
     "convert": ("convert", "many.jsonl", "OUT", "--format", "jsonl,coco,geojson,labelme"),
     "import": ("import", "sca-tiny", "OUT"),
 }
-QUIET = ("caption", "evaluate", "train", "bench")
-RESULTS = {  # what is to be equal, by patterns
+QUIET_COMMANDS = ("caption", "evaluate", "train", "bench")
+RESULT_PATTERNS = {  # what is to be equal, by patterns
     "caption": ("captions.jsonl", "coco.json", "*.captions.png"),
     "evaluate": ("predictions.jsonl",),
     "train": ("model/*.safetensors", "model/spec.json"),
@@ -92,21 +92,21 @@ RESULTS = {  # what is to be equal, by patterns
     "convert": ("captions.jsonl", "coco.json", "captions.geojson", "labelme/*.json"),
     "import": ("*.safetensors", "*.json"),
 }
-JOURNALS = {"caption": "captions.journal", "evaluate": "predictions.jsonl", "bench": "results.jsonl"}
+JOURNAL_FILES = {"caption": "captions.journal", "evaluate": "predictions.jsonl", "bench": "results.jsonl"}
 
 
 class Chaos:
     """One kind of command, with the folder of an uninterrupted run."""
 
-    def __init__(self, kind):
-        self.kind, self.draw = kind, random.Random(f"{kind} 1")
+    def __init__(self, command_name):
+        self.command_name, self.rng = command_name, random.Random(f"{command_name} 1")
         start = time.monotonic()
-        assert self.finish("whole") == 0
-        self.lasts = time.monotonic() - start
-        self.whole = self.results("whole")
-        assert self.whole
+        assert self.finish_run("whole") == 0
+        self.duration = time.monotonic() - start
+        self.expected_results = self.read_results("whole")
+        assert self.expected_results
 
-    def begin(self, out, limit=None):
+    def start_run(self, out, max_file_bytes=None):
         pid = os.fork()
         if pid:
             return pid
@@ -114,115 +114,124 @@ class Chaos:
         log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for target, source in ((0, null), (1, null), (2, log)):
             os.dup2(source, target)
-        if limit is not None:
+        if max_file_bytes is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY))
         status = 99
         try:
-            arguments = [str(each) if each != "OUT" else str(out) for each in COMMANDS[self.kind]]
-            status = run_command([*arguments, *["--quiet"] * (self.kind in QUIET)])
+            arguments = [str(each) if each != "OUT" else str(out) for each in COMMAND_ARGUMENTS[self.command_name]]
+            status = run_command([*arguments, *["--quiet"] * (self.command_name in QUIET_COMMANDS)])
         finally:
             os._exit(status)
 
-    def finish(self, out, limit=None):
-        return os.waitstatus_to_exitcode(os.waitpid(self.begin(out, limit), 0)[1])
+    def finish_run(self, out, max_file_bytes=None):
+        return os.waitstatus_to_exitcode(os.waitpid(self.start_run(out, max_file_bytes), 0)[1])
 
     def kill(self, out):
         """Kill a run at a random moment. Whether it was not finished before."""
-        pid = self.begin(out)
-        time.sleep(self.draw.uniform(0, 1.1) * self.lasts)
+        pid = self.start_run(out)
+        time.sleep(self.rng.uniform(0, 1.1) * self.duration)
         os.kill(pid, signal.SIGKILL)
         return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
-    def results(self, out):
-        found = {}
-        for path in sorted(path for pattern in RESULTS[self.kind] for path in Path(out).glob(pattern)):
-            found[str(path.relative_to(out))] = _lasting(path) if self.kind == "bench" else path.read_bytes()
-        return found
+    def read_results(self, out):
+        results = {}
+        for path in sorted(path for pattern in RESULT_PATTERNS[self.command_name] for path in Path(out).glob(pattern)):
+            results[str(path.relative_to(out))] = (
+                _read_rows_without_timings(path) if self.command_name == "bench" else path.read_bytes()
+            )
+        return results
 
-    def check(self, out, how):
-        assert self.finish(out) == 0, (how, Path(f"{out}.log").read_text()[-3000:])
-        assert self.results(out) == self.whole, how
-        left = list(Path(out).rglob(".sca-*"))
-        assert not left, (how, left)
-        assert not list(Path().glob(f".{out}.*")), how
+    def check_run(self, out, situation):
+        assert self.finish_run(out) == 0, (situation, Path(f"{out}.log").read_text()[-3000:])
+        assert self.read_results(out) == self.expected_results, situation
+        drafts = list(Path(out).rglob(".sca-*"))
+        assert not drafts, (situation, drafts)
+        assert not list(Path().glob(f".{out}.*")), situation
 
-    def kills(self, count):
-        hits = 0
-        for number in range(count):
-            hits += self.kill("killed")
+    def kill_runs(self, num_kills):
+        num_killed = 0
+        for number in range(num_kills):
+            num_killed += self.kill("killed")
             if number % 4 == 3:
-                self.check("killed", "kill")
+                self.check_run("killed", "kill")
                 if number % 8 == 3:  # else a finished run is repeated and killed
                     shutil.rmtree("killed")
                 else:
                     self.kill("killed")
-                    self.check("killed", "kill of a repeated run")
-        self.check("killed", "kill")
-        assert hits or count < 3, "no run was killed"
+                    self.check_run("killed", "kill of a repeated run")
+        self.check_run("killed", "kill")
+        assert num_killed or num_kills < 3, "no run was killed"
 
-    def disks(self, count):
-        largest = max(path.stat().st_size for path in Path("whole").rglob("*") if path.is_file())
-        for number in range(count):
+    def fill_disks(self, num_runs):
+        largest_file_bytes = max(path.stat().st_size for path in Path("whole").rglob("*") if path.is_file())
+        for number in range(num_runs):
             out = f"disk{number}"
-            limit = round(self.draw.uniform(0.02, 0.95) * largest)
-            assert self.finish(out, limit) != 0, (limit, largest)
+            max_file_bytes = round(self.rng.uniform(0.02, 0.95) * largest_file_bytes)
+            assert self.finish_run(out, max_file_bytes) != 0, (max_file_bytes, largest_file_bytes)
             log = Path(f"{out}.log").read_text()
             assert "Traceback" not in log, log[-3000:]
-            self.check(out, "full disk")
-            assert self.finish(out, limit) is not None
-            assert self.results(out) == self.whole, "a finished run, repeated on a full disk"
+            self.check_run(out, "full disk")
+            assert self.finish_run(out, max_file_bytes) is not None
+            assert self.read_results(out) == self.expected_results, "a finished run, repeated on a full disk"
 
-    def tails(self, count):
-        for number in range(count):
+    def tear_journals(self, num_runs):
+        for number in range(num_runs):
             out = f"tail{number}"
-            while not Path(out, JOURNALS[self.kind]).exists():
+            while not Path(out, JOURNAL_FILES[self.command_name]).exists():
                 self.kill(out)
-            path = Path(out, JOURNALS[self.kind])
+            path = Path(out, JOURNAL_FILES[self.command_name])
             content = path.read_bytes()
-            cut = content[: -self.draw.randint(1, 30)] if number % 2 else content
-            path.write_bytes(cut + (b"", b"\0" * 4096, b'{"ima', b"\0\0{\n", b"\xff")[number % 5])
-            self.check(out, "torn tail")
+            kept_content = content[: -self.rng.randint(1, 30)] if number % 2 else content
+            path.write_bytes(kept_content + (b"", b"\0" * 4096, b'{"ima', b"\0\0{\n", b"\xff")[number % 5])
+            self.check_run(out, "torn tail")
 
-    def pairs(self, count):
-        for number in range(count):
+    def run_pairs(self, num_pairs):
+        for number in range(num_pairs):
             out = f"pair{number}"
-            both = [self.begin(out)]
-            time.sleep(self.draw.uniform(0, 0.5) * self.lasts * (number > 0))
-            both.append(self.begin(out))
-            statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in both]
+            pids = [self.start_run(out)]
+            time.sleep(self.rng.uniform(0, 0.5) * self.duration * (number > 0))
+            pids.append(self.start_run(out))
+            statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
             assert sorted(statuses) in ([0, 0], [0, 2]), (statuses, Path(f"{out}.log").read_text()[-3000:])
-            assert self.results(out) == self.whole, "pair"
+            assert self.read_results(out) == self.expected_results, "pair"
 
 
-def _lasting(path):
+def _read_rows_without_timings(path):
     """What of rows is no timing."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return sorted((row["key"], row["state"], json.dumps(row.get("scores"))) for row in rows)
 
 
-def main(kinds, *counts):
-    for kind in kinds.split(","):
-        os.mkdir(kind)
-        os.chdir(kind)
-        try_kind(kind, *map(int, counts))
+def main(command_names, *counts):
+    for command_name in command_names.split(","):
+        os.mkdir(command_name)
+        os.chdir(command_name)
+        try_command(command_name, *map(int, counts))
         os.chdir("..")
     print("nothing was lost")
 
 
-def try_kind(kind, *counts):
+def try_command(command_name, *counts):
     for number, sample in enumerate(Scenes("test", num_images=12, image_size=64)):
         Path("photos").mkdir(exist_ok=True)
         sample.image.save(f"photos/{number:02d}.png")
     Path("recipe.toml").write_text(RECIPE)
     Path("sweep.toml").write_text(SWEEP)
-    box = {"width": 64, "height": 64, "region_id": 0, "box": [4, 4, 40, 40], "caption": "a thing", "score": 0.5}
-    lines = [{"image": f"{number:04d}.png", **box} for number in range(300)]
-    Path("many.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    chaos = Chaos(kind)
-    for way, count in zip(("kills", "disks", "tails", "pairs"), counts, strict=True):
-        if count and (way != "tails" or kind in JOURNALS):
-            getattr(chaos, way)(count)
+    record_fields = {
+        "width": 64,
+        "height": 64,
+        "region_id": 0,
+        "box": [4, 4, 40, 40],
+        "caption": "a thing",
+        "score": 0.5,
+    }
+    records = [{"image": f"{number:04d}.png", **record_fields} for number in range(300)]
+    Path("many.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    chaos = Chaos(command_name)
+    for method_name, count in zip(("kill_runs", "fill_disks", "tear_journals", "run_pairs"), counts, strict=True):
+        if count and (method_name != "tails" or command_name in JOURNAL_FILES):
+            getattr(chaos, method_name)(count)
     assert not list(Path().rglob(LOCK_FILE))
 
 

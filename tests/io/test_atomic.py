@@ -14,43 +14,43 @@ resource = pytest.importorskip("resource")
 
 
 @contextmanager
-def full_disk(size):
+def limit_file_size(max_bytes):
     """A limit on the size of files, which writing reaches as it reaches the end of a disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    previous_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
+        signal.signal(signal.SIGXFSZ, previous_handler)
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_write_file_on_a_full_disk_keeps_the_old_content(tmp_path):
+def test_write_file_on_a_full_disk_keeps_old_content(tmp_path):
     path = tmp_path / "a.txt"
     write_file(path, "old")
-    with full_disk(100), pytest.raises(OutputError, match=r"cannot write .*a\.txt: .*; free some space"):
+    with limit_file_size(100), pytest.raises(OutputError, match=r"cannot write .*a\.txt: .*; free some space"):
         write_file(path, "x" * 1000)
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_write_file_syncs_before_it_renames(tmp_path, monkeypatch):
-    done = []
-    monkeypatch.setattr(os, "fsync", lambda handle, sync=os.fsync: (done.append("sync"), sync(handle))[1])
-    monkeypatch.setattr(os, "replace", lambda *names, move=os.replace: (done.append("rename"), move(*names))[1])
+def test_write_file_syncs_before_renaming(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda handle, sync=os.fsync: (calls.append("sync"), sync(handle))[1])
+    monkeypatch.setattr(os, "replace", lambda *names, move=os.replace: (calls.append("rename"), move(*names))[1])
     write_file(tmp_path / "a.txt", "new")
-    assert done == ["sync", "rename", "sync"]
+    assert calls == ["sync", "rename", "sync"]
     write_file(tmp_path / "b.txt", "one of many", sync_folder=False)
-    assert done[3:] == ["sync", "rename"]
+    assert calls[3:] == ["sync", "rename"]
 
 
 @pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
-def test_atomic_file_does_not_replace_what_is_no_file(tmp_path, kind):
+def test_atomic_file_rejects_devices_pipes_and_folders(tmp_path, kind):
     path = tmp_path / "out"
     if kind == "device":
         path = atomic.Path("/dev/null")
@@ -64,7 +64,7 @@ def test_atomic_file_does_not_replace_what_is_no_file(tmp_path, kind):
     assert not path.is_file()
 
 
-def test_atomic_file_replaces_a_link_and_not_its_target(tmp_path):
+def test_write_file_replaces_a_symlink_and_keeps_its_target(tmp_path):
     (tmp_path / "target").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     write_file(tmp_path / "link", "new")
@@ -72,27 +72,27 @@ def test_atomic_file_replaces_a_link_and_not_its_target(tmp_path):
     assert (tmp_path / "link").read_text() == "new"
 
 
-def test_visible_file_grows_hidden_where_an_older_file_exists(tmp_path):
-    for content, shown in (("first\n", "first\n"), ("second\n", "first\n")):
+def test_visible_atomic_file_keeps_an_older_file_until_commit(tmp_path):
+    for content, visible_content in (("first\n", "first\n"), ("second\n", "first\n")):
         file = AtomicFile(tmp_path / "lines", visible=True)
         file.write(content)
-        assert (tmp_path / "lines").read_text() == shown
+        assert (tmp_path / "lines").read_text() == visible_content
         file.commit()
         assert (tmp_path / "lines").read_text() == content
 
 
-def test_remove_drafts_leaves_those_of_running_processes(tmp_path):
-    running = AtomicFile(tmp_path / "a.txt")
+def test_remove_drafts_keeps_drafts_of_running_processes(tmp_path):
+    open_file = AtomicFile(tmp_path / "a.txt")
     (tmp_path / ".sca-0123456789abcdef.part").write_text("left by a kill")
     (tmp_path / ".0123456789abcdef.part").write_text("of somebody else")
     remove_drafts(tmp_path)
     assert len(names(tmp_path)) == 2
-    running.write("a")
-    running.commit()
+    open_file.write("a")
+    open_file.commit()
     assert names(tmp_path) == [".0123456789abcdef.part", "a.txt"]
 
 
-def test_new_folder_takes_brackets_in_its_name_literally(tmp_path):
+def test_write_folder_takes_brackets_in_its_name_literally(tmp_path):
     (tmp_path / ".run[1].0123456789abcdef").mkdir()
     (tmp_path / ".run1.0123456789abcdef").mkdir()
     with write_folder(tmp_path / "run[1]"):
@@ -100,7 +100,7 @@ def test_new_folder_takes_brackets_in_its_name_literally(tmp_path):
     assert names(tmp_path) == [".run1.0123456789abcdef", "run[1]"]
 
 
-def test_new_folder_removes_only_its_own_drafts_of_killed_processes(tmp_path):
+def test_write_folder_removes_only_its_own_drafts_of_killed_processes(tmp_path):
     (tmp_path / ".out.0123456789abcdef").mkdir()
     (tmp_path / ".out.notes").mkdir()
     with write_folder(tmp_path / "out") as draft:
@@ -111,28 +111,28 @@ def test_new_folder_removes_only_its_own_drafts_of_killed_processes(tmp_path):
     assert names(tmp_path) == [".out.notes", "out"]
 
 
-def test_new_folder_replaces_only_what_it_is_told(tmp_path):
-    out = tmp_path / "out"
+def test_write_folder_replaces_only_replaceable_content(tmp_path):
+    folder = tmp_path / "out"
     for number in range(2):
-        with write_folder(out, replaceable=["a"]) as draft:
+        with write_folder(folder, replaceable=["a"]) as draft:
             (draft / "a").write_text(str(number))
-    assert (out / "a").read_text() == "1"
-    (out / "README.md").write_text("mine")
-    with pytest.raises(OutputError, match=r"it contains README\.md"), write_folder(out, replaceable=["a"]) as draft:
+    assert (folder / "a").read_text() == "1"
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(OutputError, match=r"it contains README\.md"), write_folder(folder, replaceable=["a"]) as draft:
         pytest.fail("filled in vain")
-    (out / "README.md").unlink()
+    (folder / "README.md").unlink()
     with (
         pytest.raises(OutputError, match=r"it contains README\.md"),
-        write_folder(out, replaceable=["a"]) as draft,
+        write_folder(folder, replaceable=["a"]) as draft,
     ):
-        (out / "README.md").write_text("put there meanwhile")
-    assert names(out) == ["README.md", "a"]
+        (folder / "README.md").write_text("put there meanwhile")
+    assert names(folder) == ["README.md", "a"]
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("exchanges", [True, False])
-def test_new_folder_works_with_and_without_exchange(tmp_path, monkeypatch, exchanges):
-    if not exchanges:
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_write_folder_works_with_and_without_atomic_exchange(tmp_path, monkeypatch, can_exchange):
+    if not can_exchange:
         monkeypatch.setattr(atomic, "_exchange_folders", lambda *_: False)
     for number in range(3):
         with write_folder(tmp_path / "out", replaceable=["a"]) as draft:

@@ -3,7 +3,7 @@
 from sca.io.cache import get_cache_folder
 
 
-def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+def test_get_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("SCA_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

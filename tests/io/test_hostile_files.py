@@ -23,7 +23,7 @@ from sca.io.prompts import read_mask_file
 from sca.output.reader import read_captions
 from sca.training.recipe import Recipe
 
-DEEP_JSON = {
+HOSTILE_JSON = {
     "brackets": "[" * 200_000,
     "objects": '{"a":' * 200_000,
     "closed": "[" * 900 + "]" * 900,
@@ -33,14 +33,14 @@ DEEP_JSON = {
 
 
 def read_dataset(path):
-    return datasets.build("jsonl", "train", file=str(path), images=str(path.parent), max_bad=0)
+    return datasets.build("jsonl", "train", file=str(path), image_root=str(path.parent), max_bad_records=0)
 
 
 def read_index(path):
     return record_index.index_json_lists(path, {"images": ["id"]}, (), "should be COCO")
 
 
-READERS = {  # by the name of the file
+JSON_READERS = {  # by the name of the file
     "prompts.json": read_region_prompts,
     "prompts.jsonl": read_region_prompts,
     "captions.json": lambda path: list(read_captions(path)),
@@ -55,7 +55,7 @@ READERS = {  # by the name of the file
     "data.jsonl": read_dataset,
     "results.jsonl": lambda path: ResultStore(path.parent).read_rows(),
 }
-OTHERS = {
+OTHER_READERS = {
     "captions.parquet": lambda path: list(read_captions(path)),
     "mask.png": read_mask_file,
     "mask.npy": read_mask_file,
@@ -66,72 +66,72 @@ OTHERS = {
 
 
 @pytest.fixture
-def limited():
+def alarm_timeout():
     """A reader that waits ends in an error instead of hanging."""
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    previous_handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(60)
     yield
     signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    signal.signal(signal.SIGALRM, previous_handler)
 
 
-def told(read, path):
-    with pytest.raises(ValueError, match=r".") as caught:
-        read(path)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 500
-    return str(caught.value)
+def get_error_message(read_file, path):
+    with pytest.raises(ValueError, match=r".") as error_info:
+        read_file(path)
+    assert "\n" not in str(error_info.value)
+    assert len(str(error_info.value)) < 500
+    return str(error_info.value)
 
 
-@pytest.mark.parametrize("content", DEEP_JSON)
-@pytest.mark.parametrize("name", READERS)
-def test_reader_refuses_deep_json_in_one_line(limited, tmp_path, name, content):
-    path = tmp_path / name
-    path.write_text(DEEP_JSON[content] + "\n")
-    assert name.partition(".")[0] in told(READERS[name], path)
+@pytest.mark.parametrize("content", HOSTILE_JSON)
+@pytest.mark.parametrize("file_name", JSON_READERS)
+def test_reader_rejects_deep_json_in_one_line(alarm_timeout, tmp_path, file_name, content):
+    path = tmp_path / file_name
+    path.write_text(HOSTILE_JSON[content] + "\n")
+    assert file_name.partition(".")[0] in get_error_message(JSON_READERS[file_name], path)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
-@pytest.mark.parametrize("name", [*READERS, *OTHERS])
-def test_reader_refuses_what_is_no_file_without_waiting(limited, tmp_path, name, kind):
-    path = tmp_path / name
+@pytest.mark.parametrize("file_name", [*JSON_READERS, *OTHER_READERS])
+def test_reader_rejects_fifos_devices_and_folders_without_waiting(alarm_timeout, tmp_path, file_name, kind):
+    path = tmp_path / file_name
     if kind == "fifo":
         os.mkfifo(path)
     elif kind == "device":
         path.symlink_to("/dev/zero")
     else:
         path.mkdir()
-    told({**READERS, **OTHERS}[name], path)
+    get_error_message({**JSON_READERS, **OTHER_READERS}[file_name], path)
 
 
-@pytest.mark.parametrize("read", [Recipe.read, Sweep.read])
+@pytest.mark.parametrize("read_file", [Recipe.read, Sweep.read])
 @pytest.mark.parametrize("text", ["x = " + "[" * 100_000, "x = " + "[" * 300 + "]" * 300, ".".join("a" * 300) + " = 1"])
-def test_recipe_and_sweep_refuse_deep_toml_in_one_line(limited, tmp_path, read, text):
+def test_recipe_and_sweep_reject_deep_toml_in_one_line(alarm_timeout, tmp_path, read_file, text):
     path = tmp_path / "deep.toml"
     path.write_text(text)
-    assert "nested deeper than 100 levels" in told(read, str(path))
+    assert "nested deeper than 100 levels" in get_error_message(read_file, str(path))
 
 
-def test_option_refuses_deep_toml_in_one_line():
+def test_parse_assignments_rejects_deep_toml():
     with pytest.raises(RegistryError, match="the value is not TOML"):
         parse_assignments(["lora=" + "[" * 2000])
 
 
 @pytest.mark.parametrize(
-    "read",
+    "read_file",
     [
         partial(read_regular_file, allow_pipe=True),
         read_predictions,
         lambda path: read_region_prompts(path).match_images,
     ],
 )
-def test_reader_accepts_a_pipe_that_a_shell_opened(limited, read):
-    line = b'{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}'
+def test_reader_accepts_a_pipe_opened_by_a_shell(alarm_timeout, read_file):
+    content = b'{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}'
     read_end, write_end = os.pipe()
-    os.write(write_end, line)
+    os.write(write_end, content)
     os.close(write_end)
     try:
-        assert read(f"/dev/fd/{read_end}")
+        assert read_file(f"/dev/fd/{read_end}")
     finally:
         os.close(read_end)
 
@@ -145,21 +145,25 @@ def open_pipe():
     os.close(write_end)
 
 
-def open_captioned(path, content):
+def open_images_of_captions(path, content):
     path.write_text(json.dumps(content))
-    for each in read_captions(path):
+    for captioned_image in read_captions(path):
         with pytest.raises(InputError):
-            each.open([path.parent])
+            captioned_image.open([path.parent])
 
 
-def test_name_in_a_file_does_not_read_a_pipe(limited, tmp_path, open_pipe):
-    line = {"image": open_pipe, "width": 9, "height": 9, "box": [0, 0, 5, 5], "caption": "a cat"}
-    open_captioned(tmp_path / "captions.jsonl", line)
-    told(partial(open_captioned, content={"shapes": [], "imagePath": open_pipe}), tmp_path / "labelme.json")
+def test_readers_do_not_read_pipes_named_inside_files(alarm_timeout, tmp_path, open_pipe):
+    record = {"image": open_pipe, "width": 9, "height": 9, "box": [0, 0, 5, 5], "caption": "a cat"}
+    open_images_of_captions(tmp_path / "captions.jsonl", record)
+    get_error_message(
+        partial(open_images_of_captions, content={"shapes": [], "imagePath": open_pipe}), tmp_path / "labelme.json"
+    )
     images = [{"id": 1, "file_name": open_pipe}]
-    told(partial(open_captioned, content={"images": images, "annotations": []}), tmp_path / "coco.json")
+    get_error_message(
+        partial(open_images_of_captions, content={"images": images, "annotations": []}), tmp_path / "coco.json"
+    )
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"image": "a.png", "mask": open_pipe}))
-    told(lambda path: read_region_prompts(path)["a.png"], tmp_path / "prompts.jsonl")
-    told(read_regular_file, open_pipe)
-    told(open_image, open_pipe)
-    told(read_mask_file, open_pipe)
+    get_error_message(lambda path: read_region_prompts(path)["a.png"], tmp_path / "prompts.jsonl")
+    get_error_message(read_regular_file, open_pipe)
+    get_error_message(open_image, open_pipe)
+    get_error_message(read_mask_file, open_pipe)

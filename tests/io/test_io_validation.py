@@ -24,33 +24,33 @@ from sca.io.validation import (
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, 10**300, np.float32(2), np.int64(3), fractions.Fraction(1, 3)])
-def test_is_finite_number_accepts_what_a_float_can_hold(value):
+def test_is_finite_number_accepts_numbers_that_fit_a_float(value):
     assert is_finite_number(value)
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**400), math.nan, math.inf, True, "1", None, [1], decimal.Decimal(1)])
-def test_is_finite_number_rejects_everything_else_without_an_error(value):
+def test_is_finite_number_returns_false_for_other_values(value):
     assert not is_finite_number(value)
 
 
-def test_is_int64_rejects_what_does_not_fit():
+def test_is_int64_accepts_only_64_bit_integers():
     assert all(map(is_int64, (0, 2**63 - 1, -(2**63), np.int64(8))))
     assert not any(map(is_int64, (2**63, -(2**63) - 1, 10**400, 1.0, True, "1", None)))
 
 
 @pytest.mark.parametrize("value", [0, 3, 9.5, 10])
-def test_check_range_accepts_its_limits(value):
+def test_check_range_accepts_values_within_its_limits(value):
     check_range("train.steps", value, float, 0, 10)
 
 
 @pytest.mark.parametrize("value", [-1, 11, 10.5])
-def test_check_range_names_the_field_and_its_limits(value):
+def test_check_range_error_names_the_field_and_its_limits(value):
     with pytest.raises(RegistryError, match=rf"^train\.steps is {value}; give a number from 0 to 10$"):
         check_range("train.steps", value, float, 0, 10)
 
 
 @pytest.mark.parametrize("value", [True, math.nan, "3"])
-def test_check_range_rejects_what_is_no_number(value):
+def test_check_range_rejects_booleans_nan_and_text(value):
     with pytest.raises(RegistryError, match=r"^train\.steps is .*; give a number$"):
         check_range("train.steps", value, float, 0, 10)
 
@@ -62,7 +62,7 @@ def test_xywh_to_xyxy_rejects_infinite_corners(box):
 
 
 @pytest.mark.parametrize(
-    ("read", "message"),
+    ("read_value", "message"),
     [
         (lambda: read_field({"a": 1}, "b", int, "f, line 1"), "f, line 1: no 'b'; it has: a"),
         (lambda: read_field([], "b", int, "f, line 1"), "f, line 1 is []; give an object"),
@@ -84,12 +84,12 @@ def test_xywh_to_xyxy_rejects_infinite_corners(box):
         (lambda: xywh_to_xyxy("f, 'b'", 0, 0, -1, 1), "f, 'b' has width -1 and height 1; give values of at least 0"),
     ],
 )
-def test_a_wrong_value_of_a_record_is_one_line_with_its_place(read, message):
-    with pytest.raises(InputError) as raised:
-        read()
-    assert message in str(raised.value)
+def test_record_validators_name_the_file_field_and_invalid_value(read_value, message):
+    with pytest.raises(InputError) as error_info:
+        read_value()
+    assert message in str(error_info.value)
 
 
-def test_read_size_returns_none_without_either_side():
+def test_read_recorded_size_returns_none_if_a_side_is_missing():
     assert read_recorded_size({"width": 3}, "f") is None
     assert read_recorded_size({"w": 3, "h": 4}, "f", ("w", "h")) == (3, 4)

@@ -7,10 +7,10 @@ import pytest
 
 from sca.io.json import MAX_DEPTH, parse_json, read_json, read_regular_file
 
-DEEP = "[" * 200_000
+DEEPLY_NESTED_JSON = "[" * 200_000
 
 
-def test_read_json_returns_the_value_with_and_without_a_byte_order_mark(tmp_path):
+def test_read_json_returns_the_value_with_and_without_byte_order_mark(tmp_path):
     for encoding in ("utf-8", "utf-8-sig"):
         (tmp_path / "a.json").write_text('{"a": [1, "\\ud83d\\ude00", NaN]}', encoding)
         value = read_json(tmp_path / "a.json")["a"]
@@ -21,7 +21,7 @@ def test_read_json_returns_the_value_with_and_without_a_byte_order_mark(tmp_path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (DEEP, "deeper than 100"),
+        (DEEPLY_NESTED_JSON, "deeper than 100"),
         ('{"a":' * 200_000, "deeper than 100"),
         ("[" * 900 + "]" * 900, "deeper than 100"),
         ("9" * 5000, "Exceeds the limit"),
@@ -32,13 +32,13 @@ def test_read_json_returns_the_value_with_and_without_a_byte_order_mark(tmp_path
         (b"[" + b" " * 2000 + b"]", "larger than 1,000 bytes"),
     ],
 )
-def test_read_json_rejects_content_in_one_line_that_names_the_file(tmp_path, content, message):
+def test_read_json_rejects_invalid_content_in_one_line_naming_the_file(tmp_path, content, message):
     file = tmp_path / "a.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=message) as error_info:
         read_json(file, max_bytes=1000 if isinstance(content, bytes) else None)
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(file) in str(error_info.value)
+    assert "\n" not in str(error_info.value)
 
 
 def test_parse_json_accepts_the_deepest_allowed_nesting():

@@ -26,10 +26,10 @@ UNSAFE_CHARACTERS += [chr(code) for code in (*range(0x202A, 0x202F), *range(0x20
 
 @pytest.mark.parametrize("character", UNSAFE_CHARACTERS, ids=ascii)
 def test_escape_terminal_makes_control_characters_visible(character):
-    shown = escape_terminal(f"a{character}b")
-    assert shown.isprintable()
-    assert shown.isascii()
-    assert shown == f"a{character.encode('unicode_escape', 'surrogatepass').decode()}b"
+    escaped = escape_terminal(f"a{character}b")
+    assert escaped.isprintable()
+    assert escaped.isascii()
+    assert escaped == f"a{character.encode('unicode_escape', 'surrogatepass').decode()}b"
 
 
 def test_escape_terminal_keeps_every_other_character_and_is_idempotent():
@@ -40,25 +40,25 @@ def test_escape_terminal_keeps_every_other_character_and_is_idempotent():
 
 
 def test_table_shows_markup_and_control_characters_as_text():
-    hostile = "[bold red]x[/] [link=http://evil]y[/link] :smile: \x1b[31m\u202e\nz"
-    table = Table((hostile, "b"), hostile, right_aligned=("b",), notes=[hostile, "second"])
-    table.add_row(hostile, "1.0")
-    screen = Console(file=io.StringIO(), width=300, force_terminal=True, color_system=None)
-    screen.print(table)
-    shown = screen.file.getvalue()
-    assert shown.count("[bold red]x[/] [link=http://evil]y[/link] :smile: \\x1b[31m\\u202e\\nz") == 4
-    assert not UNSAFE_PATTERN.search(re.sub("\x1b\\[[0-9;]*m|\n", "", shown)), "rich's own styles aside"
+    hostile_text = "[bold red]x[/] [link=http://evil]y[/link] :smile: \x1b[31m\u202e\nz"
+    table = Table((hostile_text, "b"), hostile_text, right_aligned=("b",), notes=[hostile_text, "second"])
+    table.add_row(hostile_text, "1.0")
+    console = Console(file=io.StringIO(), width=300, force_terminal=True, color_system=None)
+    console.print(table)
+    output = console.file.getvalue()
+    assert output.count("[bold red]x[/] [link=http://evil]y[/link] :smile: \\x1b[31m\\u202e\\nz") == 4
+    assert not UNSAFE_PATTERN.search(re.sub("\x1b\\[[0-9;]*m|\n", "", output)), "rich's own styles aside"
 
 
-def test_format_csv_makes_formulas_text_and_keeps_numbers():
+def test_format_csv_escapes_formulas_and_keeps_numbers():
     formulas = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", " =1", "\n=1", "＝1"]
-    written = format_csv([formulas, [-1.5, 2, None, "-1e-3", "+4", "plain", 'a "b", c']])
-    first, second = csv.reader(io.StringIO(written, newline=""))
-    assert first == [f"'{formula}" for formula in formulas]
-    assert second == ["-1.5", "2", "", "-1e-3", "+4", "plain", 'a "b", c']
+    csv_text = format_csv([formulas, [-1.5, 2, None, "-1e-3", "+4", "plain", 'a "b", c']])
+    formula_row, number_row = csv.reader(io.StringIO(csv_text, newline=""))
+    assert formula_row == [f"'{formula}" for formula in formulas]
+    assert number_row == ["-1.5", "2", "", "-1e-3", "+4", "plain", 'a "b", c']
 
 
-def test_escape_markdown_leaves_one_line_without_markup():
+def test_escape_markdown_returns_one_line_without_markup():
     text = escape_markdown("a|b\n# c <img src=x> [d](http://e) `f` *g* _h_ i_j www.k @l & \x1b")
     assert text == (
         "a\\|b # c &lt;img src=x&gt; \\[d\\](http&#58;//e) \\`f\\` \\*g\\* \\_h\\_ i_j www&#46;k &#64;l &amp; \\\\x1b"
@@ -66,39 +66,40 @@ def test_escape_markdown_leaves_one_line_without_markup():
 
 
 @pytest.fixture
-def guarded(monkeypatch):
+def guarded_terminal(monkeypatch):
     """This process as `sca` sets it up."""
     for hook in ("sys.excepthook", "sys.unraisablehook", "threading.excepthook"):
         monkeypatch.setattr(hook, None)
     monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
-    before = logging.getLogRecordFactory()
+    original_factory = logging.getLogRecordFactory()
     guard_terminal()
     yield
-    logging.setLogRecordFactory(before)
+    logging.setLogRecordFactory(original_factory)
 
 
-def test_guard_terminal_covers_log_records_warnings_and_tracebacks(guarded, capsys):
+def test_guard_terminal_escapes_log_records_warnings_and_tracebacks(guarded_terminal, capsys):
     stream = io.StringIO()
-    log = logging.Logger("test")
-    log.addHandler(logging.StreamHandler(stream))
-    log.warning("\x1b[1m %s %5.1f %d %r", "\x1b[31m", 1.25, 3, "a")
-    log.warning("%(name)s", {"name": "\u202e"})
-    log.warning(ValueError("\x9b1m"))
+    logger = logging.Logger("test")
+    logger.addHandler(logging.StreamHandler(stream))
+    logger.warning("\x1b[1m %s %5.1f %d %r", "\x1b[31m", 1.25, 3, "a")
+    logger.warning("%(name)s", {"name": "\u202e"})
+    logger.warning(ValueError("\x9b1m"))
     try:
         raise ValueError("two\nlines \x1b[2J")
     except ValueError as error:
-        log.exception("failed")
+        logger.exception("failed")
         sys.excepthook(type(error), error, error.__traceback__)
     stream.write(warnings.formatwarning("\x1b]0;title\x07", UserWarning, "a\x1b.py", 1, ""))
-    shown = stream.getvalue() + capsys.readouterr().err
-    assert not UNSAFE_PATTERN.search(shown.replace("\n", ""))
-    assert "\\x1b[1m \\x1b[31m   1.2 3 'a'\n\\u202e\n\\x9b1m\nfailed\nTraceback" in shown
-    assert shown.count("ValueError: two\nlines \\x1b[2J") == 2
-    assert "UserWarning: \\x1b]0;title\\x07" in shown
+    output = stream.getvalue() + capsys.readouterr().err
+    assert not UNSAFE_PATTERN.search(output.replace("\n", ""))
+    assert "\\x1b[1m \\x1b[31m   1.2 3 'a'\n\\u202e\n\\x9b1m\nfailed\nTraceback" in output
+    assert output.count("ValueError: two\nlines \\x1b[2J") == 2
+    assert "UserWarning: \\x1b]0;title\\x07" in output
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_guard_terminal_covers_threads_and_finalizers(guarded, capsys):
+@pytest.mark.slow
+def test_guard_terminal_escapes_errors_of_threads_and_finalizers(guarded_terminal, capsys):
     class Broken:
         def __del__(self):
             raise ValueError("two\nlines \x1b[2J")
@@ -112,15 +113,15 @@ def test_guard_terminal_covers_threads_and_finalizers(guarded, capsys):
         thread.join()
     Broken()
     gc.collect()
-    shown = capsys.readouterr().err
-    assert not UNSAFE_PATTERN.search(shown.replace("\n", ""))
-    assert "Exception in thread \\x1b[31m:\nTraceback" in shown
-    assert "Broken.__del__\nTraceback" in shown
-    assert shown.count("ValueError: two\nlines \\x1b[2J") == 2
-    assert "quiet" not in shown
+    output = capsys.readouterr().err
+    assert not UNSAFE_PATTERN.search(output.replace("\n", ""))
+    assert "Exception in thread \\x1b[31m:\nTraceback" in output
+    assert "Broken.__del__\nTraceback" in output
+    assert output.count("ValueError: two\nlines \\x1b[2J") == 2
+    assert "quiet" not in output
 
 
-def test_terminal_module_is_the_only_one_that_prints():
+def test_commands_print_only_through_the_options_module():
     """A command prints with `sca.cli.options`, so that no caller has to remember to escape."""
     files = [*Path(sca.cli.__file__).parent.glob("*.py"), Path(sca_bench.cli.__file__)]
     calls = []
@@ -133,11 +134,11 @@ def test_terminal_module_is_the_only_one_that_prints():
                 "Console",
             ):
                 calls.append((file.name, ast.unparse(node)))
-    allowed = {
+    expected_counts = {
         "options.py": 6,  # complain, print_line, print_document, print_json, print_table and its console
         "__init__.py": 1,  # typer's own usage
         "caption.py": 1,  # progress bars, without text from elsewhere
         "evaluate.py": 1,
     }
-    assert {name: sum(found == name for found, _ in calls) for name, _ in calls} == allowed, calls
+    assert {name: sum(file_name == name for file_name, _ in calls) for name, _ in calls} == expected_counts, calls
     assert terminal.DOCUMENT_WHITESPACE == "\n\t"

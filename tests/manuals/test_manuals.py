@@ -142,7 +142,7 @@ def test_every_installed_extra_exists():
             assert set(next(filter(None, names)).split(",")) <= set(extras), page
 
 
-def test_every_installation_from_the_clone_is_editable():
+def test_documents_install_from_clone_only_in_editable_mode():
     lines = [line for page in PAGES for block in read_blocks(page, "sh") for line in block.splitlines()]
     installs = [line for line in lines if re.match(r"pip install -c constraints.txt .*\.(\[|$| )", line)]
     assert len(installs) > 5

@@ -30,10 +30,10 @@ REPLACEMENTS = (  # line of a page -> line that runs within seconds on a CPU
     (r"^sca train (?!own-data)[^#]*", rf"\g<0> {SHORT_TRAINING}"),
     (r"^(sca train own-data [^#]*?)(train\.steps=\d+)?([^#]*)$", rf"\1\3 {SHORT_TRAINING}"),
     (r"-m sca train \S+", rf"\g<0> {SHORT_TRAINING}"),
-    (r"(^sca train (?:pretrain-|finetune-|vg-)\S*.*|-m sca train vg-\S+.*)", r"\1 validate.limit=1"),
+    (r"(^sca train (?:pretrain-|finetune-|vg-)\S*.*|-m sca train vg-\S+.*)", r"\1 validate.max_images=1"),
     (r"--multi_gpu --num_processes 16 --num_machines 2", "--cpu --num_processes 1"),
-    (r"^(sca evaluate .*)--limit \d+", r"\1--limit 2"),
-    (r"^sca evaluate (?!.*--limit).*", r"\g<0> --limit 2"),
+    (r"^(sca evaluate .*)--max-images \d+", r"\1--max-images 2"),
+    (r"^sca evaluate (?!.*--max-images).*", r"\g<0> --max-images 2"),
     (r"--device cuda", "--device cpu"),
     (r"^curl ", "curl --fail "),
 )
@@ -48,7 +48,7 @@ SKIPPED_LINES = (  # pattern, reason
     (r"^sca bench run throughput ", "takes hours on a CPU; tests/bench runs small sweeps"),
     (r"mmdet|rtmdet", "requires weights of MMDetection; the tests of the plugin use small ones"),
 )
-RECIPE = """
+RECIPE_TOML = """
 [model]
 encoder = {name = "tiny-vit", image_size = 64}
 mixer = {name = "query", depth = 1}
@@ -59,7 +59,7 @@ name = "scenes"
 image_size = 64
 num_images = 8
 """
-SWEEP = """
+SWEEP_TOML = """
 summary = "one row"
 seeds = [0]
 
@@ -69,10 +69,10 @@ mixer = "masked-pool"
 language_model = "tiny-gpt2"
 task_tokens = 2
 
-[measure]
-regions = [1]
-words = 2
-repeats = 2
+[benchmark]
+regions_per_image = [1]
+max_new_tokens = 2
+num_repeats = 2
 """
 
 
@@ -81,16 +81,16 @@ def list_runnable_lines(block):
     return [line for line in block.splitlines() if not any(re.search(pattern, line) for pattern, _ in SKIPPED_LINES)]
 
 
-class World:
+class DocumentEnvironment:
     """Working folder of a reader. `run` runs the lines of a shell block in it, one block after the other."""
 
     def __init__(self, folder, hub_address):
         self.folder = folder
-        self.site = folder / "site-packages"
+        self.site_packages = folder / "site-packages"
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(self.site),
+            "PYTHONPATH": str(self.site_packages),
             "OMP_NUM_THREADS": "1",
             "HF_HOME": str(folder / "hub-cache"),
             "HF_ENDPOINT": hub_address,
@@ -115,7 +115,7 @@ class World:
         """Return a line that does the same within seconds, with the port of the running server."""
         for pattern, replacement in REPLACEMENTS:
             line = re.sub(pattern, replacement, line)
-        install = f"pip install --quiet --no-deps --no-build-isolation --target {self.site} ."
+        install = f"pip install --quiet --no-deps --no-build-isolation --target {self.site_packages} ."
         line = re.sub(r"^pip install (-e )?\.", install, line)
         return line.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}") if "127.0.0.1:8000" in line else line
 
@@ -170,8 +170,8 @@ def create_files(folder, sam_folder, hub):
     shutil.copy(folder / "street/val.json", folder / "boxes.json")
     with tarfile.open(folder / "set-0.tar", "w") as archive:
         archive.add(first_image, "0.png")
-    (folder / "my-recipe.toml").write_text(RECIPE)
-    (folder / "my-sweep.toml").write_text(SWEEP)
+    (folder / "my-recipe.toml").write_text(RECIPE_TOML)
+    (folder / "my-sweep.toml").write_text(SWEEP_TOML)
     fill_hub(hub, sam_folder, folder / "hub")
 
 
@@ -208,7 +208,7 @@ def open_world(folder, sam_folder):
     hub = Hub()
     create_files(folder, sam_folder, hub)
     with hub.serving() as address:
-        world = World(folder, address)
+        world = DocumentEnvironment(folder, address)
         try:
             yield world
         finally:

@@ -15,9 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sca.language_models.causal import CausalLanguageModel
 from sca.language_models.tiny_config import make_tiny_config
 
-PAGE = Path(__file__).parents[2] / "docs" / "language-models.md"
-ROWS, PREFIX, STEPS = 4, 9, 8
-FIELDS = {  # what default configurations lack, or have too many layers for
+DOCS_PAGE = Path(__file__).parents[2] / "docs" / "language-models.md"
+NUM_ROWS, PREFIX_LENGTH, NUM_STEPS = 4, 9, 8
+CONFIG_OVERRIDES = {  # what default configurations lack, or have too many layers for
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
@@ -30,11 +30,11 @@ FIELDS = {  # what default configurations lack, or have too many layers for
     "reformer": {"axial_pos_embds": False},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
 }
-NOT_BUILT = {  # default configurations that transformers 5.23 builds no model from
+UNBUILDABLE_ARCHITECTURES = {  # default configurations that transformers 5.23 builds no model from
     *("cohere_compass_text", "dbrx", "dots3_note", "gemma4_assistant", "gemma4_unified_assistant"),
     *("musicgen", "musicgen_melody", "qwen4_exp", "qwen4_exp_text"),
 }
-HEADS = {  # one architecture for each way to compute logits from states
+LM_HEAD_OVERRIDES = {  # one architecture for each way to compute logits from states
     "gpt2": {},  # a linear layer
     "codegen": {},  # no padding in its configuration
     "bloom": {},  # of tied weights
@@ -50,100 +50,115 @@ HEADS = {  # one architecture for each way to compute logits from states
     "llama4_text": {},  # its class names its body wrongly
     "opt": {"word_embed_proj_dim": 32},  # embeddings narrower than states
 }
-NEWER = ("recurrent_gemma",)
-VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
-REFUSED = ("cpmant", "ctrl", "falcon_h1", "gemma3n_text", "gemma4_text", "openai-gpt", "roberta", "xlm")
+NEEDS_TRANSFORMERS_5_23 = ("recurrent_gemma",)
+TRANSFORMERS_VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+REJECTED_ARCHITECTURES = ("cpmant", "ctrl", "falcon_h1", "gemma3n_text", "gemma4_text", "openai-gpt", "roberta", "xlm")
 
 
-def build(name, **fields):
+def build_tiny_model(name, **fields):
     """A tiny model with random weights; other weights than those that the probe of a language model draws."""
     config = AutoConfig.for_model(name)
     if getattr(config, "is_decoder", None) is False:
         fields = {"is_decoder": True, **fields}
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(make_tiny_config(config, **FIELDS.get(name, {}) | fields)).eval()
+    model = AutoModelForCausalLM.from_config(make_tiny_config(config, **CONFIG_OVERRIDES.get(name, {}) | fields)).eval()
     for parameter in model.parameters():
         parameter.data += torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.05)
     return model
 
 
-def refused():
+def read_rejection_reasons():
     """The architectures in the table of the manual, with their reasons."""
-    return dict(re.findall(r"^\| `(\S+)` \| (.+) \|$", PAGE.read_text("utf-8"), re.MULTILINE))
+    return dict(re.findall(r"^\| `(\S+)` \| (.+) \|$", DOCS_PAGE.read_text("utf-8"), re.MULTILINE))
 
 
 @torch.no_grad()
-def check_equals_its_model(name, **fields):
+def assert_matches_transformers(name, **fields):
     """Logits for embeddings and for ids, greedy ids and their scores against those of the model's own forward."""
-    model = build(name, **fields)
+    model = build_tiny_model(name, **fields)
     language_model = CausalLanguageModel(model, None)
-    ids = torch.randint(5, 60, (ROWS, PREFIX))
-    prefix = torch.randn(ROWS, PREFIX, language_model.hidden_size)
+    ids = torch.randint(5, 60, (NUM_ROWS, PREFIX_LENGTH))
+    prefix = torch.randn(NUM_ROWS, PREFIX_LENGTH, language_model.hidden_size)
     for embeddings, inputs in (
         (language_model.embed_tokens(ids), {"input_ids": ids}),
         (prefix, {"inputs_embeds": prefix}),
     ):
         expected = model(**inputs).logits
-        found = language_model.lm_head(
-            language_model.hidden_states(embeddings, torch.ones(ROWS, PREFIX, dtype=torch.long))
+        logits = language_model.lm_head(
+            language_model.hidden_states(embeddings, torch.ones(NUM_ROWS, PREFIX_LENGTH, dtype=torch.long))
         )
-        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
-    plain = {"attention_mask": torch.ones(ROWS, PREFIX, dtype=torch.long), "max_new_tokens": STEPS, "pad_token_id": 0}
-    free = model.generate(inputs_embeds=prefix, eos_token_id=None, **plain)
-    ends = [int(free[0, 2]), int(free[1, 4])]
-    model.generation_config.eos_token_id = ends
-    own = model.generate(
-        inputs_embeds=prefix, eos_token_id=ends, return_dict_in_generate=True, output_logits=True, **plain
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    generation_options = {
+        "attention_mask": torch.ones(NUM_ROWS, PREFIX_LENGTH, dtype=torch.long),
+        "max_new_tokens": NUM_STEPS,
+        "pad_token_id": 0,
+    }
+    ids_without_eos = model.generate(inputs_embeds=prefix, eos_token_id=None, **generation_options)
+    eos_token_ids = [int(ids_without_eos[0, 2]), int(ids_without_eos[1, 4])]
+    model.generation_config.eos_token_id = eos_token_ids
+    expected_output = model.generate(
+        inputs_embeds=prefix,
+        eos_token_id=eos_token_ids,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **generation_options,
     )
-    generated = language_model.generate(prefix, STEPS)
-    counted = torch.isin(own.sequences, torch.tensor(ends)).int()
-    counted = counted.cumsum(1) - counted == 0
-    pad = language_model.pad_token_id
-    assert generated.sequences[:, 0].tolist() == own.sequences.masked_fill(~counted, pad).tolist()
-    logs = torch.stack(own.logits, dim=1).float().log_softmax(2).gather(2, own.sequences[..., None])[..., 0]
-    expected = (logs * counted).sum(1) / counted.sum(1)
+    generated = language_model.generate(prefix, NUM_STEPS)
+    is_counted = torch.isin(expected_output.sequences, torch.tensor(eos_token_ids)).int()
+    is_counted = is_counted.cumsum(1) - is_counted == 0
+    pad_token_id = language_model.pad_token_id
+    assert (
+        generated.sequences[:, 0].tolist() == expected_output.sequences.masked_fill(~is_counted, pad_token_id).tolist()
+    )
+    log_probs = (
+        torch.stack(expected_output.logits, dim=1)
+        .float()
+        .log_softmax(2)
+        .gather(2, expected_output.sequences[..., None])[..., 0]
+    )
+    expected = (log_probs * is_counted).sum(1) / is_counted.sum(1)
     torch.testing.assert_close(generated.scores[:, 0], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", LM_HEAD_OVERRIDES)
 @pytest.mark.slow
-def test_language_model_has_the_logits_and_ids_of_its_own_model(name):
-    if name in NEWER and VERSION < (5, 23):
+def test_language_model_matches_logits_and_ids_of_transformers(name):
+    if name in NEEDS_TRANSFORMERS_5_23 and TRANSFORMERS_VERSION < (5, 23):
         pytest.skip("transformers 5.17 does not run it on embeddings, so that it is refused there")
-    check_equals_its_model(name, **HEADS[name])
+    assert_matches_transformers(name, **LM_HEAD_OVERRIDES[name])
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_language_model_that_cannot_caption_is_refused_when_built(name):
+@pytest.mark.parametrize("name", REJECTED_ARCHITECTURES)
+def test_language_model_rejects_unsupported_architectures_with_the_listed_reason(name):
     with pytest.raises(ValueError, match=f"the language model '{name}' .*; choose a decoder-only model") as error:
-        CausalLanguageModel(build(name), None)
-    assert refused()[name] in str(error.value)
+        CausalLanguageModel(build_tiny_model(name), None)
+    assert read_rejection_reasons()[name] in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_bert_that_is_no_decoder_is_refused_as_not_causal():
+def test_language_model_rejects_bert_encoder_as_not_causal():
     with pytest.raises(ValueError, match=r"'bert' is not causal: .* \(is_decoder is false in its configuration\)"):
-        CausalLanguageModel(build("bert", is_decoder=False), None)
+        CausalLanguageModel(build_tiny_model("bert", is_decoder=False), None)
 
 
 @pytest.mark.all
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_every_architecture_is_equal_to_its_own_model_or_refused_for_the_listed_reason(name):
+def test_every_architecture_matches_transformers_or_is_rejected_as_documented(name):
     try:
-        model = build(name)
+        model = build_tiny_model(name)
     except Exception:
-        assert name in NOT_BUILT
+        assert name in UNBUILDABLE_ARCHITECTURES
         return
-    assert name not in NOT_BUILT
-    if name not in refused():
-        check_equals_its_model(name)
+    assert name not in UNBUILDABLE_ARCHITECTURES
+    if name not in read_rejection_reasons():
+        assert_matches_transformers(name)
         return
-    with pytest.raises(ValueError, match=re.escape(refused()[name])):
+    with pytest.raises(ValueError, match=re.escape(read_rejection_reasons()[name])):
         CausalLanguageModel(model, None)
 
 
 @pytest.mark.all
-def test_at_least_105_of_120_architectures_caption():
-    built = set(ARCHITECTURES) - NOT_BUILT
-    assert len(built) >= 120
-    assert len(built - refused().keys()) >= 105
+def test_language_model_supports_at_least_105_of_120_architectures():
+    buildable = set(ARCHITECTURES) - UNBUILDABLE_ARCHITECTURES
+    assert len(buildable) >= 120
+    assert len(buildable - read_rejection_reasons().keys()) >= 105

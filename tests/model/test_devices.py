@@ -13,7 +13,7 @@ from accelerator import simulated_cuda
 from PIL import Image
 from sca_registry.contracts import Batch, MaskTargets, Prompt, PromptBatch, SegmenterOutput
 from sca_registry.spec import ModelSpec
-from tiny import FAMILIES, tiny
+from tiny import LANGUAGE_MODEL_FAMILIES, make_tiny_config
 from torch import nn
 
 from sca.builder import build
@@ -29,8 +29,8 @@ from sca.training.auxiliary_losses import AttributeValues
 from sca.training.feature_cache import FeatureCache
 from sca.training.module import TrainingModule
 
-TRAINABLE = ["neck", "mixer", "projection", "task_tokens", "lora", "segmenter"]
-MIXERS = {
+TRAINABLE_GROUPS = ["neck", "mixer", "projection", "task_tokens", "lora", "segmenter"]
+MIXER_OPTIONS = {
     "query": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48, "mask_pooling": True},
     "split": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
     "mask-tokens": {"depth": 1, "num_heads": 4, "mlp_dim": 48},
@@ -38,103 +38,111 @@ MIXERS = {
     "roi-pool": {"output_size": 2},
     "masked-pool": {"num_queries": 2, "mlp_dim": 48},
 }
-NEED_MASKS = ("mask-tokens", "masked-pool")
+MIXERS_WITH_MASKS = ("mask-tokens", "masked-pool")
 ENCODERS = ("tiny-vit", "sam", "open-clip", "timm", "clip-rn50", "convnext-b")
 PRECISIONS = {"bfloat16": torch.bfloat16, "autocast": torch.float32, "float16": torch.float16, "float32": torch.float32}
-OWNER = torch.tensor([0, 0, 1, 1, 1])
+IMAGE_INDEX = torch.tensor([0, 0, 1, 1, 1])
 
 
-def spec_of(encoder="tiny-vit", segmenter="sam", mixer="query", family="gpt2", **fields):
+def make_model_table(encoder="tiny-vit", segmenter="sam", mixer="query", family="gpt2", **fields):
     options = {"depth": 1, "num_heads": 4, "mlp_dim": 48} if segmenter == "sam" else {}
-    mixed = {"mask_pooling": False} if mixer == "query" and segmenter == "box" else {}
+    mixer_options = {"mask_pooling": False} if mixer == "query" and segmenter == "box" else {}
     table = {
         "encoder": {"name": encoder, **get_tiny_options("encoder", encoder)},
         "segmenter": {"name": segmenter, "hidden_size": 32, **options},
-        "mixer": {"name": mixer, **MIXERS[mixer], **mixed},
-        "language_model": {"name": "hf", "pretrained": False, "config": tiny(family)},
+        "mixer": {"name": mixer, **MIXER_OPTIONS[mixer], **mixer_options},
+        "language_model": {"name": "hf", "pretrained": False, "config": make_tiny_config(family)},
         "task_tokens": 2,
         "lora": {"rank": 2, "dropout": 0.1},
-        "trainable": [name for name in TRAINABLE if segmenter == "sam" or name != "segmenter"],
+        "trainable": [name for name in TRAINABLE_GROUPS if segmenter == "sam" or name != "segmenter"],
         "generation": {"max_new_tokens": 4},
     }
     return {**table, **fields}
 
 
-def built(**fields):
+def build_model(**fields):
     torch.manual_seed(0)
-    return build(ModelSpec.from_dict(spec_of(**fields)))
+    return build(ModelSpec.from_dict(make_model_table(**fields)))
 
 
-def prompts_of(size, kind="box"):
-    draw = torch.Generator().manual_seed(1)
-    corner = torch.rand(len(OWNER), 2, generator=draw) * size / 2
-    boxes = torch.cat((corner, corner + size / 4), dim=1)
-    points, labels = corner[:, None].expand(-1, 2, -1).contiguous(), torch.tensor([[1, 0]]).expand(len(OWNER), 2)
+def make_prompts(image_size, prompt_kind="box"):
+    generator = torch.Generator().manual_seed(1)
+    corners = torch.rand(len(IMAGE_INDEX), 2, generator=generator) * image_size / 2
+    boxes = torch.cat((corners, corners + image_size / 4), dim=1)
+    points, labels = corners[:, None].expand(-1, 2, -1).contiguous(), torch.tensor([[1, 0]]).expand(len(IMAGE_INDEX), 2)
     return PromptBatch(
-        OWNER,
-        boxes=boxes if "box" in kind else None,
-        points=points if "point" in kind else None,
-        labels=labels if "point" in kind else None,
+        IMAGE_INDEX,
+        boxes=boxes if "box" in prompt_kind else None,
+        points=points if "point" in prompt_kind else None,
+        labels=labels if "point" in prompt_kind else None,
     )
 
 
-def batch_of(model, regions=None):
+def make_batch(model, num_regions=None):
     """Two images, five regions or `regions` of the second image, seven texts or one for each of those regions."""
-    size, draw = model.encoder.image_format.size, torch.Generator().manual_seed(2)
-    prompts = prompts_of(size)
-    region = torch.tensor([0, 0, 1, 2, 3, 4, 4])
-    if regions is not None:
-        prompts, region = prompts[torch.full((regions,), 4)], torch.arange(regions)
-    side = 4 * size // model.encoder.stride
-    ids = torch.randint(3, 90, (len(region), 3), generator=draw)
+    image_size, generator = model.encoder.image_format.size, torch.Generator().manual_seed(2)
+    prompts = make_prompts(image_size)
+    region_index = torch.tensor([0, 0, 1, 2, 3, 4, 4])
+    if num_regions is not None:
+        prompts, region_index = prompts[torch.full((num_regions,), 4)], torch.arange(num_regions)
+    mask_size = 4 * image_size // model.encoder.stride
+    ids = torch.randint(3, 90, (len(region_index), 3), generator=generator)
     mask = torch.ones_like(ids)
     mask[1::2, 2] = 0
     targets = MaskTargets(
-        torch.rand(len(prompts), side, side, generator=draw),
-        torch.ones(len(prompts), side, side, dtype=torch.bool),
+        torch.rand(len(prompts), mask_size, mask_size, generator=generator),
+        torch.ones(len(prompts), mask_size, mask_size, dtype=torch.bool),
         torch.arange(len(prompts)) != 1,
     )
-    pixels = torch.randn(2, 3, size, size, generator=draw)
-    return Batch(prompts, region % 2, pixels, input_ids=ids, attention_mask=mask, region_index=region, targets=targets)
+    pixels = torch.randn(2, 3, image_size, image_size, generator=generator)
+    return Batch(
+        prompts,
+        region_index % 2,
+        pixels,
+        input_ids=ids,
+        attention_mask=mask,
+        region_index=region_index,
+        targets=targets,
+    )
 
 
-def combinations():
+def iter_combinations():
     """Every mixer in every precision, with encoders, segmenters and families in turn; some by `make test`."""
-    turn = count()
+    counter = count()
     for precision in PRECISIONS:
-        for mixer in MIXERS:
-            number = next(turn)
-            encoder = ENCODERS[(number + number // len(ENCODERS)) % len(ENCODERS)]
-            segmenter = "box" if number % 2 and mixer not in NEED_MASKS else "sam"
-            family = list(FAMILIES)[number % len(FAMILIES)]
+        for mixer in MIXER_OPTIONS:
+            index = next(counter)
+            encoder = ENCODERS[(index + index // len(ENCODERS)) % len(ENCODERS)]
+            segmenter = "box" if index % 2 and mixer not in MIXERS_WITH_MASKS else "sam"
+            family = list(LANGUAGE_MODEL_FAMILIES)[index % len(LANGUAGE_MODEL_FAMILIES)]
             marks = [pytest.mark.all] if precision in ("float16", "float32") else []
             parts = {"encoder": encoder, "segmenter": segmenter, "mixer": mixer, "family": family}
-            name = "-".join([*parts.values(), precision])
-            yield pytest.param(parts, precision, 2 * (number % 2), id=name, marks=marks)
+            test_id = "-".join([*parts.values(), precision])
+            yield pytest.param(parts, precision, 2 * (index % 2), id=test_id, marks=marks)
 
 
-def built_here(**parts):
+def build_model_or_skip(**parts):
     card = sca_registry.encoders.get_card(parts["encoder"])
     if card.extra and sca_registry.encoders.load_entry(parts["encoder"]).state != "ok":
         pytest.skip(f"the extra {card.extra} is not installed")
-    return built(**parts)
+    return build_model(**parts)
 
 
-def test_every_mixer_is_tried_here():
-    assert set(sca_registry.mixers.list_names()) == set(MIXERS)
+def test_mixer_options_cover_every_registered_mixer():
+    assert set(sca_registry.mixers.list_names()) == set(MIXER_OPTIONS)
 
 
-@pytest.mark.parametrize(("parts", "precision", "chunk"), list(combinations()))
+@pytest.mark.parametrize(("parts", "precision", "chunk_size"), list(iter_combinations()))
 @pytest.mark.slow
-def test_model_trains_and_generates_on_an_accelerator(parts, precision, chunk):
-    model, dtype = built_here(**parts), PRECISIONS[precision]
-    batch = batch_of(model)
+def test_model_trains_and_generates_on_an_accelerator(parts, precision, chunk_size):
+    model, dtype = build_model_or_skip(**parts), PRECISIONS[precision]
+    batch = make_batch(model)
     with simulated_cuda():
         model.to("cuda", dtype).train()
         batch = batch.to("cuda")
         batch.pixel_values = batch.pixel_values.to(dtype)
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
-            output = model(batch, chunk_size=chunk)
+            output = model(batch, chunk_size=chunk_size)
         output.loss.backward()
         assert output.loss.isfinite()
         for group, parameters in model.group_parameters().items():
@@ -143,43 +151,45 @@ def test_model_trains_and_generates_on_an_accelerator(parts, precision, chunk):
             assert all(gradient.device.type == "cuda" for gradient in gradients), group
             assert all(gradient.isfinite().all() for gradient in gradients), group
         with torch.inference_mode():
-            found = model.eval().generate(model.encode(batch.pixel_values), batch.prompts, OWNER.to("cuda"))
-        assert found.sequences.device.type == found.scores.device.type == "cuda"
-        assert found.scores.isfinite().all()
+            generated = model.eval().generate(model.encode(batch.pixel_values), batch.prompts, IMAGE_INDEX.to("cuda"))
+        assert generated.sequences.device.type == generated.scores.device.type == "cuda"
+        assert generated.scores.isfinite().all()
 
 
 @pytest.mark.parametrize(
-    "search", [{"num_beams": 2, "num_captions": 2}, {"do_sample": True, "num_captions": 2, "top_p": 0.9}]
+    "generation_options", [{"num_beams": 2, "num_captions": 2}, {"do_sample": True, "num_captions": 2, "top_p": 0.9}]
 )
-def test_search_runs_on_an_accelerator(search):
-    model = built()
+def test_beam_search_and_sampling_run_on_an_accelerator(generation_options):
+    model = build_model()
     with simulated_cuda(), torch.inference_mode():
         language_model = model.to("cuda", torch.bfloat16).language_model
         prefix = torch.randn(3, 4, language_model.hidden_size, device="cuda", dtype=torch.bfloat16)
-        found = language_model.generate(prefix, 3, **search)
-        assert found.sequences.device.type == "cuda"
-        assert found.scores.shape == (3, 2)
+        generated = language_model.generate(prefix, 3, **generation_options)
+        assert generated.sequences.device.type == "cuda"
+        assert generated.scores.shape == (3, 2)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("segmenter", ["sam", "box masks", "box"])
 @pytest.mark.slow
-def test_segmenter_takes_every_prompt_on_an_accelerator(segmenter, precision):
-    part = {"name": "box", "hidden_size": 24}
+def test_segmenter_accepts_every_prompt_kind_on_an_accelerator(segmenter, precision):
+    segmenter_table = {"name": "box", "hidden_size": 24}
     if segmenter != "box":
-        part = {"name": "sam", "hidden_size": 48, "depth": 1, "num_heads": 4, "mlp_dim": 48}
-        part["box_masks"] = segmenter == "box masks"
-    model, dtype = built(mixer="split", **{"segmenter": "box"}), PRECISIONS[precision]
-    model.segmenter = sca_registry.segmenters.build(part.pop("name"), model.encoder, **part)
-    size, side = model.encoder.image_format.size, 4 * model.segmenter.grid_size
-    asked = [prompts_of(size, kind) for kind in ("box", "point", "box and point")]
+        segmenter_table = {"name": "sam", "hidden_size": 48, "depth": 1, "num_heads": 4, "mlp_dim": 48}
+        segmenter_table["box_masks"] = segmenter == "box masks"
+    model, dtype = build_model(mixer="split", **{"segmenter": "box"}), PRECISIONS[precision]
+    model.segmenter = sca_registry.segmenters.build(segmenter_table.pop("name"), model.encoder, **segmenter_table)
+    image_size, mask_size = model.encoder.image_format.size, 4 * model.segmenter.grid_size
+    prompt_batches = [make_prompts(image_size, kind) for kind in ("box", "point", "box and point")]
     if segmenter != "box":
-        asked += [replace(each, masks=torch.randn(len(OWNER), 1, side, side)) for each in asked[:1]]
-        asked += [PromptBatch(OWNER, masks=torch.randn(len(OWNER), 1, side, side))]
+        prompt_batches += [
+            replace(each, masks=torch.randn(len(IMAGE_INDEX), 1, mask_size, mask_size)) for each in prompt_batches[:1]
+        ]
+        prompt_batches += [PromptBatch(IMAGE_INDEX, masks=torch.randn(len(IMAGE_INDEX), 1, mask_size, mask_size))]
     with simulated_cuda(), torch.inference_mode():
         model.to("cuda", dtype)
-        features = model.encode(torch.randn(2, 3, size, size).to("cuda", dtype))
-        for prompts in asked:
+        features = model.encode(torch.randn(2, 3, image_size, image_size).to("cuda", dtype))
+        for prompts in prompt_batches:
             for multimask in (True, False):
                 with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
                     regions = model.segment(features, prompts.to("cuda"), multimask)
@@ -190,25 +200,25 @@ def test_segmenter_takes_every_prompt_on_an_accelerator(segmenter, precision):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("segmenter", "mixer", "family"),
-    [(s, m, "gpt2") for s in ("sam", "box") for m in MIXERS if s == "sam" or m not in NEED_MASKS]
-    + [("sam", "query", family) for family in FAMILIES if family != "gpt2"],
+    [(s, m, "gpt2") for s in ("sam", "box") for m in MIXER_OPTIONS if s == "sam" or m not in MIXERS_WITH_MASKS]
+    + [("sam", "query", family) for family in LANGUAGE_MODEL_FAMILIES if family != "gpt2"],
 )
 @pytest.mark.slow
 def test_model_in_half_precision_is_close_to_float32(segmenter, mixer, family, dtype):
     """On the CPU for real, where most kernels refuse mixed types as well."""
-    model = built(segmenter=segmenter, mixer=mixer, family=family).eval()
-    batch = batch_of(model)
+    model = build_model(segmenter=segmenter, mixer=mixer, family=family).eval()
+    batch = make_batch(model)
     batch.targets = None
     with torch.inference_mode():
-        exact = model(batch)
+        expected = model(batch)
         model.to(dtype)
         batch.pixel_values = batch.pixel_values.to(dtype)
-        found = model(batch)
-        assert found.queries.dtype == dtype
-        assert found.logits.isfinite().all()
-        likeness = torch.cosine_similarity(found.queries.float().flatten(1), exact.queries.flatten(1))
-        assert likeness.min() > 0.99
-        assert float(found.loss) == pytest.approx(float(exact.loss), rel=0.01)
+        output = model(batch)
+        assert output.queries.dtype == dtype
+        assert output.logits.isfinite().all()
+        similarity = torch.cosine_similarity(output.queries.float().flatten(1), expected.queries.flatten(1))
+        assert similarity.min() > 0.99
+        assert float(output.loss) == pytest.approx(float(expected.loss), rel=0.01)
         scores = model.generate(model.encode(batch.pixel_values), batch.prompts, batch.prompts.image_index).scores
         assert scores.isfinite().all()
 
@@ -217,205 +227,216 @@ def test_model_in_half_precision_is_close_to_float32(segmenter, mixer, family, d
 
 
 @pytest.fixture(scope="module")
-def picture():
-    draw = np.random.default_rng(0)
-    return Image.fromarray(draw.integers(0, 255, (70, 90, 3), dtype=np.uint8))
+def image():
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 255, (70, 90, 3), dtype=np.uint8))
 
 
-def boxes(number):
-    return [Prompt(box=(x, 3.0, x + 20.0, 40.0)) for x in range(number)]
+def make_box_prompts(num_boxes):
+    return [Prompt(box=(x, 3.0, x + 20.0, 40.0)) for x in range(num_boxes)]
 
 
 @pytest.fixture
-def pointed(small, picture):
+def make_predictor(build_small_model, image):
     """Makes a predictor for a model on the device, an image set."""
 
     def make(**options):
-        predictor = Predictor(small().to("cuda"), **options)
-        predictor.set_image(picture)
+        predictor = Predictor(build_small_model().to("cuda"), **options)
+        predictor.set_image(image)
         return predictor
 
     return make
 
 
-def test_captions_on_an_accelerator_are_those_of_the_cpu(small, pointed, picture):
-    here = Predictor(small())
-    here.set_image(picture)
-    told, masks = here.predict(boxes(5)), here.segment(boxes(5))
+def test_predictor_on_an_accelerator_matches_the_cpu(build_small_model, make_predictor, image):
+    cpu_predictor = Predictor(build_small_model())
+    cpu_predictor.set_image(image)
+    expected_captions, expected_masks = (
+        cpu_predictor.predict(make_box_prompts(5)),
+        cpu_predictor.segment(make_box_prompts(5)),
+    )
     with simulated_cuda():
-        there = pointed()
-        found = there.predict(boxes(5))
-        assert [caption.text for caption in found] == [caption.text for caption in told]
-        assert [caption.mask for caption in found] == [caption.mask for caption in told]
-        assert [[mask.rle for mask in each] for each in there.segment(boxes(5))] == [
-            [mask.rle for mask in each] for each in masks
+        accelerator_predictor = make_predictor()
+        captions = accelerator_predictor.predict(make_box_prompts(5))
+        assert [caption.text for caption in captions] == [caption.text for caption in expected_captions]
+        assert [caption.mask for caption in captions] == [caption.mask for caption in expected_captions]
+        assert [[mask.rle for mask in each] for each in accelerator_predictor.segment(make_box_prompts(5))] == [
+            [mask.rle for mask in each] for each in expected_masks
         ]
 
 
-@pytest.mark.parametrize("ask", ["predict", "segment"])
-def test_waits_do_not_grow_with_regions(pointed, ask):
+@pytest.mark.parametrize("method", ["predict", "segment"])
+def test_predictor_synchronizations_do_not_grow_with_regions(make_predictor, method):
     with simulated_cuda() as device:
-        predictor = pointed()
-        waits = []
-        for number in (2, 3, 12):  # the first also prepares what is kept of an image's size
-            with device.counted() as found:
-                getattr(predictor, ask)(boxes(number))
-            waits.append(found)
-    assert waits[1] == waits[2]
+        predictor = make_predictor()
+        syncs_per_run = []
+        for num_regions in (2, 3, 12):  # the first also prepares what is kept of an image's size
+            with device.counted() as syncs:
+                getattr(predictor, method)(make_box_prompts(num_regions))
+            syncs_per_run.append(syncs)
+    assert syncs_per_run[1] == syncs_per_run[2]
 
 
-def test_waits_grow_with_chunks_by_a_few_each(pointed):
+def test_predictor_adds_at_most_4_synchronizations_per_chunk(make_predictor):
     with simulated_cuda() as device:
-        predictor, totals = pointed(), []
-        for regions in (6, 6, 3, 2):  # the first also prepares what is kept of an image's size
-            predictor.engine.regions = regions
-            with device.counted() as found:
-                predictor.predict(boxes(6))
-            totals.append(found.total())
-    assert totals[2] - totals[1] == totals[3] - totals[2] <= 4  # owners, which cells are hit, masks, predicted IoU
+        predictor, total_syncs = make_predictor(), []
+        for regions_per_chunk in (6, 6, 3, 2):  # the first also prepares what is kept of an image's size
+            predictor.engine.regions = regions_per_chunk
+            with device.counted() as syncs:
+                predictor.predict(make_box_prompts(6))
+            total_syncs.append(syncs.total())
+    assert (
+        total_syncs[2] - total_syncs[1] == total_syncs[3] - total_syncs[2] <= 4
+    )  # owners, which cells are hit, masks, predicted IoU
 
 
-def test_waits_do_not_grow_with_the_masks_of_everything(pointed):
+@pytest.mark.slow
+def test_everything_mode_synchronizations_do_not_grow_with_masks(make_predictor):
     with simulated_cuda() as device:
-        predictor = pointed()
+        predictor = make_predictor()
         thresholds = {"pred_iou_thresh": -9.0, "stability_score_thresh": 0.0, "min_area": 0.0, "max_area": 1.0}
         options = replace(predictor.engine.everything, points_per_side=3, **thresholds)
-        waits = []
-        for nms in (1.0, 1.0, 0.0):
-            with device.counted() as found:
-                captions = caption_everything(predictor, options=replace(options, box_nms_thresh=nms))
-            waits.append((len(captions), found.total()))
-    assert waits[1][0] > waits[2][0] > 0
-    assert waits[1][1] == waits[2][1]
+        captions_and_syncs = []
+        for box_nms_thresh in (1.0, 1.0, 0.0):
+            with device.counted() as syncs:
+                captions = caption_everything(predictor, options=replace(options, box_nms_thresh=box_nms_thresh))
+            captions_and_syncs.append((len(captions), syncs.total()))
+    assert captions_and_syncs[1][0] > captions_and_syncs[2][0] > 0
+    assert captions_and_syncs[1][1] == captions_and_syncs[2][1]
 
 
-def test_greedy_search_waits_once_for_a_token(pointed):
+def test_greedy_search_synchronizes_once_per_token(make_predictor):
     with simulated_cuda() as device:
-        language_model = pointed().model.language_model
+        language_model = make_predictor().model.language_model
         language_model._resolve_special_tokens = lambda: (0, [1])
         prefix = torch.randn(6, 3, language_model.hidden_size, device="cuda")
-        totals = []
-        for tokens in (4, 5, 9):
-            with device.counted() as found:
-                assert language_model.generate(prefix, tokens).sequences.shape[2] == tokens
-            totals.append(found.total())
-    assert totals[1] - totals[0] == 1
-    assert totals[2] - totals[1] == 4
+        total_syncs = []
+        for num_tokens in (4, 5, 9):
+            with device.counted() as syncs:
+                assert language_model.generate(prefix, num_tokens).sequences.shape[2] == num_tokens
+            total_syncs.append(syncs.total())
+    assert total_syncs[1] - total_syncs[0] == 1
+    assert total_syncs[2] - total_syncs[1] == 4
 
 
-def test_greedy_search_waits_no_longer_where_captions_end(pointed):
+def test_greedy_search_adds_no_synchronizations_when_captions_end(make_predictor):
     with simulated_cuda() as device:
-        language_model = pointed().model.language_model
+        language_model = make_predictor().model.language_model
         prefix = torch.randn(40, 3, language_model.hidden_size, device="cuda")
-        totals, lengths = [], []
-        for ends in ([1], list(range(0, 720, 4))):
-            language_model._resolve_special_tokens = lambda ends=ends: (0, ends)
-            with device.counted() as found:
+        total_syncs, num_ended = [], []
+        for eos_token_ids in ([1], list(range(0, 720, 4))):
+            language_model._resolve_special_tokens = lambda eos_token_ids=eos_token_ids: (0, eos_token_ids)
+            with device.counted() as syncs:
                 ids = language_model.generate(prefix, 6).sequences[:, 0]
-            totals.append(found.total())
-            lengths.append(torch.isin(ids.cpu(), torch.tensor(ends)).any(1).sum())
-    assert lengths[1] > lengths[0]
-    assert totals[0] >= totals[1]
+            total_syncs.append(syncs.total())
+            num_ended.append(torch.isin(ids.cpu(), torch.tensor(eos_token_ids)).any(1).sum())
+    assert num_ended[1] > num_ended[0]
+    assert total_syncs[0] >= total_syncs[1]
 
 
 @pytest.mark.parametrize(
-    "mixer", [pytest.param(mixer, marks=[pytest.mark.all] * (mixer in ("split", "mask-tokens"))) for mixer in MIXERS]
+    "mixer",
+    [pytest.param(mixer, marks=[pytest.mark.all] * (mixer in ("split", "mask-tokens"))) for mixer in MIXER_OPTIONS],
 )
 @pytest.mark.slow
-def test_waits_of_a_training_step_do_not_grow_with_regions(mixer):
-    model = built(mixer=mixer).train()
+def test_training_step_synchronizations_do_not_grow_with_regions(mixer):
+    model = build_model(mixer=mixer).train()
     with simulated_cuda() as device:
         model.to("cuda")
-        waits = []
-        for regions in (3, 7):
-            batch = batch_of(model, regions).to("cuda")
-            with device.counted() as found:
+        syncs_per_step = []
+        for num_regions in (3, 7):
+            batch = make_batch(model, num_regions).to("cuda")
+            with device.counted() as syncs:
                 model(batch).loss.backward()
-            waits.append(found)
-    assert waits[0] == waits[1]
-    assert waits[0].total() <= 12
+            syncs_per_step.append(syncs)
+    assert syncs_per_step[0] == syncs_per_step[1]
+    assert syncs_per_step[0].total() <= 12
 
 
-@pytest.mark.parametrize("pool", ["pool_under_masks", "roi_align", "resampler"])
-def test_waits_do_not_grow_with_images(pool):
+@pytest.mark.parametrize("operation", ["pool_under_masks", "roi_align", "resampler"])
+def test_pooling_synchronizations_do_not_grow_with_images(operation):
     mixer = ResamplerMixer(SimpleNamespace(channels=8), num_queries=2, depth=1, num_heads=2, mlp_dim=8)
     with simulated_cuda() as device:
         mixer.to("cuda")
-        waits = []
-        for images in (1, 4):
-            image, owner = torch.randn(images, 8, 4, 4, device="cuda"), torch.arange(images, device="cuda")
-            rows = torch.rand(images, 4, 4, device="cuda")
-            tokens, position = torch.randn(images, 3, 8, device="cuda"), torch.randn(8, 4, 4, device="cuda")
-            regions = SegmenterOutput(owner, image, 64, position[:, :1, :1], position, tokens, tokens)
-            with device.counted() as found:
-                if pool == "pool_under_masks":
-                    pool_under_masks(image, owner, rows)
-                elif pool == "roi_align":
-                    roi_align(image, owner, rows[:, 0], 2)
+        total_syncs = []
+        for num_images in (1, 4):
+            features, image_index = (
+                torch.randn(num_images, 8, 4, 4, device="cuda"),
+                torch.arange(num_images, device="cuda"),
+            )
+            masks = torch.rand(num_images, 4, 4, device="cuda")
+            tokens, position = torch.randn(num_images, 3, 8, device="cuda"), torch.randn(8, 4, 4, device="cuda")
+            regions = SegmenterOutput(image_index, features, 64, position[:, :1, :1], position, tokens, tokens)
+            with device.counted() as syncs:
+                if operation == "pool_under_masks":
+                    pool_under_masks(features, image_index, masks)
+                elif operation == "roi_align":
+                    roi_align(features, image_index, masks[:, 0], 2)
                 else:
                     mixer(regions)
-            waits.append(found.total())
-    assert waits[0] == waits[1] <= 3  # ROIAlign also asks how many samples each axis needs
+            total_syncs.append(syncs.total())
+    assert total_syncs[0] == total_syncs[1] <= 3  # ROIAlign also asks how many samples each axis needs
 
 
 # --- what else runs there ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_chunks_are_computed_anew_with_the_same_random_numbers():
-    model = built(lora={"rank": 2, "dropout": 0.5}).train()
+def test_chunked_backward_recomputes_with_the_same_random_numbers():
+    model = build_model(lora={"rank": 2, "dropout": 0.5}).train()
     with simulated_cuda() as device:
         model.to("cuda")
-        batch = batch_of(model).to("cuda")
+        batch = make_batch(model).to("cuda")
         device.draws.clear()
         output = model(batch, chunk_size=2)
-        drawn = len(device.draws)
-        assert drawn
+        num_draws = len(device.draws)
+        assert num_draws
         output.loss.backward()
-    assert len(device.draws) == 2 * drawn
+    assert len(device.draws) == 2 * num_draws
     assert set(Counter(device.draws).values()) <= {2, 4, 6}
 
 
-def test_a_step_of_adamw_needs_nothing_from_the_host(small):
-    model = small(trainable=["mixer", "projection"])
+def test_adamw_step_does_not_synchronize_with_the_host(build_small_model):
+    model = build_small_model(trainable=["mixer", "projection"])
     with simulated_cuda() as device:
         model.to("cuda")
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        batch = batch_of(model).to("cuda")
+        batch = make_batch(model).to("cuda")
         model(batch).loss.backward()
-        before = model.projection[0].weight.detach().clone()
-        with device.counted() as found:
+        weight_before = model.projection[0].weight.detach().clone()
+        with device.counted() as syncs:
             optimizer.step()
-        assert not torch.equal(before, model.projection[0].weight)
-    assert not found
+        assert not torch.equal(weight_before, model.projection[0].weight)
+    assert not syncs
 
 
-def test_auxiliary_losses_run_on_an_accelerator(small):
+def test_auxiliary_losses_run_on_an_accelerator(build_small_model):
     attributes = AttributeValues({"color": ("red", "blue")}, {"side": ("left", "right")})
-    model = small()
-    lesson = TrainingModule(model, {"attributes": 1.0, "features": 1.0}, attributes)
-    batch = batch_of(model)
+    model = build_small_model()
+    training_module = TrainingModule(model, {"attributes": 1.0, "feature_attributes": 1.0}, attributes)
+    batch = make_batch(model)
     batch.auxiliary_targets = {name: torch.tensor([0, 1, -100, 0, 1]) for name in ("color", "side")}
     with simulated_cuda(), torch.autocast("cuda", torch.bfloat16):
-        lesson.to("cuda")
-        loss = lesson(batch.to("cuda"), {"regions": 1.0})
+        training_module.to("cuda")
+        loss = training_module(batch.to("cuda"), {"regions": 1.0})
         loss.backward()
         assert loss.isfinite()
 
 
-def test_features_are_kept_from_an_accelerator(small, picture, tmp_path):
-    model = small()
-    here = FeatureCache(tmp_path / "here", model)
-    here.encode_missing(model, [picture], lambda: None)
+def test_feature_cache_filled_on_an_accelerator_matches_the_cpu(build_small_model, image, tmp_path):
+    model = build_small_model()
+    cpu_cache = FeatureCache(tmp_path / "here", model)
+    cpu_cache.encode_missing(model, [image], lambda: None)
     with simulated_cuda():
         model.to("cuda")
-        there = FeatureCache(tmp_path / "there", model)
-        there.encode_missing(model, [picture], lambda: None)
-    assert torch.allclose(here[picture], there[picture], atol=1e-2)
+        accelerator_cache = FeatureCache(tmp_path / "there", model)
+        accelerator_cache.encode_missing(model, [image], lambda: None)
+    assert torch.allclose(cpu_cache[image], accelerator_cache[image], atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["crop-captioner", "vlm", "nearest-neighbor"])
-def test_baseline_captions_on_an_accelerator(name):
+@pytest.mark.slow
+def test_baseline_captioners_run_on_an_accelerator(name):
     sample = Scenes("test", num_images=1, image_size=64)[0]
     prompts = [Prompt(box=region.box) for region in sample.regions]
     with simulated_cuda():
@@ -428,7 +449,7 @@ def test_baseline_captions_on_an_accelerator(name):
 # --- the check itself -------------------------------------------------------------------------------------------------
 
 
-class Wrong(nn.Module):
+class FaultyModule(nn.Module):
     """A part as one might write it, with one fault that a CPU in float32 does not mind."""
 
     def __init__(self, fault):
@@ -455,7 +476,7 @@ class Wrong(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "message"),
     {
         "arange without device": "same device",
         "cat with a tensor of the CPU": "same device",
@@ -466,19 +487,19 @@ class Wrong(nn.Module):
         "whole numbers in a product": "not implemented",
     }.items(),
 )
-def test_simulated_device_refuses_what_a_gpu_refuses(fault, says):
-    Wrong(fault)(torch.randn(3, 4))  # works on a CPU
+def test_simulated_device_rejects_operations_that_a_gpu_rejects(fault, message):
+    FaultyModule(fault)(torch.randn(3, 4))  # works on a CPU
     with simulated_cuda():
-        model = Wrong(fault).to("cuda", torch.bfloat16)
-        with pytest.raises((RuntimeError, TypeError), match=says):
+        model = FaultyModule(fault).to("cuda", torch.bfloat16)
+        with pytest.raises((RuntimeError, TypeError), match=message):
             model(torch.randn(3, 4, device="cuda", dtype=torch.bfloat16))
-        assert Wrong(None).to("cuda")(torch.randn(3, 4, device="cuda")).device.type == "cuda"
+        assert FaultyModule(None).to("cuda")(torch.randn(3, 4, device="cuda")).device.type == "cuda"
 
 
-def test_simulated_device_counts_what_the_host_waits_for():
+def test_simulated_device_counts_host_synchronizations():
     with simulated_cuda() as device:
         values = torch.tensor([1.0, 2.0, 3.0], device="cuda")
-        for waits, work in (
+        for num_syncs, operation in (
             (3, lambda: [float(value) for value in values]),
             (1, lambda: values.tolist()),
             (1, lambda: values[values > 1]),
@@ -488,20 +509,20 @@ def test_simulated_device_counts_what_the_host_waits_for():
             (0, lambda: values[values.argsort()] + 1),
             (0, lambda: values.masked_fill(values > 1, 0.0).sum()),
         ):
-            with device.counted() as found:
-                work()
-            assert found.total() == waits
+            with device.counted() as syncs:
+                operation()
+            assert syncs.total() == num_syncs
     assert not torch.cuda.is_initialized()
 
 
-def test_autocast_of_the_simulated_device_is_cuda_s():
+def test_simulated_device_autocast_matches_cuda():
     with simulated_cuda(), torch.autocast("cuda", torch.bfloat16):
         linear, values = nn.Linear(4, 4).to("cuda"), torch.randn(3, 4, device="cuda")
-        low = linear(values)
-        assert low.dtype == torch.bfloat16
-        assert (low + values).dtype == torch.float32
-        assert nn.functional.layer_norm(low, (4,)).dtype == torch.float32
-        assert low.softmax(1).dtype == torch.float32
-        assert torch.cat((low, values)).dtype == torch.float32
-        low.sum().backward()
+        bfloat16_output = linear(values)
+        assert bfloat16_output.dtype == torch.bfloat16
+        assert (bfloat16_output + values).dtype == torch.float32
+        assert nn.functional.layer_norm(bfloat16_output, (4,)).dtype == torch.float32
+        assert bfloat16_output.softmax(1).dtype == torch.float32
+        assert torch.cat((bfloat16_output, values)).dtype == torch.float32
+        bfloat16_output.sum().backward()
         assert linear.weight.grad.dtype == torch.float32

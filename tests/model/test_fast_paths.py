@@ -2,97 +2,106 @@
 
 import pytest
 import torch
-from tiny import FAMILIES
+from tiny import LANGUAGE_MODEL_FAMILIES
 from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
 from sca.language_models import causal
 from sca.language_models.hf import HfLanguageModel
 from sca.nn.two_way_transformer import TwoWayTransformer, init_weights
 
-REGIONS, TOKENS, WIDTH, SIDE = 7, 5, 32, 6
+NUM_REGIONS, NUM_TOKENS, HIDDEN_SIZE, GRID_SIZE = 7, 5, 32, 6
 
 
 @pytest.fixture
 def transformer():
     torch.manual_seed(0)
-    made = TwoWayTransformer(WIDTH, 3, num_heads=4, mlp_dim=48)
-    made.apply(init_weights)
-    for parameter in made.parameters():  # biases and norms that matter
+    module = TwoWayTransformer(HIDDEN_SIZE, 3, num_heads=4, mlp_dim=48)
+    module.apply(init_weights)
+    for parameter in module.parameters():  # biases and norms that matter
         torch.nn.init.normal_(parameter, std=0.3)
-    return made.eval()
+    return module.eval()
 
 
 @pytest.fixture
-def asked():
-    draw = torch.Generator().manual_seed(1)
-    grids = torch.randn(3, WIDTH, SIDE, SIDE, generator=draw)
-    position = torch.randn(WIDTH, SIDE, SIDE, generator=draw)
-    return torch.randn(REGIONS, TOKENS, WIDTH, generator=draw), grids, position, torch.tensor([0, 0, 0, 1, 2, 2, 2])
+def transformer_inputs():
+    generator = torch.Generator().manual_seed(1)
+    grids = torch.randn(3, HIDDEN_SIZE, GRID_SIZE, GRID_SIZE, generator=generator)
+    position = torch.randn(HIDDEN_SIZE, GRID_SIZE, GRID_SIZE, generator=generator)
+    return (
+        torch.randn(NUM_REGIONS, NUM_TOKENS, HIDDEN_SIZE, generator=generator),
+        grids,
+        position,
+        torch.tensor([0, 0, 0, 1, 2, 2, 2]),
+    )
 
 
-def library(transformer, tokens, grid, position):
+def run_library_transformer(transformer, tokens, grid, position):
     fused, keys = SamTwoWayTransformer.forward(transformer, tokens.unsqueeze(1), grid, position.unsqueeze(0), None)
     return fused.squeeze(1), keys.squeeze(1).transpose(1, 2).unflatten(2, grid.shape[-2:])
 
 
-@pytest.mark.parametrize("regions", [1, 2, 3, 100])
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("learning", [False, True])
-def test_the_two_way_transformer_is_the_library_s(transformer, asked, monkeypatch, regions, shared, learning):
-    tokens, grids, position, owner = asked
-    monkeypatch.setattr(TwoWayTransformer, "max_elements_per_chunk", regions * WIDTH * SIDE * SIDE)
-    with torch.set_grad_enabled(learning):
-        expected = library(transformer, tokens, grids[owner], position)
-        given = (grids, position, owner) if shared else (grids[owner], position)
-        found = transformer(tokens, *given)
-    for one, other in zip(found, expected, strict=True):
-        assert one.shape == other.shape
-        assert (one - other).abs().max() < 1e-5
-    assert transformer(tokens, *given, return_grids=False)[1] is None
+@pytest.mark.parametrize("regions_per_chunk", [1, 2, 3, 100])
+@pytest.mark.parametrize("shares_grids", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_two_way_transformer_matches_transformers(
+    transformer, transformer_inputs, monkeypatch, regions_per_chunk, shares_grids, requires_grad
+):
+    tokens, grids, position, image_index = transformer_inputs
+    monkeypatch.setattr(
+        TwoWayTransformer, "max_elements_per_chunk", regions_per_chunk * HIDDEN_SIZE * GRID_SIZE * GRID_SIZE
+    )
+    with torch.set_grad_enabled(requires_grad):
+        expected = run_library_transformer(transformer, tokens, grids[image_index], position)
+        grid_arguments = (grids, position, image_index) if shares_grids else (grids[image_index], position)
+        outputs = transformer(tokens, *grid_arguments)
+    for output, expected_output in zip(outputs, expected, strict=True):
+        assert output.shape == expected_output.shape
+        assert (output - expected_output).abs().max() < 1e-5
+    assert transformer(tokens, *grid_arguments, return_grids=False)[1] is None
 
 
-def test_no_region_is_no_trouble(transformer, asked):
-    tokens, grids, position, owner = asked
+def test_two_way_transformer_accepts_no_regions(transformer, transformer_inputs):
+    tokens, grids, position, image_index = transformer_inputs
     with torch.inference_mode():
-        fused, keys = transformer(tokens[:0], grids, position, owner[:0])
-    assert fused.shape == (0, TOKENS, WIDTH)
-    assert keys.shape == (0, WIDTH, SIDE, SIDE)
+        fused, keys = transformer(tokens[:0], grids, position, image_index[:0])
+    assert fused.shape == (0, NUM_TOKENS, HIDDEN_SIZE)
+    assert keys.shape == (0, HIDDEN_SIZE, GRID_SIZE, GRID_SIZE)
 
 
-def test_gradients_are_the_library_s(transformer, asked):
-    tokens, grids, position, owner = asked
+def test_two_way_transformer_gradients_match_transformers(transformer, transformer_inputs):
+    tokens, grids, position, image_index = transformer_inputs
     gradients = []
-    for way in (library, lambda model, *given: model(*given)):
+    for forward in (run_library_transformer, lambda model, *given: model(*given)):
         transformer.zero_grad()
-        fused, keys = way(transformer, tokens, grids[owner], position)
+        fused, keys = forward(transformer, tokens, grids[image_index], position)
         (fused.square().sum() + keys.square().mean()).backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in transformer.named_parameters()})
-    largest = max(expected.abs().max() for expected in gradients[0].values())
+    largest_gradient = max(expected.abs().max() for expected in gradients[0].values())
     for name, expected in gradients[0].items():
-        assert torch.allclose(gradients[1][name], expected, rtol=1e-3, atol=1e-6 * largest), name
+        assert torch.allclose(gradients[1][name], expected, rtol=1e-3, atol=1e-6 * largest_gradient), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("ends", [0, 4, 40])
+@pytest.mark.parametrize("family", LANGUAGE_MODEL_FAMILIES)
+@pytest.mark.parametrize("num_eos_tokens", [0, 4, 40])
 @pytest.mark.slow
-def test_greedy_words_are_those_of_generate(lm_folder, monkeypatch, family, ends):
+def test_greedy_search_matches_transformers_generate(save_language_model, monkeypatch, family, num_eos_tokens):
     """Of 97 words so many end a caption, so that few, some or most leave the batch early."""
-    model = HfLanguageModel(weights=str(lm_folder(family)))
-    draw = torch.Generator().manual_seed(3)
+    model = HfLanguageModel(weights=str(save_language_model(family)))
+    generator = torch.Generator().manual_seed(3)
     for parameter in model.model.parameters():  # words that differ from region to region
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=draw)
-    monkeypatch.setattr(model, "_resolve_special_tokens", lambda: (0, list(range(1, 1 + ends))))
-    prefix = torch.randn(9, 4, model.hidden_size, generator=draw)
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    monkeypatch.setattr(model, "_resolve_special_tokens", lambda: (0, list(range(1, 1 + num_eos_tokens))))
+    prefix = torch.randn(9, 4, model.hidden_size, generator=generator)
     assert causal.has_plain_greedy_settings(model.model)
-    fast = model.generate(prefix, 12)
+    fast_output = model.generate(prefix, 12)
     monkeypatch.setattr(causal, "has_plain_greedy_settings", lambda _: False)
-    plain = model.generate(prefix, 12)
-    assert fast.sequences.tolist() == plain.sequences.tolist()
-    assert torch.allclose(fast.scores, plain.scores, atol=1e-5)
+    expected = model.generate(prefix, 12)
+    assert fast_output.sequences.tolist() == expected.sequences.tolist()
+    assert torch.allclose(fast_output.scores, expected.scores, atol=1e-5)
 
 
-def test_settings_that_greedy_search_does_not_know_are_left_to_the_library(lm_folder):
-    model = HfLanguageModel(weights=str(lm_folder("gpt2"))).model
+def test_has_plain_greedy_settings_is_false_with_a_repetition_penalty(save_language_model):
+    model = HfLanguageModel(weights=str(save_language_model("gpt2"))).model
     assert causal.has_plain_greedy_settings(model)
     model.generation_config.repetition_penalty = 1.3
     assert not causal.has_plain_greedy_settings(model)

@@ -7,17 +7,17 @@ from sca_registry.contracts import PromptBatch
 
 
 @pytest.fixture
-def asked():
+def model_inputs():
     return torch.zeros(1, 3, 64, 64), PromptBatch(torch.tensor([0]), boxes=torch.tensor([[8.0, 8, 40, 40]]))
 
 
 @pytest.mark.parametrize(("kind", "name"), [("encoder", "tiny-vit"), ("mixer", "query")])
-def test_a_part_of_another_shape_is_named_with_the_command_that_tells_more(small, asked, kind, name):
-    model = small()
-    part, (pixels, prompts) = getattr(model, kind), asked
+def test_model_error_names_the_component_with_a_wrong_output_shape(build_small_model, model_inputs, kind, name):
+    model = build_small_model()
+    part, (pixels, prompts) = getattr(model, kind), model_inputs
     forward = part.forward
     part.forward = lambda *given: forward(*given)[..., :-1]
-    with pytest.raises(RegistryError, match=rf"{kind} '{name}' gives shape .* promise .*`sca check {kind} {name}`"):
+    with pytest.raises(RegistryError, match=rf"{kind} '{name}' returns shape .* expected .*`sca check {kind} {name}`"):
         model.generate(model.encode(pixels), prompts, torch.tensor([1]))
     part.forward = lambda *given: [forward(*given)]
     with pytest.raises(RegistryError, match=rf"{kind} '{name}' gives a list"):

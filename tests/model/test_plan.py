@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from sca_bench.plan_accuracy import compare_plan
 from sca_registry.spec import ModelSpec
-from tiny import SAM, tiny
+from tiny import TINY_SAM_CONFIG, make_tiny_config
 
 import sca
 from sca.nn.two_way_transformer import TwoWayTransformer
@@ -15,13 +15,13 @@ from sca.stage_costs import StageMeter
 
 pytestmark = pytest.mark.slow
 
-WORDS = 6
-LM = {"name": "hf", "pretrained": False}
-TINY_VIT = {"name": "tiny-vit"}
-MODELS = {
+MAX_NEW_TOKENS = 6
+HF_LANGUAGE_MODEL = {"name": "hf", "pretrained": False}
+TINY_VIT_ENCODER = {"name": "tiny-vit"}
+MODEL_TABLES = {
     "tiny": {
         "encoder": {
-            **TINY_VIT,
+            **TINY_VIT_ENCODER,
             "image_size": 64,
             "hidden_size": 32,
             "depth": 1,
@@ -29,11 +29,11 @@ MODELS = {
             "stem_channels": [8, 16],
         },
         "mixer": {"name": "query", "depth": 1, "mlp_dim": 64, "num_heads": 4},
-        "language_model": {**LM, "config": tiny("gpt2")},
+        "language_model": {**HF_LANGUAGE_MODEL, "config": make_tiny_config("gpt2")},
     },
     "middle": {
         "encoder": {
-            **TINY_VIT,
+            **TINY_VIT_ENCODER,
             "image_size": 192,
             "hidden_size": 192,
             "depth": 4,
@@ -41,144 +41,164 @@ MODELS = {
             "stem_channels": [32, 64],
         },
         "mixer": {"name": "query", "depth": 3},
-        "language_model": {**LM, "config": {**tiny("llama"), "hidden_size": 256, "vocab_size": 4000}},
+        "language_model": {
+            **HF_LANGUAGE_MODEL,
+            "config": {**make_tiny_config("llama"), "hidden_size": 256, "vocab_size": 4000},
+        },
         "lora": 4,
     },
     "without a grid": {
-        "encoder": {**TINY_VIT, "image_size": 128, "hidden_size": 96, "output_channels": 64, "stem_channels": [16, 32]},
+        "encoder": {
+            **TINY_VIT_ENCODER,
+            "image_size": 128,
+            "hidden_size": 96,
+            "output_channels": 64,
+            "stem_channels": [16, 32],
+        },
         "segmenter": "box",
         "mixer": {"name": "resampler", "depth": 2},
-        "language_model": {**LM, "config": {**tiny("opt"), "hidden_size": 128, "word_embed_proj_dim": 128}},
+        "language_model": {
+            **HF_LANGUAGE_MODEL,
+            "config": {**make_tiny_config("opt"), "hidden_size": 128, "word_embed_proj_dim": 128},
+        },
     },
 }
 
 
-def spec_of(name):
-    return ModelSpec.from_dict(MODELS[name])
+def build_spec(name):
+    return ModelSpec.from_dict(MODEL_TABLES[name])
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("images", "regions"), [(1, 3), pytest.param(2, 40, marks=pytest.mark.all)])
+@pytest.mark.parametrize("name", MODEL_TABLES)
+@pytest.mark.parametrize(("num_images", "num_regions"), [(1, 3), pytest.param(2, 40, marks=pytest.mark.all)])
 @pytest.mark.parametrize("train", [False, True])
-def test_parameters_operations_and_memory_are_those_of_a_run(name, images, regions, train):
-    row = compare_plan(spec_of(name), images, regions, WORDS, train)
-    planned, counted = row["parameters"]
-    assert planned == counted
-    planned, counted = row["flops"]
-    assert planned == pytest.approx(counted, rel=0.05)
-    planned, used = row["memory"]
-    assert planned == pytest.approx(used, rel=0.15)
+def test_plan_matches_measured_parameters_flops_and_memory(name, num_images, num_regions, train):
+    row = compare_plan(build_spec(name), num_images, num_regions, MAX_NEW_TOKENS, train)
+    planned, measured = row["parameters"]
+    assert planned == measured
+    planned, measured = row["flops"]
+    assert planned == pytest.approx(measured, rel=0.05)
+    planned, measured_bytes = row["memory"]
+    assert planned == pytest.approx(measured_bytes, rel=0.15)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_what_trains_is_counted(name):
-    trained = sum(p.numel() for p in sca.build(spec_of(name)).parameters() if p.requires_grad)
-    assert plan_model(spec_of(name), regions_per_image=1, max_new_tokens=1).trainable_parameters == trained
+@pytest.mark.parametrize("name", MODEL_TABLES)
+def test_plan_counts_trainable_parameters(name):
+    num_trainable = sum(p.numel() for p in sca.build(build_spec(name)).parameters() if p.requires_grad)
+    assert plan_model(build_spec(name), regions_per_image=1, max_new_tokens=1).trainable_parameters == num_trainable
 
 
 @pytest.mark.all
-@pytest.mark.parametrize(("name", "train", "room"), [("tiny", True, 0.05), ("middle", False, 0.25)])
-def test_the_most_regions_that_fit_do_fit_and_more_do_not(name, train, room):
-    found = plan_model(spec_of(name), regions_per_image=1, max_new_tokens=WORDS, gpu=room, training=train)
-    most = found.max_regions_per_image
-    assert most > 8
-    fitting, larger = (
-        plan_model(spec_of(name), regions_per_image=number, max_new_tokens=WORDS, training=train, on_gpu=True)
-        for number in (most, most + 2 + most // 50)
+@pytest.mark.parametrize(("name", "train", "gpu_gib"), [("tiny", True, 0.05), ("middle", False, 0.25)])
+def test_plan_most_regions_fits_and_larger_counts_do_not(name, train, gpu_gib):
+    plan = plan_model(build_spec(name), regions_per_image=1, max_new_tokens=MAX_NEW_TOKENS, gpu=gpu_gib, training=train)
+    most_regions = plan.max_regions_per_image
+    assert most_regions > 8
+    fitting_plan, larger_plan = (
+        plan_model(
+            build_spec(name), regions_per_image=num_regions, max_new_tokens=MAX_NEW_TOKENS, training=train, on_gpu=True
+        )
+        for num_regions in (most_regions, most_regions + 2 + most_regions // 50)
     )
-    assert fitting.peak_memory <= found.usable_gpu_memory < larger.peak_memory
+    assert fitting_plan.peak_memory <= plan.usable_gpu_memory < larger_plan.peak_memory
 
 
-@pytest.mark.parametrize("memory", [lambda n: 7 * n, lambda n: 2000 + min(n, 64) * 900 + n, lambda n: n * n])
-@pytest.mark.parametrize("most", [1, 2, 8, 63, 1000, 16000])
-def test_the_search_for_the_most_regions_is_exact_to_two_percent_and_short(memory, most):
-    asked = []
-    found = _find_max_regions(lambda number: asked.append(number) or memory(number), memory(most))
-    assert 0.98 * most <= found <= most
-    assert len(asked) <= 20
+@pytest.mark.parametrize("compute_memory", [lambda n: 7 * n, lambda n: 2000 + min(n, 64) * 900 + n, lambda n: n * n])
+@pytest.mark.parametrize("max_regions", [1, 2, 8, 63, 1000, 16000])
+def test_find_max_regions_is_within_two_percent_in_at_most_20_probes(compute_memory, max_regions):
+    probed_counts = []
+    found_regions = _find_max_regions(
+        lambda number: probed_counts.append(number) or compute_memory(number), compute_memory(max_regions)
+    )
+    assert 0.98 * max_regions <= found_regions <= max_regions
+    assert len(probed_counts) <= 20
 
 
-def test_the_search_for_the_most_regions_ends_at_once_if_none_or_all_fit():
+def test_find_max_regions_returns_zero_if_none_fit_and_none_if_all_fit():
     assert _find_max_regions(lambda number: number, 0) == 0
     assert _find_max_regions(lambda number: number, MAX_PLANNED_REGIONS) is None
 
 
-def test_a_gpu_that_is_too_small_holds_no_region():
-    none = plan_model(spec_of("middle"), max_new_tokens=WORDS, gpu=0.01)
-    assert (none.fits_gpu, none.max_regions_per_image) == (False, 0)
+def test_plan_reports_zero_regions_on_a_too_small_gpu():
+    plan = plan_model(build_spec("middle"), max_new_tokens=MAX_NEW_TOKENS, gpu=0.01)
+    assert (plan.fits_gpu, plan.max_regions_per_image) == (False, 0)
 
 
 @pytest.mark.parametrize("mixer", ["query", "split", "mask-tokens", "resampler", "roi-pool", "masked-pool"])
-def test_every_mixer_can_be_planned(mixer):
-    table = {**MODELS["tiny"], "mixer": mixer, "segmenter": "sam"}
-    for train, words in ((False, 1), (False, 2), (True, 1)):
-        row = compare_plan(ModelSpec.from_dict(table), 2, 3, words, train)
+def test_plan_matches_measured_flops_and_memory_for_every_mixer(mixer):
+    table = {**MODEL_TABLES["tiny"], "mixer": mixer, "segmenter": "sam"}
+    for train, max_new_tokens in ((False, 1), (False, 2), (True, 1)):
+        row = compare_plan(ModelSpec.from_dict(table), 2, 3, max_new_tokens, train)
         assert row["flops"][0] == pytest.approx(row["flops"][1], rel=0.05)
         assert row["memory"][0] == pytest.approx(row["memory"][1], rel=0.15)
 
 
-def test_chunks_beyond_the_first_are_counted_without_being_run():
-    row = compare_plan(spec_of("tiny"), 2, 100, WORDS)
+def test_plan_matches_measured_flops_and_memory_of_several_chunks():
+    row = compare_plan(build_spec("tiny"), 2, 100, MAX_NEW_TOKENS)
     assert row["flops"][0] == pytest.approx(row["flops"][1], rel=0.05)
     assert row["memory"][0] == pytest.approx(row["memory"][1], rel=0.15)
 
 
-SAM_MODEL = {
-    "encoder": {"name": "sam", "pretrained": False, "config": SAM},
+SAM_MODEL_TABLE = {
+    "encoder": {"name": "sam", "pretrained": False, "config": TINY_SAM_CONFIG},
     "mixer": {"name": "query", "depth": 2, "num_heads": 4, "mlp_dim": 48},
-    "language_model": {**LM, "config": tiny("llama")},
+    "language_model": {**HF_LANGUAGE_MODEL, "config": make_tiny_config("llama")},
 }
 
 
-@pytest.mark.parametrize("name", [*MODELS, "sam"])
-def test_alike_layers_and_steps_cost_what_running_each_would(name, monkeypatch):
-    spec = ModelSpec.from_dict({**MODELS, "sam": SAM_MODEL}[name])
+@pytest.mark.parametrize("name", [*MODEL_TABLES, "sam"])
+def test_plan_counts_identical_layers_once_with_equal_result(name, monkeypatch):
+    spec = ModelSpec.from_dict({**MODEL_TABLES, "sam": SAM_MODEL_TABLE}[name])
     monkeypatch.setattr(TwoWayTransformer, "max_elements_per_chunk", 1)  # a step for each region
     plan_model(spec, regions_per_image=1, max_new_tokens=1)  # the probe of a language model is run once
     calls = []
     linear = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or linear(*args))
-    found = plan_model(spec, regions_per_image=5, max_new_tokens=WORDS)
-    quick = len(calls)
+    plan = plan_model(spec, regions_per_image=5, max_new_tokens=MAX_NEW_TOKENS)
+    num_fast_calls = len(calls)
     monkeypatch.setattr(StageMeter, "count_once", lambda self, run, *_: run)
-    assert plan_model(spec, regions_per_image=5, max_new_tokens=WORDS) == found
-    assert quick < 0.8 * (len(calls) - quick)
+    assert plan_model(spec, regions_per_image=5, max_new_tokens=MAX_NEW_TOKENS) == plan
+    assert num_fast_calls < 0.8 * (len(calls) - num_fast_calls)
 
 
-def test_layers_with_other_options_are_not_alike():
-    def layer(dilations, activation=torch.relu):
-        made = torch.nn.Linear(2, 2)
-        made.dilations, made.activation = dilations, activation
-        return made
+def test_layer_signature_changes_with_layer_options():
+    def make_layer(dilations, activation=torch.relu):
+        module = torch.nn.Linear(2, 2)
+        module.dilations, module.activation = dilations, activation
+        return module
 
-    shared = [1]
-    assert _compute_layer_signature(layer(shared)) == _compute_layer_signature(layer(shared))
-    assert _compute_layer_signature(layer([1])) != _compute_layer_signature(layer([1, 2]))
-    assert _compute_layer_signature(layer(shared)) != _compute_layer_signature(layer(shared, torch.tanh))
+    shared_dilations = [1]
+    assert _compute_layer_signature(make_layer(shared_dilations)) == _compute_layer_signature(
+        make_layer(shared_dilations)
+    )
+    assert _compute_layer_signature(make_layer([1])) != _compute_layer_signature(make_layer([1, 2]))
+    assert _compute_layer_signature(make_layer(shared_dilations)) != _compute_layer_signature(
+        make_layer(shared_dilations, torch.tanh)
+    )
 
 
-def test_weights_that_lie_elsewhere_are_no_part_of_a_checkpoint(sam_folder, lm_folder, tmp_path):
+def test_plan_checkpoint_size_excludes_external_weights(sam_folder, save_language_model, tmp_path):
     table = {
         "encoder": {"name": "sam", "weights": str(sam_folder)},
         "mixer": {"name": "query", "depth": 1, "mlp_dim": 64, "num_heads": 4},
-        "language_model": {"name": "hf", "weights": str(lm_folder("gpt2"))},
+        "language_model": {"name": "hf", "weights": str(save_language_model("gpt2"))},
     }
     spec = ModelSpec.from_dict(table)
     planned = plan_model(spec, regions_per_image=2, max_new_tokens=3)
-    written = sca.save(sca.build(spec), tmp_path / "model") / "weights.safetensors"
-    assert planned.checkpoint_bytes == sum(tensor.nbytes for tensor in load_file(written).values())
+    weights_file = sca.save(sca.build(spec), tmp_path / "model") / "weights.safetensors"
+    assert planned.checkpoint_bytes == sum(tensor.nbytes for tensor in load_file(weights_file).values())
     assert planned.weight_bytes > planned.checkpoint_bytes
 
 
-def test_half_precision_takes_half_the_memory():
-    whole, half = (
-        plan_model(spec_of("middle"), regions_per_image=4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+def test_plan_in_bfloat16_halves_encode_memory():
+    float32_plan, bfloat16_plan = (
+        plan_model(build_spec("middle"), regions_per_image=4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
     )
-    assert half.memory["encode"] == pytest.approx(whole.memory["encode"] / 2, rel=0.05)
-    assert half.weight_bytes == whole.weight_bytes  # in float32 both
+    assert bfloat16_plan.memory["encode"] == pytest.approx(float32_plan.memory["encode"] / 2, rel=0.05)
+    assert bfloat16_plan.weight_bytes == float32_plan.weight_bytes  # in float32 both
 
 
-def test_the_command_line_tells_what_fits_and_reaches_for_nothing(capsys, monkeypatch):
+def test_plan_command_reports_what_fits_without_network_access(capsys, monkeypatch):
     import json
 
     from sca import cli
@@ -188,15 +208,15 @@ def test_the_command_line_tells_what_fits_and_reaches_for_nothing(capsys, monkey
         cli.run_command(["plan", "sam-vit-b+query+gpt2", "lora=4", "--gpu", "t4", "--regions-per-image", "4", "--json"])
         == 0
     )
-    told = json.loads(capsys.readouterr().out)
-    assert told["parameters"]["mixer"] == 19_088_512
-    assert told["fits_gpu"] is True
+    report = json.loads(capsys.readouterr().out)
+    assert report["parameters"]["mixer"] == 19_088_512
+    assert report["fits_gpu"] is True
     assert (
-        told["max_regions_per_image"] is None
+        report["max_regions_per_image"] is None
     )  # regions are computed in chunks and generated in pieces, so any number fits
     assert cli.run_command(["plan", "sca-tiny", "--gpu", "24"]) == 0
     assert "the workload fits; maximum regions per image: at least 16,384" in capsys.readouterr().out
-    for wrong, told in (
+    for arguments, report in (
         (["plan", "sca-tny"], "Did you mean 'sca-tiny'"),
         (["plan", "sca-tiny", "--gpu", "h20"], "Did you mean 'h200'"),
         (["plan", "sca-tiny", "--gpu", "-3"], "a number above 0"),
@@ -205,9 +225,11 @@ def test_the_command_line_tells_what_fits_and_reaches_for_nothing(capsys, monkey
         (["plan", "tiny-vit+qury+gpt2"], "Did you mean 'query'"),
         (["plan", "sca-gpt2-large-vg"], "plan its components"),
     ):
-        assert cli.run_command(wrong) == 2
-        assert told in capsys.readouterr().err
+        assert cli.run_command(arguments) == 2
+        assert report in capsys.readouterr().err
 
 
-def test_a_model_whose_parts_all_train_can_be_planned_in_use(small_table):
-    assert plan_model(ModelSpec.from_dict(small_table), regions_per_image=2, max_new_tokens=3).flops["segment"] > 0
+def test_plan_supports_inference_of_fully_trainable_models(small_model_table):
+    assert (
+        plan_model(ModelSpec.from_dict(small_model_table), regions_per_image=2, max_new_tokens=3).flops["segment"] > 0
+    )

@@ -7,7 +7,7 @@ from sca_registry import mixers
 import sca
 from sca.mixers.query import QueryMixer
 
-NAMES = ("tiny-vit", "query", "tiny-gpt2")
+COMPONENT_NAMES = ("tiny-vit", "query", "tiny-gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -15,17 +15,17 @@ def model():
     return sca.load("sca-tiny")
 
 
-def check_message(call, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        call()
+def assert_one_line_error(function, pattern):
+    with pytest.raises(ValueError, match=pattern) as caught:
+        function()
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "half16"}, "no dtype 'half16'. Choose from: float32, bfloat16, float16"),
-        ({"dtype": torch.int64}, "no dtype 'torch.int64'"),
+        ({"dtype": "half16"}, "unknown dtype 'half16'. Choose from: float32, bfloat16, float16"),
+        ({"dtype": torch.int64}, "unknown dtype 'torch.int64'"),
         ({"device": "gpu"}, "device 'gpu' is not available .* Did you mean 'cuda'"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not available"),
         ({"device": None}, "device 'None' is not available"),
@@ -33,16 +33,16 @@ def check_message(call, message):
 )
 @pytest.mark.parametrize("load", [sca.load, sca.load_captioner])
 def test_load_rejects_unknown_devices_and_dtypes(load, options, message):
-    check_message(lambda: load("sca-tiny", **options), message)
+    assert_one_line_error(lambda: load("sca-tiny", **options), message)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_compose_and_captioners_reject_unknown_devices(device):
-    check_message(lambda: sca.compose(*NAMES, device=device), f"device '{device}' is not available")
-    check_message(lambda: sca.load_captioner("blip-base", device=device), f"device '{device}' is not available")
+    assert_one_line_error(lambda: sca.compose(*COMPONENT_NAMES, device=device), f"device '{device}' is not available")
+    assert_one_line_error(lambda: sca.load_captioner("blip-base", device=device), f"device '{device}' is not available")
 
 
-def test_load_and_save_take_dtypes_by_name(model, tmp_path):
+def test_load_and_save_accept_dtype_names(model, tmp_path):
     assert sca.load("sca-tiny", dtype="float16").task_tokens.dtype == torch.float16
     sca.save(model, tmp_path / "model", dtype="bfloat16")
     with pytest.raises(ValueError, match=r"no dtype 'f16'\. Did you mean 'float16'"):
@@ -60,45 +60,53 @@ def test_load_and_save_take_dtypes_by_name(model, tmp_path):
         ("runs/a+b/model", "no model named 'runs/a\\+b/model'"),
     ],
 )
-def test_load_rejects_what_is_not_a_checkpoint(source, message):
-    check_message(lambda: sca.load(source), message)
+def test_load_rejects_sources_that_are_not_checkpoints(source, message):
+    assert_one_line_error(lambda: sca.load(source), message)
 
 
-def test_save_and_build_reject_other_objects(model, tmp_path):
-    check_message(lambda: sca.save(sca.Predictor(model), tmp_path), "type Predictor cannot be saved; give a model")
-    check_message(
+def test_save_and_build_reject_wrong_argument_types(model, tmp_path):
+    assert_one_line_error(
+        lambda: sca.save(sca.Predictor(model), tmp_path), "type Predictor cannot be saved; give a model"
+    )
+    assert_one_line_error(
         lambda: sca.build("a+b+c"), r"the spec is of type str; give a sca.ModelSpec, such as sca.ModelSpec.parse"
     )
-    check_message(lambda: sca.build(model), "the spec is of type SegmentCaptioner; give a sca.ModelSpec")
+    assert_one_line_error(lambda: sca.build(model), "the spec is of type SegmentCaptioner; give a sca.ModelSpec")
 
 
-class Unregistered(torch.nn.Module):
+class UnregisteredMixer(torch.nn.Module):
     pass
 
 
 @pytest.mark.parametrize(
-    ("names", "fields", "message"),
+    ("components", "fields", "message"),
     [
-        (("query", "tiny-vit", "tiny-gpt2"), {}, r"no encoders named 'query'\. It is one of the mixers\."),
-        (("tiny-vit", "tiny-gpt2", "query"), {}, r"no mixers named 'tiny-gpt2'\. It is one of the language models\."),
+        (("query", "tiny-vit", "tiny-gpt2"), {}, r"no encoders named 'query'\. It is the name of a mixer\."),
+        (("tiny-vit", "tiny-gpt2", "query"), {}, r"no mixers named 'tiny-gpt2'\. It is the name of a language model\."),
         (("tiny-vit", "query", "openai-community/gpt2"), {}, r"Did you mean 'gpt2'\?"),
-        (("tiny-vit", "query", "facebook/opt-1.3b"), {}, r"part 'hf' with the option weights='facebook/opt-1\.3b'"),
-        (("tiny-vit", QueryMixer, "tiny-gpt2"), {}, "the mixer is QueryMixer: give its name, 'query'"),
-        (("tiny-vit", Unregistered, "tiny-gpt2"), {}, r"register it with @sca_registry\.mixers\('NAME'\)"),
-        (("tiny-vit", Unregistered(), "tiny-gpt2"), {}, r"the mixer is of type Unregistered: give its name; register"),
-        (NAMES, {"lora": {"r": 8}}, "lora has no 'r'. Did you mean 'rank'"),
-        (NAMES, {"lora": {"lora_alpha": 8}}, "Did you mean 'alpha'"),
-        (NAMES, {"lora": {"targets": ["q"]}}, "Did you mean 'target_modules'"),
-        (NAMES, {"lora": "8"}, "lora is '8': give a rank, such as lora=8, or a table of rank, alpha"),
-        (NAMES, {"lora": 8.5}, "lora is 8.5: give a rank"),
-        (NAMES, {"weights": "model.safetensors"}, "weights is 'model.safetensors'; give True or False"),
-        (({"name": "tiny-vit", "image_size": "64"}, *NAMES[1:]), {}, "image_size is '64'; give an integer"),
-        ((*NAMES[:2], {"name": "hf", "weights": 5}), {}, "weights is 5; give text"),
+        (("tiny-vit", "query", "facebook/opt-1.3b"), {}, r"use 'hf' with the option weights='facebook/opt-1\.3b'"),
+        (("tiny-vit", QueryMixer, "tiny-gpt2"), {}, "the mixer is QueryMixer; give its name, 'query'"),
+        (("tiny-vit", UnregisteredMixer, "tiny-gpt2"), {}, r"register it with @sca_registry\.mixers\('NAME'\)"),
+        (
+            ("tiny-vit", UnregisteredMixer(), "tiny-gpt2"),
+            {},
+            r"the mixer is of type Unregistered; give its name; register",
+        ),
+        (COMPONENT_NAMES, {"lora": {"r": 8}}, "unknown option lora.r. Did you mean 'rank'"),
+        (COMPONENT_NAMES, {"lora": {"lora_alpha": 8}}, "Did you mean 'alpha'"),
+        (COMPONENT_NAMES, {"lora": {"targets": ["q"]}}, "Did you mean 'target_modules'"),
+        (COMPONENT_NAMES, {"lora": "8"}, "lora is '8'; give a rank, such as lora=8, or a table of rank, alpha"),
+        (COMPONENT_NAMES, {"lora": 8.5}, "lora is 8.5; give a rank"),
+        (COMPONENT_NAMES, {"weights": "model.safetensors"}, "weights is 'model.safetensors'; give True or False"),
+        (({"name": "tiny-vit", "image_size": "64"}, *COMPONENT_NAMES[1:]), {}, "image_size is '64'; give an integer"),
+        ((*COMPONENT_NAMES[:2], {"name": "hf", "weights": 5}), {}, "weights is 5; give text"),
     ],
 )
-def test_compose_names_the_way_out(names, fields, message):
-    check_message(lambda: sca.compose(*names, **fields), message)
+def test_compose_error_suggests_a_fix(components, fields, message):
+    assert_one_line_error(lambda: sca.compose(*components, **fields), message)
 
 
-def test_registry_names_the_kind_of_a_known_name():
-    check_message(lambda: mixers.get("tiny-vit"), r"no mixers named 'tiny-vit'\. It is one of the encoders\.")
+def test_registry_error_names_the_kind_of_a_known_component():
+    assert_one_line_error(
+        lambda: mixers.get("tiny-vit"), r"no mixers named 'tiny-vit'\. It is the name of an encoder\."
+    )

@@ -25,10 +25,10 @@ records = {}
 for line in (folder / "captions.jsonl").read_text("utf-8").splitlines():
     record = json.loads(line)
     records.setdefault(record["image"], []).append(record)
-seen = {"label-studio": 0, "labelme": 0, "geojson": 0}
+read_counts = {"label-studio": 0, "labelme": 0, "geojson": 0}
 
 
-def mask_of(record):
+def decode_record_mask(record):
     return coco.decode(record["mask"]).astype(bool)
 
 
@@ -38,34 +38,34 @@ for task in json.loads((folder / "label-studio.json").read_text("utf-8")):
     assert interface.validate_prediction(prediction), prediction
     PredictionValue.model_validate({**prediction, "score": 0.0})
     shapes = [result for result in prediction["result"] if result["type"] != "textarea"]
-    words = [result["value"]["text"] for result in prediction["result"] if result["type"] == "textarea"]
-    for told, text, record in zip(shapes, words, records.get(task["data"]["image"], []), strict=True):
+    texts = [result["value"]["text"] for result in prediction["result"] if result["type"] == "textarea"]
+    for tool_shape, text, record in zip(shapes, texts, records.get(task["data"]["image"], []), strict=True):
         assert text == [record["caption"]]
-        if told["type"] == "brushlabels":
-            flat = np.asarray(decode_rle(told["value"]["rle"]))
-            pixels = flat.reshape(told["original_height"], told["original_width"], 4)
-            assert (pixels == 255 * mask_of(record)[..., None]).all()
-        seen["label-studio"] += 1
+        if tool_shape["type"] == "brushlabels":
+            flat = np.asarray(decode_rle(tool_shape["value"]["rle"]))
+            pixels = flat.reshape(tool_shape["original_height"], tool_shape["original_width"], 4)
+            assert (pixels == 255 * decode_record_mask(record)[..., None]).all()
+        read_counts["label-studio"] += 1
 
 for path in sorted((folder / "labelme").glob("*.json")):
-    file = LabelFile(str(path))
-    picture = utils.img_data_to_arr(file.image_data)
-    name = os.path.relpath(folder / "labelme" / file.image_path)
-    for told, record in zip(file.shapes, records.get(name, []), strict=True):
-        assert told["description"] == record["caption"]
-        assert told["other_data"]["score"] == record["score"]
-        classes, _ = utils.shapes_to_label(picture.shape, [told], {told["label"]: 1})
-        if told["shape_type"] == "mask":
-            assert (classes.astype(bool) == mask_of(record)).all()
-        seen["labelme"] += 1
+    label_file = LabelFile(str(path))
+    image = utils.img_data_to_arr(label_file.image_data)
+    name = os.path.relpath(folder / "labelme" / label_file.image_path)
+    for tool_shape, record in zip(label_file.shapes, records.get(name, []), strict=True):
+        assert tool_shape["description"] == record["caption"]
+        assert tool_shape["other_data"]["score"] == record["score"]
+        classes, _ = utils.shapes_to_label(image.shape, [tool_shape], {tool_shape["label"]: 1})
+        if tool_shape["shape_type"] == "mask":
+            assert (classes.astype(bool) == decode_record_mask(record)).all()
+        read_counts["labelme"] += 1
 
 for feature in json.loads((folder / "captions.geojson").read_text("utf-8"))["features"]:
     record = records[feature["properties"]["image"]][feature["properties"]["region_id"]]
-    drawn = shape(feature["geometry"])
-    assert drawn.is_valid, record
+    geometry = shape(feature["geometry"])
+    assert geometry.is_valid, record
     if record["mask"]:
-        assert drawn.area == mask_of(record).sum()
-        assert list(drawn.bounds) == record["box"]
-    seen["geojson"] += 1
+        assert geometry.area == decode_record_mask(record).sum()
+        assert list(geometry.bounds) == record["box"]
+    read_counts["geojson"] += 1
 
-print(json.dumps(seen))
+print(json.dumps(read_counts))

@@ -13,86 +13,88 @@ from sca.output.label_layout import MAX_LABEL_LINES, LabelBlock, LabelPlacer
 from sca.output.png import MASK_OPACITY, MIN_CANVAS_SIZE, draw_captions
 
 
-def changed(image: Image.Image, captions) -> np.ndarray:
+def find_changed_pixels(image: Image.Image, captions) -> np.ndarray:
     """(height, width) bool: where drawing makes a difference."""
     return (np.asarray(draw_captions(image, captions)) != np.asarray(draw_captions(image, []))).any(-1)
 
 
-def test_a_small_picture_is_enlarged_by_a_whole_factor(picture, captions):
-    drawn = draw_captions(picture, [])
-    assert drawn.size == (40 * 13, 30 * 13)
-    assert (np.asarray(drawn)[::13, ::13] == np.asarray(picture)).all()
+def test_draw_captions_enlarges_a_small_image_by_an_integer_factor(noise_image, captions):
+    output = draw_captions(noise_image, [])
+    assert output.size == (40 * 13, 30 * 13)
+    assert (np.asarray(output)[::13, ::13] == np.asarray(noise_image)).all()
     assert draw_captions(Image.new("RGB", (600, 500)), captions).size == (600, 500)
 
 
-def test_the_picture_given_is_not_drawn_on(captions):
+def test_draw_captions_does_not_modify_its_input_image(captions):
     image = Image.new("RGB", (600, 500))
     draw_captions(image, captions[1:3])
     assert not np.asarray(image).any()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20000, 10), (10, 3000), (513, 4)])
-def test_extreme_pictures_leave_room_for_words(size):
+def test_draw_captions_leaves_room_for_labels_on_extreme_sizes(size):
     caption = Caption("a caption of several words", 1.0, (0, 0, *size), None, None, Prompt(box=(0, 0, *size)), 0)
-    drawn = draw_captions(Image.new("RGB", size), [caption])
-    assert drawn.width >= MIN_CANVAS_SIZE[0]
-    assert drawn.height >= MIN_CANVAS_SIZE[1]
-    assert (np.asarray(drawn) == REGION_COLORS[0]).all(-1).sum() > 1000, "the label's background"
+    output = draw_captions(Image.new("RGB", size), [caption])
+    assert output.width >= MIN_CANVAS_SIZE[0]
+    assert output.height >= MIN_CANVAS_SIZE[1]
+    assert (np.asarray(output) == REGION_COLORS[0]).all(-1).sum() > 1000, "the label's background"
 
 
-def test_masks_are_tinted_inside_and_nowhere_else():
+def test_draw_captions_tints_pixels_only_inside_masks():
     """Black under a translucent color is the dimmed color, under the contour the color itself."""
     mask = np.zeros((600, 600), bool)
     mask[200:400, 300:500] = True
     caption = Caption("x", 1.0, None, masks.encode_rle(mask), 1.0, Prompt(mask=mask), 0)
-    drawn = np.asarray(draw_captions(Image.new("RGB", (600, 600)), [caption])).astype(int)
-    assert np.abs(drawn[300, 400] - np.array(REGION_COLORS[0]) * MASK_OPACITY).max() <= 1
-    assert (drawn[200:400, 300] == REGION_COLORS[0]).all(), "the left edge"
-    assert (drawn[399, 300:500] == REGION_COLORS[0]).all(), "the lower edge"
-    drawn[200:400, 300:500] = 0
-    assert not drawn[100:].any(), "outside, but for the label in the corner"
+    pixels = np.asarray(draw_captions(Image.new("RGB", (600, 600)), [caption])).astype(int)
+    assert np.abs(pixels[300, 400] - np.array(REGION_COLORS[0]) * MASK_OPACITY).max() <= 1
+    assert (pixels[200:400, 300] == REGION_COLORS[0]).all(), "the left edge"
+    assert (pixels[399, 300:500] == REGION_COLORS[0]).all(), "the lower edge"
+    pixels[200:400, 300:500] = 0
+    assert not pixels[100:].any(), "outside, but for the label in the corner"
 
 
-def test_points_are_green_inside_and_red_outside():
+def test_draw_captions_draws_inside_points_green_and_outside_points_red():
     prompt = Prompt(points=((300, 300, 1), (100, 400, 0)))
-    drawn = draw_captions(Image.new("RGB", (600, 600)), [Caption("x", 1.0, None, None, None, prompt, 0)])
-    assert drawn.getpixel((300, 300)) == FOREGROUND_COLOR
-    assert drawn.getpixel((100, 400)) == BACKGROUND_COLOR
+    output = draw_captions(Image.new("RGB", (600, 600)), [Caption("x", 1.0, None, None, None, prompt, 0)])
+    assert output.getpixel((300, 300)) == FOREGROUND_COLOR
+    assert output.getpixel((100, 400)) == BACKGROUND_COLOR
 
 
-def test_labels_stay_inside_and_apart():
+def test_place_label_keeps_labels_inside_the_image_and_disjoint():
     """A dozen regions at one corner: every label is whole, none covers another."""
-    placement = LabelPlacer((600, 400), [], [])
-    taken = [placement.place_label((90, 20), (590, 0, 600, 10)) for _ in range(12)]
-    for n, (x1, y1, x2, y2) in enumerate(taken):
+    placer = LabelPlacer((600, 400), [], [])
+    label_boxes = [placer.place_label((90, 20), (590, 0, 600, 10)) for _ in range(12)]
+    for n, (x1, y1, x2, y2) in enumerate(label_boxes):
         assert 0 <= x1 < x2 <= 600
         assert 0 <= y1 < y2 <= 400
         assert (x2 - x1, y2 - y1) == (90, 20)
-        for a, b, c, d in taken[:n]:
-            assert x2 <= a or c <= x1 or y2 <= b or d <= y1
+        for left, top, right, bottom in label_boxes[:n]:
+            assert x2 <= left or right <= x1 or y2 <= top or bottom <= y1
 
 
-def test_a_label_leaves_its_neighbors_in_sight():
+def test_place_label_does_not_cover_neighboring_regions():
     """Above and below the region are small ones: of the places close by, the label takes one that hides nothing."""
-    shown = near, above, below = (100, 100, 200, 140), (100, 78, 190, 98), (100, 142, 190, 162)
-    x1, y1, x2, y2 = LabelPlacer((600, 400), [], shown).place_label((90, 20), near)
-    for a, b, c, d in (near, above, below):
-        assert x2 <= a or c <= x1 or y2 <= b or d <= y1
+    region_boxes = labeled_box, box_above, box_below = (100, 100, 200, 140), (100, 78, 190, 98), (100, 142, 190, 162)
+    x1, y1, x2, y2 = LabelPlacer((600, 400), [], region_boxes).place_label((90, 20), labeled_box)
+    for left, top, right, bottom in (labeled_box, box_above, box_below):
+        assert x2 <= left or right <= x1 or y2 <= top or bottom <= y1
     assert abs(x1 - 100) + abs(y1 - 100) < 150
 
 
-def test_placing_a_label_costs_the_same_beside_thousands_of_others():
+def test_place_label_cost_is_independent_of_the_number_of_labels():
     """Nothing is kept of single regions and labels, and the same number of lines runs for each label."""
     boxes = [(x, y, x + 9, y + 9) for x in range(0, 500, 10) for y in range(0, 400, 10)]
-    few, many = LabelPlacer((600, 400), [], boxes[:1]), LabelPlacer((600, 400), boxes, boxes)
+    empty_placer, full_placer = LabelPlacer((600, 400), [], boxes[:1]), LabelPlacer((600, 400), boxes, boxes)
     for box in boxes[:50]:
-        many.place_label((90, 20), box)
-    near = (100, 100, 120, 120)
-    assert len(pickle.dumps(many)) == len(pickle.dumps(few))
-    assert count_lines(many.place_label, (90, 20), near) == count_lines(few.place_label, (90, 20), near)
+        full_placer.place_label((90, 20), box)
+    labeled_box = (100, 100, 120, 120)
+    assert len(pickle.dumps(full_placer)) == len(pickle.dumps(empty_placer))
+    assert count_executed_lines(full_placer.place_label, (90, 20), labeled_box) == count_executed_lines(
+        empty_placer.place_label, (90, 20), labeled_box
+    )
 
 
-def count_lines(function, *arguments):
+def count_executed_lines(function, *arguments):
     """How many lines of Python run in a call."""
     counted = 0
 
@@ -101,16 +103,16 @@ def count_lines(function, *arguments):
         counted += event == "line"
         return trace
 
-    before = sys.gettrace()
+    original_trace = sys.gettrace()
     sys.settrace(trace)
     try:
         function(*arguments)
     finally:
-        sys.settrace(before)
+        sys.settrace(original_trace)
     return counted
 
 
-def test_a_label_fits_its_background():
+def test_label_block_text_fits_its_background():
     for text in ("word", "several words " * 40, "w" * 500, "gjpqy ÄÖ", ""):
         block = LabelBlock(text, 20, 200)
         canvas = Image.new("RGB", (300, 300))
@@ -119,39 +121,39 @@ def test_a_label_fits_its_background():
         assert box == (40, 50, 40 + block.size[0], 50 + block.size[1])
         assert block.size[0] <= 202
         assert block.text.count("\n") < MAX_LABEL_LINES
-        words = np.asarray(canvas)[..., 2] > 128
-        assert words.any()
-        rows, columns = np.nonzero(words)
+        text_pixels = np.asarray(canvas)[..., 2] > 128
+        assert text_pixels.any()
+        rows, columns = np.nonzero(text_pixels)
         assert rows.min() > 50
         assert rows.max() < box[3] - 1
         assert columns.min() > 40
         assert columns.max() < box[2] - 1
 
 
-def test_a_long_caption_ends_in_an_ellipsis():
+def test_label_block_ends_a_long_caption_with_an_ellipsis():
     assert LabelBlock("several words " * 40, 20, 200).text.endswith("...")
 
 
-def test_words_stand_out_from_every_background():
-    def light(color):
-        linear = [(c / 255 + 0.055) ** 2.4 / 1.055**2.4 if c > 10 else c / 255 / 12.92 for c in color]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05
+def test_choose_text_color_contrasts_with_every_region_color():
+    def compute_luminance(color):
+        linear_channels = [(c / 255 + 0.055) ** 2.4 / 1.055**2.4 if c > 10 else c / 255 / 12.92 for c in color]
+        return 0.2126 * linear_channels[0] + 0.7152 * linear_channels[1] + 0.0722 * linear_channels[2] + 0.05
 
     for color in REGION_COLORS:
-        pair = sorted((light(color), light(choose_text_color(color))))
-        assert pair[1] / pair[0] > 3
+        luminances = sorted((compute_luminance(color), compute_luminance(choose_text_color(color))))
+        assert luminances[1] / luminances[0] > 3
 
 
-def test_hostile_captions_are_drawn(picture, hostile):
-    assert changed(picture, hostile).any()
+def test_draw_captions_draws_hostile_captions(noise_image, hostile_captions):
+    assert find_changed_pixels(noise_image, hostile_captions).any()
 
 
-def test_accents_are_legible_or_folded():
+def test_label_block_keeps_or_folds_accents():
     assert LabelBlock("café", 20, 200).text in ("café", "cafe")
 
 
-def test_empty_masks_and_fractional_boxes_are_drawn(picture, captions):
-    empty = replace(captions[0], mask=masks.encode_rle(np.zeros((30, 40), bool)), box=None)
-    thin = replace(captions[1], box=(39.9, 29.9, 40.0, 30.0))
-    beyond = replace(captions[1], box=(-5.0, -5.0, 60.0, 60.0))
-    assert changed(picture, [empty, thin, beyond]).any()
+def test_draw_captions_draws_empty_masks_and_fractional_boxes(noise_image, captions):
+    empty_mask_caption = replace(captions[0], mask=masks.encode_rle(np.zeros((30, 40), bool)), box=None)
+    thin_box_caption = replace(captions[1], box=(39.9, 29.9, 40.0, 30.0))
+    oversized_box_caption = replace(captions[1], box=(-5.0, -5.0, 60.0, 60.0))
+    assert find_changed_pixels(noise_image, [empty_mask_caption, thin_box_caption, oversized_box_caption]).any()

@@ -25,10 +25,10 @@ ELEMENTS = {
 
 
 @pytest.fixture
-def make_page(tmp_path, picture):
+def make_page(tmp_path, noise_image):
     """Function that writes a viewer page with captions of one image per argument, and parses it."""
 
-    def make(*captions, path="a.png", image=picture, model="m"):
+    def make(*captions, path="a.png", image=noise_image, model="m"):
         with MultiFormatWriter(tmp_path, ("html",), model=model) as writers:
             for each in captions:
                 writers.add(path, image, each)
@@ -39,7 +39,7 @@ def make_page(tmp_path, picture):
 
 def test_page_contains_every_image_and_region(make_page, captions):
     page = make_page(captions, [], captions[:1])
-    assert page.texts["h2"] == ["a.png"] * 3
+    assert page.texts_by_tag["h2"] == ["a.png"] * 3
     texts = [[region["caption"] for region in image["regions"]] for image in page.images]
     assert texts == [["a disc", "a box", "a point", "a square"], [], ["a disc"]]
     disc, box, point, square = page.images[0]["regions"]
@@ -56,11 +56,11 @@ def test_page_contains_every_image_and_region(make_page, captions):
     assert (point["box"], point["mask"], point["is_box_prompt"]) == (None, None, False)
 
 
-def test_html_format_and_write_viewer_write_the_same_page(tmp_path, picture, captions, hostile):
-    folder, images = tmp_path / "out", {"a.png": captions, "b.png": hostile, "c.png": []}
+def test_html_format_and_write_viewer_write_the_same_page(tmp_path, noise_image, captions, hostile_captions):
+    folder, images = tmp_path / "out", {"a.png": captions, "b.png": hostile_captions, "c.png": []}
     with MultiFormatWriter(folder, ("jsonl", "html"), model="m") as writers:
         for number, (name, each) in enumerate(images.items()):
-            image = picture.rotate(90 * number, expand=True)
+            image = noise_image.rotate(90 * number, expand=True)
             image.save(folder / name)
             if each:  # JSON lines have no line for an image without regions
                 writers.add(str(folder / name), image, each)
@@ -69,20 +69,20 @@ def test_html_format_and_write_viewer_write_the_same_page(tmp_path, picture, cap
 
 
 @pytest.mark.parametrize("attack", ['"><script>alert(1)</script><img src=x onerror=alert(1)>', "{{ 7*7 }}{% raw %}"])
-def test_page_escapes_hostile_captions_paths_and_models(make_page, hostile, attack):
-    page = make_page(hostile, path=attack, model=attack)
+def test_page_escapes_hostile_captions_paths_and_models(make_page, hostile_captions, attack):
+    page = make_page(hostile_captions, path=attack, model=attack)
     assert {tag for tag, _ in page.elements} <= ELEMENTS
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
-    assert len(page.texts["script"]) == 1
-    assert [*page.texts["h1"], *page.texts["h2"], *page.texts["title"]] == [attack] * 3
-    for region, caption in zip(page.images[0]["regions"], hostile, strict=True):
+    assert len(page.texts_by_tag["script"]) == 1
+    assert [*page.texts_by_tag["h1"], *page.texts_by_tag["h2"], *page.texts_by_tag["title"]] == [attack] * 3
+    for region, caption in zip(page.images[0]["regions"], hostile_captions, strict=True):
         printable = "".join(c if c.isprintable() or c == "\n" else " " for c in caption.text)
         assert region["caption"] == printable
 
 
 def test_page_replaces_control_characters_in_names_by_spaces(make_page, captions):
     page = make_page(captions, path="a\x1b[31m\x00b\ud83d.png", model="m\u202e\x9b")
-    assert (page.texts["h2"], page.texts["h1"]) == (["a [31m b .png"], ["m  "])
+    assert (page.texts_by_tag["h2"], page.texts_by_tag["h1"]) == (["a [31m b .png"], ["m  "])
 
 
 def test_page_loads_no_external_files(make_page, captions):
@@ -90,7 +90,7 @@ def test_page_loads_no_external_files(make_page, captions):
     for _, attributes in page.elements:
         for name in ("src", "href", "xlink:href", "srcset", "data", "action", "data-image"):
             assert attributes.get(name, "data:").startswith("data:")
-    assert not re.search(r"url\(|@import|https?:", "".join(page.texts["style"] + page.texts["script"]))
+    assert not re.search(r"url\(|@import|https?:", "".join(page.texts_by_tag["style"] + page.texts_by_tag["script"]))
 
 
 def test_content_security_policy_allows_only_the_script_and_style_of_the_page(make_page, captions):
@@ -101,7 +101,7 @@ def test_content_security_policy_allows_only_the_script_and_style_of_the_page(ma
     assert policy.startswith("default-src 'none'; img-src data:;")
     assert "unsafe" not in policy
     for tag in ("style", "script"):
-        (text,) = page.texts[tag]
+        (text,) = page.texts_by_tag[tag]
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
 
@@ -124,7 +124,7 @@ def test_embedded_images_have_a_bounded_size(make_page, captions, size, file_typ
 
 
 def test_region_fill_is_nearly_transparent(make_page, captions):
-    (style,) = make_page(captions).texts["style"]
+    (style,) = make_page(captions).texts_by_tag["style"]
     opacities = re.findall(r"fill-opacity: ([\d.]+)", style)
     assert len(opacities) == 1
     assert 0 < float(opacities[0]) <= 0.15

@@ -12,13 +12,13 @@ from sca.output.formats import OUTPUT_FORMATS, MultiFormatWriter
 from sca.output.reader import read_captions
 
 
-def names(folder) -> list[str]:
+def list_names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def check_whole(folder, images: int) -> None:
+def assert_outputs_are_complete(folder, num_images: int) -> None:
     """Every format holds so many images of four regions each."""
-    whole = [
+    file_names = [
         "captions.geojson",
         "captions.html",
         "captions.jsonl",
@@ -26,197 +26,210 @@ def check_whole(folder, images: int) -> None:
         "coco.json",
         "label-studio.json",
     ]
-    assert names(folder) == sorted(["labelme", *whole, *(f"{n}.captions.png" for n in range(images))])
-    assert names(folder / "labelme") == [f"{n}.json" for n in range(images)]
-    for name in whole[:1] + whole[2:4] + whole[4:5]:
-        assert sum(len(each.captions) for each in read_captions(folder / name)) == 4 * images, name
-    assert len([json.loads(line) for line in (folder / "captions.jsonl").open()]) == 4 * images
+    assert list_names(folder) == sorted(["labelme", *file_names, *(f"{n}.captions.png" for n in range(num_images))])
+    assert list_names(folder / "labelme") == [f"{n}.json" for n in range(num_images)]
+    for name in file_names[:1] + file_names[2:4] + file_names[4:5]:
+        assert (
+            sum(len(captioned_image.captions) for captioned_image in read_captions(folder / name)) == 4 * num_images
+        ), name
+    assert len([json.loads(line) for line in (folder / "captions.jsonl").open()]) == 4 * num_images
     coco = json.loads((folder / "coco.json").read_text())
-    assert (len(coco["images"]), len(coco["annotations"])) == (images, 4 * images)
+    assert (len(coco["images"]), len(coco["annotations"])) == (num_images, 4 * num_images)
     page = (folder / "captions.html").read_text()
-    assert page.count("<section") == page.count("</section>") == images
+    assert page.count("<section") == page.count("</section>") == num_images
     assert page.endswith("</html>\n")
-    for n in range(images):
+    for n in range(num_images):
         Image.open(folder / f"{n}.captions.png").load()
 
 
-def write(folder, images, picture, captions, formats=OUTPUT_FORMATS):
+def write_outputs(folder, num_images, image, captions, formats=OUTPUT_FORMATS):
     with MultiFormatWriter(folder, formats, model="m") as writers:
-        for n in range(images):
-            writers.add(f"{n}.png", picture, captions)
+        for n in range(num_images):
+            writers.add(f"{n}.png", image, captions)
     return writers
 
 
-@pytest.mark.parametrize("images", [0, 1, 3])
-def test_every_format_is_written(tmp_path, picture, captions, images):
-    writers = write(tmp_path / "new" / "folder", images, picture, captions)
-    check_whole(tmp_path / "new" / "folder", images)
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+def test_multi_format_writer_writes_every_format(tmp_path, noise_image, captions, num_images):
+    writers = write_outputs(tmp_path / "new" / "folder", num_images, noise_image, captions)
+    assert_outputs_are_complete(tmp_path / "new" / "folder", num_images)
     assert list(writers.paths) == list(OUTPUT_FORMATS)
     assert all(path.exists() for path in writers.paths.values())
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError, SystemExit])
-def test_an_interrupted_run_keeps_what_is_finished(tmp_path, picture, captions, end):
-    def run():
+@pytest.mark.parametrize("exception_type", [KeyboardInterrupt, RuntimeError, SystemExit])
+def test_multi_format_writer_keeps_finished_images_after_an_exception(tmp_path, noise_image, captions, exception_type):
+    def write_and_raise():
         with MultiFormatWriter(tmp_path, OUTPUT_FORMATS) as writers:
             for n in range(2):
-                writers.add(f"{n}.png", picture, captions)
-            raise end
+                writers.add(f"{n}.png", noise_image, captions)
+            raise exception_type
 
-    with pytest.raises(end):
-        run()
-    check_whole(tmp_path, 2)
+    with pytest.raises(exception_type):
+        write_and_raise()
+    assert_outputs_are_complete(tmp_path, 2)
 
 
-def test_a_run_that_fails_before_the_first_image_leaves_the_last_run_as_it_is(tmp_path, picture, captions):
-    write(tmp_path, 2, picture, captions)
+def test_multi_format_writer_keeps_earlier_outputs_if_it_fails_before_an_image(tmp_path, noise_image, captions):
+    write_outputs(tmp_path, 2, noise_image, captions)
     with pytest.raises(RuntimeError), MultiFormatWriter(tmp_path, OUTPUT_FORMATS):
         raise RuntimeError
-    check_whole(tmp_path, 2)
+    assert_outputs_are_complete(tmp_path, 2)
 
 
-def test_a_run_replaces_the_last_one(tmp_path, picture, captions):
-    write(tmp_path, 1, picture, captions * 20)
-    write(tmp_path, 1, picture, captions)
-    check_whole(tmp_path, 1)
+def test_multi_format_writer_replaces_earlier_outputs(tmp_path, noise_image, captions):
+    write_outputs(tmp_path, 1, noise_image, captions * 20)
+    write_outputs(tmp_path, 1, noise_image, captions)
+    assert_outputs_are_complete(tmp_path, 1)
 
 
-def test_nothing_has_its_name_before_it_is_whole(tmp_path, picture, captions):
+def test_multi_format_writer_publishes_files_only_when_complete(tmp_path, noise_image, captions):
     with MultiFormatWriter(tmp_path, OUTPUT_FORMATS) as writers:
-        writers.add("0.png", picture, captions)
+        writers.add("0.png", noise_image, captions)
         assert not (tmp_path / "coco.json").exists()
         assert not (tmp_path / "captions.html").exists()
         assert (tmp_path / "0.captions.png").exists()
-    check_whole(tmp_path, 1)
+    assert_outputs_are_complete(tmp_path, 1)
 
 
 @contextmanager
-def little_space(size):
+def limit_file_size(max_bytes):
     """A limit on the size of a file: writing reaches it in the middle of a piece, as on a full disk.
 
     It is lifted before the test ends: what reports on the tests may write to a longer file.
     """
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def add_many(writers, picture, captions):
+def add_images(writers, image, captions):
     with writers:
         for n in range(1, 30):
-            writers.add(f"{n}.png", picture, captions)
+            writers.add(f"{n}.png", image, captions)
 
 
-@pytest.mark.parametrize("name", OUTPUT_FORMATS)
-def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half(tmp_path, picture, captions, name):
-    writers = MultiFormatWriter(tmp_path, [name])
-    writers.add("0.png", picture, captions)
-    size = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
-    each = name in ("png", "labelme")  # a file an image
-    refused = pytest.raises(OutputError, match=r"cannot write .*; free some space or choose another folder")
-    with little_space(size // 2 if each else size + 200), refused as raised:
-        add_many(writers, picture, captions)
-    assert "\n" not in str(raised.value)
-    assert not [name for name in names(tmp_path) if name.endswith(".part")]
-    if name == "jsonl":
-        assert len([json.loads(line) for line in writers.paths[name].open()]) == 4
-    if name == "png":
-        assert names(tmp_path) == ["0.captions.png"]
+@pytest.mark.parametrize("format_name", OUTPUT_FORMATS)
+def test_multi_format_writer_reports_a_full_disk_and_leaves_no_partial_files(
+    tmp_path, noise_image, captions, format_name
+):
+    writers = MultiFormatWriter(tmp_path, [format_name])
+    writers.add("0.png", noise_image, captions)
+    largest_file_bytes = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    has_file_per_image = format_name in ("png", "labelme")  # a file an image
+    expect_error = pytest.raises(OutputError, match=r"cannot write .*; free some space or choose another folder")
+    with (
+        limit_file_size(largest_file_bytes // 2 if has_file_per_image else largest_file_bytes + 200),
+        expect_error as error_info,
+    ):
+        add_images(writers, noise_image, captions)
+    assert "\n" not in str(error_info.value)
+    assert not [format_name for format_name in list_names(tmp_path) if format_name.endswith(".part")]
+    if format_name == "jsonl":
+        assert len([json.loads(line) for line in writers.paths[format_name].open()]) == 4
+    if format_name == "png":
+        assert list_names(tmp_path) == ["0.captions.png"]
 
 
-def test_the_formats_that_can_be_kept_are(tmp_path, picture, captions):
+def test_multi_format_writer_keeps_other_formats_on_a_full_disk(tmp_path, noise_image, captions):
     """The page outgrows the limit, the COCO file does not."""
     writers = MultiFormatWriter(tmp_path, ["html", "coco"])
-    writers.add("0.png", picture, captions)
-    page = max(path.stat().st_size for path in tmp_path.iterdir())
-    with little_space(page + 4000), pytest.raises(OutputError, match=r"captions\.html"):
-        add_many(writers, picture, captions)
+    writers.add("0.png", noise_image, captions)
+    page_bytes = max(path.stat().st_size for path in tmp_path.iterdir())
+    with limit_file_size(page_bytes + 4000), pytest.raises(OutputError, match=r"captions\.html"):
+        add_images(writers, noise_image, captions)
     coco = json.loads((tmp_path / "coco.json").read_text())
     assert len(coco["images"]) >= 1
     assert len(coco["annotations"]) == 4 * len(coco["images"])
 
 
-def no_rename(*_):
+def raise_disk_full(*_):
     raise OSError(28, "No space left on device")
 
 
-def test_a_format_that_cannot_be_completed_does_not_stop_the_next(tmp_path, picture, captions, monkeypatch):
+def test_multi_format_writer_completes_other_formats_if_one_rename_fails(tmp_path, noise_image, captions, monkeypatch):
     rename = os.replace
-    monkeypatch.setattr(os, "replace", lambda old, new: (no_rename if new.suffix == ".html" else rename)(old, new))
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: (raise_disk_full if new.suffix == ".html" else rename)(old, new)
+    )
     with pytest.raises(OutputError, match=r"captions\.html"):
-        write(tmp_path, 1, picture, captions, ["html", "coco"])
-    assert names(tmp_path) == ["coco.json"]
+        write_outputs(tmp_path, 1, noise_image, captions, ["html", "coco"])
+    assert list_names(tmp_path) == ["coco.json"]
 
 
-def test_what_ended_a_run_is_not_hidden_by_what_it_left(tmp_path, picture, captions, monkeypatch):
-    def run():
+def test_multi_format_writer_raises_the_original_exception_if_cleanup_fails(
+    tmp_path, noise_image, captions, monkeypatch
+):
+    def write_and_interrupt():
         with MultiFormatWriter(tmp_path, OUTPUT_FORMATS) as writers:
-            writers.add("0.png", picture, captions)
-            monkeypatch.setattr(os, "replace", no_rename)
+            writers.add("0.png", noise_image, captions)
+            monkeypatch.setattr(os, "replace", raise_disk_full)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run()
+        write_and_interrupt()
 
 
-@pytest.mark.parametrize("name", ["coco", "html", "png"])
-def test_a_file_that_cannot_be_renamed_leaves_the_old_one(tmp_path, picture, captions, monkeypatch, name):
-    before = write(tmp_path, 1, picture, captions, [name])
-    path = tmp_path / "0.captions.png" if name == "png" else before.paths[name]
+@pytest.mark.parametrize("format_name", ["coco", "html", "png"])
+def test_multi_format_writer_keeps_the_old_file_if_a_rename_fails(
+    tmp_path, noise_image, captions, monkeypatch, format_name
+):
+    earlier_writers = write_outputs(tmp_path, 1, noise_image, captions, [format_name])
+    path = tmp_path / "0.captions.png" if format_name == "png" else earlier_writers.paths[format_name]
     content = path.read_bytes()
 
-    monkeypatch.setattr(os, "replace", no_rename)
+    monkeypatch.setattr(os, "replace", raise_disk_full)
     with pytest.raises(OutputError, match="No space left"):
-        write(tmp_path, 1, picture, captions[:1], [name])
-    assert names(tmp_path) == [path.name]
+        write_outputs(tmp_path, 1, noise_image, captions[:1], [format_name])
+    assert list_names(tmp_path) == [path.name]
     assert path.read_bytes() == content
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_the_first_image(tmp_path):
+def test_multi_format_writer_rejects_an_unwritable_folder_at_once(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OutputError, match="choose another folder"):
             MultiFormatWriter(folder, OUTPUT_FORMATS)
-    user = os.geteuid()
+    user_id = os.geteuid()
     (tmp_path / "closed").mkdir(mode=0o500)
-    if user == 0:
+    if user_id == 0:
         os.seteuid(65534)
     try:
         with pytest.raises(OutputError, match=r"Permission denied; choose a folder that you may write in"):
             MultiFormatWriter(tmp_path / "closed", OUTPUT_FORMATS)
     finally:
-        if user == 0:
-            os.seteuid(user)
+        if user_id == 0:
+            os.seteuid(user_id)
 
 
-def test_an_unknown_format_is_refused_with_what_there_is(tmp_path):
-    with pytest.raises(ValueError, match="no output format named 'xml'; there are: jsonl, coco, parquet"):
+def test_multi_format_writer_rejects_an_unknown_format_and_lists_formats(tmp_path):
+    with pytest.raises(ValueError, match="unknown output format 'xml'; choose from jsonl, coco, parquet"):
         MultiFormatWriter(tmp_path / "out", ["jsonl", "xml"])
     assert not (tmp_path / "out").exists()
 
 
-def test_equal_stems_get_a_picture_each(tmp_path, picture):
+def test_png_writer_writes_distinct_files_for_equal_stems(tmp_path, noise_image):
     paths = ["a/cat.png", "b/cat.jpg", "c/CAT.png", "cat-2.png", "d/cat.png", "x" * 250 + ".png", "日本.png", ".png"]
     with MultiFormatWriter(tmp_path, ["png"]) as writers:
         for path in paths:
-            writers.add(path, picture, [])
-    assert len(names(tmp_path)) == len({name.casefold() for name in names(tmp_path)}) == len(paths)
-    assert {"cat.captions.png", "cat-2.captions.png", "日本.captions.png"} <= set(names(tmp_path))
+            writers.add(path, noise_image, [])
+    assert len(list_names(tmp_path)) == len({name.casefold() for name in list_names(tmp_path)}) == len(paths)
+    assert {"cat.captions.png", "cat-2.captions.png", "日本.captions.png"} <= set(list_names(tmp_path))
 
 
-def test_a_source_in_the_same_folder_is_not_written_over(tmp_path, picture, captions):
-    picture.save(tmp_path / "0.png")
+def test_png_writer_does_not_overwrite_the_source_image(tmp_path, noise_image, captions):
+    noise_image.save(tmp_path / "0.png")
     content = (tmp_path / "0.png").read_bytes()
-    write(tmp_path, 1, picture, captions, ["png"])
+    write_outputs(tmp_path, 1, noise_image, captions, ["png"])
     assert (tmp_path / "0.png").read_bytes() == content
 
 
-def test_files_can_be_read_by_whom_the_umask_allows(tmp_path, picture, captions):
-    write(tmp_path, 1, picture, captions)
+def test_multi_format_writer_applies_the_umask_to_files(tmp_path, noise_image, captions):
+    write_outputs(tmp_path, 1, noise_image, captions)
     (tmp_path / "plain").touch()
-    files = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {(tmp_path / "plain").stat().st_mode}
+    file_modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert file_modes == {(tmp_path / "plain").stat().st_mode}

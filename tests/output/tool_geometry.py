@@ -21,7 +21,7 @@ from labelme import utils
 from labelme._label_file import _load_shape_json_obj
 from pycocotools import mask as coco
 
-CONFIG = """<View>
+LABELING_CONFIG = """<View>
   <Image name="image" value="$image"/>
   <RectangleLabels name="box" toName="image"><Label value="cat"/></RectangleLabels>
   <PolygonLabels name="polygon" toName="image"><Label value="cat"/></PolygonLabels>
@@ -30,36 +30,42 @@ CONFIG = """<View>
 content = json.loads(Path(sys.argv[1]).read_text())
 
 
-def encode(mask):
-    code = coco.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": list(code["size"]), "counts": code["counts"].decode()}
+def encode_rle(mask):
+    rle = coco.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
 
 
-def draw(shapes):
+def draw_instances(shapes):
     """(height, width): which pixels each instance has, by LabelMe's own drawing."""
     width, height = content["labelme"]["size"]
-    loaded = [_load_shape_json_obj(shape) for shape in shapes]
-    _, instances = utils.shapes_to_label((height, width, 3), loaded, {shape["label"]: 1 for shape in shapes})
+    loaded_shapes = [_load_shape_json_obj(shape) for shape in shapes]
+    _, instances = utils.shapes_to_label((height, width, 3), loaded_shapes, {shape["label"]: 1 for shape in shapes})
     return instances
 
 
-alone = [encode(draw([shape]) > 0) for shape in content["labelme"]["shapes"]]
-groups = [encode(draw(shapes) > 0) for shapes in content["labelme"]["groups"]]
+labelme_masks = [encode_rle(draw_instances([shape]) > 0) for shape in content["labelme"]["shapes"]]
+group_masks = [encode_rle(draw_instances(shapes) > 0) for shapes in content["labelme"]["groups"]]
 
 with tempfile.TemporaryDirectory() as folder:
-    file = Path(folder, "tasks.json")
-    file.write_text(json.dumps(content["label-studio"]))
-    converter = Converter(CONFIG, folder, download_resources=False)
-    converter.convert_to_coco(str(file), str(Path(folder, "out")), is_dir=False)
+    tasks_file = Path(folder, "tasks.json")
+    tasks_file.write_text(json.dumps(content["label-studio"]))
+    converter = Converter(LABELING_CONFIG, folder, download_resources=False)
+    converter.convert_to_coco(str(tasks_file), str(Path(folder, "out")), is_dir=False)
     annotations = json.loads(Path(folder, "out", "result.json").read_text())["annotations"]
 
 results = [result for task in content["label-studio"] for result in task["annotations"][0]["result"]]
-sides = [
+rectangle_values = [
     {**result["value"], **{key: result[key] for key in ("original_width", "original_height")}}
     for result in results
     if result["type"] == "rectanglelabels"
 ]
-corners = [convert_annotation_to_yolo_obb(each, normalize=False) for each in sides]
-brushes = [mask2rle(coco.decode(code) * np.uint8(255)) for code in content["masks"]]
-found = {"labelme": alone, "groups": groups, "label-studio": annotations, "corners": corners, "brushes": brushes}
-print(json.dumps(found))
+rectangle_corners = [convert_annotation_to_yolo_obb(each, normalize=False) for each in rectangle_values]
+brush_codes = [mask2rle(coco.decode(code) * np.uint8(255)) for code in content["masks"]]
+output = {
+    "labelme": labelme_masks,
+    "groups": group_masks,
+    "label-studio": annotations,
+    "corners": rectangle_corners,
+    "brushes": brush_codes,
+}
+print(json.dumps(output))

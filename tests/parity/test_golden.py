@@ -12,36 +12,38 @@ from sca_registry.contracts import TASKS, Batch, PromptBatch
 
 import sca
 
-ROOT = Path(__file__).resolve().parents[1] / "data" / "golden"
-NAMES = ["sca-tiny-query-gpt2", "sca-tiny-query-llama", "sca-tiny-split-gpt2"]
-CLOSE = 1e-4
+GOLDEN_FOLDER = Path(__file__).resolve().parents[1] / "data" / "golden"
+CHECKPOINT_NAMES = ["sca-tiny-query-gpt2", "sca-tiny-query-llama", "sca-tiny-split-gpt2"]
+TOLERANCE = 1e-4
 
 
-class Golden:
+class GoldenModel:
     """A model, and what was recorded of it."""
 
     def __init__(self, folder):
         self.model = sca.load(folder)
         self.recorded = load_file(folder / "golden.safetensors")
 
-    def rows(self, name):
+    def flatten_rows(self, name):
         """(B, N, ...) -> (B N, ...)."""
         return self.recorded[name].flatten(0, 1)
 
-    def prompts(self, kind):
-        images, each = self.recorded["input_boxes"].shape[:2]
-        owner = torch.arange(images).repeat_interleave(each)
+    def make_prompts(self, kind):
+        num_images, regions_per_image = self.recorded["input_boxes"].shape[:2]
+        image_index = torch.arange(num_images).repeat_interleave(regions_per_image)
         if kind == "box":
-            return PromptBatch(owner, boxes=self.rows("input_boxes"))
-        return PromptBatch(owner, points=self.rows("input_points"), labels=self.rows("input_point_labels"))
+            return PromptBatch(image_index, boxes=self.flatten_rows("input_boxes"))
+        return PromptBatch(
+            image_index, points=self.flatten_rows("input_points"), labels=self.flatten_rows("input_point_labels")
+        )
 
-    def task(self, name):
-        return torch.full((len(self.rows("input_ids")),), TASKS.index(name))
+    def make_task_ids(self, name):
+        return torch.full((len(self.flatten_rows("input_ids")),), TASKS.index(name))
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=CHECKPOINT_NAMES)
 def golden(request):
-    return Golden(ROOT / request.param)
+    return GoldenModel(GOLDEN_FOLDER / request.param)
 
 
 @pytest.fixture(params=["box", "point"])
@@ -54,40 +56,49 @@ def task(request):
     return request.param
 
 
-def close(ours, recorded):
-    assert ours.shape == recorded.shape
-    assert float((ours - recorded).abs().max()) <= CLOSE
+def assert_close(actual, recorded):
+    assert actual.shape == recorded.shape
+    assert float((actual - recorded).abs().max()) <= TOLERANCE
 
 
 @torch.no_grad()
-def test_images_are_encoded_alike(golden):
-    close(golden.model.encode(golden.recorded["pixel_values"]), golden.recorded["image_embeddings"])
+def test_encode_matches_the_golden_image_embeddings(golden):
+    assert_close(golden.model.encode(golden.recorded["pixel_values"]), golden.recorded["image_embeddings"])
 
 
 @torch.no_grad()
-def test_regions_queries_prefix_logits_and_loss_are_alike(golden, kind, task):
-    ids, mask = golden.rows("input_ids"), golden.rows("attention_mask")
-    pixels, asked = golden.recorded["pixel_values"], golden.task(task)
-    output = golden.model(Batch(golden.prompts(kind), asked, pixels, input_ids=ids, attention_mask=mask))
+def test_forward_matches_the_golden_regions_queries_prefix_logits_and_loss(golden, kind, task):
+    ids, mask = golden.flatten_rows("input_ids"), golden.flatten_rows("attention_mask")
+    pixels, task_ids = golden.recorded["pixel_values"], golden.make_task_ids(task)
+    output = golden.model(Batch(golden.make_prompts(kind), task_ids, pixels, input_ids=ids, attention_mask=mask))
     recorded = {name: golden.recorded[f"{kind}.{task}.{name}"] for name in ("query_outputs", "logits", "loss")}
-    close(output.regions.iou_scores, golden.rows(f"{kind}.{task}.iou_scores"))
-    close(output.regions.masks, golden.rows(f"{kind}.{task}.pred_masks"))
-    close(output.queries, recorded["query_outputs"])
-    close(golden.model.build_prefix(output.queries, asked), golden.recorded[f"{kind}.{task}.language_model_inputs"])
-    words = mask.bool()  # the last recorded position is that after the last word, which predicts nothing
-    close(output.logits, recorded["logits"][:, :-1][words])
-    close(output.loss, recorded["loss"])
+    assert_close(output.regions.iou_scores, golden.flatten_rows(f"{kind}.{task}.iou_scores"))
+    assert_close(output.regions.masks, golden.flatten_rows(f"{kind}.{task}.pred_masks"))
+    assert_close(output.queries, recorded["query_outputs"])
+    assert_close(
+        golden.model.build_prefix(output.queries, task_ids), golden.recorded[f"{kind}.{task}.language_model_inputs"]
+    )
+    is_token = mask.bool()  # the last recorded position is that after the last word, which predicts nothing
+    assert_close(output.logits, recorded["logits"][:, :-1][is_token])
+    assert_close(output.loss, recorded["loss"])
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_the_same_words_are_generated(golden, kind, task, beams):
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.slow
+def test_generate_matches_the_golden_token_ids(golden, kind, task, num_beams):
     features = golden.model.encode(golden.recorded["pixel_values"])
-    found = golden.model.generate(features, golden.prompts(kind), golden.task(task), num_beams=beams, max_new_tokens=8)
-    recorded = golden.recorded[f"{kind}.{task}.generated.beams{beams}"].flatten(0, 2)[:, 1:]  # without the placeholder
-    end = golden.model.language_model.model.config.eos_token_id
-    assert [words(row, end) for row in found.sequences[:, 0].tolist()] == [words(row, end) for row in recorded.tolist()]
+    generated = golden.model.generate(
+        features, golden.make_prompts(kind), golden.make_task_ids(task), num_beams=num_beams, max_new_tokens=8
+    )
+    recorded = golden.recorded[f"{kind}.{task}.generated.beams{num_beams}"].flatten(0, 2)[
+        :, 1:
+    ]  # without the placeholder
+    eos_token_id = golden.model.language_model.model.config.eos_token_id
+    assert [truncate_after_eos(row, eos_token_id) for row in generated.sequences[:, 0].tolist()] == [
+        truncate_after_eos(row, eos_token_id) for row in recorded.tolist()
+    ]
 
 
-def words(ids, end):
+def truncate_after_eos(ids, eos_token_id):
     """Up to the end, and that there is one; after it there is only filler."""
-    return ids[: ids.index(end) + 1] if end in ids else ids
+    return ids[: ids.index(eos_token_id) + 1] if eos_token_id in ids else ids

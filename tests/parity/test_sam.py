@@ -11,25 +11,25 @@ import sca
 from sca.encoders.sam import SamEncoder
 from sca.segmenters.sam import SamSegmenter
 
-OWNER = torch.tensor([0, 0, 1, 1])
+IMAGE_INDEX = torch.tensor([0, 0, 1, 1])
 BOXES = torch.tensor([[10.0, 20, 50, 60], [0, 0, 63, 40], [5, 5, 9, 9], [30.5, 1.25, 44, 60]])
 POINTS = torch.tensor([[[10.0, 20], [30, 40]], [[5, 6], [7, 8]], [[1, 1], [60, 60]], [[31, 2], [20, 50]]])
 LABELS = torch.tensor([[1, 0], [1, 1], [1, 0], [0, 1]])
 PROMPTS = {
-    "box": PromptBatch(OWNER, boxes=BOXES),
-    "point": PromptBatch(OWNER, points=POINTS[:, :1], labels=LABELS[:, :1]),
-    "points": PromptBatch(OWNER, points=POINTS, labels=LABELS),
-    "box and points": PromptBatch(OWNER, boxes=BOXES, points=POINTS, labels=LABELS),
+    "box": PromptBatch(IMAGE_INDEX, boxes=BOXES),
+    "point": PromptBatch(IMAGE_INDEX, points=POINTS[:, :1], labels=LABELS[:, :1]),
+    "points": PromptBatch(IMAGE_INDEX, points=POINTS, labels=LABELS),
+    "box and points": PromptBatch(IMAGE_INDEX, boxes=BOXES, points=POINTS, labels=LABELS),
 }
 
 
 @pytest.fixture(scope="module")
-def theirs(sam_folder):
+def reference_model(sam_folder):
     return SamModel.from_pretrained(sam_folder).eval()
 
 
 @pytest.fixture(scope="module")
-def ours(sam_folder):
+def encoder_and_segmenter(sam_folder):
     encoder = SamEncoder(str(sam_folder))
     return encoder.eval(), SamSegmenter(encoder).eval()
 
@@ -39,51 +39,53 @@ def pixels():
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def by_image(tensor):
+def group_by_image(tensor):
     return None if tensor is None else tensor.unflatten(0, (2, 2))
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize("multimask", [True, False])
 @torch.no_grad()
-def test_masks_and_scores_are_theirs(theirs, ours, pixels, kind, multimask):
-    encoder, segmenter = ours
+def test_sam_masks_and_scores_match_transformers(reference_model, encoder_and_segmenter, pixels, kind, multimask):
+    encoder, segmenter = encoder_and_segmenter
     prompts = PROMPTS[kind]
-    found = segmenter(encoder(pixels), prompts, multimask)
-    expected = theirs(
+    output = segmenter(encoder(pixels), prompts, multimask)
+    expected = reference_model(
         pixel_values=pixels,
-        input_boxes=by_image(prompts.boxes),
-        input_points=by_image(prompts.points),
-        input_labels=by_image(prompts.labels),
+        input_boxes=group_by_image(prompts.boxes),
+        input_points=group_by_image(prompts.points),
+        input_labels=group_by_image(prompts.labels),
         multimask_output=multimask,
     )
-    assert torch.allclose(found.masks, expected.pred_masks.flatten(0, 1), atol=1e-5)
-    assert torch.allclose(found.iou_scores, expected.iou_scores.flatten(0, 1), atol=1e-5)
+    assert torch.allclose(output.masks, expected.pred_masks.flatten(0, 1), atol=1e-5)
+    assert torch.allclose(output.iou_scores, expected.iou_scores.flatten(0, 1), atol=1e-5)
 
 
 @torch.no_grad()
-def test_a_mask_prompt_is_read_by_the_mask_encoder_one_a_region(theirs, ours, pixels):
-    encoder, segmenter = ours
+def test_sam_mask_prompts_match_transformers_for_each_region(reference_model, encoder_and_segmenter, pixels):
+    encoder, segmenter = encoder_and_segmenter
     masks = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 5
     features = encoder(pixels)
-    found = segmenter(features, PromptBatch(OWNER, boxes=BOXES, masks=masks))
-    for row, owner in enumerate(OWNER.tolist()):
-        expected = theirs(
-            image_embeddings=features[owner][None], input_boxes=BOXES[row][None, None], input_masks=masks[row][None]
+    output = segmenter(features, PromptBatch(IMAGE_INDEX, boxes=BOXES, masks=masks))
+    for row, image_index in enumerate(IMAGE_INDEX.tolist()):
+        expected = reference_model(
+            image_embeddings=features[image_index][None],
+            input_boxes=BOXES[row][None, None],
+            input_masks=masks[row][None],
         )
-        assert torch.allclose(found.masks[row], expected.pred_masks[0, 0], atol=1e-5)
+        assert torch.allclose(output.masks[row], expected.pred_masks[0, 0], atol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_everything_encodes_a_large_image_once_and_writes_for_survivors_only(sam_folder, lm_folder, monkeypatch):
+def test_everything_mode_encodes_once_and_captions_only_kept_regions(sam_folder, save_language_model, monkeypatch):
     torch.manual_seed(0)
     model = sca.compose(
         {"name": "sam", "weights": str(sam_folder)},
         {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
-        {"name": "hf", "weights": str(lm_folder("gpt2"))},
+        {"name": "hf", "weights": str(save_language_model("gpt2"))},
     )
-    monkeypatch.setattr(model.language_model, "tokenizer", Ids())
+    monkeypatch.setattr(model.language_model, "tokenizer", IdTokenizer())
     calls = {"encode": 0, "generate": 0}
     encode, generate = model.encode, model.language_model.generate
 
@@ -98,19 +100,19 @@ def test_everything_encodes_a_large_image_once_and_writes_for_survivors_only(sam
     monkeypatch.setattr(model, "encode", counting_encode)
     monkeypatch.setattr(model.language_model, "generate", counting_generate)
     predictor = sca.Predictor(model)
-    draw = np.random.default_rng(0)
-    predictor.set_image(Image.fromarray(draw.integers(0, 255, (1024, 1024, 3), dtype=np.uint8)))
+    rng = np.random.default_rng(0)
+    predictor.set_image(Image.fromarray(rng.integers(0, 255, (1024, 1024, 3), dtype=np.uint8)))
     options = sca.EverythingOptions(
         points_per_side=8, pred_iou_thresh=-9.0, stability_score_thresh=0.0, box_nms_thresh=0.7
     )
-    found = sca.caption_everything(predictor, options=options)
-    assert calls == {"encode": 1, "generate": len(found)}
-    assert 0 < len(found) < 64 * 3
-    assert found[0].prompt == Prompt(box=found[0].box, points=found[0].prompt.points)
-    assert sca.caption_everything(predictor, options=options) == found, "nothing is left to chance"
+    captions = sca.caption_everything(predictor, options=options)
+    assert calls == {"encode": 1, "generate": len(captions)}
+    assert 0 < len(captions) < 64 * 3
+    assert captions[0].prompt == Prompt(box=captions[0].box, points=captions[0].prompt.points)
+    assert sca.caption_everything(predictor, options=options) == captions, "nothing is left to chance"
 
 
-class Ids:
+class IdTokenizer:
     """A tokenizer that reads no words: ids as they are."""
 
     pad_token_id, eos_token_id = 0, 2

@@ -21,7 +21,7 @@ pytest.importorskip("segment_anything", reason="the dependency group `references
 from segment_anything import SamAutomaticMaskGenerator  # noqa: E402
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: E402
 
-ORIGINAL_NAMES = (  # of tensors, from ours
+ORIGINAL_NAME_PATTERNS = (  # of tensors, from ours
     (r"^vision\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
     (r"^vision\.neck\.conv1\.", "image_encoder.neck.0."),
     (r"^vision\.neck\.layer_norm1\.", "image_encoder.neck.1."),
@@ -45,21 +45,26 @@ ORIGINAL_NAMES = (  # of tensors, from ours
     (r"shared_embedding\.positional_embedding", "pe_layer.positional_encoding_gaussian_matrix"),
     (r"\.layer_norm", ".norm"),
 )
-SIZE, WIDTH = 128, 64
+IMAGE_SIZE, HIDDEN_SIZE = 128, 64
 
 
-def original_name(name):
-    for pattern, original in ORIGINAL_NAMES:
+def convert_to_original_name(name):
+    for pattern, original in ORIGINAL_NAME_PATTERNS:
         name = re.sub(pattern, original, name)
     return name
 
 
 @pytest.fixture(scope="module")
-def ours():
+def encoder_and_segmenter():
     torch.manual_seed(0)
-    vision = {"image_size": SIZE, "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4}
-    vision |= {"mlp_dim": 4 * WIDTH, "window_size": 3, "global_attn_indexes": [1], "output_channels": 256}
-    encoder = SamEncoder(pretrained=False, config={"vision_config": vision}).eval()
+    vision_config = {
+        "image_size": IMAGE_SIZE,
+        "hidden_size": HIDDEN_SIZE,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    vision_config |= {"mlp_dim": 4 * HIDDEN_SIZE, "window_size": 3, "global_attn_indexes": [1], "output_channels": 256}
+    encoder = SamEncoder(pretrained=False, config={"vision_config": vision_config}).eval()
     for name, parameter in encoder.named_parameters():
         if "pos" in name:  # zeros until they are trained
             torch.nn.init.normal_(parameter, std=0.1)
@@ -67,10 +72,10 @@ def ours():
 
 
 @pytest.fixture(scope="module")
-def original(ours):
-    image = ImageEncoderViT(
-        img_size=SIZE,
-        embed_dim=WIDTH,
+def original_sam(encoder_and_segmenter):
+    image_encoder = ImageEncoderViT(
+        img_size=IMAGE_SIZE,
+        embed_dim=HIDDEN_SIZE,
         depth=3,
         num_heads=4,
         use_rel_pos=True,
@@ -78,10 +83,16 @@ def original(ours):
         global_attn_indexes=(1,),
         norm_layer=lambda width: torch.nn.LayerNorm(width, eps=1e-6),
     )
-    prompts = PromptEncoder(256, (SIZE // 16, SIZE // 16), (SIZE, SIZE), mask_in_chans=16)
+    prompt_encoder = PromptEncoder(
+        256, (IMAGE_SIZE // 16, IMAGE_SIZE // 16), (IMAGE_SIZE, IMAGE_SIZE), mask_in_chans=16
+    )
     transformer = TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=2048)
-    model = Sam(image, prompts, MaskDecoder(transformer_dim=256, transformer=transformer)).eval()
-    tensors = {original_name(name): tensor for part in ours for name, tensor in part.state_dict().items()}
+    model = Sam(image_encoder, prompt_encoder, MaskDecoder(transformer_dim=256, transformer=transformer)).eval()
+    tensors = {
+        convert_to_original_name(name): tensor
+        for part in encoder_and_segmenter
+        for name, tensor in part.state_dict().items()
+    }
     model.load_state_dict(tensors)
     return model
 
@@ -89,27 +100,27 @@ def original(ours):
 @pytest.mark.parametrize("multimask", [True, False])
 @pytest.mark.parametrize("kind", ["box", "point", "points", "box and points", "box and mask"])
 @torch.no_grad()
-def test_sam_equals_the_original(ours, original, kind, multimask):
-    encoder, segmenter = ours
-    draw = torch.Generator().manual_seed(1)
-    pixels = torch.randn(1, 3, SIZE, SIZE, generator=draw)
+def test_sam_matches_the_original_code(encoder_and_segmenter, original_sam, kind, multimask):
+    encoder, segmenter = encoder_and_segmenter
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     boxes = torch.tensor([[10.0, 20, 50, 90], [0, 0, 127, 40]]) if "box" in kind else None
-    count = 3 if "points" in kind else 1
-    points = torch.rand(2, count, 2, generator=draw) * SIZE if "point" in kind else None
-    labels = torch.tensor([[1, 0, 1], [1, 1, 0]])[:, :count] if "point" in kind else None
-    masks = torch.randn(2, 1, SIZE // 4, SIZE // 4, generator=draw) if "mask" in kind else None
+    num_points = 3 if "points" in kind else 1
+    points = torch.rand(2, num_points, 2, generator=generator) * IMAGE_SIZE if "point" in kind else None
+    labels = torch.tensor([[1, 0, 1], [1, 1, 0]])[:, :num_points] if "point" in kind else None
+    masks = torch.randn(2, 1, IMAGE_SIZE // 4, IMAGE_SIZE // 4, generator=generator) if "mask" in kind else None
     features = encoder(pixels)
-    assert torch.allclose(features, original.image_encoder(pixels), atol=1e-4)
-    found = segmenter(features, PromptBatch(torch.zeros(2, dtype=torch.long), boxes, points, labels, masks), multimask)
-    sparse, dense = original.prompt_encoder(None if points is None else (points, labels), boxes, masks)
-    expected, scores = original.mask_decoder(
-        features, original.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=multimask
+    assert torch.allclose(features, original_sam.image_encoder(pixels), atol=1e-4)
+    output = segmenter(features, PromptBatch(torch.zeros(2, dtype=torch.long), boxes, points, labels, masks), multimask)
+    sparse, dense = original_sam.prompt_encoder(None if points is None else (points, labels), boxes, masks)
+    expected, expected_scores = original_sam.mask_decoder(
+        features, original_sam.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=multimask
     )
-    assert torch.allclose(found.masks, expected, atol=1e-4)
-    assert torch.allclose(found.iou_scores, scores, atol=1e-4)
+    assert torch.allclose(output.masks, expected, atol=1e-4)
+    assert torch.allclose(output.iou_scores, expected_scores, atol=1e-4)
 
 
-class ImageEncoder(torch.nn.Module):
+class ImageEncoderAdapter(torch.nn.Module):
     """Ours with the attributes that the original Sam reads."""
 
     def __init__(self, encoder):
@@ -120,7 +131,7 @@ class ImageEncoder(torch.nn.Module):
         return self.encoder(pixels)
 
 
-class PassPoints(torch.nn.Module):
+class PointPromptEncoder(torch.nn.Module):
     """A prompt encoder that leaves points to the decoder."""
 
     def get_dense_pe(self):
@@ -130,7 +141,7 @@ class PassPoints(torch.nn.Module):
         return points, None
 
 
-class Decoder(torch.nn.Module):
+class MaskDecoderAdapter(torch.nn.Module):
     """Our segmenter as the original mask decoder is called."""
 
     def __init__(self, segmenter):
@@ -145,13 +156,13 @@ class Decoder(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained_model():
     return sca.load("sca-tiny")
 
 
-@pytest.mark.parametrize("nms", [1.0, 0.7, 0.3])
+@pytest.mark.parametrize("box_nms_thresh", [1.0, 0.7, 0.3])
 @pytest.mark.parametrize(
-    "search",
+    "search_options",
     [
         {"points_per_side": 6, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.6},
         {"points_per_side": 8, "pred_iou_thresh": 0.8, "stability_score_thresh": 0.8},
@@ -166,41 +177,49 @@ def trained():
         },
     ],
 )
-@pytest.mark.parametrize("size", [None, (320, 213), (100, 260)])
-def test_everything_equals_the_original_region_by_region(trained, search, nms, size):
+@pytest.mark.parametrize("image_size", [None, (320, 213), (100, 260)])
+def test_everything_mode_matches_the_original_region_by_region(
+    trained_model, search_options, box_nms_thresh, image_size
+):
     image = Scenes("test", num_images=3)[2].image
-    image = image if size is None else image.resize(size, Image.Resampling.BICUBIC)
-    options = EverythingOptions(box_nms_thresh=nms, **search)
-    predictor = sca.Predictor(trained)
+    image = image if image_size is None else image.resize(image_size, Image.Resampling.BICUBIC)
+    options = EverythingOptions(box_nms_thresh=box_nms_thresh, **search_options)
+    predictor = sca.Predictor(trained_model)
     predictor.set_image(image)
-    found, _ = find_everything(predictor.engine, predictor.encoded, options)
+    masks, _ = find_everything(predictor.engine, predictor.encoded, options)
 
-    form = trained.encoder.image_format
-    mean, std = ([255 * value for value in values] for values in (form.mean, form.std))
-    sam = Sam(ImageEncoder(trained.encoder), PassPoints(), Decoder(trained.segmenter), mean, std).eval()
+    image_format = trained_model.encoder.image_format
+    mean, std = ([255 * value for value in values] for values in (image_format.mean, image_format.std))
+    sam = Sam(
+        ImageEncoderAdapter(trained_model.encoder),
+        PointPromptEncoder(),
+        MaskDecoderAdapter(trained_model.segmenter),
+        mean,
+        std,
+    ).eval()
     generator = SamAutomaticMaskGenerator(
         sam,
         points_per_side=options.points_per_side,
         pred_iou_thresh=options.pred_iou_thresh,
         stability_score_thresh=options.stability_score_thresh,
         stability_score_offset=options.stability_score_offset,
-        box_nms_thresh=nms,
-        crop_nms_thresh=nms,
+        box_nms_thresh=box_nms_thresh,
+        crop_nms_thresh=box_nms_thresh,
         crop_n_layers=options.crop_n_layers,
         crop_overlap_ratio=options.crop_overlap_ratio,
     )
     with torch.no_grad():
         expected = generator.generate(np.asarray(image))
     expected = [each for each in expected if each["area"]]  # an empty mask is no region
-    assert len(found) == len(expected) > 0
-    rest = list(expected)
-    for mask in found:
-        inside = decode_rle(mask.rle)
-        apart = [
+    assert len(masks) == len(expected) > 0
+    unmatched = list(expected)
+    for mask in masks:
+        mask_array = decode_rle(mask.rle)
+        distances = [
             abs(min(each["predicted_iou"], 1.0) - mask.predicted_iou) * 1e3
-            + (each["segmentation"] != inside).mean() * 1e3
-            for each in rest
+            + (each["segmentation"] != mask_array).mean() * 1e3
+            for each in unmatched
         ]
-        nearest = int(np.argmin(apart))
-        assert apart[nearest] < 1
-        rest.pop(nearest)
+        nearest = int(np.argmin(distances))
+        assert distances[nearest] < 1
+        unmatched.pop(nearest)

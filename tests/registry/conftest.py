@@ -11,7 +11,7 @@ import pytest
 import sca_registry
 
 
-class Site:
+class PluginSite:
     """A folder on `sys.path` into which distributions are installed."""
 
     def __init__(self, folder: Path):
@@ -21,10 +21,10 @@ class Site:
         self, name: str, entry_points: str, files: dict[str, str], version: str = "1.0", metadata: str = ""
     ) -> None:
         """A distribution of that name, with the text of each of its files; `metadata` are further lines of METADATA."""
-        info = f"{name.replace('-', '_')}-{version}.dist-info"
-        self.write(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{metadata}")
-        self.write(f"{info}/entry_points.txt", entry_points)
-        self.write(f"{info}/RECORD", f"{info}/METADATA,,\n")
+        dist_info = f"{name.replace('-', '_')}-{version}.dist-info"
+        self.write(f"{dist_info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{metadata}")
+        self.write(f"{dist_info}/entry_points.txt", entry_points)
+        self.write(f"{dist_info}/RECORD", f"{dist_info}/METADATA,,\n")
         for file, text in files.items():
             self.write(file, text)
         sca_registry.refresh_plugins()
@@ -35,14 +35,14 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path, monkeypatch):
-    before = set(sys.modules)
+def plugin_site(tmp_path, monkeypatch):
+    modules_before = set(sys.modules)
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a module written twice in a second is read twice
-    yield Site(folder)
-    for name in set(sys.modules) - before:
+    yield PluginSite(folder)
+    for name in set(sys.modules) - modules_before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
             del sys.modules[name]
     monkeypatch.undo()
@@ -50,12 +50,12 @@ def site(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def code(monkeypatch):
+def isolated_registry(monkeypatch):
     """What a test registers in code is forgotten after it."""
     monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))
 
 
 @pytest.fixture
-def states():
+def get_states():
     """Name -> (state, reason) of a registry's listing."""
     return lambda registry: {entry.name: (entry.state, entry.reason) for entry in registry.list_entries()}

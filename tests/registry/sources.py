@@ -1,6 +1,6 @@
 """Source text of parts that plugins of these tests bring."""
 
-MIXER = """
+MIXER_SOURCE = """
     class Mean:
         '''A mean.'''
 

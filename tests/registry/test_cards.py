@@ -8,20 +8,22 @@ from sca_registry import REGISTRIES
 from sca_registry.cards import FACTORY_PATTERN, read_builtin_cards
 from sca_registry.contracts import COMPONENT_KINDS
 
-CARDS = [(kind, card) for kind in COMPONENT_KINDS for card in read_builtin_cards(kind).values()]
-each_card = pytest.mark.parametrize(("kind", "card"), CARDS, ids=[f"{kind}:{card.name}" for kind, card in CARDS])
+BUILTIN_CARDS = [(kind, card) for kind in COMPONENT_KINDS for card in read_builtin_cards(kind).values()]
+parametrize_cards = pytest.mark.parametrize(
+    ("kind", "card"), BUILTIN_CARDS, ids=[f"{kind}:{card.name}" for kind, card in BUILTIN_CARDS]
+)
 
 
-@each_card
-def test_a_card_says_what_it_is_where_it_comes_from_and_on_what_terms(kind, card):
+@parametrize_cards
+def test_card_states_summary_source_and_license(kind, card):
     assert card.summary.endswith(".")
     assert "\n" not in card.summary
     assert card.source
     assert card.license
 
 
-@each_card
-def test_the_factory_of_a_card_is_there(kind, card):
+@parametrize_cards
+def test_card_factory_exists_in_its_module(kind, card):
     assert FACTORY_PATTERN.fullmatch(card.factory)
     module, _, attribute = card.factory.partition(":")
     package, *rest = module.split(".")
@@ -29,22 +31,22 @@ def test_the_factory_of_a_card_is_there(kind, card):
     assert f"class {attribute}" in source or f"def {attribute}" in source
 
 
-@each_card
-def test_a_segmenter_says_what_it_gives_and_a_mixer_what_it_needs(kind, card):
-    things = {"masks", "boxes", "grid"}
-    assert {*(card.provides or ()), *(card.requires or ()), *chain(*card.option_requires.values())} <= things
+@parametrize_cards
+def test_card_declares_segmenter_outputs_and_mixer_needs(kind, card):
+    known_outputs = {"masks", "boxes", "grid"}
+    assert {*(card.provides or ()), *(card.requires or ()), *chain(*card.option_requires.values())} <= known_outputs
     assert kind != "segmenters" or card.provides is not None
     assert kind not in ("segmenters", "mixers") or card.requires is not None
 
 
-@each_card
-def test_an_extra_of_a_card_is_one_that_can_be_installed(kind, card):
+@parametrize_cards
+def test_card_extra_is_an_extra_of_the_distribution(kind, card):
     from importlib.metadata import metadata
 
     extras = metadata("segment-caption-anything").get_all("Provides-Extra") or []
     assert not card.extra or card.extra in extras
 
 
-def test_every_card_file_belongs_to_a_kind():
+def test_card_files_are_named_after_registered_kinds():
     stems = {file.name.removesuffix(".toml") for file in (files("sca_registry") / "cards").iterdir()}
     assert stems <= set(REGISTRIES)

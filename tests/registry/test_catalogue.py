@@ -3,17 +3,17 @@
 import catalogue
 import pytest
 from sca_registry import REGISTRIES, RegistryError, metrics, mixers
-from sources import MIXER
+from sources import MIXER_SOURCE
 
 
-def test_registries_are_registries_of_catalogue():
+def test_registries_are_catalogue_registries():
     assert all(isinstance(each, catalogue.Registry) for each in REGISTRIES.values())
     assert mixers.namespace == ("sca", "mixers")
     assert mixers.entry_point_namespace == "sca_mixers"
     assert issubclass(RegistryError, catalogue.RegistryError)
 
 
-def test_register_is_a_decorator_or_takes_the_function(code):
+def test_register_works_as_a_decorator_and_with_a_function(isolated_registry):
     @metrics.register("length")
     def length(): ...
 
@@ -28,35 +28,35 @@ def test_register_is_a_decorator_or_takes_the_function(code):
         metrics.register("class", func=breadth)
 
 
-def test_get_all_leaves_out_what_is_broken_and_find_says_why(site):
-    site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER})
-    site.install("rotten", "[sca_mixers]\nbad = rotten:Bad\n", {"rotten.py": "raise OSError('no disk')"})
-    everything = mixers.get_all()
-    assert {"mean", "query"} <= set(everything)
-    assert "bad" not in everything
+def test_get_all_omits_broken_components_and_find_gives_the_reason(plugin_site):
+    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
+    plugin_site.install("rotten", "[sca_mixers]\nbad = rotten:Bad\n", {"rotten.py": "raise OSError('no disk')"})
+    components = mixers.get_all()
+    assert {"mean", "query"} <= set(components)
+    assert "bad" not in components
     assert "bad" in mixers
-    found = mixers.find("bad")
-    assert (found["module"], found["file"], found["state"]) == ("rotten", None, "broken")
-    assert "no disk" in found["reason"]
+    info = mixers.find("bad")
+    assert (info["module"], info["file"], info["state"]) == ("rotten", None, "broken")
+    assert "no disk" in info["reason"]
 
 
-def test_find_names_the_place_of_a_factory(site):
-    site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER})
-    found = mixers.find("mean")
-    assert found["module"] == "shade"
-    assert found["file"] == str(site.folder / "shade.py")
-    assert found["line_no"] >= 1
-    assert (found["distribution"], found["version"]) == ("shade", "1.0")
-    built_in = mixers.find("query")
-    assert built_in["docstring"]
-    assert built_in["file"].endswith("query.py")
+def test_find_returns_module_file_and_version_of_a_factory(plugin_site):
+    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
+    info = mixers.find("mean")
+    assert info["module"] == "shade"
+    assert info["file"] == str(plugin_site.folder / "shade.py")
+    assert info["line_no"] >= 1
+    assert (info["distribution"], info["version"]) == ("shade", "1.0")
+    builtin_info = mixers.find("query")
+    assert builtin_info["docstring"]
+    assert builtin_info["file"].endswith("query.py")
     with pytest.raises(RegistryError, match="no mixers named 'nothing'"):
         mixers.find("nothing")
 
 
-def test_entry_points_are_those_of_plugins_that_work(site):
-    site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER})
-    site.install("rotten", "[sca_mixers]\nbad = rotten:Bad\n", {"rotten.py": "raise OSError('no disk')"})
+def test_get_entry_points_returns_only_working_plugins(plugin_site):
+    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
+    plugin_site.install("rotten", "[sca_mixers]\nbad = rotten:Bad\n", {"rotten.py": "raise OSError('no disk')"})
     assert set(mixers.get_entry_points()) == {"mean"}
     assert mixers.get_entry_point("mean") is mixers.get("mean")
     assert mixers.get_entry_point("bad", "default") == "default"

@@ -5,83 +5,85 @@ import sys
 
 import pytest
 from sca_registry import REGISTRIES, RegistryError, encoders, get_registry, language_models, metrics, mixers, segmenters
-from sources import MIXER
+from sources import MIXER_SOURCE
 
 
-def imported_after(code: str, path: str = "") -> set[str]:
+def list_imported_modules(statement: str, plugin_folder: str = "") -> set[str]:
     """The modules that a fresh interpreter has after running `code`."""
-    script = f"import sys; sys.path.insert(0, {path!r})\n{code}\nprint(*sys.modules, sep='\\n')"
+    script = f"import sys; sys.path.insert(0, {plugin_folder!r})\n{statement}\nprint(*sys.modules, sep='\\n')"
     return set(
         subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
     )
 
 
 @pytest.mark.slow
-def test_importing_the_registry_imports_nothing_heavy():
-    heavy = {"torch", "numpy", "PIL", "tomllib", "difflib", "sca"}
-    assert not heavy & imported_after("import sca_registry")
+def test_registry_import_loads_no_heavy_modules():
+    heavy_modules = {"torch", "numpy", "PIL", "tomllib", "difflib", "sca"}
+    assert not heavy_modules & list_imported_modules("import sca_registry")
 
 
 @pytest.mark.slow
-def test_listing_imports_no_torch_no_plugin_and_no_factory(site):
-    files = {"shade/__init__.py": "", "shade/parts.py": MIXER}
-    site.install("shade", "[sca_mixers]\nmean = shade.parts:Mean\n", files)
-    listing = (
+def test_registry_listing_imports_no_torch_plugin_or_factory(plugin_site):
+    files = {"shade/__init__.py": "", "shade/parts.py": MIXER_SOURCE}
+    plugin_site.install("shade", "[sca_mixers]\nmean = shade.parts:Mean\n", files)
+    script = (
         "import sca_registry\nfor r in sca_registry.REGISTRIES.values(): r.list_names(); r.list_entries(); 'x' in r"
     )
-    modules = imported_after(listing + "\nassert 'mean' in sca_registry.mixers.list_names()", str(site.folder))
+    modules = list_imported_modules(
+        script + "\nassert 'mean' in sca_registry.mixers.list_names()", str(plugin_site.folder)
+    )
     assert not {"torch", "shade", "sca", "sca.encoders"} & modules
 
 
 @pytest.mark.slow
-def test_a_look_up_imports_its_own_module_and_no_other_plugin(site):
-    site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER})
-    site.install("other", "[sca_mixers]\nelse = other:Mean\n", {"other.py": MIXER})
-    modules = imported_after("import sca_registry; sca_registry.mixers.get('mean')", str(site.folder))
+def test_registry_get_imports_only_the_module_of_the_component(plugin_site):
+    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
+    plugin_site.install("other", "[sca_mixers]\nelse = other:Mean\n", {"other.py": MIXER_SOURCE})
+    modules = list_imported_modules("import sca_registry; sca_registry.mixers.get('mean')", str(plugin_site.folder))
     assert "shade" in modules
     assert not {"other", "torch"} & modules
 
 
-def test_the_first_names_are_there():
+def test_registries_contain_the_builtin_components():
     assert "tiny-vit" in encoders
     assert {"sam", "box"} <= set(segmenters.list_names())
     assert "query" in mixers
     assert "tiny-gpt2" in language_models.list_names()
 
 
-def test_every_kind_is_reached_by_its_singular_and_plural_and_with_hyphens():
-    for plural, reg in REGISTRIES.items():
-        assert get_registry(plural) is get_registry(reg.kind.singular) is reg
+def test_get_registry_accepts_singular_plural_and_hyphenated_kinds():
+    for plural, registry in REGISTRIES.items():
+        assert get_registry(plural) is get_registry(registry.kind.singular) is registry
     assert get_registry("language-model") is get_registry("language-models") is language_models
 
 
-def test_a_wrong_kind_is_answered_with_the_kinds():
+def test_get_registry_lists_the_kinds_for_an_unknown_kind():
     with pytest.raises(RegistryError, match=r"'mixrs'.*Did you mean 'mixers'\?.*encoders, segmenters"):
         get_registry("mixrs")
 
 
-def test_a_typo_is_answered_with_the_name_meant_the_names_there_are_and_how_to_add_one():
+def test_registry_get_suggests_a_name_and_the_entry_point_group_for_a_typo():
     with pytest.raises(RegistryError) as caught:
         mixers.get("qurey")
-    told = str(caught.value)
-    assert told.startswith("no mixers named 'qurey'. Did you mean 'query'? Choose from: ")
-    assert told.endswith(" Plugins add names with entry points in the group 'sca_mixers'.")
+    message = str(caught.value)
+    assert message.startswith("no mixers named 'qurey'. Did you mean 'query'? Choose from: ")
+    assert message.endswith(" Plugins add names with entry points in the group 'sca_mixers'.")
 
 
 @pytest.mark.parametrize("typo", ["Query", "QUERY", "query_"])
-def test_case_and_underscores_do_not_hide_the_name_meant(typo):
+def test_registry_get_suggests_a_name_despite_case_and_underscores(typo):
     with pytest.raises(RegistryError, match="Did you mean 'query'"):
         mixers.get(typo)
 
 
-def test_asking_whether_a_strange_thing_is_a_name_is_no_error():
+def test_registry_contains_returns_false_for_invalid_names():
     assert "" not in mixers
     assert ":" not in mixers
     assert 3 not in mixers
     assert "nobody:query" not in mixers
 
 
-def test_code_registers_a_function_and_a_class(code):
+def test_register_accepts_a_function_and_a_class(isolated_registry):
     @metrics.register("length")
     def length():
         """How long."""
@@ -96,7 +98,7 @@ def test_code_registers_a_function_and_a_class(code):
     assert metrics.load_entry("length").summary == "How long."
 
 
-def test_a_second_registration_is_refused_naming_both_places(code):
+def test_register_rejects_a_second_registration_and_names_both_locations(isolated_registry):
     @metrics.register("twice")
     def first():
         pass
@@ -112,39 +114,39 @@ def test_a_second_registration_is_refused_naming_both_places(code):
     assert metrics.get("twice") is first
 
 
-def test_two_factories_made_by_one_function_are_two(code):
-    def make():
+def test_register_rejects_a_second_factory_defined_by_the_same_function(isolated_registry):
+    def define_factory():
         @metrics.register("made")
         def factory():
             pass
 
-    make()
+    define_factory()
     with pytest.raises(RegistryError, match="already registered"):
-        make()
+        define_factory()
 
 
-def test_a_built_in_name_cannot_be_registered_over(code):
+def test_register_rejects_a_builtin_name(isolated_registry):
     with pytest.raises(RegistryError, match=r"'query' is already registered by .*sca\.mixers\.query:QueryMixer"):
         mixers("query")(lambda segmenter: None)
 
 
-def test_a_module_that_runs_again_may_register_its_own_again(site, code):
-    site.write("mine.py", "import sca_registry\n@sca_registry.metrics.register('mine')\nclass Mine: pass\n")
+def test_register_accepts_a_reloaded_module(plugin_site, isolated_registry):
+    plugin_site.write("mine.py", "import sca_registry\n@sca_registry.metrics.register('mine')\nclass Mine: pass\n")
     import importlib
 
     import mine
 
-    before = mine.Mine
+    original_class = mine.Mine
     importlib.reload(mine)
-    assert metrics.get("mine") is mine.Mine is not before
+    assert metrics.get("mine") is mine.Mine is not original_class
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a+b", "a:b", "été", "a/b", "-a", None, len])
-def test_what_cannot_be_a_name_cannot_be_registered(name, code):
+def test_register_rejects_invalid_names(name, isolated_registry):
     with pytest.raises(RegistryError, match="cannot be a name"):
         metrics(name)
 
 
-def test_what_cannot_be_called_cannot_be_registered(code):
+def test_register_rejects_objects_that_are_not_callable(isolated_registry):
     with pytest.raises(RegistryError, match="'three'"):
         metrics("three")(3)

@@ -5,69 +5,71 @@ from pathlib import Path
 import pytest
 from sca_registry import RegistryError, datasets, mixers
 from sca_registry.options import REQUIRED, check_options, is_text_option
-from sources import MIXER
+from sources import MIXER_SOURCE
 
 
 @pytest.fixture
-def offer(site):
+def install_mixer(plugin_site):
     """Installs one mixer called `mine` from the source of its factory `make`."""
-    return lambda source: site.install("shade", "[sca_mixers]\nmine = shade:make\n", {"shade.py": source})
+    return lambda source: plugin_site.install("shade", "[sca_mixers]\nmine = shade:make\n", {"shade.py": source})
 
 
-def test_an_unknown_option_is_answered_with_the_options_and_their_defaults(site):
-    site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER})
+def test_build_lists_options_and_defaults_for_an_unknown_option(plugin_site):
+    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
     with pytest.raises(
         RegistryError, match=r"mixer 'mean' has no option 'dpeth'. Did you mean 'depth'\? .*: depth=1\."
     ):
         mixers.build("mean", None, dpeth=2)
 
 
-def test_the_part_upstream_is_not_an_option(site):
-    site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER})
+def test_upstream_component_is_not_an_option(plugin_site):
+    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
     with pytest.raises(RegistryError, match="no option 'segmenter'"):
         mixers.build("mean", None, segmenter=2)
     assert list(mixers.load_entry("mean").options) == ["depth"]
 
 
-def test_the_factory_is_not_called_with_a_wrong_option(offer):
-    offer("def make(segmenter, depth=1): raise AssertionError('called')")
+def test_build_does_not_call_the_factory_with_an_unknown_option(install_mixer):
+    install_mixer("def make(segmenter, depth=1): raise AssertionError('called')")
     with pytest.raises(RegistryError, match="no option 'width'"):
         mixers.build("mine", None, width=2)
 
 
-def test_an_option_without_a_default_is_asked_for(offer):
-    offer("def make(segmenter, checkpoint, *, depth=1): pass")
+def test_build_requires_options_without_defaults(install_mixer):
+    install_mixer("def make(segmenter, checkpoint, *, depth=1): pass")
     assert mixers.load_entry("mine").options == {"checkpoint": REQUIRED, "depth": 1}
     with pytest.raises(RegistryError, match=r"requires the option 'checkpoint'. Choose from: checkpoint, depth=1"):
         mixers.build("mine", None)
 
 
-def test_a_factory_that_takes_anything_is_given_anything(offer):
-    offer(MIXER + "\n    def make(segmenter, **options): return Mean(segmenter, options['depth'])\n")
+def test_build_passes_any_option_to_a_factory_with_kwargs(install_mixer):
+    install_mixer(MIXER_SOURCE + "\n    def make(segmenter, **options): return Mean(segmenter, options['depth'])\n")
     assert mixers.build("mine", None, depth=4).depth == 4
 
 
-def test_an_option_may_be_called_name(offer):
-    offer(MIXER + "\n    def make(segmenter, name): return Mean(segmenter, name)\n")
+def test_build_accepts_an_option_called_name(install_mixer):
+    install_mixer(MIXER_SOURCE + "\n    def make(segmenter, name): return Mean(segmenter, name)\n")
     assert mixers.build("mine", None, name="n").depth == "n"
 
 
-def test_a_missing_part_upstream_is_a_programming_error(site):
+def test_build_without_upstream_arguments_raises_assertion_error(plugin_site):
     with pytest.raises(AssertionError):
         mixers.build("query")
     with pytest.raises(AssertionError):
         datasets.build("scenes", split="train")
 
 
-def test_what_a_built_part_lacks_is_named(offer):
-    offer("class Half:\n    hidden_size = 3\n    def __call__(self): pass\n\ndef make(segmenter): return Half()\n")
+def test_build_names_the_missing_attributes_of_a_component(install_mixer):
+    install_mixer(
+        "class Half:\n    hidden_size = 3\n    def __call__(self): pass\n\ndef make(segmenter): return Half()\n"
+    )
     with pytest.raises(RegistryError, match=r"returned a Half without num_queries, uses_grid; .*contracts\.Mixer"):
         mixers.build("mine", None)
 
 
 @pytest.mark.parametrize("failure", ["RuntimeError('no')", "SystemExit(1)", "ImportError('no')"])
-def test_a_failing_constructor_is_the_fault_of_the_part(failure, offer):
-    offer(f"def make(segmenter, depth=1): raise {failure}")
+def test_build_reports_a_constructor_failure_as_a_fault_of_the_plugin(failure, install_mixer):
+    install_mixer(f"def make(segmenter, depth=1): raise {failure}")
     with pytest.raises(RegistryError) as caught:
         mixers.build("mine", None)
     assert caught.value.__cause__ is not None
@@ -75,20 +77,20 @@ def test_a_failing_constructor_is_the_fault_of_the_part(failure, offer):
     assert str(caught.value) == f"mixer 'mine' of shade 1.0 cannot be built: {reason}. Try: pip install -U shade"
 
 
-def test_a_value_that_a_factory_refuses_is_not_its_fault(offer):
-    offer("def make(segmenter, depth=1): raise ValueError('depth must be even')")
+def test_build_reports_a_rejected_value_without_suggesting_an_upgrade(install_mixer):
+    install_mixer("def make(segmenter, depth=1): raise ValueError('depth must be even')")
     with pytest.raises(RegistryError, match=r"cannot be built: depth must be even$"):
         mixers.build("mine", None, depth=1)
 
 
-def test_an_interrupted_construction_is_interrupted(offer):
-    offer("def make(segmenter): raise KeyboardInterrupt")
+def test_build_propagates_keyboard_interrupt(install_mixer):
+    install_mixer("def make(segmenter): raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         mixers.build("mine", None)
 
 
 @pytest.mark.parametrize(
-    ("parameter", "wanted"),
+    ("parameter", "expected"),
     [
         ("x: 'str | Path | None' = None", True),
         ("x: str", True),
@@ -107,16 +109,18 @@ def test_an_interrupted_construction_is_interrupted(offer):
         ("**x: str", False),
     ],
 )
-def test_takes_text_follows_the_annotation(parameter, wanted):
-    scope = {}
-    exec(f"from pathlib import Path\nfrom typing import Optional\ndef make(upstream: str, {parameter}): pass", scope)
-    assert is_text_option(scope["make"], 1, "x") == wanted
-    assert not is_text_option(scope["make"], 1, "upstream")
-    assert not is_text_option(scope["make"], 1, "other")
+def test_is_text_option_follows_the_annotation(parameter, expected):
+    namespace = {}
+    exec(
+        f"from pathlib import Path\nfrom typing import Optional\ndef make(upstream: str, {parameter}): pass", namespace
+    )
+    assert is_text_option(namespace["make"], 1, "x") == expected
+    assert not is_text_option(namespace["make"], 1, "upstream")
+    assert not is_text_option(namespace["make"], 1, "other")
 
 
 @pytest.mark.parametrize(
-    ("annotation", "wrong", "right", "wanted"),
+    ("annotation", "wrong_value", "right_value", "expected_type"),
     [
         ("int", "a", 2, "an integer"),
         ("int | None", "a", None, "an integer or None"),
@@ -132,22 +136,22 @@ def test_takes_text_follows_the_annotation(parameter, wanted):
         ("'str | bool'", 5, "a", "true or false or text"),
     ],
 )
-def test_check_options_rejects_values_of_another_type_than_annotated(annotation, wrong, right, wanted):
-    scope = {}
+def test_check_options_rejects_values_of_the_wrong_type(annotation, wrong_value, right_value, expected_type):
+    namespace = {}
     exec(
         "import typing\nfrom pathlib import Path\nfrom typing import Optional, Union\n"
         f"def make(upstream, x: {annotation} = ...): pass",
-        scope,
+        namespace,
     )
-    check_options("mixer 'mine'", scope["make"], 1, {"x": right})
-    with pytest.raises(RegistryError, match=rf"mixer 'mine': x is {wrong!r}; give {wanted}$"):
-        check_options("mixer 'mine'", scope["make"], 1, {"x": wrong})
+    check_options("mixer 'mine'", namespace["make"], 1, {"x": right_value})
+    with pytest.raises(RegistryError, match=rf"mixer 'mine': x is {wrong_value!r}; give {expected_type}$"):
+        check_options("mixer 'mine'", namespace["make"], 1, {"x": wrong_value})
 
 
 @pytest.mark.parametrize(
     "annotation", ["list[int]", "'int | list[int]'", "int | list[int]", "Literal['int']", "object"]
 )
-def test_check_options_leaves_other_annotations_to_the_factory(annotation):
-    scope = {}
-    exec(f"from typing import Literal\ndef make(upstream, x: {annotation} = ...): pass", scope)
-    check_options("mixer 'mine'", scope["make"], 1, {"x": "anything"})
+def test_check_options_ignores_annotations_that_it_does_not_support(annotation):
+    namespace = {}
+    exec(f"from typing import Literal\ndef make(upstream, x: {annotation} = ...): pass", namespace)
+    check_options("mixer 'mine'", namespace["make"], 1, {"x": "anything"})

@@ -21,41 +21,43 @@ RECIPE = {
     "loss": {"caption": 1.0, "mask": 1.0},
 }
 
-text = st.text(st.characters(exclude_categories=("Cc", "Cs")))
-scalars = st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | text
-values = scalars | st.lists(scalars, max_size=3)
-words = st.text(string.ascii_lowercase + "_", min_size=1).filter(lambda word: word != "name")
+text_strategy = st.text(st.characters(exclude_categories=("Cc", "Cs")))
+scalar_strategy = (
+    st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | text_strategy
+)
+value_strategy = scalar_strategy | st.lists(scalar_strategy, max_size=3)
+key_strategy = st.text(string.ascii_lowercase + "_", min_size=1).filter(lambda word: word != "name")
 
 
-def toml(value) -> str:
+def format_toml(value) -> str:
     """JSON writes these values as TOML does."""
     return json.dumps(value, ensure_ascii=False)
 
 
-@given(values)
-def test_any_value_arrives_as_it_was_written(value):
-    assert parse_assignment(f"a={toml(value)}") == (("a",), value)
+@given(value_strategy)
+def test_parse_assignment_reads_any_toml_value(value):
+    assert parse_assignment(f"a={format_toml(value)}") == (("a",), value)
 
 
 @given(st.from_regex(r"[a-z][a-z0-9._-]*", fullmatch=True).filter(lambda w: w not in ("true", "false", "nan", "inf")))
-def test_any_name_is_a_string_without_quotes(name):
+def test_parse_assignment_reads_unquoted_names_as_strings(name):
     assert parse_assignment(f"mixer={name}") == (("mixer",), name)
 
 
 @settings(deadline=None)  # the first example imports the mixer, whose options tell what is text
-@given(words, values)
-def test_an_option_is_set_and_nothing_else_changes(option, value):
-    before = json.dumps(RECIPE)
-    changed = apply_overrides(RECIPE, [f"mixer.{option}={toml(value)}"])
-    assert changed["model"]["mixer"].pop(option) == value
-    rest = json.loads(before)
-    rest["model"]["mixer"].pop(option, None)
-    assert changed == rest
-    assert json.dumps(RECIPE) == before
+@given(key_strategy, value_strategy)
+def test_apply_overrides_sets_an_option_and_changes_nothing_else(option, value):
+    original_json = json.dumps(RECIPE)
+    changed_recipe = apply_overrides(RECIPE, [f"mixer.{option}={format_toml(value)}"])
+    assert changed_recipe["model"]["mixer"].pop(option) == value
+    expected = json.loads(original_json)
+    expected["model"]["mixer"].pop(option, None)
+    assert changed_recipe == expected
+    assert json.dumps(RECIPE) == original_json
 
 
 @given(st.text(max_size=30))
-def test_whatever_is_written_is_read_or_refused(assignment):
+def test_parse_assignment_parses_or_rejects_any_text(assignment):
     try:
         path, _ = parse_assignment(assignment)
     except RegistryError:
@@ -81,7 +83,7 @@ def test_whatever_is_written_is_read_or_refused(assignment):
         (" spaced ", "spaced"),
     ],
 )
-def test_values_are_toml_and_plain_words_are_strings(text, value):
+def test_parse_assignment_reads_toml_values_and_unquoted_strings(text, value):
     assert parse_assignment(f"key={text}") == (("key",), value)
 
 
@@ -104,12 +106,12 @@ def test_values_are_toml_and_plain_words_are_strings(text, value):
         "a=True",
     ],
 )
-def test_what_can_be_read_two_ways_is_refused(assignment):
+def test_parse_assignment_rejects_ambiguous_text(assignment):
     with pytest.raises(RegistryError):
         parse_assignment(assignment)
 
 
-def test_replacing_a_part_drops_its_options():
+def test_apply_overrides_drops_the_options_of_a_replaced_component():
     assert apply_overrides(RECIPE, ["mixer=roi-pool"])["model"]["mixer"] == "roi-pool"
     assert apply_overrides(RECIPE, ["mixer=roi-pool", "mixer.depth=2"])["model"]["mixer"] == {
         "name": "roi-pool",
@@ -118,12 +120,12 @@ def test_replacing_a_part_drops_its_options():
     assert apply_overrides(RECIPE, ["data.val=scenes"])["data"]["val"] == "scenes"
 
 
-def test_part_names_are_short_for_the_model_s():
-    for short in ("mixer.depth=2", "lora=8", "language-model=x", "projection.norm=pre"):
-        assert apply_overrides(RECIPE, [short]) == apply_overrides(RECIPE, [f"model.{short}"])
+def test_apply_overrides_accepts_component_keys_without_the_model_prefix():
+    for assignment in ("mixer.depth=2", "lora=8", "language-model=x", "projection.norm=pre"):
+        assert apply_overrides(RECIPE, [assignment]) == apply_overrides(RECIPE, [f"model.{assignment}"])
 
 
-def test_a_part_that_is_only_a_name_takes_options():
+def test_apply_overrides_adds_options_to_a_component_given_by_name():
     assert apply_overrides(RECIPE, ["encoder.image_size=64"])["model"]["encoder"] == {
         "name": "tiny-vit",
         "image_size": 64,
@@ -134,20 +136,20 @@ def test_a_part_that_is_only_a_name_takes_options():
     }
 
 
-def test_a_recipe_s_own_tables_are_set():
-    changed = apply_overrides(RECIPE, ["train.steps=5", "train.optimizer.rate=1", "loss.mask=0.5"])
-    assert changed["train"] == {"steps": 5, "optimizer": {"rate": 1}}
-    assert changed["loss"] == {"caption": 1.0, "mask": 0.5}
+def test_apply_overrides_sets_fields_of_recipe_tables():
+    changed_recipe = apply_overrides(RECIPE, ["train.steps=5", "train.optimizer.rate=1", "loss.mask=0.5"])
+    assert changed_recipe["train"] == {"steps": 5, "optimizer": {"rate": 1}}
+    assert changed_recipe["loss"] == {"caption": 1.0, "mask": 0.5}
 
 
-def test_a_table_within_a_table_is_replaced_as_a_whole():
-    changed = apply_overrides(RECIPE, ["train.optimizer={name='lion', rate=2}"])
-    assert changed["train"]["optimizer"] == {"name": "lion", "rate": 2}
-    assert changed["train"]["steps"] == 100
+def test_apply_overrides_replaces_a_nested_table_entirely():
+    changed_recipe = apply_overrides(RECIPE, ["train.optimizer={name='lion', rate=2}"])
+    assert changed_recipe["train"]["optimizer"] == {"name": "lion", "rate": 2}
+    assert changed_recipe["train"]["steps"] == 100
 
 
 @pytest.mark.parametrize(
-    ("assignment", "told"),
+    ("assignment", "message"),
     [
         ("mixr.depth=2", "Did you mean 'mixer'"),
         ("model.mixr=x", "Did you mean 'mixer'"),
@@ -159,12 +161,12 @@ def test_a_table_within_a_table_is_replaced_as_a_whole():
         ("train.steps.x=2", "steps is 100"),
     ],
 )
-def test_a_wrong_key_is_answered_with_the_right_one(assignment, told):
-    with pytest.raises(RegistryError, match=told):
+def test_apply_overrides_suggests_the_right_key(assignment, message):
+    with pytest.raises(RegistryError, match=message):
         apply_overrides(RECIPE, [assignment])
 
 
-PATHS = [
+TEXT_VALUES = [
     ".",
     "..",
     "~",
@@ -181,57 +183,62 @@ PATHS = [
     "my photos",
     "фото",
 ]
-PATHS += ["写真/a b", "x = y", "a, b", "nan", "5x", "1 # more", "-", "*.png", "C:\\x"]
+TEXT_VALUES += ["写真/a b", "x = y", "a, b", "nan", "5x", "1 # more", "-", "*.png", "C:\\x"]
 
 
-@given(st.sampled_from(PATHS) | text.filter(lambda word: word.strip() and word.isprintable()))
-def test_read_assignment_returns_text_where_text_is_wanted(word):
-    word = word.strip()
-    if word[0] in "'\"[{":
+@given(st.sampled_from(TEXT_VALUES) | text_strategy.filter(lambda value: value.strip() and value.isprintable()))
+def test_parse_assignment_reads_text_options_verbatim(value):
+    value = value.strip()
+    if value[0] in "'\"[{":
         return
-    assert parse_assignment(f"root={word}", lambda path: path == ("root",)) == (("root",), word)
-    assert parse_assignments([f"root={word}"], lambda option: option == "root") == {"root": word}
-    assert parse_assignment(f"root={toml(word)}", lambda path: True) == (("root",), word)
+    assert parse_assignment(f"root={value}", lambda path: path == ("root",)) == (("root",), value)
+    assert parse_assignments([f"root={value}"], lambda option: option == "root") == {"root": value}
+    assert parse_assignment(f"root={format_toml(value)}", lambda path: True) == (("root",), value)
 
 
-@pytest.mark.parametrize(("written", "value"), [("[1, 'a']", [1, "a"]), ("{a = 1}", {"a": 1}), ("''", "")])
-def test_read_assignment_reads_strings_lists_and_tables_as_toml(written, value):
-    assert parse_assignment(f"root={written}", lambda path: True) == (("root",), value)
+@pytest.mark.parametrize(("text", "value"), [("[1, 'a']", [1, "a"]), ("{a = 1}", {"a": 1}), ("''", "")])
+def test_parse_assignment_reads_quoted_text_lists_and_tables_as_toml(text, value):
+    assert parse_assignment(f"root={text}", lambda path: True) == (("root",), value)
 
 
-@pytest.mark.parametrize("written", ["", "'", '"a', "[1", "{a"])
-def test_read_assignment_rejects_broken_toml_where_text_is_wanted(written):
+@pytest.mark.parametrize("text", ["", "'", '"a', "[1", "{a"])
+def test_parse_assignment_rejects_broken_toml_for_text_options(text):
     with pytest.raises(RegistryError, match="is not TOML"):
-        parse_assignment(f"root={written}", lambda path: True)
+        parse_assignment(f"root={text}", lambda path: True)
 
 
 @pytest.mark.parametrize("name", [".", "..", "фото", "写真"])
-def test_read_assignment_needs_no_quotes_for_paths_and_any_alphabet(name):
+def test_parse_assignment_needs_no_quotes_for_paths_and_any_alphabet(name):
     assert parse_assignment(f"key={name}") == (("key",), name)
 
 
-def test_override_reads_text_where_the_option_is_text():
+def test_apply_overrides_reads_text_options_verbatim():
     recipe = {
-        "data": {"own": {"name": "coco-json", "annotations": "a.json", "images": "x"}},
-        "train": {"steps": 100, "cache_features": ""},
+        "data": {"own": {"name": "coco-json", "annotations": "a.json", "image_root": "x"}},
+        "train": {"steps": 100, "feature_cache_dir": ""},
         "validate": {"dataset": {"name": "jsonl", "file": "a.jsonl"}},
     }
-    changed = apply_overrides(
+    changed_recipe = apply_overrides(
         recipe,
         [
-            *("data.own.images=1_000", "data.own.annotations=2024", "data.own.max_bad=1_000", "data.own.weight=2"),
-            *("train.steps=1_000", "train.cache_features=0123", "validate.dataset.images=my photos"),
+            *(
+                "data.own.image_root=1_000",
+                "data.own.annotations=2024",
+                "data.own.max_bad_records=1_000",
+                "data.own.weight=2",
+            ),
+            *("train.steps=1_000", "train.feature_cache_dir=0123", "validate.dataset.image_root=my photos"),
         ],
     )
-    assert changed["data"]["own"] == {
-        **{"name": "coco-json", "annotations": "2024", "images": "1_000"},
-        **{"max_bad": 1000, "weight": 2},
+    assert changed_recipe["data"]["own"] == {
+        **{"name": "coco-json", "annotations": "2024", "image_root": "1_000"},
+        **{"max_bad_records": 1000, "weight": 2},
     }
-    assert changed["train"] == {"steps": 1000, "cache_features": "0123"}
-    assert changed["validate"]["dataset"]["images"] == "my photos"
+    assert changed_recipe["train"] == {"steps": 1000, "feature_cache_dir": "0123"}
+    assert changed_recipe["validate"]["dataset"]["image_root"] == "my photos"
 
 
-def test_part_parse_reads_text_where_the_option_is_text():
-    written = "boxes-from-coco annotations=2024"
-    assert ComponentSpec.parse(written, "--proposer", "proposers").options == {"annotations": "2024"}
-    assert ComponentSpec.parse(written).options == {"annotations": 2024}
+def test_part_parse_reads_text_options_verbatim():
+    text = "boxes-from-coco annotations=2024"
+    assert ComponentSpec.parse(text, "--proposer", "proposers").options == {"annotations": "2024"}
+    assert ComponentSpec.parse(text).options == {"annotations": 2024}

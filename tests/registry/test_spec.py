@@ -10,19 +10,21 @@ from hypothesis import strategies as st
 from sca_registry import RegistryError
 from sca_registry.compatibility import check_compatible
 from sca_registry.spec import ComponentSpec, ModelSpec
-from sources import MIXER
+from sources import MIXER_SOURCE
 
-TINY = ModelSpec.parse("tiny-vit+query+tiny-gpt2")
+TINY_SPEC = ModelSpec.parse("tiny-vit+query+tiny-gpt2")
 
-names = st.from_regex(r"[a-z][a-z0-9-]*", fullmatch=True)
-options = st.dictionaries(names.filter(lambda name: name != "name"), st.integers() | st.text() | st.booleans())
-parts = st.builds(ComponentSpec, names, options)
-specs = st.builds(
+name_strategy = st.from_regex(r"[a-z][a-z0-9-]*", fullmatch=True)
+option_strategy = st.dictionaries(
+    name_strategy.filter(lambda name: name != "name"), st.integers() | st.text() | st.booleans()
+)
+part_strategy = st.builds(ComponentSpec, name_strategy, option_strategy)
+spec_strategy = st.builds(
     ModelSpec,
-    encoder=parts,
-    mixer=parts,
-    language_model=parts,
-    segmenter=st.none() | parts,
+    encoder=part_strategy,
+    mixer=part_strategy,
+    language_model=part_strategy,
+    segmenter=st.none() | part_strategy,
     projection=st.fixed_dictionaries({}, optional={"type": st.sampled_from(["linear", "mlp"])}),
     task_tokens=st.integers(0, 9),
     lora=st.none() | st.integers(1, 64) | st.fixed_dictionaries({"rank": st.integers(1, 64)}),
@@ -30,76 +32,78 @@ specs = st.builds(
 )
 
 
-def test_three_names_are_a_model():
-    assert (TINY.encoder, TINY.mixer, TINY.language_model) == (
+def test_model_spec_parse_fills_in_defaults_for_three_names():
+    assert (TINY_SPEC.encoder, TINY_SPEC.mixer, TINY_SPEC.language_model) == (
         ComponentSpec("tiny-vit"),
         ComponentSpec("query"),
         ComponentSpec("tiny-gpt2"),
     )
-    assert TINY.segmenter is None
-    assert TINY.lora is None
-    assert TINY.task_tokens == 6
-    assert TINY.trainable == ("mixer", "projection", "task_tokens", "neck", "lora")
-    assert TINY.projection == {"type": "linear", "norm": "none"}
-    assert TINY.generation == {"max_new_tokens": 20, "num_beams": 1}
+    assert TINY_SPEC.segmenter is None
+    assert TINY_SPEC.lora is None
+    assert TINY_SPEC.task_tokens == 6
+    assert TINY_SPEC.trainable == ("mixer", "projection", "task_tokens", "neck", "lora")
+    assert TINY_SPEC.projection == {"type": "linear", "norm": "none"}
+    assert TINY_SPEC.generation == {"max_new_tokens": 20, "num_beams": 1}
 
 
 @pytest.mark.parametrize("text", ["", "a", "a+b", "a++c", "a+b+c+d"])
-def test_anything_else_is_not(text):
+def test_model_spec_parse_rejects_anything_but_three_names(text):
     with pytest.raises(RegistryError, match=r"encoder\+mixer\+language-model"):
         ModelSpec.parse(text)
 
 
-@given(specs)
+@given(spec_strategy)
 @pytest.mark.slow
-def test_writing_and_reading_gives_the_same_spec(spec):
+def test_model_spec_survives_a_json_round_trip(spec):
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
-def test_what_is_written_has_nothing_that_toml_cannot_say():
-    written = TINY.apply_overrides(["lora=4"]).to_dict()
-    assert None not in written.values()
-    assert None not in written["lora"].values()
-    assert written["format"] == 2
+def test_model_spec_to_dict_contains_no_none():
+    table = TINY_SPEC.apply_overrides(["lora=4"]).to_dict()
+    assert None not in table.values()
+    assert None not in table["lora"].values()
+    assert table["format"] == 2
 
 
-def test_a_spec_of_another_format_is_refused_with_the_way_out():
+def test_model_spec_rejects_other_format_versions_with_a_fix():
     with pytest.raises(RegistryError, match="pip install -U segment-caption-anything"):
-        ModelSpec.from_dict({**TINY.to_dict(), "format": 3})
+        ModelSpec.from_dict({**TINY_SPEC.to_dict(), "format": 3})
     with pytest.raises(RegistryError, match="spec format 1 is not supported, expected 2"):
-        ModelSpec.from_dict({**TINY.to_dict(), "format": 1})
+        ModelSpec.from_dict({**TINY_SPEC.to_dict(), "format": 1})
 
 
-def test_spec_from_dict_accepts_a_name_for_a_component_without_options():
+def test_model_spec_from_dict_accepts_a_name_for_a_component_without_options():
     mixer = {"name": "query", "depth": 2}
     table = {"encoder": "tiny-vit", "mixer": mixer, "language_model": "tiny-gpt2", "lora": 8}
-    assert ModelSpec.from_dict(table) == TINY.apply_overrides(["mixer.depth=2", "lora=8"])
+    assert ModelSpec.from_dict(table) == TINY_SPEC.apply_overrides(["mixer.depth=2", "lora=8"])
 
 
-def test_a_number_is_short_for_a_rank():
-    whole = {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": None}
-    assert TINY.apply_overrides(["lora=8"]).lora == whole
-    assert TINY.apply_overrides(["lora=8", "lora.alpha=4"]).lora == {**whole, "alpha": 4}
-    assert TINY.apply_overrides(["lora=8", "lora=0"]).lora is None
+def test_model_spec_reads_a_lora_number_as_its_rank():
+    lora = {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": None}
+    assert TINY_SPEC.apply_overrides(["lora=8"]).lora == lora
+    assert TINY_SPEC.apply_overrides(["lora=8", "lora.alpha=4"]).lora == {**lora, "alpha": 4}
+    assert TINY_SPEC.apply_overrides(["lora=8", "lora=0"]).lora is None
 
 
-def test_overrides_edit_replace_and_leave_the_original_alone():
-    changed = TINY.apply_overrides(["mixer.depth=2", "projection=mlp", "projection.norm=pre", "generation.num_beams=3"])
-    assert changed.mixer == ComponentSpec("query", {"depth": 2})
-    assert changed.projection == {"type": "mlp", "norm": "pre"}
-    assert changed.generation == {"max_new_tokens": 20, "num_beams": 3}
-    assert changed.apply_overrides(["mixer=roi-pool"]).mixer == ComponentSpec("roi-pool")
-    assert changed.apply_overrides(["projection=linear"]).projection == {"type": "linear", "norm": "none"}
-    assert ModelSpec.parse("tiny-vit+query+tiny-gpt2") == TINY
+def test_model_spec_overrides_edit_and_replace_without_changing_the_original():
+    changed_spec = TINY_SPEC.apply_overrides(
+        ["mixer.depth=2", "projection=mlp", "projection.norm=pre", "generation.num_beams=3"]
+    )
+    assert changed_spec.mixer == ComponentSpec("query", {"depth": 2})
+    assert changed_spec.projection == {"type": "mlp", "norm": "pre"}
+    assert changed_spec.generation == {"max_new_tokens": 20, "num_beams": 3}
+    assert changed_spec.apply_overrides(["mixer=roi-pool"]).mixer == ComponentSpec("roi-pool")
+    assert changed_spec.apply_overrides(["projection=linear"]).projection == {"type": "linear", "norm": "none"}
+    assert ModelSpec.parse("tiny-vit+query+tiny-gpt2") == TINY_SPEC
 
 
 @pytest.mark.parametrize(
-    ("assignment", "told"),
+    ("assignment", "message"),
     [
         ("mixr=query", "Did you mean 'mixer'"),
         ("lora.rnak=2", "Did you mean 'rank'"),
         ("lora=-1", "lora.rank is -1"),
-        ("lora=high", "lora is 'high': give a rank"),
+        ("lora=high", "lora is 'high'; give a rank"),
         ("projection=mpl", "Did you mean 'mlp'"),
         ("projection.nrom=pre", "Did you mean 'norm'"),
         ("projection.norm=prae", "Did you mean 'pre'"),
@@ -112,32 +116,32 @@ def test_overrides_edit_replace_and_leave_the_original_alone():
         ("segmenter.depth=3", "the segmenter is"),
     ],
 )
-def test_a_spec_with_a_mistake_is_refused_when_it_is_made(assignment, told):
-    with pytest.raises(RegistryError, match=told):
-        TINY.apply_overrides([assignment])
+def test_model_spec_rejects_invalid_overrides(assignment, message):
+    with pytest.raises(RegistryError, match=message):
+        TINY_SPEC.apply_overrides([assignment])
 
 
-def test_a_part_left_out_is_named():
+def test_model_spec_names_a_missing_component():
     with pytest.raises(RegistryError, match="the language model is None"):
         ModelSpec.from_dict({"encoder": "tiny-vit", "mixer": "query"})
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("tiny-vti+query+tiny-gpt2", "no encoders named 'tiny-vti'. Did you mean 'tiny-vit'"),
         ("tiny-vit+qurey+tiny-gpt2", "no mixers named 'qurey'. Did you mean 'query'"),
         ("tiny-vit+query+tiny-gtp2", "no language models named 'tiny-gtp2'. Did you mean 'tiny-gpt2'"),
     ],
 )
-def test_check_finds_a_wrong_name_of_any_part(text, told):
-    with pytest.raises(RegistryError, match=told):
+def test_check_compatible_rejects_unknown_names_of_any_component(text, message):
+    with pytest.raises(RegistryError, match=message):
         check_compatible(ModelSpec.parse(text))
     with pytest.raises(RegistryError, match="no segmenters named 'smam'"):
-        check_compatible(TINY.apply_overrides(["segmenter=smam"]))
+        check_compatible(TINY_SPEC.apply_overrides(["segmenter=smam"]))
 
 
-CARDS = """
+MIXER_CARDS = """
     [masked]
     factory = "shade.parts:Mean"
     requires = ["masks"]
@@ -148,71 +152,71 @@ CARDS = """
 
 
 @pytest.fixture
-def shade(site):
-    source = MIXER + "\n    class Wants(Mean):\n        requires = ('masks', 'grid')\n"
-    files = {"shade/__init__.py": "", "shade/parts.py": source, "shade/mixers.toml": CARDS}
-    site.install("shade", "[sca_mixers]\nlabel = shade:mixers.toml\nwants = shade.parts:Wants\n", files)
+def shade_plugin(plugin_site):
+    source = MIXER_SOURCE + "\n    class Wants(Mean):\n        requires = ('masks', 'grid')\n"
+    files = {"shade/__init__.py": "", "shade/parts.py": source, "shade/mixers.toml": MIXER_CARDS}
+    plugin_site.install("shade", "[sca_mixers]\nlabel = shade:mixers.toml\nwants = shade.parts:Wants\n", files)
 
 
-def test_check_refuses_a_mixer_on_a_segmenter_that_cannot_feed_it_and_names_both_and_the_way_out(shade):
+def test_check_compatible_rejects_a_mixer_whose_needs_the_segmenter_does_not_provide(shade_plugin):
     with pytest.raises(RegistryError) as caught:
-        check_compatible(TINY.apply_overrides(["segmenter=box", "mixer=masked"]))
-    told = str(caught.value)
-    assert told.startswith("mixer 'masked' needs masks, but segmenter 'box' provides only boxes; use ")
-    assert "segmenter=sam" in told
-    assert "mixer=query" in told
+        check_compatible(TINY_SPEC.apply_overrides(["segmenter=box", "mixer=masked"]))
+    message = str(caught.value)
+    assert message.startswith("mixer 'masked' needs masks, but segmenter 'box' provides only boxes; use ")
+    assert "segmenter=sam" in message
+    assert "mixer=query" in message
     assert "shade.parts" not in sys.modules
-    check_compatible(TINY.apply_overrides(["segmenter=sam", "mixer=masked"]))
+    check_compatible(TINY_SPEC.apply_overrides(["segmenter=sam", "mixer=masked"]))
 
 
-def test_check_asks_the_class_where_the_card_is_silent(shade):
+def test_check_compatible_reads_needs_from_the_class_if_no_card_states_them(shade_plugin):
     with pytest.raises(RegistryError, match="mixer 'wants' needs masks and grid"):
-        check_compatible(TINY.apply_overrides(["segmenter=box", "mixer=wants"]))
-    check_compatible(TINY.apply_overrides(["segmenter=box", "mixer=silent"]))
+        check_compatible(TINY_SPEC.apply_overrides(["segmenter=box", "mixer=wants"]))
+    check_compatible(TINY_SPEC.apply_overrides(["segmenter=box", "mixer=silent"]))
 
 
-def test_check_knows_what_an_option_needs():
+def test_check_compatible_considers_the_needs_of_options():
     with pytest.raises(RegistryError, match=r"mixer\.mask_pooling=false"):
-        check_compatible(TINY.apply_overrides(["segmenter=box", "mixer.mask_pooling=true"]))
-    check_compatible(TINY.apply_overrides(["segmenter=sam", "mixer.mask_pooling=true"]))
-    check_compatible(TINY.apply_overrides(["segmenter=box", "mixer.mask_pooling=false"]))
+        check_compatible(TINY_SPEC.apply_overrides(["segmenter=box", "mixer.mask_pooling=true"]))
+    check_compatible(TINY_SPEC.apply_overrides(["segmenter=sam", "mixer.mask_pooling=true"]))
+    check_compatible(TINY_SPEC.apply_overrides(["segmenter=box", "mixer.mask_pooling=false"]))
 
 
-def test_check_asks_the_encoder_which_segmenter_it_brings(site, shade):
-    brings = "class Blind:\n    default_segmenter = 'box'\n"
-    site.install("blind", "[sca_encoders]\nblind = blind:Blind\n", {"blind.py": brings})
+def test_check_compatible_uses_the_default_segmenter_of_the_encoder(plugin_site, shade_plugin):
+    encoder_source = "class Blind:\n    default_segmenter = 'box'\n"
+    plugin_site.install("blind", "[sca_encoders]\nblind = blind:Blind\n", {"blind.py": encoder_source})
     with pytest.raises(RegistryError, match="segmenter 'box' provides only boxes"):
-        check_compatible(TINY.apply_overrides(["encoder=blind", "mixer=masked"]))
-    check_compatible(TINY.apply_overrides(["encoder=blind", "mixer=query"]))
+        check_compatible(TINY_SPEC.apply_overrides(["encoder=blind", "mixer=masked"]))
+    check_compatible(TINY_SPEC.apply_overrides(["encoder=blind", "mixer=query"]))
 
 
-WRITTEN = TINY.apply_overrides(
+SPEC_TABLE = TINY_SPEC.apply_overrides(
     ["lora=4", "encoder.image_size=64", "segmenter=sam", "everything.points_per_side=8"]
 ).to_dict()
-PLACES = [(key,) for key in WRITTEN] + [
-    (key, inner) for key, value in WRITTEN.items() if isinstance(value, dict) for inner in value
+KEY_PATHS = [(key,) for key in SPEC_TABLE] + [
+    (key, inner) for key, value in SPEC_TABLE.items() if isinstance(value, dict) for inner in value
 ]
 
 
-@pytest.mark.parametrize("place", PLACES, ids=".".join)
+@pytest.mark.parametrize("key_path", KEY_PATHS, ids=".".join)
 @pytest.mark.parametrize("value", [None, True, -1, 1.5, float("nan"), "x", [], [[]], {}, {"a": 1}], ids=repr)
-def test_a_value_of_any_kind_in_any_place_is_read_or_refused(place, value):
-    table = json.loads(json.dumps(WRITTEN))
-    inner = table
-    for key in place[:-1]:
-        inner = inner[key]
-    inner[place[-1]] = value
+def test_model_spec_accepts_or_rejects_any_value_at_any_key(key_path, value):
+    table = json.loads(json.dumps(SPEC_TABLE))
+    parent = table
+    for key in key_path[:-1]:
+        parent = parent[key]
+    parent[key_path[-1]] = value
     with contextlib.suppress(RegistryError):  # anything else is a traceback for a person's mistake
         check_compatible(ModelSpec.from_dict(table))
 
 
 @pytest.mark.parametrize(
-    ("assignment", "told"),
+    ("assignment", "message"),
     [
-        ("lora.dropout=1.5", "lora.dropout is 1.5: give a number, 1 or less"),
-        ("lora.alpha=inf", "lora.alpha is inf: give a number, 0 or more"),
-        ("lora.alpha=nan", "lora.alpha is nan: give a number, 0 or more"),
-        ("everything.pred_iou_thresh=inf", "everything.pred_iou_thresh is inf; give a number, 0 or more"),
+        ("lora.dropout=1.5", "lora.dropout is 1.5; give a number of at most 1"),
+        ("lora.alpha=inf", "lora.alpha is inf; give a number of at least 0"),
+        ("lora.alpha=nan", "lora.alpha is nan; give a number of at least 0"),
+        ("everything.pred_iou_thresh=inf", "everything.pred_iou_thresh is inf; give a number of at least 0"),
         ("generation.num_beams=0", "generation.num_beams is 0; give an integer of at least 1"),
         ("generation.max_new_tokens=many", "generation.max_new_tokens is 'many'; give an integer"),
         ("generation.num_beams=60000000", "generation.num_beams is 60000000; give an integer of at most 64"),
@@ -228,11 +232,11 @@ def test_a_value_of_any_kind_in_any_place_is_read_or_refused(place, value):
         ("everything.pred_iou_thresh=high", "everything.pred_iou_thresh is 'high'; give a number"),
         ("everything.crop_overlap_ratio=1", "everything.crop_overlap_ratio is 1; give a fraction"),
         ("everything.caption_from=boxes", "Did you mean 'box'"),
-        ("lora={rank=4, alpha='x'}", "lora.alpha is 'x': give a number"),
+        ("lora={rank=4, alpha='x'}", "lora.alpha is 'x'; give a number"),
         ("lora={target_modules='c_attn'}", "lora.target_modules is 'c_attn'; give a list"),
         ("trainable=3", "trainable is 3; give a list of names"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_told(assignment, told):
-    with pytest.raises(RegistryError, match=told):
-        TINY.apply_overrides([assignment])
+def test_model_spec_rejects_values_of_the_wrong_type_or_range(assignment, message):
+    with pytest.raises(RegistryError, match=message):
+        TINY_SPEC.apply_overrides([assignment])

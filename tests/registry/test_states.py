@@ -2,50 +2,50 @@
 
 import pytest
 from sca_registry import RegistryError, mixers
-from sources import MIXER
+from sources import MIXER_SOURCE
 
 
-def state(name):
+def get_state(name):
     """Return the state and the reason of a mixer after its factory was imported."""
     entry = mixers.load_entry(name)
     return entry.state, entry.reason
 
 
-def test_plugin_is_unchecked_in_a_listing_and_tried_when_described(site, states):
-    site.install("shade", "[sca_mixers]\nmean = shade:Mean\nbad = shade:Absent\n", {"shade.py": MIXER})
-    assert state("mean") == ("ok", "")
-    assert state("bad")[0] == "broken"
-    assert "Absent" in state("bad")[1]
-    assert states(mixers)["mean"] == states(mixers)["bad"] == ("unchecked", "")
+def test_plugin_state_is_unchecked_when_listed_and_checked_when_loaded(plugin_site, get_states):
+    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\nbad = shade:Absent\n", {"shade.py": MIXER_SOURCE})
+    assert get_state("mean") == ("ok", "")
+    assert get_state("bad")[0] == "broken"
+    assert "Absent" in get_state("bad")[1]
+    assert get_states(mixers)["mean"] == get_states(mixers)["bad"] == ("unchecked", "")
 
 
-def test_a_built_in_and_what_code_registers_are_ok(code, states):
+def test_builtin_and_registered_components_have_state_ok(isolated_registry, get_states):
     mixers("mine")(lambda segmenter: None)
-    assert states(mixers)["query"] == states(mixers)["mine"] == ("ok", "")
+    assert get_states(mixers)["query"] == get_states(mixers)["mine"] == ("ok", "")
 
 
-def test_a_mended_part_is_ok_again(site):
-    site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": "1 / 0"})
-    assert state("mean")[0] == "broken"
-    site.write("shade.py", MIXER)
-    assert state("mean") == ("ok", "")
+def test_repaired_plugin_has_state_ok_again(plugin_site):
+    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": "1 / 0"})
+    assert get_state("mean")[0] == "broken"
+    plugin_site.write("shade.py", MIXER_SOURCE)
+    assert get_state("mean") == ("ok", "")
 
 
-def test_registry_writes_no_file(site, tmp_path, monkeypatch):
-    for variable in ("SCA_CACHE", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.setenv(variable, str(tmp_path / "user"))
-    site.install("shade", "[sca_mixers]\nmean = shade:Mean\nbad = shade:Absent\n", {"shade.py": MIXER})
+def test_registry_writes_no_files(plugin_site, tmp_path, monkeypatch):
+    for environment_variable in ("SCA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.setenv(environment_variable, str(tmp_path / "user"))
+    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\nbad = shade:Absent\n", {"shade.py": MIXER_SOURCE})
     mixers.build("mean", None)
     mixers.get_all()
     mixers.list_entries()
     assert not (tmp_path / "user").exists()
 
 
-FRAGILE = "def Fragile(segmenter, size=1):\n    raise {error}\n"
+FAILING_FACTORY_SOURCE = "def Fragile(segmenter, size=1):\n    raise {error}\n"
 
 
 @pytest.mark.parametrize(
-    ("error", "options", "own"),
+    ("error", "options", "is_plugin_fault"),
     [
         ("RuntimeError('no')", {}, True),
         ("RuntimeError('no')", {"size": "big"}, False),
@@ -54,62 +54,66 @@ FRAGILE = "def Fragile(segmenter, size=1):\n    raise {error}\n"
         ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory")', {}, False),
     ],
 )
-def test_a_part_is_not_blamed_for_its_options_or_for_the_machine(error, options, own, site):
-    site.install("shade", "[sca_mixers]\nfragile = shade:Fragile\n", {"shade.py": FRAGILE.format(error=error)})
-    with pytest.raises(RegistryError, match=r"mixer 'fragile' of shade 1\.0 cannot be built") as told:
+def test_build_error_suggests_an_upgrade_only_for_faults_of_the_plugin(error, options, is_plugin_fault, plugin_site):
+    plugin_site.install(
+        "shade", "[sca_mixers]\nfragile = shade:Fragile\n", {"shade.py": FAILING_FACTORY_SOURCE.format(error=error)}
+    )
+    with pytest.raises(RegistryError, match=r"mixer 'fragile' of shade 1\.0 cannot be built") as caught:
         mixers.build("fragile", None, **options)
-    assert ("with size='big': RuntimeError: no" in str(told.value)) == bool(options)
-    assert ("pip install -U shade" in str(told.value)) == own
+    assert ("with size='big': RuntimeError: no" in str(caught.value)) == bool(options)
+    assert ("pip install -U shade" in str(caught.value)) == is_plugin_fault
 
 
-def test_a_part_of_this_package_is_not_broken_by_what_it_is_built_on():
+def test_build_error_of_a_builtin_component_suggests_no_installation():
     with pytest.raises(RegistryError, match="mixer 'query' cannot be built: AttributeError") as caught:
         mixers.build("query", None)
     assert "pip install" not in str(caught.value)
 
 
-EXTRA = "Provides-Extra: clip\nRequires-Dist: {wanted}>=1; extra == 'clip'\n"
-CARD = "[mean]\nfactory = 'shade.parts:Mean'\nextra = 'clip'\n"
+EXTRA_METADATA = "Provides-Extra: clip\nRequires-Dist: {wanted}>=1; extra == 'clip'\n"
+CARD_WITH_EXTRA = "[mean]\nfactory = 'shade.parts:Mean'\nextra = 'clip'\n"
 
 
 @pytest.fixture
-def offer(site):
+def install_mixer_with_extra(plugin_site):
     """Installs a mixer `mean` whose card names the extra `clip`, which asks for `wanted`."""
 
-    def install(wanted, source):
-        files = {"shade/__init__.py": "", "shade/parts.py": source, "shade/mixers.toml": CARD}
-        site.install("shade", "[sca_mixers]\nx = shade:mixers.toml\n", files, metadata=EXTRA.format(wanted=wanted))
+    def install(requirement, source):
+        files = {"shade/__init__.py": "", "shade/parts.py": source, "shade/mixers.toml": CARD_WITH_EXTRA}
+        plugin_site.install(
+            "shade", "[sca_mixers]\nx = shade:mixers.toml\n", files, metadata=EXTRA_METADATA.format(wanted=requirement)
+        )
 
     return install
 
 
 @pytest.mark.parametrize("source", ["import nowhere_at_all", "def Mean(segmenter): import nowhere_at_all"])
-def test_a_missing_extra_is_told_with_the_command_that_installs_it(source, offer, states):
-    offer("nowhere-at-all", source)
-    assert states(mixers)["mean"] == ("needs extra: clip", "pip install 'shade[clip]'")
+def test_missing_extra_is_reported_with_its_install_command(source, install_mixer_with_extra, get_states):
+    install_mixer_with_extra("nowhere-at-all", source)
+    assert get_states(mixers)["mean"] == ("needs extra: clip", "pip install 'shade[clip]'")
     with pytest.raises(RegistryError, match=r"needs extra: clip. Install it: pip install 'shade\[clip\]'"):
         mixers.build("mean", None)
 
 
-def test_an_extra_that_the_metadata_does_not_tell_of_is_found_out_by_use(site, states):
-    files = {"shade/__init__.py": "", "shade/parts.py": "import nowhere_at_all", "shade/mixers.toml": CARD}
-    site.install("shade", "[sca_mixers]\nx = shade:mixers.toml\n", files)
-    assert states(mixers)["mean"][0] == "unchecked"
+def test_missing_extra_without_metadata_is_detected_on_import(plugin_site, get_states):
+    files = {"shade/__init__.py": "", "shade/parts.py": "import nowhere_at_all", "shade/mixers.toml": CARD_WITH_EXTRA}
+    plugin_site.install("shade", "[sca_mixers]\nx = shade:mixers.toml\n", files)
+    assert get_states(mixers)["mean"][0] == "unchecked"
     with pytest.raises(RegistryError, match="needs extra: clip"):
         mixers.get("mean")
-    assert state("mean")[0] == "needs extra: clip"
+    assert get_state("mean")[0] == "needs extra: clip"
 
 
-@pytest.mark.parametrize("wanted", ["catalogue", "nowhere-at-all"])
-def test_a_bug_is_not_taken_for_a_missing_extra(wanted, offer):
-    offer(wanted, "import shade.absent")
+@pytest.mark.parametrize("requirement", ["catalogue", "nowhere-at-all"])
+def test_import_error_inside_a_plugin_is_not_reported_as_a_missing_extra(requirement, install_mixer_with_extra):
+    install_mixer_with_extra(requirement, "import shade.absent")
     with pytest.raises(RegistryError, match=r"is broken: .*shade\.absent"):
         mixers.get("mean")
 
 
-def test_an_extra_that_is_installed_is_not_missing(offer, states):
-    offer("catalogue", "import nowhere_at_all")
-    assert states(mixers)["mean"] == ("unchecked", "")
+def test_installed_extra_is_not_reported_as_missing(install_mixer_with_extra, get_states):
+    install_mixer_with_extra("catalogue", "import nowhere_at_all")
+    assert get_states(mixers)["mean"] == ("unchecked", "")
     with pytest.raises(RegistryError, match=r"is broken: .*nowhere_at_all"):
         mixers.get("mean")
-    assert state("mean")[0] == "broken"
+    assert get_state("mean")[0] == "broken"

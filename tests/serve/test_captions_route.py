@@ -333,6 +333,7 @@ def test_large_image_waits_for_memory_until_the_timeout(make_client, make_body):
 
 
 @pytest.mark.parametrize("prompt_type", ["box", "mask"])
+@pytest.mark.slow
 def test_concurrent_large_images_do_not_deadlock(make_client, make_body, prompt_type):
     """Images that are decoded hold memory that later images wait for, so they must be able to finish."""
     client, large_file = make_client(ServerLimits(timeout=120)), io.BytesIO()

@@ -194,6 +194,7 @@ def test_chat_route_rejects_stream_options_without_stream(send_chat, make_messag
     assert "stream=true" in get_error_message(send_chat([make_message()], stream_options={"include_usage": True}))
 
 
+@pytest.mark.slow
 def test_seed_makes_sampled_captions_reproducible(send_chat, make_message):
     def sample_captions(**fields):
         choices = send_chat([make_message()], temperature=2, **fields).json()["choices"]
@@ -319,6 +320,7 @@ def test_openai_example_of_readme_runs(start_server, monkeypatch, capsys):
         ("bbox", [1, 2, 3, 4]),
     ],
 )
+@pytest.mark.slow
 def test_chat_route_rejects_unsupported_field_by_name(send_chat, make_message, name, value):
     response = send_chat([make_message()], **{name: value})
     assert get_error_message(response) == f"the field {name!r} is not supported; remove it"

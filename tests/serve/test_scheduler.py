@@ -169,6 +169,7 @@ def test_scheduler_rejects_search_above_max_found_regions(captioner, scene):
     scheduler.close()
 
 
+@pytest.mark.slow
 def test_scheduler_rejects_search_above_memory_limit(captioner, scene, monkeypatch):
     assert scheduler_module.MAX_CONCURRENT_SEARCHES * scheduler_module.SEARCH_BYTES <= 512 * 2**20
     monkeypatch.setattr(scheduler_module, "SEARCH_BYTES", 2**16)
@@ -324,6 +325,7 @@ def test_scheduler_does_not_batch_different_tasks(captioner, blocking_captioner,
     scheduler.close()
 
 
+@pytest.mark.slow
 def test_everything_request_returns_the_same_captions_as_without_scheduler(captioner, scheduler, scene):
     listener, options = Listener(), EverythingOptions(**{**vars(captioner.everything), "points_per_side": 12})
     scheduler.submit(InferenceRequest(scene.image, everything=options), listener)

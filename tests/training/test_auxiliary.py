@@ -12,22 +12,24 @@ from sca.data.scenes import Scenes
 from sca.training.auxiliary_losses import UNKNOWN_LABEL, AttributeHead, AttributeValues, pool_ground_truth_features
 from sca.training.module import TrainingModule
 
-OWN = {"color": ("red", "blue"), "shape": ("circle", "square", "star")}
-ATTRIBUTES = AttributeValues(OWN, {"relation": ("above", "below")})
+REGION_ATTRIBUTES = {"color": ("red", "blue"), "shape": ("circle", "square", "star")}
+ATTRIBUTES = AttributeValues(REGION_ATTRIBUTES, {"relation": ("above", "below")})
 
 
-def labels(colors, forms):
+def make_labels(colors, forms):
     return {"color": torch.tensor(colors), "shape": torch.tensor(forms)}
 
 
-def test_each_attribute_adds_its_cross_entropy_and_an_unknown_one_adds_nothing():
+def test_attribute_head_sums_cross_entropies_and_ignores_unknown_labels():
     torch.manual_seed(0)
-    head, vectors = AttributeHead(4, 2, OWN), torch.randn(3, 2, 4)
-    known = labels([0, 1, UNKNOWN_LABEL], [2, UNKNOWN_LABEL, UNKNOWN_LABEL])
-    colors, forms = (head.heads[name](vectors.flatten(1)) for name in OWN)
-    by_hand = F.cross_entropy(colors[:1], known["color"][:1]) + F.cross_entropy(colors[1:2], known["color"][1:2])
-    by_hand += F.cross_entropy(forms[:1], known["shape"][:1])
-    assert head(vectors, known).item() == pytest.approx(by_hand.item() / 3, rel=1e-5)
+    head, vectors = AttributeHead(4, 2, REGION_ATTRIBUTES), torch.randn(3, 2, 4)
+    target_labels = make_labels([0, 1, UNKNOWN_LABEL], [2, UNKNOWN_LABEL, UNKNOWN_LABEL])
+    color_logits, form_logits = (head.heads[name](vectors.flatten(1)) for name in REGION_ATTRIBUTES)
+    expected_sum = F.cross_entropy(color_logits[:1], target_labels["color"][:1]) + F.cross_entropy(
+        color_logits[1:2], target_labels["color"][1:2]
+    )
+    expected_sum += F.cross_entropy(form_logits[:1], target_labels["shape"][:1])
+    assert head(vectors, target_labels).item() == pytest.approx(expected_sum.item() / 3, rel=1e-5)
 
 
 @pytest.fixture
@@ -42,51 +44,57 @@ def batch():
         input_ids=torch.tensor([[5, 6], [7, 8]]),
         attention_mask=torch.ones(2, 2, dtype=torch.long),
         targets=MaskTargets(masks, torch.ones(2, 32, 32, dtype=torch.bool), torch.tensor([True, True])),
-        auxiliary_targets=labels([0, 1], [2, 0]),
+        auxiliary_targets=make_labels([0, 1], [2, 0]),
     )
 
 
-def test_features_are_averaged_where_the_region_truly_is(small, batch):
-    model = small()
+def test_pool_ground_truth_features_averages_over_true_mask(build_small_model, batch):
+    model = build_small_model()
     with torch.no_grad():
         regions = model.segment(model.encode(batch.pixel_values), batch.prompts)
-        found = pool_ground_truth_features(regions, batch.targets)
-    image = regions.image_embeddings[0]  # (D, 8, 8)
-    halves = torch.stack((image[:, :, :4].mean((1, 2)), image[:, :, 4:].mean((1, 2))))
-    assert torch.allclose(found[:, 0], halves, atol=1e-3)
+        pooled = pool_ground_truth_features(regions, batch.targets)
+    embeddings = regions.image_embeddings[0]  # (D, 8, 8)
+    expected = torch.stack((embeddings[:, :, :4].mean((1, 2)), embeddings[:, :, 4:].mean((1, 2))))
+    assert torch.allclose(pooled[:, 0], expected, atol=1e-3)
 
 
-def test_auxiliary_losses_are_weighted_into_the_loss_and_reach_what_they_shape(small, batch):
-    model = small(trainable=["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"])
-    training_module = TrainingModule(model, {"caption": 0.0, "mask": 0.0, "iou": 0.0, "features": 0.5}, ATTRIBUTES)
+def test_feature_loss_is_weighted_and_its_gradient_reaches_only_the_encoder(build_small_model, batch):
+    model = build_small_model(
+        trainable=["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"]
+    )
+    training_module = TrainingModule(
+        model, {"caption": 0.0, "mask": 0.0, "iou": 0.0, "feature_attributes": 0.5}, ATTRIBUTES
+    )
     training_module(batch).backward()
-    touched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert touched == {"encoder"}  # the features themselves, and no way round them
-    (features,) = training_module.recent_losses["features"]
-    assert training_module(batch).item() == pytest.approx(0.5 * features.item(), rel=1e-5)
+    parts_with_gradient = {
+        name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()
+    }
+    assert parts_with_gradient == {"encoder"}  # the features themselves, and no way round them
+    (feature_loss,) = training_module.recent_losses["feature_attributes"]
+    assert training_module(batch).item() == pytest.approx(0.5 * feature_loss.item(), rel=1e-5)
 
 
-def test_a_region_is_not_asked_to_show_what_is_about_another_one(small):
+def test_feature_loss_excludes_attributes_about_other_regions(build_small_model):
     attributes = AttributeValues.from_datasets([Scenes("val"), Scenes("val")])
-    training_module = TrainingModule(small(), {"features": 1.0, "attributes": 1.0}, attributes)
-    assert training_module.heads["features"].heads.keys() == {"color", "shape", "size", "texture"}
+    training_module = TrainingModule(build_small_model(), {"feature_attributes": 1.0, "attributes": 1.0}, attributes)
+    assert training_module.heads["feature_attributes"].heads.keys() == {"color", "shape", "size", "texture"}
     assert training_module.heads["attributes"].heads.keys() == Scenes.attribute_values.keys()
 
 
-def test_attributes_that_the_data_does_not_have_cannot_be_named(small):
-    for loss in ("attributes", "features"):
+def test_training_module_rejects_auxiliary_losses_without_attributes_in_data(build_small_model):
+    for loss in ("attributes", "feature_attributes"):
         with pytest.raises(RegistryError, match=f"set loss.{loss}=0"):
-            TrainingModule(small(), {loss: 1.0}, AttributeValues({}, {}))
-    TrainingModule(small(), {"attributes": 1.0}, AttributeValues({}, {"relation": ("above", "below")}))
+            TrainingModule(build_small_model(), {loss: 1.0}, AttributeValues({}, {}))
+    TrainingModule(build_small_model(), {"attributes": 1.0}, AttributeValues({}, {"relation": ("above", "below")}))
 
 
-def test_a_region_without_a_true_mask_teaches_no_features(small, batch):
-    training_module = TrainingModule(small(), {"features": 1.0}, ATTRIBUTES)
+def test_feature_loss_skips_regions_without_ground_truth_mask(build_small_model, batch):
+    training_module = TrainingModule(build_small_model(), {"feature_attributes": 1.0}, ATTRIBUTES)
     training_module(batch)
     batch.targets.has_mask[1] = False
     training_module(batch)
-    both, one = training_module.recent_losses["features"]
-    assert 0 < one < both
+    loss_of_two_regions, loss_of_one_region = training_module.recent_losses["feature_attributes"]
+    assert 0 < loss_of_one_region < loss_of_two_regions
     batch.targets.has_mask[0] = False
     assert math.isfinite(training_module(batch).item())
-    assert training_module.recent_losses["features"][-1] == 0
+    assert training_module.recent_losses["feature_attributes"][-1] == 0

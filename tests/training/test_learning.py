@@ -17,9 +17,9 @@ from sca.training.train import train
 pytestmark = pytest.mark.slow
 
 SCENES = Scenes("train", num_images=16, image_size=64, seed=3)
-WORD_LOSS = 0.2  # nats a word, without smoothing: the likeliest word is right nearly always
-MASK_IOU = 0.85
-TABLE = {
+MAX_TOKEN_LOSS = 0.2  # nats a word, without smoothing: the likeliest word is right nearly always
+MIN_MASK_IOU = 0.85
+RECIPE_TABLE = {
     "model": {
         "encoder": {
             "name": "tiny-vit",
@@ -49,7 +49,7 @@ TABLE = {
 }
 
 
-class Fixed:
+class InMemoryDataset:
     """Samples kept in memory."""
 
     def __init__(self, samples):
@@ -62,47 +62,54 @@ class Fixed:
         return self.samples[index]
 
 
-def permuted(sample):
+def permute_captions(sample):
     """Every region has the phrases of the next, the last those of the first."""
     phrases = [region.phrases for region in sample.regions]
-    turned = zip(sample.regions, phrases[1:] + phrases[:1], strict=True)
-    regions = tuple(type(region)(region.id, region.box, region.mask, region.name, words) for region, words in turned)
+    regions_and_phrases = zip(sample.regions, phrases[1:] + phrases[:1], strict=True)
+    regions = tuple(
+        type(region)(region.id, region.box, region.mask, region.name, new_phrases)
+        for region, new_phrases in regions_and_phrases
+    )
     return Sample(sample.image, sample.image_id, regions)
 
 
 @pytest.fixture
-def learned(tmp_path, monkeypatch):
+def train_and_evaluate(tmp_path, monkeypatch):
     """Trains on samples, and judges on others: nats a word, nats a caption, and the mean IoU of the best masks."""
 
-    def run(samples, judged):
+    def run(samples, evaluation_sets):
         monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))
         monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
-        sca_registry.datasets("fixed")(fixed := lambda split: Fixed(samples))
-        assert len(fixed("train")) == 16
-        model = train(Recipe.from_dict("by-heart", TABLE), tmp_path / "run", quiet=True)
-        return [judge(model, each) for each in judged]
+        sca_registry.datasets("fixed")(build_dataset := lambda split: InMemoryDataset(samples))
+        assert len(build_dataset("train")) == 16
+        model = train(Recipe.from_dict("by-heart", RECIPE_TABLE), tmp_path / "run", quiet=True)
+        return [compute_losses_and_iou(model, evaluation_set) for evaluation_set in evaluation_sets]
 
     return run
 
 
 @torch.no_grad()
-def judge(model, samples):
+def compute_losses_and_iou(model, samples):
     tokenizer = model.language_model.tokenizer
     stream = ExampleStream(
-        Fixed(samples), Processor.from_encoder(model.encoder), tokenizer, SamplingOptions(longest_caption_prob=1.0), 16
+        InMemoryDataset(samples),
+        Processor.from_encoder(model.encoder),
+        tokenizer,
+        SamplingOptions(longest_caption_prob=1.0),
+        16,
     )
-    batch = collate_examples([stream[place] for place in range(16)], tokenizer.pad_token_id)
+    batch = collate_examples([stream[index] for index in range(16)], tokenizer.pad_token_id)
     output = model(batch)
-    words = batch.attention_mask.bool()
-    logs = torch.zeros(words.shape)
-    logs[words] = output.logits.log_softmax(-1).gather(1, batch.input_ids[words][:, None])[:, 0]
-    best = output.regions.masks[torch.arange(len(logs)), output.regions.iou_scores.argmax(1)] > 0
-    true = batch.targets.masks > 0.5
-    iou = (best & true).sum((1, 2)) / (best | true).sum((1, 2))
-    return float(-logs.sum() / batch.attention_mask.sum()), float(-logs.sum(1).mean()), float(iou.mean())
+    is_token = batch.attention_mask.bool()
+    log_probs = torch.zeros(is_token.shape)
+    log_probs[is_token] = output.logits.log_softmax(-1).gather(1, batch.input_ids[is_token][:, None])[:, 0]
+    predicted_masks = output.regions.masks[torch.arange(len(log_probs)), output.regions.iou_scores.argmax(1)] > 0
+    true_masks = batch.targets.masks > 0.5
+    iou = (predicted_masks & true_masks).sum((1, 2)) / (predicted_masks | true_masks).sum((1, 2))
+    return float(-log_probs.sum() / batch.attention_mask.sum()), float(-log_probs.sum(1).mean()), float(iou.mean())
 
 
-def guess(samples):
+def compute_prompt_blind_loss(samples):
     """The least nats a caption, on average, of whoever knows every scene by heart but not which region is asked for.
 
     Of a scene with R regions the best is a share of 1/R for each of its captions: log R.
@@ -111,15 +118,15 @@ def guess(samples):
     return sum(count * math.log(count) for count in counts) / sum(counts)
 
 
-def test_sixteen_scenes_are_learned_by_heart_in_two_hundred_steps(learned):
-    ((a_word, a_caption, iou),) = learned(list(SCENES), [list(SCENES)])
-    assert a_word < WORD_LOSS
-    assert a_caption < guess(SCENES) * 1.5
-    assert iou > MASK_IOU
+def test_training_overfits_sixteen_scenes_in_200_steps(train_and_evaluate):
+    ((token_loss, caption_loss, iou),) = train_and_evaluate(list(SCENES), [list(SCENES)])
+    assert token_loss < MAX_TOKEN_LOSS
+    assert caption_loss < compute_prompt_blind_loss(SCENES) * 1.5
+    assert iou > MIN_MASK_IOU
 
 
 @pytest.mark.all
-def test_captions_permuted_among_the_regions_are_not_told_truly(learned):
+def test_training_on_permuted_captions_gives_high_loss_on_true_captions(train_and_evaluate):
     """Words reach a region only through its own prompt.
 
     A model that was taught each region its neighbor's caption learns those; the true captions must then cost it more
@@ -127,9 +134,9 @@ def test_captions_permuted_among_the_regions_are_not_told_truly(learned):
     loss would mean that words leak in from elsewhere: from the words that are to be predicted, from the other rows of
     the batch, or from an order of rows that is not the order of the words.
     """
-    taught = [permuted(sample) for sample in SCENES]
-    learned_words, true_words = learned(taught, [taught, list(SCENES)])
-    assert learned_words[0] < WORD_LOSS
-    assert true_words[1] > 2 * guess(SCENES)
-    assert true_words[0] > 5 * learned_words[0]
-    assert true_words[2] > MASK_IOU  # masks were taught truly
+    permuted_samples = [permute_captions(sample) for sample in SCENES]
+    permuted_results, true_results = train_and_evaluate(permuted_samples, [permuted_samples, list(SCENES)])
+    assert permuted_results[0] < MAX_TOKEN_LOSS
+    assert true_results[1] > 2 * compute_prompt_blind_loss(SCENES)
+    assert true_results[0] > 5 * permuted_results[0]
+    assert true_results[2] > MIN_MASK_IOU  # masks were taught truly

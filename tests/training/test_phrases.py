@@ -15,51 +15,53 @@ from sca.training.recipe import SamplingOptions
 from sca.training.template_phrases import add_template_phrases, make_template_phrases
 
 
-def sample(*regions):
+def make_sample(*regions):
     return Sample(Image.new("RGB", (100, 100)), 1, regions)
 
 
-def test_only_what_has_a_name_and_no_phrase_is_told():
-    owl, cat, bare = (0, 0, 10, 10), (40, 40, 60, 60), (0, 0, 9, 9)
-    given = sample(Region(1, cat, None, "cat", ("a tabby",)), Region(2, owl, None, "old owl"), Region(3, bare))
-    told = add_template_phrases(given, given)
-    assert [region.phrases for region in told.regions] == [
+def test_add_template_phrases_fills_only_named_regions_without_phrases():
+    owl_box, cat_box, unnamed_box = (0, 0, 10, 10), (40, 40, 60, 60), (0, 0, 9, 9)
+    original = make_sample(
+        Region(1, cat_box, None, "cat", ("a tabby",)), Region(2, owl_box, None, "old owl"), Region(3, unnamed_box)
+    )
+    completed = add_template_phrases(original, original)
+    assert [region.phrases for region in completed.regions] == [
         ("a tabby",),
         ("the small old owl", "the old owl at the top left", "the small old owl at the top left"),
         (),
     ]
 
 
-def test_the_only_one_in_sight_is_not_called_the_only_one():
+def test_template_phrase_is_indefinite_if_the_class_also_occurs_outside_the_crop():
     owls = [Region(number, (x, 0, x + 40, 40), None, "owl") for number, x in enumerate((0, 60))]
-    assert add_template_phrases(sample(owls[0]), sample(*owls)).regions[0].phrases[0] == "a large owl"
+    assert add_template_phrases(make_sample(owls[0]), make_sample(*owls)).regions[0].phrases[0] == "a large owl"
 
 
-def test_a_crop_is_told_by_what_is_left_of_it():
+def test_template_phrases_describe_the_region_within_the_crop():
     """A small thing at the left of a picture may be a large one in the middle of a crop."""
     language_model = TinyGpt2(hidden_size=8, depth=1, num_heads=1)
-    processor, drawing = Processor(ImageFormat(size=32), 4), SamplingOptions(max_tokens=40)
-    picture = sample(Region(1, (20, 20, 44, 44), None, "owl"))
-    augment = Augmentation(flip=0.0, crop=0.3)
+    processor, sampling = Processor(ImageFormat(size=32), 4), SamplingOptions(max_tokens=40)
+    uncropped = make_sample(Region(1, (20, 20, 44, 44), None, "owl"))
+    augment = Augmentation(flip_prob=0.0, min_crop_fraction=0.3)
     stream = ExampleStream(
-        [picture], processor, language_model.tokenizer, drawing, 60, augment=augment, phrase_mode="template"
+        [uncropped], processor, language_model.tokenizer, sampling, 60, augment=augment, phrase_mode="template"
     )
-    seen = set()
-    for place in range(60):
-        draw = np.random.default_rng([0, 1, place])  # what the stream draws from
-        changed = augment(picture, draw)
-        owl = (changed if changed.regions else picture).regions[0]
-        size = changed.image.size if changed.regions else picture.image.size
-        example = stream[place]
+    texts = set()
+    for index in range(60):
+        rng = np.random.default_rng([0, 1, index])  # what the stream draws from
+        augmented = augment(uncropped, rng)
+        owl = (augmented if augmented.regions else uncropped).regions[0]
+        size = augmented.image.size if augmented.regions else uncropped.image.size
+        example = stream[index]
         assert example.task_ids.tolist() == [CAPTION_TASK_ID]
         text = language_model.tokenizer.decode(example.input_ids[0])
         assert text in make_template_phrases("owl", owl.box, size, is_unique=True)
-        seen.add(text)
-    assert {"the owl at the top left", "the large owl"} <= seen
+        texts.add(text)
+    assert {"the owl at the top left", "the large owl"} <= texts
 
 
 @pytest.mark.parametrize(
-    ("box", "told"),
+    ("box", "phrases"),
     [
         ((0, 40, 20, 60), ("a car", "a car on the left")),
         ((60, 0, 100, 40), ("a large car", "a car at the top right", "a large car at the top right")),
@@ -67,14 +69,14 @@ def test_a_crop_is_told_by_what_is_left_of_it():
         ((0, 60, 100, 100), ("a large car", "a car at the bottom", "a large car at the bottom")),
     ],
 )
-def test_phrases_say_size_and_place(box, told):
-    assert make_template_phrases("car", box, (100, 100), is_unique=False) == told
+def test_template_phrases_state_size_and_position(box, phrases):
+    assert make_template_phrases("car", box, (100, 100), is_unique=False) == phrases
 
 
 @given(*[st.integers(0, 99)] * 2, *[st.integers(1, 100)] * 2)
-def test_a_mirrored_box_swaps_left_and_right_and_nothing_else(x, y, width, height):
+def test_template_phrases_of_mirrored_box_swap_only_left_and_right(x, y, width, height):
     x2, y2 = min(x + width, 100), min(y + height, 100)
-    words = " ".join(make_template_phrases("cat", (x, y, x2, y2), (100, 100), is_unique=True))
+    original = " ".join(make_template_phrases("cat", (x, y, x2, y2), (100, 100), is_unique=True))
     mirrored = " ".join(make_template_phrases("cat", (100 - x2, y, 100 - x, y2), (100, 100), is_unique=True))
     swap = {"left": "right", "right": "left"}
-    assert mirrored.split() == [swap.get(word, word) for word in words.split()]
+    assert mirrored.split() == [swap.get(word, word) for word in original.split()]

@@ -34,12 +34,12 @@ steps = 50
 batch_size = 8
 warmup_steps = 5
 learning_rate = 1e-2
-prompts = { box = 0.5, point = 0.3, mask = 0.2 }
+prompt_weights = { box = 0.5, point = 0.3, mask = 0.2 }
 class_name_prob = 0.5
 captions_per_region = 2
 save_steps = 20
 """
-WATCHED = """
+GRADIENT_REPORT_SCRIPT = """
 import json, os, sys
 import sca.training.train as trainer
 from sca.training.recipe import Recipe
@@ -64,16 +64,16 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 @pytest.fixture
-def run(tmp_path):
+def run_python(tmp_path):
     """Starts a command of this Python in a folder with the recipe."""
     (tmp_path / "recipe.toml").write_text(RECIPE)
 
     def start(*command, **environment):
-        full = {**os.environ, "OMP_NUM_THREADS": "1", "SCA_CACHE": str(tmp_path / "cache"), **environment}
+        full_environment = {**os.environ, "OMP_NUM_THREADS": "1", "SCA_CACHE": str(tmp_path / "cache"), **environment}
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=tmp_path,
-            env=full,
+            env=full_environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -83,153 +83,163 @@ def run(tmp_path):
     def finish(*command, **environment):
         process = start(*command, **environment)
         try:
-            said = process.communicate(timeout=300)[0]
+            output = process.communicate(timeout=300)[0]
         except subprocess.TimeoutExpired:  # each waits for the other
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        assert process.returncode == 0, said
-        return said
+        assert process.returncode == 0, output
+        return output
 
     finish.start = start
     return finish
 
 
-def history(folder):
-    (last,) = folder.glob("checkpoint-*")
-    lines = json.loads((last / "trainer_state.json").read_text())["log_history"]
+def read_loss_history(folder):
+    (checkpoint,) = folder.glob("checkpoint-*")
+    lines = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     return [[line[name] for name in ("loss", "caption", "mask", "iou")] for line in lines if "caption" in line]
 
 
-TRAIN = ("-m", "sca", "train", "recipe.toml", "--quiet", "--out")
-WAYS = {
-    "pieces of a step": (*TRAIN, "other", "train.gradient_accumulation_steps=4"),
-    "chunks": (*TRAIN, "other", "train.chunk_size=3"),
-    "two processes": (*TRAIN, "other", "train.num_processes=2"),
+TRAIN_COMMAND = ("-m", "sca", "train", "recipe.toml", "--quiet", "--out")
+LAUNCH_COMMANDS = {
+    "pieces of a step": (*TRAIN_COMMAND, "other", "train.gradient_accumulation_steps=4"),
+    "chunks": (*TRAIN_COMMAND, "other", "train.chunk_size=3"),
+    "two processes": (*TRAIN_COMMAND, "other", "train.num_processes=2"),
     "accelerate": (
         *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", *TRAIN, "other"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", *TRAIN_COMMAND, "other"),
     ),
-    "two that share out what trains": (*TRAIN, "other", "train.num_processes=2", "train.sharded=true"),
+    "two that share out what trains": (*TRAIN_COMMAND, "other", "train.num_processes=2", "train.fsdp=true"),
     "two, and pieces": (
-        *TRAIN,
+        *TRAIN_COMMAND,
         "other",
         "train.num_processes=2",
         "train.gradient_accumulation_steps=2",
-        "train.sharded=true",
+        "train.fsdp=true",
     ),
 }
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def single_process_result(tmp_path_factory):
     """What one process makes of the recipe: losses and weights."""
     folder = tmp_path_factory.mktemp("alone")
     (folder / "recipe.toml").write_text(RECIPE)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SCA_CACHE": str(folder / "cache")}
-    command = [sys.executable, *TRAIN, "one"]
+    command = [sys.executable, *TRAIN_COMMAND, "one"]
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
-    return history(folder / "one"), load_file(folder / "one/model/weights.safetensors")
+    return read_loss_history(folder / "one"), load_file(folder / "one/model/weights.safetensors")
 
 
-USUAL = ("pieces of a step",)  # the others in `make test-all`
+DEFAULT_LAUNCHES = ("pieces of a step",)  # the others in `make test-all`
 
 
-@pytest.mark.parametrize("way", [way if way in USUAL else pytest.param(way, marks=pytest.mark.all) for way in WAYS])
-def test_every_way_makes_the_same_steps(run, alone, tmp_path, way):
-    run(*WAYS[way])
-    losses, weights = alone
-    ours = torch.tensor(history(tmp_path / "other"))
-    assert len(ours) == 10
-    assert (ours - torch.tensor(losses)).abs().max() < 1e-4
+@pytest.mark.parametrize(
+    "launch",
+    [
+        launch if launch in DEFAULT_LAUNCHES else pytest.param(launch, marks=pytest.mark.all)
+        for launch in LAUNCH_COMMANDS
+    ],
+)
+def test_training_launches_make_the_same_steps(run_python, single_process_result, tmp_path, launch):
+    run_python(*LAUNCH_COMMANDS[launch])
+    losses, weights = single_process_result
+    loss_history = torch.tensor(read_loss_history(tmp_path / "other"))
+    assert len(loss_history) == 10
+    assert (loss_history - torch.tensor(losses)).abs().max() < 1e-4
     model = load_file(tmp_path / "other/model/weights.safetensors")
     assert model.keys() == weights.keys()
     assert all(torch.allclose(model[name], weights[name], atol=2e-3) for name in weights)
 
 
 @pytest.mark.all
-def test_all_that_trains_gets_gradients_nothing_else_does_and_nothing_else_travels(run, tmp_path):
-    (tmp_path / "watched.py").write_text(WATCHED)
-    run(*TORCHRUN, "watched.py", "recipe.toml", "out")
+def test_distributed_training_reduces_gradients_of_exactly_the_trainable_parameters(run_python, tmp_path):
+    (tmp_path / "watched.py").write_text(GRADIENT_REPORT_SCRIPT)
+    run_python(*TORCHRUN, "watched.py", "recipe.toml", "out")
     for rank in range(2):
-        told = json.loads((tmp_path / f"out/told-{rank}.json").read_text())
-        assert told["without"] == told["frozen"] == []
-        assert told["reduced"] == told["trainable"] > 0
+        gradient_report = json.loads((tmp_path / f"out/told-{rank}.json").read_text())
+        assert gradient_report["without"] == gradient_report["frozen"] == []
+        assert gradient_report["reduced"] == gradient_report["trainable"] > 0
 
 
 @pytest.mark.all
-def test_a_sharded_run_that_is_killed_goes_on(run, alone, tmp_path):
-    command = WAYS["two that share out what trains"]
-    process = run.start(*command)
+def test_sharded_training_resumes_after_kill(run_python, single_process_result, tmp_path):
+    command = LAUNCH_COMMANDS["two that share out what trains"]
+    process = run_python.start(*command)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "other").glob("checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    run(*command)
-    assert (torch.tensor(history(tmp_path / "other")) - torch.tensor(alone[0])).abs().max() < 1e-4
+    run_python(*command)
+    assert (
+        torch.tensor(read_loss_history(tmp_path / "other")) - torch.tensor(single_process_result[0])
+    ).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(1, 40), pytest.param(20, 600, marks=pytest.mark.all)])
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(run, tmp_path, kills, steps):
-    options = (f"train.steps={steps}", "train.save_steps=5", "train.batch_size=2")
-    run(*TRAIN, "whole", *options)
-    draw, done = random.Random(kills), 0
-    while done < kills:
-        process = run.start(*TRAIN, "killed", *options)
+@pytest.mark.parametrize(("num_kills", "num_steps"), [(1, 40), pytest.param(20, 600, marks=pytest.mark.all)])
+def test_training_killed_repeatedly_ends_with_the_same_weights(run_python, tmp_path, num_kills, num_steps):
+    options = (f"train.steps={num_steps}", "train.save_steps=5", "train.batch_size=2")
+    run_python(*TRAIN_COMMAND, "whole", *options)
+    rng, num_killed = random.Random(num_kills), 0
+    while num_killed < num_kills:
+        process = run_python.start(*TRAIN_COMMAND, "killed", *options)
         try:
-            process.wait(draw.uniform(1, 9))
+            process.wait(rng.uniform(1, 9))
             break  # it ended before its time
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            done += 1
-        for written in (tmp_path / "killed").glob("checkpoint-*"):
+            num_killed += 1
+        for checkpoint in (tmp_path / "killed").glob("checkpoint-*"):
             for file in ("training_module.pt", "optimizer.pt"):
-                torch.load(written / file, weights_only=True)
-            json.loads((written / "trainer_state.json").read_text())
-    run(*TRAIN, "killed", *options)
-    whole, killed = (load_file(tmp_path / name / "model/weights.safetensors") for name in ("whole", "killed"))
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+                torch.load(checkpoint / file, weights_only=True)
+            json.loads((checkpoint / "trainer_state.json").read_text())
+    run_python(*TRAIN_COMMAND, "killed", *options)
+    uninterrupted, killed = (load_file(tmp_path / name / "model/weights.safetensors") for name in ("whole", "killed"))
+    assert uninterrupted.keys() == killed.keys()
+    assert all(torch.equal(uninterrupted[name], killed[name]) for name in uninterrupted)
 
 
 @pytest.mark.all
-def test_several_processes_validate_one_model_whose_encoder_has_statistics_of_its_batches(run, tmp_path):
-    (tmp_path / "recipe.toml").write_text(f"{RECIPE}[validate]\nevery = 2\nlimit = 4\n")
-    trained = 'trainable=["encoder", "mixer", "projection", "task_tokens"]'
-    run(*TRAIN, "other", "train.num_processes=2", "train.steps=4", "lora=0", trained)
+def test_distributed_training_validates_encoder_with_batch_statistics(run_python, tmp_path):
+    (tmp_path / "recipe.toml").write_text(f"{RECIPE}[validate]\neval_steps = 2\nmax_images = 4\n")
+    trainable_option = 'trainable=["encoder", "mixer", "projection", "task_tokens"]'
+    run_python(*TRAIN_COMMAND, "other", "train.num_processes=2", "train.steps=4", "lora=0", trainable_option)
     assert sorted(path.name for path in (tmp_path / "other/validation").iterdir()) == ["step-2", "step-4"]
     assert json.loads((tmp_path / "other/best.json").read_text())["step"] in (2, 4)
 
 
-def test_a_sharded_run_is_not_validated(run, tmp_path):
-    (tmp_path / "recipe.toml").write_text(f"{RECIPE}[validate]\nevery = 5\n")
-    process = run.start(*WAYS["two that share out what trains"])
-    said = process.communicate()[0]
+def test_sharded_training_rejects_validation(run_python, tmp_path):
+    (tmp_path / "recipe.toml").write_text(f"{RECIPE}[validate]\neval_steps = 5\n")
+    process = run_python.start(*LAUNCH_COMMANDS["two that share out what trains"])
+    output = process.communicate()[0]
     assert process.returncode == 2
-    assert said == "sca: a sharded model is not validated while it trains: leave [validate] out\n"
+    assert (
+        output == "sca: a sharded model cannot be validated during training; remove [validate], or train without FSDP\n"
+    )
 
 
-@pytest.mark.parametrize(("asked", "given"), [("", 4), ("1", 1), ("8", 4), ("4,2", 4), ("0", 4)])
-def test_processes_share_the_cores_whatever_the_shell_asks_of_one(monkeypatch, asked, given):
+@pytest.mark.parametrize(("omp_num_threads", "num_threads"), [("", 4), ("1", 1), ("8", 4), ("4,2", 4), ("0", 4)])
+def test_count_threads_per_process_limits_omp_num_threads_to_share_of_cores(monkeypatch, omp_num_threads, num_threads):
     from sca.training.processes import count_threads_per_process
 
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert count_threads_per_process(2) == given
+    monkeypatch.setenv("OMP_NUM_THREADS", omp_num_threads)
+    assert count_threads_per_process(2) == num_threads
 
 
-def listening(process):
+def find_listening_addresses(process_id):
     """The addresses, in hexadecimal, at which a process and what it started listen."""
     children, inodes = {}, set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             children.setdefault(int(stat.read_text().rsplit(")", 1)[1].split()[1]), []).append(int(stat.parent.name))
-    found, left = [], [process]
-    while left:
-        found.append(left.pop())
-        left += children.get(found[-1], [])
-    for each in found:
+    process_ids, pending_ids = [], [process_id]
+    while pending_ids:
+        process_ids.append(pending_ids.pop())
+        pending_ids += children.get(process_ids[-1], [])
+    for each in process_ids:
         with contextlib.suppress(OSError):
             inodes |= {os.readlink(link) for link in Path(f"/proc/{each}/fd").iterdir() if os.path.islink(link)}
     tables = [Path(f"/proc/net/{kind}").read_text().splitlines()[1:] for kind in ("tcp", "tcp6")]
@@ -239,12 +249,17 @@ def listening(process):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.all
-def test_training_processes_listen_on_loopback_only(run, tmp_path):
-    shell = {"GLOO_SOCKET_IFNAME": "elsewhere0", "NCCL_SOCKET_IFNAME": "elsewhere0"}  # of a machine in a cluster
-    process = run.start(*TRAIN, "other", "train.num_processes=2", "train.steps=10", **shell)
+def test_training_processes_listen_on_loopback_only(run_python, tmp_path):
+    cluster_environment = {
+        "GLOO_SOCKET_IFNAME": "elsewhere0",
+        "NCCL_SOCKET_IFNAME": "elsewhere0",
+    }  # of a machine in a cluster
+    process = run_python.start(
+        *TRAIN_COMMAND, "other", "train.num_processes=2", "train.steps=10", **cluster_environment
+    )
     addresses = set()
     while process.poll() is None:
-        addresses |= listening(process.pid)
+        addresses |= find_listening_addresses(process.pid)
         time.sleep(0.1)
     assert process.returncode == 0, process.communicate()[0]
     assert (tmp_path / "other/model/weights.safetensors").exists()

@@ -25,52 +25,58 @@ from sca.training.train import check_recipe
 
 
 @pytest.mark.parametrize("name", list_recipes())
-def test_every_shipped_recipe_reads_and_is_repeated_by_what_it_writes(name, tmp_path):
+def test_bundled_recipe_reads_and_round_trips(name, tmp_path):
     (tmp_path / "own.jsonl").touch()
     recipe = Recipe.read(name, [f"data='{tmp_path}'"] if name == "own-data" else [])
     assert recipe.summary.endswith(".")
     assert recipe.source
     if not isinstance(recipe.model, str):
         check_compatible(recipe.model)
-    again = Recipe.from_dict(name, recipe.to_dict())
+    round_tripped = Recipe.from_dict(name, recipe.to_dict())
     for field in ("model", "data", "train", "loss", "validate"):
-        assert getattr(again, field) == getattr(recipe, field)
+        assert getattr(round_tripped, field) == getattr(recipe, field)
 
 
-def test_a_recipe_goes_on_from_a_model_and_learns_from_a_path(tmp_path):
+def test_recipe_accepts_model_name_and_data_path(tmp_path):
     (tmp_path / "own.jsonl").touch()
-    changed = Recipe.read("sca-tiny", ["model=sca-street", f"data='{tmp_path}'", "data.own.hold_out=0.5"])
-    assert changed.model == "sca-street"
-    (own,) = changed.data.values()
-    assert own.dataset.name == "jsonl"
-    assert own.dataset.options["hold_out"] == 0.5
-    assert own.names == "both"
+    overridden = Recipe.read("sca-tiny", ["model=sca-street", f"data='{tmp_path}'", "data.own.val_fraction=0.5"])
+    assert overridden.model == "sca-street"
+    (source,) = overridden.data.values()
+    assert source.dataset.name == "jsonl"
+    assert source.dataset.options["val_fraction"] == 0.5
+    assert source.class_name_task == "both"
     with pytest.raises(RegistryError, match="model is 'sca-street', which has no options to set"):
         Recipe.read("sca-tiny", ["model=sca-street", "mixer.depth=2"])
-    with pytest.raises(RegistryError, match=r"the recipe own-data has no data: give data=PATH of your own"):
+    with pytest.raises(RegistryError, match=r"the recipe own-data has no data; set data=PATH"):
         Recipe.read("own-data")
 
 
-def test_overrides_reach_every_table_and_do_not_change_the_recipe():
-    plain = Recipe.read("sca-tiny")
-    changes = ["train.steps=7", "mixer.depth=1", "loss.mask=0.5", "data.scenes.num_images=16", "train.prompts.box=0.2"]
-    changed = Recipe.read("sca-tiny", changes)
-    assert changed.train.steps == 7
-    assert changed.model.mixer.options["depth"] == 1
-    assert changed.loss["mask"] == 0.5
-    assert changed.data["scenes"].dataset.options == {"num_images": 16}
-    assert changed.train.prompts["box"] == 0.2
-    assert Recipe.read("sca-tiny", ["train.prompts={point=1}"]).train.prompts == {"point": 1}
-    assert Recipe.read("sca-tiny") == plain
+def test_recipe_overrides_reach_every_table_and_keep_the_original():
+    original = Recipe.read("sca-tiny")
+    changes = [
+        "train.steps=7",
+        "mixer.depth=1",
+        "loss.mask=0.5",
+        "data.scenes.num_images=16",
+        "train.prompt_weights.box=0.2",
+    ]
+    overridden = Recipe.read("sca-tiny", changes)
+    assert overridden.train.steps == 7
+    assert overridden.model.mixer.options["depth"] == 1
+    assert overridden.loss["mask"] == 0.5
+    assert overridden.data["scenes"].dataset.options == {"num_images": 16}
+    assert overridden.train.prompt_weights["box"] == 0.2
+    assert Recipe.read("sca-tiny", ["train.prompt_weights={point=1}"]).train.prompt_weights == {"point": 1}
+    assert Recipe.read("sca-tiny") == original
 
 
-def test_what_a_recipe_leaves_out_has_its_default(small_table):
-    recipe = Recipe.from_dict("mine", {"model": small_table, "data": {"scenes": {"name": "scenes"}}})
+def test_recipe_fills_in_defaults(small_model_table):
+    recipe = Recipe.from_dict("mine", {"model": small_model_table, "data": {"scenes": {"name": "scenes"}}})
     assert recipe.train == TrainOptions()
-    assert recipe.loss == {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
+    assert recipe.loss == {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "feature_attributes": 0.0}
 
 
-def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
+def test_recipe_file_is_named_after_its_stem(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(
         'model = { encoder = "tiny-vit", mixer = "query", language_model = "tiny-gpt2" }\n[data.a]\nname = "scenes"'
@@ -79,7 +85,7 @@ def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("override", "message"),
     [
         ("train.step=7", "train has no 'step'.*Did you mean 'steps'"),
         ("train.steps=many", "train.steps is 'many'; give an integer"),
@@ -88,15 +94,15 @@ def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
         ("train.batch_size=-4", "train.batch_size is -4"),
         ("train.learning_rate=fast", "train.learning_rate is 'fast'; give a number"),
         ("train.warmup_steps=true", "train.warmup_steps is True"),
-        ("train.prompts={circle=1.0}", "train.prompts has no 'circle'"),
-        ("train.prompts={box=0}", "none of them ever is"),
-        ("train.prompts.box=-1", "train.prompts.box is -1"),
+        ("train.prompt_weights={circle=1.0}", "train.prompt_weights has no 'circle'"),
+        ("train.prompt_weights={box=0}", "prompt_weights are all 0"),
+        ("train.prompt_weights.box=-1", "train.prompt_weights.box is -1"),
         ("train.precision=fp16", "train.precision is 'fp16'.*Choose from: float32"),
         ("train.longest_caption_prob=2", "train.longest_caption_prob is 2; give a number from 0 to 1"),
-        ("data.scenes.weight=0", "data.scenes.weight is 0; give a number above 0"),
+        ("data.scenes.weight=0", "data.scenes.weight is 0; give a number greater than 0"),
         ("data.scenes.weight=much", "data.scenes.weight is 'much'; give a number"),
-        ("data.scenes.augment={flop=1}", "data.scenes.augment has no 'flop'.*Did you mean 'flip'"),
-        ("data.scenes.augment={flip=2}", "data.scenes.augment.flip is 2; give a number from 0 to 1"),
+        ("data.scenes.augment={flop_prob=1}", "data.scenes.augment has no 'flop_prob'.*Did you mean 'flip_prob'"),
+        ("data.scenes.augment={flip_prob=2}", "data.scenes.augment.flip_prob is 2; give a number from 0 to 1"),
         ("loss.masks=1", "loss has no 'masks'.*Did you mean 'mask'"),
         ("loss.mask=much", "loss.mask is 'much'; give a number"),
         ("mixer.depth", "is not an assignment"),
@@ -104,9 +110,9 @@ def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
         ("task_tokens=-1", "task_tokens is -1"),
     ],
 )
-def test_a_wrong_override_is_refused(change, message):
+def test_recipe_rejects_wrong_override(override, message):
     with pytest.raises(RegistryError, match=message):
-        Recipe.read("sca-tiny", [change])
+        Recipe.read("sca-tiny", [override])
 
 
 @pytest.mark.parametrize(
@@ -115,28 +121,28 @@ def test_a_wrong_override_is_refused(change, message):
         ({"trian": {}}, "a recipe has no 'trian'.*Did you mean 'train'"),
         ({"train": 3}, r"train of the recipe mine is 3; give a table \[train\]"),
         ({"train": {"epochs": 3}}, r"\[train\] has no 'epochs'"),
-        ({"train": {"prompts": {"circle": 1.0}}}, "train.prompts has no 'circle'"),
+        ({"train": {"prompt_weights": {"circle": 1.0}}}, "train.prompt_weights has no 'circle'"),
         ({"train": {"learning_rate": 10**400}}, r"train.learning_rate is 10+; give a number"),
         ({"data": {}}, "has no data"),
         ({"model": {"encoder": "tiny-vit"}}, "the mixer is None"),
     ],
 )
-def test_a_wrong_recipe_is_refused(small_table, table, message):
-    whole = {"model": small_table, "data": {"scenes": {"name": "scenes"}}}
+def test_recipe_rejects_wrong_table(small_model_table, table, message):
+    valid_table = {"model": small_model_table, "data": {"scenes": {"name": "scenes"}}}
     with pytest.raises(RegistryError, match=message):
-        Recipe.from_dict("mine", {**whole, **table})
+        Recipe.from_dict("mine", {**valid_table, **table})
 
 
-def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path):
+def test_recipe_read_suggests_similar_names_and_reports_invalid_toml(tmp_path):
     with pytest.raises(RegistryError, match="Did you mean 'sca-tiny'"):
         Recipe.read("sca-tny")
     broken = tmp_path / "broken.toml"
     broken.write_text("[train\n")
-    with pytest.raises(RegistryError, match="is not TOML"):
+    with pytest.raises(RegistryError, match="is not valid TOML"):
         Recipe.read(str(broken))
 
 
-WRONG = {  # of each type some values that are of another one
+VALUES_OF_WRONG_TYPE = {  # of each type some values that are of another one
     bool: (1, "true", []),
     int: (True, 1.5, "1", [1]),
     float: (True, "1", [1.0], float("nan")),
@@ -144,7 +150,7 @@ WRONG = {  # of each type some values that are of another one
     dict: (True, 1, "x", []),
     list: (True, 1, "x", {}),
 }
-WANTED = {
+TYPE_MESSAGES = {
     bool: "give true or false",
     int: "give an integer",
     float: "give a number",
@@ -152,16 +158,16 @@ WANTED = {
     dict: "give a table",
     list: "give a list",
 }
-DEFAULTS = {"train": vars(TrainOptions()), "validate": vars(ValidationOptions()), "loss": DEFAULT_LOSS_WEIGHTS}
-FIELDS = [(section, name, default) for section, table in DEFAULTS.items() for name, default in table.items()]
+DEFAULT_OPTIONS = {"train": vars(TrainOptions()), "validate": vars(ValidationOptions()), "loss": DEFAULT_LOSS_WEIGHTS}
+FIELDS = [(section, name, default) for section, table in DEFAULT_OPTIONS.items() for name, default in table.items()]
 FIELDS += [
     ("data.scenes", name, vars(DataSource(ComponentSpec("scenes")))[name])
-    for name in ("split", "weight", "phrases", "names")
+    for name in ("split", "weight", "phrases", "class_name_task")
 ]
 FIELDS += [("data.scenes.augment", name, default) for name, default in vars(Augmentation()).items()]
 
 
-def kind_of(default):
+def get_field_type(default):
     default = (
         dict(default) if isinstance(default, Mapping) else list(default) if isinstance(default, tuple) else default
     )
@@ -169,75 +175,77 @@ def kind_of(default):
 
 
 @pytest.mark.parametrize(("section", "name", "default"), FIELDS)
-def test_recipe_rejects_a_wrong_type_in_any_field(small_table, section, name, default):
-    kind = kind_of(default)
-    for value in WRONG[kind]:
-        table = {"model": small_table, "data": {"scenes": {"name": "scenes", "augment": {}}}}
-        place = table
+def test_recipe_rejects_a_wrong_type_in_any_field(small_model_table, section, name, default):
+    field_type = get_field_type(default)
+    for value in VALUES_OF_WRONG_TYPE[field_type]:
+        table = {"model": small_model_table, "data": {"scenes": {"name": "scenes", "augment": {}}}}
+        subtable = table
         for key in section.split("."):
-            place = place.setdefault(key, {})
-        place[name] = value
+            subtable = subtable.setdefault(key, {})
+        subtable[name] = value
         with pytest.raises(RegistryError) as caught:
             Recipe.from_dict("mine", table)
         message = str(caught.value)
         assert name in message
-        assert re.search(WANTED[kind], message), message
+        assert re.search(TYPE_MESSAGES[field_type], message), message
         assert "\n" not in message
 
 
-SIGNS = {float: (-1.0, math.inf, -math.inf, math.nan), int: (-1,)}
-NUMBERS = [(section, name, default) for section, name, default in FIELDS if type(default) in SIGNS]
-NUMBERS += [("train.lr_multipliers", "mixer", 1.0), ("train.prompts", "box", 1.0)]
+OUT_OF_RANGE_NUMBERS = {float: (-1.0, math.inf, -math.inf, math.nan), int: (-1,)}
+NUMERIC_FIELDS = [
+    (section, name, default) for section, name, default in FIELDS if type(default) in OUT_OF_RANGE_NUMBERS
+]
+NUMERIC_FIELDS += [("train.lr_multipliers", "mixer", 1.0), ("train.prompt_weights", "box", 1.0)]
 
 
-@pytest.mark.parametrize(("section", "name", "default"), NUMBERS)
-def test_recipe_rejects_negative_and_infinite_numbers_in_any_field(small_table, section, name, default):
-    for value in SIGNS[type(default)]:
-        table = {"model": small_table, "data": {"scenes": {"name": "scenes", "augment": {}}}}
-        place = table
+@pytest.mark.parametrize(("section", "name", "default"), NUMERIC_FIELDS)
+def test_recipe_rejects_negative_and_infinite_numbers_in_any_field(small_model_table, section, name, default):
+    for value in OUT_OF_RANGE_NUMBERS[type(default)]:
+        table = {"model": small_model_table, "data": {"scenes": {"name": "scenes", "augment": {}}}}
+        subtable = table
         for key in section.split("."):
-            place = place.setdefault(key, {})
-        place[name] = value
+            subtable = subtable.setdefault(key, {})
+        subtable[name] = value
         with pytest.raises(RegistryError, match=rf"^{section}\.{name} is {value!r}; give "):
             Recipe.from_dict("mine", table)
 
 
-def test_recipe_rejects_a_seed_that_numpy_does_not_take(small_table):
-    table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}}
+def test_recipe_rejects_seed_above_numpy_limit(small_model_table):
+    table = {"model": small_model_table, "data": {"scenes": {"name": "scenes"}}}
     assert Recipe.from_dict("mine", table | {"train": {"seed": MAX_SEED}}).train.seed == MAX_SEED
     with pytest.raises(RegistryError, match=r"train\.seed is 4294967296; give an integer from 0 to 4294967295"):
         Recipe.from_dict("mine", table | {"train": {"seed": MAX_SEED + 1}})
 
 
 @pytest.mark.parametrize("section", ["model", "data", "train", "loss", "validate", "summary", "source"])
-def test_recipe_rejects_a_wrong_type_in_any_section(small_table, section):
-    table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}}
+def test_recipe_rejects_a_wrong_type_in_any_section(small_model_table, section):
+    table = {"model": small_model_table, "data": {"scenes": {"name": "scenes"}}}
     for value in (3, True, ["x"]):
         with pytest.raises(RegistryError, match=rf"{section}.* is .*; give (a table|text)"):
             Recipe.from_dict("mine", {**table, section: value})
 
 
-@pytest.mark.parametrize("key", ["metrics", "best"])
-def test_validation_rejects_lists_of_other_types(small_table, key):
-    table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}, "validate": {key: ["cider", 3]}}
+@pytest.mark.parametrize("key", ["metrics", "metric_for_best_model"])
+def test_recipe_rejects_mixed_lists_in_validate(small_model_table, key):
+    table = {"model": small_model_table, "data": {"scenes": {"name": "scenes"}}, "validate": {key: ["cider", 3]}}
     with pytest.raises(RegistryError, match=rf"validate\.{key} is \['cider', 3\]; give a list of (1 or more )?strings"):
         Recipe.from_dict("mine", table)
 
 
-def test_recipe_model_table_replaces_a_name(tmp_path):
+def test_recipe_override_replaces_model_name_with_table(tmp_path):
     (tmp_path / "own.jsonl").touch()
-    written = 'model={encoder="tiny-vit", mixer="query", language_model="tiny-gpt2"}'
+    override = 'model={encoder="tiny-vit", mixer="query", language_model="tiny-gpt2"}'
     for name in ("own-data", "sca-tiny"):
-        recipe = Recipe.read(name, [f"data='{tmp_path}'", written, "mixer.depth=1"])
+        recipe = Recipe.read(name, [f"data='{tmp_path}'", override, "mixer.depth=1"])
         assert recipe.model.mixer == ComponentSpec("query", {"depth": 1})
-    for wrong in ('model={encoder="tiny-vit"}', "model=[1]"):
+    for wrong_override in ('model={encoder="tiny-vit"}', "model=[1]"):
         with pytest.raises(RegistryError, match=r"the mixer is None|model of the recipe own-data is"):
-            Recipe.read("own-data", [f"data='{tmp_path}'", wrong])
+            Recipe.read("own-data", [f"data='{tmp_path}'", wrong_override])
 
 
-def test_recipe_takes_whole_tables_as_assignments(tmp_path):
-    written = ['data={x={name="scenes", num_images=3}}', "train={steps=7}", "train.batch_size=2", "loss={mask=0.5}"]
-    recipe = Recipe.read("sca-tiny", written)
+def test_recipe_accepts_whole_tables_as_overrides(tmp_path):
+    overrides = ['data={x={name="scenes", num_images=3}}', "train={steps=7}", "train.batch_size=2", "loss={mask=0.5}"]
+    recipe = Recipe.read("sca-tiny", overrides)
     assert recipe.data == {"x": DataSource(ComponentSpec("scenes", {"num_images": 3}))}
     assert recipe.train == TrainOptions(steps=7, batch_size=2)
     assert recipe.loss == DEFAULT_LOSS_WEIGHTS | {"mask": 0.5}
@@ -245,32 +253,40 @@ def test_recipe_takes_whole_tables_as_assignments(tmp_path):
         Recipe.read("sca-tiny", ["train={stps=7}"])
 
 
-def test_recipe_takes_every_field_of_validate_as_an_assignment(small_table):
-    table = {"model": small_table, "data": {"a": {"name": "scenes", "num_images": 9}}, "validate": {"every": 3}}
-    assigned = ['validate.best=["rouge-l"]', 'validate.metrics=["rouge-l"]', "validate.limit=4", "validate.prompt=mask"]
-    found = Recipe.from_dict(
-        "mine", table, [*assigned, "validate.dataset.image_size=64", "data.a.num_images=8"]
+def test_recipe_accepts_overrides_of_all_validate_fields(small_model_table):
+    table = {
+        "model": small_model_table,
+        "data": {"a": {"name": "scenes", "num_images": 9}},
+        "validate": {"eval_steps": 3},
+    }
+    overrides = ['validate.metric_for_best_model=["rouge-l"]', 'validate.metrics=["rouge-l"]']
+    overrides += ["validate.max_images=4", "validate.prompt_type=mask"]
+    options = Recipe.from_dict(
+        "mine", table, [*overrides, "validate.dataset.image_size=64", "data.a.num_images=8"]
     ).validate
     dataset = {"name": "scenes", "num_images": 8, "image_size": 64}
-    assert found == ValidationOptions(3, dataset, limit=4, prompt="mask", metrics=("rouge-l",), best=("rouge-l",))
+    assert options == ValidationOptions(
+        3, dataset, max_images=4, prompt_type="mask", metrics=("rouge-l",), metric_for_best_model=("rouge-l",)
+    )
     with pytest.raises(
-        RegistryError, match=r"validate has no 'bst'\. Did you mean 'best'\? Choose from: every, dataset"
+        RegistryError,
+        match=r"validate has no 'metric_for_best'\. Did you mean 'metric_for_best_model'\? Choose from: eval_steps",
     ):
-        Recipe.from_dict("mine", table, ["validate.bst=3"])
+        Recipe.from_dict("mine", table, ["validate.metric_for_best=3"])
     with pytest.raises(RegistryError, match=r"no 'valdate' to set\. Did you mean 'validate'"):
-        Recipe.from_dict("mine", table, ["valdate.best=3"])
+        Recipe.from_dict("mine", table, ["valdate.eval_steps=3"])
 
 
-@pytest.mark.parametrize("assignment", ["validate.every=3", "validate={every=3}"])
-def test_recipe_without_validate_takes_it_from_assignments(small_table, assignment):
-    table = {"model": small_table, "data": {"a": {"name": "scenes"}}}
+@pytest.mark.parametrize("override", ["validate.eval_steps=3", "validate={eval_steps=3}"])
+def test_recipe_adds_validate_from_override(small_model_table, override):
+    table = {"model": small_model_table, "data": {"a": {"name": "scenes"}}}
     assert Recipe.from_dict("mine", table).validate is None
-    assert Recipe.from_dict("mine", table, [assignment]).validate == ValidationOptions(3, {"name": "scenes"})
+    assert Recipe.from_dict("mine", table, [override]).validate == ValidationOptions(3, {"name": "scenes"})
 
 
 def test_recipe_rejects_lora_that_would_not_train(tmp_path):
     with pytest.raises(
-        RegistryError, match=r"lora=8 would not train: .* give trainable=\[.*\"task_tokens\", \"lora\"\]"
+        RegistryError, match=r"lora=8 is not trainable, .* set trainable=\[.*\"task_tokens\", \"lora\"\]"
     ):
         Recipe.read("sca-tiny", ["lora=8"])
     recipe = Recipe.read("sca-tiny", ["lora=8", 'trainable=["mixer", "projection", "task_tokens", "lora"]'])
@@ -282,7 +298,7 @@ def test_recipe_rejects_lora_that_would_not_train(tmp_path):
         Recipe.read("own-data", [f"data='{tmp_path}'", "lora=8"])
 
 
-def test_recipe_read_reports_text_that_is_not_utf_8(tmp_path):
+def test_recipe_read_reports_text_that_is_not_utf8(tmp_path):
     file = tmp_path / "latin.toml"
     file.write_bytes(b'summary = "caf\xe9"')
     with pytest.raises(ValueError, match=r"latin\.toml is not UTF-8 \(byte 14\)"):
@@ -298,25 +314,23 @@ def test_recipe_read_reports_text_that_is_not_utf_8(tmp_path):
     ("validate", "message"),
     [
         ({"metrics": ["cidr"]}, "no metrics named 'cidr'"),
-        ({"prompt": "circle"}, "prompt is 'circle'"),
+        ({"prompt_type": "circle"}, "prompt_type is 'circle'"),
         ({"dataset": {"name": "scene"}}, "no datasets named 'scene'"),
         ({"dataset": {"name": "scenes", "cuont": 3}}, "has no option 'cuont'"),
     ],
 )
-def test_open_validation_rejects_unknown_names(small_table, validate, message):
-    table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}, "validate": validate}
+def test_open_validation_dataset_rejects_unknown_names(small_model_table, validate, message):
+    table = {"model": small_model_table, "data": {"scenes": {"name": "scenes"}}, "validate": validate}
     recipe = Recipe.from_dict("mine", table)
     with pytest.raises(RegistryError if "prompt" not in message else ValueError, match=message):
         open_validation_dataset(recipe.validate)
 
 
-def test_open_sources_rejects_a_dataset_without_usable_images(small_table, tmp_path):
+def test_open_training_datasets_rejects_dataset_without_usable_images(small_model_table, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"image": "gone.png", "box": [0, 0, 9, 9], "caption": "a dog"}\n')
     data = {"own": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl")}}
-    recipe = Recipe.from_dict("mine", {"model": small_table, "data": data})
-    with pytest.raises(
-        ValueError, match=r"data\.own \(train\) has no image that can be used: 1 image missing: gone\.png"
-    ):
+    recipe = Recipe.from_dict("mine", {"model": small_model_table, "data": data})
+    with pytest.raises(ValueError, match=r"data\.own \(train\) has no usable image: 1 image missing: gone\.png"):
         open_training_datasets(recipe)
     (tmp_path / "gone.png").write_bytes(b"damaged")
     data["own"] |= {"file": str(tmp_path / "mine.jsonl")}
@@ -324,25 +338,28 @@ def test_open_sources_rejects_a_dataset_without_usable_images(small_table, tmp_p
         open_training_datasets(recipe)
 
 
-DATA = {"data": {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}}}
-LARGE = {"encoder": "sam-vit-h", "mixer": "query", "language_model": "mistral-7b", "lora": 4}
+DATA_TABLE = {"data": {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}}}
+LARGE_MODEL = {"encoder": "sam-vit-h", "mixer": "query", "language_model": "mistral-7b", "lora": 4}
 
 
-@pytest.mark.parametrize("model", ["sca-tiny", LARGE])
-def test_recipe_is_checked_without_weights(model, monkeypatch):
+@pytest.mark.parametrize("model", ["sca-tiny", LARGE_MODEL])
+def test_check_recipe_downloads_no_weights(model, monkeypatch):
     monkeypatch.setattr("sca.io.hub.snapshot_download", lambda *_, **__: pytest.fail("fetched"))
-    check_recipe(Recipe.from_dict("mine", {"model": model, **DATA}))
+    check_recipe(Recipe.from_dict("mine", {"model": model, **DATA_TABLE}))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"train": {"lr_multipliers": {"nothing": 1.0}}}, "nothing"),
-        ({"train": {"cache_features": "features"}}, "cache_features"),
-        ({"train": {"report_to": "nobody"}}, "nothing is called 'nobody'"),
-        ({"model": {**LARGE, "language_model": {"name": "hf", "config": {"model_type": "gpt2"}}}}, "no tokenizer"),
+        ({"train": {"feature_cache_dir": "features"}}, "feature_cache_dir"),
+        ({"train": {"report_to": "nobody"}}, "unknown integration 'nobody'"),
+        (
+            {"model": {**LARGE_MODEL, "language_model": {"name": "hf", "config": {"model_type": "gpt2"}}}},
+            "no tokenizer",
+        ),
     ],
 )
-def test_check_recipe_finds_mistakes_that_need_no_weights(change, message):
+def test_check_recipe_rejects_invalid_options(change, message):
     with pytest.raises(RegistryError, match=message):
-        check_recipe(Recipe.from_dict("mine", {"model": "sca-tiny", **DATA, **change}))
+        check_recipe(Recipe.from_dict("mine", {"model": "sca-tiny", **DATA_TABLE, **change}))

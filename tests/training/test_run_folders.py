@@ -15,10 +15,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def plan(small_table):
+def make_recipe(small_model_table):
     def make(name="tiny", **options):
         table = {
-            "model": small_table,
+            "model": small_model_table,
             "data": {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}},
             "train": {"steps": 1, "batch_size": 1, "warmup_steps": 0, "save_steps": 1, **options},
         }
@@ -27,42 +27,44 @@ def plan(small_table):
     return make
 
 
-def weights(folder):
+def read_weights(folder):
     return (folder / "model/weights.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("blocks", ["best.json", "checkpoint-5/weights.txt", "model/README.md", "best/notes.txt", None])
+@pytest.mark.parametrize(
+    "blocking_file", ["best.json", "checkpoint-5/weights.txt", "model/README.md", "best/notes.txt", None]
+)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_train_deletes_no_foreign_files(plan, tmp_path, blocks, overwrite):
+def test_train_deletes_no_foreign_files(make_recipe, tmp_path, blocking_file, overwrite):
     names = ["validation/photo.txt", "draft/letter.txt", "checkpoint-old/weights.txt", "notes.txt"]
     names += ["checkpoint-1-good/weights.txt", "checkpoint-1-good/more/notes.txt", "validation/step-1-good/notes.txt"]
-    mine = [tmp_path / name for name in (*names, *([blocks] if blocks else []))]
-    for path in mine:
+    foreign_files = [tmp_path / name for name in (*names, *([blocking_file] if blocking_file else []))]
+    for path in foreign_files:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("precious")
-    if blocks:
+    if blocking_file:
         with pytest.raises((OutputError, InputError), match=r"not written by `sca train`|it contains"):
-            train(plan(), tmp_path, quiet=True, overwrite=overwrite)
+            train(make_recipe(), tmp_path, quiet=True, overwrite=overwrite)
     else:
         for seed in (0, 1):
-            train(plan(seed=seed), tmp_path, quiet=True, overwrite=bool(seed))
+            train(make_recipe(seed=seed), tmp_path, quiet=True, overwrite=bool(seed))
         assert (tmp_path / "model/spec.json").is_file()
-    assert all(path.read_text() == "precious" for path in mine)
+    assert all(path.read_text() == "precious" for path in foreign_files)
 
 
-def test_train_refuses_a_folder_of_another_run(plan, tmp_path):
-    train(plan(), tmp_path, quiet=True)
-    before = weights(tmp_path)
+def test_train_rejects_folder_of_another_run(make_recipe, tmp_path):
+    train(make_recipe(), tmp_path, quiet=True)
+    original_weights = read_weights(tmp_path)
     with pytest.raises(OutputError, match=r"another run \(train\.learning_rate: .* there, .* now\).*replace the run"):
-        train(plan(learning_rate=1e-2), tmp_path, quiet=True)
-    assert weights(tmp_path) == before
-    train(plan(num_workers=0, save_steps=7), tmp_path, quiet=True)
-    assert weights(tmp_path) == before, "what changes no step may differ"
-    train(plan(learning_rate=1e-2), tmp_path, quiet=True, overwrite=True)
-    assert weights(tmp_path) != before
+        train(make_recipe(learning_rate=1e-2), tmp_path, quiet=True)
+    assert read_weights(tmp_path) == original_weights
+    train(make_recipe(num_workers=0, save_steps=7), tmp_path, quiet=True)
+    assert read_weights(tmp_path) == original_weights, "what changes no step may differ"
+    train(make_recipe(learning_rate=1e-2), tmp_path, quiet=True, overwrite=True)
+    assert read_weights(tmp_path) != original_weights
 
 
-def test_train_sees_that_the_data_is_another(plan, tmp_path):
+def test_train_rejects_folder_of_run_on_other_data(make_recipe, tmp_path):
     pytest.importorskip("datasets")
     from sca.data.scenes import Scenes
 
@@ -70,53 +72,56 @@ def test_train_sees_that_the_data_is_another(plan, tmp_path):
     Scenes("train", num_images=1, image_size=64)[0].image.save(tmp_path / "data/a.png")
     table = {"name": "jsonl", "file": str(tmp_path / "data/a.jsonl")}
 
-    def recipe(caption):
-        line = {"image": "a.png", "box": [4, 4, 40, 40], "caption": caption}
-        (tmp_path / "data/a.jsonl").write_text(json.dumps(line) + "\n")
-        made = plan()
-        return Recipe.from_dict("own", {**made.to_dict(), "data": {"own": table}})
+    def make_recipe_with_caption(caption):
+        record = {"image": "a.png", "box": [4, 4, 40, 40], "caption": caption}
+        (tmp_path / "data/a.jsonl").write_text(json.dumps(record) + "\n")
+        base_recipe = make_recipe()
+        return Recipe.from_dict("own", {**base_recipe.to_dict(), "data": {"own": table}})
 
-    train(recipe("a cat"), tmp_path / "out", quiet=True)
-    train(recipe("a cat"), tmp_path / "out", quiet=True)
+    train(make_recipe_with_caption("a cat"), tmp_path / "out", quiet=True)
+    train(make_recipe_with_caption("a cat"), tmp_path / "out", quiet=True)
     with pytest.raises(OutputError, match="another run"):
-        train(recipe("a dog"), tmp_path / "out", quiet=True)
+        train(make_recipe_with_caption("a dog"), tmp_path / "out", quiet=True)
 
 
-def test_train_sets_the_folder_of_another_run_aside_when_told(plan, tmp_path):
-    told, out = [], tmp_path / "out"
-    train(plan(), out, quiet=True, set_aside=True, report=told.append)
-    before = weights(out)
-    train(plan(seed=1), out, quiet=True, set_aside=True, report=told.append)
-    assert told == [f"{out} contained another run, which is now in {out}-1"]
-    assert weights(tmp_path / "out-1") == before
-    assert weights(out) != before
+def test_train_set_aside_moves_folder_of_another_run(make_recipe, tmp_path):
+    messages, out = [], tmp_path / "out"
+    train(make_recipe(), out, quiet=True, set_aside=True, report=messages.append)
+    original_weights = read_weights(out)
+    train(make_recipe(seed=1), out, quiet=True, set_aside=True, report=messages.append)
+    assert messages == [f"{out} contained another run, which is now in {out}-1"]
+    assert read_weights(tmp_path / "out-1") == original_weights
+    assert read_weights(out) != original_weights
 
 
-def test_a_run_shorter_than_its_warmup_trains(plan, tmp_path):
-    train(plan(warmup_steps=50, learning_rate=0.0), tmp_path / "still", quiet=True)
-    train(plan(warmup_steps=50), tmp_path / "moved", quiet=True)
-    still, moved = (load_file(tmp_path / each / "model/weights.safetensors") for each in ("still", "moved"))
-    assert any(not still[name].equal(moved[name]) for name in still)
+def test_train_shorter_than_warmup_updates_weights(make_recipe, tmp_path):
+    train(make_recipe(warmup_steps=50, learning_rate=0.0), tmp_path / "still", quiet=True)
+    train(make_recipe(warmup_steps=50), tmp_path / "moved", quiet=True)
+    untrained, trained = (load_file(tmp_path / each / "model/weights.safetensors") for each in ("still", "moved"))
+    assert any(not untrained[name].equal(trained[name]) for name in untrained)
 
 
-def test_train_is_alone_in_its_folder(plan, tmp_path):
+def test_train_rejects_locked_run_folder(make_recipe, tmp_path):
     with RunFolder(tmp_path, "train"), pytest.raises(LockedError, match="is being written by another process"):
-        train(plan(), tmp_path, quiet=True)
+        train(make_recipe(), tmp_path, quiet=True)
 
 
-def test_train_does_not_overwrite_the_model_that_it_starts_from(plan, small, small_table, tmp_path):
+def test_train_rejects_overwriting_its_initial_model(make_recipe, build_small_model, small_model_table, tmp_path):
     from dataclasses import replace
 
-    train(plan(), tmp_path, quiet=True)
-    before = weights(tmp_path)
-    for start in (tmp_path / "model", save(small(trainable=small_table["trainable"]), tmp_path / "best")):
-        recipe = replace(plan(), model=str(start))
+    train(make_recipe(), tmp_path, quiet=True)
+    original_weights = read_weights(tmp_path)
+    for initial_model in (
+        tmp_path / "model",
+        save(build_small_model(trainable=small_model_table["trainable"]), tmp_path / "best"),
+    ):
+        recipe = replace(make_recipe(), model=str(initial_model))
         with pytest.raises(OutputError, match="is an input of this command"):
             train(recipe, tmp_path, quiet=True, overwrite=True)
-    assert weights(tmp_path) == before
+    assert read_weights(tmp_path) == original_weights
 
 
-def test_the_command_sets_aside_only_in_its_default_folder(plan, tmp_path, monkeypatch, capfd):
+def test_train_command_sets_aside_only_in_its_default_folder(make_recipe, tmp_path, monkeypatch, capfd):
     from sca.cli import run_command
 
     monkeypatch.chdir(tmp_path)
@@ -127,7 +132,7 @@ def test_the_command_sets_aside_only_in_its_default_folder(plan, tmp_path, monke
     for seed in (0, 1):
         assert run_command(["train", "mine.toml", f"train.seed={seed}", "--quiet"]) == 0
     assert "sca: runs/mine contained another run, which is now in runs/mine-1" in capfd.readouterr().err
-    assert weights(tmp_path / "runs/mine") != weights(tmp_path / "runs/mine-1")
+    assert read_weights(tmp_path / "runs/mine") != read_weights(tmp_path / "runs/mine-1")
     assert run_command(["train", "mine.toml", "train.seed=2", "--quiet", "--out", "runs/mine"]) == 2
     assert "contains another run (train.seed: 1 there, 2 now)" in capfd.readouterr().err
     assert run_command(["train", "mine.toml", "train.seed=2", "--quiet", "--out", "runs/mine", "--overwrite"]) == 0

@@ -13,7 +13,7 @@ from sca.evaluation.records import Record, collect_region_ids, require_records
 ATTRIBUTES = ("color", "shape", "size", "texture")
 
 
-class Attributes:
+class AttributeAccuracy:
     """Fraction of captions with the correct color, shape, size and texture: each attribute, and `all` four.
 
     Captions are parsed by `sca.data.scenes.parse_statement`. An attribute that is not stated counts as wrong.

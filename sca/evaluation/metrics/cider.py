@@ -14,14 +14,15 @@ from sca.evaluation.records import Record
 from sca.evaluation.tokenization import CAPTION_NEEDS, tokenize_pairs
 
 MAX_NGRAM = 4
-SINGLE_REGION_NOTE = "not a number for a single region: how rare an n-gram is takes the references of at least two"
+SINGLE_REGION_NOTE = "undefined for a single region: n-gram weights need the references of at least two regions"
 
 
 class CiderD:
     """CIDEr-D: CIDEr with clipped counts and a length penalty (sigma 6), times 10 as defined.
 
-    A perfect caption scores at most 10; papers print this value times 10. Document frequencies come from the evaluated
-    references, so the score of a single region is NaN. The bootstrap keeps them fixed.
+    A perfect caption scores at most 10. Papers print this value times 100, such as 149.8 for 1.498. Document
+    frequencies come from the evaluated references, so the score of a single region is NaN. The bootstrap keeps them
+    fixed.
 
     Args:
         references: "all" or only the "first" reference per region.

@@ -40,7 +40,7 @@ class ClipScore:
     ):
         if pretrained is None and not model.startswith(("local-dir:", "hf-hub:")):
             raise ValueError(
-                "needs weights: give clip-score.pretrained=openai (which are fetched), a file, or "
+                "needs weights; set clip-score.pretrained=openai (downloads them) or to a file, or "
                 "clip-score.model=local-dir:FOLDER"
             )
         try:

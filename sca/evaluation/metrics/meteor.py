@@ -114,7 +114,7 @@ class MeteorProgram:
                 num_complete = sum(len(output.split()) == NUM_STATISTICS for output in outputs)
                 if num_complete < len(lines):
                     self._stop()
-                    reason = self._last_error.decode("utf-8", "replace") or "it printed no reason"
+                    reason = self._last_error.decode("utf-8", "replace") or "no error output"
                     raise ValueError(f"METEOR returned {num_complete} results for {len(lines)} captions: {reason}")
             except BaseException:  # also on Ctrl-C: a later call would read stale results from the pipes
                 self._stop()

@@ -47,7 +47,7 @@ class RegionSensitivity:
         "truth.name or task=caption",
         "truth.phrases or truth.attributes.color or task=recognition",
     )
-    includes_controls = True  # also scores controls
+    includes_controls = True
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         scored_records = require_records(records, self.required_fields, "region-sensitivity")

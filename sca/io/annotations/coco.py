@@ -69,7 +69,8 @@ def _parse_nonempty_segmentation(
     mask = parse_segmentation(value, size, partial(_count_reason, skip, location))
     if mask is None or masks.compute_mask_area(mask):
         return mask
-    return skip("polygon covering no pixel" if isinstance(value, list) else "empty mask", location)
+    skip("polygon covering no pixel" if isinstance(value, list) else "empty mask", location)
+    return None
 
 
 def _count_reason(skip: SkipCallback, location: str, reason: str) -> None:
@@ -156,7 +157,7 @@ def parse_polygons(value: list[Any], count: CountCallback) -> list[Points]:
     Raises:
         InputError: The value is invalid; the message describes the expected format.
     """
-    polygons = []
+    polygons: list[Points] = []
     for flat in value:
         if not isinstance(flat, list) or len(flat) % 2 or not all(map(is_finite_number, flat)):
             raise InputError("must be lists of x, y, x, y, ... for its polygons")

@@ -80,7 +80,7 @@ def _read_task(
     model = annotation.get("model_version") if isinstance(annotation.get("model_version"), str) else None
     annotated_images = []
     for (key, index), name in images.items():
-        image_results = [each for each in results if _belongs_to_image(each, key, index, images)]
+        image_results: Results = [each for each in results if _belongs_to_image(each, key, index, images)]
         recorded_size, image_results = resolve_image_size(image_results, data, len(images) == 1, location, reject)
         size = recorded_size or (measure(name) if any(map(_get_shape_type, image_results)) else None)
         regions = read_regions(image_results, size, location, skip, reject)
@@ -92,7 +92,7 @@ def _read_task(
 
 def _read_results(results: Any, location: str, reject: RejectCallback) -> list[Mapping[str, Any]]:
     check_type(location, results, list, InputError)
-    objects = []
+    objects: list[Mapping[str, Any]] = []
     for number, result in enumerate(results):
         try:
             objects.append(check_object(result, f"{location}[{number}]"))
@@ -333,8 +333,8 @@ def read_shape(
                 if not value.get("closed") or any(each.get("isBezier") for each in vertices):
                     skip("open or curved vector", location)
                     return None, None, None
-                corners = [_read_value_numbers(each, ("x", "y")) for each in vertices]
-                return _fill_shape([(x * x_scale, y * y_scale) for x, y in corners], size, location, skip)
+                vertex_points = [_read_value_numbers(each, ("x", "y")) for each in vertices]
+                return _fill_shape([(x * x_scale, y * y_scale) for x, y in vertex_points], size, location, skip)
             case "brush":
                 code = read_field(value, "rle", list, "'value'")
                 return None, masks.encode_rle(decode_brush_rle(code, *size)), None

@@ -233,7 +233,8 @@ def _read_filled_shapes(
         except ValueError as error:
             raise InputError(f"{shape.location}: a {shape.shape_type} that cannot be read: {error}") from error
     if not mask.any():
-        return skip("shape covering no pixel", filled_shapes[0].location)
+        skip("shape covering no pixel", filled_shapes[0].location)
+        return None
     mask_rle = masks.encode_rle(mask)
     return _make_annotation(shapes, box=masks.mask_to_box(mask_rle), mask=mask_rle)
 

@@ -80,10 +80,12 @@ def clip_annotated_box(
     """
     clipped, scale = clip_box(box, *size), find_normalized_scale(box, *size)
     if clipped is None:
-        return skip("empty box", location)
+        skip("empty box", location)
+        return None
     mask_box = masks.mask_to_box(mask) if scale is not None and mask else None
     if scale is not None and (mask_box is None or find_normalized_scale(mask_box, *size) is None):
-        return skip("normalized box", f"{location}, in 0..{scale} of a {size[0]} x {size[1]} image")
+        skip("normalized box", f"{location}, in 0..{scale} of a {size[0]} x {size[1]} image")
+        return None
     if any(abs(old - new) > ROUNDING_TOLERANCE for old, new in zip(box, clipped, strict=True)):
         skip("box clipped", location)
     return clipped

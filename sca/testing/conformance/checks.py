@@ -70,7 +70,9 @@ def register_check(*kinds: str, source: str | None = None) -> Callable[[Callable
     """
 
     def register(function: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
-        expected = " ".join(inspect.getdoc(function).partition("\n\n")[0].split())
+        documentation = inspect.getdoc(function)
+        assert documentation is not None
+        expected = " ".join(documentation.partition("\n\n")[0].split())
         CHECKS.append(ConformanceCheck(function.__name__.replace("_", "-"), kinds, expected, source, function))
         return function
 

@@ -136,13 +136,14 @@ def trainable_parameters_receive_gradients(harness: ComponentHarness) -> str | N
     if not trainable:
         raise DoesNotApply("the component has no trainable parameters")
     compute_weighted_sum(harness.compute_outputs(component, harness.make_inputs())).backward()
-    missing_gradients = [name for name, parameter in trainable.items() if parameter.grad is None]
+    gradients = {name: parameter.grad for name, parameter in trainable.items() if parameter.grad is not None}
+    missing_gradients = [name for name in trainable if name not in gradients]
     if missing_gradients:
         return f"parameters without a gradient: {format_names(missing_gradients)}"
-    non_finite_gradients = [name for name, parameter in trainable.items() if not parameter.grad.isfinite().all()]
+    non_finite_gradients = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     if non_finite_gradients:
         return f"NaN or infinite gradients: {format_names(non_finite_gradients)}"
-    return None if any(parameter.grad.any() for parameter in trainable.values()) else "all gradients are zero"
+    return None if any(gradient.any() for gradient in gradients.values()) else "all gradients are zero"
 
 
 @register_check("segmenters", "mixers", "language_models")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,8 @@ def compute_weighted_sum(outputs: Mapping[str, Tensor]) -> Tensor:
     """Return a randomly weighted sum, whose gradient does not vanish after a final normalization."""
     generator = torch.Generator().manual_seed(2)
     differentiable = [value for value in outputs.values() if value.requires_grad]
-    return sum((value * torch.randn(value.shape, generator=generator)).sum() for value in differentiable)
+    terms = [(value * torch.randn(value.shape, generator=generator)).sum() for value in differentiable]
+    return cast("Tensor", sum(terms))
 
 
 def clone_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

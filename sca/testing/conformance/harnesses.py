@@ -25,7 +25,7 @@ MAX_SAMPLES = 8  # samples to read of a dataset
 class StandInEncoder:
     """Minimal encoder with only the attributes that a segmenter may use."""
 
-    image_format = ImageFormat(size=IMAGE_SIZE)
+    image_format: ImageFormat = ImageFormat(size=IMAGE_SIZE)
     channels = HIDDEN_SIZE
     stride = STRIDE
     default_segmenter = "box"
@@ -88,11 +88,13 @@ class ComponentHarness:
 
     def __init__(self, kind: str, component: str | Callable[..., Any], options: Mapping[str, Any]):
         self.kind = kind
-        self.name = component if isinstance(component, str) else None
-        self.factory = partial(get_registry(kind).build, component) if isinstance(component, str) else component
-        self.options = dict(options)
+        self.name: str | None = component if isinstance(component, str) else None
+        self.factory: Callable[..., Any] = (
+            partial(get_registry(kind).build, component) if isinstance(component, str) else component
+        )
+        self.options: dict[str, Any] = dict(options)
         # Captured before the component is imported, unless this process has already used it.
-        self.initial_state = capture_process_state()
+        self.initial_state: dict[str, Any] = capture_process_state()
 
     def build(self, seed: int = 0) -> Any:
         """Build the component in eval mode with seeded random weights."""
@@ -182,7 +184,7 @@ class SegmenterInputs:
 class SegmenterHarness(ComponentHarness):
     """Harness of segmenters."""
 
-    upstream = (StandInEncoder(),)
+    upstream: tuple[Any, ...] = (StandInEncoder(),)
     OUTPUT_FIELDS = ("prompt_tokens", "tokens", "mask_tokens", "grid", "masks", "iou_scores", "boxes")
 
     def make_all_inputs(self) -> SegmenterInputs:
@@ -248,7 +250,7 @@ class SegmenterHarness(ComponentHarness):
         return [inputs.features]
 
     def compute_outputs(self, component: Any, inputs: SegmenterInputs) -> dict[str, Tensor]:
-        outputs = {}
+        outputs: dict[str, Tensor] = {}
         runs = [(prompt_type, prompt_type, True) for prompt_type in inputs.prompts]
         for name, prompt_type, multimask in [*runs, ("box, one mask", "box", False)]:
             segmenter_output = component(inputs.features, inputs.prompts[prompt_type], multimask)
@@ -270,7 +272,7 @@ SHARED_FIELDS = ("image_index", "image_embeddings", "image_size", "positional_en
 class MixerHarness(ComponentHarness):
     """Harness of mixers."""
 
-    upstream = (StandInSegmenter(),)
+    upstream: tuple[Any, ...] = (StandInSegmenter(),)
     REGION_FIELDS = tuple(each.name for each in fields(SegmenterOutput) if each.name not in SHARED_FIELDS)
 
     def make_inputs(self) -> SegmenterOutput:
@@ -291,14 +293,8 @@ class MixerHarness(ComponentHarness):
         return replace(inputs, **{name: getattr(inputs, name).to(dtype) for name in field_names})
 
     def list_upstream_tensors(self, inputs: SegmenterOutput) -> list[Tensor]:
-        return [
-            inputs.image_embeddings,
-            inputs.tokens,
-            inputs.grid,
-            inputs.prompt_tokens,
-            inputs.mask_tokens,
-            inputs.masks,
-        ]
+        names = ("image_embeddings", "tokens", "grid", "prompt_tokens", "mask_tokens", "masks")
+        return [getattr(inputs, name) for name in names]
 
     def compute_outputs(self, component: Any, inputs: SegmenterOutput) -> dict[str, Tensor]:
         return {"queries": component(inputs)}
@@ -386,7 +382,7 @@ class DatasetHarness(ComponentHarness):
 
     def __init__(self, kind: str, component: str | Callable[..., Any], options: Mapping[str, Any]):
         super().__init__(kind, component, {name: value for name, value in options.items() if name != "split"})
-        self.upstream = (options.get("split", "val"),)
+        self.upstream: tuple[Any, ...] = (options.get("split", "val"),)
 
     def read_samples(self) -> list[Any]:
         """Return the first `MAX_SAMPLES` samples."""

@@ -107,7 +107,9 @@ def default_generation_is_greedy(harness: LanguageModelHarness) -> str | None:
     eos_token_id = component.tokenizer.eos_token_id if component.tokenizer is not None else None
     generation_output = component.generate(inputs.prefix, max_new_tokens=MAX_NEW_TOKENS)
     for row, prefix in enumerate(inputs.prefix):
-        embeddings, expected_ids, log_probs = prefix[None], [], []
+        embeddings = prefix[None]
+        expected_ids: list[int] = []
+        log_probs: list[float] = []
         while len(expected_ids) < MAX_NEW_TOKENS and (not expected_ids or expected_ids[-1] != eos_token_id):
             attention_mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
             logits = component.lm_head(component.hidden_states(embeddings, attention_mask))[0, -1]
@@ -128,7 +130,7 @@ def default_generation_is_greedy(harness: LanguageModelHarness) -> str | None:
 @register_check("language_models")
 def lora_preserves_outputs(harness: LanguageModelHarness) -> str | None:
     """`add_lora` adds trainable parameters named lora_, leaves the outputs unchanged, and freezes nothing."""
-    component = harness.build_module()
+    component: Any = harness.build_module()
     inputs = harness.make_inputs()
     with torch.no_grad():
         initial_outputs = harness.compute_outputs(component, inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +38,8 @@ def requires_only_declared_outputs(harness: MixerHarness) -> str | None:
     for need, names in fields_by_need.items():
         if need not in needs:
             try:
-                harness.component(replace(inputs, **dict.fromkeys(names)))
+                missing_fields: dict[str, Any] = dict.fromkeys(names)
+                harness.component(replace(inputs, **missing_fields))
             except Exception as error:
                 return f"without {need}: {type(error).__name__}: {error}"
     return None

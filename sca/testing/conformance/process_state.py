@@ -17,6 +17,7 @@ CHANGED_BY_IMPORTS = (WARNING_FILTERS, ENVIRONMENT, RANDOM_STATE)  # changed by 
 
 def capture_process_state() -> dict[str, Any]:
     """Capture global settings of torch, logging, warnings, the environment and random generators."""
+    numpy_state: Any = numpy.random.get_state()
     return {
         "torch's default dtype": str(torch.get_default_dtype()),
         "torch's number of threads": torch.get_num_threads(),
@@ -29,5 +30,5 @@ def capture_process_state() -> dict[str, Any]:
         ENVIRONMENT: dict(os.environ),
         "the working folder": os.getcwd(),
         RANDOM_STATE: random.getstate(),
-        "numpy's random state": numpy.random.get_state()[1].tolist(),
+        "numpy's random state": numpy_state[1].tolist(),
     }

@@ -46,4 +46,4 @@ def proposals_are_deterministic(harness: ComponentHarness) -> str | None:
 def _is_same_prompt(first: Prompt, second: Prompt) -> bool:
     if (first.mask is None) != (second.mask is None) or (first.box, first.points) != (second.box, second.points):
         return False
-    return first.mask is None or np.array_equal(first.mask, second.mask)
+    return first.mask is None or second.mask is None or np.array_equal(first.mask, second.mask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sca_registry.contracts import MaskTargets, SegmenterOutput
@@ -35,7 +35,7 @@ def output_shapes(harness: SegmenterHarness) -> str | None:
             )
         num_tokens, num_prompt_tokens = output.tokens.shape[1], output.prompt_tokens.shape[1]
         num_masks = output.masks.shape[1] if output.masks is not None else None
-        dense_shape = (num_regions, hidden_size, GRID_SIZE, GRID_SIZE)
+        dense_shape: tuple[int, ...] = (num_regions, hidden_size, GRID_SIZE, GRID_SIZE)
         if output.dense_embeddings.dim() == 3:
             dense_shape = (hidden_size, 1, 1)
         shapes = {
@@ -130,7 +130,7 @@ def losses_are_differentiable(harness: SegmenterHarness) -> str | None:
     for name, value in losses.items():
         if not isinstance(value, Tensor) or value.dim() or not value.isfinite():
             return f"loss {name!r} is {value!r}"
-    sum(losses.values()).backward()
+    cast("Tensor", sum(losses.values())).backward()
     has_gradient = any(p.grad is not None and p.grad.any() for p in component.parameters() if p.requires_grad)
     return None if has_gradient else "no gradient reaches the segmenter"
 

@@ -1,0 +1,120 @@
+"""SAM 2's prompt encoder and mask decoder (arXiv 2408.00714), also those of EdgeTAM and of SAM 3's tracker.
+
+The modules are transformers'; the steps are those of SAM, with these differences: an object token, high-resolution
+features in the upscaling of masks, a sigmoid over IoU scores, and a single mask that is replaced if it is unstable.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from sca_registry.contracts import PromptBatch
+from torch import Tensor, nn
+from transformers import Sam2MaskDecoderConfig, Sam2PromptEncoderConfig, SamMaskDecoderConfig
+from transformers.models.sam2.modeling_sam2 import Sam2MaskDecoder, Sam2PromptEncoder
+
+from sca.nn.sam2 import load_sam2_model
+from sca.nn.two_way_transformer import TwoWayForward
+from sca.segmenters.sam import SamSegmenter
+
+
+class Sam2Segmenter(SamSegmenter):
+    """SAM 2's promptable segmenter: predicts masks, IoU scores, output tokens and a feature grid for each region.
+
+    The weights of a pretrained encoder of SAM 2's family contain those of the segmenter, which are used unless
+    `weights` is set. Other encoders have no high-resolution features, so that masks have coarser borders. The arguments
+    are those of `SamSegmenter`.
+    """
+
+    encoder_families = ("sam2",)
+
+    def load_modules(self, weights: str, revision: str | None) -> tuple[nn.Module, nn.Module]:
+        """Load the pretrained prompt encoder and mask decoder."""
+        model = load_sam2_model(weights, revision)
+        self.grid_embedding = model.shared_image_embedding
+        return model.prompt_encoder, _prepare_decoder(model.mask_decoder)
+
+    def build_modules(
+        self, mask_decoder_config: SamMaskDecoderConfig, patch_size: int, mask_input_channels: int
+    ) -> tuple[nn.Module, nn.Module]:
+        """Build a prompt encoder and a mask decoder with random weights."""
+        config = mask_decoder_config
+        decoder_config = Sam2MaskDecoderConfig(
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            mlp_dim=config.mlp_dim,
+            iou_head_depth=config.iou_head_depth,
+            iou_head_hidden_dim=config.iou_head_hidden_dim,
+        )
+        prompt_encoder = Sam2PromptEncoder(
+            Sam2PromptEncoderConfig(
+                hidden_size=config.hidden_size,
+                image_size=self.image_size,
+                patch_size=patch_size,
+                mask_input_channels=mask_input_channels,
+            )
+        )
+        self.grid_embedding = copy.deepcopy(prompt_encoder.shared_embedding)
+        return prompt_encoder, _prepare_decoder(Sam2MaskDecoder(decoder_config))
+
+    def get_output_tokens(self) -> Tensor:
+        """Return the learned output tokens: the IoU token, M + 1 mask tokens, and the object token, (M + 3, D)."""
+        return torch.cat((super().get_output_tokens(), self.decoder.obj_score_token.weight))
+
+    def get_grid_embedding(self) -> nn.Module:
+        """Return the module that maps the centers of cells to Fourier features."""
+        return self.grid_embedding
+
+    def embed_prompts(self, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Embed prompts as `SamSegmenter.embed_prompts` does; a mask prompt alone has two tokens for no point."""
+        if prompts.boxes is None and prompts.points is None:
+            no_point = prompts.image_index.new_zeros(len(prompts), 1, 2)
+            prompts = replace(prompts, points=no_point, labels=no_point[..., 0] - 1)
+        return super().embed_prompts(prompts)
+
+    def upscale_grid(self, grid: Tensor, image_index: Tensor, high_res_features: tuple[Tensor, ...]) -> Tensor:
+        """Upscale the grids of N regions, adding high-resolution features: (N, D, h, w) -> (N, D/8, 4h, 4w)."""
+        middle, high = high_res_features or (None, None)
+        decoder = self.decoder
+        upscaled = _add_image_features(decoder.upscale_conv1(grid), middle, image_index)
+        upscaled = decoder.activation(decoder.upscale_layer_norm(upscaled))
+        return decoder.activation(_add_image_features(decoder.upscale_conv2(upscaled), high, image_index))
+
+    def select_masks(
+        self, masks: Tensor, iou_scores: Tensor, mask_tokens: Tensor, multimask_output: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Select three masks per region, or one.
+
+        The one is the single mask. In inference, if it is unstable, it is the best of the three.
+        """
+        config = self.decoder.config
+        if multimask_output or self.training or not config.dynamic_multimask_via_stability:
+            return super().select_masks(masks, iou_scores, mask_tokens, multimask_output)
+        stability = compute_stability_scores(masks[:, 0], config.dynamic_multimask_stability_delta)
+        is_stable = stability >= config.dynamic_multimask_stability_thresh
+        selected = torch.where(is_stable, 0, 1 + iou_scores[:, 1:].argmax(dim=1))
+        rows = torch.arange(len(masks), device=masks.device)
+        return tuple(values[rows, selected].unsqueeze(1) for values in (masks, iou_scores, mask_tokens))
+
+
+def compute_stability_scores(logits: Tensor, offset: float) -> Tensor:
+    """Return the IoU of masks (N, h, w) cut at `offset` and at `-offset`, (N,); 1 for empty masks."""
+    intersection = (logits > offset).sum((1, 2)).float()
+    union = (logits > -offset).sum((1, 2)).float()
+    return torch.where(union > 0, intersection / union, 1.0)
+
+
+def _prepare_decoder(decoder: nn.Module) -> nn.Module:
+    """Speed up the transformer, remove what the encoder contains, and freeze the object score head, which is unused."""
+    decoder.transformer.__class__ = TwoWayForward
+    del decoder.conv_s0, decoder.conv_s1
+    decoder.pred_obj_score_head.requires_grad_(False)
+    return decoder
+
+
+def _add_image_features(values: Tensor, features: Tensor | None, image_index: Tensor) -> Tensor:
+    """Add the features (B, C, h, w) of each region's image to values (N, C, h, w)."""
+    return values if features is None else values + features[image_index]
