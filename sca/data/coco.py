@@ -142,14 +142,15 @@ class Coco(TableDataset):
         self.annotations, image_folder = find_coco_files(self.layouts, split, root, annotations, image_root)
         super().__init__(split, image_folder, [self.annotations], max_bad_records, self.selection_key)
 
-    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the file index, the index of an image, and the indices of its annotations."""
         coco_index = CocoIndex.read(self.annotations, requires_categories=False, reject=self._get_reject_callbacks())
         if self.has_class_names and not coco_index.has_categories:
             self._skip(NO_CATEGORIES_REASON, str(self.annotations))
         bar.reset(len(coco_index.images))
         if self.has_class_names:
-            self.attribute_values = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
+            class_names = tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))
+            self.attribute_values: dict[str, tuple[str, ...]] = {"name": class_names}
         image_indices = coco_index.annotations.resolve_references(
             "image_id", coco_index.images, "the images", self._reject_region
         )
@@ -202,7 +203,8 @@ class Coco(TableDataset):
         except ValueError as error:
             if not record.get("caption"):
                 raise
-            return self._reject_category(error)
+            self._reject_category(error)
+            return None
 
     def _map_file_name(self, name: str) -> str:
         """Map a file name in the JSON file to a path in the image folder."""
@@ -223,7 +225,7 @@ class GritVisualGenome(Coco):
     """
 
     reader = "visual-genome-grit"
-    layouts = (("{split}.json", "."), ("annotations/{split}.json", "."))
+    layouts: tuple[tuple[str, str], ...] = (("{split}.json", "."), ("annotations/{split}.json", "."))
     has_class_names = False
 
     def _resolve_image_path(self, name: str) -> Path:
@@ -245,7 +247,7 @@ class Objects365(Coco):
     """
 
     reader = "objects365"
-    layouts = tuple(
+    layouts: tuple[tuple[str, str], ...] = tuple(
         (f"{folder}{file}", "{split}")
         for file in ("zhiyuan_objv2_{split}.json", "objects365v2_{split}_fixann.json")
         for folder in ("annotations/", "")
@@ -268,7 +270,10 @@ class V3Det(Coco):
     """
 
     reader = "v3det"
-    layouts = (("annotations/v3det_2023_v1_{split}.json", "."), ("v3det_2023_v1_{split}.json", "."))
+    layouts: tuple[tuple[str, str], ...] = (
+        ("annotations/v3det_2023_v1_{split}.json", "."),
+        ("v3det_2023_v1_{split}.json", "."),
+    )
 
 
 class CocoCaptions(Coco):
@@ -284,7 +289,10 @@ class CocoCaptions(Coco):
     """
 
     reader = "coco-captions"
-    layouts = (("annotations/captions_{split}2017.json", "{split}2017"), ("captions_{split}.json", "{split}"))
+    layouts: tuple[tuple[str, str], ...] = (
+        ("annotations/captions_{split}2017.json", "{split}2017"),
+        ("captions_{split}.json", "{split}"),
+    )
     has_class_names = False
 
     def _add_annotations(
@@ -326,7 +334,7 @@ class CocoJson(Coco):
         self.selection_key = make_val_fraction_key(split, val_fraction)
         super().__init__(split, annotations=annotations, image_root=image_root, max_bad_records=max_bad_records)
 
-    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the file index, the index of an image, and the annotations of all records of its file."""
         name_resolver = ImageNameResolver(self._resolve_image_path)
         entry_by_name: dict[str, tuple[CocoIndex, int, list[int]]] = {}

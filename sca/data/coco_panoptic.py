@@ -43,12 +43,12 @@ class CocoPanoptic(TableDataset):
 
     def __init__(self, split: str, root: str | Path, max_bad_records: int = 100):
         self.annotations, image_folder = find_coco_files(LAYOUTS, split, root)
-        self.segments = self.annotations.with_suffix("")
+        self.segments: Path = self.annotations.with_suffix("")
         if not self.segments.is_dir():
             raise InputError(f"no folder {self.segments} with the PNG files of {self.annotations.name}")
         super().__init__(split, image_folder, [self.annotations, self.segments], max_bad_records)
 
-    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the file index, an image index, its annotation and location, and the number of segments before it."""
         coco_index = CocoIndex.read(
             self.annotations, ("image_id",), reject=self._get_reject_callbacks() | {"annotations": self._reject_image}
@@ -104,10 +104,12 @@ class CocoPanoptic(TableDataset):
         try:
             colors = np.asarray(open_image(resolve_image_path(name, [self.segments])), dtype=np.int64)
         except InputError as error:
-            return self._skip_image("segments unreadable", str(path), str(error), stop=False)
+            self._skip_image("segments unreadable", str(path), str(error), stop=False)
+            return None
         if colors.shape[:2] != (row["height"], row["width"]):
             size = f"{colors.shape[1]} x {colors.shape[0]}"
-            return self._skip_image("segments of another size", str(path), f"{name} ({size})", stop=False)
+            self._skip_image("segments of another size", str(path), f"{name} ({size})", stop=False)
+            return None
         return colors @ np.array([1, 256, 65536])
 
     def _add_segment(

@@ -122,7 +122,7 @@ class ConvertedTable:
         """First skipped records of each reason, each with its file, record and field."""
         return self._skip.examples
 
-    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the inputs of `_build_row` in a fixed order.
 
         Must be cheap, because a resumed conversion iterates over finished entries again. May set `attribute_values` and
@@ -177,26 +177,26 @@ class ConvertedTable:
             }
         )
 
-    def _reject_region(self, problem: str | InputError) -> None:
+    def _reject_region(self, problem: str | ValueError) -> None:
         """Count an unusable region; the problem names its file, record and field."""
         self._skip(UNUSABLE_REGION_REASON, str(problem))
 
     @contextmanager
-    def _catch_record_errors(self, reject: Callable[[InputError], None] | None = None) -> Iterator[None]:
+    def _catch_record_errors(self, reject: Callable[[ValueError], None] | None = None) -> Iterator[None]:
         """Count the record whose InputError this block raises, by default as a region, and continue."""
         try:
             yield
         except ValueError as error:
             (reject or self._reject_region)(error)
 
-    def _reject_image(self, problem: str | InputError) -> None:
+    def _reject_image(self, problem: str | ValueError) -> None:
         """Count an unusable image; the problem names its file, record and field."""
         self._skip(UNUSABLE_IMAGE_REASON, str(problem))
 
-    def _reject_category(self, problem: InputError) -> None:
+    def _reject_category(self, problem: ValueError) -> None:
         self._skip(UNNAMED_CATEGORY_REASON, str(problem))
 
-    def _get_reject_callbacks(self) -> dict[str, Callable[[InputError], None]]:
+    def _get_reject_callbacks(self) -> dict[str, Callable[[ValueError], None]]:
         """Return the callback for unusable records of each list of a COCO file."""
         return {
             "images": self._reject_image,
@@ -266,7 +266,8 @@ class ConvertedTable:
         metadata = self._read_metadata(folder)
         if metadata is None:
             return False
-        self.metadata, self.content_hash = metadata, str(metadata["hash"])
+        self.metadata: dict[str, Any] = metadata
+        self.content_hash: str = str(metadata["hash"])
         self._restore_counts(metadata)
         shards = [Dataset.from_file(str(folder / _format_shard_name(number))) for number in range(metadata["shards"])]
         self._table = concatenate_datasets(shards)
@@ -303,7 +304,7 @@ class ConvertedTable:
             if old_folder != folder and old_folder.is_dir():
                 shutil.rmtree(old_folder, ignore_errors=True)
 
-    def _write_shards(self, draft: Path, metadata: dict[str, Any], bar: tqdm) -> None:
+    def _write_shards(self, draft: Path, metadata: dict[str, Any], bar: tqdm[Any]) -> None:
         """Append shards to those in `metadata` until no entries are left."""
         from datasets import Dataset
         from datasets.arrow_writer import ArrowWriter
@@ -357,7 +358,8 @@ class ConvertedTable:
         if not row["regions"]:
             if row["stamp"]:
                 self._empty_image_sizes[row["file"]] = row["stamp"], row["width"], row["height"]
-            return self._skip("image without regions", row["file"])
+            self._skip("image without regions", row["file"])
+            return None
         return row
 
     def _find_image_file(self, name: str) -> Path | None:
@@ -366,9 +368,11 @@ class ConvertedTable:
             path = self._resolve_image_path(name)
         except InputError as error:
             reason = "image is a URL" if is_url(name) else "image name ambiguous"
-            return self._skip_image(reason, name, str(error), stop=False)
+            self._skip_image(reason, name, str(error), stop=False)
+            return None
         if not os.path.isfile(path):
-            return self._skip_image("image missing", name, name, stop=False)
+            self._skip_image("image missing", name, name, stop=False)
+            return None
         if (other_name := self._register_file_name(path, name)) is not None:
             message = f"{name!r} and {other_name!r} both refer to {path}; write paths relative to {self.image_root}"
             return self._skip_image("image name ambiguous", name, message, stop=False)

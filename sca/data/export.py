@@ -193,13 +193,13 @@ def _write_sa1b(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
             save_image(sample, folder / f"{name}.jpg", quality=95)
             width, height = sample.image.size
             image = {"image_id": sample.image_id, "width": width, "height": height, "file_name": f"{name}.jpg"}
-            masked_regions = [region for region in sample.regions if region.mask]
+            masked_regions = [(region, region.mask) for region in sample.regions if region.mask]
             annotations = []
-            for region in masked_regions:
-                x1, y1, x2, y2 = mask_to_box(region.mask)
+            for region, mask in masked_regions:
+                x1, y1, x2, y2 = mask_to_box(mask) or region.box
                 box = [x1, y1, x2 - 1 - x1, y2 - 1 - y1]  # published boxes end at the last pixel
                 annotations.append(make_annotation_record(region, sample.image_id, {}) | {"bbox": box})
-            captions_by_region_id = {region.id: list(get_region_texts(region)) for region in masked_regions}
+            captions_by_region_id = {region.id: list(get_region_texts(region)) for region, _ in masked_regions}
             write_json(folder / f"{name}.json", {"image": image, "annotations": annotations})
             write_json(folder / f"{name}.captions.json", captions_by_region_id)
 

@@ -143,10 +143,11 @@ def _write_segments(sample: Sample, path: Path, categories: dict[str, int]) -> d
     width, height = sample.image.size
     segment_ids, segments_info = np.zeros((height, width), dtype=np.int64), []
     masked_regions = sorted(
-        (region for region in sample.regions if region.mask), key=lambda region: -compute_mask_area(region.mask)
+        ((region, region.mask) for region in sample.regions if region.mask),
+        key=lambda pair: -compute_mask_area(pair[1]),
     )
-    for number, region in enumerate(masked_regions, start=1):
-        segment_ids[decode_rle(region.mask)] = number
+    for number, (region, mask) in enumerate(masked_regions, start=1):
+        segment_ids[decode_rle(mask)] = number
         category = categories.setdefault(region.name or UNNAMED_CATEGORY, len(categories) + 1)
         segments_info.append({"id": number, "category_id": category, "iscrowd": 0})
     colors = np.stack((segment_ids % 256, segment_ids // 256 % 256, segment_ids // 65536), axis=2).astype(np.uint8)

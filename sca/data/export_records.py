@@ -78,7 +78,9 @@ def make_annotation_record(region: Region, image_id: int, categories: dict[str, 
     }
 
 
-def write_instances(path: Path, images: list, annotations: list, categories: Mapping[str, int]) -> None:
+def write_instances(
+    path: Path, images: list[dict[str, Any]], annotations: list[dict[str, Any]], categories: Mapping[str, int]
+) -> None:
     """Write a COCO instances file."""
     category_records = [{"id": number, "name": name, "supercategory": name} for name, number in categories.items()]
     write_json(

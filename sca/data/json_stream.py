@@ -97,7 +97,7 @@ class _JsonWindow:
     A value with non-ASCII text is decoded again as UTF-8.
     """
 
-    def __init__(self, file: BinaryIO, path: Path, bar: tqdm):
+    def __init__(self, file: BinaryIO, path: Path, bar: tqdm[Any]):
         self._file, self._path, self._bar = file, path, bar
         self._decoder = json.JSONDecoder()
         self._text, self._position, self._window_start = "", 0, len(BOM_UTF8)  # offset of the window
@@ -168,7 +168,7 @@ class _JsonWindow:
         return True
 
 
-def make_read_progress(path: Path) -> tqdm:
+def make_read_progress(path: Path) -> tqdm[Any]:
     """Return a progress bar over the bytes of a file, shown on a terminal only."""
     return tqdm(
         total=path.stat().st_size, desc=escape_terminal(path.name), unit="B", unit_scale=True, leave=False, disable=None

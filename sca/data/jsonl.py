@@ -74,7 +74,7 @@ class Jsonl(TableDataset):
     def _resolve_image_path(self, name: str) -> Path:
         return resolve_image_path(name, [self.image_root, *([self.working_folder] if self.working_folder else [])])
 
-    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the line index, an image's name and id, and its line numbers; images in order of appearance."""
         images: dict[str, tuple[int, int]] = {}  # index and id of each image
         name_by_image_id: dict[int, str] = {}
@@ -115,7 +115,7 @@ class Jsonl(TableDataset):
                 image_indices.append(number)
         for number in line_index.check_unique_ids(self._reject_region).duplicates:
             image_indices[number] = -1
-        self.attribute_values = {"name": tuple(sorted(class_names))} if class_names else {}
+        self.attribute_values: dict[str, tuple[str, ...]] = {"name": tuple(sorted(class_names))} if class_names else {}
         bar.reset(len(images))
         split_names, self.remarks = choose_split(
             map(name_resolver.identify_file, images), self.split, self.val_fraction
@@ -164,7 +164,8 @@ class Jsonl(TableDataset):
         try:
             return read_image_file_size(path)
         except InputError as error:
-            return self._skip_image("image unreadable", name, f"{name} ({error})", stop=False)
+            self._skip_image("image unreadable", name, f"{name} ({error})", stop=False)
+            return None
 
     def _add_line(self, row: dict[str, Any], record: dict[str, Any], region_id: int, location: str) -> None:
         mask_value = record.get("mask")

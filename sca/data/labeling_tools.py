@@ -56,7 +56,7 @@ class LabelingToolDataset(TableDataset):
         folder = files[0].parent if image_root is None else expand_user(image_root)
         super().__init__(split, folder, files, max_bad_records, make_val_fraction_key(split, val_fraction))
 
-    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the index of an image, the id of its first region, and the image with its regions."""
         name_resolver = ImageNameResolver(self._resolve_image_path)
         annotated_images = self._merge_images(self._iter_annotated_images(), name_resolver)
@@ -74,8 +74,10 @@ class LabelingToolDataset(TableDataset):
     def _build_row(self, entry: Any) -> dict[str, Any] | None:
         number, first_region_id, annotated = entry
         if annotated.size is None:  # a task without regions
-            return self._skip("image without regions", annotated.name)
-        row = self._create_row(number, annotated.name, *annotated.size, annotated.is_size_recorded)
+            self._skip("image without regions", annotated.name)
+            return None
+        width, height = annotated.size
+        row = self._create_row(number, annotated.name, width, height, annotated.is_size_recorded)
         for region_id, region in enumerate(annotated.annotations, first_region_id):
             if region.box is None:
                 self._skip("region without a box or mask", region.location)

@@ -38,8 +38,10 @@ class RecordIndex:
     """
 
     def __init__(self, path: Path, where: str, keys: Sequence[str]):
-        self.path, self.location, self.keys = path, where, keys
-        self.columns = {key: array("q") for key in keys}
+        self.path = path
+        self.location = where
+        self.keys = keys
+        self.columns: dict[str, array[int]] = {key: array("q") for key in keys}
         self._starts, self._lengths = array("q"), array("I")
         self._list_positions: array | None = None  # list position of each record, once a record was skipped
         self._num_skipped = 0

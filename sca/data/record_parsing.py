@@ -140,5 +140,6 @@ def parse_mask(
     except ValueError as error:
         raise InputError(f"{location}: {key} {error}") from error
     if rle is not None and not masks.compute_mask_area(rle):
-        return skip("empty mask", location)
+        skip("empty mask", location)
+        return None
     return rle

@@ -67,7 +67,7 @@ class RefCoco(TableDataset):
             split, _find_image_folder(root, image_root), [self.refs_file, self.instances_file], max_bad_records, split
         )
 
-    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the file index, an image index, and its refs with their locations and annotation indices."""
         refs = []
         for record, location in iter_identified_records(
@@ -80,7 +80,8 @@ class RefCoco(TableDataset):
             splits = dict.fromkeys(split for *_, split in refs)
             raise InputError(f"{self.refs_file} has no split {self.split!r}; it has: {', '.join(splits) or 'none'}")
         coco_index = CocoIndex.read(self.instances_file, reject=self._get_reject_callbacks())
-        self.attribute_values = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
+        class_names = tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))
+        self.attribute_values: dict[str, tuple[str, ...]] = {"name": class_names}
         split_refs = []
         for ref, location in ((ref, location) for ref, location, split in refs if split == self.split):
             with self._catch_record_errors():
@@ -114,7 +115,8 @@ class RefCoco(TableDataset):
         row = self._create_row(*coco_index.read_image_record(image_index))
         for ref, location, annotation_index in refs:
             with self._catch_record_errors():
-                self._add_ref(row, ref, location, *coco_index.annotations[annotation_index], coco_index)
+                annotation, annotation_location = coco_index.annotations[annotation_index]
+                self._add_ref(row, ref, location, annotation, annotation_location, coco_index)
         return row
 
     def _add_ref(

@@ -44,7 +44,7 @@ class Sa1b(TableDataset):
         annotation_files = (path for path in walk_files(root) if path.match("sa_*.json"))
         # Numeric order in each folder.
         sorted_files = sorted(annotation_files, key=lambda file: (str(file.parent), len(file.name), file.name))
-        self.files = [path for path in sorted_files if not path.name.endswith(CAPTIONS_SUFFIX)]
+        self.files: list[Path] = [path for path in sorted_files if not path.name.endswith(CAPTIONS_SUFFIX)]
         if not self.files:
             raise InputError(f"no sa_*.json in {root}; give root=FOLDER with the files of SA-1B")
         file_by_name: dict[str, Path] = {}
@@ -54,7 +54,7 @@ class Sa1b(TableDataset):
         self.caption_files = [path for path in sorted_files if path.name.endswith(CAPTIONS_SUFFIX)]
         super().__init__(split, root, [*self.files, *self.caption_files], max_bad_records)
 
-    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         bar.reset(len(self.files))
         expected_caption_files = set(map(_get_captions_file, self.files))
         for unmatched_file in (file for file in self.caption_files if file not in expected_caption_files):

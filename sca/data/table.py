@@ -77,13 +77,15 @@ class TableDataset(ConvertedTable):
         try:
             image = self._open_image(name)
         except InputError as error:
-            return self._skip_image("image unreadable", name, f"{name} ({error})")
+            self._skip_image("image unreadable", name, f"{name} ({error})")
+            return None
         regions = [_row_to_region(region, *size) for region in row["regions"]]
         if image.size != size:
             try:
                 scale = compute_resize_factors(size, image.size)
             except ValueError as error:
-                return self._skip_image("image of another size", name, f"{name} ({error})")
+                self._skip_image("image of another size", name, f"{name} ({error})")
+                return None
             regions = [scaled for region in regions if (scaled := scale_region(region, scale, image.size)) is not None]
             if not regions:
                 return self._skip_image("image of another size", name, f"{name} (no region is inside it)")

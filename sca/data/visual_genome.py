@@ -39,8 +39,9 @@ class VisualGenome(TableDataset):
 
     def __init__(self, split: str, root: str | Path, splits: str | Path | None = None, max_bad_records: int = 100):
         root = expand_user(root)
-        self.image_data, self.descriptions = root / "image_data.json", root / "region_descriptions.json"
-        self.splits = root / SPLITS_FILE if splits is None else expand_user(splits)
+        self.image_data: Path = root / "image_data.json"
+        self.descriptions: Path = root / "region_descriptions.json"
+        self.splits: Path = root / SPLITS_FILE if splits is None else expand_user(splits)
         if not self.splits.is_file():
             raise InputError(
                 f"no file {self.splits}; copy info/{SPLITS_FILE} of https://github.com/jcjohnson/densecap to {root}, "
@@ -55,7 +56,7 @@ class VisualGenome(TableDataset):
         paths = [self.image_root / folder / name for folder in IMAGE_FOLDERS]
         return next((path for path in paths if path.is_file()), paths[0])
 
-    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield a row without regions, and the record, location and id of each of its regions."""
         split_image_ids = self._read_split_image_ids()
         bar.reset(len(split_image_ids))

@@ -132,7 +132,7 @@ def compare_runs(
     bootstrap_inputs = [collect_bootstrap_inputs(report) for report in reports]
     differences = []
     for name in (name for name in share_scores[0] if name in share_scores[1]):
-        values = [share[name] for share in share_scores]
+        first_value, second_value = (share[name] for share in share_scores)
         bounds = None
         if all(name in each for each in bootstrap_inputs):
             (first_statistics, first_groups), (second_statistics, second_groups) = (
@@ -145,7 +145,8 @@ def compare_runs(
                     bootstrap_scores(second_statistics, second_groups)
                     - bootstrap_scores(first_statistics, first_groups)
                 )
-        differences.append(ScoreDifference(name, *values, values[1] - values[0], *(bounds or (None, None))))
+        low, high = bounds or (None, None)
+        differences.append(ScoreDifference(name, first_value, second_value, second_value - first_value, low, high))
     region_outputs = [collect_region_outputs(report) for report in reports]
     sort_by = choose_score(sort_by, [name for name in region_outputs[0] if name in region_outputs[1]])
     changes = (
@@ -153,7 +154,9 @@ def compare_runs(
         if sort_by
         else []
     )
-    return RunComparison(*reports, tuple(differences), _describe_run_differences(reports), sort_by, changes)
+    first_report, second_report = reports
+    remarks = _describe_run_differences(reports)
+    return RunComparison(first_report, second_report, tuple(differences), remarks, sort_by, changes)
 
 
 def label_reports(reports: Sequence[EvaluationReport]) -> list[EvaluationReport]:
@@ -189,7 +192,7 @@ def choose_score(score_name: str | None, available: Sequence[str]) -> str | None
 
 def collect_region_outputs(report: EvaluationReport) -> dict[str, MetricOutput]:
     """Return the scores with one row per region and the output of their metric, most informative first."""
-    outputs = {}
+    outputs: dict[str, MetricOutput] = {}
     for (_, control), output in report.scoring.outputs.items():
         if control is None and output.per_record is not None and "region_id" in output.per_record:
             region_keys = np.stack([output.per_record["image_id"], output.per_record["region_id"]])
@@ -212,7 +215,7 @@ def get_region_scores(output: MetricOutput, name: str) -> dict[tuple[int, int], 
 def find_scored_records(report: EvaluationReport, score_name: str) -> dict[tuple[int, int], Record]:
     """Return the record behind each region's score by (image_id, region_id)."""
     task = "recognition" if score_name.startswith("class") or score_name.endswith("/recognition") else "caption"
-    records = {}
+    records: dict[tuple[int, int], Record] = {}
     for record in report.records:
         key = record["image_id"], record["region_id"]
         if record["control"] is None and (record["task"] == task or key not in records):

@@ -426,7 +426,12 @@ def _build_report(
 
 def _resolve_captioner(model: Any, device: str, trust_options: Mapping[str, bool]) -> tuple[str, Captioner]:
     if isinstance(model, str | Path):
-        return str(model), load_captioner(model, device, **trust_options)
+        return str(model), load_captioner(
+            model,
+            device,
+            trust_remote_code=trust_options["trust_remote_code"],
+            allow_external=trust_options["allow_external"],
+        )
     if isinstance(model, Predictor):
         model = model.engine
     if isinstance(model, Engine):

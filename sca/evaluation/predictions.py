@@ -301,7 +301,7 @@ class _EncodedImages:
                 "mask prompts need masks, and neither the dataset nor the model has masks of some regions; use the "
                 "prompt type box, center or random-point"
             )
-        return {region: caption.mask for region, caption in captions.items()}
+        return {region: caption.mask for region, caption in captions.items() if caption.mask is not None}
 
 
 def _should_caption(region: Region, task: str, prompts: PromptsByRegion) -> bool:

@@ -65,9 +65,11 @@ class PredictionsJournal:
     """
 
     def __init__(self, folder: Path | None, run: Mapping[str, Any], rank: int = 0):
-        self.folder, self.run, self.rank = folder, dict(run), rank
+        self.folder = folder
+        self.run: dict[str, Any] = dict(run)
+        self.rank = rank
         self.done_indices: set[int] = set()
-        self.is_finished = False
+        self.is_finished: bool = False
         self._records: list[dict[str, Any]] = []
         self._num_unreadable = 0
         self._file = None

@@ -136,7 +136,7 @@ def _build_score_table(reports: Sequence[EvaluationReport]) -> tuple[list[str], 
     score_names = dict.fromkeys(
         each.name for report in reports for each in report.scoring.scores if each.control is None
     )
-    columns = [(report, None) for report in reports]
+    columns: list[tuple[EvaluationReport, str | None]] = [(report, None) for report in reports]
     columns += [(r, c) for r in reports for c in dict.fromkeys(s.control for s in r.scoring.scores if s.control)]
     scores_by_column = [{each.name: each for each in r.scoring.scores if each.control == c} for r, c in columns]
     rows = []

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import sca_registry
@@ -249,7 +249,11 @@ def _compute_metric(
     metric: Metric, records: Sequence[Record], load_image: ImageLoader | None, taken_names: Sequence[str]
 ) -> MetricOutput:
     """Compute a metric. Raises TypeError for another output type, ValueError for a duplicate score name."""
-    output = metric(records, load_image) if "image" in metric.required_fields else metric(records)
+    if "image" in metric.required_fields:
+        image_metric = cast(Callable[[Sequence[Record], ImageLoader | None], MetricOutput], metric)
+        output = image_metric(records, load_image)
+    else:
+        output = metric(records)
     if not isinstance(output, MetricOutput):
         raise TypeError(f"returned a {type(output).__name__} instead of a MetricOutput")
     for key, value in output.values.items():

@@ -145,7 +145,7 @@ def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str,
     }
     if task == "dense":
         full_truth = dict(truth)
-    defaults = {"control": None, "prompt": {}, "score": None, "mask": None, "predicted_iou": None}
+    defaults: dict[str, Any] = {"control": None, "prompt": {}, "score": None, "mask": None, "predicted_iou": None}
     fields = {key: value for key, value in record.items() if key != "references"}
     return {**defaults, **fields, "task": task, "truth": full_truth}
 

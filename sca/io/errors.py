@@ -17,10 +17,10 @@ class OutputError(OSError):
     """Output that cannot be written, such as a folder in use, a full disk, or a file that must not be overwritten."""
 
 
-RejectCallback = Callable[[InputError], None]  # receives the error of a record, which is then skipped
+RejectCallback = Callable[[ValueError], None]  # receives the error of a record, which is then skipped
 
 
-def raise_error(error: InputError) -> None:
+def raise_error(error: ValueError) -> None:
     """Raise the error, to reject the entire file for one unreadable record."""
     raise error
 

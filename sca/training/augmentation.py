@@ -152,7 +152,8 @@ def crop_region(
     if mask.sum() < min_visibility * original_area or not mask.any():
         return None
     rle = encode_rle(mask)
-    return replace(region, box=mask_to_box(rle), mask=rle)
+    mask_box = mask_to_box(rle)
+    return None if mask_box is None else replace(region, box=mask_box, mask=rle)
 
 
 def resize_region(
@@ -179,4 +180,5 @@ def resize_region(
     if not mask.any():
         return None
     rle = encode_rle(mask)
-    return replace(region, box=mask_to_box(rle), mask=rle)
+    mask_box = mask_to_box(rle)
+    return None if mask_box is None else replace(region, box=mask_box, mask=rle)

@@ -50,7 +50,7 @@ class AttributeHead(nn.Module):
 
     def __init__(self, hidden_size: int, num_vectors: int, attributes: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.heads = nn.ModuleDict(
+        self.heads: nn.ModuleDict = nn.ModuleDict(
             {name: nn.Linear(hidden_size * num_vectors, len(v)) for name, v in attributes.items()}
         )
 
@@ -65,11 +65,11 @@ class AttributeHead(nn.Module):
             Scalar loss.
         """
         flat = vectors.flatten(1)
-        losses = [
+        losses: list[Tensor] = [
             F.cross_entropy(head(flat).float(), labels[name], ignore_index=UNKNOWN_LABEL, reduction="sum")
             for name, head in self.heads.items()
         ]
-        return sum(losses) / len(vectors)
+        return sum(losses, start=vectors.new_zeros(())) / len(vectors)
 
 
 def pool_ground_truth_features(regions: SegmenterOutput, targets: MaskTargets) -> Tensor:

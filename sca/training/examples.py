@@ -73,7 +73,7 @@ class Example:
         )
 
 
-class ExampleStream(torch.utils.data.Dataset):
+class ExampleStream(torch.utils.data.Dataset[Example]):
     """Examples of one dataset, over as many epochs as needed, each in its own random order.
 
     Args:
@@ -110,7 +110,7 @@ class ExampleStream(torch.utils.data.Dataset):
         self.sampling_options = sampling_options
         self.length = length
         self.seed = seed
-        self.attributes = attributes or {}
+        self.attributes: Mapping[str, Sequence[str]] = attributes or {}
         self.augment = augment
         self.phrase_mode = phrase_mode
         self.class_name_task = class_name_task
@@ -197,7 +197,7 @@ class ExampleStream(torch.utils.data.Dataset):
         return CAPTION_TASK_ID, region.phrases[-1 if use_longest else rng.integers(len(region.phrases))]
 
 
-class ExampleMixture(torch.utils.data.Dataset):
+class ExampleMixture(torch.utils.data.Dataset[Example]):
     """Random mixture of streams in proportion to their weights.
 
     The prompt kind is drawn once per step, so that it is the same in all processes.
@@ -277,8 +277,8 @@ def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions
     )
     is_cached = examples[0].features is not None
     return Batch(
-        pixel_values=None if is_cached else torch.stack([example.pixel_values for example in examples]),
-        features=torch.stack([example.features for example in examples]) if is_cached else None,
+        pixel_values=None if is_cached else _stack_tensors([example.pixel_values for example in examples]),
+        features=_stack_tensors([example.features for example in examples]) if is_cached else None,
         prompts=_build_prompts(examples, image_index, targets),
         task_ids=torch.cat([example.task_ids for example in examples]),
         input_ids=input_ids,
@@ -291,6 +291,11 @@ def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions
             name: torch.cat([example.labels[name] for example in examples]) for name in examples[0].labels
         },
     )
+
+
+def _stack_tensors(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Stack the pixel values or features of examples, either of which all examples have."""
+    return torch.stack([tensor for tensor in tensors if tensor is not None])
 
 
 def _limit_regions(examples: Sequence[Example], max_regions: int) -> Sequence[Example]:

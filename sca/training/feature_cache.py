@@ -36,9 +36,9 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path, model: SegmentCaptioner):
         encoder_identity = json.dumps(model.spec.to_dict()["encoder"], sort_keys=True) + hash_tensors(
-            model.encoder.state_dict()
+            model.get_submodule("encoder").state_dict()
         )
-        self.folder = expand_user(folder) / hashlib.sha256(encoder_identity.encode()).hexdigest()[:24]
+        self.folder: Path = expand_user(folder) / hashlib.sha256(encoder_identity.encode()).hexdigest()[:24]
 
     def get_path(self, image: Image.Image) -> Path:
         """Return the path of an image's features, which may not exist yet."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -24,19 +24,23 @@ class TrainingLog(TrainerCallback):
         best_metrics: Names of scores; the first that is a number is shown after each validation.
     """
 
-    def __init__(self, loss_names: Sequence[str], best_metrics: Sequence[str] = ()):
-        self.loss_names, self.best_metrics = loss_names, best_metrics
+    def __init__(self, loss_names: Collection[str], best_metrics: Sequence[str] = ()):
+        self.loss_names = loss_names
+        self.best_metrics = best_metrics
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.start_time, self.first_step = time.monotonic(), state.global_step
+        self.start_time: float = time.monotonic()
+        self.first_step: int = state.global_step
         is_hidden = None if state.is_world_process_zero else True  # None: hidden unless standard error is a terminal
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=is_hidden, dynamic_ncols=True)
+        self.bar: tqdm[Any] = tqdm(
+            total=state.max_steps, initial=state.global_step, disable=is_hidden, dynamic_ncols=True
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
-        if not state.is_world_process_zero:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        if logs is None or not state.is_world_process_zero:
             return
         seconds, steps = time.monotonic() - self.start_time, state.global_step - self.first_step
         remaining = seconds / steps * (state.max_steps - state.global_step) if steps else None
@@ -56,7 +60,7 @@ def format_logs(
     step: int,
     steps: int,
     remaining_seconds: float | None,
-    loss_names: Sequence[str] = (),
+    loss_names: Collection[str] = (),
     best_metrics: Sequence[str] = (),
 ) -> str:
     """Format the trainer's logs of a step as one line; empty if they contain no loss and no score.

@@ -36,7 +36,7 @@ class TrainingModule(nn.Module):
     ):
         super().__init__()
         self.model = model
-        self.loss_weights = dict(loss_weights)
+        self.loss_weights: dict[str, float] = dict(loss_weights)
         self.chunk_size = chunk_size
         for loss in ("attributes", "feature_attributes"):
             if loss_weights.get(loss) and not (
@@ -62,6 +62,7 @@ class TrainingModule(nn.Module):
         Returns:
             Scalar loss.
         """
+        assert batch.targets is not None  # set by `collate_examples`
         output = self.model(batch, self.loss_weights, self.chunk_size)
         losses = dict(output.losses)
         if "attributes" in self.heads:

@@ -519,4 +519,5 @@ def parse_augmentation(table: Any, location: str) -> Augmentation:
                 )
         else:
             check_range(f"{location}.{key}", value, float, 0, 1)
-    return Augmentation(**{key: tuple(v) if isinstance(v, list) else v for key, v in table.items()})
+    options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
+    return Augmentation(**options)

@@ -141,13 +141,13 @@ def _train_process(
     training_module = TrainingModule(model, recipe.loss, attributes, recipe.train.chunk_size)
     check_lr_multipliers(recipe.train, training_module)
     max_regions = compute_regions_per_process(recipe.train, num_processes)
+    tokenizer = model.language_model.tokenizer
+    assert tokenizer is not None  # checked by `prepare_training`
     trainer = CaptionTrainer(
         model=training_module,
         args=_build_training_arguments(recipe, folder, images_per_process),
         train_dataset=mixture,
-        data_collator=lambda examples: {
-            "batch": collate_examples(examples, model.language_model.tokenizer.pad_token_id, max_regions)
-        },
+        data_collator=lambda examples: {"batch": collate_examples(examples, tokenizer.pad_token_id, max_regions)},
         lr_multipliers=recipe.train.lr_multipliers,
         sharded=sharded,
     )
@@ -335,7 +335,7 @@ def _collect_datasets_by_name(
     """Collect the datasets of a run that have images, by their names in messages."""
     names = [f"data.{name} ({source.split})" for name, source in recipe.data.items()]
     datasets_by_name = dict(zip(names, (each.dataset for each in mixture.streams), strict=True))
-    if validation_dataset is not None and len(validation_dataset):
+    if recipe.validate is not None and validation_dataset is not None and len(validation_dataset):
         datasets_by_name[f"validate ({recipe.validate.split})"] = validation_dataset
     return datasets_by_name
 
@@ -391,6 +391,7 @@ def fill_feature_cache(model: SegmentCaptioner, mixture: ExampleMixture, trainer
         total=len(process_samples), desc="features", disable=quiet or not trainer.is_world_process_zero() or None
     )
     cache = mixture.streams[0].cache
+    assert cache is not None
     cache.encode_missing(model, (dataset[index].image for dataset, index in process_samples), bar.update)
     bar.close()
     trainer.accelerator.wait_for_everyone()
@@ -429,6 +430,8 @@ def _build_mixture(
 ) -> tuple[ExampleMixture, AttributeValues]:
     """Build the examples of a recipe, and the attributes that its auxiliary losses predict."""
     options = recipe.train
+    tokenizer = model.language_model.tokenizer
+    assert tokenizer is not None  # checked by `prepare_training`
     sources = recipe.data.values()
     weights = [source.weight for source in sources]
     attributes = AttributeValues.from_datasets(datasets)
@@ -438,7 +441,7 @@ def _build_mixture(
         ExampleStream(
             dataset,
             Processor.from_encoder(model.encoder),
-            model.language_model.tokenizer,
+            tokenizer,
             options,
             round(length * source.weight / sum(weights)),
             seed=options.seed,

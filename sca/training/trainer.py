@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from sca_registry import RegistryError
@@ -27,12 +27,18 @@ from sca.training.sharding import (
     shard_parameters,
 )
 
+if TYPE_CHECKING:
+    from sca.training.examples import ExampleMixture
+    from sca.training.module import TrainingModule
+
 DRAFT_FOLDER = ".sca-draft"
 MODULE_FILE = "training_module.pt"  # trainable parameters and buffers in a checkpoint
 
 
 def count_loss_terms(batch: Batch) -> dict[str, int]:
     """Return the number of terms that each loss of a batch averages over; "regions" is for all other losses."""
+    assert batch.targets is not None  # set by `collate_examples`
+    assert batch.attention_mask is not None
     num_masks = int(batch.targets.has_mask.sum())
     return {
         "caption": int(batch.attention_mask.sum()),
@@ -52,6 +58,10 @@ class CaptionTrainer(Trainer):
         **options: Options of transformers' Trainer.
     """
 
+    model: TrainingModule
+    train_dataset: ExampleMixture
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(self, *args: Any, lr_multipliers: Mapping[str, float], sharded: bool, **options: Any):
         super().__init__(*args, **options)
         self.lr_multipliers = lr_multipliers
@@ -61,7 +71,9 @@ class CaptionTrainer(Trainer):
             shard_parameters(self.model)
         self.loss_scales: list[dict[str, float]] = []
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], None]:
         """Return the accumulated batches of a step on this process, and compute their loss scales.
 
         A loss scale is the batch's share of the step's tokens, masks or regions, times the total number of batches,
@@ -77,7 +89,7 @@ class CaptionTrainer(Trainer):
         self.loss_scales = [dict(zip(term_counts[0], row, strict=True)) for row in scales.tolist()]
         return micro_batches, None
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Batch], *_: Any, **__: Any) -> Tensor:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor | Any], *_: Any, **__: Any) -> Tensor:
         """Return the loss of the next accumulated batch."""
         return model(inputs["batch"], self.loss_scales.pop(0))
 
@@ -94,7 +106,7 @@ class CaptionTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create AdamW with the learning rate of each group, and without weight decay for norms and biases."""
         if self.optimizer is None:
-            module = self.model if model is None else model
+            module = self.model if model is None else cast("TrainingModule", model)
             decaying_names = set(self.get_decay_parameter_names(module))
             names = {id(parameter): name for name, parameter in module.named_parameters()}
             parameter_groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -102,7 +114,10 @@ class CaptionTrainer(Trainer):
                 rate = self.args.learning_rate * self.lr_multipliers.get(group, 1.0)
                 for parameter in parameters:
                     parameter_groups.setdefault((rate, names[id(parameter)] in decaying_names), []).append(parameter)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, module)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(
+                self.args,
+                module,  # type: ignore[arg-type]  # transformers passes any module
+            )
             self.optimizer = optimizer_class(
                 [
                     {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decays else 0.0}
@@ -112,7 +127,7 @@ class CaptionTrainer(Trainer):
             )
         return self.optimizer
 
-    def _get_train_sampler(self, *_: Any) -> Sampler:
+    def _get_train_sampler(self, *_: Any) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)  # the stream is already shuffled by the seed
 
     def _wrap_model(self, model: nn.Module, *args: Any, **options: Any) -> nn.Module:
@@ -124,6 +139,7 @@ class CaptionTrainer(Trainer):
         state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
         state = gather_tensors(state)
         if self.args.should_save:
+            assert output_dir is not None  # transformers always passes it
             os.makedirs(output_dir, exist_ok=True)
             torch.save(state, os.path.join(output_dir, MODULE_FILE))
 
@@ -144,6 +160,8 @@ class CaptionTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:
             return super()._save_optimizer_and_scheduler(output_dir)
+        assert self.optimizer is not None  # created before training
+        assert self.lr_scheduler is not None
         state = gather_tensors(self.optimizer.state_dict())
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, "optimizer.pt"))
@@ -152,10 +170,12 @@ class CaptionTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.sharded:
+            assert self.optimizer is not None  # created before training
             shard_optimizer_state(self.optimizer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write to a draft folder and rename it, so that a kill never leaves an incomplete checkpoint."""
+        assert self.args.output_dir is not None  # transformers sets a default
         output_folder = Path(self.args.output_dir)
         draft = output_folder / DRAFT_FOLDER
         if self.args.should_save:

@@ -63,7 +63,7 @@ def test_panoptic_decodes_segments_by_color(write_dataset):
 
 
 def test_panoptic_strips_suffixes_of_class_names(write_dataset):
-    names = write_dataset(make_segment(LEFT_ID)).attributes["name"]
+    names = write_dataset(make_segment(LEFT_ID)).attribute_values["name"]
     assert names == ("person", "wall", "floor-wood", "door", "tree", "traffic light")
 
 

@@ -85,7 +85,7 @@ def test_refcoco_reads_all_fields(write_refcoco):
     true_mask[4:12, 2:12] = True
     assert np.array_equal(rle.decode(first.mask), true_mask)
     assert second.id == 5
-    assert dataset.attributes == {"name": ("cat",)}
+    assert dataset.attribute_values == {"name": ("cat",)}
     assert dataset.split == "val"
 
 

@@ -128,7 +128,7 @@ def test_model_pool_rejects_options_of_entered_names(tmp_path, monkeypatch):
     from sca.demo import app
 
     loaded_names = []
-    monkeypatch.setattr(app, "captioner", lambda name, device, **options: loaded_names.append(name))
+    monkeypatch.setattr(app, "load_captioner", lambda name, device, **options: loaded_names.append(name))
     monkeypatch.setattr(app, "RequestScheduler", lambda captioner: type("Idle", (), {"close": lambda self: None})())
     listed_name = "crop-captioner encoder=sam-vit-b"
     (tmp_path / "my model=1").symlink_to(zoo.get_entry("sca-tiny").folder)
@@ -189,7 +189,7 @@ def test_model_pool_trusts_only_models_of_the_command_line(monkeypatch):
 
     loaded_models = []
     monkeypatch.setattr(
-        app, "captioner", lambda name, device, **options: loaded_models.append((name, options)) or object()
+        app, "load_captioner", lambda name, device, **options: loaded_models.append((name, options)) or object()
     )
     monkeypatch.setattr(app, "RequestScheduler", lambda captioner: type("Idle", (), {"close": lambda self: None})())
     pool = ModelPool("cpu", None, ["./mine"], allow_any_model=True, trust_options={"./mine": {"allow_external": True}})

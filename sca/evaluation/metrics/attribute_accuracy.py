@@ -19,7 +19,7 @@ class AttributeAccuracy:
     Captions are parsed by `sca.data.scenes.parse_statement`. An attribute that is not stated counts as wrong.
     """
 
-    required_fields = ("task=caption", "caption", *(f"truth.attributes.{fact}" for fact in ATTRIBUTES))
+    required_fields: tuple[str, ...] = ("task=caption", "caption", *(f"truth.attributes.{fact}" for fact in ATTRIBUTES))
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         scored_records = require_records(records, self.required_fields, "attributes")

@@ -28,7 +28,8 @@ class Bleu:
     required_fields = CAPTION_NEEDS
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):
-        self.references, self.tokenizer = references, tokenizer
+        self.references = references
+        self.tokenizer = tokenizer
 
     @property
     def implementation(self) -> str:
@@ -45,9 +46,9 @@ class Bleu:
         corpus_scores, caption_scores = scorer.compute_score(option="closest", verbose=0)
         rows = np.array([_flatten_counts(counts) for counts in scorer.ctest], float)  # (R, 2 + 2 * 4)
         total = {f"bleu-{n + 1}": float(value) for n, value in enumerate(corpus_scores)}
-        each = {f"bleu-{n + 1}": np.array(values) for n, values in enumerate(caption_scores)}
+        per_record = {f"bleu-{n + 1}": np.array(values) for n, values in enumerate(caption_scores)}
         statistics = {f"bleu-{n + 1}": (rows, _make_bleu_function(n + 1)) for n in range(MAX_NGRAM)}
-        return MetricOutput(total, each | collect_region_ids(scored_records), statistics)
+        return MetricOutput(total, per_record | collect_region_ids(scored_records), statistics)
 
 
 def _flatten_counts(counts: dict) -> list[int]:

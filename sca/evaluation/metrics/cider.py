@@ -32,7 +32,8 @@ class CiderD:
     required_fields = CAPTION_NEEDS
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):
-        self.references, self.tokenizer = references, tokenizer
+        self.references = references
+        self.tokenizer = tokenizer
 
     @property
     def implementation(self) -> str:
@@ -66,7 +67,8 @@ class Cider:
     implementation = "sca"
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):
-        self.references, self.tokenizer = references, tokenizer
+        self.references = references
+        self.tokenizer = tokenizer
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         scored_records, captions, references = tokenize_pairs(records, "cider", self.references, self.tokenizer)

@@ -20,7 +20,7 @@ class ClassAccuracy:
     class named like one of `SUMMARY_NAMES` is quoted.
     """
 
-    required_fields = ("task=recognition", "caption", "truth.name", "truth.area")
+    required_fields: tuple[str, ...] = ("task=recognition", "caption", "truth.name", "truth.area")
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         scored_records = require_records(records, self.required_fields, "class")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class ClipScore:
         ValueError: No weights are specified, or open_clip is not installed.
     """
 
-    required_fields = ("image", "task=caption", "caption", "truth.box")
+    required_fields: tuple[str, ...] = ("image", "task=caption", "caption", "truth.box")
 
     def __init__(
         self, model: str = "ViT-B-32", pretrained: str | None = None, batch_size: int = 64, device: str = "cpu"
@@ -46,13 +47,13 @@ class ClipScore:
             import open_clip
         except ImportError:
             raise ValueError("needs open_clip: pip install 'segment-caption-anything[clip]'") from None
-        self.model, _, self.transform = open_clip.create_model_and_transforms(
-            model, pretrained=pretrained, device=device
-        )
-        self.model.eval()
-        self.tokenizer = open_clip.get_tokenizer(model)
-        self.batch_size, self.device = batch_size, device
-        self.implementation = f"open_clip {version('open_clip_torch')}, {model} {pretrained or ''}".rstrip()
+        clip_model, _, transform = open_clip.create_model_and_transforms(model, pretrained=pretrained, device=device)
+        self.model: Any = clip_model.eval()  # a CLIP of open_clip, which has no types
+        self.transform: Callable[[Image.Image], torch.Tensor] = transform
+        self.tokenizer: Callable[..., torch.Tensor] = open_clip.get_tokenizer(model)
+        self.batch_size = batch_size
+        self.device = device
+        self.implementation: str = f"open_clip {version('open_clip_torch')}, {model} {pretrained or ''}".rstrip()
 
     @torch.inference_mode()
     def __call__(self, records: Sequence[Record], load_image: Callable[[Record], Image.Image]) -> MetricOutput:

@@ -7,7 +7,7 @@ evaluation, so its verb columns are low; the scores named `-nonempty` leave thos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sca_registry.contracts import MetricOutput
@@ -15,6 +15,9 @@ from sca_registry.contracts import MetricOutput
 from sca.evaluation.metric_output import make_mean_output
 from sca.evaluation.records import Record, require_records
 from sca.evaluation.tokenization import CAPTION_NEEDS
+
+if TYPE_CHECKING:
+    from spacy.language import Language
 
 
 class ContentRecall:
@@ -49,13 +52,16 @@ class ContentRecall:
         except ImportError:
             raise ValueError("needs spaCy: pip install 'segment-caption-anything[metrics]'") from None
         try:
-            self.nlp = spacy.load(model, exclude=["parser", "ner"])
+            self.nlp: Language = spacy.load(model, exclude=["parser", "ner"])
         except OSError:
             raise ValueError(
                 f"no spaCy pipeline {model!r}; run python -m spacy download en_core_web_lg, or set {name}.model=FOLDER"
             ) from None
-        self.pos, self.name, self.references, self.batch_size = frozenset(pos), name, references, batch_size
-        self.implementation = f"spaCy {spacy.__version__}, {self.nlp.meta['name']} {self.nlp.meta['version']}"
+        self.pos: frozenset[str] = frozenset(pos)
+        self.name = name
+        self.references = references
+        self.batch_size = batch_size
+        self.implementation: str = f"spaCy {spacy.__version__}, {self.nlp.meta['name']} {self.nlp.meta['version']}"
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         scored_records = require_records(records, self.required_fields, self.name)

@@ -50,7 +50,7 @@ class DenseCapMap:
         tokenizer: One of `sca.evaluation.tokenization.TOKENIZERS`. Defaults to the best available.
     """
 
-    required_fields = ("task=dense",)
+    required_fields: tuple[str, ...] = ("task=dense",)
 
     def __init__(self, tokenizer: str | None = None):
         self.tokenizer = tokenizer
@@ -126,7 +126,7 @@ def merge_true_boxes(boxes: np.ndarray, phrases: Sequence[Sequence[str]]) -> tup
         (G, 4) merged boxes, each the mean of its group, and the phrases of each group.
     """
     is_close = compute_pixel_ious(boxes, boxes) >= MERGE_IOU
-    groups = []
+    groups: list[np.ndarray] = []
     is_left = np.ones(len(boxes), bool)
     while is_left.any():
         neighbors = is_close & is_left & is_left[:, None]
@@ -134,7 +134,7 @@ def merge_true_boxes(boxes: np.ndarray, phrases: Sequence[Sequence[str]]) -> tup
         groups.append(np.flatnonzero(group))
         is_left &= ~group
     merged = np.array([boxes[group].mean(0) for group in groups]).reshape(-1, 4)
-    return merged, [[phrase for member in group for phrase in phrases[member]] for group in groups]
+    return merged, [[phrase for member in group.tolist() for phrase in phrases[member]] for group in groups]
 
 
 def match_proposals(boxes: np.ndarray, scores: np.ndarray, true_boxes: np.ndarray) -> MatchedProposals:

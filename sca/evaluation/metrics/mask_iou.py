@@ -18,7 +18,7 @@ class MaskIou:
     ground-truth mask but no predicted mask scores 0.
     """
 
-    required_fields = ("mask", "truth.mask")
+    required_fields: tuple[str, ...] = ("mask", "truth.mask")
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         require_records(records, self.required_fields, "mask-iou")

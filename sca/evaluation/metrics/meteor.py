@@ -45,7 +45,8 @@ class Meteor:
         reason = find_java_problem()
         if reason:
             raise ValueError(reason)
-        self.references, self.tokenizer = references, tokenizer
+        self.references = references
+        self.tokenizer = tokenizer
 
     @property
     def implementation(self) -> str:
@@ -122,7 +123,9 @@ class MeteorProgram:
 
     def detach_after_fork(self) -> None:
         """Leave the program to the parent process, since a forked process would share its pipes."""
-        self.__init__()
+        self._lock = threading.Lock()
+        self._process = None
+        self._last_error = b""
 
     def _exchange_lines(self, content: bytes, count: int) -> list[str]:
         assert self._process
@@ -138,8 +141,13 @@ class MeteorProgram:
         command = build_java_command(
             "-jar", str(get_jar_path("meteor", "meteor-1.5.jar")), "-", "-", "-stdio", "-l", "en", "-norm"
         )
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self._process = subprocess.Popen(command, **pipes, start_new_session=True)  # shields it from Ctrl-C
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # shields it from Ctrl-C
+        )
         self._last_error = b""
         self._error_reader = threading.Thread(target=self._read_errors, args=(self._process.stderr,), daemon=True)
         self._error_reader.start()
@@ -157,8 +165,9 @@ class MeteorProgram:
         self._process.wait()
         self._error_reader.join()
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            with suppress(BrokenPipeError):
-                stream.close()
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()
         self._process = None
 
 

@@ -42,7 +42,7 @@ class RegionSensitivity:
     - Other captions: F-measure of the words with those of the closest phrase.
     """
 
-    required_fields = (
+    required_fields: tuple[str, ...] = (
         "caption",
         "truth.name or task=caption",
         "truth.phrases or truth.attributes.color or task=recognition",

@@ -27,7 +27,7 @@ class RelationAccuracy:
     (`sca.data.scenes.is_relation_true`). What the caption states about the region itself is ignored.
     """
 
-    required_fields = ("task=caption", "caption", *TRUTH_NEEDS)
+    required_fields: tuple[str, ...] = ("task=caption", "caption", *TRUTH_NEEDS)
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         scored_records = require_records(records, self.required_fields, "relations")

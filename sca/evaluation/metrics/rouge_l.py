@@ -24,7 +24,8 @@ class RougeL:
     required_fields = CAPTION_NEEDS
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):
-        self.references, self.tokenizer = references, tokenizer
+        self.references = references
+        self.tokenizer = tokenizer
 
     @property
     def implementation(self) -> str:

