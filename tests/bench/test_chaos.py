@@ -1,4 +1,4 @@
-"""Whatever is killed, and whenever, a sweep ends with the rows of one that was left alone."""
+"""A sweep whose processes are killed at any time ends with the rows of an undisturbed sweep."""
 
 import json
 import os
@@ -37,7 +37,7 @@ num_repeats = 5
 
 
 def start_sweep(sweep, folder, mark):
-    """`sca bench run` in a process whose children carry a mark."""
+    """Start `sca bench run` in a process whose children carry a mark."""
     command = [sys.executable, "-m", "sca", "bench", "run", sweep, "num_workers=2", "--out", folder, "--quiet"]
     environment = {**os.environ, "SCA_MARK": mark}
     discard_output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -45,7 +45,7 @@ def start_sweep(sweep, folder, mark):
 
 
 def find_marked_processes(mark):
-    """The processes that carry it."""
+    """Return the processes that carry the mark."""
     process_ids = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -58,7 +58,7 @@ def find_marked_processes(mark):
 
 
 def select_reproducible_fields(rows):
-    """What of rows is no timing: keys, states, reasons, parameters, operations and scores."""
+    """Return rows without timings: keys, states, reasons, parameters, operations and scores."""
     fields = ("label", "state", "reason", "config", "parameters", "flops", "scores")
     return {row["key"]: {name: row.get(name) for name in fields} for row in rows}
 
@@ -79,11 +79,10 @@ def test_sweep_loses_and_duplicates_no_rows_when_processes_are_killed(tmp_path, 
     rng, folder, num_killed, num_killed_before_first_row = random.Random(0), tmp_path / "killed", 0, 0
     runner = start_sweep(sweep, folder, "killed")
     while num_killed < num_kills:
-        time.sleep(
-            rng.random() * rng.choice((0.1, 1.6)) * seconds_to_first_row
-        )  # some while it starts, some while it works
+        # some while it starts, some while it runs
+        time.sleep(rng.random() * rng.choice((0.1, 1.6)) * seconds_to_first_row)
         if runner.poll() is not None:
-            if runner.returncode == 0:  # all is there: from the beginning, so that there is something to kill
+            if runner.returncode == 0:  # all rows exist: restart, so that a process can be killed
                 assert select_reproducible_fields(ResultStore(folder).read_rows()) == select_reproducible_fields(
                     expected_rows
                 )
@@ -99,7 +98,7 @@ def test_sweep_loses_and_duplicates_no_rows_when_processes_are_killed(tmp_path, 
                 num_killed_before_first_row += not (folder / "results.jsonl").exists()
             except ProcessLookupError:
                 continue
-            ResultStore(folder).read_rows()  # can be read at any instant
+            ResultStore(folder).read_rows()  # is readable at any time
     assert num_killed_before_first_row < num_kills / 2 or name == "tiny"
     runner.wait()
     while start_sweep(sweep, folder, "killed").wait():
@@ -110,6 +109,6 @@ def test_sweep_loses_and_duplicates_no_rows_when_processes_are_killed(tmp_path, 
     deadline = time.monotonic() + 60
     while (
         find_marked_processes("killed") and time.monotonic() < deadline
-    ):  # one that was importing ends when it has imported
+    ):  # a process that is importing ends after its imports
         time.sleep(0.2)
-    assert not find_marked_processes("killed")  # nobody was left behind
+    assert not find_marked_processes("killed")  # no process is left

@@ -1,4 +1,4 @@
-"""Tables that were made of committed results are those that the results give."""
+"""Committed tables equal those rendered from the committed results."""
 
 import json
 import re

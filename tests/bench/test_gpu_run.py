@@ -1,4 +1,4 @@
-"""The GPU run is complete, ends in time, loses no row, and its rows become tables."""
+"""The GPU run: complete jobs, time limits, collected rows and tables."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ GOLDEN = ROOT / "tests/data/golden"
 def load_script(name):
     spec = importlib.util.spec_from_file_location(f"gpu_{name}", ROOT / f"benchmarks/gpu/{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -115,7 +115,7 @@ GPU_ROWS = [
 ]
 
 
-# --- what is run ------------------------------------------------------------------------------------------------------
+# --- jobs -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -163,7 +163,7 @@ def test_local_launcher_starts_no_task_after_its_deadline(tmp_path):
 def test_local_launcher_ends_a_task_at_its_deadline_without_an_outcome(tmp_path, monkeypatch):
     (tmp_path / "slow_job.py").write_text("import time\ndef run_job(config, folder):\n    time.sleep(600)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    forkserver._forkserver._stop()  # one that was started before does not know the path
+    forkserver._forkserver._stop()  # an existing server does not have the path
     tasks = [
         Task(name, "slow_job:run_job", {"device": "cpu"}, str(tmp_path / name), deadline=time.time() + 3)
         for name in "ab"
@@ -208,7 +208,7 @@ def test_scene_comparison_finds_rounding_only_in_bfloat16():
     assert 0.9 < rounded["mean_iou"] < 1.0
 
 
-# --- what becomes of the rows -----------------------------------------------------------------------------------------
+# --- rows and tables --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_collect_writes_gpu_rows_into_the_tables(page_folder):
     assert "captions 2,000 regions/s, including encoding" in readme
     assert readme.startswith("before\n")
     assert readme.endswith("\nafter\n")
-    regenerated = run_collect(page_folder)  # from the rows that are kept
+    regenerated = run_collect(page_folder)  # from the committed rows
     assert regenerated == (guide, readme)
 
 
@@ -299,7 +299,7 @@ def test_replace_between_reports_missing_markers():
         replace_between("text <b> <a>", "<a>", "<b>", "new")
 
 
-# --- all of it --------------------------------------------------------------------------------------------------------
+# --- complete run -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.all

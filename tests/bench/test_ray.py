@@ -1,4 +1,4 @@
-"""Rows on a Ray cluster of two nodes are the rows of this machine."""
+"""Rows computed on a Ray cluster of two nodes equal local rows."""
 
 import pytest
 from sca_bench.sweep import Sweep

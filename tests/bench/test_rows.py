@@ -1,4 +1,4 @@
-"""Every way in which a row can end, provoked for real and typed right."""
+"""Every final state of a row, provoked by a real failure."""
 
 import json
 import shutil
@@ -80,7 +80,7 @@ EXPECTED_STATES = {
 
 @pytest.fixture
 def hostile_plugin(tmp_path, monkeypatch):
-    """A plugin whose mixers end badly, as a distribution on the path of this process and its children."""
+    """Install a plugin whose mixers fail, as a distribution on the path of this process and its children."""
     site = tmp_path / "site"
     folder = site / "hostile-1.0.dist-info"
     folder.mkdir(parents=True)
@@ -110,7 +110,7 @@ def make_task(folder, timeout=120.0, **model):
 def test_failed_rows_have_their_state_and_other_rows_continue(hostile_plugin, tmp_path):
     from multiprocessing import forkserver
 
-    forkserver._forkserver._stop()  # one that was started before knows nothing of the plugin
+    forkserver._forkserver._stop()  # an existing server does not have the plugin
     tasks = {name: make_task(tmp_path, 25.0 if name == "sleeps" else 120.0, mixer=name) for name in EXPECTED_STATES}
     tasks["good"] = make_task(tmp_path)
     try:

@@ -1,4 +1,4 @@
-"""Sweeps are read, put in order and refused; results are kept, repaired and told."""
+"""Sweeps: reading, ordering and errors; results: storage, repair and reports."""
 
 import json
 import os
@@ -195,7 +195,7 @@ def test_sweep_rejects_a_wrong_type_in_any_field(tmp_path, section, field, field
 
 
 def format_inline_toml(value):
-    """A value in TOML on one line."""
+    """Format a value in TOML on one line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f'"{key}" = {format_inline_toml(each)}' for key, each in value.items()) + "}"
     return f"[{', '.join(map(format_inline_toml, value))}]" if isinstance(value, list) else json.dumps(value)
@@ -295,7 +295,7 @@ def test_run_sweep_runs_only_missing_rows(make_sweep, tmp_path):
     run_sweep(make_sweep(), tmp_path / "out", report=messages.append)
     assert messages == ["2 of 2 rows are finished already"]
     assert (tmp_path / "out/results.jsonl").read_bytes() == original_bytes
-    (tmp_path / "out/results.jsonl").write_bytes(original_bytes[:-20])  # cut in the middle of a line
+    (tmp_path / "out/results.jsonl").write_bytes(original_bytes[:-20])  # truncated in the middle of a line
     messages.clear()
     status = run_sweep(make_sweep(), tmp_path / "out", launcher_options={"num_workers": 1}, report=messages.append)
     assert "ends with an incomplete line" in messages[0]

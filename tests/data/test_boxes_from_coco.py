@@ -1,4 +1,4 @@
-"""Proposals from a file say what was changed or left out."""
+"""Proposals from a file report changed and skipped boxes."""
 
 import json
 

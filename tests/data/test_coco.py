@@ -1,4 +1,4 @@
-"""COCO instances: what is written comes out, damage is named, and nothing is said that is not so."""
+"""COCO instances: annotations read back unchanged and damage is reported."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def make_coco_content(*annotations, **changes):
 
 @pytest.fixture
 def write_dataset(tmp_path):
-    """Writes a dataset of one gray picture and gives its folder."""
+    """Return a function that writes a dataset of one gray image and returns its folder."""
 
     def write(content, text=None):
         (tmp_path / "val").mkdir(exist_ok=True)
@@ -134,7 +134,7 @@ def test_coco_counts_skipped_records(write_dataset):
 
 
 def write_four_images(folder, damage_by_index):
-    """Four images, some damaged; a function for each."""
+    """Write four images and apply the damage functions by index."""
     images = [{"id": n, "file_name": f"{n}.png", "width": WIDTH, "height": HEIGHT} for n in range(4)]
     annotations = [make_annotation(n, image_id=n) for n in range(4)]
     for n in range(4):
@@ -223,7 +223,7 @@ def test_coco_applies_exif_orientation(write_dataset):
     root = write_dataset(make_coco_content())
     stored_image = Image.new("RGB", (HEIGHT, WIDTH), "gray")
     exif = stored_image.getexif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     stored_image.save(root / "val" / "a.png", exif=exif)
     assert Coco("val", root=root)[0].image.size == (WIDTH, HEIGHT)
 

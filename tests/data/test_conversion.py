@@ -1,4 +1,4 @@
-"""A table is made once, whole or not at all, and is the same wherever its data lies."""
+"""Conversion writes a table once and atomically, and its content does not depend on the data folder."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ def cache_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def write_dataset(tmp_path):
-    """Writes a dataset of some gray pictures with a region each, and gives its folder."""
+    """Return a function that writes a dataset of gray images with one region each and returns its folder."""
 
     def write(name="set", images=3, **changes):
         root = tmp_path / name
@@ -54,7 +54,7 @@ def write_dataset(tmp_path):
 
 @pytest.fixture
 def conversion_calls(monkeypatch):
-    """A list with an entry for each time that source files were read."""
+    """Return a list with one entry per pass over the source files."""
     calls, iter_entries = [], Coco._iter_entries
     monkeypatch.setattr(Coco, "_iter_entries", lambda self, bars: calls.append(self) or iter_entries(self, bars))
     return calls
@@ -78,7 +78,7 @@ def test_conversion_is_repeated_for_changed_source(write_dataset, conversion_cal
     original = Coco("val", root=write_dataset())
     updated = Coco("val", root=write_dataset(caption=["another cat"]))
     assert len(conversion_calls) == 2
-    assert original[0].regions[0].phrases == ("a cat",)  # who has the old table open can read it on
+    assert original[0].regions[0].phrases == ("a cat",)  # an open table stays readable
     assert updated[0].regions[0].phrases == ("another cat",)
 
 
@@ -152,13 +152,13 @@ CONVERSION_SCRIPT = """
 import os, signal, sys, time
 from sca.data.coco import Coco
 {}
-entries = Coco._iter_entries
-def noted(self, bars):
+iter_entries = Coco._iter_entries
+def iter_and_log(self, bars):
     open(sys.argv[2], "a").write("read\\n")
-    for entry in entries(self, bars):
+    for entry in iter_entries(self, bars):
         yield entry
         {}
-Coco._iter_entries = noted
+Coco._iter_entries = iter_and_log
 dataset = Coco("val", root=sys.argv[1])
 open(sys.argv[2], "a").write(dataset.content_hash + "\\n")
 """
@@ -189,7 +189,7 @@ def test_killed_conversion_leaves_only_a_draft_folder(write_dataset, tmp_path, c
 
 
 def kill_conversion_after(root, log, num_entries):
-    """Converts with two images a shard until so many entries are made, and is killed there."""
+    """Convert with two images per shard and kill the process after N entries."""
     counting_code = (
         f"count = globals().get('count', 0) + 1; globals()['count'] = count; count == {num_entries} and os.kill"
     )
@@ -272,7 +272,7 @@ def test_conversion_shows_progress_on_a_terminal(write_dataset, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal_fd, env={**os.environ, "TERM": "xterm"})
     os.close(terminal_fd)
     terminal_output = b""
-    with contextlib.suppress(OSError):  # what Linux says at the end
+    with contextlib.suppress(OSError):  # Linux raises this at the end of the terminal's output
         while chunk := os.read(parent_fd, 4096):
             terminal_output += chunk
     assert process.communicate()[0] == b""

@@ -1,4 +1,4 @@
-"""Exported datasets read back as what they were, and a folder appears whole or not at all."""
+"""Exported datasets read back unchanged, and an export writes its folder atomically."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ SPLITS = {"train": Scenes("train", num_images=4, image_size=64), "val": Scenes("
 
 
 class MinimalDataset:
-    """The least that a dataset can be: a length and an index; no split, and no error past the end."""
+    """A minimal dataset: a length and an index, no split and no error past the end."""
 
     def __init__(self, *samples):
         self.samples = samples
@@ -150,7 +150,7 @@ def test_refcoco_export_keeps_raw_sentence_and_tokens(tmp_path):
 @pytest.mark.parametrize("format", EXPORT_WRITERS)
 def test_export_max_images_limits_each_split(tmp_path, format):
     folder = export_dataset(SPLITS, tmp_path / "out", format, max_images=1)
-    image_files = [path for path in folder.rglob("*.[pj][np]g") if "annotations" not in path.parts]  # and no segments
+    image_files = [path for path in folder.rglob("*.[pj][np]g") if "annotations" not in path.parts]  # no segments
     assert len(image_files) == len(SPLITS)
 
 

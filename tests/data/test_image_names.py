@@ -1,4 +1,4 @@
-"""Datasets find the images that their files name, however they are written, and count those that they do not find."""
+"""Datasets find images under every spelling of their names and count missing images."""
 
 import json
 import unicodedata
@@ -91,7 +91,7 @@ def test_coco_counts_urls_and_ambiguous_names_by_reason(tmp_path):
     assert all(str(tmp_path / name) in ambiguous_example for name in ("a.png", "images/a.png"))
     assert "'/val/b.png' and '/train/b.png' both refer to" in conflict_example
     assert len(dataset) == 2
-    (tmp_path / "images/a.png").unlink()  # which settles it, so that the table is made again
+    (tmp_path / "images/a.png").unlink()  # resolves the ambiguity, so that the table is converted again
     assert len(CocoJson("val", tmp_path / "a.json", tmp_path)) == 3
 
 
@@ -148,7 +148,7 @@ READERS = {
     "coco": lambda folder, split, *names: CocoJson(
         split, _write_coco(folder / "a.json", *names), folder, val_fraction=0.3
     ),
-    "tasks": lambda folder, split, *names: LabelingToolDataset(
+    "label-studio": lambda folder, split, *names: LabelingToolDataset(
         split, _write_label_studio(folder / "a.json", *names), val_fraction=0.3
     ),
 }

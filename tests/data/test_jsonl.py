@@ -1,4 +1,4 @@
-"""JSON lines: what `sca caption` writes and what people write by hand is read, and a broken line is named."""
+"""JSON lines: reads output of `sca caption` and hand-written files, and reports broken lines."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from sca_registry.contracts import Caption, Prompt, Region
 
 from sca.data.jsonl import Jsonl
 from sca.io import masks
-from sca.output.jsonl import JsonlWriter as Output
+from sca.output.jsonl import JsonlWriter
 from sca.testing.conformance import check_component
 
 WIDTH, HEIGHT = 64, 48
@@ -19,7 +19,7 @@ WIDTH, HEIGHT = 64, 48
 
 @pytest.fixture
 def write_jsonl(tmp_path):
-    """Writes lines beside two pictures, and gives the file."""
+    """Return a function that writes lines next to two images and returns the file."""
 
     def write(*lines, name="regions.jsonl"):
         (tmp_path / "photos").mkdir(exist_ok=True)
@@ -82,7 +82,7 @@ def test_jsonl_passes_conformance(write_jsonl):
 def test_jsonl_reads_output_of_sca_caption(write_jsonl, tmp_path, monkeypatch):
     rle = masks.encode_rle(make_square_mask())
     write_jsonl()
-    writer = Output(tmp_path / "out.jsonl", model="tiny")
+    writer = JsonlWriter(tmp_path / "out.jsonl", model="tiny")
     for number in (1, 2):
         path = f"photos/{number}.png"
         captions = [
@@ -174,7 +174,7 @@ def test_jsonl_counts_skipped_records(write_jsonl, tmp_path):
         make_line(image="photos/2.png"),
     ]
     file = write_jsonl(*lines)
-    (tmp_path / "photos" / "2.png").write_bytes(b"no picture")
+    (tmp_path / "photos" / "2.png").write_bytes(b"no image")
     (sample,) = dataset = Jsonl("val", file=file)
     assert [region.box for region in sample.regions] == [(0, 3, 12, HEIGHT), (1, 2, 3, 4)]
     assert dataset.skipped == {

@@ -1,4 +1,4 @@
-"""Every layout: what was written is read, and what is wrong with it is named or counted, never passed over."""
+"""Every layout reads back unchanged, and every error in it is reported or counted."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from sca.data.scenes import Scenes
 from sca.io.masks import encode_rle, mask_to_box
 
 SPLITS = {"train": Scenes("train", num_images=5, image_size=64)}
-LAYOUTS = {  # by the name of the reader: the format, and the file that messages name
+LAYOUTS = {  # reader name -> (format, file in error messages)
     "coco": ("coco", "train.json"),
     "coco-captions": ("coco-captions", "annotations/captions_train2017.json"),
     "coco-panoptic": ("coco-panoptic", "annotations/panoptic_train2017.json"),
@@ -27,7 +27,7 @@ parametrize_layouts = pytest.mark.parametrize("name", LAYOUTS)
 
 @pytest.fixture
 def written_layout(tmp_path, name):
-    """A folder in the layout, and its file."""
+    """Return a folder in the layout and its annotation file."""
     format, file = LAYOUTS[name]
     root = export_dataset(SPLITS, tmp_path / "root", format)
     first_id = sorted(int(path.stem[3:]) for path in root.glob("sa_*.jpg")) or [""]
@@ -38,11 +38,6 @@ def edit_json(path, change):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-
-
-def get_annotations(content):
-    first = content["annotations"][0]
-    return first["segments_info"] if "segments_info" in first else content["annotations"]
 
 
 @parametrize_layouts
@@ -93,7 +88,7 @@ def test_sa1b_counts_masks_without_text_and_captions_without_masks(written_layou
 
 
 def open_sa1b_with_one_mask(root, columns, rows, **fields):
-    """SA-1B with one picture of 30 x 20 pixels and one mask that fills these of them; its box as it is published."""
+    """Write SA-1B with one image of 30 x 20 pixels and one mask of the given pixels, with its published box."""
     mask = np.zeros((20, 30), bool)
     mask[rows, columns] = True
     x1, y1, x2, y2 = mask_to_box(encode_rle(mask))
@@ -131,7 +126,7 @@ def test_sa1b_counts_empty_masks(tmp_path):
 
 @pytest.mark.parametrize("name", ["sa1b"])
 def test_sa1b_reports_image_id_that_differs_from_file_name(written_layout, name):
-    root, file = written_layout  # so that none is given twice
+    root, file = written_layout  # so that no image id occurs twice
     other_image = next(path for path in root.glob("sa_*.jpg") if path.stem != file.stem)
     other_id = int(other_image.stem.removeprefix("sa_"))
     edit_json(file, lambda content: content["image"].update(image_id=other_id))

@@ -1,4 +1,4 @@
-"""A person's own pictures are recognized, and some are kept from training."""
+"""Custom datasets are detected, and a part of them is held out for validation."""
 
 import json
 
@@ -80,7 +80,7 @@ def test_detect_data_source_reports_unrecognized_paths(tmp_path):
 
 
 def _write_coco_export(folder, layout):
-    """A small export: annotation file -> (folder of its images, how it names them)."""
+    """Write a small export: annotation file -> (image folder, prefix of image names)."""
     for number, (file, (images, prefix)) in enumerate(layout.items()):
         (folder / images).mkdir(parents=True, exist_ok=True)
         names = [f"{number}-{each}.png" for each in range(20)]
@@ -98,22 +98,33 @@ def _write_coco_export(folder, layout):
 @pytest.mark.parametrize(
     "layout",
     [
-        {"result.json": ("images", "images/")},  # Label Studio
+        {"result.json": ("images", "images/")},
         {"result.json": ("images", "images\\")},
         {"result.json": ("images", "../../label-studio/data/media/upload/1/")},
-        {"annotations/instances_default.json": ("images", "")},  # CVAT
+        {"annotations/instances_default.json": ("images", "")},
         {"annotations/instances_default.json": ("images/default", "")},
         {
             "annotations/instances_Train.json": ("images/Train", ""),
             "annotations/instances_Validation.json": ("images/Validation", ""),
         },
         {
-            "train/_annotations.coco.json": ("train", ""),  # Roboflow
+            "train/_annotations.coco.json": ("train", ""),
             "valid/_annotations.coco.json": ("valid", ""),
             "test/_annotations.coco.json": ("test", ""),
         },
         {"train/_annotations.coco.json": ("train", ""), "test/_annotations.coco.json": ("test", "")},
         {"train/_annotations.coco.json": ("train", "")},
+    ],
+    ids=[
+        "label-studio",
+        "label-studio-backslash",
+        "label-studio-media-path",
+        "cvat",
+        "cvat-default-folder",
+        "cvat-train-validation",
+        "roboflow",
+        "roboflow-without-valid",
+        "roboflow-train-only",
     ],
 )
 def test_detect_data_source_recognizes_coco_exports_of_labeling_tools(tmp_path, layout):

@@ -1,4 +1,4 @@
-"""COCO panoptic: a segment is where the picture of masks has its color, and what does not fit is counted."""
+"""COCO panoptic: a segment consists of the pixels of its color in the mask image; mismatches are counted."""
 
 import json
 
@@ -15,7 +15,7 @@ PUBLISHED_CLASS_NAMES = ["person", "wall-other-merged", "floor-wood", "door-stuf
 
 @pytest.fixture
 def write_dataset(tmp_path, monkeypatch):
-    """Writes a picture whose left half is of one color and whose right half is of another, and opens it."""
+    """Return a function that writes a mask image with a left and a right color and opens the dataset."""
     monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "coco"
 
@@ -74,7 +74,7 @@ def test_panoptic_counts_skipped_segments_and_images(write_dataset):
     dataset = write_dataset(make_segment(LEFT_ID))
     assert dataset.skipped == {"pixels without a segment": 1}
     assert ": 200" in dataset.examples["pixels without a segment"][0]
-    assert not write_dataset(make_segment(LEFT_ID), colors=((1, 2, 3), (0, 0, 0))).skipped  # black is of nothing
+    assert not write_dataset(make_segment(LEFT_ID), colors=((1, 2, 3), (0, 0, 0))).skipped  # black: no segment
 
 
 def test_panoptic_counts_unusable_segment_images_as_bad(write_dataset):

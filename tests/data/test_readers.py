@@ -1,6 +1,6 @@
-"""What every reader promises of files, whole and damaged: nothing is lost without being counted and named.
+"""Every reader counts and reports the records it skips, in complete and in damaged files.
 
-Each layout is written by `export` and damaged afterwards.
+`export` writes each layout, and the tests damage it.
 """
 
 import json
@@ -21,18 +21,18 @@ CAPTIONS_IN_OTHER_SCRIPTS = ["собака на снегу", "雪の上の犬", 
 
 
 class Layout(NamedTuple):
-    """Where the parts of a layout are; a record is found in the content of its file."""
+    """The files and fields of a layout."""
 
     format: str
-    file: str  # has the regions
+    file: str  # contains the regions
     regions: Callable[[Any], list[dict]]
-    box_field: str | None = "bbox"  # a field that a region's box is not known without
+    box_field: str | None = "bbox"  # the field that a region's box depends on
     id_field: str = "id"
-    caption_field: str | None = None  # the field with what is said of a region
+    caption_field: str | None = None  # the caption field of a region
     caption_records: tuple[str, Callable[[Any], list[dict]]] | None = (
-        None  # the file and the records with that field, if others
+        None  # the file and the records with that field, if different
     )
-    has_categories: bool = False  # by categories
+    has_categories: bool = False  # has categories
     split: str = "val"
     options: tuple[str, ...] = ("root={}",)
 
@@ -100,7 +100,7 @@ def write_json_file(path, content):
 
 
 class WrittenDataset:
-    """A dataset in files that can be damaged and read."""
+    """A dataset in files that tests damage and read."""
 
     def __init__(self, name, folder):
         self.name, self.layout = name, LAYOUTS[name]
@@ -116,20 +116,20 @@ class WrittenDataset:
         return datasets.build(self.name, split, **layout_options, **options)
 
     def change_region(self, change, index=0):
-        """Applies `change` to a region's record."""
+        """Apply `change` to a region's record."""
         content = read_json_file(self.file)
         change(self.layout.regions(content)[index])
         write_json_file(self.file, content)
 
     def set_captions(self, *captions):
-        """Has these said of the first regions, of each nothing else, and gives those for which there were regions."""
+        """Set the only captions of the first regions and return the captions that were used."""
         separate_records = self.layout.caption_records and (
             self.root / self.layout.caption_records[0],
             self.layout.caption_records[1],
         )
         file, records = separate_records or (self.file, self.layout.regions)
         content = read_json_file(file)
-        if self.name == "sa1b":  # by the ids of annotations
+        if self.name == "sa1b":  # refers to annotation ids
             content |= {key: [phrase] for key, phrase in zip(content, captions, strict=False)}
             write_json_file(file, content)
             return captions[: len(content)]
@@ -203,7 +203,7 @@ def test_reader_resumes_interrupted_conversion_with_the_same_result(written_data
     with pytest.raises(KeyboardInterrupt):
         written_dataset.open_dataset()
     resumed = written_dataset.open_dataset()
-    assert len(built_entries) == 4  # the first; the second, which was stopped; and after it the second and the third
+    assert len(built_entries) == 4  # the first; the second, interrupted; then the second and the third
     assert resumed.metadata == uninterrupted.metadata
     assert [sample[1:] for sample in resumed] == [sample[1:] for sample in uninterrupted]
 
@@ -257,9 +257,7 @@ def test_reader_counts_boxes_outside_the_image_and_clips_those_across_its_edge(w
     assert dataset.skipped == {"empty box": 1, "box clipped": 1}
     assert dataset.metadata["regions"] == num_regions - 1
     assert written_dataset.file.name in dataset.examples["empty box"][0]
-    assert any(
-        region.box_field[0] == 30 and region.box_field[2] == 64 for sample in dataset for region in sample.regions
-    )
+    assert any(region.box[0] == 30 and region.box[2] == 64 for sample in dataset for region in sample.regions)
 
 
 @parametrize_layouts()
@@ -288,7 +286,7 @@ def test_reader_reports_repeated_id(written_dataset):
     first, second = written_dataset.layout.regions(content)[:2]
     second[written_dataset.layout.id_field] = first[written_dataset.layout.id_field]
     write_json_file(written_dataset.file, content)
-    if written_dataset.name == "visual-genome":  # as published, some are
+    if written_dataset.name == "visual-genome":  # as in some published files
         dataset = written_dataset.open_dataset()
         assert dataset.skipped == {"duplicate region id": 1}
         assert f"region_id {first['region_id']}" in dataset.examples["duplicate region id"][0]
@@ -340,7 +338,7 @@ def test_reader_reports_unknown_split(written_dataset):
         written_dataset.open_dataset("nowhere")
 
 
-@parametrize_layouts([name for name in LAYOUTS if name != "visual-genome"])  # whose pictures are called by their ids
+@parametrize_layouts([name for name in LAYOUTS if name != "visual-genome"])  # whose images are named by their ids
 @pytest.mark.parametrize("name", [r"\u0000", "a" * 5000])
 @pytest.mark.slow
 def test_reader_counts_image_with_invalid_file_name_as_missing(written_dataset, name):

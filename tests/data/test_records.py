@@ -1,4 +1,4 @@
-"""Records that are read piece by piece are those of the whole file, wherever it is cut."""
+"""Records read in chunks equal those of the complete file for every chunk boundary."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_iter_members_reassembles_file_at_any_chunk_size(
     path = folder / "file.json"
     encoded = json.dumps(content, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     if not ascii_only and encoded != json.dumps(content, indent=indent, ensure_ascii=False).encode("utf-8", "replace"):
-        return  # half a character, which no file can have
+        return  # a lone surrogate, which no file can contain
     path.write_bytes(b"\xef\xbb\xbf" * has_byte_order_mark + encoded)
     reassembled = [] if isinstance(content, list) else {}
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""RefCOCO: each expression in its own split, and no file that is read can run anything."""
+"""RefCOCO: each expression is in its own split, and reading a file runs no code."""
 
 import json
 import pickle
@@ -59,7 +59,7 @@ REFS = (make_ref(1, "train"), make_ref(2, "val"), make_ref(3, "val", 2), make_re
 
 @pytest.fixture
 def write_refcoco(tmp_path):
-    """Writes refs in the publishers' layout and gives the root."""
+    """Return a function that writes refs in the published layout and returns the root."""
 
     def write(refs=REFS, collection="refcoco", by="unc", content=None, images="images/mscoco/images/train2014"):
         (tmp_path / images).mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def test_refcoco_reads_python_2_pickles_and_json(write_refcoco):
     (file.with_suffix(".json")).write_text(json.dumps(pickle.loads(file.read_bytes())))
     file.unlink()
     assert [sample[1:] for sample in RefCoco("val", root=root)] == expected
-    sentence = b"caf\xe9"  # as Python 2 has it: a byte string, here in Latin-1
+    sentence = b"caf\xe9"  # a byte string of Python 2, here in Latin-1
     text = b"U" + struct.pack("B", len(sentence)) + sentence
     pickled_refs = pickle.dumps([make_ref(2, "val", sentences=[{"sent": "CAFE"}])], protocol=2)
     pickled_refs = pickled_refs.replace(b"X\x04\x00\x00\x00CAFE", text)

@@ -1,4 +1,4 @@
-"""Visual Genome's size is no matter of memory: conversion streams, and a table is opened and not read."""
+"""Conversion and opening of a dataset of Visual Genome's size need constant memory."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from PIL import Image
 
 pytestmark = pytest.mark.slow
 
-VISUAL_GENOME_SIZE = (108_077, 50)  # images and regions of each: 5.4 million, as Visual Genome has
-MAX_LINKS_PER_FILE = 50_000  # names that one file can have
+VISUAL_GENOME_SIZE = (108_077, 50)  # images, and regions per image: 5.4 million regions, as in Visual Genome
+MAX_LINKS_PER_FILE = 50_000  # hard links per file
 MEASUREMENT_SCRIPT = """
 import re, sys, time
 from sca.data.visual_genome import VisualGenome
@@ -23,7 +23,7 @@ print(len(found), time.perf_counter() - start, int(peak) / 2**20)
 
 
 def write_visual_genome(root, num_images, regions_per_image):
-    """Files as the publishers' are, with one picture under many names."""
+    """Write files in the published layout, with one image under many names."""
     (root / "VG_100K").mkdir(parents=True)
     for number in range(num_images):
         linked_id = number - number % MAX_LINKS_PER_FILE
@@ -47,7 +47,7 @@ def write_visual_genome(root, num_images, regions_per_image):
                         "width": 20,
                         "height": 15,
                     },
-                    "phrase": f"a thing of number {k} beside another thing in picture {n}",
+                    "phrase": f"a thing of number {k} beside another thing in image {n}",
                 }
                 for k in range(regions_per_image)
             ]
@@ -55,7 +55,7 @@ def write_visual_genome(root, num_images, regions_per_image):
         file.write("]")
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured as Linux tells it")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc of Linux")
 @pytest.mark.parametrize("num_images", [2_000, pytest.param(VISUAL_GENOME_SIZE[0], marks=pytest.mark.all)])
 def test_conversion_and_reopening_use_little_memory(tmp_path, num_images):
     write_visual_genome(tmp_path / "vg", num_images, VISUAL_GENOME_SIZE[1])
@@ -74,4 +74,4 @@ def test_conversion_and_reopening_use_little_memory(tmp_path, num_images):
         f"opened in {reopening[0]:.2f} s"
     )
     assert conversion[1] < 2.5
-    assert reopening[1] < 0.6  # whatever its size
+    assert reopening[1] < 0.6  # for every size

@@ -1,4 +1,4 @@
-"""Drawn scenes: the same for the same seed, and everything that is said of them is true."""
+"""Drawn scenes are reproducible by seed, and their captions are true."""
 
 import subprocess
 import sys
@@ -101,7 +101,7 @@ def test_scenes_have_two_to_five_visible_shapes_and_some_overlap(samples, region
     assert {len(sample.regions) for sample in samples} == {2, 3, 4, 5}
     visible_fractions = np.array([region.attributes["visible"] for region in regions])
     assert visible_fractions.min() >= MIN_VISIBLE_FRACTION
-    assert 0.1 < (visible_fractions < 1).mean() < 0.3  # those on top are touched by as many overlaps again
+    assert 0.1 < (visible_fractions < 1).mean() < 0.3  # each overlap also involves the region on top
     for region in regions:
         assert 4 < min(region.attributes["center"]) <= max(region.attributes["center"]) < 124
 
@@ -176,11 +176,11 @@ def make_region_at(region_id, x, y, color="red", shape="star"):
     [
         ("a star left of a blue star", True),
         ("a star right of a blue star", False),
-        ("a star above a blue star", False),  # the larger difference decides
+        ("a star above a blue star", False),  # the larger difference determines the relation
         ("a star above a green star", True),
-        ("a star left of a red star", False),  # it is no neighbor of itself
+        ("a star left of a red star", False),  # a region is not its own neighbor
         ("a star left of a blue circle", False),
-        ("a star left of a star", False),  # which one is not said
+        ("a star left of a star", False),  # the reference is ambiguous
         ("a star", False),
     ],
 )

@@ -1,4 +1,4 @@
-"""A broken record costs its own region and no other; each is counted and named, and one line says so."""
+"""Readers skip only broken regions, count them, and report them in one line."""
 
 import json
 
@@ -16,7 +16,7 @@ from sca.data.summary import check_dataset_not_empty, summarize_dataset
 
 SIDE = 32
 VALID = "good"
-BROKEN_JSONL_FIELDS = {  # what is wrong with a region, as JSON lines; the values replace those of a good one
+BROKEN_JSONL_FIELDS = {  # errors of a region in JSON lines; the values replace those of a valid one
     "no box": {"box": ...},
     "short box": {"box": [1, 2, 3]},
     "text in a box": {"box": [1, 2, 3, "4"]},
@@ -26,7 +26,7 @@ BROKEN_JSONL_FIELDS = {  # what is wrong with a region, as JSON lines; the value
     "no image": {"image": ...},
     "image is a number": {"image": 3},
 }
-BROKEN_COCO_FIELDS = {  # the same in COCO's format
+BROKEN_COCO_FIELDS = {  # the same in the COCO format
     "no box": {"bbox": ...},
     "short box": {"bbox": [1, 2, 3]},
     "text in a box": {"bbox": [1, 2, 3, "4"]},
@@ -234,6 +234,6 @@ def test_choose_split_does_not_depend_on_order(folder):
 def test_summarize_dataset_reports_held_out_images(folder):
     write_coco_dataset(folder)
     options = {"annotations": folder / "mine.json", "image_root": folder, "val_fraction": 0.1}
-    for _ in range(2):  # converted, and opened again
+    for _ in range(2):  # after conversion, and after reopening
         assert "; 1 of 3 images held out for validation" in summarize_dataset(CocoJson("train", **options))
     assert len(CocoJson("val", **options)) == 1

@@ -1,4 +1,4 @@
-"""What a dataset holds is counted, and its samples can be looked at."""
+"""Dataset statistics and sample views."""
 
 import json
 

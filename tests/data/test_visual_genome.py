@@ -1,4 +1,4 @@
-"""Visual Genome: regions and splits are read as they were written, and what is broken is named."""
+"""Visual Genome: regions and splits read back unchanged, and damage is reported."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def make_image_record(image_id, **changes):
 
 @pytest.fixture
 def write_visual_genome(tmp_path):
-    """Writes images 1 and 2, one in each folder, and gives the root; whole files may be replaced."""
+    """Return a function that writes images 1 and 2, one per folder, and returns the root; `files` replace files."""
 
     def write(*regions, **files):
         for image_id, folder in ((1, "VG_100K"), (2, "VG_100K_2")):
@@ -91,7 +91,7 @@ def test_visual_genome_counts_skipped_records(write_visual_genome):
     ]
     root = write_visual_genome(densecap_splits=splits, image_data=images, region_descriptions=descriptions)
     dataset = VisualGenome("val", root=root)
-    assert dataset.image_ids == [1]  # of the region 20 the first counts, and so the second image has none
+    assert dataset.image_ids == [1]  # the first region 20 is kept, and so the second image has no region
     assert [region.box for region in dataset[0].regions] == [(3, 4, 13, 24), (0, 60, 5, SIDE), (3, 4, 13, 24)]
     assert dataset[0].regions[0].phrases == ("thing 1",)
     assert dataset.skipped == {

@@ -1,4 +1,4 @@
-"""Captioners that answer from the truth, and records written by hand."""
+"""Captioners that return ground truth, and hand-written records."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ DEFAULT_BOX = [0.0, 0.0, 2.0, 2.0]
 
 @pytest.fixture(scope="session")
 def make_record():
-    """A record in which only what matters is said."""
+    """Build a record from the fields that a test needs."""
 
     def make(caption="", task="caption", image=1, region=1, mask=None, **truth):
         truth = {"name": None, "phrases": [], "attributes": {}, "mask": None, "box": DEFAULT_BOX, "area": 4.0} | truth
@@ -34,7 +34,7 @@ def make_record():
 
 @pytest.fixture(scope="session")
 def make_rectangle_mask():
-    """The mask of a rectangle x1 y1 x2 y2 in an image of 10 x 8 pixels (width, height)."""
+    """Encode the mask of a rectangle x1 y1 x2 y2 in an image of 10 x 8 pixels (width, height)."""
 
     def make(x1, y1, x2, y2, width=10, height=8):
         mask = np.zeros((height, width), bool)
@@ -46,7 +46,7 @@ def make_rectangle_mask():
 
 @pytest.fixture(scope="session")
 def make_oracle_captioner():
-    """A captioner that knows a dataset by heart and says of each region what `say(region, regions, task)` gives."""
+    """Return a captioner class that captions each region with `describe_region(region, regions, task)`."""
 
     class OracleCaptioner:
         def __init__(self, dataset, describe_region=None):

@@ -1,4 +1,4 @@
-"""Caption metrics: equal to pycocoevalcap, which is what everybody reports, and to cases worked by hand."""
+"""Caption metrics equal pycocoevalcap, the common reference, and cases computed by hand."""
 
 import math
 import random
@@ -25,7 +25,7 @@ needs_java = pytest.mark.skipif(bool(find_java_problem()), reason=str(find_java_
 
 
 def make_random_records(count, seed=0):
-    """Records of captions that are like their references, more or less."""
+    """Return records of captions that resemble their references to different degrees."""
     rng = random.Random(seed)
 
     def make_sentence():
@@ -50,7 +50,7 @@ def records(request):
 
 @pytest.fixture(scope="module")
 def pycocoevalcap_tokens(records):
-    """What pycocoevalcap makes of them: tokenized captions and references."""
+    """Tokenize captions and references with pycocoevalcap."""
     captions = {record["region_id"]: [{"caption": record["caption"]}] for record in records}
     references = {
         record["region_id"]: [{"caption": phrase} for phrase in record["truth"]["phrases"]] for record in records
@@ -109,9 +109,9 @@ def test_cider_is_the_mean_of_cosines():
         for n, (caption, references) in enumerate(captions_and_references)
     ]
     scores = compute_metric("cider", records, tokenizer="plain").per_record["cider"]
-    # a stands in the references of two regions of three, every other word in those of one
+    # "a" occurs in the references of two of three regions, every other word in those of one
     rare_idf, common_idf = math.log(3), math.log(3 / 2)
-    assert scores[0] == pytest.approx(10 * 2 / 4)  # words and pairs are the same; nobody has three words in a row
+    assert scores[0] == pytest.approx(10 * 2 / 4)  # equal unigrams and bigrams; no caption has a trigram
     unigram_cosine = (common_idf**2 + rare_idf * 2 * rare_idf) / (
         math.hypot(common_idf, rare_idf) * math.hypot(common_idf, 2 * rare_idf)
     )
@@ -131,7 +131,7 @@ def test_bootstrap_inputs_of_subset_give_scores_of_subset(name):
         total = statistics.compute_scores(statistics.rows.sum(0))
         assert total == pytest.approx(output.values[score], abs=1e-9)
         assert len(groups) == len(records)
-        if name in ("bleu", "meteor"):  # of the others, rarity stays that of all regions
+        if name in ("bleu", "meteor"):  # document frequencies of the others are still those of all regions
             subset = [record for record in records if record["image_id"] % 2]
             rows = statistics.rows[[record["image_id"] % 2 == 1 for record in records]]
             assert statistics.compute_scores(rows.sum(0)) == pytest.approx(
@@ -190,11 +190,11 @@ def test_meteor_program_is_reused_until_it_ends_or_is_interrupted(monkeypatch):
     assert np.array_equal(align_captions(["a dog"], [["a dog"]]), expected)
     assert METEOR_PROGRAM._process is process
 
-    def interrupt(*_):
+    def raise_keyboard_interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(METEOR_PROGRAM, "_exchange_lines", interrupt)
+        patched.setattr(METEOR_PROGRAM, "_exchange_lines", raise_keyboard_interrupt)
         with pytest.raises(KeyboardInterrupt):
             align_captions(["a cat"], [["a dog"]])
     assert process.poll() is not None

@@ -1,4 +1,4 @@
-"""Runs side by side, as a table and as pages."""
+"""Comparison of runs as a table and as pages."""
 
 import io
 import json
@@ -22,7 +22,7 @@ SCENE_METRICS = ["attributes", "class", "mask-iou"]
 
 @pytest.fixture(scope="module")
 def run_folders(make_oracle_captioner, tmp_path_factory):
-    """A run that knows all, and one that has every third color wrong; both of scenes that can be drawn again."""
+    """Write a perfect run and a run with every third color wrong, both of scenes that can be drawn again."""
     dataset = Scenes("val", num_images=20)
 
     def caption_with_wrong_color(region, _, task):
@@ -87,7 +87,10 @@ def test_compare_runs_reports_different_prompts(run_folders, make_oracle_caption
         def _caption_prompt(self, regions, prompt, task, index):
             ((x, y, _),) = prompt.points
             nearest_region = min(
-                regions, key=lambda r: abs(r.box[0] + r.box[2] - 2 * x) + abs(r.box[1] + r.box[3] - 2 * y)
+                regions,
+                key=lambda region: (
+                    abs(region.box[0] + region.box[2] - 2 * x) + abs(region.box[1] + region.box[3] - 2 * y)
+                ),
             )
             return super()._caption_prompt(regions, type(prompt)(box=nearest_region.box), task, index)
 
@@ -134,7 +137,7 @@ def test_report_pages_are_well_formed_and_load_nothing(run_folders):
     for page in render_pages(run_folders).values():
         tags = TagParser(page).tags
         assert "default-src 'none'" in page
-        assert not [tag for tag, _ in tags if tag in ("script", "link", "img", "b")]  # a caption is no markup
+        assert not [tag for tag, _ in tags if tag in ("script", "link", "img", "b")]  # captions are escaped
         links = [value for _, attributes in tags for name, value in attributes.items() if name in ("href", "src")]
         assert links
         assert all(link.startswith("data:image/") for link in links)
@@ -155,7 +158,7 @@ def test_report_shows_scores_distributions_extremes_and_runs_side_by_side(run_fo
     tags = TagParser(page).tags
     assert {"mask", "ground-truth", "box"} <= {attributes.get("class") for _, attributes in tags}
     figure = page.partition('class="figure"')[2].partition("</table>")[0]
-    assert figure.count("<tr>") == 3  # two models and the truth
+    assert figure.count("<tr>") == 3  # two models and the ground truth
     assert figure.count("<td>") == 18
     assert "ground truth" in figure.rpartition("<tr>")[2]
     assert 'class="mask"' not in figure.rpartition("<tr>")[2]

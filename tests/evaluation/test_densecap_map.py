@@ -1,4 +1,4 @@
-"""Dense captioning: cases worked by hand, and the rule written out slowly."""
+"""Dense captioning mAP: cases computed by hand, and a slow reference implementation."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_densecap_map_matches_each_box_once_with_the_highest_scored_proposal():
     proposals = [([0, 0, 9, 9], 0.5, "a car"), ([0, 0, 9, 9], 0.9, "a dog")]
     scores = compute_scores(make_dense_record(1, proposals, regions))
     assert scores["densecap-map/boxes"] == 1
-    # "a dog" has the box; half of its words are right, which is above every threshold
+    # "a dog" is matched to the box; half of its words are correct, which is above every threshold
     assert scores["densecap-map/rouge-l"] == 1
     assert (
         compute_scores(make_dense_record(1, [([0, 0, 9, 9], 0.9, "one dog"), proposals[0]], regions))[
@@ -83,7 +83,7 @@ def test_merge_true_boxes_joins_near_duplicates_and_their_phrases():
 
 
 def test_mean_precision_is_sampled_at_101_recalls():
-    """One of two boxes found, by the second of two proposals: precision 1/2 up to recall 1/2."""
+    """The second of two proposals finds one of two boxes: precision 1/2 up to recall 1/2."""
     scores, ious = np.array([0.9, 0.8]), np.array([0.0, 1.0])
     is_first, caption_scores = np.array([False, True]), np.array([-1.0, 1.0])
     assert compute_mean_precision(scores, ious, is_first, caption_scores, num_true_boxes=2) == pytest.approx(
@@ -102,7 +102,7 @@ def test_densecap_map_counts_boxes_of_images_without_proposals():
 
 
 def compute_mean_precision_slowly(images, agreement):
-    """The rule as it is written: every threshold, every proposal, every recall."""
+    """Compute the definition directly: every threshold, every proposal, every recall."""
     num_true_boxes = sum(len(true_boxes) for _, _, true_boxes in images)
     precisions = []
     for iou_threshold in IOU_THRESHOLDS:
@@ -128,7 +128,7 @@ def compute_mean_precision_slowly(images, agreement):
                         is_unmatched and best_iou > iou_threshold and agreement[image][index] > caption_threshold
                     )
                     scores_and_matches.append((scores[index], is_correct))
-            scores_and_matches.sort(key=lambda each: -each[0])
+            scores_and_matches.sort(key=lambda pair: -pair[0])
             num_correct, precision_recall_points = 0, []
             for count, (_, is_correct) in enumerate(scores_and_matches, 1):
                 num_correct += is_correct

@@ -1,4 +1,4 @@
-"""From a model and a dataset to a report."""
+"""Evaluation of a model on a dataset, up to the report."""
 
 import io
 import json
@@ -74,7 +74,7 @@ def test_evaluate_scores_random_captions_at_chance(scenes, make_oracle_captioner
     assert values["relations/correct"] < 0.15
     assert 0.2 < values["region-sensitivity/caption"] < 0.5
     assert values["region-sensitivity/recognition"] < 0.3
-    assert values["mask-iou/mean"] == 1  # it did not shuffle those
+    assert values["mask-iou/mean"] == 1  # these were not shuffled
 
 
 def test_evaluate_region_sensitivity_is_at_most_half_for_image_level_captions(scenes, make_oracle_captioner):
@@ -153,7 +153,7 @@ def test_evaluate_computes_only_named_metrics(make_oracle_captioner):
 def test_evaluate_rejects_wrong_metrics_and_options_before_captioning():
     class UnusedCaptioner:
         def caption(self, image, prompts, task="caption"):
-            raise AssertionError("it was asked")
+            raise AssertionError("caption was called")
 
     dataset = Scenes("val", num_images=2)
     for arguments, message in (
@@ -179,7 +179,7 @@ def test_evaluate_computes_registered_metrics(make_oracle_captioner, monkeypatch
                 {"words/mean": sum(len(record["caption"].split()) for record in records) / len(records)}
             )
 
-    monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
+    monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the registration ends with the test
     sca_registry.metrics("words")(WordCount)
     dataset = Scenes("val", num_images=2)
     assert (

@@ -1,4 +1,4 @@
-"""Intervals hold the truth as often as they say."""
+"""Confidence intervals have their nominal coverage."""
 
 import json
 import math
@@ -12,9 +12,9 @@ from sca.evaluation.evaluate import score_file
 from sca.evaluation.scoring import score_records
 
 DISTRIBUTIONS = [
-    pytest.param(lambda draw: draw.normal(0, 1, 200), 0.0, id="normal"),
-    pytest.param(lambda draw: draw.beta(0.5, 0.5, 200), 0.5, id="right or wrong"),
-    pytest.param(lambda draw: draw.exponential(1, 300), 1.0, id="skewed"),
+    pytest.param(lambda rng: rng.normal(0, 1, 200), 0.0, id="normal"),
+    pytest.param(lambda rng: rng.beta(0.5, 0.5, 200), 0.5, id="bimodal"),
+    pytest.param(lambda rng: rng.exponential(1, 300), 1.0, id="skewed"),
 ]
 
 
@@ -34,7 +34,7 @@ def test_interval_contains_the_mean_in_95_percent_of_trials(draw_values, mean, n
 @pytest.mark.parametrize("num_trials", [100, pytest.param(1000, marks=pytest.mark.all)])
 @pytest.mark.slow
 def test_bootstrap_resamples_regions_of_an_image_together(num_trials):
-    """Ten regions an image that are all alike tell no more than one."""
+    """Ten equal regions per image carry no more information than one."""
     num_covered, groups = 0, np.repeat(np.arange(150), 10)
     for trial in range(num_trials):
         values = np.random.default_rng([8, trial]).normal(0, 1, 150).repeat(10)

@@ -1,4 +1,4 @@
-"""What was answered is on disk at once, and a run that was killed ends as if it had not been."""
+"""Predictions are on disk at once, and a killed evaluation resumes with the same result."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_evaluate_writes_predictions_before_the_next_batch(make_oracle_captioner
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_evaluate_resumes_stopped_run(make_oracle_captioner, dataset, tmp_path, batch_size):
-    """Whatever was cut off in the middle of a line is asked again, and nothing else."""
+    """Only the records of a truncated line are predicted again."""
     uninterrupted, stopped = tmp_path / "whole", tmp_path / "cut"
     uninterrupted.mkdir()
     stopped.mkdir()
@@ -97,10 +97,10 @@ def test_evaluate_resumes_stopped_run(make_oracle_captioner, dataset, tmp_path, 
     evaluate(captioner, dataset, batch_size=batch_size, folder=stopped, metrics=["class"])
     _, *records, end = read_prediction_lines(stopped)
     assert [records, end] == [read_prediction_lines(uninterrupted)[1:-1], read_prediction_lines(uninterrupted)[-1]]
-    assert len(captioned_images) - num_calls_before < 2 * len(dataset)  # not everything again
+    assert len(captioned_images) - num_calls_before < 2 * len(dataset)  # not all of them again
     captioned_images.clear()
     evaluate(captioner, dataset, batch_size=batch_size, folder=stopped, metrics=["class"])
-    assert not captioned_images  # all is there
+    assert not captioned_images  # all records are complete
 
 
 @pytest.mark.parametrize("num_kills", [1, pytest.param(20, marks=pytest.mark.all)])
@@ -127,7 +127,7 @@ def test_evaluate_killed_repeatedly_ends_with_the_same_predictions(tmp_path, num
         child.stdout.close()
         if (killed / PREDICTIONS_NAME).is_file() and '"summary"' in (killed / PREDICTIONS_NAME).read_text():
             assert (killed / PREDICTIONS_NAME).read_bytes() == (uninterrupted / PREDICTIONS_NAME).read_bytes()
-            (killed / PREDICTIONS_NAME).unlink()  # once more from the beginning
+            (killed / PREDICTIONS_NAME).unlink()  # again from the beginning
     assert num_killed
     subprocess.run([sys.executable, "-c", EVALUATION_SCRIPT, killed], check=True, capture_output=True)
     assert (killed / PREDICTIONS_NAME).read_bytes() == (uninterrupted / PREDICTIONS_NAME).read_bytes()

@@ -1,4 +1,4 @@
-"""Metrics that ask a model: with small ones that are made here, in the format of the large ones."""
+"""Model-based metrics, with small models built here in the format of the published ones."""
 
 import json
 
@@ -38,7 +38,7 @@ def make_records(*pairs):
 
 @pytest.fixture(scope="module")
 def spacy_pipeline(tmp_path_factory):
-    """A spaCy pipeline that knows seven words, with vectors in which a cat is rather like a dog."""
+    """Build a spaCy pipeline with seven words, whose vectors of "cat" and "dog" are similar."""
     nlp = spacy.blank("en")
     ruler = nlp.add_pipe("attribute_ruler")
     ruler.add_patterns(
@@ -62,7 +62,7 @@ def test_noun_and_verb_recall_match_published_definition(spacy_pipeline):
     assert noun_recall.values["noun-recall/exact-nonempty"] == 0.5
     assert noun_recall.per_record["noun-recall/fuzzy"] == pytest.approx(
         [1, 0.3, 0]
-    )  # the cat by the dog, Rex by nothing
+    )  # "cat" matches "dog", "Rex" matches nothing
     verb_recall = sca_registry.metrics.build("verb-recall", model=spacy_pipeline)(records)
     assert verb_recall.values["verb-recall/exact"] == 0
     assert verb_recall.values["verb-recall/exact-nonempty"] == 0
@@ -83,7 +83,7 @@ def test_noun_recall_reports_missing_pipeline(tmp_path):
 
 @pytest.fixture(scope="module")
 def sentence_encoder(tmp_path_factory):
-    """A sentence encoder of eight words."""
+    """Build a sentence encoder with eight words."""
     folder = tmp_path_factory.mktemp("sentences")
     vocabulary = {"[UNK]": 0, "[PAD]": 1, "[CLS]": 2, "[SEP]": 3, "dog": 4, "cat": 5, "a": 6, "red": 7}
     tokenizer = Tokenizer(WordLevel(vocabulary, "[UNK]"))
@@ -115,7 +115,7 @@ def test_semantic_reports_missing_encoder(tmp_path):
 
 @pytest.fixture(scope="module")
 def clip_model(tmp_path_factory):
-    """A CLIP of a few thousand numbers in a folder of open_clip."""
+    """Write a CLIP with a few thousand parameters to a folder in the format of open_clip."""
     folder = tmp_path_factory.mktemp("clip")
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}

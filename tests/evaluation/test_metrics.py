@@ -1,4 +1,4 @@
-"""Every metric on records small enough to score by hand."""
+"""Every metric on records that can be scored by hand."""
 
 import json
 import math
@@ -63,9 +63,9 @@ def make_scene_records(make_record, *captions):
 def test_relations_counts_stated_and_true_relations(make_record):
     records = make_scene_records(
         make_record,
-        "a green cross left of a blue square",  # true, whatever else is wrong
-        "a large plain blue square left of a red circle",  # it is right of it
-        "a small dotted red star",  # states none
+        "a green cross left of a blue square",  # true even if the rest is wrong
+        "a large plain blue square left of a red circle",  # the region is to the right
+        "a small dotted red star",  # states no relation
     )
     scores = compute_scores("relations", records)
     assert scores["relations/correct"] == 0.5
@@ -92,7 +92,7 @@ def test_relations_is_nan_without_stated_relations(make_record):
 def test_class_scores_by_count_area_and_mean(make_record):
     cases = [("road", "road", 60), ("road", "car", 20), ("car", "car", 10), ("road", "road", 10)]
     records = [make_record(caption, "recognition", name=name, area=float(area)) for caption, name, area in cases]
-    records.append(make_record("a road", attributes=CIRCLE, name="road"))  # a caption is no answer to this
+    records.append(make_record("a road", attributes=CIRCLE, name="road"))  # a caption is not a class prediction
     assert compute_scores("class", records) == {
         "class/accuracy": 0.75,
         "class/area-accuracy": 0.8,
@@ -118,7 +118,7 @@ def test_class_ignores_case_and_spacing_only(make_record):
 
 
 def test_class_accuracy_quotes_a_class_named_like_a_summary(make_record):
-    records = [make_record(said, "recognition", name=name) for said, name in (("x", "mean-accuracy"), ("car", "car"))]
+    records = [make_record(caption, "recognition", name=name) for caption, name in (("x", "mean-accuracy"), ("car", "car"))]
     scores = compute_scores("class", records)
     assert (scores["class/mean-accuracy"], scores['class/"mean-accuracy"']) == (0.5, 0.0)
 
@@ -180,7 +180,7 @@ def test_mask_iou_rejects_masks_of_different_sizes(make_record, make_rectangle_m
 def test_region_sensitivity_counts_captions_closer_to_their_own_region(make_record):
     records = [
         make_record("a small plain red circle", region=1, attributes=CIRCLE),
-        make_record("a large plain red circle", region=2, attributes=SQUARE),  # size is its own; color, shape are not
+        make_record("a large plain red circle", region=2, attributes=SQUARE),  # only the size is correct
     ]
     scores = compute_scores("region-sensitivity", records)
     assert scores == {"region-sensitivity/caption": 0.5, "region-sensitivity/caption/pairs": 2}
@@ -188,7 +188,7 @@ def test_region_sensitivity_counts_captions_closer_to_their_own_region(make_reco
 
 def test_region_sensitivity_does_not_count_ties(make_record):
     records = [
-        make_record("a large red thing", region=1, attributes=CIRCLE),  # its color, the other's size
+        make_record("a large red thing", region=1, attributes=CIRCLE),  # its own color, the other region's size
         make_record("a large blue square", region=2, attributes=SQUARE),
     ]
     assert compute_scores("region-sensitivity", records)["region-sensitivity/caption"] == 0.5
@@ -196,7 +196,7 @@ def test_region_sensitivity_does_not_count_ties(make_record):
 
 def test_region_sensitivity_compares_only_differing_attributes(make_record):
     records = [
-        make_record("a small plain red star", region=1, attributes=CIRCLE),  # shape and texture differ: one of each
+        make_record("a small plain red star", region=1, attributes=CIRCLE),  # shape and texture differ: one is correct
         make_record("a small dotted red star", region=2, attributes=STAR),
     ]
     assert compute_scores("region-sensitivity", records)["region-sensitivity/caption"] == 0.5
@@ -214,7 +214,7 @@ def test_region_sensitivity_pairs_only_different_regions_of_one_image(make_recor
 
 
 def test_region_sensitivity_scores_recognition_by_name_separately(make_record):
-    captions_and_names = [("Car", "car"), ("road", "road"), ("road", "tree")]  # the third takes the second's name
+    captions_and_names = [("Car", "car"), ("road", "road"), ("road", "tree")]  # the third has the second's name
     records = [
         make_record(text, "recognition", region=i, name=name) for i, (text, name) in enumerate(captions_and_names)
     ]
@@ -246,7 +246,7 @@ def test_region_sensitivity_is_at_most_half_for_a_constant_caption(
     assert not compute_scores("region-sensitivity", records)["region-sensitivity/caption"] > 0.5
 
 
-# --- what every metric promises
+# --- all metrics
 
 
 def test_registry_lists_builtin_metrics():
@@ -283,7 +283,7 @@ def test_metric_value_is_the_mean_of_per_record_scores(make_record, make_rectang
 
 def test_meets_need_accepts_paths_values_and_alternatives(make_record):
     record = make_record("", attributes=CIRCLE)
-    assert meets_need(record, "caption")  # said nothing, but was asked
+    assert meets_need(record, "caption")  # the prediction is empty
     assert not meets_need(record, "mask")
     assert meets_need(record, "truth.attributes.color")
     assert not meets_need(record, "truth.attributes.color.red")

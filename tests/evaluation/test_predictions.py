@@ -1,4 +1,4 @@
-"""Records say all that metrics need, and say it in plain JSON."""
+"""Records contain all that metrics need, in plain JSON."""
 
 import json
 from dataclasses import replace
@@ -13,12 +13,12 @@ from sca.io import masks
 
 
 def collect_records(captioner, dataset, prompting=None, **options):
-    """Every record in one list."""
+    """Collect all records in one list."""
     return [record for batch in predict_dataset(captioner, dataset, prompting, **options) for record in batch.records]
 
 
 class EchoCaptioner:
-    """Says where it was asked, and remembers how."""
+    """Returns the position of each prompt as its caption and records the arguments."""
 
     def __init__(self):
         self.calls = []
@@ -82,7 +82,7 @@ def test_predict_dataset_prompts_only_labeled_tasks_and_keeps_regions_aligned():
         assert record["caption"] == f"{record['task']} {tuple(record['truth']['box'])}"
         assert record["prompt"] == {"box": record["truth"]["box"]}
         assert record["score"] is None
-    assert records[0]["truth"]["area"] == 8.0  # of the box
+    assert records[0]["truth"]["area"] == 8.0  # the center of the box
 
 
 def test_predict_dataset_accepts_captioner_without_batches(make_oracle_captioner):
@@ -102,7 +102,7 @@ def test_predict_dataset_batch_size_does_not_change_records(batch_size):
     assert progress[-1] == (4, 4)
     assert max(len(counts) for _, counts in captioner.calls) == min(batch_size, 4)
     assert max(captioner.encoded) == min(batch_size, 4)
-    assert sum(captioner.encoded) == 4  # once, though two tasks are asked
+    assert sum(captioner.encoded) == 4  # once, although two tasks are requested
 
 
 def test_mask_point_prompts_lie_in_the_mask_and_depend_on_the_seed():
@@ -214,7 +214,7 @@ def test_color_swap_control_changes_only_the_image():
 
 
 def test_dense_captioning_records_proposals_and_labeled_regions():
-    def proposer(image, image_id):
+    def propose_boxes(image, image_id):
         prompts = (Prompt(box=(0.0, 0.0, 2.0, 2.0)), Prompt(box=(1.0, 1.0, 6.0, 3.0)))
         return Proposals(prompts, (0.25, 0.5), (None, None))
 
@@ -223,7 +223,7 @@ def test_dense_captioning_records_proposals_and_labeled_regions():
             return [Caption("a car", 1.0, p.box, None, None, p, i) for i, p in enumerate(prompts)]
 
     (record,) = collect_records(
-        ConstantCaptioner(), [make_sample(7, CAPTIONED_REGION, NAMED_REGION)], DenseCaptioningOptions(proposer)
+        ConstantCaptioner(), [make_sample(7, CAPTIONED_REGION, NAMED_REGION)], DenseCaptioningOptions(propose_boxes)
     )
     assert record["task"] == "dense"
     assert [each["score"] for each in record["proposals"]] == [0.5, 0.25]
@@ -251,7 +251,7 @@ def test_predict_dataset_skip_keeps_batch_boundaries():
             EchoCaptioner(),
             [make_sample(i, CAPTIONED_REGION) for i in range(6)],
             batch_size=2,
-            skip=lambda place: place in (0, 1, 4),
+            skip=lambda index: index in (0, 1, 4),
         )
     )
     assert [list(batch.indices) for batch in batches] == [[2, 3], [5]]

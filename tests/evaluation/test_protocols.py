@@ -1,4 +1,4 @@
-"""Published protocols by name."""
+"""Published evaluation protocols by name."""
 
 from types import SimpleNamespace
 

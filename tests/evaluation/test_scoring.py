@@ -1,4 +1,4 @@
-"""What cannot be scored says what would change that."""
+"""Errors of scoring contain a fix."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Predictions whose scores would be wrong are refused with the place of what is wrong; what is odd is counted."""
+"""Predictions that would score incorrectly are rejected with the location of the error; warnings are counted."""
 
 import json
 
@@ -14,7 +14,7 @@ VALID_RECORD = {"image_id": 1, "region_id": 1, "caption": "a dog", "references":
 
 @pytest.fixture
 def write_predictions(tmp_path):
-    """Writes records, a line each."""
+    """Return a function that writes records, one per line."""
 
     def write(*records):
         path = tmp_path / "made.jsonl"
@@ -26,7 +26,7 @@ def write_predictions(tmp_path):
 
 @pytest.fixture
 def run_folder(make_oracle_captioner, tmp_path):
-    """A folder with the predictions of a run."""
+    """Return a run folder with predictions."""
     dataset = Scenes("val", num_images=3)
     evaluate(make_oracle_captioner(dataset), dataset, folder=tmp_path, metrics=["class"])
     return tmp_path
@@ -67,7 +67,20 @@ def test_score_file_accepts_handmade_predictions(write_predictions):
         ((VALID_RECORD | {"proposals": [{"box": [0, 0, 1, 1]}]},), "a proposal whose score is not a number"),
         ((), "has no records"),
     ],
-    ids=str,
+    ids=[
+        "repeated record",
+        "no region_id",
+        "caption is null",
+        "unknown task",
+        "references not a list",
+        "no references",
+        "box is nan",
+        "box of 3 numbers",
+        "box out of range",
+        "score out of range",
+        "no score",
+        "no records",
+    ],
 )
 def test_score_file_rejects_invalid_records(write_predictions, records, message):
     with pytest.raises(InputError, match=message):

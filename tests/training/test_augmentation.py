@@ -1,4 +1,4 @@
-"""A picture that is flipped or cropped takes its boxes, masks and words along."""
+"""Augmentation flips, crops and scales boxes, masks and phrases together with the image."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ from sca.training.augmentation import PADDING_COLOR, Augmentation, crop_region, 
 
 
 @st.composite
-def samples(draw):
-    """A gray picture with one to three rectangles, each of its own brightness, that do not overlap."""
+def draw_samples(draw):
+    """Draw a gray image with one to three rectangles of different brightness that do not overlap."""
     width, height = draw(st.integers(12, 60)), draw(st.integers(6, 40))
     pixels = np.zeros((height, width, 3), np.uint8)
     num_regions = draw(st.integers(1, 3))
@@ -32,12 +32,12 @@ def samples(draw):
 
 
 def locate_region_pixels(sample, region):
-    """Where the picture has the region's brightness."""
+    """Return the pixels that have the region's brightness, a boolean mask of shape (H, W)."""
     return np.asarray(sample.image)[..., 0] == 50 * (region.id + 1)
 
 
 @settings(deadline=None)
-@given(samples(), st.integers(0, 2**32 - 1))
+@given(draw_samples(), st.integers(0, 2**32 - 1))
 def test_augmentation_keeps_boxes_and_masks_on_their_regions(sample, seed):
     augment = Augmentation(flip_prob=0.5, min_crop_fraction=0.5, min_visibility=0.4)
     augmented = augment(sample, np.random.default_rng(seed))
@@ -54,7 +54,7 @@ def test_augmentation_keeps_boxes_and_masks_on_their_regions(sample, seed):
     )
 
 
-@given(samples())
+@given(draw_samples())
 def test_flip_swaps_left_and_right_in_phrases_and_is_its_own_inverse(sample):
     flipped_image, flipped_regions = flip_horizontally(sample.image, list(sample.regions))
     assert flipped_regions[0].phrases == ("right of a left hand", "leftover bright")
@@ -113,7 +113,7 @@ def test_color_jitter_changes_pixels_and_keeps_regions(color):
 
 
 @settings(deadline=None)
-@given(samples(), st.integers(0, 2**32 - 1), st.sampled_from([(0.1, 2.0), (1.0, 2.0), (0.5, 0.5), (1.0, 1.0)]))
+@given(draw_samples(), st.integers(0, 2**32 - 1), st.sampled_from([(0.1, 2.0), (1.0, 2.0), (0.5, 0.5), (1.0, 1.0)]))
 def test_scale_jitter_transforms_boxes_and_masks_with_the_image(sample, seed, scale):
     augmented = Augmentation(flip_prob=0.5, scale_range=scale, min_visibility=0.4)(sample, np.random.default_rng(seed))
     side = max(sample.image.size)
@@ -128,7 +128,7 @@ def test_scale_jitter_transforms_boxes_and_masks_with_the_image(sample, seed, sc
         mask_interior = decode_rle(region.mask)[1:-1, 1:-1]
         if (
             scale[0] >= 1 and min(x2 - x1, y2 - y1) >= 3 and mask_interior.sum() >= 16
-        ):  # and not mixed with what is around it
+        ):  # and not blended with its surroundings
             pixel_values = np.asarray(augmented.image)[mask][:, 0].astype(int)
             assert np.abs(pixel_values - 50 * (region.id + 1)).min() <= 2
     if scale == (1.0, 1.0):
@@ -139,8 +139,8 @@ def test_scale_jitter_transforms_boxes_and_masks_with_the_image(sample, seed, sc
 
 
 @settings(deadline=None)
-@given(samples(), st.integers(0, 2**32 - 1), st.floats(0.1, 2.0))
-def test_scale_jitter_scales_fully_visible_boxes_and_point_prompts_lie_in_masks(sample, seed, factor):
+@given(draw_samples(), st.integers(0, 2**32 - 1), st.floats(0.1, 2.0))
+def test_scale_jitter_scales_fully_visible_boxes_and_keeps_point_prompts_in_masks(sample, seed, factor):
     augmented = Augmentation(flip_prob=0.5, scale_range=(factor, factor), min_visibility=1.0)(
         sample, np.random.default_rng(seed)
     )
@@ -159,7 +159,7 @@ def test_scale_jitter_scales_fully_visible_boxes_and_point_prompts_lie_in_masks(
         )
         assert (
             abs(x2 - x1 - expected_width) <= 2 + 0.1 * expected_width
-        )  # a picture of a few pixels is scaled by whole ones
+        )  # the size of a tiny image is rounded to whole pixels
         assert abs(y2 - y1 - expected_height) <= 2 + 0.1 * expected_height
         (x, y, _), *_ = sample_point_prompt(region, np.random.default_rng(seed)).points
         assert mask[int(y), int(x)]
@@ -178,7 +178,7 @@ def test_crop_with_scale_jitter_drops_regions_that_lost_most_of_their_area(has_m
         for x1, y1, x2, y2 in (region.box for region in augmented.regions):
             kept_areas.append((x2 - x1) * (y2 - y1) / 2**2)
     assert 20 < len(kept_areas) < 280
-    assert min(kept_areas) >= 0.4 * 20 * 20 - 0.5 * 20  # sides are halved to whole pixels
+    assert min(kept_areas) >= 0.4 * 20 * 20 - 0.5 * 20  # half sizes are rounded to whole pixels
 
 
 def test_scale_jitter_pads_only_right_and_bottom():

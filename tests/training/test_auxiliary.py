@@ -1,4 +1,4 @@
-"""The losses that only training has: what they look at, and what they do not count."""
+"""Auxiliary training losses: their inputs and the regions they ignore."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_attribute_head_sums_cross_entropies_and_ignores_unknown_labels():
 
 @pytest.fixture
 def batch():
-    """Two regions of one image, a left half and a right half."""
+    """Build a batch of one image with two regions: its left half and its right half."""
     masks = torch.zeros(2, 32, 32)
     masks[0, :, :16] = masks[1, :, 16:] = 1
     return Batch(
@@ -69,7 +69,7 @@ def test_feature_loss_is_weighted_and_its_gradient_reaches_only_the_encoder(buil
     parts_with_gradient = {
         name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()
     }
-    assert parts_with_gradient == {"encoder"}  # the features themselves, and no way round them
+    assert parts_with_gradient == {"encoder"}  # the features themselves, without a detour
     (feature_loss,) = training_module.recent_losses["feature_attributes"]
     assert training_module(batch).item() == pytest.approx(0.5 * feature_loss.item(), rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""What is drawn for training depends on the seed and the place in the stream, and on nothing else."""
+"""Training examples depend only on the seed and the position in the stream."""
 
 from dataclasses import fields
 
@@ -66,7 +66,7 @@ def test_example_stream_visits_each_image_once_per_epoch_in_new_order(make_strea
 
 
 def test_example_stream_row_fields_belong_to_the_same_region(make_stream, tokenizer):
-    """Every row's phrase is one of the phrases of the region whose box it has, and its point lies in that region."""
+    """Check that each row's phrase belongs to the region of its box and that its point is inside that region."""
     dataset = Scenes("train", num_images=8, image_size=64)
     samples_by_pixels = {
         Processor(ImageFormat(size=64), 8).preprocess_images([sample.image]).numpy().tobytes(): sample
@@ -182,7 +182,7 @@ def test_example_stream_region_without_mask_gets_point_in_box_and_no_mask_target
     box = (10.0, 20.0, 30.0, 25.0)
     sample = Sample(Image.new("RGB", (64, 64)), 1, (Region(1, box, None, "car"), Region(2, (0, 0, 9, 9))))
     example = make_stream(dataset=[sample])[0]
-    assert len(example.input_ids) == 1  # one has nothing to say
+    assert len(example.input_ids) == 1  # one has no caption
     assert not example.has_mask.any()
     (x, y) = example.points[0, 0].tolist()
     assert 10 <= x <= 30

@@ -1,4 +1,4 @@
-"""A frozen encoder's features, kept: the same steps without the encoder."""
+"""The feature cache of a frozen encoder: the same training steps without running the encoder."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def make_recipe(small_model_table):
 
 
 def record_encoded_images(monkeypatch):
-    """Counts the pictures that go through any encoder."""
+    """Record the images that any encoder encodes."""
     from sca.model import SegmentationModel
 
     encode, encoded_images = SegmentationModel.encode, []
@@ -47,7 +47,7 @@ def test_feature_cache_encodes_each_image_once_and_preserves_trained_weights(mak
     uncached = train(make_recipe(), tmp_path / "plain", quiet=True)
     encoded_images = record_encoded_images(monkeypatch)
     cached = train(make_recipe(feature_cache_dir=str(tmp_path / "kept")), tmp_path / "cached", quiet=True)
-    assert len(encoded_images) == 9  # of the 12 that six steps of two draw
+    assert len(encoded_images) == 9  # of the 12 that six steps with batch size 2 draw
     for name, tensor in uncached.state_dict().items():
         assert torch.allclose(tensor, cached.state_dict()[name], atol=2e-3), name
     train(
@@ -57,7 +57,7 @@ def test_feature_cache_encodes_each_image_once_and_preserves_trained_weights(mak
     train(
         make_recipe({"encoder": "tiny-vit"}, feature_cache_dir=str(tmp_path / "kept")), tmp_path / "another", quiet=True
     )
-    assert len(encoded_images) == 18  # another encoder has features of its own
+    assert len(encoded_images) == 18  # features depend on the encoder
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The whole path learns: sixteen scenes by heart in two hundred steps, and each caption by its own region."""
+"""A model overfits sixteen scenes in two hundred steps and uses the region of each caption."""
 
 import math
 
@@ -17,7 +17,7 @@ from sca.training.train import train
 pytestmark = pytest.mark.slow
 
 SCENES = Scenes("train", num_images=16, image_size=64, seed=3)
-MAX_TOKEN_LOSS = 0.2  # nats a word, without smoothing: the likeliest word is right nearly always
+MAX_TOKEN_LOSS = 0.2  # nats per token, without label smoothing: the most probable token is almost always correct
 MIN_MASK_IOU = 0.85
 RECIPE_TABLE = {
     "model": {
@@ -50,7 +50,7 @@ RECIPE_TABLE = {
 
 
 class InMemoryDataset:
-    """Samples kept in memory."""
+    """A dataset of samples in memory."""
 
     def __init__(self, samples):
         self.samples = tuple(samples)
@@ -63,7 +63,7 @@ class InMemoryDataset:
 
 
 def permute_captions(sample):
-    """Every region has the phrases of the next, the last those of the first."""
+    """Give each region the phrases of the next region, and the last region those of the first."""
     phrases = [region.phrases for region in sample.regions]
     regions_and_phrases = zip(sample.regions, phrases[1:] + phrases[:1], strict=True)
     regions = tuple(
@@ -75,7 +75,7 @@ def permute_captions(sample):
 
 @pytest.fixture
 def train_and_evaluate(tmp_path, monkeypatch):
-    """Trains on samples, and judges on others: nats a word, nats a caption, and the mean IoU of the best masks."""
+    """Train on samples and evaluate on others: nats per token, nats per caption and mean IoU of the best masks."""
 
     def run(samples, evaluation_sets):
         monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))
@@ -110,9 +110,9 @@ def compute_losses_and_iou(model, samples):
 
 
 def compute_prompt_blind_loss(samples):
-    """The least nats a caption, on average, of whoever knows every scene by heart but not which region is asked for.
+    """Return the lowest mean nats per caption of a model that memorized every scene but ignores the prompted region.
 
-    Of a scene with R regions the best is a share of 1/R for each of its captions: log R.
+    For a scene with R regions the optimum is a probability of 1/R for each of its captions: log R.
     """
     counts = [len(sample.regions) for sample in samples]
     return sum(count * math.log(count) for count in counts) / sum(counts)
@@ -127,16 +127,16 @@ def test_training_overfits_sixteen_scenes_in_200_steps(train_and_evaluate):
 
 @pytest.mark.all
 def test_training_on_permuted_captions_gives_high_loss_on_true_captions(train_and_evaluate):
-    """Words reach a region only through its own prompt.
+    """A caption depends only on the prompt of its own region.
 
-    A model that was taught each region its neighbor's caption learns those; the true captions must then cost it more
-    than they would cost one that cannot tell regions apart (`guess`), and more than what it was taught by far. A lower
-    loss would mean that words leak in from elsewhere: from the words that are to be predicted, from the other rows of
-    the batch, or from an order of rows that is not the order of the words.
+    A model trained on the captions of neighboring regions learns these captions. The loss of the true captions must
+    then exceed that of a model without region prompts (`compute_prompt_blind_loss`), and exceed the training loss by
+    far. A lower loss means that captions leak: from the tokens to predict, from other rows of the batch, or from a row
+    order that differs between prompts and captions.
     """
     permuted_samples = [permute_captions(sample) for sample in SCENES]
     permuted_results, true_results = train_and_evaluate(permuted_samples, [permuted_samples, list(SCENES)])
     assert permuted_results[0] < MAX_TOKEN_LOSS
     assert true_results[1] > 2 * compute_prompt_blind_loss(SCENES)
     assert true_results[0] > 5 * permuted_results[0]
-    assert true_results[2] > MIN_MASK_IOU  # masks were taught truly
+    assert true_results[2] > MIN_MASK_IOU  # the mask labels were correct

@@ -1,4 +1,4 @@
-"""The training log is for a person: one line per logging step, and nothing with quiet."""
+"""The training log: one line per logging step, and no output with quiet."""
 
 import re
 
@@ -34,7 +34,7 @@ def test_training_log_writes_one_line_per_step(make_recipe, tmp_path, capfd):
     assert last.endswith("00:00 left")
     assert [line for line in lines if "validation cider-d " in line]
     assert "{" not in err
-    assert "\r" not in err  # no progress bar where there is no terminal
+    assert "\r" not in err  # no progress bar without a terminal
 
 
 @pytest.mark.slow

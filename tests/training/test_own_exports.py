@@ -1,4 +1,4 @@
-"""A model goes on learning from what labeling tools export, and its captions use the words of the data."""
+"""Fine-tuning on exports of labeling tools: captions use the vocabulary of the data."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ NUM_STEPS = 300
 
 @pytest.fixture(scope="module")
 def annotated_images():
-    """Images with regions, as (image, [(x1, y1, x2, y2, caption)]): forms have names that the model has not learned."""
+    """Return images with regions, (image, [(x1, y1, x2, y2, caption)]), whose shape names are new to the model."""
     images_with_regions = []
     for sample in Scenes("train", num_images=NUM_IMAGES, image_size=128, seed=11):
         regions = [(*region.box, f"a {NOUN_BY_SHAPE.get(region.name, region.name)}") for region in sample.regions]
@@ -24,7 +24,7 @@ def annotated_images():
 
 
 def write_label_studio(folder: Path, annotated_images) -> Path:
-    """An export "JSON" with images beside it: a rectangle and its text area share an id."""
+    """Write a "JSON" export and its images: a rectangle and its text area share an id."""
     tasks = []
     (folder / "images").mkdir(parents=True)
     for number, (image, regions) in enumerate(annotated_images):
@@ -66,7 +66,7 @@ def write_labelme(folder: Path, annotated_images) -> Path:
 
 
 def build_coco(annotated_images, first_id: int, **fields) -> dict:
-    """COCO whose class names are the words."""
+    """Write COCO whose class names are the captions."""
     names = sorted({region[4][2:] for _, regions in annotated_images for region in regions})
     images, annotations = [], []
     for number, (image, regions) in enumerate(annotated_images, first_id):
@@ -79,7 +79,7 @@ def build_coco(annotated_images, first_id: int, **fields) -> dict:
 
 
 def write_roboflow(folder: Path, annotated_images) -> Path:
-    """`train/_annotations.coco.json` beside its images, and `valid/` likewise."""
+    """Write `train/_annotations.coco.json` and `valid/_annotations.coco.json` next to their images."""
     for split, first_id, split_images in (
         ("train", 0, annotated_images[:-6]),
         ("valid", NUM_IMAGES - 6, annotated_images[-6:]),
@@ -92,7 +92,7 @@ def write_roboflow(folder: Path, annotated_images) -> Path:
 
 
 def write_cvat(folder: Path, annotated_images) -> Path:
-    """`annotations/instances_default.json` and `images/`."""
+    """Write `annotations/instances_default.json` and `images/`."""
     (folder / "annotations").mkdir(parents=True)
     (folder / "images").mkdir()
     for number, (image, _) in enumerate(annotated_images):
@@ -135,4 +135,4 @@ def test_own_data_recipe_learns_captions_from_labeling_tool_exports(
     )
     assert sum(word in caption.split() for word, caption in nouns_and_captions) / len(nouns_and_captions) > 0.6, (
         nouns_and_captions
-    )  # two words look alike
+    )  # two shapes are similar

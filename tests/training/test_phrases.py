@@ -1,4 +1,4 @@
-"""Phrases made by rule are true of the picture that is learned from."""
+"""Template phrases are true of the augmented training image."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_template_phrase_is_indefinite_if_the_class_also_occurs_outside_the_crop
 
 
 def test_template_phrases_describe_the_region_within_the_crop():
-    """A small thing at the left of a picture may be a large one in the middle of a crop."""
+    """A small object at the left of the image can be a large one in the middle of a crop."""
     language_model = TinyGpt2(hidden_size=8, depth=1, num_heads=1)
     processor, sampling = Processor(ImageFormat(size=32), 4), SamplingOptions(max_tokens=40)
     uncropped = make_sample(Region(1, (20, 20, 44, 44), None, "owl"))
@@ -48,7 +48,7 @@ def test_template_phrases_describe_the_region_within_the_crop():
     )
     texts = set()
     for index in range(60):
-        rng = np.random.default_rng([0, 1, index])  # what the stream draws from
+        rng = np.random.default_rng([0, 1, index])  # the dataset of the example stream
         augmented = augment(uncropped, rng)
         owl = (augmented if augmented.regions else uncropped).regions[0]
         size = augmented.image.size if augmented.regions else uncropped.image.size

@@ -1,4 +1,4 @@
-"""One process, several, or several that each keep a part: the same steps are made, and only what trains travels."""
+"""Single-process, distributed and sharded training make the same steps and reduce only trainable gradients."""
 
 import contextlib
 import json
@@ -44,28 +44,29 @@ import json, os, sys
 import sca.training.train as trainer
 from sca.training.recipe import Recipe
 
-told, step = {}, trainer.CaptionTrainer.training_step
+report, training_step = {}, trainer.CaptionTrainer.training_step
 
-def watched(self, model, *rest, **more):
-    loss = step(self, model, *rest, **more)
-    grown = {name for name, p in self.model.named_parameters() if p.grad is not None}
-    trains = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-    told.update(without=sorted(set(trains) - grown), frozen=sorted(grown - set(trains)))
-    told["trainable"] = sum(p.numel() * p.element_size() for p in trains.values())
-    told["reduced"] = sum(map(int, model._get_ddp_logging_data()["bucket_sizes"].split(",")))
+def step_and_report(self, model, *rest, **more):
+    loss = training_step(self, model, *rest, **more)
+    names_with_gradient = {name for name, p in self.model.named_parameters() if p.grad is not None}
+    trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+    report.update(without=sorted(set(trainable) - names_with_gradient))
+    report.update(frozen=sorted(names_with_gradient - set(trainable)))
+    report["trainable"] = sum(p.numel() * p.element_size() for p in trainable.values())
+    report["reduced"] = sum(map(int, model._get_ddp_logging_data()["bucket_sizes"].split(",")))
     return loss
 
-trainer.CaptionTrainer.training_step = watched
+trainer.CaptionTrainer.training_step = step_and_report
 trainer.train(Recipe.read(sys.argv[1], ["train.steps=3"]), sys.argv[2], quiet=True)
-with open(f"{sys.argv[2]}/told-{os.environ['RANK']}.json", "w") as file:
-    json.dump(told, file)
+with open(f"{sys.argv[2]}/gradients-{os.environ['RANK']}.json", "w") as file:
+    json.dump(report, file)
 """
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture
 def run_python(tmp_path):
-    """Starts a command of this Python in a folder with the recipe."""
+    """Return a function that runs a command of this Python in a folder with the recipe."""
     (tmp_path / "recipe.toml").write_text(RECIPE)
 
     def start(*command, **environment):
@@ -84,7 +85,7 @@ def run_python(tmp_path):
         process = start(*command, **environment)
         try:
             output = process.communicate(timeout=300)[0]
-        except subprocess.TimeoutExpired:  # each waits for the other
+        except subprocess.TimeoutExpired:  # the processes wait for each other
             os.killpg(process.pid, signal.SIGKILL)
             raise
         assert process.returncode == 0, output
@@ -102,15 +103,15 @@ def read_loss_history(folder):
 
 TRAIN_COMMAND = ("-m", "sca", "train", "recipe.toml", "--quiet", "--out")
 LAUNCH_COMMANDS = {
-    "pieces of a step": (*TRAIN_COMMAND, "other", "train.gradient_accumulation_steps=4"),
-    "chunks": (*TRAIN_COMMAND, "other", "train.chunk_size=3"),
+    "gradient accumulation": (*TRAIN_COMMAND, "other", "train.gradient_accumulation_steps=4"),
+    "chunk size": (*TRAIN_COMMAND, "other", "train.chunk_size=3"),
     "two processes": (*TRAIN_COMMAND, "other", "train.num_processes=2"),
     "accelerate": (
         *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", *TRAIN_COMMAND, "other"),
     ),
-    "two that share out what trains": (*TRAIN_COMMAND, "other", "train.num_processes=2", "train.fsdp=true"),
-    "two, and pieces": (
+    "two processes, sharded": (*TRAIN_COMMAND, "other", "train.num_processes=2", "train.fsdp=true"),
+    "two processes, sharded, gradient accumulation": (
         *TRAIN_COMMAND,
         "other",
         "train.num_processes=2",
@@ -122,7 +123,7 @@ LAUNCH_COMMANDS = {
 
 @pytest.fixture(scope="module")
 def single_process_result(tmp_path_factory):
-    """What one process makes of the recipe: losses and weights."""
+    """Train the recipe in one process and return its losses and weights."""
     folder = tmp_path_factory.mktemp("alone")
     (folder / "recipe.toml").write_text(RECIPE)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SCA_CACHE": str(folder / "cache")}
@@ -131,7 +132,7 @@ def single_process_result(tmp_path_factory):
     return read_loss_history(folder / "one"), load_file(folder / "one/model/weights.safetensors")
 
 
-DEFAULT_LAUNCHES = ("pieces of a step",)  # the others in `make test-all`
+DEFAULT_LAUNCHES = ("gradient accumulation",)  # the others run in `make test-all`
 
 
 @pytest.mark.parametrize(
@@ -154,17 +155,17 @@ def test_training_launches_make_the_same_steps(run_python, single_process_result
 
 @pytest.mark.all
 def test_distributed_training_reduces_gradients_of_exactly_the_trainable_parameters(run_python, tmp_path):
-    (tmp_path / "watched.py").write_text(GRADIENT_REPORT_SCRIPT)
-    run_python(*TORCHRUN, "watched.py", "recipe.toml", "out")
+    (tmp_path / "report_gradients.py").write_text(GRADIENT_REPORT_SCRIPT)
+    run_python(*TORCHRUN, "report_gradients.py", "recipe.toml", "out")
     for rank in range(2):
-        gradient_report = json.loads((tmp_path / f"out/told-{rank}.json").read_text())
+        gradient_report = json.loads((tmp_path / f"out/gradients-{rank}.json").read_text())
         assert gradient_report["without"] == gradient_report["frozen"] == []
         assert gradient_report["reduced"] == gradient_report["trainable"] > 0
 
 
 @pytest.mark.all
 def test_sharded_training_resumes_after_kill(run_python, single_process_result, tmp_path):
-    command = LAUNCH_COMMANDS["two that share out what trains"]
+    command = LAUNCH_COMMANDS["two processes, sharded"]
     process = run_python.start(*command)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "other").glob("checkpoint-*")) and time.monotonic() < deadline:
@@ -186,7 +187,7 @@ def test_training_killed_repeatedly_ends_with_the_same_weights(run_python, tmp_p
         process = run_python.start(*TRAIN_COMMAND, "killed", *options)
         try:
             process.wait(rng.uniform(1, 9))
-            break  # it ended before its time
+            break  # training ended before the kill
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -212,7 +213,7 @@ def test_distributed_training_validates_encoder_with_batch_statistics(run_python
 
 def test_sharded_training_rejects_validation(run_python, tmp_path):
     (tmp_path / "recipe.toml").write_text(f"{RECIPE}[validate]\neval_steps = 5\n")
-    process = run_python.start(*LAUNCH_COMMANDS["two that share out what trains"])
+    process = run_python.start(*LAUNCH_COMMANDS["two processes, sharded"])
     output = process.communicate()[0]
     assert process.returncode == 2
     assert (
@@ -230,7 +231,7 @@ def test_count_threads_per_process_limits_omp_num_threads_to_share_of_cores(monk
 
 
 def find_listening_addresses(process_id):
-    """The addresses, in hexadecimal, at which a process and what it started listen."""
+    """Return the hexadecimal addresses at which a process and its children listen."""
     children, inodes = {}, set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -253,7 +254,7 @@ def test_training_processes_listen_on_loopback_only(run_python, tmp_path):
     cluster_environment = {
         "GLOO_SOCKET_IFNAME": "elsewhere0",
         "NCCL_SOCKET_IFNAME": "elsewhere0",
-    }  # of a machine in a cluster
+    }  # a machine in a cluster
     process = run_python.start(
         *TRAIN_COMMAND, "other", "train.num_processes=2", "train.steps=10", **cluster_environment
     )

@@ -1,4 +1,4 @@
-"""`sca.train` and `sca.evaluate` do in Python what the commands do."""
+"""`sca.train` and `sca.evaluate` match the commands of the same names."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A recipe says everything a run needs; a mistake in it is refused in one line before anything is built."""
+"""Recipes: reading, overriding, and one-line errors before a model or dataset is built."""
 
 import math
 import re
@@ -142,7 +142,7 @@ def test_recipe_read_suggests_similar_names_and_reports_invalid_toml(tmp_path):
         Recipe.read(str(broken))
 
 
-VALUES_OF_WRONG_TYPE = {  # of each type some values that are of another one
+VALUES_OF_WRONG_TYPE = {  # values that do not have the type
     bool: (1, "true", []),
     int: (True, 1.5, "1", [1]),
     float: (True, "1", [1.0], float("nan")),
@@ -303,7 +303,7 @@ def test_recipe_read_reports_text_that_is_not_utf8(tmp_path):
     file.write_bytes(b'summary = "caf\xe9"')
     with pytest.raises(ValueError, match=r"latin\.toml is not UTF-8 \(byte 14\)"):
         Recipe.read(str(file))
-    file.write_bytes(b'\xef\xbb\xbfmodel = "sca-tiny"\n[data.a]\nname = "scenes"')  # as Windows writes it
+    file.write_bytes(b'\xef\xbb\xbfmodel = "sca-tiny"\n[data.a]\nname = "scenes"')  # with the line ends of Windows
     assert Recipe.read(str(file)).model == "sca-tiny"
     file.write_text("train.steps = 2024-01-01")
     with pytest.raises(RegistryError, match="2024-01-01 is a date or a time; write text in quotes"):

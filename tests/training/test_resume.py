@@ -1,4 +1,4 @@
-"""A run that was interrupted goes on as if it had not been."""
+"""An interrupted run resumes and ends like an uninterrupted one."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from sca.training.train import train
 
 
 class SimulatedKill(BaseException):
-    """What a kill looks like to a test."""
+    """Stands for a kill of the training process."""
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def make_recipe(small_model_table):
 
 
 def stop_training_after(monkeypatch, num_passes):
-    """The training is stopped in the middle of a step, after so many passes through the model."""
+    """Stop training in the middle of a step, after N forward passes."""
     forward, batches = TrainingModule.forward, []
 
     def forward_or_stop(self, batch, shares):
@@ -84,7 +84,7 @@ def test_resumed_training_ends_with_bitwise_equal_weights(make_recipe, tmp_path,
     passes = []
     with monkeypatch.context() as patch:
         forward = TrainingModule.forward
-        patch.setattr(TrainingModule, "forward", lambda self, *given: (passes.append(1), forward(self, *given))[1])
+        patch.setattr(TrainingModule, "forward", lambda self, *args: (passes.append(1), forward(self, *args))[1])
         resumed = train(recipe, tmp_path / "stopped", quiet=True)
     assert len(passes) == 2 * accumulation_steps  # steps 5 and 6
     assert have_equal_weights(uninterrupted, resumed)
@@ -133,7 +133,7 @@ def test_train_rejects_region_budget_below_accumulation_steps(make_recipe, tmp_p
 def test_train_reads_examples_in_stream_order(make_recipe, tmp_path, monkeypatch):
     indices, get_item = [], ExampleMixture.__getitem__
     monkeypatch.setattr(
-        ExampleMixture, "__getitem__", lambda self, place: (indices.append(place), get_item(self, place))[1]
+        ExampleMixture, "__getitem__", lambda self, index: (indices.append(index), get_item(self, index))[1]
     )
     train(make_recipe(steps=3), tmp_path, quiet=True)
     assert indices == list(range(6))

@@ -1,4 +1,4 @@
-"""`sca train` deletes nothing of somebody else's, and continues no other run."""
+"""`sca train` never deletes files it did not write and never resumes a different run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""While it trains, a model is evaluated, and the best is kept; what is learned and how fast can be chosen by part."""
+"""Validation during training keeps the best model; trainable groups and learning rates are set per component."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def test_train_opens_validation_dataset_once(make_recipe, tmp_path, monkeypatch)
     opened_options = []
     monkeypatch.setattr(
         "sca.training.train.open_validation_dataset",
-        lambda each: opened_options.append(each) or open_validation_dataset(each),
+        lambda options: opened_options.append(options) or open_validation_dataset(options),
     )
     recipe = make_recipe({"eval_steps": 4, "max_images": 1})
     train(recipe, tmp_path, quiet=True)
@@ -116,7 +116,7 @@ def test_train_rejects_best_score_that_is_not_computed(make_recipe, tmp_path):
 
 
 def write_captioned_dataset(folder, **fields):
-    """The [validate] table of one image with a caption for its only region."""
+    """Build a dataset of one image with a caption for its only region."""
     line = {"image": "a.png", "box": [0, 0, 9, 9], "width": 64, "height": 64, "caption": "a dog", **fields}
     (folder / "mine.jsonl").write_text(json.dumps(line))
     Image.new("RGB", (64, 64)).save(folder / "a.png")
