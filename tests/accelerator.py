@@ -170,7 +170,7 @@ class Simulation(TorchDispatchMode):
             self._count_synchronization(func, tensors, requested_device, args)
         elif is_cuda_requested and tensors:
             self._record_synchronization(func)  # from the CPU, of memory that is not pinned
-        cpu_args, cpu_kwargs = _map_tensors((args, kwargs), lambda tensor: getattr(tensor, "held", tensor))
+        cpu_args, cpu_kwargs = _map_tensors((args, kwargs), lambda tensor: getattr(tensor, "cpu_values", tensor))
         if is_cuda_requested:
             cpu_kwargs["device"] = CPU
         result_on_cuda = is_cuda_requested if requested_device is not None else has_simulated_tensor
