@@ -139,7 +139,8 @@ class Coco(TableDataset):
         image_root: str | Path | None = None,
         max_bad_records: int = 100,
     ):
-        self.annotations, image_folder = find_coco_files(self.layouts, split, root, annotations, image_root)
+        annotation_file, image_folder = find_coco_files(self.layouts, split, root, annotations, image_root)
+        self.annotations: Path = annotation_file
         super().__init__(split, image_folder, [self.annotations], max_bad_records, self.selection_key)
 
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
@@ -331,7 +332,7 @@ class CocoJson(Coco):
         annotations, image_root = (
             resolve_split_path(str(expand_user(path)), split) for path in (annotations, image_root)
         )
-        self.selection_key = make_val_fraction_key(split, val_fraction)
+        self.selection_key: str = make_val_fraction_key(split, val_fraction)
         super().__init__(split, annotations=annotations, image_root=image_root, max_bad_records=max_bad_records)
 
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
@@ -346,9 +347,10 @@ class CocoJson(Coco):
                 entry_by_name[name] = coco_index, image_index, annotation_indices
             elif self._has_same_size(record, location, coco_index.images[entry_by_name[name][1]][0]):
                 entry_by_name[name][2].extend(annotation_indices)
-        split_names, self.remarks = choose_split(
+        split_names, remarks = choose_split(
             map(name_resolver.identify_file, entry_by_name), self.split, self.val_fraction
         )
+        self.remarks: list[str] = remarks
         return (entry for name, entry in entry_by_name.items() if name_resolver.identify_file(name) in split_names)
 
     def _has_same_size(self, record: dict[str, Any], location: str, first_record: dict[str, Any]) -> bool:

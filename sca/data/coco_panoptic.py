@@ -42,7 +42,8 @@ class CocoPanoptic(TableDataset):
     reader = "coco-panoptic"
 
     def __init__(self, split: str, root: str | Path, max_bad_records: int = 100):
-        self.annotations, image_folder = find_coco_files(LAYOUTS, split, root)
+        annotation_file, image_folder = find_coco_files(LAYOUTS, split, root)
+        self.annotations: Path = annotation_file
         self.segments: Path = self.annotations.with_suffix("")
         if not self.segments.is_dir():
             raise InputError(f"no folder {self.segments} with the PNG files of {self.annotations.name}")
@@ -56,7 +57,8 @@ class CocoPanoptic(TableDataset):
         coco_index = coco_index._replace(
             category_names={number: _strip_stuff_suffixes(name) for number, name in coco_index.category_names.items()}
         )
-        self.attribute_values = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
+        class_names = tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))
+        self.attribute_values: dict[str, tuple[str, ...]] = {"name": class_names}
         bar.reset(len(coco_index.annotations))
         image_indices = coco_index.annotations.resolve_references(
             "image_id", coco_index.images, "the images", self._reject_image

@@ -96,8 +96,10 @@ class ConvertedTable:
     def __init__(
         self, split: str, image_root: Path, sources: Sequence[Path], max_bad_records: int, selection_key: str = ""
     ):
-        self.split, self.image_root, self.max_bad_records = split, image_root, max_bad_records
-        self.sources = list(sources)
+        self.split = split
+        self.image_root = image_root
+        self.max_bad_records = max_bad_records
+        self.sources: list[Path] = list(sources)
         self._skip = SkipCounter()
         self.attribute_values: dict[str, tuple[str, ...]] = {}
         self.remarks: list[str] = []
@@ -375,7 +377,8 @@ class ConvertedTable:
             return None
         if (other_name := self._register_file_name(path, name)) is not None:
             message = f"{name!r} and {other_name!r} both refer to {path}; write paths relative to {self.image_root}"
-            return self._skip_image("image name ambiguous", name, message, stop=False)
+            self._skip_image("image name ambiguous", name, message, stop=False)
+            return None
         return path
 
     def _register_file_name(self, path: Path, name: str) -> str | None:

@@ -63,10 +63,10 @@ class Jsonl(TableDataset):
         max_bad_records: int = 100,
     ):
         self.val_fraction = val_fraction
-        self.file = resolve_split_path(str(expand_user(file)), split)
+        self.file: Path = resolve_split_path(str(expand_user(file)), split)
         if not self.file.is_file():
             raise InputError(f"no file {self.file}; give file=FILE, which may contain {{split}}")
-        self.working_folder = os.getcwd() if image_root is None else ""
+        self.working_folder: str = os.getcwd() if image_root is None else ""
         folder = self.file.parent if image_root is None else expand_user(image_root)
         val_fraction_key = make_val_fraction_key(split, val_fraction)
         super().__init__(split, folder, [self.file], max_bad_records, self.working_folder + val_fraction_key)
@@ -117,9 +117,8 @@ class Jsonl(TableDataset):
             image_indices[number] = -1
         self.attribute_values: dict[str, tuple[str, ...]] = {"name": tuple(sorted(class_names))} if class_names else {}
         bar.reset(len(images))
-        split_names, self.remarks = choose_split(
-            map(name_resolver.identify_file, images), self.split, self.val_fraction
-        )
+        split_names, remarks = choose_split(map(name_resolver.identify_file, images), self.split, self.val_fraction)
+        self.remarks: list[str] = remarks
         for (name, (_, image_id)), (_, lines) in zip(
             images.items(), group_indices_by_owner(image_indices, len(images)), strict=True
         ):

@@ -49,7 +49,7 @@ class LabelingToolDataset(TableDataset):
         max_bad_records: int = 100,
     ):
         self.val_fraction = val_fraction
-        self.file = resolve_split_path(str(expand_user(file)), split)
+        self.file: Path = resolve_split_path(str(expand_user(file)), split)
         files = labelme.list_labelme_files(self.file) if self.file.is_dir() else [self.file]
         if not files or not files[0].is_file():
             raise InputError(f"{self.file} is neither a .json file nor a folder of LabelMe files; give file=PATH")
@@ -61,10 +61,12 @@ class LabelingToolDataset(TableDataset):
         name_resolver = ImageNameResolver(self._resolve_image_path)
         annotated_images = self._merge_images(self._iter_annotated_images(), name_resolver)
         bar.reset(len(annotated_images))
-        names = (each.label for image in annotated_images for each in image.annotations)
-        self.attribute_values = {"name": tuple(sorted({name.strip() for name in names if name and name.strip()}))}
+        labels = (each.label for image in annotated_images for each in image.annotations)
+        class_names = tuple(sorted({label.strip() for label in labels if label and label.strip()}))
+        self.attribute_values: dict[str, tuple[str, ...]] = {"name": class_names}
         names = [name_resolver.identify_file(image.name) for image in annotated_images]
-        split_names, self.remarks = choose_split(names, self.split, self.val_fraction)
+        split_names, remarks = choose_split(names, self.split, self.val_fraction)
+        self.remarks: list[str] = remarks
         first_region_id = 0
         for number, (image, name) in enumerate(zip(annotated_images, names, strict=True)):
             if name in split_names:

@@ -57,10 +57,8 @@ class RefCoco(TableDataset):
             raise InputError(f"unknown collection {collection!r}; choose from {', '.join(DEFAULT_SPLIT_AUTHORS)}")
         root = expand_user(root)
         folder = root / collection if (root / collection).is_dir() else root
-        self.refs_file, self.instances_file = (
-            _find_refs_file(folder, split_by or DEFAULT_SPLIT_AUTHORS[collection]),
-            folder / "instances.json",
-        )
+        self.refs_file: Path = _find_refs_file(folder, split_by or DEFAULT_SPLIT_AUTHORS[collection])
+        self.instances_file: Path = folder / "instances.json"
         if not self.instances_file.is_file():
             raise InputError(f"no instances.json next to {self.refs_file}")
         super().__init__(

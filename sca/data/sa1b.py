@@ -51,7 +51,7 @@ class Sa1b(TableDataset):
         for file in self.files:
             if (other := file_by_name.setdefault(file.name, file)) != file:
                 raise InputError(f"{file} and {other} are the same image; remove one of them")
-        self.caption_files = [path for path in sorted_files if path.name.endswith(CAPTIONS_SUFFIX)]
+        self.caption_files: list[Path] = [path for path in sorted_files if path.name.endswith(CAPTIONS_SUFFIX)]
         super().__init__(split, root, [*self.files, *self.caption_files], max_bad_records)
 
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:

@@ -202,8 +202,10 @@ class Scenes:
             raise InputError(f"no split {split!r} in scenes; choose from {', '.join(DEFAULT_SPLIT_SIZES)}")
         if image_size < 32:
             raise InputError(f"scenes of {image_size} pixels are too small to distinguish the shapes; give 32 or more")
-        self.split, self.image_size, self.seed = split, image_size, seed
-        self.num_images = DEFAULT_SPLIT_SIZES[split] if num_images is None else num_images
+        self.split = split
+        self.image_size = image_size
+        self.seed = seed
+        self.num_images: int = DEFAULT_SPLIT_SIZES[split] if num_images is None else num_images
         self._split_index = list(DEFAULT_SPLIT_SIZES).index(split)
         self._scale = image_size / BASE_IMAGE_SIZE
         pixel_centers = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size - 0.5

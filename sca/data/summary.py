@@ -88,7 +88,8 @@ def _describe_skipped(dataset: Dataset) -> list[str]:
         total = skipped[reason]
         example_text = format_examples(_shorten_examples(dataset, examples.get(reason, ())), total)
         reason_text = reason if total == 1 else NOUN_PATTERN.sub(lambda match: PLURALS[match[0]], reason, count=1)
-        folder_text = f" (looked in {dataset.image_root})" if reason == "image missing" else ""
+        image_root = getattr(dataset, "image_root", "the image folder")
+        folder_text = f" (looked in {image_root})" if reason == "image missing" else ""
         phrases.append(f"{total:,} {reason_text}" + (f": {example_text}" if example_text else "") + folder_text)
     return phrases
 

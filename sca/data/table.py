@@ -88,7 +88,8 @@ class TableDataset(ConvertedTable):
                 return None
             regions = [scaled for region in regions if (scaled := scale_region(region, scale, image.size)) is not None]
             if not regions:
-                return self._skip_image("image of another size", name, f"{name} (no region is inside it)")
+                self._skip_image("image of another size", name, f"{name} (no region is inside it)")
+                return None
         return Sample(image, row["image_id"], tuple(regions))
 
     def iter_annotations(self) -> Iterator[tuple[Region, ...]]:

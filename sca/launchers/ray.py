@@ -32,7 +32,8 @@ class RayLauncher:
     def __init__(self, address: str | None = None, num_cpus: int = 1):
         if num_cpus < 1:
             raise ValueError(f"num_cpus is {num_cpus}; use an integer of 1 or more")
-        self.address, self.num_cpus = address, num_cpus
+        self.address = address
+        self.num_cpus = num_cpus
 
     def run_tasks(self, tasks: Sequence[Task]) -> Iterator[TaskOutcome]:
         """Run tasks and yield their outcomes as they arrive. Tasks whose nodes were lost have no outcome."""

@@ -72,7 +72,8 @@ class Augmentation:
     def _jitter_scale(
         self, image: Image.Image, regions: list[Region], original_areas: dict[int, float], rng: np.random.Generator
     ) -> tuple[Image.Image, list[Region]]:
-        side, factor = max(image.size), rng.uniform(*self.scale_range)
+        side, (min_factor, max_factor) = max(image.size), self.scale_range
+        factor = rng.uniform(min_factor, max_factor)
         width, height = (min(length, max(1, round(side / factor))) for length in image.size)  # visible window
         left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
         window = (left, top, left + width, top + height)

@@ -43,13 +43,13 @@ class TrainingModule(nn.Module):
                 attributes.region_attributes or (loss == "attributes" and attributes.relation_attributes)
             ):
                 raise RegistryError(f"loss.{loss} requires attributes, and no dataset has any; set loss.{loss}=0")
-        self.heads = nn.ModuleDict()
+        self.heads: nn.ModuleDict = nn.ModuleDict()
         if loss_weights.get("attributes"):
             attribute_values = attributes.region_attributes | attributes.relation_attributes
             self.heads["attributes"] = AttributeHead(model.mixer.hidden_size, model.mixer.num_queries, attribute_values)
         if loss_weights.get("feature_attributes"):
             self.heads["feature_attributes"] = AttributeHead(model.segmenter.channels, 1, attributes.region_attributes)
-        self.recent_losses: dict[str, list[float]] = {}
+        self.recent_losses: dict[str, list[Tensor]] = {}
 
     def forward(self, batch: Batch, loss_scales: Mapping[str, float] | None = None) -> Tensor:
         """Return the weighted sum of all losses.

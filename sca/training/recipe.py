@@ -456,9 +456,9 @@ def _read_model(table: Mapping[str, Any]) -> ModelSpec:
     spec = ModelSpec.from_dict(table)
     if spec.lora and "lora" not in spec.trainable:
         names = ", ".join(f'"{name}"' for name in (*spec.trainable, "lora") if name != "language_model")
+        rank = spec.lora["rank"] if isinstance(spec.lora, Mapping) else spec.lora
         raise RegistryError(
-            f"lora={spec.lora['rank']} is not trainable, because `trainable` does not contain 'lora'; "
-            f"set trainable=[{names}]"
+            f"lora={rank} is not trainable, because `trainable` does not contain 'lora'; set trainable=[{names}]"
         )
     return spec
 

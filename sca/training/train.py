@@ -156,7 +156,7 @@ def _train_process(
         trainer.add_callback(
             TrainingLog(DEFAULT_LOSS_WEIGHTS, recipe.validate.metric_for_best_model if recipe.validate else ())
         )
-    if recipe.validate is not None and len(validation_dataset):
+    if recipe.validate is not None and validation_dataset is not None and len(validation_dataset):
         trainer.add_callback(ValidationCallback(trainer, recipe.validate, validation_dataset, folder, report))
     if recipe.train.feature_cache_dir:
         fill_feature_cache(model.to(trainer.args.device), mixture, trainer, quiet)
@@ -172,7 +172,7 @@ def _train_process(
         if not resume or get_last_checkpoint(str(folder)) is None:
             run_folder.delete_outputs(RESUME_FILES)
         report_datasets(datasets_by_name, report, quiet)
-        if validation_dataset is not None and not len(validation_dataset):
+        if recipe.validate is not None and validation_dataset is not None and not len(validation_dataset):
             report(
                 f"validate ({recipe.validate.split}): no validation, because the dataset is empty; "
                 f"{summarize_dataset(validation_dataset)}"
@@ -365,7 +365,7 @@ def check_cacheable(recipe: Recipe, model: SegmentCaptioner) -> None:
     Raises:
         RegistryError: The encoder is trainable, or a data source has augmentation.
     """
-    if any(parameter.requires_grad for parameter in model.encoder.parameters()):
+    if any(parameter.requires_grad for parameter in model.get_submodule("encoder").parameters()):
         raise RegistryError(
             "train.feature_cache_dir requires a frozen encoder; remove it, or remove 'encoder' from trainable"
         )

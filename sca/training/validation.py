@@ -43,8 +43,12 @@ class ValidationCallback(TrainerCallback):
         folder: Path,
         report: Callable[[str], None] = lambda line: None,
     ):
-        self.trainer, self.options, self.dataset, self.folder, self.report = trainer, options, dataset, folder, report
-        self.prompting = PromptingOptions(prompt_type=options.prompt_type)
+        self.trainer = trainer
+        self.options = options
+        self.dataset = dataset
+        self.folder = folder
+        self.report = report
+        self.prompting: PromptingOptions = PromptingOptions(prompt_type=options.prompt_type)
         self.best_scores: dict[str, list[float]] = {}  # by score that selected the best model
         self.reported_metrics: set[str] = set()  # scores that were NaN or infinite
 
