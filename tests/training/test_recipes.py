@@ -106,7 +106,7 @@ def test_recipe_file_is_named_after_its_stem(tmp_path):
         ("loss.masks=1", "loss has no 'masks'.*Did you mean 'mask'"),
         ("loss.mask=much", "loss.mask is 'much'; give a number"),
         ("mixer.depth", "is not an assignment"),
-        ("trian.steps=7", "no 'trian' to set"),
+        ("trian.steps=7", "unknown key 'trian'"),
         ("task_tokens=-1", "task_tokens is -1"),
     ],
 )
@@ -273,7 +273,7 @@ def test_recipe_accepts_overrides_of_all_validate_fields(small_model_table):
         match=r"validate has no 'metric_for_best'\. Did you mean 'metric_for_best_model'\? Choose from: eval_steps",
     ):
         Recipe.from_dict("mine", table, ["validate.metric_for_best=3"])
-    with pytest.raises(RegistryError, match=r"no 'valdate' to set\. Did you mean 'validate'"):
+    with pytest.raises(RegistryError, match=r"unknown key 'valdate'\. Did you mean 'validate'"):
         Recipe.from_dict("mine", table, ["valdate.eval_steps=3"])
 
 
