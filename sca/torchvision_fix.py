@@ -73,7 +73,7 @@ def diagnose_torchvision(site: Path = SITE_PACKAGES) -> str:
     if not error:
         return ""
     if _is_torch_without_cuda():
-        return f"torchvision cannot be imported beside a torch without CUDA ({error}); run `sca doctor --fix`"
+        return f"torchvision cannot be imported with a torch without CUDA ({error}); run `sca doctor --fix`"
     return f"torchvision cannot be imported ({error}); {REINSTALL_HINT}"
 
 

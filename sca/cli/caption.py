@@ -254,7 +254,7 @@ def caption(
     _check_pipes(images, [*mask, *([prompts] if prompts else [])], bool(launcher), resume)
     check_option_choice("task", task, TASKS)
     if caption_from:
-        check_option_choice("prompt to caption from", caption_from, CAPTION_FROM_CHOICES)
+        check_option_choice("--caption-from", caption_from, CAPTION_FROM_CHOICES)
     search_options = {
         "points_per_side": points_per_side,
         "pred_iou_thresh": pred_iou_thresh,
