@@ -1,4 +1,4 @@
-"""Tiny image-to-text models with random weights, as transformers saves them, and an image to ask about."""
+"""Tiny image-to-text models with random weights in the layout of transformers, and an image with prompts."""
 
 import numpy as np
 import pytest
@@ -16,14 +16,14 @@ CARD_NAMES = {
     "florence2": "vlm",
     "kosmos-2": "kosmos-2",
 }
-CHAT_TEMPLATE = (  # of a chat: the picture's place, and then the question
+CHAT_TEMPLATE = (  # the image, followed by the question
     "{% for turn in messages %}{% for part in turn['content'] %}{% if part['type'] == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
 
 
 def randomize_weights(model):
-    """Weights so large that different pictures have different words."""
+    """Draw large random weights, so that captions differ between images."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,7 +54,7 @@ def weights_folder(tmp_path_factory):
 
 
 def build_tiny_qwen():
-    """A model whose pictures have as many tokens as they have patches, asked through a chat template."""
+    """Build a model with one image token per patch and a chat template."""
     pytest.importorskip("torchvision")
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, Qwen2VLVideoProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -96,7 +96,7 @@ def image():
 
 @pytest.fixture
 def prompts():
-    """Boxes and a mask: what needs no encoder."""
+    """Boxes and a mask: prompts that require no encoder."""
     mask = np.zeros((60, 80), bool)
     mask[12:28, 15:33] = True
     mask[12, 15] = False
@@ -106,7 +106,7 @@ def prompts():
 
 @pytest.fixture
 def question_calls(monkeypatch):
-    """The questions that reach an image-to-text model, a list a call."""
+    """Questions passed to an image-to-text model, one list per call."""
     from sca.captioners.image_text import ImageTextModel
 
     calls = []

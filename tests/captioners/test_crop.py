@@ -1,4 +1,4 @@
-"""What a crop captioner cuts out, and what it asks."""
+"""Crop captioners: the crops and the questions."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Whatever captions regions is loaded by name."""
+"""Factory: region captioners are loaded by name."""
 
 import json
 

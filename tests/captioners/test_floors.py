@@ -1,4 +1,4 @@
-"""Floors say what training says."""
+"""Baselines: captions of the most frequent and the nearest training regions."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Image-to-text models say what transformers says, whatever goes together."""
+"""Image-to-text models: captions equal those of transformers at every batch size."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""How a vision-language model learns which region is meant."""
+"""Vision-language models: how the prompt specifies the region."""
 
 import numpy as np
 import pytest

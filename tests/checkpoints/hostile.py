@@ -1,7 +1,7 @@
-"""Hostile checkpoints: what a stranger could write into the files of a model, and a process that watches what happens.
+"""Hostile checkpoints: hostile values in the files of a model, and a process that records the effects.
 
-Run as a program, it loads or otherwise uses the checkpoints of a folder and prints a line of JSON for each: whether it
-ended in one line, and what the audit hook saw.
+Run as a program, it loads or otherwise uses the checkpoints of a folder and prints a line of JSON for each: the
+outcome, and the events that the audit hook observed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 MARKER_FILE = "ran"  # a file that hostile code writes
 DEEP_JSON = "[" * 100_000 + "]" * 100_000
 HOSTILE_CODE = (
-    "open({marker!r}, 'w').close()\nclass Stranger: ...\nmodel = dict(type='Stranger', backbone=dict(type='ResNet'))\n"
+    "open({marker!r}, 'w').close()\nclass Attacker: ...\nmodel = dict(type='Attacker', backbone=dict(type='ResNet'))\n"
 )
 
 
 def list_hostile_values(outside_folder: Path, model_folder: str) -> list[Any]:
-    """What a string field may hold instead: paths, URLs, hub ids, code, escapes, wrong types and sizes."""
+    """Return hostile values for a string field: paths, URLs, hub ids, code, escapes, wrong types and sizes."""
     return [
         str(outside_folder / "secret"),
-        str(outside_folder / "stranger.py"),
+        str(outside_folder / "attacker.py"),
         "../outside/secret",
         f"{model_folder}/../../outside/secret",
         "~/secret",
@@ -34,13 +34,13 @@ def list_hostile_values(outside_folder: Path, model_folder: str) -> list[Any]:
         "a\0b",
         "http://127.0.0.1:9/weights.pth",
         "file:///etc/passwd",
-        "hf-hub:stranger/model",
+        "hf-hub:attacker/model",
         "local-dir:/etc",
-        "stranger/model",
-        "bare-stranger",
-        "gpt2-of-a-stranger",
+        "attacker/model",
+        "bare-attacker",
+        "gpt2-of-an-attacker",
         "__import__('os').system('true')",
-        "stranger:Stranger",
+        "attacker:Attacker",
         "os.system",
         "{{ ''.__class__.__mro__ }}",
         "\x1b[2J\x1b]0;title\x07\r\nsecond line\u2028\u202e",
@@ -53,8 +53,8 @@ def list_hostile_values(outside_folder: Path, model_folder: str) -> list[Any]:
         10**400,
         1e308,
         [],
-        ["stranger/model"] * 3,
-        {"name": "stranger/model", "trust_remote_code": True},
+        ["attacker/model"] * 3,
+        {"name": "attacker/model", "trust_remote_code": True},
         RawJson(DEEP_JSON),
         RawJson("NaN"),
         RawJson('"\\ud800"'),
@@ -66,7 +66,7 @@ class RawJson(str):
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON in which `Raw` values stand for themselves."""
+    """Write JSON content; values of type `RawJson` are written unchanged."""
     raw_texts: list[str] = []
 
     def encode(value: Any) -> Any:
@@ -84,7 +84,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def iter_string_paths(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all strings in JSON content."""
+    """Yield the paths of all strings in JSON content."""
     if isinstance(content, dict):
         for key, value in content.items():
             yield from iter_string_paths(value, (*path, key))
@@ -96,7 +96,7 @@ def iter_string_paths(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tupl
 
 
 def replace_at_path(content: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A copy of JSON content with another value at a path; keys that do not exist are added."""
+    """Return a copy of JSON content with another value at a path; add missing keys."""
     if not path:
         return value
     key, *rest = path
@@ -108,7 +108,7 @@ def replace_at_path(content: Any, path: tuple[Any, ...], value: Any) -> Any:
     return {**table, key: replace_at_path(table.get(key), tuple(rest), value)}
 
 
-ADDED_FIELDS = {  # fields that a stranger would add, by file
+ADDED_FIELDS = {  # fields that an attacker would add, by file
     "spec.json": [
         ("language_model", "weights"),
         ("language_model", "tokenizer"),
@@ -122,7 +122,7 @@ ADDED_FIELDS = {  # fields that a stranger would add, by file
         ("segmenter", "weights"),
         ("lora", "target_modules"),
         ("generation", "custom_generate"),
-        ("stranger",),
+        ("attacker",),
     ],
     "config.json": [
         ("auto_map", "AutoConfig"),
@@ -158,7 +158,7 @@ COMPONENT_NAMES = (
     "timm",
     "open-clip",
     "mmdet",
-    "stranger",
+    "attacker",
     "sca-mmdet:mmdet",
     "../sam",
     "os:system",
@@ -166,11 +166,11 @@ COMPONENT_NAMES = (
 
 
 def write_hostile_checkpoint(base_checkpoint: Path, models_folder: Path, seed: int, outside_folder: Path) -> str:
-    """Write one hostile checkpoint, by its number always the same, and say what is hostile about it."""
+    """Write the hostile checkpoint of a seed; return a description of the changes."""
     rng = random.Random(seed)
     folder = models_folder / f"model-{seed}"
     shutil.copytree(base_checkpoint, folder)
-    for program in ("stranger.py", "modeling_stranger.py", "conftest.py", "sitecustomize.py"):
+    for program in ("attacker.py", "modeling_attacker.py", "conftest.py", "sitecustomize.py"):
         (folder / program).write_text(HOSTILE_CODE.format(marker=str(models_folder / MARKER_FILE)))
     files = sorted(path for path in folder.rglob("*.json") if path.name in ADDED_FIELDS)
     addable_files = [
@@ -189,14 +189,14 @@ def write_hostile_checkpoint(base_checkpoint: Path, models_folder: Path, seed: i
         content = replace_at_path(content, (kind,), {"name": rng.choice(COMPONENT_NAMES)})
         changes.append(f"{kind}={content[kind]['name']}")
     for _ in range(rng.choice((1, 1, 2))):
-        path, value = rng.choice([*string_paths, *ADDED_FIELDS[file.name] * 3] or [("stranger",)]), rng.choice(values)
+        path, value = rng.choice([*string_paths, *ADDED_FIELDS[file.name] * 3] or [("attacker",)]), rng.choice(values)
         content = replace_at_path(content, path, value)
         changes.append(f"{'.'.join(map(str, path))}={str(value)[:60]!r}")
     write_json(file, content)
     return f"{file.relative_to(folder)}: {', '.join(changes)}"
 
 
-# --- the process that watches -----------------------------------------------------------------------------------------
+# --- the process that uses the checkpoints ----------------------------------------------------------------------------
 
 OBSERVED_EVENTS: list[str] = []
 WATCHED_EVENTS = (
@@ -211,12 +211,12 @@ WATCHED_EVENTS = (
 
 
 def make_audit_hook(allowed_paths: list[Path], folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
-    """An audit hook that keeps what a checkpoint must not cause; the model's own folder is only read."""
+    """Return an audit hook that records forbidden events; the folder of the model is read-only."""
     readable_prefixes = tuple(f"{path}/" for path in (*allowed_paths, folder))
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+    def record_event(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "subprocess.Popen" and arguments[1] == ["git", "rev-parse", "HEAD"]:
-            return  # which commit of this package writes a checkpoint
+            return  # recorded in checkpoints
         if event in WATCHED_EVENTS:
             OBSERVED_EVENTS.append(f"{event} {arguments!r:.200}")
         elif event == "open" and isinstance(arguments[0], str):
@@ -229,14 +229,14 @@ def make_audit_hook(allowed_paths: list[Path], folder: Path) -> Callable[[str, t
                 OBSERVED_EVENTS.append(f"open {absolute_path!r:.200} {mode}")
         elif event in ("import", "compile", "exec"):
             text = f"{arguments!r:.4000}"
-            if str(folder) in text or "stranger" in text.lower():
+            if str(folder) in text or "attacker" in text.lower():
                 OBSERVED_EVENTS.append(f"{event} {text:.200}")
 
-    return hook
+    return record_event
 
 
 def use_checkpoint(folder: Path, command: str, out: Path) -> None:
-    """Use a checkpoint the way a command does."""
+    """Use a checkpoint as a command does."""
     import sca
     from sca.cli import run_command
 
@@ -266,7 +266,7 @@ def use_checkpoint(folder: Path, command: str, out: Path) -> None:
 
 
 def main(folder: Path, commands: list[str], allowed_paths: list[str]) -> None:
-    """Use every checkpoint in a folder and print what happened."""
+    """Use every checkpoint in a folder and print the outcomes."""
     import contextlib
     import io
     import warnings
@@ -291,14 +291,15 @@ def main(folder: Path, commands: list[str], allowed_paths: list[str]) -> None:
         try:
             with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
                 use_checkpoint(model, command, out)
-            message = "used"
+            message = "completed"
         except ValueError as error:
             message = f"{error}" if command in ("load", "demo") else errors.getvalue()
         except BaseException as error:
             message = f"Traceback: {type(error).__name__}: {error}"
         ACTIVE_HOOKS.clear()
         print(
-            "##" + json.dumps({"model": model.name, "how": command, "said": message, "seen": OBSERVED_EVENTS[:5]}),
+            "##"
+            + json.dumps({"model": model.name, "command": command, "message": message, "events": OBSERVED_EVENTS[:5]}),
             flush=True,
         )
 

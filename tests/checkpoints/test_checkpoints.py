@@ -1,4 +1,4 @@
-"""A checkpoint holds what was trained, loads to the last bit or says why not, and survives a kill at any moment."""
+"""Checkpoints: contents, exact reload, error messages, and kills at any moment."""
 
 import hashlib
 import itertools
@@ -89,7 +89,7 @@ def test_load_accepts_a_checkpoint_without_resolved_options(saved_model):
 
 
 class MainMixer(QueryMixer):
-    """As a script or a notebook defines it."""
+    """Register a mixer as a script or a notebook does."""
 
     __module__ = "__main__"
 
@@ -331,7 +331,7 @@ print("whole after every kill, saves:", found())
 @pytest.mark.parametrize("num_kills", [5, pytest.param(300, marks=pytest.mark.all)])
 @pytest.mark.slow
 def test_save_killed_at_random_times_leaves_a_complete_checkpoint(tmp_path, num_kills):
-    """One process saves over and over and is killed at random moments, and another loads what is left."""
+    """One process saves repeatedly and is killed at random moments; another loads the checkpoint."""
     tests_folder = os.path.dirname(os.path.dirname(__file__))
     environment = {**os.environ, "PYTHONPATH": tests_folder, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SAVE_AND_KILL_SCRIPT, str(tmp_path / "model"), str(num_kills)]
@@ -342,17 +342,17 @@ def test_save_killed_at_random_times_leaves_a_complete_checkpoint(tmp_path, num_
 
 
 def is_complete_checkpoint(folder):
-    """A checkpoint that loads, with all its numbers from one and the same save."""
+    """The checkpoint loads, and all its tensors are from the same save."""
     return len({value for each in load(folder).parameters() for value in each.detach().unique().tolist()}) == 1
 
 
 class Killed(BaseException):
-    """Nothing runs after a kill: no `finally` may help."""
+    """Simulate a kill: no code runs afterwards, `finally` included."""
 
 
 @pytest.mark.slow
 def test_save_killed_before_any_file_operation_leaves_a_complete_checkpoint(build_small_model, tmp_path, monkeypatch):
-    """The n-th change of the disk, and all that would come after it, do not happen: for every n there is."""
+    """For every n, the process is killed before its n-th file operation."""
     folder, model = tmp_path / "model", build_small_model()
     for num_operations in itertools.count():
         save(fill_parameters(model, 1.0), folder)

@@ -1,4 +1,4 @@
-"""A checkpoint is data: of hundreds of hostile ones, none runs code, fetches anything or leaves its folder."""
+"""Hostile checkpoints: none runs code, opens a connection or accesses files outside its folder."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ COMMANDS += ["demo"] if importlib.util.find_spec("gradio") else []
 
 @pytest.fixture(scope="session")
 def base_checkpoints(sam_folder, save_language_model, tmp_path_factory):
-    """A model of each layout: one of our own, one with a language model in its folder, a published one."""
+    """A checkpoint of each layout: native, native with a language model in its folder, and published."""
     bases_folder = tmp_path_factory.mktemp("bases")
     shutil.copytree(save_language_model("gpt2"), bases_folder / "lm")
     mixer = {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48}
@@ -66,7 +66,7 @@ def test_hostile_checkpoints_run_no_code_and_fail_in_one_line(base_checkpoints, 
     outside_folder, models_folder = tmp_path / "outside", tmp_path / "models"
     outside_folder.mkdir()
     (outside_folder / "secret").write_text("{}")
-    (outside_folder / "stranger.py").write_text(
+    (outside_folder / "attacker.py").write_text(
         hostile.HOSTILE_CODE.format(marker=str(models_folder / hostile.MARKER_FILE))
     )
     cache_folder = tmp_path / "cache"
@@ -97,8 +97,8 @@ def test_hostile_checkpoints_run_no_code_and_fail_in_one_line(base_checkpoints, 
     failures = [
         (descriptions[each["model"]], each)
         for each in outcomes
-        if each["seen"] or "Traceback" in each["said"] or len(each["said"].strip().splitlines()) > 1
+        if each["events"] or "Traceback" in each["message"] or len(each["message"].strip().splitlines()) > 1
     ]
     assert not failures, "\n".join(f"{description}\n    {outcome}" for description, outcome in failures)
     assert not (models_folder / hostile.MARKER_FILE).exists()
-    assert sum(each["said"] == "used" for each in outcomes) < num_checkpoints * 0.7  # they are hostile indeed
+    assert sum(each["message"] == "completed" for each in outcomes) < num_checkpoints * 0.7  # most are rejected

@@ -1,4 +1,4 @@
-"""What `sca push` uploads: the checkpoint and nothing beside it, with a card in which a file's text stays text."""
+"""`sca push`: uploads the files of the checkpoint only, with a model card in which text is escaped."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def model_folder(tmp_path):
 
 @pytest.fixture
 def uploaded_files(monkeypatch):
-    """The files that were uploaded, by name."""
+    """The uploaded files by name."""
     files = {}
 
     class FakeHfApi:

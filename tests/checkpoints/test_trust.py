@@ -1,4 +1,4 @@
-"""What a checkpoint may name, what a bare name means, and which commit is loaded."""
+"""Trust: references in checkpoints, resolution of bare names, and pinned commits."""
 
 import json
 import os
@@ -34,8 +34,8 @@ def edit_json(folder, file="spec.json", **fields):
 UNTRUSTED_CODE = (
     "open({marker!r}, 'w').close()\n"
     "from transformers import PreTrainedConfig, PreTrainedModel\n"
-    "class StrangerConfig(PreTrainedConfig):\n    model_type = 'stranger'\n"
-    "class Stranger(PreTrainedModel):\n    config_class = StrangerConfig\n"
+    "class AttackerConfig(PreTrainedConfig):\n    model_type = 'attacker'\n"
+    "class Attacker(PreTrainedModel):\n    config_class = AttackerConfig\n"
 )
 
 
@@ -44,10 +44,10 @@ def untrusted_checkpoint(folder, tmp_path):
     """A checkpoint whose language model is code in its folder, and the file that the code writes."""
     language_model_folder, marker = folder / "lm", tmp_path / "ran"
     language_model_folder.mkdir()
-    auto_map = {"AutoConfig": "stranger.StrangerConfig", "AutoModelForCausalLM": "stranger.Stranger"}
-    config = {"model_type": "stranger", "architectures": ["Stranger"], "auto_map": auto_map}
+    auto_map = {"AutoConfig": "attacker.AttackerConfig", "AutoModelForCausalLM": "attacker.Attacker"}
+    config = {"model_type": "attacker", "architectures": ["Attacker"], "auto_map": auto_map}
     (language_model_folder / "config.json").write_text(json.dumps(config))
-    (language_model_folder / "stranger.py").write_text(UNTRUSTED_CODE.format(marker=str(marker)))
+    (language_model_folder / "attacker.py").write_text(UNTRUSTED_CODE.format(marker=str(marker)))
     save_file({"a": torch.zeros(1)}, language_model_folder / "model.safetensors", metadata={"format": "pt"})
     return edit_json(folder, language_model={"name": "hf", "weights": "lm", "trust_remote_code": True}), marker
 
@@ -68,13 +68,13 @@ def test_load_runs_no_code_if_trust_remote_code_is_not_a_boolean(untrusted_check
         load(folder)
     edit_json(folder, language_model={"name": "hf", "weights": "lm"})
     with pytest.raises(InputError, match="cannot be built"):
-        load(folder)  # neither does it ask on the terminal
+        load(folder)  # no prompt on the terminal
     assert not marker.exists()
 
 
 def test_load_runs_checkpoint_code_with_trust_remote_code(untrusted_checkpoint):
     folder, marker = untrusted_checkpoint
-    with pytest.raises(InputError):  # the stranger's model is none
+    with pytest.raises(InputError):  # its code defines no language model
         load(folder, trust_remote_code=True)
     assert marker.exists()
 
@@ -82,22 +82,22 @@ def test_load_runs_checkpoint_code_with_trust_remote_code(untrusted_checkpoint):
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("language_model", {"name": "hf", "weights": "stranger/model"}, "weights of the language model 'hf'"),
+        ("language_model", {"name": "hf", "weights": "attacker/model"}, "weights of the language model 'hf'"),
         ("language_model", {"name": "hf", "weights": "/somewhere/else"}, "--allow-external"),
         ("language_model", {"name": "hf", "weights": "../else"}, "--allow-external"),
         ("language_model", {"name": "hf", "weights": "bare"}, "--allow-external"),
         ("language_model", {"name": "gguf", "weights": "~/a.gguf"}, "--allow-external"),
-        ("language_model", {"name": "gpt2", "tokenizer": "stranger/words"}, "--allow-external"),
+        ("language_model", {"name": "gpt2", "tokenizer": "attacker/words"}, "--allow-external"),
         ("language_model", {"name": "hf", "config": {"x": ["a/b"]}}, "--allow-external"),
         ("encoder", {"name": "sam", "weights": "https://example.org/a.pth"}, "--allow-external"),
-        ("encoder", {"name": "timm", "model": "hf-hub:stranger/model"}, "--allow-external"),
+        ("encoder", {"name": "timm", "model": "hf-hub:attacker/model"}, "--allow-external"),
         ("encoder", {"name": "open-clip", "model": "ViT-B-32", "pretrained": "./a.pt"}, "--allow-external"),
         ("encoder", {"name": "tiny-vit", "hidden_size": 10**12}, "hidden_size is 1000000000000, which is larger"),
         ("encoder", {"name": "tiny-vit", "trust_remote_code": True}, "--trust-remote-code"),
         ("encoder", {"name": "sam-vit-b", "revision": "0" * 40}, "revision=.*, not that of its card; .*--allow-ext"),
         ("encoder", {"name": "sam-vit-b", "revision": None}, "revision=None, not that of its card"),
         ("language_model", {"name": "hf", "config": {"_attn_implementation": {"": "a"}}}, "--trust-remote-code"),
-        ("encoder", {"name": "stranger"}, "no encoders named"),
+        ("encoder", {"name": "attacker"}, "no encoders named"),
         ("segmenter", {"name": "sam", "weights": "a\0b"}, "is not a path"),
     ],
 )
@@ -130,8 +130,8 @@ def test_resolve_source_accepts_inner_paths_and_known_weights(folder, tmp_path):
     assert resolve_source(str(folder / "lm"), folder, NO_TRUST) == str(folder / "lm")
     assert resolve_source("gpt2", folder, NO_TRUST) == "openai-community/gpt2"
     assert resolve_source("facebook/sam-vit-base", folder, NO_TRUST) == "facebook/sam-vit-base"
-    assert resolve_source("stranger/model", folder, Trust(external=True)) == "stranger/model"
-    for external_source in ("way_out", "lm/../../model/lm", "stranger/model", str(tmp_path), "x" * 5000):
+    assert resolve_source("attacker/model", folder, Trust(external=True)) == "attacker/model"
+    for external_source in ("way_out", "lm/../../model/lm", "attacker/model", str(tmp_path), "x" * 5000):
         with pytest.raises(TrustError, match="--allow-external"):
             resolve_source(external_source, folder, NO_TRUST)
 
@@ -158,7 +158,7 @@ def test_check_folder_rejects_links_fifos_and_external_references_in_configs(fol
     with pytest.raises(InputError, match="not a regular file"):
         load(folder)
     (folder / "fifo").unlink()
-    for field in ({"tokenizer_file": "/etc/passwd"}, {"text_config": {"_attn_implementation": "stranger/kernel"}}):
+    for field in ({"tokenizer_file": "/etc/passwd"}, {"text_config": {"_attn_implementation": "attacker/kernel"}}):
         edit_json(folder, "tokenizer_config.json", **field)
         with pytest.raises(TrustError):
             check_folder(folder, NO_TRUST)
@@ -166,7 +166,7 @@ def test_check_folder_rejects_links_fifos_and_external_references_in_configs(fol
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation_internal", "experts_implementation"])
-@pytest.mark.parametrize("value", ["flash_attention_2", "stranger/kernel", {"": "stranger/kernel"}, [{"a": "sdpa|b"}]])
+@pytest.mark.parametrize("value", ["flash_attention_2", "attacker/kernel", {"": "attacker/kernel"}, [{"a": "sdpa|b"}]])
 @pytest.mark.slow
 def test_check_folder_rejects_attention_kernels_other_than_those_of_torch(folder, key, value):
     edit_json(folder, "tokenizer_config.json", text_config={key: value})
@@ -243,7 +243,7 @@ def test_load_rejects_weights_that_overflow_float16(folder):
 def test_load_never_reads_a_bare_name_as_a_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(zoo.get_entry("sca-tiny").folder, tmp_path / name)
-    (tmp_path / name / "spec.json").write_text('{"encoder": "of-a-stranger"}')
+    (tmp_path / name / "spec.json").write_text('{"encoder": "of-an-attacker"}')
     assert locate_checkpoint("sca-tiny") == zoo.get_entry("sca-tiny").folder
     assert (tmp_path / name).is_dir()
     if name == "xk-huang":

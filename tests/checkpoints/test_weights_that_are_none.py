@@ -1,4 +1,4 @@
-"""Folders and files that only look like weights or images are refused with what to do about them."""
+"""Git LFS pointers and other files without weights or pixels: the error contains the fix."""
 
 import pytest
 from PIL import Image
@@ -19,7 +19,7 @@ LFS_MESSAGE = "is a Git LFS pointer, not the file itself; run `git lfs pull`"
 
 @pytest.fixture
 def lfs_pointer_folder(save_language_model, tmp_path):
-    """A folder of a language model whose weights are a Git LFS pointer."""
+    """Folder of a language model whose weights are a Git LFS pointer."""
     import shutil
 
     folder = shutil.copytree(save_language_model("gpt2"), tmp_path / "lfs")

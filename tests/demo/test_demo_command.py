@@ -13,10 +13,10 @@ def test_demo_command_passes_the_root_path_to_gradio(monkeypatch, root_path, exp
 
     launch_options = {}
 
-    def launch(_, **options):
+    def record_launch(_, **options):
         launch_options.update(options)
         raise ValueError("started")
 
-    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    monkeypatch.setattr(gradio.Blocks, "launch", record_launch)
     assert run_command(["demo", "--port", "0", *(["--root-path", root_path] if root_path else [])]) == 2
     assert launch_options["root_path"] == expected

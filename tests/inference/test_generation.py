@@ -1,4 +1,4 @@
-"""Texts are generated in pieces whatever asks for them, and scores that mean nothing are an error."""
+"""Generation: every caller generates in chunks, and invalid scores raise an error."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ BOXES = [(n % 40, n // 40, n % 40 + 20, n // 40 + 20) for n in range(40)]
 
 @pytest.fixture
 def model_and_batch_sizes(build_small_model, monkeypatch):
-    """A model, and the rows of each call of its language model."""
+    """A model, and the batch size of each call of its language model."""
     model, batch_sizes = build_small_model(), []
     generate = model.language_model.generate
 

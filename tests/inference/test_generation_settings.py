@@ -1,4 +1,4 @@
-"""Captions follow our own settings for generation, whatever a hub model's files ask for."""
+"""Generation settings: our defaults override those in the files of a hub model."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ GENERATION_SETTINGS = {
 
 @pytest.fixture
 def copy_language_model(save_language_model, tmp_path):
-    """Copies a tiny language model, with fields added to one of its files."""
+    """Function that copies a tiny language model with fields added to one of its files."""
 
     def copy_with_fields(file_name="generation_config.json", **fields):
         path = shutil.copytree(save_language_model("gpt2"), tmp_path / "lm", dirs_exist_ok=True) / file_name
@@ -56,7 +56,7 @@ def draw_prefix():
 
 @pytest.fixture(scope="module")
 def expected_outputs(save_language_model):
-    """What a model without any settings generates, by the number of beams."""
+    """Captions of a model without generation settings, by number of beams."""
     model = HfLanguageModel(str(save_language_model("gpt2")))
     return {num_beams: model.generate(draw_prefix(), 6, num_beams) for num_beams in (1, 2)}
 

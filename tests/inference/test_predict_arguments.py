@@ -1,4 +1,4 @@
-"""`predict`, `predict_batch` and `caption_everything` use every argument or refuse it before anything is computed."""
+"""Arguments of `predict`, `predict_batch` and `caption_everything`: used, or rejected before any computation."""
 
 import inspect
 from dataclasses import replace
@@ -32,7 +32,7 @@ def predictor(model, scene):
 
 @pytest.fixture
 def idle_predictor(predictor, monkeypatch):
-    """A predictor that must not compute anything."""
+    """A predictor that fails on any computation."""
     monkeypatch.setattr(predictor.engine, "caption_batch", lambda *_, **__: pytest.fail("computed"))
     return predictor
 
@@ -68,7 +68,7 @@ def test_caption_array_returns_the_mask_as_a_boolean_array(predictor, scene):
     ],
 )
 def test_predict_unknown_keyword_raises_type_error_with_the_closest_name(idle_predictor, keyword, closest_name):
-    for predict in (idle_predictor.predict, lambda **given: idle_predictor.predict_batch([], [], **given)):
+    for predict in (idle_predictor.predict, lambda **arguments: idle_predictor.predict_batch([], [], **arguments)):
         with pytest.raises(TypeError, match=rf"has no argument '{keyword}'"):
             predict(**{keyword: [BOX]})
     with pytest.raises(TypeError, match=rf"predict\(\) has no argument '{keyword}'. Did you mean '{closest_name}'\?"):

@@ -1,4 +1,4 @@
-"""An image is encoded once, however often it is pointed at; everything mode writes captions for what is left only."""
+"""Predictor: an image is encoded once for all prompts; everything mode captions only the regions that remain."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ RESAMPLER_MIXER = {"name": "resampler", "num_queries": 2, "depth": 1, "num_heads
 
 @pytest.fixture
 def build_counting_predictor(build_small_model, monkeypatch):
-    """A predictor, and how often each stage was called, with how many rows."""
+    """A predictor, and the batch sizes of the calls of each stage."""
 
     def build_predictor(regions=64, **fields):
         model = build_small_model(**fields)
@@ -47,7 +47,7 @@ def build_counting_predictor(build_small_model, monkeypatch):
 
 
 def make_mixed_prompts(scene):
-    """Prompts of every kind, in no order."""
+    """Prompts of every type in mixed order."""
     first_region, second_region, third_region, *_ = scene.regions
     (x1, y1, x2, y2), mask = third_region.box, decode_rle(first_region.mask)
     return [
@@ -62,7 +62,7 @@ def make_mixed_prompts(scene):
 
 
 def are_captions_close(caption, expected):
-    """The same answer, but for the last bits of numbers that were added in another order."""
+    """Assert equal captions; floats may differ by the order of summation."""
     scores_close = caption.score == pytest.approx(expected.score, rel=1e-4)
     scores_close = scores_close and caption.predicted_iou == pytest.approx(expected.predicted_iou, abs=1e-4)
     mask_difference = (decode_rle(caption.mask) != decode_rle(expected.mask)).mean()
@@ -202,7 +202,7 @@ def test_predictor_errors_suggest_a_fix(build_counting_predictor, scene):
 
 
 def run_to_end(generator):
-    """What a generator returns."""
+    """Exhaust a generator; return its return value."""
     while True:
         try:
             next(generator)
@@ -285,7 +285,7 @@ def test_caption_everything_box_nms_keeps_the_better_of_overlapping_masks(build_
 
 
 def test_caption_everything_mask_nms_suppresses_a_mask_with_a_stray_cell(build_counting_predictor):
-    """The second mask's box overlaps little with the first's."""
+    """The boxes of the masks overlap little."""
     predictor, _ = build_counting_predictor()
     predictor.set_image(Image.new("RGB", (64, 64)))
     segmenter = predictor.model.segmenter
@@ -328,7 +328,7 @@ def test_caption_everything_captions_from_the_prompt_kind_of_caption_from(
 
 @pytest.mark.slow
 def test_everything_search_of_crops_returns_masks_in_image_pixels(build_counting_predictor):
-    """A stand-in for masks: what is bright. In a crop it is the same thing at another place of the frame."""
+    """Segmenter stub: masks are the bright pixels, in crops too."""
     predictor, calls = build_counting_predictor()
     pixels = np.zeros((128, 192, 3), np.uint8)
     pixels[52:60, 100:116] = 255
@@ -479,7 +479,7 @@ def test_caption_everything_without_masks_suggests_a_segmenter(build_counting_pr
 
 
 def test_caption_everything_needs_only_the_segmenter_contract(build_counting_predictor, scene):
-    """Only what the contract lists is asked of a segmenter."""
+    """Only attributes of the contract are required of a segmenter."""
     predictor, _ = build_counting_predictor()
     predictor.set_image(scene.image)
     segmenter = predictor.model.segmenter

@@ -1,4 +1,4 @@
-"""Pictures and prompts go into the input frame and come back; requests of any mix keep their order."""
+"""Processor: transforms of images and prompts to the input frame and back; requests keep their order."""
 
 import numpy as np
 import pytest
@@ -112,7 +112,7 @@ def test_processor_maps_boxes_and_points_to_the_frame_and_boxes_back(width, heig
 @settings(deadline=None)
 @given(st.integers(8, 200), st.integers(8, 200), st.sampled_from(["pad", "stretch"]), st.data())
 def test_processor_maps_a_mask_to_the_frame_and_back(width, height, fit, data):
-    """A rectangle, at the resolution of the mask's cells: a cell on its edge may go either way."""
+    """Compare with a rectangle; cells on its edge may be in or out."""
     processor = Processor(ImageFormat(size=64, resize_mode=fit), 8)
     frame = processor.compute_frame(width, height)
     x1, y1 = data.draw(st.integers(0, width - 4)), data.draw(st.integers(0, height - 4))

@@ -1,4 +1,4 @@
-"""Records of labeling tools with any value in any place are read, counted or refused in one line."""
+"""Fuzzing of labeling-tool records: every value is read, counted or rejected in one line."""
 
 import copy
 import json
@@ -92,7 +92,7 @@ JSON_VALUES = st.recursive(
 
 
 def iterate_key_paths(content, path=()):
-    """The path of every value in a JSON value."""
+    """Yield the path of every value in JSON content."""
     children = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, child in children:
         yield (*path, key)
@@ -129,7 +129,7 @@ def test_annotation_readers_read_or_reject_any_json_value_in_one_line(tmp_path_f
 
 
 def iterate_caption_boxes(path, problems):
-    """Each box with the size of its image; what is rejected is added to the problems."""
+    """Return each box with the size of its image; append rejected records to the problems."""
     for image in read_captions(path, SkipCounter(), reject=lambda error: problems.append(str(error))):
         yield from ((caption.box, image.size) for caption in image.captions if caption.box)
 

@@ -36,18 +36,18 @@ def make_task(*results, data=None, **fields):
 
 
 def read_images(*tasks):
-    """The images of tasks, and what was counted."""
+    """Return the images of tasks and the counts."""
     skip_counter = SkipCounter()
     return list(read_tasks(list(tasks), "ls.json", skip_counter, measure_no_image)), dict(skip_counter.counts)
 
 
 def measure_no_image(name):
-    """The size of an image that does not exist."""
+    """Return no size, as for a missing image."""
     return None
 
 
 def read_images_and_problems(*tasks, measure_image=measure_no_image):
-    """The images of tasks, and what was rejected."""
+    """Return the images of tasks and the rejected tasks."""
     problems = []
     images = list(
         read_tasks(list(tasks), "ls.json", pytest.fail, measure_image, lambda error: problems.append(str(error)))
@@ -56,7 +56,7 @@ def read_images_and_problems(*tasks, measure_image=measure_no_image):
 
 
 def read_region(*results):
-    """The only region of results."""
+    """Return the only region of results."""
     ((image,), skipped_counts) = read_images(make_task(*results))
     assert skipped_counts == {}
     (region,) = image.annotations
@@ -295,8 +295,8 @@ def test_label_studio_reader_skips_cancelled_annotations_and_prefers_ground_trut
     [
         ({"image": "a.png", "url": "b.png"}, "image", "a.png"),
         ({"image": "a.png", "img": "b.png"}, "img", "b.png"),
-        ({"picture": "https://x.org/b.JPG?size=3", "text": "hello"}, "image", "https://x.org/b.JPG?size=3"),
-        ({"picture": "/data/local-files/?d=b/c.png"}, "image", "/data/local-files/?d=b/c.png"),
+        ({"photo": "https://x.org/b.JPG?size=3", "text": "hello"}, "image", "https://x.org/b.JPG?size=3"),
+        ({"photo": "/data/local-files/?d=b/c.png"}, "image", "/data/local-files/?d=b/c.png"),
         ({"image": "no suffix"}, "img", "no suffix"),
         ({"pages": ["a.png"]}, "image", "a.png"),
     ],
@@ -379,7 +379,7 @@ ROTATIONS = st.floats(-720, 720).map(lambda value: round(value, 2))
 
 
 def compute_pixel_centers(width, height):
-    """x and y of the center of each pixel, in pixels."""
+    """Return x and y of each pixel center in pixels."""
     y, x = np.mgrid[:height, :width]
     return x + 0.5, y + 0.5
 
@@ -423,7 +423,7 @@ def test_label_studio_reader_fills_pixels_inside_a_rotated_ellipse(x, y, radius_
 
 
 def assert_mask_is_filled(region, inside_distance):
-    """Pixels more than one pixel inside are in the mask, those more than one outside are not."""
+    """Pixels more than one pixel inside are in the mask; those more than one pixel outside are not."""
     mask = masks.decode_rle(region.mask)
     assert mask[inside_distance > 1].all()
     assert not mask[inside_distance < -1].any()

@@ -22,13 +22,13 @@ def make_shape(shape_type="polygon", points=TRIANGLE_POINTS, label="cat", **fiel
 
 
 def read_shapes(*shapes, image_size=IMAGE_SIZE):
-    """The regions of shapes, and what was counted."""
+    """Return the regions of shapes and the counts."""
     skip_counter = SkipCounter()
     return read_annotations({"shapes": list(shapes)}, image_size, "a.json", skip_counter), dict(skip_counter.counts)
 
 
 def read_region(*shapes):
-    """The only region of shapes."""
+    """Return the only region of shapes."""
     (region,), skipped_counts = read_shapes(*shapes)
     assert skipped_counts == {}
     return region

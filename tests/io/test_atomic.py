@@ -1,4 +1,4 @@
-"""Files and folders appear complete, or not at all."""
+"""Atomic writes: files and folders appear complete or not at all."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ resource = pytest.importorskip("resource")
 
 @contextmanager
 def limit_file_size(max_bytes):
-    """A limit on the size of files, which writing reaches as it reaches the end of a disk."""
+    """Limit the size of files; writing fails as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, limits[1]))

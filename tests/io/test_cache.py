@@ -1,4 +1,4 @@
-"""The folder of the cache."""
+"""Location of the cache folder."""
 
 from sca.io.cache import get_cache_folder
 

@@ -1,4 +1,4 @@
-"""Every reader of a file from elsewhere ends in one line for JSON that is nested deep and for what is no file."""
+"""Readers of untrusted files: one-line errors for deeply nested JSON and for paths that are not regular files."""
 
 import json
 import os
@@ -67,7 +67,7 @@ OTHER_READERS = {
 
 @pytest.fixture
 def alarm_timeout():
-    """A reader that waits ends in an error instead of hanging."""
+    """Raise an error in a reader that blocks."""
     previous_handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(60)
     yield
@@ -138,7 +138,7 @@ def test_reader_accepts_a_pipe_opened_by_a_shell(alarm_timeout, read_file):
 
 @pytest.fixture
 def open_pipe():
-    """The path of a pipe whose other end stays open: who reads from it waits."""
+    """Path of a pipe with an open writer: readers block."""
     read_end, write_end = os.pipe()
     yield f"/dev/fd/{read_end}"
     os.close(read_end)

@@ -1,4 +1,4 @@
-"""Weights by hub id: fetched once, kept whole, and told in one line when they cannot be had."""
+"""Weights by hub id: downloaded once, stored complete, and one-line errors if unavailable."""
 
 import json
 import os
@@ -17,7 +17,7 @@ PULL_COMMAND = [sys.executable, "-m", "sca", "pull"]
 
 @pytest.fixture
 def hub(sam_folder, tmp_path):
-    """With a model beside which there are files that nobody here wants."""
+    """A hub with a model and files that are not needed."""
     shutil.copytree(sam_folder, tmp_path / "sam")
     (tmp_path / "sam" / "README.md").write_text("A model.")
     (tmp_path / "sam" / "flax_model.msgpack").write_bytes(b"\0" * 1000)
@@ -28,7 +28,7 @@ def hub(sam_folder, tmp_path):
 
 @pytest.fixture
 def run_with_hub(hub, tmp_path):
-    """Runs a command with the hub on loopback, or with none; what it says on both streams, its status, its requests."""
+    """Run a command with or without a hub on loopback; return its output, its status and its requests."""
 
     def run(*command, online=True, **environment):
         with hub.serving() as address:

@@ -1,4 +1,4 @@
-"""Pictures open the way their viewer sees them, or are refused in one line."""
+"""Images: opened as a viewer shows them, or rejected in one line."""
 
 import io
 import os
@@ -25,7 +25,7 @@ def get_error_message(path) -> str:
 
 @pytest.fixture
 def unprivileged_user():
-    """A user without rights to the test's folder."""
+    """User without permissions for the folder of the test."""
     if os.name != "posix":
         pytest.skip("rights are another matter here")
     user_id = os.geteuid()
@@ -48,7 +48,7 @@ def test_open_image_opens_common_formats_as_rgb(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_open_image_applies_exif_orientation_once(tmp_path, suffix, orientation):
-    """The stored picture of each orientation shows the same scene: red left, blue right below."""
+    """The image of each EXIF orientation shows the same scene: red on the left, blue at the bottom right."""
     expected = np.full((32, 64, 3), 128, np.uint8)
     expected[:, :16], expected[16:, 48:] = (255, 0, 0), (0, 0, 255)
     stored_array = {
@@ -110,7 +110,7 @@ def test_open_image_warns_about_scaled_gray_once(tmp_path, caplog, monkeypatch):
 
 
 def write_16_bit_png(path, colors, exif):
-    """A PNG of (height, width, 3 or 4) colors, which Pillow cannot write."""
+    """Encode (height, width, 3 or 4) colors as a PNG that Pillow cannot write."""
 
     def build_chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -163,7 +163,7 @@ def test_32_bit_gray_is_scaled_by_what_holds_its_values(tmp_path, values, expect
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "L", "RGB"])
 def test_open_image_shows_transparency_as_white(tmp_path, mode):
-    """Left transparent black, right opaque black."""
+    """The left half is transparent black, the right half opaque black."""
     path = tmp_path / "a.png"
     gray = Image.fromarray(np.array([[0, 10]], np.uint8))
     if mode in ("LA", "RGBA"):

@@ -1,4 +1,4 @@
-"""Names in files lead to the image they mean, or are refused."""
+"""Image names in files: resolved to the right image, or rejected."""
 
 import unicodedata
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_resolve_image_path_resolves_every_spelling_or_rejects_ambiguity(
 
 
 def _is_ambiguous(stem: str, other_stems: list[str]) -> bool:
-    """Whether a spelling of the one name could be one of another."""
+    """Return whether two names have a common spelling."""
     return any(
         stem != other_stem and _normalize_spelling(stem) == _normalize_spelling(other_stem)
         for other_stem in other_stems

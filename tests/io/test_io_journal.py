@@ -1,4 +1,4 @@
-"""A journal loses nothing that can be decoded."""
+"""Journals: every complete line is recovered."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_journal_finds_its_end_with_any_block_size(journal_path, monkeypatch, bl
 
 
 def test_read_journal_survives_truncation_by_another_process(journal_path, monkeypatch):
-    """A memory map of the file would end this process with SIGBUS."""
+    """A memory map of the file would end the process with SIGBUS."""
     monkeypatch.setattr("sca.io.journal.BLOCK_BYTES", 100)
 
     def truncate_file(entry):

@@ -1,4 +1,4 @@
-"""JSON from elsewhere is read with limits on its kind, size, depth and numbers."""
+"""Untrusted JSON: limits on type, size, depth and numbers."""
 
 import json
 import os

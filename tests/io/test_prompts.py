@@ -1,4 +1,4 @@
-"""Prompts are read as they were meant, or refused in one line that names the place."""
+"""Prompts: parsed as intended, or rejected in one line with the location."""
 
 import json
 import math
@@ -98,7 +98,7 @@ def test_mask_array_threshold_follows_the_value_range(tmp_path, make_values):
 
 
 def make_soft_mask(template, low=3, high=253):
-    """A mask whose values fall off from its center, as 8-bit probabilities."""
+    """Return a mask of 8-bit probabilities that decrease from the center."""
     y, x = np.mgrid[: template.shape[0], : template.shape[1]]
     distance = np.hypot(x - template.shape[1] / 2, y - template.shape[0] / 2)
     return np.rint(low + (high - low) * np.exp(-((distance / 20) ** 2))).astype(np.uint8)

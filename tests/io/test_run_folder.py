@@ -1,4 +1,4 @@
-"""A command replaces and deletes only what the same kind of run wrote, and never an input."""
+"""Run folders: a command replaces and deletes only outputs of the same type of run, never an input."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from sca.io.run_folder import LOCK_FILE, MARKER_FILE, OutputFilter, RunFolder, c
 
 @pytest.fixture
 def alarm_timeout():
-    """Code that waits for a FIFO fails instead of hanging."""
+    """Raise an error in code that blocks on a FIFO."""
     previous_handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(30)
     yield
@@ -27,7 +27,7 @@ PATTERNS = ("a.txt", "b.txt", "*.part.txt", "step-#/*", "sub/*")
 
 
 def write_run(folder, settings=None, outputs=("a.txt", "*.part.txt"), **options):
-    """A run that writes its outputs and comes to its end; gives the run before it."""
+    """Write the outputs of a run and finish it; return the previous run."""
     with RunFolder(folder, "test", PATTERNS) as run_folder:
         earlier_run = run_folder.begin_run(settings or {"x": 1}, outputs, **options)
         (folder / "a.txt").write_text("new")

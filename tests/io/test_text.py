@@ -1,4 +1,4 @@
-"""Text from elsewhere is inert where it is shown, and unchanged where it is stored."""
+"""Untrusted text: escaped on display and unchanged in storage."""
 
 import ast
 import csv
@@ -67,7 +67,7 @@ def test_escape_markdown_returns_one_line_without_markup():
 
 @pytest.fixture
 def guarded_terminal(monkeypatch):
-    """This process as `sca` sets it up."""
+    """Set up the standard streams as `sca` does."""
     for hook in ("sys.excepthook", "sys.unraisablehook", "threading.excepthook"):
         monkeypatch.setattr(hook, None)
     monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
@@ -104,10 +104,10 @@ def test_guard_terminal_escapes_errors_of_threads_and_finalizers(guarded_termina
         def __del__(self):
             raise ValueError("two\nlines \x1b[2J")
 
-    def fail():
+    def raise_error():
         raise ValueError("two\nlines \x1b[2J")
 
-    for name, target in (("\x1b[31m", fail), ("quiet", sys.exit)):
+    for name, target in (("\x1b[31m", raise_error), ("quiet", sys.exit)):
         thread = threading.Thread(target=target, name=name)
         thread.start()
         thread.join()
@@ -122,7 +122,7 @@ def test_guard_terminal_escapes_errors_of_threads_and_finalizers(guarded_termina
 
 
 def test_commands_print_only_through_the_options_module():
-    """A command prints with `sca.cli.options`, so that no caller has to remember to escape."""
+    """Commands print with `sca.cli.options`, which escapes all text."""
     files = [*Path(sca.cli.__file__).parent.glob("*.py"), Path(sca_bench.cli.__file__)]
     calls = []
     for file in files:

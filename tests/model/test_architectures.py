@@ -1,6 +1,6 @@
-"""Every architecture of transformers' causal language models: captioned as its own `generate` does, or refused.
+"""Causal language models of transformers: captions equal those of `generate`, or loading is rejected.
 
-The reasons of those that are refused are listed in docs/language-models.md.
+The reasons are listed in docs/language-models.md.
 """
 
 import re
@@ -56,7 +56,7 @@ REJECTED_ARCHITECTURES = ("cpmant", "ctrl", "falcon_h1", "gemma3n_text", "gemma4
 
 
 def build_tiny_model(name, **fields):
-    """A tiny model with random weights; other weights than those that the probe of a language model draws."""
+    """Build a tiny model with random weights that differ from those of the language model's probe."""
     config = AutoConfig.for_model(name)
     if getattr(config, "is_decoder", None) is False:
         fields = {"is_decoder": True, **fields}
@@ -68,13 +68,13 @@ def build_tiny_model(name, **fields):
 
 
 def read_rejection_reasons():
-    """The architectures in the table of the manual, with their reasons."""
+    """Return the architectures in the table of the documentation, with the reasons."""
     return dict(re.findall(r"^\| `(\S+)` \| (.+) \|$", DOCS_PAGE.read_text("utf-8"), re.MULTILINE))
 
 
 @torch.no_grad()
 def assert_matches_transformers(name, **fields):
-    """Logits for embeddings and for ids, greedy ids and their scores against those of the model's own forward."""
+    """Compare logits for embeddings and for ids, greedy ids and scores with those of the model's forward."""
     model = build_tiny_model(name, **fields)
     language_model = CausalLanguageModel(model, None)
     ids = torch.randint(5, 60, (NUM_ROWS, PREFIX_LENGTH))

@@ -1,4 +1,4 @@
-"""What a GPU refuses, and what makes the host wait for it, fails here: see `accelerator` for the simulated device."""
+"""Operations that a GPU rejects or that synchronize it with the host; the device is simulated by `accelerator`."""
 
 from collections import Counter
 from dataclasses import replace
@@ -79,7 +79,7 @@ def make_prompts(image_size, prompt_kind="box"):
 
 
 def make_batch(model, num_regions=None):
-    """Two images, five regions or `regions` of the second image, seven texts or one for each of those regions."""
+    """Return two images, five regions or `num_regions` of the second image, and seven texts or one per region."""
     image_size, generator = model.encoder.image_format.size, torch.Generator().manual_seed(2)
     prompts = make_prompts(image_size)
     region_index = torch.tensor([0, 0, 1, 2, 3, 4, 4])
@@ -107,7 +107,7 @@ def make_batch(model, num_regions=None):
 
 
 def iter_combinations():
-    """Every mixer in every precision, with encoders, segmenters and families in turn; some by `make test`."""
+    """Yield every mixer in every precision with alternating encoders, segmenters and language models."""
     counter = count()
     for precision in PRECISIONS:
         for mixer in MIXER_OPTIONS:
@@ -205,7 +205,7 @@ def test_segmenter_accepts_every_prompt_kind_on_an_accelerator(segmenter, precis
 )
 @pytest.mark.slow
 def test_model_in_half_precision_is_close_to_float32(segmenter, mixer, family, dtype):
-    """On the CPU for real, where most kernels refuse mixed types as well."""
+    """Run on the real CPU, where most kernels reject mixed dtypes too."""
     model = build_model(segmenter=segmenter, mixer=mixer, family=family).eval()
     batch = make_batch(model)
     batch.targets = None
@@ -238,7 +238,7 @@ def make_box_prompts(num_boxes):
 
 @pytest.fixture
 def make_predictor(build_small_model, image):
-    """Makes a predictor for a model on the device, an image set."""
+    """Function that returns a predictor for a model on the device with an image set."""
 
     def make(**options):
         predictor = Predictor(build_small_model().to("cuda"), **options)
@@ -375,7 +375,7 @@ def test_pooling_synchronizations_do_not_grow_with_images(operation):
                 else:
                     mixer(regions)
             total_syncs.append(syncs.total())
-    assert total_syncs[0] == total_syncs[1] <= 3  # ROIAlign also asks how many samples each axis needs
+    assert total_syncs[0] == total_syncs[1] <= 3  # ROIAlign also reads the number of samples per axis
 
 
 # --- what else runs there ---------------------------------------------------------------------------------------------
@@ -450,7 +450,7 @@ def test_baseline_captioners_run_on_an_accelerator(name):
 
 
 class FaultyModule(nn.Module):
-    """A part as one might write it, with one fault that a CPU in float32 does not mind."""
+    """A component with one fault that goes unnoticed on a CPU in float32."""
 
     def __init__(self, fault):
         super().__init__()

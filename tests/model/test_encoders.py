@@ -1,4 +1,4 @@
-"""Encoders of open_clip and timm give what those libraries give, from weights in their own layouts."""
+"""Encoders of open_clip and timm: outputs equal those of the libraries, with weights in their layouts."""
 
 import json
 import pickle
@@ -25,7 +25,7 @@ VIT_CONFIG = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 64}
 
 @pytest.fixture
 def clip(tmp_path):
-    """A small CLIP in open_clip's layout: its folder and the model."""
+    """Folder and model of a small CLIP in open_clip's layout."""
     torch.manual_seed(0)
     folder = tmp_path / "clip"
     folder.mkdir()
@@ -40,7 +40,7 @@ def clip(tmp_path):
 
 @pytest.fixture
 def vit(tmp_path):
-    """A small ViT in timm's layout, head and all: its folder and the model."""
+    """Folder and model of a small ViT in timm's layout, with its head."""
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **VIT_CONFIG).eval()
     timm.models.save_for_hf(model, tmp_path / "vit", model_args=VIT_CONFIG, safe_serialization=True)
@@ -240,7 +240,7 @@ def test_sam_segmenter_works_with_an_encoder_of_another_width_and_grid(clip, sam
 @pytest.mark.parametrize("segmenter", ["box", "sam"])
 @pytest.mark.slow
 def test_compose_reduces_wide_encoder_features_to_256_channels(segmenter):
-    """So that the mixer is equally large for all of them."""
+    """All encoders have the same output channels, so that mixers have equal sizes."""
     wide_model, narrow_model = (
         sca.compose(encoder, "query", "gpt2", segmenter=segmenter, device="meta")
         for encoder in ("clip-vit-b-16", "tiny-vit")

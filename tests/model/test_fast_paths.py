@@ -1,4 +1,4 @@
-"""What is quicker than the library's own way says the same: to the id, and to 1e-5."""
+"""Fast paths: outputs equal those of the library, ids exactly and floats within 1e-5."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_two_way_transformer_accepts_no_regions(transformer, transformer_inputs)
 def test_two_way_transformer_gradients_match_transformers(transformer, transformer_inputs):
     tokens, grids, position, image_index = transformer_inputs
     gradients = []
-    for forward in (run_library_transformer, lambda model, *given: model(*given)):
+    for forward in (run_library_transformer, lambda model, *args: model(*args)):
         transformer.zero_grad()
         fused, keys = forward(transformer, tokens, grids[image_index], position)
         (fused.square().sum() + keys.square().mean()).backward()
@@ -85,7 +85,7 @@ def test_two_way_transformer_gradients_match_transformers(transformer, transform
 @pytest.mark.parametrize("num_eos_tokens", [0, 4, 40])
 @pytest.mark.slow
 def test_greedy_search_matches_transformers_generate(save_language_model, monkeypatch, family, num_eos_tokens):
-    """Of 97 words so many end a caption, so that few, some or most leave the batch early."""
+    """Some of the 97 tokens end a caption, so that few, some or most captions leave the batch early."""
     model = HfLanguageModel(weights=str(save_language_model(family)))
     generator = torch.Generator().manual_seed(3)
     for parameter in model.model.parameters():  # words that differ from region to region

@@ -1,4 +1,4 @@
-"""What is frozen stays as it is; what trains is what the spec says."""
+"""Freezing: trainable parameters are those of the spec; frozen parameters do not change."""
 
 import pytest
 import torch

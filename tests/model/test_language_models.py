@@ -1,4 +1,4 @@
-"""Any causal language model: its words, its precision, its memory, and LoRA on all of its blocks or none."""
+"""Causal language models: tokenization, precision, memory and LoRA."""
 
 import os
 
@@ -18,7 +18,7 @@ VOCABULARY = ["a", "red", "car", "<end>", "<pad>", "<unk>", "<start>"]
 
 @pytest.fixture
 def save_tokenizer(tmp_path):
-    """Saves a word-level tokenizer with the special tokens that are named."""
+    """Function that saves a word-level tokenizer with the given special tokens."""
 
     def save(**special_tokens):
         word_level_tokenizer = Tokenizer(

@@ -1,4 +1,4 @@
-"""The losses, against plain loops over numbers."""
+"""Losses, compared with plain Python loops."""
 
 import math
 from dataclasses import replace
@@ -13,7 +13,7 @@ LABEL_SMOOTHING = 0.1  # as published
 
 
 def compute_smoothed_cross_entropy(logits, target):
-    """Cross-entropy of one position with label smoothing, number by number."""
+    """Return the cross-entropy of one position with label smoothing."""
     log_normalizer = math.log(sum(math.exp(value) for value in logits))
     log_probs = [value - log_normalizer for value in logits]
     uniform_share = LABEL_SMOOTHING / len(log_probs)
@@ -99,7 +99,7 @@ def make_batch(ids, mask):
 
 @torch.no_grad()
 def test_model_predicts_each_token_from_the_prefix_and_the_previous_tokens(build_small_model):
-    """Each logit is computed anew, one region at a time: prefix, then the words so far, and the last state's head."""
+    """Compute logits one region and one position at a time: prefix, previous tokens, and the head of the last state."""
     model = build_small_model()
     eos = model.language_model.tokenizer.eos_token_id
     ids = torch.tensor([[11, 12, 13, eos], [14, eos, eos, eos], [eos, eos, eos, eos]])
@@ -182,7 +182,7 @@ def make_segmenter_output(masks, scores):
 
 
 def compute_expected_mask_loss_and_iou(logits, truth, valid):
-    """20 focal + dice of one mask, and its intersection over union, cell by cell."""
+    """Return 20 focal + dice of one mask and its IoU, computed per cell."""
     focal = soft_total = soft_overlap = overlap = union = cells = 0.0
     for logit, target, is_valid in zip(logits, truth, valid, strict=True):
         if not is_valid:
@@ -203,7 +203,7 @@ def compute_expected_mask_loss_and_iou(logits, truth, valid):
 
 @pytest.fixture
 def mask_loss_inputs():
-    """Two regions with two masks of 2 x 2 cells each, one cell of the second in the padding, soft truth."""
+    """Two regions with two masks of 2 x 2 cells, one cell of the second in the padding, and soft labels."""
     masks = torch.tensor([[[[2.0, -1], [0.5, -3]], [[-1, -1], [3, 0.2]]], [[[1, 1], [1, 1]], [[-2, -2], [2, 9]]]])
     scores = torch.tensor([[0.9, 0.2], [0.4, 0.6]])
     truth = torch.tensor([[[1.0, 0], [0.75, 0]], [[0, 0], [1, 0]]])

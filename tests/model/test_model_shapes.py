@@ -1,4 +1,4 @@
-"""A part that gives another shape than it promised is named, and so is the way to learn more."""
+"""Components with wrong output shapes: the error names the component and the conformance command."""
 
 import pytest
 import torch
@@ -16,9 +16,9 @@ def test_model_error_names_the_component_with_a_wrong_output_shape(build_small_m
     model = build_small_model()
     part, (pixels, prompts) = getattr(model, kind), model_inputs
     forward = part.forward
-    part.forward = lambda *given: forward(*given)[..., :-1]
+    part.forward = lambda *args: forward(*args)[..., :-1]
     with pytest.raises(RegistryError, match=rf"{kind} '{name}' returns shape .* expected .*`sca check {kind} {name}`"):
         model.generate(model.encode(pixels), prompts, torch.tensor([1]))
-    part.forward = lambda *given: [forward(*given)]
+    part.forward = lambda *args: [forward(*args)]
     with pytest.raises(RegistryError, match=rf"{kind} '{name}' gives a list"):
         model.generate(model.encode(pixels), prompts, torch.tensor([1]))

@@ -1,4 +1,4 @@
-"""What `sca` offers by name is what it says, whatever was imported before."""
+"""Public names of `sca`: each resolves to its object in any import order."""
 
 import types
 

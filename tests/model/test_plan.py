@@ -1,4 +1,4 @@
-"""What is planned without weights is what a run really takes."""
+"""Plans: estimates without weights equal the requirements of a real run."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Plans are kept by what they depend on."""
+"""Plan cache: plans are cached by everything they depend on."""
 
 import pytest
 from sca_registry.spec import ModelSpec

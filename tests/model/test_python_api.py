@@ -1,4 +1,4 @@
-"""Mistakes in calls of the Python API are one line that says what to write instead."""
+"""Errors of the Python API: one line with the fix."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A region is segmented and captioned as if it were alone, however many others there are and in whatever order."""
+"""Region batching: outputs of a region do not depend on the other regions or their order."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def features(build_small_model):
 
 
 def segment_and_generate(model, features, prompts, task_ids):
-    """Masks, scores and word ids of each row."""
+    """Return masks, scores and token ids of each row."""
     with torch.no_grad():
         regions = model.segment(features, prompts)
     generated = model.generate(features, prompts, task_ids)
@@ -93,7 +93,7 @@ def test_build_prefix_changes_only_the_task_tokens_with_the_task(build_small_mod
 
 
 def test_generation_stops_at_eos_and_includes_it_in_the_score(build_small_model):
-    """The likeliest first word of one row is declared the end: padding follows, and it alone makes the score."""
+    """The most likely first token of one row becomes the end token, which alone determines the score."""
     model = build_small_model()
     prefix = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))
     first_token = model.language_model.generate(prefix, max_new_tokens=1)

@@ -1,4 +1,4 @@
-"""ROIAlign against a plain loop over samples, and against torchvision where it is installed."""
+"""ROIAlign, compared with a plain loop over samples, and with torchvision if installed."""
 
 import math
 
@@ -19,7 +19,7 @@ def image():
 
 
 def sample_bilinear(image, y, x):
-    """Bilinear, (D,): zero further than a cell outside, the border's value up to there."""
+    """Sample (D,) bilinearly: the border value up to one cell outside, zero beyond."""
     num_channels, height, width = image.shape
     if not (-1 <= y <= height and -1 <= x <= width):
         return torch.zeros(num_channels)

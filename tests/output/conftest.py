@@ -19,13 +19,13 @@ HOSTILE_TEXTS = (
 
 @pytest.fixture
 def noise_image():
-    """40 x 30 pixels of noise."""
+    """Image of 40 x 30 noise pixels."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8))
 
 
 @pytest.fixture
 def captions():
-    """Four regions of a 40 x 30 picture: with a mask, with a box only, with neither, and asked for by a mask."""
+    """Four regions of a 40 x 30 image: with a mask, with a box only, with neither, and with a mask prompt."""
     disc_mask = np.hypot(*np.mgrid[-12:18, -15:25]) < 8
     square_mask = np.zeros((30, 40), bool)
     square_mask[20:28, 30:38] = True

@@ -1,8 +1,8 @@
-"""Run where Label Studio's and LabelMe's packages and shapely are: what they read, beside captions.jsonl.
+"""Compare what Label Studio, LabelMe and shapely read with captions.jsonl; requires their packages.
 
-    python own_readers.py FOLDER PICTURES CONFIG
+    python own_readers.py FOLDER IMAGES CONFIG
 
-FOLDER: captions.jsonl and the same in each tool's format. PICTURES: where the records' paths start. CONFIG: Label
+FOLDER: captions.jsonl and the same in each tool's format. IMAGES: root of the records' paths. CONFIG: Label
 Studio's labeling interface.
 """
 

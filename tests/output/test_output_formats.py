@@ -1,4 +1,4 @@
-"""What one tool is given, it reads; and what is written can be read back."""
+"""Output formats: valid for their tools, and readable by `read_captions`."""
 
 import json
 import math
@@ -24,12 +24,12 @@ READABLE_FORMATS = {
     "label-studio": "label-studio.json",
     "labelme": "labelme",
 }
-FORMATS_WITH_PROMPTS = ("jsonl", "parquet", "geojson")  # that have a place for what was asked
+FORMATS_WITH_PROMPTS = ("jsonl", "parquet", "geojson")  # formats that store prompts
 
 
 @pytest.fixture
 def output_paths(tmp_path, noise_image, captions, monkeypatch):
-    """Two images in every format that can be read."""
+    """Captions of two images in every readable format."""
     monkeypatch.chdir(tmp_path)
     with MultiFormatWriter("out", READABLE_FORMATS, model="m") as writers:
         writers.add("a.png", noise_image, captions)
@@ -62,7 +62,7 @@ def test_read_captions_reads_every_readable_format(output_paths, captions, forma
 
 
 def count_components(mask):
-    """How many there are of pixels that touch by an edge."""
+    """Return the number of 4-connected components."""
     remaining, count = {(y, x) for y, x in np.argwhere(mask).tolist()}, 0
     while remaining:
         count, component = count + 1, [remaining.pop()]
@@ -111,7 +111,7 @@ def test_mask_to_polygons_keeps_a_hole_that_touches_the_edge_at_a_corner():
 
 
 def test_labelme_writer_follows_the_file_format_of_labelme(output_paths, captions):
-    """As LabelMe's own file format has it: corners, a mask's crop, and the picture's place."""
+    """LabelMe's format: corners of boxes, crops of masks, and the image path."""
     content = json.loads((output_paths["labelme"] / "a.json").read_text())
     assert os.path.normpath(output_paths["labelme"] / content["imagePath"]) == "a.png"
     assert {"version", "flags", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth"} <= content.keys()
@@ -222,7 +222,7 @@ def test_read_captions_reports_a_missing_file_and_an_empty_folder(tmp_path):
 
 
 def test_encode_brush_rle_follows_the_bit_format_of_label_studio(noise_image, captions):
-    """The bytes that the decoder of label-studio-sdk gives back as the mask; here it is written out again."""
+    """Decode RLE bytes to the mask; reimplements the decoder of label-studio-sdk."""
 
     class Bits:
         def __init__(self, code):
@@ -248,7 +248,7 @@ def test_encode_brush_rle_follows_the_bit_format_of_label_studio(noise_image, ca
 
 
 def test_read_captions_keeps_a_missing_score_as_nan(tmp_path):
-    caption = Caption("said by a person", math.nan, (0.0, 0.0, 2.0, 2.0), None, None, Prompt(), 0)
+    caption = Caption("written by a person", math.nan, (0.0, 0.0, 2.0, 2.0), None, None, Prompt(), 0)
     with MultiFormatWriter(tmp_path, READABLE_FORMATS) as writers:
         writers.add("a.png", Image.new("RGB", (4, 3)), [caption])
     for path in writers.paths.values():

@@ -1,4 +1,4 @@
-"""What a run has captioned outlives a resume that cannot write."""
+"""Journals: finished captions survive a resume that cannot write."""
 
 import resource
 import signal

@@ -30,7 +30,7 @@ def test_parse_rle_rejects_truncated_counts(mask):
 
 @given(MASK_ARRAYS)
 def test_mask_to_svg_path_encloses_exactly_the_mask(mask):
-    """Filled by the even-odd rule: a pixel is inside if an odd number of vertical edges lies left of it."""
+    """Fill by the even-odd rule: a pixel is inside if the number of vertical edges to its left is odd."""
     assert (fill_svg_path(mask_to_svg_path(mask), mask.shape) == mask).all()
 
 

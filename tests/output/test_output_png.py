@@ -14,7 +14,7 @@ from sca.output.png import MASK_OPACITY, MIN_CANVAS_SIZE, draw_captions
 
 
 def find_changed_pixels(image: Image.Image, captions) -> np.ndarray:
-    """(height, width) bool: where drawing makes a difference."""
+    """Return (height, width) bool: pixels that drawing changes."""
     return (np.asarray(draw_captions(image, captions)) != np.asarray(draw_captions(image, []))).any(-1)
 
 
@@ -41,7 +41,7 @@ def test_draw_captions_leaves_room_for_labels_on_extreme_sizes(size):
 
 
 def test_draw_captions_tints_pixels_only_inside_masks():
-    """Black under a translucent color is the dimmed color, under the contour the color itself."""
+    """Black under a translucent color is the dimmed color; under the contour it is the color."""
     mask = np.zeros((600, 600), bool)
     mask[200:400, 300:500] = True
     caption = Caption("x", 1.0, None, masks.encode_rle(mask), 1.0, Prompt(mask=mask), 0)
@@ -61,7 +61,7 @@ def test_draw_captions_draws_inside_points_green_and_outside_points_red():
 
 
 def test_place_label_keeps_labels_inside_the_image_and_disjoint():
-    """A dozen regions at one corner: every label is whole, none covers another."""
+    """Twelve regions at one corner: every label is fully visible, and none overlap."""
     placer = LabelPlacer((600, 400), [], [])
     label_boxes = [placer.place_label((90, 20), (590, 0, 600, 10)) for _ in range(12)]
     for n, (x1, y1, x2, y2) in enumerate(label_boxes):
@@ -73,7 +73,7 @@ def test_place_label_keeps_labels_inside_the_image_and_disjoint():
 
 
 def test_place_label_does_not_cover_neighboring_regions():
-    """Above and below the region are small ones: of the places close by, the label takes one that hides nothing."""
+    """Small regions are above and below the region: the label goes to a nearby position that hides none."""
     region_boxes = labeled_box, box_above, box_below = (100, 100, 200, 140), (100, 78, 190, 98), (100, 142, 190, 162)
     x1, y1, x2, y2 = LabelPlacer((600, 400), [], region_boxes).place_label((90, 20), labeled_box)
     for left, top, right, bottom in (labeled_box, box_above, box_below):
@@ -82,7 +82,7 @@ def test_place_label_does_not_cover_neighboring_regions():
 
 
 def test_place_label_cost_is_independent_of_the_number_of_labels():
-    """Nothing is kept of single regions and labels, and the same number of lines runs for each label."""
+    """No state per region or label is stored, and the number of executed lines per label is constant."""
     boxes = [(x, y, x + 9, y + 9) for x in range(0, 500, 10) for y in range(0, 400, 10)]
     empty_placer, full_placer = LabelPlacer((600, 400), [], boxes[:1]), LabelPlacer((600, 400), boxes, boxes)
     for box in boxes[:50]:
@@ -95,21 +95,21 @@ def test_place_label_cost_is_independent_of_the_number_of_labels():
 
 
 def count_executed_lines(function, *arguments):
-    """How many lines of Python run in a call."""
-    counted = 0
+    """Return the number of Python lines executed in a call."""
+    num_lines = 0
 
-    def trace(frame, event, _):
-        nonlocal counted
-        counted += event == "line"
-        return trace
+    def trace_lines(frame, event, _):
+        nonlocal num_lines
+        num_lines += event == "line"
+        return trace_lines
 
     original_trace = sys.gettrace()
-    sys.settrace(trace)
+    sys.settrace(trace_lines)
     try:
         function(*arguments)
     finally:
         sys.settrace(original_trace)
-    return counted
+    return num_lines
 
 
 def test_label_block_text_fits_its_background():

@@ -1,4 +1,4 @@
-"""Captions of any tool are read region by region: a damaged one is named and leaves the others."""
+"""Reading captions: a damaged region is reported, and the others are read."""
 
 import json
 from pathlib import Path
@@ -80,7 +80,7 @@ def write_content(folder, content, name="captions"):
 
 
 def read_images(path):
-    """The captions of each image, what was counted, and what was rejected."""
+    """Return the captions of each image, the counts and the rejected records."""
     skip_counter, problems = SkipCounter(), []
     images = list(read_captions(path, skip_counter, [path.parent], lambda error: problems.append(str(error))))
     return images, dict(skip_counter.counts), problems

@@ -1,4 +1,4 @@
-"""Whatever `sca.output` writes for a labeling tool comes back from `read_captions` as it was."""
+"""Round trips: `read_captions` returns what `sca.output` wrote for a labeling tool."""
 
 import math
 import tempfile

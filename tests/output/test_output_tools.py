@@ -1,4 +1,4 @@
-"""What is written for other tools, read by their own packages, in an environment of theirs."""
+"""Outputs for labeling tools, read by the packages of these tools in a separate environment."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ PACKAGES = ("label-studio-sdk", "labelme", "shapely", "pycocotools")
 
 @pytest.fixture(scope="module")
 def tools_python(tmp_path_factory):
-    """An interpreter beside which the tools are installed."""
+    """Interpreter of an environment with the packages of the tools."""
     folder = tmp_path_factory.mktemp("tools")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     interpreter = folder / "bin" / "python"
@@ -64,7 +64,7 @@ def test_output_writers_are_read_by_the_packages_of_labeling_tools(
 
 
 def make_labelme_shapes(rng, count):
-    """Random shapes of the kinds that LabelMe draws, whose corners may lie outside the 40 x 30 image."""
+    """Return random shapes of LabelMe's types; corners may be outside the 40 x 30 image."""
     num_points_range = {"polygon": (3, 8), "oriented_rectangle": (4, 5), "circle": (2, 3), "rectangle": (2, 3)}
     for number in range(count):
         shape_type = list(num_points_range)[number % len(num_points_range)]

@@ -1,4 +1,4 @@
-"""Whatever happens, what is finished is there and nothing is half there."""
+"""Writers: after an error, finished outputs are complete and no partial output exists."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def list_names(folder) -> list[str]:
 
 
 def assert_outputs_are_complete(folder, num_images: int) -> None:
-    """Every format holds so many images of four regions each."""
+    """Assert that every format contains `num_images` images of four regions each."""
     file_names = [
         "captions.geojson",
         "captions.html",
@@ -94,7 +94,7 @@ def test_multi_format_writer_publishes_files_only_when_complete(tmp_path, noise_
 
 @contextmanager
 def limit_file_size(max_bytes):
-    """A limit on the size of a file: writing reaches it in the middle of a piece, as on a full disk.
+    """Limit the size of a file; writing fails in the middle of a chunk, as on a full disk.
 
     It is lifted before the test ends: what reports on the tests may write to a longer file.
     """
@@ -136,7 +136,7 @@ def test_multi_format_writer_reports_a_full_disk_and_leaves_no_partial_files(
 
 
 def test_multi_format_writer_keeps_other_formats_on_a_full_disk(tmp_path, noise_image, captions):
-    """The page outgrows the limit, the COCO file does not."""
+    """The page exceeds the limit; the COCO file does not."""
     writers = MultiFormatWriter(tmp_path, ["html", "coco"])
     writers.add("0.png", noise_image, captions)
     page_bytes = max(path.stat().st_size for path in tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Run where Label Studio's and LabelMe's packages are: what their own converters make of shapes.
+"""Rasterize shapes with the converters of Label Studio and LabelMe; requires their packages.
 
     python tool_geometry.py FILE
 
@@ -36,7 +36,7 @@ def encode_rle(mask):
 
 
 def draw_instances(shapes):
-    """(height, width): which pixels each instance has, by LabelMe's own drawing."""
+    """Return the (height, width) mask of each instance as drawn by LabelMe."""
     width, height = content["labelme"]["size"]
     loaded_shapes = [_load_shape_json_obj(shape) for shape in shapes]
     _, instances = utils.shapes_to_label((height, width, 3), loaded_shapes, {shape["label"]: 1 for shape in shapes})

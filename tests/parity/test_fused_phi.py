@@ -1,4 +1,4 @@
-"""Phi checkpoints of transformers 4.36, with fused attention, are read as that version read them."""
+"""Phi checkpoints of transformers 4.36 with fused attention: outputs equal those of that version."""
 
 import json
 import re
@@ -19,7 +19,7 @@ NUM_HEADS, HIDDEN_SIZE = make_tiny_config("phi")["num_attention_heads"], make_ti
 
 
 def fuse_attention(tensors):
-    """Join query, key and value row by row, in the order of transformers 4.36: head, then which of the three."""
+    """Fuse query, key and value; rows are ordered by head, then by projection, as in transformers 4.36."""
     projection_pattern = re.compile(r"(.*model\.layers\.\d+\.self_attn\.)[qkv]_proj\.(\w+)")
     fused = {name: tensor for name, tensor in tensors.items() if not projection_pattern.fullmatch(name)}
     for prefix, kind in dict.fromkeys(match.groups() for match in map(projection_pattern.fullmatch, tensors) if match):
@@ -45,7 +45,7 @@ def drop_fused_row(tensors):
 
 @pytest.fixture
 def phi_folder(save_language_model, tmp_path):
-    """A folder of transformers with biases that are not zero, as those of a trained Phi."""
+    """Save a model with nonzero biases in the layout of transformers."""
     folder = shutil.copytree(save_language_model("phi"), tmp_path / "plain")
     generator = torch.Generator().manual_seed(4)
     rewrite_weights(
@@ -107,7 +107,7 @@ def test_language_model_with_fused_attention_has_equal_logits(phi_folder, tmp_pa
 
 @torch.no_grad()
 def test_phi_attention_layer_matches_fused_attention(phi_folder):
-    """The steps of transformers 4.36, with the fused projection, beside the layer that was loaded without it."""
+    """Compute attention as transformers 4.36 does, with the fused projection, and compare with the loaded layer."""
     model = HfLanguageModel(str(phi_folder)).model.model
     fused_tensors = fuse_attention(load_file(phi_folder / "model.safetensors"))
     states, positions = (
@@ -131,7 +131,7 @@ def test_phi_attention_layer_matches_fused_attention(phi_folder):
 
 
 def apply_rotary_embedding(values, cos, sin):
-    """The first part of each head by its position; the rest is unchanged."""
+    """Rotate the first dimensions of each head; the others are unchanged."""
     rotary_part, rest = values[..., : cos.shape[-1]], values[..., cos.shape[-1] :]
     first_half, second_half = rotary_part.chunk(2, dim=-1)
     return torch.cat((rotary_part * cos + torch.cat((-second_half, first_half), dim=-1) * sin, rest), dim=-1)
@@ -154,7 +154,7 @@ def test_load_rejects_a_checkpoint_with_fused_and_split_attention(published_fold
 
 
 def test_load_rejects_fused_attention_of_other_language_models(published_folder):
-    """Only Phi ordered its rows like this."""
+    """Only Phi uses this row order."""
     config = json.loads((published_folder / "config.json").read_text())
     config["text_config"]["model_type"] = "llama"
     (published_folder / "config.json").write_text(json.dumps(config))

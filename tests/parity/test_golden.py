@@ -1,4 +1,4 @@
-"""Checkpoints of the published system give what its own implementation gave for them.
+"""Checkpoints of the published system: outputs equal those recorded from its own implementation.
 
 `tests/data/golden/README.md` describes the checkpoints and the recorded tensors.
 """
@@ -18,7 +18,7 @@ TOLERANCE = 1e-4
 
 
 class GoldenModel:
-    """A model, and what was recorded of it."""
+    """A model and its recorded outputs."""
 
     def __init__(self, folder):
         self.model = sca.load(folder)
@@ -100,5 +100,5 @@ def test_generate_matches_the_golden_token_ids(golden, kind, task, num_beams):
 
 
 def truncate_after_eos(ids, eos_token_id):
-    """Up to the end, and that there is one; after it there is only filler."""
+    """Return the ids up to and including the first end-of-text id, or all ids if there is none."""
     return ids[: ids.index(eos_token_id) + 1] if eos_token_id in ids else ids

@@ -1,4 +1,4 @@
-"""The published layout: read, written back to the bit, and refused where something is wrong with it."""
+"""The published layout: exact round trip, and errors for damaged folders."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from sca.io.errors import InputError
 
 @pytest.fixture(scope="module")
 def compose_model(sam_folder, save_language_model):
-    """Builds a model on a tiny SAM and a tiny language model."""
+    """Function that builds a model with a tiny SAM and a tiny language model."""
 
     def build(family="gpt2", mixer="query", num_heads=4, mlp_dim=48, **fields):
         torch.manual_seed(3)
@@ -35,7 +35,7 @@ def compose_model(sam_folder, save_language_model):
 
 @pytest.fixture
 def write_published(compose_model, tmp_path):
-    """Writes such a model in the published layout."""
+    """Function that writes such a model in the published layout."""
 
     def write(**parts):
         return write_published_checkpoint(compose_model(**parts), tmp_path / "published")
@@ -156,7 +156,7 @@ def test_write_published_checkpoint_rejects_unsupported_models(compose_model, tm
     assert not (tmp_path / "published").exists()
 
 
-# --- what may be wrong with a folder ----------------------------------------------------------------------------------
+# --- damaged folders --------------------------------------------------------------------------------------------------
 
 
 def split_into_shards(folder):
@@ -192,22 +192,22 @@ def truncate_weights(folder):
 
 
 def damage_config(**changes):
-    def damage(folder):
+    def damage_folder(folder):
         config = json.loads((folder / "config.json").read_text())
         for part, values in changes.items():
             config[part] = {**config[part], **values} if isinstance(values, dict) else values
         (folder / "config.json").write_text(json.dumps(config))
 
-    return damage
+    return damage_folder
 
 
 def damage_tensors(edit_tensors):
-    def damage(folder):
+    def damage_folder(folder):
         weights = load_file(folder / "model.safetensors")
         edit_tensors(weights)
         save_file(weights, folder / "model.safetensors")
 
-    return damage
+    return damage_folder
 
 
 class MaliciousPickle:
@@ -231,8 +231,8 @@ def write_malicious_pickle(folder):
         (damage_config(architectures=["ScaModel"]), "no model is called 'ScaModel'"),
         (damage_config(mask_caption_decoder_config={"num_caption_heads": 3}), "num_caption_heads is 3, and only 1"),
         (damage_config(text_config={"n_embd": 64}), r"c_attn\.bias is \(96,\) and the config\.json requires \(192,\)"),
-        (damage_tensors(lambda held: held.pop("language_project.bias")), r"missing projection\.0\.bias"),
-        (damage_tensors(lambda held: held.update(more=torch.zeros(1))), "unexpected more"),
+        (damage_tensors(lambda tensors: tensors.pop("language_project.bias")), r"missing projection\.0\.bias"),
+        (damage_tensors(lambda tensors: tensors.update(more=torch.zeros(1))), "unexpected more"),
     ],
     ids=range(10),
 )
@@ -273,6 +273,6 @@ def test_language_model_rejects_weights_with_a_missing_tensor(save_language_mode
 
     folder = tmp_path / "lm"
     shutil.copytree(save_language_model("llama"), folder)
-    damage_tensors(lambda held: held.pop("model.norm.weight"))(folder)
+    damage_tensors(lambda tensors: tensors.pop("model.norm.weight"))(folder)
     with pytest.raises(InputError, match=r"it lacks model\.norm\.weight"):
         HfLanguageModel(str(folder))

@@ -1,4 +1,4 @@
-"""SAM in our parts gives what transformers' SamModel gives, for every kind of prompt."""
+"""SAM: outputs equal those of transformers' SamModel for every type of prompt."""
 
 import numpy as np
 import pytest
@@ -113,7 +113,7 @@ def test_everything_mode_encodes_once_and_captions_only_kept_regions(sam_folder,
 
 
 class IdTokenizer:
-    """A tokenizer that reads no words: ids as they are."""
+    """Tokenizer stub that returns ids unchanged."""
 
     pad_token_id, eos_token_id = 0, 2
 

@@ -1,4 +1,4 @@
-"""SAM 2, EdgeTAM and SAM 3's tracker predict what transformers' own models predict."""
+"""SAM 2, EdgeTAM and the tracker of SAM 3: outputs equal those of transformers."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ TOLERANCE = 1e-12  # relative, in float64
 
 @pytest.fixture(scope="module", params=sorted(SAM2_CONFIGS))
 def models(request, tmp_path_factory):
-    """transformers' model, and ours with its weights, in float64."""
+    """The model of transformers and ours with its weights, in float64."""
     original = build_tiny_model(request.param, SAM2_CONFIGS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     original.save_pretrained(folder)
@@ -35,7 +35,7 @@ def pixel_values(models):
 
 @pytest.fixture(scope="module")
 def image_embeddings(models, pixel_values):
-    """The embeddings that transformers' model computes for each image."""
+    """Return the image embeddings of transformers' model."""
     return [{"image_embeddings": models[0].get_image_embeddings(image[None])} for image in pixel_values]
 
 

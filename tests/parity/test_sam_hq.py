@@ -1,4 +1,4 @@
-"""HQ-SAM predicts what transformers' own model predicts with one line of its decoder corrected."""
+"""HQ-SAM: outputs equal those of transformers with one corrected line in its decoder."""
 
 import inspect
 import textwrap
@@ -26,7 +26,7 @@ CORRECTED_LINE = "point_embedding, image_embeddings = self.transformer("
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """transformers' model, and ours with its weights, in float64."""
+    """The model of transformers and ours with its weights, in float64."""
     original = build_tiny_model("sam_hq", SAM_HQ_CONFIG)
     folder = tmp_path_factory.mktemp("sam-hq")
     original.save_pretrained(folder)

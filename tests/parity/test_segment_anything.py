@@ -121,7 +121,7 @@ def test_sam_matches_the_original_code(encoder_and_segmenter, original_sam, kind
 
 
 class ImageEncoderAdapter(torch.nn.Module):
-    """Ours with the attributes that the original Sam reads."""
+    """Adapter of our model to the attributes of the original Sam."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -132,7 +132,7 @@ class ImageEncoderAdapter(torch.nn.Module):
 
 
 class PointPromptEncoder(torch.nn.Module):
-    """A prompt encoder that leaves points to the decoder."""
+    """Prompt encoder stub that passes points to the decoder."""
 
     def get_dense_pe(self):
         return None
@@ -142,7 +142,7 @@ class PointPromptEncoder(torch.nn.Module):
 
 
 class MaskDecoderAdapter(torch.nn.Module):
-    """Our segmenter as the original mask decoder is called."""
+    """Adapter of our segmenter to the call of the original mask decoder."""
 
     def __init__(self, segmenter):
         super().__init__()

@@ -128,7 +128,7 @@ def make_prompts(kind, side):
 
 
 def predict_with_original(model, embeddings, prompts, multimask_output):
-    """Masks and IoU scores of transformers' model, region by region; `embeddings` are its arguments for each image."""
+    """Return masks and IoU scores of transformers' model per region; `embeddings` are its arguments per image."""
     masks, scores = [], []
     for row, image in enumerate(prompts.image_index):
         region = prompts[row : row + 1]

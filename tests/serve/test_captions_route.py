@@ -172,11 +172,11 @@ def test_server_limits_bound_the_defaults_of_a_checkpoint(make_client, make_body
     monkeypatch.setattr(captioner.model, "spec", spec)
     inference_requests = []
 
-    def reject(scheduler, inference_request, on_event):
+    def reject_request(scheduler, inference_request, on_event):
         inference_requests.append(inference_request)
         raise QueueFullError("full")
 
-    monkeypatch.setattr(RequestScheduler, "submit", reject)
+    monkeypatch.setattr(RequestScheduler, "submit", reject_request)
     client = make_client()
     for fields in ({"everything": True}, {"prompts": BOX, "max_new_tokens": 5}):
         assert client.post("/v1/captions", json=make_body(**fields)).status_code == 503
@@ -290,10 +290,10 @@ def test_captions_route_rejects_malformed_bodies(make_client, make_body):
 
 
 def test_health_is_503_when_draining_or_crashed(make_client, make_body, captioner, monkeypatch):
-    def crash(*_, **__):
+    def raise_system_exit(*_, **__):
         raise SystemExit
 
-    monkeypatch.setattr(captioner, "caption_batch", crash)
+    monkeypatch.setattr(captioner, "caption_batch", raise_system_exit)
     crashed = make_client()
     response = crashed.post("/v1/captions", json=make_body())
     assert response.status_code == 503

@@ -601,7 +601,7 @@ FIELDS = {
 
 
 @st.composite
-def conversations(draw):
+def draw_conversations(draw):
     """Generate messages without the image, and the box in the last turn; None for the entire image."""
     messages, box = [], None
     for role in draw(st.lists(st.sampled_from(["system", "developer", "assistant", "tool call", "user"]), max_size=5)):
@@ -626,7 +626,10 @@ def test_chat_route_finds_region_in_generated_conversations(send_chat, image_url
     statuses = []
 
     @given(
-        conversations(), st.fixed_dictionaries({}, optional=FIELDS), st.booleans(), st.randoms(use_true_random=False)
+        draw_conversations(),
+        st.fixed_dictionaries({}, optional=FIELDS),
+        st.booleans(),
+        st.randoms(use_true_random=False),
     )
     @settings(
         max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)

@@ -26,7 +26,7 @@ SHUTDOWN_ERROR = {
 REQUEST_HEAD = "POST /v1/captions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 
 
-def connect(url, receive_buffer=None):
+def open_connection(url, receive_buffer=None):
     host, port = url.removeprefix("http://").split(":")
     connection = socket.socket()
     if receive_buffer:
@@ -46,7 +46,7 @@ def read_all(connection):
 
 
 def test_server_closes_connection_after_408_while_client_keeps_sending(start_server):
-    connection = connect(start_server(ServerLimits(timeout=1)))
+    connection = open_connection(start_server(ServerLimits(timeout=1)))
     connection.sendall(f"{REQUEST_HEAD}Content-Length: 100000\r\n\r\n".encode())
     stop = threading.Event()
 
@@ -68,13 +68,13 @@ def test_server_closes_connection_after_408_while_client_keeps_sending(start_ser
 
 
 def test_server_rejects_too_large_body_before_reading_it(start_server):
-    connection = connect(start_server(ServerLimits(max_body_bytes=1000)))
+    connection = open_connection(start_server(ServerLimits(max_body_bytes=1000)))
     connection.sendall(f"{REQUEST_HEAD}Content-Length: 100000\r\n\r\n".encode())
     assert b" 413 " in read_all(connection)
 
 
 def test_server_rejects_content_length_with_transfer_encoding(start_server):
-    connection = connect(start_server())
+    connection = open_connection(start_server())
     connection.sendall(f"{REQUEST_HEAD}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode())
     received = read_all(connection)
     assert b" 400 " in received
@@ -85,7 +85,7 @@ def test_server_rejects_content_length_with_transfer_encoding(start_server):
     "sent_bytes", [b"", b"GET /health HTTP/1.1\r\nX-A: ", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /"]
 )
 def test_server_closes_connection_without_complete_headers(start_server, sent_bytes):
-    connection = connect(start_server(ServerLimits(timeout=1)))
+    connection = open_connection(start_server(ServerLimits(timeout=1)))
     connection.sendall(sent_bytes)
     read_all(connection)
 
@@ -93,7 +93,7 @@ def test_server_closes_connection_without_complete_headers(start_server, sent_by
 def test_server_closes_oldest_silent_connections_at_the_limit(start_server, monkeypatch):
     monkeypatch.setattr(server_module, "HEADER_TIMEOUT_SECONDS", 600.0)
     url = start_server(ServerLimits(max_connections=6))
-    silent_connections = [connect(url) for _ in range(12)]
+    silent_connections = [open_connection(url) for _ in range(12)]
     for each in silent_connections[::3]:
         each.sendall(b"GET /health HTTP/1.1\r\nX-A: ")
     for each in silent_connections[1::3]:
@@ -131,7 +131,7 @@ def test_server_rejects_requests_above_max_connections(start_server, make_body, 
 
 def test_server_closes_connection_that_does_not_read(start_server, make_body, scene):
     url = start_server(ServerLimits(timeout=1))
-    connection = connect(url, receive_buffer=4096)
+    connection = open_connection(url, receive_buffer=4096)
     box = {"box": [1, 1, 90, 90]}
     body = json.dumps(make_body(prompts=[box] * 64, return_masks=True))
     connection.sendall(f"{REQUEST_HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode())
@@ -150,7 +150,7 @@ def test_aborted_upload_logs_no_traceback(start_server, caplog):
     url = start_server()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            with connect(url) as connection:
+            with open_connection(url) as connection:
                 connection.sendall(f"{REQUEST_HEAD}Content-Length: 1000\r\n\r\n{{".encode())
                 time.sleep(0.1)
         deadline = time.monotonic() + 10
@@ -183,7 +183,7 @@ def test_shutdown_returns_503_to_unfinished_requests(start_server, make_body, ca
     threads[0].start()
     assert is_busy.wait(60)
     threads[1].start()
-    connection = connect(url)
+    connection = open_connection(url)
     connection.sendall(f"{REQUEST_HEAD}Content-Length: 1000\r\n\r\n{{".encode())
     time.sleep(0.5)
     start = time.monotonic()

@@ -183,7 +183,7 @@ NO_REGION = [
     "",
     "What is this?",
     "Describe it in 2 or 3 words",
-    "In 2023, 4 cars stood here",
+    "In 2023, 4 cars parked here",
     "a box of 3 things, and box 3",
     "1. caption 2. more",
     "It is 10:30 on 2024-01-02",

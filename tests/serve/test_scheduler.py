@@ -68,7 +68,7 @@ def blocking_captioner(captioner):
     blocking_captioner.release.set()
 
 
-def occupy(scheduler, blocking_captioner, request):
+def block_worker(scheduler, blocking_captioner, request):
     """Submit a request that blocks the worker; later requests wait in the queue."""
     listener = Listener()
     scheduler.submit(request, listener)
@@ -87,7 +87,7 @@ def to_tuples(captions):
 def test_scheduler_batches_queued_requests_without_changing_captions(captioner, blocking_captioner, scene):
     scheduler = RequestScheduler(blocking_captioner, max_regions_per_turn=64)
     prompts = make_box_prompts(scene)
-    first = occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, prompts))
+    first = block_worker(scheduler, blocking_captioner, InferenceRequest(scene.image, prompts))
     listeners = [Listener() for _ in range(5)]
     images = [scene.image, scene.image.transpose(0)]
     for number, listener in enumerate(listeners):
@@ -213,7 +213,7 @@ def test_scheduler_alternates_new_and_served_requests_and_clients(blocking_capti
         )
         scheduler.submit(request, lambda event: order.append(name) if isinstance(event, Caption) else None)
 
-    occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, prompts))
+    block_worker(scheduler, blocking_captioner, InferenceRequest(scene.image, prompts))
     submit("long", "heavy", 4, count=4)
     for number in range(3):
         submit(f"heavy {number}", "heavy", 5 + number)
@@ -261,7 +261,7 @@ def test_scheduler_shortens_turns_for_points_and_large_masks(blocking_captioner,
 
 def test_long_requests_leave_room_in_the_queue(blocking_captioner, scene):
     scheduler = RequestScheduler(blocking_captioner, max_queue=200)
-    occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1]))
+    block_worker(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1]))
     scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:1] * 140), Listener())
     with pytest.raises(QueueFullError):
         scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:1] * 65), Listener())
@@ -272,15 +272,15 @@ def test_long_requests_leave_room_in_the_queue(blocking_captioner, scene):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_worker_crash_fails_queued_and_later_requests(blocking_captioner, scene, caplog):
-    def crash(*_, **__):
+    def raise_system_exit(*_, **__):
         blocking_captioner.is_busy.set()
         blocking_captioner.release.wait(60)
         raise SystemExit
 
-    blocking_captioner.caption_batch = crash
+    blocking_captioner.caption_batch = raise_system_exit
     scheduler = RequestScheduler(blocking_captioner)
     listeners = [
-        occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene))),
+        block_worker(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene))),
         Listener(),
     ]
     scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene), task="recognition"), listeners[1])
@@ -299,7 +299,7 @@ def test_worker_crash_fails_queued_and_later_requests(blocking_captioner, scene,
 def test_draining_scheduler_completes_queued_requests_and_rejects_new_ones(blocking_captioner, scene):
     scheduler = RequestScheduler(blocking_captioner)
     listeners = [
-        occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1])),
+        block_worker(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1])),
         Listener(),
     ]
     scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:2], task="recognition"), listeners[1])
@@ -316,7 +316,7 @@ def test_scheduler_does_not_batch_different_tasks(captioner, blocking_captioner,
     scheduler = RequestScheduler(blocking_captioner)
     prompts = make_box_prompts(scene)
     listeners = {task: Listener() for task in ("caption", "recognition")}
-    occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, prompts[:1]))
+    block_worker(scheduler, blocking_captioner, InferenceRequest(scene.image, prompts[:1]))
     for task, listener in listeners.items():
         scheduler.submit(InferenceRequest(scene.image, prompts, task=task), listener)
     blocking_captioner.release.set()
@@ -339,7 +339,7 @@ def test_everything_request_returns_the_same_captions_as_without_scheduler(capti
 
 def test_scheduler_skips_cancelled_requests(blocking_captioner, scene):
     scheduler = RequestScheduler(blocking_captioner)
-    occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1]))
+    block_worker(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1]))
     cancelled = Listener()
     scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)), cancelled).cancel()
     last = Listener()
@@ -355,7 +355,7 @@ def test_scheduler_skips_cancelled_requests(blocking_captioner, scene):
 def test_scheduler_rejects_requests_above_max_queue_and_after_their_deadline(blocking_captioner, scene):
     scheduler = RequestScheduler(blocking_captioner, max_queue=10)
     late = Listener()
-    first = occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1] * 8))
+    first = block_worker(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1] * 8))
     scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:2], timeout=0.01), late)
     with pytest.raises(QueueFullError, match=r"the queue is full \(10 of 10 regions\)"):
         scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:1]), Listener())
@@ -383,7 +383,7 @@ def test_failed_request_does_not_fail_others_in_its_turn(captioner, blocking_cap
     scheduler = RequestScheduler(blocking_captioner)
     one_prompt = make_box_prompts(scene)[:1]
     listeners = [
-        occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, one_prompt)),
+        block_worker(scheduler, blocking_captioner, InferenceRequest(scene.image, one_prompt)),
         *(Listener() for _ in range(4)),
     ]
     for listener, prompts in zip(
@@ -402,7 +402,7 @@ def test_failed_request_does_not_fail_others_in_its_turn(captioner, blocking_cap
 def test_closed_scheduler_fails_queued_requests_and_rejects_new_ones(blocking_captioner, scene):
     scheduler = RequestScheduler(blocking_captioner)
     listeners = [
-        occupy(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1])),
+        block_worker(scheduler, blocking_captioner, InferenceRequest(scene.image, make_box_prompts(scene)[:1])),
         Listener(),
     ]
     scheduler.submit(InferenceRequest(scene.image, make_box_prompts(scene)[:1], task="recognition"), listeners[1])
