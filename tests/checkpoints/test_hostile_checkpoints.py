@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 
-import hostile
+import hostile_checkpoints
 import pytest
 import torch
 
@@ -67,7 +67,7 @@ def test_hostile_checkpoints_run_no_code_and_fail_in_one_line(base_checkpoints, 
     outside_folder.mkdir()
     (outside_folder / "secret").write_text("{}")
     (outside_folder / "attacker.py").write_text(
-        hostile.HOSTILE_CODE.format(marker=str(models_folder / hostile.MARKER_FILE))
+        hostile_checkpoints.HOSTILE_CODE.format(marker=str(models_folder / hostile_checkpoints.MARKER_FILE))
     )
     cache_folder = tmp_path / "cache"
     (tmp_path / "out").mkdir()
@@ -76,7 +76,7 @@ def test_hostile_checkpoints_run_no_code_and_fail_in_one_line(base_checkpoints, 
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "out" / "a.png")
     descriptions = {}
     for index in range(num_checkpoints):
-        descriptions[f"model-{index}"] = hostile.write_hostile_checkpoint(
+        descriptions[f"model-{index}"] = hostile_checkpoints.write_hostile_checkpoint(
             base_checkpoints[index % 3], models_folder, index, outside_folder
         )
     environment = {
@@ -88,7 +88,7 @@ def test_hostile_checkpoints_run_no_code_and_fail_in_one_line(base_checkpoints, 
         "TMPDIR": str(tmp_path / "out"),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, hostile.__file__, str(models_folder), ",".join(COMMANDS), str(cache_folder)]
+    command = [sys.executable, hostile_checkpoints.__file__, str(models_folder), ",".join(COMMANDS), str(cache_folder)]
     result = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60 + 20 * num_checkpoints
     )
@@ -100,5 +100,5 @@ def test_hostile_checkpoints_run_no_code_and_fail_in_one_line(base_checkpoints, 
         if each["events"] or "Traceback" in each["message"] or len(each["message"].strip().splitlines()) > 1
     ]
     assert not failures, "\n".join(f"{description}\n    {outcome}" for description, outcome in failures)
-    assert not (models_folder / hostile.MARKER_FILE).exists()
+    assert not (models_folder / hostile_checkpoints.MARKER_FILE).exists()
     assert sum(each["message"] == "completed" for each in outcomes) < num_checkpoints * 0.7  # most are rejected

@@ -26,7 +26,7 @@ def limit_file_size(max_bytes):
         signal.signal(signal.SIGXFSZ, previous_handler)
 
 
-def names(folder):
+def list_names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -36,13 +36,13 @@ def test_write_file_on_a_full_disk_keeps_old_content(tmp_path):
     with limit_file_size(100), pytest.raises(OutputError, match=r"cannot write .*a\.txt: .*; free some space"):
         write_file(path, "x" * 1000)
     assert path.read_text() == "old"
-    assert names(tmp_path) == ["a.txt"]
+    assert list_names(tmp_path) == ["a.txt"]
 
 
 def test_write_file_syncs_before_renaming(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(os, "fsync", lambda handle, sync=os.fsync: (calls.append("sync"), sync(handle))[1])
-    monkeypatch.setattr(os, "replace", lambda *names, move=os.replace: (calls.append("rename"), move(*names))[1])
+    monkeypatch.setattr(os, "replace", lambda *paths, move=os.replace: (calls.append("rename"), move(*paths))[1])
     write_file(tmp_path / "a.txt", "new")
     assert calls == ["sync", "rename", "sync"]
     write_file(tmp_path / "b.txt", "one of many", sync_folder=False)
@@ -86,10 +86,10 @@ def test_remove_drafts_keeps_drafts_of_running_processes(tmp_path):
     (tmp_path / ".sca-0123456789abcdef.part").write_text("left by a kill")
     (tmp_path / ".0123456789abcdef.part").write_text("of somebody else")
     remove_drafts(tmp_path)
-    assert len(names(tmp_path)) == 2
+    assert len(list_names(tmp_path)) == 2
     open_file.write("a")
     open_file.commit()
-    assert names(tmp_path) == [".0123456789abcdef.part", "a.txt"]
+    assert list_names(tmp_path) == [".0123456789abcdef.part", "a.txt"]
 
 
 def test_write_folder_takes_brackets_in_its_name_literally(tmp_path):
@@ -97,7 +97,7 @@ def test_write_folder_takes_brackets_in_its_name_literally(tmp_path):
     (tmp_path / ".run1.0123456789abcdef").mkdir()
     with write_folder(tmp_path / "run[1]"):
         pass
-    assert names(tmp_path) == [".run1.0123456789abcdef", "run[1]"]
+    assert list_names(tmp_path) == [".run1.0123456789abcdef", "run[1]"]
 
 
 def test_write_folder_removes_only_its_own_drafts_of_killed_processes(tmp_path):
@@ -108,7 +108,7 @@ def test_write_folder_removes_only_its_own_drafts_of_killed_processes(tmp_path):
             raise OutputError("x")
         assert draft.is_dir()  # of a running process
         (draft / "a").touch()
-    assert names(tmp_path) == [".out.notes", "out"]
+    assert list_names(tmp_path) == [".out.notes", "out"]
 
 
 def test_write_folder_replaces_only_replaceable_content(tmp_path):
@@ -126,8 +126,8 @@ def test_write_folder_replaces_only_replaceable_content(tmp_path):
         write_folder(folder, replaceable=["a"]) as draft,
     ):
         (folder / "README.md").write_text("put there meanwhile")
-    assert names(folder) == ["README.md", "a"]
-    assert names(tmp_path) == ["out"]
+    assert list_names(folder) == ["README.md", "a"]
+    assert list_names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
@@ -137,5 +137,5 @@ def test_write_folder_works_with_and_without_atomic_exchange(tmp_path, monkeypat
     for number in range(3):
         with write_folder(tmp_path / "out", replaceable=["a"]) as draft:
             (draft / "a").write_text(str(number))
-    assert names(tmp_path) == ["out"]
+    assert list_names(tmp_path) == ["out"]
     assert (tmp_path / "out/a").read_text() == "2"

@@ -120,18 +120,18 @@ def test_run_folder_is_locked_to_one_process(tmp_path):
     assert LOCK_FILE not in list_names(tmp_path)
 
 
-@pytest.mark.parametrize("lock_kind", ["fifo", "read fifo", "folder", "link", "dangling link"])
+@pytest.mark.parametrize("lock_kind", ["fifo", "fifo with reader", "folder", "symlink", "dangling symlink"])
 def test_run_folder_rejects_an_irregular_lock_file_without_waiting(tmp_path, alarm_timeout, lock_kind):
     path, read_descriptor = tmp_path / "out" / LOCK_FILE, None
     path.parent.mkdir()
     (tmp_path / "mine").write_text("precious")
     if "fifo" in lock_kind:
         os.mkfifo(path)
-        read_descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if lock_kind == "read fifo" else None
+        read_descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if lock_kind == "fifo with reader" else None
     elif lock_kind == "folder":
         path.mkdir()
     else:
-        path.symlink_to(tmp_path / ("mine" if lock_kind == "link" else "absent"))
+        path.symlink_to(tmp_path / ("mine" if lock_kind == "symlink" else "absent"))
     with pytest.raises(OutputError, match="lock is not a regular file; remove it or choose another folder"):
         write_run(tmp_path / "out")
     if read_descriptor is not None:
@@ -185,25 +185,25 @@ def test_run_folder_lock_ends_with_its_process_despite_forked_workers(tmp_path):
         os.kill(worker_pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("alias_kind", ["same", "spelling", "relative", "symlink", "hardlink", "linked folder"])
+@pytest.mark.parametrize("alias_kind", ["same", "dot segments", "relative", "symlink", "hardlink", "symlinked folder"])
 def test_check_not_inputs_rejects_aliases_of_an_input_path(tmp_path, monkeypatch, alias_kind):
     folder = tmp_path / "data"
     folder.mkdir()
     input_path = folder / "a.jsonl"
     input_path.write_text("precious")
     output_path = input_path
-    if alias_kind == "spelling":
+    if alias_kind == "dot segments":
         output_path = folder / ".." / "data" / "." / "a.jsonl"
     elif alias_kind == "relative":
         monkeypatch.chdir(folder)
         output_path = "a.jsonl"
     elif alias_kind == "symlink":
-        output_path = tmp_path / "link"
+        output_path = tmp_path / "symlink"
         output_path.symlink_to(input_path)
     elif alias_kind == "hardlink":
-        output_path = tmp_path / "link"
+        output_path = tmp_path / "symlink"
         os.link(input_path, output_path)
-    elif alias_kind == "linked folder":
+    elif alias_kind == "symlinked folder":
         (tmp_path / "linked").symlink_to(folder)
         output_path = tmp_path / "linked" / "a.jsonl"
     with pytest.raises(OutputError, match="would be overwritten and is an input of this command"):

@@ -170,13 +170,13 @@ def test_beam_search_and_sampling_run_on_an_accelerator(generation_options):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
-@pytest.mark.parametrize("segmenter", ["sam", "box masks", "box"])
+@pytest.mark.parametrize("segmenter", ["sam", "sam-box-masks", "box"])
 @pytest.mark.slow
 def test_segmenter_accepts_every_prompt_kind_on_an_accelerator(segmenter, precision):
     segmenter_table = {"name": "box", "hidden_size": 24}
     if segmenter != "box":
         segmenter_table = {"name": "sam", "hidden_size": 48, "depth": 1, "num_heads": 4, "mlp_dim": 48}
-        segmenter_table["box_masks"] = segmenter == "box masks"
+        segmenter_table["box_masks"] = segmenter == "sam-box-masks"
     model, dtype = build_model(mixer="split", **{"segmenter": "box"}), PRECISIONS[precision]
     model.segmenter = sca_registry.segmenters.build(segmenter_table.pop("name"), model.encoder, **segmenter_table)
     image_size, mask_size = model.encoder.image_format.size, 4 * model.segmenter.grid_size
@@ -460,17 +460,17 @@ class FaultyModule(nn.Module):
     def forward(self, values):
         if self.fault == "arange without device":
             values = values + torch.arange(4)
-        if self.fault == "cat with a tensor of the CPU":
+        if self.fault == "cat with a CPU tensor":
             values = torch.cat((values, torch.zeros(1, 4)))
-        if self.fault == "float32 table":
+        if self.fault == "float32 buffer":
             values = values + torch.linspace(0, 1, 4, device=values.device)
-        if self.fault == "float32 into a norm":
+        if self.fault == "float32 input to a norm":
             return self.norm(values.float())
-        if self.fault == "numpy":
+        if self.fault == "numpy of a GPU tensor":
             values.detach().numpy()
-        if self.fault == "generator of the CPU":
+        if self.fault == "CPU generator":
             values = values + torch.randn(4, device=values.device, generator=torch.Generator())
-        if self.fault == "whole numbers in a product":
+        if self.fault == "matmul of integers":
             values = values * (values.long() @ values.long().T).sum()
         return self.linear(values)
 
@@ -479,12 +479,12 @@ class FaultyModule(nn.Module):
     ("fault", "message"),
     {
         "arange without device": "same device",
-        "cat with a tensor of the CPU": "same device",
-        "float32 table": "dtype|scalar type",
-        "float32 into a norm": "scalar type",
-        "numpy": "can't convert cuda:0",
-        "generator of the CPU": "generator",
-        "whole numbers in a product": "not implemented",
+        "cat with a CPU tensor": "same device",
+        "float32 buffer": "dtype|scalar type",
+        "float32 input to a norm": "scalar type",
+        "numpy of a GPU tensor": "can't convert cuda:0",
+        "CPU generator": "generator",
+        "matmul of integers": "not implemented",
     }.items(),
 )
 def test_simulated_device_rejects_operations_that_a_gpu_rejects(fault, message):

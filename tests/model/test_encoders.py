@@ -134,12 +134,12 @@ def damage_weights(folder, file_name, damage):
     file = folder / file_name
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:1000])
-    elif damage == "code":
+    elif damage == "pickle":
         file.unlink()
         (folder / file_name.replace("model.safetensors", "pytorch_model.bin")).write_bytes(
             pickle.dumps({"a": MaliciousPickle()})
         )
-    elif damage == "absent":
+    elif damage == "missing":
         file.unlink()
     else:
         tensors = load_file(file)
@@ -149,7 +149,7 @@ def damage_weights(folder, file_name, damage):
         save_file(tensors, file)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "code", "absent", "foreign"])
+@pytest.mark.parametrize("damage", ["truncated", "pickle", "missing", "foreign"])
 @pytest.mark.parametrize(
     ("kind", "name", "file_name"),
     [("clip", "open-clip", "open_clip_model.safetensors"), ("vit", "timm", "model.safetensors")],

@@ -31,7 +31,7 @@ MODEL_TABLES = {
         "mixer": {"name": "query", "depth": 1, "mlp_dim": 64, "num_heads": 4},
         "language_model": {**HF_LANGUAGE_MODEL, "config": make_tiny_config("gpt2")},
     },
-    "middle": {
+    "medium": {
         "encoder": {
             **TINY_VIT_ENCODER,
             "image_size": 192,
@@ -47,7 +47,7 @@ MODEL_TABLES = {
         },
         "lora": 4,
     },
-    "without a grid": {
+    "box-segmenter": {
         "encoder": {
             **TINY_VIT_ENCODER,
             "image_size": 128,
@@ -89,7 +89,7 @@ def test_plan_counts_trainable_parameters(name):
 
 
 @pytest.mark.all
-@pytest.mark.parametrize(("name", "train", "gpu_gib"), [("tiny", True, 0.05), ("middle", False, 0.25)])
+@pytest.mark.parametrize(("name", "train", "gpu_gib"), [("tiny", True, 0.05), ("medium", False, 0.25)])
 def test_plan_most_regions_fits_and_larger_counts_do_not(name, train, gpu_gib):
     plan = plan_model(build_spec(name), regions_per_image=1, max_new_tokens=MAX_NEW_TOKENS, gpu=gpu_gib, training=train)
     most_regions = plan.max_regions_per_image
@@ -120,7 +120,7 @@ def test_find_max_regions_returns_zero_if_none_fit_and_none_if_all_fit():
 
 
 def test_plan_reports_zero_regions_on_a_too_small_gpu():
-    plan = plan_model(build_spec("middle"), max_new_tokens=MAX_NEW_TOKENS, gpu=0.01)
+    plan = plan_model(build_spec("medium"), max_new_tokens=MAX_NEW_TOKENS, gpu=0.01)
     assert (plan.fits_gpu, plan.max_regions_per_image) == (False, 0)
 
 
@@ -192,7 +192,7 @@ def test_plan_checkpoint_size_excludes_external_weights(sam_folder, save_languag
 
 def test_plan_in_bfloat16_halves_encode_memory():
     float32_plan, bfloat16_plan = (
-        plan_model(build_spec("middle"), regions_per_image=4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+        plan_model(build_spec("medium"), regions_per_image=4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
     )
     assert bfloat16_plan.memory["encode"] == pytest.approx(float32_plan.memory["encode"] / 2, rel=0.05)
     assert bfloat16_plan.weight_bytes == float32_plan.weight_bytes  # in float32 both

@@ -234,7 +234,18 @@ def write_malicious_pickle(folder):
         (damage_tensors(lambda tensors: tensors.pop("language_project.bias")), r"missing projection\.0\.bias"),
         (damage_tensors(lambda tensors: tensors.update(more=torch.zeros(1))), "unexpected more"),
     ],
-    ids=range(10),
+    ids=(
+        "missing-shard",
+        "truncated",
+        "pickle",
+        "no-weights",
+        "other-config",
+        "unknown-architecture",
+        "several-caption-heads",
+        "other-width",
+        "missing-tensor",
+        "unexpected-tensor",
+    ),
 )
 @pytest.mark.slow
 def test_load_rejects_a_damaged_published_folder_in_one_line(write_published, damage, message, monkeypatch):

@@ -1,6 +1,6 @@
 """Compare what Label Studio, LabelMe and shapely read with captions.jsonl; requires their packages.
 
-    python own_readers.py FOLDER IMAGES CONFIG
+    python labeling_tool_readers.py FOLDER IMAGES CONFIG
 
 FOLDER: captions.jsonl and the same in each tool's format. IMAGES: root of the records' paths. CONFIG: Label
 Studio's labeling interface.

@@ -1,6 +1,6 @@
 """Rasterize shapes with the converters of Label Studio and LabelMe; requires their packages.
 
-    python tool_geometry.py FILE
+    python labeling_tool_geometry.py FILE
 
 FILE: {"labelme": {"size": [width, height], "shapes": [...], "groups": [[...], ...]}, "label-studio": [task, ...],
 "masks": [RLE, ...]}. Prints {"labelme": [RLE of each shape, drawn alone], "groups": [RLE of each group],

@@ -1,8 +1,8 @@
-"""Commands that are killed, run into a full disk, find torn files, or run twice at once: `chaos.py KIND,KIND COUNTS`.
+"""Fault injection: kills, full disks, torn files and concurrent runs: `fault_injection.py COMMAND,COMMAND COUNTS`.
 
-Every command is forked from this process, which has imported everything; torch has computed nothing before. COUNTS are
-the numbers of kills, full disks, torn tails and pairs. Exit status 0 if nothing finished was lost and every folder ends
-byte for byte as that of an uninterrupted run.
+Each command is forked from this process, which has imported everything and run no torch operations. COUNTS are the
+numbers of kills, full disks, torn journals and concurrent pairs. The exit status is 0 if no finished result was lost
+and every folder equals that of an uninterrupted run byte for byte.
 """
 
 import json
@@ -61,7 +61,7 @@ stem_channels = [8, 16]
 mixer = [{ name = "query", num_queries = 2, depth = 1, num_heads = 2, mlp_dim = 64 }, "roi-pool"]
 """
 BOX_ARGUMENTS = ("--box", "4,4,40,40", "--box", "10,10,30,30")
-COMMAND_ARGUMENTS = {  # what OUT stands for is a run folder
+COMMAND_ARGUMENTS = {  # OUT is replaced by a run folder
     "caption": (
         *("caption", "photos", *BOX_ARGUMENTS, "--batch-size", 2),
         *("--format", "jsonl,coco,png", "--out", "OUT", "--resume"),
@@ -84,7 +84,7 @@ COMMAND_ARGUMENTS = {  # what OUT stands for is a run folder
     "import": ("import", "sca-tiny", "OUT"),
 }
 QUIET_COMMANDS = ("caption", "evaluate", "train", "bench")
-RESULT_PATTERNS = {  # what is to be equal, by patterns
+RESULT_PATTERNS = {  # files that must be equal
     "caption": ("captions.jsonl", "coco.json", "*.captions.png"),
     "evaluate": ("predictions.jsonl",),
     "train": ("model/*.safetensors", "model/spec.json"),
@@ -95,15 +95,15 @@ RESULT_PATTERNS = {  # what is to be equal, by patterns
 JOURNAL_FILES = {"caption": "captions.journal", "evaluate": "predictions.jsonl", "bench": "results.jsonl"}
 
 
-class Chaos:
-    """One kind of command, with the folder of an uninterrupted run."""
+class FaultInjection:
+    """Faults in runs of one command, compared with an uninterrupted run."""
 
     def __init__(self, command_name):
         self.command_name, self.rng = command_name, random.Random(f"{command_name} 1")
         start = time.monotonic()
-        assert self.finish_run("whole") == 0
+        assert self.finish_run("uninterrupted") == 0
         self.duration = time.monotonic() - start
-        self.expected_results = self.read_results("whole")
+        self.expected_results = self.read_results("uninterrupted")
         assert self.expected_results
 
     def start_run(self, out, max_file_bytes=None):
@@ -127,8 +127,8 @@ class Chaos:
     def finish_run(self, out, max_file_bytes=None):
         return os.waitstatus_to_exitcode(os.waitpid(self.start_run(out, max_file_bytes), 0)[1])
 
-    def kill(self, out):
-        """Kill a run at a random moment. Whether it was not finished before."""
+    def kill_run(self, out):
+        """Kill a run at a random moment; return whether it was still running."""
         pid = self.start_run(out)
         time.sleep(self.rng.uniform(0, 1.1) * self.duration)
         os.kill(pid, signal.SIGKILL)
@@ -152,19 +152,19 @@ class Chaos:
     def kill_runs(self, num_kills):
         num_killed = 0
         for number in range(num_kills):
-            num_killed += self.kill("killed")
+            num_killed += self.kill_run("killed")
             if number % 4 == 3:
                 self.check_run("killed", "kill")
-                if number % 8 == 3:  # else a finished run is repeated and killed
+                if number % 8 == 3:  # otherwise repeat the finished run and kill it
                     shutil.rmtree("killed")
                 else:
-                    self.kill("killed")
+                    self.kill_run("killed")
                     self.check_run("killed", "kill of a repeated run")
         self.check_run("killed", "kill")
         assert num_killed or num_kills < 3, "no run was killed"
 
     def fill_disks(self, num_runs):
-        largest_file_bytes = max(path.stat().st_size for path in Path("whole").rglob("*") if path.is_file())
+        largest_file_bytes = max(path.stat().st_size for path in Path("uninterrupted").rglob("*") if path.is_file())
         for number in range(num_runs):
             out = f"disk{number}"
             max_file_bytes = round(self.rng.uniform(0.02, 0.95) * largest_file_bytes)
@@ -179,7 +179,7 @@ class Chaos:
         for number in range(num_runs):
             out = f"tail{number}"
             while not Path(out, JOURNAL_FILES[self.command_name]).exists():
-                self.kill(out)
+                self.kill_run(out)
             path = Path(out, JOURNAL_FILES[self.command_name])
             content = path.read_bytes()
             kept_content = content[: -self.rng.randint(1, 30)] if number % 2 else content
@@ -198,7 +198,7 @@ class Chaos:
 
 
 def _read_rows_without_timings(path):
-    """What of rows is no timing."""
+    """Return the rows without timings."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return sorted((row["key"], row["state"], json.dumps(row.get("scores"))) for row in rows)
 
@@ -228,10 +228,10 @@ def try_command(command_name, *counts):
     }
     records = [{"image": f"{number:04d}.png", **record_fields} for number in range(300)]
     Path("many.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    chaos = Chaos(command_name)
+    fault_injection = FaultInjection(command_name)
     for method_name, count in zip(("kill_runs", "fill_disks", "tear_journals", "run_pairs"), counts, strict=True):
         if count and (method_name != "tear_journals" or command_name in JOURNAL_FILES):
-            getattr(chaos, method_name)(count)
+            getattr(fault_injection, method_name)(count)
     assert not list(Path().rglob(LOCK_FILE))
 
 

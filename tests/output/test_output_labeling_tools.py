@@ -57,7 +57,7 @@ def test_output_writers_are_read_by_the_packages_of_labeling_tools(
             writers.add(name, resized, captions if name == "a.png" else image_captions)
         writers.add("none.png", noise_image, [])
     noise_image.save("none.png")
-    script = Path(__file__).with_name("own_readers.py")
+    script = Path(__file__).with_name("labeling_tool_readers.py")
     process = subprocess.run([tools_python, script, "out", ".", LABELING_CONFIG], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     assert json.loads(process.stdout) == {"label-studio": 12, "labelme": 12, "geojson": 12}
@@ -103,7 +103,7 @@ def test_annotation_readers_match_converters_of_labeling_tools(tmp_path, tools_p
         "masks": brush_masks,
     }
     (tmp_path / "shapes.json").write_text(json.dumps(content))
-    script = Path(__file__).with_name("tool_geometry.py")
+    script = Path(__file__).with_name("labeling_tool_geometry.py")
     process = subprocess.run([tools_python, script, tmp_path / "shapes.json"], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     tool_output = json.loads(process.stdout)
