@@ -38,7 +38,7 @@ def write_dataset(tmp_path):
     def write(content, text=None):
         (tmp_path / "val").mkdir(exist_ok=True)
         Image.new("RGB", (WIDTH, HEIGHT), "gray").save(tmp_path / "val" / "a.png")
-        (tmp_path / "val.json").write_text(json.dumps(make_coco_content) if text is None else text)
+        (tmp_path / "val.json").write_text(json.dumps(content) if text is None else text)
         return tmp_path
 
     return write

@@ -68,7 +68,7 @@ def test_layout_reads_back_exported_scenes(written_layout, name):
 def test_layout_reads_underscores_in_names_as_spaces(written_layout, name):
     root, file = written_layout
     edit_json(file, lambda content: content["categories"][0].update(name="aerosol_can"))
-    assert "aerosol can" in datasets.build(name, "train", root=root).attributes["name"]
+    assert "aerosol can" in datasets.build(name, "train", root=root).attribute_values["name"]
 
 
 @pytest.mark.parametrize("name", ["sa1b"])

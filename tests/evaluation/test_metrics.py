@@ -118,7 +118,9 @@ def test_class_ignores_case_and_spacing_only(make_record):
 
 
 def test_class_accuracy_quotes_a_class_named_like_a_summary(make_record):
-    records = [make_record(caption, "recognition", name=name) for caption, name in (("x", "mean-accuracy"), ("car", "car"))]
+    records = [
+        make_record(caption, "recognition", name=name) for caption, name in (("x", "mean-accuracy"), ("car", "car"))
+    ]
     scores = compute_scores("class", records)
     assert (scores["class/mean-accuracy"], scores['class/"mean-accuracy"']) == (0.5, 0.0)
 

@@ -233,7 +233,7 @@ def test_dense_captioning_records_proposals_and_labeled_regions():
 
 def test_predict_dataset_counts_unreadable_images_and_continues():
     class DamagedDataset(list):
-        def read(self, index):
+        def read_sample(self, index):
             return None if index == 1 else self[index]
 
     batches = list(
