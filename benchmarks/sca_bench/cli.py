@@ -69,7 +69,7 @@ def run(
     from sca_bench.sweep import ROW_ORDERS, Sweep, list_sweeps
 
     for state in retry_state or ():
-        check_option_choice("state", state, ROW_STATES)
+        check_option_choice("state", state, tuple(ROW_STATES))
     check_option_choice("order", order, ROW_ORDERS)
     launcher_options = parse_component_options("launchers", launcher, options or ())
     device = str(launcher_options.pop("device", device))

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from sca_registry import language_models
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import StaticCache
 
-from sca_bench.timing import summarize_seconds, synchronize
+from sca.language_models.causal import CausalLanguageModel
+from sca_bench.timing import disable_early_end, summarize_seconds, synchronize
 from sca_bench.worker import run_measurement
 
 DECODING_METHODS = ("growing cache", "fixed cache", "cuda graph", "torch.compile")
@@ -56,7 +57,7 @@ def get_untrained_options(name: str) -> dict[str, bool]:
 
 @torch.inference_mode()
 def measure_method(
-    language_model: nn.Module, prefix: Tensor, num_steps: int, method: str, num_repeats: int
+    language_model: CausalLanguageModel, prefix: Tensor, num_steps: int, method: str, num_repeats: int
 ) -> dict[str, Any]:
     """Time the decoding of `num_steps` tokens for each row of a prefix.
 
@@ -92,13 +93,15 @@ def measure_method(
     }
 
 
-def _decode_with_growing_cache(language_model: nn.Module, prefix: Tensor, num_steps: int) -> Tensor:
+def _decode_with_growing_cache(language_model: CausalLanguageModel, prefix: Tensor, num_steps: int) -> Tensor:
     """Decode with the model's own cache: (N, K, E) -> ids (N, num_steps). Captions never end early."""
-    language_model._resolve_special_tokens = lambda: (0, [])
+    disable_early_end(language_model)
     return language_model.generate(prefix, max_new_tokens=num_steps).sequences[:, 0]
 
 
-def _prepare_decoding(language_model: nn.Module, prefix: Tensor, num_steps: int, method: str) -> Callable[[], Tensor]:
+def _prepare_decoding(
+    language_model: CausalLanguageModel, prefix: Tensor, num_steps: int, method: str
+) -> Callable[[], Tensor]:
     """Return a function that decodes once, with everything captured or compiled in advance."""
     if method == "growing cache":
         return lambda: _decode_with_growing_cache(language_model, prefix, num_steps)

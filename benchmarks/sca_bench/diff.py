@@ -84,7 +84,7 @@ def diff_rows(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, 
         median_ratio=median(ratios) if ratios else 0.0,
         change_lines=tuple(change_lines),
         score_lines=tuple(_summarize_score(name, pairs) for name, pairs in scores.items()),
-        num_unmatched=tuple(len(each) - len(common_keys) for each in rows),
+        num_unmatched=(len(rows[0]) - len(common_keys), len(rows[1]) - len(common_keys)),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import sca
 from sca.inference.processor import Processor
+from sca.language_models.causal import CausalLanguageModel
 from sca.model import SegmentCaptioner
 from sca.nn.masks import select_best_masks
 from sca_bench.worker import run_measurement
@@ -78,6 +79,8 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
         identical token ids.
     """
     model = sca.load(folder).to(device=device, dtype=dtype)
+    # recorded checkpoints have a language model of transformers
+    eos_token_id = cast("CausalLanguageModel", model.language_model).model.config.eos_token_id
     recorded = {name: value.to(device) for name, value in load_file(folder / "golden.safetensors").items()}
     inputs = {
         name: value.flatten(0, 1) for name, value in recorded.items() if name.startswith(("input_", "attention_"))
@@ -89,6 +92,7 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
         "point": PromptBatch(image_index, points=inputs["input_points"], labels=inputs["input_point_labels"]),
     }
     pixels = recorded["pixel_values"].to(dtype)
+    is_recorded_token = inputs["attention_mask"].bool()
     differences: dict[str, list[float]] = {}
 
     def record_difference(name: str, actual: Tensor, recorded_ids: Tensor) -> None:
@@ -106,7 +110,7 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
             record_difference("scores", output.regions.iou_scores, recorded[f"{name}.iou_scores"].flatten(0, 1))
             record_difference("masks", output.regions.masks, recorded[f"{name}.pred_masks"].flatten(0, 1))
             record_difference("queries", output.queries, recorded[f"{name}.query_outputs"])
-            record_difference("logits", output.logits, recorded[f"{name}.logits"][:, :-1][batch.attention_mask.bool()])
+            record_difference("logits", output.logits, recorded[f"{name}.logits"][:, :-1][is_recorded_token])
             record_difference("loss", output.loss, recorded[f"{name}.loss"])
             for num_beams in RECORDED_NUM_BEAMS:
                 ids = model.generate(
@@ -114,7 +118,7 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
                 ).sequences[:, 0]
                 # without the placeholder token
                 recorded_ids = recorded[f"{name}.generated.beams{num_beams}"].flatten(0, 2)[:, 1:]
-                is_same += compare_captions(ids, recorded_ids, model.language_model.model.config.eos_token_id)
+                is_same += compare_captions(ids, recorded_ids, eos_token_id)
     return {name: max(values) for name, values in differences.items()} | {
         "identical_captions": sum(is_same) / len(is_same)
     }
@@ -147,7 +151,9 @@ def compare_scenes(num_scenes: int, device: str, dtype: torch.dtype) -> dict[str
     scenes = Scenes("test", num_images=num_scenes)
     reference_model = sca.load("sca-tiny")
     tested_model = sca.load("sca-tiny").to(device=device, dtype=dtype)
-    eos_token_id = reference_model.language_model.tokenizer.eos_token_id
+    tokenizer = reference_model.language_model.tokenizer
+    assert tokenizer is not None  # of sca-tiny
+    eos_token_id = tokenizer.eos_token_id
     is_same: list[bool] = []
     ious: list[float] = []
     is_finite = True
@@ -188,6 +194,8 @@ def _predict_masks_and_ids(model: SegmentCaptioner, pixels: Tensor, prompts: Pro
     task_ids = torch.full_like(prompts.image_index, TASKS.index("caption"))
     prefix = model.build_prefix(model.mix(regions), task_ids)
     ids = model.language_model.generate(prefix, **model.spec.generation).sequences[:, 0]
+    assert regions.masks is not None  # of SAM's segmenter
+    assert regions.iou_scores is not None
     return select_best_masks(regions.masks, regions.iou_scores).float(), ids
 
 

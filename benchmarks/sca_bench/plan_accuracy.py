@@ -27,7 +27,7 @@ from sca.inference.engine import REGION_BATCH_SIZE
 from sca.io.atomic import write_file
 from sca.model import SegmentCaptioner
 from sca.plan import plan_model
-from sca_bench.timing import make_random_inputs, make_training_batch
+from sca_bench.timing import disable_early_end, make_random_inputs, make_training_batch
 from sca_bench.worker import collect_environment, run_measurement
 
 FULL_SIZE_MODELS = (
@@ -52,7 +52,7 @@ def run_captioning(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch
             model.build_prefix(model.mix(segmenter_output, prepared_features), torch.zeros_like(chunk.image_index))
         )
         del segmenter_output
-    model.language_model._resolve_special_tokens = lambda: (0, [])
+    disable_early_end(model.language_model)
     model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=max_new_tokens)
 
 

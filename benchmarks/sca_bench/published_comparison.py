@@ -88,7 +88,11 @@ def use_published_procedure(model: SegmentCaptioner) -> Iterator[None]:
     ) -> tuple[Tensor, Tensor]:
         grid = grid if image_index is None else grid[image_index]
         fused, keys = SamTwoWayTransformer.forward(
-            self, tokens.unsqueeze(1), grid, positional_encoding.unsqueeze(0), None
+            self,
+            tokens.unsqueeze(1),
+            grid,
+            positional_encoding.unsqueeze(0),
+            None,  # type: ignore[arg-type]  # transformers declares a tensor, but passes None itself
         )
         return fused.squeeze(1), keys.squeeze(1).transpose(1, 2).unflatten(2, grid.shape[-2:])
 
@@ -241,9 +245,9 @@ def compare_training(model: SegmentCaptioner, settings: ComparisonSettings) -> l
 
 def compare_mixers(settings: ComparisonSettings) -> list[RatioRow]:
     """Compare the mix stages of `resampler` and `query`."""
-    options = {"language_model": "tiny-gpt2", "weights": False}
     models = [
-        settings.prepare_model(sca.compose(settings.encoder, mixer, **options)) for mixer in ("resampler", "query")
+        settings.prepare_model(sca.compose(settings.encoder, mixer, "tiny-gpt2", weights=False))
+        for mixer in ("resampler", "query")
     ]
     mix_functions = []
     with torch.inference_mode():
@@ -286,6 +290,7 @@ def compare_batching(settings: ComparisonSettings) -> list[RatioRow]:
 def compare_everything(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
     """Estimate captioning everything in an image from stage times."""
     pixels, box_prompts = make_random_inputs(model, 1, 16)
+    assert box_prompts.boxes is not None  # see `make_random_inputs`
     point_prompts = PromptBatch(
         box_prompts.image_index, points=box_prompts.boxes[:, None, :2], labels=box_prompts.image_index.new_ones(16, 1)
     )
@@ -341,17 +346,19 @@ def run_comparisons(parts: Sequence[str], settings: ComparisonSettings) -> Itera
     """Run comparisons and yield their rows."""
     start = time.monotonic()
     torch.manual_seed(0)
-    model = None
-    if {"captions", "training", "everything"} & set(parts):
-        options = {"device": settings.device, "weights": False}
-        model = settings.prepare_model(sca.compose(settings.encoder, "query", settings.language_model, **options))
     comparisons: dict[str, Callable[[], list[RatioRow]]] = {
-        "captions": lambda: compare_captioning(model, settings),
-        "training": lambda: compare_training(model, settings),
         "resampler": lambda: compare_mixers(settings),
         "tiny": lambda: compare_batching(settings),
-        "everything": lambda: compare_everything(model, settings),
     }
+    if {"captions", "training", "everything"} & set(parts):
+        model = settings.prepare_model(
+            sca.compose(settings.encoder, "query", settings.language_model, device=settings.device, weights=False)
+        )
+        comparisons |= {
+            "captions": lambda: compare_captioning(model, settings),
+            "training": lambda: compare_training(model, settings),
+            "everything": lambda: compare_everything(model, settings),
+        }
     for part in parts:
         if time.monotonic() - start < settings.time_budget:
             yield from comparisons[part]()

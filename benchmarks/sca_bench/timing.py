@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ def make_random_inputs(model: SegmentCaptioner, num_images: int, num_regions: in
     )
 
 
+def disable_early_end(language_model: Any) -> None:
+    """Make a language model of SCA generate captions that never end early."""
+    language_model._resolve_special_tokens = lambda: (0, [])
+
+
 @torch.inference_mode()
 def measure_stages(
     model: SegmentCaptioner, num_images: int, num_regions: int, max_new_tokens: int, num_repeats: int
@@ -55,7 +61,7 @@ def measure_stages(
         Seconds by stage, in total and up to the first token, and the throughput.
     """
     pixels, prompts = make_random_inputs(model, num_images, num_regions)
-    model.language_model._resolve_special_tokens = lambda: (0, [])
+    disable_early_end(model.language_model)
     clock, generate = _DeviceClock(pixels.device), model.language_model.generate
     repeat_seconds: list[dict[str, float]] = []
     for repeat in range(num_repeats + 1):
@@ -63,9 +69,7 @@ def measure_stages(
         features = clock.time_stage(stage_seconds, "encode", lambda: model.encode(pixels))
         prefixes, prepared_features = [], None
         for chunk in prompts.iter_chunks(REGION_BATCH_SIZE):
-            segmenter_output = clock.time_stage(
-                stage_seconds, "segment", lambda chunk=chunk, features=features: model.segment(features, chunk)
-            )
+            segmenter_output = clock.time_stage(stage_seconds, "segment", partial(model.segment, features, chunk))
             start = clock.read_time()
             prepared_features = (
                 model.prepare_mixer(segmenter_output) if prepared_features is None else prepared_features
@@ -76,8 +80,8 @@ def measure_stages(
             stage_seconds["mix"] += clock.read_time() - start
             del segmenter_output
         prefix = torch.cat(prefixes)
-        clock.time_stage(stage_seconds, "prefill", lambda prefix=prefix: generate(prefix, max_new_tokens=1))
-        clock.time_stage(stage_seconds, "decode", lambda prefix=prefix: generate(prefix, max_new_tokens=max_new_tokens))
+        clock.time_stage(stage_seconds, "prefill", partial(generate, prefix, max_new_tokens=1))
+        clock.time_stage(stage_seconds, "decode", partial(generate, prefix, max_new_tokens=max_new_tokens))
         stage_seconds["decode"] = max(0.0, stage_seconds["decode"] - stage_seconds["prefill"])
         if repeat:  # the first is a warm-up
             repeat_seconds.append(stage_seconds)

@@ -199,6 +199,7 @@ def _evaluate_model(model: Any, evaluate_options: Mapping[str, Any], config: Map
         batch_size=evaluate_options.get("batch_size", 8),
         max_images=evaluate_options.get("max_images"),
     )
+    assert report is not None  # None in other processes than the main one; a row has one process
     return [each.to_dict() for each in report.scoring.scores]
 
 

@@ -6,6 +6,7 @@ SAM 2 and 2.1 (arXiv 2408.00714), EdgeTAM (arXiv 2501.07256) and the tracker of 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sca_registry.contracts import ImageFormat
@@ -62,14 +63,15 @@ class Sam2Encoder(nn.Module):
             self.vision.neck.fpn_layers = self.vision.neck.fpn_layers[:NUM_LEVELS]
         self.high_res_projections = nn.ModuleList()
         self.high_res_shapes: tuple[tuple[int, int], ...] = ()
-        prompt_config = model.config.prompt_encoder_config
+        prompt_config: Any = model.config.prompt_encoder_config  # transformers converts tables
         self.image_channels: int = prompt_config.hidden_size
         if high_res_features:
             self.high_res_projections.extend((model.mask_decoder.conv_s1, model.mask_decoder.conv_s0))
             self.high_res_shapes = get_high_res_shapes(self.image_channels)
         self.channels = count_packed_channels(self.image_channels, self.high_res_shapes)
-        statistics = {"mean": SAM3_MEAN, "std": SAM3_STD} if model.config.model_type == "sam3_tracker" else {}
-        self.image_format = ImageFormat(size=_get_side(prompt_config.image_size), resize_mode="stretch", **statistics)
+        self.image_format = ImageFormat(size=_get_side(prompt_config.image_size), resize_mode="stretch")
+        if model.config.model_type == "sam3_tracker":
+            self.image_format = replace(self.image_format, mean=SAM3_MEAN, std=SAM3_STD)
         self.stride = _get_side(prompt_config.patch_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

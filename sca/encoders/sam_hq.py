@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from sca_registry.contracts import ImageFormat
 from torch import Tensor, nn
-from transformers import SamHQConfig, SamHQModel
+from transformers import SamHQConfig, SamHQMaskDecoderConfig, SamHQModel, SamHQVisionConfig
 
 from sca.encoders.sam import INITIALIZER_RANGE, ChunkedAttention
 from sca.io.hub import fetch_pretrained_config, load_pretrained
@@ -54,8 +54,8 @@ class SamHqEncoder(nn.Module):
         self.vision = model.vision_encoder
         for layer in self.vision.layers:
             layer.attn.__class__ = ChunkedAttention  # same parameters, other forward
-        self.image_format = ImageFormat(size=self.vision.config.image_size)
-        self.stride: int = self.vision.config.patch_size
+        self.image_format = ImageFormat(size=cast("int", self.vision.config.image_size))
+        self.stride: int = cast("int", self.vision.config.patch_size)
         self.image_channels: int = self.vision.config.output_channels
         self.high_res_projection: nn.Module | None = None
         self.high_res_shapes: tuple[tuple[int, int], ...] = ()
@@ -77,12 +77,15 @@ class SamHqEncoder(nn.Module):
 
 
 def _build_config(weights: str | None, revision: str | None, config: Mapping[str, Any] | None) -> SamHQConfig:
-    if config is None and weights is None:
+    if config is not None:
+        full_config = SamHQConfig(**config)
+    elif weights is not None:
+        full_config = fetch_pretrained_config(SamHQConfig, weights, revision)
+    else:
         raise ValueError("weights and config are missing; set weights=syscv-community/sam-hq-vit-base, or a folder")
-    full_config = (
-        SamHQConfig(**config) if config is not None else fetch_pretrained_config(SamHQConfig, weights, revision)
-    )
-    full_config.vision_config._attn_implementation = "sdpa"
-    full_config.vision_config.initializer_range = INITIALIZER_RANGE
-    full_config.mask_decoder_config.vit_dim = full_config.vision_config.hidden_size
+    # transformers converts tables
+    vision_config = cast("SamHQVisionConfig", full_config.vision_config)
+    vision_config._attn_implementation = "sdpa"
+    vision_config.initializer_range = INITIALIZER_RANGE
+    cast("SamHQMaskDecoderConfig", full_config.mask_decoder_config).vit_dim = vision_config.hidden_size
     return full_config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from transformers import (
     AutoConfig,
@@ -19,6 +19,8 @@ from transformers import (
 
 from sca.io.errors import InputError
 from sca.io.hub import fetch_pretrained_config, load_pretrained
+
+Sam2FamilyModel = Sam2Model | EdgeTamModel | Sam3TrackerModel
 
 MODEL_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "sam2": (Sam2Config, Sam2Model),
@@ -45,7 +47,7 @@ VIDEO_PREFIXES = (  # weights that only the video models have
 NUM_LEVELS = 3  # feature maps at the strides of the grid, its half and its quarter
 
 
-def load_sam2_model(weights: str, revision: str | None = None) -> PreTrainedModel:
+def load_sam2_model(weights: str, revision: str | None = None) -> Sam2FamilyModel:
     """Load a pretrained model of SAM 2's family.
 
     Args:
@@ -59,12 +61,12 @@ def load_sam2_model(weights: str, revision: str | None = None) -> PreTrainedMode
     _, model_class = MODEL_CLASSES[model_type]
     model = load_pretrained(model_class, weights, revision, VIDEO_PREFIXES, dtype="float32")
     _check_feature_levels(model.config, weights)
-    return model
+    return cast("Sam2FamilyModel", model)  # see `MODEL_CLASSES`
 
 
 def build_sam2_model(
     weights: str | None = None, revision: str | None = None, config: Mapping[str, Any] | None = None
-) -> PreTrainedModel:
+) -> Sam2FamilyModel:
     """Build a model of SAM 2's family with random weights.
 
     Args:
@@ -87,7 +89,7 @@ def build_sam2_model(
         raise ValueError("weights and config are missing; set weights=facebook/sam2.1-hiera-tiny, or a folder")
     model = model_class(model_config)
     _check_feature_levels(model.config, weights or "config")
-    return model
+    return cast("Sam2FamilyModel", model)  # see `MODEL_CLASSES`
 
 
 def get_high_res_shapes(hidden_size: int) -> tuple[tuple[int, int], ...]:

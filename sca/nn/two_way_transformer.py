@@ -30,15 +30,16 @@ class TwoWayForward(nn.Module):
 
     max_elements_per_chunk = 2**20  # grid elements per chunk in CPU inference
 
-    @property
-    def _blocks(self) -> Sequence[SamTwoWayAttentionBlock]:
-        return cast("Sequence[SamTwoWayAttentionBlock]", self.layers)
+    # Modules of transformers, here SAM's; its relatives have the same submodules
+    layers: nn.ModuleList
+    final_attn_token_to_image: SamAttention
+    layer_norm_final_attn: nn.LayerNorm
 
     @property
     def _blocks(self) -> Sequence[SamTwoWayAttentionBlock]:
         return cast("Sequence[SamTwoWayAttentionBlock]", self.layers)
 
-    def forward(  # type: ignore[override]  # other arguments than those of transformers
+    def forward(
         self,
         tokens: Tensor,
         grid: Tensor,
@@ -107,7 +108,8 @@ class TwoWayForward(nn.Module):
         return self.layer_norm_final_attn(queries), cells
 
 
-class TwoWayTransformer(TwoWayForward, SamTwoWayTransformer):
+# `forward` has other arguments than that of transformers
+class TwoWayTransformer(TwoWayForward, SamTwoWayTransformer):  # type: ignore[misc]
     """Two-way transformer over the tokens and the grids of regions.
 
     Args:
@@ -168,7 +170,7 @@ def _compute_attention(attention: SamAttention, query: Tensor, key: Tensor, valu
 
 def _get_output_projection(attention: nn.Module) -> nn.Linear:
     """Return the output projection, which SAM and SAM 2 name differently in transformers."""
-    return attention.out_proj if hasattr(attention, "out_proj") else attention.o_proj
+    return cast("nn.Linear", attention.out_proj if hasattr(attention, "out_proj") else attention.o_proj)
 
 
 def _update_cells(attention: SamAttention, cells: Tensor, cell_queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ tokens and the updated image features of each region.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from sca_registry.contracts import Encoder, MaskTargets, PromptBatch, SegmenterOutput
@@ -57,9 +57,10 @@ class SamSegmenter(nn.Module):
 
     # `default_segmenter` of the encoders whose weights contain those of the segmenter
     encoder_families: tuple[str, ...] = ("sam",)
-    # Modules of transformers; in subclasses, those of SAM's relatives, which have the same submodules.
-    prompt_encoder: SamPromptEncoder
-    decoder: SamMaskDecoder
+    # SamPromptEncoder and SamMaskDecoder of transformers; in subclasses, those of SAM's relatives, which have the same
+    # submodules but no common base class
+    prompt_encoder: Any
+    decoder: Any
 
     def __init__(
         self,
@@ -228,7 +229,8 @@ class SamSegmenter(nn.Module):
     def compute_positional_encoding(self) -> Tensor:
         """Return the random Fourier features of each cell's center, (D, h, w)."""
         embedding = self.get_grid_embedding()
-        centers = (torch.arange(self.grid_size, device=embedding.positional_embedding.device) + 0.5) / self.grid_size
+        device = cast("Tensor", embedding.positional_embedding).device
+        centers = (torch.arange(self.grid_size, device=device) + 0.5) / self.grid_size
         y, x = torch.meshgrid(centers, centers, indexing="ij")
         return embedding(torch.stack((x, y), dim=-1).unsqueeze(0)).squeeze(0).permute(2, 0, 1)
 

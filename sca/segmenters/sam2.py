@@ -29,6 +29,7 @@ class Sam2Segmenter(SamSegmenter):
     """
 
     encoder_families = ("sam2",)
+    grid_embedding: nn.Module
 
     def load_modules(self, weights: str, revision: str | None) -> tuple[nn.Module, nn.Module]:
         """Load the pretrained prompt encoder and mask decoder."""
@@ -97,7 +98,10 @@ class Sam2Segmenter(SamSegmenter):
         is_stable = stability >= config.dynamic_multimask_stability_thresh
         selected = torch.where(is_stable, 0, 1 + iou_scores[:, 1:].argmax(dim=1))
         rows = torch.arange(len(masks), device=masks.device)
-        return tuple(values[rows, selected].unsqueeze(1) for values in (masks, iou_scores, mask_tokens))
+        masks, iou_scores, mask_tokens = (
+            values[rows, selected].unsqueeze(1) for values in (masks, iou_scores, mask_tokens)
+        )
+        return masks, iou_scores, mask_tokens
 
 
 def compute_stability_scores(logits: Tensor, offset: float) -> Tensor:

@@ -7,6 +7,8 @@ exchanged.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers import SamHQConfig, SamHQMaskDecoderConfig, SamHQModel, SamHQPromptEncoderConfig, SamMaskDecoderConfig
@@ -101,12 +103,12 @@ class SamHqPromptAndMaskModel(SamHQPreTrainedModel):
         super().__init__(config)
         self.shared_image_embedding = SamHQPositionalEmbedding(config.vision_config)
         self.prompt_encoder = SamHQPromptEncoder(config)
-        self.mask_decoder = SamHQMaskDecoder(config.mask_decoder_config)
+        self.mask_decoder = SamHQMaskDecoder(cast("SamHQMaskDecoderConfig", config.mask_decoder_config))
         self.post_init()
 
 
 def _prepare_decoder(decoder: SamHQMaskDecoder) -> SamHQMaskDecoder:
     """Speed up the transformer, and remove what the encoder contains."""
-    decoder.transformer.__class__ = TwoWayForward
+    cast("nn.Module", decoder.transformer).__class__ = TwoWayForward
     del decoder.compress_vit_conv1, decoder.compress_vit_norm, decoder.compress_vit_conv2
     return decoder
