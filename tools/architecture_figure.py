@@ -17,7 +17,7 @@ MIDDLE = BOX_TOP + BOX_HEIGHT // 2
 BOTTOM = BOX_TOP + BOX_HEIGHT
 COMPONENTS = (  # title, subtitle, left edge, width, style
     ("Encoder", "SAM, CLIP, DINOv2, ...", 176, 148, "frozen"),
-    ("Segmenter", "SAM, box", 384, 124, "frozen"),
+    ("Segmenter", "SAM, SAM 2, ...", 384, 124, "frozen"),
     ("Mixer", "query, resampler, ...", 568, 144, "trained"),
     ("Language model", "GPT-2, Mistral, ...", 772, 156, "frozen"),
 )
