@@ -78,6 +78,7 @@ def test_results_table_is_current():
     assert table == results_table.render_results_table(results_table.read_reports(RESULTS)), "run: make results-table"
 
 
+@pytest.mark.slow
 def test_model_table_is_current():
     pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
     table = read_between(read_docs("models.md"), model_table.START, model_table.END)

@@ -44,6 +44,7 @@ def test_check_text_finds_terms_in_comments_and_strings_of_python(text, finding)
         'message = f"{picture}"\n',
         'row("goes", "on")\n',
         "# Equal in all processes.\n",
+        'message = f"missing in all {count} records"\n',
         "depicture = 1\n",
     ],
 )

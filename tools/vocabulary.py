@@ -40,6 +40,7 @@ FSTRING_START, FSTRING_MIDDLE, FSTRING_END = (  # new in Python 3.12
     getattr(token, name, None) for name in ("FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END")
 )
 CODE = "\0"  # replaces code between pieces of prose, so that no phrase matches across it
+EXPRESSION = "X"  # replaces the expressions of f-strings, which continue a sentence
 FUNCTION_TYPES = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -222,6 +223,7 @@ def blank_code(source: str) -> str:
     for line in lines:
         starts.append(starts[-1] + len(line))
     prose = [character if character.isspace() else CODE for character in source]
+    fstring_starts = []
     for item in tokenize.generate_tokens(io.StringIO(source).readline):
         begin, end = (starts[row - 1] + column for row, column in (item.start, item.end))
         text = source[begin:end]
@@ -232,12 +234,17 @@ def blank_code(source: str) -> str:
             num_quotes = len(opening[1])
             content = text[opening.end() : -num_quotes]
             if "f" in opening[0].lower():
-                content = FSTRING_EXPRESSION.sub(lambda match: CODE * len(match[0]), content)
+                content = FSTRING_EXPRESSION.sub(lambda match: EXPRESSION * len(match[0]), content)
             prose[begin:end] = f"{' ' * opening.end()}{content}{' ' * num_quotes}"
         elif item.type == FSTRING_MIDDLE:
             prose[begin:end] = text
-        elif item.type in (FSTRING_START, FSTRING_END):
+        elif item.type == FSTRING_START:
             prose[begin:end] = " " * (end - begin)
+            fstring_starts.append(end)
+        elif item.type == FSTRING_END:
+            prose[begin:end] = " " * (end - begin)
+            start = fstring_starts.pop()
+            prose[start:begin] = [EXPRESSION if each == CODE else each for each in prose[start:begin]]
     return "".join(prose)
 
 

@@ -47,6 +47,9 @@ class EncodedImages(NamedTuple):
     def require_features(self) -> Tensor:
         """Return the features.
 
+        Returns:
+            (B, C, h, w) features of the images.
+
         Raises:
             ValueError: The images were encoded without an encoder.
         """
@@ -104,6 +107,9 @@ class MaskEngine(ABC):
 
     def require_segmenter(self) -> tuple[SegmentationModel, Processor]:
         """Return the encoder and segmenter with their processor.
+
+        Returns:
+            The model and its processor.
 
         Raises:
             ValueError: The engine has neither.
