@@ -7,7 +7,8 @@ decides by values (greedy search, suppression, boolean masks) runs to its end. W
 - An operation whose CUDA kernel takes one floating type raises if it gets two, also where the CPU's kernel takes both.
 - Random numbers on the device come from a generator of its own, as on a GPU, and a CPU generator is refused there.
 - Autocast follows CUDA's lists of operations, as far as they are called from Python.
-- Whatever makes the host wait for the device is counted in `waits`, with the line of this repository that asked for it.
+- Operations for which the host waits for the device are counted in `synchronizations`, with the line of this
+  repository that caused them.
 
 It is built like torch's FakeTensorMode (tensors on `meta` with the dispatch keys of CUDA, below a dispatch mode), which
 has no values. Kernels are the CPU's: their speed, memory and last bits are not a GPU's.
@@ -31,7 +32,7 @@ aten = torch.ops.aten
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE_PREFIX = str(REPOSITORY / "sca") + os.sep
-UNREPORTED_PREFIXES = (__file__, os.path.dirname(torch.__file__))  # says nothing about who asked
+UNREPORTED_PREFIXES = (__file__, os.path.dirname(torch.__file__))  # frames that are not the cause of an operation
 
 COPY_OPERATIONS = {aten._to_copy.default, aten.copy_.default, aten.copy.default}
 INDEXING_OPERATIONS = {
@@ -46,12 +47,12 @@ OPERATIONS_ACCEPTING_CPU_SCALARS = {
     aten.masked_fill_.Tensor,
     *INDEXING_OPERATIONS,
 }  # take one from the CPU
-SYNCHRONIZING_OPERATIONS = {  # operations whose result, or its shape, the host needs before it goes on
+SYNCHRONIZING_OPERATIONS = {  # operations whose result, or its shape, the host needs before it continues
     *(aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default),
     *(aten.masked_select.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default),
     *(aten.repeat_interleave.Tensor, aten.bincount.default),
 }
-MATRIX_PRODUCT_OPERATIONS = {  # need one type, and CUDA has none for whole numbers
+MATRIX_PRODUCT_OPERATIONS = {  # need one type, and CUDA supports no integers
     *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.addmv.default, aten.mv.default),
     *(aten.dot.default, aten.linear.default, aten.convolution.default, aten.convolution_backward.default),
 }
@@ -60,7 +61,7 @@ AUTOCAST_CATEGORIES = {  # by name, as called from Python: https://docs.pytorch.
     "lower": {
         *("__matmul__", "__rmatmul__", "addbmm", "addmm", "addmv", "baddbmm", "bmm", "conv1d", "conv2d"),
         *("conv_transpose2d", "einsum", "linear", "matmul", "mm", "mv", "scaled_dot_product_attention"),
-        "multi_head_attention_forward",  # made of those
+        "multi_head_attention_forward",  # composed of those
     },
     "float32": {
         *("__pow__", "binary_cross_entropy_with_logits", "cosine_similarity", "cross_entropy", "cumprod", "cumsum"),
@@ -72,7 +73,7 @@ AUTOCAST_CATEGORIES = {  # by name, as called from Python: https://docs.pytorch.
 
 
 class SimulatedTensor(Tensor):
-    """A tensor that says it is on `cuda:0`; `held` has its values."""
+    """A tensor that reports the device `cuda:0`; its values are in `cpu_values`."""
 
     @staticmethod
     def __new__(cls, cpu_values):
@@ -87,7 +88,7 @@ class SimulatedTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.prim.device.default:  # what C++ asks, which has guards for no GPU
+        if func is torch.ops.prim.device.default:  # called from C++, which has no device guard for a GPU here
             return META
         raise RuntimeError(f"{func} on a simulated tensor outside of simulated_cuda()")
 
@@ -118,7 +119,7 @@ class SimulatedTensor(Tensor):
 
 @contextmanager
 def simulated_cuda():
-    """See above. Yields the `Simulation` that is on within."""
+    """Simulate a CUDA device, see above. Yields the active `Simulation`."""
     simulation = Simulation()
     rng_generator = simulation.generator
     patches = {
@@ -137,14 +138,18 @@ def simulated_cuda():
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` makes its tensor on the CPU and moves it
         original_swap_setting = torch.__future__.get_swap_module_params_on_conversion()
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, original_swap_setting)
-        torch.__future__.set_swap_module_params_on_conversion(True)  # keeps the class, and weights that are tied
+        torch.__future__.set_swap_module_params_on_conversion(True)  # keeps the class and tied weights
         stack.enter_context(_TorchCallInterceptor())
         stack.enter_context(simulation)
         yield simulation
 
 
 class Simulation(TorchDispatchMode):
-    """waits: a Counter of (operation, file:line). draws: sums of the random tensors made on the device."""
+    """Dispatch mode of the simulated device.
+
+    synchronizations: a Counter of (operation, file:line). random_tensor_sums: sums of the random tensors created on the
+    device.
+    """
 
     def __init__(self):
         super().__init__()
@@ -157,7 +162,7 @@ class Simulation(TorchDispatchMode):
             return META
         kwargs = kwargs or {}
         if _is_composite(func):
-            with self:  # in inference mode nothing has taken it apart yet
+            with self:  # in inference mode it is not decomposed yet
                 return func.decompose(*args, **kwargs)
         tensors = _collect_tensors((args, kwargs))
         has_simulated_tensor = any(isinstance(tensor, SimulatedTensor) for tensor in tensors)
@@ -169,7 +174,7 @@ class Simulation(TorchDispatchMode):
             _check_gpu_constraints(func, tensors)
             self._count_synchronization(func, tensors, requested_device, args)
         elif is_cuda_requested and tensors:
-            self._record_synchronization(func)  # from the CPU, of memory that is not pinned
+            self._record_synchronization(func)  # from unpinned CPU memory
         cpu_args, cpu_kwargs = _map_tensors((args, kwargs), lambda tensor: getattr(tensor, "cpu_values", tensor))
         if is_cuda_requested:
             cpu_kwargs["device"] = CPU
@@ -187,7 +192,7 @@ class Simulation(TorchDispatchMode):
 
     @contextmanager
     def count_synchronizations(self):
-        """The waits within, as a Counter."""
+        """Yield a Counter of the synchronizations within."""
         outer_counter, inner_counter = self.synchronizations, Counter()
         self.synchronizations = inner_counter
         try:
@@ -232,8 +237,10 @@ class Simulation(TorchDispatchMode):
 
 
 class _TorchCallInterceptor(TorchFunctionMode):
-    """What is called of torch, before it is in C++: `cuda` becomes `cuda:0`, since torch would ask the driver which one
-    is meant; and autocast is applied, since torch's own looks at the device that C++ sees.
+    """Intercepts calls of torch before they reach C++.
+
+    `cuda` becomes `cuda:0`, since torch would query the driver for the current device. Autocast is applied here, since
+    torch's own follows the device that C++ sees.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -243,7 +250,7 @@ class _TorchCallInterceptor(TorchFunctionMode):
             args, kwargs = _cast_arguments(getattr(func, "__name__", ""), (args, kwargs))
         if func is Tensor.backward:
             (loss,) = args
-            with self:  # what is computed anew is called of torch, too
+            with self:  # recomputed operations are calls of torch, too
                 backward_options = {"allow_unreachable": True, "accumulate_grad": True}
                 return _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), **backward_options)
         return func(*args, **kwargs)
@@ -254,7 +261,7 @@ def _add_cuda_index(value):
 
 
 def _cast_arguments(name, arguments):
-    """The arguments of an operation in the type that CUDA's autocast gives them."""
+    """Return the arguments of an operation in the type to which CUDA's autocast casts them."""
     category = next((category for category, names in AUTOCAST_CATEGORIES.items() if name in names), None)
     if category is None:
         return arguments
@@ -264,17 +271,17 @@ def _cast_arguments(name, arguments):
         )
     dtype = torch.get_autocast_dtype("cuda") if category == "lower" else torch.float32
 
-    def cast(tensor):
+    def cast_tensor(tensor):
         is_castable = (
             isinstance(tensor, SimulatedTensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
         )
         return tensor.to(dtype) if is_castable else tensor
 
-    return _map_tensors(arguments, cast)
+    return _map_tensors(arguments, cast_tensor)
 
 
 def _map_tensors(value, function):
-    """Lists, tuples and tables with their tensors changed; torch's own function for it takes most of a run."""
+    """Apply a function to the tensors in nested containers; torch's `tree_map` would take most of a test's time."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, list | tuple):
@@ -296,7 +303,7 @@ def _is_composite(func):
 
 
 def _check_gpu_constraints(func, tensors):
-    """Raises RuntimeError for what a GPU refuses."""
+    """Raise RuntimeError for operations that a GPU refuses."""
     if func not in COPY_OPERATIONS:
         for tensor in tensors:
             is_scalar = tensor.dim() == 0 and (

@@ -1,4 +1,4 @@
-"""A small whole model for tests that need one, and a cache folder that is not the user's."""
+"""Shared fixtures: small models, a scene, Chromium, and a cache folder that is not the user's."""
 
 import functools
 import os
@@ -22,7 +22,7 @@ _find_all_distributions = plugins._find_distributions.__wrapped__
 
 @functools.cache
 def _find_builtin_and_test_distributions():
-    """Leave out the plugins that happen to be installed: tests count names, and write plugins of their own."""
+    """Hide installed plugins: tests count names and write their own plugins."""
     return tuple(
         each for each in _find_all_distributions() if each.metadata["Name"] not in INSTALLED_DISTRIBUTION_NAMES
     )
@@ -50,7 +50,7 @@ SMALL_MODEL_SPEC = {
 
 @pytest.fixture
 def build_small_model():
-    """Builds a model of 64 pixels and width 32 with random weights, always the same; fields of the spec change it."""
+    """Function that builds a model of 64 pixels and width 32 with fixed random weights; its options change the spec."""
     from sca_registry.spec import ModelSpec
 
     from sca.builder import build
@@ -64,14 +64,14 @@ def build_small_model():
 
 @pytest.fixture
 def small_model_table():
-    """The table [model] of such a model, every part of which trains."""
+    """The table [model] of a small model whose components are all trainable."""
     trainable_groups = ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"]
     return {**SMALL_MODEL_SPEC, "trainable": trainable_groups}
 
 
 @pytest.fixture(scope="session")
 def scene():
-    """A drawn scene of 96 pixels with several regions."""
+    """A synthetic scene of 96 pixels with several regions."""
     from sca.data.scenes import Scenes
 
     scenes = Scenes("test", num_images=10, image_size=96)
@@ -80,7 +80,7 @@ def scene():
 
 @pytest.fixture(scope="session")
 def sam_folder(tmp_path_factory):
-    """A tiny SAM with random weights, as transformers saves one."""
+    """Folder of a tiny SAM with random weights, as saved by transformers."""
     from tiny import TINY_SAM_CONFIG
     from transformers import SamConfig, SamModel
 
@@ -94,7 +94,7 @@ def sam_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def save_language_model(tmp_path_factory):
-    """Tiny language models with random weights, as transformers saves them: `lm_folder("gpt2")`."""
+    """`save_language_model("gpt2")` returns the folder of a tiny language model with random weights."""
     from tiny import make_tiny_config
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -114,11 +114,11 @@ def save_language_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium, as playwright drives it; while it is open, nothing else in the process may use asyncio."""
+    """Chromium, controlled by playwright; while it is open, nothing else in the process may use asyncio."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
+        pytest.skip("Chromium is not installed: apt-get install chromium")
     with playwright.sync_playwright() as playwright_driver:
         browser = playwright_driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser

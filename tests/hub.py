@@ -1,4 +1,4 @@
-"""A model hub on loopback: folders served, and written, the way huggingface_hub asks for it."""
+"""A fake Hugging Face Hub on loopback that serves folders and accepts uploads of huggingface_hub."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ HEAD_COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def list_pinned_revisions(hub_id):
-    """The commits of a hub id that cards pin; the small models that are served in their place are of all of them."""
+    """Return the commits of a Hub id that cards pin; the small models served in their place have all of them."""
     from sca_registry import REGISTRIES
 
     cards = [registry.get_card(each) for registry in REGISTRIES.values() for each in registry.list_names()]
@@ -25,14 +25,16 @@ def list_pinned_revisions(hub_id):
 
 
 def get_requested_commit(revision):
-    """The commit that a request names, in a list; that of "main" for any other revision."""
+    """Return the commit that `revision` (a list of 0 or 1) names, or that of "main" for any other revision."""
     return revision[0] if revision and re.fullmatch("[0-9a-f]{40}", revision[0]) else HEAD_COMMIT
 
 
 class Hub:
-    """Serves `models[id] = folder`. requests: what was asked, as "METHOD path". gated: ids that need
-    the token "secret". cut: files whose first download breaks off half way. given: where pushed models lie; without,
-    nobody may write.
+    """Serves `models[id] = folder`.
+
+    requests: the received requests as "METHOD path". gated_models: ids that require the token "secret".
+    truncated_files: names of files whose first download ends halfway. upload_folder: folder of pushed models; None
+    rejects uploads.
     """
 
     def __init__(self):
@@ -97,7 +99,7 @@ class Hub:
         )
 
     def handle_post(self, request, body):
-        """A repository that is made, what is asked of its files before they come, and the commit that has them."""
+        """Respond to the requests of an upload: create a repository, validate, preupload and commit."""
         self.requests.append(f"{request.command} {request.path}")
         if self.upload_folder is None or request.headers.get("Authorization") != "Bearer secret":
             return self.send_error(request, 403, "Forbidden")

@@ -1,4 +1,4 @@
-"""A mistake is told in the same words wherever it is made: in Python, on a command line, over HTTP, in the demo."""
+"""Python, the command line, the server and the demo report an error in the same words."""
 
 import base64
 import io
@@ -18,14 +18,14 @@ from sca.demo.session import Session
 from sca.inference.engine import Engine
 from sca.io.errors import InputError
 
-INVALID_REGIONS = {  # a region of a picture of 64 x 48, and what is said of it
-    "reversed": ({"box": [50, 10, 20, 30]}, "the box 50,10,20,30 is reversed: x2 must be greater than x1"),
-    "empty": ({"box": [5, 5, 5, 9]}, "the box 5,5,5,9 is empty: x2 must be greater than x1"),
-    "outside": ({"box": [70, 10, 90, 30]}, "the box 70,10,90,30 is outside the 64 x 48 image"),
-    "too few": ({"box": [1, 2, 3]}, "a box is 4 numbers x1,y1,x2,y2 in pixels, not"),
-    "a point outside": ({"points": [[64, 3]]}, "the point 64,3,1 is outside the 64 x 48 image"),
-    "a point above": ({"points": [[3, -1, 1]]}, "the point 3,-1,1 is outside the 64 x 48 image"),
-    "a label": ({"points": [[9, 3, 5]]}, "is not 1 or 0; a point is x,y or x,y,label in pixels"),
+INVALID_REGIONS = {  # case: (region of a 64 x 48 image, expected message)
+    "reversed box": ({"box": [50, 10, 20, 30]}, "the box 50,10,20,30 is reversed: x2 must be greater than x1"),
+    "empty box": ({"box": [5, 5, 5, 9]}, "the box 5,5,5,9 is empty: x2 must be greater than x1"),
+    "box outside": ({"box": [70, 10, 90, 30]}, "the box 70,10,90,30 is outside the 64 x 48 image"),
+    "box with three numbers": ({"box": [1, 2, 3]}, "a box is 4 numbers x1,y1,x2,y2 in pixels, not"),
+    "point outside": ({"points": [[64, 3]]}, "the point 64,3,1 is outside the 64 x 48 image"),
+    "point above image": ({"points": [[3, -1, 1]]}, "the point 3,-1,1 is outside the 64 x 48 image"),
+    "invalid point label": ({"points": [[9, 3, 5]]}, "is not 1 or 0; a point is x,y or x,y,label in pixels"),
 }
 
 
@@ -78,13 +78,13 @@ def test_invalid_region_has_same_message_in_python_cli_server_and_demo(
     assert response.status_code == 422
     assert expected_message in response.json()["error"]["message"]
 
-    if len(region.get("points", ((1, 2),))[0]) == 2:  # a canvas gives no label that there is not
+    if len(region.get("points", ((1, 2),))[0]) == 2:  # the canvas sends no invalid label
         with pytest.raises(InputError, match=re.escape(expected_message)):
             Session(image_in_working_folder, "a.png").handle_event(make_canvas_event(region))
 
 
 def make_canvas_event(region):
-    """What the canvas of the demo would say."""
+    """Return the event that the canvas of the demo sends for a region."""
     if "box" in region:
         return {"action": "box", "box": region["box"]}
     ((x, y),) = region["points"]
@@ -96,9 +96,9 @@ def list_region_fields(region):
 
 
 INVALID_IMAGES = {
-    "words": (b"no picture", "is not an image"),
-    "nothing": (b"", "is empty"),
-    "half": (None, "truncated"),
+    "text bytes": (b"not an image", "is not a readable image; convert it to JPEG or PNG"),
+    "empty file": (b"", "is empty"),
+    "truncated file": (None, "truncated"),
 }
 
 
@@ -124,7 +124,11 @@ def test_invalid_image_has_same_message_in_python_cli_and_server(
         assert expected_message in message
 
 
-@pytest.mark.parametrize("invalid_image", [np.zeros((4, 5)), np.zeros((4, 5, 4), np.uint8), "a.png", None])
+@pytest.mark.parametrize(
+    "invalid_image",
+    [np.zeros((4, 5)), np.zeros((4, 5, 4), np.uint8), "a.png", None],
+    ids=["2-D array", "4-channel array", "file name", "None"],
+)
 def test_set_image_rejects_arrays_and_values_that_are_not_images(invalid_image, model):
     with pytest.raises(ValueError, match="give"):
         sca.Predictor(model).set_image(invalid_image)

@@ -1,4 +1,4 @@
-"""Ctrl+C, which a terminal sends to every process of a command, ends workers without a word of their own."""
+"""Ctrl+C, which a terminal sends to every process of a command, ends workers without output."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""What is distributed: the wheel and the sdist, built from a copy of this checkout and used somewhere else."""
+"""The wheel and the sdist, built from a copy of this checkout and used in another folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAX_CHECKPOINT_BYTES = 6_000_000  # bytes of a shipped checkpoint
 
 
 def run_checked(*command: str | Path, **options) -> str:
-    """The standard output of a command; its errors are shown if it fails."""
+    """Return the standard output of a command; show its errors if it fails."""
     completed = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
     assert completed.returncode == 0, f"{command}\n{completed.stdout}\n{completed.stderr}"
     return completed.stdout
@@ -41,7 +41,7 @@ def run_checked(*command: str | Path, **options) -> str:
 
 @pytest.fixture(scope="module")
 def built_distributions(tmp_path_factory) -> dict[str, Path]:
-    """The wheel and the sdist, built from a checkout in which people have worked."""
+    """The wheel and the sdist, built from a checkout with untracked files."""
     build_folder = tmp_path_factory.mktemp("built")
     checkout = build_folder / "checkout"
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*GENERATED_NAMES, ".hypothesis"))
@@ -57,7 +57,7 @@ def built_distributions(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module", params=["wheel", pytest.param("sdist", marks=pytest.mark.all)])
 def installed_packages(request, built_distributions, tmp_path_factory) -> Path:
-    """A folder with nothing but what pip makes of the wheel, or of the sdist."""
+    """A folder into which pip has installed only the wheel, or the sdist."""
     target_folder = tmp_path_factory.mktemp(request.param)
     flags = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--no-compile", "--target", target_folder)
     run_checked(sys.executable, "-m", "pip", "install", *flags, built_distributions[request.param])
@@ -151,7 +151,7 @@ def test_installed_package_captions_with_bundled_checkpoint(installed_packages, 
     environment = {
         **os.environ,
         "PYTHONPATH": str(installed_packages),
-    }  # before this checkout, which the tests' environment knows
+    }  # before this checkout, which is installed in the environment of the tests
     print_module_paths = "import sca, sca_registry; print(sca.__file__, sca_registry.__file__)"
     for file in run_checked(sys.executable, "-c", print_module_paths, env=environment, cwd=tmp_path).split():
         assert Path(file).is_relative_to(installed_packages)

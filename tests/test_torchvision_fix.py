@@ -1,4 +1,4 @@
-"""`sca doctor --fix`: torchvision built for CUDA beside a torch without it; what it leaves harms no other torch."""
+"""`sca doctor --fix`: torchvision built for CUDA beside a torch without it; the fix does not affect another torch."""
 
 import importlib
 import os
@@ -28,7 +28,7 @@ print("imported")
 
 @pytest.fixture
 def make_site_packages(tmp_path):
-    """A folder of packages with torch, torchvision and what `fix` writes, but for the compiler."""
+    """A folder of packages with torch, torchvision and the files of `fix` except its compiler output."""
 
     def write_site_packages(cuda):
         for name in ("torch", "torchvision"):
@@ -149,7 +149,7 @@ def test_doctor_fix_prints_one_line_and_rejects_undo_fix_at_once(monkeypatch, ca
 
 @pytest.fixture
 def fake_import_results(monkeypatch):
-    """`processes(torchvision, cuda)`: how imports end in another process, without one."""
+    """`fake_import_results(torchvision, cuda)` sets how imports end in another process, without starting one."""
 
     def set_import_results(torchvision, cuda):
         def run_python(program):

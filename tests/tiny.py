@@ -1,4 +1,4 @@
-"""Real architectures at sizes that fit into a thimble."""
+"""Tiny configurations of published architectures."""
 
 from sca.testing.tiny import get_tiny_options
 
@@ -7,7 +7,7 @@ TINY_SAM_CONFIG = {
     "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 8},
     "mask_decoder_config": {"hidden_size": 32, "num_attention_heads": 4, "mlp_dim": 48, "iou_head_hidden_dim": 32},
 }
-BUILT_IN_BY_FAMILY = {  # families of language models, and a built-in one of each
+BUILT_IN_BY_FAMILY = {  # family of language models -> a built-in one
     "gpt2": "gpt2",
     "llama": "smollm2-135m",
     "phi": "phi-2",
@@ -30,7 +30,7 @@ OTHER_LOADABLE_FAMILIES = {
     "gpt_neox": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }  # families that `hf` loads
-SCALED_LOGITS_FAMILIES = {  # families that do more to their logits
+SCALED_LOGITS_FAMILIES = {  # families that scale or cap their logits
     "granite": {"num_key_value_heads": 2, "logits_scaling": 4.0},
     "cohere": {"num_key_value_heads": 2, "logit_scale": 0.25},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0},
@@ -39,7 +39,7 @@ LANGUAGE_MODEL_FAMILIES = (*BUILT_IN_BY_FAMILY, *OTHER_LOADABLE_FAMILIES)
 
 
 def make_tiny_config(family):
-    """The configuration of a language model."""
+    """Return a tiny configuration of a language model."""
     if family in BUILT_IN_BY_FAMILY:
         return dict(get_tiny_options("language_model", BUILT_IN_BY_FAMILY[family])["config"])
     return {**TINY_CONFIG_FIELDS, **(OTHER_LOADABLE_FAMILIES | SCALED_LOGITS_FAMILIES)[family], "model_type": family}

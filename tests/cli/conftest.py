@@ -1,4 +1,4 @@
-"""The command line in this process, since starting torch for every line would take minutes, and in a real one."""
+"""Fixtures that run `sca` in this process, which saves the import of torch, or in a process of its own."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ class CommandResult(NamedTuple):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A small model that was never trained: its words mean nothing."""
+    """An untrained small model: its captions are meaningless."""
     torch.manual_seed(0)
     model = sca.compose(
         mixer={"name": "query", "num_queries": 4, "depth": 1, "num_heads": 4, "mlp_dim": 64, "mask_pooling": True},
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def maskless_checkpoint(tmp_path_factory):
-    """A model whose segmenter gives no masks."""
+    """A model whose segmenter predicts no masks."""
     torch.manual_seed(0)
     mixer = {"name": "query", "num_queries": 4, "depth": 1, "num_heads": 4, "mlp_dim": 64}
     return sca.save(
@@ -52,14 +52,14 @@ def maskless_checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def working_folder(tmp_path, monkeypatch):
-    """The working folder, empty."""
+    """An empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def write_image(working_folder):
-    """`picture("a.png")` writes 64 x 48 pixels of noise and gives the name."""
+    """`write_image("a.png")` writes 64 x 48 pixels of noise and returns the name."""
 
     def write_noise_image(name, width=64, height=48):
         (working_folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def write_image(working_folder):
 
 @pytest.fixture
 def run_sca(working_folder, capfd):
-    """`shell("list", "mixers")` runs one command in this process."""
+    """`run_sca("list", "mixers")` runs one command in this process."""
 
     def call_sca(*arguments):
         capfd.readouterr()
@@ -85,7 +85,7 @@ def run_sca(working_folder, capfd):
 
 @pytest.fixture
 def get_sca_error(run_sca):
-    """`refused(status, ...)` runs a command that must fail with that status and one line, which is given back."""
+    """`get_sca_error(status, ...)` runs a command that must fail with that status, and returns its one error line."""
 
     def call_failing_sca(status, *arguments):
         result = run_sca(*arguments)
@@ -100,12 +100,12 @@ def get_sca_error(run_sca):
 
 @pytest.fixture
 def start_sca(working_folder):
-    """`started(...)` begins a command in a process of its own."""
+    """`start_sca(...)` starts a command in a process of its own."""
     processes = []
 
     def start_process(*arguments, **options):
         popen_options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-        if os.name == "posix":  # where the tests run in the background, an interrupt is ignored, and that is inherited
+        if os.name == "posix":  # background jobs of a shell inherit an ignored SIGINT
             popen_options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         processes.append(subprocess.Popen([sys.executable, "-m", "sca", *map(str, arguments)], **popen_options))
         return processes[-1]

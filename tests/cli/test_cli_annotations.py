@@ -1,4 +1,4 @@
-"""Files of labeling tools on the command line: regions are read, and what is left out is one line."""
+"""Files of labeling tools on the command line: regions are read, and one line reports what is skipped."""
 
 import base64
 import io
@@ -45,7 +45,7 @@ LABELME_FILE = {
 
 @pytest.fixture
 def convert_to_jsonl(working_folder, run_sca):
-    """`converted(content)` converts a file to JSON lines: its records and what was said."""
+    """`convert_to_jsonl(content)` converts a file to JSON Lines and returns the records and the messages."""
 
     def convert_content(content, *options):
         (working_folder / "in.json").write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""What `sca caption` answers, and that every format can be read back."""
+"""`sca caption`: prompts, captions, output formats and messages."""
 
 import contextlib
 import io
@@ -33,7 +33,7 @@ def parse_json_lines(text):
 
 @pytest.fixture
 def caption_to_records(run_sca, checkpoint):
-    """`captioned("a.png", ...)` gives the records of a run that must go well and say nothing else."""
+    """`caption_to_records("a.png", ...)` returns the records of a run that must succeed without messages."""
 
     def caption(*arguments):
         result = run_sca("caption", "--model", checkpoint, "--max-new-tokens", 3, "--out", "-", *arguments)
@@ -49,7 +49,7 @@ def load_coco(path):
         return COCO(str(path))
 
 
-# --- what is asked
+# --- prompts
 
 
 def test_caption_writes_one_region_per_prompt_flag_boxes_first(caption_to_records, write_image):
@@ -96,7 +96,7 @@ def test_caption_everything_uses_proposer_by_name_with_options(caption_to_record
     proposer = "boxes-from-coco annotations='my boxes.json'"
     (record,) = caption_to_records(write_image("a.png"), "--everything", "--proposer", proposer)
     assert record["prompt"] == {"box": [3, 4, 23, 14]}
-    with pytest.raises(AssertionError):  # the file has boxes for another picture of that name
+    with pytest.raises(AssertionError):  # the file has boxes for another image of that name
         caption_to_records("a.png", write_image("other/a.png"), "--everything", "--proposer", proposer)
     records = caption_to_records(
         *("a.png", "--everything", "--proposer", "grid points_per_side=2"),
@@ -128,9 +128,9 @@ def test_caption_clips_boxes_to_image_and_reports_their_number(run_sca, checkpoi
     assert [record["box"] for record in parse_json_lines(result.out)][::2] == [[0, 0, 64, 48]] * 2
     assert result.err == ["sca: changed or skipped: box clipped: 2 (first: a.png)"]
     prompts = [{"image": "a.png", "box": box} for box in ([1, 2, 9, 9], [60, 40, 66, 50])]
-    (working_folder / "asked.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in prompts))
-    result = run_sca(*arguments, "a.png", "--prompts", "asked.jsonl")
-    assert result.err[1:] == ["sca: changed or skipped: box clipped: 1 (first: asked.jsonl, line 2)"]
+    (working_folder / "prompts.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in prompts))
+    result = run_sca(*arguments, "a.png", "--prompts", "prompts.jsonl")
+    assert result.err[1:] == ["sca: changed or skipped: box clipped: 1 (first: prompts.jsonl, line 2)"]
 
 
 def test_caption_reads_prompts_of_several_images_from_jsonl_and_coco(caption_to_records, write_image, working_folder):
@@ -140,8 +140,8 @@ def test_caption_reads_prompts_of_several_images_from_jsonl_and_coco(caption_to_
         {"image": "in/a.png", "box": [1, 2, 9, 9]},
         {"image": "in/a.png", "box": [3, 3, 9, 9]},
     ]
-    (working_folder / "asked.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in prompts))
-    records = caption_to_records("in", "--prompts", "asked.jsonl")
+    (working_folder / "prompts.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in prompts))
+    records = caption_to_records("in", "--prompts", "prompts.jsonl")
     assert [(record["image"], record["region_id"]) for record in records] == [
         ("in/a.png", 0),
         ("in/a.png", 1),
@@ -151,8 +151,8 @@ def test_caption_reads_prompts_of_several_images_from_jsonl_and_coco(caption_to_
         "images": [{"id": 7, "file_name": "b.png"}, {"id": 8, "file_name": "a.png"}],
         "annotations": [{"id": 1, "image_id": 7, "bbox": [1, 2, 8, 7]}],
     }
-    (working_folder / "asked.json").write_text(json.dumps(coco_content))
-    (record,) = caption_to_records("in", "--prompts", "asked.json")
+    (working_folder / "prompts.json").write_text(json.dumps(coco_content))
+    (record,) = caption_to_records("in", "--prompts", "prompts.json")
     assert (record["image"], record["box"]) == ("in/b.png", [1, 2, 9, 9])
 
 
@@ -251,7 +251,7 @@ def test_caption_without_mask_output_writes_null_mask_and_iou(run_sca, maskless_
     assert record["box"] == [0, 0, 9, 9]
 
 
-# --- what is said and written
+# --- output and messages
 
 
 def test_caption_writes_all_formats_with_matching_content(run_sca, checkpoint, write_image, working_folder):
@@ -298,7 +298,7 @@ def test_caption_quiet_suppresses_log_lines_but_not_the_result(run_sca, checkpoi
     result_with_folder = run_sca(*arguments, "--out", "out")
     assert (result_with_folder.out, result_with_folder.err) == ("", [])
     assert (working_folder / "out/captions.jsonl").exists()
-    result_on_stdout = run_sca(*arguments)  # the table is all there is
+    result_on_stdout = run_sca(*arguments)  # only the table
     assert "a.png" in result_on_stdout.out
     assert result_on_stdout.err == []
 
@@ -397,7 +397,7 @@ def test_caption_max_regions_keeps_highest_ranked_regions(caption_to_records, ru
     assert len(all_records) > 2
     best_records = [
         {**each, "score": pytest.approx(each["score"], rel=1e-4)} for each in all_records[:2]
-    ]  # of another batch size
+    ]  # a different batch size
     assert caption_to_records("a.png", *search_arguments, "--max-regions", 2) == best_records
     assert caption_to_records("a.png", *search_arguments, "--max-regions", 1000) == all_records
     proposer = "grid points_per_side=2"

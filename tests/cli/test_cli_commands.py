@@ -21,7 +21,7 @@ PLUGIN_FUNCTION_SOURCE = "def greet(name: str, twice: bool = False): print(*[f'h
 
 @pytest.fixture
 def install_command_plugin(tmp_path, monkeypatch):
-    """`install(name, entry_points, **modules)` makes a distribution with commands."""
+    """`install_command_plugin(name, entry_points, **modules)` installs a distribution with commands."""
     original_modules, site_folder = set(sys.modules), tmp_path / "site"
     site_folder.mkdir()
     monkeypatch.syspath_prepend(site_folder)
@@ -30,7 +30,7 @@ def install_command_plugin(tmp_path, monkeypatch):
         dist_info = site_folder / f"{name}-1.0.dist-info"
         dist_info.mkdir()
         (dist_info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nSummary: Says {name}.\n"
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nSummary: Prints {name}.\n"
         )
         (dist_info / "entry_points.txt").write_text(f"[sca_commands]\n{entry_points}\n")
         for module, text in modules.items():
@@ -48,7 +48,7 @@ def install_command_plugin(tmp_path, monkeypatch):
 def test_help_lists_plugin_commands_without_importing_them(run_sca, install_command_plugin):
     install_command_plugin("greeter", "greetings = greeter_app:app", greeter_app="raise SystemExit('imported')")
     help_text = run_sca("--help").out
-    assert "greetings  Says greeter." in help_text
+    assert "greetings  Prints greeter." in help_text
     assert "bench      Benchmark combinations" in help_text
     assert "greeter_app" not in sys.modules
 

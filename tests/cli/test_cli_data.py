@@ -1,4 +1,4 @@
-"""`sca data`: what a dataset holds, as numbers and as a page."""
+"""`sca data`: statistics of a dataset in the terminal and as a page."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def test_data_stats_reports_counts_and_skipped_images(coco_folder, run_sca):
 
 
 def test_data_stats_reads_images_only_with_check_images(coco_folder, run_sca):
-    next((coco_folder / "val").iterdir()).write_bytes(b"no picture")
+    next((coco_folder / "val").iterdir()).write_bytes(b"not an image")
     for flags, skipped in ([], {}), (["--check-images"], {"image unreadable": 1}):
         assert (
             json.loads(run_sca("data", "stats", "coco", f"root='{coco_folder}'", "--json", *flags).out)["skipped"]

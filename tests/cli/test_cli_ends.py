@@ -1,4 +1,4 @@
-"""However a run ends, what is finished is whole and kept."""
+"""Runs that are interrupted or fill the disk keep what is finished, and leave no partial files."""
 
 import io
 import json
@@ -20,7 +20,7 @@ posix_only = pytest.mark.skipif(sys.platform == "win32", reason="signals and lim
 
 @pytest.fixture
 def folder_with_2000_images(write_image, working_folder):
-    """A folder of more pictures than are captioned in the time of a test."""
+    """A folder of more images than are captioned during a test."""
     write_image("many/0.png")
     for index in range(1, 2000):
         shutil.copyfile(working_folder / "many/0.png", working_folder / f"many/{index}.png")

@@ -1,4 +1,4 @@
-"""`sca evaluate` hands on what the library finds out."""
+"""`sca evaluate`: datasets, files of captions, metrics and reports."""
 
 import json
 import re
@@ -110,7 +110,7 @@ def test_evaluate_with_proposer_computes_dense_captioning_map(run_sca, checkpoin
 
 @pytest.fixture
 def visual_genome_folder(working_folder):
-    """One picture in the publishers' layout."""
+    """One image in the publishers' layout."""
     from PIL import Image
 
     (working_folder / "vg/VG_100K").mkdir(parents=True)
@@ -164,7 +164,7 @@ def test_evaluate_reports_dataset_fields_it_does_not_read(run_sca, checkpoint, w
 
 @pytest.fixture
 def predictions_folders(working_folder):
-    """Two predictions files of one run folder each, without a model."""
+    """Two run folders with a predictions file each, without a model."""
     for name in ("one", "two", "lr=0.1"):
         (working_folder / name).mkdir()
         record = {"image_id": 1, "region_id": 2, "caption": "a red car", "references": ["the red car"]}

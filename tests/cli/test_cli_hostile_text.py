@@ -1,4 +1,4 @@
-"""Text from elsewhere reaches the terminal as text: no control sequences, no markup, no second line of its own."""
+"""Untrusted text is printed as plain text: no control sequences, markup or additional lines."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ HOSTILE_FILE_NAME = HOSTILE_TEXT.replace("/", "")  # of a file
 
 @pytest.fixture
 def run_and_check_output(run_sca):
-    """Runs a command and checks what it prints."""
+    """Function that runs a command and checks its output."""
 
     def run_and_check(status, *arguments):
         result = run_sca(*arguments)
@@ -29,7 +29,7 @@ def run_and_check_output(run_sca):
 
 @pytest.fixture
 def captions_file(working_folder, write_image):
-    """A file of captions of a picture with a hostile name."""
+    """A file of captions of an image with a hostile name."""
     write_image(f"{HOSTILE_FILE_NAME}.png")
     record = {
         "image": f"{HOSTILE_FILE_NAME}.png",

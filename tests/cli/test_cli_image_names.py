@@ -1,4 +1,4 @@
-"""Commands find images by the names in files, and write the names that other tools open."""
+"""Commands resolve image names in files, and write names that other tools can open."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Long runs that go on after whatever ended them; captions in other formats, and as a page."""
+"""Runs that resume, conversion of captions to other formats, and viewer pages."""
 
 import json
 import random
@@ -56,7 +56,7 @@ def test_caption_resume_after_interrupt_writes_same_files_as_full_run(
     journal = working_folder / "parts/captions.journal"
     assert len(journal.read_bytes().splitlines()) == 6
     with journal.open("ab") as file:
-        file.write(b'{"image": "photos/00')  # what a kill leaves
+        file.write(b'{"image": "photos/00')  # a line cut off by a kill
     from sca.inference.engine import Engine
 
     caption_batch, batch_sizes = Engine.caption_batch, []

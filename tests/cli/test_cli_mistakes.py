@@ -1,4 +1,4 @@
-"""Every mistake is one clear line and an exit status, and harms nothing but itself."""
+"""Errors print one clear line and exit with a status; the other images of a run are still captioned."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def model_arguments(checkpoint):
     return ("--model", checkpoint, "--max-new-tokens", 2)
 
 
-# --- what is asked: status 2
+# --- usage errors: status 2
 
 
 @pytest.mark.parametrize(
@@ -147,13 +147,13 @@ def test_caption_reports_file_and_position_of_invalid_prompt(
 
 @pytest.fixture
 def message_by_invalid_image(write_image, working_folder):
-    """Files that are no pictures, and words that their line must have."""
+    """Files that are not images, with text that their error line must contain."""
     write_image("whole.jpg", 300, 300)
     jpeg_content = (working_folder / "whole.jpg").read_bytes()
     (working_folder / "whole.jpg").unlink()
     (working_folder / "cut.jpg").write_bytes(jpeg_content[: len(jpeg_content) // 2])
     (working_folder / "zero.png").touch()
-    (working_folder / "text.png").write_text("no picture")
+    (working_folder / "text.png").write_text("not an image")
     (working_folder / "empty").mkdir()
     (working_folder / "lost.png").symlink_to("nowhere")
     return {
@@ -239,7 +239,7 @@ def test_caption_keeps_earlier_results_when_every_image_is_invalid(
 
 @pytest.fixture
 def folder_as_unprivileged_user(checkpoint, run_sca, monkeypatch):
-    """A folder for all, and an account without rights in others; a test's own rights are given up until its end."""
+    """A shared folder; the test runs as an account without permissions elsewhere."""
     import shutil
 
     if os.name != "posix":
@@ -250,7 +250,7 @@ def folder_as_unprivileged_user(checkpoint, run_sca, monkeypatch):
         Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "a.png")
         Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "secret.png")
         (folder / "locked").mkdir()
-        run_sca("caption", folder / "a.png", *BOX_ARGUMENTS, "--model", folder / "model")  # imports all that is needed
+        run_sca("caption", folder / "a.png", *BOX_ARGUMENTS, "--model", folder / "model")  # imports every needed module
         (folder / "secret.png").chmod(0)
         (folder / "locked").chmod(0o555)
         folder.chmod(0o755)

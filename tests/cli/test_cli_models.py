@@ -1,4 +1,4 @@
-"""A model that cannot be loaded says which file is wrong and what to do."""
+"""Errors about damaged checkpoints name the file and the fix."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def get_error_for_damaged_model(checkpoint, get_sca_error, write_image, working_folder):
-    """`broken(damage)` captions with a copy of the checkpoint that `damage(folder)` has spoilt; the line it says."""
+    """`get_error_for_damaged_model(damage)` returns the error of captioning with a copy changed by `damage(folder)`."""
 
     def damage_and_caption(damage):
         shutil.copytree(checkpoint, working_folder / "model", dirs_exist_ok=True)
@@ -20,11 +20,11 @@ def get_error_for_damaged_model(checkpoint, get_sca_error, write_image, working_
 
 
 def change_spec(**changes):
-    def damage(folder):
+    def damage_spec(folder):
         spec_content = json.loads((folder / "spec.json").read_text())
         (folder / "spec.json").write_text(json.dumps(spec_content | changes))
 
-    return damage
+    return damage_spec
 
 
 def replace_spec_text(content):

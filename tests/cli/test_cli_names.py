@@ -1,4 +1,4 @@
-"""What can be named is told at once, without importing anything heavy."""
+"""`sca list`, `sca show` and shell completion: fast, without importing torch."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def test_help_groups_the_commands_and_fits_a_screen(run_sca, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("command_line", "expected"),
     [
         ("sca ca", ["caption"]),
         ("sca caption --max-n", ["--max-new-tokens"]),
@@ -82,8 +82,12 @@ def test_help_groups_the_commands_and_fits_a_screen(run_sca, monkeypatch):
         ("sca bench ru", ["run"]),
     ],
 )
-def test_shell_completion_completes_commands_and_options(start_sca, monkeypatch, words, expected):
-    for name, value in {"_SCA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": words.count(" ")}.items():
+def test_shell_completion_completes_commands_and_options(start_sca, monkeypatch, command_line, expected):
+    for name, value in {
+        "_SCA_COMPLETE": "complete_bash",
+        "COMP_WORDS": command_line,
+        "COMP_CWORD": command_line.count(" "),
+    }.items():
         monkeypatch.setenv(name, str(value))
     out, _ = start_sca().communicate()
     assert out.split() == expected

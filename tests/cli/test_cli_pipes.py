@@ -1,4 +1,4 @@
-"""Images, prompts and captions come from pipes, or are refused in one line."""
+"""Images, prompts and captions are read from pipes, or rejected in one line."""
 
 import io
 import json
@@ -18,7 +18,7 @@ RECORD = {"image": "a.png", "width": 64, "height": 48, "box": [1, 1, 9, 9], "cap
 
 @contextmanager
 def open_pipe(content: bytes, descriptor: int | None = None):
-    """A pipe that ends after its content, by its name; with a number, in place of that descriptor."""
+    """Open a pipe with the given content and return its path; `descriptor` replaces a file descriptor with it."""
     read_descriptor, write_descriptor = os.pipe()
 
     def write_content():

@@ -1,4 +1,4 @@
-"""A plugin from its first line to its use, and what is told of those that do not work."""
+"""A new plugin from its template to its use, and the messages about broken plugins."""
 
 import json
 import os
@@ -19,7 +19,7 @@ PIP_FLAGS = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
 
 @pytest.fixture
 def isolated_site(tmp_path):
-    """Installs packages beside the others and runs commands that see them."""
+    """Installs packages into a folder of their own and runs commands that find them."""
     folder, cache_folder = tmp_path / "site", tmp_path / "cache"
     environment = {
         **os.environ,
@@ -29,12 +29,12 @@ def isolated_site(tmp_path):
     }
 
     class Site:
-        def install(self, package):
+        def install_package(self, package):
             flags = [*PIP_FLAGS, "--upgrade", "--target", str(folder), str(package)]
             subprocess.run([sys.executable, "-m", "pip", "install", *flags], check=True, capture_output=True)
 
         def write(self, name, entry_points, **modules):
-            """A distribution as pip leaves it, without building one."""
+            """Write a distribution as pip installs it, without a build."""
             dist_info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
             dist_info.mkdir(parents=True)
             (dist_info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -67,7 +67,7 @@ def test_plugin_new_creates_plugin_that_installs_and_passes_its_checks(kind, iso
     distribution = f"sca-{name.replace('.', '-')}"
     scaffold_result = isolated_site.run("sca", "plugin", "new", kind, name)
     assert scaffold_result.returncode == 0, scaffold_result.stderr
-    isolated_site.install(tmp_path / distribution)
+    isolated_site.install_package(tmp_path / distribution)
     (row,) = [row for row in json.loads(isolated_site.run("sca", "list", kind, "--json").stdout) if row["name"] == name]
     assert (row["distribution"], row["state"]) == (distribution, "unchecked")
     check_result = isolated_site.run("sca", "check", kind, name)
@@ -82,7 +82,7 @@ def test_new_mixer_plugin_can_be_trained_and_used_for_captions(isolated_site, tm
     from PIL import Image
 
     isolated_site.run("sca", "plugin", "new", "mixer", "shade")
-    isolated_site.install(tmp_path / "sca-shade")
+    isolated_site.install_package(tmp_path / "sca-shade")
     short_run_overrides = ["train.steps=1", "train.batch_size=2", "train.num_processes=1", "data.scenes.num_images=4"]
     train_result = isolated_site.run(
         "sca", "train", "sca-tiny", "mixer=shade", *short_run_overrides, "--out", "runs/shade", "--quiet"
@@ -140,7 +140,7 @@ class Mixer(nn.Module):
     def forward(self, regions):
         return regions.tokens.mean(1, keepdim=True)
 """
-HOSTILE_PLUGINS = {  # distribution: its entry points, its module, and what is said of the one part that it has
+HOSTILE_PLUGINS = {  # distribution: its entry points, its module, and the message about its one component
     "import-error": ("ill = hostile_import_error:Mixer", "import nothing_of_that_name", "nothing_of_that_name"),
     "exit": ("gone = hostile_exit:Mixer", "import sys; sys.exit(3)", "SystemExit: 3"),
     "hard-exit": ("killed = hostile_hard_exit:Mixer", "import os; os._exit(7)", "ended with status 7"),
@@ -208,14 +208,14 @@ def test_doctor_reports_each_hostile_plugin_and_list_is_unaffected(isolated_site
     lines = doctor_result.stdout.splitlines()
     report_line_by_plugin = {
         name: lines[lines.index(f"{name} 1.0") + 1] for name in (*HOSTILE_PLUGINS, "refuses")
-    }  # each has one part
+    }  # each has one component
     for name, (_, _, reason) in HOSTILE_PLUGINS.items():
         state = r"broken: .*" + re.escape(reason) if reason else "ok$"
         assert re.search(rf"^  mixer .* {state}", report_line_by_plugin[name]), (name, report_line_by_plugin[name])
         assert (f"pip uninstall {name}" in doctor_result.stdout) == bool(reason)
     assert (
         " ok: imported, not tried: give me weights" in report_line_by_plugin["refuses"]
-    )  # whoever lacks what it needs is at fault
+    )  # the fault is that of the plugin whose requirement is missing
     assert " shadow:query " in report_line_by_plugin["shadow"]
     assert " twin-a:twin " in report_line_by_plugin["twin-a"]
     assert " twin-b:twin " in report_line_by_plugin["twin-b"]
@@ -253,7 +253,7 @@ def test_repository_plugin_installs_is_listed_and_passes_its_tests(package, isol
             exc_type=Exception,
         )
     shutil.copytree(PLUGINS_FOLDER / package, tmp_path / package)
-    isolated_site.install(tmp_path / package)
+    isolated_site.install_package(tmp_path / package)
     test_result = isolated_site.run("pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / package))
     assert test_result.returncode == 0, test_result.stdout
     rows = [
@@ -269,6 +269,6 @@ def test_repository_plugin_installs_is_listed_and_passes_its_tests(package, isol
 def test_tutorial_plugin_is_short_and_passes_its_checks(isolated_site, tmp_path):
     source_lines = (PLUGINS_FOLDER / "sca-hello" / "sca_hello.py").read_text().splitlines()
     assert len(source_lines) < 30
-    isolated_site.install(PLUGINS_FOLDER / "sca-hello")
+    isolated_site.install_package(PLUGINS_FOLDER / "sca-hello")
     result = isolated_site.run("sca", "check", "mixer", "hello")
     assert result.returncode == 0, result.stdout

@@ -1,4 +1,4 @@
-"""No command overwrites an input, what somebody else wrote, or another run that it was not told to replace."""
+"""No command overwrites its inputs, foreign files, or another run without --overwrite."""
 
 import json
 import os
@@ -15,7 +15,7 @@ BOX_ARGUMENTS = ("--box", "4,4,40,40")
 
 @pytest.fixture
 def caption_photos(run_sca, checkpoint, write_image, working_folder):
-    """`captioned("--out", "out")` captions the pictures of the folder photos."""
+    """`caption_photos("--out", "out")` captions the images of the folder `photos`."""
     for index in range(3):
         write_image(f"photos/{index}.png")
 
@@ -27,7 +27,7 @@ def caption_photos(run_sca, checkpoint, write_image, working_folder):
 
 @pytest.fixture
 def interrupted_run_folder(caption_photos, working_folder, monkeypatch):
-    """A folder out whose run was ended after two images."""
+    """A folder `out` whose run was interrupted after two images."""
     from sca.output.caption_journal import CaptionJournal
 
     add_to_journal, added_entries = CaptionJournal.add, []

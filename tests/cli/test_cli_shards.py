@@ -1,4 +1,4 @@
-"""Many pictures in shards: what one command does is what many processes do, and what is there is not made again."""
+"""Shards: one command and many processes write the same captions, and a resumed run skips finished shards."""
 
 import errno
 import io
@@ -26,7 +26,7 @@ BOX_ARGUMENTS = (
     "10,10,30,30",
     "--batch-size",
     "1",
-)  # so that all batches are equally large
+)  # all batches have the same size
 
 
 @pytest.mark.slow
@@ -43,7 +43,7 @@ def test_caption_in_shards_matches_unsharded_captions(run_sca, checkpoint, image
         [record for path in shard_files for record in read_jsonl(path)],
         read_jsonl(working_folder / "whole/captions.jsonl"),
     )
-    for record in unsharded_records:  # a worker has fewer threads, which may move the last bits
+    for record in unsharded_records:  # workers have fewer threads, which may change the last bits
         record |= {name: pytest.approx(record[name], rel=1e-4) for name in ("score", "predicted_iou")}
     assert sharded_records == unsharded_records
     assert len(result.err) == 3
@@ -75,7 +75,7 @@ def test_caption_in_shards_skips_finished_shards_and_rejects_other_options(
     assert other_options_result.status == 2
     assert 'contains another run (max_new_tokens: null there, "2" now)' in other_options_result.err[0]
     (working_folder / "parts/shard-00001.jsonl").unlink()
-    resumed_result = run_sca(*arguments, "--shard-size", 3, "--resume", "--batch-size", 2)  # neither changes a caption
+    resumed_result = run_sca(*arguments, "--shard-size", 3, "--resume", "--batch-size", 2)  # same captions
     assert resumed_result.status == 0
     assert resumed_result.err[0] == "sca: 1 of 2 shards are already captioned"
 
@@ -283,7 +283,7 @@ def test_sharded_run_with_missing_image_exits_with_1(run_sca, working_folder, mo
 
 @pytest.mark.slow
 def test_archive_is_one_shard_and_damaged_image_in_it_is_reported(run_sca, checkpoint, image_paths, working_folder):
-    (working_folder / "photos/broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    (working_folder / "photos/broken.jpg").write_bytes(b"\xff\xd8 not an image")
     with tarfile.open(working_folder / "set-7.tar", "w") as tar:
         for path in sorted((working_folder / "photos").iterdir()):
             tar.add(path, path.name)
@@ -428,7 +428,7 @@ def test_caption_on_ray_cluster_matches_unsharded_captions(run_sca, checkpoint, 
         "region_id",
         "caption",
         "box",
-    )  # other threads add up otherwise, which an untrained mask shows
+    )  # another number of threads changes the order of sums, which is visible in untrained masks
     assert [[line[key] for key in compared_fields] for line in sharded_records] == [
         [line[key] for key in compared_fields] for line in read_jsonl(working_folder / "whole/captions.jsonl")
     ]

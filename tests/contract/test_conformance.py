@@ -1,4 +1,4 @@
-"""Every registered part keeps the promises of its kind, and a part that breaks one is told which."""
+"""Conformance of all registered components, and of mutants, each of which fails one check."""
 
 import json
 import os
@@ -49,7 +49,7 @@ CHECKED_KINDS = (
 )
 
 
-VARIANT_OPTIONS = {  # options worth trying besides those that make a component tiny
+VARIANT_OPTIONS = {  # options to test in addition to those that make a component tiny
     "segmenters": {"sam": [{"hidden_size": 48}], "box": [{"hidden_size": 48}]},
     "mixers": {"query": [{"mask_pooling": True}]},
     "language_models": {
@@ -150,7 +150,7 @@ def test_conformance_checks_cover_every_kind_and_name_their_source():
         assert finding.source.startswith(("sca_registry.", "sca.", "plugins/"))
 
 
-# --- parts that are wrong on purpose --------------------------------------------------------------------------------
+# --- mutants: components with one error -----------------------------------------------------------------------------
 
 
 class ValidEncoder(nn.Module):
@@ -200,7 +200,7 @@ class BufferChangingEncoder(ValidEncoder):
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, pixels):
-        self.seen += 1
+        self.num_calls += 1
         return self.layer(pixels)
 
 
@@ -242,7 +242,7 @@ class EnvironmentChangingEncoder(ValidEncoder):
 
 
 class CudnnChangingEncoder(ValidEncoder):
-    """Sets the same value each time, so that nothing changes the second time."""
+    """Sets the same value each time, so that the second step changes nothing."""
 
     def __init__(self):
         super().__init__()
@@ -283,7 +283,7 @@ class ProposerOutsideImage:
 
 
 class ValidCaptioner:
-    """Says of a region how wide it is."""
+    """Captions a region with its width."""
 
     def caption(self, image, prompts, task="caption", num_beams=1):
         if task not in ("caption", "recognition"):
@@ -337,7 +337,7 @@ class ConstantEncoder(ValidEncoder):
 
 
 class BatchDependentSegmenter(BoxSegmenter):
-    """Fills the regions of an image up to the most of any image, and averages over them."""
+    """Pads the regions of an image to the maximum of the batch, and averages over the padding."""
 
     def forward(self, features, prompts, multimask_output=True):
         output = super().forward(features, prompts, multimask_output)
@@ -487,7 +487,7 @@ class ValidDataset:
 
 
 def make_region_changing_dataset(change_region):
-    """A dataset whose every region is `change(region)`."""
+    """A dataset whose every region is `change_region(region)`."""
 
     class RegionChangingDataset(ValidDataset):
         def change_sample(self, sample):
@@ -502,7 +502,7 @@ def convert_box_to_xywh(region):
 
 
 class Gray(ValidDataset):
-    def change(self, sample):
+    def change_sample(self, sample):
         return sample._replace(image=sample.image.convert("L"))
 
 

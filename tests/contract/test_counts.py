@@ -1,4 +1,4 @@
-"""What cards and the zoo say of sizes is what building gives."""
+"""Parameter counts in cards and in the zoo equal those of the built models."""
 
 import pytest
 import sca_registry
@@ -29,7 +29,7 @@ def test_card_parameters_match_the_built_component(kind, name):
 
 
 def test_published_model_has_the_parameter_counts_of_the_paper():
-    """Table of the paper: a text mixer of 19.1 M, 19.4 M trainable numbers with GPT-2 large."""
+    """Table of the paper: a text mixer of 19.1 M, 19.4 M trainable parameters with GPT-2 large."""
     report = sca.compose("sam-vit-h", "query", "gpt2-large", device="meta").summarize_parameters()
     counts = {line[:15].strip(): int(line[15:].split()[0].replace(",", "")) for line in report.splitlines()}
     assert counts["mixer"] == 19_086_464 + 8 * 256  # twelve layers and eight queries
@@ -42,7 +42,7 @@ def test_zoo_parameters_match_the_built_model(name):
     entry = zoo.get_entry(name)
     if entry.folder:
         model = sca.load(name)
-    else:  # a published one: a SAM ViT-H, the mixer of the paper, and one of two language models
+    else:  # a published model: a SAM ViT-H, the mixer of the paper, and one of two language models
         language_model = "open-llama-3b" if "llama" in name else "gpt2-large"
         model = sca.compose("sam-vit-h", "query", language_model, device="meta")
     assert count_parameters(model) == entry.parameters

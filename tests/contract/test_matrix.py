@@ -1,4 +1,4 @@
-"""Every encoder with every mixer and every family of language models: a step of training, and back from disk."""
+"""Combinations of encoders, mixers and language models: one training step, saving and loading."""
 
 import pytest
 import sca_registry
@@ -20,14 +20,14 @@ MIXER_OPTIONS = {
 }
 
 
-ENCODERS = (  # besides SAM's own, which has a folder with weights
+ENCODERS = (  # in addition to SAM's, which needs a folder of weights
     *("tiny-vit", "clip-vit-b-16", "siglip-b-16", "clip-rn50", "dinov2-vit-b-14", "dinov3-vit-b-16", "mae-vit-b-16"),
     *("samvit-b-16", "convnext-b", "swin-b", "hiera-b"),
 )
 
 
 def make_combination(encoder, mixer, family, lora):
-    """All are tried by `make test-all`; every encoder, mixer and family, at least once each way, by `make test`."""
+    """`make test-all` tests all combinations; `make test` tests every encoder, mixer and family at least once."""
     mixer_index, family_index = (
         list(MIXER_OPTIONS).index(mixer),
         list(LANGUAGE_MODEL_FAMILIES).index(family) % len(MIXER_OPTIONS),

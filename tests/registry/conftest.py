@@ -17,10 +17,10 @@ class PluginSite:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def install(
+    def install_distribution(
         self, name: str, entry_points: str, files: dict[str, str], version: str = "1.0", metadata: str = ""
     ) -> None:
-        """A distribution of that name, with the text of each of its files; `metadata` are further lines of METADATA."""
+        """Install a distribution with the given text files; `metadata` are additional lines of METADATA."""
         dist_info = f"{name.replace('-', '_')}-{version}.dist-info"
         self.write(f"{dist_info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{metadata}")
         self.write(f"{dist_info}/entry_points.txt", entry_points)
@@ -51,11 +51,11 @@ def plugin_site(tmp_path, monkeypatch):
 
 @pytest.fixture
 def isolated_registry(monkeypatch):
-    """What a test registers in code is forgotten after it."""
+    """Remove what a test registers in code after the test."""
     monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))
 
 
 @pytest.fixture
 def get_states():
-    """Name -> (state, reason) of a registry's listing."""
+    """Return name -> (state, reason) of a registry's list."""
     return lambda registry: {entry.name: (entry.state, entry.reason) for entry in registry.list_entries()}

@@ -1,4 +1,4 @@
-"""Source text of parts that plugins of these tests bring."""
+"""Source code of components in test plugins."""
 
 MIXER_SOURCE = """
     class Mean:

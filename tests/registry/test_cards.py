@@ -1,4 +1,4 @@
-"""The built-in cards tell the truth, as far as it can be told without building anything."""
+"""The built-in cards are correct, as far as this can be tested without building components."""
 
 from importlib.resources import files
 from itertools import chain

@@ -1,4 +1,4 @@
-"""Registries are those of catalogue: its methods work as anyone who knows it expects."""
+"""Registries derive from those of catalogue, whose methods work as documented there."""
 
 import catalogue
 import pytest
@@ -15,22 +15,24 @@ def test_registries_are_catalogue_registries():
 
 def test_register_works_as_a_decorator_and_with_a_function(isolated_registry):
     @metrics.register("length")
-    def length(): ...
+    def measure_length(): ...
 
-    def breadth(): ...
+    def measure_breadth(): ...
 
-    assert metrics.register("breadth", func=breadth) is breadth
-    assert metrics("depth", breadth) is breadth  # catalogue's short form
-    assert metrics.get("length") is length
+    assert metrics.register("breadth", func=measure_breadth) is measure_breadth
+    assert metrics("depth", measure_breadth) is measure_breadth  # catalogue's short form
+    assert metrics.get("length") is measure_length
     assert {"length", "breadth", "depth"} <= set(metrics.get_all())
     assert catalogue.check_exists("sca", "metrics", "length")
     with pytest.raises(RegistryError, match="already registered"):
-        metrics.register("class", func=breadth)
+        metrics.register("class", func=measure_breadth)
 
 
 def test_get_all_omits_broken_components_and_find_gives_the_reason(plugin_site):
-    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
-    plugin_site.install("rotten", "[sca_mixers]\nbad = rotten:Bad\n", {"rotten.py": "raise OSError('no disk')"})
+    plugin_site.install_distribution("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
+    plugin_site.install_distribution(
+        "rotten", "[sca_mixers]\nbad = rotten:Bad\n", {"rotten.py": "raise OSError('no disk')"}
+    )
     components = mixers.get_all()
     assert {"mean", "query"} <= set(components)
     assert "bad" not in components
@@ -41,7 +43,7 @@ def test_get_all_omits_broken_components_and_find_gives_the_reason(plugin_site):
 
 
 def test_find_returns_module_file_and_version_of_a_factory(plugin_site):
-    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
+    plugin_site.install_distribution("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
     info = mixers.find("mean")
     assert info["module"] == "shade"
     assert info["file"] == str(plugin_site.folder / "shade.py")
@@ -55,8 +57,10 @@ def test_find_returns_module_file_and_version_of_a_factory(plugin_site):
 
 
 def test_get_entry_points_returns_only_working_plugins(plugin_site):
-    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
-    plugin_site.install("rotten", "[sca_mixers]\nbad = rotten:Bad\n", {"rotten.py": "raise OSError('no disk')"})
+    plugin_site.install_distribution("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
+    plugin_site.install_distribution(
+        "rotten", "[sca_mixers]\nbad = rotten:Bad\n", {"rotten.py": "raise OSError('no disk')"}
+    )
     assert set(mixers.get_entry_points()) == {"mean"}
     assert mixers.get_entry_point("mean") is mixers.get("mean")
     assert mixers.get_entry_point("bad", "default") == "default"

@@ -1,4 +1,4 @@
-"""Names are read without importing anything, and a wrong one is answered with what there is."""
+"""Names are listed without imports, and errors about an unknown name list the available ones."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from sources import MIXER_SOURCE
 
 
 def list_imported_modules(statement: str, plugin_folder: str = "") -> set[str]:
-    """The modules that a fresh interpreter has after running `code`."""
+    """Return the modules that a new interpreter has imported after running `code`."""
     script = f"import sys; sys.path.insert(0, {plugin_folder!r})\n{statement}\nprint(*sys.modules, sep='\\n')"
     return set(
         subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
@@ -25,7 +25,7 @@ def test_registry_import_loads_no_heavy_modules():
 @pytest.mark.slow
 def test_registry_listing_imports_no_torch_plugin_or_factory(plugin_site):
     files = {"shade/__init__.py": "", "shade/parts.py": MIXER_SOURCE}
-    plugin_site.install("shade", "[sca_mixers]\nmean = shade.parts:Mean\n", files)
+    plugin_site.install_distribution("shade", "[sca_mixers]\nmean = shade.parts:Mean\n", files)
     script = (
         "import sca_registry\nfor r in sca_registry.REGISTRIES.values(): r.list_names(); r.list_entries(); 'x' in r"
     )
@@ -37,8 +37,8 @@ def test_registry_listing_imports_no_torch_plugin_or_factory(plugin_site):
 
 @pytest.mark.slow
 def test_registry_get_imports_only_the_module_of_the_component(plugin_site):
-    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
-    plugin_site.install("other", "[sca_mixers]\nelse = other:Mean\n", {"other.py": MIXER_SOURCE})
+    plugin_site.install_distribution("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
+    plugin_site.install_distribution("other", "[sca_mixers]\nelse = other:Mean\n", {"other.py": MIXER_SOURCE})
     modules = list_imported_modules("import sca_registry; sca_registry.mixers.get('mean')", str(plugin_site.folder))
     assert "shade" in modules
     assert not {"other", "torch"} & modules
@@ -85,14 +85,14 @@ def test_registry_contains_returns_false_for_invalid_names():
 
 def test_register_accepts_a_function_and_a_class(isolated_registry):
     @metrics.register("length")
-    def length():
+    def measure_length():
         """How long."""
 
     @metrics.register("breadth")
     class Breadth:
         pass
 
-    assert metrics.get("length") is length
+    assert metrics.get("length") is measure_length
     assert metrics.get("breadth") is Breadth
     assert {"length", "breadth"} <= set(metrics.list_names())
     assert metrics.load_entry("length").summary == "How long."
@@ -100,24 +100,25 @@ def test_register_accepts_a_function_and_a_class(isolated_registry):
 
 def test_register_rejects_a_second_registration_and_names_both_locations(isolated_registry):
     @metrics.register("twice")
-    def first():
+    def register_first():
         pass
 
     with pytest.raises(
-        RegistryError, match=r"'twice'.*first \(.*test_names\.py:\d+\).*second \(.*test_names\.py:\d+\)"
+        RegistryError,
+        match=r"'twice'.*register_first \(.*test_names\.py:\d+\).*register_second \(.*test_names\.py:\d+\)",
     ):
 
         @metrics.register("twice")
-        def second():
+        def register_second():
             pass
 
-    assert metrics.get("twice") is first
+    assert metrics.get("twice") is register_first
 
 
 def test_register_rejects_a_second_factory_defined_by_the_same_function(isolated_registry):
     def define_factory():
         @metrics.register("made")
-        def factory():
+        def make_metric():
             pass
 
     define_factory()

@@ -1,4 +1,4 @@
-"""Options are checked against the factory before the call, and what it built against the contract after it."""
+"""Options are checked before the call of a factory, and its result is checked against the contract."""
 
 from pathlib import Path
 
@@ -10,12 +10,14 @@ from sources import MIXER_SOURCE
 
 @pytest.fixture
 def install_mixer(plugin_site):
-    """Installs one mixer called `mine` from the source of its factory `make`."""
-    return lambda source: plugin_site.install("shade", "[sca_mixers]\nmine = shade:make\n", {"shade.py": source})
+    """Function that installs one mixer `mine` from the source of its factory `make`."""
+    return lambda source: plugin_site.install_distribution(
+        "shade", "[sca_mixers]\nmine = shade:make\n", {"shade.py": source}
+    )
 
 
 def test_build_lists_options_and_defaults_for_an_unknown_option(plugin_site):
-    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
+    plugin_site.install_distribution("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
     with pytest.raises(
         RegistryError, match=r"mixer 'mean' has no option 'dpeth'. Did you mean 'depth'\? .*: depth=1\."
     ):
@@ -23,7 +25,7 @@ def test_build_lists_options_and_defaults_for_an_unknown_option(plugin_site):
 
 
 def test_upstream_component_is_not_an_option(plugin_site):
-    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
+    plugin_site.install_distribution("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER_SOURCE})
     with pytest.raises(RegistryError, match="no option 'segmenter'"):
         mixers.build("mean", None, segmenter=2)
     assert list(mixers.load_entry("mean").options) == ["depth"]

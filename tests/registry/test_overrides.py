@@ -1,4 +1,4 @@
-"""One grammar for changing specs and recipes."""
+"""Assignments and overrides that change specs and recipes."""
 
 import json
 import string
@@ -44,7 +44,7 @@ def test_parse_assignment_reads_unquoted_names_as_strings(name):
     assert parse_assignment(f"mixer={name}") == (("mixer",), name)
 
 
-@settings(deadline=None)  # the first example imports the mixer, whose options tell what is text
+@settings(deadline=None)  # the first example imports the mixer, whose options determine which values are text
 @given(key_strategy, value_strategy)
 def test_apply_overrides_sets_an_option_and_changes_nothing_else(option, value):
     original_json = json.dumps(RECIPE)

@@ -1,4 +1,4 @@
-"""A model spec survives writing and reading, and refuses what cannot work before anything is built."""
+"""Model specs: round trips through files, and validation before any component is built."""
 
 import contextlib
 import json
@@ -155,7 +155,9 @@ MIXER_CARDS = """
 def shade_plugin(plugin_site):
     source = MIXER_SOURCE + "\n    class Wants(Mean):\n        requires = ('masks', 'grid')\n"
     files = {"shade/__init__.py": "", "shade/parts.py": source, "shade/mixers.toml": MIXER_CARDS}
-    plugin_site.install("shade", "[sca_mixers]\nlabel = shade:mixers.toml\nwants = shade.parts:Wants\n", files)
+    plugin_site.install_distribution(
+        "shade", "[sca_mixers]\nlabel = shade:mixers.toml\nwants = shade.parts:Wants\n", files
+    )
 
 
 def test_check_compatible_rejects_a_mixer_whose_needs_the_segmenter_does_not_provide(shade_plugin):
@@ -184,7 +186,7 @@ def test_check_compatible_considers_the_needs_of_options():
 
 def test_check_compatible_uses_the_default_segmenter_of_the_encoder(plugin_site, shade_plugin):
     encoder_source = "class Blind:\n    default_segmenter = 'box'\n"
-    plugin_site.install("blind", "[sca_encoders]\nblind = blind:Blind\n", {"blind.py": encoder_source})
+    plugin_site.install_distribution("blind", "[sca_encoders]\nblind = blind:Blind\n", {"blind.py": encoder_source})
     with pytest.raises(RegistryError, match="segmenter 'box' provides only boxes"):
         check_compatible(TINY_SPEC.apply_overrides(["encoder=blind", "mixer=masked"]))
     check_compatible(TINY_SPEC.apply_overrides(["encoder=blind", "mixer=query"]))
@@ -206,7 +208,7 @@ def test_model_spec_accepts_or_rejects_any_value_at_any_key(key_path, value):
     for key in key_path[:-1]:
         parent = parent[key]
     parent[key_path[-1]] = value
-    with contextlib.suppress(RegistryError):  # anything else is a traceback for a person's mistake
+    with contextlib.suppress(RegistryError):  # any other exception would be a traceback for a user error
         check_compatible(ModelSpec.from_dict(table))
 
 

@@ -12,7 +12,9 @@ def get_state(name):
 
 
 def test_plugin_state_is_unchecked_when_listed_and_checked_when_loaded(plugin_site, get_states):
-    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\nbad = shade:Absent\n", {"shade.py": MIXER_SOURCE})
+    plugin_site.install_distribution(
+        "shade", "[sca_mixers]\nmean = shade:Mean\nbad = shade:Absent\n", {"shade.py": MIXER_SOURCE}
+    )
     assert get_state("mean") == ("ok", "")
     assert get_state("bad")[0] == "broken"
     assert "Absent" in get_state("bad")[1]
@@ -25,7 +27,7 @@ def test_builtin_and_registered_components_have_state_ok(isolated_registry, get_
 
 
 def test_repaired_plugin_has_state_ok_again(plugin_site):
-    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": "1 / 0"})
+    plugin_site.install_distribution("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": "1 / 0"})
     assert get_state("mean")[0] == "broken"
     plugin_site.write("shade.py", MIXER_SOURCE)
     assert get_state("mean") == ("ok", "")
@@ -34,7 +36,9 @@ def test_repaired_plugin_has_state_ok_again(plugin_site):
 def test_registry_writes_no_files(plugin_site, tmp_path, monkeypatch):
     for environment_variable in ("SCA_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.setenv(environment_variable, str(tmp_path / "user"))
-    plugin_site.install("shade", "[sca_mixers]\nmean = shade:Mean\nbad = shade:Absent\n", {"shade.py": MIXER_SOURCE})
+    plugin_site.install_distribution(
+        "shade", "[sca_mixers]\nmean = shade:Mean\nbad = shade:Absent\n", {"shade.py": MIXER_SOURCE}
+    )
     mixers.build("mean", None)
     mixers.get_all()
     mixers.list_entries()
@@ -55,7 +59,7 @@ FAILING_FACTORY_SOURCE = "def Fragile(segmenter, size=1):\n    raise {error}\n"
     ],
 )
 def test_build_error_suggests_an_upgrade_only_for_faults_of_the_plugin(error, options, is_plugin_fault, plugin_site):
-    plugin_site.install(
+    plugin_site.install_distribution(
         "shade", "[sca_mixers]\nfragile = shade:Fragile\n", {"shade.py": FAILING_FACTORY_SOURCE.format(error=error)}
     )
     with pytest.raises(RegistryError, match=r"mixer 'fragile' of shade 1\.0 cannot be built") as caught:
@@ -70,21 +74,24 @@ def test_build_error_of_a_builtin_component_suggests_no_installation():
     assert "pip install" not in str(caught.value)
 
 
-EXTRA_METADATA = "Provides-Extra: clip\nRequires-Dist: {wanted}>=1; extra == 'clip'\n"
+EXTRA_METADATA = "Provides-Extra: clip\nRequires-Dist: {requirement}>=1; extra == 'clip'\n"
 CARD_WITH_EXTRA = "[mean]\nfactory = 'shade.parts:Mean'\nextra = 'clip'\n"
 
 
 @pytest.fixture
 def install_mixer_with_extra(plugin_site):
-    """Installs a mixer `mean` whose card names the extra `clip`, which asks for `wanted`."""
+    """Function that installs a mixer `mean` whose card names the extra `clip`, which requires `requirement`."""
 
-    def install(requirement, source):
+    def install_mixer(requirement, source):
         files = {"shade/__init__.py": "", "shade/parts.py": source, "shade/mixers.toml": CARD_WITH_EXTRA}
-        plugin_site.install(
-            "shade", "[sca_mixers]\nx = shade:mixers.toml\n", files, metadata=EXTRA_METADATA.format(wanted=requirement)
+        plugin_site.install_distribution(
+            "shade",
+            "[sca_mixers]\nx = shade:mixers.toml\n",
+            files,
+            metadata=EXTRA_METADATA.format(requirement=requirement),
         )
 
-    return install
+    return install_mixer
 
 
 @pytest.mark.parametrize("source", ["import nowhere_at_all", "def Mean(segmenter): import nowhere_at_all"])
@@ -97,7 +104,7 @@ def test_missing_extra_is_reported_with_its_install_command(source, install_mixe
 
 def test_missing_extra_without_metadata_is_detected_on_import(plugin_site, get_states):
     files = {"shade/__init__.py": "", "shade/parts.py": "import nowhere_at_all", "shade/mixers.toml": CARD_WITH_EXTRA}
-    plugin_site.install("shade", "[sca_mixers]\nx = shade:mixers.toml\n", files)
+    plugin_site.install_distribution("shade", "[sca_mixers]\nx = shade:mixers.toml\n", files)
     assert get_states(mixers)["mean"][0] == "unchecked"
     with pytest.raises(RegistryError, match="needs extra: clip"):
         mixers.get("mean")

@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Entries of the model zoo."""
 
 import re
 
