@@ -31,7 +31,7 @@ def run_with_hub(hub, tmp_path):
     """Run a command with or without a hub on loopback; return its output, its status and its requests."""
 
     def run(*command, online=True, **environment):
-        with hub.serving() as address:
+        with hub.run_server() as address:
             process_environment = {
                 **os.environ,
                 "HF_HOME": str(tmp_path / "cache"),

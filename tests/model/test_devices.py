@@ -271,7 +271,7 @@ def test_predictor_synchronizations_do_not_grow_with_regions(make_predictor, met
         predictor = make_predictor()
         syncs_per_run = []
         for num_regions in (2, 3, 12):  # the first also prepares what is kept of an image's size
-            with device.counted() as syncs:
+            with device.count_synchronizations() as syncs:
                 getattr(predictor, method)(make_box_prompts(num_regions))
             syncs_per_run.append(syncs)
     assert syncs_per_run[1] == syncs_per_run[2]
@@ -282,7 +282,7 @@ def test_predictor_adds_at_most_4_synchronizations_per_chunk(make_predictor):
         predictor, total_syncs = make_predictor(), []
         for regions_per_chunk in (6, 6, 3, 2):  # the first also prepares what is kept of an image's size
             predictor.engine.regions = regions_per_chunk
-            with device.counted() as syncs:
+            with device.count_synchronizations() as syncs:
                 predictor.predict(make_box_prompts(6))
             total_syncs.append(syncs.total())
     assert (
@@ -298,7 +298,7 @@ def test_everything_mode_synchronizations_do_not_grow_with_masks(make_predictor)
         options = replace(predictor.engine.everything, points_per_side=3, **thresholds)
         captions_and_syncs = []
         for box_nms_thresh in (1.0, 1.0, 0.0):
-            with device.counted() as syncs:
+            with device.count_synchronizations() as syncs:
                 captions = caption_everything(predictor, options=replace(options, box_nms_thresh=box_nms_thresh))
             captions_and_syncs.append((len(captions), syncs.total()))
     assert captions_and_syncs[1][0] > captions_and_syncs[2][0] > 0
@@ -312,7 +312,7 @@ def test_greedy_search_synchronizes_once_per_token(make_predictor):
         prefix = torch.randn(6, 3, language_model.hidden_size, device="cuda")
         total_syncs = []
         for num_tokens in (4, 5, 9):
-            with device.counted() as syncs:
+            with device.count_synchronizations() as syncs:
                 assert language_model.generate(prefix, num_tokens).sequences.shape[2] == num_tokens
             total_syncs.append(syncs.total())
     assert total_syncs[1] - total_syncs[0] == 1
@@ -326,7 +326,7 @@ def test_greedy_search_adds_no_synchronizations_when_captions_end(make_predictor
         total_syncs, num_ended = [], []
         for eos_token_ids in ([1], list(range(0, 720, 4))):
             language_model._resolve_special_tokens = lambda eos_token_ids=eos_token_ids: (0, eos_token_ids)
-            with device.counted() as syncs:
+            with device.count_synchronizations() as syncs:
                 ids = language_model.generate(prefix, 6).sequences[:, 0]
             total_syncs.append(syncs.total())
             num_ended.append(torch.isin(ids.cpu(), torch.tensor(eos_token_ids)).any(1).sum())
@@ -346,7 +346,7 @@ def test_training_step_synchronizations_do_not_grow_with_regions(mixer):
         syncs_per_step = []
         for num_regions in (3, 7):
             batch = make_batch(model, num_regions).to("cuda")
-            with device.counted() as syncs:
+            with device.count_synchronizations() as syncs:
                 model(batch).loss.backward()
             syncs_per_step.append(syncs)
     assert syncs_per_step[0] == syncs_per_step[1]
@@ -367,7 +367,7 @@ def test_pooling_synchronizations_do_not_grow_with_images(operation):
             masks = torch.rand(num_images, 4, 4, device="cuda")
             tokens, position = torch.randn(num_images, 3, 8, device="cuda"), torch.randn(8, 4, 4, device="cuda")
             regions = SegmenterOutput(image_index, features, 64, position[:, :1, :1], position, tokens, tokens)
-            with device.counted() as syncs:
+            with device.count_synchronizations() as syncs:
                 if operation == "pool_under_masks":
                     pool_under_masks(features, image_index, masks)
                 elif operation == "roi_align":
@@ -387,13 +387,13 @@ def test_chunked_backward_recomputes_with_the_same_random_numbers():
     with simulated_cuda() as device:
         model.to("cuda")
         batch = make_batch(model).to("cuda")
-        device.draws.clear()
+        device.random_tensor_sums.clear()
         output = model(batch, chunk_size=2)
-        num_draws = len(device.draws)
+        num_draws = len(device.random_tensor_sums)
         assert num_draws
         output.loss.backward()
-    assert len(device.draws) == 2 * num_draws
-    assert set(Counter(device.draws).values()) <= {2, 4, 6}
+    assert len(device.random_tensor_sums) == 2 * num_draws
+    assert set(Counter(device.random_tensor_sums).values()) <= {2, 4, 6}
 
 
 def test_adamw_step_does_not_synchronize_with_the_host(build_small_model):
@@ -404,7 +404,7 @@ def test_adamw_step_does_not_synchronize_with_the_host(build_small_model):
         batch = make_batch(model).to("cuda")
         model(batch).loss.backward()
         weight_before = model.projection[0].weight.detach().clone()
-        with device.counted() as syncs:
+        with device.count_synchronizations() as syncs:
             optimizer.step()
         assert not torch.equal(weight_before, model.projection[0].weight)
     assert not syncs
@@ -509,7 +509,7 @@ def test_simulated_device_counts_host_synchronizations():
             (0, lambda: values[values.argsort()] + 1),
             (0, lambda: values.masked_fill(values > 1, 0.0).sum()),
         ):
-            with device.counted() as syncs:
+            with device.count_synchronizations() as syncs:
                 operation()
             assert syncs.total() == num_syncs
     assert not torch.cuda.is_initialized()
