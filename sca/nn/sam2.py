@@ -54,6 +54,12 @@ def load_sam2_model(weights: str, revision: str | None = None) -> Sam2FamilyMode
         weights: Hub id or folder in transformers' format, of the image model or of the video model.
         revision: Revision of the hub id.
 
+    Returns:
+        The model of transformers.
+
+    Returns:
+        The model with its weights, in float32.
+
     Raises:
         InputError: The weights are those of another model or do not fit their configuration.
     """
@@ -73,6 +79,12 @@ def build_sam2_model(
         weights: Hub id or folder whose configuration is used if `config` is None.
         revision: Revision of the hub id.
         config: Fields that differ from the defaults of the configuration; `model_type` selects the model.
+
+    Returns:
+        The model of transformers.
+
+    Returns:
+        The model, in float32.
 
     Raises:
         ValueError: Neither `weights` nor `config` is set, or the model type is another one.
