@@ -172,10 +172,10 @@ INVALID_FILES = {
         json.dumps({**VALID_RECORD, "mask": masks.encode_rle(np.ones((2, 2), bool))}),
         "its size is [2, 2], the image's [3, 4]",
     ),
-    "images mixed": (
+    "interleaved images": (
         "a.jsonl",
         "\n".join(json.dumps({**VALID_RECORD, "image": name}) for name in "aba"),
-        "line 3: 'a' had records before",
+        "line 3: 'a' has records in several places; sort the records by image",
     ),
     "another kind": ("a.json", "{}", "a.json is not a captions file"),
     "no parquet": ("a.parquet", "PAR1", "is not a valid Parquet file"),
