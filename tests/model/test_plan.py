@@ -216,17 +216,17 @@ def test_plan_command_reports_what_fits_without_network_access(capsys, monkeypat
     )  # regions are computed in chunks and generated in pieces, so any number fits
     assert cli.run_command(["plan", "sca-tiny", "--gpu", "24"]) == 0
     assert "the workload fits; maximum regions per image: at least 16,384" in capsys.readouterr().out
-    for arguments, report in (
+    for arguments, message in (
         (["plan", "sca-tny"], "Did you mean 'sca-tiny'"),
         (["plan", "sca-tiny", "--gpu", "h20"], "Did you mean 'h200'"),
         (["plan", "sca-tiny", "--gpu", "-3"], "a number above 0"),
         (["plan", "sca-tiny", "--gpu", "inf"], "give a name"),
-        (["plan", "sca-tiny", "--dtype", "int8"], "no dtype 'int8'"),
+        (["plan", "sca-tiny", "--dtype", "int8"], "unknown dtype 'int8'. Choose from: float32"),
         (["plan", "tiny-vit+qury+gpt2"], "Did you mean 'query'"),
         (["plan", "sca-gpt2-large-vg"], "plan its components"),
     ):
         assert cli.run_command(arguments) == 2
-        assert report in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_plan_supports_inference_of_fully_trainable_models(small_model_table):
