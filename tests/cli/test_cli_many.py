@@ -139,7 +139,7 @@ def test_caption_lists_failed_images_in_last_line(run_sca, checkpoint, image_pat
         (working_folder / name).write_bytes(b"none")
     result = run_sca("caption", "photos", *BOX_ARGUMENTS, "--model", checkpoint, "--out", "out")
     assert result.status == 1
-    assert result.err[-1] == "sca: 12 of 14 done; not done: photos/a.png, photos/b.png"
+    assert result.err[-1] == "sca: 12 of 14 images captioned; not captioned: photos/a.png, photos/b.png"
 
 
 def test_convert_round_trips_captions_through_all_formats(run_sca, checkpoint, image_paths, working_folder):

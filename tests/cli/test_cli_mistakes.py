@@ -31,12 +31,12 @@ def model_arguments(checkpoint):
         ("--box", "1,2,3"): "a box is 4 numbers x1,y1,x2,y2 in pixels, not '1,2,3'",
         ("--point", "1"): "a point is x,y",
         ("--point", "1,2,7"): "is not 1 or 0",
-        ("--region", "bax=1,2,3,4"): "'bax' is no part of a region",
+        ("--region", "bax=1,2,3,4"): "'bax' is not a field of a region; write any of box=",
         ("--region", "mask=none.png"): "cannot read the mask none.png",
         ("--region", ""): "is empty",
         ("--prompts", "none.json"): "cannot read the prompts none.json",
         ("--prompts", "a.png"): "not UTF-8 text",
-        (): "no region to caption",
+        (): "no regions to caption; give --box, --point, --mask, --region or --prompts",
         (*BOX_ARGUMENTS, "--everything"): "--everything excludes --box",
         (*BOX_ARGUMENTS, "--prompts", "none.json"): "--prompts excludes --box",
         (*BOX_ARGUMENTS, "--points-per-side", 3): "--points-per-side can only be used with --everything",
@@ -46,13 +46,17 @@ def model_arguments(checkpoint):
         (*BOX_ARGUMENTS, "--top-p", 0.9): "--top-p can only be used with --do-sample",
         ("--everything", "--proposer", "gird"): "Did you mean 'grid'?",
         ("--everything", "--proposer", "grid 'points"): "proposer is 'NAME [key=value]...'",
-        ("--everything", "--caption-from", "boxes"): "no prompt to caption from 'boxes'",
+        (
+            "--everything",
+            "--caption-from",
+            "boxes",
+        ): "unknown prompt to caption from 'boxes'. Did you mean 'box'? Choose from: box-and-point, box, point.",
         (*BOX_ARGUMENTS, "--pred-iou-thresh", 0.5, "--min-area", 0.5): (
             "--pred-iou-thresh and --min-area can only be used with --everything"
         ),
         ("--everything", "--pred-iou-thresh", 2): "--pred-iou-thresh",
         ("--everything", "--points-per-side", 0): "--points-per-side",
-        (*BOX_ARGUMENTS, "--format", "png"): "--format png needs --out",
+        (*BOX_ARGUMENTS, "--format", "png"): "--format png requires --out; give an output folder",
         (*BOX_ARGUMENTS, "--out", "o", "--format", "pgn"): "Did you mean 'png'?",
         (*BOX_ARGUMENTS, "--out", "o", "--format", ""): "Choose from: jsonl, coco, parquet",
         (*BOX_ARGUMENTS, "--out", "-", "--format", "coco"): "--out - writes JSONL only",
@@ -162,7 +166,7 @@ def message_by_invalid_image(write_image, working_folder):
         "empty": "no images in empty",
         "cut.jpg": "truncated or damaged",
         "zero.png": "is empty (0 bytes)",
-        "text.png": "is not an image",
+        "text.png": "is not a readable image; convert it to JPEG or PNG",
         "lost.png": "no such file",
     }
 
@@ -211,7 +215,7 @@ def test_caption_exits_with_2_if_both_image_and_prompt_are_invalid(
     assert result.status == 2
     assert len(result.out.splitlines()) == 1
     assert [line.split()[1] for line in result.err] == ["small.png:", "bad.png", "1"]
-    assert result.err[-1] == "sca: 1 of 3 done; not done: small.png, bad.png"
+    assert result.err[-1] == "sca: 1 of 3 images captioned; not captioned: small.png, bad.png"
 
 
 def test_caption_keeps_earlier_results_when_every_image_is_invalid(

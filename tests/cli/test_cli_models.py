@@ -35,8 +35,8 @@ def replace_spec_text(content):
     ("model", "expected_message"),
     [
         ("sca-tniy", "Did you mean 'sca-tiny'?"),
-        ("no/such/folder", "no model named 'no/such/folder', and no folder there"),
-        ("./a.png", "a.png is a file, and a model is a folder"),
+        ("no/such/folder", "no model or folder named 'no/such/folder'. Choose from: "),
+        ("./a.png", "./a.png is a file; give a folder with spec.json and weights.safetensors"),
         ("a.png", "for the local path, write ./a.png"),
         (".", "has no spec.json"),
         ("./" + "x" * 300, "File name too long"),
@@ -49,7 +49,7 @@ def test_caption_rejects_names_and_paths_that_are_not_models(get_sca_error, writ
 @pytest.mark.parametrize("size", [0, 100, 100_000])
 def test_caption_rejects_truncated_weights(get_error_for_damaged_model, size):
     message = get_error_for_damaged_model(lambda folder: os.truncate(folder / "weights.safetensors", size))
-    assert message.startswith("model/weights.safetensors is broken")
+    assert message.startswith("model/weights.safetensors is damaged")
 
 
 def test_caption_rejects_checkpoint_without_weights(get_error_for_damaged_model):
@@ -79,7 +79,7 @@ def test_caption_names_the_file_of_an_invalid_spec(get_error_for_damaged_model, 
         ({"task_tokens": 3}, "task_tokens is (2, 2, 128)"),
         ({"segmenter": {"name": "box"}}, "use segmenter=sam"),
         ({"generation": {"num_beans": 3}}, "Did you mean 'num_beams'?"),
-        ({"color": "red"}, "a model has no 'color'"),
+        ({"color": "red"}, "unknown field 'color' of a model"),
     ],
     ids=str,
 )
@@ -94,7 +94,7 @@ def test_caption_names_package_of_missing_plugin_as_unverified_claim(get_error_f
     def replace_mixer_by_plugin(folder):
         change_spec(mixer={"name": "their-mixer"})(folder)
         origin = json.loads((folder / "origin.json").read_text())
-        origin["parts"]["mixer"] = {"name": "their-mixer", "distribution": "their-package", "version": "1.2"}
+        origin["components"]["mixer"] = {"name": "their-mixer", "distribution": "their-package", "version": "1.2"}
         (folder / "origin.json").write_text(json.dumps(origin))
 
     message = get_error_for_damaged_model(replace_mixer_by_plugin)
@@ -109,7 +109,7 @@ def test_caption_names_package_of_missing_plugin_as_unverified_claim(get_error_f
 def test_caption_does_not_print_invalid_plugin_package_name(get_error_for_damaged_model, package):
     def set_package_name(folder):
         change_spec(mixer={"name": "their-mixer"})(folder)
-        origin = {"parts": {"mixer": {"name": "their-mixer", "distribution": package, "version": "1"}}}
+        origin = {"components": {"mixer": {"name": "their-mixer", "distribution": package, "version": "1"}}}
         (folder / "origin.json").write_text(json.dumps(origin))
 
     assert "claims" not in get_error_for_damaged_model(set_package_name)

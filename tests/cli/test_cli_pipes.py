@@ -123,12 +123,24 @@ def test_view_and_score_read_stdin(run_sca, write_image, working_folder):
 @pytest.mark.parametrize(
     ("arguments", "expected_message"),
     [
-        (("caption", "-", "-", *BOX_ARGUMENTS), "/dev/stdin is named 2 times"),
-        (("caption", "-", "--prompts", "/dev/stdin"), "/dev/stdin is named 2 times"),
-        (("caption", "-", *BOX_ARGUMENTS, "--launcher", "local", "--out", "out"), "--launcher needs files"),
-        (("caption", "-", *BOX_ARGUMENTS, "--resume", "--out", "out"), "--resume needs files"),
-        (("compare", "-", "-"), "/dev/stdin is named 2 times"),
-        (("view", "-", "-"), "/dev/stdin is named 2 times"),
+        (
+            ("caption", "-", "-", *BOX_ARGUMENTS),
+            "/dev/stdin is given 2 times, but a pipe can be read only once; save it to a file",
+        ),
+        (
+            ("caption", "-", "--prompts", "/dev/stdin"),
+            "/dev/stdin is given 2 times, but a pipe can be read only once; save it to a file",
+        ),
+        (
+            ("caption", "-", *BOX_ARGUMENTS, "--launcher", "local", "--out", "out"),
+            "--launcher requires files, but /dev/stdin can be read only once; save it to a file",
+        ),
+        (
+            ("caption", "-", *BOX_ARGUMENTS, "--resume", "--out", "out"),
+            "--resume requires files, but /dev/stdin can be read only once; save it to a file",
+        ),
+        (("compare", "-", "-"), "/dev/stdin is given 2 times, but a pipe can be read only once; save it to a file"),
+        (("view", "-", "-"), "/dev/stdin is given 2 times, but a pipe can be read only once; save it to a file"),
     ],
 )
 def test_commands_reject_pipes_that_would_be_read_twice(get_sca_error, working_folder, arguments, expected_message):

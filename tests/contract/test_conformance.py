@@ -147,7 +147,7 @@ def test_conformance_checks_cover_every_kind_and_name_their_source():
     assert {kind for each in CHECKS for kind in each.kinds} == set(COMPONENT_KINDS)
     for finding in check_component("mixer", "query", depth=1, mlp_dim=32):
         assert finding.expected.endswith("."), finding
-        assert finding.source.startswith(("sca_registry.", "sca.", "plugins/"))
+        assert finding.source.startswith(("sca_registry.", "sca.", "docs/plugins.md"))
 
 
 # --- mutants: components with one error -----------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def test_published_model_has_the_parameter_counts_of_the_paper():
     report = sca.compose("sam-vit-h", "query", "gpt2-large", device="meta").summarize_parameters()
     counts = {line[:15].strip(): int(line[15:].split()[0].replace(",", "")) for line in report.splitlines()}
     assert counts["mixer"] == 19_086_464 + 8 * 256  # twelve layers and eight queries
-    assert report.endswith("19,432,832 train")
+    assert report.endswith("19,432,832 trainable")
 
 
 @pytest.mark.parametrize("name", zoo.list_names())

@@ -207,7 +207,7 @@ def open_world(folder, sam_folder):
     """Create a world and serve its Hub; a context manager. sam_folder: weights of a tiny SAM."""
     hub = Hub()
     create_files(folder, sam_folder, hub)
-    with hub.serving() as address:
+    with hub.run_server() as address:
         world = DocumentEnvironment(folder, address)
         try:
             yield world
