@@ -50,7 +50,7 @@ def model_arguments(checkpoint):
             "--everything",
             "--caption-from",
             "boxes",
-        ): "unknown prompt to caption from 'boxes'. Did you mean 'box'? Choose from: box-and-point, box, point.",
+        ): "unknown --caption-from 'boxes'. Did you mean 'box'? Choose from: ",
         (*BOX_ARGUMENTS, "--pred-iou-thresh", 0.5, "--min-area", 0.5): (
             "--pred-iou-thresh and --min-area can only be used with --everything"
         ),
