@@ -132,7 +132,7 @@ def test_labelme_reader_reads_a_linestrip_as_its_box_and_counts_it():
         (make_shape(points=[[0, 0], [9, 9], [1e9, 0]]), "a polygon that cannot be read: has a point far outside"),
         (make_shape("mask", [[1, 1], [2, 2]]), "a mask that cannot be read: 'mask': base64 text, not None"),
         (make_shape("mask", [[1, 1], [2, 2]], mask="!"), "'mask' is not base64"),
-        (make_shape("mask", [[1, 1], [2, 2]], mask="QUJD"), "'mask' is not an image"),
+        (make_shape("mask", [[1, 1], [2, 2]], mask="QUJD"), "'mask' is not a readable image; convert it"),
         (
             make_shape("mask", [[39, 1], [41, 2]], mask=encode_png(np.ones((2, 3), bool))),
             "reaches outside the image of 40 x 20",

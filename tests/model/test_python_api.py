@@ -45,7 +45,7 @@ def test_compose_and_captioners_reject_unknown_devices(device):
 def test_load_and_save_accept_dtype_names(model, tmp_path):
     assert sca.load("sca-tiny", dtype="float16").task_tokens.dtype == torch.float16
     sca.save(model, tmp_path / "model", dtype="bfloat16")
-    with pytest.raises(ValueError, match=r"no dtype 'f16'\. Did you mean 'float16'"):
+    with pytest.raises(ValueError, match=r"unknown dtype 'f16'\. Did you mean 'float16'"):
         sca.save(model, tmp_path / "other", dtype="f16")
     assert not (tmp_path / "other").exists()
 
@@ -54,10 +54,10 @@ def test_load_and_save_accept_dtype_names(model, tmp_path):
     ("source", "message"),
     [
         ("a+b+c", r"'a\+b\+c' names components, .*; build a model with sca.compose\('a', 'b', 'c'\), or give"),
-        ("sam-vit-b+blip-base", r"open it with sca.load_captioner\('sam-vit-b\+blip-base'\)"),
+        ("sam-vit-b+blip-base", r"names an encoder and a captioner; use sca.load_captioner\('sam-vit-b\+blip-base'\)"),
         (5, "the model is of type int; give a zoo name, a folder or a hub id"),
         (None, "the model is of type NoneType; give a zoo name"),
-        ("runs/a+b/model", "no model named 'runs/a\\+b/model'"),
+        ("runs/a+b/model", "no model or folder named 'runs/a\\+b/model'"),
     ],
 )
 def test_load_rejects_sources_that_are_not_checkpoints(source, message):
@@ -69,9 +69,9 @@ def test_save_and_build_reject_wrong_argument_types(model, tmp_path):
         lambda: sca.save(sca.Predictor(model), tmp_path), "type Predictor cannot be saved; give a model"
     )
     assert_one_line_error(
-        lambda: sca.build("a+b+c"), r"the spec is of type str; give a sca.ModelSpec, such as sca.ModelSpec.parse"
+        lambda: sca.build("a+b+c"), r"the spec is of type str; give an sca.ModelSpec, such as sca.ModelSpec.parse"
     )
-    assert_one_line_error(lambda: sca.build(model), "the spec is of type SegmentCaptioner; give a sca.ModelSpec")
+    assert_one_line_error(lambda: sca.build(model), "the spec is of type SegmentCaptioner; give an sca.ModelSpec")
 
 
 class UnregisteredMixer(torch.nn.Module):
@@ -90,7 +90,7 @@ class UnregisteredMixer(torch.nn.Module):
         (
             ("tiny-vit", UnregisteredMixer(), "tiny-gpt2"),
             {},
-            r"the mixer is of type Unregistered; give its name; register",
+            r"the mixer is of type UnregisteredMixer; give its name; register",
         ),
         (COMPONENT_NAMES, {"lora": {"r": 8}}, "unknown option lora.r. Did you mean 'rank'"),
         (COMPONENT_NAMES, {"lora": {"lora_alpha": 8}}, "Did you mean 'alpha'"),
