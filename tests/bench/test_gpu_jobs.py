@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerator import simulated_cuda
+from simulated_cuda import simulated_cuda
 
 pytestmark = pytest.mark.slow
 

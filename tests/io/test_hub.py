@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub import HEAD_COMMIT, Hub
+from fake_hub import HEAD_COMMIT, Hub
 
 pytestmark = pytest.mark.slow
 

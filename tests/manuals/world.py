@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sca_registry
 import torch
-from hub import Hub
+from fake_hub import Hub
 from pages import ROOT
 from PIL import Image
 from sca_registry.spec import ModelSpec
@@ -43,7 +43,10 @@ SKIPPED_LINES = (  # pattern, reason
         r"^pip install -c constraints.txt ",
         "tests/test_package.py installs the package; test_manuals.py checks extras",
     ),
-    (r"^sca doctor --fix", "it would change the environment of the tests; tests/test_repair.py repairs a folder"),
+    (
+        r"^sca doctor --fix",
+        "it would change the environment of the tests; tests/test_torchvision_fix.py repairs a folder",
+    ),
     (r"--use_fsdp", "FSDP of accelerate requires a GPU; tests/training shards with gloo"),
     (r"^sca bench run throughput ", "takes hours on a CPU; tests/bench runs small sweeps"),
     (r"mmdet|rtmdet", "requires weights of MMDetection; the tests of the plugin use small ones"),

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import sca_registry
 import torch
-from accelerator import simulated_cuda
 from PIL import Image
 from sca_registry.contracts import Batch, MaskTargets, Prompt, PromptBatch, SegmenterOutput
 from sca_registry.spec import ModelSpec
+from simulated_cuda import simulated_cuda
 from tiny import LANGUAGE_MODEL_FAMILIES, make_tiny_config
 from torch import nn
 

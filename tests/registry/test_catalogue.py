@@ -2,8 +2,8 @@
 
 import catalogue
 import pytest
+from plugin_sources import MIXER_SOURCE
 from sca_registry import REGISTRIES, RegistryError, metrics, mixers
-from sources import MIXER_SOURCE
 
 
 def test_registries_are_catalogue_registries():

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from plugin_sources import MIXER_SOURCE
 from sca_registry import RegistryError, datasets, mixers
 from sca_registry.options import REQUIRED, check_options, is_text_option
-from sources import MIXER_SOURCE
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Plugins are found by metadata and identified, and a broken one does not affect the others."""
 
 import pytest
+from plugin_sources import MIXER_SOURCE
 from sca_registry import RegistryError, mixers, refresh_plugins
-from sources import MIXER_SOURCE
 
 MIXER_CARDS = """
     [soft]

@@ -7,10 +7,10 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plugin_sources import MIXER_SOURCE
 from sca_registry import RegistryError
 from sca_registry.compatibility import check_compatible
 from sca_registry.spec import ComponentSpec, ModelSpec
-from sources import MIXER_SOURCE
 
 TINY_SPEC = ModelSpec.parse("tiny-vit+query+tiny-gpt2")
 

@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from plugin_sources import MIXER_SOURCE
 from sca_registry import REGISTRIES, RegistryError, encoders, get_registry, language_models, metrics, mixers, segmenters
-from sources import MIXER_SOURCE
 
 
 def list_imported_modules(statement: str, plugin_folder: str = "") -> set[str]:
@@ -105,7 +105,7 @@ def test_register_rejects_a_second_registration_and_names_both_locations(isolate
 
     with pytest.raises(
         RegistryError,
-        match=r"'twice'.*register_first \(.*test_names\.py:\d+\).*register_second \(.*test_names\.py:\d+\)",
+        match=r"'twice'.*register_first \(.*test_lookup\.py:\d+\).*register_second \(.*test_lookup\.py:\d+\)",
     ):
 
         @metrics.register("twice")

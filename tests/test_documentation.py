@@ -42,7 +42,7 @@ def iter_measured_facts():
     yield f"class accuracy {street['scores']['class/accuracy']:.1%}"
     published = json.loads((RESULTS / "published-comparison/results.json").read_text("utf-8"))["rows"]
     captions, training = (row["ours"] / row["reference"] for row in published[:2])
-    yield f"captions {captions:.2f}x with identical token ids; training step {training:.2f}x"
+    yield f"captioning {captions:.2f}x faster, with identical token ids; training step {training:.2f}x faster"
     serving = json.loads((RESULTS / "serving-throughput/results.json").read_text("utf-8"))["multiple_clients"]
     yield f"{serving['requests_per_second']:.0f} responses per second"
 

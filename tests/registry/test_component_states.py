@@ -1,8 +1,8 @@
 """The state of a component: metadata when it is listed, an import when it is described."""
 
 import pytest
+from plugin_sources import MIXER_SOURCE
 from sca_registry import RegistryError, mixers
-from sources import MIXER_SOURCE
 
 
 def get_state(name):
