@@ -287,47 +287,47 @@ def test_collect_origin_records_the_git_commit(build_small_model):
 SAVE_AND_KILL_SCRIPT = """
 import os, random, signal, sys, time
 import torch
-from conftest import PARTS
+from conftest import SMALL_MODEL_SPEC
 from sca_registry.spec import ModelSpec
 from sca.builder import build
 from sca import load, save
 
-folder, kills = sys.argv[1], int(sys.argv[2])
-model, draw = build(ModelSpec.from_dict(PARTS)), random.Random(7)
+folder, num_kills = sys.argv[1], int(sys.argv[2])
+model, rng = build(ModelSpec.from_dict(SMALL_MODEL_SPEC)), random.Random(7)
 
-def saved(number):
+def save_filled(value):
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(number)
+            parameter.fill_(value)
     save(model, folder)
 
-def found():
-    "The number of the checkpoint, every tensor of which holds the same."
-    (number,) = {value for each in load(folder).parameters() for value in each.detach().unique().tolist()}
-    return number
+def read_value():
+    "Return the value of all tensors of the checkpoint."
+    (value,) = {each for p in load(folder).parameters() for each in p.detach().unique().tolist()}
+    return value
 
 start = time.perf_counter()
-saved(0)
-longest = 3 * (time.perf_counter() - start)
-for kill in range(kills):
-    start = found()
+save_filled(0)
+max_delay = 3 * (time.perf_counter() - start)
+for kill in range(num_kills):
+    start = read_value()
     pid = os.fork()
     if pid == 0:
-        number = start
+        value = start
         while True:
-            number += 1
-            saved(number)
-    time.sleep(draw.uniform(0, longest))
+            value += 1
+            save_filled(value)
+    time.sleep(rng.uniform(0, max_delay))
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL, status
-    assert found() >= start
-    longest *= 1.5 if found() == start else 0.7  # about as often before the end of the first save as after it
-print("whole after every kill, saves:", found())
+    assert read_value() >= start
+    max_delay *= 1.5 if read_value() == start else 0.7  # about as often before the end of the first save as after it
+print("complete after every kill, saves:", read_value())
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is not available")
 @pytest.mark.parametrize("num_kills", [5, pytest.param(300, marks=pytest.mark.all)])
 @pytest.mark.slow
 def test_save_killed_at_random_times_leaves_a_complete_checkpoint(tmp_path, num_kills):
@@ -337,8 +337,8 @@ def test_save_killed_at_random_times_leaves_a_complete_checkpoint(tmp_path, num_
     command = [sys.executable, "-c", SAVE_AND_KILL_SCRIPT, str(tmp_path / "model"), str(num_kills)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "whole after every kill" in result.stdout
-    assert not result.stdout.rstrip().endswith(" 0.0"), "no save ever came to its end"
+    assert "complete after every kill" in result.stdout
+    assert not result.stdout.rstrip().endswith(" 0.0"), "no save was completed"
 
 
 def is_complete_checkpoint(folder):

@@ -1,4 +1,4 @@
-"""Operations that a GPU rejects or that synchronize it with the host; the device is simulated by `accelerator`."""
+"""Operations that a GPU rejects or that synchronize it with the host; the device is simulated by `simulated_cuda`."""
 
 from collections import Counter
 from dataclasses import replace

@@ -164,11 +164,11 @@ def test_add_lora_rejects_target_modules_missing_from_blocks(save_language_model
         HfLanguageModel(str(save_language_model("llama"))).add_lora(2, 4, target_modules=target_modules)
 
     add_lora("q_proj", "down_proj")
-    with pytest.raises(ValueError, match=r"no layer named 'q_prj'. choose from the linear layers.*q_proj \(2\)"):
+    with pytest.raises(ValueError, match=r"no layer named 'q_prj'; choose from the linear layers.*q_proj \(2\)"):
         add_lora("q_proj", "q_prj")
     model = HfLanguageModel(str(save_language_model("llama")))
     model.model.model.layers[1].self_attn.k_proj = torch.nn.Identity()
-    with pytest.raises(ValueError, match="only 1 of 2 blocks have a 'k_proj'"):
+    with pytest.raises(ValueError, match="only 1 of 2 blocks have a layer 'k_proj'"):
         model.add_lora(2, 4, target_modules=["q_proj", "k_proj"])
 
 

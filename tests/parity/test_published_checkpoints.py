@@ -227,9 +227,15 @@ def write_malicious_pickle(folder):
         (truncate_weights, "cannot be read"),
         (write_malicious_pickle, "contains more than tensors"),
         (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "sca"}'), "not that of a published model"),
-        (damage_config(architectures=["ScaModel"]), "no model is called 'ScaModel'"),
-        (damage_config(mask_caption_decoder_config={"num_caption_heads": 3}), "num_caption_heads is 3, and only 1"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "sca"}'),
+            "not the configuration of a published",
+        ),
+        (damage_config(architectures=["ScaModel"]), "unknown architecture 'ScaModel'. Choose from: Sca"),
+        (
+            damage_config(mask_caption_decoder_config={"num_caption_heads": 3}),
+            "num_caption_heads is 3, but only 1 is",
+        ),
         (damage_config(text_config={"n_embd": 64}), r"c_attn\.bias is \(96,\) and the config\.json requires \(192,\)"),
         (damage_tensors(lambda tensors: tensors.pop("language_project.bias")), r"missing projection\.0\.bias"),
         (damage_tensors(lambda tensors: tensors.update(more=torch.zeros(1))), "unexpected more"),
