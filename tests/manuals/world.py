@@ -45,7 +45,7 @@ SKIPPED_LINES = (  # pattern, reason
     ),
     (
         r"^sca doctor --fix",
-        "it would change the environment of the tests; tests/test_torchvision_fix.py repairs a folder",
+        "it would change the environment; tests/test_torchvision_fix.py repairs a folder",
     ),
     (r"--use_fsdp", "FSDP of accelerate requires a GPU; tests/training shards with gloo"),
     (r"^sca bench run throughput ", "takes hours on a CPU; tests/bench runs small sweeps"),
