@@ -276,7 +276,7 @@ def _evaluate_protocol(
         prompting = replace(prompting, generation={**protocol_run.generation, **parsed_options["generation"]})
         proposer_name = proposer or protocol_run.proposer if protocol_run.proposer else None
         proposer_table = {"name": proposer_name, **parsed_options["proposer"]} if proposer_name else None
-        dataset_table = {"name": protocol_run.dataset, **protocol_run.options, **parsed_options["dataset"]}
+        dataset_table = {"name": protocol_run.dataset, **protocol_run.dataset_options, **parsed_options["dataset"]}
         folder = out and out / protocol_run.name
         reports.append(
             _evaluate_with_progress(

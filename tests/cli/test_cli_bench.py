@@ -70,7 +70,7 @@ def test_bench_row_reproduces_scores_of_a_sweep_row(run_sca, sweep_file, working
         (("run", "smok"), "Did you mean 'smoke'?"),
         (("run", "smoke", "worker=2"), "Did you mean 'num_workers'?"),
         (("run", "smoke", "--launcher", "locl"), "Did you mean 'local'?"),
-        (("run", "smoke", "--retry-state", "broken"), "no state 'broken'"),
+        (("run", "smoke", "--retry-state", "broken"), "unknown state 'broken'"),
         (("run", "smoke", "--device", "gpu"), "device 'gpu' is not available"),
         (("report", "nowhere"), "no results in nowhere; run sca bench run SWEEP --out nowhere"),
         (("row", "{"), "the configuration is not valid JSON"),
