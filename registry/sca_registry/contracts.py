@@ -8,13 +8,19 @@ Shape legend:
     B: images in a batch.
     N: regions over the whole batch.
     P: points per region.
+    P': prompt tokens per region.
+    T: output tokens of the mask decoder per region.
     M: candidate masks per region.
+    C: channels of the encoder's features.
     D: hidden size of the segmenter.
     Q: queries per region.
     K: prefix length of the language model (task tokens and queries).
     E: hidden size of the language model.
+    G: ground-truth captions in a batch.
+    R: generated captions per region.
     L: tokens of the longest caption.
     V: vocabulary size.
+    F: summands per row of a metric.
     S: side of the square input frame in pixels.
     h, w: height and width of the feature grid (S divided by the encoder's stride).
 
@@ -70,7 +76,7 @@ class _TensorRows:
         return self._map_tensors(lambda value: value[rows])
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move every tensor as `Tensor.to` does; a dtype applies to floating-point fields only."""
+        """Move every tensor like `Tensor.to`; a dtype applies to floating-point fields only."""
         return self._map_tensors(lambda value: _move_tensor(value, args, kwargs))
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
@@ -87,8 +93,8 @@ def _move_tensor(value: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 class PromptBatch(_TensorRows):
     """Prompts of N regions in pixels of the S x S input frame.
 
-    A batch is homogeneous: every row has the same kinds of prompt and the same number of points. The Processor groups
-    mixed requests, so prompts are never padded: SAM's attention is unmasked, and its label -1 is a learned token.
+    A batch is homogeneous: every row has the same kinds of prompt and the same number of points. Mixed requests are
+    grouped, never padded, because SAM has no attention mask and treats label -1 as a learned token.
     """
 
     image_index: Tensor  # (N,) long, sorted: the image of each region
@@ -127,7 +133,7 @@ class SegmenterOutput:
 class GenerationOutput(NamedTuple):
     """Generated token ids without the prefix, and their scores."""
 
-    sequences: Tensor  # (N, R, T) R captions per region, best first, filled with EOS or padding after their end
+    sequences: Tensor  # (N, R, L) R captions per region, best first, filled with EOS or padding after their end
     scores: Tensor  # (N, R) mean log-probability per token, EOS included
 
 
@@ -142,20 +148,20 @@ class MaskTargets(_TensorRows):
 
 @dataclass
 class Batch:
-    """Images, N prompts and, for training, M captions. Exactly one of `pixel_values` and `features` is set."""
+    """Images, N prompts and, for training, G captions. Exactly one of `pixel_values` and `features` is set."""
 
     prompts: PromptBatch
-    task_ids: Tensor  # (M,) 0 recognition, 1 caption
+    task_ids: Tensor  # (G,) 0 recognition, 1 caption
     pixel_values: Tensor | None = None  # (B, 3, S, S)
     features: Tensor | None = None  # (B, C, h, w)
-    input_ids: Tensor | None = None  # (M, L) caption tokens and EOS, padded on the right
-    attention_mask: Tensor | None = None  # (M, L) 1 for caption tokens and EOS, 0 for padding
-    region_index: Tensor | None = None  # (M,) prompt of each caption; None: one caption per prompt, in order
+    input_ids: Tensor | None = None  # (G, L) caption tokens and EOS, padded on the right
+    attention_mask: Tensor | None = None  # (G, L) 1 for caption tokens and EOS, 0 for padding
+    region_index: Tensor | None = None  # (G,) prompt of each caption; None: one caption per prompt, in order
     targets: MaskTargets | None = None
     auxiliary_targets: dict[str, Tensor] = field(default_factory=dict)  # (N, ...) targets of auxiliary losses
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
-        """Move every tensor as `Tensor.to` does."""
+        """Move every tensor like `Tensor.to`."""
 
         def move(value: Any) -> Any:
             if isinstance(value, dict):
@@ -257,8 +263,8 @@ class MetricOutput(NamedTuple):
         per_record: Arrays with one row per judged unit (a record, a region or a pair), with `image_id` and `region_id`
             to identify it. An array named like a score has that score as its mean over the rows that are not NaN,
             unless `statistics` contains the score.
-        statistics: For a score that is not a mean: the summands of each row, (rows, F), and a function that maps summed
-            rows (..., F) to scores (...). The bootstrap resamples rows with it.
+        statistics: For a score that is not a mean: (summands per row of shape (rows, F), function from summed summands
+            (..., F) to the score (...)). The bootstrap resamples rows with it.
         notes: Reasons why a score is NaN, by the name of the score.
     """
 
@@ -312,7 +318,7 @@ class Segmenter(Protocol):
         Args:
             features: (B, C, h, w) features of the encoder.
             prompts: N prompts.
-            multimask_output: Return three masks per region instead of one.
+            multimask_output: Return all candidate masks of each region (three for SAM) instead of one.
 
         Returns:
             Masks, scores and tokens of the N regions.
@@ -323,8 +329,9 @@ class Segmenter(Protocol):
 class Mixer(Protocol):
     """Feature mixer, built by `factory(segmenter, **options)`: it turns regions into queries for the language model.
 
-    A mixer may have a method `prepare_images(image_embeddings, positional_encoding)` that computes what all regions of
-    an image share, from (B, D, h, w) and (D, h, w). Its result is then passed to the mixer as a second argument.
+    A mixer may have a method `prepare_images(image_embeddings, positional_encoding)` that computes tensors that all
+    regions of an image share, from (B, D, h, w) and (D, h, w). Its result is then passed to the mixer as a second
+    argument.
 
     Attributes:
         hidden_size: Width D of the queries.
@@ -353,7 +360,7 @@ class Tokenizer(Protocol):
     eos_token_id: int
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
-        """Return at most `max_length` ids that end with EOS and have no BOS, which the visual prefix replaces."""
+        """Return at most `max_length` ids that end with EOS; no BOS, because the visual prefix takes its place."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text up to EOS."""
