@@ -73,7 +73,7 @@ class SegmentationModel(nn.Module):
         Args:
             features: (B, C, h, w) features of `encode`.
             prompts: N prompts in pixels of the input frame.
-            multimask_output: Return three masks per region instead of one.
+            multimask_output: Return all candidate masks of each region (three for SAM) instead of one.
 
         Returns:
             Masks, scores and tokens of the N regions.
@@ -184,7 +184,7 @@ class SegmentCaptioner(SegmentationModel):
         logits = None
         if batch.input_ids is not None:
             assert batch.attention_mask is not None  # of the tokens
-            caption_queries = queries if batch.region_index is None else queries[batch.region_index]  # (M, Q, D)
+            caption_queries = queries if batch.region_index is None else queries[batch.region_index]  # (G, Q, D)
             hidden_states = self._compute_token_states(
                 self.build_prefix(caption_queries, batch.task_ids), batch.input_ids, batch.attention_mask, chunk_size
             )
@@ -223,7 +223,7 @@ class SegmentCaptioner(SegmentationModel):
     def _compute_token_states(
         self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor, chunk_size: int
     ) -> Tensor:
-        """Return the state that predicts each caption token: (M, K, E) and (M, L) -> (W, E), in caption order."""
+        """Return the state that predicts each caption token: (G, K, E) and (G, L) -> (W, E), in caption order."""
         # tensors are arguments of the checkpointed function: `checkpoint` preserves the RNG state only of the devices
         # of its arguments
 
@@ -241,12 +241,12 @@ class SegmentCaptioner(SegmentationModel):
         """Compute the hidden states that predict the tokens of captions.
 
         Args:
-            prefix: (M, K, E) prefixes.
-            input_ids: (M, L) caption tokens and EOS, padded on the right.
-            attention_mask: (M, L) 1 for caption tokens and EOS, 0 for padding.
+            prefix: (G, K, E) prefixes.
+            input_ids: (G, L) caption tokens and EOS, padded on the right.
+            attention_mask: (G, L) 1 for caption tokens and EOS, 0 for padding.
 
         Returns:
-            States (M, L, E): state i predicts `input_ids[:, i]`. The first one is that of the prefix's last position.
+            States (G, L, E): state i predicts `input_ids[:, i]`. The first one is that of the prefix's last position.
         """
         token_embeddings = self.language_model.embed_tokens(input_ids[:, :-1])  # the last token predicts nothing
         full_attention_mask = torch.cat((attention_mask.new_ones(prefix.shape[:2]), attention_mask[:, :-1]), dim=1)

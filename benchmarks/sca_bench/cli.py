@@ -37,7 +37,10 @@ def run(
     ] = None,
     out: Annotated[Path | None, typer.Option(help=OUT_HELP, rich_help_panel=OUTPUT)] = None,
     launcher: Annotated[
-        str, typer.Option(help="Launcher that runs the rows: local, ray or a plugin's.", rich_help_panel=RUNTIME)
+        str,
+        typer.Option(
+            help="Launcher that runs the rows: local, ray or the name of a plugin launcher.", rich_help_panel=RUNTIME
+        ),
     ] = "local",
     device: Annotated[str, typer.Option(help=DEVICE_HELP, rich_help_panel=RUNTIME)] = "cpu",
     timeout: Annotated[float, typer.Option(help="Maximum seconds per row.", min=1.0, rich_help_panel=RUNTIME)] = 3600.0,
@@ -45,7 +48,7 @@ def run(
         list[str] | None, typer.Option(help="Run rows in this state again. Repeatable.", rich_help_panel=ROWS)
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Run rows that are predicted to exceed memory.", rich_help_panel=ROWS)
+        bool, typer.Option("--force", help="Run rows that are predicted to run out of memory.", rich_help_panel=ROWS)
     ] = False,
     time_budget: Annotated[
         float,
@@ -116,7 +119,7 @@ def row(
     config: Annotated[str, typer.Argument(help="Configuration of a row as JSON: the `config` field in results.jsonl.")],
     force: Annotated[
         bool,
-        typer.Option("--force", help="Run the row even if it is predicted to exceed memory.", rich_help_panel=ROWS),
+        typer.Option("--force", help="Run the row even if it is predicted to run out of memory.", rich_help_panel=ROWS),
     ] = False,
 ) -> None:
     """Run one row and print its result as JSON."""

@@ -49,7 +49,7 @@ def run_sweep(
         launcher_options: Options of the launcher.
         timeout: Maximum seconds per row.
         retry_states: States whose rows run again.
-        force: Run rows that are predicted to exceed memory.
+        force: Run rows that are predicted to run out of memory.
         report: Called with one line per event.
         time_budget: Seconds after which no row starts; rows that are stopped stay missing.
         order: Order of the rows, see `Sweep.list_rows`.

@@ -66,7 +66,8 @@ def caption(
     mask: Annotated[
         list[str] | None,
         typer.Option(
-            help="Mask file: an image or .npy of the image's size, nonzero inside. One region each; repeatable.",
+            help="Mask file: an image or .npy of the image's size, 0 outside and one other value inside, or "
+            "probabilities or logits. One region each; repeatable.",
             rich_help_panel="Prompts",
         ),
     ] = None,
@@ -184,7 +185,7 @@ def caption(
     caption_from: Annotated[
         str | None,
         typer.Option(
-            help="Prompt that each found region is captioned from: box-and-point, box or point.",
+            help="Prompt used to caption each found region: box-and-point, box or point.",
             rich_help_panel="Everything mode",
         ),
     ] = None,

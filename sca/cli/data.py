@@ -142,7 +142,7 @@ def view(
     ] = "",
     out: Annotated[Path, typer.Option(help="HTML page to write.", rich_help_panel="Output")] = Path("data.html"),
 ) -> None:
-    """Write an HTML page of dataset samples, before and after augmentation."""
+    """Write an HTML page of samples, with augmentation."""
     import random
 
     from sca_registry import datasets

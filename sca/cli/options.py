@@ -34,8 +34,8 @@ AllowExternal = Annotated[
     bool,
     typer.Option(
         "--allow-external",
-        help="Allow checkpoints to reference files outside their folder, other repositories and URLs, but not to run "
-        "code.",
+        help="Allow checkpoints to load files from outside their folder, from other repositories and from URLs; does "
+        "not allow code.",
         rich_help_panel="Security",
     ),
 ]

@@ -59,7 +59,7 @@ def serve(
     max_prompts: Annotated[
         int,
         typer.Option(
-            help="Maximum prompts per request, and maximum regions found in everything mode.",
+            help="Maximum prompts per request; also limits the regions found in everything mode.",
             min=1,
             rich_help_panel="Limits",
         ),
@@ -67,7 +67,7 @@ def serve(
     timeout: Annotated[
         float,
         typer.Option(
-            help="Seconds to receive a request, and again to complete its response.",
+            help="Maximum seconds to receive a request, and the same again to answer it.",
             min=0.1,
             rich_help_panel="Limits",
         ),

@@ -20,7 +20,7 @@ def train(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Run folder; the trained model is saved in OUT/model. Defaults to runs/RECIPE.",
+            help="Run folder; the trained model is saved in its subfolder model. Defaults to runs/RECIPE.",
             rich_help_panel="Output",
         ),
     ] = None,
@@ -39,8 +39,8 @@ def train(
 ) -> None:
     """Train a model from a recipe. The same command resumes an interrupted run.
 
-    A different run in the folder is never resumed: without --out its folder is renamed, with --out it needs
-    --overwrite.
+    If the run folder contains a different run: with --overwrite, that run is replaced. Otherwise, without --out, its
+    folder is renamed and the new run starts; with --out, the command fails.
     """
     from sca.training.recipe import Recipe
 

@@ -39,8 +39,8 @@ class SearchProgress(NamedTuple):
     """Progress of a search.
 
     Attributes:
-        done: Points processed.
-        points: Total points.
+        processed_points: Points processed so far.
+        total_points: Points of the whole search.
     """
 
     processed_points: int

@@ -76,7 +76,7 @@ class MaskEngine(ABC):
     Subclasses implement `caption_batch` and `caption_masks`.
 
     Args:
-        model: Encoder and segmenter, set to eval mode; None if the captioner needs no segmenter.
+        model: Encoder and segmenter, which the engine sets to eval mode; None if the captioner needs no segmenter.
         region_batch_size: Regions per batch of the segmenter. Affects memory, not results.
     """
 
@@ -149,7 +149,7 @@ class MaskEngine(ABC):
         Args:
             encoded: Result of `encode` for B images.
             requests: Prompts of each of the B images, checked against its size.
-            multimask_output: Return all candidates of the segmenter (SAM has three); otherwise its single mask.
+            multimask_output: Return all candidate masks of each region (three for SAM) instead of one.
 
         Returns:
             The masks of each prompt, highest predicted IoU first. The list is flat: prompts of all images in order.
@@ -283,11 +283,11 @@ class Engine(MaskEngine):
     """Engine of a `SegmentCaptioner`.
 
     Args:
-        model: Model, set to eval mode.
+        model: Model, which the engine sets to eval mode.
         region_batch_size: Regions per batch of the segmenter and the mixer. Affects memory, not results.
 
     Raises:
-        ValueError: `model` is not a model, for example a name.
+        ValueError: `model` is not a `SegmentCaptioner`, but a name, for example.
     """
 
     model: SegmentCaptioner

@@ -1,4 +1,4 @@
-"""Predictor for one image at a time, as SAM's `SamPredictor`: `set_image` once, then any number of prompts."""
+"""Predictor for one image at a time, like SAM's `SamPredictor`: `set_image` once, then any number of prompts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Predictor:
         captions = predictor.predict(boxes=[(370, 434, 448, 512)])
 
     Args:
-        model: Model, set to eval mode, or a captioner with an engine, such as
+        model: Model, which the predictor sets to eval mode, or a captioner with an engine, such as
             `sca.load_captioner("sam-vit-b+blip-base")`.
         region_batch_size: Regions per batch of the segmenter and the mixer, for a model only. Affects memory, not
             results.
@@ -42,7 +42,8 @@ class Predictor:
         encoded: Features of the current image; None before `set_image`.
 
     Raises:
-        ValueError: `model` is not a model, for example a name, or `region_batch_size` is set for a captioner.
+        ValueError: `model` is neither a model nor such a captioner, but a name, for example; or `region_batch_size` is
+            set for a captioner.
     """
 
     def __init__(self, model: SegmentCaptioner | MaskEngine, region_batch_size: int | None = None):
@@ -103,7 +104,8 @@ class Predictor:
             task: "caption", or "recognition" for a class name.
             max_new_tokens: Maximum tokens per caption.
             num_beams: Number of beams.
-            num_captions: Captions per region; all but the best are in `Caption.alternatives`.
+            num_captions: Captions per region; all but the best are in `Caption.alternatives`. Without sampling, the
+                default of `num_beams` is raised to this number.
             do_sample: Sample tokens instead of decoding greedily.
             temperature: Sampling temperature.
             top_p: Probability mass for nucleus sampling.
@@ -150,7 +152,7 @@ class Predictor:
             boxes: (N, 4) x1 y1 x2 y2, clipped to the image; one region each.
             points: (N, 2) x y; one region each.
             masks: (height, width) arrays or COCO RLEs; one region each.
-            multimask_output: Return all candidates of the segmenter (SAM has three); otherwise its single mask.
+            multimask_output: Return all candidate masks of each region (three for SAM) instead of one.
             **unknown_arguments: Rejected with the name of the closest argument.
 
         Returns:
@@ -188,7 +190,8 @@ class Predictor:
             task: "caption", or "recognition" for class names.
             max_new_tokens: Maximum tokens per caption.
             num_beams: Number of beams.
-            num_captions: Captions per region; all but the best are in `Caption.alternatives`.
+            num_captions: Captions per region; all but the best are in `Caption.alternatives`. Without sampling, the
+                default of `num_beams` is raised to this number.
             do_sample: Sample tokens instead of decoding greedily.
             temperature: Sampling temperature.
             top_p: Probability mass for nucleus sampling.
@@ -200,7 +203,8 @@ class Predictor:
 
         Raises:
             TypeError: Unknown keyword argument; the message suggests the closest one.
-            ValueError: As for `predict`, with the index of the image, or the numbers of images and requests differ.
+            ValueError: The numbers of images and requests differ, no region is given, a value is out of range, or an
+                image or its regions are invalid; then the message contains the index of the image.
         """
         reject_unknown_arguments(
             "predict_batch", unknown_arguments, ("images", "requests", "task", *GENERATION_OPTIONS)

@@ -178,7 +178,7 @@ class Processor:
         return ((self.compute_coverage(mask, frame) * 2 - 1) * MASK_PROMPT_LOGIT).unsqueeze(0)
 
     def postprocess_masks(self, logits: Tensor, frame: InputFrame) -> Tensor:
-        """Upscale masks to image pixels without padding, as SAM's processor.
+        """Upscale masks to image pixels without padding, like SAM's processor.
 
         Args:
             logits: (N, M, 4h, 4w).

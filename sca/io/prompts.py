@@ -31,7 +31,7 @@ MAX_POINTS = 256  # maximum of a prompt from the network: each point costs as mu
 
 _BOX_FORMAT = "a box is 4 numbers x1,y1,x2,y2 in pixels"
 _POINT_FORMAT = "a point is x,y or x,y,label in pixels, label 1 inside or 0 outside"
-_MASK_FORMAT = "give an image or a .npy array that is nonzero inside"
+_MASK_FORMAT = "give an image or a .npy array: 0 outside and one other value inside, or probabilities or logits"
 _REGION_FORMAT = "write any of box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE"
 
 

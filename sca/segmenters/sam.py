@@ -143,7 +143,7 @@ class SamSegmenter(nn.Module):
         Args:
             features: (B, C, h, w) features of the encoder.
             prompts: N prompts in pixels of the input frame.
-            multimask_output: Return three masks per region instead of one.
+            multimask_output: Return all candidate masks of each region (three for SAM) instead of one.
 
         Returns:
             Masks, scores, tokens and image embeddings of the N regions.
@@ -189,7 +189,7 @@ class SamSegmenter(nn.Module):
     def select_masks(
         self, masks: Tensor, iou_scores: Tensor, mask_tokens: Tensor, multimask_output: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Select three masks per region, or the single one, with their scores and tokens."""
+        """Select all candidate masks of each region, or the single one, with their scores and tokens."""
         selected = slice(1, None) if multimask_output else slice(0, 1)
         return masks[:, selected], iou_scores[:, selected], mask_tokens[:, selected]
 

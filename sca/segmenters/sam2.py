@@ -87,9 +87,9 @@ class Sam2Segmenter(SamSegmenter):
     def select_masks(
         self, masks: Tensor, iou_scores: Tensor, mask_tokens: Tensor, multimask_output: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Select three masks per region, or one.
+        """Select all candidate masks of each region, or one.
 
-        The one is the single mask. In inference, if it is unstable, it is the best of the three.
+        The one is the single mask. In inference, if it is unstable, it is the best of the others.
         """
         config = self.decoder.config
         if multimask_output or self.training or not config.dynamic_multimask_via_stability:

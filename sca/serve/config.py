@@ -26,8 +26,8 @@ class ServerConfig:
         seed: Random seed.
         max_body_bytes: Maximum bytes per request.
         max_pixels: Maximum pixels per image.
-        max_prompts: Maximum prompts per request, and maximum regions that everything mode can find.
-        timeout: Seconds to receive a request, and again to complete its response.
+        max_prompts: Maximum prompts per request; also limits the regions found in everything mode.
+        timeout: Maximum seconds to receive a request, and the same again to answer it.
         max_queue: Maximum queued regions across all requests.
         feature_cache_bytes: Size of the image feature cache.
         max_connections: Maximum concurrent connections.

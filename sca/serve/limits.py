@@ -18,8 +18,8 @@ class ServerLimits:
     Args:
         max_body_bytes: Maximum bytes per request.
         max_pixels: Maximum pixels per image.
-        max_prompts: Maximum prompts per request, and maximum regions that everything mode can find.
-        timeout: Seconds to receive a request, and again to complete its response.
+        max_prompts: Maximum prompts per request; also limits the regions found in everything mode.
+        timeout: Maximum seconds to receive a request, and the same again to answer it.
         max_connections: Maximum concurrent connections.
         max_points: Maximum points per prompt.
         max_points_per_request: Maximum points per request.
