@@ -116,7 +116,6 @@ def test_score_compare_and_report_escape_hostile_text(run_and_check_output, work
 
 def test_data_stats_escapes_hostile_class_names_and_phrases(run_and_check_output, working_folder, write_image):
     pytest.importorskip("datasets", reason="the extra data is not installed")
-<<<<<<< ours
     names = [write_image(f"{index}.png") for index in range(2)]
     records = [{"image": name, "box": [1, 1, 9, 9], "caption": HOSTILE_TEXT, "name": HOSTILE_TEXT} for name in names]
     records.append({"image": f"{HOSTILE_FILE_NAME}.png", "box": [1, 1, 9, 9], "caption": "x", "name": "y"})
@@ -124,17 +123,7 @@ def test_data_stats_escapes_hostile_class_names_and_phrases(run_and_check_output
     output = run_and_check_output(0, "data", "stats", "jsonl", "--split", "train", "file=data.jsonl")
     assert "\\u202e" in output
     json_output = run_and_check_output(0, "data", "stats", "jsonl", "--split", "train", "file=data.jsonl", "--json")
-    assert HOSTILE_TEXT.replace("\n", " ").split()[0] in "".join(json.loads(json_output)["commonest_classes"])
-=======
-    names = [picture(f"{number}.png") for number in range(2)]
-    lines = [{"image": name, "box": [1, 1, 9, 9], "caption": HOSTILE, "name": HOSTILE} for name in names]
-    lines.append({"image": f"{NAME}.png", "box": [1, 1, 9, 9], "caption": "x", "name": "y"})
-    (here / "data.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    shown = safe(0, "data", "stats", "jsonl", "--split", "train", "file=data.jsonl")
-    assert "\\u202e" in shown
-    as_json = safe(0, "data", "stats", "jsonl", "--split", "train", "file=data.jsonl", "--json")
-    assert HOSTILE.replace("\n", " ").split()[0] in "".join(json.loads(as_json)["most_common_classes"])
->>>>>>> theirs
+    assert HOSTILE_TEXT.replace("\n", " ").split()[0] in "".join(json.loads(json_output)["most_common_classes"])
 
 
 @pytest.mark.slow

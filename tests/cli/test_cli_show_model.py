@@ -34,7 +34,6 @@ COMPARED_FIELDS = ("encoder", "segmenter", "mixer", "language model", "trainable
 
 
 @pytest.mark.slow
-<<<<<<< ours
 def test_show_model_prints_same_components_for_name_and_folder(run_sca, training_run_folder):
     facts_of_name = strip_facts(run_sca("show", "model", "sca-tiny"))
     assert facts_of_name["encoder"].startswith("tiny-vit(")
@@ -53,7 +52,7 @@ def test_show_model_prints_training_details_of_run_folder(run_sca, training_run_
     assert facts_of_run["trained by"].startswith("sca train, finished, in ")
     assert (facts_of_run["trained from"], facts_of_run["trained on"]) == ("sca-tiny", "scenes")
     assert "steps=2" in facts_of_run["training"]
-    assert facts_of_run["best score"] == "cider-d 0.5 at step 2"
+    assert facts_of_run["best score"] == "cider-d 50.0 at step 2"
 
 
 def test_show_model_prints_no_training_details_of_copied_checkpoint(run_sca, training_run_folder):
@@ -71,39 +70,3 @@ def test_show_model_rejects_folders_without_readable_model(get_sca_error, traini
     damaged_run = shutil.copytree(training_run_folder, tmp_path / "damaged")
     (damaged_run / "best.json").write_text("[]")
     assert "best.json is damaged" in get_sca_error(2, "show", "model", damaged_run)
-=======
-def test_show_model_prints_the_parts_of_a_name_and_of_its_folder_alike(shell, run):
-    named = stripped(shell("show", "model", "sca-tiny"))
-    assert named["encoder"].startswith("tiny-vit(")
-    for folder in (run, run / "model"):
-        shown = stripped(shell("show", "model", folder))
-        for part in PARTS:  # a folder has the options that were defaults, too
-            (name, *options), (found, *more) = (re.split(r"[(),] ?", each[part]) for each in (named, shown))
-            assert found == name
-            assert set(options) <= set(more)
-
-
-def test_show_model_prints_how_a_run_was_trained(shell, run):
-    shown = stripped(shell("show", "model", run))
-    assert shown["trained by"].startswith("sca train, finished, in ")
-    assert (shown["trained from"], shown["trained on"]) == ("sca-tiny", "scenes")
-    assert "steps=2" in shown["training"]
-    assert shown["best score"] == "cider-d 50.0 at step 2"
-
-
-def test_show_model_reads_nothing_beside_a_checkpoint_that_is_not_of_a_run(shell, run):
-    assert "trained by" in stripped(shell("show", "model", run / "model"))
-    other = shutil.copytree(run / "model", run / "other")
-    assert "trained by" not in stripped(shell("show", "model", other))
-
-
-def test_show_model_refuses_what_has_no_model(refused, run, tmp_path):
-    assert "no spec.json" in refused(2, "show", "model", tmp_path)
-    assert "Did you mean 'sca-tiny'?" in refused(2, "show", "model", "sca-tniy")
-    begun = tmp_path / "begun"
-    shutil.copytree(run, begun, ignore=shutil.ignore_patterns("model", "checkpoint-*"))
-    assert "without a model yet" in refused(2, "show", "model", begun)
-    damaged = shutil.copytree(run, tmp_path / "damaged")
-    (damaged / "best.json").write_text("[]")
-    assert "best.json is damaged" in refused(2, "show", "model", damaged)
->>>>>>> theirs
