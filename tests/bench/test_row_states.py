@@ -71,7 +71,7 @@ EXPECTED_STATES = {
     "segfaults": ("crashed", "SIGSEGV"),
     "leaves": ("crashed", "status 3"),
     "exits": ("failed", "SystemExit: 4"),
-    "sleeps": ("timed-out", "more than"),
+    "sleeps": ("timed-out", "exceeded the timeout of 25 s"),
     "eats": ("out-of-memory", "memory"),
     "raises": ("failed", "chalk"),
     "absent": ("import-error", "no_such_package"),

@@ -29,7 +29,9 @@ def test_train_accepts_recipe_name_and_evaluate_accepts_its_model(tmp_path, monk
 
 @pytest.mark.slow
 def test_train_accepts_recipe_file_or_recipe_with_changes(tmp_path):
-    (tmp_path / "mine.toml").write_text('model = "sca-tiny"\n[data.scenes]\nname = "scenes"\nsize = 64\ncount = 2\n')
+    (tmp_path / "mine.toml").write_text(
+        'model = "sca-tiny"\n[data.scenes]\nname = "scenes"\nimage_size = 64\nnum_images = 2\n'
+    )
     overrides = [*QUICK_OVERRIDES[:2], "train.report_to=none"]
     sca.train(tmp_path / "mine.toml", tmp_path / "one", changes=overrides, quiet=True)
     recipe = Recipe.read(str(tmp_path / "mine.toml"), overrides)
