@@ -69,7 +69,9 @@ def test_caption_writes_image_prefix_only_to_label_studio_files(
     (task,) = json.loads((working_folder / "out/label-studio.json").read_text())
     assert task["data"]["image"] == f"{LOCAL_FILES_PREFIX}pics/%C3%A9.png"
     assert json.loads((working_folder / "out/captions.jsonl").read_text())["image"] == "pics/é.png"
-    assert "add --format label-studio" in get_sca_error(2, "caption", "pics", *arguments)
+    assert "--image-prefix requires --format label-studio; add it, or omit --image-prefix" in get_sca_error(
+        2, "caption", "pics", *arguments
+    )
     (working_folder / "deep").mkdir()
     os.chdir(working_folder / "deep")
     assert "leaves the folder" in get_sca_error(2, "caption", "../pics", *arguments, *formats)

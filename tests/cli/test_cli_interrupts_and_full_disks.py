@@ -37,7 +37,7 @@ def test_caption_interrupt_keeps_finished_captions(start_sca, folder_with_2000_i
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode == 130, err
-    assert err.splitlines() == ["sca: interrupted; what was finished is kept"]
+    assert err.splitlines() == ["sca: interrupted; finished results are kept"]
     finished_images = [json.loads(line)["image"] for line in jsonl_path.read_text().splitlines()]
     assert 2 < len(finished_images) < 2000
     assert len(out.splitlines()) in (len(finished_images), len(finished_images) + 1)  # the table, and its header
@@ -64,7 +64,7 @@ def test_cli_reports_interrupt_that_a_library_replaced_by_its_own_error(monkeypa
     finally:
         signal.signal(signal.SIGINT, original_handler)
     assert status == 130
-    assert capsys.readouterr().err.splitlines() == ["sca: interrupted; what was finished is kept"]
+    assert capsys.readouterr().err.splitlines() == ["sca: interrupted; finished results are kept"]
     assert final_handler is signal.default_int_handler
 
 

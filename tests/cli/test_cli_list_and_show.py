@@ -82,6 +82,7 @@ def test_help_groups_the_commands_and_fits_a_screen(run_sca, monkeypatch):
         ("sca bench ru", ["run"]),
     ],
 )
+@pytest.mark.slow
 def test_shell_completion_completes_commands_and_options(start_sca, monkeypatch, command_line, expected):
     for name, value in {
         "_SCA_COMPLETE": "complete_bash",

@@ -101,7 +101,9 @@ def test_plugin_command_does_not_replace_builtin_command(run_sca, install_comman
     assert "Usage: sca caption" in run_sca("caption", "--help").out
     from sca.cli.plugins import _find_command_problems
 
-    assert _find_command_problems() == ["thief 1.0: `sca` has a command 'caption' itself; rename the plugin's"]
+    assert _find_command_problems() == [
+        "thief 1.0: the command 'caption' is built in; rename the command of the plugin"
+    ]
 
 
 def test_mistyped_command_suggests_plugin_and_builtin_commands(run_sca, install_command_plugin):
