@@ -186,7 +186,7 @@ def test_convert_to_png_reports_missing_and_resized_images(
     assert "photos/004.png: the file records 64 x 48 and the image is 9 x 9" in result.err[1]
     assert len(list((working_folder / "drawn").glob("*.png"))) == 10
     message = get_sca_error(2, "convert", "out/captions.jsonl", "again", "--format", "pdf")
-    assert message.startswith("no format 'pdf'.")
+    assert message.startswith("unknown format 'pdf'. ")
 
 
 def test_convert_draws_on_image_resized_after_captioning(run_sca, checkpoint, image_paths, working_folder):

@@ -220,7 +220,9 @@ def test_push_uploads_a_model_with_card_that_load_reads_back(run_with_hub, hub, 
         {"name": "cider_d", "value": 0.1, "low": None, "high": None, "control": "shifted", "protocol": "p-123"},
         {"name": "iou", "value": None, "low": None, "high": None, "control": None, "protocol": "p-124"},
     ]
-    (tmp_path / "scores.json").write_text(json.dumps({"dataset": "scenes", "split": "test", "score_details": score_rows}))
+    (tmp_path / "scores.json").write_text(
+        json.dumps({"dataset": "scenes", "split": "test", "score_details": score_rows})
+    )
     arguments = (
         "sca-tiny",
         "me/tiny",
