@@ -217,7 +217,7 @@ def test_upload_opens_images_and_reports_invalid_files(page, tmp_path):
     page.wait_for_function("() => document.querySelector('#status').innerText.includes('navy.png: 300 x 200')")
     assert page.locator("#canvas .image-frame svg").get_attribute("viewBox") == "0 0 300 200"
     page.locator("#open-image input[type=file], input[type=file]").first.set_input_files(tmp_path / "invalid.png")
-    page.get_by_text("is not an image that can be read").first.wait_for()
+    page.get_by_text("is not a readable image; convert it to JPEG or PNG").first.wait_for()
 
 
 def test_page_fits_a_phone_and_captions_a_tap(browser, demo_url):

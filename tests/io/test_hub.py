@@ -216,9 +216,16 @@ PUSH_COMMAND = [sys.executable, "-m", "sca", "push"]
 def test_push_uploads_a_model_with_card_that_load_reads_back(run_with_hub, hub, tmp_path):
     hub.upload_folder = tmp_path / "given"
     score_rows = [
-        {"name": "cider_d", "value": 1.25, "low": 1.1, "high": 1.4, "control": None, "protocol": "p-123"},
-        {"name": "cider_d", "value": 0.1, "low": None, "high": None, "control": "shifted", "protocol": "p-123"},
-        {"name": "iou", "value": None, "low": None, "high": None, "control": None, "protocol": "p-124"},
+        {"name": "cider_d", "value": 1.25, "ci_low": 1.1, "ci_high": 1.4, "control": None, "protocol_id": "p-123"},
+        {
+            "name": "cider_d",
+            "value": 0.1,
+            "ci_low": None,
+            "ci_high": None,
+            "control": "shifted",
+            "protocol_id": "p-123",
+        },
+        {"name": "iou", "value": None, "ci_low": None, "ci_high": None, "control": None, "protocol_id": "p-124"},
     ]
     (tmp_path / "scores.json").write_text(
         json.dumps({"dataset": "scenes", "split": "test", "score_details": score_rows})
@@ -242,7 +249,7 @@ def test_push_uploads_a_model_with_card_that_load_reads_back(run_with_hub, hub, 
     card_data = ModelCard(card).data
     assert card_data.license == "apache-2.0"
     assert [(result.metric_type, result.metric_value) for result in card_data.eval_results] == [("cider_d", 1.25)]
-    assert "| scenes | cider_d | 1.250 | 1.100 to 1.400 | p-123 |" in card
+    assert "| scenes | cider_d | 125.0 | 110.0 to 140.0 | p-123 |" in card
     assert "drawn scenes" in card
     assert 'sca.load("me/tiny")' in card
     program = (

@@ -20,5 +20,7 @@ def test_model_error_names_the_component_with_a_wrong_output_shape(build_small_m
     with pytest.raises(RegistryError, match=rf"{kind} '{name}' returns shape .* expected .*`sca check {kind} {name}`"):
         model.generate(model.encode(pixels), prompts, torch.tensor([1]))
     part.forward = lambda *args: [forward(*args)]
-    with pytest.raises(RegistryError, match=rf"{kind} '{name}' gives a list"):
+    with pytest.raises(
+        RegistryError, match=rf"{kind} '{name}' returns a list, expected shape .*; run `sca check {kind} {name}`"
+    ):
         model.generate(model.encode(pixels), prompts, torch.tensor([1]))

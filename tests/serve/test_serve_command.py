@@ -59,7 +59,7 @@ def test_serve_command_serves_replicas_on_ray(make_body):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "nothing"), "no model or captioner named 'nothing'"),
+        (("--model", "nothing"), "no model, captioner or folder named 'nothing'"),
         (("--device", "cuda", "--num-replicas", "100"), "100 replicas require 100 GPUs"),
         (("--num-replicas", "500"), "500 replicas require 500 cores"),
         (("--host", "256.0.0.1"), "cannot bind 256.0.0.1, port 8000"),
@@ -77,11 +77,11 @@ def test_serve_command_reports_ray_errors_in_one_line(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "nothing"), "no model or captioner named 'nothing'"),
+        (("--model", "nothing"), "no model, captioner or folder named 'nothing'"),
         (("--device", "gpu9"), "device 'gpu9' is not available"),
         (("--num-replicas", "2"), "the local launcher supports 1 replica, not 2"),
         (("--launcher", "slurm"), "slurm"),
-        (("--dtype", "int3"), "no dtype 'int3'"),
+        (("--dtype", "int3"), "unknown dtype 'int3'. Choose from: float32"),
         (("--host", "256.0.0.1"), "cannot bind 256.0.0.1, port 8000"),
     ],
 )
