@@ -172,9 +172,7 @@ def test_caption_overwrite_replaces_unfinished_run(interrupted_run_folder, capti
     assert caption_photos("--out", "out", "--batch-size", 2, "--overwrite").status == 0
     assert caption_photos("--out", "whole", "--batch-size", 2).status == 0
     assert read_folder(interrupted_run_folder) == read_folder(working_folder / "whole")
-    assert caption_photos("--overwrite").err == [
-        "sca: --overwrite replaces the run of a folder; name it with --out, and omit --resume"
-    ]
+    assert caption_photos("--overwrite").err == ["sca: --overwrite requires --out, and excludes --resume"]
 
 
 def test_caption_repeats_finished_run_and_rejects_different_run(caption_photos, write_image, working_folder):
@@ -254,14 +252,15 @@ def test_evaluate_rejects_folder_of_another_run_or_with_other_files(run_sca, get
         assert run_sca(*arguments, "out").status == 0
     original_content = read_folder(working_folder / "out")
     message = get_sca_error(2, *arguments, "out", "--prompt-type", "center")
-    assert 'another run (prompt: "box" there, "center" now)' in message
+    assert 'another run (prompt_type: "box" there, "center" now)' in message
     assert "--overwrite" in message
     assert read_folder(working_folder / "out") == original_content
     assert run_sca(*arguments, "out", "--prompt-type", "center", "--overwrite").status == 0
     assert b'"prompt_type": "center"' in (working_folder / "out/predictions.jsonl").read_bytes()
     (working_folder / "mine/predictions.jsonl").write_text('{"image_id": 1}\n')
     (working_folder / "mine/scores.json").unlink()
-    assert "without their run" in get_sca_error(2, *arguments, "mine", "--overwrite")
+    message = get_sca_error(2, *arguments, "mine", "--overwrite")
+    assert message == "mine/predictions.jsonl was not written by `sca evaluate`; choose another folder"
     assert (working_folder / "mine/predictions.jsonl").read_text() == '{"image_id": 1}\n'
 
 
