@@ -107,7 +107,7 @@ def test_plugin_new_rejects_existing_folders_unknown_kinds_and_used_names(isolat
     error = isolated_site.run("sca", "plugin", "new", "mixer", "query").stderr
     assert "the mixer 'query' already exists in segment-caption-anything" in error
     isolated_site.write("sca-shade", "", hostile=MIXER_SOURCE)
-    assert "sca-shade is installed already" in isolated_site.run("sca", "plugin", "new", "mixer", "shade").stderr
+    assert "a package sca-shade is already installed; choose another name" in isolated_site.run("sca", "plugin", "new", "mixer", "shade").stderr
 
 
 @pytest.mark.all
@@ -146,7 +146,7 @@ HOSTILE_PLUGINS = {  # distribution: its entry points, its module, and the messa
     "hard-exit": ("killed = hostile_hard_exit:Mixer", "import os; os._exit(7)", "ended with status 7"),
     "signal": ("dead = hostile_signal:Mixer", "import os; os.kill(os.getpid(), 9)", "was killed"),
     "soft-exit": ("quit = hostile_soft_exit:Mixer", "import os; os._exit(0)", "ended with status 0"),
-    "slow": ("slow = hostile_slow:Mixer", "import time; time.sleep(90)", "more than 20 s"),
+    "slow": ("slow = hostile_slow:Mixer", "import time; time.sleep(90)", "exceeded the timeout of 20 s"),
     "shadow": ("query = hostile_shadow:Mixer", MIXER_SOURCE, ""),
     "twin-a": ("twin = hostile_twin_a:Mixer", MIXER_SOURCE, ""),
     "twin-b": ("twin = hostile_twin_b:Mixer", MIXER_SOURCE, ""),
