@@ -107,7 +107,8 @@ def test_plugin_new_rejects_existing_folders_unknown_kinds_and_used_names(isolat
     error = isolated_site.run("sca", "plugin", "new", "mixer", "query").stderr
     assert "the mixer 'query' already exists in segment-caption-anything" in error
     isolated_site.write("sca-shade", "", hostile=MIXER_SOURCE)
-    assert "a package sca-shade is already installed; choose another name" in isolated_site.run("sca", "plugin", "new", "mixer", "shade").stderr
+    error = isolated_site.run("sca", "plugin", "new", "mixer", "shade").stderr
+    assert "a package sca-shade is already installed; choose another name" in error
 
 
 @pytest.mark.all
