@@ -215,7 +215,7 @@ def test_doctor_reports_each_hostile_plugin_and_list_is_unaffected(isolated_site
         assert re.search(rf"^  mixer .* {state}", report_line_by_plugin[name]), (name, report_line_by_plugin[name])
         assert (f"pip uninstall {name}" in doctor_result.stdout) == bool(reason)
     assert (
-        " ok: imported, not tried: give me weights" in report_line_by_plugin["refuses"]
+        " ok: imported, not checked (give me weights)" in report_line_by_plugin["refuses"]
     )  # the fault is that of the plugin whose requirement is missing
     assert " shadow:query " in report_line_by_plugin["shadow"]
     assert " twin-a:twin " in report_line_by_plugin["twin-a"]
