@@ -79,7 +79,9 @@ class Sam2Encoder(nn.Module):
         # from the highest resolution to the lowest
         high, middle, low = self.vision(pixel_values).fpn_hidden_states[:NUM_LEVELS]
         image_features = low + self.no_memory_embedding.reshape(1, -1, 1, 1)
-        maps = [project(each) for project, each in zip(self.high_res_projections, (middle, high), strict=False)]
+        if not self.high_res_projections:
+            return image_features
+        maps = [project(each) for project, each in zip(self.high_res_projections, (middle, high), strict=True)]
         return pack_feature_maps(image_features, maps)
 
 

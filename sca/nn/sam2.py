@@ -55,9 +55,6 @@ def load_sam2_model(weights: str, revision: str | None = None) -> Sam2FamilyMode
         revision: Revision of the hub id.
 
     Returns:
-        The model of transformers.
-
-    Returns:
         The model with its weights, in float32.
 
     Raises:
@@ -79,9 +76,6 @@ def build_sam2_model(
         weights: Hub id or folder whose configuration is used if `config` is None.
         revision: Revision of the hub id.
         config: Fields that differ from the defaults of the configuration; `model_type` selects the model.
-
-    Returns:
-        The model of transformers.
 
     Returns:
         The model, in float32.

@@ -71,10 +71,6 @@ def check_page_path(path: Path, inputs: Iterable[str | Path]) -> None:
     """Check that a page does not overwrite an input, or a file that `sca` did not write.
 
     Args:
-        path: Output file.
-        inputs: Input files.
-
-    Args:
         path: Path of the page.
         inputs: Input files of the command.
 

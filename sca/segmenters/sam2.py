@@ -24,7 +24,7 @@ class Sam2Segmenter(SamSegmenter):
     """SAM 2's promptable segmenter: predicts masks, IoU scores, output tokens and a feature grid for each region.
 
     The weights of a pretrained encoder of SAM 2's family contain those of the segmenter, which are used unless
-    `weights` is set. Other encoders have no high-resolution features, so that masks have coarser borders. The arguments
+    `weights` is set. Other encoders have no high-resolution features, so masks have coarser borders. The arguments
     are those of `SamSegmenter`.
     """
 

@@ -28,7 +28,7 @@ class SamHqSegmenter(SamSegmenter):
     """HQ-SAM's promptable segmenter: SAM's, with a mask of higher quality added to each of its masks.
 
     The weights of a pretrained HQ-SAM encoder contain those of the segmenter, which are used unless `weights` is set.
-    Other encoders have no high-resolution features, so that masks have coarser borders. The arguments are those of
+    Other encoders have no high-resolution features, so masks have coarser borders. The arguments are those of
     `SamSegmenter`.
     """
 
