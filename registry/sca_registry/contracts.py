@@ -258,8 +258,8 @@ class MetricOutput(NamedTuple):
     """Scores of a metric.
 
     Attributes:
-        values: Scores by name. Floats are fractions in 0..1 unless the metric documents another range, NaN if nothing
-            could be scored. Counts are integers.
+        values: Scores by name. Floats are fractions in 0..1, or on that scale as CIDEr-D is, NaN if nothing could be
+            scored; tables print them times 100. Counts are integers.
         per_record: Arrays with one row per judged unit (a record, a region or a pair), with `image_id` and `region_id`
             to identify it. An array named like a score has that score as its mean over the rows that are not NaN,
             unless `statistics` contains the score.
