@@ -197,7 +197,7 @@ class NondeterministicEncoder(ValidEncoder):
 class BufferChangingEncoder(ValidEncoder):
     def __init__(self):
         super().__init__()
-        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("num_calls", torch.zeros(()))
 
     def forward(self, pixels):
         self.num_calls += 1
