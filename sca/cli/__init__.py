@@ -80,6 +80,16 @@ COMPLETION_VARIABLE = "_SCA_COMPLETE"  # set by the shell that requests completi
 # Shells do not expand ~ in --out=~/x, and programs that call this one expand it in no argument.
 HOME_PATTERN = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")
 UsageError: Any = typer.BadParameter.__base__
+OPTION_HINTS = {  # options of transformers, peft and SAM -> what to use here
+    "--num-return-sequences": "Use --num-captions.",
+    "--max-length": "Use --max-new-tokens.",
+    "--lora-r": "Set the rank with lora=8.",
+    "--lora-rank": "Set the rank with lora=8.",
+    "--lora": "Set the rank with lora=8.",
+    "--multimask-output": "Masks without captions come from Predictor.segment in Python.",
+    "--epochs": "Set the number of steps with train.steps=1000.",
+    "--lr": "Set the learning rate with train.learning_rate=1e-4.",
+}
 
 
 @app.callback()
@@ -173,9 +183,20 @@ def _report_interrupt() -> int:
     return 130
 
 
+def _get_option_hint(error: Any) -> str:
+    """Return how to set the value of an unknown option, with a leading space; "" if unknown."""
+    if error.option_name in OPTION_HINTS:
+        return f" {OPTION_HINTS[error.option_name]}"
+    parameters = error.ctx.command.params if error.ctx else []
+    takes_assignments = any("key=value" in (parameter.metavar or "") for parameter in parameters)
+    return " Settings other than options are key=value arguments, without dashes." if takes_assignments else ""
+
+
 def _report_usage_error(error: Any) -> int:
     command = error.ctx.command_path if error.ctx else "sca"
     message = error.format_message()
+    if hasattr(error, "option_name"):
+        message = f"{message.rstrip('.')}.{_get_option_hint(error)}"
     if message.startswith("Usage:"):  # no command
         typer.echo(message, err=True)
     else:

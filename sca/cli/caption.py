@@ -51,7 +51,7 @@ def caption(
     context: typer.Context,
     images: Annotated[
         list[str],
-        typer.Argument(help="Image files, folders or quoted globs. Use - for standard input.", metavar="IMAGE..."),
+        typer.Argument(help="Image files, folders or quoted globs. Use - for standard input.", metavar="IMAGE"),
     ],
     box: Annotated[
         list[str] | None,

@@ -20,6 +20,11 @@ ARGUMENT_ALIASES = {
     "input_boxes": "boxes",
     "input_points": "points",
 }
+ARGUMENT_HINTS = {  # names in transformers and SAM -> how to do the same here
+    "multimask_output": "Masks without captions come from segment(), which has this argument.",
+    "point_labels": "Give the labels with the points of one region: sca.Prompt(points=((x, y, label), ...)).",
+    "input_labels": "Give the labels with the points of one region: sca.Prompt(points=((x, y, label), ...)).",
+}
 SAMPLING_ONLY_OPTIONS = ("temperature", "top_p")
 
 
@@ -102,4 +107,5 @@ def reject_unknown_arguments(
     """
     for name in sorted(unknown_names):
         canonical_name = {**ARGUMENT_ALIASES, **(aliases or {})}.get(name, name)
-        raise TypeError(f"{function}() has no argument {name!r}.{suggest_name(canonical_name, known_names)}")
+        hint = f" {ARGUMENT_HINTS[name]}" if name in ARGUMENT_HINTS else suggest_name(canonical_name, known_names)
+        raise TypeError(f"{function}() has no argument {name!r}.{hint}")

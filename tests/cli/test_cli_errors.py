@@ -108,6 +108,19 @@ def test_caption_reports_invalid_options_before_importing_torch(write_image, opt
     assert completed.stdout == "2 False\n", completed.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["caption", "x.png", "--num-return-sequences", "3"], "--num-return-sequences. Use --num-captions."),
+        (["train", "own-data", "--lora-r=8"], "--lora-r. Set the rank with lora=8."),
+        (["train", "sca-tiny", "--weight-decay", "0.1"], "key=value arguments, without dashes."),
+        (["serve", "--max-body-size", "3"], "(Possible options: --max-body-mb). See: sca serve --help"),
+    ],
+)
+def test_command_reports_unknown_option_with_what_to_use_instead(get_sca_error, arguments, hint):
+    assert hint in get_sca_error(2, *arguments)
+
+
 def test_caption_without_images_is_a_usage_error(get_sca_error, model_arguments):
     assert "IMAGE" in get_sca_error(2, "caption", *model_arguments, *BOX_ARGUMENTS)
 

@@ -56,6 +56,13 @@ def test_caption_array_returns_the_mask_as_a_boolean_array(predictor, scene):
     assert encode_rle(caption.array) == caption.mask
 
 
+def test_predict_points_to_the_method_or_prompt_for_arguments_of_sam(idle_predictor):
+    with pytest.raises(TypeError, match=r"predict\(\) has no argument 'multimask_output'\. .* segment\(\)"):
+        idle_predictor.predict(boxes=[BOX], multimask_output=True)
+    with pytest.raises(TypeError, match=r"segment\(\) has no argument 'point_labels'\. .* sca\.Prompt\(points="):
+        idle_predictor.segment(points=[(1, 2)], point_labels=[1])
+
+
 @pytest.mark.parametrize(
     ("keyword", "closest_name"),
     [
