@@ -140,6 +140,9 @@ def _set_value(
     fields = MODEL_FIELDS if parents == ("model",) else tuple(table)
     key = _normalize_key(path[0], fields)
     has_fixed_keys = parents == ("model",) or (bool(parents) and parents[0] != "model" and "name" not in table)
+    if has_fixed_keys and not fields:
+        name = ".".join(parents)
+        raise RegistryError(f"{assignment!r}: {name} is empty; set it first: {name}=PATH, or {name}={{{key}={{...}}}}")
     if has_fixed_keys and key not in fields:
         raise make_unknown_name_error(f"{assignment!r}: {'.'.join(parents)} has no {path[0]!r}", path[0], fields)
     if len(path) > 1:
@@ -173,8 +176,12 @@ def _get_subtable(table: dict[str, Any], key: str, assignment: str) -> dict[str,
     elif isinstance(subtable, str) and key != "model":
         subtable = table[key] = {"name": subtable}
     if not isinstance(subtable, dict):
-        fix = "; give model={encoder=..., mixer=..., language_model=...} to train a new model" if key == "model" else ""
-        raise RegistryError(f"{assignment!r}: {key} is {subtable!r}, which has no options to set{fix}")
+        if key == "model":
+            raise RegistryError(
+                f"{assignment!r}: the components of the checkpoint {subtable!r} are fixed; give "
+                "model={encoder=..., mixer=..., language_model=...} to train a new model"
+            )
+        raise RegistryError(f"{assignment!r}: {key} is {subtable!r}, which has no options to set")
     return subtable
 
 

@@ -20,6 +20,10 @@ SOURCE_DEFAULTS = {
 DEFAULT_VAL_FRACTION = 0.1  # fraction of the images of a file without splits
 MIN_VAL_IMAGES = 4  # images, but at most a third of all
 SPLIT_ALIASES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}  # names that tools use
+COCO_LAYOUTS = (  # annotation file and image folder of "train" in layouts of the dataset `coco`
+    ("train.json", "train"),
+    ("annotations/instances_train2017.json", "train2017"),
+)
 SPLIT_LAYOUTS = (  # annotation file and image folder of exports with splits: Roboflow, CVAT
     ("{split}/_annotations.coco.json", "{split}"),
     ("annotations/instances_{split}.json", "images/{split}"),
@@ -39,6 +43,7 @@ def detect_data_source(path: str | Path) -> dict[str, Any]:
             - a `.json` file of COCO, Label Studio or LabelMe;
             - a folder with one of these, or with LabelMe files;
             - a folder with `train.json`, `train/`, `val.json` and `val/`;
+            - COCO 2017 as published: `annotations/`, `train2017/` and `val2017/`;
             - an export in COCO's format from Label Studio, CVAT or Roboflow.
 
     Returns:
@@ -51,7 +56,7 @@ def detect_data_source(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"data={path} does not exist")
     if path.is_dir():
-        if (path / "train.json").is_file() and (path / "train").is_dir():
+        if any((path / file).is_file() and (path / images).is_dir() for file, images in COCO_LAYOUTS):
             return {"name": "coco", "root": str(path), **SOURCE_DEFAULTS}
         if table := _find_split_export(path):
             return {**table, **SOURCE_DEFAULTS}

@@ -65,6 +65,16 @@ def test_detect_data_source_uses_existing_splits(tmp_path):
     assert detect_data_source(tmp_path)["root"] == str(tmp_path)
 
 
+def test_detect_data_source_recognizes_coco_2017_as_published(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for file in ("instances_train2017.json", "instances_val2017.json", "captions_train2017.json"):
+        (tmp_path / "annotations" / file).touch()
+    table = detect_data_source(tmp_path)
+    assert (table["name"], table["root"]) == ("coco", str(tmp_path))
+
+
 def test_detect_data_source_reports_unrecognized_paths(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         detect_data_source(tmp_path / "nothing")

@@ -45,10 +45,12 @@ def test_recipe_accepts_model_name_and_data_path(tmp_path):
     assert source.dataset.name == "jsonl"
     assert source.dataset.options["val_fraction"] == 0.5
     assert source.class_name_task == "both"
-    with pytest.raises(RegistryError, match="model is 'sca-street', which has no options to set"):
+    with pytest.raises(RegistryError, match="components of the checkpoint 'sca-street' are fixed"):
         Recipe.read("sca-tiny", ["model=sca-street", "mixer.depth=2"])
     with pytest.raises(RegistryError, match=r"the recipe own-data has no data; set data=PATH"):
         Recipe.read("own-data")
+    with pytest.raises(RegistryError, match=r"'data.own.val_fraction=0.5': data is empty; set it first: data=PATH"):
+        Recipe.read("own-data", ["data.own.val_fraction=0.5"])
 
 
 def test_recipe_overrides_reach_every_table_and_keep_the_original():
@@ -294,7 +296,9 @@ def test_recipe_rejects_lora_that_would_not_train(tmp_path):
     assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
     assert any("lora_" in name for name, _ in model.named_parameters())
     (tmp_path / "own.jsonl").touch()
-    with pytest.raises(RegistryError, match=r"model is 'sca-tiny'.*; give model=\{encoder=\.\.\., mixer=\.\.\.,"):
+    with pytest.raises(
+        RegistryError, match=r"checkpoint 'sca-tiny' are fixed; give model=\{encoder=\.\.\., mixer=\.\.\.,"
+    ):
         Recipe.read("own-data", [f"data='{tmp_path}'", "lora=8"])
 
 
