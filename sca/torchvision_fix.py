@@ -120,7 +120,10 @@ def fix_torchvision(site: Path = SITE_PACKAGES) -> str:
     try:
         install_stubs(site)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        raise InputError(f"torchvision is built for CUDA, and adapting it to this torch failed: {error}") from error
+        raise InputError(
+            f"torchvision is built for CUDA, and the stubs for this torch cannot be installed ({error}); "
+            f"{REINSTALL_HINT}"
+        ) from error
     problem = _find_import_error("torchvision")
     if problem:
         remove_torchvision_fix(site)

@@ -95,7 +95,7 @@ def parse_cards(text: str) -> dict[str, Card | RegistryError]:
     try:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RegistryError(f"not a card file: {error}") from error
+        raise RegistryError(f"invalid TOML in the card file: {error}") from error
     cards: dict[str, Card | RegistryError] = {}
     for name, table in tables.items():
         try:

@@ -310,7 +310,7 @@ def check_generation(
         if name in checked_options:
             _check_number(subject, name, checked_options[name], is_integer=False, minimum=0, maximum=upper_bound)
     if checked_options.get("temperature") == 0:
-        raise RegistryError(f"{subject}.temperature is 0; give a number above 0, or omit do_sample")
+        raise RegistryError(f"{subject}.temperature is 0; give a number above 0, or omit temperature and do_sample")
     if not isinstance(checked_options.get("do_sample", False), bool):
         raise RegistryError(f"{subject}.do_sample is {checked_options['do_sample']!r:.80}; give true or false")
     if "seed" in checked_options:

@@ -213,7 +213,10 @@ def _load_published_tokenizer(folder: Path, trust: Trust) -> TextTokenizer | Non
     except InputError as error:
         if has_tokenizer(folder):
             raise
-        warnings.warn(f"{folder} has no tokenizer, so it generates token ids without text: {error}", stacklevel=3)
+        warnings.warn(
+            f"{folder} has no tokenizer, so captions are lists of token ids without text ({error}); add tokenizer.json",
+            stacklevel=3,
+        )
         return None
 
 

@@ -99,7 +99,10 @@ class BuildSizeLimit(TorchDispatchMode):
         self.remaining_bytes -= size
         weakref.finalize(storage, self._release_storage, key, size)
         if self.remaining_bytes < 0:
-            raise ValueError("the model is far larger than its weights; copy the checkpoint again")
+            raise ValueError(
+                "building the model takes far more memory than its weight files, which are incomplete or belong "
+                "to a smaller model; copy the checkpoint again"
+            )
 
     def _release_storage(self, key: int, size: int) -> None:
         self.tracked_storages.discard(key)

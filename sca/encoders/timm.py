@@ -80,7 +80,7 @@ class TimmEncoder(nn.Module):
         if "num_classes" in (config or {}):
             raise ValueError("num_classes cannot be set, because the classifier is removed; omit it")
         if weights is None and (pretrained or not model):
-            raise ValueError("no weights; give weights=FOLDER or a hub id, or another model")
+            raise ValueError("no weights; give weights=FOLDER or weights=HUB_ID, or model=NAME with pretrained=false")
         source = (model or "") if weights is None else weights
         backbone_options = dict(config or {})
         if (

@@ -203,7 +203,7 @@ def evaluate(
     check_metrics(metrics, metric_options)
     rank, num_processes, wait = _get_process_group()
     if num_processes > 1 and folder is None:
-        raise ValueError("several processes need a folder for their predictions; pass folder=")
+        raise ValueError("folder is required when several processes evaluate; pass folder=PATH")
     prompting = prompting or PromptingOptions()
     trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     dataset_name, split, dataset_options, built_dataset = _resolve_dataset(dataset, split)

@@ -91,7 +91,7 @@ class PromptingOptions:
         for control in self.controls:
             check_choice("control", control, CONTROLS)
         if not self.tasks:
-            raise ValueError(f"tasks are empty; choose one or more of {', '.join(TASKS)}")
+            raise ValueError(f"tasks is empty; choose one or more of {', '.join(TASKS)}")
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         object.__setattr__(self, "controls", tuple(dict.fromkeys(self.controls)))
 

@@ -37,7 +37,7 @@ class Journal:
             until the next append or `close`. 0 syncs every append.
 
     Raises:
-        InputError: The file is not a journal.
+        InputError: The file was not written by `sca`.
         LockedError: Another process has the journal open.
         OutputError: The file cannot be written.
     """
@@ -63,7 +63,7 @@ class Journal:
             self.dropped_bytes: int = os.fstat(self._file.fileno()).st_size - self._size
             if self.dropped_bytes and not self._size and not _is_torn_first_line(self._file, first_line_prefix):
                 self._file.close()
-                raise InputError(f"{format_path(path)} is not a journal; choose another folder, or move the file")
+                raise InputError(f"{format_path(path)} was not written by sca; choose another folder, or move the file")
             if self.dropped_bytes:
                 self._file.truncate(self._size)
             self._append_missing_newline()
@@ -138,7 +138,7 @@ def read_journal(
         remaining_bytes = _find_valid_size(file, completes_group)
         file.seek(0)
         if not remaining_bytes and os.fstat(file.fileno()).st_size and not _is_torn_first_line(file, first_line_prefix):
-            raise InputError(f"{format_path(path)} is not a journal; choose another folder, or move the file")
+            raise InputError(f"{format_path(path)} was not written by sca; choose another folder, or move the file")
         for number, line in enumerate(file, 1):
             remaining_bytes -= len(line)
             if remaining_bytes < 0:

@@ -164,7 +164,7 @@ HOSTILE_PLUGINS = {  # distribution: its entry points, its module, and the messa
     ),
     "nothing": ("nothing = hostile_nothing:Absent", MIXER_SOURCE, "no attribute 'Absent'"),
     "nowhere": ("nowhere = hostile_no_such_module:Mixer", MIXER_SOURCE, "hostile_no_such_module"),
-    "cards": ("cards = hostile_cards:mixers.toml", "", "not a card file"),
+    "cards": ("cards = hostile_cards:mixers.toml", "", "invalid TOML in the card file"),
     "unicode": ("mischer-ü = hostile_unicode:Mixer", MIXER_SOURCE, "cannot be a name"),
     "empty": ("= hostile_empty:Mixer", MIXER_SOURCE, "cannot be a name"),
     "fine": ("fine = hostile_fine:Mixer", MIXER_SOURCE, ""),

@@ -227,7 +227,7 @@ def test_evaluate_rejects_wrong_generation_options(model, generation, message):
 
 
 def test_prompting_options_reject_empty_tasks():
-    with pytest.raises(ValueError, match="tasks are empty; choose one or more of"):
+    with pytest.raises(ValueError, match="tasks is empty; choose one or more of"):
         PromptingOptions(tasks=())
 
 

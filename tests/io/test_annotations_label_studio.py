@@ -190,7 +190,7 @@ def test_label_studio_reader_takes_a_missing_size_from_other_results_or_the_imag
     assert ([each.box for each in image.annotations], image.is_size_recorded) == ([(0, 20, 40, 30)], False)
     ((image,), problems) = read_images_and_problems(make_task(result_without_size))
     assert (image.annotations, image.size) == ([], None)
-    assert "no 'original_width' and 'original_height', and no image to measure" in problems[0]
+    assert "no 'original_width' and 'original_height', and its image was not found" in problems[0]
 
 
 def test_label_studio_reader_reads_transparent_bitmask_pixels_as_outside():

@@ -87,7 +87,7 @@ def test_journal_restarts_if_its_first_line_is_truncated(tmp_path, content):
 )
 def test_journal_rejects_and_keeps_files_that_are_not_journals(tmp_path, content):
     (tmp_path / "notes").write_bytes(content)
-    with pytest.raises(InputError, match="is not a journal; choose another folder"):
+    with pytest.raises(InputError, match="was not written by sca; choose another folder"):
         Journal(tmp_path / "notes")
     assert (tmp_path / "notes").read_bytes() == content
 
@@ -106,7 +106,7 @@ def test_journal_keeps_a_first_line_without_newline(tmp_path, content):
 def test_journal_rejects_a_first_line_without_newline_or_complete_group(tmp_path):
     (tmp_path / "journal").write_bytes(b'{"a": 1}')
     for open_or_read in (Journal, lambda path, completes: list(read_journal(path, completes))):
-        with pytest.raises(InputError, match="is not a journal"):
+        with pytest.raises(InputError, match="was not written by sca"):
             open_or_read(tmp_path / "journal", lambda entry: "done" in entry)
     assert (tmp_path / "journal").read_bytes() == b'{"a": 1}'
 

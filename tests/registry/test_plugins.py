@@ -148,8 +148,8 @@ def test_plugin_import_propagates_keyboard_interrupt(plugin_site):
 @pytest.mark.parametrize(
     ("cards", "reason"),
     [
-        ("[[[", "not a card file"),
-        (f"x = {'1' * 5000}", "not a card file"),
+        ("[[[", "invalid TOML in the card file"),
+        (f"x = {'1' * 5000}", "invalid TOML in the card file"),
         ("x = 1", "'x' has no factory"),
         ("[x]\nsummary = 'none'", "'x' has no factory"),
         ("[x]\nfactory = 'a b'", "not a factory"),

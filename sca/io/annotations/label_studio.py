@@ -251,7 +251,10 @@ def _read_region(
     results: Results, shapes: Results, size: ImageSize | None, location: str, skip: SkipCallback
 ) -> Annotation | None:
     if size is None:
-        raise InputError(f"{location}: no 'original_width' and 'original_height', and no image to measure")
+        raise InputError(
+            f"{location}: no 'original_width' and 'original_height', and its image was not found; add both fields or "
+            "the image"
+        )
     geometry = _read_geometry(shapes, size, location, skip)
     if geometry is None:
         return None
