@@ -180,6 +180,34 @@ def test_installed_package_writes_html_page(installed_packages, tmp_path):
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
 
 
+def read_constraints():
+    """Return the pinned versions of constraints.txt by canonical name."""
+    from packaging.utils import canonicalize_name
+
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pinned.items()}
+
+
+def test_constraints_pin_all_direct_requirements_of_the_tests():
+    import tomllib
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    untested_extras = ("gguf", "sentencepiece")
+    groups = [
+        tables["project"]["dependencies"],
+        *(group for extra, group in tables["project"]["optional-dependencies"].items() if extra not in untested_extras),
+        *tables["dependency-groups"].values(),
+    ]
+    requirements = {Requirement(line).name for group in groups for line in group if isinstance(line, str)}
+    names = {canonicalize_name(name) for name in requirements if not name.startswith("segment-caption")}
+    assert len(names) > 30
+    assert names <= read_constraints().keys()
+
+
 def test_constraints_pin_all_dependencies_of_serve_and_demo_extras():
     """fastapi, gradio and whatever they require on this Python, at the version that is installed here."""
     import tomllib
@@ -188,9 +216,7 @@ def test_constraints_pin_all_dependencies_of_serve_and_demo_extras():
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
-    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
+    pinned = read_constraints()
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     pending, distribution_by_requirement = (
         [Requirement(dependency) for dependency in (*extras["serve"], *extras["demo"])],
