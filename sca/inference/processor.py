@@ -178,7 +178,10 @@ class Processor:
         return ((self.compute_coverage(mask, frame) * 2 - 1) * MASK_PROMPT_LOGIT).unsqueeze(0)
 
     def postprocess_masks(self, logits: Tensor, frame: InputFrame) -> Tensor:
-        """Upscale masks to image pixels without padding, like SAM's processor.
+        """Upscale masks to image pixels without padding.
+
+        They are scaled to the input frame, cropped and scaled to the image, as by SAM's processor. If images are
+        stretched, they are scaled to the image at once, as by SAM 2's processor.
 
         Args:
             logits: (N, M, 4h, 4w).
@@ -187,12 +190,12 @@ class Processor:
         Returns:
             (N, M, height, width) logits.
         """
-        frame_size = self.image_format.size
-        upscaled = F.interpolate(logits.float(), (frame_size, frame_size), mode="bilinear", align_corners=False)
-        width, height = frame.content_size
-        return F.interpolate(
-            upscaled[..., :height, :width], (frame.height, frame.width), mode="bilinear", align_corners=False
-        )
+        logits = logits.float()
+        if self.image_format.resize_mode == "pad":
+            logits = _resize_bilinear(logits, self.image_format.size, self.image_format.size)
+            width, height = frame.content_size
+            logits = logits[..., :height, :width]
+        return _resize_bilinear(logits, frame.height, frame.width)
 
     def iter_binary_masks(self, logits: Tensor, frames: Sequence[InputFrame]) -> Iterator[np.ndarray]:
         """Binarize masks in image pixels: `postprocess_masks(...) > 0`, but faster.
@@ -266,17 +269,18 @@ class Processor:
 
     def _compute_upscaling(self, content_length: int, length: int, device: torch.device) -> AxisUpscaling:
         """Compute the upscaling of one side of a mask, where `content_length` of S pixels become `length` pixels."""
-        identity = torch.eye(4 * self.grid_size)[None, None]
-        upscaled = F.interpolate(
-            identity, (self.image_format.size, len(identity[0, 0])), mode="bilinear", align_corners=False
-        )
-        weights = F.interpolate(
-            upscaled[..., :content_length, :], (length, len(identity[0, 0])), mode="bilinear", align_corners=False
-        )
-        weights = weights[0, 0]
+        num_cells = 4 * self.grid_size
+        weights = torch.eye(num_cells)[None, None]
+        if self.image_format.resize_mode == "pad":
+            weights = _resize_bilinear(weights, self.image_format.size, num_cells)[..., :content_length, :]
+        weights = _resize_bilinear(weights, length, num_cells)[0, 0]
         has_weight = weights != 0
         first, last = has_weight.int().argmax(0), length - has_weight.flip(0).int().argmax(0)
         return AxisUpscaling(weights.to(device), first.tolist(), last.tolist())
+
+
+def _resize_bilinear(values: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(values, (height, width), mode="bilinear", align_corners=False)
 
 
 def _compute_pixel_windows(
