@@ -16,7 +16,8 @@ from sca_registry.errors import make_unknown_name_error
 from sca_registry.spec import DEFAULT_GENERATION, ComponentSpec
 
 from sca.builder import resolve_components
-from sca.checkpoints.load import HUB_ID_PATTERN, load
+from sca.checkpoints.load import HUB_ID_PATTERN, load, locate_checkpoint
+from sca.encoders.model_types import find_encoder_of_segmenter
 from sca.inference.engine import EncodedImages, MaskEngine, PredictedMask
 from sca.inference.prompt_arguments import check_task
 from sca.io.coordinates import Box
@@ -64,7 +65,8 @@ class RegionCaptioner(MaskEngine):
 
     Args:
         encoder: Name of an encoder whose default segmenter predicts masks, such as a SAM; or a table of its name and
-            options; or a checkpoint, whose encoder and segmenter are used; or None.
+            options; or a checkpoint, whose encoder and segmenter are used, also of a segmenter in transformers' format;
+            or None.
         device: Device of the encoder and the segmenter.
         requires_masks: Require a segmenter that predicts masks.
 
@@ -80,12 +82,9 @@ class RegionCaptioner(MaskEngine):
     def __init__(
         self, encoder: str | Mapping[str, Any] | None, device: str | torch.device, requires_masks: bool = True
     ):
-        model, self.has_masks = (None, False) if encoder is None else build_segmentation_model(encoder, device)
-        if requires_masks and model is not None and not self.has_masks:
-            raise ValueError(
-                f"the segmenter of the encoder {ComponentSpec.from_dict(encoder).name!r} predicts no masks; use a SAM "
-                "encoder, such as sam-vit-b, or no encoder"
-            )
+        model, self.has_masks = None, False
+        if encoder is not None:
+            model, self.has_masks = build_segmentation_model(encoder, device, requires_masks)
         super().__init__(model)
 
     @abstractmethod
@@ -198,49 +197,60 @@ class RegionCaptioner(MaskEngine):
 
 
 def build_segmentation_model(
-    encoder: str | Mapping[str, Any], device: str | torch.device
+    encoder: str | Mapping[str, Any], device: str | torch.device, requires_masks: bool = False
 ) -> tuple[SegmentationModel, bool]:
     """Build an encoder with its default segmenter, or load both from a checkpoint.
 
     Random weights have a fixed seed.
 
     Args:
-        encoder: Name of an encoder or of a checkpoint, or a table of its name and options.
+        encoder: Name of an encoder; a checkpoint, of a model or of a segmenter in transformers' format; or a table of
+            its name and options.
         device: Device of both.
+        requires_masks: Require a segmenter that predicts masks, which is checked before weights are downloaded.
 
     Returns:
         The model, and whether its segmenter predicts masks.
 
     Raises:
+        ValueError: Masks are required and the segmenter predicts none.
         RegistryError: The encoder is unknown, or an option is invalid.
         InputError: The checkpoint cannot be read.
     """
     component = ComponentSpec.from_dict(encoder, "encoder")
-    if component.name not in sca_registry.encoders:
-        if (
-            component.name in zoo.list_names()
-            or find_local_folder(component.name)
-            or HUB_ID_PATTERN.fullmatch(component.name)
-        ):
-            for option in component.options:
-                if option not in TRUST_OPTIONS:
-                    raise RegistryError(
-                        f"the encoder {component.name!r} is a checkpoint, which has no option {option!r}; choose from "
-                        f"{', '.join(TRUST_OPTIONS)}"
-                    )
-            model = load(component.name, device, **component.options)
-            segmenter = resolve_components(model.spec, model.encoder)["segmenter"].name
-            return SegmentationModel(model.encoder, model.segmenter), _has_masks(segmenter)
-        sca_registry.encoders.get_card(component.name)  # raises with the available names
+    name, options = component.name, dict(component.options)
+    model = None
+    if name not in sca_registry.encoders:
+        if name not in zoo.list_names() and not find_local_folder(name) and not HUB_ID_PATTERN.fullmatch(name):
+            sca_registry.encoders.get_card(name)  # raises with the available names
+        for option in options:
+            if option not in TRUST_OPTIONS:
+                raise RegistryError(
+                    f"the encoder {name!r} is a checkpoint, which has no option {option!r}; choose from "
+                    f"{', '.join(TRUST_OPTIONS)}"
+                )
+        encoder_name = find_encoder_of_segmenter(locate_checkpoint(name, options.get("revision")))
+        if encoder_name is None:
+            model = load(name, device, **options)
+        else:
+            name, options = encoder_name, {"weights": name, "revision": options.get("revision")}
+    segmenter_name = (
+        sca_registry.encoders.get_declared(name, "default_segmenter")
+        if model is None
+        else resolve_components(model.spec, model.encoder)["segmenter"].name
+    )
+    has_masks = "masks" in (sca_registry.segmenters.get_declared(segmenter_name, "provides") or ())
+    if requires_masks and not has_masks:
+        raise ValueError(
+            f"the segmenter of the encoder {component.name!r} predicts no masks; use a SAM encoder, such as sam-vit-b"
+        )
+    if model is not None:
+        return SegmentationModel(model.encoder, model.segmenter), has_masks
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        built_encoder = sca_registry.encoders.build(component.name, **component.options)
-        segmenter = sca_registry.segmenters.build(built_encoder.default_segmenter, built_encoder)
-    return SegmentationModel(built_encoder, segmenter).to(device), _has_masks(built_encoder.default_segmenter)
-
-
-def _has_masks(segmenter: str) -> bool:
-    return "masks" in (sca_registry.segmenters.get_declared(segmenter, "provides") or ())
+        built_encoder = sca_registry.encoders.build(name, **options)
+        segmenter = sca_registry.segmenters.build(segmenter_name, built_encoder)
+    return SegmentationModel(built_encoder, segmenter).to(device), has_masks
 
 
 def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:

@@ -30,6 +30,7 @@ from sca.checkpoints.layout import ORIGIN_FILE, SPEC_FILE, WEIGHTS_FILE
 from sca.checkpoints.tensors import BuildSizeLimit, assign_tensors, hash_tensors, hash_weights, list_stored_tensors
 from sca.checkpoints.trust import TrustError, is_settable
 from sca.devices import resolve_dtype
+from sca.encoders.model_types import find_encoder_of_segmenter
 from sca.io.atomic import check_folder_replaceable, write_folder
 from sca.io.errors import InputError, OutputError
 from sca.io.hub import compute_weights_fingerprint
@@ -262,6 +263,8 @@ def read_spec(folder: Path) -> ModelSpec:
     try:
         table = read_json(folder / SPEC_FILE, MAX_SPEC_BYTES, require_finite=True)
     except FileNotFoundError as error:
+        if find_encoder_of_segmenter(folder) is not None:
+            raise InputError(f"{folder} is a segmenter without a language model; use sca.load_captioner") from error
         raise InputError(f"{folder} has no {SPEC_FILE}; give a folder written by `sca train` or sca.save") from error
     try:
         return ModelSpec.from_dict(check_object(table, str(folder / SPEC_FILE)))

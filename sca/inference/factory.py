@@ -14,14 +14,17 @@ from sca_registry.contracts import Captioner
 from sca_registry.errors import make_unknown_name_error
 from sca_registry.spec import ComponentSpec
 
-from sca.checkpoints.load import load
+from sca.checkpoints.load import load, locate_checkpoint
 from sca.devices import resolve_device
+from sca.encoders.model_types import find_encoder_of_segmenter
 from sca.inference.engine import Engine
 from sca.io.hub import resolve_local_path, suggest_path
 
+MASK_ONLY = "none"  # the captioner of a segmenter without a language model
+ENGINE_OPTIONS = ("dtype", "region_batch_size")
 NAME_FORMS_HINT = (
-    "A folder written by `sca train`, a hub id OWNER/NAME, and encoder+captioner, such as sam-vit-b+blip-base, are "
-    "also accepted."
+    "A folder written by `sca train`, a hub id OWNER/NAME, encoder+captioner, such as sam-vit-b+blip-base, and an "
+    "encoder with masks, such as sam-vit-b, are also accepted."
 )
 
 
@@ -39,7 +42,9 @@ def load_captioner(
     Args:
         source: A checkpoint (a folder, a model name or a hub id), the name of a registered captioner, or
             "encoder+captioner" such as "sam-vit-b+blip-base", where the encoder predicts the masks. Options can follow
-            a name, as in "sam-vit-b+blip-base batch_size=8". A table contains the key `name` and options.
+            a name, as in "sam-vit-b+blip-base batch_size=8". A table contains the key `name` and options. For masks
+            without captions: an encoder with a segmenter, such as "sam-vit-b", or a folder or hub id of a segmenter in
+            transformers' format.
         device: Device of the model.
         trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`.
         allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.
@@ -47,7 +52,7 @@ def load_captioner(
         **options: Options of a registered captioner; for a checkpoint `dtype` and `region_batch_size` (see `Engine`).
 
     Returns:
-        An `Engine` for a checkpoint, else an instance of the registered captioner.
+        An `Engine` for the checkpoint of a model, else an instance of the registered captioner.
 
     Raises:
         RegistryError: The name or an option is unknown.
@@ -59,7 +64,7 @@ def load_captioner(
     if isinstance(source, Mapping):
         component = ComponentSpec.from_dict(source, "captioner")
     elif isinstance(source, Path) or (path is not None and path.exists()):
-        return _load_engine(source, device, trust_options, **options)
+        return _load_checkpoint(source, device, trust_options, **options)
     else:
         component = ComponentSpec.parse(source, "a captioner", "captioners")
     options = {**component.options, **options}
@@ -80,7 +85,11 @@ def load_captioner(
             f"{component.name!r} is encoder+captioner, and no captioner is named {name!r}", name, known_names
         )
     if name in zoo.list_names() or "/" in name or os.sep in name:
-        return _load_engine(name, device, trust_options, **options)
+        return _load_checkpoint(name, device, trust_options, **options)
+    if name in sca_registry.encoders:
+        encoder_options = {key: value for key, value in options.items() if key not in ENGINE_OPTIONS}
+        engine_options = {key: value for key, value in options.items() if key in ENGINE_OPTIONS}
+        return _build_captioner(MASK_ONLY, device, {"encoder": {"name": name, **encoder_options}, **engine_options})
     known_names = [*zoo.list_names(), *sca_registry.captioners.list_names()]
     reason = make_unknown_name_error(f"no model, captioner or folder named {name!r}", name, known_names)
     raise RegistryError(f"{reason} {NAME_FORMS_HINT}{suggest_path(name)}")
@@ -93,12 +102,13 @@ def _build_captioner(name: str, device: str | torch.device, options: Mapping[str
     return sca_registry.captioners.build(name, **device_options, **options)
 
 
-def _load_engine(
+def _load_checkpoint(
     source: str | Path, device: str | torch.device, trust_options: Mapping[str, Any], **options: Any
-) -> Engine:
+) -> Captioner:
     for option in options:
-        if option not in ("dtype", "region_batch_size"):
-            raise make_unknown_name_error(
-                f"the model {str(source)!r} has no option {option!r}", option, ("dtype", "region_batch_size")
-            )
+        if option not in ENGINE_OPTIONS:
+            raise make_unknown_name_error(f"the model {str(source)!r} has no option {option!r}", option, ENGINE_OPTIONS)
+    folder = locate_checkpoint(source, trust_options.get("revision"))
+    if find_encoder_of_segmenter(folder) is not None:
+        return _build_captioner(MASK_ONLY, device, {"encoder": {"name": str(source), **trust_options}, **options})
     return Engine(load(source, device, options.pop("dtype", None), **trust_options), **options)

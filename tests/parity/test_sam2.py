@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import (
+from tiny_segmenters import (
     PROMPT_KINDS,
     SAM2_CONFIGS,
     build_tiny_model,

@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 import torch
-from tiny_models import (
+from tiny_segmenters import (
     PROMPT_KINDS,
     SAM_HQ_CONFIG,
     build_tiny_model,

@@ -97,6 +97,8 @@ SAM_HQ_CONFIG = {
     "mask_decoder_config": {**DECODER, "vit_dim": 32},
 }
 
+SAM_CONFIG = {**SAM_HQ_CONFIG, "mask_decoder_config": DECODER}
+
 
 def build_tiny_model(model_type, config, seed=0):
     """Return a model for mask generation whose decoder is not near zero."""
