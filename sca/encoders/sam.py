@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import SamConfig, SamVisionConfig, SamVisionModel
 from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionSdpaAttention
 
-from sca.io.hub import fetch_pretrained_config, load_pretrained
+from sca.io.hub import check_model_type, fetch_pretrained_config, load_pretrained
 
 INITIALIZER_RANGE = 0.02  # SamVisionConfig has 1e-10, for which all images have the same features
 
@@ -47,6 +47,7 @@ class SamEncoder(nn.Module):
         self.checkpoint: str | None = weights if pretrained else None
         self.revision = revision
         if self.checkpoint:
+            check_model_type(self.checkpoint, revision, ("sam", "sam_vision_model"))
             other_modules = ("mask_decoder.", "prompt_encoder.", "shared_image_embedding.")
             self.vision = load_pretrained(
                 SamVisionModel, self.checkpoint, revision, other_modules, dtype="float32"

@@ -11,6 +11,7 @@ from typing import Any
 
 from sca_registry.contracts import ImageFormat
 from torch import Tensor, nn
+from transformers import Sam3TrackerModel
 
 from sca.io.errors import InputError
 from sca.nn.feature_packing import count_packed_channels, pack_feature_maps
@@ -31,14 +32,14 @@ class Sam2Encoder(nn.Module):
         revision: Revision of the hub id.
         pretrained: Load `weights`; False initializes randomly from `config`, or else from the configuration stored with
             the weights.
-        config: Fields of transformers' configuration that differ from its defaults; `model_type` is "sam2", "edgetam"
-            or "sam3_tracker".
+        model_type: "sam2", "edgetam" or "sam3_tracker"; None for that of the weights, or for SAM 2 without weights.
+        config: Fields of transformers' configuration that differ from its defaults.
         high_res_features: Include the features of higher resolutions. Without them, C = D: cached features are a
             quarter of the size, and the borders of masks are coarser.
 
     Raises:
-        ValueError: Neither `weights` nor `config` is set.
-        InputError: The weights are those of another model.
+        ValueError: Neither `weights` nor `config` is set, or the model type is unknown.
+        InputError: The weights are those of a different model.
     """
 
     default_segmenter = "sam2"
@@ -48,6 +49,7 @@ class Sam2Encoder(nn.Module):
         weights: str | None = None,
         revision: str | None = None,
         pretrained: bool = True,
+        model_type: str | None = None,
         config: Mapping[str, Any] | None = None,
         high_res_features: bool = True,
     ):
@@ -55,11 +57,11 @@ class Sam2Encoder(nn.Module):
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         if self.checkpoint:
-            model = load_sam2_model(self.checkpoint, revision)
+            model = load_sam2_model(self.checkpoint, revision, model_type)
         else:
-            model = build_sam2_model(weights, revision, config)
+            model = build_sam2_model(weights, revision, model_type, config)
         self.vision, self.no_memory_embedding = model.vision_encoder, model.no_memory_embedding
-        if model.config.model_type == "sam3_tracker":  # SAM 3's detector uses a fourth level, its tracker does not
+        if isinstance(model, Sam3TrackerModel):  # SAM 3's detector uses a fourth level, its tracker does not
             self.vision.neck.fpn_layers = self.vision.neck.fpn_layers[:NUM_LEVELS]
         self.high_res_projections = nn.ModuleList()
         self.high_res_shapes: tuple[tuple[int, int], ...] = ()
@@ -70,7 +72,7 @@ class Sam2Encoder(nn.Module):
             self.high_res_shapes = get_high_res_shapes(self.image_channels)
         self.channels = count_packed_channels(self.image_channels, self.high_res_shapes)
         self.image_format = ImageFormat(size=_get_side(prompt_config.image_size), resize_mode="stretch")
-        if model.config.model_type == "sam3_tracker":
+        if isinstance(model, Sam3TrackerModel):
             self.image_format = replace(self.image_format, mean=SAM3_MEAN, std=SAM3_STD)
         self.stride = _get_side(prompt_config.patch_size)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import SamHQConfig, SamHQMaskDecoderConfig, SamHQModel, SamHQVisionConfig
 
 from sca.encoders.sam import INITIALIZER_RANGE, ChunkedAttention
-from sca.io.hub import fetch_pretrained_config, load_pretrained
+from sca.io.hub import check_model_type, fetch_pretrained_config, load_pretrained
 from sca.nn.feature_packing import count_packed_channels, pack_feature_maps
 
 
@@ -48,6 +48,7 @@ class SamHqEncoder(nn.Module):
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         if self.checkpoint:
+            check_model_type(self.checkpoint, revision, ("sam_hq",))
             model = load_pretrained(SamHQModel, self.checkpoint, revision, dtype="float32")
         else:
             model = SamHQModel(_build_config(weights, revision, config))

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -388,6 +388,32 @@ def fetch_pretrained_config(cls: Any, source: str | Path, revision: str | None =
     folder = fetch_model_folder(source, revision, include_weights=False)
     with translate_load_errors(f"the configuration of {source}"):
         return cls.from_pretrained(folder, trust_remote_code=False)
+
+
+def check_model_type(
+    source: str | Path, revision: str | None, model_types: Collection[str], shown_types: Collection[str] = ()
+) -> str:
+    """Check the model type of weights in transformers' format.
+
+    Args:
+        source: Folder or Hub id.
+        revision: Hub revision.
+        model_types: Accepted model types.
+        shown_types: Model types that the error message names; empty for all.
+
+    Returns:
+        The model type.
+
+    Raises:
+        InputError: The configuration is missing or invalid, or has another model type.
+    """
+    from transformers import AutoConfig
+
+    model_type = str(fetch_pretrained_config(AutoConfig, source, revision).model_type)
+    if model_type not in model_types:
+        accepted = " or ".join(map(repr, shown_types or model_types))
+        raise InputError(f"{source} has the model type {model_type!r}; this component requires {accepted}")
+    return model_type
 
 
 def compute_weights_fingerprint(source: str | Path, revision: str | None = None, prefix: str = "") -> dict[str, Any]:

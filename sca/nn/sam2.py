@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from transformers import (
-    AutoConfig,
     EdgeTamConfig,
     EdgeTamModel,
     PreTrainedConfig,
@@ -18,7 +17,7 @@ from transformers import (
 )
 
 from sca.io.errors import InputError
-from sca.io.hub import fetch_pretrained_config, load_pretrained
+from sca.io.hub import check_model_type, fetch_pretrained_config, load_pretrained
 
 Sam2FamilyModel = Sam2Model | EdgeTamModel | Sam3TrackerModel
 
@@ -27,6 +26,7 @@ MODEL_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] =
     "edgetam": (EdgeTamConfig, EdgeTamModel),
     "sam3_tracker": (Sam3TrackerConfig, Sam3TrackerModel),
 }
+DEFAULT_MODEL_TYPE = "sam2"
 VIDEO_MODEL_TYPES = {  # published checkpoints are those of video models, which contain the image model
     "sam2_video": "sam2",
     "edgetam_video": "edgetam",
@@ -43,16 +43,21 @@ VIDEO_PREFIXES = (  # weights that only the video models have
     "occlusion_spatial_embedding_parameter",
     "spatial_perceiver",
     "detector_model.",
+    "vision_encoder.neck.fpn_layers.3.",  # the fourth level of SAM 3, which the tracker does not use
 )
+# transformers 5.23 saves the weights of the tracker in SAM 3's video model with a doubled prefix, which only that model
+# loads. Published checkpoints have it once.
+DOUBLED_PREFIX = {r"^tracker_model\.tracker_model\.(.+)": r"tracker_model.\1"}
 NUM_LEVELS = 3  # feature maps at the strides of the grid, its half and its quarter
 
 
-def load_sam2_model(weights: str, revision: str | None = None) -> Sam2FamilyModel:
+def load_sam2_model(weights: str, revision: str | None = None, model_type: str | None = None) -> Sam2FamilyModel:
     """Load a pretrained model of SAM 2's family.
 
     Args:
         weights: Hub id or folder in transformers' format, of the image model or of the video model.
         revision: Revision of the hub id.
+        model_type: Model that the weights must be of, a key of `MODEL_CLASSES`; None for any.
 
     Returns:
         The model with its weights, in float32.
@@ -60,22 +65,27 @@ def load_sam2_model(weights: str, revision: str | None = None) -> Sam2FamilyMode
     Raises:
         InputError: The weights are those of another model or do not fit their configuration.
     """
-    model_type = _read_model_type(weights, revision)
+    model_type = _read_model_type(weights, revision, model_type)
     _, model_class = MODEL_CLASSES[model_type]
-    model = load_pretrained(model_class, weights, revision, VIDEO_PREFIXES, dtype="float32")
+    options = {"key_mapping": DOUBLED_PREFIX} if model_type == "sam3_tracker" else {}
+    model = load_pretrained(model_class, weights, revision, VIDEO_PREFIXES, dtype="float32", **options)
     _check_feature_levels(model.config, weights)
     return cast("Sam2FamilyModel", model)  # see `MODEL_CLASSES`
 
 
 def build_sam2_model(
-    weights: str | None = None, revision: str | None = None, config: Mapping[str, Any] | None = None
+    weights: str | None = None,
+    revision: str | None = None,
+    model_type: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Sam2FamilyModel:
     """Build a model of SAM 2's family with random weights.
 
     Args:
         weights: Hub id or folder whose configuration is used if `config` is None.
         revision: Revision of the hub id.
-        config: Fields that differ from the defaults of the configuration; `model_type` selects the model.
+        model_type: Model, a key of `MODEL_CLASSES`; None for that of the weights, or for SAM 2.
+        config: Fields that differ from the defaults of the configuration.
 
     Returns:
         The model, in float32.
@@ -84,12 +94,11 @@ def build_sam2_model(
         ValueError: Neither `weights` nor `config` is set, or the model type is another one.
     """
     if config is not None:
-        fields = dict(config)
-        model_type = str(fields.pop("model_type", "sam2"))
-        config_class, model_class = _get_model_classes(model_type, "config")
-        model_config = config_class(**fields)
+        _check_model_type(model_type)
+        config_class, model_class = MODEL_CLASSES[model_type or DEFAULT_MODEL_TYPE]
+        model_config = config_class(**config)
     elif weights is not None:
-        config_class, model_class = _get_model_classes(_read_model_type(weights, revision), weights)
+        config_class, model_class = MODEL_CLASSES[_read_model_type(weights, revision, model_type)]
         model_config = fetch_pretrained_config(config_class, weights, revision)
     else:
         raise ValueError("weights and config are missing; set weights=facebook/sam2.1-hiera-tiny, or a folder")
@@ -103,19 +112,18 @@ def get_high_res_shapes(hidden_size: int) -> tuple[tuple[int, int], ...]:
     return ((hidden_size // 4, 2), (hidden_size // 8, 4))
 
 
-def _read_model_type(weights: str, revision: str | None) -> str:
-    config = fetch_pretrained_config(AutoConfig, weights, revision)
-    model_type = VIDEO_MODEL_TYPES.get(config.model_type, config.model_type)
-    _get_model_classes(model_type, weights)
-    return model_type
+def _read_model_type(weights: str, revision: str | None, model_type: str | None) -> str:
+    """Return the type of the image model; InputError if it is not the requested one, or not of the family."""
+    _check_model_type(model_type)
+    image_types = [model_type] if model_type else list(MODEL_CLASSES)
+    video_types = [name for name, image_type in VIDEO_MODEL_TYPES.items() if image_type in image_types]
+    actual_type = check_model_type(weights, revision, [*image_types, *video_types], image_types)
+    return VIDEO_MODEL_TYPES.get(actual_type, actual_type)
 
 
-def _get_model_classes(model_type: str, source: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
-    if model_type not in MODEL_CLASSES:
-        raise InputError(
-            f"{source} has the model type {model_type!r}, which is not of SAM 2's family: {', '.join(MODEL_CLASSES)}"
-        )
-    return MODEL_CLASSES[model_type]
+def _check_model_type(model_type: str | None) -> None:
+    if model_type not in (None, *MODEL_CLASSES):
+        raise ValueError(f"model_type is {model_type!r}; choose from {', '.join(MODEL_CLASSES)}")
 
 
 def _check_feature_levels(config: PreTrainedConfig, source: str) -> None:

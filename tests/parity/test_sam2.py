@@ -55,7 +55,7 @@ def test_sam2_segmenter_matches_transformers(models, pixel_values, image_embeddi
 def test_sam2_encoder_ignores_the_fourth_feature_level_of_sam3():
     config = SAM2_CONFIGS["sam3_tracker"]
     four_levels = {**config, "vision_config": {**config["vision_config"], "scale_factors": [4.0, 2.0, 1.0, 0.5]}}
-    encoder = Sam2Encoder(config={"model_type": "sam3_tracker", **four_levels}, pretrained=False)
+    encoder = Sam2Encoder(model_type="sam3_tracker", config=four_levels, pretrained=False)
     assert encoder(torch.zeros(1, 3, 112, 112)).shape == (1, encoder.channels, 8, 8)
 
 
