@@ -177,8 +177,8 @@ def report(
     check_not_inputs([page, *siblings], [ResultStore(folder).path])
     check_page_path(page, ())
     for sibling in siblings:
-        if sibling.exists() and not page.exists():
-            raise ValueError(f"{sibling} exists and does not belong to a report; choose another --out")
+        if sibling.exists() and not reports.is_table_of_report(sibling):
+            raise ValueError(f"{sibling} exists and is not a table of a report; choose another --out")
     for path, content in (
         (page, reports.render_sweep_page(rows, f"sweep {rows[0]['sweep']}", score)),
         (page.with_suffix(".md"), reports.render_markdown(rows, score)),
