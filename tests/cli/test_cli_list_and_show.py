@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 
+import catalogue
 import pytest
+import sca_registry
 from sca_registry import zoo
 
 from sca.cli import COMMANDS as COMMANDS_BY_PANEL
@@ -135,6 +137,54 @@ def test_list_without_kind_lists_all_kinds_and_names(run_sca):
         assert row["name"] in table
     assert "Apache-2.0" not in table
     assert "Apache-2.0" in run_sca("list", "mixers", "--long").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["*sam2.1*tiny"], {"sam2.1-hiera-tiny"}),
+        (["encoders", "SAM-VIT-?"], {"sam-vit-b", "sam-vit-l", "sam-vit-h"}),
+        (["mixer", "query"], {"query"}),
+        (["mixers", "--search", "OSPREY"], {"masked-pool"}),
+        (["sam3*", "--search", "sam license"], {"sam3-tracker"}),
+        (["models", "--search", "street"], {"sca-street"}),
+    ],
+)
+def test_list_filters_by_wildcard_and_text(run_sca, arguments, names):
+    assert {row["name"] for row in json.loads(run_sca("list", *arguments, "--json").out)} == names
+
+
+def test_list_reports_a_filter_without_a_match(get_sca_error):
+    assert get_sca_error(2, "list", "foo*").startswith("nothing matches 'foo*'")
+    assert get_sca_error(2, "list", "encoders", "--search", "no such text").startswith("nothing matches 'no such")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "line"),
+    [
+        ("encoder", "sam2.1-hiera-tiny", "default segmenter: sam2"),
+        ("segmenter", "sam", "provides: masks, boxes, grid"),
+        ("segmenter", "box", "requires: none"),
+        ("mixer", "mask-tokens", "requires: masks, grid"),
+        ("mixer", "query", "requires: none; masks with mask_pooling"),
+    ],
+)
+def test_show_prints_what_a_component_provides_and_requires(run_sca, kind, name, line):
+    lines = [re.sub(" +", " ", each) for each in run_sca("show", kind, name).out.splitlines()]
+    assert line in lines
+
+
+def test_show_prints_what_a_registered_component_requires(run_sca, monkeypatch):
+    monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))
+
+    class Demanding:
+        requires = ("masks",)
+
+        def __init__(self, segmenter):
+            pass
+
+    sca_registry.mixers.register("demanding", func=Demanding)
+    assert "requires:     masks" in run_sca("show", "mixer", "demanding").out
 
 
 def test_list_of_one_kind_fits_80_columns(run_sca, monkeypatch):
