@@ -12,6 +12,7 @@ from sca.nn.two_way_transformer import TwoWayTransformer
 from sca.plan import _compute_layer_signature, _find_max_regions, plan_model
 from sca.plan_cache import MAX_PLANNED_REGIONS
 from sca.stage_costs import StageMeter
+from sca.testing.tiny import get_tiny_options
 
 pytestmark = pytest.mark.slow
 
@@ -131,6 +132,14 @@ def test_plan_matches_measured_flops_and_memory_for_every_mixer(mixer):
         row = compare_plan(ModelSpec.from_dict(table), 2, 3, max_new_tokens, train)
         assert row["flops"][0] == pytest.approx(row["flops"][1], rel=0.05)
         assert row["memory"][0] == pytest.approx(row["memory"][1], rel=0.15)
+
+
+@pytest.mark.parametrize("encoder", ["sam2.1-hiera-tiny", "edgetam", "sam3-tracker", "sam-hq-vit-b"])
+def test_plan_matches_measured_flops_of_other_segmenters_within_one_percent(encoder):
+    table = {**MODEL_TABLES["tiny"], "encoder": {"name": encoder, **get_tiny_options("encoder", encoder)}}
+    for train in (False, True):
+        row = compare_plan(ModelSpec.from_dict(table), 2, 3, 2, train)
+        assert row["flops"][0] == pytest.approx(row["flops"][1], rel=0.01)
 
 
 def test_plan_matches_measured_flops_and_memory_of_several_chunks():
