@@ -31,6 +31,7 @@ from sca.checkpoints.tensors import BuildSizeLimit, assign_tensors, hash_tensors
 from sca.checkpoints.trust import TrustError, is_settable
 from sca.devices import resolve_dtype
 from sca.encoders.model_types import find_encoder_of_segmenter
+from sca.hints import check_argument_names
 from sca.io.atomic import check_folder_replaceable, write_folder
 from sca.io.errors import InputError, OutputError
 from sca.io.hub import compute_weights_fingerprint
@@ -57,6 +58,7 @@ CHECKPOINT_CONTENT = (
 )
 
 
+@check_argument_names()
 def save(
     model: SegmentCaptioner,
     folder: str | Path,
@@ -78,6 +80,7 @@ def save(
         The folder.
 
     Raises:
+        TypeError: Unknown keyword argument; the message suggests the closest one.
         OutputError: The folder contains other files, or cannot be written.
         ValueError: The model is not a `SegmentCaptioner`, or the dtype does not exist.
     """

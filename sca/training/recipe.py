@@ -143,6 +143,21 @@ class TrainOptions(SamplingOptions):
     seed: int = 0
 
 
+RECIPE_KEYS = {  # name without its section, or in transformers -> key of a recipe, for error messages
+    "model": "model",
+    "data": "data",
+    **{each.name: f"train.{each.name}" for each in fields(TrainOptions)},
+    **dict.fromkeys(("max_steps", "num_steps", "epochs", "num_epochs", "num_train_epochs"), "train.steps"),
+    **dict.fromkeys(("per_device_train_batch_size", "train_batch_size"), "train.batch_size"),
+    "lr": "train.learning_rate",
+    "warmup_ratio": "train.warmup_steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "dataloader_num_workers": "train.num_workers",
+}
+RUN_FOLDER_NAMES = ("out", "output_dir")  # not part of a recipe
+
+
 @dataclass(frozen=True)
 class DataSource:
     """A source of examples.
