@@ -21,6 +21,7 @@ ARGUMENT_PATTERN = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")
 TRAINABLE_GROUPS = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
 DEFAULT_PROJECTION = {"type": "linear", "norm": "none"}
 PROJECTION_CHOICES = {"type": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
+EXAMPLE_COMPONENTS = {"encoder": "sam-vit-b", "mixer": "query", "language_model": "gpt2"}  # required components
 PEFT_OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 DEFAULT_LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": None}
 CAPTION_FROM_CHOICES = ("box-and-point", "box", "point")
@@ -228,6 +229,9 @@ class ModelSpec:
             if key not in field_names:
                 raise make_unknown_name_error(f"unknown field {key!r} of a model", key, field_names)
         for kind in MODEL_COMPONENTS:
+            if kind in EXAMPLE_COMPONENTS and table.get(kind) is None:
+                example = f'{kind} = "{EXAMPLE_COMPONENTS[kind]}"'
+                raise RegistryError(f"the model has no {kind.replace('_', ' ')}; add `{example}` to [model]")
             if kind in table or kind != "segmenter":
                 table[kind] = ComponentSpec.from_dict(table.get(kind), kind.replace("_", " "))
         return cls(**table)
