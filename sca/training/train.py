@@ -44,6 +44,7 @@ NO_TOKENIZER_MESSAGE = "the language model has no tokenizer; set language_model.
 CHANGE_HINTS = {  # argument that `train` does not have -> the change to the recipe
     name: f'Change the recipe: changes=["{key}=VALUE"].' for name, key in RECIPE_KEYS.items()
 }
+ONE_PROCESS_HINT = ", or train in one process: train.num_processes=1, on GPUs with CUDA_VISIBLE_DEVICES=0"
 RESULT_NEUTRAL_OPTIONS = tuple(  # options that do not change the result of a step
     f"train.{name}"
     for name in (
@@ -231,6 +232,7 @@ def compute_images_per_process(options: TrainOptions, num_processes: int) -> int
         raise RegistryError(
             f"train.batch_size={options.batch_size} is not a multiple of {num_processes} processes x "
             f"train.gradient_accumulation_steps={options.gradient_accumulation_steps}; change one of them"
+            f"{ONE_PROCESS_HINT if num_processes > 1 else ''}"
         )
     return options.batch_size // num_parts
 
