@@ -7,11 +7,42 @@ from functools import wraps
 from inspect import Parameter, signature
 from typing import ParamSpec, TypeVar
 
+from sca_registry.contracts import COMPONENT_KINDS
 from sca_registry.errors import suggest_name
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
+NAME_HINTS = {  # attribute that `sca` does not have -> what to use
+    "AutoModel": "sca.load",
+    "AutomaticMaskGenerator": "sca.caption_everything",
+    "SAM2AutomaticMaskGenerator": "sca.caption_everything",
+    "SAM2ImagePredictor": "sca.Predictor",
+    "SCAModel": "sca.load",
+    "SamAutomaticMaskGenerator": "sca.caption_everything",
+    "SamPredictor": "sca.Predictor",
+    "Trainer": "sca.train",
+    "TrainingArguments": "sca.train",
+    "create_model": "sca.compose",
+    "from_pretrained": "sca.load",
+    "list_models": "`sca list`",
+    "push_to_hub": "`sca push`",
+    "save_pretrained": "sca.save",
+}
+MODEL_ATTRIBUTE_HINTS = {  # attribute that a model does not have -> what to use
+    "from_pretrained": "sca.load(NAME)",
+    "predict": "sca.Predictor(model)",
+    "push_to_hub": "sca.save(model, FOLDER), then `sca push FOLDER OWNER/NAME`",
+    "save_pretrained": "sca.save(model, FOLDER)",
+    "set_image": "sca.Predictor(model)",
+}
+COMMAND_HINTS = {  # command that `sca` does not have -> what to use
+    "finetune": "`sca train own-data`",
+    "fine-tune": "`sca train own-data`",
+    "push-to-hub": "`sca push`",
+    "segment": "`sca caption --model sam-vit-b` for masks alone, or Predictor.segment in Python",
+    "sweep": "`sca bench run SWEEP.toml`",
+}
 ARGUMENT_ALIASES = {  # keyword argument there -> the same argument here, in the functions that have it
     "backbone": "encoder",
     "box": "boxes",
@@ -47,6 +78,28 @@ ARGUMENT_HINTS = {  # keyword argument there -> how to do the same here
     "point_labels": LABELED_POINTS_HINT,
     "points_per_batch": "The batch size is an option of the predictor: sca.Predictor(model, region_batch_size=64).",
 }
+
+
+def make_attribute_error(name: str, public_names: Iterable[str]) -> AttributeError:
+    """Return the error for a name that `sca` does not have, with what to use or the closest name.
+
+    Args:
+        name: The unknown name.
+        public_names: Public names of `sca`.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
+    if name in NAME_HINTS:
+        hint = f"; use {NAME_HINTS[name]}"
+    elif name.startswith("register_"):
+        plurals = {kind.singular: plural for plural, kind in COMPONENT_KINDS.items()}
+        hint = f'; use @sca_registry.{plurals.get(name.removeprefix("register_"), "encoders")}.register("name")'
+    else:
+        suggestion = "" if name.startswith("_") else suggest_name(name, public_names)
+        hint = suggestion and f".{suggestion}"
+    # `name` without `obj`, so that tracebacks add no second suggestion
+    return AttributeError(f"module 'sca' has no attribute {name!r}{hint}", name=name)
 
 
 def reject_unknown_arguments(
