@@ -37,6 +37,7 @@ from sca.io.errors import InputError, OutputError
 from sca.io.hub import compute_weights_fingerprint
 from sca.io.json import open_regular_file, read_json
 from sca.io.validation import check_object
+from sca.io.weight_files import describe_run_folder
 from sca.language_models.hf import load_tokenizer
 from sca.model import SegmentCaptioner
 
@@ -266,6 +267,8 @@ def read_spec(folder: Path) -> ModelSpec:
     try:
         table = read_json(folder / SPEC_FILE, MAX_SPEC_BYTES, require_finite=True)
     except FileNotFoundError as error:
+        if description := describe_run_folder(folder):
+            raise InputError(description) from error
         if find_encoder_of_segmenter(folder) is not None:
             raise InputError(f"{folder} is a segmenter without a language model; use sca.load_captioner") from error
         raise InputError(f"{folder} has no {SPEC_FILE}; give a folder written by `sca train` or sca.save") from error

@@ -413,7 +413,9 @@ class Recipe:
 def _reject_known_names(table: Mapping[str, Any], assignments: Iterable[str]) -> None:
     """Raise RegistryError, with the key to use, for a key of `RECIPE_KEYS` that is in the wrong section or foreign."""
     train_options = {each.name for each in fields(TrainOptions)}
-    problems = [(f"a recipe has no {key!r}", (key,)) for key in table if key not in SECTIONS]
+    problems: list[tuple[str, tuple[str, ...]]] = [
+        (f"a recipe has no {key!r}", (key,)) for key in table if key not in SECTIONS
+    ]
     train_table = table.get("train")
     if isinstance(train_table, Mapping):
         problems += [(f"a recipe's [train] has no {key!r}", ("train", key)) for key in train_table]
