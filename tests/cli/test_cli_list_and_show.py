@@ -188,6 +188,24 @@ def test_commands_suggest_closest_name_for_typos(get_sca_error):
 
 
 @pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("tiny-vit", "the kind of 'tiny-vit' is missing; use `sca show encoder tiny-vit`"),
+        ("sca-tiny", "the kind of 'sca-tiny' is missing; use `sca show model sca-tiny` or `sca show recipe sca-tiny`"),
+        ("tiny-gpt2", "the kind of 'tiny-gpt2' is missing; use `sca show language-model tiny-gpt2`"),
+        ("language-model", "the name of the language model is missing; `sca list language_models` lists all names"),
+        ("mixers", "the name of the mixer is missing; `sca list mixers` lists all names"),
+    ],
+)
+def test_show_with_one_argument_names_the_missing_one(get_sca_error, argument, message):
+    assert get_sca_error(2, "show", argument) == message
+
+
+def test_show_with_one_unknown_argument_suggests_a_kind(get_sca_error):
+    assert get_sca_error(2, "show", "encodr").startswith("unknown kind 'encodr'. Did you mean 'encoders'?")
+
+
+@pytest.mark.parametrize(
     ("command", "replacement"),
     [
         ("sweep", "`sca bench run SWEEP.toml`"),
