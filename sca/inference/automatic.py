@@ -114,8 +114,7 @@ def caption_everything(
     default_fields = vars(EverythingOptions())
     if not isinstance(predictor, Predictor):
         raise ValueError(
-            f"predictor is of type {type(predictor).__name__}; give predictor = sca.Predictor(model), after "
-            "predictor.set_image(image)"
+            f"predictor is of type {type(predictor).__name__}; give sca.Predictor(model), after its set_image(image)"
         )
     check_task(task)
     if max_regions is not None and (not isinstance(max_regions, int) or max_regions < 1):

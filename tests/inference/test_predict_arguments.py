@@ -274,7 +274,7 @@ def test_caption_everything_points_to_the_batch_size_of_the_predictor(idle_predi
 
 
 def test_caption_everything_requires_a_predictor_before_other_arguments(model, scene):
-    message = r"is of type SegmentCaptioner; give predictor = sca\.Predictor\(model\), after predictor\.set_image"
+    message = r"is of type SegmentCaptioner; give sca\.Predictor\(model\), after its set_image\(image\)"
     with pytest.raises(ValueError, match=message):
         sca.caption_everything(model, scene.image)
 
