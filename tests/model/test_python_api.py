@@ -156,6 +156,7 @@ MODEL_TABLE = {"encoder": "tiny-vit", "mixer": "query", "language_model": "tiny-
         ),
         ("evaluate", {"prompts": "box"}, "Did you mean 'prompting'"),
         ("train", {"recipe": "sca-tiny", "change": []}, "Did you mean 'changes'"),
+        ("open_image", {"source": "a.png"}, r"open_image\(\) has no argument 'source'"),
         ("caption_everything", {"point_per_side": 3}, "Did you mean 'points_per_side'"),
     ],
 )
@@ -164,7 +165,9 @@ def test_function_rejects_unknown_arguments_with_the_closest_name(name, argument
         getattr(sca, name)(**arguments)
 
 
-@pytest.mark.parametrize("name", ["build", "caption_everything", "compose", "evaluate", "load", "save", "train"])
+@pytest.mark.parametrize(
+    "name", ["build", "caption_everything", "compose", "evaluate", "load", "open_image", "save", "train"]
+)
 def test_function_keeps_its_signature_and_docstring(name):
     function = getattr(sca, name)
     assert function.__name__ == name
