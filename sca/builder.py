@@ -12,13 +12,15 @@ import torch
 from sca_registry import RegistryError, get_registry
 from sca_registry.compatibility import check_compatible
 from sca_registry.contracts import Encoder, LanguageModel, Mixer
-from sca_registry.overrides import MODEL_COMPONENTS
+from sca_registry.overrides import MODEL_COMPONENTS, MODEL_FIELDS
 from sca_registry.spec import ComponentSpec, ModelSpec, check_generation
 
 from sca.devices import resolve_device
+from sca.hints import check_argument_names
 from sca.model import SegmentCaptioner
 
 
+@check_argument_names(*MODEL_FIELDS, "format")
 def compose(
     encoder: str | Mapping[str, Any],
     mixer: str | Mapping[str, Any],
@@ -44,6 +46,7 @@ def compose(
         The model in eval mode.
 
     Raises:
+        TypeError: Unknown keyword argument; the message suggests the closest one.
         RegistryError: A name or option is unknown, or the components are incompatible.
         ValueError: The device is not available.
     """
@@ -51,6 +54,7 @@ def compose(
     return build(spec, device, weights)
 
 
+@check_argument_names()
 def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = True) -> SegmentCaptioner:
     """Build a model from its spec.
 
@@ -63,6 +67,7 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
         The model in eval mode.
 
     Raises:
+        TypeError: Unknown keyword argument; the message suggests the closest one.
         RegistryError: A name or option is unknown, or the components are incompatible.
         ValueError: An argument has the wrong type, or the device is not available.
     """

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sca.hints import MODEL_ATTRIBUTE_HINTS
 from sca.nn.projection import Projection
 from sca.nn.region_batch import concat_segmenter_outputs
 
@@ -120,6 +121,14 @@ class SegmentCaptioner(SegmentationModel):
             torch.randn(2, spec.task_tokens, language_model.hidden_size) * 0.02
         )
         self.freeze_parameters()
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name not in MODEL_ATTRIBUTE_HINTS:
+                raise
+            raise AttributeError(f"{error}; use {MODEL_ATTRIBUTE_HINTS[name]}", name=name) from None
 
     def _get_component_name(self, kind: str) -> str:
         return getattr(self.spec, kind).name

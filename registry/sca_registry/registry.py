@@ -15,9 +15,11 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any, NoReturn, TypeVar
 
@@ -37,6 +39,8 @@ from sca_registry.plugins import (
     is_same_distribution,
 )
 
+TIMM_NAME_PATTERN = re.compile(r"[a-z]\w*[_\d]\w*(\.\w+)?", re.ASCII)  # such as resnet50.a1_in1k
+KINDS_WITHOUT_TEMPLATE = ("captioners", "launchers")  # that `sca plugin new` cannot write
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
@@ -114,6 +118,11 @@ class Registry(catalogue.Registry):
             RegistryError: The name is invalid, built in or already registered, or the factory is not callable. A module
                 that runs again (a reload or a notebook cell) can register its own factory again.
         """
+        if isinstance(name, type) or inspect.isfunction(name):
+            raise RegistryError(
+                f"{self.kind.plural}.register has no name for {name.__qualname__}; write "
+                f'`@{self.kind.plural}.register("name")`'
+            )
         check_name(name)
 
         def add_factory(factory: Factory) -> Factory:
@@ -282,9 +291,11 @@ class Registry(catalogue.Registry):
             is_component_fault = not (options or registration.is_builtin or is_memory_error(error))
             self._raise_failure(registration, problem, error, is_component_fault)
         if missing:
+            hint = f"; `sca plugin new {self.kind.singular.replace('_', '-')} NAME` writes a template"
             raise RegistryError(
                 f"{self._describe_registration(registration)} returned a {type(component).__name__} without "
                 f"{', '.join(missing)}; implement the protocol sca_registry.contracts.{self.kind.protocol.__name__}"
+                f"{'' if self.kind.plural in KINDS_WITHOUT_TEMPLATE else hint}"
             )
         return component
 
@@ -446,6 +457,10 @@ class Registry(catalogue.Registry):
             raise RegistryError(
                 f"{len(qualified_names)} {self._plural} are named {name!r}; choose {' or '.join(qualified_names)}"
             )
+        if self.kind.plural == "encoders" and _is_timm_model(name):
+            raise RegistryError(
+                f"no encoders named {name!r}; it is a model of timm: use 'timm' with the option model={name!r}"
+            )
         raise RegistryError(
             f"no {self._plural} named {name!r}.{self._suggest_meaning(str(name), registrations_by_name)}"
             f"{format_choices(sorted(registrations_by_name))} "
@@ -561,6 +576,18 @@ def get_registry(kind: str) -> Registry:
         if normalized in (component_kind.singular, component_kind.plural):
             return REGISTRIES[component_kind.plural]
     raise make_unknown_name_error(f"unknown kind of component {kind!r}", kind, COMPONENT_KINDS)
+
+
+def _is_timm_model(name: object) -> bool:
+    """Return whether timm is installed and has a model of this name, which may be followed by a dot and a tag."""
+    if not isinstance(name, str) or not TIMM_NAME_PATTERN.fullmatch(name) or find_spec("timm") is None:
+        return False
+    try:
+        import timm  # slow
+
+        return timm.is_model(name)
+    except Exception:  # a broken installation
+        return False
 
 
 def _list_protocol_members(protocol: type) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ ARGUMENT_PATTERN = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")
 TRAINABLE_GROUPS = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
 DEFAULT_PROJECTION = {"type": "linear", "norm": "none"}
 PROJECTION_CHOICES = {"type": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
+EXAMPLE_COMPONENTS = {"encoder": "sam-vit-b", "mixer": "query", "language_model": "gpt2"}  # required components
 PEFT_OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 DEFAULT_LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": None}
 CAPTION_FROM_CHOICES = ("box-and-point", "box", "point")
@@ -227,6 +229,9 @@ class ModelSpec:
             if key not in field_names:
                 raise make_unknown_name_error(f"unknown field {key!r} of a model", key, field_names)
         for kind in MODEL_COMPONENTS:
+            if kind in EXAMPLE_COMPONENTS and table.get(kind) is None:
+                example = f'{kind} = "{EXAMPLE_COMPONENTS[kind]}"'
+                raise RegistryError(f"the model has no {kind.replace('_', ' ')}; add `{example}` to [model]")
             if kind in table or kind != "segmenter":
                 table[kind] = ComponentSpec.from_dict(table.get(kind), kind.replace("_", " "))
         return cls(**table)
@@ -385,6 +390,7 @@ def _complete_projection(value: Any) -> dict[str, str]:
 def _complete_lora(value: Any) -> dict[str, Any] | None:
     if not value:  # None, 0, false, or an empty table
         return None
+    _reject_peft_options(value)
     if not isinstance(value, int | Mapping):
         raise RegistryError(
             f"lora is {value!r:.80}; give a rank, such as lora=8, or a table of {', '.join(DEFAULT_LORA)}"
@@ -408,6 +414,25 @@ def _complete_lora(value: Any) -> dict[str, Any] | None:
     ):
         raise RegistryError(f"lora.target_modules is {target_modules!r}; give a list of layer names")
     return completed
+
+
+def _reject_peft_options(value: Any) -> None:
+    """Raise RegistryError, with the table to write, for a LoraConfig of peft or a table with its names."""
+    if isinstance(value, Mapping):
+        options = {PEFT_OPTION_NAMES.get(key, key): option for key, option in value.items()}
+        is_foreign = options.keys() != value.keys() and options.keys() <= DEFAULT_LORA.keys()
+        description = f"lora has the peft names {' and '.join(key for key in value if key in PEFT_OPTION_NAMES)}"
+    else:
+        is_foreign = all(hasattr(value, name) for name in PEFT_OPTION_NAMES)
+        names = {**PEFT_OPTION_NAMES, "target_modules": "target_modules"}
+        options = {name: option for key, name in names.items() if (option := getattr(value, key, None))}
+        description = f"lora is of type {type(value).__name__}"
+    if is_foreign:
+        options = {key: sorted(each) if isinstance(each, set) else each for key, each in options.items()}
+        values = {key: json.dumps(each, default=str) for key, each in options.items()}
+        table = ", ".join(f'"{key}": {each}' for key, each in values.items())
+        assignments = " ".join(f"lora.{key}={each}" for key, each in values.items())
+        raise RegistryError(f"{description}; give lora={{{table:.200}}}, or on the command line {assignments:.200}")
 
 
 def _check_trainable(value: Any) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from sca.checkpoints.published import load_published_checkpoint, read_published_
 from sca.checkpoints.tensors import check_finite_weights
 from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, resolve_real_root
 from sca.devices import resolve_device, resolve_dtype
+from sca.hints import check_argument_names
 from sca.io.atomic import get_previous_folder
 from sca.io.errors import InputError
 from sca.io.hub import fetch_model_folder, find_local_folder, resolve_local_path, suggest_path
@@ -29,6 +30,7 @@ HUB_ID_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 MAX_MESSAGE_LENGTH = 600  # characters of an error message about a checkpoint
 
 
+@check_argument_names()
 def load(
     source: str | Path,
     device: str | torch.device = "cpu",
@@ -55,6 +57,7 @@ def load(
         The model, in eval mode on `device`.
 
     Raises:
+        TypeError: Unknown keyword argument; the message suggests the closest one.
         InputError: The checkpoint cannot be read, requires more than was allowed, has NaN or infinite weights, or has
             missing or unexpected tensors.
         ValueError: The device or the dtype does not exist.

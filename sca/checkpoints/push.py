@@ -22,7 +22,9 @@ from sca.io.errors import InputError, OutputError
 from sca.io.json import read_json
 from sca.io.score_format import format_interval, format_score
 from sca.io.text import escape_markdown
+from sca.io.weight_files import describe_run_folder
 
+DENIED_STATUSES = (401, 403)  # HTTP statuses for a missing token, or one without write access
 CARD_FILE = "README.md"
 CHECKPOINT_FILES = (SPEC_FILE, WEIGHTS_FILE, ORIGIN_FILE, "tokenizer")
 
@@ -69,9 +71,12 @@ def push_checkpoint(
             raise OutputError(f"{repo_id!r} is not a repository name; give OWNER/NAME") from error
         except (HfHubHTTPError, HTTPError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise OutputError(
-                f"cannot upload to {repo_id} ({reason}); set HF_TOKEN to a token with write access"
-            ) from error
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in DENIED_STATUSES:
+                fix = "set HF_TOKEN to a token with write access"
+            else:
+                fix = "try again" if status else "check the network and HF_ENDPOINT"
+            raise OutputError(f"cannot upload to {repo_id} ({reason}); {fix}") from error
     return str(repo_url)
 
 
@@ -91,6 +96,8 @@ def _copy_checkpoint(folder: Path, draft: Path) -> None:
 
 def _list_checkpoint_files(folder: Path) -> list[Path]:
     """List the files and folders of a checkpoint, outer ones first; InputError for missing or irregular ones."""
+    if description := describe_run_folder(folder):
+        raise InputError(description)
     real_root = resolve_real_root(folder)
     paths = []
     for name in CHECKPOINT_FILES:

@@ -126,12 +126,18 @@ def show(
         str, typer.Argument(help="Kind of component, singular or plural, such as mixer, encoders, model or recipe.")
     ],
     name: Annotated[
-        str, typer.Argument(help="Name of the component. For models, also a checkpoint folder or run folder.")
-    ],
+        str,
+        typer.Argument(
+            help="Name of the component. For models, also a checkpoint folder or run folder.",
+            show_default=False,
+        ),
+    ] = "",
 ) -> None:
     """Show the details and options of a component, model or recipe."""
     from sca_registry import zoo
 
+    if not name:
+        raise ValueError(_describe_missing_argument(kind))
     kind = _resolve_kind(kind)
     if kind == "recipes":
         from sca.training.recipe import read_recipe_text
@@ -142,6 +148,22 @@ def show(
     _print_facts(facts)
     if kind == "models" and (note := zoo.describe_domain(name)):
         print_stderr(note)
+
+
+def _describe_missing_argument(argument: str) -> str:
+    """Return the message for `sca show` with a kind and no name, or with a name and no kind."""
+    from sca_registry import zoo
+
+    from sca.training.recipe import list_recipes
+
+    names_by_kind = {registry.kind.singular: registry.list_names() for registry in REGISTRIES.values()}
+    names_by_kind |= {"model": zoo.list_names(), "recipe": list_recipes()}
+    kinds = [kind for kind, names in names_by_kind.items() if argument in names]
+    if kinds:
+        commands = " or ".join(f"`sca show {kind.replace('_', '-')} {argument}`" for kind in kinds)
+        return f"the kind of {argument!r} is missing; use {commands}"
+    kind = _resolve_kind(argument)  # raises for text that is neither
+    return f"the name of the {kind.removesuffix('s').replace('_', ' ')} is missing; `sca list {kind}` lists all names"
 
 
 def _print_facts(facts: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from sca.evaluation.records import Record
 from sca.evaluation.requirements import check_has_truth, check_metric_needs, describe_missing_truth
 from sca.evaluation.scoring import ImageLoader, ScoringResult, check_metrics, count_regions, score_records
 from sca.evaluation.validation import check_dataset_regions, check_predictions, fill_defaults
+from sca.hints import check_argument_names
 from sca.inference.automatic import SEARCH_VERSION
 from sca.inference.engine import Engine
 from sca.inference.factory import load_captioner
@@ -147,6 +148,7 @@ class EvaluationReport:
         return table
 
 
+@check_argument_names()
 def evaluate(
     model: str | Path | SegmentCaptioner | Captioner,
     dataset: str | Mapping[str, Any] | ComponentSpec | Dataset,
@@ -196,6 +198,7 @@ def evaluate(
         The report; None in processes other than the first.
 
     Raises:
+        TypeError: Unknown keyword argument; the message suggests the closest one.
         ValueError: The dataset has no region to caption, a metric of `metrics` lacks an input, the folder contains the
             predictions of a different run, or several processes have no folder.
     """

@@ -19,8 +19,9 @@ from sca_registry.contracts import Caption, Prompt, PromptBatch, Proposals
 from sca_registry.spec import EverythingOptions, make_everything_options
 from torch import Tensor
 
+from sca.hints import check_argument_names
 from sca.inference.engine import EncodedImages, MaskEngine, PredictedMask
-from sca.inference.generation_options import GENERATION_OPTIONS, reject_unknown_arguments, resolve_generation_options
+from sca.inference.generation_options import GENERATION_OPTIONS, resolve_generation_options
 from sca.inference.predictor import Predictor
 from sca.inference.prompt_arguments import check_task
 from sca.io.masks import RLE, compute_mask_area, encode_rle
@@ -28,8 +29,6 @@ from sca.nn.boxes import compute_box_iou
 from sca.nn.nms import suppress_overlaps
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
-EVERYTHING_ARGUMENTS = ("task", "options", "proposals", "progress", "max_regions")
-SAM_OPTION_NAMES = {"min_mask_region_area": "min_area"}  # name in SAM -> name here, for error messages
 SEARCH_VERSION = 2  # incremented when the same options find other regions
 CROP_EDGE_TOLERANCE = 20  # pixels: a mask that ends this close to the edge of a crop counts as cut off
 MASKS_PER_CHUNK = 16  # masks measured per step of a search
@@ -80,6 +79,7 @@ def resolve_everything_options(captioner: Any, overrides: Mapping[str, Any]) -> 
 
 
 @torch.inference_mode()
+@check_argument_names(*vars(EverythingOptions()), *GENERATION_OPTIONS)
 def caption_everything(
     predictor: Predictor,
     task: str = "caption",
@@ -112,12 +112,10 @@ def caption_everything(
         ValueError: A value is out of range, no image is set, or the captioner cannot predict masks.
     """
     default_fields = vars(EverythingOptions())
-    reject_unknown_arguments(
-        "caption_everything",
-        kwargs.keys() - {*default_fields, *GENERATION_OPTIONS},
-        (*EVERYTHING_ARGUMENTS, *default_fields, *GENERATION_OPTIONS),
-        SAM_OPTION_NAMES,
-    )
+    if not isinstance(predictor, Predictor):
+        raise ValueError(
+            f"predictor is of type {type(predictor).__name__}; give sca.Predictor(model), after its set_image(image)"
+        )
     check_task(task)
     if max_regions is not None and (not isinstance(max_regions, int) or max_regions < 1):
         raise ValueError(f"max_regions is {max_regions!r}; give an integer of at least 1")
@@ -126,8 +124,6 @@ def caption_everything(
             f"options is of type {type(options).__name__}; give sca.EverythingOptions(...), or its fields by name"
         )
     overrides = {name: value for name, value in kwargs.items() if name in default_fields and value is not None}
-    if not isinstance(predictor, Predictor):
-        raise ValueError(f"predictor is of type {type(predictor).__name__}; give sca.Predictor(...) with an image set")
     engine, encoded = predictor.engine, predictor.encoded
     options = make_everything_options({**vars(options or engine.everything), **overrides}) if overrides else options
     generation = resolve_generation_options(

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from sca_registry.contracts import TASKS, Caption, Prompt, PromptBatch, SegmenterOutput, Tokenizer, TokenUsage
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from sca.inference.processor import InputFrame, Processor
 from sca.inference.prompt_arguments import check_task
-from sca.io.masks import encode_rle, mask_to_box
+from sca.io.masks import decode_rle, encode_rle, mask_to_box
 from sca.language_models.token_usage import count_tokens
 from sca.model import NON_FINITE_HINT, SegmentCaptioner
 from sca.nn.masks import select_best_masks
@@ -68,6 +69,11 @@ class PredictedMask(NamedTuple):
 
     rle: dict[str, Any]
     predicted_iou: float
+
+    @property
+    def array(self) -> np.ndarray:
+        """Mask as a (height, width) bool array in image pixels."""
+        return decode_rle(self.rle)
 
 
 class MaskEngine(ABC):

@@ -11,17 +11,19 @@ import sca_registry
 import torch
 from sca_registry import RegistryError, zoo
 from sca_registry.contracts import Captioner
-from sca_registry.errors import make_unknown_name_error
+from sca_registry.errors import format_choices, make_unknown_name_error, suggest_name
 from sca_registry.spec import ComponentSpec
 
 from sca.checkpoints.load import load, locate_checkpoint
 from sca.devices import resolve_device
 from sca.encoders.model_types import find_encoder_of_segmenter
+from sca.hints import ARGUMENT_ALIASES
 from sca.inference.engine import Engine
 from sca.io.hub import resolve_local_path, suggest_path
 
 MASK_ONLY = "none"  # the captioner of a segmenter without a language model
 ENGINE_OPTIONS = ("dtype", "region_batch_size")
+LOAD_ARGUMENTS = ("device", "trust_remote_code", "allow_external", "revision")
 NAME_FORMS_HINT = (
     "A folder written by `sca train`, a hub id OWNER/NAME, encoder+captioner, such as sam-vit-b+blip-base, and an "
     "encoder with masks, such as sam-vit-b, are also accepted."
@@ -67,6 +69,12 @@ def load_captioner(
         return _load_checkpoint(source, device, trust_options, **options)
     else:
         component = ComponentSpec.parse(source, "a captioner", "captioners")
+    for option in LOAD_ARGUMENTS:
+        if option in component.options:
+            raise RegistryError(
+                f"{option} is not an option of {component.name!r}; give it separately: "
+                f"{option}=... in Python, --{option.replace('_', '-')} on the command line"
+            )
     options = {**component.options, **options}
     names = [name.strip() for name in component.name.split("+")]
     if len(names) > 2:
@@ -107,7 +115,10 @@ def _load_checkpoint(
 ) -> Captioner:
     for option in options:
         if option not in ENGINE_OPTIONS:
-            raise make_unknown_name_error(f"the model {str(source)!r} has no option {option!r}", option, ENGINE_OPTIONS)
+            hint = suggest_name(ARGUMENT_ALIASES.get(option, option), (*ENGINE_OPTIONS, *LOAD_ARGUMENTS))
+            raise RegistryError(
+                f"the model {str(source)!r} has no option {option!r}.{hint}{format_choices(ENGINE_OPTIONS)}"
+            )
     folder = locate_checkpoint(source, trust_options.get("revision"))
     if find_encoder_of_segmenter(folder) is not None:
         return _build_captioner(MASK_ONLY, device, {"encoder": {"name": str(source), **trust_options}, **options})

@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
+from sca.hints import check_argument_names
 from sca.inference.engine import REGION_BATCH_SIZE, EncodedImages, Engine, MaskEngine, PredictedMask
-from sca.inference.generation_options import GENERATION_OPTIONS, reject_unknown_arguments, resolve_generation_options
+from sca.inference.generation_options import resolve_generation_options
 from sca.inference.prompt_arguments import check_prompts, check_task, collect_prompts
 from sca.io.errors import InputError
 from sca.io.images import convert_to_rgb
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
 
 ENCODE_BATCH_SIZE = 8  # images per batch of the encoder
-REGION_ARGUMENTS = ("prompts", "boxes", "points", "masks", "task")
 
 
 class Predictor:
@@ -74,6 +74,7 @@ class Predictor:
         self.image = convert_to_rgb(image)
         self.encoded = self.engine.encode([self.image])
 
+    @check_argument_names()
     def predict(
         self,
         prompts: Sequence[Prompt] = (),
@@ -89,7 +90,6 @@ class Predictor:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-        **unknown_arguments: Any,
     ) -> list[Caption]:
         """Caption regions of the current image.
 
@@ -110,7 +110,6 @@ class Predictor:
             temperature: Sampling temperature.
             top_p: Probability mass for nucleus sampling.
             seed: Random seed for sampling.
-            **unknown_arguments: Rejected with the name of the closest argument.
 
         Returns:
             A caption for each region, in order: prompts, boxes, points, masks.
@@ -120,7 +119,6 @@ class Predictor:
             ValueError: No image is set, no region is given, a region does not fit the image, or a value is out of
                 range.
         """
-        reject_unknown_arguments("predict", unknown_arguments, (*REGION_ARGUMENTS, *GENERATION_OPTIONS))
         request = self._collect_prompts(prompts, boxes, points, masks)
         generation = resolve_generation_options(
             self.engine,
@@ -135,6 +133,7 @@ class Predictor:
         assert self.encoded is not None  # see `_collect_prompts`
         return self.engine.caption_batch(self.encoded, [request], task, **generation)[0]
 
+    @check_argument_names()
     def segment(
         self,
         prompts: Sequence[Prompt] = (),
@@ -143,7 +142,6 @@ class Predictor:
         points: Sequence[Sequence[float]] = (),
         masks: Sequence[np.ndarray | RLE] = (),
         multimask_output: bool = True,
-        **unknown_arguments: Any,
     ) -> list[list[PredictedMask]]:
         """Predict the masks of regions of the current image, without captions.
 
@@ -153,7 +151,6 @@ class Predictor:
             points: (N, 2) x y; one region each.
             masks: (height, width) arrays or COCO RLEs; one region each.
             multimask_output: Return all candidate masks of each region (three for SAM) instead of one.
-            **unknown_arguments: Rejected with the name of the closest argument.
 
         Returns:
             The masks of each region, highest predicted IoU first.
@@ -162,11 +159,11 @@ class Predictor:
             TypeError: Unknown keyword argument; the message suggests the closest one.
             ValueError: As for `predict`, or the segmenter predicts no masks.
         """
-        reject_unknown_arguments("segment", unknown_arguments, (*REGION_ARGUMENTS[:4], "multimask_output"))
         request = self._collect_prompts(prompts, boxes, points, masks)
         assert self.encoded is not None  # see `_collect_prompts`
         return self.engine.segment(self.encoded, [request], multimask_output)
 
+    @check_argument_names()
     def predict_batch(
         self,
         images: Sequence[Image.Image | np.ndarray],
@@ -180,7 +177,6 @@ class Predictor:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-        **unknown_arguments: Any,
     ) -> list[list[Caption]]:
         """Caption regions of several images, without changing the current image.
 
@@ -196,7 +192,6 @@ class Predictor:
             temperature: Sampling temperature.
             top_p: Probability mass for nucleus sampling.
             seed: Random seed for sampling.
-            **unknown_arguments: Rejected with the name of the closest argument.
 
         Returns:
             The captions of each image, in the order of its regions.
@@ -206,9 +201,6 @@ class Predictor:
             ValueError: The numbers of images and requests differ, no region is given, a value is out of range, or an
                 image or its regions are invalid; then the message contains the index of the image.
         """
-        reject_unknown_arguments(
-            "predict_batch", unknown_arguments, ("images", "requests", "task", *GENERATION_OPTIONS)
-        )
         check_task(task)
         if not isinstance(images, Sequence | np.ndarray) or not isinstance(requests, Sequence):
             raise ValueError("images and requests must be lists, with one list of prompts per image")

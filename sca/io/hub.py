@@ -38,10 +38,12 @@ from sca.io.weight_files import (
     ADAPTER_CONFIG_FILE,
     NATIVE_SPEC_FILE,
     NATIVE_WEIGHTS_FILE,
+    RUN_CHECKPOINT,
     SAFETENSORS_FILE,
     SPECIAL_TOKEN_ID_FIELDS,
     check_is_not_lfs_pointer,
     check_regular_files,
+    describe_run_folder,
     find_weight_files,
     format_first_names,
     has_complete_weights,
@@ -121,8 +123,10 @@ def suggest_path(name: str) -> str:
     """Return a hint on how to write the path of an entry of the working folder; empty if no such entry exists."""
     if "\0" in name or not os.path.exists(name):
         return ""
-    hint = f"; for the local path, write ./{name}"
     folder = Path(name)
+    if describe_run_folder(folder):
+        return f"; for the model of the training run, write ./{folder / RUN_CHECKPOINT}"
+    hint = f"; for the local path, write ./{name}"
     try:
         if (folder / ADAPTER_CONFIG_FILE).exists() or find_weight_files(folder):
             require_weight_files(folder, folder)

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
+from sca.hints import check_argument_names
 from sca.io.errors import ImageMemoryError, InputError, IrregularFileError, TooLargeError
 from sca.io.file_walk import walk_files
 from sca.io.json import open_regular_file
@@ -54,6 +55,7 @@ SWAPPING_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and he
 EMPTY_FILE_MESSAGE = "{} is empty (0 bytes); copy or download it again"
 
 
+@check_argument_names()
 def open_image(path: str | Path, allow_pipe: bool = False) -> Image.Image:
     """Open an image as RGB.
 
@@ -72,6 +74,7 @@ def open_image(path: str | Path, allow_pipe: bool = False) -> Image.Image:
         Upright RGB image.
 
     Raises:
+        TypeError: Unknown keyword argument; the message suggests the closest one.
         InputError: The file is missing, unreadable, not an image, or too large.
     """
     with _open_image_file(path, allow_pipe) as file:

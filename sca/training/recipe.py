@@ -143,6 +143,21 @@ class TrainOptions(SamplingOptions):
     seed: int = 0
 
 
+RECIPE_KEYS = {  # name without its section, or in transformers -> key of a recipe, for error messages
+    "model": "model",
+    "data": "data",
+    **{each.name: f"train.{each.name}" for each in fields(TrainOptions)},
+    **dict.fromkeys(("max_steps", "num_steps", "epochs", "num_epochs", "num_train_epochs"), "train.steps"),
+    **dict.fromkeys(("per_device_train_batch_size", "train_batch_size"), "train.batch_size"),
+    "lr": "train.learning_rate",
+    "warmup_ratio": "train.warmup_steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "dataloader_num_workers": "train.num_workers",
+}
+RUN_FOLDER_NAMES = ("out", "output_dir")  # not part of a recipe
+
+
 @dataclass(frozen=True)
 class DataSource:
     """A source of examples.
@@ -336,6 +351,8 @@ class Recipe:
         Raises:
             RegistryError: A key or a value is invalid.
         """
+        assignments = list(assignments)
+        _reject_known_names(table, assignments)
         check_keys("a recipe", table, ("summary", "source", *SECTIONS))
         for key in ("summary", "source"):
             check_type(key, table.get(key, ""), str)
@@ -393,6 +410,28 @@ class Recipe:
         return {"model": model, "data": data, "train": train, "loss": dict(self.loss), **validation}
 
 
+def _reject_known_names(table: Mapping[str, Any], assignments: Iterable[str]) -> None:
+    """Raise RegistryError, with the key to use, for a key of `RECIPE_KEYS` that is in the wrong section or foreign."""
+    train_options = {each.name for each in fields(TrainOptions)}
+    problems: list[tuple[str, tuple[str, ...]]] = [
+        (f"a recipe has no {key!r}", (key,)) for key in table if key not in SECTIONS
+    ]
+    train_table = table.get("train")
+    if isinstance(train_table, Mapping):
+        problems += [(f"a recipe's [train] has no {key!r}", ("train", key)) for key in train_table]
+    for assignment in assignments:
+        path = tuple(each.strip() for each in assignment.partition("=")[0].replace("-", "_").split("."))
+        problems.append((f"{assignment!r}: unknown key {'.'.join(path)!r}", path))
+    for problem, path in problems:
+        *sections, name = path
+        if (sections == ["train"] and name in train_options) or sections not in ([], ["train"]):
+            continue
+        if name in RUN_FOLDER_NAMES:
+            raise RegistryError(f"{problem}; the run folder is an option: --out FOLDER, or folder=... in Python")
+        if name in RECIPE_KEYS and name not in SECTIONS:
+            raise RegistryError(f"{problem}; use {RECIPE_KEYS[name]}")
+
+
 def _tuples_to_lists(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in table.items()}
 
@@ -439,6 +478,8 @@ def read_recipe_text(name: str) -> str:
         return (files("sca.training.recipes") / f"{name}.toml").read_text("utf-8")
     if name.endswith(".toml") and Path(name).is_file():
         return read_toml_text(Path(name))
+    if "=" in name:
+        raise RegistryError(f"the recipe is missing before {name!r}; write: sca train own-data model=NAME data=FOLDER")
     raise make_unknown_name_error(f"unknown recipe {name!r}, and no such TOML file", name, list_recipes())
 
 

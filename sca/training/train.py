@@ -22,6 +22,7 @@ from sca.checkpoints.load import load, load_without_weights
 from sca.checkpoints.native import check_writable, save
 from sca.checkpoints.tensors import hash_weights
 from sca.data.summary import count_skipped, summarize_dataset
+from sca.hints import check_argument_names
 from sca.inference.processor import Processor
 from sca.io.run_folder import RunFolder, iter_existing_paths
 from sca.model import SegmentCaptioner
@@ -31,7 +32,7 @@ from sca.training.examples import ExampleMixture, ExampleStream, collate_example
 from sca.training.feature_cache import FeatureCache
 from sca.training.log import TrainingLog
 from sca.training.module import TrainingModule, check_lr_multipliers
-from sca.training.recipe import DEFAULT_LOSS_WEIGHTS, Recipe, TrainOptions
+from sca.training.recipe import DEFAULT_LOSS_WEIGHTS, RECIPE_KEYS, Recipe, TrainOptions
 from sca.training.sharding import gather_tensors
 from sca.training.trainer import CaptionTrainer
 from sca.training.validation import ValidationCallback
@@ -40,6 +41,10 @@ MODEL_FILES = ("spec.json", "weights.safetensors", "origin.json", "tokenizer/*")
 RESUME_FILES = ("best.json", "checkpoint-#/*", "validation/step-#/*")  # files of an unfinished run
 OUTPUT_FILES = (*RESUME_FILES, *(f"{folder}/{name}" for folder in ("model", "best") for name in MODEL_FILES))
 NO_TOKENIZER_MESSAGE = "the language model has no tokenizer; set language_model.tokenizer=FOLDER"
+CHANGE_HINTS = {  # argument that `train` does not have -> the change to the recipe
+    name: f'Change the recipe: changes=["{key}=VALUE"].' for name, key in RECIPE_KEYS.items()
+}
+ONE_PROCESS_HINT = ", or train in one process: train.num_processes=1, on GPUs with CUDA_VISIBLE_DEVICES=0"
 RESULT_NEUTRAL_OPTIONS = tuple(  # options that do not change the result of a step
     f"train.{name}"
     for name in (
@@ -55,6 +60,7 @@ RESULT_NEUTRAL_OPTIONS = tuple(  # options that do not change the result of a st
 )
 
 
+@check_argument_names(hints=CHANGE_HINTS)
 def train(
     recipe: Recipe | str | Path,
     folder: str | Path | None = None,
@@ -91,6 +97,7 @@ def train(
         The trained model in eval mode.
 
     Raises:
+        TypeError: Unknown keyword argument; the message suggests the closest one.
         ValueError: The recipe, or something that it names, cannot be read.
         OutputError: The folder contains another run, files that `sca train` did not write, or an input.
         LockedError: Another process is training in the folder.
@@ -225,6 +232,7 @@ def compute_images_per_process(options: TrainOptions, num_processes: int) -> int
         raise RegistryError(
             f"train.batch_size={options.batch_size} is not a multiple of {num_processes} processes x "
             f"train.gradient_accumulation_steps={options.gradient_accumulation_steps}; change one of them"
+            f"{ONE_PROCESS_HINT if num_processes > 1 else ''}"
         )
     return options.batch_size // num_parts
 

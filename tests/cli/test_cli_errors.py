@@ -113,12 +113,28 @@ def test_caption_reports_invalid_options_before_importing_torch(write_image, opt
     [
         (["caption", "x.png", "--num-return-sequences", "3"], "--num-return-sequences. Use --num-captions."),
         (["train", "own-data", "--lora-r=8"], "--lora-r. Set the rank with lora=8."),
-        (["train", "sca-tiny", "--weight-decay", "0.1"], "key=value arguments, without dashes."),
+        (["train", "sca-tiny", "--depth", "3"], "key=value arguments, without dashes."),
+        (["train", "own-data", "--model", "x"], "No such option: --model. Use model=VALUE, without dashes. See: "),
+        (["train", "own-data", "--data=x"], "No such option: --data. Use data=VALUE, without dashes. See: "),
+        (["train", "own-data", "--max-steps=3"], "option: --max-steps. Use train.steps=VALUE, without dashes. See: "),
+        (["train", "own-data", "--batch-size=3"], "--batch-size. Use train.batch_size=VALUE, without dashes. See: "),
+        (["train", "own-data", "--lr", "0.1"], "--lr. Use train.learning_rate=VALUE, without dashes. See: "),
+        (["train", "own-data", "--output-dir", "x"], "No such option: --output-dir. Use --out. See: "),
+        (["train", "own-data", "--over-write"], "(Possible options: --overwrite). Settings other than options are key"),
+        (["serve", "--max-request-size", "3"], "No such option: --max-request-size. Use --max-body-mb. See: "),
+        (["serve", "--limit-request-size", "3"], "option: --limit-request-size. Use --max-body-mb. See: "),
+        (["push", "x", "--repo-id", "a/b"], "--repo-id. Give the repository as the second argument: sca push FOLDER"),
         (["serve", "--max-body-size", "3"], "(Possible options: --max-body-mb). See: sca serve --help"),
     ],
 )
 def test_command_reports_unknown_option_with_what_to_use_instead(get_sca_error, arguments, hint):
     assert hint in get_sca_error(2, *arguments)
+
+
+def test_train_reports_a_missing_recipe(get_sca_error):
+    assert get_sca_error(2, "train", "model=sca-tiny", "data=photos") == (
+        "the recipe is missing before 'model=sca-tiny'; write: sca train own-data model=NAME data=FOLDER"
+    )
 
 
 def test_caption_without_images_is_a_usage_error(get_sca_error, model_arguments):

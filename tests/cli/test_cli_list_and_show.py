@@ -237,6 +237,42 @@ def test_commands_suggest_closest_name_for_typos(get_sca_error):
     assert "'caption'" in get_sca_error(2, "captoin", "a.png")
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("tiny-vit", "the kind of 'tiny-vit' is missing; use `sca show encoder tiny-vit`"),
+        ("sca-tiny", "the kind of 'sca-tiny' is missing; use `sca show model sca-tiny` or `sca show recipe sca-tiny`"),
+        ("tiny-gpt2", "the kind of 'tiny-gpt2' is missing; use `sca show language-model tiny-gpt2`"),
+        ("language-model", "the name of the language model is missing; `sca list language_models` lists all names"),
+        ("mixers", "the name of the mixer is missing; `sca list mixers` lists all names"),
+    ],
+)
+def test_show_with_one_argument_names_the_missing_one(get_sca_error, argument, message):
+    assert get_sca_error(2, "show", argument) == message
+
+
+def test_show_with_one_unknown_argument_suggests_a_kind(get_sca_error):
+    assert get_sca_error(2, "show", "encodr").startswith("unknown kind 'encodr'. Did you mean 'encoders'?")
+
+
+@pytest.mark.parametrize(
+    ("command", "replacement"),
+    [
+        ("sweep", "`sca bench run SWEEP.toml`"),
+        ("finetune", "`sca train own-data`"),
+        ("push-to-hub", "`sca push`"),
+        ("segment", "`sca caption --model sam-vit-b` for masks alone, or Predictor.segment in Python"),
+    ],
+)
+def test_unknown_command_names_what_to_use(get_sca_error, command, replacement):
+    assert get_sca_error(2, command, "x") == f"No such command {command!r}; use {replacement}. See: sca --help"
+
+
+def test_help_of_bench_names_sweeps(run_sca):
+    (line,) = [line for line in run_sca("--help").out.splitlines() if line.split()[:1] == ["bench"]]
+    assert "sweep" in line
+
+
 def test_data_export_writes_dataset_and_leaves_nothing_after_errors(run_sca, get_sca_error, working_folder):
     assert run_sca("data", "export", "scenes", "out", "num_images=2").status == 0
     assert len(json.loads((working_folder / "out" / "val.json").read_text())["images"]) == 2

@@ -56,11 +56,41 @@ def test_caption_array_returns_the_mask_as_a_boolean_array(predictor, scene):
     assert encode_rle(caption.array) == caption.mask
 
 
+def test_predicted_mask_array_returns_the_mask_as_a_boolean_array(predictor, scene):
+    for mask in predictor.segment(boxes=[BOX])[0]:
+        assert mask.array.shape == (scene.image.height, scene.image.width)
+        assert mask.array.dtype == bool
+        assert encode_rle(mask.array) == mask.rle
+
+
 def test_predict_points_to_the_method_or_prompt_for_arguments_of_sam(idle_predictor):
     with pytest.raises(TypeError, match=r"predict\(\) has no argument 'multimask_output'\. .* segment\(\)"):
         idle_predictor.predict(boxes=[BOX], multimask_output=True)
     with pytest.raises(TypeError, match=r"segment\(\) has no argument 'point_labels'\. .* sca\.Prompt\(points="):
         idle_predictor.segment(points=[(1, 2)], point_labels=[1])
+
+
+SAM_ARGUMENTS = {"point_coords": [[9, 9]], "point_labels": [1], "multimask_output": True}
+LABELED_POINTS_HINT = "Give the points of one region with labels: sca.Prompt(points=((x, y, label), ...))."
+
+
+def test_predict_reports_all_unknown_arguments_in_one_error(idle_predictor):
+    with pytest.raises(TypeError) as caught:
+        idle_predictor.predict(**SAM_ARGUMENTS, bboxes=[BOX], angle=3)
+    assert str(caught.value) == (
+        "predict() has no arguments 'angle', 'bboxes', 'multimask_output', 'point_coords' and 'point_labels'."
+        " For 'bboxes': Did you mean 'boxes'?"
+        " For 'multimask_output': Masks without captions come from segment(), which has this argument."
+        f" For 'point_coords' and 'point_labels': {LABELED_POINTS_HINT}"
+    )
+    with pytest.raises(TypeError) as caught:
+        idle_predictor.segment(**SAM_ARGUMENTS)
+    assert str(caught.value) == (
+        f"segment() has no arguments 'point_coords' and 'point_labels'. For 'point_coords' and 'point_labels': "
+        f"{LABELED_POINTS_HINT}"
+    )
+    with pytest.raises(TypeError, match=r"has no arguments 'points_per_batch' and 'xs'\. For 'points_per_batch': The"):
+        sca.caption_everything(idle_predictor, points_per_batch=64, xs=1)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +266,17 @@ def test_caption_everything_checks_arguments_before_searching(idle_predictor, ar
     monkeypatch.setattr(idle_predictor.model, "segment", lambda *_: pytest.fail("searched"))
     with pytest.raises(ValueError, match=message):
         sca.caption_everything(idle_predictor, **arguments)
+
+
+def test_caption_everything_points_to_the_batch_size_of_the_predictor(idle_predictor):
+    with pytest.raises(TypeError, match=r"'points_per_batch'\. The batch size .* region_batch_size=64\)"):
+        sca.caption_everything(idle_predictor, points_per_batch=64)
+
+
+def test_caption_everything_requires_a_predictor_before_other_arguments(model, scene):
+    message = r"is of type SegmentCaptioner; give sca\.Predictor\(model\), after its set_image\(image\)"
+    with pytest.raises(ValueError, match=message):
+        sca.caption_everything(model, scene.image)
 
 
 def test_predictor_rejects_a_model_name_and_suggests_load():

@@ -268,7 +268,7 @@ def test_push_reports_errors_in_one_line(run_with_hub, hub, tmp_path):
         (("sca-tiny", "me/tiny"), "set HF_TOKEN to a token with write access"),
         (("sca-tiny", "no such name!"), "'no such name!' is not a repository name; give OWNER/NAME"),
         (("nothing", "me/tiny"), "nothing"),
-        (("sca-tiny", "me/tiny", "--scores", "absent.json"), "absent.json is no scores.json of `sca evaluate`"),
+        (("sca-tiny", "me/tiny", "--scores", "absent.json"), "absent.json is not a scores.json of `sca evaluate`"),
     ):
         status, out, err = run_with_hub(*PUSH_COMMAND, *arguments)
         assert status == 2, err

@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 from plugin_sources import MIXER_SOURCE
 from sca_registry import RegistryError, datasets, mixers
+from sca_registry.contracts import COMPONENT_KINDS
 from sca_registry.options import REQUIRED, check_options, is_text_option
+from sca_registry.registry import KINDS_WITHOUT_TEMPLATE
+
+from sca.testing.scaffold import TEMPLATE_KINDS
 
 
 @pytest.fixture
@@ -65,8 +69,17 @@ def test_build_names_the_missing_attributes_of_a_component(install_mixer):
     install_mixer(
         "class Half:\n    hidden_size = 3\n    def __call__(self): pass\n\ndef make(segmenter): return Half()\n"
     )
-    with pytest.raises(RegistryError, match=r"returned a Half without num_queries, uses_grid; .*contracts\.Mixer"):
+    template_hint = "`sca plugin new mixer NAME` writes a template"
+    with pytest.raises(
+        RegistryError,
+        match=rf"returned a Half without num_queries, uses_grid; .*contracts\.Mixer; {template_hint}$",
+    ):
         mixers.build("mine", None)
+
+
+def test_build_suggests_a_template_for_each_kind_that_has_one():
+    kinds = {kind.singular for plural, kind in COMPONENT_KINDS.items() if plural not in KINDS_WITHOUT_TEMPLATE}
+    assert kinds == {*TEMPLATE_KINDS}
 
 
 @pytest.mark.parametrize("failure", ["RuntimeError('no')", "SystemExit(1)", "ImportError('no')"])

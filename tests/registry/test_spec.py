@@ -121,9 +121,20 @@ def test_model_spec_rejects_invalid_overrides(assignment, message):
         TINY_SPEC.apply_overrides([assignment])
 
 
-def test_model_spec_names_a_missing_component():
-    with pytest.raises(RegistryError, match="the language model is None"):
-        ModelSpec.from_dict({"encoder": "tiny-vit", "mixer": "query"})
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("encoder", 'the model has no encoder; add `encoder = "sam-vit-b"` to [model]'),
+        ("mixer", 'the model has no mixer; add `mixer = "query"` to [model]'),
+        ("language_model", 'the model has no language model; add `language_model = "gpt2"` to [model]'),
+    ],
+)
+def test_model_spec_names_a_missing_component(kind, message):
+    table = {"encoder": "tiny-vit", "mixer": "query", "language_model": "tiny-gpt2"}
+    for incomplete_table in ({**table, kind: None}, {key: table[key] for key in table.keys() - {kind}}):
+        with pytest.raises(RegistryError) as caught:
+            ModelSpec.from_dict(incomplete_table)
+        assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,17 @@ def test_recipe_file_is_named_after_its_stem(tmp_path):
         ("mixer.depth", "is not an assignment"),
         ("trian.steps=7", "unknown key 'trian'"),
         ("task_tokens=-1", "task_tokens is -1"),
+        ("train.max_steps=7", "'train.max_steps=7': unknown key 'train.max_steps'; use train.steps$"),
+        ("train.num_train_epochs=7", "; use train.steps$"),
+        ("train.per_device_train_batch_size=7", "; use train.batch_size$"),
+        ("train.lr=1e-3", "; use train.learning_rate$"),
+        ("lr=1e-3", "'lr=1e-3': unknown key 'lr'; use train.learning_rate$"),
+        ("epochs=3", "; use train.steps$"),
+        ("steps=3", "; use train.steps$"),
+        ("batch-size=3", "; use train.batch_size$"),
+        ("learning_rate=1e-3", "; use train.learning_rate$"),
+        ("output_dir=runs/x", "'output_dir'; the run folder is an option: --out FOLDER, or folder=... in Python$"),
+        ("train.output_dir=x", "the run folder is an option: --out FOLDER"),
     ],
 )
 def test_recipe_rejects_wrong_override(override, message):
@@ -122,17 +133,24 @@ def test_recipe_rejects_wrong_override(override, message):
     [
         ({"trian": {}}, "a recipe has no 'trian'.*Did you mean 'train'"),
         ({"train": 3}, r"train of the recipe mine is 3; give a table \[train\]"),
-        ({"train": {"epochs": 3}}, r"\[train\] has no 'epochs'"),
+        ({"train": {"epochs": 3}}, r"\[train\] has no 'epochs'; use train\.steps$"),
+        ({"lr": 0.1}, "a recipe has no 'lr'; use train.learning_rate$"),
+        ({"batch_size": 4}, "a recipe has no 'batch_size'; use train.batch_size$"),
         ({"train": {"prompt_weights": {"circle": 1.0}}}, "train.prompt_weights has no 'circle'"),
         ({"train": {"learning_rate": 10**400}}, r"train.learning_rate is 10+; give a number"),
         ({"data": {}}, "has no data"),
-        ({"model": {"encoder": "tiny-vit"}}, "the mixer is None"),
+        ({"model": {"encoder": "tiny-vit"}}, 'the model has no mixer; add `mixer = "query"`'),
     ],
 )
 def test_recipe_rejects_wrong_table(small_model_table, table, message):
     valid_table = {"model": small_model_table, "data": {"scenes": {"name": "scenes"}}}
     with pytest.raises(RegistryError, match=message):
         Recipe.from_dict("mine", {**valid_table, **table})
+
+
+def test_recipe_read_names_a_missing_recipe():
+    with pytest.raises(RegistryError, match=r"^the recipe is missing before 'data=photos'; write: sca train own-data"):
+        Recipe.read("data=photos", ["model=sca-tiny"])
 
 
 def test_recipe_read_suggests_similar_names_and_reports_invalid_toml(tmp_path):
@@ -241,7 +259,7 @@ def test_recipe_override_replaces_model_name_with_table(tmp_path):
         recipe = Recipe.read(name, [f"data='{tmp_path}'", override, "mixer.depth=1"])
         assert recipe.model.mixer == ComponentSpec("query", {"depth": 1})
     for wrong_override in ('model={encoder="tiny-vit"}', "model=[1]"):
-        with pytest.raises(RegistryError, match=r"the mixer is None|model of the recipe own-data is"):
+        with pytest.raises(RegistryError, match=r"the model has no mixer|model of the recipe own-data is"):
             Recipe.read("own-data", [f"data='{tmp_path}'", wrong_override])
 
 
