@@ -188,7 +188,7 @@ def _get_option_hint(error: Any) -> str:
     if error.option_name in OPTION_HINTS:
         return f" {OPTION_HINTS[error.option_name]}"
     parameters = error.ctx.command.params if error.ctx else []
-    takes_assignments = any("key=value" in (parameter.metavar or "") for parameter in parameters)
+    takes_assignments = any("KEY=VALUE" in (parameter.metavar or "") for parameter in parameters)
     return " Settings other than options are key=value arguments, without dashes." if takes_assignments else ""
 
 
