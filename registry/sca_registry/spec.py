@@ -42,22 +42,22 @@ class ComponentSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a table {"name": ..., option: value, ...}; `name` cannot be an option."""
+        """Return a dict {"name": ..., option: value, ...}; `name` cannot be an option."""
         return {"name": self.name, **self.options}
 
     @classmethod
     def from_dict(cls, data: Any, subject: str = "component") -> ComponentSpec:
-        """Create a component from the table of `to_dict`, or from a name.
+        """Create a component from the dict of `to_dict`, or from a name.
 
         Args:
-            data: Table or name.
+            data: Dict or name.
             subject: Subject of the error messages, such as "mixer".
 
         Returns:
             The component.
 
         Raises:
-            RegistryError: `data` is neither a name nor a table with a name.
+            RegistryError: `data` is neither a name nor a dict with a name.
         """
         table = {"name": data} if isinstance(data, str) else data
         if callable(data):
@@ -76,7 +76,7 @@ class ComponentSpec:
         Args:
             text: "NAME [key=value]...". Quotes enclose values with spaces.
             subject: Subject of the error messages, such as "--proposer".
-            kind: Kind of the component, to read options that take text as text.
+            kind: Kind of the component, to read the options that are strings without quotes.
 
         Returns:
             The component.
@@ -105,13 +105,14 @@ class EverythingOptions:
             at `-stability_score_offset` logits.
         stability_score_offset: Offset of the logits for the stability score.
         box_nms_thresh: IoU threshold for non-maximum suppression of boxes.
-        mask_nms_thresh: IoU threshold for non-maximum suppression of masks, which SAM does not have; 1 disables it.
+        mask_nms_thresh: IoU threshold for non-maximum suppression of masks, an addition to SAM's generator; 1
+            disables it.
         min_area: Minimum area of a mask as a fraction of the image.
         max_area: Maximum area of a mask as a fraction of the image.
         crop_n_layers: Layers of image crops in addition to the full image. Layer i has 2^i x 2^i crops.
         crop_overlap_ratio: Overlap of neighboring crops in the first layer, as a fraction of the shorter image side.
-        caption_from: Prompt for the caption of a proposed region: "box-and-point" (box of the mask and its grid point),
-            "box", or "point" as in SCA (arXiv 2312.00869).
+        caption_from: Prompt for the caption of a proposed region: "box-and-point" (bounding box of the mask, and the
+            grid point that produced it), "box", or "point" as in SCA (arXiv 2312.00869).
     """
 
     points_per_side: int = 32
@@ -131,21 +132,21 @@ class EverythingOptions:
 class ModelSpec:
     """Architecture and default options of a model, without weights.
 
-    Tables can be partial: missing keys are set to their defaults.
+    Dict fields can be partial: missing keys take their default values.
 
     Attributes:
         encoder: Image encoder.
         mixer: Feature mixer.
         language_model: Language model.
-        segmenter: Segmenter; None for the default of the encoder.
+        segmenter: Segmenter; None selects the encoder's default.
         projection: Projection from queries to embeddings: `type` "linear" or "mlp"; `norm` "none", "pre", "post" or
             "both".
         task_tokens: Number of learned tokens per task.
-        trainable: Trainable groups out of `TRAINABLE_GROUPS`; the others are frozen.
+        trainable: Parameter groups to train, a subset of `TRAINABLE_GROUPS`; the others are frozen.
         lora: LoRA of the language model: `rank`, `alpha`, `dropout` and `target_modules` (None selects them by
-            architecture). An integer r abbreviates rank r and alpha 2r. None disables LoRA.
+            architecture). An integer r is shorthand for rank r and alpha 2r. None disables LoRA.
         generation: Default options of `generate`.
-        everything: Options of everything mode, the fields of `EverythingOptions`.
+        everything: Options of everything mode by field of `EverythingOptions`.
 
     Raises:
         RegistryError: A field, key or value is invalid.
@@ -205,10 +206,10 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
-        """Create a spec from the tables of `to_dict`.
+        """Create a spec from the dict of `to_dict`.
 
         Args:
-            data: Tables, possibly partial. A component can be a name without options.
+            data: Fields by name; dict fields can be partial. A component can be a name without options.
 
         Returns:
             The spec.
@@ -232,7 +233,7 @@ class ModelSpec:
         return cls(**table)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the spec as tables, lists, text and numbers without None, for JSON and TOML."""
+        """Return the spec as a dict that can be written as JSON or TOML; entries that are None are omitted."""
         data: dict[str, Any] = {"format": SPEC_FORMAT}
         for each in fields(self):
             value = getattr(self, each.name)
@@ -248,7 +249,7 @@ class ModelSpec:
         """Return a copy of the spec with changes.
 
         Args:
-            assignments: `key=value` assignments, see `overrides`.
+            assignments: Overrides such as "mixer.depth=3" or "lora=16", with TOML values.
 
         Returns:
             The changed spec.

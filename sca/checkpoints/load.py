@@ -38,18 +38,19 @@ def load(
     allow_external: bool = False,
     revision: str | None = None,
 ) -> SegmentCaptioner:
-    """Load a model in eval mode, from the native layout or the layout of the published system.
+    """Load a model in eval mode, from a checkpoint in the native layout or in the original SCA layout.
 
-    A checkpoint is data: it names installed components, and none of its code runs unless the caller allows it.
+    A checkpoint only names installed components. Loading it runs no code from it unless `trust_remote_code` is set.
 
     Args:
-        source: Zoo name, hub id, or folder: a `Path`, or text with a separator, such as ./model or runs/x/model.
+        source: Model name, Hub id, or folder. A folder is a `Path`, or a string that contains a path separator, such as
+            "./model" or "runs/x/model".
         device: Device of the model.
-        dtype: Data type of floating-point tensors, such as "float16"; by default that of each component.
-        trust_remote_code: Allow the checkpoint to run code. Only for authors whose programs you would run.
-        allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs,
-            such as your own checkpoints whose weights are stored elsewhere. It does not allow code.
-        revision: Revision of a hub id: a commit, a branch or a tag.
+        dtype: Data type of floating-point tensors, such as "float16". Defaults to each component's own dtype.
+        trust_remote_code: Allow the checkpoint to run its own code. Use only with authors you trust.
+        allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs.
+            For example, your own checkpoints may refer to weights that are stored elsewhere. Does not allow code.
+        revision: Revision of a Hub id: a commit, a branch or a tag.
 
     Returns:
         The model, in eval mode on `device`.
@@ -57,7 +58,7 @@ def load(
     Raises:
         InputError: The checkpoint cannot be read, requires more than was allowed, has NaN or infinite weights, or has
             missing or unexpected tensors.
-        ValueError: The device or the dtype does not exist.
+        ValueError: The device is not available, or the dtype is unknown.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     trust = Trust(trust_remote_code, allow_external)

@@ -64,21 +64,22 @@ def save(
 ) -> Path:
     """Save a model as a checkpoint folder.
 
-    Writing is atomic: a kill at any moment leaves either the old or the new checkpoint, complete.
+    Writing is atomic: if the process is killed, the folder contains either the complete old or the complete new
+    checkpoint.
 
     Args:
         model: Model to save.
         folder: New or empty folder, or an older checkpoint, which is replaced. A folder with other files is never
             replaced.
         dtype: Data type of the stored floating-point tensors; unchanged by default.
-        tensors: Tensors by name to store instead of those of the model.
+        tensors: State dict to store instead of the model's own.
 
     Returns:
         The folder.
 
     Raises:
         OutputError: The folder contains other files, or cannot be written.
-        ValueError: The model is not a `SegmentCaptioner`, or the dtype does not exist.
+        ValueError: The model is not a `SegmentCaptioner`, or the dtype is unknown.
     """
     if not isinstance(model, SegmentCaptioner):
         raise ValueError(

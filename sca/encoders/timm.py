@@ -198,7 +198,7 @@ def make_image_format(size: int, preprocessing: Mapping[str, Any], resize_mode: 
     """Return the image format of pretrained weights.
 
     Args:
-        size: Side of the input frame in pixels.
+        size: Side of the model input in pixels.
         preprocessing: `mean`, `std` and `interpolation` of the weights.
         resize_mode: "pad" or "stretch".
 

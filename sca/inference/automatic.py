@@ -92,15 +92,16 @@ def caption_everything(
     """Find and caption all regions of the current image.
 
     Args:
-        predictor: Predictor with an image.
+        predictor: Predictor on which `set_image` was called.
         task: "caption", or "recognition" for class names.
-        options: Options of the search; None for those of the model.
-        proposals: Prompts that replace the grid and the crops, for example from a registered proposer. A single point
-            with label 1 is searched like a grid point. Every other prompt is a region: it is captioned unchanged, in
-            the order of `proposals`, after the regions found from points.
+        options: Options for finding regions; None uses the model's options.
+        proposals: Prompts that replace the grid and the crops, for example from a registered proposer. A prompt that
+            consists of one foreground point (label 1) is treated like a point of the grid: its masks are predicted,
+            filtered and captioned. Every other prompt is captioned as given. These captions come after those of the
+            points, in the order of `proposals`.
         progress: Function called with the number of processed points and the total.
-        max_regions: Maximum regions to caption: first those found from points, by predicted IoU, then the other
-            proposals, by their scores.
+        max_regions: Maximum number of regions to caption: first those found from points, by predicted IoU, then the
+            other proposals, by their scores.
         **kwargs: Fields of `EverythingOptions` that override those in `options`, and generation options of
             `Predictor.predict`.
 
@@ -158,7 +159,7 @@ def find_everything(
     Args:
         engine: Engine with an encoder and a segmenter.
         encoded: Result of `engine.encode` for one image.
-        options: Options of the search; None for those of the model.
+        options: Options for finding regions; None uses the model's options.
         proposals: Prompts that replace the grid and the crops; only single points are used.
         progress: Function called with the number of processed points and the total.
 
@@ -196,7 +197,7 @@ def search_everything(
     Args:
         engine: Engine with an encoder and a segmenter.
         encoded: Result of `engine.encode` for one image.
-        options: Options of the search; None for those of the model.
+        options: Options for finding regions; None uses the model's options.
         proposals: Prompts that replace the grid and the crops; only single points are used.
         max_found_regions: Maximum regions to find.
         max_bytes: Maximum bytes of candidate masks in memory.
@@ -338,7 +339,7 @@ def _iter_mask_candidates(
 ) -> Iterator[tuple[int, Tensor, list[float], list[int]]]:
     """Yield chunks: processed points, masks (K, 4h, 4w) above the IoU threshold, their IoUs and indices of points."""
     (frame,) = encoded.frames
-    point_coords = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), input frame
+    point_coords = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), model input
     labels = torch.ones(len(points), 1, dtype=torch.long)
     prompts = PromptBatch(torch.zeros(len(points), dtype=torch.long), points=point_coords, labels=labels).to(
         engine.device

@@ -37,7 +37,7 @@ class EncodedImages(NamedTuple):
     Attributes:
         images: The images.
         features: (B, C, h, w) image features; None without an encoder.
-        frames: Placement of each image in the input frame; empty without an encoder.
+        frames: Placement of each image in the model input; empty without an encoder.
     """
 
     images: Sequence[Image.Image]

@@ -34,17 +34,18 @@ def load_captioner(
     revision: str | None = None,
     **options: Any,
 ) -> Captioner:
-    """Load a captioner: a model or a baseline with the method `caption`.
+    """Load a captioner: an SCA model, a baseline or a vision-language model with the method `caption`.
 
     Args:
-        source: A checkpoint (a folder, a model name or a hub id), the name of a registered captioner, or
+        source: A checkpoint (a folder, a model name or a Hub id), the name of a registered captioner, or
             "encoder+captioner" such as "sam-vit-b+blip-base", where the encoder predicts the masks. Options can follow
-            a name, as in "sam-vit-b+blip-base batch_size=8". A table contains the key `name` and options.
+            a name, as in "sam-vit-b+blip-base batch_size=8". A dict contains the key `name` and the options.
         device: Device of the model.
         trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`.
         allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.
-        revision: Revision of a hub id; see `sca.load`.
-        **options: Options of a registered captioner; for a checkpoint `dtype` and `region_batch_size` (see `Engine`).
+        revision: Revision of a Hub id; see `sca.load`.
+        **options: Options of a registered captioner. The options of a checkpoint are `dtype` and `region_batch_size`;
+            see `Engine`.
 
     Returns:
         An `Engine` for a checkpoint, else an instance of the registered captioner.

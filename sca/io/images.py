@@ -59,14 +59,14 @@ def open_image(path: str | Path, allow_pipe: bool = False) -> Image.Image:
 
     The EXIF orientation is applied, transparency is composited over white, and only the first frame is read.
 
-    Gray images with more than 8 bits are scaled from the range that the file records. Without a recorded range, they
-    are scaled from the first of 0..1 (floating point only), 0..255, 0..1023, 0..4095, 0..16383 and 0..65535 that
-    contains all values. Values that fill less than an eighth of that range, or fit into no range, are scaled from their
-    own minimum and maximum. 16-bit colors that use only 10, 12 or 14 bits are also scaled.
+    Grayscale images with more than 8 bits per pixel are scaled to 8 bits. The source range is the range that the file
+    records, or else the smallest of [0, 1] (floating point only), [0, 255], [0, 1023], [0, 4095], [0, 16383] and
+    [0, 65535] that contains all values. If no range contains them, or if they span less than an eighth of the range,
+    their own minimum and maximum are used. 16-bit colors that use only 10, 12 or 14 bits are also scaled.
 
     Args:
         path: Image file.
-        allow_pipe: Accept a pipe such as /dev/stdin. Set it only for a path that a person typed.
+        allow_pipe: Accept a pipe such as /dev/stdin. Enable it only for trusted paths, such as command-line arguments.
 
     Returns:
         Upright RGB image.

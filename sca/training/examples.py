@@ -41,7 +41,7 @@ AugmentFunction = Callable[[Sample, np.random.Generator], Sample]
 
 @dataclass
 class Example:
-    """One image with R regions and T texts; boxes and points are in pixels of the S x S input frame.
+    """One image with R regions and T texts; boxes and points are in pixels of the S x S model input.
 
     Masks contain the fraction of each of the (4h, 4w) cells that the region covers.
     """

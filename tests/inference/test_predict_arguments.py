@@ -173,13 +173,13 @@ def test_count_tokens_stops_at_the_first_eos_and_counts_ids_equal_to_padding():
 
 def test_predict_batch_matches_predict_and_keeps_the_current_image(predictor, scene):
     rotated_image = np.asarray(scene.image.rotate(90))
-    requests = [[Prompt(box=BOX), Prompt(points=((9, 9, 1),))], [], [Prompt(box=BOX)]]
+    prompts = [[Prompt(box=BOX), Prompt(points=((9, 9, 1),))], [], [Prompt(box=BOX)]]
     current_image = predictor.image
-    batch_captions = predictor.predict_batch([scene.image, scene.image, rotated_image], requests, max_new_tokens=5)
+    batch_captions = predictor.predict_batch([scene.image, scene.image, rotated_image], prompts, max_new_tokens=5)
     assert predictor.image is current_image
     assert [len(captions) for captions in batch_captions] == [2, 0, 1]
     for image, request, captions in zip(
-        [scene.image, scene.image, rotated_image], requests, batch_captions, strict=True
+        [scene.image, scene.image, rotated_image], prompts, batch_captions, strict=True
     ):
         if request:
             predictor.set_image(image)
@@ -189,19 +189,19 @@ def test_predict_batch_matches_predict_and_keeps_the_current_image(predictor, sc
 
 
 @pytest.mark.parametrize(
-    ("images", "requests", "message"),
+    ("images", "prompts", "message"),
     [
-        (2, [[Prompt(box=BOX)]], "2 images, but 1 requests"),
+        (2, [[Prompt(box=BOX)]], "2 images, but 1 list of prompts"),
         (1, [[BOX]], "image 0: prompt 0: tuple is not a prompt"),
         (2, [[Prompt(box=BOX)], [Prompt(box=(5000, 0, 5010, 9))]], "image 1: prompt 0: the box"),
-        (None, [[Prompt(box=BOX)]], "images and requests must be lists"),
+        (None, [[Prompt(box=BOX)]], "images and prompts must be lists"),
         ("text", [[Prompt(box=BOX)]], "image 0: str is not an image"),
     ],
 )
-def test_predict_batch_checks_lengths_ranges_and_types(idle_predictor, scene, images, requests, message):
+def test_predict_batch_checks_lengths_ranges_and_types(idle_predictor, scene, images, prompts, message):
     image_list = {None: scene.image, "text": ["a.png"]}.get(images) or [scene.image] * images
     with pytest.raises(ValueError, match=message):
-        idle_predictor.predict_batch(image_list, requests)
+        idle_predictor.predict_batch(image_list, prompts)
 
 
 def test_predict_batch_checks_its_task_before_encoding(idle_predictor, scene, monkeypatch):

@@ -97,7 +97,7 @@ class UnregisteredMixer(torch.nn.Module):
         (COMPONENT_NAMES, {"lora": {"targets": ["q"]}}, "Did you mean 'target_modules'"),
         (COMPONENT_NAMES, {"lora": "8"}, "lora is '8'; give a rank, such as lora=8, or a table of rank, alpha"),
         (COMPONENT_NAMES, {"lora": 8.5}, "lora is 8.5; give a rank"),
-        (COMPONENT_NAMES, {"weights": "model.safetensors"}, "weights is 'model.safetensors'; give True or False"),
+        (COMPONENT_NAMES, {"weights": "model.safetensors"}, "weights must be True or False, not 'model.safetensors'"),
         (({"name": "tiny-vit", "image_size": "64"}, *COMPONENT_NAMES[1:]), {}, "image_size is '64'; give an integer"),
         ((*COMPONENT_NAMES[:2], {"name": "hf", "weights": 5}), {}, "weights is 5; give text"),
     ],

@@ -18,7 +18,7 @@ class MmdetEncoder(nn.Module):
         config: Name of a config in mmdet, or path of a file.
         weights: File or URL in the format of mmdet.
         pretrained: Load `weights`; False for random weights.
-        image_size: Side S of the square input frame in pixels.
+        image_size: Side S of the square model input in pixels.
         feature_level: Index of the feature level, from the finest, 0, or negative from the coarsest. By default the
             level with the stride nearest to 16.
         resize_mode: "pad" or "stretch", see `ImageFormat`.
