@@ -68,7 +68,7 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
     """
     if not isinstance(spec, ModelSpec):
         raise ValueError(
-            f"the spec is of type {type(spec).__name__}; give an sca.ModelSpec, such as sca.ModelSpec.parse('a+b+c')"
+            f"the spec is of type {type(spec).__name__}; pass an sca.ModelSpec, such as sca.ModelSpec.parse('a+b+c')"
         )
     if not isinstance(weights, bool):
         raise ValueError(

@@ -123,11 +123,11 @@ def resolve_gpu_memory(gpu: str | float) -> float:
         except ValueError:
             if name.lower() not in GPU_MEMORY_GIB:
                 raise make_unknown_name_error(
-                    f"unknown GPU {name!r}; give a name or its memory in GiB", name, GPU_MEMORY_GIB
+                    f"unknown GPU {name!r}; expected a name or its memory in GiB", name, GPU_MEMORY_GIB
                 ) from None
             return GPU_MEMORY_GIB[name.lower()]
     if not 0 < gpu < 2**20:
-        raise ValueError(f"the memory of the GPU is {gpu:g} GiB; give a name, or a number above 0")
+        raise ValueError(f"the memory of the GPU is {gpu:g} GiB; expected a name, or a number above 0")
     return gpu
 
 

@@ -121,7 +121,7 @@ class _ChannelNorm(nn.LayerNorm):
 
 def _check_weights(weights: str | None, pretrained: bool) -> str | None:
     if pretrained and weights is None:
-        raise ValueError("no weights; give weights=mobile_sam.pt, or pretrained=false")
+        raise ValueError("no weights; set weights=mobile_sam.pt, or pretrained=false")
     return weights if pretrained else None
 
 

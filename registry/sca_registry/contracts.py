@@ -48,8 +48,8 @@ class ImageFormat:
 
     Attributes:
         size: Side S of the square model input in pixels.
-        mean: Channel means for values in 0..1.
-        std: Channel standard deviations for values in 0..1.
+        mean: Channel means for values in [0, 1].
+        std: Channel standard deviations for values in [0, 1].
         channel_order: Channel order.
         resample: Interpolation used for resizing.
         resize_mode: "pad" scales the longest side to `size` and pads right and bottom with zeros after normalization;
@@ -141,7 +141,7 @@ class GenerationOutput(NamedTuple):
 class MaskTargets(_TensorRows):
     """Ground-truth masks to train a segmenter on."""
 
-    masks: Tensor  # (N, 4h, 4w) in 0..1: fraction of each cell that the region covers
+    masks: Tensor  # (N, 4h, 4w) in [0, 1]: fraction of each cell that the region covers
     valid_pixels: Tensor  # (N, 4h, 4w) bool: cells inside the image, not its padding
     has_mask: Tensor  # (N,) bool: regions with a ground-truth mask
 
@@ -261,7 +261,7 @@ class MetricOutput(NamedTuple):
     """Scores of a metric.
 
     Attributes:
-        values: Scores by name. Floats are fractions in 0..1, or on that scale as CIDEr-D is, NaN if nothing could be
+        values: Scores by name. Floats are fractions in [0, 1], or on that scale as CIDEr-D is, NaN if nothing could be
             scored; tables print them times 100. Counts are integers.
         per_record: Arrays with one row per judged unit (a record, a region or a pair), with `image_id` and `region_id`
             to identify it. An array named like a score has that score as its mean over the rows that are not NaN,
@@ -406,7 +406,7 @@ class Dataset(Protocol):
     - `iter_annotations()`: yields the regions of each image, in order, without opening images;
     - `read_sample(index)`: returns a sample, or None if its image cannot be read;
     - `content_hash`: identifies the content, so that results on other content are not mixed;
-    - `metadata`: table of counts, such as `regions` and `captioned`;
+    - `metadata`: dict of counts, such as `regions` and `captioned`;
     - `skipped` and `examples`: counts and first locations of skipped entries, by reason;
     - `attribute_values`: possible values of each attribute of its regions, for auxiliary losses;
     - `relation_attributes`: names of the attributes that relate a region to another one.

@@ -63,10 +63,12 @@ class ComponentSpec:
         if callable(data):
             description = getattr(data, "__qualname__", f"of type {type(data).__name__}")
             raise RegistryError(
-                f"the {subject} is {description}; give its name{_suggest_registered_name(subject, data)}"
+                f"the {subject} is {description}; pass its name{_suggest_registered_name(subject, data)}"
             )
         if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
-            raise RegistryError(f"the {subject} is {data!r}; give a name, or a table with a name and options")
+            raise RegistryError(
+                f"the {subject} is {data!r}; expected a name, or a dict or table with a name and options"
+            )
         return cls(table["name"], {option: value for option, value in table.items() if option != "name"})
 
     @classmethod
@@ -86,7 +88,7 @@ class ComponentSpec:
         """
         arguments = ARGUMENT_PATTERN.findall(text)
         if not arguments or ARGUMENT_PATTERN.sub("", text).strip():  # empty, or an unclosed quote
-            raise RegistryError(f"{subject} is 'NAME [key=value]...', not {text!r}")
+            raise RegistryError(f"{subject} must have the form 'NAME [key=value]...', but is {text!r}")
         name, *assignments = arguments
         if not kind:
             return cls(name, parse_assignments(assignments))
@@ -173,7 +175,7 @@ class ModelSpec:
         set_field("everything", _complete_everything(self.everything))
         set_field("trainable", _check_trainable(self.trainable))
         if not isinstance(self.task_tokens, int) or isinstance(self.task_tokens, bool) or self.task_tokens < 0:
-            raise RegistryError(f"task_tokens is {self.task_tokens!r}; give an integer of at least 0")
+            raise RegistryError(f"task_tokens is {self.task_tokens!r}; expected an integer of at least 0")
 
     @property
     def everything_options(self) -> EverythingOptions:
@@ -278,7 +280,7 @@ def _suggest_registered_name(subject: str, factory: Any) -> str:
 
 def _check_table(subject: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise RegistryError(f"{subject} is {value!r}; give a table of options")
+        raise RegistryError(f"{subject} is {value!r}; expected a dict or table of options")
     return dict(value)
 
 
@@ -311,9 +313,9 @@ def check_generation(
         if name in checked_options:
             _check_number(subject, name, checked_options[name], is_integer=False, minimum=0, maximum=upper_bound)
     if checked_options.get("temperature") == 0:
-        raise RegistryError(f"{subject}.temperature is 0; give a number above 0, or omit temperature and do_sample")
+        raise RegistryError(f"{subject}.temperature is 0; use a number above 0, or omit temperature and do_sample")
     if not isinstance(checked_options.get("do_sample", False), bool):
-        raise RegistryError(f"{subject}.do_sample is {checked_options['do_sample']!r:.80}; give true or false")
+        raise RegistryError(f"{subject}.do_sample is {checked_options['do_sample']!r:.80}; expected true or false")
     if "seed" in checked_options:
         _check_number(subject, "seed", checked_options["seed"], is_integer=True, minimum=-(2**63), maximum=2**63 - 1)
     if generate_method is not None:
@@ -350,7 +352,8 @@ def _complete_everything(value: Any) -> dict[str, Any]:
             raise make_unknown_name_error(problem, str(setting), CAPTION_FROM_CHOICES)
     if not options.get("crop_overlap_ratio", 0) < 1:
         raise RegistryError(
-            f"everything.crop_overlap_ratio is {options['crop_overlap_ratio']}; give a fraction of the image below 1"
+            f"everything.crop_overlap_ratio is {options['crop_overlap_ratio']}; expected a fraction of the image "
+            "below 1"
         )
     completed = defaults | options
     num_points = completed["points_per_side"] ** 2 * sum(4**layer for layer in range(completed["crop_n_layers"] + 1))
@@ -368,9 +371,9 @@ def _check_number(subject: str, key: str, value: Any, is_integer: bool, minimum:
         isinstance(value, int if is_integer else int | float) and not isinstance(value, bool) and value != math.inf
     )
     if not (is_valid and value >= minimum):
-        raise RegistryError(f"{subject}.{key} is {value!r}; give {expected} of at least {minimum:g}")
+        raise RegistryError(f"{subject}.{key} is {value!r}; expected {expected} of at least {minimum:g}")
     if value > maximum:
-        raise RegistryError(f"{subject}.{key} is {value!r:.80}; give {expected} of at most {maximum:g}")
+        raise RegistryError(f"{subject}.{key} is {value!r:.80}; expected {expected} of at most {maximum:g}")
 
 
 def _complete_projection(value: Any) -> dict[str, str]:
@@ -388,7 +391,7 @@ def _complete_lora(value: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(value, int | Mapping):
         raise RegistryError(
-            f"lora is {value!r:.80}; give a rank, such as lora=8, or a table of {', '.join(DEFAULT_LORA)}"
+            f"lora is {value!r:.80}; expected a rank, such as lora=8, or a dict or table of {', '.join(DEFAULT_LORA)}"
         )
     options = {"rank": value} if isinstance(value, int) else dict(value)
     for key in options:
@@ -398,7 +401,7 @@ def _complete_lora(value: Any) -> dict[str, Any] | None:
             )
     rank = options.get("rank", DEFAULT_LORA["rank"])
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise RegistryError(f"lora.rank is {rank!r}; give an integer of at least 1, or lora=0 to disable LoRA")
+        raise RegistryError(f"lora.rank is {rank!r}; expected an integer of at least 1, or lora=0 to disable LoRA")
     completed = DEFAULT_LORA | {"alpha": 2 * rank} | options
     for key, maximum in (("alpha", math.inf), ("dropout", 1)):
         _check_number("lora", key, completed[key], is_integer=False, minimum=0, maximum=maximum)
@@ -407,14 +410,14 @@ def _complete_lora(value: Any) -> dict[str, Any] | None:
         target_modules is None
         or (isinstance(target_modules, list | tuple) and all(isinstance(each, str) for each in target_modules))
     ):
-        raise RegistryError(f"lora.target_modules is {target_modules!r}; give a list of layer names")
+        raise RegistryError(f"lora.target_modules is {target_modules!r}; expected a list of layer names")
     return completed
 
 
 def _check_trainable(value: Any) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, list | tuple):
-        raise RegistryError(f"trainable is {value!r}; give a list of names")
+        raise RegistryError(f"trainable is {value!r}; expected a list of names")
     for name in names:
         if name not in TRAINABLE_GROUPS:
             raise make_unknown_name_error(f"unknown trainable group {name!r}", str(name), TRAINABLE_GROUPS)

@@ -1,4 +1,4 @@
-"""Find a checkpoint by zoo name, folder or hub id, and load it in the native or the published layout."""
+"""Find a checkpoint by model name, folder or Hub id, and load it in the native or the original SCA layout."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def load_without_weights(
     """Build the model of a checkpoint on the meta device, without weights and tokenizer.
 
     Args:
-        source: Zoo name, hub id or folder, as for `load`.
+        source: Model name, Hub id or folder, as for `load`.
         trust_remote_code: As for `load`.
         allow_external: As for `load`.
 
@@ -103,12 +103,12 @@ def open_checkpoint(
     """Find a checkpoint, check its files and read its spec. Each file is checked before it is read.
 
     Args:
-        source: Zoo name, hub id or folder, as for `load`.
+        source: Model name, Hub id or folder, as for `load`.
         trust: What the caller allows.
-        revision: Revision of a hub id.
+        revision: Revision of a Hub id.
 
     Returns:
-        The folder, and the spec as `confine_spec` returns it; None for the published layout.
+        The folder, and the spec as `confine_spec` returns it; None for the original SCA layout.
 
     Raises:
         InputError: The checkpoint cannot be downloaded or read, or requires more than was allowed.
@@ -133,11 +133,11 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
     """Read the spec of a checkpoint that is bundled with a package or stored in a folder; download nothing.
 
     Args:
-        source: Zoo name or folder.
+        source: Model name or folder.
         trust: What the caller allows.
 
     Returns:
-        The spec; None for everything else, such as a model on the hub, a captioner or the published layout.
+        The spec; None for everything else, such as a model on the Hub, a captioner or the original SCA layout.
 
     Raises:
         InputError: The checkpoint cannot be read, or requires more than was allowed.
@@ -174,14 +174,14 @@ def _shorten_errors(folder: Path) -> Iterator[None]:
 
 
 def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of a checkpoint; download it if it is on the hub.
+    """Return the folder of a checkpoint; download it if it is on the Hub.
 
     A bare name is never a folder; a path is a `Path`, or text with a separator. Only downloads write to disk: if a save
     was killed between its renames, the previous checkpoint is read from `get_previous_folder`.
 
     Args:
-        source: Zoo name, hub id or folder.
-        revision: Revision of a hub id.
+        source: Model name, Hub id or folder.
+        revision: Revision of a Hub id.
 
     Returns:
         The local checkpoint folder.
@@ -190,7 +190,7 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         InputError: The checkpoint does not exist, or cannot be downloaded.
     """
     if not isinstance(source, str | Path):
-        raise InputError(f"the model is of type {type(source).__name__}; give a zoo name, a folder or a hub id")
+        raise InputError(f"the model is of type {type(source).__name__}; pass a model name, a folder or a Hub id")
     if isinstance(source, str) and source in zoo.list_names():
         entry = zoo.get_entry(source)
         return entry.folder or fetch_model_folder(entry.checkpoint, revision or entry.revision)
@@ -200,14 +200,14 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
             if folder.is_dir():
                 return folder
         if path.exists():
-            raise InputError(f"{source} is a file; give a folder with {SPEC_FILE} and {WEIGHTS_FILE}")
+            raise InputError(f"{source} is a file; pass a folder with {SPEC_FILE} and {WEIGHTS_FILE}")
     if isinstance(source, str) and HUB_ID_PATTERN.fullmatch(source):
         return fetch_model_folder(source, revision)
     if isinstance(source, str) and "+" in source and "/" not in source:
         raise InputError(_describe_composition(source))
     reason = make_unknown_name_error(f"no model or folder named {str(source)!r}", str(source), zoo.list_names())
     hint = "" if isinstance(source, Path) else suggest_path(source)
-    raise InputError(f"{reason} A folder written by `sca train` or a hub id OWNER/NAME is also accepted{hint}.")
+    raise InputError(f"{reason} A folder written by `sca train` or a Hub id OWNER/NAME is also accepted{hint}.")
 
 
 def _describe_composition(source: str) -> str:
@@ -216,6 +216,6 @@ def _describe_composition(source: str) -> str:
     if source.count("+") == 1:
         return f"{source!r} names an encoder and a captioner; use sca.load_captioner({source!r})"
     return (
-        f"{source!r} names components, which have no trained weights; build a model with sca.compose({names}), or give "
-        "a checkpoint"
+        f"{source!r} is a combination of components whose mixer is untrained; build the model with "
+        f"sca.compose({names}), or pass a checkpoint"
     )

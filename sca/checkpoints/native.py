@@ -83,7 +83,7 @@ def save(
     """
     if not isinstance(model, SegmentCaptioner):
         raise ValueError(
-            f"an object of type {type(model).__name__} cannot be saved; give a model, such as `predictor.model`"
+            f"an object of type {type(model).__name__} cannot be saved; pass a model, such as `predictor.model`"
         )
     folder, dtype = Path(folder), resolve_dtype(dtype)
     check_writable(folder)
@@ -263,7 +263,7 @@ def read_spec(folder: Path) -> ModelSpec:
     try:
         table = read_json(folder / SPEC_FILE, MAX_SPEC_BYTES, require_finite=True)
     except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {SPEC_FILE}; give a folder written by `sca train` or sca.save") from error
+        raise InputError(f"{folder} has no {SPEC_FILE}; pass a folder written by `sca train` or sca.save") from error
     try:
         return ModelSpec.from_dict(check_object(table, str(folder / SPEC_FILE)))
     except RegistryError as error:

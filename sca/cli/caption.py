@@ -283,9 +283,11 @@ def caption(
     if resume and out in ("", "-"):
         raise ValueError("--resume requires --out, the folder of the interrupted run")
     if overwrite and (resume or out in ("", "-")):
-        raise ValueError("--overwrite requires --out, and excludes --resume")
+        raise ValueError("--overwrite requires --out and cannot be combined with --resume; omit one of them")
     if launcher and (out in ("", "-") or formats != ("jsonl",)):
-        raise ValueError("--launcher writes one JSONL file per shard; give a folder with --out, and omit --format")
+        raise ValueError(
+            "--launcher writes one JSONL file per shard; pass an output folder with --out, and omit --format"
+        )
     job = CaptionJob(
         model=model,
         device=device,
@@ -629,18 +631,23 @@ def _parse_formats(format: str | None, out: str) -> tuple[str, ...]:
     for name in formats:
         check_option_choice("format", name, OUTPUT_FORMATS)
     if not out:
-        raise ValueError(f"--format {format} requires --out; give an output folder")
+        raise ValueError(f"--format {format} requires --out; pass an output folder")
     if out == "-" and formats != ("jsonl",):
-        raise ValueError(f"--out - writes JSONL only; give an output folder for {format}")
+        raise ValueError(f"--out - writes JSONL only; pass an output folder for {format}")
     return formats
 
 
 def _check_region_options(listed: bool, prompts: bool, everything: bool, everything_flags: dict[str, Any]) -> None:
     """Raise ValueError unless regions are listed, in a prompts file, or to be found."""
     if listed and prompts:
-        raise ValueError("--prompts excludes --box, --point, --mask and --region; omit one of them")
+        raise ValueError(
+            "--prompts cannot be combined with --box, --point, --mask or --region; omit --prompts or the other options"
+        )
     if everything and (listed or prompts):
-        raise ValueError("--everything excludes --box, --point, --mask, --region and --prompts; omit them")
+        raise ValueError(
+            "--everything cannot be combined with --box, --point, --mask, --region or --prompts; omit --everything "
+            "or them"
+        )
     if everything:
         return
     unused = [f"--{name.replace('_', '-')}" for name, value in everything_flags.items() if value is not None]
@@ -648,7 +655,8 @@ def _check_region_options(listed: bool, prompts: bool, everything: bool, everyth
         raise ValueError(f"{' and '.join(unused)} can only be used with --everything")
     if not (listed or prompts):
         raise ValueError(
-            "no regions to caption; give --box, --point, --mask, --region or --prompts, or find them with --everything"
+            "no regions to caption; pass --box, --point, --mask, --region or --prompts, or find regions with "
+            "--everything"
         )
 
 

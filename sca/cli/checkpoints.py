@@ -52,8 +52,8 @@ def pull(
     for source, card_revision, prefix in _find_weight_sources(name):
         if "://" in source:
             raise ValueError(
-                f"the weights of {name} are at {source} and are downloaded when it is first built; sca pull supports "
-                "the hub only"
+                f"the weights of {name} are at {source} and are downloaded when the model is first built; `sca pull` "
+                "supports only the Hub"
             )
         folder = fetch_and_pin(source, revision or card_revision, prefix=prefix)
         try:
@@ -61,7 +61,7 @@ def pull(
         except TrustError as error:
             print_stderr(f"the tokenizer was not downloaded: {error}")
             continue
-        if tokenizer:  # a published checkpoint has the tokenizer of its language model elsewhere
+        if tokenizer:  # an original SCA checkpoint has the tokenizer of its language model elsewhere
             fetch_and_pin(tokenizer, include_weights=False)
 
 
@@ -175,10 +175,12 @@ def _import_checkpoint(
     if tokenizer:
         loaded_tokenizer = load_tokenizer(fetch_model_folder(tokenizer))
         if loaded_tokenizer is None:
-            raise ValueError(f"no tokenizer in {tokenizer}; give a folder or hub id with a tokenizer")
+            raise ValueError(f"no tokenizer in {tokenizer}; pass a folder or Hub id with a tokenizer")
         model.language_model.tokenizer = loaded_tokenizer
     if out.is_dir() and any(out.iterdir()) and not (overwrite or is_saved(model, out)):
-        raise OutputError(f"{out} contains another checkpoint; choose another folder, or replace it with --overwrite")
+        raise OutputError(
+            f"{out} contains a different checkpoint; choose a different folder, or replace it with --overwrite"
+        )
     save(model, out)
 
 

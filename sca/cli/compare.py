@@ -83,7 +83,7 @@ def report(
     options = [argument for argument in arguments if ASSIGNMENT_PATTERN.match(argument)]
     predictions = [parse_input_path(argument) for argument in arguments if argument not in options]
     if not predictions:
-        raise ValueError("no predictions; give run folders or predictions.jsonl files")
+        raise ValueError("no predictions; pass run folders or predictions.jsonl files")
     check_pipes(predictions)
     check_page_path(out, predictions)
     metric_options = _parse_metric_options(options)

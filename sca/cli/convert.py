@@ -130,7 +130,7 @@ def view(
     for problem in problems[:10]:
         print_stderr(problem)
     if problems:
-        print_stderr(f"{format_count(len(problems), 'image')} not shown; give their folder with --image-root")
+        print_stderr(f"{format_count(len(problems), 'image')} not shown; pass their folder with --image-root")
     if summary := skip.summarize():
         print_stderr(summary)
     print_stderr(f"wrote {out}, {format_count(num_regions, 'region')}")

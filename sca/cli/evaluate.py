@@ -93,8 +93,8 @@ def evaluate(
 ) -> None:
     """Evaluate a model on a dataset or with an evaluation protocol.
 
-    Under `accelerate launch` or torchrun, every process captions its share of the images. A protocol is the evaluation
-    protocol of a paper; the scores that the paper reports are printed next to the measured ones.
+    Under `accelerate launch` or torchrun, every process captions its share of the images. Each protocol is the
+    evaluation protocol of a paper; the scores that the paper reports are printed next to the measured ones.
     """
     from sca.evaluation import protocol as protocols
     from sca.evaluation.predictions import CONTROLS, PROMPT_TYPES
@@ -196,7 +196,9 @@ def score(
 
     parsed_options = parse_evaluation_options(options or (), dataset, table_names=("dataset",))
     if parsed_options["dataset"] and dataset is None:
-        raise ValueError(f"dataset options {', '.join(parsed_options['dataset'])} require --dataset; add it")
+        raise ValueError(
+            f"dataset options such as {next(iter(parsed_options['dataset']))} require --dataset; add --dataset NAME"
+        )
     expected_dataset = {"name": dataset, **parsed_options["dataset"]} if dataset else None
     report = score_file(
         predictions, metrics and split_names(metrics), parsed_options["scores"], expected_dataset, split
@@ -217,9 +219,9 @@ def parse_evaluation_options(
 
     Args:
         assignments: `key=value` options.
-        dataset: Name of the dataset, to read options that take text as text.
+        dataset: Name of the dataset, to read the options that are strings without quotes.
         proposer: Name of the proposer, for the same purpose.
-        table_names: Prefixes of options that form a table.
+        table_names: Prefixes of options that form a group.
 
     Returns:
         Options by group: "dataset", "scores" and each of `table_names`.

@@ -14,7 +14,7 @@ from sca.serve.access_control import HostCheckMiddleware
 from sca.serve.api_keys import find_key_index
 from sca.serve.sockets import bind_socket
 
-EXAMPLE_SEEDS = (29, 4, 11)  # seeds of drawn scenes
+EXAMPLE_SEEDS = (29, 4, 11)  # seeds of synthetic scenes
 
 
 def run_demo(

@@ -28,7 +28,7 @@ class Sam2Encoder(nn.Module):
 
     Args:
         weights: Hub id or folder in transformers' format, of the image model or of the video model.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: Load `weights`; False initializes randomly from `config`, or else from the configuration stored with
             the weights.
         config: Fields of transformers' configuration that differ from its defaults; `model_type` is "sam2", "edgetam"
@@ -38,7 +38,7 @@ class Sam2Encoder(nn.Module):
 
     Raises:
         ValueError: Neither `weights` nor `config` is set.
-        InputError: The weights are those of another model.
+        InputError: The weights belong to a different model.
     """
 
     default_segmenter = "sam2"

@@ -121,14 +121,15 @@ def caption_everything(
     )
     check_task(task)
     if max_regions is not None and (not isinstance(max_regions, int) or max_regions < 1):
-        raise ValueError(f"max_regions is {max_regions!r}; give an integer of at least 1")
+        raise ValueError(f"max_regions is {max_regions!r}; expected an integer of at least 1")
     if not isinstance(options, EverythingOptions | None):
         raise ValueError(
-            f"options is of type {type(options).__name__}; give sca.EverythingOptions(...), or its fields by name"
+            f"options is of type {type(options).__name__}; pass sca.EverythingOptions(...), or its fields as keyword "
+            "arguments"
         )
     overrides = {name: value for name, value in kwargs.items() if name in default_fields and value is not None}
     if not isinstance(predictor, Predictor):
-        raise ValueError(f"predictor is of type {type(predictor).__name__}; give sca.Predictor(...) with an image set")
+        raise ValueError(f"predictor is of type {type(predictor).__name__}; pass sca.Predictor(...) with an image set")
     engine, encoded = predictor.engine, predictor.encoded
     options = make_everything_options({**vars(options or engine.everything), **overrides}) if overrides else options
     generation = resolve_generation_options(

@@ -20,7 +20,7 @@ from sca.inference.engine import Engine
 from sca.io.hub import resolve_local_path, suggest_path
 
 NAME_FORMS_HINT = (
-    "A folder written by `sca train`, a hub id OWNER/NAME, and encoder+captioner, such as sam-vit-b+blip-base, are "
+    "A folder written by `sca train`, a Hub id OWNER/NAME, and encoder+captioner, such as sam-vit-b+blip-base, are "
     "also accepted."
 )
 
@@ -67,8 +67,8 @@ def load_captioner(
     names = [name.strip() for name in component.name.split("+")]
     if len(names) > 2:
         raise RegistryError(
-            f"{component.name!r} names components, which have no trained weights; give a checkpoint folder or the name "
-            "of a zoo model"
+            f"{component.name!r} is a combination of components whose mixer is untrained; pass a checkpoint folder "
+            "or a model name (see `sca list models`)"
         )
     if len(names) == 2:
         options = {"encoder": {"name": names[0], **trust_options} if trust_options else names[0], **options}

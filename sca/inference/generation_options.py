@@ -22,8 +22,8 @@ ARGUMENT_ALIASES = {
 }
 ARGUMENT_HINTS = {  # names in transformers and SAM -> how to do the same here
     "multimask_output": "Masks without captions come from segment(), which has this argument.",
-    "point_labels": "Give the labels with the points of one region: sca.Prompt(points=((x, y, label), ...)).",
-    "input_labels": "Give the labels with the points of one region: sca.Prompt(points=((x, y, label), ...)).",
+    "point_labels": "Pass the labels with the points of one region: sca.Prompt(points=((x, y, label), ...)).",
+    "input_labels": "Pass the labels with the points of one region: sca.Prompt(points=((x, y, label), ...)).",
 }
 SAMPLING_ONLY_OPTIONS = ("temperature", "top_p")
 

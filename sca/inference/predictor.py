@@ -223,7 +223,7 @@ class Predictor:
             except ValueError as error:
                 raise type(error)(f"image {index}: {error}") from error
         if not any(checked_requests):
-            raise InputError("no regions; give at least one prompt")
+            raise InputError("no regions; pass at least one prompt")
         generation = resolve_generation_options(
             self.engine,
             max_new_tokens=max_new_tokens,

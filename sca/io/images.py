@@ -181,7 +181,7 @@ def open_undecoded(file: BinaryIO | str | Path) -> ImageFile.ImageFile:
         The undecoded image.
 
     Raises:
-        PIL.UnidentifiedImageError: The file has another format.
+        PIL.UnidentifiedImageError: The file has a different format.
     """
     Image.init()
     return Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
@@ -205,17 +205,17 @@ def convert_to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
         The RGB image.
 
     Raises:
-        InputError: `image` has another type, shape or dtype.
+        InputError: `image` has an unsupported type, shape or dtype.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise InputError(
-                f"an array of {image.dtype} with shape {image.shape}; give (height, width, 3) uint8 in RGB"
+                f"an array of {image.dtype} with shape {image.shape}; expected (height, width, 3) uint8 in RGB"
             )
         return Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise InputError(
-            f"{type(image).__name__} is not an image; give a PIL image or a uint8 array, or use sca.open_image"
+            f"{type(image).__name__} is not an image; expected a PIL image or a uint8 array, or use sca.open_image"
         )
     return image if image.mode == "RGB" and not image.info else _convert_to_upright_rgb(image, "an image")
 
@@ -271,13 +271,13 @@ def _translate_decoder_errors(display_name: str) -> Iterator[None]:
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise TooLargeError(f"{display_name}: {str(error).split(',')[0]}; scale it down") from error
+        raise TooLargeError(f"{display_name}: {str(error).split(',')[0]}; resize the image") from error
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{display_name} is not a readable image; convert it to JPEG or PNG") from error
     except Exception as error:  # a decoder may raise anything for damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, MemoryError) or "out of memory" in reason.lower():  # Pillow's decoders report it as text
-            raise ImageMemoryError(f"{display_name} does not fit into memory; scale it down") from error
+            raise ImageMemoryError(f"{display_name} is too large for the available memory; resize the image") from error
         raise InputError(f"{display_name} is truncated or damaged ({reason}); copy or export it again") from error
 
 

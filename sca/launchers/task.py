@@ -14,7 +14,7 @@ class Task:
 
     Args:
         key: Unique name of the task.
-        function: "module:function", called with `config` and `folder`. It returns a table of JSON values with the key
+        function: "module:function", called with `config` and `folder`. It returns a dict of JSON values with the key
             `state`.
         config: JSON values, with the `device` to use.
         folder: Folder for the log and other files.

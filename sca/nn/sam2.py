@@ -52,13 +52,13 @@ def load_sam2_model(weights: str, revision: str | None = None) -> Sam2FamilyMode
 
     Args:
         weights: Hub id or folder in transformers' format, of the image model or of the video model.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
 
     Returns:
         The model with its weights, in float32.
 
     Raises:
-        InputError: The weights are those of another model or do not fit their configuration.
+        InputError: The weights belong to a different model or do not fit their configuration.
     """
     model_type = _read_model_type(weights, revision)
     _, model_class = MODEL_CLASSES[model_type]
@@ -74,14 +74,14 @@ def build_sam2_model(
 
     Args:
         weights: Hub id or folder whose configuration is used if `config` is None.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         config: Fields that differ from the defaults of the configuration; `model_type` selects the model.
 
     Returns:
         The model, in float32.
 
     Raises:
-        ValueError: Neither `weights` nor `config` is set, or the model type is another one.
+        ValueError: Neither `weights` nor `config` is set, or the model type is not supported.
     """
     if config is not None:
         fields = dict(config)

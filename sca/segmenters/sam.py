@@ -51,7 +51,7 @@ class SamSegmenter(nn.Module):
         box_masks: Also draw boxes and points into the dense prompt, so that a small model trained from scratch attends
             to the right place from its first step. SAM's own weights were trained without.
         weights: Hub id or folder.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: Load pretrained weights; False initializes randomly.
     """
 

@@ -186,7 +186,7 @@ class AlternativeCaption(BaseModel):
     """Alternative caption of a region."""
 
     caption: Annotated[str, Field(description="Text of the caption.")]
-    score: Annotated[float | None, Field(description="Score in 0..1: exponential of the mean token log-probability.")]
+    score: Annotated[float | None, Field(description="Score in [0, 1]: exponential of the mean token log-probability.")]
 
 
 class RegionResult(BaseModel):
@@ -198,7 +198,8 @@ class RegionResult(BaseModel):
     mask: Annotated[RleMask | None, Field(description="Mask of the region.")]
     caption: Annotated[str, Field(description="Caption, or class name for the task `recognition`.")]
     score: Annotated[
-        float | None, Field(description="Score of the caption in 0..1: exponential of the mean token log-probability.")
+        float | None,
+        Field(description="Score of the caption in [0, 1]: exponential of the mean token log-probability."),
     ]
     predicted_iou: Annotated[float | None, Field(description="Predicted IoU of the mask; can exceed 1.")]
     alternatives: Annotated[

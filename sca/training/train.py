@@ -116,7 +116,7 @@ def train(
         if run_folder is not None:
             run_folder.finish()
             if run_folder.earlier_run_path is not None:
-                report(f"{folder} contained another run, which is now in {run_folder.earlier_run_path}")
+                report(f"{folder} contained a different run, which is now in {run_folder.earlier_run_path}")
     return model
 
 

@@ -198,7 +198,7 @@ def test_data_export_writes_dataset_and_leaves_nothing_after_errors(run_sca, get
 
 def test_list_and_show_print_model_domains_and_models_for_photographs(run_sca):
     list_result = run_sca("list", "models")
-    assert "drawn scenes" in list_result.out
+    assert "synthetic scenes" in list_result.out
     (line,) = list_result.err
     assert line.startswith("sca: for photographs: ")
     assert run_sca("list", "models", "--json").err == []

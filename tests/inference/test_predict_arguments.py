@@ -106,7 +106,7 @@ def test_predict_rejects_invalid_generation_options(predictor, options, message,
 
 
 def test_predict_rejects_empty_requests(idle_predictor):
-    with pytest.raises(InputError, match="no regions; give prompts, boxes, points or masks"):
+    with pytest.raises(InputError, match="no regions; pass prompts, boxes, points or masks"):
         idle_predictor.predict()
     with pytest.raises(InputError, match="no region"):
         idle_predictor.predict(boxes=np.zeros((0, 4)))
@@ -115,7 +115,7 @@ def test_predict_rejects_empty_requests(idle_predictor):
 
 
 def test_predict_names_an_invalid_prompt_by_index(idle_predictor):
-    with pytest.raises(InputError, match=r"prompt 1: tuple is not a prompt; give sca.Prompt"):
+    with pytest.raises(InputError, match=r"prompt 1: tuple is not a prompt; pass sca.Prompt"):
         idle_predictor.predict([Prompt(box=BOX), BOX])
     with pytest.raises(InputError, match=r"prompt 0: the mask is 5 x 5"):
         idle_predictor.predict(masks=[np.ones((5, 5), bool)])
@@ -126,10 +126,13 @@ def test_predict_names_an_invalid_prompt_by_index(idle_predictor):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompts": Prompt(box=BOX)}, "prompts is of type Prompt; give a list of prompts"),
-        ({"boxes": [1, 2, 30, 40]}, r"boxes is a list of numbers; give a list of boxes: boxes=\[\[1, 2, 30, 40\]\]"),
+        ({"prompts": Prompt(box=BOX)}, "prompts is of type Prompt; expected a list of prompts"),
+        (
+            {"boxes": [1, 2, 30, 40]},
+            r"boxes is a list of numbers; expected a list of boxes: boxes=\[\[1, 2, 30, 40\]\]",
+        ),
         ({"points": np.array([5, 6])}, r"points=\[\[5, 6\]\]"),
-        ({"masks": {"size": [9, 9], "counts": "0"}}, "masks is of type dict; give a list of masks"),
+        ({"masks": {"size": [9, 9], "counts": "0"}}, "masks is of type dict; expected a list of masks"),
         ({"boxes": None, "points": None}, "no region"),
     ],
 )
@@ -226,7 +229,7 @@ def test_caption_everything_options_override_those_of_the_model(predictor):
     [
         ({"points_per_side": "many"}, r"everything\.points_per_side is 'many'"),
         ({"task": "name"}, "unknown task 'name'"),
-        ({"max_regions": 2.5}, r"max_regions is 2\.5; give an integer"),
+        ({"max_regions": 2.5}, r"max_regions is 2\.5; expected an integer"),
         ({"max_regions": "3"}, "max_regions is '3'"),
         ({"options": {"points_per_side": 4}}, "options is of type dict"),
         ({"num_beams": 0}, "num_beams is 0"),
@@ -239,7 +242,7 @@ def test_caption_everything_checks_arguments_before_searching(idle_predictor, ar
 
 
 def test_predictor_rejects_a_model_name_and_suggests_load():
-    with pytest.raises(ValueError, match=r"give a model, such as sca.load\('sca-tiny'\)"):
+    with pytest.raises(ValueError, match=r"pass a model, such as sca.load\('sca-tiny'\)"):
         sca.Predictor("sca-tiny")
 
 

@@ -40,7 +40,7 @@ class MmdetEncoder(nn.Module):
     ):
         super().__init__()
         if pretrained and weights is None:
-            raise ValueError("no weights; give weights=FILE or a URL, or pretrained=false")
+            raise ValueError("no weights; set weights=FILE or a URL, or pretrained=false")
         mmdet_config = load_mmdet_config(config, ("backbone", "neck"))
         detector, _ = build_detector(mmdet_config, config, weights if pretrained else None)
         self.checkpoint = weights if pretrained else None
