@@ -42,7 +42,7 @@ GPU_MEMORY_GIB = {  # GiB that torch reports, from data sheets or measured
     "v100-16": 15.8,
     "t4": 14.6,
 }
-MAX_PLANNED_REGIONS = 2**14  # upper limit of the search for the maximum regions per image
+MAX_PLANNED_REGIONS = 2**14  # upper limit of the search for the maximum number of regions per image
 FILE_OPTIONS = {"weights", "tokenizer", "config", "revision"}  # options that refer to files, which may change
 SOURCE_SUFFIXES = (".py", ".toml", ".so", ".pyd")  # files that a plan depends on
 MAX_CACHED_PLANS = 200  # the latest are kept

@@ -106,7 +106,7 @@ class ImageTextModel:
         Args:
             inputs: Images with optional text prompts.
             num_beams: Beams of the search.
-            max_new_tokens: Maximum tokens per text.
+            max_new_tokens: Maximum number of tokens per text.
 
         Returns:
             One text per input. Scores are exp of the mean token log-probability, in [0, 1].

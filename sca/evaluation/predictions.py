@@ -203,7 +203,7 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], max_images: int | None
     Args:
         dataset: Any dataset. Its images are not opened. A dataset without `iter_annotations` yields nothing.
         tasks: Tasks as in `PromptingOptions`.
-        max_images: Maximum images. Defaults to all.
+        max_images: Maximum number of images. Defaults to all.
 
     Yields:
         Records without captions, in the order of the dataset.
@@ -234,7 +234,7 @@ def predict_dataset(
         dataset: Any dataset.
         prompting: Prompt type, tasks, controls and generation options. Defaults to box prompts.
         batch_size: Images per batch.
-        max_images: Maximum images. Defaults to all.
+        max_images: Maximum number of images. Defaults to all.
         skip: Returns whether to skip the image at a dataset index.
         progress: Called with the number of images done (or skipped) and the total.
 

@@ -200,7 +200,7 @@ def search_everything(
         encoded: Result of `engine.encode` for one image.
         options: Options for finding regions; None uses the model's options.
         proposals: Prompts that replace the grid and the crops; only single points are used.
-        max_found_regions: Maximum regions to find.
+        max_found_regions: Maximum number of regions to find.
         max_bytes: Maximum bytes of candidate masks in memory.
 
     Returns:

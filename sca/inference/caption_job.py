@@ -159,7 +159,7 @@ class CaptionJob:
         everything: Search for regions.
         search_options: Fields of `sca.EverythingOptions`; None keeps the value of the model.
         proposer: Proposer "NAME [key=value]..." that replaces the grid of points.
-        max_regions: Maximum regions per image of a search, best first.
+        max_regions: Maximum number of regions per image of a search, best first.
         task: "caption" or "recognition".
         generation_options: Options of `Predictor.predict`; None keeps the value of the model.
         batch_size: Images per encoder batch.

@@ -154,7 +154,7 @@ def open_image_header(file: BinaryIO, display_name: str, max_pixels: int | None 
         if image.width * image.height > pixel_limit:
             raise TooLargeError(
                 f"{display_name} has {image.width * image.height:,} pixels ({image.width} x {image.height}), "
-                f"{pixel_limit:,} are allowed; scale it down"
+                f"{pixel_limit:,} are allowed; resize the image"
             )
         if max_pixels is not None and any(tile[0] in Image.DECODERS for tile in image.tile):
             raise InputError(

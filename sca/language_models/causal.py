@@ -108,7 +108,7 @@ class CausalLanguageModel(nn.Module):
 
         Args:
             prefix: (N, K, E) prefixes.
-            max_new_tokens: Maximum tokens per caption, also limited by the positions of the model.
+            max_new_tokens: Maximum number of tokens per caption, also limited by the positions of the model.
             num_beams: Beams of beam search; 1 for greedy search or sampling.
             num_captions: Captions per region, best first.
             do_sample: Sample tokens.

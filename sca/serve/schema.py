@@ -131,7 +131,7 @@ class EverythingParameters(StrictModel):
         Literal["box-and-point", "box", "point"] | None,
         Field(description="Prompt used to caption the regions of everything mode."),
     ] = None
-    max_regions: Annotated[int | None, Field(ge=1, description="Maximum regions, best first.")] = None
+    max_regions: Annotated[int | None, Field(ge=1, description="Maximum number of regions, best first.")] = None
 
 
 class CaptionRequest(StrictModel):
@@ -152,9 +152,9 @@ class CaptionRequest(StrictModel):
     num_captions: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="Captions per region, best first.")] = (
         None
     )
-    max_new_tokens: Annotated[int | None, Field(ge=1, le=MAX_NEW_TOKENS, description="Maximum tokens per caption.")] = (
-        None
-    )
+    max_new_tokens: Annotated[
+        int | None, Field(ge=1, le=MAX_NEW_TOKENS, description="Maximum number of tokens per caption.")
+    ] = None
     do_sample: Annotated[StrictBool, Field(description="Sample tokens instead of choosing the likeliest ones.")] = False
     temperature: Annotated[
         float | None, Field(ge=0.01, le=100, description="Sampling temperature; requires `do_sample`.")

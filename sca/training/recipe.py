@@ -78,9 +78,9 @@ class SamplingOptions:
         longest_caption_prob: Probability, after both warmups, that a phrase is the region's last and longest instead
             of a random one.
         captions_per_region: Texts sampled per region; distinct ones are all trained on, from one forward pass.
-        max_regions: Maximum regions per image.
+        max_regions: Maximum number of regions per image.
         box_jitter: Standard deviation of the noise on box corners, as a fraction of the box sides.
-        max_tokens: Maximum tokens per text, including the end token.
+        max_tokens: Maximum number of tokens per text, including the end token.
     """
 
     prompt_weights: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
@@ -101,8 +101,8 @@ class TrainOptions(SamplingOptions):
     Args:
         steps: Optimizer steps.
         batch_size: Images per step, over all processes and accumulated batches.
-        max_regions_per_step: Maximum regions per step, over all processes and accumulated batches; images with few
-            regions keep all of them and the others share the rest. 0 for no limit.
+        max_regions_per_step: Maximum number of regions per step, over all processes and accumulated batches; images
+            with few regions keep all of them and the others share the rest. 0 for no limit.
         learning_rate: Peak learning rate, after `warmup_steps` and before a cosine decay to zero.
         lr_multipliers: Factors of the learning rate by trainable group (`spec.trainable`, and "heads"); 1 by default.
         adam_beta2: Decay rate of AdamW's second moment.
@@ -226,7 +226,7 @@ class ValidationOptions:
         dataset: Table of the dataset; by default that of the first data source.
         split: Split of the dataset. Test splits are rejected, because a model selected on a split has no unbiased score
             on it.
-        max_images: Maximum images.
+        max_images: Maximum number of images.
         prompt_type: One of `sca.evaluation.predictions.PROMPT_TYPES`.
         metrics: Names of metrics; by default all that the data supports.
         metric_for_best_model: Names of scores. The model with the highest score is saved in the folder `best`; the

@@ -174,7 +174,9 @@ def test_caption_overwrite_replaces_unfinished_run(interrupted_run_folder, capti
     assert caption_photos("--out", "out", "--batch-size", 2, "--overwrite").status == 0
     assert caption_photos("--out", "whole", "--batch-size", 2).status == 0
     assert read_folder(interrupted_run_folder) == read_folder(working_folder / "whole")
-    assert caption_photos("--overwrite").err == ["sca: --overwrite requires --out, and excludes --resume"]
+    assert caption_photos("--overwrite").err == [
+        "sca: --overwrite requires --out and cannot be combined with --resume; omit one of them"
+    ]
 
 
 def test_caption_repeats_finished_run_and_rejects_different_run(caption_photos, write_image, working_folder):

@@ -266,7 +266,7 @@ def test_captions_route_rejects_image_above_pixel_limit_before_decoding(make_cli
     )
     assert response.status_code == 413
     assert response.json()["error"]["message"] == (
-        "the image has 100,000,000 pixels (20000 x 5000), 50,000,000 are allowed; scale it down"
+        "the image has 100,000,000 pixels (20000 x 5000), 50,000,000 are allowed; resize the image"
     )
 
 
