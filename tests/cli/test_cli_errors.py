@@ -26,11 +26,11 @@ def model_arguments(checkpoint):
 @pytest.mark.parametrize(
     ("options", "expected_message"),
     {
-        ("--box", "1,2,x,9"): "'x' in '1,2,x,9' is not a finite number; a box is 4 numbers x1,y1,x2,y2",
+        ("--box", "1,2,x,9"): "'x' in '1,2,x,9' is not a finite number; write a box as 4 numbers x1,y1,x2,y2",
         ("--box", "nan,2,3,9"): "'nan' in 'nan,2,3,9' is not a finite number",
-        ("--box", "1,2,3"): "a box is 4 numbers x1,y1,x2,y2 in pixels, not '1,2,3'",
-        ("--point", "1"): "a point is x,y",
-        ("--point", "1,2,7"): "is not 1 or 0",
+        ("--box", "1,2,3"): "cannot parse '1,2,3'; write a box as 4 numbers x1,y1,x2,y2 in pixels",
+        ("--point", "1"): "cannot parse '1'; write a point as x,y",
+        ("--point", "1,2,7"): "must be 1 or 0",
         ("--region", "bax=1,2,3,4"): "'bax' is not a field of a region; write any of box=",
         ("--region", "mask=none.png"): "cannot read the mask none.png",
         ("--region", ""): "is empty",
@@ -45,7 +45,7 @@ def model_arguments(checkpoint):
         (*BOX_ARGUMENTS, "--temperature", 2): "--temperature can only be used with --do-sample",
         (*BOX_ARGUMENTS, "--top-p", 0.9): "--top-p can only be used with --do-sample",
         ("--everything", "--proposer", "gird"): "Did you mean 'grid'?",
-        ("--everything", "--proposer", "grid 'points"): "proposer is 'NAME [key=value]...'",
+        ("--everything", "--proposer", "grid 'points"): "proposer must have the form 'NAME [key=value]...'",
         (
             "--everything",
             "--caption-from",
@@ -76,7 +76,7 @@ def model_arguments(checkpoint):
         ("--box", "20,20,20,30"): "a.png: the box 20,20,20,30 is empty",
         ("--box", "70,0,80,9"): "a.png: the box 70,0,80,9 is outside the 64 x 48 image",
         ("--point", "64,0"): "a.png: the point 64,0,1 is outside the 64 x 48 image",
-        ("--region", "mask=small.png"): "a.png: the mask is 3 x 3, the image 64 x 48",
+        ("--region", "mask=small.png"): "a.png: the mask is 3 x 3, but the image is 64 x 48",
         ("--region", "mask=black.png"): "a.png: the mask is empty",
     }.items(),
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
