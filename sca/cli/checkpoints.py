@@ -134,8 +134,9 @@ def import_(
 ) -> None:
     """Import a checkpoint in the original SCA layout.
 
-    With --encoder and --language-model, the imported checkpoint refers to the weights of these models instead of
-    storing them. They must be identical to the weights in SOURCE. Without these options, it stores all weights.
+    With --encoder and --language-model, the imported checkpoint refers to the pretrained weights of these models
+    instead of storing them, after checking that they are identical to those in SOURCE. Without these options, it stores
+    all weights.
     """
     from sca.checkpoints.load import locate_checkpoint
     from sca.checkpoints.native import check_writable
