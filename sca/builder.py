@@ -33,11 +33,11 @@ def compose(
     """Build a model from named components: `compose("tiny-vit", "query", "tiny-gpt2", task_tokens=2)`.
 
     Args:
-        encoder: Name, or table with the name and options: `{"name": "tiny-vit", "image_size": 96}`.
-        mixer: Name or table.
-        language_model: Name or table.
+        encoder: Name, or dict with the name and options: `{"name": "tiny-vit", "image_size": 96}`.
+        mixer: Name or dict.
+        language_model: Name or dict.
         device: Device of the model. "meta" downloads no weights and allocates no memory; use it to count parameters. A
-            component without a card of its own still downloads its configuration.
+            component without an entry in the component list (`sca list`) still downloads its configuration file.
         weights: Load pretrained weights; False initializes all weights randomly.
         **fields: Other fields of `ModelSpec`: `segmenter`, `projection`, `task_tokens`, `trainable`, `lora`,
             `generation`, `everything`.
@@ -73,10 +73,13 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
     """
     if not isinstance(spec, ModelSpec):
         raise ValueError(
-            f"the spec is of type {type(spec).__name__}; give an sca.ModelSpec, such as sca.ModelSpec.parse('a+b+c')"
+            f"the spec is of type {type(spec).__name__}; pass an sca.ModelSpec, such as sca.ModelSpec.parse('a+b+c')"
         )
     if not isinstance(weights, bool):
-        raise ValueError(f"weights is {weights!r:.80}; give True or False; weight files are options of components")
+        raise ValueError(
+            f"weights must be True or False, not {weights!r:.80}; to load a weight file, use the component option "
+            "'weights'"
+        )
     target_device = resolve_device(device, allow_meta=True)
     check_compatible(spec)
     use_random_weights = not weights or target_device.type == "meta"

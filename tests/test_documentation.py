@@ -40,13 +40,13 @@ def iter_measured_facts():
     for report in (tiny, street):
         yield f"{report['num_regions']:,} regions of {report['num_images']}"
         yield f"mask IoU {report['scores']['mask-iou/mean']:.1%}"
-    yield f"all four attributes correct: {tiny['scores']['attributes/all']:.1%}"
+    yield f"captions with size, color, texture and shape correct: {tiny['scores']['attributes/all']:.1%}"
     yield f"class accuracy {street['scores']['class/accuracy']:.1%}"
     published = json.loads((RESULTS / "published-comparison/results.json").read_text("utf-8"))["rows"]
     captions, training = (row["ours"] / row["reference"] for row in published[:2])
-    yield f"captioning {captions:.2f}x faster, with identical token ids; training step {training:.2f}x faster"
+    yield f"captioning {captions:.2f}x, with identical token ids; training step {training:.2f}x"
     serving = json.loads((RESULTS / "serving-throughput/results.json").read_text("utf-8"))["multiple_clients"]
-    yield f"{serving['requests_per_second']:.0f} responses per second"
+    yield f"{serving['requests_per_second']:.0f} requests per second"
 
 
 @pytest.mark.parametrize("fact", [*iter_measured_facts()])

@@ -19,9 +19,9 @@ from sca.plan_cache import GIB
 START, END = "<!-- choice -->", "<!-- /choice -->"
 NUM_REGIONS = 32
 CHOICES = {  # spec -> reason to choose it
-    "sam-vit-h+query+gpt2-large": "the published system; its checkpoints load by name",
+    "sam-vit-h+query+gpt2-large": "the paper's architecture; the original SCA checkpoints load by name",
     "sam-vit-b+query+gpt2": "the same architecture at a sixth of the size; start here",
-    "sam-vit-b+resampler+smollm2-360m": "SAM's masks, and a low cost per region",
+    "sam-vit-b+resampler+smollm2-360m": "SAM's masks; mixer with a low cost per region; larger language model",
     "sam-vit-l+query+qwen3-0.6b": "a recent language model of moderate size",
     "sam-vit-h+query+mistral-7b": "a language model of 7 B parameters; use `lora=16`",
     "clip-vit-l-14-336+query+gpt2": "image-text encoder; no masks",

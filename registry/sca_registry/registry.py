@@ -54,7 +54,7 @@ class RegistryEntry:
         name: Shortest unambiguous name.
         kind: Singular name of the kind, such as "encoder".
         summary: One sentence that describes the component.
-        source: Paper, or hub id and revision.
+        source: Paper, or Hub id and revision.
         license: License of the component and its weights.
         terms: Restrictions of the weights.
         parameters: Number of parameters.
@@ -313,7 +313,7 @@ class Registry(catalogue.Registry):
         registration = self._resolve_registration(name)
         state = infer_state(registration)
         if state.name.startswith("needs extra"):
-            raise RegistryError(f"{self._describe_registration(registration)} {state.name}. Install it: {state.reason}")
+            raise RegistryError(self._describe_missing_extra(registration, state))
         factory = _bind_options(self._load_factory(registration), registration.card.default_options)
         check_options(f"{self._singular} {name!r}", factory, self._num_positional, options)
 
@@ -468,7 +468,7 @@ class Registry(catalogue.Registry):
         )
 
     def _suggest_meaning(self, name: str, registrations_by_name: Mapping[str, Registration]) -> str:
-        """Suggest a component of another kind, the component of a hub id or factory, or the closest name."""
+        """Suggest a component of another kind, the component of a Hub id or factory, or the closest name."""
         for other in REGISTRIES.values():
             if other is not self and name in other:
                 article = "an" if other.kind.singular[0] in "aeiou" else "a"
@@ -477,7 +477,7 @@ class Registry(catalogue.Registry):
             if name in (registration.card.options.get("weights"), registration.card.factory):
                 return f" Did you mean {known_name!r}?"
         if "/" in name and self.kind.plural == "language_models":
-            return f" For a hub id or a folder, use 'hf' with the option weights={name!r}."
+            return f" For a Hub id or a folder, use 'hf' with the option weights={name!r}."
         return suggest_name(name, registrations_by_name)
 
     def _load_factory(self, registration: Registration) -> Callable[..., Any]:
@@ -506,13 +506,15 @@ class Registry(catalogue.Registry):
         """Raise the error of a failed import or construction, with a remedy if the component is at fault."""
         state = classify_failure(registration, error)
         if state.name != "broken":
-            raise RegistryError(
-                f"{self._describe_registration(registration)} {state.name}. Install it: {state.reason}"
-            ) from error
+            raise RegistryError(self._describe_missing_extra(registration, state)) from error
         remedy = _suggest_remedy(registration) if is_component_fault else ""
         raise RegistryError(
             f"{self._describe_registration(registration)} {problem}: {state.reason}.{remedy}"
         ) from error
+
+    def _describe_missing_extra(self, registration: Registration, state: ComponentState) -> str:
+        component, extra = self._describe_registration(registration), registration.card.extra
+        return f"{component} needs the extra {extra!r}; install it with: {state.reason}"
 
     # --- metadata and messages ----------------------------------------------------------------------------------------
 

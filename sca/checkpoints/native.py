@@ -68,14 +68,15 @@ def save(
 ) -> Path:
     """Save a model as a checkpoint folder.
 
-    Writing is atomic: a kill at any moment leaves either the old or the new checkpoint, complete.
+    Writing is atomic: if the process is killed, the folder contains either the complete old or the complete new
+    checkpoint.
 
     Args:
         model: Model to save.
         folder: New or empty folder, or an older checkpoint, which is replaced. A folder with other files is never
             replaced.
         dtype: Data type of the stored floating-point tensors; unchanged by default.
-        tensors: Tensors by name to store instead of those of the model.
+        tensors: State dict to store instead of the model's own.
 
     Returns:
         The folder.
@@ -83,11 +84,11 @@ def save(
     Raises:
         TypeError: Unknown keyword argument; the message suggests the closest one.
         OutputError: The folder contains other files, or cannot be written.
-        ValueError: The model is not a `SegmentCaptioner`, or the dtype does not exist.
+        ValueError: The model is not a `SegmentCaptioner`, or the dtype is unknown.
     """
     if not isinstance(model, SegmentCaptioner):
         raise ValueError(
-            f"an object of type {type(model).__name__} cannot be saved; give a model, such as `predictor.model`"
+            f"an object of type {type(model).__name__} cannot be saved; pass a model, such as `predictor.model`"
         )
     folder, dtype = Path(folder), resolve_dtype(dtype)
     check_writable(folder)
@@ -271,7 +272,7 @@ def read_spec(folder: Path) -> ModelSpec:
             raise InputError(description) from error
         if find_encoder_of_segmenter(folder) is not None:
             raise InputError(f"{folder} is a segmenter without a language model; use sca.load_captioner") from error
-        raise InputError(f"{folder} has no {SPEC_FILE}; give a folder written by `sca train` or sca.save") from error
+        raise InputError(f"{folder} has no {SPEC_FILE}; pass a folder written by `sca train` or sca.save") from error
     try:
         return ModelSpec.from_dict(check_object(table, str(folder / SPEC_FILE)))
     except RegistryError as error:

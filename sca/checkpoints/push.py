@@ -42,8 +42,8 @@ def push_checkpoint(
     `HF_TOKEN` and `HF_ENDPOINT` are used as in huggingface_hub.
 
     Args:
-        source: Checkpoint folder or zoo name.
-        repo_id: Repository on the hub, OWNER/NAME.
+        source: Checkpoint folder or model name.
+        repo_id: Repository on the Hub, OWNER/NAME.
         scores: `scores.json` files of `sca evaluate`; the card lists their scores and protocols.
         private: Create a private repository.
         trained_on: Text about the training data for the card.
@@ -68,7 +68,7 @@ def push_checkpoint(
                 repo_id=repo_url.repo_id, folder_path=draft, commit_message="Upload a segment-caption-anything model"
             )
         except HFValidationError as error:
-            raise OutputError(f"{repo_id!r} is not a repository name; give OWNER/NAME") from error
+            raise OutputError(f"{repo_id!r} is not a repository name; expected OWNER/NAME") from error
         except (HfHubHTTPError, HTTPError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             status = getattr(getattr(error, "response", None), "status_code", None)
@@ -125,13 +125,13 @@ def render_card(
 
     Args:
         folder: Checkpoint folder.
-        repo_id: Repository on the hub, OWNER/NAME.
+        repo_id: Repository on the Hub, OWNER/NAME.
         scores: `scores.json` files of `sca evaluate`.
         trained_on: Text about the training data.
         license: License.
 
     Returns:
-        Markdown with the hub's metadata.
+        Markdown with the Hub's metadata.
 
     Raises:
         InputError: A file of the checkpoint or a scores file cannot be read.
@@ -140,7 +140,7 @@ def render_card(
     origin = read_json(origin_path) if origin_path in _list_checkpoint_files(folder) else {}
     spec = read_spec(folder)
     if not isinstance(origin, dict):
-        raise InputError(f"{origin_path} is not an object; copy the checkpoint again")
+        raise InputError(f"{origin_path} does not contain a JSON object; save the checkpoint again")
     score_files = [_read_scores(path) for path in scores]
     return "\n".join(
         [
@@ -239,7 +239,7 @@ def _format_table_row(*cells: Any) -> str:
 
 
 def _select_reported_scores(file: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Select the scores that exist and do not belong to controls (adversarial prompts)."""
+    """Select the scores that exist and do not belong to controls (deliberately wrong prompts)."""
     return [each for each in file["score_details"] if each["control"] is None and each["value"] is not None]
 
 

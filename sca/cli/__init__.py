@@ -203,7 +203,7 @@ def _get_option_hint(error: Any) -> str:
         error.possibilities = None  # options of similar names, for other purposes
         return f" {replacement}"
     parameters = error.ctx.command.params if error.ctx else []
-    takes_assignments = any("key=value" in (parameter.metavar or "") for parameter in parameters)
+    takes_assignments = any("KEY=VALUE" in (parameter.metavar or "") for parameter in parameters)
     return " Settings other than options are key=value arguments, without dashes." if takes_assignments else ""
 
 

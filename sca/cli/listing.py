@@ -45,16 +45,19 @@ def list_names(
     state: Annotated[
         str,
         typer.Option(
-            help="Show only components in this state: ok, unchecked, broken or needs extra.", rich_help_panel="Filters"
+            help="Show only components in this state: ok, unchecked, broken or 'needs extra'.",
+            rich_help_panel="Filters",
         ),
     ] = "",
     extra: Annotated[
         str,
-        typer.Option(help="Show only components that need this optional dependency.", rich_help_panel="Filters"),
+        typer.Option(
+            help="Show only components that need this extra (optional dependency).", rich_help_panel="Filters"
+        ),
     ] = "",
     long: Annotated[
         bool,
-        typer.Option("--long", help="Also show the license, distribution and version.", rich_help_panel="Output"),
+        typer.Option("--long", help="Also show the license, package and version.", rich_help_panel="Output"),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print all known fields as a JSON list.", rich_help_panel="Output")

@@ -92,15 +92,16 @@ def caption_everything(
     """Find and caption all regions of the current image.
 
     Args:
-        predictor: Predictor with an image.
+        predictor: Predictor on which `set_image` was called.
         task: "caption", or "recognition" for class names.
-        options: Options of the search; None for those of the model.
-        proposals: Prompts that replace the grid and the crops, for example from a registered proposer. A single point
-            with label 1 is searched like a grid point. Every other prompt is a region: it is captioned unchanged, in
-            the order of `proposals`, after the regions found from points.
+        options: Options for finding regions; None uses the model's options.
+        proposals: Prompts that replace the grid and the crops, for example from a registered proposer. A prompt that
+            consists of one foreground point (label 1) is treated like a point of the grid: its masks are predicted,
+            filtered and captioned. Every other prompt is captioned as given. These captions come after those of the
+            points, in the order of `proposals`.
         progress: Function called with the number of processed points and the total.
-        max_regions: Maximum regions to caption: first those found from points, by predicted IoU, then the other
-            proposals, by their scores.
+        max_regions: Maximum number of regions to caption: first those found from points, by predicted IoU, then the
+            other proposals, by their scores.
         **kwargs: Fields of `EverythingOptions` that override those in `options`, and generation options of
             `Predictor.predict`.
 
@@ -114,14 +115,15 @@ def caption_everything(
     default_fields = vars(EverythingOptions())
     if not isinstance(predictor, Predictor):
         raise ValueError(
-            f"predictor is of type {type(predictor).__name__}; give sca.Predictor(model), after its set_image(image)"
+            f"predictor is of type {type(predictor).__name__}; pass sca.Predictor(model) after its set_image(image)"
         )
     check_task(task)
     if max_regions is not None and (not isinstance(max_regions, int) or max_regions < 1):
-        raise ValueError(f"max_regions is {max_regions!r}; give an integer of at least 1")
+        raise ValueError(f"max_regions is {max_regions!r}; expected an integer of at least 1")
     if not isinstance(options, EverythingOptions | None):
         raise ValueError(
-            f"options is of type {type(options).__name__}; give sca.EverythingOptions(...), or its fields by name"
+            f"options is of type {type(options).__name__}; pass sca.EverythingOptions(...), or its fields as keyword "
+            "arguments"
         )
     overrides = {name: value for name, value in kwargs.items() if name in default_fields and value is not None}
     engine, encoded = predictor.engine, predictor.encoded
@@ -154,7 +156,7 @@ def find_everything(
     Args:
         engine: Engine with an encoder and a segmenter.
         encoded: Result of `engine.encode` for one image.
-        options: Options of the search; None for those of the model.
+        options: Options for finding regions; None uses the model's options.
         proposals: Prompts that replace the grid and the crops; only single points are used.
         progress: Function called with the number of processed points and the total.
 
@@ -192,9 +194,9 @@ def search_everything(
     Args:
         engine: Engine with an encoder and a segmenter.
         encoded: Result of `engine.encode` for one image.
-        options: Options of the search; None for those of the model.
+        options: Options for finding regions; None uses the model's options.
         proposals: Prompts that replace the grid and the crops; only single points are used.
-        max_found_regions: Maximum regions to find.
+        max_found_regions: Maximum number of regions to find.
         max_bytes: Maximum bytes of candidate masks in memory.
 
     Returns:
@@ -334,7 +336,7 @@ def _iter_mask_candidates(
 ) -> Iterator[tuple[int, Tensor, list[float], list[int]]]:
     """Yield chunks: processed points, masks (K, 4h, 4w) above the IoU threshold, their IoUs and indices of points."""
     (frame,) = encoded.frames
-    point_coords = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), input frame
+    point_coords = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), model input
     labels = torch.ones(len(points), 1, dtype=torch.long)
     prompts = PromptBatch(torch.zeros(len(points), dtype=torch.long), points=point_coords, labels=labels).to(
         engine.device

@@ -38,7 +38,7 @@ class EncodedImages(NamedTuple):
     Attributes:
         images: The images.
         features: (B, C, h, w) image features; None without an encoder.
-        frames: Placement of each image in the input frame; empty without an encoder.
+        frames: Placement of each image in the model input; empty without an encoder.
     """
 
     images: Sequence[Image.Image]
@@ -301,9 +301,9 @@ class Engine(MaskEngine):
 
     def __init__(self, model: SegmentCaptioner, region_batch_size: int = REGION_BATCH_SIZE):
         if isinstance(model, str | Path):
-            raise ValueError(f"model is the name {str(model)!r}; give a model, such as sca.load({str(model)!r})")
+            raise ValueError(f"model is the name {str(model)!r}; pass a model, such as sca.load({str(model)!r})")
         if not isinstance(model, SegmentCaptioner):
-            raise ValueError(f"model is of type {type(model).__name__}; give a model loaded with sca.load")
+            raise ValueError(f"model is of type {type(model).__name__}; pass a model loaded with sca.load")
         super().__init__(model, region_batch_size)
 
     @property
@@ -428,7 +428,7 @@ def clamp_ious(scores: Tensor) -> list[Any]:
         scores: Predicted IoUs of any shape and device.
 
     Returns:
-        Floats in 0..1, nested like the shape of `scores`.
+        Floats in [0, 1], nested like the shape of `scores`.
 
     Raises:
         ValueError: A predicted IoU is NaN.

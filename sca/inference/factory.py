@@ -25,7 +25,7 @@ MASK_ONLY = "none"  # the captioner of a segmenter without a language model
 ENGINE_OPTIONS = ("dtype", "region_batch_size")
 LOAD_ARGUMENTS = ("device", "trust_remote_code", "allow_external", "revision")
 NAME_FORMS_HINT = (
-    "A folder written by `sca train`, a hub id OWNER/NAME, encoder+captioner, such as sam-vit-b+blip-base, and an "
+    "A folder written by `sca train`, a Hub id OWNER/NAME, encoder+captioner, such as sam-vit-b+blip-base, and an "
     "encoder with masks, such as sam-vit-b, are also accepted."
 )
 
@@ -39,19 +39,20 @@ def load_captioner(
     revision: str | None = None,
     **options: Any,
 ) -> Captioner:
-    """Load a captioner: a model or a baseline with the method `caption`.
+    """Load a captioner: an SCA model, a baseline or a vision-language model with the method `caption`.
 
     Args:
-        source: A checkpoint (a folder, a model name or a hub id), the name of a registered captioner, or
+        source: A checkpoint (a folder, a model name or a Hub id), the name of a registered captioner, or
             "encoder+captioner" such as "sam-vit-b+blip-base", where the encoder predicts the masks. Options can follow
-            a name, as in "sam-vit-b+blip-base batch_size=8". A table contains the key `name` and options. For masks
-            without captions: an encoder with a segmenter, such as "sam-vit-b", or a folder or hub id of a segmenter in
+            a name, as in "sam-vit-b+blip-base batch_size=8". A dict contains the key `name` and the options. For masks
+            without captions: an encoder with a segmenter, such as "sam-vit-b", or a folder or Hub id of a segmenter in
             transformers' format.
         device: Device of the model.
         trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`.
         allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.
-        revision: Revision of a hub id; see `sca.load`.
-        **options: Options of a registered captioner; for a checkpoint `dtype` and `region_batch_size` (see `Engine`).
+        revision: Revision of a Hub id; see `sca.load`.
+        **options: Options of a registered captioner. The options of a checkpoint are `dtype` and `region_batch_size`;
+            see `Engine`.
 
     Returns:
         An `Engine` for the checkpoint of a model, else an instance of the registered captioner.
@@ -79,8 +80,8 @@ def load_captioner(
     names = [name.strip() for name in component.name.split("+")]
     if len(names) > 2:
         raise RegistryError(
-            f"{component.name!r} names components, which have no trained weights; give a checkpoint folder or the name "
-            "of a zoo model"
+            f"{component.name!r} is a combination of components whose mixer is untrained; pass a checkpoint folder "
+            "or a model name (see `sca list models`)"
         )
     if len(names) == 2:
         options = {"encoder": {"name": names[0], **trust_options} if trust_options else names[0], **options}

@@ -30,7 +30,7 @@ def resolve_generation_options(
     Args:
         captioner: Captioner. Its `generation` contains its defaults, its `generation_options` the names of the options
             that it supports.
-        max_new_tokens: Maximum tokens per caption.
+        max_new_tokens: Maximum number of tokens per caption.
         num_beams: Number of beams.
         num_captions: Captions per region, best first.
         do_sample: Sample tokens instead of decoding greedily.

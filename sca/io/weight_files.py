@@ -140,7 +140,7 @@ def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
     for name, value in ids.items():
         for token in value if isinstance(value, list) else [value]:
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise InputError(f"{name} in {file} is {value!r}; give the id of a token, or a list of ids")
+                raise InputError(f"{name} in {file} is {value!r}; expected the id of a token, or a list of ids")
     return ids
 
 
@@ -165,10 +165,13 @@ def _read_shard_names(index: Path) -> list[str]:
     try:
         shards = sorted(set(read_json(index)["weight_map"].values()))
         if any(Path(shard).name != shard for shard in shards):
-            raise ValueError("a shard is in another folder")
+            raise ValueError("a shard is in a different folder")
         return shards
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is not an index of sharded weights ({error!r}); copy it again") from error
+        reason = "no 'weight_map'" if isinstance(error, KeyError) else str(error)
+        raise InputError(
+            f"{index} is not an index of sharded weights ({reason}); download the weights again"
+        ) from error
 
 
 def describe_missing_weights(folder: Path, prefix: str = "") -> str:

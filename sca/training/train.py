@@ -74,23 +74,27 @@ def train(
     trust_remote_code: bool = False,
     allow_external: bool = False,
 ) -> SegmentCaptioner:
-    """Train a recipe and write `folder/model`, and `folder/best` if it is validated.
+    """Train a model from a recipe.
+
+    Writes the final model to `folder/model` and, if the recipe has validation, the best model to `folder/best`.
 
     Runs as a single process, or as one of several that a launcher started (torchrun, accelerate launch). Each process
-    takes its share of a step's images, and the first one writes. The gradients of a step do not depend on the number of
-    processes.
+    takes its share of each batch, and the first process writes the files. The gradients of a step do not depend on the
+    number of processes.
 
     Args:
         recipe: Recipe, name of a bundled recipe, or path of a TOML file.
         folder: Run folder; "runs/NAME" by default. An interrupted run of the same recipe and data in it is resumed.
         resume: Resume an interrupted run; False to start it over.
-        quiet: Show no progress bar and no training log.
-        changes: Changes to the recipe, such as "train.steps=200".
-        overwrite: Delete the outputs of a run of another recipe or other data from the folder.
-        set_aside: Rename the folder of such a run instead. By default only if neither `folder` nor `overwrite` is set.
-        report: Called with each message for the user: the contents of the datasets and what was skipped, scores that
-            cannot select the best model, and the new folder of another run.
-        trust_remote_code: Allow the checkpoint that training starts from to run code, see `sca.load`.
+        quiet: Suppress the progress bar and the training log.
+        changes: Overrides of the recipe, such as "train.steps=200".
+        overwrite: If the folder contains a run with a different recipe or different data, delete the outputs of that
+            run.
+        set_aside: If the folder contains such a run, rename the folder instead of failing. None means True if neither
+            `folder` nor `overwrite` is set.
+        report: Called with each message for the user: summaries of the datasets and their skipped items, a warning if
+            a score cannot be used to select the best model, and the new path of a renamed run folder.
+        trust_remote_code: Allow the checkpoint that training starts from to run its own code; see `sca.load`.
         allow_external: Allow that checkpoint to refer to files outside its folder, to other repositories and to URLs.
 
     Returns:
@@ -98,8 +102,9 @@ def train(
 
     Raises:
         TypeError: Unknown keyword argument; the message suggests the closest one.
-        ValueError: The recipe, or something that it names, cannot be read.
-        OutputError: The folder contains another run, files that `sca train` did not write, or an input.
+        ValueError: The recipe, or a file or component that it refers to, cannot be read.
+        OutputError: The folder contains a different run, files that `sca train` did not write, or an input of this run,
+            such as its dataset.
         LockedError: Another process is training in the folder.
     """
     if not isinstance(recipe, Recipe):
@@ -118,7 +123,7 @@ def train(
         if run_folder is not None:
             run_folder.finish()
             if run_folder.earlier_run_path is not None:
-                report(f"{folder} contained another run, which is now in {run_folder.earlier_run_path}")
+                report(f"{folder} contained a different run, which is now in {run_folder.earlier_run_path}")
     return model
 
 
@@ -266,7 +271,7 @@ def prepare_training(
 
     Args:
         recipe: Recipe.
-        trust_remote_code: Allow the checkpoint that training starts from to run code, see `sca.load`.
+        trust_remote_code: Allow the checkpoint that training starts from to run its own code; see `sca.load`.
         allow_external: Allow that checkpoint to refer to files outside its folder, to other repositories and to URLs.
 
     Returns:

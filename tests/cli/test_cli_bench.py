@@ -113,12 +113,12 @@ def test_bench_run_throughput_on_cpu_selects_cpu_sweep(run_sca, working_folder, 
     monkeypatch.setattr(runner, "run_sweep", record_call)
     result = run_sca("bench", "run", "throughput", "device=cpu", "num_workers=1")
     assert recorded_calls == [("throughput-cpu", "runs/bench/throughput-cpu", {"num_workers": 1})]
-    assert "sca bench published" in result.err[0]
+    assert "sca bench speedup" in result.err[0]
 
 
 @pytest.mark.slow
-def test_bench_published_prints_ratios_and_rejects_unknown_part(run_sca, get_sca_error):
-    result = run_sca("bench", "published", "tiny", "--num-repeats", 1)
+def test_bench_speedup_prints_ratios_and_rejects_unknown_part(run_sca, get_sca_error):
+    result = run_sca("bench", "speedup", "tiny", "--num-repeats", 1)
     assert result.status == 0, result.err
     assert "same captions: True" in result.out
-    assert "unknown part 'tinny'" in get_sca_error(2, "bench", "published", "tinny")
+    assert "unknown part 'tinny'" in get_sca_error(2, "bench", "speedup", "tinny")

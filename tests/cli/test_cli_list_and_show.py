@@ -76,6 +76,24 @@ def test_help_groups_the_commands_and_fits_a_screen(run_sca, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        (("caption",), "sca caption [OPTIONS] IMAGE..."),
+        (("convert",), "sca convert [OPTIONS] CAPTIONS OUT"),
+        (("view",), "sca view [OPTIONS] CAPTIONS [OTHER]"),
+        (("plan",), "sca plan [OPTIONS] MODEL [KEY=VALUE]..."),
+        (("report",), "sca report [OPTIONS] PREDICTIONS... [KEY=VALUE]..."),
+        (("bench", "run"), "sca bench run [OPTIONS] SWEEP [KEY=VALUE]..."),
+    ],
+)
+def test_help_shows_arguments_in_capitals_and_no_python_types(run_sca, monkeypatch, command, usage):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run_sca(*command, "--help").out
+    assert text.splitlines()[0] == f"Usage: {usage}"
+    assert not re.search(r"<\w+.*>", text)
+
+
+@pytest.mark.parametrize(
     ("command_line", "expected"),
     [
         ("sca ca", ["caption"]),
@@ -284,7 +302,7 @@ def test_data_export_writes_dataset_and_leaves_nothing_after_errors(run_sca, get
 
 def test_list_and_show_print_model_domains_and_models_for_photographs(run_sca):
     list_result = run_sca("list", "models")
-    assert "drawn scenes" in list_result.out
+    assert "synthetic scenes" in list_result.out
     (line,) = list_result.err
     assert line.startswith("sca: for photographs: ")
     assert run_sca("list", "models", "--json").err == []

@@ -136,7 +136,7 @@ def test_predict_rejects_invalid_generation_options(predictor, options, message,
 
 
 def test_predict_rejects_empty_requests(idle_predictor):
-    with pytest.raises(InputError, match="no regions; give prompts, boxes, points or masks"):
+    with pytest.raises(InputError, match="no regions; pass prompts, boxes, points or masks"):
         idle_predictor.predict()
     with pytest.raises(InputError, match="no region"):
         idle_predictor.predict(boxes=np.zeros((0, 4)))
@@ -145,7 +145,7 @@ def test_predict_rejects_empty_requests(idle_predictor):
 
 
 def test_predict_names_an_invalid_prompt_by_index(idle_predictor):
-    with pytest.raises(InputError, match=r"prompt 1: tuple is not a prompt; give sca.Prompt"):
+    with pytest.raises(InputError, match=r"prompt 1: tuple is not a prompt; pass sca.Prompt"):
         idle_predictor.predict([Prompt(box=BOX), BOX])
     with pytest.raises(InputError, match=r"prompt 0: the mask is 5 x 5"):
         idle_predictor.predict(masks=[np.ones((5, 5), bool)])
@@ -156,10 +156,13 @@ def test_predict_names_an_invalid_prompt_by_index(idle_predictor):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompts": Prompt(box=BOX)}, "prompts is of type Prompt; give a list of prompts"),
-        ({"boxes": [1, 2, 30, 40]}, r"boxes is a list of numbers; give a list of boxes: boxes=\[\[1, 2, 30, 40\]\]"),
+        ({"prompts": Prompt(box=BOX)}, "prompts is of type Prompt; expected a list of prompts"),
+        (
+            {"boxes": [1, 2, 30, 40]},
+            r"boxes is a list of numbers; expected a list of boxes: boxes=\[\[1, 2, 30, 40\]\]",
+        ),
         ({"points": np.array([5, 6])}, r"points=\[\[5, 6\]\]"),
-        ({"masks": {"size": [9, 9], "counts": "0"}}, "masks is of type dict; give a list of masks"),
+        ({"masks": {"size": [9, 9], "counts": "0"}}, "masks is of type dict; expected a list of masks"),
         ({"boxes": None, "points": None}, "no region"),
     ],
 )
@@ -203,13 +206,13 @@ def test_count_tokens_stops_at_the_first_eos_and_counts_ids_equal_to_padding():
 
 def test_predict_batch_matches_predict_and_keeps_the_current_image(predictor, scene):
     rotated_image = np.asarray(scene.image.rotate(90))
-    requests = [[Prompt(box=BOX), Prompt(points=((9, 9, 1),))], [], [Prompt(box=BOX)]]
+    prompts = [[Prompt(box=BOX), Prompt(points=((9, 9, 1),))], [], [Prompt(box=BOX)]]
     current_image = predictor.image
-    batch_captions = predictor.predict_batch([scene.image, scene.image, rotated_image], requests, max_new_tokens=5)
+    batch_captions = predictor.predict_batch([scene.image, scene.image, rotated_image], prompts, max_new_tokens=5)
     assert predictor.image is current_image
     assert [len(captions) for captions in batch_captions] == [2, 0, 1]
     for image, request, captions in zip(
-        [scene.image, scene.image, rotated_image], requests, batch_captions, strict=True
+        [scene.image, scene.image, rotated_image], prompts, batch_captions, strict=True
     ):
         if request:
             predictor.set_image(image)
@@ -219,19 +222,19 @@ def test_predict_batch_matches_predict_and_keeps_the_current_image(predictor, sc
 
 
 @pytest.mark.parametrize(
-    ("images", "requests", "message"),
+    ("images", "prompts", "message"),
     [
-        (2, [[Prompt(box=BOX)]], "2 images, but 1 requests"),
+        (2, [[Prompt(box=BOX)]], "2 images, but 1 list of prompts"),
         (1, [[BOX]], "image 0: prompt 0: tuple is not a prompt"),
         (2, [[Prompt(box=BOX)], [Prompt(box=(5000, 0, 5010, 9))]], "image 1: prompt 0: the box"),
-        (None, [[Prompt(box=BOX)]], "images and requests must be lists"),
+        (None, [[Prompt(box=BOX)]], "images and prompts must be lists"),
         ("text", [[Prompt(box=BOX)]], "image 0: str is not an image"),
     ],
 )
-def test_predict_batch_checks_lengths_ranges_and_types(idle_predictor, scene, images, requests, message):
+def test_predict_batch_checks_lengths_ranges_and_types(idle_predictor, scene, images, prompts, message):
     image_list = {None: scene.image, "text": ["a.png"]}.get(images) or [scene.image] * images
     with pytest.raises(ValueError, match=message):
-        idle_predictor.predict_batch(image_list, requests)
+        idle_predictor.predict_batch(image_list, prompts)
 
 
 def test_predict_batch_checks_its_task_before_encoding(idle_predictor, scene, monkeypatch):
@@ -256,7 +259,7 @@ def test_caption_everything_options_override_those_of_the_model(predictor):
     [
         ({"points_per_side": "many"}, r"everything\.points_per_side is 'many'"),
         ({"task": "name"}, "unknown task 'name'"),
-        ({"max_regions": 2.5}, r"max_regions is 2\.5; give an integer"),
+        ({"max_regions": 2.5}, r"max_regions is 2\.5; expected an integer"),
         ({"max_regions": "3"}, "max_regions is '3'"),
         ({"options": {"points_per_side": 4}}, "options is of type dict"),
         ({"num_beams": 0}, "num_beams is 0"),
@@ -274,13 +277,13 @@ def test_caption_everything_points_to_the_batch_size_of_the_predictor(idle_predi
 
 
 def test_caption_everything_requires_a_predictor_before_other_arguments(model, scene):
-    message = r"is of type SegmentCaptioner; give sca\.Predictor\(model\), after its set_image\(image\)"
+    message = r"is of type SegmentCaptioner; pass sca\.Predictor\(model\) after its set_image\(image\)"
     with pytest.raises(ValueError, match=message):
         sca.caption_everything(model, scene.image)
 
 
 def test_predictor_rejects_a_model_name_and_suggests_load():
-    with pytest.raises(ValueError, match=r"give a model, such as sca.load\('sca-tiny'\)"):
+    with pytest.raises(ValueError, match=r"pass a model, such as sca.load\('sca-tiny'\)"):
         sca.Predictor("sca-tiny")
 
 

@@ -229,7 +229,7 @@ def test_plan_command_reports_what_fits_without_network_access(capsys, monkeypat
         (["plan", "sca-tny"], "Did you mean 'sca-tiny'"),
         (["plan", "sca-tiny", "--gpu", "h20"], "Did you mean 'h200'"),
         (["plan", "sca-tiny", "--gpu", "-3"], "a number above 0"),
-        (["plan", "sca-tiny", "--gpu", "inf"], "give a name"),
+        (["plan", "sca-tiny", "--gpu", "inf"], "expected a name"),
         (["plan", "sca-tiny", "--dtype", "int8"], "unknown dtype 'int8'. Choose from: float32"),
         (["plan", "tiny-vit+qury+gpt2"], "Did you mean 'query'"),
         (["plan", "sca-gpt2-large-vg"], "plan its components"),

@@ -56,10 +56,14 @@ def test_load_and_save_accept_dtype_names(model, tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("a+b+c", r"'a\+b\+c' names components, .*; build a model with sca.compose\('a', 'b', 'c'\), or give"),
+        (
+            "a+b+c",
+            r"'a\+b\+c' is a combination of components whose mixer is untrained; build the model with "
+            r"sca.compose\('a', 'b', 'c'\), or pass",
+        ),
         ("sam-vit-b+blip-base", r"names an encoder and a captioner; use sca.load_captioner\('sam-vit-b\+blip-base'\)"),
-        (5, "the model is of type int; give a zoo name, a folder or a hub id"),
-        (None, "the model is of type NoneType; give a zoo name"),
+        (5, "the model is of type int; pass a model name, a folder or a Hub id"),
+        (None, "the model is of type NoneType; pass a model name"),
         ("runs/a+b/model", "no model or folder named 'runs/a\\+b/model'"),
     ],
 )
@@ -69,12 +73,12 @@ def test_load_rejects_sources_that_are_not_checkpoints(source, message):
 
 def test_save_and_build_reject_wrong_argument_types(model, tmp_path):
     assert_one_line_error(
-        lambda: sca.save(sca.Predictor(model), tmp_path), "type Predictor cannot be saved; give a model"
+        lambda: sca.save(sca.Predictor(model), tmp_path), "type Predictor cannot be saved; pass a model"
     )
     assert_one_line_error(
-        lambda: sca.build("a+b+c"), r"the spec is of type str; give an sca.ModelSpec, such as sca.ModelSpec.parse"
+        lambda: sca.build("a+b+c"), r"the spec is of type str; pass an sca.ModelSpec, such as sca.ModelSpec.parse"
     )
-    assert_one_line_error(lambda: sca.build(model), "the spec is of type SegmentCaptioner; give an sca.ModelSpec")
+    assert_one_line_error(lambda: sca.build(model), "the spec is of type SegmentCaptioner; pass an sca.ModelSpec")
 
 
 class UnregisteredMixer(torch.nn.Module):
@@ -88,12 +92,12 @@ class UnregisteredMixer(torch.nn.Module):
         (("tiny-vit", "tiny-gpt2", "query"), {}, r"no mixers named 'tiny-gpt2'\. It is the name of a language model\."),
         (("tiny-vit", "query", "openai-community/gpt2"), {}, r"Did you mean 'gpt2'\?"),
         (("tiny-vit", "query", "facebook/opt-1.3b"), {}, r"use 'hf' with the option weights='facebook/opt-1\.3b'"),
-        (("tiny-vit", QueryMixer, "tiny-gpt2"), {}, "the mixer is QueryMixer; give its name, 'query'"),
+        (("tiny-vit", QueryMixer, "tiny-gpt2"), {}, "the mixer is QueryMixer; pass its name, 'query'"),
         (("tiny-vit", UnregisteredMixer, "tiny-gpt2"), {}, r"register it with @sca_registry\.mixers\('NAME'\)"),
         (
             ("tiny-vit", UnregisteredMixer(), "tiny-gpt2"),
             {},
-            r"the mixer is of type UnregisteredMixer; give its name; register",
+            r"the mixer is of type UnregisteredMixer; pass its name; register",
         ),
         (COMPONENT_NAMES, {"lora": {"lora_alpha": 8}}, r'the peft names lora_alpha; give lora=\{"alpha": 8\}, or on'),
         (
@@ -114,11 +118,19 @@ class UnregisteredMixer(torch.nn.Module):
             r'"dropout": 0\.1, "target_modules": \["q", "v"\]\}',
         ),
         (COMPONENT_NAMES, {"lora": {"targets": ["q"]}}, "Did you mean 'target_modules'"),
-        (COMPONENT_NAMES, {"lora": "8"}, "lora is '8'; give a rank, such as lora=8, or a table of rank, alpha"),
-        (COMPONENT_NAMES, {"lora": 8.5}, "lora is 8.5; give a rank"),
-        (COMPONENT_NAMES, {"weights": "model.safetensors"}, "weights is 'model.safetensors'; give True or False"),
-        (({"name": "tiny-vit", "image_size": "64"}, *COMPONENT_NAMES[1:]), {}, "image_size is '64'; give an integer"),
-        ((*COMPONENT_NAMES[:2], {"name": "hf", "weights": 5}), {}, "weights is 5; give text"),
+        (
+            COMPONENT_NAMES,
+            {"lora": "8"},
+            "lora is '8'; expected a rank, such as lora=8, or a dict or table of rank, alpha",
+        ),
+        (COMPONENT_NAMES, {"lora": 8.5}, "lora is 8.5; expected a rank"),
+        (COMPONENT_NAMES, {"weights": "model.safetensors"}, "weights must be True or False, not 'model.safetensors'"),
+        (
+            ({"name": "tiny-vit", "image_size": "64"}, *COMPONENT_NAMES[1:]),
+            {},
+            "image_size is '64'; expected an integer",
+        ),
+        ((*COMPONENT_NAMES[:2], {"name": "hf", "weights": 5}), {}, "weights is 5; expected a string"),
     ],
 )
 def test_compose_error_suggests_a_fix(components, fields, message):

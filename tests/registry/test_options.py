@@ -146,9 +146,9 @@ def test_is_text_option_follows_the_annotation(parameter, expected):
         ("Union[int, None]", "a", 2, "an integer or None"),
         ("'Union[bool, int]'", "a", True, "an integer or true or false"),
         ("bool", 1, True, "true or false"),
-        ("str", 5, "a", "text"),
-        ("str | Path | None", 5, Path("a"), "text or None"),
-        ("'str | bool'", 5, "a", "true or false or text"),
+        ("str", 5, "a", "a string"),
+        ("str | Path | None", 5, Path("a"), "a string or None"),
+        ("'str | bool'", 5, "a", "true or false or a string"),
     ],
 )
 def test_check_options_rejects_values_of_the_wrong_type(annotation, wrong_value, right_value, expected_type):
@@ -159,7 +159,7 @@ def test_check_options_rejects_values_of_the_wrong_type(annotation, wrong_value,
         namespace,
     )
     check_options("mixer 'mine'", namespace["make"], 1, {"x": right_value})
-    with pytest.raises(RegistryError, match=rf"mixer 'mine': x is {wrong_value!r}; give {expected_type}$"):
+    with pytest.raises(RegistryError, match=rf"mixer 'mine': x is {wrong_value!r}; expected {expected_type}$"):
         check_options("mixer 'mine'", namespace["make"], 1, {"x": wrong_value})
 
 

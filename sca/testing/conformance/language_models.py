@@ -118,11 +118,10 @@ def default_generation_is_greedy(harness: LanguageModelHarness) -> str | None:
             embeddings = torch.cat((embeddings, component.embed_tokens(torch.tensor([expected_ids[-1:]]))), dim=1)
         generated_ids = generation_output.sequences[row, 0].tolist()[: len(expected_ids)]
         score = float(generation_output.scores[row, 0])
-        if eos_token_id is None:  # without a tokenizer, a caption may end early with a token that only the model knows
+        if eos_token_id is None:  # a model without a tokenizer may still end a caption early
             num_tokens = _count_before_padding(generated_ids, expected_ids)
-            generated_ids, expected_ids, log_probs = (
-                values[:num_tokens] for values in (generated_ids, expected_ids, log_probs)
-            )
+            generated_ids, expected_ids = generated_ids[:num_tokens], expected_ids[:num_tokens]
+            log_probs = log_probs[:num_tokens]
         if generated_ids != expected_ids:
             return f"token ids {generated_ids}, while greedy search selects {expected_ids}"
         if not math.isclose(score, sum(log_probs) / len(log_probs), rel_tol=1e-3, abs_tol=1e-3):
