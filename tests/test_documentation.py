@@ -85,6 +85,10 @@ def test_model_table_is_current():
     pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
     table = read_between(read_docs("models.md"), model_table.START, model_table.END)
     assert table == model_table.render_model_table(), "run: make model-table"
+
+
+@pytest.mark.all
+def test_segmenter_table_is_current():
     table = read_between(read_docs("models.md"), model_table.SEGMENTERS_START, model_table.SEGMENTERS_END)
     assert table == model_table.render_segmenter_table(), "run: make model-table"
 
