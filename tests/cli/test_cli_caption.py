@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
+from sca_registry import proposers
+
+from sca.testing.tiny import get_tiny_options
 
 RECORD_KEYS = [
     "image",
@@ -103,6 +106,35 @@ def test_caption_everything_uses_proposer_by_name_with_options(caption_to_record
         *("--pred-iou-thresh", 0, "--stability-score-thresh", 0),
     )
     assert all(len(record["prompt"]["points"]) == 1 for record in records)
+
+
+@pytest.fixture(scope="session")
+def detector_weights(tmp_path_factory):
+    """Folder of a tiny detector in transformers' format."""
+    folder = tmp_path_factory.mktemp("detector")
+    detector = proposers.build("detr", **get_tiny_options("proposers", "detr"))
+    detector.model.save_pretrained(folder)
+    detector.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_caption_with_detector_keeps_names_and_scores(
+    caption_to_records, run_sca, write_image, working_folder, detector_weights
+):
+    proposer = f"detector weights={detector_weights} score_thresh=0 max_regions=3"
+    records = caption_to_records(write_image("a.png"), "--proposer", proposer)
+    names = [record["name"] for record in records]
+    assert [record["region_id"] for record in records] == [0, 1, 2]
+    assert {*names} <= {"LABEL_0", "LABEL_1"}
+    scores = [record["proposal_score"] for record in records]
+    assert scores == sorted(scores, reverse=True)
+    assert len(caption_to_records("a.png", "--proposer", proposer, "--max-regions", 1)) == 1
+    assert run_sca("caption", "a.png", "--proposer", proposer).out.count("LABEL_") == 3
+    arguments = ("--proposer", proposer, "--out", "shards", "--launcher", "local num_workers=1")
+    assert run_sca("caption", "a.png", *arguments).status == 0
+    (shard,) = (working_folder / "shards").glob("*.jsonl")
+    assert [record["name"] for record in parse_json_lines(shard.read_text())] == names
 
 
 @pytest.mark.slow

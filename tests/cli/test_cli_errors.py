@@ -42,6 +42,8 @@ def model_arguments(checkpoint):
         (*BOX_ARGUMENTS, "--points-per-side", 3): "--points-per-side can only be used with --everything",
         (*BOX_ARGUMENTS, "--proposer", "grid"): "--proposer can only be used with --everything",
         ("--everything", "--proposer", "grid", "--points-per-side", 3): "omit --points-per-side and --crop-n-layers",
+        ("--text", "car"): "--text requires --proposer with a proposer that takes text, such as owlv2-base",
+        ("--proposer", "grid", "--text", "car"): "the proposer 'grid' takes no text; omit it, or use another one",
         (*BOX_ARGUMENTS, "--temperature", 2): "--temperature can only be used with --do-sample",
         (*BOX_ARGUMENTS, "--top-p", 0.9): "--top-p can only be used with --do-sample",
         ("--everything", "--proposer", "gird"): "Did you mean 'grid'?",
