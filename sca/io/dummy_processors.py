@@ -8,7 +8,14 @@ from importlib.resources import files
 from typing import Any
 
 import transformers
-from transformers import BertTokenizer, CLIPTokenizer, PreTrainedConfig, PreTrainedTokenizerFast, RTDetrConfig
+from transformers import (
+    BertTokenizer,
+    CLIPTokenizer,
+    GroundingDinoProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    RTDetrConfig,
+)
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 END_TOKEN = "<|end|>"  # of tiny_tokenizer.json
@@ -34,8 +41,8 @@ def build_dummy_processor(config: PreTrainedConfig) -> Any:
     """
     if config.model_type in ("owlv2", "sam3"):
         return _get_processor_class(config)(build_dummy_image_processor(config), _build_clip_tokenizer(config))
-    if config.model_type == "grounding-dino":
-        return _get_processor_class(config)(build_dummy_image_processor(config), _build_bert_tokenizer())
+    if config.model_type in ("grounding-dino", "mm-grounding-dino"):
+        return GroundingDinoProcessor(build_dummy_image_processor(config), _build_bert_tokenizer())
     if config.model_type not in ("blip", "blip-2", "git", "florence2", "kosmos-2"):
         raise ValueError(
             f"random weights are not supported for {config.model_type!r}, whose processor is unknown; give "

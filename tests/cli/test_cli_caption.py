@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
-from sca_registry import proposers
-
-from sca.testing.tiny import get_tiny_options
 
 RECORD_KEYS = [
     "image",
@@ -108,21 +105,11 @@ def test_caption_everything_uses_proposer_by_name_with_options(caption_to_record
     assert all(len(record["prompt"]["points"]) == 1 for record in records)
 
 
-@pytest.fixture(scope="session")
-def detector_weights(tmp_path_factory):
-    """Folder of a tiny detector in transformers' format."""
-    folder = tmp_path_factory.mktemp("detector")
-    detector = proposers.build("detr", **get_tiny_options("proposers", "detr"))
-    detector.model.save_pretrained(folder)
-    detector.processor.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.slow
 def test_caption_with_detector_keeps_names_and_scores(
-    caption_to_records, run_sca, write_image, working_folder, detector_weights
+    caption_to_records, run_sca, write_image, working_folder, save_tiny_proposer
 ):
-    proposer = f"detector weights={detector_weights} score_thresh=0 max_regions=3"
+    proposer = f"detector weights={save_tiny_proposer('detr')} score_thresh=0 max_regions=3"
     records = caption_to_records(write_image("a.png"), "--proposer", proposer)
     names = [record["name"] for record in records]
     assert [record["region_id"] for record in records] == [0, 1, 2]
@@ -135,6 +122,26 @@ def test_caption_with_detector_keeps_names_and_scores(
     assert run_sca("caption", "a.png", *arguments).status == 0
     (shard,) = (working_folder / "shards").glob("*.jsonl")
     assert [record["name"] for record in parse_json_lines(shard.read_text())] == names
+
+
+@pytest.mark.slow
+def test_caption_text_equals_the_text_option_of_the_proposer(caption_to_records, write_image, save_tiny_proposer):
+    weights = save_tiny_proposer("grounding-dino")
+    proposer = f"grounding-dino weights={weights} score_thresh=0 text_thresh=0 max_regions=2"
+    image = write_image("a.png")
+    records = caption_to_records(image, "--proposer", proposer, "--text", "Red car", "--text", "dog")
+    assert len(records) == 2
+    assert all(record["name"].startswith("red car. dog.") for record in records)  # each word exceeds text_thresh
+    assert records == caption_to_records(image, "--proposer", f'{proposer} text=["Red car","dog"]')
+
+
+@pytest.mark.slow
+def test_caption_masks_of_proposer_become_mask_prompts(caption_to_records, write_image, save_tiny_proposer):
+    pytest.importorskip("torchvision", reason="SAM 3 requires torchvision")
+    proposer = f"sam3 weights={save_tiny_proposer('sam3')} score_thresh=0 max_regions=2"
+    records = caption_to_records(write_image("a.png"), "--proposer", proposer, "--text", "car")
+    assert [[*record["prompt"]] for record in records] == [["mask"]] * 2
+    assert [record["name"] for record in records] == ["car"] * 2
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def count_parameters(module) -> int:
 @pytest.mark.slow
 def test_card_parameters_match_the_built_component(kind, name):
     registry = sca_registry.get_registry(kind)
-    meta_options = {"pretrained": False, "device": "meta"}
+    meta_options = {"pretrained": False, "device": "meta", "text": ["car"]}
     options = {key: meta_options[key] for key in meta_options.keys() & registry.load_entry(name).options.keys()}
     with torch.device("meta"):
         component = registry.build(name, **options)

@@ -1,4 +1,4 @@
-"""Images and weights for tests of proposers."""
+"""Images, tiny proposers and comparisons for tests of proposers."""
 
 import numpy as np
 import pytest
@@ -18,22 +18,6 @@ def colored_image():
 def build_tiny():
     """Function that builds a proposer at its tiny size."""
     return lambda name, **options: proposers.build(name, **{**get_tiny_options("proposers", name), **options})
-
-
-@pytest.fixture(scope="session")
-def save_tiny_weights(tmp_path_factory, build_tiny):
-    """Function that saves a tiny proposer in transformers' format and returns its folder."""
-    folders = {}
-
-    def save(name):
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp(name)
-            proposer = build_tiny(name)
-            proposer.model.save_pretrained(folders[name])
-            proposer.processor.save_pretrained(folders[name])
-        return str(folders[name])
-
-    return save
 
 
 @pytest.fixture(scope="session")

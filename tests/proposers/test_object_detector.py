@@ -13,8 +13,8 @@ DETECTORS = ("detr", "rt-detr", "d-fine")
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_proposals_equal_the_detections_of_transformers(name, save_tiny_weights, colored_image, check_proposals):
-    folder = save_tiny_weights(name)
+def test_proposals_equal_the_detections_of_transformers(name, save_tiny_proposer, colored_image, check_proposals):
+    folder = save_tiny_proposer(name)
     proposals = proposers.build(name, weights=folder, score_thresh=0.2)(colored_image, "a.png")
     model = AutoModelForObjectDetection.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -27,8 +27,8 @@ def test_proposals_equal_the_detections_of_transformers(name, save_tiny_weights,
     check_proposals(proposals, colored_image, expected["boxes"], expected["scores"], names)
 
 
-def test_detector_reads_any_weights_of_an_object_detector(save_tiny_weights, colored_image, build_tiny):
-    proposer = proposers.build("detector", weights=save_tiny_weights("rt-detr"), score_thresh=0, max_regions=5)
+def test_detector_reads_any_weights_of_an_object_detector(save_tiny_proposer, colored_image, build_tiny):
+    proposer = proposers.build("detector", weights=save_tiny_proposer("rt-detr"), score_thresh=0, max_regions=5)
     assert proposer(colored_image, "a") == build_tiny("rt-detr")(colored_image, "a")
 
 
