@@ -12,6 +12,7 @@ from PIL import Image
 from sca_registry.contracts import Prompt, Proposals
 from torch import Tensor
 
+from sca.io.dummy_processors import build_dummy_processor
 from sca.io.hub import (
     check_model_type,
     fetch_model_folder,
@@ -20,6 +21,7 @@ from sca.io.hub import (
     make_config,
     silence_transformers,
 )
+from sca.io.processors import load_processor
 
 MIN_BOX_SIZE = 1  # pixels per side
 
@@ -97,11 +99,11 @@ class Detector:
 
     def load_processor(self, folder: Path) -> Any:
         """Load the processor stored with the weights."""
-        raise NotImplementedError
+        return load_processor(folder)
 
     def build_processor(self, config: Any) -> Any:
         """Build a processor for random weights."""
-        raise NotImplementedError
+        return build_dummy_processor(config)
 
     def detect_regions(self, image: Image.Image) -> Detections:
         """Detect regions in an RGB image, in any order and of any score."""

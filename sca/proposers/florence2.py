@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from PIL import Image
 from sca_registry.errors import make_unknown_name_error
 from transformers import Florence2ForConditionalGeneration
 
-from sca.io.dummy_processors import build_dummy_processor
-from sca.io.processors import load_processor
 from sca.proposers.detector import Detections, Detector
 from sca.proposers.phrases import parse_phrases
 
@@ -75,12 +72,6 @@ class Florence2(Detector):
             self.prompts = tuple(TASK_TOKENS[self.task] + phrase for phrase in parse_phrases(text))
         self.max_new_tokens = max_new_tokens
         super().__init__(weights, revision, pretrained, config, 0.0, max_regions, device)
-
-    def load_processor(self, folder: Path) -> Any:
-        return load_processor(folder)
-
-    def build_processor(self, config: Any) -> Any:
-        return build_dummy_processor(config)
 
     def detect_regions(self, image: Image.Image) -> Detections:
         """Generate the boxes of an image."""

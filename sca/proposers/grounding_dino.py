@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection
 
-from sca.io.dummy_processors import build_dummy_processor
-from sca.io.processors import load_processor
 from sca.proposers.detector import Detections, Detector
 from sca.proposers.phrases import check_num_tokens, parse_phrases
 
@@ -55,12 +52,6 @@ class GroundingDino(Detector):
         self.text_thresh = text_thresh
         super().__init__(weights, revision, pretrained, config, score_thresh, max_regions, device)
         check_num_tokens(self.processor.tokenizer, [self.text], self.model.config.max_text_len)
-
-    def load_processor(self, folder: Path) -> Any:
-        return load_processor(folder)
-
-    def build_processor(self, config: Any) -> Any:
-        return build_dummy_processor(config)
 
     def detect_regions(self, image: Image.Image) -> Detections:
         """Detect the phrases in an image."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from transformers import Owlv2ForObjectDetection
 
-from sca.io.dummy_processors import build_dummy_processor
-from sca.io.processors import load_processor
 from sca.proposers.detector import Detections, Detector
 from sca.proposers.phrases import check_num_tokens, parse_phrases
 
@@ -55,12 +52,6 @@ class Owlv2(Detector):
         check_num_tokens(
             self.processor.tokenizer, self.phrases, self.model.config.get_text_config().max_position_embeddings
         )
-
-    def load_processor(self, folder: Path) -> Any:
-        return load_processor(folder)
-
-    def build_processor(self, config: Any) -> Any:
-        return build_dummy_processor(config)
 
     def detect_regions(self, image: Image.Image) -> Detections:
         """Detect the phrases in an image. The processor pads it to a square, which predicted boxes refer to."""

@@ -14,14 +14,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import Sam3Model, Sam3Processor
 
-from sca.io.dummy_processors import build_dummy_processor
 from sca.io.prompts import check_prompt
 from sca.io.weight_files import translate_load_errors
 from sca.proposers.detector import Detections, Detector
 from sca.proposers.phrases import check_num_tokens, parse_phrases
 
 MASK_THRESHOLD = 0.5  # probability above which a pixel belongs to a mask
-RESULT_FIELDS = ("boxes", "scores", "masks")
 
 
 class Sam3(Detector):
@@ -79,9 +77,6 @@ class Sam3(Detector):
         with translate_load_errors(f"the processor in {folder}"):
             return Sam3Processor.from_pretrained(folder)
 
-    def build_processor(self, config: Any) -> Any:
-        return build_dummy_processor(config)
-
     def detect_regions(self, image: Image.Image) -> Detections:
         """Segment the objects of all phrases in an image, which is encoded once."""
         boxes = [_clip_box(box, image.size) for box in self.boxes]
@@ -90,8 +85,12 @@ class Sam3(Detector):
         detections = [
             self._segment_phrase(phrase, boxes, inputs["original_sizes"], features) for phrase in self.phrases
         ]
-        found_boxes, scores, masks = (torch.cat([getattr(each, key) for each in detections]) for key in RESULT_FIELDS)
-        return Detections(found_boxes, scores, [name for each in detections for name in each.names], masks)
+        return Detections(
+            torch.cat([each.boxes for each in detections]),
+            torch.cat([each.scores for each in detections]),
+            [name for each in detections for name in each.names],
+            torch.cat([each.masks for each in detections if each.masks is not None]),
+        )
 
     def _segment_phrase(
         self, phrase: str | None, example_boxes: list[list[float]], original_sizes: Tensor, features: Any
@@ -104,7 +103,7 @@ class Sam3(Detector):
         scores = (outputs.pred_logits.sigmoid() * outputs.presence_logits.sigmoid())[0]
         (size,) = original_sizes.tolist()
         rows = (scores >= self.score_thresh).nonzero()[:, 0]
-        boxes = outputs.pred_boxes[0, rows] * outputs.pred_boxes.new_tensor([size[1], size[0]] * 2)
+        boxes = outputs.pred_boxes[0, rows].cpu() * torch.tensor([size[1], size[0]] * 2)
         masks = [*_iter_masks(outputs.pred_masks[0, rows], size)]
         stacked_masks = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool)
         return Detections(boxes, scores[rows], [phrase] * len(rows), stacked_masks)
