@@ -22,6 +22,7 @@ from sca.io.hub import (
     silence_transformers,
 )
 from sca.io.processors import load_processor
+from sca.io.validation import check_range
 
 MIN_BOX_SIZE = 1  # pixels per side
 
@@ -63,7 +64,8 @@ class Detector:
 
     Raises:
         InputError: The weights cannot be read, or have another model type.
-        ValueError: An option is out of range, or neither `weights` nor `config` is set.
+        RegistryError: An option is out of range.
+        ValueError: Neither `weights` nor `config` is set.
     """
 
     model_class: Any
@@ -80,10 +82,8 @@ class Detector:
         max_regions: int,
         device: str,
     ):
-        if not 0 <= score_thresh <= 1:
-            raise ValueError(f"score_thresh is {score_thresh}; give a number from 0 to 1")
-        if max_regions < 1:
-            raise ValueError(f"max_regions is {max_regions}; give an integer of at least 1")
+        check_range("score_thresh", score_thresh, float, 0, 1)
+        check_range("max_regions", max_regions, int, 1)
         self.score_thresh, self.max_regions = score_thresh, max_regions
         if pretrained:
             if weights is None:

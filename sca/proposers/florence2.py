@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from sca_registry.errors import make_unknown_name_error
 from transformers import Florence2ForConditionalGeneration
 
+from sca.io.validation import check_choice, check_range
 from sca.proposers.detector import Detections, Detector
 from sca.proposers.phrases import parse_phrases
 
@@ -41,8 +41,8 @@ class Florence2(Detector):
 
     Raises:
         InputError: The weights cannot be read, or have another model type.
-        RegistryError: `task` is unknown.
-        ValueError: An option is invalid, or `text` does not suit the task.
+        RegistryError: `task` is unknown, or an option is out of range.
+        ValueError: `text` is empty, or does not suit the task.
     """
 
     model_class = Florence2ForConditionalGeneration
@@ -61,12 +61,10 @@ class Florence2(Detector):
         device: str = "cpu",
     ):
         self.task: str = task or (TEXT_TASK if text else "region-proposal")
-        if self.task not in TASK_TOKENS:
-            raise make_unknown_name_error(f"task is {task!r}", self.task, TASK_TOKENS)
+        check_choice("task", self.task, TASK_TOKENS)
         if text and self.task != TEXT_TASK:
             raise ValueError(f"task={task} takes no text; omit it, or use task={TEXT_TASK}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; give an integer of at least 1")
+        check_range("max_new_tokens", max_new_tokens, int, 1)
         self.prompts: tuple[str, ...] = (TASK_TOKENS[self.task],)
         if self.task == TEXT_TASK:
             self.prompts = tuple(TASK_TOKENS[self.task] + phrase for phrase in parse_phrases(text))

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection
 
+from sca.io.validation import check_range
 from sca.proposers.detector import Detections, Detector
 from sca.proposers.phrases import check_num_tokens, parse_phrases
 
@@ -30,7 +31,8 @@ class GroundingDino(Detector):
 
     Raises:
         InputError: The weights cannot be read, or have another model type.
-        ValueError: An option is invalid, or `text` is empty or too long.
+        RegistryError: An option is out of range.
+        ValueError: `text` is empty or too long.
     """
 
     model_class = AutoModelForZeroShotObjectDetection
@@ -49,6 +51,7 @@ class GroundingDino(Detector):
         device: str = "cpu",
     ):
         self.text: str = join_phrases(parse_phrases(text))
+        check_range("text_thresh", text_thresh, float, 0, 1)
         self.text_thresh = text_thresh
         super().__init__(weights, revision, pretrained, config, score_thresh, max_regions, device)
         check_num_tokens(self.processor.tokenizer, [self.text], self.model.config.max_text_len)

@@ -29,7 +29,8 @@ class ObjectDetector(Detector):
 
     Raises:
         InputError: The weights cannot be read, or have another model type.
-        ValueError: An option is invalid.
+        RegistryError: An option is out of range.
+        ValueError: Neither `weights` nor `config` is set.
     """
 
     model_class = AutoModelForObjectDetection

@@ -29,7 +29,8 @@ class Owlv2(Detector):
     Raises:
         ImportError: scipy, which resizes the images, is not installed.
         InputError: The weights cannot be read, or have another model type.
-        ValueError: An option is invalid, or `text` is empty or too long.
+        RegistryError: An option is out of range.
+        ValueError: `text` is empty or too long.
     """
 
     model_class = Owlv2ForObjectDetection

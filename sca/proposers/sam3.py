@@ -44,7 +44,8 @@ class Sam3(Detector):
         ImportError: torchvision, which the model requires, is not installed.
         InputError: The weights cannot be read, or have another model type. Calls raise it for an image that does not
             contain a box.
-        ValueError: An option is invalid, `text` is too long, or there are neither `text` nor `boxes`.
+        RegistryError: An option is out of range.
+        ValueError: A box or a label is invalid, `text` is too long, or there are neither `text` nor `boxes`.
     """
 
     model_class = Sam3Model

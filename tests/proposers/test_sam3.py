@@ -2,9 +2,11 @@
 
 import sys
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from sca_registry import RegistryError, proposers
 from sca_registry.contracts import Prompt
 
@@ -118,6 +120,17 @@ def test_invalid_options_are_rejected_in_one_line(options, message, build_tiny):
     with pytest.raises(RegistryError) as raised:
         build_tiny("sam3", **options)
     assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_gated_repository_is_reported_in_one_line(monkeypatch):
+    def raise_gated_error(*_, **__):
+        response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/facebook/sam3"))
+        raise GatedRepoError("gated", response=response)
+
+    monkeypatch.setattr("sca.io.hub.model_info", raise_gated_error)
+    with pytest.raises((RegistryError, InputError), match="is gated: accept its terms") as raised:
+        proposers.build("sam3", text="car")
     assert "\n" not in str(raised.value)
 
 
