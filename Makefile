@@ -13,7 +13,7 @@ FLAGS =
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 LOWEST_TESTS = tests/bench tests/checkpoints tests/inference tests/model tests/parity tests/training
 
-.PHONY: demo test quick test-all test-lowest check vocabulary scene docs screenshots results-table model-table
+.PHONY: demo test quick test-all test-lowest check vocabulary scene docs screenshots results-table model-table plugin-index
 .PHONY: core dev all lowest clean
 .NOTPARALLEL:
 
@@ -82,6 +82,10 @@ results-table: core
 # The combinations of components in docs/models.md, as computed by `sca plan`.
 model-table: dev
 	$(BIN)/python tools/model_table.py
+
+# The packages in docs/plugin-index.md, from docs/plugin-index.toml.
+plugin-index: core
+	$(BIN)/python tools/plugin_index.py
 
 core: GROUP =
 dev: GROUP = dev

@@ -53,7 +53,9 @@ __all__ = sorted(_LAZY_IMPORTS)
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY_IMPORTS:
-        raise AttributeError(f"module 'sca' has no attribute {name!r}")
+        from sca.hints import make_attribute_error
+
+        raise make_attribute_error(name, __all__)
     return getattr(import_module(_LAZY_IMPORTS[name]), name)
 
 

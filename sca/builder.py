@@ -12,13 +12,15 @@ import torch
 from sca_registry import RegistryError, get_registry
 from sca_registry.compatibility import check_compatible
 from sca_registry.contracts import Encoder, LanguageModel, Mixer
-from sca_registry.overrides import MODEL_COMPONENTS
+from sca_registry.overrides import MODEL_COMPONENTS, MODEL_FIELDS
 from sca_registry.spec import ComponentSpec, ModelSpec, check_generation
 
 from sca.devices import resolve_device
+from sca.hints import check_argument_names
 from sca.model import SegmentCaptioner
 
 
+@check_argument_names(*MODEL_FIELDS, "format")
 def compose(
     encoder: str | Mapping[str, Any],
     mixer: str | Mapping[str, Any],
@@ -31,11 +33,11 @@ def compose(
     """Build a model from named components: `compose("tiny-vit", "query", "tiny-gpt2", task_tokens=2)`.
 
     Args:
-        encoder: Name, or table with the name and options: `{"name": "tiny-vit", "image_size": 96}`.
-        mixer: Name or table.
-        language_model: Name or table.
+        encoder: Name, or dict with the name and options: `{"name": "tiny-vit", "image_size": 96}`.
+        mixer: Name or dict.
+        language_model: Name or dict.
         device: Device of the model. "meta" downloads no weights and allocates no memory; use it to count parameters. A
-            component without a card of its own still downloads its configuration.
+            component without an entry in the component list (`sca list`) still downloads its configuration file.
         weights: Load pretrained weights; False initializes all weights randomly.
         **fields: Other fields of `ModelSpec`: `segmenter`, `projection`, `task_tokens`, `trainable`, `lora`,
             `generation`, `everything`.
@@ -44,6 +46,7 @@ def compose(
         The model in eval mode.
 
     Raises:
+        TypeError: Unknown keyword argument; the message suggests the closest one.
         RegistryError: A name or option is unknown, or the components are incompatible.
         ValueError: The device is not available.
     """
@@ -51,6 +54,7 @@ def compose(
     return build(spec, device, weights)
 
 
+@check_argument_names()
 def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = True) -> SegmentCaptioner:
     """Build a model from its spec.
 
@@ -63,15 +67,19 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
         The model in eval mode.
 
     Raises:
+        TypeError: Unknown keyword argument; the message suggests the closest one.
         RegistryError: A name or option is unknown, or the components are incompatible.
         ValueError: An argument has the wrong type, or the device is not available.
     """
     if not isinstance(spec, ModelSpec):
         raise ValueError(
-            f"the spec is of type {type(spec).__name__}; give an sca.ModelSpec, such as sca.ModelSpec.parse('a+b+c')"
+            f"the spec is of type {type(spec).__name__}; pass an sca.ModelSpec, such as sca.ModelSpec.parse('a+b+c')"
         )
     if not isinstance(weights, bool):
-        raise ValueError(f"weights is {weights!r:.80}; give True or False; weight files are options of components")
+        raise ValueError(
+            f"weights must be True or False, not {weights!r:.80}; to load a weight file, use the component option "
+            "'weights'"
+        )
     target_device = resolve_device(device, allow_meta=True)
     check_compatible(spec)
     use_random_weights = not weights or target_device.type == "meta"

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sca.hints import MODEL_ATTRIBUTE_HINTS
 from sca.nn.projection import Projection
 from sca.nn.region_batch import concat_segmenter_outputs
 
@@ -52,7 +53,7 @@ class SegmentationModel(nn.Module):
         self.segmenter = segmenter
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Encode images, once per image.
+        """Encode a batch of images.
 
         Args:
             pixel_values: (B, 3, S, S) normalized images.
@@ -61,7 +62,7 @@ class SegmentationModel(nn.Module):
             Features (B, C, h, w).
 
         Raises:
-            RegistryError: The encoder returns another shape.
+            RegistryError: The encoder returns a tensor of the wrong shape.
         """
         grid_size = pixel_values.shape[-1] // self.encoder.stride
         expected_shape = (len(pixel_values), self.encoder.channels, grid_size, grid_size)
@@ -72,7 +73,7 @@ class SegmentationModel(nn.Module):
 
         Args:
             features: (B, C, h, w) features of `encode`.
-            prompts: N prompts in pixels of the input frame.
+            prompts: N prompts in pixels of the model input.
             multimask_output: Return all candidate masks of each region (three for SAM) instead of one.
 
         Returns:
@@ -121,11 +122,26 @@ class SegmentCaptioner(SegmentationModel):
         )
         self.freeze_parameters()
 
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name not in MODEL_ATTRIBUTE_HINTS:
+                raise
+            raise AttributeError(f"{error}; use {MODEL_ATTRIBUTE_HINTS[name]}", name=name) from None
+
     def _get_component_name(self, kind: str) -> str:
         return getattr(self.spec, kind).name
 
     def prepare_mixer(self, regions: SegmenterOutput) -> Any:
-        """Compute what all regions of an image share in the mixer; None if the mixer has no `prepare_images` method."""
+        """Precompute the mixer inputs that all regions of an image share.
+
+        Args:
+            regions: Output of `segment`.
+
+        Returns:
+            The argument `prepared` of `mix`; None if the mixer has no `prepare_images` method.
+        """
         prepare_images = getattr(self.mixer, "prepare_images", None)
         return None if prepare_images is None else prepare_images(regions.image_embeddings, regions.positional_encoding)
 
@@ -140,7 +156,7 @@ class SegmentCaptioner(SegmentationModel):
             Queries (N, Q, D).
 
         Raises:
-            RegistryError: The mixer returns another shape.
+            RegistryError: The mixer returns a tensor of the wrong shape.
         """
         mixer: Callable[..., Tensor] = self.mixer
         queries = mixer(regions) if prepared is None else mixer(regions, prepared)
@@ -151,10 +167,10 @@ class SegmentCaptioner(SegmentationModel):
 
         Args:
             queries: (N, Q, D) queries of `mix`.
-            task_ids: (N,) 0 recognition, 1 caption.
+            task_ids: (N,) task of each region: 0 for recognition, 1 for captioning.
 
         Returns:
-            Prefixes (N, K, E): task tokens, then projected queries.
+            Prefixes (N, K, E) of task tokens followed by projected queries.
         """
         return torch.cat((self.task_tokens[task_ids], self.projection(queries)), dim=1)
 
@@ -165,15 +181,15 @@ class SegmentCaptioner(SegmentationModel):
 
         Args:
             batch: Images or features, prompts and, for training, captions and target masks.
-            loss_weights: Weight of each loss by name; 1 for a loss without a weight.
+            loss_weights: Weights by loss name; missing losses have weight 1.
             chunk_size: Maximum number of regions, and of captions, per chunk. The activations of a chunk are recomputed
                 in the backward pass (gradient checkpointing, arXiv 1604.06174). 0 computes everything at once and
                 recomputes nothing.
 
         Returns:
-            The weighted sum of the losses, each loss by name, the logits of the caption tokens (W, V), the regions and
-            their queries. `logits` is None for a batch of more than `TOKENS_PER_LOSS_CHUNK` tokens. Regions computed
-            in chunks have no `grid`.
+            The weighted sum of the losses, each loss by name, the logits of all caption tokens of the batch (number of
+            tokens, vocabulary size), the segmenter output and the queries. `logits` is None for a batch of more than
+            `TOKENS_PER_LOSS_CHUNK` tokens. `regions.grid` is None if the regions are computed in chunks.
         """
         features = batch.features
         if features is None:
@@ -246,7 +262,8 @@ class SegmentCaptioner(SegmentationModel):
             attention_mask: (G, L) 1 for caption tokens and EOS, 0 for padding.
 
         Returns:
-            States (G, L, E): state i predicts `input_ids[:, i]`. The first one is that of the prefix's last position.
+            Hidden states of shape (G, L, E). State i predicts `input_ids[:, i]`; state 0 is the state at the last
+            prefix position.
         """
         token_embeddings = self.language_model.embed_tokens(input_ids[:, :-1])  # the last token predicts nothing
         full_attention_mask = torch.cat((attention_mask.new_ones(prefix.shape[:2]), attention_mask[:, :-1]), dim=1)
@@ -261,8 +278,8 @@ class SegmentCaptioner(SegmentationModel):
 
         Args:
             features: (B, C, h, w) features of `encode`.
-            prompts: N prompts in pixels of the input frame.
-            task_ids: (N,) 0 recognition, 1 caption.
+            prompts: N prompts in pixels of the model input.
+            task_ids: (N,) task of each prompt: 0 for recognition, 1 for captioning.
             **generation: Options of `generate_from_prefix`.
 
         Returns:
@@ -281,9 +298,9 @@ class SegmentCaptioner(SegmentationModel):
 
         Args:
             prefix: (N, K, E) prefixes.
-            **generation: Options of the language model's `generate`, which override those of the spec, and `seed`, the
-                seed of every row. With a seed, rows are generated one at a time, so that a caption does not depend on
-                its neighbors, and the state of torch's generators is preserved.
+            **generation: Options of the language model's `generate`; they override those of the spec. Also `seed`: if
+                set, the captions of each prefix are generated separately with this seed, so that they do not depend on
+                the other prefixes, and the state of torch's generators is preserved.
 
         Returns:
             Token ids and scores of the captions.
@@ -322,7 +339,11 @@ class SegmentCaptioner(SegmentationModel):
     # --- trainable parameters -----------------------------------------------------------------------------------------
 
     def group_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return all parameters by the group names of `spec.trainable`, each parameter once."""
+        """Return all parameters by group.
+
+        Returns:
+            Parameters by group name, each parameter once. The names are those accepted by `ModelSpec.trainable`.
+        """
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             group = name.split(".")[0]
@@ -345,7 +366,10 @@ class SegmentCaptioner(SegmentationModel):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> SegmentCaptioner:
-        """Set the training mode; fully frozen components stay in eval mode, without dropout or updated statistics."""
+        """Set the training mode; fully frozen components stay in eval mode.
+
+        Dropout is therefore off in frozen components, and their batch-norm statistics are not updated.
+        """
         super().train(mode)
         for module in self.children():
             if not any(parameter.requires_grad for parameter in module.parameters()):

@@ -42,7 +42,7 @@ GPU_MEMORY_GIB = {  # GiB that torch reports, from data sheets or measured
     "v100-16": 15.8,
     "t4": 14.6,
 }
-MAX_PLANNED_REGIONS = 2**14  # upper limit of the search for the maximum regions per image
+MAX_PLANNED_REGIONS = 2**14  # upper limit of the search for the maximum number of regions per image
 FILE_OPTIONS = {"weights", "tokenizer", "config", "revision"}  # options that refer to files, which may change
 SOURCE_SUFFIXES = (".py", ".toml", ".so", ".pyd")  # files that a plan depends on
 MAX_CACHED_PLANS = 200  # the latest are kept
@@ -123,11 +123,11 @@ def resolve_gpu_memory(gpu: str | float) -> float:
         except ValueError:
             if name.lower() not in GPU_MEMORY_GIB:
                 raise make_unknown_name_error(
-                    f"unknown GPU {name!r}; give a name or its memory in GiB", name, GPU_MEMORY_GIB
+                    f"unknown GPU {name!r}; expected a name or its memory in GiB", name, GPU_MEMORY_GIB
                 ) from None
             return GPU_MEMORY_GIB[name.lower()]
     if not 0 < gpu < 2**20:
-        raise ValueError(f"the memory of the GPU is {gpu:g} GiB; give a name, or a number above 0")
+        raise ValueError(f"the memory of the GPU is {gpu:g} GiB; expected a name, or a number above 0")
     return gpu
 
 

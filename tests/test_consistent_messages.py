@@ -130,7 +130,7 @@ def test_invalid_image_has_same_message_in_python_cli_and_server(
     ids=["2-D array", "4-channel array", "file name", "None"],
 )
 def test_set_image_rejects_arrays_and_values_that_are_not_images(invalid_image, model):
-    with pytest.raises(ValueError, match="give"):
+    with pytest.raises(ValueError, match="expected"):
         sca.Predictor(model).set_image(invalid_image)
 
 

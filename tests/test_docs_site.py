@@ -1,5 +1,6 @@
 """Links lead to files and headings, pages name everything that exists, and the site loads no remote content."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -139,3 +140,15 @@ def test_site_loads_nothing_from_other_hosts(site_pages):
     for name, page in site_pages.items():
         addresses = re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=[\"']?(https?:[^\"' >]+)", page)
         assert not [address for address in addresses if "canonical" not in address], (name, addresses)
+
+
+def test_returns_sections_of_the_python_api_contain_no_colon():
+    """The docstring parser of the site reads text before a colon as a type."""
+    descriptions = [
+        section.split("\n\n")[0]
+        for name in sca.__all__
+        for value in (getattr(sca, name), *vars(getattr(sca, name)).values())
+        for section in re.findall(r"Returns:\n(.*)", inspect.getdoc(value) or "", re.DOTALL)
+    ]
+    assert descriptions
+    assert not [each for each in descriptions if re.search(r":\s", each)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import architecture_figure
 import model_table
+import plugin_index
 import results_table
 from markers import read_between
 
@@ -38,13 +40,13 @@ def iter_measured_facts():
     for report in (tiny, street):
         yield f"{report['num_regions']:,} regions of {report['num_images']}"
         yield f"mask IoU {report['scores']['mask-iou/mean']:.1%}"
-    yield f"all four attributes correct: {tiny['scores']['attributes/all']:.1%}"
+    yield f"captions with size, color, texture and shape correct: {tiny['scores']['attributes/all']:.1%}"
     yield f"class accuracy {street['scores']['class/accuracy']:.1%}"
     published = json.loads((RESULTS / "published-comparison/results.json").read_text("utf-8"))["rows"]
     captions, training = (row["ours"] / row["reference"] for row in published[:2])
-    yield f"captioning {captions:.2f}x faster, with identical token ids; training step {training:.2f}x faster"
+    yield f"captioning {captions:.2f}x, with identical token ids; training step {training:.2f}x"
     serving = json.loads((RESULTS / "serving-throughput/results.json").read_text("utf-8"))["multiple_clients"]
-    yield f"{serving['requests_per_second']:.0f} responses per second"
+    yield f"{serving['requests_per_second']:.0f} requests per second"
 
 
 @pytest.mark.parametrize("fact", [*iter_measured_facts()])
@@ -83,6 +85,37 @@ def test_model_table_is_current():
     pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
     table = read_between(read_docs("models.md"), model_table.START, model_table.END)
     assert table == model_table.render_model_table(), "run: make model-table"
+    table = read_between(read_docs("models.md"), model_table.SEGMENTERS_START, model_table.SEGMENTERS_END)
+    assert table == model_table.render_segmenter_table(), "run: make model-table"
+
+
+def test_plugin_index_is_current_and_lists_the_plugins_of_this_repository():
+    packages = tomllib.loads(read_docs("plugin-index.toml"))
+    table = read_between(read_docs("plugin-index.md"), plugin_index.START, plugin_index.END)
+    assert table == plugin_index.render_plugin_table(packages), "run: make plugin-index"
+    for file in (ROOT / "plugins").glob("*/pyproject.toml"):
+        project = tomllib.loads(file.read_text("utf-8"))["project"]
+        package = packages[project["name"]]
+        assert (package["summary"], package["license"]) == (project["description"], project["license"])
+        assert (ROOT / package["install"]).resolve() == file.parent
+        groups = {group.removeprefix("sca_"): names for group, names in project["entry-points"].items()}
+        assert package.keys() - {*plugin_index.FIELDS} == groups.keys() - {"api"}
+        for kind in groups.keys() - {"api"}:
+            assert package[kind] == [*groups[kind]] or "cards" in groups[kind]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"summary": ""}, "mine has no 'summary'"),
+        ({"mixer": ["x"]}, "mine: unknown field 'mixer'; choose from summary, .*, mixers"),
+        ({"mixers": []}, "mine has no components; add their names by kind"),
+    ],
+)
+def test_plugin_index_rejects_incomplete_packages(fields, message):
+    package = {"summary": "A mixer.", "license": "MIT", "install": "mine", "mixers": ["x"]}
+    with pytest.raises(ValueError, match=message):
+        plugin_index.render_plugin_table({"mine": package | fields})
 
 
 def test_results_table_replaces_the_text_between_markers(tmp_path):

@@ -28,7 +28,7 @@ GENERATED_FILES = (
     "runs/mine/model/spec.json",
     "sca/__pycache__/model.pyc",
 )
-BUNDLED_MODELS = [name for name in zoo.list_names() if zoo.get_entry(name).folder]  # the others are on the hub
+BUNDLED_MODELS = [name for name in zoo.list_names() if zoo.get_entry(name).folder]  # the others are on the Hub
 MAX_CHECKPOINT_BYTES = 6_000_000  # bytes of a shipped checkpoint
 
 

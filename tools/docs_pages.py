@@ -61,7 +61,10 @@ def render_cards() -> str:
 
 def render_api() -> str:
     """Render the directives for the docstrings of the package's public names."""
-    return "\n\n".join(f"::: {sca._LAZY_IMPORTS[name]}.{name}" for name in sca.__all__)
+    return "\n\n".join(
+        f"::: {sca._LAZY_IMPORTS[name]}.{name}\n    options:\n      heading: sca.{name}\n      toc_label: sca.{name}"
+        for name in sca.__all__
+    )
 
 
 def render_contracts() -> str:

@@ -33,7 +33,7 @@ def run(
     sweep: Annotated[str, typer.Argument(help=SWEEP_HELP)],
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="Launcher options, such as num_workers=2."),
+        typer.Argument(metavar="KEY=VALUE", help="Launcher options, such as num_workers=2."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help=OUT_HELP, rich_help_panel=OUTPUT)] = None,
     launcher: Annotated[
@@ -43,17 +43,26 @@ def run(
         ),
     ] = "local",
     device: Annotated[str, typer.Option(help=DEVICE_HELP, rich_help_panel=RUNTIME)] = "cpu",
-    timeout: Annotated[float, typer.Option(help="Maximum seconds per row.", min=1.0, rich_help_panel=RUNTIME)] = 3600.0,
+    timeout: Annotated[
+        float, typer.Option(help="Time limit in seconds per row.", min=1.0, rich_help_panel=RUNTIME)
+    ] = 3600.0,
     retry_state: Annotated[
-        list[str] | None, typer.Option(help="Run rows in this state again. Repeatable.", rich_help_panel=ROWS)
+        list[str] | None,
+        typer.Option(
+            help="Run rows in this state again: done, incompatible, skipped, out-of-memory, timed-out, crashed, "
+            "non-finite, import-error or failed. Repeatable.",
+            rich_help_panel=ROWS,
+        ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Run rows that are predicted to run out of memory.", rich_help_panel=ROWS)
+        bool,
+        typer.Option("--force", help="Also run rows that are predicted to run out of memory.", rich_help_panel=ROWS),
     ] = False,
     time_budget: Annotated[
         float,
         typer.Option(
-            help="Seconds after which no row starts. Rows that are stopped stay missing.", rich_help_panel=RUNTIME
+            help="Stop after this many seconds. Unfinished rows have no result; the next run starts them again.",
+            rich_help_panel=RUNTIME,
         ),
     ] = math.inf,
     order: Annotated[
@@ -62,9 +71,9 @@ def run(
     ] = "cheapest",
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not log each row.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """Run the missing rows of a sweep.
+    """Run the combinations (rows) of a sweep that have no result yet.
 
-    The exit status is 1 if rows are missing at the end.
+    Exits with status 1 if rows are missing at the end.
     """
     from sca.cli.options import check_option_choice, parse_component_options, print_stderr
     from sca_bench.runner import run_sweep
@@ -81,7 +90,8 @@ def run(
     if device == "cpu" and f"{sweep}-cpu" in list_sweeps():
         sweep = f"{sweep}-cpu"
         log(
-            f"on a CPU, runs the sweep {sweep}; `sca bench published` measures the speedup over the published procedure"
+            f"on a CPU, runs the sweep {sweep}; `sca bench speedup` measures the speedup over the original SCA "
+            "procedure"
         )
     loaded_sweep = Sweep.read(sweep, device)
     sweep_status = run_sweep(
@@ -155,7 +165,8 @@ def report(
     score: Annotated[
         str | None,
         typer.Option(
-            help="Score that measures quality. Defaults to the most informative one available.",
+            help="Score that measures quality. Defaults to the first available one of cider-d, attributes/all, meteor, "
+            "class/accuracy, mask-iou/mean and densecap-map.",
             rich_help_panel=METRICS,
         ),
     ] = None,
@@ -177,8 +188,8 @@ def report(
     check_not_inputs([page, *siblings], [ResultStore(folder).path])
     check_page_path(page, ())
     for sibling in siblings:
-        if sibling.exists() and not page.exists():
-            raise ValueError(f"{sibling} exists and does not belong to a report; choose another --out")
+        if sibling.exists() and not reports.is_table_of_report(sibling):
+            raise ValueError(f"{sibling} exists and is not a table of a report; choose another --out")
     for path, content in (
         (page, reports.render_sweep_page(rows, f"sweep {rows[0]['sweep']}", score)),
         (page.with_suffix(".md"), reports.render_markdown(rows, score)),
@@ -191,7 +202,7 @@ def report(
 @app.command(cls=PanelCommand)
 def diff(
     first: Annotated[Path, typer.Argument(help="Results folder of the first run.")],
-    second: Annotated[Path, typer.Argument(help="Results folder of a second run of the same sweep.")],
+    second: Annotated[Path, typer.Argument(help="Results folder of the second run.")],
 ) -> None:
     """Compare the timings, states and scores of two runs of a sweep."""
     from sca.cli.options import print_line
@@ -203,7 +214,7 @@ def diff(
 
 
 @app.command(cls=PanelCommand)
-def published(
+def speedup(
     parts: Annotated[
         list[str] | None,
         typer.Argument(help="Parts to measure: captions, training, resampler, tiny, everything. Defaults to all."),
@@ -215,7 +226,7 @@ def published(
     published_regions: Annotated[
         int,
         typer.Option(
-            help="Regions captioned with the published procedure; 0 captions all of them.",
+            help="Regions captioned with the original SCA procedure; 0 captions all of them.",
             min=0,
             rich_help_panel=WORKLOAD,
         ),
@@ -229,11 +240,11 @@ def published(
         typer.Option(help="Data type of the weights: float32, bfloat16 or float16.", rich_help_panel=MODEL),
     ] = "float32",
     time_budget: Annotated[
-        float, typer.Option(help="Seconds after which no part starts.", min=1.0, rich_help_panel=RUNTIME)
+        float, typer.Option(help="Start no part after this many seconds.", min=1.0, rich_help_panel=RUNTIME)
     ] = math.inf,
     out: Annotated[Path | None, typer.Option(help="JSON file for the measurements.", rich_help_panel=OUTPUT)] = None,
 ) -> None:
-    """Measure the speedup over the published procedure.
+    """Measure the speedup over the original SCA procedure.
 
     Prints a table of ratios; all parts take about ten minutes.
     """

@@ -67,7 +67,7 @@ def compare_golden_folders(folder: Path, device: str, dtype: torch.dtype) -> dic
 
 @torch.no_grad()
 def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Compare a checkpoint's outputs with those that the published implementation recorded in float32 on a CPU.
+    """Compare a checkpoint's outputs with those that the original SCA code recorded in float32 on a CPU.
 
     Args:
         folder: Folder of a recorded checkpoint.

@@ -20,13 +20,13 @@ from sca_registry.contracts import PromptBatch
 from sca_registry.spec import ModelSpec
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from sca.builder import build
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.io.atomic import write_file
 from sca.model import SegmentCaptioner
 from sca.plan import plan_model
+from sca.stage_costs import make_flop_counter
 from sca_bench.timing import disable_early_end, make_random_inputs, make_training_batch
 from sca_bench.worker import collect_environment, run_measurement
 
@@ -123,7 +123,7 @@ def compare_plan(
         lambda: run_step(model, pixels, prompts, max_new_tokens), torch.device(device)
     )
     model.zero_grad()
-    with FlopCounterMode(display=False) as counter:
+    with make_flop_counter() as counter:
         run_step(model, pixels, prompts, max_new_tokens)
     return {
         "model": plan.model,

@@ -1,18 +1,18 @@
-"""Measure the speedup over the published procedure: `sca bench published [PART...] [--out FILE]`.
+"""Measure the speedup over the original SCA procedure: `sca bench speedup [PART...] [--out FILE]`.
 
-The published procedure of SCA (arXiv 2312.00869) is reproduced with the same weights: eight regions at a time through
-the two-way blocks of transformers, each with a copy of its image's grid, eager attention, and one `generate` call per
-eight regions. Both procedures are timed alternately in one run, and their captions are compared. Prints a Markdown
-table of ratios.
+The procedure of the original SCA code (arXiv 2312.00869) is reproduced with the same weights: eight regions at a time
+through the two-way blocks of transformers, each with a copy of its image's grid, eager attention, and one `generate`
+call per eight regions. Both procedures are timed alternately in one run, and their captions are compared. Prints a
+Markdown table of ratios.
 
 captions     regions/s from an encoded image, SAM ViT-B + query + GPT-2, greedy
 training     a step with 16 regions; ours with cached encoder features
 resampler    mix stage of `resampler` next to that of `query`, and its growth with the number of regions
 tiny         64 regions of sca-tiny in one batch next to one at a time
-everything   captions of an image, estimated from stage times: published for all 1,024 points, with one encoder pass
+everything   captions of an image, estimated from stage times: the original for all 1,024 points, with one encoder pass
              per 64 points; ours for the 100 regions that remain
 
-On a GPU the published procedure may take a minute where ours takes a second. `published_regions` limits the
+On a GPU the original procedure may take a minute where ours takes a second. `published_regions` limits the
 regions that it captions; the comparison is then between rates.
 """
 
@@ -52,7 +52,7 @@ class ComparisonSettings:
         language_model: Name of a language model.
         batch_size: Images per batch.
         regions_per_image: Regions per image.
-        published_regions: Regions captioned with the published procedure; 0 for all.
+        published_regions: Regions captioned with the original SCA procedure; 0 for all.
         num_repeats: Repeats of each procedure after a warm-up; the fastest counts.
         device: A torch device.
         dtype: Data type of the weights and activations.
@@ -76,7 +76,7 @@ class ComparisonSettings:
 
 @contextmanager
 def use_published_procedure(model: SegmentCaptioner) -> Iterator[None]:
-    """Make the model compute as the published implementation inside the context."""
+    """Make the model compute as the original SCA code inside the context."""
 
     def forward(
         self: TwoWayTransformer,
@@ -185,7 +185,7 @@ def compare_captioning(model: SegmentCaptioner, settings: ComparisonSettings) ->
     share_identical = float(
         (token_ids["ours"][:num_published_captions] == token_ids["published"]).all(dim=1).float().mean()
     )
-    note = f"{num_images} x {num_regions} regions, {num_published_captions} published; identical: {share_identical:.1%}"
+    note = f"{num_images} x {num_regions} regions, {num_published_captions} original; identical: {share_identical:.1%}"
     published_total_seconds = published_seconds + encoding_seconds * num_published_images / num_images
     return [
         (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sca.io.score_format import PRINT_FACTOR, format_interval, format_score
@@ -22,6 +24,7 @@ from sca_bench.summary import (
 from sca_bench.timing import STAGES
 
 CHART_WIDTH, CHART_HEIGHT, CHART_MARGIN = 560, 320, 48  # pixels
+MAX_HEADING_CHARACTERS = 100_000
 NUMERIC_COLUMNS = (
     *("seeds", "params (M)", "trainable (M)", "encoder GFLOPs", "other GFLOPs", "score", "95% CI", "std over seeds"),
     *("time to first token (ms)", "regions/s", "training step (ms)", "memory (GiB)"),
@@ -116,6 +119,13 @@ def render_markdown(rows: Sequence[Mapping[str, Any]], score_name: str | None = 
         f"{score_note}{escape_markdown(_describe_environments(rows))}.",
     ]
     return "\n".join([*markdown_lines, *([""] if unfinished else []), *unfinished]) + "\n"
+
+
+def is_table_of_report(file: Path) -> bool:
+    """Return whether a Markdown or CSV file starts with the headings of a report."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        headings = re.split(r" \| |\",\"", lines.readline(MAX_HEADING_CHARACTERS).strip('| "\n'))
+    return {*NUMERIC_COLUMNS} <= {*headings} or {*STAGES, "key", "label", "training_step"} <= {*headings}
 
 
 def _render_table_row(cells: Sequence[str]) -> str:

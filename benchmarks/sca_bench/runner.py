@@ -47,7 +47,7 @@ def run_sweep(
         folder: Results folder.
         launcher: Registered launcher that runs the rows.
         launcher_options: Options of the launcher.
-        timeout: Maximum seconds per row.
+        timeout: Time limit in seconds per row.
         retry_states: States whose rows run again.
         force: Run rows that are predicted to run out of memory.
         report: Called with one line per event.

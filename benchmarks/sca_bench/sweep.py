@@ -162,7 +162,7 @@ class Sweep:
             table = parse_toml(text)
         except ValueError as error:
             raise RegistryError(f"the sweep {name} is not valid TOML: {error}") from error
-        check_keys("a sweep", table, [each.name for each in fields(cls) if each.name not in ("name", "device")])
+        check_keys("the sweep", table, [each.name for each in fields(cls) if each.name not in ("name", "device")])
         table = {"model": {}, "axes": {}, **table}
         _check_fields(name, table)
         sweep = cls(stem, **table, device=device)
@@ -241,14 +241,14 @@ def _check_fields(name: str, table: Mapping[str, Any]) -> None:
         check_type(f"{section} of the sweep {name}", table.get(section, {}), Mapping)
     for axis, values in table["axes"].items():
         if not isinstance(values, list) or not values:
-            raise RegistryError(f"the axis {axis!r} of the sweep {name} is {values!r}; give a list of one or more")
+            raise RegistryError(f"the axis {axis!r} of the sweep {name} is {values!r}; expected a list of one or more")
     check_type("summary", table.get("summary", ""), str)
     check_list("seeds", table.get("seeds", [0]), int, minimum=1)
     for seed in table.get("seeds", ()):
         check_range("seeds", seed, int, 0, MAX_SEED)
     check_range("num_threads", table.get("num_threads", 1), int, 0)
     for section, keys in SECTION_KEYS.items():
-        check_keys(f"[{section}] of a sweep", table.get(section, {}), keys)
+        check_keys(f"[{section}] of the sweep", table.get(section, {}), keys)
         for key, value in table.get(section, {}).items():
             SECTION_CHECKS[section](f"{section}.{key}", key, value)
     if "evaluate" in table and "dataset" not in table["evaluate"]:

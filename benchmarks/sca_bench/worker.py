@@ -37,7 +37,7 @@ from sca.plan import plan_model
 from sca_bench.sweep import SweepRow
 from sca_bench.timing import measure_stages, measure_training_step
 
-MAX_TRAINING_REGIONS = 16  # maximum regions per image in a training step
+MAX_TRAINING_REGIONS = 16  # maximum number of regions per image in a training step
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "out of memory", "cannot allocate memory", "std::bad_alloc")
 
 

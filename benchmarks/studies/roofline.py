@@ -1,6 +1,6 @@
 """Compare stage times with hardware limits: `python benchmarks/studies/roofline.py [--out FILE]`
 
-Times the stages of captioning an image with the published procedure (see `sca bench published`) and with ours. Prints
+Times the stages of captioning an image with the original SCA procedure (see `sca bench speedup`) and with ours. Prints
 them next to two lower bounds: the operations of a stage at the speed of a large matrix product on this machine, and its
 bytes (weights once per pass, features, and the grid of every region read once and written once) at the speed of a copy.
 """
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flops = plan_model(model.spec, 1, args.regions_per_image, MAX_NEW_TOKENS).flops
     num_bytes = _count_stage_bytes(model, args.regions_per_image)
     print(f"matrix product: {flops_per_second / 1e9:.0f} GFLOP/s; copy: {bytes_per_second / 1e9:.1f} GB/s\n")
-    print("| stage | published (s) | ours (s) | compute bound (s) | memory bound (s) | overhead (x) |")
+    print("| stage | original (s) | ours (s) | compute bound (s) | memory bound (s) | overhead (x) |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     rows = []
     for stage in STAGES:

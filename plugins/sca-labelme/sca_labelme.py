@@ -46,7 +46,7 @@ class LabelMe:
         self.split = split
         self.files = labelme.list_labelme_files(folder)
         if not self.files:
-            raise ValueError(f"no LabelMe files (*.json) in {folder}; give their folder as root")
+            raise ValueError(f"no LabelMe files (*.json) in {folder}; pass their folder as root")
         skip = SkipCounter()
         self.skipped, self.examples = skip.counts, skip.examples
         self.image_paths, self.image_sizes, self.regions = [], [], []

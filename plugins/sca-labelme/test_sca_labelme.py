@@ -79,7 +79,7 @@ def test_labelme_applies_exif_orientation(folder):
 
 
 def test_labelme_rejects_a_rotated_image(folder):
-    with pytest.raises(ValueError, match=r"records 30 x 40 and the image is 40 x 30 .*: it was rotated"):
+    with pytest.raises(ValueError, match=r"records 30 x 40 .*, but the image is 40 x 30: the image was rotated"):
         make_rotated_dataset(folder, imageWidth=30, imageHeight=40)[0]
 
 

@@ -144,7 +144,7 @@ def test_invalid_weights_are_rejected_without_running_code(checkpoint, tmp_path,
     assert "this must not run" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="Did you mean 'rtmdet_tiny"):
         MmdetEncoder("rtmdet_tiny_8xb32-300e_cocoa", pretrained=False)
-    with pytest.raises(ValueError, match="no weights; give weights=FILE"):
+    with pytest.raises(ValueError, match="no weights; set weights=FILE"):
         MmdetEncoder(TINY)
 
 

@@ -53,7 +53,7 @@ class MobileSamEncoder(nn.Module):
     Args:
         weights: Path of mobile_sam.pt.
         pretrained: Load `weights`; False for random weights.
-        image_size: Side S of the square input frame in pixels, a multiple of 16.
+        image_size: Side S of the square model input in pixels, a multiple of 16.
 
     Raises:
         ValueError: The image size is not a multiple of 16, or the weights are missing.
@@ -121,7 +121,7 @@ class _ChannelNorm(nn.LayerNorm):
 
 def _check_weights(weights: str | None, pretrained: bool) -> str | None:
     if pretrained and weights is None:
-        raise ValueError("no weights; give weights=mobile_sam.pt, or pretrained=false")
+        raise ValueError("no weights; set weights=mobile_sam.pt, or pretrained=false")
     return weights if pretrained else None
 
 

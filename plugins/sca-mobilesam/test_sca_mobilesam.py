@@ -135,5 +135,5 @@ def test_other_checkpoints_are_rejected(file, tmp_path):
         MobileSamEncoder(str(tmp_path / "less.pt"))
     with pytest.raises(ValueError, match=r"absent\.pt"):
         MobileSamEncoder("absent.pt")
-    with pytest.raises(ValueError, match=r"no weights; give weights=mobile_sam\.pt"):
+    with pytest.raises(ValueError, match=r"no weights; set weights=mobile_sam\.pt"):
         MobileSamEncoder()

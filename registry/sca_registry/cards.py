@@ -34,7 +34,7 @@ class Card:
         factory: Path of the factory, "package.module:attribute".
         options: Options passed to the factory unless the caller overrides them.
         summary: One sentence that describes the component.
-        source: Paper, or hub id and revision.
+        source: Paper, or Hub id and revision.
         license: License of the component and its weights.
         terms: Restrictions of the weights, such as gated access or no commercial use.
         parameters: Number of parameters.
@@ -163,7 +163,7 @@ def _parse_card(name: str, table: Any) -> Card:
             raise make_unknown_name_error(f"card {name!r} has an unknown field {key!r}", key, FIELD_TYPES)
         if not isinstance(value, FIELD_TYPES[key]):
             raise RegistryError(
-                f"{key} of card {name!r} is {value!r}; give a value of type {FIELD_TYPES[key].__name__}"
+                f"{key} of card {name!r} is {value!r}; expected a value of type {FIELD_TYPES[key].__name__}"
             )
     check_factory(table["factory"])
     for output_name in (*table.get("requires", ()), *table.get("provides", ())):

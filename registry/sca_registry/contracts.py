@@ -21,7 +21,7 @@ Shape legend:
     L: tokens of the longest caption.
     V: vocabulary size.
     F: summands per row of a metric.
-    S: side of the square input frame in pixels.
+    S: side of the square model input in pixels.
     h, w: height and width of the feature grid (S divided by the encoder's stride).
 
 Regions are flat: N counts regions over the whole batch, and a sorted `image_index` maps each region to its image.
@@ -47,9 +47,9 @@ class ImageFormat:
     """Input format of an image encoder.
 
     Attributes:
-        size: Side S of the square input frame in pixels.
-        mean: Channel means for values in 0..1.
-        std: Channel standard deviations for values in 0..1.
+        size: Side S of the square model input in pixels.
+        mean: Channel means for values in [0, 1].
+        std: Channel standard deviations for values in [0, 1].
         channel_order: Channel order.
         resample: Interpolation used for resizing.
         resize_mode: "pad" scales the longest side to `size` and pads right and bottom with zeros after normalization;
@@ -91,9 +91,9 @@ def _move_tensor(value: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 @dataclass
 class PromptBatch(_TensorRows):
-    """Prompts of N regions in pixels of the S x S input frame.
+    """Prompts of N regions in pixels of the S x S model input.
 
-    A batch is homogeneous: every row has the same kinds of prompt and the same number of points. Mixed requests are
+    A batch is homogeneous: every row has the same kinds of prompt and the same number of points. Mixed prompts are
     grouped, never padded, because SAM has no attention mask and treats label -1 as a learned token.
     """
 
@@ -124,7 +124,7 @@ class SegmenterOutput:
     grid: Tensor | None = None  # (N, D, h, w) image features of the mask decoder, per region
     masks: Tensor | None = None  # (N, M, 4h, 4w) logits
     iou_scores: Tensor | None = None  # (N, M) predicted IoU
-    boxes: Tensor | None = None  # (N, 4) x1 y1 x2 y2 in the input frame: the box prompt, else the box of the best mask
+    boxes: Tensor | None = None  # (N, 4) x1 y1 x2 y2 in the model input: the box prompt, else the box of the best mask
 
     def __len__(self) -> int:
         return len(self.image_index)
@@ -141,7 +141,7 @@ class GenerationOutput(NamedTuple):
 class MaskTargets(_TensorRows):
     """Ground-truth masks to train a segmenter on."""
 
-    masks: Tensor  # (N, 4h, 4w) in 0..1: fraction of each cell that the region covers
+    masks: Tensor  # (N, 4h, 4w) in [0, 1]: fraction of each cell that the region covers
     valid_pixels: Tensor  # (N, 4h, 4w) bool: cells inside the image, not its padding
     has_mask: Tensor  # (N,) bool: regions with a ground-truth mask
 
@@ -184,10 +184,13 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompt of one region in image pixels, with the EXIF orientation applied."""
+    """Prompt for one region.
+
+    Coordinates are pixels of the image after its EXIF orientation is applied.
+    """
 
     box: tuple[float, float, float, float] | None = None  # x1 y1 x2 y2
-    points: tuple[tuple[float, float, int], ...] = ()  # x, y, label 1 inside or 0 outside
+    points: tuple[tuple[float, float, int], ...] = ()  # x, y, label: 1 foreground, 0 background
     mask: np.ndarray | None = None  # (height, width) bool
 
     def __bool__(self) -> bool:
@@ -207,12 +210,12 @@ class Caption:
     """Caption of one region, with its box and mask in image pixels."""
 
     text: str
-    score: float  # exp of the mean token log-probability, in 0..1; NaN for a caption written by a person
-    box: tuple[float, float, float, float] | None  # x1 y1 x2 y2: the box prompt, else the box of the mask
+    score: float  # exp of the mean token log-probability, in [0, 1]; NaN for a human-written caption
+    box: tuple[float, float, float, float] | None  # x1 y1 x2 y2: the box prompt, or else the bounding box of the mask
     mask: dict[str, Any] | None  # COCO RLE {"size": [height, width], "counts": str}
     predicted_iou: float | None  # mask quality predicted by the segmenter
     prompt: Prompt
-    region_id: int  # index of the prompt in the request
+    region_id: int  # index of the prompt in the list of prompts of its image
     alternatives: tuple[tuple[str, float], ...] = ()  # further captions and their scores, best first
     usage: TokenUsage | None = None  # None if no language model generated the captions
     name: str | None = None  # class name or phrase of the proposer that found the region
@@ -220,7 +223,7 @@ class Caption:
 
     @property
     def array(self) -> np.ndarray | None:
-        """Mask as a (height, width) bool array in image pixels; None without a mask."""
+        """The mask, decoded to a (height, width) bool array in image pixels; None without a mask."""
         if self.mask is None:
             return None
         from pycocotools import mask as coco
@@ -260,7 +263,7 @@ class MetricOutput(NamedTuple):
     """Scores of a metric.
 
     Attributes:
-        values: Scores by name. Floats are fractions in 0..1, or on that scale as CIDEr-D is, NaN if nothing could be
+        values: Scores by name. Floats are fractions in [0, 1], or on that scale as CIDEr-D is, NaN if nothing could be
             scored; tables print them times 100. Counts are integers.
         per_record: Arrays with one row per judged unit (a record, a region or a pair), with `image_id` and `region_id`
             to identify it. An array named like a score has that score as its mean over the rows that are not NaN,
@@ -405,7 +408,7 @@ class Dataset(Protocol):
     - `iter_annotations()`: yields the regions of each image, in order, without opening images;
     - `read_sample(index)`: returns a sample, or None if its image cannot be read;
     - `content_hash`: identifies the content, so that results on other content are not mixed;
-    - `metadata`: table of counts, such as `regions` and `captioned`;
+    - `metadata`: dict of counts, such as `regions` and `captioned`;
     - `skipped` and `examples`: counts and first locations of skipped entries, by reason;
     - `attribute_values`: possible values of each attribute of its regions, for auxiliary losses;
     - `relation_attributes`: names of the attributes that relate a region to another one.

@@ -20,7 +20,7 @@ TYPE_DESCRIPTIONS = {
     "int": "an integer",
     "float": "a number",
     "bool": "true or false",
-    **dict.fromkeys(TEXT_TYPES, "text"),
+    **dict.fromkeys(TEXT_TYPES, "a string"),
     "None": "None",
 }
 
@@ -118,7 +118,7 @@ def _check_value(subject: str, parameter: Parameter, value: Any) -> None:
         expected = " or ".join(
             dict.fromkeys(description for name, description in TYPE_DESCRIPTIONS.items() if name in type_names)
         )
-        raise RegistryError(f"{subject}: {parameter.name} is {value!r:.80}; give {expected}")
+        raise RegistryError(f"{subject}: {parameter.name} is {value!r:.80}; expected {expected}")
 
 
 def _is_of_type(type_name: str, value: Any) -> bool:

@@ -128,7 +128,7 @@ def _parse_value(text: str, assignment: str, is_text: Callable[[], bool]) -> Any
         if BARE_STRING_PATTERN.fullmatch(text):
             return text
     raise RegistryError(
-        f"{assignment!r}: the value is not TOML; quote text with spaces or special characters: "
+        f"{assignment!r}: the value is not valid TOML; quote strings with spaces or special characters: "
         f"'{assignment.partition('=')[0]}=\"...\"'"
     )
 
@@ -144,14 +144,20 @@ def _set_value(
         name = ".".join(parents)
         raise RegistryError(f"{assignment!r}: {name} is empty; set it first: {name}=PATH, or {name}={{{key}={{...}}}}")
     if has_fixed_keys and key not in fields:
-        raise make_unknown_name_error(f"{assignment!r}: {'.'.join(parents)} has no {path[0]!r}", path[0], fields)
+        raise make_unknown_name_error(
+            f"{assignment!r}: unknown key {path[0]!r} in {'.'.join(parents)}", path[0], fields
+        )
     if len(path) > 1:
         return _set_value(_get_subtable(table, key, assignment), (*parents, key), path[1:], text, assignment)
     previous = table.get(key)
     value = _parse_value(text, assignment, lambda: _is_text_key(table, parents, key))
     is_component = isinstance(previous, dict) and "name" in previous
     if isinstance(previous, dict) and not (is_component or "model" in parents or (parents and isinstance(value, dict))):
-        raise RegistryError(f"{assignment!r}: {key} is a table; set one of: {', '.join(previous)}")
+        name = ".".join((*parents, key))
+        raise RegistryError(
+            f"{assignment!r}: {name} is a table; set one of its keys: "
+            f"{', '.join(f'{name}.{each}' for each in previous)}"
+        )
     table[key] = value
 
 
@@ -178,7 +184,7 @@ def _get_subtable(table: dict[str, Any], key: str, assignment: str) -> dict[str,
     if not isinstance(subtable, dict):
         if key == "model":
             raise RegistryError(
-                f"{assignment!r}: the components of the checkpoint {subtable!r} are fixed; give "
+                f"{assignment!r}: the components of the checkpoint {subtable!r} are fixed; set "
                 "model={encoder=..., mixer=..., language_model=...} to train a new model"
             )
         raise RegistryError(f"{assignment!r}: {key} is {subtable!r}, which has no options to set")

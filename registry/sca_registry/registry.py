@@ -15,9 +15,11 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any, NoReturn, TypeVar
 
@@ -37,6 +39,8 @@ from sca_registry.plugins import (
     is_same_distribution,
 )
 
+TIMM_NAME_PATTERN = re.compile(r"[a-z]\w*[_\d]\w*(\.\w+)?", re.ASCII)  # such as resnet50.a1_in1k
+KINDS_WITHOUT_TEMPLATE = ("captioners", "launchers")  # that `sca plugin new` cannot write
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
@@ -50,7 +54,7 @@ class RegistryEntry:
         name: Shortest unambiguous name.
         kind: Singular name of the kind, such as "encoder".
         summary: One sentence that describes the component.
-        source: Paper, or hub id and revision.
+        source: Paper, or Hub id and revision.
         license: License of the component and its weights.
         terms: Restrictions of the weights.
         parameters: Number of parameters.
@@ -114,6 +118,11 @@ class Registry(catalogue.Registry):
             RegistryError: The name is invalid, built in or already registered, or the factory is not callable. A module
                 that runs again (a reload or a notebook cell) can register its own factory again.
         """
+        if isinstance(name, type) or inspect.isfunction(name):
+            raise RegistryError(
+                f"{self.kind.plural}.register has no name for {name.__qualname__}; write "
+                f'`@{self.kind.plural}.register("name")`'
+            )
         check_name(name)
 
         def add_factory(factory: Factory) -> Factory:
@@ -282,9 +291,11 @@ class Registry(catalogue.Registry):
             is_component_fault = not (options or registration.is_builtin or is_memory_error(error))
             self._raise_failure(registration, problem, error, is_component_fault)
         if missing:
+            hint = f"; `sca plugin new {self.kind.singular.replace('_', '-')} NAME` writes a template"
             raise RegistryError(
                 f"{self._describe_registration(registration)} returned a {type(component).__name__} without "
                 f"{', '.join(missing)}; implement the protocol sca_registry.contracts.{self.kind.protocol.__name__}"
+                f"{'' if self.kind.plural in KINDS_WITHOUT_TEMPLATE else hint}"
             )
         return component
 
@@ -302,7 +313,7 @@ class Registry(catalogue.Registry):
         registration = self._resolve_registration(name)
         state = infer_state(registration)
         if state.name.startswith("needs extra"):
-            raise RegistryError(f"{self._describe_registration(registration)} {state.name}. Install it: {state.reason}")
+            raise RegistryError(self._describe_missing_extra(registration, state))
         factory = _bind_options(self._load_factory(registration), registration.card.default_options)
         check_options(f"{self._singular} {name!r}", factory, self._num_positional, options)
 
@@ -446,6 +457,10 @@ class Registry(catalogue.Registry):
             raise RegistryError(
                 f"{len(qualified_names)} {self._plural} are named {name!r}; choose {' or '.join(qualified_names)}"
             )
+        if self.kind.plural == "encoders" and _is_timm_model(name):
+            raise RegistryError(
+                f"no encoders named {name!r}; it is a model of timm: use 'timm' with the option model={name!r}"
+            )
         raise RegistryError(
             f"no {self._plural} named {name!r}.{self._suggest_meaning(str(name), registrations_by_name)}"
             f"{format_choices(sorted(registrations_by_name))} "
@@ -453,7 +468,7 @@ class Registry(catalogue.Registry):
         )
 
     def _suggest_meaning(self, name: str, registrations_by_name: Mapping[str, Registration]) -> str:
-        """Suggest a component of another kind, the component of a hub id or factory, or the closest name."""
+        """Suggest a component of another kind, the component of a Hub id or factory, or the closest name."""
         for other in REGISTRIES.values():
             if other is not self and name in other:
                 article = "an" if other.kind.singular[0] in "aeiou" else "a"
@@ -462,7 +477,7 @@ class Registry(catalogue.Registry):
             if name in (registration.card.options.get("weights"), registration.card.factory):
                 return f" Did you mean {known_name!r}?"
         if "/" in name and self.kind.plural == "language_models":
-            return f" For a hub id or a folder, use 'hf' with the option weights={name!r}."
+            return f" For a Hub id or a folder, use 'hf' with the option weights={name!r}."
         return suggest_name(name, registrations_by_name)
 
     def _load_factory(self, registration: Registration) -> Callable[..., Any]:
@@ -491,13 +506,15 @@ class Registry(catalogue.Registry):
         """Raise the error of a failed import or construction, with a remedy if the component is at fault."""
         state = classify_failure(registration, error)
         if state.name != "broken":
-            raise RegistryError(
-                f"{self._describe_registration(registration)} {state.name}. Install it: {state.reason}"
-            ) from error
+            raise RegistryError(self._describe_missing_extra(registration, state)) from error
         remedy = _suggest_remedy(registration) if is_component_fault else ""
         raise RegistryError(
             f"{self._describe_registration(registration)} {problem}: {state.reason}.{remedy}"
         ) from error
+
+    def _describe_missing_extra(self, registration: Registration, state: ComponentState) -> str:
+        component, extra = self._describe_registration(registration), registration.card.extra
+        return f"{component} needs the extra {extra!r}; install it with: {state.reason}"
 
     # --- metadata and messages ----------------------------------------------------------------------------------------
 
@@ -561,6 +578,18 @@ def get_registry(kind: str) -> Registry:
         if normalized in (component_kind.singular, component_kind.plural):
             return REGISTRIES[component_kind.plural]
     raise make_unknown_name_error(f"unknown kind of component {kind!r}", kind, COMPONENT_KINDS)
+
+
+def _is_timm_model(name: object) -> bool:
+    """Return whether timm is installed and has a model of this name, which may be followed by a dot and a tag."""
+    if not isinstance(name, str) or not TIMM_NAME_PATTERN.fullmatch(name) or find_spec("timm") is None:
+        return False
+    try:
+        import timm  # slow
+
+        return timm.is_model(name)
+    except Exception:  # a broken installation
+        return False
 
 
 def _list_protocol_members(protocol: type) -> list[str]:

@@ -46,6 +46,30 @@ def read_source_options(factory: str, num_positional: int) -> dict[str, Any] | N
     }
 
 
+def read_class_constant(factory: str, name: str) -> Any:
+    """Read a constant of a class without importing its module; the parent packages are imported.
+
+    Args:
+        factory: Path of the class, "package.module:name".
+        name: Name of the constant.
+
+    Returns:
+        The value; None if the factory is not a class of the module that sets the constant to a literal.
+    """
+    module, _, class_name = factory.partition(":")
+    module_spec = find_spec(module)
+    if module_spec is None or not str(module_spec.origin).endswith(".py"):
+        return None
+    definition = _find_definition(ast.parse(Path(str(module_spec.origin)).read_text("utf-8")).body, class_name)
+    for statement in definition.body if isinstance(definition, ast.ClassDef) else ():
+        if isinstance(statement, ast.Assign) and [name] == list(map(ast.unparse, statement.targets)):
+            try:
+                return ast.literal_eval(statement.value)
+            except ValueError:
+                return None
+    return None
+
+
 def _find_definition(body: list[ast.stmt], name: str) -> ast.stmt | None:
     node_types = (ast.ClassDef, ast.FunctionDef)
     return next((each for each in body if isinstance(each, node_types) and each.name == name), None)

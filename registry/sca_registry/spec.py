@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ ARGUMENT_PATTERN = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")
 TRAINABLE_GROUPS = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
 DEFAULT_PROJECTION = {"type": "linear", "norm": "none"}
 PROJECTION_CHOICES = {"type": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
+EXAMPLE_COMPONENTS = {"encoder": "sam-vit-b", "mixer": "query", "language_model": "gpt2"}  # required components
 PEFT_OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 DEFAULT_LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": None}
 CAPTION_FROM_CHOICES = ("box-and-point", "box", "point")
@@ -42,31 +44,33 @@ class ComponentSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a table {"name": ..., option: value, ...}; `name` cannot be an option."""
+        """Return a dict {"name": ..., option: value, ...}; `name` cannot be an option."""
         return {"name": self.name, **self.options}
 
     @classmethod
     def from_dict(cls, data: Any, subject: str = "component") -> ComponentSpec:
-        """Create a component from the table of `to_dict`, or from a name.
+        """Create a component from the dict of `to_dict`, or from a name.
 
         Args:
-            data: Table or name.
+            data: Dict or name.
             subject: Subject of the error messages, such as "mixer".
 
         Returns:
             The component.
 
         Raises:
-            RegistryError: `data` is neither a name nor a table with a name.
+            RegistryError: `data` is neither a name nor a dict with a name.
         """
         table = {"name": data} if isinstance(data, str) else data
         if callable(data):
             description = getattr(data, "__qualname__", f"of type {type(data).__name__}")
             raise RegistryError(
-                f"the {subject} is {description}; give its name{_suggest_registered_name(subject, data)}"
+                f"the {subject} is {description}; pass its name{_suggest_registered_name(subject, data)}"
             )
         if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
-            raise RegistryError(f"the {subject} is {data!r}; give a name, or a table with a name and options")
+            raise RegistryError(
+                f"the {subject} is {data!r}; expected a name, or a dict or table with a name and options"
+            )
         return cls(table["name"], {option: value for option, value in table.items() if option != "name"})
 
     @classmethod
@@ -76,7 +80,7 @@ class ComponentSpec:
         Args:
             text: "NAME [key=value]...". Quotes enclose values with spaces.
             subject: Subject of the error messages, such as "--proposer".
-            kind: Kind of the component, to read options that take text as text.
+            kind: Kind of the component, to read the options that are strings without quotes.
 
         Returns:
             The component.
@@ -86,7 +90,7 @@ class ComponentSpec:
         """
         arguments = ARGUMENT_PATTERN.findall(text)
         if not arguments or ARGUMENT_PATTERN.sub("", text).strip():  # empty, or an unclosed quote
-            raise RegistryError(f"{subject} is 'NAME [key=value]...', not {text!r}")
+            raise RegistryError(f"{subject} must have the form 'NAME [key=value]...', but is {text!r}")
         name, *assignments = arguments
         if not kind:
             return cls(name, parse_assignments(assignments))
@@ -105,13 +109,14 @@ class EverythingOptions:
             at `-stability_score_offset` logits.
         stability_score_offset: Offset of the logits for the stability score.
         box_nms_thresh: IoU threshold for non-maximum suppression of boxes.
-        mask_nms_thresh: IoU threshold for non-maximum suppression of masks, which SAM does not have; 1 disables it.
+        mask_nms_thresh: IoU threshold for non-maximum suppression of masks, an addition to SAM's generator; 1
+            disables it.
         min_area: Minimum area of a mask as a fraction of the image.
         max_area: Maximum area of a mask as a fraction of the image.
         crop_n_layers: Layers of image crops in addition to the full image. Layer i has 2^i x 2^i crops.
         crop_overlap_ratio: Overlap of neighboring crops in the first layer, as a fraction of the shorter image side.
-        caption_from: Prompt for the caption of a proposed region: "box-and-point" (box of the mask and its grid point),
-            "box", or "point" as in SCA (arXiv 2312.00869).
+        caption_from: Prompt for the caption of a proposed region: "box-and-point" (bounding box of the mask, and the
+            grid point that produced it), "box", or "point" as in SCA (arXiv 2312.00869).
     """
 
     points_per_side: int = 32
@@ -131,21 +136,21 @@ class EverythingOptions:
 class ModelSpec:
     """Architecture and default options of a model, without weights.
 
-    Tables can be partial: missing keys are set to their defaults.
+    Dict fields can be partial: missing keys take their default values.
 
     Attributes:
         encoder: Image encoder.
         mixer: Feature mixer.
         language_model: Language model.
-        segmenter: Segmenter; None for the default of the encoder.
+        segmenter: Segmenter; None selects the encoder's default.
         projection: Projection from queries to embeddings: `type` "linear" or "mlp"; `norm` "none", "pre", "post" or
             "both".
         task_tokens: Number of learned tokens per task.
-        trainable: Trainable groups out of `TRAINABLE_GROUPS`; the others are frozen.
+        trainable: Parameter groups to train, a subset of `TRAINABLE_GROUPS`; the others are frozen.
         lora: LoRA of the language model: `rank`, `alpha`, `dropout` and `target_modules` (None selects them by
-            architecture). An integer r abbreviates rank r and alpha 2r. None disables LoRA.
+            architecture). An integer r is shorthand for rank r and alpha 2r. None disables LoRA.
         generation: Default options of `generate`.
-        everything: Options of everything mode, the fields of `EverythingOptions`.
+        everything: Options of everything mode by field of `EverythingOptions`.
 
     Raises:
         RegistryError: A field, key or value is invalid.
@@ -172,7 +177,7 @@ class ModelSpec:
         set_field("everything", _complete_everything(self.everything))
         set_field("trainable", _check_trainable(self.trainable))
         if not isinstance(self.task_tokens, int) or isinstance(self.task_tokens, bool) or self.task_tokens < 0:
-            raise RegistryError(f"task_tokens is {self.task_tokens!r}; give an integer of at least 0")
+            raise RegistryError(f"task_tokens is {self.task_tokens!r}; expected an integer of at least 0")
 
     @property
     def everything_options(self) -> EverythingOptions:
@@ -205,10 +210,10 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
-        """Create a spec from the tables of `to_dict`.
+        """Create a spec from the dict of `to_dict`.
 
         Args:
-            data: Tables, possibly partial. A component can be a name without options.
+            data: Fields by name; dict fields can be partial. A component can be a name without options.
 
         Returns:
             The spec.
@@ -227,12 +232,15 @@ class ModelSpec:
             if key not in field_names:
                 raise make_unknown_name_error(f"unknown field {key!r} of a model", key, field_names)
         for kind in MODEL_COMPONENTS:
+            if kind in EXAMPLE_COMPONENTS and table.get(kind) is None:
+                example = f'{kind} = "{EXAMPLE_COMPONENTS[kind]}"'
+                raise RegistryError(f"the model has no {kind.replace('_', ' ')}; add `{example}` to [model]")
             if kind in table or kind != "segmenter":
                 table[kind] = ComponentSpec.from_dict(table.get(kind), kind.replace("_", " "))
         return cls(**table)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the spec as tables, lists, text and numbers without None, for JSON and TOML."""
+        """Return the spec as a dict that can be written as JSON or TOML; entries that are None are omitted."""
         data: dict[str, Any] = {"format": SPEC_FORMAT}
         for each in fields(self):
             value = getattr(self, each.name)
@@ -248,7 +256,7 @@ class ModelSpec:
         """Return a copy of the spec with changes.
 
         Args:
-            assignments: `key=value` assignments, see `overrides`.
+            assignments: Overrides such as "mixer.depth=3" or "lora=16", with TOML values.
 
         Returns:
             The changed spec.
@@ -277,7 +285,7 @@ def _suggest_registered_name(subject: str, factory: Any) -> str:
 
 def _check_table(subject: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise RegistryError(f"{subject} is {value!r}; give a table of options")
+        raise RegistryError(f"{subject} is {value!r}; expected a dict or table of options")
     return dict(value)
 
 
@@ -310,9 +318,9 @@ def check_generation(
         if name in checked_options:
             _check_number(subject, name, checked_options[name], is_integer=False, minimum=0, maximum=upper_bound)
     if checked_options.get("temperature") == 0:
-        raise RegistryError(f"{subject}.temperature is 0; give a number above 0, or omit temperature and do_sample")
+        raise RegistryError(f"{subject}.temperature is 0; use a number above 0, or omit temperature and do_sample")
     if not isinstance(checked_options.get("do_sample", False), bool):
-        raise RegistryError(f"{subject}.do_sample is {checked_options['do_sample']!r:.80}; give true or false")
+        raise RegistryError(f"{subject}.do_sample is {checked_options['do_sample']!r:.80}; expected true or false")
     if "seed" in checked_options:
         _check_number(subject, "seed", checked_options["seed"], is_integer=True, minimum=-(2**63), maximum=2**63 - 1)
     if generate_method is not None:
@@ -349,7 +357,8 @@ def _complete_everything(value: Any) -> dict[str, Any]:
             raise make_unknown_name_error(problem, str(setting), CAPTION_FROM_CHOICES)
     if not options.get("crop_overlap_ratio", 0) < 1:
         raise RegistryError(
-            f"everything.crop_overlap_ratio is {options['crop_overlap_ratio']}; give a fraction of the image below 1"
+            f"everything.crop_overlap_ratio is {options['crop_overlap_ratio']}; expected a fraction of the image "
+            "below 1"
         )
     completed = defaults | options
     num_points = completed["points_per_side"] ** 2 * sum(4**layer for layer in range(completed["crop_n_layers"] + 1))
@@ -367,9 +376,9 @@ def _check_number(subject: str, key: str, value: Any, is_integer: bool, minimum:
         isinstance(value, int if is_integer else int | float) and not isinstance(value, bool) and value != math.inf
     )
     if not (is_valid and value >= minimum):
-        raise RegistryError(f"{subject}.{key} is {value!r}; give {expected} of at least {minimum:g}")
+        raise RegistryError(f"{subject}.{key} is {value!r}; expected {expected} of at least {minimum:g}")
     if value > maximum:
-        raise RegistryError(f"{subject}.{key} is {value!r:.80}; give {expected} of at most {maximum:g}")
+        raise RegistryError(f"{subject}.{key} is {value!r:.80}; expected {expected} of at most {maximum:g}")
 
 
 def _complete_projection(value: Any) -> dict[str, str]:
@@ -385,9 +394,10 @@ def _complete_projection(value: Any) -> dict[str, str]:
 def _complete_lora(value: Any) -> dict[str, Any] | None:
     if not value:  # None, 0, false, or an empty table
         return None
+    _reject_peft_options(value)
     if not isinstance(value, int | Mapping):
         raise RegistryError(
-            f"lora is {value!r:.80}; give a rank, such as lora=8, or a table of {', '.join(DEFAULT_LORA)}"
+            f"lora is {value!r:.80}; expected a rank, such as lora=8, or a dict or table of {', '.join(DEFAULT_LORA)}"
         )
     options = {"rank": value} if isinstance(value, int) else dict(value)
     for key in options:
@@ -397,7 +407,7 @@ def _complete_lora(value: Any) -> dict[str, Any] | None:
             )
     rank = options.get("rank", DEFAULT_LORA["rank"])
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise RegistryError(f"lora.rank is {rank!r}; give an integer of at least 1, or lora=0 to disable LoRA")
+        raise RegistryError(f"lora.rank is {rank!r}; expected an integer of at least 1, or lora=0 to disable LoRA")
     completed = DEFAULT_LORA | {"alpha": 2 * rank} | options
     for key, maximum in (("alpha", math.inf), ("dropout", 1)):
         _check_number("lora", key, completed[key], is_integer=False, minimum=0, maximum=maximum)
@@ -406,14 +416,33 @@ def _complete_lora(value: Any) -> dict[str, Any] | None:
         target_modules is None
         or (isinstance(target_modules, list | tuple) and all(isinstance(each, str) for each in target_modules))
     ):
-        raise RegistryError(f"lora.target_modules is {target_modules!r}; give a list of layer names")
+        raise RegistryError(f"lora.target_modules is {target_modules!r}; expected a list of layer names")
     return completed
+
+
+def _reject_peft_options(value: Any) -> None:
+    """Raise RegistryError, with the table to write, for a LoraConfig of peft or a table with its names."""
+    if isinstance(value, Mapping):
+        options = {PEFT_OPTION_NAMES.get(key, key): option for key, option in value.items()}
+        is_foreign = options.keys() != value.keys() and options.keys() <= DEFAULT_LORA.keys()
+        description = f"lora has the peft names {' and '.join(key for key in value if key in PEFT_OPTION_NAMES)}"
+    else:
+        is_foreign = all(hasattr(value, name) for name in PEFT_OPTION_NAMES)
+        names = {**PEFT_OPTION_NAMES, "target_modules": "target_modules"}
+        options = {name: option for key, name in names.items() if (option := getattr(value, key, None))}
+        description = f"lora is of type {type(value).__name__}"
+    if is_foreign:
+        options = {key: sorted(each) if isinstance(each, set) else each for key, each in options.items()}
+        values = {key: json.dumps(each, default=str) for key, each in options.items()}
+        table = ", ".join(f'"{key}": {each}' for key, each in values.items())
+        assignments = " ".join(f"lora.{key}={each}" for key, each in values.items())
+        raise RegistryError(f"{description}; give lora={{{table:.200}}}, or on the command line {assignments:.200}")
 
 
 def _check_trainable(value: Any) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, list | tuple):
-        raise RegistryError(f"trainable is {value!r}; give a list of names")
+        raise RegistryError(f"trainable is {value!r}; expected a list of names")
     for name in names:
         if name not in TRAINABLE_GROUPS:
             raise make_unknown_name_error(f"unknown trainable group {name!r}", str(name), TRAINABLE_GROUPS)

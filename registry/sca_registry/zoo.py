@@ -21,11 +21,11 @@ class ZooEntry:
         parameters: Number of parameters.
         license: License of the weights.
         source: Paper or repository.
-        checkpoint: "package:folder" for weights inside an installed package, else a hub id.
+        checkpoint: "package:folder" for weights inside an installed package, else a Hub id.
         trained_on: Training data.
         domain: Kind of images that the model is trained for: `PHOTOGRAPH_DOMAIN` or a narrower one.
         terms: Terms of use.
-        revision: Default revision of a hub id.
+        revision: Default revision of a Hub id.
     """
 
     name: str
@@ -41,12 +41,12 @@ class ZooEntry:
 
     @property
     def download_bytes(self) -> int:
-        """Download size in bytes: 4 per parameter (float32) on the hub, 0 for a checkpoint inside a package."""
+        """Download size in bytes: 4 per parameter (float32) on the Hub, 0 for a checkpoint inside a package."""
         return 0 if self.folder else 4 * self.parameters
 
     @property
     def folder(self) -> Path | None:
-        """Folder of a checkpoint inside a package, which may not exist; None for a checkpoint on the hub."""
+        """Folder of a checkpoint inside a package, which may not exist; None for a checkpoint on the Hub."""
         package, colon, subfolder = self.checkpoint.partition(":")
         return Path(str(files(package).joinpath(subfolder))) if colon else None
 

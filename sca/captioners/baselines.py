@@ -191,7 +191,7 @@ class TrainingRegions:
 
     def __init__(self, dataset: str, split: str, dataset_options: Mapping[str, Any], max_images: int):
         if max_images < 0:
-            raise ValueError(f"max_images is {max_images}; give an integer of at least 0 (0 for all images)")
+            raise ValueError(f"max_images is {max_images}; expected an integer of at least 0 (0 for all images)")
         self.metadata: dict[str, Any] = {
             "dataset": dataset,
             "split": split,

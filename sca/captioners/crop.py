@@ -23,14 +23,14 @@ FALLBACK_ANSWER = "the region"
 class CropCaptioner(RegionCaptioner):
     """Captioner that crops the tight box of a region's mask, background included, and captions the crop as an image.
 
-    The published baseline captions each of SAM's three masks per prompt and keeps the text of the mask with the highest
-    predicted IoU. Only that mask is captioned here: the same text at a third of the cost. Crops have at least 2 pixels
-    per side; an empty mask yields the 2 x 2 pixels at the top left corner of the image.
+    The baseline of the paper captions each of SAM's three masks per prompt and keeps the text of the mask with the
+    highest predicted IoU. Only that mask is captioned here: the same text at a third of the cost. Crops have at least 2
+    pixels per side; an empty mask yields the 2 x 2 pixels at the top left corner of the image.
 
     Args:
         encoder: Encoder whose segmenter predicts the masks, see `RegionCaptioner`.
         weights: Hub id or folder, see `ImageTextModel`.
-        revision: Revision of a hub id.
+        revision: Revision of a Hub id.
         pretrained: Load `weights`; False for random weights.
         vcot: Prompt the model twice, as Caption Anything does (arXiv 2305.02677): first for the name of the region,
             with all pixels outside its mask white, then for a description of that name in the plain crop. Requires a

@@ -43,7 +43,7 @@ class ImageTextModel:
 
     Args:
         weights: Hub id, or a folder in the same format.
-        revision: Revision of a hub id.
+        revision: Revision of a Hub id.
         pretrained: Load `weights`. False for random weights with a fixed seed, from `config` or from the configuration
             stored with the weights.
         config: Fields of the configuration, including `model_type`.
@@ -68,7 +68,7 @@ class ImageTextModel:
     ):
         resolve_dtype(dtype)
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; give an integer of at least 1")
+            raise ValueError(f"batch_size is {batch_size}; expected an integer of at least 1")
         self.weights: str | None = weights if pretrained else None
         self.revision = revision
         self.batch_size = batch_size
@@ -107,10 +107,10 @@ class ImageTextModel:
         Args:
             inputs: Images with optional text prompts.
             num_beams: Beams of the search.
-            max_new_tokens: Maximum tokens per text.
+            max_new_tokens: Maximum number of tokens per text.
 
         Returns:
-            One text per input. Scores are exp of the mean token log-probability, in 0..1.
+            One text per input. Scores are exp of the mean token log-probability, in [0, 1].
         """
         texts = [ScoredText("", 0.0)] * len(inputs)
         for start in range(0, len(inputs), self.batch_size):

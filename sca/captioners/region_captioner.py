@@ -64,7 +64,7 @@ class RegionCaptioner(MaskEngine):
     prompt's box, else its mask, and point prompts are rejected.
 
     Args:
-        encoder: Name of an encoder whose default segmenter predicts masks, such as a SAM; or a table of its name and
+        encoder: Name of an encoder whose default segmenter predicts masks, such as a SAM; or a dict with its name and
             options; or a checkpoint, whose encoder and segmenter are used, also of a segmenter in transformers' format;
             or None.
         device: Device of the encoder and the segmenter.
@@ -167,7 +167,7 @@ class RegionCaptioner(MaskEngine):
         if any(prompt.box is None and prompt.mask is None for *_, prompt in prompted):
             raise ValueError(
                 "point prompts require an encoder whose segmenter predicts masks; use encoder+captioner, such as "
-                "sam-vit-b+NAME, or give a box or a mask"
+                "sam-vit-b+NAME, or pass a box or a mask"
             )
         rles = [None if prompt.mask is None else encode_rle(prompt.mask) for *_, prompt in prompted]
         return [RegionView(*each, rle, None) for each, rle in zip(prompted, rles, strict=True)]
@@ -204,8 +204,8 @@ def build_segmentation_model(
     Random weights have a fixed seed.
 
     Args:
-        encoder: Name of an encoder; a checkpoint, of a model or of a segmenter in transformers' format; or a table of
-            its name and options.
+        encoder: Name of an encoder; a checkpoint, of a model or of a segmenter in transformers' format; or a dict
+            with its name and options.
         device: Device of both.
         requires_masks: Require a segmenter that predicts masks, which is checked before weights are downloaded.
 
@@ -269,7 +269,7 @@ def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:
         if name not in DEFAULT_GENERATION:
             raise make_unknown_name_error(f"this captioner has no generation option {name!r}", name, DEFAULT_GENERATION)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise RegistryError(f"{name} is {value!r}; give an integer of at least 1")
+            raise RegistryError(f"{name} is {value!r}; expected an integer of at least 1")
     return {**DEFAULT_GENERATION, **options}
 
 

@@ -48,7 +48,7 @@ class VisionLanguageModel(RegionCaptioner):
     Args:
         encoder: Encoder whose segmenter predicts the masks of point prompts, see `RegionCaptioner`.
         weights: Hub id or folder, see `ImageTextModel`.
-        revision: Revision of a hub id.
+        revision: Revision of a Hub id.
         pretrained: Load `weights`; False for random weights.
         region_format: How the region is passed to the model. "crop" is the crop of the box. "box" is the full image
             with the box drawn in red. "region-tokens" is the full image with the location tokens of the model:

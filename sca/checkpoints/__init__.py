@@ -1,1 +1,1 @@
-"""Checkpoints: save, load, inspect and publish models, in the native and in the published layout."""
+"""Checkpoints: save, load, inspect and publish models, in the native and in the original SCA layout."""

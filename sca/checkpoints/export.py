@@ -1,4 +1,4 @@
-"""Export to layouts that other programs read: the published system's, and transformers' for the language model."""
+"""Export to layouts that other programs read: the original SCA layout, and that of transformers for language models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ USAGE_OPTIONS = {
 
 
 def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
-    """Write a model to a folder in the published layout, with bit-identical tensors.
+    """Write a model to a folder in the original SCA layout, with bit-identical tensors.
 
     Args:
         model: Model to export.
@@ -54,7 +54,7 @@ def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
     """
     problem = _find_unpublishable(model)
     if problem:
-        raise InputError(f"the published layout does not support {problem}")
+        raise InputError(f"the original SCA layout does not support {problem}")
     tensors: dict[str, Tensor] = {}
     written_pointers = set()
     for name, tensor in model.state_dict().items():
@@ -107,7 +107,7 @@ def _get_causal_model(model: SegmentCaptioner) -> PreTrainedModel:
 
 
 def _get_mixer_transformer(model: SegmentCaptioner) -> TwoWayTransformer:
-    return cast("QueryMixer", model.mixer).transformer  # all mixers of the published layout have one
+    return cast("QueryMixer", model.mixer).transformer  # all mixers of the original SCA layout have one
 
 
 def _save_tokenizer(model: SegmentCaptioner, folder: Path) -> None:

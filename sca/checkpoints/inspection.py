@@ -101,10 +101,10 @@ def count_parameters(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _read_fields(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """Read fields of an untrusted JSON object as text."""
+    """Read fields of an untrusted JSON object as strings."""
     table = read_json(path)
     if not isinstance(table, dict):
-        raise InputError(f"{path} is damaged; copy it again")
+        raise InputError(f"{path} does not contain a JSON object; correct the file, or copy it again")
     return {name: str(table.get(name, "")) for name in names}
 
 

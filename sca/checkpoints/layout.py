@@ -9,17 +9,17 @@ from sca.io.json import read_json
 from sca.io.weight_files import has_tokenizer
 
 WEIGHTS_FILE, SPEC_FILE, ORIGIN_FILE = "weights.safetensors", "spec.json", "origin.json"
-CONFIG_FILE = "config.json"  # published layout and transformers
+CONFIG_FILE = "config.json"  # original SCA layout and transformers
 
 
 def is_published_checkpoint(folder: Path) -> bool:
-    """Return whether a folder has the layout of the published system, see `sca.checkpoints.published`.
+    """Return whether a folder has the original SCA layout, see `sca.checkpoints.published`.
 
     Args:
         folder: Any folder.
 
     Returns:
-        True for the published layout.
+        True for the original SCA layout.
 
     Raises:
         InputError: Its `config.json` cannot be read.
@@ -32,14 +32,14 @@ def is_published_checkpoint(folder: Path) -> bool:
 
 
 def find_tokenizer_source(folder: Path, trust: Trust = NO_TRUST) -> str | None:
-    """Return the tokenizer source that a folder in the published layout names.
+    """Return the tokenizer source that a folder in the original SCA layout names.
 
     Args:
         folder: Checkpoint folder.
         trust: What the caller allows.
 
     Returns:
-        A hub id or folder; None if the folder contains a tokenizer, names no source, or has another layout.
+        A Hub id or folder; None if the folder contains a tokenizer, names no source, or has another layout.
 
     Raises:
         TrustError: The source is neither in the folder nor that of a registered card, and the caller does not allow it.

@@ -1,4 +1,4 @@
-"""Find a checkpoint by zoo name, folder or hub id, and load it in the native or the published layout."""
+"""Find a checkpoint by model name, folder or Hub id, and load it in the native or the original SCA layout."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from sca.checkpoints.published import load_published_checkpoint, read_published_
 from sca.checkpoints.tensors import check_finite_weights
 from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, resolve_real_root
 from sca.devices import resolve_device, resolve_dtype
+from sca.hints import check_argument_names
 from sca.io.atomic import get_previous_folder
 from sca.io.errors import InputError
 from sca.io.hub import fetch_model_folder, find_local_folder, resolve_local_path, suggest_path
@@ -29,6 +30,7 @@ HUB_ID_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 MAX_MESSAGE_LENGTH = 600  # characters of an error message about a checkpoint
 
 
+@check_argument_names()
 def load(
     source: str | Path,
     device: str | torch.device = "cpu",
@@ -38,26 +40,28 @@ def load(
     allow_external: bool = False,
     revision: str | None = None,
 ) -> SegmentCaptioner:
-    """Load a model in eval mode, from the native layout or the layout of the published system.
+    """Load a model in eval mode, from a checkpoint in the native layout or in the original SCA layout.
 
-    A checkpoint is data: it names installed components, and none of its code runs unless the caller allows it.
+    A checkpoint only names installed components. Loading it runs no code from it unless `trust_remote_code` is set.
 
     Args:
-        source: Zoo name, hub id, or folder: a `Path`, or text with a separator, such as ./model or runs/x/model.
+        source: Model name, Hub id, or folder. A folder is a `Path`, or a string that contains a path separator, such as
+            "./model" or "runs/x/model".
         device: Device of the model.
-        dtype: Data type of floating-point tensors, such as "float16"; by default that of each component.
-        trust_remote_code: Allow the checkpoint to run code. Only for authors whose programs you would run.
-        allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs,
-            such as your own checkpoints whose weights are stored elsewhere. It does not allow code.
-        revision: Revision of a hub id: a commit, a branch or a tag.
+        dtype: Data type of floating-point tensors, such as "float16". Defaults to each component's own dtype.
+        trust_remote_code: Allow the checkpoint to run its own code. Use only with authors you trust.
+        allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs.
+            For example, your own checkpoints may refer to weights that are stored elsewhere. Does not allow code.
+        revision: Revision of a Hub id: a commit, a branch or a tag.
 
     Returns:
         The model, in eval mode on `device`.
 
     Raises:
+        TypeError: Unknown keyword argument; the message suggests the closest one.
         InputError: The checkpoint cannot be read, requires more than was allowed, has NaN or infinite weights, or has
             missing or unexpected tensors.
-        ValueError: The device or the dtype does not exist.
+        ValueError: The device is not available, or the dtype is unknown.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     trust = Trust(trust_remote_code, allow_external)
@@ -77,7 +81,7 @@ def load_without_weights(
     """Build the model of a checkpoint on the meta device, without weights and tokenizer.
 
     Args:
-        source: Zoo name, hub id or folder, as for `load`.
+        source: Model name, Hub id or folder, as for `load`.
         trust_remote_code: As for `load`.
         allow_external: As for `load`.
 
@@ -102,12 +106,12 @@ def open_checkpoint(
     """Find a checkpoint, check its files and read its spec. Each file is checked before it is read.
 
     Args:
-        source: Zoo name, hub id or folder, as for `load`.
+        source: Model name, Hub id or folder, as for `load`.
         trust: What the caller allows.
-        revision: Revision of a hub id.
+        revision: Revision of a Hub id.
 
     Returns:
-        The folder, and the spec as `confine_spec` returns it; None for the published layout.
+        The folder, and the spec as `confine_spec` returns it; None for the original SCA layout.
 
     Raises:
         InputError: The checkpoint cannot be downloaded or read, or requires more than was allowed.
@@ -132,11 +136,11 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
     """Read the spec of a checkpoint that is bundled with a package or stored in a folder; download nothing.
 
     Args:
-        source: Zoo name or folder.
+        source: Model name or folder.
         trust: What the caller allows.
 
     Returns:
-        The spec; None for everything else, such as a model on the hub, a captioner or the published layout.
+        The spec; None for everything else, such as a model on the Hub, a captioner or the original SCA layout.
 
     Raises:
         InputError: The checkpoint cannot be read, or requires more than was allowed.
@@ -173,14 +177,14 @@ def _shorten_errors(folder: Path) -> Iterator[None]:
 
 
 def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of a checkpoint; download it if it is on the hub.
+    """Return the folder of a checkpoint; download it if it is on the Hub.
 
     A bare name is never a folder; a path is a `Path`, or text with a separator. Only downloads write to disk: if a save
     was killed between its renames, the previous checkpoint is read from `get_previous_folder`.
 
     Args:
-        source: Zoo name, hub id or folder.
-        revision: Revision of a hub id.
+        source: Model name, Hub id or folder.
+        revision: Revision of a Hub id.
 
     Returns:
         The local checkpoint folder.
@@ -189,7 +193,7 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         InputError: The checkpoint does not exist, or cannot be downloaded.
     """
     if not isinstance(source, str | Path):
-        raise InputError(f"the model is of type {type(source).__name__}; give a zoo name, a folder or a hub id")
+        raise InputError(f"the model is of type {type(source).__name__}; pass a model name, a folder or a Hub id")
     if isinstance(source, str) and source in zoo.list_names():
         entry = zoo.get_entry(source)
         return entry.folder or fetch_model_folder(entry.checkpoint, revision or entry.revision)
@@ -199,14 +203,14 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
             if folder.is_dir():
                 return folder
         if path.exists():
-            raise InputError(f"{source} is a file; give a folder with {SPEC_FILE} and {WEIGHTS_FILE}")
+            raise InputError(f"{source} is a file; pass a folder with {SPEC_FILE} and {WEIGHTS_FILE}")
     if isinstance(source, str) and HUB_ID_PATTERN.fullmatch(source):
         return fetch_model_folder(source, revision)
     if isinstance(source, str) and "+" in source and "/" not in source:
         raise InputError(_describe_composition(source))
     reason = make_unknown_name_error(f"no model or folder named {str(source)!r}", str(source), zoo.list_names())
     hint = "" if isinstance(source, Path) else suggest_path(source)
-    raise InputError(f"{reason} A folder written by `sca train` or a hub id OWNER/NAME is also accepted{hint}.")
+    raise InputError(f"{reason} A folder written by `sca train` or a Hub id OWNER/NAME is also accepted{hint}.")
 
 
 def _describe_composition(source: str) -> str:
@@ -215,6 +219,6 @@ def _describe_composition(source: str) -> str:
     if source.count("+") == 1:
         return f"{source!r} names an encoder and a captioner; use sca.load_captioner({source!r})"
     return (
-        f"{source!r} names components, which have no trained weights; build a model with sca.compose({names}), or give "
-        "a checkpoint"
+        f"{source!r} is a combination of components whose mixer is untrained; build the model with "
+        f"sca.compose({names}), or pass a checkpoint"
     )

@@ -31,11 +31,13 @@ from sca.checkpoints.tensors import BuildSizeLimit, assign_tensors, hash_tensors
 from sca.checkpoints.trust import TrustError, is_settable
 from sca.devices import resolve_dtype
 from sca.encoders.model_types import find_encoder_of_segmenter
+from sca.hints import check_argument_names
 from sca.io.atomic import check_folder_replaceable, write_folder
 from sca.io.errors import InputError, OutputError
 from sca.io.hub import compute_weights_fingerprint
 from sca.io.json import open_regular_file, read_json
 from sca.io.validation import check_object
+from sca.io.weight_files import describe_run_folder
 from sca.language_models.hf import load_tokenizer
 from sca.model import SegmentCaptioner
 
@@ -57,6 +59,7 @@ CHECKPOINT_CONTENT = (
 )
 
 
+@check_argument_names()
 def save(
     model: SegmentCaptioner,
     folder: str | Path,
@@ -65,25 +68,27 @@ def save(
 ) -> Path:
     """Save a model as a checkpoint folder.
 
-    Writing is atomic: a kill at any moment leaves either the old or the new checkpoint, complete.
+    Writing is atomic: if the process is killed, the folder contains either the complete old or the complete new
+    checkpoint.
 
     Args:
         model: Model to save.
         folder: New or empty folder, or an older checkpoint, which is replaced. A folder with other files is never
             replaced.
         dtype: Data type of the stored floating-point tensors; unchanged by default.
-        tensors: Tensors by name to store instead of those of the model.
+        tensors: State dict to store instead of the model's own.
 
     Returns:
         The folder.
 
     Raises:
+        TypeError: Unknown keyword argument; the message suggests the closest one.
         OutputError: The folder contains other files, or cannot be written.
-        ValueError: The model is not a `SegmentCaptioner`, or the dtype does not exist.
+        ValueError: The model is not a `SegmentCaptioner`, or the dtype is unknown.
     """
     if not isinstance(model, SegmentCaptioner):
         raise ValueError(
-            f"an object of type {type(model).__name__} cannot be saved; give a model, such as `predictor.model`"
+            f"an object of type {type(model).__name__} cannot be saved; pass a model, such as `predictor.model`"
         )
     folder, dtype = Path(folder), resolve_dtype(dtype)
     check_writable(folder)
@@ -263,9 +268,11 @@ def read_spec(folder: Path) -> ModelSpec:
     try:
         table = read_json(folder / SPEC_FILE, MAX_SPEC_BYTES, require_finite=True)
     except FileNotFoundError as error:
+        if description := describe_run_folder(folder):
+            raise InputError(description) from error
         if find_encoder_of_segmenter(folder) is not None:
             raise InputError(f"{folder} is a segmenter without a language model; use sca.load_captioner") from error
-        raise InputError(f"{folder} has no {SPEC_FILE}; give a folder written by `sca train` or sca.save") from error
+        raise InputError(f"{folder} has no {SPEC_FILE}; pass a folder written by `sca train` or sca.save") from error
     try:
         return ModelSpec.from_dict(check_object(table, str(folder / SPEC_FILE)))
     except RegistryError as error:

@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of the published system (SCA, arXiv 2312.00869).
+"""Checkpoints in the layout of the original SCA code (arXiv 2312.00869).
 
 A folder contains `config.json` with model_type "sca", and all tensors of SAM, the mixer and the language model in
 `model.safetensors` or `pytorch_model.bin`, possibly sharded.
@@ -37,7 +37,7 @@ MIXER_BY_ARCHITECTURE = {
     "ScaMultitaskV2Model": "query",
     "ScaMultitaskSplitMixerModel": "split",
 }
-FIXED_CONFIG = {  # values of all published checkpoints for which the modules here have no option
+FIXED_CONFIG = {  # values of all original SCA checkpoints for which the modules here have no option
     "hidden_act": "relu",
     "attention_downsample_rate": 2,
     "layer_norm_eps": 1e-6,
@@ -49,7 +49,7 @@ IGNORED_CONFIG_FIELDS = {  # fields that do not affect the model
     *("id2label", "label2id", "model_type"),
 }
 SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-NAME_PREFIXES = (  # prefix of a published tensor name, and of the native one
+NAME_PREFIXES = (  # prefix of an original SCA tensor name, and of the native one
     ("vision_encoder.", "encoder.vision."),
     ("shared_image_embedding.", "segmenter.prompt_encoder.shared_embedding."),
     ("prompt_encoder.", "segmenter.prompt_encoder."),
@@ -63,7 +63,7 @@ NAME_PREFIXES = (  # prefix of a published tensor name, and of the native one
 
 
 def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentCaptioner:
-    """Load the model of a published folder in eval mode.
+    """Load the model of a folder in the original SCA layout, in eval mode.
 
     The tokenizer is that of the folder, else the one named in the configuration of the language model.
 
@@ -90,7 +90,7 @@ def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentC
             raise InputError(f"{folder}: {error}") from error
     model_tensors = model.state_dict()
     for name, model_tensor in model_tensors.items():
-        if name not in tensors:  # published files contain only one of several tied tensors
+        if name not in tensors:  # original SCA files contain only one of several tied tensors
             tied_name = next(
                 (
                     other
@@ -109,7 +109,7 @@ def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentC
 
 
 def read_published_spec(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
-    """Read the spec of a published folder, confined to what the caller allows.
+    """Read the spec of a folder in the original SCA layout, confined to what the caller allows.
 
     Args:
         folder: Checkpoint folder.
@@ -128,7 +128,7 @@ def read_published_spec(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
 
 
 def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec:
-    """Convert the content of a published `config.json` to a spec.
+    """Convert the content of an original SCA `config.json` to a spec.
 
     Args:
         config: Content of the file.
@@ -138,7 +138,7 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
         The spec of the model.
 
     Raises:
-        InputError: The configuration is not that of a published model.
+        InputError: The configuration is not that of an original SCA model.
     """
     try:
         (architecture,) = config["architectures"]
@@ -182,7 +182,7 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
         raise
     except Exception as error:  # transformers raises various errors for unexpected values
         raise InputError(
-            f"{folder / 'config.json'} is not the configuration of a published model ({error!r})"
+            f"{folder / 'config.json'} is not the configuration of an original SCA model ({error!r})"
         ) from error
 
 

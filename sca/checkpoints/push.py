@@ -22,7 +22,9 @@ from sca.io.errors import InputError, OutputError
 from sca.io.json import read_json
 from sca.io.score_format import format_interval, format_score
 from sca.io.text import escape_markdown
+from sca.io.weight_files import describe_run_folder
 
+DENIED_STATUSES = (401, 403)  # HTTP statuses for a missing token, or one without write access
 CARD_FILE = "README.md"
 CHECKPOINT_FILES = (SPEC_FILE, WEIGHTS_FILE, ORIGIN_FILE, "tokenizer")
 
@@ -40,8 +42,8 @@ def push_checkpoint(
     `HF_TOKEN` and `HF_ENDPOINT` are used as in huggingface_hub.
 
     Args:
-        source: Checkpoint folder or zoo name.
-        repo_id: Repository on the hub, OWNER/NAME.
+        source: Checkpoint folder or model name.
+        repo_id: Repository on the Hub, OWNER/NAME.
         scores: `scores.json` files of `sca evaluate`; the card lists their scores and protocols.
         private: Create a private repository.
         trained_on: Text about the training data for the card.
@@ -66,12 +68,15 @@ def push_checkpoint(
                 repo_id=repo_url.repo_id, folder_path=draft, commit_message="Upload a segment-caption-anything model"
             )
         except HFValidationError as error:
-            raise OutputError(f"{repo_id!r} is not a repository name; give OWNER/NAME") from error
+            raise OutputError(f"{repo_id!r} is not a repository name; expected OWNER/NAME") from error
         except (HfHubHTTPError, HTTPError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise OutputError(
-                f"cannot upload to {repo_id} ({reason}); set HF_TOKEN to a token with write access"
-            ) from error
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in DENIED_STATUSES:
+                fix = "set HF_TOKEN to a token with write access"
+            else:
+                fix = "try again" if status else "check the network and HF_ENDPOINT"
+            raise OutputError(f"cannot upload to {repo_id} ({reason}); {fix}") from error
     return str(repo_url)
 
 
@@ -91,6 +96,8 @@ def _copy_checkpoint(folder: Path, draft: Path) -> None:
 
 def _list_checkpoint_files(folder: Path) -> list[Path]:
     """List the files and folders of a checkpoint, outer ones first; InputError for missing or irregular ones."""
+    if description := describe_run_folder(folder):
+        raise InputError(description)
     real_root = resolve_real_root(folder)
     paths = []
     for name in CHECKPOINT_FILES:
@@ -118,13 +125,13 @@ def render_card(
 
     Args:
         folder: Checkpoint folder.
-        repo_id: Repository on the hub, OWNER/NAME.
+        repo_id: Repository on the Hub, OWNER/NAME.
         scores: `scores.json` files of `sca evaluate`.
         trained_on: Text about the training data.
         license: License.
 
     Returns:
-        Markdown with the hub's metadata.
+        Markdown with the Hub's metadata.
 
     Raises:
         InputError: A file of the checkpoint or a scores file cannot be read.
@@ -133,7 +140,7 @@ def render_card(
     origin = read_json(origin_path) if origin_path in _list_checkpoint_files(folder) else {}
     spec = read_spec(folder)
     if not isinstance(origin, dict):
-        raise InputError(f"{origin_path} is not an object; copy the checkpoint again")
+        raise InputError(f"{origin_path} does not contain a JSON object; save the checkpoint again")
     score_files = [_read_scores(path) for path in scores]
     return "\n".join(
         [
@@ -232,7 +239,7 @@ def _format_table_row(*cells: Any) -> str:
 
 
 def _select_reported_scores(file: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Select the scores that exist and do not belong to controls (adversarial prompts)."""
+    """Select the scores that exist and do not belong to controls (deliberately wrong prompts)."""
     return [each for each in file["score_details"] if each["control"] is None and each["value"] is not None]
 
 

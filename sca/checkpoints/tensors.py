@@ -135,7 +135,7 @@ def assign_tensors(
         config_name: File that defines the model, for error messages.
 
     Raises:
-        InputError: Tensors are missing, unexpected, or of another shape than in the model.
+        InputError: Tensors are missing, unexpected, or of a different shape than in the model.
     """
     missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
     if missing or unexpected:

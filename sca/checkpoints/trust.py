@@ -24,7 +24,7 @@ from sca.io.json import read_json
 from sca.io.validation import is_finite_number
 
 TRUST_OPTION = "trust_remote_code"
-SOURCE_OPTIONS = ("weights", "tokenizer", "config")  # options with a file, folder, hub id or URL in any component
+SOURCE_OPTIONS = ("weights", "tokenizer", "config")  # options with a file, folder, Hub id or URL in any component
 TOKEN_PATTERN = re.compile(r"</?[\w|-]+>")  # such as </s>, which is not a path
 MAX_NUMBER = 2**26  # limit of any integer in a spec: sizes, counts and positions of models are smaller
 MAX_LAYERS = 2**10  # limit of any number of layers or blocks
@@ -112,19 +112,19 @@ def resolve_source(name: str, folder: Path, trust: Trust) -> str:
     """Resolve a reference of a checkpoint to weights or a tokenizer.
 
     Args:
-        name: Path, hub id or URL.
+        name: Path, Hub id or URL.
         folder: Checkpoint folder.
         trust: What the caller allows.
 
     Returns:
-        The absolute path of a file or folder inside `folder`, the hub id of a registered card, or, if the caller allows
+        The absolute path of a file or folder inside `folder`, the Hub id of a registered card, or, if the caller allows
         external references, the name itself.
 
     Raises:
         TrustError: The reference is external, and the caller does not allow it.
     """
     if "\0" in name:
-        raise TrustError(f"{_shorten_value(name)} is not a path; copy the checkpoint again")
+        raise TrustError(f"{_shorten_value(name)} is not a valid path; download or save the checkpoint again")
     path = _find_inside(name, folder)
     if path is not None:
         return str(path)
@@ -169,7 +169,7 @@ def check_file(path: Path, root: Path, trust: Trust) -> None:
     """
     mode = path.stat().st_mode if path.exists() else 0
     if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise TrustError(f"{path} is not a regular file; copy the checkpoint again")
+        raise TrustError(f"{path} is not a regular file; remove it from the checkpoint")
     if path.is_symlink() and not trust.external and not path.resolve().is_relative_to(root):
         raise TrustError(f"{path} is a link to outside its folder; {EXTERNAL_REMEDY}")
 
@@ -226,7 +226,7 @@ def _check_numbers(content: Any) -> None:
         limit = MAX_LAYERS if any(each in key for each in ("depth", "layer", "blocks")) else MAX_NUMBER
         if isinstance(value, int) and abs(value) > limit:
             subject = f"{key} is {_format_number(value)}, which is" if key else f"the number {_format_number(value)} is"
-            raise TrustError(f"{subject} larger than in any model; copy the checkpoint again")
+            raise TrustError(f"{subject} larger than in any model; download or save the checkpoint again")
 
 
 def _format_number(value: int) -> str:
@@ -245,7 +245,7 @@ def _is_plain_name(value: Any) -> bool:
 
 
 def _is_reference(text: str) -> bool:
-    """Return whether a text looks like a path, a hub id or a URL, not like a name or a token."""
+    """Return whether a text looks like a path, a Hub id or a URL, not like a name or a token."""
     return not TOKEN_PATTERN.fullmatch(text) and (
         text.startswith("~") or any(character in text for character in "/\\:\0")
     )
@@ -265,7 +265,7 @@ def _find_inside(name: str, folder: Path) -> Path | None:
 
 
 def resolve_real_root(folder: Path) -> Path:
-    """Return the folder that symlinks of `folder` may refer to: itself, or its repository in the hub cache."""
+    """Return the folder that symlinks of `folder` may refer to: itself, or its repository in the Hub cache."""
     real = folder.resolve()
     return real.parent.parent if real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir() else real
 
@@ -276,7 +276,9 @@ def _iter_files(folder: Path, depth: int) -> Iterator[Path]:
         yield path
         if path.is_dir() and not path.is_symlink():
             if not depth:
-                raise TrustError(f"{path} is nested deeper than {MAX_FOLDER_DEPTH} folders; copy the checkpoint again")
+                raise TrustError(
+                    f"{path} is nested deeper than {MAX_FOLDER_DEPTH} folders; remove it from the checkpoint"
+                )
             yield from _iter_files(path, depth - 1)
 
 

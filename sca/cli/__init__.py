@@ -87,8 +87,10 @@ OPTION_HINTS = {  # options of transformers, peft and SAM -> what to use here
     "--lora-rank": "Set the rank with lora=8.",
     "--lora": "Set the rank with lora=8.",
     "--multimask-output": "Masks without captions come from Predictor.segment in Python.",
-    "--epochs": "Set the number of steps with train.steps=1000.",
-    "--lr": "Set the learning rate with train.learning_rate=1e-4.",
+    "--output-dir": "Use --out.",
+    "--repo-id": "Give the repository as the second argument: sca push FOLDER OWNER/NAME.",
+    "--max-request-size": "Use --max-body-mb.",
+    "--limit-request-size": "Use --max-body-mb.",
 }
 
 
@@ -183,20 +185,34 @@ def _report_interrupt() -> int:
     return 130
 
 
+def _get_replacement(error: Any) -> str:
+    """Return what replaces an option of another package, or an option that is a key of the recipe; "" if unknown."""
+    if error.option_name in OPTION_HINTS:
+        return OPTION_HINTS[error.option_name]
+    if error.ctx and error.ctx.info_name == "train":
+        from sca.training.recipe import RECIPE_KEYS
+
+        if key := RECIPE_KEYS.get(error.option_name.lstrip("-").replace("-", "_")):
+            return f"Use {key}=VALUE, without dashes."
+    return ""
+
+
 def _get_option_hint(error: Any) -> str:
     """Return how to set the value of an unknown option, with a leading space; "" if unknown."""
-    if error.option_name in OPTION_HINTS:
-        return f" {OPTION_HINTS[error.option_name]}"
+    if replacement := _get_replacement(error):
+        error.possibilities = None  # options of similar names, for other purposes
+        return f" {replacement}"
     parameters = error.ctx.command.params if error.ctx else []
-    takes_assignments = any("key=value" in (parameter.metavar or "") for parameter in parameters)
+    takes_assignments = any("KEY=VALUE" in (parameter.metavar or "") for parameter in parameters)
     return " Settings other than options are key=value arguments, without dashes." if takes_assignments else ""
 
 
 def _report_usage_error(error: Any) -> int:
     command = error.ctx.command_path if error.ctx else "sca"
+    option_hint = _get_option_hint(error) if hasattr(error, "option_name") else ""
     message = error.format_message()
     if hasattr(error, "option_name"):
-        message = f"{message.rstrip('.')}.{_get_option_hint(error)}"
+        message = f"{message.rstrip('.')}.{option_hint}"
     if message.startswith("Usage:"):  # no command
         typer.echo(message, err=True)
     else:

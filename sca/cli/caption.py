@@ -56,25 +56,28 @@ def caption(
     box: Annotated[
         list[str] | None,
         typer.Option(
-            help="Box as x1,y1,x2,y2 in image pixels. One region each; repeatable.", rich_help_panel="Prompts"
+            help="Box as x1,y1,x2,y2 in image pixels. Each box is one region; repeatable.", rich_help_panel="Prompts"
         ),
     ] = None,
     point: Annotated[
         list[str] | None,
-        typer.Option(help="Point as x,y in image pixels. One region each; repeatable.", rich_help_panel="Prompts"),
+        typer.Option(
+            help="Point as x,y in image pixels. Each point is one region; repeatable.", rich_help_panel="Prompts"
+        ),
     ] = None,
     mask: Annotated[
         list[str] | None,
         typer.Option(
-            help="Mask file: an image or .npy of the image's size, 0 outside and one other value inside, or "
-            "probabilities or logits. One region each; repeatable.",
+            help="Mask file (an image or .npy array) of the same size as the input image: a binary mask (0 outside, "
+            "any single other value inside), probabilities or logits. Each mask is one region; repeatable.",
             rich_help_panel="Prompts",
         ),
     ] = None,
     region: Annotated[
         list[str] | None,
         typer.Option(
-            help="One region from several prompts: 'box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE'. Repeatable.",
+            help="One region from several prompts: 'box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE'. The label of a "
+            "point is 1 for foreground or 0 for background. Repeatable.",
             rich_help_panel="Prompts",
         ),
     ] = None,
@@ -92,7 +95,7 @@ def caption(
         int | None, typer.Option(help="Captions per region, best first.", min=1, rich_help_panel="Generation")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Maximum tokens per caption.", min=1, rich_help_panel="Generation")
+        int | None, typer.Option(help="Maximum number of tokens per caption.", min=1, rich_help_panel="Generation")
     ] = None,
     num_beams: Annotated[
         int | None,
@@ -180,7 +183,7 @@ def caption(
     ] = None,
     max_regions: Annotated[
         int | None,
-        typer.Option(help="Maximum regions per image, best first.", min=1, rich_help_panel="Everything mode"),
+        typer.Option(help="Maximum number of regions per image, best first.", min=1, rich_help_panel="Everything mode"),
     ] = None,
     caption_from: Annotated[
         str | None,
@@ -228,7 +231,7 @@ def caption(
         bool,
         typer.Option(
             "--quiet",
-            help="Print no progress or notes, and no table when --out is set.",
+            help="Suppress progress and notes and, with --out, the table.",
             rich_help_panel="Output",
         ),
     ] = False,
@@ -237,8 +240,8 @@ def caption(
     launcher: Annotated[
         str | None,
         typer.Option(
-            help="Launcher for captioning many images in shards, including .tar archives: 'local num_workers=2', "
-            "'ray address=auto'.",
+            help="Launcher for captioning many images in shards, such as 'local num_workers=2' or 'ray address=auto'. "
+            "With a launcher, IMAGE can also be a .tar archive.",
             rich_help_panel="Runtime",
         ),
     ] = None,
@@ -248,9 +251,10 @@ def caption(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Caption regions from prompts, or find them with --everything.
+    """Caption prompted regions, or all regions with --everything.
 
-    Prints a table, and writes --format to --out. Images that cannot be read are reported; the others are captioned.
+    Prints a table. With --out, also writes the captions in the formats of --format. Images that cannot be read are
+    reported; the others are captioned.
     """
     from sca_registry.contracts import TASKS
 
@@ -289,9 +293,11 @@ def caption(
     if resume and out in ("", "-"):
         raise ValueError("--resume requires --out, the folder of the interrupted run")
     if overwrite and (resume or out in ("", "-")):
-        raise ValueError("--overwrite requires --out, and excludes --resume")
+        raise ValueError("--overwrite requires --out and cannot be combined with --resume; omit one of them")
     if launcher and (out in ("", "-") or formats != ("jsonl",)):
-        raise ValueError("--launcher writes one JSONL file per shard; give a folder with --out, and omit --format")
+        raise ValueError(
+            "--launcher writes one JSONL file per shard; pass an output folder with --out, and omit --format"
+        )
     job = CaptionJob(
         model=model,
         device=device,
@@ -646,18 +652,23 @@ def _parse_formats(format: str | None, out: str) -> tuple[str, ...]:
     for name in formats:
         check_option_choice("format", name, OUTPUT_FORMATS)
     if not out:
-        raise ValueError(f"--format {format} requires --out; give an output folder")
+        raise ValueError(f"--format {format} requires --out; pass an output folder")
     if out == "-" and formats != ("jsonl",):
-        raise ValueError(f"--out - writes JSONL only; give an output folder for {format}")
+        raise ValueError(f"--out - writes JSONL only; pass an output folder for {format}")
     return formats
 
 
 def _check_region_options(listed: bool, prompts: bool, everything: bool, everything_flags: dict[str, Any]) -> None:
     """Raise ValueError unless regions are listed, in a prompts file, or to be found."""
     if listed and prompts:
-        raise ValueError("--prompts excludes --box, --point, --mask and --region; omit one of them")
+        raise ValueError(
+            "--prompts cannot be combined with --box, --point, --mask or --region; omit --prompts or the other options"
+        )
     if everything and (listed or prompts):
-        raise ValueError("--everything excludes --box, --point, --mask, --region and --prompts; omit them")
+        raise ValueError(
+            "--everything cannot be combined with --box, --point, --mask, --region or --prompts; omit --everything "
+            "or them"
+        )
     if everything:
         return
     unused = [f"--{name.replace('_', '-')}" for name, value in everything_flags.items() if value is not None]
@@ -665,7 +676,8 @@ def _check_region_options(listed: bool, prompts: bool, everything: bool, everyth
         raise ValueError(f"{' and '.join(unused)} can only be used with --everything")
     if not (listed or prompts):
         raise ValueError(
-            "no regions to caption; give --box, --point, --mask, --region or --prompts, or find them with --everything"
+            "no regions to caption; pass --box, --point, --mask, --region or --prompts, or find regions with "
+            "--everything"
         )
 
 

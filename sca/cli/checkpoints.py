@@ -27,14 +27,17 @@ def pull(
     name: Annotated[str, typer.Argument(help="Model or component name, or a Hub repository OWNER/NAME.")],
     revision: Annotated[
         str | None,
-        typer.Option(help="Hub revision. Defaults to the one recorded for the name.", rich_help_panel="Model"),
+        typer.Option(
+            help="Hub revision. Defaults to the revision of the model or component, as `sca show` prints it.",
+            rich_help_panel="Model",
+        ),
     ] = None,
     allow_external: AllowExternal = False,
 ) -> None:
     """Download weights to the Hub cache and pin their commit.
 
-    Files in the cache are not downloaded again, and interrupted downloads resume. Reads HF_TOKEN and HF_ENDPOINT.
-    Prints and stores the commit: the same commit is loaded until another one is pulled.
+    Files in the cache are not downloaded again, and interrupted downloads resume. Prints the commit and pins it: later
+    loads use this commit until you pull a different one. Uses the environment variables HF_TOKEN and HF_ENDPOINT.
     """
     from sca.checkpoints.layout import find_tokenizer_source
     from sca.checkpoints.trust import Trust, TrustError
@@ -49,8 +52,8 @@ def pull(
     for source, card_revision, prefix in _find_weight_sources(name):
         if "://" in source:
             raise ValueError(
-                f"the weights of {name} are at {source} and are downloaded when it is first built; sca pull supports "
-                "the hub only"
+                f"the weights of {name} are at {source} and are downloaded when the model is first built; `sca pull` "
+                "supports only the Hub"
             )
         folder = fetch_and_pin(source, revision or card_revision, prefix=prefix)
         try:
@@ -58,7 +61,7 @@ def pull(
         except TrustError as error:
             print_stderr(f"the tokenizer was not downloaded: {error}")
             continue
-        if tokenizer:  # a published checkpoint has the tokenizer of its language model elsewhere
+        if tokenizer:  # an original SCA checkpoint has the tokenizer of its language model elsewhere
             fetch_and_pin(tokenizer, include_weights=False)
 
 
@@ -68,7 +71,7 @@ def push(
     scores: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Scores file (scores.json) of `sca evaluate` to include in the model card. Repeatable.",
+            help="Scores file (scores.json) written by `sca evaluate`, to include in the model card. Repeatable.",
             rich_help_panel="Model card",
         ),
     ] = None,
@@ -88,7 +91,7 @@ def push(
 ) -> None:
     """Upload a checkpoint and its model card to the Hub.
 
-    Reads HF_TOKEN and HF_ENDPOINT.
+    Uses the environment variables HF_TOKEN and HF_ENDPOINT.
     """
     from sca.checkpoints.load import locate_checkpoint
     from sca.checkpoints.push import push_checkpoint, render_card
@@ -102,20 +105,20 @@ def push(
 def import_(
     source: Annotated[
         str,
-        typer.Argument(help="Checkpoint in the published layout: a folder, model name or Hub repository."),
+        typer.Argument(help="Checkpoint in the original SCA layout: a folder, model name or Hub repository."),
     ],
     out: Annotated[Path, typer.Argument(help="Output folder.")],
     encoder: Annotated[
         str,
         typer.Option(
-            help="SAM encoder with the same weights, by name or folder; the checkpoint then references it.",
+            help="SAM encoder with the same weights, by name or folder; the checkpoint then refers to it.",
             rich_help_panel="Model",
         ),
     ] = "",
     language_model: Annotated[
         str,
         typer.Option(
-            help="Language model with the same weights, by name or folder; the checkpoint then references it.",
+            help="Language model with the same weights, by name or folder; the checkpoint then refers to it.",
             rich_help_panel="Model",
         ),
     ] = "",
@@ -124,15 +127,16 @@ def import_(
         typer.Option(help="Tokenizer for a model without one: a Hub repository or folder.", rich_help_panel="Model"),
     ] = "",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace another checkpoint in OUT.", rich_help_panel="Output")
+        bool, typer.Option("--overwrite", help="Replace an existing checkpoint in OUT.", rich_help_panel="Output")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Import a checkpoint from the published layout.
+    """Import a checkpoint in the original SCA layout.
 
-    The weights of --encoder and --language-model are compared bit by bit and then referenced, so that the checkpoint
-    stores little more than the trained weights; without them it stores all weights.
+    With --encoder and --language-model, the imported checkpoint refers to the pretrained weights of these models
+    instead of storing them, after checking that they are identical to those in SOURCE. Without these options, it stores
+    all weights.
     """
     from sca.checkpoints.load import locate_checkpoint
     from sca.checkpoints.native import check_writable
@@ -172,10 +176,12 @@ def _import_checkpoint(
     if tokenizer:
         loaded_tokenizer = load_tokenizer(fetch_model_folder(tokenizer))
         if loaded_tokenizer is None:
-            raise ValueError(f"no tokenizer in {tokenizer}; give a folder or hub id with a tokenizer")
+            raise ValueError(f"no tokenizer in {tokenizer}; pass a folder or Hub id with a tokenizer")
         model.language_model.tokenizer = loaded_tokenizer
     if out.is_dir() and any(out.iterdir()) and not (overwrite or is_saved(model, out)):
-        raise OutputError(f"{out} contains another checkpoint; choose another folder, or replace it with --overwrite")
+        raise OutputError(
+            f"{out} contains a different checkpoint; choose a different folder, or replace it with --overwrite"
+        )
     save(model, out)
 
 
@@ -185,14 +191,17 @@ def export(
     layout: Annotated[
         str,
         typer.Option(
-            help="Layout: published (SCA's original) or lm (language model only, LoRA merged).",
+            help="Layout: published (the original SCA layout) or lm (language model only, LoRA merged).",
             rich_help_panel="Output",
         ),
     ] = "published",
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Export a checkpoint in another layout, or its language model."""
+    """Export a checkpoint in the original SCA layout.
+
+    With --layout lm, exports only its language model.
+    """
     from sca.checkpoints.export import write_language_model, write_published_checkpoint
     from sca.checkpoints.load import load
     from sca.io.atomic import check_folder_replaceable

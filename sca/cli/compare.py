@@ -15,7 +15,9 @@ from sca.cli.options import AsJson, Metrics, check_pipes, parse_input_path, prin
 SortBy = Annotated[
     str | None,
     typer.Option(
-        help="Score to rank regions by. Defaults to the most informative one available.", rich_help_panel="Metrics"
+        help="Score to rank regions by. Defaults to the first available one of cider-d, attributes/all, meteor, "
+        "rouge-l, cider, class/accuracy and mask-iou/mean.",
+        rich_help_panel="Metrics",
     ),
 ]
 ASSIGNMENT_PATTERN = re.compile(r"[\w.-]*\w\s*=")  # does not match paths that begin with ./
@@ -27,9 +29,9 @@ def compare(
     ],
     second: Annotated[
         Path,
-        typer.Argument(parser=parse_input_path, help="Predictions file or folder of a second run on the same regions."),
+        typer.Argument(parser=parse_input_path, help="Predictions file or folder of the second run."),
     ],
-    options: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help=METRIC_OPTIONS_HELP)] = None,
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=METRIC_OPTIONS_HELP)] = None,
     metrics: Metrics = None,
     sort_by: SortBy = None,
     out: Annotated[
@@ -64,7 +66,7 @@ def report(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="PREDICTIONS... [key=value]...",
+            metavar="PREDICTIONS... [KEY=VALUE]...",
             help="Predictions files or folders of one or more runs, followed by metric options.",
         ),
     ],
@@ -81,7 +83,7 @@ def report(
     options = [argument for argument in arguments if ASSIGNMENT_PATTERN.match(argument)]
     predictions = [parse_input_path(argument) for argument in arguments if argument not in options]
     if not predictions:
-        raise ValueError("no predictions; give run folders or predictions.jsonl files")
+        raise ValueError("no predictions; pass run folders or predictions.jsonl files")
     check_pipes(predictions)
     check_page_path(out, predictions)
     metric_options = _parse_metric_options(options)

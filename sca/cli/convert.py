@@ -28,8 +28,8 @@ MAX_PRINTED_ERRORS = 10  # maximum number of unreadable records to print
 ImageRoot = Annotated[
     Path | None,
     typer.Option(
-        help="Folder that image names are relative to. Defaults to the working folder, then the folder of the "
-        "captions.",
+        help="Folder that relative image paths start from. By default, the current directory is searched first, then "
+        "the folder of the captions file.",
         rich_help_panel="Data",
     ),
 ]
@@ -40,7 +40,7 @@ def convert(
         Path,
         typer.Argument(
             parser=parse_input_path,
-            help="Captions in JSON lines, COCO, Parquet, GeoJSON or Label Studio, or a folder of LabelMe files.",
+            help="Captions in JSON Lines, COCO, Parquet, GeoJSON or Label Studio, or a folder of LabelMe files.",
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Output folder.")],
@@ -50,10 +50,10 @@ def convert(
     image_root: ImageRoot = None,
     image_prefix: ImagePrefix = "",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier conversion in OUT.", rich_help_panel="Output")
+        bool, typer.Option("--overwrite", help="Replace an existing conversion in OUT.", rich_help_panel="Output")
     ] = False,
 ) -> None:
-    """Convert captions to other formats. Images are opened for png and html only."""
+    """Convert captions to other formats. Only the formats png and html need the image files."""
     from sca.io.annotations.annotation import SkipCounter
     from sca.io.errors import InputError
     from sca.io.image_names import make_relative_image_name
@@ -107,7 +107,7 @@ def view(
     image_root: ImageRoot = None,
     image_prefix: ImagePrefix = "",
 ) -> None:
-    """Write an HTML viewer of captions, or of two files side by side."""
+    """Write an HTML viewer for one captions file, or for two of them."""
     from sca.io.annotations.annotation import SkipCounter
     from sca.io.atomic import create_writable_folder
     from sca.output.html_page import check_page_path
@@ -130,7 +130,7 @@ def view(
     for problem in problems[:10]:
         print_stderr(problem)
     if problems:
-        print_stderr(f"{format_count(len(problems), 'image')} not shown; give their folder with --image-root")
+        print_stderr(f"{format_count(len(problems), 'image')} not shown; pass their folder with --image-root")
     if summary := skip.summarize():
         print_stderr(summary)
     print_stderr(f"wrote {out}, {format_count(num_regions, 'region')}")

@@ -14,7 +14,7 @@ from sca.cli.options import PanelCommand
 DatasetName = Annotated[str, typer.Argument(help="Dataset name; see `sca list datasets`.")]
 SplitName = Annotated[str, typer.Option(help="Dataset split, such as train, val or test.", rich_help_panel="Data")]
 DatasetOptions = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]...", help="Dataset options, such as root=FOLDER.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Dataset options, such as root=FOLDER.")
 ]
 
 app: typer.Typer = typer.Typer(help="Inspect and export datasets.", no_args_is_help=True, rich_markup_mode=None)
@@ -31,17 +31,22 @@ def export(
     out: Annotated[Path, typer.Argument(help="New or empty output folder.")],
     options: DatasetOptions = None,
     format: Annotated[
-        str, typer.Option(help="Dataset layout, such as coco, vg or refcoco.", rich_help_panel="Output")
+        str,
+        typer.Option(
+            help="Dataset layout: coco, coco-captions, coco-panoptic, jsonl, objects365, sa1b, v3det, vg, vg-grit or "
+            "refcoco.",
+            rich_help_panel="Output",
+        ),
     ] = "coco",
     split: Annotated[
         list[str] | None,
         typer.Option(help="Split to export: train, val or test. Repeatable. Defaults to val.", rich_help_panel="Data"),
     ] = None,
     max_images: Annotated[
-        int | None, typer.Option(help="Maximum images per split.", min=1, rich_help_panel="Data")
+        int | None, typer.Option(help="Maximum number of images per split.", min=1, rich_help_panel="Data")
     ] = None,
 ) -> None:
-    """Export a dataset in a public dataset's layout."""
+    """Export a dataset in the layout of a public dataset, such as COCO."""
     from sca_registry import datasets
 
     from sca.cli.options import check_option_choice, parse_component_options, print_line
@@ -142,7 +147,7 @@ def view(
     ] = "",
     out: Annotated[Path, typer.Option(help="HTML page to write.", rich_help_panel="Output")] = Path("data.html"),
 ) -> None:
-    """Write an HTML page of samples, with augmentation."""
+    """Write an HTML page of samples, optionally augmented."""
     import random
 
     from sca_registry import datasets

@@ -17,13 +17,16 @@ def demo(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Model to choose from: model name, checkpoint folder or captioner. Repeatable; the first is selected.",
+            help="Model that visitors can select, as in `sca caption --model`. Repeatable; the first one is selected "
+            "initially.",
             rich_help_panel="Model",
         ),
     ] = None,
     any_model: Annotated[
         bool,
-        typer.Option("--any-model", help="Let visitors load any model name or folder.", rich_help_panel="Model"),
+        typer.Option(
+            "--any-model", help="Let visitors load any model by name or checkpoint folder.", rich_help_panel="Model"
+        ),
     ] = False,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -55,8 +58,8 @@ def demo(
 ) -> None:
     """Start the web demo. Requires the extra `demo`.
 
-    The page works offline. On a loopback address, all published models can be selected; on other addresses, only the
-    models of --model.
+    The page works offline. If --host is a loopback address, visitors can select every model of `sca list models`;
+    otherwise, they can select only the models of --model.
     """
     import importlib.util
     import os

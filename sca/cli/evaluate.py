@@ -27,29 +27,42 @@ if TYPE_CHECKING:
     from sca.evaluation.evaluate import EvaluationReport
 
 OPTIONS_HELP = (
-    "Dataset options (root=FOLDER), generation.num_beams=3, proposer.points_per_side=16, and metric options "
-    "(references=first, tokenizer=plain, semantic.model=FOLDER)."
+    "Dataset options (root=FOLDER), generation options (generation.num_beams=3), proposer options "
+    "(proposer.points_per_side=16) and metric options (references=first, tokenizer=plain, semantic.model=FOLDER)."
 )
 METRIC_OPTIONS_HELP = "Metric options, such as references=first, tokenizer=plain or semantic.model=FOLDER."
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model name, checkpoint folder, captioner, or ENCODER+CAPTIONER.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Model name, checkpoint folder, or a baseline or vision-language model as '[ENCODER+]NAME "
+            "[key=value]...'."
+        ),
+    ],
     dataset: Annotated[str, typer.Argument(help="Dataset (scenes, coco, visual-genome, ...) or evaluation protocol.")],
-    options: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help=OPTIONS_HELP)] = None,
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OPTIONS_HELP)] = None,
     split: Annotated[
         str | None,
         typer.Option(help="Dataset split, such as train, val, test or testA. Defaults to val.", rich_help_panel="Data"),
     ] = None,
-    max_images: Annotated[int | None, typer.Option(help="Maximum images.", min=1, rich_help_panel="Data")] = None,
+    max_images: Annotated[
+        int | None, typer.Option(help="Maximum number of images.", min=1, rich_help_panel="Data")
+    ] = None,
     prompt_type: Annotated[
         str | None,
-        typer.Option(help="Prompt type: box, center, random-point, mask-point or mask.", rich_help_panel="Prompts"),
+        typer.Option(
+            help="Prompt type: box, center (the center of the box), random-point (a random point inside the box), "
+            "mask-point (a random point inside the mask) or mask.",
+            rich_help_panel="Prompts",
+        ),
     ] = None,
     control: Annotated[
         list[str] | None,
         typer.Option(
-            help="Additional adversarial control: wrong-region, color-swap or shuffled-mask. Repeatable.",
+            help="Also evaluate with deliberately wrong inputs, as a negative control: wrong-region, color-swap or "
+            "shuffled-mask. Repeatable.",
             rich_help_panel="Prompts",
         ),
     ] = None,
@@ -70,7 +83,7 @@ def evaluate(
     ] = False,
     as_json: AsJson = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="Print no progress bar and no notes.", rich_help_panel="Output")
+        bool, typer.Option("--quiet", help="Suppress the progress bar and notes.", rich_help_panel="Output")
     ] = False,
     device: Device = "cpu",
     batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1, rich_help_panel="Runtime")] = 8,
@@ -78,10 +91,10 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Evaluate a model on a dataset or with a published protocol.
+    """Evaluate a model on a dataset or with an evaluation protocol.
 
-    Under `accelerate launch` or torchrun every process captions its share. A protocol is a published procedure; its
-    published scores are printed next to the measured ones.
+    Under `accelerate launch` or torchrun, every process captions its share of the images. Each protocol is the
+    evaluation protocol of a paper; the scores that the paper reports are printed next to the measured ones.
     """
     from sca.evaluation import protocol as protocols
     from sca.evaluation.predictions import CONTROLS, PROMPT_TYPES
@@ -161,11 +174,12 @@ def score(
             help="Predictions file (predictions.jsonl), or its folder. Use - for standard input.",
         ),
     ],
-    options: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help=METRIC_OPTIONS_HELP)] = None,
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=METRIC_OPTIONS_HELP)] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Dataset whose regions the predictions must match. Set its options as dataset.key=value.",
+            help="Check that the predictions cover exactly the regions of this dataset. Set its options as "
+            "dataset.key=value.",
             rich_help_panel="Data",
         ),
     ] = None,
@@ -175,13 +189,16 @@ def score(
 ) -> None:
     """Score a predictions file without running a model.
 
-    A hand-written line is {"image_id": 1, "region_id": 2, "caption": "a red car", "references": ["the red car"]}.
+    The file is JSON Lines with one region per line. A line requires at least {"image_id": 1, "region_id": 2,
+    "caption": "a red car", "references": ["the red car"]}.
     """
     from sca.evaluation.evaluate import score_file
 
     parsed_options = parse_evaluation_options(options or (), dataset, table_names=("dataset",))
     if parsed_options["dataset"] and dataset is None:
-        raise ValueError(f"dataset options {', '.join(parsed_options['dataset'])} require --dataset; add it")
+        raise ValueError(
+            f"dataset options such as {next(iter(parsed_options['dataset']))} require --dataset; add --dataset NAME"
+        )
     expected_dataset = {"name": dataset, **parsed_options["dataset"]} if dataset else None
     report = score_file(
         predictions, metrics and split_names(metrics), parsed_options["scores"], expected_dataset, split
@@ -202,9 +219,9 @@ def parse_evaluation_options(
 
     Args:
         assignments: `key=value` options.
-        dataset: Name of the dataset, to read options that take text as text.
+        dataset: Name of the dataset, to read the options that are strings without quotes.
         proposer: Name of the proposer, for the same purpose.
-        table_names: Prefixes of options that form a table.
+        table_names: Prefixes of options that form a group.
 
     Returns:
         Options by group: "dataset", "scores" and each of `table_names`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Annotated, Any
 
@@ -13,6 +14,12 @@ from sca_registry import REGISTRIES, get_registry
 from sca.cli.options import check_option_choice, print_document, print_json, print_line, print_stderr, print_table
 from sca.io.terminal import Table
 
+WILDCARDS = frozenset("*?[")
+INTERFACE_FIELDS = {  # what `sca show` prints of the interfaces between components, by kind
+    "encoders": ("default_segmenter",),
+    "segmenters": ("provides", "requires"),
+    "mixers": ("requires", "option_requires"),
+}
 COMPONENT_STATES = ("ok", "unchecked", "broken", "needs extra")
 
 
@@ -20,22 +27,37 @@ def list_names(
     kind: Annotated[
         str,
         typer.Argument(
-            help="Kind to list: encoders, mixers, ..., models or recipes. Defaults to all kinds.", show_default=False
+            help="Kind to list: encoders, mixers, ..., models or recipes; or a wildcard for names of all kinds, such "
+            "as '*sam*'. Defaults to all kinds.",
+            show_default=False,
+        ),
+    ] = "",
+    pattern: Annotated[
+        str, typer.Argument(help="Wildcard for the names of the kind, such as 'sam2*'.", show_default=False)
+    ] = "",
+    search: Annotated[
+        str,
+        typer.Option(
+            help="Show only components with this text in their name, summary, source or license.",
+            rich_help_panel="Filters",
         ),
     ] = "",
     state: Annotated[
         str,
         typer.Option(
-            help="Show only components in this state: ok, unchecked, broken or needs extra.", rich_help_panel="Filters"
+            help="Show only components in this state: ok, unchecked, broken or 'needs extra'.",
+            rich_help_panel="Filters",
         ),
     ] = "",
     extra: Annotated[
         str,
-        typer.Option(help="Show only components that need this optional dependency.", rich_help_panel="Filters"),
+        typer.Option(
+            help="Show only components that need this extra (optional dependency).", rich_help_panel="Filters"
+        ),
     ] = "",
     long: Annotated[
         bool,
-        typer.Option("--long", help="Also show the license, distribution and version.", rich_help_panel="Output"),
+        typer.Option("--long", help="Also show the license, package and version.", rich_help_panel="Output"),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print all known fields as a JSON list.", rich_help_panel="Output")
@@ -44,11 +66,16 @@ def list_names(
     """List the available components, models and recipes."""
     from sca_registry import zoo
 
+    if kind and not pattern and WILDCARDS.intersection(kind):
+        kind, pattern = "", kind
     kinds = [_resolve_kind(kind)] if kind else [*REGISTRIES, "models", "recipes"]
     if state:
         check_option_choice("state", state, COMPONENT_STATES)
     rows = [row for kind_name in kinds for row in _collect_rows(kind_name)]
     rows = [row for row in rows if row["state"].startswith(state) and (not extra or row.get("extra") == extra)]
+    rows = [row for row in rows if _is_match(row, pattern, search)]
+    if not rows and (pattern or search):
+        raise ValueError(f"nothing matches {pattern or search!r}; `sca list` without it prints all names")
     if as_json:
         print_json(rows)
         return
@@ -58,6 +85,13 @@ def list_names(
         print_table(_build_table([*kind_rows], long))
     if kinds == ["models"]:
         print_stderr(zoo.describe_photograph_models())
+
+
+def _is_match(row: Mapping[str, Any], pattern: str, search: str) -> bool:
+    """Return whether the name matches a wildcard and a field contains a text, both ignoring case; "" matches all."""
+    fields = [row[field] for field in ("name", "summary", "source", "license")]
+    is_named = not pattern or fnmatchcase(row["name"].lower(), pattern.lower())
+    return is_named and any(search.lower() in text.lower() for text in fields)
 
 
 def _build_table(rows: Sequence[Mapping[str, Any]], long: bool) -> Table:
@@ -95,12 +129,18 @@ def show(
         str, typer.Argument(help="Kind of component, singular or plural, such as mixer, encoders, model or recipe.")
     ],
     name: Annotated[
-        str, typer.Argument(help="Name of the component. For models, also a checkpoint folder or run folder.")
-    ],
+        str,
+        typer.Argument(
+            help="Name of the component. For models, also a checkpoint folder or run folder.",
+            show_default=False,
+        ),
+    ] = "",
 ) -> None:
     """Show the details and options of a component, model or recipe."""
     from sca_registry import zoo
 
+    if not name:
+        raise ValueError(_describe_missing_argument(kind))
     kind = _resolve_kind(kind)
     if kind == "recipes":
         from sca.training.recipe import read_recipe_text
@@ -111,6 +151,22 @@ def show(
     _print_facts(facts)
     if kind == "models" and (note := zoo.describe_domain(name)):
         print_stderr(note)
+
+
+def _describe_missing_argument(argument: str) -> str:
+    """Return the message for `sca show` with a kind and no name, or with a name and no kind."""
+    from sca_registry import zoo
+
+    from sca.training.recipe import list_recipes
+
+    names_by_kind = {registry.kind.singular: registry.list_names() for registry in REGISTRIES.values()}
+    names_by_kind |= {"model": zoo.list_names(), "recipe": list_recipes()}
+    kinds = [kind for kind, names in names_by_kind.items() if argument in names]
+    if kinds:
+        commands = " or ".join(f"`sca show {kind.replace('_', '-')} {argument}`" for kind in kinds)
+        return f"the kind of {argument!r} is missing; use {commands}"
+    kind = _resolve_kind(argument)  # raises for text that is neither
+    return f"the name of the {kind.removesuffix('s').replace('_', ' ')} is missing; `sca list {kind}` lists all names"
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
@@ -162,7 +218,7 @@ def _collect_rows(kind: str) -> list[dict[str, Any]]:
 def _describe_component(kind: str, name: str) -> dict[str, Any]:
     """Return the facts of a component. Built-in components are read without an import; plugins are loaded."""
     from sca_registry.plugins import BUILTIN_DISTRIBUTION
-    from sca_registry.source_options import read_source_options
+    from sca_registry.source_options import read_class_constant, read_source_options
 
     registry = get_registry(kind)
     entry = next(
@@ -174,9 +230,30 @@ def _describe_component(kind: str, name: str) -> dict[str, Any]:
         if entry
         else None
     )
+    fields = INTERFACE_FIELDS.get(registry.kind.plural, ())
     if entry is None or options is None:
-        return _entry_to_dict(registry.load_entry(name))
-    return _entry_to_dict(entry) | {"options": options | dict(entry.options)}
+        interface = _describe_interface({field: registry.get_declared(name, field) for field in fields})
+        return _entry_to_dict(registry.load_entry(name)) | interface
+    card = registry.get_card(name)
+    constants = {field: read_class_constant(entry.factory, field) for field in fields}
+    interface = _describe_interface({field: getattr(card, field, None) for field in fields}, constants)
+    return _entry_to_dict(entry) | interface | {"options": options | dict(entry.options)}
+
+
+def _describe_interface(declared: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Describe what a component provides to the next one and requires from the one before, if that is declared."""
+    facts = {field: (defaults or {}).get(field) if value is None else value for field, value in declared.items()}
+    needs = [
+        f"{', '.join(names)} with {option}" for option, names in (facts.pop("option_requires", None) or {}).items()
+    ]
+    descriptions = {
+        field: value if isinstance(value, str) else ", ".join(value) or "none"
+        for field, value in facts.items()
+        if value is not None
+    }
+    if needs:
+        descriptions["requires"] = "; ".join([descriptions.get("requires", "none"), *needs])
+    return descriptions
 
 
 def _entry_to_dict(entry: Any) -> dict[str, Any]:

@@ -43,7 +43,7 @@ ImagePrefix = Annotated[
     str,
     typer.Option(
         "--image-prefix",
-        help="URL prefix of images in Label Studio, such as '/data/local-files/?d='.",
+        help="URL prefix for the images in Label Studio files, such as '/data/local-files/?d='.",
         rich_help_panel="Output",
     ),
 ]
@@ -52,7 +52,9 @@ Seed = Annotated[int, typer.Option(help="Random seed.", min=0, max=2**32 - 1, ri
 ModelName = Annotated[
     str,
     typer.Option(
-        help="Model name, checkpoint folder, or captioner: '[ENCODER+]NAME [key=value]...'.", rich_help_panel="Model"
+        help="Model name, checkpoint folder, or a baseline or vision-language model as '[ENCODER+]NAME "
+        "[key=value]...', such as sam-vit-b+blip-base.",
+        rich_help_panel="Model",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output")]
@@ -67,24 +69,45 @@ AllowHost = Annotated[
     typer.Option(help="Additional Host header to accept; * accepts any. Repeatable.", rich_help_panel="Network"),
 ]
 Host = Annotated[str, typer.Option(help="Address to bind. Use 0.0.0.0 for all interfaces.", rich_help_panel="Network")]
-MaxPixels = Annotated[int, typer.Option(help="Maximum pixels per image.", min=1, rich_help_panel="Limits")]
+MaxPixels = Annotated[int, typer.Option(help="Maximum number of pixels per image.", min=1, rich_help_panel="Limits")]
 STDIN_PATH = "/dev/stdin"
+TYPE_NAMES = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER", "path": "PATH"}
+TYPE_PATTERN = re.compile(r"<(?:list\[)?(str|int|float|path)(?: range)?\]?>", re.IGNORECASE)
 OUTPUT_FORMATS_HELP = "jsonl, coco, parquet, geojson, label-studio, labelme, png, html"
 
 
 class PanelCommand(TyperCommand):
-    """Command whose help lists the options of each panel in a section of its own, in plain text."""
+    """Command whose help lists the options of each panel in a section of its own, in plain text.
+
+    Arguments are shown in capitals, such as `IMAGE...`, and types as TEXT, INTEGER, NUMBER or PATH.
+    """
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        arguments = [each for each in self.get_params(ctx) if each.param_type_name == "argument"]
+        return [*([self.options_metavar] if self.options_metavar else []), *map(_format_argument, arguments)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
-                default_title = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                title = getattr(parameter, "rich_help_panel", None) or default_title
-                sections.setdefault(title, []).append(record)
+                is_argument = parameter.param_type_name == "argument"
+                title = getattr(parameter, "rich_help_panel", None) or ("Arguments" if is_argument else "Options")
+                name = _format_argument(parameter) if is_argument else TYPE_PATTERN.sub(_format_type, record[0])
+                sections.setdefault(title, []).append((name, record[1]))
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+
+
+def _format_argument(argument: Any) -> str:
+    name = argument.metavar or argument.name.upper()
+    if name.endswith("..."):  # describes all its values
+        return name
+    return (name if argument.required else f"[{name}]") + ("..." if argument.nargs != 1 else "")
+
+
+def _format_type(match: re.Match[str]) -> str:
+    return TYPE_NAMES[match[1].lower()]
 
 
 def parse_input_path(text: str) -> Path:

@@ -25,7 +25,7 @@ def plan(
         ),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Model overrides, such as lora=16.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Model overrides, such as lora=16.")
     ] = None,
     gpu: Annotated[
         str | None,
@@ -35,7 +35,9 @@ def plan(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1, rich_help_panel="Workload")] = 1,
     regions_per_image: Annotated[int, typer.Option(help="Regions per image.", min=1, rich_help_panel="Workload")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens per caption.", min=1, rich_help_panel="Workload")] = 20,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Number of tokens per caption.", min=1, rich_help_panel="Workload")
+    ] = 20,
     train: Annotated[
         bool,
         typer.Option("--train", help="Plan a training step instead of captioning.", rich_help_panel="Workload"),
@@ -56,7 +58,7 @@ def plan(
 ) -> None:
     """Estimate the parameters, FLOPs and memory of a model.
 
-    Downloads no weights: the model is built without weights and run on meta tensors.
+    Downloads no weights: the model is built without weights and run on the meta device.
     """
     from sca.plan_cache import resolve_gpu_memory
 
@@ -132,7 +134,7 @@ def _resolve_spec(model: str, trust_remote_code: bool, allow_external: bool) -> 
         return spec
     if model in zoo.list_names():
         raise ValueError(
-            f"the weights of {model} are on the hub; plan its components instead, such as sam-vit-h+query+gpt2-large"
+            f"the weights of {model} are on the Hub; plan its components instead, such as sam-vit-h+query+gpt2-large"
         )
     local_names = [name for name in zoo.list_names() if zoo.get_entry(name).folder]
     raise make_unknown_name_error(

@@ -14,6 +14,8 @@ import typer
 from sca_registry.plugins import Registration, find_plugin_registrations
 from typer.core import TyperCommand, TyperGroup
 
+from sca.hints import COMMAND_HINTS
+
 COMMAND_GROUP = "sca_commands"
 EVALUATION_PANEL = "Data, training and evaluation"
 PLUGIN_PANEL = "Commands of plugins"
@@ -57,6 +59,8 @@ class CommandGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         if args and args[0] not in self.commands:
             self._add_plugins()  # also for "Did you mean"
+            if args[0] not in self.commands and args[0] in COMMAND_HINTS:
+                ctx.fail(f"No such command {args[0]!r}; use {COMMAND_HINTS[args[0]]}.")
         name, command, remaining_args = super().resolve_command(ctx, args)
         if isinstance(command, PluginCommand) and name is not None:
             command = load_plugin_command(name)

@@ -45,13 +45,15 @@ def check(
     name: Annotated[str, typer.Argument(help="Name of the component.")],
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="Component options, in addition to those that make it tiny."),
+        typer.Argument(
+            metavar="KEY=VALUE", help="Component options, added to those with which the checks build a small instance."
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only failed checks.", rich_help_panel="Output")] = False,
 ) -> None:
     """Run the conformance checks of a component.
 
-    Exit status 1 if a check fails.
+    Exits with status 1 if a check fails.
     """
     from sca.testing.conformance import check_component
     from sca.testing.tiny import get_tiny_options
@@ -68,16 +70,19 @@ def check(
 
 def doctor(
     distribution: Annotated[
-        str, typer.Argument(help="Check only this package. Defaults to all packages.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="PACKAGE", help="Check only this package. Defaults to all packages.", show_default=False
+        ),
     ] = "",
     timeout: Annotated[
-        float, typer.Option(help="Seconds allowed per plugin component.", min=0.1, rich_help_panel="Runtime")
+        float, typer.Option(help="Time limit in seconds per plugin component.", min=0.1, rich_help_panel="Runtime")
     ] = 60.0,
     fix: Annotated[
         bool,
         typer.Option(
             "--fix",
-            help="Repair a CUDA build of torchvision installed with a CPU build of torch.",
+            help="Repair the combination of a CUDA build of torchvision and a CPU build of torch.",
             rich_help_panel="Repair",
         ),
     ] = False,
@@ -87,15 +92,15 @@ def doctor(
 ) -> None:
     """Check the installation and suggest repairs.
 
-    Built-in components are imported. Every component of a plugin is checked in a separate process, as by `sca check`.
-    A torchvision that cannot be imported is reported first. Exit status 1 if something is broken.
+    Imports every built-in component, and runs `sca check` on every plugin component in a separate process. If
+    torchvision cannot be imported, only that is reported. Exits with status 1 if something is broken.
     """
     from sca_registry import REGISTRIES
 
     from sca import torchvision_fix
 
     if fix and undo_fix:
-        raise ValueError("--fix and --undo-fix exclude each other; pass one of them")
+        raise ValueError("--fix and --undo-fix are mutually exclusive; pass one of them")
     if fix or undo_fix:
         try:
             print_line(torchvision_fix.fix_torchvision() if fix else torchvision_fix.remove_torchvision_fix())

@@ -59,7 +59,7 @@ def serve(
     max_prompts: Annotated[
         int,
         typer.Option(
-            help="Maximum prompts per request; also limits the regions found in everything mode.",
+            help="Maximum number of prompts per request, and of regions found in everything mode.",
             min=1,
             rich_help_panel="Limits",
         ),
@@ -67,16 +67,16 @@ def serve(
     timeout: Annotated[
         float,
         typer.Option(
-            help="Maximum seconds to receive a request, and the same again to answer it.",
+            help="Time limit in seconds for receiving a request, and again for responding to it.",
             min=0.1,
             rich_help_panel="Limits",
         ),
     ] = 60,
     max_queue: Annotated[
-        int, typer.Option(help="Maximum queued regions across all requests.", min=1, rich_help_panel="Limits")
+        int, typer.Option(help="Maximum number of queued regions across all requests.", min=1, rich_help_panel="Limits")
     ] = 10_000,
     max_connections: Annotated[
-        int, typer.Option(help="Maximum concurrent connections.", min=1, rich_help_panel="Limits")
+        int, typer.Option(help="Maximum number of concurrent connections.", min=1, rich_help_panel="Limits")
     ] = 512,
     feature_cache_mb: Annotated[
         int,

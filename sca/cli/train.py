@@ -15,32 +15,33 @@ def train(
     recipe: Annotated[str, typer.Argument(help="Name of a bundled recipe, or a TOML file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="Recipe overrides, such as train.steps=200 mixer.depth=3."),
+        typer.Argument(metavar="KEY=VALUE", help="Recipe overrides, such as train.steps=200 mixer.depth=3."),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Run folder; the trained model is saved in its subfolder model. Defaults to runs/RECIPE.",
+            help="Run folder; the final model is saved in its subfolder model/. Defaults to runs/RECIPE.",
             rich_help_panel="Output",
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option(help="Resume an interrupted run in the run folder.", rich_help_panel="Output")
+        bool,
+        typer.Option(help="Resume an interrupted run in the run folder, or start it again.", rich_help_panel="Output"),
     ] = True,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Replace a different run in the run folder.", rich_help_panel="Output"),
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="Print no progress bar and no training log.", rich_help_panel="Output")
+        bool, typer.Option("--quiet", help="Suppress the progress bar and the training log.", rich_help_panel="Output")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
     """Train a model from a recipe. The same command resumes an interrupted run.
 
-    If the run folder contains a different run: with --overwrite, that run is replaced. Otherwise, without --out, its
-    folder is renamed and the new run starts; with --out, the command fails.
+    If the run folder contains a different run, --overwrite replaces that run. Without --overwrite, the command fails if
+    --out is set; otherwise, it renames the existing folder and starts the new run.
     """
     from sca.training.recipe import Recipe
 

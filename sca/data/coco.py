@@ -421,7 +421,7 @@ def find_coco_files(
     elif annotations is not None and image_root is not None:
         candidates = [(annotations, image_root)]
     else:
-        raise InputError("give root=FOLDER, or both annotations=FILE and image_root=FOLDER")
+        raise InputError("no dataset files are named; set root=FOLDER, or both annotations=FILE and image_root=FOLDER")
     paths = [(Path(file), Path(folder)) for file, folder in candidates]
     for file, folder in paths:
         if file.is_file() and folder.is_dir():

@@ -110,7 +110,7 @@ class CocoPanoptic(TableDataset):
             return None
         if colors.shape[:2] != (row["height"], row["width"]):
             size = f"{colors.shape[1]} x {colors.shape[0]}"
-            self._skip_image("segments of another size", str(path), f"{name} ({size})", stop=False)
+            self._skip_image("segments of a different size", str(path), f"{name} ({size})", stop=False)
             return None
         return colors @ np.array([1, 256, 65536])
 

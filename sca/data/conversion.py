@@ -50,8 +50,8 @@ METADATA_FILE = "metadata.json"
 IMAGES_PER_SHARD = 2000  # including skipped images
 BAD_IMAGE_REASONS = (  # counted against `max_bad_records`
     *("image missing", "image is a URL", "image name ambiguous"),
-    *("image unreadable", "image of another size", "image without data"),
-    *("segments unreadable", "segments of another size"),
+    *("image unreadable", "image of a different size", "image without data"),
+    *("segments unreadable", "segments of a different size"),
 )
 UNUSABLE_IMAGE_REASON, UNUSABLE_REGION_REASON = "unusable image", "unusable region"
 UNNAMED_CATEGORY_REASON = "category without a name"

@@ -43,7 +43,7 @@ def detect_data_source(path: str | Path) -> dict[str, Any]:
             - a `.json` file of COCO, Label Studio or LabelMe;
             - a folder with one of these, or with LabelMe files;
             - a folder with `train.json`, `train/`, `val.json` and `val/`;
-            - COCO 2017 as published: `annotations/`, `train2017/` and `val2017/`;
+            - COCO 2017 as distributed: `annotations/`, `train2017/` and `val2017/`;
             - an export in COCO's format from Label Studio, CVAT or Roboflow.
 
     Returns:
@@ -92,7 +92,7 @@ def detect_data_source(path: str | Path) -> dict[str, Any]:
             **SOURCE_DEFAULTS,
         }
     raise InputError(
-        f"data={path} has an unknown format; give a .jsonl file, a .json file of a labeling tool, or a folder with one"
+        f"data={path} has an unknown format; pass a .jsonl file, a .json file of a labeling tool, or a folder with one"
     )
 
 
@@ -143,7 +143,7 @@ def _find_single_file(folder: Path) -> Path:
         files = [file for file in files if file in train_files] or files
     if len(files) != 1:
         file_names = ", ".join(str(file.relative_to(folder)) for file in files[:5]) or "none"
-        raise InputError(f"data={folder} must contain one .jsonl or .json file; it contains {file_names}")
+        raise InputError(f"data={folder} must contain exactly one .jsonl or .json file; it contains {file_names}")
     return files[0]
 
 
@@ -207,7 +207,7 @@ def make_val_fraction_key(split: str, val_fraction: float) -> str:
         ValueError: The fraction is out of range, or a split other than "train" and "val" is held out.
     """
     if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; give a number from 0 to less than 1")
+        raise ValueError(f"val_fraction is {val_fraction}; expected a number from 0 to less than 1")
     if val_fraction and split not in ("train", "val"):
         raise ValueError(f"no split {split!r} with val_fraction={val_fraction}; choose train or val")
     return f"{split} {val_fraction}" if val_fraction else ""

@@ -32,9 +32,9 @@ class UniqueIds:
 def register_id(record_type: str, record_id: int, split: str, split_by_id: dict[int, str]) -> None:
     """Register an id. Raises InputError if it is repeated."""
     if record_id in split_by_id:
-        raise InputError(
-            f"duplicate {record_type} id {record_id}, in split {split!r} and in split {split_by_id[record_id]!r}"
-        )
+        first_split = split_by_id[record_id]
+        occurrence = f"twice in split {split!r}" if first_split == split else f"in splits {first_split!r} and {split!r}"
+        raise InputError(f"{record_type} id {record_id} occurs {occurrence}; ids must be unique")
     split_by_id[record_id] = split
 
 

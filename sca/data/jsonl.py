@@ -32,7 +32,7 @@ class Jsonl(TableDataset):
 
     Fields of a line:
 
-    - `image`: file name, relative to `image_root`, else to the folder of the file or to the working folder.
+    - `image`: file name, relative to `image_root`, else to the folder of the file or to the current directory.
     - `box`: x1 y1 x2 y2 in image pixels. Default: the box of the mask.
     - `caption`, or `phrases` (a list), or only a `name`.
     - `mask`: COCO RLE or polygons; optional.
@@ -65,7 +65,7 @@ class Jsonl(TableDataset):
         self.val_fraction = val_fraction
         self.file: Path = resolve_split_path(str(expand_user(file)), split)
         if not self.file.is_file():
-            raise InputError(f"no file {self.file}; give file=FILE, which may contain {{split}}")
+            raise InputError(f"no file {self.file}; set file=FILE, which may contain {{split}}")
         self.working_folder: str = os.getcwd() if image_root is None else ""
         folder = self.file.parent if image_root is None else expand_user(image_root)
         val_fraction_key = make_val_fraction_key(split, val_fraction)
@@ -91,7 +91,7 @@ class Jsonl(TableDataset):
                     if (key in record) != expected:
                         problem = f"no {key!r}, which the first line has"
                         problem = problem if expected else f"{key!r}, which the first line lacks"
-                        raise InputError(f"{location}: {problem}; give it on every line or on none")
+                        raise InputError(f"{location}: {problem}; set it on every line or on none")
                 region_id = read_field(record, "id", int, location) if is_key_expected["id"] else len(image_indices)
                 location = f"{location} (id {region_id})"
                 name = name_resolver.unify_spelling(normalize_name(read_field(record, "image", str, location)))
@@ -172,12 +172,12 @@ class Jsonl(TableDataset):
             None if mask_value and record.get("box") is None else read_number_list(record, "box", BOX_FORMAT, location)
         )
         if box and (box[2] < box[0] or box[3] < box[1]):
-            raise InputError(f"{location}: box is {box}, with x2 < x1 or y2 < y1; give {BOX_FORMAT}")
+            raise InputError(f"{location}: box is {box}, with x2 < x1 or y2 < y1; expected {BOX_FORMAT}")
         count_unread_caption(record, ("caption", "phrases"), location, self._skip)
         text_fields = [key for key in TEXT_FIELDS if record.get(key) is not None]
         if not text_fields or len({"caption", "phrases"} & set(text_fields)) == 2:
             raise InputError(
-                f"{location}: give a name, or one of caption and phrases, or both; it has "
+                f"{location}: set a name, or one of caption and phrases, or both; it has "
                 f"{' and '.join(text_fields) or 'none'}"
             )
         phrase_field = next((key for key in ("caption", "phrases") if key in text_fields), "caption")

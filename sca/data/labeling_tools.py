@@ -52,7 +52,7 @@ class LabelingToolDataset(TableDataset):
         self.file: Path = resolve_split_path(str(expand_user(file)), split)
         files = labelme.list_labelme_files(self.file) if self.file.is_dir() else [self.file]
         if not files or not files[0].is_file():
-            raise InputError(f"{self.file} is neither a .json file nor a folder of LabelMe files; give file=PATH")
+            raise InputError(f"{self.file} is neither a .json file nor a folder of LabelMe files; set file=PATH")
         folder = files[0].parent if image_root is None else expand_user(image_root)
         super().__init__(split, folder, files, max_bad_records, make_val_fraction_key(split, val_fraction))
 

@@ -39,7 +39,7 @@ def read_dataset_json(path: Path) -> Any:
         content = read_regular_file(path)
         return parse_json(content.decode(json.detect_encoding(content)), str(path), allow_surrogates=True)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); copy it again") from error
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise make_read_error(path, error) from error
 
@@ -101,7 +101,7 @@ def parse_phrases(value: Any, key: str, location: str) -> list[str]:
         The phrases; empty for None.
 
     Raises:
-        InputError: The value has another type, or cannot be encoded as UTF-8.
+        InputError: The value has the wrong type, or cannot be encoded as UTF-8.
     """
     subject = f"{location}, {key!r}"
     phrases = [] if value is None else parse_texts(subject, value)

@@ -60,7 +60,7 @@ class RefCoco(TableDataset):
         self.refs_file: Path = _find_refs_file(folder, split_by or DEFAULT_SPLIT_AUTHORS[collection])
         self.instances_file: Path = folder / "instances.json"
         if not self.instances_file.is_file():
-            raise InputError(f"no instances.json next to {self.refs_file}")
+            raise InputError(f"no instances.json next to {self.refs_file}; copy it from the download of RefCOCO")
         super().__init__(
             split, _find_image_folder(root, image_root), [self.refs_file, self.instances_file], max_bad_records, split
         )
@@ -185,7 +185,7 @@ def _find_refs_file(folder: Path, split_by: str) -> Path:
     available = sorted(path.name for path in folder.glob("refs(*).*"))
     raise InputError(
         f"no {paths[0].name} or {paths[1].name} in {folder}; found: "
-        f"{', '.join(available) or 'no refs file'}; give split_by=unc, google or umd, and root=FOLDER with this file"
+        f"{', '.join(available) or 'no refs file'}; set split_by=unc, google or umd, and root=FOLDER with this file"
     )
 
 
@@ -194,4 +194,4 @@ def _find_image_folder(root: Path, image_root: str | Path | None) -> Path:
     for path in paths:
         if path.is_dir():
             return path
-    raise InputError(f"no folder {' or '.join(map(str, paths))}; give image_root=FOLDER with COCO's train2014 images")
+    raise InputError(f"no folder {' or '.join(map(str, paths))}; set image_root=FOLDER with COCO's train2014 images")

@@ -46,7 +46,7 @@ class Sa1b(TableDataset):
         sorted_files = sorted(annotation_files, key=lambda file: (str(file.parent), len(file.name), file.name))
         self.files: list[Path] = [path for path in sorted_files if not path.name.endswith(CAPTIONS_SUFFIX)]
         if not self.files:
-            raise InputError(f"no sa_*.json in {root}; give root=FOLDER with the files of SA-1B")
+            raise InputError(f"no sa_*.json in {root}; set root=FOLDER with the files of SA-1B")
         file_by_name: dict[str, Path] = {}
         for file in self.files:
             if (other := file_by_name.setdefault(file.name, file)) != file:

@@ -199,9 +199,11 @@ class Scenes:
 
     def __init__(self, split: str, num_images: int | None = None, image_size: int = BASE_IMAGE_SIZE, seed: int = 0):
         if split not in DEFAULT_SPLIT_SIZES:
-            raise InputError(f"no split {split!r} in scenes; choose from {', '.join(DEFAULT_SPLIT_SIZES)}")
+            raise InputError(
+                f"the dataset 'scenes' has no split {split!r}; choose from {', '.join(DEFAULT_SPLIT_SIZES)}"
+            )
         if image_size < 32:
-            raise InputError(f"scenes of {image_size} pixels are too small to distinguish the shapes; give 32 or more")
+            raise InputError(f"scenes of {image_size} pixels are too small to distinguish the shapes; use 32 or more")
         self.split = split
         self.image_size = image_size
         self.seed = seed

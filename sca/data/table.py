@@ -84,11 +84,11 @@ class TableDataset(ConvertedTable):
             try:
                 scale = compute_resize_factors(size, image.size)
             except ValueError as error:
-                self._skip_image("image of another size", name, f"{name} ({error})")
+                self._skip_image("image of a different size", name, f"{name} ({error})")
                 return None
             regions = [scaled for region in regions if (scaled := scale_region(region, scale, image.size)) is not None]
             if not regions:
-                self._skip_image("image of another size", name, f"{name} (no region is inside it)")
+                self._skip_image("image of a different size", name, f"{name} (no region is inside it)")
                 return None
         return Sample(image, row["image_id"], tuple(regions))
 

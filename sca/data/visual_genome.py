@@ -45,11 +45,11 @@ class VisualGenome(TableDataset):
         if not self.splits.is_file():
             raise InputError(
                 f"no file {self.splits}; copy info/{SPLITS_FILE} of https://github.com/jcjohnson/densecap to {root}, "
-                "or give splits=FILE"
+                "or set splits=FILE"
             )
         for file in (self.image_data, self.descriptions):
             if not file.is_file():
-                raise InputError(f"no {file.name} in {root}; give root=FOLDER with the files of Visual Genome")
+                raise InputError(f"no {file.name} in {root}; set root=FOLDER with the files of Visual Genome")
         super().__init__(split, root, [self.descriptions, self.image_data, self.splits], max_bad_records, split)
 
     def _resolve_image_path(self, name: str) -> Path:

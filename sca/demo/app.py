@@ -234,7 +234,7 @@ def build_page(
         models: Pool of models. If it has `allow_any_model`, visitors can enter other names and folders.
         model_names: Models to choose from; the first is selected.
         examples: Paths and names of example images.
-        max_pixels: Maximum pixels per image.
+        max_pixels: Maximum number of pixels per image.
 
     Returns:
         The Gradio page.

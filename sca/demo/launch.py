@@ -14,7 +14,7 @@ from sca.serve.access_control import HostCheckMiddleware
 from sca.serve.api_keys import find_key_index
 from sca.serve.sockets import bind_socket
 
-EXAMPLE_SEEDS = (29, 4, 11)  # seeds of drawn scenes
+EXAMPLE_SEEDS = (29, 4, 11)  # seeds of synthetic scenes
 
 
 def run_demo(
@@ -47,7 +47,7 @@ def run_demo(
         on_ready: Function called with a message when the page is available.
         trust_options: Trust options by model name; see `ModelPool`.
         max_body_bytes: Maximum upload size in bytes.
-        max_pixels: Maximum pixels per image.
+        max_pixels: Maximum number of pixels per image.
         allowed_hosts: Additional Host headers to accept.
         api_keys: API keys, each of which is a password; empty to require none.
         root_path: URL path of the page behind a proxy.

@@ -171,7 +171,7 @@ class Session:
             previous_prompt.mask if mask is None else mask,
         )
         if len(prompt.points) > MAX_POINTS:
-            raise InputError(f"a region has at most {MAX_POINTS} points; begin a new region")
+            raise InputError(f"a region can have at most {MAX_POINTS} points; start a new region")
         region = SessionRegion(check_prompt(prompt, *self.image.size))
         if self.current_index is None:
             region_index = len(self.regions)
@@ -192,8 +192,8 @@ class Session:
             raise InputError("the painted mask is damaged; paint it again") from error
         if layer.size != self.image.size:
             raise InputError(
-                f"the painted mask is {layer.width} x {layer.height}, and the image {self.image.width} x "
-                f"{self.image.height}; paint it again"
+                f"the painted mask is {layer.width} x {layer.height}, but the image is {self.image.width} x "
+                f"{self.image.height}; paint the mask again"
             )
         return alpha > 0
 

@@ -33,7 +33,7 @@ class OpenClipEncoder(nn.Module):
     Args:
         model: Name in open_clip; None reads it from the folder of the weights.
         weights: Hub id or folder in open_clip's format.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: True loads `weights`, False initializes randomly. A tag of the model in open_clip, or a file, is
             loaded instead of `weights`.
         image_size: S in pixels; None for the tower's own. Position embeddings are resized.
@@ -64,12 +64,12 @@ class OpenClipEncoder(nn.Module):
     ):
         super().__init__()
         if isinstance(pretrained, str) and weights:
-            raise ValueError(f"weights={weights} and pretrained={pretrained} exclude each other; omit one")
+            raise ValueError(f"weights={weights} and pretrained={pretrained} are mutually exclusive; omit one of them")
         pretrained_config = _resolve_pretrained_config(model, pretrained, weights)
         if isinstance(pretrained, str):
             weights, self.file_prefix = _resolve_weights(model, pretrained, pretrained_config)
         if weights is None and (pretrained or not model):
-            raise ValueError("no weights; give pretrained=TAG or a file, or weights=FOLDER or a hub id")
+            raise ValueError("no weights; set pretrained to a tag or a file, or weights to a folder or a Hub id")
         source = (model or "") if weights is None else weights
         file = fetch_weight_file(source, revision, self.file_prefix) if pretrained else None
         folder = (
@@ -140,7 +140,7 @@ class TowerLayer(nn.Module):
 
 
 def _resolve_pretrained_config(model: str | None, pretrained: bool | str, weights: str | None) -> dict[str, Any]:
-    """Return open_clip's config of pretrained weights by tag or hub id: location, mean, std, interpolation, GELU."""
+    """Return open_clip's config of pretrained weights by tag or Hub id: location, mean, std, interpolation, GELU."""
     environment_before = dict(os.environ)
     import open_clip  # optional dependency
     from open_clip.transform import PreprocessCfg
@@ -169,7 +169,7 @@ def _resolve_pretrained_config(model: str | None, pretrained: bool | str, weight
 
 
 def _resolve_weights(model: str | None, pretrained: str, pretrained_config: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the hub id of a tag, or a file, and the prefix of the file names."""
+    """Return the Hub id of a tag, or a file, and the prefix of the file names."""
     import open_clip
 
     if find_local_file(pretrained) is not None:

@@ -24,7 +24,7 @@ class SamEncoder(nn.Module):
 
     Args:
         weights: Hub id or folder in transformers' format.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: Load `weights`; False initializes randomly from `config`, or else from the configuration stored with
             the weights.
         config: Fields of transformers' `SamConfig` that differ from ViT-B's.
@@ -106,7 +106,7 @@ def build_sam_config(weights: str | None, revision: str | None, config: Mapping[
 
     Args:
         weights: Hub id or folder whose configuration is used if `config` is None.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         config: Fields that differ from transformers' defaults.
 
     Returns:
@@ -120,7 +120,10 @@ def build_sam_config(weights: str | None, revision: str | None, config: Mapping[
     elif weights is not None:
         full_config = fetch_pretrained_config(SamConfig, weights, revision)
     else:
-        raise ValueError("neither weights nor config is set; give weights=facebook/sam-vit-base, or a folder")
+        raise ValueError(
+            "neither weights nor config is set; set weights to a Hub id, such as weights=facebook/sam-vit-base, or "
+            "to a folder"
+        )
     vision_config = _get_vision_config(full_config)
     vision_config._attn_implementation = "sdpa"
     vision_config.initializer_range = INITIALIZER_RANGE

@@ -29,7 +29,7 @@ class Sam2Encoder(nn.Module):
 
     Args:
         weights: Hub id or folder in transformers' format, of the image model or of the video model.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: Load `weights`; False initializes randomly from `config`, or else from the configuration stored with
             the weights.
         model_type: "sam2", "edgetam" or "sam3_tracker"; None for that of the weights, or for SAM 2 without weights.
@@ -39,7 +39,7 @@ class Sam2Encoder(nn.Module):
 
     Raises:
         ValueError: Neither `weights` nor `config` is set, or the model type is unknown.
-        InputError: The weights are those of a different model.
+        InputError: The weights belong to a different model.
     """
 
     default_segmenter = "sam2"

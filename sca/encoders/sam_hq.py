@@ -23,7 +23,7 @@ class SamHqEncoder(nn.Module):
 
     Args:
         weights: Hub id or folder in transformers' format.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: Load `weights`; False initializes randomly from `config`, or else from the configuration stored with
             the weights.
         config: Fields of transformers' `SamHQConfig` that differ from its defaults.
@@ -83,7 +83,10 @@ def _build_config(weights: str | None, revision: str | None, config: Mapping[str
     elif weights is not None:
         full_config = fetch_pretrained_config(SamHQConfig, weights, revision)
     else:
-        raise ValueError("weights and config are missing; set weights=syscv-community/sam-hq-vit-base, or a folder")
+        raise ValueError(
+            "weights and config are missing; set weights to a Hub id, such as "
+            "weights=syscv-community/sam-hq-vit-base, or to a folder"
+        )
     # transformers converts tables
     vision_config = cast("SamHQVisionConfig", full_config.vision_config)
     vision_config._attn_implementation = "sdpa"

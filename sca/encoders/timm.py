@@ -36,7 +36,7 @@ class TimmEncoder(nn.Module):
         model: Name in timm, whose tag (after the dot) selects the weights, mean and std; None reads it from the folder
             of the weights.
         weights: Hub id, folder in timm's format, or file; None for timm's weights of the model.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: Load the weights; False initializes randomly.
         image_size: S in pixels; None for the backbone's own. Position embeddings are resized.
         feature_layer: Index of the block or stage, negative from the end. The output of the last block of a plain ViT
@@ -75,12 +75,13 @@ class TimmEncoder(nn.Module):
             weights = weights or pretrained_config.hf_hub_id
         if not isinstance(pretrained, bool):
             raise ValueError(
-                f"pretrained is {pretrained!r}; give true or false, and a tag with the model: model=NAME.TAG"
+                f"pretrained is {pretrained!r}; expected true or false; write a tag as part of the model: "
+                "model=NAME.TAG"
             )
         if "num_classes" in (config or {}):
             raise ValueError("num_classes cannot be set, because the classifier is removed; omit it")
         if weights is None and (pretrained or not model):
-            raise ValueError("no weights; give weights=FOLDER or weights=HUB_ID, or model=NAME with pretrained=false")
+            raise ValueError("no weights; set weights=FOLDER or weights=HUB_ID, or model=NAME with pretrained=false")
         source = (model or "") if weights is None else weights
         backbone_options = dict(config or {})
         if (
@@ -92,7 +93,7 @@ class TimmEncoder(nn.Module):
             logger.warning("sca: the license of %s is %s", weights, pretrained_config.license)
         file = fetch_weight_file(source, revision) if pretrained else None
         if not model and find_local_file(source) is not None:
-            raise ValueError(f"the model of {weights} is unknown; give model=NAME")
+            raise ValueError(f"the model of {weights} is unknown; set model=NAME")
         folder_config = _read_folder_config(
             file.parent if file else fetch_model_folder(source, revision, include_weights=False) if not model else None
         )
@@ -198,7 +199,7 @@ def make_image_format(size: int, preprocessing: Mapping[str, Any], resize_mode: 
     """Return the image format of pretrained weights.
 
     Args:
-        size: Side of the input frame in pixels.
+        size: Side of the model input in pixels.
         preprocessing: `mean`, `std` and `interpolation` of the weights.
         resize_mode: "pad" or "stretch".
 

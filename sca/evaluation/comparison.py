@@ -18,6 +18,7 @@ from sca.evaluation.scoring import get_bootstrap_inputs
 from sca.io.errors import InputError
 from sca.io.paths import distinguish_paths
 from sca.io.score_format import PRINT_NOTE, format_interval, format_score
+from sca.io.text import format_count
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
@@ -233,8 +234,8 @@ def _check_same_regions(reports: Sequence[EvaluationReport], paths: Sequence[str
         if unmatched_keys:
             image, region, task = min(unmatched_keys, key=str)
             raise InputError(
-                f"{len(unmatched_keys)} predictions are only in {name}, the first for region {region} of image {image} "
-                f"({task}); compare runs on the same regions"
+                f"{format_count(len(unmatched_keys), 'prediction')} in {name} only (first: region {region} of image "
+                f"{image}, task {task}); compare runs on the same regions"
             )
     if hash_truth(reports[0].records) != hash_truth(reports[1].records):
         raise InputError(

@@ -34,6 +34,7 @@ from sca.evaluation.records import Record
 from sca.evaluation.requirements import check_has_truth, check_metric_needs, describe_missing_truth
 from sca.evaluation.scoring import ImageLoader, ScoringResult, check_metrics, count_regions, score_records
 from sca.evaluation.validation import check_dataset_regions, check_predictions, fill_defaults
+from sca.hints import check_argument_names
 from sca.inference.automatic import SEARCH_VERSION
 from sca.inference.engine import Engine
 from sca.inference.factory import load_captioner
@@ -148,6 +149,7 @@ class EvaluationReport:
         return table
 
 
+@check_argument_names()
 def evaluate(
     model: str | Path | SegmentCaptioner | Captioner,
     dataset: str | Mapping[str, Any] | ComponentSpec | Dataset,
@@ -174,31 +176,32 @@ def evaluate(
 
     Args:
         model: Anything that `sca.load_captioner` accepts, a built model, or an object with a method `caption`.
-        dataset: A registered name, a table of a name and options such as `{"name": "coco", "root": FOLDER}`, or a built
-            dataset.
+        dataset: A registered name, a dict with a name and options such as `{"name": "coco", "root": FOLDER}`, or a
+            built dataset.
         split: Split of a dataset passed by name; a built dataset has its own.
         prompting: Prompt type, tasks, controls and generation options. Defaults to box prompts.
-        proposer: For dense captioning: the proposer of the regions, as a name or a table of a name and options.
-        metrics: Registered names. Defaults to every metric whose inputs are available, see
+        proposer: For dense captioning: the proposer of the regions, as a name or a dict with a name and options.
+        metrics: Registered names. Defaults to every metric whose inputs are available; see
             `sca.evaluation.scoring.score_records`.
         metric_options: Options of metrics, and the shared options `references` and `tokenizer`.
         batch_size: Images per encoder batch.
-        max_images: Maximum images.
-        device: Device of a model that is loaded.
+        max_images: Maximum number of images.
+        device: Device to load the model on; ignored for a built model.
         folder: Folder for predictions.jsonl, which is written during the run; an interrupted run resumes. Required with
             several processes.
         overwrite: Replace the predictions of a different run in the folder.
         progress: Called with the number of images done and the total.
-        report: Called with one line about the contents of the dataset and its omitted regions.
-        trust_remote_code: Applies to a model that is loaded, see `sca.load`.
-        allow_external: Applies to a model that is loaded, see `sca.load`.
+        report: Called with a one-line summary of the dataset and the regions that were left out.
+        trust_remote_code: Used only if the model is loaded; see `sca.load`.
+        allow_external: Used only if the model is loaded; see `sca.load`.
 
     Returns:
         The report; None in processes other than the first.
 
     Raises:
-        ValueError: The dataset has no region to caption, a metric of `metrics` lacks an input, the folder contains the
-            predictions of a different run, or several processes have no folder.
+        TypeError: Unknown keyword argument; the message suggests the closest one.
+        ValueError: The dataset has no region to caption, a metric in `metrics` needs an input that the dataset does not
+            have, the folder contains the predictions of a different run, or `folder` is None with several processes.
     """
     start = time.perf_counter()
     check_metrics(metrics, metric_options)

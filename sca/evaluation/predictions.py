@@ -5,7 +5,7 @@ A record is plain JSON, one per region and task (and control). The records of on
     index                  index of the image in the dataset
     image_id, region_id    ids of the dataset
     task                   "caption" or "recognition"
-    control                None, or the name of an adversarial control, see `CONTROLS`
+    control                None, or the name of a negative control, see `CONTROLS`
     prompt                 the prompt: any of `box` [x1, y1, x2, y2], `points` [[x, y, label]] and `mask` RLE, in
                            image pixels
     caption, score         predicted text, and exp of the mean log-probability of its tokens
@@ -15,7 +15,7 @@ A record is plain JSON, one per region and task (and control). The records of on
                            in pixels of the mask, or of the box without a mask
 
 For dense captioning, where regions are proposed, there is one record per image. Its task is "dense", its `proposals`
-are tables of `box`, `score`, `caption` and `mask` (or None), best first, and its truth contains `regions`, a list of
+are objects with `box`, `score`, `caption` and `mask` (or None), best first, and its truth contains `regions`, a list of
 `id`, `box` and `phrases`.
 """
 
@@ -70,7 +70,7 @@ class PromptingOptions:
             a ground-truth mask, "mask-point" and "mask" use the mask that the captioner predicts for the box, as in
             SCA (arXiv 2312.00869).
         tasks: Tasks of every region that has the ground truth: phrases for "caption", a name for "recognition".
-        controls: Adversarial controls of `CONTROLS`; each repeats all predictions.
+        controls: Negative controls of `CONTROLS`; each repeats all predictions.
         seed: Random seed of point prompts and shifted regions.
         generation: Generation options of the captioner.
 
@@ -203,7 +203,7 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], max_images: int | None
     Args:
         dataset: Any dataset. Its images are not opened. A dataset without `iter_annotations` yields nothing.
         tasks: Tasks as in `PromptingOptions`.
-        max_images: Maximum images. Defaults to all.
+        max_images: Maximum number of images. Defaults to all.
 
     Yields:
         Records without captions, in the order of the dataset.
@@ -234,7 +234,7 @@ def predict_dataset(
         dataset: Any dataset.
         prompting: Prompt type, tasks, controls and generation options. Defaults to box prompts.
         batch_size: Images per batch.
-        max_images: Maximum images. Defaults to all.
+        max_images: Maximum number of images. Defaults to all.
         skip: Returns whether to skip the image at a dataset index.
         progress: Called with the number of images done (or skipped) and the total.
 
@@ -298,8 +298,8 @@ class _EncodedImages:
         regions_without_mask = [region for region, caption in captions.items() if caption.mask is None]
         if regions_without_mask:
             raise ValueError(
-                "mask prompts need masks, and neither the dataset nor the model has masks of some regions; use the "
-                "prompt type box, center or random-point"
+                "mask prompts are not possible: some regions have no mask in the dataset, and the model predicts none; "
+                "use the prompt type box, center or random-point"
             )
         return {region: caption.mask for region, caption in captions.items() if caption.mask is not None}
 

@@ -179,7 +179,7 @@ def read_run(path: Path) -> Mapping[str, Any] | None:
     """
     for entry in journal.read_journal(path, first_line_prefix=HEADER_PREFIX):
         if not isinstance(entry.get("run"), dict):
-            raise InputError(f"{path} was not written by `sca evaluate`; choose another folder")
+            raise InputError(f"{path} was not written by `sca evaluate`; choose a different output folder")
         return entry["run"]
     return None
 

@@ -62,7 +62,7 @@ class ProtocolRun:
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """A published protocol.
+    """An evaluation protocol of a paper.
 
     Attributes:
         name: Name of the protocol.

@@ -25,7 +25,7 @@ def check_has_truth(
         dataset: Any dataset, see `draft_records`.
         dataset_name: Name of the dataset in the message.
         tasks: Tasks of every region.
-        max_images: Maximum images to check. Defaults to all.
+        max_images: Maximum number of images to check. Defaults to all.
 
     Raises:
         ValueError: No region has ground truth for any task.
@@ -54,7 +54,7 @@ def check_metric_needs(
         metrics: Registered names.
         dataset: Any dataset, see `draft_records`.
         tasks: Tasks of every region.
-        max_images: Maximum images to check. Defaults to all.
+        max_images: Maximum number of images to check. Defaults to all.
 
     Raises:
         ValueError: A metric needs a task or ground truth that no region has.
@@ -74,7 +74,7 @@ def check_best_scores(
         score_names: Scores such as "class/accuracy".
         metrics: Metrics to compute; None for every metric whose inputs are available.
         dataset: Any dataset, see `draft_records`.
-        max_images: Maximum images to check. Defaults to all.
+        max_images: Maximum number of images to check. Defaults to all.
 
     Raises:
         RegistryError: No metric has one of the scores, or none of the scores can be computed.

@@ -248,7 +248,7 @@ def _find_missing_inputs(metric: Metric, records: Sequence[Record], load_image: 
 def _compute_metric(
     metric: Metric, records: Sequence[Record], load_image: ImageLoader | None, taken_names: Sequence[str]
 ) -> MetricOutput:
-    """Compute a metric. Raises TypeError for another output type, ValueError for a duplicate score name."""
+    """Compute a metric. Raises TypeError for a wrong output type, ValueError for a duplicate score name."""
     if "image" in metric.required_fields:
         image_metric = cast(Callable[[Sequence[Record], ImageLoader | None], MetricOutput], metric)
         output = image_metric(records, load_image)
@@ -258,7 +258,7 @@ def _compute_metric(
         raise TypeError(f"returned a {type(output).__name__} instead of a MetricOutput")
     for key, value in output.values.items():
         if key in taken_names:
-            raise ValueError(f"the score {key!r} exists already, from another metric")
+            raise ValueError(f"the score name {key!r} is already used by a different metric; rename the score")
         float(value)
     return output
 

@@ -19,8 +19,9 @@ from sca_registry.contracts import Caption, Prompt, PromptBatch, Proposals
 from sca_registry.spec import EverythingOptions, make_everything_options
 from torch import Tensor
 
+from sca.hints import check_argument_names
 from sca.inference.engine import EncodedImages, MaskEngine, PredictedMask
-from sca.inference.generation_options import GENERATION_OPTIONS, reject_unknown_arguments, resolve_generation_options
+from sca.inference.generation_options import GENERATION_OPTIONS, resolve_generation_options
 from sca.inference.predictor import Predictor
 from sca.inference.prompt_arguments import check_task
 from sca.io.masks import RLE, compute_mask_area, encode_rle
@@ -28,8 +29,6 @@ from sca.nn.boxes import compute_box_iou
 from sca.nn.nms import suppress_overlaps
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
-EVERYTHING_ARGUMENTS = ("task", "options", "proposals", "progress", "max_regions")
-SAM_OPTION_NAMES = {"min_mask_region_area": "min_area"}  # name in SAM -> name here, for error messages
 SEARCH_VERSION = 2  # incremented when the same options find other regions
 CROP_EDGE_TOLERANCE = 20  # pixels: a mask that ends this close to the edge of a crop counts as cut off
 MASKS_PER_CHUNK = 16  # masks measured per step of a search
@@ -80,6 +79,7 @@ def resolve_everything_options(captioner: Any, overrides: Mapping[str, Any]) -> 
 
 
 @torch.inference_mode()
+@check_argument_names(*vars(EverythingOptions()), *GENERATION_OPTIONS)
 def caption_everything(
     predictor: Predictor,
     task: str = "caption",
@@ -92,15 +92,16 @@ def caption_everything(
     """Find and caption all regions of the current image.
 
     Args:
-        predictor: Predictor with an image.
+        predictor: Predictor on which `set_image` was called.
         task: "caption", or "recognition" for class names.
-        options: Options of the search; None for those of the model.
-        proposals: Prompts that replace the grid and the crops, for example from a registered proposer. A single point
-            with label 1 is searched like a grid point. Every other prompt is a region: it is captioned unchanged, in
-            the order of `proposals`, after the regions found from points.
+        options: Options for finding regions; None uses the model's options.
+        proposals: Prompts that replace the grid and the crops, for example from a registered proposer. A prompt that
+            consists of one foreground point (label 1) is treated like a point of the grid: its masks are predicted,
+            filtered and captioned. Every other prompt is captioned as given. These captions come after those of the
+            points, in the order of `proposals`.
         progress: Function called with the number of processed points and the total.
-        max_regions: Maximum regions to caption: first those found from points, by predicted IoU, then the other
-            proposals, by their scores.
+        max_regions: Maximum number of regions to caption: first those found from points, by predicted IoU, then the
+            other proposals, by their scores.
         **kwargs: Fields of `EverythingOptions` that override those in `options`, and generation options of
             `Predictor.predict`.
 
@@ -113,22 +114,19 @@ def caption_everything(
         ValueError: A value is out of range, no image is set, or the captioner cannot predict masks.
     """
     default_fields = vars(EverythingOptions())
-    reject_unknown_arguments(
-        "caption_everything",
-        kwargs.keys() - {*default_fields, *GENERATION_OPTIONS},
-        (*EVERYTHING_ARGUMENTS, *default_fields, *GENERATION_OPTIONS),
-        SAM_OPTION_NAMES,
-    )
+    if not isinstance(predictor, Predictor):
+        raise ValueError(
+            f"predictor is of type {type(predictor).__name__}; pass sca.Predictor(model) after its set_image(image)"
+        )
     check_task(task)
     if max_regions is not None and (not isinstance(max_regions, int) or max_regions < 1):
-        raise ValueError(f"max_regions is {max_regions!r}; give an integer of at least 1")
+        raise ValueError(f"max_regions is {max_regions!r}; expected an integer of at least 1")
     if not isinstance(options, EverythingOptions | None):
         raise ValueError(
-            f"options is of type {type(options).__name__}; give sca.EverythingOptions(...), or its fields by name"
+            f"options is of type {type(options).__name__}; pass sca.EverythingOptions(...), or its fields as keyword "
+            "arguments"
         )
     overrides = {name: value for name, value in kwargs.items() if name in default_fields and value is not None}
-    if not isinstance(predictor, Predictor):
-        raise ValueError(f"predictor is of type {type(predictor).__name__}; give sca.Predictor(...) with an image set")
     engine, encoded = predictor.engine, predictor.encoded
     options = make_everything_options({**vars(options or engine.everything), **overrides}) if overrides else options
     generation = resolve_generation_options(
@@ -162,7 +160,7 @@ def find_everything(
     Args:
         engine: Engine with an encoder and a segmenter.
         encoded: Result of `engine.encode` for one image.
-        options: Options of the search; None for those of the model.
+        options: Options for finding regions; None uses the model's options.
         proposals: Prompts that replace the grid and the crops; only single points are used.
         progress: Function called with the number of processed points and the total.
 
@@ -200,9 +198,9 @@ def search_everything(
     Args:
         engine: Engine with an encoder and a segmenter.
         encoded: Result of `engine.encode` for one image.
-        options: Options of the search; None for those of the model.
+        options: Options for finding regions; None uses the model's options.
         proposals: Prompts that replace the grid and the crops; only single points are used.
-        max_found_regions: Maximum regions to find.
+        max_found_regions: Maximum number of regions to find.
         max_bytes: Maximum bytes of candidate masks in memory.
 
     Returns:
@@ -343,7 +341,7 @@ def _iter_mask_candidates(
 ) -> Iterator[tuple[int, Tensor, list[float], list[int]]]:
     """Yield chunks: processed points, masks (K, 4h, 4w) above the IoU threshold, their IoUs and indices of points."""
     (frame,) = encoded.frames
-    point_coords = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), input frame
+    point_coords = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), model input
     labels = torch.ones(len(points), 1, dtype=torch.long)
     prompts = PromptBatch(torch.zeros(len(points), dtype=torch.long), points=point_coords, labels=labels).to(
         engine.device

@@ -31,6 +31,7 @@ from sca.io.prompts import (
 )
 from sca.io.region_prompts import RegionPrompts
 from sca.io.run_folder import iter_existing_paths
+from sca.io.text import format_count
 from sca.io.validation import check_range
 
 
@@ -127,7 +128,7 @@ class ListedPrompts:
             raise InputError(f"{self.region_prompts.path} has no regions for it; add them, or omit the image")
         prompts, problems = self.region_prompts.fit_prompts(self.image_keys[path], *size)
         if problems and not prompts:
-            remaining_count = f" (and {len(problems) - 1} more regions)" if len(problems) > 1 else ""
+            remaining_count = f" (and {format_count(len(problems) - 1, 'more problem')})" if len(problems) > 1 else ""
             raise InputError(f"{problems[0]}{remaining_count}")
         return prompts, problems
 
@@ -159,7 +160,7 @@ class CaptionJob:
         search_options: Fields of `sca.EverythingOptions`; None keeps the value of the model.
         proposer: Proposer "NAME [key=value]..." that replaces the grid of points.
         text: Phrases that the proposer finds.
-        max_regions: Maximum regions per image of a search, best first.
+        max_regions: Maximum number of regions per image of a search, best first.
         task: "caption" or "recognition".
         generation_options: Options of `Predictor.predict`; None keeps the value of the model.
         batch_size: Images per encoder batch.
@@ -193,14 +194,14 @@ class CaptionJob:
         check_range("batch_size", self.batch_size, int, 1)
         sources = [name for name in SOURCES if getattr(self, name)]
         if not sources:
-            raise ValueError(f"no regions to caption; give {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
+            raise ValueError(f"no regions to caption; pass {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
         if len(sources) > 1 and {"prompts", "everything"} & set(sources):
             raise ValueError(
-                f"{' and '.join(sources)} exclude each other; give boxes, points, masks and regions, or prompts, or "
-                "everything"
+                f"{' and '.join(sources)} are mutually exclusive; pass boxes, points, masks and regions, or prompts, "
+                "or everything"
             )
         if self.text and not self.proposer:
-            raise ValueError("text requires a proposer that takes text, such as owlv2-base; give one, or omit text")
+            raise ValueError("text requires a proposer that takes text, such as owlv2-base; pass one, or omit text")
 
     def read_region_source(self) -> RegionSource:
         """Read the prompts, or build the proposer of a search.

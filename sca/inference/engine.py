@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from sca_registry.contracts import TASKS, Caption, Prompt, PromptBatch, SegmenterOutput, Tokenizer, TokenUsage
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from sca.inference.processor import InputFrame, Processor
 from sca.inference.prompt_arguments import check_task
-from sca.io.masks import encode_rle, mask_to_box
+from sca.io.masks import decode_rle, encode_rle, mask_to_box
 from sca.language_models.token_usage import count_tokens
 from sca.model import NON_FINITE_HINT, SegmentCaptioner
 from sca.nn.masks import select_best_masks
@@ -37,7 +38,7 @@ class EncodedImages(NamedTuple):
     Attributes:
         images: The images.
         features: (B, C, h, w) image features; None without an encoder.
-        frames: Placement of each image in the input frame; empty without an encoder.
+        frames: Placement of each image in the model input; empty without an encoder.
     """
 
     images: Sequence[Image.Image]
@@ -68,6 +69,11 @@ class PredictedMask(NamedTuple):
 
     rle: dict[str, Any]
     predicted_iou: float
+
+    @property
+    def array(self) -> np.ndarray:
+        """Mask as a (height, width) bool array in image pixels."""
+        return decode_rle(self.rle)
 
 
 class MaskEngine(ABC):
@@ -295,9 +301,9 @@ class Engine(MaskEngine):
 
     def __init__(self, model: SegmentCaptioner, region_batch_size: int = REGION_BATCH_SIZE):
         if isinstance(model, str | Path):
-            raise ValueError(f"model is the name {str(model)!r}; give a model, such as sca.load({str(model)!r})")
+            raise ValueError(f"model is the name {str(model)!r}; pass a model, such as sca.load({str(model)!r})")
         if not isinstance(model, SegmentCaptioner):
-            raise ValueError(f"model is of type {type(model).__name__}; give a model loaded with sca.load")
+            raise ValueError(f"model is of type {type(model).__name__}; pass a model loaded with sca.load")
         super().__init__(model, region_batch_size)
 
     @property
@@ -422,7 +428,7 @@ def clamp_ious(scores: Tensor) -> list[Any]:
         scores: Predicted IoUs of any shape and device.
 
     Returns:
-        Floats in 0..1, nested like the shape of `scores`.
+        Floats in [0, 1], nested like the shape of `scores`.
 
     Raises:
         ValueError: A predicted IoU is NaN.

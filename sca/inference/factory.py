@@ -11,19 +11,21 @@ import sca_registry
 import torch
 from sca_registry import RegistryError, zoo
 from sca_registry.contracts import Captioner
-from sca_registry.errors import make_unknown_name_error
+from sca_registry.errors import format_choices, make_unknown_name_error, suggest_name
 from sca_registry.spec import ComponentSpec
 
 from sca.checkpoints.load import load, locate_checkpoint
 from sca.encoders.model_types import find_encoder_of_segmenter
+from sca.hints import ARGUMENT_ALIASES
 from sca.inference.engine import Engine
 from sca.inference.proposer import make_device_options
 from sca.io.hub import resolve_local_path, suggest_path
 
 MASK_ONLY = "none"  # the captioner of a segmenter without a language model
 ENGINE_OPTIONS = ("dtype", "region_batch_size")
+LOAD_ARGUMENTS = ("device", "trust_remote_code", "allow_external", "revision")
 NAME_FORMS_HINT = (
-    "A folder written by `sca train`, a hub id OWNER/NAME, encoder+captioner, such as sam-vit-b+blip-base, and an "
+    "A folder written by `sca train`, a Hub id OWNER/NAME, encoder+captioner, such as sam-vit-b+blip-base, and an "
     "encoder with masks, such as sam-vit-b, are also accepted."
 )
 
@@ -37,19 +39,20 @@ def load_captioner(
     revision: str | None = None,
     **options: Any,
 ) -> Captioner:
-    """Load a captioner: a model or a baseline with the method `caption`.
+    """Load a captioner: an SCA model, a baseline or a vision-language model with the method `caption`.
 
     Args:
-        source: A checkpoint (a folder, a model name or a hub id), the name of a registered captioner, or
+        source: A checkpoint (a folder, a model name or a Hub id), the name of a registered captioner, or
             "encoder+captioner" such as "sam-vit-b+blip-base", where the encoder predicts the masks. Options can follow
-            a name, as in "sam-vit-b+blip-base batch_size=8". A table contains the key `name` and options. For masks
-            without captions: an encoder with a segmenter, such as "sam-vit-b", or a folder or hub id of a segmenter in
+            a name, as in "sam-vit-b+blip-base batch_size=8". A dict contains the key `name` and the options. For masks
+            without captions: an encoder with a segmenter, such as "sam-vit-b", or a folder or Hub id of a segmenter in
             transformers' format.
         device: Device of the model.
         trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`.
         allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.
-        revision: Revision of a hub id; see `sca.load`.
-        **options: Options of a registered captioner; for a checkpoint `dtype` and `region_batch_size` (see `Engine`).
+        revision: Revision of a Hub id; see `sca.load`.
+        **options: Options of a registered captioner. The options of a checkpoint are `dtype` and `region_batch_size`;
+            see `Engine`.
 
     Returns:
         An `Engine` for the checkpoint of a model, else an instance of the registered captioner.
@@ -67,12 +70,18 @@ def load_captioner(
         return _load_checkpoint(source, device, trust_options, **options)
     else:
         component = ComponentSpec.parse(source, "a captioner", "captioners")
+    for option in LOAD_ARGUMENTS:
+        if option in component.options:
+            raise RegistryError(
+                f"{option} is not an option of {component.name!r}; give it separately: "
+                f"{option}=... in Python, --{option.replace('_', '-')} on the command line"
+            )
     options = {**component.options, **options}
     names = [name.strip() for name in component.name.split("+")]
     if len(names) > 2:
         raise RegistryError(
-            f"{component.name!r} names components, which have no trained weights; give a checkpoint folder or the name "
-            "of a zoo model"
+            f"{component.name!r} is a combination of components whose mixer is untrained; pass a checkpoint folder "
+            "or a model name (see `sca list models`)"
         )
     if len(names) == 2:
         options = {"encoder": {"name": names[0], **trust_options} if trust_options else names[0], **options}
@@ -105,7 +114,10 @@ def _load_checkpoint(
 ) -> Captioner:
     for option in options:
         if option not in ENGINE_OPTIONS:
-            raise make_unknown_name_error(f"the model {str(source)!r} has no option {option!r}", option, ENGINE_OPTIONS)
+            hint = suggest_name(ARGUMENT_ALIASES.get(option, option), (*ENGINE_OPTIONS, *LOAD_ARGUMENTS))
+            raise RegistryError(
+                f"the model {str(source)!r} has no option {option!r}.{hint}{format_choices(ENGINE_OPTIONS)}"
+            )
     folder = locate_checkpoint(source, trust_options.get("revision"))
     if find_encoder_of_segmenter(folder) is not None:
         return _build_captioner(MASK_ONLY, device, {"encoder": {"name": str(source), **trust_options}, **options})

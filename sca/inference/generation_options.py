@@ -1,30 +1,13 @@
-"""Validation of generation options and keyword arguments."""
+"""Validation of generation options."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sca_registry.errors import format_choices, suggest_name
+from sca_registry.errors import format_choices
 from sca_registry.spec import DEFAULT_GENERATION, check_generation
 
 GENERATION_OPTIONS = ("max_new_tokens", "num_beams", "num_captions", "do_sample", "temperature", "top_p", "seed")
-# names in transformers and SAM -> names here, for error messages
-ARGUMENT_ALIASES = {
-    "num_return_sequences": "num_captions",
-    "max_length": "max_new_tokens",
-    "max_tokens": "max_new_tokens",
-    "point_coords": "points",
-    "box": "boxes",
-    "mask_input": "masks",
-    "input_boxes": "boxes",
-    "input_points": "points",
-}
-ARGUMENT_HINTS = {  # names in transformers and SAM -> how to do the same here
-    "multimask_output": "Masks without captions come from segment(), which has this argument.",
-    "point_labels": "Give the labels with the points of one region: sca.Prompt(points=((x, y, label), ...)).",
-    "input_labels": "Give the labels with the points of one region: sca.Prompt(points=((x, y, label), ...)).",
-}
 SAMPLING_ONLY_OPTIONS = ("temperature", "top_p")
 
 
@@ -47,7 +30,7 @@ def resolve_generation_options(
     Args:
         captioner: Captioner. Its `generation` contains its defaults, its `generation_options` the names of the options
             that it supports.
-        max_new_tokens: Maximum tokens per caption.
+        max_new_tokens: Maximum number of tokens per caption.
         num_beams: Number of beams.
         num_captions: Captions per region, best first.
         do_sample: Sample tokens instead of decoding greedily.
@@ -89,23 +72,3 @@ def resolve_generation_options(
     elif num_captions and num_beams is not None and num_captions > num_beams and (num_beams > 1 or not is_sampling):
         raise ValueError(f"num_captions={num_captions} requires num_beams of at least {num_captions}, not {num_beams}")
     return settings
-
-
-def reject_unknown_arguments(
-    function: str, unknown_names: Iterable[str], known_names: Iterable[str], aliases: Mapping[str, str] | None = None
-) -> None:
-    """Reject unknown keyword arguments of a function.
-
-    Args:
-        function: Name of the function.
-        unknown_names: Keyword arguments that the function does not have.
-        known_names: Keyword arguments of the function; the error suggests the closest one.
-        aliases: Names in other packages, mapped to the names here, in addition to `ARGUMENT_ALIASES`.
-
-    Raises:
-        TypeError: `unknown_names` is not empty.
-    """
-    for name in sorted(unknown_names):
-        canonical_name = {**ARGUMENT_ALIASES, **(aliases or {})}.get(name, name)
-        hint = f" {ARGUMENT_HINTS[name]}" if name in ARGUMENT_HINTS else suggest_name(canonical_name, known_names)
-        raise TypeError(f"{function}() has no argument {name!r}.{hint}")

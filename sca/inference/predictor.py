@@ -9,18 +9,19 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
+from sca.hints import check_argument_names
 from sca.inference.engine import REGION_BATCH_SIZE, EncodedImages, Engine, MaskEngine, PredictedMask
-from sca.inference.generation_options import GENERATION_OPTIONS, reject_unknown_arguments, resolve_generation_options
+from sca.inference.generation_options import resolve_generation_options
 from sca.inference.prompt_arguments import check_prompts, check_task, collect_prompts
 from sca.io.errors import InputError
 from sca.io.images import convert_to_rgb
 from sca.io.masks import RLE
+from sca.io.text import format_count
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
 
 ENCODE_BATCH_SIZE = 8  # images per batch of the encoder
-REGION_ARGUMENTS = ("prompts", "boxes", "points", "masks", "task")
 
 
 class Predictor:
@@ -31,19 +32,19 @@ class Predictor:
         captions = predictor.predict(boxes=[(370, 434, 448, 512)])
 
     Args:
-        model: Model, which the predictor sets to eval mode, or a captioner with an engine, such as
-            `sca.load_captioner("sam-vit-b+blip-base")`.
-        region_batch_size: Regions per batch of the segmenter and the mixer, for a model only. Affects memory, not
-            results.
+        model: A `SegmentCaptioner`, which is set to eval mode, or a captioner that predicts masks (a `MaskEngine`),
+            such as `sca.load_captioner("sam-vit-b+blip-base")`.
+        region_batch_size: Regions per batch of the segmenter and the mixer. Affects memory, not results. Not allowed if
+            `model` is a captioner.
 
     Attributes:
-        engine: Engine of the model.
+        engine: Engine that runs the model: `model` itself if it is a captioner.
         image: Current image, upright; None before `set_image`.
         encoded: Features of the current image; None before `set_image`.
 
     Raises:
-        ValueError: `model` is neither a model nor such a captioner, but a name, for example; or `region_batch_size` is
-            set for a captioner.
+        ValueError: `model` has an unsupported type (for example, it is a name), or `region_batch_size` is set for a
+            captioner.
     """
 
     def __init__(self, model: SegmentCaptioner | MaskEngine, region_batch_size: int | None = None):
@@ -57,7 +58,7 @@ class Predictor:
 
     @property
     def model(self) -> Any:
-        """Model; None for a captioner without an encoder."""
+        """The model; None for a captioner without an encoder."""
         return self.engine.model
 
     def set_image(self, image: Image.Image | np.ndarray) -> None:
@@ -68,12 +69,13 @@ class Predictor:
                 of prompts and results are pixels of the upright image, which is stored as `image`.
 
         Raises:
-            InputError: The array has another shape or dtype.
+            InputError: The array has an unsupported shape or dtype.
             ValueError: The encoder returns NaN or infinite features.
         """
         self.image = convert_to_rgb(image)
         self.encoded = self.engine.encode([self.image])
 
+    @check_argument_names()
     def predict(
         self,
         prompts: Sequence[Prompt] = (),
@@ -89,7 +91,6 @@ class Predictor:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-        **unknown_arguments: Any,
     ) -> list[Caption]:
         """Caption regions of the current image.
 
@@ -98,29 +99,27 @@ class Predictor:
 
         Args:
             prompts: Regions with any combination of a box, points and a mask.
-            boxes: (N, 4) x1 y1 x2 y2, clipped to the image; one region each.
-            points: (N, 2) x y; one region each.
-            masks: (height, width) arrays or COCO RLEs; one region each.
+            boxes: (N, 4) x1, y1, x2, y2, clipped to the image; each box is one region.
+            points: (N, 2) x, y; each foreground point is one region.
+            masks: (height, width) arrays or COCO RLEs; each mask is one region.
             task: "caption", or "recognition" for a class name.
-            max_new_tokens: Maximum tokens per caption.
+            max_new_tokens: Maximum number of tokens per caption.
             num_beams: Number of beams.
-            num_captions: Captions per region; all but the best are in `Caption.alternatives`. Without sampling, the
-                default of `num_beams` is raised to this number.
+            num_captions: Captions per region; all but the best are in `Caption.alternatives`. Without sampling,
+                `num_beams` defaults to at least this number.
             do_sample: Sample tokens instead of decoding greedily.
             temperature: Sampling temperature.
             top_p: Probability mass for nucleus sampling.
             seed: Random seed for sampling.
-            **unknown_arguments: Rejected with the name of the closest argument.
 
         Returns:
-            A caption for each region, in order: prompts, boxes, points, masks.
+            A caption for each region, in the order prompts, boxes, points, masks.
 
         Raises:
             TypeError: Unknown keyword argument; the message suggests the closest one.
-            ValueError: No image is set, no region is given, a region does not fit the image, or a value is out of
-                range.
+            ValueError: No image is set, no region is given, a box or point is outside the image, a mask does not have
+                the size of the image, or a value is out of range.
         """
-        reject_unknown_arguments("predict", unknown_arguments, (*REGION_ARGUMENTS, *GENERATION_OPTIONS))
         request = self._collect_prompts(prompts, boxes, points, masks)
         generation = resolve_generation_options(
             self.engine,
@@ -135,6 +134,7 @@ class Predictor:
         assert self.encoded is not None  # see `_collect_prompts`
         return self.engine.caption_batch(self.encoded, [request], task, **generation)[0]
 
+    @check_argument_names()
     def segment(
         self,
         prompts: Sequence[Prompt] = (),
@@ -143,17 +143,15 @@ class Predictor:
         points: Sequence[Sequence[float]] = (),
         masks: Sequence[np.ndarray | RLE] = (),
         multimask_output: bool = True,
-        **unknown_arguments: Any,
     ) -> list[list[PredictedMask]]:
         """Predict the masks of regions of the current image, without captions.
 
         Args:
             prompts: Regions with any combination of a box, points and a mask.
-            boxes: (N, 4) x1 y1 x2 y2, clipped to the image; one region each.
-            points: (N, 2) x y; one region each.
-            masks: (height, width) arrays or COCO RLEs; one region each.
+            boxes: (N, 4) x1, y1, x2, y2, clipped to the image; each box is one region.
+            points: (N, 2) x, y; each foreground point is one region.
+            masks: (height, width) arrays or COCO RLEs; each mask is one region.
             multimask_output: Return all candidate masks of each region (three for SAM) instead of one.
-            **unknown_arguments: Rejected with the name of the closest argument.
 
         Returns:
             The masks of each region, highest predicted IoU first.
@@ -162,15 +160,15 @@ class Predictor:
             TypeError: Unknown keyword argument; the message suggests the closest one.
             ValueError: As for `predict`, or the segmenter predicts no masks.
         """
-        reject_unknown_arguments("segment", unknown_arguments, (*REGION_ARGUMENTS[:4], "multimask_output"))
         request = self._collect_prompts(prompts, boxes, points, masks)
         assert self.encoded is not None  # see `_collect_prompts`
         return self.engine.segment(self.encoded, [request], multimask_output)
 
+    @check_argument_names()
     def predict_batch(
         self,
         images: Sequence[Image.Image | np.ndarray],
-        requests: Sequence[Sequence[Prompt]],
+        prompts: Sequence[Sequence[Prompt]],
         *,
         task: str = "caption",
         max_new_tokens: int | None = None,
@@ -180,49 +178,46 @@ class Predictor:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-        **unknown_arguments: Any,
     ) -> list[list[Caption]]:
         """Caption regions of several images, without changing the current image.
 
         Args:
             images: Images as for `set_image`, encoded in batches of `ENCODE_BATCH_SIZE`.
-            requests: Regions of each image; the list of an image can be empty.
+            prompts: One list of prompts per image; a list can be empty.
             task: "caption", or "recognition" for class names.
-            max_new_tokens: Maximum tokens per caption.
+            max_new_tokens: Maximum number of tokens per caption.
             num_beams: Number of beams.
-            num_captions: Captions per region; all but the best are in `Caption.alternatives`. Without sampling, the
-                default of `num_beams` is raised to this number.
+            num_captions: Captions per region; all but the best are in `Caption.alternatives`. Without sampling,
+                `num_beams` defaults to at least this number.
             do_sample: Sample tokens instead of decoding greedily.
             temperature: Sampling temperature.
             top_p: Probability mass for nucleus sampling.
             seed: Random seed for sampling.
-            **unknown_arguments: Rejected with the name of the closest argument.
 
         Returns:
             The captions of each image, in the order of its regions.
 
         Raises:
             TypeError: Unknown keyword argument; the message suggests the closest one.
-            ValueError: The numbers of images and requests differ, no region is given, a value is out of range, or an
-                image or its regions are invalid; then the message contains the index of the image.
+            ValueError: The numbers of images and of lists of prompts differ, no region is given, a value is out of
+                range, or an image or its prompts are invalid. In the last case, the message contains the index of the
+                image.
         """
-        reject_unknown_arguments(
-            "predict_batch", unknown_arguments, ("images", "requests", "task", *GENERATION_OPTIONS)
-        )
         check_task(task)
-        if not isinstance(images, Sequence | np.ndarray) or not isinstance(requests, Sequence):
-            raise ValueError("images and requests must be lists, with one list of prompts per image")
-        if len(images) != len(requests):
-            raise ValueError(f"{len(images)} images, but {len(requests)} requests; give one request per image")
+        if not isinstance(images, Sequence | np.ndarray) or not isinstance(prompts, Sequence):
+            raise ValueError("images and prompts must be lists, with one list of prompts per image")
+        if len(images) != len(prompts):
+            counts = f"{format_count(len(images), 'image')}, but {format_count(len(prompts), 'list')} of prompts"
+            raise ValueError(f"{counts}; pass one list of prompts per image")
         upright_images, checked_requests = [], []
-        for index, (image, request) in enumerate(zip(images, requests, strict=True)):
+        for index, (image, request) in enumerate(zip(images, prompts, strict=True)):
             try:
                 upright_images.append(convert_to_rgb(image))
                 checked_requests.append(check_prompts(request, *upright_images[-1].size))
             except ValueError as error:
                 raise type(error)(f"image {index}: {error}") from error
         if not any(checked_requests):
-            raise InputError("no regions; give at least one prompt")
+            raise InputError("no regions; pass at least one prompt")
         generation = resolve_generation_options(
             self.engine,
             max_new_tokens=max_new_tokens,

@@ -1,7 +1,7 @@
-"""Processor: convert images and prompts to tensors in the input frame, and masks back to image pixels.
+"""Processor: convert images and prompts to model inputs, and predicted masks back to image pixels.
 
-There are two coordinate frames: image pixels, with the EXIF orientation applied, and the input frame, the S x S square
-that the encoder receives.
+There are two coordinate systems: pixels of the image after its EXIF orientation is applied, and pixels of the model
+input, the padded S x S image that the encoder receives.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ MASK_PROMPT_LOGIT = 10.0  # logit of a pixel inside a mask prompt
 
 
 class InputFrame(NamedTuple):
-    """Placement of an image in the input frame, at its top left corner.
+    """Placement of a resized image in the padded S x S model input: at the top left corner.
 
     Attributes:
         width: Width of the image in pixels.
         height: Height of the image in pixels.
-        content_size: Width and height of the resized image in the input frame; padding fills the rest.
+        content_size: Width and height of the resized image in the model input; padding fills the rest.
     """
 
     width: int
@@ -38,7 +38,7 @@ class InputFrame(NamedTuple):
 
     @property
     def scale(self) -> tuple[float, float]:
-        """Factors for x and y from image pixels to the input frame."""
+        """Scale factors for x and y from image pixels to pixels of the model input."""
         return self.content_size[0] / self.width, self.content_size[1] / self.height
 
 
@@ -59,11 +59,12 @@ class AxisUpscaling(NamedTuple):
 class Processor:
     """Preprocessing and postprocessing for one encoder.
 
-    Images and prompts are processed on the CPU, masks on the device of their logits.
+    The model input is an S x S image: the resized image at the top left, and padding. Images and prompts are processed
+    on the CPU, masks on the device of their logits.
 
     Args:
         image_format: Input format of the encoder.
-        grid_size: Side of the feature grid, h = w.
+        grid_size: Side length h = w of the square feature grid.
     """
 
     def __init__(self, image_format: ImageFormat, grid_size: int):
@@ -80,7 +81,7 @@ class Processor:
         return cls(encoder.image_format, encoder.image_format.size // encoder.stride)
 
     def compute_frame(self, width: int, height: int) -> InputFrame:
-        """Compute the placement of an image of `width` x `height` pixels in the input frame."""
+        """Compute the size of an image of `width` x `height` pixels after resizing, within the padded model input."""
         frame_size = self.image_format.size
         if self.image_format.resize_mode == "stretch":
             return InputFrame(width, height, (frame_size, frame_size))
@@ -109,21 +110,22 @@ class Processor:
         return torch.from_numpy(batch)
 
     def group_prompts(
-        self, requests: Sequence[Sequence[Prompt]], frames: Sequence[InputFrame]
+        self, prompts: Sequence[Sequence[Prompt]], frames: Sequence[InputFrame]
     ) -> list[tuple[list[int], PromptBatch]]:
         """Group the prompts of B images into homogeneous batches.
 
         Args:
-            requests: Prompts of each image, in image pixels.
-            frames: Frame of each image.
+            prompts: One list of prompts per image, in image pixels.
+            frames: Placement of each image in the model input.
 
         Returns:
-            The indices of the prompts in the flattened requests, and the batch in the input frame, of each group.
+            For each group, the indices of its prompts in the flattened list, and a `PromptBatch` in pixels of the model
+            input.
         """
         buckets: dict[tuple, list[tuple[int, int, Prompt]]] = {}
         index = 0
-        for image_index, request in enumerate(requests):
-            for prompt in request:
+        for image_index, image_prompts in enumerate(prompts):
+            for prompt in image_prompts:
                 prompt_type = (prompt.box is not None, len(prompt.points), prompt.mask is not None)
                 buckets.setdefault(prompt_type, []).append((index, image_index, prompt))
                 index += 1
@@ -152,14 +154,14 @@ class Processor:
         return PromptBatch(image_indices, boxes, points, labels, masks)
 
     def compute_coverage(self, mask: np.ndarray, frame: InputFrame) -> Tensor:
-        """Compute the fraction of each cell of the input frame that a mask covers.
+        """Compute the fraction of each cell of the 4h x 4w mask grid that a mask covers.
 
         Args:
             mask: (height, width) bool in image pixels, or any smaller mask to stretch over the image.
-            frame: Frame of the image.
+            frame: Placement of the image in the model input.
 
         Returns:
-            (4h, 4w) in 0..1.
+            (4h, 4w) fractions in [0, 1].
         """
         mask_size, frame_size = 4 * self.grid_size, self.image_format.size
         width, height = (round(used * mask_size / frame_size) for used in frame.content_size)
@@ -170,7 +172,7 @@ class Processor:
         return torch.from_numpy(cell_shares)
 
     def compute_valid_cells(self, frame: InputFrame) -> Tensor:
-        """Return the cells that contain the image, not only padding: (4h, 4w) bool."""
+        """Return a (4h, 4w) bool tensor that is True for cells that overlap the image and False for padding."""
         return self.compute_coverage(np.ones((1, 1), dtype=bool), frame) > 0
 
     def encode_mask_prompt(self, mask: np.ndarray, frame: InputFrame) -> Tensor:
@@ -178,14 +180,14 @@ class Processor:
         return ((self.compute_coverage(mask, frame) * 2 - 1) * MASK_PROMPT_LOGIT).unsqueeze(0)
 
     def postprocess_masks(self, logits: Tensor, frame: InputFrame) -> Tensor:
-        """Upscale masks to image pixels without padding.
+        """Upscale masks to the original image size and remove the padding.
 
         They are scaled to the input frame, cropped and scaled to the image, as by SAM's processor. If images are
         stretched, they are scaled to the image at once, as by SAM 2's processor.
 
         Args:
             logits: (N, M, 4h, 4w).
-            frame: Frame of the image.
+            frame: Placement of the image in the model input.
 
         Returns:
             (N, M, height, width) logits.
@@ -205,7 +207,7 @@ class Processor:
 
         Args:
             logits: (N, 4h, 4w).
-            frames: Frame of the image of each mask.
+            frames: For each mask, the placement of its image in the model input.
 
         Yields:
             (height, width) bool, column-major in memory.
@@ -233,16 +235,16 @@ class Processor:
         """Compute the stability score and the box of each mask in image pixels, without padding.
 
         The stability score is SAM's (arXiv 2304.02643): the number of pixels above `offset` divided by the number
-        above `-offset`, 0 if there are none.
+        above `-offset`, or 0 if no pixel is above `-offset`.
 
         Args:
             logits: (N, 4h, 4w), all of one image.
-            frame: Frame of the image.
+            frame: Placement of the image in the model input.
             offset: Offset of the logits, 0 or more.
 
         Returns:
-            (N,) stability in 0..1, and (N, 4) boxes x1 y1 x2 y2 of the pixels above zero, with exclusive x2 and y2.
-            Boxes of empty masks are zero.
+            (N,) stability scores in [0, 1], and (N, 4) boxes x1 y1 x2 y2 of the pixels above zero, with exclusive x2
+            and y2. Boxes of empty masks are zero.
         """
         upscaling = self._get_upscalings(frame, logits.device)
         counts, boxes = [], []

@@ -43,7 +43,7 @@ def collect_prompts(
     collected += [Prompt(points=(_to_list(point),)) for point in _check_is_list("points", points)]
     collected += [Prompt(mask=mask) for mask in _check_is_list("masks", masks)]
     if not collected:
-        raise InputError("no regions; give prompts, boxes, points or masks")
+        raise InputError("no regions; pass prompts, boxes, points or masks")
     return check_prompts(collected, *image_size)
 
 
@@ -65,7 +65,7 @@ def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> list[Pr
     for index, prompt in enumerate(_check_is_list("prompts", prompts)):
         try:
             if not isinstance(prompt, Prompt):
-                raise InputError(f"{type(prompt).__name__} is not a prompt; give sca.Prompt(box=(x1, y1, x2, y2))")
+                raise InputError(f"{type(prompt).__name__} is not a prompt; pass sca.Prompt(box=(x1, y1, x2, y2))")
             if isinstance(prompt.mask, Mapping):
                 prompt = replace(prompt, mask=_decode_rle(prompt.mask))
             checked_prompts.append(check_prompt(prompt, width, height))
@@ -79,9 +79,11 @@ def _check_is_list(name: str, values: Any) -> Sequence[Any]:
     if values is None:
         return ()
     if isinstance(values, Prompt | Mapping | str) or not hasattr(values, "__len__"):
-        raise InputError(f"{name} is of type {type(values).__name__}; give a list of {name}")
+        raise InputError(f"{name} is of type {type(values).__name__}; expected a list of {name}")
     if name in ("boxes", "points") and len(values) and not hasattr(values[0], "__len__"):
-        raise InputError(f"{name} is a list of numbers; give a list of {name}: {name}=[{list(map(_to_list, values))}]")
+        raise InputError(
+            f"{name} is a list of numbers; expected a list of {name}: {name}=[{list(map(_to_list, values))}]"
+        )
     return values
 
 

@@ -85,7 +85,7 @@ def open_sharded_run(
         The run.
 
     Raises:
-        OutputError: The folder cannot be written, or contains another run.
+        OutputError: The folder cannot be written, or contains a different run.
         ValueError: The journal is damaged.
     """
     fingerprints = {name: _compute_fingerprint(content) for name, content in shards.items()}
@@ -184,11 +184,11 @@ def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
     Args:
         config: Table with `job` (fields of a `CaptionJob`), `content` (of the shard), `keys` (names of the images in
-            the prompts file), `folder` (working folder) and `device`.
+            the prompts file), `folder` (current directory) and `device`.
         folder: Folder of the task, unused.
 
     Returns:
-        A table with `state`, `reason`, and for state "done" `captions` (JSON Lines) and `problems`.
+        A dict with `state`, `reason`, and for state "done" `captions` (JSON Lines) and `problems`.
     """
     if Path(config["folder"]).is_dir():
         os.chdir(config["folder"])
@@ -296,7 +296,7 @@ def begin_sharded_run(
         The finished shards by name, with the problems of their images.
 
     Raises:
-        OutputError: The folder cannot be written, or contains another run.
+        OutputError: The folder cannot be written, or contains a different run.
         ValueError: The journal is damaged.
     """
     entries = list(read_journal(folder.path / JOURNAL_NAME)) if folder.last_run and not overwrite else []

@@ -18,7 +18,7 @@ MAX_OVERSHOOT = 0.05  # fraction of a side: boxes of real annotations exceed the
 def find_normalized_scale(box: Sequence[float], width: int, height: int) -> int | None:
     """Return the scale that a box seems to be normalized to: 1, 100 or 1000; None for a box in pixels.
 
-    A box within 0..1 is never in pixels. Larger scales count only if the box exceeds the image.
+    A box within [0, 1] is never in pixels. Larger scales count only if the box exceeds the image.
 
     Args:
         box: x1, y1, x2, y2.
@@ -39,7 +39,7 @@ def find_normalized_scale(box: Sequence[float], width: int, height: int) -> int 
 
 
 def scale_to_pixels(coordinates: Sequence[float], scale: float, width: int, height: int) -> tuple[float, ...]:
-    """Convert coordinates x, y, x, y, ... normalized to 0..`scale` to pixels, rounded to one decimal."""
+    """Convert coordinates x, y, x, y, ... normalized to [0, `scale`] to pixels, rounded to one decimal."""
     sides = (width, height) * (len(coordinates) // 2)  # of a point or a box
     return tuple(round(value / scale * side, 1) for value, side in zip(coordinates, sides, strict=True))
 
@@ -61,10 +61,10 @@ def compute_resize_factors(recorded: tuple[int, int], actual: tuple[int, int]) -
     rounding = max(1.0, long_side_scale)  # both sides are whole pixels
     if any(abs(old * long_side_scale - new) > rounding for old, new in zip(recorded, actual, strict=True)):
         is_rotated = recorded == actual[::-1]
-        cause = "it was rotated" if is_rotated else "its aspect ratio differs"
+        cause = "the image was rotated" if is_rotated else "the aspect ratios differ"
         raise InputError(
-            f"the file records {recorded[0]} x {recorded[1]} and the image is {actual[0]} x {actual[1]} "
-            f"(width x height): {cause}; use the image that was annotated"
+            f"the annotation file records {recorded[0]} x {recorded[1]} (width x height), but the image is "
+            f"{actual[0]} x {actual[1]}: {cause}; use the image that was annotated"
         )
     return actual[0] / recorded[0], actual[1] / recorded[1]
 

@@ -45,9 +45,8 @@ def build_dummy_processor(config: PreTrainedConfig) -> Any:
         return GroundingDinoProcessor(build_dummy_image_processor(config), _build_bert_tokenizer())
     if config.model_type not in ("blip", "blip-2", "git", "florence2", "kosmos-2"):
         raise ValueError(
-            f"random weights are not supported for {config.model_type!r}, whose processor is unknown; give "
-            "weights=FOLDER "
-            "or a hub id"
+            f"random weights are not supported for {config.model_type!r}, whose processor is unknown; pass "
+            "weights=FOLDER or a Hub id"
         )
     image_size = getattr(config.vision_config, "image_size", FLORENCE2_IMAGE_SIZE)
     tokenizer = PreTrainedTokenizerFast(

@@ -38,10 +38,12 @@ from sca.io.weight_files import (
     ADAPTER_CONFIG_FILE,
     NATIVE_SPEC_FILE,
     NATIVE_WEIGHTS_FILE,
+    RUN_CHECKPOINT,
     SAFETENSORS_FILE,
     SPECIAL_TOKEN_ID_FIELDS,
     check_is_not_lfs_pointer,
     check_regular_files,
+    describe_run_folder,
     find_weight_files,
     format_first_names,
     has_complete_weights,
@@ -108,7 +110,7 @@ def resolve_local_path(source: str | Path) -> Path | None:
     """Return the path that a name refers to, or None.
 
     A path is a `Path`, or text with a separator, such as ./model or runs/x/model. A bare name is never a path, even if
-    the working folder contains an entry of that name. The same applies to the Hub id OWNER/NAME of a card.
+    the current directory contains an entry of that name. The same applies to the Hub id OWNER/NAME of a card.
     """
     if isinstance(source, Path):
         return source.expanduser()
@@ -118,11 +120,13 @@ def resolve_local_path(source: str | Path) -> Path | None:
 
 
 def suggest_path(name: str) -> str:
-    """Return a hint on how to write the path of an entry of the working folder; empty if no such entry exists."""
+    """Return a hint on how to write the path of an entry of the current directory; empty if no such entry exists."""
     if "\0" in name or not os.path.exists(name):
         return ""
-    hint = f"; for the local path, write ./{name}"
     folder = Path(name)
+    if describe_run_folder(folder):
+        return f"; for the model of the training run, write ./{folder / RUN_CHECKPOINT}"
+    hint = f"; for the local path, write ./{name}"
     try:
         if (folder / ADAPTER_CONFIG_FILE).exists() or find_weight_files(folder):
             require_weight_files(folder, folder)
@@ -213,7 +217,8 @@ def _read_pinned_commits() -> dict[str, str]:
     commits = pins.values() if isinstance(pins, dict) else [pins]
     if not all(isinstance(commit, str) and COMMIT_PATTERN.fullmatch(commit) for commit in commits):
         raise InputError(
-            f"{get_cache_folder() / PINNED_COMMITS_FILE} is not a table of commits; delete it and pull again"
+            f"{get_cache_folder() / PINNED_COMMITS_FILE} is not a valid list of pinned commits; delete it and run "
+            "`sca pull` again"
         )
     return pins
 
@@ -283,7 +288,7 @@ def fetch_weight_file(source: str | Path, revision: str | None = None, prefix: s
         return file
     files = require_weight_files(fetch_model_folder(source, revision, prefix=prefix), source, prefix)
     if len(files) > 1:
-        raise InputError(f"{source} has its weights in {len(files)} shards; give weights in a single file")
+        raise InputError(f"{source} has its weights in {len(files)} shards; use weights in a single file")
     return files[0]
 
 
@@ -395,7 +400,7 @@ def make_config(weights: str | None, revision: str | None, config: Mapping[str, 
 
     Args:
         weights: Hub id or folder whose configuration is used if `config` is None.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         config: Fields of the configuration, including `model_type`.
 
     Returns:
@@ -409,7 +414,7 @@ def make_config(weights: str | None, revision: str | None, config: Mapping[str, 
     if config is not None:
         return AutoConfig.for_model(**config)
     if weights is None:
-        raise ValueError("neither weights nor config is set; give weights=FOLDER or a hub id")
+        raise ValueError("neither weights nor config is set; set weights to a folder or a Hub id")
     return fetch_pretrained_config(AutoConfig, weights, revision)
 
 
@@ -510,16 +515,16 @@ def _translate_hub_errors(name: str, revision: str | None) -> Iterator[None]:
                 "token"
             ) from error
         raise InputError(
-            f"{description} is neither a folder nor a model on the hub; for a private model, set HF_TOKEN to your token"
+            f"{description} is neither a folder nor a model on the Hub; for a private model, set HF_TOKEN to your token"
             f"{suggest_path(name)}"
         ) from error
     except RevisionNotFoundError as error:
-        raise InputError(f"the hub has no {description}") from error
+        raise InputError(f"the Hub has no {description}") from error
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:150]
         raise InputError(
-            f"{description} is not a folder, and the hub could not be reached ({reason}); connect to a network, or "
-            f"give weights=FOLDER{suggest_path(name)}"
+            f"{description} is not a folder, and the Hub could not be reached ({reason}); connect to a network, or "
+            f"set weights=FOLDER{suggest_path(name)}"
         ) from error
 
 

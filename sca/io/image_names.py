@@ -282,7 +282,7 @@ def _warn_about_substitute(name: str, interpretations: Iterable[_NameInterpretat
         _are_equal_parts([Path(os.path.abspath(substitute)).parent.name], [folder]) for folder in folders
     ):
         warn_once(
-            "image of another folder",
+            "image of a different folder",
             f"{_shorten_name(name)} does not exist; {substitute}, which has the same file name, is used instead",
         )
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
+from sca.hints import check_argument_names
 from sca.io.errors import ImageMemoryError, InputError, IrregularFileError, TooLargeError
 from sca.io.file_walk import walk_files
 from sca.io.json import open_regular_file
@@ -54,24 +55,26 @@ SWAPPING_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and he
 EMPTY_FILE_MESSAGE = "{} is empty (0 bytes); copy or download it again"
 
 
+@check_argument_names()
 def open_image(path: str | Path, allow_pipe: bool = False) -> Image.Image:
     """Open an image as RGB.
 
     The EXIF orientation is applied, transparency is composited over white, and only the first frame is read.
 
-    Gray images with more than 8 bits are scaled from the range that the file records. Without a recorded range, they
-    are scaled from the first of 0..1 (floating point only), 0..255, 0..1023, 0..4095, 0..16383 and 0..65535 that
-    contains all values. Values that fill less than an eighth of that range, or fit into no range, are scaled from their
-    own minimum and maximum. 16-bit colors that use only 10, 12 or 14 bits are also scaled.
+    Grayscale images with more than 8 bits per pixel are scaled to 8 bits. The source range is the range that the file
+    records, or else the smallest of [0, 1] (floating point only), [0, 255], [0, 1023], [0, 4095], [0, 16383] and
+    [0, 65535] that contains all values. If no range contains them, or if they span less than an eighth of the range,
+    their own minimum and maximum are used. 16-bit colors that use only 10, 12 or 14 bits are also scaled.
 
     Args:
         path: Image file.
-        allow_pipe: Accept a pipe such as /dev/stdin. Set it only for a path that a person typed.
+        allow_pipe: Accept a pipe such as /dev/stdin. Enable it only for trusted paths, such as command-line arguments.
 
     Returns:
         Upright RGB image.
 
     Raises:
+        TypeError: Unknown keyword argument; the message suggests the closest one.
         InputError: The file is missing, unreadable, not an image, or too large.
     """
     with _open_image_file(path, allow_pipe) as file:
@@ -154,7 +157,7 @@ def open_image_header(file: BinaryIO, display_name: str, max_pixels: int | None 
         if image.width * image.height > pixel_limit:
             raise TooLargeError(
                 f"{display_name} has {image.width * image.height:,} pixels ({image.width} x {image.height}), "
-                f"{pixel_limit:,} are allowed; scale it down"
+                f"{pixel_limit:,} are allowed; resize the image"
             )
         if max_pixels is not None and any(tile[0] in Image.DECODERS for tile in image.tile):
             raise InputError(
@@ -181,7 +184,7 @@ def open_undecoded(file: BinaryIO | str | Path) -> ImageFile.ImageFile:
         The undecoded image.
 
     Raises:
-        PIL.UnidentifiedImageError: The file has another format.
+        PIL.UnidentifiedImageError: The file has a different format.
     """
     Image.init()
     return Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
@@ -205,17 +208,17 @@ def convert_to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
         The RGB image.
 
     Raises:
-        InputError: `image` has another type, shape or dtype.
+        InputError: `image` has an unsupported type, shape or dtype.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise InputError(
-                f"an array of {image.dtype} with shape {image.shape}; give (height, width, 3) uint8 in RGB"
+                f"an array of {image.dtype} with shape {image.shape}; expected (height, width, 3) uint8 in RGB"
             )
         return Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise InputError(
-            f"{type(image).__name__} is not an image; give a PIL image or a uint8 array, or use sca.open_image"
+            f"{type(image).__name__} is not an image; expected a PIL image or a uint8 array, or use sca.open_image"
         )
     return image if image.mode == "RGB" and not image.info else _convert_to_upright_rgb(image, "an image")
 
@@ -271,13 +274,13 @@ def _translate_decoder_errors(display_name: str) -> Iterator[None]:
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise TooLargeError(f"{display_name}: {str(error).split(',')[0]}; scale it down") from error
+        raise TooLargeError(f"{display_name}: {str(error).split(',')[0]}; resize the image") from error
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{display_name} is not a readable image; convert it to JPEG or PNG") from error
     except Exception as error:  # a decoder may raise anything for damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, MemoryError) or "out of memory" in reason.lower():  # Pillow's decoders report it as text
-            raise ImageMemoryError(f"{display_name} does not fit into memory; scale it down") from error
+            raise ImageMemoryError(f"{display_name} is too large for the available memory; resize the image") from error
         raise InputError(f"{display_name} is truncated or damaged ({reason}); copy or export it again") from error
 
 

@@ -65,16 +65,19 @@ def parse_json(text: str | bytes, location: str, require_finite: bool = False, a
         if not allow_surrogates and SURROGATE_ESCAPE_PATTERN.search(text):
             check_encodable("it", value)
     except UnicodeDecodeError as error:
-        raise InputError(f"{location} is not UTF-8 text (byte {error.start}); copy it again") from error
+        raise InputError(f"{location} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except RecursionError as error:
         raise InputError(f"{location} is not valid JSON: nested deeper than {MAX_DEPTH} levels") from error
     except json.JSONDecodeError as error:
         position = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise InputError(
-            f"{location} is not valid JSON: {error.msg.removesuffix(' at')} at {position}; copy it again"
+            f"{location} is not valid JSON: {error.msg.removesuffix(' at')} at {position}; correct the file, or copy "
+            "it again"
         ) from error
     except ValueError as error:  # including integers of thousands of digits
-        raise InputError(f"{location} is not valid JSON: {str(error).split(';')[0]}; copy it again") from error
+        raise InputError(
+            f"{location} is not valid JSON: {str(error).split(';')[0]}; correct the file, or copy it again"
+        ) from error
     return value
 
 
@@ -121,7 +124,7 @@ def read_regular_file(path: str | Path, max_bytes: int | None = None, allow_pipe
         content = file.read(-1 if max_bytes is None else max_bytes + 1)
     if max_bytes is not None and len(content) > max_bytes:
         raise InputError(
-            f"{path} is larger than {max_bytes:,} bytes, the limit for a file of its kind; give a smaller file"
+            f"{path} is larger than {max_bytes:,} bytes, the limit for a file of its kind; pass a smaller file"
         )
     return content
 
@@ -148,7 +151,7 @@ def open_regular_file(path: str | Path, require_seekable: bool = False, allow_pi
     is_pipe = allow_pipe and stat.S_ISFIFO(mode) and DESCRIPTOR_PATH_PATTERN.fullmatch(str(path))
     if not (stat.S_ISREG(mode) or is_pipe):
         os.close(descriptor)
-        raise IrregularFileError(f"{path} is not a regular file; give a file that contains the data itself")
+        raise IrregularFileError(f"{path} is not a regular file; pass a file that contains the data itself")
     if hasattr(os, "O_NONBLOCK"):
         os.set_blocking(descriptor, True)
     if (
@@ -169,7 +172,7 @@ def _read_pipe_into_memory(descriptor: int, path: str | Path) -> BinaryIO:
     with open(descriptor, "rb") as file:
         content = file.read(MAX_PIPE_BYTES + 1)
     if len(content) > MAX_PIPE_BYTES:
-        raise InputError(f"{path} has more than {MAX_PIPE_BYTES:,} bytes, the limit for a pipe; give a file")
+        raise InputError(f"{path} has more than {MAX_PIPE_BYTES:,} bytes, the limit for a pipe; pass a file")
     return io.BytesIO(content)
 
 

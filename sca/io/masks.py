@@ -40,7 +40,7 @@ def binarize_mask(values: np.ndarray, is_lossy: bool = False) -> np.ndarray:
     Values with at most one distinct value other than 0 are inside where nonzero. Otherwise:
 
     - Integers up to 255 are inside from 128, if they can only be probabilities or smooth edges.
-    - Floating-point values in 0..1 are probabilities, inside from 0.5.
+    - Floating-point values in [0, 1] are probabilities, inside from 0.5.
     - Floating-point values with negative ones are logits, inside above 0, as SAM returns them.
 
     Args:
@@ -74,7 +74,7 @@ def binarize_mask(values: np.ndarray, is_lossy: bool = False) -> np.ndarray:
         return values >= 0.5
     raise InputError(
         f"floating-point values from {low:g} to {high:g} are neither probabilities (0..1) nor logits "
-        "(negative outside); give booleans"
+        "(negative outside); use a boolean mask"
     )
 
 
@@ -88,7 +88,7 @@ def _binarize_integers(values: np.ndarray, low: int, high: int) -> np.ndarray:
     examples = ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
     raise InputError(
         f"{len(distinct)} different integers ({examples}) are neither a mask (0 outside, one value inside) nor "
-        "probabilities (0..255); of a label map give one label, `values == LABEL`"
+        "probabilities (0..255); for a label map, use the mask of one label: `values == LABEL`"
     )
 
 
@@ -158,19 +158,19 @@ def parse_rle(value: Any) -> dict[str, Any]:
             undefined.
     """
     if not isinstance(value, Mapping) or not {"size", "counts"} <= value.keys():
-        raise InputError("an RLE is an object with 'size' [height, width] and 'counts'")
+        raise InputError("the mask is not a valid RLE; expected an object with 'size' [height, width] and 'counts'")
     size, counts = value["size"], value["counts"]
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_integer(side) and side > 0 for side in size):
-        raise InputError(f"'size' of an RLE is [height, width] in integer pixels, not {size!r:.40}")
+        raise InputError(f"the 'size' of an RLE must be [height, width] in integer pixels, not {size!r:.40}")
     height, width = size
     if height * width > PIXEL_LIMIT:
-        raise InputError(f"an RLE of {height} x {width} is larger than the {PIXEL_LIMIT:,} pixels an image may have")
+        raise InputError(f"an RLE of {height} x {width} exceeds the limit of {PIXEL_LIMIT:,} pixels per image")
     if isinstance(counts, str) and counts.isascii():
         runs = _parse_run_lengths(counts)
     elif isinstance(counts, list) and all(_is_integer(run) for run in counts):
         runs = counts
     else:
-        raise InputError("'counts' of an RLE is a string, or a list of integers")
+        raise InputError("the 'counts' of an RLE must be a string or a list of integers")
     if any(run < 0 for run in runs) or sum(runs) != height * width:
         raise InputError(f"the runs in 'counts' do not fill the {height} x {width} pixels of 'size'")
     if isinstance(counts, list):

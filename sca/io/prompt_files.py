@@ -80,10 +80,15 @@ def _read_labelme_file(path: Path, skip: SkipCounter, problems: list[str]) -> di
     try:
         content = parse_json(read_regular_file(path), format_path(path), allow_surrogates=True)
         if not isinstance(content, dict) or "shapes" not in content:
-            raise InputError(f"{format_path(path)} is not a LabelMe file (no 'shapes'); name it by itself, or move it")
+            raise InputError(
+                f"{format_path(path)} is not a LabelMe file (it has no 'shapes'); move it out of the folder, or pass "
+                "it to --prompts by itself"
+            )
         return _parse_labelme(content, path, skip, problems)
     except OSError as error:
-        raise InputError(f"cannot read {format_path(path)}: {error.strerror}; copy it again") from error
+        raise InputError(
+            f"cannot read {format_path(path)}: {error.strerror}; check that the file exists and is readable"
+        ) from error
 
 
 def _merge_spellings(
@@ -112,7 +117,9 @@ def _read_json_lines(file: BinaryIO, path: Path, problems: list[str]) -> dict[st
 def _parse_line(record: Any, location: str, path: Path) -> tuple[str, RegionPromptEntry]:
     """Return the image key and the region of a line."""
     if not isinstance(record, dict):
-        raise InputError(f'{location}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
+        raise InputError(
+            f'{location} is not a JSON object; write lines such as {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}'
+        )
     image = read_image_name(record, "image", location)
     box, points, mask = parse_prompt_fields(record.get("prompt", record), location)
     if isinstance(mask, str):
@@ -154,8 +161,8 @@ def _parse_coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]
     for name in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise InputError(
-                f"{format_path(path)}: no list '{name}', which COCO JSON has; for one region per line name the file "
-                ".jsonl"
+                f"{format_path(path)} is not COCO JSON: it has no list '{name}'. If it contains one region per line "
+                "(JSON Lines), rename it to .jsonl"
             )
     name_by_id: dict[Any, str] = {}
     size_by_name: dict[str, ImageSize | None] = {}
@@ -166,7 +173,7 @@ def _parse_coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]
             image_id, name = read_id(image, "id", location), read_image_name(image, "file_name", location)
             if image_id in name_by_id or name in entries:
                 field = "'id'" if image_id in name_by_id else "'file_name'"
-                raise InputError(f"{location}, {field}: another image has it too; each image has its own")
+                raise InputError(f"{location}, {field} is already used by a different image; it must be unique")
             name_by_id[image_id], entries[name], size_by_name[name] = name, [], _read_nonzero_size(image, location)
     for index, annotation in enumerate(content["annotations"]):
         location = f"{format_path(path)}, annotations[{index}]"
@@ -191,12 +198,12 @@ def _read_coco_box(annotation: Mapping[str, Any], location: str, skip: SkipCount
             skip(reason, skip_location)
         return box
     if annotation.get("segmentation"):
-        raise InputError(f"{location}, 'segmentation': it is empty; remove the annotation or give a 'bbox'")
+        raise InputError(f"{location}, 'segmentation' is empty; remove the annotation or add a 'bbox'")
     if annotation.get("bbox"):
         raise InputError(
-            f"{location}, 'bbox': {quote_value(annotation['bbox'])} has no area; width and height are above 0"
+            f"{location}, 'bbox': {quote_value(annotation['bbox'])} has no area; width and height must be above 0"
         )
-    raise InputError(f"{location}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
+    raise InputError(f"{location} has neither 'bbox' nor 'segmentation'; add one of them")
 
 
 def _parse_labelme(

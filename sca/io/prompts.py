@@ -29,9 +29,9 @@ Point = tuple[float, float, int]
 NPY_MAGIC = b"\x93NUMPY"  # first bytes of an array file
 MAX_POINTS = 256  # maximum of a prompt from the network: each point costs as much as a text token
 
-_BOX_FORMAT = "a box is 4 numbers x1,y1,x2,y2 in pixels"
-_POINT_FORMAT = "a point is x,y or x,y,label in pixels, label 1 inside or 0 outside"
-_MASK_FORMAT = "give an image or a .npy array: 0 outside and one other value inside, or probabilities or logits"
+_BOX_FORMAT = "write a box as 4 numbers x1,y1,x2,y2 in pixels"
+_POINT_FORMAT = "write a point as x,y or x,y,label, with x and y in pixels and label 1 (foreground) or 0 (background)"
+_MASK_FORMAT = "a mask file is an image or a .npy array: a binary mask, probabilities or logits"
 _REGION_FORMAT = "write any of box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE"
 
 
@@ -69,7 +69,7 @@ def parse_region(text: str, allow_pipe: bool = False) -> Prompt:
             case "mask" if mask is None:
                 mask = read_mask_file(expand_user(value.strip()), allow_pipe)
             case "box" | "mask" as twice:
-                raise InputError(f"{quote_value(text)} has '{twice}' twice; give it once")
+                raise InputError(f"{quote_value(text)} has '{twice}' twice; write it once")
             case other:
                 raise InputError(f"{quote_value(other)} is not a field of a region; {_REGION_FORMAT}")
     prompt = Prompt(box, tuple(points), mask)
@@ -131,11 +131,11 @@ def parse_prompt(value: Any, location: str, width: int, height: int) -> Prompt:
     """
     box, points, mask = parse_prompt_fields(value, location)
     if isinstance(mask, str):
-        raise InputError(f"{location}, 'mask': give an RLE, not a file name")
+        raise InputError(f"{location}, 'mask' must be an RLE, not a file name")
     if mask is not None and mask["size"] != [height, width]:  # checked before decoding, because the mask may be huge
         raise InputError(
-            f"{location}, 'mask': the mask is {mask['size'][1]} x {mask['size'][0]}, the image {width} x {height} "
-            "(width x height); give a mask of the image's size"
+            f"{location}, 'mask': the mask is {mask['size'][1]} x {mask['size'][0]}, but the image is {width} x "
+            f"{height} (width x height); use a mask of the same size as the image"
         )
     try:
         return check_prompt(Prompt(box, points, None if mask is None else masks.decode_rle(mask)), width, height)
@@ -162,7 +162,7 @@ def check_prompt(prompt: Prompt, width: int, height: int) -> Prompt:
         InputError: The prompt does not fit the image.
     """
     if not prompt:
-        raise InputError("the prompt is empty; give a box, a point or a mask")
+        raise InputError("the prompt is empty; set a box, a point or a mask")
     box = None if prompt.box is None else _check_and_clip_box(_parse_box_values(prompt.box), width, height)
     points = tuple(_parse_point_values(point) for point in prompt.points)
     if points and not any(label for _, _, label in points) and prompt.box is None and prompt.mask is None:
@@ -171,8 +171,8 @@ def check_prompt(prompt: Prompt, width: int, height: int) -> Prompt:
     for x, y, label in points:
         if not (0 <= x < width and 0 <= y < height):
             raise InputError(
-                f"the point {x:g},{y:g},{label} is outside the {width} x {height} image; "
-                f"x goes from 0 to below {width}, y from 0 to below {height}"
+                f"the point {x:g},{y:g},{label} is outside the {width} x {height} image; x must be at least 0 and less "
+                f"than {width}, and y at least 0 and less than {height}"
             )
     return Prompt(box, points, None if prompt.mask is None else _check_mask(prompt.mask, width, height))
 
@@ -204,17 +204,18 @@ def _check_and_clip_box(box: Box, width: int, height: int) -> Box:
     if clipped is not None and scale is None:
         return clipped
     problem = f"{'is outside' if clipped is None else 'extends beyond'} the {width} x {height} image"
-    if scale == 1:
-        problem = f"is within 0..1 of the {width} x {height} image"
-    hint = "boxes are x1,y1,x2,y2 in its pixels"
+    hint = "boxes are x1,y1,x2,y2 in pixels"
     if scale is not None:
         pixels = ",".join(f"{value:g}" for value in scale_to_pixels(box, scale, width, height))
-        hint += f": if it is normalized to 0..{scale}, write {pixels}"
+        if scale == 1:
+            problem, hint = "looks normalized to [0, 1]", f"{hint}, so write {pixels}"
+        else:
+            hint += f"; if the box is normalized to [0, {scale}], write {pixels}"
     raise InputError(f"the box {text} {problem}; {hint}")
 
 
 def _check_not_normalized(points: Sequence[Point], width: int, height: int) -> None:
-    """Reject points that are all within 0..1 and not at pixel corners: they are normalized."""
+    """Reject points that are all within [0, 1] and not at pixel corners: they are normalized."""
     values = [value for x, y, _ in points for value in (x, y)]
     if not values or max(width, height) <= 1 or not 0 <= min(values) <= max(values) <= 1:
         return
@@ -223,8 +224,7 @@ def _check_not_normalized(points: Sequence[Point], width: int, height: int) -> N
     x, y, label = points[0]
     pixels = ",".join(f"{value:g}" for value in scale_to_pixels((x, y), 1, width, height))
     raise InputError(
-        f"the point {x:g},{y:g},{label} is within 0..1; points are in pixels: "
-        f"if it is normalized to 0..1, write {pixels}"
+        f"the point {x:g},{y:g},{label} looks normalized to [0, 1]; points are in pixels, so write {pixels}"
     )
 
 
@@ -235,8 +235,8 @@ def _check_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
         raise InputError(f"invalid mask: {error}") from error
     if binary_mask.shape != (height, width):
         raise InputError(
-            f"the mask is {binary_mask.shape[1]} x {binary_mask.shape[0]}, the image {width} x {height} (width x "
-            "height); give a mask of the image's size"
+            f"the mask is {binary_mask.shape[1]} x {binary_mask.shape[0]}, but the image is {width} x {height} "
+            "(width x height); use a mask of the same size as the image"
         )
     if not binary_mask.any():
         raise InputError("the mask is empty; mark the region with nonzero pixels")
@@ -259,7 +259,9 @@ def parse_prompt_fields(value: Any, location: str) -> tuple[Box | None, tuple[Po
         InputError: A field is malformed, or all are missing; the message begins with `location`.
     """
     if not isinstance(value, dict):
-        raise InputError(f"{location}, 'prompt': an object with 'box', 'points' or 'mask', not {quote_value(value)}")
+        raise InputError(
+            f"{location}, 'prompt' must be an object with 'box', 'points' or 'mask', not {quote_value(value)}"
+        )
     box, points, mask = (value.get(name) for name in ("box", "points", "mask"))
     if box is None and not points and mask is None:
         other_keys = f", only {', '.join(map(quote_value, value))}" if value else ""
@@ -282,14 +284,15 @@ def _parse_point_values(values: Any, source: Any = None) -> Point:
     x, y, *label = _parse_numbers(values, (2, 3), source, _POINT_FORMAT)
     if label not in ([], [0], [1]):
         raise InputError(
-            f"the label of the point {quote_value(values if source is None else source)} is not 1 or 0; {_POINT_FORMAT}"
+            f"the label of the point {quote_value(values if source is None else source)} must be 1 or 0; "
+            f"{_POINT_FORMAT}"
         )
     return x, y, int(label[0]) if label else 1
 
 
 def _parse_points(values: Any) -> tuple[Point, ...]:
     if not isinstance(values, list):
-        raise InputError(f"a list of points [[x, y, label]], not {quote_value(values)}")
+        raise InputError(f"must be a list of points [[x, y, label]], not {quote_value(values)}")
     return tuple(_parse_point_values(point) for point in values)
 
 
@@ -297,7 +300,7 @@ def _parse_numbers(values: Any, lengths: tuple[int, ...], source: Any, expected_
     """Parse finite numbers of an allowed count, from a list or from command-line text (`source` is the full value)."""
     source = values if source is None else source
     if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or len(values) not in lengths:
-        raise InputError(f"{expected_format}, not {quote_value(source)}")
+        raise InputError(f"cannot parse {quote_value(source)}; {expected_format}")
     parsed = []
     for value in values:
         number = _parse_float(value) if isinstance(source, str) else value

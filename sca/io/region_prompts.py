@@ -166,7 +166,7 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
     def match_images(self, images: Sequence[str | Path]) -> dict[Path, str]:
         """Match image files with keys.
 
-        A key is a path relative to the folder of the prompts file, else to the working folder, in any spelling that
+        A key is a path relative to the folder of the prompts file, else to the current directory, in any spelling that
         `resolve_image_path` reads. A key that is the path of none of the images is matched by its file name.
 
         Args:
@@ -216,7 +216,7 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
 
     @cached_property
     def _key_by_absolute_path(self) -> dict[str, str]:
-        """Map absolute paths to keys; the folder of the prompts file takes precedence over the working folder."""
+        """Map absolute paths to keys; the folder of the prompts file takes precedence over the current directory."""
         keys = [key for key in self if ".." not in Path(key).parts]
         return {os.path.abspath(root / key): key for root in (Path(), get_image_root(self.path)) for key in keys}
 

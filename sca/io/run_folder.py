@@ -202,7 +202,7 @@ def check_same_run(
         ignored_settings: Names of settings that may differ.
 
     Raises:
-        DifferentRunError: The file belongs to another run; the message names the differences.
+        DifferentRunError: The file belongs to a different run; the message names the differences.
     """
     if changes := _describe_changes(earlier, _convert_to_json_values(settings), set(ignored_settings)):
         raise _make_other_run_error(path, changes)
@@ -210,7 +210,8 @@ def check_same_run(
 
 def _make_other_run_error(path: Path, changes: Iterable[str]) -> DifferentRunError:
     return DifferentRunError(
-        f"{format_path(path)} contains another run ({'; '.join(changes)}); choose another folder, or replace the run"
+        f"{format_path(path)} contains a different run ({'; '.join(changes)}); choose a different folder, or replace "
+        "the run"
     )
 
 

@@ -22,7 +22,7 @@ TYPE_DESCRIPTIONS = {
     bool: "true or false",
     int: "an integer",
     float: "a number",
-    str: "text",
+    str: "a string",
     Mapping: "a table",
     dict: "an object",
     list: "a list",
@@ -52,7 +52,7 @@ def has_type(value: Any, expected_type: type) -> bool:
 def check_type(subject: str, value: Any, expected_type: type, error_class: type[ValueError] = RegistryError) -> None:
     """Check that a value has a type of `TYPE_DESCRIPTIONS`; raise `error_class` otherwise."""
     if not has_type(value, expected_type):
-        raise error_class(f"{subject} is {value!r:.80}; give {TYPE_DESCRIPTIONS[expected_type]}")
+        raise error_class(f"{subject} is {value!r:.80}; expected {TYPE_DESCRIPTIONS[expected_type]}")
 
 
 def check_same_type(subject: str, value: Any, default: Any) -> None:
@@ -66,7 +66,7 @@ def check_list(subject: str, values: Any, element_type: type, minimum: int = 0) 
     if not is_long_enough or not all(has_type(value, element_type) for value in values):
         plural = {int: "integers", str: "strings", float: "numbers"}[element_type]
         count = f"{minimum} or more " if minimum else ""
-        raise RegistryError(f"{subject} is {values!r:.80}; give a list of {count}{plural}")
+        raise RegistryError(f"{subject} is {values!r:.80}; expected a list of {count}{plural}")
 
 
 def check_range(subject: str, value: Any, expected_type: type, minimum: float = 0, maximum: float = math.inf) -> None:
@@ -74,7 +74,7 @@ def check_range(subject: str, value: Any, expected_type: type, minimum: float = 
     check_type(subject, value, expected_type)
     if not minimum <= value <= maximum:
         limits = f" of at least {minimum}" if math.isinf(maximum) else f" from {minimum} to {maximum}"
-        raise RegistryError(f"{subject} is {value}; give {TYPE_DESCRIPTIONS[expected_type]}{limits}")
+        raise RegistryError(f"{subject} is {value}; expected {TYPE_DESCRIPTIONS[expected_type]}{limits}")
 
 
 def check_choice(subject: str, value: Any, choices: Iterable[str]) -> None:
@@ -89,14 +89,14 @@ def check_keys(subject: str, table: Any, allowed_keys: Collection[str]) -> None:
     check_type(subject, table, Mapping)
     for key in table:
         if key not in allowed_keys:
-            raise make_unknown_name_error(f"{subject} has no {key!r}", str(key), allowed_keys)
+            raise make_unknown_name_error(f"unknown key {key!r} in {subject}", str(key), allowed_keys)
 
 
 def check_numbers(subject: str, values: Any, expected_format: str) -> None:
     """Check a list of finite numbers of the length of `expected_format`, such as "x, y"; raise InputError otherwise."""
     count = len(expected_format.split(","))
     if not isinstance(values, list | tuple) or len(values) != count or not all(map(is_finite_number, values)):
-        raise InputError(f"{subject} is {values!r:.80}; give {count} numbers ({expected_format})")
+        raise InputError(f"{subject} is {values!r:.80}; expected {count} numbers ({expected_format})")
 
 
 def check_encodable(subject: str, value: Any) -> None:
@@ -115,7 +115,7 @@ def check_encodable(subject: str, value: Any) -> None:
 def check_image_name(subject: str, value: Any) -> str:
     """Check and return an image name, which may contain lone surrogates; raise InputError otherwise."""
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise InputError(f"{subject} is {value!r:.80}; give the file name of an image")
+        raise InputError(f"{subject} is {value!r:.80}; expected the file name of an image")
     return value
 
 
@@ -157,7 +157,7 @@ def read_id(record: Any, key: str, location: str) -> int | str:
     """Return the id of a key; raise InputError unless it is an integer or text."""
     value = require_key(record, key, location)
     if not isinstance(value, int | str) or isinstance(value, bool):
-        raise InputError(f"{location}, {key!r} is {value!r:.80}; give an integer or text")
+        raise InputError(f"{location}, {key!r} is {value!r:.80}; expected an integer or a string")
     return value
 
 
@@ -165,7 +165,7 @@ def parse_texts(subject: str, value: Any) -> list[str]:
     """Return the texts of a text or a list of texts; raise InputError otherwise."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{subject} is {value!r:.80}; give text, or a list of texts")
+        raise InputError(f"{subject} is {value!r:.80}; expected a string, or a list of strings")
     return texts
 
 
@@ -191,7 +191,7 @@ def read_recorded_size(
     if not is_int64(width) or not is_int64(height) or min(width, height) < 1:
         names = " and ".join(map(repr, keys))
         raise InputError(
-            f"{location}: {names} are {(width, height)!r:.80}; give the size of the image in integer pixels"
+            f"{location}: {names} are {(width, height)!r:.80}; expected the size of the image in integer pixels"
         )
     if width * height > PIXEL_LIMIT:
         raise InputError(f"{location}: the image is {width} x {height}; at most {PIXEL_LIMIT:,} pixels are allowed")
@@ -210,7 +210,7 @@ def require_recorded_size(record: Any, location: str) -> tuple[int, int]:
 def xywh_to_xyxy(subject: str, x: float, y: float, width: float, height: float) -> Box:
     """Convert a corner and a size to x1, y1, x2, y2; raise InputError for a negative size or an infinite corner."""
     if min(width, height) < 0:
-        raise InputError(f"{subject} has width {width} and height {height}; give values of at least 0")
+        raise InputError(f"{subject} has width {width} and height {height}; expected values of at least 0")
     if not math.isfinite(float(x) + float(width)) or not math.isfinite(float(y) + float(height)):
-        raise InputError(f"{subject} has a corner that is not finite; give the box in image pixels")
+        raise InputError(f"{subject} has a corner that is not finite; expected the box in image pixels")
     return x, y, x + width, y + height

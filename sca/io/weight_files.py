@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SAFETENSORS_FILE, PYTORCH_BIN_FILE = "model.safetensors", "pytorch_model.bin"
 NATIVE_WEIGHTS_FILE, NATIVE_SPEC_FILE = "weights.safetensors", "spec.json"  # checkpoint in our own layout
+RUN_CHECKPOINT = "model"  # folder of the checkpoint in that of a training run
 ADAPTER_CONFIG_FILE = "adapter_config.json"  # transformers would download the weights that it names
 SPECIAL_TOKEN_ID_FIELDS = (
     "bos_token_id",
@@ -35,6 +36,14 @@ def check_regular_files(folder: Path) -> None:
     for path in folder.iterdir():
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise InputError(f"{path} is not a regular file; remove it or copy the folder again")
+
+
+def describe_run_folder(folder: Path) -> str:
+    """Return where the checkpoint is if a folder is that of a training run; "" for any other folder."""
+    checkpoint = folder / RUN_CHECKPOINT
+    if (folder / NATIVE_SPEC_FILE).exists() or not (checkpoint / NATIVE_SPEC_FILE).is_file():
+        return ""
+    return f"{folder} is a run folder of `sca train`; the checkpoint is in {checkpoint}"
 
 
 def has_complete_weights(folder: Path, prefix: str = "") -> bool:
@@ -131,7 +140,7 @@ def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
     for name, value in ids.items():
         for token in value if isinstance(value, list) else [value]:
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise InputError(f"{name} in {file} is {value!r}; give the id of a token, or a list of ids")
+                raise InputError(f"{name} in {file} is {value!r}; expected the id of a token, or a list of ids")
     return ids
 
 
@@ -156,10 +165,13 @@ def _read_shard_names(index: Path) -> list[str]:
     try:
         shards = sorted(set(read_json(index)["weight_map"].values()))
         if any(Path(shard).name != shard for shard in shards):
-            raise ValueError("a shard is in another folder")
+            raise ValueError("a shard is in a different folder")
         return shards
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is not an index of sharded weights ({error!r}); copy it again") from error
+        reason = "no 'weight_map'" if isinstance(error, KeyError) else str(error)
+        raise InputError(
+            f"{index} is not an index of sharded weights ({reason}); download the weights again"
+        ) from error
 
 
 def describe_missing_weights(folder: Path, prefix: str = "") -> str:

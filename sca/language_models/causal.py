@@ -108,7 +108,7 @@ class CausalLanguageModel(nn.Module):
 
         Args:
             prefix: (N, K, E) prefixes.
-            max_new_tokens: Maximum tokens per caption, also limited by the positions of the model.
+            max_new_tokens: Maximum number of tokens per caption, also limited by the positions of the model.
             num_beams: Beams of beam search; 1 for greedy search or sampling.
             num_captions: Captions per region, best first.
             do_sample: Sample tokens.
@@ -122,10 +122,10 @@ class CausalLanguageModel(nn.Module):
             ValueError: `num_captions` is less than 1, or exceeds `num_beams` without sampling.
         """
         if num_captions < 1:
-            raise ValueError(f"num_captions is {num_captions}; give an integer of at least 1")
+            raise ValueError(f"num_captions is {num_captions}; expected an integer of at least 1")
         if num_captions > 1 and not do_sample and num_captions > num_beams:
             raise ValueError(
-                f"num_captions={num_captions} requires num_beams of at least {num_captions}, not {num_beams}, or "
+                f"num_captions={num_captions} requires num_beams >= {num_captions} (it is {num_beams}) or "
                 "do_sample=true"
             )
         pad_token_id, eos_token_ids = self._resolve_special_tokens()

@@ -33,7 +33,7 @@ class GgufLanguageModel(CausalLanguageModel):
             raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
         file = Path(weights).expanduser()
         if not file.is_file():
-            raise ValueError(f"no GGUF file {weights}; give weights=FILE")
+            raise ValueError(f"no GGUF file {weights}; set weights=FILE")
         load_options = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
         with translate_load_errors(weights), silence_transformers():
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **load_options)

@@ -42,7 +42,7 @@ def generate_greedy(
         run_body: Its submodule that maps embeddings to hidden states.
         compute_logits: Function from hidden states (..., E) to logits (..., V).
         prefix: (N, K, E) prefixes.
-        max_steps: Maximum tokens per caption.
+        max_steps: Maximum number of tokens per caption.
         pad_token_id: Id that fills sequences after EOS.
         eos_token_ids: EOS ids.
 

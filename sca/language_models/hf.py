@@ -1,4 +1,4 @@
-"""Causal language models of transformers by hub id or folder."""
+"""Causal language models of transformers by Hub id or folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class HfLanguageModel(CausalLanguageModel):
 
     Args:
         weights: Hub id or folder in transformers' format.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: Load `weights`; False initializes randomly from `config`, or else from the configuration stored with
             the weights.
         config: Fields of the configuration, including `model_type`.
@@ -60,7 +60,7 @@ class HfLanguageModel(CausalLanguageModel):
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
         if not isinstance(trust_remote_code, bool):
-            raise ValueError(f"trust_remote_code is {trust_remote_code!r}; give true or false")
+            raise ValueError(f"trust_remote_code is {trust_remote_code!r}; expected true or false")
         load_options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
         if weights and pretrained:
             model: PreTrainedModel = load_pretrained(

@@ -14,11 +14,11 @@ class Task:
 
     Args:
         key: Unique name of the task.
-        function: "module:function", called with `config` and `folder`. It returns a table of JSON values with the key
+        function: "module:function", called with `config` and `folder`. It returns a dict of JSON values with the key
             `state`.
         config: JSON values, with the `device` to use.
         folder: Folder for the log and other files.
-        timeout: Maximum seconds to run.
+        timeout: Time limit in seconds.
         num_gpus: Required GPUs.
         memory_gib: Required memory in GiB.
         deadline: Unix time after which the task is not started, and is stopped if running. A task stopped by its

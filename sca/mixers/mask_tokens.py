@@ -41,7 +41,7 @@ class MaskTokenMixer(nn.Module):
             (N, M, D) queries.
 
         Raises:
-            ValueError: The regions have another number of masks.
+            ValueError: The regions have the wrong number of masks.
         """
         assert regions.mask_tokens is not None  # `requires` of the card
         assert regions.grid is not None

@@ -1,4 +1,4 @@
-"""SCA's published mixer (arXiv 2312.00869): learned queries in SAM's two-way transformer."""
+"""The mixer of SCA (arXiv 2312.00869): learned queries in SAM's two-way transformer."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class QueryMixer(nn.Module):
         num_heads: Attention heads.
         mlp_dim: MLP width.
         mask_pooling: Add a projection of the image features averaged under the best mask to the queries. A small model
-            trained from scratch needs this shortcut from the image to the language model; the published model does not
-            have it.
+            trained from scratch needs this shortcut from the image to the language model; the original SCA model does
+            not have it.
     """
 
     uses_grid = True

@@ -38,7 +38,7 @@ class RoiPoolMixer(nn.Module):
         """
         if regions.boxes is None:
             raise ValueError(
-                "the mixer 'roi-pool' requires boxes; give box prompts, or use segmenter=sam, which predicts them"
+                "the mixer 'roi-pool' requires boxes; pass box prompts, or use segmenter=sam, which predicts them"
             )
         scale = regions.image_embeddings.shape[-1] / regions.image_size
         # (N, D, output_size, output_size)

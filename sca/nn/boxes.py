@@ -27,9 +27,9 @@ def rasterize_boxes(boxes: Tensor, grid_size: int, image_size: int) -> Tensor:
     """Rasterize boxes on a square grid.
 
     Args:
-        boxes: (N, 4) boxes in pixels of the square input frame.
+        boxes: (N, 4) boxes in pixels of the square model input.
         grid_size: Side of the grid in cells.
-        image_size: Side of the input frame in pixels.
+        image_size: Side of the model input in pixels.
 
     Returns:
         Masks (N, grid_size, grid_size): 1 for cells whose center is in the box, else 0.

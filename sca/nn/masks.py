@@ -15,7 +15,7 @@ def pool_under_masks(image_embeddings: Tensor, image_index: Tensor, weights: Ten
     Args:
         image_embeddings: (B, D, h, w) features.
         image_index: (N,) image of each region, sorted.
-        weights: (N, H, W) masks in 0..1 of any resolution. An empty mask averages all cells.
+        weights: (N, H, W) masks in [0, 1] of any resolution. An empty mask averages all cells.
 
     Returns:
         Means (N, D).

@@ -56,14 +56,14 @@ def load_sam2_model(weights: str, revision: str | None = None, model_type: str |
 
     Args:
         weights: Hub id or folder in transformers' format, of the image model or of the video model.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         model_type: Model that the weights must be of, a key of `MODEL_CLASSES`; None for any.
 
     Returns:
         The model with its weights, in float32.
 
     Raises:
-        InputError: The weights are those of another model or do not fit their configuration.
+        InputError: The weights belong to a different model or do not fit their configuration.
     """
     model_type = _read_model_type(weights, revision, model_type)
     _, model_class = MODEL_CLASSES[model_type]
@@ -83,7 +83,7 @@ def build_sam2_model(
 
     Args:
         weights: Hub id or folder whose configuration is used if `config` is None.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         model_type: Model, a key of `MODEL_CLASSES`; None for that of the weights, or for SAM 2.
         config: Fields that differ from the defaults of the configuration.
 
@@ -91,7 +91,7 @@ def build_sam2_model(
         The model, in float32.
 
     Raises:
-        ValueError: Neither `weights` nor `config` is set, or the model type is another one.
+        ValueError: Neither `weights` nor `config` is set, or the model type is not supported.
     """
     if config is not None:
         _check_model_type(model_type)

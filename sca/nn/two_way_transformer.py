@@ -232,7 +232,8 @@ def build_decoder_config(
     """
     if hidden_size % (2 * num_heads):
         raise ValueError(
-            f"hidden_size {hidden_size} must be a multiple of twice the {num_heads} heads: cross-attention halves it"
+            f"hidden_size ({hidden_size}) must be divisible by 2 * num_heads ({2 * num_heads}), because "
+            "cross-attention halves the hidden size"
         )
     config = SamMaskDecoderConfig(
         hidden_size=hidden_size, num_hidden_layers=depth, num_attention_heads=num_heads, mlp_dim=mlp_dim, **options

@@ -38,7 +38,7 @@ def read_captions(
     Args:
         path: File or folder, or a pipe such as /dev/stdin, as typed by a person.
         skip: Counts contents that cannot be kept. Defaults to a warning at the end.
-        roots: Folders that image names may start from. Defaults to the working folder and the folder of the file.
+        roots: Folders that image names may start from. Defaults to the current directory and the folder of the file.
             Images are opened only if the file does not record their size.
         reject: Called with an error for each damaged record. Raises it by default.
 

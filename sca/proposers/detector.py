@@ -48,7 +48,7 @@ class Detector:
 
     Args:
         weights: Hub id or folder in transformers' format.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: Load `weights`; False for random weights with a fixed seed.
         config: Fields of the configuration for random weights, including `model_type`.
         score_thresh: Minimum score.
@@ -87,7 +87,7 @@ class Detector:
         self.score_thresh, self.max_regions = score_thresh, max_regions
         if pretrained:
             if weights is None:
-                raise ValueError("no weights; give weights=FOLDER or a hub id, or pretrained=false")
+                raise ValueError("no weights; set weights to a folder or a Hub id, or pretrained=false")
             check_model_type(weights, revision, self.model_types, self.shown_types)
             # Any unused tensor is ignored, such as old buffers and other heads.
             model = load_pretrained(self.model_class, weights, revision, ("",), dtype=torch.float32)

@@ -28,14 +28,14 @@ class Florence2(Detector):
 
     Args:
         weights: Hub id or folder in transformers' format, see `Detector`.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: Load `weights`; False for random weights.
         config: Fields of the configuration for random weights, including `model_type`.
         task: "region-proposal" (boxes without names), "dense-region-caption" (boxes with phrases), "object-detection"
             (boxes with class names) or "open-vocabulary-detection" (boxes of the phrases in `text`). Defaults to the
             last with `text`, else to the first.
         text: Phrases to find, such as "red car"; one pass of the model each.
-        max_new_tokens: Maximum tokens to generate; a box takes four.
+        max_new_tokens: Maximum number of tokens to generate; a box takes four.
         max_regions: Maximum number of regions.
         device: Device of the model.
 

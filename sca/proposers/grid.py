@@ -18,7 +18,7 @@ class PointGrid:
 
     def __init__(self, points_per_side: int = 32):
         if points_per_side < 1:
-            raise ValueError(f"points_per_side is {points_per_side}; give an integer of at least 1")
+            raise ValueError(f"points_per_side is {points_per_side}; expected an integer of at least 1")
         self.points_per_side = points_per_side
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:

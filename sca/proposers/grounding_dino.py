@@ -20,7 +20,7 @@ class GroundingDino(Detector):
 
     Args:
         weights: Hub id or folder in transformers' format, see `Detector`. MM Grounding DINO is also accepted.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: Load `weights`; False for random weights.
         config: Fields of the configuration for random weights, including `model_type`.
         text: Phrases to find, such as "red car". They are converted to lower case. A period separates phrases.

@@ -18,7 +18,7 @@ class Owlv2(Detector):
 
     Args:
         weights: Hub id or folder in transformers' format, see `Detector`.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: Load `weights`; False for random weights.
         config: Fields of the configuration for random weights, including `model_type`.
         text: Phrases to find, such as "red car".

@@ -22,10 +22,10 @@ def parse_phrases(text: str | Sequence[str]) -> tuple[str, ...]:
     """
     phrases = [text] if isinstance(text, str) else list(text)
     if not phrases:
-        raise ValueError("no text to find; give --text PHRASE, or the option text=['red car', 'dog']")
+        raise ValueError("no text to find; pass --text PHRASE, or set text=['red car', 'dog']")
     for phrase in phrases:
         if not isinstance(phrase, str) or not phrase.strip():
-            raise ValueError(f"text contains {phrase!r}, which is not a phrase; give words, such as 'red car'")
+            raise ValueError(f"text contains {phrase!r}, which is not a phrase; pass words, such as 'red car'")
     return tuple(phrase.strip() for phrase in phrases)
 
 

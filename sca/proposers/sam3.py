@@ -30,7 +30,7 @@ class Sam3(Detector):
     Args:
         weights: Hub id or folder in transformers' format, see `Detector`. The detector of SAM 3's video model is also
             accepted.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: Load `weights`; False for random weights.
         config: Fields of the configuration for random weights, including `model_type`.
         text: Phrases to find, such as "red car".
@@ -127,6 +127,6 @@ def _check_boxes(boxes: Sequence[Sequence[float]], labels: Sequence[int]) -> Non
     for box in boxes:
         is_box = isinstance(box, Sequence) and len(box) == 4 and all(isinstance(each, int | float) for each in box)
         if not is_box or not (box[0] < box[2] and box[1] < box[3]):
-            raise ValueError(f"boxes contains {box!r:.80}; give boxes as [[x1, y1, x2, y2]] in pixels, with x1 < x2")
+            raise ValueError(f"boxes contains {box!r:.80}; write boxes as [[x1, y1, x2, y2]] in pixels, with x1 < x2")
     if labels and (len(labels) != len(boxes) or not all(label in (0, 1) for label in labels)):
-        raise ValueError(f"box_labels is {labels!r:.80}; give 1 or 0 for each of the {len(boxes)} boxes")
+        raise ValueError(f"box_labels is {labels!r:.80}; set 1 or 0 for each of the {len(boxes)} boxes")

@@ -60,7 +60,7 @@ class BoxSegmenter(nn.Module):
                 + self.point_embeddings(prompts.labels.long().clamp(min=0))
             )
         if prompts.boxes is not None:
-            corners = prompts.boxes.unflatten(1, (2, 2))  # (N, 2, 2) in the input frame
+            corners = prompts.boxes.unflatten(1, (2, 2))  # (N, 2, 2) in the model input
             token_groups.append(self.encode_coordinates(corners + 0.5) + self.point_embeddings.weight[2:])
         tokens = torch.cat(token_groups, dim=1)  # (N, P', D)
         return SegmenterOutput(
@@ -75,7 +75,7 @@ class BoxSegmenter(nn.Module):
         )
 
     def encode_coordinates(self, coordinates: Tensor) -> Tensor:
-        """Return the Fourier features (..., D) of coordinates (..., 2), x y in pixels of the input frame."""
+        """Return the Fourier features (..., D) of coordinates (..., 2), x y in pixels of the model input."""
         angles = 2 * torch.pi * (2 * coordinates / self.image_size - 1).to(self.frequencies.dtype) @ self.frequencies
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 

@@ -51,7 +51,7 @@ class SamSegmenter(nn.Module):
         box_masks: Also draw boxes and points into the dense prompt, so that a small model trained from scratch attends
             to the right place from its first step. SAM's own weights were trained without.
         weights: Hub id or folder.
-        revision: Revision of the hub id.
+        revision: Revision of the Hub id.
         pretrained: Load pretrained weights; False initializes randomly.
     """
 
@@ -142,7 +142,7 @@ class SamSegmenter(nn.Module):
 
         Args:
             features: (B, C, h, w) features of the encoder.
-            prompts: N prompts in pixels of the input frame.
+            prompts: N prompts in pixels of the model input.
             multimask_output: Return all candidate masks of each region (three for SAM) instead of one.
 
         Returns:
@@ -197,7 +197,7 @@ class SamSegmenter(nn.Module):
         """Embed prompts.
 
         Args:
-            prompts: N prompts in pixels of the input frame.
+            prompts: N prompts in pixels of the model input.
 
         Returns:
             Prompt tokens (N, P', D), and dense embeddings: (N, D, h, w) for mask prompts or with `box_masks`, else
@@ -366,9 +366,9 @@ def draw_prompts(prompts: PromptBatch, mask_size: int, image_size: int) -> Tenso
     A box is 1 inside and -1 outside. A point adds a Gaussian of height 2, negative for points outside the region.
 
     Args:
-        prompts: N prompts in pixels of the input frame.
+        prompts: N prompts in pixels of the model input.
         mask_size: Side of the mask prompts in cells.
-        image_size: Side S of the input frame in pixels.
+        image_size: Side S of the model input in pixels.
 
     Returns:
         Mask prompts (N, 1, mask_size, mask_size).

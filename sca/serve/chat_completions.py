@@ -92,9 +92,11 @@ class ChatRequest(RegionPrompt):
     ] = "caption"
     n: Annotated[StrictInt | None, Field(ge=1, le=MAX_BEAMS, description="Number of captions, best first.")] = None
     max_tokens: Annotated[
-        int | None, Field(ge=1, description="Maximum tokens per caption; see `max_completion_tokens`.")
+        int | None, Field(ge=1, description="Maximum number of tokens per caption; see `max_completion_tokens`.")
     ] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1, description="Maximum tokens per caption.")] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1, description="Maximum number of tokens per caption.")] = (
+        None
+    )
     temperature: Annotated[
         float | None,
         Field(ge=0, le=2, description="Sampling temperature; 0 or null chooses the likeliest tokens."),

@@ -25,9 +25,9 @@ class ServerConfig:
         dtype: Floating-point type of the model; None for that of the checkpoint.
         seed: Random seed.
         max_body_bytes: Maximum bytes per request.
-        max_pixels: Maximum pixels per image.
-        max_prompts: Maximum prompts per request; also limits the regions found in everything mode.
-        timeout: Maximum seconds to receive a request, and the same again to answer it.
+        max_pixels: Maximum number of pixels per image.
+        max_prompts: Maximum number of prompts per request; also limits the regions found in everything mode.
+        timeout: Time limit in seconds for receiving a request, and again for responding to it.
         max_queue: Maximum queued regions across all requests.
         feature_cache_bytes: Size of the image feature cache.
         max_connections: Maximum concurrent connections.

@@ -55,7 +55,7 @@ class InferenceRequest:
         return_candidates: Return all candidate masks of each prompt.
         timeout: Seconds to complete the request.
         client_id: Identity of the client; clients take turns.
-        max_regions: Maximum regions of `everything`, best first.
+        max_regions: Maximum number of regions of `everything`, best first.
     """
 
     image: Image.Image

@@ -17,9 +17,9 @@ class ServerLimits:
 
     Args:
         max_body_bytes: Maximum bytes per request.
-        max_pixels: Maximum pixels per image.
-        max_prompts: Maximum prompts per request; also limits the regions found in everything mode.
-        timeout: Maximum seconds to receive a request, and the same again to answer it.
+        max_pixels: Maximum number of pixels per image.
+        max_prompts: Maximum number of prompts per request; also limits the regions found in everything mode.
+        timeout: Time limit in seconds for receiving a request, and again for responding to it.
         max_connections: Maximum concurrent connections.
         max_points: Maximum points per prompt.
         max_points_per_request: Maximum points per request.

@@ -63,12 +63,12 @@ class RequestScheduler:
 
     Args:
         captioner: Captioner, used by the worker thread only.
-        max_regions_per_turn: Maximum regions captioned per turn. Regions that cost more than the default (beams,
-            tokens, points, large masks) count as several.
-        max_images_per_encode: Maximum images encoded together.
+        max_regions_per_turn: Maximum number of regions captioned per turn. Regions that cost more than the default
+            (beams, tokens, points, large masks) count as several.
+        max_images_per_encode: Maximum number of images encoded together.
         feature_cache_bytes: Size of the image feature cache.
         max_queue: Maximum queued regions; a search counts as one.
-        max_found_regions: Maximum regions that a search can find; None for no limit.
+        max_found_regions: Maximum number of regions that a search can find; None for no limit.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class RequestScheduler:
         """Stop after the current turn. All other requests fail with `SchedulerClosedError`.
 
         Args:
-            timeout: Maximum seconds to wait for the current turn.
+            timeout: Time limit in seconds to wait for the current turn.
         """
         with self._condition:
             self._is_closed = True

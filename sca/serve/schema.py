@@ -131,7 +131,7 @@ class EverythingParameters(StrictModel):
         Literal["box-and-point", "box", "point"] | None,
         Field(description="Prompt used to caption the regions of everything mode."),
     ] = None
-    max_regions: Annotated[int | None, Field(ge=1, description="Maximum regions, best first.")] = None
+    max_regions: Annotated[int | None, Field(ge=1, description="Maximum number of regions, best first.")] = None
 
 
 class CaptionRequest(StrictModel):
@@ -152,9 +152,9 @@ class CaptionRequest(StrictModel):
     num_captions: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="Captions per region, best first.")] = (
         None
     )
-    max_new_tokens: Annotated[int | None, Field(ge=1, le=MAX_NEW_TOKENS, description="Maximum tokens per caption.")] = (
-        None
-    )
+    max_new_tokens: Annotated[
+        int | None, Field(ge=1, le=MAX_NEW_TOKENS, description="Maximum number of tokens per caption.")
+    ] = None
     do_sample: Annotated[StrictBool, Field(description="Sample tokens instead of choosing the likeliest ones.")] = False
     temperature: Annotated[
         float | None, Field(ge=0.01, le=100, description="Sampling temperature; requires `do_sample`.")
@@ -186,7 +186,7 @@ class AlternativeCaption(BaseModel):
     """Alternative caption of a region."""
 
     caption: Annotated[str, Field(description="Text of the caption.")]
-    score: Annotated[float | None, Field(description="Score in 0..1: exponential of the mean token log-probability.")]
+    score: Annotated[float | None, Field(description="Score in [0, 1]: exponential of the mean token log-probability.")]
 
 
 class RegionResult(BaseModel):
@@ -198,7 +198,8 @@ class RegionResult(BaseModel):
     mask: Annotated[RleMask | None, Field(description="Mask of the region.")]
     caption: Annotated[str, Field(description="Caption, or class name for the task `recognition`.")]
     score: Annotated[
-        float | None, Field(description="Score of the caption in 0..1: exponential of the mean token log-probability.")
+        float | None,
+        Field(description="Score of the caption in [0, 1]: exponential of the mean token log-probability."),
     ]
     predicted_iou: Annotated[float | None, Field(description="Predicted IoU of the mask; can exceed 1.")]
     alternatives: Annotated[

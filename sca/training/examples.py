@@ -41,7 +41,7 @@ AugmentFunction = Callable[[Sample, np.random.Generator], Sample]
 
 @dataclass
 class Example:
-    """One image with R regions and T texts; boxes and points are in pixels of the S x S input frame.
+    """One image with R regions and T texts; boxes and points are in pixels of the S x S model input.
 
     Masks contain the fraction of each of the (4h, 4w) cells that the region covers.
     """
@@ -258,7 +258,7 @@ def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions
     Args:
         examples: Examples, all with the prompt kind of the first.
         pad_token_id: Id of the padding token.
-        max_regions: Maximum regions of the batch; 0 for no limit.
+        max_regions: Maximum number of regions of the batch; 0 for no limit.
 
     Returns:
         The batch, on the CPU.

@@ -65,7 +65,9 @@ class FeatureCache:
         except FileNotFoundError as error:
             raise KeyError(f"no cached features of an image of size {image.size} in {self.folder}") from error
         except ValueError as error:
-            raise ValueError(f"{self.get_path(image)} is damaged ({error}); delete it to recompute it") from error
+            raise ValueError(
+                f"{self.get_path(image)} is damaged ({error}); delete the file to recompute the features"
+            ) from error
 
     @torch.no_grad()
     def encode_missing(

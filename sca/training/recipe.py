@@ -1,6 +1,6 @@
 """Training recipes: model, data, options and loss weights in one TOML file.
 
-[model]          A `ModelSpec`; or `model = "NAME"`, a checkpoint or a zoo name to start from.
+[model]          A `ModelSpec`; or `model = "NAME"`, a checkpoint or a model name to start from.
 [data.NAME]      A `DataSource`: name of a dataset, split, weight, augment, phrases, class_name_task, and the
                  dataset's options.
 [train]          `TrainOptions`.
@@ -78,9 +78,9 @@ class SamplingOptions:
         longest_caption_prob: Probability, after both warmups, that a phrase is the region's last and longest instead
             of a random one.
         captions_per_region: Texts sampled per region; distinct ones are all trained on, from one forward pass.
-        max_regions: Maximum regions per image.
+        max_regions: Maximum number of regions per image.
         box_jitter: Standard deviation of the noise on box corners, as a fraction of the box sides.
-        max_tokens: Maximum tokens per text, including the end token.
+        max_tokens: Maximum number of tokens per text, including the end token.
     """
 
     prompt_weights: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
@@ -101,8 +101,8 @@ class TrainOptions(SamplingOptions):
     Args:
         steps: Optimizer steps.
         batch_size: Images per step, over all processes and accumulated batches.
-        max_regions_per_step: Maximum regions per step, over all processes and accumulated batches; images with few
-            regions keep all of them and the others share the rest. 0 for no limit.
+        max_regions_per_step: Maximum number of regions per step, over all processes and accumulated batches; images
+            with few regions keep all of them and the others share the rest. 0 for no limit.
         learning_rate: Peak learning rate, after `warmup_steps` and before a cosine decay to zero.
         lr_multipliers: Factors of the learning rate by trainable group (`spec.trainable`, and "heads"); 1 by default.
         adam_beta2: Decay rate of AdamW's second moment.
@@ -141,6 +141,21 @@ class TrainOptions(SamplingOptions):
     num_workers: int = 0
     save_steps: int = 500
     seed: int = 0
+
+
+RECIPE_KEYS = {  # name without its section, or in transformers -> key of a recipe, for error messages
+    "model": "model",
+    "data": "data",
+    **{each.name: f"train.{each.name}" for each in fields(TrainOptions)},
+    **dict.fromkeys(("max_steps", "num_steps", "epochs", "num_epochs", "num_train_epochs"), "train.steps"),
+    **dict.fromkeys(("per_device_train_batch_size", "train_batch_size"), "train.batch_size"),
+    "lr": "train.learning_rate",
+    "warmup_ratio": "train.warmup_steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "dataloader_num_workers": "train.num_workers",
+}
+RUN_FOLDER_NAMES = ("out", "output_dir")  # not part of a recipe
 
 
 @dataclass(frozen=True)
@@ -190,7 +205,9 @@ class DataSource:
         if weight is not None:
             check_type(f"{location}.weight", weight, float)
             if weight <= 0:
-                raise RegistryError(f"{location}.weight is {weight}; give a number greater than 0, or remove the table")
+                raise RegistryError(
+                    f"{location}.weight is {weight}; expected a number greater than 0, or remove the table"
+                )
             kwargs["weight"] = float(weight)
         if augment_table is not None:
             kwargs["augment"] = parse_augmentation(augment_table, f"{location}.augment")
@@ -224,7 +241,7 @@ class ValidationOptions:
         dataset: Table of the dataset; by default that of the first data source.
         split: Split of the dataset. Test splits are rejected, because a model selected on a split has no unbiased score
             on it.
-        max_images: Maximum images.
+        max_images: Maximum number of images.
         prompt_type: One of `sca.evaluation.predictions.PROMPT_TYPES`.
         metrics: Names of metrics; by default all that the data supports.
         metric_for_best_model: Names of scores. The model with the highest score is saved in the folder `best`; the
@@ -254,7 +271,7 @@ class ValidationOptions:
             RegistryError: A key or a value is invalid.
         """
         defaults = {each.name: getattr(cls(), each.name) for each in fields(cls)}
-        check_keys("a recipe's [validate]", table, defaults)
+        check_keys("[validate] of the recipe", table, defaults)
         for key, value in table.items():
             if key in ("metrics", "metric_for_best_model"):
                 check_list(f"validate.{key}", value, str, minimum=int(key == "metric_for_best_model"))
@@ -266,7 +283,7 @@ class ValidationOptions:
             check_range(f"validate.{key}", getattr(options, key), int, 1)
         if options.split.startswith("test"):
             raise RegistryError(
-                f"validate.split is {options.split!r}; a test split must not select the model, give 'val'"
+                f"validate.split is {options.split!r}; a test split must not select the model, use 'val'"
             )
         ComponentSpec.from_dict(options.dataset, "dataset of validate")
         return options
@@ -282,7 +299,7 @@ class Recipe:
 
     Args:
         name: Name, which is also the default name of the run folder.
-        model: Spec of a new model, or a checkpoint or zoo name to start from.
+        model: Spec of a new model, or a checkpoint or model name to start from.
         data: Data sources by name.
         train: Options of [train].
         loss: Loss weights by name.
@@ -336,7 +353,9 @@ class Recipe:
         Raises:
             RegistryError: A key or a value is invalid.
         """
-        check_keys("a recipe", table, ("summary", "source", *SECTIONS))
+        assignments = list(assignments)
+        _reject_known_names(table, assignments)
+        check_keys("the recipe", table, ("summary", "source", *SECTIONS))
         for key in ("summary", "source"):
             check_type(key, table.get(key, ""), str)
         defaults = {each.name: getattr(TrainOptions(), each.name) for each in fields(TrainOptions)}
@@ -353,7 +372,7 @@ class Recipe:
         merged = apply_overrides(merged, [each for each in assignments if each not in validate_assignments])
         _check_tables(name, merged)
         for section, expected in (("train", defaults), ("loss", DEFAULT_LOSS_WEIGHTS)):
-            check_keys(f"a recipe's [{section}]", merged[section], expected)
+            check_keys(f"[{section}] of the recipe", merged[section], expected)
             for key, value in merged[section].items():
                 check_same_type(f"{section}.{key}", value, expected[key])
         _check_train_options(merged["train"])
@@ -391,6 +410,28 @@ class Recipe:
         validation = {} if self.validate is None else {"validate": self.validate.to_dict()}
         model = self.model if isinstance(self.model, str) else self.model.to_dict()
         return {"model": model, "data": data, "train": train, "loss": dict(self.loss), **validation}
+
+
+def _reject_known_names(table: Mapping[str, Any], assignments: Iterable[str]) -> None:
+    """Raise RegistryError, with the key to use, for a key of `RECIPE_KEYS` that is in the wrong section or foreign."""
+    train_options = {each.name for each in fields(TrainOptions)}
+    problems: list[tuple[str, tuple[str, ...]]] = [
+        (f"unknown key {key!r} in the recipe", (key,)) for key in table if key not in SECTIONS
+    ]
+    train_table = table.get("train")
+    if isinstance(train_table, Mapping):
+        problems += [(f"unknown key {key!r} in [train]", ("train", key)) for key in train_table]
+    for assignment in assignments:
+        path = tuple(each.strip() for each in assignment.partition("=")[0].replace("-", "_").split("."))
+        problems.append((f"{assignment!r}: unknown key {'.'.join(path)!r}", path))
+    for problem, path in problems:
+        *sections, name = path
+        if (sections == ["train"] and name in train_options) or sections not in ([], ["train"]):
+            continue
+        if name in RUN_FOLDER_NAMES:
+            raise RegistryError(f"{problem}; the run folder is an option: --out FOLDER, or folder=... in Python")
+        if name in RECIPE_KEYS and name not in SECTIONS:
+            raise RegistryError(f"{problem}; use {RECIPE_KEYS[name]}")
 
 
 def _tuples_to_lists(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -439,6 +480,8 @@ def read_recipe_text(name: str) -> str:
         return (files("sca.training.recipes") / f"{name}.toml").read_text("utf-8")
     if name.endswith(".toml") and Path(name).is_file():
         return read_toml_text(Path(name))
+    if "=" in name:
+        raise RegistryError(f"the recipe is missing before {name!r}; write: sca train own-data model=NAME data=FOLDER")
     raise make_unknown_name_error(f"unknown recipe {name!r}, and no such TOML file", name, list_recipes())
 
 
@@ -448,7 +491,7 @@ def _check_tables(name: str, table: Mapping[str, Any]) -> None:
         if key == "model" and isinstance(table.get(key), str):
             continue
         if not isinstance(table.get(key, {}), Mapping):
-            raise RegistryError(f"{key} of the recipe {name} is {table[key]!r:.80}; give a table [{key}]")
+            raise RegistryError(f"{key} of the recipe {name} is {table[key]!r:.80}; expected a table [{key}]")
 
 
 def _read_model(table: Mapping[str, Any]) -> ModelSpec:
@@ -473,7 +516,7 @@ def _check_train_options(train: Mapping[str, Any]) -> None:
     for key in NON_NEGATIVE_OPTIONS:
         check_range(f"train.{key}", train[key], float)
     if train["adam_beta2"] >= 1:
-        raise RegistryError(f"train.adam_beta2 is {train['adam_beta2']}; give a number less than 1")
+        raise RegistryError(f"train.adam_beta2 is {train['adam_beta2']}; expected a number less than 1")
     for group, multiplier in train["lr_multipliers"].items():
         check_range(f"train.lr_multipliers.{group}", multiplier, float)
     for key in FRACTION_OPTIONS:
@@ -487,7 +530,7 @@ def _check_prompt_weights(prompt_weights: Mapping[str, Any]) -> None:
     for kind, weight in prompt_weights.items():
         check_range(f"train.prompt_weights.{kind}", weight, float)
     if not any(prompt_weights.values()):
-        raise RegistryError("train.prompt_weights are all 0; give one prompt kind a weight greater than 0")
+        raise RegistryError("train.prompt_weights are all 0; set the weight of one prompt type above 0")
 
 
 def parse_augmentation(table: Any, location: str) -> Augmentation:
@@ -515,7 +558,7 @@ def parse_augmentation(table: Any, location: str) -> Augmentation:
             check_list(f"{location}.scale_range", value, float)
             if value and not (len(value) == 2 and 0 < value[0] <= value[1]):
                 raise RegistryError(
-                    f"{location}.scale_range is {value!r}; give the minimum and maximum factor, [0.1, 2.0]"
+                    f"{location}.scale_range is {value!r}; expected the minimum and maximum factor, [0.1, 2.0]"
                 )
         else:
             check_range(f"{location}.{key}", value, float, 0, 1)

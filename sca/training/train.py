@@ -22,6 +22,7 @@ from sca.checkpoints.load import load, load_without_weights
 from sca.checkpoints.native import check_writable, save
 from sca.checkpoints.tensors import hash_weights
 from sca.data.summary import count_skipped, summarize_dataset
+from sca.hints import check_argument_names
 from sca.inference.processor import Processor
 from sca.io.run_folder import RunFolder, iter_existing_paths
 from sca.model import SegmentCaptioner
@@ -31,7 +32,7 @@ from sca.training.examples import ExampleMixture, ExampleStream, collate_example
 from sca.training.feature_cache import FeatureCache
 from sca.training.log import TrainingLog
 from sca.training.module import TrainingModule, check_lr_multipliers
-from sca.training.recipe import DEFAULT_LOSS_WEIGHTS, Recipe, TrainOptions
+from sca.training.recipe import DEFAULT_LOSS_WEIGHTS, RECIPE_KEYS, Recipe, TrainOptions
 from sca.training.sharding import gather_tensors
 from sca.training.trainer import CaptionTrainer
 from sca.training.validation import ValidationCallback
@@ -40,6 +41,10 @@ MODEL_FILES = ("spec.json", "weights.safetensors", "origin.json", "tokenizer/*")
 RESUME_FILES = ("best.json", "checkpoint-#/*", "validation/step-#/*")  # files of an unfinished run
 OUTPUT_FILES = (*RESUME_FILES, *(f"{folder}/{name}" for folder in ("model", "best") for name in MODEL_FILES))
 NO_TOKENIZER_MESSAGE = "the language model has no tokenizer; set language_model.tokenizer=FOLDER"
+CHANGE_HINTS = {  # argument that `train` does not have -> the change to the recipe
+    name: f'Change the recipe: changes=["{key}=VALUE"].' for name, key in RECIPE_KEYS.items()
+}
+ONE_PROCESS_HINT = ", or train in one process: train.num_processes=1, on GPUs with CUDA_VISIBLE_DEVICES=0"
 RESULT_NEUTRAL_OPTIONS = tuple(  # options that do not change the result of a step
     f"train.{name}"
     for name in (
@@ -55,6 +60,7 @@ RESULT_NEUTRAL_OPTIONS = tuple(  # options that do not change the result of a st
 )
 
 
+@check_argument_names(hints=CHANGE_HINTS)
 def train(
     recipe: Recipe | str | Path,
     folder: str | Path | None = None,
@@ -68,31 +74,37 @@ def train(
     trust_remote_code: bool = False,
     allow_external: bool = False,
 ) -> SegmentCaptioner:
-    """Train a recipe and write `folder/model`, and `folder/best` if it is validated.
+    """Train a model from a recipe.
+
+    Writes the final model to `folder/model` and, if the recipe has validation, the best model to `folder/best`.
 
     Runs as a single process, or as one of several that a launcher started (torchrun, accelerate launch). Each process
-    takes its share of a step's images, and the first one writes. The gradients of a step do not depend on the number of
-    processes.
+    takes its share of each batch, and the first process writes the files. The gradients of a step do not depend on the
+    number of processes.
 
     Args:
         recipe: Recipe, name of a bundled recipe, or path of a TOML file.
         folder: Run folder; "runs/NAME" by default. An interrupted run of the same recipe and data in it is resumed.
         resume: Resume an interrupted run; False to start it over.
-        quiet: Show no progress bar and no training log.
-        changes: Changes to the recipe, such as "train.steps=200".
-        overwrite: Delete the outputs of a run of another recipe or other data from the folder.
-        set_aside: Rename the folder of such a run instead. By default only if neither `folder` nor `overwrite` is set.
-        report: Called with each message for the user: the contents of the datasets and what was skipped, scores that
-            cannot select the best model, and the new folder of another run.
-        trust_remote_code: Allow the checkpoint that training starts from to run code, see `sca.load`.
+        quiet: Suppress the progress bar and the training log.
+        changes: Overrides of the recipe, such as "train.steps=200".
+        overwrite: If the folder contains a run with a different recipe or different data, delete the outputs of that
+            run.
+        set_aside: If the folder contains such a run, rename the folder instead of failing. None means True if neither
+            `folder` nor `overwrite` is set.
+        report: Called with each message for the user: summaries of the datasets and their skipped items, a warning if
+            a score cannot be used to select the best model, and the new path of a renamed run folder.
+        trust_remote_code: Allow the checkpoint that training starts from to run its own code; see `sca.load`.
         allow_external: Allow that checkpoint to refer to files outside its folder, to other repositories and to URLs.
 
     Returns:
         The trained model in eval mode.
 
     Raises:
-        ValueError: The recipe, or something that it names, cannot be read.
-        OutputError: The folder contains another run, files that `sca train` did not write, or an input.
+        TypeError: Unknown keyword argument; the message suggests the closest one.
+        ValueError: The recipe, or a file or component that it refers to, cannot be read.
+        OutputError: The folder contains a different run, files that `sca train` did not write, or an input of this run,
+            such as its dataset.
         LockedError: Another process is training in the folder.
     """
     if not isinstance(recipe, Recipe):
@@ -111,7 +123,7 @@ def train(
         if run_folder is not None:
             run_folder.finish()
             if run_folder.earlier_run_path is not None:
-                report(f"{folder} contained another run, which is now in {run_folder.earlier_run_path}")
+                report(f"{folder} contained a different run, which is now in {run_folder.earlier_run_path}")
     return model
 
 
@@ -225,6 +237,7 @@ def compute_images_per_process(options: TrainOptions, num_processes: int) -> int
         raise RegistryError(
             f"train.batch_size={options.batch_size} is not a multiple of {num_processes} processes x "
             f"train.gradient_accumulation_steps={options.gradient_accumulation_steps}; change one of them"
+            f"{ONE_PROCESS_HINT if num_processes > 1 else ''}"
         )
     return options.batch_size // num_parts
 
@@ -258,7 +271,7 @@ def prepare_training(
 
     Args:
         recipe: Recipe.
-        trust_remote_code: Allow the checkpoint that training starts from to run code, see `sca.load`.
+        trust_remote_code: Allow the checkpoint that training starts from to run its own code; see `sca.load`.
         allow_external: Allow that checkpoint to refer to files outside its folder, to other repositories and to URLs.
 
     Returns:

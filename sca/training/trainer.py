@@ -154,7 +154,7 @@ class CaptionTrainer(Trainer):
         missing, unexpected = load_full_tensors(self.model, state)
         if set(missing) != frozen & self.model.state_dict().keys() or unexpected:
             raise RegistryError(
-                f"{resume_from_checkpoint} belongs to another model; choose another folder, or overwrite the run"
+                f"{resume_from_checkpoint} belongs to a different model; choose another folder, or overwrite the run"
             )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

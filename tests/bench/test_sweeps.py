@@ -92,25 +92,29 @@ def test_row_key_depends_only_on_the_configuration(make_sweep):
     ("old", "new", "message"),
     [
         ('"roi-pool"', '"roi-pol"', "Did you mean 'roi-pool'"),
-        ('["roi-pool", "mask-tokens"]', "[]", "the axis 'mixer' .* give a list of one or more"),
-        ('["roi-pool", "mask-tokens"]', '"roi-pool"', "give a list"),
+        ('["roi-pool", "mask-tokens"]', "[]", "the axis 'mixer' .* expected a list of one or more"),
+        ('["roi-pool", "mask-tokens"]', '"roi-pool"', "expected a list"),
         ("[benchmark]", "[benchmrk]", "Did you mean 'benchmark'"),
         ("max_new_tokens = 2", "max_tokens = 2", "Did you mean 'max_new_tokens'"),
         ("[axes]", "seeds = []\n[axes]", "unknown field 'seeds'"),
         ("task_tokens = 2", "task_token = 2", "Did you mean 'task_tokens'"),
         ("[axes]", "[axes", "is not valid TOML"),
-        ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds is 4294967296; give an integer from 0 to"),
-        ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = []\n[axes]', "tasks is .*; give a list of 1 or more"),
-        ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = []\n[axes]', "metrics is .*; give a list of 1 or more"),
+        ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds is 4294967296; expected an integer from 0 to"),
+        ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = []\n[axes]', "tasks is .*; expected a list of 1 or more"),
+        (
+            "[axes]",
+            '[evaluate]\ndataset = "scenes"\nmetrics = []\n[axes]',
+            "metrics is .*; expected a list of 1 or more",
+        ),
         (
             "[axes]",
             '[evaluate]\ndataset = "scenes"\ngeneration = { num_beams = 0 }\n[axes]',
-            "evaluate.generation.num_beams is 0; give an integer of at least 1",
+            "evaluate.generation.num_beams is 0; expected an integer of at least 1",
         ),
         (
             "[axes]",
             '[evaluate]\ndataset = "scenes"\ngeneration = { num_beams = "x" }\n[axes]',
-            "evaluate.generation.num_beams is 'x'; give an integer",
+            "evaluate.generation.num_beams is 'x'; expected an integer",
         ),
     ],
 )
@@ -164,13 +168,13 @@ VALUES_OF_WRONG_TYPE = {
     "part": (3, True, [1], {}),
 }
 TYPE_MESSAGES = {
-    str: "give text",
-    int: "give an integer",
-    float: "give a number",
-    bool: "give true or false",
-    list: "give a list of",
-    dict: "give a table",
-    "part": "give a name, or a table with a name",
+    str: "expected a string",
+    int: "expected an integer",
+    float: "expected a number",
+    bool: "expected true or false",
+    list: "expected a list of",
+    dict: "expected a table",
+    "part": "expected a name, or a dict or table with a name",
 }
 
 
@@ -212,7 +216,7 @@ def test_sweep_read_reports_text_that_is_not_utf8(tmp_path):
     ("old", "new", "message"),
     [
         ('mixer = ["roi-pool"', 'mixer = [{ name = "roi-pool", dpth = 2 }', "mixer 'roi-pool' has no option 'dpth'"),
-        ("image_size = 64", 'image_size = "64"', "encoder 'tiny-vit': image_size is '64'; give an integer"),
+        ("image_size = 64", 'image_size = "64"', "encoder 'tiny-vit': image_size is '64'; expected an integer"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = ["cidr"]\n[axes]', "no metrics named 'cidr'"),
         ("[axes]", '[evaluate]\ndataset = "scene"\n[axes]', "no datasets named 'scene'"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nprompt_type = "circle"\n[axes]', "prompt_type is 'circle'"),
@@ -225,7 +229,7 @@ def test_sweep_read_reports_text_that_is_not_utf8(tmp_path):
         (
             "[axes]",
             '[evaluate]\ndataset = "scenes"\ngeneration = { temperature = "x" }\n[axes]',
-            "evaluate.generation.temperature is 'x'; give a number",
+            "evaluate.generation.temperature is 'x'; expected a number",
         ),
         (
             "[axes]",
@@ -233,7 +237,11 @@ def test_sweep_read_reports_text_that_is_not_utf8(tmp_path):
             "metric 'class': needs task=recognition, truth.name",
         ),
         ("task_tokens = 2", "task_tokens = 2\ngeneration = { beans = 3 }", "generation has no option 'beans'"),
-        ("[axes]", "[train]\nprompt_weights = { circle = 1.0 }\n[axes]", "train.prompt_weights has no 'circle'"),
+        (
+            "[axes]",
+            "[train]\nprompt_weights = { circle = 1.0 }\n[axes]",
+            "unknown key 'circle' in train.prompt_weights",
+        ),
         ("[axes]", '[train]\nrecipe = "sca-tny"\n[axes]', "Did you mean 'sca-tiny'"),
         (
             "task_tokens = 2",
@@ -263,7 +271,7 @@ def test_run_sweep_rejects_missing_extra_before_the_first_row(make_sweep, tmp_pa
         SMALL_SWEEP.replace("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = ["meteor"]\n[axes]'),
     ):
         with pytest.raises(
-            RegistryError, match=r"needs extra: \w+\. Install it: pip install 'segment-caption-anything"
+            RegistryError, match=r"needs the extra '\w+'; install it with: pip install 'segment-caption-anything"
         ):
             run_sweep(make_sweep(text), tmp_path / "out", launcher_options={"num_workers": 1}, report=lambda line: None)
 
@@ -273,7 +281,7 @@ def test_sweep_axis_sets_option_of_shorthand_value(make_sweep):
         SMALL_SWEEP.replace("[axes]", '[axes]\n"lora.rank" = [2, 4]').replace("task_tokens = 2", "lora = 8")
     ).list_rows()
     assert sorted({row.config["model"]["lora"]["rank"] for row in rows}) == [2, 4]
-    with pytest.raises(RegistryError, match=r"model\.task_tokens is 2; give a table"):
+    with pytest.raises(RegistryError, match=r"model\.task_tokens is 2; expected a table"):
         make_sweep(SMALL_SWEEP.replace("[axes]", '[axes]\n"task_tokens.x" = [2, 4]'))
 
 

@@ -59,13 +59,13 @@ def test_captioner_factory_builds_most_frequent_on_any_device():
         ("blip-bass", "Did you mean 'blip-base'.*encoder.captioner"),
         ("sam-vit-b+blip-bass", "no captioner is named 'blip-bass'. Did you mean 'blip-base'"),
         ("sam-vit-c+blip-base", "no encoders named 'sam-vit-c'. Did you mean 'sam-vit-"),
-        ("sam-vit-b+query+gpt2", "no trained weights; give a checkpoint folder"),
+        ("sam-vit-b+query+gpt2", "mixer is untrained; pass a checkpoint folder"),
         ("sam-vit-b+most-frequent dataset=scenes", "no option 'encoder'"),
         ("nearest-neighbor dataset=scenes", "requires the option 'encoder'"),
         ("blip-base vcott=true", "no option 'vcott'. Did you mean 'vcot'"),
         ("sca-tiny vcot=true", "the model 'sca-tiny' has no option 'vcot'"),
         ("sca-tiny dtype=float33", "unknown dtype 'float33'. Did you mean 'float32'"),
-        ("blip-base 'batch_size", "a captioner is 'NAME"),
+        ("blip-base 'batch_size", "a captioner must have the form 'NAME"),
     ],
 )
 def test_captioner_factory_rejects_unknown_names_and_options_with_suggestions(source, message):
@@ -180,7 +180,7 @@ def test_caption_command_runs_the_most_frequent_baseline(run_cli):
             ("--box", "1,1,9,9", "--num-captions", "2"),
             "generation option 'num_captions'",
         ),
-        ("sam-vit-b+query+gpt2", ("--box", "1,1,9,9"), "give a checkpoint folder"),
+        ("sam-vit-b+query+gpt2", ("--box", "1,1,9,9"), "pass a checkpoint folder"),
     ],
 )
 def test_caption_command_reports_invalid_requests_in_one_line(run_cli, weights_folder, model, arguments, message):

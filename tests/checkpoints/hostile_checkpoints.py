@@ -22,7 +22,7 @@ HOSTILE_CODE = (
 
 
 def list_hostile_values(outside_folder: Path, model_folder: str) -> list[Any]:
-    """Return hostile values for a string field: paths, URLs, hub ids, code, escapes, wrong types and sizes."""
+    """Return hostile values for a string field: paths, URLs, Hub ids, code, escapes, wrong types and sizes."""
     return [
         str(outside_folder / "secret"),
         str(outside_folder / "attacker.py"),

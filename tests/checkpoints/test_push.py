@@ -4,13 +4,16 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from sca_registry import zoo
 
+import sca
 import sca.checkpoints.push
 from sca.checkpoints.push import push_checkpoint, render_card
-from sca.io.errors import InputError
+from sca.io.errors import InputError, OutputError
 
 HOSTILE_TEXT = "x | y\n# Head\n<script>alert(1)</script> [link](javascript:x) ![](http://evil/a.png) `\x1b[31m` @all"
 
@@ -84,6 +87,53 @@ def test_push_rejects_an_incomplete_checkpoint(model_folder, uploaded_files, nam
     assert not uploaded_files
 
 
+@pytest.fixture
+def run_folder(model_folder, tmp_path):
+    """The folder of a training run."""
+    (tmp_path / "run").mkdir()
+    model_folder.rename(tmp_path / "run/model")
+    return tmp_path / "run"
+
+
+def test_push_and_load_point_to_the_checkpoint_of_a_run_folder(run_folder, uploaded_files, monkeypatch):
+    message = f"{run_folder} is a run folder of `sca train`; the checkpoint is in {run_folder / 'model'}"
+    functions = [lambda folder: push_checkpoint(folder, "me/model"), lambda folder: render_card(folder, "me/model")]
+    for function in (*functions, sca.load, sca.load_captioner):
+        with pytest.raises(InputError) as caught:
+            function(run_folder)
+        assert str(caught.value) == message
+    monkeypatch.chdir(run_folder.parent)
+    for function in (sca.load, sca.load_captioner):
+        with pytest.raises(ValueError, match=r"; for the model of the training run, write \./run/model"):
+            function("run")
+
+
+class FakeResponse:
+    headers: ClassVar = {}
+    request = None
+
+    def __init__(self, status_code):
+        self.status_code = status_code
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (HfHubHTTPError("Unauthorized", response=FakeResponse(401)), "set HF_TOKEN to a token with write access"),
+        (HfHubHTTPError("Forbidden", response=FakeResponse(403)), "set HF_TOKEN to a token with write access"),
+        (HfHubHTTPError("Bad Gateway", response=FakeResponse(502)), "try again"),
+        (ConnectionRefusedError(111, "Connection refused"), "check the network and HF_ENDPOINT"),
+    ],
+)
+def test_push_suggests_a_token_only_if_access_is_denied(model_folder, uploaded_files, monkeypatch, error, fix):
+    def raise_error(*_, **__):
+        raise error
+
+    monkeypatch.setattr(sca.checkpoints.push.HfApi, "create_repo", raise_error)
+    with pytest.raises(OutputError, match=rf"^cannot upload to me/model \(.*\); {fix}$"):
+        push_checkpoint(model_folder, "me/model")
+
+
 @pytest.mark.parametrize("name", ["origin.json", "spec.json"])
 def test_render_card_rejects_links_out_of_the_checkpoint(model_folder, tmp_path, name):
     (model_folder / name).rename(tmp_path / "secret")
@@ -132,6 +182,6 @@ def test_render_card_escapes_untrusted_text(model_folder, tmp_path):
 @pytest.mark.parametrize("content", ["[1]", "[" * 100_000, "{"])
 def test_render_card_reports_a_damaged_origin_in_one_line(model_folder, content):
     (model_folder / "origin.json").write_text(content)
-    with pytest.raises(ValueError, match=r"origin\.json is not") as caught:
+    with pytest.raises(ValueError, match=r"origin\.json (does not contain a JSON object|is not valid JSON)") as caught:
         render_card(model_folder, "me/model")
     assert "\n" not in str(caught.value)

@@ -124,14 +124,17 @@ def test_caption_reads_prompts_from_folder_of_labelme_files(working_folder, run_
     arguments = ("caption", "photos", "--prompts", "photos", "--model", checkpoint, "--out", "out")
     result = run_sca(*arguments)
     assert result.status == 2
-    assert "sca: photos/c.json is not a LabelMe file (no 'shapes'); name it by itself, or move it" in result.err
+    assert (
+        "sca: photos/c.json is not a LabelMe file (it has no 'shapes'); move it out of the folder, or pass it to "
+        "--prompts by itself" in result.err
+    )
     assert any("c.png: photos has no regions for it" in line for line in result.err)
     lines = [json.loads(line) for line in (working_folder / "out/captions.jsonl").read_text().splitlines()]
     assert [(line["image"], line["prompt"]["box"]) for line in lines] == [
         (f"photos/{name}.png", [10, 10, 31, 31]) for name in "ab"
     ]
     (working_folder / "photos/c.json").write_text(json.dumps(LABELME_FILE | {"imagePath": "c.png"}))
-    assert "contains another run" in run_sca(*arguments).err[-1]
+    assert "contains a different run" in run_sca(*arguments).err[-1]
     (working_folder / "labels").mkdir()
     result_without_files = run_sca("caption", "photos", "--prompts", "labels", "--model", checkpoint)
     assert result_without_files.err == ["sca: no .json files in labels; a folder of prompts contains LabelMe files"]

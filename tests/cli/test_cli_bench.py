@@ -1,9 +1,12 @@
 """`sca bench` from a sweep to its report."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 SWEEP_TOML = """
 [model]
 segmenter = "box"
@@ -45,11 +48,27 @@ def test_bench_runs_reports_repeats_and_compares_a_sweep(run_sca, sweep_file, wo
     assert run_sca("bench", "report", "runs/bench/mine").status == 0
     for suffix in ("html", "md", "csv"):
         assert "mask-tokens" in (working_folder / f"runs/bench/mine/report.{suffix}").read_text()
+    (working_folder / "runs/bench/mine/report.html").unlink()
+    assert run_sca("bench", "report", "runs/bench/mine").status == 0
     quiet_result = run_sca("bench", "run", sweep_file, "num_workers=1", "--out", "again", "--quiet")
     assert quiet_result.err == []
     diff_output = run_sca("bench", "diff", "runs/bench/mine", "again").out
     assert diff_output.startswith("2 rows in both, 0 only in the first, 0 only in the second")
     assert "timings: " in diff_output
+
+
+def test_bench_report_replaces_only_tables_of_a_report(run_sca, get_sca_error, working_folder):
+    folder = working_folder / "results"
+    shutil.copytree(ROOT / "benchmarks/results/mixers", folder)
+    assert {path.name for path in folder.iterdir()} >= {"results.jsonl", "report.md"}
+    assert run_sca("bench", "report", "results").status == 0
+    (folder / "report.html").unlink()
+    assert run_sca("bench", "report", "results").status == 0
+    (folder / "report.csv").write_text("my,own\n1,2\n")
+    assert "report.csv exists and is not a table of a report; choose another --out" in get_sca_error(
+        2, "bench", "report", "results"
+    )
+    assert (folder / "report.csv").read_text() == "my,own\n1,2\n"
 
 
 @pytest.mark.slow
@@ -94,12 +113,12 @@ def test_bench_run_throughput_on_cpu_selects_cpu_sweep(run_sca, working_folder, 
     monkeypatch.setattr(runner, "run_sweep", record_call)
     result = run_sca("bench", "run", "throughput", "device=cpu", "num_workers=1")
     assert recorded_calls == [("throughput-cpu", "runs/bench/throughput-cpu", {"num_workers": 1})]
-    assert "sca bench published" in result.err[0]
+    assert "sca bench speedup" in result.err[0]
 
 
 @pytest.mark.slow
-def test_bench_published_prints_ratios_and_rejects_unknown_part(run_sca, get_sca_error):
-    result = run_sca("bench", "published", "tiny", "--num-repeats", 1)
+def test_bench_speedup_prints_ratios_and_rejects_unknown_part(run_sca, get_sca_error):
+    result = run_sca("bench", "speedup", "tiny", "--num-repeats", 1)
     assert result.status == 0, result.err
     assert "same captions: True" in result.out
-    assert "unknown part 'tinny'" in get_sca_error(2, "bench", "published", "tinny")
+    assert "unknown part 'tinny'" in get_sca_error(2, "bench", "speedup", "tinny")

@@ -342,7 +342,7 @@ def test_caption_quiet_suppresses_log_lines_but_not_the_result(run_sca, checkpoi
     assert result_on_stdout.err == []
 
 
-@pytest.mark.parametrize(("name", "domain"), [("sca-tiny", "drawn scenes"), ("sca-street", "street photographs")])
+@pytest.mark.parametrize(("name", "domain"), [("sca-tiny", "synthetic scenes"), ("sca-street", "street photographs")])
 @pytest.mark.slow
 def test_caption_notes_narrow_training_domain_once(run_sca, write_image, monkeypatch, checkpoint, name, domain):
     from sca.inference.caption_job import CaptionJob
@@ -445,7 +445,7 @@ def test_caption_max_regions_keeps_highest_ranked_regions(caption_to_records, ru
     assert (result.status, result.err) == (2, ["sca: --max-regions can only be used with --everything"])
     predictor = Predictor(load_captioner(checkpoint))
     predictor.set_image(Image.open("a.png").convert("RGB"))
-    with pytest.raises(ValueError, match="max_regions is 0; give an integer of at least 1"):
+    with pytest.raises(ValueError, match="max_regions is 0; expected an integer of at least 1"):
         caption_everything(predictor, max_regions=0)
 
 

@@ -59,7 +59,7 @@ def test_data_view_shows_samples_before_and_after_augmentation(coco_folder, run_
     assert any(phrase in page for sample in scenes for region in sample.regions for phrase in region.phrases)
     typo_result = run_sca("data", "view", "coco", f"root='{coco_folder}'", "--augment", "{flop_prob=1.0}")
     assert typo_result.status == 2
-    assert "--augment has no 'flop_prob'. Did you mean 'flip_prob'" in typo_result.err[0]
+    assert "unknown key 'flop_prob' in --augment. Did you mean 'flip_prob'" in typo_result.err[0]
 
 
 @pytest.mark.parametrize("folder", [".", "/", "there"])

@@ -26,31 +26,31 @@ def model_arguments(checkpoint):
 @pytest.mark.parametrize(
     ("options", "expected_message"),
     {
-        ("--box", "1,2,x,9"): "'x' in '1,2,x,9' is not a finite number; a box is 4 numbers x1,y1,x2,y2",
+        ("--box", "1,2,x,9"): "'x' in '1,2,x,9' is not a finite number; write a box as 4 numbers x1,y1,x2,y2",
         ("--box", "nan,2,3,9"): "'nan' in 'nan,2,3,9' is not a finite number",
-        ("--box", "1,2,3"): "a box is 4 numbers x1,y1,x2,y2 in pixels, not '1,2,3'",
-        ("--point", "1"): "a point is x,y",
-        ("--point", "1,2,7"): "is not 1 or 0",
+        ("--box", "1,2,3"): "cannot parse '1,2,3'; write a box as 4 numbers x1,y1,x2,y2 in pixels",
+        ("--point", "1"): "cannot parse '1'; write a point as x,y",
+        ("--point", "1,2,7"): "must be 1 or 0",
         ("--region", "bax=1,2,3,4"): "'bax' is not a field of a region; write any of box=",
         ("--region", "mask=none.png"): "cannot read the mask none.png",
         ("--region", ""): "is empty",
         ("--prompts", "none.json"): "cannot read the prompts none.json",
         ("--prompts", "a.png"): "not UTF-8 text",
-        (): "no regions to caption; give --box, --point, --mask, --region or --prompts",
-        (*BOX_ARGUMENTS, "--everything"): "--everything excludes --box",
-        (*BOX_ARGUMENTS, "--prompts", "none.json"): "--prompts excludes --box",
+        (): "no regions to caption; pass --box, --point, --mask, --region or --prompts",
+        (*BOX_ARGUMENTS, "--everything"): "--everything cannot be combined with --box",
+        (*BOX_ARGUMENTS, "--prompts", "none.json"): "--prompts cannot be combined with --box",
         (*BOX_ARGUMENTS, "--points-per-side", 3): "--points-per-side can only be used with --everything",
         (*BOX_ARGUMENTS, "--proposer", "grid"): "--proposer can only be used with --everything",
         ("--everything", "--proposer", "grid", "--points-per-side", 3): "omit --points-per-side and --crop-n-layers",
         ("--text", "car"): "--text requires --proposer with a proposer that takes text, such as owlv2-base",
         ("--proposer", "grid", "--text", "car"): "the proposer 'grid' takes no text; omit it, or use another one",
-        ("--proposer", "owlv2-base"): "no text to find; give --text PHRASE",
+        ("--proposer", "owlv2-base"): "no text to find; pass --text PHRASE",
         ("--proposer", "owlv2-base", "--text", " "): "text contains ' ', which is not a phrase",
         ("--proposer", "owlv2-base text=car", "--text", "dog"): "has its text twice; omit the option text or --text",
         (*BOX_ARGUMENTS, "--temperature", 2): "--temperature can only be used with --do-sample",
         (*BOX_ARGUMENTS, "--top-p", 0.9): "--top-p can only be used with --do-sample",
         ("--everything", "--proposer", "gird"): "Did you mean 'grid'?",
-        ("--everything", "--proposer", "grid 'points"): "proposer is 'NAME [key=value]...'",
+        ("--everything", "--proposer", "grid 'points"): "proposer must have the form 'NAME [key=value]...'",
         (
             "--everything",
             "--caption-from",
@@ -61,7 +61,7 @@ def model_arguments(checkpoint):
         ),
         ("--everything", "--pred-iou-thresh", 2): "--pred-iou-thresh",
         ("--everything", "--points-per-side", 0): "--points-per-side",
-        (*BOX_ARGUMENTS, "--format", "png"): "--format png requires --out; give an output folder",
+        (*BOX_ARGUMENTS, "--format", "png"): "--format png requires --out; pass an output folder",
         (*BOX_ARGUMENTS, "--out", "o", "--format", "pgn"): "Did you mean 'png'?",
         (*BOX_ARGUMENTS, "--out", "o", "--format", ""): "Choose from: jsonl, coco, parquet",
         (*BOX_ARGUMENTS, "--out", "-", "--format", "coco"): "--out - writes JSONL only",
@@ -81,7 +81,7 @@ def model_arguments(checkpoint):
         ("--box", "20,20,20,30"): "a.png: the box 20,20,20,30 is empty",
         ("--box", "70,0,80,9"): "a.png: the box 70,0,80,9 is outside the 64 x 48 image",
         ("--point", "64,0"): "a.png: the point 64,0,1 is outside the 64 x 48 image",
-        ("--region", "mask=small.png"): "a.png: the mask is 3 x 3, the image 64 x 48",
+        ("--region", "mask=small.png"): "a.png: the mask is 3 x 3, but the image is 64 x 48",
         ("--region", "mask=black.png"): "a.png: the mask is empty",
     }.items(),
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
@@ -118,12 +118,28 @@ def test_caption_reports_invalid_options_before_importing_torch(write_image, opt
     [
         (["caption", "x.png", "--num-return-sequences", "3"], "--num-return-sequences. Use --num-captions."),
         (["train", "own-data", "--lora-r=8"], "--lora-r. Set the rank with lora=8."),
-        (["train", "sca-tiny", "--weight-decay", "0.1"], "key=value arguments, without dashes."),
+        (["train", "sca-tiny", "--depth", "3"], "key=value arguments, without dashes."),
+        (["train", "own-data", "--model", "x"], "No such option: --model. Use model=VALUE, without dashes. See: "),
+        (["train", "own-data", "--data=x"], "No such option: --data. Use data=VALUE, without dashes. See: "),
+        (["train", "own-data", "--max-steps=3"], "option: --max-steps. Use train.steps=VALUE, without dashes. See: "),
+        (["train", "own-data", "--batch-size=3"], "--batch-size. Use train.batch_size=VALUE, without dashes. See: "),
+        (["train", "own-data", "--lr", "0.1"], "--lr. Use train.learning_rate=VALUE, without dashes. See: "),
+        (["train", "own-data", "--output-dir", "x"], "No such option: --output-dir. Use --out. See: "),
+        (["train", "own-data", "--over-write"], "(Possible options: --overwrite). Settings other than options are key"),
+        (["serve", "--max-request-size", "3"], "No such option: --max-request-size. Use --max-body-mb. See: "),
+        (["serve", "--limit-request-size", "3"], "option: --limit-request-size. Use --max-body-mb. See: "),
+        (["push", "x", "--repo-id", "a/b"], "--repo-id. Give the repository as the second argument: sca push FOLDER"),
         (["serve", "--max-body-size", "3"], "(Possible options: --max-body-mb). See: sca serve --help"),
     ],
 )
 def test_command_reports_unknown_option_with_what_to_use_instead(get_sca_error, arguments, hint):
     assert hint in get_sca_error(2, *arguments)
+
+
+def test_train_reports_a_missing_recipe(get_sca_error):
+    assert get_sca_error(2, "train", "model=sca-tiny", "data=photos") == (
+        "the recipe is missing before 'model=sca-tiny'; write: sca train own-data model=NAME data=FOLDER"
+    )
 
 
 def test_caption_without_images_is_a_usage_error(get_sca_error, model_arguments):

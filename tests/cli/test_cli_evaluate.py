@@ -45,7 +45,7 @@ def test_evaluate_json_writes_only_json_to_stdout(evaluate_on_scenes):
         (("scenes", "--prompt-type", "bax"), "Did you mean 'box'?"),
         (("scenes", "--device", "gpu"), "device 'gpu' is not available"),
         (("scenes", "--max-images", "0"), "'--max-images'"),
-        (("coco",), "give root=FOLDER"),
+        (("coco",), "set root=FOLDER"),
         (("coco", "root=/nowhere"), "missing: /nowhere/val.json"),
     ],
     ids=str,

@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 
+import catalogue
 import pytest
+import sca_registry
 from sca_registry import zoo
 
 from sca.cli import COMMANDS as COMMANDS_BY_PANEL
@@ -74,6 +76,24 @@ def test_help_groups_the_commands_and_fits_a_screen(run_sca, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        (("caption",), "sca caption [OPTIONS] IMAGE..."),
+        (("convert",), "sca convert [OPTIONS] CAPTIONS OUT"),
+        (("view",), "sca view [OPTIONS] CAPTIONS [OTHER]"),
+        (("plan",), "sca plan [OPTIONS] MODEL [KEY=VALUE]..."),
+        (("report",), "sca report [OPTIONS] PREDICTIONS... [KEY=VALUE]..."),
+        (("bench", "run"), "sca bench run [OPTIONS] SWEEP [KEY=VALUE]..."),
+    ],
+)
+def test_help_shows_arguments_in_capitals_and_no_python_types(run_sca, monkeypatch, command, usage):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run_sca(*command, "--help").out
+    assert text.splitlines()[0] == f"Usage: {usage}"
+    assert not re.search(r"<\w+.*>", text)
+
+
+@pytest.mark.parametrize(
     ("command_line", "expected"),
     [
         ("sca ca", ["caption"]),
@@ -137,6 +157,54 @@ def test_list_without_kind_lists_all_kinds_and_names(run_sca):
     assert "Apache-2.0" in run_sca("list", "mixers", "--long").out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["*sam2.1*tiny"], {"sam2.1-hiera-tiny"}),
+        (["encoders", "SAM-VIT-?"], {"sam-vit-b", "sam-vit-l", "sam-vit-h"}),
+        (["mixer", "query"], {"query"}),
+        (["mixers", "--search", "OSPREY"], {"masked-pool"}),
+        (["sam3*", "--search", "sam license"], {"sam3-tracker"}),
+        (["models", "--search", "street"], {"sca-street"}),
+    ],
+)
+def test_list_filters_by_wildcard_and_text(run_sca, arguments, names):
+    assert {row["name"] for row in json.loads(run_sca("list", *arguments, "--json").out)} == names
+
+
+def test_list_reports_a_filter_without_a_match(get_sca_error):
+    assert get_sca_error(2, "list", "foo*").startswith("nothing matches 'foo*'")
+    assert get_sca_error(2, "list", "encoders", "--search", "no such text").startswith("nothing matches 'no such")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "line"),
+    [
+        ("encoder", "sam2.1-hiera-tiny", "default segmenter: sam2"),
+        ("segmenter", "sam", "provides: masks, boxes, grid"),
+        ("segmenter", "box", "requires: none"),
+        ("mixer", "mask-tokens", "requires: masks, grid"),
+        ("mixer", "query", "requires: none; masks with mask_pooling"),
+    ],
+)
+def test_show_prints_what_a_component_provides_and_requires(run_sca, kind, name, line):
+    lines = [re.sub(" +", " ", each) for each in run_sca("show", kind, name).out.splitlines()]
+    assert line in lines
+
+
+def test_show_prints_what_a_registered_component_requires(run_sca, monkeypatch):
+    monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))
+
+    class Demanding:
+        requires = ("masks",)
+
+        def __init__(self, segmenter):
+            pass
+
+    sca_registry.mixers.register("demanding", func=Demanding)
+    assert "requires:     masks" in run_sca("show", "mixer", "demanding").out
+
+
 def test_list_of_one_kind_fits_80_columns(run_sca, monkeypatch):
     from rich.console import Console
 
@@ -187,6 +255,42 @@ def test_commands_suggest_closest_name_for_typos(get_sca_error):
     assert "'caption'" in get_sca_error(2, "captoin", "a.png")
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("tiny-vit", "the kind of 'tiny-vit' is missing; use `sca show encoder tiny-vit`"),
+        ("sca-tiny", "the kind of 'sca-tiny' is missing; use `sca show model sca-tiny` or `sca show recipe sca-tiny`"),
+        ("tiny-gpt2", "the kind of 'tiny-gpt2' is missing; use `sca show language-model tiny-gpt2`"),
+        ("language-model", "the name of the language model is missing; `sca list language_models` lists all names"),
+        ("mixers", "the name of the mixer is missing; `sca list mixers` lists all names"),
+    ],
+)
+def test_show_with_one_argument_names_the_missing_one(get_sca_error, argument, message):
+    assert get_sca_error(2, "show", argument) == message
+
+
+def test_show_with_one_unknown_argument_suggests_a_kind(get_sca_error):
+    assert get_sca_error(2, "show", "encodr").startswith("unknown kind 'encodr'. Did you mean 'encoders'?")
+
+
+@pytest.mark.parametrize(
+    ("command", "replacement"),
+    [
+        ("sweep", "`sca bench run SWEEP.toml`"),
+        ("finetune", "`sca train own-data`"),
+        ("push-to-hub", "`sca push`"),
+        ("segment", "`sca caption --model sam-vit-b` for masks alone, or Predictor.segment in Python"),
+    ],
+)
+def test_unknown_command_names_what_to_use(get_sca_error, command, replacement):
+    assert get_sca_error(2, command, "x") == f"No such command {command!r}; use {replacement}. See: sca --help"
+
+
+def test_help_of_bench_names_sweeps(run_sca):
+    (line,) = [line for line in run_sca("--help").out.splitlines() if line.split()[:1] == ["bench"]]
+    assert "sweep" in line
+
+
 def test_data_export_writes_dataset_and_leaves_nothing_after_errors(run_sca, get_sca_error, working_folder):
     assert run_sca("data", "export", "scenes", "out", "num_images=2").status == 0
     assert len(json.loads((working_folder / "out" / "val.json").read_text())["images"]) == 2
@@ -198,7 +302,7 @@ def test_data_export_writes_dataset_and_leaves_nothing_after_errors(run_sca, get
 
 def test_list_and_show_print_model_domains_and_models_for_photographs(run_sca):
     list_result = run_sca("list", "models")
-    assert "drawn scenes" in list_result.out
+    assert "synthetic scenes" in list_result.out
     (line,) = list_result.err
     assert line.startswith("sca: for photographs: ")
     assert run_sca("list", "models", "--json").err == []

@@ -184,7 +184,7 @@ def test_doctor_reports_each_hostile_plugin_and_list_is_unaffected(isolated_site
     cards_package = tmp_path / "site" / "hostile_cards"
     cards_package.mkdir()
     cards_package.with_suffix(".py").rename(cards_package / "__init__.py")
-    (cards_package / "mixers.toml").write_text("[this is = not TOML")
+    (cards_package / "mixers.toml").write_text("[this is = not valid TOML")
 
     def list_mixers(*options):
         rows = json.loads(isolated_site.run("sca", "list", "mixers", *options, "--json").stdout)

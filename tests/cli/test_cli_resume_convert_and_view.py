@@ -102,7 +102,7 @@ def test_caption_resume_rejects_run_with_other_options(run_sca, get_sca_error, c
     assert run_sca(*arguments, *BOX_ARGUMENTS, "--quiet").status == 0
     (working_folder / "out/captions.journal").write_text(json.dumps({"model": "another"}) + "\n")
     message = get_sca_error(2, *arguments, *BOX_ARGUMENTS, "--quiet", "--resume", "--max-new-tokens", 2)
-    assert 'contains another run (max_new_tokens: null there, "2" now)' in message
+    assert 'contains a different run (max_new_tokens: null there, "2" now)' in message
     assert run_sca(*arguments, *BOX_ARGUMENTS, "--quiet").status == 0
     assert not (working_folder / "out/captions.journal").exists()
     message = get_sca_error(2, "caption", "photos", *BOX_ARGUMENTS, "--resume")
@@ -183,7 +183,9 @@ def test_convert_to_png_reports_missing_and_resized_images(
     result = run_sca("convert", "out/captions.jsonl", "drawn", "--format", "png")
     assert result.status == 1
     assert "photos/003.png" in result.err[0]
-    assert "photos/004.png: the file records 64 x 48 and the image is 9 x 9" in result.err[1]
+    assert (
+        "photos/004.png: the annotation file records 64 x 48 (width x height), but the image is 9 x 9" in result.err[1]
+    )
     assert len(list((working_folder / "drawn").glob("*.png"))) == 10
     message = get_sca_error(2, "convert", "out/captions.jsonl", "again", "--format", "pdf")
     assert message.startswith("unknown format 'pdf'. ")

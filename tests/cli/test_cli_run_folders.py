@@ -75,7 +75,7 @@ def test_convert_replaces_only_its_own_earlier_output(caption_photos, run_sca, g
     for formats in ("coco", "coco", "geojson"):
         assert run_sca("convert", "out/captions.jsonl", "out", "--format", formats).status == 0
     (working_folder / "second.jsonl").write_bytes((working_folder / "out/captions.jsonl").read_bytes())
-    assert "contains another run (captions:" in get_sca_error(2, "convert", "second.jsonl", "out")
+    assert "contains a different run (captions:" in get_sca_error(2, "convert", "second.jsonl", "out")
     assert run_sca("convert", "second.jsonl", "out", "--overwrite").status == 0
     assert not (working_folder / "out/captions.geojson").exists()
     assert (working_folder / "out/captions.jsonl").exists(), "which `sca caption` wrote"
@@ -140,7 +140,7 @@ def test_caption_keeps_unfinished_run_without_overwrite_or_resume(
         ]
         assert read_folder(interrupted_run_folder) == original_content
     assert (
-        "another run (max_new_tokens: null there"
+        "a different run (max_new_tokens: null there"
         in caption_photos("--out", "out", "--max-new-tokens", 2, "--resume").err[0]
     )
     assert read_folder(interrupted_run_folder) == original_content
@@ -164,7 +164,9 @@ def test_caption_rejects_resume_with_edited_mask(run_sca, checkpoint, write_imag
     original_content = read_folder(working_folder / "out")
     Image.new("L", (64, 48), 254).save(working_folder / "m.png")
     for resume_flags in ((), ("--resume",)):
-        assert 'another run (files: {"m.png": ' in run_sca(*arguments, option, *mask_arguments, *resume_flags).err[0]
+        assert (
+            'a different run (files: {"m.png": ' in run_sca(*arguments, option, *mask_arguments, *resume_flags).err[0]
+        )
     assert read_folder(working_folder / "out") == original_content
 
 
@@ -172,7 +174,9 @@ def test_caption_overwrite_replaces_unfinished_run(interrupted_run_folder, capti
     assert caption_photos("--out", "out", "--batch-size", 2, "--overwrite").status == 0
     assert caption_photos("--out", "whole", "--batch-size", 2).status == 0
     assert read_folder(interrupted_run_folder) == read_folder(working_folder / "whole")
-    assert caption_photos("--overwrite").err == ["sca: --overwrite requires --out, and excludes --resume"]
+    assert caption_photos("--overwrite").err == [
+        "sca: --overwrite requires --out and cannot be combined with --resume; omit one of them"
+    ]
 
 
 def test_caption_repeats_finished_run_and_rejects_different_run(caption_photos, write_image, working_folder):
@@ -181,7 +185,7 @@ def test_caption_repeats_finished_run_and_rejects_different_run(caption_photos, 
     original_content = read_folder(working_folder / "out")
     write_image("more/a.png")
     for other_arguments in (("--max-new-tokens", 3), ("more",)):
-        assert "contains another run" in caption_photos("--out", "out", *other_arguments).err[0]
+        assert "contains a different run" in caption_photos("--out", "out", *other_arguments).err[0]
     assert read_folder(working_folder / "out") == original_content
 
 
@@ -228,7 +232,7 @@ def test_import_replaces_other_content_only_with_overwrite(run_sca, get_sca_erro
         assert run_sca("import", "sca-tiny", "model").status == 0
     original_content = read_folder(working_folder / "model")
     message = get_sca_error(2, "import", checkpoint, "model")
-    assert message == "model contains another checkpoint; choose another folder, or replace it with --overwrite"
+    assert message == "model contains a different checkpoint; choose a different folder, or replace it with --overwrite"
     assert read_folder(working_folder / "model") == original_content
     assert "is an input" in get_sca_error(2, "import", "model/", "./model")
     (working_folder / "model/README.md").write_text("my model card")
@@ -252,7 +256,7 @@ def test_evaluate_rejects_folder_of_another_run_or_with_other_files(run_sca, get
         assert run_sca(*arguments, "out").status == 0
     original_content = read_folder(working_folder / "out")
     message = get_sca_error(2, *arguments, "out", "--prompt-type", "center")
-    assert 'another run (prompt_type: "box" there, "center" now)' in message
+    assert 'a different run (prompt_type: "box" there, "center" now)' in message
     assert "--overwrite" in message
     assert read_folder(working_folder / "out") == original_content
     assert run_sca(*arguments, "out", "--prompt-type", "center", "--overwrite").status == 0
@@ -260,7 +264,7 @@ def test_evaluate_rejects_folder_of_another_run_or_with_other_files(run_sca, get
     (working_folder / "mine/predictions.jsonl").write_text('{"image_id": 1}\n')
     (working_folder / "mine/scores.json").unlink()
     message = get_sca_error(2, *arguments, "mine", "--overwrite")
-    assert message == "mine/predictions.jsonl was not written by `sca evaluate`; choose another folder"
+    assert message == "mine/predictions.jsonl was not written by `sca evaluate`; choose a different output folder"
     assert (working_folder / "mine/predictions.jsonl").read_text() == '{"image_id": 1}\n'
 
 

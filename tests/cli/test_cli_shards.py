@@ -73,7 +73,7 @@ def test_caption_in_shards_skips_finished_shards_and_rejects_other_options(
     assert (working_folder / "parts/shard-00000.jsonl").stat().st_mtime_ns == modification_time
     other_options_result = run_sca(*arguments, "--shard-size", 3, "--max-new-tokens", 2)
     assert other_options_result.status == 2
-    assert 'contains another run (max_new_tokens: null there, "2" now)' in other_options_result.err[0]
+    assert 'contains a different run (max_new_tokens: null there, "2" now)' in other_options_result.err[0]
     (working_folder / "parts/shard-00001.jsonl").unlink()
     resumed_result = run_sca(*arguments, "--shard-size", 3, "--resume", "--batch-size", 2)  # same captions
     assert resumed_result.status == 0
@@ -209,7 +209,7 @@ def test_sharded_run_of_other_images_or_options_requires_overwrite(tmp_path):
         ({**contents, "set-0": "2"}, RUN_SETTINGS),
         (contents, {**RUN_SETTINGS, "max_new_tokens": "3"}),
     ):
-        with pytest.raises(OutputError, match=r"contains another run \(.*or replace the run"):
+        with pytest.raises(OutputError, match=r"contains a different run \(.*or replace the run"):
             begin_run(tmp_path, other_contents, settings=settings)
     assert (tmp_path / "set-0.jsonl").read_text() == "set-0\n"
     (tmp_path / "mine.jsonl").write_text("precious")
@@ -393,7 +393,7 @@ def test_crashed_task_reports_last_line_of_its_log(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected_message"),
     [
-        (("--launcher", "local"), "give a folder with --out"),
+        (("--launcher", "local"), "pass an output folder with --out"),
         (("--launcher", "local", "--out", "x", "--format", "png"), "writes one JSONL file per shard"),
         (("--launcher", "locl", "--out", "x"), "Did you mean 'local'"),
         (("--launcher", "local num_workers=-1", "--out", "x"), "workers is -1"),

@@ -69,4 +69,4 @@ def test_show_model_rejects_folders_without_readable_model(get_sca_error, traini
     assert "without a model yet" in get_sca_error(2, "show", "model", unfinished_run)
     damaged_run = shutil.copytree(training_run_folder, tmp_path / "damaged")
     (damaged_run / "best.json").write_text("[]")
-    assert "best.json is damaged" in get_sca_error(2, "show", "model", damaged_run)
+    assert "best.json does not contain a JSON object" in get_sca_error(2, "show", "model", damaged_run)

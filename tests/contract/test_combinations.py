@@ -23,6 +23,7 @@ MIXER_OPTIONS = {
 ENCODERS = (  # in addition to SAM's, which needs a folder of weights
     *("tiny-vit", "clip-vit-b-16", "siglip-b-16", "clip-rn50", "dinov2-vit-b-14", "dinov3-vit-b-16", "mae-vit-b-16"),
     *("samvit-b-16", "convnext-b", "swin-b", "hiera-b"),
+    *("sam-hq-vit-b", "sam2.1-hiera-tiny", "edgetam", "sam3-tracker"),
 )
 
 

@@ -160,8 +160,10 @@ def test_coco_skips_bad_images_when_read(write_dataset):
     assert len(dataset) == 4
     assert [sample.image_id for sample in dataset] == [1, 3]
     assert [dataset[index].image_id for index in range(4)] == [1, 1, 3, 3]
-    assert dataset.skipped == {"image unreadable": 1, "image of another size": 1}
-    assert "records 40 x 30 and the image is 20 x 20" in dataset.examples["image of another size"][0]
+    assert dataset.skipped == {"image unreadable": 1, "image of a different size": 1}
+    assert (
+        "records 40 x 30 (width x height), but the image is 20 x 20" in dataset.examples["image of a different size"][0]
+    )
     with pytest.raises(IndexError):
         dataset[4]
 
@@ -188,7 +190,7 @@ def test_coco_skips_image_rotated_after_annotation(write_dataset):
     Image.new("RGB", (HEIGHT, WIDTH)).save(root / "val" / "a.png")
     dataset = Coco("val", root=root)
     assert not list(dataset)
-    assert "the image is 30 x 40 (width x height): it was rotated" in dataset.examples["image of another size"][0]
+    assert "the image is 30 x 40: the image was rotated" in dataset.examples["image of a different size"][0]
 
 
 @pytest.mark.parametrize("bbox", [[0.1, 0.2, 0.5, 0.5], [30, 20, 60, 60], [35, 25, 500, 600]])
@@ -239,46 +241,46 @@ FIELD_PATTERN = r"val\.json: annotations\[0\] \(id 1\), "
         ({"images": [{"id": 1, "file_name": "a.png", "width": 4}]}, r"images\[0\] \(id 1\): no 'height'; it has: id, "),
         (
             {"images": [{"id": 1, "file_name": "a.png", "width": 0, "height": 2}]},
-            "'width' and 'height' are .0, 2.; give the size",
+            "'width' and 'height' are .0, 2.; expected the size",
         ),
         ({"images": make_coco_content()["images"] * 2}, r"images\[1\] \(id 1\): duplicate id"),
         ({"categories": [{"id": 7}]}, r"categories\[0\] \(id 7\): no 'name'"),
         ({"categories": []}, RECORD_PATTERN + "category_id 7 has no name among the categories"),
-        ({"annotations": [3]}, r"annotations\[0\] is 3; give an object"),
+        ({"annotations": [3]}, r"annotations\[0\] is 3; expected an object"),
         ({"annotations": [{}]}, r"annotations\[0\]: no 'id'; it has: nothing"),
-        ({"annotations": [make_annotation("x")]}, "'id' is 'x'; give an integer"),
+        ({"annotations": [make_annotation("x")]}, "'id' is 'x'; expected an integer"),
         ({"annotations": [make_annotation(1), make_annotation(1)]}, r"annotations\[1\] \(id 1\): duplicate id"),
         ({"annotations": [make_annotation(1, image_id=4)]}, RECORD_PATTERN + "image_id 4 is not among the images"),
         ({"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]}, RECORD_PATTERN + "no 'bbox'"),
-        ({"annotations": [make_annotation(1, bbox=[1, 2, 3])]}, FIELD_PATTERN + "'bbox' is .*; give 4 numbers"),
+        ({"annotations": [make_annotation(1, bbox=[1, 2, 3])]}, FIELD_PATTERN + "'bbox' is .*; expected 4 numbers"),
         (
             {"annotations": [make_annotation(1, bbox=[1, 2, 3, math.nan])]},
-            FIELD_PATTERN + "'bbox' is .*; give 4 numbers",
+            FIELD_PATTERN + "'bbox' is .*; expected 4 numbers",
         ),
         (
             {"annotations": [make_annotation(1, bbox=[1, 2, -3, 4])]},
             FIELD_PATTERN + "'bbox' has width -3 and height",
         ),
-        ({"annotations": [make_annotation(1, caption=[4])]}, FIELD_PATTERN + "'caption' is .*; give text"),
+        ({"annotations": [make_annotation(1, caption=[4])]}, FIELD_PATTERN + "'caption' is .*; expected a string"),
         (
             {"annotations": [make_annotation(1, attributes=[4])]},
-            RECORD_PATTERN[:-2] + r", 'attributes' is .*; give an object",
+            RECORD_PATTERN[:-2] + r", 'attributes' is .*; expected an object",
         ),
         (
             {"annotations": [make_annotation(1, segmentation=[[1, 2, 3]])]},
-            FIELD_PATTERN + "'segmentation': must be lists",
+            FIELD_PATTERN + "'segmentation' must contain lists",
         ),
         (
             {"annotations": [make_annotation(1, segmentation={"size": [3, 3]})]},
-            FIELD_PATTERN + "'segmentation': must be poly",
+            FIELD_PATTERN + "'segmentation' must be poly",
         ),
         (
             {"annotations": [make_annotation(1, segmentation={"size": [3, 3], "counts": "1"})]},
-            r"size \[3, 3\] in an image of \[30, 40\]",
+            r"size \[3, 3\], but the image is \[30, 40\]",
         ),
         (
             {"annotations": [make_annotation(1, segmentation={"size": [HEIGHT, WIDTH], "counts": [4, 5]})]},
-            FIELD_PATTERN + "'segmentation': counts do not add up to the 1200 pixels",
+            FIELD_PATTERN + "'segmentation' is not a valid RLE of 40 x 30 pixels",
         ),
     ],
 )
@@ -302,7 +304,7 @@ def test_coco_reports_truncated_and_invalid_files(write_dataset):
 def test_coco_reports_missing_files_and_incomplete_options(tmp_path):
     with pytest.raises(ValueError, match=r"split 'val': looked for .*val\.json with .* or .*instances_val2017\.json"):
         Coco("val", root=tmp_path)
-    with pytest.raises(ValueError, match="give root=FOLDER, or both"):
+    with pytest.raises(ValueError, match="set root=FOLDER, or both"):
         Coco("val", annotations=tmp_path / "val.json")
 
 

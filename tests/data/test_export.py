@@ -184,14 +184,14 @@ def test_export_accepts_empty_folder_and_rejects_full_one(tmp_path):
 
 @pytest.mark.parametrize("format", EXPORT_WRITERS)
 def test_failed_export_leaves_no_files(tmp_path, format):
-    with pytest.raises(ValueError, match="duplicate image id 1, in split 'train' and in split 'train'"):
+    with pytest.raises(ValueError, match="image id 1 occurs twice in split 'train'; ids must be unique"):
         export_dataset(MinimalDataset(make_sample(), make_sample()), tmp_path / "out", format)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("format", ["vg", "refcoco"])
 def test_export_rejects_region_ids_shared_by_splits(tmp_path, format):
-    with pytest.raises(ValueError, match="duplicate region id 1, in split 'val' and in split 'train'"):
+    with pytest.raises(ValueError, match="region id 1 occurs in splits 'train' and 'val'; ids must be unique"):
         export_dataset(
             {"train": MinimalDataset(make_sample(1)), "val": MinimalDataset(make_sample(2))}, tmp_path / "out", format
         )

@@ -121,7 +121,7 @@ def test_jsonl_file_pattern_selects_split(write_jsonl):
         file = write_jsonl(make_line(caption=split), name=f"{split}.jsonl")
     pattern = str(file.with_name("{split}.jsonl"))
     assert [Jsonl(split, file=pattern)[0].regions[0].phrases for split in ("train", "val")] == [("train",), ("val",)]
-    with pytest.raises(ValueError, match=r"no file .*test\.jsonl; give file=FILE, which may contain {split}"):
+    with pytest.raises(ValueError, match=r"no file .*test\.jsonl; set file=FILE, which may contain {split}"):
         Jsonl("test", file=pattern)
 
 
@@ -196,58 +196,58 @@ LINE_PATTERN = r"regions\.jsonl: line 1 \(id \d\): "
     ("lines", "message"),
     [
         (['{"image": "a.'], r"regions\.jsonl: line 1 is not valid JSON: Unterminated string"),
-        ([make_line(), "", "[3]"], r"regions\.jsonl: line 3 is \[3\]; give an object"),
+        ([make_line(), "", "[3]"], r"regions\.jsonl: line 3 is \[3\]; expected an object"),
         ([{"box": [1, 2, 3, 4]}], LINE_PATTERN + "no 'image'; it has: box"),
-        ([make_line(image=4)], LINE_PATTERN[:-2] + r", 'image' is 4; give text"),
+        ([make_line(image=4)], LINE_PATTERN[:-2] + r", 'image' is 4; expected a string"),
         ([{"image": "photos/1.png", "caption": "x"}], LINE_PATTERN + "no 'box'; it has: image, caption"),
-        ([make_line(box=None)], LINE_PATTERN[:-2] + r", 'box' is None; give 4 numbers \(x1, y1, x2, y2\)"),
-        ([make_line(box=[1, 2, 3])], LINE_PATTERN[:-2] + r", 'box' is .*; give 4 numbers"),
-        ([make_line(box=[1, 2, 3, "4"])], LINE_PATTERN[:-2] + r", 'box' is .*; give 4 numbers"),
-        ([make_line(box=[1, 2, 3, float("nan")])], LINE_PATTERN[:-2] + r", 'box' is .*; give 4 numbers"),
+        ([make_line(box=None)], LINE_PATTERN[:-2] + r", 'box' is None; expected 4 numbers \(x1, y1, x2, y2\)"),
+        ([make_line(box=[1, 2, 3])], LINE_PATTERN[:-2] + r", 'box' is .*; expected 4 numbers"),
+        ([make_line(box=[1, 2, 3, "4"])], LINE_PATTERN[:-2] + r", 'box' is .*; expected 4 numbers"),
+        ([make_line(box=[1, 2, 3, float("nan")])], LINE_PATTERN[:-2] + r", 'box' is .*; expected 4 numbers"),
         (
             [make_line(box=[9, 2, 3, 4])],
-            LINE_PATTERN + r"box is \[9, 2, 3, 4\], with x2 < x1 or y2 < y1; give x1, y1, x2, y2",
+            LINE_PATTERN + r"box is \[9, 2, 3, 4\], with x2 < x1 or y2 < y1; expected x1, y1, x2, y2",
         ),
         ([make_line(box=[1, 9, 3, 4])], LINE_PATTERN + r"box is \[1, 9, 3, 4\], with x2 < x1 or y2 < y1"),
-        ([make_line(caption=3)], LINE_PATTERN[:-2] + r", 'caption' is 3; give text, or a list of texts"),
-        ([make_line(caption=None)], LINE_PATTERN + "give a name, or one of caption and phrases, or both; it has none"),
+        ([make_line(caption=3)], LINE_PATTERN[:-2] + r", 'caption' is 3; expected a string, or a list of strings"),
+        ([make_line(caption=None)], LINE_PATTERN + "set a name, or one of caption and phrases, or both; it has none"),
         (
             [make_line(phrases=["x"])],
-            LINE_PATTERN + "give a name, or one of caption and phrases, .*; it has caption and phrases",
+            LINE_PATTERN + "set a name, or one of caption and phrases, .*; it has caption and phrases",
         ),
         (
             [make_line(caption=None, phrases=[3])],
-            LINE_PATTERN[:-2] + r", 'phrases' is .*; give text, or a list of texts",
+            LINE_PATTERN[:-2] + r", 'phrases' is .*; expected a string, or a list of strings",
         ),
         ([make_line(caption="\ud800")], LINE_PATTERN[:-2] + ", 'caption' contains .*, half of a surrogate pair"),
-        ([make_line(name=3)], LINE_PATTERN[:-2] + r", 'name' is 3; give text"),
-        ([make_line(attributes=[3])], LINE_PATTERN[:-2] + r", 'attributes' is .*; give an object"),
+        ([make_line(name=3)], LINE_PATTERN[:-2] + r", 'name' is 3; expected a string"),
+        ([make_line(attributes=[3])], LINE_PATTERN[:-2] + r", 'attributes' is .*; expected an object"),
         (
             [make_line(mask={"size": [4, 4], "counts": "1"})],
-            LINE_PATTERN + r"mask has size \[4, 4\] in an image of \[48, 64\]",
+            LINE_PATTERN + r"mask has size \[4, 4\], but the image is \[48, 64\]",
         ),
         (
             [make_line(mask={"size": [48, 64], "counts": "1"})],
-            LINE_PATTERN + "mask counts do not add up to the 3072 pixels",
+            LINE_PATTERN + "mask is not a valid RLE of 64 x 48 pixels",
         ),
-        ([make_line(mask={"size": [48, 64], "counts": "é"})], LINE_PATTERN + "mask counts do not add up"),
-        ([make_line(mask={"size": [48, 64], "counts": [5]})], LINE_PATTERN + "mask counts do not add up"),
-        ([make_line(mask=[[1, 2, 3]])], LINE_PATTERN + "mask must be lists of x, y"),
+        ([make_line(mask={"size": [48, 64], "counts": "é"})], LINE_PATTERN + "mask is not a valid RLE"),
+        ([make_line(mask={"size": [48, 64], "counts": [5]})], LINE_PATTERN + "mask is not a valid RLE"),
+        ([make_line(mask=[[1, 2, 3]])], LINE_PATTERN + "mask must contain lists of x, y"),
         ([make_line(mask=[[1, 2, 1e30, 4, 5, 6]])], LINE_PATTERN + "mask has a point far outside the image of 64 x 48"),
-        ([make_line(mask=7)], LINE_PATTERN + "mask must be polygons, or RLE"),
+        ([make_line(mask=7)], LINE_PATTERN + "mask must be polygons, or an RLE"),
         ([make_line(width=5)], LINE_PATTERN + "no 'height'"),
-        ([make_line(width=5, height=-1)], LINE_PATTERN + "'width' and 'height' are .5, -1.; give the size"),
+        ([make_line(width=5, height=-1)], LINE_PATTERN + "'width' and 'height' are .5, -1.; expected the size"),
         (
             [make_line(width=5, height=9), make_line(width=9, height=5)],
             r"line 2 .*: width and height are \(9, 5\), but \(5, 9\) on",
         ),
         ([make_line(id=1), make_line(id=1)], r"line 2 \(id 1\): duplicate id"),
-        ([make_line(id=1), make_line()], "line 2: no 'id', which the first line has; give it on every line or on none"),
+        ([make_line(id=1), make_line()], "line 2: no 'id', which the first line has; set it on every line or on none"),
         (
             [make_line(), make_line(image_id=1)],
-            "line 2: 'image_id', which the first line lacks; give it on every line or on none",
+            "line 2: 'image_id', which the first line lacks; set it on every line or on none",
         ),
-        ([make_line(id="1")], "line 1, 'id' is '1'; give an integer"),
+        ([make_line(id="1")], "line 1, 'id' is '1'; expected an integer"),
         (
             [make_line(image_id=1), make_line(image_id=2)],
             r"line 2 .*: image_id 2 differs from the earlier 1 of this image",

@@ -132,7 +132,7 @@ def test_labelme_image_of_different_size_is_counted(folder):
     write_labelme(folder, "0", make_labelme_shape("cat", [[5, 5], [20, 20]]), imageWidth=HEIGHT, imageHeight=WIDTH)
     dataset = LabelingToolDataset("train", file=folder)
     assert list(dataset) == []
-    assert dataset.skipped == {"image of another size": 1}
+    assert dataset.skipped == {"image of a different size": 1}
 
 
 def write_label_studio_export(folder):

@@ -78,7 +78,7 @@ def test_panoptic_counts_skipped_segments_and_images(write_dataset):
 
 
 def test_panoptic_counts_unusable_segment_images_as_bad(write_dataset):
-    assert write_dataset(make_segment(LEFT_ID), size=(20, 15)).skipped == {"segments of another size": 1}
+    assert write_dataset(make_segment(LEFT_ID), size=(20, 15)).skipped == {"segments of a different size": 1}
     write_dataset(make_segment(LEFT_ID), make_segment(RIGHT_ID))
     path = write_dataset.root / "annotations" / "panoptic_val2017" / "1.png"
     original_bytes = path.read_bytes()
@@ -96,13 +96,13 @@ def test_panoptic_counts_unusable_segment_images_as_bad(write_dataset):
 @pytest.mark.parametrize(
     ("segments", "message"),
     [
-        ([make_segment("x")], r"segments_info\[0\], 'id' is 'x'; give an integer"),
+        ([make_segment("x")], r"segments_info\[0\], 'id' is 'x'; expected an integer"),
         ([make_segment(LEFT_ID), make_segment(LEFT_ID)], rf"segments_info\[1\] \(id {LEFT_ID}\): duplicate id"),
         (
             [make_segment(LEFT_ID, 9)],
             rf"annotations\[0\] \(image_id 1\): segments_info\[0\] \(id {LEFT_ID}\): category_id 9 has no",
         ),
-        ([4], r"segments_info\[0\] is 4; give an object"),
+        ([4], r"segments_info\[0\] is 4; expected an object"),
     ],
 )
 def test_panoptic_reports_broken_segment(write_dataset, segments, message):

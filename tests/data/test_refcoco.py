@@ -110,7 +110,7 @@ def test_refcocog_accepts_google_split(write_refcoco):
     root = str(write_refcoco(collection="refcocog", by="google"))
     assert len(datasets.build("refcocog", "val", root=root, split_by="google")) == 2
     with pytest.raises(
-        ValueError, match=r"no refs\(umd\)\.p or .*; found: refs\(google\)\.p; give split_by=unc, google or"
+        ValueError, match=r"no refs\(umd\)\.p or .*; found: refs\(google\)\.p; set split_by=unc, google or"
     ):
         datasets.build("refcocog", "val", root=root)
 
@@ -122,7 +122,7 @@ def test_refcoco_finds_images_in_default_or_given_folder(write_refcoco, tmp_path
     assert [sample[1:] for sample in RefCoco("val", root=root, image_root=root / "else")] == expected
     assert [sample[1:] for sample in RefCoco("val", root=root / "refcoco", image_root=root / "else")] == expected
     with pytest.raises(
-        ValueError, match=r"no folder .*train2014 or .*; give image_root=FOLDER with COCO's train2014 images"
+        ValueError, match=r"no folder .*train2014 or .*; set image_root=FOLDER with COCO's train2014 images"
     ):
         RefCoco("val", root=root)
 
@@ -197,16 +197,19 @@ REF_PATTERN = r"refs\(unc\)\.p: \[0\] \(ref_id 2\)"
     ("refs", "message"),
     [
         ({}, r"refs\(unc\)\.p must be a list of refs, not of type dict"),
-        ([4], r"refs\(unc\)\.p: \[0\] is 4; give an object"),
+        ([4], r"refs\(unc\)\.p: \[0\] is 4; expected an object"),
         ([make_ref(2, "val"), make_ref(2, "train")], r"\[1\] \(ref_id 2\): duplicate ref_id"),
-        ([make_ref(2, None)], REF_PATTERN + ", 'split' is None; give text"),
+        ([make_ref(2, None)], REF_PATTERN + ", 'split' is None; expected a string"),
         ([make_ref(2, "val", ann_id=5)], REF_PATTERN + r": ann_id 5 is not among the annotations of .*instances\.json"),
-        ([make_ref(2, "val", ann_id="5")], REF_PATTERN + r", 'ann_id' is '5'; give an integer"),
+        ([make_ref(2, "val", ann_id="5")], REF_PATTERN + r", 'ann_id' is '5'; expected an integer"),
         ([make_ref(2, "val", image_id=3)], REF_PATTERN + r": image_id 3 is not among the images of .*instances\.json"),
         ([make_ref(2, "val", image_id=2)], REF_PATTERN + r": ann_id 102 is of image 1, not of 2"),
-        ([make_ref(2, "val", sentences=None)], REF_PATTERN + r", 'sentences' is None; give a list"),
+        ([make_ref(2, "val", sentences=None)], REF_PATTERN + r", 'sentences' is None; expected a list"),
         ([make_ref(2, "val", sentences=[{}])], REF_PATTERN + r": sentences\[0\]: no 'sent'; it has: nothing"),
-        ([make_ref(2, "val", sentences=[{"sent": 4}])], REF_PATTERN + r": sentences\[0\], 'sent' is 4; give text"),
+        (
+            [make_ref(2, "val", sentences=[{"sent": 4}])],
+            REF_PATTERN + r": sentences\[0\], 'sent' is 4; expected a string",
+        ),
     ],
 )
 def test_refcoco_reports_broken_ref_with_file_and_field(write_refcoco, refs, message):
@@ -217,10 +220,10 @@ def test_refcoco_reports_broken_ref_with_file_and_field(write_refcoco, refs, mes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bbox": [1, 2, 3]}, "'bbox' is .*; give 4 numbers"),
+        ({"bbox": [1, 2, 3]}, "'bbox' is .*; expected 4 numbers"),
         ({"bbox": [1, 2, -3, 4]}, "'bbox' has width -3 and height"),
-        ({"bbox": [1, 2, 3, float("inf")]}, "'bbox' is .*; give 4 numbers"),
-        ({"segmentation": {"size": [1, 1], "counts": "1"}}, r"'segmentation': has size \[1, 1\]"),
+        ({"bbox": [1, 2, 3, float("inf")]}, "'bbox' is .*; expected 4 numbers"),
+        ({"segmentation": {"size": [1, 1], "counts": "1"}}, r"'segmentation' has size \[1, 1\]"),
         ({"category_id": 8}, "category_id 8 has no name"),
     ],
 )

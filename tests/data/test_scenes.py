@@ -67,7 +67,7 @@ def test_scenes_splits_have_default_lengths_and_check_index():
 def test_scenes_reject_unknown_split_and_small_size():
     with pytest.raises(ValueError, match=r"'dev'.*train, val, test"):
         Scenes("dev")
-    with pytest.raises(ValueError, match="give 32 or more"):
+    with pytest.raises(ValueError, match="use 32 or more"):
         Scenes("val", image_size=16)
 
 

@@ -120,7 +120,7 @@ def test_visual_genome_accepts_splits_path_and_reports_missing_files(write_visua
     with pytest.raises(ValueError, match=r"mine\.json has no split 'testA'; it has: train, val, test"):
         VisualGenome("testA", root=root, splits=splits_path)
     (root / "image_data.json").unlink()
-    with pytest.raises(ValueError, match=r"no image_data\.json in .*; give root=FOLDER"):
+    with pytest.raises(ValueError, match=r"no image_data\.json in .*; set root=FOLDER"):
         VisualGenome("train", root=root, splits=splits_path)
 
 
@@ -156,15 +156,15 @@ REGION_PATTERN = r"region_descriptions\.json: \[0\] \(id 1\): regions\[0\]"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"phrase": 3}, REGION_PATTERN + r" \(region_id 1\), 'phrase' is 3; give text"),
+        ({"phrase": 3}, REGION_PATTERN + r" \(region_id 1\), 'phrase' is 3; expected a string"),
         ({"phrase": "\ud800"}, REGION_PATTERN + r" \(region_id 1\), 'phrase' contains .*, half of a surrogate pair"),
-        ({"x": None}, REGION_PATTERN + r" \(region_id 1\), 'x' is None; give a number"),
-        ({"y": float("nan")}, REGION_PATTERN + r" \(region_id 1\), 'y' is nan; give a number"),
+        ({"x": None}, REGION_PATTERN + r" \(region_id 1\), 'x' is None; expected a number"),
+        ({"y": float("nan")}, REGION_PATTERN + r" \(region_id 1\), 'y' is nan; expected a number"),
         ({"x": 10**400}, REGION_PATTERN + r" \(region_id 1\), 'x' is 1000"),
         ({"width": -4}, REGION_PATTERN + r" \(region_id 1\): the box has width -4 and height 20"),
         ({"image_id": 2}, REGION_PATTERN + r" \(region_id 1\): image_id 2 differs from that of its image"),
-        ({"region_id": "1"}, REGION_PATTERN + r", 'region_id' is '1'; give an integer"),
-        ({"region_id": 1 << 63}, REGION_PATTERN + r", 'region_id' is .*; give an integer"),
+        ({"region_id": "1"}, REGION_PATTERN + r", 'region_id' is '1'; expected an integer"),
+        ({"region_id": 1 << 63}, REGION_PATTERN + r", 'region_id' is .*; expected an integer"),
     ],
 )
 def test_visual_genome_reports_broken_region_with_file_and_field(write_visual_genome, changes, message):
@@ -196,9 +196,9 @@ def test_visual_genome_reports_missing_field(write_visual_genome, key):
             {"region_descriptions": '{"id": 1}'},
             r"region_descriptions\.json must be a list .*, not an object",
         ),
-        ({"region_descriptions": "[1]"}, r"region_descriptions\.json: \[0\] is 1; give an object"),
+        ({"region_descriptions": "[1]"}, r"region_descriptions\.json: \[0\] is 1; expected an object"),
         ({"region_descriptions": [{"id": 1}]}, r"\[0\] \(id 1\): no 'regions'"),
-        ({"region_descriptions": [{"id": 1, "regions": [4]}]}, r"regions\[0\] is 4; give an object"),
+        ({"region_descriptions": [{"id": 1, "regions": [4]}]}, r"regions\[0\] is 4; expected an object"),
         ({"region_descriptions": [{"id": 7, "regions": []}] * 2}, r"\[1\] \(id 7\): duplicate id"),
         (
             {"image_data": [make_image_record(1), make_image_record(1)]},
@@ -206,15 +206,15 @@ def test_visual_genome_reports_missing_field(write_visual_genome, key):
         ),
         (
             {"image_data": [make_image_record(1, width=0)]},
-            r"image_data\.json: \[0\] \(image_id 1\): 'width' and 'height' are .0, 64.; give the size",
+            r"image_data\.json: \[0\] \(image_id 1\): 'width' and 'height' are .0, 64.; expected the size",
         ),
         (
             {"image_data": [make_image_record(1, height="9")]},
-            r"image_data\.json: \[0\] \(image_id 1\), 'height' is .*; give an integer",
+            r"image_data\.json: \[0\] \(image_id 1\), 'height' is .*; expected an integer",
         ),
         ({"image_data": [make_image_record(2)]}, "image without data: 1, such as 1"),
-        ({"densecap_splits": []}, r"densecap_splits\.json is \[\]; give an object"),
-        ({"densecap_splits": {"train": 3}}, r"densecap_splits\.json, 'train' is 3; give a list"),
+        ({"densecap_splits": []}, r"densecap_splits\.json is \[\]; expected an object"),
+        ({"densecap_splits": {"train": 3}}, r"densecap_splits\.json, 'train' is 3; expected a list"),
         ({"densecap_splits": {"train": [1, "2"]}}, r"densecap_splits\.json: train\[1\] must be an image id, not '2'"),
         ({"densecap_splits": '{"train": [1'}, r"densecap_splits\.json is not valid JSON"),
     ],

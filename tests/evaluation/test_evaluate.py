@@ -217,8 +217,8 @@ def test_report_table_counts_skipped_metrics_in_one_line(make_oracle_captioner):
     ("generation", "message"),
     [
         ({"num_beans": 3}, "generation has no option 'num_beans'. Did you mean 'num_beams'"),
-        ({"num_beams": "x"}, "generation.num_beams is 'x'; give an integer"),
-        ({"temperature": "hot"}, "generation.temperature is 'hot'; give a number"),
+        ({"num_beams": "x"}, "generation.num_beams is 'x'; expected an integer"),
+        ({"temperature": "hot"}, "generation.temperature is 'hot'; expected a number"),
     ],
 )
 def test_evaluate_rejects_wrong_generation_options(model, generation, message):

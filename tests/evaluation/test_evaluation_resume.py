@@ -153,7 +153,7 @@ def test_evaluate_rejects_folder_of_another_run(make_oracle_captioner, dataset, 
     evaluate(make_oracle_captioner(dataset), dataset, folder=tmp_path, metrics=["class"])
     original_bytes = (tmp_path / PREDICTIONS_NAME).read_bytes()
     with pytest.raises(
-        DifferentRunError, match=r"another run .*prompt_type: \"box\" there, \"center\" now.*another folder"
+        DifferentRunError, match=r"a different run .*prompt_type: \"box\" there, \"center\" now.*a different folder"
     ):
         evaluate(make_oracle_captioner(dataset), dataset, folder=tmp_path, prompting=PromptingOptions("center"))
     assert (tmp_path / PREDICTIONS_NAME).read_bytes() == original_bytes
@@ -246,7 +246,7 @@ def test_evaluate_drops_truncated_tail_of_a_finished_file(make_oracle_captioner,
     ("content", "message"),
     [
         ("{", "line 1 is not valid JSON"),
-        ("[]", r"line 1 is \[\]; give an object"),
+        ("[]", r"line 1 is \[\]; expected an object"),
         ("\xff", "line 1"),
         ('{"caption": "a \\ud800 cat"}', r"line 1, 'caption' contains '\\ud800', half of a surrogate pair"),
         ('{"truth": {"phrases": ["\\udc80"]}}', r"line 1, 'truth' contains '\\udc80', half of a surrogate pair"),

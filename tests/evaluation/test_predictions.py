@@ -167,7 +167,7 @@ def test_mask_point_prompt_uses_predicted_mask_for_region_without_mask(make_orac
     for record in collect_records(PointOracleCaptioner(samples), samples_without_masks, PromptingOptions("mask-point")):
         ((x, y, _),) = record["prompt"]["points"]
         assert masks_by_region[record["region_id"]][int(y), int(x)]
-    with pytest.raises(ValueError, match="neither the dataset nor the model has masks"):
+    with pytest.raises(ValueError, match="some regions have no mask in the dataset, and the model predicts none"):
         collect_records(EchoCaptioner(), [make_sample(1, CAPTIONED_REGION)], PromptingOptions("mask"))
 
 
@@ -267,5 +267,5 @@ def test_prompting_options_reject_unknown_values(options):
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"max_images": 0}])
 def test_predict_dataset_rejects_numbers_below_one(options):
-    with pytest.raises(ValueError, match="give an integer of at least 1"):
+    with pytest.raises(ValueError, match="expected an integer of at least 1"):
         predict_dataset(EchoCaptioner(), [], **options)

@@ -94,7 +94,7 @@ def test_caption_job_rejects_invalid_values(options, message):
 
 
 def test_caption_job_rejects_a_request_without_regions():
-    with pytest.raises(ValueError, match=r"no regions to caption; give boxes, points, .* or everything"):
+    with pytest.raises(ValueError, match=r"no regions to caption; pass boxes, points, .* or everything"):
         CaptionJob("sca-tiny")
 
 
@@ -104,7 +104,7 @@ def test_caption_job_rejects_a_request_without_regions():
     + [{name: ["1,2"], "prompts": "p.jsonl"} for name in ("boxes", "points", "masks", "regions")],
 )
 def test_caption_job_rejects_regions_from_two_sources(sources):
-    with pytest.raises(ValueError, match=f"{' and '.join(sources)} exclude each other; give "):
+    with pytest.raises(ValueError, match=f"{' and '.join(sources)} are mutually exclusive; pass "):
         CaptionJob("sca-tiny", **sources)
 
 
@@ -117,9 +117,9 @@ def test_shards_module_imports_transformers_before_forking():
 
 def test_predictor_functions_reject_engines_and_other_objects():
     engine = sca.load_captioner("sca-tiny")
-    with pytest.raises(ValueError, match=r"predictor is of type Engine; give sca\.Predictor"):
+    with pytest.raises(ValueError, match=r"predictor is of type Engine; pass sca\.Predictor"):
         sca.caption_everything(engine)
-    with pytest.raises(ValueError, match="model is of type object; give a model"):
+    with pytest.raises(ValueError, match="model is of type object; pass a model"):
         sca.Predictor(object())
     with pytest.raises(ValueError, match=r"region_batch_size is an option of the captioner"):
         sca.Predictor(engine, region_batch_size=2)

@@ -100,7 +100,7 @@ def test_generate_uses_eos_and_pad_ids_of_generation_config(copy_language_model)
 
 @pytest.mark.parametrize("value", ["a", -1, 1.5, [2, "a"], True])
 def test_language_model_rejects_a_non_integer_eos_token_id(copy_language_model, value):
-    with pytest.raises(InputError, match=r"eos_token_id in .*generation_config.json is .*; give the id of a token"):
+    with pytest.raises(InputError, match=r"eos_token_id in .*generation_config.json is .*; expected the id of a token"):
         HfLanguageModel(copy_language_model(eos_token_id=value))
 
 

@@ -56,11 +56,41 @@ def test_caption_array_returns_the_mask_as_a_boolean_array(predictor, scene):
     assert encode_rle(caption.array) == caption.mask
 
 
+def test_predicted_mask_array_returns_the_mask_as_a_boolean_array(predictor, scene):
+    for mask in predictor.segment(boxes=[BOX])[0]:
+        assert mask.array.shape == (scene.image.height, scene.image.width)
+        assert mask.array.dtype == bool
+        assert encode_rle(mask.array) == mask.rle
+
+
 def test_predict_points_to_the_method_or_prompt_for_arguments_of_sam(idle_predictor):
     with pytest.raises(TypeError, match=r"predict\(\) has no argument 'multimask_output'\. .* segment\(\)"):
         idle_predictor.predict(boxes=[BOX], multimask_output=True)
     with pytest.raises(TypeError, match=r"segment\(\) has no argument 'point_labels'\. .* sca\.Prompt\(points="):
         idle_predictor.segment(points=[(1, 2)], point_labels=[1])
+
+
+SAM_ARGUMENTS = {"point_coords": [[9, 9]], "point_labels": [1], "multimask_output": True}
+LABELED_POINTS_HINT = "Give the points of one region with labels: sca.Prompt(points=((x, y, label), ...))."
+
+
+def test_predict_reports_all_unknown_arguments_in_one_error(idle_predictor):
+    with pytest.raises(TypeError) as caught:
+        idle_predictor.predict(**SAM_ARGUMENTS, bboxes=[BOX], angle=3)
+    assert str(caught.value) == (
+        "predict() has no arguments 'angle', 'bboxes', 'multimask_output', 'point_coords' and 'point_labels'."
+        " For 'bboxes': Did you mean 'boxes'?"
+        " For 'multimask_output': Masks without captions come from segment(), which has this argument."
+        f" For 'point_coords' and 'point_labels': {LABELED_POINTS_HINT}"
+    )
+    with pytest.raises(TypeError) as caught:
+        idle_predictor.segment(**SAM_ARGUMENTS)
+    assert str(caught.value) == (
+        f"segment() has no arguments 'point_coords' and 'point_labels'. For 'point_coords' and 'point_labels': "
+        f"{LABELED_POINTS_HINT}"
+    )
+    with pytest.raises(TypeError, match=r"has no arguments 'points_per_batch' and 'xs'\. For 'points_per_batch': The"):
+        sca.caption_everything(idle_predictor, points_per_batch=64, xs=1)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +136,7 @@ def test_predict_rejects_invalid_generation_options(predictor, options, message,
 
 
 def test_predict_rejects_empty_requests(idle_predictor):
-    with pytest.raises(InputError, match="no regions; give prompts, boxes, points or masks"):
+    with pytest.raises(InputError, match="no regions; pass prompts, boxes, points or masks"):
         idle_predictor.predict()
     with pytest.raises(InputError, match="no region"):
         idle_predictor.predict(boxes=np.zeros((0, 4)))
@@ -115,7 +145,7 @@ def test_predict_rejects_empty_requests(idle_predictor):
 
 
 def test_predict_names_an_invalid_prompt_by_index(idle_predictor):
-    with pytest.raises(InputError, match=r"prompt 1: tuple is not a prompt; give sca.Prompt"):
+    with pytest.raises(InputError, match=r"prompt 1: tuple is not a prompt; pass sca.Prompt"):
         idle_predictor.predict([Prompt(box=BOX), BOX])
     with pytest.raises(InputError, match=r"prompt 0: the mask is 5 x 5"):
         idle_predictor.predict(masks=[np.ones((5, 5), bool)])
@@ -126,10 +156,13 @@ def test_predict_names_an_invalid_prompt_by_index(idle_predictor):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompts": Prompt(box=BOX)}, "prompts is of type Prompt; give a list of prompts"),
-        ({"boxes": [1, 2, 30, 40]}, r"boxes is a list of numbers; give a list of boxes: boxes=\[\[1, 2, 30, 40\]\]"),
+        ({"prompts": Prompt(box=BOX)}, "prompts is of type Prompt; expected a list of prompts"),
+        (
+            {"boxes": [1, 2, 30, 40]},
+            r"boxes is a list of numbers; expected a list of boxes: boxes=\[\[1, 2, 30, 40\]\]",
+        ),
         ({"points": np.array([5, 6])}, r"points=\[\[5, 6\]\]"),
-        ({"masks": {"size": [9, 9], "counts": "0"}}, "masks is of type dict; give a list of masks"),
+        ({"masks": {"size": [9, 9], "counts": "0"}}, "masks is of type dict; expected a list of masks"),
         ({"boxes": None, "points": None}, "no region"),
     ],
 )
@@ -173,13 +206,13 @@ def test_count_tokens_stops_at_the_first_eos_and_counts_ids_equal_to_padding():
 
 def test_predict_batch_matches_predict_and_keeps_the_current_image(predictor, scene):
     rotated_image = np.asarray(scene.image.rotate(90))
-    requests = [[Prompt(box=BOX), Prompt(points=((9, 9, 1),))], [], [Prompt(box=BOX)]]
+    prompts = [[Prompt(box=BOX), Prompt(points=((9, 9, 1),))], [], [Prompt(box=BOX)]]
     current_image = predictor.image
-    batch_captions = predictor.predict_batch([scene.image, scene.image, rotated_image], requests, max_new_tokens=5)
+    batch_captions = predictor.predict_batch([scene.image, scene.image, rotated_image], prompts, max_new_tokens=5)
     assert predictor.image is current_image
     assert [len(captions) for captions in batch_captions] == [2, 0, 1]
     for image, request, captions in zip(
-        [scene.image, scene.image, rotated_image], requests, batch_captions, strict=True
+        [scene.image, scene.image, rotated_image], prompts, batch_captions, strict=True
     ):
         if request:
             predictor.set_image(image)
@@ -189,19 +222,19 @@ def test_predict_batch_matches_predict_and_keeps_the_current_image(predictor, sc
 
 
 @pytest.mark.parametrize(
-    ("images", "requests", "message"),
+    ("images", "prompts", "message"),
     [
-        (2, [[Prompt(box=BOX)]], "2 images, but 1 requests"),
+        (2, [[Prompt(box=BOX)]], "2 images, but 1 list of prompts"),
         (1, [[BOX]], "image 0: prompt 0: tuple is not a prompt"),
         (2, [[Prompt(box=BOX)], [Prompt(box=(5000, 0, 5010, 9))]], "image 1: prompt 0: the box"),
-        (None, [[Prompt(box=BOX)]], "images and requests must be lists"),
+        (None, [[Prompt(box=BOX)]], "images and prompts must be lists"),
         ("text", [[Prompt(box=BOX)]], "image 0: str is not an image"),
     ],
 )
-def test_predict_batch_checks_lengths_ranges_and_types(idle_predictor, scene, images, requests, message):
+def test_predict_batch_checks_lengths_ranges_and_types(idle_predictor, scene, images, prompts, message):
     image_list = {None: scene.image, "text": ["a.png"]}.get(images) or [scene.image] * images
     with pytest.raises(ValueError, match=message):
-        idle_predictor.predict_batch(image_list, requests)
+        idle_predictor.predict_batch(image_list, prompts)
 
 
 def test_predict_batch_checks_its_task_before_encoding(idle_predictor, scene, monkeypatch):
@@ -226,7 +259,7 @@ def test_caption_everything_options_override_those_of_the_model(predictor):
     [
         ({"points_per_side": "many"}, r"everything\.points_per_side is 'many'"),
         ({"task": "name"}, "unknown task 'name'"),
-        ({"max_regions": 2.5}, r"max_regions is 2\.5; give an integer"),
+        ({"max_regions": 2.5}, r"max_regions is 2\.5; expected an integer"),
         ({"max_regions": "3"}, "max_regions is '3'"),
         ({"options": {"points_per_side": 4}}, "options is of type dict"),
         ({"num_beams": 0}, "num_beams is 0"),
@@ -238,8 +271,19 @@ def test_caption_everything_checks_arguments_before_searching(idle_predictor, ar
         sca.caption_everything(idle_predictor, **arguments)
 
 
+def test_caption_everything_points_to_the_batch_size_of_the_predictor(idle_predictor):
+    with pytest.raises(TypeError, match=r"'points_per_batch'\. The batch size .* region_batch_size=64\)"):
+        sca.caption_everything(idle_predictor, points_per_batch=64)
+
+
+def test_caption_everything_requires_a_predictor_before_other_arguments(model, scene):
+    message = r"is of type SegmentCaptioner; pass sca\.Predictor\(model\) after its set_image\(image\)"
+    with pytest.raises(ValueError, match=message):
+        sca.caption_everything(model, scene.image)
+
+
 def test_predictor_rejects_a_model_name_and_suggests_load():
-    with pytest.raises(ValueError, match=r"give a model, such as sca.load\('sca-tiny'\)"):
+    with pytest.raises(ValueError, match=r"pass a model, such as sca.load\('sca-tiny'\)"):
         sca.Predictor("sca-tiny")
 
 

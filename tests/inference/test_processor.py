@@ -1,4 +1,4 @@
-"""Processor: transforms of images and prompts to the input frame and back; requests keep their order."""
+"""Processor: transforms of images and prompts to the model input and back; requests keep their order."""
 
 import numpy as np
 import pytest

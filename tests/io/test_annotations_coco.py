@@ -86,13 +86,19 @@ def test_coco_reader_does_not_count_unlabeled_keypoints():
     [
         ({"bbox": [1, 2, 3]}, "'bbox' is [1, 2, 3"),
         ({"bbox": [1, 2, 3, float("nan")]}, "'bbox' is [1, 2, 3"),
-        ({"bbox": [1, 2, -3, 4]}, "'bbox' has width -3 and height 4; give values of at least 0"),
-        ({"segmentation": [[1, 2, 3]]}, "'segmentation': must be lists of x, y"),
-        ({"segmentation": [[1, 2, 3, 4, 1e9, 6]]}, "'segmentation': has a point far outside the image of 40 x 20"),
-        ({"segmentation": 7}, "'segmentation': must be polygons, or RLE"),
-        ({"segmentation": {"size": [4, 4], "counts": "1"}}, "'segmentation': has size [4, 4] in an image of [20, 40]"),
-        ({"segmentation": {"size": [20, 40], "counts": [5]}}, "'segmentation': counts do not add up to the 800"),
-        ({"caption": 3}, "'caption' is 3; give text, or a list of texts"),
+        ({"bbox": [1, 2, -3, 4]}, "'bbox' has width -3 and height 4; expected values of at least 0"),
+        ({"segmentation": [[1, 2, 3]]}, "'segmentation' must contain lists of x, y"),
+        ({"segmentation": [[1, 2, 3, 4, 1e9, 6]]}, "'segmentation' has a point far outside the image of 40 x 20"),
+        ({"segmentation": 7}, "'segmentation' must be polygons, or an RLE"),
+        (
+            {"segmentation": {"size": [4, 4], "counts": "1"}},
+            "'segmentation' has size [4, 4], but the image is [20, 40]",
+        ),
+        (
+            {"segmentation": {"size": [20, 40], "counts": [5]}},
+            "'segmentation' is not a valid RLE of 40 x 20 pixels: the runs",
+        ),
+        ({"caption": 3}, "'caption' is 3; expected a string, or a list of strings"),
     ],
 )
 def test_coco_reader_error_names_the_damaged_annotation(record, message):

@@ -164,10 +164,13 @@ def test_label_studio_reader_counts_further_shapes_of_a_region():
     [
         (
             make_rectangle("b") | {"original_width": "wide"},
-            "region 'b': 'original_width' and 'original_height' are ('wide', 20); give",
+            "region 'b': 'original_width' and 'original_height' are ('wide', 20); expected",
         ),
-        (make_rectangle("b") | {"original_width": 7}, "region 'b': an image of 7 x 20, and 40 x 20 in a result before"),
-        (3, "'result'[1] is 3; give an object"),
+        (
+            make_rectangle("b") | {"original_width": 7},
+            "region 'b': the image size is 7 x 20, but an earlier result records 40 x 20",
+        ),
+        (3, "'result'[1] is 3; expected an object"),
         (make_rectangle("b", x="left"), "region 'b': a rectangle that cannot be read"),
     ],
 )
@@ -327,37 +330,40 @@ def test_label_studio_reader_reads_a_task_without_regions_as_an_empty_image():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([3], "task 0 is 3; give an object"),
-        ([{"image": "a.png", "label": []}], "task 0: no 'data'; export the tasks as JSON"),
+        ([3], "task 0 is 3; expected an object"),
+        ([{"image": "a.png", "label": []}], "task 0: 'data' is missing; export from Label Studio as JSON"),
         ([{"data": {"a": "x.png", "b": "y.png"}}], "task 0, 'data': several values name an image; name it 'image'"),
         ([{"data": {"text": "hello"}}], "task 0, 'data': no value names an image"),
-        ([make_task(data={"image": 3})], "task 0, 'data', 'image' is 3; give the file name of an image"),
+        ([make_task(data={"image": 3})], "task 0, 'data', 'image' is 3; expected the file name of an image"),
         (
             [make_task(make_rectangle(x=None))],
-            "region 'a': a rectangle that cannot be read: 'value', 'x' is None; give a number",
+            "region 'a': a rectangle that cannot be read: 'value', 'x' is None; expected a number",
         ),
         ([make_task(make_result("polygonlabels"))], "a polygon that cannot be read: no 'points'"),
-        ([make_task(make_result("polygonlabels", value={"points": [[1]]}))], "a point is [1]; give 2 numbers (x, y)"),
+        (
+            [make_task(make_result("polygonlabels", value={"points": [[1]]}))],
+            "a point is [1]; expected 2 numbers (x, y)",
+        ),
         (
             [make_task(make_result("polygonlabels", value={"points": [[1, 1], [2, 2], [1e9, 3]]}))],
             "a point far outside",
         ),
         (
             [make_task(make_result("brushlabels", value={"rle": 10**9}))],
-            "a brush that cannot be read: 'value', 'rle' is 1000000000; give a list",
+            "a brush that cannot be read: 'value', 'rle' is 1000000000; expected a list",
         ),
         ([make_task(make_result("brushlabels", value={"rle": [1, 2]}))], "is truncated"),
-        ([make_task(make_result("bitmasklabels", value={"imageDataURL": "é"}))], "'imageDataURL' is not base64"),
+        ([make_task(make_result("bitmasklabels", value={"imageDataURL": "é"}))], "'imageDataURL' is not valid base64"),
         ([make_task(make_rectangle() | {"original_width": 10**9})], "at most 178,956,970 pixels are allowed"),
         (
             [make_task(make_rectangle(), make_rectangle("b") | {"original_width": 9})],
-            "region 'b': an image of 9 x 20, and 40 x 20 in a result before",
+            "region 'b': the image size is 9 x 20, but an earlier result records 40 x 20",
         ),
         (
             [make_task(make_rectangle(), make_result("textarea", value={"text": 3}))],
-            "'text' is 3; give text, or a list of texts",
+            "'text' is 3; expected a string, or a list of strings",
         ),
-        ([{"data": {"image": "a.png"}, "annotations": 3}], "'annotations' is 3; give a list"),
+        ([{"data": {"image": "a.png"}, "annotations": 3}], "'annotations' is 3; expected a list"),
     ],
 )
 def test_label_studio_reader_error_names_the_damaged_record(content, message):

@@ -123,15 +123,15 @@ def test_labelme_reader_reads_a_linestrip_as_its_box_and_counts_it():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (3, "shapes[0] is 3; give an object"),
-        ({"points": TRIANGLE_POINTS}, "shapes[0], 'label' is None; give text"),
-        (make_shape(points=[]), "shapes[0], 'points' is empty; give a list of [x, y]"),
+        (3, "shapes[0] is 3; expected an object"),
+        ({"points": TRIANGLE_POINTS}, "shapes[0], 'label' is None; expected a string"),
+        (make_shape(points=[]), "shapes[0], 'points' is empty; expected a list of [x, y]"),
         (make_shape(points=[[1, 2], [3]]), "shapes[0], 'points'"),
-        (make_shape(3), "shapes[0], 'shape_type' is 3; give text"),
-        (make_shape(description=["a"]), "shapes[0], 'description' is ['a']; give text"),
+        (make_shape(3), "shapes[0], 'shape_type' is 3; expected a string"),
+        (make_shape(description=["a"]), "shapes[0], 'description' is ['a']; expected a string"),
         (make_shape(points=[[0, 0], [9, 9], [1e9, 0]]), "a polygon that cannot be read: has a point far outside"),
-        (make_shape("mask", [[1, 1], [2, 2]]), "a mask that cannot be read: 'mask': base64 text, not None"),
-        (make_shape("mask", [[1, 1], [2, 2]], mask="!"), "'mask' is not base64"),
+        (make_shape("mask", [[1, 1], [2, 2]]), "a mask that cannot be read: 'mask' must be a base64 string, not None"),
+        (make_shape("mask", [[1, 1], [2, 2]], mask="!"), "'mask' is not valid base64"),
         (make_shape("mask", [[1, 1], [2, 2]], mask="QUJD"), "'mask' is not a readable image; convert it"),
         (
             make_shape("mask", [[39, 1], [41, 2]], mask=encode_png(np.ones((2, 3), bool))),

@@ -113,7 +113,7 @@ def test_recipe_and_sweep_reject_deep_toml_in_one_line(alarm_timeout, tmp_path, 
 
 
 def test_parse_assignments_rejects_deep_toml():
-    with pytest.raises(RegistryError, match="the value is not TOML"):
+    with pytest.raises(RegistryError, match="the value is not valid TOML"):
         parse_assignments(["lora=" + "[" * 2000])
 
 

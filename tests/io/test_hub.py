@@ -1,4 +1,4 @@
-"""Weights by hub id: downloaded once, stored complete, and one-line errors if unavailable."""
+"""Weights by Hub id: downloaded once, stored complete, and one-line errors if unavailable."""
 
 import json
 import os
@@ -144,7 +144,7 @@ def test_pull_stores_the_commit_used_by_later_loads(run_with_hub, hub, tmp_path)
     assert run_with_hub(sys.executable, "-c", program, online=False)[0] == 0
     program = "import sca\ntry: sca.load('owner/tiny', revision='elsewhere')\nexcept ValueError as error: print(error)"
     _, out, _ = run_with_hub(sys.executable, "-c", program)
-    assert "the hub has no 'owner/tiny' at revision 'elsewhere'" in out
+    assert "the Hub has no 'owner/tiny' at revision 'elsewhere'" in out
 
 
 @pytest.mark.all
@@ -167,9 +167,9 @@ def test_pull_of_a_gated_model_requires_and_accepts_a_token(run_with_hub, hub):
 @pytest.mark.parametrize(
     ("arguments", "online", "message"),
     [
-        (["owner/absent"], True, "neither a folder nor a model on the hub"),
-        (["owner/sam", "--revision", "nowhere"], True, "the hub has no 'owner/sam' at revision 'nowhere'"),
-        (["owner/sam"], False, "the hub could not be reached"),
+        (["owner/absent"], True, "neither a folder nor a model on the Hub"),
+        (["owner/sam", "--revision", "nowhere"], True, "the Hub has no 'owner/sam' at revision 'nowhere'"),
+        (["owner/sam"], False, "the Hub could not be reached"),
         (["gpt3"], True, "Did you mean 'gpt2'?"),
         (["sca-tiny"], True, "is included in the package"),
     ],
@@ -238,7 +238,7 @@ def test_push_uploads_a_model_with_card_that_load_reads_back(run_with_hub, hub, 
         "--license",
         "Apache-2.0",
         "--trained-on",
-        "drawn scenes",
+        "synthetic scenes",
     )
     status, out, err = run_with_hub(*PUSH_COMMAND, *arguments, HF_TOKEN="secret")
     assert status == 0, err
@@ -250,7 +250,7 @@ def test_push_uploads_a_model_with_card_that_load_reads_back(run_with_hub, hub, 
     assert card_data.license == "apache-2.0"
     assert [(result.metric_type, result.metric_value) for result in card_data.eval_results] == [("cider_d", 1.25)]
     assert "| scenes | cider_d | 125.0 | 110.0 to 140.0 | p-123 |" in card
-    assert "drawn scenes" in card
+    assert "synthetic scenes" in card
     assert 'sca.load("me/tiny")' in card
     program = (
         "import sca; from sca.checkpoints.tensors import hash_weights as h; "
@@ -266,9 +266,9 @@ def test_push_reports_errors_in_one_line(run_with_hub, hub, tmp_path):
     hub.upload_folder = tmp_path / "given"
     for arguments, message in (
         (("sca-tiny", "me/tiny"), "set HF_TOKEN to a token with write access"),
-        (("sca-tiny", "no such name!"), "'no such name!' is not a repository name; give OWNER/NAME"),
+        (("sca-tiny", "no such name!"), "'no such name!' is not a repository name; expected OWNER/NAME"),
         (("nothing", "me/tiny"), "nothing"),
-        (("sca-tiny", "me/tiny", "--scores", "absent.json"), "absent.json is no scores.json of `sca evaluate`"),
+        (("sca-tiny", "me/tiny", "--scores", "absent.json"), "absent.json is not a scores.json of `sca evaluate`"),
     ):
         status, out, err = run_with_hub(*PUSH_COMMAND, *arguments)
         assert status == 2, err

@@ -45,13 +45,13 @@ def test_check_range_accepts_values_within_its_limits(value):
 
 @pytest.mark.parametrize("value", [-1, 11, 10.5])
 def test_check_range_error_names_the_field_and_its_limits(value):
-    with pytest.raises(RegistryError, match=rf"^train\.steps is {value}; give a number from 0 to 10$"):
+    with pytest.raises(RegistryError, match=rf"^train\.steps is {value}; expected a number from 0 to 10$"):
         check_range("train.steps", value, float, 0, 10)
 
 
 @pytest.mark.parametrize("value", [True, math.nan, "3"])
 def test_check_range_rejects_booleans_nan_and_text(value):
-    with pytest.raises(RegistryError, match=r"^train\.steps is .*; give a number$"):
+    with pytest.raises(RegistryError, match=r"^train\.steps is .*; expected a number$"):
         check_range("train.steps", value, float, 0, 10)
 
 
@@ -65,23 +65,26 @@ def test_xywh_to_xyxy_rejects_infinite_corners(box):
     ("read_value", "message"),
     [
         (lambda: read_field({"a": 1}, "b", int, "f, line 1"), "f, line 1: no 'b'; it has: a"),
-        (lambda: read_field([], "b", int, "f, line 1"), "f, line 1 is []; give an object"),
-        (lambda: read_field({"b": True}, "b", int, "f"), "f, 'b' is True; give an integer"),
-        (lambda: read_field({"b": 2**63}, "b", int, "f"), f"f, 'b' is {2**63}; give an integer"),
+        (lambda: read_field([], "b", int, "f, line 1"), "f, line 1 is []; expected an object"),
+        (lambda: read_field({"b": True}, "b", int, "f"), "f, 'b' is True; expected an integer"),
+        (lambda: read_field({"b": 2**63}, "b", int, "f"), f"f, 'b' is {2**63}; expected an integer"),
         (lambda: read_field({"b": "\ud800"}, "b", str, "f"), r"f, 'b' contains '\ud800', half of a surrogate pair"),
-        (lambda: read_image_name({"b": " "}, "b", "f"), "f, 'b' is ' '; give the file name of an image"),
-        (lambda: read_image_name({"b": "a\0"}, "b", "f"), "give the file name of an image"),
-        (lambda: read_id({"b": 1.5}, "b", "f"), "f, 'b' is 1.5; give an integer or text"),
-        (lambda: parse_texts("f, 'b'", ["a", 1]), "f, 'b' is ['a', 1]; give text, or a list of texts"),
-        (lambda: check_numbers("f, 'b'", [1, math.inf], "x, y"), "f, 'b' is [1, inf]; give 2 numbers (x, y)"),
+        (lambda: read_image_name({"b": " "}, "b", "f"), "f, 'b' is ' '; expected the file name of an image"),
+        (lambda: read_image_name({"b": "a\0"}, "b", "f"), "expected the file name of an image"),
+        (lambda: read_id({"b": 1.5}, "b", "f"), "f, 'b' is 1.5; expected an integer or a string"),
+        (lambda: parse_texts("f, 'b'", ["a", 1]), "f, 'b' is ['a', 1]; expected a string, or a list of strings"),
+        (lambda: check_numbers("f, 'b'", [1, math.inf], "x, y"), "f, 'b' is [1, inf]; expected 2 numbers (x, y)"),
         (lambda: check_encodable("f", {"a": ["\udc80"]}), r"f contains '\udc80', half of a surrogate pair"),
         (lambda: require_recorded_size({"width": 1}, "f"), "f: no 'height'; it has: width"),
         (
             lambda: read_recorded_size({"width": 0, "height": 1}, "f"),
-            "f: 'width' and 'height' are (0, 1); give the size",
+            "f: 'width' and 'height' are (0, 1); expected the size",
         ),
         (lambda: read_recorded_size({"width": 10**5, "height": 10**5}, "f"), "at most 178,956,970 pixels are allowed"),
-        (lambda: xywh_to_xyxy("f, 'b'", 0, 0, -1, 1), "f, 'b' has width -1 and height 1; give values of at least 0"),
+        (
+            lambda: xywh_to_xyxy("f, 'b'", 0, 0, -1, 1),
+            "f, 'b' has width -1 and height 1; expected values of at least 0",
+        ),
     ],
 )
 def test_record_validators_name_the_file_field_and_invalid_value(read_value, message):

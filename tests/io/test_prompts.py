@@ -208,7 +208,7 @@ def test_check_prompt_keeps_pixel_boxes_and_rejects_normalized_boxes(data, width
     if max(box) > 1:
         assert check_prompt(Prompt(box=box), width, height).box == box
     normalized_box = x1 / width, y1 / height, x2 / width, y2 / height
-    assert "0..1" in get_error_message(check_prompt, Prompt(box=normalized_box), width, height)
+    assert "looks normalized to [0, 1]" in get_error_message(check_prompt, Prompt(box=normalized_box), width, height)
 
 
 def test_check_prompt_rejects_a_normalized_point_and_suggests_pixels():
@@ -284,7 +284,7 @@ def test_check_prompt_accepts_points_in_the_last_pixel():
 def test_check_prompt_rejects_masks_of_wrong_size_and_empty_masks():
     assert (check_prompt(Prompt(mask=make_mask().astype(np.uint8) * 255), 20, 10).mask == make_mask()).all()
     assert check_prompt(Prompt(mask=make_mask().astype(int)), 20, 10).mask.dtype == bool
-    assert "20 x 10, the image 10 x 20" in get_error_message(check_prompt, Prompt(mask=make_mask()), 10, 20)
+    assert "20 x 10, but the image is 10 x 20" in get_error_message(check_prompt, Prompt(mask=make_mask()), 10, 20)
     assert "empty" in get_error_message(check_prompt, Prompt(mask=np.zeros((10, 20), bool)), 20, 10)
     assert "shape" in get_error_message(check_prompt, Prompt(mask=np.zeros((2, 10, 20), bool)), 20, 10)
 
@@ -349,7 +349,7 @@ def test_read_region_prompts_reads_json_lines(tmp_path):
         ({"image": "a", "mask": {"size": [3, 4], "counts": [13, -1]}}, "do not fill"),
         ({"image": "a", "mask": {"size": [3, 4], "counts": "\x01é"}}, "'mask'"),
         ({"image": "a", "mask": {"size": [3, 4], "counts": "PPP"}}, "'mask'"),
-        ({"image": "a", "mask": {"size": [10**6, 10**6], "counts": [10**12]}}, "larger"),
+        ({"image": "a", "mask": {"size": [10**6, 10**6], "counts": [10**12]}}, "exceeds the limit"),
         ({"image": "a", "mask": {"size": [3], "counts": "4"}}, "'size'"),
         ({"image": "a", "prompt": [1, 2, 3, 4]}, "'prompt'"),
     ],
@@ -395,7 +395,7 @@ def test_read_region_prompts_reads_coco_as_boxes(tmp_path):
         (make_coco(images=[{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}]), "images[1], 'file_name'"),
         (make_coco(annotations=[{"image_id": 9, "bbox": [1, 2, 3, 4]}]), "annotations[0], 'image_id'"),
         (make_coco(annotations=[{"image_id": [], "bbox": [1, 2, 3, 4]}]), "annotations[0], 'image_id'"),
-        (make_coco(annotations=[7]), "annotations[0] is 7; give an object"),
+        (make_coco(annotations=[7]), "annotations[0] is 7; expected an object"),
         (make_coco(annotations=[{"image_id": 1}]), "annotations[0]"),
         (make_coco(annotations=[{"image_id": 1, "bbox": [1, 2, 3]}]), "annotations[0], 'bbox'"),
         (make_coco(annotations=[{"image_id": 1, "segmentation": [[1, 2]]}]), "annotations[0], 'segmentation'"),
@@ -576,7 +576,7 @@ def test_fit_prompts_rejects_another_aspect_ratio_with_both_sizes(tmp_path, file
         path.write_text(json.dumps({"images": [image], "annotations": [{"image_id": 1, "bbox": [1, 1, 2, 2]}]}))
     prompts, (problem,) = read_region_prompts(path).fit_prompts("a", 10, 20)
     assert not prompts
-    assert "records 20 x 10 and the image is 10 x 20" in problem
+    assert "records 20 x 10 (width x height), but the image is 10 x 20" in problem
     assert "rotated" in problem
 
 
@@ -596,5 +596,5 @@ def test_compute_resize_factors_accepts_any_rounding_of_a_resized_image(width, h
 def test_compute_resize_factors_rejects_another_aspect_ratio(recorded_size, actual_size):
     from sca.io.coordinates import compute_resize_factors
 
-    with pytest.raises(ValueError, match="the file records"):
+    with pytest.raises(ValueError, match="the annotation file records"):
         compute_resize_factors(recorded_size, actual_size)

@@ -66,7 +66,7 @@ def test_run_folder_rejects_a_dangling_symlink_at_an_output_path(tmp_path):
 
 def test_run_folder_rejects_changed_settings_and_suggests_fixes(tmp_path):
     write_run(tmp_path, {"x": 1, "y": [1, 2]})
-    with pytest.raises(OutputError, match=r"another run \(x: 1 there, 2 now\); choose .* replace the run"):
+    with pytest.raises(OutputError, match=r"a different run \(x: 1 there, 2 now\); choose .* replace the run"):
         write_run(tmp_path, {"x": 2, "y": (1, 2)})
     write_run(tmp_path, {"x": 2, "y": (1, 2)}, ignored_settings=["x"])
 

@@ -170,8 +170,8 @@ def test_encoder_rejects_damaged_weights_in_one_line(kind, name, file_name, dama
         ("timm", {"model": "vit_tiny_patch16_22", "pretrained": False}, "Did you mean 'vit_tiny_patch16_224'"),
         ("open-clip", {"model": "ViT-B-61", "pretrained": False}, "Did you mean 'ViT-B-16'"),
         ("open-clip", {"model": "ViT-B-16", "pretrained": "opnai"}, "Did you mean 'openai'"),
-        ("timm", {}, "no weights; give"),
-        ("open-clip", {}, "no weights; give"),
+        ("timm", {}, "no weights; set"),
+        ("open-clip", {}, "no weights; set"),
         (
             "timm",
             {"model": "vit_tiny_patch16_224", "pretrained": False, "feature_layer": 12},
@@ -186,7 +186,7 @@ def test_encoder_rejects_damaged_weights_in_one_line(kind, name, file_name, dama
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "config": {"dept": 2}}, "dept"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "config": {"num_classes": 2}}, "omit it"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": "augreg"}, "NAME.TAG"),
-        ("open-clip", {"model": "ViT-B-16", "pretrained": "openai", "weights": "a/b"}, "exclude each other"),
+        ("open-clip", {"model": "ViT-B-16", "pretrained": "openai", "weights": "a/b"}, "are mutually exclusive"),
         ("open-clip", {"model": "ViT-B-16", "pretrained": False, "image_size": 68}, "multiple of the stride 16"),
     ],
 )

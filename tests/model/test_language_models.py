@@ -191,7 +191,7 @@ def test_gguf_language_model_rejects_missing_and_invalid_files(tmp_path):
     with pytest.raises(RegistryError, match="no GGUF file"):
         language_models.build("gguf", weights=str(tmp_path / "absent.gguf"))
     (tmp_path / "empty.gguf").write_bytes(b"")
-    with pytest.raises(RegistryError, match=r"empty\.gguf cannot be read|needs extra: gguf"):
+    with pytest.raises(RegistryError, match=r"empty\.gguf cannot be read|needs the extra 'gguf'"):
         language_models.build("gguf", weights=str(tmp_path / "empty.gguf"))
 
 

@@ -11,7 +11,8 @@ import sca
 from sca.nn.two_way_transformer import TwoWayTransformer
 from sca.plan import _compute_layer_signature, _find_max_regions, plan_model
 from sca.plan_cache import MAX_PLANNED_REGIONS
-from sca.stage_costs import StageMeter
+from sca.stage_costs import StageMeter, make_flop_counter
+from sca.testing.tiny import get_tiny_options
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +134,36 @@ def test_plan_matches_measured_flops_and_memory_for_every_mixer(mixer):
         assert row["memory"][0] == pytest.approx(row["memory"][1], rel=0.15)
 
 
+def test_flop_counter_counts_attention_on_a_cpu():
+    heads, queries, keys, width = 4, 64, 48, 32
+    query = torch.randn(1, heads, queries, width, requires_grad=True)
+    key = torch.randn(1, heads, keys, width, requires_grad=True)
+    product = 2 * heads * queries * keys * width  # of one matrix product between queries and keys
+    with make_flop_counter() as counter:
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, key)
+    assert counter.get_total_flops() == 2 * product
+    with make_flop_counter() as counter:
+        output.sum().backward()
+    assert counter.get_total_flops() == 5 * product
+
+
+@pytest.mark.parametrize(
+    ("encoder", "gigaflops"),
+    [("sam-vit-b", 972), ("sam-vit-l", 2986), ("sam2.1-hiera-tiny", 291), ("edgetam", 37), ("sam3-tracker", 5613)],
+)
+def test_plan_counts_the_flops_of_full_size_encoders(encoder, gigaflops):
+    plan = plan_model(ModelSpec.parse(f"{encoder}+query+tiny-gpt2"), regions_per_image=1, max_new_tokens=1)
+    assert plan.flops["encode"] == pytest.approx(gigaflops * 1e9, rel=0.05)
+
+
+@pytest.mark.parametrize("encoder", ["sam2.1-hiera-tiny", "edgetam", "sam3-tracker", "sam-hq-vit-b"])
+def test_plan_matches_measured_flops_of_other_segmenters_within_one_percent(encoder):
+    table = {**MODEL_TABLES["tiny"], "encoder": {"name": encoder, **get_tiny_options("encoder", encoder)}}
+    for train in (False, True):
+        row = compare_plan(ModelSpec.from_dict(table), 2, 3, 2, train)
+        assert row["flops"][0] == pytest.approx(row["flops"][1], rel=0.01)
+
+
 def test_plan_matches_measured_flops_and_memory_of_several_chunks():
     row = compare_plan(build_spec("tiny"), 2, 100, MAX_NEW_TOKENS)
     assert row["flops"][0] == pytest.approx(row["flops"][1], rel=0.05)
@@ -220,7 +251,7 @@ def test_plan_command_reports_what_fits_without_network_access(capsys, monkeypat
         (["plan", "sca-tny"], "Did you mean 'sca-tiny'"),
         (["plan", "sca-tiny", "--gpu", "h20"], "Did you mean 'h200'"),
         (["plan", "sca-tiny", "--gpu", "-3"], "a number above 0"),
-        (["plan", "sca-tiny", "--gpu", "inf"], "give a name"),
+        (["plan", "sca-tiny", "--gpu", "inf"], "expected a name"),
         (["plan", "sca-tiny", "--dtype", "int8"], "unknown dtype 'int8'. Choose from: float32"),
         (["plan", "tiny-vit+qury+gpt2"], "Did you mean 'query'"),
         (["plan", "sca-gpt2-large-vg"], "plan its components"),

@@ -113,7 +113,7 @@ def test_beam_search_scores_at_least_as_high_as_greedy_and_sorts_best_first(buil
     assert beam_output.sequences.shape[:2] == beam_output.scores.shape == (4, 3)
     assert (beam_output.scores.diff(dim=1) <= 1e-6).all()
     assert (beam_output.scores[:, 0] >= greedy_output.scores[:, 0] - 1e-4).all()
-    with pytest.raises(ValueError, match="requires num_beams of at least 2"):
+    with pytest.raises(ValueError, match="requires num_beams >= 2"):
         model.language_model.generate(prefix, max_new_tokens=5, num_captions=2)
 
 

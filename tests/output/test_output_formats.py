@@ -156,10 +156,14 @@ INVALID_FILES = {
     "no image": (
         "a.jsonl",
         json.dumps({**VALID_RECORD, "image": 3}),
-        "line 1, 'image' is 3; give the file name of an image",
+        "line 1, 'image' is 3; expected the file name of an image",
     ),
-    "no size": ("a.jsonl", json.dumps({**VALID_RECORD, "width": None}), "line 1, 'width' is None; give an integer"),
-    "no caption": ("a.jsonl", json.dumps({**VALID_RECORD, "caption": None}), "line 1, 'caption' is None; give text"),
+    "no size": ("a.jsonl", json.dumps({**VALID_RECORD, "width": None}), "line 1, 'width' is None; expected an integer"),
+    "no caption": (
+        "a.jsonl",
+        json.dumps({**VALID_RECORD, "caption": None}),
+        "line 1, 'caption' is None; expected a string",
+    ),
     "a box beyond float": ("a.jsonl", json.dumps({**VALID_RECORD, "box": [0, 0, 1, 10**400]}), "line 1, 'box' is ["),
     "a box of three": ("a.jsonl", json.dumps({**VALID_RECORD, "box": [1, 2, 3]}), "line 1, 'box' is ["),
     "a broken mask": (
@@ -179,7 +183,7 @@ INVALID_FILES = {
     ),
     "another kind": ("a.json", "{}", "a.json is not a captions file"),
     "no parquet": ("a.parquet", "PAR1", "is not a valid Parquet file"),
-    "a list of what": ("a.json", "[3]", "task 0 is 3; give an object"),
+    "a list of what": ("a.json", "[3]", "task 0 is 3; expected an object"),
     "lost annotations": (
         "a.json",
         json.dumps({"images": [], "annotations": [{"image_id": 7}]}),

@@ -55,7 +55,7 @@ def test_caption_journal_resumes_after_a_truncated_or_zeroed_tail(tmp_path, tail
 def test_caption_journal_rejects_the_journal_of_another_run(tmp_path):
     add_images(tmp_path, ["0.png"], resume=False)
     with pytest.raises(
-        DifferentRunError, match=r"journal contains another run \(model: .*x.* there, .*y.* now\); choose"
+        DifferentRunError, match=r"journal contains a different run \(model: .*x.* there, .*y.* now\); choose"
     ):
         CaptionJournal(tmp_path, {"model": "y"}, resume=True)
 

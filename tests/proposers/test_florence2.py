@@ -91,9 +91,9 @@ def test_saved_weights_generate_the_same_text(build_tiny, save_tiny_proposer, co
     [
         ({"task": "region-proposals"}, "task is 'region-proposals'. Did you mean 'region-proposal'?"),
         ({"task": "dense-region-caption", "text": ["car"]}, "task=dense-region-caption takes no text; omit it, or use"),
-        ({"task": "open-vocabulary-detection"}, "no text to find; give --text PHRASE"),
+        ({"task": "open-vocabulary-detection"}, "no text to find; pass --text PHRASE"),
         ({"text": [" "]}, "text contains ' ', which is not a phrase"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; give an integer of at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; expected an integer of at least 1"),
     ],
 )
 def test_invalid_options_are_rejected_in_one_line(options, message, build_tiny):

@@ -39,11 +39,11 @@ def test_random_weights_are_reproducible(build_tiny, colored_image):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "no weights; give weights=FOLDER or a hub id, or pretrained=false"),
+        ({}, "no weights; set weights to a folder or a Hub id, or pretrained=false"),
         ({"pretrained": False}, "neither weights nor config is set"),
-        ({"score_thresh": 2.0}, "score_thresh is 2.0; give a number from 0 to 1"),
-        ({"max_regions": 0}, "max_regions is 0; give an integer of at least 1"),
-        ({"weights": "./absent"}, "'./absent' is neither a folder nor a model on the hub"),
+        ({"score_thresh": 2.0}, "score_thresh is 2.0; expected a number from 0 to 1"),
+        ({"max_regions": 0}, "max_regions is 0; expected an integer of at least 1"),
+        ({"weights": "./absent"}, "'./absent' is neither a folder nor a model on the Hub"),
     ],
 )
 def test_detector_rejects_invalid_options(options, message):

@@ -108,12 +108,12 @@ def test_example_box_outside_the_image_is_reported_for_that_image(build_tiny, co
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"text": ()}, "no text to find; give --text PHRASE"),
+        ({"text": ()}, "no text to find; pass --text PHRASE"),
         ({"text": ["x " * 40]}, "tokens, and the model reads 32; shorten it"),
-        ({"boxes": [[1, 2, 3]]}, "boxes contains [1, 2, 3]; give boxes as [[x1, y1, x2, y2]] in pixels"),
-        ({"boxes": [[5, 2, 3, 9]]}, "boxes contains [5, 2, 3, 9]; give boxes as"),
-        ({"boxes": [[1, 2, 3, 4]], "box_labels": [2]}, "box_labels is [2]; give 1 or 0 for each of the 1 boxes"),
-        ({"box_labels": [1]}, "box_labels is [1]; give 1 or 0 for each of the 0 boxes"),
+        ({"boxes": [[1, 2, 3]]}, "boxes contains [1, 2, 3]; write boxes as [[x1, y1, x2, y2]] in pixels"),
+        ({"boxes": [[5, 2, 3, 9]]}, "boxes contains [5, 2, 3, 9]; write boxes as"),
+        ({"boxes": [[1, 2, 3, 4]], "box_labels": [2]}, "box_labels is [2]; set 1 or 0 for each of the 1 boxes"),
+        ({"box_labels": [1]}, "box_labels is [1]; set 1 or 0 for each of the 0 boxes"),
     ],
 )
 def test_invalid_options_are_rejected_in_one_line(options, message, build_tiny):
@@ -137,5 +137,5 @@ def test_gated_repository_is_reported_in_one_line(monkeypatch):
 def test_missing_torchvision_names_the_extra(build_tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setattr("sca_registry.component_states.is_extra_installed", lambda *_: False)
-    with pytest.raises(RegistryError, match=r"needs extra: baselines\. Install it: pip install"):
+    with pytest.raises(RegistryError, match="needs the extra 'baselines'; install it with: pip install"):
         build_tiny("sam3")

@@ -95,8 +95,8 @@ def test_text_is_one_phrase_or_several(name, build_tiny, colored_image):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ([], "no text to find; give --text PHRASE, or the option text="),
-        ("", "text contains '', which is not a phrase; give words"),
+        ([], "no text to find; pass --text PHRASE, or set text="),
+        ("", "text contains '', which is not a phrase; pass words"),
         (["car", " "], "text contains ' ', which is not a phrase"),
         (["car", 3], "text contains 3, which is not a phrase"),
         ("x " * 300 + "x", "tokens, and the model reads"),
@@ -111,9 +111,9 @@ def test_invalid_text_is_rejected_in_one_line(name, text, message, build_tiny, c
 
 @pytest.mark.parametrize("name", NAMES)
 def test_missing_text_is_reported_before_weights_are_downloaded(name):
-    with pytest.raises(RegistryError, match="no text to find; give --text PHRASE"):
+    with pytest.raises(RegistryError, match="no text to find; pass --text PHRASE"):
         proposers.build(name, weights="owner/absent")
-    with pytest.raises((RegistryError, ValueError), match="no text to find; give --text PHRASE"):
+    with pytest.raises((RegistryError, ValueError), match="no text to find; pass --text PHRASE"):
         proposers.build(f"{name}-base")
 
 
@@ -126,7 +126,7 @@ def test_weights_of_another_model_type_are_rejected(name, other, save_tiny_propo
 def test_owlv2_without_scipy_names_the_extra(build_tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setattr("sca_registry.component_states.is_extra_installed", lambda *_: False)
-    with pytest.raises(RegistryError, match=r"needs extra: baselines\. Install it: pip install") as raised:
+    with pytest.raises(RegistryError, match="needs the extra 'baselines'; install it with: pip install") as raised:
         build_tiny("owlv2")
     assert "\n" not in str(raised.value)
 

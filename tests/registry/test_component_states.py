@@ -98,7 +98,7 @@ def install_mixer_with_extra(plugin_site):
 def test_missing_extra_is_reported_with_its_install_command(source, install_mixer_with_extra, get_states):
     install_mixer_with_extra("nowhere-at-all", source)
     assert get_states(mixers)["mean"] == ("needs extra: clip", "pip install 'shade[clip]'")
-    with pytest.raises(RegistryError, match=r"needs extra: clip. Install it: pip install 'shade\[clip\]'"):
+    with pytest.raises(RegistryError, match=r"needs the extra 'clip'; install it with: pip install 'shade\[clip\]'"):
         mixers.build("mean", None)
 
 
@@ -106,7 +106,7 @@ def test_missing_extra_without_metadata_is_detected_on_import(plugin_site, get_s
     files = {"shade/__init__.py": "", "shade/parts.py": "import nowhere_at_all", "shade/mixers.toml": CARD_WITH_EXTRA}
     plugin_site.install_distribution("shade", "[sca_mixers]\nx = shade:mixers.toml\n", files)
     assert get_states(mixers)["mean"][0] == "unchecked"
-    with pytest.raises(RegistryError, match="needs extra: clip"):
+    with pytest.raises(RegistryError, match="needs the extra 'clip'"):
         mixers.get("mean")
     assert get_state("mean")[0] == "needs extra: clip"
 

@@ -148,6 +148,41 @@ def test_register_rejects_invalid_names(name, isolated_registry):
         metrics(name)
 
 
+def test_register_without_a_name_shows_how_to_write_it(isolated_registry):
+    message = r'encoders\.register has no name for .*Mine; write `@encoders\.register\("name"\)`$'
+    with pytest.raises(RegistryError, match=message):
+
+        @encoders.register
+        class Mine:
+            pass
+
+    with pytest.raises(RegistryError, match=r"mixers\.register has no name for .*make_mine; write `@mixers\.reg"):
+
+        @mixers
+        def make_mine():
+            pass
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet50.a1_in1k"])
+def test_unknown_encoder_that_timm_has_points_to_the_timm_encoder(name, monkeypatch):
+    pytest.importorskip("timm", reason="the extra timm is not installed")
+    message = f"no encoders named {name!r}; it is a model of timm: use 'timm' with the option model={name!r}"
+    with pytest.raises(RegistryError) as caught:
+        encoders.get(name)
+    assert str(caught.value) == message
+    with pytest.raises(RegistryError, match=r"no mixers named .* Choose from"):
+        mixers.get(name)
+    monkeypatch.setitem(sys.modules, "timm", None)  # not installed
+    with pytest.raises(RegistryError, match=r"no encoders named .* Choose from"):
+        encoders.get(name)
+
+
+@pytest.mark.slow
+def test_unknown_encoder_with_a_hyphen_does_not_import_timm():
+    program = "import sca_registry\ntry:\n    sca_registry.encoders.get('tiny-vti')\nexcept ValueError:\n    pass"
+    assert not {"timm", "torch"} & list_imported_modules(program)
+
+
 def test_register_rejects_objects_that_are_not_callable(isolated_registry):
     with pytest.raises(RegistryError, match="'three'"):
         metrics("three")(3)

@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 from plugin_sources import MIXER_SOURCE
 from sca_registry import RegistryError, datasets, mixers
+from sca_registry.contracts import COMPONENT_KINDS
 from sca_registry.options import REQUIRED, check_options, is_text_option
+from sca_registry.registry import KINDS_WITHOUT_TEMPLATE
+
+from sca.testing.scaffold import TEMPLATE_KINDS
 
 
 @pytest.fixture
@@ -65,8 +69,17 @@ def test_build_names_the_missing_attributes_of_a_component(install_mixer):
     install_mixer(
         "class Half:\n    hidden_size = 3\n    def __call__(self): pass\n\ndef make(segmenter): return Half()\n"
     )
-    with pytest.raises(RegistryError, match=r"returned a Half without num_queries, uses_grid; .*contracts\.Mixer"):
+    template_hint = "`sca plugin new mixer NAME` writes a template"
+    with pytest.raises(
+        RegistryError,
+        match=rf"returned a Half without num_queries, uses_grid; .*contracts\.Mixer; {template_hint}$",
+    ):
         mixers.build("mine", None)
+
+
+def test_build_suggests_a_template_for_each_kind_that_has_one():
+    kinds = {kind.singular for plural, kind in COMPONENT_KINDS.items() if plural not in KINDS_WITHOUT_TEMPLATE}
+    assert kinds == {*TEMPLATE_KINDS}
 
 
 @pytest.mark.parametrize("failure", ["RuntimeError('no')", "SystemExit(1)", "ImportError('no')"])
@@ -133,9 +146,9 @@ def test_is_text_option_follows_the_annotation(parameter, expected):
         ("Union[int, None]", "a", 2, "an integer or None"),
         ("'Union[bool, int]'", "a", True, "an integer or true or false"),
         ("bool", 1, True, "true or false"),
-        ("str", 5, "a", "text"),
-        ("str | Path | None", 5, Path("a"), "text or None"),
-        ("'str | bool'", 5, "a", "true or false or text"),
+        ("str", 5, "a", "a string"),
+        ("str | Path | None", 5, Path("a"), "a string or None"),
+        ("'str | bool'", 5, "a", "true or false or a string"),
     ],
 )
 def test_check_options_rejects_values_of_the_wrong_type(annotation, wrong_value, right_value, expected_type):
@@ -146,7 +159,7 @@ def test_check_options_rejects_values_of_the_wrong_type(annotation, wrong_value,
         namespace,
     )
     check_options("mixer 'mine'", namespace["make"], 1, {"x": right_value})
-    with pytest.raises(RegistryError, match=rf"mixer 'mine': x is {wrong_value!r}; give {expected_type}$"):
+    with pytest.raises(RegistryError, match=rf"mixer 'mine': x is {wrong_value!r}; expected {expected_type}$"):
         check_options("mixer 'mine'", namespace["make"], 1, {"x": wrong_value})
 
 

@@ -154,9 +154,9 @@ def test_apply_overrides_replaces_a_nested_table_entirely():
         ("mixr.depth=2", "Did you mean 'mixer'"),
         ("model.mixr=x", "Did you mean 'mixer'"),
         ("train.stpes=2", "Did you mean 'steps'"),
-        ("train.optimizer.rat=2", "train.optimizer has no 'rat'. Did you mean 'rate'"),
+        ("train.optimizer.rat=2", "unknown key 'rat' in train.optimizer. Did you mean 'rate'"),
         ("trian.steps=2", "Did you mean 'train'"),
-        ("train=2", "train is a table; set one of: steps, optimizer"),
+        ("train=2", "train is a table; set one of its keys: train.steps, train.optimizer"),
         ("model=x", "model is a table"),
         ("train.steps.x=2", "steps is 100"),
     ],
@@ -203,7 +203,7 @@ def test_parse_assignment_reads_quoted_text_lists_and_tables_as_toml(text, value
 
 @pytest.mark.parametrize("text", ["", "'", '"a', "[1", "{a"])
 def test_parse_assignment_rejects_broken_toml_for_text_options(text):
-    with pytest.raises(RegistryError, match="is not TOML"):
+    with pytest.raises(RegistryError, match="is not valid TOML"):
         parse_assignment(f"root={text}", lambda path: True)
 
 

@@ -154,7 +154,7 @@ def test_plugin_import_propagates_keyboard_interrupt(plugin_site):
         ("[x]\nsummary = 'none'", "'x' has no factory"),
         ("[x]\nfactory = 'a b'", "not a factory"),
         ("[x]\nfactory = 'a:b'\nsummry = 'typo'", "Did you mean 'summary'"),
-        ("[x]\nfactory = 'a:b'\nsummary = 3", "give a value of type str"),
+        ("[x]\nfactory = 'a:b'\nsummary = 3", "expected a value of type str"),
     ],
 )
 def test_invalid_card_is_broken_with_a_reason(cards, reason, plugin_site, get_states):

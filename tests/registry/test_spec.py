@@ -103,11 +103,11 @@ def test_model_spec_overrides_edit_and_replace_without_changing_the_original():
         ("mixr=query", "Did you mean 'mixer'"),
         ("lora.rnak=2", "Did you mean 'rank'"),
         ("lora=-1", "lora.rank is -1"),
-        ("lora=high", "lora is 'high'; give a rank"),
+        ("lora=high", "lora is 'high'; expected a rank"),
         ("projection=mpl", "Did you mean 'mlp'"),
         ("projection.nrom=pre", "Did you mean 'norm'"),
         ("projection.norm=prae", "Did you mean 'pre'"),
-        ("trainable=[mixr]", "not TOML"),
+        ("trainable=[mixr]", "not valid TOML"),
         ("trainable=['mixr']", "Did you mean 'mixer'"),
         ("task_tokens=-1", "task_tokens"),
         ("task_tokens=true", "task_tokens"),
@@ -121,9 +121,20 @@ def test_model_spec_rejects_invalid_overrides(assignment, message):
         TINY_SPEC.apply_overrides([assignment])
 
 
-def test_model_spec_names_a_missing_component():
-    with pytest.raises(RegistryError, match="the language model is None"):
-        ModelSpec.from_dict({"encoder": "tiny-vit", "mixer": "query"})
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("encoder", 'the model has no encoder; add `encoder = "sam-vit-b"` to [model]'),
+        ("mixer", 'the model has no mixer; add `mixer = "query"` to [model]'),
+        ("language_model", 'the model has no language model; add `language_model = "gpt2"` to [model]'),
+    ],
+)
+def test_model_spec_names_a_missing_component(kind, message):
+    table = {"encoder": "tiny-vit", "mixer": "query", "language_model": "tiny-gpt2"}
+    for incomplete_table in ({**table, kind: None}, {key: table[key] for key in table.keys() - {kind}}):
+        with pytest.raises(RegistryError) as caught:
+            ModelSpec.from_dict(incomplete_table)
+        assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
@@ -215,28 +226,28 @@ def test_model_spec_accepts_or_rejects_any_value_at_any_key(key_path, value):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("lora.dropout=1.5", "lora.dropout is 1.5; give a number of at most 1"),
-        ("lora.alpha=inf", "lora.alpha is inf; give a number of at least 0"),
-        ("lora.alpha=nan", "lora.alpha is nan; give a number of at least 0"),
-        ("everything.pred_iou_thresh=inf", "everything.pred_iou_thresh is inf; give a number of at least 0"),
-        ("generation.num_beams=0", "generation.num_beams is 0; give an integer of at least 1"),
-        ("generation.max_new_tokens=many", "generation.max_new_tokens is 'many'; give an integer"),
-        ("generation.num_beams=60000000", "generation.num_beams is 60000000; give an integer of at most 64"),
-        ("generation.max_new_tokens=60000000", "give an integer of at most 4096"),
-        ("generation.num_captions=60000000", "give an integer of at most 64"),
-        ("everything.crop_n_layers=60", "everything.crop_n_layers is 60; give an integer of at most 4"),
+        ("lora.dropout=1.5", "lora.dropout is 1.5; expected a number of at most 1"),
+        ("lora.alpha=inf", "lora.alpha is inf; expected a number of at least 0"),
+        ("lora.alpha=nan", "lora.alpha is nan; expected a number of at least 0"),
+        ("everything.pred_iou_thresh=inf", "everything.pred_iou_thresh is inf; expected a number of at least 0"),
+        ("generation.num_beams=0", "generation.num_beams is 0; expected an integer of at least 1"),
+        ("generation.max_new_tokens=many", "generation.max_new_tokens is 'many'; expected an integer"),
+        ("generation.num_beams=60000000", "generation.num_beams is 60000000; expected an integer of at most 64"),
+        ("generation.max_new_tokens=60000000", "expected an integer of at most 4096"),
+        ("generation.num_captions=60000000", "expected an integer of at most 64"),
+        ("everything.crop_n_layers=60", "everything.crop_n_layers is 60; expected an integer of at most 4"),
         ("everything.points_per_side=60000000", "result in more than 1,048,576 points; reduce one of them"),
         (
             "everything={points_per_side=64, crop_n_layers=4}",
             "result in more than 1,048,576 points; reduce one of them",
         ),
-        ("everything.points_per_side=1.5", "everything.points_per_side is 1.5; give an integer"),
-        ("everything.pred_iou_thresh=high", "everything.pred_iou_thresh is 'high'; give a number"),
-        ("everything.crop_overlap_ratio=1", "everything.crop_overlap_ratio is 1; give a fraction"),
+        ("everything.points_per_side=1.5", "everything.points_per_side is 1.5; expected an integer"),
+        ("everything.pred_iou_thresh=high", "everything.pred_iou_thresh is 'high'; expected a number"),
+        ("everything.crop_overlap_ratio=1", "everything.crop_overlap_ratio is 1; expected a fraction"),
         ("everything.caption_from=boxes", "Did you mean 'box'"),
-        ("lora={rank=4, alpha='x'}", "lora.alpha is 'x'; give a number"),
-        ("lora={target_modules='c_attn'}", "lora.target_modules is 'c_attn'; give a list"),
-        ("trainable=3", "trainable is 3; give a list of names"),
+        ("lora={rank=4, alpha='x'}", "lora.alpha is 'x'; expected a number"),
+        ("lora={target_modules='c_attn'}", "lora.target_modules is 'c_attn'; expected a list"),
+        ("trainable=3", "trainable is 3; expected a list of names"),
     ],
 )
 def test_model_spec_rejects_values_of_the_wrong_type_or_range(assignment, message):

@@ -204,17 +204,21 @@ def test_health_and_metrics_count_requests_and_regions(make_client, make_body, s
 INVALID_REQUESTS = {
     "no prompts": ({"prompts": []}, 422, "neither prompts nor everything"),
     "both": ({"prompts": BOX, "everything": True}, 422, "both prompts and everything"),
-    "box of three": ({"prompts": [{"box": [1, 2, 3]}]}, 422, "prompts.0, 'box': a box is 4 numbers x1,y1,x2,y2"),
+    "box of three": (
+        {"prompts": [{"box": [1, 2, 3]}]},
+        422,
+        "prompts.0, 'box': cannot parse [1, 2, 3]; write a box as 4 numbers x1,y1,x2,y2",
+    ),
     "reversed": ({"prompts": [{"box": [9, 9, 1, 1]}]}, 422, "the box 9,9,1,1 is reversed"),
     "outside": ({"prompts": [{"points": [[5000, 1]]}]}, 422, "prompts.0: the point 5000,1,1 is outside the 96 x 96"),
     "huge number": ({"prompts": [{"box": [0, 0, 1e308, 10**400]}]}, 422, "is not a finite number"),
     "mask of another size": (
         {"prompts": [{"mask": masks.encode_rle(np.ones((20_000, 8_000), bool))}]},
         422,
-        "prompts.0, 'mask': the mask is 8000 x 20000, the image 96 x 96",
+        "prompts.0, 'mask': the mask is 8000 x 20000, but the image is 96 x 96",
     ),
     "mask that is none": ({"prompts": [{"mask": {"size": [96, 96], "counts": "zz"}}]}, 422, "prompts.0, 'mask': "),
-    "a file": ({"prompts": [{"mask": "/etc/passwd"}]}, 422, "give an RLE, not a file name"),
+    "a file": ({"prompts": [{"mask": "/etc/passwd"}]}, 422, "must be an RLE, not a file name"),
     "empty prompt": ({"prompts": [{}]}, 422, "prompts.0: no 'box', 'points' or 'mask'"),
     "another field": ({"prompts": BOX, "boxes": 1}, 422, "boxes: Extra inputs are not permitted"),
     "another task": ({"prompts": BOX, "task": "poem"}, 422, "task: Input should be 'caption' or 'recognition'"),
@@ -262,7 +266,7 @@ def test_captions_route_rejects_image_above_pixel_limit_before_decoding(make_cli
     )
     assert response.status_code == 413
     assert response.json()["error"]["message"] == (
-        "the image has 100,000,000 pixels (20000 x 5000), 50,000,000 are allowed; scale it down"
+        "the image has 100,000,000 pixels (20000 x 5000), 50,000,000 are allowed; resize the image"
     )
 
 

@@ -509,7 +509,7 @@ def make_fields(*parts):
         (make_fields({"type": "image_url", "image_url": "http://a.b"}), "messages", "image_url: image URLs are not"),
         (make_fields({"type": "image_url", "image_url": "a=b"}), "messages", "image_url: the text is not base64"),
         ({"points": [[5000, 1]]}, None, "the region: the point 5000,1,1 is outside"),
-        ({"box": [1, 2, 3]}, None, "the region, 'box': a box is 4 numbers"),
+        ({"box": [1, 2, 3]}, None, "the region, 'box': cannot parse [1, 2, 3]; write a box as 4 numbers"),
     ],
 )
 def test_error_names_the_invalid_field(send_chat, make_message, fields, param, message):

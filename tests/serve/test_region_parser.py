@@ -145,7 +145,7 @@ REJECTED = {
     "box=1e999,2,3,4": "not a finite number",
     "point=1": "",
     "point=1,2,3,4": "is not a point x,y",
-    "point=1,2,7": "is not 1 or 0",
+    "point=1,2,7": "must be 1 or 0",
     "x1=3, y1=4, x2=9": "cannot parse",
     "x=5 and further down y=6": "cannot parse",
     "from x=10,y=20 to x=30,y=40": "cannot parse",

@@ -94,7 +94,7 @@ def test_feature_cache_reports_missing_broken_and_overflowing_features(build_sma
     assert cache[image].shape == model.encode(torch.zeros(1, 3, 64, 64)).shape[1:]
     assert np.load(cache.get_path(image)).dtype == np.float16
     cache.get_path(image).write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"is damaged .* delete it"):
+    with pytest.raises(ValueError, match=r"is damaged .* delete the file"):
         cache[image]
     model.encode = lambda pixels: torch.full((len(pixels), 4, 8, 8), 1e9)
     cache.get_path(image).unlink()

@@ -89,27 +89,41 @@ def test_recipe_file_is_named_after_its_stem(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.step=7", "train has no 'step'.*Did you mean 'steps'"),
-        ("train.steps=many", "train.steps is 'many'; give an integer"),
-        ("train.steps=1.5", "train.steps is 1.5; give an integer"),
-        ("train.steps=0", "train.steps is 0; give an integer of at least 1"),
+        ("train.step=7", "unknown key 'step' in train.*Did you mean 'steps'"),
+        ("train.steps=many", "train.steps is 'many'; expected an integer"),
+        ("train.steps=1.5", "train.steps is 1.5; expected an integer"),
+        ("train.steps=0", "train.steps is 0; expected an integer of at least 1"),
         ("train.batch_size=-4", "train.batch_size is -4"),
-        ("train.learning_rate=fast", "train.learning_rate is 'fast'; give a number"),
+        ("train.learning_rate=fast", "train.learning_rate is 'fast'; expected a number"),
         ("train.warmup_steps=true", "train.warmup_steps is True"),
-        ("train.prompt_weights={circle=1.0}", "train.prompt_weights has no 'circle'"),
+        ("train.prompt_weights={circle=1.0}", "unknown key 'circle' in train.prompt_weights"),
         ("train.prompt_weights={box=0}", "prompt_weights are all 0"),
         ("train.prompt_weights.box=-1", "train.prompt_weights.box is -1"),
         ("train.precision=fp16", "train.precision is 'fp16'.*Choose from: float32"),
-        ("train.longest_caption_prob=2", "train.longest_caption_prob is 2; give a number from 0 to 1"),
-        ("data.scenes.weight=0", "data.scenes.weight is 0; give a number greater than 0"),
-        ("data.scenes.weight=much", "data.scenes.weight is 'much'; give a number"),
-        ("data.scenes.augment={flop_prob=1}", "data.scenes.augment has no 'flop_prob'.*Did you mean 'flip_prob'"),
-        ("data.scenes.augment={flip_prob=2}", "data.scenes.augment.flip_prob is 2; give a number from 0 to 1"),
-        ("loss.masks=1", "loss has no 'masks'.*Did you mean 'mask'"),
-        ("loss.mask=much", "loss.mask is 'much'; give a number"),
+        ("train.longest_caption_prob=2", "train.longest_caption_prob is 2; expected a number from 0 to 1"),
+        ("data.scenes.weight=0", "data.scenes.weight is 0; expected a number greater than 0"),
+        ("data.scenes.weight=much", "data.scenes.weight is 'much'; expected a number"),
+        (
+            "data.scenes.augment={flop_prob=1}",
+            "unknown key 'flop_prob' in data.scenes.augment.*Did you mean 'flip_prob'",
+        ),
+        ("data.scenes.augment={flip_prob=2}", "data.scenes.augment.flip_prob is 2; expected a number from 0 to 1"),
+        ("loss.masks=1", "unknown key 'masks' in loss.*Did you mean 'mask'"),
+        ("loss.mask=much", "loss.mask is 'much'; expected a number"),
         ("mixer.depth", "is not an assignment"),
         ("trian.steps=7", "unknown key 'trian'"),
         ("task_tokens=-1", "task_tokens is -1"),
+        ("train.max_steps=7", "'train.max_steps=7': unknown key 'train.max_steps'; use train.steps$"),
+        ("train.num_train_epochs=7", "; use train.steps$"),
+        ("train.per_device_train_batch_size=7", "; use train.batch_size$"),
+        ("train.lr=1e-3", "; use train.learning_rate$"),
+        ("lr=1e-3", "'lr=1e-3': unknown key 'lr'; use train.learning_rate$"),
+        ("epochs=3", "; use train.steps$"),
+        ("steps=3", "; use train.steps$"),
+        ("batch-size=3", "; use train.batch_size$"),
+        ("learning_rate=1e-3", "; use train.learning_rate$"),
+        ("output_dir=runs/x", "'output_dir'; the run folder is an option: --out FOLDER, or folder=... in Python$"),
+        ("train.output_dir=x", "the run folder is an option: --out FOLDER"),
     ],
 )
 def test_recipe_rejects_wrong_override(override, message):
@@ -120,19 +134,26 @@ def test_recipe_rejects_wrong_override(override, message):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"trian": {}}, "a recipe has no 'trian'.*Did you mean 'train'"),
-        ({"train": 3}, r"train of the recipe mine is 3; give a table \[train\]"),
-        ({"train": {"epochs": 3}}, r"\[train\] has no 'epochs'"),
-        ({"train": {"prompt_weights": {"circle": 1.0}}}, "train.prompt_weights has no 'circle'"),
-        ({"train": {"learning_rate": 10**400}}, r"train.learning_rate is 10+; give a number"),
+        ({"trian": {}}, "unknown key 'trian' in the recipe.*Did you mean 'train'"),
+        ({"train": 3}, r"train of the recipe mine is 3; expected a table \[train\]"),
+        ({"train": {"epochs": 3}}, r"unknown key 'epochs' in \[train\]; use train\.steps$"),
+        ({"lr": 0.1}, "unknown key 'lr' in the recipe; use train.learning_rate$"),
+        ({"batch_size": 4}, "unknown key 'batch_size' in the recipe; use train.batch_size$"),
+        ({"train": {"prompt_weights": {"circle": 1.0}}}, "unknown key 'circle' in train.prompt_weights"),
+        ({"train": {"learning_rate": 10**400}}, r"train.learning_rate is 10+; expected a number"),
         ({"data": {}}, "has no data"),
-        ({"model": {"encoder": "tiny-vit"}}, "the mixer is None"),
+        ({"model": {"encoder": "tiny-vit"}}, 'the model has no mixer; add `mixer = "query"`'),
     ],
 )
 def test_recipe_rejects_wrong_table(small_model_table, table, message):
     valid_table = {"model": small_model_table, "data": {"scenes": {"name": "scenes"}}}
     with pytest.raises(RegistryError, match=message):
         Recipe.from_dict("mine", {**valid_table, **table})
+
+
+def test_recipe_read_names_a_missing_recipe():
+    with pytest.raises(RegistryError, match=r"^the recipe is missing before 'data=photos'; write: sca train own-data"):
+        Recipe.read("data=photos", ["model=sca-tiny"])
 
 
 def test_recipe_read_suggests_similar_names_and_reports_invalid_toml(tmp_path):
@@ -153,12 +174,12 @@ VALUES_OF_WRONG_TYPE = {  # values that do not have the type
     list: (True, 1, "x", {}),
 }
 TYPE_MESSAGES = {
-    bool: "give true or false",
-    int: "give an integer",
-    float: "give a number",
-    str: "give text|Choose from: ",
-    dict: "give a table",
-    list: "give a list",
+    bool: "expected true or false",
+    int: "expected an integer",
+    float: "expected a number",
+    str: "expected a string|Choose from: ",
+    dict: "expected a table",
+    list: "expected a list",
 }
 DEFAULT_OPTIONS = {"train": vars(TrainOptions()), "validate": vars(ValidationOptions()), "loss": DEFAULT_LOSS_WEIGHTS}
 FIELDS = [(section, name, default) for section, table in DEFAULT_OPTIONS.items() for name, default in table.items()]
@@ -208,14 +229,14 @@ def test_recipe_rejects_negative_and_infinite_numbers_in_any_field(small_model_t
         for key in section.split("."):
             subtable = subtable.setdefault(key, {})
         subtable[name] = value
-        with pytest.raises(RegistryError, match=rf"^{section}\.{name} is {value!r}; give "):
+        with pytest.raises(RegistryError, match=rf"^{section}\.{name} is {value!r}; expected "):
             Recipe.from_dict("mine", table)
 
 
 def test_recipe_rejects_seed_above_numpy_limit(small_model_table):
     table = {"model": small_model_table, "data": {"scenes": {"name": "scenes"}}}
     assert Recipe.from_dict("mine", table | {"train": {"seed": MAX_SEED}}).train.seed == MAX_SEED
-    with pytest.raises(RegistryError, match=r"train\.seed is 4294967296; give an integer from 0 to 4294967295"):
+    with pytest.raises(RegistryError, match=r"train\.seed is 4294967296; expected an integer from 0 to 4294967295"):
         Recipe.from_dict("mine", table | {"train": {"seed": MAX_SEED + 1}})
 
 
@@ -223,14 +244,16 @@ def test_recipe_rejects_seed_above_numpy_limit(small_model_table):
 def test_recipe_rejects_a_wrong_type_in_any_section(small_model_table, section):
     table = {"model": small_model_table, "data": {"scenes": {"name": "scenes"}}}
     for value in (3, True, ["x"]):
-        with pytest.raises(RegistryError, match=rf"{section}.* is .*; give (a table|text)"):
+        with pytest.raises(RegistryError, match=rf"{section}.* is .*; expected (a table|a string)"):
             Recipe.from_dict("mine", {**table, section: value})
 
 
 @pytest.mark.parametrize("key", ["metrics", "metric_for_best_model"])
 def test_recipe_rejects_mixed_lists_in_validate(small_model_table, key):
     table = {"model": small_model_table, "data": {"scenes": {"name": "scenes"}}, "validate": {key: ["cider", 3]}}
-    with pytest.raises(RegistryError, match=rf"validate\.{key} is \['cider', 3\]; give a list of (1 or more )?strings"):
+    with pytest.raises(
+        RegistryError, match=rf"validate\.{key} is \['cider', 3\]; expected a list of (1 or more )?strings"
+    ):
         Recipe.from_dict("mine", table)
 
 
@@ -241,7 +264,7 @@ def test_recipe_override_replaces_model_name_with_table(tmp_path):
         recipe = Recipe.read(name, [f"data='{tmp_path}'", override, "mixer.depth=1"])
         assert recipe.model.mixer == ComponentSpec("query", {"depth": 1})
     for wrong_override in ('model={encoder="tiny-vit"}', "model=[1]"):
-        with pytest.raises(RegistryError, match=r"the mixer is None|model of the recipe own-data is"):
+        with pytest.raises(RegistryError, match=r"the model has no mixer|model of the recipe own-data is"):
             Recipe.read("own-data", [f"data='{tmp_path}'", wrong_override])
 
 
@@ -251,7 +274,7 @@ def test_recipe_accepts_whole_tables_as_overrides(tmp_path):
     assert recipe.data == {"x": DataSource(ComponentSpec("scenes", {"num_images": 3}))}
     assert recipe.train == TrainOptions(steps=7, batch_size=2)
     assert recipe.loss == DEFAULT_LOSS_WEIGHTS | {"mask": 0.5}
-    with pytest.raises(RegistryError, match=r"a recipe's \[train\] has no 'stps'\. Did you mean 'steps'"):
+    with pytest.raises(RegistryError, match=r"unknown key 'stps' in \[train\] of the recipe\. Did you mean 'steps'"):
         Recipe.read("sca-tiny", ["train={stps=7}"])
 
 
@@ -272,7 +295,7 @@ def test_recipe_accepts_overrides_of_all_validate_fields(small_model_table):
     )
     with pytest.raises(
         RegistryError,
-        match=r"validate has no 'metric_for_best'\. Did you mean 'metric_for_best_model'\? Choose from: eval_steps",
+        match=r"unknown key 'metric_for_best' in validate\. Did you mean 'metric_for_best_model'\? Choose from: ",
     ):
         Recipe.from_dict("mine", table, ["validate.metric_for_best=3"])
     with pytest.raises(RegistryError, match=r"unknown key 'valdate'\. Did you mean 'validate'"):
@@ -297,7 +320,7 @@ def test_recipe_rejects_lora_that_would_not_train(tmp_path):
     assert any("lora_" in name for name, _ in model.named_parameters())
     (tmp_path / "own.jsonl").touch()
     with pytest.raises(
-        RegistryError, match=r"checkpoint 'sca-tiny' are fixed; give model=\{encoder=\.\.\., mixer=\.\.\.,"
+        RegistryError, match=r"checkpoint 'sca-tiny' are fixed; set model=\{encoder=\.\.\., mixer=\.\.\.,"
     ):
         Recipe.read("own-data", [f"data='{tmp_path}'", "lora=8"])
 

@@ -8,8 +8,8 @@ import torch
 from sca.checkpoints.load import load
 from sca.training.examples import ExampleMixture
 from sca.training.module import TrainingModule
-from sca.training.recipe import Recipe
-from sca.training.train import train
+from sca.training.recipe import Recipe, TrainOptions
+from sca.training.train import compute_images_per_process, train
 
 
 class SimulatedKill(BaseException):
@@ -120,6 +120,13 @@ def test_train_rejects_batch_size_not_divisible_by_accumulation_steps(make_recip
         ValueError, match=r"train\.batch_size=3 is not a multiple of 1 processes x train\.gradient_accumulation_steps=2"
     ):
         train(make_recipe(batch_size=3, gradient_accumulation_steps=2), tmp_path, quiet=True)
+
+
+def test_train_suggests_one_process_for_a_batch_size_not_divisible_by_processes():
+    with pytest.raises(ValueError, match=r"batch_size=1 is not a multiple of 2 processes .*: train\.num_processes=1"):
+        compute_images_per_process(TrainOptions(batch_size=1), 2)
+    with pytest.raises(ValueError, match=r"change one of them$"):
+        compute_images_per_process(TrainOptions(batch_size=1, gradient_accumulation_steps=2), 1)
 
 
 def test_train_rejects_region_budget_below_accumulation_steps(make_recipe, tmp_path):

@@ -43,3 +43,21 @@ def test_train_accepts_recipe_file_or_recipe_with_changes(tmp_path):
 def test_train_rejects_unknown_recipe():
     with pytest.raises(RegistryError, match="sca-tiny"):
         sca.train("sca-tinny")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ({"model": "sca-tiny"}, 'Change the recipe: changes=["model=VALUE"].'),
+        ({"data": "photos"}, 'Change the recipe: changes=["data=VALUE"].'),
+        ({"steps": 5}, 'Change the recipe: changes=["train.steps=VALUE"].'),
+        ({"max_steps": 5}, 'Change the recipe: changes=["train.steps=VALUE"].'),
+        ({"lr": 1e-4}, 'Change the recipe: changes=["train.learning_rate=VALUE"].'),
+        ({"output_dir": "out"}, "Did you mean 'folder'?"),
+    ],
+)
+def test_train_names_the_change_of_the_recipe_for_an_unknown_argument(arguments, hint):
+    (name,) = arguments
+    with pytest.raises(TypeError) as caught:
+        sca.train("own-data", **arguments)
+    assert str(caught.value) == f"train() has no argument {name!r}. {hint}"

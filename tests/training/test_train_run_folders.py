@@ -55,7 +55,9 @@ def test_train_deletes_no_foreign_files(make_recipe, tmp_path, blocking_file, ov
 def test_train_rejects_folder_of_another_run(make_recipe, tmp_path):
     train(make_recipe(), tmp_path, quiet=True)
     original_weights = read_weights(tmp_path)
-    with pytest.raises(OutputError, match=r"another run \(train\.learning_rate: .* there, .* now\).*replace the run"):
+    with pytest.raises(
+        OutputError, match=r"a different run \(train\.learning_rate: .* there, .* now\).*replace the run"
+    ):
         train(make_recipe(learning_rate=1e-2), tmp_path, quiet=True)
     assert read_weights(tmp_path) == original_weights
     train(make_recipe(num_workers=0, save_steps=7), tmp_path, quiet=True)
@@ -80,7 +82,7 @@ def test_train_rejects_folder_of_run_on_other_data(make_recipe, tmp_path):
 
     train(make_recipe_with_caption("a cat"), tmp_path / "out", quiet=True)
     train(make_recipe_with_caption("a cat"), tmp_path / "out", quiet=True)
-    with pytest.raises(OutputError, match="another run"):
+    with pytest.raises(OutputError, match="a different run"):
         train(make_recipe_with_caption("a dog"), tmp_path / "out", quiet=True)
 
 
@@ -89,7 +91,7 @@ def test_train_set_aside_moves_folder_of_another_run(make_recipe, tmp_path):
     train(make_recipe(), out, quiet=True, set_aside=True, report=messages.append)
     original_weights = read_weights(out)
     train(make_recipe(seed=1), out, quiet=True, set_aside=True, report=messages.append)
-    assert messages == [f"{out} contained another run, which is now in {out}-1"]
+    assert messages == [f"{out} contained a different run, which is now in {out}-1"]
     assert read_weights(tmp_path / "out-1") == original_weights
     assert read_weights(out) != original_weights
 
@@ -131,8 +133,8 @@ def test_train_command_sets_aside_only_in_its_default_folder(make_recipe, tmp_pa
     )
     for seed in (0, 1):
         assert run_command(["train", "mine.toml", f"train.seed={seed}", "--quiet"]) == 0
-    assert "sca: runs/mine contained another run, which is now in runs/mine-1" in capfd.readouterr().err
+    assert "sca: runs/mine contained a different run, which is now in runs/mine-1" in capfd.readouterr().err
     assert read_weights(tmp_path / "runs/mine") != read_weights(tmp_path / "runs/mine-1")
     assert run_command(["train", "mine.toml", "train.seed=2", "--quiet", "--out", "runs/mine"]) == 2
-    assert "contains another run (train.seed: 1 there, 2 now)" in capfd.readouterr().err
+    assert "contains a different run (train.seed: 1 there, 2 now)" in capfd.readouterr().err
     assert run_command(["train", "mine.toml", "train.seed=2", "--quiet", "--out", "runs/mine", "--overwrite"]) == 0

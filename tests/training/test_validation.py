@@ -96,9 +96,9 @@ def test_train_reports_validation_without_images(make_recipe, tmp_path):
     ("validate", "message"),
     [
         ({"split": "test"}, "a test split must not select the model"),
-        ({"evl_steps": 3}, "has no 'evl_steps'. Did you mean 'eval_steps'"),
-        ({"eval_steps": 0}, "give an integer of at least 1"),
-        ({"metrics": "bleu"}, "give a list"),
+        ({"evl_steps": 3}, "unknown key 'evl_steps' in .*. Did you mean 'eval_steps'"),
+        ({"eval_steps": 0}, "expected an integer of at least 1"),
+        ({"metrics": "bleu"}, "expected a list"),
         ({"dataset": {"name": 3}}, "dataset of validate"),
     ],
 )
@@ -171,7 +171,7 @@ def test_open_validation_dataset_accepts_best_with_later_available_score(make_re
 
 
 def test_recipe_rejects_empty_validate_best(make_recipe):
-    with pytest.raises(RegistryError, match=r"validate\.metric_for_best_model is \[\]; give a list of 1 or more"):
+    with pytest.raises(RegistryError, match=r"validate\.metric_for_best_model is \[\]; expected a list of 1 or more"):
         make_recipe({"metric_for_best_model": []})
 
 

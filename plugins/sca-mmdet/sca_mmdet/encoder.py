@@ -18,7 +18,7 @@ class MmdetEncoder(nn.Module):
         config: Name of a config in mmdet, or path of a file.
         weights: File or URL in the format of mmdet.
         pretrained: Load `weights`; False for random weights.
-        image_size: Side S of the square input frame in pixels.
+        image_size: Side S of the square model input in pixels.
         feature_level: Index of the feature level, from the finest, 0, or negative from the coarsest. By default the
             level with the stride nearest to 16.
         resize_mode: "pad" or "stretch", see `ImageFormat`.
@@ -40,7 +40,7 @@ class MmdetEncoder(nn.Module):
     ):
         super().__init__()
         if pretrained and weights is None:
-            raise ValueError("no weights; give weights=FILE or a URL, or pretrained=false")
+            raise ValueError("no weights; set weights=FILE or a URL, or pretrained=false")
         mmdet_config = load_mmdet_config(config, ("backbone", "neck"))
         detector, _ = build_detector(mmdet_config, config, weights if pretrained else None)
         self.checkpoint = weights if pretrained else None

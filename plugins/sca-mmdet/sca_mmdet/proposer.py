@@ -37,7 +37,7 @@ class MmdetProposer:
         device: str = "cpu",
     ):
         if pretrained and weights is None:
-            raise ValueError("no weights; give weights=FILE or a URL, or pretrained=false")
+            raise ValueError("no weights; set weights=FILE or a URL, or pretrained=false")
         mmdet_config = load_mmdet_config(config)
         _set_score_thresholds(mmdet_config.model.get("test_cfg"), score_thr)
         self.detector, metadata = build_detector(mmdet_config, config, weights if pretrained else None)

@@ -16,7 +16,7 @@ DENOMINATOR_EPSILON, NUMERATOR_EPSILON = 1e-9, 1e-15  # avoid division by zero, 
 
 
 class Bleu:
-    """Corpus-level BLEU-1 to BLEU-4 in 0..1, with the closest reference length.
+    """Corpus-level BLEU-1 to BLEU-4 in [0, 1], with the closest reference length.
 
     The arrays of `per_record` are the scores of single captions, whose mean is not the corpus score.
 

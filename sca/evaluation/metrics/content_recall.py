@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ContentRecall:
-    """Recall in 0..1 of reference words of given parts of speech.
+    """Recall in [0, 1] of reference words of given parts of speech.
 
     `exact` is the fraction of these words that appear in the caption. `fuzzy` is the mean over these words of the
     word-vector similarity to the closest word of the caption. Published scores use en_core_web_lg.

@@ -40,7 +40,7 @@ class MatchedProposals(NamedTuple):
 
 
 class DenseCapMap:
-    """Mean average precision of dense captioning in 0..1; papers print percent.
+    """Mean average precision of dense captioning in [0, 1]; papers print percent.
 
     - `densecap-map`: METEOR as the caption score, as published; omitted without Java.
     - `densecap-map/rouge-l`: ROUGE-L as the caption score, which requires no Java.
@@ -186,7 +186,7 @@ def compute_mean_precision(
         caption_thresholds: Thresholds of the caption scores.
 
     Returns:
-        The mean average precision in 0..1; NaN without ground-truth boxes.
+        The mean average precision in [0, 1]; NaN without ground-truth boxes.
     """
     if not num_true_boxes:
         return float("nan")

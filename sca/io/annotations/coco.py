@@ -44,7 +44,7 @@ def read_annotation(
             count = (lambda reason: None) if size else partial(_count_reason, skip, location)
             box = masks.mask_to_box(mask) if mask else compute_segmentation_box(segmentation, count)
     except ValueError as error:
-        raise InputError(f"{location}, 'segmentation': {error}") from error
+        raise InputError(f"{location}, 'segmentation' {error}") from error
     if has_keypoints(record):
         skip("keypoints", location)
     texts = record.get("caption")
@@ -135,13 +135,13 @@ def parse_segmentation(value: Any, size: ImageSize, count: CountCallback) -> dic
         polygons = parse_polygons(value, count)
         return fill_polygons(polygons, size) if polygons else None
     if not isinstance(value, dict) or not isinstance(value.get("counts"), str | list):
-        raise InputError("must be polygons, or RLE with size and counts")
+        raise InputError("must be polygons, or an RLE with size and counts")
     if value.get("size") != [height, width]:
-        raise InputError(f"has size {value.get('size')!r:.80} in an image of {[height, width]} (height, width)")
+        raise InputError(f"has size {value.get('size')!r:.80}, but the image is {[height, width]} (height, width)")
     try:
         return masks.parse_rle(value)
     except ValueError as error:
-        raise InputError(f"counts do not add up to the {width * height} pixels of the image: {error}") from None
+        raise InputError(f"is not a valid RLE of {width} x {height} pixels: {error}") from None
 
 
 def parse_polygons(value: list[Any], count: CountCallback) -> list[Points]:
@@ -160,7 +160,7 @@ def parse_polygons(value: list[Any], count: CountCallback) -> list[Points]:
     polygons: list[Points] = []
     for flat in value:
         if not isinstance(flat, list) or len(flat) % 2 or not all(map(is_finite_number, flat)):
-            raise InputError("must be lists of x, y, x, y, ... for its polygons")
+            raise InputError("must contain lists of x, y, x, y, ... as polygons")
         if len(flat) < 6:
             count(SHORT_POLYGON)
         else:
@@ -182,9 +182,12 @@ def compute_segmentation_box(value: Any, count: CountCallback) -> Box | None:
         InputError: The value is invalid; the message describes the expected format.
     """
     if isinstance(value, dict):
-        return masks.mask_to_box(masks.parse_rle(value))
+        try:
+            return masks.mask_to_box(masks.parse_rle(value))
+        except ValueError as error:
+            raise InputError(f"is not a valid RLE: {error}") from None
     if not isinstance(value, list):
-        raise InputError("must be polygons, or RLE with size and counts")
+        raise InputError("must be polygons, or an RLE with size and counts")
     polygons = parse_polygons(value, count)
     return compute_bounding_box(point for polygon in polygons for point in polygon) if polygons else None
 

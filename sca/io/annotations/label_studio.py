@@ -72,7 +72,7 @@ def _read_task(
     task: Any, location: str, skip: SkipCallback, measure: MeasureCallback, reject: RejectCallback
 ) -> list[AnnotatedImage]:
     if "data" not in check_object(task, location):
-        raise InputError(f"{location}: no 'data'; export the tasks as JSON (JSON-MIN and COCO results have none)")
+        raise InputError(f"{location}: 'data' is missing; export from Label Studio as JSON, not as JSON-MIN or COCO")
     data = check_object(task["data"], f"{location}, 'data'")
     annotation = choose_annotation(task, location, skip)
     results = _read_results(annotation.get("result") or [], f"{location}, 'result'", reject)
@@ -199,8 +199,8 @@ def _read_shape_image_size(
     size = read_recorded_size(result, result_location, ("original_width", "original_height"))
     if size and previous_size and size != previous_size:
         raise InputError(
-            f"{result_location}: an image of {size[0]} x {size[1]}, and {previous_size[0]} x {previous_size[1]} in a "
-            "result before"
+            f"{result_location}: the image size is {size[0]} x {size[1]}, but an earlier result records "
+            f"{previous_size[0]} x {previous_size[1]}"
         )
     return size
 

@@ -195,7 +195,7 @@ def _parse_shape(record: Any, location: str) -> LabelMeShape:
         check_type(f"{location}, {key!r}", value, str, InputError)
     points = read_field(record, "points", list, location)
     if not points:
-        raise InputError(f"{location}, 'points' is empty; give a list of [x, y]")
+        raise InputError(f"{location}, 'points' is empty; expected a list of [x, y]")
     for point in points:
         check_numbers(f"{location}, 'points'", point, "x, y")
     return LabelMeShape(location, shape_type, [(x, y) for x, y in points], record)

@@ -141,14 +141,14 @@ def decode_base64_image(text: Any, subject: str) -> bytes:
         InputError: The text is not base64, empty, or larger than MAX_EMBEDDED_BYTES.
     """
     if not isinstance(text, str) or not text:
-        raise InputError(f"{subject}: base64 text, not {text!r:.40}")
+        raise InputError(f"{subject} must be a base64 string, not {text!r:.40}")
     _, _, content = text.partition(",") if text.startswith("data:") else ("", "", text)
     if len(content) * 3 // 4 > MAX_EMBEDDED_BYTES:
-        raise InputError(f"{subject} is larger than {MAX_EMBEDDED_BYTES:,} bytes; keep the image in a file")
+        raise InputError(f"{subject} is larger than {MAX_EMBEDDED_BYTES:,} bytes; store the image as a separate file")
     try:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InputError(f"{subject} is not base64: {error}") from error
+        raise InputError(f"{subject} is not valid base64: {error}") from error
 
 
 def decode_base64_mask(text: Any, subject: str, size: ImageSize) -> np.ndarray:

@@ -213,7 +213,7 @@ def import_has_no_side_effects(harness: ComponentHarness) -> str | None:
     Optional packages are imported where they are used.
     """
     if harness.name is None:
-        raise DoesNotApply("the factory is not registered by name")
+        raise DoesNotApply("the component is not registered by name")
     if get_registry(harness.kind).load_entry(harness.name).distribution == BUILTIN_DISTRIBUTION:
         raise DoesNotApply("built-in components are tested together")
     command = [sys.executable, "-c", IMPORT_SCRIPT, harness.kind, harness.name]

@@ -54,6 +54,8 @@ def features_depend_on_image(harness: EncoderHarness) -> str | None:
 def default_segmenter_is_registered(harness: ComponentHarness) -> str | None:
     """`default_segmenter` is the name of a registered segmenter."""
     if harness.name is None:
-        raise DoesNotApply("the factory is not registered by name, so its segmenter may not be installed")
+        raise DoesNotApply(
+            "the encoder is a factory, not a registered name, so its default segmenter cannot be looked up"
+        )
     name, segmenter_names = harness.component.default_segmenter, get_registry("segmenters").list_names()
     return None if name in segmenter_names else f"no segmenter {name!r}; choose from {', '.join(segmenter_names)}"

@@ -116,15 +116,26 @@ def default_generation_is_greedy(harness: LanguageModelHarness) -> str | None:
             expected_ids.append(int(logits.argmax()))
             log_probs.append(float(logits.float().log_softmax(0)[expected_ids[-1]]))
             embeddings = torch.cat((embeddings, component.embed_tokens(torch.tensor([expected_ids[-1:]]))), dim=1)
-        generated_ids, score = (
-            generation_output.sequences[row, 0].tolist()[: len(expected_ids)],
-            float(generation_output.scores[row, 0]),
-        )
+        generated_ids = generation_output.sequences[row, 0].tolist()[: len(expected_ids)]
+        score = float(generation_output.scores[row, 0])
+        if eos_token_id is None:  # a model without a tokenizer may still end a caption early
+            num_tokens = _count_before_padding(generated_ids, expected_ids)
+            generated_ids, expected_ids = generated_ids[:num_tokens], expected_ids[:num_tokens]
+            log_probs = log_probs[:num_tokens]
         if generated_ids != expected_ids:
             return f"token ids {generated_ids}, while greedy search selects {expected_ids}"
         if not math.isclose(score, sum(log_probs) / len(log_probs), rel_tol=1e-3, abs_tol=1e-3):
             return f"score {score:.4f}, while the mean log-probability is {sum(log_probs) / len(log_probs):.4f}"
     return None
+
+
+def _count_before_padding(generated_ids: list[int], expected_ids: list[int]) -> int:
+    """Return how many tokens come before padding: equal tokens up to the end that differ from the expected ones."""
+    pairs = zip(generated_ids, expected_ids, strict=False)
+    first_difference = next((index for index, (token, expected) in enumerate(pairs) if token != expected), None)
+    if not first_difference or len(set(generated_ids[first_difference:])) > 1:
+        return len(generated_ids)
+    return first_difference
 
 
 @register_check("language_models")

@@ -28,7 +28,7 @@ def capture_process_state() -> dict[str, Any]:
         "the root logger": (list(logging.root.handlers), logging.root.level),
         WARNING_FILTERS: list(warnings.filters),
         ENVIRONMENT: dict(os.environ),
-        "the working folder": os.getcwd(),
+        "the current directory": os.getcwd(),
         RANDOM_STATE: random.getstate(),
         "numpy's random state": numpy_state[1].tolist(),
     }

@@ -21,7 +21,7 @@ def write_plugin_package(kind: str, name: str, folder: Path | None = None) -> Pa
     Args:
         kind: Kind of the component, singular or plural, one of `TEMPLATE_KINDS`.
         name: Name of the component.
-        folder: New or empty folder. Default: `sca-NAME` in the working folder.
+        folder: New or empty folder. Default: `sca-NAME` in the current directory.
 
     Returns:
         Path of the folder.
