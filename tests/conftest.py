@@ -123,3 +123,23 @@ def browser():
         browser = playwright_driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def save_tiny_proposer(tmp_path_factory):
+    """Function that saves a tiny proposer in transformers' format and returns its folder."""
+    from sca_registry import proposers
+
+    from sca.testing.tiny import get_tiny_options
+
+    folders = {}
+
+    def save(name):
+        if name not in folders:
+            folders[name] = str(tmp_path_factory.mktemp(name))
+            proposer = proposers.build(name, **get_tiny_options("proposers", name))
+            proposer.model.save_pretrained(folders[name])
+            proposer.processor.save_pretrained(folders[name])
+        return folders[name]
+
+    return save

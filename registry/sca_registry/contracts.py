@@ -218,6 +218,8 @@ class Caption:
     region_id: int  # index of the prompt in the list of prompts of its image
     alternatives: tuple[tuple[str, float], ...] = ()  # further captions and their scores, best first
     usage: TokenUsage | None = None  # None if no language model generated the captions
+    name: str | None = None  # class name or phrase of the proposer that found the region
+    proposal_score: float | None = None  # score of that proposer
 
     @property
     def array(self) -> np.ndarray | None:
@@ -250,7 +252,7 @@ class Sample(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Proposed regions: prompts in image pixels, a score for each, and class names where available."""
+    """Proposed regions: prompts in image pixels, a score for each, and class names or phrases where available."""
 
     prompts: tuple[Prompt, ...]
     scores: tuple[float, ...]
@@ -443,7 +445,11 @@ class Metric(Protocol):
 
 @runtime_checkable
 class Proposer(Protocol):
-    """Region proposer, built by `factory(**options)`."""
+    """Region proposer, built by `factory(**options)`.
+
+    A proposer that finds what the user describes has the option `text`, a sequence of phrases. `sca caption --text`
+    sets it. The option `device`, if it exists, is set to the device of the captioner.
+    """
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
         """Propose regions of an image."""

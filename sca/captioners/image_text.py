@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
-from sca.captioners.dummy_processors import build_dummy_processor
 from sca.captioners.region_captioner import ScoredText
 from sca.devices import resolve_dtype
-from sca.io.errors import InputError
-from sca.io.hub import compute_weights_fingerprint, fetch_model_folder, load_pretrained, silence_transformers
-from sca.io.weight_files import translate_load_errors
+from sca.io.dummy_processors import build_dummy_processor
+from sca.io.hub import (
+    compute_weights_fingerprint,
+    fetch_model_folder,
+    initialize_model,
+    load_pretrained,
+    make_config,
+    silence_transformers,
+)
+from sca.io.processors import load_processor
 from sca.language_models.causal import extract_new_tokens
-from sca.language_models.hf import make_config
 from sca.language_models.token_usage import count_tokens
 from sca.model import check_finite_scores
 
@@ -83,9 +86,7 @@ class ImageTextModel:
         else:
             model_config = make_config(weights, revision, config)
             self.processor = build_dummy_processor(model_config)  # rejects unsupported architectures
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = AutoModelForImageTextToText.from_config(model_config, trust_remote_code=False)
+            model = initialize_model(AutoModelForImageTextToText, model_config)
             model = model if dtype_name == "auto" else model.to(getattr(torch, dtype_name))
         self.model: Any = model.to(target_device).eval()  # `PreTrainedModel` with `generate`
         self.tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)
@@ -173,30 +174,3 @@ class ImageTextModel:
             if token_id is not None
         ]
         return sorted(set(eos_token_ids)) or [self.tokenizer.eos_token_id]
-
-
-def load_processor(folder: Path) -> Any:
-    """Load the processor of images and texts from a folder.
-
-    Args:
-        folder: Folder with the files of the processor.
-
-    Returns:
-        The processor of transformers.
-
-    Raises:
-        InputError: The processor cannot be read.
-    """
-    try:
-        with translate_load_errors(f"the processor in {folder}"), silence_transformers():
-            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-            image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    except InputError as error:
-        hint = (
-            f". Install the extra: pip install '{BUILTIN_DISTRIBUTION}[baselines]'"
-            if "torchvision" in str(error).lower()
-            else ""
-        )
-        raise InputError(f"{error}{hint}") from error
-    processor.image_processor = image_processor
-    return processor

@@ -195,7 +195,14 @@ def caption(
     proposer: Annotated[
         str | None,
         typer.Option(
-            help="Region proposer to use instead of the point grid: 'NAME [key=value]...'.",
+            help="Region proposer to use instead of the point grid: 'NAME [key=value]...'. Implies --everything.",
+            rich_help_panel="Everything mode",
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Word or phrase to find; requires a --proposer that takes text, such as owlv2-base. Repeatable.",
             rich_help_panel="Everything mode",
         ),
     ] = None,
@@ -272,6 +279,9 @@ def caption(
         "caption_from": caption_from,
     }
     listed = bool(box or point or mask or region)
+    if text and not proposer:
+        raise ValueError("--text requires --proposer with a proposer that takes text, such as owlv2-base")
+    everything = everything or bool(proposer and not (listed or prompts))
     _check_region_options(
         listed, bool(prompts), everything, search_options | {"proposer": proposer, "max_regions": max_regions}
     )
@@ -303,6 +313,7 @@ def caption(
         everything=everything,
         search_options=search_options,
         proposer=proposer,
+        text=text or (),
         max_regions=max_regions,
         task=task,
         generation_options={
@@ -368,7 +379,8 @@ def _caption_locally(
                 open_caption_journal(Path(out), settings, formats, [*paths, *input_files], **journal_options)
             )
             writers = outputs.enter_context(MultiFormatWriter(out, formats, model, options["image_prefix"]))
-        table = None if out == "-" or (quiet and out) else outputs.enter_context(CaptionTable())
+        has_table = out != "-" and not (quiet and out)
+        table = outputs.enter_context(CaptionTable(job.proposer is not None)) if has_table else None
         progress_bars = outputs.enter_context(ProgressBars(len(paths), quiet))  # closed before the table is printed
         needs_images = bool(set(formats) & set(DRAWN_FORMATS))
         results = captioner.caption_images(
@@ -386,10 +398,12 @@ def _caption_locally(
             if journal:
                 journal.add(str(result.path), result.image, result.captions)
             if job.everything and not result.captions and not quiet:
-                print_stderr(
-                    f"no region found in {format_path(result.path)}; lower --pred-iou-thresh or "
-                    "--stability-score-thresh, or raise --points-per-side"
+                hint = (
+                    "lower the score threshold of the proposer, or for points --pred-iou-thresh"
+                    if job.proposer
+                    else "lower --pred-iou-thresh or --stability-score-thresh, or raise --points-per-side"
                 )
+                print_stderr(f"no region found in {format_path(result.path)}; {hint}")
             num_done += 1
         if not num_done:  # keep the older files
             raise typer.Exit(failures.status)
@@ -574,10 +588,15 @@ def _report_prompts(region_source: RegionSource, failures: FailureReporter, quie
 
 
 class CaptionTable:
-    """Table with one line per region, printed at the end, even after an interrupt."""
+    """Table with one line per region, printed at the end, even after an interrupt.
 
-    def __init__(self) -> None:
-        columns = ("image", "region", "caption", "score", "iou", "box")
+    Args:
+        has_names: Whether the table has a column for the names of proposed regions.
+    """
+
+    def __init__(self, has_names: bool):
+        self.has_names = has_names
+        columns = ("image", "region", *(("name",) if has_names else ()), "caption", "score", "iou", "box")
         self.table: terminal.Table = terminal.Table(columns, right_aligned=("region", "score", "iou"), has_frame=False)
 
     def __enter__(self) -> CaptionTable:
@@ -594,9 +613,11 @@ class CaptionTable:
         for each in captions:
             box = " ".join(f"{value:.0f}" for value in each.box) if each.box else ""
             iou = "" if each.predicted_iou is None else f"{each.predicted_iou:.2f}"
-            self.table.add_row(format_path(path.name), str(each.region_id), each.text, f"{each.score:.2f}", iou, box)
+            names = (each.name or "",) if self.has_names else ()
+            cells = (format_path(path.name), str(each.region_id), *names, each.text, f"{each.score:.2f}", iou, box)
+            self.table.add_row(*cells)
             for text, score in each.alternatives:
-                self.table.add_row("", "", text, f"{score:.2f}", "", "")
+                self.table.add_row("", "", *([""] * len(names)), text, f"{score:.2f}", "", "")
 
 
 def _check_pipes(images: Sequence[str], other_inputs: Sequence[str | Path], is_sharded: bool, resume: bool) -> None:

@@ -233,7 +233,7 @@ def _find_weight_sources(name: str) -> list[tuple[str, str | None, str]]:
             prefix = registry.get_declared(name, "file_prefix") or ""
             sources.append((options["weights"], options.get("revision"), prefix))
     if sources:
-        return sources
+        return [*dict.fromkeys(sources)]  # a captioner and a proposer can have the same weights
     if "/" in name:
         return [(name, None, "")]
     names = [

@@ -39,6 +39,7 @@ from sca.inference.automatic import SEARCH_VERSION
 from sca.inference.engine import Engine
 from sca.inference.factory import load_captioner
 from sca.inference.predictor import Predictor
+from sca.inference.proposer import build_proposer
 from sca.io.errors import DifferentRunError, InputError
 from sca.io.run_folder import RunFolder, iter_existing_paths
 from sca.io.score_format import PRINT_NOTE, format_interval, format_score
@@ -220,7 +221,7 @@ def evaluate(
     proposer_component = ComponentSpec.from_dict(proposer, "proposer") if proposer is not None else None
     prompting_options: PromptingOptions | DenseCaptioningOptions = prompting
     if proposer_component is not None:
-        built_proposer = sca_registry.proposers.build(proposer_component.name, **proposer_component.options)
+        built_proposer = build_proposer(proposer_component, device)
         prompting_options = DenseCaptioningOptions(built_proposer, prompting.generation)
     run = {
         "model": model_name,

@@ -106,7 +106,8 @@ def caption_everything(
             `Predictor.predict`.
 
     Returns:
-        Captions of the regions found from points, highest predicted IoU first, then captions of the other proposals.
+        Captions of the regions found from points, highest predicted IoU first, then captions of the other proposals,
+        with their names and scores.
 
     Raises:
         TypeError: Unknown keyword argument; the message suggests the closest one.
@@ -137,10 +138,13 @@ def caption_everything(
     masks, prompts = masks[:max_regions], prompts[:max_regions]
     captions = engine.caption_masks(encoded, masks, prompts, task, **generation) if masks else []
     max_proposed = None if max_regions is None else max_regions - len(masks)
-    proposed_prompts = _select_region_prompts(proposals, max_proposed) if proposals else []
-    if proposed_prompts:
-        (proposed_captions,) = engine.caption_batch(encoded, [proposed_prompts], task, **generation)
-        captions += [replace(each, region_id=len(masks) + each.region_id) for each in proposed_captions]
+    selected = _select_region_proposals(proposals, max_proposed) if proposals else None
+    if selected and selected.prompts:
+        (proposed_captions,) = engine.caption_batch(encoded, [selected.prompts], task, **generation)
+        captions += [
+            replace(each, region_id=len(masks) + each.region_id, name=name, proposal_score=score)
+            for each, score, name in zip(proposed_captions, selected.scores, selected.names, strict=True)
+        ]
     return captions
 
 
@@ -219,11 +223,12 @@ def _is_single_point(prompt: Prompt) -> bool:
     return prompt.box is None and prompt.mask is None and [label for _, _, label in prompt.points] == [1]
 
 
-def _select_region_prompts(proposals: Proposals, max_count: int | None) -> list[Prompt]:
-    """Return the `max_count` prompts with the best scores that are not single points, in order."""
+def _select_region_proposals(proposals: Proposals, max_count: int | None) -> Proposals:
+    """Return the `max_count` proposals with the best scores that are not single points, in order."""
     indices = [index for index, prompt in enumerate(proposals.prompts) if not _is_single_point(prompt)]
     best_indices = sorted(indices, key=lambda index: -proposals.scores[index])[:max_count]
-    return [proposals.prompts[index] for index in sorted(best_indices)]
+    rows = [(proposals.prompts[i], float(proposals.scores[i]), proposals.names[i]) for i in sorted(best_indices)]
+    return Proposals(*zip(*rows, strict=True)) if rows else Proposals((), (), ())
 
 
 def _search_windows(

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sca_registry import proposers
 from sca_registry.contracts import Captioner, Prompt, Proposer
 from sca_registry.spec import ComponentSpec
 
 from sca.devices import resolve_device
 from sca.inference.prompt_arguments import check_task
+from sca.inference.proposer import build_proposer
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.labelme import list_labelme_files
 from sca.io.errors import InputError
@@ -159,6 +159,7 @@ class CaptionJob:
         everything: Search for regions.
         search_options: Fields of `sca.EverythingOptions`; None keeps the value of the model.
         proposer: Proposer "NAME [key=value]..." that replaces the grid of points.
+        text: Phrases that the proposer finds.
         max_regions: Maximum number of regions per image of a search, best first.
         task: "caption" or "recognition".
         generation_options: Options of `Predictor.predict`; None keeps the value of the model.
@@ -182,6 +183,7 @@ class CaptionJob:
     everything: bool = False
     search_options: Mapping[str, Any] = field(default_factory=dict)
     proposer: str | None = None
+    text: Sequence[str] = ()
     max_regions: int | None = None
     task: str = "caption"
     generation_options: Mapping[str, Any] = field(default_factory=dict)
@@ -198,6 +200,8 @@ class CaptionJob:
                 f"{' and '.join(sources)} are mutually exclusive; pass boxes, points, masks and regions, or prompts, "
                 "or everything"
             )
+        if self.text and not self.proposer:
+            raise ValueError("text requires a proposer that takes text, such as owlv2-base; pass one, or omit text")
 
     def read_region_source(self) -> RegionSource:
         """Read the prompts, or build the proposer of a search.
@@ -208,6 +212,7 @@ class CaptionJob:
         Raises:
             InputError: A prompt cannot be read.
             RegistryError: The proposer is unknown or cannot be built.
+            ValueError: The proposer takes no text.
         """
         if self.everything:
             return SearchedRegions(self._build_proposer())
@@ -243,4 +248,4 @@ class CaptionJob:
 
     def _build_proposer(self) -> Proposer | None:
         component = self._parse_proposer()
-        return proposers.build(component.name, **component.options) if component else None
+        return build_proposer(component, self.device, self.text) if component else None

@@ -15,10 +15,10 @@ from sca_registry.errors import format_choices, make_unknown_name_error, suggest
 from sca_registry.spec import ComponentSpec
 
 from sca.checkpoints.load import load, locate_checkpoint
-from sca.devices import resolve_device
 from sca.encoders.model_types import find_encoder_of_segmenter
 from sca.hints import ARGUMENT_ALIASES
 from sca.inference.engine import Engine
+from sca.inference.proposer import make_device_options
 from sca.io.hub import resolve_local_path, suggest_path
 
 MASK_ONLY = "none"  # the captioner of a segmenter without a language model
@@ -106,9 +106,7 @@ def load_captioner(
 
 def _build_captioner(name: str, device: str | torch.device, options: Mapping[str, Any]) -> Captioner:
     option_names = sca_registry.captioners.load_entry(name).options
-    # Captioners that do not read the image have no device.
-    device_options = {"device": str(resolve_device(device))} if "device" in option_names else {}
-    return sca_registry.captioners.build(name, **device_options, **options)
+    return sca_registry.captioners.build(name, **make_device_options(device, option_names), **options)
 
 
 def _load_checkpoint(

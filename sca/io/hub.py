@@ -395,6 +395,46 @@ def fetch_pretrained_config(cls: Any, source: str | Path, revision: str | None =
         return cls.from_pretrained(folder, trust_remote_code=False)
 
 
+def make_config(weights: str | None, revision: str | None, config: Mapping[str, Any] | None) -> PretrainedConfig:
+    """Return the configuration of a model.
+
+    Args:
+        weights: Hub id or folder whose configuration is used if `config` is None.
+        revision: Revision of the Hub id.
+        config: Fields of the configuration, including `model_type`.
+
+    Returns:
+        The configuration of transformers.
+
+    Raises:
+        ValueError: Neither `weights` nor `config` is set.
+    """
+    from transformers import AutoConfig
+
+    if config is not None:
+        return AutoConfig.for_model(**config)
+    if weights is None:
+        raise ValueError("neither weights nor config is set; set weights to a folder or a Hub id")
+    return fetch_pretrained_config(AutoConfig, weights, revision)
+
+
+def initialize_model(cls: Any, config: PretrainedConfig) -> Any:
+    """Build a model of transformers with random weights from a fixed seed.
+
+    Args:
+        cls: Model class, or one of the automatic classes.
+        config: Configuration of the model.
+
+    Returns:
+        The model.
+    """
+    import torch
+
+    with silence_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return cls.from_config(config, trust_remote_code=False) if hasattr(cls, "from_config") else cls(config)
+
+
 def check_model_type(
     source: str | Path, revision: str | None, model_types: Collection[str], shown_types: Collection[str] = ()
 ) -> str:

@@ -11,12 +11,12 @@ import torch
 from sca_registry.contracts import Tokenizer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sca.devices import DTYPES
 from sca.io.errors import InputError
-from sca.io.hub import fetch_model_folder, fetch_pretrained_config, load_pretrained, silence_transformers
+from sca.io.hub import fetch_model_folder, load_pretrained, make_config, silence_transformers
 from sca.io.weight_files import has_tokenizer, translate_load_errors
 from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 from sca.language_models.phi import FusedPhiForCausalLM, has_fused_attention
@@ -133,24 +133,3 @@ def _resolve_model_class(
     with translate_load_errors(weights):
         is_fused = has_fused_attention(fetch_model_folder(weights, revision, include_code=trust_remote_code))
     return FusedPhiForCausalLM if is_fused else AutoModelForCausalLM
-
-
-def make_config(weights: str | None, revision: str | None, config: Mapping[str, Any] | None) -> PreTrainedConfig:
-    """Return the configuration of a model.
-
-    Args:
-        weights: Hub id or folder whose configuration is used if `config` is None.
-        revision: Revision of the Hub id.
-        config: Fields of the configuration, including `model_type`.
-
-    Returns:
-        The configuration of transformers.
-
-    Raises:
-        ValueError: Neither `weights` nor `config` is set.
-    """
-    if config is not None:
-        return AutoConfig.for_model(**config)
-    if weights is None:
-        raise ValueError("neither weights nor config is set; set weights to a folder or a Hub id")
-    return fetch_pretrained_config(AutoConfig, weights, revision)

@@ -20,16 +20,15 @@ from sca.io.validation import is_int64, read_field, read_id, read_image_name, re
 from sca.output.captioned_image import CaptionedImage, ImageOrSize, ImageSize
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
-from sca.output.records import annotation_to_caption
-
-REGION_CATEGORY = {"id": 1, "name": "region", "supercategory": ""}
+from sca.output.records import REGION_LABEL, annotation_to_caption
 
 
 class CocoWriter:
     """Writer of a COCO file. Annotations are written as they arrive; the file is renamed to its final name on close.
 
     Images and annotations are numbered from 1. An annotation has the fields of COCO's instances and captions, `score`
-    and `region_id` (the index of the prompt in the request). `bbox` is x, y, width, height.
+    and `region_id` (the index of the prompt in the request). `bbox` is x, y, width, height. The first category is
+    "region"; each further name is a category.
 
     A region without a mask has its box as a polygon, as in pycocotools results that are boxes. Its `isbox` is 1, so
     that readers do not treat it as a mask. A region with neither has an empty `bbox` and no polygon.
@@ -39,15 +38,17 @@ class CocoWriter:
         self._file = AtomicFile(path)
         self._images: list[dict[str, Any]] = []
         self._num_annotations = 0
+        self._category_ids = {REGION_LABEL: 1}
         info = {"description": "captions of regions", "model": model}
         self._file.write(f'{{"info": {json.dumps(info)},\n"annotations": [')
 
     def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         image_id = len(self._images) + 1
-        lines = [
-            json.dumps(_make_annotation(annotation_id, image_id, path, image, caption), allow_nan=False)
-            for annotation_id, caption in enumerate(captions, self._num_annotations + 1)
-        ]
+        lines = []
+        for annotation_id, caption in enumerate(captions, self._num_annotations + 1):
+            category_id = self._category_ids.setdefault(caption.name or REGION_LABEL, len(self._category_ids) + 1)
+            ids = {"id": annotation_id, "image_id": image_id, "category_id": category_id}
+            lines.append(json.dumps({**ids, **_make_annotation(path, image, caption)}, allow_nan=False))
         if lines:
             self._file.write((",\n" if self._num_annotations else "\n") + ",\n".join(lines))
         self._num_annotations += len(lines)
@@ -55,22 +56,18 @@ class CocoWriter:
 
     def close(self, finished: bool = True) -> None:
         """Finish the file with the completed images. An unfinished run leaves an older file unchanged."""
-        end = f'],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps([REGION_CATEGORY])}}}\n'
+        categories = [{"id": number, "name": name, "supercategory": ""} for name, number in self._category_ids.items()]
+        end = f'],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps(categories)}}}\n'
         close_document(self._file, end, bool(self._images), finished)
 
 
-def _make_annotation(
-    annotation_id: int, image_id: int, path: str, image: ImageOrSize, caption: Caption
-) -> dict[str, Any]:
+def _make_annotation(path: str, image: ImageOrSize, caption: Caption) -> dict[str, Any]:
     caption_record = caption_to_record(path, image, caption)
     mask, box = caption_record["mask"], caption_record["box"]
     if box is None and mask:
         box = masks.mask_to_box(mask)
     x1, y1, x2, y2 = box or (0.0, 0.0, 0.0, 0.0)
     return {
-        "id": annotation_id,
-        "image_id": image_id,
-        "category_id": REGION_CATEGORY["id"],
         "bbox": [x1, y1, x2 - x1, y2 - y1],
         "area": masks.compute_mask_area(mask) if mask else (x2 - x1) * (y2 - y1),
         "segmentation": mask or ([[x1, y1, x2, y1, x2, y2, x1, y2]] if box else []),
@@ -79,6 +76,7 @@ def _make_annotation(
         "caption": caption_record["caption"],
         "score": caption_record["score"],
         "region_id": caption_record["region_id"],
+        **{key: caption_record[key] for key in ("proposal_score",) if key in caption_record},
     }
 
 

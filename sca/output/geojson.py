@@ -21,6 +21,7 @@ from sca.output.jsonl import caption_to_record
 
 PROPERTY_NAMES = (
     *("image", "width", "height", "region_id", "prompt", "box", "caption", "score", "predicted_iou", "alternatives"),
+    *("name", "proposal_score"),
 )
 
 

@@ -85,6 +85,7 @@ def _caption_to_dict(caption: Caption) -> dict[str, Any]:
         "mask": caption.mask["counts"] if caption.mask else None,
         "points": [[float(x), float(y), int(label)] for x, y, label in caption.prompt.points],
         "is_box_prompt": caption.prompt.box is not None,
+        **({"name": replace_unprintable(caption.name)} if caption.name is not None else {}),
     }
 
 

@@ -57,8 +57,9 @@ class JsonlWriter:
 
     A line has `image` (its path as passed), `width`, `height`, `region_id` (the index of the prompt in the request),
     `prompt`, `box` (x1, y1, x2, y2), `mask` (COCO RLE), `caption`, `score`, `predicted_iou` and `model`. With several
-    captions per region, `alternatives` contains the others, best first. Coordinates are in pixels of the upright image;
-    unknown values are null. The output is ASCII, so that any terminal, locale and line reader works.
+    captions per region, `alternatives` contains the others, best first. For a region of a proposer, `name` (a class or
+    a phrase) and `proposal_score` are those of the proposal. Coordinates are in pixels of the upright image; unknown
+    values are null. The output is ASCII, so that any terminal, locale and line reader works.
     """
 
     def __init__(self, target: Path | StreamSink, model: str | None = None):
@@ -99,6 +100,8 @@ def caption_to_record(path: str, image: ImageOrSize, caption: Caption) -> dict[s
         "score": _replace_non_finite(caption.score),
         "predicted_iou": _replace_non_finite(caption.predicted_iou),
         **({"alternatives": alternatives} if alternatives else {}),
+        **({"name": caption.name} if caption.name is not None else {}),
+        **({} if caption.proposal_score is None else {"proposal_score": _replace_non_finite(caption.proposal_score)}),
     }
 
 

@@ -1,8 +1,8 @@
 """Write and read Label Studio tasks with predictions, in one JSON list to import.
 
 Format: https://labelstud.io/guide/predictions. A region with a mask is a brush, else one with a box is a rectangle,
-else it is a keypoint. Its caption is a text area with the same id. `LABELING_CONFIG` is the labeling interface that
-shows them.
+else it is a keypoint. Its label is its name, or "region". Its caption is a text area with the same id.
+`LABELING_CONFIG` is the labeling interface that shows them; names require further labels in it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from sca.io.images import format_path
 from sca.output.captioned_image import CaptionedImage, ImageOrSize, ImageSize
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
-from sca.output.records import annotations_to_captions
+from sca.output.records import REGION_LABEL, annotations_to_captions
 
-REGION_LABEL = "region"
 LABELING_CONFIG = f"""<View>
   <Image name="image" value="$image"/>
   <BrushLabels name="mask" toName="image"><Label value="{REGION_LABEL}"/></BrushLabels>
@@ -82,12 +81,13 @@ def _make_results(index: int, path: str, image: ImageOrSize, caption: Caption) -
         "image_rotation": 0,
     }
     score = {} if caption_record["score"] is None else {"score": caption_record["score"]}
+    labels = [caption_record.get("name", REGION_LABEL)]
     value: dict[str, Any]
     if caption_record["mask"]:
         value = {
             "format": "rle",
             "rle": encode_brush_rle(masks.decode_rle(caption_record["mask"])),
-            "brushlabels": [REGION_LABEL],
+            "brushlabels": labels,
         }
         shape_result = {**common_fields, "type": "brushlabels", "from_name": "mask", "value": value, **score}
     elif caption_record["box"]:
@@ -98,7 +98,7 @@ def _make_results(index: int, path: str, image: ImageOrSize, caption: Caption) -
             "width": 100 * (x2 - x1) / width,
             "height": 100 * (y2 - y1) / height,
             "rotation": 0,
-            "rectanglelabels": [REGION_LABEL],
+            "rectanglelabels": labels,
         }
         shape_result = {**common_fields, "type": "rectanglelabels", "from_name": "box", "value": value, **score}
     else:
@@ -107,7 +107,7 @@ def _make_results(index: int, path: str, image: ImageOrSize, caption: Caption) -
             "x": 100 * x / width,
             "y": 100 * y / height,
             "width": KEYPOINT_WIDTH_PERCENT,
-            "keypointlabels": [REGION_LABEL],
+            "keypointlabels": labels,
         }
         shape_result = {**common_fields, "type": "keypointlabels", "from_name": "point", "value": value, **score}
     text_result = {

@@ -27,17 +27,17 @@ from sca.io.validation import read_image_name
 from sca.output.captioned_image import CaptionedImage, ImageOrSize, ImageSize
 from sca.output.image_files import FilePerImage
 from sca.output.jsonl import caption_to_record
-from sca.output.records import annotations_to_captions
+from sca.output.records import REGION_LABEL, annotations_to_captions
 
 LABELME_VERSION = "5.5.0"
-REGION_LABEL = "region"
 
 
 class LabelMeWriter:
     """Writer of one `STEM.json` per image in `folder`, written immediately.
 
-    A region is a shape described by its caption. A mask is a "mask" shape, exact to the pixel, a box a "rectangle" and
-    a point a "point". `score` and `predicted_iou` are additional fields, which LabelMe keeps.
+    A region is a shape described by its caption and labeled with its name, if it has one. A mask is a "mask" shape,
+    exact to the pixel, a box a "rectangle" and a point a "point". `score`, `predicted_iou` and `proposal_score` are
+    additional fields, which LabelMe keeps.
     """
 
     def __init__(self, folder: Path, model: str | None = None):
@@ -66,12 +66,13 @@ class LabelMeWriter:
 def _make_shape(path: str, image: ImageOrSize, caption: Caption) -> dict[str, Any]:
     caption_record = caption_to_record(path, image, caption)
     common_fields = {
-        "label": REGION_LABEL,
+        "label": caption_record.get("name", REGION_LABEL),
         "description": caption_record["caption"],
         "group_id": None,
         "flags": {},
         "score": caption_record["score"],
         "predicted_iou": caption_record["predicted_iou"],
+        **{key: caption_record[key] for key in ("proposal_score",) if key in caption_record},
     }
     if caption_record["mask"] and (box := masks.mask_to_box(caption_record["mask"])):
         x1, y1, x2, y2 = (int(value) for value in box)

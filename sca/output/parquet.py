@@ -42,6 +42,8 @@ class ParquetWriter:
                 ("score", pyarrow.float64()),
                 ("predicted_iou", pyarrow.float64()),
                 ("alternatives", pyarrow.string()),
+                ("name", pyarrow.string()),
+                ("proposal_score", pyarrow.float64()),
                 ("model", pyarrow.string()),
             ]
         )
@@ -57,12 +59,9 @@ class ParquetWriter:
             caption_record["prompt"] = json.dumps(caption_record["prompt"])
             alternatives = caption_record.get("alternatives")
             caption_record["alternatives"] = None if alternatives is None else json.dumps(alternatives)
+            texts = {"image": path, "caption": caption_record["caption"], "name": caption_record.get("name")}
             self._rows.append(
-                {
-                    **caption_record,
-                    "image": _replace_surrogates(path),
-                    "caption": _replace_surrogates(caption_record["caption"]),
-                }
+                {**caption_record, **{key: text and _replace_surrogates(text) for key, text in texts.items()}}
             )
         self._num_images += 1
         if len(self._rows) >= ROWS_PER_GROUP:

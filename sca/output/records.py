@@ -28,6 +28,8 @@ from sca.io.validation import (
 )
 from sca.output.captioned_image import CaptionedImage, ImageSize
 
+REGION_LABEL = "region"  # label of a region without a name in the formats of labeling tools
+
 
 def parse_image(record: Any, location: str) -> CaptionedImage:
     """Parse an image of a journal: `image`, `width`, `height` and `captions`, each as in a line of JSON Lines.
@@ -123,6 +125,8 @@ def _parse_caption(record: Mapping[str, Any], size: ImageSize, default_region_id
         parsed_prompt,
         record["region_id"] if is_int64(record.get("region_id")) else default_region_id,
         tuple(_parse_alternative(each, f"{location}, 'alternatives'") for each in alternatives),
+        name=record["name"] if isinstance(record.get("name"), str) else None,
+        proposal_score=None if record.get("proposal_score") is None else _parse_score(record["proposal_score"]),
     )
 
 
@@ -177,6 +181,8 @@ def annotation_to_caption(annotation: Annotation, size: ImageSize, region_id: in
         prompt,
         region_id,
         tuple((alternative, math.nan) for alternative in alternatives),
+        name=None if annotation.label == REGION_LABEL else annotation.label,
+        proposal_score=None if annotation.proposal_score is None else _parse_score(annotation.proposal_score),
     )
     return fit_caption_box(caption, size, annotation.location, skip)
 

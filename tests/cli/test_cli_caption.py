@@ -106,6 +106,45 @@ def test_caption_everything_uses_proposer_by_name_with_options(caption_to_record
 
 
 @pytest.mark.slow
+def test_caption_with_detector_keeps_names_and_scores(
+    caption_to_records, run_sca, write_image, working_folder, save_tiny_proposer
+):
+    proposer = f"detector weights={save_tiny_proposer('detr')} score_thresh=0 max_regions=3"
+    records = caption_to_records(write_image("a.png"), "--proposer", proposer)
+    names = [record["name"] for record in records]
+    assert [record["region_id"] for record in records] == [0, 1, 2]
+    assert {*names} <= {"LABEL_0", "LABEL_1"}
+    scores = [record["proposal_score"] for record in records]
+    assert scores == sorted(scores, reverse=True)
+    assert len(caption_to_records("a.png", "--proposer", proposer, "--max-regions", 1)) == 1
+    assert run_sca("caption", "a.png", "--proposer", proposer).out.count("LABEL_") == 3
+    arguments = ("--proposer", proposer, "--out", "shards", "--launcher", "local num_workers=1")
+    assert run_sca("caption", "a.png", *arguments).status == 0
+    (shard,) = (working_folder / "shards").glob("*.jsonl")
+    assert [record["name"] for record in parse_json_lines(shard.read_text())] == names
+
+
+@pytest.mark.slow
+def test_caption_text_equals_the_text_option_of_the_proposer(caption_to_records, write_image, save_tiny_proposer):
+    weights = save_tiny_proposer("grounding-dino")
+    proposer = f"grounding-dino weights={weights} score_thresh=0 text_thresh=0 max_regions=2"
+    image = write_image("a.png")
+    records = caption_to_records(image, "--proposer", proposer, "--text", "Red car", "--text", "dog")
+    assert len(records) == 2
+    assert all(record["name"].startswith("red car. dog.") for record in records)  # each word exceeds text_thresh
+    assert records == caption_to_records(image, "--proposer", f'{proposer} text=["Red car","dog"]')
+
+
+@pytest.mark.slow
+def test_caption_masks_of_proposer_become_mask_prompts(caption_to_records, write_image, save_tiny_proposer):
+    pytest.importorskip("torchvision", reason="SAM 3 requires torchvision")
+    proposer = f"sam3 weights={save_tiny_proposer('sam3')} score_thresh=0 max_regions=2"
+    records = caption_to_records(write_image("a.png"), "--proposer", proposer, "--text", "car")
+    assert [[*record["prompt"]] for record in records] == [["mask"]] * 2
+    assert [record["name"] for record in records] == ["car"] * 2
+
+
+@pytest.mark.slow
 def test_caption_region_flag_combines_box_points_and_mask(caption_to_records, write_image, working_folder):
     mask = np.zeros((48, 64), np.uint8)
     mask[5:20, 5:30] = 255

@@ -97,6 +97,17 @@ def test_compare_and_report_write_pages_for_two_evaluation_runs(evaluate_on_scen
 
 
 @pytest.mark.slow
+def test_evaluate_with_proposer_of_text_computes_dense_captioning_map(run_sca, checkpoint, save_tiny_proposer):
+    result = run_sca(
+        *("evaluate", checkpoint, "scenes", "num_images=2", "--proposer", "owlv2", "proposer.score_thresh=0"),
+        *(f"proposer.weights={save_tiny_proposer('owlv2')}", "proposer.text=['disc', 'red box']"),
+        *("--metrics", "densecap-map", "tokenizer=plain", "--json"),
+    )
+    assert result.status == 0, result.err
+    assert 0 <= json.loads(result.out)["scores"]["densecap-map/boxes"] <= 1
+
+
+@pytest.mark.slow
 def test_evaluate_with_proposer_computes_dense_captioning_map(run_sca, checkpoint):
     result = run_sca(
         *("evaluate", checkpoint, "scenes", "num_images=2", "--proposer", "grid", "proposer.points_per_side=2"),

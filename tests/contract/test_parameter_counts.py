@@ -9,7 +9,7 @@ import sca
 
 COMPONENTS_WITH_PARAMETERS = [
     (kind, name)
-    for kind in ("encoders", "language_models")
+    for kind in ("encoders", "language_models", "proposers")
     for name in sca_registry.get_registry(kind).list_names()
     if sca_registry.get_registry(kind).get_card(name).parameters
 ]
@@ -23,9 +23,11 @@ def count_parameters(module) -> int:
 @pytest.mark.slow
 def test_card_parameters_match_the_built_component(kind, name):
     registry = sca_registry.get_registry(kind)
-    options = {"pretrained": False} if "pretrained" in registry.load_entry(name).options else {}
+    meta_options = {"pretrained": False, "device": "meta", "text": ["car"]}
+    options = {key: meta_options[key] for key in meta_options.keys() & registry.load_entry(name).options.keys()}
     with torch.device("meta"):
-        assert count_parameters(registry.build(name, **options)) == registry.get_card(name).parameters
+        component = registry.build(name, **options)
+    assert count_parameters(getattr(component, "model", component)) == registry.get_card(name).parameters
 
 
 def test_published_model_has_the_parameter_counts_of_the_paper():

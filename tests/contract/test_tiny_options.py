@@ -12,13 +12,15 @@ KINDS_WITH_PARAMETERS = (
     "mixers",
     "language_models",
     "captioners",
+    "proposers",
 )  # kinds that have parameters
 COMPONENTS_WITHOUT_SIZES = {
     "segmenters": {"box"},
     "mixers": {"roi-pool"},
     "language_models": {"gguf"},
+    "proposers": {"boxes-from-coco"},
 }  # no sizes, or those of a file
-OTHER_COMPONENTS = {"datasets": {"scenes"}, "proposers": {"grid"}}  # that have an option which makes them quick
+OTHER_COMPONENTS = {"datasets": {"scenes"}}  # that have an option which makes them quick
 
 
 @pytest.mark.parametrize("kind", COMPONENT_KINDS)

@@ -416,9 +416,11 @@ def test_caption_everything_max_regions_keeps_best_proposals_in_order(
     predictor, _ = build_counting_predictor()
     predictor.set_image(scene.image)
     box_prompts = tuple(Prompt(box=(0.0, 0.0, 10.0 + index, 10.0)) for index in range(4))
-    proposals = Proposals(box_prompts, (0.5, 0.1, 0.9, 0.5), (None,) * 4)
+    proposals = Proposals(box_prompts, (0.5, 0.1, 0.9, 0.5), ("a", "b", None, "d"))
     captions = caption_everything(predictor, options=KEEP_ALL_OPTIONS, proposals=proposals, max_regions=max_regions)
     assert [caption.prompt for caption in captions] == [box_prompts[index] for index in kept_indices]
+    assert [caption.name for caption in captions] == [proposals.names[index] for index in kept_indices]
+    assert [caption.proposal_score for caption in captions] == [proposals.scores[index] for index in kept_indices]
 
 
 def test_caption_everything_uses_the_everything_options_of_the_model(build_counting_predictor, scene):

@@ -203,6 +203,11 @@ def fill_hub(hub, sam_folder, folder):
         captioner.model.save_pretrained(folder / name)
         captioner.processor.save_pretrained(folder / name)
         hub.models[sca_registry.captioners.get_card(name).options["weights"]] = folder / name
+    for name in ("grounding-dino-tiny", "d-fine"):
+        proposer = sca_registry.proposers.build(name, **get_tiny_options("proposer", name))
+        proposer.model.save_pretrained(folder / name)
+        proposer.processor.save_pretrained(folder / name)
+        hub.models[sca_registry.proposers.get_card(name).options["weights"]] = folder / name
 
 
 @contextmanager

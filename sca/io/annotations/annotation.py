@@ -57,6 +57,7 @@ class Annotation(NamedTuple):
         score: Confidence recorded in the file.
         predicted_iou: Predicted IoU recorded in the file.
         unread_caption: Skip reason of a caption under a key that is not read, see `describe_unread_caption`.
+        proposal_score: Score of the proposal recorded in the file.
     """
 
     location: str
@@ -68,6 +69,7 @@ class Annotation(NamedTuple):
     score: Any = None
     predicted_iou: Any = None
     unread_caption: str | None = None
+    proposal_score: Any = None
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -50,8 +50,8 @@ def read_annotation(
     texts = record.get("caption")
     captions = () if texts is None else tuple(parse_texts(f"{location}, 'caption'", texts))
     unread_caption = describe_unread_caption(record, ("caption",))
-    score, predicted_iou = record.get("score"), record.get("predicted_iou")
-    return Annotation(location, box, mask, None, label, captions, score, predicted_iou, unread_caption)
+    scores = {key: record.get(key) for key in ("score", "predicted_iou", "proposal_score")}
+    return Annotation(location, box, mask, None, label, captions, unread_caption=unread_caption, **scores)
 
 
 def _parse_nonempty_bbox(value: Any, location: str, skip: SkipCallback) -> Box | None:

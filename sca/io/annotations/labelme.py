@@ -256,10 +256,10 @@ def _make_annotation(shapes: Sequence[LabelMeShape], **geometry: Any) -> Annotat
     texts = [record["description"] for record in records if record.get("description")]
     for text in texts:
         check_type(f"{first.location}, 'description'", text, str, InputError)
-    score, predicted_iou = (
-        next((record[key] for record in records if record.get(key) is not None), None)
-        for key in ("score", "predicted_iou")
-    )
+    scores = {
+        key: next((record[key] for record in records if record.get(key) is not None), None)
+        for key in ("score", "predicted_iou", "proposal_score")
+    }
     label = first.record["label"]
     captions = tuple(dict.fromkeys(texts))
     unread_caption = next(filter(None, (describe_unread_caption(record, ("description",)) for record in records)), None)
@@ -268,8 +268,7 @@ def _make_annotation(shapes: Sequence[LabelMeShape], **geometry: Any) -> Annotat
         first.location,
         label=label,
         captions=captions,
-        score=score,
-        predicted_iou=predicted_iou,
         unread_caption=unread_caption,
+        **scores,
         **geometry,
     )

@@ -3,7 +3,8 @@
 //
 // Each section contains JSON: {regions: [...], other_regions: [...]}, the second only on pages that compare two files.
 // A region is {region_id, caption, score, predicted_iou, box, mask, points, is_box_prompt}: the box is x1, y1, x2, y2,
-// the mask COCO's compressed run lengths, and each point x, y, label; in image pixels. Regions of one index are a pair.
+// the mask COCO's compressed run lengths, and each point x, y, label; in image pixels. A region found by a proposer may
+// have a name. Regions of one index are a pair.
 const query = (selector, parent = document) => parent.querySelector(selector);
 const main = query("main"), controls = query("form");
 const imagesBySection = new Map([...main.children].map((section) => {
@@ -33,7 +34,7 @@ function readFilter() {
 }
 
 function matchesFilter(region, filter) {
-  const caption = region.caption.toLowerCase();
+  const caption = `${region.caption} ${region.name ?? ""}`.toLowerCase();
   return (region.score ?? 1) >= filter.minScore && filter.searchTerms.every((term) => caption.includes(term));
 }
 
@@ -165,8 +166,9 @@ function createCaption(region, className) {
   if (!region) return createElement("span", {className: `${className} missing`, textContent: "—"});
   const caption = createElement("span", {className, textContent: region.caption});
   const scores = [["score", region.score], ["IoU", region.predicted_iou]].filter(([, value]) => value !== null);
-  const scoreText = scores.map(([name, value]) => `${name} ${value.toFixed(2)}`).join(" · ");
-  caption.append(" ", createElement("small", {textContent: scoreText}));
+  const scoreTexts = scores.map(([name, value]) => `${name} ${value.toFixed(2)}`);
+  const details = [...(region.name ? [region.name] : []), ...scoreTexts].join(" · ");
+  caption.append(" ", createElement("small", {textContent: details}));
   return caption;
 }
 

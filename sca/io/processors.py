@@ -1,0 +1,56 @@
+"""Processors of transformers that preprocess images with Pillow, whether or not torchvision is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sca_registry.plugins import BUILTIN_DISTRIBUTION
+from transformers import AutoImageProcessor, AutoProcessor
+
+from sca.io.errors import InputError
+from sca.io.hub import silence_transformers
+from sca.io.weight_files import translate_load_errors
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the processor of images and texts from a folder.
+
+    Args:
+        folder: Folder with the files of the processor.
+
+    Returns:
+        The processor of transformers.
+
+    Raises:
+        InputError: The processor cannot be read.
+    """
+    try:
+        with translate_load_errors(f"the processor in {folder}"), silence_transformers():
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            image_processor = load_image_processor(folder)
+    except InputError as error:
+        hint = (
+            f". Install the extra: pip install '{BUILTIN_DISTRIBUTION}[baselines]'"
+            if "torchvision" in str(error).lower()
+            else ""
+        )
+        raise InputError(f"{error}{hint}") from error
+    processor.image_processor = image_processor
+    return processor
+
+
+def load_image_processor(folder: Path) -> Any:
+    """Load the image processor from a folder.
+
+    Args:
+        folder: Folder with the files of the processor.
+
+    Returns:
+        The image processor of transformers.
+
+    Raises:
+        InputError: The image processor cannot be read.
+    """
+    with translate_load_errors(f"the image processor in {folder}"), silence_transformers():
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)

@@ -1,0 +1,49 @@
+"""Phrases that a proposer finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sca.io.hub import silence_transformers
+
+
+def parse_phrases(text: str | Sequence[str]) -> tuple[str, ...]:
+    """Parse the option `text` of a proposer.
+
+    Args:
+        text: One phrase, or several.
+
+    Returns:
+        The phrases without surrounding whitespace.
+
+    Raises:
+        ValueError: There is no phrase, or a phrase is empty or not text.
+    """
+    phrases = [text] if isinstance(text, str) else list(text)
+    if not phrases:
+        raise ValueError("no text to find; pass --text PHRASE, or set text=['red car', 'dog']")
+    for phrase in phrases:
+        if not isinstance(phrase, str) or not phrase.strip():
+            raise ValueError(f"text contains {phrase!r}, which is not a phrase; pass words, such as 'red car'")
+    return tuple(phrase.strip() for phrase in phrases)
+
+
+def check_num_tokens(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> None:
+    """Check that texts are not too long for a model.
+
+    Args:
+        tokenizer: Tokenizer of transformers.
+        texts: Texts.
+        max_tokens: Maximum tokens per text, including special tokens.
+
+    Raises:
+        ValueError: A text is too long.
+    """
+    for text in texts:
+        with silence_transformers():  # it warns of long texts
+            num_tokens = len(tokenizer(text)["input_ids"])
+        if num_tokens > max_tokens:
+            raise ValueError(
+                f"the text {text[:80]!r} has {num_tokens} tokens, and the model reads {max_tokens}; shorten it"
+            )
