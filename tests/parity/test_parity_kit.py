@@ -16,6 +16,7 @@ from sca.segmenters.sam import SamSegmenter
 from sca.segmenters.sam2 import Sam2Segmenter
 from sca.testing.parity import check_parity, format_results
 from sca.testing.parity.comparison import compute_difference_up_to_order
+from sca.testing.parity.precision import compute_in_float64
 from sca.testing.tiny import get_tiny_options
 
 NUM_PROMPT_TYPES = 6
@@ -68,6 +69,8 @@ def test_encoder_equals_reference(name, against):
         ("smollm2-135m", "LlamaForCausalLM"),
         ("phi-2", "PhiForCausalLM"),
         ("hf", "CohereForCausalLM"),  # scaled logits, another architecture than the tiny one of hf
+        ("hf", "GPTJForCausalLM"),  # attention in float32
+        ("hf", "BartForCausalLM"),  # a generation config that forces the last token
     ],
 )
 def test_language_model_equals_reference(name, model_class):
@@ -126,6 +129,13 @@ class SwappedAxes(SamSegmenter):
 class SwappedPositions(SamSegmenter):
     def compute_positional_encoding(self):
         return super().compute_positional_encoding().mT
+
+
+class UnloadedWeights(SamSegmenter):
+    def load_modules(self, weights, revision):
+        prompt_encoder, decoder = super().load_modules(weights, revision)
+        decoder.upscale_conv2.reset_parameters()
+        return prompt_encoder, decoder
 
 
 class SquaredScores(SamSegmenter):
@@ -190,6 +200,13 @@ class MissingMemoryEmbedding(Sam2Encoder):
             "input of mask_decoder.transformer",
             "mask_decoder (SamMaskDecoder)",
             "segmenter (SwappedPositions), before segmenter.decoder.transformer",
+        ),
+        (
+            UnloadedWeights,
+            "SamModel",
+            "output of mask_decoder.upscale_conv2",
+            "mask_decoder.upscale_conv2 (ConvTranspose2d)",
+            "no module, because none has these weights",
         ),
         (
             SquaredScores,
@@ -339,6 +356,7 @@ def test_check_command_prints_a_line_per_comparison(arguments, status, last_line
         ("segmenter box --against transformers:SamModel", "segmenter 'box' has no option weights"),
         ("segmenter sam --against transformers:Sam2Model", "has the model type 'sam2'; this component requires 'sam'"),
         ("segmenter sam3 --against transformers:SamModel", "no segmenters named 'sam3'"),
+        ("language-model hf --against transformers:MixtralForCausalLM", "cannot be computed in float64"),
         ("mixer query --against transformers:SamModel", "components of kind 'mixer' cannot be compared"),
         ("encoder sam sice=3 --against transformers:SamModel", "does not fit encoders"),
         ("encoder sam sice=3 --against transformers:SamVisionModel", "encoder 'sam' has no option 'sice'"),
@@ -378,6 +396,14 @@ def test_missing_library_names_its_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"timm is not installed; pip install 'segment-caption-anything\[timm\]'"):
         check_parity("encoder", "timm", "timm:resnet50")
+
+
+def test_computation_in_float64_ignores_conversions_to_float32():
+    values = torch.randn(3, dtype=torch.float64)
+    with compute_in_float64():
+        converted = [values.float(), values.to(torch.float32), values.softmax(0, dtype=torch.float32), torch.zeros(3)]
+    assert {each.dtype for each in converted} == {torch.float64}
+    assert (values.float().dtype, torch.zeros(3).dtype) == (torch.float32, torch.float32)
 
 
 def test_differences_ignore_the_order_of_tokens_but_not_of_axes():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sca.inference.processor import Processor
 from sca.testing.conformance.harnesses import NUM_IMAGES, make_prompts
 from sca.testing.parity.comparison import (
+    TOLERANCE,
     DifferenceLocation,
     Outputs,
     ParityResult,
@@ -32,6 +33,7 @@ from sca.testing.parity.components import (
     require_weights_option,
 )
 from sca.testing.parity.image_towers import OpenClipReference, TimmReference
+from sca.testing.parity.precision import compute_in_float64
 from sca.testing.parity.references import EncoderReference, ImageReference, parse_reference_name
 from sca.testing.parity.tracing import DifferenceLocator
 from sca.testing.parity.transformers_models import (
@@ -44,7 +46,6 @@ from sca.torchvision_fix import find_torchvision_error
 
 EXAMPLE_IMAGE_SIZE = (160, 80)  # width, height
 GRAY_LEVEL_TOLERANCE = 2.0  # of 255: implementations of resizing differ
-SCORE_TOLERANCE = 1e-5  # relative; scores are computed in float32
 TEXT_LENGTHS = (6, 3, 1)
 PREFIX_LENGTH, MAX_NEW_TOKENS, NUM_BEAMS = 3, 12, 3
 
@@ -86,8 +87,11 @@ def check_encoder(component: Component, against: str, options: Mapping[str, Any]
         image = pixel_values[row : row + 1]
         return locator.find_difference(lambda: run_reference(image), lambda: run_component(image))
 
-    features = compare_outputs("features", run_reference(pixel_values), run_component(pixel_values), locate_row)
-    return [compare_preprocessing(encoder, reference), features]
+    results = [compare_preprocessing(encoder, reference)]
+    with compute_in_float64():
+        expected, actual = run_reference(pixel_values), run_component(pixel_values)
+        results.append(compare_outputs("features", expected, actual, locate_row))
+    return results
 
 
 def check_segmenter(component: Component, against: str, options: Mapping[str, Any], folder: Path) -> list[ParityResult]:
@@ -148,9 +152,10 @@ def check_segmenter(component: Component, against: str, options: Mapping[str, An
     mask_size = 4 * image_size // encoder.stride
     prompts_by_type = make_prompts(image_size, mask_size, torch.Generator().manual_seed(1))
     results = [compare_preprocessing(encoder, reference)]
-    for multimask_output in (True, False):
-        for prompt_type, prompts in prompts_by_type.items():
-            results.append(compare(prompt_type, prompts.to(torch.float64), multimask_output))
+    with compute_in_float64():
+        for multimask_output in (True, False):
+            for prompt_type, prompts in prompts_by_type.items():
+                results.append(compare(prompt_type, prompts.to(torch.float64), multimask_output))
     return results
 
 
@@ -188,30 +193,32 @@ def check_language_model(
         return values.masked_fill(mask[..., None] == 0, 0.0)
 
     def compare(title: str, reference_inputs: Mapping[str, Tensor], embeddings: Tensor) -> ParityResult:
-        def run_reference(rows: slice) -> Outputs:
-            inputs = {name: value[rows] for name, value in reference_inputs.items()}
-            mask = attention_mask[rows]
+        def run_reference(rows: slice, length: int) -> Outputs:
+            inputs = {name: value[rows, :length] for name, value in reference_inputs.items()}
+            mask = attention_mask[rows, :length]
             return {"logits": mask_padding(reference.compute_logits(mask, **inputs), mask)}
 
-        def run_component(rows: slice) -> Outputs:
-            mask = attention_mask[rows]
-            states = language_model.hidden_states(embeddings[rows], mask)
+        def run_component(rows: slice, length: int) -> Outputs:
+            mask = attention_mask[rows, :length]
+            states = language_model.hidden_states(embeddings[rows, :length], mask)
             return {"logits": mask_padding(language_model.lm_head(states), mask)}
 
         def locate_row(row: int) -> DifferenceLocation | None:
-            rows = slice(row, row + 1)
-            return locator.find_difference(lambda: run_reference(rows), lambda: run_component(rows))
+            text = slice(row, row + 1), TEXT_LENGTHS[row]
+            return locator.find_difference(lambda: run_reference(*text), lambda: run_component(*text))
 
-        return compare_outputs(title, run_reference(slice(None)), run_component(slice(None)), locate_row)
+        texts = slice(None), max_length
+        return compare_outputs(title, run_reference(*texts), run_component(*texts), locate_row)
 
-    return [
-        compare("logits of token ids", {"input_ids": ids}, embeddings),
-        compare("logits of embeddings", {"embeddings": prefix}, prefix),
-        *(
-            compare_generation(language_model, reference, prefix[:, :PREFIX_LENGTH], num_beams)
-            for num_beams in (1, NUM_BEAMS)
-        ),
-    ]
+    with compute_in_float64():
+        return [
+            compare("logits of token ids", {"input_ids": ids}, embeddings),
+            compare("logits of embeddings", {"embeddings": prefix}, prefix),
+            *(
+                compare_generation(language_model, reference, prefix[:, :PREFIX_LENGTH], num_beams)
+                for num_beams in (1, NUM_BEAMS)
+            ),
+        ]
 
 
 PARITY_CHECKS: dict[str, Callable[[Component, str, Mapping[str, Any], Path], list[ParityResult]]] = {
@@ -295,10 +302,10 @@ def compare_generation(
     for index, (expected, caption) in enumerate(zip(expected_captions, captions, strict=True)):
         if caption != expected:
             details = f"caption {index} is {caption}, not {expected}"
-            return ParityResult(name, torch.inf, SCORE_TOLERANCE, details=details)
+            return ParityResult(name, torch.inf, details=details)
     expected_scores = _compute_scores(reference, prefix, expected_ids)
     difference = float(compute_row_differences(expected_scores, output.scores).max())
-    return ParityResult(name, difference, SCORE_TOLERANCE, details="" if difference <= SCORE_TOLERANCE else "scores")
+    return ParityResult(name, difference, details="" if difference <= TOLERANCE else "scores")
 
 
 def _find_counted_tokens(ids: Tensor, reference: TransformersLanguageModel) -> Tensor:

@@ -21,7 +21,8 @@ class DifferenceLocation:
 
     Attributes:
         tensor: Description of the tensor, with the name of the module in the reference.
-        difference: Largest difference relative to the largest value; infinite for tensors of other sizes.
+        difference: Largest difference relative to the largest value; infinite for a tensor of another size, with NaN,
+            or without a counterpart.
         reference_module: Module of the reference that computes the tensor, with its class.
         module: Module of the component that computes the tensor, with its class.
     """
@@ -32,7 +33,7 @@ class DifferenceLocation:
     module: str
 
     def __str__(self) -> str:
-        size = "another size, or NaN" if math.isinf(self.difference) else f"relative difference {self.difference:.1g}"
+        size = "not comparable" if math.isinf(self.difference) else f"relative difference {self.difference:.1g}"
         return f"{self.tensor} ({size}), computed by {self.reference_module}; in the component by {self.module}"
 
 

@@ -8,6 +8,8 @@ by its submodules.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -25,6 +27,9 @@ from sca.testing.parity.comparison import (
     compute_row_differences,
 )
 
+COMPONENT_DEPTH = 2  # of modules that the forward of an encoder or segmenter calls; that of the encoder is 1
+NO_MODULE = "no module, because none has these weights"
+
 
 @dataclass(eq=False)
 class ModuleCall:
@@ -35,8 +40,8 @@ class ModuleCall:
         class_name: Class of the module.
         fingerprint: Hash of its parameters and buffers; "" without any.
         parent: Call that the call is part of; None for the root.
-        inputs: Floating-point tensors among its arguments.
-        outputs: Floating-point tensors that it returns.
+        inputs: Tensors among its arguments.
+        outputs: Tensors that it returns.
         children: Calls of modules in its forward, in order.
     """
 
@@ -51,6 +56,11 @@ class ModuleCall:
     def __str__(self) -> str:
         return f"{self.name} ({self.class_name})" if self.name else self.class_name
 
+    @property
+    def depth(self) -> int:
+        """Number of calls around the call, the root included."""
+        return 0 if self.parent is None else 1 + self.parent.depth
+
     def iter_descendants(self) -> Iterator[ModuleCall]:
         """Yield all calls inside the call, in order."""
         for child in self.children:
@@ -60,10 +70,17 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class MatchedCall:
-    """Call of a module of the reference, and the call of the same module of the component."""
+    """Call of a module of the reference, and the call of the same module of the component.
+
+    Attributes:
+        expected: Call in the reference.
+        actual: Call in the component; None if the component does not have the parameters of the module.
+        input_difference: Relative difference of the inputs.
+        output_difference: Relative difference of the outputs.
+    """
 
     expected: ModuleCall
-    actual: ModuleCall
+    actual: ModuleCall | None
     input_difference: float
     output_difference: float
 
@@ -124,9 +141,14 @@ class _ComponentCalls:
 
     def __init__(self, component: nn.Module, fingerprints: Mapping[nn.Module, str], root: ModuleCall):
         self._modules = {(fingerprints[module], type(module).__name__) for module in component.modules()}
+        self._fingerprints = {fingerprint for fingerprint, _ in self._modules}
         self._calls: dict[str, list[ModuleCall]] = defaultdict(list)
         for call in root.iter_descendants():
             self._calls[call.fingerprint].append(call)
+
+    def has_weights(self, call: ModuleCall) -> bool:
+        """Return whether a module has the parameters of the called one, and was called or not."""
+        return call.fingerprint in self._fingerprints
 
     def find(self, call: ModuleCall) -> list[ModuleCall]:
         """Return the calls of the same module, in order: of the same class, if the component has such a module.
@@ -179,10 +201,9 @@ def record_calls(
 
 
 def _iter_tensors(value: Any) -> Iterator[Tensor]:
-    """Yield copies of the floating-point tensors in nested lists, tuples, mappings and dataclasses."""
+    """Yield copies of the tensors in nested lists, tuples, mappings and dataclasses."""
     if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value.detach().clone()  # later operations may work in place
+        yield value.detach().clone()  # later operations may work in place
     elif isinstance(value, Mapping):
         for each in value.values():
             yield from _iter_tensors(each)
@@ -217,25 +238,33 @@ def _search_calls(
     """Find the first tensor that differs in calls of the reference.
 
     A module with equal inputs and different outputs is at fault, or one inside it. Otherwise, the first module with
-    different inputs follows the fault. Inside of a matched module, the inputs of some modules differ for another
-    reason: a fused forward calls a projection with other inputs. The module after it then has equal outputs.
+    different inputs follows the fault, which may be a module whose parameters the component does not have. In the
+    forward of an inner module, the inputs of some modules differ for another reason: fused code calls a projection with
+    other inputs. The module after it then has equal outputs.
     """
+    uncertain_location: DifferenceLocation | None = None
+    without_weights: list[ModuleCall] = []
     matches = list(_iter_matches(calls, component_calls))
-    input_match: MatchedCall | None = None
-    for index, match in enumerate(matches):
-        if match.output_difference <= TOLERANCE:
+    for match, next_match in itertools.zip_longest(matches, matches[1:]):
+        if match.actual is None:
+            without_weights.append(match.expected)
+        elif match.output_difference <= TOLERANCE:
             continue
-        if match.input_difference <= TOLERANCE:
+        elif match.input_difference <= TOLERANCE:
             inner = _search_calls(match.expected.children, component_calls, is_inside_match=True)
             return inner or _make_output_location(match)
-        is_followed_by_equal = index + 1 < len(matches) and matches[index + 1].output_difference <= TOLERANCE
-        if input_match is None and not (is_inside_match and is_followed_by_equal):
-            input_match = match
-    return _make_input_location(input_match) if input_match else None
+        elif uncertain_location is None:
+            is_followed_by_equal = next_match is not None and next_match.output_difference <= TOLERANCE
+            if not (is_followed_by_equal and (is_inside_match or match.actual.depth > COMPONENT_DEPTH)):
+                uncertain_location = _make_weights_location(without_weights) or _make_input_location(match)
+    return uncertain_location or _make_weights_location(without_weights)
 
 
 def _iter_matches(calls: Sequence[ModuleCall], component_calls: _ComponentCalls) -> Iterator[MatchedCall]:
-    """Yield the calls of modules that the component also calls; other calls are replaced by those inside them."""
+    """Yield the calls of modules that the component also calls, or whose parameters it does not have.
+
+    Other calls are replaced by those inside them.
+    """
     for call in calls:
         candidates = [_match_calls(call, each) for each in component_calls.find(call)] if call.outputs else []
         if candidates:
@@ -244,13 +273,19 @@ def _iter_matches(calls: Sequence[ModuleCall], component_calls: _ComponentCalls)
                 reversed(candidates),
                 key=lambda match: (match.output_difference > TOLERANCE, match.input_difference > TOLERANCE),
             )
-        else:
+        elif call.children:
             yield from _iter_matches(call.children, component_calls)
+        elif call.fingerprint and not component_calls.has_weights(call):
+            yield MatchedCall(call, None, math.inf, math.inf)
 
 
 def _match_calls(expected: ModuleCall, actual: ModuleCall) -> MatchedCall:
-    input_difference = compute_list_difference(expected.inputs, actual.inputs)
-    return MatchedCall(expected, actual, input_difference, compute_list_difference(expected.outputs, actual.outputs))
+    differences = [
+        # embeddings may replace token ids, and integers other numbers
+        compute_list_difference([each for each in expected_tensors if each.is_floating_point()], actual_tensors)
+        for expected_tensors, actual_tensors in ((expected.inputs, actual.inputs), (expected.outputs, actual.outputs))
+    ]
+    return MatchedCall(expected, actual, *differences)
 
 
 def _make_output_location(match: MatchedCall) -> DifferenceLocation:
@@ -259,9 +294,15 @@ def _make_output_location(match: MatchedCall) -> DifferenceLocation:
 
 
 def _make_input_location(match: MatchedCall) -> DifferenceLocation:
+    assert match.actual is not None  # otherwise, it has no inputs to compare
     module = f"{_find_maker(match.actual)}, before {match.actual.name}"
     tensor = f"input of {match.expected.name}"
     return DifferenceLocation(tensor, match.input_difference, str(_find_maker(match.expected)), module)
+
+
+def _make_weights_location(calls: Sequence[ModuleCall]) -> DifferenceLocation | None:
+    """Return the location of the first of some modules whose parameters the component does not have."""
+    return DifferenceLocation(f"output of {calls[0].name}", math.inf, str(calls[0]), NO_MODULE) if calls else None
 
 
 def _find_maker(call: ModuleCall) -> ModuleCall:

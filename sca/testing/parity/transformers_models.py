@@ -13,10 +13,11 @@ from PIL import Image
 from sca_registry.contracts import PromptBatch
 from sca_registry.errors import suggest_name
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from sca.io.errors import InputError
 from sca.io.hub import silence_transformers
+from sca.language_models.causal import SPECIAL_TOKEN_FIELDS
 from sca.language_models.tiny_config import make_tiny_config
 from sca.testing.parity.comparison import Outputs
 from sca.testing.parity.references import (
@@ -60,9 +61,10 @@ def _infer_kind(model_class: type[PreTrainedModel]) -> str:
     """Return the kind of components that a class is a reference for; "" for none."""
     if model_class.can_generate():
         return "language_models" if model_class.main_input_name == "input_ids" else ""
-    if "input_boxes" in inspect.signature(model_class.forward).parameters:
+    parameters = inspect.signature(model_class.forward).parameters
+    if "input_boxes" in parameters:
         return "segmenters"
-    return "encoders" if model_class.main_input_name == "pixel_values" else ""
+    return "encoders" if "pixel_values" in parameters else ""
 
 
 class TransformersReference:
@@ -177,7 +179,9 @@ class TransformersLanguageModel(TransformersReference, LanguageModelReference):
         return self.model(input_ids=input_ids, inputs_embeds=embeddings, attention_mask=attention_mask).logits
 
     def generate(self, prefix: Tensor, max_new_tokens: int, num_beams: int) -> Tensor:
-        """Generate token ids; see `LanguageModelReference`."""
+        """Generate token ids; see `LanguageModelReference`. Of the generation config, only special tokens are used."""
+        ids = {name: getattr(self.model.config, name, None) for name in SPECIAL_TOKEN_FIELDS}
+        self.model.generation_config = GenerationConfig(**ids)
         with silence_transformers():
             sequences = self.model.generate(
                 inputs_embeds=prefix,
