@@ -170,61 +170,55 @@ class MissingMemoryEmbedding(Sam2Encoder):
         return features
 
 
-@pytest.mark.parametrize(
-    ("component", "model_class", "tensor", "reference_module", "module"),
-    [
-        (
-            OtherEpsilon,
-            "Sam2Model",
-            "output of mask_decoder.transformer.layers.1.layer_norm3",
-            "mask_decoder.transformer.layers.1.layer_norm3 (LayerNorm)",
-            "segmenter.decoder.transformer.layers.1.layer_norm3 (LayerNorm)",
-        ),
-        (
-            MissingSigmoid,
-            "Sam2Model",
-            "output of mask_decoder.iou_prediction_head",
-            "mask_decoder.iou_prediction_head (Sam2FeedForward)",
-            "segmenter.decoder.iou_prediction_head (Sam2FeedForward)",
-        ),
-        (
-            SwappedAxes,
-            "SamModel",
-            "input of mask_decoder.upscale_conv1",
-            "mask_decoder (SamMaskDecoder)",
-            "segmenter (SwappedAxes), before segmenter.decoder.upscale_conv1",
-        ),
-        (
-            SwappedPositions,
-            "SamModel",
-            "input of mask_decoder.transformer",
-            "mask_decoder (SamMaskDecoder)",
-            "segmenter (SwappedPositions), before segmenter.decoder.transformer",
-        ),
-        (
-            UnloadedWeights,
-            "SamModel",
-            "output of mask_decoder.upscale_conv2",
-            "mask_decoder.upscale_conv2 (ConvTranspose2d)",
-            "no module, because none has these weights",
-        ),
-        (
-            SquaredScores,
-            "SamModel",
-            "iou_scores",
-            "SamModel",
-            "segmenter (SquaredScores)",
-        ),
-    ],
-    ids=lambda value: value.__name__ if isinstance(value, type) else "",
-)
-def test_mistake_of_a_segmenter_is_located(component, model_class, tensor, reference_module, module):
+MISTAKES_OF_SEGMENTERS = {  # model class, first tensor, and the modules of the reference and the component
+    OtherEpsilon: (
+        "Sam2Model",
+        "output of mask_decoder.transformer.layers.1.layer_norm3",
+        "mask_decoder.transformer.layers.1.layer_norm3 (LayerNorm)",
+        "segmenter.decoder.transformer.layers.1.layer_norm3 (LayerNorm)",
+    ),
+    MissingSigmoid: (
+        "Sam2Model",
+        "output of mask_decoder.iou_prediction_head",
+        "mask_decoder.iou_prediction_head (Sam2FeedForward)",
+        "segmenter.decoder.iou_prediction_head (Sam2FeedForward)",
+    ),
+    SwappedAxes: (
+        "SamModel",
+        "input of mask_decoder.upscale_conv1",
+        "mask_decoder (SamMaskDecoder)",
+        "segmenter (SwappedAxes), before segmenter.decoder.upscale_conv1",
+    ),
+    SwappedPositions: (
+        "SamModel",
+        "input of mask_decoder.transformer",
+        "mask_decoder (SamMaskDecoder)",
+        "segmenter (SwappedPositions), before segmenter.decoder.transformer",
+    ),
+    UnloadedWeights: (
+        "SamModel",
+        "output of mask_decoder.upscale_conv2",
+        "mask_decoder.upscale_conv2 (ConvTranspose2d)",
+        "no module, because none has these weights",
+    ),
+    SquaredScores: (
+        "SamModel",
+        "iou_scores",
+        "SamModel",
+        "segmenter (SquaredScores)",
+    ),
+}
+
+
+@pytest.mark.parametrize("component", MISTAKES_OF_SEGMENTERS)
+def test_mistake_of_a_segmenter_is_located(component):
+    model_class, *expected_location = MISTAKES_OF_SEGMENTERS[component]
     failures = get_failures(check_parity("segmenter", component, f"transformers:{model_class}"))
     assert failures
     for failure in failures:
-        assert (failure.location.tensor, failure.location.reference_module) == (tensor, reference_module)
-        assert failure.location.module == module
-        assert failure.location.difference > 1e-12
+        location = failure.location
+        assert [location.tensor, location.reference_module, location.module] == expected_location
+        assert location.difference > 1e-12
 
 
 def test_swapped_levels_of_an_encoder_are_located(monkeypatch):
