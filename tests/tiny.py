@@ -2,11 +2,7 @@
 
 from sca.testing.tiny import get_tiny_options
 
-TINY_SAM_CONFIG = {
-    **get_tiny_options("encoder", "sam")["config"],
-    "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 8},
-    "mask_decoder_config": {"hidden_size": 32, "num_attention_heads": 4, "mlp_dim": 48, "iou_head_hidden_dim": 32},
-}
+TINY_SAM_CONFIG = get_tiny_options("encoder", "sam")["config"]
 BUILT_IN_BY_FAMILY = {  # family of language models -> a built-in one
     "gpt2": "gpt2",
     "llama": "smollm2-135m",

@@ -1,8 +1,12 @@
 """Tiny models of transformers, and prompts for them. Random weights are large enough for masks to differ."""
 
+import inspect
+import textwrap
+
 import torch
 from sca_registry.contracts import PromptBatch
 from transformers import CONFIG_MAPPING, AutoModelForMaskGeneration
+from transformers.models.sam_hq import modeling_sam_hq
 
 PROMPT_KINDS = ["box", "points", "box and points", "mask", "box and mask"]
 IMAGE_INDEX = torch.tensor([0, 0, 0, 1])
@@ -129,22 +133,15 @@ def make_prompts(kind, side):
     return PromptBatch(IMAGE_INDEX, **fields[kind])
 
 
-def predict_with_original(model, embeddings, prompts, multimask_output):
-    """Return masks and IoU scores of transformers' model per region; `embeddings` are its arguments per image."""
-    masks, scores = [], []
-    for row, image in enumerate(prompts.image_index):
-        region = prompts[row : row + 1]
-        arguments = {
-            "input_boxes": region.boxes[None] if region.boxes is not None else None,
-            "input_points": region.points[None] if region.points is not None else None,
-            "input_labels": region.labels[None] if region.labels is not None else None,
-            "input_masks": region.masks,
-        }
-        output = model(**embeddings[image], multimask_output=multimask_output, **arguments)
-        masks.append(output.pred_masks[0, 0])
-        scores.append(output.iou_scores[0, 0])
-    return torch.stack(masks), torch.stack(scores)
+# transformers 5.23 discards the grid that HQ-SAM's two-way transformer returns.
+WRONG_LINE = "point_embedding, iou_token_out = self.transformer("
+CORRECTED_LINE = "point_embedding, image_embeddings = self.transformer("
 
 
-def relative_difference(actual, expected):
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
+def correct_sam_hq_decoder(monkeypatch):
+    """Correct one line of transformers' HQ-SAM, to the code of its authors."""
+    source = textwrap.dedent(inspect.getsource(modeling_sam_hq.SamHQMaskDecoder.forward))
+    assert WRONG_LINE in source
+    namespace = dict(vars(modeling_sam_hq))
+    exec(source.replace(WRONG_LINE, CORRECTED_LINE), namespace)
+    monkeypatch.setattr(modeling_sam_hq.SamHQMaskDecoder, "forward", namespace["forward"])

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -49,12 +49,22 @@ def check(
             metavar="KEY=VALUE", help="Component options, added to those with which the checks build a small instance."
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare with the same model of another library instead: LIBRARY:MODEL, such as transformers:SamModel "
+            "or timm:resnet50.",
+            rich_help_panel="Comparison",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only failed checks.", rich_help_panel="Output")] = False,
 ) -> None:
-    """Run the conformance checks of a component.
+    """Run the conformance checks of a component, or compare it with another library.
 
-    Exits with status 1 if a check fails.
+    With --against, both load the same random weights. Exits with status 1 if a check or a comparison fails.
     """
+    if against is not None:
+        _compare_with_library(kind, name, options or (), against, quiet)
     from sca.testing.conformance import check_component
     from sca.testing.tiny import get_tiny_options
 
@@ -66,6 +76,19 @@ def check(
             print_line(str(result))
     print_line(f"{len(results) - num_failed} of {len(results)} checks passed")
     raise typer.Exit(1 if num_failed else 0)
+
+
+def _compare_with_library(kind: str, name: str, options: Sequence[str], against: str, quiet: bool) -> NoReturn:
+    """Compare a component with a model of another library, print the results and exit."""
+    from sca.testing.parity import check_parity, format_results, get_option_kind
+
+    component_options = parse_component_options(get_option_kind(kind, name), name, options)
+    results = check_parity(kind, name, against, **component_options)
+    num_passed = sum(result.passed for result in results)
+    for line in format_results([result for result in results if not (quiet and result.passed)]):
+        print_line(line)
+    print_line(f"{num_passed} of {len(results)} comparisons passed")
+    raise typer.Exit(0 if num_passed == len(results) else 1)
 
 
 def doctor(

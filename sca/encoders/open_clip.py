@@ -65,7 +65,7 @@ class OpenClipEncoder(nn.Module):
         super().__init__()
         if isinstance(pretrained, str) and weights:
             raise ValueError(f"weights={weights} and pretrained={pretrained} are mutually exclusive; omit one of them")
-        pretrained_config = _resolve_pretrained_config(model, pretrained, weights)
+        pretrained_config = resolve_pretrained_config(model, pretrained, weights)
         if isinstance(pretrained, str):
             weights, self.file_prefix = _resolve_weights(model, pretrained, pretrained_config)
         if weights is None and (pretrained or not model):
@@ -139,8 +139,20 @@ class TowerLayer(nn.Module):
         ][0]
 
 
-def _resolve_pretrained_config(model: str | None, pretrained: bool | str, weights: str | None) -> dict[str, Any]:
-    """Return open_clip's config of pretrained weights by tag or Hub id: location, mean, std, interpolation, GELU."""
+def resolve_pretrained_config(model: str | None, pretrained: bool | str, weights: str | None) -> dict[str, Any]:
+    """Return open_clip's config of pretrained weights by tag or Hub id: location, mean, std, interpolation, GELU.
+
+    Args:
+        model: Name in open_clip; None returns the defaults.
+        pretrained: Tag of the weights, or whether they are loaded.
+        weights: Hub id.
+
+    Returns:
+        The config of the tag or of the Hub id, or else that of other weights of the model.
+
+    Raises:
+        ValueError: open_clip has no such model.
+    """
     environment_before = dict(os.environ)
     import open_clip  # optional dependency
     from open_clip.transform import PreprocessCfg
@@ -206,7 +218,7 @@ def _build_image_tower(
     vision_options = {"vision_cfg": {**open_clip.get_model_config(name)["vision_cfg"], **config}} if config else {}
     if image_size and config:
         vision_options["vision_cfg"]["image_size"] = image_size
-    with _silence_open_clip():
+    with silence_open_clip():
         model = open_clip.create_model(
             name,
             pretrained=str(file) if file and not name.startswith("local-dir:") else None,
@@ -222,7 +234,7 @@ def _build_image_tower(
 
 
 @contextmanager
-def _silence_open_clip() -> Iterator[None]:
+def silence_open_clip() -> Iterator[None]:
     """Suppress open_clip's log messages, and the root handler that they would install."""
     handler, level = logging.NullHandler(), logging.root.level
     logging.root.addHandler(handler)

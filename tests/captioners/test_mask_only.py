@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sca_registry.contracts import Prompt
-from tiny_segmenters import SAM2_CONFIGS, SAM_CONFIG, SAM_HQ_CONFIG, build_tiny_model
+from tiny_segmenters import SAM2_CONFIGS, SAM_CONFIG, SAM_HQ_CONFIG, build_tiny_model, correct_sam_hq_decoder
 from torch.nn import functional as F
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
@@ -47,10 +47,10 @@ def predict_full_size_mask(model, captioner, image):
     return full_size[0, 0]
 
 
-def test_load_captioner_predicts_masks_of_a_segmenter_saved_by_transformers(model_and_folder, image):
+def test_load_captioner_predicts_masks_of_a_segmenter_saved_by_transformers(model_and_folder, image, monkeypatch):
     model, folder = model_and_folder
     if model.config.model_type == "sam_hq":
-        pytest.skip("transformers 5.23 upscales the wrong grid; tests/parity/test_sam_hq.py corrects it")
+        correct_sam_hq_decoder(monkeypatch)
     captioner = sca.load_captioner(folder)
     (caption,) = captioner.caption(image, [Prompt(box=BOX)])
     logits = predict_full_size_mask(model, captioner, image)

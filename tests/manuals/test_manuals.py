@@ -22,7 +22,9 @@ from sca.training.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 
-QUICK_LINE = re.compile(r"^(sca (list|show|data stats scenes|data view scenes|data export)|make |pip )")
+QUICK_LINE = re.compile(
+    r"^(sca (list|show|data stats scenes|data view scenes|data export)|sca check .*--against|make |pip )"
+)
 PLUGIN_PAGE = "docs/plugins.md"
 RUN_PAGES = """
 import json, sys

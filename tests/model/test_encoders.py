@@ -253,12 +253,12 @@ def test_compose_reduces_wide_encoder_features_to_256_channels(segmenter):
 
 
 def test_open_clip_config_uses_the_activation_of_the_pretrained_tag():
-    from sca.encoders.open_clip import _resolve_pretrained_config
+    from sca.encoders.open_clip import resolve_pretrained_config
 
-    assert _resolve_pretrained_config("ViT-B-16", "openai", None)["quick_gelu"]
-    assert _resolve_pretrained_config("ViT-B-16", True, "timm/vit_base_patch16_clip_224.openai")["quick_gelu"]
-    assert not _resolve_pretrained_config("ViT-B-16", True, "laion/CLIP-ViT-B-16-laion2B-s34B-b88K").get("quick_gelu")
-    assert not _resolve_pretrained_config("ViT-B-16", "file.pt", None).get("quick_gelu")
+    assert resolve_pretrained_config("ViT-B-16", "openai", None)["quick_gelu"]
+    assert resolve_pretrained_config("ViT-B-16", True, "timm/vit_base_patch16_clip_224.openai")["quick_gelu"]
+    assert not resolve_pretrained_config("ViT-B-16", True, "laion/CLIP-ViT-B-16-laion2B-s34B-b88K").get("quick_gelu")
+    assert not resolve_pretrained_config("ViT-B-16", "file.pt", None).get("quick_gelu")
 
 
 @pytest.mark.parametrize(

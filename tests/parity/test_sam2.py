@@ -1,54 +1,37 @@
-"""SAM 2, EdgeTAM and the tracker of SAM 3: outputs equal those of transformers."""
+"""SAM 2, EdgeTAM, the tracker of SAM 3 and HQ-SAM: outputs equal those of transformers."""
 
 import pytest
 import torch
 from tiny_segmenters import (
-    PROMPT_KINDS,
     SAM2_CONFIGS,
+    SAM_HQ_CONFIG,
     build_tiny_model,
+    correct_sam_hq_decoder,
     make_prompts,
-    predict_with_original,
-    relative_difference,
 )
 
 from sca.encoders.sam2 import Sam2Encoder
 from sca.segmenters.sam2 import Sam2Segmenter
+from sca.testing.parity import check_parity
 
-TOLERANCE = 1e-12  # relative, in float64
-
-
-@pytest.fixture(scope="module", params=sorted(SAM2_CONFIGS))
-def models(request, tmp_path_factory):
-    """The model of transformers and ours with its weights, in float64."""
-    original = build_tiny_model(request.param, SAM2_CONFIGS[request.param])
-    folder = tmp_path_factory.mktemp(request.param)
-    original.save_pretrained(folder)
-    encoder = Sam2Encoder(str(folder)).eval()
-    return original.double(), encoder.double(), Sam2Segmenter(encoder).eval().double()
+REFERENCES = {
+    "sam2": ("sam2", "Sam2Model"),
+    "edgetam": ("edgetam", "EdgeTamModel"),
+    "sam3_tracker": ("sam3-tracker", "Sam3TrackerModel"),
+}
 
 
-@pytest.fixture(scope="module")
-def pixel_values(models):
-    side = models[1].image_format.size
-    return torch.randn(2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("model_type", REFERENCES)
+def test_sam2_segmenter_matches_transformers(model_type):
+    name, model_class = REFERENCES[model_type]
+    results = check_parity("segmenter", name, f"transformers:{model_class}", config=SAM2_CONFIGS[model_type])
+    assert all(result.passed for result in results), results
 
 
-@pytest.fixture(scope="module")
-def image_embeddings(models, pixel_values):
-    """Return the image embeddings of transformers' model."""
-    return [{"image_embeddings": models[0].get_image_embeddings(image[None])} for image in pixel_values]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("multimask_output", [True, False], ids=["three masks", "one mask"])
-@pytest.mark.parametrize("kind", PROMPT_KINDS)
-def test_sam2_segmenter_matches_transformers(models, pixel_values, image_embeddings, kind, multimask_output):
-    original, encoder, segmenter = models
-    prompts = make_prompts(kind, encoder.image_format.size)
-    expected_masks, expected_scores = predict_with_original(original, image_embeddings, prompts, multimask_output)
-    output = segmenter(encoder(pixel_values), prompts, multimask_output)
-    assert relative_difference(output.masks, expected_masks) < TOLERANCE
-    assert relative_difference(output.iou_scores, expected_scores) < TOLERANCE
+def test_sam_hq_segmenter_matches_corrected_transformers(monkeypatch):
+    correct_sam_hq_decoder(monkeypatch)
+    results = check_parity("segmenter", "sam-hq", "transformers:SamHQModel", config=SAM_HQ_CONFIG)
+    assert all(result.passed for result in results), results
 
 
 @torch.no_grad()
@@ -60,11 +43,14 @@ def test_sam2_encoder_ignores_the_fourth_feature_level_of_sam3():
 
 
 @torch.no_grad()
-def test_sam2_encoder_without_high_res_features_returns_the_image_features_only(models, pixel_values):
-    encoder = models[1]
-    folder = encoder.checkpoint
-    small_encoder = Sam2Encoder(folder, high_res_features=False).eval().double()
+@pytest.mark.parametrize("model_type", sorted(SAM2_CONFIGS))
+def test_sam2_encoder_without_high_res_features_returns_the_image_features_only(model_type, tmp_path):
+    build_tiny_model(model_type, SAM2_CONFIGS[model_type]).save_pretrained(tmp_path)
+    encoder = Sam2Encoder(str(tmp_path)).eval().double()
+    small_encoder = Sam2Encoder(str(tmp_path), high_res_features=False).eval().double()
+    side = encoder.image_format.size
+    pixel_values = torch.randn(2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     features = small_encoder(pixel_values)
     torch.testing.assert_close(features, encoder(pixel_values)[:, : small_encoder.channels])
-    output = Sam2Segmenter(small_encoder).eval().double()(features, make_prompts("box", encoder.image_format.size))
+    output = Sam2Segmenter(small_encoder).eval().double()(features, make_prompts("box", side))
     assert output.masks.shape == (4, 3, 32, 32)

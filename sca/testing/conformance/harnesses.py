@@ -120,15 +120,16 @@ class ComponentHarness:
             get_registry(self.kind).get_declared(self.name, field) if self.name else getattr(self.factory, field, None)
         )
 
+    @property
+    def default_options(self) -> Mapping[str, Any]:
+        """Options of the factory with their defaults, `REQUIRED` for an option without one."""
+        if self.name:
+            return get_registry(self.kind).load_entry(self.name).options
+        return get_factory_options(self.factory, len(self.upstream))
+
     def collect_integer_options(self) -> dict[str, int]:
         """Return the integer options with their present values."""
-        num_upstream = len(self.upstream)
-        default_options = (
-            get_registry(self.kind).load_entry(self.name).options
-            if self.name
-            else get_factory_options(self.factory, num_upstream)
-        )
-        options = {**default_options, **self.options}
+        options = {**self.default_options, **self.options}
         return {
             name: value for name, value in options.items() if isinstance(value, int) and not isinstance(value, bool)
         }
@@ -173,6 +174,35 @@ class EncoderHarness(ComponentHarness):
         return {"features": component(inputs)}
 
 
+def make_prompts(image_size: int, mask_size: int, generator: torch.Generator) -> dict[str, PromptBatch]:
+    """Return a batch with varying regions per image, `IMAGE_INDEX`, for every kind of prompt.
+
+    Args:
+        image_size: Side of the input frame in pixels.
+        mask_size: Side of mask prompts.
+        generator: Random generator.
+
+    Returns:
+        Prompts by the name of their kind.
+    """
+    image_index, num_regions = torch.tensor(IMAGE_INDEX), len(IMAGE_INDEX)
+    corner = torch.rand(num_regions, 2, generator=generator) * image_size / 2
+    extent = image_size / 8 + torch.rand(num_regions, 2, generator=generator) * image_size / 4
+    boxes = torch.cat((corner, corner + extent), dim=1)
+    points = torch.rand(num_regions, 2, 2, generator=generator) * image_size
+    positive_labels = torch.ones(num_regions, 1, dtype=torch.long)
+    mixed_labels = torch.tensor([[1, 0]]).expand(num_regions, 2)
+    masks = torch.randn(num_regions, 1, mask_size, mask_size, generator=generator) * 5
+    return {
+        "box": PromptBatch(image_index, boxes=boxes),
+        "point": PromptBatch(image_index, points=points[:, :1], labels=positive_labels),
+        "two points": PromptBatch(image_index, points=points, labels=mixed_labels),
+        "box and points": PromptBatch(image_index, boxes=boxes, points=points, labels=mixed_labels),
+        "mask": PromptBatch(image_index, masks=masks),
+        "box and mask": PromptBatch(image_index, boxes=boxes, masks=masks),
+    }
+
+
 @dataclass
 class SegmenterInputs:
     """Inputs of a segmenter: features, and the same regions as each kind of prompt."""
@@ -188,27 +218,9 @@ class SegmenterHarness(ComponentHarness):
     OUTPUT_FIELDS = ("prompt_tokens", "tokens", "mask_tokens", "grid", "masks", "iou_scores", "boxes")
 
     def make_all_inputs(self) -> SegmenterInputs:
-        """Return a batch with varying regions per image, for every kind of prompt."""
+        """Return features of images, and their regions as every kind of prompt."""
         generator = torch.Generator().manual_seed(1)
-        image_index, num_regions = torch.tensor(IMAGE_INDEX), len(IMAGE_INDEX)
-        corner = torch.rand(num_regions, 2, generator=generator) * IMAGE_SIZE / 2
-        boxes = torch.cat(
-            (corner, corner + 8 + torch.rand(num_regions, 2, generator=generator) * IMAGE_SIZE / 4), dim=1
-        )
-        points = torch.rand(num_regions, 2, 2, generator=generator) * IMAGE_SIZE
-        positive_labels, mixed_labels = (
-            torch.ones(num_regions, 1, dtype=torch.long),
-            torch.tensor([[1, 0]]).expand(num_regions, 2),
-        )
-        masks = torch.randn(num_regions, 1, MASK_SIZE, MASK_SIZE, generator=generator) * 5
-        prompts = {
-            "box": PromptBatch(image_index, boxes=boxes),
-            "point": PromptBatch(image_index, points=points[:, :1], labels=positive_labels),
-            "two points": PromptBatch(image_index, points=points, labels=mixed_labels),
-            "box and points": PromptBatch(image_index, boxes=boxes, points=points, labels=mixed_labels),
-            "mask": PromptBatch(image_index, masks=masks),
-            "box and mask": PromptBatch(image_index, boxes=boxes, masks=masks),
-        }
+        prompts = make_prompts(IMAGE_SIZE, MASK_SIZE, generator)
         return SegmenterInputs(torch.randn(NUM_IMAGES, HIDDEN_SIZE, GRID_SIZE, GRID_SIZE, generator=generator), prompts)
 
     @cached_property
