@@ -59,7 +59,7 @@ def check(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only failed checks.", rich_help_panel="Output")] = False,
 ) -> None:
-    """Run the conformance checks of a component, or compare it with another library.
+    """Check a component, or compare it with another library.
 
     With --against, both load the same random weights. Exits with status 1 if a check or a comparison fails.
     """

@@ -164,7 +164,7 @@ def test_list_without_kind_lists_all_kinds_and_names(run_sca):
         (["encoders", "SAM-VIT-?"], {"sam-vit-b", "sam-vit-l", "sam-vit-h"}),
         (["mixer", "query"], {"query"}),
         (["mixers", "--search", "OSPREY"], {"masked-pool"}),
-        (["sam3*", "--search", "sam license"], {"sam3-tracker"}),
+        (["encoders", "sam3*", "--search", "sam license"], {"sam3-tracker"}),
         (["models", "--search", "street"], {"sca-street"}),
     ],
 )
