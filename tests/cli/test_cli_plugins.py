@@ -122,7 +122,7 @@ def test_check_reports_failed_check_with_expected_behavior(isolated_site):
     isolated_site.write("wrong", "[sca_mixers]\nwrong = wrong:Wrong\n", wrong=invalid_mixer_source)
     result = isolated_site.run("sca", "check", "mixer", "wrong", "--quiet")
     assert result.returncode == 1
-    assert "FAILED  output-shape: expected:" in result.stdout
+    assert "FAILED  output-shape: queries has shape (5, 1, 32), not (5, 2, 32)" in result.stdout
     assert "sca_registry.contracts.Mixer" in result.stdout
 
 

@@ -52,8 +52,8 @@ def run_with_hub(hub, tmp_path):
 
 PULL_WITHOUT_TORCH_PROGRAM = """
 import sys
-from sca.cli import run
-assert run(sys.argv[1:]) == 0
+from sca.cli import run_command
+assert run_command(sys.argv[1:]) == 0
 assert not {"torch", "transformers"} & set(sys.modules)
 """
 LOAD_PROGRAM = """
@@ -117,7 +117,7 @@ def test_pull_fetches_the_tokenizer_of_a_published_checkpoint_on_request(run_wit
     hub.models |= {"owner/published": folder, "owner/words": tmp_path / "words"}
     status, out, err = run_with_hub(sys.executable, "-c", PULL_WITHOUT_TORCH_PROGRAM, "pull", "owner/published")
     assert status == 0, err
-    assert "its tokenizer was not fetched: 'owner/words' is outside its folder; pass allow_external=True" in err
+    assert "the tokenizer was not downloaded: 'owner/words' is outside its folder; pass allow_external=True" in err
     assert not any("owner/words" in request for request in hub.requests)
     status, out, _ = run_with_hub(*PULL_COMMAND, "owner/published", "--allow-external")
     assert status == 0
@@ -126,7 +126,7 @@ def test_pull_fetches_the_tokenizer_of_a_published_checkpoint_on_request(run_wit
     load_program = "import sca; print(sca.load('owner/published'{}).language_model.tokenizer and 'has a tokenizer')"
     status, out, err = run_with_hub(sys.executable, "-c", load_program.format(""), online=False)
     assert (status, out.strip()) == (0, "None")
-    assert "captions of" in err
+    assert "has no tokenizer, so captions are lists of token ids" in err
     status, out, _ = run_with_hub(sys.executable, "-c", load_program.format(", allow_external=True"), online=False)
     assert (status, out.strip()) == (0, "has a tokenizer")
 

@@ -50,7 +50,7 @@ def test_serve_command_serves_replicas_on_ray(make_body):
         expected = request_captions(url, make_body())
         assert [request_captions(url, make_body()) for _ in range(6)] == [expected] * 6
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(180)
     finally:
         process.kill()
 
