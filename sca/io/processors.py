@@ -12,6 +12,8 @@ from sca.io.errors import InputError
 from sca.io.hub import silence_transformers
 from sca.io.weight_files import translate_load_errors
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
 
 def load_processor(folder: Path) -> Any:
     """Load the processor of images and texts from a folder.
@@ -26,9 +28,9 @@ def load_processor(folder: Path) -> Any:
         InputError: The processor cannot be read.
     """
     try:
+        image_processor = load_image_processor(folder)
         with translate_load_errors(f"the processor in {folder}"), silence_transformers():
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-            image_processor = load_image_processor(folder)
     except InputError as error:
         hint = (
             f". Install the extra: pip install '{BUILTIN_DISTRIBUTION}[baselines]'"
@@ -52,5 +54,7 @@ def load_image_processor(folder: Path) -> Any:
     Raises:
         InputError: The image processor cannot be read.
     """
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        raise InputError(f"{folder} has no {PROCESSOR_FILES[0]}; save the image processor of the model there")
     with translate_load_errors(f"the image processor in {folder}"), silence_transformers():
         return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)

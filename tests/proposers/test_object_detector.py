@@ -1,5 +1,7 @@
 """Object detectors of transformers as proposers."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,13 @@ def test_proposals_equal_the_detections_of_transformers(name, save_tiny_proposer
 def test_detector_reads_any_weights_of_an_object_detector(save_tiny_proposer, colored_image, build_tiny):
     proposer = proposers.build("detector", weights=save_tiny_proposer("rt-detr"), score_thresh=0, max_regions=5)
     assert proposer(colored_image, "a") == build_tiny("rt-detr")(colored_image, "a")
+
+
+def test_detector_rejects_weights_without_an_image_processor(save_tiny_proposer, tmp_path):
+    folder = shutil.copytree(save_tiny_proposer("rt-detr"), tmp_path / "model")
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(RegistryError, match=r"has no preprocessor_config\.json; save the image processor"):
+        proposers.build("detector", weights=str(folder))
 
 
 def test_random_weights_are_reproducible(build_tiny, colored_image):
