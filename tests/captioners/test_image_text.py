@@ -105,7 +105,7 @@ def test_crop_captioner_rejects_folders_without_weights_or_processor(weights_fol
         CropCaptioner(weights=str(tmp_path))
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(f"{weights_folder('git')}/{name}")
-    with pytest.raises(InputError, match=rr"has no preprocessor_config\.json; save the image processor"):
+    with pytest.raises(InputError, match=r"has no preprocessor_config\.json; save the image processor"):
         CropCaptioner(weights=str(tmp_path))
 
 
