@@ -189,7 +189,7 @@ def report(
     check_page_path(page, ())
     for sibling in siblings:
         if sibling.exists() and not reports.is_table_of_report(sibling):
-            raise ValueError(f"{sibling} exists and is not a table of a report; choose another --out")
+            raise ValueError(f"{sibling} exists and was not written by `sca bench report`; choose a different --out")
     for path, content in (
         (page, reports.render_sweep_page(rows, f"sweep {rows[0]['sweep']}", score)),
         (page.with_suffix(".md"), reports.render_markdown(rows, score)),

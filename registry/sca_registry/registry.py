@@ -128,8 +128,7 @@ class Registry(catalogue.Registry):
         def add_factory(factory: Factory) -> Factory:
             if not callable(factory):
                 raise RegistryError(
-                    f"{self._singular} {name!r} cannot be {factory!r}, which is not callable; register a class or "
-                    "function"
+                    f"{self._singular} {name!r} is {factory!r}, which is not callable; register a class or function"
                 )
             conflicts = [
                 f"{BUILTIN_DISTRIBUTION} ({registration.card.factory})"

@@ -96,7 +96,7 @@ class VisionLanguageModel(RegionCaptioner):
             )
         if region_format == "region-tokens" and question is not None:
             raise ValueError(
-                "region_format=region-tokens has a fixed question; omit question, or use region_format=crop"
+                "region_format=region-tokens has a fixed question; omit the option question, or use region_format=crop"
             )
         self.region_format = region_format
         self.task_questions: tuple[str, str] | None = (

@@ -124,7 +124,7 @@ def resolve_source(name: str, folder: Path, trust: Trust) -> str:
         TrustError: The reference is external, and the caller does not allow it.
     """
     if "\0" in name:
-        raise TrustError(f"{_shorten_value(name)} is not a valid path; download or save the checkpoint again")
+        raise TrustError(f"the checkpoint contains the invalid path {_shorten_value(name)}; download or save it again")
     path = _find_inside(name, folder)
     if path is not None:
         return str(path)

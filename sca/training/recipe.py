@@ -491,7 +491,7 @@ def _check_tables(name: str, table: Mapping[str, Any]) -> None:
         if key == "model" and isinstance(table.get(key), str):
             continue
         if not isinstance(table.get(key, {}), Mapping):
-            raise RegistryError(f"{key} of the recipe {name} is {table[key]!r:.80}; expected a table [{key}]")
+            raise RegistryError(f"the recipe {name}: {key} is {table[key]!r:.80}; expected a table [{key}]")
 
 
 def _read_model(table: Mapping[str, Any]) -> ModelSpec:

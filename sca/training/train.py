@@ -258,8 +258,8 @@ def compute_regions_per_process(options: TrainOptions, num_processes: int) -> in
     num_parts = num_processes * options.gradient_accumulation_steps
     if 0 < options.max_regions_per_step < num_parts:
         raise RegistryError(
-            f"train.max_regions_per_step={options.max_regions_per_step} is less than one region for each of "
-            f"{num_processes} processes x train.gradient_accumulation_steps={options.gradient_accumulation_steps}"
+            f"train.max_regions_per_step={options.max_regions_per_step} is too small; give at least {num_parts}: one "
+            f"region for each process ({num_processes}) and accumulated batch ({options.gradient_accumulation_steps})"
         )
     return options.max_regions_per_step // num_parts
 

@@ -97,7 +97,7 @@ def test_vlm_applies_the_chat_template_and_batches_images_of_different_sizes(wei
         ),
         ("blip", {}, "'blip' model takes no questions; .* crop-captioner"),
         ("florence2", {"region_format": "circle"}, "region_format is 'circle'. Choose from: crop, box, region-tokens"),
-        ("florence2", {"region_format": "region-tokens", "question": "What?"}, "omit question"),
+        ("florence2", {"region_format": "region-tokens", "question": "What?"}, "omit the option question"),
     ],
 )
 def test_vlm_rejects_unsupported_options_and_suggests_alternatives(weights_folder, kind, options, message):

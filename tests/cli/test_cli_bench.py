@@ -65,7 +65,7 @@ def test_bench_report_replaces_only_tables_of_a_report(run_sca, get_sca_error, w
     (folder / "report.html").unlink()
     assert run_sca("bench", "report", "results").status == 0
     (folder / "report.csv").write_text("my,own\n1,2\n")
-    assert "report.csv exists and is not a table of a report; choose another --out" in get_sca_error(
+    assert "report.csv exists and was not written by `sca bench report`; choose a different --out" in get_sca_error(
         2, "bench", "report", "results"
     )
     assert (folder / "report.csv").read_text() == "my,own\n1,2\n"

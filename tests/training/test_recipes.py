@@ -135,7 +135,7 @@ def test_recipe_rejects_wrong_override(override, message):
     ("table", "message"),
     [
         ({"trian": {}}, "unknown key 'trian' in the recipe.*Did you mean 'train'"),
-        ({"train": 3}, r"train of the recipe mine is 3; expected a table \[train\]"),
+        ({"train": 3}, r"the recipe mine: train is 3; expected a table \[train\]"),
         ({"train": {"epochs": 3}}, r"unknown key 'epochs' in \[train\]; use train\.steps$"),
         ({"lr": 0.1}, "unknown key 'lr' in the recipe; use train.learning_rate$"),
         ({"batch_size": 4}, "unknown key 'batch_size' in the recipe; use train.batch_size$"),
@@ -264,7 +264,7 @@ def test_recipe_override_replaces_model_name_with_table(tmp_path):
         recipe = Recipe.read(name, [f"data='{tmp_path}'", override, "mixer.depth=1"])
         assert recipe.model.mixer == ComponentSpec("query", {"depth": 1})
     for wrong_override in ('model={encoder="tiny-vit"}', "model=[1]"):
-        with pytest.raises(RegistryError, match=r"the model has no mixer|model of the recipe own-data is"):
+        with pytest.raises(RegistryError, match=r"the model has no mixer|the recipe own-data: model is"):
             Recipe.read("own-data", [f"data='{tmp_path}'", wrong_override])
 
 
