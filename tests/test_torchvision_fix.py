@@ -190,7 +190,7 @@ def test_doctor_reports_broken_torchvision_before_trying_components(monkeypatch,
     monkeypatch.setattr("sca.testing.subprocess_checks.check_components", lambda *_: pytest.fail("a part was tried"))
     assert run_command(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[lines.index("to repair:") + 1] == "  torchvision cannot be imported; run `sca doctor --fix`"
+    assert lines[lines.index("to fix:") + 1] == "  torchvision cannot be imported; run `sca doctor --fix`"
 
 
 BROKEN_IMPORTS = """

@@ -49,7 +49,7 @@ def load(
             "./model" or "runs/x/model".
         device: Device of the model.
         dtype: Data type of floating-point tensors, such as "float16". Defaults to each component's own dtype.
-        trust_remote_code: Allow the checkpoint to run its own code. Use only with authors you trust.
+        trust_remote_code: Allow the checkpoint to run its own code. Use only for checkpoints from authors you trust.
         allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs.
             For example, your own checkpoints may refer to weights that are stored elsewhere. Does not allow code.
         revision: Revision of a Hub id: a commit, a branch or a tag.

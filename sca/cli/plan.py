@@ -30,7 +30,8 @@ def plan(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="GPU to check against: h200, a100-80, rtx4090, ..., or memory in GiB.", rich_help_panel="Workload"
+            help="GPU whose memory the model must fit in: h200, a100-80, rtx4090, ..., or memory in GiB.",
+            rich_help_panel="Workload",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1, rich_help_panel="Workload")] = 1,
@@ -56,7 +57,7 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Estimate the parameters, FLOPs and memory of a model.
+    """Estimate the parameter count, FLOPs and memory use of a model.
 
     Downloads no weights: the model is built without weights and run on the meta device.
     """

@@ -181,7 +181,7 @@ def evaluate(
         split: Split of a dataset passed by name; a built dataset has its own.
         prompting: Prompt type, tasks, controls and generation options. Defaults to box prompts.
         proposer: For dense captioning: the proposer of the regions, as a name or a dict with a name and options.
-        metrics: Registered names. Defaults to every metric whose inputs are available; see
+        metrics: Registered names. Defaults to all metrics that the data supports; see
             `sca.evaluation.scoring.score_records`.
         metric_options: Options of metrics, and the shared options `references` and `tokenizer`.
         batch_size: Images per encoder batch.
