@@ -65,7 +65,7 @@ def train(
         options += ["--out", str(out)] if out else []
         raise typer.Exit(run_processes(num_processes, ["train", *options, "--", recipe, *(overrides or ())]))
     is_main_process = os.environ.get("RANK", "0") == "0"
-    conflict_options: dict[str, Any] = {"overwrite": overwrite, "set_aside": out is None and not overwrite}
+    conflict_options: dict[str, Any] = {"overwrite": overwrite, "rename_existing": out is None and not overwrite}
     with join_processes():
         model = train_recipe(
             loaded_recipe, folder, resume=resume, quiet=quiet, report=print_stderr, **conflict_options, **trust_options
