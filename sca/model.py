@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
 TOKENS_PER_LOSS_CHUNK = 512  # tokens whose logits are in memory at once
-NON_FINITE_HINT = "if this is float16, use dtype=float32 or bfloat16, otherwise download the weights again"
+NON_FINITE_HINT = "if the model runs in float16, use dtype=float32 or bfloat16; otherwise, download the weights again"
 MAX_SEQUENCES_PER_CALL = 512  # sequences per call of the language model, including beams and samples
 
 

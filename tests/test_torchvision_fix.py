@@ -165,7 +165,11 @@ def fake_import_results(monkeypatch):
     ("error", "cuda", "remedy"),
     [
         ("OSError: libcudart.so.13", False, "run `sca doctor --fix`"),
-        ("RuntimeError: operator torchvision::nms does not exist", True, "install torch and torchvision again"),
+        (
+            "RuntimeError: operator torchvision::nms does not exist",
+            True,
+            "install matching versions of torch and torchvision",
+        ),
         ("", False, ""),
     ],
 )

@@ -52,7 +52,8 @@ def load(
         dtype: Data type of floating-point tensors, such as "float16". Defaults to each component's own dtype.
         trust_remote_code: Allow the checkpoint to run its own code. Use only for checkpoints from authors you trust.
         allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs.
-            For example, your own checkpoints may refer to weights that are stored elsewhere. Does not let them run code.
+            For example, your own checkpoints may refer to weights that are stored elsewhere. Does not let
+            them run code.
         revision: Revision of a Hub id: a commit, a branch or a tag.
 
     Returns:

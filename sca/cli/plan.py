@@ -135,7 +135,8 @@ def _resolve_spec(model: str, trust_remote_code: bool, allow_external: bool) -> 
         return spec
     if model in zoo.list_names():
         raise ValueError(
-            f"the weights of {model} are on the Hub; plan its components instead, such as sam-vit-h+query+gpt2-large"
+            f"the checkpoint of {model} is on the Hub, and `sca plan` downloads no checkpoints; name its components "
+            "instead, such as sam-vit-h+query+gpt2-large"
         )
     local_names = [name for name in zoo.list_names() if zoo.get_entry(name).folder]
     raise make_unknown_name_error(

@@ -122,7 +122,7 @@ def doctor(
     from sca import torchvision_fix
 
     if fix and undo_fix:
-        raise ValueError("--fix and --undo-fix are mutually exclusive; pass one of them")
+        raise ValueError("--fix and --undo-fix are mutually exclusive; pass only one")
     if fix or undo_fix:
         try:
             print_line(torchvision_fix.fix_torchvision() if fix else torchvision_fix.remove_torchvision_fix())

@@ -95,8 +95,8 @@ def caption_everything(
         predictor: Predictor on which `set_image` was called.
         task: "caption", or "recognition" for class names.
         options: Options for finding regions; None uses the model's options.
-        proposals: Prompts to use instead of the point grid and the crops, for example from a registered proposer. Single
-            foreground points (label 1) are processed like grid points: their masks are predicted, filtered and
+        proposals: Prompts to use instead of the point grid and the crops, for example from a registered proposer.
+            Single foreground points (label 1) are processed like grid points: their masks are predicted, filtered and
             captioned. All other prompts are captioned unchanged; their captions come last, in the order given.
         progress: Function called with the number of processed points and the total.
         max_regions: Maximum number of regions to caption. Regions found from points are kept first, by predicted IoU;

@@ -46,8 +46,8 @@ def load_captioner(
     - A checkpoint: a model name, a folder or a Hub id.
     - The name of a registered captioner, such as "blip-base".
     - "encoder+captioner", such as "sam-vit-b+blip-base". The encoder predicts the masks.
-    - To predict masks only: the name of an encoder that has a segmenter, such as "sam-vit-b", or a folder or Hub id of a
-      transformers segmentation model.
+    - To predict masks only: the name of an encoder that has a segmenter, such as "sam-vit-b", or a folder or Hub id of
+      a transformers segmentation model.
 
     Options can follow a name, as in "sam-vit-b+blip-base batch_size=8". A dict has the key `name` and one key per
     option.

@@ -84,8 +84,8 @@ def train(
 
     Args:
         recipe: Recipe, name of a bundled recipe, or path of a TOML file.
-        folder: Run folder; "runs/NAME" by default. If it contains an interrupted run with the same recipe and data, that run
-            is resumed.
+        folder: Run folder; "runs/NAME" by default. If it contains an interrupted run with the same recipe and data,
+            that run is resumed.
         resume: Resume an interrupted run; False starts it over.
         quiet: Suppress the progress bar and the training log.
         changes: Overrides of the recipe, such as "train.steps=200".
