@@ -37,7 +37,7 @@ def compose(
         mixer: Name or dict.
         language_model: Name or dict.
         device: Device of the model. "meta" downloads no weights and allocates no memory; use it to count parameters. A
-            component without an entry in the component list (`sca list`) still downloads its configuration file.
+            component that `sca list` does not show still downloads its configuration file.
         weights: Load pretrained weights; False initializes all weights randomly.
         **fields: Other fields of `ModelSpec`: `segmenter`, `projection`, `task_tokens`, `trainable`, `lora`,
             `generation`, `everything`.

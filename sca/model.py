@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
 TOKENS_PER_LOSS_CHUNK = 512  # tokens whose logits are in memory at once
-NON_FINITE_HINT = "if this is float16, use dtype=float32 or bfloat16, otherwise download the weights again"
+NON_FINITE_HINT = "if the model runs in float16, use dtype=float32 or bfloat16; otherwise, download the weights again"
 MAX_SEQUENCES_PER_CALL = 512  # sequences per call of the language model, including beams and samples
 
 
@@ -146,14 +146,14 @@ class SegmentCaptioner(SegmentationModel):
         return None if prepare_images is None else prepare_images(regions.image_embeddings, regions.positional_encoding)
 
     def mix(self, regions: SegmenterOutput, prepared: Any = None) -> Tensor:
-        """Compute the queries of each region.
+        """Compute the query embeddings (the mixer's outputs) of each region.
 
         Args:
             regions: Output of `segment`.
             prepared: Output of `prepare_mixer` for the same images; None lets the mixer compute it.
 
         Returns:
-            Queries (N, Q, D).
+            Query embeddings (N, Q, D).
 
         Raises:
             RegistryError: The mixer returns a tensor of the wrong shape.
@@ -166,11 +166,11 @@ class SegmentCaptioner(SegmentationModel):
         """Build the prefixes of the language model.
 
         Args:
-            queries: (N, Q, D) queries of `mix`.
+            queries: (N, Q, D) query embeddings, the output of `mix`.
             task_ids: (N,) task of each region: 0 for recognition, 1 for captioning.
 
         Returns:
-            Prefixes (N, K, E) of task tokens followed by projected queries.
+            Prefixes (N, K, E) of task tokens followed by projected query embeddings.
         """
         return torch.cat((self.task_tokens[task_ids], self.projection(queries)), dim=1)
 
@@ -181,15 +181,16 @@ class SegmentCaptioner(SegmentationModel):
 
         Args:
             batch: Images or features, prompts and, for training, captions and target masks.
-            loss_weights: Weights by loss name; missing losses have weight 1.
-            chunk_size: Maximum number of regions, and of captions, per chunk. The activations of a chunk are recomputed
+            loss_weights: Weights by loss name; losses that are not listed have weight 1.
+            chunk_size: Maximum number of regions or captions per chunk. The activations of a chunk are recomputed
                 in the backward pass (gradient checkpointing, arXiv 1604.06174). 0 computes everything at once and
                 recomputes nothing.
 
         Returns:
-            The weighted sum of the losses, each loss by name, the logits of all caption tokens of the batch (number of
-            tokens, vocabulary size), the segmenter output and the queries. `logits` is None for a batch of more than
-            `TOKENS_PER_LOSS_CHUNK` tokens. `regions.grid` is None if the regions are computed in chunks.
+            The fields of `ModelOutput`: `loss` (the weighted sum), `losses` (by name), `logits` (number of caption
+            tokens in the batch, vocabulary size), `regions` (the segmenter output) and `queries` (the query
+            embeddings). `logits` is None for a batch of more than `TOKENS_PER_LOSS_CHUNK` tokens. `regions.grid` is
+            None if the regions are computed in chunks.
         """
         features = batch.features
         if features is None:
@@ -298,9 +299,9 @@ class SegmentCaptioner(SegmentationModel):
 
         Args:
             prefix: (N, K, E) prefixes.
-            **generation: Options of the language model's `generate`; they override those of the spec. Also `seed`: if
-                set, the captions of each prefix are generated separately with this seed, so that they do not depend on
-                the other prefixes, and the state of torch's generators is preserved.
+            **generation: Options of the language model's `generate`; they override those of the spec. `seed` is also
+                accepted: the captions of each prefix are generated separately with this seed, so that they do not
+                depend on the other prefixes; torch's global RNG state is unchanged.
 
         Returns:
             Token ids and scores of the captions.

@@ -25,7 +25,7 @@ SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
 STUB_PACKAGE = "torchvision_stubs"  # package that contains and loads the stub libraries
 REGISTER_SYMBOL = "__cudaRegisterFatBinary"  # called when a library with kernels is loaded; must return a handle
 CUDA_ERROR_NO_DEVICE = 100  # cudaErrorNoDevice
-REINSTALL_HINT = "install torch and torchvision again, in matching versions"
+REINSTALL_HINT = "install matching versions of torch and torchvision"
 # runs at every start of Python, even after the package is deleted
 PTH_CONTENT = f"""\
 import sys; exec("try:\\n    import {STUB_PACKAGE}\\nexcept Exception:\\n    pass")
@@ -116,7 +116,10 @@ def fix_torchvision(site: Path = SITE_PACKAGES) -> str:
     if not problem:
         return "nothing to fix: torchvision can be imported"
     if not _is_torch_without_cuda():
-        raise InputError(f"torchvision cannot be imported ({problem}), and torch has CUDA; {REINSTALL_HINT}")
+        raise InputError(
+            f"torchvision cannot be imported ({problem}), and --fix works only with a CPU build of torch; "
+            f"{REINSTALL_HINT}"
+        )
     try:
         install_stubs(site)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
@@ -187,7 +190,7 @@ def compile_stubs(torchvision: Path, torch_libraries: Path, folder: Path) -> Non
                 torch_cuda_symbols.add(name)
     versions = set(runtime_versions.values())
     if len(versions) != 1:
-        raise ValueError(f"its operators require {len(versions)} versions of the CUDA runtime instead of one")
+        raise ValueError(f"the torchvision libraries require {len(versions)} versions of the CUDA runtime; expected 1")
     (soname,) = versions
     _compile_library(folder / "libtorch_cuda.so", ["int torchvision_stub;"])
     _compile_library(

@@ -38,9 +38,9 @@ def iter_measured_facts():
         for key in (("sca-tiny", "box"), ("sca-street", "box"))
     )
     for report in (tiny, street):
-        yield f"{report['num_regions']:,} regions of {report['num_images']}"
+        yield f"{report['num_regions']:,} regions in {report['num_images']}"
         yield f"mask IoU {report['scores']['mask-iou/mean']:.1%}"
-    yield f"captions with size, color, texture and shape correct: {tiny['scores']['attributes/all']:.1%}"
+    yield f"{tiny['scores']['attributes/all']:.1%} of captions have the correct size, color, texture and shape"
     yield f"class accuracy {street['scores']['class/accuracy']:.1%}"
     published = json.loads((RESULTS / "published-comparison/results.json").read_text("utf-8"))["rows"]
     captions, training = (row["ours"] / row["reference"] for row in published[:2])

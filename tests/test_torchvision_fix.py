@@ -165,7 +165,11 @@ def fake_import_results(monkeypatch):
     ("error", "cuda", "remedy"),
     [
         ("OSError: libcudart.so.13", False, "run `sca doctor --fix`"),
-        ("RuntimeError: operator torchvision::nms does not exist", True, "install torch and torchvision again"),
+        (
+            "RuntimeError: operator torchvision::nms does not exist",
+            True,
+            "install matching versions of torch and torchvision",
+        ),
         ("", False, ""),
     ],
 )
@@ -190,7 +194,7 @@ def test_doctor_reports_broken_torchvision_before_trying_components(monkeypatch,
     monkeypatch.setattr("sca.testing.subprocess_checks.check_components", lambda *_: pytest.fail("a part was tried"))
     assert run_command(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[lines.index("to repair:") + 1] == "  torchvision cannot be imported; run `sca doctor --fix`"
+    assert lines[lines.index("to fix:") + 1] == "  torchvision cannot be imported; run `sca doctor --fix`"
 
 
 BROKEN_IMPORTS = """

@@ -130,8 +130,9 @@ def render_headline(rows: Sequence[ResultRow]) -> str:
             if row["part"] == "published" and each["quantity"] == "captions, including encoding":
                 sentences.append(
                     f"On one {_get_device(row)}, {row['label'].removeprefix('captions: ')} with random weights "
-                    f"captions {each['ours']:,.0f} regions/s, including encoding; the original SCA procedure in the "
-                    f"same process {each['reference']:,.0f} ({each['ours'] / each['reference']:.1f}x). All rows: "
+                    f"captions {each['ours']:,.0f} regions/s, including encoding; our reproduction of the "
+                    f"original SCA implementation in the same process {each['reference']:,.0f} "
+                    f"({each['ours'] / each['reference']:.1f}x). All rows: "
                     "[benchmarks](docs/benchmarks.md#gpu)."
                 )
     return "\n\n".join(sentences)
@@ -294,7 +295,7 @@ RESULT_TABLES: Sequence[tuple[str, Sequence[str], Callable[[ResultRow], list[lis
         _make_scene_cells,
     ),
     (
-        "Compared with the original SCA procedure in the same process:",
+        "Compared with our reproduction of the original SCA implementation in the same process:",
         ("quantity", "unit", "ours", "reference", "ratio (x)"),
         _make_ratio_cells,
     ),

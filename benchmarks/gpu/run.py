@@ -188,7 +188,7 @@ def iter_parity_measurements(device: str, golden: Path, num_scenes: int) -> Iter
 
 
 def iter_published_comparisons(device: str, use_tiny_models: bool) -> Iterator[Measurement]:
-    """Yield captioning and training next to the original SCA procedure, in one process."""
+    """Yield captioning and training next to the reproduced original SCA implementation, in one process."""
     sizes = {"batch_size": 16, "regions_per_image": 64, "published_regions": 64, "num_repeats": 3}
     if use_tiny_models:
         sizes = {"batch_size": 2, "regions_per_image": 9, "published_regions": 9, "num_repeats": 1}

@@ -67,13 +67,16 @@ def run(
     ] = math.inf,
     order: Annotated[
         str,
-        typer.Option(help="Order of the rows: cheapest (first) or listed (as in the sweep).", rich_help_panel=ROWS),
+        typer.Option(
+            help="Order of the rows: cheapest (cheapest first) or listed (the order of the sweep).",
+            rich_help_panel=ROWS,
+        ),
     ] = "cheapest",
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not log each row.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Run the combinations (rows) of a sweep that have no result yet.
 
-    Exits with status 1 if rows are missing at the end.
+    Exits with status 1 if some rows still have no result.
     """
     from sca.cli.options import check_option_choice, parse_component_options, print_stderr
     from sca_bench.runner import run_sweep
@@ -90,8 +93,8 @@ def run(
     if device == "cpu" and f"{sweep}-cpu" in list_sweeps():
         sweep = f"{sweep}-cpu"
         log(
-            f"on a CPU, runs the sweep {sweep}; `sca bench speedup` measures the speedup over the original SCA "
-            "procedure"
+            f"on a CPU, runs the sweep {sweep}; `sca bench speedup` measures the speedup over our reproduction of the "
+            "original SCA implementation"
         )
     loaded_sweep = Sweep.read(sweep, device)
     sweep_status = run_sweep(
@@ -165,7 +168,7 @@ def report(
     score: Annotated[
         str | None,
         typer.Option(
-            help="Score that measures quality. Defaults to the first available one of cider-d, attributes/all, meteor, "
+            help="Score that measures quality. Defaults to the first available of cider-d, attributes/all, meteor, "
             "class/accuracy, mask-iou/mean and densecap-map.",
             rich_help_panel=METRICS,
         ),
@@ -226,7 +229,7 @@ def speedup(
     published_regions: Annotated[
         int,
         typer.Option(
-            help="Regions captioned with the original SCA procedure; 0 captions all of them.",
+            help="Regions captioned with the reproduced original implementation; 0 captions all of them.",
             min=0,
             rich_help_panel=WORKLOAD,
         ),
@@ -244,7 +247,7 @@ def speedup(
     ] = math.inf,
     out: Annotated[Path | None, typer.Option(help="JSON file for the measurements.", rich_help_panel=OUTPUT)] = None,
 ) -> None:
-    """Measure the speedup over the original SCA procedure.
+    """Measure the speedup over our reproduction of the original SCA implementation.
 
     Prints a table of ratios; all parts take about ten minutes.
     """

@@ -1,9 +1,9 @@
-"""Measure the speedup over the original SCA procedure: `sca bench speedup [PART...] [--out FILE]`.
+"""Measure the speedup over a reproduction of the original SCA implementation: `sca bench speedup [PART...]`.
 
-The procedure of the original SCA code (arXiv 2312.00869) is reproduced with the same weights: eight regions at a time
+This module reproduces the original SCA implementation (arXiv 2312.00869) with the same weights: eight regions at a time
 through the two-way blocks of transformers, each with a copy of its image's grid, eager attention, and one `generate`
-call per eight regions. Both procedures are timed alternately in one run, and their captions are compared. Prints a
-Markdown table of ratios.
+call per eight regions. Both implementations are timed alternately in one run, and their captions are compared. Prints a
+Markdown table of ratios; `--out FILE` writes the measurements as JSON.
 
 captions     regions/s from an encoded image, SAM ViT-B + query + GPT-2, greedy
 training     a step with 16 regions; ours with cached encoder features
@@ -12,7 +12,7 @@ tiny         64 regions of sca-tiny in one batch next to one at a time
 everything   captions of an image, estimated from stage times: the original for all 1,024 points, with one encoder pass
              per 64 points; ours for the 100 regions that remain
 
-On a GPU the original procedure may take a minute where ours takes a second. `published_regions` limits the
+On a GPU the original implementation may take a minute where ours takes a second. `published_regions` limits the
 regions that it captions; the comparison is then between rates.
 """
 
@@ -52,8 +52,8 @@ class ComparisonSettings:
         language_model: Name of a language model.
         batch_size: Images per batch.
         regions_per_image: Regions per image.
-        published_regions: Regions captioned with the original SCA procedure; 0 for all.
-        num_repeats: Repeats of each procedure after a warm-up; the fastest counts.
+        published_regions: Regions captioned with the reproduced original implementation; 0 for all.
+        num_repeats: Repeats of each implementation after a warm-up; the fastest counts.
         device: A torch device.
         dtype: Data type of the weights and activations.
         time_budget: Seconds after which no comparison starts.

@@ -1,8 +1,9 @@
 """Compare stage times with hardware limits: `python benchmarks/studies/roofline.py [--out FILE]`
 
-Times the stages of captioning an image with the original SCA procedure (see `sca bench speedup`) and with ours. Prints
-them next to two lower bounds: the operations of a stage at the speed of a large matrix product on this machine, and its
-bytes (weights once per pass, features, and the grid of every region read once and written once) at the speed of a copy.
+Times the stages of captioning an image with our reproduction of the original SCA implementation (see `sca bench
+speedup`) and with ours. Prints them next to two lower bounds: the operations of a stage at the speed of a large matrix
+product on this machine, and its bytes (weights once per pass, features, and the grid of every region read once and
+written once) at the speed of a copy.
 """
 
 from __future__ import annotations

@@ -19,5 +19,5 @@ class HelloMixer(nn.Module):
         self.layer = nn.Linear(self.hidden_size, self.hidden_size)
 
     def forward(self, regions):
-        """Return the queries of each region, (N, 1, D)."""
+        """Return the query embeddings of each region, (N, 1, D)."""
         return self.layer(regions.tokens.mean(dim=1, keepdim=True))

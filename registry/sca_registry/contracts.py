@@ -349,7 +349,7 @@ class Mixer(Protocol):
     uses_grid: bool
 
     def __call__(self, regions: SegmenterOutput) -> Tensor:
-        """Return the queries of each region, (N, Q, D)."""
+        """Return the query embeddings of each region, (N, Q, D)."""
 
 
 @runtime_checkable

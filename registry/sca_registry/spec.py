@@ -105,8 +105,8 @@ class EverythingOptions:
     Attributes:
         points_per_side: Points per side of the prompt grid.
         pred_iou_thresh: Minimum predicted IoU of a mask.
-        stability_score_thresh: Minimum stability score: the IoU of the mask binarized at `stability_score_offset` and
-            at `-stability_score_offset` logits.
+        stability_score_thresh: Minimum stability score: the IoU between the mask thresholded at
+            +`stability_score_offset` and at -`stability_score_offset` logits.
         stability_score_offset: Offset of the logits for the stability score.
         box_nms_thresh: IoU threshold for non-maximum suppression of boxes.
         mask_nms_thresh: IoU threshold for non-maximum suppression of masks, an addition to SAM's generator; 1
@@ -143,14 +143,14 @@ class ModelSpec:
         mixer: Feature mixer.
         language_model: Language model.
         segmenter: Segmenter; None selects the encoder's default.
-        projection: Projection from queries to embeddings: `type` "linear" or "mlp"; `norm` "none", "pre", "post" or
-            "both".
+        projection: Projection from query embeddings to the embedding space of the language model: `type` "linear" or
+            "mlp"; `norm` "none", "pre", "post" or "both".
         task_tokens: Number of learned tokens per task.
         trainable: Parameter groups to train, a subset of `TRAINABLE_GROUPS`; the others are frozen.
         lora: LoRA of the language model: `rank`, `alpha`, `dropout` and `target_modules` (None selects them by
             architecture). An integer r is shorthand for rank r and alpha 2r. None disables LoRA.
         generation: Default options of `generate`.
-        everything: Options of everything mode by field of `EverythingOptions`.
+        everything: Options of everything mode; the keys are fields of `EverythingOptions`.
 
     Raises:
         RegistryError: A field, key or value is invalid.
@@ -210,7 +210,7 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
-        """Create a spec from the dict of `to_dict`.
+        """Create a spec from a dict returned by `to_dict`.
 
         Args:
             data: Fields by name; dict fields can be partial. A component can be a name without options.

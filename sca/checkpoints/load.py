@@ -42,16 +42,18 @@ def load(
 ) -> SegmentCaptioner:
     """Load a model in eval mode, from a checkpoint in the native layout or in the original SCA layout.
 
-    A checkpoint only names installed components. Loading it runs no code from it unless `trust_remote_code` is set.
+    A checkpoint refers to installed components by name. Loading it runs none of its code unless `trust_remote_code` is
+    set.
 
     Args:
         source: Model name, Hub id, or folder. A folder is a `Path`, or a string that contains a path separator, such as
             "./model" or "runs/x/model".
         device: Device of the model.
         dtype: Data type of floating-point tensors, such as "float16". Defaults to each component's own dtype.
-        trust_remote_code: Allow the checkpoint to run its own code. Use only with authors you trust.
+        trust_remote_code: Allow the checkpoint to run its own code. Use only for checkpoints from authors you trust.
         allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs.
-            For example, your own checkpoints may refer to weights that are stored elsewhere. Does not allow code.
+            For example, your own checkpoints may refer to weights that are stored elsewhere. Does not let
+            them run code.
         revision: Revision of a Hub id: a commit, a branch or a tag.
 
     Returns:
@@ -59,8 +61,8 @@ def load(
 
     Raises:
         TypeError: Unknown keyword argument; the message suggests the closest one.
-        InputError: The checkpoint cannot be read, requires more than was allowed, has NaN or infinite weights, or has
-            missing or unexpected tensors.
+        InputError: The checkpoint cannot be read, needs `trust_remote_code` or `allow_external` and it is not set, has
+            NaN or infinite weights, or has missing or unexpected tensors.
         ValueError: The device is not available, or the dtype is unknown.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
@@ -89,7 +91,7 @@ def load_without_weights(
         The model, on the meta device.
 
     Raises:
-        InputError: The checkpoint cannot be read, or requires more than was allowed.
+        InputError: The checkpoint cannot be read, or needs a permission that `trust` does not include.
     """
     trust = Trust(trust_remote_code, allow_external)
     folder, spec = open_checkpoint(source, trust)
@@ -114,7 +116,7 @@ def open_checkpoint(
         The folder, and the spec as `confine_spec` returns it; None for the original SCA layout.
 
     Raises:
-        InputError: The checkpoint cannot be downloaded or read, or requires more than was allowed.
+        InputError: The checkpoint cannot be downloaded or read, or needs a permission that `trust` does not include.
     """
     folder = locate_checkpoint(source, revision)
     is_bundled = isinstance(source, str) and source in zoo.list_names() and zoo.get_entry(source).folder is not None
@@ -143,7 +145,7 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
         The spec; None for everything else, such as a model on the Hub, a captioner or the original SCA layout.
 
     Raises:
-        InputError: The checkpoint cannot be read, or requires more than was allowed.
+        InputError: The checkpoint cannot be read, or needs a permission that `trust` does not include.
     """
     is_bundled = isinstance(source, str) and source in zoo.list_names()
     folder = zoo.get_entry(str(source)).folder if is_bundled else find_local_folder(source)

@@ -157,7 +157,7 @@ def load_native_checkpoint(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {WEIGHTS_FILE}; copy the checkpoint again") from error
+        raise InputError(f"{folder} has no {WEIGHTS_FILE}; copy or download the checkpoint again") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy it again") from error
     assign_tensors(model, tensors, expected, folder / WEIGHTS_FILE, SPEC_FILE)

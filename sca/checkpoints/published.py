@@ -76,7 +76,7 @@ def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentC
 
     Raises:
         InputError: The folder cannot be read, tensors are missing, unexpected or of the wrong shape, or the checkpoint
-            requires more than was allowed.
+            needs a permission that `trust` does not include.
     """
     spec = read_published_spec(folder, trust)
     with no_init_weights(), BuildSizeLimit(find_weight_files(folder) or [], spec):
@@ -119,7 +119,7 @@ def read_published_spec(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
         The spec of the model.
 
     Raises:
-        InputError: The configuration cannot be read, or requires more than was allowed.
+        InputError: The configuration cannot be read, or needs a permission that `trust` does not include.
     """
     try:
         return confine_spec(parse_published_config(read_json(folder / "config.json"), folder), folder, trust)

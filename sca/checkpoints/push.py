@@ -110,7 +110,7 @@ def _list_checkpoint_files(folder: Path) -> list[Path]:
                 raise InputError(f"{path} is not a regular file; remove it")
     for name in (SPEC_FILE, WEIGHTS_FILE):
         if folder / name not in paths:
-            raise InputError(f"{folder} has no {name}; copy the checkpoint again")
+            raise InputError(f"{folder} has no {name}; copy or download the checkpoint again")
     return paths
 
 

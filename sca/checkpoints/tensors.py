@@ -100,8 +100,8 @@ class BuildSizeLimit(TorchDispatchMode):
         weakref.finalize(storage, self._release_storage, key, size)
         if self.remaining_bytes < 0:
             raise ValueError(
-                "building the model takes far more memory than its weight files, which are incomplete or belong "
-                "to a smaller model; copy the checkpoint again"
+                "the model needs far more memory than its weight files contain; the files are incomplete or belong to "
+                "a smaller model. Copy or download the checkpoint again"
             )
 
     def _release_storage(self, key: int, size: int) -> None:

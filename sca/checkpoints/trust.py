@@ -30,7 +30,7 @@ MAX_NUMBER = 2**26  # limit of any integer in a spec: sizes, counts and position
 MAX_LAYERS = 2**10  # limit of any number of layers or blocks
 MAX_FOLDER_DEPTH = 6  # limit of nested folders in a checkpoint
 CODE_REMEDY = "pass trust_remote_code=True (--trust-remote-code) if you trust its author"
-EXTERNAL_REMEDY = "pass allow_external=True (--allow-external) if you agree; it does not allow code"
+EXTERNAL_REMEDY = "pass allow_external=True (--allow-external) if you agree; it does not let the checkpoint run code"
 REMOTE_KEYS = (  # configuration fields through which a library loads code or weights from elsewhere
     *("base_model_name_or_path", "architecture", "backbone"),
     *("timm_model_name", "hf_model_name", "hf_tokenizer_name"),

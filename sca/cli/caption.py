@@ -68,16 +68,17 @@ def caption(
     mask: Annotated[
         list[str] | None,
         typer.Option(
-            help="Mask file (an image or .npy array) of the same size as the input image: a binary mask (0 outside, "
-            "any single other value inside), probabilities or logits. Each mask is one region; repeatable.",
+            help="Mask file (an image or .npy array) of the same size as the input image: a binary mask (0 for "
+            "background, one nonzero value for the region), probabilities or logits. Each mask is one region; "
+            "repeatable.",
             rich_help_panel="Prompts",
         ),
     ] = None,
     region: Annotated[
         list[str] | None,
         typer.Option(
-            help="One region from several prompts: 'box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE'. The label of a "
-            "point is 1 for foreground or 0 for background. Repeatable.",
+            help="One region defined by several prompts: 'box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE'. The "
+            "label of a point is 1 for foreground or 0 for background. Repeatable.",
             rich_help_panel="Prompts",
         ),
     ] = None,
@@ -90,7 +91,10 @@ def caption(
             rich_help_panel="Prompts",
         ),
     ] = None,
-    task: Annotated[str, typer.Option(help="Task: caption or recognition.", rich_help_panel="Generation")] = "caption",
+    task: Annotated[
+        str,
+        typer.Option(help="Task: caption, or recognition (predicts a class name).", rich_help_panel="Generation"),
+    ] = "caption",
     num_captions: Annotated[
         int | None, typer.Option(help="Captions per region, best first.", min=1, rich_help_panel="Generation")
     ] = None,
@@ -183,7 +187,9 @@ def caption(
     ] = None,
     max_regions: Annotated[
         int | None,
-        typer.Option(help="Maximum number of regions per image, best first.", min=1, rich_help_panel="Everything mode"),
+        typer.Option(
+            help="Maximum number of regions per image; the best are kept.", min=1, rich_help_panel="Everything mode"
+        ),
     ] = None,
     caption_from: Annotated[
         str | None,

@@ -111,14 +111,16 @@ def import_(
     encoder: Annotated[
         str,
         typer.Option(
-            help="SAM encoder with the same weights, by name or folder; the checkpoint then refers to it.",
+            help="SAM encoder (name or folder) whose weights match SOURCE. The checkpoint refers to it instead of "
+            "storing a copy.",
             rich_help_panel="Model",
         ),
     ] = "",
     language_model: Annotated[
         str,
         typer.Option(
-            help="Language model with the same weights, by name or folder; the checkpoint then refers to it.",
+            help="Language model (name or folder) whose weights match SOURCE. The checkpoint refers to it instead of "
+            "storing a copy.",
             rich_help_panel="Model",
         ),
     ] = "",
@@ -134,9 +136,8 @@ def import_(
 ) -> None:
     """Import a checkpoint in the original SCA layout.
 
-    With --encoder and --language-model, the imported checkpoint refers to the pretrained weights of these models
-    instead of storing them, after checking that they are identical to those in SOURCE. Without these options, it stores
-    all weights.
+    With --encoder and --language-model, the command checks that the weights of these models match SOURCE. The imported
+    checkpoint then refers to them instead of storing a copy. Without these options, it stores all weights.
     """
     from sca.checkpoints.load import locate_checkpoint
     from sca.checkpoints.native import check_writable

@@ -15,7 +15,7 @@ from sca.cli.options import AsJson, Metrics, check_pipes, parse_input_path, prin
 SortBy = Annotated[
     str | None,
     typer.Option(
-        help="Score to rank regions by. Defaults to the first available one of cider-d, attributes/all, meteor, "
+        help="Score to rank regions by. Defaults to the first available of cider-d, attributes/all, meteor, "
         "rouge-l, cider, class/accuracy and mask-iou/mean.",
         rich_help_panel="Metrics",
     ),

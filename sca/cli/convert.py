@@ -53,7 +53,7 @@ def convert(
         bool, typer.Option("--overwrite", help="Replace an existing conversion in OUT.", rich_help_panel="Output")
     ] = False,
 ) -> None:
-    """Convert captions to other formats. Only the formats png and html need the image files."""
+    """Convert captions to other formats. Only png and html need the image files."""
     from sca.io.annotations.annotation import SkipCounter
     from sca.io.errors import InputError
     from sca.io.image_names import make_relative_image_name
@@ -107,7 +107,7 @@ def view(
     image_root: ImageRoot = None,
     image_prefix: ImagePrefix = "",
 ) -> None:
-    """Write an HTML viewer for one captions file, or for two of them."""
+    """Write an HTML viewer for one or two captions files."""
     from sca.io.annotations.annotation import SkipCounter
     from sca.io.atomic import create_writable_folder
     from sca.output.html_page import check_page_path

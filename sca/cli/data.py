@@ -33,7 +33,7 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="Dataset layout: coco, coco-captions, coco-panoptic, jsonl, objects365, sa1b, v3det, vg, vg-grit or "
+            help="Dataset format: coco, coco-captions, coco-panoptic, jsonl, objects365, sa1b, v3det, vg, vg-grit or "
             "refcoco.",
             rich_help_panel="Output",
         ),
@@ -46,7 +46,7 @@ def export(
         int | None, typer.Option(help="Maximum number of images per split.", min=1, rich_help_panel="Data")
     ] = None,
 ) -> None:
-    """Export a dataset in the layout of a public dataset, such as COCO."""
+    """Export a dataset in the format of a public dataset, such as COCO."""
     from sca_registry import datasets
 
     from sca.cli.options import check_option_choice, parse_component_options, print_line

@@ -18,7 +18,7 @@ def demo(
         list[str] | None,
         typer.Option(
             help="Model that visitors can select, as in `sca caption --model`. Repeatable; the first one is selected "
-            "initially.",
+            "by default.",
             rich_help_panel="Model",
         ),
     ] = None,
@@ -58,8 +58,8 @@ def demo(
 ) -> None:
     """Start the web demo. Requires the extra `demo`.
 
-    The page works offline. If --host is a loopback address, visitors can select every model of `sca list models`;
-    otherwise, they can select only the models of --model.
+    The page works offline. If --host is a loopback address, visitors can select every model listed by `sca list
+    models`; otherwise, they can select only the models given with --model.
     """
     import importlib.util
     import os

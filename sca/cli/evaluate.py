@@ -37,8 +37,8 @@ def evaluate(
     model: Annotated[
         str,
         typer.Argument(
-            help="Model name, checkpoint folder, or a baseline or vision-language model as '[ENCODER+]NAME "
-            "[key=value]...'."
+            help="Model to use: a name from `sca list models`, a checkpoint folder, or a captioner written as "
+            "'[ENCODER+]NAME [key=value]...', such as sam-vit-b+blip-base."
         ),
     ],
     dataset: Annotated[str, typer.Argument(help="Dataset (scenes, coco, visual-genome, ...) or evaluation protocol.")],
@@ -189,7 +189,7 @@ def score(
 ) -> None:
     """Score a predictions file without running a model.
 
-    The file is JSON Lines with one region per line. A line requires at least {"image_id": 1, "region_id": 2,
+    The file is JSON Lines with one region per line. Each line needs at least {"image_id": 1, "region_id": 2,
     "caption": "a red car", "references": ["the red car"]}.
     """
     from sca.evaluation.evaluate import score_file

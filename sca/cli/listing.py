@@ -27,13 +27,16 @@ def list_names(
     kind: Annotated[
         str,
         typer.Argument(
-            help="Kind to list: encoders, mixers, ..., models or recipes; or a wildcard for names of all kinds, such "
-            "as '*sam*'. Defaults to all kinds.",
+            help="Kind to list: encoders, mixers, ..., models or recipes. A wildcard, such as '*sam*', lists the "
+            "matching names of all kinds. Defaults to all kinds.",
             show_default=False,
         ),
     ] = "",
     pattern: Annotated[
-        str, typer.Argument(help="Wildcard for the names of the kind, such as 'sam2*'.", show_default=False)
+        str,
+        typer.Argument(
+            help="Show only names of this kind that match the wildcard, such as 'sam2*'.", show_default=False
+        ),
     ] = "",
     search: Annotated[
         str,

@@ -26,7 +26,7 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Allow checkpoints to run their own code. Use only with authors you trust.",
+        help="Allow checkpoints to run their own code. Use only for checkpoints from authors you trust.",
         rich_help_panel="Security",
     ),
 ]
@@ -34,8 +34,8 @@ AllowExternal = Annotated[
     bool,
     typer.Option(
         "--allow-external",
-        help="Allow checkpoints to load files from outside their folder, from other repositories and from URLs; does "
-        "not allow code.",
+        help="Allow checkpoints to load files from outside their folder, from other repositories and from URLs. "
+        "Does not let them run code.",
         rich_help_panel="Security",
     ),
 ]
@@ -52,8 +52,8 @@ Seed = Annotated[int, typer.Option(help="Random seed.", min=0, max=2**32 - 1, ri
 ModelName = Annotated[
     str,
     typer.Option(
-        help="Model name, checkpoint folder, or a baseline or vision-language model as '[ENCODER+]NAME "
-        "[key=value]...', such as sam-vit-b+blip-base.",
+        help="Model to use: a name from `sca list models`, a checkpoint folder, or a captioner written as "
+        "'[ENCODER+]NAME [key=value]...', such as sam-vit-b+blip-base.",
         rich_help_panel="Model",
     ),
 ]
@@ -61,7 +61,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 Metrics = Annotated[
     str | None,
     typer.Option(
-        help="Metrics, comma-separated. Defaults to every metric whose inputs are available.", rich_help_panel="Metrics"
+        help="Metrics, comma-separated. Defaults to all metrics that the data supports.", rich_help_panel="Metrics"
     ),
 ]
 AllowHost = Annotated[

@@ -30,7 +30,8 @@ def plan(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="GPU to check against: h200, a100-80, rtx4090, ..., or memory in GiB.", rich_help_panel="Workload"
+            help="GPU whose memory the model must fit in: h200, a100-80, rtx4090, ..., or memory in GiB.",
+            rich_help_panel="Workload",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1, rich_help_panel="Workload")] = 1,
@@ -56,7 +57,7 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Estimate the parameters, FLOPs and memory of a model.
+    """Estimate the parameter count, FLOPs and memory use of a model.
 
     Downloads no weights: the model is built without weights and run on the meta device.
     """
@@ -134,7 +135,8 @@ def _resolve_spec(model: str, trust_remote_code: bool, allow_external: bool) -> 
         return spec
     if model in zoo.list_names():
         raise ValueError(
-            f"the weights of {model} are on the Hub; plan its components instead, such as sam-vit-h+query+gpt2-large"
+            f"the checkpoint of {model} is on the Hub, and `sca plan` downloads no checkpoints; name its components "
+            "instead, such as sam-vit-h+query+gpt2-large"
         )
     local_names = [name for name in zoo.list_names() if zoo.get_entry(name).folder]
     raise make_unknown_name_error(

@@ -46,7 +46,8 @@ def check(
     options: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Component options, added to those with which the checks build a small instance."
+            metavar="KEY=VALUE",
+            help="Component options, in addition to those that the checks use to build a small instance.",
         ),
     ] = None,
     against: Annotated[
@@ -105,25 +106,23 @@ def doctor(
         bool,
         typer.Option(
             "--fix",
-            help="Repair the combination of a CUDA build of torchvision and a CPU build of torch.",
-            rich_help_panel="Repair",
+            help="Make a CUDA build of torchvision importable with a CPU build of torch.",
+            rich_help_panel="Fix",
         ),
     ] = False,
-    undo_fix: Annotated[
-        bool, typer.Option("--undo-fix", help="Undo the repair of --fix.", rich_help_panel="Repair")
-    ] = False,
+    undo_fix: Annotated[bool, typer.Option("--undo-fix", help="Undo --fix.", rich_help_panel="Fix")] = False,
 ) -> None:
-    """Check the installation and suggest repairs.
+    """Check the installation and suggest fixes.
 
-    Imports every built-in component, and runs `sca check` on every plugin component in a separate process. If
-    torchvision cannot be imported, only that is reported. Exits with status 1 if something is broken.
+    Imports every built-in component, and runs `sca check` on each plugin component in its own process. If torchvision
+    cannot be imported, the other checks are skipped. Exits with status 1 if something is broken.
     """
     from sca_registry import REGISTRIES
 
     from sca import torchvision_fix
 
     if fix and undo_fix:
-        raise ValueError("--fix and --undo-fix are mutually exclusive; pass one of them")
+        raise ValueError("--fix and --undo-fix are mutually exclusive; pass only one")
     if fix or undo_fix:
         try:
             print_line(torchvision_fix.fix_torchvision() if fix else torchvision_fix.remove_torchvision_fix())
@@ -137,7 +136,7 @@ def doctor(
     for name, value in _collect_environment():
         print_line(f"{name + ':':<17}{value}")
     if problem := torchvision_fix.diagnose_torchvision():
-        _print_section("to repair:", [problem, "then run `sca doctor` again; no component was checked"])
+        _print_section("to fix:", [problem, "then run `sca doctor` again; no component was checked"])
         raise typer.Exit(1)
     entries = [entry for registry in REGISTRIES.values() for entry in registry.list_entries()]
     entries = [entry for entry in entries if distribution in ("", entry.distribution)]
@@ -148,7 +147,7 @@ def doctor(
     broken_distributions = dict.fromkeys(entry.distribution for entry in entries if entry.state == "broken")
     repairs = [*map(_suggest_repair, broken_distributions), *_find_command_problems(), *_find_unknown_groups()]
     missing_extras = Counter(entry.reason for entry in entries if entry.state.startswith("needs extra"))
-    _print_section("to repair:", dict.fromkeys(repairs))
+    _print_section("to fix:", dict.fromkeys(repairs))
     _print_section("for more components:", [f"{line}  ({count} components)" for line, count in missing_extras.items()])
     raise typer.Exit(1 if repairs else 0)
 

@@ -67,7 +67,7 @@ def serve(
     timeout: Annotated[
         float,
         typer.Option(
-            help="Time limit in seconds for receiving a request, and again for responding to it.",
+            help="Time limit in seconds, applied separately to receiving a request and to responding to it.",
             min=0.1,
             rich_help_panel="Limits",
         ),

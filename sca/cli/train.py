@@ -26,7 +26,7 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option(help="Resume an interrupted run in the run folder, or start it again.", rich_help_panel="Output"),
+        typer.Option(help="Resume an interrupted run in the run folder, or start it over.", rich_help_panel="Output"),
     ] = True,
     overwrite: Annotated[
         bool,
@@ -40,8 +40,8 @@ def train(
 ) -> None:
     """Train a model from a recipe. The same command resumes an interrupted run.
 
-    If the run folder contains a different run, --overwrite replaces that run. Without --overwrite, the command fails if
-    --out is set; otherwise, it renames the existing folder and starts the new run.
+    If the run folder contains a different run: with --overwrite, the command replaces that run; with only --out, it
+    fails; with neither, it renames the existing folder and starts the new run.
     """
     from sca.training.recipe import Recipe
 
@@ -65,7 +65,7 @@ def train(
         options += ["--out", str(out)] if out else []
         raise typer.Exit(run_processes(num_processes, ["train", *options, "--", recipe, *(overrides or ())]))
     is_main_process = os.environ.get("RANK", "0") == "0"
-    conflict_options: dict[str, Any] = {"overwrite": overwrite, "set_aside": out is None and not overwrite}
+    conflict_options: dict[str, Any] = {"overwrite": overwrite, "rename_existing": out is None and not overwrite}
     with join_processes():
         model = train_recipe(
             loaded_recipe, folder, resume=resume, quiet=quiet, report=print_stderr, **conflict_options, **trust_options

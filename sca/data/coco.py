@@ -384,7 +384,9 @@ def read_region_annotation(
     if region.box is not None:
         return region
     if not record.get("bbox") and not record.get("segmentation"):
-        raise InputError(f"{location}: no 'bbox'; it has: {', '.join(map(str, record)) or 'nothing'}")
+        raise InputError(
+            f"{location}: no 'bbox' or 'segmentation'; its keys are: {', '.join(map(str, record)) or 'none'}"
+        )
     if not record.get("segmentation") and not any(record["bbox"]):
         skip("empty box", location)  # other empty regions are counted already
     return None

@@ -65,7 +65,7 @@ class Jsonl(TableDataset):
         self.val_fraction = val_fraction
         self.file: Path = resolve_split_path(str(expand_user(file)), split)
         if not self.file.is_file():
-            raise InputError(f"no file {self.file}; set file=FILE, which may contain {{split}}")
+            raise InputError(f"{self.file} does not exist; set file=FILE, which may contain {{split}}")
         self.working_folder: str = os.getcwd() if image_root is None else ""
         folder = self.file.parent if image_root is None else expand_user(image_root)
         val_fraction_key = make_val_fraction_key(split, val_fraction)
@@ -151,7 +151,7 @@ class Jsonl(TableDataset):
                     require_recorded_size(record, location) if "width" in record or "height" in record else first_size
                 )
                 if first_size and size != first_size:
-                    raise InputError(f"{location}: width and height are {size}, but {first_size} on an earlier line")
+                    raise InputError(f"{location}: the image size is {size}, but an earlier line has {first_size}")
                 first_size = size
                 yield number, record, location
 

@@ -162,7 +162,7 @@ def _read_refs(path: Path) -> list[Any]:
                 f"{path} is not a complete pickle of lists, dicts, strings and numbers: {error}"
             ) from error
     if not isinstance(refs, list):
-        raise InputError(f"{path} must be a list of refs, not of type {type(refs).__name__}")
+        raise InputError(f"{path} must contain a list of refs, not a {type(refs).__name__}")
     return refs
 
 

@@ -108,7 +108,7 @@ class TableDataset(ConvertedTable):
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)} in {self.sources[0]}")
+            raise IndexError(f"sample index {index} is out of range for {self.sources[0]} with {len(self)} samples")
 
 
 def _row_to_region(region_row: dict[str, Any], width: int, height: int) -> Region:

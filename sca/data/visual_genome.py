@@ -44,8 +44,8 @@ class VisualGenome(TableDataset):
         self.splits: Path = root / SPLITS_FILE if splits is None else expand_user(splits)
         if not self.splits.is_file():
             raise InputError(
-                f"no file {self.splits}; copy info/{SPLITS_FILE} of https://github.com/jcjohnson/densecap to {root}, "
-                "or set splits=FILE"
+                f"{self.splits} does not exist; download info/{SPLITS_FILE} from https://github.com/jcjohnson/densecap "
+                f"to {root}, or set splits=FILE"
             )
         for file in (self.image_data, self.descriptions):
             if not file.is_file():

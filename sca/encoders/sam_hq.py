@@ -84,7 +84,7 @@ def _build_config(weights: str | None, revision: str | None, config: Mapping[str
         full_config = fetch_pretrained_config(SamHQConfig, weights, revision)
     else:
         raise ValueError(
-            "weights and config are missing; set weights to a Hub id, such as "
+            "neither weights nor config is set; set weights to a Hub id, such as "
             "weights=syscv-community/sam-hq-vit-base, or to a folder"
         )
     # transformers converts tables

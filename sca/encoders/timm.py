@@ -75,8 +75,8 @@ class TimmEncoder(nn.Module):
             weights = weights or pretrained_config.hf_hub_id
         if not isinstance(pretrained, bool):
             raise ValueError(
-                f"pretrained is {pretrained!r}; expected true or false; write a tag as part of the model: "
-                "model=NAME.TAG"
+                f"pretrained is {pretrained!r}; expected true or false. To choose a pretrained tag, append it to the "
+                "model name: model=NAME.TAG"
             )
         if "num_classes" in (config or {}):
             raise ValueError("num_classes cannot be set, because the classifier is removed; omit it")

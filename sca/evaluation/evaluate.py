@@ -171,32 +171,32 @@ def evaluate(
 ) -> EvaluationReport | None:
     """Evaluate a model on a dataset.
 
-    Works in one process or in several that a launcher started (torchrun, accelerate launch). Each process captions its
-    share of the images; the first one scores.
+    Runs as a single process, or under torchrun or accelerate launch. Each process captions its share of the images;
+    rank 0 computes the scores.
 
     Args:
-        model: Anything that `sca.load_captioner` accepts, a built model, or an object with a method `caption`.
+        model: Anything that `sca.load_captioner` accepts, a model object, or an object with a `caption` method.
         dataset: A registered name, a dict with a name and options such as `{"name": "coco", "root": FOLDER}`, or a
-            built dataset.
-        split: Split of a dataset passed by name; a built dataset has its own.
+            dataset object.
+        split: Split of a dataset passed by name; ignored for a dataset object.
         prompting: Prompt type, tasks, controls and generation options. Defaults to box prompts.
         proposer: For dense captioning: the proposer of the regions, as a name or a dict with a name and options.
-        metrics: Registered names. Defaults to every metric whose inputs are available; see
+        metrics: Registered names. Defaults to all metrics that the data supports; see
             `sca.evaluation.scoring.score_records`.
         metric_options: Options of metrics, and the shared options `references` and `tokenizer`.
         batch_size: Images per encoder batch.
         max_images: Maximum number of images.
-        device: Device to load the model on; ignored for a built model.
+        device: Device to load the model on; ignored for a model object.
         folder: Folder for predictions.jsonl, which is written during the run; an interrupted run resumes. Required with
             several processes.
         overwrite: Replace the predictions of a different run in the folder.
         progress: Called with the number of images done and the total.
-        report: Called with a one-line summary of the dataset and the regions that were left out.
+        report: Called with one line that summarizes the dataset and states how many regions were skipped.
         trust_remote_code: Used only if the model is loaded; see `sca.load`.
         allow_external: Used only if the model is loaded; see `sca.load`.
 
     Returns:
-        The report; None in processes other than the first.
+        The report; None on ranks other than 0.
 
     Raises:
         TypeError: Unknown keyword argument; the message suggests the closest one.

@@ -72,7 +72,7 @@ def check_best_scores(
 
     Args:
         score_names: Scores such as "class/accuracy".
-        metrics: Metrics to compute; None for every metric whose inputs are available.
+        metrics: Metrics to compute; None for all metrics that the data supports.
         dataset: Any dataset, see `draft_records`.
         max_images: Maximum number of images to check. Defaults to all.
 

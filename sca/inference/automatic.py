@@ -95,13 +95,12 @@ def caption_everything(
         predictor: Predictor on which `set_image` was called.
         task: "caption", or "recognition" for class names.
         options: Options for finding regions; None uses the model's options.
-        proposals: Prompts that replace the grid and the crops, for example from a registered proposer. A prompt that
-            consists of one foreground point (label 1) is treated like a point of the grid: its masks are predicted,
-            filtered and captioned. Every other prompt is captioned as given. These captions come after those of the
-            points, in the order of `proposals`.
+        proposals: Prompts to use instead of the point grid and the crops, for example from a registered proposer.
+            Single foreground points (label 1) are processed like grid points: their masks are predicted, filtered and
+            captioned. All other prompts are captioned unchanged; their captions come last, in the order given.
         progress: Function called with the number of processed points and the total.
-        max_regions: Maximum number of regions to caption: first those found from points, by predicted IoU, then the
-            other proposals, by their scores.
+        max_regions: Maximum number of regions to caption. Regions found from points are kept first, by predicted IoU;
+            then the other proposals, by score.
         **kwargs: Fields of `EverythingOptions` that override those in `options`, and generation options of
             `Predictor.predict`.
 

@@ -160,7 +160,7 @@ class CaptionJob:
         search_options: Fields of `sca.EverythingOptions`; None keeps the value of the model.
         proposer: Proposer "NAME [key=value]..." that replaces the grid of points.
         text: Phrases that the proposer finds.
-        max_regions: Maximum number of regions per image of a search, best first.
+        max_regions: Maximum number of regions per image of a search; the best are kept.
         task: "caption" or "recognition".
         generation_options: Options of `Predictor.predict`; None keeps the value of the model.
         batch_size: Images per encoder batch.

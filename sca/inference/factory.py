@@ -39,14 +39,21 @@ def load_captioner(
     revision: str | None = None,
     **options: Any,
 ) -> Captioner:
-    """Load a captioner: an SCA model, a baseline or a vision-language model with the method `caption`.
+    """Load a captioner: an SCA model, a baseline or a vision-language model with a `caption` method.
+
+    `source` is one of these:
+
+    - A checkpoint: a model name, a folder or a Hub id.
+    - The name of a registered captioner, such as "blip-base".
+    - "encoder+captioner", such as "sam-vit-b+blip-base". The encoder predicts the masks.
+    - To predict masks only: the name of an encoder that has a segmenter, such as "sam-vit-b", or a folder or Hub id of
+      a transformers segmentation model.
+
+    Options can follow a name, as in "sam-vit-b+blip-base batch_size=8". A dict has the key `name` and one key per
+    option.
 
     Args:
-        source: A checkpoint (a folder, a model name or a Hub id), the name of a registered captioner, or
-            "encoder+captioner" such as "sam-vit-b+blip-base", where the encoder predicts the masks. Options can follow
-            a name, as in "sam-vit-b+blip-base batch_size=8". A dict contains the key `name` and the options. For masks
-            without captions: an encoder with a segmenter, such as "sam-vit-b", or a folder or Hub id of a segmenter in
-            transformers' format.
+        source: Captioner to load, in one of the forms above.
         device: Device of the model.
         trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`.
         allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.

@@ -25,26 +25,26 @@ ENCODE_BATCH_SIZE = 8  # images per batch of the encoder
 
 
 class Predictor:
-    """Predictor of masks and captions: call `set_image` once, then `predict` for any number of regions.
+    """Predict masks and captions. Call `set_image` once, then `predict` for any number of regions.
 
         predictor = sca.Predictor(sca.load("sca-tiny"))
         predictor.set_image(image)
         captions = predictor.predict(boxes=[(370, 434, 448, 512)])
 
     Args:
-        model: A `SegmentCaptioner`, which is set to eval mode, or a captioner that predicts masks (a `MaskEngine`),
-            such as `sca.load_captioner("sam-vit-b+blip-base")`.
-        region_batch_size: Regions per batch of the segmenter and the mixer. Affects memory, not results. Not allowed if
-            `model` is a captioner.
+        model: A `SegmentCaptioner`, which is set to eval mode, or a `MaskEngine`, such as the result of
+            `sca.load_captioner("sam-vit-b+blip-base")`.
+        region_batch_size: Regions per batch of the segmenter and the mixer. Affects memory, not results. Only for a
+            `SegmentCaptioner`; for a `MaskEngine`, pass it to `sca.load_captioner`.
 
     Attributes:
-        engine: Engine that runs the model: `model` itself if it is a captioner.
+        engine: Engine that runs the model: `model` itself if it is a `MaskEngine`.
         image: Current image, upright; None before `set_image`.
         encoded: Features of the current image; None before `set_image`.
 
     Raises:
         ValueError: `model` has an unsupported type (for example, it is a name), or `region_batch_size` is set for a
-            captioner.
+            `MaskEngine`.
     """
 
     def __init__(self, model: SegmentCaptioner | MaskEngine, region_batch_size: int | None = None):
@@ -117,8 +117,8 @@ class Predictor:
 
         Raises:
             TypeError: Unknown keyword argument; the message suggests the closest one.
-            ValueError: No image is set, no region is given, a box or point is outside the image, a mask does not have
-                the size of the image, or a value is out of range.
+            ValueError: No image is set, no region is given, a box or point is outside the image, a mask and the image
+                differ in size, or a value is out of range.
         """
         request = self._collect_prompts(prompts, boxes, points, masks)
         generation = resolve_generation_options(
@@ -158,7 +158,7 @@ class Predictor:
 
         Raises:
             TypeError: Unknown keyword argument; the message suggests the closest one.
-            ValueError: As for `predict`, or the segmenter predicts no masks.
+            ValueError: See `predict`. Also raised if the segmenter predicts no masks.
         """
         request = self._collect_prompts(prompts, boxes, points, masks)
         assert self.encoded is not None  # see `_collect_prompts`

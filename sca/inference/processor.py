@@ -81,7 +81,7 @@ class Processor:
         return cls(encoder.image_format, encoder.image_format.size // encoder.stride)
 
     def compute_frame(self, width: int, height: int) -> InputFrame:
-        """Compute the size of an image of `width` x `height` pixels after resizing, within the padded model input."""
+        """Compute the resized size of a `width` x `height` image in the padded model input."""
         frame_size = self.image_format.size
         if self.image_format.resize_mode == "stretch":
             return InputFrame(width, height, (frame_size, frame_size))
@@ -154,7 +154,7 @@ class Processor:
         return PromptBatch(image_indices, boxes, points, labels, masks)
 
     def compute_coverage(self, mask: np.ndarray, frame: InputFrame) -> Tensor:
-        """Compute the fraction of each cell of the 4h x 4w mask grid that a mask covers.
+        """Compute how much of each cell of the 4h x 4w mask grid is covered by a mask.
 
         Args:
             mask: (height, width) bool in image pixels, or any smaller mask to stretch over the image.
@@ -182,8 +182,8 @@ class Processor:
     def postprocess_masks(self, logits: Tensor, frame: InputFrame) -> Tensor:
         """Upscale masks to the original image size and remove the padding.
 
-        They are scaled to the input frame, cropped and scaled to the image, as by SAM's processor. If images are
-        stretched, they are scaled to the image at once, as by SAM 2's processor.
+        The masks are resized to the model input, cropped and then resized to the image, as in SAM's processor. With
+        `resize_mode` "stretch", they are resized to the image in one step, as in SAM 2's processor.
 
         Args:
             logits: (N, M, 4h, 4w).

@@ -54,7 +54,7 @@ def resolve_image_path(name: str, roots: Sequence[str | Path]) -> Path:
             matches = _list_existing_files(path for form in interpretations for path in locate(form, Path(root)))
             if len(matches) > 1:
                 first, second, *_ = matches
-                raise InputError(f"{_shorten_name(name)} could mean {first} or {second}; write the full path")
+                raise InputError(f"{_shorten_name(name)} matches both {first} and {second}; write the full path")
             if matches:
                 _warn_about_substitute(name, interpretations, matches[0])
                 return matches[0]

@@ -61,10 +61,10 @@ def open_image(path: str | Path, allow_pipe: bool = False) -> Image.Image:
 
     The EXIF orientation is applied, transparency is composited over white, and only the first frame is read.
 
-    Grayscale images with more than 8 bits per pixel are scaled to 8 bits. The source range is the range that the file
-    records, or else the smallest of [0, 1] (floating point only), [0, 255], [0, 1023], [0, 4095], [0, 16383] and
-    [0, 65535] that contains all values. If no range contains them, or if they span less than an eighth of the range,
-    their own minimum and maximum are used. 16-bit colors that use only 10, 12 or 14 bits are also scaled.
+    Grayscale images with more than 8 bits per pixel are rescaled to 8 bits from a source range: the range recorded in
+    the file, or else the smallest of [0, 1] (floating point only), [0, 255], [0, 1023], [0, 4095], [0, 16383] and
+    [0, 65535] that contains all pixel values. If none does, or if the pixel values span less than an eighth of the
+    range, the minimum and maximum pixel values are used. 16-bit colors that use only 10, 12 or 14 bits are also scaled.
 
     Args:
         path: Image file.
@@ -107,7 +107,7 @@ def _open_image_file(path: str | Path, allow_pipe: bool = False) -> Iterator[Bin
             yield file
     except IrregularFileError as error:
         raise InputError(
-            f"{display_name} is a pipe or a device, not an image file; save the image and name its file"
+            f"{display_name} is a pipe or a device, not an image file; save the image to a file and pass its path"
         ) from error
     except InputError:
         raise

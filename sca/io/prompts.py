@@ -195,7 +195,7 @@ def _check_and_clip_box(box: Box, width: int, height: int) -> Box:
             state = "empty" if high == low else "reversed"
             hint = ""
             if x2 > 0 and y2 > 0:
-                hint = f" (x,y,width,height {text} would be {x1:g},{y1:g},{x1 + x2:g},{y1 + y2:g})"
+                hint = f" (if {text} is x,y,width,height, write {x1:g},{y1:g},{x1 + x2:g},{y1 + y2:g})"
             raise InputError(
                 f"the box {text} is {state}: {axis}2 must be greater than {axis}1; write x1,y1,x2,y2{hint}"
             )

@@ -212,7 +212,7 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
     def _make_ambiguity_error(self, subject: str, keys: Sequence[str], num_images: int = 1) -> InputError:
         candidates = f"the keys {', '.join(map(quote_value, keys))}" if len(keys) > 1 else f"{num_images} images"
         hint = "write image paths relative to the prompts file"
-        return InputError(f"{format_path(self.path)}: {subject} could mean {candidates}; {hint}")
+        return InputError(f"{format_path(self.path)}: {subject} matches {candidates}; {hint}")
 
     @cached_property
     def _key_by_absolute_path(self) -> dict[str, str]:

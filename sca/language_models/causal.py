@@ -286,7 +286,7 @@ class TextTokenizer:
                 raise ValueError(f"eos_token {eos_token!r} is not in the vocabulary of the tokenizer")
             tokenizer.eos_token = eos_token
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no EOS token; name one of its tokens with eos_token=TOKEN")
+            raise ValueError("the tokenizer has no EOS token; choose one of its tokens with eos_token=TOKEN")
         self.tokenizer = tokenizer
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

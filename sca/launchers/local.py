@@ -160,7 +160,7 @@ def _collect_outcome(process: BaseProcess, task: Task, is_overdue: bool, elapsed
             task, _make_failure_result("crashed", f"ended by {signal.Signals(-exit_code).name}", elapsed)
         )
     return TaskOutcome(
-        task, _make_failure_result("crashed", f"ended with status {exit_code}: {_read_last_log_line(task)}", elapsed)
+        task, _make_failure_result("crashed", f"exited with status {exit_code}: {_read_last_log_line(task)}", elapsed)
     )
 
 

@@ -32,7 +32,7 @@ class MaskTokenMixer(nn.Module):
         self.apply(init_weights)
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
-        """Return the queries of each region, (N, M, D).
+        """Return the query embeddings of each region, (N, M, D).
 
         Args:
             regions: N regions.

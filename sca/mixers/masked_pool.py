@@ -10,7 +10,7 @@ from sca.nn.masks import masks_to_boxes, pool_under_masks, select_best_masks
 
 
 class MaskedPoolMixer(nn.Module):
-    """Two-layer MLP on mask-pooled features and mask geometry; returns queries (N, Q, D).
+    """Two-layer MLP on mask-pooled features and mask geometry; returns query embeddings (N, Q, D).
 
     The image features are averaged under the best mask, as in the mask pooling of Osprey (arXiv 2312.10032). The
     geometry is the center, sides and area of the mask.
@@ -37,7 +37,7 @@ class MaskedPoolMixer(nn.Module):
         )
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
-        """Return the queries of each region, (N, Q, D)."""
+        """Return the query embeddings of each region, (N, Q, D)."""
         assert regions.masks is not None  # `requires` of the card
         assert regions.iou_scores is not None
         best_logits = select_best_masks(regions.masks, regions.iou_scores)  # (N, 4h, 4w)

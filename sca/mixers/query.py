@@ -48,7 +48,7 @@ class QueryMixer(nn.Module):
             self.pool = nn.Linear(self.hidden_size, num_queries * self.hidden_size)
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
-        """Return the queries of each region, (N, Q, D)."""
+        """Return the query embeddings of each region, (N, Q, D)."""
         grid = regions.grid
         if grid is None:
             grid = regions.image_embeddings[regions.image_index] + regions.dense_embeddings  # (N, D, h, w)

@@ -65,7 +65,7 @@ class ResamplerMixer(nn.Module):
         return [layer.project_image(image_embeddings, positional_encoding) for layer in layers]
 
     def forward(self, regions: SegmenterOutput, prepared: ImageKeysValues | None = None) -> Tensor:
-        """Return the queries of each region, (N, Q, D).
+        """Return the query embeddings of each region, (N, Q, D).
 
         Args:
             regions: N regions.
@@ -129,7 +129,7 @@ class ResamplerLayer(nn.Module):
             is_last: Return the queries only.
 
         Returns:
-            Tokens (N, T, D), or queries (N, Q, D) for the last layer.
+            Tokens (N, T, D), or query embeddings (N, Q, D) for the last layer.
         """
         query, key, value = map(self._split_heads, self.qkv(self.norms[0](tokens)).chunk(3, dim=-1))
         tokens = tokens + self.self_attn_out(self._merge_heads(F.scaled_dot_product_attention(query, key, value)))

@@ -25,7 +25,7 @@ class RoiPoolMixer(nn.Module):
         self.num_queries: int = output_size * output_size
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
-        """Return the queries of each region, (N, output_size^2, D).
+        """Return the query embeddings of each region, (N, output_size^2, D).
 
         Args:
             regions: N regions with boxes.

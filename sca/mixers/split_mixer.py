@@ -10,7 +10,7 @@ from sca.nn.two_way_transformer import TwoWayTransformer, init_weights
 
 
 class SplitMixer(nn.Module):
-    """Two-way transformer over learned queries, prompt tokens and image features; returns queries (N, Q, D).
+    """Two-way transformer over learned queries, prompt tokens and image features; returns (N, Q, D).
 
     The dense prompt embeddings are added to the image features. The outputs of the mask decoder are not used. The
     defaults are those of the released models.
@@ -36,7 +36,7 @@ class SplitMixer(nn.Module):
         self.apply(init_weights)
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
-        """Return the queries of each region, (N, Q, D)."""
+        """Return the query embeddings of each region, (N, Q, D)."""
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         grid = regions.image_embeddings[regions.image_index] + regions.dense_embeddings  # (N, D, h, w)
         tokens, _ = self.transformer(

@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Projection(nn.Sequential):
-    """Projection from queries (N, Q, D) to embeddings (N, Q, E), as in SCA (arXiv 2312.00869).
+    """Projection from query embeddings (N, Q, D) to language model embeddings (N, Q, E), as in SCA (arXiv 2312.00869).
 
     `ModelSpec` validates both options.
 

@@ -101,7 +101,10 @@ def build_sam2_model(
         config_class, model_class = MODEL_CLASSES[_read_model_type(weights, revision, model_type)]
         model_config = fetch_pretrained_config(config_class, weights, revision)
     else:
-        raise ValueError("weights and config are missing; set weights=facebook/sam2.1-hiera-tiny, or a folder")
+        raise ValueError(
+            "neither weights nor config is set; set weights to a Hub id, such as weights=facebook/sam2.1-hiera-tiny, "
+            "or to a folder"
+        )
     model = model_class(model_config)
     _check_feature_levels(model.config, weights or "config")
     return cast("Sam2FamilyModel", model)  # see `MODEL_CLASSES`

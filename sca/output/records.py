@@ -78,8 +78,8 @@ def group_records_by_image(
                 record_size = ImageSize(*require_recorded_size(record_data, location))
                 if record_size != (size or record_size):
                     raise InputError(
-                        f"{location}: the image is {record_size.width} x {record_size.height}, but {size} in an "
-                        "earlier record"
+                        f"{location}: the image size is {record_size.width} x {record_size.height}, but an earlier "
+                        f"record has {size}"
                     )
                 size, model = record_size, record_data.get("model") or model
                 caption = fit_caption_box(

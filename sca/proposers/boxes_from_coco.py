@@ -43,7 +43,7 @@ class BoxesFromCoco:
             raise InputError(f"{self.prompt_file.path} has no regions for {image_id}")
         if self.path_by_key.setdefault(keys[path], path) != path:
             raise InputError(
-                f"{self.prompt_file.path}: {keys[path]} could mean {self.path_by_key[keys[path]]} or {path}; write "
+                f"{self.prompt_file.path}: {keys[path]} matches {self.path_by_key[keys[path]]} and {path}; write "
                 "image paths relative to the prompts file"
             )
         clipped_before = self.prompt_file.clip_counter.counts.total()

@@ -19,7 +19,7 @@ class ServerLimits:
         max_body_bytes: Maximum bytes per request.
         max_pixels: Maximum number of pixels per image.
         max_prompts: Maximum number of prompts per request; also limits the regions found in everything mode.
-        timeout: Time limit in seconds for receiving a request, and again for responding to it.
+        timeout: Time limit in seconds, applied separately to receiving a request and to responding to it.
         max_connections: Maximum concurrent connections.
         max_points: Maximum points per prompt.
         max_points_per_request: Maximum points per request.

@@ -341,8 +341,8 @@ def _parse_run(text: str, run: _NumberRun, search_start: int, reject_ambiguous: 
     if is_unmarked and not _is_alone(text, run):
         if reject_ambiguous and _may_be_box(text, run):
             raise InputError(
-                f"the numbers {_shorten_text(text[run.start : run.end])} are ambiguous; for a region, {_BOX_HINT}; "
-                "otherwise spell them out"
+                f"it is unclear whether the numbers {_shorten_text(text[run.start : run.end])} are a region; if so, "
+                f"{_BOX_HINT}; if not, write the numbers as words"
             )
         return None
     order = _parse_edge_order(text[max(search_start, run.start - _MAX_NAME_DISTANCE) : run.start])

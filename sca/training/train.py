@@ -69,7 +69,7 @@ def train(
     *,
     changes: Sequence[str] = (),
     overwrite: bool = False,
-    set_aside: bool | None = None,
+    rename_existing: bool | None = None,
     report: Callable[[str], None] = lambda line: None,
     trust_remote_code: bool = False,
     allow_external: bool = False,
@@ -78,20 +78,21 @@ def train(
 
     Writes the final model to `folder/model` and, if the recipe has validation, the best model to `folder/best`.
 
-    Runs as a single process, or as one of several that a launcher started (torchrun, accelerate launch). Each process
-    takes its share of each batch, and the first process writes the files. The gradients of a step do not depend on the
+    Runs as a single process, or under torchrun or accelerate launch. Each process takes its share of each batch, and
+    rank 0 writes the files. The gradients of a step do not depend on the
     number of processes.
 
     Args:
         recipe: Recipe, name of a bundled recipe, or path of a TOML file.
-        folder: Run folder; "runs/NAME" by default. An interrupted run of the same recipe and data in it is resumed.
-        resume: Resume an interrupted run; False to start it over.
+        folder: Run folder; "runs/NAME" by default. If it contains an interrupted run with the same recipe and data,
+            that run is resumed.
+        resume: Resume an interrupted run; False starts it over.
         quiet: Suppress the progress bar and the training log.
         changes: Overrides of the recipe, such as "train.steps=200".
         overwrite: If the folder contains a run with a different recipe or different data, delete the outputs of that
             run.
-        set_aside: If the folder contains such a run, rename the folder instead of failing. None means True if neither
-            `folder` nor `overwrite` is set.
+        rename_existing: If the folder contains a run with a different recipe or different data, rename the folder
+            instead of failing. Defaults to True if neither `folder` nor `overwrite` is set.
         report: Called with each message for the user: summaries of the datasets and their skipped items, a warning if
             a score cannot be used to select the best model, and the new path of a renamed run folder.
         trust_remote_code: Allow the checkpoint that training starts from to run its own code; see `sca.load`.
@@ -111,13 +112,13 @@ def train(
         recipe = Recipe.read(str(recipe), changes)
     elif changes:
         recipe = Recipe.from_dict(recipe.name, recipe.to_dict(), changes)
-    if set_aside is None:
-        set_aside = folder is None and not overwrite
+    if rename_existing is None:
+        rename_existing = folder is None and not overwrite
     folder = Path("runs") / recipe.name if folder is None else folder
     with ExitStack() as stack:
         is_first = os.environ.get("RANK", "0") == "0"
         run_folder = stack.enter_context(RunFolder(folder, "train", OUTPUT_FILES)) if is_first else None
-        conflict_options = {"overwrite": overwrite, "rename_earlier": set_aside}
+        conflict_options = {"overwrite": overwrite, "rename_earlier": rename_existing}
         trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
         model = _train_process(recipe, Path(folder), run_folder, resume, quiet, conflict_options, trust_options, report)
         if run_folder is not None:

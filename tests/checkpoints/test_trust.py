@@ -201,7 +201,7 @@ def test_load_and_plan_check_links_before_reading_files(folder, tmp_path, name):
 
 def test_load_rejects_a_spec_far_larger_than_its_weights(folder):
     for encoder in ({"name": "tiny-vit", "hidden_size": 2**12}, {"name": "tiny-vit", "hidden_size": 1024, "depth": 99}):
-        with pytest.raises(InputError, match="far more memory than its weight files"):
+        with pytest.raises(InputError, match="far more memory than its weight files contain"):
             load(edit_json(folder, encoder=encoder))
     with pytest.raises(InputError, match="depth is 1000000, which is larger than in any model"):
         load(edit_json(folder, encoder={"name": "tiny-vit", "depth": 10**6}))

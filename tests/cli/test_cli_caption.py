@@ -367,7 +367,7 @@ def test_caption_with_ambiguous_prompts_keeps_earlier_results(run_sca, checkpoin
     arguments = ("caption", "a/x.png", "b/x.png", "--prompts", "p.jsonl", "--model", checkpoint, "--overwrite")
     result = run_sca(*arguments, "--out", "out")
     assert result.status == 2
-    assert "could mean 2 images" in result.err[-1]
+    assert "matches 2 images" in result.err[-1]
     assert (working_folder / "out/captions.jsonl").read_bytes() == original_content
 
 
@@ -407,7 +407,9 @@ def test_caption_reports_invalid_regions_and_captions_the_rest(run_sca, checkpoi
         assert len(result.err) == 1 + len(positions)
         for position, line in zip(positions, result.err[1:], strict=True):
             assert f"{file}, {position}" in line
-    assert "would be" not in " ".join(run_sca("caption", "a.png", "--prompts", "c.json", "--model", checkpoint).err)
+    assert "x,y,width,height" not in " ".join(
+        run_sca("caption", "a.png", "--prompts", "c.json", "--model", checkpoint).err
+    )
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def test_caption_rejects_truncated_weights(get_error_for_damaged_model, size):
 
 
 def test_caption_rejects_checkpoint_without_weights(get_error_for_damaged_model):
-    assert "copy the checkpoint again" in get_error_for_damaged_model(
+    assert "copy or download the checkpoint again" in get_error_for_damaged_model(
         lambda folder: (folder / "weights.safetensors").unlink()
     )
 

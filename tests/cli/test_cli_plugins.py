@@ -144,9 +144,9 @@ class Mixer(nn.Module):
 HOSTILE_PLUGINS = {  # distribution: its entry points, its module, and the message about its one component
     "import-error": ("ill = hostile_import_error:Mixer", "import nothing_of_that_name", "nothing_of_that_name"),
     "exit": ("gone = hostile_exit:Mixer", "import sys; sys.exit(3)", "SystemExit: 3"),
-    "hard-exit": ("killed = hostile_hard_exit:Mixer", "import os; os._exit(7)", "ended with status 7"),
+    "hard-exit": ("killed = hostile_hard_exit:Mixer", "import os; os._exit(7)", "exited with status 7"),
     "signal": ("dead = hostile_signal:Mixer", "import os; os.kill(os.getpid(), 9)", "was killed"),
-    "soft-exit": ("quit = hostile_soft_exit:Mixer", "import os; os._exit(0)", "ended with status 0"),
+    "soft-exit": ("quit = hostile_soft_exit:Mixer", "import os; os._exit(0)", "exited with status 0"),
     "slow": ("slow = hostile_slow:Mixer", "import time; time.sleep(90)", "exceeded the timeout of 20 s"),
     "shadow": ("query = hostile_shadow:Mixer", MIXER_SOURCE, ""),
     "twin-a": ("twin = hostile_twin_a:Mixer", MIXER_SOURCE, ""),

@@ -387,7 +387,7 @@ def test_crashed_task_reports_last_line_of_its_log(tmp_path):
     task = Task("a", f"{__name__}:raise_device_error", {"device": "cpu"}, str(tmp_path / "a"))
     (outcome,) = LocalLauncher(num_workers=1).run_tasks([task])
     assert outcome.result["state"] == "crashed"
-    assert outcome.result["reason"] == "ended with status 1: RuntimeError: the reason of cpu"
+    assert outcome.result["reason"] == "exited with status 1: RuntimeError: the reason of cpu"
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,7 @@ FIELD_PATTERN = r"val\.json: annotations\[0\] \(id 1\), "
         ({"annotations": [make_annotation("x")]}, "'id' is 'x'; expected an integer"),
         ({"annotations": [make_annotation(1), make_annotation(1)]}, r"annotations\[1\] \(id 1\): duplicate id"),
         ({"annotations": [make_annotation(1, image_id=4)]}, RECORD_PATTERN + "image_id 4 is not among the images"),
-        ({"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]}, RECORD_PATTERN + "no 'bbox'"),
+        ({"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]}, RECORD_PATTERN + "no 'bbox' or 'segmentation'"),
         ({"annotations": [make_annotation(1, bbox=[1, 2, 3])]}, FIELD_PATTERN + "'bbox' is .*; expected 4 numbers"),
         (
             {"annotations": [make_annotation(1, bbox=[1, 2, 3, math.nan])]},

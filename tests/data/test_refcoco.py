@@ -196,7 +196,7 @@ REF_PATTERN = r"refs\(unc\)\.p: \[0\] \(ref_id 2\)"
 @pytest.mark.parametrize(
     ("refs", "message"),
     [
-        ({}, r"refs\(unc\)\.p must be a list of refs, not of type dict"),
+        ({}, r"refs\(unc\)\.p must contain a list of refs, not a dict"),
         ([4], r"refs\(unc\)\.p: \[0\] is 4; expected an object"),
         ([make_ref(2, "val"), make_ref(2, "train")], r"\[1\] \(ref_id 2\): duplicate ref_id"),
         ([make_ref(2, None)], REF_PATTERN + ", 'split' is None; expected a string"),

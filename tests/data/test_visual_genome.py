@@ -115,7 +115,7 @@ def test_visual_genome_accepts_splits_path_and_reports_missing_files(write_visua
     root = write_visual_genome()
     splits_path = (root / "densecap_splits.json").rename(tmp_path_factory.mktemp("elsewhere") / "mine.json")
     assert VisualGenome("train", root=root, splits=splits_path).image_ids == [1]
-    with pytest.raises(ValueError, match=r"copy info/densecap_splits\.json of .*jcjohnson/densecap to .*splits="):
+    with pytest.raises(ValueError, match=r"download info/densecap_splits\.json from .*jcjohnson/densecap to .*splits="):
         VisualGenome("train", root=root)
     with pytest.raises(ValueError, match=r"mine\.json has no split 'testA'; it has: train, val, test"):
         VisualGenome("testA", root=root, splits=splits_path)

@@ -171,7 +171,7 @@ def test_label_studio_reader_counts_further_shapes_of_a_region():
             "region 'b': the image size is 7 x 20, but an earlier result records 40 x 20",
         ),
         (3, "'result'[1] is 3; expected an object"),
-        (make_rectangle("b", x="left"), "region 'b': a rectangle that cannot be read"),
+        (make_rectangle("b", x="left"), "region 'b': cannot read the rectangle"),
     ],
 )
 def test_label_studio_reader_rejects_only_the_invalid_result(invalid_result, message):
@@ -337,9 +337,9 @@ def test_label_studio_reader_reads_a_task_without_regions_as_an_empty_image():
         ([make_task(data={"image": 3})], "task 0, 'data', 'image' is 3; expected the file name of an image"),
         (
             [make_task(make_rectangle(x=None))],
-            "region 'a': a rectangle that cannot be read: 'value', 'x' is None; expected a number",
+            "region 'a': cannot read the rectangle: 'value', 'x' is None; expected a number",
         ),
-        ([make_task(make_result("polygonlabels"))], "a polygon that cannot be read: no 'points'"),
+        ([make_task(make_result("polygonlabels"))], "cannot read the polygon: no 'points'"),
         (
             [make_task(make_result("polygonlabels", value={"points": [[1]]}))],
             "a point is [1]; expected 2 numbers (x, y)",
@@ -350,7 +350,7 @@ def test_label_studio_reader_reads_a_task_without_regions_as_an_empty_image():
         ),
         (
             [make_task(make_result("brushlabels", value={"rle": 10**9}))],
-            "a brush that cannot be read: 'value', 'rle' is 1000000000; expected a list",
+            "cannot read the brush: 'value', 'rle' is 1000000000; expected a list",
         ),
         ([make_task(make_result("brushlabels", value={"rle": [1, 2]}))], "is truncated"),
         ([make_task(make_result("bitmasklabels", value={"imageDataURL": "é"}))], "'imageDataURL' is not valid base64"),

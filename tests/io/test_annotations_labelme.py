@@ -129,8 +129,8 @@ def test_labelme_reader_reads_a_linestrip_as_its_box_and_counts_it():
         (make_shape(points=[[1, 2], [3]]), "shapes[0], 'points'"),
         (make_shape(3), "shapes[0], 'shape_type' is 3; expected a string"),
         (make_shape(description=["a"]), "shapes[0], 'description' is ['a']; expected a string"),
-        (make_shape(points=[[0, 0], [9, 9], [1e9, 0]]), "a polygon that cannot be read: has a point far outside"),
-        (make_shape("mask", [[1, 1], [2, 2]]), "a mask that cannot be read: 'mask' must be a base64 string, not None"),
+        (make_shape(points=[[0, 0], [9, 9], [1e9, 0]]), "cannot read the polygon: has a point far outside"),
+        (make_shape("mask", [[1, 1], [2, 2]]), "cannot read the mask: 'mask' must be a base64 string, not None"),
         (make_shape("mask", [[1, 1], [2, 2]], mask="!"), "'mask' is not valid base64"),
         (make_shape("mask", [[1, 1], [2, 2]], mask="QUJD"), "'mask' is not a readable image; convert it"),
         (

@@ -44,7 +44,7 @@ def test_load_tokenizer_needs_no_pad_unknown_or_bos_token(save_tokenizer, specia
 
 def test_load_tokenizer_requires_an_eos_token_that_can_be_passed_by_name(save_tokenizer):
     folder = save_tokenizer(pad_token="<pad>")
-    with pytest.raises(InputError, match=r"name one of its tokens with eos_token="):
+    with pytest.raises(InputError, match=r"choose one of its tokens with eos_token="):
         load_tokenizer(folder)
     with pytest.raises(InputError, match="'<stop>' is not in the vocabulary"):
         load_tokenizer(folder, eos_token="<stop>")

@@ -254,7 +254,7 @@ def test_plan_command_reports_what_fits_without_network_access(capsys, monkeypat
         (["plan", "sca-tiny", "--gpu", "inf"], "expected a name"),
         (["plan", "sca-tiny", "--dtype", "int8"], "unknown dtype 'int8'. Choose from: float32"),
         (["plan", "tiny-vit+qury+gpt2"], "Did you mean 'query'"),
-        (["plan", "sca-gpt2-large-vg"], "plan its components"),
+        (["plan", "sca-gpt2-large-vg"], "name its components instead"),
     ):
         assert cli.run_command(arguments) == 2
         assert message in capsys.readouterr().err

@@ -251,7 +251,7 @@ def test_find_region_ignores_other_numbers(text):
 
 @pytest.mark.parametrize("text", ["What is 10,20,30,40?", "Which of the classes 1, 2, 3, 4 is it?"])
 def test_find_region_rejects_ambiguous_numbers(text):
-    with pytest.raises(InputError, match="are ambiguous; for a region, write box=x1,y1,x2,y2"):
+    with pytest.raises(InputError, match="are a region; if so, write box=x1,y1,x2,y2"):
         find_region(text)
     assert find_region(text, reject_ambiguous=False) is None
 

@@ -86,11 +86,11 @@ def test_train_rejects_folder_of_run_on_other_data(make_recipe, tmp_path):
         train(make_recipe_with_caption("a dog"), tmp_path / "out", quiet=True)
 
 
-def test_train_set_aside_moves_folder_of_another_run(make_recipe, tmp_path):
+def test_train_rename_existing_moves_folder_of_another_run(make_recipe, tmp_path):
     messages, out = [], tmp_path / "out"
-    train(make_recipe(), out, quiet=True, set_aside=True, report=messages.append)
+    train(make_recipe(), out, quiet=True, rename_existing=True, report=messages.append)
     original_weights = read_weights(out)
-    train(make_recipe(seed=1), out, quiet=True, set_aside=True, report=messages.append)
+    train(make_recipe(seed=1), out, quiet=True, rename_existing=True, report=messages.append)
     assert messages == [f"{out} contained a different run, which is now in {out}-1"]
     assert read_weights(tmp_path / "out-1") == original_weights
     assert read_weights(out) != original_weights

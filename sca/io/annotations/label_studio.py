@@ -351,7 +351,7 @@ def read_shape(
                 return None, None, (x * x_scale, y * y_scale)
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise InputError(f"{location}: a {shape_type} that cannot be read: {reason}") from error
+        raise InputError(f"{location}: cannot read the {shape_type}: {reason}") from error
 
 
 def _fill_shape(

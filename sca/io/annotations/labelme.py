@@ -231,7 +231,7 @@ def _read_filled_shapes(
         try:
             mask |= draw_shape(shape, size)
         except ValueError as error:
-            raise InputError(f"{shape.location}: a {shape.shape_type} that cannot be read: {error}") from error
+            raise InputError(f"{shape.location}: cannot read the {shape.shape_type}: {error}") from error
     if not mask.any():
         skip("shape covering no pixel", filled_shapes[0].location)
         return None

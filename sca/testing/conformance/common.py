@@ -220,7 +220,7 @@ def import_has_no_side_effects(harness: ComponentHarness) -> str | None:
     process = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     lines = process.stdout.splitlines()
     if process.returncode or not lines:
-        return f"the import ended with status {process.returncode}"
+        return f"the import exited with status {process.returncode}"
     imported, changed = json.loads(lines[-1])
     optional_packages = sorted({*OPTIONAL_PACKAGES} & {*imported})
     if optional_packages:

@@ -111,7 +111,7 @@ class ComponentHarness:
         """Build a new instance for checks that modify it. Raises DoesNotApply if it is not a torch module."""
         component = self.build(seed)
         if not isinstance(component, nn.Module):
-            raise DoesNotApply(f"{type(component).__name__} is not a torch module")
+            raise DoesNotApply(f"{type(component).__name__} is not a torch.nn.Module")
         return component
 
     def get_declared_value(self, field: str) -> Any:

@@ -65,7 +65,7 @@ def prepare_images_preserves_queries(harness: MixerHarness) -> str | None:
     """Passing the result of `prepare_images` does not change the queries, for all regions or a subset."""
     component = harness.component
     if not hasattr(component, "prepare_images"):
-        raise DoesNotApply("the mixer has no prepare_images")
+        raise DoesNotApply("the mixer has no prepare_images method")
     inputs = harness.make_inputs()
     prepared = component.prepare_images(inputs.image_embeddings, inputs.positional_encoding)
     problem = describe_difference({"queries": component(inputs)}, {"queries": component(inputs, prepared)})

@@ -135,5 +135,5 @@ def build_module(
     harness.upstream = upstream
     module = harness.build()
     if not isinstance(module, nn.Module):
-        raise InputError(f"{type(module).__name__} is not a torch module, so that it cannot be compared in float64")
+        raise InputError(f"{type(module).__name__} is not a torch.nn.Module, so that it cannot be compared in float64")
     return module.double()
