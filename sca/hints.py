@@ -40,8 +40,8 @@ COMMAND_HINTS = {  # command that `sca` does not have -> what to use
     "finetune": "`sca train own-data`",
     "fine-tune": "`sca train own-data`",
     "push-to-hub": "`sca push`",
-    "segment": "`sca caption --model sam-vit-b` for masks alone, or Predictor.segment in Python",
-    "sweep": "`sca bench run SWEEP.toml`",
+    "segment": "`sca caption IMAGE --model NAME+none` for masks without captions, such as sca-tiny+none",
+    "sweep": "`sca bench run FILE.toml`, with the values to compare in [axes] of that file, or `sca bench run smoke`",
 }
 ARGUMENT_ALIASES = {  # keyword argument there -> the same argument here, in the functions that have it
     "backbone": "encoder",
@@ -94,7 +94,8 @@ def make_attribute_error(name: str, public_names: Iterable[str]) -> AttributeErr
         hint = f"; use {NAME_HINTS[name]}"
     elif name.startswith("register_"):
         plurals = {kind.singular: plural for plural, kind in COMPONENT_KINDS.items()}
-        hint = f'; use @sca_registry.{plurals.get(name.removeprefix("register_"), "encoders")}.register("name")'
+        plural = plurals.get(name.removeprefix("register_"), "encoders")
+        hint = f'; use import sca_registry and @sca_registry.{plural}.register("name")'
     else:
         suggestion = "" if name.startswith("_") else suggest_name(name, public_names)
         hint = suggestion and f".{suggestion}"

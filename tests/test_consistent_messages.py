@@ -22,10 +22,10 @@ INVALID_REGIONS = {  # case: (region of a 64 x 48 image, expected message)
     "reversed box": ({"box": [50, 10, 20, 30]}, "the box 50,10,20,30 is reversed: x2 must be greater than x1"),
     "empty box": ({"box": [5, 5, 5, 9]}, "the box 5,5,5,9 is empty: x2 must be greater than x1"),
     "box outside": ({"box": [70, 10, 90, 30]}, "the box 70,10,90,30 is outside the 64 x 48 image"),
-    "box with three numbers": ({"box": [1, 2, 3]}, "a box is 4 numbers x1,y1,x2,y2 in pixels, not"),
+    "box with three numbers": ({"box": [1, 2, 3]}, "write a box as 4 numbers x1,y1,x2,y2 in pixels"),
     "point outside": ({"points": [[64, 3]]}, "the point 64,3,1 is outside the 64 x 48 image"),
     "point above image": ({"points": [[3, -1, 1]]}, "the point 3,-1,1 is outside the 64 x 48 image"),
-    "invalid point label": ({"points": [[9, 3, 5]]}, "is not 1 or 0; a point is x,y or x,y,label in pixels"),
+    "invalid point label": ({"points": [[9, 3, 5]]}, "must be 1 or 0; write a point as x,y or x,y,label"),
 }
 
 

@@ -193,7 +193,7 @@ def _get_replacement(error: Any) -> str:
         from sca.training.recipe import RECIPE_KEYS
 
         if key := RECIPE_KEYS.get(error.option_name.lstrip("-").replace("-", "_")):
-            return f"Use {key}=VALUE, without dashes."
+            return f"Use {key}=VALUE after the recipe: sca train own-data model=NAME data=FOLDER train.steps=100."
     return ""
 
 

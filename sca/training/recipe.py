@@ -481,7 +481,9 @@ def read_recipe_text(name: str) -> str:
     if name.endswith(".toml") and Path(name).is_file():
         return read_toml_text(Path(name))
     if "=" in name:
-        raise RegistryError(f"the recipe is missing before {name!r}; write: sca train own-data model=NAME data=FOLDER")
+        raise RegistryError(
+            f"the recipe is missing before {name!r}; write: sca train own-data model=NAME data=FOLDER train.steps=100"
+        )
     raise make_unknown_name_error(f"unknown recipe {name!r}, and no such TOML file", name, list_recipes())
 
 

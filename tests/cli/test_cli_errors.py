@@ -119,11 +119,11 @@ def test_caption_reports_invalid_options_before_importing_torch(write_image, opt
         (["caption", "x.png", "--num-return-sequences", "3"], "--num-return-sequences. Use --num-captions."),
         (["train", "own-data", "--lora-r=8"], "--lora-r. Set the rank with lora=8."),
         (["train", "sca-tiny", "--depth", "3"], "key=value arguments, without dashes."),
-        (["train", "own-data", "--model", "x"], "No such option: --model. Use model=VALUE, without dashes. See: "),
-        (["train", "own-data", "--data=x"], "No such option: --data. Use data=VALUE, without dashes. See: "),
-        (["train", "own-data", "--max-steps=3"], "option: --max-steps. Use train.steps=VALUE, without dashes. See: "),
-        (["train", "own-data", "--batch-size=3"], "--batch-size. Use train.batch_size=VALUE, without dashes. See: "),
-        (["train", "own-data", "--lr", "0.1"], "--lr. Use train.learning_rate=VALUE, without dashes. See: "),
+        (["train", "own-data", "--model", "x"], "No such option: --model. Use model=VALUE after the recipe: "),
+        (["train", "own-data", "--data=x"], "No such option: --data. Use data=VALUE after the recipe: "),
+        (["train", "own-data", "--max-steps=3"], "option: --max-steps. Use train.steps=VALUE after the recipe: "),
+        (["train", "own-data", "--batch-size=3"], "--batch-size. Use train.batch_size=VALUE after the recipe: "),
+        (["train", "own-data", "--lr", "0.1"], "--lr. Use train.learning_rate=VALUE after the recipe: "),
         (["train", "own-data", "--output-dir", "x"], "No such option: --output-dir. Use --out. See: "),
         (["train", "own-data", "--over-write"], "(Possible options: --overwrite). Settings other than options are key"),
         (["serve", "--max-request-size", "3"], "No such option: --max-request-size. Use --max-body-mb. See: "),
@@ -138,7 +138,7 @@ def test_command_reports_unknown_option_with_what_to_use_instead(get_sca_error, 
 
 def test_train_reports_a_missing_recipe(get_sca_error):
     assert get_sca_error(2, "train", "model=sca-tiny", "data=photos") == (
-        "the recipe is missing before 'model=sca-tiny'; write: sca train own-data model=NAME data=FOLDER"
+        "the recipe is missing before 'model=sca-tiny'; write: sca train own-data model=NAME data=FOLDER train.steps=100"
     )
 
 
@@ -166,7 +166,7 @@ def test_caption_everything_and_mask_prompts_require_model_with_masks(
         ("p.json", "[]", "no list 'images'"),
         ("p.json", '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 2}]}', "'image_id'"),
         ("p.jsonl", '{"image": "b.png", "box": [1, 2, 3, 4]}', "a.png: p.jsonl has no regions for it"),
-        ("p.jsonl", '{"image": "x/a.png", "box": [1, 2, 3, 4]}\n{"image": "y/a.png", "box": [1, 2, 3, 4]}', "could"),
+        ("p.jsonl", '{"image": "x/a.png", "box": [1, 2, 3, 4]}\n{"image": "y/a.png", "box": [1, 2, 3, 4]}', "matches the keys"),
         ("p.jsonl", '{"image": "a.png", "box": [90, 0, 99, 9]}', "p.jsonl, line 1: the box 90,0,99,9 is outside"),
         ("p.jsonl", '{"image": "a.png", "mask": "p.jsonl"}', "p.jsonl, line 1, 'mask': cannot read the mask"),
     ],

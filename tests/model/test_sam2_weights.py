@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import sca_registry
@@ -27,6 +28,7 @@ from transformers import (
 from sca.encoders.sam2 import SAM3_MEAN, Sam2Encoder
 from sca.segmenters.sam2 import Sam2Segmenter
 
+SCENE = Path(__file__).parents[2] / "examples" / "scene.png"
 MEMORY_CONFIG = {
     "memory_attention_hidden_size": 32,
     "memory_attention_num_layers": 1,
@@ -175,9 +177,11 @@ def test_caption_with_edgetam_names_the_missing_package_timm(tmp_path):
     program = (
         "import sys; sys.modules['timm'] = None\n"
         "from sca.cli import run_command\n"
-        "print(run_command(['caption', 'examples/scene.png', '--box', '1,1,40,40', '--model', sys.argv[1]]))"
+        "print(run_command(['caption', sys.argv[1], '--box', '1,1,40,40', '--model', sys.argv[2]]))"
     )
-    completed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    completed = subprocess.run(
+        [sys.executable, "-c", program, str(SCENE), str(tmp_path)], capture_output=True, text=True
+    )
     assert completed.stdout == "2\n"
     assert "pip install timm" in completed.stderr
     assert len(completed.stderr.splitlines()) == 1

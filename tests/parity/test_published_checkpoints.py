@@ -229,7 +229,7 @@ def write_malicious_pickle(folder):
         (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "sca"}'),
-            "not the configuration of a published",
+            "not the configuration of an original SCA model",
         ),
         (damage_config(architectures=["ScaModel"]), "unknown architecture 'ScaModel'. Choose from: Sca"),
         (
