@@ -35,6 +35,28 @@ def test_sam_hq_segmenter_matches_corrected_transformers(monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["box", "points", "box and mask"])
+@pytest.mark.parametrize("model_type", sorted(SAM2_CONFIGS))
+def test_sam2_segmenter_matches_transformers_in_float32(model_type, kind, tmp_path):
+    original = build_tiny_model(model_type, SAM2_CONFIGS[model_type])
+    original.save_pretrained(tmp_path)
+    encoder = Sam2Encoder(str(tmp_path)).eval()
+    side = encoder.image_format.size
+    prompts = make_prompts(kind, side)[:1].to(torch.float32)
+    pixel_values = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    output = Sam2Segmenter(encoder).eval()(encoder(pixel_values), prompts)
+    expected = original(
+        pixel_values=pixel_values,
+        input_boxes=None if prompts.boxes is None else prompts.boxes[None],
+        input_points=None if prompts.points is None else prompts.points[None],
+        input_labels=None if prompts.labels is None else prompts.labels[None],
+        input_masks=prompts.masks,
+    )
+    for actual, reference in ((output.masks, expected.pred_masks[0]), (output.iou_scores, expected.iou_scores[0])):
+        assert (actual - reference).abs().max() <= 1e-4 * reference.abs().max()
+
+
+@torch.no_grad()
 def test_sam2_encoder_ignores_the_fourth_feature_level_of_sam3():
     config = SAM2_CONFIGS["sam3_tracker"]
     four_levels = {**config, "vision_config": {**config["vision_config"], "scale_factors": [4.0, 2.0, 1.0, 0.5]}}
