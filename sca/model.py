@@ -187,9 +187,9 @@ class SegmentCaptioner(SegmentationModel):
                 recomputes nothing.
 
         Returns:
-            The fields of `ModelOutput`: `loss` (the weighted sum), `losses` (by name), `logits` (number of caption
-            tokens in the batch, vocabulary size), `regions` (the segmenter output) and `queries` (the query
-            embeddings). `logits` is None for a batch of more than `TOKENS_PER_LOSS_CHUNK` tokens. `regions.grid` is
+            A `ModelOutput` with `loss` (the weighted sum), `losses` (by name), `logits` (number of caption tokens in
+            the batch, vocabulary size), `regions` (the segmenter output) and `queries` (the query embeddings).
+            `logits` is None for a batch of more than `TOKENS_PER_LOSS_CHUNK` tokens. `regions.grid` is
             None if the regions are computed in chunks.
         """
         features = batch.features
