@@ -17,6 +17,7 @@ from fake_hub import Hub
 from pages import ROOT
 from PIL import Image
 from sca_registry.spec import ModelSpec
+from tiny_segmenters import SAM2_CONFIGS, build_tiny_model
 
 import sca
 from sca.builder import build
@@ -198,6 +199,8 @@ def fill_hub(hub, sam_folder, folder):
     hub.models["openai-community/gpt2-large"] = language_model
     for size in ("base", "large", "huge"):
         hub.models[f"facebook/sam-vit-{size}"] = sam_folder
+    build_tiny_model("sam2", SAM2_CONFIGS["sam2"]).save_pretrained(folder / "sam2")
+    hub.models["facebook/sam2.1-hiera-tiny"] = folder / "sam2"
     for name, factory in (("blip-base", "blip-base"), ("florence-2-base", "vlm")):
         captioner = sca_registry.captioners.build(factory, **get_tiny_options("captioner", factory)).image_text_model
         captioner.model.save_pretrained(folder / name)
