@@ -19,7 +19,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 class MaskOnly(RegionCaptioner):
     """Captioner whose texts are empty: it predicts masks only, and scores them by their predicted IoU.
 
-    `sca.load_captioner` uses it for the name of an encoder, such as "sam-vit-b", and for a folder or hub id of a
+    `sca.load_captioner` uses it for the name of an encoder, such as "sam-vit-b", and for a folder or Hub id of a
     segmenter in transformers' format.
 
     Args:
@@ -42,7 +42,7 @@ class MaskOnly(RegionCaptioner):
         region_batch_size: int = REGION_BATCH_SIZE,
     ):
         if encoder is None:
-            raise ValueError("masks require an encoder; give its name, such as sam-vit-b+none")
+            raise ValueError("masks require an encoder; pass its name, such as sam-vit-b+none")
         super().__init__(encoder, device)
         assert self.model is not None  # there is an encoder
         is_built = ComponentSpec.from_dict(encoder, "encoder").name in sca_registry.encoders

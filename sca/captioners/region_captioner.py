@@ -218,39 +218,51 @@ def build_segmentation_model(
         InputError: The checkpoint cannot be read.
     """
     component = ComponentSpec.from_dict(encoder, "encoder")
-    name, options = component.name, dict(component.options)
-    model = None
-    if name not in sca_registry.encoders:
-        if name not in zoo.list_names() and not find_local_folder(name) and not HUB_ID_PATTERN.fullmatch(name):
-            sca_registry.encoders.get_card(name)  # raises with the available names
-        for option in options:
-            if option not in TRUST_OPTIONS:
-                raise RegistryError(
-                    f"the encoder {name!r} is a checkpoint, which has no option {option!r}; choose from "
-                    f"{', '.join(TRUST_OPTIONS)}"
-                )
-        encoder_name = find_encoder_of_segmenter(locate_checkpoint(name, options.get("revision")))
-        if encoder_name is None:
-            model = load(name, device, **options)
-        else:
-            name, options = encoder_name, {"weights": name, "revision": options.get("revision")}
-    segmenter_name = (
-        sca_registry.encoders.get_declared(name, "default_segmenter")
-        if model is None
-        else resolve_components(model.spec, model.encoder)["segmenter"].name
-    )
+    registered = _resolve_encoder(component)
+    if registered is None:
+        model = load(component.name, device, **component.options)
+        segmenter_name = resolve_components(model.spec, model.encoder)["segmenter"].name
+        return SegmentationModel(model.encoder, model.segmenter), _has_masks(segmenter_name, component, requires_masks)
+    declared_segmenter = sca_registry.encoders.get_declared(registered.name, "default_segmenter")
+    if declared_segmenter is not None:
+        _has_masks(declared_segmenter, component, requires_masks)  # raises before weights are downloaded
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        built_encoder = sca_registry.encoders.build(registered.name, **registered.options)
+        segmenter = sca_registry.segmenters.build(built_encoder.default_segmenter, built_encoder)
+    has_masks = _has_masks(built_encoder.default_segmenter, component, requires_masks)
+    return SegmentationModel(built_encoder, segmenter).to(device), has_masks
+
+
+def _resolve_encoder(component: ComponentSpec) -> ComponentSpec | None:
+    """Return the registered encoder to build: `component` itself, or that of a segmenter in transformers' format.
+
+    None for the checkpoint of an SCA model.
+    """
+    name, options = component.name, component.options
+    if name in sca_registry.encoders:
+        return component
+    if name not in zoo.list_names() and not find_local_folder(name) and not HUB_ID_PATTERN.fullmatch(name):
+        sca_registry.encoders.get_card(name)  # raises with the available names
+    for option in options:
+        if option not in TRUST_OPTIONS:
+            raise RegistryError(
+                f"the encoder {name!r} is a checkpoint, which has no option {option!r}; choose from "
+                f"{', '.join(TRUST_OPTIONS)}"
+            )
+    revision = options.get("revision")
+    encoder_name = find_encoder_of_segmenter(locate_checkpoint(name, revision))
+    return ComponentSpec(encoder_name, {"weights": name, "revision": revision}) if encoder_name else None
+
+
+def _has_masks(segmenter_name: str, encoder: ComponentSpec, requires_masks: bool) -> bool:
+    """Return whether a segmenter predicts masks; raise ValueError if it does not and masks are required."""
     has_masks = "masks" in (sca_registry.segmenters.get_declared(segmenter_name, "provides") or ())
     if requires_masks and not has_masks:
         raise ValueError(
-            f"the segmenter of the encoder {component.name!r} predicts no masks; use a SAM encoder, such as sam-vit-b"
+            f"the segmenter of the encoder {encoder.name!r} predicts no masks; use a SAM encoder, such as sam-vit-b"
         )
-    if model is not None:
-        return SegmentationModel(model.encoder, model.segmenter), has_masks
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        built_encoder = sca_registry.encoders.build(name, **options)
-        segmenter = sca_registry.segmenters.build(segmenter_name, built_encoder)
-    return SegmentationModel(built_encoder, segmenter).to(device), has_masks
+    return has_masks
 
 
 def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:

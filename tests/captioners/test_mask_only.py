@@ -1,7 +1,9 @@
 """Masks without captions: segmenters in transformers' format, encoders by name, and models of the zoo."""
 
+import catalogue
 import numpy as np
 import pytest
+import sca_registry
 import torch
 from sca_registry.contracts import Prompt
 from tiny_segmenters import SAM2_CONFIGS, SAM_CONFIG, SAM_HQ_CONFIG, build_tiny_model, correct_sam_hq_decoder
@@ -11,6 +13,7 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 import sca
 from sca.captioners.mask_only import MaskOnly
 from sca.cli import run_command
+from sca.encoders.tiny_vit import TinyVit
 
 CONFIGS = {**SAM2_CONFIGS, "sam": SAM_CONFIG, "sam_hq": SAM_HQ_CONFIG}
 SEEDS = {"sam2": 4, "edgetam": 1, "sam3_tracker": 2, "sam": 6, "sam_hq": 1}  # masks that are neither empty nor full
@@ -88,6 +91,17 @@ def test_load_captioner_takes_encoders_with_masks_and_models_with_none(image):
     assert len(half.caption(image, [Prompt(box=BOX)] * 3)) == 3
 
 
+def test_mask_only_uses_the_segmenter_that_an_instance_of_an_encoder_names(image, monkeypatch):
+    monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))
+
+    class UndeclaredEncoder(TinyVit):
+        default_segmenter = property(lambda self: "sam")
+
+    sca_registry.encoders.register("undeclared", func=UndeclaredEncoder)
+    captioner = sca.load_captioner({"name": "none", "encoder": {"name": "undeclared", "image_size": 64}})
+    assert captioner.caption(image, [Prompt(box=BOX)])[0].mask["size"] == [60, 80]
+
+
 def test_mask_only_warns_about_random_weights(caplog):
     sca.load_captioner("tiny-vit image_size=64")
     assert "random weights" in caplog.text
@@ -99,7 +113,7 @@ def test_mask_only_warns_about_random_weights(caplog):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("none", "masks require an encoder; give its name, such as sam-vit-b"),
+        ("none", "masks require an encoder; pass its name, such as sam-vit-b"),
         ("clip-vit-b-32", "the segmenter of the encoder 'clip-vit-b-32' predicts no masks"),
         ("tiny-vit hiden_size=3", "no option 'hiden_size'. Did you mean 'hidden_size'"),
         ("sam-vit-bb", "no model, captioner or folder named 'sam-vit-bb'.* an encoder with masks, such as sam-vit-b"),
