@@ -78,7 +78,7 @@ def list_names(
     rows = [row for row in rows if row["state"].startswith(state) and (not extra or row.get("extra") == extra)]
     rows = [row for row in rows if _is_match(row, pattern, search)]
     if not rows and (pattern or search):
-        raise ValueError(f"nothing matches {pattern or search!r}; `sca list` without it prints all names")
+        raise ValueError(f"nothing matches {pattern or search!r}; run `sca list` to print all names")
     if as_json:
         print_json(rows)
         return

@@ -80,7 +80,7 @@ def load_captioner(
     for option in LOAD_ARGUMENTS:
         if option in component.options:
             raise RegistryError(
-                f"{option} is not an option of {component.name!r}; give it separately: "
+                f"{option} is not an option of {component.name!r}; pass it separately: "
                 f"{option}=... in Python, --{option.replace('_', '-')} on the command line"
             )
     options = {**component.options, **options}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ class Detections(NamedTuple):
     masks: Tensor | None = None
 
 
-class Detector:
+class Detector(ABC):
     """Proposer that runs a model of transformers. Subclasses implement `detect_regions`.
 
     Args:
@@ -105,9 +106,9 @@ class Detector:
         """Build a processor for random weights."""
         return build_dummy_processor(config)
 
+    @abstractmethod
     def detect_regions(self, image: Image.Image) -> Detections:
         """Detect regions in an RGB image, in any order and of any score."""
-        raise NotImplementedError
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:

@@ -259,7 +259,7 @@ def compute_regions_per_process(options: TrainOptions, num_processes: int) -> in
     num_parts = num_processes * options.gradient_accumulation_steps
     if 0 < options.max_regions_per_step < num_parts:
         raise RegistryError(
-            f"train.max_regions_per_step={options.max_regions_per_step} is too small; give at least {num_parts}: one "
+            f"train.max_regions_per_step={options.max_regions_per_step} is too small; set at least {num_parts}: one "
             f"region for each process ({num_processes}) and accumulated batch ({options.gradient_accumulation_steps})"
         )
     return options.max_regions_per_step // num_parts

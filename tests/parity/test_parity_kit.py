@@ -334,7 +334,7 @@ def test_check_command_prints_a_line_per_comparison(arguments, status, last_line
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("encoder sam --against SamModel", "the reference is 'SamModel'; give LIBRARY:MODEL"),
+        ("encoder sam --against SamModel", "the reference is 'SamModel'; write LIBRARY:MODEL"),
         (
             "encoder sam --against tim:resnet50",
             "unknown library 'tim' for components of this kind. Did you mean 'timm'?",

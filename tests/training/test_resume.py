@@ -131,7 +131,7 @@ def test_train_suggests_one_process_for_a_batch_size_not_divisible_by_processes(
 
 def test_train_rejects_region_budget_below_accumulation_steps(make_recipe, tmp_path):
     with pytest.raises(
-        ValueError, match=r"train\.max_regions_per_step=1 is too small; give at least 2: one region for each process"
+        ValueError, match=r"train\.max_regions_per_step=1 is too small; set at least 2: one region for each process"
     ):
         train(make_recipe(max_regions_per_step=1, gradient_accumulation_steps=2), tmp_path, quiet=True)
 

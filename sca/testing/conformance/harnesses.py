@@ -178,7 +178,7 @@ def make_prompts(image_size: int, mask_size: int, generator: torch.Generator) ->
     """Return a batch with varying regions per image, `IMAGE_INDEX`, for every kind of prompt.
 
     Args:
-        image_size: Side of the input frame in pixels.
+        image_size: Side of the model input in pixels.
         mask_size: Side of mask prompts.
         generator: Random generator.
 

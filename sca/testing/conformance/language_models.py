@@ -131,7 +131,7 @@ def default_generation_is_greedy(harness: LanguageModelHarness) -> str | None:
 
 def _count_before_padding(generated_ids: list[int], expected_ids: list[int]) -> int:
     """Return how many tokens come before padding: equal tokens up to the end that differ from the expected ones."""
-    pairs = zip(generated_ids, expected_ids, strict=False)
+    pairs = zip(generated_ids, expected_ids, strict=False)  # generation stops when every caption has ended
     first_difference = next((index for index, (token, expected) in enumerate(pairs) if token != expected), None)
     if not first_difference or len(set(generated_ids[first_difference:])) > 1:
         return len(generated_ids)

@@ -73,7 +73,7 @@ def check_encoder(component: Component, against: str, options: Mapping[str, Any]
         reference = OpenClipReference(name, all_options, folder)
     else:
         reference = TransformersEncoder(find_model_class(name, "encoders"), options.get("config"))
-    reference.prepare(folder)
+    reference.save_random_weights(folder)
     encoder: Any = build_part("encoders", component, options, folder)
     locator, pixel_values = DifferenceLocator(reference.model, encoder), make_pixel_values(encoder, num_images=2)
 
@@ -115,7 +115,7 @@ def check_segmenter(component: Component, against: str, options: Mapping[str, An
             require_weights_option(kind, part)
     encoder_options = collect_options("encoders", parts.encoder, {} if parts.segmenter else options)
     reference = TransformersSegmenter(model_class, encoder_options.get("config"))
-    reference.prepare(folder)
+    reference.save_random_weights(folder)
     encoder: Any = build_part("encoders", parts.encoder, encoder_options, folder)
     segmenter: Any = _build_segmenter(encoder, parts.segmenter, options, folder)
     modules = nn.ModuleDict({"encoder": encoder, "segmenter": segmenter})
@@ -131,7 +131,7 @@ def check_segmenter(component: Component, against: str, options: Mapping[str, An
         outputs = {"masks": output.masks, "iou_scores": output.iou_scores}
         return _sort_masks(outputs) if reference.has_sorted_masks else outputs
 
-    def compare(prompt_type: str, prompts: PromptBatch, multimask_output: bool) -> ParityResult:
+    def compare_masks(prompt_type: str, prompts: PromptBatch, multimask_output: bool) -> ParityResult:
         def locate_row(row: int) -> DifferenceLocation | None:
             image_index = int(prompts.image_index[row])
             region = replace(prompts[row : row + 1], image_index=torch.tensor([0]))
@@ -155,7 +155,7 @@ def check_segmenter(component: Component, against: str, options: Mapping[str, An
     with compute_in_float64():
         for multimask_output in (True, False):
             for prompt_type, prompts in prompts_by_type.items():
-                results.append(compare(prompt_type, prompts.to(torch.float64), multimask_output))
+                results.append(compare_masks(prompt_type, prompts.to(torch.float64), multimask_output))
     return results
 
 
@@ -177,7 +177,7 @@ def check_language_model(
     require_weights_option("language_models", component)
     options = collect_options("language_models", component, options)
     reference = TransformersLanguageModel(find_model_class(name, "language_models"), options.get("config"))
-    reference.prepare(folder)
+    reference.save_random_weights(folder)
     language_model: Any = build_part("language_models", component, options, folder)
     locator, generator = DifferenceLocator(reference.model, language_model), torch.Generator().manual_seed(1)
     num_texts, max_length = len(TEXT_LENGTHS), max(TEXT_LENGTHS)
@@ -192,7 +192,7 @@ def check_language_model(
     def mask_padding(values: Tensor, mask: Tensor) -> Tensor:
         return values.masked_fill(mask[..., None] == 0, 0.0)
 
-    def compare(title: str, reference_inputs: Mapping[str, Tensor], embeddings: Tensor) -> ParityResult:
+    def compare_logits(title: str, reference_inputs: Mapping[str, Tensor], embeddings: Tensor) -> ParityResult:
         def run_reference(rows: slice, length: int) -> Outputs:
             inputs = {name: value[rows, :length] for name, value in reference_inputs.items()}
             mask = attention_mask[rows, :length]
@@ -212,8 +212,8 @@ def check_language_model(
 
     with compute_in_float64():
         return [
-            compare("logits of token ids", {"input_ids": ids}, embeddings),
-            compare("logits of embeddings", {"embeddings": prefix}, prefix),
+            compare_logits("logits of token ids", {"input_ids": ids}, embeddings),
+            compare_logits("logits of embeddings", {"embeddings": prefix}, prefix),
             *(
                 compare_generation(language_model, reference, prefix[:, :PREFIX_LENGTH], num_beams)
                 for num_beams in (1, NUM_BEAMS)

@@ -55,14 +55,14 @@ class TimmReference(EncoderReference):
             self.model = timm.create_model(name, **arguments)
         except TypeError as error:
             raise InputError(
-                f"timm's {name} does not accept {', '.join(arguments)} ({error}); give config={{...}} with arguments "
+                f"timm's {name} does not accept {', '.join(arguments)} ({error}); pass config={{...}} with arguments "
                 "that make it tiny"
             ) from error
         self.arguments = arguments
         self.image_size: int = options.get("image_size") or self.model.pretrained_cfg["input_size"][-1]
         self.feature_layer: int = options.get("feature_layer", -1)
 
-    def save(self, folder: Path) -> None:
+    def save_weights(self, folder: Path) -> None:
         """Write the configuration and the weights."""
         import timm
 
@@ -119,12 +119,12 @@ class OpenClipReference(EncoderReference):
             self.clip = build_open_clip_model(folder)
         except TypeError as error:
             raise InputError(
-                f"open_clip's {name} does not accept the configuration: {error}; give config={{...}}"
+                f"open_clip's {name} does not accept the configuration: {error}; pass config={{...}}"
             ) from error
         self.model = self.clip.visual
         self.feature_layer: int = options.get("feature_layer", -1)
 
-    def save(self, folder: Path) -> None:
+    def save_weights(self, folder: Path) -> None:
         """Write the weights, including those of a minimal text tower."""
         save_file(self.clip.state_dict(), folder / f"{OPEN_CLIP_PREFIX}{SAFETENSORS_FILE}")
         if hasattr(self.model, "trunk") and self.image_size:  # after loading weights, as in open_clip

@@ -24,23 +24,23 @@ class Reference(ABC):
     """Model of another library with random weights.
 
     Attributes:
-        model: Torch module, in float64 and eval mode after `prepare`.
+        model: Torch module, in float64 and eval mode after `save_random_weights`.
     """
 
     model: Any
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
+    def save_weights(self, folder: Path) -> None:
         """Write the configuration and the weights in the format of the library."""
 
-    def prepare(self, folder: Path) -> None:
+    def save_random_weights(self, folder: Path) -> None:
         """Initialize the weights, save them and convert the model to float64.
 
         Args:
             folder: Folder for the weights.
         """
         randomize_weights(self.model)
-        self.save(folder)
+        self.save_weights(folder)
         self.model.double().eval()
 
 
@@ -52,8 +52,8 @@ class ImageReference(Reference):
 
         Args:
             image: RGB image.
-            image_size: Side S of the input frame in pixels.
-            content_size: Width and height of the resized image in the input frame.
+            image_size: Side S of the model input in pixels.
+            content_size: Width and height of the resized image in the model input.
 
         Returns:
             (3, height, width) at `content_size`, or (3, S, S) with padding; None if the library has no image processor
@@ -135,7 +135,7 @@ def parse_reference_name(against: str, libraries: tuple[str, ...]) -> tuple[str,
     """
     library, _, model = against.partition(":")
     if not model:
-        raise InputError(f"the reference is {against!r}; give LIBRARY:MODEL, such as transformers:SamModel")
+        raise InputError(f"the reference is {against!r}; write LIBRARY:MODEL, such as transformers:SamModel")
     if library not in libraries:
         raise make_unknown_name_error(f"unknown library {library!r} for components of this kind", library, libraries)
     if importlib.util.find_spec(library) is None:

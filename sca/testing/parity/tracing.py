@@ -150,7 +150,7 @@ class _ComponentCalls:
         """Return whether a module has the parameters of the called one, and was called or not."""
         return call.fingerprint in self._fingerprints
 
-    def find(self, call: ModuleCall) -> list[ModuleCall]:
+    def find_calls(self, call: ModuleCall) -> list[ModuleCall]:
         """Return the calls of the same module, in order: of the same class, if the component has such a module.
 
         Modules with the same parameters may be different, such as the token embeddings and the output projection.
@@ -266,7 +266,7 @@ def _iter_matches(calls: Sequence[ModuleCall], component_calls: _ComponentCalls)
     Other calls are replaced by those inside them.
     """
     for call in calls:
-        candidates = [_match_calls(call, each) for each in component_calls.find(call)] if call.outputs else []
+        candidates = [_match_calls(call, each) for each in component_calls.find_calls(call)] if call.outputs else []
         if candidates:
             # of several calls, one with equal outputs, or else with equal inputs, and the innermost of nested modules
             yield min(

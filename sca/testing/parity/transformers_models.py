@@ -82,7 +82,7 @@ class TransformersReference:
         with silence_transformers():
             self.model: Any = model_class(_build_config(model_class, config))
 
-    def save(self, folder: Path) -> None:
+    def save_weights(self, folder: Path) -> None:
         """Write the configuration and the weights."""
         with silence_transformers():
             self.model.save_pretrained(folder)
@@ -124,7 +124,7 @@ class TransformersEncoder(TransformersImageReference, EncoderReference):
         features = getattr(self.model(pixel_values=pixel_values), "last_hidden_state", None)
         if features is None:
             raise InputError(
-                f"transformers' {type(self.model).__name__} returns no last_hidden_state; give its vision model"
+                f"transformers' {type(self.model).__name__} returns no last_hidden_state; pass its vision model"
             )
         if features.dim() == 4:
             return features
@@ -209,11 +209,11 @@ def _build_config(model_class: type[PreTrainedModel], config: Mapping[str, Any] 
     if model_type != config_class.model_type:
         raise InputError(
             f"the component has the model type {model_type!r}, and {model_class.__name__} has "
-            f"{config_class.model_type!r}; give a class of that type, or config={{...}}"
+            f"{config_class.model_type!r}; pass a class of that type, or config={{...}}"
         )
     if not fields:
         raise InputError(
-            f"the size of {model_class.__name__} is unknown; give config={{...}}, or add tiny_options to the card of "
+            f"the size of {model_class.__name__} is unknown; pass config={{...}}, or add tiny_options to the card of "
             "the component"
         )
     return config_class(**fields)
