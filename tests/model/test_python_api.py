@@ -201,6 +201,6 @@ def test_load_captioner_suggests_arguments_and_options():
 @pytest.mark.parametrize("source", ["sca-tiny device=cuda", "blip-base device=cuda", {"name": "crop", "device": "cpu"}])
 def test_load_captioner_rejects_its_own_arguments_among_the_options_of_a_source(source):
     message = (
-        r"device is not an option of '[\w-]+'; give it separately: device=\.\.\. in Python, --device on the command"
+        r"device is not an option of '[\w-]+'; pass it separately: device=\.\.\. in Python, --device on the command"
     )
     assert_one_line_error(lambda: sca.load_captioner(source), message)
