@@ -9,8 +9,8 @@ A sweep is a TOML file, bundled in `benchmarks/sweeps` or your own:
     [model]                   # a ModelSpec shared by all rows
     encoder = "tiny-vit"
 
-    [axes]                    # a field of the model or a dotted option: every combination is a row
-    mixer = ["query", { name = "resampler", depth = 2 }]
+    [axes]                    # a field of the model, a dotted option, or `model` for several fields that change
+    mixer = ["query", { name = "resampler", depth = 2 }]  # together: every combination is a row
     "encoder.image_size" = [64, 96]
 
     [train]                   # optional: a recipe by name and overrides of its [train] table
@@ -66,6 +66,7 @@ SECTION_KEYS = {
     ),
 }
 ROW_ORDERS = ("cheapest", "listed")
+JOINT_AXIS = "model"  # the axis whose values are several fields of the model that change together
 MAX_ROWS = 10_000  # a week at one minute per row
 
 
@@ -122,7 +123,8 @@ class Sweep:
     Attributes:
         name: Name of the sweep.
         model: Fields of a ModelSpec shared by all rows.
-        axes: Field of the model, or dotted option -> its values.
+        axes: Field of the model, or dotted option -> its values. The values of `model` are mappings of several fields
+            that change together.
         seeds: Random seeds; each is a row of every combination.
         num_threads: CPU threads per row; 0 divides the cores among the workers.
         summary: One line for lists.
@@ -298,8 +300,12 @@ def _get_sweeps_folder():
 
 
 def _set_axis_value(model: dict[str, Any], axis: str, value: Any) -> None:
-    """Set a field of the model or an option of a component, such as `encoder.image_size`."""
+    """Set a field of the model, an option of a component such as `encoder.image_size`, or several fields together."""
     field_name, _, option = axis.partition(".")
+    if axis == JOINT_AXIS:
+        check_type(f"each value of the axis {axis!r}", value, Mapping)
+        model |= value
+        return
     if not option:
         model[field_name] = value
         return

@@ -78,6 +78,18 @@ def test_bundled_sweeps_have_sixty_smoke_rows_and_equally_large_mixers():
     assert max(transformer_sizes) / min(transformer_sizes) < 1.05
 
 
+def test_axis_of_several_fields_changes_them_together(make_sweep):
+    axes = """[axes]
+mixer = ["roi-pool", "mask-tokens"]
+model = [{ segmenter = "box" }, { segmenter = "sam", task_tokens = 4 }]
+"""
+    rows = make_sweep(BASE_SWEEP + axes).list_rows("listed")
+    assert [
+        (model["mixer"]["name"], model["segmenter"]["name"], model["task_tokens"])
+        for model in (row.config["model"] for row in rows)
+    ] == [("roi-pool", "box", 2), ("roi-pool", "sam", 4), ("mask-tokens", "box", 2), ("mask-tokens", "sam", 4)]
+
+
 def test_row_key_depends_only_on_the_configuration(make_sweep):
     original_rows, rows_with_comment = (
         make_sweep().list_rows(),
@@ -97,6 +109,7 @@ def test_row_key_depends_only_on_the_configuration(make_sweep):
         ("[benchmark]", "[benchmrk]", "Did you mean 'benchmark'"),
         ("max_new_tokens = 2", "max_tokens = 2", "Did you mean 'max_new_tokens'"),
         ("[axes]", "seeds = []\n[axes]", "unknown field 'seeds'"),
+        ("[axes]", '[axes]\nmodel = ["tiny-vit"]', "each value of the axis 'model' is 'tiny-vit'"),
         ("task_tokens = 2", "task_token = 2", "Did you mean 'task_tokens'"),
         ("[axes]", "[axes", "is not valid TOML"),
         ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds is 4294967296; expected an integer from 0 to"),
