@@ -23,7 +23,8 @@ from typing import Any
 
 from sca_bench.decoding import DECODING_METHODS
 from sca_bench.plan_accuracy import FULL_SIZE_MODELS
-from sca_bench.sweep import Sweep, SweepRow
+from sca_bench.row import SweepRow
+from sca_bench.sweep import Sweep
 from sca_registry.overrides import MODEL_COMPONENTS
 
 from sca.launchers.local import LocalLauncher
@@ -161,13 +162,13 @@ def iter_measurements(device: str, golden: Path) -> Iterator[Measurement]:
     sweep = read_throughput_sweep(device, use_tiny_models)
     main_counts, other_counts = ([2], [1, 4]) if use_tiny_models else ([64], [1, 8, 256])
     yield from iter_throughput_measurements(
-        replace(sweep, benchmark={**sweep.benchmark, "regions_per_image": main_counts})
+        change_sweep(sweep, benchmark={**sweep.table["benchmark"], "regions_per_image": main_counts})
     )
     yield from iter_plan_measurements(device, use_tiny_models)
     yield from iter_training_steps(sweep, use_tiny_models)
     yield from iter_decoding_measurements(device, use_tiny_models)
     yield from iter_throughput_measurements(
-        replace(sweep, benchmark={**sweep.benchmark, "regions_per_image": other_counts})
+        change_sweep(sweep, benchmark={**sweep.table["benchmark"], "regions_per_image": other_counts})
     )
     yield make_training_measurement(device, use_tiny_models)
 
@@ -204,12 +205,17 @@ def iter_published_comparisons(device: str, use_tiny_models: bool) -> Iterator[M
 def read_throughput_sweep(device: str, use_tiny_models: bool) -> Sweep:
     """Return the sweep `throughput` without LoRA and training, most valuable first; with tiny components on a CPU."""
     sweep = Sweep.read("throughput", device)
-    benchmark = {**sweep.benchmark, "training_step": False, "plan": False, "num_repeats": 3}
-    axes = {**sweep.axes, "lora": [0]}
+    benchmark = {**sweep.table["benchmark"], "training_step": False, "plan": False, "num_repeats": 3}
+    axes = {**sweep.table["axes"], "lora": [0]}
     if use_tiny_models:
         axes |= {"encoder": [TINY_VIT], "mixer": TINY_MIXERS, "language_model": [TINY_LM]}
         benchmark |= {"max_new_tokens": 4, "num_repeats": 1}
-    return replace(sweep, axes=axes, benchmark=benchmark)
+    return change_sweep(sweep, axes=axes, benchmark=benchmark)
+
+
+def change_sweep(sweep: Sweep, **tables: Mapping[str, Any]) -> Sweep:
+    """Return a copy of a sweep with other tables."""
+    return Sweep.from_dict({**sweep.table, **tables}, sweep.name, sweep.device)
 
 
 def iter_throughput_measurements(sweep: Sweep) -> Iterator[Measurement]:
@@ -220,11 +226,15 @@ def iter_throughput_measurements(sweep: Sweep) -> Iterator[Measurement]:
 
 def iter_training_steps(sweep: Sweep, use_tiny_models: bool) -> Iterator[Measurement]:
     """Yield a training step with and without LoRA, each with and without cached features."""
-    axes = {**sweep.axes, "lora": [0, 2 if use_tiny_models else 16]}
+    axes = {**sweep.table["axes"], "lora": [0, 2 if use_tiny_models else 16]}
     if not use_tiny_models:
         axes |= {"encoder": ["sam-vit-b"], "mixer": ["query"], "language_model": ["gpt2-large"]}
-    benchmark = {**sweep.benchmark, "training_step": True, "regions_per_image": [2 if use_tiny_models else 16]}
-    for row in replace(sweep, axes=axes, benchmark=benchmark).list_rows("listed"):
+    benchmark = {
+        **sweep.table["benchmark"],
+        "training_step": True,
+        "regions_per_image": [2 if use_tiny_models else 16],
+    }
+    for row in change_sweep(sweep, axes=axes, benchmark=benchmark).list_rows("listed"):
         yield convert_row_to_measurement("training step", row)
 
 

@@ -185,6 +185,7 @@ def report(
     rows = ResultStore(folder).read_rows()
     if not rows:
         raise ValueError(f"no results in {folder}; run sca bench run SWEEP --out {folder}")
+    sweep = ResultStore(folder).read_sweep()
     page = out or folder / "report.html"
     create_writable_folder(page.parent)
     siblings = [page.with_suffix(".md"), page.with_suffix(".csv")]
@@ -194,8 +195,8 @@ def report(
         if sibling.exists() and not reports.is_table_of_report(sibling):
             raise ValueError(f"{sibling} exists and was not written by `sca bench report`; choose a different --out")
     for path, content in (
-        (page, reports.render_sweep_page(rows, f"sweep {rows[0]['sweep']}", score)),
-        (page.with_suffix(".md"), reports.render_markdown(rows, score)),
+        (page, reports.render_sweep_page(rows, f"sweep {rows[0]['sweep']}", score, sweep)),
+        (page.with_suffix(".md"), reports.render_markdown(rows, score, sweep)),
         (page.with_suffix(".csv"), reports.render_csv(rows, score)),
     ):
         write_file(path, content)

@@ -12,7 +12,16 @@ from sca.io.score_format import PRINT_FACTOR, format_interval, format_score
 from sca.io.text import escape_markdown, format_count, format_csv
 from sca.output.colors import REGION_COLORS
 from sca.output.html_page import render_template
+from sca_bench.effects import Effect
 from sca_bench.store import ROW_STATES
+from sca_bench.study_report import (
+    EFFECT_COLUMNS,
+    TEXT_COLUMNS_OF_EFFECTS,
+    StudyReport,
+    build_setting_columns,
+    build_study_reports,
+    format_effect,
+)
 from sca_bench.summary import (
     CombinationSummary,
     choose_quality_score,
@@ -21,13 +30,14 @@ from sca_bench.summary import (
     find_varying_settings,
     summarize_rows,
 )
+from sca_bench.sweep import Sweep
 from sca_bench.timing import STAGES
 
 CHART_WIDTH, CHART_HEIGHT, CHART_MARGIN = 560, 320, 48  # pixels
 MAX_HEADING_CHARACTERS = 100_000
 NUMERIC_COLUMNS = (
     *("seeds", "params (M)", "trainable (M)", "encoder GFLOPs", "other GFLOPs", "score", "95% CI", "std over seeds"),
-    *("time to first token (ms)", "regions/s", "training step (ms)", "memory (GiB)"),
+    *("time to first token (ms)", "regions/s", "training step (ms)", "memory (GiB)", "cost (min)"),
 )
 
 
@@ -50,20 +60,24 @@ class StageBars(NamedTuple):
     longest: float  # greatest total over the stages in seconds
 
 
-def render_sweep_page(rows: Sequence[Mapping[str, Any]], title: str, score_name: str | None = None) -> str:
+def render_sweep_page(
+    rows: Sequence[Mapping[str, Any]], title: str, score_name: str | None = None, sweep: Sweep | None = None
+) -> str:
     """Render a self-contained HTML page, with scores times 100.
 
     Args:
         rows: Rows of the results file.
         title: Title of the page.
         score_name: Score that measures quality. Defaults to the most informative one available.
+        sweep: Sweep of the rows, for the tables of its studies and comparisons.
 
     Returns:
         The HTML.
     """
     score_name = score_name or choose_quality_score(rows)
     summaries = summarize_rows(rows, score_name)
-    text_columns, numeric_columns = _build_columns(summaries, score_name)
+    text_columns = build_setting_columns(summaries, sweep)
+    numeric_columns = _build_numeric_columns(summaries, score_name)
     quality_note = f"score: {score_name}, times 100" if score_name else "no scores"
     charts = (
         _build_speed_chart(summaries, score_name),
@@ -84,75 +98,125 @@ def render_sweep_page(rows: Sequence[Mapping[str, Any]], title: str, score_name:
         margin=CHART_MARGIN,
         charts=[chart for chart in charts if chart],
         bars=_build_stage_bars(summaries),
+        effect_headings=EFFECT_COLUMNS,
+        num_effect_text_columns=len(TEXT_COLUMNS_OF_EFFECTS),
+        studies=[_build_study_section(each, score_name) for each in _list_study_reports(sweep, rows, score_name)],
         unfinished=[(row["label"], row["state"], row["reason"]) for row in _list_unfinished_rows(rows)],
         commands=[(summary.label, summary.command) for summary in summaries],
     )
 
 
-def render_markdown(rows: Sequence[Mapping[str, Any]], score_name: str | None = None) -> str:
-    """Render a Markdown table with scores times 100, followed by the rows that did not finish.
+def render_markdown(
+    rows: Sequence[Mapping[str, Any]], score_name: str | None = None, sweep: Sweep | None = None
+) -> str:
+    """Render Markdown tables with scores times 100, followed by the rows that did not finish.
+
+    A sweep with studies has one table of all expected effects, and one table of combinations per study. Another sweep
+    has one table of combinations.
 
     Args:
         rows: Rows of the results file.
         score_name: Score that measures quality. Defaults to the most informative one available.
+        sweep: Sweep of the rows, for the tables of its studies and comparisons.
 
     Returns:
         The Markdown.
     """
     score_name = score_name or choose_quality_score(rows)
-    text_columns, numeric_columns = _build_columns(summarize_rows(rows, score_name), score_name)
-    markdown_lines = [
-        _render_table_row([*text_columns, *numeric_columns]),
-        f"|{' --- |' * len(text_columns)}{' ---: |' * len(numeric_columns)}",
-    ]
-    markdown_lines += [
-        _render_table_row(cells) for cells in zip(*text_columns.values(), *numeric_columns.values(), strict=True)
-    ]
+    study_reports = _list_study_reports(sweep, rows, score_name)
+    if any(each.title for each in study_reports):
+        effects = [effect for each in study_reports for effect in each.effects]
+        markdown_lines = [*_render_effects(effects), *_render_studies(study_reports, score_name)]
+    else:
+        summaries = summarize_rows(rows, score_name)
+        text_columns = build_setting_columns(summaries, sweep)
+        markdown_lines = _render_table(text_columns, _build_numeric_columns(summaries, score_name))
+        for each in study_reports:
+            markdown_lines += [*([""] if each.effects else []), *_render_effects(each.effects)]
+            markdown_lines += [line for note in each.notes for line in ("", escape_markdown(note))]
     unfinished = [
         f"- {escape_markdown(row['label'])}: {escape_markdown(row['state'])}. {escape_markdown(row['reason'])}"
         for row in _list_unfinished_rows(rows)
     ]
     score_note = f"Score: {escape_markdown(score_name)}; scores times 100; " if score_name else ""
     markdown_lines += [
-        *_render_speed_table(summarize_rows(rows, score_name)),
+        *_render_speed_table(summarize_rows(rows, score_name), sweep),
         "",
         f"{score_note}{escape_markdown(_describe_environments(rows))}.",
     ]
     return "\n".join([*markdown_lines, *([""] if unfinished else []), *unfinished]) + "\n"
 
 
+def _list_study_reports(
+    sweep: Sweep | None, rows: Sequence[Mapping[str, Any]], score_name: str | None
+) -> list[StudyReport]:
+    return [] if sweep is None else build_study_reports(sweep, rows, score_name)
+
+
+def _render_effects(effects: Sequence[Effect]) -> list[str]:
+    if not effects:
+        return []
+    num_text = len(TEXT_COLUMNS_OF_EFFECTS)
+    rule = f"|{' --- |' * num_text}{' ---: |' * (len(EFFECT_COLUMNS) - num_text)}"
+    return [_render_table_row(EFFECT_COLUMNS), rule, *(_render_table_row(format_effect(each)) for each in effects)]
+
+
+def _render_studies(study_reports: Sequence[StudyReport], score_name: str | None) -> list[str]:
+    markdown_lines = []
+    for each in study_reports:
+        markdown_lines += ["", f"## {escape_markdown(each.title)}", "", escape_markdown(each.summary), ""]
+        markdown_lines += _render_table(each.settings, _build_numeric_columns(each.summaries, score_name))
+        markdown_lines += [line for note in each.notes for line in ("", escape_markdown(note))]
+    return markdown_lines
+
+
+def _build_study_section(study_report: StudyReport, score_name: str | None) -> dict[str, Any]:
+    """Return the values of a study that the page shows."""
+    numeric_columns = _build_numeric_columns(study_report.summaries, score_name)
+    return {
+        "title": study_report.title,
+        "summary": study_report.summary,
+        "headings": [*study_report.settings, *numeric_columns],
+        "text_columns": len(study_report.settings),
+        "rows": list(zip(*study_report.settings.values(), *numeric_columns.values(), strict=True)),
+        "effects": [format_effect(each) for each in study_report.effects],
+        "notes": study_report.notes,
+    }
+
+
+def _render_table(text_columns: Mapping[str, list[str]], numeric_columns: Mapping[str, list[str]]) -> list[str]:
+    return [
+        _render_table_row([*text_columns, *numeric_columns]),
+        f"|{' --- |' * len(text_columns)}{' ---: |' * len(numeric_columns)}",
+        *(_render_table_row(cells) for cells in zip(*text_columns.values(), *numeric_columns.values(), strict=True)),
+    ]
+
+
 def is_table_of_report(file: Path) -> bool:
     """Return whether a Markdown or CSV file starts with the headings of a report."""
     with file.open(encoding="utf-8", errors="replace") as lines:
         headings = re.split(r" \| |\",\"", lines.readline(MAX_HEADING_CHARACTERS).strip('| "\n'))
-    return {*NUMERIC_COLUMNS} <= {*headings} or {*STAGES, "key", "label", "training_step"} <= {*headings}
+    return any(
+        {*columns} <= {*headings} for columns in (NUMERIC_COLUMNS, EFFECT_COLUMNS, (*STAGES, "key", "training_step"))
+    )
 
 
 def _render_table_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(map(escape_markdown, cells))} |"
 
 
-def _build_columns(
-    summaries: Sequence[CombinationSummary], score_name: str | None
-) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Return the text columns and the numeric columns of a table by heading.
-
-    Text columns are the settings that differ; numeric columns are `NUMERIC_COLUMNS` and every other score.
-    """
-    text_columns = find_varying_settings([summary.config for summary in summaries]) or {
-        "combination": [summary.label for summary in summaries]
-    }
-    numeric_columns = (
-        dict(zip(NUMERIC_COLUMNS, map(list, zip(*map(_format_numeric_cells, summaries), strict=True)), strict=True))
-        if summaries
-        else {}
+def _build_numeric_columns(summaries: Sequence[CombinationSummary], score_name: str | None) -> dict[str, list[str]]:
+    """Return the numeric columns of a table by heading: `NUMERIC_COLUMNS` and every other score."""
+    if not summaries:
+        return {name: [] for name in NUMERIC_COLUMNS}
+    numeric_columns = dict(
+        zip(NUMERIC_COLUMNS, map(list, zip(*map(_format_numeric_cells, summaries), strict=True)), strict=True)
     )
     names = dict.fromkeys(name for summary in summaries for name in summary.scores if name != score_name)
-    numeric_columns |= {name: [format_score(summary.scores.get(name)) for summary in summaries] for name in names}
-    return text_columns, numeric_columns or {name: [] for name in NUMERIC_COLUMNS}
+    return numeric_columns | {name: [format_score(summary.scores.get(name)) for summary in summaries] for name in names}
 
 
-def _render_speed_table(summaries: Sequence[CombinationSummary]) -> list[str]:
+def _render_speed_table(summaries: Sequence[CombinationSummary], sweep: Sweep | None) -> list[str]:
     """Render regions per second by number of regions, and the stage times at the largest number."""
     timed_summaries = [summary for summary in summaries if summary.regions_per_second]
     if not timed_summaries:
@@ -164,9 +228,7 @@ def _render_speed_table(summaries: Sequence[CombinationSummary]) -> list[str]:
         "Regions per second by regions per image, and time per stage at the largest number of regions:",
         "",
     ]
-    axes = find_varying_settings([summary.config for summary in timed_summaries]) or {
-        "combination": [summary.label for summary in timed_summaries]
-    }
+    axes = build_setting_columns(timed_summaries, sweep)
     markdown_lines += [_render_table_row([*axes, *headings]), f"|{' --- |' * len(axes)}{' ---: |' * len(headings)}"]
     for summary, axis_values in zip(timed_summaries, zip(*axes.values(), strict=True), strict=True):
         speeds = [_format_in_unit(summary.regions_per_second.get(num_regions), 1) for num_regions in region_counts]
@@ -225,6 +287,7 @@ def _format_numeric_cells(summary: CombinationSummary) -> list[str]:
         _format_in_unit(summary.max_regions_per_second, 1),
         _format_in_unit(summary.training_step, 1e-3),
         _format_in_unit(summary.memory, 2**30),
+        _format_in_unit(summary.cost, 60),
     ]
 
 

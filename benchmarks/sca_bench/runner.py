@@ -75,13 +75,18 @@ def run_sweep(
             )
         finished_keys = {row["key"] for row in store.read_rows()}
         missing = [row for key, row in rows.items() if key not in finished_keys]
+        store.write_sweep(sweep)
         if missing:
-            check_rows(sweep, missing)
+            check_rows(missing)
         tasks = [
             Task(
                 key,
                 "sca_bench.worker:run_row",
-                {**row.config, **({"force": True} if force else {})},
+                {
+                    **row.config,
+                    "feature_cache_dir": str(store.folder / "features"),
+                    **({"force": True} if force else {}),
+                },
                 str(store.make_row_folder(key)),
                 timeout,
                 num_gpus=int(sweep.device != "cpu"),

@@ -2,12 +2,15 @@
 
 A results folder contains:
 
+    sweep.json        name, device and tables of the sweep that ran last
     results.jsonl     one finished row per line; append-only, written by the process that holds the lock
+    features/         features of frozen encoders, shared by the rows
     rows/KEY/         log and output files of a row
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +19,11 @@ from typing import Any
 from sca.io.atomic import write_file
 from sca.io.errors import InputError
 from sca.io.journal import Journal, encode_lines, read_journal
+from sca.io.json import read_json
 from sca.io.run_folder import RunFolder
+from sca_bench.sweep import Sweep
 
-RESULTS_NAME = "results.jsonl"
+RESULTS_NAME, SWEEP_NAME = "results.jsonl", "sweep.json"
 ROW_STATES = {
     "done": "trained, evaluated and timed",
     "incompatible": "the components are incompatible",
@@ -54,6 +59,29 @@ class ResultStore:
                 raise InputError(f"{self.path}, line {number}, is not a row; remove the line, or move the file")
             rows.setdefault(row["key"], row)
         return list(rows.values())
+
+    def write_sweep(self, sweep: Sweep) -> None:
+        """Store a sweep beside its rows, for reports."""
+        content = {"name": sweep.name, "device": sweep.device, "table": sweep.table}
+        write_file(self.folder / SWEEP_NAME, f"{json.dumps(content, indent=1)}\n".encode())
+
+    def read_sweep(self) -> Sweep | None:
+        """Read the sweep that ran last; None for results without one.
+
+        Returns:
+            The sweep.
+
+        Raises:
+            InputError: The file is not a sweep.
+        """
+        path = self.folder / SWEEP_NAME
+        if not path.exists():
+            return None
+        content = read_json(path)
+        try:
+            return Sweep.from_dict(content["table"], content["name"], content["device"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} is not a sweep; remove it, and run the sweep again") from error
 
     @contextmanager
     def lock(self) -> Iterator[list[str]]:

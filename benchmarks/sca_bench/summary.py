@@ -38,6 +38,7 @@ class CombinationSummary:
     time_to_first_token: float | None  # seconds at the smallest number of regions
     training_step: float | None  # seconds
     memory: int | None  # bytes: measured peak while captioning, else as estimated
+    cost: float | None  # mean seconds of a row, from the start of its process
     command: str
 
     @classmethod
@@ -95,6 +96,7 @@ class CombinationSummary:
             else None,
             training_step=median(step_seconds) if step_seconds else None,
             memory=max(memory_bytes) if memory_bytes else None,
+            cost=mean(costs) if (costs := [cost for row in rows if (cost := get_cost(row)) is not None]) else None,
             command=f"sca bench row {shlex.quote(json.dumps(first['config'], sort_keys=True))}",
         )
 
@@ -112,6 +114,12 @@ class CombinationSummary:
     def max_regions_per_second(self) -> float | None:
         """Regions per second at the largest number of regions."""
         return self.regions_per_second[max(self.regions_per_second)] if self.regions_per_second else None
+
+
+def get_cost(row: Mapping[str, Any]) -> float | None:
+    """Return the seconds of a row from the start of its process; None if they are unknown."""
+    seconds = row.get("seconds") or {}
+    return seconds.get("process", seconds.get("total"))
 
 
 def summarize_rows(rows: Iterable[Mapping[str, Any]], score_name: str | None) -> list[CombinationSummary]:
@@ -154,22 +162,24 @@ def find_shared_components(configs: Sequence[Mapping[str, Any]]) -> dict[str, st
 
 
 def _list_settings(config: Mapping[str, Any]) -> dict[str, str]:
-    settings = {name: _format_setting(value) for name, value in config["model"].items()}
+    settings = {name: format_setting(value) for name, value in config.get("model", {}).items()}
     for name, value in config.items():
-        if isinstance(value, Mapping) and name != "model":
-            settings |= {f"{name}.{key}": _format_setting(each) for key, each in value.items()}
+        if name == "captioner":
+            settings[name] = format_setting(value)
+        elif isinstance(value, Mapping) and name != "model":
+            settings |= {f"{name}.{key}": format_setting(each) for key, each in value.items()}
         elif name not in ("model", "seed"):
-            settings[name] = _format_setting(value)
+            settings[name] = format_setting(value)
     return settings
 
 
-def _format_setting(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """Format a value for a table; a component becomes NAME(OPTION=VALUE,...)."""
     if isinstance(value, Mapping):
-        options = ",".join(f"{key}={_format_setting(each)}" for key, each in value.items() if key != "name")
+        options = ",".join(f"{key}={format_setting(each)}" for key, each in value.items() if key != "name")
         name = str(value.get("name", ""))
         return f"{name}({options})" if name and options else name or options
-    return " ".join(map(_format_setting, value)) if isinstance(value, list) else "" if value is None else str(value)
+    return " ".join(map(format_setting, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
 def format_score_name(score: Mapping[str, Any]) -> str:

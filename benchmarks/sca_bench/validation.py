@@ -6,53 +6,60 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sca_registry import RegistryError, datasets, get_registry
+from sca_registry import RegistryError, captioners, datasets, get_registry
 from sca_registry.overrides import MODEL_COMPONENTS
-from sca_registry.spec import ComponentSpec, ModelSpec, check_generation
+from sca_registry.spec import ComponentSpec, check_generation
 
 from sca.data.summary import check_dataset_not_empty
 from sca.evaluation.predictions import PromptingOptions
 from sca.evaluation.requirements import check_has_truth, check_metric_needs
 from sca.evaluation.scoring import check_metrics
 from sca.training.datasets import open_training_datasets, open_validation_dataset
-from sca_bench.sweep import Sweep, SweepRow
+from sca_bench.row import SweepRow
 
 
-def check_rows(sweep: Sweep, rows: Iterable[SweepRow]) -> None:
+def check_rows(rows: Iterable[SweepRow]) -> None:
     """Check the components, options, recipes, datasets, prompts and metrics of rows.
 
     Broken components and incompatible components are results of a sweep and not rejected.
 
     Args:
-        sweep: Sweep of the rows.
         rows: Rows to check.
 
     Raises:
         ValueError: The message names the invalid field or component, or the extra to install.
     """
-    _check_evaluation(sweep)
     checked_keys: set[str] = set()
     for row in rows:
-        spec = ModelSpec.from_dict(row.config["model"])
-        for kind in MODEL_COMPONENTS:
-            component = getattr(spec, kind)
-            if component is not None and _is_first_check(checked_keys, [kind, component.to_dict()]):
-                _check_component(kind, component)
-        evaluation_generation = (sweep.evaluate or {}).get("generation", {})
-        for key, options in (("generation", spec.generation), ("evaluate.generation", evaluation_generation)):
-            if _is_first_check(checked_keys, [key, options, spec.language_model.name]):
-                _check_generation(key, options, spec.language_model)
-        recipe = row.recipe
-        if recipe is not None and _is_first_check(checked_keys, [recipe.to_dict()["data"], str(recipe.validate)]):
+        evaluation = row.config.get("evaluate")
+        if evaluation is not None and _is_first_check(checked_keys, ["evaluate", evaluation]):
+            _check_evaluation(evaluation)
+        if row.captioner is not None:
+            captioners.check(row.captioner.name, **row.captioner.options)
+        else:
+            _check_model(row, checked_keys)
+
+
+def _check_model(row: SweepRow, checked_keys: set[str]) -> None:
+    """Check the components, generation options and recipes of a row, except those that were checked before."""
+    spec = row.spec
+    assert spec is not None
+    for kind in MODEL_COMPONENTS:
+        component = getattr(spec, kind)
+        if component is not None and _is_first_check(checked_keys, [kind, component.to_dict()]):
+            _check_component(kind, component)
+    evaluation_generation = row.config.get("evaluate", {}).get("generation", {})
+    for key, options in (("generation", spec.generation), ("evaluate.generation", evaluation_generation)):
+        if _is_first_check(checked_keys, [key, options, spec.language_model.name]):
+            _check_generation(key, options, spec.language_model)
+    for recipe in row.make_recipes():
+        if _is_first_check(checked_keys, [recipe.to_dict()["data"], str(recipe.validate)]):
             open_training_datasets(recipe)
             if recipe.validate is not None:
                 open_validation_dataset(recipe.validate)
 
 
-def _check_evaluation(sweep: Sweep) -> None:
-    evaluation = sweep.evaluate
-    if evaluation is None:
-        return
+def _check_evaluation(evaluation: Mapping[str, Any]) -> None:
     prompting = PromptingOptions(
         **{key: evaluation[key] for key in ("prompt_type", "tasks", "generation") if key in evaluation}
     )

@@ -21,32 +21,50 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sca_registry import RegistryError, get_registry
 from sca_registry.compatibility import check_compatible
+from sca_registry.contracts import Captioner
 from sca_registry.overrides import MODEL_COMPONENTS
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.spec import ModelSpec
 
-import sca.evaluation.evaluate
-import sca.training.train  # noqa: F401 (also imports transformers)
 from sca.builder import build
+from sca.checkpoints.native import save
+from sca.evaluation.evaluate import evaluate
+from sca.evaluation.predictions import PromptingOptions
+from sca.inference.factory import load_captioner
+from sca.model import SegmentCaptioner
 from sca.plan import plan_model
-from sca_bench.sweep import SweepRow
+from sca.training.train import train
+from sca_bench.image_scores import collect_image_scores
+from sca_bench.row import SweepRow
 from sca_bench.timing import measure_stages, measure_training_step
 
 MAX_TRAINING_REGIONS = 16  # maximum number of regions per image in a training step
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "out of memory", "cannot allocate memory", "std::bad_alloc")
 
 
+class RunOptions(NamedTuple):
+    """How a row is run, which does not change its results.
+
+    `folder` contains the files of the row, `feature_cache_dir` the features of frozen encoders. `force` runs a row that
+    is predicted to exceed memory.
+    """
+
+    folder: Path
+    feature_cache_dir: str
+    force: bool
+
+
 def run_row(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Run a row as a launcher job; any failure becomes its state and reason.
 
     Args:
-        config: Configuration of a `sca_bench.sweep.SweepRow`, and `force` to run it even if it is predicted to exceed
-            memory.
+        config: Configuration of a `sca_bench.row.SweepRow`, `force` to run it even if it is predicted to exceed memory,
+            and `feature_cache_dir`, where the features of frozen encoders are cached.
         folder: Folder for the files of the row. Output is printed to the caller's standard output.
 
     Returns:
@@ -54,8 +72,10 @@ def run_row(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """
     config = dict(config)
     force = config.pop("force", False)
+    feature_cache_dir = config.pop("feature_cache_dir", str(Path(folder) / "features"))
     print(f"$ {format_row_command(config)}", file=sys.stderr, flush=True)
-    return run_measurement(lambda row: _make_row(row, config, Path(folder), force), config["device"])
+    run_options = RunOptions(Path(folder), feature_cache_dir, force)
+    return run_measurement(lambda row: _make_row(row, SweepRow(config), run_options), config["device"])
 
 
 def run_measurement(measure: Callable[[dict[str, Any]], None], device: str) -> dict[str, Any]:
@@ -86,10 +106,16 @@ def run_measurement(measure: Callable[[dict[str, Any]], None], device: str) -> d
     return row
 
 
-def _make_row(row: dict[str, Any], config: Mapping[str, Any], folder: Path, force: bool) -> None:
+def _make_row(row: dict[str, Any], sweep_row: SweepRow, run_options: RunOptions) -> None:
+    config = sweep_row.config
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
-    spec = ModelSpec.from_dict(config["model"])
+    spec = sweep_row.spec
+    if spec is None:
+        captioner = load_captioner(config["captioner"], device=config["device"])
+        with _StageTimer(row, "evaluate"):
+            _add_scores(row, captioner, config)
+        return
     try:
         check_compatible(spec)
     except RegistryError as error:
@@ -100,7 +126,7 @@ def _make_row(row: dict[str, Any], config: Mapping[str, Any], folder: Path, forc
         with _StageTimer(row, "plan"):
             _add_plan(row, spec, config)
     memory = row.get("memory", {})
-    if memory.get("available") is not None and memory["estimated"] > memory["available"] and not force:
+    if memory.get("available") is not None and memory["estimated"] > memory["available"] and not run_options.force:
         row["state"] = "skipped"
         row["reason"] = (
             f"estimated memory of {memory['estimated'] / 2**30:.1f} GiB exceeds the available "
@@ -112,13 +138,13 @@ def _make_row(row: dict[str, Any], config: Mapping[str, Any], folder: Path, forc
         if train_options is None:
             model = build(spec, config["device"], weights=False)
         else:
-            model = _train_model(row, config, folder).to(config["device"])
+            model = _train_model(row, sweep_row, run_options).to(config["device"])
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.group_parameters().items()}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     row.setdefault("parameters", {**groups, "total": sum(groups.values()), "trainable": trainable})
-    if evaluate_options := config.get("evaluate"):
+    if config.get("evaluate"):
         with _StageTimer(row, "evaluate"):
-            row["scores"] = _evaluate_model(model, evaluate_options, config)
+            _add_scores(row, model, config)
     if benchmark_options:
         with _StageTimer(row, "benchmark"):
             _add_measurements(row, model, benchmark_options)
@@ -165,17 +191,18 @@ def _add_plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -
     row["memory"] = {"estimated": peak, "available": _get_total_memory(config["device"])}
 
 
-def _train_model(row: dict[str, Any], config: Mapping[str, Any], folder: Path):
-    from sca.training.train import train
-
-    recipe = SweepRow(config).recipe
-    assert recipe is not None
-    training_folder = folder / "training"
+def _train_model(row: dict[str, Any], sweep_row: SweepRow, run_options: RunOptions) -> SegmentCaptioner:
+    training_folder = run_options.folder / "training"
     shutil.rmtree(training_folder, ignore_errors=True)
-    model = train(recipe, training_folder, resume=False)
-    state_files = sorted(training_folder.glob("checkpoint-*/trainer_state.json"))
-    history = json.loads(state_files[-1].read_text("utf-8"))["log_history"] if state_files else []
-    row["losses"] = [[each["step"], each["loss"]] for each in history if "loss" in each]
+    row["losses"] = []
+    first_step = 0
+    for recipe in sweep_row.make_recipes(training_folder, run_options.feature_cache_dir):
+        stage_folder = training_folder / recipe.name
+        model = train(recipe, stage_folder, resume=False, allow_external=True)
+        row["losses"] += [[first_step + step, loss] for step, loss in _read_losses(stage_folder)]
+        first_step += recipe.train.steps
+    if sweep_row.config["train"].get("keep_model"):
+        save(model, run_options.folder / "model")
     shutil.rmtree(training_folder, ignore_errors=True)
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -183,10 +210,15 @@ def _train_model(row: dict[str, Any], config: Mapping[str, Any], folder: Path):
     return model
 
 
-def _evaluate_model(model: Any, evaluate_options: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    from sca.evaluation.evaluate import evaluate
-    from sca.evaluation.predictions import PromptingOptions
+def _read_losses(training_folder: Path) -> Iterator[tuple[int, float]]:
+    state_files = sorted(training_folder.glob("checkpoint-*/trainer_state.json"))
+    for each in json.loads(state_files[-1].read_text("utf-8"))["log_history"] if state_files else []:
+        if "loss" in each:
+            yield each["step"], each["loss"]
 
+
+def _add_scores(row: dict[str, Any], model: SegmentCaptioner | Captioner, config: Mapping[str, Any]) -> None:
+    evaluate_options = config["evaluate"]
     prompting_options = {
         key: evaluate_options[key] for key in ("prompt_type", "tasks", "generation") if key in evaluate_options
     }
@@ -200,7 +232,8 @@ def _evaluate_model(model: Any, evaluate_options: Mapping[str, Any], config: Map
         max_images=evaluate_options.get("max_images"),
     )
     assert report is not None  # None in other processes than the main one; a row has one process
-    return [each.to_dict() for each in report.scoring.scores]
+    row["scores"] = [each.to_dict() for each in report.scoring.scores]
+    row["image_scores"] = collect_image_scores(report)
 
 
 def _add_measurements(row: dict[str, Any], model: Any, benchmark_options: Mapping[str, Any]) -> None:

@@ -29,6 +29,11 @@ def make_mean_statistics(values: np.ndarray) -> ScoreStatistics:
     return ScoreStatistics(np.stack((np.where(is_number, values, 0.0), is_number), axis=1).astype(float), _divide_sums)
 
 
+def is_ratio(statistics: ScoreStatistics) -> bool:
+    """Return whether a score is the sum of the first summands divided by the sum of the second ones."""
+    return statistics.compute_scores is _divide_sums
+
+
 def bootstrap_scores(
     statistics: ScoreStatistics, groups: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> np.ndarray:

@@ -39,7 +39,8 @@ def test_ray_launcher_on_two_nodes_returns_the_rows_of_the_local_launcher(ray_cl
     from sca.launchers.ray import RayLauncher
 
     mixers = ["roi-pool", "mask-tokens", {"name": "query", "depth": 1, "num_heads": 2, "mlp_dim": 64}]
-    sweep = Sweep("three", BASE_MODEL, {"mixer": mixers}, benchmark={"regions_per_image": [1], "max_new_tokens": 2})
+    benchmark = {"regions_per_image": [1], "max_new_tokens": 2}
+    sweep = Sweep.from_dict({"model": BASE_MODEL, "axes": {"mixer": mixers}, "benchmark": benchmark}, "three")
     rows_by_launcher = {}
     for name, launcher in (("local", LocalLauncher(num_workers=1)), ("ray", RayLauncher(address=ray_cluster.address))):
         tasks = [Task(row.key, JOB, row.config, str(tmp_path / name / row.key)) for row in sweep.list_rows()]

@@ -8,7 +8,10 @@ from dataclasses import replace
 
 import pytest
 import sca_registry
-from sca_bench.sweep import Sweep, SweepRow
+from sca_bench.row import SweepRow
+from sca_bench.runner import run_sweep
+from sca_bench.store import ResultStore
+from sca_bench.sweep import Sweep
 
 from sca.launchers.local import LocalLauncher
 from sca.launchers.task import Task
@@ -189,12 +192,14 @@ def test_row_contains_all_requested_measurements(tmp_path):
 
 @pytest.mark.all
 def test_local_launcher_num_workers_does_not_change_rows(tmp_path):
-    sweep = Sweep(
+    sweep = Sweep.from_dict(
+        {
+            "model": BASE_MODEL,
+            "axes": {"encoder.image_size": [64, 96]},
+            "seeds": [0, 1],
+            "benchmark": {"regions_per_image": [1], "max_new_tokens": 2},
+        },
         "two",
-        BASE_MODEL,
-        {"encoder.image_size": [64, 96]},
-        seeds=(0, 1),
-        benchmark={"regions_per_image": [1], "max_new_tokens": 2},
     )
     row_states = []
     for num_workers in (1, 2, 4):
@@ -222,3 +227,32 @@ def test_row_survives_deletion_of_its_folder(tmp_path):
     threading.Thread(target=delete_row_folder, daemon=True).start()
     (outcome,) = LocalLauncher(num_workers=1).run_tasks([running_task])
     assert outcome.result["state"] == "done", outcome.result["reason"]
+
+
+@pytest.mark.slow
+def test_row_trains_in_stages_with_shared_features_and_keeps_its_model(tmp_path):
+    import sca
+
+    mixer = {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 2, "mlp_dim": 32}
+    model = {**BASE_MODEL, "mixer": mixer, "trainable": ["mixer", "projection", "task_tokens", "language_model"]}
+    names = {"names": {"name": "scenes", "num_images": 3, "image_size": 64}}
+    train = {"steps": 2, "batch_size": 2, "warmup_steps": 1, "prompt_weights": {"box": 1.0}, "loss": {"caption": 1.0}}
+    train |= {"data": {"scenes": {"name": "scenes", "num_images": 2, "seed": 1, "image_size": 64}}}
+    train |= {"cache_features": True, "keep_model": True, "stages": [{"class_name_prob": 1.0, "data": names}, {}]}
+    table = {
+        "model": model,
+        "train": train,
+        "evaluate": {"dataset": {"name": "scenes", "num_images": 6, "image_size": 64}, "metrics": ["attributes"]},
+        "variants": {"model": {}, "baseline": {"captioner": {"name": "most-frequent", "dataset": "scenes"}}},
+    }
+    sweep = Sweep.from_dict(table, "stages")
+    run_sweep(sweep, tmp_path, report=lambda line: None)
+    rows = {each["label"].partition("(")[0]: each for each in ResultStore(tmp_path).read_rows()}
+    assert {row["state"] for row in rows.values()} == {"done"}, [row["reason"] for row in rows.values()]
+    trained = rows["tiny-vit"]
+    assert [step for step, _ in trained["losses"]] == [1, 2, 3, 4]
+    assert len([*tmp_path.glob("features/*/*/*.npy")]) == 3 + 2
+    assert sca.load(str(tmp_path / "rows" / trained["key"] / "model")).spec.mixer.name == "query"
+    assert len(trained["image_scores"]["attributes/all"]["image_ids"]) == 6
+    assert rows["most-frequent"]["scores"][0]["name"].startswith("attributes/")
+    assert ResultStore(tmp_path).read_sweep().list_rows() == sweep.list_rows()

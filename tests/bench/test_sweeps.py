@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import tomllib
+from pathlib import Path
 
 import pytest
 from sca_bench import report
@@ -16,6 +17,7 @@ from sca_bench.sweep import SECTION_KEYS, Sweep, list_sweeps
 from sca_registry import RegistryError
 
 from sca.io.errors import InputError, LockedError, OutputError
+from sca.training.recipe import TrainOptions
 
 BASE_SWEEP = """
 [model]
@@ -78,16 +80,98 @@ def test_bundled_sweeps_have_sixty_smoke_rows_and_equally_large_mixers():
     assert max(transformer_sizes) / min(transformer_sizes) < 1.05
 
 
-def test_axis_of_several_fields_changes_them_together(make_sweep):
-    axes = """[axes]
+def test_variants_change_several_values_together(make_sweep):
+    sweep = make_sweep(
+        BASE_SWEEP
+        + """
+[train]
+steps = 5
+[variants.box.model]
+segmenter = "box"
+[variants.sam]
+model = { segmenter = "sam", task_tokens = 4 }
+train = { steps = 7 }
+[axes]
 mixer = ["roi-pool", "mask-tokens"]
-model = [{ segmenter = "box" }, { segmenter = "sam", task_tokens = 4 }]
+"train.batch_size" = [1, 2]
 """
-    rows = make_sweep(BASE_SWEEP + axes).list_rows("listed")
-    assert [
-        (model["mixer"]["name"], model["segmenter"]["name"], model["task_tokens"])
-        for model in (row.config["model"] for row in rows)
-    ] == [("roi-pool", "box", 2), ("roi-pool", "sam", 4), ("mask-tokens", "box", 2), ("mask-tokens", "sam", 4)]
+    )
+    settings = [each.settings for each in sweep.list_combinations(sweep.studies[0])]
+    assert settings[0] == {"variant": "box", "mixer": "roi-pool", "train.batch_size": 1}
+    assert len(settings) == 8
+    rows = [row.config for row in sweep.list_rows("listed")]
+    assert [(row["model"]["task_tokens"], row["train"]) for row in (rows[0], rows[7])] == [
+        (2, {"steps": 5, "batch_size": 1}),
+        (4, {"steps": 7, "batch_size": 2}),
+    ]
+
+
+def test_studies_share_tables_and_equal_rows(make_sweep):
+    sweep = make_sweep(
+        BASE_SWEEP.replace("task_tokens = 2", 'task_tokens = 2\nmixer = "roi-pool"')
+        + """
+[evaluate]
+dataset = "scenes"
+[studies.mixers]
+summary = "mixers"
+axes = { mixer = ["roi-pool", "mask-tokens"] }
+[studies.prompts]
+axes = { "evaluate.prompt_type" = ["box", "center"] }
+evaluate = { split = "test" }
+[studies.both]
+axes = { mixer = ["roi-pool"] }
+"""
+    )
+    assert [study.name for study in sweep.studies] == ["mixers", "prompts", "both"]
+    assert len(sweep.list_rows()) == 4  # both is part of mixers
+    prompts = [each.row.config["evaluate"] for each in sweep.list_combinations(sweep.studies[1])]
+    assert prompts == [{"dataset": "scenes", "split": "test", "prompt_type": name} for name in ("box", "center")]
+
+
+def test_variant_can_be_a_captioner(make_sweep):
+    sweep = make_sweep(
+        BASE_SWEEP.replace("task_tokens = 2", 'task_tokens = 2\nmixer = "roi-pool"')
+        + """
+[train]
+steps = 5
+[evaluate]
+dataset = "scenes"
+[variants.model]
+[variants.baseline]
+captioner = { name = "most-frequent", dataset = "scenes" }
+"""
+    )
+    model, baseline = sweep.list_rows("listed")
+    assert model.config["train"] == {"steps": 5}
+    assert {*baseline.config} == {"captioner", "evaluate", "seed", "num_threads", "device"}
+    assert baseline.label == "most-frequent(dataset=scenes) seed=0"
+    assert baseline.make_recipes() == []
+
+
+def test_stages_change_the_training_table(make_sweep):
+    sweep = make_sweep(
+        BASE_SWEEP.replace("task_tokens = 2", 'task_tokens = 2\nmixer = "roi-pool"')
+        + """
+[train]
+steps = 5
+learning_rate = 0.5
+cache_features = true
+data.scenes = { name = "scenes", num_images = 3 }
+[[train.stages]]
+steps = 9
+class_name_prob = 1.0
+data.names = { name = "scenes", num_images = 7 }
+[[train.stages]]
+"""
+    )
+    (row,) = sweep.list_rows()
+    names, captions = row.make_recipes(Path("folder"), "cache")
+    assert (names.train.steps, names.train.class_name_prob, names.train.learning_rate) == (9, 1.0, 0.5)
+    assert (captions.train.steps, captions.train.class_name_prob) == (5, 0.1)  # of the recipe
+    assert {name: source.dataset.options for name, source in names.data.items()} == {"names": {"num_images": 7}}
+    assert {name: source.dataset.options for name, source in captions.data.items()} == {"scenes": {"num_images": 3}}
+    assert captions.model == "folder/stage-1/model"
+    assert names.train.feature_cache_dir == captions.train.feature_cache_dir == "cache"
 
 
 def test_row_key_depends_only_on_the_configuration(make_sweep):
@@ -109,7 +193,32 @@ def test_row_key_depends_only_on_the_configuration(make_sweep):
         ("[benchmark]", "[benchmrk]", "Did you mean 'benchmark'"),
         ("max_new_tokens = 2", "max_tokens = 2", "Did you mean 'max_new_tokens'"),
         ("[axes]", "seeds = []\n[axes]", "unknown field 'seeds'"),
-        ("[axes]", '[axes]\nmodel = ["tiny-vit"]', "each value of the axis 'model' is 'tiny-vit'"),
+        ("[axes]", "[variants.a]\nmodl = {}\n[axes]", "Did you mean 'model'"),
+        ("[axes]", "[variants.a]\ntrain = { step = 1 }\n[axes]", "Did you mean 'steps'"),
+        ("[axes]", "[axes]\nvariant = [1]", "the axis 'variant' of the sweep is reserved"),
+        ("[axes]", '[axes]\n"train.steps" = [1]', r"changes \[train\], which the sweep does not have"),
+        ("[axes]", '[train]\n[axes]\n"train.data.a.num_images" = [1]', "data of the axis .* is None; expected a table"),
+        ("[axes]", '[train]\n[axes]\n"train.step" = [1]', "Did you mean 'steps'"),
+        ("[axes]", "[train]\nstages = [{ stages = [] }]\n[axes]", r"stages\[1\] contains stages"),
+        ("[axes]", "[train]\nstages = [{ step = 1 }]\n[axes]", "Did you mean 'steps'"),
+        ("[axes]", "[studies.a]\n[axes]", "has axes beside studies"),
+        ("[axes]", '[[comparisons]]\nclaim = "x"\n[axes]', "has no 'better'"),
+        (
+            "[axes]",
+            '[[comparisons]]\nclaim = "x"\nbetter = { mixer = "query" }\nworse = { mixer = "roi-pool" }\n[axes]',
+            "selects {'mixer': 'query'}, which no row has",
+        ),
+        (
+            "[axes]",
+            '[[comparisons]]\nclaim = "x"\nbetter = { mixr = "query" }\nworse = { mixer = "roi-pool" }\n[axes]',
+            "Did you mean 'mixer'",
+        ),
+        ("[axes]", "[evaluate]\n[axes]", "has no dataset"),
+        (
+            "[axes]",
+            '[variants.a]\ncaptioner = "most-frequnet"\n[evaluate]\ndataset = "scenes"\n[axes]',
+            "most-frequent",
+        ),
         ("task_tokens = 2", "task_token = 2", "Did you mean 'task_tokens'"),
         ("[axes]", "[axes", "is not valid TOML"),
         ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds is 4294967296; expected an integer from 0 to"),
@@ -152,13 +261,30 @@ recipe = "sca-tiny"
 dataset = "scenes"
 [benchmark]
 """
+VALUES_OF_WRONG_TYPE = {
+    str: (True, 1, ["x"]),
+    int: (True, 1.5, "2", [1]),
+    float: (True, "1", [1.0]),
+    bool: (1, "true"),
+    list: (3, True, "0,1", [[1]]),
+    dict: (3, True, "sca-tiny", [1]),
+    "part": (3, True, [1], {}),
+}
 FIELDS = [
     *((None, field, kind) for field, kind in (("summary", str), ("seeds", list), ("num_threads", int))),
     *((None, section, dict) for section in ("model", "axes", "train", "evaluate", "benchmark")),
-    *(("train", field, kind) for field, kind in (("recipe", str), ("steps", int), ("batch_size", int))),
-    *(("train", field, kind) for field, kind in (("warmup_steps", int), ("learning_rate", float))),
-    *(("train", field, kind) for field, kind in (("max_regions", int), ("captions_per_region", int))),
-    *(("train", field, kind) for field, kind in (("precision", str), ("prompt_weights", dict), ("num_workers", int))),
+    *((None, field, kind) for field, kind in (("variants", dict), ("studies", dict))),
+    *(("train", field, kind) for field, kind in (("recipe", str), ("stages", list), ("data", dict), ("loss", dict))),
+    *(("train", field, kind) for field, kind in (("cache_features", bool), ("keep_model", bool))),
+    *(
+        (
+            "train",
+            field,
+            next(kind for kind in VALUES_OF_WRONG_TYPE if isinstance(getattr(TrainOptions(), field), kind)),
+        )
+        for field in SECTION_KEYS["train"]
+        if hasattr(TrainOptions(), field)
+    ),
     *(("evaluate", field, kind) for field, kind in (("split", str), ("prompt_type", str), ("tasks", list))),
     *(("evaluate", field, kind) for field, kind in (("metrics", list), ("max_images", int), ("batch_size", int))),
     *(("evaluate", field, kind) for field, kind in (("generation", dict), ("dataset", "part"))),
@@ -171,15 +297,6 @@ FIELDS = [
         for field, kind in (("dtype", str), ("training_step", bool), ("plan", bool), ("batch_size", int))
     ),
 ]
-VALUES_OF_WRONG_TYPE = {
-    str: (True, 1, ["x"]),
-    int: (True, 1.5, "2", [1]),
-    float: (True, "1", [1.0]),
-    bool: (1, "true"),
-    list: (3, True, "0,1", [[1]]),
-    dict: (3, True, "sca-tiny", [1]),
-    "part": (3, True, [1], {}),
-}
 TYPE_MESSAGES = {
     str: "expected a string",
     int: "expected an integer",

@@ -1,0 +1,100 @@
+"""Rows of a sweep: a model, how it is trained, evaluated and timed, and a seed, as plain values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sca_registry import get_registry
+from sca_registry.overrides import MODEL_COMPONENTS
+from sca_registry.spec import ComponentSpec, ModelSpec
+
+from sca.training.recipe import Recipe
+
+TRAIN_KEYS_OF_SWEEPS = ("recipe", "stages", "data", "loss", "cache_features", "keep_model")  # not fields of [train]
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One row of a sweep as plain values; its key is a hash of them."""
+
+    config: Mapping[str, Any]  # model or captioner, train, evaluate, benchmark, seed, num_threads, device
+
+    @property
+    def key(self) -> str:
+        """Hash of the configuration as sixteen hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def spec(self) -> ModelSpec | None:
+        """Spec of the model; None for a captioner."""
+        return ModelSpec.from_dict(self.config["model"]) if "model" in self.config else None
+
+    @property
+    def captioner(self) -> ComponentSpec | None:
+        """Captioner that is evaluated instead of a model; None for a model."""
+        return ComponentSpec.from_dict(self.config["captioner"], "captioner") if "captioner" in self.config else None
+
+    def make_recipes(self, folder: Path = Path(), feature_cache_dir: str = "") -> list[Recipe]:
+        """Return the recipe of each training stage; empty without training.
+
+        Args:
+            folder: Folder of the stages. A stage starts from the model that the previous one wrote there.
+            feature_cache_dir: Cache of the features, used if the sweep sets `cache_features`.
+
+        Returns:
+            One recipe per stage, named "stage-1" and so on, which is also its folder.
+
+        Raises:
+            RegistryError: An invalid value.
+        """
+        if "train" not in self.config:
+            return []
+        train_table = dict(self.config["train"])
+        recipes: list[Recipe] = []
+        for number, stage in enumerate(train_table.pop("stages", None) or [{}], 1):
+            recipe = self._make_recipe(f"stage-{number}", {**train_table, **stage}, feature_cache_dir)
+            recipes.append(replace(recipe, model=str(folder / recipes[-1].name / "model")) if recipes else recipe)
+        return recipes
+
+    def _make_recipe(self, name: str, options: Mapping[str, Any], feature_cache_dir: str) -> Recipe:
+        table = Recipe.read(options.get("recipe", "sca-tiny")).to_dict() | {"model": self.config["model"]}
+        train_options = {key: value for key, value in options.items() if key not in TRAIN_KEYS_OF_SWEEPS}
+        table["train"] |= {**train_options, "seed": self.config["seed"], "num_processes": 1}
+        table["train"]["save_steps"] = table["train"]["steps"]
+        if options.get("cache_features"):
+            table["train"]["feature_cache_dir"] = feature_cache_dir
+        table |= {key: options[key] for key in ("data", "loss") if key in options}
+        return Recipe.from_dict(name, table)
+
+    @property
+    def label(self) -> str:
+        """Components, their options and the seed, for display."""
+        seed_text = f"seed={self.config['seed']}"
+        if "captioner" in self.config:
+            return f"{_format_component(self.config['captioner'])} {seed_text}"
+        model = self.config["model"]
+        components = [_format_component(model[kind]) for kind in MODEL_COMPONENTS if model.get(kind)]
+        suffixes = [f"lora={model['lora']['rank']}"] if model.get("lora") else []
+        return " ".join(["+".join(components), *suffixes, seed_text])
+
+    @property
+    def num_listed_parameters(self) -> int:
+        """Parameters according to the component cards, used to run the cheapest rows first."""
+        num_parameters = 0
+        for kind in MODEL_COMPONENTS:
+            component = self.config.get("model", {}).get(kind)
+            if component and component["name"] in get_registry(kind):
+                num_parameters += get_registry(kind).get_card(component["name"]).parameters or 0
+        return num_parameters
+
+
+def _format_component(component: Mapping[str, Any]) -> str:
+    options = ",".join(
+        f"{key}={value}" for key, value in component.items() if key != "name" and not isinstance(value, dict)
+    )
+    return component["name"] + (f"({options})" if options else "")
