@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from sca_registry import get_registry
@@ -15,7 +14,7 @@ from sca_registry.spec import ComponentSpec, ModelSpec
 
 from sca.training.recipe import Recipe
 
-TRAIN_KEYS_OF_SWEEPS = ("recipe", "stages", "data", "loss", "cache_features", "keep_model")  # not fields of [train]
+TRAIN_KEYS_OF_SWEEPS = ("recipe", "stages", "data", "loss", "cache_features", "keep_models")  # not fields of [train]
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class SweepRow:
     @property
     def key(self) -> str:
         """Hash of the configuration as sixteen hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
+        return _hash_values(self.config)
 
     @property
     def spec(self) -> ModelSpec | None:
@@ -39,15 +38,16 @@ class SweepRow:
         """Captioner that is evaluated instead of a model; None for a model."""
         return ComponentSpec.from_dict(self.config["captioner"], "captioner") if "captioner" in self.config else None
 
-    def make_recipes(self, folder: Path = Path(), feature_cache_dir: str = "") -> list[Recipe]:
+    def make_recipes(self, feature_cache_dir: str = "") -> list[Recipe]:
         """Return the recipe of each training stage; empty without training.
 
+        All recipes contain the spec of the model; every stage but the first starts from the model of the previous one.
+
         Args:
-            folder: Folder of the stages. A stage starts from the model that the previous one wrote there.
             feature_cache_dir: Cache of the features, used if the sweep sets `cache_features`.
 
         Returns:
-            One recipe per stage, named "stage-1" and so on, which is also its folder.
+            One recipe per stage, named "stage-1" and so on.
 
         Raises:
             RegistryError: An invalid value.
@@ -55,11 +55,17 @@ class SweepRow:
         if "train" not in self.config:
             return []
         train_table = dict(self.config["train"])
-        recipes: list[Recipe] = []
-        for number, stage in enumerate(train_table.pop("stages", None) or [{}], 1):
-            recipe = self._make_recipe(f"stage-{number}", {**train_table, **stage}, feature_cache_dir)
-            recipes.append(replace(recipe, model=str(folder / recipes[-1].name / "model")) if recipes else recipe)
-        return recipes
+        stages = train_table.pop("stages", None) or [{}]
+        return [
+            self._make_recipe(f"stage-{number}", {**train_table, **stage}, feature_cache_dir)
+            for number, stage in enumerate(stages, 1)
+        ]
+
+    def make_stage_keys(self) -> list[str]:
+        """Return a hash for each stage of everything that its model depends on: the stages so far and the threads."""
+        tables = [recipe.to_dict() for recipe in self.make_recipes()]
+        runtime = [self.config["num_threads"], self.config["device"]]
+        return [_hash_values([*runtime, *tables[:number]]) for number in range(1, len(tables) + 1)]
 
     def _make_recipe(self, name: str, options: Mapping[str, Any], feature_cache_dir: str) -> Recipe:
         table = Recipe.read(options.get("recipe", "sca-tiny")).to_dict() | {"model": self.config["model"]}
@@ -91,6 +97,10 @@ class SweepRow:
             if component and component["name"] in get_registry(kind):
                 num_parameters += get_registry(kind).get_card(component["name"]).parameters or 0
         return num_parameters
+
+
+def _hash_values(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _format_component(component: Mapping[str, Any]) -> str:

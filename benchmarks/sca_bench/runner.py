@@ -84,7 +84,7 @@ def run_sweep(
                 "sca_bench.worker:run_row",
                 {
                     **row.config,
-                    "feature_cache_dir": str(store.folder / "features"),
+                    "results_folder": str(store.folder),
                     **({"force": True} if force else {}),
                 },
                 str(store.make_row_folder(key)),

@@ -5,6 +5,7 @@ A results folder contains:
     sweep.json        name, device and tables of the sweep that ran last
     results.jsonl     one finished row per line; append-only, written by the process that holds the lock
     features/         features of frozen encoders, shared by the rows
+    models/KEY/       trained models, shared by rows with an equal training
     rows/KEY/         log and output files of a row
 """
 

@@ -117,9 +117,17 @@ class CombinationSummary:
 
 
 def get_cost(row: Mapping[str, Any]) -> float | None:
-    """Return the seconds of a row from the start of its process; None if they are unknown."""
+    """Return the seconds of a row from the start of its process, and those of training that it reused from other rows.
+
+    Args:
+        row: Row of the results file.
+
+    Returns:
+        The seconds; None if they are unknown.
+    """
     seconds = row.get("seconds") or {}
-    return seconds.get("process", seconds.get("total"))
+    own_seconds = seconds.get("process", seconds.get("total"))
+    return None if own_seconds is None else own_seconds + seconds.get("reused_training", 0.0)
 
 
 def summarize_rows(rows: Iterable[Mapping[str, Any]], score_name: str | None) -> list[CombinationSummary]:

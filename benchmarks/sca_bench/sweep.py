@@ -23,7 +23,7 @@ A sweep is a TOML file, bundled in `benchmarks/sweeps` or your own:
     steps = 100
     stages = [{ class_name_prob = 1.0 }, {}]  # optional: stages that follow each other, as changes of this table
     cache_features = true     # of a frozen encoder; the rows share the cache
-    keep_model = true         # keep the trained model in the folder of the row
+    keep_models = true        # keep trained models; rows with an equal training share them
 
     [evaluate]                # optional: dataset, prompt type and metrics
     dataset = { name = "scenes", num_images = 20 }
@@ -463,7 +463,7 @@ def _check_train_value(location: str, key: str, value: Any) -> None:
             check_section("train", stage)
     elif key in ("data", "loss"):
         check_type(location, value, Mapping)
-    elif key in ("cache_features", "keep_model"):
+    elif key in ("cache_features", "keep_models"):
         check_type(location, value, bool)
     else:
         check_same_type(location, value, "" if key == "recipe" else getattr(TrainOptions(), key))

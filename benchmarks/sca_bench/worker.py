@@ -32,15 +32,14 @@ from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.spec import ModelSpec
 
 from sca.builder import build
-from sca.checkpoints.native import save
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import PromptingOptions
 from sca.inference.factory import load_captioner
 from sca.model import SegmentCaptioner
 from sca.plan import plan_model
-from sca.training.train import train
 from sca_bench.image_scores import collect_image_scores
 from sca_bench.row import SweepRow
+from sca_bench.row_training import MODEL_NAME, load_trained_model, train_stages
 from sca_bench.timing import measure_stages, measure_training_step
 
 MAX_TRAINING_REGIONS = 16  # maximum number of regions per image in a training step
@@ -50,12 +49,12 @@ OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "out of memory", "cannot allo
 class RunOptions(NamedTuple):
     """How a row is run, which does not change its results.
 
-    `folder` contains the files of the row, `feature_cache_dir` the features of frozen encoders. `force` runs a row that
-    is predicted to exceed memory.
+    `folder` contains the files of the row, `results_folder` those that rows share. `force` runs a row that is predicted
+    to exceed memory.
     """
 
     folder: Path
-    feature_cache_dir: str
+    results_folder: Path
     force: bool
 
 
@@ -64,7 +63,7 @@ def run_row(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
     Args:
         config: Configuration of a `sca_bench.row.SweepRow`, `force` to run it even if it is predicted to exceed memory,
-            and `feature_cache_dir`, where the features of frozen encoders are cached.
+            and `results_folder`, where rows share features and trained models.
         folder: Folder for the files of the row. Output is printed to the caller's standard output.
 
     Returns:
@@ -72,9 +71,9 @@ def run_row(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """
     config = dict(config)
     force = config.pop("force", False)
-    feature_cache_dir = config.pop("feature_cache_dir", str(Path(folder) / "features"))
+    results_folder = Path(config.pop("results_folder", folder))
     print(f"$ {format_row_command(config)}", file=sys.stderr, flush=True)
-    run_options = RunOptions(Path(folder), feature_cache_dir, force)
+    run_options = RunOptions(Path(folder), results_folder, force)
     return run_measurement(lambda row: _make_row(row, SweepRow(config), run_options), config["device"])
 
 
@@ -192,29 +191,19 @@ def _add_plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -
 
 
 def _train_model(row: dict[str, Any], sweep_row: SweepRow, run_options: RunOptions) -> SegmentCaptioner:
-    training_folder = run_options.folder / "training"
-    shutil.rmtree(training_folder, ignore_errors=True)
-    row["losses"] = []
-    first_step = 0
-    for recipe in sweep_row.make_recipes(training_folder, run_options.feature_cache_dir):
-        stage_folder = training_folder / recipe.name
-        model = train(recipe, stage_folder, resume=False, allow_external=True)
-        row["losses"] += [[first_step + step, loss] for step, loss in _read_losses(stage_folder)]
-        first_step += recipe.train.steps
-    if sweep_row.config["train"].get("keep_model"):
-        save(model, run_options.folder / "model")
-    shutil.rmtree(training_folder, ignore_errors=True)
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise FloatingPointError(f"{name} is not finite after training")
+    work_folder = run_options.folder / "training"
+    shutil.rmtree(work_folder, ignore_errors=True)
+    stages = train_stages(sweep_row, work_folder, run_options.results_folder)
+    model = load_trained_model(stages)
+    steps = [recipe.train.steps for recipe in sweep_row.make_recipes()]
+    row["losses"] = [
+        [sum(steps[:number]) + step, loss] for number, stage in enumerate(stages) for step, loss in stage.losses
+    ]
+    row["seconds"]["reused_training"] = sum(stage.seconds for stage in stages if stage.is_reused)
+    if sweep_row.config["train"].get("keep_models"):
+        row["model"] = str((stages[-1].folder / MODEL_NAME).relative_to(run_options.results_folder))
+    shutil.rmtree(work_folder, ignore_errors=True)
     return model
-
-
-def _read_losses(training_folder: Path) -> Iterator[tuple[int, float]]:
-    state_files = sorted(training_folder.glob("checkpoint-*/trainer_state.json"))
-    for each in json.loads(state_files[-1].read_text("utf-8"))["log_history"] if state_files else []:
-        if "loss" in each:
-            yield each["step"], each["loss"]
 
 
 def _add_scores(row: dict[str, Any], model: SegmentCaptioner | Captioner, config: Mapping[str, Any]) -> None:

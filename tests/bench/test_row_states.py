@@ -238,21 +238,29 @@ def test_row_trains_in_stages_with_shared_features_and_keeps_its_model(tmp_path)
     names = {"names": {"name": "scenes", "num_images": 3, "image_size": 64}}
     train = {"steps": 2, "batch_size": 2, "warmup_steps": 1, "prompt_weights": {"box": 1.0}, "loss": {"caption": 1.0}}
     train |= {"data": {"scenes": {"name": "scenes", "num_images": 2, "seed": 1, "image_size": 64}}}
-    train |= {"cache_features": True, "keep_model": True, "stages": [{"class_name_prob": 1.0, "data": names}, {}]}
+    train |= {"cache_features": True, "keep_models": True, "stages": [{"class_name_prob": 1.0, "data": names}, {}]}
     table = {
         "model": model,
         "train": train,
         "evaluate": {"dataset": {"name": "scenes", "num_images": 6, "image_size": 64}, "metrics": ["attributes"]},
-        "variants": {"model": {}, "baseline": {"captioner": {"name": "most-frequent", "dataset": "scenes"}}},
+        "variants": {
+            "model": {},
+            "points": {"evaluate": {"prompt_type": "center"}},
+            "baseline": {"captioner": {"name": "most-frequent", "dataset": "scenes"}},
+        },
     }
     sweep = Sweep.from_dict(table, "stages")
     run_sweep(sweep, tmp_path, report=lambda line: None)
-    rows = {each["label"].partition("(")[0]: each for each in ResultStore(tmp_path).read_rows()}
+    rows = {each["key"]: each for each in ResultStore(tmp_path).read_rows()}
     assert {row["state"] for row in rows.values()} == {"done"}, [row["reason"] for row in rows.values()]
-    trained = rows["tiny-vit"]
+    trained, points, baseline = (rows[row.key] for row in sweep.list_rows("listed"))
+    assert trained["model"] == points["model"]
+    assert len([*tmp_path.glob("models/*")]) == 2
+    assert (trained["seconds"]["reused_training"] == 0) != (points["seconds"]["reused_training"] == 0)
+    assert trained["losses"] == points["losses"]
     assert [step for step, _ in trained["losses"]] == [1, 2, 3, 4]
     assert len([*tmp_path.glob("features/*/*/*.npy")]) == 3 + 2
-    assert sca.load(str(tmp_path / "rows" / trained["key"] / "model")).spec.mixer.name == "query"
+    assert sca.load(str(tmp_path / trained["model"])).spec.mixer.name == "query"
     assert len(trained["image_scores"]["attributes/all"]["image_ids"]) == 6
-    assert rows["most-frequent"]["scores"][0]["name"].startswith("attributes/")
+    assert baseline["scores"][0]["name"].startswith("attributes/")
     assert ResultStore(tmp_path).read_sweep().list_rows() == sweep.list_rows()

@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import tomllib
-from pathlib import Path
 
 import pytest
 from sca_bench import report
@@ -165,12 +164,12 @@ data.names = { name = "scenes", num_images = 7 }
 """
     )
     (row,) = sweep.list_rows()
-    names, captions = row.make_recipes(Path("folder"), "cache")
+    names, captions = row.make_recipes("cache")
     assert (names.train.steps, names.train.class_name_prob, names.train.learning_rate) == (9, 1.0, 0.5)
     assert (captions.train.steps, captions.train.class_name_prob) == (5, 0.1)  # of the recipe
     assert {name: source.dataset.options for name, source in names.data.items()} == {"names": {"num_images": 7}}
     assert {name: source.dataset.options for name, source in captions.data.items()} == {"scenes": {"num_images": 3}}
-    assert captions.model == "folder/stage-1/model"
+    assert [names.name, captions.name] == ["stage-1", "stage-2"]
     assert names.train.feature_cache_dir == captions.train.feature_cache_dir == "cache"
 
 
@@ -275,7 +274,7 @@ FIELDS = [
     *((None, section, dict) for section in ("model", "axes", "train", "evaluate", "benchmark")),
     *((None, field, kind) for field, kind in (("variants", dict), ("studies", dict))),
     *(("train", field, kind) for field, kind in (("recipe", str), ("stages", list), ("data", dict), ("loss", dict))),
-    *(("train", field, kind) for field, kind in (("cache_features", bool), ("keep_model", bool))),
+    *(("train", field, kind) for field, kind in (("cache_features", bool), ("keep_models", bool))),
     *(
         (
             "train",
