@@ -72,14 +72,26 @@ def run(
             rich_help_panel=ROWS,
         ),
     ] = "cheapest",
+    halving: Annotated[
+        bool,
+        typer.Option(
+            "--halving",
+            help="Find the best combination by successive halving instead of training all to the end.",
+            rich_help_panel=ROWS,
+        ),
+    ] = False,
+    score: Annotated[
+        str | None,
+        typer.Option(help="Score that ranks the combinations of --halving.", rich_help_panel=METRICS),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not log each row.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Run the combinations (rows) of a sweep that have no result yet.
 
     Exits with status 1 if some rows still have no result.
     """
-    from sca.cli.options import check_option_choice, parse_component_options, print_stderr
-    from sca_bench.runner import run_sweep
+    from sca.cli.options import check_option_choice, parse_component_options, print_line, print_stderr
+    from sca_bench.runner import RunSettings, run_halving, run_sweep
     from sca_bench.store import ROW_STATES
     from sca_bench.sweep import ROW_ORDERS, Sweep, list_sweeps
 
@@ -97,18 +109,15 @@ def run(
             "original SCA implementation"
         )
     loaded_sweep = Sweep.read(sweep, device)
-    sweep_status = run_sweep(
-        loaded_sweep,
-        _get_results_folder(loaded_sweep.name, out),
-        launcher,
-        launcher_options,
-        timeout,
-        tuple(retry_state or ()),
-        force,
-        log,
-        time_budget=time_budget,
-        order=order,
-    )
+    settings = RunSettings(launcher, launcher_options, timeout, force, log, time_budget)
+    folder, retry_states = _get_results_folder(loaded_sweep.name, out), tuple(retry_state or ())
+    if halving:
+        for line in run_halving(loaded_sweep, folder, settings, retry_states, score).format_lines():
+            print_line(line)
+        return
+    if score is not None:
+        raise ValueError("--score requires --halving; `sca bench report` has its own --score")
+    sweep_status = run_sweep(loaded_sweep, folder, settings, retry_states, order)
     _print_status(sweep_status)
     raise typer.Exit(1 if sweep_status.missing else 0)
 

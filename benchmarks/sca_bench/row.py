@@ -8,13 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sca_registry import get_registry
+from sca_registry import RegistryError, get_registry
 from sca_registry.overrides import MODEL_COMPONENTS
 from sca_registry.spec import ComponentSpec, ModelSpec
 
 from sca.training.recipe import Recipe
 
-TRAIN_KEYS_OF_SWEEPS = ("recipe", "stages", "data", "loss", "cache_features", "keep_models")  # not fields of [train]
+TRAIN_KEYS_OF_SWEEPS = (
+    "recipe",
+    "stages",
+    "data",
+    "loss",
+    "cache_features",
+    "keep_models",
+    "stop_step",
+)  # not fields of [train]
 
 
 @dataclass(frozen=True)
@@ -56,16 +64,23 @@ class SweepRow:
             return []
         train_table = dict(self.config["train"])
         stages = train_table.pop("stages", None) or [{}]
+        if self.stop_step is not None and len(stages) > 1:
+            raise RegistryError("train.stop_step requires a single training stage; remove it, or train.stages")
         return [
             self._make_recipe(f"stage-{number}", {**train_table, **stage}, feature_cache_dir)
             for number, stage in enumerate(stages, 1)
         ]
 
     def make_stage_keys(self) -> list[str]:
-        """Return a hash for each stage of everything that its model depends on: the stages so far and the threads."""
+        """Return a hash for each stage of everything that its training depends on."""
         tables = [recipe.to_dict() for recipe in self.make_recipes()]
         runtime = [self.config["num_threads"], self.config["device"]]
         return [_hash_values([*runtime, *tables[:number]]) for number in range(1, len(tables) + 1)]
+
+    @property
+    def stop_step(self) -> int | None:
+        """Step after which training stops; None for the last."""
+        return self.config.get("train", {}).get("stop_step")
 
     def _make_recipe(self, name: str, options: Mapping[str, Any], feature_cache_dir: str) -> Recipe:
         table = Recipe.read(options.get("recipe", "sca-tiny")).to_dict() | {"model": self.config["model"]}

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from sca.checkpoints.load import load
 from sca.io.atomic import write_folder
 from sca.io.json import read_json
@@ -18,7 +20,7 @@ from sca.training.recipe import Recipe
 from sca.training.train import train
 from sca_bench.row import SweepRow
 
-FEATURES_FOLDER, MODELS_FOLDER = "features", "models"  # in the results folder
+FEATURES_FOLDER, MODELS_FOLDER, RUNS_FOLDER = "features", "models", "runs"  # in the results folder
 MODEL_NAME, LOG_NAME = "model", "stage.json"
 
 
@@ -48,6 +50,8 @@ def train_stages(sweep_row: SweepRow, work_folder: Path, results_folder: Path) -
     stages: list[TrainedStage] = []
     keeps_models = sweep_row.config["train"].get("keep_models", False)
     recipes = sweep_row.make_recipes(str(results_folder / FEATURES_FOLDER))
+    if sweep_row.stop_step is not None:
+        return [_train_to_step(recipes[0], sweep_row, work_folder, results_folder)]
     for recipe, key in zip(recipes, sweep_row.make_stage_keys(), strict=True):
         if stages:
             recipe = replace(recipe, model=str(stages[-1].folder / MODEL_NAME))
@@ -57,6 +61,25 @@ def train_stages(sweep_row: SweepRow, work_folder: Path, results_folder: Path) -
         folder = kept_folder if keeps_models else work_folder / recipe.name
         stages.append(_read_stage(folder, is_reused=not (work_folder / recipe.name).is_dir()))
     return stages
+
+
+def _train_to_step(recipe: Recipe, sweep_row: SweepRow, work_folder: Path, results_folder: Path) -> TrainedStage:
+    """Train to the step of a row, from where an earlier row has stopped the same training run."""
+    assert sweep_row.stop_step is not None
+    folder = results_folder / RUNS_FOLDER / sweep_row.make_stage_keys()[0]
+    first_step = _find_last_step(folder)
+    if first_step > sweep_row.stop_step:  # the run is further
+        folder, first_step = work_folder / recipe.name, 0
+    start = time.perf_counter()
+    train(recipe, folder, stop_step=sweep_row.stop_step, allow_external=True)
+    losses = [(step, loss) for step, loss in _iter_losses(folder) if step > first_step]
+    return TrainedStage(folder, losses, time.perf_counter() - start, is_reused=False)
+
+
+def _find_last_step(folder: Path) -> int:
+    """Return the last step that a training run has saved; 0 for none."""
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
 
 
 def load_trained_model(stages: list[TrainedStage]) -> SegmentCaptioner:
@@ -95,7 +118,7 @@ def _read_stage(folder: Path, is_reused: bool) -> TrainedStage:
 
 
 def _iter_losses(training_folder: Path) -> Iterator[tuple[int, float]]:
-    state_files = sorted(training_folder.glob("checkpoint-*/trainer_state.json"))
-    for each in read_json(state_files[-1])["log_history"] if state_files else []:
+    checkpoint = get_last_checkpoint(str(training_folder))
+    for each in read_json(Path(checkpoint) / "trainer_state.json")["log_history"] if checkpoint else []:
         if "loss" in each:
             yield each["step"], each["loss"]

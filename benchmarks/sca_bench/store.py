@@ -6,6 +6,7 @@ A results folder contains:
     results.jsonl     one finished row per line; append-only, written by the process that holds the lock
     features/         features of frozen encoders, shared by the rows
     models/KEY/       trained models, shared by rows with an equal training
+    runs/KEY/         training runs that stop at a step, shared by rows that differ only in it
     rows/KEY/         log and output files of a row
 """
 

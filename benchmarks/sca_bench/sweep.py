@@ -24,6 +24,7 @@ A sweep is a TOML file, bundled in `benchmarks/sweeps` or your own:
     stages = [{ class_name_prob = 1.0 }, {}]  # optional: stages that follow each other, as changes of this table
     cache_features = true     # of a frozen encoder; the rows share the cache
     keep_models = true        # keep trained models; rows with an equal training share them
+    stop_step = 50            # evaluate after this step; rows that differ only in it continue one training run
 
     [evaluate]                # optional: dataset, prompt type and metrics
     dataset = { name = "scenes", num_images = 20 }
@@ -465,6 +466,8 @@ def _check_train_value(location: str, key: str, value: Any) -> None:
         check_type(location, value, Mapping)
     elif key in ("cache_features", "keep_models"):
         check_type(location, value, bool)
+    elif key == "stop_step":
+        check_range(location, value, int, 1)
     else:
         check_same_type(location, value, "" if key == "recipe" else getattr(TrainOptions(), key))
 

@@ -200,7 +200,7 @@ def _train_model(row: dict[str, Any], sweep_row: SweepRow, run_options: RunOptio
         [sum(steps[:number]) + step, loss] for number, stage in enumerate(stages) for step, loss in stage.losses
     ]
     row["seconds"]["reused_training"] = sum(stage.seconds for stage in stages if stage.is_reused)
-    if sweep_row.config["train"].get("keep_models"):
+    if stages[-1].folder.is_relative_to(run_options.results_folder) and stages[-1].folder.parent != work_folder:
         row["model"] = str((stages[-1].folder / MODEL_NAME).relative_to(run_options.results_folder))
     shutil.rmtree(work_folder, ignore_errors=True)
     return model

@@ -14,7 +14,7 @@ from sca_registry import RegistryError, language_models
 from sca_registry.contracts import Dataset
 from sca_registry.errors import make_unknown_name_error
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from sca.builder import build
@@ -71,6 +71,7 @@ def train(
     overwrite: bool = False,
     rename_existing: bool | None = None,
     report: Callable[[str], None] = lambda line: None,
+    stop_step: int | None = None,
     trust_remote_code: bool = False,
     allow_external: bool = False,
 ) -> SegmentCaptioner:
@@ -95,6 +96,7 @@ def train(
             instead of failing. Defaults to True if neither `folder` nor `overwrite` is set.
         report: Called with each message for the user: summaries of the datasets and their skipped items, a warning if
             a score cannot be used to select the best model, and the new path of a renamed run folder.
+        stop_step: Stop after this step; a later call with the same folder continues as if there had been no stop.
         trust_remote_code: Allow the checkpoint that training starts from to run its own code; see `sca.load`.
         allow_external: Allow that checkpoint to refer to files outside its folder, to other repositories and to URLs.
 
@@ -120,7 +122,9 @@ def train(
         run_folder = stack.enter_context(RunFolder(folder, "train", OUTPUT_FILES)) if is_first else None
         conflict_options = {"overwrite": overwrite, "rename_earlier": rename_existing}
         trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
-        model = _train_process(recipe, Path(folder), run_folder, resume, quiet, conflict_options, trust_options, report)
+        model = _train_process(
+            recipe, Path(folder), run_folder, resume, quiet, conflict_options, trust_options, report, stop_step
+        )
         if run_folder is not None:
             run_folder.finish()
             if run_folder.earlier_run_path is not None:
@@ -137,6 +141,7 @@ def _train_process(
     conflict_options: Mapping[str, bool],
     trust_options: Mapping[str, bool],
     report: Callable[[str], None],
+    stop_step: int | None,
 ) -> SegmentCaptioner:
     """Train as one process; only the first has a run folder."""
     for name in ("model", "best"):
@@ -169,6 +174,8 @@ def _train_process(
         trainer.add_callback(
             TrainingLog(DEFAULT_LOSS_WEIGHTS, recipe.validate.metric_for_best_model if recipe.validate else ())
         )
+    if stop_step is not None:
+        trainer.add_callback(StopCallback(stop_step))
     if recipe.validate is not None and validation_dataset is not None and len(validation_dataset):
         trainer.add_callback(ValidationCallback(trainer, recipe.validate, validation_dataset, folder, report))
     if recipe.train.feature_cache_dir:
@@ -203,6 +210,21 @@ def _train_process(
     if trainer.is_world_process_zero():
         save(model, folder / "model", tensors=tensors)
     return model
+
+
+class StopCallback(TrainerCallback):
+    """Save a checkpoint and stop after a step, without changing the learning rate schedule.
+
+    Args:
+        step: The last step.
+    """
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= self.step:
+            control.should_save = control.should_training_stop = True
 
 
 def _collect_run_settings(recipe: Recipe, model: SegmentCaptioner, mixture: ExampleMixture) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import sca_registry
 from sca_bench.row import SweepRow
-from sca_bench.runner import run_sweep
+from sca_bench.runner import RunSettings, run_sweep
 from sca_bench.store import ResultStore
 from sca_bench.sweep import Sweep
 
@@ -250,7 +250,7 @@ def test_row_trains_in_stages_with_shared_features_and_keeps_its_model(tmp_path)
         },
     }
     sweep = Sweep.from_dict(table, "stages")
-    run_sweep(sweep, tmp_path, report=lambda line: None)
+    run_sweep(sweep, tmp_path, RunSettings(report=lambda line: None))
     rows = {each["key"]: each for each in ResultStore(tmp_path).read_rows()}
     assert {row["state"] for row in rows.values()} == {"done"}, [row["reason"] for row in rows.values()]
     trained, points, baseline = (rows[row.key] for row in sweep.list_rows("listed"))

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 from sca_bench import report
 from sca_bench.diff import diff_rows
-from sca_bench.runner import read_sweep_status, run_sweep
+from sca_bench.runner import RunSettings, read_sweep_status, run_sweep
 from sca_bench.store import ResultStore
 from sca_bench.summary import find_pareto_front, summarize_rows
 from sca_bench.sweep import SECTION_KEYS, Sweep, list_sweeps
@@ -387,8 +387,7 @@ def test_run_sweep_checks_all_rows_before_the_first(make_sweep, tmp_path, old, n
         run_sweep(
             make_sweep(SMALL_SWEEP.replace(old, new.replace("FOLDER", str(tmp_path)))),
             tmp_path / "out",
-            launcher_options={"num_workers": 1},
-            report=lambda line: None,
+            RunSettings(launcher_options={"num_workers": 1}, report=lambda line: None),
         )
     assert not ResultStore(tmp_path / "out").read_rows()
 
@@ -402,7 +401,7 @@ def test_run_sweep_rejects_missing_extra_before_the_first_row(make_sweep, tmp_pa
         with pytest.raises(
             RegistryError, match=r"needs the extra '\w+'; install it with: pip install 'segment-caption-anything"
         ):
-            run_sweep(make_sweep(text), tmp_path / "out", launcher_options={"num_workers": 1}, report=lambda line: None)
+            run_sweep(make_sweep(text), tmp_path / "out", RunSettings(report=lambda line: None))
 
 
 def test_sweep_axis_sets_option_of_shorthand_value(make_sweep):
@@ -422,29 +421,24 @@ def test_sweep_read_suggests_closest_name():
 @pytest.mark.slow
 def test_run_sweep_runs_only_missing_rows(make_sweep, tmp_path):
     messages = []
-    status = run_sweep(make_sweep(), tmp_path / "out", launcher_options={"num_workers": 1}, report=messages.append)
+    settings = RunSettings(launcher_options={"num_workers": 1}, report=messages.append)
+    status = run_sweep(make_sweep(), tmp_path / "out", settings)
     assert status.state_counts == {"done": 1, "incompatible": 1}
     assert status.missing == []
     assert len(messages) == 3
     assert "process overhead" in messages[-1]
     original_bytes = (tmp_path / "out/results.jsonl").read_bytes()
     messages.clear()
-    run_sweep(make_sweep(), tmp_path / "out", report=messages.append)
+    run_sweep(make_sweep(), tmp_path / "out", settings)
     assert messages == ["2 of 2 rows are finished already"]
     assert (tmp_path / "out/results.jsonl").read_bytes() == original_bytes
     (tmp_path / "out/results.jsonl").write_bytes(original_bytes[:-20])  # truncated in the middle of a line
     messages.clear()
-    status = run_sweep(make_sweep(), tmp_path / "out", launcher_options={"num_workers": 1}, report=messages.append)
+    status = run_sweep(make_sweep(), tmp_path / "out", settings)
     assert "ends with an incomplete line" in messages[0]
     assert status.missing == []
     assert len(ResultStore(tmp_path / "out").read_rows()) == 2
-    status = run_sweep(
-        make_sweep(),
-        tmp_path / "out",
-        launcher_options={"num_workers": 1},
-        retry_states=("incompatible",),
-        report=messages.append,
-    )
+    status = run_sweep(make_sweep(), tmp_path / "out", settings, retry_states=("incompatible",))
     assert status.state_counts == {"done": 1, "incompatible": 1}
 
 

@@ -1,0 +1,222 @@
+"""Successive halving: train every combination of a sweep a little, drop the worse half, and go on with the others.
+
+Jamieson and Talwalkar, "Non-stochastic best arm identification" (arXiv 1502.07943). A combination is dropped if it is
+in the worse half of a rung, or if the paired interval of its difference to the best one is below 0. The search ends
+early if a single combination is left.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from sca_registry import RegistryError
+
+from sca.io.score_format import format_interval, format_score
+from sca_bench.effects import compute_paired_interval
+from sca_bench.image_scores import stack_image_scores
+from sca_bench.row import SweepRow
+from sca_bench.summary import choose_quality_score, get_cost
+
+NUM_RUNGS = 4
+KEPT_FRACTION = 0.5
+
+Rows = Sequence[Mapping[str, Any]]  # of one combination, one per seed
+RunRows = Callable[[list[SweepRow]], list[Mapping[str, Any]]]  # returns the finished rows in the order of the arguments
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A combination and its results at the last rung that it reached.
+
+    Attributes:
+        rows: Its rows of the sweep, one per seed.
+        step: Training step of the results.
+        results: Finished rows, in the order of `rows`; empty if one of them failed.
+        score: Mean score over seeds; None if a row failed.
+        interval: 95% interval of the difference to the best combination of the same rung, at most 0 if it is worse;
+            None for the best one, and without scores of single images.
+    """
+
+    rows: Sequence[SweepRow]
+    step: int = 0
+    results: Rows = ()
+    score: float | None = None
+    interval: tuple[float, float] | None = None
+
+    @property
+    def label(self) -> str:
+        """Components and options, without the seed."""
+        return self.rows[0].label.rpartition(" seed=")[0]
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the combination failed, or its interval is below 0."""
+        return self.score is None or (self.interval is not None and self.interval[1] < 0)
+
+    @property
+    def cost(self) -> float:
+        """Seconds of its rows at this rung."""
+        return sum(get_cost(row) or 0.0 for row in self.results)
+
+
+@dataclass(frozen=True)
+class HalvingResult:
+    """Result of successive halving.
+
+    Attributes:
+        best: The recommended combination.
+        not_ruled_out: Other combinations whose interval to the best of their last rung contains 0, best first.
+        ruled_out: All others.
+        score_name: Score that ranked them.
+        seconds: Time of all rows.
+    """
+
+    best: Candidate
+    not_ruled_out: Sequence[Candidate]
+    ruled_out: Sequence[Candidate]
+    score_name: str
+    seconds: float
+
+    def format_lines(self) -> list[str]:
+        """Return the recommendation as lines to print, with scores times 100."""
+        lines = [f"recommended: {self.best.label}: {self.score_name} {format_score(self.best.score)}"]
+        for each in self.not_ruled_out:
+            low, high = each.interval or (None, None)
+            lines.append(
+                f"not ruled out: {each.label}: {self.score_name} {format_score(each.score)} after {each.step} steps, "
+                f"difference to the best there {format_interval(low, high, signed=True) or 'without an interval'}"
+            )
+        return [*lines, f"ruled out: {len(self.ruled_out)} combinations; {self.seconds / 60:.1f} minutes in total"]
+
+
+def halve_combinations(
+    rows: Sequence[SweepRow],
+    run_rows: RunRows,
+    score_name: str | None = None,
+    report: Callable[[str], None] = lambda line: None,
+    num_rungs: int = NUM_RUNGS,
+) -> HalvingResult:
+    """Find the best combination of a sweep without training all of them to the end.
+
+    Args:
+        rows: Rows of the sweep, with training and evaluation.
+        run_rows: Runs rows that stop at a step, or replays them.
+        score_name: Score that ranks the combinations. Defaults to the most informative one of the first rung.
+        report: Called with one line per rung.
+        num_rungs: Rungs; the last one is the end of the training, and each earlier one is at half of the steps.
+
+    Returns:
+        The recommendation.
+
+    Raises:
+        RegistryError: A row is not trained in one stage, or not evaluated.
+        ValueError: No row of the first rung has a score.
+    """
+    survivors = [Candidate(each) for each in group_by_combination(rows)]
+    eliminated: list[Candidate] = []
+    seconds = 0.0
+    for rung in range(num_rungs):
+        is_last = rung == num_rungs - 1
+        survivors = _run_rung(survivors, num_rungs - 1 - rung, run_rows)
+        seconds += sum(each.cost for each in survivors)
+        score_name = score_name or choose_quality_score([row for each in survivors for row in each.results])
+        ranked = _rank_candidates(survivors, score_name)
+        if ranked[0].score is None:
+            raise ValueError(f"no combination has the score {score_name}; `sca bench report` shows why rows failed")
+        num_kept = len(ranked) if is_last else max(1, round(len(ranked) * KEPT_FRACTION))
+        survivors = [each for each in ranked[:num_kept] if not each.is_worse]
+        eliminated = [*(each for each in ranked if each not in survivors), *eliminated]
+        report(
+            f"rung {rung + 1} of {num_rungs}, {ranked[0].step} steps: {len(survivors)} of {len(ranked)} combinations "
+            f"left; best: {ranked[0].label}: {score_name} {format_score(ranked[0].score)}"
+        )
+        if len(survivors) == 1 and not is_last:
+            survivors = _run_rung(survivors, 0, run_rows)
+            seconds += survivors[0].cost
+            survivors = _rank_candidates(survivors, score_name)
+            break
+    best, *others = survivors
+    assert score_name is not None
+    not_ruled_out = [*others, *(each for each in eliminated if not each.is_worse)]
+    return HalvingResult(best, not_ruled_out, [each for each in eliminated if each.is_worse], score_name, seconds)
+
+
+def group_by_combination(rows: Sequence[SweepRow]) -> list[list[SweepRow]]:
+    """Group rows that differ only in the seed, in the order of the first of each group."""
+    groups: dict[str, list[SweepRow]] = {}
+    for row in rows:
+        config = {key: value for key, value in row.config.items() if key != "seed"}
+        groups.setdefault(json.dumps(config, sort_keys=True), []).append(row)
+    return list(groups.values())
+
+
+def make_rung_row(row: SweepRow, num_halvings: int) -> SweepRow:
+    """Return a row that stops at a fraction of its training steps.
+
+    Args:
+        row: Row of a sweep.
+        num_halvings: How many times the number of steps is halved.
+
+    Returns:
+        The row.
+
+    Raises:
+        RegistryError: The row has not exactly one training stage, or no evaluation.
+    """
+    recipes = row.make_recipes()
+    if len(recipes) != 1 or "evaluate" not in row.config:
+        raise RegistryError("--halving requires rows with one training stage and [evaluate]; change the sweep")
+    config = copy.deepcopy(dict(row.config))
+    config["train"]["stop_step"] = max(1, recipes[0].train.steps >> num_halvings)
+    return SweepRow(config)
+
+
+def _run_rung(candidates: Sequence[Candidate], num_halvings: int, run_rows: RunRows) -> list[Candidate]:
+    """Run all candidates to the step of a rung."""
+    rung_rows = [[make_rung_row(row, num_halvings) for row in each.rows] for each in candidates]
+    results = iter(run_rows([row for rows in rung_rows for row in rows]))
+    return [
+        Candidate(candidate.rows, rows[0].config["train"]["stop_step"], [next(results) for _ in rows])
+        for candidate, rows in zip(candidates, rung_rows, strict=True)
+    ]
+
+
+def _rank_candidates(candidates: Sequence[Candidate], score_name: str | None) -> list[Candidate]:
+    """Return the candidates with their scores and their intervals to the best one, best first."""
+    scored = [
+        Candidate(each.rows, each.step, each.results, _compute_score(each.results, score_name)) for each in candidates
+    ]
+    scored.sort(key=lambda each: -float("inf") if each.score is None else each.score, reverse=True)
+    best = scored[0]
+    return [
+        best,
+        *(
+            Candidate(
+                each.rows, each.step, each.results, each.score, _compare_results(each.results, best.results, score_name)
+            )
+            for each in scored[1:]
+        ),
+    ]
+
+
+def _compute_score(results: Rows, score_name: str | None) -> float | None:
+    values = [
+        score["value"]
+        for row in results
+        for score in row.get("scores") or ()
+        if (score["name"], score["control"]) == (score_name, None)
+    ]
+    return mean(values) if len(values) == len(results) and None not in values else None
+
+
+def _compare_results(results: Rows, best: Rows, score_name: str | None) -> tuple[float, float] | None:
+    """Return the paired interval of the difference to the best candidate; None without scores of the same images."""
+    if score_name is None or len(results) != len(best):
+        return None
+    stacks = stack_image_scores([*results, *best], score_name)
+    return None if stacks is None else compute_paired_interval(stacks[: len(results)], stacks[len(results) :])

@@ -1,0 +1,169 @@
+"""Successive halving: which combinations are dropped, what is recommended, and resumption after an interruption."""
+
+import numpy as np
+import pytest
+from sca_bench.halving import group_by_combination, halve_combinations, make_rung_row
+from sca_bench.runner import RunSettings, TimeBudgetError, run_halving
+from sca_bench.store import ResultStore
+from sca_bench.sweep import Sweep
+from sca_registry import RegistryError
+
+NUM_IMAGES = 200
+MIXER = {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 2, "mlp_dim": 32}
+TABLE = {
+    "model": {
+        "encoder": {
+            "name": "tiny-vit",
+            "image_size": 64,
+            "hidden_size": 32,
+            "depth": 1,
+            "output_channels": 32,
+            "stem_channels": [8, 16],
+        },
+        "segmenter": "box",
+        "mixer": MIXER,
+        "language_model": {"name": "tiny-gpt2", "hidden_size": 32, "depth": 1, "num_heads": 2},
+        "task_tokens": 2,
+        "trainable": ["mixer", "projection", "task_tokens", "language_model"],
+    },
+    "axes": {"mixer.depth": [1, 2, 3, 4, 5, 6, 7, 8]},
+    "train": {
+        "steps": 8,
+        "batch_size": 2,
+        "warmup_steps": 1,
+        "prompt_weights": {"box": 1.0},
+        "loss": {"caption": 1.0},
+        "data": {"scenes": {"name": "scenes", "num_images": 4, "image_size": 64}},
+        "cache_features": True,
+    },
+    "evaluate": {"dataset": {"name": "scenes", "num_images": 6, "image_size": 64}, "metrics": ["class"]},
+}
+
+
+@pytest.fixture
+def sweep():
+    return Sweep.from_dict(TABLE, "mine")
+
+
+def make_run_rows(scores, calls, noise=0.02):
+    """Return a function that replays `scores`: depth of the mixer -> final score, reached linearly."""
+
+    def run_rows(rows):
+        calls.append([(row.config["model"]["mixer"]["depth"], row.stop_step) for row in rows])
+        results = []
+        for row in rows:
+            depth = row.config["model"]["mixer"]["depth"]
+            if scores[depth] is None:
+                results.append({"state": "failed", "config": row.config, "seconds": {"total": 1.0}})
+                continue
+            value = scores[depth] * row.stop_step / 8
+            values = value + np.random.default_rng([depth, row.config["seed"]]).normal(0, noise, NUM_IMAGES)
+            score = {"name": "class/accuracy", "value": float(values.mean()), "control": None}
+            table = {"image_ids": [*range(NUM_IMAGES)], "sums": values.tolist(), "counts": [1] * NUM_IMAGES}
+            results.append(
+                {
+                    "state": "done",
+                    "config": row.config,
+                    "scores": [score],
+                    "image_scores": {"class/accuracy": table},
+                    "seconds": {"total": 60.0 * row.stop_step / 8},
+                }
+            )
+        return results
+
+    return run_rows
+
+
+def get_depth(candidate):
+    return candidate.rows[0].config["model"]["mixer"]["depth"]
+
+
+def test_halving_keeps_at_most_half_at_each_rung_and_finds_the_best(sweep):
+    calls = []
+    scores = {depth: 0.9 - 0.001 * abs(depth - 5) for depth in range(1, 9)}
+    result = halve_combinations(sweep.list_rows("listed"), make_run_rows(scores, calls, noise=0.0))
+    assert [len(call) for call in calls] == [8, 4, 2, 1] or [len(call) for call in calls] == [8, 1]
+    assert get_depth(result.best) == 5
+    assert result.best.step == 8
+
+
+def test_halving_drops_only_the_worse_half_of_combinations_that_look_alike(sweep):
+    calls = []
+    result = halve_combinations(sweep.list_rows("listed"), make_run_rows(dict.fromkeys(range(1, 9), 0.5), calls))
+    assert [len(call) for call in calls] == [8, 4, 2, 1]
+    assert [call[0][1] for call in calls] == [1, 2, 4, 8]
+    assert len(result.not_ruled_out) + len(result.ruled_out) == 7
+    assert len(result.not_ruled_out) >= 3
+    assert result.seconds == pytest.approx(60 * (8 / 8 + 4 * 2 / 8 + 2 * 4 / 8 + 1))
+
+
+def test_halving_stops_early_if_one_combination_is_clearly_best(sweep):
+    calls, lines = [], []
+    scores = {depth: 0.9 if depth == 3 else 0.1 for depth in range(1, 9)}
+    result = halve_combinations(sweep.list_rows("listed"), make_run_rows(scores, calls), report=lines.append)
+    assert [len(call) for call in calls] == [8, 1]
+    assert (get_depth(result.best), result.best.step) == (3, 8)
+    assert len(result.ruled_out) == 7
+    assert result.format_lines()[0].startswith("recommended: tiny-vit(")
+    assert "class/accuracy 90." in result.format_lines()[0]
+    assert lines[0].startswith("rung 1 of 4, 1 steps: 1 of 8 combinations left; best: tiny-vit(")
+
+
+def test_halving_ranks_failed_combinations_last(sweep):
+    scores = {depth: None if depth < 5 else depth / 10 for depth in range(1, 9)}
+    result = halve_combinations(sweep.list_rows("listed"), make_run_rows(scores, []))
+    assert get_depth(result.best) == 8
+    assert {get_depth(each) for each in result.ruled_out} >= {1, 2, 3, 4}
+
+
+def test_halving_averages_seeds(sweep):
+    rows = Sweep.from_dict({**TABLE, "seeds": [0, 1, 2]}, "mine").list_rows("listed")
+    assert [len(group) for group in group_by_combination(rows)] == [3] * 8
+    calls = []
+    halve_combinations(rows, make_run_rows({depth: depth / 10 for depth in range(1, 9)}, calls))
+    assert len(calls[0]) == 24
+
+
+def test_halving_rejects_rows_without_training_or_with_stages(sweep):
+    for changes in ({"train": None}, {"train": {**TABLE["train"], "stages": [{}, {}]}}, {"evaluate": None}):
+        table = {key: value for key, value in {**TABLE, **changes}.items() if value is not None}
+        (row, *_) = Sweep.from_dict(table, "mine").list_rows()
+        with pytest.raises(RegistryError, match="--halving requires rows with one training stage"):
+            make_rung_row(row, 0)
+
+
+@pytest.mark.slow
+def test_run_halving_resumes_training_runs_and_rungs(tmp_path):
+    sweep = Sweep.from_dict({**TABLE, "axes": {"mixer.depth": [1, 2]}}, "mine")
+    messages = []
+    settings = RunSettings(launcher_options={"num_workers": 1}, report=messages.append)
+    with pytest.raises(TimeBudgetError, match="2 of 2 rows of this rung have no result yet; run the same command"):
+        run_halving(sweep, tmp_path, RunSettings(report=messages.append, time_budget=0.0))
+    result = run_halving(sweep, tmp_path, settings)
+    rows = ResultStore(tmp_path).read_rows()
+    assert {row["state"] for row in rows} == {"done"}, [row["reason"] for row in rows]
+    steps = [row["config"]["train"]["stop_step"] for row in rows]
+    assert steps[:2] == [1, 1]
+    assert steps[-1] == result.best.step == 8
+    losses = [
+        step for row in rows for step, _ in row["losses"] if row["config"]["model"] == rows[-1]["config"]["model"]
+    ]
+    assert losses == [*range(1, 9)]  # each step was trained once
+    messages.clear()
+    assert run_halving(sweep, tmp_path, settings).format_lines() == result.format_lines()
+    assert not [line for line in messages if ": done in" in line]
+
+
+@pytest.mark.slow
+def test_row_that_stops_in_between_equals_one_that_does_not(tmp_path):
+    from sca_bench.runner import run_sweep
+
+    weights = {}
+    for name, stop_steps in (("stopped", [3, 8]), ("whole", [8])):
+        axes = {"mixer.depth": [1], "train.stop_step": stop_steps}
+        sweep = Sweep.from_dict({**TABLE, "axes": axes}, name)
+        run_sweep(sweep, tmp_path / name, RunSettings(report=lambda line: None), order="listed")
+        rows = ResultStore(tmp_path / name).read_rows()
+        assert {row["state"] for row in rows} == {"done"}, [row["reason"] for row in rows]
+        weights[name] = (tmp_path / name / rows[-1]["model"] / "weights.safetensors").read_bytes()
+    assert weights["stopped"] == weights["whole"]
