@@ -1,4 +1,4 @@
-"""Successive halving: train every combination of a sweep a little, drop the worse half, and go on with the others.
+"""Successive halving: train every combination of a sweep a little, drop the worse half, and train the others further.
 
 Jamieson and Talwalkar, "Non-stochastic best arm identification" (arXiv 1502.07943). A combination is dropped if it is
 in the worse half of a rung, or if the paired interval of its difference to the best one is below 0. The search ends

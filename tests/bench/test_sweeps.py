@@ -274,7 +274,7 @@ FIELDS = [
     *((None, section, dict) for section in ("model", "axes", "train", "evaluate", "benchmark")),
     *((None, field, kind) for field, kind in (("variants", dict), ("studies", dict))),
     *(("train", field, kind) for field, kind in (("recipe", str), ("stages", list), ("data", dict), ("loss", dict))),
-    *(("train", field, kind) for field, kind in (("cache_features", bool), ("keep_models", bool))),
+    *(("train", field, kind) for field, kind in (("cache_features", bool), ("keep_models", bool), ("stop_step", int))),
     *(
         (
             "train",
