@@ -33,14 +33,14 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="Dataset format: coco, coco-captions, coco-panoptic, jsonl, objects365, sa1b, v3det, vg, vg-grit or "
-            "refcoco.",
+            help="Dataset format: coco, coco-captions, coco-panoptic, jsonl, objects365, sa1b, v3det, vg, vg-grit, "
+            "refcoco or refcocog.",
             rich_help_panel="Output",
         ),
     ] = "coco",
     split: Annotated[
         list[str] | None,
-        typer.Option(help="Split to export: train, val or test. Repeatable. Defaults to val.", rich_help_panel="Data"),
+        typer.Option(help="Split to export, such as train. Repeatable. Defaults to val.", rich_help_panel="Data"),
     ] = None,
     max_images: Annotated[
         int | None, typer.Option(help="Maximum number of images per split.", min=1, rich_help_panel="Data")

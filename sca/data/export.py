@@ -9,7 +9,8 @@ import json
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def export_dataset(
       `densecap_splits.json` and `VG_100K/*.jpg`. Has no masks or class names; the name replaces missing phrases. Read
       it with `VisualGenome(split, root=folder)`.
     - `refcoco`: `instances.json`, `refs(unc).p` (one ref per region with phrases) and `images/*.png`. Read it with
-      `RefCoco(split, root=folder)`.
+      `RefCoco(split, root=folder)`. `refcocog` has the same refs in `refs(google).p` and `refs(umd).p` instead.
 
     The folder is written atomically.
 
@@ -147,7 +148,9 @@ def _write_visual_genome(splits: Mapping[str, Iterator[Sample]], folder: Path) -
     write_json(folder / "densecap_splits.json", image_ids_by_split)
 
 
-def _write_refcoco(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
+def _write_refcoco(
+    splits: Mapping[str, Iterator[Sample]], folder: Path, split_authors: Sequence[str] = ("unc",)
+) -> None:
     unique_ids = UniqueIds()
     categories: dict[str, int] = {}
     images, annotations = [], []
@@ -181,7 +184,8 @@ def _write_refcoco(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None
                     }
                 )
     write_instances(folder / "instances.json", images, annotations, categories)
-    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    for authors in split_authors:
+        (folder / f"refs({authors}).p").write_bytes(pickle.dumps(refs, protocol=2))
 
 
 def _write_sa1b(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
@@ -231,6 +235,7 @@ EXPORT_WRITERS: dict[str, Callable[[Mapping[str, Iterator[Sample]], Path], None]
     "vg": _write_visual_genome,
     "vg-grit": write_grit,
     "refcoco": _write_refcoco,
+    "refcocog": partial(_write_refcoco, split_authors=("google", "umd")),
 }
 
 

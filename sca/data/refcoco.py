@@ -6,7 +6,7 @@ The layout is that of https://github.com/lichengunc/refer. Its pickles are read 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,7 +38,7 @@ class RefCoco(TableDataset):
         collection: "refcoco", "refcoco+" or "refcocog".
         split_by: Authors of the split: "unc", "google" or "umd". Default: "umd" for RefCOCOg, else "unc".
         image_root: Folder of COCO's train2014. Default: `images/mscoco/images/train2014`, `train2014` or `images` in
-            `root`.
+            the folder of the collection or in `root`.
         max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
     """
 
@@ -62,7 +62,11 @@ class RefCoco(TableDataset):
         if not self.instances_file.is_file():
             raise InputError(f"no instances.json next to {self.refs_file}; copy it from the download of RefCOCO")
         super().__init__(
-            split, _find_image_folder(root, image_root), [self.refs_file, self.instances_file], max_bad_records, split
+            split,
+            _find_image_folder([folder, root], image_root),
+            [self.refs_file, self.instances_file],
+            max_bad_records,
+            split,
         )
 
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
@@ -189,8 +193,10 @@ def _find_refs_file(folder: Path, split_by: str) -> Path:
     )
 
 
-def _find_image_folder(root: Path, image_root: str | Path | None) -> Path:
-    paths = [expand_user(image_root)] if image_root is not None else [root / name for name in IMAGE_FOLDERS]
+def _find_image_folder(folders: Sequence[Path], image_root: str | Path | None) -> Path:
+    paths = [*dict.fromkeys(folder / name for folder in folders for name in IMAGE_FOLDERS)]
+    if image_root is not None:
+        paths = [expand_user(image_root)]
     for path in paths:
         if path.is_dir():
             return path
