@@ -14,7 +14,7 @@ from __future__ import annotations
 import colorsys
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,6 +30,7 @@ SHAPE_NAMES = ("circle", "square", "triangle", "star", "cross")
 SIZE_NAMES = ("small", "medium", "large")
 TEXTURES = ("plain", "striped", "dotted")
 RELATIONS = ("left of", "right of", "above", "below")
+LOCATION_WORDS = ("top", "bottom", "left", "right")  # in the order of a location such as "top left"
 
 DEFAULT_SPLIT_SIZES = {"train": 100_000, "val": 500, "test": 500}
 BASE_IMAGE_SIZE = 128  # image side for all lengths below, in pixels
@@ -87,13 +88,15 @@ class Statement(NamedTuple):
     relation: str | None = None
     other_color: str | None = None
     other_shape: str | None = None
+    location: str | None = None
 
 
 def parse_statement(text: str) -> Statement | None:
-    """Parse a phrase of the grammar above.
+    """Parse a phrase of the grammar above, or a referring expression of `sca.data.referring_scenes`.
 
-    Unknown words are ignored, and of two words for one attribute the first counts, so that malformed captions of a
-    partly trained model are still parsed.
+    The location is the location words before the relation, in the order of `LOCATION_WORDS`. Unknown words are ignored,
+    and of two words for one attribute the first counts, so that malformed captions of a partly trained model are still
+    parsed.
 
     Args:
         text: Phrase.
@@ -112,6 +115,7 @@ def parse_statement(text: str) -> Statement | None:
         relation,
         _find_first_word(tail, COLORS),
         _find_first_word(tail, SHAPE_NAMES),
+        " ".join(word for word in LOCATION_WORDS if word in head.split()) or None,
     )
     return statement if any(statement) else None
 
@@ -138,13 +142,22 @@ def is_relation_true(statement: Statement, region: Region, others: Iterable[Regi
         other.id != region.id
         and other.attributes["color"] == statement.other_color
         and other.attributes["shape"] == statement.other_shape
-        and _compute_relation(region, other)[0] == statement.relation
+        and compute_relation(region, other)[0] == statement.relation
         for other in others
     )
 
 
-def _compute_relation(region: Region, other: Region) -> tuple[str, float]:
-    """Return the direction from `other` to `region`, and the ratio of the larger to the smaller distance."""
+def compute_relation(region: Region, other: Region) -> tuple[str, float]:
+    """Compute the relation of a region to another one.
+
+    Args:
+        region: Region of a scene.
+        other: Another region of the same scene.
+
+    Returns:
+        The direction from `other` to `region`, and the ratio of the larger to the smaller distance of their centers
+        along the axes.
+    """
     (x, y), (other_x, other_y) = region.attributes["center"], other.attributes["center"]
     dx, dy = x - other_x, y - other_y
     large, small = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
@@ -196,19 +209,19 @@ class Scenes:
         "other_color",
         "other_shape",
     )
+    split_sizes: ClassVar[dict[str, int]] = DEFAULT_SPLIT_SIZES
+    num_shapes_range: ClassVar[tuple[int, int]] = (2, 5)
 
     def __init__(self, split: str, num_images: int | None = None, image_size: int = BASE_IMAGE_SIZE, seed: int = 0):
-        if split not in DEFAULT_SPLIT_SIZES:
-            raise InputError(
-                f"the dataset 'scenes' has no split {split!r}; choose from {', '.join(DEFAULT_SPLIT_SIZES)}"
-            )
+        if split not in self.split_sizes:
+            raise InputError(f"the dataset 'scenes' has no split {split!r}; choose from {', '.join(self.split_sizes)}")
         if image_size < 32:
             raise InputError(f"scenes of {image_size} pixels are too small to distinguish the shapes; use 32 or more")
         self.split = split
         self.image_size = image_size
         self.seed = seed
-        self.num_images: int = DEFAULT_SPLIT_SIZES[split] if num_images is None else num_images
-        self._split_index = list(DEFAULT_SPLIT_SIZES).index(split)
+        self.num_images: int = self.split_sizes[split] if num_images is None else num_images
+        self._split_index = list(self.split_sizes).index(split)
         self._scale = image_size / BASE_IMAGE_SIZE
         pixel_centers = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size - 0.5
         self._x_grid, self._y_grid = pixel_centers[None, :, None], pixel_centers[:, None, None]  # in -0.5..0.5
@@ -227,22 +240,23 @@ class Scenes:
         canvas *= 1 + rng.uniform(-0.25, 0.25) * self._x_grid + rng.uniform(-0.25, 0.25) * self._y_grid
         canvas += rng.uniform(1, 5) * rng.standard_normal(canvas.shape, dtype=np.float32)
         image = Image.fromarray(np.clip(canvas, 0, 255, out=canvas).astype(np.uint8))
-        image_id = int(index) * len(DEFAULT_SPLIT_SIZES) + self._split_index
+        image_id = int(index) * len(self.split_sizes) + self._split_index
         return Sample(image, image_id, _build_regions(image_id, shape_attributes, shape_index_map))
 
     def _place_shapes(
         self, rng: np.random.Generator, canvas: np.ndarray, shape_index_map: np.ndarray
     ) -> list[dict[str, Any]]:
-        """Draw two to five shapes, later ones over earlier ones, and return their attributes in order."""
+        """Draw the shapes, later ones over earlier ones, and return their attributes in order."""
         shape_attributes: list[dict[str, Any]] = []
         areas = np.zeros(0, dtype=int)
         visible_areas = areas
-        num_shapes = int(rng.integers(2, 6))
+        min_shapes, max_shapes = self.num_shapes_range
+        num_shapes = int(rng.integers(min_shapes, max_shapes + 1))
         while len(shape_attributes) < num_shapes:
-            shape = self._draw_shape(rng)
+            shape = self._draw_shape(rng, self._sample_attributes(rng, shape_attributes))
             position = self._find_position(rng, shape, shape_attributes, areas, visible_areas, shape_index_map)
             if position is None:
-                if len(shape_attributes) >= 2:
+                if len(shape_attributes) >= min_shapes:
                     break
                 continue
             left, top, covered = position
@@ -299,13 +313,16 @@ class Scenes:
             fallback = fallback or (left, top, covered_areas)
         return fallback
 
-    def _draw_shape(self, rng: np.random.Generator) -> _DrawnShape:
-        attributes = {
+    def _sample_attributes(self, rng: np.random.Generator, earlier_shapes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Sample the attributes of the next shape, here independently of the earlier ones."""
+        return {
             "color": COLORS[rng.integers(len(COLORS))],
             "shape": SHAPE_NAMES[rng.integers(len(SHAPE_NAMES))],
             "size": SIZE_NAMES[rng.choice(len(SIZE_NAMES), p=SIZE_PROBABILITIES)],
             "texture": TEXTURES[rng.integers(len(TEXTURES))],
         }
+
+    def _draw_shape(self, rng: np.random.Generator, attributes: dict[str, Any]) -> _DrawnShape:
         diameter = rng.uniform(*DIAMETERS[attributes["size"]]) * self._scale
         angle = math.radians(rng.uniform(-20, 20))
         rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
@@ -391,17 +408,29 @@ def _add_phrases(region: Region, regions: list[Region]) -> Region:
     unambiguous. The last relation is also added to the attributes.
     """
     attributes = dict(region.attributes)
-    description = f"a {attributes['size']} {attributes['texture']} {attributes['color']} {attributes['shape']}"
-    phrases = [description]
+    phrases = [compose_phrase(attributes)]
     others = (other for other in regions if other.id != region.id)
     nearest = sorted(others, key=lambda other: math.dist(attributes["center"], other.attributes["center"]))[:2]
     for other in reversed(nearest):
-        relation, ratio = _compute_relation(region, other)
+        relation, ratio = compute_relation(region, other)
         if ratio >= MIN_RELATION_RATIO:
             color, shape = other.attributes["color"], other.attributes["shape"]
-            phrases.append(f"{description} {relation} {'an' if color == 'orange' else 'a'} {color} {shape}")
             attributes |= {"relation": relation, "other_color": color, "other_shape": shape}
+            phrases.append(compose_phrase(attributes))
     return replace(region, phrases=tuple(dict.fromkeys(phrases)), attributes=attributes)
+
+
+def compose_phrase(attributes: Mapping[str, Any]) -> str:
+    """Compose the phrase that states the size, texture, color, shape and, if any, the relation of a region."""
+    phrase = f"a {attributes['size']} {attributes['texture']} {attributes['color']} {attributes['shape']}"
+    if "relation" not in attributes:
+        return phrase
+    return f"{phrase} {attributes['relation']} {add_article(attributes['other_color'], attributes['other_shape'])}"
+
+
+def add_article(color: str, shape: str) -> str:
+    """Return a color and a shape with their indefinite article."""
+    return f"{'an' if color == 'orange' else 'a'} {color} {shape}"
 
 
 def _sample_color(rng: np.random.Generator, name: str) -> np.ndarray:
