@@ -423,7 +423,7 @@ def _add_phrases(region: Region, regions: list[Region]) -> Region:
 def compose_phrase(attributes: Mapping[str, Any]) -> str:
     """Compose the phrase that states the size, texture, color, shape and, if any, the relation of a region."""
     phrase = f"a {attributes['size']} {attributes['texture']} {attributes['color']} {attributes['shape']}"
-    if "relation" not in attributes:
+    if attributes.get("relation") is None:
         return phrase
     return f"{phrase} {attributes['relation']} {add_article(attributes['other_color'], attributes['other_shape'])}"
 
