@@ -25,6 +25,14 @@ from sca.data.scenes import (
     parse_statement,
 )
 
+PHRASES_OF_SEED_29 = [
+    "a small striped red circle right of a cyan star",
+    "a medium striped cyan star right of a yellow square",
+    "a small striped orange square above a yellow square",
+    "a medium dotted white triangle above a cyan star",
+    "a medium plain yellow square below an orange square",
+]
+
 
 @pytest.fixture(scope="module")
 def samples():
@@ -45,6 +53,10 @@ def test_scenes_depend_only_on_seed_split_and_index():
     assert are_samples_equal(scenes[11], scenes_of_other_count[11])
     assert not are_samples_equal(scenes[11], scenes[10])
     assert not are_samples_equal(scenes[11], Scenes("val", seed=4)[11])
+
+
+def test_scenes_of_a_seed_stay_the_same():
+    assert [region.phrases[-1] for region in Scenes("test", seed=29)[0].regions] == PHRASES_OF_SEED_29
 
 
 def test_scenes_splits_share_no_images_or_ids():
@@ -160,6 +172,21 @@ def test_parse_statement_finds_only_stated_values(values, omitted):
     subject, related_shape = (" ".join(filter(None, parts)) for parts in (statement[:4], statement[5:]))
     text = f"An odd {subject}, {statement.relation or ''} the   {related_shape.upper()}!"
     assert parse_statement(text) == (statement if any(statement) else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "location"),
+    [
+        ("left red circle", "left"),
+        ("red circle at the top left", "top left"),
+        ("left top circle", "top left"),
+        ("a circle left of a blue star", None),
+        ("the circle to the right of a blue star", None),
+        ("bottom star above a red cross", "bottom"),
+    ],
+)
+def test_parse_statement_finds_location_before_the_relation(text, location):
+    assert parse_statement(text).location == location
 
 
 @given(st.text())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sca.data.scenes import COLORS, SHAPE_NAMES, SIZE_NAMES, TEXTURES
 from sca.evaluation.records import describe_missing_needs, meets_need
 
-METRIC_NAMES = ("attributes", "class", "mask-iou", "region-sensitivity", "relations")
+METRIC_NAMES = ("attributes", "class", "mask-iou", "referring", "region-sensitivity", "relations")
 CIRCLE = {"color": "red", "shape": "circle", "size": "small", "texture": "plain", "center": [10.0, 50.0]}
 SQUARE = {"color": "blue", "shape": "square", "size": "large", "texture": "plain", "center": [90.0, 60.0]}
 STAR = {"color": "red", "shape": "star", "size": "small", "texture": "dotted", "center": [12.0, 90.0]}
@@ -50,6 +50,48 @@ def test_attributes_counts_only_captions_of_regions_with_attributes(make_record)
     ]
     assert compute_scores("attributes", records)["attributes/captions"] == 1
     assert compute_scores("attributes", records)["attributes/all"] == 1
+
+
+# --- referring
+
+
+def make_referring_record(make_record, caption, region=0):
+    """Return a record of a scene with two equal red circles, left and right, and a blue square to the right of both."""
+    shapes = [CIRCLE | {"location": "top left"}, CIRCLE | {"location": "top right"}, SQUARE | {"location": "top right"}]
+    shapes[1] |= {"center": [70.0, 50.0]}
+    attributes = [shape | {"id": number} for number, shape in enumerate(shapes)]
+    distractors = [each for each in attributes if each["id"] != region]
+    return make_record(caption, region=region, attributes=shapes[region] | {"distractors": distractors})
+
+
+@pytest.mark.parametrize(
+    ("caption", "is_true", "is_unambiguous"),
+    [
+        ("a small plain red circle", 1, 0),  # also true of the other circle
+        ("a small plain red circle left of a red circle", 1, 1),
+        ("a red circle left of a blue square", 1, 0),
+        ("red circle on the left", 1, 1),
+        ("left blue circle", 0, 0),
+        ("a large blue square", 0, 0),  # true of another region only
+        ("a thing", 0, 0),
+    ],
+)
+def test_referring_checks_captions_against_all_regions_of_the_image(make_record, caption, is_true, is_unambiguous):
+    assert compute_scores("referring", [make_referring_record(make_record, caption)]) == {
+        "referring/true": is_true,
+        "referring/unambiguous": is_unambiguous,
+        "referring/captions": 1,
+    }
+
+
+def test_referring_averages_over_captions_with_known_distractors(make_record):
+    captions = ("a red circle", "right red circle", "a square", "a star")
+    records = [
+        make_referring_record(make_record, caption, region)
+        for region, caption in zip((0, 1, 2, 2), captions, strict=True)
+    ]
+    scores = compute_scores("referring", [*records, make_record("a circle", attributes=CIRCLE)])
+    assert scores == {"referring/true": 0.75, "referring/unambiguous": 0.5, "referring/captions": 4}
 
 
 # --- relations
@@ -267,8 +309,9 @@ def test_metric_reports_missing_needs(make_record, name):
 def test_metric_value_is_the_mean_of_per_record_scores(make_record, make_rectangle_mask, name):
     mask = make_rectangle_mask(0, 0, 4, 4)
     texts = "a small plain red circle left of a blue square", "a red star above a red circle", "a red star"
+    facts = {"location": "top left", "distractors": [STAR | {"id": 9, "location": "bottom left"}]}
     records = [
-        make_record(text, task, 7, region, mask, name=attributes["shape"], attributes=attributes)
+        make_record(text, task, 7, region, mask, name=attributes["shape"], attributes=attributes | facts)
         for region, (text, attributes) in enumerate(zip(texts, (CIRCLE, SQUARE, STAR), strict=True))
         for task in ("caption", "recognition")
     ]
