@@ -155,7 +155,7 @@ def create_files(folder, sam_folder, hub):
         "data/visual-genome": "vg",
         "data/objects365": "objects365",
         "data/coco": "coco-panoptic",
-        "refer/refcocog": "refcoco",
+        "refer/refcocog": "refcocog",
     }
     for name, layout in layouts.items():
         export_dataset(scenes, folder / name, layout)
@@ -164,7 +164,6 @@ def create_files(folder, sam_folder, hub):
         for image in content["images"]:
             image["file_name"] = Path(image["file_name"]).with_suffix(".jpg").name
         (folder / f"data/coco/annotations/instances_{split}2017.json").write_text(json.dumps(content))
-    (folder / "refer/refcocog/refs(unc).p").rename(folder / "refer/refcocog/refs(google).p")
     (folder / "refer/refcocog/images").rename(folder / "train2014")
     shutil.copytree(folder / "street/val", folder / "photos")
     shutil.copytree(folder / "photos", folder / "more")
