@@ -9,6 +9,7 @@ import pytest
 from sca_bench import report
 from sca_bench.store import ResultStore
 
+import referring_expressions
 import weak_supervision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,8 +45,13 @@ def iter_weak_supervision_lines():
     yield from weak_supervision.render_results(read_results("weak-supervision/results.json")).splitlines()
 
 
+def iter_referring_lines():
+    yield from referring_expressions.render_results(read_results("referring/results.json")).splitlines()
+
+
 @pytest.mark.parametrize(
-    "iter_lines", [iter_published_lines, iter_roofline_lines, iter_plan_lines, iter_weak_supervision_lines]
+    "iter_lines",
+    [iter_published_lines, iter_roofline_lines, iter_plan_lines, iter_weak_supervision_lines, iter_referring_lines],
 )
 def test_benchmark_readme_shows_committed_results(iter_lines):
     readme_lines = README.splitlines()
