@@ -32,6 +32,9 @@ TEXTURES = ("plain", "striped", "dotted")
 RELATIONS = ("left of", "right of", "above", "below")
 LOCATION_WORDS = ("top", "bottom", "left", "right")  # in the order of a location such as "top left"
 
+NAME_ATTRIBUTES = ("size", "texture", "color", "shape")  # which class names may contain
+DEFAULT_NAME_ATTRIBUTES = ("shape",)
+
 DEFAULT_SPLIT_SIZES = {"train": 100_000, "val": 500, "test": 500}
 BASE_IMAGE_SIZE = 128  # image side for all lengths below, in pixels
 DIAMETERS = {"small": (18, 24), "medium": (32, 40), "large": (50, 64)}  # longer side of the unrotated bounding box
@@ -190,9 +193,11 @@ class Scenes:
         num_images: Number of scenes. Default: 100,000 in train, 500 in val and test.
         image_size: Side of the square image in pixels, at least 32. All lengths scale with it.
         seed: Random seed.
+        name_attributes: Attributes that form the class name of a region, in this order; for example texture, color and
+            shape for "striped red circle".
 
     Raises:
-        InputError: The split is unknown or the size is too small.
+        InputError: The split or an attribute is unknown, or the size is too small.
     """
 
     attribute_values: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -212,11 +217,23 @@ class Scenes:
     split_sizes: ClassVar[dict[str, int]] = DEFAULT_SPLIT_SIZES
     num_shapes_range: ClassVar[tuple[int, int]] = (2, 5)
 
-    def __init__(self, split: str, num_images: int | None = None, image_size: int = BASE_IMAGE_SIZE, seed: int = 0):
+    def __init__(
+        self,
+        split: str,
+        num_images: int | None = None,
+        image_size: int = BASE_IMAGE_SIZE,
+        seed: int = 0,
+        name_attributes: Sequence[str] = DEFAULT_NAME_ATTRIBUTES,
+    ):
         if split not in self.split_sizes:
             raise InputError(f"the dataset 'scenes' has no split {split!r}; choose from {', '.join(self.split_sizes)}")
         if image_size < 32:
             raise InputError(f"scenes of {image_size} pixels are too small to distinguish the shapes; use 32 or more")
+        if not name_attributes or not set(name_attributes) <= set(NAME_ATTRIBUTES):
+            raise InputError(
+                f"name_attributes is {list(name_attributes)}; choose one or more of {', '.join(NAME_ATTRIBUTES)}"
+            )
+        self.name_attributes: tuple[str, ...] = tuple(name_attributes)
         self.split = split
         self.image_size = image_size
         self.seed = seed
@@ -241,7 +258,11 @@ class Scenes:
         canvas += rng.uniform(1, 5) * rng.standard_normal(canvas.shape, dtype=np.float32)
         image = Image.fromarray(np.clip(canvas, 0, 255, out=canvas).astype(np.uint8))
         image_id = int(index) * len(self.split_sizes) + self._split_index
-        return Sample(image, image_id, _build_regions(image_id, shape_attributes, shape_index_map))
+        regions = _build_regions(image_id, shape_attributes, shape_index_map)
+        return Sample(image, image_id, tuple(replace(region, name=self._make_name(region)) for region in regions))
+
+    def _make_name(self, region: Region) -> str:
+        return " ".join(region.attributes[attribute] for attribute in self.name_attributes)
 
     def _place_shapes(
         self, rng: np.random.Generator, canvas: np.ndarray, shape_index_map: np.ndarray

@@ -24,6 +24,7 @@ from sca.data.scenes import (
     is_relation_true,
     parse_statement,
 )
+from sca.io.errors import InputError
 
 PHRASES_OF_SEED_29 = [
     "a small striped red circle right of a cyan star",
@@ -233,3 +234,15 @@ def test_scenes_last_phrase_states_relation_of_attributes(regions):
             "other_shape": last_statement.other_shape,
         }
         assert parse_statement(region.phrases[0]).relation is None
+
+
+def test_scenes_name_regions_by_the_chosen_attributes():
+    default, named = (Scenes("val", 3, **options)[1] for options in ({}, {"name_attributes": ["color", "shape"]}))
+    assert [region.name for region in default.regions] == [region.attributes["shape"] for region in default.regions]
+    assert [region.name for region in named.regions] == [
+        f"{region.attributes['color']} {region.attributes['shape']}" for region in default.regions
+    ]
+    assert [region.phrases for region in named.regions] == [region.phrases for region in default.regions]
+    for attributes in ([], ["colour"]):
+        with pytest.raises(InputError, match="choose one or more of size, texture, color, shape"):
+            Scenes("val", name_attributes=attributes)
