@@ -28,6 +28,7 @@ import itertools
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -57,7 +58,7 @@ UNUSABLE_IMAGE_REASON, UNUSABLE_REGION_REASON = "unusable image", "unusable regi
 UNNAMED_CATEGORY_REASON = "category without a name"
 
 
-class ConvertedTable:
+class ConvertedTable(ABC):
     """Table converted from a publisher's files.
 
     A subclass reads the files in `_iter_entries` and `_build_row`. Boxes are clipped to the image. These are skipped
@@ -124,17 +125,17 @@ class ConvertedTable:
         """First skipped records of each reason, each with its file, record and field."""
         return self._skip.examples
 
+    @abstractmethod
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the inputs of `_build_row` in a fixed order.
 
         Must be cheap, because a resumed conversion iterates over finished entries again. May set `attribute_values` and
         `remarks`, count with `_skip`, and set the total of the progress bar.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _build_row(self, entry: Any) -> dict[str, Any] | None:
         """Build a row with `_create_row` and `_add_region`; None, and counted, if the entry has no row."""
-        raise NotImplementedError
 
     def _resolve_image_path(self, name: str) -> Path:
         """Return the path of an image, which may not exist. Raises InputError for an ambiguous name or a URL."""

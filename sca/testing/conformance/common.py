@@ -16,7 +16,7 @@ from torch import nn
 
 from sca.testing.conformance.checks import DoesNotApply, register_check
 from sca.testing.conformance.comparison import clone_tensors, compute_weighted_sum, describe_difference, format_names
-from sca.testing.conformance.harnesses import TENSOR_KINDS, ComponentHarness
+from sca.testing.conformance.harnesses import TENSOR_KINDS, ComponentHarness, TensorHarness
 from sca.testing.conformance.process_state import CHANGED_BY_IMPORTS, capture_process_state
 
 
@@ -47,7 +47,7 @@ def attributes_match_protocol(harness: ComponentHarness) -> str | None:
 
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
-def forward_succeeds(harness: ComponentHarness) -> str | None:
+def forward_succeeds(harness: TensorHarness) -> str | None:
     """A forward pass on small inputs succeeds; otherwise, the remaining checks are skipped."""
     harness.compute_outputs(harness.component, harness.make_inputs())
     return None
@@ -55,7 +55,7 @@ def forward_succeeds(harness: ComponentHarness) -> str | None:
 
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
-def eval_is_deterministic(harness: ComponentHarness) -> str | None:
+def eval_is_deterministic(harness: TensorHarness) -> str | None:
     """In eval mode equal inputs produce bitwise equal outputs for any random state."""
     first_outputs = harness.compute_outputs(harness.component, harness.make_inputs())
     torch.manual_seed(99)
@@ -66,7 +66,7 @@ def eval_is_deterministic(harness: ComponentHarness) -> str | None:
 
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
-def forward_has_no_side_effects(harness: ComponentHarness) -> str | None:
+def forward_has_no_side_effects(harness: TensorHarness) -> str | None:
     """A forward pass in eval mode changes neither the state of the component nor its input tensors."""
     inputs, component = harness.make_inputs(), harness.component
     initial_state = clone_tensors(component.state_dict()) if isinstance(component, nn.Module) else {}
@@ -83,7 +83,7 @@ def forward_has_no_side_effects(harness: ComponentHarness) -> str | None:
 
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
-def batch_invariance(harness: ComponentHarness) -> str | None:
+def batch_invariance(harness: TensorHarness) -> str | None:
     """The output of an image, a region or a text is the same alone as in a batch, even with other padding."""
     inputs = harness.make_inputs()
     batch_outputs = harness.compute_outputs(harness.component, inputs)
@@ -99,7 +99,7 @@ def batch_invariance(harness: ComponentHarness) -> str | None:
 
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
-def permutation_equivariance(harness: ComponentHarness) -> str | None:
+def permutation_equivariance(harness: TensorHarness) -> str | None:
     """Permuted rows (regions: within their image) produce outputs permuted in the same way."""
     inputs = harness.make_inputs()
     order = [2, 0, 1, 4, 3][: harness.count_rows(inputs)] if harness.count_rows(inputs) != 2 else [1, 0]
@@ -110,7 +110,7 @@ def permutation_equivariance(harness: ComponentHarness) -> str | None:
 
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
-def outputs_keep_dtype(harness: ComponentHarness) -> str | None:
+def outputs_keep_dtype(harness: TensorHarness) -> str | None:
     """In bfloat16 and float64 the outputs are finite and keep that dtype; float64 agrees with float32."""
     float32_outputs = harness.compute_outputs(harness.build_module(), harness.make_inputs())
     for dtype in (torch.bfloat16, torch.float64):
@@ -129,7 +129,7 @@ def outputs_keep_dtype(harness: ComponentHarness) -> str | None:
 
 
 @register_check(*TENSOR_KINDS)
-def trainable_parameters_receive_gradients(harness: ComponentHarness) -> str | None:
+def trainable_parameters_receive_gradients(harness: TensorHarness) -> str | None:
     """Every trainable parameter receives a finite gradient, and not all gradients are zero."""
     component = harness.build_module().train()
     trainable = {name: parameter for name, parameter in component.named_parameters() if parameter.requires_grad}
@@ -147,7 +147,7 @@ def trainable_parameters_receive_gradients(harness: ComponentHarness) -> str | N
 
 
 @register_check("segmenters", "mixers", "language_models")
-def gradients_flow_to_inputs(harness: ComponentHarness) -> str | None:
+def gradients_flow_to_inputs(harness: TensorHarness) -> str | None:
     """Gradients flow through the component to its inputs, so that upstream components can be trained."""
     inputs = harness.make_inputs()
     input_tensors = [leaf.requires_grad_() for leaf in harness.list_upstream_tensors(inputs)]
@@ -161,7 +161,7 @@ def gradients_flow_to_inputs(harness: ComponentHarness) -> str | None:
 
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
-def state_dict_round_trip(harness: ComponentHarness) -> str | None:
+def state_dict_round_trip(harness: TensorHarness) -> str | None:
     """An instance with another seed produces bitwise equal outputs after loading the `state_dict`."""
     first, second = harness.build_module(seed=0), harness.build_module(seed=1)
     second.load_state_dict(clone_tensors(first.state_dict()), strict=True)
@@ -173,7 +173,7 @@ def state_dict_round_trip(harness: ComponentHarness) -> str | None:
 
 
 @register_check(*TENSOR_KINDS, source="sca.builder.compose")
-def supports_meta_device(harness: ComponentHarness) -> str | None:
+def supports_meta_device(harness: TensorHarness) -> str | None:
     """Under `torch.device("meta")` the component has the same tensors and allocates no memory."""
     expected_shapes = {name: value.shape for name, value in harness.build_module().state_dict().items()}
     with torch.device("meta"):
@@ -235,7 +235,7 @@ def process_state_is_unchanged(harness: ComponentHarness) -> str | None:
     """Building and running the component changes no process setting of torch, logging, warnings or environment."""
     state_before = capture_process_state()
     component = harness.build()
-    if harness.kind in TENSOR_KINDS:
+    if isinstance(harness, TensorHarness):
         harness.compute_outputs(component, harness.make_inputs())
     state_after = capture_process_state()
     changed = {name for name, value in state_before.items() if state_after[name] != value}
@@ -249,7 +249,7 @@ def process_state_is_unchanged(harness: ComponentHarness) -> str | None:
 
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
-def options_take_effect(harness: ComponentHarness) -> str | None:
+def options_take_effect(harness: TensorHarness) -> str | None:
     """Changing an integer option changes the tensors of the component or its outputs."""
     options = harness.collect_integer_options()
     if not options:

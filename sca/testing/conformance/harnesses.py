@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from sca_registry import get_registry
@@ -73,10 +74,7 @@ def make_random_regions(image_index: Tensor, num_images: int) -> SegmenterOutput
 
 
 class ComponentHarness:
-    """Component under test, its factory and its inputs.
-
-    Subclasses define the inputs of a kind. `make_inputs()` returns equal inputs on every call, `select_rows(inputs,
-    rows)` selects rows, and `compute_outputs` returns named tensors with one row per input row.
+    """Component under test, and its factory.
 
     Args:
         kind: Kind of the component (plural).
@@ -134,13 +132,17 @@ class ComponentHarness:
             name: value for name, value in options.items() if isinstance(value, int) and not isinstance(value, bool)
         }
 
-    def with_options(self, options: Mapping[str, Any]) -> ComponentHarness:
+    def with_options(self, options: Mapping[str, Any]) -> Self:
         """Return a harness of the same component with other options."""
         return type(self)(self.kind, self.name or self.factory, {**self.options, **options})
 
+
+class TensorHarness(ComponentHarness, ABC):
+    """Harness of components that compute tensors. Subclasses define the inputs and outputs of a kind."""
+
+    @abstractmethod
     def make_inputs(self) -> Any:
-        """Return the inputs of a forward pass."""
-        raise NotImplementedError
+        """Return the inputs of a forward pass, equal on every call."""
 
     def count_rows(self, inputs: Any) -> int:
         """Return the number of input rows."""
@@ -158,12 +160,12 @@ class ComponentHarness:
         """Return the floating-point tensors that upstream components produce."""
         return [inputs]
 
+    @abstractmethod
     def compute_outputs(self, component: Any, inputs: Any) -> dict[str, Tensor]:
-        """Run a component and return its output tensors by name."""
-        raise NotImplementedError
+        """Run a component and return its output tensors by name, with one row per input row."""
 
 
-class EncoderHarness(ComponentHarness):
+class EncoderHarness(TensorHarness):
     """Harness of encoders."""
 
     def make_inputs(self) -> Tensor:
@@ -211,7 +213,7 @@ class SegmenterInputs:
     prompts: dict[str, PromptBatch]
 
 
-class SegmenterHarness(ComponentHarness):
+class SegmenterHarness(TensorHarness):
     """Harness of segmenters."""
 
     upstream: tuple[Any, ...] = (StandInEncoder(),)
@@ -281,7 +283,7 @@ class SegmenterHarness(ComponentHarness):
 SHARED_FIELDS = ("image_index", "image_embeddings", "image_size", "positional_encoding")  # no row per region
 
 
-class MixerHarness(ComponentHarness):
+class MixerHarness(TensorHarness):
     """Harness of mixers."""
 
     upstream: tuple[Any, ...] = (StandInSegmenter(),)
@@ -332,7 +334,7 @@ class LanguageModelInputs:
     prefix: Tensor  # (N, K, E)
 
 
-class LanguageModelHarness(ComponentHarness):
+class LanguageModelHarness(TensorHarness):
     """Harness of language models."""
 
     LENGTHS = (6, 3, 1)
@@ -405,7 +407,7 @@ class DatasetHarness(ComponentHarness):
         return ((sample, region) for sample in self.read_samples() for region in sample.regions)
 
 
-HARNESSES = {
+HARNESSES: dict[str, type[ComponentHarness]] = {
     "encoders": EncoderHarness,
     "segmenters": SegmenterHarness,
     "mixers": MixerHarness,

@@ -10,7 +10,7 @@ from torch import nn
 
 from sca.testing.conformance.checks import DoesNotApply, register_check
 from sca.testing.conformance.comparison import describe_difference, describe_shape_mismatch
-from sca.testing.conformance.harnesses import IMAGE_INDEX, ComponentHarness, MixerHarness
+from sca.testing.conformance.harnesses import IMAGE_INDEX, MixerHarness
 
 
 @register_check("mixers")
@@ -78,7 +78,7 @@ def prepare_images_preserves_queries(harness: MixerHarness) -> str | None:
 
 @register_check("mixers")
 @torch.no_grad()
-def batch_invariance_in_training(harness: ComponentHarness) -> str | None:
+def batch_invariance_in_training(harness: MixerHarness) -> str | None:
     """In training mode without dropout, a region has the same queries alone as in a batch."""
     inputs, component = harness.make_inputs(), harness.build_module().train()
     for module in component.modules():
