@@ -200,6 +200,7 @@ class TrainingRegions:
         }
         self.dataset: Dataset = sca_registry.datasets.build(dataset, split, **dataset_options)
         check_dataset_not_empty(self.dataset, f"{dataset} {split}")
+        self.metadata["dataset_hash"] = getattr(self.dataset, "content_hash", None)
 
     def iter_samples(self) -> Iterator[Sample]:
         """Yield the samples whose images can be read."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from sca.captioners.image_text import CAPTION_ONLY_MODELS, ImageTextInput, ImageTextModel
 from sca.captioners.region_captioner import (
     RegionCaptioner,
@@ -68,6 +70,10 @@ class CropCaptioner(RegionCaptioner):
             )
         self.vcot = vcot
         self.metadata_options: dict[str, Any] = {"encoder": encoder, "vcot": vcot}
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {**super().modules, "image_text_model": self.image_text_model.model}
 
     @property
     def metadata(self) -> dict[str, Any]:

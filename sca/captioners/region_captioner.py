@@ -14,6 +14,7 @@ from sca_registry import RegistryError, zoo
 from sca_registry.contracts import Caption, Prompt, TokenUsage
 from sca_registry.errors import make_unknown_name_error
 from sca_registry.spec import DEFAULT_GENERATION, ComponentSpec
+from torch import nn
 
 from sca.builder import resolve_components
 from sca.checkpoints.load import HUB_ID_PATTERN, load, locate_checkpoint
@@ -23,6 +24,7 @@ from sca.inference.prompt_arguments import check_task
 from sca.io.coordinates import Box
 from sca.io.hub import find_local_folder
 from sca.io.masks import RLE, decode_rle, encode_rle, mask_to_box
+from sca.io.weight_files import hash_tensors
 from sca.model import SegmentationModel
 
 TRUST_OPTIONS = ("trust_remote_code", "allow_external", "revision")  # options of `sca.load`
@@ -86,6 +88,21 @@ class RegionCaptioner(MaskEngine):
         if encoder is not None:
             model, self.has_masks = build_segmentation_model(encoder, device, requires_masks)
         super().__init__(model)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules with weights by name."""
+        return {} if self.model is None else {"segmentation_model": self.model}
+
+    @property
+    def weights_hash(self) -> str | None:
+        """SHA-256 of the weights of all modules; None for a captioner without weights."""
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, module in self.modules.items()
+            for key, tensor in module.state_dict().items()
+        }
+        return hash_tensors(tensors) if tensors else None
 
     @abstractmethod
     def caption_regions(

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 from sca_registry.contracts import TASKS
 from sca_registry.errors import make_unknown_name_error
+from torch import nn
 from transformers.models.kosmos2.processing_kosmos2 import coordinate_to_patch_index
 
 from sca.captioners.image_text import CAPTION_ONLY_MODELS, ImageTextInput, ImageTextModel
@@ -109,6 +110,10 @@ class VisionLanguageModel(RegionCaptioner):
             "region_format": region_format,
             "question": question,
         }
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {**super().modules, "image_text_model": self.image_text_model.model}
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sca.builder import build, resolve_components
 from sca.checkpoints.layout import ORIGIN_FILE, SPEC_FILE, WEIGHTS_FILE
-from sca.checkpoints.tensors import BuildSizeLimit, assign_tensors, hash_tensors, hash_weights, list_stored_tensors
+from sca.checkpoints.tensors import BuildSizeLimit, assign_tensors, hash_weights, list_stored_tensors
 from sca.checkpoints.trust import TrustError, is_settable
 from sca.devices import resolve_dtype
 from sca.encoders.model_types import find_encoder_of_segmenter
@@ -37,7 +37,7 @@ from sca.io.errors import InputError, OutputError
 from sca.io.hub import compute_weights_fingerprint
 from sca.io.json import open_regular_file, read_json
 from sca.io.validation import check_object
-from sca.io.weight_files import describe_run_folder
+from sca.io.weight_files import describe_run_folder, hash_tensors
 from sca.language_models.hf import load_tokenizer
 from sca.model import SegmentCaptioner
 

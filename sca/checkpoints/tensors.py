@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from sca.io.errors import InputError
 from sca.io.hub import resolve_local_path
-from sca.io.weight_files import format_first_names
+from sca.io.weight_files import format_first_names, hash_tensors
 from sca.model import SegmentCaptioner
 
 COMPARABLE_DTYPES = (  # dtypes that torch.aminmax supports
@@ -175,13 +174,3 @@ def hash_weights(model: SegmentCaptioner) -> str:
     """Return the SHA-256 of the tensors that a checkpoint of a model stores, on any device."""
     state = model.state_dict()
     return hash_tensors({name: state[name] for name in list_stored_tensors(model)})
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors with their names, dtypes and shapes, on any device."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

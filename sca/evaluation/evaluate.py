@@ -19,7 +19,6 @@ from sca_registry.contracts import Captioner, Dataset, Region
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.spec import ComponentSpec, check_generation
 
-from sca.checkpoints.tensors import hash_weights
 from sca.data.summary import check_dataset_not_empty, summarize_dataset
 from sca.evaluation.predictions import DenseCaptioningOptions, PromptingOptions, predict_dataset
 from sca.evaluation.predictions_file import (
@@ -448,7 +447,7 @@ def _get_captioner_identity(captioner: Captioner, generation: Mapping[str, Any])
     if isinstance(captioner, Engine):
         spec = captioner.model.spec
         return {
-            "weights_hash": hash_weights(captioner.model),
+            "weights_hash": weights_hash,
             "spec": spec.to_dict(),
             "generation": {**spec.generation, **generation},
         }
@@ -459,6 +458,7 @@ def _get_model_name(model: Any) -> str:
     """Return the component names of a composed model, else the class name."""
     spec = getattr(model, "spec", None)
     return "+".join((spec.encoder.name, spec.mixer.name, spec.language_model.name)) if spec else type(model).__name__
+    weights_hash = getattr(captioner, "weights_hash", None)
 
 
 def _resolve_dataset(dataset: Any, split: str) -> tuple[str, str, dict[str, Any], Dataset]:

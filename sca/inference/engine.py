@@ -19,6 +19,7 @@ from sca_registry.contracts import TASKS, Caption, Prompt, PromptBatch, Segmente
 from sca_registry.spec import EverythingOptions
 from torch import Tensor
 
+from sca.checkpoints.tensors import hash_weights
 from sca.inference.processor import InputFrame, Processor
 from sca.inference.prompt_arguments import check_task
 from sca.io.masks import decode_rle, encode_rle, mask_to_box
@@ -305,6 +306,11 @@ class Engine(MaskEngine):
         if not isinstance(model, SegmentCaptioner):
             raise ValueError(f"model is of type {type(model).__name__}; pass a model loaded with sca.load")
         super().__init__(model, region_batch_size)
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of the tensors that a checkpoint of the model stores."""
+        return hash_weights(self.model)
 
     @property
     def generation(self) -> Mapping[str, Any]:

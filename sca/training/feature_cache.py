@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sca.checkpoints.tensors import hash_tensors
 from sca.inference.processor import Processor
 from sca.io.atomic import remove_drafts, translate_output_errors, write_file
 from sca.io.paths import expand_user
+from sca.io.weight_files import hash_tensors
 from sca.model import SegmentCaptioner
 
 
