@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory):
     [
         ("encoder", MmdetEncoder, {"config": TINY, "pretrained": False, "image_size": 64}),
         ("encoder", MmdetEncoder, {"config": "faster-rcnn_r50_fpn_1x_coco", "pretrained": False, "image_size": 64}),
-        ("proposer", MmdetProposer, {"config": TINY, "pretrained": False, "score_thr": 0.0, "max_per_img": 5}),
+        ("proposer", MmdetProposer, {"config": TINY, "pretrained": False, "score_thresh": 0.0, "max_regions": 5}),
     ],
 )
 def test_components_pass_conformance(kind, component, options, conformance):
@@ -89,15 +89,15 @@ def test_image_format_matches_mmdet_preprocessing(checkpoint):
 
 def test_proposer_returns_scores_and_class_names(checkpoint):
     image = Image.new("RGB", (640, 480))
-    proposals = MmdetProposer(TINY, weights=str(checkpoint[0]), score_thr=0.0, max_per_img=7)(image, "a")
+    proposals = MmdetProposer(TINY, weights=str(checkpoint[0]), score_thresh=0.0, max_regions=7)(image, "a")
     assert len(proposals.prompts) == 7
     assert list(proposals.scores) == sorted(proposals.scores, reverse=True)
     assert all(name.startswith("thing ") for name in proposals.names)
-    proposer = MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score_thr=0.0, max_per_img=3)
+    proposer = MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score_thresh=0.0, max_regions=3)
     assert "person" in proposer.class_names
     assert {*proposer(image, "a").names} <= {*proposer.class_names}
     assert len(proposer(image, "a").prompts) == 3
-    assert not MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score_thr=0.9)(image, "a").prompts
+    assert not MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score_thresh=0.9)(image, "a").prompts
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from transformers import AutoModelForZeroShotObjectDetection
 
 from sca.io.validation import check_range
 from sca.proposers.detector import Detections, Detector
-from sca.proposers.phrases import check_num_tokens, parse_phrases
+from sca.proposers.phrases import check_num_tokens, join_phrases, parse_phrases
 
 
 class GroundingDino(Detector):
@@ -67,16 +67,3 @@ class GroundingDino(Detector):
             target_sizes=[(image.height, image.width)],
         )
         return Detections(result["boxes"], result["scores"], result["text_labels"])
-
-
-def join_phrases(phrases: Sequence[str]) -> str:
-    """Join phrases to the text that Grounding DINO was trained with: lower case, and a period after each phrase.
-
-    Args:
-        phrases: Phrases.
-
-    Returns:
-        Text such as "red car. dog.".
-    """
-    parts = [part.strip() for phrase in phrases for part in phrase.lower().split(".")]
-    return " ".join(f"{part}." for part in parts if part)

@@ -29,6 +29,30 @@ def parse_phrases(text: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(phrase.strip() for phrase in phrases)
 
 
+def split_phrases(phrases: Sequence[str]) -> list[str]:
+    """Split phrases into the parts that Grounding DINO finds: in lower case, separated by periods.
+
+    Args:
+        phrases: Phrases, such as "Red car" and "a cat. a dog".
+
+    Returns:
+        The parts, such as "red car", "a cat" and "a dog".
+    """
+    return [part for phrase in phrases for each in phrase.lower().split(".") if (part := each.strip())]
+
+
+def join_phrases(phrases: Sequence[str]) -> str:
+    """Join phrases to the text that Grounding DINO was trained with: lower case, and a period after each phrase.
+
+    Args:
+        phrases: Phrases.
+
+    Returns:
+        Text such as "red car. dog.".
+    """
+    return " ".join(f"{part}." for part in split_phrases(phrases))
+
+
 def check_num_tokens(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> None:
     """Check that texts are not too long for a model.
 

@@ -1,5 +1,8 @@
 """Combinations of encoders, mixers and language models: one training step, saving and loading."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 import sca_registry
 import torch
@@ -62,6 +65,11 @@ COMBINATIONS = [
         for number, family in enumerate(LANGUAGE_MODEL_FAMILIES)
     ),
 ]
+MMDET_CONFIGS = (
+    *("rtmdet_tiny_8xb32-300e_coco", "yolox_tiny_8xb8-300e_coco", "retinanet_r18_fpn_1x_coco"),
+    *("faster-rcnn_r50_fpn_1x_coco", "detr_r50_8xb2-150e_coco"),
+)
+MMDET_MIXERS, MMDET_FAMILIES = ("query", "mask-tokens", "roi-pool"), ("gpt2", "llama", "qwen3")
 BOXES = torch.tensor([[4.0, 4, 30, 30], [8, 8, 60, 50], [0, 0, 19, 29]])
 
 
@@ -96,12 +104,58 @@ def make_component_tables(encoder, mixer, sam_folder):
 def test_model_of_every_combination_trains_and_reloads(
     encoder, mixer, family, lora, sam_folder, save_language_model, tmp_path, monkeypatch
 ):
-    torch.manual_seed(0)
     encoder_table, mixer_table = make_component_tables(encoder, mixer, sam_folder)
-    language_model_table, options = (
-        {"name": "hf", "weights": str(save_language_model(family))},
-        {"lora": lora, "task_tokens": 2},
-    )
+    language_model_table = {"name": "hf", "weights": str(save_language_model(family))}
+    check_training_and_reloading(encoder_table, mixer_table, language_model_table, lora, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def mmdet_plugin(tmp_path, monkeypatch):
+    """The plugin sca-mmdet, as if it were installed."""
+    pytest.importorskip("mmdet", reason="mmdet is not installed", exc_type=Exception)
+    plugin_folder = Path(__file__).resolve().parents[2] / "plugins/sca-mmdet"
+    project = tomllib.loads((plugin_folder / "pyproject.toml").read_text())["project"]
+    dist_info = tmp_path / "sca_mmdet.dist-info"
+    dist_info.mkdir()
+    (dist_info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1\n")
+    lines = [
+        line
+        for group, entries in project["entry-points"].items()
+        for line in (f"[{group}]", *(f"{name} = {value}" for name, value in entries.items()))
+    ]
+    (dist_info / "entry_points.txt").write_text("\n".join(lines))
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        patch.syspath_prepend(plugin_folder)
+        sca_registry.refresh_plugins()
+        yield
+    sca_registry.refresh_plugins()
+
+
+@pytest.mark.parametrize(
+    ("config", "mixer", "family"),
+    [
+        (config, mixer, MMDET_FAMILIES[(config_index + mixer_index) % len(MMDET_FAMILIES)])
+        for config_index, config in enumerate(MMDET_CONFIGS)
+        for mixer_index, mixer in enumerate(MMDET_MIXERS)
+    ],
+)
+@pytest.mark.all
+@pytest.mark.usefixtures("mmdet_plugin")
+def test_model_with_an_mmdet_encoder_trains_and_reloads(
+    config, mixer, family, save_language_model, tmp_path, monkeypatch
+):
+    encoder_table = {"name": "mmdet", "config": config, "pretrained": False, "image_size": 64}
+    language_model_table = {"name": "hf", "weights": str(save_language_model(family))}
+    mixer_table = {"name": mixer, **MIXER_OPTIONS[mixer]}
+    check_training_and_reloading(encoder_table, mixer_table, language_model_table, 2, tmp_path, monkeypatch)
+
+
+def check_training_and_reloading(encoder_table, mixer_table, language_model_table, lora, folder, monkeypatch):
+    """Check that the loss decreases after one step, and that the saved model returns the same logits."""
+    encoder, mixer = encoder_table["name"], mixer_table["name"]
+    options = {"lora": lora, "task_tokens": 2}
+    torch.manual_seed(0)
     uses_box_segmenter = sca_registry.encoders.get_declared(encoder, "default_segmenter") == "box"
     if uses_box_segmenter and "masks" in (sca_registry.mixers.get_declared(mixer, "requires") or ()):
         with monkeypatch.context() as patch:
@@ -135,10 +189,10 @@ def test_model_of_every_combination_trains_and_reloads(
         assert trained_output.loss < first_loss
         generated = model.generate(model.encode(batch.pixel_values), batch.prompts, batch.task_ids, max_new_tokens=3)
         assert generated.sequences.shape[:2] == (3, 1)
-        sca.save(model, tmp_path / "model")
-        reloaded = sca.load(tmp_path / "model", allow_external=True)
+        sca.save(model, folder / "model")
+        reloaded = sca.load(folder / "model", allow_external=True)
         assert torch.equal(reloaded(batch).logits, trained_output.logits)
-    stored_bytes = (tmp_path / "model" / "weights.safetensors").stat().st_size
+    stored_bytes = (folder / "model" / "weights.safetensors").stat().st_size
     assert (
         encoder != "sam" or stored_bytes < 4 * sum(p.numel() for p in trainable_parameters.values()) + 20_000
     )  # nothing of what lies elsewhere

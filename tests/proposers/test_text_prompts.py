@@ -9,7 +9,7 @@ from PIL import Image
 from sca_registry import RegistryError, proposers
 from transformers import AutoImageProcessor, AutoProcessor, GroundingDinoForObjectDetection, Owlv2ForObjectDetection
 
-from sca.proposers.grounding_dino import join_phrases
+from sca.proposers.phrases import join_phrases
 
 NAMES = ("owlv2", "grounding-dino")
 

@@ -20,6 +20,8 @@ from sca_mmdet.operators import check_operators, install_operators
 if TYPE_CHECKING:
     from mmengine.config import Config
 
+UNUSED_TENSORS = ("num_batches_tracked", "embeddings.position_ids")  # the second of older versions of transformers
+
 
 def load_mmdet_config(name: str, components: tuple[str, ...] = ()) -> Config:
     """Load a detector config.
@@ -73,6 +75,8 @@ def build_detector(config: Config, name: str, weights: str | None) -> tuple[nn.M
 
         register_all_modules(init_default_scope=True)
         detector = MODELS.build(config.model)
+    if hasattr(detector, "language_model"):
+        _adapt_language_model(detector.language_model)
     if weights is None:
         return detector.eval(), {}
     with translate_load_errors(weights), silence_mmdet():
@@ -81,7 +85,7 @@ def build_detector(config: Config, name: str, weights: str | None) -> tuple[nn.M
         tensors = {  # without those used only in training
             key: tensor
             for key, tensor in content.get("state_dict", content).items()
-            if key in detector_tensors or not (key.startswith("ema_") or key.endswith("num_batches_tracked"))
+            if key in detector_tensors or not (key.startswith("ema_") or key.endswith(UNUSED_TENSORS))
         }
         missing, unexpected = (
             sorted(detector_tensors.keys() - tensors.keys()),
@@ -94,6 +98,18 @@ def build_detector(config: Config, name: str, weights: str | None) -> tuple[nn.M
             )
         detector.load_state_dict(tensors)
     return detector.eval(), content.get("meta") or {}
+
+
+def _adapt_language_model(language_model: Any) -> None:
+    """Adapt mmdet's BERT to transformers 5, whose tokenizers and attention masks differ from those of version 4."""
+    language_model.tokenizer.batch_encode_plus = language_model.tokenizer
+    language_model.language_backbone.body.model.register_forward_pre_hook(_add_head_dimension, with_kwargs=True)
+
+
+def _add_head_dimension(_: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Convert an attention mask between tokens, (B, L, L), to (B, 1, L, L)."""
+    mask = options["attention_mask"]
+    return args, {**options, "attention_mask": mask.bool()[:, None] if mask.dim() == 3 else mask}
 
 
 def _load_weights(weights: str) -> dict[str, Any]:
