@@ -448,7 +448,8 @@ class Proposer(Protocol):
     """Region proposer, built by `factory(**options)`.
 
     A proposer that finds what the user describes has the option `text`, a sequence of phrases. `sca caption --text`
-    sets it. The option `device`, if it exists, is set to the device of the captioner.
+    sets it. The option `device`, if it exists, is set to the device of the captioner. An optional attribute
+    `weights_hash`, a hash of its weights, identifies it in evaluation runs.
     """
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
@@ -457,7 +458,11 @@ class Proposer(Protocol):
 
 @runtime_checkable
 class Captioner(Protocol):
-    """Captioner of regions, built by `factory(**options)`: a composed model or a baseline."""
+    """Captioner of regions, built by `factory(**options)`: a composed model or a baseline.
+
+    Optional attributes identify it in evaluation runs: `weights_hash`, a hash of its weights, and `metadata`, a dict of
+    plain values, such as its options.
+    """
 
     def caption(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any

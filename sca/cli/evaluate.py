@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from sca_registry.spec import ComponentSpec
 
 from sca.cli.options import (
     AllowExternal,
@@ -68,7 +69,17 @@ def evaluate(
     ] = None,
     proposer: Annotated[
         str | None,
-        typer.Option(help="Region proposer for dense captioning, such as grid.", rich_help_panel="Prompts"),
+        typer.Option(
+            help="Region proposer for dense captioning, such as grid: 'NAME [key=value]...'.",
+            rich_help_panel="Prompts",
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Word or phrase to find; requires a --proposer that takes text, such as owlv2-base. Repeatable.",
+            rich_help_panel="Prompts",
+        ),
     ] = None,
     metrics: Metrics = None,
     out: Annotated[
@@ -104,7 +115,14 @@ def evaluate(
         check_option_choice("prompt-type", prompt_type, list(PROMPT_TYPES))
     for each in control or ():
         check_option_choice("control", each, list(CONTROLS))
-    parsed_options = parse_evaluation_options(options or (), dataset, proposer)
+    if text and not proposer:
+        raise ValueError("--text requires --proposer with a proposer that takes text, such as owlv2-base")
+    if proposer and (prompt_type or control):
+        raise ValueError("--proposer finds the regions to caption; omit --prompt-type and --control")
+    proposer_component = ComponentSpec.parse(proposer, "proposer", "proposers") if proposer else None
+    parsed_options = parse_evaluation_options(
+        options or (), dataset, proposer_component.name if proposer_component else None
+    )
     metric_names = metrics and split_names(metrics)
     device = _get_process_device(device)
     resolve_device(device)
@@ -119,7 +137,9 @@ def evaluate(
             protocol,
             parsed_options,
             metric_names,
-            (split, prompt_type, proposer),
+            (split, prompt_type),
+            proposer_component,
+            text or (),
             control or (),
             seed,
             out,
@@ -136,7 +156,11 @@ def evaluate(
             generation=parsed_options["generation"],
         )
         dataset_table = {"name": dataset, **parsed_options["dataset"]}
-        proposer_table = {"name": proposer, **parsed_options["proposer"]} if proposer else None
+        if parsed_options["proposer"] and not proposer:
+            raise ValueError(
+                f"the option proposer.{next(iter(parsed_options['proposer']))} requires --proposer; add --proposer NAME"
+            )
+        proposer_table = _make_proposer_table(proposer_component, parsed_options["proposer"], text or ())
         reports = [
             _evaluate_with_progress(
                 model,
@@ -265,6 +289,8 @@ def _evaluate_protocol(
     parsed_options: dict[str, Any],
     metrics: Sequence[str] | None,
     overridden: Sequence[str | None],
+    proposer: ComponentSpec | None,
+    text: Sequence[str],
     controls: Sequence[str],
     seed: int,
     out: Path | None,
@@ -275,9 +301,11 @@ def _evaluate_protocol(
 
     from sca.evaluation.protocol import find_available_metrics
 
-    split, prompt_type, proposer = overridden
+    split, prompt_type = overridden
     if split or prompt_type:
         raise ValueError(f"the protocol {protocol.name} defines its splits and prompts; omit --split and --prompt-type")
+    if proposer and not any(run.proposer for run in protocol.runs):
+        raise ValueError(f"the protocol {protocol.name} prompts the regions of its datasets; omit --proposer")
     metric_options = {**protocol.metric_options, **parsed_options["scores"]}
     metric_names = metrics
     if not metric_names:
@@ -291,8 +319,8 @@ def _evaluate_protocol(
     for protocol_run in protocol.runs:
         prompting = replace(protocol_run.prompting, controls=tuple(controls), seed=seed)
         prompting = replace(prompting, generation={**protocol_run.generation, **parsed_options["generation"]})
-        proposer_name = proposer or protocol_run.proposer if protocol_run.proposer else None
-        proposer_table = {"name": proposer_name, **parsed_options["proposer"]} if proposer_name else None
+        run_proposer = (proposer or ComponentSpec(protocol_run.proposer)) if protocol_run.proposer else None
+        proposer_table = _make_proposer_table(run_proposer, parsed_options["proposer"], text)
         dataset_table = {"name": protocol_run.dataset, **protocol_run.dataset_options, **parsed_options["dataset"]}
         folder = out and out / protocol_run.name
         reports.append(
@@ -310,6 +338,17 @@ def _evaluate_protocol(
             )
         )
     return reports
+
+
+def _make_proposer_table(
+    proposer: ComponentSpec | None, options: Mapping[str, Any], text: Sequence[str]
+) -> dict[str, Any] | None:
+    """Return the name and all options of a proposer; None without one."""
+    if proposer is None:
+        return None
+    from sca.inference.proposer import add_text
+
+    return add_text(ComponentSpec(proposer.name, {**proposer.options, **options}), text).to_dict()
 
 
 def _evaluate_with_progress(

@@ -30,7 +30,12 @@ from sca.evaluation.predictions_file import (
     read_predictions,
 )
 from sca.evaluation.records import Record
-from sca.evaluation.requirements import check_has_truth, check_metric_needs, describe_missing_truth
+from sca.evaluation.requirements import (
+    check_has_truth,
+    check_metric_needs,
+    describe_missing_truth,
+    select_dense_tasks,
+)
 from sca.evaluation.scoring import ImageLoader, ScoringResult, check_metrics, count_regions, score_records
 from sca.evaluation.validation import check_dataset_regions, check_predictions, fill_defaults
 from sca.hints import check_argument_names
@@ -108,7 +113,7 @@ class EvaluationReport:
         run = self.run
         if not run:
             return self.label or "hand-written predictions"
-        prompting = f"proposals of {run['proposer']}" if run.get("proposer") else f"prompted by {run['prompt_type']}"
+        prompting = _format_proposer(run["proposer"]) if run.get("proposer") else f"prompted by {run['prompt_type']}"
         return f"{self.name} on {run['dataset']} {run['split']}, {prompting}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,7 +184,9 @@ def evaluate(
             dataset object.
         split: Split of a dataset passed by name; ignored for a dataset object.
         prompting: Prompt type, tasks, controls and generation options. Defaults to box prompts.
-        proposer: For dense captioning: the proposer of the regions, as a name or a dict with a name and options.
+        proposer: For dense captioning: the proposer of the regions, as a name or a dict with a name and options, such
+            as `{"name": "grounding-dino-tiny", "text": ["car", "person"]}`. Proposals receive captions if regions
+            have phrases, and class names if regions have names.
         metrics: Registered names. Defaults to all metrics that the data supports; see
             `sca.evaluation.scoring.score_records`.
         metric_options: Options of metrics, and the shared options `references` and `tokenizer`.
@@ -200,7 +207,8 @@ def evaluate(
     Raises:
         TypeError: Unknown keyword argument; the message suggests the closest one.
         ValueError: The dataset has no region to caption, a metric in `metrics` needs an input that the dataset does not
-            have, the folder contains the predictions of a different run, or `folder` is None with several processes.
+            have, the folder contains the predictions of a different run, `folder` is None with several processes, or
+            `prompting` has controls, which need the regions of the dataset, and a proposer is set.
     """
     start = time.perf_counter()
     check_metrics(metrics, metric_options)
@@ -211,17 +219,22 @@ def evaluate(
     trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     dataset_name, split, dataset_options, built_dataset = _resolve_dataset(dataset, split)
     check_dataset_not_empty(built_dataset, f"{dataset_name} {split}".rstrip())
-    if proposer is None:
-        check_has_truth(built_dataset, dataset_name, prompting.tasks, max_images)
-        check_metric_needs(metrics or (), built_dataset, prompting.tasks, max_images)
+    proposer_component = ComponentSpec.from_dict(proposer, "proposer") if proposer is not None else None
+    tasks: Sequence[str] = prompting.tasks
+    if proposer_component is not None:
+        if prompting.controls:
+            raise ValueError("controls change the prompts of the dataset's regions; omit them, or the proposer")
+        tasks = select_dense_tasks(built_dataset, tasks, max_images)
+    check_has_truth(built_dataset, dataset_name, tasks, max_images)
+    check_metric_needs(metrics or (), built_dataset, tasks, max_images)
+    built_proposer = None if proposer_component is None else build_proposer(proposer_component, device)
     model_name, captioner = _resolve_captioner(model, device, trust_options)
     if isinstance(captioner, Engine):
         check_generation("generation", prompting.generation, captioner.model.language_model.generate)
-    proposer_component = ComponentSpec.from_dict(proposer, "proposer") if proposer is not None else None
     prompting_options: PromptingOptions | DenseCaptioningOptions = prompting
-    if proposer_component is not None:
-        built_proposer = build_proposer(proposer_component, device)
-        prompting_options = DenseCaptioningOptions(built_proposer, prompting.generation)
+    if built_proposer is not None:
+        prompting_options = DenseCaptioningOptions(built_proposer, tuple(tasks), prompting.generation)
+    proposer_hash = getattr(built_proposer, "weights_hash", None)
     run = {
         "model": model_name,
         **_get_captioner_identity(captioner, prompting.generation),
@@ -233,7 +246,8 @@ def evaluate(
         "prompt_type": None if proposer_component else prompting.prompt_type,
         "proposer": proposer_component and proposer_component.to_dict(),
         **({"search_version": SEARCH_VERSION} if proposer_component else {}),
-        "tasks": ["dense"] if proposer_component else list(prompting.tasks),
+        **({"proposer_hash": proposer_hash} if proposer_hash else {}),
+        "tasks": list(tasks),
         "controls": list(prompting.controls),
         "seed": prompting.seed,
         "max_images": max_images,
@@ -255,7 +269,7 @@ def evaluate(
     if predictions is None:
         return None
     if not predictions.records:
-        raise ValueError(describe_missing_truth(built_dataset, dataset_name, prompting.tasks))
+        raise ValueError(describe_missing_truth(built_dataset, dataset_name, tasks))
     return _build_report(
         predictions, "the predictions", metrics, metric_options, _make_image_loader(built_dataset), start
     )
@@ -444,6 +458,7 @@ def _resolve_captioner(model: Any, device: str, trust_options: Mapping[str, bool
 
 def _get_captioner_identity(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, Any]:
     """Return the spec, weights and generation options, which distinguish captioners of the same name."""
+    weights_hash = getattr(captioner, "weights_hash", None)
     if isinstance(captioner, Engine):
         spec = captioner.model.spec
         return {
@@ -451,14 +466,20 @@ def _get_captioner_identity(captioner: Captioner, generation: Mapping[str, Any])
             "spec": spec.to_dict(),
             "generation": {**spec.generation, **generation},
         }
-    return {"weights_hash": None, "spec": getattr(captioner, "metadata", None), "generation": dict(generation)}
+    return {"weights_hash": weights_hash, "spec": getattr(captioner, "metadata", None), "generation": dict(generation)}
+
+
+def _format_proposer(proposer: Mapping[str, Any]) -> str:
+    """Return the name of a proposer and the phrases that it finds, for headings."""
+    text = proposer.get("text") or []
+    phrases = ", ".join([text] if isinstance(text, str) else text)
+    return f"proposals of {proposer['name']}" + (f" for {phrases}" if phrases else "")
 
 
 def _get_model_name(model: Any) -> str:
     """Return the component names of a composed model, else the class name."""
     spec = getattr(model, "spec", None)
     return "+".join((spec.encoder.name, spec.mixer.name, spec.language_model.name)) if spec else type(model).__name__
-    weights_hash = getattr(captioner, "weights_hash", None)
 
 
 def _resolve_dataset(dataset: Any, split: str) -> tuple[str, str, dict[str, Any], Dataset]:

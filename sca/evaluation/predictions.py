@@ -14,21 +14,23 @@ A record is plain JSON, one per region and task (and control). The records of on
     truth                  ground truth: name, phrases, attributes, mask (RLE or None), box [x1, y1, x2, y2], and area
                            in pixels of the mask, or of the box without a mask
 
-For dense captioning, where regions are proposed, there is one record per image. Its task is "dense", its `proposals`
-are objects with `box`, `score`, `caption` and `mask` (or None), best first, and its truth contains `regions`, a list of
-`id`, `box` and `phrases`.
+For dense captioning, where regions are proposed, there is one record per image and task. Its task is "dense" for
+captions or "dense-recognition" for class names. Its `proposals` are objects with `box`, `score`, `caption` (the
+predicted text), `name` (that of the proposer, or None) and `mask` (or None), best first. Its truth contains `regions`,
+a list of `id`, `box`, and `phrases` or `name`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image
-from sca_registry.contracts import TASKS, Caption, Captioner, Dataset, Prompt, Proposer, Region, Sample
+from sca_registry.contracts import TASKS, Caption, Captioner, Dataset, Prompt, Proposals, Proposer, Region, Sample
 
 from sca.data.point_prompts import sample_point_prompt
 from sca.inference.batch import caption_requests
@@ -48,6 +50,7 @@ CONTROLS = {
     "color-swap": "image with red shown as green, green as blue and blue as red",
     "shuffled-mask": "box and mask of the region moved to another position in the image",
 }
+DENSE_TASKS = {"dense": "caption", "dense-recognition": "recognition"}  # task of each proposal, by task of the record
 NUM_CANDIDATE_SHIFTS = 16  # candidate positions for a shifted region; the one with the least overlap is used
 
 PromptsByRegion = dict[int, Prompt]  # prompts of one image by region id
@@ -156,45 +159,53 @@ class DenseCaptioningOptions:
     Args:
         proposer: Proposer of the regions. Points of a proposer (the grid) are segmented as in everything mode, which
             requires a `MaskEngine`; boxes and masks are captioned unchanged.
+        tasks: Tasks of `DENSE_TASKS`; one record per image each.
         generation: Generation options of the captioner.
     """
 
     proposer: Proposer
+    tasks: tuple[str, ...] = ("dense",)
     generation: Mapping[str, Any] = field(default_factory=dict)
 
     def predict_records(self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
-        """Predict one record per image, in the order of `samples` (dataset index and sample of each image)."""
-        return [self._predict_record(captioner, index, sample) for index, sample in samples]
+        """Predict one record per image and task, in the order of `samples` (dataset index and sample of each image)."""
+        return [record for index, sample in samples for record in self._predict_image(captioner, index, sample)]
 
-    def _predict_record(self, captioner: Captioner, index: int, sample: Sample) -> dict[str, Any]:
-        proposed = self.proposer(sample.image, sample.image_id)
-        if any(prompt.box is None and prompt.mask is None for prompt in proposed.prompts):
-            captions = _caption_point_proposals(captioner, sample.image, proposed, self.generation)
-            scores = [
-                caption.predicted_iou if caption.predicted_iou is not None else caption.score for caption in captions
+    def _predict_image(self, captioner: Captioner, index: int, sample: Sample) -> list[dict[str, Any]]:
+        first_task, *other_tasks = (DENSE_TASKS[task] for task in self.tasks)
+        encoded_image = _EncodedImages(captioner, [sample.image])
+        regions = self._caption_proposals(encoded_image, sample, first_task)
+        prompts = {position: caption.prompt for position, caption in enumerate(regions)}
+        captions_by_task = [regions] + [
+            list(encoded_image.caption_regions([prompts], task, self.generation)[0].values()) for task in other_tasks
+        ]
+        return [
+            {
+                "index": index,
+                "image_id": sample.image_id,
+                "region_id": None,
+                "task": task,
+                "control": None,
+                "proposals": _make_proposal_records(regions, captions),
+                "truth": {"regions": _make_dense_truth(sample.regions, task)},
+            }
+            for task, captions in zip(self.tasks, captions_by_task, strict=True)
+        ]
+
+    def _caption_proposals(self, encoded_image: _EncodedImages, sample: Sample, task: str) -> list[Caption]:
+        """Return a caption of each proposed region, with its name and score."""
+        proposals = self.proposer(sample.image, sample.image_id)
+        if any(prompt.box is None and prompt.mask is None for prompt in proposals.prompts):
+            captions = _caption_point_proposals(encoded_image.captioner, sample.image, proposals, task, self.generation)
+            return [
+                replace(each, proposal_score=each.score if each.predicted_iou is None else each.predicted_iou)
+                for each in captions
             ]
-        else:
-            captions = captioner.caption(sample.image, proposed.prompts, **self.generation) if proposed.prompts else []
-            scores = list(proposed.scores)
-        proposal_records = [
-            {"box": list(caption.box), "score": float(score), "caption": caption.text, "mask": caption.mask}
-            for caption, score in zip(captions, scores, strict=True)
-            if caption.box is not None
+        captions_by_row = encoded_image.caption_regions([dict(enumerate(proposals.prompts))], task, self.generation)[0]
+        return [
+            replace(captions_by_row[row], name=name, proposal_score=score)
+            for row, (name, score) in enumerate(zip(proposals.names, proposals.scores, strict=True))
         ]
-        regions = [
-            {"id": region.id, "box": [float(value) for value in region.box], "phrases": list(region.phrases)}
-            for region in sample.regions
-            if region.phrases
-        ]
-        return {
-            "index": index,
-            "image_id": sample.image_id,
-            "region_id": None,
-            "task": "dense",
-            "control": None,
-            "proposals": sorted(proposal_records, key=lambda each: -each["score"]),
-            "truth": {"regions": regions},
-        }
 
 
 def draft_records(dataset: Dataset, tasks: Sequence[str], max_images: int | None = None) -> Iterator[dict[str, Any]]:
@@ -202,7 +213,7 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], max_images: int | None
 
     Args:
         dataset: Any dataset. Its images are not opened. A dataset without `iter_annotations` yields nothing.
-        tasks: Tasks as in `PromptingOptions`.
+        tasks: Tasks as in `PromptingOptions`, or of `DENSE_TASKS`.
         max_images: Maximum number of images. Defaults to all.
 
     Yields:
@@ -273,11 +284,15 @@ def _iter_predicted_batches(
 
 
 class _EncodedImages:
-    """Images of a batch, encoded once if the captioner has a method `encode`."""
+    """Images of a batch, encoded once, when they are first captioned."""
 
     def __init__(self, captioner: Captioner, images: Sequence[Image.Image]):
         self.captioner, self.images = captioner, images
-        self.encoded = captioner.encode(images) if hasattr(captioner, "encode") else None
+
+    @cached_property
+    def encoded(self) -> Any:
+        """The encoded images; None if the captioner has no method `encode`."""
+        return self.captioner.encode(self.images) if hasattr(self.captioner, "encode") else None
 
     def caption_regions(
         self, requests: Sequence[PromptsByRegion], task: str, generation: Mapping[str, Any]
@@ -309,7 +324,36 @@ def _should_caption(region: Region, task: str, prompts: PromptsByRegion) -> bool
 
 
 def _has_truth_for_task(region: Region, task: str) -> bool:
-    return bool(region.phrases if task == "caption" else region.name)
+    return bool(region.phrases if DENSE_TASKS.get(task, task) == "caption" else region.name)
+
+
+def _make_dense_truth(regions: Sequence[Region], task: str) -> list[dict[str, Any]]:
+    """Return the regions with ground truth for a dense task."""
+    return [
+        {
+            "id": region.id,
+            "box": [float(value) for value in region.box],
+            **({"phrases": list(region.phrases)} if DENSE_TASKS[task] == "caption" else {"name": region.name}),
+        }
+        for region in regions
+        if _has_truth_for_task(region, task)
+    ]
+
+
+def _make_proposal_records(regions: Sequence[Caption], captions: Sequence[Caption]) -> list[dict[str, Any]]:
+    """Return the proposals of an image, best first, with the texts of `captions`."""
+    proposal_records = [
+        {
+            "box": list(region.box),
+            "score": float(cast("float", region.proposal_score)),
+            "caption": caption.text,
+            "name": region.name,
+            "mask": region.mask,
+        }
+        for region, caption in zip(regions, captions, strict=True)
+        if region.box is not None
+    ]
+    return sorted(proposal_records, key=lambda each: -cast("float", each["score"]))
 
 
 def _make_prompts(
@@ -378,7 +422,7 @@ def _swap_colors(image: Image.Image) -> Image.Image:
 
 
 def _caption_point_proposals(
-    captioner: Any, image: Image.Image, proposals: Any, generation: Mapping[str, Any]
+    captioner: Any, image: Image.Image, proposals: Proposals, task: str, generation: Mapping[str, Any]
 ) -> list[Caption]:
     from sca.inference.automatic import caption_everything
     from sca.inference.engine import MaskEngine
@@ -388,7 +432,7 @@ def _caption_point_proposals(
         raise ValueError("point proposals need a captioner that predicts masks; use a proposer of boxes")
     predictor = Predictor(captioner)
     predictor.set_image(image)
-    return caption_everything(predictor, proposals=proposals, **generation)
+    return caption_everything(predictor, task, proposals=proposals, **generation)
 
 
 def _sort_records(records: Sequence[dict[str, Any]], sample: Sample) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from sca_registry.contracts import Dataset
 from sca_registry.errors import make_unknown_name_error
 
 from sca.data.summary import summarize_dataset
-from sca.evaluation.predictions import PromptingOptions, draft_records
+from sca.evaluation.predictions import DENSE_TASKS, PromptingOptions, draft_records
 from sca.evaluation.records import describe_missing_needs, meets_need
 from sca.evaluation.scoring import check_metrics
 
@@ -34,10 +34,27 @@ def check_has_truth(
         raise ValueError(describe_missing_truth(dataset, dataset_name, tasks))
 
 
+def select_dense_tasks(dataset: Dataset, tasks: Sequence[str], max_images: int | None = None) -> list[str]:
+    """Return the dense tasks of an evaluation with a proposer.
+
+    Args:
+        dataset: Any dataset, see `draft_records`.
+        tasks: Tasks as in `PromptingOptions`.
+        max_images: Maximum number of images to check. Defaults to all.
+
+    Returns:
+        The tasks of `DENSE_TASKS` for which a region of the dataset has ground truth, or all if none has it.
+    """
+    dense_tasks = [dense_task for dense_task, task in DENSE_TASKS.items() if task in tasks]
+    with_truth = [task for task in dense_tasks if next(draft_records(dataset, [task], max_images), None) is not None]
+    return with_truth or dense_tasks
+
+
 def describe_missing_truth(dataset: Dataset, dataset_name: str, tasks: Sequence[str]) -> str:
     """Return the error message for a dataset without ground truth for the tasks."""
     return (
-        f"no region of {dataset_name} has ground truth for {' or '.join(tasks)} (phrases for captions, a name for "
+        f"no region of {dataset_name} has ground truth for "
+        f"{' or '.join(DENSE_TASKS.get(task, task) for task in tasks)} (phrases for captions, a name for "
         f"recognition); {summarize_dataset(dataset)}"
     )
 
@@ -130,6 +147,10 @@ def _find_missing_needs(metric: str, dataset: Dataset, tasks: Sequence[str], max
     dataset_needs = [
         need for need in sca_registry.metrics.get_declared(metric, "required_fields") or () if _is_dataset_need(need)
     ]
+    for need in dataset_needs:
+        needs_task = all(choice.startswith("task=") for choice in need.split(" or "))
+        if needs_task and not any(meets_need({"task": task}, need) for task in tasks):
+            return f"needs {need}, and this evaluation has task={' and task='.join(tasks)}"
     if next(draft_records(dataset, tasks, max_images), None) is None:
         return None
     if any(

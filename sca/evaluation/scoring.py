@@ -278,7 +278,7 @@ def _make_scores(
         f"{implementation} {entry.version}".rstrip() if implementation == default_implementation else implementation
     )
     run_facts = {key: run.get(key) for key in COMPARABLE_RUN_KEYS}
-    run_facts |= {"search_version": run["search_version"]} if "search_version" in run else {}
+    run_facts |= {key: run[key] for key in ("search_version", "proposer_hash") if key in run}
     protocol_id = compute_protocol_id(run_facts, name, control, shared_options, implementation)
     bootstrap_inputs = get_bootstrap_inputs(output)
     enough_images = {key: has_enough_images(groups) for key, (_, groups) in bootstrap_inputs.items()}

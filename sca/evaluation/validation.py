@@ -8,6 +8,7 @@ from typing import Any
 
 from sca_registry.contracts import TASKS
 
+from sca.evaluation.predictions import DENSE_TASKS
 from sca.evaluation.predictions_file import Predictions, hash_truth
 from sca.io.errors import InputError
 from sca.io.validation import is_finite_number
@@ -126,9 +127,10 @@ def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str,
         if key not in record:
             raise InputError(f"{location} has no {key}; its fields are {', '.join(record) or 'none'}")
     task = record.get("task", "caption")
-    if task not in (*TASKS, "dense"):
-        raise InputError(f"{location}: unknown task {task!r}; choose from {', '.join(TASKS)}, dense")
-    if task != "dense" and not isinstance(record.get("caption"), str):
+    known_tasks = (*TASKS, *DENSE_TASKS)
+    if task not in known_tasks:
+        raise InputError(f"{location}: unknown task {task!r}; choose from {', '.join(known_tasks)}")
+    if task not in DENSE_TASKS and not isinstance(record.get("caption"), str):
         raise InputError(f"{location}: caption must be text, not {record.get('caption')!r}")
     truth = record.get("truth", {})
     references = record.get("references", truth.get("phrases", []) if isinstance(truth, Mapping) else None)
@@ -143,7 +145,7 @@ def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str,
         **truth,
         "phrases": references,
     }
-    if task == "dense":
+    if task in DENSE_TASKS:
         full_truth = dict(truth)
     defaults: dict[str, Any] = {"control": None, "prompt": {}, "score": None, "mask": None, "predicted_iou": None}
     fields = {key: value for key, value in record.items() if key != "references"}

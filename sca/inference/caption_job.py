@@ -15,7 +15,7 @@ from sca_registry.spec import ComponentSpec
 
 from sca.devices import resolve_device
 from sca.inference.prompt_arguments import check_task
-from sca.inference.proposer import build_proposer
+from sca.inference.proposer import add_text, build_proposer
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.labelme import list_labelme_files
 from sca.io.errors import InputError
@@ -248,4 +248,4 @@ class CaptionJob:
 
     def _build_proposer(self) -> Proposer | None:
         component = self._parse_proposer()
-        return build_proposer(component, self.device, self.text) if component else None
+        return build_proposer(add_text(component, self.text), self.device) if component else None

@@ -15,31 +15,46 @@ if TYPE_CHECKING:
     import torch
 
 
-def build_proposer(component: ComponentSpec, device: str | torch.device = "cpu", text: Sequence[str] = ()) -> Proposer:
+def add_text(component: ComponentSpec, text: Sequence[str]) -> ComponentSpec:
+    """Set the phrases to find in the options of a registered proposer.
+
+    Args:
+        component: Name and options.
+        text: Phrases to find: the option `text`. Empty to leave the options unchanged.
+
+    Returns:
+        The proposer with the option.
+
+    Raises:
+        RegistryError: The proposer is unknown.
+        ValueError: The proposer takes no text, or has it in its options, too.
+    """
+    if not text:
+        return component
+    if "text" not in proposers.load_entry(component.name).options:
+        raise ValueError(
+            f"the proposer {component.name!r} takes no text; omit it, or use another one, such as owlv2-base"
+        )
+    if "text" in component.options:
+        raise ValueError(f"the proposer {component.name!r} has its text twice; omit the option text or --text")
+    return ComponentSpec(component.name, {**component.options, "text": list(text)})
+
+
+def build_proposer(component: ComponentSpec, device: str | torch.device = "cpu") -> Proposer:
     """Build a registered proposer.
 
     Args:
         component: Name and options.
         device: Device, unless the options set one.
-        text: Phrases to find: the option `text`.
 
     Returns:
         The proposer.
 
     Raises:
         RegistryError: The proposer is unknown or cannot be built.
-        ValueError: The proposer takes no text, or has it in its options, too.
     """
     option_names = proposers.load_entry(component.name).options
-    if text and "text" not in option_names:
-        raise ValueError(
-            f"the proposer {component.name!r} takes no text; omit it, or use another one, such as owlv2-base"
-        )
-    if text and "text" in component.options:
-        raise ValueError(f"the proposer {component.name!r} has its text twice; omit the option text or --text")
-    text_options = {"text": list(text)} if text else {}
-    options = {**make_device_options(device, option_names), **component.options, **text_options}
-    return proposers.build(component.name, **options)
+    return proposers.build(component.name, **{**make_device_options(device, option_names), **component.options})
 
 
 def make_device_options(device: str | torch.device, option_names: Mapping[str, Any]) -> dict[str, str]:

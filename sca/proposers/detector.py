@@ -24,6 +24,7 @@ from sca.io.hub import (
 )
 from sca.io.processors import load_processor
 from sca.io.validation import check_range
+from sca.io.weight_files import hash_tensors
 
 MIN_BOX_SIZE = 1  # pixels per side
 
@@ -105,6 +106,11 @@ class Detector(ABC):
     def build_processor(self, config: Any) -> Any:
         """Build a processor for random weights."""
         return build_dummy_processor(config)
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of the weights."""
+        return hash_tensors(self.model.state_dict())
 
     @abstractmethod
     def detect_regions(self, image: Image.Image) -> Detections:

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 
 @pytest.fixture
@@ -96,15 +97,100 @@ def test_compare_and_report_write_pages_for_two_evaluation_runs(evaluate_on_scen
         assert re.search(r'<th class="numeric">[^<]*\(box\)</th><th class="numeric">[^<]*\(center\)</th>', page)
 
 
+@pytest.fixture
+def evaluate_proposals(run_sca, checkpoint, save_tiny_proposer):
+    """Function that evaluates the boxes of a tiny Grounding DINO."""
+    proposer = f"grounding-dino weights={save_tiny_proposer('grounding-dino')} score_thresh=0 max_regions=3"
+
+    def run(dataset, *arguments):
+        return run_sca("evaluate", checkpoint, *dataset, "--proposer", proposer, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def coco_folder(working_folder):
+    """A folder in COCO's layout whose regions have names and no phrases."""
+    (working_folder / "data/val").mkdir(parents=True)
+    images, annotations = [], []
+    for number in (1, 2):
+        Image.new("RGB", (64, 48), (40 * number, 80, 90)).save(working_folder / f"data/val/{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 48})
+        box = {"bbox": [4, 4, 20, 30], "area": 600, "iscrowd": 0}
+        annotations.append({"id": number, "image_id": number, "category_id": 1, **box})
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "car"}]}
+    (working_folder / "data/val.json").write_text(json.dumps(content))
+    return working_folder / "data"
+
+
 @pytest.mark.slow
-def test_evaluate_with_proposer_of_text_computes_dense_captioning_map(run_sca, checkpoint, save_tiny_proposer):
-    result = run_sca(
-        *("evaluate", checkpoint, "scenes", "num_images=2", "--proposer", "owlv2", "proposer.score_thresh=0"),
-        *(f"proposer.weights={save_tiny_proposer('owlv2')}", "proposer.text=['disc', 'red box']"),
-        *("--metrics", "densecap-map", "tokenizer=plain", "--json"),
-    )
+def test_evaluate_captions_and_recognizes_proposals_of_text(evaluate_proposals, working_folder):
+    arguments = ("--text", "disc", "--text", "red box", "--out", "run", "tokenizer=plain", "--json")
+    result = evaluate_proposals(("scenes", "num_images=2"), "proposer.text_thresh=0", *arguments)
     assert result.status == 0, result.err
-    assert 0 <= json.loads(result.out)["scores"]["densecap-map/boxes"] <= 1
+    report = json.loads(result.out)
+    scores = {"densecap-map/rouge-l", "densecap-map/boxes", "detection-map", "detection-map/proposer"}
+    assert scores <= {*report["scores"]}
+    assert report["run"]["proposer"]["text"] == ["disc", "red box"]
+    assert report["run"]["proposer_hash"]
+    records = [json.loads(line) for line in (working_folder / "run/predictions.jsonl").read_text().splitlines()[1:-1]]
+    assert [record["task"] for record in records] == ["dense", "dense-recognition"] * 2
+    assert all(proposal["name"] for record in records for proposal in record["proposals"])
+
+
+@pytest.mark.slow
+def test_evaluate_recognizes_proposals_if_regions_have_only_names(evaluate_proposals, coco_folder):
+    dataset = ("coco", f"root={coco_folder}", "--split", "val")
+    result = evaluate_proposals(dataset, "--text", "car", "--json")
+    assert result.status == 0, result.err
+    report = json.loads(result.out)
+    assert report["scores"]["detection-map/true-boxes"] == 2
+    assert report["run"]["tasks"] == ["dense-recognition"]
+    assert "densecap-map" in report["skipped_metrics"]
+    result = evaluate_proposals(dataset, "--text", "car", "--metrics", "densecap-map")
+    assert (result.status, len(result.err)) == (2, 1)
+    assert "metric 'densecap-map': needs task=dense, and this evaluation has task=dense-recognition" in result.err[0]
+
+
+@pytest.mark.slow
+def test_evaluate_rejects_folder_of_a_run_with_other_text(evaluate_proposals):
+    arguments = ("--metrics", "detection-map", "--out", "run", "--json")
+
+    def get_protocol_id(*more_arguments):
+        result = evaluate_proposals(("scenes", "num_images=1"), *arguments, *more_arguments)
+        assert result.status == 0, result.err
+        return json.loads(result.out)["score_details"][0]["protocol_id"]
+
+    first_id = get_protocol_id("--text", "disc")
+    assert get_protocol_id("--text", "disc") == first_id
+    result = evaluate_proposals(("scenes", "num_images=1"), *arguments, "--text", "red box")
+    assert result.status == 2
+    assert re.search(r"proposer: .*disc.* there, .*red box.* now", result.err[-1])
+    assert get_protocol_id("--text", "red box", "--overwrite") != first_id
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--text", "car"), "--text requires --proposer with a proposer that takes text, such as owlv2-base"),
+        (("--proposer", "grid", "--text", "car"), "the proposer 'grid' takes no text; omit it, or use another one"),
+        (("--proposer", "grounding-dino-tiny"), "no text to find; pass --text PHRASE"),
+        (("--proposer", "owlv2-base text=car", "--text", "dog"), "has its text twice; omit the option text or --text"),
+        (("--proposer", "gird"), "Did you mean 'grid'?"),
+        (("--proposer", "grid", "--prompt-type", "center"), "--proposer finds the regions to caption; omit"),
+        (("--proposer", "grid", "--control", "wrong-region"), "--proposer finds the regions to caption; omit"),
+        (("proposer.text=car",), "the option proposer.text requires --proposer; add --proposer NAME"),
+        (("--proposer", "grid", "--metrics", "class"), "metric 'class': needs task=recognition"),
+    ],
+    ids=str,
+)
+def test_evaluate_reports_invalid_proposer_options_in_one_line(get_sca_error, checkpoint, arguments, message):
+    assert message in get_sca_error(2, "evaluate", checkpoint, "scenes", "num_images=1", *arguments)
+
+
+def test_evaluate_protocol_with_prompts_rejects_a_proposer(get_sca_error, checkpoint):
+    message = get_sca_error(2, "evaluate", checkpoint, "refcocog-reg", "root=.", "--proposer", "grid")
+    assert "the protocol refcocog-reg prompts the regions of its datasets; omit --proposer" in message
 
 
 @pytest.mark.slow

@@ -8,7 +8,14 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt, Proposals, Region, Sample
 
 from sca.data.scenes import Scenes
-from sca.evaluation.predictions import CONTROLS, PROMPT_TYPES, DenseCaptioningOptions, PromptingOptions, predict_dataset
+from sca.evaluation.predictions import (
+    CONTROLS,
+    DENSE_TASKS,
+    PROMPT_TYPES,
+    DenseCaptioningOptions,
+    PromptingOptions,
+    predict_dataset,
+)
 from sca.io import masks
 
 
@@ -229,6 +236,38 @@ def test_dense_captioning_records_proposals_and_labeled_regions():
     assert [each["score"] for each in record["proposals"]] == [0.5, 0.25]
     assert record["proposals"][0]["box"] == [1, 1, 6, 3]
     assert record["truth"]["regions"] == [{"id": 3, "box": [1, 1, 6, 3], "phrases": ["a car"]}]
+
+
+def test_dense_recognition_records_class_names_next_to_those_of_the_proposer():
+    def propose_boxes(image, image_id):
+        prompts = (Prompt(box=(0.0, 0.0, 2.0, 2.0)), Prompt(box=(1.0, 1.0, 6.0, 3.0)))
+        return Proposals(prompts, (0.25, 0.5), (None, "vehicle"))
+
+    class TaskCaptioner:
+        num_encoded = 0
+
+        def encode(self, images):
+            self.num_encoded += len(images)
+            return images
+
+        def caption_batch(self, encoded, requests, task="caption"):
+            return [[Caption(task, 1.0, p.box, None, None, p, i) for i, p in enumerate(each)] for each in requests]
+
+    captioner = TaskCaptioner()
+    dense, recognition = collect_records(
+        captioner,
+        [make_sample(7, CAPTIONED_REGION, NAMED_REGION)],
+        DenseCaptioningOptions(propose_boxes, tuple(DENSE_TASKS)),
+    )
+    assert captioner.num_encoded == 1
+    assert (dense["task"], recognition["task"]) == ("dense", "dense-recognition")
+    assert [each["caption"] for each in dense["proposals"]] == ["caption"] * 2
+    assert [each["caption"] for each in recognition["proposals"]] == ["recognition"] * 2
+    for record in (dense, recognition):
+        assert [each["name"] for each in record["proposals"]] == ["vehicle", None]
+    assert recognition["truth"]["regions"] == [
+        {"id": NAMED_REGION.id, "box": [*NAMED_REGION.box], "name": NAMED_REGION.name}
+    ]
 
 
 def test_predict_dataset_counts_unreadable_images_and_continues():
