@@ -243,6 +243,6 @@ def test_scenes_name_regions_by_the_chosen_attributes():
         f"{region.attributes['color']} {region.attributes['shape']}" for region in default.regions
     ]
     assert [region.phrases for region in named.regions] == [region.phrases for region in default.regions]
-    for attributes in ([], ["colour"]):
+    for attributes in ([], ["colors"]):
         with pytest.raises(InputError, match="choose one or more of size, texture, color, shape"):
             Scenes("val", name_attributes=attributes)
