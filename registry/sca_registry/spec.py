@@ -27,6 +27,7 @@ DEFAULT_LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": None}
 CAPTION_FROM_CHOICES = ("box-and-point", "box", "point")
 DEFAULT_GENERATION = {"max_new_tokens": 20, "num_beams": 1}
 MAX_GENERATION = {"max_new_tokens": 4096, "num_beams": 64, "num_captions": 64}
+MIN_ZOOM_CONTEXT = 1.5  # crops with less context cut off regions that are not in their center
 MAX_CROP_LAYERS = 4
 MAX_GRID_POINTS = 2**20  # points in the grids of an image and all its crops
 
@@ -133,6 +134,23 @@ class EverythingOptions:
 
 
 @dataclass(frozen=True)
+class ZoomOptions:
+    """Options of zoom, which predicts small regions a second time from a crop of the image.
+
+    Attributes:
+        max_cells: Area of the largest region to zoom into: the area of its box in cells of the feature grid. None if it
+            was not measured for the model.
+        context: Side of a crop divided by the longer side of the box.
+        max_upscale: Maximum pixels of the model input per pixel of the image in a crop. 1 crops at least as many pixels
+            as the model input has.
+    """
+
+    max_cells: float | None = None
+    context: float = 3.0
+    max_upscale: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Architecture and default options of a model, without weights.
 
@@ -151,6 +169,7 @@ class ModelSpec:
             architecture). An integer r is shorthand for rank r and alpha 2r. None disables LoRA.
         generation: Default options of `generate`.
         everything: Options of everything mode; the keys are fields of `EverythingOptions`.
+        zoom: Options of zoom; the keys are fields of `ZoomOptions`. Empty if they were not measured for the model.
 
     Raises:
         RegistryError: A field, key or value is invalid.
@@ -166,6 +185,7 @@ class ModelSpec:
     lora: Mapping[str, Any] | int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     everything: Mapping[str, Any] = field(default_factory=dict)
+    zoom: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def set_field(name: str, value: Any) -> None:
@@ -175,6 +195,7 @@ class ModelSpec:
         set_field("lora", _complete_lora(self.lora))
         set_field("generation", _complete_generation(self.generation))
         set_field("everything", _complete_everything(self.everything))
+        set_field("zoom", _check_zoom(self.zoom))
         set_field("trainable", _check_trainable(self.trainable))
         if not isinstance(self.task_tokens, int) or isinstance(self.task_tokens, bool) or self.task_tokens < 0:
             raise RegistryError(f"task_tokens is {self.task_tokens!r}; expected an integer of at least 0")
@@ -183,6 +204,11 @@ class ModelSpec:
     def everything_options(self) -> EverythingOptions:
         """Options of everything mode."""
         return EverythingOptions(**self.everything)
+
+    @property
+    def zoom_options(self) -> ZoomOptions:
+        """Options of zoom."""
+        return ZoomOptions(**self.zoom)
 
     # --- serialization ------------------------------------------------------------------------------------------------
 
@@ -240,10 +266,12 @@ class ModelSpec:
         return cls(**table)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the spec as a dict that can be written as JSON or TOML; entries that are None are omitted."""
+        """Return the spec as a dict that can be written as JSON or TOML; None and an empty `zoom` are omitted."""
         data: dict[str, Any] = {"format": SPEC_FORMAT}
         for each in fields(self):
             value = getattr(self, each.name)
+            if each.name == "zoom" and not value:  # specs of models without these options stay the same
+                continue
             if isinstance(value, ComponentSpec):
                 data[each.name] = value.to_dict()
             elif isinstance(value, Mapping):
@@ -368,6 +396,17 @@ def _complete_everything(value: Any) -> dict[str, Any]:
             f"{MAX_GRID_POINTS:,} points; reduce one of them"
         )
     return completed
+
+
+def _check_zoom(value: Any) -> dict[str, Any]:
+    options = {key: option for key, option in _check_table("zoom", value).items() if option is not None}
+    defaults = vars(ZoomOptions())
+    for key, option in options.items():
+        if key not in defaults:
+            raise make_unknown_name_error(f"unknown option zoom.{key}", key, defaults)
+        minimum = MIN_ZOOM_CONTEXT if key == "context" else 0
+        _check_number("zoom", key, option, is_integer=False, minimum=minimum, maximum=math.inf)
+    return options
 
 
 def _check_number(subject: str, key: str, value: Any, is_integer: bool, minimum: float, maximum: float) -> None:

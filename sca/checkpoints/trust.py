@@ -79,7 +79,7 @@ def confine_spec(spec: ModelSpec, folder: Path, trust: Trust) -> ModelSpec:
         for kind, component in components.items()
         if component is not None
     }
-    _check_numbers([spec.lora, spec.generation, spec.everything, spec.task_tokens])
+    _check_numbers([spec.lora, spec.generation, spec.everything, spec.zoom, spec.task_tokens])
     return replace(spec, **confined)
 
 

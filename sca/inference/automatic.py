@@ -24,6 +24,8 @@ from sca.inference.engine import EncodedImages, MaskEngine, PredictedMask
 from sca.inference.generation_options import GENERATION_OPTIONS, resolve_generation_options
 from sca.inference.predictor import Predictor
 from sca.inference.prompt_arguments import check_task
+from sca.inference.zoom import caption_masks, caption_regions
+from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
 from sca.io.masks import RLE, compute_mask_area, encode_rle
 from sca.nn.boxes import compute_box_iou
 from sca.nn.nms import suppress_overlaps
@@ -87,6 +89,7 @@ def caption_everything(
     proposals: Proposals | None = None,
     progress: Callable[[int, int], None] | None = None,
     max_regions: int | None = None,
+    zoom: ZoomValue = DEFAULT_ZOOM,
     **kwargs: Any,
 ) -> list[Caption]:
     """Find and caption all regions of the current image.
@@ -101,6 +104,7 @@ def caption_everything(
         progress: Function called with the number of processed points and the total.
         max_regions: Maximum number of regions to caption. Regions found from points are kept first, by predicted IoU;
             then the other proposals, by score.
+        zoom: Predict the masks and captions of small regions from crops; see `Predictor.predict`.
         **kwargs: Fields of `EverythingOptions` that override those in `options`, and generation options of
             `Predictor.predict`.
 
@@ -131,15 +135,16 @@ def caption_everything(
     generation = resolve_generation_options(
         engine, **{name: kwargs[name] for name in kwargs.keys() & {*GENERATION_OPTIONS}}
     )
+    zoom_options = resolve_zoom(engine, zoom)
     if encoded is None:
         raise ValueError("no image is set; call set_image(image) first")
     masks, prompts = find_everything(engine, encoded, options, proposals, progress)
     masks, prompts = masks[:max_regions], prompts[:max_regions]
-    captions = engine.caption_masks(encoded, masks, prompts, task, **generation) if masks else []
+    captions = caption_masks(engine, encoded, masks, prompts, task, zoom_options, **generation) if masks else []
     max_proposed = None if max_regions is None else max_regions - len(masks)
     selected = _select_region_proposals(proposals, max_proposed) if proposals else None
     if selected and selected.prompts:
-        (proposed_captions,) = engine.caption_batch(encoded, [selected.prompts], task, **generation)
+        (proposed_captions,) = caption_regions(engine, encoded, [selected.prompts], task, zoom_options, **generation)
         captions += [
             replace(each, region_id=len(masks) + each.region_id, name=name, proposal_score=score)
             for each, score, name in zip(proposed_captions, selected.scores, selected.names, strict=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sca_registry.contracts import TASKS, Caption, Prompt, PromptBatch, SegmenterOutput, Tokenizer, TokenUsage
-from sca_registry.spec import EverythingOptions
+from sca_registry.spec import EverythingOptions, ZoomOptions
 from torch import Tensor
 
 from sca.checkpoints.tensors import hash_weights
@@ -103,6 +103,11 @@ class MaskEngine(ABC):
     def everything(self) -> EverythingOptions:
         """Default options of everything mode: those of the model, else SAM's."""
         return EverythingOptions()
+
+    @property
+    def zoom(self) -> ZoomOptions:
+        """Default options of zoom: those of the model, else without a measured maximum area."""
+        return ZoomOptions()
 
     def check_has_segmenter(self) -> None:
         """Check that the engine has an encoder and a segmenter.
@@ -320,6 +325,10 @@ class Engine(MaskEngine):
     @property
     def everything(self) -> EverythingOptions:
         return self.model.spec.everything_options
+
+    @property
+    def zoom(self) -> ZoomOptions:
+        return self.model.spec.zoom_options
 
     @torch.inference_mode()
     def caption_batch(

@@ -13,6 +13,8 @@ from sca.hints import check_argument_names
 from sca.inference.engine import REGION_BATCH_SIZE, EncodedImages, Engine, MaskEngine, PredictedMask
 from sca.inference.generation_options import resolve_generation_options
 from sca.inference.prompt_arguments import check_prompts, check_task, collect_prompts
+from sca.inference.zoom import caption_regions, segment_regions
+from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
 from sca.io.errors import InputError
 from sca.io.images import convert_to_rgb
 from sca.io.masks import RLE
@@ -91,6 +93,7 @@ class Predictor:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        zoom: ZoomValue = DEFAULT_ZOOM,
     ) -> list[Caption]:
         """Caption regions of the current image.
 
@@ -111,6 +114,8 @@ class Predictor:
             temperature: Sampling temperature.
             top_p: Probability mass for nucleus sampling.
             seed: Random seed for sampling.
+            zoom: Predict small regions from crops: "auto" with the measured options of the model, "off", or the area of
+                the largest of these regions in cells of the feature grid; see `sca.inference.zoom`.
 
         Returns:
             A caption for each region, in the order prompts, boxes, points, masks.
@@ -132,7 +137,8 @@ class Predictor:
             seed=seed,
         )
         assert self.encoded is not None  # see `_collect_prompts`
-        return self.engine.caption_batch(self.encoded, [request], task, **generation)[0]
+        zoom_options = resolve_zoom(self.engine, zoom)
+        return caption_regions(self.engine, self.encoded, [request], task, zoom_options, **generation)[0]
 
     @check_argument_names()
     def segment(
@@ -143,6 +149,7 @@ class Predictor:
         points: Sequence[Sequence[float]] = (),
         masks: Sequence[np.ndarray | RLE] = (),
         multimask_output: bool = True,
+        zoom: ZoomValue = DEFAULT_ZOOM,
     ) -> list[list[PredictedMask]]:
         """Predict the masks of regions of the current image, without captions.
 
@@ -152,6 +159,7 @@ class Predictor:
             points: (N, 2) x, y; each foreground point is one region.
             masks: (height, width) arrays or COCO RLEs; each mask is one region.
             multimask_output: Return all candidate masks of each region (three for SAM) instead of one.
+            zoom: See `predict`.
 
         Returns:
             The masks of each region, highest predicted IoU first.
@@ -162,7 +170,8 @@ class Predictor:
         """
         request = self._collect_prompts(prompts, boxes, points, masks)
         assert self.encoded is not None  # see `_collect_prompts`
-        return self.engine.segment(self.encoded, [request], multimask_output)
+        zoom_options = resolve_zoom(self.engine, zoom)
+        return segment_regions(self.engine, self.encoded, [request], multimask_output, zoom_options)
 
     @check_argument_names()
     def predict_batch(
@@ -178,6 +187,7 @@ class Predictor:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        zoom: ZoomValue = DEFAULT_ZOOM,
     ) -> list[list[Caption]]:
         """Caption regions of several images, without changing the current image.
 
@@ -193,6 +203,8 @@ class Predictor:
             temperature: Sampling temperature.
             top_p: Probability mass for nucleus sampling.
             seed: Random seed for sampling.
+            zoom: Predict small regions from crops: "auto" with the measured options of the model, "off", or the area of
+                the largest of these regions in cells of the feature grid; see `sca.inference.zoom`.
 
         Returns:
             The captions of each image, in the order of its regions.
@@ -228,12 +240,12 @@ class Predictor:
             top_p=top_p,
             seed=seed,
         )
+        zoom_options = resolve_zoom(self.engine, zoom)
         results: list[list[Caption]] = []
         for start in range(0, len(upright_images), ENCODE_BATCH_SIZE):
             batch = slice(start, start + ENCODE_BATCH_SIZE)
-            results += self.engine.caption_batch(
-                self.engine.encode(upright_images[batch]), checked_requests[batch], task, **generation
-            )
+            encoded = self.engine.encode(upright_images[batch])
+            results += caption_regions(self.engine, encoded, checked_requests[batch], task, zoom_options, **generation)
         return results
 
     def _collect_prompts(
