@@ -21,12 +21,14 @@ from sca.cli.options import (
     ModelName,
     Seed,
     TrustRemoteCode,
+    Zoom,
     check_option_choice,
     check_pipes,
     parse_input_path,
     print_stderr,
     print_table,
 )
+from sca.inference.zoom_options import DEFAULT_ZOOM
 from sca.io import terminal
 from sca.io.text import format_count
 
@@ -91,6 +93,7 @@ def caption(
             rich_help_panel="Prompts",
         ),
     ] = None,
+    zoom: Zoom = DEFAULT_ZOOM,
     task: Annotated[
         str,
         typer.Option(help="Task: caption, or recognition (predicts a class name).", rich_help_panel="Generation"),
@@ -330,6 +333,7 @@ def caption(
             "temperature": temperature,
             "top_p": top_p,
         },
+        zoom=zoom,
         batch_size=batch_size,
     )
     region_source = job.read_region_source()

@@ -144,12 +144,32 @@ def check_dtype(dtype: str | None) -> str | None:
     return dtype
 
 
+def check_zoom_option(value: str) -> str:
+    """Check and return a value of --zoom; raise ValueError unless it is auto, off or a number above 0."""
+    from sca.inference.zoom_options import check_zoom
+
+    check_zoom(value)
+    return value
+
+
 Dtype = Annotated[
     str | None,
     typer.Option(
         help="Data type of the weights: float32, bfloat16 or float16. Defaults to the checkpoint's.",
         callback=check_dtype,
         rich_help_panel="Model",
+    ),
+]
+
+
+Zoom = Annotated[
+    str,
+    typer.Option(
+        help="Predict small regions from crops of the image: auto (up to the measured size of the model), off, or the "
+        "maximum area of these regions in cells of the feature grid.",
+        metavar="auto|off|N",
+        callback=check_zoom_option,
+        rich_help_panel="Regions",
     ),
 ]
 

@@ -18,12 +18,15 @@ from typing import Any, NamedTuple, cast
 
 from PIL import Image
 from sca_registry.contracts import Caption, Captioner, Prompt, Proposer
+from sca_registry.spec import ZoomOptions
 
 from sca.inference.automatic import caption_everything, resolve_everything_options
 from sca.inference.caption_job import CaptionJob, ListedPrompts, RegionSource, SearchedRegions, SharedPrompts
 from sca.inference.engine import MaskEngine
 from sca.inference.generation_options import resolve_generation_options
 from sca.inference.predictor import Predictor
+from sca.inference.zoom import CropEncoder, caption_regions
+from sca.inference.zoom_options import resolve_zoom
 from sca.io.errors import InputError
 from sca.io.images import format_path, open_image
 from sca.output.captioned_image import CaptionedImage, ImageSize, resize_to_recorded
@@ -83,6 +86,7 @@ class BatchCaptioner:
         self.region_source: RegionSource = region_source
         self.captioner: Captioner = job.load_captioner()
         self._generation = resolve_generation_options(self.captioner, **job.generation_options)
+        self._zoom = resolve_zoom(self.captioner, job.zoom)
         self._engine = (
             _check_can_search(self.captioner, job.model) if isinstance(region_source, SearchedRegions) else None
         )
@@ -146,7 +150,9 @@ class BatchCaptioner:
         paths = [path for path, _, _ in batch]
         images = [open_image(path) if isinstance(image, CaptionedImage) else image for path, image, _ in batch]
         requests = [prompts for _, _, prompts in batch]
-        captions = caption_requests(self.captioner, images, requests, self.job.task, **self._generation)
+        captions = caption_requests(
+            self.captioner, images, requests, self.job.task, zoom=self._zoom, **self._generation
+        )
         yield from map(ImageCaptions, paths, images, captions)
 
     def _caption_everything(
@@ -159,7 +165,7 @@ class BatchCaptioner:
     ) -> CaptionResults:
         job = self.job
         options, predictor = resolve_everything_options(engine, job.search_options), Predictor(engine)
-        limits: dict[str, Any] = {"max_regions": job.max_regions, "progress": progress}
+        limits: dict[str, Any] = {"max_regions": job.max_regions, "progress": progress, "zoom": job.zoom}
         for opened_image in opened_images:
             if isinstance(opened_image, Failure):
                 yield opened_image
@@ -184,6 +190,8 @@ def caption_requests(
     requests: Sequence[Sequence[Prompt]],
     task: str,
     encoded: Any = None,
+    zoom: ZoomOptions | None = None,
+    encode_crops: CropEncoder | None = None,
     **generation: Any,
 ) -> list[list[Caption]]:
     """Caption regions of several images: as one batch if the captioner has `caption_batch`, else image by image.
@@ -194,6 +202,8 @@ def caption_requests(
         requests: Prompts of each image, checked against its size.
         task: "caption" or "recognition".
         encoded: Result of `captioner.encode` for the images; None to encode them here.
+        zoom: Result of `sca.inference.zoom_options.resolve_zoom` for the captioner.
+        encode_crops: Function that encodes the crops of zoom; None to encode them here.
         **generation: Options returned by `sca.inference.generation_options.resolve_generation_options`.
 
     Returns:
@@ -202,7 +212,9 @@ def caption_requests(
     if hasattr(captioner, "caption_batch"):
         engine = cast("MaskEngine", captioner)
         encoded = engine.encode(images) if encoded is None else encoded
-        return engine.caption_batch(encoded, requests, task, **generation)
+        if zoom is None:
+            return engine.caption_batch(encoded, requests, task, **generation)
+        return caption_regions(engine, encoded, requests, task, zoom, encode_crops, **generation)
     image_requests = zip(images, requests, strict=True)
     return [
         captioner.caption(image, request, task, **generation) if request else [] for image, request in image_requests

@@ -16,6 +16,7 @@ from sca_registry.spec import ComponentSpec
 from sca.devices import resolve_device
 from sca.inference.prompt_arguments import check_task
 from sca.inference.proposer import add_text, build_proposer
+from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, check_zoom
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.labelme import list_labelme_files
 from sca.io.errors import InputError
@@ -163,6 +164,7 @@ class CaptionJob:
         max_regions: Maximum number of regions per image of a search; the best are kept.
         task: "caption" or "recognition".
         generation_options: Options of `Predictor.predict`; None keeps the value of the model.
+        zoom: Predict small regions from crops: "auto", "off" or the area of the largest in grid cells.
         batch_size: Images per encoder batch.
 
     Raises:
@@ -187,11 +189,13 @@ class CaptionJob:
     max_regions: int | None = None
     task: str = "caption"
     generation_options: Mapping[str, Any] = field(default_factory=dict)
+    zoom: ZoomValue = DEFAULT_ZOOM
     batch_size: int = 8
 
     def __post_init__(self) -> None:
         check_task(self.task)
         check_range("batch_size", self.batch_size, int, 1)
+        check_zoom(self.zoom)
         sources = [name for name in SOURCES if getattr(self, name)]
         if not sources:
             raise ValueError(f"no regions to caption; pass {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
