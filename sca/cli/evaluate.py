@@ -16,6 +16,7 @@ from sca.cli.options import (
     Device,
     Metrics,
     TrustRemoteCode,
+    Zoom,
     check_option_choice,
     parse_input_path,
     print_json,
@@ -23,6 +24,7 @@ from sca.cli.options import (
     print_table,
 )
 from sca.devices import resolve_device
+from sca.inference.zoom_options import DEFAULT_ZOOM
 
 if TYPE_CHECKING:
     from sca.evaluation.evaluate import EvaluationReport
@@ -81,6 +83,7 @@ def evaluate(
             rich_help_panel="Prompts",
         ),
     ] = None,
+    zoom: Zoom = DEFAULT_ZOOM,
     metrics: Metrics = None,
     out: Annotated[
         Path | None,
@@ -142,6 +145,7 @@ def evaluate(
             text or (),
             control or (),
             seed,
+            zoom,
             out,
             quiet,
             run_options,
@@ -154,6 +158,7 @@ def evaluate(
             controls=tuple(control or ()),
             seed=seed,
             generation=parsed_options["generation"],
+            zoom=zoom,
         )
         dataset_table = {"name": dataset, **parsed_options["dataset"]}
         if parsed_options["proposer"] and not proposer:
@@ -293,6 +298,7 @@ def _evaluate_protocol(
     text: Sequence[str],
     controls: Sequence[str],
     seed: int,
+    zoom: str,
     out: Path | None,
     quiet: bool,
     run_options: dict[str, Any],
@@ -317,7 +323,7 @@ def _evaluate_protocol(
             )
     reports = []
     for protocol_run in protocol.runs:
-        prompting = replace(protocol_run.prompting, controls=tuple(controls), seed=seed)
+        prompting = replace(protocol_run.prompting, controls=tuple(controls), seed=seed, zoom=zoom)
         prompting = replace(prompting, generation={**protocol_run.generation, **parsed_options["generation"]})
         run_proposer = (proposer or ComponentSpec(protocol_run.proposer)) if protocol_run.proposer else None
         proposer_table = _make_proposer_table(run_proposer, parsed_options["proposer"], text)

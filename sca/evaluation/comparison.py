@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sca.io.terminal import Table
 
 SCORE_PRIORITY = ("cider-d", "attributes/all", "meteor", "rouge-l", "cider", "class/accuracy", "mask-iou/mean")
-COMPARED_RUN_KEYS = ("prompt_type", "proposer", "generation", "seed", "max_images")
+COMPARED_RUN_KEYS = ("prompt_type", "proposer", "generation", "zoom", "seed", "max_images")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +44,7 @@ from sca.inference.engine import Engine
 from sca.inference.factory import load_captioner
 from sca.inference.predictor import Predictor
 from sca.inference.proposer import build_proposer
+from sca.inference.zoom_options import resolve_zoom
 from sca.io.errors import DifferentRunError, InputError
 from sca.io.run_folder import RunFolder, iter_existing_paths
 from sca.io.score_format import PRINT_NOTE, format_interval, format_score
@@ -233,7 +234,8 @@ def evaluate(
         check_generation("generation", prompting.generation, captioner.model.language_model.generate)
     prompting_options: PromptingOptions | DenseCaptioningOptions = prompting
     if built_proposer is not None:
-        prompting_options = DenseCaptioningOptions(built_proposer, tuple(tasks), prompting.generation)
+        prompting_options = DenseCaptioningOptions(built_proposer, tuple(tasks), prompting.generation, prompting.zoom)
+    zoom = resolve_zoom(captioner, prompting.zoom)
     proposer_hash = getattr(built_proposer, "weights_hash", None)
     run = {
         "model": model_name,
@@ -250,6 +252,7 @@ def evaluate(
         "tasks": list(tasks),
         "controls": list(prompting.controls),
         "seed": prompting.seed,
+        **({"zoom": asdict(zoom)} if zoom else {}),
         "max_images": max_images,
         "batch_size": batch_size,
         "versions": {name: version(name) for name in (BUILTIN_DISTRIBUTION, "torch", "transformers")},

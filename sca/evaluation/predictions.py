@@ -31,9 +31,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from PIL import Image
 from sca_registry.contracts import TASKS, Caption, Captioner, Dataset, Prompt, Proposals, Proposer, Region, Sample
+from sca_registry.spec import ZoomOptions
 
 from sca.data.point_prompts import sample_point_prompt
 from sca.inference.batch import caption_requests
+from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, check_zoom, resolve_zoom
 from sca.io import masks
 from sca.io.validation import check_choice, check_range
 from sca.output.jsonl import caption_to_record
@@ -76,9 +78,10 @@ class PromptingOptions:
         controls: Negative controls of `CONTROLS`; each repeats all predictions.
         seed: Random seed of point prompts and shifted regions.
         generation: Generation options of the captioner.
+        zoom: Predict small regions from crops: "auto", "off" or the area of the largest in grid cells.
 
     Raises:
-        ValueError: An unknown prompt type, task or control, or no task.
+        ValueError: An unknown prompt type, task or control, no task, or an invalid value of `zoom`.
     """
 
     prompt_type: str = "box"
@@ -86,8 +89,10 @@ class PromptingOptions:
     controls: tuple[str, ...] = ()
     seed: int = 0
     generation: Mapping[str, Any] = field(default_factory=dict)
+    zoom: ZoomValue = DEFAULT_ZOOM
 
     def __post_init__(self) -> None:
+        check_zoom(self.zoom)
         check_choice("prompt_type", self.prompt_type, PROMPT_TYPES)
         for task in self.tasks:
             check_choice("task", task, TASKS)
@@ -108,7 +113,8 @@ class PromptingOptions:
         Returns:
             The records, grouped by image in the order of `samples`.
         """
-        encoded_images = _EncodedImages(captioner, [sample.image for _, sample in samples])
+        zoom = resolve_zoom(captioner, self.zoom)
+        encoded_images = _EncodedImages(captioner, [sample.image for _, sample in samples], zoom)
         region_prompts = [
             _make_prompts(self, sample, encoded_images, position) for position, (_, sample) in enumerate(samples)
         ]
@@ -120,7 +126,7 @@ class PromptingOptions:
             ]
             control_images = encoded_images
             if control == "color-swap":
-                control_images = _EncodedImages(captioner, [_swap_colors(sample.image) for _, sample in samples])
+                control_images = _EncodedImages(captioner, [_swap_colors(sample.image) for _, sample in samples], zoom)
             for task in self.tasks:
                 requests = [
                     {
@@ -161,11 +167,13 @@ class DenseCaptioningOptions:
             requires a `MaskEngine`; boxes and masks are captioned unchanged.
         tasks: Tasks of `DENSE_TASKS`; one record per image each.
         generation: Generation options of the captioner.
+        zoom: As in `PromptingOptions`.
     """
 
     proposer: Proposer
     tasks: tuple[str, ...] = ("dense",)
     generation: Mapping[str, Any] = field(default_factory=dict)
+    zoom: ZoomValue = DEFAULT_ZOOM
 
     def predict_records(self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
         """Predict one record per image and task, in the order of `samples` (dataset index and sample of each image)."""
@@ -173,7 +181,7 @@ class DenseCaptioningOptions:
 
     def _predict_image(self, captioner: Captioner, index: int, sample: Sample) -> list[dict[str, Any]]:
         first_task, *other_tasks = (DENSE_TASKS[task] for task in self.tasks)
-        encoded_image = _EncodedImages(captioner, [sample.image])
+        encoded_image = _EncodedImages(captioner, [sample.image], resolve_zoom(captioner, self.zoom))
         regions = self._caption_proposals(encoded_image, sample, first_task)
         prompts = {position: caption.prompt for position, caption in enumerate(regions)}
         captions_by_task = [regions] + [
@@ -196,7 +204,9 @@ class DenseCaptioningOptions:
         """Return a caption of each proposed region, with its name and score."""
         proposals = self.proposer(sample.image, sample.image_id)
         if any(prompt.box is None and prompt.mask is None for prompt in proposals.prompts):
-            captions = _caption_point_proposals(encoded_image.captioner, sample.image, proposals, task, self.generation)
+            captions = _caption_point_proposals(
+                encoded_image.captioner, sample.image, proposals, task, self.generation, self.zoom
+            )
             return [
                 replace(each, proposal_score=each.score if each.predicted_iou is None else each.predicted_iou)
                 for each in captions
@@ -286,8 +296,8 @@ def _iter_predicted_batches(
 class _EncodedImages:
     """Images of a batch, encoded once, when they are first captioned."""
 
-    def __init__(self, captioner: Captioner, images: Sequence[Image.Image]):
-        self.captioner, self.images = captioner, images
+    def __init__(self, captioner: Captioner, images: Sequence[Image.Image], zoom: ZoomOptions | None):
+        self.captioner, self.images, self.zoom = captioner, images, zoom
 
     @cached_property
     def encoded(self) -> Any:
@@ -299,7 +309,7 @@ class _EncodedImages:
     ) -> list[dict[int, Caption]]:
         """Return the captions of each image by region id."""
         prompts = [list(request.values()) for request in requests]
-        captions = caption_requests(self.captioner, self.images, prompts, task, self.encoded, **generation)
+        captions = caption_requests(self.captioner, self.images, prompts, task, self.encoded, self.zoom, **generation)
         return [
             dict(zip(request, image_captions, strict=True))
             for request, image_captions in zip(requests, captions, strict=True)
@@ -422,7 +432,12 @@ def _swap_colors(image: Image.Image) -> Image.Image:
 
 
 def _caption_point_proposals(
-    captioner: Any, image: Image.Image, proposals: Proposals, task: str, generation: Mapping[str, Any]
+    captioner: Any,
+    image: Image.Image,
+    proposals: Proposals,
+    task: str,
+    generation: Mapping[str, Any],
+    zoom: ZoomValue,
 ) -> list[Caption]:
     from sca.inference.automatic import caption_everything
     from sca.inference.engine import MaskEngine
@@ -432,7 +447,7 @@ def _caption_point_proposals(
         raise ValueError("point proposals need a captioner that predicts masks; use a proposer of boxes")
     predictor = Predictor(captioner)
     predictor.set_image(image)
-    return caption_everything(predictor, task, proposals=proposals, **generation)
+    return caption_everything(predictor, task, proposals=proposals, zoom=zoom, **generation)
 
 
 def _sort_records(records: Sequence[dict[str, Any]], sample: Sample) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ SHARED_OPTIONS = ("references", "tokenizer")  # options passed to every metric t
 COMPARABLE_RUN_KEYS = (  # settings of the run that two comparable scores must share
     *("dataset", "split", "ground_truth_hash", "prompt_type", "seed", "generation", "proposer"),
 )
+OPTIONAL_RUN_KEYS = ("search_version", "proposer_hash", "zoom")  # such settings, which only some runs have
 
 ImageLoader = Callable[[Record], Image.Image]
 
@@ -278,7 +279,7 @@ def _make_scores(
         f"{implementation} {entry.version}".rstrip() if implementation == default_implementation else implementation
     )
     run_facts = {key: run.get(key) for key in COMPARABLE_RUN_KEYS}
-    run_facts |= {key: run[key] for key in ("search_version", "proposer_hash") if key in run}
+    run_facts |= {key: run[key] for key in OPTIONAL_RUN_KEYS if key in run}
     protocol_id = compute_protocol_id(run_facts, name, control, shared_options, implementation)
     bootstrap_inputs = get_bootstrap_inputs(output)
     enough_images = {key: has_enough_images(groups) for key, (_, groups) in bootstrap_inputs.items()}
