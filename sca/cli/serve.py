@@ -17,9 +17,11 @@ from sca.cli.options import (
     ModelName,
     Seed,
     TrustRemoteCode,
+    Zoom,
     print_stderr,
 )
 from sca.devices import resolve_device
+from sca.inference.zoom_options import DEFAULT_ZOOM
 
 MIB = 2**20
 
@@ -29,6 +31,7 @@ def serve(
     device: Device = "cpu",
     dtype: Dtype = None,
     seed: Seed = 0,
+    zoom: Zoom = DEFAULT_ZOOM,
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind.", min=0, max=65535, rich_help_panel="Network")] = 8000,
     allow_origin: Annotated[
@@ -130,6 +133,7 @@ def serve(
         device,
         dtype,
         seed,
+        zoom,
         max_body_bytes=max_body_mb * MIB,
         max_pixels=max_pixels,
         max_prompts=max_prompts,

@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from sca.inference.automatic import SearchProgress
+from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue
 from sca.io.errors import InputError
 from sca.serve.access_control import HostCheckMiddleware, KeyCheckMiddleware
 from sca.serve.chat_completions import add_chat_routes
@@ -63,6 +64,7 @@ def create_app(
     allowed_hosts: Sequence[str] | None = None,
     api_keys: Sequence[str] = (),
     root_path: str = "",
+    zoom: ZoomValue = DEFAULT_ZOOM,
 ) -> FastAPI:
     """Create the application. It closes the scheduler at shutdown.
 
@@ -75,12 +77,13 @@ def create_app(
             None accepts all.
         api_keys: API keys; empty to require none.
         root_path: URL path of the application behind a proxy, such as "/captions".
+        zoom: Default of the field `zoom` of requests.
 
     Returns:
         The ASGI application; `app.state` contains `scheduler` and `budget`.
     """
     limits = limits or ServerLimits()
-    service = CaptionService(scheduler, model_name, limits)
+    service = CaptionService(scheduler, model_name, limits, zoom)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sca_registry import RegistryError
 
+from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from sca_registry.contracts import Captioner
@@ -24,6 +26,7 @@ class ServerConfig:
         device: Device of the model.
         dtype: Floating-point type of the model; None for that of the checkpoint.
         seed: Random seed.
+        zoom: Default of the field `zoom` of requests; see `sca.inference.zoom_options.check_zoom`.
         max_body_bytes: Maximum bytes per request.
         max_pixels: Maximum number of pixels per image.
         max_prompts: Maximum number of prompts per request; also limits the regions found in everything mode.
@@ -44,6 +47,7 @@ class ServerConfig:
     device: str = "cpu"
     dtype: str | None = None
     seed: int = 0
+    zoom: ZoomValue = DEFAULT_ZOOM
     max_body_bytes: int = 32 * 2**20
     max_pixels: int = 50_000_000
     max_prompts: int = 4096
@@ -111,5 +115,12 @@ class ServerConfig:
             max_found_regions=self.max_prompts,
         )
         return create_app(
-            scheduler, self.model, limits, self.allowed_origins, self.allowed_hosts, self.api_keys, self.root_path
+            scheduler,
+            self.model,
+            limits,
+            self.allowed_origins,
+            self.allowed_hosts,
+            self.api_keys,
+            self.root_path,
+            self.zoom,
         )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
-from sca_registry.spec import EverythingOptions
+from sca_registry.spec import EverythingOptions, ZoomOptions
 
 from sca.inference.automatic import SearchProgress
 from sca.inference.engine import PredictedMask
@@ -56,6 +56,7 @@ class InferenceRequest:
         timeout: Seconds to complete the request.
         client_id: Identity of the client; clients take turns.
         max_regions: Maximum number of regions of `everything`, best first.
+        zoom: Result of `sca.inference.zoom_options.resolve_zoom` for the captioner.
     """
 
     image: Image.Image
@@ -68,6 +69,7 @@ class InferenceRequest:
     timeout: float = math.inf
     client_id: str = ""
     max_regions: int | None = None
+    zoom: ZoomOptions | None = None
 
 
 class CaptioningStarted(NamedTuple):
@@ -144,8 +146,20 @@ class QueueEntry:
     @property
     def batch_key(self) -> tuple[Any, ...]:
         """Key that is equal for entries that can be captioned in one batch."""
-        request = self.request
-        return request.task, tuple(sorted(request.generation.items())), self.needs_masks, request.return_candidates
+        request, generation = self.request, tuple(sorted(self.request.generation.items()))
+        return (
+            request.task,
+            generation,
+            self.needs_masks,
+            request.return_candidates,
+            request.zoom,
+            self.is_zoomed_search,
+        )
+
+    @property
+    def is_zoomed_search(self) -> bool:
+        """Whether the regions were found by a search, and the masks of small ones are predicted again."""
+        return self.found_masks is not None and self.request.zoom is not None
 
     @property
     def needs_masks(self) -> bool:

@@ -18,16 +18,19 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Literal, cast
 
 import torch
-from sca_registry.contracts import Captioner, Prompt
+from PIL import Image
+from sca_registry.contracts import Caption, Captioner, Prompt
 from sca_registry.spec import DEFAULT_GENERATION
 
 from sca.inference.automatic import search_everything
 from sca.inference.batch import caption_requests
 from sca.inference.engine import EncodedImages, MaskEngine
+from sca.inference.zoom import Crop, caption_masks, segment_regions
 from sca.io.masks import mask_to_box
 from sca.serve.feature_cache import FeatureCache
 from sca.serve.inference_requests import (
@@ -390,9 +393,15 @@ class RequestScheduler:
         requests = [each.prompts[each.num_captioned : each.num_captioned + share] for each, share in served]
         task, generation = turn[0].request.task, turn[0].request.generation
         images, encoded = [entry.request.image for entry in turn], None
-        if hasattr(self.captioner, "caption_batch"):
-            encoded, generation = self._encode_images(turn), {**generation, "return_masks": turn[0].needs_masks}
-        captions_by_entry = caption_requests(self.captioner, images, requests, task, encoded, **generation)
+        if turn[0].is_zoomed_search:
+            captions_by_entry = [self._caption_found_regions(*pair) for pair in zip(turn, requests, strict=True)]
+        else:
+            if hasattr(self.captioner, "caption_batch"):
+                encoded, generation = self._encode_images(turn), {**generation, "return_masks": turn[0].needs_masks}
+            zoom, encode_crops = turn[0].request.zoom, partial(self._encode_crops, turn)
+            captions_by_entry = caption_requests(
+                self.captioner, images, requests, task, encoded, zoom, encode_crops, **generation
+            )
         for entry, captions in zip(turn, captions_by_entry, strict=True):
             if not entry.num_captioned and entry.found_masks is None:
                 _send_event(entry, CaptioningStarted(len(entry.prompts)))
@@ -400,7 +409,7 @@ class RequestScheduler:
                 self._send_candidate_masks(entry, len(captions))
             for caption in captions:
                 result = replace(caption, region_id=entry.num_captioned)
-                if entry.found_masks is not None:
+                if entry.found_masks is not None and not entry.is_zoomed_search:
                     rle, predicted_iou = entry.found_masks[entry.num_captioned]
                     result = replace(result, mask=rle, box=mask_to_box(rle), predicted_iou=predicted_iou)
                 _send_event(entry, result)
@@ -409,16 +418,40 @@ class RequestScheduler:
             if not entry.num_remaining:
                 _send_event(entry, RequestDone(entry.num_captioned))
 
+    def _caption_found_regions(self, entry: QueueEntry, prompts: Sequence[Prompt]) -> list[Caption]:
+        """Caption the next regions that a search found, small ones from crops."""
+        assert entry.found_masks is not None  # see `QueueEntry.is_zoomed_search`
+        request, masks = entry.request, entry.found_masks[entry.num_captioned :][: len(prompts)]
+        zoom, encode_crops = request.zoom, partial(self._encode_crops, [entry])
+        encoded = self._encode_images([entry])
+        return caption_masks(
+            self._engine, encoded, masks, prompts, request.task, zoom, encode_crops, **request.generation
+        )
+
     def _send_candidate_masks(self, entry: QueueEntry, num_regions: int) -> None:
         """Send the candidate masks of the next regions."""
         prompts = entry.prompts[entry.num_captioned : entry.num_captioned + num_regions]
-        masks_by_region = self._engine.segment(self._encode_images([entry]), [prompts])
+        zoom, encode_crops = entry.request.zoom, partial(self._encode_crops, [entry])
+        masks_by_region = segment_regions(
+            self._engine, self._encode_images([entry]), [prompts], zoom=zoom, encode_crops=encode_crops
+        )
         for region_index, masks in enumerate(masks_by_region, entry.num_captioned):
             _send_event(entry, CandidateMasks(region_index, masks))
 
     def _encode_images(self, turn: Sequence[QueueEntry]) -> EncodedImages:
-        """Return the image features of entries, in order; encode images that are not cached, in batches."""
-        images_by_digest = {entry.image_digest: entry.request.image for entry in turn}
+        """Return the image features of entries, in order."""
+        return self._encode([(entry.image_digest, entry.request.image) for entry in turn])
+
+    def _encode_crops(self, turn: Sequence[QueueEntry], crops: Sequence[Crop]) -> EncodedImages:
+        """Return the features of crops of the images of entries, in order."""
+        entries = [(turn[crop.image_index], crop.window) for crop in crops]
+        return self._encode(
+            [(f"{entry.image_digest} {window}", entry.request.image.crop(window)) for entry, window in entries]
+        )
+
+    def _encode(self, digested_images: Sequence[tuple[str, Image.Image]]) -> EncodedImages:
+        """Return the features of images with their digests, in order; encode those that are not cached, in batches."""
+        images_by_digest = dict(digested_images)
         cached_by_digest = {digest: self.feature_cache.get(digest) for digest in images_by_digest}
         encoded_by_digest = {digest: encoded for digest, encoded in cached_by_digest.items() if encoded is not None}
         missing_digests = [digest for digest in images_by_digest if digest not in encoded_by_digest]
@@ -428,8 +461,8 @@ class RequestScheduler:
             for index, digest in enumerate(batch_digests):
                 encoded_by_digest[digest] = _copy_encoded_image(encoded_batch, index)
                 self.feature_cache.put(digest, encoded_by_digest[digest])
-        encoded_entries = [encoded_by_digest[entry.image_digest] for entry in turn]
-        images = [entry.request.image for entry in turn]
+        encoded_entries = [encoded_by_digest[digest] for digest, _ in digested_images]
+        images = [image for _, image in digested_images]
         entry_features = [encoded.features for encoded in encoded_entries if encoded.features is not None]
         if not entry_features:  # no encoder
             return EncodedImages(images, None, ())

@@ -144,6 +144,13 @@ class CaptionRequest(StrictModel):
         StrictBool | EverythingParameters,
         Field(description="Find and caption all regions: true, or options of the search."),
     ] = False
+    zoom: Annotated[
+        Literal["auto", "off"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
+        Field(
+            description="Predict small regions from crops: `auto` (up to the measured size of the model), `off`, or "
+            "the maximum area of these regions in cells of the feature grid. Defaults to the setting of the server."
+        ),
+    ] = None
     task: Annotated[
         Literal["caption", "recognition"],
         Field(description="Generate captions (`caption`) or class names (`recognition`)."),

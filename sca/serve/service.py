@@ -22,6 +22,7 @@ from sca_registry.spec import DEFAULT_GENERATION
 
 from sca.inference.automatic import resolve_everything_options
 from sca.inference.generation_options import resolve_generation_options
+from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
 from sca.io.images import decode_image, open_image_header
 from sca.io.prompts import parse_prompt
 from sca.output.jsonl import caption_to_record
@@ -77,16 +78,20 @@ class CaptionService:
         scheduler: Scheduler with the model.
         model_name: Name of the model for clients.
         limits: Limits on requests.
+        zoom: Default of the field `zoom` of requests.
 
     Attributes:
         metrics: Prometheus metrics.
         budget: Memory budget of all requests.
     """
 
-    def __init__(self, scheduler: RequestScheduler, model_name: str, limits: ServerLimits):
+    def __init__(
+        self, scheduler: RequestScheduler, model_name: str, limits: ServerLimits, zoom: ZoomValue = DEFAULT_ZOOM
+    ):
         self.scheduler = scheduler
         self.model_name = model_name
         self.limits = limits
+        self.zoom = zoom
         self.metrics: ServerMetrics = ServerMetrics(scheduler)
         self.budget: MemoryBudget = MemoryBudget(limits.max_memory_bytes)
         self._small_image_pool = ThreadPoolExecutor(2, thread_name_prefix="sca-decode")
@@ -278,6 +283,7 @@ class CaptionService:
                 top_p=caption_request.top_p,
                 seed=caption_request.seed,
             )
+            zoom = resolve_zoom(captioner, self.zoom if caption_request.zoom is None else caption_request.zoom)
         except ValueError as error:
             raise ApiError(422, str(error)) from error
         generation |= _limit_default_options(captioner, generation)
@@ -317,6 +323,7 @@ class CaptionService:
             timeout=self.limits.timeout,
             client_id=getattr(request.state, "client", None) or (request.client.host if request.client else ""),
             max_regions=max_regions,
+            zoom=zoom,
         )
 
     async def iter_events(
