@@ -23,6 +23,7 @@ from sca.demo.session import Session
 from sca.inference.automatic import SearchProgress, resolve_everything_options
 from sca.inference.factory import load_captioner
 from sca.inference.generation_options import resolve_generation_options
+from sca.inference.zoom_options import DEFAULT_ZOOM, ZOOM_AUTO, ZOOM_OFF, resolve_zoom
 from sca.io.errors import InputError
 from sca.io.hub import resolve_local_path
 from sca.io.images import read_image
@@ -264,6 +265,12 @@ def build_page(
                 label="Number of beams",
                 elem_id="num_beams",
             )
+            zoom = gr.Checkbox(
+                DEFAULT_ZOOM == ZOOM_AUTO,
+                label="Zoom",
+                info="Predict small regions from crops, for models with a measured size",
+                elem_id="zoom",
+            )
         model_note = gr.Markdown(zoo.describe_domain(model_names[0]), elem_id="model-note")
         with gr.Row():
             upload = gr.UploadButton("Open image", file_types=["image"], elem_id="open-image", scale=1)
@@ -346,7 +353,7 @@ def build_page(
         request_inputs = [session, model, initial_state, task]
         canvas_event = canvas.input(
             handle_canvas_event,
-            [*request_inputs, num_beams],
+            [*request_inputs, num_beams, zoom],
             session_outputs,
             **event_options,
             concurrency_limit=None,
@@ -354,7 +361,7 @@ def build_page(
         )
         everything_event = everything_button.click(
             handle_caption_everything,
-            [*request_inputs, *sliders],
+            [*request_inputs, *sliders, zoom],
             session_outputs,
             **event_options,
             concurrency_limit=None,
@@ -411,6 +418,7 @@ def _caption_prompted_region(
     initial: SliderValues,
     task: str,
     num_beams: int,
+    has_zoom: bool = False,
 ) -> Iterator[tuple[Session, Any, str]]:
     """Yield the page with the new prompt, then with its caption."""
     if session is None:
@@ -434,6 +442,7 @@ def _caption_prompted_region(
                 ),
                 return_candidates=scheduler.supports_everything,
                 timeout=RESPONSE_TIMEOUT_SECONDS,
+                zoom=resolve_zoom(scheduler.captioner, ZOOM_AUTO if has_zoom else ZOOM_OFF),
             )
             mask_candidates: tuple[Any, ...] = ()
             for event in scheduler.iter_events(inference_request):
@@ -457,6 +466,7 @@ def _caption_everything(
     num_beams: int,
     points_per_side: int,
     pred_iou_thresh: float,
+    has_zoom: bool = False,
 ) -> Iterator[tuple[Session, Any, str]]:
     """Yield the progress of the search, then regions as they are captioned."""
     if session is None:
@@ -466,8 +476,9 @@ def _caption_everything(
             changes = SliderValues(int(num_beams), int(points_per_side), float(pred_iou_thresh)).find_changes(initial)
             generation = resolve_generation_options(scheduler.captioner, num_beams=changes.pop("num_beams"))
             options = resolve_everything_options(scheduler.captioner, changes)
+            zoom = resolve_zoom(scheduler.captioner, ZOOM_AUTO if has_zoom else ZOOM_OFF)
             inference_request = InferenceRequest(
-                session.image, (), options, task, generation, timeout=RESPONSE_TIMEOUT_SECONDS
+                session.image, (), options, task, generation, timeout=RESPONSE_TIMEOUT_SECONDS, zoom=zoom
             )
             session.clear_regions()
             yield session, session.to_canvas_value(), "searching for regions"
