@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from sca.builder import build, resolve_components
 from sca.checkpoints.tensors import list_stored_tensors
 from sca.inference.engine import REGION_BATCH_SIZE
+from sca.inference.zoom import CROPS_PER_BATCH
 from sca.io.validation import check_range
 from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner
 from sca.nn.two_way_transformer import TwoWayTransformer
@@ -46,6 +47,7 @@ def plan_model(
     dtype: torch.dtype = torch.float32,
     gpu: str | float | None = None,
     on_gpu: bool = False,
+    zoom_crops: int = 0,
 ) -> Plan:
     """Estimate the cost of captioning, or of a training step.
 
@@ -60,17 +62,21 @@ def plan_model(
         dtype: Dtype of the weights; in training, dtype of autocast.
         gpu: Name out of `GPU_MEMORY_GIB`, or memory in GiB; None for no limit.
         on_gpu: Use the code paths of a GPU even if `gpu` is None.
+        zoom_crops: Crops per image that zoom encodes; at most one per region. Must be 0 in training.
 
     Returns:
         The plan.
 
     Raises:
         RegistryError: As in `sca.build`, or the GPU is unknown.
-        ValueError: A count is less than 1, or the model branches on the content of its tensors.
+        ValueError: A count is out of range, or the model branches on the content of its tensors.
     """
     counts = {"batch_size": batch_size, "regions_per_image": regions_per_image, "max_new_tokens": max_new_tokens}
     for name, count in counts.items():
         check_range(name, count, int, 1)
+    check_range("zoom_crops", zoom_crops, int, 0)
+    if training and zoom_crops:
+        raise ValueError(f"zoom_crops is {zoom_crops}, but training has no zoom; omit zoom_crops, or plan captioning")
     memory_budget = None if gpu is None else int(resolve_gpu_memory(gpu) * GIB * USABLE_MEMORY_FRACTION)
     model = build(spec, "meta")
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.group_parameters().items()}
@@ -83,7 +89,7 @@ def plan_model(
         for module in _find_two_way_transformers(model):
             module.max_elements_per_chunk = 2**62
     meter = _CostMeter(model if training else model.to(dtype).requires_grad_(False), dtype)
-    measure = meter.measure_training_step if training else meter.measure_inference
+    measure = meter.measure_training_step if training else partial(meter.measure_inference, zoom_crops=zoom_crops)
     try:
         flops, memory = measure(batch_size, regions_per_image, max_new_tokens)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -111,6 +117,7 @@ def plan_model(
         gpu=None if gpu is None else str(gpu),
         usable_gpu_memory=memory_budget,
         max_regions_per_image=max_regions,
+        zoom_crops=zoom_crops,
     )
 
 
@@ -173,9 +180,13 @@ class _CostMeter:
 
     @torch.no_grad()
     def measure_inference(
-        self, batch_size: int, regions_per_image: int, num_tokens: int
+        self, batch_size: int, regions_per_image: int, num_tokens: int, zoom_crops: int = 0
     ) -> tuple[dict[str, int], dict[str, int]]:
-        """Return FLOPs and peak bytes per stage of `Predictor`, which encodes all images at once and chunks regions."""
+        """Return FLOPs and peak bytes per stage of `Predictor`, which encodes all images at once and chunks regions.
+
+        With zoom, some regions are predicted from crops at the same cost. The crops are encoded while the features of
+        the images are in memory.
+        """
         model, image_size = self.model.eval(), self.model.encoder.image_format.size
         prompts = _make_prompts(batch_size, regions_per_image, image_size)
         first_chunk, *later_chunks = prompts.iter_chunks(REGION_BATCH_SIZE)
@@ -211,6 +222,12 @@ class _CostMeter:
             self._measure_captioning(first_rows, num_tokens, stages)
             for stage in stages.flops.keys() & {"prefill", "decode"}:  # later calls cost the same per row
                 stages.flops[stage] = stages.flops[stage] * len(prefix) // len(first_rows)
+            if num_crops := batch_size * zoom_crops:
+                del prefix, first_rows
+                crops_per_batch = min(num_crops, CROPS_PER_BATCH)
+                with stages("zoom"):
+                    model.encode(torch.empty(crops_per_batch, 3, image_size, image_size, dtype=self.dtype))
+                stages.flops["zoom"] = stages.flops["zoom"] * num_crops // crops_per_batch
         return stages.flops, stages.memory
 
     def _measure_captioning(self, prefix: Tensor, num_tokens: int, stages: StageMeter) -> None:

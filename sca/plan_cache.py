@@ -69,6 +69,7 @@ class Plan:
         usable_gpu_memory: Usable bytes of the GPU.
         max_regions_per_image: Regions per image that fit, at most 2% below the maximum; 0 if not even one fits, None
             without a GPU or if `MAX_PLANNED_REGIONS` fit.
+        zoom_crops: Crops per image that zoom encodes.
     """
 
     model: str
@@ -86,6 +87,7 @@ class Plan:
     gpu: str | None = None
     usable_gpu_memory: int | None = None
     max_regions_per_image: int | None = None
+    zoom_crops: int = 0
 
     @property
     def peak_memory(self) -> int:

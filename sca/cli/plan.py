@@ -39,6 +39,12 @@ def plan(
     max_new_tokens: Annotated[
         int, typer.Option(help="Number of tokens per caption.", min=1, rich_help_panel="Workload")
     ] = 20,
+    zoom_crops: Annotated[
+        int,
+        typer.Option(
+            help="Crops per image that zoom encodes; at most one per region.", min=0, rich_help_panel="Workload"
+        ),
+    ] = 0,
     train: Annotated[
         bool,
         typer.Option("--train", help="Plan a training step instead of captioning.", rich_help_panel="Workload"),
@@ -71,6 +77,7 @@ def plan(
         "max_new_tokens": max_new_tokens,
         "training": train,
         "gpu": gpu,
+        "zoom_crops": zoom_crops,
     }
     with _without_garbage_collection():
         model_plan = _load_or_compute_plan(model, overrides or (), trust_remote_code, allow_external, workload, dtype)
