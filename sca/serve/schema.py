@@ -145,7 +145,7 @@ class CaptionRequest(StrictModel):
         Field(description="Find and caption all regions: true, or options of the search."),
     ] = False
     zoom: Annotated[
-        Literal["auto", "off"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
+        Literal["auto", "off"] | Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)] | None,
         Field(
             description="Predict small regions from crops: `auto` (up to the measured size of the model), `off`, or "
             "the maximum area of these regions in cells of the feature grid. Defaults to the setting of the server."

@@ -469,3 +469,19 @@ def test_caption_everything_shows_search_progress_on_terminal_unless_quiet(
     assert steps[-1] == (9, 9)
     assert any("points" in line for line in result.err) != quiet
     assert "9/9" not in result.out
+
+
+def test_caption_zooms_into_small_regions(caption_to_records, write_image):
+    write_image("a.png", 256, 192)
+    arguments = ("a.png", "--box", "100,100,108,108", "--box", "0,0,256,192")
+    off, auto, zoomed = (caption_to_records(*arguments, "--zoom", zoom) for zoom in ("off", "auto", "4"))
+    assert off == auto == caption_to_records(*arguments)  # the model has no measured options
+    assert zoomed[0] != off[0]
+    assert zoomed[0]["mask"]["size"] == [192, 256]
+    assert [zoomed[1][key] for key in ("caption", "mask")] == [off[1][key] for key in ("caption", "mask")]
+
+
+@pytest.mark.parametrize("value", ["on", "0", "nan"])
+def test_caption_rejects_other_values_of_zoom(get_sca_error, write_image, value):
+    error = get_sca_error(2, "caption", write_image("a.png"), "--box", "1,1,9,9", "--zoom", value)
+    assert error == f"zoom is '{value}'; expected auto, off, or a number of grid cells above 0"

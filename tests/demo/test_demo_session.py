@@ -265,3 +265,18 @@ def test_unmoved_beam_slider_uses_the_default_of_the_model(pool_and_names, monke
             event = {"action": "point", "x": 5, "y": 5, "label": 1}
             list(_caption_prompted_region(pool, event, session, name, SliderValues(), "caption", num_beams))
     assert generations == [{}, {"num_beams": 3}]
+
+
+def test_zoom_checkbox_selects_the_measured_options_of_the_model(pool_and_names, monkeypatch):
+    pool, (name, *_) = pool_and_names
+    zooms = []
+    with pool.acquire_scheduler(name) as scheduler:
+        monkeypatch.setattr(scheduler, "iter_events", lambda request: zooms.append(request.zoom) or iter(()))
+        for has_zoom in (False, True):
+            session = Session(Image.new("RGB", (64, 48)), "a.png")
+            event = {"action": "point", "x": 5, "y": 5, "label": 1}
+            list(_caption_prompted_region(pool, event, session, name, SliderValues(), "caption", 1, has_zoom))
+            list(_caption_everything(pool, session, name, SliderValues(), "caption", *SliderValues(), has_zoom))
+        measured = scheduler.captioner.zoom
+    assert measured.max_cells is not None
+    assert zooms == [None, None, measured, measured]

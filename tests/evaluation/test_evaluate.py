@@ -241,3 +241,29 @@ def test_evaluate_rejects_metrics_unsupported_by_data_before_loading_model(tmp_p
         evaluate("no-such-model", data, metrics=["class"])
     with pytest.raises(ValueError, match="no region of jsonl has ground truth for recognition"):
         evaluate("no-such-model", data, prompting=PromptingOptions(tasks=["recognition"]))
+
+
+@pytest.mark.slow
+def test_evaluate_records_zoom_only_if_it_is_on(model):
+    scenes = Scenes("val", num_images=2, image_size=512)
+    runs = {
+        zoom: evaluate(model, scenes, prompting=PromptingOptions(zoom=zoom), metrics=["mask-iou"])
+        for zoom in ("off", "auto", 1000)
+    }
+    assert "zoom" not in runs["off"].run
+    assert runs["auto"].run == runs["off"].run  # the model has no measured options
+    assert runs["auto"].records == runs["off"].records
+    assert runs[1000].run["zoom"] == {"max_cells": 1000.0, "context": 3.0, "max_upscale": 1.0}
+    assert runs[1000].records != runs["off"].records
+    ids = {zoom: report.scoring.scores[0].protocol_id for zoom, report in runs.items()}
+    assert ids["off"] == ids["auto"] != ids[1000]
+
+
+@pytest.mark.slow
+def test_evaluate_zooms_into_proposals(model):
+    scenes = Scenes("val", num_images=1, image_size=512)
+    grid = {"name": "grid", "points_per_side": 2, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
+    options = {"proposer": {key: grid[key] for key in ("name", "points_per_side")}, "metrics": ["densecap-map"]}
+    runs = [evaluate(model, scenes, prompting=PromptingOptions(zoom=zoom), **options).run for zoom in ("off", 1000)]
+    assert "zoom" not in runs[0]
+    assert runs[1]["zoom"]["max_cells"] == 1000.0

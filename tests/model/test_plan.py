@@ -264,3 +264,14 @@ def test_plan_supports_inference_of_fully_trainable_models(small_model_table):
     assert (
         plan_model(ModelSpec.from_dict(small_model_table), regions_per_image=2, max_new_tokens=3).flops["segment"] > 0
     )
+
+
+def test_plan_counts_the_crops_of_zoom():
+    options = {"batch_size": 2, "regions_per_image": 2, "max_new_tokens": 1}
+    plain, zoomed = (plan_model(build_spec("tiny"), zoom_crops=count, **options) for count in (0, 10))
+    assert "zoom" not in plain.flops
+    assert {stage: flops for stage, flops in zoomed.flops.items() if stage != "zoom"} == plain.flops
+    assert zoomed.flops["zoom"] == 10 * plain.flops["encode"]
+    assert zoomed.memory["zoom"] > plain.memory["encode"]
+    with pytest.raises(ValueError, match="zoom_crops is 1, but training has no zoom; omit zoom_crops"):
+        plan_model(build_spec("tiny"), training=True, zoom_crops=1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from plugin_sources import MIXER_SOURCE
 from sca_registry import RegistryError
 from sca_registry.compatibility import check_compatible
-from sca_registry.spec import ComponentSpec, ModelSpec
+from sca_registry.spec import ComponentSpec, ModelSpec, ZoomOptions
 
 TINY_SPEC = ModelSpec.parse("tiny-vit+query+tiny-gpt2")
 
@@ -245,6 +245,10 @@ def test_model_spec_accepts_or_rejects_any_value_at_any_key(key_path, value):
         ("everything.pred_iou_thresh=high", "everything.pred_iou_thresh is 'high'; expected a number"),
         ("everything.crop_overlap_ratio=1", "everything.crop_overlap_ratio is 1; expected a fraction"),
         ("everything.caption_from=boxes", "Did you mean 'box'"),
+        ("zoom.max_cells=-1", "zoom.max_cells is -1; expected a number of at least 0"),
+        ("zoom.context=1", "zoom.context is 1; expected a number of at least 1.5"),
+        ("zoom.max_upscale=inf", "zoom.max_upscale is inf; expected a number of at least 0"),
+        ("zoom.max_cell=4", "unknown option zoom.max_cell. Did you mean 'max_cells'"),
         ("lora={rank=4, alpha='x'}", "lora.alpha is 'x'; expected a number"),
         ("lora={target_modules='c_attn'}", "lora.target_modules is 'c_attn'; expected a list"),
         ("trainable=3", "trainable is 3; expected a list of names"),
@@ -253,3 +257,11 @@ def test_model_spec_accepts_or_rejects_any_value_at_any_key(key_path, value):
 def test_model_spec_rejects_values_of_the_wrong_type_or_range(assignment, message):
     with pytest.raises(RegistryError, match=message):
         TINY_SPEC.apply_overrides([assignment])
+
+
+def test_model_spec_stores_zoom_options_only_if_they_were_measured():
+    assert "zoom" not in TINY_SPEC.to_dict()
+    assert TINY_SPEC.zoom_options == ZoomOptions(max_cells=None)
+    spec = TINY_SPEC.apply_overrides(["zoom={max_cells=4, context=2.0}"])
+    assert spec.to_dict()["zoom"] == {"max_cells": 4, "context": 2.0}
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))).zoom_options == ZoomOptions(4, 2.0)

@@ -59,10 +59,9 @@ def make_client(captioner):
 
     open_clients = []
 
-    def make(limits=None, root_path="", api_keys=(), **options):
-        app = create_app(
-            RequestScheduler(captioner, **options), "sca-tiny", limits, root_path=root_path, api_keys=api_keys
-        )
+    def make(limits=None, root_path="", api_keys=(), zoom="off", **options):
+        scheduler = RequestScheduler(captioner, **options)
+        app = create_app(scheduler, "sca-tiny", limits, root_path=root_path, api_keys=api_keys, zoom=zoom)
         client = TestClient(app, raise_server_exceptions=False)
         client.__enter__()
         open_clients.append(client)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from sca_registry.contracts import Prompt
 
+import sca
 from sca.io import masks
 from sca.serve.inference_requests import QueueFullError
 from sca.serve.limits import ServerLimits
@@ -431,3 +432,21 @@ def test_concurrent_clients_get_the_same_captions_as_alone(start_server, make_bo
 
     with ThreadPoolExecutor(16) as pool:
         assert all(captions == expected for captions in pool.map(request_captions, range(64)))
+
+
+def test_captions_route_zooms_by_request_and_by_default(make_client, make_body, scene, captioner):
+    image = scene.image.resize((640, 640))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    box = [300, 300, 330, 330]
+    body = make_body(prompts=[{"box": box}]) | {"image": base64.b64encode(file.getvalue()).decode()}
+    predictor = sca.Predictor(captioner)
+    predictor.set_image(image)
+    expected = {zoom: predictor.predict(boxes=[box], zoom=zoom)[0] for zoom in ("off", 4)}
+    assert expected["off"].mask != expected[4].mask
+    for client, default in ((make_client(), "off"), (make_client(zoom=4), 4)):
+        for fields, zoom in (({}, default), ({"zoom": "off"}, "off"), ({"zoom": 4}, 4)):
+            (region,) = client.post("/v1/captions", json=body | fields).json()["regions"]
+            assert (region["caption"], region["mask"]) == (expected[zoom].text, expected[zoom].mask)
+    for zoom in ("on", 0, -1, True, [4]):
+        assert make_client().post("/v1/captions", json=body | {"zoom": zoom}).status_code == 422

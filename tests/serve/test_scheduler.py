@@ -5,14 +5,17 @@ import time
 from itertools import pairwise
 
 import pytest
+from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 from sca_registry.spec import EverythingOptions
 
 import sca
 from sca.inference.automatic import SearchProgress, caption_everything
+from sca.inference.zoom_options import resolve_zoom
 from sca.serve import scheduler as scheduler_module
 from sca.serve.feature_cache import FeatureCache
 from sca.serve.inference_requests import (
+    CandidateMasks,
     CaptioningStarted,
     DeadlineExceededError,
     InferenceRequest,
@@ -445,4 +448,51 @@ def test_scheduler_rejects_everything_request_for_unsupported_captioner(blocking
     scheduler = RequestScheduler(blocking_captioner)
     with pytest.raises(UnsupportedRequestError, match="send prompts"):
         scheduler.submit(InferenceRequest(scene.image, everything=EverythingOptions()), Listener())
+    scheduler.close()
+
+
+@pytest.fixture(scope="module")
+def mosaic(scene):
+    """An image of 4 x 4 scenes, whose regions cover few cells."""
+    image = Image.new("RGB", (4 * scene.image.width, 4 * scene.image.height))
+    for index in range(16):
+        image.paste(scene.image, (index % 4 * scene.image.width, index // 4 * scene.image.height))
+    return image
+
+
+def test_scheduler_zooms_as_the_predictor_does_and_caches_crops(captioner, mosaic, scene):
+    scheduler, prompts = RequestScheduler(captioner, max_regions_per_turn=2), make_box_prompts(scene)
+    request = InferenceRequest(mosaic, prompts, zoom=resolve_zoom(captioner, 8), return_candidates=True)
+    predictor = sca.Predictor(captioner)
+    predictor.set_image(mosaic)
+    expected, first_events = predictor.predict(prompts, zoom=8), list(scheduler.iter_events(request))
+    captions = [event for event in first_events if isinstance(event, Caption)]
+    assert to_tuples(captions) == to_tuples(expected)
+    assert to_tuples(captions) != to_tuples(captioner.caption(mosaic, prompts))
+    candidates = [event.masks for event in first_events if isinstance(event, CandidateMasks)]
+    expected_candidates = predictor.segment(prompts, zoom=8)
+    assert [[mask.rle for mask in masks] for masks in candidates] == [
+        [mask.rle for mask in masks] for masks in expected_candidates
+    ]
+    num_encoded = scheduler.feature_cache.misses
+    assert list(scheduler.iter_events(request)) == first_events
+    assert scheduler.feature_cache.misses == num_encoded > 1
+    unzoomed = [
+        event for event in scheduler.iter_events(InferenceRequest(mosaic, prompts)) if isinstance(event, Caption)
+    ]
+    assert to_tuples(unzoomed) == to_tuples(captioner.caption(mosaic, prompts))
+    scheduler.close()
+
+
+@pytest.mark.slow
+def test_scheduler_zooms_into_found_regions_as_everything_mode_does(captioner, mosaic):
+    scheduler = RequestScheduler(captioner, max_regions_per_turn=4)
+    options = EverythingOptions(points_per_side=8, pred_iou_thresh=0.3, stability_score_thresh=0.3)
+    request = InferenceRequest(mosaic, everything=options, max_regions=6, zoom=resolve_zoom(captioner, 8))
+    captions = [event for event in scheduler.iter_events(request) if isinstance(event, Caption)]
+    predictor = sca.Predictor(captioner)
+    predictor.set_image(mosaic)
+    assert to_tuples(captions) == to_tuples(caption_everything(predictor, options=options, max_regions=6, zoom=8))
+    assert to_tuples(captions) != to_tuples(caption_everything(predictor, options=options, max_regions=6))
+    assert captions
     scheduler.close()
