@@ -258,11 +258,9 @@ def _find_crops(
 def _find_region_boxes(
     engine: MaskEngine, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]]
 ) -> list[Box | None]:
-    """Return the box of each region: that of its prompt, else of its mask prompt, else of the predicted mask."""
+    """Return the box of each region: that of its box and mask prompts, else of the predicted mask."""
     prompts = _list_prompts(requests)
-    boxes = [
-        prompt.box or (None if prompt.mask is None else mask_to_box(encode_rle(prompt.mask))) for _, prompt in prompts
-    ]
+    boxes = [_get_prompt_box(prompt) for _, prompt in prompts]
     unknown = [index for index, box in enumerate(boxes) if box is None]
     if unknown:
         masks = engine.predict_best_masks(encoded, _select_prompts(prompts, unknown, len(requests)))
@@ -281,14 +279,23 @@ def _select_prompts(
     return requests
 
 
+def _get_prompt_box(prompt: Prompt) -> Box | None:
+    """Return the smallest box that contains the box and the mask of a prompt; None if it has neither."""
+    return _merge_boxes(prompt.box, None if prompt.mask is None else mask_to_box(prompt.mask))
+
+
 def _include_points(box: Box | None, prompt: Prompt) -> Box | None:
     """Return the smallest box that contains a box and the foreground points of a prompt."""
-    points = [(x, y) for x, y, label in prompt.points if label == 1]
-    corners = [*points, *([box[:2], box[2:]] if box else [])]
-    if not corners:
+    return _merge_boxes(box, *((x, y, x, y) for x, y, label in prompt.points if label == 1))
+
+
+def _merge_boxes(*boxes: Box | None) -> Box | None:
+    """Return the smallest box that contains all boxes; None without any."""
+    given = [box for box in boxes if box is not None]
+    if not given:
         return None
-    columns, rows = zip(*corners, strict=True)
-    return min(columns), min(rows), max(columns), max(rows)
+    left, top, right, bottom = zip(*given, strict=True)
+    return min(left), min(top), max(right), max(bottom)
 
 
 def _count_cells(box: Box, frame: InputFrame, stride: float) -> float:

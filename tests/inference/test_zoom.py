@@ -63,6 +63,7 @@ SMALL_PROMPTS = {
     "box-at-the-border": Prompt(box=(368.0, 0.0, 384.0, 12.0)),
     "box-and-points": Prompt(box=(100.0, 200.0, 124.0, 220.0), points=((110.0, 210.0, 1), (370.0, 5.0, 0))),
     "mask": Prompt(mask=make_mask(300, 310, 316, 330)),
+    "box-and-mask": Prompt(box=(300.0, 310.0, 310.0, 320.0), mask=make_mask(304, 310, 316, 330)),
 }
 
 
@@ -70,7 +71,7 @@ SMALL_PROMPTS = {
 def test_small_region_is_predicted_from_its_crop(engine, mosaic, prompt):
     encoded = engine.encode([mosaic])
     ((caption,),) = caption_regions(engine, encoded, [[prompt]], zoom=ZOOM, num_captions=2, num_beams=2)
-    box = prompt.box or (300.0, 310.0, 316.0, 330.0)
+    box = prompt.box if prompt.mask is None else (300.0, 310.0, 316.0, 330.0)
     window = choose_window(box, encoded.frames[0], INPUT_SIZE, ZOOM)
     x1, y1, x2, y2 = window
     assert 64 <= x2 - x1 == y2 - y1 <= 96  # at least the pixels of the model input
