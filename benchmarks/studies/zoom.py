@@ -107,7 +107,8 @@ def measure_image(engine: Any, study_image: StudyImage, task: str, has_all_level
     Returns:
         For each region: `image`, `class`, `cells` (area in cells of the feature grid), `longest` (longer side in pixels
         of the model input), and `correct` by level of magnification, starting with the image itself; None for levels
-        without a prediction.
+        without a prediction. For each region with a crop: `scores`, those of the captions from the image and from the
+        crop that the options of the model choose.
     """
     from sca.inference.zoom import caption_regions
 
@@ -121,10 +122,12 @@ def measure_image(engine: Any, study_image: StudyImage, task: str, has_all_level
         cells = round(width * height / stride**2, 3)
         values = {"class": region.name, "cells": cells, "longest": round(max(width, height), 2)}
         rows.append({"image": study_image.name, **values, "correct": [None] * (MAX_LEVEL + 1)})
-    choices: list[ZoomOptions | None] = [None, engine.zoom]
+    model_zoom = replace(engine.zoom, keep_best_caption=False)
+    choices: list[ZoomOptions | None] = [None, model_zoom]
     if has_all_levels:
         upscales = [2 ** (level / 2) * max(frame.scale) for level in range(1, MAX_LEVEL + 1)]
         choices[1:] = [ZoomOptions(MAX_CELLS, MIN_CONTEXT, upscale) for upscale in upscales]
+    scores = [[0.0] * (MAX_LEVEL + 1) for _ in rows]  # by level
     for zoom in choices:
         levels = [
             _find_level(region.box, row["cells"], frame, input_size, zoom)
@@ -141,6 +144,10 @@ def measure_image(engine: Any, study_image: StudyImage, task: str, has_all_level
             for index, caption in zip(missing, captions, strict=True):
                 is_right = is_correct(caption.text, study_image.regions[index], task)
                 rows[index]["correct"][levels[index]] = int(is_right)
+                scores[index][levels[index]] = round(caption.score, 5)
+    for region, row, region_scores in zip(study_image.regions, rows, scores, strict=True):
+        if level := _find_level(region.box, row["cells"], frame, input_size, model_zoom):
+            row["scores"] = [region_scores[0], region_scores[level]]
     return rows
 
 
@@ -215,6 +222,8 @@ def compute_outcomes(results: Mapping[str, Any], zoom: ZoomOptions, images: slic
     for index, image in list(enumerate(results["images"]))[images]:
         for row in image["regions"]:
             level = select_level(row, zoom, image["scale"], results["input_size"])
+            if zoom.keep_best_caption and level and row["scores"][0] > row["scores"][1]:
+                level = 0
             rows.append((index, row["cells"], row["class"], row["correct"][0], row["correct"][level]))
     return Outcomes(*map(np.array, zip(*rows, strict=True)))
 
@@ -270,15 +279,22 @@ def render_classes(results: Mapping[str, Any]) -> str:
 def render_choices(results: Mapping[str, Any]) -> str:
     """Render a Markdown table of the gain with other options, on the images that selected the options."""
     chosen = ZoomOptions(**results["zoom"])
-    choices = [chosen]
+    plain = replace(chosen, keep_best_caption=False)
+    choices = [replace(chosen, keep_best_caption=True), plain]
     for name, values in ALTERNATIVES.items():
-        choices += [replace(chosen, **{name: value}) for value in values if value != getattr(chosen, name)]
-    lines = ["| max_cells | context | max_upscale | at most 4 cells | all |", "| ---: | ---: | ---: | ---: | ---: |"]
+        choices += [replace(plain, **{name: value}) for value in values if value != getattr(plain, name)]
+    lines = [
+        "| max_cells | context | max_upscale | keep_best_caption | at most 4 cells | all |",
+        "| ---: | ---: | ---: | --- | ---: | ---: |",
+    ]
     for zoom in choices:
         outcomes = compute_outcomes(results, zoom, slice(results["num_tuning_images"]))
         small = outcomes.select(outcomes.cells <= SMALL_CELLS)
         gains = [format_score(each.summarize()["difference"], True) for each in (small, outcomes)]
-        lines.append(f"| {zoom.max_cells:g} | {zoom.context:g} | {zoom.max_upscale:g} | {' | '.join(gains)} |")
+        options = (
+            f"{zoom.max_cells:g} | {zoom.context:g} | {zoom.max_upscale:g} | {str(zoom.keep_best_caption).lower()}"
+        )
+        lines.append(f"| {options} | {' | '.join(gains)} |")
     return "\n".join(lines)
 
 

@@ -143,11 +143,14 @@ class ZoomOptions:
         context: Side of a crop divided by the longer side of the box.
         max_upscale: Maximum pixels of the model input per pixel of the image in a crop. 1 crops at least as many pixels
             as the model input has.
+        keep_best_caption: Also caption small regions from the image, and keep the caption with the higher score. Masks
+            are those of the crops.
     """
 
     max_cells: float | None = None
     context: float = 3.0
     max_upscale: float = 1.0
+    keep_best_caption: bool = False
 
 
 @dataclass(frozen=True)
@@ -404,8 +407,11 @@ def _check_zoom(value: Any) -> dict[str, Any]:
     for key, option in options.items():
         if key not in defaults:
             raise make_unknown_name_error(f"unknown option zoom.{key}", key, defaults)
-        minimum = MIN_ZOOM_CONTEXT if key == "context" else 0
-        _check_number("zoom", key, option, is_integer=False, minimum=minimum, maximum=math.inf)
+        if key != "keep_best_caption":
+            minimum = MIN_ZOOM_CONTEXT if key == "context" else 0
+            _check_number("zoom", key, option, is_integer=False, minimum=minimum, maximum=math.inf)
+        elif not isinstance(option, bool):
+            raise RegistryError(f"zoom.{key} is {option!r:.80}; expected true or false")
     return options
 
 

@@ -72,20 +72,25 @@ def caption_regions(
         The captions of each image, in the order of its prompts, with masks and boxes in image pixels.
     """
     crops = _find_crops(engine, encoded, requests, zoom)
-    if not any(crops):
+    if zoom is None or not any(crops):
         return engine.caption_batch(encoded, requests, task, **generation)
 
-    def caption_all(looked_at: EncodedImages, prompts: Sequence[Sequence[Prompt]]) -> list[Caption]:
-        return list(chain(*engine.caption_batch(looked_at, prompts, task, **generation)))
+    def caption_all(looked_at: EncodedImages, prompts: Sequence[Sequence[Prompt]], **options: Any) -> list[Caption]:
+        return list(chain(*engine.caption_batch(looked_at, prompts, task, **{**generation, **options})))
 
-    prompts, captions = (
-        _list_prompts(requests),
-        _predict_regions(engine, encoded, requests, crops, encode_crops, caption_all),
-    )
+    prompts = _list_prompts(requests)
+    captions = _predict_regions(engine, encoded, requests, crops, encode_crops, caption_all)
+    image_captions: dict[int, Caption] = {}
+    if zoom.keep_best_caption:
+        in_crop = [index for index, crop in enumerate(crops) if crop is not None]
+        selected = _select_prompts(prompts, in_crop, len(requests))
+        image_captions |= zip(in_crop, caption_all(encoded, selected, return_masks=False), strict=True)
     results: list[list[Caption]] = [[] for _ in requests]
-    for (image_index, prompt), crop, caption in zip(prompts, crops, captions, strict=True):
+    for index, ((image_index, prompt), crop) in enumerate(zip(prompts, crops, strict=True)):
+        caption = captions[index]
         if crop is not None:
             caption = _restore_caption(caption, prompt, crop.window, encoded.images[image_index].size)
+            caption = _keep_best_caption(caption, image_captions.get(index))
         results[image_index].append(replace(caption, region_id=len(results[image_index])))
     return results
 
@@ -120,7 +125,8 @@ def caption_masks(
     (image,) = encoded.images
     crops = _find_crops(engine, encoded, [prompts], zoom, masks)
     captions: dict[int, Caption] = {}
-    if in_image := [row for row, crop in enumerate(crops) if crop is None]:
+    keeps_best = zoom is not None and zoom.keep_best_caption
+    if in_image := [row for row, crop in enumerate(crops) if crop is None or keeps_best]:
         known = [masks[row] for row in in_image], [prompts[row] for row in in_image]
         captions |= zip(in_image, engine.caption_masks(encoded, *known, task, **generation), strict=True)
 
@@ -133,7 +139,7 @@ def caption_masks(
         caption = _restore_caption(caption, replace(prompts[row], box=None), crop.window, image.size)
         if caption.box is None:
             caption = replace(caption, mask=rle, box=mask_to_box(rle), predicted_iou=predicted_iou)
-        captions[row] = replace(caption, prompt=prompts[row])
+        captions[row] = _keep_best_caption(replace(caption, prompt=prompts[row]), captions.get(row))
     return [replace(captions[row], region_id=row) for row in range(len(prompts))]
 
 
@@ -364,6 +370,14 @@ def _restore_caption(caption: Caption, prompt: Prompt, window: Window, image_siz
     """Convert a caption from pixels of a window to pixels of the image."""
     rle = None if caption.mask is None else _restore_rle(caption.mask, window, image_size)
     return replace(caption, mask=rle, box=prompt.box or (mask_to_box(rle) if rle else None), prompt=prompt)
+
+
+def _keep_best_caption(caption: Caption, image_caption: Caption | None) -> Caption:
+    """Return a caption from a crop, with the text of the caption from the image if that has a higher score."""
+    if image_caption is None or not image_caption.score > caption.score:
+        return caption
+    text_fields = {name: getattr(image_caption, name) for name in ("text", "score", "alternatives", "usage")}
+    return replace(caption, **text_fields)
 
 
 def _restore_rle(rle: RLE, window: Window, image_size: tuple[int, int]) -> dict[str, Any]:

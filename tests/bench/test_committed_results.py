@@ -6,11 +6,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import zoom
 from sca_bench import report
 from sca_bench.store import ResultStore
 
 import referring_expressions
 import weak_supervision
+from sca.checkpoints.load import read_local_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -87,3 +89,16 @@ def test_benchmark_readme_shows_scores_of_sweep(sweep):
         cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
         values = cells["params (M)"], cells["score"], *cells["95% CI"].split(" to "), cells["std over seeds"]
         assert pytest.approx(tuple(map(float, values)), abs=0.0051) in readme_scores
+
+
+def test_benchmark_page_shows_the_committed_tables_of_zoom():
+    for name in ("sca-tiny", "sca-street"):
+        results = read_results(f"zoom/{name}.json")
+        tables = [zoom.render_curve(results), zoom.render_choices(results), zoom.render_cost(results)]
+        tables += [zoom.render_classes(results)] if name == "sca-street" else []
+        assert [line for table in tables for line in table.splitlines() if line not in README.splitlines()] == []
+
+
+@pytest.mark.parametrize("name", ["sca-tiny", "sca-street"])
+def test_committed_results_of_zoom_use_the_options_of_the_model(name):
+    assert read_results(f"zoom/{name}.json")["zoom"] == vars(read_local_spec(name).zoom_options)

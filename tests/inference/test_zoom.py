@@ -302,3 +302,27 @@ def test_captioner_without_an_encoder_cannot_zoom():
 def test_check_zoom_rejects_other_values(value):
     with pytest.raises(ValueError, match=r"zoom is .*; expected auto, off, or a number of grid cells above 0"):
         check_zoom(value)
+
+
+@pytest.mark.parametrize("has_masks", [False, True])
+def test_keep_best_caption_compares_the_caption_from_the_image(engine, mosaic, has_masks):
+    encoded, zoom = engine.encode([mosaic]), replace(ZOOM, keep_best_caption=True)
+    prompts = [Prompt(box=(x, y, x + 20.0, y + 16.0)) for x in (10.0, 130.0, 250.0) for y in (20.0, 180.0, 300.0)]
+    prompts.append(Prompt(box=(0.0, 0.0, 384.0, 384.0)))
+    if has_masks:
+        mask = zoom_module.PredictedMask(encode_rle(make_mask(10, 20, 30, 36)), 0.5)
+        arguments = (engine, encoded, [mask] * len(prompts), prompts)
+        best, from_crops = caption_masks(*arguments, zoom=zoom), caption_masks(*arguments, zoom=ZOOM)
+        from_image = engine.caption_masks(*arguments[1:])
+    else:
+        best = caption_regions(engine, encoded, [prompts], zoom=zoom)[0]
+        from_crops = caption_regions(engine, encoded, [prompts], zoom=ZOOM)[0]
+        from_image = engine.caption_batch(encoded, [prompts])[0]
+    is_from_image = [image.score > crop.score for image, crop in zip(from_image, from_crops, strict=True)]
+    assert any(is_from_image)
+    assert not all(is_from_image)
+    for is_image, caption, image, crop in zip(is_from_image, best, from_image, from_crops, strict=True):
+        source = image if is_image else crop
+        assert (caption.text, caption.score) == (source.text, pytest.approx(source.score))
+        assert (caption.mask, caption.box, caption.prompt) == (crop.mask, crop.box, crop.prompt)
+    assert [each.region_id for each in best] == list(range(len(prompts)))
