@@ -193,7 +193,7 @@ class Outcomes(NamedTuple):
     plain: np.ndarray  # (R,) 1 for a correct prediction without zoom
     zoomed: np.ndarray  # (R,) 1 for a correct prediction with zoom
 
-    def select(self, mask: np.ndarray) -> Outcomes:
+    def select_rows(self, mask: np.ndarray) -> Outcomes:
         """Return the regions where `mask` is true."""
         return Outcomes(*(values[mask] for values in self))
 
@@ -258,10 +258,10 @@ def render_curve(results: Mapping[str, Any]) -> str:
         is_selected = (outcomes.cells > low) & (outcomes.cells <= high)
         label = f"{low:g} to {high:g}" if np.isfinite(high) else f"over {low:g}"
         if is_selected.any():
-            lines.append(_format_row(label, outcomes.select(is_selected)))
+            lines.append(_format_row(label, outcomes.select_rows(is_selected)))
     held_out = compute_outcomes(results, ZoomOptions(**results["zoom"]), slice(results["num_tuning_images"], None))
     for suffix, each in (("", outcomes), (", held-out images", held_out)):
-        lines.append(_format_row(f"at most {SMALL_CELLS:g}{suffix}", each.select(each.cells <= SMALL_CELLS)))
+        lines.append(_format_row(f"at most {SMALL_CELLS:g}{suffix}", each.select_rows(each.cells <= SMALL_CELLS)))
         lines.append(_format_row(f"all{suffix}", each))
     return "\n".join(lines)
 
@@ -269,10 +269,10 @@ def render_curve(results: Mapping[str, Any]) -> str:
 def render_classes(results: Mapping[str, Any]) -> str:
     """Render a Markdown table of the accuracy of small regions by class, times 100."""
     outcomes = compute_outcomes(results, ZoomOptions(**results["zoom"]))
-    small = outcomes.select(outcomes.cells <= SMALL_CELLS)
+    small = outcomes.select_rows(outcomes.cells <= SMALL_CELLS)
     lines = ["| class | regions | off (%) | zoom (%) | difference (95% CI) |", "| --- | ---: | ---: | ---: | ---: |"]
     return "\n".join(
-        [*lines, *(_format_row(name, small.select(small.classes == name)) for name in np.unique(small.classes))]
+        [*lines, *(_format_row(name, small.select_rows(small.classes == name)) for name in np.unique(small.classes))]
     )
 
 
@@ -289,7 +289,7 @@ def render_choices(results: Mapping[str, Any]) -> str:
     ]
     for zoom in choices:
         outcomes = compute_outcomes(results, zoom, slice(results["num_tuning_images"]))
-        small = outcomes.select(outcomes.cells <= SMALL_CELLS)
+        small = outcomes.select_rows(outcomes.cells <= SMALL_CELLS)
         gains = [format_score(each.summarize()["difference"], True) for each in (small, outcomes)]
         options = (
             f"{zoom.max_cells:g} | {zoom.context:g} | {zoom.max_upscale:g} | {str(zoom.keep_best_caption).lower()}"

@@ -297,10 +297,10 @@ def _include_points(box: Box | None, prompt: Prompt) -> Box | None:
 
 def _merge_boxes(*boxes: Box | None) -> Box | None:
     """Return the smallest box that contains all boxes; None without any."""
-    given = [box for box in boxes if box is not None]
-    if not given:
+    known_boxes = [box for box in boxes if box is not None]
+    if not known_boxes:
         return None
-    left, top, right, bottom = zip(*given, strict=True)
+    left, top, right, bottom = zip(*known_boxes, strict=True)
     return min(left), min(top), max(right), max(bottom)
 
 
