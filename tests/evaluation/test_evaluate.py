@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from sca_registry.contracts import MetricOutput
+from sca_registry.spec import ZoomOptions
 
 import sca
 from sca.data.scenes import COLORS, SHAPE_NAMES, Scenes
@@ -253,7 +254,7 @@ def test_evaluate_records_zoom_only_if_it_is_on(model):
     assert "zoom" not in runs["off"].run
     assert runs["auto"].run == runs["off"].run  # the model has no measured options
     assert runs["auto"].records == runs["off"].records
-    assert runs[1000].run["zoom"] == {"max_cells": 1000.0, "context": 3.0, "max_upscale": 1.0}
+    assert runs[1000].run["zoom"] == vars(ZoomOptions(1000.0))
     assert runs[1000].records != runs["off"].records
     ids = {zoom: report.scoring.scores[0].protocol_id for zoom, report in runs.items()}
     assert ids["off"] == ids["auto"] != ids[1000]

@@ -266,6 +266,7 @@ def test_plan_supports_inference_of_fully_trainable_models(small_model_table):
     )
 
 
+@pytest.mark.slow
 def test_plan_counts_the_crops_of_zoom():
     options = {"batch_size": 2, "regions_per_image": 2, "max_new_tokens": 1}
     plain, zoomed = (plan_model(build_spec("tiny"), zoom_crops=count, **options) for count in (0, 10))

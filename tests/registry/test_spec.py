@@ -265,3 +265,8 @@ def test_model_spec_stores_zoom_options_only_if_they_were_measured():
     spec = TINY_SPEC.apply_overrides(["zoom={max_cells=4, context=2.0}"])
     assert spec.to_dict()["zoom"] == {"max_cells": 4, "context": 2.0}
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))).zoom_options == ZoomOptions(4, 2.0)
+
+
+def test_model_spec_rejects_a_number_for_keep_best_caption():
+    with pytest.raises(RegistryError, match="zoom.keep_best_caption is 1; expected true or false"):
+        TINY_SPEC.apply_overrides(["zoom.keep_best_caption=1"])
