@@ -268,5 +268,5 @@ def test_model_spec_stores_zoom_options_only_if_they_were_measured():
 
 
 def test_model_spec_rejects_a_number_for_keep_best_caption():
-    with pytest.raises(RegistryError, match="zoom.keep_best_caption is 1; expected true or false"):
+    with pytest.raises(RegistryError, match=r"zoom\.keep_best_caption is 1; expected true or false"):
         TINY_SPEC.apply_overrides(["zoom.keep_best_caption=1"])
