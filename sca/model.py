@@ -33,6 +33,8 @@ from sca.nn.region_batch import concat_segmenter_outputs
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
 
+    from sca.uncertainty import Uncertainty
+
 LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
 TOKENS_PER_LOSS_CHUNK = 512  # tokens whose logits are in memory at once
 NON_FINITE_HINT = "if the model runs in float16, use dtype=float32 or bfloat16; otherwise, download the weights again"
@@ -107,6 +109,10 @@ class SegmentCaptioner(SegmentationModel):
         segmenter: Segmenter built for the encoder.
         mixer: Mixer built for the segmenter.
         language_model: Language model, with LoRA adapters if the spec has them.
+
+    Attributes:
+        uncertainty: Calibrations and training domain of the checkpoint that the model was loaded from; None if they
+            were not measured.
     """
 
     def __init__(
@@ -114,6 +120,7 @@ class SegmentCaptioner(SegmentationModel):
     ):
         super().__init__(encoder, segmenter)
         self.spec = spec
+        self.uncertainty: Uncertainty | None = None
         self.mixer = mixer
         self.language_model = language_model
         self.projection: Projection = Projection(mixer.hidden_size, language_model.hidden_size, **spec.projection)

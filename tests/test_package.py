@@ -102,6 +102,7 @@ def test_wheel_contains_data_files_read_at_runtime(built_distributions):
     for name in BUNDLED_MODELS:
         package, _, folder = zoo.get_entry(name).checkpoint.partition(":")
         expected_files |= {f"{package}/{folder}/{file}" for file in ("spec.json", "weights.safetensors", "origin.json")}
+        expected_files.add(f"{package}/{folder}/uncertainty.json")
     assert expected_files - files == set()
 
 

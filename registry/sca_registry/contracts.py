@@ -220,6 +220,8 @@ class Caption:
     usage: TokenUsage | None = None  # None if no language model generated the captions
     name: str | None = None  # class name or phrase of the proposer that found the region
     proposal_score: float | None = None  # score of that proposer
+    confidence: float | None = None  # probability that the caption is correct; None if the model is not calibrated
+    ood_score: float | None = None  # distance of the image to the training images; above 1, it is unlike them
 
     @property
     def array(self) -> np.ndarray | None:

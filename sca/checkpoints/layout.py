@@ -9,6 +9,7 @@ from sca.io.json import read_json
 from sca.io.weight_files import has_tokenizer
 
 WEIGHTS_FILE, SPEC_FILE, ORIGIN_FILE = "weights.safetensors", "spec.json", "origin.json"
+UNCERTAINTY_FILE = "uncertainty.json"
 CONFIG_FILE = "config.json"  # original SCA layout and transformers
 
 

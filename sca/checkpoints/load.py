@@ -14,7 +14,14 @@ from sca_registry.errors import make_unknown_name_error
 from sca_registry.spec import ModelSpec
 
 from sca.builder import build
-from sca.checkpoints.layout import CONFIG_FILE, ORIGIN_FILE, SPEC_FILE, WEIGHTS_FILE, is_published_checkpoint
+from sca.checkpoints.layout import (
+    CONFIG_FILE,
+    ORIGIN_FILE,
+    SPEC_FILE,
+    UNCERTAINTY_FILE,
+    WEIGHTS_FILE,
+    is_published_checkpoint,
+)
 from sca.checkpoints.native import load_native_checkpoint, read_spec, wrap_spec_errors
 from sca.checkpoints.published import load_published_checkpoint, read_published_spec
 from sca.checkpoints.tensors import check_finite_weights
@@ -123,7 +130,7 @@ def open_checkpoint(
     file_trust = trust._replace(external=True) if is_bundled else trust  # installers may symlink package files
     with _shorten_errors(folder):
         root = resolve_real_root(folder)
-        for name in (CONFIG_FILE, SPEC_FILE, ORIGIN_FILE):
+        for name in (CONFIG_FILE, SPEC_FILE, ORIGIN_FILE, UNCERTAINTY_FILE):
             check_file(folder / name, root, file_trust)
         # Read first, to reject arbitrary folders before their files are checked.
         spec = None if is_published_checkpoint(folder) else read_spec(folder)

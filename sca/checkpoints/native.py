@@ -3,6 +3,7 @@
 spec.json              Names and options of all components, including defaults, and a format version.
 weights.safetensors    Trained tensors, and those of components without pretrained weights.
 origin.json            Distribution, version and pretrained weights of each component.
+uncertainty.json       Calibrations and training domain, if they were measured; see `sca.checkpoints.uncertainty`.
 tokenizer/             Tokenizer, unless it belongs to the pretrained language model.
 """
 
@@ -26,9 +27,10 @@ from sca_registry.spec import ComponentSpec, ModelSpec
 from torch import Tensor
 
 from sca.builder import build, resolve_components
-from sca.checkpoints.layout import ORIGIN_FILE, SPEC_FILE, WEIGHTS_FILE
+from sca.checkpoints.layout import ORIGIN_FILE, SPEC_FILE, UNCERTAINTY_FILE, WEIGHTS_FILE
 from sca.checkpoints.tensors import BuildSizeLimit, assign_tensors, hash_weights, list_stored_tensors
 from sca.checkpoints.trust import TrustError, is_settable
+from sca.checkpoints.uncertainty import hash_values, read_uncertainty, write_uncertainty
 from sca.devices import resolve_dtype
 from sca.encoders.model_types import find_encoder_of_segmenter
 from sca.hints import check_argument_names
@@ -55,6 +57,7 @@ CHECKPOINT_CONTENT = (
     SPEC_FILE,
     WEIGHTS_FILE,
     ORIGIN_FILE,
+    UNCERTAINTY_FILE,
     "tokenizer",
 )
 
@@ -68,7 +71,8 @@ def save(
 ) -> Path:
     """Save a model as a checkpoint folder.
 
-    Writing is atomic: if the process is killed, the folder contains either the complete old or the complete new
+    The calibrations and the training domain of the model are saved if its weights are those that they were measured
+    with. Writing is atomic: if the process is killed, the folder contains either the complete old or the complete new
     checkpoint.
 
     Args:
@@ -152,18 +156,34 @@ def load_native_checkpoint(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
     with wrap_spec_errors(folder), BuildSizeLimit([folder / WEIGHTS_FILE], spec):
         model = build(spec)
     expected = list_stored_tensors(model)
+    tensors = read_weights(folder)
+    assign_tensors(model, tensors, expected, folder / WEIGHTS_FILE, SPEC_FILE)
+    if (folder / "tokenizer").is_dir():
+        model.language_model.tokenizer = load_tokenizer(folder / "tokenizer")
+    model.uncertainty = read_uncertainty(folder, tensors, model.encoder.channels)
+    return model
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of a native checkpoint folder.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        InputError: The weights are missing or damaged.
+    """
     try:
         open_regular_file(folder / WEIGHTS_FILE).close()
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError as error:
         raise InputError(f"{folder} has no {WEIGHTS_FILE}; copy or download the checkpoint again") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy it again") from error
-    assign_tensors(model, tensors, expected, folder / WEIGHTS_FILE, SPEC_FILE)
-    if (folder / "tokenizer").is_dir():
-        model.language_model.tokenizer = load_tokenizer(folder / "tokenizer")
-    return model
 
 
 def _write_checkpoint(
@@ -182,6 +202,8 @@ def _write_checkpoint(
     (folder / WEIGHTS_FILE).write_bytes(serialize(tensors, metadata={"format": "pt"}))
     _write_json(folder / SPEC_FILE, resolve_spec(model).to_dict())
     _write_json(folder / ORIGIN_FILE, collect_origin(model))
+    if model.uncertainty is not None and model.uncertainty.weights_hash == hash_values(tensors):
+        write_uncertainty(model.uncertainty, folder)
     tokenizer = model.language_model.tokenizer
     if tokenizer is not None and tokenizer is not getattr(model.language_model, "source_tokenizer", None):
         cast("TextTokenizer", tokenizer).save(str(folder / "tokenizer"))

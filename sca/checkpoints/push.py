@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from safetensors import SafetensorError, safe_open
 from sca_registry.spec import ModelSpec
 
-from sca.checkpoints.layout import ORIGIN_FILE, SPEC_FILE, WEIGHTS_FILE
+from sca.checkpoints.layout import ORIGIN_FILE, SPEC_FILE, UNCERTAINTY_FILE, WEIGHTS_FILE
 from sca.checkpoints.load import locate_checkpoint
 from sca.checkpoints.native import read_spec
 from sca.checkpoints.trust import resolve_real_root
@@ -26,7 +26,7 @@ from sca.io.weight_files import describe_run_folder
 
 DENIED_STATUSES = (401, 403)  # HTTP statuses for a missing token, or one without write access
 CARD_FILE = "README.md"
-CHECKPOINT_FILES = (SPEC_FILE, WEIGHTS_FILE, ORIGIN_FILE, "tokenizer")
+CHECKPOINT_FILES = (SPEC_FILE, WEIGHTS_FILE, ORIGIN_FILE, UNCERTAINTY_FILE, "tokenizer")
 
 
 def push_checkpoint(

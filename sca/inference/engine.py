@@ -26,6 +26,7 @@ from sca.io.masks import decode_rle, encode_rle, mask_to_box
 from sca.language_models.token_usage import count_tokens
 from sca.model import NON_FINITE_HINT, SegmentCaptioner
 from sca.nn.masks import select_best_masks
+from sca.uncertainty import pool_features
 
 if TYPE_CHECKING:
     from sca.model import SegmentationModel
@@ -151,6 +152,18 @@ class MaskEngine(ABC):
         if not features.isfinite().all():
             raise ValueError(f"the encoder returned NaN or infinite features; {NON_FINITE_HINT}")
         return EncodedImages(images, features, frames)
+
+    def compute_ood_scores(self, encoded: EncodedImages) -> list[float] | None:
+        """Compute the OOD (out-of-distribution) scores of images.
+
+        Args:
+            encoded: Result of `encode` for B images.
+
+        Returns:
+            The distance of each image to the training images, in feature space; above 1, the image is unlike them. None
+            if the training images of the model are unknown.
+        """
+        return None
 
     @torch.inference_mode()
     def segment(
@@ -331,6 +344,52 @@ class Engine(MaskEngine):
         return self.model.spec.zoom_options
 
     @torch.inference_mode()
+    def compute_ood_scores(self, encoded: EncodedImages) -> list[float] | None:
+        uncertainty = self.model.uncertainty
+        if uncertainty is None or uncertainty.domain is None:
+            return None
+        image_size = self.processor.image_format.size
+        content_sizes = [frame.content_size for frame in encoded.frames]
+        return uncertainty.domain.compute_ood_scores(
+            pool_features(encoded.require_features(), content_sizes, image_size)
+        )
+
+    def add_confidence(
+        self, captions: Sequence[Sequence[Caption]], encoded: EncodedImages, task: str, **generation: Any
+    ) -> list[list[Caption]]:
+        """Set `ood_score` and `confidence` of captions, as far as the model is calibrated.
+
+        A caption has no confidence if its image is unlike the training images, or if it was sampled.
+
+        Args:
+            captions: Captions of each of the B images.
+            encoded: Result of `encode` for the images.
+            task: Task of the captions.
+            **generation: Generation options of the captions.
+
+        Returns:
+            The captions of each image.
+        """
+        uncertainty = self.model.uncertainty
+        if uncertainty is None:
+            return [list(each) for each in captions]
+        ood_scores: Sequence[float | None] = self.compute_ood_scores(encoded) or [None] * len(captions)
+        is_sampled = {**self.generation, **generation}.get("do_sample", False)
+        return [
+            [
+                replace(
+                    caption,
+                    ood_score=ood_score,
+                    confidence=None
+                    if is_sampled or (ood_score is not None and ood_score > 1)
+                    else uncertainty.compute_confidence(task, caption.prompt, caption.score),
+                )
+                for caption in image_captions
+            ]
+            for image_captions, ood_score in zip(captions, ood_scores, strict=True)
+        ]
+
+    @torch.inference_mode()
     def caption_batch(
         self,
         encoded: EncodedImages,
@@ -370,7 +429,7 @@ class Engine(MaskEngine):
         captions: list[list[Caption]] = [[] for _ in requests]
         for index, (image_index, _, _) in enumerate(flat_requests):
             captions[image_index].append(flat_captions[index])
-        return captions
+        return self.add_confidence(captions, encoded, task, **generation)
 
     def caption_masks(
         self,

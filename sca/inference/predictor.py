@@ -63,6 +63,15 @@ class Predictor:
         """The model; None for a captioner without an encoder."""
         return self.engine.model
 
+    @property
+    def ood_score(self) -> float | None:
+        """OOD (out-of-distribution) score of the current image: above 1, it is unlike the training images.
+
+        None before `set_image`, and for a model whose training images are unknown.
+        """
+        scores = None if self.encoded is None else self.engine.compute_ood_scores(self.encoded)
+        return None if scores is None else scores[0]
+
     def set_image(self, image: Image.Image | np.ndarray) -> None:
         """Encode an image for subsequent predictions.
 

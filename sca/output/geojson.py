@@ -17,11 +17,11 @@ from sca.io.validation import read_field, require_recorded_size
 from sca.output.captioned_image import ImageOrSize, ImageSize
 from sca.output.contours import mask_to_polygons, rings_to_mask
 from sca.output.image_files import close_document
-from sca.output.jsonl import caption_to_record
+from sca.output.jsonl import OPTIONAL_SCORE_FIELDS, caption_to_record
 
 PROPERTY_NAMES = (
     *("image", "width", "height", "region_id", "prompt", "box", "caption", "score", "predicted_iou", "alternatives"),
-    *("name", "proposal_score"),
+    *("name", *OPTIONAL_SCORE_FIELDS),
 )
 
 

@@ -81,6 +81,7 @@ def _caption_to_dict(caption: Caption) -> dict[str, Any]:
         "caption": replace_unprintable(caption.text),
         "score": _round_or_none(caption.score),
         "predicted_iou": _round_or_none(caption.predicted_iou),
+        **({} if caption.confidence is None else {"confidence": _round_or_none(caption.confidence)}),
         "box": None if caption.box is None else [round(float(value), 2) for value in caption.box],
         "mask": caption.mask["counts"] if caption.mask else None,
         "points": [[float(x), float(y), int(label)] for x, y, label in caption.prompt.points],

@@ -14,6 +14,8 @@ from sca.io import masks
 from sca.io.atomic import AtomicFile, make_write_error
 from sca.output.captioned_image import ImageOrSize
 
+OPTIONAL_SCORE_FIELDS = ("proposal_score", "confidence", "ood_score")  # omitted if they are unknown
+
 
 class Sink(Protocol):
     """Destination of a document: a file or a stream."""
@@ -58,7 +60,9 @@ class JsonlWriter:
     A line has `image` (its path as passed), `width`, `height`, `region_id` (the index of the prompt in the request),
     `prompt`, `box` (x1, y1, x2, y2), `mask` (COCO RLE), `caption`, `score`, `predicted_iou` and `model`. With several
     captions per region, `alternatives` contains the others, best first. For a region of a proposer, `name` (a class or
-    a phrase) and `proposal_score` are those of the proposal. Coordinates are in pixels of the upright image; unknown
+    a phrase) and `proposal_score` are those of the proposal. With a calibrated model, `confidence` is the probability
+    that the caption is correct, and `ood_score` the distance of the image to the training images, above 1 for an image
+    that is unlike them. Coordinates are in pixels of the upright image; unknown
     values are null. The output is ASCII, so that any terminal, locale and line reader works.
     """
 
@@ -101,7 +105,11 @@ def caption_to_record(path: str, image: ImageOrSize, caption: Caption) -> dict[s
         "predicted_iou": _replace_non_finite(caption.predicted_iou),
         **({"alternatives": alternatives} if alternatives else {}),
         **({"name": caption.name} if caption.name is not None else {}),
-        **({} if caption.proposal_score is None else {"proposal_score": _replace_non_finite(caption.proposal_score)}),
+        **{
+            field: _replace_non_finite(value)
+            for field in OPTIONAL_SCORE_FIELDS
+            if (value := getattr(caption, field)) is not None
+        },
     }
 
 

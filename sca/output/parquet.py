@@ -14,7 +14,7 @@ from sca.io.errors import InputError, OutputError
 from sca.io.images import format_path
 from sca.io.json import parse_json
 from sca.output.captioned_image import ImageOrSize
-from sca.output.jsonl import caption_to_record
+from sca.output.jsonl import OPTIONAL_SCORE_FIELDS, caption_to_record
 
 ROWS_PER_GROUP = 5_000  # rows buffered before a group is written
 
@@ -43,7 +43,7 @@ class ParquetWriter:
                 ("predicted_iou", pyarrow.float64()),
                 ("alternatives", pyarrow.string()),
                 ("name", pyarrow.string()),
-                ("proposal_score", pyarrow.float64()),
+                *((field, pyarrow.float64()) for field in OPTIONAL_SCORE_FIELDS),
                 ("model", pyarrow.string()),
             ]
         )

@@ -121,12 +121,14 @@ def _parse_caption(record: Mapping[str, Any], size: ImageSize, default_region_id
         _parse_score(record.get("score")),
         None if box is None else cast("Box", tuple(map(float, box))),
         rle,
-        None if record.get("predicted_iou") is None else _parse_score(record["predicted_iou"]),
+        _parse_optional_score(record, "predicted_iou"),
         parsed_prompt,
         record["region_id"] if is_int64(record.get("region_id")) else default_region_id,
         tuple(_parse_alternative(each, f"{location}, 'alternatives'") for each in alternatives),
         name=record["name"] if isinstance(record.get("name"), str) else None,
-        proposal_score=None if record.get("proposal_score") is None else _parse_score(record["proposal_score"]),
+        proposal_score=_parse_optional_score(record, "proposal_score"),
+        confidence=_parse_optional_score(record, "confidence"),
+        ood_score=_parse_optional_score(record, "ood_score"),
     )
 
 
@@ -143,6 +145,10 @@ def _parse_alternative(value: Any, location: str) -> tuple[str, float]:
 
 def _parse_score(value: Any) -> float:
     return float(value) if is_finite_number(value) else math.nan
+
+
+def _parse_optional_score(record: Mapping[str, Any], field: str) -> float | None:
+    return None if record.get(field) is None else _parse_score(record[field])
 
 
 def annotations_to_captions(

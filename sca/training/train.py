@@ -37,7 +37,7 @@ from sca.training.sharding import gather_tensors
 from sca.training.trainer import CaptionTrainer
 from sca.training.validation import ValidationCallback
 
-MODEL_FILES = ("spec.json", "weights.safetensors", "origin.json", "tokenizer/*")
+MODEL_FILES = ("spec.json", "weights.safetensors", "origin.json", "uncertainty.json", "tokenizer/*")
 RESUME_FILES = ("best.json", "checkpoint-#/*", "validation/step-#/*")  # files of an unfinished run
 OUTPUT_FILES = (*RESUME_FILES, *(f"{folder}/{name}" for folder in ("model", "best") for name in MODEL_FILES))
 NO_TOKENIZER_MESSAGE = "the language model has no tokenizer; set language_model.tokenizer=FOLDER"

@@ -148,6 +148,7 @@ ADDED_FIELDS = {  # fields that an attacker would add, by file
     "adapter_config.json": [("base_model_name_or_path",)],
     "generation_config.json": [("eos_token_id",), ("custom_generate",)],
     "origin.json": [],
+    "uncertainty.json": [("weights_hash",), ("calibrations", "caption"), ("domain", "mean")],
     "tokenizer.json": [],
     "model.safetensors.index.json": [("weight_map", "a")],
 }

@@ -4,7 +4,7 @@
 // Each section contains JSON: {regions: [...], other_regions: [...]}, the second only on pages that compare two files.
 // A region is {region_id, caption, score, predicted_iou, box, mask, points, is_box_prompt}: the box is x1, y1, x2, y2,
 // the mask COCO's compressed run lengths, and each point x, y, label; in image pixels. A region found by a proposer may
-// have a name. Regions of one index are a pair.
+// have a name, and one of a calibrated model has a confidence. Regions of one index are a pair.
 const query = (selector, parent = document) => parent.querySelector(selector);
 const main = query("main"), controls = query("form");
 const imagesBySection = new Map([...main.children].map((section) => {
@@ -165,7 +165,8 @@ function drawRegion(svg, region, imageSize) {
 function createCaption(region, className) {
   if (!region) return createElement("span", {className: `${className} missing`, textContent: "—"});
   const caption = createElement("span", {className, textContent: region.caption});
-  const scores = [["score", region.score], ["IoU", region.predicted_iou]].filter(([, value]) => value !== null);
+  const scores = [["score", region.score], ["confidence", region.confidence ?? null], ["IoU", region.predicted_iou]]
+    .filter(([, value]) => value !== null);
   const scoreTexts = scores.map(([name, value]) => `${name} ${value.toFixed(2)}`);
   const details = [...(region.name ? [region.name] : []), ...scoreTexts].join(" · ");
   caption.append(" ", createElement("small", {textContent: details}));
