@@ -18,7 +18,21 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from sca.cli import caption, checkpoints, compare, convert, data, demo, evaluate, listing, plan, plugins, serve, train
+from sca.cli import (
+    calibrate,
+    caption,
+    checkpoints,
+    compare,
+    convert,
+    data,
+    demo,
+    evaluate,
+    listing,
+    plan,
+    plugins,
+    serve,
+    train,
+)
 from sca.cli.options import PanelCommand, print_stderr
 from sca.cli.plugin_commands import EVALUATION_PANEL, CommandGroup
 from sca.io.errors import DifferentRunError
@@ -50,6 +64,7 @@ COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {  # by the p
         "evaluate": evaluate.evaluate,
         "score": evaluate.score,
         "compare": compare.compare,
+        "calibrate": calibrate.calibrate,
         "report": compare.report,
     },
     "Models and checkpoints": {

@@ -57,7 +57,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Prompt type: box, center (the center of the box), random-point (a random point inside the box), "
-            "mask-point (a random point inside the mask) or mask.",
+            "mask-point (a random point inside the mask), box-and-point or mask.",
             rich_help_panel="Prompts",
         ),
     ] = None,

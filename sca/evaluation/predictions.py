@@ -45,8 +45,10 @@ PROMPT_TYPES = {
     "center": "the center point of the box",
     "random-point": "a random point inside the box",
     "mask-point": "a random point inside the mask",
+    "box-and-point": "the box and a random point inside the mask",
     "mask": "the mask",
 }
+MASK_PROMPT_TYPES = ("mask-point", "box-and-point", "mask")  # require a mask
 CONTROLS = {
     "wrong-region": "prompt of another region of the image with another name and other phrases",
     "color-swap": "image with red shown as green, green as blue and blue as red",
@@ -72,8 +74,8 @@ class PromptingOptions:
 
     Args:
         prompt_type: One of `PROMPT_TYPES`. Random points depend only on `seed` and the region id. For a region without
-            a ground-truth mask, "mask-point" and "mask" use the mask that the captioner predicts for the box, as in
-            SCA (arXiv 2312.00869).
+            a ground-truth mask, "mask-point", "box-and-point" and "mask" use the mask that the captioner predicts for
+            the box, as in SCA (arXiv 2312.00869).
         tasks: Tasks of every region that has the ground truth: phrases for "caption", a name for "recognition".
         controls: Negative controls of `CONTROLS`; each repeats all predictions.
         seed: Random seed of point prompts and shifted regions.
@@ -375,7 +377,7 @@ def _make_prompts(
         for region in sample.regions
         if any(_should_caption(region, task, {region.id: Prompt()}) for task in prompting.tasks)
     ]
-    if prompting.prompt_type in ("mask-point", "mask"):
+    if prompting.prompt_type in MASK_PROMPT_TYPES:
         boxes = {region.id: Prompt(box=region.box) for region in regions if region.mask is None}
         predicted_masks = encoded_images.predict_masks(index, boxes) if boxes else {}
         regions = [replace(region, mask=predicted_masks.get(region.id, region.mask)) for region in regions]
@@ -391,6 +393,9 @@ def _make_prompt(prompting: PromptingOptions, region: Region) -> Prompt:
     if prompting.prompt_type in ("random-point", "mask-point"):
         point_region = region if prompting.prompt_type == "mask-point" else replace(region, mask=None)
         return sample_point_prompt(point_region, np.random.default_rng([prompting.seed, region.id]))
+    if prompting.prompt_type == "box-and-point":
+        point_prompt = sample_point_prompt(region, np.random.default_rng([prompting.seed, region.id]))
+        return Prompt(region.box, point_prompt.points)
     return Prompt(box=region.box)
 
 

@@ -1,0 +1,114 @@
+"""Measurement of calibrations and training domains."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import sca
+from sca.checkpoints.native import save
+from sca.evaluation.calibration import (
+    CalibrationReport,
+    calibrate_checkpoint,
+    compute_ece,
+    compute_ece_interval,
+    is_correct_caption,
+)
+from sca.io.errors import InputError
+
+SCENE_ATTRIBUTES = {"color": "red", "shape": "star", "size": "small", "texture": "plain"}
+
+
+def make_record(task, caption, name=None, attributes=None):
+    return {"task": task, "caption": caption, "truth": {"name": name, "attributes": attributes or {}}}
+
+
+@pytest.mark.parametrize(
+    ("record", "is_correct"),
+    [
+        (make_record("recognition", "Car", "car"), True),
+        (make_record("recognition", "a car", "car"), False),
+        (make_record("caption", "a large car", "car"), True),
+        (make_record("caption", "a large cart", "car"), False),
+        (make_record("caption", "a small plain red star", "star", SCENE_ATTRIBUTES), True),
+        (make_record("caption", "a small plain blue star", "star", SCENE_ATTRIBUTES), False),
+        (make_record("caption", "a star", "star", SCENE_ATTRIBUTES), False),
+        (make_record("caption", "a car"), None),
+    ],
+)
+def test_is_correct_judges_captions_by_attributes_else_by_class_name(record, is_correct):
+    assert is_correct_caption(record, record["task"]) is is_correct
+
+
+def test_is_correct_ignores_other_tasks():
+    assert is_correct_caption(make_record("caption", "car", "car"), "recognition") is None
+
+
+def test_compute_ece_is_zero_for_calibrated_confidences_and_grows_with_overconfidence():
+    rng = np.random.default_rng(0)
+    confidences = rng.random(20_000)
+    correct = (rng.random(20_000) < confidences).astype(float)
+    error, bins = compute_ece(confidences, correct)
+    assert error < 0.01
+    assert [each.num_regions for each in bins] == [2000] * 10
+    assert bins[0].accuracy < 0.1 < 0.9 < bins[-1].accuracy
+    assert compute_ece(np.ones(20_000), correct)[0] == pytest.approx(0.5, abs=0.02)
+
+
+def test_compute_ece_interval_contains_the_error_and_needs_several_images():
+    rng = np.random.default_rng(0)
+    confidences, correct = np.full(1000, 0.9), (rng.random(1000) < 0.6).astype(float)
+    low, high = compute_ece_interval(confidences, correct, np.repeat(np.arange(50), 20))
+    assert low < 0.3 < high
+    assert high - low < 0.2
+    assert compute_ece_interval(confidences, correct, np.zeros(1000)) is None
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory) -> tuple[CalibrationReport, object]:
+    """A copy of sca-tiny, calibrated on scenes with box prompts."""
+    folder = tmp_path_factory.mktemp("calibration") / "model"
+    save(sca.load("sca-tiny"), folder)
+    report = calibrate_checkpoint(
+        folder, "scenes", prompt_types=("box",), max_images=60, max_training_images=60, batch_size=30
+    )
+    return report, folder
+
+
+@pytest.mark.slow
+def test_calibrate_checkpoint_stores_what_it_measures(calibrated):
+    report, folder = calibrated
+    uncertainty = sca.load(folder).uncertainty
+    saved = {(each.task, each.prompt_kind): each.calibration for each in report.results if not each.reason}
+    assert set(saved) == set(uncertainty.calibrations) == {("caption", "box"), ("recognition", "box")}
+    for key, calibration in saved.items():
+        assert uncertainty.calibrations[key].slope == pytest.approx(calibration.slope, rel=1e-4)
+    assert report.domain.num_training_images == 60
+    assert report.domain.num_images == 30
+    assert report.domain.flagged_fraction <= 0.2
+    caption = next(each for each in report.results if each.task == "caption")
+    assert caption.ece < caption.score_ece
+    assert caption.ece <= 0.08
+
+
+@pytest.mark.slow
+def test_calibration_report_is_plain_json_and_a_table(calibrated):
+    report, _ = calibrated
+    table = json.loads(json.dumps(report.to_dict()))
+    assert {each["prompt_type"] for each in table["results"]} == {"box"}
+    assert len(report.build_table().rows) == len(report.results)
+
+
+def test_calibrate_checkpoint_requires_a_folder():
+    with pytest.raises(InputError, match="'sca-tiny' is not a checkpoint folder; calibration writes to it"):
+        calibrate_checkpoint("sca-tiny", "scenes")
+
+
+@pytest.mark.slow
+def test_calibrate_checkpoint_rejects_too_few_regions(build_small_model, tmp_path):
+    save(build_small_model(), tmp_path / "model")
+    with pytest.raises(InputError, match="at least 50 are required; use more images"):
+        calibrate_checkpoint(tmp_path / "model", {"name": "scenes", "num_images": 4}, prompt_types=("box",))
+    assert not (tmp_path / "model/uncertainty.json").exists()
