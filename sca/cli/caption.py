@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "sca-tiny"
 EXIT_STATUSES = {"image": 1, "prompts": 2}  # exit status by the kind of failure
+MAX_OOD_IMAGES = 3  # images that the warning about unlike images names
 UNRECORDED_OPTIONS = (  # options that do not change the captions
     *("images", "out", "format", "image_prefix", "resume", "overwrite", "quiet", "batch_size", "launcher"),
     *("shard_size", "trust_remote_code", "allow_external"),
@@ -396,7 +397,7 @@ def _caption_locally(
         results = captioner.caption_images(
             paths, journal.completed if journal else None, needs_images, progress_bars.show_search
         )
-        num_done = 0
+        num_done, ood_images = 0, OutOfDistributionImages()
         for result in progress_bars.track_results(results):
             if isinstance(result, Failure):
                 failures.add(result)
@@ -407,6 +408,7 @@ def _caption_locally(
                 table.add(*result)
             if journal:
                 journal.add(str(result.path), result.image, result.captions)
+            ood_images.add(str(result.path), result.captions)
             if job.everything and not result.captions and not quiet:
                 hint = (
                     "lower the score threshold of the proposer, or for points --pred-iou-thresh"
@@ -419,6 +421,8 @@ def _caption_locally(
             raise typer.Exit(failures.status)
     if not quiet:
         _report_domain(model)
+        if summary := ood_images.summarize():
+            print_stderr(summary)
         if summary := region_source.clipped.summarize():
             print_stderr(summary)
         for path in writers.paths.values() if writers else ():
@@ -492,6 +496,34 @@ def _report_domain(model: str) -> None:
 
     if note := zoo.describe_domain(model):
         print_stderr(note)
+
+
+class OutOfDistributionImages:
+    """Images that are unlike the training images of the model."""
+
+    def __init__(self) -> None:
+        self.num_scored: int = 0
+        self.paths: list[str] = []
+
+    def add(self, path: str, captions: Sequence[Caption]) -> None:
+        """Add an image with its captions."""
+        if captions and (ood_score := captions[0].ood_score) is not None:
+            self.num_scored += 1
+            self.paths += [path] if ood_score > 1 else []
+
+    def summarize(self) -> str:
+        """Return one line with the first images; "" if there are none."""
+        from sca.io.images import format_path
+
+        if not self.paths:
+            return ""
+        names = ", ".join(map(format_path, self.paths[:MAX_OOD_IMAGES]))
+        remaining = f" and {len(self.paths) - MAX_OOD_IMAGES} more" if len(self.paths) > MAX_OOD_IMAGES else ""
+        verb = "is" if self.num_scored == 1 else "are"
+        return (
+            f"{len(self.paths)} of {format_count(self.num_scored, 'image')} {verb} unlike the training images, so the "
+            f"captions may be wrong: {names}{remaining}"
+        )
 
 
 class FailureReporter:
@@ -606,16 +638,27 @@ class CaptionTable:
 
     def __init__(self, has_names: bool):
         self.has_names = has_names
-        columns = ("image", "region", *(("name",) if has_names else ()), "caption", "score", "iou", "box")
-        self.table: terminal.Table = terminal.Table(columns, right_aligned=("region", "score", "iou"), has_frame=False)
+        names = ("name",) if has_names else ()
+        columns = ("image", "region", *names, "caption", "score", "confidence", "iou", "box")
+        self.table: terminal.Table = terminal.Table(
+            columns, right_aligned=("region", "score", "confidence", "iou"), has_frame=False
+        )
 
     def __enter__(self) -> CaptionTable:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.table.rows:
+            self._drop_empty_confidence()
             with suppress(BrokenPipeError):  # the files of the run are finished regardless
                 print_table(self.table)
+
+    def _drop_empty_confidence(self) -> None:
+        """Drop the column of confidences if the model has none."""
+        index = list(self.table.columns).index("confidence")
+        if not any(row[index] for row in self.table.rows):
+            self.table.columns = (*self.table.columns[:index], *self.table.columns[index + 1 :])
+            self.table.rows = [(*row[:index], *row[index + 1 :]) for row in self.table.rows]
 
     def add(self, path: Path, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         from sca.io.images import format_path
@@ -624,10 +667,10 @@ class CaptionTable:
             box = " ".join(f"{value:.0f}" for value in each.box) if each.box else ""
             iou = "" if each.predicted_iou is None else f"{each.predicted_iou:.2f}"
             names = (each.name or "",) if self.has_names else ()
-            cells = (format_path(path.name), str(each.region_id), *names, each.text, f"{each.score:.2f}", iou, box)
-            self.table.add_row(*cells)
+            scores = (f"{each.score:.2f}", "" if each.confidence is None else f"{each.confidence:.2f}", iou)
+            self.table.add_row(format_path(path.name), str(each.region_id), *names, each.text, *scores, box)
             for text, score in each.alternatives:
-                self.table.add_row("", "", *([""] * len(names)), text, f"{score:.2f}", "", "")
+                self.table.add_row("", "", *([""] * len(names)), text, f"{score:.2f}", "", "", "")
 
 
 def _check_pipes(images: Sequence[str], other_inputs: Sequence[str | Path], is_sharded: bool, resume: bool) -> None:

@@ -1,7 +1,8 @@
 // Canvas of the demo: the image with its regions, and tools for prompts. Runs in gradio's HTML component, which
 // defines `element`, `props`, `trigger` and `watch`. User actions are sent as trigger("input", {action, ...}).
 // props.image is a data URI. props.value is {size: [width, height], regions: [{path, box, points, caption, score,
-// predicted_iou, area_fraction, color, masks: [{predicted_iou}], mask_index}], current_index}, in image pixels.
+// predicted_iou, confidence, area_fraction, color, masks: [{predicted_iou}], mask_index}], current_index,
+// is_out_of_distribution}, in image pixels.
 const SVG_NAMESPACE = "http://www.w3.org/2000/svg";
 const PAINT_COLOR = "rgb(255, 140, 0)";
 const MIN_DRAG_DISTANCE = 4;  // screen pixels; shorter drags are clicks
@@ -50,6 +51,7 @@ function render() {
     svg.append(createSvgElement("image", {href: props.image, width, height, preserveAspectRatio: "none"}));
   }
   query(".placeholder").hidden = Boolean(props.image);
+  query(".ood-note").hidden = !getState().is_out_of_distribution;
   // Small regions are drawn last, on top of large ones.
   const order = regions.map((region, index) => [region.area_fraction, index]).sort((a, b) => b[0] - a[0]);
   for (const [, index] of order) svg.append(createRegionGroup(regions[index], index));
@@ -91,6 +93,7 @@ function createListItem(region, index, isCurrent) {
   const scores = document.createElement("small");
   scores.textContent = [
     region.score === null ? "" : `score ${region.score.toFixed(2)}`,
+    region.confidence === null ? "" : `confidence ${region.confidence.toFixed(2)}`,
     region.predicted_iou === null ? "" : `IoU ${region.predicted_iou.toFixed(2)}`,
   ].filter(Boolean).join(" · ");
   item.append(caption, " ", scores);

@@ -158,6 +158,7 @@ class Session:
             "size": list(self.image.size),
             "regions": [self._region_to_dict(index, region) for index, region in enumerate(self.regions)],
             "current_index": self.current_index,
+            "is_out_of_distribution": any((caption.ood_score or 0) > 1 for caption in self.captions),
         }
 
     def _add_prompt(
@@ -219,6 +220,7 @@ class Session:
             "caption": caption.text if caption else "…",
             "score": None if caption is None or np.isnan(caption.score) else float(caption.score),
             "predicted_iou": None if caption is None or caption.predicted_iou is None else float(caption.predicted_iou),
+            "confidence": None if caption is None else caption.confidence,
             "area_fraction": area / num_pixels,
             "color": f"rgb{get_region_color(region_index)}",
             "masks": [{"predicted_iou": float(mask.predicted_iou)} for mask in region.masks],

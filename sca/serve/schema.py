@@ -209,6 +209,13 @@ class RegionResult(BaseModel):
         Field(description="Score of the caption in [0, 1]: exponential of the mean token log-probability."),
     ]
     predicted_iou: Annotated[float | None, Field(description="Predicted IoU of the mask; can exceed 1.")]
+    confidence: Annotated[
+        float | None, Field(description="Probability that the caption is correct, if the model is calibrated.")
+    ] = None
+    ood_score: Annotated[
+        float | None,
+        Field(description="Distance of the image to the training images; above 1, the image is unlike them."),
+    ] = None
     alternatives: Annotated[
         list[AlternativeCaption], Field(description="Further captions, best first, if `num_captions` is above 1.")
     ] = []
