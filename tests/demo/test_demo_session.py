@@ -62,6 +62,17 @@ def test_session_stores_captions_in_any_order(session):
     assert [caption.region_id for caption in session.captions] == [0, 1]
 
 
+@pytest.mark.parametrize(("ood_score", "is_flagged"), [(None, False), (0.5, False), (1.5, True)])
+def test_canvas_shows_confidence_and_images_unlike_the_training_images(session, ood_score, is_flagged):
+    session.handle_event({"action": "box", "box": [1, 1, 9, 9]})
+    prompt = session.regions[0].prompt
+    caption = Caption("a", 0.5, prompt.box, None, None, prompt, 0, confidence=0.25, ood_score=ood_score)
+    session.store_caption(prompt, caption, ())
+    canvas = session.to_canvas_value()
+    assert canvas["regions"][0]["confidence"] == 0.25
+    assert canvas["is_out_of_distribution"] is is_flagged
+
+
 def test_undo_keeps_captions_that_arrive_later(session):
     first, second = add_point(session, 1), add_point(session, 2)
     session.handle_event({"action": "undo"})

@@ -47,6 +47,15 @@ def test_captions_route_returns_captions_of_the_engine(make_client, captioner, s
     assert [region["caption"] for region in form_response.json()["regions"]] == [each.text for each in expected]
 
 
+def test_captions_route_returns_confidence_and_ood_score(make_client, captioner, scene, make_body):
+    prompts = [Prompt(box=region.box) for region in scene.regions]
+    expected = captioner.caption(scene.image, prompts)
+    regions = make_client().post("/v1/captions", json=make_body()).json()["regions"]
+    assert all(caption.confidence is not None for caption in expected)
+    assert [each["confidence"] for each in regions] == pytest.approx([each.confidence for each in expected], abs=1e-3)
+    assert [each["ood_score"] for each in regions] == pytest.approx([each.ood_score for each in expected], rel=1e-3)
+
+
 def test_captions_route_accepts_all_prompt_types_in_one_request(make_client, captioner, scene, make_body):
     region = next(region for region in scene.regions if region.mask)
     x, y = (region.box[0] + region.box[2]) / 2, (region.box[1] + region.box[3]) / 2
