@@ -33,6 +33,7 @@ MAX_UNCERTAINTY_BYTES = 4 * 2**20
 MAX_MAGNITUDE = 1e6  # limit of any number, far above those of real models
 MIN_POSITIVE = 1e-12
 SIGNIFICANT_DIGITS = 5
+COMPONENT_DIGITS = 3  # of the principal components, which are most of the file
 PROMPT_KINDS = (
     *("box", "point", "points", "mask"),
     *("box-and-point", "box-and-points", "box-and-mask", "point-and-mask", "points-and-mask"),
@@ -66,7 +67,7 @@ def write_uncertainty(uncertainty: Uncertainty, folder: Path) -> None:
         "calibrations": calibrations,
         "domain": None if uncertainty.domain is None else _domain_to_dict(uncertainty.domain),
     }
-    write_file(folder / UNCERTAINTY_FILE, f"{json.dumps(table)}\n")
+    write_file(folder / UNCERTAINTY_FILE, f"{json.dumps(table, separators=(',', ':'))}\n")
 
 
 def read_uncertainty(folder: Path, tensors: Mapping[str, Tensor], num_channels: int) -> Uncertainty | None:
@@ -165,11 +166,10 @@ def _check_number(subject: str, value: Any, minimum: float) -> None:
 
 def _domain_to_dict(domain: Domain) -> dict[str, Any]:
     values = {name: each.tolist() if isinstance(each, Tensor) else each for name, each in vars(domain).items()}
-    return {name: _round_value(value) for name, value in values.items()}
+    rounded = {name: _round_value(value) for name, value in values.items()}
+    return rounded | {"components": _round_value(values["components"], COMPONENT_DIGITS)}
 
 
-def _round_value(value: Any) -> Any:
-    """Round a number, or the numbers of nested lists, to `SIGNIFICANT_DIGITS`."""
-    return (
-        [_round_value(each) for each in value] if isinstance(value, list) else float(f"{value:.{SIGNIFICANT_DIGITS}g}")
-    )
+def _round_value(value: Any, digits: int = SIGNIFICANT_DIGITS) -> Any:
+    """Round a number, or the numbers of nested lists, to significant digits."""
+    return [_round_value(each, digits) for each in value] if isinstance(value, list) else float(f"{value:.{digits}g}")

@@ -5,6 +5,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import calibration
 import pytest
 import zoom
 from sca_bench import report
@@ -51,9 +52,20 @@ def iter_referring_lines():
     yield from referring_expressions.render_results(read_results("referring/results.json")).splitlines()
 
 
+def iter_calibration_lines():
+    yield from filter(None, calibration.render_results(read_results("calibration/results.json")).splitlines())
+
+
 @pytest.mark.parametrize(
     "iter_lines",
-    [iter_published_lines, iter_roofline_lines, iter_plan_lines, iter_weak_supervision_lines, iter_referring_lines],
+    [
+        iter_published_lines,
+        iter_roofline_lines,
+        iter_plan_lines,
+        iter_weak_supervision_lines,
+        iter_referring_lines,
+        iter_calibration_lines,
+    ],
 )
 def test_benchmark_readme_shows_committed_results(iter_lines):
     readme_lines = README.splitlines()
@@ -102,3 +114,32 @@ def test_benchmark_page_shows_the_committed_tables_of_zoom():
 @pytest.mark.parametrize("name", ["sca-tiny", "sca-street"])
 def test_committed_results_of_zoom_use_the_options_of_the_model(name):
     assert read_results(f"zoom/{name}.json")["zoom"] == vars(read_local_spec(name).zoom_options)
+
+
+def test_committed_calibrations_meet_their_targets():
+    results = read_results("calibration/results.json")
+    errors = {
+        (report["model"], each["task"], each["prompt_type"]): each["ece"]
+        for report in results["calibrations"]
+        for each in report["results"]
+    }
+    assert errors["sca-street", "recognition", "box"] <= 0.05
+    assert errors["sca-street", "recognition", "mask-point"] <= 0.08
+    flagged = {(each["model"], each["images"]): each["flagged_fraction"] for each in results["ood"]}
+    assert flagged["sca-street", "street photographs, held out"] <= 0.05
+    assert flagged["sca-street", "photographs of other subjects"] >= 0.9
+    assert flagged["sca-tiny", "photographs"] >= 0.9
+    assert max(flagged["sca-tiny", f"scenes of {size} pixels"] for size in calibration.SCENE_SIZES) <= 0.05
+
+
+def test_bundled_calibrations_are_those_of_the_committed_results():
+    import sca
+
+    for calibrated in read_results("calibration/results.json")["calibrations"]:
+        stored = sca.load(calibrated["model"]).uncertainty.calibrations
+        measured = {
+            (each["task"], each["prompt_kind"]): each["calibration"]["slope"]
+            for each in calibrated["results"]
+            if not each["reason"]
+        }
+        assert {key: each.slope for key, each in stored.items()} == pytest.approx(measured, rel=1e-3)
