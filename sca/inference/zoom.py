@@ -85,11 +85,13 @@ def caption_regions(
         in_crop = [index for index, crop in enumerate(crops) if crop is not None]
         selected = _select_prompts(prompts, in_crop, len(requests))
         image_captions |= zip(in_crop, caption_all(encoded, selected, return_masks=False), strict=True)
+    ood_scores: Sequence[float | None] = engine.compute_ood_scores(encoded) or [None] * len(requests)
     results: list[list[Caption]] = [[] for _ in requests]
     for index, ((image_index, prompt), crop) in enumerate(zip(prompts, crops, strict=True)):
         caption = captions[index]
         if crop is not None:
-            caption = _restore_caption(caption, prompt, crop.window, encoded.images[image_index].size)
+            size, ood_score = encoded.images[image_index].size, ood_scores[image_index]
+            caption = _restore_caption(caption, prompt, crop.window, size, ood_score)
             caption = _keep_best_caption(caption, image_captions.get(index))
         results[image_index].append(replace(caption, region_id=len(results[image_index])))
     return results
@@ -123,6 +125,8 @@ def caption_masks(
         crop keeps its mask.
     """
     (image,) = encoded.images
+    ood_scores = engine.compute_ood_scores(encoded)
+    ood_score = None if ood_scores is None else ood_scores[0]
     crops = _find_crops(engine, encoded, [prompts], zoom, masks)
     captions: dict[int, Caption] = {}
     keeps_best = zoom is not None and zoom.keep_best_caption
@@ -136,7 +140,8 @@ def caption_masks(
     for row, caption in _predict_in_crops(engine, encoded.images, prompts, crops, encode_crops, caption_all).items():
         crop, (rle, predicted_iou) = crops[row], masks[row]
         assert crop is not None  # see `_predict_in_crops`
-        caption = _restore_caption(caption, replace(prompts[row], box=None), crop.window, image.size)
+        prompt = replace(prompts[row], box=None)
+        caption = _restore_caption(caption, prompt, crop.window, image.size, ood_score)
         if caption.box is None:
             caption = replace(caption, mask=rle, box=mask_to_box(rle), predicted_iou=predicted_iou)
         captions[row] = _keep_best_caption(replace(caption, prompt=prompts[row]), captions.get(row))
@@ -366,10 +371,16 @@ def _encode_crops(engine: MaskEngine, images: Sequence[Image.Image], crops: Sequ
     return engine.encode([images[crop.image_index].crop(crop.window) for crop in crops])
 
 
-def _restore_caption(caption: Caption, prompt: Prompt, window: Window, image_size: tuple[int, int]) -> Caption:
-    """Convert a caption from pixels of a window to pixels of the image."""
+def _restore_caption(
+    caption: Caption, prompt: Prompt, window: Window, image_size: tuple[int, int], ood_score: float | None
+) -> Caption:
+    """Convert a caption from pixels of a window to pixels of the image.
+
+    It has the OOD score of the image, and no confidence, because models are calibrated on captions of images.
+    """
     rle = None if caption.mask is None else _restore_rle(caption.mask, window, image_size)
-    return replace(caption, mask=rle, box=prompt.box or (mask_to_box(rle) if rle else None), prompt=prompt)
+    box = prompt.box or (mask_to_box(rle) if rle else None)
+    return replace(caption, mask=rle, box=box, prompt=prompt, confidence=None, ood_score=ood_score)
 
 
 def _keep_best_caption(caption: Caption, image_caption: Caption | None) -> Caption:

@@ -165,3 +165,16 @@ def test_everything_mode_of_the_bundled_model_has_confidences():
     captions = caption_everything(predictor)
     assert captions
     assert all(0.5 < caption.confidence <= 1 for caption in captions)
+
+
+def test_captions_from_crops_have_the_ood_score_of_their_image_and_no_confidence():
+    predictor = sca.Predictor(sca.load("sca-tiny"))
+    image = Image.new("RGB", (512, 512), (90, 90, 100))
+    image.paste(Scenes("test", num_images=1)[0].image.resize((40, 40)), (100, 100))
+    predictor.set_image(image)
+    boxes = [(100, 100, 124, 124), (20, 20, 400, 400)]
+    small, large = predictor.predict(boxes=boxes, zoom=4.0)
+    assert small.ood_score == large.ood_score == predictor.ood_score
+    assert small.confidence is None
+    (plain,) = predictor.predict(boxes=boxes[:1])
+    assert (plain.confidence is None) == (predictor.ood_score > 1)
