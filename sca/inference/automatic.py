@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +22,15 @@ from torch import Tensor
 from sca.hints import check_argument_names
 from sca.inference.engine import EncodedImages, MaskEngine, PredictedMask
 from sca.inference.generation_options import GENERATION_OPTIONS, resolve_generation_options
-from sca.inference.predictor import Predictor
 from sca.inference.prompt_arguments import check_task
 from sca.inference.zoom import caption_masks, caption_regions
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
 from sca.io.masks import RLE, compute_mask_area, encode_rle
 from sca.nn.boxes import compute_box_iou
 from sca.nn.nms import suppress_overlaps
+
+if TYPE_CHECKING:
+    from sca.inference.predictor import Predictor
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
 SEARCH_VERSION = 2  # incremented when the same options find other regions
@@ -117,7 +119,7 @@ def caption_everything(
         ValueError: A value is out of range, no image is set, or the captioner cannot predict masks.
     """
     default_fields = vars(EverythingOptions())
-    if not isinstance(predictor, Predictor):
+    if not hasattr(predictor, "encoded"):
         raise ValueError(
             f"predictor is of type {type(predictor).__name__}; pass sca.Predictor(model) after its set_image(image)"
         )
@@ -142,7 +144,7 @@ def caption_everything(
     masks, prompts = masks[:max_regions], prompts[:max_regions]
     captions = caption_masks(engine, encoded, masks, prompts, task, zoom_options, **generation) if masks else []
     max_proposed = None if max_regions is None else max_regions - len(masks)
-    selected = _select_region_proposals(proposals, max_proposed) if proposals else None
+    selected = select_region_proposals(proposals, max_proposed) if proposals else None
     if selected and selected.prompts:
         (proposed_captions,) = caption_regions(engine, encoded, [selected.prompts], task, zoom_options, **generation)
         captions += [
@@ -227,8 +229,16 @@ def _is_single_point(prompt: Prompt) -> bool:
     return prompt.box is None and prompt.mask is None and [label for _, _, label in prompt.points] == [1]
 
 
-def _select_region_proposals(proposals: Proposals, max_count: int | None) -> Proposals:
-    """Return the `max_count` proposals with the best scores that are not single points, in order."""
+def select_region_proposals(proposals: Proposals, max_count: int | None) -> Proposals:
+    """Select the proposals that are not single points.
+
+    Args:
+        proposals: Proposals of an image.
+        max_count: Maximum number of proposals, best scores first; None for all.
+
+    Returns:
+        The selected proposals, in their order.
+    """
     indices = [index for index, prompt in enumerate(proposals.prompts) if not _is_single_point(prompt)]
     best_indices = sorted(indices, key=lambda index: -proposals.scores[index])[:max_count]
     rows = [(proposals.prompts[i], float(proposals.scores[i]), proposals.names[i]) for i in sorted(best_indices)]

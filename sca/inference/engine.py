@@ -184,7 +184,7 @@ class MaskEngine(ABC):
         """
         self.check_has_segmenter()
         masks_by_prompt: list[list[PredictedMask]] = [[] for _ in range(sum(map(len, requests)))]
-        for indices, prompts, segmenter_output in self._iter_segmented_chunks(encoded, requests, multimask_output):
+        for indices, prompts, segmenter_output in self.iter_segmented_chunks(encoded, requests, multimask_output):
             if segmenter_output.masks is None:
                 raise ValueError("the segmenter predicts no masks; build the model with segmenter=sam")
             assert segmenter_output.iou_scores is not None  # of the masks
@@ -214,7 +214,7 @@ class MaskEngine(ABC):
             ValueError: A predicted IoU is NaN.
         """
         best_predictions: list[PredictedMask | None] = [None] * sum(map(len, requests))
-        for indices, prompts, segmenter_output in self._iter_segmented_chunks(encoded, requests):
+        for indices, prompts, segmenter_output in self.iter_segmented_chunks(encoded, requests):
             if segmenter_output.masks is not None:
                 assert segmenter_output.iou_scores is not None  # of the masks
                 mask_logits = select_best_masks(segmenter_output.masks, segmenter_output.iou_scores)
@@ -285,10 +285,19 @@ class MaskEngine(ABC):
             A caption for each mask, in order.
         """
 
-    def _iter_segmented_chunks(
+    def iter_segmented_chunks(
         self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]], multimask_output: bool = True
     ) -> Iterator[tuple[list[int], PromptBatch, SegmenterOutput]]:
-        """Yield chunks of regions: their indices in the flattened requests, their prompts and their masks."""
+        """Segment the regions of encoded images in chunks.
+
+        Args:
+            encoded: Result of `encode` for B images.
+            requests: Prompts of each of the B images, checked against its size.
+            multimask_output: Return all candidate masks of each region (three for SAM) instead of one.
+
+        Yields:
+            Indices in the flattened requests, prompts and segmenter output of a chunk.
+        """
         model, processor = self.require_segmenter()
         features = encoded.require_features()
         for indices, prompt_batch in processor.group_prompts(requests, encoded.frames):
@@ -477,7 +486,7 @@ class Engine(MaskEngine):
         no_values = [None] * len(prompts)
         scores = generated.scores.exp().tolist()
         sequences = generated.sequences.tolist()
-        tokenizer = self._require_tokenizer()
+        tokenizer = self.require_tokenizer()
         scored_texts = [
             list(zip(map(tokenizer.decode, rows), each, strict=True))
             for rows, each in zip(sequences, scores, strict=True)
@@ -485,7 +494,15 @@ class Engine(MaskEngine):
         usages = [count_tokens(prefix.shape[1], rows, [tokenizer.eos_token_id]) for rows in sequences]
         return scored_texts, usages, rles or no_values, predicted_ious or no_values
 
-    def _require_tokenizer(self) -> Tokenizer:
+    def require_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of the language model.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            ValueError: The language model has none.
+        """
         tokenizer = self.model.language_model.tokenizer
         if tokenizer is None:
             raise ValueError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from sca_registry.contracts import Caption, Prompt
+from sca_registry.contracts import Caption, Prompt, Proposals
+from sca_registry.spec import EverythingOptions, make_everything_options
 
 from sca.hints import check_argument_names
 from sca.inference.engine import REGION_BATCH_SIZE, EncodedImages, Engine, MaskEngine, PredictedMask
@@ -19,8 +20,10 @@ from sca.io.errors import InputError
 from sca.io.images import convert_to_rgb
 from sca.io.masks import RLE
 from sca.io.text import format_count
+from sca.io.validation import check_range
 
 if TYPE_CHECKING:
+    from sca.inference.text_search import RegionIndex, SearchedRegion
     from sca.model import SegmentCaptioner
 
 ENCODE_BATCH_SIZE = 8  # images per batch of the encoder
@@ -57,6 +60,7 @@ class Predictor:
         )
         self.image: Image.Image | None = None
         self.encoded: EncodedImages | None = None
+        self._region_index: tuple[Any, Sequence[SearchedRegion], RegionIndex] | None = None
 
     @property
     def model(self) -> Any:
@@ -85,6 +89,7 @@ class Predictor:
         """
         self.image = convert_to_rgb(image)
         self.encoded = self.engine.encode([self.image])
+        self._region_index = None
 
     @check_argument_names()
     def predict(
@@ -148,6 +153,88 @@ class Predictor:
         assert self.encoded is not None  # see `_collect_prompts`
         zoom_options = resolve_zoom(self.engine, zoom)
         return caption_regions(self.engine, self.encoded, [request], task, zoom_options, **generation)[0]
+
+    @check_argument_names(*vars(EverythingOptions()))
+    def find(
+        self,
+        text: str | Sequence[str],
+        prompts: Sequence[Prompt] = (),
+        *,
+        boxes: Sequence[Sequence[float]] = (),
+        points: Sequence[Sequence[float]] = (),
+        masks: Sequence[np.ndarray | RLE] = (),
+        proposals: Proposals | None = None,
+        top: int | None = None,
+        threshold: float | None = None,
+        **kwargs: Any,
+    ) -> list[Caption]:
+        """Find the regions of the current image that match a text.
+
+        Without regions and proposals, everything mode finds the regions. Regions without masks are embedded once:
+        further calls with the same regions only score the text. See `sca.inference.text_search` for the score.
+
+        Args:
+            text: Text, or several.
+            prompts: Regions with any combination of a box, points and a mask.
+            boxes: (N, 4) x1, y1, x2, y2, clipped to the image; each box is one region.
+            points: (N, 2) x, y; each foreground point is one region.
+            masks: (height, width) arrays or COCO RLEs; each mask is one region.
+            proposals: Regions of a proposer, as for `sca.caption_everything`.
+            top: Maximum number of regions per text.
+            threshold: Minimum score: 1 for a text that is certain for a region, 0 for one that is as likely without an
+                image. None returns all regions.
+            **kwargs: Fields of `EverythingOptions`, for everything mode and point proposals.
+
+        Returns:
+            Captions of the regions, best match first. `name` is the text and `proposal_score` its score; `text` is the
+            greedy caption of the region.
+
+        Raises:
+            TypeError: Unknown keyword argument; the message suggests the closest one.
+            ValueError: No image is set, the captioner cannot score a text, a text is empty or too long, no region is
+                found, a value is out of range, or `predict` would reject the regions.
+        """
+        from sca.inference.text_search import check_can_find, find_regions
+
+        engine = check_can_find(self.engine)
+        if self.image is None or self.encoded is None:
+            raise ValueError("no image is set; call set_image(image) first")
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise InputError("the text is empty; pass a word or a phrase, such as 'a red circle'")
+        if top is not None:
+            check_range("top", top, int, 1)
+        has_prompts = any(len(each) for each in (prompts, boxes, points, masks))
+        if has_prompts and (kwargs or proposals):
+            raise ValueError(
+                "regions are given and also to be found; omit the regions, or proposals and search options"
+            )
+        request = self._collect_prompts(prompts, boxes, points, masks) if has_prompts else None
+        regions, index = self._index_regions(request, proposals, kwargs)
+        return find_regions(engine, self.encoded, regions, index, texts, top, threshold)
+
+    def _index_regions(
+        self, request: Sequence[Prompt] | None, proposals: Proposals | None, search_options: Mapping[str, Any]
+    ) -> tuple[Sequence[SearchedRegion], RegionIndex]:
+        """Return the regions to search and their index, which is kept for the next call with the same arguments."""
+        from sca.inference.text_search import SearchedRegion, check_can_find, index_regions, list_searched_regions
+
+        assert self.encoded is not None  # see `find`
+        key = (None if request is None else tuple(request), proposals, tuple(sorted(search_options.items())))
+        has_masks = any(each.mask is not None for each in (*(request or ()), *(proposals.prompts if proposals else ())))
+        if not has_masks and self._region_index is not None and self._region_index[0] == key:
+            return self._region_index[1:]
+        engine = check_can_find(self.engine)
+        if request is None:
+            options = make_everything_options({**vars(engine.everything), **search_options})
+            regions = list_searched_regions(engine, self.encoded, options, proposals)
+        else:
+            regions = [SearchedRegion(prompt, None, region_id) for region_id, prompt in enumerate(request)]
+        if not regions:
+            raise InputError("no region was found to search; lower pred_iou_thresh or raise points_per_side")
+        index = index_regions(engine, self.encoded, [[each.prompt for each in regions]])
+        self._region_index = None if has_masks else (key, regions, index)
+        return regions, index
 
     @check_argument_names()
     def segment(

@@ -1,0 +1,339 @@
+"""Search for regions by text: how likely is a text for each region, compared with no image?
+
+    index = index_regions(engine, encoded, [prompts])
+    scores = index.score_texts(["a striped circle"])  # (N, 1)
+
+The likelihood of a text is the larger of two readings, and of all that switch from the second to the first:
+
+- the text as a caption of the region, each token in the context of the previous ones;
+- the text inside the greedy caption of the region, each token in the context of the caption up to its position. Up to
+  `MAX_SKIPPED_TOKENS` tokens of the caption may be skipped before each token, so that "a striped circle" is likely for
+  a region with the caption "a small striped red circle", although the model never generates such short captions.
+
+EOS is not part of the text: a text may be the beginning of a longer caption. "No image" is a region whose query
+embeddings are zero. A score is the log-likelihood minus that without an image, divided by the negative of the latter:
+1 for a text that is certain for the region, 0 if the region makes the text no likelier. `benchmarks/studies/find.py`
+compares this score with others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from sca_registry.contracts import TASKS, Caption, Prompt, Proposals
+from sca_registry.spec import EverythingOptions
+from torch import Tensor
+from torch.nn import functional as F
+
+from sca.inference.automatic import find_everything, select_region_proposals
+from sca.inference.engine import EncodedImages, Engine, MaskEngine, PredictedMask
+from sca.io.errors import InputError
+from sca.io.masks import mask_to_box
+from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner, check_finite_scores
+
+MAX_SKIPPED_TOKENS = 3  # tokens of a caption that a text may leave out in a row
+MIN_TEXT_INFORMATION = 1.0  # nats: minimum of the divisor of a score, for texts that are likely without an image
+LOG_PROB_BYTES_PER_CHUNK = 2**26  # log-probabilities of the vocabulary in memory at once
+DEFAULT_THRESHOLD = 0.6  # of `sca find`, the server and the demo
+
+
+class RegionIndex:
+    """Region embeddings and greedy captions, computed once for any number of texts.
+
+    Args:
+        model: Model, in eval mode.
+        prefix: (N, K, E) prefixes of the regions.
+        task_id: Task of the prefixes.
+
+    Attributes:
+        captions: Greedy caption of each region and its score.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: SegmentCaptioner, prefix: Tensor, task_id: int = TASKS.index("caption")):
+        self._model = model
+        queries = prefix.new_zeros(1, model.mixer.num_queries, model.mixer.hidden_size)
+        no_image = model.build_prefix(queries, torch.tensor([task_id], device=prefix.device))
+        self._prefix = torch.cat((no_image, prefix))  # (1 + N, K, E)
+        options = {"num_beams": 1, "num_captions": 1, "do_sample": False}
+        generated = model.generate_from_prefix(self._prefix, **options)
+        tokenizer = self._tokenizer
+        token_ids = [_cut_at_end(ids, tokenizer.eos_token_id) for ids in generated.sequences[:, 0].tolist()]
+        scores = generated.scores[:, 0].exp().tolist()
+        self.captions: list[tuple[str, float]] = [
+            (tokenizer.decode(ids), score) for ids, score in zip(token_ids[1:], scores[1:], strict=True)
+        ]
+        self._caption_lengths = torch.tensor([len(ids) for ids in token_ids], device=prefix.device)
+        self._caption_states = self._compute_caption_states(token_ids)  # (1 + N, T, E)
+
+    def __len__(self) -> int:
+        return len(self._prefix) - 1
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self._model.language_model.tokenizer
+
+    def score_texts(self, texts: Sequence[str]) -> Tensor:
+        """Score texts for each region.
+
+        Args:
+            texts: Texts.
+
+        Returns:
+            (N, number of texts) scores: 1 for a text that is certain for the region, 0 for one that is as likely
+            without an image, and less if it is less likely.
+
+        Raises:
+            InputError: A text is empty, or longer than the positions of the language model.
+            ValueError: The model returns NaN or infinite values.
+        """
+        log_likelihoods = self.compute_log_likelihoods(texts)
+        check_finite_scores(log_likelihoods, "the language model")
+        without_image = log_likelihoods[:1].clamp(max=-MIN_TEXT_INFORMATION)
+        return (log_likelihoods[1:] - log_likelihoods[:1]) / -without_image
+
+    @torch.inference_mode()
+    def compute_log_likelihoods(self, texts: Sequence[str]) -> Tensor:
+        """Compute the log-likelihood of each text without an image and for each region.
+
+        Args:
+            texts: Texts.
+
+        Returns:
+            (1 + N, number of texts) log-likelihoods in nats; the first row is without an image.
+
+        Raises:
+            InputError: A text is empty, or longer than the positions of the language model.
+        """
+        encoded_texts = [self._encode_text(text) for text in texts]
+        longest = max(self._caption_states.shape[1], *map(len, encoded_texts))
+        rows_per_chunk = self._count_rows_per_chunk(longest)
+        chunks = []
+        for start in range(0, len(self._prefix), rows_per_chunk):
+            rows = slice(start, start + rows_per_chunk)
+            caption_log_probs = self._compute_log_probs(self._caption_states[rows])  # (n, T, V)
+            columns = []
+            for token_ids in encoded_texts:
+                text_log_probs = self._compute_text_log_probs(self._prefix[rows], token_ids)
+                columns.append(
+                    sum_best_reading(text_log_probs, caption_log_probs[..., token_ids], self._caption_lengths[rows])
+                )
+            chunks.append(torch.stack(columns, dim=1))
+        return torch.cat(chunks)
+
+    def _encode_text(self, text: str) -> list[int]:
+        if not isinstance(text, str) or not text.strip():
+            raise InputError("the text is empty; pass a word or a phrase, such as 'a red circle'")
+        token_ids = self._tokenizer.encode(" ".join(text.split()))[:-1]
+        max_positions = getattr(self._model.language_model, "max_positions", None)
+        max_tokens = None if max_positions is None else max_positions - self._prefix.shape[1] + 1
+        if max_tokens is not None and len(token_ids) > max_tokens:
+            raise InputError(
+                f"the text has {len(token_ids)} tokens, but the model reads at most {max_tokens}; shorten it"
+            )
+        return token_ids
+
+    def _compute_caption_states(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Return (1 + N, T, E) states; state j predicts token j of the caption, and the last one what follows it."""
+        ids, attention_mask = _pad_tokens([[*ids, 0] for ids in token_ids], self._prefix.device)  # the 0 is not read
+        chunks = zip(*(each.split(MAX_SEQUENCES_PER_CALL) for each in (self._prefix, ids, attention_mask)), strict=True)
+        return torch.cat([self._model.compute_caption_states(*chunk) for chunk in chunks])
+
+    def _compute_text_log_probs(self, prefix: Tensor, token_ids: Sequence[int]) -> Tensor:
+        """Return the (n, L) log-probabilities of the tokens of a text after each prefix."""
+        ids = torch.tensor(token_ids, device=prefix.device).expand(len(prefix), -1)
+        states = self._model.compute_caption_states(prefix, ids, torch.ones_like(ids))
+        return self._compute_log_probs(states).gather(-1, ids[..., None])[..., 0]
+
+    def _compute_log_probs(self, states: Tensor) -> Tensor:
+        logits = self._model.language_model.lm_head(states)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    def _count_rows_per_chunk(self, length: int) -> int:
+        vocabulary_log_probs = self._compute_log_probs(self._caption_states[:1, :1])
+        rows = LOG_PROB_BYTES_PER_CHUNK // (vocabulary_log_probs.nbytes * length)
+        return min(max(1, rows), MAX_SEQUENCES_PER_CALL)
+
+
+def sum_best_reading(text_log_probs: Tensor, caption_log_probs: Tensor, caption_lengths: Tensor) -> Tensor:
+    """Sum the log-probabilities of the tokens of a text in its best reading; see the module docstring.
+
+    Args:
+        text_log_probs: (N, L) log-probability of each token after the previous tokens of the text.
+        caption_log_probs: (N, T, L) log-probability of each token at each position of the caption.
+        caption_lengths: (N,) tokens of each caption. The position after its last token can also be read.
+
+    Returns:
+        (N,) log-likelihoods.
+    """
+    num_positions = caption_log_probs.shape[1]
+    positions = torch.arange(num_positions, device=caption_log_probs.device)
+    is_outside = positions > caption_lengths[:, None]  # (N, T)
+    caption_log_probs = caption_log_probs.masked_fill(is_outside[..., None], -torch.inf)
+    remaining = F.pad(text_log_probs.flip(1).cumsum(1).flip(1), (0, 1))  # (N, L + 1) sums of token i and those after it
+    best = remaining[:, 0]
+    # reachable[:, j]: best sum of the tokens before token i, if token i is read at position j
+    reachable = caption_log_probs.new_zeros(is_outside.shape).masked_fill(positions > MAX_SKIPPED_TOKENS, -torch.inf)
+    for i in range(text_log_probs.shape[1]):
+        sums = reachable + caption_log_probs[..., i]
+        best = torch.maximum(best, sums.amax(1) + remaining[:, i + 1])
+        earlier = F.pad(sums, (MAX_SKIPPED_TOKENS + 1, 0), value=-torch.inf)[:, None, :-1]
+        reachable = F.max_pool1d(earlier, MAX_SKIPPED_TOKENS + 1, 1)[:, 0]
+    return best
+
+
+class SearchedRegion(NamedTuple):
+    """Region of an image to search, before its mask is predicted.
+
+    Attributes:
+        prompt: Prompt of the region.
+        mask: Mask, if it is known.
+        region_id: Index of the region.
+    """
+
+    prompt: Prompt
+    mask: PredictedMask | None
+    region_id: int
+
+
+def check_can_find(captioner: Any, name: str = "") -> Engine:
+    """Check that a captioner can score a text.
+
+    Args:
+        captioner: Any captioner.
+        name: Name of the captioner for the message.
+
+    Returns:
+        The captioner.
+
+    Raises:
+        ValueError: It cannot, because it has no language model that reads a text.
+    """
+    if not isinstance(captioner, Engine):
+        subject = repr(name) if name else type(captioner).__name__
+        raise ValueError(f"{subject} cannot score a text; use a model with a language model, such as sca-tiny")
+    captioner.require_tokenizer()
+    return captioner
+
+
+@torch.inference_mode()
+def index_regions(
+    engine: Engine, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]], task: str = "caption"
+) -> RegionIndex:
+    """Compute what is needed to score texts for regions.
+
+    Args:
+        engine: Engine of the model.
+        encoded: Result of `engine.encode` for B images.
+        requests: Prompts of each of the B images, checked against its size. At least one prompt.
+        task: "caption" or "recognition".
+
+    Returns:
+        The index of the regions in the flat order of `requests`.
+    """
+    model, task_id = engine.model, TASKS.index(task)
+    prepared = None
+    indices: list[int] = []
+    prefixes: list[Tensor] = []
+    for chunk_indices, _, segmenter_output in engine.iter_segmented_chunks(encoded, requests):
+        prepared = model.prepare_mixer(segmenter_output) if prepared is None else prepared
+        task_ids = torch.full((len(chunk_indices),), task_id, device=engine.device)
+        prefixes.append(model.build_prefix(model.mix(segmenter_output, prepared), task_ids))
+        indices += chunk_indices
+    order = torch.tensor(indices, device=engine.device).argsort()
+    return RegionIndex(model, torch.cat(prefixes)[order], task_id)
+
+
+def find_regions(
+    engine: Engine,
+    encoded: EncodedImages,
+    regions: Sequence[SearchedRegion],
+    index: RegionIndex,
+    texts: Sequence[str],
+    top: int | None = None,
+    threshold: float | None = None,
+) -> list[Caption]:
+    """Find the regions of one image that match a text.
+
+    Args:
+        engine: Engine of the model.
+        encoded: Result of `engine.encode` for the image.
+        regions: Regions of the index.
+        index: Index of the regions.
+        texts: Texts.
+        top: Maximum number of regions per text; None returns all.
+        threshold: Minimum score; None accepts all.
+
+    Returns:
+        Captions of the regions, best match first. `name` is the text and `proposal_score` its score; `text` is the
+        greedy caption of the region.
+    """
+    scores = index.score_texts(texts)
+    matches: list[tuple[float, int, str]] = []
+    for text, text_scores in zip(texts, scores.T.tolist(), strict=True):
+        ranked = sorted(range(len(regions)), key=lambda row: -text_scores[row])[:top]
+        matches += [(text_scores[row], row, text) for row in ranked if is_match(text_scores[row], threshold)]
+    matches.sort(key=lambda match: -match[0])
+    unknown = list(dict.fromkeys(row for _, row, _ in matches if regions[row].mask is None))
+    predicted = engine.predict_best_masks(encoded, [[regions[row].prompt for row in unknown]]) if unknown else []
+    masks = {row: regions[row].mask for _, row, _ in matches} | dict(zip(unknown, predicted, strict=True))
+    return [
+        replace(_make_caption(regions[row], masks[row], *index.captions[row]), name=text, proposal_score=score)
+        for score, row, text in matches
+    ]
+
+
+def is_match(score: float, threshold: float | None) -> bool:
+    """Return whether a score reaches a threshold; None accepts all."""
+    return threshold is None or score >= threshold
+
+
+def list_searched_regions(
+    engine: MaskEngine,
+    encoded: EncodedImages,
+    options: EverythingOptions | None = None,
+    proposals: Proposals | None = None,
+    max_regions: int | None = None,
+    progress: Any = None,
+) -> list[SearchedRegion]:
+    """Find the regions of one image with everything mode or from proposals, without captions.
+
+    Args:
+        engine: Engine with an encoder and a segmenter.
+        encoded: Result of `engine.encode` for one image.
+        options: Options for finding regions; None uses the model's options.
+        proposals: Prompts that replace the grid of points; see `sca.caption_everything`.
+        max_regions: Maximum number of regions.
+        progress: Function called with the number of processed points and the total.
+
+    Returns:
+        The regions, in the order of `sca.caption_everything`.
+    """
+    masks, prompts = find_everything(engine, encoded, options, proposals, progress)
+    regions: list[tuple[Prompt, PredictedMask | None]] = [*zip(prompts[:max_regions], masks[:max_regions], strict=True)]
+    if proposals:
+        max_proposed = None if max_regions is None else max_regions - len(regions)
+        regions += [(prompt, None) for prompt in select_region_proposals(proposals, max_proposed).prompts]
+    return [SearchedRegion(prompt, mask, region_id) for region_id, (prompt, mask) in enumerate(regions)]
+
+
+def _make_caption(region: SearchedRegion, mask: PredictedMask | None, text: str, score: float) -> Caption:
+    rle, predicted_iou = mask or (None, None)
+    is_known = region.mask is not None
+    box = mask_to_box(rle) if rle and (is_known or region.prompt.box is None) else region.prompt.box
+    return Caption(text, score, box, rle, predicted_iou, region.prompt, region.region_id)
+
+
+def _cut_at_end(token_ids: list[int], eos_token_id: int) -> list[int]:
+    return token_ids[: token_ids.index(eos_token_id)] if eos_token_id in token_ids else token_ids
+
+
+def _pad_tokens(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (N, T) token ids, padded on the right with 0, and their attention mask."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
+    attention_mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
+    return ids, attention_mask
