@@ -27,6 +27,7 @@ from sca.cli import (
     data,
     demo,
     evaluate,
+    find,
     listing,
     plan,
     plugins,
@@ -53,6 +54,7 @@ app: typer.Typer = typer.Typer(
 COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {  # by the panel of `sca --help`
     "Caption and serve": {
         "caption": caption.caption,
+        "find": find.find,
         "demo": demo.demo,
         "serve": serve.serve,
         "convert": convert.convert,

@@ -270,7 +270,7 @@ def caption(
 
     from sca.inference.caption_job import CaptionJob
 
-    formats = _parse_formats(format, out)
+    formats = parse_formats(format, out)
     images = [str(parse_input_path(name)) for name in images]
     mask = [str(parse_input_path(name)) for name in mask or ()]
     _check_pipes(images, [*mask, *([prompts] if prompts else [])], bool(launcher), resume)
@@ -292,7 +292,7 @@ def caption(
     if text and not proposer:
         raise ValueError("--text requires --proposer with a proposer that takes text, such as owlv2-base")
     everything = everything or bool(proposer and not (listed or prompts))
-    _check_region_options(
+    check_region_options(
         listed, bool(prompts), everything, search_options | {"proposer": proposer, "max_regions": max_regions}
     )
     if proposer and (points_per_side is not None or crop_n_layers is not None):
@@ -339,25 +339,25 @@ def caption(
     )
     region_source = job.read_region_source()
     archives = [name for name in images if launcher and name.endswith(".tar")]
-    paths, path_problems = _find_images([name for name in images if name not in archives], quiet)
+    paths, path_problems = find_images([name for name in images if name not in archives], quiet)
     _check_image_prefix(image_prefix, formats, paths)
     failures = FailureReporter(path_problems)
     if not (paths or archives):
         raise typer.Exit(failures.status)
-    _report_prompts(region_source, failures, quiet)
+    report_prompts(region_source, failures, quiet)
     region_source.match_images(paths)
     input_files = job.list_input_files()
     if launcher:
         built_launcher = _build_launcher(launcher)
         from sca.inference.shards import name_shards, open_sharded_run
 
-        settings = {"images": context.params["images"], **_collect_settings(context.params, input_files)}
+        settings = {"images": context.params["images"], **collect_settings(context.params, input_files)}
         shard_specs = name_shards(archives, paths, shard_size)
         inputs: list[str | Path] = [*archives, *paths, *input_files]
         with open_sharded_run(Path(out), shard_specs, settings, inputs, overwrite) as sharded_run:
             _caption_shards(sharded_run, job, built_launcher, region_source, failures, quiet)
         if not quiet:
-            _report_domain(model)
+            report_domain(model)
         raise typer.Exit(failures.status)
     _caption_locally(job, region_source, paths, formats, context.params, input_files, failures)
 
@@ -384,7 +384,7 @@ def _caption_locally(
         if out == "-":
             writers = outputs.enter_context(MultiFormatWriter.from_stream(sys.stdout, model))
         elif out:
-            settings = {"images": options["images"], **_collect_settings(options, input_files)}
+            settings = {"images": options["images"], **collect_settings(options, input_files)}
             journal_options = {"resume": options["resume"], "overwrite": options["overwrite"]}
             journal = outputs.enter_context(
                 open_caption_journal(Path(out), settings, formats, [*paths, *input_files], **journal_options)
@@ -420,7 +420,7 @@ def _caption_locally(
         if not num_done:  # keep the older files
             raise typer.Exit(failures.status)
     if not quiet:
-        _report_domain(model)
+        report_domain(model)
         if summary := ood_images.summarize():
             print_stderr(summary)
         if summary := region_source.clipped.summarize():
@@ -432,7 +432,7 @@ def _caption_locally(
     raise typer.Exit(failures.status)
 
 
-def _find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[str]]:
+def find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[str]]:
     """Find images, except those that `sca` drew; return one message per name without images."""
     from sca.io.images import find_images, format_path, is_irregular_file
     from sca.io.run_folder import OutputFilter
@@ -490,7 +490,7 @@ def _caption_shards(
         print_stderr(f"{format_count(len(run.missing_names), 'shard')} missing; repeat the command to resume")
 
 
-def _report_domain(model: str) -> None:
+def report_domain(model: str) -> None:
     """Report on stderr the training domain of a model with a narrow one, and the models for photographs."""
     from sca_registry import zoo
 
@@ -608,7 +608,7 @@ class ProgressBars:
             self.progress.update(self.image_task, completed=num_done + num_failed, rate=rate)
 
 
-def _report_prompts(region_source: RegionSource, failures: FailureReporter, quiet: bool) -> None:
+def report_prompts(region_source: RegionSource, failures: FailureReporter, quiet: bool) -> None:
     """Report the contents of a prompts file, and its records without a usable prompt."""
     from sca.inference.caption_job import ListedPrompts
     from sca.io.images import format_path
@@ -695,7 +695,7 @@ def _check_image_prefix(prefix: str, formats: Sequence[str], paths: Iterable[Pat
         add_image_prefix(str(path), prefix)
 
 
-def _parse_formats(format: str | None, out: str) -> tuple[str, ...]:
+def parse_formats(format: str | None, out: str) -> tuple[str, ...]:
     """Return the requested formats, checked against the output."""
     from sca.output.formats import OUTPUT_FORMATS
 
@@ -711,7 +711,7 @@ def _parse_formats(format: str | None, out: str) -> tuple[str, ...]:
     return formats
 
 
-def _check_region_options(listed: bool, prompts: bool, everything: bool, everything_flags: dict[str, Any]) -> None:
+def check_region_options(listed: bool, prompts: bool, everything: bool, everything_flags: dict[str, Any]) -> None:
     """Raise ValueError unless regions are listed, in a prompts file, or to be found."""
     if listed and prompts:
         raise ValueError(
@@ -734,7 +734,7 @@ def _check_region_options(listed: bool, prompts: bool, everything: bool, everyth
         )
 
 
-def _collect_settings(command_options: Mapping[str, Any], input_files: Iterable[str | Path]) -> dict[str, Any]:
+def collect_settings(command_options: Mapping[str, Any], input_files: Iterable[str | Path]) -> dict[str, Any]:
     """Return the settings that determine the captions: the command's options, and the content of the files it reads."""
     from sca.io.run_folder import compute_file_hash
 

@@ -28,6 +28,7 @@ from sca.inference.zoom_options import DEFAULT_ZOOM
 
 if TYPE_CHECKING:
     from sca.evaluation.evaluate import EvaluationReport
+    from sca.evaluation.protocol import ProtocolRun
 
 OPTIONS_HELP = (
     "Dataset options (root=FOLDER), generation options (generation.num_beams=3), proposer options "
@@ -72,7 +73,7 @@ def evaluate(
     proposer: Annotated[
         str | None,
         typer.Option(
-            help="Region proposer for dense captioning, such as grid: 'NAME [key=value]...'.",
+            help="Region proposer for dense captioning and comprehension, such as grid: 'NAME [key=value]...'.",
             rich_help_panel="Prompts",
         ),
     ] = None,
@@ -84,6 +85,12 @@ def evaluate(
         ),
     ] = None,
     zoom: Zoom = DEFAULT_ZOOM,
+    runs: Annotated[
+        str | None,
+        typer.Option(
+            help="Runs of a protocol, comma-separated, such as refcocog-val. Defaults to all.", rich_help_panel="Data"
+        ),
+    ] = None,
     metrics: Metrics = None,
     out: Annotated[
         Path | None,
@@ -134,7 +141,7 @@ def evaluate(
     run_options = {"batch_size": batch_size, "max_images": max_images, "device": device, "overwrite": overwrite}
     run_options |= {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     if _is_protocol(dataset):
-        protocol = protocols.read_protocol(dataset)
+        protocol = protocols.select_runs(protocols.read_protocol(dataset), runs and split_names(runs))
         reports = _evaluate_protocol(
             model,
             protocol,
@@ -153,6 +160,8 @@ def evaluate(
     else:
         from sca.evaluation.predictions import PromptingOptions
 
+        if runs:
+            raise ValueError(f"--runs selects runs of a protocol, and {dataset!r} is a dataset; omit --runs")
         prompting = PromptingOptions(
             prompt_type=prompt_type or "box",
             controls=tuple(control or ()),
@@ -310,7 +319,7 @@ def _evaluate_protocol(
     split, prompt_type = overridden
     if split or prompt_type:
         raise ValueError(f"the protocol {protocol.name} defines its splits and prompts; omit --split and --prompt-type")
-    if proposer and not any(run.proposer for run in protocol.runs):
+    if proposer and not any(map(_accepts_proposer, protocol.runs)):
         raise ValueError(f"the protocol {protocol.name} prompts the regions of its datasets; omit --proposer")
     metric_options = {**protocol.metric_options, **parsed_options["scores"]}
     metric_names = metrics
@@ -325,7 +334,9 @@ def _evaluate_protocol(
     for protocol_run in protocol.runs:
         prompting = replace(protocol_run.prompting, controls=tuple(controls), seed=seed, zoom=zoom)
         prompting = replace(prompting, generation={**protocol_run.generation, **parsed_options["generation"]})
-        run_proposer = (proposer or ComponentSpec(protocol_run.proposer)) if protocol_run.proposer else None
+        run_proposer = proposer if _accepts_proposer(protocol_run) else None
+        if run_proposer is None and protocol_run.proposer:
+            run_proposer = ComponentSpec(protocol_run.proposer)
         proposer_table = _make_proposer_table(run_proposer, parsed_options["proposer"], text)
         dataset_table = {"name": protocol_run.dataset, **protocol_run.dataset_options, **parsed_options["dataset"]}
         folder = out and out / protocol_run.name
@@ -344,6 +355,12 @@ def _evaluate_protocol(
             )
         )
     return reports
+
+
+def _accepts_proposer(run: ProtocolRun) -> bool:
+    from sca.evaluation.predictions import COMPREHENSION_TASK
+
+    return run.proposer is not None or list(run.tasks) == [COMPREHENSION_TASK]
 
 
 def _make_proposer_table(

@@ -20,7 +20,14 @@ from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.spec import ComponentSpec, check_generation
 
 from sca.data.summary import check_dataset_not_empty, summarize_dataset
-from sca.evaluation.predictions import DenseCaptioningOptions, PromptingOptions, predict_dataset
+from sca.evaluation.comprehension import ComprehensionOptions
+from sca.evaluation.predictions import (
+    COMPREHENSION_TASK,
+    DenseCaptioningOptions,
+    PromptingOptions,
+    RecordPredictor,
+    predict_dataset,
+)
 from sca.evaluation.predictions_file import (
     PREDICTIONS_PATTERNS,
     RESUMABLE_KEYS,
@@ -44,6 +51,7 @@ from sca.inference.engine import Engine
 from sca.inference.factory import load_captioner
 from sca.inference.predictor import Predictor
 from sca.inference.proposer import build_proposer
+from sca.inference.text_search import check_can_find
 from sca.inference.zoom_options import resolve_zoom
 from sca.io.errors import DifferentRunError, InputError
 from sca.io.run_folder import RunFolder, iter_existing_paths
@@ -185,9 +193,9 @@ def evaluate(
             dataset object.
         split: Split of a dataset passed by name; ignored for a dataset object.
         prompting: Prompt type, tasks, controls and generation options. Defaults to box prompts.
-        proposer: For dense captioning: the proposer of the regions, as a name or a dict with a name and options, such
-            as `{"name": "grounding-dino-tiny", "text": ["car", "person"]}`. Proposals receive captions if regions
-            have phrases, and class names if regions have names.
+        proposer: For dense captioning and comprehension: the proposer of the regions, as a name or a dict with a name
+            and options, such as `{"name": "grounding-dino-tiny", "text": ["car", "person"]}`. In dense captioning,
+            proposals receive captions if regions have phrases, and class names if regions have names.
         metrics: Registered names. Defaults to all metrics that the data supports; see
             `sca.evaluation.scoring.score_records`.
         metric_options: Options of metrics, and the shared options `references` and `tokenizer`.
@@ -222,20 +230,24 @@ def evaluate(
     check_dataset_not_empty(built_dataset, f"{dataset_name} {split}".rstrip())
     proposer_component = ComponentSpec.from_dict(proposer, "proposer") if proposer is not None else None
     tasks: Sequence[str] = prompting.tasks
+    is_comprehension = prompting.tasks == (COMPREHENSION_TASK,)
     if proposer_component is not None:
         if prompting.controls:
             raise ValueError("controls change the prompts of the dataset's regions; omit them, or the proposer")
-        tasks = select_dense_tasks(built_dataset, tasks, max_images)
+        tasks = tasks if is_comprehension else select_dense_tasks(built_dataset, tasks, max_images)
     check_has_truth(built_dataset, dataset_name, tasks, max_images)
     check_metric_needs(metrics or (), built_dataset, tasks, max_images)
     built_proposer = None if proposer_component is None else build_proposer(proposer_component, device)
     model_name, captioner = _resolve_captioner(model, device, trust_options)
     if isinstance(captioner, Engine):
         check_generation("generation", prompting.generation, captioner.model.language_model.generate)
-    prompting_options: PromptingOptions | DenseCaptioningOptions = prompting
-    if built_proposer is not None:
+    prompting_options: RecordPredictor = prompting
+    if is_comprehension:
+        check_can_find(captioner, model_name)
+        prompting_options = ComprehensionOptions(built_proposer)
+    elif built_proposer is not None:
         prompting_options = DenseCaptioningOptions(built_proposer, tuple(tasks), prompting.generation, prompting.zoom)
-    zoom = resolve_zoom(captioner, prompting.zoom)
+    zoom = None if is_comprehension else resolve_zoom(captioner, prompting.zoom)
     proposer_hash = getattr(built_proposer, "weights_hash", None)
     run = {
         "model": model_name,
@@ -301,7 +313,7 @@ def _hold_predictions_folder(folder: Path, run: Mapping[str, Any], overwrite: bo
 def _collect_predictions(
     captioner: Captioner,
     dataset: Dataset,
-    prompting: PromptingOptions | DenseCaptioningOptions,
+    prompting: RecordPredictor,
     run: Mapping[str, Any],
     folder: str | Path | None,
     process: tuple[int, int, Callable[[], None]],

@@ -18,6 +18,10 @@ For dense captioning, where regions are proposed, there is one record per image 
 captions or "dense-recognition" for class names. Its `proposals` are objects with `box`, `score`, `caption` (the
 predicted text), `name` (that of the proposer, or None) and `mask` (or None), best first. Its truth contains `regions`,
 a list of `id`, `box`, and `phrases` or `name`.
+
+For referring expression comprehension, a record has the task "comprehension" and, instead of a caption, `expressions`:
+the `text` of each phrase, and the `box` and `score` of the region that matches it best; see
+`sca.evaluation.comprehension`.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -55,9 +59,16 @@ CONTROLS = {
     "shuffled-mask": "box and mask of the region moved to another position in the image",
 }
 DENSE_TASKS = {"dense": "caption", "dense-recognition": "recognition"}  # task of each proposal, by task of the record
+COMPREHENSION_TASK = "comprehension"
 NUM_CANDIDATE_SHIFTS = 16  # candidate positions for a shifted region; the one with the least overlap is used
 
 PromptsByRegion = dict[int, Prompt]  # prompts of one image by region id
+
+
+class RecordPredictor(Protocol):
+    """Options of an evaluation, which predict the records of a batch of images."""
+
+    def predict_records(self, captioner: Any, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]: ...
 
 
 class PredictedBatch(NamedTuple):
@@ -76,7 +87,8 @@ class PromptingOptions:
         prompt_type: One of `PROMPT_TYPES`. Random points depend only on `seed` and the region id. For a region without
             a ground-truth mask, "mask-point", "box-and-point" and "mask" use the mask that the captioner predicts for
             the box, as in SCA (arXiv 2312.00869).
-        tasks: Tasks of every region that has the ground truth: phrases for "caption", a name for "recognition".
+        tasks: Tasks of every region that has the ground truth: phrases for "caption", a name for "recognition". Or only
+            "comprehension": `sca.evaluate` then finds the region of each phrase.
         controls: Negative controls of `CONTROLS`; each repeats all predictions.
         seed: Random seed of point prompts and shifted regions.
         generation: Generation options of the captioner.
@@ -96,7 +108,7 @@ class PromptingOptions:
     def __post_init__(self) -> None:
         check_zoom(self.zoom)
         check_choice("prompt_type", self.prompt_type, PROMPT_TYPES)
-        for task in self.tasks:
+        for task in self.tasks if tuple(self.tasks) != (COMPREHENSION_TASK,) else ():
             check_choice("task", task, TASKS)
         for control in self.controls:
             check_choice("control", control, CONTROLS)
@@ -235,14 +247,14 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], max_images: int | None
         for regions in islice(dataset.iter_annotations(), max_images):
             for region in regions:
                 yield from (
-                    {"task": task, "truth": _make_truth(region)} for task in tasks if _has_truth_for_task(region, task)
+                    {"task": task, "truth": make_truth(region)} for task in tasks if _has_truth_for_task(region, task)
                 )
 
 
 def predict_dataset(
     captioner: Captioner,
     dataset: Dataset,
-    prompting: PromptingOptions | DenseCaptioningOptions | None = None,
+    prompting: RecordPredictor | None = None,
     batch_size: int = 8,
     max_images: int | None = None,
     skip: Callable[[int], bool] | None = None,
@@ -280,7 +292,7 @@ def predict_dataset(
 def _iter_predicted_batches(
     captioner: Captioner,
     dataset: Dataset,
-    prompting: PromptingOptions | DenseCaptioningOptions,
+    prompting: RecordPredictor,
     batches: Sequence[range],
     skip: Callable[[int], bool],
     progress: Callable[[int, int], None] | None,
@@ -336,7 +348,7 @@ def _should_caption(region: Region, task: str, prompts: PromptsByRegion) -> bool
 
 
 def _has_truth_for_task(region: Region, task: str) -> bool:
-    return bool(region.phrases if DENSE_TASKS.get(task, task) == "caption" else region.name)
+    return bool(region.name if DENSE_TASKS.get(task, task) == "recognition" else region.phrases)
 
 
 def _make_dense_truth(regions: Sequence[Region], task: str) -> list[dict[str, Any]]:
@@ -472,11 +484,12 @@ def _make_record(
         "task": task,
         "control": control,
         **{key: caption_record[key] for key in ("prompt", "caption", "score", "mask", "predicted_iou")},
-        "truth": _make_truth(region),
+        "truth": make_truth(region),
     }
 
 
-def _make_truth(region: Region) -> dict[str, Any]:
+def make_truth(region: Region) -> dict[str, Any]:
+    """Return the ground truth of a region as the field `truth` of its records."""
     mask = region.mask
     return {
         "name": region.name,

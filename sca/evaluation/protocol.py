@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +114,26 @@ def read_protocol(name: str) -> EvaluationProtocol:
     table = tomllib.loads((_get_protocols_folder() / f"{name}{TOML_SUFFIX}").read_text("utf-8"))
     runs = tuple(ProtocolRun(**run) for run in table.pop("runs"))
     return EvaluationProtocol(name=name, runs=runs, **table)
+
+
+def select_runs(protocol: EvaluationProtocol, names: Sequence[str] | None) -> EvaluationProtocol:
+    """Select runs of a protocol.
+
+    Args:
+        protocol: The protocol.
+        names: Names of runs; None selects all.
+
+    Returns:
+        The protocol with the selected runs, in their order.
+
+    Raises:
+        RegistryError: No run has one of the names.
+    """
+    known_names = [run.name for run in protocol.runs]
+    for name in names or ():
+        if name not in known_names:
+            raise make_unknown_name_error(f"{protocol.name}: unknown run {name!r}", name, known_names)
+    return replace(protocol, runs=tuple(run for run in protocol.runs if not names or run.name in names))
 
 
 def find_available_metrics(

@@ -8,7 +8,7 @@ from typing import Any
 
 from sca_registry.contracts import TASKS
 
-from sca.evaluation.predictions import DENSE_TASKS
+from sca.evaluation.predictions import COMPREHENSION_TASK, DENSE_TASKS
 from sca.evaluation.predictions_file import Predictions, hash_truth
 from sca.io.errors import InputError
 from sca.io.validation import is_finite_number
@@ -127,10 +127,10 @@ def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str,
         if key not in record:
             raise InputError(f"{location} has no {key}; its fields are {', '.join(record) or 'none'}")
     task = record.get("task", "caption")
-    known_tasks = (*TASKS, *DENSE_TASKS)
+    known_tasks = (*TASKS, *DENSE_TASKS, COMPREHENSION_TASK)
     if task not in known_tasks:
         raise InputError(f"{location}: unknown task {task!r}; choose from {', '.join(known_tasks)}")
-    if task not in DENSE_TASKS and not isinstance(record.get("caption"), str):
+    if task in TASKS and not isinstance(record.get("caption"), str):
         raise InputError(f"{location}: caption must be text, not {record.get('caption')!r}")
     truth = record.get("truth", {})
     references = record.get("references", truth.get("phrases", []) if isinstance(truth, Mapping) else None)

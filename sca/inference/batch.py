@@ -17,14 +17,22 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from PIL import Image
-from sca_registry.contracts import Caption, Captioner, Prompt, Proposer
-from sca_registry.spec import ZoomOptions
+from sca_registry.contracts import Caption, Captioner, Prompt, Proposals, Proposer
+from sca_registry.spec import EverythingOptions, ZoomOptions
 
 from sca.inference.automatic import caption_everything, resolve_everything_options
 from sca.inference.caption_job import CaptionJob, ListedPrompts, RegionSource, SearchedRegions, SharedPrompts
-from sca.inference.engine import MaskEngine
+from sca.inference.engine import Engine, MaskEngine
 from sca.inference.generation_options import resolve_generation_options
 from sca.inference.predictor import Predictor
+from sca.inference.text_search import (
+    check_can_find,
+    check_text,
+    find_in_images,
+    find_regions,
+    index_regions,
+    list_searched_regions,
+)
 from sca.inference.zoom import CropEncoder, caption_regions
 from sca.inference.zoom_options import resolve_zoom
 from sca.io.errors import InputError
@@ -165,7 +173,7 @@ class BatchCaptioner:
     ) -> CaptionResults:
         job = self.job
         options, predictor = resolve_everything_options(engine, job.search_options), Predictor(engine)
-        limits: dict[str, Any] = {"max_regions": job.max_regions, "progress": progress, "zoom": job.zoom}
+        limits: dict[str, Any] = {"max_regions": job.max_regions, "progress": progress}
         for opened_image in opened_images:
             if isinstance(opened_image, Failure):
                 yield opened_image
@@ -180,8 +188,62 @@ class BatchCaptioner:
                 yield Failure(path, f"{format_path(path)}: {error}", UNUSABLE_PROMPTS)
                 continue
             predictor.set_image(image)
-            captions = caption_everything(predictor, job.task, options, proposals, **limits, **self._generation)
-            yield ImageCaptions(path, image, captions)
+            yield ImageCaptions(path, image, self._caption_searched(predictor, options, proposals, limits))
+
+    def _caption_searched(
+        self,
+        predictor: Predictor,
+        options: EverythingOptions,
+        proposals: Proposals | None,
+        limits: Mapping[str, Any],
+    ) -> list[Caption]:
+        arguments = (predictor, self.job.task, options, proposals)
+        return caption_everything(*arguments, zoom=self.job.zoom, **limits, **self._generation)
+
+
+class BatchFinder(BatchCaptioner):
+    """Finder of the regions of images that match a text. Loads the model.
+
+    `caption_images` yields the matches of each image, best first; see `sca.inference.text_search.find_regions`.
+
+    Args:
+        job: Model, regions and options.
+        region_source: Result of `job.read_region_source`, after `match_images` with all images of the run.
+        text: Text to find.
+        top: Maximum number of regions per image.
+        threshold: Minimum score.
+
+    Raises:
+        ValueError: The captioner cannot score a text, or does not support everything mode. Loading a model raises the
+            errors of `sca.load_captioner`.
+    """
+
+    def __init__(self, job: CaptionJob, region_source: RegionSource, text: str, top: int, threshold: float):
+        super().__init__(job, region_source)
+        self._finder: Engine = check_can_find(self.captioner, job.model)
+        check_text(self._finder, text)
+        self._text = text
+        self._limits = top, threshold
+
+    def _caption_batch(self, batch: Sequence[ImagePrompts], keep_images: bool) -> Iterator[ImageCaptions]:
+        images = [image for _, image, _ in batch if isinstance(image, Image.Image)]
+        requests = [prompts for _, _, prompts in batch]
+        matches = find_in_images(self._finder, self._finder.encode(images), requests, self._text, *self._limits)
+        yield from map(ImageCaptions, [path for path, _, _ in batch], images, matches)
+
+    def _caption_searched(
+        self,
+        predictor: Predictor,
+        options: EverythingOptions,
+        proposals: Proposals | None,
+        limits: Mapping[str, Any],
+    ) -> list[Caption]:
+        assert predictor.encoded is not None  # `set_image` was called
+        regions = list_searched_regions(self._finder, predictor.encoded, options, proposals, **limits)
+        if not regions:
+            return []
+        index = index_regions(self._finder, predictor.encoded, [[each.prompt for each in regions]])
+        return find_regions(self._finder, predictor.encoded, regions, index, [self._text], *self._limits)
 
 
 def caption_requests(

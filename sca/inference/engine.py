@@ -60,6 +60,18 @@ class EncodedImages(NamedTuple):
             raise ValueError("the images have no features; encode them with an engine that has an encoder")
         return self.features
 
+    def select_image(self, index: int) -> EncodedImages:
+        """Return one image and its features.
+
+        Args:
+            index: Index of the image.
+
+        Returns:
+            The image as a batch of one.
+        """
+        features = None if self.features is None else self.features[index : index + 1]
+        return EncodedImages(self.images[index : index + 1], features, self.frames[index : index + 1])
+
 
 class PredictedMask(NamedTuple):
     """Candidate mask of a region.

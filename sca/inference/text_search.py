@@ -37,7 +37,6 @@ from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner, check_finite_sco
 MAX_SKIPPED_TOKENS = 3  # tokens of a caption that a text may leave out in a row
 MIN_TEXT_INFORMATION = 1.0  # nats: minimum of the divisor of a score, for texts that are likely without an image
 LOG_PROB_BYTES_PER_CHUNK = 2**26  # log-probabilities of the vocabulary in memory at once
-DEFAULT_THRESHOLD = 0.6  # of `sca find`, the server and the demo
 
 
 class RegionIndex:
@@ -76,11 +75,12 @@ class RegionIndex:
     def _tokenizer(self) -> Any:
         return self._model.language_model.tokenizer
 
-    def score_texts(self, texts: Sequence[str]) -> Tensor:
+    def score_texts(self, texts: Sequence[str], rows: range | None = None) -> Tensor:
         """Score texts for each region.
 
         Args:
             texts: Texts.
+            rows: Regions to score; None for all N.
 
         Returns:
             (N, number of texts) scores: 1 for a text that is certain for the region, 0 for one that is as likely
@@ -90,17 +90,18 @@ class RegionIndex:
             InputError: A text is empty, or longer than the positions of the language model.
             ValueError: The model returns NaN or infinite values.
         """
-        log_likelihoods = self.compute_log_likelihoods(texts)
+        log_likelihoods = self.compute_log_likelihoods(texts, rows)
         check_finite_scores(log_likelihoods, "the language model")
         without_image = log_likelihoods[:1].clamp(max=-MIN_TEXT_INFORMATION)
         return (log_likelihoods[1:] - log_likelihoods[:1]) / -without_image
 
     @torch.inference_mode()
-    def compute_log_likelihoods(self, texts: Sequence[str]) -> Tensor:
+    def compute_log_likelihoods(self, texts: Sequence[str], rows: range | None = None) -> Tensor:
         """Compute the log-likelihood of each text without an image and for each region.
 
         Args:
             texts: Texts.
+            rows: Regions; None for all N.
 
         Returns:
             (1 + N, number of texts) log-likelihoods in nats; the first row is without an image.
@@ -108,33 +109,22 @@ class RegionIndex:
         Raises:
             InputError: A text is empty, or longer than the positions of the language model.
         """
-        encoded_texts = [self._encode_text(text) for text in texts]
+        encoded_texts = [encode_text(self._model, text) for text in texts]
         longest = max(self._caption_states.shape[1], *map(len, encoded_texts))
         rows_per_chunk = self._count_rows_per_chunk(longest)
+        selected = [0, *(row + 1 for row in (range(len(self)) if rows is None else rows))]
         chunks = []
-        for start in range(0, len(self._prefix), rows_per_chunk):
-            rows = slice(start, start + rows_per_chunk)
-            caption_log_probs = self._compute_log_probs(self._caption_states[rows])  # (n, T, V)
+        for start in range(0, len(selected), rows_per_chunk):
+            chunk = selected[start : start + rows_per_chunk]
+            caption_log_probs = self._compute_log_probs(self._caption_states[chunk])  # (n, T, V)
             columns = []
             for token_ids in encoded_texts:
-                text_log_probs = self._compute_text_log_probs(self._prefix[rows], token_ids)
+                text_log_probs = self._compute_text_log_probs(self._prefix[chunk], token_ids)
                 columns.append(
-                    sum_best_reading(text_log_probs, caption_log_probs[..., token_ids], self._caption_lengths[rows])
+                    sum_best_reading(text_log_probs, caption_log_probs[..., token_ids], self._caption_lengths[chunk])
                 )
             chunks.append(torch.stack(columns, dim=1))
         return torch.cat(chunks)
-
-    def _encode_text(self, text: str) -> list[int]:
-        if not isinstance(text, str) or not text.strip():
-            raise InputError("the text is empty; pass a word or a phrase, such as 'a red circle'")
-        token_ids = self._tokenizer.encode(" ".join(text.split()))[:-1]
-        max_positions = getattr(self._model.language_model, "max_positions", None)
-        max_tokens = None if max_positions is None else max_positions - self._prefix.shape[1] + 1
-        if max_tokens is not None and len(token_ids) > max_tokens:
-            raise InputError(
-                f"the text has {len(token_ids)} tokens, but the model reads at most {max_tokens}; shorten it"
-            )
-        return token_ids
 
     def _compute_caption_states(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """Return (1 + N, T, E) states; state j predicts token j of the caption, and the last one what follows it."""
@@ -156,6 +146,31 @@ class RegionIndex:
         vocabulary_log_probs = self._compute_log_probs(self._caption_states[:1, :1])
         rows = LOG_PROB_BYTES_PER_CHUNK // (vocabulary_log_probs.nbytes * length)
         return min(max(1, rows), MAX_SEQUENCES_PER_CALL)
+
+
+def encode_text(model: SegmentCaptioner, text: str) -> list[int]:
+    """Convert a text to token ids.
+
+    Args:
+        model: Model.
+        text: Text.
+
+    Returns:
+        Token ids without EOS.
+
+    Raises:
+        InputError: The text is empty, or longer than the positions of the language model.
+    """
+    tokenizer = model.language_model.tokenizer
+    assert tokenizer is not None  # see `check_can_find`
+    if not isinstance(text, str) or not text.strip():
+        raise InputError("the text is empty; pass a word or a phrase, such as 'a red circle'")
+    token_ids = tokenizer.encode(" ".join(text.split()))[:-1]
+    max_positions = getattr(model.language_model, "max_positions", None)
+    prefix_length = model.task_tokens.shape[1] + model.mixer.num_queries
+    if max_positions is not None and len(token_ids) > (max_tokens := max_positions - prefix_length + 1):
+        raise InputError(f"the text has {len(token_ids)} tokens, but the model reads at most {max_tokens}; shorten it")
+    return token_ids
 
 
 def sum_best_reading(text_log_probs: Tensor, caption_log_probs: Tensor, caption_lengths: Tensor) -> Tensor:
@@ -219,6 +234,19 @@ def check_can_find(captioner: Any, name: str = "") -> Engine:
     return captioner
 
 
+def check_text(engine: Engine, text: str) -> None:
+    """Check a text before any image is read.
+
+    Args:
+        engine: Engine of the model.
+        text: Text.
+
+    Raises:
+        InputError: The text is empty, or longer than the positions of the language model.
+    """
+    encode_text(engine.model, text)
+
+
 @torch.inference_mode()
 def index_regions(
     engine: Engine, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]], task: str = "caption"
@@ -255,35 +283,81 @@ def find_regions(
     texts: Sequence[str],
     top: int | None = None,
     threshold: float | None = None,
+    *,
+    rows: range | None = None,
+    return_masks: bool = True,
 ) -> list[Caption]:
     """Find the regions of one image that match a text.
 
     Args:
         engine: Engine of the model.
         encoded: Result of `engine.encode` for the image.
-        regions: Regions of the index.
-        index: Index of the regions.
+        regions: Regions of the image.
+        index: Index of the regions, and possibly of other images.
         texts: Texts.
         top: Maximum number of regions per text; None returns all.
         threshold: Minimum score; None accepts all.
+        rows: Rows of the index that contain the regions; None for all rows.
+        return_masks: Predict the masks of matches without one.
 
     Returns:
         Captions of the regions, best match first. `name` is the text and `proposal_score` its score; `text` is the
         greedy caption of the region.
     """
-    scores = index.score_texts(texts)
+    scores = index.score_texts(texts, rows)
+    captions = index.captions if rows is None else index.captions[rows.start : rows.stop]
     matches: list[tuple[float, int, str]] = []
     for text, text_scores in zip(texts, scores.T.tolist(), strict=True):
         ranked = sorted(range(len(regions)), key=lambda row: -text_scores[row])[:top]
         matches += [(text_scores[row], row, text) for row in ranked if is_match(text_scores[row], threshold)]
     matches.sort(key=lambda match: -match[0])
-    unknown = list(dict.fromkeys(row for _, row, _ in matches if regions[row].mask is None))
+    unknown = list(dict.fromkeys(row for _, row, _ in matches if return_masks and regions[row].mask is None))
     predicted = engine.predict_best_masks(encoded, [[regions[row].prompt for row in unknown]]) if unknown else []
     masks = {row: regions[row].mask for _, row, _ in matches} | dict(zip(unknown, predicted, strict=True))
     return [
-        replace(_make_caption(regions[row], masks[row], *index.captions[row]), name=text, proposal_score=score)
+        replace(_make_caption(regions[row], masks[row], *captions[row]), name=text, proposal_score=score)
         for score, row, text in matches
     ]
+
+
+def find_in_images(
+    engine: Engine,
+    encoded: EncodedImages,
+    requests: Sequence[Sequence[Prompt]],
+    text: str,
+    top: int | None = None,
+    threshold: float | None = None,
+    *,
+    return_masks: bool = True,
+) -> list[list[Caption]]:
+    """Find the prompted regions of several images that match a text.
+
+    Args:
+        engine: Engine of the model.
+        encoded: Result of `engine.encode` for B images.
+        requests: Prompts of each of the B images, checked against its size.
+        text: Text.
+        top: Maximum number of regions per image; None returns all.
+        threshold: Minimum score; None accepts all.
+        return_masks: Predict the masks of the matches.
+
+    Returns:
+        The matches of each image, best first; see `find_regions`.
+    """
+    index = index_regions(engine, encoded, requests) if any(requests) else None
+    matches: list[list[Caption]] = []
+    first_row = 0
+    for position, prompts in enumerate(requests):
+        rows, first_row = range(first_row, first_row + len(prompts)), first_row + len(prompts)
+        regions = [SearchedRegion(prompt, None, region_id) for region_id, prompt in enumerate(prompts)]
+        image = encoded.select_image(position)
+        options: dict[str, Any] = {"rows": rows, "return_masks": return_masks}
+        matches.append(
+            []
+            if index is None or not prompts
+            else find_regions(engine, image, regions, index, [text], top, threshold, **options)
+        )
+    return matches
 
 
 def is_match(score: float, threshold: float | None) -> bool:

@@ -7,7 +7,8 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from anyio import to_thread
 from fastapi import FastAPI, Request, Response
@@ -17,13 +18,14 @@ from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from fastapi_offline import FastAPIOffline
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from sca_registry.contracts import Caption
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from sca.inference.automatic import SearchProgress
+from sca.inference.text_search import is_match
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue
 from sca.io.errors import InputError
 from sca.serve.access_control import HostCheckMiddleware, KeyCheckMiddleware
@@ -35,7 +37,16 @@ from sca.serve.limits_middleware import RequestLimitMiddleware
 from sca.serve.memory_budget import MemoryBudgetError, release_memory
 from sca.serve.root_path import RootPathMiddleware
 from sca.serve.scheduler import SHORT_REQUEST_REGIONS, RequestScheduler
-from sca.serve.schema import CaptionRequest, CaptionResponse, HealthResponse, JsonCaptionRequest, add_body_schema
+from sca.serve.schema import (
+    CaptionRequest,
+    CaptionResponse,
+    FindRequest,
+    FindResponse,
+    HealthResponse,
+    JsonCaptionRequest,
+    JsonFindRequest,
+    add_body_schema,
+)
 from sca.serve.service import (
     ERROR_RESPONSES,
     EVENT_STREAM_MEDIA_TYPE,
@@ -46,8 +57,11 @@ from sca.serve.service import (
     decode_base64,
     describe_media_type,
     get_media_type,
+    match_to_dict,
 )
 
+JsonRequest = TypeVar("JsonRequest", JsonCaptionRequest, JsonFindRequest)
+FormRequest = TypeVar("FormRequest", CaptionRequest, FindRequest)
 STREAM_DESCRIPTION = (
     "Server-sent events: `search_progress` during the search of `everything`, `captioning_started` with the size of "
     "the image and the number of regions, `region` for each captioned region, and finally `done` or `error`."
@@ -113,6 +127,7 @@ def create_app(
         app.add_middleware(RootPathMiddleware, root_path=root_path)  # added last: outermost
     _add_error_handlers(app)
     _add_caption_route(app, service)
+    _add_find_route(app, service)
     _add_info_routes(app, service)
     add_chat_routes(app, service)
     return app
@@ -125,9 +140,10 @@ async def _trim_memory() -> None:
         await to_thread.run_sync(release_memory)
 
 
-def _add_caption_route(app: FastAPI, service: CaptionService) -> None:
-    request_content = {
-        "application/json": {"schema": add_body_schema(app, JsonCaptionRequest)},
+def _describe_request_content(app: FastAPI, json_model: type[BaseModel]) -> dict[str, Any]:
+    """Return the OpenAPI description of a body with an image, as JSON or as a form."""
+    return {
+        "application/json": {"schema": add_body_schema(app, json_model)},
         "multipart/form-data": {
             "schema": {
                 "type": "object",
@@ -136,12 +152,16 @@ def _add_caption_route(app: FastAPI, service: CaptionService) -> None:
                     "image": {"type": "string", "format": "binary", "description": "Image file."},
                     "request": {
                         "type": "string",
-                        "description": "JSON with the other fields of `JsonCaptionRequest`.",
+                        "description": f"JSON with the other fields of `{json_model.__name__}`.",
                     },
                 },
             },
         },
     }
+
+
+def _add_caption_route(app: FastAPI, service: CaptionService) -> None:
+    request_content = _describe_request_content(app, JsonCaptionRequest)
     stream_content = {"schema": {"type": "string", "description": STREAM_DESCRIPTION}}
 
     @app.post(
@@ -158,7 +178,7 @@ def _add_caption_route(app: FastAPI, service: CaptionService) -> None:
         is sent as base64 in JSON or as a file in multipart/form-data. With `stream`, or the header
         `Accept: text/event-stream`, the response is a stream of server-sent events.
         """
-        caption_request, image_bytes = await _parse_request(service, request)
+        caption_request, image_bytes = await _parse_request(service, request, JsonCaptionRequest, CaptionRequest)
         service.check_request(caption_request)
         image = await service.decode_request_image(request, image_bytes, count_mask_prompts(caption_request))
         del image_bytes
@@ -170,6 +190,38 @@ def _add_caption_route(app: FastAPI, service: CaptionService) -> None:
         if len(results) <= SHORT_REQUEST_REGIONS:
             return JSONResponse({**header, "regions": [caption_to_dict(each, image) for each in results]})
         return StreamingResponse(_iter_json_chunks(header, results, image), media_type="application/json")
+
+
+def _add_find_route(app: FastAPI, service: CaptionService) -> None:
+    request_content = _describe_request_content(app, JsonFindRequest)
+
+    @app.post(
+        "/v1/find",
+        response_model=FindResponse,
+        responses=ERROR_RESPONSES,
+        openapi_extra={"requestBody": {"required": True, "content": request_content}},
+        summary="Find regions of an image by text",
+    )
+    async def find_matches(request: Request) -> Response:
+        """Find the regions of one image that match a text, among those of `prompts` or of `everything`.
+
+        The image is sent as in `/v1/captions`.
+        """
+        find_request, image_bytes = await _parse_request(service, request, JsonFindRequest, FindRequest)
+        caption_request = service.check_find_request(find_request)
+        image = await service.decode_request_image(request, image_bytes, count_mask_prompts(caption_request))
+        del image_bytes
+        inference_request = await service.make_inference_request(request, caption_request, image)
+        inference_request = replace(inference_request, text=find_request.text, zoom=None)
+        results = await service.collect_captions(request, inference_request)
+        matches = sorted(results, key=lambda match: -(match.proposal_score or 0))
+        regions = [
+            match_to_dict(match, image)
+            for match in matches[: find_request.top]
+            if is_match(match.proposal_score or 0, find_request.threshold)
+        ]
+        header = {"model": service.model_name, "width": image.width, "height": image.height}
+        return JSONResponse({**header, "num_regions": len(results), "regions": regions})
 
 
 def _iter_json_chunks(header: dict[str, Any], captions: Sequence[Caption], image: Image.Image) -> Iterator[str]:
@@ -262,14 +314,16 @@ def _format_event(event: RequestEvent, header: dict[str, Any], image: Image.Imag
     return format_sse_event(event=event_type, data_str=json.dumps(data))
 
 
-async def _parse_request(service: CaptionService, request: Request) -> tuple[CaptionRequest, bytes]:
+async def _parse_request(
+    service: CaptionService, request: Request, json_model: type[JsonRequest], form_model: type[FormRequest]
+) -> tuple[JsonRequest | FormRequest, bytes]:
     """Read a JSON or multipart body; return the request and the bytes of the image file."""
     media_type = get_media_type(request)
     if media_type == JSON_MEDIA_TYPE:
-        caption_request = await service.parse_body(request, JsonCaptionRequest)
-        image_bytes = await to_thread.run_sync(decode_base64, caption_request.image)
-        caption_request.image = ""  # free the memory
-        return caption_request, image_bytes
+        json_request = await service.parse_body(request, json_model)
+        image_bytes = await to_thread.run_sync(decode_base64, json_request.image)
+        json_request.image = ""  # free the memory
+        return json_request, image_bytes
     if media_type == "multipart/form-data":
         async with request.form(max_files=1, max_fields=4) as form:
             image_file, request_json = form.get("image"), form.get("request", "{}")
@@ -279,7 +333,7 @@ async def _parse_request(service: CaptionService, request: Request) -> tuple[Cap
                 )
             if not isinstance(request_json, str):
                 raise ApiError(422, "the field 'request' is a file; send it as JSON text")
-            return service.parse_json(request_json, CaptionRequest), await image_file.read()
+            return service.parse_json(request_json, form_model), await image_file.read()
     raise ApiError(
         415, f"{describe_media_type(media_type)} is not supported; send {JSON_MEDIA_TYPE} or multipart/form-data"
     )

@@ -57,6 +57,7 @@ class InferenceRequest:
         client_id: Identity of the client; clients take turns.
         max_regions: Maximum number of regions of `everything`, best first.
         zoom: Result of `sca.inference.zoom_options.resolve_zoom` for the captioner.
+        text: Text to find: each caption then has it as `name`, and its score as `proposal_score`.
     """
 
     image: Image.Image
@@ -70,6 +71,7 @@ class InferenceRequest:
     client_id: str = ""
     max_regions: int | None = None
     zoom: ZoomOptions | None = None
+    text: str | None = None
 
 
 class CaptioningStarted(NamedTuple):
@@ -154,6 +156,7 @@ class QueueEntry:
             request.return_candidates,
             request.zoom,
             self.is_zoomed_search,
+            request.text,
         )
 
     @property

@@ -30,6 +30,7 @@ from sca_registry.spec import DEFAULT_GENERATION
 from sca.inference.automatic import search_everything
 from sca.inference.batch import caption_requests
 from sca.inference.engine import EncodedImages, MaskEngine
+from sca.inference.text_search import check_can_find, find_in_images
 from sca.inference.zoom import Crop, caption_masks, segment_regions
 from sca.io.masks import mask_to_box
 from sca.serve.feature_cache import FeatureCache
@@ -393,7 +394,9 @@ class RequestScheduler:
         requests = [each.prompts[each.num_captioned : each.num_captioned + share] for each, share in served]
         task, generation = turn[0].request.task, turn[0].request.generation
         images, encoded = [entry.request.image for entry in turn], None
-        if turn[0].is_zoomed_search:
+        if (text := turn[0].request.text) is not None:
+            captions_by_entry = self._score_regions(turn, requests, text)
+        elif turn[0].is_zoomed_search:
             captions_by_entry = [self._caption_found_regions(*pair) for pair in zip(turn, requests, strict=True)]
         else:
             if hasattr(self.captioner, "caption_batch"):
@@ -427,6 +430,14 @@ class RequestScheduler:
         return caption_masks(
             self._engine, encoded, masks, prompts, request.task, zoom, encode_crops, **request.generation
         )
+
+    def _score_regions(
+        self, turn: Sequence[QueueEntry], requests: Sequence[Sequence[Prompt]], text: str
+    ) -> list[list[Caption]]:
+        """Return the captions of regions with the score of a text, in the order of the prompts."""
+        encoded, engine = self._encode_images(turn), check_can_find(self.captioner)
+        matches = find_in_images(engine, encoded, requests, text, return_masks=turn[0].needs_masks)
+        return [sorted(each, key=lambda caption: caption.region_id) for each in matches]
 
     def _send_candidate_masks(self, entry: QueueEntry, num_regions: int) -> None:
         """Send the candidate masks of the next regions."""

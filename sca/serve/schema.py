@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, WithJsonSchema
 
+from sca.inference.caption_job import DEFAULT_THRESHOLD
 from sca.serve.limits import MAX_BEAMS, MAX_CROP_LAYERS, MAX_NEW_TOKENS, MAX_POINTS_PER_SIDE, MAX_SEED, MIN_SEED
 
 if TYPE_CHECKING:
@@ -182,6 +183,31 @@ class JsonCaptionRequest(CaptionRequest):
     image: Annotated[str, Field(description="Image file as base64 or as a data: URL in base64.")]
 
 
+class FindRequest(StrictModel):
+    """Text to find, and the regions of one image to search."""
+
+    text: Annotated[str, Field(description="Word or phrase to find.")]
+    prompts: Annotated[
+        list[RegionPrompt], Field(description="One prompt per region. Mutually exclusive with `everything`.")
+    ] = []
+    everything: Annotated[
+        StrictBool | EverythingParameters,
+        Field(description="Search all regions: true, or options of the search. The default without `prompts`."),
+    ] = False
+    top: Annotated[int, Field(ge=1, description="Maximum number of regions, best first.")] = 10
+    threshold: Annotated[
+        float,
+        Field(description="Minimum score: 1 if the text is certain, 0 if it is as likely without an image."),
+    ] = DEFAULT_THRESHOLD
+    return_masks: Annotated[StrictBool, Field(description="Return the mask of each region.")] = True
+
+
+class JsonFindRequest(FindRequest):
+    """Find request with the image, for JSON bodies."""
+
+    image: Annotated[str, Field(description="Image file as base64 or as a data: URL in base64.")]
+
+
 class RleMask(BaseModel):
     """Mask as COCO RLE in image pixels."""
 
@@ -219,6 +245,25 @@ class RegionResult(BaseModel):
     alternatives: Annotated[
         list[AlternativeCaption], Field(description="Further captions, best first, if `num_captions` is above 1.")
     ] = []
+
+
+class MatchResult(RegionResult):
+    """Region that matches a text, with its greedy caption."""
+
+    name: Annotated[str, Field(description="Text of the request.")]
+    proposal_score: Annotated[
+        float, Field(description="Score of the text: 1 if it is certain, 0 if it is as likely without an image.")
+    ]
+
+
+class FindResponse(BaseModel):
+    """Regions of one image that match a text."""
+
+    model: Annotated[str, Field(description="Name of the model.")]
+    width: Annotated[int, Field(description="Width of the image in pixels.")]
+    height: Annotated[int, Field(description="Height of the image in pixels.")]
+    num_regions: Annotated[int, Field(description="Number of regions searched.")]
+    regions: Annotated[list[MatchResult], Field(description="Matches, best first.")]
 
 
 class CaptionResponse(BaseModel):

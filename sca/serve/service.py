@@ -22,6 +22,7 @@ from sca_registry.spec import DEFAULT_GENERATION
 
 from sca.inference.automatic import resolve_everything_options
 from sca.inference.generation_options import resolve_generation_options
+from sca.inference.text_search import check_can_find, check_text
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
 from sca.io.images import decode_image, open_image_header
 from sca.io.prompts import parse_prompt
@@ -39,7 +40,15 @@ from sca.serve.limits import MAX_BEAMS, MAX_CROP_LAYERS, MAX_NEW_TOKENS, MAX_POI
 from sca.serve.memory_budget import MemoryBudget, MemoryBudgetError
 from sca.serve.metrics import ServerMetrics
 from sca.serve.scheduler import EVERYTHING_UNSUPPORTED_MESSAGE, RequestScheduler, format_timeout_message
-from sca.serve.schema import CaptionRequest, ErrorResponse, EverythingParameters, RegionPrompt, RegionResult
+from sca.serve.schema import (
+    CaptionRequest,
+    ErrorResponse,
+    EverythingParameters,
+    FindRequest,
+    MatchResult,
+    RegionPrompt,
+    RegionResult,
+)
 
 BodyModel = TypeVar("BodyModel", bound=BaseModel)
 Result = TypeVar("Result")
@@ -245,6 +254,30 @@ class CaptionService:
                 raise ApiError(422, f"{name} can only be used with do_sample=true", param=name)
         if caption_request.everything and not self.scheduler.supports_everything:
             raise ApiError(422, EVERYTHING_UNSUPPORTED_MESSAGE)
+
+    def check_find_request(self, find_request: FindRequest) -> CaptionRequest:
+        """Check a request to find a text, before its image is decoded.
+
+        Args:
+            find_request: Body of the request.
+
+        Returns:
+            The request to caption the same regions.
+
+        Raises:
+            ApiError: The text or the request is invalid or not supported by the model (422), or too large (413).
+        """
+        try:
+            check_text(check_can_find(self.scheduler.captioner, self.model_name), find_request.text)
+        except ValueError as error:
+            raise ApiError(422, str(error), param="text") from error
+        caption_request = CaptionRequest(
+            prompts=find_request.prompts,
+            everything=find_request.everything or not find_request.prompts,
+            return_masks=find_request.return_masks,
+        )
+        self.check_request(caption_request)
+        return caption_request
 
     async def make_inference_request(
         self,
@@ -453,6 +486,12 @@ def caption_to_dict(caption: Caption, image: Image.Image) -> dict[str, Any]:
     """Convert a caption to the fields of `RegionResult`."""
     record_fields = caption_to_record("", image, caption)
     return {name: record_fields[name] for name in RegionResult.model_fields if name in record_fields}
+
+
+def match_to_dict(match: Caption, image: Image.Image) -> dict[str, Any]:
+    """Convert a match of a text to the fields of `MatchResult`."""
+    record_fields = caption_to_record("", image, match)
+    return {name: record_fields[name] for name in MatchResult.model_fields if name in record_fields}
 
 
 def _estimate_event_bytes(event: RequestEvent) -> int:

@@ -9,6 +9,7 @@ from sca_registry.contracts import TASKS, Prompt, Proposals
 
 import sca
 from sca.inference import text_search
+from sca.inference.caption_job import DEFAULT_THRESHOLD
 from sca.inference.engine import Engine
 from sca.inference.predictor import Predictor
 from sca.inference.text_search import MAX_SKIPPED_TOKENS, MIN_TEXT_INFORMATION, index_regions
@@ -144,7 +145,7 @@ def test_find_returns_the_described_region_first_and_rejects_others(predictor):
     assert (matches[0].name, matches[0].box) == ("a striped circle", mask_to_box(matches[0].mask))
     scores = [match.proposal_score for match in matches]
     assert scores == sorted(scores, reverse=True)
-    assert scores[0] > text_search.DEFAULT_THRESHOLD > scores[1]
+    assert scores[0] > DEFAULT_THRESHOLD > scores[1]
     assert [match.name for match in predictor.find(["a cyan star", "a plain cross"], threshold=0.6)] == ["a cyan star"]
 
 

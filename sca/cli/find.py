@@ -1,0 +1,238 @@
+"""`sca find`: find regions of images by text."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sca.cli.caption import (
+    DEFAULT_MODEL,
+    FailureReporter,
+    ProgressBars,
+    check_region_options,
+    collect_settings,
+    find_images,
+    parse_formats,
+    report_domain,
+    report_prompts,
+)
+from sca.cli.options import (
+    OUTPUT_FORMATS_HELP,
+    AllowExternal,
+    Device,
+    Dtype,
+    ModelName,
+    TrustRemoteCode,
+    check_pipes,
+    parse_input_path,
+    print_stderr,
+    print_table,
+)
+from sca.inference.caption_job import DEFAULT_THRESHOLD
+from sca.io import terminal
+
+if TYPE_CHECKING:
+    from sca_registry.contracts import Caption
+
+    from sca.inference.batch import ImageCaptions
+
+
+def find(
+    context: typer.Context,
+    text: Annotated[str, typer.Argument(help="Word or phrase to find, such as 'a red circle'.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(help="Image files, folders or quoted globs. Use - for standard input.", metavar="IMAGE"),
+    ],
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--everything",
+            help="Search the regions of everything mode. The default without --proposer and --prompts.",
+            rich_help_panel="Regions",
+        ),
+    ] = False,
+    proposer: Annotated[
+        str | None,
+        typer.Option(help="Search the regions of a proposer: 'NAME [key=value]...'.", rich_help_panel="Regions"),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_input_path,
+            metavar="PATH",
+            help="Search the regions of a prompts file: COCO, Label Studio, LabelMe or JSONL, or a folder of LabelMe "
+            "files.",
+            rich_help_panel="Regions",
+        ),
+    ] = None,
+    points_per_side: Annotated[
+        int | None,
+        typer.Option(help="Points per side of the prompt grid.", min=1, max=1000, rich_help_panel="Regions"),
+    ] = None,
+    pred_iou_thresh: Annotated[
+        float | None,
+        typer.Option(help="Minimum predicted IoU of a mask.", min=0, max=1, rich_help_panel="Regions"),
+    ] = None,
+    top: Annotated[
+        int, typer.Option(help="Maximum number of regions over all images.", min=1, rich_help_panel="Matches")
+    ] = 10,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            help="Minimum score: 1 if the text is certain for a region, 0 if it is as likely without an image.",
+            rich_help_panel="Matches",
+        ),
+    ] = DEFAULT_THRESHOLD,
+    model: ModelName = DEFAULT_MODEL,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    out: Annotated[
+        str, typer.Option(help="Output folder. Use - to write JSONL to standard output.", rich_help_panel="Output")
+    ] = "",
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Output formats for --out, comma-separated: {OUTPUT_FORMATS_HELP}.  [default: jsonl]",
+            show_default=False,
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the existing run in --out.", rich_help_panel="Output")
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", help="Suppress progress and notes and, with --out, the table.", rich_help_panel="Output"
+        ),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Images per encoder batch.", min=1, rich_help_panel="Runtime")] = 8,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_external: AllowExternal = False,
+) -> None:
+    """Find the regions of images that match a text.
+
+    Prints the best matches of all images. With --out, also writes them in the formats of --format. The exit status is 0
+    even if no region matches.
+    """
+    from sca.inference.caption_job import CaptionJob
+
+    formats = parse_formats(format, out)
+    images = [str(parse_input_path(name)) for name in images]
+    check_pipes([*images, *([prompts] if prompts else [])])
+    search_options = {"points_per_side": points_per_side, "pred_iou_thresh": pred_iou_thresh}
+    everything = everything or not prompts
+    check_region_options(False, bool(prompts), everything, search_options | {"proposer": proposer})
+    if proposer and points_per_side is not None:
+        raise ValueError("--proposer replaces the point grid; omit --points-per-side")
+    if overwrite and out in ("", "-"):
+        raise ValueError("--overwrite requires --out; add it, or omit --overwrite")
+    job = CaptionJob(
+        model=model,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        allow_external=allow_external,
+        prompts=str(prompts) if prompts else None,
+        everything=everything,
+        search_options=search_options,
+        proposer=proposer,
+        batch_size=batch_size,
+    )
+    region_source = job.read_region_source()
+    paths, problems = find_images(images, quiet)
+    failures = FailureReporter(problems)
+    if not paths:
+        raise typer.Exit(failures.status)
+    report_prompts(region_source, failures, quiet)
+    region_source.match_images(paths)
+
+    from sca.inference.batch import BatchFinder, Failure
+
+    finder = BatchFinder(job, region_source, text, top, threshold)
+    matches: list[ImageCaptions] = []
+    with ProgressBars(len(paths), quiet) as progress_bars:
+        for result in progress_bars.track_results(finder.caption_images(paths, progress=progress_bars.show_search)):
+            if isinstance(result, Failure):
+                failures.add(result)
+            else:
+                matches = _select_best([*matches, result], top)
+    if failures.count == len(paths):
+        raise typer.Exit(failures.status)
+    settings = {
+        "text": text,
+        "images": context.params["images"],
+        **collect_settings(context.params, job.list_input_files()),
+    }
+    if out:
+        _write_matches(matches, out, formats, settings, overwrite, model, quiet)
+    if out != "-" and not (quiet and out) and matches:
+        print_table(_build_table(matches))
+    if not matches and not quiet:
+        print_stderr(f"no region matches {text!r} with a score of at least {threshold:g}; lower --threshold")
+    if not quiet:
+        report_domain(model)
+    raise typer.Exit(failures.status)
+
+
+def _select_best(results: Sequence[ImageCaptions], top: int) -> list[ImageCaptions]:
+    """Keep the best `top` matches of all images, and the images that have one, best first."""
+    scores = sorted((_get_score(each) for result in results for each in result.captions), reverse=True)
+    minimum = scores[top - 1] if len(scores) > top else -math.inf
+    kept = [result._replace(captions=[c for c in result.captions if _get_score(c) >= minimum]) for result in results]
+    return sorted((each for each in kept if each.captions), key=lambda each: -_get_score(each.captions[0]))
+
+
+def _get_score(match: Caption) -> float:
+    assert match.proposal_score is not None  # of `find_regions`
+    return match.proposal_score
+
+
+def _write_matches(
+    matches: Sequence[ImageCaptions],
+    out: str,
+    formats: Sequence[str],
+    settings: Mapping[str, Any],
+    overwrite: bool,
+    model: str,
+    quiet: bool,
+) -> None:
+    from sca.io.run_folder import RunFolder
+    from sca.output.formats import OUTPUT_FORMATS, MultiFormatWriter, list_output_patterns
+
+    with ExitStack() as outputs:
+        if out == "-":
+            writers = outputs.enter_context(MultiFormatWriter.from_stream(sys.stdout, model))
+        else:
+            folder = outputs.enter_context(RunFolder(out, "find", list_output_patterns(OUTPUT_FORMATS)))
+            inputs = [result.path for result in matches]
+            folder.begin_run(settings, list_output_patterns(formats), inputs, overwrite=overwrite)
+            outputs.callback(folder.finish)
+            writers = outputs.enter_context(MultiFormatWriter(out, formats, model))
+        for result in matches:
+            writers.add(*result)
+        paths = writers.paths.values()
+    for path in paths if not quiet else ():
+        print_stderr(f"wrote {path}")
+
+
+def _build_table(matches: Sequence[ImageCaptions]) -> terminal.Table:
+    """Build a table with one line per match, best first."""
+    from sca.io.images import format_path
+
+    columns = ("image", "region", "score", "caption", "iou", "box")
+    table = terminal.Table(columns, right_aligned=("region", "score", "iou"), has_frame=False)
+    rows = [(result.path, match) for result in matches for match in result.captions]
+    for path, match in sorted(rows, key=lambda row: -_get_score(row[1])):
+        box = " ".join(f"{value:.0f}" for value in match.box) if match.box else ""
+        iou = "" if match.predicted_iou is None else f"{match.predicted_iou:.2f}"
+        score = f"{_get_score(match):.2f}"
+        table.add_row(format_path(path.name), str(match.region_id), score, match.text, iou, box)
+    return table

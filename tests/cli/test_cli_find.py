@@ -1,0 +1,107 @@
+"""`sca find`: the best matches of all images, their output, and errors in one line."""
+
+import json
+import shutil
+
+import pytest
+
+import sca
+from sca.data.export import export_dataset
+from sca.data.scenes import Scenes
+
+BOXES = [(15, 270, 99, 354), (186, 357, 323, 500)]
+
+
+@pytest.fixture
+def photos(working_folder, request):
+    """Two images, and prompts for both: the example scene, and another one without a cyan star."""
+    (working_folder / "photos").mkdir()
+    shutil.copy(request.config.rootpath / "examples" / "scene.png", working_folder / "photos" / "a.png")
+    scene = Scenes("test", num_images=1, image_size=256)[0]
+    scene.image.save(working_folder / "photos" / "b.png")
+    boxes = {"a.png": BOXES, "b.png": [region.box for region in scene.regions]}
+    lines = [json.dumps({"image": name, "box": box}) for name, each in boxes.items() for box in each]
+    (working_folder / "prompts.jsonl").write_text("\n".join(lines))
+    return working_folder / "photos"
+
+
+def test_find_prints_the_best_matches_of_all_images(run_sca, photos):
+    result = run_sca("find", "a cyan star", "photos", "--prompts", "prompts.jsonl", "--top", 2, "--threshold=-100")
+    assert result.status == 0, result.err
+    header, best, second = result.out.splitlines()
+    assert header.split() == ["image", "region", "score", "caption", "iou", "box"]
+    assert best.split()[:3] == ["a.png", "1", "0.96"]
+    assert "a medium striped cyan star" in best
+    assert float(second.split()[2]) < 0.96
+
+
+def test_find_writes_matches_with_text_and_score(run_sca, photos):
+    arguments = ("find", "a cyan star", "photos", "--prompts", "prompts.jsonl", "--threshold", 0.9)
+    result = run_sca(*arguments, "--out", "out", "--format", "jsonl,png,html")
+    assert result.status == 0, result.err
+    (line,) = (photos.parent / "out" / "captions.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert (record["image"], record["region_id"], record["name"]) == ("photos/a.png", 1, "a cyan star")
+    assert 0.6 < record["proposal_score"] <= 1
+    assert record["caption"].startswith("a medium striped cyan star")
+    assert sorted(path.name for path in (photos.parent / "out").glob("*.*")) >= ["a.captions.png", "captions.html"]
+    (streamed,) = run_sca(*arguments, "--out", "-").out.splitlines()
+    assert json.loads(streamed) == record
+    other = run_sca("find", "a cross", *arguments[2:], "--out", "out")
+    assert other.status == 2
+    assert "--overwrite" in other.err[-1]
+    assert run_sca("find", "a cross", *arguments[2:], "--out", "out", "--overwrite").status == 0
+
+
+def test_find_uses_the_scores_of_the_predictor(run_sca, photos):
+    result = run_sca("find", "a star", "photos/a.png", "--prompts", "prompts.jsonl", "--threshold=-100", "--out", "-")
+    predictor = sca.Predictor(sca.load("sca-tiny"))
+    predictor.set_image(sca.open_image(photos / "a.png"))
+    expected = [match.proposal_score for match in predictor.find("a star", boxes=BOXES)]
+    assert [json.loads(line)["proposal_score"] for line in result.out.splitlines()] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_find_searches_everything_by_default(run_sca, photos):
+    (line,) = run_sca("find", "a striped circle", "photos/a.png", "--out", "-").out.splitlines()
+    assert json.loads(line)["caption"].startswith("a small striped red circle")
+    with_proposer = run_sca("find", "a striped circle", "photos/a.png", "--proposer", "grid", "--out", "-")
+    assert json.loads(with_proposer.out)["name"] == "a striped circle"
+
+
+def test_find_reports_that_nothing_matches(run_sca, photos):
+    result = run_sca("find", "a plain cross", "photos/a.png", "--prompts", "prompts.jsonl")
+    assert (result.status, result.out) == (0, "")
+    assert "sca: no region matches 'a plain cross' with a score of at least 0.6; lower --threshold" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("", "photos"), "the text is empty; pass a word or a phrase, such as 'a red circle'"),
+        (("a star " * 60, "photos"), "the text has 120 tokens, but the model reads at most 91; shorten it"),
+        (("a star", "photos", "--model", "sca-tiny+none"), "'sca-tiny+none' cannot score a text; use a model with a"),
+        (("a star", "photos", "--everything", "--prompts", "prompts.jsonl"), "--everything cannot be combined with"),
+        (("a star", "photos", "--proposer", "grid", "--points-per-side", 4), "--proposer replaces the point grid"),
+        (("a star", "photos", "--overwrite"), "--overwrite requires --out; add it, or omit --overwrite"),
+    ],
+)
+def test_find_rejects_invalid_input(run_sca, photos, arguments, message):
+    result = run_sca("find", *arguments)
+    assert result.status == 2
+    assert message in result.err[-1]
+
+
+@pytest.mark.slow
+def test_evaluate_runs_refcoco_comprehension(run_sca, working_folder):
+    root = export_dataset(Scenes("val", num_images=5), working_folder / "files", "refcoco")
+    arguments = ("evaluate", "sca-tiny", "refcoco-comprehension", f"root={root}")
+    result = run_sca(*arguments, "--runs", "refcoco-val", "--json", "--quiet")
+    assert result.status == 0, result.err
+    (report,) = json.loads(result.out)
+    assert report["scores"]["comprehension/accuracy"] > 0.9
+    result = run_sca(*arguments, "--runs", "refcoco-val", "--proposer", "grid", "--json", "--quiet")
+    (report,) = json.loads(result.out)
+    assert report["run"]["proposer"] == {"name": "grid"}
+    assert report["scores"]["comprehension/accuracy"] > 0.8
+    assert "--runs selects runs of a protocol" in run_sca("evaluate", "sca-tiny", "scenes", "--runs", "a").err[-1]

@@ -1,0 +1,155 @@
+"""Referring expression comprehension, and the metric `uniqueness`."""
+
+import math
+
+import numpy as np
+import pytest
+import sca_registry
+from sca_registry import RegistryError
+from sca_registry.contracts import Prompt, Proposals
+
+import sca
+from sca.data.export import export_dataset
+from sca.data.scenes import Scenes
+from sca.evaluation.comprehension import ComprehensionOptions
+from sca.evaluation.evaluate import evaluate, score_file
+from sca.evaluation.predictions import PromptingOptions
+from sca.evaluation.protocol import read_protocol, select_runs
+from sca.inference.engine import Engine
+
+COMPREHENSION = PromptingOptions(tasks=("comprehension",))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(sca.load("sca-tiny"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Generated scenes in the layout of the publishers of RefCOCO; images of val also have a test expression."""
+    scenes = Scenes("val", num_images=6)
+    return export_dataset(scenes, tmp_path_factory.mktemp("refcoco"), "refcoco")
+
+
+@pytest.mark.slow
+def test_comprehension_on_refcoco_files_finds_the_described_regions(engine, root, tmp_path):
+    dataset = {"name": "refcoco", "root": str(root)}
+    report = evaluate(engine, dataset, prompting=COMPREHENSION, metrics=["comprehension"], folder=tmp_path)
+    num_expressions = sum(len(region.phrases) for sample in Scenes("val", num_images=6) for region in sample.regions)
+    assert report.scores["comprehension/expressions"] == num_expressions
+    assert report.scores["comprehension/accuracy"] > 0.95
+    assert (report.run["tasks"], report.run["prompt_type"]) == (["comprehension"], "box")
+    assert score_file(tmp_path).scores == report.scores
+    record = report.records[0]
+    assert [each["text"] for each in record["expressions"]] == record["truth"]["phrases"]
+
+
+class TwoBoxes:
+    """Proposes the box of the first region, shifted a little, and one that overlaps no region by half."""
+
+    def __init__(self, shift):
+        self.shift = shift
+
+    def __call__(self, image, image_id):
+        x1, y1, x2, y2 = next(s for s in Scenes("val", num_images=6) if s.image_id == image_id).regions[0].box
+        shift = self.shift * (x2 - x1)
+        boxes = ((x1 + shift, y1, x2 + shift, y2), (0, 0, 127, 127))
+        return Proposals(tuple(Prompt(box=box) for box in boxes), (1.0, 1.0), (None, None))
+
+
+def test_comprehension_among_proposals_requires_an_iou_of_half(engine):
+    samples = [(0, Scenes("val", num_images=6)[0])]
+    metric = sca_registry.metrics.build("comprehension")
+    for shift, is_correct in ((0.1, True), (0.5, False)):
+        first, *_ = ComprehensionOptions(TwoBoxes(shift)).predict_records(engine, samples)
+        accuracy = metric([first]).values["comprehension/accuracy"]
+        assert (accuracy > 0.5) is is_correct
+
+
+def test_comprehension_without_proposals_counts_as_wrong(engine):
+    samples = [(0, Scenes("val", num_images=1)[0])]
+    records = ComprehensionOptions(lambda *_: Proposals((), (), ())).predict_records(engine, samples)
+    assert records[0]["expressions"][0]["box"] is None
+    assert sca_registry.metrics.build("comprehension")(records).values["comprehension/accuracy"] == 0
+
+
+def test_comprehension_metric_includes_an_iou_of_exactly_half():
+    def make_record(box):
+        expression = {"text": "a", "box": box, "score": 1.0}
+        truth = {"box": [0, 0, 10, 10]}
+        fields = {"image_id": 0, "region_id": 0, "task": "comprehension"}
+        return {**fields, "expressions": [expression], "truth": truth}
+
+    records = [make_record([0, 0, 10, 5]), make_record([0, 0, 10, 4.9])]
+    output = sca_registry.metrics.build("comprehension")(records)
+    assert output.per_record["comprehension/accuracy"].tolist() == [1, 0]
+
+
+def test_comprehension_rejects_a_captioner_without_language_model(make_oracle_captioner):
+    scenes = Scenes("val", num_images=1)
+    with pytest.raises(ValueError, match="'OracleCaptioner' cannot score a text; use a model with a language model"):
+        evaluate(make_oracle_captioner(scenes), scenes, prompting=COMPREHENSION)
+    with pytest.raises(ValueError, match="comprehension"):
+        PromptingOptions(tasks=("comprehension", "caption"))
+
+
+def test_protocol_runs_can_be_selected():
+    protocol = read_protocol("refcoco-comprehension")
+    assert [run.name for run in select_runs(protocol, ["refcocog-val"]).runs] == ["refcocog-val"]
+    assert select_runs(protocol, None) == protocol
+    with pytest.raises(RegistryError, match=r"refcoco-comprehension: unknown run 'refcocog-tes'. Did you mean"):
+        select_runs(protocol, ["refcocog-tes"])
+
+
+def make_caption_records(sample, captions):
+    return [
+        {
+            "index": 0,
+            "image_id": sample.image_id,
+            "region_id": region.id,
+            "task": "caption",
+            "caption": caption,
+            "truth": {"box": list(region.box)},
+        }
+        for region, caption in zip(sample.regions, captions, strict=True)
+    ]
+
+
+def test_uniqueness_accepts_a_caption_of_its_own_region_only():
+    sample = next(
+        s for s in Scenes("val", num_images=50) if len({r.phrases[0] for r in s.regions}) == len(s.regions) == 4
+    )
+    descriptions = [region.phrases[0] for region in sample.regions]
+    metric = sca_registry.metrics.build("uniqueness", model="sca-tiny")
+    captions = [descriptions[0], descriptions[0], "", descriptions[3]]
+    output = metric(make_caption_records(sample, captions), lambda record: sample.image)
+    assert output.per_record["uniqueness"].tolist() == [1, 0, 0, 1]
+    assert output.values == {"uniqueness": 0.5, "uniqueness/chance": 0.25, "uniqueness/regions": 4}
+
+
+def test_uniqueness_does_not_judge_single_regions_and_ties_are_wrong():
+    sample = Scenes("val", num_images=1)[0]
+    metric = sca_registry.metrics.build("uniqueness", model="sca-tiny")
+    (record, *_) = make_caption_records(sample, ["a"] * len(sample.regions))
+    output = metric([record], lambda record: sample.image)
+    assert math.isnan(output.values["uniqueness"])
+    assert output.values["uniqueness/regions"] == 0
+    assert "no image has several regions" in output.notes["uniqueness"]
+    output = metric([record, {**record, "region_id": -1}], lambda record: sample.image)
+    assert np.array_equal(output.per_record["uniqueness"], [0, 0])
+
+
+def test_uniqueness_requires_a_model_that_scores_text():
+    with pytest.raises(RegistryError, match=r"needs a model that scores captions; set uniqueness\.model=NAME"):
+        sca_registry.metrics.build("uniqueness")
+    with pytest.raises(RegistryError, match="cannot score a text; use a model with a language model"):
+        sca_registry.metrics.build("uniqueness", model="sca-tiny+none")
+
+
+@pytest.mark.slow
+def test_evaluate_computes_uniqueness_of_the_model(engine):
+    options = {"uniqueness.model": "sca-tiny"}
+    dataset = {"name": "scenes", "num_images": 4}
+    report = evaluate(engine, dataset, metrics=["uniqueness"], metric_options=options)
+    assert report.scores["uniqueness"] > 0.9
