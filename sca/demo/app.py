@@ -21,8 +21,10 @@ from sca.checkpoints.load import read_local_spec
 from sca.checkpoints.trust import Trust
 from sca.demo.session import Session
 from sca.inference.automatic import SearchProgress, resolve_everything_options
+from sca.inference.caption_job import DEFAULT_THRESHOLD
 from sca.inference.factory import load_captioner
 from sca.inference.generation_options import resolve_generation_options
+from sca.inference.text_search import check_can_find, check_text, is_match
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZOOM_AUTO, ZOOM_OFF, resolve_zoom
 from sca.io.errors import InputError
 from sca.io.hub import resolve_local_path
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 MAX_LOADED_MODELS = 2  # models in memory, unless more are in use
 RESPONSE_TIMEOUT_SECONDS = 300.0  # per request
 SESSION_LIFETIME_SECONDS = 3600  # time in memory of the image and regions of an inactive browser tab
+MAX_TEXT_LENGTH = 1000  # characters of the text to find
 DOWNLOAD_FORMATS = ("png", "jsonl", "coco", "html")
 TITLE = "Segment and caption anything"
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -308,6 +311,16 @@ def build_page(
                 with gr.Column():
                     everything_button = gr.Button("Caption everything", variant="primary", elem_id="caption-everything")
                     cancel_button = gr.Button("Cancel", elem_id="cancel")
+            with gr.Tab("Find", id="find"), gr.Row():
+                find_text = gr.Textbox(
+                    label="Text",
+                    placeholder="a red circle",
+                    max_lines=1,
+                    max_length=MAX_TEXT_LENGTH,
+                    elem_id="find-text",
+                )
+                min_score = gr.Number(DEFAULT_THRESHOLD, minimum=0, maximum=1, step=0.05, label="Minimum score")
+                find_button = gr.Button("Find regions", variant="primary", elem_id="find-regions")
         status = gr.Markdown("", elem_id="status")
         canvas = gr.HTML(
             value=None,
@@ -326,6 +339,9 @@ def build_page(
 
         def handle_caption_everything(*inputs: Any) -> Iterator[Any]:
             yield from _caption_everything(models, *inputs)
+
+        def handle_find(*inputs: Any) -> Iterator[Any]:
+            yield from _find_regions(models, *inputs)
 
         def open_example(event: gr.SelectData) -> Any:
             path, name = examples[event.index]
@@ -366,13 +382,28 @@ def build_page(
             **event_options,
             concurrency_limit=None,
         )
+        find_event = gr.on(
+            [find_button.click, find_text.submit],
+            handle_find,
+            [session, model, initial_state, find_text, min_score, points_per_side, pred_iou_thresh],
+            session_outputs,
+            **event_options,
+            concurrency_limit=None,
+        )
         model.change(handle_model_change, model, [model_note, initial_state, *sliders], **event_options)
-        for event in (canvas_event, everything_event):  # the model is loaded now, so its default values are known
+        for event in (
+            canvas_event,
+            everything_event,
+            find_event,
+        ):  # the model is loaded now, so its default values are known
             event.success(
                 handle_model_loaded, [model, initial_state, *sliders], [initial_state, *sliders], **event_options
             )
         cancel_button.click(
-            lambda: "cancelled; captioned regions are kept", None, status, cancels=[everything_event, canvas_event]
+            lambda: "cancelled; captioned regions are kept",
+            None,
+            status,
+            cancels=[everything_event, canvas_event, find_event],
         )
         downloads_button.click(_prepare_downloads, [session, model], download_files, api_visibility="private")
     return blocks
@@ -498,6 +529,49 @@ def _caption_everything(
     summary = (
         f"{count} regions" if count else "no regions found; lower the minimum predicted IoU or add points per side"
     )
+    yield session, session.to_canvas_value(), summary
+
+
+def _find_regions(
+    models: ModelPool,
+    session: Session | None,
+    model: str,
+    initial: SliderValues,
+    text: str,
+    min_score: float,
+    points_per_side: int,
+    pred_iou_thresh: float,
+) -> Iterator[tuple[Session, Any, str]]:
+    """Yield the progress of the search, then the regions that match the text, best first."""
+    if session is None:
+        raise gr.Error(NO_IMAGE_MESSAGE)
+    try:
+        with models.acquire_scheduler(model) as scheduler:
+            check_text(check_can_find(scheduler.captioner, model), text)
+            changes = SliderValues(initial.num_beams, int(points_per_side), float(pred_iou_thresh)).find_changes(
+                initial
+            )
+            del changes["num_beams"]
+            options = resolve_everything_options(scheduler.captioner, changes)
+            inference_request = InferenceRequest(
+                session.image, (), options, text=text, timeout=RESPONSE_TIMEOUT_SECONDS
+            )
+            session.clear_regions()
+            yield session, session.to_canvas_value(), "searching for regions"
+            captions = []
+            for event in scheduler.iter_events(inference_request):
+                if isinstance(event, SearchProgress):
+                    yield session, gr.skip(), f"searched {event.processed_points} of {event.total_points} points"
+                elif isinstance(event, Caption):
+                    captions.append(event)
+    except (SchedulerError, ValueError) as error:
+        raise _make_page_error(error) from error
+    matches = [each for each in captions if is_match(each.proposal_score or 0, min_score)]
+    for match in sorted(matches, key=lambda each: -(each.proposal_score or 0)):
+        session.add_found_region(match)
+    summary = f"{len(matches)} of {len(captions)} regions match {escape_markdown(text)}"
+    if not matches:
+        summary += "; lower the minimum score"
     yield session, session.to_canvas_value(), summary
 
 

@@ -1,7 +1,7 @@
 // Canvas of the demo: the image with its regions, and tools for prompts. Runs in gradio's HTML component, which
 // defines `element`, `props`, `trigger` and `watch`. User actions are sent as trigger("input", {action, ...}).
 // props.image is a data URI. props.value is {size: [width, height], regions: [{path, box, points, caption, score,
-// predicted_iou, confidence, area_fraction, color, masks: [{predicted_iou}], mask_index}], current_index,
+// match_score, predicted_iou, confidence, area_fraction, color, masks: [{predicted_iou}], mask_index}], current_index,
 // is_out_of_distribution}, in image pixels.
 const SVG_NAMESPACE = "http://www.w3.org/2000/svg";
 const PAINT_COLOR = "rgb(255, 140, 0)";
@@ -92,6 +92,7 @@ function createListItem(region, index, isCurrent) {
   caption.textContent = region.caption;
   const scores = document.createElement("small");
   scores.textContent = [
+    region.match_score === null ? "" : `text score ${region.match_score.toFixed(2)}`,
     region.score === null ? "" : `score ${region.score.toFixed(2)}`,
     region.confidence === null ? "" : `confidence ${region.confidence.toFixed(2)}`,
     region.predicted_iou === null ? "" : `IoU ${region.predicted_iou.toFixed(2)}`,

@@ -219,6 +219,7 @@ class Session:
             "points": [list(point) for point in region.prompt.points],
             "caption": caption.text if caption else "…",
             "score": None if caption is None or np.isnan(caption.score) else float(caption.score),
+            "match_score": None if caption is None or caption.proposal_score is None else float(caption.proposal_score),
             "predicted_iou": None if caption is None or caption.predicted_iou is None else float(caption.predicted_iou),
             "confidence": None if caption is None else caption.confidence,
             "area_fraction": area / num_pixels,

@@ -11,6 +11,7 @@ import zoom
 from sca_bench import report
 from sca_bench.store import ResultStore
 
+import find
 import referring_expressions
 import weak_supervision
 from sca.checkpoints.load import read_local_spec
@@ -56,6 +57,14 @@ def iter_calibration_lines():
     yield from filter(None, calibration.render_results(read_results("calibration/results.json")).splitlines())
 
 
+def iter_find_lines():
+    results = read_results("find/results.json")
+    yield from filter(None, find.iter_result_lines(results))
+    used = results["true_boxes"][find.USED_METHOD]
+    yield f"- With the default threshold of 0.6, {used['accepted']:.1%} of the matching texts are accepted and"
+    yield f"  {used['rejected']:.1%} of the others rejected."
+
+
 @pytest.mark.parametrize(
     "iter_lines",
     [
@@ -65,6 +74,7 @@ def iter_calibration_lines():
         iter_weak_supervision_lines,
         iter_referring_lines,
         iter_calibration_lines,
+        iter_find_lines,
     ],
 )
 def test_benchmark_readme_shows_committed_results(iter_lines):

@@ -170,6 +170,22 @@ def test_caption_everything_filters_and_downloads_regions(page, tmp_path):
     assert not zipfile.is_zipfile(png_path)
 
 
+def test_find_shows_the_regions_that_match_a_text(page):
+    page.get_by_role("button", name="Caption everything").wait_for(state="attached")
+    page.get_by_role("tab", name="Find").click()
+    page.locator("#find-text textarea, #find-text input").fill("a triangle")
+    page.get_by_role("button", name="Find regions").click()
+    page.wait_for_function("() => / match /.test(document.querySelector('#status').innerText)", timeout=60_000)
+    captions = page.locator("#canvas li span").all_inner_texts()
+    assert captions
+    assert "triangle" in captions[0]
+    assert page.locator("#canvas li small").first.inner_text().startswith("text score 0.9")
+    page.locator("#find-text textarea, #find-text input").fill("umbrella")
+    page.locator("#find-text textarea, #find-text input").press("Enter")
+    page.wait_for_function("() => /^0 of/.test(document.querySelector('#status').innerText.trim())", timeout=60_000)
+    assert page.locator("#canvas li").count() == 0
+
+
 def test_cancel_stops_the_search(page):
     page.get_by_role("tab", name="Everything").click()
     page.locator("#points_per_side input[type=number]").fill("32")

@@ -20,3 +20,17 @@ def test_status_and_errors_escape_file_names(tmp_path):
         app._start_session(str(tmp_path / name), name, 10_000)
     assert "<" not in raised.value.message
     assert "&lt;img src=x" in raised.value.message
+
+
+def test_find_reports_empty_text_and_missing_image(scene):
+    from sca.demo import app
+    from sca.demo.session import Session
+
+    models = app.ModelPool("cpu", None, ["sca-tiny"])
+    initial = models.get_slider_values("sca-tiny")
+    arguments = ("sca-tiny", initial, "", 0.6, initial.points_per_side, initial.pred_iou_thresh)
+    with pytest.raises(gradio.Error, match="no image is open"):
+        next(app._find_regions(models, None, *arguments))
+    with pytest.raises(gradio.Error, match="the text is empty; pass a word or a phrase"):
+        next(app._find_regions(models, Session(scene.image, "a.png"), *arguments))
+    models.close()
