@@ -171,7 +171,6 @@ def test_caption_everything_filters_and_downloads_regions(page, tmp_path):
 
 
 def test_find_shows_the_regions_that_match_a_text(page):
-    page.get_by_role("button", name="Caption everything").wait_for(state="attached")
     page.get_by_role("tab", name="Find").click()
     page.locator("#find-text textarea, #find-text input").fill("a triangle")
     page.get_by_role("button", name="Find regions").click()
