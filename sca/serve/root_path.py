@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 ROUTES = (
-    *("/v1/captions", "/v1/chat/completions", "/v1/models", "/docs/oauth2-redirect", "/openapi.json"),
+    *("/v1/captions", "/v1/find", "/v1/chat/completions", "/v1/models", "/docs/oauth2-redirect", "/openapi.json"),
     *("/static-offline-docs", "/health", "/metrics"),
 )
 
