@@ -94,3 +94,10 @@ def test_openapi_describes_the_find_route(make_client):
     content = document["paths"]["/v1/find"]["post"]["requestBody"]["content"]
     assert set(content) == {"application/json", "multipart/form-data"}
     assert {"text", "top", "threshold"} <= set(content["application/json"]["schema"]["properties"])
+
+
+def test_scheduler_batches_only_requests_with_the_same_text(scene):
+    from sca.serve.inference_requests import InferenceRequest, QueueEntry
+
+    keys = {QueueEntry(InferenceRequest(scene.image, text=text), print).batch_key for text in (None, "a", "b", "b")}
+    assert len(keys) == 3
