@@ -13,12 +13,16 @@ import typer
 from sca_registry.spec import CAPTION_FROM_CHOICES
 
 from sca.cli.options import (
-    OUTPUT_FORMATS_HELP,
     AllowExternal,
     Device,
     Dtype,
+    Format,
+    ImageBatchSize,
     ImagePrefix,
     ModelName,
+    Out,
+    Overwrite,
+    Quiet,
     Seed,
     TrustRemoteCode,
     Zoom,
@@ -219,33 +223,15 @@ def caption(
     model: ModelName = DEFAULT_MODEL,
     device: Device = "cpu",
     dtype: Dtype = None,
-    out: Annotated[
-        str, typer.Option(help="Output folder. Use - to write JSONL to standard output.", rich_help_panel="Output")
-    ] = "",
-    format: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Output formats for --out, comma-separated: {OUTPUT_FORMATS_HELP}.  [default: jsonl]",
-            show_default=False,
-            rich_help_panel="Output",
-        ),
-    ] = None,
+    out: Out = "",
+    format: Format = None,
     image_prefix: ImagePrefix = "",
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume the interrupted run in --out.", rich_help_panel="Output")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the existing run in --out.", rich_help_panel="Output")
-    ] = False,
-    quiet: Annotated[
-        bool,
-        typer.Option(
-            "--quiet",
-            help="Suppress progress and notes and, with --out, the table.",
-            rich_help_panel="Output",
-        ),
-    ] = False,
-    batch_size: Annotated[int, typer.Option(help="Images per encoder batch.", min=1, rich_help_panel="Runtime")] = 8,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    batch_size: ImageBatchSize = 8,
     seed: Seed = 0,
     launcher: Annotated[
         str | None,

@@ -23,11 +23,15 @@ from sca.cli.caption import (
     report_prompts,
 )
 from sca.cli.options import (
-    OUTPUT_FORMATS_HELP,
     AllowExternal,
     Device,
     Dtype,
+    Format,
+    ImageBatchSize,
     ModelName,
+    Out,
+    Overwrite,
+    Quiet,
     TrustRemoteCode,
     check_pipes,
     parse_input_path,
@@ -93,27 +97,11 @@ def find(
     model: ModelName = DEFAULT_MODEL,
     device: Device = "cpu",
     dtype: Dtype = None,
-    out: Annotated[
-        str, typer.Option(help="Output folder. Use - to write JSONL to standard output.", rich_help_panel="Output")
-    ] = "",
-    format: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Output formats for --out, comma-separated: {OUTPUT_FORMATS_HELP}.  [default: jsonl]",
-            show_default=False,
-            rich_help_panel="Output",
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the existing run in --out.", rich_help_panel="Output")
-    ] = False,
-    quiet: Annotated[
-        bool,
-        typer.Option(
-            "--quiet", help="Suppress progress and notes and, with --out, the table.", rich_help_panel="Output"
-        ),
-    ] = False,
-    batch_size: Annotated[int, typer.Option(help="Images per encoder batch.", min=1, rich_help_panel="Runtime")] = 8,
+    out: Out = "",
+    format: Format = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    batch_size: ImageBatchSize = 8,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:

@@ -57,6 +57,26 @@ ModelName = Annotated[
         rich_help_panel="Model",
     ),
 ]
+OUTPUT_FORMATS_HELP = "jsonl, coco, parquet, geojson, label-studio, labelme, png, html"
+Out = Annotated[
+    str, typer.Option(help="Output folder. Use - to write JSONL to standard output.", rich_help_panel="Output")
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Output formats for --out, comma-separated: {OUTPUT_FORMATS_HELP}.  [default: jsonl]",
+        show_default=False,
+        rich_help_panel="Output",
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the existing run in --out.", rich_help_panel="Output")
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", help="Suppress progress and notes and, with --out, the table.", rich_help_panel="Output"),
+]
+ImageBatchSize = Annotated[int, typer.Option(help="Images per encoder batch.", min=1, rich_help_panel="Runtime")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output")]
 Metrics = Annotated[
     str | None,
@@ -73,7 +93,6 @@ MaxPixels = Annotated[int, typer.Option(help="Maximum number of pixels per image
 STDIN_PATH = "/dev/stdin"
 TYPE_NAMES = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER", "path": "PATH"}
 TYPE_PATTERN = re.compile(r"<(?:list\[)?(str|int|float|path)(?: range)?\]?>", re.IGNORECASE)
-OUTPUT_FORMATS_HELP = "jsonl, coco, parquet, geojson, label-studio, labelme, png, html"
 
 
 class PanelCommand(TyperCommand):
