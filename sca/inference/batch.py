@@ -197,8 +197,9 @@ class BatchCaptioner:
         proposals: Proposals | None,
         limits: Mapping[str, Any],
     ) -> list[Caption]:
-        arguments = (predictor, self.job.task, options, proposals)
-        return caption_everything(*arguments, zoom=self.job.zoom, **limits, **self._generation)
+        return caption_everything(
+            predictor, self.job.task, options, proposals, zoom=self.job.zoom, **limits, **self._generation
+        )
 
 
 class BatchFinder(BatchCaptioner):
