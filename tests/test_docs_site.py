@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from sca_bench.sweep import SECTION_KEYS, Sweep, list_sweeps
+from sca_bench.sweep import COMPARISON_KEYS, SECTION_KEYS, STUDY_KEYS, list_sweeps
 from sca_registry import get_registry, zoo
 from sca_registry.contracts import COMPONENT_KINDS
 from sca_registry.spec import ModelSpec
@@ -75,7 +75,7 @@ def list_commands():
 def iter_documented_names():
     """Yield pages with the names that they must contain as code."""
     train_keys = [each.name for each in fields(TrainOptions)]
-    sweep_keys = [each.name for each in fields(Sweep) if each.name not in ("name", "device", *SECTION_KEYS)]
+    sweep_keys = ["seeds", "num_threads", "studies", *STUDY_KEYS, *COMPARISON_KEYS]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     yield "models.md", [*list_names("encoders"), *list_names("language_models"), *list_names("captioners")]
     yield "models.md", zoo.list_names()

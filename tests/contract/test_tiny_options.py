@@ -20,7 +20,7 @@ COMPONENTS_WITHOUT_SIZES = {
     "language_models": {"gguf"},
     "proposers": {"boxes-from-coco"},
 }  # no sizes, or those of a file
-OTHER_COMPONENTS = {"datasets": {"scenes"}}  # that have an option which makes them quick
+OTHER_COMPONENTS = {"datasets": {"scenes", "referring-scenes"}}  # that have an option which makes them quick
 
 
 @pytest.mark.parametrize("kind", COMPONENT_KINDS)
