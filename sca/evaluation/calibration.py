@@ -34,7 +34,7 @@ from sca.io.errors import InputError
 from sca.io.hub import resolve_local_path
 from sca.io.score_format import format_interval, format_score
 from sca.io.text import format_count
-from sca.uncertainty import Calibration, Uncertainty, fit_calibration, fit_domain, pool_features
+from sca.uncertainty import Calibration, Uncertainty, fit_calibration, fit_domain
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
@@ -374,10 +374,7 @@ class _FeaturePooling:
 
     def pool_images(self, images: Sequence[Image.Image]) -> Tensor:  # (B, F)
         """Return the (B, F) pooled features of images."""
-        encoded = self.engine.encode(images)
-        content_sizes = [frame.content_size for frame in encoded.frames]
-        image_size = self.engine.processor.image_format.size
-        return pool_features(encoded.require_features(), content_sizes, image_size).cpu()
+        return self.engine.pool_features(self.engine.encode(images)).cpu()
 
     def _crop_randomly(self, image: Image.Image, index: int) -> Image.Image:
         """Return a random crop with the aspect ratio of the image."""

@@ -369,11 +369,20 @@ class Engine(MaskEngine):
         uncertainty = self.model.uncertainty
         if uncertainty is None or uncertainty.domain is None:
             return None
-        image_size = self.processor.image_format.size
+        return uncertainty.domain.compute_ood_scores(self.pool_features(encoded))
+
+    @torch.inference_mode()
+    def pool_features(self, encoded: EncodedImages) -> Tensor:
+        """Compute the pooled features of images, see `sca.uncertainty.pool_features`.
+
+        Args:
+            encoded: Result of `encode` for B images.
+
+        Returns:
+            (B, 2 C) pooled features.
+        """
         content_sizes = [frame.content_size for frame in encoded.frames]
-        return uncertainty.domain.compute_ood_scores(
-            pool_features(encoded.require_features(), content_sizes, image_size)
-        )
+        return pool_features(encoded.require_features(), content_sizes, self.processor.image_format.size)
 
     def add_confidence(
         self, captions: Sequence[Sequence[Caption]], encoded: EncodedImages, task: str, **generation: Any
