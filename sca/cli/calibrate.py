@@ -61,7 +61,7 @@ def calibrate(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Calibrate the confidence of a model, and learn what its training images look like.
+    """Calibrate the confidences and OOD scores of a checkpoint.
 
     The captions of one half of the held-out images fit the confidence; the printed errors are measured on the other
     half. The result is stored in the checkpoint folder. From then on, captions of the model have a confidence, and an

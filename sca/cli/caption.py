@@ -505,10 +505,11 @@ class OutOfDistributionImages:
             return ""
         names = ", ".join(map(format_path, self.paths[:MAX_OOD_IMAGES]))
         remaining = f" and {len(self.paths) - MAX_OOD_IMAGES} more" if len(self.paths) > MAX_OOD_IMAGES else ""
-        verb = "is" if self.num_scored == 1 else "are"
+        if self.num_scored == 1:
+            return f"{names} is unlike the training images, so its captions may be wrong"
         return (
-            f"{len(self.paths)} of {format_count(self.num_scored, 'image')} {verb} unlike the training images, so the "
-            f"captions may be wrong: {names}{remaining}"
+            f"{len(self.paths)} of {self.num_scored:,} images are unlike the training images, so their captions may be "
+            f"wrong: {names}{remaining}"
         )
 
 

@@ -42,7 +42,7 @@ def test_caption_reports_images_unlike_the_training_images_in_one_line(run_sca, 
     )
     assert result.status == 0, result.err
     warnings = [line for line in result.err if "unlike" in line]
-    assert warnings == ["sca: 1 of 2 images are unlike the training images, so the captions may be wrong: red.png"]
+    assert warnings == ["sca: 1 of 2 images are unlike the training images, so their captions may be wrong: red.png"]
     assert "confidence" in result.out
     records = [json.loads(line) for line in (working_folder / "out/captions.jsonl").read_text().splitlines()]
     noise, red = records
@@ -72,6 +72,9 @@ def test_out_of_distribution_images_names_the_first_of_many(build_small_model):
     assert images.summarize() == ""
     model = build_small_model()
     (caption,) = Engine(model).caption(Image.new("RGB", (64, 64)), [sca.Prompt(box=(1, 1, 9, 9))])
+    images.add("a.png", [replace(caption, ood_score=2.0)])
+    assert images.summarize() == "a.png is unlike the training images, so its captions may be wrong"
+    images = OutOfDistributionImages()
     for index in range(5):
         images.add(f"{index}.png", [replace(caption, ood_score=2.0)])
     assert images.summarize().endswith("0.png, 1.png, 2.png and 2 more")
