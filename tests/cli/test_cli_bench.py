@@ -106,8 +106,8 @@ def test_bench_run_throughput_on_cpu_selects_cpu_sweep(run_sca, working_folder, 
 
     recorded_calls = []
 
-    def record_call(sweep, folder, launcher, options, *rest, **more):
-        recorded_calls.append((sweep.name, str(folder), options))
+    def record_call(sweep, folder, settings, *rest):
+        recorded_calls.append((sweep.name, str(folder), settings.launcher_options))
         return runner.SweepStatus(0, {}, [])
 
     monkeypatch.setattr(runner, "run_sweep", record_call)

@@ -59,6 +59,14 @@ LAYOUTS = {
         caption_records=("refs(unc).json", lambda content: [ref["sentences"][0] for ref in content]),
         has_categories=True,
     ),
+    "refcocog": Layout(
+        "refcocog",
+        "instances.json",
+        get_annotations,
+        caption_field="sent",
+        caption_records=("refs(umd).json", lambda content: [ref["sentences"][0] for ref in content]),
+        has_categories=True,
+    ),
     "jsonl": Layout(
         "jsonl", "val.jsonl", lambda lines: lines, "box", caption_field="phrases", options=("file={}/val.jsonl",)
     ),
