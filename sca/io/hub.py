@@ -346,7 +346,11 @@ def load_pretrained(
     ids = read_token_ids(folder)
     with translate_load_errors(source), silence_transformers():
         model, loading_info = cls.from_pretrained(
-            folder, output_loading_info=True, generation_config=GenerationConfig(), **options
+            folder,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with the names of the tensors
+            generation_config=GenerationConfig(),
+            **options,
         )
     if model.can_generate():
         model_defaults = GenerationConfig.from_model_config(model.config)
