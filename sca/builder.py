@@ -89,6 +89,8 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
     with init_device:  # initialize random weights on the target device
         encoder = sca_registry.encoders.build(spec.encoder.name, **spec.encoder.options)
         segmenter_component = resolve_components(spec, encoder)["segmenter"]
+        if spec.segmenter is None:  # the weights of the encoder may decide
+            check_compatible(replace(spec, segmenter=segmenter_component))
         segmenter = sca_registry.segmenters.build(segmenter_component.name, encoder, **segmenter_component.options)
         mixer = sca_registry.mixers.build(spec.mixer.name, segmenter, **spec.mixer.options)
         language_model = sca_registry.language_models.build(spec.language_model.name, **spec.language_model.options)

@@ -49,7 +49,7 @@ class SamSegmenter(nn.Module):
         iou_head_depth: Layers of the IoU prediction head.
         iou_head_hidden_size: Width of the IoU prediction head; None for D.
         box_masks: Also draw boxes and points into the dense prompt, so that a small model trained from scratch attends
-            to the right place from its first step. SAM's own weights were trained without.
+            to the right place from its first step; None for that of the weights, which is False for SAM's own.
         weights: Hub id or folder.
         revision: Revision of the Hub id.
         pretrained: Load pretrained weights; False initializes randomly.
@@ -72,7 +72,7 @@ class SamSegmenter(nn.Module):
         mask_input_channels: int = 16,
         iou_head_depth: int = 3,
         iou_head_hidden_size: int | None = None,
-        box_masks: bool = False,
+        box_masks: bool | None = None,
         weights: str | None = None,
         revision: str | None = None,
         pretrained: bool = True,
@@ -80,7 +80,7 @@ class SamSegmenter(nn.Module):
         super().__init__()
         self.image_size: int = encoder.image_format.size
         self.grid_size: int = self.image_size // encoder.stride
-        self.box_masks = box_masks
+        self.box_masks = False  # or as `load_modules` sets it
         has_own_encoder = encoder.default_segmenter in self.encoder_families
         if pretrained and weights is None and has_own_encoder:
             weights, revision = encoder.checkpoint, getattr(encoder, "revision", None)
@@ -104,17 +104,22 @@ class SamSegmenter(nn.Module):
             self.prompt_encoder, self.decoder = self.build_modules(
                 mask_decoder_config, encoder.stride, mask_input_channels
             )
+        if box_masks is not None:
+            self.box_masks = box_masks
         self.channels: int = self.decoder.hidden_size
         self.prompt_encoder.input_image_size = self.image_size
         self.neck: nn.Module = nn.Identity()
         if self.channels != in_channels:
             self.neck = FeatureNeck(in_channels, self.channels)
         self.prompt_encoder.shared_embedding.positional_embedding.requires_grad_(False)
-        self.prompt_encoder.no_mask_embed.weight.requires_grad_(not box_masks)  # unused: every prompt has a mask
+        self.prompt_encoder.no_mask_embed.weight.requires_grad_(not self.box_masks)  # unused: every prompt has a mask
 
     def load_modules(self, weights: str, revision: str | None) -> tuple[nn.Module, nn.Module]:
-        """Load the pretrained prompt encoder and mask decoder."""
-        sam = load_pretrained(SamPromptAndMaskModel, weights, revision, ("vision_encoder.",), dtype="float32")
+        """Load the pretrained prompt encoder and mask decoder, and set `box_masks` to the value of their training."""
+        sam = load_pretrained(
+            SamPromptAndMaskModel, weights, revision, ("vision_encoder.", "encoder."), dtype="float32"
+        )
+        self.box_masks = bool(getattr(sam.config.prompt_encoder_config, "box_masks", False))
         return sam.prompt_encoder, sam.mask_decoder
 
     def build_modules(
