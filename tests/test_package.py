@@ -126,6 +126,7 @@ def test_sdist_contains_development_files_and_no_generated_files(built_distribut
     assert expected_files - files == set()
     assert [path for path in files if set(GENERATED_NAMES) & set(path.split("/"))] == []
     assert files & set(GENERATED_FILES) == set()
+    assert [path for path in files if path.startswith("benchmarks/pretrained")] == []  # weights for experiments
 
 
 @pytest.mark.all

@@ -3,6 +3,16 @@
 from sca.testing.tiny import get_tiny_options
 
 TINY_SAM_CONFIG = get_tiny_options("encoder", "sam")["config"]
+TINY_VIT_OPTIONS = {  # all options of the encoder tiny-vit
+    "image_size": 64,
+    "hidden_size": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "output_channels": 32,
+    "stem_channels": [8, 16],
+    "stem_blocks": 0,
+    "resize_mode": "pad",
+}
 BUILT_IN_BY_FAMILY = {  # family of language models -> a built-in one
     "gpt2": "gpt2",
     "llama": "smollm2-135m",

@@ -12,6 +12,7 @@ from sca_bench import report
 from sca_bench.store import ResultStore
 
 import find
+import pretraining_probe
 import referring_expressions
 import weak_supervision
 from sca.checkpoints.load import read_local_spec
@@ -65,6 +66,10 @@ def iter_find_lines():
     yield f"  {used['rejected']:.1%} of the others rejected."
 
 
+def iter_pretraining_lines():
+    yield from filter(None, pretraining_probe.render_results(read_results("pretraining/results.json")).splitlines())
+
+
 @pytest.mark.parametrize(
     "iter_lines",
     [
@@ -75,6 +80,7 @@ def iter_find_lines():
         iter_referring_lines,
         iter_calibration_lines,
         iter_find_lines,
+        iter_pretraining_lines,
     ],
 )
 def test_benchmark_readme_shows_committed_results(iter_lines):
