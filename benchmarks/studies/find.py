@@ -25,8 +25,8 @@ from sca_registry.contracts import Prompt, Region
 
 from sca.data.scenes import Scenes, is_relation_true, parse_statement
 from sca.evaluation.bootstrap import bootstrap_scores, compute_interval, make_mean_statistics
-from sca.inference.caption_job import DEFAULT_THRESHOLD
 from sca.inference.engine import EncodedImages, Engine
+from sca.inference.find_options import DEFAULT_THRESHOLD
 from sca.inference.text_search import RegionIndex, encode_text, index_regions, list_searched_regions
 from sca.io.atomic import write_file
 from sca.io.masks import mask_to_box

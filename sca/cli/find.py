@@ -38,7 +38,7 @@ from sca.cli.options import (
     print_stderr,
     print_table,
 )
-from sca.inference.caption_job import DEFAULT_THRESHOLD
+from sca.inference.find_options import DEFAULT_THRESHOLD
 from sca.io import terminal
 
 if TYPE_CHECKING:

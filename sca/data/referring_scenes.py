@@ -23,7 +23,6 @@ import numpy as np
 from sca_registry.contracts import Region, Sample
 
 from sca.data.scenes import (
-    BASE_IMAGE_SIZE,
     MIN_RELATION_RATIO,
     SHAPE_NAMES,
     Scenes,
@@ -107,7 +106,7 @@ class ReferringScenes(Scenes):
         split: str,
         collection: str = "refcoco",
         num_images: int | None = None,
-        image_size: int = BASE_IMAGE_SIZE,
+        image_size: int = 128,
         seed: int = 0,
     ):
         if collection not in COLLECTION_SPLITS:

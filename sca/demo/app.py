@@ -21,8 +21,8 @@ from sca.checkpoints.load import read_local_spec
 from sca.checkpoints.trust import Trust
 from sca.demo.session import Session
 from sca.inference.automatic import SearchProgress, resolve_everything_options
-from sca.inference.caption_job import DEFAULT_THRESHOLD
 from sca.inference.factory import load_captioner
+from sca.inference.find_options import DEFAULT_THRESHOLD
 from sca.inference.generation_options import resolve_generation_options
 from sca.inference.text_search import check_can_find, check_text, is_match
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZOOM_AUTO, ZOOM_OFF, resolve_zoom

@@ -35,8 +35,6 @@ from sca.io.run_folder import iter_existing_paths
 from sca.io.text import format_count
 from sca.io.validation import check_range
 
-DEFAULT_THRESHOLD = 0.6  # minimum score of a match in `sca find`, the server and the demo
-
 
 class SearchedRegions:
     """Regions found by everything mode.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, WithJsonSchema
 
-from sca.inference.caption_job import DEFAULT_THRESHOLD
+from sca.inference.find_options import DEFAULT_THRESHOLD
 from sca.serve.limits import MAX_BEAMS, MAX_CROP_LAYERS, MAX_NEW_TOKENS, MAX_POINTS_PER_SIDE, MAX_SEED, MIN_SEED
 
 if TYPE_CHECKING:

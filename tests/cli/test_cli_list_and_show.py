@@ -96,7 +96,7 @@ def test_help_shows_arguments_in_capitals_and_no_python_types(run_sca, monkeypat
 @pytest.mark.parametrize(
     ("command_line", "expected"),
     [
-        ("sca ca", ["caption"]),
+        ("sca ca", ["caption", "calibrate"]),
         ("sca caption --max-n", ["--max-new-tokens"]),
         ("sca data vi", ["view"]),
         ("sca bench ru", ["run"]),

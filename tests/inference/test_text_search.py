@@ -9,8 +9,8 @@ from sca_registry.contracts import TASKS, Prompt, Proposals
 
 import sca
 from sca.inference import text_search
-from sca.inference.caption_job import DEFAULT_THRESHOLD
 from sca.inference.engine import Engine
+from sca.inference.find_options import DEFAULT_THRESHOLD
 from sca.inference.predictor import Predictor
 from sca.inference.text_search import MAX_SKIPPED_TOKENS, MIN_TEXT_INFORMATION, index_regions
 from sca.io.masks import decode_rle, mask_to_box
