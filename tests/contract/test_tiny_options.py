@@ -20,7 +20,10 @@ COMPONENTS_WITHOUT_SIZES = {
     "language_models": {"gguf"},
     "proposers": {"boxes-from-coco"},
 }  # no sizes, or those of a file
-OTHER_COMPONENTS = {"datasets": {"scenes", "referring-scenes"}}  # that have an option which makes them quick
+OTHER_COMPONENTS = {  # that have an option which makes them quick, or one that is required
+    "datasets": {"scenes", "referring-scenes"},
+    "metrics": {"uniqueness"},
+}
 
 
 @pytest.mark.parametrize("kind", COMPONENT_KINDS)
