@@ -94,7 +94,9 @@ def train_and_save(
     torch.manual_seed(seed)
     start = time.process_time()
     objective_class = OBJECTIVES[objective_name]
-    steps = steps or objective_class.default_steps
+    if steps is not None and steps < 1:
+        raise InputError(f"--steps is {steps}; expected an integer of at least 1")
+    steps = objective_class.default_steps if steps is None else steps
     data = PretrainingData(street)
     is_encoder = objective_class is not LanguageModelObjective
     options = options or (ENCODER_OPTIONS if is_encoder else LANGUAGE_MODEL_OPTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 3.0
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """What is trained, on which batches, and with which loss.
 
     Attributes:
@@ -41,13 +42,13 @@ class Objective(nn.Module):
     def prepare(self, steps: int, seed: int) -> None:
         """Prepare the data of a run."""
 
+    @abstractmethod
     def draw_batch(self, step: int, rng: np.random.Generator) -> Any:
         """Draw the inputs of a step, from 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute_losses(self, batch: Any) -> dict[str, Tensor]:
         """Return the losses to add up."""
-        raise NotImplementedError
 
     def finish_step(self, progress: float) -> None:
         """Update what has no gradient, after the step of the optimizer; `progress` is in (0, 1]."""

@@ -66,12 +66,14 @@ def run(
         ),
     ] = math.inf,
     order: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Order of the rows: cheapest (cheapest first) or listed (the order of the sweep).",
+            help="Order of the rows: cheapest (cheapest first) or listed (the order of the sweep).  "
+            "[default: cheapest]",
+            show_default=False,
             rich_help_panel=ROWS,
         ),
-    ] = "cheapest",
+    ] = None,
     halving: Annotated[
         bool,
         typer.Option(
@@ -97,7 +99,10 @@ def run(
 
     for state in retry_state or ():
         check_option_choice("state", state, tuple(ROW_STATES))
-    check_option_choice("order", order, ROW_ORDERS)
+    if order is not None:
+        check_option_choice("order", order, ROW_ORDERS)
+        if halving:
+            raise ValueError("--order has no effect with --halving; omit it")
     launcher_options = parse_component_options("launchers", launcher, options or ())
     device = str(launcher_options.pop("device", device))
     resolve_device(device)
@@ -117,7 +122,7 @@ def run(
         return
     if score is not None:
         raise ValueError("--score requires --halving; `sca bench report` has its own --score")
-    sweep_status = run_sweep(loaded_sweep, folder, settings, retry_states, order)
+    sweep_status = run_sweep(loaded_sweep, folder, settings, retry_states, order or ROW_ORDERS[0])
     _print_status(sweep_status)
     raise typer.Exit(1 if sweep_status.missing else 0)
 
@@ -154,9 +159,9 @@ def row(
     from sca_bench.worker import run_row
 
     row_config = parse_json(config, "the configuration")
-    for key in ("model", "seed", "num_threads", "device"):
-        if not isinstance(row_config, dict) or key not in row_config:
-            raise ValueError(f"the configuration has no {key!r}; pass the `config` field of a row of results.jsonl")
+    for keys in (("model", "captioner"), ("seed",), ("num_threads",), ("device",)):
+        if not isinstance(row_config, dict) or not row_config.keys() & {*keys}:
+            raise ValueError(f"the configuration has no {keys[0]!r}; pass the `config` field of a row of results.jsonl")
     with tempfile.TemporaryDirectory(prefix="sca-") as folder, contextlib.redirect_stdout(sys.stderr):
         result = run_row({**row_config, "force": force}, folder)
     print_json(result)
@@ -184,6 +189,8 @@ def report(
     ] = None,
 ) -> None:
     """Write an HTML, Markdown and CSV report of a sweep."""
+    from sca_registry import RegistryError
+
     from sca.cli.options import print_stderr
     from sca.io.atomic import create_writable_folder, write_file
     from sca.io.run_folder import check_not_inputs
@@ -194,7 +201,11 @@ def report(
     rows = ResultStore(folder).read_rows()
     if not rows:
         raise ValueError(f"no results in {folder}; run sca bench run SWEEP --out {folder}")
-    sweep = ResultStore(folder).read_sweep()
+    try:
+        sweep = ResultStore(folder).read_sweep()
+    except RegistryError as error:  # for example of a plugin that is not installed
+        sweep = None
+        print_stderr(f"the report has no studies, because the sweep cannot be read: {error}")
     page = out or folder / "report.html"
     create_writable_folder(page.parent)
     siblings = [page.with_suffix(".md"), page.with_suffix(".csv")]

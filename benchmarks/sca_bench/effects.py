@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from sca.evaluation.bootstrap import NUM_RESAMPLES, compute_interval
+from sca.evaluation.bootstrap import MIN_IMAGES, ScoreStatistics, bootstrap_scores
 from sca_bench.image_scores import stack_image_scores
+from sca_bench.summary import get_score
 from sca_bench.sweep import Combination, Comparison, Study, Sweep, matches_settings
 
 REPEATS, DOES_NOT_REPEAT, UNDECIDED = "repeats", "does not repeat", "undecided"
 SEED_AXIS = "seed"
 POWER, SIGNIFICANCE = 0.8, 0.05  # of a two-sided paired test
-MAX_WEIGHTS = 1 << 24  # elements of resampling weights at a time
+NUM_T_SAMPLES = 200_000  # of Student's t distribution, for its quantile
+MAX_FREEDOM = 200  # degrees of freedom above which the normal distribution is used
 
 
 @dataclass(frozen=True)
@@ -125,14 +127,14 @@ def _measure_effect(
     comparison: Comparison, settings: Mapping[str, Any], row_pairs: Sequence[tuple[Any, ...]], score: str
 ) -> Effect | None:
     """Measure one effect; None if a row lacks the score."""
-    pairs = [tuple(_get_score(row, score) for row in pair) for pair in row_pairs]
+    pairs = [tuple(get_score(row, score) for row in pair) for pair in row_pairs]
     values = [(better, worse) for better, worse in pairs if better is not None and worse is not None]
     if not values or len(values) < len(pairs):
         return None
-    stacks = [stack_image_scores([pair[side] for pair in row_pairs], score) for side in (0, 1)]
-    better_sums, worse_sums = stacks
+    sums = stack_image_scores([pair[side] for side in (0, 1) for pair in row_pairs], score)
     interval, image_std = None, None
-    if better_sums is not None and worse_sums is not None and better_sums.shape == worse_sums.shape:
+    if sums is not None:
+        better_sums, worse_sums = np.split(sums, 2)
         interval = compute_paired_interval(better_sums, worse_sums)
         image_std = _compute_image_std(better_sums, worse_sums)
     seed_differences = tuple(better - worse for better, worse in values)
@@ -149,52 +151,66 @@ def _measure_effect(
     )
 
 
-def compute_paired_interval(
-    first: np.ndarray, second: np.ndarray, num_resamples: int = NUM_RESAMPLES, random_seed: int = 0
-) -> tuple[float, float] | None:
-    """Compute the 95% bootstrap interval of the difference of a score, averaged over seeds.
+def compute_paired_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float] | None:
+    """Compute the 95% interval of the difference of a score, averaged over seeds.
 
-    Seeds and images are both resampled, because both vary: an interval over images alone would describe these trained
-    models, not the settings. Both rows of a seed stay together, and so do the images of all rows.
+    The variance of the mean is that between seeds, plus that over images by a bootstrap that draws the same images for
+    all rows. The quantile is that of Student's t distribution with the degrees of freedom of Welch and Satterthwaite,
+    because few seeds estimate their variance badly. With one seed, the interval describes this pair of models only.
 
     Args:
         first: (seeds, images, 2) sums and counts of a score.
         second: The same of the rows to subtract.
-        num_resamples: Number of resamples.
-        random_seed: Random seed.
 
     Returns:
-        The bounds; None if no resample has a score.
+        The bounds; None with fewer than `MIN_IMAGES` images, or if the score of a row or of all resamples is undefined.
     """
-    rng = np.random.default_rng(random_seed)
     num_seeds, num_images, _ = first.shape
-    differences = np.empty(num_resamples)
-    block_size = max(1, MAX_WEIGHTS // num_images)
-    for start in range(0, num_resamples, block_size):
-        size = min(block_size, num_resamples - start)
-        image_counts = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=size).astype(float)
-        seed_weights = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=size) / num_seeds
-        by_seed = _compute_ratios(image_counts, first) - _compute_ratios(image_counts, second)  # (size, seeds)
-        differences[start : start + size] = (seed_weights * by_seed).sum(axis=1)
-    return compute_interval(differences)
+    if num_images < MIN_IMAGES:
+        return None
+    totals = first.sum(axis=1), second.sum(axis=1)  # (seeds, 2)
+    seed_differences = np.subtract(*(_divide(each[:, 0], each[:, 1]) for each in totals))
+    difference = float(seed_differences.mean())
+    rows = np.stack((first, second)).transpose(2, 0, 1, 3).reshape(num_images, -1)  # (images, 2 sides x seeds x 2)
+
+    def compute_scores(sums: np.ndarray) -> np.ndarray:
+        sides = sums.reshape(*sums.shape[:-1], 2, num_seeds, 2)
+        ratios = _divide(sides[..., 0], sides[..., 1])
+        return (ratios[..., 0, :] - ratios[..., 1, :]).mean(axis=-1)
+
+    resampled = bootstrap_scores(ScoreStatistics(rows, compute_scores), np.arange(num_images))
+    image_variance = float(np.nanvar(resampled)) if np.isfinite(resampled).any() else math.nan
+    if not math.isfinite(difference + image_variance):
+        return None
+    seed_variance = float(seed_differences.var(ddof=1)) / num_seeds if num_seeds > 1 else 0.0
+    variance = seed_variance + image_variance
+    freedom = (num_seeds - 1) * (variance / seed_variance) ** 2 if seed_variance else math.inf
+    half_width = compute_t_quantile(freedom) * math.sqrt(variance)
+    return difference - half_width, difference + half_width
 
 
-def _compute_ratios(image_counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """Return the score of each resample and seed: (resamples, images) and (seeds, images, 2) -> (resamples, seeds)."""
-    totals = np.einsum("ri,sif->rsf", image_counts, sums)
+def compute_t_quantile(degrees_of_freedom: float) -> float:
+    """Return the value that |t| of Student's t distribution exceeds with a probability of `SIGNIFICANCE`, simulated."""
+    if degrees_of_freedom > MAX_FREEDOM:
+        return NormalDist().inv_cdf(1 - SIGNIFICANCE / 2)
+    samples = np.random.default_rng(0).standard_t(degrees_of_freedom, size=NUM_T_SAMPLES)
+    return float(np.quantile(np.abs(samples), 1 - SIGNIFICANCE))
+
+
+def _divide(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
-        return totals[..., 0] / totals[..., 1]
+        return numerators / denominators
 
 
 def _compute_image_std(first: np.ndarray, second: np.ndarray) -> float | None:
     """Return the standard deviation of the difference over images, linearized as that of a ratio of sums."""
-    if first.shape[1] < 2:
+    if first.shape[1] < MIN_IMAGES:
         return None
     influences = []
     for sums in (first, second):
         totals = sums.sum(axis=1)  # (seeds, 2)
-        ratios = totals[:, :1] / totals[:, 1:]
-        influences.append((sums[..., 0] - ratios * sums[..., 1]) / (totals[:, 1:] / sums.shape[1]))
+        ratios = _divide(totals[:, :1], totals[:, 1:])
+        influences.append(_divide(sums[..., 0] - ratios * sums[..., 1], totals[:, 1:] / sums.shape[1]))
     value = float((influences[0] - influences[1]).mean(axis=0).std(ddof=1))
     return value if math.isfinite(value) else None
 
@@ -205,7 +221,8 @@ def explain_variance(
     """Return the fraction of the variance of a score that each axis explains alone, the largest first.
 
     The fraction is the variance of the mean score by value of the axis, weighted by the number of rows, divided by the
-    variance over all rows (eta squared). The seed is an axis. What is missing to 1 are interactions.
+    variance over all rows (eta squared). The seed is an axis. The rest is interactions, including those with the seed.
+    If rows are missing, the fractions can overlap.
 
     Args:
         sweep: Sweep of the rows.
@@ -221,7 +238,7 @@ def explain_variance(
     values: list[float] = []
     for combination in sweep.list_combinations(study):
         row = rows_by_key.get(combination.row.key)
-        value = None if row is None or score is None else _get_score(row, score)
+        value = None if row is None or score is None else get_score(row, score)
         if value is not None:
             settings.append({**combination.settings, SEED_AXIS: combination.row.config["seed"]})
             values.append(value)
@@ -244,10 +261,3 @@ def count_images_needed(effects: Sequence[Effect], difference: float) -> int | N
     """Return the median over effects of the number of images that a difference needs; None without any effect."""
     counts = [count for effect in effects if (count := effect.count_images_needed(difference)) is not None]
     return round(median(counts)) if counts else None
-
-
-def _get_score(row: Mapping[str, Any], name: str) -> float | None:
-    """Return the value of a score of a row; None if it has none."""
-    return next(
-        (each["value"] for each in row.get("scores") or () if each["name"] == name and each["control"] is None), None
-    )

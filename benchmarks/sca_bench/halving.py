@@ -1,4 +1,4 @@
-"""Successive halving: train every combination of a sweep a little, drop the worse half, and train the others further.
+"""Successive halving: train all combinations for a few steps, drop the worse half, and continue with the rest.
 
 Jamieson and Talwalkar, "Non-stochastic best arm identification" (arXiv 1502.07943). A combination is dropped if it is
 in the worse half of a rung, or if the paired interval of its difference to the best one is below 0. The search ends
@@ -8,19 +8,20 @@ early if a single combination is left.
 from __future__ import annotations
 
 import copy
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
+import numpy as np
 from sca_registry import RegistryError
 
 from sca.io.score_format import format_interval, format_score
 from sca_bench.effects import compute_paired_interval
 from sca_bench.image_scores import stack_image_scores
 from sca_bench.row import SweepRow
-from sca_bench.summary import choose_quality_score, get_cost
+from sca_bench.summary import choose_quality_score, find_varying_settings, get_cost, get_score
 
 NUM_RUNGS = 4
 KEPT_FRACTION = 0.5
@@ -34,6 +35,7 @@ class Candidate:
     """A combination and its results at the last rung that it reached.
 
     Attributes:
+        label: The settings in which it differs from the others.
         rows: Its rows of the sweep, one per seed.
         step: Training step of the results.
         results: Finished rows, in the order of `rows`; empty if one of them failed.
@@ -42,16 +44,12 @@ class Candidate:
             None for the best one, and without scores of single images.
     """
 
+    label: str
     rows: Sequence[SweepRow]
     step: int = 0
     results: Rows = ()
     score: float | None = None
     interval: tuple[float, float] | None = None
-
-    @property
-    def label(self) -> str:
-        """Components and options, without the seed."""
-        return self.rows[0].label.rpartition(" seed=")[0]
 
     @property
     def is_worse(self) -> bool:
@@ -91,7 +89,11 @@ class HalvingResult:
                 f"not ruled out: {each.label}: {self.score_name} {format_score(each.score)} after {each.step} steps, "
                 f"difference to the best there {format_interval(low, high, signed=True) or 'without an interval'}"
             )
-        return [*lines, f"ruled out: {len(self.ruled_out)} combinations; {self.seconds / 60:.1f} minutes in total"]
+        return [
+            *lines,
+            f"ruled out: {len(self.ruled_out)} combinations; {self.seconds / 60:.1f} minutes in total",
+            f"the recommended one again: {self.best.rows[0].command}",
+        ]
 
 
 def halve_combinations(
@@ -115,9 +117,9 @@ def halve_combinations(
 
     Raises:
         RegistryError: A row is not trained in one stage, or not evaluated.
-        ValueError: No row of the first rung has a score.
+        ValueError: No combination of a rung has a score.
     """
-    survivors = [Candidate(each) for each in group_by_combination(rows)]
+    survivors = list_candidates(rows)
     eliminated: list[Candidate] = []
     seconds = 0.0
     for rung in range(num_rungs):
@@ -126,8 +128,6 @@ def halve_combinations(
         seconds += sum(each.cost for each in survivors)
         score_name = score_name or choose_quality_score([row for each in survivors for row in each.results])
         ranked = _rank_candidates(survivors, score_name)
-        if ranked[0].score is None:
-            raise ValueError(f"no combination has the score {score_name}; `sca bench report` shows why rows failed")
         num_kept = len(ranked) if is_last else max(1, round(len(ranked) * KEPT_FRACTION))
         survivors = [each for each in ranked[:num_kept] if not each.is_worse]
         eliminated = [*(each for each in ranked if each not in survivors), *eliminated]
@@ -146,13 +146,18 @@ def halve_combinations(
     return HalvingResult(best, not_ruled_out, [each for each in eliminated if each.is_worse], score_name, seconds)
 
 
-def group_by_combination(rows: Sequence[SweepRow]) -> list[list[SweepRow]]:
-    """Group rows that differ only in the seed, in the order of the first of each group."""
+def list_candidates(rows: Sequence[SweepRow]) -> list[Candidate]:
+    """Return one candidate per combination, with its rows for all seeds, in the order of its first row."""
     groups: dict[str, list[SweepRow]] = {}
     for row in rows:
-        config = {key: value for key, value in row.config.items() if key != "seed"}
-        groups.setdefault(json.dumps(config, sort_keys=True), []).append(row)
-    return list(groups.values())
+        groups.setdefault(row.combination_key, []).append(row)
+    candidates = list(groups.values())
+    settings = find_varying_settings([group[0].config for group in candidates])
+    labels = [
+        ", ".join(f"{name} {values[index]}" for name, values in settings.items() if values[index])
+        for index in range(len(candidates))
+    ]
+    return [Candidate(label or group[0].label, group) for label, group in zip(labels, candidates, strict=True)]
 
 
 def make_rung_row(row: SweepRow, num_halvings: int) -> SweepRow:
@@ -181,42 +186,33 @@ def _run_rung(candidates: Sequence[Candidate], num_halvings: int, run_rows: RunR
     rung_rows = [[make_rung_row(row, num_halvings) for row in each.rows] for each in candidates]
     results = iter(run_rows([row for rows in rung_rows for row in rows]))
     return [
-        Candidate(candidate.rows, rows[0].config["train"]["stop_step"], [next(results) for _ in rows])
+        replace(candidate, step=rows[0].config["train"]["stop_step"], results=[next(results) for _ in rows])
         for candidate, rows in zip(candidates, rung_rows, strict=True)
     ]
 
 
 def _rank_candidates(candidates: Sequence[Candidate], score_name: str | None) -> list[Candidate]:
     """Return the candidates with their scores and their intervals to the best one, best first."""
-    scored = [
-        Candidate(each.rows, each.step, each.results, _compute_score(each.results, score_name)) for each in candidates
-    ]
-    scored.sort(key=lambda each: -float("inf") if each.score is None else each.score, reverse=True)
-    best = scored[0]
+    scored = [replace(each, score=_average_score(each.results, score_name), interval=None) for each in candidates]
+    scored.sort(key=lambda each: -math.inf if each.score is None else each.score, reverse=True)
+    best, *others = scored
+    if best.score is None:
+        raise ValueError(f"no combination has the score {score_name}; `sca bench report` shows why rows failed")
     return [
         best,
-        *(
-            Candidate(
-                each.rows, each.step, each.results, each.score, _compare_results(each.results, best.results, score_name)
-            )
-            for each in scored[1:]
-        ),
+        *(replace(each, interval=_compare_results(each.results, best.results, score_name)) for each in others),
     ]
 
 
-def _compute_score(results: Rows, score_name: str | None) -> float | None:
-    values = [
-        score["value"]
-        for row in results
-        for score in row.get("scores") or ()
-        if (score["name"], score["control"]) == (score_name, None)
-    ]
-    return mean(values) if len(values) == len(results) and None not in values else None
+def _average_score(results: Rows, score_name: str | None) -> float | None:
+    """Return the mean score over seeds; None if a row has none."""
+    values = [value for row in results if (value := get_score(row, score_name)) is not None]
+    return mean(values) if values and len(values) == len(results) else None
 
 
 def _compare_results(results: Rows, best: Rows, score_name: str | None) -> tuple[float, float] | None:
     """Return the paired interval of the difference to the best candidate; None without scores of the same images."""
     if score_name is None or len(results) != len(best):
         return None
-    stacks = stack_image_scores([*results, *best], score_name)
-    return None if stacks is None else compute_paired_interval(stacks[: len(results)], stacks[len(results) :])
+    sums = stack_image_scores([*results, *best], score_name)
+    return None if sums is None else compute_paired_interval(*np.split(sums, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ TRAIN_KEYS_OF_SWEEPS = (
     "cache_features",
     "keep_models",
     "stop_step",
-)  # not fields of [train]
+)  # keys of [train] of a sweep that are not options of a recipe
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,29 @@ class SweepRow:
     def make_stage_keys(self) -> list[str]:
         """Return a hash for each stage of everything that its training depends on."""
         tables = [recipe.to_dict() for recipe in self.make_recipes()]
-        runtime = [self.config["num_threads"], self.config["device"]]
+        device_type = self.config["device"].partition(":")[0]  # launchers choose the GPU
+        runtime = [self.config["num_threads"], device_type]
         return [_hash_values([*runtime, *tables[:number]]) for number in range(1, len(tables) + 1)]
 
     @property
     def stop_step(self) -> int | None:
         """Step after which training stops; None for the last."""
         return self.config.get("train", {}).get("stop_step")
+
+    @property
+    def keeps_models(self) -> bool:
+        """Whether trained models are kept for other rows."""
+        return self.stop_step is not None or bool(self.config.get("train", {}).get("keep_models"))
+
+    @property
+    def combination_key(self) -> str:
+        """Text that is equal for rows that differ only in the seed."""
+        return json.dumps({key: value for key, value in self.config.items() if key != "seed"}, sort_keys=True)
+
+    @property
+    def command(self) -> str:
+        """Command that runs the row on its own."""
+        return f"sca bench row {shlex.quote(json.dumps(self.config, sort_keys=True))}"
 
     def _make_recipe(self, name: str, options: Mapping[str, Any], feature_cache_dir: str) -> Recipe:
         table = Recipe.read(options.get("recipe", "sca-tiny")).to_dict() | {"model": self.config["model"]}

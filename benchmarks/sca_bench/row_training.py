@@ -14,10 +14,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sca.checkpoints.load import load
 from sca.io.atomic import write_folder
+from sca.io.file_lock import wait_for_lock
 from sca.io.json import read_json
 from sca.model import SegmentCaptioner
 from sca.training.recipe import Recipe
-from sca.training.train import train
+from sca.training.train import read_checkpoint_step, train
 from sca_bench.row import SweepRow
 
 FEATURES_FOLDER, MODELS_FOLDER, RUNS_FOLDER = "features", "models", "runs"  # in the results folder
@@ -38,7 +39,7 @@ def train_stages(sweep_row: SweepRow, work_folder: Path, results_folder: Path) -
 
     Args:
         sweep_row: Row with training.
-        work_folder: Folder for the training runs.
+        work_folder: Folder for the training runs of this row.
         results_folder: Results folder of the sweep, with the features and models that rows share.
 
     Returns:
@@ -48,38 +49,16 @@ def train_stages(sweep_row: SweepRow, work_folder: Path, results_folder: Path) -
         ValueError: A recipe, or something it refers to, is invalid.
     """
     stages: list[TrainedStage] = []
-    keeps_models = sweep_row.config["train"].get("keep_models", False)
     recipes = sweep_row.make_recipes(str(results_folder / FEATURES_FOLDER))
-    if sweep_row.stop_step is not None:
-        return [_train_to_step(recipes[0], sweep_row, work_folder, results_folder)]
     for recipe, key in zip(recipes, sweep_row.make_stage_keys(), strict=True):
         if stages:
             recipe = replace(recipe, model=str(stages[-1].folder / MODEL_NAME))
-        kept_folder = results_folder / MODELS_FOLDER / key
-        if not kept_folder.is_dir():
-            _train_stage(recipe, work_folder / recipe.name, kept_folder if keeps_models else None)
-        folder = kept_folder if keeps_models else work_folder / recipe.name
-        stages.append(_read_stage(folder, is_reused=not (work_folder / recipe.name).is_dir()))
+        if sweep_row.keeps_models:
+            stages.append(_share_stage(recipe, key, sweep_row.stop_step, work_folder, results_folder))
+        else:
+            _train_stage(recipe, work_folder / recipe.name)
+            stages.append(_read_stage(work_folder / recipe.name, is_reused=False))
     return stages
-
-
-def _train_to_step(recipe: Recipe, sweep_row: SweepRow, work_folder: Path, results_folder: Path) -> TrainedStage:
-    """Train to the step of a row, from where an earlier row has stopped the same training run."""
-    assert sweep_row.stop_step is not None
-    folder = results_folder / RUNS_FOLDER / sweep_row.make_stage_keys()[0]
-    first_step = _find_last_step(folder)
-    if first_step > sweep_row.stop_step:  # the run is further
-        folder, first_step = work_folder / recipe.name, 0
-    start = time.perf_counter()
-    train(recipe, folder, stop_step=sweep_row.stop_step, allow_external=True)
-    losses = [(step, loss) for step, loss in _iter_losses(folder) if step > first_step]
-    return TrainedStage(folder, losses, time.perf_counter() - start, is_reused=False)
-
-
-def _find_last_step(folder: Path) -> int:
-    """Return the last step that a training run has saved; 0 for none."""
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
 
 
 def load_trained_model(stages: list[TrainedStage]) -> SegmentCaptioner:
@@ -101,15 +80,36 @@ def load_trained_model(stages: list[TrainedStage]) -> SegmentCaptioner:
     return model
 
 
-def _train_stage(recipe: Recipe, folder: Path, kept_folder: Path | None) -> None:
+def _share_stage(
+    recipe: Recipe, key: str, stop_step: int | None, work_folder: Path, results_folder: Path
+) -> TrainedStage:
+    """Return the kept stage, after training it unless another row has done so; waits for a row that is training it."""
+    models_folder = results_folder / MODELS_FOLDER
+    kept_folder = models_folder / (key if stop_step is None else f"{key}-{stop_step}")
+    models_folder.mkdir(parents=True, exist_ok=True)
+    with wait_for_lock(models_folder / f"{key}.lock", f"the model {key}"):
+        is_reused = kept_folder.is_dir()
+        if not is_reused:
+            training_folder = work_folder / recipe.name
+            shared_run = results_folder / RUNS_FOLDER / key
+            if stop_step is not None and read_checkpoint_step(shared_run) <= stop_step:
+                training_folder = shared_run
+            _train_stage(recipe, training_folder, stop_step)
+            with write_folder(kept_folder, (MODEL_NAME, LOG_NAME)) as draft:
+                shutil.copytree(training_folder / MODEL_NAME, draft / MODEL_NAME)
+                shutil.copy(training_folder / LOG_NAME, draft)
+    return _read_stage(kept_folder, is_reused)
+
+
+def _train_stage(recipe: Recipe, folder: Path, stop_step: int | None = None) -> None:
+    """Train, and write the losses and seconds beside the model. With a stop, an earlier run continues."""
+    continues = stop_step is not None
+    first_step = read_checkpoint_step(folder) if continues else 0
     start = time.perf_counter()
-    train(recipe, folder, resume=False, allow_external=True)
-    log = {"losses": [*_iter_losses(folder)], "seconds": time.perf_counter() - start}
+    train(recipe, folder, resume=continues, stop_step=stop_step, allow_external=True)
+    losses = [(step, loss) for step, loss in _iter_losses(folder) if step > first_step]
+    log = {"losses": losses, "seconds": time.perf_counter() - start}
     (folder / LOG_NAME).write_text(json.dumps(log), "utf-8")
-    if kept_folder is not None:
-        with write_folder(kept_folder, (MODEL_NAME, LOG_NAME)) as draft:
-            shutil.copytree(folder / MODEL_NAME, draft / MODEL_NAME)
-            shutil.copy(folder / LOG_NAME, draft)
 
 
 def _read_stage(folder: Path, is_reused: bool) -> TrainedStage:

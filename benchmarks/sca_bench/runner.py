@@ -22,8 +22,8 @@ from sca_bench.sweep import Sweep
 from sca_bench.validation import check_rows
 
 
-class TimeBudgetError(ValueError):
-    """The time budget is used up before a rung is complete."""
+class IncompleteRungError(ValueError):
+    """Rows of a rung have no result yet: the time budget is used up, or their processes were killed."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def run_halving(
 
     Raises:
         ValueError: A row is invalid, raised before the first row runs; or no row has a score.
-        TimeBudgetError: The time budget is used up.
+        IncompleteRungError: Rows have no result yet.
         LockedError: Another process writes to the folder.
         OutputError: The folder cannot be written.
     """
@@ -180,12 +180,12 @@ class _RowRunner:
             )
 
     def run_all(self, rows: Sequence[SweepRow]) -> list[Mapping[str, Any]]:
-        """Run the rows that have no result, and return all; raise TimeBudgetError if some are still missing."""
+        """Run the rows that have no result, and return all; raise IncompleteRungError if some are still missing."""
         self.run_missing(rows)
         rows_by_key = {row["key"]: row for row in self.store.read_rows()}
         num_missing = sum(row.key not in rows_by_key for row in rows)
         if num_missing:
-            raise TimeBudgetError(
+            raise IncompleteRungError(
                 f"{num_missing} of {len(rows)} rows of this rung have no result yet; run the same command again to "
                 "continue"
             )
@@ -195,7 +195,7 @@ class _RowRunner:
         return {row["key"] for row in self.store.read_rows()}
 
     def _make_task(self, row: SweepRow) -> Task:
-        config = {**row.config, "results_folder": str(self.store.folder)}
+        config = {**row.config, "results_folder": str(self.store.folder.resolve())}
         if self.settings.force:
             config["force"] = True
         return Task(

@@ -75,6 +75,7 @@ class ResultStore:
 
         Raises:
             InputError: The file is not a sweep.
+            RegistryError: A component of the sweep does not exist here.
         """
         path = self.folder / SWEEP_NAME
         if not path.exists():

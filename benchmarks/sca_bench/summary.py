@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Any
 
 from sca_registry.overrides import MODEL_COMPONENTS
+
+from sca_bench.row import SweepRow
 
 QUALITY_SCORES = ("cider-d", "attributes/all", "meteor", "class/accuracy", "mask-iou/mean", "densecap-map")
 
@@ -97,7 +97,7 @@ class CombinationSummary:
             training_step=median(step_seconds) if step_seconds else None,
             memory=max(memory_bytes) if memory_bytes else None,
             cost=mean(costs) if (costs := [cost for row in rows if (cost := get_cost(row)) is not None]) else None,
-            command=f"sca bench row {shlex.quote(json.dumps(first['config'], sort_keys=True))}",
+            command=SweepRow(first["config"]).command,
         )
 
     @property
@@ -135,13 +135,18 @@ def summarize_rows(rows: Iterable[Mapping[str, Any]], score_name: str | None) ->
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["state"] == "done":
-            config = {key: value for key, value in row["config"].items() if key != "seed"}
-            groups.setdefault(json.dumps(config, sort_keys=True), []).append(row)
+            groups.setdefault(SweepRow(row["config"]).combination_key, []).append(row)
     summaries = [
         CombinationSummary.from_rows(sorted(each, key=lambda row: row["config"]["seed"]), score_name)
         for each in groups.values()
     ]
     return sorted(summaries, key=lambda line: (-(line.quality if line.quality is not None else -1), line.label))
+
+
+def get_score(row: Mapping[str, Any], name: str | None) -> float | None:
+    """Return the value of a score of a row without a control; None if it has none."""
+    scores = row.get("scores") or ()
+    return next((each["value"] for each in scores if (each["name"], each["control"]) == (name, None)), None)
 
 
 def choose_quality_score(rows: Iterable[Mapping[str, Any]]) -> str | None:

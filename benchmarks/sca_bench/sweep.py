@@ -419,9 +419,19 @@ def _check_comparisons(sweep: Sweep) -> None:
     for study in sweep.studies:
         combinations = sweep.list_combinations(study)
         for comparison in study.comparisons:
+            if comparison.better.keys() != comparison.worse.keys():
+                raise RegistryError(
+                    f"the comparison {comparison.claim!r} selects {dict(comparison.better)} and "
+                    f"{dict(comparison.worse)}; select values of the same axes in both"
+                )
             for selection in (comparison.better, comparison.worse):
-                for axis in selection:
+                for axis, value in selection.items():
                     check_choice("axis of a comparison", axis, study.settings)
+                    if sum(_matches_value(each, value) for each in study.settings[axis]) > 1:
+                        raise RegistryError(
+                            f"the comparison {comparison.claim!r} selects {value!r}, which several values of the axis "
+                            f"{axis!r} match; write the entire value, or use variants"
+                        )
                 if not any(matches_settings(each.settings, selection) for each in combinations):
                     raise RegistryError(
                         f"the comparison {comparison.claim!r} selects {dict(selection)}, which no row has; use values "

@@ -1,16 +1,14 @@
-"""Run one row of a sweep in its own process: check, plan, build, train briefly, evaluate and time.
+"""Run one row of a sweep in its own process: check, plan, build, train, evaluate and time.
 
 Workers are forked from a process that has imported this module, so slow imports happen once.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
@@ -72,7 +70,7 @@ def run_row(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     config = dict(config)
     force = config.pop("force", False)
     results_folder = Path(config.pop("results_folder", folder))
-    print(f"$ {format_row_command(config)}", file=sys.stderr, flush=True)
+    print(f"$ {SweepRow(config).command}", file=sys.stderr, flush=True)
     run_options = RunOptions(Path(folder), results_folder, force)
     return run_measurement(lambda row: _make_row(row, SweepRow(config), run_options), config["device"])
 
@@ -200,7 +198,7 @@ def _train_model(row: dict[str, Any], sweep_row: SweepRow, run_options: RunOptio
         [sum(steps[:number]) + step, loss] for number, stage in enumerate(stages) for step, loss in stage.losses
     ]
     row["seconds"]["reused_training"] = sum(stage.seconds for stage in stages if stage.is_reused)
-    if stages[-1].folder.is_relative_to(run_options.results_folder) and stages[-1].folder.parent != work_folder:
+    if sweep_row.keeps_models:
         row["model"] = str((stages[-1].folder / MODEL_NAME).relative_to(run_options.results_folder))
     shutil.rmtree(work_folder, ignore_errors=True)
     return model
@@ -334,8 +332,3 @@ def _read_commit() -> str | None:
     except OSError:
         return None
     return result.stdout.strip() or None
-
-
-def format_row_command(config: Mapping[str, Any]) -> str:
-    """Return the command that runs a row on its own."""
-    return f"sca bench row {shlex.quote(json.dumps(config))}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +20,7 @@ try:
 except ImportError:  # Windows has no flock
     fcntl = None  # type: ignore[assignment]
 
+WAIT_SECONDS = 0.2  # between attempts to hold a lock
 UNSUPPORTED_ERRNOS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL}
 
 
@@ -88,6 +90,28 @@ def hold_lock(path: Path, display_name: str) -> Iterator[None]:
                 if _is_open_at_path(file, path):
                     path.unlink()
             file.close()
+
+
+@contextmanager
+def wait_for_lock(path: Path, display_name: str) -> Iterator[None]:
+    """Hold the lock file `path` as `hold_lock` does, after waiting for its holder.
+
+    Args:
+        path: Lock file.
+        display_name: Name of the locked object in messages.
+
+    Raises:
+        OutputError: `path` is not a regular file.
+        OSError: The file cannot be created.
+    """
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(hold_lock(path, display_name))
+                break
+            except LockedError:
+                time.sleep(WAIT_SECONDS)
+        yield
 
 
 def _open_lock_file(path: Path) -> IO[bytes]:

@@ -96,7 +96,8 @@ def train(
             instead of failing. Defaults to True if neither `folder` nor `overwrite` is set.
         report: Called with each message for the user: summaries of the datasets and their skipped items, a warning if
             a score cannot be used to select the best model, and the new path of a renamed run folder.
-        stop_step: Stop after this step; a later call with the same folder continues as if there had been no stop.
+        stop_step: Stop after this step, with the learning rate schedule of the recipe. A later call with the same
+            folder and a later stop, or none, continues as if there had been no stop.
         trust_remote_code: Allow the checkpoint that training starts from to run its own code; see `sca.load`.
         allow_external: Allow that checkpoint to refer to files outside its folder, to other repositories and to URLs.
 
@@ -105,7 +106,8 @@ def train(
 
     Raises:
         TypeError: Unknown keyword argument; the message suggests the closest one.
-        ValueError: The recipe, or a file or component that it refers to, cannot be read.
+        ValueError: The recipe, or a file or component that it refers to, cannot be read; or the run in the folder is
+            after `stop_step`.
         OutputError: The folder contains a different run, files that `sca train` did not write, or an input of this run,
             such as its dataset.
         LockedError: Another process is training in the folder.
@@ -146,6 +148,10 @@ def _train_process(
     """Train as one process; only the first has a run folder."""
     for name in ("model", "best"):
         check_writable(folder / name)
+    if stop_step is not None and resume and (last_step := read_checkpoint_step(folder)) > stop_step:
+        raise RegistryError(
+            f"{folder} contains a run at step {last_step}, after stop_step={stop_step}; choose a different folder"
+        )
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # harmless: 1x1 convolutions
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # accelerate has no replacement yet
     torch.manual_seed(recipe.train.seed)
@@ -200,7 +206,10 @@ def _train_process(
     trainer.accelerator.wait_for_everyone()
     last_checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     skipped_before = {name: count_skipped(dataset) for name, dataset in datasets_by_name.items()}
-    trainer.train(resume_from_checkpoint=last_checkpoint)
+    if stop_step is not None and last_checkpoint is not None and read_checkpoint_step(folder) >= stop_step:
+        trainer.load_checkpoint(last_checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=last_checkpoint)
     if run_folder is not None:  # images found to be damaged during training
         report_datasets(
             {name: each for name, each in datasets_by_name.items() if count_skipped(each) != skipped_before[name]},
@@ -210,6 +219,12 @@ def _train_process(
     if trainer.is_world_process_zero():
         save(model, folder / "model", tensors=tensors)
     return model
+
+
+def read_checkpoint_step(folder: Path) -> int:
+    """Return the step of the last checkpoint in a run folder; 0 for none."""
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
 
 
 class StopCallback(TrainerCallback):

@@ -143,6 +143,10 @@ class CaptionTrainer(Trainer):
             os.makedirs(output_dir, exist_ok=True)
             torch.save(state, os.path.join(output_dir, MODULE_FILE))
 
+    def load_checkpoint(self, folder: str) -> None:
+        """Load the trained tensors of a checkpoint without training."""
+        self._load_from_checkpoint(folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint, MODULE_FILE)
         if not path.is_file():

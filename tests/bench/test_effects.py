@@ -74,32 +74,43 @@ def test_measure_effects_decides_by_the_paired_interval(sweep, gain, verdict):
         assert len(each.seed_differences) == 3
 
 
-def test_paired_interval_is_narrower_than_that_of_shuffled_images(sweep):
-    (effect, _) = effects.measure_effects(sweep, sweep.studies[0], make_rows(sweep, 0.0), "cider-d")
+def test_paired_interval_is_narrower_than_that_of_permuted_images(sweep):
+    rows = [row for row in make_rows(sweep, 0.0) if row["config"]["model"]["task_tokens"] == 2]
+    first, second = np.split(stack_image_scores(rows, "cider-d"), 2)
+    paired = effects.compute_paired_interval(first, second)
+    unpaired = effects.compute_paired_interval(first, second[:, ::-1])
+    assert paired[1] - paired[0] < 0.7 * (unpaired[1] - unpaired[0])
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_paired_interval_rarely_excludes_zero_if_only_seeds_differ(num_seeds):
     rng = np.random.default_rng(0)
-    first = rng.normal(0.5, 0.3, (3, NUM_IMAGES, 1)).repeat(2, axis=2)
-    first[..., 1] = 1
-    second = first[:, ::-1]
-    unpaired = effects.compute_paired_interval(first, second)
-    assert effect.ci_high - effect.ci_low < 0.7 * (unpaired[1] - unpaired[0])
+    num_excluded = 0
+    for _ in range(400):
+        first, second = np.ones((num_seeds, 20, 2)), np.ones((num_seeds, 20, 2))
+        first[:, :, 0] += rng.normal(0, 0.1, (num_seeds, 1))
+        first[:, :, 0] += rng.normal(0, 0.001, (num_seeds, 20))
+        low, high = effects.compute_paired_interval(first, second)
+        num_excluded += low > 0 or high < 0
+    assert 0.02 < num_excluded / 400 < 0.08
 
 
-def test_paired_interval_covers_the_variation_between_seeds():
-    first, second = np.ones((3, NUM_IMAGES, 2)), np.ones((3, NUM_IMAGES, 2))
-    first[:, :, 0] += np.array([0.3, 0.0, -0.3])[:, None]  # no variation over images
-    low, high = effects.compute_paired_interval(first, second)
-    assert low < -0.1
-    assert high > 0.1
+def test_t_quantile_equals_published_values():
+    for freedom, quantile in ((1, 12.706), (2, 4.303), (10, 2.228), (1000, 1.962)):
+        assert effects.compute_t_quantile(freedom) == pytest.approx(quantile, rel=0.02)
 
 
-def test_count_images_needed_matches_the_simulated_power(sweep):
+def test_few_images_have_no_interval():
+    assert effects.compute_paired_interval(np.ones((3, 4, 2)), np.zeros((3, 4, 2)) + [0, 1]) is None
+    assert effects.compute_paired_interval(np.ones((3, 5, 2)), np.zeros((3, 5, 2)) + [0, 1]) == (1.0, 1.0)
+
+
+def test_count_images_needed_matches_the_noise_of_the_images(sweep):
     (effect, _) = effects.measure_effects(sweep, sweep.studies[0], make_rows(sweep, 0.0, noise=0.2), "cider-d")
-    difference = 0.02
-    num_images = effect.count_images_needed(difference)
-    rng = np.random.default_rng(0)
-    samples = rng.normal(difference, effect.image_std, (2000, num_images))
-    z_scores = samples.mean(1) / (samples.std(1, ddof=1) / np.sqrt(num_images))
-    assert (z_scores > 1.96).mean() == pytest.approx(0.8, abs=0.04)
+    std = 0.2 * 2**0.5 / 3**0.5  # of the difference of two means over three seeds
+    assert effect.image_std == pytest.approx(std, rel=0.15)
+    expected = ((1.960 + 0.842) * effect.image_std / 0.02) ** 2
+    assert effect.count_images_needed(0.02) == pytest.approx(expected, rel=0.01)
 
 
 def test_explain_variance_finds_the_axis_that_matters(sweep):
@@ -108,6 +119,15 @@ def test_explain_variance_finds_the_axis_that_matters(sweep):
     assert fractions["mixer"] > 0.9
     assert set(fractions) == {"mixer", "task_tokens", "seed"}
     assert sum(fractions.values()) <= 1 + 1e-9
+
+
+def test_explain_variance_of_two_axes_adds_up(sweep):
+    rows = make_rows(sweep, 0.0)
+    for row in rows:
+        model = row["config"]["model"]
+        row["scores"][0]["value"] = 3.0 * (model["mixer"]["name"] == "query") + 1.0 * (model["task_tokens"] == 4)
+    fractions = effects.explain_variance(sweep, sweep.studies[0], rows, "cider-d")
+    assert fractions == pytest.approx({"mixer": 0.9, "task_tokens": 0.1, "seed": 0.0})
 
 
 def test_effects_skip_unfinished_rows_and_seeds_without_a_partner(sweep):

@@ -2,24 +2,18 @@
 
 import numpy as np
 import pytest
-from sca_bench.halving import group_by_combination, halve_combinations, make_rung_row
-from sca_bench.runner import RunSettings, TimeBudgetError, run_halving
+from sca_bench.halving import halve_combinations, list_candidates, make_rung_row
+from sca_bench.runner import IncompleteRungError, RunSettings, run_halving, run_sweep
 from sca_bench.store import ResultStore
 from sca_bench.sweep import Sweep
 from sca_registry import RegistryError
+from tiny import TINY_VIT_OPTIONS
 
 NUM_IMAGES = 200
 MIXER = {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 2, "mlp_dim": 32}
 TABLE = {
     "model": {
-        "encoder": {
-            "name": "tiny-vit",
-            "image_size": 64,
-            "hidden_size": 32,
-            "depth": 1,
-            "output_channels": 32,
-            "stem_channels": [8, 16],
-        },
+        "encoder": {"name": "tiny-vit", **TINY_VIT_OPTIONS},
         "segmenter": "box",
         "mixer": MIXER,
         "language_model": {"name": "tiny-gpt2", "hidden_size": 32, "depth": 1, "num_heads": 2},
@@ -78,13 +72,12 @@ def get_depth(candidate):
     return candidate.rows[0].config["model"]["mixer"]["depth"]
 
 
-def test_halving_keeps_at_most_half_at_each_rung_and_finds_the_best(sweep):
+def test_halving_finds_the_best_of_similar_combinations(sweep):
     calls = []
-    scores = {depth: 0.9 - 0.001 * abs(depth - 5) for depth in range(1, 9)}
-    result = halve_combinations(sweep.list_rows("listed"), make_run_rows(scores, calls, noise=0.0))
-    assert [len(call) for call in calls] == [8, 4, 2, 1] or [len(call) for call in calls] == [8, 1]
-    assert get_depth(result.best) == 5
-    assert result.best.step == 8
+    scores = {depth: 0.9 - 0.01 * abs(depth - 5) for depth in range(1, 9)}
+    result = halve_combinations(sweep.list_rows("listed"), make_run_rows(scores, calls, noise=0.05))
+    assert (get_depth(result.best), result.best.step) == (5, 8)
+    assert all(len(later) <= len(earlier) / 2 for earlier, later in zip(calls, calls[1:], strict=False))
 
 
 def test_halving_drops_only_the_worse_half_of_combinations_that_look_alike(sweep):
@@ -104,9 +97,10 @@ def test_halving_stops_early_if_one_combination_is_clearly_best(sweep):
     assert [len(call) for call in calls] == [8, 1]
     assert (get_depth(result.best), result.best.step) == (3, 8)
     assert len(result.ruled_out) == 7
-    assert result.format_lines()[0].startswith("recommended: tiny-vit(")
+    assert result.format_lines()[0].startswith("recommended: mixer query(num_queries=2,depth=3,")
     assert "class/accuracy 90." in result.format_lines()[0]
-    assert lines[0].startswith("rung 1 of 4, 1 steps: 1 of 8 combinations left; best: tiny-vit(")
+    assert result.format_lines()[-1].startswith("the recommended one again: sca bench row ")
+    assert lines[0].startswith("rung 1 of 4, 1 steps: 1 of 8 combinations left; best: mixer query(")
 
 
 def test_halving_ranks_failed_combinations_last(sweep):
@@ -116,9 +110,28 @@ def test_halving_ranks_failed_combinations_last(sweep):
     assert {get_depth(each) for each in result.ruled_out} >= {1, 2, 3, 4}
 
 
+def test_halving_reports_when_every_combination_fails(sweep):
+    scores = {depth: 0.9 if depth == 3 else 0.1 for depth in range(1, 9)}
+    run_rows = make_run_rows(scores, [])
+
+    def fail_last_rung(rows):
+        return [row if len(rows) > 1 else {**row, "scores": []} for row in run_rows(rows)]
+
+    with pytest.raises(ValueError, match="no combination has the score class/accuracy"):
+        halve_combinations(sweep.list_rows("listed"), fail_last_rung)
+    with pytest.raises(ValueError, match="no combination has the score"):
+        halve_combinations(sweep.list_rows("listed"), make_run_rows(dict.fromkeys(range(1, 9)), []))
+
+
+def test_candidates_are_named_by_what_distinguishes_them():
+    table = {**TABLE, "axes": {"train.learning_rate": [0.1, 0.2], "mixer.depth": [1]}}
+    labels = [each.label for each in list_candidates(Sweep.from_dict(table, "mine").list_rows("listed"))]
+    assert labels == ["train.learning_rate 0.1", "train.learning_rate 0.2"]
+
+
 def test_halving_averages_seeds(sweep):
     rows = Sweep.from_dict({**TABLE, "seeds": [0, 1, 2]}, "mine").list_rows("listed")
-    assert [len(group) for group in group_by_combination(rows)] == [3] * 8
+    assert [len(candidate.rows) for candidate in list_candidates(rows)] == [3] * 8
     calls = []
     halve_combinations(rows, make_run_rows({depth: depth / 10 for depth in range(1, 9)}, calls))
     assert len(calls[0]) == 24
@@ -137,7 +150,7 @@ def test_run_halving_resumes_training_runs_and_rungs(tmp_path):
     sweep = Sweep.from_dict({**TABLE, "axes": {"mixer.depth": [1, 2]}}, "mine")
     messages = []
     settings = RunSettings(launcher_options={"num_workers": 1}, report=messages.append)
-    with pytest.raises(TimeBudgetError, match="2 of 2 rows of this rung have no result yet; run the same command"):
+    with pytest.raises(IncompleteRungError, match="2 of 2 rows of this rung have no result yet; run the same command"):
         run_halving(sweep, tmp_path, RunSettings(report=messages.append, time_budget=0.0))
     result = run_halving(sweep, tmp_path, settings)
     rows = ResultStore(tmp_path).read_rows()
@@ -155,15 +168,18 @@ def test_run_halving_resumes_training_runs_and_rungs(tmp_path):
 
 
 @pytest.mark.slow
-def test_row_that_stops_in_between_equals_one_that_does_not(tmp_path):
-    from sca_bench.runner import run_sweep
-
+def test_rows_that_stop_share_a_run_and_equal_one_that_does_not_stop(tmp_path):
     weights = {}
+    axes = {"mixer.depth": [1], "train.stop_step": [3, 8], "evaluate.prompt_type": ["box", "center"]}
     for name, stop_steps in (("stopped", [3, 8]), ("whole", [8])):
-        axes = {"mixer.depth": [1], "train.stop_step": stop_steps}
-        sweep = Sweep.from_dict({**TABLE, "axes": axes}, name)
-        run_sweep(sweep, tmp_path / name, RunSettings(report=lambda line: None), order="listed")
+        sweep = Sweep.from_dict({**TABLE, "axes": {**axes, "train.stop_step": stop_steps}}, name)
+        settings = RunSettings(launcher_options={"num_workers": 2}, report=lambda line: None)
+        run_sweep(sweep, tmp_path / name, settings, order="listed")
         rows = ResultStore(tmp_path / name).read_rows()
         assert {row["state"] for row in rows} == {"done"}, [row["reason"] for row in rows]
-        weights[name] = (tmp_path / name / rows[-1]["model"] / "weights.safetensors").read_bytes()
+        models = {row["config"]["train"]["stop_step"]: row["model"] for row in rows}
+        assert {row["model"] for row in rows} == {*models.values()}  # prompt types share models
+        weights[name] = (tmp_path / name / models[8] / "weights.safetensors").read_bytes()
+        if name == "stopped":
+            assert (tmp_path / name / models[3] / "weights.safetensors").read_bytes() != weights[name]
     assert weights["stopped"] == weights["whole"]

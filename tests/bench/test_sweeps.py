@@ -212,6 +212,17 @@ def test_row_key_depends_only_on_the_configuration(make_sweep):
             '[[comparisons]]\nclaim = "x"\nbetter = { mixr = "query" }\nworse = { mixer = "roi-pool" }\n[axes]',
             "Did you mean 'mixer'",
         ),
+        (
+            "[axes]",
+            '[[comparisons]]\nclaim = "x"\nbetter = { mixer = "roi-pool" }\nworse = {}\n[axes]',
+            "select values of the same axes in both",
+        ),
+        (
+            '"mask-tokens"]',
+            '{ name = "roi-pool", pool_size = 3 }]\n[[comparisons]]\nclaim = "x"\nbetter = { mixer = "roi-pool" }\n'
+            'worse = { mixer = "roi-pool" }\n',
+            "which several values of the axis 'mixer' match",
+        ),
         ("[axes]", "[evaluate]\n[axes]", "has no dataset"),
         (
             "[axes]",
