@@ -101,8 +101,8 @@ def test_t_quantile_equals_published_values():
 
 
 def test_few_images_have_no_interval():
-    assert effects.compute_paired_interval(np.ones((3, 4, 2)), np.zeros((3, 4, 2)) + [0, 1]) is None
-    assert effects.compute_paired_interval(np.ones((3, 5, 2)), np.zeros((3, 5, 2)) + [0, 1]) == (1.0, 1.0)
+    assert effects.compute_paired_interval(np.ones((3, 4, 2)), [*np.zeros((3, 4, 2)), 0, 1]) is None
+    assert effects.compute_paired_interval(np.ones((3, 5, 2)), [*np.zeros((3, 5, 2)), 0, 1]) == (1.0, 1.0)
 
 
 def test_count_images_needed_matches_the_noise_of_the_images(sweep):

@@ -1,5 +1,7 @@
 """Successive halving: which combinations are dropped, what is recommended, and resumption after an interruption."""
 
+import itertools
+
 import numpy as np
 import pytest
 from sca_bench.halving import halve_combinations, list_candidates, make_rung_row
@@ -77,7 +79,7 @@ def test_halving_finds_the_best_of_similar_combinations(sweep):
     scores = {depth: 0.9 - 0.01 * abs(depth - 5) for depth in range(1, 9)}
     result = halve_combinations(sweep.list_rows("listed"), make_run_rows(scores, calls, noise=0.05))
     assert (get_depth(result.best), result.best.step) == (5, 8)
-    assert all(len(later) <= len(earlier) / 2 for earlier, later in zip(calls, calls[1:], strict=False))
+    assert all(len(later) <= len(earlier) / 2 for earlier, later in itertools.pairwise(calls))
 
 
 def test_halving_drops_only_the_worse_half_of_combinations_that_look_alike(sweep):
