@@ -169,13 +169,13 @@ def compute_paired_interval(first: np.ndarray, second: np.ndarray) -> tuple[floa
     if num_images < MIN_IMAGES:
         return None
     totals = first.sum(axis=1), second.sum(axis=1)  # (seeds, 2)
-    seed_differences = np.subtract(*(_divide(each[:, 0], each[:, 1]) for each in totals))
+    seed_differences = np.subtract(*(_compute_ratios(each[:, 0], each[:, 1]) for each in totals))
     difference = float(seed_differences.mean())
     rows = np.stack((first, second)).transpose(2, 0, 1, 3).reshape(num_images, -1)  # (images, 2 sides x seeds x 2)
 
     def compute_scores(sums: np.ndarray) -> np.ndarray:
         sides = sums.reshape(*sums.shape[:-1], 2, num_seeds, 2)
-        ratios = _divide(sides[..., 0], sides[..., 1])
+        ratios = _compute_ratios(sides[..., 0], sides[..., 1])
         return (ratios[..., 0, :] - ratios[..., 1, :]).mean(axis=-1)
 
     resampled = bootstrap_scores(ScoreStatistics(rows, compute_scores), np.arange(num_images))
@@ -197,7 +197,7 @@ def compute_t_quantile(degrees_of_freedom: float) -> float:
     return float(np.quantile(np.abs(samples), 1 - SIGNIFICANCE))
 
 
-def _divide(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+def _compute_ratios(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         return numerators / denominators
 
@@ -209,8 +209,8 @@ def _compute_image_std(first: np.ndarray, second: np.ndarray) -> float | None:
     influences = []
     for sums in (first, second):
         totals = sums.sum(axis=1)  # (seeds, 2)
-        ratios = _divide(totals[:, :1], totals[:, 1:])
-        influences.append(_divide(sums[..., 0] - ratios * sums[..., 1], totals[:, 1:] / sums.shape[1]))
+        ratios = _compute_ratios(totals[:, :1], totals[:, 1:])
+        influences.append(_compute_ratios(sums[..., 0] - ratios * sums[..., 1], totals[:, 1:] / sums.shape[1]))
     value = float((influences[0] - influences[1]).mean(axis=0).std(ddof=1))
     return value if math.isfinite(value) else None
 

@@ -27,8 +27,8 @@ from sca_bench.sweep import Sweep
 
 RESULTS_NAME, SWEEP_NAME = "results.jsonl", "sweep.json"
 ROW_STATES = {
-    "done": "trained, evaluated and timed",
-    "incompatible": "the components are incompatible",
+    "done": "built, evaluated and measured",
+    "incompatible": "incompatible components",
     "skipped": "the estimated memory exceeds the available memory",
     "out-of-memory": "out of memory",
     "timed-out": "exceeded the timeout",

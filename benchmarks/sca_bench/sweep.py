@@ -419,6 +419,8 @@ def _check_comparisons(sweep: Sweep) -> None:
     for study in sweep.studies:
         combinations = sweep.list_combinations(study)
         for comparison in study.comparisons:
+            for axis in (*comparison.better, *comparison.worse):
+                check_choice("axis of a comparison", axis, study.settings)
             if comparison.better.keys() != comparison.worse.keys():
                 raise RegistryError(
                     f"the comparison {comparison.claim!r} selects {dict(comparison.better)} and "
@@ -426,7 +428,6 @@ def _check_comparisons(sweep: Sweep) -> None:
                 )
             for selection in (comparison.better, comparison.worse):
                 for axis, value in selection.items():
-                    check_choice("axis of a comparison", axis, study.settings)
                     if sum(_matches_value(each, value) for each in study.settings[axis]) > 1:
                         raise RegistryError(
                             f"the comparison {comparison.claim!r} selects {value!r}, which several values of the axis "

@@ -100,9 +100,13 @@ def test_t_quantile_equals_published_values():
         assert effects.compute_t_quantile(freedom) == pytest.approx(quantile, rel=0.02)
 
 
+def make_sums(num_images, value):
+    return np.stack((np.full((3, num_images), value), np.ones((3, num_images))), axis=-1)
+
+
 def test_few_images_have_no_interval():
-    assert effects.compute_paired_interval(np.ones((3, 4, 2)), [*np.zeros((3, 4, 2)), 0, 1]) is None
-    assert effects.compute_paired_interval(np.ones((3, 5, 2)), [*np.zeros((3, 5, 2)), 0, 1]) == (1.0, 1.0)
+    assert effects.compute_paired_interval(make_sums(4, 1.0), make_sums(4, 0.0)) is None
+    assert effects.compute_paired_interval(make_sums(5, 1.0), make_sums(5, 0.0)) == (1.0, 1.0)
 
 
 def test_count_images_needed_matches_the_noise_of_the_images(sweep):

@@ -144,3 +144,17 @@ def test_train_reads_examples_in_stream_order(make_recipe, tmp_path, monkeypatch
     )
     train(make_recipe(steps=3), tmp_path, quiet=True)
     assert indices == list(range(6))
+
+
+@pytest.mark.slow
+def test_training_that_stops_ends_with_bitwise_equal_weights(make_recipe, tmp_path):
+    recipe = make_recipe()
+    uninterrupted = train(recipe, tmp_path / "straight", quiet=True)
+    stopped = train(recipe, tmp_path / "stopped", quiet=True, stop_step=3)
+    assert list_run_folders(tmp_path / "stopped") == ["checkpoint-3", "model"]
+    assert not have_equal_weights(stopped, uninterrupted)
+    again = train(recipe, tmp_path / "stopped", quiet=True, resume=True, stop_step=3)
+    assert have_equal_weights(again, stopped)
+    assert have_equal_weights(train(recipe, tmp_path / "stopped", quiet=True, resume=True), uninterrupted)
+    with pytest.raises(ValueError, match="contains a run at step 6, after stop_step=3; choose a different folder"):
+        train(recipe, tmp_path / "stopped", quiet=True, resume=True, stop_step=3)
