@@ -21,11 +21,11 @@ def test_hold_lock_rejects_a_second_holder_and_removes_the_file(tmp_path):
 def test_wait_for_lock_waits_for_its_holder(tmp_path):
     path, events = tmp_path / "model.lock", []
 
-    def wait():
+    def wait_for_holder():
         with wait_for_lock(path, "the model"):
             events.append("waited")
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=wait_for_holder)
     with hold_lock(path, "the model"):
         thread.start()
         thread.join(timeout=0.5)
