@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import typer
-from sca_bench.sweep import COMPARISON_KEYS, SECTION_KEYS, STUDY_KEYS, list_sweeps
+from sca_bench.sections import SECTION_KEYS
+from sca_bench.sweep import COMPARISON_KEYS, STUDY_KEYS, list_sweeps
 from sca_registry import get_registry, zoo
 from sca_registry.contracts import COMPONENT_KINDS
 from sca_registry.spec import ModelSpec

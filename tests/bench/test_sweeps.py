@@ -10,9 +10,10 @@ import pytest
 from sca_bench import report
 from sca_bench.diff import diff_rows
 from sca_bench.runner import RunSettings, read_sweep_status, run_sweep
+from sca_bench.sections import SECTION_KEYS
 from sca_bench.store import ResultStore
 from sca_bench.summary import find_pareto_front, summarize_rows
-from sca_bench.sweep import SECTION_KEYS, Sweep, list_sweeps
+from sca_bench.sweep import Sweep, list_sweeps
 from sca_registry import RegistryError
 
 from sca.io.errors import InputError, LockedError, OutputError
