@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from sca_registry.contracts import Sample, Tokenizer
+from sca_registry.contracts import Region, Sample, Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,18 +14,23 @@ from pretraining_data import PretrainingData
 from pretraining_loop import Objective
 from sca.language_models.tiny_gpt2 import TinyGpt2
 
+SHUFFLED_WORDS_PROBABILITY = 0.5  # of a phrase that follows its own words in random order
+
 
 class LanguageModelObjective(Objective):
     """Cross-entropy of the next token in blocks of packed texts, so that texts occur at all positions.
 
-    The texts are the class names and all phrases of scenes and photographs.
+    The texts are the class names and phrases of scenes and photographs. Those of a region follow each other, and half
+    of the phrases follow their own words in random order. Thus a caption depends on what precedes it, as in the text of
+    a large language model, and a prefix can determine it.
 
     Args:
         language_model: Language model to train.
         data: Samples.
     """
 
-    default_steps = 600
+    kind = "language_model"
+    default_steps = 1200
     batch_size = 16
     source = "GPT-2, Radford et al. 2019"
 
@@ -61,20 +66,28 @@ def draw_block(
         draw_sample: Draws an annotated image.
         tokenizer: Tokenizer.
         length: Tokens of the block.
-        rng: Generator for the order of the texts and the start of the block.
+        rng: Generator of the order of regions, texts and words, and of the start of the block.
 
     Returns:
         Token ids.
     """
     ids: list[int] = []
     while len(ids) < length:
-        texts = list_texts(draw_sample())
-        for index in rng.permutation(len(texts)):
-            ids += tokenizer.encode(texts[index])
+        regions = draw_sample().regions
+        for index in rng.permutation(len(regions)):
+            for text in draw_texts(regions[index], rng):
+                ids += tokenizer.encode(text)
     start = rng.integers(len(ids) - length + 1)
     return ids[start : start + length]
 
 
-def list_texts(sample: Sample) -> list[str]:
-    """Return the class name and the phrases of each region."""
-    return [text for region in sample.regions for text in (region.name, *region.phrases) if text]
+def draw_texts(region: Region, rng: np.random.Generator) -> list[str]:
+    """Return the class name and the phrases of a region in random order, some after their words in random order."""
+    texts: list[str] = []
+    phrases = [text for text in (region.name, *region.phrases) if text]
+    for index in rng.permutation(len(phrases)):
+        words = phrases[index].split()
+        if len(words) > 1 and rng.random() < SHUFFLED_WORDS_PROBABILITY:
+            texts.append(" ".join(rng.permutation(words)))
+        texts.append(phrases[index])
+    return texts

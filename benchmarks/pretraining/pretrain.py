@@ -1,8 +1,9 @@
-"""Pretrain a tiny encoder or language model: `python benchmarks/pretraining/pretrain.py masks --out FOLDER [...]`
+"""Pretrain a tiny model: `python benchmarks/pretraining/pretrain.py masks --out FOLDER [--street FOLDER] [...]`
 
 Objectives of the encoder tiny-vit: masks (SAM), image-text (CLIP), masked-pixels (MAE), self-distillation (DINO).
-Objective of the language model: language-model (GPT-2). The data are generated scenes and, with --street FOLDER, street
-photographs in COCO's format. Computes in one thread, and is deterministic for a seed.
+Objective of the language model: language-model (GPT-2). Objective of the captioner: crop-captions (GIT). The data are
+generated scenes and, with --street FOLDER, street photographs in COCO's format. Computes in one thread, and is
+deterministic for a seed.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from sca_bench.worker import collect_environment
 
+from crop_caption_objective import CropCaptionObjective, TinyGit
 from image_text_objective import ImageTextObjective
 from language_model_objective import LanguageModelObjective
 from mask_objective import MaskObjective
 from masked_pixel_objective import MaskedPixelObjective
-from pretrained_folder import FOLDER_CONTENT, save_encoder, save_language_model
+from pretrained_folder import FOLDER_CONTENT, save_captioner, save_encoder, save_language_model
 from pretraining_data import PretrainingData
 from pretraining_loop import Objective, recompute_batch_norm, train_objective
 from sca.encoders.tiny_vit import TinyVit
@@ -36,6 +38,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "masked-pixels": MaskedPixelObjective,
     "self-distillation": SelfDistillationObjective,
     "language-model": LanguageModelObjective,
+    "crop-captions": CropCaptionObjective,
 }
 ENCODER_OPTIONS: dict[str, Any] = {  # of all encoders, so that they differ in their objective only
     "image_size": 128,
@@ -48,6 +51,13 @@ ENCODER_OPTIONS: dict[str, Any] = {  # of all encoders, so that they differ in t
     "resize_mode": "pad",
 }
 LANGUAGE_MODEL_OPTIONS = {"hidden_size": 128, "depth": 3, "num_heads": 4, "max_positions": 96}
+CAPTIONER_OPTIONS = {"image_size": 64, "patch_size": 8, "hidden_size": 96, "depth": 3, "num_heads": 4}
+MODELS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {  # kind -> model and its default options
+    "encoder": (TinyVit, ENCODER_OPTIONS),
+    "language_model": (TinyGpt2, LANGUAGE_MODEL_OPTIONS),
+    "captioner": (TinyGit, CAPTIONER_OPTIONS),
+}
+COMPONENTS = {"encoder": "tiny-vit", "language_model": "hf", "captioner": "crop-captioner"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -80,7 +90,7 @@ def train_and_save(
         street: Folder of the street photographs; None for scenes only.
         steps: Optimizer steps; None for the default of the objective.
         seed: Random seed.
-        options: Options of the model; None for `ENCODER_OPTIONS` or `LANGUAGE_MODEL_OPTIONS`.
+        options: Options of the model; None for those in `MODELS`.
 
     Returns:
         The facts about the training, as stored in `config.json`.
@@ -98,19 +108,20 @@ def train_and_save(
         raise InputError(f"--steps is {steps}; expected an integer of at least 1")
     steps = objective_class.default_steps if steps is None else steps
     data = PretrainingData(street)
-    is_encoder = objective_class is not LanguageModelObjective
-    options = options or (ENCODER_OPTIONS if is_encoder else LANGUAGE_MODEL_OPTIONS)
-    objective = objective_class(TinyVit(**options) if is_encoder else TinyGpt2(**options), data)
+    kind = objective_class.kind
+    build_model, default_options = MODELS[kind]
+    options = options or default_options
+    objective = objective_class(build_model(**options), data)
     losses = train_objective(objective, steps, seed, lambda line: print(line, flush=True))
     segmenter = getattr(objective, "segmenter", None)
-    if is_encoder and segmenter is None:
+    if kind == "encoder" and segmenter is None:
         recompute_batch_norm(objective.encoder, data, seed)
     facts = {
         "objective": objective_name,
         "source": objective_class.source,
-        "kind": "encoder" if is_encoder else "language_model",
-        "component": "tiny-vit" if is_encoder else "hf",
-        "segmenter": ("sam" if segmenter else "box") if is_encoder else None,
+        "kind": kind,
+        "component": COMPONENTS[kind],
+        "segmenter": ("sam" if segmenter else "box") if kind == "encoder" else None,
         "steps": steps,
         "batch_size": objective_class.batch_size,
         "seed": seed,
@@ -119,10 +130,12 @@ def train_and_save(
         "data": data.describe_sources(),
         "versions": collect_environment("cpu")["versions"],
     }
-    if is_encoder:
+    if kind == "encoder":
         save_encoder(folder, options, objective.encoder, segmenter, facts)
-    else:
+    elif kind == "language_model":
         save_language_model(folder, objective.language_model, facts)
+    else:
+        save_captioner(folder, objective.captioner, facts)
     return facts
 
 

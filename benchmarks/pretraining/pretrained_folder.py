@@ -1,4 +1,4 @@
-"""Folders of pretrained weights: an encoder, with or without a segmenter, or a language model, and a model card."""
+"""Folders of pretrained weights and a model card: an encoder, its segmenter, a language model or a captioner."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
+from crop_caption_objective import TinyGit
 from sca.encoders.tiny_vit import TinyVit, TinyVitConfig
 from sca.io.atomic import write_folder
 from sca.io.hub import silence_transformers
@@ -18,8 +19,10 @@ from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.segmenters.sam import POSITION_FREQUENCY_SCALE, SamSegmenter
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
-LANGUAGE_MODEL_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
-FOLDER_CONTENT = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *LANGUAGE_MODEL_FILES)
+TEXT_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+REPOSITORY_FOLDER = "benchmarks/pretrained"
+PROCESSOR_FILE = "processor_config.json"
+FOLDER_CONTENT = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, PROCESSOR_FILE, *TEXT_FILES)
 CAMVID_TERMS = (
     "The photographs are the training split of CamVid (Brostow et al. 2009), as published with SegNet. CamVid is "
     "available for research, requires citation and has no license; clarify its terms before any other use. The "
@@ -31,6 +34,12 @@ INPUTS = {  # what each objective uses of the data
     "masked-pixels": "images",
     "self-distillation": "images and boxes",
     "language-model": "class names and phrases",
+    "crop-captions": "images, boxes and phrases",
+}
+SUMMARIES = {
+    "encoder": "Tiny encoder to freeze in experiments with the region captioner; not for other use.",
+    "language_model": "Tiny language model to freeze in experiments with the region captioner; not for other use.",
+    "captioner": "Tiny image captioner for crops of regions, as a baseline of the region captioner; not for other use.",
 }
 CARD = """\
 # {name}
@@ -45,7 +54,7 @@ CARD = """\
 - Data: {inputs} of {data}. {terms}
 - License: Apache-2.0 for the weights.
 
-`config.json` contains the facts under `training`. To make it again:
+`config.json` contains the facts under `training`. To reproduce it:
 
 ```sh
 {command}
@@ -117,6 +126,20 @@ def save_language_model(folder: Path, language_model: TinyGpt2, facts: Mapping[s
         language_model.tokenizer.save(str(draft))
 
 
+def save_captioner(folder: Path, captioner: TinyGit, facts: Mapping[str, Any]) -> None:
+    """Write an image captioner and its processor in transformers' format.
+
+    Args:
+        folder: New folder, or one that this program wrote.
+        captioner: Captioner.
+        facts: Facts about the training.
+    """
+    captioner.model.config.training = dict(facts)
+    with write_pretrained_folder(folder, facts) as draft, silence_transformers():
+        captioner.model.save_pretrained(draft)
+        captioner.processor.save_pretrained(draft)
+
+
 @contextmanager
 def write_pretrained_folder(folder: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """Yield a draft of a folder with a model card, which replaces the folder at the end."""
@@ -136,7 +159,10 @@ def render_card(name: str, facts: Mapping[str, Any]) -> str:
         Markdown.
     """
     kind = facts["kind"]
-    usage = f'{kind} = {{ name = "{facts["component"]}", weights = "benchmarks/pretrained/{name}" }}'
+    usage = f'{kind} = {{ name = "{facts["component"]}", weights = "{REPOSITORY_FOLDER}/{name}"'
+    if kind == "captioner":
+        usage += f', encoder = {{ name = "tiny-vit", weights = "{REPOSITORY_FOLDER}/tiny-vit-masks" }}'
+    usage += " }"
     if facts["segmenter"]:
         usage += f'\nsegmenter = "{facts["segmenter"]}"'
     has_street = "street" in facts["data"]
@@ -146,9 +172,9 @@ def render_card(name: str, facts: Mapping[str, Any]) -> str:
         name=name,
         usage=usage,
         terms=CAMVID_TERMS if has_street else "Scenes are generated.",
-        summary=f"Tiny {kind.replace('_', ' ')} to freeze in experiments with the region captioner; not for other use.",
+        summary=SUMMARIES[kind],
         command=f"python benchmarks/pretraining/pretrain.py {facts['objective']} --steps {facts['steps']} "
-        f"--seed {facts['seed']}{' --street FOLDER' if has_street else ''} --out benchmarks/pretrained/{name}",
+        f"--seed {facts['seed']}{' --street FOLDER' if has_street else ''} --out {REPOSITORY_FOLDER}/{name}",
     )
 
 

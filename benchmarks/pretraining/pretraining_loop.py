@@ -32,12 +32,14 @@ class Objective(nn.Module, ABC):
         batch_size: Images, pairs or texts per step.
         learning_rate: Peak learning rate.
         source: Paper.
+        kind: Kind of the trained component: encoder, language_model or captioner.
     """
 
     default_steps: int
     batch_size: int
     learning_rate: float = 1e-3
     source: str
+    kind: str = "encoder"
 
     def prepare(self, steps: int, seed: int) -> None:
         """Prepare the data of a run."""

@@ -3,7 +3,8 @@
 Linear classifiers of region features predict the attributes of unseen scenes and, with --street, the class of regions
 in unseen photographs. The features of a region are those of the encoder for the whole image, averaged under its mask.
 For comparison: the same encoder with random weights and the batch-norm statistics of these images, and the most
-frequent value. Also measures the masks of a pretrained segmenter, and the loss of the language model on unseen texts.
+frequent value. Differences to random weights have 95% intervals over images. Also measures the masks of a pretrained
+segmenter, and the loss of the language model on unseen texts.
 Prints Markdown tables.
 """
 
@@ -27,6 +28,7 @@ from pretraining_data import PretrainingData, load_street_photographs
 from pretraining_loop import recompute_batch_norm
 from sca.data.scenes import Scenes
 from sca.encoders.tiny_vit import TinyVit
+from sca.evaluation.bootstrap import bootstrap_scores, compute_interval, make_mean_statistics
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import PromptingOptions
 from sca.inference.factory import load_captioner
@@ -34,7 +36,7 @@ from sca.inference.processor import Processor
 from sca.io.atomic import write_file
 from sca.io.json import read_json
 from sca.io.masks import decode_rle
-from sca.io.score_format import format_score
+from sca.io.score_format import format_interval, format_score
 from sca.language_models.hf import HfLanguageModel
 from sca.nn.masks import pool_under_masks
 
@@ -84,21 +86,31 @@ def probe_folders(pretrained: Path, street: Path | None, num_scenes: int) -> dic
     encoders[RANDOM_LABEL] = TinyVit(weights=str(folders[names[0]]), pretrained=False)
     recompute_batch_norm(encoders[RANDOM_LABEL], PretrainingData(street), seed=0)
     accuracies: dict[str, dict[str, float]] = {name: {} for name in (*encoders, FREQUENT_LABEL)}
+    differences: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     num_regions: dict[str, list[int]] = {}
     for source, (fit_dataset, test_dataset) in datasets.items():
+        is_correct: dict[tuple[str, str], np.ndarray] = {}
         for name, encoder in encoders.items():
-            fit_features, fit_labels = collect_region_features(encoder.eval(), fit_dataset)
-            test_features, test_labels = collect_region_features(encoder, test_dataset)
+            fit_features, fit_labels, _ = collect_region_features(encoder.eval(), fit_dataset)
+            test_features, test_labels, image_indices = collect_region_features(encoder, test_dataset)
             for attribute, values in fit_labels.items():
                 predicted = fit_and_predict(fit_features, values, test_features)
-                accuracies[name][f"{source}/{attribute}"] = float(np.mean(predicted == test_labels[attribute]))
+                is_correct[name, attribute] = predicted == test_labels[attribute]
+                accuracies[name][f"{source}/{attribute}"] = float(np.mean(is_correct[name, attribute]))
+        for name in names:
+            for attribute in fit_labels:
+                gains = is_correct[name, attribute].astype(float) - is_correct[RANDOM_LABEL, attribute]
+                interval = compute_interval(bootstrap_scores(make_mean_statistics(gains), image_indices))
+                assert interval is not None  # no value is NaN
+                differences[name][f"{source}/{attribute}"] = [float(gains.mean()), *interval]
         for attribute, values in fit_labels.items():
             unique, counts = np.unique(values, return_counts=True)
-            is_correct = test_labels[attribute] == unique[counts.argmax()]
-            accuracies[FREQUENT_LABEL][f"{source}/{attribute}"] = float(np.mean(is_correct))
+            is_frequent = test_labels[attribute] == unique[counts.argmax()]
+            accuracies[FREQUENT_LABEL][f"{source}/{attribute}"] = float(np.mean(is_frequent))
         num_regions[source] = [len(fit_features), len(test_features)]
     return {
         "accuracies": accuracies,
+        "differences": differences,
         "num_regions": num_regions,
         "mask_iou": {
             name: measure_masks(folders[name], street, num_scenes)
@@ -107,34 +119,36 @@ def probe_folders(pretrained: Path, street: Path | None, num_scenes: int) -> dic
         },
         "token_loss": {
             name: measure_language_model(pretrained / name, [test for _, test in datasets.values()])
-            for name in configs
-            if name not in names
+            for name, config in configs.items()
+            if config["training"]["kind"] == "language_model"
         },
         "environment": collect_environment("cpu"),
     }
 
 
 @torch.inference_mode()
-def collect_region_features(encoder: TinyVit, dataset: Dataset) -> tuple[Tensor, dict[str, np.ndarray]]:
-    """Return the features of all regions, (N, C), and their values by attribute."""
+def collect_region_features(encoder: TinyVit, dataset: Dataset) -> tuple[Tensor, dict[str, np.ndarray], np.ndarray]:
+    """Return the features of all regions, (N, C), their values by attribute, and the indices of their images, (N,)."""
     processor = Processor.from_encoder(encoder)
     features: list[Tensor] = []
+    image_indices: list[int] = []
     labels: dict[str, list[str]] = {}
     for start in range(0, len(dataset), IMAGES_PER_BATCH):
         samples = [dataset[index] for index in range(start, min(start + IMAGES_PER_BATCH, len(dataset)))]
         grids = encoder(processor.preprocess_images([sample.image for sample in samples]))
-        for grid, sample in zip(grids, samples, strict=True):
+        for index, (grid, sample) in enumerate(zip(grids, samples, strict=True), start):
             frame = processor.compute_frame(*sample.image.size)
             regions = [region for region in sample.regions if region.mask is not None]
             if not regions:
                 continue
             masks = torch.stack([processor.compute_coverage(decode_rle(region.mask), frame) for region in regions])
             features.append(pool_under_masks(grid[None], torch.zeros(len(regions), dtype=torch.long), masks))
+            image_indices += [index] * len(regions)
             for region in regions:
                 values = {name: region.attributes[name] for name in SCENE_ATTRIBUTES} if region.attributes else {}
                 for name, value in (values or {"class": region.name}).items():
                     labels.setdefault(name, []).append(value)
-    return torch.cat(features), {name: np.array(values) for name, values in labels.items()}
+    return torch.cat(features), {name: np.array(values) for name, values in labels.items()}, np.array(image_indices)
 
 
 def fit_and_predict(fit_features: Tensor, fit_values: np.ndarray, test_features: Tensor) -> np.ndarray:
@@ -207,6 +221,10 @@ def render_results(results: Mapping[str, Any]) -> str:
     accuracies = results["accuracies"]
     tables = [
         render_table("encoder", {name: format_scores(scores) for name, scores in accuracies.items()}),
+        render_table(
+            "difference to random weights (95% CI)",
+            {name: format_differences(values) for name, values in results["differences"].items()},
+        ),
         render_table("masks", {name: format_scores(scores) for name, scores in results["mask_iou"].items()}),
         render_table(
             "loss per token",
@@ -221,6 +239,13 @@ def render_results(results: Mapping[str, Any]) -> str:
 
 def format_scores(scores: Mapping[str, float]) -> dict[str, str]:
     return {name.replace("/", ": "): format_score(value) for name, value in scores.items()}
+
+
+def format_differences(differences: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    return {
+        name.replace("/", ": "): f"{format_score(value, signed=True)} ({format_interval(low, high, signed=True)})"
+        for name, (value, low, high) in differences.items()
+    }
 
 
 def render_table(title: str, rows: Mapping[str, Mapping[str, str]]) -> str:

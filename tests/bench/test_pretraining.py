@@ -20,10 +20,11 @@ from pretraining_loop import Objective, train_objective
 from pretraining_probe import fit_and_predict, probe_folders, render_results
 from sca.data.scenes import Scenes
 from sca.encoders.tiny_vit import TinyVit
+from sca.evaluation.evaluate import evaluate
+from sca.inference.factory import load_captioner
 from sca.inference.processor import Processor
 from sca.io.errors import InputError
 from sca.language_models.hf import HfLanguageModel
-from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.segmenters.sam import SamSegmenter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,11 +32,15 @@ PRETRAINED = ROOT / "benchmarks" / "pretrained"
 COMMITTED = [folder.name for folder in sorted(PRETRAINED.glob("*"))]  # none in an sdist
 COMMITTED_ENCODERS = [name for name in COMMITTED if name.startswith("tiny-vit-")]
 MAX_FOLDER_BYTES = 5_000_000
-LANGUAGE_MODEL_OPTIONS = {"hidden_size": 32, "depth": 1, "num_heads": 2, "max_positions": 24}
+TINY_OPTIONS = {
+    "encoder": TINY_VIT_OPTIONS,
+    "language_model": {"hidden_size": 32, "depth": 1, "num_heads": 2, "max_positions": 24},
+    "captioner": {"image_size": 32, "hidden_size": 32, "depth": 1, "num_heads": 2},
+}
 
 
 def get_options(objective):
-    return LANGUAGE_MODEL_OPTIONS if objective == "language-model" else TINY_VIT_OPTIONS
+    return TINY_OPTIONS[pretrain.OBJECTIVES[objective].kind]
 
 
 def read_config(folder):
@@ -64,8 +69,8 @@ def test_committed_encoder_matches_its_config(name, scene_images):
 
 
 def test_committed_encoders_cover_all_objectives():
-    objectives = pretrain.OBJECTIVES.keys() - {"language-model"}
-    assert not COMMITTED or {f"tiny-vit-{name}" for name in objectives} == set(COMMITTED_ENCODERS)
+    names = {f"tiny-vit-{name}" for name, each in pretrain.OBJECTIVES.items() if each.kind == "encoder"}
+    assert not COMMITTED or names == set(COMMITTED_ENCODERS)
 
 
 @torch.inference_mode()
@@ -97,14 +102,25 @@ def test_committed_folder_is_small_and_has_its_card(name):
 def test_objective_reduces_its_loss(objective):
     torch.manual_seed(0)
     steps = 120 if objective == "self-distillation" else 40  # its loss rises first, while the center is estimated
-    model = (TinyGpt2 if objective == "language-model" else TinyVit)(**get_options(objective))
-    module = pretrain.OBJECTIVES[objective](model, PretrainingData())
+    objective_class = pretrain.OBJECTIVES[objective]
+    build_model, _ = pretrain.MODELS[objective_class.kind]
+    module = objective_class(build_model(**get_options(objective)), PretrainingData())
     lines = []
     final_losses = train_objective(module, steps, 0, lines.append)
     assert len(lines) == 20
     first_losses = [float(re.search(r": \S+ ([\d.]+)", line)[1]) for line in lines[:10]]
     assert next(iter(final_losses.values())) < 0.97 * max(first_losses)
     assert not module.training
+
+
+@pytest.mark.slow
+def test_pretrained_crop_captioner_captions_regions(tmp_path):
+    pretrain.train_and_save("crop-captions", tmp_path / "git", steps=2, options=get_options("crop-captions"))
+    (tmp_path / "git").rename(tmp_path / "moved")
+    encoder = {"name": "tiny-vit", **TINY_VIT_OPTIONS}
+    captioner = load_captioner({"name": "crop-captioner", "weights": str(tmp_path / "moved"), "encoder": encoder})
+    result = evaluate(captioner, {"name": "scenes", "num_images": 2}, "val", metrics=["cider-d"])
+    assert result.scores["cider-d"] >= 0
 
 
 @pytest.mark.slow
@@ -120,7 +136,7 @@ def test_pretrain_repeats_exactly_for_a_seed(tmp_path):
 
 @pytest.mark.slow
 def test_probe_measures_all_folders(tmp_path):
-    for objective in ("masks", "image-text", "language-model"):
+    for objective in ("masks", "image-text", "language-model", "crop-captions"):
         facts = pretrain.train_and_save(objective, tmp_path / objective, steps=2, options=get_options(objective))
         assert facts["steps"] == 2
         assert facts == read_config(tmp_path / objective)["training"]
@@ -128,6 +144,8 @@ def test_probe_measures_all_folders(tmp_path):
     assert results["accuracies"].keys() == {"image-text", "masks", "random weights", "most frequent value"}
     assert results["mask_iou"]["masks"].keys() == {"scenes/box", "scenes/mask-point"}
     assert results["token_loss"].keys() == {"language-model"}
+    low, difference, high = (results["differences"]["masks"]["scenes/color"][index] for index in (1, 0, 2))
+    assert low <= difference <= high
     table = render_results(results)
     assert "| encoder | scenes: color | scenes: shape | scenes: size | scenes: texture |" in table
     assert "| masks | scenes: box | scenes: mask-point |" in table
