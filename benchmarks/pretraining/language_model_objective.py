@@ -14,7 +14,7 @@ from pretraining_data import PretrainingData
 from pretraining_loop import Objective
 from sca.language_models.tiny_gpt2 import TinyGpt2
 
-SHUFFLED_WORDS_PROBABILITY = 0.5  # of a phrase that follows its own words in random order
+SHUFFLING_PROBABILITY = 0.5  # of a phrase that follows its own words in random order
 
 
 class LanguageModelObjective(Objective):
@@ -86,8 +86,8 @@ def draw_texts(region: Region, rng: np.random.Generator) -> list[str]:
     texts: list[str] = []
     phrases = [text for text in (region.name, *region.phrases) if text]
     for index in rng.permutation(len(phrases)):
-        words = phrases[index].split()
-        if len(words) > 1 and rng.random() < SHUFFLED_WORDS_PROBABILITY:
-            texts.append(" ".join(rng.permutation(words)))
+        parts = phrases[index].split()
+        if len(parts) > 1 and rng.random() < SHUFFLING_PROBABILITY:
+            texts.append(" ".join(rng.permutation(parts)))
         texts.append(phrases[index])
     return texts
