@@ -30,8 +30,9 @@ class LanguageModelObjective(Objective):
     """
 
     kind = "language_model"
-    default_steps = 1200
+    default_steps = 2400
     batch_size = 16
+    learning_rate = 2e-3
     source = "GPT-2, Radford et al. 2019"
 
     def __init__(self, language_model: TinyGpt2, data: PretrainingData):
