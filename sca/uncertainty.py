@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 MIN_PROBABILITY = 1e-6  # scores are clipped to this distance from 0 and 1
 MIN_SCALE = 1e-6  # standard deviations and variances are at least this large
+MIN_RELATIVE_SCALE = 1e-2  # minimum standard deviation of a feature, as a fraction of the median one
 MAX_COMPONENTS = 64
 VIEWS_PER_COMPONENT = 4  # images and crops that each principal component needs at least
 
@@ -87,7 +88,7 @@ class Uncertainty:
     Attributes:
         calibrations: Calibrations by task and kind of prompt, see `get_prompt_kind`.
         domain: Distribution of the training images; None if it was not measured.
-        weights_hash: Hash of the weights that this belongs to, see `sca.checkpoints.tensors.hash_values`.
+        weights_hash: Hash of the weights that this belongs to, see `sca.checkpoints.uncertainty.hash_as_float32`.
     """
 
     calibrations: Mapping[tuple[str, str], Calibration]
@@ -171,7 +172,10 @@ def fit_domain(training_features: Tensor, held_out_features: Tensor, quantile: f
         The distribution.
     """
     features = training_features.double()
-    mean, scale = features.mean(0), features.std(0).clamp(min=MIN_SCALE)
+    mean, scale = features.mean(0), features.std(0)
+    # A feature that is constant in the training images would make all other images unlike them.
+    varying = scale[scale > MIN_SCALE]
+    scale = scale.clamp(min=max(MIN_SCALE, MIN_RELATIVE_SCALE * float(varying.median())) if len(varying) else MIN_SCALE)
     _, singular_values, directions = torch.linalg.svd((features - mean) / scale, full_matrices=False)
     variances = singular_values.square() / len(features)
     num_features = features.shape[1]

@@ -72,11 +72,50 @@ def load(
             NaN or infinite weights, or has missing or unexpected tensors.
         ValueError: The device is not available, or the dtype is unknown.
     """
-    device, dtype = resolve_device(device), resolve_dtype(dtype)
     trust = Trust(trust_remote_code, allow_external)
+    return _load_model(source, resolve_device(device), resolve_dtype(dtype), trust, revision)
+
+
+def load_uncalibrated(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    trust_remote_code: bool = False,
+    allow_external: bool = False,
+) -> SegmentCaptioner:
+    """Load a model without its uncertainty.json, which may be damaged or belong to other weights.
+
+    Args:
+        source: Model name, Hub id or folder, as for `load`.
+        device: Device of the model.
+        trust_remote_code: As for `load`.
+        allow_external: As for `load`.
+
+    Returns:
+        The model, in eval mode on `device`. Its captions have no confidence, and its images no OOD score.
+
+    Raises:
+        InputError: As for `load`.
+        ValueError: The device is not available.
+    """
+    trust = Trust(trust_remote_code, allow_external)
+    return _load_model(source, resolve_device(device), None, trust, None, with_uncertainty=False)
+
+
+def _load_model(
+    source: str | Path,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    trust: Trust,
+    revision: str | None,
+    with_uncertainty: bool = True,
+) -> SegmentCaptioner:
     folder, spec = open_checkpoint(source, trust, revision)
     with _shorten_errors(folder):
-        model = load_published_checkpoint(folder, trust) if spec is None else load_native_checkpoint(folder, spec)
+        if spec is None:
+            model = load_published_checkpoint(folder, trust)
+        else:
+            model = load_native_checkpoint(folder, spec, with_uncertainty)
         check_finite_weights(model, str(folder))
         model = model.to(device=device, dtype=dtype).eval()
         if dtype == torch.float16:
@@ -134,7 +173,7 @@ def open_checkpoint(
             check_file(folder / name, root, file_trust)
         # Read first, to reject arbitrary folders before their files are checked.
         spec = None if is_published_checkpoint(folder) else read_spec(folder)
-        check_folder(folder, file_trust)
+        check_folder(folder, file_trust, own_files=[UNCERTAINTY_FILE])
         if spec is not None:
             with wrap_spec_errors(folder):
                 spec = confine_spec(spec, folder, trust)

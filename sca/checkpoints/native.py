@@ -30,7 +30,7 @@ from sca.builder import build, resolve_components
 from sca.checkpoints.layout import ORIGIN_FILE, SPEC_FILE, UNCERTAINTY_FILE, WEIGHTS_FILE
 from sca.checkpoints.tensors import BuildSizeLimit, assign_tensors, hash_weights, list_stored_tensors
 from sca.checkpoints.trust import TrustError, is_settable
-from sca.checkpoints.uncertainty import hash_values, read_uncertainty, write_uncertainty
+from sca.checkpoints.uncertainty import hash_as_float32, read_uncertainty, serialize_uncertainty
 from sca.devices import resolve_dtype
 from sca.encoders.model_types import find_encoder_of_segmenter
 from sca.hints import check_argument_names
@@ -119,14 +119,29 @@ def check_writable(folder: Path) -> None:
 
 
 def is_saved(model: SegmentCaptioner, folder: Path) -> bool:
-    """Return whether a folder contains the checkpoint that `save` would write for a model."""
+    """Return whether a folder contains the checkpoint that `save` would write for a model.
+
+    The spec, the weights and uncertainty.json are compared.
+
+    Args:
+        model: Model.
+        folder: Folder, which may contain anything.
+
+    Returns:
+        Whether `save` would change none of them.
+    """
     try:
         is_same_spec = read_spec(folder).to_dict() == json.loads(json.dumps(resolve_spec(model).to_dict()))
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (InputError, RegistryError, SafetensorError, OSError):
+        tensors = read_weights(folder)
+        path = folder / UNCERTAINTY_FILE
+        uncertainty_content = path.read_text("utf-8") if path.exists() else None
+    except (InputError, RegistryError, OSError, UnicodeDecodeError):
         return False
-    return is_same_spec and hash_tensors(tensors) == hash_weights(model)
+    return (
+        is_same_spec
+        and hash_tensors(tensors) == hash_weights(model)
+        and uncertainty_content == _serialize_uncertainty(model, tensors)
+    )
 
 
 @contextmanager
@@ -140,18 +155,19 @@ def wrap_spec_errors(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder / SPEC_FILE}: {error}") from error
 
 
-def load_native_checkpoint(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
+def load_native_checkpoint(folder: Path, spec: ModelSpec, with_uncertainty: bool = True) -> SegmentCaptioner:
     """Load the model of a native checkpoint folder.
 
     Args:
         folder: Checkpoint folder.
         spec: Its spec, as `confine_spec` returns it.
+        with_uncertainty: Read uncertainty.json.
 
     Returns:
         The model with its weights.
 
     Raises:
-        InputError: The spec or the weights cannot be read, or the weights do not fit the model.
+        InputError: The spec, the weights or uncertainty.json cannot be read, or the weights do not fit the model.
     """
     with wrap_spec_errors(folder), BuildSizeLimit([folder / WEIGHTS_FILE], spec):
         model = build(spec)
@@ -160,7 +176,8 @@ def load_native_checkpoint(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
     assign_tensors(model, tensors, expected, folder / WEIGHTS_FILE, SPEC_FILE)
     if (folder / "tokenizer").is_dir():
         model.language_model.tokenizer = load_tokenizer(folder / "tokenizer")
-    model.uncertainty = read_uncertainty(folder, tensors, model.encoder.channels)
+    if with_uncertainty:
+        model.uncertainty = read_uncertainty(folder, tensors, model.encoder.channels)
     return model
 
 
@@ -202,11 +219,18 @@ def _write_checkpoint(
     (folder / WEIGHTS_FILE).write_bytes(serialize(tensors, metadata={"format": "pt"}))
     _write_json(folder / SPEC_FILE, resolve_spec(model).to_dict())
     _write_json(folder / ORIGIN_FILE, collect_origin(model))
-    if model.uncertainty is not None and model.uncertainty.weights_hash == hash_values(tensors):
-        write_uncertainty(model.uncertainty, folder)
+    if (content := _serialize_uncertainty(model, tensors)) is not None:
+        (folder / UNCERTAINTY_FILE).write_text(content, "utf-8")
     tokenizer = model.language_model.tokenizer
     if tokenizer is not None and tokenizer is not getattr(model.language_model, "source_tokenizer", None):
         cast("TextTokenizer", tokenizer).save(str(folder / "tokenizer"))
+
+
+def _serialize_uncertainty(model: SegmentCaptioner, tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the uncertainty.json of a checkpoint with these weights; None if no uncertainty was measured with them."""
+    if model.uncertainty is None or model.uncertainty.weights_hash != hash_as_float32(tensors):
+        return None
+    return serialize_uncertainty(model.uncertainty)
 
 
 def resolve_spec(model: SegmentCaptioner) -> ModelSpec:

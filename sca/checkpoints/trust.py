@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,12 +136,13 @@ def resolve_source(name: str, folder: Path, trust: Trust) -> str:
     return name
 
 
-def check_folder(folder: Path, trust: Trust) -> None:
+def check_folder(folder: Path, trust: Trust, own_files: Collection[str] = ()) -> None:
     """Check the files of a checkpoint folder before a library reads them.
 
     Args:
         folder: Checkpoint folder.
         trust: What the caller allows.
+        own_files: JSON files in the folder that are read by this package only, which checks their values.
 
     Raises:
         TrustError: The folder contains anything but regular files and folders, is nested too deep, or has a symlink
@@ -151,7 +152,8 @@ def check_folder(folder: Path, trust: Trust) -> None:
     root = resolve_real_root(folder)
     for path in _iter_files(folder, MAX_FOLDER_DEPTH):
         check_file(path, root, trust)
-        if path.suffix == ".json" and path.is_file() and path.name != "tokenizer.json":
+        is_own_file = path.parent == folder and path.name in own_files
+        if path.suffix == ".json" and path.is_file() and path.name != "tokenizer.json" and not is_own_file:
             _check_configuration(read_json(path), path, trust)
 
 

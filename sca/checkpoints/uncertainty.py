@@ -6,7 +6,8 @@
      "domain": {"mean": [...], "scale": [...], "components": [[...], ...], "variances": [...],
                 "residual_variance": ..., "threshold": ...}}            null if it was not measured
 
-The file is untrusted: every value is checked, and a file of other weights is rejected.
+The file is untrusted: every value is checked when it is read, and a file of other weights is rejected. Values that
+would be rejected are not written.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ UNCERTAINTY_FORMAT = 1
 MAX_UNCERTAINTY_BYTES = 4 * 2**20
 MAX_MAGNITUDE = 1e6  # limit of any number, far above those of real models
 MIN_POSITIVE = 1e-12
+RECALIBRATE_HINT = f"run `sca calibrate` again, or delete {UNCERTAINTY_FILE}"
 SIGNIFICANT_DIGITS = 5
 COMPONENT_DIGITS = 3  # of the principal components, which are most of the file
 PROMPT_KINDS = (
@@ -39,11 +41,19 @@ PROMPT_KINDS = (
     *("box-and-point", "box-and-points", "box-and-mask", "point-and-mask", "points-and-mask"),
     *("box-and-point-and-mask", "box-and-points-and-mask"),
 )
-RECALIBRATE_HINT = f"run `sca calibrate` again, or delete {UNCERTAINTY_FILE}"
 
 
-def hash_values(tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of weights that does not depend on the precision in which they are stored."""
+def hash_as_float32(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors after conversion of the floating-point ones to float32.
+
+    The hash of weights that are stored in float16 or bfloat16 is therefore that of the loaded model.
+
+    Args:
+        tensors: Tensors by name.
+
+    Returns:
+        The hash in hexadecimal.
+    """
     return hash_tensors({name: each.float() if each.is_floating_point() else each for name, each in tensors.items()})
 
 
@@ -55,7 +65,23 @@ def write_uncertainty(uncertainty: Uncertainty, folder: Path) -> None:
         folder: Checkpoint folder.
 
     Raises:
+        InputError: `read_uncertainty` would reject the file, because a value is out of range or the file is too large.
         OutputError: The file cannot be written.
+    """
+    write_file(folder / UNCERTAINTY_FILE, serialize_uncertainty(uncertainty))
+
+
+def serialize_uncertainty(uncertainty: Uncertainty) -> str:
+    """Return the content of the file of an uncertainty.
+
+    Args:
+        uncertainty: Calibrations and domain.
+
+    Returns:
+        The content of uncertainty.json.
+
+    Raises:
+        InputError: `read_uncertainty` would reject it, because a value is out of range or the file is too large.
     """
     calibrations: dict[str, dict[str, Any]] = {}
     for (task, kind), calibration in uncertainty.calibrations.items():
@@ -67,7 +93,15 @@ def write_uncertainty(uncertainty: Uncertainty, folder: Path) -> None:
         "calibrations": calibrations,
         "domain": None if uncertainty.domain is None else _domain_to_dict(uncertainty.domain),
     }
-    write_file(folder / UNCERTAINTY_FILE, f"{json.dumps(table, separators=(',', ':'))}\n")
+    content = f"{json.dumps(table, separators=(',', ':'))}\n"
+    if len(content) > MAX_UNCERTAINTY_BYTES:
+        raise InputError(
+            f"the measured uncertainty has {len(content):,} bytes, and {UNCERTAINTY_FILE} at most "
+            f"{MAX_UNCERTAINTY_BYTES:,}; omit the OOD score"
+        )
+    num_features = 0 if uncertainty.domain is None else len(uncertainty.domain.mean)
+    _parse_uncertainty(table, num_features, "the measured uncertainty")
+    return content
 
 
 def read_uncertainty(folder: Path, tensors: Mapping[str, Tensor], num_channels: int) -> Uncertainty | None:
@@ -85,22 +119,32 @@ def read_uncertainty(folder: Path, tensors: Mapping[str, Tensor], num_channels: 
         InputError: The file is damaged, belongs to other weights, or does not fit the model.
     """
     path = folder / UNCERTAINTY_FILE
-    location = str(path)
     try:
-        table = check_object(read_json(path, MAX_UNCERTAINTY_BYTES, require_finite=True), location)
+        table = read_json(path, MAX_UNCERTAINTY_BYTES, require_finite=True)
     except FileNotFoundError:
         return None
+    except InputError as error:
+        problem = str(error).removeprefix(str(path)).partition("; ")[0]  # without the fix of any JSON file
+        raise InputError(f"{path}{problem}; {RECALIBRATE_HINT}") from error
+    try:
+        uncertainty = _parse_uncertainty(table, 2 * num_channels, str(path))
+    except InputError as error:
+        raise InputError(f"{error}; {RECALIBRATE_HINT}") from error
+    if uncertainty.weights_hash != hash_as_float32(tensors):
+        raise InputError(f"{path} was measured with other weights; {RECALIBRATE_HINT}")
+    return uncertainty
+
+
+def _parse_uncertainty(table: Any, num_features: int, location: str) -> Uncertainty:
+    """Parse the content of the file of a model whose pooled features have `num_features` values."""
+    table = check_object(table, location)
     if table.get("format") != UNCERTAINTY_FORMAT:
-        raise InputError(
-            f"{location} has the format {table.get('format')!r:.80}, expected {UNCERTAINTY_FORMAT}; {RECALIBRATE_HINT}"
-        )
+        raise InputError(f"{location} has the format {table.get('format')!r:.80}, expected {UNCERTAINTY_FORMAT}")
     weights_hash = read_field(table, "weights_hash", str, location)
-    if weights_hash != hash_values(tensors):
-        raise InputError(f"{location} was measured with other weights; {RECALIBRATE_HINT}")
     calibrations = _parse_calibrations(require_key(table, "calibrations", location), f"{location}, 'calibrations'")
     domain = require_key(table, "domain", location)
     if domain is not None:
-        domain = _parse_domain(domain, 2 * num_channels, f"{location}, 'domain'")
+        domain = _parse_domain(domain, num_features, f"{location}, 'domain'")
     return Uncertainty(calibrations, domain, weights_hash)
 
 
@@ -109,9 +153,7 @@ def _parse_calibrations(table: Any, location: str) -> dict[tuple[str, str], Cali
     for task, task_table in check_object(table, location).items():
         for kind, values in check_object(task_table, f"{location}, {task!r:.80}").items():
             if task not in TASKS or kind not in PROMPT_KINDS:
-                raise InputError(
-                    f"{location} has the unknown task or prompt {task!r:.40}, {kind!r:.40}; {RECALIBRATE_HINT}"
-                )
+                raise InputError(f"{location} has the unknown task or prompt {task!r:.40}, {kind!r:.40}")
             subject = f"{location}, {task!r}, {kind!r}"
             slope = _read_number(values, "slope", subject, minimum=MIN_POSITIVE)
             calibrations[task, kind] = Calibration(slope, _read_number(values, "intercept", subject))
@@ -150,7 +192,7 @@ def _read_vector(
 def _parse_vector(values: Any, length: int, subject: str, minimum: float = -MAX_MAGNITUDE) -> Tensor:  # (length,)
     if not isinstance(values, list) or len(values) != length:
         description = f"{len(values)} numbers" if isinstance(values, list) else f"{values!r:.80}"
-        raise InputError(f"{subject} is {description}, expected {length} numbers for this model; {RECALIBRATE_HINT}")
+        raise InputError(f"{subject} is {description}, expected {length} numbers for this model")
     for value in values:
         _check_number(subject, value, minimum)
     return torch.tensor(values, dtype=torch.float64)
@@ -158,10 +200,7 @@ def _parse_vector(values: Any, length: int, subject: str, minimum: float = -MAX_
 
 def _check_number(subject: str, value: Any, minimum: float) -> None:
     if not is_finite_number(value) or not minimum <= value <= MAX_MAGNITUDE:
-        raise InputError(
-            f"{subject} contains {value!r:.80}; expected numbers from {minimum:g} to {MAX_MAGNITUDE:g}; "
-            f"{RECALIBRATE_HINT}"
-        )
+        raise InputError(f"{subject} contains {value!r:.80}, expected numbers from {minimum:g} to {MAX_MAGNITUDE:g}")
 
 
 def _domain_to_dict(domain: Domain) -> dict[str, Any]:

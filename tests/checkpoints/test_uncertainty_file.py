@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import sca
-from sca.checkpoints.native import read_weights, save
+from sca.checkpoints.load import load_uncalibrated
+from sca.checkpoints.native import is_saved, read_weights, save
 from sca.checkpoints.push import CHECKPOINT_FILES
-from sca.checkpoints.uncertainty import MAX_UNCERTAINTY_BYTES, hash_values, write_uncertainty
+from sca.checkpoints.uncertainty import MAX_UNCERTAINTY_BYTES, hash_as_float32, write_uncertainty
 from sca.io.errors import InputError
 from sca.uncertainty import Calibration, Uncertainty, fit_domain
 
@@ -23,7 +25,7 @@ def folder(build_small_model, tmp_path):
     save(model, tmp_path / "model")
     features = torch.randn(40, 2 * model.encoder.channels, generator=torch.Generator().manual_seed(0))
     domain = fit_domain(features, features, 0.9)
-    uncertainty = Uncertainty(CALIBRATIONS, domain, hash_values(read_weights(tmp_path / "model")))
+    uncertainty = Uncertainty(CALIBRATIONS, domain, hash_as_float32(read_weights(tmp_path / "model")))
     write_uncertainty(uncertainty, tmp_path / "model")
     return tmp_path / "model"
 
@@ -56,6 +58,52 @@ def test_save_copies_the_uncertainty_of_unchanged_weights(folder, tmp_path):
     save(model, tmp_path / "copy")
     assert not (tmp_path / "copy/uncertainty.json").exists()
     assert sca.load(tmp_path / "copy").uncertainty is None
+
+
+def test_is_saved_compares_the_uncertainty(folder):
+    model = sca.load(folder)
+    assert is_saved(model, folder)
+    model.uncertainty = None
+    assert not is_saved(model, folder)
+    (folder / "uncertainty.json").unlink()
+    assert is_saved(model, folder)
+
+
+def test_load_uncalibrated_ignores_a_damaged_file(folder):
+    (folder / "uncertainty.json").write_text("{")
+    assert load_uncalibrated(folder).uncertainty is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"calibrations": {("caption", "box"): Calibration(1e7, 0.0)}}, "'slope' contains 10000000.0"),
+        ({"calibrations": {("caption", "scribble"): Calibration(1.0, 0.0)}}, "unknown task or prompt"),
+        ({"domain": {"threshold": 0.0}}, "'threshold' contains 0.0"),
+        ({"domain": {"scale": torch.tensor([1e9])}}, "'scale' is 1 numbers, expected"),
+        ({"weights_hash": "0" * MAX_UNCERTAINTY_BYTES}, "omit the OOD score"),
+    ],
+)
+def test_write_uncertainty_rejects_what_cannot_be_read(folder, change, message):
+    uncertainty = sca.load(folder).uncertainty
+    if isinstance(change.get("domain"), dict):
+        change = {"domain": replace(uncertainty.domain, **change["domain"])}
+    content = (folder / "uncertainty.json").read_bytes()
+    with pytest.raises(InputError, match=message):
+        write_uncertainty(replace(uncertainty, **change), folder)
+    assert (folder / "uncertainty.json").read_bytes() == content
+
+
+def test_fit_domain_bounds_the_distances_of_constant_features(folder):
+    generator = torch.Generator().manual_seed(0)
+    num_features = len(sca.load(folder).uncertainty.domain.mean)
+    features = torch.randn(40, num_features, generator=generator)
+    features[:, 0] = 0.5
+    held_out = torch.randn(40, num_features, generator=generator)
+    domain = fit_domain(features, held_out, 0.9)
+    assert domain.threshold < 1e4
+    write_uncertainty(Uncertainty(CALIBRATIONS, domain, hash_as_float32(read_weights(folder))), folder)
+    assert sca.load(folder).uncertainty.domain is not None
 
 
 def test_uncertainty_belongs_to_the_checkpoint_files():
@@ -99,7 +147,7 @@ def test_load_rejects_invalid_values_in_one_line(folder, path, value, message):
     with pytest.raises(InputError, match=message) as raised:
         sca.load(folder)
     assert "\n" not in str(raised.value)
-    assert "uncertainty.json" in str(raised.value)
+    assert str(raised.value).endswith("; run `sca calibrate` again, or delete uncertainty.json")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +155,6 @@ def test_load_rejects_invalid_values_in_one_line(folder, path, value, message):
 )
 def test_load_rejects_damaged_files_in_one_line(folder, content):
     (folder / "uncertainty.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"uncertainty\.json") as raised:
+    with pytest.raises(InputError, match=r"; run `sca calibrate` again, or delete uncertainty\.json$") as raised:
         sca.load(folder)
     assert "\n" not in str(raised.value)
