@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -15,7 +14,6 @@ from sca.cli.caption import (
     DEFAULT_MODEL,
     FailureReporter,
     ProgressBars,
-    check_region_options,
     collect_settings,
     find_images,
     parse_formats,
@@ -44,7 +42,7 @@ from sca.io import terminal
 if TYPE_CHECKING:
     from sca_registry.contracts import Caption
 
-    from sca.inference.batch import ImageCaptions
+    from sca.output.captioned_image import ImageOrSize
 
 
 def find(
@@ -116,8 +114,8 @@ def find(
     images = [str(parse_input_path(name)) for name in images]
     check_pipes([*images, *([prompts] if prompts else [])])
     search_options = {"points_per_side": points_per_side, "pred_iou_thresh": pred_iou_thresh}
-    everything = everything or not prompts
-    check_region_options(False, bool(prompts), everything, search_options | {"proposer": proposer})
+    if prompts:
+        _check_no_search_options({"everything": everything or None, "proposer": proposer, **search_options})
     if proposer and points_per_side is not None:
         raise ValueError("--proposer replaces the point grid; omit --points-per-side")
     if overwrite and out in ("", "-"):
@@ -129,7 +127,7 @@ def find(
         trust_remote_code=trust_remote_code,
         allow_external=allow_external,
         prompts=str(prompts) if prompts else None,
-        everything=everything,
+        everything=not prompts,
         search_options=search_options,
         proposer=proposer,
         batch_size=batch_size,
@@ -143,55 +141,78 @@ def find(
     region_source.match_images(paths)
 
     from sca.inference.batch import BatchFinder, Failure
+    from sca.output.captioned_image import ImageSize
+    from sca.output.formats import DRAWN_FORMATS
 
     finder = BatchFinder(job, region_source, text, top, threshold)
-    matches: list[ImageCaptions] = []
+    keeps_images = bool(out and set(formats) & set(DRAWN_FORMATS))
+    matches: list[Match] = []
+    num_done = 0
     with ProgressBars(len(paths), quiet) as progress_bars:
         for result in progress_bars.track_results(finder.caption_images(paths, progress=progress_bars.show_search)):
             if isinstance(result, Failure):
                 failures.add(result)
-            else:
-                matches = _select_best([*matches, result], top)
-    if failures.count == len(paths):
+                continue
+            path, image, captions = result
+            image = image if keeps_images else ImageSize(*image.size)
+            candidates = [*matches, *(Match(path, image, caption) for caption in captions)]
+            matches = sorted(candidates, key=lambda match: -match.score)[:top]
+            num_done += 1
+    if not num_done:  # keep the older files
         raise typer.Exit(failures.status)
-    settings = {
-        "text": text,
-        "images": context.params["images"],
-        **collect_settings(context.params, job.list_input_files()),
-    }
     if out:
-        _write_matches(matches, out, formats, settings, overwrite, model, quiet)
+        input_files = job.list_input_files()
+        settings = {"images": context.params["images"], **collect_settings(context.params, input_files)}
+        _write_matches(matches, out, formats, settings, [*paths, *input_files], overwrite, model, quiet)
     if out != "-" and not (quiet and out) and matches:
         print_table(_build_table(matches))
     if not matches and not quiet:
         print_stderr(f"no region matches {text!r} with a score of at least {threshold:g}; lower --threshold")
     if not quiet:
         report_domain(model)
+        if failures.count:
+            print_stderr(f"{num_done} of {num_done + failures.count} images searched")
     raise typer.Exit(failures.status)
 
 
-def _select_best(results: Sequence[ImageCaptions], top: int) -> list[ImageCaptions]:
-    """Keep the best `top` matches of all images, and the images that have one, best first."""
-    scores = sorted((_get_score(each) for result in results for each in result.captions), reverse=True)
-    minimum = scores[top - 1] if len(scores) > top else -math.inf
-    kept = [result._replace(captions=[c for c in result.captions if _get_score(c) >= minimum]) for result in results]
-    return sorted((each for each in kept if each.captions), key=lambda each: -_get_score(each.captions[0]))
+class Match(NamedTuple):
+    """Region of an image that matches the text.
+
+    Attributes:
+        path: Image file.
+        image: Image, or only its size if no output format draws it.
+        caption: Caption of the region, with the score of the text.
+    """
+
+    path: Path
+    image: ImageOrSize
+    caption: Caption
+
+    @property
+    def score(self) -> float:
+        """Score of the text."""
+        assert self.caption.proposal_score is not None  # of `find_regions`
+        return self.caption.proposal_score
 
 
-def _get_score(match: Caption) -> float:
-    assert match.proposal_score is not None  # of `find_regions`
-    return match.proposal_score
+def _check_no_search_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError if options of a search are combined with a prompts file."""
+    used = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if used:
+        raise ValueError(f"{' and '.join(used)} cannot be combined with --prompts; omit one of them")
 
 
 def _write_matches(
-    matches: Sequence[ImageCaptions],
+    matches: Sequence[Match],
     out: str,
     formats: Sequence[str],
     settings: Mapping[str, Any],
+    inputs: Sequence[Path],
     overwrite: bool,
     model: str,
     quiet: bool,
 ) -> None:
+    """Write the matches, grouped by image; the image with the best match comes first."""
     from sca.io.run_folder import RunFolder
     from sca.output.formats import OUTPUT_FORMATS, MultiFormatWriter, list_output_patterns
 
@@ -200,27 +221,29 @@ def _write_matches(
             writers = outputs.enter_context(MultiFormatWriter.from_stream(sys.stdout, model))
         else:
             folder = outputs.enter_context(RunFolder(out, "find", list_output_patterns(OUTPUT_FORMATS)))
-            inputs = [result.path for result in matches]
             folder.begin_run(settings, list_output_patterns(formats), inputs, overwrite=overwrite)
             outputs.callback(folder.finish)
             writers = outputs.enter_context(MultiFormatWriter(out, formats, model))
-        for result in matches:
-            writers.add(*result)
-        paths = writers.paths.values()
-    for path in paths if not quiet else ():
+        matches_by_image: dict[Path, list[Match]] = {}
+        for match in matches:
+            matches_by_image.setdefault(match.path, []).append(match)
+        for path, image_matches in matches_by_image.items():
+            writers.add(path, image_matches[0].image, [match.caption for match in image_matches])
+        output_paths = writers.paths.values()
+    for path in output_paths if not quiet else ():
         print_stderr(f"wrote {path}")
 
 
-def _build_table(matches: Sequence[ImageCaptions]) -> terminal.Table:
+def _build_table(matches: Sequence[Match]) -> terminal.Table:
     """Build a table with one line per match, best first."""
     from sca.io.images import format_path
 
     columns = ("image", "region", "score", "caption", "iou", "box")
     table = terminal.Table(columns, right_aligned=("region", "score", "iou"), has_frame=False)
-    rows = [(result.path, match) for result in matches for match in result.captions]
-    for path, match in sorted(rows, key=lambda row: -_get_score(row[1])):
-        box = " ".join(f"{value:.0f}" for value in match.box) if match.box else ""
-        iou = "" if match.predicted_iou is None else f"{match.predicted_iou:.2f}"
-        score = f"{_get_score(match):.2f}"
-        table.add_row(format_path(path.name), str(match.region_id), score, match.text, iou, box)
+    for match in matches:
+        path, _, caption = match
+        box = " ".join(f"{value:.0f}" for value in caption.box) if caption.box else ""
+        iou = "" if caption.predicted_iou is None else f"{caption.predicted_iou:.2f}"
+        score = f"{match.score:.2f}"
+        table.add_row(format_path(path.name), str(caption.region_id), score, caption.text, iou, box)
     return table

@@ -4,10 +4,13 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 import sca
 from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
+from sca.output.captioned_image import ImageSize
+from sca.output.formats import MultiFormatWriter
 
 BOXES = [(15, 270, 99, 354), (186, 357, 323, 500)]
 
@@ -53,6 +56,49 @@ def test_find_writes_matches_with_text_and_score(run_sca, photos):
     assert run_sca("find", "a cross", *arguments[2:], "--out", "out", "--overwrite").status == 0
 
 
+def test_find_writes_the_matches_of_readable_images(run_sca, photos):
+    arguments = ("find", "a cyan star", "photos/a.png", "missing.png", "--prompts", "prompts.jsonl", "--out", "out")
+    result = run_sca(*arguments)
+    assert result.status == 1
+    assert "sca: 1 of 2 images searched" in result.err
+    assert "a medium striped cyan star" in result.out
+    output = photos.parent / "out" / "captions.jsonl"
+    assert json.loads(output.read_text())["region_id"] == 1
+    (photos / "a.png").write_text("no image")
+    result = run_sca(*arguments, "--overwrite")
+    assert (result.status, result.out) == (1, "")
+    assert output.exists()
+
+
+def test_find_never_overwrites_its_prompts_file(run_sca, photos):
+    arguments = ("find", "a cyan star", "photos/a.png", "--out", "out", "--prompts")
+    assert run_sca(*arguments, "prompts.jsonl").status == 0
+    output = photos.parent / "out" / "captions.jsonl"
+    content = output.read_text()
+    result = run_sca(*arguments, "out/captions.jsonl", "--overwrite")
+    assert result.status == 2
+    assert "would be overwritten and is an input of this command" in result.err[-1]
+    assert output.read_text() == content
+
+
+def test_find_returns_exactly_top_matches_of_equal_scores(run_sca, photos):
+    for name in ("b.png", "c.png"):
+        shutil.copy(photos / "a.png", photos / name)
+    lines = [json.dumps({"image": f"{name}.png", "box": BOXES[1]}) for name in "abc"]
+    (photos.parent / "prompts.jsonl").write_text("\n".join(lines))
+    result = run_sca("find", "a cyan star", "photos", "--prompts", "prompts.jsonl", "--top", 2, "--out", "-")
+    assert [json.loads(line)["image"] for line in result.out.splitlines()] == ["photos/a.png", "photos/b.png"]
+
+
+@pytest.mark.parametrize(("formats", "image_type"), [("jsonl", ImageSize), ("jsonl,png", Image.Image)])
+def test_find_keeps_images_only_for_drawn_formats(run_sca, photos, monkeypatch, formats, image_type):
+    images = []
+    monkeypatch.setattr(MultiFormatWriter, "add", lambda _, path, image, captions: images.append(image))
+    run_sca("find", "a star", "photos", "--prompts", "prompts.jsonl", "--out", "out", "--format", formats)
+    assert images
+    assert all(isinstance(image, image_type) for image in images)
+
+
 def test_find_uses_the_scores_of_the_predictor(run_sca, photos):
     result = run_sca("find", "a star", "photos/a.png", "--prompts", "prompts.jsonl", "--threshold=-100", "--out", "-")
     predictor = sca.Predictor(sca.load("sca-tiny"))
@@ -81,7 +127,10 @@ def test_find_reports_that_nothing_matches(run_sca, photos):
         (("", "photos"), "the text is empty; pass a word or a phrase, such as 'a red circle'"),
         (("a star " * 60, "photos"), "the text has 120 tokens, but the model reads at most 91; shorten it"),
         (("a star", "photos", "--model", "sca-tiny+none"), "'sca-tiny+none' cannot score a text; use a model with a"),
-        (("a star", "photos", "--everything", "--prompts", "prompts.jsonl"), "--everything cannot be combined with"),
+        (
+            ("a star", "photos", "--everything", "--points-per-side", 4, "--prompts", "prompts.jsonl"),
+            "--everything and --points-per-side cannot be combined with --prompts; omit one of them",
+        ),
         (("a star", "photos", "--proposer", "grid", "--points-per-side", 4), "--proposer replaces the point grid"),
         (("a star", "photos", "--overwrite"), "--overwrite requires --out; add it, or omit --overwrite"),
     ],
