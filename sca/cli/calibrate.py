@@ -41,7 +41,7 @@ def calibrate(
         int | None, typer.Option(help="Maximum number of held-out images.", min=2, rich_help_panel="Data")
     ] = None,
     max_training_images: Annotated[
-        int, typer.Option(help="Maximum number of training images.", min=1, rich_help_panel="Data")
+        int, typer.Option(help="Maximum number of training images.", min=20, rich_help_panel="Data")
     ] = 1000,
     prompt_type: Annotated[
         list[str] | None,
@@ -65,7 +65,8 @@ def calibrate(
 
     The captions of one half of the held-out images fit the confidence; the printed errors are measured on the other
     half. The result is stored in the checkpoint folder. From then on, captions of the model have a confidence, and an
-    OOD (out-of-distribution) score above 1 for images that are unlike the training images.
+    OOD (out-of-distribution) score above 1 for images that are unlike the training images. Earlier results for the same
+    weights that are not measured again are kept.
     """
     from rich.console import Console
     from rich.progress import Progress

@@ -20,9 +20,9 @@ from sca_registry.contracts import TASKS, Dataset, Sample
 from sca_registry.spec import ComponentSpec
 from torch import Tensor
 
-from sca.checkpoints.load import load
+from sca.checkpoints.load import load_uncalibrated
 from sca.checkpoints.native import read_spec, read_weights
-from sca.checkpoints.uncertainty import hash_values, write_uncertainty
+from sca.checkpoints.uncertainty import hash_as_float32, read_uncertainty, write_uncertainty
 from sca.data.scenes import Statement, parse_statement
 from sca.data.summary import check_dataset_not_empty
 from sca.evaluation.bootstrap import ScoreStatistics, bootstrap_scores, compute_interval, has_enough_images
@@ -30,11 +30,13 @@ from sca.evaluation.metrics.attribute_accuracy import ATTRIBUTES
 from sca.evaluation.predictions import PromptingOptions, predict_dataset
 from sca.evaluation.records import Record, normalize_text
 from sca.inference.engine import Engine
+from sca.io.atomic import create_writable_folder
 from sca.io.errors import InputError
 from sca.io.hub import resolve_local_path
 from sca.io.score_format import format_interval, format_score
 from sca.io.text import format_count
-from sca.uncertainty import Calibration, Uncertainty, fit_calibration, fit_domain
+from sca.io.validation import check_range
+from sca.uncertainty import Calibration, Domain, Uncertainty, fit_calibration, fit_domain
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
@@ -179,6 +181,9 @@ def calibrate_checkpoint(
 ) -> CalibrationReport:
     """Measure the calibrations and the training domain of a checkpoint, and write them to its folder.
 
+    Calibrations of other prompt types and, without `train_split`, the training domain are kept if they were measured
+    with the same weights.
+
     Args:
         model: Checkpoint folder in the native layout.
         dataset: Registered name, or a dict with a name and options.
@@ -186,7 +191,8 @@ def calibrate_checkpoint(
         train_split: Split with the training images, for the OOD score; None to measure only the calibrations.
         prompt_types: Prompt types to calibrate.
         max_images: Maximum number of held-out images.
-        max_training_images: Maximum number of training images, evenly spaced in the split.
+        max_training_images: Maximum number of training images, evenly spaced in the split; at least
+            `MIN_TRAINING_IMAGES`.
         batch_size: Images per batch.
         device: Device of the model.
         seed: Random seed of point prompts and crops.
@@ -198,16 +204,30 @@ def calibrate_checkpoint(
         The report.
 
     Raises:
-        InputError: The model is not a checkpoint folder, or the dataset has too few regions or no truth to judge
-            captions by.
+        InputError: The model is not a checkpoint folder, the dataset has too few images or regions or no truth to judge
+            captions by, or a measured value cannot be stored.
+        OutputError: The folder cannot be written.
+        ValueError: Two prompt types are of the same kind, or a value is out of range.
     """
+    check_range("max_training_images", max_training_images, int, MIN_TRAINING_IMAGES)
+    prompt_types = tuple(dict.fromkeys(prompt_types))
+    _check_prompt_kinds(prompt_types)
     folder = _find_checkpoint_folder(model)
+    create_writable_folder(folder)
     component = dataset if isinstance(dataset, ComponentSpec) else ComponentSpec.from_dict(dataset, "dataset")
     build_dataset = sca_registry.datasets.build
     held_out = build_dataset(component.name, split, **component.options)
     check_dataset_not_empty(held_out, f"{component.name} {split}")
-    loaded = load(folder, device, trust_remote_code=trust_remote_code, allow_external=allow_external)
-    loaded.uncertainty = None
+    training, training_indices = None, []
+    if train_split is not None:
+        training = build_dataset(component.name, train_split, **component.options)
+        training_indices = _space_evenly(len(training), max_training_images)
+        if len(training_indices) < MIN_TRAINING_IMAGES:
+            raise InputError(
+                f"{component.name} {train_split} has {format_count(len(training), 'image')}; the OOD score requires at "
+                f"least {MIN_TRAINING_IMAGES}; add images, or pass --no-ood"
+            )
+    loaded = load_uncalibrated(folder, device, trust_remote_code=trust_remote_code, allow_external=allow_external)
     engine = Engine(loaded)
     results = [
         result
@@ -220,14 +240,7 @@ def calibrate_checkpoint(
             f"attributes {', '.join(ATTRIBUTES)}"
         )
     domain, domain_result = None, None
-    if train_split is not None:
-        training = build_dataset(component.name, train_split, **component.options)
-        training_indices = _space_evenly(len(training), max_training_images)
-        if len(training_indices) < MIN_TRAINING_IMAGES:
-            raise InputError(
-                f"{component.name} {train_split} has {format_count(len(training), 'image')}; the OOD score requires at "
-                f"least {MIN_TRAINING_IMAGES}; add images, or pass --no-ood"
-            )
+    if training is not None:
         held_out_indices = list(range(len(held_out)))[:max_images]
         pooling = _FeaturePooling(engine, batch_size, seed, progress)
         training_features = torch.cat(pooling.pool_views(training, training_indices))
@@ -238,8 +251,13 @@ def calibrate_checkpoint(
         domain_result = DomainResult(
             len(training_indices), len(measured_images), num_flagged / max(len(measured_images), 1)
         )
-    saved = {(each.task, each.prompt_kind): each.calibration for each in results if not each.reason}
-    uncertainty = Uncertainty(saved, domain, hash_values(read_weights(folder)))
+    tensors = read_weights(folder)
+    calibrations, stored_domain = _read_stored_uncertainty(folder, tensors, loaded.encoder.channels)
+    for each in results:
+        calibrations.pop((each.task, each.prompt_kind), None)
+        if not each.reason:
+            calibrations[each.task, each.prompt_kind] = each.calibration
+    uncertainty = Uncertainty(calibrations, stored_domain if training is None else domain, hash_as_float32(tensors))
     write_uncertainty(uncertainty, folder)
     return CalibrationReport(str(model), f"{component.name} {split}", results, domain_result, uncertainty)
 
@@ -328,6 +346,28 @@ def compute_ece_interval(
         return np.abs(sums[..., :NUM_BINS]).sum(-1) / sums[..., NUM_BINS]
 
     return compute_interval(bootstrap_scores(ScoreStatistics(gaps, compute_scores), images))
+
+
+def _check_prompt_kinds(prompt_types: Sequence[str]) -> None:
+    """Raise ValueError if two prompt types have the same kind, under which their calibrations are stored."""
+    types_by_kind: dict[str, str] = {}
+    for prompt_type in prompt_types:
+        kind = _get_prompt_kind(prompt_type)
+        if types_by_kind.setdefault(kind, prompt_type) != prompt_type:
+            raise ValueError(
+                f"{types_by_kind[kind]} and {prompt_type} are both calibrated as {kind!r} prompts; pass one of them"
+            )
+
+
+def _read_stored_uncertainty(
+    folder: Path, tensors: Mapping[str, Tensor], num_channels: int
+) -> tuple[dict[tuple[str, str], Calibration], Domain | None]:
+    """Return the calibrations and the domain in a folder; none if they are damaged or belong to other weights."""
+    try:
+        stored = read_uncertainty(folder, tensors, num_channels)
+    except InputError:
+        stored = None
+    return ({}, None) if stored is None else (dict(stored.calibrations), stored.domain)
 
 
 def _find_checkpoint_folder(model: str | Path) -> Path:

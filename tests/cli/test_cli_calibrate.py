@@ -11,7 +11,7 @@ from PIL import Image
 
 import sca
 from sca.checkpoints.native import read_weights, save
-from sca.checkpoints.uncertainty import hash_values, write_uncertainty
+from sca.checkpoints.uncertainty import hash_as_float32, write_uncertainty
 from sca.cli.caption import OutOfDistributionImages
 from sca.evaluation.calibration import _FeaturePooling
 from sca.inference.engine import Engine
@@ -28,7 +28,7 @@ def calibrated_folder(build_small_model, working_folder):
     features = _FeaturePooling(Engine(model), 8, 0, None).pool_images(noise)
     domain = fit_domain(features, features, 1.0)
     domain = replace(domain, threshold=1.5 * domain.threshold)
-    weights_hash = hash_values(read_weights(working_folder / "model"))
+    weights_hash = hash_as_float32(read_weights(working_folder / "model"))
     uncertainty = Uncertainty({("caption", "box"): Calibration(1.0, 0.0)}, domain, weights_hash)
     write_uncertainty(uncertainty, working_folder / "model")
     noise[0].save(working_folder / "noise.png")

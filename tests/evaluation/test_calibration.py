@@ -11,12 +11,14 @@ import sca
 from sca.checkpoints.native import save
 from sca.evaluation.calibration import (
     CalibrationReport,
+    CalibrationResult,
     calibrate_checkpoint,
     compute_ece,
     compute_ece_interval,
     is_correct_caption,
 )
-from sca.io.errors import InputError
+from sca.io.errors import InputError, OutputError
+from sca.uncertainty import Calibration
 
 SCENE_ATTRIBUTES = {"color": "red", "shape": "star", "size": "small", "texture": "plain"}
 
@@ -112,3 +114,93 @@ def test_calibrate_checkpoint_rejects_too_few_regions(build_small_model, tmp_pat
     with pytest.raises(InputError, match="at least 50 are required; use more images"):
         calibrate_checkpoint(tmp_path / "model", {"name": "scenes", "num_images": 4}, prompt_types=("box",))
     assert not (tmp_path / "model/uncertainty.json").exists()
+
+
+@pytest.fixture
+def saved_folder(build_small_model, tmp_path):
+    return save(build_small_model(), tmp_path / "model")
+
+
+@pytest.fixture
+def reject_measuring(monkeypatch):
+    """Fail when a model starts to measure."""
+    monkeypatch.setattr("sca.evaluation.calibration.measure_calibrations", lambda *_: pytest.fail("measured"))
+
+
+@pytest.fixture
+def replace_measuring(monkeypatch):
+    """Replace the measurement by calibrations with these slopes of captions, by prompt type."""
+
+    def set_slopes(**slopes):
+        def make_results(engine, dataset, prompt_type, *_):
+            slope = slopes[prompt_type.replace("-", "_")]
+            kind = "point" if prompt_type == "mask-point" else prompt_type
+            reason = "" if slope > 0 else "no"
+            return [
+                CalibrationResult(
+                    "caption", prompt_type, kind, Calibration(slope, 0.0), 50, 0.5, 0.1, 0.1, None, (), reason
+                )
+            ]
+
+        monkeypatch.setattr("sca.evaluation.calibration.measure_calibrations", make_results)
+
+    return set_slopes
+
+
+def read_slopes(folder):
+    return {kind: each.slope for (_, kind), each in sca.load(folder).uncertainty.calibrations.items()}
+
+
+def test_calibrate_checkpoint_keeps_what_it_does_not_measure(saved_folder, replace_measuring):
+    replace_measuring(box=1.0, mask_point=2.0)
+    types = ("box", "mask-point")
+    calibrate_checkpoint(saved_folder, "scenes", prompt_types=types, max_images=20, max_training_images=20)
+    domain = sca.load(saved_folder).uncertainty.domain
+    replace_measuring(box=3.0)
+    calibrate_checkpoint(saved_folder, "scenes", prompt_types=("box",), train_split=None)
+    assert read_slopes(saved_folder) == {"box": 3.0, "point": 2.0}
+    assert sca.load(saved_folder).uncertainty.domain.threshold == domain.threshold
+    replace_measuring(mask_point=-1.0)
+    calibrate_checkpoint(saved_folder, "scenes", prompt_types=("mask-point",), train_split=None)
+    assert read_slopes(saved_folder) == {"box": 3.0}
+
+
+def test_calibrate_checkpoint_replaces_the_uncertainty_of_other_weights(
+    saved_folder, build_small_model, replace_measuring
+):
+    replace_measuring(box=1.0, mask=2.0)
+    options = {"prompt_types": ("box",), "train_split": None}
+    calibrate_checkpoint(saved_folder, "scenes", **options)
+    stale_content = (saved_folder / "uncertainty.json").read_text()
+    save(build_small_model(seed=1), saved_folder)
+    (saved_folder / "uncertainty.json").write_text(stale_content)
+    calibrate_checkpoint(saved_folder, "scenes", **{**options, "prompt_types": ("mask",)})
+    assert read_slopes(saved_folder) == {"mask": 2.0}
+    (saved_folder / "uncertainty.json").write_text("{")
+    calibrate_checkpoint(saved_folder, "scenes", **options)
+    assert read_slopes(saved_folder) == {"box": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        ("scenes", {"prompt_types": ("center", "mask-point")}, "center and mask-point are both calibrated as 'point'"),
+        ("scenes", {"max_training_images": 19}, "max_training_images is 19; expected an integer of at least 20"),
+        ("scenes", {"train_split": "trian"}, "trian"),
+        ({"name": "scenes", "num_images": 19}, {}, "scenes train has 19 images; the OOD score requires at least 20"),
+    ],
+)
+@pytest.mark.usefixtures("reject_measuring")
+def test_calibrate_checkpoint_checks_its_arguments_before_it_measures(saved_folder, dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate_checkpoint(saved_folder, dataset, **options)
+
+
+@pytest.mark.usefixtures("reject_measuring")
+def test_calibrate_checkpoint_checks_that_the_folder_is_writable(saved_folder, monkeypatch):
+    def reject_folder(folder):
+        raise OutputError(f"{folder} cannot be written")
+
+    monkeypatch.setattr("sca.evaluation.calibration.create_writable_folder", reject_folder)
+    with pytest.raises(OutputError, match="cannot be written"):
+        calibrate_checkpoint(saved_folder, "scenes")
