@@ -62,7 +62,8 @@ def plan_model(
         dtype: Dtype of the weights; in training, dtype of autocast.
         gpu: Name out of `GPU_MEMORY_GIB`, or memory in GiB; None for no limit.
         on_gpu: Use the code paths of a GPU even if `gpu` is None.
-        zoom_crops: Crops per image that zoom encodes; at most one per region. Must be 0 in training.
+        zoom_crops: Crops per image that zoom encodes; at most one per region. Must be 0 in training. For models with
+            the option `keep_best_caption`, includes a second caption of one region per crop.
 
     Returns:
         The plan.
@@ -185,7 +186,7 @@ class _CostMeter:
         """Return FLOPs and peak bytes per stage of `Predictor`, which encodes all images at once and chunks regions.
 
         With zoom, some regions are predicted from crops at the same cost. The crops are encoded while the features of
-        the images are in memory.
+        the images are in memory. With `keep_best_caption`, one region per crop is also captioned from the image.
         """
         model, image_size = self.model.eval(), self.model.encoder.image_format.size
         prompts = _make_prompts(batch_size, regions_per_image, image_size)
@@ -228,6 +229,9 @@ class _CostMeter:
                 with stages("zoom"):
                     model.encode(torch.empty(crops_per_batch, 3, image_size, image_size, dtype=self.dtype))
                 stages.flops["zoom"] = stages.flops["zoom"] * num_crops // crops_per_batch
+                if model.spec.zoom_options.keep_best_caption:
+                    captioning_flops = sum(stages.flops[stage] for stage in stages.flops.keys() - {"encode", "zoom"})
+                    stages.flops["zoom"] += captioning_flops * min(num_crops, len(prompts)) // len(prompts)
         return stages.flops, stages.memory
 
     def _measure_captioning(self, prefix: Tensor, num_tokens: int, stages: StageMeter) -> None:

@@ -69,7 +69,7 @@ class Plan:
         usable_gpu_memory: Usable bytes of the GPU.
         max_regions_per_image: Regions per image that fit, at most 2% below the maximum; 0 if not even one fits, None
             without a GPU or if `MAX_PLANNED_REGIONS` fit.
-        zoom_crops: Crops per image that zoom encodes.
+        zoom_crops: Crops per image that zoom encodes. Their cost is the stage "zoom".
     """
 
     model: str

@@ -1,5 +1,7 @@
 """Plans: estimates without weights equal the requirements of a real run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -264,6 +266,18 @@ def test_plan_supports_inference_of_fully_trainable_models(small_model_table):
     assert (
         plan_model(ModelSpec.from_dict(small_model_table), regions_per_image=2, max_new_tokens=3).flops["segment"] > 0
     )
+
+
+@pytest.mark.slow
+def test_plan_counts_the_second_captions_of_zoom():
+    options = {"batch_size": 2, "regions_per_image": 4, "max_new_tokens": 3, "zoom_crops": 2}
+    once, twice = (
+        plan_model(replace(build_spec("tiny"), zoom={"keep_best_caption": keeps_best}), **options)
+        for keeps_best in (False, True)
+    )
+    captioning_flops = sum(flops for stage, flops in once.flops.items() if stage not in ("encode", "zoom"))
+    assert twice.flops["zoom"] - once.flops["zoom"] == captioning_flops // 2
+    assert twice.memory == once.memory
 
 
 @pytest.mark.slow
