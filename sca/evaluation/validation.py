@@ -133,7 +133,15 @@ def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str,
     if task in TASKS and not isinstance(record.get("caption"), str):
         raise InputError(f"{location}: caption must be text, not {record.get('caption')!r}")
     truth = record.get("truth", {})
-    references = record.get("references", truth.get("phrases", []) if isinstance(truth, Mapping) else None)
+    if not isinstance(truth, Mapping):
+        raise InputError(f"{location}: truth must be an object, not {truth!r:.60}")
+    if task in DENSE_TASKS:
+        _check_objects(record.get("proposals"), f"{location}: proposals", {"box": list, "caption": str})
+        label, label_type = ("phrases", list) if DENSE_TASKS[task] == "caption" else ("name", str)
+        _check_objects(truth.get("regions"), f"{location}: truth.regions", {"box": list, label: label_type})
+    if task == COMPREHENSION_TASK:
+        _check_objects(record.get("expressions"), f"{location}: expressions", {"text": str, "box": list | None})
+    references = record.get("references", truth.get("phrases", []))
     if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
         raise InputError(f"{location}: references must be a list of strings, not {references!r:.60}")
     full_truth = {
@@ -152,6 +160,21 @@ def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str,
     return {**defaults, **fields, "task": task, "truth": full_truth}
 
 
+def _check_objects(values: Any, subject: str, field_types: Mapping[str, Any]) -> None:
+    """Raise InputError unless a value is a list of objects that have these fields."""
+
+    def has_fields(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(
+            name in value and isinstance(value[name], expected) for name, expected in field_types.items()
+        )
+
+    invalid = [value for value in values if not has_fields(value)] if isinstance(values, list) else [values]
+    if invalid:
+        raise InputError(
+            f"{subject} must be a list of objects with {' and '.join(field_types)}, not {invalid[0]!r:.60}"
+        )
+
+
 def _get_record_key(record: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(record.get(key) for key in ("image_id", "region_id", "task", "control"))
 
@@ -165,6 +188,7 @@ def _format_record_key(key: Sequence[Any]) -> str:
 def _collect_boxes(record: Mapping[str, Any]) -> list[Any]:
     boxes = [record.get("prompt", {}).get("box"), record["truth"].get("box")]
     boxes += [each.get("box") for each in record.get("proposals", ())]
+    boxes += [each["box"] for each in record.get("expressions", ())]
     boxes += [each.get("box") for each in record["truth"].get("regions", ())]
     return [box for box in boxes if box is not None]
 

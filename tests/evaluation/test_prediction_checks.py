@@ -11,6 +11,21 @@ from sca.io.errors import InputError
 
 VALID_RECORD = {"image_id": 1, "region_id": 1, "caption": "a dog", "references": ["a dog", "the dog"]}
 
+COMPREHENSION_RECORD = {
+    "image_id": 1,
+    "region_id": 1,
+    "task": "comprehension",
+    "expressions": [{"text": "a dog", "box": None}],
+    "truth": {"box": [0, 0, 1, 1]},
+}
+DENSE_RECORD = {
+    "image_id": 1,
+    "region_id": None,
+    "task": "dense",
+    "proposals": [{"box": [0, 0, 1, 1], "score": 1.0, "caption": "a dog"}],
+    "truth": {"regions": [{"box": [0, 0, 1, 1], "phrases": ["a dog"]}]},
+}
+
 
 @pytest.fixture
 def write_predictions(tmp_path):
@@ -66,6 +81,19 @@ def test_score_file_accepts_handmade_predictions(write_predictions):
         ),
         ((VALID_RECORD | {"proposals": [{"box": [0, 0, 1, 1]}]},), "a proposal whose score is not a number"),
         ((), "has no records"),
+        ((VALID_RECORD | {"truth": 3},), "truth must be an object, not 3"),
+        ((COMPREHENSION_RECORD | {"expressions": None},), "expressions must be a list of objects with text and box"),
+        (
+            (COMPREHENSION_RECORD | {"expressions": [{"text": "a dog"}]},),
+            "expressions must be .*, not {'text': 'a dog'}",
+        ),
+        ((COMPREHENSION_RECORD | {"expressions": [{"text": "a", "box": [0, 0, 1]}]},), "not four finite numbers"),
+        ((DENSE_RECORD | {"proposals": [{"box": [0, 0, 1, 1], "score": 1}]},), "proposals must be .* box and caption"),
+        ((DENSE_RECORD | {"truth": {}},), "truth.regions must be a list of objects with box and phrases, not None"),
+        (
+            (DENSE_RECORD | {"task": "dense-recognition"},),
+            "truth.regions must be a list of objects with box and name",
+        ),
     ],
     ids=[
         "repeated record",
@@ -80,6 +108,13 @@ def test_score_file_accepts_handmade_predictions(write_predictions):
         "score out of range",
         "no score",
         "no records",
+        "truth is a number",
+        "no expressions",
+        "expression without box",
+        "box of expression of 3 numbers",
+        "proposal without caption",
+        "no regions",
+        "region without name",
     ],
 )
 def test_score_file_rejects_invalid_records(write_predictions, records, message):
@@ -114,6 +149,13 @@ def test_score_file_rejects_run_with_missing_records_or_changed_truth(run_folder
         score_file(run_folder)
     path.write_text(original_text)
     assert score_file(run_folder, ["class"]).scores["class/accuracy"] == 1
+
+
+def test_score_file_accepts_handmade_comprehension_and_dense_records(write_predictions):
+    scores = score_file(write_predictions(COMPREHENSION_RECORD), ["comprehension"]).scores
+    assert scores["comprehension/accuracy"] == 0
+    named = DENSE_RECORD | {"task": "dense-recognition", "truth": {"regions": [{"box": [0, 0, 1, 1], "name": "a dog"}]}}
+    assert score_file(write_predictions(named), ["detection-map"]).scores["detection-map"] == pytest.approx(1)
 
 
 def test_score_file_checks_predictions_against_dataset(run_folder, write_predictions):
