@@ -39,7 +39,7 @@ from sca_registry.spec import ZoomOptions
 
 from sca.data.point_prompts import sample_point_prompt
 from sca.inference.batch import caption_requests
-from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, check_zoom, resolve_zoom
+from sca.inference.zoom_options import DEFAULT_ZOOM, ZOOM_OFF, ZoomValue, check_zoom, resolve_zoom
 from sca.io import masks
 from sca.io.validation import check_choice, check_range
 from sca.output.jsonl import caption_to_record
@@ -95,7 +95,8 @@ class PromptingOptions:
         zoom: Predict small regions from crops: "auto", "off" or the area of the largest in grid cells.
 
     Raises:
-        ValueError: An unknown prompt type, task or control, no task, or an invalid value of `zoom`.
+        ValueError: An unknown prompt type, task or control, no task, an invalid value of `zoom`, or an option that has
+            no effect on comprehension.
     """
 
     prompt_type: str = "box"
@@ -112,10 +113,21 @@ class PromptingOptions:
             check_choice("task", task, TASKS)
         for control in self.controls:
             check_choice("control", control, CONTROLS)
+        if tuple(self.tasks) == (COMPREHENSION_TASK,):
+            self._check_comprehension()
         if not self.tasks:
             raise ValueError(f"tasks is empty; choose one or more of {', '.join(TASKS)}")
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         object.__setattr__(self, "controls", tuple(dict.fromkeys(self.controls)))
+
+    def _check_comprehension(self) -> None:
+        """Raise ValueError for an option that has no effect on comprehension."""
+        unused = [f"control {name}" for name in self.controls]
+        unused += [f"option generation.{name}" for name in self.generation]
+        unused += [f"zoom {self.zoom}"] if self.zoom != ZOOM_OFF else []
+        unused += [f"prompt type {self.prompt_type}"] if self.prompt_type != "box" else []
+        if unused:
+            raise ValueError(f"the {unused[0]} has no effect on the task {COMPREHENSION_TASK}; omit it")
 
     def predict_records(self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
         """Predict the records of a batch of images.
