@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, WithJsonSchema
 
 from sca.inference.find_options import DEFAULT_THRESHOLD
-from sca.serve.limits import MAX_BEAMS, MAX_CROP_LAYERS, MAX_NEW_TOKENS, MAX_POINTS_PER_SIDE, MAX_SEED, MIN_SEED
+from sca.serve.limits import (
+    MAX_BEAMS,
+    MAX_CROP_LAYERS,
+    MAX_MATCHES,
+    MAX_NEW_TOKENS,
+    MAX_POINTS_PER_SIDE,
+    MAX_SEED,
+    MAX_TEXT_LENGTH,
+    MIN_SEED,
+)
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -186,7 +195,7 @@ class JsonCaptionRequest(CaptionRequest):
 class FindRequest(StrictModel):
     """Text to find, and the regions of one image to search."""
 
-    text: Annotated[str, Field(description="Word or phrase to find.")]
+    text: Annotated[str, Field(max_length=MAX_TEXT_LENGTH, description="Word or phrase to find.")]
     prompts: Annotated[
         list[RegionPrompt], Field(description="One prompt per region. Mutually exclusive with `everything`.")
     ] = []
@@ -194,10 +203,13 @@ class FindRequest(StrictModel):
         StrictBool | EverythingParameters,
         Field(description="Search all regions: true, or options of the search. The default without `prompts`."),
     ] = False
-    top: Annotated[int, Field(ge=1, description="Maximum number of regions, best first.")] = 10
+    top: Annotated[int, Field(ge=1, le=MAX_MATCHES, description="Maximum number of regions, best first.")] = 10
     threshold: Annotated[
         float,
-        Field(description="Minimum score: 1 if the text is certain, 0 if it is as likely without an image."),
+        Field(
+            allow_inf_nan=False,
+            description="Minimum score: 1 if the text is certain, 0 if it is as likely without an image.",
+        ),
     ] = DEFAULT_THRESHOLD
     return_masks: Annotated[StrictBool, Field(description="Return the mask of each region.")] = True
 
