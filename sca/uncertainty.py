@@ -83,12 +83,12 @@ class Domain:
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """What is known about the errors of a model.
+    """Calibrations and training domain of a model.
 
     Attributes:
         calibrations: Calibrations by task and kind of prompt, see `get_prompt_kind`.
         domain: Distribution of the training images; None if it was not measured.
-        weights_hash: Hash of the weights that this belongs to, see `sca.checkpoints.uncertainty.hash_as_float32`.
+        weights_hash: Hash of the weights of the measurement, see `sca.checkpoints.uncertainty.hash_as_float32`.
     """
 
     calibrations: Mapping[tuple[str, str], Calibration]

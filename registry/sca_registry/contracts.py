@@ -218,8 +218,8 @@ class Caption:
     region_id: int  # index of the prompt in the list of prompts of its image
     alternatives: tuple[tuple[str, float], ...] = ()  # further captions and their scores, best first
     usage: TokenUsage | None = None  # None if no language model generated the captions
-    name: str | None = None  # class name or phrase of the proposer that found the region
-    proposal_score: float | None = None  # score of that proposer
+    name: str | None = None  # class name or phrase of the proposer, or the text that was searched for
+    proposal_score: float | None = None  # score of the region for the proposer, or for that text
     confidence: float | None = None  # probability that the caption is correct; None if the model is not calibrated
     ood_score: float | None = None  # distance of the image to the training images; above 1, it is unlike them
 

@@ -1,4 +1,4 @@
-"""`sca calibrate`: measure how often captions are wrong, and what the training images of a model look like."""
+"""`sca calibrate`: calibrate the confidences and OOD scores of a checkpoint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def calibrate(
     no_ood: Annotated[
         bool,
         typer.Option(
-            "--no-ood", help="Measure no OOD score, which requires the training images.", rich_help_panel="Data"
+            "--no-ood", help="Skip the OOD score, which requires the training images.", rich_help_panel="Data"
         ),
     ] = False,
     max_images: Annotated[
@@ -63,9 +63,9 @@ def calibrate(
 ) -> None:
     """Calibrate the confidences and OOD scores of a checkpoint.
 
-    The captions of one half of the held-out images fit the confidence; the printed errors are measured on the other
-    half. The result is stored in the checkpoint folder. From then on, captions of the model have a confidence, and an
-    OOD (out-of-distribution) score above 1 for images that are unlike the training images. Earlier results for the same
+    The confidence is fitted on one half of the held-out images; the printed errors are measured on the other half. The
+    result is stored in the checkpoint folder. From then on, captions of the model have a confidence, and an OOD
+    (out-of-distribution) score above 1 for images that are unlike the training images. Earlier results for the same
     weights that are not measured again are kept.
     """
     from rich.console import Console

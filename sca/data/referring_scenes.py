@@ -38,7 +38,7 @@ COLLECTION_SPLITS = {
     "refcoco+": ("train", "val", "testA", "testB"),
     "refcocog": ("train", "val", "test"),
 }
-TEST_A_SHAPE = "circle"  # in the role of people, the referents of RefCOCO's testA
+TEST_A_SHAPE = "circle"  # shape of the referents of testA, which are people in RefCOCO
 
 ATTRIBUTES = ("size", "texture", "color", "shape")  # in the order of a phrase
 DISTRACTOR_ATTRIBUTES = (*ATTRIBUTES, "center", "location")
@@ -125,7 +125,8 @@ class ReferringScenes(Scenes):
 
     def __getitem__(self, index: int) -> Sample:
         sample = super().__getitem__(index)
-        rng = np.random.default_rng([self.seed, self._split_index, int(index), 1])  # the drawing used the first three
+        # `Scenes` draws the image with the first three numbers.
+        rng = np.random.default_rng([self.seed, self._split_index, int(index), 1])
         regions = _add_scene_attributes(sample.regions, self.image_size)
         return sample._replace(
             regions=tuple(replace(region, phrases=self._sample_expressions(rng, region, regions)) for region in regions)

@@ -1,7 +1,6 @@
-"""Measure how often captions of a model are wrong, and what its training images look like: `sca calibrate`.
+"""Calibrate the confidence of captions, and fit the distribution of the training images: `sca calibrate`.
 
-The captions of one half of the held-out images fit the calibrations and the threshold of the OOD score. The other half
-measures them. The halves alternate in the order of the dataset.
+Calibrations and the threshold of the OOD score are fitted on every other held-out image, and measured on the rest.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ class CalibrationReport:
         dataset: Name of the dataset and its split.
         results: One per task and prompt type.
         domain: Training domain; None if it was not measured.
-        uncertainty: What is stored with the checkpoint.
+        uncertainty: Uncertainty that is stored with the checkpoint.
     """
 
     model: str
@@ -232,7 +231,7 @@ def calibrate_checkpoint(
     results = [
         result
         for prompt_type in prompt_types
-        for result in measure_calibrations(engine, held_out, prompt_type, max_images, batch_size, seed, progress)
+        for result in _measure_calibrations(engine, held_out, prompt_type, max_images, batch_size, seed, progress)
     ]
     if not results:
         raise InputError(
@@ -262,7 +261,7 @@ def calibrate_checkpoint(
     return CalibrationReport(str(model), f"{component.name} {split}", results, domain_result, uncertainty)
 
 
-def measure_calibrations(
+def _measure_calibrations(
     engine: Engine,
     dataset: Dataset,
     prompt_type: str,
@@ -320,7 +319,7 @@ def compute_ece(confidences: np.ndarray, correct: np.ndarray) -> tuple[float, li
     return sum(each.num_regions * abs(each.confidence - each.accuracy) for each in bins) / len(order), bins
 
 
-def compute_ece_interval(
+def _compute_ece_interval(
     confidences: np.ndarray, correct: np.ndarray, images: np.ndarray
 ) -> tuple[float, float] | None:
     """Compute the 95% interval of the expected calibration error by a bootstrap over images, with fixed bins.
@@ -453,7 +452,7 @@ def _get_prompt_kind(prompt_type: str) -> str:
 
 
 def is_correct_caption(record: Record, task: str) -> bool | None:
-    """Return whether a caption is correct; None for another task, or if the truth does not show it.
+    """Return whether a caption is correct; None for another task, or if the ground truth does not determine it.
 
     If the truth has all attributes of `sca.data.scenes`, a caption is correct if it states all of them correctly, else
     if it contains the class name. A class name is correct if it is equal, ignoring case and spacing.
@@ -478,7 +477,7 @@ def is_correct_caption(record: Record, task: str) -> bool | None:
 
 
 def _measure_task(task: str, prompt_type: str, judged: Sequence[tuple[Record, bool]]) -> CalibrationResult:
-    """Fit a calibration on the images at even places and measure it on the others."""
+    """Fit a calibration on every other image, and measure it on the rest."""
     scores = np.array([record["score"] for record, _ in judged], dtype=float)
     correct = np.array([each for _, each in judged])
     _, images = np.unique([record["index"] for record, _ in judged], return_inverse=True)
@@ -502,7 +501,7 @@ def _measure_task(task: str, prompt_type: str, judged: Sequence[tuple[Record, bo
         float(measured_correct.mean()),
         compute_ece(measured_scores, measured_correct)[0],
         ece,
-        compute_ece_interval(confidences, measured_correct, images[~is_fit]),
+        _compute_ece_interval(confidences, measured_correct, images[~is_fit]),
         bins,
         _explain_rejection(calibration, ece),
     )

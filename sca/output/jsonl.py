@@ -60,10 +60,11 @@ class JsonlWriter:
     A line has `image` (its path as passed), `width`, `height`, `region_id` (the index of the prompt in the request),
     `prompt`, `box` (x1, y1, x2, y2), `mask` (COCO RLE), `caption`, `score`, `predicted_iou` and `model`. With several
     captions per region, `alternatives` contains the others, best first. For a region of a proposer, `name` (a class or
-    a phrase) and `proposal_score` are those of the proposal. With a calibrated model, `confidence` is the probability
-    that the caption is correct, and `ood_score` the distance of the image to the training images, above 1 for an image
-    that is unlike them. Coordinates are in pixels of the upright image; unknown
-    values are null. The output is ASCII, so that any terminal, locale and line reader works.
+    a phrase) and `proposal_score` are those of the proposal. For a region that a search for a text found, they are the
+    text and its score. With a calibrated model, `confidence` is the probability that the caption is correct, and
+    `ood_score` the distance of the image to the training images, above 1 for an image that is unlike them. Coordinates
+    are in pixels of the upright image; unknown values are null. The output is ASCII, so that any terminal, locale and
+    line reader works.
     """
 
     def __init__(self, target: Path | StreamSink, model: str | None = None):

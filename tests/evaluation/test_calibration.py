@@ -12,9 +12,9 @@ from sca.checkpoints.native import save
 from sca.evaluation.calibration import (
     CalibrationReport,
     CalibrationResult,
+    _compute_ece_interval,
     calibrate_checkpoint,
     compute_ece,
-    compute_ece_interval,
     is_correct_caption,
 )
 from sca.io.errors import InputError, OutputError
@@ -62,10 +62,10 @@ def test_compute_ece_is_zero_for_calibrated_confidences_and_grows_with_overconfi
 def test_compute_ece_interval_contains_the_error_and_needs_several_images():
     rng = np.random.default_rng(0)
     confidences, correct = np.full(1000, 0.9), (rng.random(1000) < 0.6).astype(float)
-    low, high = compute_ece_interval(confidences, correct, np.repeat(np.arange(50), 20))
+    low, high = _compute_ece_interval(confidences, correct, np.repeat(np.arange(50), 20))
     assert low < 0.3 < high
     assert high - low < 0.2
-    assert compute_ece_interval(confidences, correct, np.zeros(1000)) is None
+    assert _compute_ece_interval(confidences, correct, np.zeros(1000)) is None
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def saved_folder(build_small_model, tmp_path):
 @pytest.fixture
 def reject_measuring(monkeypatch):
     """Fail when a model starts to measure."""
-    monkeypatch.setattr("sca.evaluation.calibration.measure_calibrations", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("sca.evaluation.calibration._measure_calibrations", lambda *_: pytest.fail("measured"))
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def replace_measuring(monkeypatch):
                 )
             ]
 
-        monkeypatch.setattr("sca.evaluation.calibration.measure_calibrations", make_results)
+        monkeypatch.setattr("sca.evaluation.calibration._measure_calibrations", make_results)
 
     return set_slopes
 
