@@ -72,8 +72,8 @@ class CropCaptioner(RegionCaptioner):
         self.metadata_options: dict[str, Any] = {"encoder": encoder, "vcot": vcot}
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
-        return {**super().modules, "image_text_model": self.image_text_model.model}
+    def weight_modules(self) -> dict[str, nn.Module]:
+        return {**super().weight_modules, "image_text_model": self.image_text_model.model}
 
     @property
     def metadata(self) -> dict[str, Any]:

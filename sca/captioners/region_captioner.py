@@ -90,7 +90,7 @@ class RegionCaptioner(MaskEngine):
         super().__init__(model)
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
+    def weight_modules(self) -> dict[str, nn.Module]:
         """Modules with weights by name."""
         return {} if self.model is None else {"segmentation_model": self.model}
 
@@ -99,7 +99,7 @@ class RegionCaptioner(MaskEngine):
         """SHA-256 of the weights of all modules; None for a captioner without weights."""
         tensors = {
             f"{name}.{key}": tensor
-            for name, module in self.modules.items()
+            for name, module in self.weight_modules.items()
             for key, tensor in module.state_dict().items()
         }
         return hash_tensors(tensors) if tensors else None

@@ -112,8 +112,8 @@ class VisionLanguageModel(RegionCaptioner):
         }
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
-        return {**super().modules, "image_text_model": self.image_text_model.model}
+    def weight_modules(self) -> dict[str, nn.Module]:
+        return {**super().weight_modules, "image_text_model": self.image_text_model.model}
 
     @property
     def metadata(self) -> dict[str, Any]:
