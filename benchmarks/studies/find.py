@@ -27,7 +27,7 @@ from sca.data.scenes import Scenes, is_relation_true, parse_statement
 from sca.evaluation.bootstrap import bootstrap_scores, compute_interval, make_mean_statistics
 from sca.inference.engine import EncodedImages, Engine
 from sca.inference.find_options import DEFAULT_THRESHOLD
-from sca.inference.text_search import RegionIndex, encode_text, index_regions, list_searched_regions
+from sca.inference.text_search import RegionIndex, encode_text, find_candidate_regions, index_regions
 from sca.io.atomic import write_file
 from sca.io.masks import mask_to_box
 from sca.io.score_format import format_interval, format_score
@@ -155,7 +155,7 @@ class ReferenceRows:
 @torch.inference_mode()
 def compute_as_captions(index: RegionIndex, texts: Sequence[str]) -> torch.Tensor:
     """Return (1 + N, number of texts) log-likelihoods of texts as captions, without the best reading."""
-    columns = [index._compute_text_log_probs(index._prefix, encode_text(index._model, text)).sum(1) for text in texts]
+    columns = [index.compute_text_log_probs(index.prefix, encode_text(index.model, text)).sum(1) for text in texts]
     return torch.stack(columns, dim=1)
 
 
@@ -166,7 +166,7 @@ def index_true_boxes(engine: Engine, scene: Any) -> RegionIndex:
 def index_found_boxes(engine: Engine, scene: Any) -> tuple[RegionIndex | None, list[int | None]]:
     """Return the index of the regions of everything mode, and the true region of each (IoU of boxes above 0.5)."""
     encoded = engine.encode([scene.image])
-    regions = list_searched_regions(engine, encoded)
+    regions = find_candidate_regions(engine, encoded)
     if not regions:
         return None, []
     boxes = [mask_to_box(each.mask.rle) for each in regions if each.mask]
@@ -258,7 +258,7 @@ def measure_speed(engine: Engine, num_images: int) -> dict[str, Any]:
         "num_images": num_images,
         "num_regions": len(index),
         "caption_seconds": measure_cpu_seconds(caption_images),
-        "generation_seconds": measure_cpu_seconds(lambda: engine.model.generate_from_prefix(index._prefix[1:])),
+        "generation_seconds": measure_cpu_seconds(lambda: engine.model.generate_from_prefix(index.prefix[1:])),
         "index_seconds": measure_cpu_seconds(lambda: index_regions(engine, encoded, requests)),
         "search_seconds": measure_cpu_seconds(lambda: index.score_texts(["a striped circle"])),
     }

@@ -230,7 +230,7 @@ def compute_outcomes(results: Mapping[str, Any], zoom: ZoomOptions, images: slic
 
 def measure_cost(engine: Any, images: Sequence[StudyImage], task: str, zoom: ZoomOptions) -> dict[str, Any]:
     """Measure the CPU time per region without and with zoom, and the crops per image."""
-    from sca.inference.zoom import _encode_crops, caption_regions
+    from sca.inference.zoom import caption_regions, encode_image_crops
 
     num_regions, num_crops, seconds = sum(len(each.regions) for each in images), 0, {"plain": 0.0, "zoomed": 0.0}
     for study_image in images:
@@ -242,7 +242,7 @@ def measure_cost(engine: Any, images: Sequence[StudyImage], task: str, zoom: Zoo
             def encode_crops(crops: Any, encoded: Any = encoded) -> Any:
                 nonlocal num_crops
                 num_crops += len(crops)
-                return _encode_crops(engine, encoded.images, crops)
+                return encode_image_crops(engine, encoded.images, crops)
 
             caption_regions(engine, encoded, [prompts], task, options, encode_crops)
             seconds[name] += time.process_time() - start
@@ -337,9 +337,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     engine: Any = load_captioner(args.model)
     start, task = time.monotonic(), "recognition" if args.photographs else "caption"
     images = list(read_photographs(args.photographs) if args.photographs else build_mosaics())
+    settings = {
+        "model": args.model,
+        "weights_hash": engine.weights_hash,
+        "photographs": args.photographs and str(args.photographs),
+        "num_tuning_images": args.num_tuning_images,
+        "input_size": engine.processor.image_format.size,
+        "zoom": asdict(engine.zoom),
+    }
     results = json.loads(args.out.read_text("utf-8")) if args.out.exists() else {"images": []}
-    results |= {"model": args.model, "input_size": engine.processor.image_format.size, "zoom": asdict(engine.zoom)}
-    results["num_tuning_images"] = args.num_tuning_images
+    check_same_settings(args.out, results, settings)
+    results |= settings
     results["environment"] = collect_environment("cpu")
     measured = {each["name"]: each for each in results["images"]}
     for index, study_image in enumerate(images):
@@ -356,6 +364,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_results(args.out, results)
     tables = [render_curve(results), render_choices(results), render_cost(results)]
     print("\n\n".join([*tables, *([render_classes(results)] if args.photographs else [])]))
+
+
+def check_same_settings(path: Path, results: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Exit with a message if the results in a file were measured with other settings."""
+    for name, value in settings.items():
+        if results["images"] and results.get(name) != value:
+            raise SystemExit(
+                f"{path} was measured with {name}={results.get(name)!r}, not {value!r}; choose another --out, or "
+                "delete the file"
+            )
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:

@@ -380,7 +380,7 @@ def _caption_locally(
         table = outputs.enter_context(CaptionTable(job.proposer is not None)) if has_table else None
         progress_bars = outputs.enter_context(ProgressBars(len(paths), quiet))  # closed before the table is printed
         needs_images = bool(set(formats) & set(DRAWN_FORMATS))
-        results = captioner.caption_images(
+        results = captioner.iter_results(
             paths, journal.completed if journal else None, needs_images, progress_bars.show_search
         )
         num_done, ood_images = 0, OutOfDistributionImages()

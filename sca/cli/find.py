@@ -149,7 +149,7 @@ def find(
     matches: list[Match] = []
     num_done = 0
     with ProgressBars(len(paths), quiet) as progress_bars:
-        for result in progress_bars.track_results(finder.caption_images(paths, progress=progress_bars.show_search)):
+        for result in progress_bars.track_results(finder.iter_results(paths, progress=progress_bars.show_search)):
             if isinstance(result, Failure):
                 failures.add(result)
                 continue
@@ -238,8 +238,8 @@ def _build_table(matches: Sequence[Match]) -> terminal.Table:
     """Build a table with one line per match, best first."""
     from sca.io.images import format_path
 
-    columns = ("image", "region", "score", "caption", "iou", "box")
-    table = terminal.Table(columns, right_aligned=("region", "score", "iou"), has_frame=False)
+    columns = ("image", "region", "text score", "caption", "iou", "box")
+    table = terminal.Table(columns, right_aligned=("region", "text score", "iou"), has_frame=False)
     for match in matches:
         path, _, caption = match
         box = " ".join(f"{value:.0f}" for value in caption.box) if caption.box else ""

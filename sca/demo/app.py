@@ -20,11 +20,12 @@ from sca_registry.spec import DEFAULT_GENERATION, ComponentSpec, EverythingOptio
 from sca.checkpoints.load import read_local_spec
 from sca.checkpoints.trust import Trust
 from sca.demo.session import Session
-from sca.inference.automatic import SearchProgress, resolve_everything_options
+from sca.inference.automatic import resolve_everything_options
 from sca.inference.factory import load_captioner
 from sca.inference.find_options import DEFAULT_THRESHOLD
 from sca.inference.generation_options import resolve_generation_options
-from sca.inference.text_search import check_can_find, check_text, is_match
+from sca.inference.region_search import SearchProgress
+from sca.inference.text_search import check_can_find, check_text
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZOOM_AUTO, ZOOM_OFF, resolve_zoom
 from sca.io.errors import InputError
 from sca.io.hub import resolve_local_path
@@ -34,6 +35,7 @@ from sca.io.text import escape_markdown
 from sca.output.formats import MultiFormatWriter
 from sca.output.html_page import encode_data_uri
 from sca.serve.inference_requests import CandidateMasks, InferenceRequest, RequestDone, SchedulerError
+from sca.serve.limits import MAX_TEXT_LENGTH
 from sca.serve.scheduler import RequestScheduler
 
 if TYPE_CHECKING:
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 MAX_LOADED_MODELS = 2  # models in memory, unless more are in use
 RESPONSE_TIMEOUT_SECONDS = 300.0  # per request
 SESSION_LIFETIME_SECONDS = 3600  # time in memory of the image and regions of an inactive browser tab
-MAX_TEXT_LENGTH = 1000  # characters of the text to find
 DOWNLOAD_FORMATS = ("png", "jsonl", "coco", "html")
 TITLE = "Segment and caption anything"
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -554,22 +555,23 @@ def _find_regions(
             del changes["num_beams"]
             options = resolve_everything_options(scheduler.captioner, changes)
             inference_request = InferenceRequest(
-                session.image, (), options, text=text, timeout=RESPONSE_TIMEOUT_SECONDS
+                session.image, (), options, text=text, threshold=min_score, timeout=RESPONSE_TIMEOUT_SECONDS
             )
             session.clear_regions()
             yield session, session.to_canvas_value(), "searching for regions"
-            captions = []
+            matches, num_regions = [], 0
             for event in scheduler.iter_events(inference_request):
                 if isinstance(event, SearchProgress):
                     yield session, gr.skip(), f"searched {event.processed_points} of {event.total_points} points"
                 elif isinstance(event, Caption):
-                    captions.append(event)
+                    matches.append(event)
+                elif isinstance(event, RequestDone):
+                    num_regions = event.num_regions
     except (SchedulerError, ValueError) as error:
         raise _make_page_error(error) from error
-    matches = [each for each in captions if is_match(each.proposal_score or 0, min_score)]
     for match in sorted(matches, key=lambda each: -(each.proposal_score or 0)):
         session.add_found_region(match)
-    summary = f"{len(matches)} of {len(captions)} regions match {escape_markdown(text)}"
+    summary = f"{len(matches)} of {num_regions} regions match {escape_markdown(text)}"
     if not matches:
         summary += "; lower the minimum score"
     yield session, session.to_canvas_value(), summary

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sca_registry.contracts import Prompt, Proposer, Sample
+from sca_registry.contracts import Prompt, Proposer, Region, Sample
 
 from sca.evaluation.predictions import COMPREHENSION_TASK, make_truth
+from sca.inference.engine import EncodedImages, Engine
 from sca.inference.text_search import (
-    SearchedRegion,
+    CandidateRegion,
     check_can_find,
+    find_candidate_regions,
     find_regions,
     index_regions,
-    list_searched_regions,
 )
 
 
@@ -29,7 +30,7 @@ class ComprehensionOptions:
     proposer: Proposer | None = None
 
     def predict_records(self, captioner: Any, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
-        """Predict one record per region with phrases.
+        """Predict one record per region with phrases. The images are encoded in one batch.
 
         Args:
             captioner: Engine of a model.
@@ -42,39 +43,56 @@ class ComprehensionOptions:
         Raises:
             ValueError: The captioner cannot score a text.
         """
-        return [record for index, sample in samples for record in self._predict_image(captioner, index, sample)]
-
-    def _predict_image(self, captioner: Any, index: int, sample: Sample) -> list[dict[str, Any]]:
-        texts = list(dict.fromkeys(phrase for region in sample.regions for phrase in region.phrases))
-        matches = self._find_matches(captioner, sample, texts)
-        return [
-            {
-                "index": index,
-                "image_id": sample.image_id,
-                "region_id": region.id,
-                "task": COMPREHENSION_TASK,
-                "control": None,
-                "expressions": [{"text": text, **matches[text]} for text in region.phrases],
-                "truth": make_truth(region),
-            }
-            for region in sample.regions
-            if region.phrases
-        ]
-
-    def _find_matches(self, captioner: Any, sample: Sample, texts: Sequence[str]) -> Mapping[str, dict[str, Any]]:
-        """Return the box and score of the best region for each text."""
         engine = check_can_find(captioner)
-        encoded = engine.encode([sample.image])
+        encoded = engine.encode([sample.image for _, sample in samples])
+        texts_by_image = [
+            list(dict.fromkeys(phrase for region in sample.regions for phrase in region.phrases))
+            for _, sample in samples
+        ]
+        regions_by_image = [
+            self._list_regions(engine, encoded.select_image(position), sample) if texts_by_image[position] else []
+            for position, (_, sample) in enumerate(samples)
+        ]
+        requests = [[each.prompt for each in regions] for regions in regions_by_image]
+        region_index = index_regions(engine, encoded, requests) if any(requests) else None
+        records: list[dict[str, Any]] = []
+        first_row = 0
+        for position, (index, sample) in enumerate(samples):
+            texts, regions = texts_by_image[position], regions_by_image[position]
+            rows, first_row = range(first_row, first_row + len(regions)), first_row + len(regions)
+            matches: dict[str, dict[str, Any]] = {text: {"box": None, "score": None} for text in texts}
+            if region_index is not None and regions:
+                image, needs_masks = encoded.select_image(position), any(map(_needs_mask, regions))
+                for match in find_regions(
+                    engine, image, regions, region_index, texts, top=1, rows=rows, return_masks=needs_masks
+                ):
+                    assert match.name is not None  # the text
+                    box = None if match.box is None else [float(value) for value in match.box]
+                    matches[match.name] = {"box": box, "score": match.proposal_score}
+            records += [_make_record(index, sample, region, matches) for region in sample.regions if region.phrases]
+        return records
+
+    def _list_regions(self, engine: Engine, encoded: EncodedImages, sample: Sample) -> list[CandidateRegion]:
+        """Return the regions of one image to choose from."""
         if self.proposer is None:
-            regions = [SearchedRegion(Prompt(box=region.box), None, row) for row, region in enumerate(sample.regions)]
-        else:
-            proposals = self.proposer(sample.image, sample.image_id)
-            regions = list_searched_regions(engine, encoded, None, proposals)
-        matches: dict[str, dict[str, Any]] = {text: {"box": None, "score": None} for text in texts}
-        if regions and texts:
-            index = index_regions(engine, encoded, [[each.prompt for each in regions]])
-            for match in find_regions(engine, encoded, regions, index, texts, top=1):
-                assert match.name is not None  # the text
-                box = None if match.box is None else [float(value) for value in match.box]
-                matches[match.name] = {"box": box, "score": match.proposal_score}
-        return matches
+            return [CandidateRegion(Prompt(box=region.box), None, row) for row, region in enumerate(sample.regions)]
+        return find_candidate_regions(engine, encoded, None, self.proposer(sample.image, sample.image_id))
+
+
+def _needs_mask(region: CandidateRegion) -> bool:
+    """Return whether the box of a region is only known from a predicted mask."""
+    return region.mask is None and region.prompt.box is None
+
+
+def _make_record(
+    index: int, sample: Sample, region: Region, matches: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "image_id": sample.image_id,
+        "region_id": region.id,
+        "task": COMPREHENSION_TASK,
+        "control": None,
+        "expressions": [{"text": text, **matches[text]} for text in region.phrases],
+        "truth": make_truth(region),
+    }

@@ -46,11 +46,11 @@ from sca.evaluation.requirements import (
 from sca.evaluation.scoring import ImageLoader, ScoringResult, check_metrics, count_regions, score_records
 from sca.evaluation.validation import check_dataset_regions, check_predictions, fill_defaults
 from sca.hints import check_argument_names
-from sca.inference.automatic import SEARCH_VERSION
 from sca.inference.engine import Engine
 from sca.inference.factory import load_captioner
 from sca.inference.predictor import Predictor
 from sca.inference.proposer import build_proposer
+from sca.inference.region_search import SEARCH_VERSION
 from sca.inference.text_search import check_can_find
 from sca.inference.zoom_options import resolve_zoom
 from sca.io.errors import DifferentRunError, InputError

@@ -4,7 +4,7 @@
     from sca.inference.caption_job import CaptionJob
 
     job = CaptionJob("sca-tiny", boxes=["370,434,448,512"])
-    for result in BatchCaptioner(job, job.read_region_source()).caption_images(paths):
+    for result in BatchCaptioner(job, job.read_region_source()).iter_results(paths):
         print(result.reason if isinstance(result, Failure) else result.captions)
 
 An image that fails yields a `Failure`; the run continues with the next.
@@ -28,10 +28,10 @@ from sca.inference.predictor import Predictor
 from sca.inference.text_search import (
     check_can_find,
     check_text,
+    find_candidate_regions,
     find_in_images,
     find_regions,
     index_regions,
-    list_searched_regions,
 )
 from sca.inference.zoom import CropEncoder, caption_regions
 from sca.inference.zoom_options import resolve_zoom
@@ -99,7 +99,7 @@ class BatchCaptioner:
             _check_can_search(self.captioner, job.model) if isinstance(region_source, SearchedRegions) else None
         )
 
-    def caption_images(
+    def iter_results(
         self,
         paths: Sequence[Path],
         captioned: Mapping[str, CaptionedImage] | None = None,
@@ -205,7 +205,7 @@ class BatchCaptioner:
 class BatchFinder(BatchCaptioner):
     """Finder of the regions of images that match a text. Loads the model.
 
-    `caption_images` yields the matches of each image, best first; see `sca.inference.text_search.find_regions`.
+    `iter_results` yields the matches of each image, best first; see `sca.inference.text_search.find_regions`.
 
     Args:
         job: Model, regions and options.
@@ -221,15 +221,16 @@ class BatchFinder(BatchCaptioner):
 
     def __init__(self, job: CaptionJob, region_source: RegionSource, text: str, top: int, threshold: float):
         super().__init__(job, region_source)
-        self._finder: Engine = check_can_find(self.captioner, job.model)
-        check_text(self._finder, text)
+        self._text_engine: Engine = check_can_find(self.captioner, job.model)
+        check_text(self._text_engine, text)
         self._text = text
         self._limits = top, threshold
 
     def _caption_batch(self, batch: Sequence[ImagePrompts], keep_images: bool) -> Iterator[ImageCaptions]:
         images = [image for _, image, _ in batch if isinstance(image, Image.Image)]
         requests = [prompts for _, _, prompts in batch]
-        matches = find_in_images(self._finder, self._finder.encode(images), requests, self._text, *self._limits)
+        encoded = self._text_engine.encode(images)
+        matches = find_in_images(self._text_engine, encoded, requests, self._text, *self._limits)
         yield from map(ImageCaptions, [path for path, _, _ in batch], images, matches)
 
     def _caption_searched(
@@ -240,11 +241,11 @@ class BatchFinder(BatchCaptioner):
         limits: Mapping[str, Any],
     ) -> list[Caption]:
         assert predictor.encoded is not None  # `set_image` was called
-        regions = list_searched_regions(self._finder, predictor.encoded, options, proposals, **limits)
+        regions = find_candidate_regions(self._text_engine, predictor.encoded, options, proposals, **limits)
         if not regions:
             return []
-        index = index_regions(self._finder, predictor.encoded, [[each.prompt for each in regions]])
-        return find_regions(self._finder, predictor.encoded, regions, index, [self._text], *self._limits)
+        index = index_regions(self._text_engine, predictor.encoded, [[each.prompt for each in regions]])
+        return find_regions(self._text_engine, predictor.encoded, regions, index, [self._text], *self._limits)
 
 
 def caption_requests(

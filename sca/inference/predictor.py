@@ -14,16 +14,24 @@ from sca.hints import check_argument_names
 from sca.inference.engine import REGION_BATCH_SIZE, EncodedImages, Engine, MaskEngine, PredictedMask
 from sca.inference.generation_options import resolve_generation_options
 from sca.inference.prompt_arguments import check_prompts, check_task, collect_prompts
+from sca.inference.text_search import (
+    CandidateRegion,
+    RegionIndex,
+    check_can_find,
+    check_text,
+    find_candidate_regions,
+    find_regions,
+    index_regions,
+)
 from sca.inference.zoom import caption_regions, segment_regions
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
 from sca.io.errors import InputError
 from sca.io.images import convert_to_rgb
 from sca.io.masks import RLE
 from sca.io.text import format_count
-from sca.io.validation import check_range
+from sca.io.validation import check_range, check_type
 
 if TYPE_CHECKING:
-    from sca.inference.text_search import RegionIndex, SearchedRegion
     from sca.model import SegmentCaptioner
 
 ENCODE_BATCH_SIZE = 8  # images per batch of the encoder
@@ -60,7 +68,7 @@ class Predictor:
         )
         self.image: Image.Image | None = None
         self.encoded: EncodedImages | None = None
-        self._region_index: tuple[Any, Sequence[SearchedRegion], RegionIndex] | None = None
+        self._region_index: tuple[Any, Sequence[CandidateRegion], RegionIndex | None] | None = None
 
     @property
     def model(self) -> Any:
@@ -158,11 +166,11 @@ class Predictor:
     def find(
         self,
         text: str | Sequence[str],
-        prompts: Sequence[Prompt] = (),
+        prompts: Sequence[Prompt] | None = None,
         *,
-        boxes: Sequence[Sequence[float]] = (),
-        points: Sequence[Sequence[float]] = (),
-        masks: Sequence[np.ndarray | RLE] = (),
+        boxes: Sequence[Sequence[float]] | None = None,
+        points: Sequence[Sequence[float]] | None = None,
+        masks: Sequence[np.ndarray | RLE] | None = None,
         proposals: Proposals | None = None,
         top: int | None = None,
         threshold: float | None = None,
@@ -187,53 +195,60 @@ class Predictor:
 
         Returns:
             Captions of the regions, best match first. `name` is the text and `proposal_score` its score; `text` is the
-            greedy caption of the region.
+            greedy caption of the region. Empty if everything mode or the proposer finds no region.
 
         Raises:
             TypeError: Unknown keyword argument; the message suggests the closest one.
-            ValueError: No image is set, the captioner cannot score a text, a text is empty or too long, no region is
-                found, a value is out of range, or `predict` would reject the regions.
+            ValueError: No image is set, the captioner cannot score a text, a text is empty or too long, a value is out
+                of range, or `predict` would reject the regions.
         """
-        from sca.inference.text_search import check_can_find, find_regions
-
         engine = check_can_find(self.engine)
         if self.image is None or self.encoded is None:
             raise ValueError("no image is set; call set_image(image) first")
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, Sequence) or not all(isinstance(each, str) for each in texts):
+            raise InputError(f"text is {text!r:.80}; expected a string or a list of strings")
         if not texts:
             raise InputError("the text is empty; pass a word or a phrase, such as 'a red circle'")
+        for each in texts:
+            check_text(engine, each)
         if top is not None:
             check_range("top", top, int, 1)
-        has_prompts = any(len(each) for each in (prompts, boxes, points, masks))
-        if has_prompts and (kwargs or proposals):
+        if threshold is not None:
+            check_type("threshold", threshold, float)
+        has_prompts = any(each is not None for each in (prompts, boxes, points, masks))
+        if has_prompts and (kwargs or proposals is not None):
             raise ValueError(
                 "regions are given and also to be found; omit the regions, or proposals and search options"
             )
         request = self._collect_prompts(prompts, boxes, points, masks) if has_prompts else None
         regions, index = self._index_regions(request, proposals, kwargs)
-        return find_regions(engine, self.encoded, regions, index, texts, top, threshold)
+        return [] if index is None else find_regions(engine, self.encoded, regions, index, texts, top, threshold)
 
     def _index_regions(
         self, request: Sequence[Prompt] | None, proposals: Proposals | None, search_options: Mapping[str, Any]
-    ) -> tuple[Sequence[SearchedRegion], RegionIndex]:
-        """Return the regions to search and their index, which is kept for the next call with the same arguments."""
-        from sca.inference.text_search import SearchedRegion, check_can_find, index_regions, list_searched_regions
+    ) -> tuple[Sequence[CandidateRegion], RegionIndex | None]:
+        """Return the regions to search and their index, which is kept for the next call with the same arguments.
 
+        The index is None if there are no regions.
+        """
         assert self.encoded is not None  # see `find`
-        key = (None if request is None else tuple(request), proposals, tuple(sorted(search_options.items())))
+        index_arguments = (
+            None if request is None else tuple(request),
+            proposals,
+            tuple(sorted(search_options.items())),
+        )
         has_masks = any(each.mask is not None for each in (*(request or ()), *(proposals.prompts if proposals else ())))
-        if not has_masks and self._region_index is not None and self._region_index[0] == key:
+        if not has_masks and self._region_index is not None and self._region_index[0] == index_arguments:
             return self._region_index[1:]
         engine = check_can_find(self.engine)
         if request is None:
             options = make_everything_options({**vars(engine.everything), **search_options})
-            regions = list_searched_regions(engine, self.encoded, options, proposals)
+            regions = find_candidate_regions(engine, self.encoded, options, proposals)
         else:
-            regions = [SearchedRegion(prompt, None, region_id) for region_id, prompt in enumerate(request)]
-        if not regions:
-            raise InputError("no region was found to search; lower pred_iou_thresh or raise points_per_side")
-        index = index_regions(engine, self.encoded, [[each.prompt for each in regions]])
-        self._region_index = None if has_masks else (key, regions, index)
+            regions = [CandidateRegion(prompt, None, region_id) for region_id, prompt in enumerate(request)]
+        index = index_regions(engine, self.encoded, [[each.prompt for each in regions]]) if regions else None
+        self._region_index = None if has_masks else (index_arguments, regions, index)
         return regions, index
 
     @check_argument_names()
@@ -346,10 +361,10 @@ class Predictor:
 
     def _collect_prompts(
         self,
-        prompts: Sequence[Prompt],
-        boxes: Sequence[Sequence[float]],
-        points: Sequence[Sequence[float]],
-        masks: Sequence[np.ndarray | RLE],
+        prompts: Sequence[Prompt] | None,
+        boxes: Sequence[Sequence[float]] | None,
+        points: Sequence[Sequence[float]] | None,
+        masks: Sequence[np.ndarray | RLE] | None,
     ) -> list[Prompt]:
         if self.image is None:
             raise ValueError("no image is set; call set_image(image) first")

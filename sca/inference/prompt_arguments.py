@@ -15,15 +15,15 @@ from sca.io.prompts import check_prompt
 
 
 def collect_prompts(
-    prompts: Sequence[Prompt],
-    boxes: Sequence[Sequence[float]],
-    points: Sequence[Sequence[float]],
-    masks: Sequence[np.ndarray | RLE],
+    prompts: Sequence[Prompt] | None,
+    boxes: Sequence[Sequence[float]] | None,
+    points: Sequence[Sequence[float]] | None,
+    masks: Sequence[np.ndarray | RLE] | None,
     image_size: tuple[int, int],
 ) -> list[Prompt]:
     """Collect the prompts of a call in one list, checked against the image.
 
-    Coordinates are image pixels.
+    Coordinates are image pixels. None is the same as an empty list.
 
     Args:
         prompts: Regions with any combination of a box, points and a mask.

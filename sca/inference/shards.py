@@ -224,7 +224,7 @@ def _write_captions(
     else:
         region_source.match_images(paths)
     writer, problems = JsonlWriter(StreamSink(stream), job.model), list[ImageProblem]()
-    for result in BatchCaptioner(job, region_source).caption_images(paths):
+    for result in BatchCaptioner(job, region_source).iter_results(paths):
         if isinstance(result, Failure):
             problems.append((result.reason, result.kind))
         else:

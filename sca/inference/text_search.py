@@ -1,23 +1,26 @@
-"""Search for regions by text: how likely is a text for each region, compared with no image?
+"""Search for regions by text: the likelihood of a text for each region, relative to that without an image.
 
     index = index_regions(engine, encoded, [prompts])
     scores = index.score_texts(["a striped circle"])  # (N, 1)
 
-The likelihood of a text is the larger of two readings, and of all that switch from the second to the first:
+The log-likelihood of a text is the maximum over its readings. A reading splits the tokens of the text into two parts,
+either of which can be empty:
 
-- the text as a caption of the region, each token in the context of the previous ones;
-- the text inside the greedy caption of the region, each token in the context of the caption up to its position. Up to
-  `MAX_SKIPPED_TOKENS` tokens of the caption may be skipped before each token, so that "a striped circle" is likely for
-  a region with the caption "a small striped red circle", although the model never generates such short captions.
+- The first part is read inside the greedy caption of the region: each token is predicted from the caption up to its
+  position. Up to `MAX_SKIPPED_TOKENS` tokens of the caption can be skipped before each token. Therefore "a striped
+  circle" is likely for a region with the caption "a small striped red circle", although the model never generates such
+  short captions.
+- The second part is read as a caption: each token is predicted from the previous tokens of the text.
 
-EOS is not part of the text: a text may be the beginning of a longer caption. "No image" is a region whose query
-embeddings are zero. A score is the log-likelihood minus that without an image, divided by the negative of the latter:
-1 for a text that is certain for the region, 0 if the region makes the text no likelier. `benchmarks/studies/find.py`
+EOS is not part of the text, which can be the beginning of a longer caption. "No image" is a region whose query
+embeddings are zero. The score is the log-likelihood minus that without an image, divided by the negative of the latter:
+1 for a text that is certain for the region, 0 for one that is as likely without an image. `benchmarks/studies/find.py`
 compares this score with others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -28,8 +31,8 @@ from sca_registry.spec import EverythingOptions
 from torch import Tensor
 from torch.nn import functional as F
 
-from sca.inference.automatic import find_everything, select_region_proposals
 from sca.inference.engine import EncodedImages, Engine, MaskEngine, PredictedMask
+from sca.inference.region_search import find_everything, select_region_proposals
 from sca.io.errors import InputError
 from sca.io.masks import mask_to_box
 from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner, check_finite_scores
@@ -48,17 +51,19 @@ class RegionIndex:
         task_id: Task of the prefixes.
 
     Attributes:
+        model: Model.
+        prefix: (1 + N, K, E) prefixes; the first is that of no image.
         captions: Greedy caption of each region and its score.
     """
 
     @torch.inference_mode()
     def __init__(self, model: SegmentCaptioner, prefix: Tensor, task_id: int = TASKS.index("caption")):
-        self._model = model
+        self.model = model
         queries = prefix.new_zeros(1, model.mixer.num_queries, model.mixer.hidden_size)
         no_image = model.build_prefix(queries, torch.tensor([task_id], device=prefix.device))
-        self._prefix = torch.cat((no_image, prefix))  # (1 + N, K, E)
+        self.prefix = torch.cat((no_image, prefix))  # (1 + N, K, E)
         options = {"num_beams": 1, "num_captions": 1, "do_sample": False}
-        generated = model.generate_from_prefix(self._prefix, **options)
+        generated = model.generate_from_prefix(self.prefix, **options)
         tokenizer = self._tokenizer
         token_ids = [_cut_at_end(ids, tokenizer.eos_token_id) for ids in generated.sequences[:, 0].tolist()]
         scores = generated.scores[:, 0].exp().tolist()
@@ -69,11 +74,11 @@ class RegionIndex:
         self._caption_states = self._compute_caption_states(token_ids)  # (1 + N, T, E)
 
     def __len__(self) -> int:
-        return len(self._prefix) - 1
+        return len(self.prefix) - 1
 
     @property
     def _tokenizer(self) -> Any:
-        return self._model.language_model.tokenizer
+        return self.model.language_model.tokenizer
 
     def score_texts(self, texts: Sequence[str], rows: range | None = None) -> Tensor:
         """Score texts for each region.
@@ -109,7 +114,7 @@ class RegionIndex:
         Raises:
             InputError: A text is empty, or longer than the positions of the language model.
         """
-        encoded_texts = [encode_text(self._model, text) for text in texts]
+        encoded_texts = [encode_text(self.model, text) for text in texts]
         longest = max(self._caption_states.shape[1], *map(len, encoded_texts))
         rows_per_chunk = self._count_rows_per_chunk(longest)
         selected = [0, *(row + 1 for row in (range(len(self)) if rows is None else rows))]
@@ -119,27 +124,35 @@ class RegionIndex:
             caption_log_probs = self._compute_log_probs(self._caption_states[chunk])  # (n, T, V)
             columns = []
             for token_ids in encoded_texts:
-                text_log_probs = self._compute_text_log_probs(self._prefix[chunk], token_ids)
+                text_log_probs = self.compute_text_log_probs(self.prefix[chunk], token_ids)
                 columns.append(
-                    sum_best_reading(text_log_probs, caption_log_probs[..., token_ids], self._caption_lengths[chunk])
+                    _sum_best_reading(text_log_probs, caption_log_probs[..., token_ids], self._caption_lengths[chunk])
                 )
             chunks.append(torch.stack(columns, dim=1))
         return torch.cat(chunks)
 
-    def _compute_caption_states(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
-        """Return (1 + N, T, E) states; state j predicts token j of the caption, and the last one what follows it."""
-        ids, attention_mask = _pad_tokens([[*ids, 0] for ids in token_ids], self._prefix.device)  # the 0 is not read
-        chunks = zip(*(each.split(MAX_SEQUENCES_PER_CALL) for each in (self._prefix, ids, attention_mask)), strict=True)
-        return torch.cat([self._model.compute_caption_states(*chunk) for chunk in chunks])
+    def compute_text_log_probs(self, prefix: Tensor, token_ids: Sequence[int]) -> Tensor:
+        """Compute the log-probabilities of the tokens of a text as a caption.
 
-    def _compute_text_log_probs(self, prefix: Tensor, token_ids: Sequence[int]) -> Tensor:
-        """Return the (n, L) log-probabilities of the tokens of a text after each prefix."""
+        Args:
+            prefix: (n, K, E) prefixes.
+            token_ids: L token ids of the text.
+
+        Returns:
+            (n, L) log-probability of each token after the previous tokens of the text.
+        """
         ids = torch.tensor(token_ids, device=prefix.device).expand(len(prefix), -1)
-        states = self._model.compute_caption_states(prefix, ids, torch.ones_like(ids))
+        states = self.model.compute_caption_states(prefix, ids, torch.ones_like(ids))
         return self._compute_log_probs(states).gather(-1, ids[..., None])[..., 0]
 
+    def _compute_caption_states(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Return (1 + N, T, E) states; state j predicts token j of the caption, and the last one what follows it."""
+        ids, attention_mask = _pad_tokens([[*ids, 0] for ids in token_ids], self.prefix.device)  # the 0 is not read
+        chunks = zip(*(each.split(MAX_SEQUENCES_PER_CALL) for each in (self.prefix, ids, attention_mask)), strict=True)
+        return torch.cat([self.model.compute_caption_states(*chunk) for chunk in chunks])
+
     def _compute_log_probs(self, states: Tensor) -> Tensor:
-        logits = self._model.language_model.lm_head(states)
+        logits = self.model.language_model.lm_head(states)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def _count_rows_per_chunk(self, length: int) -> int:
@@ -173,34 +186,7 @@ def encode_text(model: SegmentCaptioner, text: str) -> list[int]:
     return token_ids
 
 
-def sum_best_reading(text_log_probs: Tensor, caption_log_probs: Tensor, caption_lengths: Tensor) -> Tensor:
-    """Sum the log-probabilities of the tokens of a text in its best reading; see the module docstring.
-
-    Args:
-        text_log_probs: (N, L) log-probability of each token after the previous tokens of the text.
-        caption_log_probs: (N, T, L) log-probability of each token at each position of the caption.
-        caption_lengths: (N,) tokens of each caption. The position after its last token can also be read.
-
-    Returns:
-        (N,) log-likelihoods.
-    """
-    num_positions = caption_log_probs.shape[1]
-    positions = torch.arange(num_positions, device=caption_log_probs.device)
-    is_outside = positions > caption_lengths[:, None]  # (N, T)
-    caption_log_probs = caption_log_probs.masked_fill(is_outside[..., None], -torch.inf)
-    remaining = F.pad(text_log_probs.flip(1).cumsum(1).flip(1), (0, 1))  # (N, L + 1) sums of token i and those after it
-    best = remaining[:, 0]
-    # reachable[:, j]: best sum of the tokens before token i, if token i is read at position j
-    reachable = caption_log_probs.new_zeros(is_outside.shape).masked_fill(positions > MAX_SKIPPED_TOKENS, -torch.inf)
-    for i in range(text_log_probs.shape[1]):
-        sums = reachable + caption_log_probs[..., i]
-        best = torch.maximum(best, sums.amax(1) + remaining[:, i + 1])
-        earlier = F.pad(sums, (MAX_SKIPPED_TOKENS + 1, 0), value=-torch.inf)[:, None, :-1]
-        reachable = F.max_pool1d(earlier, MAX_SKIPPED_TOKENS + 1, 1)[:, 0]
-    return best
-
-
-class SearchedRegion(NamedTuple):
+class CandidateRegion(NamedTuple):
     """Region of an image to search, before its mask is predicted.
 
     Attributes:
@@ -278,7 +264,7 @@ def index_regions(
 def find_regions(
     engine: Engine,
     encoded: EncodedImages,
-    regions: Sequence[SearchedRegion],
+    regions: Sequence[CandidateRegion],
     index: RegionIndex,
     texts: Sequence[str],
     top: int | None = None,
@@ -302,22 +288,25 @@ def find_regions(
 
     Returns:
         Captions of the regions, best match first. `name` is the text and `proposal_score` its score; `text` is the
-        greedy caption of the region.
+        greedy caption of the region, with its confidence and the OOD score of the image if the model is calibrated.
     """
     scores = index.score_texts(texts, rows)
     captions = index.captions if rows is None else index.captions[rows.start : rows.stop]
+    minimum = -math.inf if threshold is None else threshold
     matches: list[tuple[float, int, str]] = []
     for text, text_scores in zip(texts, scores.T.tolist(), strict=True):
         ranked = sorted(range(len(regions)), key=lambda row: -text_scores[row])[:top]
-        matches += [(text_scores[row], row, text) for row in ranked if is_match(text_scores[row], threshold)]
+        matches += [(score, row, text) for row in ranked if (score := text_scores[row]) >= minimum]
     matches.sort(key=lambda match: -match[0])
     unknown = list(dict.fromkeys(row for _, row, _ in matches if return_masks and regions[row].mask is None))
     predicted = engine.predict_best_masks(encoded, [[regions[row].prompt for row in unknown]]) if unknown else []
     masks = {row: regions[row].mask for _, row, _ in matches} | dict(zip(unknown, predicted, strict=True))
-    return [
+    found = [
         replace(_make_caption(regions[row], masks[row], *captions[row]), name=text, proposal_score=score)
         for score, row, text in matches
     ]
+    (found,) = engine.add_confidence([found], encoded, "caption", do_sample=False)
+    return found
 
 
 def find_in_images(
@@ -349,7 +338,7 @@ def find_in_images(
     first_row = 0
     for position, prompts in enumerate(requests):
         rows, first_row = range(first_row, first_row + len(prompts)), first_row + len(prompts)
-        regions = [SearchedRegion(prompt, None, region_id) for region_id, prompt in enumerate(prompts)]
+        regions = [CandidateRegion(prompt, None, region_id) for region_id, prompt in enumerate(prompts)]
         image = encoded.select_image(position)
         options: dict[str, Any] = {"rows": rows, "return_masks": return_masks}
         matches.append(
@@ -360,19 +349,14 @@ def find_in_images(
     return matches
 
 
-def is_match(score: float, threshold: float | None) -> bool:
-    """Return whether a score reaches a threshold; None accepts all."""
-    return threshold is None or score >= threshold
-
-
-def list_searched_regions(
+def find_candidate_regions(
     engine: MaskEngine,
     encoded: EncodedImages,
     options: EverythingOptions | None = None,
     proposals: Proposals | None = None,
     max_regions: int | None = None,
     progress: Any = None,
-) -> list[SearchedRegion]:
+) -> list[CandidateRegion]:
     """Find the regions of one image with everything mode or from proposals, without captions.
 
     Args:
@@ -391,10 +375,37 @@ def list_searched_regions(
     if proposals:
         max_proposed = None if max_regions is None else max_regions - len(regions)
         regions += [(prompt, None) for prompt in select_region_proposals(proposals, max_proposed).prompts]
-    return [SearchedRegion(prompt, mask, region_id) for region_id, (prompt, mask) in enumerate(regions)]
+    return [CandidateRegion(prompt, mask, region_id) for region_id, (prompt, mask) in enumerate(regions)]
 
 
-def _make_caption(region: SearchedRegion, mask: PredictedMask | None, text: str, score: float) -> Caption:
+def _sum_best_reading(text_log_probs: Tensor, caption_log_probs: Tensor, caption_lengths: Tensor) -> Tensor:
+    """Sum the log-probabilities of the tokens of a text in its best reading; see the module docstring.
+
+    Args:
+        text_log_probs: (N, L) log-probability of each token after the previous tokens of the text.
+        caption_log_probs: (N, T, L) log-probability of each token at each position of the caption.
+        caption_lengths: (N,) tokens of each caption. The position after its last token can also be read.
+
+    Returns:
+        (N,) log-likelihoods.
+    """
+    num_positions = caption_log_probs.shape[1]
+    positions = torch.arange(num_positions, device=caption_log_probs.device)
+    is_outside = positions > caption_lengths[:, None]  # (N, T)
+    caption_log_probs = caption_log_probs.masked_fill(is_outside[..., None], -torch.inf)
+    remaining = F.pad(text_log_probs.flip(1).cumsum(1).flip(1), (0, 1))  # (N, L + 1) sums of token i and those after it
+    best = remaining[:, 0]
+    # reachable[:, j]: best sum of the tokens before token i, if token i is read at position j
+    reachable = caption_log_probs.new_zeros(is_outside.shape).masked_fill(positions > MAX_SKIPPED_TOKENS, -torch.inf)
+    for i in range(text_log_probs.shape[1]):
+        sums = reachable + caption_log_probs[..., i]
+        best = torch.maximum(best, sums.amax(1) + remaining[:, i + 1])
+        earlier = F.pad(sums, (MAX_SKIPPED_TOKENS + 1, 0), value=-torch.inf)[:, None, :-1]
+        reachable = F.max_pool1d(earlier, MAX_SKIPPED_TOKENS + 1, 1)[:, 0]
+    return best
+
+
+def _make_caption(region: CandidateRegion, mask: PredictedMask | None, text: str, score: float) -> Caption:
     rle, predicted_iou = mask or (None, None)
     is_known = region.mask is not None
     box = mask_to_box(rle) if rle and (is_known or region.prompt.box is None) else region.prompt.box

@@ -75,9 +75,7 @@ def caption_regions(
     if zoom is None or not any(crops):
         return engine.caption_batch(encoded, requests, task, **generation)
 
-    def caption_all(looked_at: EncodedImages, prompts: Sequence[Sequence[Prompt]], **options: Any) -> list[Caption]:
-        return list(chain(*engine.caption_batch(looked_at, prompts, task, **{**generation, **options})))
-
+    caption_all: Callable[..., list[Caption]] = partial(_caption_all, engine, task=task, **generation)
     prompts = _list_prompts(requests)
     captions = _predict_regions(engine, encoded, requests, crops, encode_crops, caption_all)
     image_captions: dict[int, Caption] = {}
@@ -134,9 +132,7 @@ def caption_masks(
         known = [masks[row] for row in in_image], [prompts[row] for row in in_image]
         captions |= zip(in_image, engine.caption_masks(encoded, *known, task, **generation), strict=True)
 
-    def caption_all(looked_at: EncodedImages, prompts: Sequence[Sequence[Prompt]]) -> list[Caption]:
-        return list(chain(*engine.caption_batch(looked_at, prompts, task, **generation)))
-
+    caption_all: Callable[..., list[Caption]] = partial(_caption_all, engine, task=task, **generation)
     for row, caption in _predict_in_crops(engine, encoded.images, prompts, crops, encode_crops, caption_all).items():
         crop, (rle, predicted_iou) = crops[row], masks[row]
         assert crop is not None  # see `_predict_in_crops`
@@ -173,9 +169,7 @@ def segment_regions(
     """
     crops = _find_crops(engine, encoded, requests, zoom)
 
-    def segment_all(looked_at: EncodedImages, prompts: Sequence[Sequence[Prompt]]) -> list[list[PredictedMask]]:
-        return engine.segment(looked_at, prompts, multimask_output)
-
+    segment_all = partial(engine.segment, multimask_output=multimask_output)
     candidates = _predict_regions(engine, encoded, requests, crops, encode_crops, segment_all)
     sizes = [encoded.images[image_index].size for image_index, _ in _list_prompts(requests)]
     return [
@@ -213,25 +207,30 @@ def choose_window(box: Box, frame: InputFrame, input_size: int, zoom: ZoomOption
     return x1, y1, x2, y2
 
 
-def crop_prompt(prompt: Prompt, window: Window) -> Prompt:
-    """Convert a prompt to pixels of a window.
+def encode_image_crops(engine: MaskEngine, images: Sequence[Image.Image], crops: Sequence[Crop]) -> EncodedImages:
+    """Encode crops, as is done without a `CropEncoder`.
 
     Args:
-        prompt: Prompt in image pixels.
-        window: Window of the image.
+        engine: Engine.
+        images: Images of the request.
+        crops: Crops.
 
     Returns:
-        The prompt with its box clipped to the window, its mask cropped, and the points outside of the window removed.
+        Features of the crops.
     """
-    x1, y1, x2, y2 = window
-    width, height = x2 - x1, y2 - y1
-    box = prompt.box
-    if box is not None:
-        left, right = (min(max(x - x1, 0.0), float(width)) for x in (box[0], box[2]))
-        top, bottom = (min(max(y - y1, 0.0), float(height)) for y in (box[1], box[3]))
-        box = (left, top, right, bottom)
-    points = tuple((x - x1, y - y1, label) for x, y, label in prompt.points if x1 <= x < x2 and y1 <= y < y2)
-    return Prompt(box, points, None if prompt.mask is None else prompt.mask[y1:y2, x1:x2])
+    return engine.encode([images[crop.image_index].crop(crop.window) for crop in crops])
+
+
+def _caption_all(
+    engine: MaskEngine,
+    encoded_images: EncodedImages,
+    requests: Sequence[Sequence[Prompt]],
+    *,
+    task: str,
+    **generation: Any,
+) -> list[Caption]:
+    """Caption the regions of several images; return the captions in one list."""
+    return list(chain(*engine.caption_batch(encoded_images, requests, task, **generation)))
 
 
 def _list_prompts(requests: Sequence[Sequence[Prompt]]) -> list[tuple[int, Prompt]]:
@@ -356,19 +355,28 @@ def _predict_in_crops(
     for index, crop in enumerate(crops):
         if crop is not None:
             indices_by_crop.setdefault(crop, []).append(index)
-    encode = encode_crops or partial(_encode_crops, engine, images)
+    encode = encode_crops or partial(encode_image_crops, engine, images)
     predictions: dict[int, Prediction] = {}
     entries = list(indices_by_crop.items())
     for start in range(0, len(entries), CROPS_PER_BATCH):
         batch = entries[start : start + CROPS_PER_BATCH]
-        requests = [[crop_prompt(prompts[index], crop.window) for index in indices] for crop, indices in batch]
+        requests = [[_crop_prompt(prompts[index], crop.window) for index in indices] for crop, indices in batch]
         batch_indices = chain(*(indices for _, indices in batch))
         predictions |= zip(batch_indices, predict(encode([crop for crop, _ in batch]), requests), strict=True)
     return predictions
 
 
-def _encode_crops(engine: MaskEngine, images: Sequence[Image.Image], crops: Sequence[Crop]) -> EncodedImages:
-    return engine.encode([images[crop.image_index].crop(crop.window) for crop in crops])
+def _crop_prompt(prompt: Prompt, window: Window) -> Prompt:
+    """Convert a prompt to pixels of a window: clip its box, crop its mask, and remove the points outside."""
+    x1, y1, x2, y2 = window
+    width, height = x2 - x1, y2 - y1
+    box = prompt.box
+    if box is not None:
+        left, right = (min(max(x - x1, 0.0), float(width)) for x in (box[0], box[2]))
+        top, bottom = (min(max(y - y1, 0.0), float(height)) for y in (box[1], box[3]))
+        box = (left, top, right, bottom)
+    points = tuple((x - x1, y - y1, label) for x, y, label in prompt.points if x1 <= x < x2 and y1 <= y < y2)
+    return Prompt(box, points, None if prompt.mask is None else prompt.mask[y1:y2, x1:x2])
 
 
 def _restore_caption(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from anyio import to_thread
@@ -24,8 +25,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from sca.inference.automatic import SearchProgress
-from sca.inference.text_search import is_match
+from sca.inference.region_search import SearchProgress
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue
 from sca.io.errors import InputError
 from sca.serve.access_control import HostCheckMiddleware, KeyCheckMiddleware
@@ -187,9 +187,7 @@ def _add_caption_route(app: FastAPI, service: CaptionService) -> None:
             return await _stream_response(service, request, inference_request)
         results = await service.collect_captions(request, inference_request)
         header = {"model": service.model_name, "width": image.width, "height": image.height}
-        if len(results) <= SHORT_REQUEST_REGIONS:
-            return JSONResponse({**header, "regions": [caption_to_dict(each, image) for each in results]})
-        return StreamingResponse(_iter_json_chunks(header, results, image), media_type="application/json")
+        return _make_json_response(header, results, partial(caption_to_dict, image=image))
 
 
 def _add_find_route(app: FastAPI, service: CaptionService) -> None:
@@ -212,23 +210,34 @@ def _add_find_route(app: FastAPI, service: CaptionService) -> None:
         image = await service.decode_request_image(request, image_bytes, count_mask_prompts(caption_request))
         del image_bytes
         inference_request = await service.make_inference_request(request, caption_request, image)
-        inference_request = replace(inference_request, text=find_request.text, zoom=None)
-        results = await service.collect_captions(request, inference_request)
-        matches = sorted(results, key=lambda match: -(match.proposal_score or 0))
-        regions = [
-            match_to_dict(match, image)
-            for match in matches[: find_request.top]
-            if is_match(match.proposal_score or 0, find_request.threshold)
-        ]
-        header = {"model": service.model_name, "width": image.width, "height": image.height}
-        return JSONResponse({**header, "num_regions": len(results), "regions": regions})
+        inference_request = replace(
+            inference_request,
+            text=find_request.text,
+            top=find_request.top,
+            threshold=find_request.threshold,
+            zoom=None,
+        )
+        matches, num_regions = await service.collect_matches(request, inference_request)
+        header = {"model": service.model_name, "width": image.width, "height": image.height, "num_regions": num_regions}
+        return _make_json_response(header, matches, partial(match_to_dict, image=image))
 
 
-def _iter_json_chunks(header: dict[str, Any], captions: Sequence[Caption], image: Image.Image) -> Iterator[str]:
+def _make_json_response(
+    header: dict[str, Any], captions: Sequence[Caption], to_dict: Callable[[Caption], dict[str, Any]]
+) -> Response:
+    """Return a JSON response, in chunks if it is long."""
+    if len(captions) <= SHORT_REQUEST_REGIONS:
+        return JSONResponse({**header, "regions": list(map(to_dict, captions))})
+    return StreamingResponse(_iter_json_chunks(header, captions, to_dict), media_type="application/json")
+
+
+def _iter_json_chunks(
+    header: dict[str, Any], captions: Sequence[Caption], to_dict: Callable[[Caption], dict[str, Any]]
+) -> Iterator[str]:
     """Yield a long JSON response region by region, so that encoding it does not block the event loop."""
     yield f'{json.dumps(header)[:-1]}, "regions": ['
     for index, caption in enumerate(captions):
-        yield f"{', ' if index else ''}{json.dumps(caption_to_dict(caption, image))}"
+        yield f"{', ' if index else ''}{json.dumps(to_dict(caption))}"
     yield "]}"
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 from sca_registry.spec import EverythingOptions, ZoomOptions
 
-from sca.inference.automatic import SearchProgress
 from sca.inference.engine import PredictedMask
+from sca.inference.region_search import SearchProgress
 
 
 class SchedulerError(Exception):
@@ -57,7 +57,10 @@ class InferenceRequest:
         client_id: Identity of the client; clients take turns.
         max_regions: Maximum number of regions of `everything`, best first.
         zoom: Result of `sca.inference.zoom_options.resolve_zoom` for the captioner.
-        text: Text to find: each caption then has it as `name`, and its score as `proposal_score`.
+        text: Text to find: only matching regions are returned, each with the text as `name` and its score as
+            `proposal_score`.
+        top: Maximum number of matches per turn of the scheduler, and therefore at least the best `top` of all.
+        threshold: Minimum score of a match.
     """
 
     image: Image.Image
@@ -72,6 +75,8 @@ class InferenceRequest:
     max_regions: int | None = None
     zoom: ZoomOptions | None = None
     text: str | None = None
+    top: int | None = None
+    threshold: float | None = None
 
 
 class CaptioningStarted(NamedTuple):
@@ -100,7 +105,7 @@ class RequestDone(NamedTuple):
     """Last event of a completed request.
 
     Attributes:
-        num_regions: Number of captioned regions.
+        num_regions: Number of captioned regions, or of searched regions if a text was to be found.
     """
 
     num_regions: int
@@ -157,6 +162,8 @@ class QueueEntry:
             request.zoom,
             self.is_zoomed_search,
             request.text,
+            request.top,
+            request.threshold,
         )
 
     @property

@@ -27,9 +27,9 @@ from PIL import Image
 from sca_registry.contracts import Caption, Captioner, Prompt
 from sca_registry.spec import DEFAULT_GENERATION
 
-from sca.inference.automatic import search_everything
 from sca.inference.batch import caption_requests
 from sca.inference.engine import EncodedImages, MaskEngine
+from sca.inference.region_search import search_everything
 from sca.inference.text_search import check_can_find, find_in_images
 from sca.inference.zoom import Crop, caption_masks, segment_regions
 from sca.io.masks import mask_to_box
@@ -395,8 +395,9 @@ class RequestScheduler:
         task, generation = turn[0].request.task, turn[0].request.generation
         images, encoded = [entry.request.image for entry in turn], None
         if (text := turn[0].request.text) is not None:
-            captions_by_entry = self._score_regions(turn, requests, text)
-        elif turn[0].is_zoomed_search:
+            self._send_matches(turn, requests, text)
+            return
+        if turn[0].is_zoomed_search:
             captions_by_entry = [self._caption_found_regions(*pair) for pair in zip(turn, requests, strict=True)]
         else:
             if hasattr(self.captioner, "caption_batch"):
@@ -411,11 +412,7 @@ class RequestScheduler:
             if entry.request.return_candidates and captions and captions[0].mask is not None:
                 self._send_candidate_masks(entry, len(captions))
             for caption in captions:
-                result = replace(caption, region_id=entry.num_captioned)
-                if entry.found_masks is not None and not entry.is_zoomed_search:
-                    rle, predicted_iou = entry.found_masks[entry.num_captioned]
-                    result = replace(result, mask=rle, box=mask_to_box(rle), predicted_iou=predicted_iou)
-                _send_event(entry, result)
+                _send_caption(entry, caption, entry.num_captioned)
                 entry.num_captioned += 1
                 self.num_captioned_regions += 1
             if not entry.num_remaining:
@@ -431,13 +428,21 @@ class RequestScheduler:
             self._engine, encoded, masks, prompts, request.task, zoom, encode_crops, **request.generation
         )
 
-    def _score_regions(
-        self, turn: Sequence[QueueEntry], requests: Sequence[Sequence[Prompt]], text: str
-    ) -> list[list[Caption]]:
-        """Return the captions of regions with the score of a text, in the order of the prompts."""
-        encoded, engine = self._encode_images(turn), check_can_find(self.captioner)
-        matches = find_in_images(engine, encoded, requests, text, return_masks=turn[0].needs_masks)
-        return [sorted(each, key=lambda caption: caption.region_id) for each in matches]
+    def _send_matches(self, turn: Sequence[QueueEntry], requests: Sequence[Sequence[Prompt]], text: str) -> None:
+        """Score the next regions of entries, and send those that match a text, with masks only for these."""
+        encoded, engine, request = self._encode_images(turn), check_can_find(self.captioner), turn[0].request
+        matches_by_entry = find_in_images(
+            engine, encoded, requests, text, request.top, request.threshold, return_masks=turn[0].needs_masks
+        )
+        for entry, prompts, matches in zip(turn, requests, matches_by_entry, strict=True):
+            if not entry.num_captioned and entry.found_masks is None:
+                _send_event(entry, CaptioningStarted(len(entry.prompts)))
+            for match in matches:
+                _send_caption(entry, match, entry.num_captioned + match.region_id)
+            entry.num_captioned += len(prompts)
+            self.num_captioned_regions += len(prompts)
+            if not entry.num_remaining:
+                _send_event(entry, RequestDone(entry.num_captioned))
 
     def _send_candidate_masks(self, entry: QueueEntry, num_regions: int) -> None:
         """Send the candidate masks of the next regions."""
@@ -479,6 +484,15 @@ class RequestScheduler:
             return EncodedImages(images, None, ())
         features = entry_features[0] if len(entry_features) == 1 else torch.cat(entry_features)
         return EncodedImages(images, features, [frame for encoded in encoded_entries for frame in encoded.frames])
+
+
+def _send_caption(entry: QueueEntry, caption: Caption, region_index: int) -> None:
+    """Send the caption of a region of an entry, with the mask that a search found."""
+    result = replace(caption, region_id=region_index)
+    if entry.found_masks is not None and not entry.is_zoomed_search:
+        rle, predicted_iou = entry.found_masks[region_index]
+        result = replace(result, mask=rle, box=mask_to_box(rle), predicted_iou=predicted_iou)
+    _send_event(entry, result)
 
 
 def _send_event(entry: QueueEntry, event: RequestEvent) -> None:

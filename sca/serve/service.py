@@ -425,12 +425,38 @@ class CaptionService:
         Raises:
             SchedulerError: The request cannot be completed within its time and memory.
         """
-        captions = []
+        captions, _ = await self._collect_results(request, inference_request)
+        return captions
+
+    async def collect_matches(self, request: Request, inference_request: InferenceRequest) -> tuple[list[Caption], int]:
+        """Collect the regions that match the text of a request.
+
+        Args:
+            request: HTTP request, which is watched for a disconnect.
+            inference_request: Request to submit, with a text.
+
+        Returns:
+            The best `top` matches, best first, and the number of regions searched; incomplete if the client
+            disconnects.
+
+        Raises:
+            SchedulerError: The request cannot be completed within its time and memory.
+        """
+        matches, num_regions = await self._collect_results(request, inference_request)
+        return sorted(matches, key=lambda match: -(match.proposal_score or 0))[: inference_request.top], num_regions
+
+    async def _collect_results(
+        self, request: Request, inference_request: InferenceRequest
+    ) -> tuple[list[Caption], int]:
+        """Return the captions of a request in order, and the number of regions that were processed."""
+        captions, num_regions = [], 0
         async for event in self.iter_events(request, inference_request):
             if isinstance(event, Caption):
                 captions.append(event)
                 request.state.lease.add(_estimate_event_bytes(event))
-        return captions
+            elif isinstance(event, RequestDone):
+                num_regions = event.num_regions
+        return captions, num_regions
 
 
 def get_media_type(request: Request) -> str:

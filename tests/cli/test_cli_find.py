@@ -32,7 +32,7 @@ def test_find_prints_the_best_matches_of_all_images(run_sca, photos):
     result = run_sca("find", "a cyan star", "photos", "--prompts", "prompts.jsonl", "--top", 2, "--threshold=-100")
     assert result.status == 0, result.err
     header, best, second = result.out.splitlines()
-    assert header.split() == ["image", "region", "score", "caption", "iou", "box"]
+    assert header.split() == ["image", "region", "text", "score", "caption", "iou", "box"]
     assert best.split()[:3] == ["a.png", "1", "0.96"]
     assert "a medium striped cyan star" in best
     assert float(second.split()[2]) < 0.96

@@ -74,6 +74,33 @@ def test_comprehension_without_proposals_counts_as_wrong(engine):
     assert sca_registry.metrics.build("comprehension")(records).values["comprehension/accuracy"] == 0
 
 
+def test_comprehension_encodes_a_batch_once_and_predicts_no_masks(engine, monkeypatch):
+    samples = list(enumerate(Scenes("val", num_images=3)))
+    expected = [record for each in samples for record in ComprehensionOptions().predict_records(engine, [each])]
+    batch_sizes, encode = [], engine.encode
+    monkeypatch.setattr(engine, "encode", lambda images: batch_sizes.append(len(images)) or encode(images))
+    monkeypatch.setattr(engine, "predict_best_masks", lambda *_: pytest.fail("predicted masks"))
+    records = ComprehensionOptions().predict_records(engine, samples)
+    assert batch_sizes == [3]
+    assert [each["region_id"] for each in records] == [each["region_id"] for each in expected]
+    boxes = [[each["box"] for each in record["expressions"]] for record in records]
+    assert boxes == [[each["box"] for each in record["expressions"]] for record in expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"controls": ("wrong-region",)}, "the control wrong-region has no effect on the task comprehension; omit it"),
+        ({"generation": {"num_beams": 2}}, "the option generation.num_beams has no effect on the task comprehension"),
+        ({"zoom": "auto"}, "the zoom auto has no effect on the task comprehension"),
+        ({"prompt_type": "center"}, "the prompt type center has no effect on the task comprehension"),
+    ],
+)
+def test_prompting_options_reject_what_has_no_effect_on_comprehension(options, message):
+    with pytest.raises(ValueError, match=message):
+        PromptingOptions(tasks=("comprehension",), **options)
+
+
 def test_comprehension_metric_includes_an_iou_of_exactly_half():
     def make_record(box):
         expression = {"text": "a", "box": box, "score": 1.0}

@@ -26,7 +26,7 @@ def image_paths(tmp_path):
 def caption_images(job, image_paths, **options):
     region_source = job.read_region_source()
     region_source.match_images(image_paths)
-    return list(BatchCaptioner(job, region_source).caption_images(image_paths, **options))
+    return list(BatchCaptioner(job, region_source).iter_results(image_paths, **options))
 
 
 def test_batch_captioner_yields_failures_among_captioned_images(image_paths):

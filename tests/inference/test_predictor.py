@@ -9,10 +9,11 @@ from PIL import Image
 from sca_registry.contracts import Prompt, Proposals
 from sca_registry.spec import EverythingOptions
 
-from sca.inference import automatic
-from sca.inference.automatic import caption_everything, find_everything, search_everything
+from sca.inference import region_search
+from sca.inference.automatic import caption_everything
 from sca.inference.engine import Engine
 from sca.inference.predictor import Predictor
+from sca.inference.region_search import find_everything, search_everything
 from sca.io.masks import decode_rle, mask_to_box
 from sca.proposers.grid import PointGrid
 
@@ -367,7 +368,7 @@ def test_everything_search_of_crops_returns_masks_in_image_pixels(build_counting
         crop_overlap_ratio=0.34,
         caption_from="box",
     )
-    found_regions = run_to_end(automatic._search_windows(predictor.engine, predictor.encoded, options))
+    found_regions = run_to_end(region_search._search_windows(predictor.engine, predictor.encoded, options))
     assert calls["encode"] == [1] * 4
     crop_regions = [found_region for found_region in found_regions if found_region.window != (0, 0, 192, 128)]
     assert crop_regions, "a closer look stays in place of the one from afar"

@@ -1,8 +1,10 @@
 """Search by text: scores equal a slow reference, do not depend on the batch, and rank the right region first."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from sca_registry.contracts import TASKS, Prompt, Proposals
@@ -94,14 +96,14 @@ def test_reading_skips_caption_tokens_but_no_more_than_the_limit():
     for position, is_within_limit in ((MAX_SKIPPED_TOKENS + 1, True), (MAX_SKIPPED_TOKENS + 2, False)):
         in_caption = torch.full((1, caption_length + 1, 2), -40.0)
         in_caption[0, 0, 0] = in_caption[0, position, 1] = -1.0
-        log_likelihood = text_search.sum_best_reading(in_text, in_caption, torch.tensor([caption_length]))
+        log_likelihood = text_search._sum_best_reading(in_text, in_caption, torch.tensor([caption_length]))
         assert log_likelihood.item() == (-2.0 if is_within_limit else -41.0)
 
 
 def test_reading_ignores_padding_after_the_caption():
     in_caption = torch.full((1, 5, 1), -3.0)
     in_caption[0, 3] = 0.0
-    log_likelihood = text_search.sum_best_reading(torch.tensor([[-9.0]]), in_caption, torch.tensor([2]))
+    log_likelihood = text_search._sum_best_reading(torch.tensor([[-9.0]]), in_caption, torch.tensor([2]))
     assert log_likelihood.item() == -3.0
 
 
@@ -156,7 +158,9 @@ def test_find_in_given_regions_returns_their_ids_boxes_and_masks(predictor):
     assert (first.region_id, second.region_id) == (1, 0)
     assert (first.box, first.prompt) == (boxes[1], Prompt(box=boxes[1]))
     assert first.mask == predictor.predict(boxes=boxes)[1].mask
-    assert predictor.find("a cyan star", boxes=boxes, top=1) == [first]
+    (best,) = predictor.find("a cyan star", boxes=boxes, top=1)
+    assert best.predicted_iou == pytest.approx(first.predicted_iou, abs=1e-5)  # of another batch
+    assert replace(best, predicted_iou=first.predicted_iou) == first
 
 
 @pytest.mark.slow
@@ -193,6 +197,7 @@ def test_find_leaves_predictions_unchanged(build_small_model, scene):
         (["a star", ""], {}, "the text is empty; pass a word or a phrase"),
         ("a star " * 30, {}, "the text has 60 tokens, but the model reads at most 37; shorten it"),
         ("a star", {"top": 0}, "top is 0"),
+        ("a star", {"threshold": "high"}, "threshold is 'high'; expected a number"),
         ("a star", {"points_per_side": 4}, "regions are given and also to be found; omit the regions, or"),
     ],
 )
@@ -203,13 +208,45 @@ def test_find_rejects_invalid_arguments(build_small_model, scene, text, options,
         predictor.find(text, boxes=[scene.regions[0].box], **options)
 
 
-def test_find_reports_missing_image_regions_and_language_model(build_small_model, scene):
+@pytest.mark.parametrize("text", [3, ["a star", None], {"a star"}])
+def test_find_rejects_texts_of_other_types(build_small_model, scene, text):
+    predictor = Predictor(build_small_model())
+    predictor.set_image(scene.image)
+    with pytest.raises(ValueError, match="expected a string or a list of strings"):
+        predictor.find(text)
+
+
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        ({"boxes": []}, "no regions; pass prompts, boxes, points or masks"),
+        ({"points": np.zeros((0, 2))}, "no regions; pass prompts, boxes, points or masks"),
+        ({"boxes": 5}, "boxes is of type int; expected a list of boxes"),
+        ({"prompts": Prompt(box=(0, 0, 9, 9))}, "prompts is of type Prompt; expected a list of prompts"),
+    ],
+)
+def test_find_checks_regions_as_predict_does(build_small_model, scene, regions, message):
+    predictor = Predictor(build_small_model())
+    predictor.set_image(scene.image)
+    for call in (lambda: predictor.find("a star", **regions), lambda: predictor.predict(**regions)):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_find_returns_nothing_if_no_region_is_found(build_small_model, scene):
+    predictor = Predictor(build_small_model())
+    predictor.set_image(scene.image)
+    assert predictor.find("a star", points_per_side=1, pred_iou_thresh=1.0) == []
+    assert predictor.find("a star", proposals=Proposals((), (), ())) == []
+    with pytest.raises(ValueError, match="the text is empty"):
+        predictor.find(" ", proposals=Proposals((), (), ()))
+
+
+def test_find_reports_missing_image_and_language_model(build_small_model, scene):
     predictor = Predictor(build_small_model())
     with pytest.raises(ValueError, match="no image is set; call set_image"):
         predictor.find("a star")
     predictor.set_image(scene.image)
-    with pytest.raises(ValueError, match="no region was found to search; lower pred_iou_thresh"):
-        predictor.find("a star", points_per_side=1, pred_iou_thresh=1.0)
     with pytest.raises(TypeError, match="point_per_side"):
         predictor.find("a star", point_per_side=1)
     masks_only = Predictor(sca.load_captioner({"name": "none", "encoder": {"name": "tiny-vit", "image_size": 64}}))

@@ -151,6 +151,18 @@ def test_predictor_ood_score_is_that_of_the_current_image(calibrated_engine, sce
     assert predictor.ood_score == predictor.predict(boxes=[BOX])[0].ood_score
 
 
+def test_found_regions_have_confidences_and_ood_scores(calibrated_engine, scene):
+    predictor = sca.Predictor(calibrated_engine)
+    predictor.set_image(scene.image)
+    (match,) = predictor.find("a star", boxes=[BOX])
+    assert match.confidence == Calibration(2.0, 1.0).compute_confidence(match.score)
+    assert match.ood_score == predictor.ood_score
+    set_threshold(calibrated_engine, 1e-6)
+    (match,) = predictor.find("a star", boxes=[BOX])
+    assert match.confidence is None
+    assert match.ood_score > 1
+
+
 def test_bundled_model_flags_noise_but_no_scenes():
     engine = sca.load_captioner("sca-tiny")
     scenes = [Scenes("test", num_images=4, image_size=size)[index].image for index, size in enumerate((64, 128, 320))]

@@ -13,7 +13,7 @@ from sca.inference.automatic import caption_everything
 from sca.inference.engine import Engine
 from sca.inference.predictor import Predictor
 from sca.inference.processor import Processor
-from sca.inference.zoom import CROPS_PER_BATCH, caption_masks, caption_regions, choose_window, crop_prompt
+from sca.inference.zoom import CROPS_PER_BATCH, _crop_prompt, caption_masks, caption_regions, choose_window
 from sca.inference.zoom_options import check_zoom, resolve_zoom
 from sca.io.masks import decode_rle, encode_rle
 
@@ -75,7 +75,7 @@ def test_small_region_is_predicted_from_its_crop(engine, mosaic, prompt):
     window = choose_window(box, encoded.frames[0], INPUT_SIZE, ZOOM)
     x1, y1, x2, y2 = window
     assert 64 <= x2 - x1 == y2 - y1 <= 96  # at least the pixels of the model input
-    crop_request = [crop_prompt(prompt, window)]
+    crop_request = [_crop_prompt(prompt, window)]
     (expected,) = engine.caption(mosaic.crop(window), crop_request, num_captions=2, num_beams=2)
     mask = np.zeros((384, 384), bool)
     mask[y1:y2, x1:x2] = expected.array
@@ -98,7 +98,7 @@ def test_point_is_predicted_from_the_crop_of_its_first_mask(engine, mosaic, monk
     encoded = engine.encode([mosaic])
     ((caption,),) = caption_regions(engine, encoded, [[prompt]], zoom=ZOOM)
     window = choose_window((150.0, 150.0, 170.0, 180.0), encoded.frames[0], INPUT_SIZE, ZOOM)
-    crop_request = crop_prompt(prompt, window)
+    crop_request = _crop_prompt(prompt, window)
     assert crop_request.points == ((160.0 - window[0], 160.0 - window[1], 1),)  # the other point is outside
     assert caption.text == engine.caption(mosaic.crop(window), [crop_request])[0].text
 
@@ -176,7 +176,7 @@ def test_segment_returns_candidate_masks_from_the_crop(engine, mosaic):
     (masks,) = predictor.segment([SMALL_PROMPTS["box"]], zoom=4)
     window = choose_window(SMALL_PROMPTS["box"].box, predictor.encoded.frames[0], INPUT_SIZE, ZOOM)
     predictor.set_image(mosaic.crop(window))
-    (expected,) = predictor.segment([crop_prompt(SMALL_PROMPTS["box"], window)])
+    (expected,) = predictor.segment([_crop_prompt(SMALL_PROMPTS["box"], window)])
     x1, y1, x2, y2 = window
     assert [each.predicted_iou for each in masks] == [each.predicted_iou for each in expected]
     for mask, crop_mask in zip(masks, expected, strict=True):
@@ -224,7 +224,7 @@ def test_crop_prompt_clips_the_box_and_crops_the_mask():
     prompt = Prompt(
         (5.0, 15.0, 25.0, 40.0), ((12.0, 22.0, 1), (3.0, 22.0, 0), (19.9, 29.9, 0)), make_mask(4, 4, 20, 24, 50, 60)
     )
-    cropped = crop_prompt(prompt, (10, 20, 20, 30))
+    cropped = _crop_prompt(prompt, (10, 20, 20, 30))
     assert cropped.box == (0.0, 0.0, 10.0, 10.0)
     assert cropped.points == ((2.0, 2.0, 1), (pytest.approx(9.9), pytest.approx(9.9), 0))
     assert cropped.mask.shape == (10, 10)

@@ -12,7 +12,7 @@ from sca_registry.spec import EverythingOptions
 import sca
 from sca.data.scenes import Scenes
 from sca.encoders.sam import SamEncoder
-from sca.inference.automatic import find_everything
+from sca.inference.region_search import find_everything
 from sca.io.masks import decode_rle
 from sca.segmenters.sam import SamSegmenter
 

@@ -61,7 +61,9 @@ def test_find_route_does_not_change_captions_in_the_same_scheduler(make_client, 
         ({"text": ""}, 422, "the text is empty; pass a word or a phrase"),
         ({"text": "a star " * 60}, 422, "the text has 120 tokens, but the model reads at most 91; shorten it"),
         ({}, 422, "text"),
+        ({"text": "a" * 1001}, 422, "text"),
         ({"text": "a", "top": 0}, 422, "top"),
+        ({"text": "a", "top": 4097}, 422, "top"),
         ({"text": "a", "num_beams": 2}, 422, "num_beams"),
         ({"text": "a", "prompts": [{"box": [0, 0, 9, 9]}], "everything": True}, 422, "both prompts and everything"),
         ({"text": "a", "prompts": [{"box": [0, 0, 9, 9]}] * 9}, 413, "the request has 9 prompts; at most 8"),
@@ -96,8 +98,40 @@ def test_openapi_describes_the_find_route(make_client):
     assert {"text", "top", "threshold"} <= set(content["application/json"]["schema"]["properties"])
 
 
+def test_find_route_predicts_masks_of_matches_only(make_client, make_body, captioner, scene, monkeypatch):
+    num_masks, predict_best_masks = [], captioner.predict_best_masks
+
+    def count_masks(encoded, requests):
+        num_masks.append(sum(map(len, requests)))
+        return predict_best_masks(encoded, requests)
+
+    monkeypatch.setattr(captioner, "predict_best_masks", count_masks)
+    client, text = make_client(), scene.regions[1].phrases[0]
+    body = client.post("/v1/find", json=make_body(text=text, top=1, threshold=-100)).json()
+    assert (len(body["regions"]), body["num_regions"], num_masks) == (1, len(scene.regions), [1])
+    body = client.post("/v1/find", json=make_body(text="umbrella")).json()
+    assert (body["regions"], body["num_regions"], num_masks) == ([], len(scene.regions), [1])
+
+
+def test_find_route_returns_the_best_matches_of_several_turns(make_client, make_body, scene):
+    prompts = [{"box": list(region.box)} for region in scene.regions] * 20
+    client = make_client(max_regions_per_turn=16)
+    fields = {"text": scene.regions[1].phrases[0], "prompts": prompts, "threshold": -100, "return_masks": False}
+    body = client.post("/v1/find", json=make_body(**fields, top=4096)).json()  # a response in chunks
+    assert body["num_regions"] == len(body["regions"]) == len(prompts) > 64
+    assert sorted(region["region_id"] for region in body["regions"]) == list(range(len(prompts)))
+    scores = [region["proposal_score"] for region in body["regions"]]
+    assert scores == sorted(scores, reverse=True)
+    best = client.post("/v1/find", json=make_body(**fields, top=7)).json()["regions"]
+    assert len(best) == 7
+    assert all(region["region_id"] % len(scene.regions) == 1 for region in best)
+
+
 def test_scheduler_batches_only_requests_with_the_same_text(scene):
     from sca.serve.inference_requests import InferenceRequest, QueueEntry
 
     keys = {QueueEntry(InferenceRequest(scene.image, text=text), print).batch_key for text in (None, "a", "b", "b")}
     assert len(keys) == 3
+    options = ({"top": 1}, {"top": 2}, {"threshold": 0.5})
+    keys |= {QueueEntry(InferenceRequest(scene.image, text="a", **each), print).batch_key for each in options}
+    assert len(keys) == 6

@@ -10,7 +10,8 @@ from sca_registry.contracts import Caption, Prompt
 from sca_registry.spec import EverythingOptions
 
 import sca
-from sca.inference.automatic import SearchProgress, caption_everything
+from sca.inference.automatic import caption_everything
+from sca.inference.region_search import SearchProgress
 from sca.inference.zoom_options import resolve_zoom
 from sca.serve import scheduler as scheduler_module
 from sca.serve.feature_cache import FeatureCache
