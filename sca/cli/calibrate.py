@@ -12,6 +12,7 @@ from sca.cli.options import (
     Device,
     TrustRemoteCode,
     check_option_choice,
+    parse_evaluation_options,
     print_json,
     print_stderr,
     print_table,
@@ -72,7 +73,6 @@ def calibrate(
     from rich.progress import Progress
 
     from sca.checkpoints.layout import UNCERTAINTY_FILE
-    from sca.cli.evaluate import parse_evaluation_options
     from sca.evaluation.calibration import DEFAULT_PROMPT_TYPES, calibrate_checkpoint
     from sca.evaluation.predictions import PROMPT_TYPES
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -12,6 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from sca_registry.spec import CAPTION_FROM_CHOICES
 
+from sca.cli.image_runs import (
+    DEFAULT_MODEL,
+    FailureReporter,
+    ProgressBars,
+    collect_run_settings,
+    find_input_images,
+    parse_formats,
+    report_domain,
+    report_prompts,
+)
 from sca.cli.options import (
     AllowExternal,
     Device,
@@ -19,9 +28,13 @@ from sca.cli.options import (
     Format,
     ImageBatchSize,
     ImagePrefix,
+    Images,
     ModelName,
     Out,
     Overwrite,
+    PointsPerSide,
+    PredIouThresh,
+    PromptsFile,
     Quiet,
     Seed,
     TrustRemoteCode,
@@ -37,29 +50,18 @@ from sca.io import terminal
 from sca.io.text import format_count
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
     from sca_registry.contracts import Caption, Launcher
 
-    from sca.inference.batch import CaptionResults, Failure
     from sca.inference.caption_job import CaptionJob, RegionSource
     from sca.inference.shards import ShardedRun
     from sca.output.captioned_image import ImageOrSize
 
-DEFAULT_MODEL = "sca-tiny"
-EXIT_STATUSES = {"image": 1, "prompts": 2}  # exit status by the kind of failure
 MAX_OOD_IMAGES = 3  # images that the warning about unlike images names
-UNRECORDED_OPTIONS = (  # options that do not change the captions
-    *("images", "out", "format", "image_prefix", "resume", "overwrite", "quiet", "batch_size", "launcher"),
-    *("shard_size", "trust_remote_code", "allow_external"),
-)
 
 
 def caption(
     context: typer.Context,
-    images: Annotated[
-        list[str],
-        typer.Argument(help="Image files, folders or quoted globs. Use - for standard input.", metavar="IMAGE"),
-    ],
+    images: Images,
     box: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,15 +91,7 @@ def caption(
             rich_help_panel="Prompts",
         ),
     ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            parser=parse_input_path,
-            metavar="PATH",
-            help="Prompts file: COCO, Label Studio, LabelMe or JSONL, or a folder of LabelMe files.",
-            rich_help_panel="Prompts",
-        ),
-    ] = None,
+    prompts: PromptsFile = None,
     zoom: Zoom = DEFAULT_ZOOM,
     task: Annotated[
         str,
@@ -142,14 +136,8 @@ def caption(
             rich_help_panel="Everything mode",
         ),
     ] = False,
-    points_per_side: Annotated[
-        int | None,
-        typer.Option(help="Points per side of the prompt grid.", min=1, max=1000, rich_help_panel="Everything mode"),
-    ] = None,
-    pred_iou_thresh: Annotated[
-        float | None,
-        typer.Option(help="Minimum predicted IoU of a mask.", min=0, max=1, rich_help_panel="Everything mode"),
-    ] = None,
+    points_per_side: PointsPerSide = None,
+    pred_iou_thresh: PredIouThresh = None,
     stability_score_thresh: Annotated[
         float | None,
         typer.Option(help="Minimum stability score of a mask.", min=0, max=1, rich_help_panel="Everything mode"),
@@ -278,7 +266,7 @@ def caption(
     if text and not proposer:
         raise ValueError("--text requires --proposer with a proposer that takes text, such as owlv2-base")
     everything = everything or bool(proposer and not (listed or prompts))
-    check_region_options(
+    _check_region_options(
         listed, bool(prompts), everything, search_options | {"proposer": proposer, "max_regions": max_regions}
     )
     if proposer and (points_per_side is not None or crop_n_layers is not None):
@@ -325,7 +313,7 @@ def caption(
     )
     region_source = job.read_region_source()
     archives = [name for name in images if launcher and name.endswith(".tar")]
-    paths, path_problems = find_images([name for name in images if name not in archives], quiet)
+    paths, path_problems = find_input_images([name for name in images if name not in archives], quiet)
     _check_image_prefix(image_prefix, formats, paths)
     failures = FailureReporter(path_problems)
     if not (paths or archives):
@@ -337,7 +325,7 @@ def caption(
         built_launcher = _build_launcher(launcher)
         from sca.inference.shards import name_shards, open_sharded_run
 
-        settings = {"images": context.params["images"], **collect_settings(context.params, input_files)}
+        settings = collect_run_settings(context.params, input_files)
         shard_specs = name_shards(archives, paths, shard_size)
         inputs: list[str | Path] = [*archives, *paths, *input_files]
         with open_sharded_run(Path(out), shard_specs, settings, inputs, overwrite) as sharded_run:
@@ -370,7 +358,7 @@ def _caption_locally(
         if out == "-":
             writers = outputs.enter_context(MultiFormatWriter.from_stream(sys.stdout, model))
         elif out:
-            settings = {"images": options["images"], **collect_settings(options, input_files)}
+            settings = collect_run_settings(options, input_files)
             journal_options = {"resume": options["resume"], "overwrite": options["overwrite"]}
             journal = outputs.enter_context(
                 open_caption_journal(Path(out), settings, formats, [*paths, *input_files], **journal_options)
@@ -418,28 +406,6 @@ def _caption_locally(
     raise typer.Exit(failures.status)
 
 
-def find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[str]]:
-    """Find images, except those that `sca` drew; return one message per name without images."""
-    from sca.io.images import find_images, format_path, is_irregular_file
-    from sca.io.run_folder import OutputFilter
-    from sca.output.formats import OUTPUT_FORMATS, list_output_patterns
-
-    output_filter = OutputFilter(list_output_patterns(OUTPUT_FORMATS))
-    irregular: list[Path] = []
-
-    def is_excluded(path: Path) -> bool:
-        irregular.extend([path] if is_irregular_file(path) else [])
-        return is_irregular_file(path) or output_filter(path)
-
-    paths, problems = find_images(names, is_excluded)
-    if output_filter.skipped_paths and not quiet:
-        example = format_path(output_filter.skipped_paths[0])
-        print_stderr(f"skipped {len(output_filter.skipped_paths)} images that `sca` wrote, such as {example}")
-    for path in irregular if not quiet else ():
-        print_stderr(f"skipped {format_path(path)}, which is a pipe or a device, not an image file")
-    return paths, problems
-
-
 def _build_launcher(text: str) -> Launcher:
     import sca_registry
     from sca_registry.spec import ComponentSpec
@@ -476,14 +442,6 @@ def _caption_shards(
         print_stderr(f"{format_count(len(run.missing_names), 'shard')} missing; repeat the command to resume")
 
 
-def report_domain(model: str) -> None:
-    """Report on stderr the training domain of a model with a narrow one, and the models for photographs."""
-    from sca_registry import zoo
-
-    if note := zoo.describe_domain(model):
-        print_stderr(note)
-
-
 class OutOfDistributionImages:
     """Images that are unlike the training images of the model."""
 
@@ -511,109 +469,6 @@ class OutOfDistributionImages:
             f"{len(self.paths)} of {self.num_scored:,} images are unlike the training images, so their captions may be "
             f"wrong: {names}{remaining}"
         )
-
-
-class FailureReporter:
-    """Reports failures immediately, and keeps the exit status: 1 for an image, 2 for its prompts."""
-
-    def __init__(self, problems: Iterable[str] = ()):
-        self.count: int = 0
-        self.status: int = 0
-        self.paths: list[Path] = []
-        for problem in problems:
-            self.report(problem, status=1)
-            self.count += 1
-
-    def report(self, problem: str, status: int) -> None:
-        """Report a problem that leaves no image without captions."""
-        print_stderr(problem)
-        self.status = max(self.status, status)
-
-    def report_shard(self, shard: str, problems: Iterable[tuple[str, str]]) -> None:
-        """Report the problems of a shard's images."""
-        for message, kind in problems:
-            self.report(f"{shard}: {message}", EXIT_STATUSES[kind])
-
-    def add(self, failure: Failure) -> None:
-        self.report(failure.reason, EXIT_STATUSES[failure.kind])
-        if failure.is_entire_image:
-            self.count += 1
-            self.paths.append(failure.path)
-
-    def format_failed_paths(self, limit: int = 20) -> str:
-        """Format the paths of images that failed, for the end of a long run."""
-        from sca.io.images import format_path
-
-        if not self.paths:
-            return ""
-        suffix = f" and {len(self.paths) - limit} more" if len(self.paths) > limit else ""
-        return f"; not captioned: {', '.join(map(format_path, self.paths[:limit]))}{suffix}"
-
-
-class ProgressBars:
-    """Progress bars on a terminal: for several images, and for the search for regions in one image."""
-
-    def __init__(self, num_images: int, quiet: bool):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        name_column, rate_column = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
-        self.progress: Progress = Progress(
-            *(name_column, BarColumn(), MofNCompleteColumn(), rate_column, TimeRemainingColumn()),
-            console=console,
-            disable=quiet or not console.is_terminal,
-            transient=True,
-            redirect_stdout=False,
-        )
-        self.image_task: TaskID = self.progress.add_task("images", total=num_images, visible=num_images > 1, rate="")
-        self.search_task: TaskID = self.progress.add_task("points", visible=False, rate="")
-
-    def __enter__(self) -> ProgressBars:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def show_search(self, points_done: int, points_total: int) -> None:
-        self.progress.update(self.search_task, completed=points_done, total=points_total, visible=True)
-
-    def track_results(self, results: CaptionResults) -> CaptionResults:
-        """Yield the results and count their images."""
-        from sca.inference.batch import Failure
-
-        start_time, num_done, num_failed = time.monotonic(), 0, 0
-        for result in results:
-            self.progress.reset(self.search_task, visible=False)
-            yield result
-            if not isinstance(result, Failure):
-                num_done += 1
-            elif result.is_entire_image:
-                num_failed += 1
-            rate = f"{num_done / max(time.monotonic() - start_time, 1e-3):.1f} images/s"
-            self.progress.update(self.image_task, completed=num_done + num_failed, rate=rate)
-
-
-def report_prompts(region_source: RegionSource, failures: FailureReporter, quiet: bool) -> None:
-    """Report the contents of a prompts file, and its records without a usable prompt."""
-    from sca.inference.caption_job import ListedPrompts
-    from sca.io.images import format_path
-
-    if not isinstance(region_source, ListedPrompts):
-        return
-    prompts_file = region_source.region_prompts
-    if not quiet:
-        unusable = (
-            f"; {format_count(len(prompts_file.problems), 'record')} cannot be used" if prompts_file.problems else ""
-        )
-        num_regions = sum(map(prompts_file.count_regions, prompts_file))
-        counts = f"{format_count(num_regions, 'region')}, {format_count(len(prompts_file), 'image')}"
-        print_stderr(f"{format_path(prompts_file.path)}: {counts}{unusable}")
-        if summary := prompts_file.skip_counter.summarize():
-            print_stderr(f"{format_path(prompts_file.path)}: {summary}")
-    for problem in prompts_file.problems:
-        failures.report(problem, status=2)
 
 
 class CaptionTable:
@@ -682,23 +537,7 @@ def _check_image_prefix(prefix: str, formats: Sequence[str], paths: Iterable[Pat
         add_image_prefix(str(path), prefix)
 
 
-def parse_formats(format: str | None, out: str) -> tuple[str, ...]:
-    """Return the requested formats, checked against the output."""
-    from sca.output.formats import OUTPUT_FORMATS
-
-    if format is None:
-        return ("jsonl",)
-    formats = tuple(name.strip() for name in format.split(","))
-    for name in formats:
-        check_option_choice("format", name, OUTPUT_FORMATS)
-    if not out:
-        raise ValueError(f"--format {format} requires --out; pass an output folder")
-    if out == "-" and formats != ("jsonl",):
-        raise ValueError(f"--out - writes JSONL only; pass an output folder for {format}")
-    return formats
-
-
-def check_region_options(listed: bool, prompts: bool, everything: bool, everything_flags: dict[str, Any]) -> None:
+def _check_region_options(listed: bool, prompts: bool, everything: bool, everything_flags: dict[str, Any]) -> None:
     """Raise ValueError unless regions are listed, in a prompts file, or to be found."""
     if listed and prompts:
         raise ValueError(
@@ -719,16 +558,3 @@ def check_region_options(listed: bool, prompts: bool, everything: bool, everythi
             "no regions to caption; pass --box, --point, --mask, --region or --prompts, or find regions with "
             "--everything"
         )
-
-
-def collect_settings(command_options: Mapping[str, Any], input_files: Iterable[str | Path]) -> dict[str, Any]:
-    """Return the settings that determine the captions: the command's options, and the content of the files it reads."""
-    from sca.io.run_folder import compute_file_hash
-
-    recorded = {
-        name: value
-        for name, value in command_options.items()
-        if name not in UNRECORDED_OPTIONS and value not in (None, [], ())
-    }
-    options = {name: str(value) for name, value in recorded.items() if value is not False}
-    return {**options, "files": {str(path): compute_file_hash(path) for path in input_files}}

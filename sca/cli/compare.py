@@ -9,8 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from sca.cli.evaluate import METRIC_OPTIONS_HELP, parse_evaluation_options, split_names
-from sca.cli.options import AsJson, Metrics, check_pipes, parse_input_path, print_json, print_stderr, print_table
+from sca.cli.options import (
+    METRIC_OPTIONS_HELP,
+    AsJson,
+    Metrics,
+    check_pipes,
+    parse_evaluation_options,
+    parse_input_path,
+    print_json,
+    print_stderr,
+    print_table,
+    split_names,
+)
 
 SortBy = Annotated[
     str | None,

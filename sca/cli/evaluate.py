@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from sca_registry.spec import ComponentSpec
 
 from sca.cli.options import (
+    METRIC_OPTIONS_HELP,
     AllowExternal,
     AsJson,
     Device,
@@ -18,23 +19,25 @@ from sca.cli.options import (
     TrustRemoteCode,
     Zoom,
     check_option_choice,
+    parse_evaluation_options,
     parse_input_path,
     print_json,
     print_stderr,
     print_table,
+    split_names,
 )
 from sca.devices import resolve_device
 from sca.inference.zoom_options import DEFAULT_ZOOM
 
 if TYPE_CHECKING:
     from sca.evaluation.evaluate import EvaluationReport
-    from sca.evaluation.protocol import ProtocolRun
+    from sca.evaluation.predictions import PromptingOptions
+    from sca.evaluation.protocol import EvaluationProtocol, ProtocolRun
 
 OPTIONS_HELP = (
     "Dataset options (root=FOLDER), generation options (generation.num_beams=3), proposer options "
     "(proposer.points_per_side=16) and metric options (references=first, tokenizer=plain, semantic.model=FOLDER)."
 )
-METRIC_OPTIONS_HELP = "Metric options, such as references=first, tokenizer=plain or semantic.model=FOLDER."
 
 
 def evaluate(
@@ -118,7 +121,7 @@ def evaluate(
     evaluation protocol of a paper; the scores that the paper reports are printed next to the measured ones.
     """
     from sca.evaluation import protocol as protocols
-    from sca.evaluation.predictions import CONTROLS, PROMPT_TYPES
+    from sca.evaluation.predictions import CONTROLS, PROMPT_TYPES, PromptingOptions
     from sca.io.atomic import create_writable_folder
 
     if prompt_type is not None:
@@ -133,63 +136,41 @@ def evaluate(
     parsed_options = parse_evaluation_options(
         options or (), dataset, proposer_component.name if proposer_component else None
     )
-    metric_names = metrics and split_names(metrics)
     device = _get_process_device(device)
     resolve_device(device)
     if out:
         create_writable_folder(out)
-    run_options = {"batch_size": batch_size, "max_images": max_images, "device": device, "overwrite": overwrite}
-    run_options |= {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
-    if _is_protocol(dataset):
-        protocol = protocols.select_runs(protocols.read_protocol(dataset), runs and split_names(runs))
-        reports = _evaluate_protocol(
-            model,
-            protocol,
-            parsed_options,
-            metric_names,
-            (split, prompt_type),
-            proposer_component,
-            text or (),
-            control or (),
-            seed,
-            zoom,
-            out,
-            quiet,
-            run_options,
-        )
-    else:
-        from sca.evaluation.predictions import PromptingOptions
-
-        if runs:
-            raise ValueError(f"--runs selects runs of a protocol, and {dataset!r} is a dataset; omit --runs")
-        prompting = PromptingOptions(
+    proposer_options = parsed_options["proposer"]
+    requested = PlannedRun(
+        dataset={"name": dataset, **parsed_options["dataset"]},
+        split=split or "val",
+        prompting=PromptingOptions(
             prompt_type=prompt_type or "box",
             controls=tuple(control or ()),
             seed=seed,
             generation=parsed_options["generation"],
             zoom=zoom,
-        )
-        dataset_table = {"name": dataset, **parsed_options["dataset"]}
-        if parsed_options["proposer"] and not proposer:
-            raise ValueError(
-                f"the option proposer.{next(iter(parsed_options['proposer']))} requires --proposer; add --proposer NAME"
-            )
-        proposer_table = _make_proposer_table(proposer_component, parsed_options["proposer"], text or ())
-        reports = [
-            _evaluate_with_progress(
-                model,
-                dataset_table,
-                split or "val",
-                prompting,
-                proposer_table,
-                metric_names,
-                parsed_options["scores"],
-                out,
-                quiet,
-                run_options,
-            )
-        ]
-        protocol = None
+        ),
+        proposer=_make_proposer_table(proposer_component, proposer_options, text or ()),
+        metrics=metrics and split_names(metrics),
+        metric_options=parsed_options["scores"],
+        out=out,
+    )
+    protocol = None
+    if _is_protocol(dataset):
+        if split or prompt_type:
+            raise ValueError(f"the protocol {dataset} defines its splits and prompts; omit --split and --prompt-type")
+        protocol = protocols.select_runs(protocols.read_protocol(dataset), runs and split_names(runs))
+        planned_runs = _plan_protocol_runs(protocol, requested, proposer_options, quiet)
+    else:
+        if runs:
+            raise ValueError(f"--runs selects runs of a protocol, and {dataset!r} is a dataset; omit --runs")
+        if proposer_options and not proposer:
+            raise _make_missing_proposer_error(proposer_options)
+        planned_runs = [requested]
+    run_options = {"batch_size": batch_size, "max_images": max_images, "device": device, "overwrite": overwrite}
+    run_options |= {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+    reports = [_evaluate_with_progress(model, each, quiet, run_options) for each in planned_runs]
     own_reports = [report for report in reports if report is not None]  # with several processes, only one has them
     if as_json and own_reports:
         report_dicts = [report.to_dict() for report in own_reports]
@@ -247,114 +228,72 @@ def score(
         print_table(report.build_table())
 
 
-def parse_evaluation_options(
-    assignments: Sequence[str],
-    dataset: str | None = None,
-    proposer: str | None = None,
-    table_names: Sequence[str] = ("generation", "proposer"),
-) -> dict[str, Any]:
-    """Parse `key=value` options and group them: dataset, metrics, or one of `table_names` (kind.key=value).
+class PlannedRun(NamedTuple):
+    """One evaluation of a command.
 
-    Args:
-        assignments: `key=value` options.
-        dataset: Name of the dataset, to read the options that are strings without quotes.
-        proposer: Name of the proposer, for the same purpose.
-        table_names: Prefixes of options that form a group.
-
-    Returns:
-        Options by group: "dataset", "scores" and each of `table_names`.
-
-    Raises:
-        ValueError: An option is malformed.
+    Attributes:
+        dataset: Name and options of the dataset.
+        split: Split of the dataset.
+        prompting: Prompt type, tasks, controls and generation options.
+        proposer: Name and options of the proposer; None without one.
+        metrics: Names of the metrics; None for all that the data supports.
+        metric_options: Options of the metrics.
+        out: Output folder.
     """
-    from sca_registry import datasets, metrics, proposers
-    from sca_registry.overrides import parse_assignment
 
-    from sca.evaluation.scoring import SHARED_OPTIONS
-
-    def is_text(path: tuple[str, ...]) -> bool:
-        *parents, option = path
-        match parents:
-            case [] | ["dataset"]:
-                return dataset is not None and datasets.is_text_option(dataset, option)
-            case ["proposer"]:
-                return proposer is not None and proposers.is_text_option(proposer, option)
-            case [metric]:
-                return metrics.is_text_option(metric, option)
-        return False
-
-    options_by_table: dict[str, Any] = {kind: {} for kind in ("dataset", "scores", *table_names)}
-    for assignment in assignments:
-        path, value = parse_assignment(assignment, is_text)
-        if len(path) == 2 and path[0] in table_names:
-            options_by_table[path[0]][path[1]] = value
-        elif len(path) == 2 or path[0] in SHARED_OPTIONS:
-            options_by_table["scores"][".".join(path)] = value
-        elif len(path) == 1:
-            options_by_table["dataset"][path[0]] = value
-        else:
-            raise ValueError(f"{assignment!r} is not an option; write option=value, or metric.option=value")
-    return options_by_table
+    dataset: Mapping[str, Any]
+    split: str
+    prompting: PromptingOptions
+    proposer: Mapping[str, Any] | None
+    metrics: Sequence[str] | None
+    metric_options: Mapping[str, Any]
+    out: Path | None
 
 
-def _evaluate_protocol(
-    model: str,
-    protocol: Any,
-    parsed_options: dict[str, Any],
-    metrics: Sequence[str] | None,
-    overridden: Sequence[str | None],
-    proposer: ComponentSpec | None,
-    text: Sequence[str],
-    controls: Sequence[str],
-    seed: int,
-    zoom: str,
-    out: Path | None,
-    quiet: bool,
-    run_options: dict[str, Any],
-) -> list[EvaluationReport | None]:
+def _plan_protocol_runs(
+    protocol: EvaluationProtocol, requested: PlannedRun, proposer_options: Mapping[str, Any], quiet: bool
+) -> list[PlannedRun]:
+    """Return the runs of a protocol with the options of the command, whose proposer replaces that of the protocol."""
     from dataclasses import replace
 
     from sca.evaluation.protocol import find_available_metrics
 
-    split, prompt_type = overridden
-    if split or prompt_type:
-        raise ValueError(f"the protocol {protocol.name} defines its splits and prompts; omit --split and --prompt-type")
-    if proposer and not any(map(_accepts_proposer, protocol.runs)):
-        raise ValueError(f"the protocol {protocol.name} prompts the regions of its datasets; omit --proposer")
-    metric_options = {**protocol.metric_options, **parsed_options["scores"]}
-    metric_names = metrics
-    if not metric_names:
-        metric_names, missing = find_available_metrics(protocol, metric_options)
+    if not any(map(_accepts_proposer, protocol.runs)) and (requested.proposer or proposer_options):
+        option = "--proposer" if requested.proposer else f"the option proposer.{next(iter(proposer_options))}"
+        raise ValueError(f"the protocol {protocol.name} prompts the regions of its datasets; omit {option}")
+    if proposer_options and not requested.proposer and not any(run.proposer for run in protocol.runs):
+        raise _make_missing_proposer_error(proposer_options)
+    metric_options = {**protocol.metric_options, **requested.metric_options}
+    metrics = requested.metrics
+    if not metrics:
+        metrics, missing = find_available_metrics(protocol, metric_options)
         if missing and not quiet:
             print_stderr(
                 f"skipped the metrics {', '.join(missing)} of {protocol.name}; pass one with --metrics to see the "
                 "reason"
             )
-    reports = []
-    for protocol_run in protocol.runs:
-        prompting = replace(protocol_run.prompting, controls=tuple(controls), seed=seed, zoom=zoom)
-        prompting = replace(prompting, generation={**protocol_run.generation, **parsed_options["generation"]})
-        run_proposer = proposer if _accepts_proposer(protocol_run) else None
-        if run_proposer is None and protocol_run.proposer:
-            run_proposer = ComponentSpec(protocol_run.proposer)
-        proposer_table = _make_proposer_table(run_proposer, parsed_options["proposer"], text)
-        dataset_table = {"name": protocol_run.dataset, **protocol_run.dataset_options, **parsed_options["dataset"]}
-        folder = out and out / protocol_run.name
-        reports.append(
-            _evaluate_with_progress(
-                model,
-                dataset_table,
-                protocol_run.split,
-                prompting,
-                proposer_table,
-                metric_names,
-                metric_options,
-                folder,
-                quiet,
-                run_options,
-            )
+    dataset_options = {key: value for key, value in requested.dataset.items() if key != "name"}
+    planned_runs = []
+    for run in protocol.runs:
+        proposer = requested.proposer if _accepts_proposer(run) else None
+        if proposer is None and run.proposer:
+            proposer = _make_proposer_table(ComponentSpec(run.proposer), proposer_options, ())
+        prompting = replace(
+            run.prompting,
+            controls=requested.prompting.controls,
+            seed=requested.prompting.seed,
+            generation={**run.generation, **requested.prompting.generation},
+            zoom=requested.prompting.zoom,
         )
-    return reports
+        dataset = {"name": run.dataset, **run.dataset_options, **dataset_options}
+        folder = requested.out and requested.out / run.name
+        planned_runs.append(PlannedRun(dataset, run.split, prompting, proposer, metrics, metric_options, folder))
+    return planned_runs
+
+
+def _make_missing_proposer_error(proposer_options: Mapping[str, Any]) -> ValueError:
+    name = next(iter(proposer_options))
+    return ValueError(f"the option proposer.{name} requires --proposer; add --proposer NAME")
 
 
 def _accepts_proposer(run: ProtocolRun) -> bool:
@@ -375,16 +314,7 @@ def _make_proposer_table(
 
 
 def _evaluate_with_progress(
-    model: str,
-    dataset: dict[str, Any],
-    split: str,
-    prompting: Any,
-    proposer: dict[str, Any] | None,
-    metrics: Sequence[str] | None,
-    metric_options: dict[str, Any],
-    out: Path | None,
-    quiet: bool,
-    run_options: dict[str, Any],
+    model: str, run: PlannedRun, quiet: bool, run_options: Mapping[str, Any]
 ) -> EvaluationReport | None:
     from rich.console import Console
     from rich.progress import Progress
@@ -393,28 +323,28 @@ def _evaluate_with_progress(
     from sca.evaluation.evaluate import evaluate as evaluate_model
     from sca.io.atomic import create_writable_folder, write_file
 
-    if out:
-        create_writable_folder(out)
+    if run.out:
+        create_writable_folder(run.out)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         progress_task = progress.add_task("images", total=None)
         report = evaluate_model(
             model,
-            dataset,
-            split,
-            prompting=prompting,
-            proposer=proposer,
-            metrics=metrics,
-            metric_options=metric_options,
-            folder=out,
+            run.dataset,
+            run.split,
+            prompting=run.prompting,
+            proposer=run.proposer,
+            metrics=run.metrics,
+            metric_options=run.metric_options,
+            folder=run.out,
             **run_options,
             progress=lambda done, total: progress.update(progress_task, completed=done, total=total),
             report=None if quiet else print_stderr,
         )
-    if out and report is not None:
-        write_file(out / SCORES_NAME, f"{json.dumps(report.to_dict(), indent=1)}\n")
+    if run.out and report is not None:
+        write_file(run.out / SCORES_NAME, f"{json.dumps(report.to_dict(), indent=1)}\n")
         if not quiet:
-            print_stderr(f"wrote {out / 'predictions.jsonl'} and {out / SCORES_NAME}")
+            print_stderr(f"wrote {run.out / 'predictions.jsonl'} and {run.out / SCORES_NAME}")
     return report
 
 
@@ -431,11 +361,6 @@ def _is_protocol(name: str) -> bool:
         known = [*sca_registry.datasets.list_names(), *protocol.list_protocols()]
         raise make_unknown_name_error(f"unknown dataset or protocol {name!r}", name, known)
     return False
-
-
-def split_names(names: str) -> list[str]:
-    """Split comma-separated names."""
-    return [name for each in names.split(",") if (name := each.strip())]
 
 
 def _get_process_device(device: str) -> str:

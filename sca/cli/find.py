@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from sca.cli.caption import (
+from sca.cli.image_runs import (
     DEFAULT_MODEL,
     FailureReporter,
     ProgressBars,
-    collect_settings,
-    find_images,
+    collect_run_settings,
+    find_input_images,
     parse_formats,
     report_domain,
     report_prompts,
@@ -26,9 +26,13 @@ from sca.cli.options import (
     Dtype,
     Format,
     ImageBatchSize,
+    Images,
     ModelName,
     Out,
     Overwrite,
+    PointsPerSide,
+    PredIouThresh,
+    PromptsFile,
     Quiet,
     TrustRemoteCode,
     check_pipes,
@@ -48,40 +52,24 @@ if TYPE_CHECKING:
 def find(
     context: typer.Context,
     text: Annotated[str, typer.Argument(help="Word or phrase to find, such as 'a red circle'.")],
-    images: Annotated[
-        list[str],
-        typer.Argument(help="Image files, folders or quoted globs. Use - for standard input.", metavar="IMAGE"),
-    ],
+    images: Images,
     everything: Annotated[
         bool,
         typer.Option(
             "--everything",
             help="Search the regions of everything mode. The default without --proposer and --prompts.",
-            rich_help_panel="Regions",
+            rich_help_panel="Everything mode",
         ),
     ] = False,
     proposer: Annotated[
         str | None,
-        typer.Option(help="Search the regions of a proposer: 'NAME [key=value]...'.", rich_help_panel="Regions"),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
         typer.Option(
-            parser=parse_input_path,
-            metavar="PATH",
-            help="Search the regions of a prompts file: COCO, Label Studio, LabelMe or JSONL, or a folder of LabelMe "
-            "files.",
-            rich_help_panel="Regions",
+            help="Search the regions of a proposer: 'NAME [key=value]...'.", rich_help_panel="Everything mode"
         ),
     ] = None,
-    points_per_side: Annotated[
-        int | None,
-        typer.Option(help="Points per side of the prompt grid.", min=1, max=1000, rich_help_panel="Regions"),
-    ] = None,
-    pred_iou_thresh: Annotated[
-        float | None,
-        typer.Option(help="Minimum predicted IoU of a mask.", min=0, max=1, rich_help_panel="Regions"),
-    ] = None,
+    prompts: PromptsFile = None,
+    points_per_side: PointsPerSide = None,
+    pred_iou_thresh: PredIouThresh = None,
     top: Annotated[
         int, typer.Option(help="Maximum number of regions over all images.", min=1, rich_help_panel="Matches")
     ] = 10,
@@ -133,7 +121,7 @@ def find(
         batch_size=batch_size,
     )
     region_source = job.read_region_source()
-    paths, problems = find_images(images, quiet)
+    paths, problems = find_input_images(images, quiet)
     failures = FailureReporter(problems)
     if not paths:
         raise typer.Exit(failures.status)
@@ -162,7 +150,7 @@ def find(
         raise typer.Exit(failures.status)
     if out:
         input_files = job.list_input_files()
-        settings = {"images": context.params["images"], **collect_settings(context.params, input_files)}
+        settings = collect_run_settings(context.params, input_files)
         _write_matches(matches, out, formats, settings, [*paths, *input_files], overwrite, model, quiet)
     if out != "-" and not (quiet and out) and matches:
         print_table(_build_table(matches))

@@ -90,6 +90,7 @@ AllowHost = Annotated[
 ]
 Host = Annotated[str, typer.Option(help="Address to bind. Use 0.0.0.0 for all interfaces.", rich_help_panel="Network")]
 MaxPixels = Annotated[int, typer.Option(help="Maximum number of pixels per image.", min=1, rich_help_panel="Limits")]
+METRIC_OPTIONS_HELP = "Metric options, such as references=first, tokenizer=plain or semantic.model=FOLDER."
 STDIN_PATH = "/dev/stdin"
 TYPE_NAMES = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER", "path": "PATH"}
 TYPE_PATTERN = re.compile(r"<(?:list\[)?(str|int|float|path)(?: range)?\]?>", re.IGNORECASE)
@@ -181,6 +182,27 @@ Dtype = Annotated[
 ]
 
 
+Images = Annotated[
+    list[str],
+    typer.Argument(help="Image files, folders or quoted globs. Use - for standard input.", metavar="IMAGE"),
+]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(
+        parser=parse_input_path,
+        metavar="PATH",
+        help="Prompts file: COCO, Label Studio, LabelMe or JSONL, or a folder of LabelMe files.",
+        rich_help_panel="Prompts",
+    ),
+]
+PointsPerSide = Annotated[
+    int | None,
+    typer.Option(help="Points per side of the prompt grid.", min=1, max=1000, rich_help_panel="Everything mode"),
+]
+PredIouThresh = Annotated[
+    float | None,
+    typer.Option(help="Minimum predicted IoU of a mask.", min=0, max=1, rich_help_panel="Everything mode"),
+]
 Zoom = Annotated[
     str,
     typer.Option(
@@ -199,6 +221,61 @@ def parse_component_options(kind: str, name: str, assignments: Sequence[str]) ->
     from sca_registry.overrides import parse_assignments
 
     return parse_assignments(assignments, partial(get_registry(kind).is_text_option, name))
+
+
+def parse_evaluation_options(
+    assignments: Sequence[str],
+    dataset: str | None = None,
+    proposer: str | None = None,
+    table_names: Sequence[str] = ("generation", "proposer"),
+) -> dict[str, Any]:
+    """Parse `key=value` options and group them: dataset, metrics, or one of `table_names` (kind.key=value).
+
+    Args:
+        assignments: `key=value` options.
+        dataset: Name of the dataset, to read the options that are strings without quotes.
+        proposer: Name of the proposer, for the same purpose.
+        table_names: Prefixes of options that form a group.
+
+    Returns:
+        Options by group: "dataset", "scores" and each of `table_names`.
+
+    Raises:
+        ValueError: An option is malformed.
+    """
+    from sca_registry import datasets, metrics, proposers
+    from sca_registry.overrides import parse_assignment
+
+    from sca.evaluation.scoring import SHARED_OPTIONS
+
+    def is_text(path: tuple[str, ...]) -> bool:
+        *parents, option = path
+        match parents:
+            case [] | ["dataset"]:
+                return dataset is not None and datasets.is_text_option(dataset, option)
+            case ["proposer"]:
+                return proposer is not None and proposers.is_text_option(proposer, option)
+            case [metric]:
+                return metrics.is_text_option(metric, option)
+        return False
+
+    options_by_table: dict[str, Any] = {kind: {} for kind in ("dataset", "scores", *table_names)}
+    for assignment in assignments:
+        path, value = parse_assignment(assignment, is_text)
+        if len(path) == 2 and path[0] in table_names:
+            options_by_table[path[0]][path[1]] = value
+        elif len(path) == 2 or path[0] in SHARED_OPTIONS:
+            options_by_table["scores"][".".join(path)] = value
+        elif len(path) == 1:
+            options_by_table["dataset"][path[0]] = value
+        else:
+            raise ValueError(f"{assignment!r} is not an option; write option=value, or metric.option=value")
+    return options_by_table
+
+
+def split_names(names: str) -> list[str]:
+    """Split comma-separated names."""
+    return [name for each in names.split(",") if (name := each.strip())]
 
 
 def print_stderr(message: str) -> None:

@@ -457,7 +457,7 @@ def test_caption_everything_shows_search_progress_on_terminal_unless_quiet(
 ):
     from rich.console import Console
 
-    from sca.cli.caption import ProgressBars
+    from sca.cli.image_runs import ProgressBars
 
     steps = []
     show_search = ProgressBars.show_search

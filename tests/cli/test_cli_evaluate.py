@@ -188,9 +188,36 @@ def test_evaluate_reports_invalid_proposer_options_in_one_line(get_sca_error, ch
     assert message in get_sca_error(2, "evaluate", checkpoint, "scenes", "num_images=1", *arguments)
 
 
-def test_evaluate_protocol_with_prompts_rejects_a_proposer(get_sca_error, checkpoint):
-    message = get_sca_error(2, "evaluate", checkpoint, "refcocog-reg", "root=.", "--proposer", "grid")
-    assert "the protocol refcocog-reg prompts the regions of its datasets; omit --proposer" in message
+@pytest.mark.parametrize(
+    ("protocol", "arguments", "message"),
+    [
+        ("refcocog-reg", ("--proposer", "grid"), "refcocog-reg prompts the regions of its datasets; omit --proposer"),
+        (
+            "refcocog-reg",
+            ("proposer.points_per_side=2",),
+            "refcocog-reg prompts the regions of its datasets; omit the option proposer.points_per_side",
+        ),
+        (
+            "refcoco-comprehension",
+            ("proposer.points_per_side=2",),
+            "the option proposer.points_per_side requires --proposer; add --proposer NAME",
+        ),
+        (
+            "refcoco-comprehension",
+            ("--control", "wrong-region"),
+            "the control wrong-region has no effect on the task comprehension; omit it",
+        ),
+        ("refcoco-comprehension", ("--zoom", "auto"), "the zoom auto has no effect on the task comprehension"),
+        (
+            "refcoco-comprehension",
+            ("generation.num_beams=2",),
+            "the option generation.num_beams has no effect on the task comprehension",
+        ),
+        ("refcocog-reg", ("--split", "val"), "the protocol refcocog-reg defines its splits and prompts; omit --split"),
+    ],
+)
+def test_evaluate_protocol_rejects_options_without_effect(get_sca_error, checkpoint, protocol, arguments, message):
+    assert message in get_sca_error(2, "evaluate", checkpoint, protocol, "root=.", *arguments)
 
 
 @pytest.mark.slow
