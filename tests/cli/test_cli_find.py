@@ -153,4 +153,8 @@ def test_evaluate_runs_refcoco_comprehension(run_sca, working_folder):
     (report,) = json.loads(result.out)
     assert report["run"]["proposer"] == {"name": "grid"}
     assert report["scores"]["comprehension/accuracy"] > 0.8
+    arguments = ("referring-scenes-comprehension", "--runs", "refcocog-val", "--max-images", 3, "--json", "--quiet")
+    (report,) = json.loads(run_sca("evaluate", "sca-tiny", *arguments).out)
+    assert report["run"]["dataset_options"] == {"collection": "refcocog"}
+    assert 0 < report["scores"]["comprehension/accuracy"] <= 1
     assert "--runs selects runs of a protocol" in run_sca("evaluate", "sca-tiny", "scenes", "--runs", "a").err[-1]
