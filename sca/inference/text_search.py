@@ -301,12 +301,11 @@ def find_regions(
     unknown = list(dict.fromkeys(row for _, row, _ in matches if return_masks and regions[row].mask is None))
     predicted = engine.predict_best_masks(encoded, [[regions[row].prompt for row in unknown]]) if unknown else []
     masks = {row: regions[row].mask for _, row, _ in matches} | dict(zip(unknown, predicted, strict=True))
-    found = [
+    matched_captions = [
         replace(_make_caption(regions[row], masks[row], *captions[row]), name=text, proposal_score=score)
         for score, row, text in matches
     ]
-    (found,) = engine.add_confidence([found], encoded, "caption", do_sample=False)
-    return found
+    return engine.add_confidence([matched_captions], encoded, "caption", do_sample=False)[0]
 
 
 def find_in_images(

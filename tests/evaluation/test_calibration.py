@@ -73,6 +73,7 @@ def calibrated(tmp_path_factory) -> tuple[CalibrationReport, object]:
     """A copy of sca-tiny, calibrated on scenes with box prompts."""
     folder = tmp_path_factory.mktemp("calibration") / "model"
     save(sca.load("sca-tiny"), folder)
+    (folder / "uncertainty.json").unlink()
     report = calibrate_checkpoint(
         folder, "scenes", prompt_types=("box",), max_images=60, max_training_images=60, batch_size=30
     )
@@ -112,7 +113,9 @@ def test_calibrate_checkpoint_requires_a_folder():
 def test_calibrate_checkpoint_rejects_too_few_regions(build_small_model, tmp_path):
     save(build_small_model(), tmp_path / "model")
     with pytest.raises(InputError, match="at least 50 are required; use more images"):
-        calibrate_checkpoint(tmp_path / "model", {"name": "scenes", "num_images": 4}, prompt_types=("box",))
+        calibrate_checkpoint(
+            tmp_path / "model", {"name": "scenes", "num_images": 4}, prompt_types=("box",), train_split=None
+        )
     assert not (tmp_path / "model/uncertainty.json").exists()
 
 

@@ -10,6 +10,7 @@ import torch
 from sca_registry.contracts import TASKS, Prompt, Proposals
 
 import sca
+from sca.inference import predictor as predictor_module
 from sca.inference import text_search
 from sca.inference.engine import Engine
 from sca.inference.find_options import DEFAULT_THRESHOLD
@@ -167,7 +168,7 @@ def test_find_in_given_regions_returns_their_ids_boxes_and_masks(predictor):
 def test_find_searches_and_embeds_the_same_regions_once(predictor, monkeypatch):
     predictor.set_image(sca.open_image("examples/scene.png"))
     indexed = []
-    monkeypatch.setattr(text_search, "index_regions", lambda *args: indexed.append(1) or index_regions(*args))
+    monkeypatch.setattr(predictor_module, "index_regions", lambda *args: indexed.append(1) or index_regions(*args))
     for options in ({}, {}, {"points_per_side": 6}, {"points_per_side": 6}):
         predictor.find("a star", **options)
     assert len(indexed) == 2
