@@ -64,7 +64,9 @@ def find(
     proposer: Annotated[
         str | None,
         typer.Option(
-            help="Search the regions of a proposer: 'NAME [key=value]...'.", rich_help_panel="Everything mode"
+            help="Region proposer to use instead of the point grid: 'NAME [key=value]...'. A proposer that takes text, "
+            "such as owlv2-base, finds TEXT unless its options set another one.",
+            rich_help_panel="Everything mode",
         ),
     ] = None,
     prompts: PromptsFile = None,
@@ -96,7 +98,10 @@ def find(
     Prints the best matches of all images. With --out, also writes them in the formats of --format. The exit status is 0
     even if no region matches.
     """
+    from sca_registry.spec import ComponentSpec
+
     from sca.inference.caption_job import CaptionJob
+    from sca.inference.proposer import lacks_text
 
     formats = parse_formats(format, out)
     images = [str(parse_input_path(name)) for name in images]
@@ -118,6 +123,7 @@ def find(
         everything=not prompts,
         search_options=search_options,
         proposer=proposer,
+        text=[text] if proposer and lacks_text(ComponentSpec.parse(proposer, "proposer", "proposers")) else (),
         batch_size=batch_size,
     )
     region_source = job.read_region_source()

@@ -40,6 +40,21 @@ def add_text(component: ComponentSpec, text: Sequence[str]) -> ComponentSpec:
     return ComponentSpec(component.name, {**component.options, "text": list(text)})
 
 
+def lacks_text(component: ComponentSpec) -> bool:
+    """Return whether a registered proposer takes phrases to find, and its options set none.
+
+    Args:
+        component: Name and options.
+
+    Returns:
+        Whether `add_text` can add phrases.
+
+    Raises:
+        RegistryError: The proposer is unknown.
+    """
+    return "text" in proposers.load_entry(component.name).options and "text" not in component.options
+
+
 def build_proposer(component: ComponentSpec, device: str | torch.device = "cpu") -> Proposer:
     """Build a registered proposer.
 

@@ -9,6 +9,7 @@ from PIL import Image
 import sca
 from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
+from sca.inference.proposer import build_proposer
 from sca.output.captioned_image import ImageSize
 from sca.output.formats import MultiFormatWriter
 
@@ -113,6 +114,20 @@ def test_find_searches_everything_by_default(run_sca, photos):
     assert json.loads(line)["caption"].startswith("a small striped red circle")
     with_proposer = run_sca("find", "a striped circle", "photos/a.png", "--proposer", "grid", "--out", "-")
     assert json.loads(with_proposer.out)["name"] == "a striped circle"
+
+
+@pytest.mark.slow
+def test_find_passes_its_text_to_a_proposer(run_sca, photos, save_tiny_proposer, monkeypatch):
+    proposer = f"grounding-dino weights={save_tiny_proposer('grounding-dino')} score_thresh=0 max_regions=3"
+    texts = []
+    monkeypatch.setattr(
+        "sca.inference.caption_job.build_proposer",
+        lambda component, device: texts.append(component.options["text"]) or build_proposer(component, device),
+    )
+    for text, options in (("a disc", ""), ("a star", " text=disc")):
+        result = run_sca("find", text, "photos/a.png", "--proposer", f"{proposer}{options}", "--threshold=-100")
+        assert result.status == 0, result.err
+    assert texts == [["a disc"], "disc"]
 
 
 def test_find_reports_that_nothing_matches(run_sca, photos):
