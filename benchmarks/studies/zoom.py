@@ -340,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {
         "model": args.model,
         "weights_hash": engine.weights_hash,
-        "photographs": args.photographs and str(args.photographs),
+        "data": "photographs" if args.photographs else "mosaics",
         "num_tuning_images": args.num_tuning_images,
         "input_size": engine.processor.image_format.size,
         "zoom": asdict(engine.zoom),
