@@ -85,7 +85,7 @@ def collect_run_settings(command_options: Mapping[str, Any], input_files: Iterab
     options = {
         name: str(value)
         for name, value in command_options.items()
-        if name not in UNRECORDED_OPTIONS and value not in (None, [], (), False)
+        if name not in UNRECORDED_OPTIONS and value is not False and value not in (None, [], ())
     }
     hashes = {str(path): compute_file_hash(path) for path in input_files}
     return {"images": command_options["images"], **options, "files": hashes}

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import sca
+from sca.cli.image_runs import collect_run_settings
 from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
 from sca.inference.proposer import build_proposer
@@ -98,6 +99,15 @@ def test_find_keeps_images_only_for_drawn_formats(run_sca, photos, monkeypatch, 
     run_sca("find", "a star", "photos", "--prompts", "prompts.jsonl", "--out", "out", "--format", formats)
     assert images
     assert all(isinstance(image, image_type) for image in images)
+
+
+def test_collect_run_settings_records_zeros_and_omits_unset_options(working_folder):
+    (working_folder / "a.json").write_text("[]")
+    options = {"images": ["a.png"], "text": "a", "threshold": 0.0, "seed": 0, "top": 10, "prompts": None, "quiet": True}
+    settings = collect_run_settings({**options, "everything": False, "box": []}, ["a.json"])
+    file_hash = settings.pop("files")["a.json"]
+    assert settings == {"images": ["a.png"], "text": "a", "threshold": "0.0", "seed": "0", "top": "10"}
+    assert len(file_hash) == 64
 
 
 def test_find_uses_the_scores_of_the_predictor(run_sca, photos):
