@@ -18,10 +18,12 @@ import numpy as np
 from sca_registry import RegistryError
 
 from sca.io.score_format import format_interval, format_score
+from sca.io.text import format_count
 from sca_bench.effects import compute_paired_interval
 from sca_bench.image_scores import stack_image_scores
 from sca_bench.row import SweepRow
 from sca_bench.summary import choose_quality_score, find_varying_settings, get_cost, get_score
+from sca_bench.timing import STAGES
 
 NUM_RUNGS = 4
 KEPT_FRACTION = 0.5
@@ -57,6 +59,17 @@ class Candidate:
         return self.score is None or (self.interval is not None and self.interval[1] < 0)
 
     @property
+    def plan_text(self) -> str:
+        """Estimated cost of captioning, after a separator; "" for rows with `plan = false`."""
+        plan = next((row for row in self.results if row.get("flops") and row.get("memory")), None)
+        if plan is None:
+            return ""
+        gflops = sum(plan["flops"].get(stage, 0.0) for stage in STAGES) / 1e9
+        megabytes = plan["memory"]["estimated"] / 1e6
+        regions = format_count(plan["flops"]["regions_per_image"], "region")
+        return f"; estimated {gflops:.2f} GFLOPs and {megabytes:.0f} MB per image with {regions}"
+
+    @property
     def cost(self) -> float:
         """Seconds of its rows at this rung."""
         return sum(get_cost(row) or 0.0 for row in self.results)
@@ -82,12 +95,15 @@ class HalvingResult:
 
     def format_lines(self) -> list[str]:
         """Return the recommendation as lines to print, with scores times 100."""
-        lines = [f"recommended: {self.best.label}: {self.score_name} {format_score(self.best.score)}"]
+        lines = [
+            f"recommended: {self.best.label}: {self.score_name} {format_score(self.best.score)}{self.best.plan_text}"
+        ]
         for each in self.not_ruled_out:
             low, high = each.interval or (None, None)
             lines.append(
                 f"not ruled out: {each.label}: {self.score_name} {format_score(each.score)} after {each.step} steps, "
                 f"difference to the best there {format_interval(low, high, signed=True) or 'without an interval'}"
+                f"{each.plan_text}"
             )
         return [
             *lines,

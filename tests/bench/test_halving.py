@@ -63,6 +63,8 @@ def make_run_rows(scores, calls, noise=0.02):
                     "scores": [score],
                     "image_scores": {"class/accuracy": table},
                     "seconds": {"total": 60.0 * row.stop_step / 8},
+                    "flops": {"encode": 3e8, "mix": depth * 1e9, "regions_per_image": 2},
+                    "memory": {"estimated": 5_000_000},
                 }
             )
         return results
@@ -101,6 +103,7 @@ def test_halving_stops_early_if_one_combination_is_clearly_best(sweep):
     assert len(result.ruled_out) == 7
     assert result.format_lines()[0].startswith("recommended: mixer query(num_queries=2,depth=3,")
     assert "class/accuracy 90." in result.format_lines()[0]
+    assert result.format_lines()[0].endswith("; estimated 3.30 GFLOPs and 5 MB per image with 2 regions")
     assert result.format_lines()[-1].startswith("the recommended one again: sca bench row ")
     assert lines[0].startswith("rung 1 of 4, 1 steps: 1 of 8 combinations left; best: mixer query(")
 
