@@ -12,7 +12,6 @@ from sca_registry.contracts import Region, Sample
 from tiny import TINY_VIT_OPTIONS
 
 import pretrain
-from language_model_objective import compute_token_loss
 from masked_pixel_objective import MASKED_FRACTION, draw_patch_masks
 from pretrained_folder import CAMVID_TERMS, render_card
 from pretraining_data import PretrainingData, crop_region, crop_square
@@ -75,15 +74,22 @@ def test_committed_encoders_cover_all_objectives():
 
 @torch.inference_mode()
 @pytest.mark.skipif(not COMMITTED, reason="not a checkout")
-def test_committed_language_model_prefers_captions():
+def test_committed_language_model_prefers_captions_and_follows_its_prefix():
     language_model = HfLanguageModel(str(PRETRAINED / "tiny-gpt2-captions")).eval()
 
-    def compute_loss(text):
-        return compute_token_loss(language_model, torch.tensor([[0, *language_model.tokenizer.encode(text)]])).item()
+    def compute_loss(text, prefix=()):
+        ids = torch.tensor([[0, *prefix, *language_model.tokenizer.encode(text)]])
+        states = language_model.hidden_states(language_model.embed_tokens(ids), torch.ones_like(ids))
+        logits = language_model.lm_head(states)[0, len(prefix) : -1]
+        return torch.nn.functional.cross_entropy(logits, ids[0, len(prefix) + 1 :]).item()
 
-    caption = "a small striped red circle left of a blue square"
+    caption, shuffled = (
+        "a small striped red circle left of a blue square",
+        "blue a of left circle red striped small a square",
+    )
     assert language_model.tokenizer.decode(language_model.tokenizer.encode(caption)) == caption
-    assert compute_loss(caption) < 2 < 4 < compute_loss("square blue a of left circle red striped small a")
+    assert compute_loss(caption) < 1.5 < compute_loss(shuffled)
+    assert compute_loss(caption, language_model.tokenizer.encode(shuffled)) < 0.5 * compute_loss(caption)
 
 
 @pytest.mark.parametrize("name", COMMITTED)
