@@ -51,7 +51,7 @@ class Effect:
 
     @property
     def verdict(self) -> str:
-        """Whether the interval is above 0, the effect repeats; below 0, it does not; otherwise it is undecided."""
+        """The word "repeats" if the interval is above 0, "does not repeat" if it is below 0, otherwise "undecided"."""
         if self.ci_low is not None and self.ci_low > 0:
             return REPEATS
         return DOES_NOT_REPEAT if self.ci_high is not None and self.ci_high < 0 else UNDECIDED

@@ -22,10 +22,11 @@ from sca.io.text import format_count
 from sca_bench.effects import compute_paired_interval
 from sca_bench.image_scores import stack_image_scores
 from sca_bench.row import SweepRow
-from sca_bench.summary import choose_quality_score, find_varying_settings, get_cost, get_score
+from sca_bench.summary import choose_quality_score, find_varying_settings, get_own_seconds, get_score, list_scores
 from sca_bench.timing import STAGES
 
-NUM_RUNGS = 4
+NUM_RUNGS = 4  # the last one is the end of the training, and each earlier one is at half of the steps
+MIN_STEPS = 2 ** (NUM_RUNGS - 1)
 KEPT_FRACTION = 0.5
 
 Rows = Sequence[Mapping[str, Any]]  # of one combination, one per seed
@@ -40,7 +41,7 @@ class Candidate:
         label: The settings in which it differs from the others.
         rows: Its rows of the sweep, one per seed.
         step: Training step of the results.
-        results: Finished rows, in the order of `rows`; empty if one of them failed.
+        results: Rows of the results file in the order of `rows`, including failed ones.
         score: Mean score over seeds; None if a row failed.
         interval: 95% interval of the difference to the best combination of the same rung, at most 0 if it is worse;
             None for the best one, and without scores of single images.
@@ -60,19 +61,19 @@ class Candidate:
 
     @property
     def plan_text(self) -> str:
-        """Estimated cost of captioning, after a separator; "" for rows with `plan = false`."""
+        """Estimated FLOPs and memory of a row, after a separator; "" for rows with `plan = false`."""
         plan = next((row for row in self.results if row.get("flops") and row.get("memory")), None)
         if plan is None:
             return ""
-        gflops = sum(plan["flops"].get(stage, 0.0) for stage in STAGES) / 1e9
+        gflops = sum(plan["flops"].get(stage, 0.0) for stage in STAGES) / plan["flops"]["batch_size"] / 1e9
         megabytes = plan["memory"]["estimated"] / 1e6
         regions = format_count(plan["flops"]["regions_per_image"], "region")
-        return f"; estimated {gflops:.2f} GFLOPs and {megabytes:.0f} MB per image with {regions}"
+        return f"; estimated {gflops:.2f} GFLOPs per image with {regions}, {megabytes:.0f} MB peak memory"
 
     @property
-    def cost(self) -> float:
-        """Seconds of its rows at this rung."""
-        return sum(get_cost(row) or 0.0 for row in self.results)
+    def seconds(self) -> float:
+        """Time of the processes of its rows at this rung, which continue the training of the previous rung."""
+        return sum(get_own_seconds(row) or 0.0 for row in self.results)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class HalvingResult:
 
     Attributes:
         best: The recommended combination.
-        not_ruled_out: Other combinations whose interval to the best of their last rung contains 0, best first.
+        not_ruled_out: Other combinations that are not worse than the best of their last rung, best first: the interval
+            of their difference contains 0, or is unknown.
         ruled_out: All others.
         score_name: Score that ranked them.
         seconds: Time of all rows.
@@ -95,20 +97,19 @@ class HalvingResult:
 
     def format_lines(self) -> list[str]:
         """Return the recommendation as lines to print, with scores times 100."""
+        first_row = self.best.rows[0]
         lines = [
             f"recommended: {self.best.label}: {self.score_name} {format_score(self.best.score)}{self.best.plan_text}"
         ]
         for each in self.not_ruled_out:
-            low, high = each.interval or (None, None)
             lines.append(
-                f"not ruled out: {each.label}: {self.score_name} {format_score(each.score)} after {each.step} steps, "
-                f"difference to the best there {format_interval(low, high, signed=True) or 'without an interval'}"
-                f"{each.plan_text}"
+                f"not ruled out: {each.label}: {self.score_name} {format_score(each.score)} after "
+                f"{format_count(each.step, 'step')}, {_format_difference(each)}{each.plan_text}"
             )
         return [
             *lines,
-            f"ruled out: {len(self.ruled_out)} combinations; {self.seconds / 60:.1f} minutes in total",
-            f"the recommended one again: {self.best.rows[0].command}",
+            f"ruled out: {format_count(len(self.ruled_out), 'combination')}; {self.seconds / 60:.1f} minutes in total",
+            f"reproduce the recommendation (seed {first_row.config['seed']}): {first_row.command}",
         ]
 
 
@@ -117,7 +118,6 @@ def halve_combinations(
     run_rows: RunRows,
     score_name: str | None = None,
     report: Callable[[str], None] = lambda line: None,
-    num_rungs: int = NUM_RUNGS,
 ) -> HalvingResult:
     """Find the best combination of a sweep without training all of them to the end.
 
@@ -126,34 +126,34 @@ def halve_combinations(
         run_rows: Runs rows that stop at a step, or replays them.
         score_name: Score that ranks the combinations. Defaults to the most informative one of the first rung.
         report: Called with one line per rung.
-        num_rungs: Rungs; the last one is the end of the training, and each earlier one is at half of the steps.
 
     Returns:
         The recommendation.
 
     Raises:
-        RegistryError: A row is not trained in one stage, or not evaluated.
-        ValueError: No combination of a rung has a score.
+        RegistryError: A row is not trained in one stage of enough steps, is not evaluated, or has a `stop_step`.
+        ValueError: No combination of a rung has the score.
     """
     survivors = list_candidates(rows)
     eliminated: list[Candidate] = []
     seconds = 0.0
-    for rung in range(num_rungs):
-        is_last = rung == num_rungs - 1
-        survivors = _run_rung(survivors, num_rungs - 1 - rung, run_rows)
-        seconds += sum(each.cost for each in survivors)
+    for rung in range(NUM_RUNGS):
+        is_last = rung == NUM_RUNGS - 1
+        survivors = _run_rung(survivors, NUM_RUNGS - 1 - rung, run_rows)
+        seconds += sum(each.seconds for each in survivors)
         score_name = score_name or choose_quality_score([row for each in survivors for row in each.results])
         ranked = _rank_candidates(survivors, score_name)
         num_kept = len(ranked) if is_last else max(1, round(len(ranked) * KEPT_FRACTION))
         survivors = [each for each in ranked[:num_kept] if not each.is_worse]
         eliminated = [*(each for each in ranked if each not in survivors), *eliminated]
         report(
-            f"rung {rung + 1} of {num_rungs}, {ranked[0].step} steps: {len(survivors)} of {len(ranked)} combinations "
-            f"left; best: {ranked[0].label}: {score_name} {format_score(ranked[0].score)}"
+            f"rung {rung + 1} of {NUM_RUNGS}, {format_count(ranked[0].step, 'step')}: {len(survivors)} of "
+            f"{format_count(len(ranked), 'combination')} left; best: {ranked[0].label}: {score_name} "
+            f"{format_score(ranked[0].score)}"
         )
         if len(survivors) == 1 and not is_last:
             survivors = _run_rung(survivors, 0, run_rows)
-            seconds += survivors[0].cost
+            seconds += survivors[0].seconds
             survivors = _rank_candidates(survivors, score_name)
             break
     best, *others = survivors
@@ -187,13 +187,18 @@ def make_rung_row(row: SweepRow, num_halvings: int) -> SweepRow:
         The row.
 
     Raises:
-        RegistryError: The row has not exactly one training stage, or no evaluation.
+        RegistryError: The row has not exactly one training stage of enough steps, no evaluation, or a `stop_step`.
     """
     recipes = row.make_recipes()
     if len(recipes) != 1 or "evaluate" not in row.config:
         raise RegistryError("--halving requires rows with one training stage and [evaluate]; change the sweep")
+    if row.stop_step is not None:
+        raise RegistryError("--halving sets train.stop_step; remove it from the sweep")
+    steps = recipes[0].train.steps
+    if steps < MIN_STEPS:
+        raise RegistryError(f"train.steps is {steps}; --halving requires at least {MIN_STEPS}, for {NUM_RUNGS} rungs")
     config = copy.deepcopy(dict(row.config))
-    config["train"]["stop_step"] = max(1, recipes[0].train.steps >> num_halvings)
+    config["train"]["stop_step"] = steps >> num_halvings
     return SweepRow(config)
 
 
@@ -213,11 +218,26 @@ def _rank_candidates(candidates: Sequence[Candidate], score_name: str | None) ->
     scored.sort(key=lambda each: -math.inf if each.score is None else each.score, reverse=True)
     best, *others = scored
     if best.score is None:
-        raise ValueError(f"no combination has the score {score_name}; `sca bench report` shows why rows failed")
+        raise ValueError(_explain_missing_score(candidates, score_name))
     return [
         best,
         *(replace(each, interval=_compare_results(each.results, best.results, score_name)) for each in others),
     ]
+
+
+def _explain_missing_score(candidates: Sequence[Candidate], score_name: str | None) -> str:
+    rung = f"of this rung ({format_count(candidates[0].step, 'step')})"
+    results = [row for each in candidates for row in each.results]
+    available = list_scores(results)
+    if available and score_name not in available:
+        return f"no combination {rung} has the score {score_name!r}; choose from {', '.join(available)}"
+    return f"every combination {rung} failed; `sca bench report` shows why"
+
+
+def _format_difference(candidate: Candidate) -> str:
+    if candidate.interval is None:
+        return "no interval of the difference to the best"
+    return f"difference to the best {format_interval(*candidate.interval, signed=True)}"
 
 
 def _average_score(results: Rows, score_name: str | None) -> float | None:

@@ -26,12 +26,19 @@ MODEL_NAME, LOG_NAME = "model", "stage.json"
 
 
 class TrainedStage(NamedTuple):
-    """A trained stage: its folder with the model, losses by step, seconds, and whether another row has trained it."""
+    """A trained stage.
+
+    Attributes:
+        folder: Folder with the model.
+        losses: Losses by step, from the first step.
+        seconds: Time of the training, from the first step.
+        own_seconds: Time of this process, which trained or waited for another one; the rest was spent by other rows.
+    """
 
     folder: Path
     losses: list[tuple[int, float]]
     seconds: float
-    is_reused: bool
+    own_seconds: float
 
 
 def train_stages(sweep_row: SweepRow, work_folder: Path, results_folder: Path) -> list[TrainedStage]:
@@ -51,13 +58,16 @@ def train_stages(sweep_row: SweepRow, work_folder: Path, results_folder: Path) -
     stages: list[TrainedStage] = []
     recipes = sweep_row.make_recipes(str(results_folder / FEATURES_FOLDER))
     for recipe, key in zip(recipes, sweep_row.make_stage_keys(), strict=True):
+        start = time.perf_counter()
+        folder = work_folder / recipe.name
         if stages:
             recipe = replace(recipe, model=str(stages[-1].folder / MODEL_NAME))
         if sweep_row.keeps_models:
-            stages.append(_share_stage(recipe, key, sweep_row.stop_step, work_folder, results_folder))
+            folder = _share_stage(recipe, key, sweep_row.stop_step, work_folder, results_folder)
         else:
-            _train_stage(recipe, work_folder / recipe.name)
-            stages.append(_read_stage(work_folder / recipe.name, is_reused=False))
+            _train_stage(recipe, folder)
+        log = read_json(folder / LOG_NAME)
+        stages.append(TrainedStage(folder, log["losses"], log["seconds"], time.perf_counter() - start))
     return stages
 
 
@@ -80,16 +90,13 @@ def load_trained_model(stages: list[TrainedStage]) -> SegmentCaptioner:
     return model
 
 
-def _share_stage(
-    recipe: Recipe, key: str, stop_step: int | None, work_folder: Path, results_folder: Path
-) -> TrainedStage:
-    """Return the kept stage, after training it unless another row has done so; waits for a row that is training it."""
+def _share_stage(recipe: Recipe, key: str, stop_step: int | None, work_folder: Path, results_folder: Path) -> Path:
+    """Return the folder of a kept stage, after training it unless another row has; waits for a row that trains it."""
     models_folder = results_folder / MODELS_FOLDER
     kept_folder = models_folder / (key if stop_step is None else f"{key}-{stop_step}")
     models_folder.mkdir(parents=True, exist_ok=True)
-    with wait_for_lock(models_folder / f"{key}.lock", f"the model {key}"):
-        is_reused = kept_folder.is_dir()
-        if not is_reused:
+    with wait_for_lock(models_folder / f"{key}.lock"):
+        if not kept_folder.is_dir():
             training_folder = work_folder / recipe.name
             shared_run = results_folder / RUNS_FOLDER / key
             if stop_step is not None and read_checkpoint_step(shared_run) <= stop_step:
@@ -98,23 +105,20 @@ def _share_stage(
             with write_folder(kept_folder, (MODEL_NAME, LOG_NAME)) as draft:
                 shutil.copytree(training_folder / MODEL_NAME, draft / MODEL_NAME)
                 shutil.copy(training_folder / LOG_NAME, draft)
-    return _read_stage(kept_folder, is_reused)
+    return kept_folder
 
 
 def _train_stage(recipe: Recipe, folder: Path, stop_step: int | None = None) -> None:
-    """Train, and write the losses and seconds beside the model. With a stop, an earlier run continues."""
-    continues = stop_step is not None
-    first_step = read_checkpoint_step(folder) if continues else 0
+    """Train, and write the losses and seconds from the first step beside the model.
+
+    With a stop, an earlier run in the folder continues.
+    """
+    earlier_log = folder / LOG_NAME
+    earlier_seconds = read_json(earlier_log)["seconds"] if earlier_log.is_file() else 0.0
     start = time.perf_counter()
-    train(recipe, folder, resume=continues, stop_step=stop_step, allow_external=True)
-    losses = [(step, loss) for step, loss in _iter_losses(folder) if step > first_step]
-    log = {"losses": losses, "seconds": time.perf_counter() - start}
+    train(recipe, folder, resume=stop_step is not None, stop_step=stop_step, allow_external=True)
+    log = {"losses": [*_iter_losses(folder)], "seconds": earlier_seconds + time.perf_counter() - start}
     (folder / LOG_NAME).write_text(json.dumps(log), "utf-8")
-
-
-def _read_stage(folder: Path, is_reused: bool) -> TrainedStage:
-    log = read_json(folder / LOG_NAME)
-    return TrainedStage(folder, log["losses"], log["seconds"], is_reused)
 
 
 def _iter_losses(training_folder: Path) -> Iterator[tuple[int, float]]:

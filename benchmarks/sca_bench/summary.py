@@ -116,6 +116,13 @@ class CombinationSummary:
         return self.regions_per_second[max(self.regions_per_second)] if self.regions_per_second else None
 
 
+def get_own_seconds(row: Mapping[str, Any]) -> float | None:
+    """Return the seconds of a row from the start of its process; None if they are unknown."""
+    seconds = row.get("seconds") or {}
+    own_seconds: float | None = seconds.get("process", seconds.get("total"))
+    return own_seconds
+
+
 def get_cost(row: Mapping[str, Any]) -> float | None:
     """Return the seconds of a row from the start of its process, and those of training that it reused from other rows.
 
@@ -125,9 +132,8 @@ def get_cost(row: Mapping[str, Any]) -> float | None:
     Returns:
         The seconds; None if they are unknown.
     """
-    seconds = row.get("seconds") or {}
-    own_seconds = seconds.get("process", seconds.get("total"))
-    return None if own_seconds is None else own_seconds + seconds.get("reused_training", 0.0)
+    own_seconds = get_own_seconds(row)
+    return None if own_seconds is None else own_seconds + row["seconds"].get("reused_training", 0.0)
 
 
 def summarize_rows(rows: Iterable[Mapping[str, Any]], score_name: str | None) -> list[CombinationSummary]:
@@ -149,10 +155,15 @@ def get_score(row: Mapping[str, Any], name: str | None) -> float | None:
     return next((each["value"] for each in scores if (each["name"], each["control"]) == (name, None)), None)
 
 
+def list_scores(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the scores that are a number for some row."""
+    scores = [each for row in rows for each in row.get("scores") or ()]
+    return list(dict.fromkeys(each["name"] for each in scores if each["value"] is not None))
+
+
 def choose_quality_score(rows: Iterable[Mapping[str, Any]]) -> str | None:
     """Return the most informative score that is a number for some row."""
-    scores = [each for row in rows for each in row.get("scores") or ()]
-    available = dict.fromkeys(each["name"] for each in scores if each["value"] is not None)
+    available = list_scores(rows)
     return next((name for name in QUALITY_SCORES if name in available), next(iter(available), None))
 
 

@@ -197,7 +197,7 @@ def _train_model(row: dict[str, Any], sweep_row: SweepRow, run_options: RunOptio
     row["losses"] = [
         [sum(steps[:number]) + step, loss] for number, stage in enumerate(stages) for step, loss in stage.losses
     ]
-    row["seconds"]["reused_training"] = sum(stage.seconds for stage in stages if stage.is_reused)
+    row["seconds"]["reused_training"] = sum(max(0.0, stage.seconds - stage.own_seconds) for stage in stages)
     if sweep_row.keeps_models:
         row["model"] = str((stages[-1].folder / MODEL_NAME).relative_to(run_options.results_folder))
     shutil.rmtree(work_folder, ignore_errors=True)

@@ -93,12 +93,11 @@ def hold_lock(path: Path, display_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def wait_for_lock(path: Path, display_name: str) -> Iterator[None]:
+def wait_for_lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path` as `hold_lock` does, after waiting for its holder.
 
     Args:
         path: Lock file.
-        display_name: Name of the locked object in messages.
 
     Raises:
         OutputError: `path` is not a regular file.
@@ -107,7 +106,7 @@ def wait_for_lock(path: Path, display_name: str) -> Iterator[None]:
     with ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(hold_lock(path, display_name))
+                stack.enter_context(hold_lock(path, str(path)))
                 break
             except LockedError:
                 time.sleep(WAIT_SECONDS)

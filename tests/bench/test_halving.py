@@ -1,6 +1,7 @@
 """Successive halving: which combinations are dropped, what is recommended, and resumption after an interruption."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def make_run_rows(scores, calls, noise=0.02):
                     "scores": [score],
                     "image_scores": {"class/accuracy": table},
                     "seconds": {"total": 60.0 * row.stop_step / 8},
-                    "flops": {"encode": 3e8, "mix": depth * 1e9, "regions_per_image": 2},
+                    "flops": {"encode": 1.2e9, "mix": 4e9 * depth, "batch_size": 4, "regions_per_image": 2},
                     "memory": {"estimated": 5_000_000},
                 }
             )
@@ -103,9 +104,9 @@ def test_halving_stops_early_if_one_combination_is_clearly_best(sweep):
     assert len(result.ruled_out) == 7
     assert result.format_lines()[0].startswith("recommended: mixer query(num_queries=2,depth=3,")
     assert "class/accuracy 90." in result.format_lines()[0]
-    assert result.format_lines()[0].endswith("; estimated 3.30 GFLOPs and 5 MB per image with 2 regions")
-    assert result.format_lines()[-1].startswith("the recommended one again: sca bench row ")
-    assert lines[0].startswith("rung 1 of 4, 1 steps: 1 of 8 combinations left; best: mixer query(")
+    assert result.format_lines()[0].endswith("; estimated 3.30 GFLOPs per image with 2 regions, 5 MB peak memory")
+    assert result.format_lines()[-1].startswith("reproduce the recommendation (seed 0): sca bench row ")
+    assert lines[0].startswith("rung 1 of 4, 1 step: 1 of 8 combinations left; best: mixer query(")
 
 
 def test_halving_ranks_failed_combinations_last(sweep):
@@ -122,10 +123,12 @@ def test_halving_reports_when_every_combination_fails(sweep):
     def fail_last_rung(rows):
         return [row if len(rows) > 1 else {**row, "scores": []} for row in run_rows(rows)]
 
-    with pytest.raises(ValueError, match="no combination has the score class/accuracy"):
+    with pytest.raises(ValueError, match=r"every combination of this rung \(8 steps\) failed"):
         halve_combinations(sweep.list_rows("listed"), fail_last_rung)
-    with pytest.raises(ValueError, match="no combination has the score"):
+    with pytest.raises(ValueError, match=r"every combination of this rung \(1 step\) failed"):
         halve_combinations(sweep.list_rows("listed"), make_run_rows(dict.fromkeys(range(1, 9)), []))
+    with pytest.raises(ValueError, match=r"has the score 'cidr'; choose from class/accuracy"):
+        halve_combinations(sweep.list_rows("listed"), run_rows, "cidr")
 
 
 def test_candidates_are_named_by_what_distinguishes_them():
@@ -150,6 +153,19 @@ def test_halving_rejects_rows_without_training_or_with_stages(sweep):
             make_rung_row(row, 0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stop_step": 3}, "--halving sets train.stop_step; remove it from the sweep"),
+        ({"steps": 7}, "train.steps is 7; --halving requires at least 8, for 4 rungs"),
+    ],
+)
+def test_halving_rejects_stops_and_too_few_steps(changes, message):
+    (row, *_) = Sweep.from_dict({**TABLE, "train": {**TABLE["train"], **changes}}, "mine").list_rows()
+    with pytest.raises(RegistryError, match=message):
+        make_rung_row(row, 3)
+
+
 @pytest.mark.slow
 def test_run_halving_resumes_training_runs_and_rungs(tmp_path):
     sweep = Sweep.from_dict({**TABLE, "axes": {"mixer.depth": [1, 2]}}, "mine")
@@ -163,10 +179,12 @@ def test_run_halving_resumes_training_runs_and_rungs(tmp_path):
     steps = [row["config"]["train"]["stop_step"] for row in rows]
     assert steps[:2] == [1, 1]
     assert steps[-1] == result.best.step == 8
-    losses = [
-        step for row in rows for step, _ in row["losses"] if row["config"]["model"] == rows[-1]["config"]["model"]
-    ]
-    assert losses == [*range(1, 9)]  # each step was trained once
+    rows_of_best = [row for row in rows if row["config"]["model"] == rows[-1]["config"]["model"]]
+    logs = [(tmp_path / "rows" / row["key"] / "log.txt").read_text("utf-8") for row in rows_of_best]
+    assert re.findall(r"^step +(\d+)/8 ", "".join(logs), re.MULTILINE) == [*map(str, range(1, 9))]  # each one once
+    for row, step in zip(rows_of_best, (1, 2, 4, 8), strict=False):
+        assert [each for each, _ in row["losses"]] == [*range(1, row["config"]["train"]["stop_step"] + 1)]
+        assert (row["seconds"]["reused_training"] > 0) == (step > 1)
     messages.clear()
     assert run_halving(sweep, tmp_path, settings).format_lines() == result.format_lines()
     assert not [line for line in messages if ": done in" in line]

@@ -4,11 +4,13 @@ import json
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import sca_registry
 from sca_bench.row import SweepRow
+from sca_bench.row_training import train_stages
 from sca_bench.runner import RunSettings, run_sweep
 from sca_bench.store import ResultStore
 from sca_bench.sweep import Sweep
@@ -264,3 +266,29 @@ def test_row_trains_in_stages_with_shared_features_and_keeps_its_model(tmp_path)
     assert len(trained["image_scores"]["attributes/all"]["image_ids"]) == 6
     assert baseline["scores"][0]["name"].startswith("attributes/")
     assert ResultStore(tmp_path).read_sweep().list_rows() == sweep.list_rows()
+
+
+def test_row_that_waits_for_a_shared_training_counts_it_once(tmp_path):
+    mixer = {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 2, "mlp_dim": 32}
+    model = {**BASE_MODEL, "mixer": mixer, "trainable": ["mixer", "projection", "task_tokens", "language_model"]}
+    train = {"steps": 20, "batch_size": 2, "warmup_steps": 1, "loss": {"caption": 1.0}, "keep_models": True}
+    train |= {"data": {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}}}
+    (row,) = Sweep.from_dict({"model": model, "train": train}, "shared").list_rows()
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(train_stages, row, tmp_path / f"work-{index}", tmp_path) for index in range(2)]
+        stages = [call.result()[0] for call in calls]
+    assert stages[0].folder == stages[1].folder
+    for stage in stages:
+        assert stage.seconds - stage.own_seconds < 0.5 * stage.seconds  # reused_training of the row
+
+
+def test_training_that_continues_counts_its_earlier_steps(tmp_path):
+    mixer = {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 2, "mlp_dim": 32}
+    model = {**BASE_MODEL, "mixer": mixer, "trainable": ["mixer", "projection", "task_tokens", "language_model"]}
+    train = {"steps": 4, "batch_size": 2, "warmup_steps": 1, "loss": {"caption": 1.0}}
+    train |= {"data": {"scenes": {"name": "scenes", "num_images": 2, "image_size": 64}}}
+    sweep = Sweep.from_dict({"model": model, "train": train, "axes": {"train.stop_step": [2, 4]}}, "stops")
+    first, second = (train_stages(row, tmp_path / "work", tmp_path)[0] for row in sweep.list_rows("listed"))
+    assert [step for step, _ in first.losses] == [1, 2]
+    assert [step for step, _ in second.losses] == [1, 2, 3, 4]
+    assert second.seconds > first.seconds

@@ -83,6 +83,30 @@ def test_bench_row_reproduces_scores_of_a_sweep_row(run_sca, sweep_file, working
     ]
 
 
+@pytest.mark.slow
+def test_bench_row_evaluates_a_captioner(run_sca):
+    config = {
+        "captioner": {"name": "most-frequent", "dataset": "scenes"},
+        "evaluate": {"dataset": {"name": "scenes", "num_images": 2}, "metrics": ["class"]},
+        **{"seed": 0, "num_threads": 1, "device": "cpu"},
+    }
+    result = run_sca("bench", "row", json.dumps(config))
+    assert (result.status, json.loads(result.out)["state"]) == (0, "done")
+
+
+def test_bench_report_lacks_studies_of_a_sweep_with_a_missing_plugin(run_sca, working_folder):
+    folder = working_folder / "results"
+    shutil.copytree(ROOT / "benchmarks/results/mixers", folder)
+    table = {
+        "model": {"encoder": "tiny-vit", "mixer": "mixer-of-a-plugin", "language_model": "tiny-gpt2"},
+        "studies": {"one": {}},
+    }
+    (folder / "sweep.json").write_text(json.dumps({"name": "mine", "table": table, "device": "cpu"}))
+    result = run_sca("bench", "report", "results")
+    assert result.status == 0
+    assert "the report has no studies, because the sweep cannot be read: unknown mixer" in result.err[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected_message"),
     [
@@ -94,6 +118,8 @@ def test_bench_row_reproduces_scores_of_a_sweep_row(run_sca, sweep_file, working
         (("report", "nowhere"), "no results in nowhere; run sca bench run SWEEP --out nowhere"),
         (("row", "{"), "the configuration is not valid JSON"),
         (("row", "{}"), "the configuration has no 'model'"),
+        (("run", "smoke", "--halving", "--order", "listed"), "--order has no effect with --halving; omit it"),
+        (("run", "smoke", "--score", "cider-d"), "--score requires --halving"),
     ],
     ids=str,
 )

@@ -22,7 +22,7 @@ def test_wait_for_lock_waits_for_its_holder(tmp_path):
     path, events = tmp_path / "model.lock", []
 
     def wait_for_holder():
-        with wait_for_lock(path, "the model"):
+        with wait_for_lock(path):
             events.append("waited")
 
     thread = threading.Thread(target=wait_for_holder)
@@ -37,6 +37,6 @@ def test_wait_for_lock_waits_for_its_holder(tmp_path):
 
 def test_wait_for_lock_keeps_an_error_of_its_block(tmp_path):
     path = tmp_path / "model.lock"
-    with pytest.raises(LockedError, match="inner"), wait_for_lock(path, "the model"):
+    with pytest.raises(LockedError, match="inner"), wait_for_lock(path):
         raise LockedError("inner")
     assert not path.exists()
