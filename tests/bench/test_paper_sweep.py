@@ -11,20 +11,20 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = {"steps": 1, "warmup_steps": 0, "num_images": 4}
 
 
-def shrink(table):
+def shrink_table(table):
     """Replace sizes in nested tables by the smallest ones."""
     if isinstance(table, list):
-        return [shrink(each) for each in table]
+        return [shrink_table(each) for each in table]
     if not isinstance(table, dict):
         return table
-    return {key: SMALLEST[key] if key in SMALLEST else shrink(value) for key, value in table.items()}
+    return {key: SMALLEST[key] if key in SMALLEST else shrink_table(value) for key, value in table.items()}
 
 
 @pytest.mark.all
 @pytest.mark.skipif(not (ROOT / "benchmarks/pretrained").is_dir(), reason="not a checkout")
 def test_every_combination_of_the_paper_sweep_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    table = shrink(dict(Sweep.read("paper").table)) | {"seeds": [0]}
+    table = shrink_table(dict(Sweep.read("paper").table)) | {"seeds": [0]}
     table["studies"]["weak-supervision"]["axes"] = {"train.data.scenes.num_images": [4]}
     sweep = Sweep.from_dict(table, "paper")
     run_sweep(sweep, tmp_path, RunSettings(launcher_options={"num_workers": 2}, report=lambda line: None))

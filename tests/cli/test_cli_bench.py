@@ -104,7 +104,7 @@ def test_bench_report_lacks_studies_of_a_sweep_with_a_missing_plugin(run_sca, wo
     (folder / "sweep.json").write_text(json.dumps({"name": "mine", "table": table, "device": "cpu"}))
     result = run_sca("bench", "report", "results")
     assert result.status == 0
-    assert "the report has no studies, because the sweep cannot be read: unknown mixer" in result.err[0]
+    assert "the report has no studies, because the sweep cannot be read: no mixers named" in result.err[0]
 
 
 @pytest.mark.parametrize(
