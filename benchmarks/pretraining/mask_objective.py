@@ -1,10 +1,14 @@
-"""Masks of prompted regions, as SAM (arXiv 2304.02643): trains the encoder together with the segmenter `sam`."""
+"""Masks of prompted regions, as SAM (arXiv 2304.02643): trains the encoder together with the segmenter `sam`.
+
+SAM's encoder starts from a masked autoencoder, whose features describe appearance. Here, features also predict pixels.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from sca_registry.contracts import Batch, Dataset
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pretraining_data import STREET_FRACTION, PretrainingData
 from pretraining_loop import Objective
@@ -19,11 +23,15 @@ from sca.training.recipe import SamplingOptions
 
 PROMPT_WEIGHTS = {"box": 0.4, "point": 0.4, "box-and-point": 0.1, "mask": 0.1}
 MAX_REGIONS = 6  # per image
+PIXELS_PER_CELL = 2  # per side, predicted from the features of a cell
+PIXEL_LOSS_WEIGHT = 0.2
 STREET_AUGMENTATION = Augmentation(min_crop_fraction=0.4, color_jitter=0.3)
 
 
 class MaskObjective(Objective):
-    """Losses of the segmenter `sam`. Class names and captions are not used.
+    """Losses of the segmenter `sam`, and the error of pixels predicted from features.
+
+    Class names and captions are not used.
 
     Args:
         encoder: Encoder to train.
@@ -38,6 +46,7 @@ class MaskObjective(Objective):
         super().__init__()
         self.segmenter = SamSegmenter(encoder, depth=2, num_heads=4, mlp_dim=192, box_masks=True)
         self.model = SegmentationModel(encoder, self.segmenter)
+        self.pixel_head = nn.Conv2d(encoder.channels, 3 * PIXELS_PER_CELL**2, 1)
         self.data = data
         self.examples: ExampleMixture | None = None
 
@@ -64,5 +73,9 @@ class MaskObjective(Objective):
         return collate_examples([self.examples[index] for index in range(first, first + self.batch_size)], 0)
 
     def compute_losses(self, batch: Batch) -> dict[str, Tensor]:
-        regions = self.model.segment(self.model.encode(batch.pixel_values), batch.prompts)
-        return self.segmenter.compute_losses(regions, batch.targets)
+        features = self.model.encode(batch.pixel_values)
+        regions = self.model.segment(features, batch.prompts)
+        pixels = F.pixel_shuffle(self.pixel_head(features), PIXELS_PER_CELL)
+        targets = F.adaptive_avg_pool2d(batch.pixel_values, pixels.shape[-2:])
+        pixel_loss = PIXEL_LOSS_WEIGHT * F.l1_loss(pixels, targets)
+        return {**self.segmenter.compute_losses(regions, batch.targets), "pixels": pixel_loss}
