@@ -126,6 +126,10 @@ def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str,
     for key in ("image_id", "region_id"):
         if key not in record:
             raise InputError(f"{location} has no {key}; its fields are {', '.join(record) or 'none'}")
+        if not isinstance(record[key], int | str | None):
+            raise InputError(f"{location}: {key} must be an integer or text, not {record[key]!r:.60}")
+    if not isinstance(control := record.get("control"), str | None):
+        raise InputError(f"{location}: control must be text, not {control!r:.60}")
     task = record.get("task", "caption")
     known_tasks = (*TASKS, *DENSE_TASKS, COMPREHENSION_TASK)
     if task not in known_tasks:
@@ -135,6 +139,8 @@ def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str,
     truth = record.get("truth", {})
     if not isinstance(truth, Mapping):
         raise InputError(f"{location}: truth must be an object, not {truth!r:.60}")
+    if not isinstance(prompt := record.get("prompt", {}), Mapping):
+        raise InputError(f"{location}: prompt must be an object, not {prompt!r:.60}")
     if task in DENSE_TASKS:
         _check_objects(record.get("proposals"), f"{location}: proposals", {"box": list, "caption": str})
         label, label_type = ("phrases", list) if DENSE_TASKS[task] == "caption" else ("name", str)
@@ -186,15 +192,16 @@ def _format_record_key(key: Sequence[Any]) -> str:
 
 
 def _collect_boxes(record: Mapping[str, Any]) -> list[Any]:
-    boxes = [record.get("prompt", {}).get("box"), record["truth"].get("box")]
-    boxes += [each.get("box") for each in record.get("proposals", ())]
-    boxes += [each["box"] for each in record.get("expressions", ())]
-    boxes += [each.get("box") for each in record["truth"].get("regions", ())]
+    boxes = [record["prompt"].get("box"), record["truth"].get("box")]
+    if record["task"] in DENSE_TASKS:
+        boxes += [each["box"] for each in (*record["proposals"], *record["truth"]["regions"])]
+    if record["task"] == COMPREHENSION_TASK:
+        boxes += [each["box"] for each in record["expressions"]]
     return [box for box in boxes if box is not None]
 
 
 def _collect_proposal_scores(record: Mapping[str, Any]) -> list[Any]:
-    return [each.get("score") for each in record.get("proposals", ())]
+    return [each.get("score") for each in record["proposals"]] if record["task"] in DENSE_TASKS else []
 
 
 def _is_score(value: Any) -> bool:

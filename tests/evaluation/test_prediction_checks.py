@@ -62,6 +62,8 @@ def test_score_file_accepts_handmade_predictions(write_predictions):
     [
         ((VALID_RECORD, VALID_RECORD), r"1 duplicate records; keep one of each: region 1 of image 1 \(caption\)"),
         (({"image_id": 1, "caption": ""},), "record 1 has no region_id"),
+        ((VALID_RECORD | {"image_id": [1]},), r"record 1: image_id must be an integer or text, not \[1\]"),
+        ((VALID_RECORD | {"control": {}},), "record 1: control must be text, not {}"),
         ((VALID_RECORD | {"caption": None},), "record 1: caption must be text"),
         ((VALID_RECORD | {"task": "translation"},), "unknown task 'translation'; choose from"),
         ((VALID_RECORD | {"references": "a dog"},), "references must be a list of strings"),
@@ -76,12 +78,16 @@ def test_score_file_accepts_handmade_predictions(write_predictions):
         ((VALID_RECORD | {"truth": {"box": [0, 0, 1]}},), "not four finite numbers"),
         ((VALID_RECORD | {"truth": {"box": [0, 0, 1, 10**400]}},), "not four finite numbers"),
         (
-            (VALID_RECORD | {"proposals": [{"box": [0, 0, 1, 1], "score": 10**400}]},),
+            (DENSE_RECORD | {"proposals": [DENSE_RECORD["proposals"][0] | {"score": 10**400}]},),
             "a proposal whose score is not a number",
         ),
-        ((VALID_RECORD | {"proposals": [{"box": [0, 0, 1, 1]}]},), "a proposal whose score is not a number"),
+        (
+            (DENSE_RECORD | {"proposals": [{"box": [0, 0, 1, 1], "caption": "a dog"}]},),
+            "a proposal whose score is not a number",
+        ),
         ((), "has no records"),
         ((VALID_RECORD | {"truth": 3},), "truth must be an object, not 3"),
+        ((VALID_RECORD | {"prompt": None},), "prompt must be an object, not None"),
         ((COMPREHENSION_RECORD | {"expressions": None},), "expressions must be a list of objects with text and box"),
         (
             (COMPREHENSION_RECORD | {"expressions": [{"text": "a dog"}]},),
@@ -98,6 +104,8 @@ def test_score_file_accepts_handmade_predictions(write_predictions):
     ids=[
         "repeated record",
         "no region_id",
+        "image_id is a list",
+        "control is an object",
         "caption is null",
         "unknown task",
         "references not a list",
@@ -109,6 +117,7 @@ def test_score_file_accepts_handmade_predictions(write_predictions):
         "no score",
         "no records",
         "truth is a number",
+        "prompt is null",
         "no expressions",
         "expression without box",
         "box of expression of 3 numbers",
@@ -120,6 +129,16 @@ def test_score_file_accepts_handmade_predictions(write_predictions):
 def test_score_file_rejects_invalid_records(write_predictions, records, message):
     with pytest.raises(InputError, match=message):
         score_file(write_predictions(*records))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"expressions": [{"text": "a"}]}, {"expressions": None}, {"proposals": None}, {"proposals": [{}]}],
+    ids=str,
+)
+def test_score_file_ignores_fields_of_other_tasks(write_predictions, fields):
+    report = score_file(write_predictions(VALID_RECORD | fields), ["rouge-l"], {"tokenizer": "plain"})
+    assert report.scores["rouge-l"] == pytest.approx(1)
 
 
 @pytest.mark.slow
