@@ -25,6 +25,7 @@ from sca.data.summary import count_skipped, summarize_dataset
 from sca.hints import check_argument_names
 from sca.inference.processor import Processor
 from sca.io.run_folder import RunFolder, iter_existing_paths
+from sca.io.validation import check_range
 from sca.model import SegmentCaptioner
 from sca.training.auxiliary_losses import AttributeValues
 from sca.training.datasets import open_training_datasets, open_validation_dataset, report_datasets
@@ -106,8 +107,8 @@ def train(
 
     Raises:
         TypeError: Unknown keyword argument; the message suggests the closest one.
-        ValueError: The recipe, or a file or component that it refers to, cannot be read; or the run in the folder is
-            after `stop_step`.
+        ValueError: The recipe, or a file or component that it refers to, cannot be read; `stop_step` is not a positive
+            integer; or the run to resume is after `stop_step`.
         OutputError: The folder contains a different run, files that `sca train` did not write, or an input of this run,
             such as its dataset.
         LockedError: Another process is training in the folder.
@@ -116,6 +117,8 @@ def train(
         recipe = Recipe.read(str(recipe), changes)
     elif changes:
         recipe = Recipe.from_dict(recipe.name, recipe.to_dict(), changes)
+    if stop_step is not None:
+        check_range("stop_step", stop_step, int, 1)
     if rename_existing is None:
         rename_existing = folder is None and not overwrite
     folder = Path("runs") / recipe.name if folder is None else folder
@@ -148,10 +151,6 @@ def _train_process(
     """Train as one process; only the first has a run folder."""
     for name in ("model", "best"):
         check_writable(folder / name)
-    if stop_step is not None and resume and (last_step := read_checkpoint_step(folder)) > stop_step:
-        raise RegistryError(
-            f"{folder} contains a run at step {last_step}, after stop_step={stop_step}; choose a different folder"
-        )
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # harmless: 1x1 convolutions
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # accelerate has no replacement yet
     torch.manual_seed(recipe.train.seed)
@@ -205,8 +204,14 @@ def _train_process(
             )
     trainer.accelerator.wait_for_everyone()
     last_checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last_step = read_checkpoint_step(folder)
+    if stop_step is not None and last_step > stop_step:
+        raise RegistryError(
+            f"{folder} contains a run at step {last_step}, after stop_step={stop_step}; choose a different folder, or "
+            "set resume=False"
+        )
     skipped_before = {name: count_skipped(dataset) for name, dataset in datasets_by_name.items()}
-    if stop_step is not None and last_checkpoint is not None and read_checkpoint_step(folder) >= stop_step:
+    if last_checkpoint is not None and last_step == stop_step:
         trainer.load_checkpoint(last_checkpoint)
     else:
         trainer.train(resume_from_checkpoint=last_checkpoint)

@@ -156,5 +156,23 @@ def test_training_that_stops_ends_with_bitwise_equal_weights(make_recipe, tmp_pa
     again = train(recipe, tmp_path / "stopped", quiet=True, resume=True, stop_step=3)
     assert have_equal_weights(again, stopped)
     assert have_equal_weights(train(recipe, tmp_path / "stopped", quiet=True, resume=True), uninterrupted)
-    with pytest.raises(ValueError, match="contains a run at step 6, after stop_step=3; choose a different folder"):
+    with pytest.raises(ValueError, match="contains a run at step 6, after stop_step=3; choose a different folder, or"):
         train(recipe, tmp_path / "stopped", quiet=True, resume=True, stop_step=3)
+    restarted = train(recipe, tmp_path / "stopped", quiet=True, resume=False, stop_step=3)
+    assert have_equal_weights(restarted, stopped)
+
+
+@pytest.mark.parametrize("option", ["overwrite", "rename_existing"])
+@pytest.mark.slow
+def test_training_that_stops_replaces_a_different_run(make_recipe, tmp_path, option):
+    train(make_recipe(steps=2), tmp_path / "run", quiet=True)
+    train(make_recipe(steps=2, seed=1), tmp_path / "run", quiet=True, stop_step=1, **{option: True})
+    assert list_run_folders(tmp_path / "run") == ["checkpoint-1", "model"]
+    assert (tmp_path / "run-1").exists() == (option == "rename_existing")
+
+
+@pytest.mark.parametrize("stop_step", [0, -5, 1.5, True])
+def test_train_rejects_invalid_stop_step(make_recipe, tmp_path, stop_step):
+    with pytest.raises(ValueError, match=f"stop_step is {stop_step}; expected an integer"):
+        train(make_recipe(), tmp_path / "run", quiet=True, stop_step=stop_step)
+    assert not (tmp_path / "run").exists()
