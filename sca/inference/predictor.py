@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -218,15 +218,14 @@ class Predictor:
             check_type("threshold", threshold, float)
         has_prompts = any(each is not None for each in (prompts, boxes, points, masks))
         if has_prompts and (kwargs or proposals is not None):
-            raise ValueError(
-                "regions are given and also to be found; omit the regions, or proposals and search options"
-            )
+            raise ValueError("regions cannot be combined with proposals or search options; omit one of them")
         request = self._collect_prompts(prompts, boxes, points, masks) if has_prompts else None
-        regions, index = self._index_regions(request, proposals, kwargs)
+        options = make_everything_options({**vars(engine.everything), **kwargs})
+        regions, index = self._index_regions(request, proposals, options)
         return [] if index is None else find_regions(engine, self.encoded, regions, index, texts, top, threshold)
 
     def _index_regions(
-        self, request: Sequence[Prompt] | None, proposals: Proposals | None, search_options: Mapping[str, Any]
+        self, request: Sequence[Prompt] | None, proposals: Proposals | None, options: EverythingOptions
     ) -> tuple[Sequence[CandidateRegion], RegionIndex | None]:
         """Return the regions to search and their index, which is kept for the next call with the same arguments.
 
@@ -234,16 +233,16 @@ class Predictor:
         """
         assert self.encoded is not None  # see `find`
         index_arguments = (
-            None if request is None else tuple(request),
-            proposals,
-            tuple(sorted(search_options.items())),
+            None if request is None else tuple(map(_get_coordinates, request)),
+            None if proposals is None else tuple(map(_get_coordinates, proposals.prompts)),
+            None if proposals is None else tuple(map(float, proposals.scores)),
+            options,
         )
         has_masks = any(each.mask is not None for each in (*(request or ()), *(proposals.prompts if proposals else ())))
         if not has_masks and self._region_index is not None and self._region_index[0] == index_arguments:
             return self._region_index[1:]
         engine = check_can_find(self.engine)
         if request is None:
-            options = make_everything_options({**vars(engine.everything), **search_options})
             regions = find_candidate_regions(engine, self.encoded, options, proposals)
         else:
             regions = [CandidateRegion(prompt, None, region_id) for region_id, prompt in enumerate(request)]
@@ -369,3 +368,9 @@ class Predictor:
         if self.image is None:
             raise ValueError("no image is set; call set_image(image) first")
         return collect_prompts(prompts, boxes, points, masks, self.image.size)
+
+
+def _get_coordinates(prompt: Prompt) -> tuple[Any, ...]:
+    """Return the box and the points of a prompt as plain numbers, which can be compared."""
+    box = None if prompt.box is None else tuple(map(float, prompt.box))
+    return box, tuple(tuple(map(float, point)) for point in prompt.points)

@@ -180,6 +180,27 @@ def test_find_searches_and_embeds_the_same_regions_once(predictor, monkeypatch):
     assert len(indexed) == 3
 
 
+def test_find_accepts_arrays_in_proposals(build_small_model, scene, monkeypatch):
+    predictor = Predictor(build_small_model())
+    predictor.set_image(scene.image)
+    indexed = []
+    monkeypatch.setattr(predictor_module, "index_regions", lambda *args: indexed.append(1) or index_regions(*args))
+
+    def find(boxes, scores):
+        prompts = tuple(Prompt(box=box) for box in boxes)
+        proposals = Proposals(prompts, scores, (None,) * len(prompts))
+        return [match.box for match in predictor.find("a star", proposals=proposals)]
+
+    boxes = [region.box for region in scene.regions[:2]]
+    expected = find(boxes, (0.5, 0.25))
+    assert find(boxes, np.array([0.5, 0.25])) == expected
+    assert find(boxes, torch.tensor([0.5, 0.25])) == expected
+    find([np.array(box) for box in boxes], (0.5, 0.25))
+    assert len(indexed) == 1
+    find(boxes[::-1], np.array([0.5, 0.25]))
+    assert len(indexed) == 2
+
+
 def test_find_leaves_predictions_unchanged(build_small_model, scene):
     predictor = Predictor(build_small_model())
     predictor.set_image(scene.image)
@@ -199,7 +220,7 @@ def test_find_leaves_predictions_unchanged(build_small_model, scene):
         ("a star " * 30, {}, "the text has 60 tokens, but the model reads at most 37; shorten it"),
         ("a star", {"top": 0}, "top is 0"),
         ("a star", {"threshold": "high"}, "threshold is 'high'; expected a number"),
-        ("a star", {"points_per_side": 4}, "regions are given and also to be found; omit the regions, or"),
+        ("a star", {"points_per_side": 4}, "regions cannot be combined with proposals or search options; omit one"),
     ],
 )
 def test_find_rejects_invalid_arguments(build_small_model, scene, text, options, message):
