@@ -97,10 +97,13 @@ def serialize_uncertainty(uncertainty: Uncertainty) -> str:
     if len(content) > MAX_UNCERTAINTY_BYTES:
         raise InputError(
             f"the measured uncertainty has {len(content):,} bytes, and {UNCERTAINTY_FILE} at most "
-            f"{MAX_UNCERTAINTY_BYTES:,}; omit the OOD score"
+            f"{MAX_UNCERTAINTY_BYTES:,}; pass --no-ood to `sca calibrate`"
         )
     num_features = 0 if uncertainty.domain is None else len(uncertainty.domain.mean)
-    _parse_uncertainty(table, num_features, "the measured uncertainty")
+    try:
+        _parse_uncertainty(table, num_features, "the measured uncertainty")
+    except InputError as error:
+        raise InputError(f"{error}; use more images, or pass --no-ood to `sca calibrate`") from error
     return content
 
 

@@ -21,12 +21,17 @@ from torch import Tensor
 
 from sca.checkpoints.load import load_uncalibrated
 from sca.checkpoints.native import read_spec, read_weights
-from sca.checkpoints.uncertainty import hash_as_float32, read_uncertainty, write_uncertainty
+from sca.checkpoints.uncertainty import (
+    hash_as_float32,
+    read_uncertainty,
+    serialize_uncertainty,
+    write_uncertainty,
+)
 from sca.data.scenes import Statement, parse_statement
 from sca.data.summary import check_dataset_not_empty
 from sca.evaluation.bootstrap import ScoreStatistics, bootstrap_scores, compute_interval, has_enough_images
 from sca.evaluation.metrics.attribute_accuracy import ATTRIBUTES
-from sca.evaluation.predictions import PromptingOptions, predict_dataset
+from sca.evaluation.predictions import PROMPT_TYPES, PromptingOptions, predict_dataset
 from sca.evaluation.records import Record, normalize_text
 from sca.inference.engine import Engine
 from sca.io.atomic import create_writable_folder
@@ -34,7 +39,7 @@ from sca.io.errors import InputError
 from sca.io.hub import resolve_local_path
 from sca.io.score_format import format_interval, format_score
 from sca.io.text import format_count
-from sca.io.validation import check_range
+from sca.io.validation import check_choice, check_list, check_range
 from sca.uncertainty import Calibration, Domain, Uncertainty, fit_calibration, fit_domain
 
 if TYPE_CHECKING:
@@ -111,11 +116,13 @@ class DomainResult:
         num_training_images: Training images.
         num_images: Images of the measured half.
         flagged_fraction: Fraction of them with an OOD score above 1.
+        reason: Why the domain is not saved; "" if it is.
     """
 
     num_training_images: int
     num_images: int
     flagged_fraction: float
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,8 @@ class CalibrationReport:
                 f"OOD score above 1: {format_score(self.domain.flagged_fraction)}% of "
                 f"{format_count(self.domain.num_images, 'held-out image')}"
             )
+        if self.domain is not None and self.domain.reason:
+            notes.append(f"OOD score not saved: {self.domain.reason}; use more images, or pass --no-ood")
         table = Table(columns, f"calibration of {self.model} on {self.dataset}", columns[2:7], notes)
         for each in self.results:
             scores = (each.accuracy, each.score_ece, each.ece)
@@ -180,8 +189,9 @@ def calibrate_checkpoint(
 ) -> CalibrationReport:
     """Measure the calibrations and the training domain of a checkpoint, and write them to its folder.
 
-    Calibrations of other prompt types and, without `train_split`, the training domain are kept if they were measured
-    with the same weights.
+    Earlier calibrations of other kinds of prompts (`POINT_PROMPT_TYPES` are one kind) and, without `train_split`, the
+    earlier training domain are kept if they belong to the same weights. A calibration or a domain that cannot be stored
+    is reported with a `reason`.
 
     Args:
         model: Checkpoint folder in the native layout.
@@ -203,12 +213,18 @@ def calibrate_checkpoint(
         The report.
 
     Raises:
-        InputError: The model is not a checkpoint folder, the dataset has too few images or regions or no truth to judge
-            captions by, or a measured value cannot be stored.
+        InputError: The model is not a checkpoint folder, or the dataset has too few images or regions or no truth to
+            judge captions by.
         OutputError: The folder cannot be written.
-        ValueError: Two prompt types are of the same kind, or a value is out of range.
+        ValueError: A prompt type is unknown, two are of the same kind, or a value is out of range.
     """
     check_range("max_training_images", max_training_images, int, MIN_TRAINING_IMAGES)
+    check_range("batch_size", batch_size, int, 1)
+    if max_images is not None:
+        check_range("max_images", max_images, int, 2)
+    check_list("prompt_types", prompt_types, str, minimum=1)
+    for each in prompt_types:
+        check_choice("prompt_types", each, PROMPT_TYPES)
     prompt_types = tuple(dict.fromkeys(prompt_types))
     _check_prompt_kinds(prompt_types)
     folder = _find_checkpoint_folder(model)
@@ -238,7 +254,15 @@ def calibrate_checkpoint(
             f"the captions of {component.name} {split} cannot be judged; calibration requires class names, or the "
             f"attributes {', '.join(ATTRIBUTES)}"
         )
-    domain, domain_result = None, None
+    tensors = read_weights(folder)
+    weights_hash = hash_as_float32(tensors)
+    results = [_check_storable(each, weights_hash) for each in results]
+    calibrations, domain = _read_stored_uncertainty(folder, tensors, loaded.encoder.channels)
+    for each in results:
+        calibrations.pop((each.task, each.prompt_kind), None)
+        if not each.reason:
+            calibrations[each.task, each.prompt_kind] = each.calibration
+    domain_result = None
     if training is not None:
         held_out_indices = list(range(len(held_out)))[:max_images]
         pooling = _FeaturePooling(engine, batch_size, seed, progress)
@@ -247,18 +271,31 @@ def calibrate_checkpoint(
         domain = fit_domain(training_features, torch.cat((fit_images, fit_crops)), DOMAIN_QUANTILE)
         measured_images, _ = pooling.pool_views(held_out, held_out_indices[1::2])
         num_flagged = sum(score > 1 for score in domain.compute_ood_scores(measured_images))
-        domain_result = DomainResult(
-            len(training_indices), len(measured_images), num_flagged / max(len(measured_images), 1)
-        )
-    tensors = read_weights(folder)
-    calibrations, stored_domain = _read_stored_uncertainty(folder, tensors, loaded.encoder.channels)
-    for each in results:
-        calibrations.pop((each.task, each.prompt_kind), None)
-        if not each.reason:
-            calibrations[each.task, each.prompt_kind] = each.calibration
-    uncertainty = Uncertainty(calibrations, stored_domain if training is None else domain, hash_as_float32(tensors))
+        reason = _explain_unstorable(Uncertainty(calibrations, domain, weights_hash))
+        flagged_fraction = num_flagged / max(len(measured_images), 1)
+        domain_result = DomainResult(len(training_indices), len(measured_images), flagged_fraction, reason)
+        domain = None if reason else domain
+    uncertainty = Uncertainty(calibrations, domain, weights_hash)
     write_uncertainty(uncertainty, folder)
     return CalibrationReport(str(model), f"{component.name} {split}", results, domain_result, uncertainty)
+
+
+def _check_storable(result: CalibrationResult, weights_hash: str) -> CalibrationResult:
+    """Return a result, with a reason if its calibration cannot be stored."""
+    if result.reason:
+        return result
+    calibrations = {(result.task, result.prompt_kind): result.calibration}
+    problem = _explain_unstorable(Uncertainty(calibrations, None, weights_hash))
+    return replace(result, reason=f"no: {problem}") if problem else result
+
+
+def _explain_unstorable(uncertainty: Uncertainty) -> str:
+    """Return why an uncertainty cannot be stored; "" if it can."""
+    try:
+        serialize_uncertainty(uncertainty)
+    except InputError as error:
+        return str(error).partition("; ")[0]  # without the fix
+    return ""
 
 
 def _measure_calibrations(

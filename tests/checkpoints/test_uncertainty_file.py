@@ -79,9 +79,9 @@ def test_load_uncalibrated_ignores_a_damaged_file(folder):
     [
         ({"calibrations": {("caption", "box"): Calibration(1e7, 0.0)}}, "'slope' contains 10000000.0"),
         ({"calibrations": {("caption", "scribble"): Calibration(1.0, 0.0)}}, "unknown task or prompt"),
-        ({"domain": {"threshold": 0.0}}, "'threshold' contains 0.0"),
+        ({"domain": {"threshold": 0.0}}, "'threshold' contains 0.0, .*; use more images, or pass --no-ood"),
         ({"domain": {"scale": torch.tensor([1e9])}}, "'scale' is 1 numbers, expected"),
-        ({"weights_hash": "0" * MAX_UNCERTAINTY_BYTES}, "omit the OOD score"),
+        ({"weights_hash": "0" * MAX_UNCERTAINTY_BYTES}, "; pass --no-ood to `sca calibrate`"),
     ],
 )
 def test_write_uncertainty_rejects_what_cannot_be_read(folder, change, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from sca.evaluation.calibration import (
     is_correct_caption,
 )
 from sca.io.errors import InputError, OutputError
-from sca.uncertainty import Calibration
+from sca.uncertainty import Calibration, fit_domain
 
 SCENE_ATTRIBUTES = {"color": "red", "shape": "star", "size": "small", "texture": "plain"}
 
@@ -168,6 +169,22 @@ def test_calibrate_checkpoint_keeps_what_it_does_not_measure(saved_folder, repla
     assert read_slopes(saved_folder) == {"box": 3.0}
 
 
+def test_calibrate_checkpoint_stores_the_rest_of_what_cannot_be_stored(saved_folder, replace_measuring, monkeypatch):
+    replace_measuring(box=1.0, mask=1e9)
+    monkeypatch.setattr(
+        "sca.evaluation.calibration.fit_domain", lambda *args: replace(fit_domain(*args), threshold=1e-20)
+    )
+    options = {"prompt_types": ("box", "mask"), "max_images": 20, "max_training_images": 20}
+    report = calibrate_checkpoint(saved_folder, "scenes", **options)
+    assert read_slopes(saved_folder) == {"box": 1.0}
+    assert sca.load(saved_folder).uncertainty.domain is None
+    assert [each.reason.partition("'slope' ")[-1] for each in report.results] == [
+        *("", "contains 1000000000.0, expected numbers from 1e-12 to 1e+06")
+    ]
+    assert "'threshold' contains 1e-20, expected" in report.to_dict()["domain"]["reason"]
+    assert "OOD score not saved: the measured uncertainty, 'domain', 'threshold'" in report.build_table().notes[-1]
+
+
 def test_calibrate_checkpoint_replaces_the_uncertainty_of_other_weights(
     saved_folder, build_small_model, replace_measuring
 ):
@@ -188,6 +205,11 @@ def test_calibrate_checkpoint_replaces_the_uncertainty_of_other_weights(
     ("dataset", "options", "message"),
     [
         ("scenes", {"prompt_types": ("center", "mask-point")}, "center and mask-point are both calibrated as 'point'"),
+        ("scenes", {"prompt_types": ("box", "bax")}, "prompt_types is 'bax'. Did you mean 'box'"),
+        ("scenes", {"prompt_types": ()}, r"prompt_types is \(\); expected a list of 1 or more strings"),
+        ("scenes", {"prompt_types": "box"}, "prompt_types is 'box'; expected a list"),
+        ("scenes", {"batch_size": 0}, "batch_size is 0; expected an integer of at least 1"),
+        ("scenes", {"max_images": 1}, "max_images is 1; expected an integer of at least 2"),
         ("scenes", {"max_training_images": 19}, "max_training_images is 19; expected an integer of at least 20"),
         ("scenes", {"train_split": "trian"}, "trian"),
         ({"name": "scenes", "num_images": 19}, {}, "scenes train has 19 images; the OOD score requires at least 20"),
