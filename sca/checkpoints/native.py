@@ -128,7 +128,7 @@ def is_saved(model: SegmentCaptioner, folder: Path) -> bool:
         folder: Folder, which may contain anything.
 
     Returns:
-        Whether `save` would change none of them.
+        True if all three are equal.
     """
     try:
         is_same_spec = read_spec(folder).to_dict() == json.loads(json.dumps(resolve_spec(model).to_dict()))

@@ -117,8 +117,9 @@ def evaluate(
 ) -> None:
     """Evaluate a model on a dataset or with an evaluation protocol.
 
-    Under `accelerate launch` or torchrun, every process captions its share of the images. Each protocol is the
-    evaluation protocol of a paper; the scores that the paper reports are printed next to the measured ones.
+    Under `accelerate launch` or torchrun, every process captions its share of the images. A protocol is a
+    fixed set of evaluations, most of them those of a paper; scores that the paper reports are printed next to the
+    measured ones.
     """
     from sca.evaluation import protocol as protocols
     from sca.evaluation.predictions import CONTROLS, PROMPT_TYPES, PromptingOptions

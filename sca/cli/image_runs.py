@@ -132,7 +132,7 @@ class FailureReporter:
             self.count += 1
 
     def report(self, problem: str, status: int) -> None:
-        """Report a problem that leaves no image without captions."""
+        """Report a problem that is not the failure of an entire image."""
         print_stderr(problem)
         self.status = max(self.status, status)
 

@@ -59,7 +59,7 @@ class InferenceRequest:
         zoom: Result of `sca.inference.zoom_options.resolve_zoom` for the captioner.
         text: Text to find: only matching regions are returned, each with the text as `name` and its score as
             `proposal_score`.
-        top: Maximum number of matches per turn of the scheduler, and therefore at least the best `top` of all.
+        top: Maximum number of matches per turn of the scheduler. The caller selects the best `top` of all turns.
         threshold: Minimum score of a match.
     """
 
@@ -105,7 +105,7 @@ class RequestDone(NamedTuple):
     """Last event of a completed request.
 
     Attributes:
-        num_regions: Number of captioned regions, or of searched regions if a text was to be found.
+        num_regions: Number of captioned regions, or of searched regions if the request has a `text`.
     """
 
     num_regions: int
