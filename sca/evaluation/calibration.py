@@ -223,8 +223,8 @@ def calibrate_checkpoint(
     if max_images is not None:
         check_range("max_images", max_images, int, 2)
     check_list("prompt_types", prompt_types, str, minimum=1)
-    for each in prompt_types:
-        check_choice("prompt_types", each, PROMPT_TYPES)
+    for prompt_type in prompt_types:
+        check_choice("prompt_types", prompt_type, PROMPT_TYPES)
     prompt_types = tuple(dict.fromkeys(prompt_types))
     _check_prompt_kinds(prompt_types)
     folder = _find_checkpoint_folder(model)
