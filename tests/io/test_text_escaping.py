@@ -137,7 +137,7 @@ def test_commands_print_only_through_the_options_module():
     expected_counts = {
         "options.py": 6,  # complain, print_line, print_document, print_json, print_table and its console
         "__init__.py": 1,  # typer's own usage
-        "caption.py": 1,  # progress bars, without text from elsewhere
+        "image_runs.py": 1,  # progress bars, without text from elsewhere
         "evaluate.py": 1,
         "calibrate.py": 1,
     }
