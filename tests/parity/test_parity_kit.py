@@ -346,7 +346,6 @@ def test_check_command_prints_a_line_per_comparison(arguments, status, last_line
         ("encoder timm --against timm:resnet51", "timm has no model 'resnet51'"),
         ("encoder open-clip --against open_clip:ViT-B-33", "open_clip has no model 'ViT-B-33'"),
         ("encoder timm --against timm:resnet50", "timm's resnet50 does not accept embed_dim, depth, num_heads"),
-        ("encoder tiny-vit --against timm:resnet50", "encoder 'tiny-vit' has no option weights"),
         ("segmenter box --against transformers:SamModel", "segmenter 'box' has no option weights"),
         ("segmenter sam --against transformers:Sam2Model", "has the model type 'sam2'; this component requires 'sam'"),
         ("segmenter sam3 --against transformers:SamModel", "no segmenters named 'sam3'"),
