@@ -16,7 +16,7 @@ from sca_bench.sweep import Sweep
 pytestmark = pytest.mark.slow
 
 TINY_SWEEP = """
-seeds = [0, 1]
+seeds = [0]
 [model]
 encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, \
 stem_channels = [8, 16] }
