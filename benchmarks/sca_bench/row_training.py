@@ -13,7 +13,7 @@ from typing import NamedTuple
 from transformers.trainer_utils import get_last_checkpoint
 
 from sca.checkpoints.load import load
-from sca.io.atomic import write_folder
+from sca.io.atomic import write_file, write_folder
 from sca.io.file_lock import wait_for_lock
 from sca.io.json import read_json
 from sca.model import SegmentCaptioner
@@ -113,12 +113,12 @@ def _train_stage(recipe: Recipe, folder: Path, stop_step: int | None = None) -> 
 
     With a stop, an earlier run in the folder continues.
     """
-    earlier_log = folder / LOG_NAME
-    earlier_seconds = read_json(earlier_log)["seconds"] if earlier_log.is_file() else 0.0
+    log_path = folder / LOG_NAME
+    earlier_seconds = read_json(log_path)["seconds"] if log_path.is_file() else 0.0
     start = time.perf_counter()
     train(recipe, folder, resume=stop_step is not None, stop_step=stop_step, allow_external=True)
     log = {"losses": [*_iter_losses(folder)], "seconds": earlier_seconds + time.perf_counter() - start}
-    (folder / LOG_NAME).write_text(json.dumps(log), "utf-8")
+    write_file(log_path, json.dumps(log))
 
 
 def _iter_losses(training_folder: Path) -> Iterator[tuple[int, float]]:
