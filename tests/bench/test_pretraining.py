@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from sca_registry.contracts import Region, Sample
 from tiny import TINY_VIT_OPTIONS
 
 import pretrain
+from language_model_objective import draw_texts
 from masked_pixel_objective import MASKED_FRACTION, draw_patch_masks
 from pretrained_folder import CAMVID_TERMS, render_card
 from pretraining_data import PretrainingData, crop_region, crop_square
@@ -222,3 +224,13 @@ def test_crop_region_contains_the_region():
 def test_crop_square_stays_inside_the_image(scene: Sample):
     assert crop_square(scene.image, (0, 0), 30).tobytes() == scene.image.crop((0, 0, 30, 30)).tobytes()
     assert crop_square(scene.image, (96, 50), 500).size == (96, 96)
+
+
+def test_draw_texts_keeps_the_texts_of_a_region_together_and_shuffled_ones_before_their_phrase():
+    region = Scenes("test")[0].regions[0]
+    texts = [text for seed in range(20) for text in draw_texts(region, np.random.default_rng(seed))]
+    phrases = {region.name, *region.phrases}
+    shuffled = [(text, after) for text, after in pairwise(texts) if text not in phrases]
+    assert {text for text in texts if text in phrases} == phrases
+    assert 0.3 < len(shuffled) / (20 * len(region.phrases)) < 0.7
+    assert all(sorted(text.split()) == sorted(phrase.split()) for text, phrase in shuffled)
