@@ -70,7 +70,7 @@ class CropBatch(NamedTuple):
 
 
 class CropCaptionObjective(Objective):
-    """Cross-entropy of the caption of a region, given the crop of its mask's bounding box.
+    """Cross-entropy of the caption of a region, given the crop of its box.
 
     Args:
         captioner: Captioner to train.

@@ -24,7 +24,7 @@ from sca.training.recipe import SamplingOptions
 PROMPT_WEIGHTS = {"box": 0.4, "point": 0.4, "box-and-point": 0.1, "mask": 0.1}
 MAX_REGIONS = 6  # per image
 PIXELS_PER_CELL = 2  # per side, predicted from the features of a cell
-PIXEL_LOSS_WEIGHT = 0.2
+PIXEL_LOSS_WEIGHT = 0.2  # with 1, features describe shapes less well
 STREET_AUGMENTATION = Augmentation(min_crop_fraction=0.4, color_jitter=0.3)
 
 

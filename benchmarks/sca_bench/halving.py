@@ -1,8 +1,8 @@
 """Successive halving: train all combinations for a few steps, drop the worse half, and continue with the rest.
 
 Jamieson and Talwalkar, "Non-stochastic best arm identification" (arXiv 1502.07943). A combination is dropped if it is
-in the worse half of a rung, or if the paired interval of its difference to the best one is below 0. The search ends
-early if a single combination is left.
+in the worse half of a rung, or if the paired interval of its difference to the best one is below 0. A combination that
+is left alone is trained to the end at once.
 """
 
 from __future__ import annotations

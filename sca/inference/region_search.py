@@ -271,8 +271,7 @@ def _iter_mask_candidates(
         if segmenter_output.masks is None:
             raise ValueError(
                 f"everything mode requires masks, but {type(model.segmenter).__name__} predicts none; build "
-                "the model "
-                "with segmenter=sam"
+                "the model with segmenter=sam"
             )
         assert segmenter_output.iou_scores is not None  # of the masks
         masks, scores = segmenter_output.masks.flatten(0, 1).float(), segmenter_output.iou_scores.flatten().float()

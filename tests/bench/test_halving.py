@@ -182,9 +182,10 @@ def test_run_halving_resumes_training_runs_and_rungs(tmp_path):
     rows_of_best = [row for row in rows if row["config"]["model"] == rows[-1]["config"]["model"]]
     logs = [(tmp_path / "rows" / row["key"] / "log.txt").read_text("utf-8") for row in rows_of_best]
     assert re.findall(r"^step +(\d+)/8 ", "".join(logs), re.MULTILINE) == [*map(str, range(1, 9))]  # each one once
-    for row, step in zip(rows_of_best, (1, 2, 4, 8), strict=False):
-        assert [each for each, _ in row["losses"]] == [*range(1, row["config"]["train"]["stop_step"] + 1)]
-        assert (row["seconds"]["reused_training"] > 0) == (step > 1)
+    for row in rows_of_best:
+        stop_step = row["config"]["train"]["stop_step"]
+        assert [step for step, _ in row["losses"]] == [*range(1, stop_step + 1)]
+        assert (row["seconds"]["reused_training"] > 0) == (stop_step > 1)
     messages.clear()
     assert run_halving(sweep, tmp_path, settings).format_lines() == result.format_lines()
     assert not [line for line in messages if ": done in" in line]
