@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import SamConfig, SamVisionConfig, SamVisionModel
 from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionSdpaAttention
 
-from sca.io.hub import check_model_type, fetch_pretrained_config, load_pretrained
+from sca.io.hub import check_model_type, fetch_config_fields, fetch_pretrained_config, load_pretrained
 
 INITIALIZER_RANGE = 0.02  # SamVisionConfig has 1e-10, for which all images have the same features
 
@@ -46,6 +46,7 @@ class SamEncoder(nn.Module):
         super().__init__()
         self.checkpoint: str | None = weights if pretrained else None
         self.revision = revision
+        self._config_source = (weights, revision, config)
         if self.checkpoint:
             check_model_type(self.checkpoint, revision, ("sam", "sam_vision_model"))
             other_modules = ("mask_decoder.", "prompt_encoder.", "shared_image_embedding.")
@@ -59,6 +60,10 @@ class SamEncoder(nn.Module):
         self.image_format: ImageFormat = ImageFormat(size=cast("int", self.vision.config.image_size))
         self.channels: int = self.vision.config.output_channels
         self.stride: int = cast("int", self.vision.config.patch_size)
+
+    def get_config_fields(self) -> Mapping[str, Any]:
+        """Return the fields of the configuration of the weights, also those of the segmenter; empty without weights."""
+        return fetch_config_fields(*self._config_source)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode images: (B, 3, S, S) -> (B, 256, S/16, S/16)."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Sam3TrackerModel
 
 from sca.io.errors import InputError
+from sca.io.hub import fetch_config_fields
 from sca.nn.feature_packing import count_packed_channels, pack_feature_maps
 from sca.nn.sam2 import NUM_LEVELS, build_sam2_model, get_high_res_shapes, load_sam2_model
 
@@ -56,6 +57,7 @@ class Sam2Encoder(nn.Module):
         super().__init__()
         self.checkpoint = weights if pretrained else None
         self.revision = revision
+        self._config_source = (weights, revision, config)
         if self.checkpoint:
             model = load_sam2_model(self.checkpoint, revision, model_type)
         else:
@@ -75,6 +77,10 @@ class Sam2Encoder(nn.Module):
         if isinstance(model, Sam3TrackerModel):
             self.image_format = replace(self.image_format, mean=SAM3_MEAN, std=SAM3_STD)
         self.stride = _get_side(prompt_config.patch_size)
+
+    def get_config_fields(self) -> Mapping[str, Any]:
+        """Return the fields of the configuration of the weights, also those of the segmenter; empty without weights."""
+        return fetch_config_fields(*self._config_source)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode images: (B, 3, S, S) -> (B, C, S/s, S/s)."""

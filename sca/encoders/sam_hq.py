@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import SamHQConfig, SamHQMaskDecoderConfig, SamHQModel, SamHQVisionConfig
 
 from sca.encoders.sam import INITIALIZER_RANGE, ChunkedAttention
-from sca.io.hub import check_model_type, fetch_pretrained_config, load_pretrained
+from sca.io.hub import check_model_type, fetch_config_fields, fetch_pretrained_config, load_pretrained
 from sca.nn.feature_packing import count_packed_channels, pack_feature_maps
 
 
@@ -47,6 +47,7 @@ class SamHqEncoder(nn.Module):
         super().__init__()
         self.checkpoint = weights if pretrained else None
         self.revision = revision
+        self._config_source = (weights, revision, config)
         if self.checkpoint:
             check_model_type(self.checkpoint, revision, ("sam_hq",))
             model = load_pretrained(SamHQModel, self.checkpoint, revision, dtype="float32")
@@ -67,6 +68,10 @@ class SamHqEncoder(nn.Module):
             )
             self.high_res_shapes = ((self.image_channels // 8, 4),)
         self.channels = count_packed_channels(self.image_channels, self.high_res_shapes)
+
+    def get_config_fields(self) -> Mapping[str, Any]:
+        """Return the fields of the configuration of the weights, also those of the segmenter; empty without weights."""
+        return fetch_config_fields(*self._config_source)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode images: (B, 3, S, S) -> (B, C, S/16, S/16)."""

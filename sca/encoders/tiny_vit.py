@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionNeck
 
 from sca.io.errors import InputError
-from sca.io.hub import fetch_pretrained_config, load_pretrained
+from sca.io.hub import fetch_config_fields, fetch_pretrained_config, load_pretrained
 
 SEGMENTER_PREFIXES = ("prompt_encoder.", "mask_decoder.", "shared_image_embedding.")  # of tensors that `sam` loads
 
@@ -74,6 +74,7 @@ class TinyVit(nn.Module):
         }
         self.checkpoint: str | None = weights if pretrained else None
         self.revision = revision
+        self._config_source = (weights, revision, None)
         if weights:
             config = fetch_pretrained_config(TinyVitConfig, weights, revision)
             options = _choose_stored_options(options, config, weights)
@@ -124,6 +125,10 @@ class TinyVit(nn.Module):
         self.neck: SamVisionNeck = SamVisionNeck(
             SamVisionConfig(hidden_size=hidden_size, output_channels=output_channels)
         )
+
+    def get_config_fields(self) -> Mapping[str, Any]:
+        """Return the fields of the configuration of the weights, also those of the segmenter; empty without weights."""
+        return fetch_config_fields(*self._config_source)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode images: (B, 3, S, S) -> (B, output_channels, S/8, S/8)."""

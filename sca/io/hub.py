@@ -399,6 +399,31 @@ def fetch_pretrained_config(cls: Any, source: str | Path, revision: str | None =
         return cls.from_pretrained(folder, trust_remote_code=False)
 
 
+def fetch_config_fields(
+    weights: str | None, revision: str | None = None, config: Mapping[str, Any] | None = None
+) -> Mapping[str, Any]:
+    """Return the fields of a configuration, including tables, without the defaults of its class.
+
+    Args:
+        weights: Hub id or folder whose configuration is used if `config` is None.
+        revision: Revision of the Hub id.
+        config: Fields of the configuration.
+
+    Returns:
+        The fields; empty if neither `weights` nor `config` is set.
+
+    Raises:
+        InputError: The configuration is missing or invalid.
+    """
+    from transformers import PretrainedConfig
+
+    if config is not None or weights is None:
+        return config or {}
+    folder = fetch_model_folder(weights, revision, include_weights=False)
+    with translate_load_errors(f"the configuration of {weights}"):
+        return PretrainedConfig.get_config_dict(folder)[0]
+
+
 def make_config(weights: str | None, revision: str | None, config: Mapping[str, Any] | None) -> PretrainedConfig:
     """Return the configuration of a model.
 

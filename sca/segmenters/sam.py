@@ -6,6 +6,7 @@ tokens and the updated image features of each region.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -21,13 +22,25 @@ from transformers.models.sam.modeling_sam import (
     SamVisionNeck,
 )
 
-from sca.io.hub import load_pretrained
+from sca.io.hub import fetch_config_fields, load_pretrained
 from sca.nn.boxes import rasterize_boxes
 from sca.nn.feature_packing import count_packed_channels, unpack_feature_maps
 from sca.nn.masks import masks_to_boxes, select_best_masks
 from sca.nn.two_way_transformer import TwoWayTransformer, build_decoder_config
 
 SAM_HIDDEN_SIZE = 256  # D of all published checkpoints
+DEFAULT_OPTIONS = {"depth": 2, "num_heads": 8, "mlp_dim": 2048, "mask_input_channels": 16, "iou_head_depth": 3}
+# option -> table and field of the configuration of transformers that contain it
+CONFIG_FIELDS = {
+    "hidden_size": ("mask_decoder_config", "hidden_size"),
+    "depth": ("mask_decoder_config", "num_hidden_layers"),
+    "num_heads": ("mask_decoder_config", "num_attention_heads"),
+    "mlp_dim": ("mask_decoder_config", "mlp_dim"),
+    "mask_input_channels": ("prompt_encoder_config", "mask_input_channels"),
+    "iou_head_depth": ("mask_decoder_config", "iou_head_depth"),
+    "iou_head_hidden_size": ("mask_decoder_config", "iou_head_hidden_dim"),
+}
+BOX_MASKS_FIELD = "box_masks"  # of `prompt_encoder_config`; transformers ignores it
 UPSCALE_ELEMENTS_PER_CHUNK = 2**22  # grid elements that are upscaled at once on a CPU
 POSITION_FREQUENCY_SCALE = 2  # half of it is the std of the random frequencies: 1, as in SAM's own code
 
@@ -36,18 +49,19 @@ class SamSegmenter(nn.Module):
     """SAM's promptable segmenter: predicts masks, IoU scores, output tokens and a feature grid for each region.
 
     The weights of a pretrained SAM encoder contain those of the segmenter, which are used unless `weights` is set. The
-    options from `hidden_size` to `iou_head_hidden_size` apply to random weights only. A hidden size other than the
-    encoder's channels adds a trainable SAM neck.
+    options from `hidden_size` to `iou_head_hidden_size` apply to random weights only; None for the value in the
+    configuration of `weights`, or else of the encoder, or else the default in parentheses. A hidden size other than
+    the encoder's channels adds a trainable SAM neck.
 
     Args:
         encoder: Image encoder.
-        hidden_size: D; None for the encoder's channels, at most 256.
-        depth: Layers of the two-way transformer.
-        num_heads: Attention heads of the two-way transformer.
-        mlp_dim: MLP width of the two-way transformer.
-        mask_input_channels: Channels of the mask prompt embedding.
-        iou_head_depth: Layers of the IoU prediction head.
-        iou_head_hidden_size: Width of the IoU prediction head; None for D.
+        hidden_size: D (the encoder's channels, at most 256; 256 with `weights`).
+        depth: Layers of the two-way transformer (2).
+        num_heads: Attention heads of the two-way transformer (8).
+        mlp_dim: MLP width of the two-way transformer (2,048).
+        mask_input_channels: Channels of the mask prompt embedding (16).
+        iou_head_depth: Layers of the IoU prediction head (3).
+        iou_head_hidden_size: Width of the IoU prediction head (D).
         box_masks: Also draw boxes and points into the dense prompt, so that a small model trained from scratch attends
             to the right place from its first step; None for that of the weights, which is False for SAM's own.
         weights: Hub id or folder.
@@ -66,11 +80,11 @@ class SamSegmenter(nn.Module):
         self,
         encoder: Encoder,
         hidden_size: int | None = None,
-        depth: int = 2,
-        num_heads: int = 8,
-        mlp_dim: int = 2048,
-        mask_input_channels: int = 16,
-        iou_head_depth: int = 3,
+        depth: int | None = None,
+        num_heads: int | None = None,
+        mlp_dim: int | None = None,
+        mask_input_channels: int | None = None,
+        iou_head_depth: int | None = None,
         iou_head_hidden_size: int | None = None,
         box_masks: bool | None = None,
         weights: str | None = None,
@@ -92,17 +106,37 @@ class SamSegmenter(nn.Module):
         if self.checkpoint:
             self.prompt_encoder, self.decoder = self.load_modules(self.checkpoint, revision)
         else:
-            channels = hidden_size or (SAM_HIDDEN_SIZE if weights else min(in_channels, SAM_HIDDEN_SIZE))
+            stored_config: Mapping[str, Any] = {}
+            if weights is not None:
+                stored_config = fetch_config_fields(weights, revision)
+            elif has_own_encoder and hasattr(encoder, "get_config_fields"):
+                stored_config = encoder.get_config_fields()
+            chosen_options = {
+                "hidden_size": hidden_size,
+                "depth": depth,
+                "num_heads": num_heads,
+                "mlp_dim": mlp_dim,
+                "mask_input_channels": mask_input_channels,
+                "iou_head_depth": iou_head_depth,
+                "iou_head_hidden_size": iou_head_hidden_size,
+            }
+            options = {
+                **DEFAULT_OPTIONS,
+                "hidden_size": SAM_HIDDEN_SIZE if weights else min(in_channels, SAM_HIDDEN_SIZE),
+                **_read_stored_options(stored_config),
+                **{name: value for name, value in chosen_options.items() if value is not None},
+            }
             mask_decoder_config = build_decoder_config(
-                channels,
-                depth,
-                num_heads,
-                mlp_dim,
-                iou_head_depth=iou_head_depth,
-                iou_head_hidden_dim=iou_head_hidden_size or channels,
+                options["hidden_size"],
+                options["depth"],
+                options["num_heads"],
+                options["mlp_dim"],
+                iou_head_depth=options["iou_head_depth"],
+                iou_head_hidden_dim=options.get("iou_head_hidden_size", options["hidden_size"]),
             )
+            self.box_masks = bool(stored_config.get("prompt_encoder_config", {}).get(BOX_MASKS_FIELD, False))
             self.prompt_encoder, self.decoder = self.build_modules(
-                mask_decoder_config, encoder.stride, mask_input_channels
+                mask_decoder_config, encoder.stride, options["mask_input_channels"]
             )
         if box_masks is not None:
             self.box_masks = box_masks
@@ -119,7 +153,7 @@ class SamSegmenter(nn.Module):
         sam = load_pretrained(
             SamPromptAndMaskModel, weights, revision, ("vision_encoder.", "encoder."), dtype="float32"
         )
-        self.box_masks = bool(getattr(sam.config.prompt_encoder_config, "box_masks", False))
+        self.box_masks = bool(getattr(sam.config.prompt_encoder_config, BOX_MASKS_FIELD, False))
         return sam.prompt_encoder, sam.mask_decoder
 
     def build_modules(
@@ -363,6 +397,14 @@ def _build_prompt_and_mask_modules(config: SamConfig) -> tuple[SamPromptEncoder,
         mask_decoder_config.mlp_dim,
     )
     return SamPromptEncoder(config), decoder
+
+
+def _read_stored_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a segmenter that the fields of a configuration contain."""
+    tables = {name: config.get(table) or {} for name, (table, _) in CONFIG_FIELDS.items()}
+    return {
+        name: tables[name][field] for name, (_, field) in CONFIG_FIELDS.items() if tables[name].get(field) is not None
+    }
 
 
 def draw_prompts(prompts: PromptBatch, mask_size: int, image_size: int) -> Tensor:
