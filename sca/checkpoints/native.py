@@ -97,7 +97,7 @@ def save(
     folder, dtype = Path(folder), resolve_dtype(dtype)
     check_writable(folder)
     with write_folder(folder, CHECKPOINT_CONTENT) as draft:
-        _write_checkpoint(model, draft, dtype, tensors)
+        write_checkpoint_files(model, draft, dtype, tensors)
     return folder
 
 
@@ -203,9 +203,20 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise InputError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy it again") from error
 
 
-def _write_checkpoint(
-    model: SegmentCaptioner, folder: Path, dtype: torch.dtype | None, source_tensors: Mapping[str, Tensor] | None
+def write_checkpoint_files(
+    model: SegmentCaptioner,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    source_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
+    """Write the files of a checkpoint to an existing folder, not atomically.
+
+    Args:
+        model: Model to save.
+        folder: Existing folder.
+        dtype: Data type of the stored floating-point tensors; unchanged by default.
+        source_tensors: State dict to store instead of the model's own.
+    """
     stored_names = list_stored_tensors(model)
     names_by_pointer: dict[int, str] = {}
     tensors = {}
@@ -217,8 +228,8 @@ def _write_checkpoint(
                 tensor = tensor.clone()  # safetensors rejects shared memory: tied weights are stored twice
             tensors[name] = tensor.contiguous()
     (folder / WEIGHTS_FILE).write_bytes(serialize(tensors, metadata={"format": "pt"}))
-    _write_json(folder / SPEC_FILE, resolve_spec(model).to_dict())
-    _write_json(folder / ORIGIN_FILE, collect_origin(model))
+    write_json(folder / SPEC_FILE, resolve_spec(model).to_dict())
+    write_json(folder / ORIGIN_FILE, collect_origin(model))
     if (content := _serialize_uncertainty(model, tensors)) is not None:
         (folder / UNCERTAINTY_FILE).write_text(content, "utf-8")
     tokenizer = model.language_model.tokenizer
@@ -345,5 +356,11 @@ def _describe_missing_packages(folder: Path) -> str:
     return f" {claim}; install that only if you trust its publisher."
 
 
-def _write_json(path: Path, table: Any) -> None:
+def write_json(path: Path, table: Any) -> None:
+    """Write a table to a JSON file of a checkpoint.
+
+    Args:
+        path: File.
+        table: Content.
+    """
     path.write_text(json.dumps(table, indent=1) + "\n", "utf-8")

@@ -20,8 +20,6 @@ from sca.cli.options import (
 if TYPE_CHECKING:
     from sca_registry.spec import ComponentSpec
 
-LAYOUTS = ("published", "lm")
-
 
 def pull(
     name: Annotated[str, typer.Argument(help="Model or component name, or a Hub repository OWNER/NAME.")],
@@ -192,7 +190,8 @@ def export(
     layout: Annotated[
         str,
         typer.Option(
-            help="Layout: published (the original SCA layout) or lm (language model only, LoRA merged).",
+            help="Layout: published (the original SCA layout), portable (the native layout with copies of external "
+            "weights) or lm (language model only, LoRA merged).",
             rich_help_panel="Output",
         ),
     ] = "published",
@@ -201,19 +200,23 @@ def export(
 ) -> None:
     """Export a checkpoint in the original SCA layout.
 
-    With --layout lm, exports only its language model.
+    With --layout portable, exports a checkpoint that loads without --allow-external on any machine. With --layout lm,
+    exports only the language model.
     """
     from sca.checkpoints.export import write_language_model, write_published_checkpoint
     from sca.checkpoints.load import load
+    from sca.checkpoints.portable import write_portable_checkpoint
     from sca.io.atomic import check_folder_replaceable
 
-    check_option_choice("layout", layout, LAYOUTS)
+    writers = {
+        "published": write_published_checkpoint,
+        "portable": write_portable_checkpoint,
+        "lm": write_language_model,
+    }
+    check_option_choice("layout", layout, list(writers))
     check_folder_replaceable(out)
     model = load(checkpoint, trust_remote_code=trust_remote_code, allow_external=allow_external)
-    if layout == "published":
-        write_published_checkpoint(model, out)
-    else:
-        write_language_model(model, out)
+    writers[layout](model, out)
     print_stderr(f"wrote {out}")
 
 
