@@ -127,6 +127,42 @@ def test_plan_counts_the_parameters_of_a_tiny_vit_folder(encoder_folder):
     assert plan.parameters["encoder"] == sum(each.numel() for each in encoder_folder[1].parameters())
 
 
+def test_random_segmenter_has_the_sizes_and_box_masks_stored_with_the_weights_of_its_encoder(segmenter_folder):
+    folder, _, segmenter = segmenter_folder
+    encoder = TinyVit(weights=str(folder), pretrained=False)
+    random = SamSegmenter(encoder, pretrained=False)
+    expected = segmenter.state_dict()
+    assert {name: tensor.shape for name, tensor in random.state_dict().items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+    assert random.box_masks
+    assert not torch.equal(random.decoder.iou_token.weight, segmenter.decoder.iou_token.weight)
+    wider = SamSegmenter(encoder, pretrained=False, mlp_dim=64, box_masks=False)
+    assert wider.decoder.transformer.layers[0].mlp.lin1.out_features == 64
+    assert wider.decoder.transformer.layers[0].self_attn.num_attention_heads == 2
+    assert not wider.box_masks
+
+
+def test_random_segmenter_of_another_encoder_has_the_sizes_stored_with_its_own_weights(segmenter_folder):
+    folder, _, segmenter = segmenter_folder
+    random = SamSegmenter(TinyVit(**TINY_VIT_OPTIONS), weights=str(folder), pretrained=False)
+    assert {name: tensor.shape for name, tensor in random.state_dict().items()} == {
+        name: tensor.shape for name, tensor in segmenter.state_dict().items()
+    }
+
+
+def test_plan_counts_the_segmenter_of_a_tiny_vit_folder(segmenter_folder):
+    folder, _, segmenter = segmenter_folder
+    spec = sca.ModelSpec.from_dict(
+        {
+            "encoder": {"name": "tiny-vit", "weights": str(folder)},
+            "mixer": MIXER,
+            "language_model": LANGUAGE_MODEL,
+        }
+    )
+    assert plan_model(spec).parameters["segmenter"] == sum(each.numel() for each in segmenter.parameters())
+
+
 def test_mixer_that_needs_masks_is_rejected_for_a_tiny_vit_without_a_segmenter(encoder_folder):
     message = "mixer 'mask-tokens' needs masks and grid, but segmenter 'box' provides only boxes"
     with pytest.raises(RegistryError, match=message):
