@@ -39,8 +39,8 @@ def compose(
         device: Device of the model. "meta" downloads no weights and allocates no memory; use it to count parameters. A
             component that `sca list` does not show still downloads its configuration file.
         weights: Load pretrained weights; False initializes all weights randomly.
-        **fields: Other fields of `ModelSpec`: `segmenter`, `projection`, `task_tokens`, `trainable`, `lora`,
-            `generation`, `everything`.
+        **fields: Other fields of `ModelSpec`: `segmenter`, `projection`, `task_tokens`, `geometry`,
+            `trainable`, `lora`, `generation`, `everything`, `zoom`.
 
     Returns:
         The model in eval mode.
@@ -104,7 +104,8 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
 
 def _check_prefix_fits(spec: ModelSpec, mixer: Mixer, language_model: LanguageModel) -> None:
     """Raise RegistryError if the prefix leaves the language model no position for tokens."""
-    max_positions, prefix_length = getattr(language_model, "max_positions", None), spec.task_tokens + mixer.num_queries
+    max_positions = getattr(language_model, "max_positions", None)
+    prefix_length = spec.task_tokens + (spec.geometry == "token") + mixer.num_queries
     if max_positions is not None and prefix_length >= max_positions:
         raise RegistryError(
             f"the prefix of {mixer.num_queries} queries and {spec.task_tokens} task tokens fills the {max_positions} "

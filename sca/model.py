@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sca.hints import MODEL_ATTRIBUTE_HINTS
+from sca.nn.geometry import GeometryEmbedding, compute_geometry
 from sca.nn.projection import Projection
 from sca.nn.region_batch import concat_segmenter_outputs
 
@@ -101,7 +102,8 @@ class SegmentCaptioner(SegmentationModel):
     """Promptable region captioner: encoder, segmenter, mixer and language model (SCA, arXiv 2312.00869).
 
     The language model reads a prefix of K positions: task tokens, then projected queries. There is no BOS token: the
-    last position of the prefix predicts the first token. Groups that are not in `spec.trainable` are frozen.
+    last position of the prefix predicts the first token. With `spec.geometry`, the prefix also contains the box of the
+    region. Groups that are not in `spec.trainable` are frozen.
 
     Args:
         spec: Architecture and default options.
@@ -126,6 +128,9 @@ class SegmentCaptioner(SegmentationModel):
         self.projection: Projection = Projection(mixer.hidden_size, language_model.hidden_size, **spec.projection)
         self.task_tokens: nn.Parameter = nn.Parameter(
             torch.randn(2, spec.task_tokens, language_model.hidden_size) * 0.02
+        )
+        self.geometry: GeometryEmbedding | None = (
+            None if spec.geometry is None else GeometryEmbedding(language_model.hidden_size)
         )
         self.freeze_parameters()
 
@@ -169,17 +174,52 @@ class SegmentCaptioner(SegmentationModel):
         queries = mixer(regions) if prepared is None else mixer(regions, prepared)
         return self._check_shape(queries, (len(regions), self.mixer.num_queries, self.mixer.hidden_size), "mixer")
 
-    def build_prefix(self, queries: Tensor, task_ids: Tensor) -> Tensor:
+    @property
+    def prefix_length(self) -> int:
+        """Positions K of a prefix."""
+        return self.spec.task_tokens + (self.spec.geometry == "token") + self.mixer.num_queries
+
+    def compute_geometry(self, regions: SegmenterOutput, prompts: PromptBatch) -> Tensor | None:
+        """Compute the boxes of regions relative to their images, for a model that uses them.
+
+        Args:
+            regions: Output of `segment`.
+            prompts: The prompts of the same regions.
+
+        Returns:
+            (N, 5) boxes as fractions of the image, and its aspect ratio; None without `spec.geometry`.
+
+        Raises:
+            ValueError: The prompts do not have the boxes of their images.
+        """
+        return None if self.geometry is None else compute_geometry(regions, prompts)
+
+    def build_prefix(self, queries: Tensor, task_ids: Tensor, geometry: Tensor | None = None) -> Tensor:
         """Build the prefixes of the language model.
 
         Args:
             queries: (N, Q, D) query embeddings, the output of `mix`.
             task_ids: (N,) task of each region: 0 for recognition, 1 for captioning.
+            geometry: (N, 5) output of `compute_geometry`; required with `spec.geometry`.
 
         Returns:
             Prefixes (N, K, E) of task tokens followed by projected query embeddings.
+
+        Raises:
+            ValueError: The model uses the geometry of regions, and there is none.
         """
-        return torch.cat((self.task_tokens[task_ids], self.projection(queries)), dim=1)
+        embeddings = self.projection(queries)
+        if self.geometry is not None:
+            if geometry is None:
+                raise ValueError(
+                    "the model uses the geometry of regions; pass the output of compute_geometry to build_prefix"
+                )
+            geometry_embedding = self.geometry(geometry).unsqueeze(1)  # (N, 1, E)
+            if self.spec.geometry == "token":
+                embeddings = torch.cat((geometry_embedding, embeddings), dim=1)
+            else:
+                embeddings = embeddings + geometry_embedding
+        return torch.cat((self.task_tokens[task_ids], embeddings), dim=1)
 
     def forward(
         self, batch: Batch, loss_weights: Mapping[str, float] | None = None, chunk_size: int = 0
@@ -204,14 +244,17 @@ class SegmentCaptioner(SegmentationModel):
             assert batch.pixel_values is not None  # exactly one of them is set
             features = self.encode(batch.pixel_values)
         regions, queries = self._segment_and_mix(features, batch.prompts, chunk_size)
+        geometry = self.compute_geometry(regions, batch.prompts)
         losses: dict[str, Tensor] = {}
         logits = None
         if batch.input_ids is not None:
             assert batch.attention_mask is not None  # of the tokens
-            caption_queries = queries if batch.region_index is None else queries[batch.region_index]  # (G, Q, D)
-            hidden_states = self._compute_token_states(
-                self.build_prefix(caption_queries, batch.task_ids), batch.input_ids, batch.attention_mask, chunk_size
-            )
+            caption_queries, caption_geometry = queries, geometry  # (G, Q, D), (G, 5)
+            if batch.region_index is not None:
+                caption_queries = queries[batch.region_index]
+                caption_geometry = None if geometry is None else geometry[batch.region_index]
+            prefix = self.build_prefix(caption_queries, batch.task_ids, caption_geometry)
+            hidden_states = self._compute_token_states(prefix, batch.input_ids, batch.attention_mask, chunk_size)
             losses["caption"], logits = compute_caption_loss(
                 self.language_model, hidden_states, batch.input_ids[batch.attention_mask.bool()]
             )
@@ -296,9 +339,9 @@ class SegmentCaptioner(SegmentationModel):
         Raises:
             ValueError: Scores are not finite.
         """
-        return self.generate_from_prefix(
-            self.build_prefix(self.mix(self.segment(features, prompts)), task_ids), **generation
-        )
+        regions = self.segment(features, prompts)
+        prefix = self.build_prefix(self.mix(regions), task_ids, self.compute_geometry(regions, prompts))
+        return self.generate_from_prefix(prefix, **generation)
 
     @torch.no_grad()
     def generate_from_prefix(self, prefix: Tensor, **generation: Any) -> GenerationOutput:
@@ -357,6 +400,8 @@ class SegmentCaptioner(SegmentationModel):
             group = name.split(".")[0]
             if name.startswith("segmenter.neck."):
                 group = "neck"
+            elif group == "geometry":  # also a projection to the space of the language model
+                group = "projection"
             elif "lora_" in name:
                 group = "lora"
             groups.setdefault(group, []).append(parameter)

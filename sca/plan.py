@@ -213,9 +213,10 @@ class _CostMeter:
                     segmenter_output = model.segment(features, chunk)
                 with stages("mix", times):
                     prepared = model.prepare_mixer(segmenter_output) if prepared is None else prepared
-                    prefixes.append(
-                        model.build_prefix(model.mix(segmenter_output, prepared), torch.zeros_like(chunk.image_index))
-                    )
+                    queries = model.mix(segmenter_output, prepared)
+                    geometry = model.compute_geometry(segmenter_output, chunk)
+                    prefixes.append(model.build_prefix(queries, torch.zeros_like(chunk.image_index), geometry))
+                    del queries
                 del segmenter_output
             prefix = torch.cat(prefixes)
             del prefixes, prepared
@@ -326,8 +327,12 @@ class _CostMeter:
 def _make_prompts(batch_size: int, regions_per_image: int, image_size: int) -> PromptBatch:
     """Return boxes of a third of an image's side. They are real tensors, because the code reads their values."""
     image_index = torch.arange(batch_size).repeat_interleave(regions_per_image)
+    num_regions = len(image_index)
     return PromptBatch(
-        image_index, boxes=torch.tensor([[0.0, 0.0, image_size / 3, image_size / 3]]).repeat(len(image_index), 1)
+        image_index,
+        boxes=torch.tensor([[0.0, 0.0, image_size / 3, image_size / 3]]).repeat(num_regions, 1),
+        image_boxes=torch.tensor([[0.0, 0.0, image_size, image_size]]).repeat(num_regions, 1),
+        aspect_ratios=torch.ones(num_regions),
     )
 
 

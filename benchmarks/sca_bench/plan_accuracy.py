@@ -48,10 +48,10 @@ def run_captioning(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch
     for chunk in prompts.iter_chunks(REGION_BATCH_SIZE):
         segmenter_output = model.segment(features, chunk)
         prepared_features = model.prepare_mixer(segmenter_output) if prepared_features is None else prepared_features
-        prefixes.append(
-            model.build_prefix(model.mix(segmenter_output, prepared_features), torch.zeros_like(chunk.image_index))
-        )
-        del segmenter_output
+        queries = model.mix(segmenter_output, prepared_features)
+        geometry = model.compute_geometry(segmenter_output, chunk)
+        prefixes.append(model.build_prefix(queries, torch.zeros_like(chunk.image_index), geometry))
+        del segmenter_output, queries
     disable_early_end(model.language_model)
     model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=max_new_tokens)
 

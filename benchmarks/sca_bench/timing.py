@@ -30,7 +30,12 @@ def make_random_inputs(model: SegmentCaptioner, num_images: int, num_regions: in
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(num_images * num_regions, 2, generator=generator) * size / 2
     image_index = torch.arange(num_images).repeat_interleave(num_regions)
-    prompts = PromptBatch(image_index, boxes=torch.cat((corners, corners + size / 3), dim=1))
+    prompts = PromptBatch(
+        image_index,
+        boxes=torch.cat((corners, corners + size / 3), dim=1),
+        image_boxes=torch.tensor([[0.0, 0.0, size, size]]).expand(len(image_index), -1),
+        aspect_ratios=torch.ones(len(image_index)),
+    )
     return torch.randn(num_images, 3, size, size, generator=generator).to(reference_tensor), prompts.to(
         reference_tensor.device
     )
@@ -74,9 +79,9 @@ def measure_stages(
             prepared_features = (
                 model.prepare_mixer(segmenter_output) if prepared_features is None else prepared_features
             )
-            prefixes.append(
-                model.build_prefix(model.mix(segmenter_output, prepared_features), torch.ones_like(chunk.image_index))
-            )
+            queries = model.mix(segmenter_output, prepared_features)
+            geometry = model.compute_geometry(segmenter_output, chunk)
+            prefixes.append(model.build_prefix(queries, torch.ones_like(chunk.image_index), geometry))
             stage_seconds["mix"] += clock.read_time() - start
             del segmenter_output
         prefix = torch.cat(prefixes)

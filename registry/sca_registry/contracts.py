@@ -102,6 +102,8 @@ class PromptBatch(_TensorRows):
     points: Tensor | None = None  # (N, P, 2) x y
     labels: Tensor | None = None  # (N, P) 1 inside, 0 outside, -1 SAM's "not a point"
     masks: Tensor | None = None  # (N, 1, 4h, 4w) logits
+    image_boxes: Tensor | None = None  # (N, 4) x1 y1 x2 y2 of the whole image; that of a crop is larger than the crop
+    aspect_ratios: Tensor | None = None  # (N,) width of the whole image divided by its height
 
     def iter_chunks(self, chunk_size: int) -> Iterator[PromptBatch]:
         """Yield consecutive batches of at most `chunk_size` regions."""

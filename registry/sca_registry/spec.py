@@ -22,6 +22,7 @@ TRAINABLE_GROUPS = ("mixer", "projection", "task_tokens", "neck", "lora", "encod
 DEFAULT_PROJECTION = {"type": "linear", "norm": "none"}
 PROJECTION_CHOICES = {"type": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
 EXAMPLE_COMPONENTS = {"encoder": "sam-vit-b", "mixer": "query", "language_model": "gpt2"}  # required components
+GEOMETRY_CHOICES = ("token", "add")
 PEFT_OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 DEFAULT_LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": None}
 CAPTION_FROM_CHOICES = ("box-and-point", "box", "point")
@@ -167,6 +168,9 @@ class ModelSpec:
         projection: Projection from query embeddings to the embedding space of the language model: `type` "linear" or
             "mlp"; `norm` "none", "pre", "post" or "both".
         task_tokens: Number of learned tokens per task.
+        geometry: How the language model receives the box of a region in its image: "token" for one more position of
+            the prefix, before the queries; "add" to add its embedding to every projected query. None if it receives
+            only the queries.
         trainable: Parameter groups to train, a subset of `TRAINABLE_GROUPS`; the others are frozen.
         lora: LoRA of the language model: `rank`, `alpha`, `dropout` and `target_modules` (None selects them by
             architecture). An integer r is shorthand for rank r and alpha 2r. None disables LoRA.
@@ -184,6 +188,7 @@ class ModelSpec:
     segmenter: ComponentSpec | None = None
     projection: Mapping[str, str] = field(default_factory=dict)
     task_tokens: int = 6
+    geometry: str | None = None
     trainable: tuple[str, ...] = TRAINABLE_GROUPS[:5]
     lora: Mapping[str, Any] | int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
@@ -202,6 +207,8 @@ class ModelSpec:
         set_field("trainable", _check_trainable(self.trainable))
         if not isinstance(self.task_tokens, int) or isinstance(self.task_tokens, bool) or self.task_tokens < 0:
             raise RegistryError(f"task_tokens is {self.task_tokens!r}; expected an integer of at least 0")
+        if self.geometry is not None and self.geometry not in GEOMETRY_CHOICES:
+            raise make_unknown_name_error(f"geometry is {self.geometry!r:.80}", str(self.geometry), GEOMETRY_CHOICES)
 
     @property
     def everything_options(self) -> EverythingOptions:

@@ -168,6 +168,8 @@ def _find_unpublishable(model: SegmentCaptioner) -> str | None:
         return f"the projection {dict(spec.projection)}; supported is linear without a norm"
     if spec.lora:
         return "LoRA; export the language model with the layout lm, which merges it"
+    if spec.geometry:
+        return f"geometry ({spec.geometry})"
     unknown_names = [name for name in model.state_dict() if _to_published_name(name) == name and name != "task_tokens"]
     if unknown_names:
         return f"the tensor {unknown_names[0]}; supported are those of SAM, the mixer and the language model"

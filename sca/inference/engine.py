@@ -494,7 +494,9 @@ class Engine(MaskEngine):
             segmenter_output = self.model.segment(features, chunk)
             prepared = self.model.prepare_mixer(segmenter_output) if prepared is None else prepared
             task_ids = torch.full((len(chunk),), task_id, device=self.device)
-            prefixes.append(self.model.build_prefix(self.model.mix(segmenter_output, prepared), task_ids))
+            queries = self.model.mix(segmenter_output, prepared)
+            geometry = self.model.compute_geometry(segmenter_output, chunk)
+            prefixes.append(self.model.build_prefix(queries, task_ids, geometry))
             if segmenter_output.masks is not None and return_masks:
                 assert segmenter_output.iou_scores is not None  # of the masks
                 best_logits = select_best_masks(segmenter_output.masks, segmenter_output.iou_scores)

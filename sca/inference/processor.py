@@ -30,16 +30,32 @@ class InputFrame(NamedTuple):
         width: Width of the image in pixels.
         height: Height of the image in pixels.
         content_size: Width and height of the resized image in the model input; padding fills the rest.
+        whole_image: x1 y1 x2 y2, in image pixels, of the larger image that this one is a crop of; None if it is not a
+            crop.
     """
 
     width: int
     height: int
     content_size: tuple[int, int]
+    whole_image: tuple[float, float, float, float] | None = None
 
     @property
     def scale(self) -> tuple[float, float]:
         """Scale factors for x and y from image pixels to pixels of the model input."""
         return self.content_size[0] / self.width, self.content_size[1] / self.height
+
+    @property
+    def whole_image_box(self) -> tuple[float, float, float, float]:
+        """Box x1 y1 x2 y2 of the whole image in pixels of the model input."""
+        scale_x, scale_y = self.scale
+        x1, y1, x2, y2 = self.whole_image or (0, 0, self.width, self.height)
+        return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
+
+    @property
+    def aspect_ratio(self) -> float:
+        """Width of the whole image divided by its height."""
+        x1, y1, x2, y2 = self.whole_image or (0, 0, self.width, self.height)
+        return (x2 - x1) / (y2 - y1)
 
 
 class AxisUpscaling(NamedTuple):
@@ -151,7 +167,9 @@ class Processor:
                 ]
             )
         image_indices = torch.tensor([image_index for _, image_index, _ in entries])
-        return PromptBatch(image_indices, boxes, points, labels, masks)
+        image_boxes = torch.tensor([frames[image_index].whole_image_box for _, image_index, _ in entries])
+        aspect_ratios = torch.tensor([frames[image_index].aspect_ratio for _, image_index, _ in entries])
+        return PromptBatch(image_indices, boxes, points, labels, masks, image_boxes, aspect_ratios)
 
     def compute_coverage(self, mask: np.ndarray, frame: InputFrame) -> Tensor:
         """Compute how much of each cell of the 4h x 4w mask grid is covered by a mask.
@@ -261,6 +279,7 @@ class Processor:
 
     def _get_upscalings(self, frame: InputFrame, device: torch.device) -> tuple[AxisUpscaling, AxisUpscaling]:
         """Return the vertical and horizontal upscaling of `postprocess_masks`, cached for recent images."""
+        frame = frame._replace(whole_image=None)  # does not affect the masks of a crop
         if (frame, device) not in self._upscalings:
             if len(self._upscalings) >= MAX_CACHED_FRAMES:
                 self._upscalings.clear()

@@ -13,9 +13,9 @@ either of which can be empty:
 - The second part is read as a caption: each token is predicted from the previous tokens of the text.
 
 EOS is not part of the text, which can be the beginning of a longer caption. "No image" is a region whose query
-embeddings are zero. The score is the log-likelihood minus that without an image, divided by the negative of the latter:
-1 for a text that is certain for the region, 0 for one that is as likely without an image. `benchmarks/studies/find.py`
-compares this score with others.
+embeddings are zero, and whose box is that of a whole square image, if the model uses boxes. The score is the log-
+likelihood minus that without an image, divided by the negative of the latter: 1 for a text that is certain for the
+region, 0 for one that is as likely without an image. `benchmarks/studies/find.py` compares this score with others.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from sca.inference.region_search import find_everything, select_region_proposals
 from sca.io.errors import InputError
 from sca.io.masks import mask_to_box
 from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner, check_finite_scores
+from sca.nn.geometry import WHOLE_IMAGE
 
 MAX_SKIPPED_TOKENS = 3  # tokens of a caption that a text may leave out in a row
 MIN_TEXT_INFORMATION = 1.0  # nats: minimum of the divisor of a score, for texts that are likely without an image
@@ -60,7 +61,9 @@ class RegionIndex:
     def __init__(self, model: SegmentCaptioner, prefix: Tensor, task_id: int = TASKS.index("caption")):
         self.model = model
         queries = prefix.new_zeros(1, model.mixer.num_queries, model.mixer.hidden_size)
-        no_image = model.build_prefix(queries, torch.tensor([task_id], device=prefix.device))
+        task_ids = torch.tensor([task_id], device=prefix.device)
+        geometry = None if model.geometry is None else WHOLE_IMAGE.to(prefix.device)
+        no_image = model.build_prefix(queries, task_ids, geometry)
         self.prefix = torch.cat((no_image, prefix))  # (1 + N, K, E)
         options = {"num_beams": 1, "num_captions": 1, "do_sample": False}
         generated = model.generate_from_prefix(self.prefix, **options)
@@ -180,8 +183,7 @@ def encode_text(model: SegmentCaptioner, text: str) -> list[int]:
         raise InputError("the text is empty; pass a word or a phrase, such as 'a red circle'")
     token_ids = tokenizer.encode(" ".join(text.split()))[:-1]
     max_positions = getattr(model.language_model, "max_positions", None)
-    prefix_length = model.task_tokens.shape[1] + model.mixer.num_queries
-    if max_positions is not None and len(token_ids) > (max_tokens := max_positions - prefix_length + 1):
+    if max_positions is not None and len(token_ids) > (max_tokens := max_positions - model.prefix_length + 1):
         raise InputError(f"the text has {len(token_ids)} tokens, but the model reads at most {max_tokens}; shorten it")
     return token_ids
 
@@ -252,10 +254,11 @@ def index_regions(
     prepared = None
     indices: list[int] = []
     prefixes: list[Tensor] = []
-    for chunk_indices, _, segmenter_output in engine.iter_segmented_chunks(encoded, requests):
+    for chunk_indices, chunk, segmenter_output in engine.iter_segmented_chunks(encoded, requests):
         prepared = model.prepare_mixer(segmenter_output) if prepared is None else prepared
         task_ids = torch.full((len(chunk_indices),), task_id, device=engine.device)
-        prefixes.append(model.build_prefix(model.mix(segmenter_output, prepared), task_ids))
+        geometry = model.compute_geometry(segmenter_output, chunk)
+        prefixes.append(model.build_prefix(model.mix(segmenter_output, prepared), task_ids, geometry))
         indices += chunk_indices
     order = torch.tensor(indices, device=engine.device).argsort()
     return RegionIndex(model, torch.cat(prefixes)[order], task_id)

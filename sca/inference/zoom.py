@@ -362,8 +362,19 @@ def _predict_in_crops(
         batch = entries[start : start + CROPS_PER_BATCH]
         requests = [[_crop_prompt(prompts[index], crop.window) for index in indices] for crop, indices in batch]
         batch_indices = chain(*(indices for _, indices in batch))
-        predictions |= zip(batch_indices, predict(encode([crop for crop, _ in batch]), requests), strict=True)
+        encoded = encode([crop for crop, _ in batch])
+        frames = [
+            frame._replace(whole_image=_locate_image(crop.window, images[crop.image_index].size))
+            for frame, (crop, _) in zip(encoded.frames, batch, strict=True)
+        ]
+        predictions |= zip(batch_indices, predict(encoded._replace(frames=frames), requests), strict=True)
     return predictions
+
+
+def _locate_image(window: Window, size: tuple[int, int]) -> Box:
+    """Return the box of an image in pixels of its window."""
+    x1, y1, _, _ = window
+    return -x1, -y1, size[0] - x1, size[1] - y1
 
 
 def _crop_prompt(prompt: Prompt, window: Window) -> Prompt:

@@ -12,6 +12,7 @@ from sca_registry.contracts import Region, Sample
 
 from sca.io.masks import compute_mask_area, decode_rle, encode_rle, mask_to_box
 
+Box = tuple[float, float, float, float]  # x1 y1 x2 y2
 SIDE_PATTERN = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|handed|side)?\b)", re.IGNORECASE)
 PADDING_COLOR = (124, 116, 104)  # ImageNet mean, close to zero after normalization
 OPPOSITE_SIDE = {"left": "right", "right": "left"}
@@ -42,24 +43,40 @@ class Augmentation:
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """Return a randomly augmented copy of a sample."""
+        return self.augment_with_box(sample, rng)[0]
+
+    def augment_with_box(self, sample: Sample, rng: np.random.Generator) -> tuple[Sample, Box]:
+        """Augment a sample, and track the box of its image.
+
+        Args:
+            sample: Sample.
+            rng: Generator of all random draws.
+
+        Returns:
+            A randomly augmented copy, and the box x1 y1 x2 y2 of the whole original image in pixels of its image; the
+            box is larger than a crop.
+        """
         image, regions = sample.image, list(sample.regions)
+        whole_image: Box = (0.0, 0.0, float(image.width), float(image.height))
         original_areas = {region.id: _compute_area(region) for region in regions}
         if self.min_crop_fraction < 1:
-            image, regions = self._crop_randomly(image, regions, original_areas, rng)
+            image, regions, whole_image = self._crop_randomly(image, regions, original_areas, rng)
         if rng.random() < self.flip_prob:
             if self.side_words == "drop":
                 regions = [region for region in regions if not has_side_word(region)]
             image, regions = flip_horizontally(image, regions)
+            whole_image = _flip_box(whole_image, image.width)
         if self.color_jitter:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 image = enhance(image).enhance(rng.uniform(1 - self.color_jitter, 1 + self.color_jitter))
         if self.scale_range:
-            image, regions = self._jitter_scale(image, regions, original_areas, rng)
-        return Sample(image, sample.image_id, tuple(regions))
+            image, regions, whole_image = self._jitter_scale(image, regions, whole_image, original_areas, rng)
+        return Sample(image, sample.image_id, tuple(regions)), whole_image
 
     def _crop_randomly(
         self, image: Image.Image, regions: list[Region], original_areas: dict[int, float], rng: np.random.Generator
-    ) -> tuple[Image.Image, list[Region]]:
+    ) -> tuple[Image.Image, list[Region], Box]:
+        """Return a crop, its regions, and the box of the image in pixels of the crop."""
         fraction = rng.uniform(self.min_crop_fraction, 1)
         width, height = max(1, round(image.width * fraction)), max(1, round(image.height * fraction))
         left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
@@ -67,11 +84,18 @@ class Augmentation:
         cropped_regions = [
             crop_region(region, window, original_areas[region.id], self.min_visibility) for region in regions
         ]
-        return image.crop(window), [region for region in cropped_regions if region is not None]
+        whole_image = (-left, -top, image.width - left, image.height - top)
+        return image.crop(window), [region for region in cropped_regions if region is not None], whole_image
 
     def _jitter_scale(
-        self, image: Image.Image, regions: list[Region], original_areas: dict[int, float], rng: np.random.Generator
-    ) -> tuple[Image.Image, list[Region]]:
+        self,
+        image: Image.Image,
+        regions: list[Region],
+        whole_image: Box,
+        original_areas: dict[int, float],
+        rng: np.random.Generator,
+    ) -> tuple[Image.Image, list[Region], Box]:
+        """Return a square image, its regions, and the box of the whole image in its pixels."""
         side, (min_factor, max_factor) = max(image.size), self.scale_range
         factor = rng.uniform(min_factor, max_factor)
         width, height = (min(length, max(1, round(side / factor))) for length in image.size)  # visible window
@@ -88,23 +112,30 @@ class Augmentation:
             for region in cropped_regions
             if region is not None
         ]
-        return canvas, [region for region in resized_regions if region is not None]
+        scale_x, scale_y = size[0] / width, size[1] / height
+        x1, y1, x2, y2 = whole_image
+        whole_image = ((x1 - left) * scale_x, (y1 - top) * scale_y, (x2 - left) * scale_x, (y2 - top) * scale_y)
+        return canvas, [region for region in resized_regions if region is not None], whole_image
 
 
 def flip_horizontally(image: Image.Image, regions: list[Region]) -> tuple[Image.Image, list[Region]]:
     """Flip an image and its regions horizontally; swap "left" and "right" in phrases and text attributes."""
 
     def flip_region(region: Region) -> Region:
-        x1, y1, x2, y2 = region.box
         return replace(
             region,
-            box=(image.width - x2, y1, image.width - x1, y2),
+            box=_flip_box(region.box, image.width),
             mask=None if region.mask is None else encode_rle(decode_rle(region.mask)[:, ::-1]),
             phrases=tuple(map(_swap_sides, region.phrases)),
             attributes={k: _swap_sides(v) if isinstance(v, str) else v for k, v in region.attributes.items()},
         )
 
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), [flip_region(region) for region in regions]
+
+
+def _flip_box(box: Box, width: float) -> Box:
+    x1, y1, x2, y2 = box
+    return width - x2, y1, width - x1, y2
 
 
 def has_side_word(region: Region) -> bool:

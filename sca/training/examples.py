@@ -6,7 +6,7 @@ therefore gets exactly the examples that the interrupted one would have had.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -34,9 +34,12 @@ from sca.training.recipe import SamplingOptions
 from sca.training.template_phrases import add_template_phrases
 
 if TYPE_CHECKING:
+    from sca.training.augmentation import Augmentation, Box
     from sca.training.feature_cache import FeatureCache
 
-AugmentFunction = Callable[[Sample, np.random.Generator], Sample]
+
+# fields of an example with one row per region
+REGION_FIELDS = ("boxes", "points", "masks", "has_mask", "image_boxes", "aspect_ratios")
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Example:
     input_ids: list[list[int]]  # T texts
     task_ids: Tensor  # (T,)
     region_index: Tensor  # (T,) region of each text, in 0..R-1
+    image_boxes: Tensor  # (R, 4) whole image that the phrases of the region refer to; larger than a crop
+    aspect_ratios: Tensor  # (R,) width of that image divided by its height
     labels: dict[str, Tensor]  # (R,) index of the value by attribute, or `UNKNOWN_LABEL`
     image_size: int  # S
     prompt_kind: str = "box"  # kind of the whole step
@@ -65,7 +70,7 @@ class Example:
         is_kept = self.region_index < count
         return replace(
             self,
-            **{name: getattr(self, name)[:count] for name in ("boxes", "points", "masks", "has_mask")},
+            **{name: getattr(self, name)[:count] for name in REGION_FIELDS},
             input_ids=[tokens for tokens, keep in zip(self.input_ids, is_kept.tolist(), strict=True) if keep],
             task_ids=self.task_ids[is_kept],
             region_index=self.region_index[is_kept],
@@ -99,7 +104,7 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         length: int,
         seed: int = 0,
         attributes: Mapping[str, Sequence[str]] | None = None,
-        augment: AugmentFunction | None = None,
+        augment: Augmentation | None = None,
         phrase_mode: str = "dataset",
         class_name_task: str = "recognition",
         cache: FeatureCache | None = None,
@@ -111,7 +116,7 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         self.length = length
         self.seed = seed
         self.attributes: Mapping[str, Sequence[str]] = attributes or {}
-        self.augment = augment
+        self.augment: Augmentation | None = augment
         self.phrase_mode = phrase_mode
         self.class_name_task = class_name_task
         self.cache = cache
@@ -138,14 +143,20 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
     def __getitem__(self, position: int) -> Example:
         rng = np.random.default_rng([self.seed, 1, position])
         sample = original = self.dataset[self.get_sample_index(position)]
+        whole_image = None
         if self.augment:
-            augmented = self.augment(original, rng)
-            sample = augmented if augmented.regions else original  # a crop may remove all regions
+            augmented, box = self.augment.augment_with_box(original, rng)
+            if augmented.regions:  # a crop may remove all of them
+                sample, whole_image = augmented, box
+        # places in the phrases of the dataset refer to the whole image, and those in template phrases to the crop
+        whole_images = {region.id: whole_image for region in sample.regions if region.phrases}
         if self.phrase_mode == "template":
             sample = add_template_phrases(sample, original)
-        return self._build_example(sample, rng, position / self.length)
+        return self._build_example(sample, whole_images, rng, position / self.length)
 
-    def _build_example(self, sample: Sample, rng: np.random.Generator, progress: float) -> Example:
+    def _build_example(
+        self, sample: Sample, whole_images: Mapping[int, Box | None], rng: np.random.Generator, progress: float
+    ) -> Example:
         frame = self.processor.compute_frame(*sample.image.size)
         regions = [r for r in sample.regions if r.name or r.phrases]
         regions = [regions[i] for i in rng.permutation(len(regions))[: self.sampling_options.max_regions]]
@@ -163,6 +174,7 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
                 torch.zeros(mask_size, mask_size) if mask is None else self.processor.compute_coverage(mask, frame)
             )
         scale = torch.tensor(frame.scale)
+        region_frames = [frame._replace(whole_image=whole_images.get(region.id)) for region in regions]
         labels = {
             name: torch.tensor([_get_label(values, _get_attribute(r, name)) for r in regions], dtype=torch.long)
             for name, values in self.attributes.items()
@@ -178,6 +190,8 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
             input_ids=[self.tokenizer.encode(text, self.sampling_options.max_tokens) for _, _, text in texts],
             task_ids=torch.tensor([task for _, task, _ in texts], dtype=torch.long),
             region_index=torch.tensor([index for index, _, _ in texts], dtype=torch.long),
+            image_boxes=torch.tensor([each.whole_image_box for each in region_frames]).reshape(-1, 4),
+            aspect_ratios=torch.tensor([each.aspect_ratio for each in region_frames]),
             labels=labels,
             image_size=image_size,
         )
@@ -312,7 +326,10 @@ def _limit_regions(examples: Sequence[Example], max_regions: int) -> Sequence[Ex
 
 def _build_prompts(examples: Sequence[Example], image_index: Tensor, targets: MaskTargets) -> PromptBatch:
     kind = examples[0].prompt_kind
-    boxes, points = (torch.cat([getattr(example, name) for example in examples]) for name in ("boxes", "points"))
+    boxes, points, image_boxes, aspect_ratios = (
+        torch.cat([getattr(example, name) for example in examples])
+        for name in ("boxes", "points", "image_boxes", "aspect_ratios")
+    )
     masks = None
     if "mask" in kind:
         mask_size = targets.masks.shape[-1]
@@ -325,6 +342,8 @@ def _build_prompts(examples: Sequence[Example], image_index: Tensor, targets: Ma
         points=points if "point" in kind else None,
         labels=torch.ones(points.shape[:2], dtype=torch.long) if "point" in kind else None,
         masks=masks,
+        image_boxes=image_boxes,
+        aspect_ratios=aspect_ratios,
     )
 
 

@@ -1,6 +1,6 @@
 """Training examples depend only on the seed and the position in the stream."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -262,3 +262,30 @@ def test_collate_examples_shares_region_budget_evenly_and_fully(make_stream, tok
     for example, num_kept in zip(examples, kept_counts, strict=True):
         assert torch.equal(batch.prompts.boxes[row : row + num_kept], example.boxes[:num_kept])
         row += num_kept
+
+
+@pytest.mark.parametrize("phrase_mode", ["dataset", "template"])
+def test_places_in_phrases_of_the_dataset_refer_to_the_whole_image_and_in_template_phrases_to_the_crop(
+    make_stream, phrase_mode
+):
+    image = Image.new("RGB", (64, 32))
+    region = Region(0, (32.0, 8.0, 48.0, 24.0), name="car", phrases=("a car on the right",))
+    if phrase_mode == "template":
+        region = replace(region, phrases=())
+    augment = Augmentation(flip_prob=0.5, min_crop_fraction=0.7, scale_range=(0.6, 1.4), min_visibility=1.0)
+    stream = make_stream(dataset=[Sample(image, 0, (region,))], augment=augment, phrase_mode=phrase_mode)
+    geometry = torch.tensor([0.5, 0.25, 0.75, 0.75])
+    mirrored = torch.tensor([0.25, 0.25, 0.5, 0.75])
+    num_whole = 0
+    for position in range(40):
+        example = stream[position]
+        origin, end = example.image_boxes.split(2, dim=1)
+        fractions = ((example.boxes.unflatten(1, (2, 2)) - origin) / (end - origin)).flatten()
+        is_whole = any(torch.allclose(fractions, each, atol=0.02) for each in (geometry, mirrored))
+        num_whole += is_whole and example.aspect_ratios.item() == pytest.approx(2, abs=0.1)
+        batch = collate_examples([example, example], pad_token_id=0)
+        assert torch.equal(batch.prompts.image_boxes, example.image_boxes.repeat(2, 1))
+        assert torch.equal(batch.prompts.aspect_ratios, example.aspect_ratios.repeat(2))
+        if phrase_mode == "template":
+            assert example.image_boxes.tolist() == [[0, 0, 64, 64 / example.aspect_ratios.item()]]
+    assert num_whole == 40 if phrase_mode == "dataset" else num_whole < 20
