@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from sca_registry.contracts import (
     Mixer,
     ModelOutput,
     PromptBatch,
+    QuestionBatch,
     Segmenter,
     SegmenterOutput,
 )
@@ -27,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sca.hints import MODEL_ATTRIBUTE_HINTS
+from sca.io.text import format_count
 from sca.nn.geometry import GeometryEmbedding, compute_geometry
 from sca.nn.projection import Projection
 from sca.nn.region_batch import concat_segmenter_outputs
@@ -34,6 +37,7 @@ from sca.nn.region_batch import concat_segmenter_outputs
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
 
+    from sca.language_models.questions import EncodedQuestion
     from sca.uncertainty import Uncertainty
 
 LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
@@ -208,18 +212,56 @@ class SegmentCaptioner(SegmentationModel):
         Raises:
             ValueError: The model uses the geometry of regions, and there is none.
         """
+        return torch.cat((self.task_tokens[task_ids], self._embed_regions(queries, geometry)), dim=1)
+
+    def _embed_regions(self, queries: Tensor, geometry: Tensor | None) -> Tensor:
+        """Return the part of the prefixes that represents the regions, (N, K - task tokens, E)."""
         embeddings = self.projection(queries)
-        if self.geometry is not None:
-            if geometry is None:
+        if self.geometry is None:
+            return embeddings
+        if geometry is None:
+            raise ValueError(
+                "the model uses the geometry of regions; pass the output of compute_geometry to build_prefix"
+            )
+        geometry_embeddings = self.geometry(geometry).unsqueeze(1)  # (N, 1, E)
+        if self.spec.geometry == "token":
+            return torch.cat((geometry_embeddings, embeddings), dim=1)
+        return embeddings + geometry_embeddings
+
+    def append_question(self, prefix: Tensor, question: EncodedQuestion) -> Tensor:
+        """Append a question to the prefixes of regions. The generated caption is its answer.
+
+        Args:
+            prefix: (N, K, E) prefixes of the regions of one image, the output of `build_prefix`.
+            question: Output of `sca.language_models.questions.encode_question`.
+
+        Returns:
+            (N, K', E) prefixes with the question after each region. If the question refers to regions by number,
+            (1, K', E): the prefix of the first of these regions, and the question with the embeddings of the others.
+
+        Raises:
+            ValueError: The question refers to a region that does not exist.
+        """
+        region_embeddings = prefix[:, self.spec.task_tokens :]
+        if question.regions:
+            if max(question.regions) > len(prefix):
                 raise ValueError(
-                    "the model uses the geometry of regions; pass the output of compute_geometry to build_prefix"
+                    f"the question refers to <region {max(question.regions)}>, but the image has "
+                    f"{format_count(len(prefix), 'region')}; change the number or add regions"
                 )
-            geometry_embedding = self.geometry(geometry).unsqueeze(1)  # (N, 1, E)
-            if self.spec.geometry == "token":
-                embeddings = torch.cat((geometry_embedding, embeddings), dim=1)
+            prefix = prefix[question.regions[0] - 1 :][:1]
+        parts: list[Tensor] = []
+        for is_token, ids in groupby(question.after, key=lambda token: token >= 0):
+            if is_token:
+                parts.append(self._embed_ids([*ids], prefix))
             else:
-                embeddings = embeddings + geometry_embedding
-        return torch.cat((self.task_tokens[task_ids], embeddings), dim=1)
+                parts += [region_embeddings[-number - 1] for number in ids]
+        rows = [self._embed_ids(question.before, prefix), None, torch.cat(parts)]
+        return torch.cat([prefix if row is None else row.expand(len(prefix), -1, -1) for row in rows], dim=1)
+
+    def _embed_ids(self, ids: Sequence[int], prefix: Tensor) -> Tensor:
+        """Return the embeddings (L, E) of token ids, with the device and dtype of the prefix."""
+        return self._embed_tokens(torch.tensor([ids], dtype=torch.long, device=prefix.device), prefix.dtype)[0]
 
     def forward(
         self, batch: Batch, loss_weights: Mapping[str, float] | None = None, chunk_size: int = 0
@@ -254,10 +296,17 @@ class SegmentCaptioner(SegmentationModel):
                 caption_queries = queries[batch.region_index]
                 caption_geometry = None if geometry is None else geometry[batch.region_index]
             prefix = self.build_prefix(caption_queries, batch.task_ids, caption_geometry)
-            hidden_states = self._compute_token_states(prefix, batch.input_ids, batch.attention_mask, chunk_size)
-            losses["caption"], logits = compute_caption_loss(
-                self.language_model, hidden_states, batch.input_ids[batch.attention_mask.bool()]
-            )
+            if batch.questions is None:
+                is_predicted = batch.attention_mask.bool()
+                token_embeddings = self._embed_tokens(batch.input_ids, prefix.dtype)
+                states = self._compute_token_states(
+                    prefix, token_embeddings, batch.attention_mask, is_predicted, chunk_size
+                )
+            else:
+                is_predicted = batch.questions.answer_mask.bool()
+                region_embeddings = self._embed_regions(queries, geometry)
+                states = self._compute_answer_states(batch, batch.questions, prefix, region_embeddings, chunk_size)
+            losses["caption"], logits = compute_caption_loss(self.language_model, states, batch.input_ids[is_predicted])
         if batch.targets is not None and hasattr(self.segmenter, "compute_losses"):
             losses |= self.segmenter.compute_losses(regions, batch.targets)
         weights = loss_weights or {}
@@ -288,21 +337,60 @@ class SegmentCaptioner(SegmentationModel):
         )
 
     def _compute_token_states(
-        self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor, chunk_size: int
+        self,
+        prefix: Tensor,
+        token_embeddings: Tensor,
+        attention_mask: Tensor,
+        is_predicted: Tensor,
+        chunk_size: int,
     ) -> Tensor:
-        """Return the state that predicts each caption token: (G, K, E) and (G, L) -> (W, E), in caption order."""
+        """Return the state that predicts each selected token, (W, E), in caption order.
+
+        Shapes: prefix (G, K, E), token embeddings (G, L, E), masks (G, L).
+        """
         # tensors are arguments of the checkpointed function: `checkpoint` preserves the RNG state only of the devices
         # of its arguments
 
         def select_token_states(*tensors: Tensor) -> Tensor:
-            return self.compute_caption_states(*tensors)[tensors[-1].bool()]
+            return self._compute_states(*tensors[:3])[tensors[3]]
 
-        if not 0 < chunk_size < len(input_ids):
-            return select_token_states(prefix, input_ids, attention_mask)
-        chunks = zip(*(each.split(chunk_size) for each in (prefix, input_ids, attention_mask)), strict=True)
+        inputs = (prefix, token_embeddings, attention_mask, is_predicted)
+        if not 0 < chunk_size < len(prefix):
+            return select_token_states(*inputs)
+        chunks = zip(*(each.split(chunk_size) for each in inputs), strict=True)
         return torch.cat(
             [checkpoint(select_token_states, *chunk_inputs, use_reentrant=False) for chunk_inputs in chunks]
         )
+
+    def _compute_answer_states(
+        self, batch: Batch, questions: QuestionBatch, prefix: Tensor, region_embeddings: Tensor, chunk_size: int
+    ) -> Tensor:
+        """Return the state that predicts each token of the captions and answers of a batch with questions, (W, E).
+
+        Captions with and without a question are computed separately, because their prefixes differ in length.
+        """
+        assert batch.input_ids is not None
+        assert batch.attention_mask is not None  # of the tokens
+        is_region = questions.region_index >= 0
+        index = questions.region_index[is_region], questions.embedding_index[is_region]
+        token_embeddings = self._embed_tokens(batch.input_ids, prefix.dtype)  # (G, L, E)
+        token_embeddings = token_embeddings.index_put((is_region,), region_embeddings[index])
+        before = self._embed_tokens(questions.ids_before_prefix[None], prefix.dtype)  # (1, L', E)
+        flat_index = torch.arange(batch.input_ids.numel(), device=prefix.device).view_as(batch.input_ids)
+        states, positions = [], []
+        for has_question in (True, False):
+            rows = (questions.has_question == has_question).nonzero()[:, 0]
+            if not len(rows):
+                continue
+            length = int(batch.attention_mask[rows].sum(1).max())
+            is_predicted = questions.answer_mask[rows, :length].bool()
+            group_prefix = prefix[rows]
+            if has_question:
+                group_prefix = torch.cat((before.expand(len(rows), -1, -1), group_prefix), dim=1)
+            group_inputs = token_embeddings[rows, :length], batch.attention_mask[rows, :length]
+            states.append(self._compute_token_states(group_prefix, *group_inputs, is_predicted, chunk_size))
+            positions.append(flat_index[rows, :length][is_predicted])
+        return torch.cat(states)[torch.cat(positions).argsort()]
 
     def compute_caption_states(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Compute the hidden states that predict the tokens of captions.
@@ -316,12 +404,18 @@ class SegmentCaptioner(SegmentationModel):
             Hidden states of shape (G, L, E). State i predicts `input_ids[:, i]`; state 0 is the state at the last
             prefix position.
         """
-        token_embeddings = self.language_model.embed_tokens(input_ids[:, :-1])  # the last token predicts nothing
+        return self._compute_states(prefix, self._embed_tokens(input_ids, prefix.dtype), attention_mask)
+
+    def _compute_states(self, prefix: Tensor, token_embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+        token_embeddings = token_embeddings[:, :-1]  # the last token predicts nothing
         full_attention_mask = torch.cat((attention_mask.new_ones(prefix.shape[:2]), attention_mask[:, :-1]), dim=1)
         hidden_states = self.language_model.hidden_states(
-            torch.cat((prefix, token_embeddings.to(prefix.dtype)), dim=1), full_attention_mask
+            torch.cat((prefix, token_embeddings), dim=1), full_attention_mask
         )
         return hidden_states[:, prefix.shape[1] - 1 :]
+
+    def _embed_tokens(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.language_model.embed_tokens(input_ids).to(dtype)
 
     @torch.no_grad()
     def generate(self, features: Tensor, prompts: PromptBatch, task_ids: Tensor, **generation: Any) -> GenerationOutput:

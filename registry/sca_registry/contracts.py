@@ -149,6 +149,21 @@ class MaskTargets(_TensorRows):
 
 
 @dataclass
+class QuestionBatch:
+    """Questions in the token ids of a batch. The answer to a question is the caption."""
+
+    has_question: Tensor  # (G,) bool
+    answer_mask: Tensor  # (G, L) 1 for the tokens of captions and answers, which are predicted; 0 for questions
+    region_index: Tensor  # (G, L) prompt whose embedding replaces the token, -1 for tokens
+    embedding_index: Tensor  # (G, L) index of that embedding among those of the region
+    ids_before_prefix: Tensor  # (L',) tokens before the prefix of captions with a question
+
+    def to(self, *args: Any, **kwargs: Any) -> QuestionBatch:
+        """Move every tensor like `Tensor.to`."""
+        return replace(self, **{each.name: getattr(self, each.name).to(*args, **kwargs) for each in fields(self)})
+
+
+@dataclass
 class Batch:
     """Images, N prompts and, for training, G captions. Exactly one of `pixel_values` and `features` is set."""
 
@@ -159,6 +174,7 @@ class Batch:
     input_ids: Tensor | None = None  # (G, L) caption tokens and EOS, padded on the right
     attention_mask: Tensor | None = None  # (G, L) 1 for caption tokens and EOS, 0 for padding
     region_index: Tensor | None = None  # (G,) prompt of each caption; None: one caption per prompt, in order
+    questions: QuestionBatch | None = None  # questions that precede some of the captions
     targets: MaskTargets | None = None
     auxiliary_targets: dict[str, Tensor] = field(default_factory=dict)  # (N, ...) targets of auxiliary losses
 
@@ -247,12 +263,31 @@ class Region:
     attributes: dict[str, Any] = field(default_factory=dict)  # exact attributes, if the dataset has them
 
 
+@dataclass(frozen=True)
+class Question:
+    """Question about regions of an image, with its answer.
+
+    Attributes:
+        text: Question. "<region 1>" refers to the first of `region_ids`, "<region 2>" to the second, and so on. Without
+            such references, the question is about the first one.
+        answer: Correct answer.
+        region_ids: Ids of the regions of the sample that the question is about.
+        kind: Kind of question, such as "color".
+    """
+
+    text: str
+    answer: str
+    region_ids: tuple[int, ...]
+    kind: str = "question"
+
+
 class Sample(NamedTuple):
-    """One image of a dataset with its annotated regions."""
+    """One image of a dataset with its annotated regions, and questions about them."""
 
     image: Image.Image
     image_id: int
     regions: tuple[Region, ...]
+    questions: tuple[Question, ...] = ()
 
 
 class Proposals(NamedTuple):

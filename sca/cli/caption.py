@@ -97,6 +97,14 @@ def caption(
         str,
         typer.Option(help="Task: caption, or recognition (predicts a class name).", rich_help_panel="Generation"),
     ] = "caption",
+    question: Annotated[
+        str | None,
+        typer.Option(
+            help="Question to answer about each region, such as 'what color is it?'. '<region 1>' is the first region, "
+            "'<region 2>' the second. Requires a model that answers questions.",
+            rich_help_panel="Generation",
+        ),
+    ] = None,
     num_captions: Annotated[
         int | None, typer.Option(help="Captions per region, best first.", min=1, rich_help_panel="Generation")
     ] = None,
@@ -307,6 +315,7 @@ def caption(
             "do_sample": do_sample or None,
             "temperature": temperature,
             "top_p": top_p,
+            "question": question,
         },
         zoom=zoom,
         batch_size=batch_size,

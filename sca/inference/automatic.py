@@ -20,6 +20,7 @@ from sca.inference.prompt_arguments import check_task
 from sca.inference.region_search import find_everything, select_region_proposals
 from sca.inference.zoom import caption_masks, caption_regions
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
+from sca.language_models.questions import list_region_references
 
 
 def resolve_everything_options(captioner: Any, overrides: Mapping[str, Any]) -> EverythingOptions:
@@ -91,6 +92,11 @@ def caption_everything(
     generation = resolve_generation_options(
         engine, **{name: kwargs[name] for name in kwargs.keys() & {*GENERATION_OPTIONS}}
     )
+    if references := list_region_references(generation.get("question", "")):
+        raise ValueError(
+            f"the question refers to <region {references[0]}>, but the regions of everything mode have no numbers; ask "
+            "about one region, or pass the regions as prompts"
+        )
     zoom_options = resolve_zoom(engine, zoom)
     if encoded is None:
         raise ValueError("no image is set; call set_image(image) first")

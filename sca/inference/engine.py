@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,9 +20,11 @@ from sca_registry.spec import EverythingOptions, ZoomOptions
 from torch import Tensor
 
 from sca.checkpoints.tensors import hash_weights
+from sca.inference.generation_options import CAPTION_OPTIONS, GENERATION_OPTIONS
 from sca.inference.processor import InputFrame, Processor
 from sca.inference.prompt_arguments import check_task
 from sca.io.masks import decode_rle, encode_rle, mask_to_box
+from sca.language_models.questions import EncodedQuestion, encode_question, list_region_references
 from sca.language_models.token_usage import count_tokens
 from sca.model import NON_FINITE_HINT, SegmentCaptioner
 from sca.nn.masks import select_best_masks
@@ -88,6 +90,48 @@ class PredictedMask(NamedTuple):
     def array(self) -> np.ndarray:
         """Mask as a (height, width) bool array in image pixels."""
         return decode_rle(self.rle)
+
+
+class RegionQuestion(NamedTuple):
+    """Question about a region.
+
+    Attributes:
+        text: Question. "<region 1>" refers to the first prompt of the image, "<region 2>" to the second, and so on.
+        region_index: Index of the prompt that the question is about.
+    """
+
+    text: str
+    region_index: int
+
+
+class EmbeddedRegion(NamedTuple):
+    """Region before its caption is generated.
+
+    Attributes:
+        prompt: Prompt.
+        region_id: Index of the prompt.
+        prefix: (K, E) prefix of the language model.
+        rle: Predicted mask, COCO RLE in image pixels; None if it is not needed or not available.
+        predicted_iou: IoU predicted by the segmenter; None if not available.
+    """
+
+    prompt: Prompt
+    region_id: int
+    prefix: Tensor
+    rle: dict[str, Any] | None
+    predicted_iou: float | None
+
+
+class GeneratedTexts(NamedTuple):
+    """Captions of a region, or answers to a question about it.
+
+    Attributes:
+        scored_texts: Texts and their scores, best first.
+        usage: Tokens of the prefix and of each text.
+    """
+
+    scored_texts: list[tuple[str, float]]
+    usage: TokenUsage
 
 
 class MaskEngine(ABC):
@@ -357,6 +401,11 @@ class Engine(MaskEngine):
         return self.model.spec.generation
 
     @property
+    def generation_options(self) -> tuple[str, ...]:
+        """Names of the generation options that the model supports."""
+        return GENERATION_OPTIONS if self.model.spec.questions else CAPTION_OPTIONS
+
+    @property
     def everything(self) -> EverythingOptions:
         return self.model.spec.everything_options
 
@@ -385,16 +434,24 @@ class Engine(MaskEngine):
         return pool_features(encoded.require_features(), content_sizes, self.processor.image_format.size)
 
     def add_confidence(
-        self, captions: Sequence[Sequence[Caption]], encoded: EncodedImages, task: str, **generation: Any
+        self,
+        captions: Sequence[Sequence[Caption]],
+        encoded: EncodedImages,
+        task: str,
+        *,
+        is_answer: bool = False,
+        **generation: Any,
     ) -> list[list[Caption]]:
         """Set `ood_score` and `confidence` of captions, as far as the model is calibrated.
 
-        A caption has no confidence if its image is unlike the training images, or if it was sampled.
+        A caption has no confidence if its image is unlike the training images, or if it was sampled. Answers to
+        questions have none.
 
         Args:
             captions: Captions of each of the B images.
             encoded: Result of `encode` for the images.
             task: Task of the captions.
+            is_answer: The captions are answers to questions.
             **generation: Generation options of the captions.
 
         Returns:
@@ -404,14 +461,14 @@ class Engine(MaskEngine):
         if uncertainty is None:
             return [list(each) for each in captions]
         ood_scores: Sequence[float | None] = self.compute_ood_scores(encoded) or [None] * len(captions)
-        is_sampled = {**self.generation, **generation}.get("do_sample", False)
+        has_no_calibration = is_answer or {**self.generation, **generation}.get("do_sample", False)
         return [
             [
                 replace(
                     caption,
                     ood_score=ood_score,
                     confidence=None
-                    if is_sampled or (ood_score is not None and ood_score > 1)
+                    if has_no_calibration or (ood_score is not None and ood_score > 1)
                     else uncertainty.compute_confidence(task, caption.prompt, caption.score),
                 )
                 for caption in image_captions
@@ -430,36 +487,89 @@ class Engine(MaskEngine):
         **generation: Any,
     ) -> list[list[Caption]]:
         check_task(task)
-        flat_requests = [
-            (image_index, prompt, region_index)
-            for image_index, r in enumerate(requests)
-            for region_index, prompt in enumerate(r)
-        ]
-        flat_captions: dict[int, Caption] = {}
-        for indices, prompts in self.processor.group_prompts(requests, encoded.frames):
-            scored_texts, usages, rles, predicted_ious = self._caption_prompt_batch(
-                encoded, prompts, TASKS.index(task), return_masks, generation
-            )
-            for row, index in enumerate(indices):
-                _, prompt, region_index = flat_requests[index]
-                rle = rles[row]
-                box = prompt.box or (mask_to_box(rle) if rle else None)
-                (text, score), *alternatives = scored_texts[row]
-                flat_captions[index] = Caption(
-                    text,
-                    score,
-                    box,
-                    rle,
-                    predicted_ious[row],
-                    prompt,
-                    region_index,
-                    tuple(alternatives),
-                    usages[row],
-                )
-        captions: list[list[Caption]] = [[] for _ in requests]
-        for index, (image_index, _, _) in enumerate(flat_requests):
-            captions[image_index].append(flat_captions[index])
-        return self.add_confidence(captions, encoded, task, **generation)
+        question = generation.pop("question", None)
+        if question is not None:
+            references = list_region_references(question)
+            questions = [
+                [
+                    RegionQuestion(question, index)
+                    for index in ([references[0] - 1] if references else range(len(request)))
+                ]
+                if request
+                else []
+                for request in requests
+            ]
+            return self.answer_batch(encoded, requests, questions, task, return_masks=return_masks, **generation)
+        regions = self._embed_requests(encoded, requests, task, return_masks)
+        texts = self._generate_texts([region.prefix for region in regions], generation)
+        captions = iter(map(self._make_caption, regions, texts))
+        return self.add_confidence(
+            [[next(captions) for _ in request] for request in requests], encoded, task, **generation
+        )
+
+    @torch.inference_mode()
+    def answer_batch(
+        self,
+        encoded: EncodedImages,
+        requests: Sequence[Sequence[Prompt]],
+        questions: Sequence[Sequence[RegionQuestion]],
+        task: str = "caption",
+        *,
+        return_masks: bool = True,
+        **generation: Any,
+    ) -> list[list[Caption]]:
+        """Answer any number of questions about regions of encoded images. Each region is embedded once.
+
+        Args:
+            encoded: Result of `encode` for B images.
+            requests: Prompts of each of the B images, checked against its size.
+            questions: Questions about the regions of each of the B images.
+            task: Task whose learned tokens precede the region.
+            return_masks: As for `caption_batch`.
+            **generation: As for `caption_batch`.
+
+        Returns:
+            The answers to the questions of each image, in order, with the region of each question.
+
+        Raises:
+            ValueError: A question is empty, or refers to a region that does not exist.
+        """
+        check_task(task)
+        tokenizer = self.require_tokenizer()
+        regions = iter(self._embed_requests(encoded, requests, task, return_masks))
+        answered_regions, prefixes = [], []
+        encoded_questions: dict[str, EncodedQuestion] = {}
+        for request, image_questions in zip(requests, questions, strict=True):
+            image_regions = [next(regions) for _ in request]
+            image_prefix = torch.stack([region.prefix for region in image_regions]) if image_regions else None
+            for text, index in image_questions:
+                question = encoded_questions.get(text)
+                if question is None:
+                    question = encoded_questions[text] = encode_question(tokenizer, text)
+                assert image_prefix is not None  # a question is about a region
+                rows = slice(None) if question.regions else slice(index, index + 1)
+                prefixes.append(self.model.append_question(image_prefix[rows], question)[0])
+                answered_regions.append(image_regions[min(index, len(image_regions) - 1)])
+        texts = self._generate_texts(prefixes, generation)
+        answers = iter(map(self._make_caption, answered_regions, texts))
+        answers_by_image = [[next(answers) for _ in image_questions] for image_questions in questions]
+        return self.add_confidence(answers_by_image, encoded, task, is_answer=True, **generation)
+
+    @staticmethod
+    def _make_caption(region: EmbeddedRegion, texts: GeneratedTexts) -> Caption:
+        (text, score), *alternatives = texts.scored_texts
+        box = region.prompt.box or (mask_to_box(region.rle) if region.rle else None)
+        return Caption(
+            text,
+            score,
+            box,
+            region.rle,
+            region.predicted_iou,
+            region.prompt,
+            region.region_id,
+            tuple(alternatives),
+            texts.usage,
+        )
 
     def caption_masks(
         self,
@@ -476,46 +586,47 @@ class Engine(MaskEngine):
             for caption, (rle, predicted_iou) in captions_with_masks
         ]
 
-    def _caption_prompt_batch(
-        self,
-        encoded: EncodedImages,
-        prompts: PromptBatch,
-        task_id: int,
-        return_masks: bool,
-        generation: Mapping[str, Any],
-    ) -> tuple[list[list[tuple[str, float]]], list[TokenUsage], list[Any], list[Any]]:
-        """Return texts with scores, token usage, mask RLE and predicted IoU (None if unavailable) of each prompt."""
-        prefixes: list[Tensor] = []
-        rles: list[dict[str, Any]] = []
-        predicted_ious: list[float] = []
+    def _embed_requests(
+        self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]], task: str, return_masks: bool
+    ) -> list[EmbeddedRegion]:
+        """Return the prefix, mask and predicted IoU of each prompt, in flat order."""
+        flat_requests = [(index, prompt) for request in requests for index, prompt in enumerate(request)]
+        regions: dict[int, EmbeddedRegion] = {}
         prepared = None
-        features = encoded.require_features()
-        for chunk in prompts.to(self.device).iter_chunks(self.region_batch_size):
-            segmenter_output = self.model.segment(features, chunk)
+        for indices, chunk, segmenter_output in self.iter_segmented_chunks(encoded, requests):
             prepared = self.model.prepare_mixer(segmenter_output) if prepared is None else prepared
-            task_ids = torch.full((len(chunk),), task_id, device=self.device)
+            task_ids = torch.full((len(chunk),), TASKS.index(task), device=self.device)
             queries = self.model.mix(segmenter_output, prepared)
             geometry = self.model.compute_geometry(segmenter_output, chunk)
-            prefixes.append(self.model.build_prefix(queries, task_ids, geometry))
+            prefix = self.model.build_prefix(queries, task_ids, geometry)
+            rles: Iterable[dict[str, Any] | None] = [None] * len(chunk)
+            ious: Sequence[float | None] = [None] * len(chunk)
             if segmenter_output.masks is not None and return_masks:
                 assert segmenter_output.iou_scores is not None  # of the masks
                 best_logits = select_best_masks(segmenter_output.masks, segmenter_output.iou_scores)
-                rles += self._iter_rles(best_logits, chunk.image_index, encoded.frames)
+                rles = self._iter_rles(best_logits, chunk.image_index, encoded.frames)
             if segmenter_output.iou_scores is not None:
-                predicted_ious += clamp_ious(segmenter_output.iou_scores.amax(1))
+                ious = clamp_ious(segmenter_output.iou_scores.amax(1))
+            for index, row, rle, iou in zip(indices, prefix, rles, ious, strict=True):
+                region_id, prompt = flat_requests[index]
+                regions[index] = EmbeddedRegion(prompt, region_id, row, rle, iou)
             del segmenter_output  # its grids are large, and generation needs the memory
-        prefix = torch.cat(prefixes)  # (N, K, E)
-        generated = self.model.generate_from_prefix(prefix, **generation)
-        no_values = [None] * len(prompts)
-        scores = generated.scores.exp().tolist()
-        sequences = generated.sequences.tolist()
+        return [regions[index] for index in range(len(flat_requests))]
+
+    def _generate_texts(self, prefixes: Sequence[Tensor], generation: Mapping[str, Any]) -> list[GeneratedTexts]:
+        """Generate a caption or an answer after each prefix (K, E), in batches of prefixes of the same length."""
         tokenizer = self.require_tokenizer()
-        scored_texts = [
-            list(zip(map(tokenizer.decode, rows), each, strict=True))
-            for rows, each in zip(sequences, scores, strict=True)
-        ]
-        usages = [count_tokens(prefix.shape[1], rows, [tokenizer.eos_token_id]) for rows in sequences]
-        return scored_texts, usages, rles or no_values, predicted_ious or no_values
+        texts: dict[int, GeneratedTexts] = {}
+        rows_by_length: dict[int, list[int]] = {}
+        for row, prefix in enumerate(prefixes):
+            rows_by_length.setdefault(len(prefix), []).append(row)
+        for length, rows in rows_by_length.items():
+            generated = self.model.generate_from_prefix(torch.stack([prefixes[row] for row in rows]), **generation)
+            scores = generated.scores.exp().tolist()
+            for row, sequences, row_scores in zip(rows, generated.sequences.tolist(), scores, strict=True):
+                scored_texts = list(zip(map(tokenizer.decode, sequences), row_scores, strict=True))
+                texts[row] = GeneratedTexts(scored_texts, count_tokens(length, sequences, [tokenizer.eos_token_id]))
+        return [texts[row] for row in range(len(prefixes))]
 
     def require_tokenizer(self) -> Tokenizer:
         """Return the tokenizer of the language model.

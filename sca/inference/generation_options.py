@@ -7,7 +7,19 @@ from typing import Any
 from sca_registry.errors import format_choices
 from sca_registry.spec import DEFAULT_GENERATION, check_generation
 
-GENERATION_OPTIONS = ("max_new_tokens", "num_beams", "num_captions", "do_sample", "temperature", "top_p", "seed")
+from sca.io.validation import check_type
+
+GENERATION_OPTIONS = (
+    "max_new_tokens",
+    "num_beams",
+    "num_captions",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "seed",
+    "question",
+)
+CAPTION_OPTIONS = tuple(name for name in GENERATION_OPTIONS if name != "question")  # that every captioner supports
 SAMPLING_ONLY_OPTIONS = ("temperature", "top_p")
 
 
@@ -21,6 +33,7 @@ def resolve_generation_options(
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    question: str | None = None,
 ) -> dict[str, Any]:
     """Validate generation options and return those that are set.
 
@@ -37,6 +50,7 @@ def resolve_generation_options(
         temperature: Sampling temperature.
         top_p: Probability mass for nucleus sampling.
         seed: Random seed for sampling.
+        question: Question to answer instead of captioning.
 
     Returns:
         Keyword arguments for `Captioner.caption` and `MaskEngine.caption_batch`.
@@ -45,9 +59,17 @@ def resolve_generation_options(
         ValueError: A value has the wrong type or is out of range, a sampling option is set without `do_sample`, or the
             captioner does not support an option.
     """
-    values = (max_new_tokens, num_beams, num_captions, do_sample, temperature, top_p, seed)
+    values = (max_new_tokens, num_beams, num_captions, do_sample, temperature, top_p, seed, question)
     settings = {name: value for name, value in zip(GENERATION_OPTIONS, values, strict=True) if value is not None}
     check_generation("generation", settings)
+    supported = getattr(captioner, "generation_options", CAPTION_OPTIONS)
+    if question is not None:
+        check_type("question", question, str)
+        if "question" not in supported:
+            raise ValueError(
+                "the model is not trained to answer questions; use one that is, or train one with model.questions=true "
+                "and train.question_prob"
+            )
     defaults = getattr(captioner, "generation", DEFAULT_GENERATION)
     is_sampling = settings.get("do_sample", defaults.get("do_sample", False))
     for name in SAMPLING_ONLY_OPTIONS:
@@ -57,7 +79,6 @@ def resolve_generation_options(
         settings.pop("seed", None)
     if settings.get("do_sample") is False and not defaults.get("do_sample"):
         del settings["do_sample"]
-    supported = getattr(captioner, "generation_options", GENERATION_OPTIONS)
     for name in settings:
         if name not in supported:
             raise ValueError(

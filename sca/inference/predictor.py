@@ -115,6 +115,7 @@ class Predictor:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        question: str | None = None,
         zoom: ZoomValue = DEFAULT_ZOOM,
     ) -> list[Caption]:
         """Caption regions of the current image.
@@ -136,16 +137,19 @@ class Predictor:
             temperature: Sampling temperature.
             top_p: Probability mass for nucleus sampling.
             seed: Random seed for sampling.
+            question: Question to answer about each region instead of captioning it. "<region 1>" refers to the first
+                region, "<region 2>" to the second, and so on; a question with such references has one answer, that of
+                the first region that it refers to.
             zoom: Predict small regions from crops: "auto" with the measured options of the model, "off", or the area of
                 the largest of these regions in cells of the feature grid; see `sca.inference.zoom`.
 
         Returns:
-            A caption for each region, in the order prompts, boxes, points, masks.
+            A caption for each region, in the order prompts, boxes, points, masks; or the answer to the question.
 
         Raises:
             TypeError: Unknown keyword argument; the message suggests the closest one.
             ValueError: No image is set, no region is given, a box or point is outside the image, a mask and the image
-                differ in size, or a value is out of range.
+                differ in size, a value is out of range, or the model answers no questions.
         """
         request = self._collect_prompts(prompts, boxes, points, masks)
         generation = resolve_generation_options(
@@ -157,6 +161,7 @@ class Predictor:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            question=question,
         )
         assert self.encoded is not None  # see `_collect_prompts`
         zoom_options = resolve_zoom(self.engine, zoom)
@@ -297,6 +302,7 @@ class Predictor:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        question: str | None = None,
         zoom: ZoomValue = DEFAULT_ZOOM,
     ) -> list[list[Caption]]:
         """Caption regions of several images, without changing the current image.
@@ -313,6 +319,7 @@ class Predictor:
             temperature: Sampling temperature.
             top_p: Probability mass for nucleus sampling.
             seed: Random seed for sampling.
+            question: Question to answer about each region, see `predict`.
             zoom: Predict small regions from crops: "auto" with the measured options of the model, "off", or the area of
                 the largest of these regions in cells of the feature grid; see `sca.inference.zoom`.
 
@@ -349,6 +356,7 @@ class Predictor:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            question=question,
         )
         zoom_options = resolve_zoom(self.engine, zoom)
         results: list[list[Caption]] = []

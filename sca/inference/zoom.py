@@ -24,6 +24,7 @@ from sca_registry.spec import ZoomOptions
 from sca.inference.engine import EncodedImages, MaskEngine, PredictedMask
 from sca.inference.processor import InputFrame
 from sca.io.masks import RLE, decode_rle, encode_rle, mask_to_box
+from sca.language_models.questions import list_region_references
 
 Box = tuple[float, float, float, float]  # x1 y1 x2 y2, image pixels
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
@@ -69,8 +70,11 @@ def caption_regions(
         **generation: As for `MaskEngine.caption_batch`.
 
     Returns:
-        The captions of each image, in the order of its prompts, with masks and boxes in image pixels.
+        The captions of each image, in the order of its prompts, with masks and boxes in image pixels. A question about
+        several regions has one answer per image, that of the first of these regions, and is answered without zoom.
     """
+    if list_region_references(generation.get("question") or ""):
+        zoom = None  # the regions of one question have to be in one image
     crops = _find_crops(engine, encoded, requests, zoom)
     if zoom is None or not any(crops):
         return engine.caption_batch(encoded, requests, task, **generation)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel
 
 POSITION_LIMIT_FIELDS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # in configurations
+PREFIX_MARK = "<visual prefix>"  # replaced by the embeddings of a region
 SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -307,6 +308,22 @@ class TextTokenizer:
         if self.eos_token_id in ids:
             ids = ids[: ids.index(self.eos_token_id)]
         return cast("str", self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def format_question(self, question: str) -> tuple[str, str]:
+        """Format a question about the visual prefix, with the chat template of the tokenizer if it has one.
+
+        Args:
+            question: Question of the user.
+
+        Returns:
+            The texts before and after the visual prefix. The answer follows the latter.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            return "", question
+        messages = [{"role": "user", "content": PREFIX_MARK + question}]
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        before, _, after = cast("str", text).partition(PREFIX_MARK)
+        return before, after
 
     def save(self, folder: str) -> None:
         """Save the tokenizer in transformers' format."""

@@ -165,6 +165,15 @@ class CaptionRequest(StrictModel):
         Literal["caption", "recognition"],
         Field(description="Generate captions (`caption`) or class names (`recognition`)."),
     ] = "caption"
+    question: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=MAX_TEXT_LENGTH,
+            description="Question to answer about each region instead of captioning it. Requires a model that answers "
+            "questions.",
+        ),
+    ] = None
     num_beams: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="Number of beams for beam search.")] = None
     num_captions: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="Captions per region, best first.")] = (
         None

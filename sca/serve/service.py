@@ -26,6 +26,7 @@ from sca.inference.text_search import check_can_find, check_text
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
 from sca.io.images import decode_image, open_image_header
 from sca.io.prompts import parse_prompt
+from sca.language_models.questions import list_region_references
 from sca.output.jsonl import caption_to_record
 from sca.serve.errors import ApiError
 from sca.serve.inference_requests import (
@@ -305,6 +306,10 @@ class CaptionService:
             InputError: A prompt does not fit the image.
         """
         captioner = self.scheduler.captioner
+        if list_region_references(caption_request.question or ""):
+            raise ApiError(
+                422, "the server answers questions about one region; ask about each region, or use sca.Predictor"
+            )
         try:
             generation = resolve_generation_options(
                 captioner,
@@ -315,6 +320,7 @@ class CaptionService:
                 temperature=caption_request.temperature,
                 top_p=caption_request.top_p,
                 seed=caption_request.seed,
+                question=caption_request.question,
             )
             zoom = resolve_zoom(captioner, self.zoom if caption_request.zoom is None else caption_request.zoom)
         except ValueError as error:

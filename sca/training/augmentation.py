@@ -56,22 +56,28 @@ class Augmentation:
             A randomly augmented copy, and the box x1 y1 x2 y2 of the whole original image in pixels of its image; the
             box is larger than a crop.
         """
-        image, regions = sample.image, list(sample.regions)
+        image, regions, questions = sample.image, list(sample.regions), list(sample.questions)
         whole_image: Box = (0.0, 0.0, float(image.width), float(image.height))
         original_areas = {region.id: _compute_area(region) for region in regions}
         if self.min_crop_fraction < 1:
             image, regions, whole_image = self._crop_randomly(image, regions, original_areas, rng)
         if rng.random() < self.flip_prob:
             if self.side_words == "drop":
+                questions = [each for each in questions if not SIDE_PATTERN.search(f"{each.text} {each.answer}")]
                 regions = [region for region in regions if not has_side_word(region)]
             image, regions = flip_horizontally(image, regions)
+            questions = [
+                replace(each, text=_swap_sides(each.text), answer=_swap_sides(each.answer)) for each in questions
+            ]
             whole_image = _flip_box(whole_image, image.width)
         if self.color_jitter:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 image = enhance(image).enhance(rng.uniform(1 - self.color_jitter, 1 + self.color_jitter))
         if self.scale_range:
             image, regions, whole_image = self._jitter_scale(image, regions, whole_image, original_areas, rng)
-        return Sample(image, sample.image_id, tuple(regions)), whole_image
+        remaining_ids = {region.id for region in regions}
+        questions = [each for each in questions if remaining_ids.issuperset(each.region_ids)]
+        return Sample(image, sample.image_id, tuple(regions), tuple(questions)), whole_image
 
     def _crop_randomly(
         self, image: Image.Image, regions: list[Region], original_areas: dict[int, float], rng: np.random.Generator

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import compress
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from sca_registry.contracts import (
     Dataset,
     MaskTargets,
     PromptBatch,
+    Question,
+    QuestionBatch,
     Region,
     Sample,
     Tokenizer,
@@ -28,6 +31,12 @@ from torch import Tensor
 from sca.data.point_prompts import sample_point
 from sca.inference.processor import MASK_PROMPT_LOGIT, Processor
 from sca.io.masks import decode_rle
+from sca.language_models.questions import (
+    EncodedQuestion,
+    encode_question,
+    expand_references,
+    list_region_references,
+)
 from sca.nn.boxes import rasterize_boxes
 from sca.training.auxiliary_losses import UNKNOWN_LABEL
 from sca.training.recipe import SamplingOptions
@@ -36,6 +45,18 @@ from sca.training.template_phrases import add_template_phrases
 if TYPE_CHECKING:
     from sca.training.augmentation import Augmentation, Box
     from sca.training.feature_cache import FeatureCache
+
+
+class RegionQuestion(NamedTuple):
+    """Question about regions of an example.
+
+    Attributes:
+        question: Question.
+        region_indices: Index of each of its regions in the example.
+    """
+
+    question: Question
+    region_indices: tuple[int, ...]
 
 
 # fields of an example with one row per region
@@ -57,6 +78,9 @@ class Example:
     valid_pixels: Tensor  # (4h, 4w)
     has_mask: Tensor  # (R,)
     input_ids: list[list[int]]  # T texts
+    questions: list[
+        EncodedQuestion | None
+    ]  # T questions that the texts answer; the id -n is region n - 1 of this image
     task_ids: Tensor  # (T,)
     region_index: Tensor  # (T,) region of each text, in 0..R-1
     image_boxes: Tensor  # (R, 4) whole image that the phrases of the region refer to; larger than a crop
@@ -66,12 +90,14 @@ class Example:
     prompt_kind: str = "box"  # kind of the whole step
 
     def select_first_regions(self, count: int) -> Example:
-        """Select the first `count` regions, whose order is random, and their texts."""
-        is_kept = self.region_index < count
+        """Select the first `count` regions, whose order is random, and the texts about them only."""
+        last_regions = [max(question.regions, default=0) if question else 0 for question in self.questions]
+        is_kept = (self.region_index < count) & (torch.tensor(last_regions) <= count)
         return replace(
             self,
             **{name: getattr(self, name)[:count] for name in REGION_FIELDS},
-            input_ids=[tokens for tokens, keep in zip(self.input_ids, is_kept.tolist(), strict=True) if keep],
+            input_ids=[*compress(self.input_ids, is_kept.tolist())],
+            questions=[*compress(self.questions, is_kept.tolist())],
             task_ids=self.task_ids[is_kept],
             region_index=self.region_index[is_kept],
             labels={name: labels[:count] for name, labels in self.labels.items()},
@@ -154,19 +180,34 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
             sample = add_template_phrases(sample, original)
         return self._build_example(sample, whole_images, rng, position / self.length)
 
+    def _group_questions(self, sample: Sample, regions: Sequence[Region]) -> dict[int, list[RegionQuestion]]:
+        """Return the questions about the given regions only, by the index of the region whose prefix they follow."""
+        index_by_id = {region.id: index for index, region in enumerate(regions)}
+        questions: dict[int, list[RegionQuestion]] = {}
+        for question in sample.questions if self.sampling_options.question_prob else ():
+            indices = [index_by_id.get(region_id) for region_id in question.region_ids]
+            known = [index for index in indices if index is not None]
+            if len(known) == len(indices):
+                references = list_region_references(question.text)
+                main_region = known[references[0] - 1 if references else 0]
+                questions.setdefault(main_region, []).append(RegionQuestion(question, tuple(known)))
+        return questions
+
     def _build_example(
         self, sample: Sample, whole_images: Mapping[int, Box | None], rng: np.random.Generator, progress: float
     ) -> Example:
         frame = self.processor.compute_frame(*sample.image.size)
         regions = [r for r in sample.regions if r.name or r.phrases]
         regions = [regions[i] for i in rng.permutation(len(regions))[: self.sampling_options.max_regions]]
+        questions = self._group_questions(sample, regions)
         mask_size, image_size = 4 * self.processor.grid_size, self.processor.image_format.size
         texts, boxes, points, masks = [], [], [], []
         for index, region in enumerate(regions):
             samples = (
-                self._sample_text(region, rng, progress) for _ in range(self.sampling_options.captions_per_region)
+                self._sample_text(region, questions.get(index, ()), rng, progress)
+                for _ in range(self.sampling_options.captions_per_region)
             )
-            texts += [(index, task, text) for task, text in dict.fromkeys(samples)]
+            texts += [(index, *sampled) for sampled in dict.fromkeys(samples)]
             boxes.append(_jitter_box(region.box, self.sampling_options.box_jitter, rng))
             mask = None if region.mask is None else decode_rle(region.mask)
             points.append(sample_point(region, mask, rng))
@@ -187,17 +228,42 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
             masks=torch.stack(masks) if masks else torch.zeros(0, mask_size, mask_size),
             valid_pixels=self.processor.compute_valid_cells(frame),
             has_mask=torch.tensor([r.mask is not None for r in regions], dtype=torch.bool),
-            input_ids=[self.tokenizer.encode(text, self.sampling_options.max_tokens) for _, _, text in texts],
-            task_ids=torch.tensor([task for _, task, _ in texts], dtype=torch.long),
-            region_index=torch.tensor([index for index, _, _ in texts], dtype=torch.long),
+            input_ids=[self.tokenizer.encode(text, self.sampling_options.max_tokens) for _, _, text, _ in texts],
+            questions=[self._encode_question(question) for *_, question in texts],
+            task_ids=torch.tensor([task for _, task, _, _ in texts], dtype=torch.long),
+            region_index=torch.tensor([index for index, *_ in texts], dtype=torch.long),
             image_boxes=torch.tensor([each.whole_image_box for each in region_frames]).reshape(-1, 4),
             aspect_ratios=torch.tensor([each.aspect_ratio for each in region_frames]),
             labels=labels,
             image_size=image_size,
         )
 
-    def _sample_text(self, region: Region, rng: np.random.Generator, progress: float) -> tuple[int, str]:
-        """Sample the task and text of a region; `progress` is the fraction of the stream, 0..1."""
+    def _encode_question(self, question: RegionQuestion | None) -> EncodedQuestion | None:
+        """Return the token ids of a question, with references to the regions of the example."""
+        if question is None:
+            return None
+        encoded = encode_question(self.tokenizer, question.question.text)
+        after = [token if token >= 0 else -1 - question.region_indices[-token - 1] for token in encoded.after]
+        return EncodedQuestion(encoded.before, after)
+
+    def _sample_text(
+        self, region: Region, questions: Sequence[RegionQuestion], rng: np.random.Generator, progress: float
+    ) -> tuple[int, str, RegionQuestion | None]:
+        """Sample the task and text of a region, and the question that the text answers, if any.
+
+        `progress` is the fraction of the stream, 0..1.
+        """
+        options = self.sampling_options
+        if questions and progress >= options.class_name_warmup and rng.random() < options.question_prob:
+            kinds = [*dict.fromkeys(each.question.kind for each in questions)]
+            kind = kinds[rng.integers(len(kinds))]  # kinds with few questions are as frequent as others
+            candidates = [each for each in questions if each.question.kind == kind]
+            selected = candidates[rng.integers(len(candidates))]
+            return CAPTION_TASK_ID, selected.question.answer, selected
+        return (*self._sample_caption(region, rng, progress), None)
+
+    def _sample_caption(self, region: Region, rng: np.random.Generator, progress: float) -> tuple[int, str]:
+        """Sample the task and text of a region."""
         options = self.sampling_options
         use_class_name = progress < options.class_name_warmup or rng.random() < options.class_name_prob
         if region.name and (use_class_name or not region.phrases):
@@ -266,13 +332,16 @@ class ExampleMixture(torch.utils.data.Dataset[Example]):
         return replace(example, prompt_kind=str(self._prompt_kinds[position // self.examples_per_step]))
 
 
-def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions: int = 0) -> Batch:
+def collate_examples(
+    examples: Sequence[Example], pad_token_id: int, max_regions: int = 0, embeddings_per_region: int = 0
+) -> Batch:
     """Collate examples with any number of regions into one flat batch.
 
     Args:
         examples: Examples, all with the prompt kind of the first.
         pad_token_id: Id of the padding token.
         max_regions: Maximum number of regions of the batch; 0 for no limit.
+        embeddings_per_region: Positions of a region in a question, for examples with questions that refer to regions.
 
     Returns:
         The batch, on the CPU.
@@ -281,9 +350,14 @@ def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions
     counts = torch.tensor([len(example.boxes) for example in examples])
     region_offsets = counts.cumsum(0) - counts  # regions of earlier examples
     image_index = torch.repeat_interleave(torch.arange(len(examples)), counts)
-    token_tensors = [torch.tensor(tokens) for example in examples for tokens in example.input_ids]
-    input_ids = torch.nn.utils.rnn.pad_sequence(token_tensors, batch_first=True, padding_value=pad_token_id)
-    lengths = torch.tensor([len(tokens) for tokens in token_tensors])
+    texts = [
+        _TextTokens.from_example(tokens, question, offset, embeddings_per_region)
+        for example, offset in zip(examples, region_offsets.tolist(), strict=True)
+        for tokens, question in zip(example.input_ids, example.questions, strict=True)
+    ]
+    input_ids = _pad([text.ids for text in texts], pad_token_id)
+    lengths = torch.tensor([len(text.ids) for text in texts])
+    attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
     targets = MaskTargets(
         masks=torch.cat([example.masks for example in examples]),
         valid_pixels=torch.stack([example.valid_pixels for example in examples])[image_index],
@@ -296,14 +370,69 @@ def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions
         prompts=_build_prompts(examples, image_index, targets),
         task_ids=torch.cat([example.task_ids for example in examples]),
         input_ids=input_ids,
-        attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+        attention_mask=attention_mask,
         region_index=torch.cat(
             [example.region_index + first for example, first in zip(examples, region_offsets, strict=True)]
         ),
+        questions=_collate_questions(texts, attention_mask),
         targets=targets,
         auxiliary_targets={
             name: torch.cat([example.labels[name] for example in examples]) for name in examples[0].labels
         },
+    )
+
+
+class _TextTokens(NamedTuple):
+    """Token ids of a question and its answer, or of a caption.
+
+    Attributes:
+        ids: Token ids.
+        question: Question; None for a caption.
+        num_question_ids: Ids of the question.
+        region_index: For each id, the row of the region whose embedding replaces it, or -1.
+        embedding_index: For each id, the index of that embedding.
+    """
+
+    ids: list[int]
+    question: EncodedQuestion | None
+    num_question_ids: int
+    region_index: list[int]
+    embedding_index: list[int]
+
+    @classmethod
+    def from_example(
+        cls, ids: Sequence[int], question: EncodedQuestion | None, region_offset: int, embeddings_per_region: int
+    ) -> _TextTokens:
+        """Return the ids of a text after those of its question, whose regions are counted over the whole batch."""
+        question_ids, slots = expand_references([] if question is None else question.after, embeddings_per_region)
+        slots = [*slots, *([None] * len(ids))]
+        return cls(
+            [*question_ids, *ids],
+            question,
+            len(question_ids),
+            [-1 if slot is None else region_offset + slot[0] - 1 for slot in slots],
+            [0 if slot is None else slot[1] for slot in slots],
+        )
+
+
+def _pad(rows: Sequence[Sequence[int]], padding_value: int) -> Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding_value)
+
+
+def _collate_questions(texts: Sequence[_TextTokens], attention_mask: Tensor) -> QuestionBatch | None:
+    """Return the questions of a batch; None without any."""
+    questions = [text.question for text in texts]
+    first_question = next((question for question in questions if question is not None), None)
+    if first_question is None:
+        return None
+    is_answer = torch.arange(attention_mask.shape[1]) >= torch.tensor([[text.num_question_ids] for text in texts])
+    return QuestionBatch(
+        has_question=torch.tensor([question is not None for question in questions]),
+        answer_mask=attention_mask * is_answer,
+        region_index=_pad([text.region_index for text in texts], -1),
+        embedding_index=_pad([text.embedding_index for text in texts], 0),
+        ids_before_prefix=torch.tensor(first_question.before, dtype=torch.long),
     )
 
 

@@ -77,6 +77,8 @@ class SamplingOptions:
             and shortest.
         longest_caption_prob: Probability, after both warmups, that a phrase is the region's last and longest instead
             of a random one.
+        question_prob: Probability that a sampled text is the answer to a question about the region, if the dataset has
+            any for it. The model needs `questions = true`.
         captions_per_region: Texts sampled per region; distinct ones are all trained on, from one forward pass.
         max_regions: Maximum number of regions per image.
         box_jitter: Standard deviation of the noise on box corners, as a fraction of the box sides.
@@ -88,6 +90,7 @@ class SamplingOptions:
     class_name_warmup: float = 0.0
     short_caption_warmup: float = 0.0
     longest_caption_prob: float = 0.0
+    question_prob: float = 0.0
     captions_per_region: int = 1
     max_regions: int = 16
     box_jitter: float = 0.0

@@ -44,7 +44,7 @@ def add_template_phrases(sample: Sample, original: Sample) -> Sample:
         else region
         for region in sample.regions
     )
-    return Sample(sample.image, sample.image_id, regions)
+    return sample._replace(regions=regions)
 
 
 def make_template_phrases(name: str, box: tuple[float, ...], size: tuple[int, int], is_unique: bool) -> tuple[str, ...]:

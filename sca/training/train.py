@@ -170,7 +170,11 @@ def _train_process(
         model=training_module,
         args=_build_training_arguments(recipe, folder, images_per_process),
         train_dataset=mixture,
-        data_collator=lambda examples: {"batch": collate_examples(examples, tokenizer.pad_token_id, max_regions)},
+        data_collator=lambda examples: {
+            "batch": collate_examples(
+                examples, tokenizer.pad_token_id, max_regions, model.prefix_length - model.spec.task_tokens
+            )
+        },
         lr_multipliers=recipe.train.lr_multipliers,
         sharded=sharded,
     )

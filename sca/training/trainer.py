@@ -39,9 +39,10 @@ def count_loss_terms(batch: Batch) -> dict[str, int]:
     """Return the number of terms that each loss of a batch averages over; "regions" is for all other losses."""
     assert batch.targets is not None  # set by `collate_examples`
     assert batch.attention_mask is not None
+    predicted = batch.attention_mask if batch.questions is None else batch.questions.answer_mask
     num_masks = int(batch.targets.has_mask.sum())
     return {
-        "caption": int(batch.attention_mask.sum()),
+        "caption": int(predicted.sum()),
         "mask": num_masks,
         "iou": num_masks,
         "regions": len(batch.prompts),

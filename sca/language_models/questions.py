@@ -1,0 +1,96 @@
+"""Questions about regions as token ids, with references to regions such as `<region 1>`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sca_registry.contracts import Tokenizer
+
+REGION_PATTERN = re.compile(r"<region (\d+)>")
+
+
+class EncodedQuestion(NamedTuple):
+    """Token ids of a question. The id -n refers to region n, counted from 1.
+
+    Attributes:
+        before: Ids before the visual prefix: the start of the user's turn in a chat template.
+        after: Ids after the visual prefix. The answer follows.
+    """
+
+    before: list[int]
+    after: list[int]
+
+    @property
+    def regions(self) -> list[int]:
+        """Numbers of the regions that the question refers to, in order, without duplicates."""
+        return [*dict.fromkeys(-token for token in self.after if token < 0)]
+
+
+def list_region_references(question: str) -> list[int]:
+    """Return the numbers of the regions that a question refers to, in order, without duplicates.
+
+    Args:
+        question: Text with references such as "<region 1>".
+
+    Returns:
+        Numbers from 1; empty for a question about a single region.
+    """
+    return [*dict.fromkeys(int(number) for number in REGION_PATTERN.findall(question))]
+
+
+def encode_question(tokenizer: Tokenizer, question: str) -> EncodedQuestion:
+    """Convert a question to token ids, with the chat template of the tokenizer if it has one.
+
+    Args:
+        tokenizer: Tokenizer of the language model. A method `format_question(question)` returns the texts before and
+            after the visual prefix.
+        question: Text; every "<region n>" is replaced by the embeddings of that region.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        ValueError: The question is empty, or a region number is 0.
+    """
+    if not question.strip():
+        raise ValueError("the question is empty; pass a text such as 'what color is it?'")
+    if 0 in list_region_references(question):
+        raise ValueError("the question refers to <region 0>; regions are counted from 1")
+    question = " ".join(question.split())
+    format_question = getattr(tokenizer, "format_question", None)
+    before, after = ("", question) if format_question is None else format_question(question)
+    *leading, last_text = REGION_PATTERN.split(after)  # texts alternate with numbers
+    pieces = [
+        [-int(piece)] if index % 2 else _encode_text(tokenizer, piece.rstrip()) for index, piece in enumerate(leading)
+    ]
+    pieces.append(_encode_text(tokenizer, last_text))
+    return EncodedQuestion(_encode_text(tokenizer, before), [token for piece in pieces for token in piece])
+
+
+def expand_references(ids: Sequence[int], positions_per_region: int) -> tuple[list[int], list[tuple[int, int] | None]]:
+    """Replace each reference to a region by as many positions as its embeddings have.
+
+    Args:
+        ids: Token ids; -n refers to region n.
+        positions_per_region: Embeddings per region.
+
+    Returns:
+        Token ids, 0 at the positions of regions; and for each position the number of the region and the index of its
+        embedding, or None for a token.
+    """
+    expanded: list[int] = []
+    slots: list[tuple[int, int] | None] = []
+    for token in ids:
+        if token >= 0:
+            expanded.append(token)
+            slots.append(None)
+        else:
+            expanded += [0] * positions_per_region
+            slots += [(-token, index) for index in range(positions_per_region)]
+    return expanded, slots
+
+
+def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text)[:-1] if text.strip() else []  # without EOS
