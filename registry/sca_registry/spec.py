@@ -171,7 +171,7 @@ class ModelSpec:
         geometry: How the language model receives the box of a region in its image: "token" for one more position of
             the prefix, before the queries; "add" to add its embedding to every projected query. None if it receives
             only the queries.
-        questions: The model answers questions about regions; set it to train one.
+        questions: The model answers questions about regions. Training with `question_prob` sets it.
         trainable: Parameter groups to train, a subset of `TRAINABLE_GROUPS`; the others are frozen.
         lora: LoRA of the language model: `rank`, `alpha`, `dropout` and `target_modules` (None selects them by
             architecture). An integer r is shorthand for rank r and alpha 2r. None disables LoRA.

@@ -21,15 +21,15 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
-from sca_registry.contracts import Region, Sample
+from sca_registry.contracts import Question, Region, Sample
 
+from sca.data.scene_questions import RELATIONS, make_questions
 from sca.io.errors import InputError
 
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
 SHAPE_NAMES = ("circle", "square", "triangle", "star", "cross")
 SIZE_NAMES = ("small", "medium", "large")
 TEXTURES = ("plain", "striped", "dotted")
-RELATIONS = ("left of", "right of", "above", "below")
 LOCATION_WORDS = ("top", "bottom", "left", "right")  # in the order of a location such as "top left"
 
 NAME_ATTRIBUTES = ("size", "texture", "color", "shape")  # which class names may contain
@@ -43,6 +43,7 @@ MIN_VISIBLE_FRACTION = 0.6  # minimum visible fraction of each shape
 MIN_RELATION_RATIO = 1.25  # minimum ratio of the distances along both axes
 MIN_CENTER_DISTANCE = 10  # minimum distance of two centers, along the larger axis
 OVERLAP_PROBABILITY = 0.18  # probability that a shape overlaps another
+QUESTION_STREAM = 1  # random stream of questions, apart from that of the image
 MAX_PLACEMENT_TRIES = 30
 SUPERSAMPLE = 4
 
@@ -170,6 +171,11 @@ def compute_relation(region: Region, other: Region) -> tuple[str, float]:
     return ("above" if dy < 0 else "below"), ratio
 
 
+def _find_clear_relation(region: Region, other: Region) -> str | None:
+    relation, ratio = compute_relation(region, other)
+    return relation if ratio >= MIN_RELATION_RATIO else None
+
+
 class _DrawnShape(NamedTuple):
     """Shape drawn on its own patch, before it is placed."""
 
@@ -195,6 +201,8 @@ class Scenes:
         seed: Random seed.
         name_attributes: Attributes that form the class name of a region, in this order; for example texture, color and
             shape for "striped red circle".
+        questions: Also generate questions about the regions, see `sca.data.scene_questions`. Their wordings in "train"
+            differ from those in the other splits.
 
     Raises:
         InputError: The split or an attribute is unknown, or the size is too small.
@@ -224,6 +232,7 @@ class Scenes:
         image_size: int = BASE_IMAGE_SIZE,
         seed: int = 0,
         name_attributes: Sequence[str] = DEFAULT_NAME_ATTRIBUTES,
+        questions: bool = False,
     ):
         if split not in self.split_sizes:
             raise InputError(f"the dataset 'scenes' has no split {split!r}; choose from {', '.join(self.split_sizes)}")
@@ -234,6 +243,7 @@ class Scenes:
                 f"name_attributes is {list(name_attributes)}; choose one or more of {', '.join(NAME_ATTRIBUTES)}"
             )
         self.name_attributes: tuple[str, ...] = tuple(name_attributes)
+        self.has_questions = questions
         self.split = split
         self.image_size = image_size
         self.seed = seed
@@ -258,8 +268,17 @@ class Scenes:
         canvas += rng.uniform(1, 5) * rng.standard_normal(canvas.shape, dtype=np.float32)
         image = Image.fromarray(np.clip(canvas, 0, 255, out=canvas).astype(np.uint8))
         image_id = int(index) * len(self.split_sizes) + self._split_index
-        regions = _build_regions(image_id, shape_attributes, shape_index_map)
-        return Sample(image, image_id, tuple(replace(region, name=self._make_name(region)) for region in regions))
+        regions = tuple(
+            replace(region, name=self._make_name(region))
+            for region in _build_regions(image_id, shape_attributes, shape_index_map)
+        )
+        return Sample(image, image_id, regions, self._make_questions(regions, int(index)))
+
+    def _make_questions(self, regions: Sequence[Region], index: int) -> tuple[Question, ...]:
+        if not self.has_questions:
+            return ()
+        rng = np.random.default_rng([self.seed, self._split_index, index, QUESTION_STREAM])
+        return make_questions(regions, self.attribute_values, _find_clear_relation, rng, self.split != "train")
 
     def _make_name(self, region: Region) -> str:
         return " ".join(region.attributes[attribute] for attribute in self.name_attributes)

@@ -23,6 +23,7 @@ from sca.data.summary import check_dataset_not_empty, summarize_dataset
 from sca.evaluation.comprehension import ComprehensionOptions
 from sca.evaluation.predictions import (
     COMPREHENSION_TASK,
+    QUESTION_TASK,
     DenseCaptioningOptions,
     PromptingOptions,
     RecordPredictor,
@@ -36,6 +37,7 @@ from sca.evaluation.predictions_file import (
     check_same_runs,
     read_predictions,
 )
+from sca.evaluation.question_answering import QuestionAnsweringOptions, check_can_answer
 from sca.evaluation.records import Record
 from sca.evaluation.requirements import (
     check_has_truth,
@@ -232,6 +234,8 @@ def evaluate(
     tasks: Sequence[str] = prompting.tasks
     is_comprehension = prompting.tasks == (COMPREHENSION_TASK,)
     if proposer_component is not None:
+        if prompting.tasks == (QUESTION_TASK,):
+            raise ValueError("questions are about the regions of the dataset; omit the proposer")
         if prompting.controls:
             raise ValueError("controls change the prompts of the dataset's regions; omit them, or the proposer")
         tasks = tasks if is_comprehension else select_dense_tasks(built_dataset, tasks, max_images)
@@ -245,6 +249,9 @@ def evaluate(
     if is_comprehension:
         check_can_find(captioner, model_name)
         prompting_options = ComprehensionOptions(built_proposer)
+    elif prompting.tasks == (QUESTION_TASK,):
+        check_can_answer(captioner)
+        prompting_options = QuestionAnsweringOptions(prompting)
     elif built_proposer is not None:
         prompting_options = DenseCaptioningOptions(built_proposer, tuple(tasks), prompting.generation, prompting.zoom)
     zoom = None if is_comprehension else resolve_zoom(captioner, prompting.zoom)

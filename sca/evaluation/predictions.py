@@ -22,6 +22,9 @@ a list of `id`, `box`, and `phrases` or `name`.
 For referring expression comprehension, a record has the task "comprehension" and, instead of a caption, `expressions`:
 the `text` of each phrase, and the `box` and `score` of the region that matches it best; see
 `sca.evaluation.comprehension`.
+
+For questions, a record has the task "question" and `answers`: the `text` and `score` of each predicted answer. Its
+truth contains `questions`: the `text`, `kind` and `answer` of each.
 """
 
 from __future__ import annotations
@@ -60,6 +63,8 @@ CONTROLS = {
 }
 DENSE_TASKS = {"dense": "caption", "dense-recognition": "recognition"}  # task of each proposal, by task of the record
 COMPREHENSION_TASK = "comprehension"
+QUESTION_TASK = "question"
+EXCLUSIVE_TASKS = (COMPREHENSION_TASK, QUESTION_TASK)  # evaluated alone
 NUM_CANDIDATE_SHIFTS = 16  # candidate positions for a shifted region; the one with the least overlap is used
 
 PromptsByRegion = dict[int, Prompt]  # prompts of one image by region id
@@ -88,7 +93,8 @@ class PromptingOptions:
             a ground-truth mask, "mask-point", "box-and-point" and "mask" use the mask that the captioner predicts for
             the box, as in SCA (arXiv 2312.00869).
         tasks: Tasks of every region that has the ground truth: phrases for "caption", a name for "recognition". Or only
-            "comprehension": `sca.evaluate` then finds the region of each phrase.
+            "comprehension": `sca.evaluate` then finds the region of each phrase. Or only "question": it answers the
+            questions of the dataset.
         controls: Negative controls of `CONTROLS`; each repeats all predictions.
         seed: Random seed of point prompts and shifted regions.
         generation: Generation options of the captioner.
@@ -96,7 +102,7 @@ class PromptingOptions:
 
     Raises:
         ValueError: An unknown prompt type, task or control, no task, an invalid value of `zoom`, or an option that has
-            no effect on comprehension.
+            no effect on the task.
     """
 
     prompt_type: str = "box"
@@ -109,12 +115,15 @@ class PromptingOptions:
     def __post_init__(self) -> None:
         check_zoom(self.zoom)
         check_choice("prompt_type", self.prompt_type, PROMPT_TYPES)
-        for task in self.tasks if tuple(self.tasks) != (COMPREHENSION_TASK,) else ():
+        is_exclusive = len(self.tasks) == 1 and self.tasks[0] in EXCLUSIVE_TASKS
+        for task in () if is_exclusive else self.tasks:
             check_choice("task", task, TASKS)
         for control in self.controls:
             check_choice("control", control, CONTROLS)
         if tuple(self.tasks) == (COMPREHENSION_TASK,):
             self._check_comprehension()
+        if tuple(self.tasks) == (QUESTION_TASK,) and self.zoom != ZOOM_OFF:
+            raise ValueError(f"zoom {self.zoom} has no effect on the task {QUESTION_TASK}; omit it")
         if not self.tasks:
             raise ValueError(f"tasks is empty; choose one or more of {', '.join(TASKS)}")
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
@@ -139,20 +148,8 @@ class PromptingOptions:
         Returns:
             The records, grouped by image in the order of `samples`.
         """
-        zoom = resolve_zoom(captioner, self.zoom)
-        encoded_images = _EncodedImages(captioner, [sample.image for _, sample in samples], zoom)
-        region_prompts = [
-            _make_prompts(self, sample, encoded_images, position) for position, (_, sample) in enumerate(samples)
-        ]
         records: list[list[dict[str, Any]]] = [[] for _ in samples]
-        for control in (None, *self.controls):
-            control_prompts = [
-                self._apply_control(control, sample, prompts)
-                for (_, sample), prompts in zip(samples, region_prompts, strict=True)
-            ]
-            control_images = encoded_images
-            if control == "color-swap":
-                control_images = _EncodedImages(captioner, [_swap_colors(sample.image) for _, sample in samples], zoom)
+        for control, control_images, control_prompts in self._iter_controls(captioner, samples):
             for task in self.tasks:
                 requests = [
                     {
@@ -171,6 +168,40 @@ class PromptingOptions:
         return [
             each for position, (_, sample) in enumerate(samples) for each in _sort_records(records[position], sample)
         ]
+
+    def iter_encoded_controls(
+        self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]
+    ) -> Iterator[tuple[str | None, Any, list[PromptsByRegion]]]:
+        """Yield the inputs of the predictions and of each control.
+
+        Args:
+            captioner: Captioner with a method `encode`.
+            samples: Dataset index and sample of each image.
+
+        Yields:
+            Name of the control, None for the regular predictions; the encoded images; and the prompts of each image by
+            region id.
+        """
+        for control, images, prompts in self._iter_controls(captioner, samples):
+            yield control, images.encoded, prompts
+
+    def _iter_controls(
+        self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]
+    ) -> Iterator[tuple[str | None, _EncodedImages, list[PromptsByRegion]]]:
+        zoom = resolve_zoom(captioner, self.zoom)
+        encoded_images = _EncodedImages(captioner, [sample.image for _, sample in samples], zoom)
+        region_prompts = [
+            _make_prompts(self, sample, encoded_images, position) for position, (_, sample) in enumerate(samples)
+        ]
+        for control in (None, *self.controls):
+            control_prompts = [
+                self._apply_control(control, sample, prompts)
+                for (_, sample), prompts in zip(samples, region_prompts, strict=True)
+            ]
+            control_images = encoded_images
+            if control == "color-swap":
+                control_images = _EncodedImages(captioner, [_swap_colors(sample.image) for _, sample in samples], zoom)
+            yield control, control_images, control_prompts
 
     def _apply_control(self, control: str | None, sample: Sample, prompts: PromptsByRegion) -> PromptsByRegion:
         if control == "wrong-region":
@@ -360,6 +391,8 @@ def _should_caption(region: Region, task: str, prompts: PromptsByRegion) -> bool
 
 
 def _has_truth_for_task(region: Region, task: str) -> bool:
+    if task == QUESTION_TASK:  # questions belong to the sample
+        return True
     return bool(region.name if DENSE_TASKS.get(task, task) == "recognition" else region.phrases)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sca_registry.contracts import TASKS
 
-from sca.evaluation.predictions import COMPREHENSION_TASK, DENSE_TASKS
+from sca.evaluation.predictions import COMPREHENSION_TASK, DENSE_TASKS, EXCLUSIVE_TASKS, QUESTION_TASK
 from sca.evaluation.predictions_file import Predictions, hash_truth
 from sca.io.errors import InputError
 from sca.io.validation import is_finite_number
@@ -131,7 +131,7 @@ def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str,
     if not isinstance(control := record.get("control"), str | None):
         raise InputError(f"{location}: control must be text, not {control!r:.60}")
     task = record.get("task", "caption")
-    known_tasks = (*TASKS, *DENSE_TASKS, COMPREHENSION_TASK)
+    known_tasks = (*TASKS, *DENSE_TASKS, *EXCLUSIVE_TASKS)
     if task not in known_tasks:
         raise InputError(f"{location}: unknown task {task!r}; choose from {', '.join(known_tasks)}")
     if task in TASKS and not isinstance(record.get("caption"), str):
@@ -147,6 +147,15 @@ def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str,
         _check_objects(truth.get("regions"), f"{location}: truth.regions", {"box": list, label: label_type})
     if task == COMPREHENSION_TASK:
         _check_objects(record.get("expressions"), f"{location}: expressions", {"text": str, "box": list | None})
+    if task == QUESTION_TASK:
+        _check_objects(record.get("answers"), f"{location}: answers", {"text": str})
+        fields = {"text": str, "kind": str, "answer": str}
+        _check_objects(truth.get("questions"), f"{location}: truth.questions", fields)
+        if len(record["answers"]) != len(truth["questions"]):
+            raise InputError(
+                f"{location}: {len(record['answers'])} answers to {len(truth['questions'])} questions; predict the "
+                "answers again"
+            )
     references = record.get("references", truth.get("phrases", []))
     if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
         raise InputError(f"{location}: references must be a list of strings, not {references!r:.60}")

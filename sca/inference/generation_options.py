@@ -67,8 +67,7 @@ def resolve_generation_options(
         check_type("question", question, str)
         if "question" not in supported:
             raise ValueError(
-                "the model is not trained to answer questions; use one that is, or train one with model.questions=true "
-                "and train.question_prob"
+                "the model is not trained to answer questions; use one that is, or train one with train.question_prob"
             )
     defaults = getattr(captioner, "generation", DEFAULT_GENERATION)
     is_sampling = settings.get("do_sample", defaults.get("do_sample", False))

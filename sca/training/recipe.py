@@ -57,6 +57,7 @@ NON_NEGATIVE_OPTIONS = ("learning_rate", "adam_beta2", "weight_decay", "max_grad
 MAX_SEED = 2**32 - 1  # NumPy's maximum
 FRACTION_OPTIONS = (  # numbers from 0 to 1
     "class_name_prob",
+    "question_prob",
     "class_name_warmup",
     "short_caption_warmup",
     "longest_caption_prob",
@@ -78,7 +79,7 @@ class SamplingOptions:
         longest_caption_prob: Probability, after both warmups, that a phrase is the region's last and longest instead
             of a random one.
         question_prob: Probability that a sampled text is the answer to a question about the region, if the dataset has
-            any for it. The model needs `questions = true`.
+            any for it. Above 0, the trained model answers questions.
         captions_per_region: Texts sampled per region; distinct ones are all trained on, from one forward pass.
         max_regions: Maximum number of regions per image.
         box_jitter: Standard deviation of the noise on box corners, as a fraction of the box sides.

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,8 @@ def prepare_training(
         raise RegistryError(NO_TOKENIZER_MESSAGE)
     if recipe.train.feature_cache_dir:
         check_cacheable(recipe, model)
+    if recipe.train.question_prob:
+        model.spec = replace(model.spec, questions=True)
     return model, *_build_mixture(recipe, model, list(sources.values())), validation_dataset
 
 

@@ -1,0 +1,49 @@
+"""Accuracy of answers to questions about regions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from sca_registry.contracts import MetricOutput
+
+from sca.evaluation.records import Record, collect_region_ids, normalize_text, require_records
+
+ARTICLE_PATTERN = re.compile(r"\b(?:a|an|the)\b")
+
+
+class QuestionAccuracy:
+    """Fraction of questions with the correct answer, ignoring case, spacing, punctuation and articles.
+
+    `questions/accuracy` weights all questions equally. Each kind of question also has its own score.
+    `questions/questions` is their number.
+    """
+
+    required_fields: tuple[str, ...] = ("task=question", "answers")
+
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
+        scored_records = require_records(records, self.required_fields, "questions")
+        rows = [
+            (record, question, answer)
+            for record in scored_records
+            for question, answer in zip(record["truth"]["questions"], record["answers"], strict=True)
+        ]
+        is_correct = np.array(
+            [_normalize(answer["text"]) == _normalize(question["answer"]) for _, question, answer in rows],
+            dtype=float,
+        )
+        kinds = np.array([question["kind"] for _, question, _ in rows])
+        per_record = {"questions/accuracy": is_correct}
+        for kind in np.unique(kinds):
+            per_record[f"questions/{kind}"] = np.where(kinds == kind, is_correct, np.nan)
+        values: dict[str, float] = {name: float(np.nanmean(column)) for name, column in per_record.items()}
+        return MetricOutput(
+            {**values, "questions/questions": len(rows)},
+            per_record | collect_region_ids([record for record, *_ in rows]),
+        )
+
+
+def _normalize(text: str) -> str:
+    words = ARTICLE_PATTERN.sub(" ", re.sub(r"[^\w\s]", " ", text.casefold()))
+    return normalize_text(words)

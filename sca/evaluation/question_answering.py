@@ -1,0 +1,112 @@
+"""Answer the questions of a dataset about its regions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sca_registry.contracts import Caption, Prompt, Question, Sample
+
+from sca.evaluation.predictions import QUESTION_TASK, PromptingOptions, make_truth
+from sca.inference.engine import Engine, RegionQuestion
+from sca.inference.generation_options import resolve_generation_options
+from sca.language_models.questions import REGION_PATTERN
+
+
+@dataclass(frozen=True)
+class QuestionAnsweringOptions:
+    """Options of question answering.
+
+    Args:
+        prompting: Prompt type, controls, seed and generation options.
+    """
+
+    prompting: PromptingOptions
+
+    def predict_records(self, captioner: Any, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
+        """Predict one record per region with questions, and control.
+
+        Args:
+            captioner: Engine of a model that answers questions.
+            samples: Dataset index and sample of each image.
+
+        Returns:
+            The records, grouped by image in the order of `samples`. `answers` contains the `text` and `score` of the
+            answer to each question in `truth.questions`.
+
+        Raises:
+            ValueError: The captioner answers no questions.
+        """
+        engine = check_can_answer(captioner)
+        records: list[list[dict[str, Any]]] = [[] for _ in samples]
+        for control, encoded, prompts_by_image in self.prompting.iter_encoded_controls(engine, samples):
+            inputs = list(zip(samples, prompts_by_image, strict=True))
+            questions = [_select_questions(sample, prompts) for (_, sample), prompts in inputs]
+            answers = engine.answer_batch(
+                encoded,
+                [list(prompts.values()) for prompts in prompts_by_image],
+                [
+                    [_refer_to_prompts(question, prompts) for question in image_questions]
+                    for image_questions, prompts in zip(questions, prompts_by_image, strict=True)
+                ],
+                return_masks=False,
+                **self.prompting.generation,
+            )
+            for position, (index, sample) in enumerate(samples):
+                pairs = list(zip(questions[position], answers[position], strict=True))
+                records[position] += _make_records(index, sample, control, pairs)
+        return [record for image_records in records for record in image_records]
+
+
+def _make_records(
+    index: int, sample: Sample, control: str | None, pairs: Sequence[tuple[Question, Caption]]
+) -> list[dict[str, Any]]:
+    """Return one record per region with questions."""
+    records = []
+    for region in sample.regions:
+        if region_pairs := [each for each in pairs if each[0].region_ids[0] == region.id]:
+            questions = [{"text": each.text, "kind": each.kind, "answer": each.answer} for each, _ in region_pairs]
+            records.append(
+                {
+                    "index": index,
+                    "image_id": sample.image_id,
+                    "region_id": region.id,
+                    "task": QUESTION_TASK,
+                    "control": control,
+                    "answers": [{"text": answer.text, "score": answer.score} for _, answer in region_pairs],
+                    "truth": {**make_truth(region), "questions": questions},
+                }
+            )
+    return records
+
+
+def check_can_answer(captioner: Any) -> Engine:
+    """Check that a captioner can answer questions.
+
+    Args:
+        captioner: Any captioner.
+
+    Returns:
+        The captioner.
+
+    Raises:
+        ValueError: It is not trained to answer questions.
+    """
+    resolve_generation_options(captioner, question="?")
+    if not isinstance(captioner, Engine):
+        raise ValueError(f"{type(captioner).__name__} cannot be evaluated on questions; use a model, such as sca-tiny")
+    return captioner
+
+
+def _select_questions(sample: Sample, prompts: Mapping[int, Prompt]) -> list[Question]:
+    """Return the questions about regions that have a prompt."""
+    return [question for question in sample.questions if prompts.keys() >= set(question.region_ids)]
+
+
+def _refer_to_prompts(question: Question, prompts: Mapping[int, Prompt]) -> RegionQuestion:
+    """Return a question whose references count the prompts of the image instead of the regions of the question."""
+    index_by_id = {region_id: index for index, region_id in enumerate(prompts)}
+    indices = [index_by_id[region_id] for region_id in question.region_ids]
+    text = REGION_PATTERN.sub(lambda match: f"<region {indices[int(match[1]) - 1] + 1}>", question.text)
+    return RegionQuestion(text, indices[0])
