@@ -445,6 +445,7 @@ class Dataset(Protocol):
     A dataset may also have:
 
     - `iter_annotations()`: yields the regions of each image, in order, without opening images;
+    - `iter_questions()`: yields the questions about each image, in the same order;
     - `read_sample(index)`: returns a sample, or None if its image cannot be read;
     - `content_hash`: identifies the content, so that results on other content are not mixed;
     - `metadata`: dict of counts, such as `regions` and `captioned`;

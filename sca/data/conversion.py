@@ -3,7 +3,8 @@
 A dataset is converted once; afterwards its table is memory-mapped. A table has one row per image:
 
     image_id int64, file string, width int32, height int32, stamp list of int64 or null,
-    regions  list of {id int64, box 4 x float64, mask string or null, name string or null, phrases, attributes}
+    regions    list of {id int64, box 4 x float64, mask string or null, name string or null, phrases, attributes}
+    questions  list of {text string, answer string, region_ids list of int64, kind string}
 
 Boxes are x1 y1 x2 y2 in pixels of the upright image, a mask is the counts of its compressed RLE, and attributes are
 JSON. Width and height are those that the sources record, else those of the image file. In the second case `stamp` is
@@ -32,9 +33,11 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sca_registry.contracts import Question
 from tqdm.auto import tqdm
 
 from sca.io.annotations.annotation import MAX_EXAMPLES, SkipCounter
@@ -46,13 +49,17 @@ from sca.io.image_names import is_url, resolve_image_path
 from sca.io.images import read_image_file_size
 from sca.io.masks import RLE, mask_to_box
 
-SCHEMA_VERSION = 8  # increase it when the format or a reader changes, to convert all tables again
+SCHEMA_VERSION = 9  # increase it when the format or a reader changes, to convert all tables again
 METADATA_FILE = "metadata.json"
 IMAGES_PER_SHARD = 2000  # including skipped images
 BAD_IMAGE_REASONS = (  # counted against `max_bad_records`
     *("image missing", "image is a URL", "image name ambiguous"),
     *("image unreadable", "image of a different size", "image without data"),
     *("segments unreadable", "segments of a different size"),
+)
+COUNT_KEYS = (  # counts in the metadata
+    *("shards", "entries", "images", "regions", "captioned_regions", "phrases"),
+    *("questions", "images_with_questions_only"),
 )
 UNUSABLE_IMAGE_REASON, UNUSABLE_REGION_REASON = "unusable image", "unusable region"
 UNNAMED_CATEGORY_REASON = "category without a name"
@@ -64,7 +71,8 @@ class ConvertedTable(ABC):
     A subclass reads the files in `_iter_entries` and `_build_row`. Boxes are clipped to the image. These are skipped
     and counted by reason:
 
-    - boxes outside the image, blank phrases, and regions with neither a name nor a phrase;
+    - boxes outside the image, blank phrases, and regions with neither a name, a phrase nor a question;
+    - questions about regions that are skipped or do not exist;
     - images without regions and images whose file is missing;
     - records with a missing or invalid field or reference, which affect only their own region or image;
     - records that repeat an id, except the first.
@@ -145,7 +153,8 @@ class ConvertedTable(ABC):
         self, image_id: int, name: str, width: int, height: int, is_size_recorded: bool = True
     ) -> dict[str, Any]:
         stamp = None if is_size_recorded else self._get_image_stamp(name)
-        return {"image_id": image_id, "file": name, "width": width, "height": height, "stamp": stamp, "regions": []}
+        row = {"image_id": image_id, "file": name, "width": width, "height": height, "stamp": stamp}
+        return {**row, "regions": [], "questions": []}
 
     def _add_region(
         self,
@@ -157,15 +166,16 @@ class ConvertedTable(ABC):
         name: str | None = None,
         phrases: Sequence[str] = (),
         attributes: dict[str, Any] | None = None,
+        questions: Sequence[Question] = (),
     ) -> None:
-        """Add a region to the row of its image, or count why it is skipped."""
+        """Add a region and questions about it to the row of its image, or count why it is skipped."""
         box = mask_to_box(mask) if box is None and mask else box
         assert box is not None
         clipped = clip_annotated_box(box, (row["width"], row["height"]), location, self._skip, mask)
         if clipped is None:
             return
         name, nonblank_phrases = (name or "").strip() or None, [phrase for phrase in phrases if phrase]
-        if not name and not nonblank_phrases:
+        if not name and not nonblank_phrases and not questions:
             return self._skip("region without text", location)
         for _ in range(len(phrases) - len(nonblank_phrases)):
             self._skip("blank phrase", location)
@@ -179,6 +189,7 @@ class ConvertedTable(ABC):
                 "attributes": json.dumps(attributes or {}),
             }
         )
+        row["questions"] += map(asdict, questions)
 
     def _reject_region(self, problem: str | ValueError) -> None:
         """Count an unusable region; the problem names its file, record and field."""
@@ -289,7 +300,7 @@ class ConvertedTable(ABC):
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir()
                 metadata = {"sources": list(map(str, self.sources[:MAX_EXAMPLES])), "hash": "", "is_complete": False}
-                metadata |= dict.fromkeys(("shards", "entries", "images", "regions", "captioned_regions", "phrases"), 0)
+                metadata |= dict.fromkeys(COUNT_KEYS, 0)
                 metadata["class_names"] = []
             if not metadata["is_complete"]:
                 with tqdm(desc=self.reader, unit=" images", leave=False, disable=None) as bar:
@@ -338,6 +349,9 @@ class ConvertedTable(ABC):
                         metadata["captioned_regions"] += sum(bool(region["phrases"]) for region in record["regions"])
                         class_names |= dict.fromkeys(region["name"] for region in record["regions"] if region["name"])
                         metadata["phrases"] += sum(len(region["phrases"]) for region in record["regions"])
+                        metadata["questions"] += len(record["questions"])
+                        has_text = any(region["name"] or region["phrases"] for region in record["regions"])
+                        metadata["images_with_questions_only"] += not has_text
                     bar.update()
                 writer.finalize()
             has_more = metadata["entries"] - entries_before == IMAGES_PER_SHARD
@@ -358,12 +372,23 @@ class ConvertedTable(ABC):
             return None
         if self._find_image_file(row["file"]) is None:
             return None
+        self._drop_unanswerable_questions(row)
         if not row["regions"]:
             if row["stamp"]:
                 self._empty_image_sizes[row["file"]] = row["stamp"], row["width"], row["height"]
             self._skip("image without regions", row["file"])
             return None
         return row
+
+    def _drop_unanswerable_questions(self, row: dict[str, Any]) -> None:
+        """Drop, and count, the questions about regions that the row does not have."""
+        region_ids = {region["id"] for region in row["regions"]}
+        for question in row["questions"]:
+            if missing := [region_id for region_id in question["region_ids"] if region_id not in region_ids]:
+                self._skip(
+                    "question about a missing region", f"{row['file']} ({question['text']!r:.60}, id {missing[0]})"
+                )
+        row["questions"] = [each for each in row["questions"] if region_ids.issuperset(each["region_ids"])]
 
     def _find_image_file(self, name: str) -> Path | None:
         """Return the file of an image; None, and counted, if it does not exist or has two names."""
@@ -447,7 +472,9 @@ def _build_features() -> Any:
     region = {"id": integer, "box": List(Value("float64"), length=4), "mask": text, "name": text}
     region |= {"phrases": List(text), "attributes": text}
     sides = {"width": Value("int32"), "height": Value("int32"), "stamp": List(integer)}
-    return Features({"image_id": integer, "file": text, **sides, "regions": List(region)})
+    question = {"text": text, "answer": text, "region_ids": List(integer), "kind": text}
+    lists = {"regions": List(region), "questions": List(question)}
+    return Features({"image_id": integer, "file": text, **sides, **lists})
 
 
 def _format_shard_name(number: int) -> str:
@@ -457,7 +484,9 @@ def _format_shard_name(number: int) -> str:
 def _encode_row_content(row: dict[str, Any]) -> bytes:
     """Encode the content of a row as one line, without the name of its image file."""
     regions = [list(region.values()) for region in row["regions"]]
-    return json.dumps([row["image_id"], row["width"], row["height"], regions]).encode() + b"\n"
+    questions = [list(question.values()) for question in row["questions"]]
+    content = [row["image_id"], row["width"], row["height"], regions, *([questions] if questions else [])]
+    return json.dumps(content).encode() + b"\n"
 
 
 def _compute_digest(value: Any) -> str:

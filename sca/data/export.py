@@ -219,7 +219,17 @@ def _write_jsonl(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
                 width, height = sample.image.size
                 for region in sample.regions:
                     line = {"image": name, "image_id": sample.image_id, "id": region.id, "box": region.box}
-                    extras = {"name": region.name, "mask": region.mask, "phrases": region.phrases}
+                    questions = [
+                        {"question": each.text, "answer": each.answer, "kind": each.kind, "regions": each.region_ids}
+                        for each in sample.questions
+                        if each.region_ids[0] == region.id
+                    ]
+                    extras = {
+                        "name": region.name,
+                        "mask": region.mask,
+                        "phrases": region.phrases,
+                        "questions": questions,
+                    }
                     extras = {key: value for key, value in {**extras, "attributes": region.attributes}.items() if value}
                     file.write(json.dumps({**line, **extras, "width": width, "height": height}) + "\n")
 

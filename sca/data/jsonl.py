@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sca_registry.contracts import Question
 from tqdm.auto import tqdm
 
 from sca.data import record_parsing
@@ -19,9 +20,12 @@ from sca.io.errors import InputError
 from sca.io.image_names import ImageNameResolver, resolve_image_path
 from sca.io.images import read_image_file_size
 from sca.io.paths import expand_user, normalize_name
+from sca.io.text import format_count
 from sca.io.validation import read_field, read_number_list, require_recorded_size
+from sca.language_models.questions import list_region_references
 
 BOX_FORMAT = "x1, y1, x2, y2"
+DEFAULT_QUESTION_KIND = "question"
 TEXT_FIELDS = ("caption", "phrases", "name")
 
 
@@ -34,7 +38,10 @@ class Jsonl(TableDataset):
 
     - `image`: file name, relative to `image_root`, else to the folder of the file or to the current directory.
     - `box`: x1 y1 x2 y2 in image pixels. Default: the box of the mask.
-    - `caption`, or `phrases` (a list), or only a `name`.
+    - `caption`, or `phrases` (a list), or only a `name`, or only questions.
+    - `question` and its `answer`, and optionally its `kind` and `regions`; or `questions`, a list of objects with these
+      fields. `regions` contains the `id` of each region that the question is about: "<region 1>" in its text refers to
+      the first one. Default: the region of the line.
     - `mask`: COCO RLE or polygons; optional.
     - `attributes`: optional.
     - `width` and `height` of the image; optional. Without them the image file is opened to measure it.
@@ -175,9 +182,10 @@ class Jsonl(TableDataset):
             raise InputError(f"{location}: box is {box}, with x2 < x1 or y2 < y1; expected {BOX_FORMAT}")
         count_unread_caption(record, ("caption", "phrases"), location, self._skip)
         text_fields = [key for key in TEXT_FIELDS if record.get(key) is not None]
-        if not text_fields or len({"caption", "phrases"} & set(text_fields)) == 2:
+        questions = _parse_questions(record, region_id, location)
+        if not (text_fields or questions) or len({"caption", "phrases"} & set(text_fields)) == 2:
             raise InputError(
-                f"{location}: set a name, or one of caption and phrases, or both; it has "
+                f"{location}: set a name, one of caption and phrases, or a question with its answer; it has "
                 f"{' and '.join(text_fields) or 'none'}"
             )
         phrase_field = next((key for key in ("caption", "phrases") if key in text_fields), "caption")
@@ -193,4 +201,33 @@ class Jsonl(TableDataset):
             name=read_field(record, "name", str, location) if "name" in text_fields else None,
             phrases=parse_phrases(record.get(phrase_field), phrase_field, location),
             attributes=read_field(record, "attributes", dict, location) if record.get("attributes") else None,
+            questions=questions,
         )
+
+
+def _parse_questions(record: dict[str, Any], region_id: int, location: str) -> list[Question]:
+    """Return the questions of a line. Raises InputError for an invalid one."""
+    tables = read_field(record, "questions", list, location) if record.get("questions") is not None else []
+    if record.get("question") is not None or record.get("answer") is not None:
+        tables = [record, *tables]
+    questions = []
+    for table in tables:
+        if not isinstance(table, dict):
+            raise InputError(f"{location}: questions has {table!r:.60}; expected objects with question and answer")
+        text, answer = (read_field(table, key, str, location).strip() for key in ("question", "answer"))
+        if not text or not answer:
+            raise InputError(f"{location}: the question or its answer is empty; set both")
+        kind = read_field(table, "kind", str, location) if table.get("kind") is not None else DEFAULT_QUESTION_KIND
+        region_ids = [region_id]
+        if table.get("regions") is not None:
+            region_ids = read_field(table, "regions", list, location)
+        references = list_region_references(text)
+        if not region_ids or not all(isinstance(each, int) and not isinstance(each, bool) for each in region_ids):
+            raise InputError(f"{location}: regions is {region_ids!r:.60}; expected a list of one or more ids")
+        if references and not 1 <= min(references) <= max(references) <= len(region_ids):
+            raise InputError(
+                f"{location}: the question refers to <region {max(references)}>, but is about "
+                f"{format_count(len(region_ids), 'region')}; list their ids in regions"
+            )
+        questions.append(Question(text, answer, tuple(region_ids), kind))
+    return questions

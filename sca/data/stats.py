@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
-from sca_registry.contracts import Dataset, Region
+from sca_registry.contracts import Dataset, Question, Region
 
 MAX_AREA_BY_SIZE = {"small": 32**2, "medium": 96**2}  # exclusive bounds in square pixels, as in COCO
 NUM_MOST_COMMON = 10  # names and phrases
@@ -20,8 +21,8 @@ def compute_dataset_stats(dataset: Dataset, check_images: bool = False) -> dict[
         check_images: Whether to open every image, which finds damaged ones.
 
     Returns:
-        JSON-serializable counts of images, regions, phrases and words; their distributions; the most common class names
-        and phrases; and the skipped records by reason, with examples.
+        JSON-serializable counts of images, regions, phrases, words and questions; their distributions; the most common
+        class names, phrases and answers; and the skipped records by reason, with examples.
     """
     names: Counter[str] = Counter()
     phrases: Counter[str] = Counter()
@@ -30,7 +31,13 @@ def compute_dataset_stats(dataset: Dataset, check_images: bool = False) -> dict[
     region_counts: Counter[int] = Counter()  # per image
     sizes = dict.fromkeys((*MAX_AREA_BY_SIZE, "large"), 0)
     num_with_mask = num_without_phrase = 0
-    for regions in iter_region_annotations(dataset, check_images):
+    question_kinds: Counter[str] = Counter()
+    answers: Counter[str] = Counter()
+    questions: set[str] = set()
+    for regions, image_questions in iter_image_annotations(dataset, check_images):
+        question_kinds.update(question.kind for question in image_questions)
+        answers.update(question.answer for question in image_questions)
+        questions.update(question.text for question in image_questions)
         region_counts[len(regions)] += 1
         for region in regions:
             x1, y1, x2, y2 = region.box
@@ -61,17 +68,25 @@ def compute_dataset_stats(dataset: Dataset, check_images: bool = False) -> dict[
         "num_words": sum(number * times for number, times in phrase_lengths.items()),
         "num_unique_words": len(words),
         "words_per_phrase": _summarize_distribution(phrase_lengths),
+        "num_questions": question_kinds.total(),
+        "num_unique_questions": len(questions),
+        "questions_by_kind": dict(question_kinds.most_common()),
+        "num_unique_answers": len(answers),
+        "most_common_answers": dict(answers.most_common(NUM_MOST_COMMON)),
         "skipped": dict(getattr(dataset, "skipped", {})),
         "skipped_examples": dict(getattr(dataset, "examples", {})),
     }
 
 
-def iter_region_annotations(dataset: Dataset, check_images: bool) -> Iterator[tuple[Region, ...]]:
-    """Iterate over the regions of each image."""
+def iter_image_annotations(
+    dataset: Dataset, check_images: bool
+) -> Iterator[tuple[tuple[Region, ...], tuple[Question, ...]]]:
+    """Iterate over the regions of each image and the questions about it."""
     if not check_images and hasattr(dataset, "iter_annotations"):
-        return dataset.iter_annotations()
+        questions = dataset.iter_questions() if hasattr(dataset, "iter_questions") else repeat(())
+        return zip(dataset.iter_annotations(), questions, strict=False)
     samples = iter(dataset) if hasattr(dataset, "__iter__") else map(dataset.__getitem__, range(len(dataset)))
-    return (sample.regions for sample in samples)
+    return ((sample.regions, sample.questions) for sample in samples)
 
 
 def _summarize_distribution(counts: Counter[int]) -> dict[str, float] | None:

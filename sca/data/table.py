@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from PIL import Image
-from sca_registry.contracts import Region, Sample
+from sca_registry.contracts import Question, Region, Sample
 
 from sca.data import record_parsing
 from sca.data.conversion import ConvertedTable
@@ -90,12 +90,19 @@ class TableDataset(ConvertedTable):
             if not regions:
                 self._skip_image("image of a different size", name, f"{name} (no region is inside it)")
                 return None
-        return Sample(image, row["image_id"], tuple(regions))
+        region_ids = {region.id for region in regions}
+        questions = [each for each in _read_questions(row) if region_ids.issuperset(each.region_ids)]
+        return Sample(image, row["image_id"], tuple(regions), tuple(questions))
 
     def iter_annotations(self) -> Iterator[tuple[Region, ...]]:
         """Yield the regions of each image in order, without opening images."""
         for row in self._table:
             yield tuple(_row_to_region(region, row["width"], row["height"]) for region in row["regions"])
+
+    def iter_questions(self) -> Iterator[tuple[Question, ...]]:
+        """Yield the questions about each image in order, without opening images."""
+        for row in self._table.select_columns("questions"):
+            yield _read_questions(row)
 
     @cached_property
     def image_ids(self) -> list[int]:
@@ -109,6 +116,10 @@ class TableDataset(ConvertedTable):
     def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self):
             raise IndexError(f"sample index {index} is out of range for {self.sources[0]} with {len(self)} samples")
+
+
+def _read_questions(row: dict[str, Any]) -> tuple[Question, ...]:
+    return tuple(Question(**{**each, "region_ids": tuple(each["region_ids"])}) for each in row["questions"])
 
 
 def _row_to_region(region_row: dict[str, Any], width: int, height: int) -> Region:

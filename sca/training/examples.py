@@ -180,11 +180,15 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
             sample = add_template_phrases(sample, original)
         return self._build_example(sample, whole_images, rng, position / self.length)
 
+    def _list_questions(self, sample: Sample) -> tuple[Question, ...]:
+        """Return the questions of a sample; none if no text is to be an answer."""
+        return sample.questions if self.sampling_options.question_prob else ()
+
     def _group_questions(self, sample: Sample, regions: Sequence[Region]) -> dict[int, list[RegionQuestion]]:
         """Return the questions about the given regions only, by the index of the region whose prefix they follow."""
         index_by_id = {region.id: index for index, region in enumerate(regions)}
         questions: dict[int, list[RegionQuestion]] = {}
-        for question in sample.questions if self.sampling_options.question_prob else ():
+        for question in self._list_questions(sample):
             indices = [index_by_id.get(region_id) for region_id in question.region_ids]
             known = [index for index in indices if index is not None]
             if len(known) == len(indices):
@@ -197,15 +201,17 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         self, sample: Sample, whole_images: Mapping[int, Box | None], rng: np.random.Generator, progress: float
     ) -> Example:
         frame = self.processor.compute_frame(*sample.image.size)
-        regions = [r for r in sample.regions if r.name or r.phrases]
+        asked_ids = {each for question in self._list_questions(sample) for each in question.region_ids}
+        regions = [r for r in sample.regions if r.name or r.phrases or r.id in asked_ids]
         regions = [regions[i] for i in rng.permutation(len(regions))[: self.sampling_options.max_regions]]
         questions = self._group_questions(sample, regions)
         mask_size, image_size = 4 * self.processor.grid_size, self.processor.image_format.size
         texts, boxes, points, masks = [], [], [], []
         for index, region in enumerate(regions):
+            has_text = region.name or region.phrases or index in questions
             samples = (
                 self._sample_text(region, questions.get(index, ()), rng, progress)
-                for _ in range(self.sampling_options.captions_per_region)
+                for _ in range(self.sampling_options.captions_per_region if has_text else 0)
             )
             texts += [(index, *sampled) for sampled in dict.fromkeys(samples)]
             boxes.append(_jitter_box(region.box, self.sampling_options.box_jitter, rng))
@@ -254,7 +260,11 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         `progress` is the fraction of the stream, 0..1.
         """
         options = self.sampling_options
-        if questions and progress >= options.class_name_warmup and rng.random() < options.question_prob:
+        has_caption = bool(region.name or region.phrases)
+        is_asked = (
+            progress >= options.class_name_warmup and rng.random() < options.question_prob if questions else False
+        )
+        if is_asked or not has_caption:
             kinds = [*dict.fromkeys(each.question.kind for each in questions)]
             kind = kinds[rng.integers(len(kinds))]  # kinds with few questions are as frequent as others
             candidates = [each for each in questions if each.question.kind == kind]

@@ -26,6 +26,7 @@ from sca.data.summary import count_skipped, summarize_dataset
 from sca.hints import check_argument_names
 from sca.inference.processor import Processor
 from sca.io.run_folder import RunFolder, iter_existing_paths
+from sca.io.text import format_count
 from sca.io.validation import check_range
 from sca.model import SegmentCaptioner
 from sca.training.auxiliary_losses import AttributeValues
@@ -381,6 +382,12 @@ def _open_datasets(recipe: Recipe) -> tuple[Dataset | None, dict[str, Dataset]]:
     sources = open_training_datasets(recipe)
     for name, dataset in sources.items():
         _check_readable(name, dataset)
+        num_without_text = getattr(dataset, "metadata", {}).get("images_with_questions_only", 0)
+        if num_without_text and not recipe.train.question_prob:
+            raise RegistryError(
+                f"{name} has questions only for {format_count(num_without_text, 'image')}; set train.question_prob, or "
+                "add captions or names"
+            )
     return validation_dataset, sources
 
 

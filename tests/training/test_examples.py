@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sca_registry.contracts import CAPTION_TASK_ID, RECOGNITION_TASK_ID, ImageFormat, Region, Sample
+from sca_registry.contracts import CAPTION_TASK_ID, RECOGNITION_TASK_ID, ImageFormat, Question, Region, Sample
 
 from sca.data.scenes import COLORS, Scenes
 from sca.inference.processor import Processor
@@ -289,3 +289,23 @@ def test_places_in_phrases_of_the_dataset_refer_to_the_whole_image_and_in_templa
         if phrase_mode == "template":
             assert example.image_boxes.tolist() == [[0, 0, 64, 64 / example.aspect_ratios.item()]]
     assert num_whole == 40 if phrase_mode == "dataset" else num_whole < 20
+
+
+def test_regions_with_questions_only_are_trained_on_their_answers(make_stream, tokenizer):
+    image = Image.new("RGB", (64, 64))
+    regions = (Region(3, (2.0, 2, 20, 20)), Region(4, (30.0, 30, 60, 60), name="car"), Region(5, (5.0, 40, 9, 50)))
+    questions = (Question("what color is it?", "red", (3,)), Question("is <region 1> <region 2>?", "no", (4, 5)))
+    sampling = SamplingOptions(question_prob=0.5, captions_per_region=2)
+    stream = make_stream(sampling, dataset=[Sample(image, 0, regions, questions)])
+    for position in range(10):
+        example = stream[position]
+        assert len(example.boxes) == 3
+        texts = [tokenizer.decode(ids) for ids in example.input_ids]
+        by_region = {}
+        for region, text in zip(example.region_index.tolist(), texts, strict=True):
+            by_region.setdefault(round(example.boxes[region, 0].item()), set()).add(text)
+        assert by_region[2] == {"red"}
+        assert by_region[30] <= {"car", "no"}
+        assert 5 not in by_region
+    plain = make_stream(SamplingOptions(), dataset=[Sample(image, 0, regions, questions)])[0]
+    assert [tokenizer.decode(ids) for ids in plain.input_ids] == ["car"]
