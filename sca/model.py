@@ -236,8 +236,8 @@ class SegmentCaptioner(SegmentationModel):
             question: Output of `sca.language_models.questions.encode_question`.
 
         Returns:
-            (N, K', E) prefixes with the question after each region. If the question refers to regions by number,
-            (1, K', E): the prefix of the first of these regions, and the question with the embeddings of the others.
+            (N, K', E) prefixes with the question after each region; or (1, K', E) if the question refers to regions by
+            number, with the prefix of the first of these regions and the embeddings of all of them in the question.
 
         Raises:
             ValueError: The question refers to a region that does not exist.

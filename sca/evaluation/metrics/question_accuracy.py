@@ -20,7 +20,7 @@ class QuestionAccuracy:
     `questions/questions` is their number.
     """
 
-    required_fields: tuple[str, ...] = ("task=question", "answers")
+    required_fields: tuple[str, ...] = ("task=question",)
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         scored_records = require_records(records, self.required_fields, "questions")
