@@ -40,7 +40,7 @@ def compose(
             component that `sca list` does not show still downloads its configuration file.
         weights: Load pretrained weights; False initializes all weights randomly.
         **fields: Other fields of `ModelSpec`: `segmenter`, `projection`, `task_tokens`, `geometry`,
-            `questions`, `trainable`, `lora`, `generation`, `everything`, `zoom`.
+            `questions`, `lengths`, `trainable`, `lora`, `generation`, `everything`, `zoom`.
 
     Returns:
         The model in eval mode.

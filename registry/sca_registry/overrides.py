@@ -23,7 +23,18 @@ from sca_registry.errors import RegistryError, make_unknown_name_error
 MODEL_COMPONENTS = ("encoder", "segmenter", "mixer", "language_model")
 MODEL_FIELDS = (
     *MODEL_COMPONENTS,
-    *("projection", "task_tokens", "geometry", "questions", "trainable", "lora", "generation", "everything", "zoom"),
+    *(
+        "projection",
+        "task_tokens",
+        "geometry",
+        "questions",
+        "lengths",
+        "trainable",
+        "lora",
+        "generation",
+        "everything",
+        "zoom",
+    ),
 )
 SHORTHAND_KEYS = {"projection": "type", "lora": "rank"}  # key of a table that is written as a single value
 

@@ -172,6 +172,7 @@ class ModelSpec:
             the prefix, before the queries; "add" to add its embedding to every projected query. None if it receives
             only the queries.
         questions: The model answers questions about regions. Training with `question_prob` sets it.
+        lengths: The model generates captions of a requested length. Training with `length_prob` sets it.
         trainable: Parameter groups to train, a subset of `TRAINABLE_GROUPS`; the others are frozen.
         lora: LoRA of the language model: `rank`, `alpha`, `dropout` and `target_modules` (None selects them by
             architecture). An integer r is shorthand for rank r and alpha 2r. None disables LoRA.
@@ -191,6 +192,7 @@ class ModelSpec:
     task_tokens: int = 6
     geometry: str | None = None
     questions: bool = False
+    lengths: bool = False
     trainable: tuple[str, ...] = TRAINABLE_GROUPS[:5]
     lora: Mapping[str, Any] | int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
@@ -209,8 +211,9 @@ class ModelSpec:
         set_field("trainable", _check_trainable(self.trainable))
         if not isinstance(self.task_tokens, int) or isinstance(self.task_tokens, bool) or self.task_tokens < 0:
             raise RegistryError(f"task_tokens is {self.task_tokens!r}; expected an integer of at least 0")
-        if not isinstance(self.questions, bool):
-            raise RegistryError(f"questions is {self.questions!r:.80}; expected true or false")
+        for name in ("questions", "lengths"):
+            if not isinstance(getattr(self, name), bool):
+                raise RegistryError(f"{name} is {getattr(self, name)!r:.80}; expected true or false")
         if self.geometry is not None and self.geometry not in GEOMETRY_CHOICES:
             raise make_unknown_name_error(f"geometry is {self.geometry!r:.80}", str(self.geometry), GEOMETRY_CHOICES)
 
@@ -280,11 +283,13 @@ class ModelSpec:
         return cls(**table)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the spec as a dict for JSON or TOML, without None, an empty `zoom` and false `questions`."""
+        """Return the spec as a dict for JSON or TOML, without None, an empty `zoom`, and false flags."""
         data: dict[str, Any] = {"format": SPEC_FORMAT}
         for each in fields(self):
             value = getattr(self, each.name)
-            if each.name in ("zoom", "questions") and not value:  # specs of models without them stay the same
+            if (
+                each.name in ("zoom", "questions", "lengths") and not value
+            ):  # specs of models without them stay the same
                 continue
             if isinstance(value, ComponentSpec):
                 data[each.name] = value.to_dict()

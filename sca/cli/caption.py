@@ -105,6 +105,14 @@ def caption(
             rich_help_panel="Generation",
         ),
     ] = None,
+    length: Annotated[
+        str | None,
+        typer.Option(
+            help="Length of the captions: short (up to 3 words), phrase (4 to 8 words) or full. Requires a model that "
+            "is trained with lengths.",
+            rich_help_panel="Generation",
+        ),
+    ] = None,
     num_captions: Annotated[
         int | None, typer.Option(help="Captions per region, best first.", min=1, rich_help_panel="Generation")
     ] = None,
@@ -316,6 +324,7 @@ def caption(
             "temperature": temperature,
             "top_p": top_p,
             "question": question,
+            "length": length,
         },
         zoom=zoom,
         batch_size=batch_size,

@@ -20,7 +20,7 @@ from sca_registry.spec import EverythingOptions, ZoomOptions
 from torch import Tensor
 
 from sca.checkpoints.tensors import hash_weights
-from sca.inference.generation_options import CAPTION_OPTIONS, GENERATION_OPTIONS
+from sca.inference.generation_options import GENERATION_OPTIONS
 from sca.inference.processor import InputFrame, Processor
 from sca.inference.prompt_arguments import check_task
 from sca.io.masks import decode_rle, encode_rle, mask_to_box
@@ -403,7 +403,9 @@ class Engine(MaskEngine):
     @property
     def generation_options(self) -> tuple[str, ...]:
         """Names of the generation options that the model supports."""
-        return GENERATION_OPTIONS if self.model.spec.questions else CAPTION_OPTIONS
+        spec = self.model.spec
+        supported = {"question": spec.questions, "length": spec.lengths}
+        return tuple(name for name in GENERATION_OPTIONS if supported.get(name, True))
 
     @property
     def everything(self) -> EverythingOptions:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sca_registry.errors import format_choices
 from sca_registry.spec import DEFAULT_GENERATION, check_generation
 
-from sca.io.validation import check_type
+from sca.io.validation import check_choice, check_type
+from sca.language_models.questions import LENGTH_QUESTIONS
 
 GENERATION_OPTIONS = (
     "max_new_tokens",
@@ -18,8 +20,9 @@ GENERATION_OPTIONS = (
     "top_p",
     "seed",
     "question",
+    "length",
 )
-CAPTION_OPTIONS = tuple(name for name in GENERATION_OPTIONS if name != "question")  # that every captioner supports
+CAPTION_OPTIONS = GENERATION_OPTIONS[:-2]  # that every captioner supports
 SAMPLING_ONLY_OPTIONS = ("temperature", "top_p")
 
 
@@ -34,6 +37,7 @@ def resolve_generation_options(
     top_p: float | None = None,
     seed: int | None = None,
     question: str | None = None,
+    length: str | None = None,
 ) -> dict[str, Any]:
     """Validate generation options and return those that are set.
 
@@ -51,6 +55,8 @@ def resolve_generation_options(
         top_p: Probability mass for nucleus sampling.
         seed: Random seed for sampling.
         question: Question to answer instead of captioning.
+        length: Length of the captions: "short" (up to 3 words), "phrase" (4 to 8 words) or "full". The result contains
+            it as a question.
 
     Returns:
         Keyword arguments for `Captioner.caption` and `MaskEngine.caption_batch`.
@@ -59,7 +65,7 @@ def resolve_generation_options(
         ValueError: A value has the wrong type or is out of range, a sampling option is set without `do_sample`, or the
             captioner does not support an option.
     """
-    values = (max_new_tokens, num_beams, num_captions, do_sample, temperature, top_p, seed, question)
+    values = (max_new_tokens, num_beams, num_captions, do_sample, temperature, top_p, seed, question, length)
     settings = {name: value for name, value in zip(GENERATION_OPTIONS, values, strict=True) if value is not None}
     check_generation("generation", settings)
     supported = getattr(captioner, "generation_options", CAPTION_OPTIONS)
@@ -69,6 +75,8 @@ def resolve_generation_options(
             raise ValueError(
                 "the model is not trained to answer questions; use one that is, or train one with train.question_prob"
             )
+    if length is not None:
+        _check_length(length, question, supported)
     defaults = getattr(captioner, "generation", DEFAULT_GENERATION)
     is_sampling = settings.get("do_sample", defaults.get("do_sample", False))
     for name in SAMPLING_ONLY_OPTIONS:
@@ -91,4 +99,19 @@ def resolve_generation_options(
             settings["num_beams"] = max(num_captions, defaults["num_beams"])
     elif num_captions and num_beams is not None and num_captions > num_beams and (num_beams > 1 or not is_sampling):
         raise ValueError(f"num_captions={num_captions} requires num_beams of at least {num_captions}, not {num_beams}")
+    if length is not None:
+        del settings["length"]
+        settings["question"] = LENGTH_QUESTIONS[length]
     return settings
+
+
+def _check_length(length: Any, question: str | None, supported: Sequence[str]) -> None:
+    """Raise ValueError if the captioner does not support a length, or if it conflicts with a question."""
+    check_choice("length", length, LENGTH_QUESTIONS)
+    if question is not None:
+        raise ValueError("length and question are mutually exclusive; state the length in the question")
+    if "length" not in supported:
+        raise ValueError(
+            "the model is not trained to generate captions of a requested length; use one that is, or train one with "
+            "train.length_prob"
+        )

@@ -116,6 +116,7 @@ class Predictor:
         top_p: float | None = None,
         seed: int | None = None,
         question: str | None = None,
+        length: str | None = None,
         zoom: ZoomValue = DEFAULT_ZOOM,
     ) -> list[Caption]:
         """Caption regions of the current image.
@@ -140,6 +141,7 @@ class Predictor:
             question: Question to answer about each region instead of captioning it. "<region 1>" refers to the first
                 region, "<region 2>" to the second, and so on; a question with such references has one answer, that of
                 the first region that it refers to.
+            length: Length of the captions: "short" (up to 3 words), "phrase" (4 to 8 words) or "full".
             zoom: Predict small regions from crops: "auto" with the measured options of the model, "off", or the area of
                 the largest of these regions in cells of the feature grid; see `sca.inference.zoom`.
 
@@ -162,6 +164,7 @@ class Predictor:
             top_p=top_p,
             seed=seed,
             question=question,
+            length=length,
         )
         assert self.encoded is not None  # see `_collect_prompts`
         zoom_options = resolve_zoom(self.engine, zoom)
@@ -303,6 +306,7 @@ class Predictor:
         top_p: float | None = None,
         seed: int | None = None,
         question: str | None = None,
+        length: str | None = None,
         zoom: ZoomValue = DEFAULT_ZOOM,
     ) -> list[list[Caption]]:
         """Caption regions of several images, without changing the current image.
@@ -320,6 +324,7 @@ class Predictor:
             top_p: Probability mass for nucleus sampling.
             seed: Random seed for sampling.
             question: Question to answer about each region, see `predict`.
+            length: Length of the captions, see `predict`.
             zoom: Predict small regions from crops: "auto" with the measured options of the model, "off", or the area of
                 the largest of these regions in cells of the feature grid; see `sca.inference.zoom`.
 
@@ -357,6 +362,7 @@ class Predictor:
             top_p=top_p,
             seed=seed,
             question=question,
+            length=length,
         )
         zoom_options = resolve_zoom(self.engine, zoom)
         results: list[list[Caption]] = []

@@ -11,6 +11,14 @@ from sca_registry.contracts import Tokenizer
 REGION_PATTERN = re.compile(r"<region (\d+)>")
 
 
+LENGTH_QUESTIONS = {  # by length of the caption
+    "short": "describe it in one to three words.",
+    "phrase": "describe it in one phrase.",
+    "full": "describe it in full.",
+}
+MAX_SHORT_WORDS, MAX_PHRASE_WORDS = 3, 8
+
+
 class EncodedQuestion(NamedTuple):
     """Token ids of a question. The id -n refers to region n, counted from 1.
 
@@ -26,6 +34,19 @@ class EncodedQuestion(NamedTuple):
     def regions(self) -> list[int]:
         """Numbers of the regions that the question refers to, in order, without duplicates."""
         return [*dict.fromkeys(-token for token in self.after if token < 0)]
+
+
+def classify_length(text: str) -> str:
+    """Return the length of a caption, a key of `LENGTH_QUESTIONS`: up to 3 words, 4 to 8 words, or more.
+
+    Args:
+        text: Caption.
+
+    Returns:
+        "short", "phrase" or "full".
+    """
+    num_words = len(text.split())
+    return "short" if num_words <= MAX_SHORT_WORDS else "phrase" if num_words <= MAX_PHRASE_WORDS else "full"
 
 
 def list_region_references(question: str) -> list[int]:

@@ -174,6 +174,10 @@ class CaptionRequest(StrictModel):
             "questions.",
         ),
     ] = None
+    length: Annotated[
+        Literal["short", "phrase", "full"] | None,
+        Field(description="Length of the captions. Requires a model that is trained with lengths."),
+    ] = None
     num_beams: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="Number of beams for beam search.")] = None
     num_captions: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="Captions per region, best first.")] = (
         None

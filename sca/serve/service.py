@@ -321,6 +321,7 @@ class CaptionService:
                 top_p=caption_request.top_p,
                 seed=caption_request.seed,
                 question=caption_request.question,
+                length=caption_request.length,
             )
             zoom = resolve_zoom(captioner, self.zoom if caption_request.zoom is None else caption_request.zoom)
         except ValueError as error:

@@ -32,7 +32,9 @@ from sca.data.point_prompts import sample_point
 from sca.inference.processor import MASK_PROMPT_LOGIT, Processor
 from sca.io.masks import decode_rle
 from sca.language_models.questions import (
+    LENGTH_QUESTIONS,
     EncodedQuestion,
+    classify_length,
     encode_question,
     expand_references,
     list_region_references,
@@ -270,7 +272,11 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
             candidates = [each for each in questions if each.question.kind == kind]
             selected = candidates[rng.integers(len(candidates))]
             return CAPTION_TASK_ID, selected.question.answer, selected
-        return (*self._sample_caption(region, rng, progress), None)
+        task, text = self._sample_caption(region, rng, progress)
+        if options.length_prob and rng.random() < options.length_prob:
+            length = Question(LENGTH_QUESTIONS[classify_length(text)], text, (region.id,))
+            return CAPTION_TASK_ID, text, RegionQuestion(length, ())
+        return task, text, None
 
     def _sample_caption(self, region: Region, rng: np.random.Generator, progress: float) -> tuple[int, str]:
         """Sample the task and text of a region."""

@@ -58,6 +58,7 @@ MAX_SEED = 2**32 - 1  # NumPy's maximum
 FRACTION_OPTIONS = (  # numbers from 0 to 1
     "class_name_prob",
     "question_prob",
+    "length_prob",
     "class_name_warmup",
     "short_caption_warmup",
     "longest_caption_prob",
@@ -80,6 +81,8 @@ class SamplingOptions:
             of a random one.
         question_prob: Probability that a sampled text is the answer to a question about the region, if the dataset has
             any for it. Above 0, the trained model answers questions.
+        length_prob: Probability that a sampled caption or class name follows a request for its length, see
+            `sca.language_models.questions.LENGTH_QUESTIONS`. Above 0, captions of a requested length can be generated.
         captions_per_region: Texts sampled per region; distinct ones are all trained on, from one forward pass.
         max_regions: Maximum number of regions per image.
         box_jitter: Standard deviation of the noise on box corners, as a fraction of the box sides.
@@ -92,6 +95,7 @@ class SamplingOptions:
     short_caption_warmup: float = 0.0
     longest_caption_prob: float = 0.0
     question_prob: float = 0.0
+    length_prob: float = 0.0
     captions_per_region: int = 1
     max_regions: int = 16
     box_jitter: float = 0.0

@@ -343,6 +343,8 @@ def prepare_training(
         check_cacheable(recipe, model)
     if recipe.train.question_prob:
         model.spec = replace(model.spec, questions=True)
+    if recipe.train.length_prob:
+        model.spec = replace(model.spec, lengths=True)
     return model, *_build_mixture(recipe, model, list(sources.values())), validation_dataset
 
 

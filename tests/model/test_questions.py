@@ -11,7 +11,7 @@ from sca.inference.engine import Engine, RegionQuestion
 from sca.inference.predictor import Predictor
 from sca.inference.processor import Processor
 from sca.language_models.causal import TextTokenizer
-from sca.language_models.questions import encode_question, expand_references, list_region_references
+from sca.language_models.questions import LENGTH_QUESTIONS, encode_question, expand_references, list_region_references
 from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.model import LABEL_SMOOTHING
 from sca.training.augmentation import Augmentation
@@ -228,6 +228,45 @@ def test_answer_batch_answers_many_questions_in_order(model):
     assert [[answer.region_id for answer in each] for each in answers] == [[2, 0], []]
     alone = engine.caption_batch(encoded, [PROMPTS, []], question="what is it?")[0][2]
     assert answers[0][0].text == alone.text
+
+
+def test_captions_of_a_requested_length_are_trained_and_requested_by_the_same_question(build_small_model):
+    model = build_small_model(lengths=True, language_model=LANGUAGE_MODEL)
+    region = Region(0, (8.0, 4, 40, 40), name="star", phrases=("a red star", "a small dotted red star", "x " * 9))
+    batch, (example, _) = make_batch(
+        model,
+        sampling=SamplingOptions(length_prob=1.0, captions_per_region=20, class_name_prob=0.2),
+        sample=Sample(SAMPLE.image, 0, (region,)),
+    )
+    assert batch.questions is not None
+    tokenizer = model.language_model.tokenizer
+    pairs = {
+        (tokenizer.decode(question.after), tokenizer.decode(ids).strip())
+        for question, ids in zip(example.questions, example.input_ids, strict=True)
+    }
+    assert pairs == {
+        (LENGTH_QUESTIONS["short"], "star"),
+        (LENGTH_QUESTIONS["short"], "a red star"),
+        (LENGTH_QUESTIONS["phrase"], "a small dotted red star"),
+        (LENGTH_QUESTIONS["full"], "x x x x x x x x x"),
+    }
+    predictor = Predictor(model)
+    predictor.set_image(SAMPLE.image)
+    (caption,) = predictor.predict(PROMPTS[:1], length="phrase")
+    expected = Engine(model).caption_batch(predictor.encoded, [PROMPTS[:1]], question=LENGTH_QUESTIONS["phrase"])[0][0]
+    assert caption == expected
+    for arguments, message in (
+        ({"length": "long"}, "length is 'long'"),
+        ({"length": "short", "question": "what is it?"}, "not trained to answer questions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predictor.predict(PROMPTS[:1], **arguments)
+    predictor = Predictor(build_small_model(questions=True, language_model=LANGUAGE_MODEL))
+    predictor.set_image(SAMPLE.image)
+    with pytest.raises(ValueError, match="length and question are mutually exclusive"):
+        predictor.predict(PROMPTS[:1], length="short", question="what is it?")
+    with pytest.raises(ValueError, match="not trained to generate captions of a requested length"):
+        predictor.predict(PROMPTS[:1], length="short")
 
 
 def test_models_that_answer_no_questions_refuse_them(build_small_model):
