@@ -45,7 +45,7 @@ def read_grid() -> Sweep:
     return Sweep.from_dict(table, name)
 
 
-def replay(rows: Sequence[SweepRow], results_by_key: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def replay_halving(rows: Sequence[SweepRow], results_by_key: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Replay halving on the rows of one seed.
 
     Args:
@@ -123,7 +123,7 @@ def main() -> None:
     results_by_key = {row["key"]: row for row in ResultStore(arguments.results).read_rows()}
     rows = read_grid().list_rows("listed")
     seeds = dict.fromkeys(row.config["seed"] for row in rows)
-    replays = [replay([row for row in rows if row.config["seed"] == seed], results_by_key) for seed in seeds]
+    replays = [replay_halving([row for row in rows if row.config["seed"] == seed], results_by_key) for seed in seeds]
     print(format_table(replays))
     num_good = sum(each["is_good"] and each["time_fraction"] <= MAX_TIME_FRACTION for each in replays)
     print(

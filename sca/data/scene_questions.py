@@ -148,7 +148,7 @@ def make_questions(
         The questions, at least one of every kind per region; those about relations only if a relation is unambiguous.
     """
 
-    def phrase(kind: str, answer: str, region_ids: tuple[int, ...], **values: str) -> Question:
+    def make_question(kind: str, answer: str, region_ids: tuple[int, ...], **values: str) -> Question:
         wordings = (
             WORDINGS[kind][NUM_TRAINING_WORDINGS:] if use_held_out_wordings else WORDINGS[kind][:NUM_TRAINING_WORDINGS]
         )
@@ -157,29 +157,29 @@ def make_questions(
     questions: list[Question] = []
     for region in regions:
         for kind in ATTRIBUTE_KINDS:
-            questions.append(phrase(kind, region.attributes[kind], (region.id,)))
+            questions.append(make_question(kind, region.attributes[kind], (region.id,)))
         for kind in map(str, rng.permutation(ATTRIBUTE_KINDS)[:2]):
             value, is_true = region.attributes[kind], rng.random() < 0.5
-            asked = value if is_true else rng.choice(_exclude(attribute_values[kind], value))
+            stated = value if is_true else rng.choice(_exclude_value(attribute_values[kind], value))
             questions.append(
-                phrase("yes-no", "yes" if is_true else "no", (region.id,), value=_format_value(kind, asked))
+                make_question("yes-no", "yes" if is_true else "no", (region.id,), value=_format_value(kind, stated))
             )
-        questions.append(_make_choice(region, attribute_values, rng, phrase))
+        questions.append(_make_choice(region, attribute_values, rng, make_question))
         counted = str(rng.choice(attribute_values["shape"]))
         if rng.random() < 0.5:  # often one that exists
             counted = regions[int(rng.integers(len(regions)))].attributes["shape"]
         number = sum(other.attributes["shape"] == counted for other in regions)
-        questions.append(phrase("count", NUMBERS[number], (region.id,), shape=counted))
+        questions.append(make_question("count", NUMBERS[number], (region.id,), shape=counted))
         others = [other for other in regions if other is not region and compute_relation(region, other)]
         if others:
             other = others[int(rng.integers(len(others)))]
             relation = compute_relation(region, other)
             assert relation is not None  # see `others`
             ids = (region.id, other.id)
-            questions.append(phrase("relation", relation, ids))
+            questions.append(make_question("relation", relation, ids))
             is_true = rng.random() < 0.5
-            asked = relation if is_true else str(rng.choice(_exclude(RELATIONS, relation)))
-            questions.append(phrase("relation-yes-no", "yes" if is_true else "no", ids, relation=asked))
+            stated = relation if is_true else str(rng.choice(_exclude_value(RELATIONS, relation)))
+            questions.append(make_question("relation-yes-no", "yes" if is_true else "no", ids, relation=stated))
     return tuple(questions)
 
 
@@ -187,18 +187,20 @@ def _make_choice(
     region: Region,
     attribute_values: Mapping[str, Sequence[str]],
     rng: np.random.Generator,
-    phrase: Callable[..., Question],
+    make_question: Callable[..., Question],
 ) -> Question:
     """Ask which of three values an attribute has; for a third of the questions, none of them."""
     kind = str(rng.choice([kind for kind in ATTRIBUTE_KINDS if len(attribute_values[kind]) > 3]))
     value, is_listed = region.attributes[kind], rng.random() < 2 / 3
-    others = rng.permutation(_exclude(attribute_values[kind], value)).tolist()
+    others = rng.permutation(_exclude_value(attribute_values[kind], value)).tolist()
     options = rng.permutation([value, *others[:2]] if is_listed else others[:3]).tolist()
     first, second, third = (_format_value(kind, option) for option in options)
-    return phrase("choice", value if is_listed else NONE_ANSWER, (region.id,), options=f"{first}, {second} or {third}")
+    return make_question(
+        "choice", value if is_listed else NONE_ANSWER, (region.id,), options=f"{first}, {second} or {third}"
+    )
 
 
-def _exclude(values: Sequence[str], excluded: str) -> list[str]:
+def _exclude_value(values: Sequence[str], excluded: str) -> list[str]:
     return [value for value in values if value != excluded]
 
 

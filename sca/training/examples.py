@@ -203,8 +203,8 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         self, sample: Sample, whole_images: Mapping[int, Box | None], rng: np.random.Generator, progress: float
     ) -> Example:
         frame = self.processor.compute_frame(*sample.image.size)
-        asked_ids = {each for question in self._list_questions(sample) for each in question.region_ids}
-        regions = [r for r in sample.regions if r.name or r.phrases or r.id in asked_ids]
+        question_region_ids = {each for question in self._list_questions(sample) for each in question.region_ids}
+        regions = [r for r in sample.regions if r.name or r.phrases or r.id in question_region_ids]
         regions = [regions[i] for i in rng.permutation(len(regions))[: self.sampling_options.max_regions]]
         questions = self._group_questions(sample, regions)
         mask_size, image_size = 4 * self.processor.grid_size, self.processor.image_format.size
@@ -263,10 +263,10 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         """
         options = self.sampling_options
         has_caption = bool(region.name or region.phrases)
-        is_asked = (
+        use_question = (
             progress >= options.class_name_warmup and rng.random() < options.question_prob if questions else False
         )
-        if is_asked or not has_caption:
+        if use_question or not has_caption:
             kinds = [*dict.fromkeys(each.question.kind for each in questions)]
             kind = kinds[rng.integers(len(kinds))]  # kinds with few questions are as frequent as others
             candidates = [each for each in questions if each.question.kind == kind]
@@ -371,7 +371,7 @@ def collate_examples(
         for example, offset in zip(examples, region_offsets.tolist(), strict=True)
         for tokens, question in zip(example.input_ids, example.questions, strict=True)
     ]
-    input_ids = _pad([text.ids for text in texts], pad_token_id)
+    input_ids = _pad_rows([text.ids for text in texts], pad_token_id)
     lengths = torch.tensor([len(text.ids) for text in texts])
     attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
     targets = MaskTargets(
@@ -431,7 +431,7 @@ class _TextTokens(NamedTuple):
         )
 
 
-def _pad(rows: Sequence[Sequence[int]], padding_value: int) -> Tensor:
+def _pad_rows(rows: Sequence[Sequence[int]], padding_value: int) -> Tensor:
     tensors = [torch.tensor(row) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding_value)
 
@@ -446,8 +446,8 @@ def _collate_questions(texts: Sequence[_TextTokens], attention_mask: Tensor) -> 
     return QuestionBatch(
         has_question=torch.tensor([question is not None for question in questions]),
         answer_mask=attention_mask * is_answer,
-        region_index=_pad([text.region_index for text in texts], -1),
-        embedding_index=_pad([text.embedding_index for text in texts], 0),
+        region_index=_pad_rows([text.region_index for text in texts], -1),
+        embedding_index=_pad_rows([text.embedding_index for text in texts], 0),
         ids_before_prefix=torch.tensor(first_question.before, dtype=torch.long),
     )
 

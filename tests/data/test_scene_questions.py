@@ -106,10 +106,10 @@ def test_answers_are_balanced():
 
 
 def test_questions_do_not_change_scenes_and_are_deterministic():
-    plain, asked = Scenes("test", num_images=3), Scenes("test", num_images=3, questions=True)
+    plain, with_questions = Scenes("test", num_images=3), Scenes("test", num_images=3, questions=True)
     for index in range(3):
-        assert np.array_equal(np.asarray(plain[index].image), np.asarray(asked[index].image))
-        assert plain[index].regions == asked[index].regions
+        assert np.array_equal(np.asarray(plain[index].image), np.asarray(with_questions[index].image))
+        assert plain[index].regions == with_questions[index].regions
         assert plain[index].questions == ()
-        assert asked[index].questions == asked[index].questions
-    assert Scenes("test", num_images=3, questions=True, seed=1)[0].questions != asked[0].questions
+        assert with_questions[index].questions == with_questions[index].questions
+    assert Scenes("test", num_images=3, questions=True, seed=1)[0].questions != with_questions[0].questions

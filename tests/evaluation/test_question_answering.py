@@ -68,8 +68,8 @@ def test_question_records_contain_every_question_once_with_the_answer_about_its_
     encoded = engine.encode([sample.image])
     (_, _, prompts_by_image), *_ = prompts.iter_encoded_controls(engine, [(0, sample)])
     relation = next(each for each in sample.questions if each.kind == "relation")
-    asked = [prompts_by_image[0][region_id] for region_id in relation.region_ids]
-    (expected,) = engine.caption_batch(encoded, [asked], question=relation.text)[0]
+    relation_prompts = [prompts_by_image[0][region_id] for region_id in relation.region_ids]
+    (expected,) = engine.caption_batch(encoded, [relation_prompts], question=relation.text)[0]
     position = [each["text"] for each in record["truth"]["questions"]].index(relation.text)
     assert record["answers"][position]["text"] == expected.text
     assert {each["control"] for each in records} == {None, "wrong-region"}

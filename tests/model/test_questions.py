@@ -93,7 +93,7 @@ def test_encode_question_rejects(tokenizer, question, message):
         encode_question(tokenizer, question)
 
 
-def embed(model, ids):
+def embed_ids(model, ids):
     return model.language_model.embed_tokens(torch.tensor(ids, dtype=torch.long))
 
 
@@ -102,7 +102,7 @@ def test_append_question_inserts_the_embeddings_of_regions(model):
     tokenizer = model.language_model.tokenizer
     question = encode_question(tokenizer, "what color is it?")
     rows = model.append_question(prefix, question)
-    expected = torch.cat((embed(model, question.before), prefix[1], embed(model, question.after)))
+    expected = torch.cat((embed_ids(model, question.before), prefix[1], embed_ids(model, question.after)))
     assert torch.equal(rows[1], expected)
     question = encode_question(tokenizer, "is <region 3> left of <region 1>?")
     (row,) = model.append_question(prefix, question)

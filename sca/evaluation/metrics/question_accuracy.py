@@ -30,7 +30,10 @@ class QuestionAccuracy:
             for question, answer in zip(record["truth"]["questions"], record["answers"], strict=True)
         ]
         is_correct = np.array(
-            [_normalize(answer["text"]) == _normalize(question["answer"]) for _, question, answer in rows],
+            [
+                _normalize_answer(answer["text"]) == _normalize_answer(question["answer"])
+                for _, question, answer in rows
+            ],
             dtype=float,
         )
         kinds = np.array([question["kind"] for _, question, _ in rows])
@@ -44,6 +47,6 @@ class QuestionAccuracy:
         )
 
 
-def _normalize(text: str) -> str:
+def _normalize_answer(text: str) -> str:
     words = ARTICLE_PATTERN.sub(" ", re.sub(r"[^\w\s]", " ", text.casefold()))
     return normalize_text(words)
