@@ -32,6 +32,7 @@ from sca.io.hub import resolve_local_path
 from sca.io.images import read_image
 from sca.io.masks import PIXEL_LIMIT
 from sca.io.text import escape_markdown
+from sca.language_models.questions import list_region_references
 from sca.output.formats import MultiFormatWriter
 from sca.output.html_page import encode_data_uri
 from sca.serve.inference_requests import CandidateMasks, InferenceRequest, RequestDone, SchedulerError
@@ -275,6 +276,12 @@ def build_page(
                 info="Predict small regions from crops, for models with a measured size",
                 elem_id="zoom",
             )
+            question = gr.Textbox(
+                label="Question",
+                info="Optional, for models that answer questions; the answer replaces the caption",
+                max_lines=1,
+                elem_id="question",
+            )
         model_note = gr.Markdown(zoo.describe_domain(model_names[0]), elem_id="model-note")
         with gr.Row():
             upload = gr.UploadButton("Open image", file_types=["image"], elem_id="open-image", scale=1)
@@ -370,7 +377,7 @@ def build_page(
         request_inputs = [session, model, initial_state, task]
         canvas_event = canvas.input(
             handle_canvas_event,
-            [*request_inputs, num_beams, zoom],
+            [*request_inputs, num_beams, zoom, question],
             session_outputs,
             **event_options,
             concurrency_limit=None,
@@ -378,7 +385,7 @@ def build_page(
         )
         everything_event = everything_button.click(
             handle_caption_everything,
-            [*request_inputs, *sliders, zoom],
+            [*request_inputs, *sliders, zoom, question],
             session_outputs,
             **event_options,
             concurrency_limit=None,
@@ -451,6 +458,7 @@ def _caption_prompted_region(
     task: str,
     num_beams: int,
     has_zoom: bool = False,
+    question: str = "",
 ) -> Iterator[tuple[Session, Any, str]]:
     """Yield the page with the new prompt, then with its caption."""
     if session is None:
@@ -470,7 +478,9 @@ def _caption_prompted_region(
                 [prompt],
                 task=task,
                 generation=resolve_generation_options(
-                    scheduler.captioner, num_beams=None if num_beams == initial.num_beams else int(num_beams)
+                    scheduler.captioner,
+                    num_beams=None if num_beams == initial.num_beams else int(num_beams),
+                    question=_read_question(question),
                 ),
                 return_candidates=scheduler.supports_everything,
                 timeout=RESPONSE_TIMEOUT_SECONDS,
@@ -489,6 +499,13 @@ def _caption_prompted_region(
     yield session, session.to_canvas_value(), ""
 
 
+def _read_question(text: str) -> str | None:
+    """Return a question about one region; None if the field is empty. Raises ValueError for several regions."""
+    if list_region_references(text):
+        raise ValueError("the demo answers questions about one region; remove <region N> from the question")
+    return text.strip() or None
+
+
 def _caption_everything(
     models: ModelPool,
     session: Session | None,
@@ -499,6 +516,7 @@ def _caption_everything(
     points_per_side: int,
     pred_iou_thresh: float,
     has_zoom: bool = False,
+    question: str = "",
 ) -> Iterator[tuple[Session, Any, str]]:
     """Yield the progress of the search, then regions as they are captioned."""
     if session is None:
@@ -506,7 +524,9 @@ def _caption_everything(
     try:
         with models.acquire_scheduler(model) as scheduler:
             changes = SliderValues(int(num_beams), int(points_per_side), float(pred_iou_thresh)).find_changes(initial)
-            generation = resolve_generation_options(scheduler.captioner, num_beams=changes.pop("num_beams"))
+            generation = resolve_generation_options(
+                scheduler.captioner, num_beams=changes.pop("num_beams"), question=_read_question(question)
+            )
             options = resolve_everything_options(scheduler.captioner, changes)
             zoom = resolve_zoom(scheduler.captioner, ZOOM_AUTO if has_zoom else ZOOM_OFF)
             inference_request = InferenceRequest(

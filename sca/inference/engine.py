@@ -24,7 +24,7 @@ from sca.inference.generation_options import GENERATION_OPTIONS
 from sca.inference.processor import InputFrame, Processor
 from sca.inference.prompt_arguments import check_task
 from sca.io.masks import decode_rle, encode_rle, mask_to_box
-from sca.language_models.questions import EncodedQuestion, encode_question, list_region_references
+from sca.language_models.questions import EncodedQuestion, encode_question, expand_references, list_region_references
 from sca.language_models.token_usage import count_tokens
 from sca.model import NON_FINITE_HINT, SegmentCaptioner
 from sca.nn.masks import select_best_masks
@@ -406,6 +406,26 @@ class Engine(MaskEngine):
         spec = self.model.spec
         supported = {"question": spec.questions, "length": spec.lengths}
         return tuple(name for name in GENERATION_OPTIONS if supported.get(name, True))
+
+    def check_question(self, question: str) -> None:
+        """Check that the language model can read a question and generate an answer.
+
+        Args:
+            question: Question.
+
+        Raises:
+            ValueError: The question is empty, refers to region 0, or is too long.
+        """
+        encoded = encode_question(self.require_tokenizer(), question)
+        positions_per_region = self.model.prefix_length - self.model.spec.task_tokens
+        after, _ = expand_references(encoded.after, positions_per_region)
+        length = len(encoded.before) + self.model.prefix_length + len(after)
+        max_positions = getattr(self.model.language_model, "max_positions", None)
+        if max_positions is not None and length >= max_positions:
+            raise ValueError(
+                f"the question and its regions have {length:,} tokens, but the language model reads at most "
+                f"{max_positions - 1:,}; shorten the question"
+            )
 
     @property
     def everything(self) -> EverythingOptions:

@@ -75,6 +75,8 @@ def resolve_generation_options(
             raise ValueError(
                 "the model is not trained to answer questions; use one that is, or train one with train.question_prob"
             )
+        if hasattr(captioner, "check_question"):
+            captioner.check_question(question)
     if length is not None:
         _check_length(length, question, supported)
     defaults = getattr(captioner, "generation", DEFAULT_GENERATION)

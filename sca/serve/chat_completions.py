@@ -2,7 +2,8 @@
 
 See https://platform.openai.com/docs/api-reference/chat. The region is read from the fields `box`, `points` and `mask`
 (`extra_body` in the OpenAI client), else from the text of the user messages (see `sca.serve.region_parser`). Without
-either, it is the entire image. Unsupported fields are rejected by name.
+either, it is the entire image. The other text of the last turn is a question about the region, if the model answers
+questions. Unsupported fields are rejected by name.
 """
 
 from __future__ import annotations
@@ -20,9 +21,17 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 from sca_registry.contracts import Caption, Prompt
 
-from sca.serve.chat_messages import ChatMessage, check_message_parts, find_image_url, find_text_region, split_turns
+from sca.inference.generation_options import CAPTION_OPTIONS
+from sca.serve.chat_messages import (
+    ChatMessage,
+    check_message_parts,
+    find_image_url,
+    find_question,
+    find_text_region,
+    split_turns,
+)
 from sca.serve.errors import ApiError
-from sca.serve.limits import MAX_BEAMS, MAX_NEW_TOKENS, MAX_SEED, MIN_SEED
+from sca.serve.limits import MAX_BEAMS, MAX_NEW_TOKENS, MAX_SEED, MAX_TEXT_LENGTH, MIN_SEED
 from sca.serve.schema import CaptionRequest, ErrorResponse, RegionPrompt, add_body_schema
 from sca.serve.service import (
     ERROR_RESPONSES,
@@ -119,11 +128,11 @@ class ChatRequest(RegionPrompt):
         StreamOptions | None, Field(description="Options of a streamed response; requires `stream`.")
     ] = None
 
-    def check_supported(self, generation_options: Collection[str] | None = None) -> None:
+    def check_supported(self, generation_options: Collection[str]) -> None:
         """Reject unsupported fields.
 
         Args:
-            generation_options: Generation options that the captioner supports; None for all.
+            generation_options: Generation options that the captioner supports.
 
         Raises:
             ApiError: A field is not supported; the message contains its name.
@@ -142,7 +151,7 @@ class ChatRequest(RegionPrompt):
                 )
         generation_fields = self._collect_generation_options()
         for name, option in (("n", "num_captions"), ("top_p", "top_p"), ("temperature", "temperature")):
-            if generation_options is not None and option in generation_fields and option not in generation_options:
+            if option in generation_fields and option not in generation_options:
                 raise ApiError(
                     422,
                     f"the field {name!r} is not supported by this model; remove it",
@@ -152,8 +161,11 @@ class ChatRequest(RegionPrompt):
         if self.stream_options is not None and not self.stream:
             raise ApiError(422, "stream_options can only be used with stream=true", param="stream_options")
 
-    def to_caption_request(self) -> tuple[str, CaptionRequest]:
+    def to_caption_request(self, answers_questions: bool = False) -> tuple[str, CaptionRequest]:
         """Convert the messages to a caption request.
+
+        Args:
+            answers_questions: Whether the model does; the text of the last turn is then a question about the region.
 
         Returns:
             The URL of the image, and the request with one prompt; an empty prompt means the entire image.
@@ -168,7 +180,15 @@ class ChatRequest(RegionPrompt):
         prompt = RegionPrompt(box=self.box, points=self.points, mask=self.mask)
         if not prompt.model_dump(exclude_none=True):
             prompt = find_text_region(turns, url)
-        return url, CaptionRequest(**self._collect_generation_options(), task=self.task, prompts=[prompt])
+        question = find_question(turns) if answers_questions else None
+        if question and len(question) > MAX_TEXT_LENGTH:
+            raise ApiError(
+                422,
+                f"the question has {len(question):,} characters; shorten it to {MAX_TEXT_LENGTH:,}",
+                param="messages",
+            )
+        options = {**self._collect_generation_options(), "question": question}
+        return url, CaptionRequest(**options, task=self.task, prompts=[prompt])
 
     def _collect_generation_options(self) -> dict[str, Any]:
         max_tokens = self.max_completion_tokens or self.max_tokens
@@ -240,8 +260,9 @@ def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
         chat_request = await service.parse_body(request, ChatRequest)
         if chat_request.model:
             check_model_name(chat_request.model)
-        chat_request.check_supported(getattr(service.scheduler.captioner, "generation_options", None))
-        url, caption_request = await to_thread.run_sync(chat_request.to_caption_request)
+        options = getattr(service.scheduler.captioner, "generation_options", CAPTION_OPTIONS)
+        chat_request.check_supported(options)
+        url, caption_request = await to_thread.run_sync(chat_request.to_caption_request, "question" in options)
         service.check_request(caption_request)
         image_bytes = await to_thread.run_sync(decode_base64, url, "image_url", "messages")
         image = await service.decode_request_image(request, image_bytes, count_mask_prompts(caption_request))

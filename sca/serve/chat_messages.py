@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from sca.io.errors import InputError
 from sca.serve.errors import ApiError
-from sca.serve.region_parser import find_region
+from sca.serve.region_parser import find_region, remove_region
 from sca.serve.schema import RegionPrompt
 
 MAX_SEARCHED_CHARACTERS = 2**20  # characters of messages that are searched for a region
@@ -21,6 +21,7 @@ REGION_FIELD = re.compile(
     r"|poly(?:gon)?s?|rect(?:angle)?s?|selections?|segmentations?|xyxy|xywh|ltrb)(?:[_-].*|\d?d?)",
     re.IGNORECASE,
 )
+_DESCRIPTION_REQUEST = re.compile(r"(?:please\s+)?(?:describe|caption)\b[^?]*$", re.IGNORECASE)
 _CAMEL_CASE_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
@@ -187,6 +188,24 @@ def find_text_region(turns: Sequence[Sequence[ChatMessage]], url: str) -> Region
                 param="messages",
             )
     return RegionPrompt()
+
+
+def find_question(turns: Sequence[Sequence[ChatMessage]]) -> str | None:
+    """Find the question in the user messages of the last turn.
+
+    Args:
+        turns: Result of `split_turns`.
+
+    Returns:
+        The text without its region; None if it requests a description, or contains no words besides the region.
+
+    Raises:
+        InputError: As in `find_text_region`.
+    """
+    text = remove_region("\n".join(message.text for message in turns[-1] if message.role == "user"))
+    if not re.search(r"[^\W\d_]{2}", text) or _DESCRIPTION_REQUEST.match(text):
+        return None
+    return text
 
 
 def _select_turns_about(turns: Sequence[Sequence[ChatMessage]], url: str) -> Sequence[Sequence[ChatMessage]]:

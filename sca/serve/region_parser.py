@@ -82,6 +82,12 @@ _ESCAPE_SEQUENCE = re.compile(r"\\[nrt\"']")  # in JSON that was encoded twice
 _ASSIGNED_VALUE = re.compile(
     r"(?<!\w)(?:b?box(?:_2d)?|point(?:_2d)?)[\"'`]?\s*[:=][\s\"'`(\[{<|>]*([^\s\"'`)\]}>|]{1,40})"
 )
+_REGION_START = re.compile(  # what precedes the numbers of a region
+    r"[\s\"'`(\[{<|]*(?:(?:b?box(?:_2d)?|points?(?:_2d)?|coord(?:inate)?s|x1?|xyxy)[\s\"'`]*[:=]?|[:=])?[\s\"'`(\[{<|]*$",
+    re.IGNORECASE,
+)
+_REGION_END = re.compile(r"^[\s\"'`)\]}>|]*")
+_REGION_NOUN = re.compile(r"\b(?:region|area|object|part|crop|image|photo)\s*$", re.IGNORECASE)
 MAX_NUMBERS = 2048  # per text; a region has at most 256 points of 3 numbers
 _MAX_NAME_DISTANCE = 60  # characters before numbers that are searched for their name
 
@@ -143,6 +149,12 @@ def find_region(text: str, reject_ambiguous: bool = True) -> ParsedRegion | None
     Raises:
         InputError: The text contains several regions, coordinates that cannot be read, or too many numbers.
     """
+    mention = _find_mention(text, reject_ambiguous)
+    return None if mention is None else ParsedRegion(mention.box, mention.points)
+
+
+def _find_mention(text: str, reject_ambiguous: bool) -> _RegionMention | None:
+    """Return the region in a text, with the position of its numbers in the text with folded case."""
     text = text.translate(_ASCII_SIGNS).casefold()
     text = _NAME_WITHOUT_SPACE.sub(r"\1 ", _ESCAPE_SEQUENCE.sub("  ", text))
     text = _NO_REGION.sub(lambda match: "_" * len(match[0]), text)
@@ -162,7 +174,33 @@ def find_region(text: str, reject_ambiguous: bool = True) -> ParsedRegion | None
     return _merge_mentions(text, mentions)
 
 
-def _merge_mentions(text: str, mentions: Sequence[_RegionMention]) -> ParsedRegion | None:
+def remove_region(text: str) -> str:
+    """Remove the region from a text, so that its question remains.
+
+    Args:
+        text: Text as for `find_region`.
+
+    Returns:
+        The text with "it" in place of a region within a sentence: "what color is it?" for "what color is
+        box=10,20,30,40?"; a region on its own is removed without replacement.
+
+    Raises:
+        InputError: As in `find_region`.
+    """
+    region = _find_mention(text, reject_ambiguous=True)
+    if region is None:
+        return " ".join(text.split())
+    if len(text.translate(_ASCII_SIGNS).casefold()) != len(text):  # the positions are those in the folded text
+        text = text.translate(_ASCII_SIGNS).casefold()
+    before = _REGION_START.sub("", text[: region.start])
+    after = _REGION_END.sub("", text[region.end :])
+    is_in_sentence = re.search(r"\w\s*$", before) and re.match(r"\s*(?:[?.!,]|\w)", after)
+    pronoun = "it" if is_in_sentence and not _REGION_NOUN.search(before) else ""
+    joined = " ".join(f"{before.rstrip()} {pronoun} {after}".split())
+    return re.sub(r"\s+([?.!,])", r"\1", joined).strip(" ,;:.|-")
+
+
+def _merge_mentions(text: str, mentions: Sequence[_RegionMention]) -> _RegionMention | None:
     """Merge adjacent mentions to one region; raise InputError for several regions."""
     if not mentions:
         return None
@@ -175,7 +213,8 @@ def _merge_mentions(text: str, mentions: Sequence[_RegionMention]) -> ParsedRegi
                 f"the text contains {len(mentions)} regions; send one request per region, or write "
                 "box=x1,y1,x2,y2;point=x,y to combine prompts of one region"
             )
-    return ParsedRegion(boxes[0] if boxes else None, tuple(point for each in mentions for point in each.points))
+    points = tuple(point for each in mentions for point in each.points)
+    return _RegionMention(mentions[0].start, mentions[-1].end, boxes[0] if boxes else None, points)
 
 
 def _check_assignments(text: str, mentions: Sequence[_RegionMention]) -> None:

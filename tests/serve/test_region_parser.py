@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sca.io.errors import InputError
-from sca.serve.region_parser import find_region
+from sca.serve.region_parser import find_region, remove_region
 
 BOX = (370.0, 434.0, 448.0, 512.0)
 BOXES = [
@@ -276,3 +276,22 @@ def test_find_region_finds_box_in_any_sentence(before, box, after):
 def test_find_region_raises_only_input_errors(text):
     with suppress(InputError):
         find_region(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("What color is box=10,20,30,40?", "What color is it?"),
+        ("box=10,20,30,40: what color is it?", "what color is it?"),
+        ("what color is it?\nbox=[10, 12, 60, 70]", "what color is it?"),
+        ("  what  color is it ", "what color is it"),
+        ("what is in box 10,20,30,40?", "what is in it?"),
+        ("is x1=1,y1=2,x2=30,y2=40 red?", "is it red?"),
+        ('{"box": [10,20,30,40]} what size is it?', "what size is it?"),
+        ("Describe the region [10, 20, 30, 40].", "Describe the region"),
+        ("Was ist die Größe von box=1,2,30,40?", "was ist die grösse von it?"),
+        ("box=10,20,30,40", ""),
+    ],
+)
+def test_remove_region_leaves_the_question(text, question):
+    assert remove_region(text) == question
