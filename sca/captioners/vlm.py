@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 from sca_registry.contracts import TASKS
 from sca_registry.errors import make_unknown_name_error
+from sca_registry.spec import DEFAULT_GENERATION
 from torch import nn
 from transformers.models.kosmos2.processing_kosmos2 import coordinate_to_patch_index
 
@@ -23,6 +24,7 @@ from sca.captioners.region_captioner import (
     resolve_generation_options,
 )
 from sca.inference.engine import EncodedImages
+from sca.language_models.questions import list_region_references
 
 BOX_COLOR = (255, 0, 0)
 LINE_WIDTH_DIVISOR = 150  # line width of a drawn box: the image's longer side divided by this
@@ -100,10 +102,9 @@ class VisionLanguageModel(RegionCaptioner):
                 "region_format=region-tokens has a fixed question; omit the option question, or use region_format=crop"
             )
         self.region_format = region_format
+        self.model_key: tuple[str, str] = (model_type, region_format)
         self.task_questions: tuple[str, str] | None = (
-            (question, question)
-            if question
-            else MODEL_QUESTIONS.get((model_type, region_format)) or QUESTIONS.get(region_format)
+            (question, question) if question else MODEL_QUESTIONS.get(self.model_key) or QUESTIONS.get(region_format)
         )
         self.metadata_options: dict[str, Any] = {
             "encoder": encoder,
@@ -116,6 +117,12 @@ class VisionLanguageModel(RegionCaptioner):
         return {**super().weight_modules, "image_text_model": self.image_text_model.model}
 
     @property
+    def generation_options(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the model
+        """Names of the generation options that the model supports."""
+        is_free_form = self.region_format in QUESTIONS and self.model_key not in MODEL_QUESTIONS
+        return (*DEFAULT_GENERATION, *(["question"] if is_free_form else []))
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """Options and weights that identify the captioner in evaluation results."""
         return {"captioner": "vlm", **self.metadata_options, **self.image_text_model.metadata}
@@ -124,11 +131,26 @@ class VisionLanguageModel(RegionCaptioner):
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
     ) -> list[ScoredText]:
         """Generate one text per region, without location tags; see `RegionCaptioner`."""
-        inputs = [self._build_input(view, TASKS.index(task)) for view in regions]
+        question = generation.pop("question", None)
+        inputs = [self._build_input(view, TASKS.index(task), question) for view in regions]
         texts = self.image_text_model.generate_texts(inputs, **resolve_generation_options(generation))
         return [text._replace(text=" ".join(TAG_PATTERN.sub(" ", text.text).split())) for text in texts]
 
-    def _build_input(self, view: RegionView, task_index: int) -> ImageTextInput:
+    def check_question(self, question: str) -> None:
+        """Check a question.
+
+        Args:
+            question: Question.
+
+        Raises:
+            ValueError: The question is empty, or refers to several regions.
+        """
+        if not question.strip():
+            raise ValueError("the question is empty; pass a text such as 'what color is it?'")
+        if list_region_references(question):
+            raise ValueError("this captioner answers questions about one region; remove <region N> from the question")
+
+    def _build_input(self, view: RegionView, task_index: int, question: str | None) -> ImageTextInput:
         box = view.prompt.box or view.tight_box
         if self.region_format == "region-tokens":
             return ImageTextInput(
@@ -136,7 +158,7 @@ class VisionLanguageModel(RegionCaptioner):
             )
         assert self.task_questions is not None  # see `__init__`
         image = crop_image(view, box) if self.region_format == "crop" else draw_box(view.image, box)
-        return ImageTextInput(image, self.task_questions[task_index])
+        return ImageTextInput(image, question or self.task_questions[task_index])
 
 
 def draw_box(image: Image.Image, box: Box) -> Image.Image:

@@ -5,6 +5,7 @@ import pytest
 
 from sca.captioners.region_captioner import RegionView
 from sca.captioners.vlm import QUESTIONS, VisionLanguageModel, draw_box
+from sca.inference.generation_options import resolve_generation_options
 
 
 def get_texts(captions):
@@ -80,7 +81,7 @@ def test_vlm_applies_the_chat_template_and_batches_images_of_different_sizes(wei
     assert get_texts(batched_captions) == single_texts
     assert len(set(single_texts)) > 1
     inputs = captioner.image_text_model._process_input(
-        captioner._build_input(RegionView(0, image, prompts[0], None, None), 1)
+        captioner._build_input(RegionView(0, image, prompts[0], None, None), 1, None)
     )
     prompt_text = captioner.image_text_model.tokenizer.decode(inputs["input_ids"][0])
     assert "Which thing is this?" in prompt_text
@@ -103,3 +104,24 @@ def test_vlm_applies_the_chat_template_and_batches_images_of_different_sizes(wei
 def test_vlm_rejects_unsupported_options_and_suggests_alternatives(weights_folder, kind, options, message):
     with pytest.raises(ValueError, match=message):
         VisionLanguageModel(weights=weights_folder(kind), **options)
+
+
+@pytest.mark.parametrize("region_format", ["crop", "box"])
+def test_vlm_answers_questions_about_one_region(weights_folder, image, prompts, question_calls, region_format):
+    captioner = VisionLanguageModel(weights=weights_folder("qwen2_vl"), region_format=region_format)
+    options = resolve_generation_options(captioner, question="what color is it?", max_new_tokens=3)
+    captioner.caption(image, prompts, **options)
+    assert {call.text for call in question_calls[-1]} == {"what color is it?"}
+    captioner.caption(image, prompts, max_new_tokens=3)
+    assert {call.text for call in question_calls[-1]} == {QUESTIONS[region_format][1]}
+    with pytest.raises(ValueError, match="answers questions about one region"):
+        resolve_generation_options(captioner, question="is <region 1> red?")
+    with pytest.raises(ValueError, match="the question is empty"):
+        resolve_generation_options(captioner, question=" ")
+
+
+@pytest.mark.parametrize(("kind", "region_format"), [("florence2", "crop"), ("kosmos-2", "region-tokens")])
+def test_vlm_with_fixed_prompts_takes_no_questions(weights_folder, kind, region_format):
+    captioner = VisionLanguageModel(weights=weights_folder(kind), region_format=region_format)
+    with pytest.raises(ValueError, match="not trained to answer questions"):
+        resolve_generation_options(captioner, question="what color is it?")
