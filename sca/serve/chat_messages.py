@@ -197,7 +197,7 @@ def find_question(turns: Sequence[Sequence[ChatMessage]]) -> str | None:
         turns: Result of `split_turns`.
 
     Returns:
-        The text without its region; None if it requests a description, or contains no words besides the region.
+        The text without its region; None if it requests a description, or consists of the region only.
 
     Raises:
         InputError: As in `find_text_region`.

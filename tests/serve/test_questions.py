@@ -32,11 +32,11 @@ def answer_locally(engine, scene):
     """Function that returns the answer of the engine without a server."""
     from sca_registry.contracts import Prompt
 
-    def answer(question):
+    def answer_question(question):
         (caption,) = engine.caption(scene.image, [Prompt(box=tuple(map(float, BOX)))], question=question)
         return caption.text
 
-    return answer
+    return answer_question
 
 
 def test_caption_route_answers_a_question(client, make_body, answer_locally):

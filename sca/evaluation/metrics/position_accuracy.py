@@ -13,7 +13,7 @@ from sca.evaluation.records import Record, collect_region_ids, compute_nanmean, 
 WORDS = ("left", "right", "top", "bottom", "upper", "lower", "middle", "center", "centre")
 POSITION_PATTERN = re.compile(
     rf"\b(?:on|at|in|to|toward|towards|near) the (?:far |very )?((?:{'|'.join(WORDS)})(?:[ -](?:{'|'.join(WORDS)}))*)\b"
-    r"(?! (?:side |half |part |edge |corner |end )?of (?!the (?:image|picture|photo|photograph|frame|scene)\b))",
+    r"(?! (?:side |half |part |edge |corner |end )?of (?!the (?:image|photo|photograph|frame|scene)\b))",
     re.IGNORECASE,
 )
 MIDDLE = (0.25, 0.75)  # fractions of a side
