@@ -27,6 +27,7 @@ from sca.evaluation.bootstrap import (
 from sca.evaluation.predictions import CONTROLS
 from sca.evaluation.records import Record, describe_missing_needs, filter_records
 from sca.evaluation.tokenization import choose_default_tokenizer
+from sca.io.errors import InputError
 
 SHARED_OPTIONS = ("references", "tokenizer")  # options passed to every metric that accepts them
 COMPARABLE_RUN_KEYS = (  # settings of the run that two comparable scores must share
@@ -157,6 +158,8 @@ def score_records(
                     extra = sca_registry.metrics.get_card(name).extra
                     install_hint = f"pip install 'segment-caption-anything[{extra}]'" if extra else "install it"
                     reason = f"needs {error.name}: {install_hint}"
+                except InputError as error:  # the records do not contain what the metric measures
+                    reason = str(error)
                 except Exception as error:  # a failing plugin must not affect other metrics
                     reason = f"failed with {type(error).__name__}: {error}; run `sca check metric {name}` for details"
             if reason is None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import sca
 from sca.evaluation.metrics.position_accuracy import PositionAccuracy, is_position_true, parse_position
 from sca.training.template_phrases import make_template_phrases
 
@@ -82,3 +83,9 @@ def test_position_accuracy_counts_stated_and_correct_positions():
         "positions/captions": 4,
     }
     assert np.array_equal(output.per_record["positions/correct"], [1, 0, np.nan, 1], equal_nan=True)
+
+
+def test_positions_are_skipped_with_a_reason_if_no_caption_states_one(build_small_model):
+    report = sca.evaluate(build_small_model(), {"name": "scenes", "num_images": 2, "image_size": 64}, split="test")
+    assert report.skipped_metrics["positions"] == "no caption states a position in the image"
+    assert not any(name.startswith("positions/") for name in report.scores)

@@ -9,6 +9,7 @@ import numpy as np
 from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record, collect_region_ids, compute_nanmean, require_records
+from sca.io.errors import InputError
 
 WORDS = ("left", "right", "top", "bottom", "upper", "lower", "middle", "center", "centre")
 POSITION_PATTERN = re.compile(
@@ -40,7 +41,7 @@ class PositionAccuracy:
                 stated[row] = 1
                 correct[row] = is_position_true(words, (x1 + x2) / 2 / width, (y1 + y2) / 2 / height)
         if not stated.any():
-            raise ValueError("metric 'positions': no caption states a position in the image")
+            raise InputError("no caption states a position in the image")
         per_record = {"positions/correct": correct, "positions/stated": stated}
         values = {name: compute_nanmean(each) for name, each in per_record.items()}
         return MetricOutput(
