@@ -108,7 +108,8 @@ def _check_prefix_fits(spec: ModelSpec, mixer: Mixer, language_model: LanguageMo
     prefix_length = spec.task_tokens + (spec.geometry == "token") + mixer.num_queries
     if max_positions is not None and prefix_length >= max_positions:
         raise RegistryError(
-            f"the prefix of {mixer.num_queries} queries and {spec.task_tokens} task tokens fills the {max_positions} "
+            f"the prefix of {prefix_length} positions ({mixer.num_queries} queries, {spec.task_tokens} task tokens"
+            f"{', the geometry' if spec.geometry == 'token' else ''}) fills the {max_positions} "
             f"positions of the language model {spec.language_model.name!r}; use fewer queries or another language model"
         )
 

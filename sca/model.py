@@ -228,6 +228,24 @@ class SegmentCaptioner(SegmentationModel):
             return torch.cat((geometry_embeddings, embeddings), dim=1)
         return embeddings + geometry_embeddings
 
+    @property
+    def positions_per_region(self) -> int:
+        """Positions of a region in a prefix or a question."""
+        return self.prefix_length - self.spec.task_tokens
+
+    def count_question_positions(self, question: EncodedQuestion) -> int:
+        """Count the positions of a prefix with a question.
+
+        Args:
+            question: Output of `sca.language_models.questions.encode_question`.
+
+        Returns:
+            Positions K' before the answer.
+        """
+        num_references = sum(token < 0 for token in question.after)
+        num_tokens = len(question.before) + len(question.after) - num_references
+        return num_tokens + self.prefix_length + num_references * self.positions_per_region
+
     def append_question(self, prefix: Tensor, question: EncodedQuestion) -> Tensor:
         """Append a question to the prefixes of regions. The generated caption is its answer.
 
@@ -236,8 +254,9 @@ class SegmentCaptioner(SegmentationModel):
             question: Output of `sca.language_models.questions.encode_question`.
 
         Returns:
-            (N, K', E) prefixes with the question after each region; or (1, K', E) if the question refers to regions by
-            number, with the prefix of the first of these regions and the embeddings of all of them in the question.
+            (N, K', E) prefixes with the question after each region. If the question refers to regions by number, it is
+            (1, K', E): the prefix of the region that the question names first, and the question, in which each
+            reference is replaced by the embeddings of its region.
 
         Raises:
             ValueError: The question refers to a region that does not exist.
@@ -374,7 +393,7 @@ class SegmentCaptioner(SegmentationModel):
         is_region = questions.region_index >= 0
         index = questions.region_index[is_region], questions.embedding_index[is_region]
         token_embeddings = self._embed_tokens(batch.input_ids, prefix.dtype)  # (G, L, E)
-        token_embeddings = token_embeddings.index_put((is_region,), region_embeddings[index])
+        token_embeddings = token_embeddings.index_put((is_region,), region_embeddings[index].to(prefix.dtype))
         before = self._embed_tokens(questions.ids_before_prefix[None], prefix.dtype)  # (1, L', E)
         flat_index = torch.arange(batch.input_ids.numel(), device=prefix.device).view_as(batch.input_ids)
         states, positions = [], []

@@ -21,7 +21,7 @@ from statistics import mean
 from typing import Any
 
 from sca_bench.effects import compute_paired_interval
-from sca_bench.halving import halve_combinations, list_candidates, make_rung_row
+from sca_bench.halving import NUM_RUNGS, halve_combinations, list_candidates, make_rung_row
 from sca_bench.image_scores import stack_image_scores
 from sca_bench.row import SweepRow
 from sca_bench.store import ResultStore
@@ -120,8 +120,11 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="results folder of the grid")
     parser.add_argument("--out", type=Path, help="JSON file; default: RESULTS/replay.json")
     arguments = parser.parse_args()
-    results_by_key = {row["key"]: row for row in ResultStore(arguments.results).read_rows()}
+    results_by_key = {row["key"]: row for row in ResultStore(arguments.results).read_rows() if row["state"] == "done"}
     rows = read_grid().list_rows("listed")
+    rung_keys = [make_rung_row(row, num_halvings).key for row in rows for num_halvings in range(NUM_RUNGS)]
+    if num_missing := sum(key not in results_by_key for key in rung_keys):
+        parser.error(f"{arguments.results} lacks {num_missing} of {len(rung_keys)} finished rows; run the grid again")
     seeds = dict.fromkeys(row.config["seed"] for row in rows)
     replays = [replay_halving([row for row in rows if row.config["seed"] == seed], results_by_key) for seed in seeds]
     print(format_table(replays))

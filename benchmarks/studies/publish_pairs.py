@@ -71,7 +71,7 @@ def format_table(summaries: Mapping[str, CombinationSummary], published: Mapping
             quality,
             format_score(summary.scores[ATTRIBUTE_SCORE]),
             f"{(summary.parameters or 0) / 1e6:.2f}",
-            f"{summary.max_regions_per_second:.0f}",
+            f"{summary.max_regions_per_second or 0:.0f}",
             f"{(summary.memory or 0) / 1e6:.0f}",
             published.get(name, ""),
         )
@@ -83,8 +83,9 @@ def publish_pair(name: str, combination: Combination, summary: CombinationSummar
     """Write a portable checkpoint and its model card."""
     key = combination.row.make_stage_keys()[-1]
     folder = OUT / name
+    model = load(results / MODELS_FOLDER / key / MODEL_NAME, allow_external=True)
     shutil.rmtree(folder, ignore_errors=True)
-    write_portable_checkpoint(load(results / MODELS_FOLDER / key / MODEL_NAME, allow_external=True), folder)
+    write_portable_checkpoint(model, folder)
     (folder / "README.md").write_text(format_card(name, combination.row.config, summary), "utf-8")
 
 

@@ -29,6 +29,7 @@ Regions are flat: N counts regions over the whole batch, and a sorted `image_ind
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+REGION_PATTERN = re.compile(r"<region (\d{1,4})>")  # reference to a region in a question
 RECOGNITION_TASK_ID, CAPTION_TASK_ID = 0, 1
 TASKS = ("recognition", "caption")
 
@@ -150,7 +152,7 @@ class MaskTargets(_TensorRows):
 
 @dataclass
 class QuestionBatch:
-    """Questions in the token ids of a batch. The answer to a question is the caption."""
+    """Positions of questions in `Batch.input_ids`. The caption that follows a question is its answer."""
 
     has_question: Tensor  # (G,) bool
     answer_mask: Tensor  # (G, L) 1 for the tokens of captions and answers, which are predicted; 0 for questions
@@ -240,6 +242,7 @@ class Caption:
     proposal_score: float | None = None  # score of the region for the proposer, or for that text
     confidence: float | None = None  # probability that the caption is correct; None if the model is not calibrated
     ood_score: float | None = None  # distance of the image to the training images; above 1, it is unlike them
+    question: str | None = None  # question, or request for a length, that the text responds to
 
     @property
     def array(self) -> np.ndarray | None:
@@ -273,12 +276,42 @@ class Question:
         answer: Correct answer.
         region_ids: Ids of the regions of the sample that the question is about.
         kind: Kind of question, such as "color".
+        is_about_image: The answer also depends on other regions of the image, as for counts. Augmentation that removes
+            a region then removes the question.
+
+    Raises:
+        ValueError: The text, the answer or the regions are empty, or the text refers to a region that does not exist.
     """
 
     text: str
     answer: str
     region_ids: tuple[int, ...]
     kind: str = "question"
+    is_about_image: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.text.strip() or not self.answer.strip():
+            raise ValueError("a question or its answer is empty; set both")
+        if not self.region_ids:
+            raise ValueError(f"the question {self.text!r:.60} has no regions; list their ids")
+        for number in list_region_references(self.text):
+            if not 1 <= number <= len(self.region_ids):
+                raise ValueError(
+                    f"the question {self.text!r:.60} refers to <region {number}>, but the number of its regions is "
+                    f"{len(self.region_ids)}"
+                )
+
+
+def list_region_references(question: str) -> list[int]:
+    """Return the numbers of the regions that a question refers to, in order, without duplicates.
+
+    Args:
+        question: Text with references such as "<region 1>".
+
+    Returns:
+        Numbers from 1; empty for a question about a single region.
+    """
+    return [*dict.fromkeys(int(number) for number in REGION_PATTERN.findall(question))]
 
 
 class Sample(NamedTuple):

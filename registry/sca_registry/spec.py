@@ -171,7 +171,7 @@ class ModelSpec:
         geometry: How the language model receives the box of a region in its image: "token" for one more position of
             the prefix, before the queries; "add" to add its embedding to every projected query. None if it receives
             only the queries.
-        questions: The model answers questions about regions. Training with `question_prob` sets it.
+        questions: The model supports questions about regions. Training with `question_prob` sets it.
         lengths: The model generates captions of a requested length. Training with `length_prob` sets it.
         trainable: Parameter groups to train, a subset of `TRAINABLE_GROUPS`; the others are frozen.
         lora: LoRA of the language model: `rank`, `alpha`, `dropout` and `target_modules` (None selects them by
@@ -283,7 +283,7 @@ class ModelSpec:
         return cls(**table)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the spec as a dict for JSON or TOML, without None, an empty `zoom`, and false flags."""
+        """Return the spec as a dict for JSON or TOML. None, an empty `zoom` and false flags are omitted."""
         data: dict[str, Any] = {"format": SPEC_FORMAT}
         for each in fields(self):
             value = getattr(self, each.name)

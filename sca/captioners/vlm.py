@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw
-from sca_registry.contracts import TASKS
+from sca_registry.contracts import TASKS, list_region_references
 from sca_registry.errors import make_unknown_name_error
 from sca_registry.spec import DEFAULT_GENERATION
 from torch import nn
@@ -24,7 +24,6 @@ from sca.captioners.region_captioner import (
     resolve_generation_options,
 )
 from sca.inference.engine import EncodedImages
-from sca.language_models.questions import list_region_references
 
 BOX_COLOR = (255, 0, 0)
 LINE_WIDTH_DIVISOR = 150  # line width of a drawn box: the image's longer side divided by this
@@ -148,7 +147,7 @@ class VisionLanguageModel(RegionCaptioner):
         if not question.strip():
             raise ValueError("the question is empty; pass a text such as 'what color is it?'")
         if list_region_references(question):
-            raise ValueError("this captioner answers questions about one region; remove <region N> from the question")
+            raise ValueError("this captioner does not support region references such as <region 1>; remove them")
 
     def _build_input(self, view: RegionView, task_index: int, question: str | None) -> ImageTextInput:
         box = view.prompt.box or view.tight_box

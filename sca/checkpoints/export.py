@@ -15,7 +15,13 @@ from sca_registry.spec import ComponentSpec, ModelSpec
 from torch import Tensor
 
 from sca.builder import build
-from sca.checkpoints.published import FIXED_CONFIG, MIXER_BY_ARCHITECTURE, NAME_PREFIXES, SPECIAL_TOKEN_FIELDS
+from sca.checkpoints.published import (
+    FIXED_CONFIG,
+    MIXER_BY_ARCHITECTURE,
+    NAME_PREFIXES,
+    SPECIAL_TOKEN_FIELDS,
+    TRAINED_OPTIONS,
+)
 from sca.checkpoints.tensors import list_stored_tensors
 from sca.io.atomic import write_folder
 from sca.io.errors import InputError
@@ -200,6 +206,7 @@ def _build_published_config(model: SegmentCaptioner) -> dict[str, Any]:
         "use_decoder_only_language_model": True,
         "vl_projector_type": "linear",
         "vl_projector_norm_type": "none",
+        **{name: True for name in TRAINED_OPTIONS if getattr(model.spec, name)},
         "vision_config": cast("SamEncoder", model.encoder).vision.config.to_dict(),
         "prompt_encoder_config": {
             "hidden_size": model.segmenter.channels,

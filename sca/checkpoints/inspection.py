@@ -58,6 +58,10 @@ def describe_spec(spec: ModelSpec) -> dict[str, str]:
     }
     if spec.lora is not None:
         facts["lora"] = format_options(spec.to_dict()["lora"])
+    if spec.geometry is not None:
+        facts["geometry"] = spec.geometry
+    if inputs := [name for name in ("questions", "lengths") if getattr(spec, name)]:
+        facts["supports"] = ", ".join(inputs)
     return facts | {"trainable": ", ".join(spec.trainable)}
 
 

@@ -33,6 +33,7 @@ from sca.language_models.hf import load_tokenizer
 from sca.language_models.phi import split_fused_attention
 from sca.model import SegmentCaptioner
 
+TRAINED_OPTIONS = ("questions", "lengths")  # fields of a spec; the original implementation ignores them
 MIXER_BY_ARCHITECTURE = {
     "ScaMultitaskV2Model": "query",
     "ScaMultitaskSplitMixerModel": "split",
@@ -176,6 +177,7 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
                 },
                 "language_model": {"name": "hf", "config": _read_language_model_config(config["text_config"], folder)},
                 "task_tokens": config["num_task_tokens"],
+                **{name: True for name in TRAINED_OPTIONS if config.get(name) is True},
             }
         )
     except InputError:

@@ -100,8 +100,9 @@ def caption(
     question: Annotated[
         str | None,
         typer.Option(
-            help="Question to answer about each region, such as 'what color is it?'. '<region 1>' is the first region, "
-            "'<region 2>' the second. Requires a model that answers questions.",
+            help="Question to answer about each region, such as 'what color is it?'. '<region 1>' refers to the first "
+            "region, '<region 2>' to the second; such a question has one answer. Requires a model that supports "
+            "questions.",
             rich_help_panel="Generation",
         ),
     ] = None,

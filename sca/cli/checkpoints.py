@@ -198,10 +198,10 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Export a checkpoint in the original SCA layout.
+    """Export a checkpoint to another layout.
 
-    With --layout portable, exports a checkpoint that loads without --allow-external on any machine. With --layout lm,
-    exports only the language model.
+    The layout published is that of the original SCA. A portable checkpoint loads without --allow-external on any
+    machine. The layout lm contains the language model only.
     """
     from sca.checkpoints.export import write_language_model, write_published_checkpoint
     from sca.checkpoints.load import load

@@ -4,7 +4,7 @@ A dataset is converted once; afterwards its table is memory-mapped. A table has 
 
     image_id int64, file string, width int32, height int32, stamp list of int64 or null,
     regions    list of {id int64, box 4 x float64, mask string or null, name string or null, phrases, attributes}
-    questions  list of {text string, answer string, region_ids list of int64, kind string}
+    questions  list of {text string, answer string, region_ids list of int64, kind string, is_about_image bool}
 
 Boxes are x1 y1 x2 y2 in pixels of the upright image, a mask is the counts of its compressed RLE, and attributes are
 JSON. Width and height are those that the sources record, else those of the image file. In the second case `stamp` is
@@ -389,6 +389,8 @@ class ConvertedTable(ABC):
                     "question about a missing region", f"{row['file']} ({question['text']!r:.60}, id {missing[0]})"
                 )
         row["questions"] = [each for each in row["questions"] if region_ids.issuperset(each["region_ids"])]
+        used_ids = {region_id for question in row["questions"] for region_id in question["region_ids"]}
+        row["regions"] = [each for each in row["regions"] if each["name"] or each["phrases"] or each["id"] in used_ids]
 
     def _find_image_file(self, name: str) -> Path | None:
         """Return the file of an image; None, and counted, if it does not exist or has two names."""
@@ -472,7 +474,13 @@ def _build_features() -> Any:
     region = {"id": integer, "box": List(Value("float64"), length=4), "mask": text, "name": text}
     region |= {"phrases": List(text), "attributes": text}
     sides = {"width": Value("int32"), "height": Value("int32"), "stamp": List(integer)}
-    question = {"text": text, "answer": text, "region_ids": List(integer), "kind": text}
+    question = {
+        "text": text,
+        "answer": text,
+        "region_ids": List(integer),
+        "kind": text,
+        "is_about_image": Value("bool"),
+    }
     lists = {"regions": List(region), "questions": List(question)}
     return Features({"image_id": integer, "file": text, **sides, **lists})
 

@@ -6,6 +6,7 @@ The datasets of this package read the same formats, so exports also test them en
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 from collections import Counter
@@ -38,6 +39,12 @@ from sca.data.record_parsing import EmptyDatasetError
 from sca.data.summary import summarize_dataset
 from sca.io.atomic import write_folder
 from sca.io.masks import mask_to_box
+from sca.io.text import format_count
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+SAMPLES, QUESTIONS = "samples", "questions"  # counted during an export
+QUESTION_FORMAT = "jsonl"
 
 
 def export_dataset(
@@ -86,20 +93,25 @@ def export_dataset(
     counts: Counter[str] = Counter()
     with write_folder(folder) as draft:
         EXPORT_WRITERS[format](
-            {name: _iter_and_count_samples(part, name, counts, max_images) for name, part in splits.items()}, draft
+            {name: _iter_and_count_samples(part, counts, max_images) for name, part in splits.items()}, draft
         )
-        if not counts:
+        if not counts[SAMPLES]:
             raise EmptyDatasetError(f"no sample can be read; {'; '.join(map(summarize_dataset, splits.values()))}")
+    if counts[QUESTIONS] and format != QUESTION_FORMAT:
+        logger.warning(
+            "sca: %s of the dataset are not exported; the format %s contains questions",
+            format_count(counts[QUESTIONS], "question"),
+            QUESTION_FORMAT,
+        )
     return folder
 
 
-def _iter_and_count_samples(
-    dataset: Dataset, split: str, counts: Counter[str], max_images: int | None
-) -> Iterator[Sample]:
+def _iter_and_count_samples(dataset: Dataset, counts: Counter[str], max_images: int | None) -> Iterator[Sample]:
     is_iterable = hasattr(dataset, "__iter__")  # iteration skips unusable samples
     samples = iter(dataset) if is_iterable else map(dataset.__getitem__, range(len(dataset)))
     for sample in islice(samples, max_images):
-        counts[split] += 1
+        counts[SAMPLES] += 1
+        counts[QUESTIONS] += len(sample.questions)
         yield sample
 
 
@@ -221,6 +233,7 @@ def _write_jsonl(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
                     line = {"image": name, "image_id": sample.image_id, "id": region.id, "box": region.box}
                     questions = [
                         {"question": each.text, "answer": each.answer, "kind": each.kind, "regions": each.region_ids}
+                        | ({"is_about_image": True} if each.is_about_image else {})
                         for each in sample.questions
                         if each.region_ids[0] == region.id
                     ]

@@ -20,12 +20,9 @@ from sca.io.errors import InputError
 from sca.io.image_names import ImageNameResolver, resolve_image_path
 from sca.io.images import read_image_file_size
 from sca.io.paths import expand_user, normalize_name
-from sca.io.text import format_count
 from sca.io.validation import read_field, read_number_list, require_recorded_size
-from sca.language_models.questions import list_region_references
 
 BOX_FORMAT = "x1, y1, x2, y2"
-DEFAULT_QUESTION_KIND = "question"
 TEXT_FIELDS = ("caption", "phrases", "name")
 
 
@@ -39,9 +36,11 @@ class Jsonl(TableDataset):
     - `image`: file name, relative to `image_root`, else to the folder of the file or to the current directory.
     - `box`: x1 y1 x2 y2 in image pixels. Default: the box of the mask.
     - `caption`, or `phrases` (a list), or only a `name`, or only questions.
-    - `question` and its `answer`, and optionally its `kind` and `regions`; or `questions`, a list of objects with these
-      fields. `regions` contains the `id` of each region that the question is about: "<region 1>" in its text refers to
-      the first one. Default: the region of the line.
+    - `question` and its `answer`, and optionally its `kind`, `regions` and `is_about_image`; or `questions`, a list of
+      objects with these fields. `regions` contains the `id` of each region that the question is about: "<region 1>" in
+      its text refers to the first one. Default: the region of the line. `is_about_image` is true if the answer also
+      depends on other regions, as a count does. The `caption` of a line with a `question` and no `answer` is the
+      answer, as `sca caption --question` writes it.
     - `mask`: COCO RLE or polygons; optional.
     - `attributes`: optional.
     - `width` and `height` of the image; optional. Without them the image file is opened to measure it.
@@ -182,12 +181,14 @@ class Jsonl(TableDataset):
             raise InputError(f"{location}: box is {box}, with x2 < x1 or y2 < y1; expected {BOX_FORMAT}")
         count_unread_caption(record, ("caption", "phrases"), location, self._skip)
         text_fields = [key for key in TEXT_FIELDS if record.get(key) is not None]
+        if record.get("question") is not None and record.get("answer") is None and "caption" in text_fields:
+            text_fields.remove("caption")
+            record = {**record, "answer": record["caption"]}
         questions = _parse_questions(record, region_id, location)
-        if not (text_fields or questions) or len({"caption", "phrases"} & set(text_fields)) == 2:
-            raise InputError(
-                f"{location}: set a name, one of caption and phrases, or a question with its answer; it has "
-                f"{' and '.join(text_fields) or 'none'}"
-            )
+        if not text_fields and not questions:
+            raise InputError(f"{location}: no text; set name, caption, phrases, or question and answer")
+        if {"caption", "phrases"} <= set(text_fields):
+            raise InputError(f"{location}: caption and phrases are mutually exclusive; omit one of them")
         phrase_field = next((key for key in ("caption", "phrases") if key in text_fields), "caption")
         mask = record_parsing.parse_mask(mask_value, "mask", row["width"], row["height"], location, self._skip)
         if box is None and mask is None:
@@ -199,7 +200,9 @@ class Jsonl(TableDataset):
             location,
             mask=mask,
             name=read_field(record, "name", str, location) if "name" in text_fields else None,
-            phrases=parse_phrases(record.get(phrase_field), phrase_field, location),
+            phrases=parse_phrases(record.get(phrase_field), phrase_field, location)
+            if phrase_field in text_fields
+            else [],
             attributes=read_field(record, "attributes", dict, location) if record.get("attributes") else None,
             questions=questions,
         )
@@ -214,20 +217,17 @@ def _parse_questions(record: dict[str, Any], region_id: int, location: str) -> l
     for table in tables:
         if not isinstance(table, dict):
             raise InputError(f"{location}: questions has {table!r:.60}; expected objects with question and answer")
+        fields: dict[str, Any] = {
+            key: read_field(table, key, kind, location)
+            for key, kind in (("kind", str), ("is_about_image", bool))
+            if table.get(key) is not None
+        }
+        region_ids = [region_id] if table.get("regions") is None else read_field(table, "regions", list, location)
+        if not all(isinstance(each, int) and not isinstance(each, bool) for each in region_ids):
+            raise InputError(f"{location}: regions is {region_ids!r:.60}; expected a list of ids")
         text, answer = (read_field(table, key, str, location).strip() for key in ("question", "answer"))
-        if not text or not answer:
-            raise InputError(f"{location}: the question or its answer is empty; set both")
-        kind = read_field(table, "kind", str, location) if table.get("kind") is not None else DEFAULT_QUESTION_KIND
-        region_ids = [region_id]
-        if table.get("regions") is not None:
-            region_ids = read_field(table, "regions", list, location)
-        references = list_region_references(text)
-        if not region_ids or not all(isinstance(each, int) and not isinstance(each, bool) for each in region_ids):
-            raise InputError(f"{location}: regions is {region_ids!r:.60}; expected a list of one or more ids")
-        if references and not 1 <= min(references) <= max(references) <= len(region_ids):
-            raise InputError(
-                f"{location}: the question refers to <region {max(references)}>, but is about "
-                f"{format_count(len(region_ids), 'region')}; list their ids in regions"
-            )
-        questions.append(Question(text, answer, tuple(region_ids), kind))
+        try:
+            questions.append(Question(text, answer, tuple(region_ids), **fields))
+        except ValueError as error:
+            raise InputError(f"{location}: {error}") from error
     return questions

@@ -152,7 +152,8 @@ def make_questions(
         wordings = (
             WORDINGS[kind][NUM_TRAINING_WORDINGS:] if use_held_out_wordings else WORDINGS[kind][:NUM_TRAINING_WORDINGS]
         )
-        return Question(wordings[rng.integers(len(wordings))].format(**values), answer, region_ids, kind)
+        text = wordings[rng.integers(len(wordings))].format(**values)
+        return Question(text, answer, region_ids, kind, is_about_image=kind == "count")
 
     questions: list[Question] = []
     for region in regions:
@@ -189,7 +190,7 @@ def _make_choice(
     rng: np.random.Generator,
     make_question: Callable[..., Question],
 ) -> Question:
-    """Ask which of three values an attribute has; for a third of the questions, none of them."""
+    """Create a question about which of three values an attribute has; for a third of the questions, none of them."""
     kind = str(rng.choice([kind for kind in ATTRIBUTE_KINDS if len(attribute_values[kind]) > 3]))
     value, is_listed = region.attributes[kind], rng.random() < 2 / 3
     others = rng.permutation(_exclude_value(attribute_values[kind], value)).tolist()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import gradio as gr
 from sca_registry import zoo
-from sca_registry.contracts import TASKS, Caption
+from sca_registry.contracts import TASKS, Caption, list_region_references
 from sca_registry.spec import DEFAULT_GENERATION, ComponentSpec, EverythingOptions
 
 from sca.checkpoints.load import read_local_spec
@@ -32,7 +32,6 @@ from sca.io.hub import resolve_local_path
 from sca.io.images import read_image
 from sca.io.masks import PIXEL_LIMIT
 from sca.io.text import escape_markdown
-from sca.language_models.questions import list_region_references
 from sca.output.formats import MultiFormatWriter
 from sca.output.html_page import encode_data_uri
 from sca.serve.inference_requests import CandidateMasks, InferenceRequest, RequestDone, SchedulerError
@@ -278,8 +277,9 @@ def build_page(
             )
             question = gr.Textbox(
                 label="Question",
-                info="Optional, for models that answer questions; the answer replaces the caption",
+                info="Optional, for models that support questions; the answer replaces the caption",
                 max_lines=1,
+                max_length=MAX_TEXT_LENGTH,
                 elem_id="question",
             )
         model_note = gr.Markdown(zoo.describe_domain(model_names[0]), elem_id="model-note")
@@ -502,7 +502,7 @@ def _caption_prompted_region(
 def _read_question(text: str) -> str | None:
     """Return a question about one region; None if the field is empty. Raises ValueError for several regions."""
     if list_region_references(text):
-        raise ValueError("the demo answers questions about one region; remove <region N> from the question")
+        raise ValueError("the demo does not support region references such as <region 1>; remove them")
     return text.strip() or None
 
 

@@ -79,7 +79,7 @@ class Sam2Encoder(nn.Module):
         self.stride = _get_side(prompt_config.patch_size)
 
     def get_config_fields(self) -> Mapping[str, Any]:
-        """Return the fields of the configuration of the weights, also those of the segmenter; empty without weights."""
+        """Return the stored configuration, including that of the segmenter; empty without weights."""
         return fetch_config_fields(*self._config_source)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

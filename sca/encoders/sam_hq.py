@@ -70,7 +70,7 @@ class SamHqEncoder(nn.Module):
         self.channels = count_packed_channels(self.image_channels, self.high_res_shapes)
 
     def get_config_fields(self) -> Mapping[str, Any]:
-        """Return the fields of the configuration of the weights, also those of the segmenter; empty without weights."""
+        """Return the stored configuration, including that of the segmenter; empty without weights."""
         return fetch_config_fields(*self._config_source)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from sca.evaluation.predictions_file import (
     check_same_runs,
     read_predictions,
 )
-from sca.evaluation.question_answering import QuestionAnsweringOptions, check_can_answer
+from sca.evaluation.question_answering import QuestionAnsweringOptions, check_can_answer, check_has_questions
 from sca.evaluation.records import Record
 from sca.evaluation.requirements import (
     check_has_truth,
@@ -50,6 +50,7 @@ from sca.evaluation.validation import check_dataset_regions, check_predictions, 
 from sca.hints import check_argument_names
 from sca.inference.engine import Engine
 from sca.inference.factory import load_captioner
+from sca.inference.generation_options import resolve_generation_options
 from sca.inference.predictor import Predictor
 from sca.inference.proposer import build_proposer
 from sca.inference.region_search import SEARCH_VERSION
@@ -244,13 +245,17 @@ def evaluate(
     built_proposer = None if proposer_component is None else build_proposer(proposer_component, device)
     model_name, captioner = _resolve_captioner(model, device, trust_options)
     if isinstance(captioner, Engine):
-        check_generation("generation", prompting.generation, captioner.model.language_model.generate)
+        requests = {name: value for name, value in prompting.generation.items() if name in ("question", "length")}
+        resolve_generation_options(captioner, **requests)
+        decoding = {name: value for name, value in prompting.generation.items() if name not in requests}
+        check_generation("generation", decoding, captioner.model.language_model.generate)
     prompting_options: RecordPredictor = prompting
     if is_comprehension:
         check_can_find(captioner, model_name)
         prompting_options = ComprehensionOptions(built_proposer)
     elif prompting.tasks == (QUESTION_TASK,):
         check_can_answer(captioner)
+        check_has_questions(built_dataset, dataset_name)
         prompting_options = QuestionAnsweringOptions(prompting)
     elif built_proposer is not None:
         prompting_options = DenseCaptioningOptions(built_proposer, tuple(tasks), prompting.generation, prompting.zoom)

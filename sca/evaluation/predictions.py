@@ -391,7 +391,7 @@ def _should_caption(region: Region, task: str, prompts: PromptsByRegion) -> bool
 
 
 def _has_truth_for_task(region: Region, task: str) -> bool:
-    if task == QUESTION_TASK:  # questions belong to the sample
+    if task == QUESTION_TASK:  # questions belong to the sample, see `check_has_questions`
         return True
     return bool(region.name if DENSE_TASKS.get(task, task) == "recognition" else region.phrases)
 

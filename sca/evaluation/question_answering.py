@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sca_registry.contracts import Caption, Prompt, Question, Sample
+from sca_registry.contracts import REGION_PATTERN, Caption, Dataset, Prompt, Question, Sample
 
 from sca.evaluation.predictions import QUESTION_TASK, PromptingOptions, make_truth
 from sca.inference.engine import Engine, RegionQuestion
 from sca.inference.generation_options import resolve_generation_options
-from sca.language_models.questions import REGION_PATTERN
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class QuestionAnsweringOptions:
     prompting: PromptingOptions
 
     def predict_records(self, captioner: Any, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
-        """Predict one record per region with questions, and control.
+        """Predict one record per control and region that has questions.
 
         Args:
             captioner: Engine of a model that answers questions.
@@ -36,13 +35,17 @@ class QuestionAnsweringOptions:
             answer to each question in `truth.questions`.
 
         Raises:
-            ValueError: The captioner answers no questions.
+            ValueError: The captioner does not support questions.
         """
         engine = check_can_answer(captioner)
         records: list[list[dict[str, Any]]] = [[] for _ in samples]
         for control, encoded, prompts_by_image in self.prompting.iter_encoded_controls(engine, samples):
             inputs = list(zip(samples, prompts_by_image, strict=True))
             questions = [_select_questions(sample, prompts) for (_, sample), prompts in inputs]
+            prompts_by_image = [
+                _select_prompts(prompts, image_questions)
+                for prompts, image_questions in zip(prompts_by_image, questions, strict=True)
+            ]
             answers = engine.answer_batch(
                 encoded,
                 [list(prompts.values()) for prompts in prompts_by_image],
@@ -91,17 +94,41 @@ def check_can_answer(captioner: Any) -> Engine:
         The captioner.
 
     Raises:
-        ValueError: It is not trained to answer questions.
+        ValueError: It does not support questions.
     """
     resolve_generation_options(captioner, question="?")
     if not isinstance(captioner, Engine):
-        raise ValueError(f"{type(captioner).__name__} cannot be evaluated on questions; use a model, such as sca-tiny")
+        raise ValueError(
+            f"{type(captioner).__name__} cannot be evaluated on questions; use a model that is trained with "
+            "train.question_prob"
+        )
     return captioner
+
+
+def check_has_questions(dataset: Dataset, name: str) -> None:
+    """Check that a dataset has questions, as far as that is known without opening images.
+
+    Args:
+        dataset: Any dataset.
+        name: Name of the dataset in the message.
+
+    Raises:
+        ValueError: It has none.
+    """
+    metadata = getattr(dataset, "metadata", {})
+    if metadata.get("questions") == 0 or getattr(dataset, "has_questions", True) is False:
+        raise ValueError(f"the dataset {name} has no questions; scenes has them with the option questions=true")
 
 
 def _select_questions(sample: Sample, prompts: Mapping[int, Prompt]) -> list[Question]:
     """Return the questions about regions that have a prompt."""
     return [question for question in sample.questions if prompts.keys() >= set(question.region_ids)]
+
+
+def _select_prompts(prompts: Mapping[int, Prompt], questions: Sequence[Question]) -> dict[int, Prompt]:
+    """Return the prompts of regions that a question is about."""
+    used_ids = {region_id for question in questions for region_id in question.region_ids}
+    return {region_id: prompt for region_id, prompt in prompts.items() if region_id in used_ids}
 
 
 def _refer_to_prompts(question: Question, prompts: Mapping[int, Prompt]) -> RegionQuestion:

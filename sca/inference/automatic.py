@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from sca_registry.contracts import Caption, Proposals
+from sca_registry.contracts import Caption, Proposals, list_region_references
 from sca_registry.spec import EverythingOptions, make_everything_options
 
 from sca.hints import check_argument_names
@@ -20,7 +20,6 @@ from sca.inference.prompt_arguments import check_task
 from sca.inference.region_search import find_everything, select_region_proposals
 from sca.inference.zoom import caption_masks, caption_regions
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
-from sca.language_models.questions import list_region_references
 
 
 def resolve_everything_options(captioner: Any, overrides: Mapping[str, Any]) -> EverythingOptions:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from PIL import Image
-from sca_registry.contracts import Caption, Captioner, Prompt, Proposals, Proposer
+from sca_registry.contracts import Caption, Captioner, Prompt, Proposals, Proposer, list_region_references
 from sca_registry.spec import EverythingOptions, ZoomOptions
 
 from sca.inference.automatic import caption_everything, resolve_everything_options
@@ -37,6 +37,7 @@ from sca.inference.zoom import CropEncoder, caption_regions
 from sca.inference.zoom_options import resolve_zoom
 from sca.io.errors import InputError
 from sca.io.images import format_path, open_image
+from sca.io.text import format_count
 from sca.output.captioned_image import CaptionedImage, ImageSize, resize_to_recorded
 
 UNUSABLE_IMAGE, UNUSABLE_PROMPTS = "image", "prompts"  # kinds of failure
@@ -139,6 +140,9 @@ class BatchCaptioner:
             except InputError as error:
                 yield Failure(path, f"{format_path(path)}: {error}", UNUSABLE_PROMPTS)
                 continue
+            if reason := self._find_reference_problem(len(prompts), problems):
+                yield Failure(path, f"{format_path(path)}: {reason}", UNUSABLE_PROMPTS)
+                continue
             yield from (
                 Failure(path, f"{format_path(path)}: {problem}", UNUSABLE_PROMPTS, is_entire_image=False)
                 for problem in problems
@@ -149,6 +153,16 @@ class BatchCaptioner:
                 batch = []
         if batch:
             yield from self._caption_batch(batch, keep_images)
+
+    def _find_reference_problem(self, num_prompts: int, problems: Sequence[str]) -> str:
+        """Return why a question that refers to regions by number cannot be used for an image; "" if it can."""
+        references = list_region_references(self._generation.get("question", ""))
+        if references and problems:
+            return f"{problems[0]}, so that the regions have other numbers than the question refers to"
+        if references and max(references) > num_prompts:
+            count = format_count(num_prompts, "region")
+            return f"the question refers to <region {max(references)}>, but the image has {count}"
+        return ""
 
     def _caption_batch(self, batch: Sequence[ImagePrompts], keep_images: bool) -> Iterator[ImageCaptions]:
         captioned_images = [(path, image) for path, image, _ in batch if isinstance(image, CaptionedImage)]

@@ -14,7 +14,7 @@ from sca_registry.contracts import Captioner, Prompt, Proposer
 from sca_registry.spec import ComponentSpec
 
 from sca.devices import resolve_device
-from sca.inference.prompt_arguments import check_task
+from sca.inference.prompt_arguments import check_question_task, check_task
 from sca.inference.proposer import add_text, build_proposer
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, check_zoom
 from sca.io.annotations.annotation import SkipCounter
@@ -194,6 +194,8 @@ class CaptionJob:
 
     def __post_init__(self) -> None:
         check_task(self.task)
+        if any(self.generation_options.get(name) is not None for name in ("question", "length")):
+            check_question_task(self.task)
         check_range("batch_size", self.batch_size, int, 1)
         check_zoom(self.zoom)
         sources = [name for name in SOURCES if getattr(self, name)]

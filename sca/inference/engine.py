@@ -15,16 +15,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from sca_registry.contracts import TASKS, Caption, Prompt, PromptBatch, SegmenterOutput, Tokenizer, TokenUsage
+from sca_registry.contracts import (
+    TASKS,
+    Caption,
+    Prompt,
+    PromptBatch,
+    SegmenterOutput,
+    Tokenizer,
+    TokenUsage,
+    list_region_references,
+)
 from sca_registry.spec import EverythingOptions, ZoomOptions
 from torch import Tensor
 
 from sca.checkpoints.tensors import hash_weights
 from sca.inference.generation_options import GENERATION_OPTIONS
 from sca.inference.processor import InputFrame, Processor
-from sca.inference.prompt_arguments import check_task
+from sca.inference.prompt_arguments import check_question_task, check_task
 from sca.io.masks import decode_rle, encode_rle, mask_to_box
-from sca.language_models.questions import EncodedQuestion, encode_question, expand_references, list_region_references
+from sca.io.text import format_count
+from sca.language_models.questions import LENGTH_REQUESTS, EncodedQuestion, encode_question
 from sca.language_models.token_usage import count_tokens
 from sca.model import NON_FINITE_HINT, SegmentCaptioner
 from sca.nn.masks import select_best_masks
@@ -313,7 +323,8 @@ class MaskEngine(ABC):
             requests: Prompts of each of the B images, checked against its size.
             task: "caption" or "recognition".
             return_masks: Compute full-size masks. Without them, the caption of a point or mask prompt may have no box.
-            **generation: Options returned by `sca.inference.generation_options.resolve_generation_options`.
+            **generation: Options returned by `sca.inference.generation_options.resolve_generation_options`. With a
+                `question` that refers to regions by number, each image has one caption.
 
         Returns:
             The captions of each image, in the order of its prompts.
@@ -417,9 +428,7 @@ class Engine(MaskEngine):
             ValueError: The question is empty, refers to region 0, or is too long.
         """
         encoded = encode_question(self.require_tokenizer(), question)
-        positions_per_region = self.model.prefix_length - self.model.spec.task_tokens
-        after, _ = expand_references(encoded.after, positions_per_region)
-        length = len(encoded.before) + self.model.prefix_length + len(after)
+        length = self.model.count_question_positions(encoded)
         max_positions = getattr(self.model.language_model, "max_positions", None)
         if max_positions is not None and length >= max_positions:
             raise ValueError(
@@ -467,7 +476,7 @@ class Engine(MaskEngine):
         """Set `ood_score` and `confidence` of captions, as far as the model is calibrated.
 
         A caption has no confidence if its image is unlike the training images, or if it was sampled. Answers to
-        questions have none.
+        questions and captions of a requested length have none.
 
         Args:
             captions: Captions of each of the B images.
@@ -509,7 +518,8 @@ class Engine(MaskEngine):
         **generation: Any,
     ) -> list[list[Caption]]:
         check_task(task)
-        question = generation.pop("question", None)
+        question, length = generation.pop("question", None), generation.pop("length", None)
+        question = question if length is None else LENGTH_REQUESTS[length]
         if question is not None:
             references = list_region_references(question)
             questions = [
@@ -556,7 +566,7 @@ class Engine(MaskEngine):
         Raises:
             ValueError: A question is empty, or refers to a region that does not exist.
         """
-        check_task(task)
+        check_question_task(task)
         tokenizer = self.require_tokenizer()
         regions = iter(self._embed_requests(encoded, requests, task, return_masks))
         answered_regions, prefixes = [], []
@@ -567,13 +577,21 @@ class Engine(MaskEngine):
             for text, index in image_questions:
                 question = encoded_questions.get(text)
                 if question is None:
+                    self.check_question(text)
                     question = encoded_questions[text] = encode_question(tokenizer, text)
-                assert image_prefix is not None  # a question is about a region
+                if image_prefix is None or not (question.regions or 0 <= index < len(request)):
+                    raise ValueError(
+                        f"the question {text!r:.60} is about region {index + 1}, but the image has "
+                        f"{format_count(len(request), 'region')}"
+                    )
                 rows = slice(None) if question.regions else slice(index, index + 1)
                 prefixes.append(self.model.append_question(image_prefix[rows], question)[0])
-                answered_regions.append(image_regions[min(index, len(image_regions) - 1)])
+                answered_regions.append((image_regions[index], text))
         texts = self._generate_texts(prefixes, generation)
-        answers = iter(map(self._make_caption, answered_regions, texts))
+        answers = (
+            replace(self._make_caption(region, each), question=text)
+            for (region, text), each in zip(answered_regions, texts, strict=True)
+        )
         answers_by_image = [[next(answers) for _ in image_questions] for image_questions in questions]
         return self.add_confidence(answers_by_image, encoded, task, is_answer=True, **generation)
 

@@ -9,20 +9,10 @@ from sca_registry.errors import format_choices
 from sca_registry.spec import DEFAULT_GENERATION, check_generation
 
 from sca.io.validation import check_choice, check_type
-from sca.language_models.questions import LENGTH_QUESTIONS
+from sca.language_models.questions import LENGTH_REQUESTS
 
-GENERATION_OPTIONS = (
-    "max_new_tokens",
-    "num_beams",
-    "num_captions",
-    "do_sample",
-    "temperature",
-    "top_p",
-    "seed",
-    "question",
-    "length",
-)
-CAPTION_OPTIONS = GENERATION_OPTIONS[:-2]  # that every captioner supports
+CAPTION_OPTIONS = ("max_new_tokens", "num_beams", "num_captions", "do_sample", "temperature", "top_p", "seed")
+GENERATION_OPTIONS = (*CAPTION_OPTIONS, "question", "length")  # the last two require a model that is trained for them
 SAMPLING_ONLY_OPTIONS = ("temperature", "top_p")
 
 
@@ -55,8 +45,7 @@ def resolve_generation_options(
         top_p: Probability mass for nucleus sampling.
         seed: Random seed for sampling.
         question: Question to answer instead of captioning.
-        length: Length of the captions: "short" (up to 3 words), "phrase" (4 to 8 words) or "full". The result contains
-            it as a question.
+        length: Length of the captions: "short" (up to 3 words), "phrase" (4 to 8 words) or "full".
 
     Returns:
         Keyword arguments for `Captioner.caption` and `MaskEngine.caption_batch`.
@@ -73,7 +62,8 @@ def resolve_generation_options(
         check_type("question", question, str)
         if "question" not in supported:
             raise ValueError(
-                "the model is not trained to answer questions; use one that is, or train one with train.question_prob"
+                "this captioner does not support questions; use a model that is trained with train.question_prob, or a "
+                "vision-language model such as qwen2.5-vl-3b"
             )
         if hasattr(captioner, "check_question"):
             captioner.check_question(question)
@@ -101,19 +91,15 @@ def resolve_generation_options(
             settings["num_beams"] = max(num_captions, defaults["num_beams"])
     elif num_captions and num_beams is not None and num_captions > num_beams and (num_beams > 1 or not is_sampling):
         raise ValueError(f"num_captions={num_captions} requires num_beams of at least {num_captions}, not {num_beams}")
-    if length is not None:
-        del settings["length"]
-        settings["question"] = LENGTH_QUESTIONS[length]
     return settings
 
 
 def _check_length(length: Any, question: str | None, supported: Sequence[str]) -> None:
     """Raise ValueError if the captioner does not support a length, or if it conflicts with a question."""
-    check_choice("length", length, LENGTH_QUESTIONS)
+    check_choice("length", length, LENGTH_REQUESTS)
     if question is not None:
-        raise ValueError("length and question are mutually exclusive; state the length in the question")
+        raise ValueError("length and question are mutually exclusive; omit one of them")
     if "length" not in supported:
         raise ValueError(
-            "the model is not trained to generate captions of a requested length; use one that is, or train one with "
-            "train.length_prob"
+            "this captioner does not support a length; use a model that is trained with train.length_prob, or omit it"
         )

@@ -151,7 +151,7 @@ class Predictor:
         Raises:
             TypeError: Unknown keyword argument; the message suggests the closest one.
             ValueError: No image is set, no region is given, a box or point is outside the image, a mask and the image
-                differ in size, a value is out of range, or the model answers no questions.
+                differ in size, a value is out of range, or the model does not support questions.
         """
         request = self._collect_prompts(prompts, boxes, points, masks)
         generation = resolve_generation_options(

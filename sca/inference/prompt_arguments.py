@@ -109,3 +109,17 @@ def check_task(task: str) -> None:
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; choose from {', '.join(map(repr, TASKS))}")
+
+
+def check_question_task(task: str) -> None:
+    """Check the task of a question or of a request for a length: models are trained on them as captions.
+
+    Args:
+        task: Name of the task.
+
+    Raises:
+        ValueError: The task is not "caption".
+    """
+    check_task(task)
+    if task != "caption":
+        raise ValueError(f"the task {task} cannot be combined with a question or a length; omit one of them")

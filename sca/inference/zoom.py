@@ -18,13 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from sca_registry.contracts import Caption, Prompt
+from sca_registry.contracts import Caption, Prompt, list_region_references
 from sca_registry.spec import ZoomOptions
 
 from sca.inference.engine import EncodedImages, MaskEngine, PredictedMask
 from sca.inference.processor import InputFrame
 from sca.io.masks import RLE, decode_rle, encode_rle, mask_to_box
-from sca.language_models.questions import list_region_references
 
 Box = tuple[float, float, float, float]  # x1 y1 x2 y2, image pixels
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels

@@ -317,12 +317,24 @@ class TextTokenizer:
 
         Returns:
             The texts before and after the visual prefix. The answer follows the latter.
+
+        Raises:
+            ValueError: The chat template fails, or omits the question.
         """
         if not getattr(self.tokenizer, "chat_template", None):
             return "", question
         messages = [{"role": "user", "content": PREFIX_MARK + question}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        before, _, after = cast("str", text).partition(PREFIX_MARK)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates are programs, and can raise anything
+            raise ValueError(
+                f"the chat template of the tokenizer fails with {type(error).__name__}: {error}; use another tokenizer"
+            ) from error
+        before, mark, after = cast("str", text).partition(PREFIX_MARK)
+        if not mark or question not in after:
+            raise ValueError(
+                "the chat template of the tokenizer does not contain the text of the user; use another tokenizer"
+            )
         return before, after
 
     def save(self, folder: str) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sca_registry.contracts import Tokenizer
+from sca_registry.contracts import REGION_PATTERN, Tokenizer, list_region_references
 
-REGION_PATTERN = re.compile(r"<region (\d+)>")
-
-
-LENGTH_QUESTIONS = {  # by length of the caption
+LENGTH_REQUESTS = {  # texts that follow the prefix, by length of the caption
     "short": "describe it in one to three words.",
     "phrase": "describe it in one phrase.",
     "full": "describe it in full.",
@@ -37,7 +33,7 @@ class EncodedQuestion(NamedTuple):
 
 
 def classify_length(text: str) -> str:
-    """Return the length of a caption, a key of `LENGTH_QUESTIONS`: up to 3 words, 4 to 8 words, or more.
+    """Return the length of a caption, a key of `LENGTH_REQUESTS`: up to 3 words, 4 to 8 words, or more.
 
     Args:
         text: Caption.
@@ -47,18 +43,6 @@ def classify_length(text: str) -> str:
     """
     num_words = len(text.split())
     return "short" if num_words <= MAX_SHORT_WORDS else "phrase" if num_words <= MAX_PHRASE_WORDS else "full"
-
-
-def list_region_references(question: str) -> list[int]:
-    """Return the numbers of the regions that a question refers to, in order, without duplicates.
-
-    Args:
-        question: Text with references such as "<region 1>".
-
-    Returns:
-        Numbers from 1; empty for a question about a single region.
-    """
-    return [*dict.fromkeys(int(number) for number in REGION_PATTERN.findall(question))]
 
 
 def encode_question(tokenizer: Tokenizer, question: str) -> EncodedQuestion:

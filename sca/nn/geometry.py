@@ -8,7 +8,7 @@ import torch
 from sca_registry.contracts import PromptBatch, SegmenterOutput
 from torch import Tensor, nn
 
-NUM_FREQUENCIES = 4  # periods from 2 to 1/4 of the image
+NUM_FREQUENCIES = 4  # periods of 2, 1, 1/2 and 1/4 of the image side
 HIDDEN_SIZE = 128
 NUM_BOX_VALUES = 8  # x1 y1 x2 y2, center and size
 WHOLE_IMAGE = torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0]])  # geometry of a square image
@@ -50,8 +50,11 @@ class GeometryEmbedding(nn.Module):
 def compute_geometry(regions: SegmenterOutput, prompts: PromptBatch) -> Tensor:
     """Compute the geometry of regions.
 
-    The box of a region is its box prompt, or else that of its best mask, or else, without a mask or if it is empty,
-    that of its foreground points.
+    The box of a region is the first of these that exists:
+
+    1. its box prompt;
+    2. the box of its best mask, if that is not empty;
+    3. the box of its foreground points.
 
     Args:
         regions: Output of the segmenter.

@@ -61,7 +61,8 @@ class JsonlWriter:
     `prompt`, `box` (x1, y1, x2, y2), `mask` (COCO RLE), `caption`, `score`, `predicted_iou` and `model`. With several
     captions per region, `alternatives` contains the others, best first. For a region of a proposer, `name` (a class or
     a phrase) and `proposal_score` are those of the proposal. For a region that a search for a text found, they are the
-    text and its score. With a calibrated model, `confidence` is the probability that the caption is correct, and
+    text and its score. `question` is the question, or the request for a length, that `caption` responds to. With a
+    calibrated model, `confidence` is the probability that the caption is correct, and
     `ood_score` the distance of the image to the training images, above 1 for an image that is unlike them. Coordinates
     are in pixels of the upright image; unknown values are null. The output is ASCII, so that any terminal, locale and
     line reader works.
@@ -106,6 +107,7 @@ def caption_to_record(path: str, image: ImageOrSize, caption: Caption) -> dict[s
         "predicted_iou": _replace_non_finite(caption.predicted_iou),
         **({"alternatives": alternatives} if alternatives else {}),
         **({"name": caption.name} if caption.name is not None else {}),
+        **({"question": caption.question} if caption.question is not None else {}),
         **{
             field: _replace_non_finite(value)
             for field in OPTIONAL_SCORE_FIELDS

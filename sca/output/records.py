@@ -129,6 +129,7 @@ def _parse_caption(record: Mapping[str, Any], size: ImageSize, default_region_id
         proposal_score=_parse_optional_score(record, "proposal_score"),
         confidence=_parse_optional_score(record, "confidence"),
         ood_score=_parse_optional_score(record, "ood_score"),
+        question=record["question"] if isinstance(record.get("question"), str) else None,
     )
 
 

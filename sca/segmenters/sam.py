@@ -23,6 +23,7 @@ from transformers.models.sam.modeling_sam import (
 )
 
 from sca.io.hub import fetch_config_fields, load_pretrained
+from sca.io.validation import check_range, check_type
 from sca.nn.boxes import rasterize_boxes
 from sca.nn.feature_packing import count_packed_channels, unpack_feature_maps
 from sca.nn.masks import masks_to_boxes, select_best_masks
@@ -49,9 +50,9 @@ class SamSegmenter(nn.Module):
     """SAM's promptable segmenter: predicts masks, IoU scores, output tokens and a feature grid for each region.
 
     The weights of a pretrained SAM encoder contain those of the segmenter, which are used unless `weights` is set. The
-    options from `hidden_size` to `iou_head_hidden_size` apply to random weights only; None for the value in the
-    configuration of `weights`, or else of the encoder, or else the default in parentheses. A hidden size other than
-    the encoder's channels adds a trainable SAM neck.
+    options from `hidden_size` to `iou_head_hidden_size` apply to random weights only. None uses the configuration of
+    `weights`, then that of the encoder, then the default in parentheses. A hidden size other than the encoder's
+    channels adds a trainable SAM neck.
 
     Args:
         encoder: Image encoder.
@@ -134,7 +135,7 @@ class SamSegmenter(nn.Module):
                 iou_head_depth=options["iou_head_depth"],
                 iou_head_hidden_dim=options.get("iou_head_hidden_size", options["hidden_size"]),
             )
-            self.box_masks = bool(stored_config.get("prompt_encoder_config", {}).get(BOX_MASKS_FIELD, False))
+            self.box_masks = bool(_get_table(stored_config, "prompt_encoder_config").get(BOX_MASKS_FIELD, False))
             self.prompt_encoder, self.decoder = self.build_modules(
                 mask_decoder_config, encoder.stride, options["mask_input_channels"]
             )
@@ -399,12 +400,22 @@ def _build_prompt_and_mask_modules(config: SamConfig) -> tuple[SamPromptEncoder,
     return SamPromptEncoder(config), decoder
 
 
-def _read_stored_options(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read_stored_options(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the options of a segmenter that the fields of a configuration contain."""
-    tables = {name: config.get(table) or {} for name, (table, _) in CONFIG_FIELDS.items()}
-    return {
-        name: tables[name][field] for name, (_, field) in CONFIG_FIELDS.items() if tables[name].get(field) is not None
-    }
+    options: dict[str, int] = {}
+    for name, (table, field) in CONFIG_FIELDS.items():
+        value = _get_table(config, table).get(field)
+        if value is not None:
+            check_range(f"{table}.{field} of the weights", value, int, 1)
+            options[name] = value
+    return options
+
+
+def _get_table(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a nested configuration; empty if it does not exist. Raises ValueError if it is not a table."""
+    table = config.get(name)
+    check_type(f"{name} of the weights", {} if table is None else table, Mapping)
+    return table or {}
 
 
 def draw_prompts(prompts: PromptBatch, mask_size: int, image_size: int) -> Tensor:

@@ -161,11 +161,12 @@ class ChatRequest(RegionPrompt):
         if self.stream_options is not None and not self.stream:
             raise ApiError(422, "stream_options can only be used with stream=true", param="stream_options")
 
-    def to_caption_request(self, answers_questions: bool = False) -> tuple[str, CaptionRequest]:
+    def to_caption_request(self, supports_questions: bool = False) -> tuple[str, CaptionRequest]:
         """Convert the messages to a caption request.
 
         Args:
-            answers_questions: Whether the model does; the text of the last turn is then a question about the region.
+            supports_questions: Whether the model supports questions. If true, the text of the last turn is a question
+                about the region.
 
         Returns:
             The URL of the image, and the request with one prompt; an empty prompt means the entire image.
@@ -178,9 +179,10 @@ class ChatRequest(RegionPrompt):
         check_message_parts(turns)
         url = find_image_url(turns)
         prompt = RegionPrompt(box=self.box, points=self.points, mask=self.mask)
-        if not prompt.model_dump(exclude_none=True):
+        has_text_region = not prompt.model_dump(exclude_none=True)
+        if has_text_region:
             prompt = find_text_region(turns, url)
-        question = find_question(turns) if answers_questions else None
+        question = find_question(turns, has_text_region) if supports_questions else None
         if question and len(question) > MAX_TEXT_LENGTH:
             raise ApiError(
                 422,

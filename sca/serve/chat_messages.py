@@ -13,6 +13,7 @@ from sca.serve.errors import ApiError
 from sca.serve.region_parser import find_region, remove_region
 from sca.serve.schema import RegionPrompt
 
+MAX_QUESTION_MESSAGE = 4096  # characters of the messages that contain a question and its region
 MAX_SEARCHED_CHARACTERS = 2**20  # characters of messages that are searched for a region
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image_url", "input_image")
@@ -190,19 +191,28 @@ def find_text_region(turns: Sequence[Sequence[ChatMessage]], url: str) -> Region
     return RegionPrompt()
 
 
-def find_question(turns: Sequence[Sequence[ChatMessage]]) -> str | None:
+def find_question(turns: Sequence[Sequence[ChatMessage]], has_text_region: bool) -> str | None:
     """Find the question in the user messages of the last turn.
 
     Args:
         turns: Result of `split_turns`.
+        has_text_region: Whether the text may contain the region, which is not part of the question.
 
     Returns:
-        The text without its region; None if it requests a description, or consists of the region only.
+        The question; None if the text requests a description, or consists of the region only.
 
     Raises:
+        ApiError: The text is too long.
         InputError: As in `find_text_region`.
     """
-    text = remove_region("\n".join(message.text for message in turns[-1] if message.role == "user"))
+    text = "\n".join(message.text for message in turns[-1] if message.role == "user")
+    if len(text) > MAX_QUESTION_MESSAGE:
+        raise ApiError(
+            413,
+            f"the last turn has {len(text):,} characters of text; shorten it to {MAX_QUESTION_MESSAGE:,}",
+            param="messages",
+        )
+    text = remove_region(text) if has_text_region else " ".join(text.split())
     if not re.search(r"[^\W\d_]{2}", text) or _DESCRIPTION_REQUEST.match(text):
         return None
     return text

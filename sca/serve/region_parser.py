@@ -82,12 +82,12 @@ _ESCAPE_SEQUENCE = re.compile(r"\\[nrt\"']")  # in JSON that was encoded twice
 _ASSIGNED_VALUE = re.compile(
     r"(?<!\w)(?:b?box(?:_2d)?|point(?:_2d)?)[\"'`]?\s*[:=][\s\"'`(\[{<|>]*([^\s\"'`)\]}>|]{1,40})"
 )
-_REGION_START = re.compile(  # what precedes the numbers of a region
-    r"[\s\"'`(\[{<|]*(?:(?:b?box(?:_2d)?|points?(?:_2d)?|coord(?:inate)?s|x1?|xyxy)[\s\"'`]*[:=]?|[:=])?[\s\"'`(\[{<|]*$",
-    re.IGNORECASE,
-)
-_REGION_END = re.compile(r"^[\s\"'`)\]}>|]*")
-_REGION_NOUN = re.compile(r"\b(?:region|area|object|part|crop|image|photo)\s*$", re.IGNORECASE)
+_OPENING_CHARACTERS, _CLOSING_CHARACTERS = " \t\n\"'`([{<|=:", " \t\n\"'`)]}>|"  # around the numbers of a region
+_COORDINATE_NAMES = ("box", "bbox", "box_2d", "bbox_2d", "boxes", "point", "points", "point_2d", "coordinates", "xyxy")
+_REGION_NOUNS = ("region", "area", "object", "part", "crop")
+_PREPOSITIONS = ("at", "in", "inside", "within", "with")
+_DETERMINERS = ("the", "this", "that")
+_FORMS_OF_BE = ("is", "are", "was", "were")
 MAX_NUMBERS = 2048  # per text; a region has at most 256 points of 3 numbers
 _MAX_NAME_DISTANCE = 60  # characters before numbers that are searched for their name
 
@@ -149,14 +149,17 @@ def find_region(text: str, reject_ambiguous: bool = True) -> ParsedRegion | None
     Raises:
         InputError: The text contains several regions, coordinates that cannot be read, or too many numbers.
     """
-    mention = _find_mention(text, reject_ambiguous)
+    mention = _find_mention(_normalize_text(text), reject_ambiguous)
     return None if mention is None else ParsedRegion(mention.box, mention.points)
 
 
-def _find_mention(text: str, reject_ambiguous: bool) -> _RegionMention | None:
-    """Return the region in a text, with the position of its numbers in the text with folded case."""
+def _normalize_text(text: str) -> str:
     text = text.translate(_ASCII_SIGNS).casefold()
-    text = _NAME_WITHOUT_SPACE.sub(r"\1 ", _ESCAPE_SEQUENCE.sub("  ", text))
+    return _NAME_WITHOUT_SPACE.sub(r"\1 ", _ESCAPE_SEQUENCE.sub("  ", text))
+
+
+def _find_mention(text: str, reject_ambiguous: bool) -> _RegionMention | None:
+    """Return the region in a normalized text, with the position of its numbers."""
     text = _NO_REGION.sub(lambda match: "_" * len(match[0]), text)
     num_numbers = len(re.findall(r"\d+", text))
     if num_numbers > MAX_NUMBERS:
@@ -182,22 +185,49 @@ def remove_region(text: str) -> str:
 
     Returns:
         The text with "it" in place of a region within a sentence: "what color is it?" for "what color is
-        box=10,20,30,40?"; a region on its own is removed without replacement.
+        box=10,20,30,40?". A region on its own, or one that specifies a noun, is removed without replacement: "what
+        color is the car?" for "what color is the car at 10,20,30,40?". If the text has characters that the parser
+        replaces, the result has folded case.
 
     Raises:
         InputError: As in `find_region`.
     """
-    region = _find_mention(text, reject_ambiguous=True)
-    if region is None:
+    parsed_text = _normalize_text(text)
+    mention = _find_mention(parsed_text, reject_ambiguous=True)
+    if mention is None:
         return " ".join(text.split())
-    if len(text.translate(_ASCII_SIGNS).casefold()) != len(text):  # the positions are those in the folded text
-        text = text.translate(_ASCII_SIGNS).casefold()
-    before = _REGION_START.sub("", text[: region.start])
-    after = _REGION_END.sub("", text[region.end :])
-    is_in_sentence = re.search(r"\w\s*$", before) and re.match(r"\s*(?:[?.!,]|\w)", after)
-    pronoun = "it" if is_in_sentence and not _REGION_NOUN.search(before) else ""
-    joined = " ".join(f"{before.rstrip()} {pronoun} {after}".split())
-    return re.sub(r"\s+([?.!,])", r"\1", joined).strip(" ,;:.|-")
+    text = text if len(text) == len(parsed_text) else parsed_text
+    before, after = text[: mention.start].rstrip(_OPENING_CHARACTERS), text[mention.end :].lstrip(_CLOSING_CHARACTERS)
+    after = re.sub(r"^</?\w{1,20}>", "", after)  # closing tag
+    terms = before.split()
+    removed = _count_region_terms(terms)
+    is_noun_kept = bool(terms[: len(terms) - removed]) and removed > 0 and _names_region(terms[len(terms) - removed :])
+    terms = terms[: len(terms) - removed]
+    is_in_sentence = bool(terms) and terms[-1][-1].isalnum() and re.match(r"[?.!,\w]", after.lstrip()) is not None
+    pronoun = ["it"] if is_in_sentence and not is_noun_kept else []
+    joined = " ".join([*terms, *pronoun, *after.split()])
+    return re.sub(r" ([?.!,])", r"\1", joined).strip(" ,;:.|-")
+
+
+def _count_region_terms(terms: Sequence[str]) -> int:
+    """Return how many terms at the end of a text introduce the numbers of a region, such as "at" or "in the box"."""
+    count = 0
+
+    def get_term() -> str:
+        return terms[-1 - count].casefold().strip(_OPENING_CHARACTERS) if count < len(terms) else ""
+
+    count += get_term() in _COORDINATE_NAMES
+    count += get_term() in _REGION_NOUNS
+    count += get_term() in _DETERMINERS
+    if get_term() in _PREPOSITIONS:
+        previous = terms[-2 - count].casefold() if count + 1 < len(terms) else ""
+        count += previous not in (*_FORMS_OF_BE, "")  # "the car at", not "what is in"
+    return count
+
+
+def _names_region(terms: Sequence[str]) -> bool:
+    """Return whether the removed terms follow a noun that they specify: "the car" for "the car at 10,20,30,40"."""
+    return terms[0].casefold() in _PREPOSITIONS
 
 
 def _merge_mentions(text: str, mentions: Sequence[_RegionMention]) -> _RegionMention | None:

@@ -170,7 +170,7 @@ class CaptionRequest(StrictModel):
         Field(
             min_length=1,
             max_length=MAX_TEXT_LENGTH,
-            description="Question to answer about each region instead of captioning it. Requires a model that answers "
+            description="Question to answer about each region instead of captioning it. Requires a model that supports "
             "questions.",
         ),
     ] = None
@@ -266,6 +266,9 @@ class RegionResult(BaseModel):
     ood_score: Annotated[
         float | None,
         Field(description="Distance of the image to the training images; above 1, the image is unlike them."),
+    ] = None
+    question: Annotated[
+        str | None, Field(description="Question, or request for a length, that `caption` responds to.")
     ] = None
     alternatives: Annotated[
         list[AlternativeCaption], Field(description="Further captions, best first, if `num_captions` is above 1.")

@@ -17,16 +17,16 @@ from anyio import to_thread
 from fastapi import Request
 from PIL import Image
 from pydantic import BaseModel
-from sca_registry.contracts import Caption, Captioner, Prompt
+from sca_registry.contracts import Caption, Captioner, Prompt, list_region_references
 from sca_registry.spec import DEFAULT_GENERATION
 
 from sca.inference.automatic import resolve_everything_options
 from sca.inference.generation_options import resolve_generation_options
+from sca.inference.prompt_arguments import check_question_task
 from sca.inference.text_search import check_can_find, check_text
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
 from sca.io.images import decode_image, open_image_header
 from sca.io.prompts import parse_prompt
-from sca.language_models.questions import list_region_references
 from sca.output.jsonl import caption_to_record
 from sca.serve.errors import ApiError
 from sca.serve.inference_requests import (
@@ -308,9 +308,14 @@ class CaptionService:
         captioner = self.scheduler.captioner
         if list_region_references(caption_request.question or ""):
             raise ApiError(
-                422, "the server answers questions about one region; ask about each region, or use sca.Predictor"
+                422,
+                "the server does not support region references such as <region 1>; send a question without references, "
+                "or use sca.Predictor",
+                param="question",
             )
         try:
+            if caption_request.question is not None or caption_request.length is not None:
+                check_question_task(caption_request.task)
             generation = resolve_generation_options(
                 captioner,
                 num_beams=caption_request.num_beams,

@@ -76,7 +76,12 @@ class Augmentation:
         if self.scale_range:
             image, regions, whole_image = self._jitter_scale(image, regions, whole_image, original_areas, rng)
         remaining_ids = {region.id for region in regions}
-        questions = [each for each in questions if remaining_ids.issuperset(each.region_ids)]
+        has_all_regions = len(regions) == len(sample.regions)
+        questions = [
+            each
+            for each in questions
+            if remaining_ids.issuperset(each.region_ids) and (has_all_regions or not each.is_about_image)
+        ]
         return Sample(image, sample.image_id, tuple(regions), tuple(questions)), whole_image
 
     def _crop_randomly(

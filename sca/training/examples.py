@@ -25,6 +25,7 @@ from sca_registry.contracts import (
     Region,
     Sample,
     Tokenizer,
+    list_region_references,
 )
 from torch import Tensor
 
@@ -32,12 +33,11 @@ from sca.data.point_prompts import sample_point
 from sca.inference.processor import MASK_PROMPT_LOGIT, Processor
 from sca.io.masks import decode_rle
 from sca.language_models.questions import (
-    LENGTH_QUESTIONS,
+    LENGTH_REQUESTS,
     EncodedQuestion,
     classify_length,
     encode_question,
     expand_references,
-    list_region_references,
 )
 from sca.nn.boxes import rasterize_boxes
 from sca.training.auxiliary_losses import UNKNOWN_LABEL
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from sca.training.feature_cache import FeatureCache
 
 
-class RegionQuestion(NamedTuple):
+class ExampleQuestion(NamedTuple):
     """Question about regions of an example.
 
     Attributes:
@@ -174,36 +174,47 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         whole_image = None
         if self.augment:
             augmented, box = self.augment.augment_with_box(original, rng)
-            if augmented.regions:  # a crop may remove all of them
+            # a crop may remove all regions or texts
+            if augmented.regions and (self._has_texts(augmented) or not self._has_texts(original)):
                 sample, whole_image = augmented, box
-        # places in the phrases of the dataset refer to the whole image, and those in template phrases to the crop
-        whole_images = {region.id: whole_image for region in sample.regions if region.phrases}
+        # places in the phrases and questions of the dataset refer to the whole image, those in template phrases to the
+        # crop
+        question_region_ids = self._list_question_region_ids(sample)
+        whole_images = {
+            region.id: whole_image for region in sample.regions if region.phrases or region.id in question_region_ids
+        }
         if self.phrase_mode == "template":
             sample = add_template_phrases(sample, original)
         return self._build_example(sample, whole_images, rng, position / self.length)
+
+    def _has_texts(self, sample: Sample) -> bool:
+        return any(region.name or region.phrases for region in sample.regions) or bool(self._list_questions(sample))
+
+    def _list_question_region_ids(self, sample: Sample) -> set[int]:
+        return {region_id for question in self._list_questions(sample) for region_id in question.region_ids}
 
     def _list_questions(self, sample: Sample) -> tuple[Question, ...]:
         """Return the questions of a sample; none if no text is to be an answer."""
         return sample.questions if self.sampling_options.question_prob else ()
 
-    def _group_questions(self, sample: Sample, regions: Sequence[Region]) -> dict[int, list[RegionQuestion]]:
+    def _group_questions(self, sample: Sample, regions: Sequence[Region]) -> dict[int, list[ExampleQuestion]]:
         """Return the questions about the given regions only, by the index of the region whose prefix they follow."""
         index_by_id = {region.id: index for index, region in enumerate(regions)}
-        questions: dict[int, list[RegionQuestion]] = {}
+        questions: dict[int, list[ExampleQuestion]] = {}
         for question in self._list_questions(sample):
             indices = [index_by_id.get(region_id) for region_id in question.region_ids]
             known = [index for index in indices if index is not None]
             if len(known) == len(indices):
                 references = list_region_references(question.text)
                 main_region = known[references[0] - 1 if references else 0]
-                questions.setdefault(main_region, []).append(RegionQuestion(question, tuple(known)))
+                questions.setdefault(main_region, []).append(ExampleQuestion(question, tuple(known)))
         return questions
 
     def _build_example(
         self, sample: Sample, whole_images: Mapping[int, Box | None], rng: np.random.Generator, progress: float
     ) -> Example:
         frame = self.processor.compute_frame(*sample.image.size)
-        question_region_ids = {each for question in self._list_questions(sample) for each in question.region_ids}
+        question_region_ids = self._list_question_region_ids(sample)
         regions = [r for r in sample.regions if r.name or r.phrases or r.id in question_region_ids]
         regions = [regions[i] for i in rng.permutation(len(regions))[: self.sampling_options.max_regions]]
         questions = self._group_questions(sample, regions)
@@ -246,7 +257,7 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
             image_size=image_size,
         )
 
-    def _encode_question(self, question: RegionQuestion | None) -> EncodedQuestion | None:
+    def _encode_question(self, question: ExampleQuestion | None) -> EncodedQuestion | None:
         """Return the token ids of a question, with references to the regions of the example."""
         if question is None:
             return None
@@ -255,17 +266,16 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         return EncodedQuestion(encoded.before, after)
 
     def _sample_text(
-        self, region: Region, questions: Sequence[RegionQuestion], rng: np.random.Generator, progress: float
-    ) -> tuple[int, str, RegionQuestion | None]:
+        self, region: Region, questions: Sequence[ExampleQuestion], rng: np.random.Generator, progress: float
+    ) -> tuple[int, str, ExampleQuestion | None]:
         """Sample the task and text of a region, and the question that the text answers, if any.
 
         `progress` is the fraction of the stream, 0..1.
         """
         options = self.sampling_options
         has_caption = bool(region.name or region.phrases)
-        use_question = (
-            progress >= options.class_name_warmup and rng.random() < options.question_prob if questions else False
-        )
+        use_question = bool(questions) and progress >= options.class_name_warmup
+        use_question = use_question and rng.random() < options.question_prob
         if use_question or not has_caption:
             kinds = [*dict.fromkeys(each.question.kind for each in questions)]
             kind = kinds[rng.integers(len(kinds))]  # kinds with few questions are as frequent as others
@@ -274,8 +284,8 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
             return CAPTION_TASK_ID, selected.question.answer, selected
         task, text = self._sample_caption(region, rng, progress)
         if options.length_prob and rng.random() < options.length_prob:
-            length = Question(LENGTH_QUESTIONS[classify_length(text)], text, (region.id,))
-            return CAPTION_TASK_ID, text, RegionQuestion(length, ())
+            length = Question(LENGTH_REQUESTS[classify_length(text)], text, (region.id,))
+            return CAPTION_TASK_ID, text, ExampleQuestion(length, ())
         return task, text, None
 
     def _sample_caption(self, region: Region, rng: np.random.Generator, progress: float) -> tuple[int, str]:
@@ -357,10 +367,13 @@ def collate_examples(
         examples: Examples, all with the prompt kind of the first.
         pad_token_id: Id of the padding token.
         max_regions: Maximum number of regions of the batch; 0 for no limit.
-        embeddings_per_region: Positions of a region in a question, for examples with questions that refer to regions.
+        embeddings_per_region: Positions of a region in a question; required if a question refers to regions.
 
     Returns:
-        The batch, on the CPU.
+        The batch, on the CPU. Without any text, it has no `input_ids`.
+
+    Raises:
+        ValueError: A question refers to regions, and `embeddings_per_region` is 0.
     """
     examples = _limit_regions(examples, max_regions)
     counts = torch.tensor([len(example.boxes) for example in examples])
@@ -371,9 +384,11 @@ def collate_examples(
         for example, offset in zip(examples, region_offsets.tolist(), strict=True)
         for tokens, question in zip(example.input_ids, example.questions, strict=True)
     ]
-    input_ids = _pad_rows([text.ids for text in texts], pad_token_id)
-    lengths = torch.tensor([len(text.ids) for text in texts])
-    attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    input_ids = attention_mask = None
+    if texts:
+        input_ids = _pad_rows([text.ids for text in texts], pad_token_id)
+        lengths = torch.tensor([len(text.ids) for text in texts])
+        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
     targets = MaskTargets(
         masks=torch.cat([example.masks for example in examples]),
         valid_pixels=torch.stack([example.valid_pixels for example in examples])[image_index],
@@ -390,7 +405,7 @@ def collate_examples(
         region_index=torch.cat(
             [example.region_index + first for example, first in zip(examples, region_offsets, strict=True)]
         ),
-        questions=_collate_questions(texts, attention_mask),
+        questions=None if attention_mask is None else _collate_questions(texts, attention_mask),
         targets=targets,
         auxiliary_targets={
             name: torch.cat([example.labels[name] for example in examples]) for name in examples[0].labels
@@ -420,6 +435,8 @@ class _TextTokens(NamedTuple):
         cls, ids: Sequence[int], question: EncodedQuestion | None, region_offset: int, embeddings_per_region: int
     ) -> _TextTokens:
         """Return the ids of a text after those of its question, whose regions are counted over the whole batch."""
+        if question is not None and question.regions and not embeddings_per_region:
+            raise ValueError("a question refers to regions; set embeddings_per_region")
         question_ids, slots = expand_references([] if question is None else question.after, embeddings_per_region)
         slots = [*slots, *([None] * len(ids))]
         return cls(

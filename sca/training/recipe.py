@@ -80,9 +80,9 @@ class SamplingOptions:
         longest_caption_prob: Probability, after both warmups, that a phrase is the region's last and longest instead
             of a random one.
         question_prob: Probability that a sampled text is the answer to a question about the region, if the dataset has
-            any for it. Above 0, the trained model answers questions.
+            any for it. Above 0, the trained model supports questions.
         length_prob: Probability that a sampled caption or class name follows a request for its length, see
-            `sca.language_models.questions.LENGTH_QUESTIONS`. Above 0, captions of a requested length can be generated.
+            `sca.language_models.questions.LENGTH_REQUESTS`. Above 0, captions of a requested length can be generated.
         captions_per_region: Texts sampled per region; distinct ones are all trained on, from one forward pass.
         max_regions: Maximum number of regions per image.
         box_jitter: Standard deviation of the noise on box corners, as a fraction of the box sides.

@@ -26,8 +26,8 @@ from sca.data.summary import count_skipped, summarize_dataset
 from sca.hints import check_argument_names
 from sca.inference.processor import Processor
 from sca.io.run_folder import RunFolder, iter_existing_paths
-from sca.io.text import format_count
 from sca.io.validation import check_range
+from sca.language_models.questions import encode_question
 from sca.model import SegmentCaptioner
 from sca.training.auxiliary_losses import AttributeValues
 from sca.training.datasets import open_training_datasets, open_validation_dataset, report_datasets
@@ -173,9 +173,7 @@ def _train_process(
         args=_build_training_arguments(recipe, folder, images_per_process),
         train_dataset=mixture,
         data_collator=lambda examples: {
-            "batch": collate_examples(
-                examples, tokenizer.pad_token_id, max_regions, model.prefix_length - model.spec.task_tokens
-            )
+            "batch": collate_examples(examples, tokenizer.pad_token_id, max_regions, model.positions_per_region)
         },
         lr_multipliers=recipe.train.lr_multipliers,
         sharded=sharded,
@@ -342,6 +340,7 @@ def prepare_training(
     if recipe.train.feature_cache_dir:
         check_cacheable(recipe, model)
     if recipe.train.question_prob:
+        _check_question_lengths(recipe, model, sources)
         model.spec = replace(model.spec, questions=True)
     if recipe.train.length_prob:
         model.spec = replace(model.spec, lengths=True)
@@ -384,13 +383,45 @@ def _open_datasets(recipe: Recipe) -> tuple[Dataset | None, dict[str, Dataset]]:
     sources = open_training_datasets(recipe)
     for name, dataset in sources.items():
         _check_readable(name, dataset)
-        num_without_text = getattr(dataset, "metadata", {}).get("images_with_questions_only", 0)
-        if num_without_text and not recipe.train.question_prob:
-            raise RegistryError(
-                f"{name} has questions only for {format_count(num_without_text, 'image')}; set train.question_prob, or "
-                "add captions or names"
-            )
+    _check_has_texts(recipe, sources)
     return validation_dataset, sources
+
+
+def _check_has_texts(recipe: Recipe, sources: Mapping[str, Dataset]) -> None:
+    """Raise RegistryError if a dataset has only questions and none are used, or if none has any and some are used."""
+    has_questions = False
+    for name, dataset in sources.items():
+        metadata = getattr(dataset, "metadata", {})
+        num_without_text = metadata.get("images_with_questions_only", 0)
+        if num_without_text and num_without_text == metadata["images"] and not recipe.train.question_prob:
+            raise RegistryError(f"{name} has questions, but no captions and no names; set train.question_prob above 0")
+        has_questions = has_questions or bool(metadata.get("questions") or getattr(dataset, "has_questions", False))
+        has_questions = has_questions or bool(dataset[0].questions)
+    if recipe.train.question_prob and not has_questions:
+        raise RegistryError(
+            f"train.question_prob is {recipe.train.question_prob}, but no dataset has questions; set it to 0, or add "
+            "questions: scenes have them with data.scenes.questions=true"
+        )
+
+
+def _check_question_lengths(recipe: Recipe, model: SegmentCaptioner, datasets: Mapping[str, Dataset]) -> None:
+    """Raise RegistryError for a question that leaves the language model no positions for its answer."""
+    max_positions = getattr(model.language_model, "max_positions", None)
+    if not recipe.train.question_prob or max_positions is None:
+        return
+    tokenizer = model.language_model.tokenizer
+    assert tokenizer is not None  # checked by `prepare_training`
+    max_question = max_positions - recipe.train.max_tokens
+    for name, dataset in datasets.items():
+        questions = dataset.iter_questions() if hasattr(dataset, "iter_questions") else [dataset[0].questions]
+        for text in dict.fromkeys(question.text for image_questions in questions for question in image_questions):
+            length = model.count_question_positions(encode_question(tokenizer, text))
+            if length > max_question:
+                raise RegistryError(
+                    f"{name}: the question {text!r:.60} and its regions have {length:,} tokens, and an answer up to "
+                    f"{recipe.train.max_tokens}, but the language model reads {max_positions:,}; shorten the "
+                    "question, or reduce train.max_tokens"
+                )
 
 
 def _check_readable(name: str, dataset: Dataset) -> None:

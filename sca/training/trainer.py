@@ -38,11 +38,10 @@ MODULE_FILE = "training_module.pt"  # trainable parameters and buffers in a chec
 def count_loss_terms(batch: Batch) -> dict[str, int]:
     """Return the number of terms that each loss of a batch averages over; "regions" is for all other losses."""
     assert batch.targets is not None  # set by `collate_examples`
-    assert batch.attention_mask is not None
     predicted = batch.attention_mask if batch.questions is None else batch.questions.answer_mask
     num_masks = int(batch.targets.has_mask.sum())
     return {
-        "caption": int(predicted.sum()),
+        "caption": 0 if predicted is None else int(predicted.sum()),
         "mask": num_masks,
         "iou": num_masks,
         "regions": len(batch.prompts),

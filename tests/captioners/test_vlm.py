@@ -114,7 +114,7 @@ def test_vlm_answers_questions_about_one_region(weights_folder, image, prompts, 
     assert {call.text for call in question_calls[-1]} == {"what color is it?"}
     captioner.caption(image, prompts, max_new_tokens=3)
     assert {call.text for call in question_calls[-1]} == {QUESTIONS[region_format][1]}
-    with pytest.raises(ValueError, match="answers questions about one region"):
+    with pytest.raises(ValueError, match="does not support region references"):
         resolve_generation_options(captioner, question="is <region 1> red?")
     with pytest.raises(ValueError, match="the question is empty"):
         resolve_generation_options(captioner, question=" ")
@@ -123,5 +123,5 @@ def test_vlm_answers_questions_about_one_region(weights_folder, image, prompts, 
 @pytest.mark.parametrize(("kind", "region_format"), [("florence2", "crop"), ("kosmos-2", "region-tokens")])
 def test_vlm_with_fixed_prompts_takes_no_questions(weights_folder, kind, region_format):
     captioner = VisionLanguageModel(weights=weights_folder(kind), region_format=region_format)
-    with pytest.raises(ValueError, match="not trained to answer questions"):
+    with pytest.raises(ValueError, match="does not support questions"):
         resolve_generation_options(captioner, question="what color is it?")

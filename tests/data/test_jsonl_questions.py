@@ -75,13 +75,14 @@ def test_questions_about_regions_that_are_skipped_are_dropped_and_counted(write_
     [
         ({"question": "what is it?"}, "answer"),
         ({"answer": "red"}, "question"),
-        ({"question": "what is it?", "answer": " "}, "the question or its answer is empty"),
-        ({"question": "is it <region 2>?", "answer": "no"}, "refers to <region 2>, but is about 1 region"),
+        ({"question": "what is it?", "answer": " "}, "a question or its answer is empty"),
+        ({"question": "is it <region 2>?", "answer": "no"}, "refers to <region 2>, but the number of its regions is 1"),
         ({"question": "is it <region 0>?", "answer": "no"}, "refers to <region 0>"),
-        ({"question": "what is it?", "answer": "red", "regions": []}, "regions is"),
+        ({"question": "what is it?", "answer": "red", "regions": []}, "has no regions"),
         ({"question": "what is it?", "answer": "red", "regions": ["a"]}, "regions is"),
         ({"questions": ["what is it?"]}, "expected objects with question and answer"),
-        ({}, "a question with its answer"),
+        ({}, "no text; set name, caption, phrases, or question and answer"),
+        ({"caption": "a", "phrases": ["b"]}, "caption and phrases are mutually exclusive"),
     ],
 )
 def test_jsonl_rejects_invalid_questions(write_lines, line, message):
@@ -97,3 +98,28 @@ def test_jsonl_export_keeps_questions(tmp_path):
         assert set(sample.questions) == set(scenes[index].questions)
     assert dataset.metadata["questions"] == sum(len(scenes[index].questions) for index in range(2))
     assert dataset.metadata["images_with_questions_only"] == 0
+
+
+def test_jsonl_reads_the_output_of_a_question_as_its_answer(write_lines):
+    (sample,) = write_lines({"question": "what color is it?", "caption": "red", "score": 0.9})
+    assert sample.regions[0].phrases == ()
+    assert sample.questions == (Question("what color is it?", "red", (0,)),)
+
+
+def test_regions_of_dropped_questions_are_dropped_and_their_images_are_not_counted(write_lines):
+    dataset = write_lines(
+        {"id": 1, "question": "is it <region 2>?", "answer": "no", "regions": [1, 9]},
+        {"id": 2, "caption": "a cat"},
+    )
+    (sample,) = dataset
+    assert [region.id for region in sample.regions] == [2]
+    assert dataset.metadata["images_with_questions_only"] == 0
+
+
+def test_export_reports_questions_that_a_format_cannot_contain(tmp_path, caplog):
+    scenes = Scenes("train", num_images=1, image_size=64, questions=True)
+    export_dataset({"train": scenes}, tmp_path / "coco", "coco")
+    assert f"{len(scenes[0].questions)} questions of the dataset are not exported" in caplog.text
+    caplog.clear()
+    export_dataset({"train": scenes}, tmp_path / "jsonl", "jsonl")
+    assert not caplog.text

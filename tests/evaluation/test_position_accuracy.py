@@ -33,6 +33,13 @@ def make_record(region_id, caption, box):
         ("a man on the left of a car", set()),
         ("a man on the right side of the car", set()),
         ("a left hand", set()),
+        ("a sign on the left-hand side of the image", {"left"}),
+        ("a car on the left with a red roof", {"left"}),
+        ("a pocket on the top right of a shirt", set()),
+        ("a car on the left-hand side of a truck", set()),
+        ("a label at the bottom left of the shirt", set()),
+        ("a bat in the right hand of a man", set()),
+        ("a watch on the left wrist", set()),
         ("", set()),
     ],
 )

@@ -92,9 +92,9 @@ def test_evaluate_answers_questions_and_writes_predictions_that_can_be_scored_ag
 
 def test_evaluate_rejects_models_and_options_without_questions(build_small_model, model, tmp_path):
     prompting = PromptingOptions(tasks=("question",))
-    with pytest.raises(ValueError, match="the model is not trained to answer questions"):
+    with pytest.raises(ValueError, match="this captioner does not support questions"):
         sca.evaluate(build_small_model(), {"name": "scenes", **SCENES}, prompting=prompting, metrics=["questions"])
-    with pytest.raises(ValueError, match="no region of scenes has ground truth"):
+    with pytest.raises(ValueError, match="the dataset scenes has no questions"):
         sca.evaluate(
             model, {"name": "scenes", **SCENES, "questions": False}, prompting=prompting, metrics=["questions"]
         )
@@ -116,3 +116,21 @@ def test_invalid_question_records_are_rejected_in_one_line(change, message):
     record = make_record(["red"], [("color", "red")]) | change
     with pytest.raises(InputError, match=message):
         fill_defaults(Predictions([record]), "predictions.jsonl")
+
+
+def test_kinds_named_like_summaries_are_quoted_and_short_answers_are_compared_unchanged():
+    output = QuestionAccuracy()(
+        [make_record(["a", "5", "yes"], [("accuracy", "the"), ("count", "-5"), ("yes", "yes")])]
+    )
+    assert output.values["questions/accuracy"] == pytest.approx(1 / 3)
+    assert output.values['questions/"accuracy"'] == 0
+    assert output.values["questions/count"] == 0
+
+
+def test_evaluate_generates_captions_of_a_length(build_small_model):
+    model = build_small_model(lengths=True, language_model=LANGUAGE_MODEL)
+    scenes = {"name": "scenes", **SCENES}
+    prompting = PromptingOptions(tasks=("caption",), generation={"length": "short"})
+    assert sca.evaluate(model, scenes, prompting=prompting, metrics=["attributes"]).scores
+    with pytest.raises(ValueError, match="does not support a length"):
+        sca.evaluate(build_small_model(), scenes, prompting=prompting, metrics=["attributes"])

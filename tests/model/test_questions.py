@@ -3,15 +3,16 @@
 import pytest
 import torch
 from PIL import Image
-from sca_registry.contracts import Batch, Prompt, PromptBatch, Question, Region, Sample
+from sca_registry.contracts import Batch, Prompt, PromptBatch, Question, Region, Sample, list_region_references
 from torch.nn import functional as F
 
 from sca.inference.automatic import caption_everything
 from sca.inference.engine import Engine, RegionQuestion
+from sca.inference.generation_options import resolve_generation_options
 from sca.inference.predictor import Predictor
 from sca.inference.processor import Processor
 from sca.language_models.causal import TextTokenizer
-from sca.language_models.questions import LENGTH_QUESTIONS, encode_question, expand_references, list_region_references
+from sca.language_models.questions import LENGTH_REQUESTS, encode_question, expand_references
 from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.model import LABEL_SMOOTHING
 from sca.training.augmentation import Augmentation
@@ -245,19 +246,23 @@ def test_captions_of_a_requested_length_are_trained_and_requested_by_the_same_qu
         for question, ids in zip(example.questions, example.input_ids, strict=True)
     }
     assert pairs == {
-        (LENGTH_QUESTIONS["short"], "star"),
-        (LENGTH_QUESTIONS["short"], "a red star"),
-        (LENGTH_QUESTIONS["phrase"], "a small dotted red star"),
-        (LENGTH_QUESTIONS["full"], "x x x x x x x x x"),
+        (LENGTH_REQUESTS["short"], "star"),
+        (LENGTH_REQUESTS["short"], "a red star"),
+        (LENGTH_REQUESTS["phrase"], "a small dotted red star"),
+        (LENGTH_REQUESTS["full"], "x x x x x x x x x"),
     }
     predictor = Predictor(model)
     predictor.set_image(SAMPLE.image)
     (caption,) = predictor.predict(PROMPTS[:1], length="phrase")
-    expected = Engine(model).caption_batch(predictor.encoded, [PROMPTS[:1]], question=LENGTH_QUESTIONS["phrase"])[0][0]
+    expected = Engine(model).caption_batch(predictor.encoded, [PROMPTS[:1]], question=LENGTH_REQUESTS["phrase"])[0][0]
     assert caption == expected
+    assert caption.question == LENGTH_REQUESTS["phrase"]
+    options = resolve_generation_options(predictor.engine, length="short")
+    assert resolve_generation_options(predictor.engine, **options) == options
+    assert caption_everything(predictor, points_per_side=1, pred_iou_thresh=0, stability_score_thresh=0, **options)
     for arguments, message in (
         ({"length": "long"}, "length is 'long'"),
-        ({"length": "short", "question": "what is it?"}, "not trained to answer questions"),
+        ({"length": "short", "question": "what is it?"}, "does not support questions"),
     ):
         with pytest.raises(ValueError, match=message):
             predictor.predict(PROMPTS[:1], **arguments)
@@ -265,14 +270,14 @@ def test_captions_of_a_requested_length_are_trained_and_requested_by_the_same_qu
     predictor.set_image(SAMPLE.image)
     with pytest.raises(ValueError, match="length and question are mutually exclusive"):
         predictor.predict(PROMPTS[:1], length="short", question="what is it?")
-    with pytest.raises(ValueError, match="not trained to generate captions of a requested length"):
+    with pytest.raises(ValueError, match="does not support a length"):
         predictor.predict(PROMPTS[:1], length="short")
 
 
 def test_models_that_answer_no_questions_refuse_them(build_small_model):
     predictor = Predictor(build_small_model())
     predictor.set_image(SAMPLE.image)
-    with pytest.raises(ValueError, match="the model is not trained to answer questions"):
+    with pytest.raises(ValueError, match="this captioner does not support questions"):
         predictor.predict(PROMPTS, question="what color is it?")
     predictor = Predictor(build_small_model(questions=True))
     predictor.set_image(SAMPLE.image)
@@ -280,3 +285,62 @@ def test_models_that_answer_no_questions_refuse_them(build_small_model):
         predictor.predict(PROMPTS, question=3)
     assert isinstance(predictor.model.language_model.tokenizer, TextTokenizer)
     assert isinstance(Batch(PromptBatch(torch.zeros(1)), torch.zeros(1)).questions, type(None))
+
+
+def test_loss_of_answers_is_computed_in_lower_precision(model):
+    batch, _ = make_batch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(batch)
+    assert output.losses["caption"].isfinite()
+    output.losses["caption"].backward()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no system turn') }}", "the chat template of the tokenizer fails with TemplateError"),
+        ("hello", "does not contain the text of the user"),
+        (
+            "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endfor %}",
+            "does not contain the text of the user",
+        ),
+    ],
+)
+def test_chat_template_that_fails_or_omits_the_question_is_rejected_in_one_line(tokenizer, template, message):
+    tokenizer.tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        encode_question(tokenizer, "what is it?")
+
+
+def test_long_questions_are_rejected_before_generation_and_before_training(model, tmp_path):
+    question = "what color is it? " * 40
+    predictor = Predictor(model)
+    predictor.set_image(SAMPLE.image)
+    with pytest.raises(ValueError, match="but the language model reads at most 95; shorten the question"):
+        predictor.predict(PROMPTS, question=question)
+    with pytest.raises(ValueError, match="shorten the question"):
+        Engine(model).answer_batch(predictor.encoded, [PROMPTS], [[RegionQuestion(question, 0)]])
+
+
+def test_questions_are_captions_only(model):
+    engine = Engine(model)
+    encoded = engine.encode([SAMPLE.image])
+    with pytest.raises(ValueError, match="the task recognition cannot be combined with a question or a length"):
+        engine.caption_batch(encoded, [PROMPTS], "recognition", question="what is it?")
+    with pytest.raises(ValueError, match="is about region 4, but the image has 3 regions"):
+        engine.answer_batch(encoded, [PROMPTS], [[RegionQuestion("what is it?", 3)]])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text": " "},
+        {"answer": ""},
+        {"region_ids": ()},
+        {"text": "is it <region 3>?"},
+        {"text": "is it <region 0>?"},
+    ],
+)
+def test_question_of_a_dataset_is_checked(fields):
+    with pytest.raises(ValueError, match=r"question"):
+        Question(**{"text": "is it <region 2>?", "answer": "no", "region_ids": (1, 2), **fields})

@@ -288,10 +288,21 @@ def test_find_region_raises_only_input_errors(text):
         ("what is in box 10,20,30,40?", "what is in it?"),
         ("is x1=1,y1=2,x2=30,y2=40 red?", "is it red?"),
         ('{"box": [10,20,30,40]} what size is it?', "what size is it?"),
-        ("Describe the region [10, 20, 30, 40].", "Describe the region"),
+        ("Describe the region [10, 20, 30, 40].", "Describe it"),
+        ("what color is box10,20,30,40?", "what color is it?"),
+        ("what is in the box [10,20,30,40]?", "what is in it?"),
+        ("what color is the car at 10,20,30,40?", "what color is the car?"),
+        ("What color is <box>10,20,30,40</box>?", "What color is it?"),
+        ("What color is the object in region (10, 20, 30, 40)?", "What color is the object?"),
+        ("what color is the object with bbox_2d: [10,20,30,40]?", "what color is the object?"),
         ("Was ist die Größe von box=1,2,30,40?", "was ist die grösse von it?"),
         ("box=10,20,30,40", ""),
     ],
 )
 def test_remove_region_leaves_the_question(text, question):
     assert remove_region(text) == question
+
+
+def test_remove_region_is_linear_in_the_length_of_the_text():
+    for text in ("(" * 4000, " " * 4000, "box=" * 1000, "in the box " * 300):
+        assert remove_region(f"{text} [10,20,30,40] what color?").endswith("what color?")

@@ -13,8 +13,11 @@ from sca.inference.processor import Processor
 from sca.io.masks import decode_rle
 from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.training.augmentation import Augmentation
+from sca.training.auxiliary_losses import AttributeValues
 from sca.training.examples import Example, ExampleMixture, ExampleStream, collate_examples
+from sca.training.module import TrainingModule
 from sca.training.recipe import SamplingOptions
+from sca.training.trainer import count_loss_terms
 
 
 @pytest.fixture(scope="module")
@@ -309,3 +312,47 @@ def test_regions_with_questions_only_are_trained_on_their_answers(make_stream, t
         assert 5 not in by_region
     plain = make_stream(SamplingOptions(), dataset=[Sample(image, 0, regions, questions)])[0]
     assert [tokenizer.decode(ids) for ids in plain.input_ids] == ["car"]
+
+
+def test_images_without_texts_after_augmentation_or_limits_do_not_stop_training(make_stream, build_small_model):
+    image = Image.new("RGB", (64, 64))
+    regions = (Region(0, (0.0, 0, 30, 30)), Region(1, (40.0, 40, 63, 63)))
+    sample = Sample(image, 0, regions, (Question("is <region 1> left of <region 2>?", "yes", (0, 1)),))
+    sampling = SamplingOptions(question_prob=0.5)
+    augment = Augmentation(min_crop_fraction=0.4, min_visibility=0.9)
+    stream = make_stream(sampling, dataset=[sample], augment=augment)
+    for position in range(20):
+        assert len(stream[position].input_ids) == 1  # of the original image if the crop has no text
+    limited = make_stream(replace(sampling, max_regions=1), dataset=[sample])[0]
+    assert limited.input_ids == []
+    batch = collate_examples([limited, limited], pad_token_id=0)
+    assert batch.input_ids is None
+    assert count_loss_terms(batch)["caption"] == 0
+    module = TrainingModule(build_small_model(), {"caption": 1.0, "mask": 0.0, "iou": 0.0}, AttributeValues({}, {}))
+    loss = module(batch)
+    assert loss.item() == 0
+    loss.backward()
+
+
+def test_counts_are_not_asked_about_images_that_lost_a_region():
+    image = Image.new("RGB", (64, 64))
+    regions = (Region(0, (0.0, 0, 30, 30), name="a"), Region(1, (40.0, 40, 63, 63), name="b"))
+    questions = (Question("how many?", "two", (0,), "count", is_about_image=True), Question("what?", "a", (0,)))
+    augment = Augmentation(flip_prob=0.0, min_crop_fraction=0.4, min_visibility=0.9)
+    samples = [augment(Sample(image, 0, regions, questions), np.random.default_rng(seed)) for seed in range(60)]
+    numbers = {
+        (len(sample.regions), len(sample.questions))
+        for sample in samples
+        if any(region.id == 0 for region in sample.regions)
+    }
+    assert (1, 1) in numbers
+    assert (1, 2) not in numbers
+
+
+def test_question_without_positions_for_its_regions_is_an_error(make_stream):
+    regions = (Region(0, (0.0, 0, 30, 30)), Region(1, (40.0, 40, 63, 63)))
+    questions = (Question("is it <region 2>?", "no", (0, 1)),)
+    sample = Sample(Image.new("RGB", (64, 64)), 0, regions, questions)
+    example = make_stream(SamplingOptions(question_prob=1.0), dataset=[sample])[0]
+    with pytest.raises(ValueError, match="set embeddings_per_region"):
+        collate_examples([example], pad_token_id=0)

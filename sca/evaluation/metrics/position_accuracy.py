@@ -11,10 +11,12 @@ from sca_registry.contracts import MetricOutput
 from sca.evaluation.records import Record, collect_region_ids, compute_nanmean, require_records
 from sca.io.errors import InputError
 
-WORDS = ("left", "right", "top", "bottom", "upper", "lower", "middle", "center", "centre")
+WORDS = "left|right|top|bottom|upper|lower|middle|center|centre"
+IMAGE = "of the (?:image|photo|photograph|frame|scene)"
+FOLLOWING_WORDS = "and|with|in|on|at|next|near|behind|under|above|below|that|which|who|is|are|wearing|holding"
 POSITION_PATTERN = re.compile(
-    rf"\b(?:on|at|in|to|toward|towards|near) the (?:far |very )?((?:{'|'.join(WORDS)})(?:[ -](?:{'|'.join(WORDS)}))*)\b"
-    r"(?! (?:side |half |part |edge |corner |end )?of (?!the (?:image|photo|photograph|frame|scene)\b))",
+    rf"\b(?:on|at|in|to|toward|towards|near) the (?:far |very )?((?:{WORDS})(?:[ -](?:{WORDS}))*+)"
+    rf"(?:[ -]hand)?+(?: (?:side|half|part|edge|corner|end))?+(?= (?:{IMAGE}|{FOLLOWING_WORDS})\b|[.,;:!?)]|$)",
     re.IGNORECASE,
 )
 MIDDLE = (0.25, 0.75)  # fractions of a side

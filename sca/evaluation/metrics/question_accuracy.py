@@ -10,14 +10,16 @@ from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record, collect_region_ids, normalize_text, require_records
 
+SUMMARY_NAMES = ("accuracy", "questions")
+PUNCTUATION_PATTERN = re.compile(r"[^\w\s-]|-(?!\d)")  # keeps the sign of numbers
 ARTICLE_PATTERN = re.compile(r"\b(?:a|an|the)\b")
 
 
 class QuestionAccuracy:
     """Fraction of questions with the correct answer, ignoring case, spacing, punctuation and articles.
 
-    `questions/accuracy` weights all questions equally. Each kind of question also has its own score.
-    `questions/questions` is their number.
+    `questions/accuracy` weights all questions equally, and `questions/questions` is their number. Each kind of question
+    also has its own score; a kind named like one of `SUMMARY_NAMES` is quoted.
     """
 
     required_fields: tuple[str, ...] = ("task=question",)
@@ -39,7 +41,8 @@ class QuestionAccuracy:
         kinds = np.array([question["kind"] for _, question, _ in rows])
         per_record = {"questions/accuracy": is_correct}
         for kind in np.unique(kinds):
-            per_record[f"questions/{kind}"] = np.where(kinds == kind, is_correct, np.nan)
+            label = f'"{kind}"' if kind in SUMMARY_NAMES else kind
+            per_record[f"questions/{label}"] = np.where(kinds == kind, is_correct, np.nan)
         values: dict[str, float] = {name: float(np.nanmean(column)) for name, column in per_record.items()}
         return MetricOutput(
             {**values, "questions/questions": len(rows)},
@@ -48,5 +51,6 @@ class QuestionAccuracy:
 
 
 def _normalize_answer(text: str) -> str:
-    words = ARTICLE_PATTERN.sub(" ", re.sub(r"[^\w\s]", " ", text.casefold()))
-    return normalize_text(words)
+    """Return a text without case, punctuation and articles; unchanged but for case if nothing else is left."""
+    words = ARTICLE_PATTERN.sub(" ", PUNCTUATION_PATTERN.sub(" ", text.casefold()))
+    return normalize_text(words) or normalize_text(text)
