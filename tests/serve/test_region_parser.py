@@ -295,7 +295,7 @@ def test_find_region_raises_only_input_errors(text):
         ("What color is <box>10,20,30,40</box>?", "What color is it?"),
         ("What color is the object in region (10, 20, 30, 40)?", "What color is the object?"),
         ("what color is the object with bbox_2d: [10,20,30,40]?", "what color is the object?"),
-        ("Was ist die Größe von box=1,2,30,40?", "was ist die grösse von it?"),
+        ("What Größe has box=1,2,30,40?", "what grösse has it?"),
         ("box=10,20,30,40", ""),
     ],
 )

@@ -334,7 +334,7 @@ def test_images_without_texts_after_augmentation_or_limits_do_not_stop_training(
     loss.backward()
 
 
-def test_counts_are_not_asked_about_images_that_lost_a_region():
+def test_augmentation_drops_counts_of_images_that_lost_a_region():
     image = Image.new("RGB", (64, 64))
     regions = (Region(0, (0.0, 0, 30, 30), name="a"), Region(1, (40.0, 40, 63, 63), name="b"))
     questions = (Question("how many?", "two", (0,), "count", is_about_image=True), Question("what?", "a", (0,)))

@@ -11,7 +11,7 @@ from sca_registry.contracts import MetricOutput
 from sca.evaluation.records import Record, collect_region_ids, compute_nanmean, require_records
 from sca.io.errors import InputError
 
-WORDS = "left|right|top|bottom|upper|lower|middle|center|centre"
+WORDS = "left|right|top|bottom|upper|lower|middle|cent(?:er|re)"
 IMAGE = "of the (?:image|photo|photograph|frame|scene)"
 FOLLOWING_WORDS = "and|with|in|on|at|next|near|behind|under|above|below|that|which|who|is|are|wearing|holding"
 POSITION_PATTERN = re.compile(
@@ -61,9 +61,9 @@ def parse_position(caption: str) -> set[str]:
         Any of "left", "right", "top", "bottom" and "middle"; empty if the caption states no position in the image.
     """
     match = POSITION_PATTERN.search(" ".join(caption.split()))
-    synonyms = {"upper": "top", "lower": "bottom", "center": "middle", "centre": "middle"}
+    synonyms = {"upper": "top", "lower": "bottom"}
     words = re.split("[ -]", match[1].lower()) if match else []
-    return {synonyms.get(word, word) for word in words}
+    return {"middle" if word.startswith("cent") else synonyms.get(word, word) for word in words}
 
 
 def is_position_true(words: set[str], x: float, y: float) -> bool:
