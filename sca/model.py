@@ -254,9 +254,9 @@ class SegmentCaptioner(SegmentationModel):
             question: Output of `sca.language_models.questions.encode_question`.
 
         Returns:
-            (N, K', E) prefixes with the question after each region. If the question refers to regions by number, it is
-            (1, K', E): the prefix of the region that the question names first, and the question, in which each
-            reference is replaced by the embeddings of its region.
+            (N, K', E) prefixes with the question after each region. A question that refers to regions by number has a
+            single row (1, K', E), with the prefix of the region that it names first; each reference is replaced by the
+            embeddings of its region.
 
         Raises:
             ValueError: The question refers to a region that does not exist.

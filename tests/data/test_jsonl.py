@@ -210,10 +210,10 @@ LINE_PATTERN = r"regions\.jsonl: line 1 \(id \d\): "
         ),
         ([make_line(box=[1, 9, 3, 4])], LINE_PATTERN + r"box is \[1, 9, 3, 4\], with x2 < x1 or y2 < y1"),
         ([make_line(caption=3)], LINE_PATTERN[:-2] + r", 'caption' is 3; expected a string, or a list of strings"),
-        ([make_line(caption=None)], LINE_PATTERN + "set a name, or one of caption and phrases, or both; it has none"),
+        ([make_line(caption=None)], LINE_PATTERN + "no text; set name, caption, phrases, or question and answer"),
         (
             [make_line(phrases=["x"])],
-            LINE_PATTERN + "set a name, or one of caption and phrases, .*; it has caption and phrases",
+            LINE_PATTERN + "caption and phrases are mutually exclusive; omit one of them",
         ),
         (
             [make_line(caption=None, phrases=[3])],

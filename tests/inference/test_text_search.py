@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from sca.inference.find_options import DEFAULT_THRESHOLD
 from sca.inference.predictor import Predictor
 from sca.inference.text_search import MAX_SKIPPED_TOKENS, MIN_TEXT_INFORMATION, index_regions
 from sca.io.masks import decode_rle, mask_to_box
+
+SCENE = Path(__file__).parents[2] / "examples" / "scene.png"
 
 TEXTS = ["a red circle", "square", "a small dotted blue star left of a green cross"]
 
@@ -137,7 +140,7 @@ def test_chunks_limit_the_size_of_log_probs(engine, encoded, scene, monkeypatch)
 @pytest.fixture(scope="module")
 def predictor():
     predictor = Predictor(sca.load("sca-tiny"))
-    predictor.set_image(sca.open_image("examples/scene.png"))
+    predictor.set_image(sca.open_image(SCENE))
     return predictor
 
 
@@ -166,13 +169,13 @@ def test_find_in_given_regions_returns_their_ids_boxes_and_masks(predictor):
 
 @pytest.mark.slow
 def test_find_searches_and_embeds_the_same_regions_once(predictor, monkeypatch):
-    predictor.set_image(sca.open_image("examples/scene.png"))
+    predictor.set_image(sca.open_image(SCENE))
     indexed = []
     monkeypatch.setattr(predictor_module, "index_regions", lambda *args: indexed.append(1) or index_regions(*args))
     for options in ({}, {}, {"points_per_side": 6}, {"points_per_side": 6}):
         predictor.find("a star", **options)
     assert len(indexed) == 2
-    predictor.set_image(sca.open_image("examples/scene.png"))
+    predictor.set_image(sca.open_image(SCENE))
     proposals = Proposals((Prompt(box=(186, 357, 323, 500)),), (1.0,), ("star",))
     (match,) = predictor.find("a cyan star", proposals=proposals)
     assert (match.box, match.name) == ((186, 357, 323, 500), "a cyan star")

@@ -148,7 +148,8 @@ def test_generation_scores_are_mean_log_probabilities_of_unscaled_logits(save_la
 
 
 def test_compose_rejects_a_prefix_longer_than_the_language_model_context():
-    with pytest.raises(RegistryError, match="the prefix of 100 queries and 6 task tokens fills the 96 positions"):
+    message = r"the prefix of 106 positions \(100 queries, 6 task tokens\) fills the 96 positions"
+    with pytest.raises(RegistryError, match=message):
         sca.compose("tiny-vit", {"name": "roi-pool", "output_size": 10}, "tiny-gpt2")
 
 

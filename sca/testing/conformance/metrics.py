@@ -9,6 +9,7 @@ from typing import Any
 from sca_registry.contracts import TASKS, MetricOutput
 
 from sca.evaluation.records import describe_missing_needs
+from sca.io.errors import InputError
 from sca.testing.conformance.checks import DoesNotApply, register_check
 from sca.testing.conformance.harnesses import ComponentHarness
 
@@ -75,7 +76,10 @@ def returns_declared_scores(harness: ComponentHarness) -> str | None:
         records, harness.component.required_fields
     ):
         raise DoesNotApply("the example records lack required fields")
-    output = harness.component(records)
+    try:
+        output = harness.component(records)
+    except InputError as error:
+        raise DoesNotApply(f"the example records do not contain what the metric measures: {error}") from error
     if not isinstance(output, MetricOutput):
         return f"the metric returns a {type(output).__name__}, not a MetricOutput"
     declared = harness.get_declared_value("scores")
