@@ -11,7 +11,7 @@ import sca_registry
 import torch
 from sca_registry import RegistryError, get_registry
 from sca_registry.compatibility import check_compatible
-from sca_registry.contracts import Encoder, LanguageModel, Mixer
+from sca_registry.contracts import Encoder
 from sca_registry.overrides import MODEL_COMPONENTS, MODEL_FIELDS
 from sca_registry.spec import ComponentSpec, ModelSpec, check_generation
 
@@ -95,22 +95,23 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
         mixer = sca_registry.mixers.build(spec.mixer.name, segmenter, **spec.mixer.options)
         language_model = sca_registry.language_models.build(spec.language_model.name, **spec.language_model.options)
         check_generation("generation", spec.generation, language_model.generate)
-        _check_prefix_fits(spec, mixer, language_model)
         if isinstance(spec.lora, Mapping):
             language_model.add_lora(**spec.lora)
         model = SegmentCaptioner(spec, encoder, segmenter, mixer, language_model)
+        _check_prefix_fits(model)
     return model.to(target_device).eval()
 
 
-def _check_prefix_fits(spec: ModelSpec, mixer: Mixer, language_model: LanguageModel) -> None:
+def _check_prefix_fits(model: SegmentCaptioner) -> None:
     """Raise RegistryError if the prefix leaves the language model no position for tokens."""
-    max_positions = getattr(language_model, "max_positions", None)
-    prefix_length = spec.task_tokens + (spec.geometry == "token") + mixer.num_queries
-    if max_positions is not None and prefix_length >= max_positions:
+    max_positions = getattr(model.language_model, "max_positions", None)
+    if max_positions is not None and model.prefix_length >= max_positions:
+        spec = model.spec
         raise RegistryError(
-            f"the prefix of {prefix_length} positions ({mixer.num_queries} queries, {spec.task_tokens} task tokens"
-            f"{', the geometry' if spec.geometry == 'token' else ''}) fills the {max_positions} "
-            f"positions of the language model {spec.language_model.name!r}; use fewer queries or another language model"
+            f"the prefix of {model.prefix_length} positions ({model.mixer.num_queries} queries, "
+            f"{spec.task_tokens} task tokens{', the geometry' if spec.geometry == 'token' else ''}) fills "
+            f"the {max_positions} positions of the language model {spec.language_model.name!r}; "
+            "use fewer queries or another language model"
         )
 
 

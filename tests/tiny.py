@@ -13,6 +13,18 @@ TINY_VIT_OPTIONS = {  # all options of the encoder tiny-vit
     "stem_blocks": 0,
     "resize_mode": "pad",
 }
+TRAINING_FACTS = {  # record of a training in a folder of pretrained weights
+    "objective": "masks",
+    "source": "a paper",
+    "kind": "encoder",
+    "component": "tiny-vit",
+    "segmenter": "sam",
+    "steps": 1,
+    "batch_size": 1,
+    "seed": 0,
+    "cpu_seconds": 1.0,
+    "data": {"scenes": "split train"},
+}
 BUILT_IN_BY_FAMILY = {  # family of language models -> a built-in one
     "gpt2": "gpt2",
     "llama": "smollm2-135m",

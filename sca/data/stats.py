@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import repeat
 from typing import Any
 
 from sca_registry.contracts import Dataset, Question, Region
@@ -83,8 +82,9 @@ def iter_image_annotations(
 ) -> Iterator[tuple[tuple[Region, ...], tuple[Question, ...]]]:
     """Iterate over the regions of each image and the questions about it."""
     if not check_images and hasattr(dataset, "iter_annotations"):
-        questions = dataset.iter_questions() if hasattr(dataset, "iter_questions") else repeat(())
-        return zip(dataset.iter_annotations(), questions, strict=False)
+        if not hasattr(dataset, "iter_questions"):
+            return ((regions, ()) for regions in dataset.iter_annotations())
+        return zip(dataset.iter_annotations(), dataset.iter_questions(), strict=True)
     samples = iter(dataset) if hasattr(dataset, "__iter__") else map(dataset.__getitem__, range(len(dataset)))
     return ((sample.regions, sample.questions) for sample in samples)
 

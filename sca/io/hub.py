@@ -402,7 +402,7 @@ def fetch_pretrained_config(cls: Any, source: str | Path, revision: str | None =
 def fetch_config_fields(
     weights: str | None, revision: str | None = None, config: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
-    """Return the fields of a configuration as they are stored, without defaults; nested configurations are dicts.
+    """Return the stored fields of a configuration, without defaults; nested configurations are dicts.
 
     Args:
         weights: Hub id or folder whose configuration is used if `config` is None.

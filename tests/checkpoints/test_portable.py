@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TINY_VIT_OPTIONS
+from tiny import TINY_VIT_OPTIONS, TRAINING_FACTS
 
 import sca
 from pretrained_folder import save_encoder
@@ -16,19 +16,6 @@ from sca.encoders.tiny_vit import TinyVit
 from sca.io.errors import InputError
 from sca.segmenters.sam import SamSegmenter
 
-FACTS = {
-    "objective": "masks",
-    "source": "a paper",
-    "kind": "encoder",
-    "component": "tiny-vit",
-    "segmenter": "sam",
-    "steps": 1,
-    "batch_size": 1,
-    "seed": 0,
-    "cpu_seconds": 1.0,
-    "data": {"scenes": "split train"},
-}
-
 
 @pytest.fixture
 def model_of_folders(build_small_model, tmp_path):
@@ -36,7 +23,9 @@ def model_of_folders(build_small_model, tmp_path):
     sources = tmp_path / "sources"
     sources.mkdir()
     encoder = TinyVit(**TINY_VIT_OPTIONS)
-    save_encoder(sources / "vit", TINY_VIT_OPTIONS, encoder, SamSegmenter(encoder, num_heads=2, mlp_dim=48), FACTS)
+    save_encoder(
+        sources / "vit", TINY_VIT_OPTIONS, encoder, SamSegmenter(encoder, num_heads=2, mlp_dim=48), TRAINING_FACTS
+    )
     write_language_model(build_small_model(), sources / "lm")
     (sources / "lm" / "LICENSE").write_text("MIT")
     (sources / "lm" / "training_args.bin").write_bytes(b"not a weight file")

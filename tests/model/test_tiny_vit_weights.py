@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sca_registry import RegistryError
 from sca_registry.contracts import PromptBatch
-from tiny import TINY_VIT_OPTIONS
+from tiny import TINY_VIT_OPTIONS, TRAINING_FACTS
 
 import sca
 from pretrained_folder import save_encoder
@@ -18,18 +18,6 @@ from sca.encoders.tiny_vit import TinyVit
 from sca.plan import plan_model
 from sca.segmenters.sam import SamSegmenter
 
-FACTS = {
-    "objective": "masks",
-    "source": "a paper",
-    "kind": "encoder",
-    "component": "tiny-vit",
-    "segmenter": "sam",
-    "steps": 1,
-    "batch_size": 1,
-    "seed": 0,
-    "cpu_seconds": 1.0,
-    "data": {"scenes": "split train"},
-}
 MIXER = {"name": "query", "depth": 1, "num_heads": 2, "mlp_dim": 32}
 LANGUAGE_MODEL = {"name": "tiny-gpt2", "hidden_size": 32, "depth": 1, "num_heads": 2}
 PROMPTS = PromptBatch(torch.tensor([0, 1]), boxes=torch.tensor([[4.0, 4, 30, 40], [10, 10, 60, 50]]))
@@ -47,7 +35,7 @@ def build_trained_encoder(seed):
 def encoder_folder(tmp_path):
     """Folder and encoder without a segmenter."""
     encoder = build_trained_encoder(1)
-    save_encoder(tmp_path / "vit", TINY_VIT_OPTIONS, encoder, None, FACTS)
+    save_encoder(tmp_path / "vit", TINY_VIT_OPTIONS, encoder, None, TRAINING_FACTS)
     return tmp_path / "vit", encoder
 
 
@@ -56,7 +44,7 @@ def segmenter_folder(tmp_path):
     """Folder, encoder and segmenter."""
     encoder = build_trained_encoder(2)
     segmenter = SamSegmenter(encoder, depth=1, num_heads=2, mlp_dim=48, box_masks=True).eval()
-    save_encoder(tmp_path / "sam", TINY_VIT_OPTIONS, encoder, segmenter, FACTS)
+    save_encoder(tmp_path / "sam", TINY_VIT_OPTIONS, encoder, segmenter, TRAINING_FACTS)
     return tmp_path / "sam", encoder, segmenter
 
 
