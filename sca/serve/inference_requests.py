@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from PIL import Image
-from sca_registry.contracts import Caption, Prompt
+from sca_registry.contracts import Caption, Prompt, list_region_references
 from sca_registry.spec import EverythingOptions, ZoomOptions
 
 from sca.inference.engine import PredictedMask
@@ -149,6 +149,11 @@ class QueueEntry:
         if self.is_cancelled:
             return 0
         return 1 if self.request.everything is not None else self.num_remaining
+
+    @property
+    def has_joint_regions(self) -> bool:
+        """Whether one question refers to several of the regions, so that all are processed in one turn."""
+        return bool(list_region_references(self.request.generation.get("question") or ""))
 
     @property
     def batch_key(self) -> tuple[Any, ...]:

@@ -361,11 +361,13 @@ class RequestScheduler:
             previous_total = sum(region_counts)
             for index, entry in enumerate(entries):
                 if region_counts[index] < entry.num_remaining:
-                    cost = cost_functions[index](entry.prompts[entry.num_captioned + region_counts[index]])
+                    start = entry.num_captioned + region_counts[index]
+                    end = len(entry.prompts) if entry.has_joint_regions else start + 1
+                    cost = sum(map(cost_functions[index], entry.prompts[start:end]))
                     if sum(region_counts) and cost > budget_left:
                         return region_counts
                     budget_left -= cost
-                    region_counts[index] += 1
+                    region_counts[index] += end - start
             if sum(region_counts) == previous_total:
                 return region_counts
 
@@ -406,15 +408,17 @@ class RequestScheduler:
             captions_by_entry = caption_requests(
                 self.captioner, images, requests, task, encoded, zoom, encode_crops, **generation
             )
-        for entry, captions in zip(turn, captions_by_entry, strict=True):
+        for entry, prompts, captions in zip(turn, requests, captions_by_entry, strict=True):
             if not entry.num_captioned and entry.found_masks is None:
                 _send_event(entry, CaptioningStarted(len(entry.prompts)))
             if entry.request.return_candidates and captions and captions[0].mask is not None:
                 self._send_candidate_masks(entry, len(captions))
-            for caption in captions:
-                _send_caption(entry, caption, entry.num_captioned)
-                entry.num_captioned += 1
-                self.num_captioned_regions += 1
+            for offset, caption in enumerate(captions):
+                # the answer to a question about several regions has the index of one of them
+                index = caption.region_id if entry.has_joint_regions else entry.num_captioned + offset
+                _send_caption(entry, caption, index)
+            entry.num_captioned += len(prompts)
+            self.num_captioned_regions += len(prompts)
             if not entry.num_remaining:
                 _send_event(entry, RequestDone(entry.num_captioned))
 

@@ -170,7 +170,8 @@ class CaptionRequest(StrictModel):
         Field(
             min_length=1,
             max_length=MAX_TEXT_LENGTH,
-            description="Question to answer about each region instead of captioning it. Requires a model that supports "
+            description="Question to answer about each region instead of captioning it. `<region 1>` refers to the "
+            "first prompt, `<region 2>` to the second; such a question has one answer. Requires a model that supports "
             "questions.",
         ),
     ] = None

@@ -27,6 +27,7 @@ from sca.inference.text_search import check_can_find, check_text
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
 from sca.io.images import decode_image, open_image_header
 from sca.io.prompts import parse_prompt
+from sca.io.text import format_count
 from sca.output.jsonl import caption_to_record
 from sca.serve.errors import ApiError
 from sca.serve.inference_requests import (
@@ -306,11 +307,17 @@ class CaptionService:
             InputError: A prompt does not fit the image.
         """
         captioner = self.scheduler.captioner
-        if list_region_references(caption_request.question or ""):
+        references = list_region_references(caption_request.question or "")
+        num_regions = len(caption_request.prompts)
+        if references and caption_request.everything:
+            raise ApiError(
+                422, "references such as <region 1> count prompts; send prompts instead of everything", param="question"
+            )
+        if references and max(references) > num_regions:
             raise ApiError(
                 422,
-                "the server does not support region references such as <region 1>; send a question without references, "
-                "or use sca.Predictor",
+                f"the question refers to <region {max(references)}>, but the request has "
+                f"{format_count(num_regions, 'prompt')}; change the number or add prompts",
                 param="question",
             )
         try:

@@ -1,6 +1,7 @@
 """Questions to the server: the field of a request, the text of a chat, and models and questions that are not usable."""
 
 import pytest
+from sca_registry.contracts import Prompt
 
 from sca.inference.engine import Engine
 
@@ -30,7 +31,6 @@ def client(engine):
 @pytest.fixture
 def answer_locally(engine, scene):
     """Function that returns the answer of the engine without a server."""
-    from sca_registry.contracts import Prompt
 
     def answer_question(question):
         (caption,) = engine.caption(scene.image, [Prompt(box=tuple(map(float, BOX)))], question=question)
@@ -45,6 +45,36 @@ def test_caption_route_answers_a_question(client, make_body, answer_locally):
     assert response.status_code == 200, response.text
     assert response.json()["regions"][0]["caption"] == answer_locally("what color is it?")
     assert len(response.json()["regions"]) == 2
+
+
+@pytest.mark.parametrize("max_regions_per_turn", [1, 64])
+def test_caption_route_answers_a_question_about_several_regions(engine, make_body, scene, max_regions_per_turn):
+    from fastapi.testclient import TestClient
+
+    from sca.inference.predictor import Predictor
+    from sca.serve.app import create_app
+    from sca.serve.scheduler import RequestScheduler
+
+    prompts = [{"points": [[20, 20, 1]]}, {"box": BOX}, {"points": [[50, 40, 1]]}]
+    question = "is <region 2> left of <region 3>?"
+    scheduler = RequestScheduler(engine, max_regions_per_turn)
+    with TestClient(create_app(scheduler, "mine")) as client:
+        response = client.post("/v1/captions", json=make_body(prompts=prompts, question=question))
+    assert response.status_code == 200, response.text
+    predictor = Predictor(engine)
+    predictor.set_image(scene.image)
+    regions = [Prompt(points=((20.0, 20.0, 1),)), Prompt(box=tuple(BOX)), Prompt(points=((50.0, 40.0, 1),))]
+    (expected,) = predictor.predict(regions, question=question)
+    (answer,) = response.json()["regions"]
+    assert (answer["caption"], answer["region_id"], answer["box"]) == (expected.text, 1, BOX)
+    assert scheduler.num_captioned_regions == 3
+
+
+def test_caption_route_rejects_references_in_everything_mode(client, make_body):
+    body = make_body(everything=True, question="is <region 1> red?")
+    response = client.post("/v1/captions", json=body)
+    assert response.status_code == 422
+    assert "send prompts instead of everything" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("text", [f"what color is {TEXT_BOX}?", f"{TEXT_BOX}\nwhat color is it?"])
@@ -73,7 +103,8 @@ def send_chat(client, png_bytes, text):
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        ("is <region 1> left of <region 2>?", "does not support region references"),
+        ("is <region 1> left of <region 2>?", "refers to <region 2>, but the request has 1 prompt"),
+        ("is <region 0> red?", "regions are counted from 1"),
         ("what " * 100, "shorten the question"),
         ("", "question"),
         ("x" * 2000, "question"),
