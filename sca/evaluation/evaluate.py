@@ -37,7 +37,12 @@ from sca.evaluation.predictions_file import (
     check_same_runs,
     read_predictions,
 )
-from sca.evaluation.question_answering import QuestionAnsweringOptions, check_can_answer, check_has_questions
+from sca.evaluation.question_answering import (
+    QuestionAnsweringOptions,
+    check_can_answer,
+    check_has_questions,
+    supports_references,
+)
 from sca.evaluation.records import Record
 from sca.evaluation.requirements import (
     check_has_truth,
@@ -290,6 +295,8 @@ def evaluate(
             )
         if report is not None and not rank:
             report(f"{dataset_name} {split}: {summarize_dataset(built_dataset)}")
+            if prompting.tasks == (QUESTION_TASK,) and not supports_references(captioner):
+                report(f"{model_name} describes one region at a time; questions about <region 1> and others are omitted")
         predictions = _collect_predictions(
             captioner, built_dataset, prompting_options, run, folder, (rank, num_processes, wait), progress
         )

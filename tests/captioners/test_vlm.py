@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+from sca_registry.contracts import Prompt
 
+import sca
 from sca.captioners.region_captioner import RegionView
 from sca.captioners.vlm import QUESTIONS, VisionLanguageModel, draw_box
+from sca.data.scenes import Scenes
+from sca.evaluation.predictions import PromptingOptions
 from sca.inference.generation_options import resolve_generation_options
 
 
@@ -39,6 +43,28 @@ def test_kosmos_prompt_contains_the_patch_tokens_of_the_box_corners(weights_fold
         f"<patch_index_{first_patch:04d}><patch_index_{last_patch:04d}>",
         "<patch_index_0000><patch_index_1023>",
     ]
+
+
+def test_evaluate_with_a_vlm_answers_questions_about_one_region(weights_folder):
+    captioner = VisionLanguageModel(weights=weights_folder("qwen2_vl"))
+    scenes, lines = Scenes("test", num_images=2, image_size=64, questions=True), []
+    report = sca.evaluate(
+        captioner,
+        scenes,
+        prompting=PromptingOptions(tasks=("question",), generation={"max_new_tokens": 3}),
+        metrics=["questions"],
+        report=lines.append,
+    )
+    questions = [question for sample in scenes for question in sample.questions]
+    about_one = [question for question in questions if "<region" not in question.text]
+    assert 0 < len(about_one) < len(questions)
+    assert report.scores["questions/questions"] == len(about_one)
+    assert "questions about <region 1> and others are omitted" in "\n".join(lines)
+    sample = scenes[0]
+    for record in [each for each in report.records if each["index"] == 0]:
+        prompt = Prompt(box=next(region.box for region in sample.regions if region.id == record["region_id"]))
+        question, answer = record["truth"]["questions"][-1]["text"], record["answers"][-1]["text"]
+        assert [answer] == get_texts(captioner.caption(sample.image, [prompt], question=question, max_new_tokens=3))
 
 
 @pytest.mark.parametrize("kind", ["florence2", "kosmos-2"])
