@@ -296,7 +296,7 @@ def evaluate(
         if report is not None and not rank:
             report(f"{dataset_name} {split}: {summarize_dataset(built_dataset)}")
             if prompting.tasks == (QUESTION_TASK,) and not supports_references(captioner):
-                report(f"{model_name} describes one region at a time; questions about <region 1> and others are omitted")
+                report(f"{model_name} describes one region at a time; questions about <region 1> are omitted")
         predictions = _collect_predictions(
             captioner, built_dataset, prompting_options, run, folder, (rank, num_processes, wait), progress
         )

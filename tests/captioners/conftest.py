@@ -70,7 +70,7 @@ def build_tiny_qwen():
     layer_sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     special_token_ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     text_config = {
-        "vocab_size": 800,
+        "vocab_size": 950,
         "hidden_size": 32,
         "intermediate_size": 48,
         "rope_parameters": rope_config,

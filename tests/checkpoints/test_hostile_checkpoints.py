@@ -49,7 +49,7 @@ def base_checkpoints(sam_folder, save_language_model, tmp_path_factory):
     spec = json.loads((bases_folder / "inner" / "spec.json").read_text())
     spec["language_model"]["weights"] = "lm"
     (bases_folder / "inner" / "spec.json").write_text(json.dumps(spec))
-    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 800, "n_positions": 64}
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 950, "n_positions": 64}
     published = sca.compose({"name": "sam", "weights": str(sam_folder)}, mixer, {"name": "hf", "config": config})
     published.language_model.tokenizer = native_model.language_model.tokenizer
     write_published_checkpoint(published, bases_folder / "published")

@@ -104,7 +104,7 @@ def test_pull_fetches_the_tokenizer_of_a_published_checkpoint_on_request(run_wit
     tokenizer.save(str(tmp_path / "words"))
     (tmp_path / "words" / "model.safetensors").write_bytes(b"nobody wants these")
     torch.manual_seed(0)
-    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 800, "n_positions": 64}
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 950, "n_positions": 64}
     model = sca.compose(
         {"name": "sam", "weights": str(sam_folder)},
         {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},

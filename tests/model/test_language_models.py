@@ -1,5 +1,6 @@
 """Causal language models: tokenization, precision, memory and LoRA."""
 
+import json
 import os
 
 import pytest
@@ -14,6 +15,7 @@ from sca.language_models.hf import HfLanguageModel, load_tokenizer
 from sca.language_models.tiny_gpt2 import TinyGpt2
 
 VOCABULARY = ["a", "red", "car", "<end>", "<pad>", "<unk>", "<start>"]
+QUESTION_TOKENS = ("Ġwhat", "Ġcolor", "Ġis", "Ġit", "?")
 
 
 @pytest.fixture
@@ -196,12 +198,28 @@ def test_gguf_language_model_rejects_missing_and_invalid_files(tmp_path):
         language_models.build("gguf", weights=str(tmp_path / "empty.gguf"))
 
 
+def test_tiny_gpt2_has_one_token_per_word_of_questions_and_the_vocabulary_of_the_bundled_models():
+    tokenizer = TinyGpt2(hidden_size=8, depth=1, num_heads=1).tokenizer
+    assert tokenizer.encode("what color is it?")[:-1] == [*map(tokenizer.tokenizer.get_vocab().get, QUESTION_TOKENS)]
+    smaller = TinyGpt2(hidden_size=8, depth=1, num_heads=1, vocab_size=726)
+    bundled = sca.load("sca-tiny").language_model.tokenizer
+    assert smaller.embed_tokens(torch.tensor([[725]])).shape == (1, 1, 8)
+    contents = [json.loads(each.tokenizer.backend_tokenizer.to_str()) for each in (smaller.tokenizer, bundled)]
+    assert contents[0]["model"] == contents[1]["model"]
+    phrase = "a large red circle to the left of a blue star"
+    assert tokenizer.encode(phrase) == smaller.tokenizer.encode(phrase)
+    assert smaller.tokenizer.decode(smaller.tokenizer.encode("what color is it?")) == "what color is it?"
+    for vocab_size in (256, 10_000):
+        with pytest.raises(ValueError, match="expected a number from 257 to"):
+            TinyGpt2(hidden_size=8, depth=1, num_heads=1, vocab_size=vocab_size)
+
+
 def test_language_model_rejects_a_tokenizer_larger_than_its_embeddings(save_language_model, tmp_path):
     weights = str(save_language_model("gpt2"))
     tokenizer = TinyGpt2(hidden_size=8, depth=1, num_heads=1).tokenizer
     tokenizer.save(str(tmp_path / "words"))
     message = (
-        "the tokenizer has 726 tokens, but the language model has 97 embeddings; use the tokenizer of these weights"
+        "the tokenizer has 850 tokens, but the language model has 97 embeddings; use the tokenizer of these weights"
     )
     with pytest.raises(RegistryError, match=message):
         language_models.build("hf", weights=weights, tokenizer=str(tmp_path / "words"))
