@@ -165,6 +165,11 @@ class Study:
         if "captioner" in tables:
             component = ComponentSpec.from_dict(tables["captioner"], "captioner")
             captioners.get_card(component.name)
+            if "url" in component.options:
+                raise RegistryError(
+                    f"a sweep cannot set the url of the captioner {component.name!r}; set the environment variable "
+                    "OPENAI_BASE_URL"
+                )
             return {"captioner": component.to_dict(), "evaluate": tables.get("evaluate", {})}
         spec = ModelSpec.from_dict(tables["model"])
         for kind in MODEL_COMPONENTS:

@@ -84,12 +84,12 @@ def find_regions(model_folder: Path, paths: Sequence[Path], task: str, min_confi
     for path in paths:
         predictor.set_image(Image.open(path))
         captions = sca.caption_everything(predictor, task)
-        found = [each for each in captions if each.mask is not None and each.box is not None and each.text]
-        if not found:
+        usable = [each for each in captions if each.mask is not None and each.box is not None and each.text]
+        if not usable:
             continue
-        index = index_regions(engine, predictor.encoded, [[each.prompt for each in found]], task)
-        scores = index.score_texts([each.text for each in found]).cpu().numpy()  # (regions, texts)
-        for row, caption in enumerate(found):
+        index = index_regions(engine, predictor.encoded, [[each.prompt for each in usable]], task)
+        scores = index.score_texts([each.text for each in usable]).cpu().numpy()  # (regions, texts)
+        for row, caption in enumerate(usable):
             # class names are shared by regions, so only captions have to pick out their region
             is_unique = task == "recognition" or scores[row, row] >= scores[:, row].max()
             confidence = caption.confidence if caption.confidence is not None else 0.0
@@ -154,10 +154,10 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, int
     train(make_recipe(None, {"labels": labels}, args.base_steps, seed, is_scenes), base.parent, resume=False)
     prompt_types = ("box", "mask-point", "box-and-point")
     calibrate_checkpoint(base, component, "val", prompt_types=prompt_types, max_images=100, train_split=None)
-    found = find_regions(base, paths[args.num_labeled :], task, args.min_confidence)
-    selected = [line for line in found if line["is_selected"]]
+    regions = find_regions(base, paths[args.num_labeled :], task, args.min_confidence)
+    selected = [line for line in regions if line["is_selected"]]
     models = {BASE: base}
-    for number, (method, lines) in enumerate(zip(METHODS, (selected, [], found), strict=True)):
+    for number, (method, lines) in enumerate(zip(METHODS, (selected, [], regions), strict=True)):
         data: dict[str, Any] = {"labels": labels}
         if lines:
             file = folder / f"regions-{number}.jsonl"
@@ -175,7 +175,7 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, int
             prompting=PromptingOptions(tasks=(task,)),
             folder=folder / method,
         )
-    return {"num_found": len(found), "num_selected": len(selected)}
+    return {"num_found": len(regions), "num_selected": len(selected)}
 
 
 def collect_scores(folders: Sequence[Path], kind: str) -> dict[str, Any]:

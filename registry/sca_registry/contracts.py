@@ -230,7 +230,7 @@ class Caption:
     """Caption of one region, with its box and mask in image pixels."""
 
     text: str
-    score: float  # exp of the mean token log-probability, in [0, 1]; NaN for a human-written caption
+    score: float  # exp of the mean token log-probability, in [0, 1]; NaN if unknown, as for a human-written one
     box: tuple[float, float, float, float] | None  # x1 y1 x2 y2: the box prompt, or else the bounding box of the mask
     mask: dict[str, Any] | None  # COCO RLE {"size": [height, width], "counts": str}
     predicted_iou: float | None  # mask quality predicted by the segmenter

@@ -6,35 +6,26 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from PIL import Image, ImageDraw
 from sca_registry.contracts import TASKS, list_region_references
 from sca_registry.errors import make_unknown_name_error
 from sca_registry.spec import DEFAULT_GENERATION
 from torch import nn
-from transformers.models.kosmos2.processing_kosmos2 import coordinate_to_patch_index
 
 from sca.captioners.image_text import CAPTION_ONLY_MODELS, ImageTextInput, ImageTextModel
-from sca.captioners.region_captioner import (
-    Box,
-    RegionCaptioner,
-    RegionView,
-    ScoredText,
-    box_to_pixels,
-    crop_image,
-    resolve_generation_options,
+from sca.captioners.region_captioner import RegionCaptioner, RegionView, ScoredText, resolve_generation_options
+from sca.captioners.region_formats import (
+    QUESTIONS,
+    crop_region,
+    draw_box,
+    draw_outline,
+    format_florence2_box,
+    format_kosmos2_box,
+    get_box,
 )
 from sca.inference.engine import EncodedImages
+from sca.io.coordinates import Box
 
-BOX_COLOR = (255, 0, 0)
-LINE_WIDTH_DIVISOR = 150  # line width of a drawn box: the image's longer side divided by this
-REGION_FORMATS = ("crop", "box", "region-tokens")
-QUESTIONS = {  # by region format: for recognition, and for a caption
-    "crop": ("What is in this picture? Answer with its name alone.", "Describe this picture in one short phrase."),
-    "box": (
-        "What is inside the red box? Answer with its name alone.",
-        "Describe what is inside the red box in one short phrase.",
-    ),
-}
+REGION_FORMATS = ("crop", "box", "outline", "region-tokens")
 MODEL_QUESTIONS = {  # for architectures that do not take free-form questions
     ("florence2", "crop"): ("<CAPTION>", "<CAPTION>"),
     ("kosmos-2", "crop"): ("An image of", "An image of"),
@@ -53,9 +44,9 @@ class VisionLanguageModel(RegionCaptioner):
         revision: Revision of a Hub id.
         pretrained: Load `weights`; False for random weights.
         region_format: How the region is passed to the model. "crop" is the crop of the box. "box" is the full image
-            with the box drawn in red. "region-tokens" is the full image with the location tokens of the model:
-            Florence-2's tasks REGION_TO_DESCRIPTION and, for recognition, REGION_TO_CATEGORY (arXiv 2311.06242), or
-            Kosmos-2's grounded phrase (arXiv 2306.14824).
+            with the box drawn in red, "outline" with the outline of the mask. "region-tokens" is the full image with
+            the location tokens of the model: Florence-2's tasks REGION_TO_DESCRIPTION and, for recognition,
+            REGION_TO_CATEGORY (arXiv 2311.06242), or Kosmos-2's grounded phrase (arXiv 2306.14824).
         question: Question for both tasks instead of the built-in ones. The chat template of the model is applied if it
             has one. Not available for "region-tokens".
         batch_size: Images per forward pass.
@@ -150,44 +141,29 @@ class VisionLanguageModel(RegionCaptioner):
             raise ValueError("this captioner does not support region references such as <region 1>; remove them")
 
     def _build_input(self, view: RegionView, task_index: int, question: str | None) -> ImageTextInput:
-        box = view.prompt.box or view.tight_box
         if self.region_format == "region-tokens":
-            return ImageTextInput(
-                view.image, REGION_TOKEN_FORMATTERS[self.image_text_model.model_type](box, view.image.size, task_index)
-            )
+            format_prompt = REGION_TOKEN_FORMATTERS[self.image_text_model.model_type]
+            return ImageTextInput(view.image, format_prompt(get_box(view), view.image.size, task_index))
         assert self.task_questions is not None  # see `__init__`
-        image = crop_image(view, box) if self.region_format == "crop" else draw_box(view.image, box)
+        if self.region_format == "crop":
+            image = crop_region(view)
+        else:
+            image = draw_outline(view) if self.region_format == "outline" else draw_box(view.image, get_box(view))
         return ImageTextInput(image, question or self.task_questions[task_index])
 
 
-def draw_box(image: Image.Image, box: Box) -> Image.Image:
-    """Return a copy of an image with a red outline around a box x1 y1 x2 y2, drawn outside of its edges."""
-    x1, y1, x2, y2 = box_to_pixels(box, image.size)
-    line_width = max(2, round(max(image.size) / LINE_WIDTH_DIVISOR))
-    annotated = image.copy()
-    outline = (x1 - line_width, y1 - line_width, x2 + line_width - 1, y2 + line_width - 1)
-    ImageDraw.Draw(annotated).rectangle(outline, outline=BOX_COLOR, width=line_width)
-    return annotated
+def _format_florence2_prompt(box: Box, image_size: tuple[int, int], task_index: int) -> str:
+    """Return Florence-2's task with the location tokens of a box."""
+    task_token = ("<REGION_TO_CATEGORY>", "<REGION_TO_DESCRIPTION>")[task_index]
+    return task_token + format_florence2_box(box, image_size)
 
 
-def _format_florence2_tokens(box: Box, image_size: tuple[int, int], task_index: int) -> str:
-    """Return Florence-2's task with the corners of a box in thousandths of the image sides."""
-    width, height = image_size
-    fractions = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
-    location_tokens = "".join(f"<loc_{min(max(int(fraction * 1000), 0), 999)}>" for fraction in fractions)
-    return ("<REGION_TO_CATEGORY>", "<REGION_TO_DESCRIPTION>")[task_index] + location_tokens
-
-
-def _format_kosmos2_tokens(box: Box, image_size: tuple[int, int], task_index: int) -> str:
-    """Return Kosmos-2's grounded phrase with the cells of a 32 x 32 grid that contain the corners of a box."""
-    x1, y1, x2, y2 = box_to_pixels(box, image_size)
-    width, height = image_size
-    first, last = coordinate_to_patch_index((x1 / width, y1 / height, x2 / width, y2 / height), 32)
-    tokens = f"<patch_index_{first:04d}><patch_index_{last:04d}>"
-    return f"<grounding><phrase> It</phrase><object>{tokens}</object> is"
+def _format_kosmos2_prompt(box: Box, image_size: tuple[int, int], task_index: int) -> str:
+    """Return Kosmos-2's grounded phrase with the location tokens of a box."""
+    return f"<grounding><phrase> It</phrase>{format_kosmos2_box(box, image_size)} is"
 
 
 REGION_TOKEN_FORMATTERS: dict[str, Callable[[Box, tuple[int, int], int], str]] = {
-    "florence2": _format_florence2_tokens,
-    "kosmos-2": _format_kosmos2_tokens,
+    "florence2": _format_florence2_prompt,
+    "kosmos-2": _format_kosmos2_prompt,
 }

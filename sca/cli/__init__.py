@@ -100,6 +100,7 @@ UsageError: Any = typer.BadParameter.__base__
 OPTION_HINTS = {  # options of transformers, peft and SAM -> what to use here
     "--num-return-sequences": "Use --num-captions.",
     "--max-length": "Use --max-new-tokens.",
+    "--limit": "Use --max-images.",
     "--lora-r": "Set the rank with lora=8.",
     "--lora-rank": "Set the rank with lora=8.",
     "--lora": "Set the rank with lora=8.",

@@ -230,6 +230,12 @@ def test_row_key_depends_only_on_the_configuration(make_sweep):
             '[variants.a]\ncaptioner = "most-frequnet"\n[evaluate]\ndataset = "scenes"\n[axes]',
             "most-frequent",
         ),
+        (
+            "[axes]",
+            '[variants.a]\ncaptioner = { name = "openai", url = "http://host/v1" }\n'
+            '[evaluate]\ndataset = "scenes"\n[axes]',
+            "a sweep cannot set the url of the captioner 'openai'; set the environment variable",
+        ),
         ("task_tokens = 2", "task_token = 2", "Did you mean 'task_tokens'"),
         ("[axes]", "[axes", "is not valid TOML"),
         ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds is 4294967296; expected an integer from 0 to"),

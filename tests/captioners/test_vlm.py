@@ -6,7 +6,8 @@ from sca_registry.contracts import Prompt
 
 import sca
 from sca.captioners.region_captioner import RegionView
-from sca.captioners.vlm import QUESTIONS, VisionLanguageModel, draw_box
+from sca.captioners.region_formats import QUESTIONS, draw_box
+from sca.captioners.vlm import VisionLanguageModel
 from sca.data.scenes import Scenes
 from sca.evaluation.predictions import PromptingOptions
 from sca.inference.generation_options import resolve_generation_options
@@ -123,7 +124,11 @@ def test_vlm_applies_the_chat_template_and_batches_images_of_different_sizes(wei
             "'qwen2_vl' model has no location tokens; 'florence2' and 'kosmos-2'",
         ),
         ("blip", {}, "'blip' model takes no questions; .* crop-captioner"),
-        ("florence2", {"region_format": "circle"}, "region_format is 'circle'. Choose from: crop, box, region-tokens"),
+        (
+            "florence2",
+            {"region_format": "circle"},
+            "region_format is 'circle'. Choose from: crop, box, outline, region-tokens",
+        ),
         ("florence2", {"region_format": "region-tokens", "question": "What?"}, "omit the option question"),
     ],
 )

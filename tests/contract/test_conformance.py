@@ -72,7 +72,8 @@ COMPONENTS_FROM_FILES = (
     *METRICS_FROM_FILES,
     "boxes-from-coco",
     "gguf",
-)  # see below, tests/data and tests/evaluation
+    "openai",
+)  # see below, tests/data, tests/evaluation and tests/captioners
 
 
 def iter_checked_components():

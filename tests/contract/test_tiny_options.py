@@ -19,7 +19,8 @@ COMPONENTS_WITHOUT_SIZES = {
     "mixers": {"roi-pool"},
     "language_models": {"gguf"},
     "proposers": {"boxes-from-coco"},
-}  # no sizes, or those of a file
+    "captioners": {"openai"},
+}  # no sizes, or those of a file or a server
 OTHER_COMPONENTS = {  # that have an option which makes them quick, or one that is required
     "datasets": {"scenes", "referring-scenes"},
     "metrics": {"uniqueness"},

@@ -38,7 +38,10 @@ def captions_match_prompts(harness: ComponentHarness) -> str | None:
         for prompt, caption in zip(prompts, captions, strict=True):
             if caption.prompt is not prompt:
                 return f"{task}: the caption of region {caption.region_id} refers to another prompt"
-            if not isinstance(caption.text, str) or not isinstance(caption.score, float) or math.isnan(caption.score):
+            has_valid_score = isinstance(caption.score, float) and (
+                math.isnan(caption.score) or 0 <= caption.score <= 1
+            )
+            if not isinstance(caption.text, str) or not has_valid_score:
                 return f"{task}: text {caption.text!r}, score {caption.score!r}"
         if _list_texts(harness.component.caption(image, prompts[::-1], task)) != _list_texts(captions)[::-1]:
             return f"{task}: texts depend on the order of the prompts"

@@ -1,0 +1,359 @@
+"""Captioner of a chat server: requests, faults, the cache, keys and the notations of regions."""
+
+import base64
+import io
+import json
+import threading
+
+import numpy as np
+import pytest
+from chat_server import FAULTS, make_text, run_chat_server
+from PIL import Image
+from sca_registry import RegistryError, captioners
+from sca_registry.contracts import Prompt
+
+import sca
+from sca.captioners import chat_client
+from sca.captioners.chat_client import ChatServerError, normalize_url
+from sca.captioners.region_captioner import RegionView
+from sca.captioners.region_formats import COORDINATE_FORMATS, QUESTIONS, resize_for_coordinates
+from sca.io.errors import InputError
+from sca.io.masks import encode_rle
+from sca.testing.conformance import check_component
+
+pytestmark = pytest.mark.slow  # connects to servers
+KEY = "sk-planted-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path):
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_API_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(chat_client, "FIRST_DELAY", 0.01)
+
+
+@pytest.fixture
+def server():
+    with run_chat_server() as running:
+        yield running
+
+
+def read_image(body):
+    url = body["messages"][0]["content"][0]["image_url"]["url"]
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+def read_question(body):
+    return body["messages"][0]["content"][1]["text"]
+
+
+def get_texts(captions):
+    return [caption.text for caption in captions]
+
+
+def test_openai_captioner_sends_the_crop_with_the_question_and_returns_text_and_usage(server, image):
+    captioner = sca.load_captioner(f"openai url={server.url} model=mine context=1.0")
+    (caption,) = captioner.caption(image, [Prompt(box=(10, 10, 40, 30))], max_new_tokens=9)
+    (body,) = server.bodies
+    assert caption.text == make_text(body)
+    assert (caption.usage.prompt_tokens, caption.usage.completion_tokens) == (7, (3,))
+    assert np.isnan(caption.score)
+    assert read_question(body) == QUESTIONS["crop"][1]
+    assert np.array_equal(np.asarray(read_image(body)), np.asarray(image)[10:30, 10:40])
+    assert {name: body[name] for name in ("model", "max_tokens", "temperature")} == {
+        "model": "mine",
+        "max_tokens": 9,
+        "temperature": 0,
+    }
+    assert server.keys == [None]
+
+
+def test_openai_captioner_finds_the_only_model_and_reads_the_url_of_the_environment(server, image, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    captioner = sca.load_captioner("openai")
+    captioner.caption(image, [Prompt(box=(10, 10, 40, 30))], "recognition")
+    assert server.bodies[0]["model"] == "stub"
+    assert captioner.metadata["model"] == "stub"
+    assert read_question(server.bodies[0]) == QUESTIONS["crop"][0]
+
+
+def test_200_regions_have_one_response_each_despite_faults_and_are_cached():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8))
+
+    def choose_fault(text, number):
+        """Fail the first two attempts of most requests, with all kinds of faults."""
+        kind = int(text[-4:], 16) + number
+        return FAULTS[kind % len(FAULTS)] if number < 2 and kind % 4 else None
+
+    prompts = [Prompt(box=(x, y, x + 9, y + 7)) for x in range(0, 60, 3) for y in range(0, 50, 5)]
+    assert len(prompts) == 200
+    with run_chat_server(choose_fault) as server:
+        captioner = sca.load_captioner(f"openai url={server.url} model=mine timeout=1.0 max_concurrency=16")
+        captions = captioner.caption(image, prompts)
+        first_bodies = list(server.bodies)
+        assert get_texts(captions) == get_texts(captioner.caption(image, prompts))
+        assert len(server.bodies) == len(first_bodies)  # the second call is cached
+    assert len(first_bodies) > 300
+    expected = {make_text(body) for body in first_bodies}
+    assert len(expected) == len(set(get_texts(captions))) == 200
+    assert set(get_texts(captions)) == expected == server.answered.keys()
+    assert set(server.answered.values()) == {1}
+    # each text belongs to the crop of its region
+    crops = {make_text(body): np.asarray(read_image(body)).tobytes() for body in first_bodies}
+    for caption in captions[::20]:
+        x1, y1, x2, y2 = (int(value) for value in caption.box)
+        window = image.crop((max(x1 - 3, 0), max(y1 - 2, 0), min(x2 + 3, 80), min(y2 + 2, 60)))
+        assert crops[caption.text] == np.asarray(window).tobytes()
+
+
+def test_failed_run_resumes_with_the_missing_regions(image, prompts):
+    is_down = threading.Event()
+
+    def fail_while_down(text, number):
+        return FAULTS[1] if is_down.is_set() else None
+
+    with run_chat_server(fail_while_down) as server:
+        name = f"openai url={server.url} model=mine max_retries=1 max_concurrency=1"
+        sca.load_captioner(name).caption(image, prompts[:2])
+        is_down.set()
+        with pytest.raises(ChatServerError, match=r"status 500 after 2 attempts; check the server"):
+            sca.load_captioner(name).caption(image, prompts)
+        is_down.clear()
+        server.bodies.clear()
+        captions = sca.load_captioner(name).caption(image, prompts)
+        assert len(server.bodies) == len(prompts) - 2
+    assert len(captions) == len(prompts)
+
+
+def test_sampled_requests_without_a_seed_are_not_cached(server, image, prompts):
+    captioner = sca.load_captioner(f"openai url={server.url} model=mine")
+    for number_of_requests, options in ((1, {"seed": 3}), (1, {"seed": 3}), (2, {}), (3, {})):
+        captioner.caption(image, prompts[:1], do_sample=True, temperature=0.7, top_p=0.9, **options)
+        assert len(server.bodies) == number_of_requests
+    assert (server.bodies[0]["temperature"], server.bodies[0]["top_p"], server.bodies[0]["seed"]) == (0.7, 0.9, 3)
+    uncached = sca.load_captioner(f"openai url={server.url} model=mine cache=false")
+    for _ in range(2):
+        uncached.caption(image, prompts[:1])
+    assert len(server.bodies) == 5
+
+
+def test_damaged_cache_entries_are_requested_again(server, image, prompts, tmp_path):
+    captioner = sca.load_captioner(f"openai url={server.url} model=mine")
+    (caption,) = captioner.caption(image, prompts[:1])
+    (entry,) = (tmp_path / "cache" / "responses").glob("*/*.json")
+    for content in ("", "[]", '{"text": 3}', '{"other": 1}'):
+        entry.write_text(content)
+        assert get_texts(captioner.caption(image, prompts[:1])) == [caption.text]
+        assert json.loads(entry.read_text())["text"] == caption.text
+
+
+def test_key_is_sent_to_the_server_and_occurs_nowhere_else(image, prompts, monkeypatch, tmp_path, caplog):
+    key_file = tmp_path.parent / f"{tmp_path.name}.key"
+    key_file.write_text(KEY + "\n")
+    monkeypatch.setenv("OPENAI_API_KEY_FILE", str(key_file))
+    caplog.set_level("DEBUG")
+    with run_chat_server(lambda text, number: echo_key if number else None) as server:
+        captioner = sca.load_captioner(f"openai url={server.url} model=mine cache=false")
+        captions = captioner.caption(image, prompts[:1])
+        with pytest.raises(ChatServerError) as raised:
+            captioner.caption(image, prompts[:1])
+    assert set(server.keys) == {f"Bearer {KEY}"}
+    assert "incorrect key ***" in str(raised.value)
+    assert "set OPENAI_API_KEY or OPENAI_API_KEY_FILE" in str(raised.value)
+    shown = [str(raised.value), repr(captions), repr(captioner.metadata), repr(vars(captioner)), caplog.text]
+    assert not any(KEY in text for text in shown)
+    assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def echo_key(handler):
+    key = handler.headers["Authorization"].removeprefix("Bearer ")
+    handler.send_json({"error": {"message": f"incorrect key {key}"}}, 401)
+
+
+def test_evaluation_with_a_key_writes_it_to_no_file(server, monkeypatch, tmp_path, capfd):
+    from sca.cli import main
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    name = f"openai url={server.url} model=mine"
+    command = ["evaluate", name, "scenes", "--max-images", "2", "--metrics", "cider-d", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["sca", *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert f"Bearer {KEY}" in server.keys
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(file.name == "predictions.jsonl" for file in files)
+    assert not any(KEY.encode() in file.read_bytes() for file in files)
+    assert not any(KEY in text for text in capfd.readouterr())
+
+
+def test_redirects_are_not_followed(image, prompts, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with run_chat_server() as other:
+
+        def redirect_request(handler):
+            handler.send_json({}, 307, Location=f"{other.url}/chat/completions")
+
+        with run_chat_server(lambda text, number: redirect_request) as server:
+            captioner = sca.load_captioner(f"openai url={server.url} model=mine")
+            with pytest.raises(ChatServerError, match="redirects to another address, which is not followed"):
+                captioner.caption(image, prompts[:1])
+        assert other.keys == []
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("", "no server; set url="),
+        ("localhost:8000", "URL of the server is invalid"),
+        ("ftp://host/v1", "URL of the server is invalid"),
+        ("http://", "URL of the server is invalid"),
+        ("http://host:99999/v1", "URL of the server is invalid"),
+        (f"http://user:{KEY}@host/v1", "contains a user name, a query or a fragment"),
+        (f"https://host/v1?key={KEY}", "contains a user name, a query or a fragment"),
+    ],
+)
+def test_invalid_urls_are_rejected_without_their_secrets(url, message):
+    with pytest.raises(InputError, match=message) as raised:
+        normalize_url(url)
+    assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "normalized"),
+    [
+        ("http://localhost:8000", "http://localhost:8000/v1"),
+        ("http://localhost:8000/v1/", "http://localhost:8000/v1"),
+        ("https://host/openai", "https://host/openai"),
+    ],
+)
+def test_url_without_a_path_gets_the_version(url, normalized):
+    assert normalize_url(url) == normalized
+
+
+@pytest.mark.parametrize("content", [b"two words", "schlüssel".encode(), b"\xff\xfe"])
+def test_unusable_keys_are_rejected_without_showing_them(server, monkeypatch, tmp_path, content):
+    (tmp_path / "key").write_bytes(content)
+    monkeypatch.setenv("OPENAI_API_KEY_FILE", str(tmp_path / "key"))
+    with pytest.raises(RegistryError, match="OPENAI_API_KEY_FILE") as raised:
+        sca.load_captioner(f"openai url={server.url} model=mine")
+    assert "words" not in str(raised.value)
+    monkeypatch.setenv("OPENAI_API_KEY_FILE", str(tmp_path / "absent"))
+    with pytest.raises(RegistryError, match="absent cannot be read"):
+        sca.load_captioner(f"openai url={server.url} model=mine")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("region_format=circle", "region_format is 'circle'"),
+        ("region_format=coordinates", "set both"),
+        ("coordinates=qwen3-vl", "set both"),
+        ("region_format=coordinates coordinates=yolo", "coordinates is 'yolo'"),
+        ("max_concurrency=0", "max_concurrency is 0"),
+        ("timeout=0.0", "timeout is 0"),
+        ("context=0.5", "context is 0.5"),
+        ("key=abc", "'key'"),
+    ],
+)
+def test_invalid_options_are_rejected(server, options, message):
+    with pytest.raises(RegistryError, match=message):
+        sca.load_captioner(f"openai url={server.url} model=mine {options}")
+
+
+def test_stopped_server_fails_in_one_line(image, prompts):
+    with run_chat_server() as server:
+        url = server.url
+    captioner = sca.load_captioner(f"openai url={url} model=mine max_retries=1")
+    with pytest.raises(ChatServerError, match=r"failed \(.*\) after 2 attempts; check the server") as raised:
+        captioner.caption(image, prompts[:1])
+    assert "\n" not in str(raised.value)
+
+
+def test_region_formats_show_the_region(server, image):
+    mask = np.zeros((60, 80), bool)
+    mask[12:28, 15:33] = True
+    view, pixels = Prompt(mask=mask), np.asarray(image)
+
+    def show_region(options, prompt=view):
+        sca.load_captioner(f"openai url={server.url} model=mine {options}").caption(image, [prompt])
+        return read_image(server.bodies[-1]), read_question(server.bodies[-1])
+
+    drawn, question = show_region("region_format=outline")
+    changed = (np.asarray(drawn) != pixels).any(-1)
+    assert question == "Describe what is inside the red outline in one short phrase."
+    assert not changed[mask].any()
+    ring = np.zeros_like(mask)
+    ring[10:30, 13:35] = True
+    assert (changed == (ring & ~mask)).all()
+    drawn, _ = show_region("region_format=box", Prompt(box=(15, 12, 33, 28)))
+    assert not (np.asarray(drawn) != pixels).any(-1)[mask].any()
+    alpha, question = show_region("region_format=alpha")
+    assert alpha.mode == "RGBA"
+    assert (np.asarray(alpha)[..., 3] == mask * 255).all()
+    assert (np.asarray(alpha)[..., :3] == pixels).all()
+    sent, question = show_region("region_format=coordinates coordinates=qwen3-vl", Prompt(box=(20, 15, 40, 30)))
+    assert (np.asarray(sent) == pixels).all()
+    assert question == "Describe what is in the region [250, 250, 500, 500] in one short phrase."
+    sent, question = show_region(
+        "region_format=coordinates coordinates=qwen3-vl max_side=40", Prompt(box=(20, 15, 40, 30))
+    )
+    assert sent.size == (40, 30)
+    assert "[250, 250, 500, 500]" in question
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "box", "sent_size", "text"),
+    [
+        ("qwen3-vl", (640, 480), (64, 48, 320, 480), (640, 480), "[100, 100, 500, 1000]"),
+        ("qwen2.5-vl", (640, 480), (64, 48, 320, 480), (644, 476), "[64, 47, 322, 476]"),
+        ("paligemma", (640, 480), (64, 48, 320, 480), (640, 480), "<loc0102><loc0102><loc1023><loc0512>"),
+        ("florence-2", (640, 480), (64, 48, 320, 480), (640, 480), "<loc_100><loc_100><loc_500><loc_999>"),
+        (
+            "kosmos-2",
+            (640, 480),
+            (64, 48, 320, 480),
+            (640, 480),
+            "<object><patch_index_0099><patch_index_1007></object>",
+        ),
+        ("sca", (640, 480), (64, 48.5, 320, 480), (640, 480), "box=64,48.5,320,480"),
+    ],
+)
+def test_coordinates_have_the_notation_of_each_family(name, size, box, sent_size, text):
+    view = RegionView(0, Image.new("RGB", size), Prompt(box=box), None, None)
+    image, coordinates = resize_for_coordinates(view, COORDINATE_FORMATS[name])
+    assert (image.size, coordinates) == (sent_size, text)
+
+
+def test_questions_replace_the_built_in_ones_and_keep_the_coordinates(server, image):
+    prompts = [Prompt(box=(20, 15, 40, 30))]
+    captioner = sca.load_captioner(f"openai url={server.url} model=mine region_format=coordinates coordinates=qwen3-vl")
+    captioner.caption(image, prompts, question="what color is it?")
+    captioner.caption(image, prompts, question="is {region} red?")
+    questions = [read_question(body) for body in server.bodies]
+    assert questions == ["what color is it? [250, 250, 500, 500]", "is [250, 250, 500, 500] red?"]
+    with pytest.raises(ValueError, match="does not support region references"):
+        captioner.check_question("is <region 1> red?")
+
+
+def test_encoder_predicts_the_masks_of_points(server, image):
+    captioner = sca.load_captioner(f"sca-tiny+openai url={server.url} model=mine region_format=outline")
+    (caption,) = captioner.caption(image, [Prompt(points=((20.0, 20.0, 1),))])
+    assert caption.mask is not None
+    assert caption.text == make_text(server.bodies[0])
+    with pytest.raises(ValueError, match="point prompts require an encoder"):
+        sca.load_captioner(f"openai url={server.url} model=mine").caption(image, [Prompt(points=((20.0, 20.0, 1),))])
+
+
+def test_mask_of_the_prompt_is_encoded_once(server, image):
+    mask = np.zeros((60, 80), bool)
+    mask[5:9, 5:9] = True
+    (caption,) = captioners.build("openai", url=server.url, model="mine").caption(image, [Prompt(mask=mask)])
+    assert caption.mask == encode_rle(mask)
+
+
+def test_openai_captioner_passes_all_conformance_checks(server):
+    findings = check_component("captioners", "openai", url=server.url, model="mine")
+    assert len(findings) > 5
+    assert [finding for finding in findings if not finding.passed] == []
