@@ -112,6 +112,8 @@ def _make_row(row: dict[str, Any], sweep_row: SweepRow, run_options: RunOptions)
         captioner = load_captioner(config["captioner"], device=config["device"])
         with _StageTimer(row, "evaluate"):
             _add_scores(row, captioner, config)
+        if usage := getattr(captioner, "usage", None):
+            row["usage"] = usage
         return
     try:
         check_compatible(spec)

@@ -534,7 +534,8 @@ class Captioner(Protocol):
     """Captioner of regions, built by `factory(**options)`: a composed model or a baseline.
 
     Optional attributes identify it in evaluation runs: `weights_hash`, a hash of its weights, and `metadata`, a dict of
-    plain values, such as its options.
+    plain values, such as its options. An optional attribute `usage` contains counts that evaluations print, such as
+    requests and tokens.
     """
 
     def caption(

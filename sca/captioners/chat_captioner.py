@@ -138,6 +138,11 @@ class ChatCaptioner(RegionCaptioner):
             "extra_body": self.extra_body,
         }
 
+    @property
+    def usage(self) -> dict[str, int]:
+        """Requests and tokens of this captioner, see `ChatClient.usage`."""
+        return self.client.usage
+
     def check_question(self, question: str) -> None:
         """Check a question.
 

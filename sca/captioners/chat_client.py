@@ -91,6 +91,8 @@ class ChatClient:
         self.timeout = timeout
         self.max_retries = max_retries
         self.cache_folder = cache_folder
+        self._usage = dict.fromkeys(("requests", "cached", "prompt_tokens", "completion_tokens"), 0)
+        self._usage_lock = threading.Lock()
         self._key = read_api_key()
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
@@ -116,9 +118,15 @@ class ChatClient:
         """
         cache_path = self._locate_cached(body) if is_cached else None
         if cache_path is not None and (cached := _read_cached(cache_path)) is not None:
+            self._count_usage(cached=1)
             return cached
         completion = self._repeat_attempts(
             lambda: _parse_completion(self._send_request("POST", "chat/completions", body)), stop
+        )
+        self._count_usage(
+            requests=1,
+            prompt_tokens=completion.prompt_tokens or 0,
+            completion_tokens=completion.completion_tokens or 0,
         )
         if cache_path is not None:
             cache_path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +147,17 @@ class ChatClient:
             listed = f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else "no models"
             raise ChatServerError(f"{self.url} has {listed}; set model=NAME")
         return names[0]
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Numbers of completed requests, of cached completions, and of tokens, as the server counts them."""
+        with self._usage_lock:
+            return dict(self._usage)
+
+    def _count_usage(self, **counts: int) -> None:
+        with self._usage_lock:
+            for name, count in counts.items():
+                self._usage[name] += count
 
     def _locate_cached(self, body: Mapping[str, Any]) -> Path | None:
         if self.cache_folder is None:

@@ -302,6 +302,9 @@ def evaluate(
         )
     if predictions is None:
         return None
+    if report is not None and (usage := getattr(captioner, "usage", None)):
+        counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in usage.items())
+        report(f"{model_name}: {counts}")
     if not predictions.records:
         raise ValueError(describe_missing_truth(built_dataset, dataset_name, tasks))
     return _build_report(

@@ -142,6 +142,9 @@ def test_damaged_cache_entries_are_requested_again(server, image, prompts, tmp_p
     captioner = sca.load_captioner(f"openai url={server.url} model=mine")
     (caption,) = captioner.caption(image, prompts[:1])
     (entry,) = (tmp_path / "cache" / "responses").glob("*/*.json")
+    assert captioner.usage == {"requests": 1, "cached": 0, "prompt_tokens": 7, "completion_tokens": 3}
+    captioner.caption(image, prompts[:1])
+    assert captioner.usage == {"requests": 1, "cached": 1, "prompt_tokens": 7, "completion_tokens": 3}
     for content in ("", "[]", '{"text": 3}', '{"other": 1}'):
         entry.write_text(content)
         assert get_texts(captioner.caption(image, prompts[:1])) == [caption.text]
@@ -185,7 +188,10 @@ def test_evaluation_with_a_key_writes_it_to_no_file(server, monkeypatch, tmp_pat
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert any(file.name == "predictions.jsonl" for file in files)
     assert not any(KEY.encode() in file.read_bytes() for file in files)
-    assert not any(KEY in text for text in capfd.readouterr())
+    outputs = capfd.readouterr()
+    assert not any(KEY in text for text in outputs)
+    number = len(server.bodies)
+    assert f"{number:,} requests, 0 cached, {7 * number:,} prompt tokens, {3 * number:,} completion" in outputs.err
 
 
 def test_redirects_are_not_followed(image, prompts, monkeypatch):
@@ -357,3 +363,22 @@ def test_openai_captioner_passes_all_conformance_checks(server):
     findings = check_component("captioners", "openai", url=server.url, model="mine")
     assert len(findings) > 5
     assert [finding for finding in findings if not finding.passed] == []
+
+
+def test_bench_row_contains_the_tokens_of_the_server(server, monkeypatch, tmp_path):
+    from sca_bench.worker import run_row
+
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    evaluate = {"dataset": {"name": "scenes", "num_images": 1}, "split": "test", "metrics": ["cider-d"]}
+    config = {"captioner": {"name": "openai", "model": "mine"}, "evaluate": {**evaluate, "tasks": ["caption"]}}
+    row = run_row({**config, "seed": 0, "num_threads": 0, "device": "cpu"}, str(tmp_path))
+    assert row["state"] == "done", row["reason"]
+    number = len(server.bodies)
+    assert row["usage"] == {
+        "requests": number,
+        "cached": 0,
+        "prompt_tokens": 7 * number,
+        "completion_tokens": 3 * number,
+    }
+    assert KEY not in json.dumps(row)
