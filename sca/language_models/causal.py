@@ -87,7 +87,17 @@ class CausalLanguageModel(nn.Module):
         return self.model.get_input_embeddings()(input_ids)
 
     def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the hidden states of the last layer: (N, L, E) and (N, L) -> (N, L, E)."""
+        """Return the hidden states of the last layer: (N, L, E) and (N, L) -> (N, L, E).
+
+        Raises:
+            ValueError: The sequences are longer than `max_positions`.
+        """
+        length = embeddings.shape[1]
+        if self.max_positions is not None and length > self.max_positions:
+            raise ValueError(
+                f"the prefix and the text have {length:,} positions, but the language model reads at most "
+                f"{self.max_positions:,}; use fewer queries or shorter texts (train.max_tokens)"
+            )
         return self.structure.compute_hidden_states(self.model, embeddings.to(self.model.dtype), attention_mask)
 
     def lm_head(self, hidden_states: Tensor) -> Tensor:

@@ -214,6 +214,15 @@ def test_tiny_gpt2_has_one_token_per_word_of_questions_and_the_vocabulary_of_the
             TinyGpt2(hidden_size=8, depth=1, num_heads=1, vocab_size=vocab_size)
 
 
+def test_language_model_rejects_sequences_longer_than_its_positions():
+    model = TinyGpt2(hidden_size=8, depth=1, num_heads=1, max_positions=12)
+    model.hidden_states(torch.zeros(1, 12, 8), torch.ones(1, 12, dtype=torch.long))
+    with pytest.raises(
+        ValueError, match="have 13 positions, but the language model reads at most 12; use fewer queries"
+    ):
+        model.hidden_states(torch.zeros(1, 13, 8), torch.ones(1, 13, dtype=torch.long))
+
+
 def test_language_model_rejects_a_tokenizer_larger_than_its_embeddings(save_language_model, tmp_path):
     weights = str(save_language_model("gpt2"))
     tokenizer = TinyGpt2(hidden_size=8, depth=1, num_heads=1).tokenizer
