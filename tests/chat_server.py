@@ -96,6 +96,14 @@ def respond_malformed(handler):
     handler.send_json(b'{"choices": [{"message": {"content": "text')
 
 
+def respond_nested(handler):
+    handler.send_json(b"[" * 100_000)
+
+
+def respond_with_surrogate(handler):
+    handler.send_json(b'{"choices": [{"message": {"content": "\\ud83d"}}]}')
+
+
 def respond_without_choices(handler):
     handler.send_json({"choices": []})
 
@@ -122,6 +130,8 @@ FAULTS = (
     respond_failed,
     respond_cut,
     respond_malformed,
+    respond_nested,
+    respond_with_surrogate,
     respond_without_choices,
     respond_slowly,
     drop_connection,

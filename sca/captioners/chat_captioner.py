@@ -32,6 +32,7 @@ from sca.io.errors import InputError
 from sca.io.validation import check_choice, check_range, check_type
 
 GENERATION = {"max_new_tokens": 64, "num_beams": 1}
+MAX_COMPLETION_TOKENS = "max_completion_tokens"  # the field that replaces `max_tokens` for some models of OpenAI
 MIN_SIDE, MAX_SIDE = 16, 16_384  # pixels of the longer side of an image that is sent
 MAX_CONCURRENCY = 1024
 SERVER_COORDINATES, SERVER_QUESTIONS = "sca", ("{region}", "{region}")  # `sca serve` has a field for the task
@@ -63,7 +64,8 @@ class ChatCaptioner(RegionCaptioner):
         timeout: Seconds for one response.
         max_retries: Further attempts after a failure that may be temporary.
         cache: Use the cache.
-        extra_body: Further fields of the request, such as `{reasoning_effort = "none"}`.
+        extra_body: Further fields of the request, such as `{reasoning_effort = "none"}`. `max_completion_tokens`
+            replaces the field `max_tokens`.
         device: Device of the encoder.
 
     Raises:
@@ -202,10 +204,11 @@ class ChatCaptioner(RegionCaptioner):
             {"type": "image_url", "image_url": {"url": _encode_image(image)}},
             {"type": "text", "text": text},
         ]
+        has_own_limit = MAX_COMPLETION_TOKENS in self.extra_body
         return {
             "model": self.model_name,
             "messages": [{"role": "user", "content": content}],
-            "max_tokens": options["max_new_tokens"],
+            **({} if has_own_limit else {"max_tokens": options["max_new_tokens"]}),
             **sampling,
             **({"task": task} if self.coordinates == SERVER_COORDINATES else {}),
             **self.extra_body,

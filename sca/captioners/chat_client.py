@@ -26,6 +26,7 @@ import httpx2
 from sca.io.atomic import write_file
 from sca.io.cache import get_cache_folder
 from sca.io.errors import InputError
+from sca.io.json import parse_json
 from sca.io.validation import check_range
 
 URL_VARIABLE, KEY_VARIABLE, KEY_FILE_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_API_KEY_FILE"
@@ -199,8 +200,8 @@ class ChatClient:
             raise _TransientError(f"failed ({self._redact_message(str(error) or type(error).__name__)})") from None
         self._check_status(response, bytes(content))
         try:
-            return json.loads(content)
-        except ValueError:
+            return parse_json(bytes(content), "the response")
+        except InputError:
             raise _TransientError("sent a response that is not JSON") from None
 
     def _check_status(self, response: httpx2.Response, content: bytes) -> None:
@@ -223,9 +224,9 @@ class ChatClient:
     def _read_error_message(self, content: bytes) -> str:
         """Return the message of an error response in parentheses, or nothing."""
         try:
-            error = json.loads(content)["error"]
+            error = parse_json(content, "the response")["error"]
             message = error["message"] if isinstance(error, dict) else error
-        except (ValueError, KeyError, TypeError):
+        except (InputError, KeyError, TypeError):
             return ""
         return f" ({self._redact_message(str(message))})" if message else ""
 

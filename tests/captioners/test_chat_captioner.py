@@ -382,3 +382,11 @@ def test_bench_row_contains_the_tokens_of_the_server(server, monkeypatch, tmp_pa
         "completion_tokens": 3 * number,
     }
     assert KEY not in json.dumps(row)
+
+
+def test_extra_body_adds_fields_and_replaces_the_token_limit(server, image, prompts):
+    options = 'extra_body={reasoning_effort="none",max_completion_tokens=9}'
+    sca.load_captioner(f"openai url={server.url} model=mine {options}").caption(image, prompts[:1])
+    (body,) = server.bodies
+    assert (body["reasoning_effort"], body["max_completion_tokens"]) == ("none", 9)
+    assert "max_tokens" not in body
