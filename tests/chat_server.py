@@ -17,8 +17,9 @@ class ChatServer(ThreadingHTTPServer):
     """Server whose faults are functions of the handler, by the number of the attempt of a request.
 
     Attributes:
-        bodies: Bodies of the requests, in order.
-        keys: Authorization headers of the requests.
+        model_names: Names of its models.
+        bodies: Bodies of the POST requests, in order.
+        keys: Authorization headers of all requests.
         answered: Number of complete responses by text.
     """
 
@@ -27,6 +28,7 @@ class ChatServer(ThreadingHTTPServer):
     def __init__(self, faults=()):
         super().__init__(("127.0.0.1", 0), ChatHandler)
         self.faults, self.lock = faults, threading.Lock()
+        self.model_names = ["stub"]
         self.bodies, self.keys, self.answered, self.attempts = [], [], {}, {}
 
     @property
@@ -52,7 +54,9 @@ class ChatHandler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        self.send_json({"object": "list", "data": [{"id": "stub"}]})
+        with self.server.lock:
+            self.server.keys.append(self.headers.get("Authorization"))
+        self.send_json({"object": "list", "data": [{"id": name} for name in self.server.model_names]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -120,6 +124,14 @@ def respond_slowly(handler):
         time.sleep(0.02)
 
 
+def respond_with_slow_headers(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    for number in range(100):
+        handler.wfile.write(f"X-Header-{number}: 0\r\n".encode())
+        handler.wfile.flush()
+        time.sleep(0.02)
+
+
 def drop_connection(handler):
     handler.close_connection = True
     handler.connection.close()
@@ -134,6 +146,7 @@ FAULTS = (
     respond_with_surrogate,
     respond_without_choices,
     respond_slowly,
+    respond_with_slow_headers,
     drop_connection,
 )
 

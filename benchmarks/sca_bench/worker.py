@@ -112,8 +112,9 @@ def _make_row(row: dict[str, Any], sweep_row: SweepRow, run_options: RunOptions)
         captioner = load_captioner(config["captioner"], device=config["device"])
         with _StageTimer(row, "evaluate"):
             _add_scores(row, captioner, config)
-        if usage := getattr(captioner, "usage", None):
-            row["usage"] = usage
+        for name in ("metadata", "usage"):  # the server of a captioner is not part of the sweep
+            if value := getattr(captioner, name, None):
+                row[name] = value
         return
     try:
         check_compatible(spec)

@@ -535,7 +535,7 @@ class Captioner(Protocol):
 
     Optional attributes identify it in evaluation runs: `weights_hash`, a hash of its weights, and `metadata`, a dict of
     plain values, such as its options. An optional attribute `usage` contains counts that evaluations print, such as
-    requests and tokens.
+    requests and tokens. `has_scores = False` declares that the scores of captions are unknown (NaN).
     """
 
     def caption(

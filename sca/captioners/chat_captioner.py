@@ -1,20 +1,21 @@
-"""Captioner that sends regions to a server with the chat completions of the OpenAI API."""
+"""Captioner that sends regions to an OpenAI-compatible server."""
 
 from __future__ import annotations
 
 import base64
 import io
-import threading
+import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from PIL import Image
-from sca_registry.contracts import TASKS, TokenUsage, list_region_references
+from sca_registry.contracts import TASKS, TokenUsage
+from sca_registry.errors import RegistryError
+from sca_registry.spec import check_generation
 
-from sca.captioners.chat_client import ChatClient, get_response_cache_folder
-from sca.captioners.region_captioner import RegionCaptioner, RegionView, ScoredText
+from sca.captioners.chat_client import ChatClient, ChatCompletion, get_response_cache_folder
+from sca.captioners.region_captioner import RegionCaptioner, RegionView, ScoredText, check_region_question
 from sca.captioners.region_formats import (
     COORDINATE_FORMATS,
     QUESTIONS,
@@ -34,17 +35,18 @@ from sca.io.validation import check_choice, check_range, check_type
 GENERATION = {"max_new_tokens": 64, "num_beams": 1}
 MAX_COMPLETION_TOKENS = "max_completion_tokens"  # the field that replaces `max_tokens` for some models of OpenAI
 MIN_SIDE, MAX_SIDE = 16, 16_384  # pixels of the longer side of an image that is sent
-MAX_CONCURRENCY = 1024
+REGION_MARK = "{region}"  # place of the coordinates in a question
+RESERVED_FIELDS = ("model", "messages", "stream", "n")  # of a request
 SERVER_COORDINATES, SERVER_QUESTIONS = "sca", ("{region}", "{region}")  # `sca serve` has a field for the task
 
 
 class ChatCaptioner(RegionCaptioner):
     """Captioner that prompts a vision-language model on a server for each region.
 
-    The server is any one with the chat completions of the OpenAI API, such as vLLM, SGLang, Ollama, llama.cpp or
-    `sca serve`. The key is read from the environment: `OPENAI_API_KEY`, or the file named by `OPENAI_API_KEY_FILE`.
-    Responses are cached in the folder `responses` of the cache, by the server, the model, the image and all options,
-    unless they are sampled without a seed.
+    The server is OpenAI-compatible, such as vLLM, SGLang, Ollama, llama.cpp or `sca serve`. The key is read from the
+    environment: `OPENAI_API_KEY`, or the file named by `OPENAI_API_KEY_FILE`. Responses are cached in the folder
+    `responses` of the cache by the server, the model, the image and all options, unless they are sampled without a
+    seed. The captions have no score.
 
     Args:
         encoder: Encoder whose segmenter predicts the masks, see `RegionCaptioner`.
@@ -53,26 +55,28 @@ class ChatCaptioner(RegionCaptioner):
         model: Name of the model on the server; None for its only one.
         region_format: How the region is shown. "crop" is the crop of the box with `context`. "box" and "outline" are
             the full image with the box or the outline of the mask drawn in red. "coordinates" is the full image, with
-            the box as text in the notation of `coordinates`. "alpha" is a PNG with the mask as alpha channel, as for
+            the box as text in the format `coordinate_format`. "alpha" is a PNG with the mask as alpha channel, as for
             Describe Anything (arXiv 2504.16072).
         context: Sides of a crop as multiples of those of the box.
-        coordinates: Notation of boxes: "qwen2.5-vl", "qwen3-vl", "paligemma", "kosmos-2", "florence-2", or "sca" for
-            the chat route of `sca serve`.
-        question: Question for both tasks instead of the built-in ones. "{region}" is replaced by the coordinates.
+        coordinate_format: Format of coordinates: "qwen2.5-vl", "qwen3-vl", "paligemma", "kosmos-2", "florence-2", or
+            "sca" for the chat route of `sca serve`.
+        question: Question for both tasks instead of the built-in ones. "{region}" is replaced by the coordinates, which
+            otherwise follow the question.
         max_side: Longer side in pixels to which larger images are scaled down.
         max_concurrency: Maximum number of concurrent requests.
-        timeout: Seconds for one response.
-        max_retries: Further attempts after a failure that may be temporary.
+        timeout: Maximum seconds per attempt.
+        max_retries: Maximum retries after failures that may be temporary.
         cache: Use the cache.
         extra_body: Further fields of the request, such as `{reasoning_effort = "none"}`. `max_completion_tokens`
             replaces the field `max_tokens`.
         device: Device of the encoder.
 
     Raises:
-        InputError: There is no URL, or it is invalid.
-        RegistryError: An option is invalid.
+        InputError: There is no URL, or it is invalid, or options contradict each other.
+        RegistryError: An option is unknown or out of range.
     """
 
+    has_scores = False
     generation: Mapping[str, Any] = GENERATION
     generation_options: tuple[str, ...] = ("max_new_tokens", "do_sample", "temperature", "top_p", "seed", "question")
 
@@ -83,7 +87,7 @@ class ChatCaptioner(RegionCaptioner):
         model: str | None = None,
         region_format: str = "crop",
         context: float = 1.5,
-        coordinates: str | None = None,
+        coordinate_format: str | None = None,
         question: str | None = None,
         max_side: int = 1024,
         max_concurrency: int = 8,
@@ -96,25 +100,25 @@ class ChatCaptioner(RegionCaptioner):
         check_choice("region_format", region_format, QUESTIONS)
         check_range("context", context, float, 1.0, 100.0)
         check_range("max_side", max_side, int, MIN_SIDE, MAX_SIDE)
-        check_range("max_concurrency", max_concurrency, int, 1, MAX_CONCURRENCY)
-        if extra_body is not None:
-            check_type("extra_body", extra_body, Mapping)
-        if (region_format == "coordinates") != (coordinates is not None):
+        self.extra_body: dict[str, Any] = _check_extra_body(extra_body)
+        if (region_format == "coordinates") != (coordinate_format is not None):
             raise InputError(
-                f"coordinates={coordinates} and region_format={region_format} do not fit; set both, such as "
-                "region_format=coordinates coordinates=qwen3-vl"
+                f"coordinate_format={coordinate_format} does not fit region_format={region_format}; set both, such as "
+                "region_format=coordinates coordinate_format=qwen3-vl"
             )
-        if coordinates is not None:
-            check_choice("coordinates", coordinates, COORDINATE_FORMATS)
-        self.client: ChatClient = ChatClient(url, timeout, max_retries, get_response_cache_folder() if cache else None)
+        if coordinate_format is not None:
+            check_choice("coordinate_format", coordinate_format, COORDINATE_FORMATS)
+        self.coordinate_format = coordinate_format
+        if question is not None:
+            self.check_question(question)
+        self.client: ChatClient = ChatClient(
+            url, timeout, max_retries, max_concurrency, get_response_cache_folder() if cache else None
+        )
         super().__init__(encoder, device)
         self.region_format = region_format
         self.context = context
-        self.coordinates = coordinates
         self.max_side = max_side
-        self.max_concurrency = max_concurrency
-        self.extra_body: dict[str, Any] = dict(extra_body or {})
-        questions = SERVER_QUESTIONS if coordinates == SERVER_COORDINATES else QUESTIONS[region_format]
+        questions = SERVER_QUESTIONS if coordinate_format == SERVER_COORDINATES else QUESTIONS[region_format]
         self.task_questions: tuple[str, str] = (question, question) if question else questions
         self._requested_model = model
         self._encoder_name = encoder
@@ -134,7 +138,7 @@ class ChatCaptioner(RegionCaptioner):
             "model": self.model_name,
             "region_format": self.region_format,
             **({"context": self.context} if self.region_format == "crop" else {}),
-            "coordinates": self.coordinates,
+            "coordinate_format": self.coordinate_format,
             "questions": list(self.task_questions),
             "max_side": self.max_side,
             "extra_body": self.extra_body,
@@ -142,8 +146,8 @@ class ChatCaptioner(RegionCaptioner):
 
     @property
     def usage(self) -> dict[str, int]:
-        """Requests and tokens of this captioner, see `ChatClient.usage`."""
-        return self.client.usage
+        """Completed requests, cached completions, empty texts, and tokens as counted by the server."""
+        return dict(self.client.usage)
 
     def check_question(self, question: str) -> None:
         """Check a question.
@@ -152,78 +156,85 @@ class ChatCaptioner(RegionCaptioner):
             question: Question.
 
         Raises:
-            ValueError: The question is empty, or refers to several regions.
+            ValueError: The question is empty, refers to several regions, or contains the mark of coordinates without
+                coordinates.
         """
-        if not question.strip():
-            raise ValueError("the question is empty; pass a text such as 'what color is it?'")
-        if list_region_references(question):
-            raise ValueError("this captioner does not support region references such as <region 1>; remove them")
+        check_region_question(question)
+        if REGION_MARK in question and self.coordinate_format is None:
+            raise ValueError(
+                f"the question contains {REGION_MARK}, which requires region_format=coordinates; remove it"
+            )
 
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
     ) -> list[ScoredText]:
-        """Request one text per region, several at a time; see `RegionCaptioner`. The scores are NaN."""
+        """Request one text per region, several at a time; see `RegionCaptioner`."""
         for name in generation:
-            if name not in self.generation_options:
-                check_choice("the generation option", name, self.generation_options)
-        options = {**self.generation, **generation}
-        question = options.pop("question", None)
-        if question is None:
-            question = self.task_questions[TASKS.index(task)]
-        elif self.coordinates is not None and "{region}" not in question:
-            question = f"{question} {{region}}"
-        is_cached = not options.get("do_sample") or options.get("seed") is not None
-        stop = threading.Event()
+            check_choice("the generation option", name, self.generation_options)
+        check_generation("generation", generation)
+        is_sampled = generation.get("do_sample", False)
+        if not is_sampled and (unused := [name for name in ("temperature", "top_p") if name in generation]):
+            raise ValueError(f"{unused[0]} has no effect without sampling; add do_sample=True")
+        question = generation.get("question") or self.task_questions[TASKS.index(task)]
+        fields = self._make_fields(task, generation)
+        make_bodies = [partial(self._make_body, view, question, fields) for view in regions]
+        is_random = bool(fields.get("temperature", 0)) and fields.get("seed") is None
+        return list(map(_make_text, self.client.request_completions(make_bodies, use_cache=not is_random)))
 
-        def request_text(view: RegionView) -> ScoredText:
-            completion = self.client.request_completion(
-                self._build_body(view, task, question, options), is_cached, stop
-            )
-            usage = None
-            if completion.prompt_tokens is not None and completion.completion_tokens is not None:
-                usage = TokenUsage(
-                    completion.prompt_tokens, (completion.completion_tokens,), (completion.is_truncated,)
-                )
-            return ScoredText(completion.text, float("nan"), usage)
+    def _make_fields(self, task: str, generation: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of a request that are the same for all regions."""
+        fields: dict[str, Any] = {"model": self.model_name, "temperature": 0}
+        if generation.get("do_sample"):
+            fields |= {name: generation[name] for name in ("top_p", "seed") if name in generation}
+            fields["temperature"] = generation.get("temperature", 1.0)
+        if MAX_COMPLETION_TOKENS not in self.extra_body:
+            fields["max_tokens"] = generation.get("max_new_tokens", self.generation["max_new_tokens"])
+        elif "max_new_tokens" in generation:
+            raise ValueError(f"max_new_tokens and extra_body.{MAX_COMPLETION_TOKENS} are both set; omit one of them")
+        if self.coordinate_format == SERVER_COORDINATES:
+            fields["task"] = task
+        return fields | self.extra_body
 
-        with ThreadPoolExecutor(self.max_concurrency) as executor:
-            try:
-                return list(executor.map(request_text, regions))
-            except BaseException:  # including interrupts: the executor waits for its threads
-                stop.set()
-                raise
-
-    def _build_body(self, view: RegionView, task: str, question: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _make_body(self, view: RegionView, question: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return the JSON body of the request for a region."""
-        image, coordinates = self._show_region(view)
-        text = question.replace("{region}", coordinates)
-        sampling = {name: options[name] for name in ("temperature", "top_p", "seed") if options.get(name) is not None}
-        if not options.get("do_sample"):
-            sampling = {"temperature": 0}
+        image, coordinates = self._render_region(view)
+        if coordinates and REGION_MARK not in question:
+            question = f"{question} {REGION_MARK}"
         content = [
             {"type": "image_url", "image_url": {"url": _encode_image(image)}},
-            {"type": "text", "text": text},
+            {"type": "text", "text": question.replace(REGION_MARK, coordinates)},
         ]
-        has_own_limit = MAX_COMPLETION_TOKENS in self.extra_body
-        return {
-            "model": self.model_name,
-            "messages": [{"role": "user", "content": content}],
-            **({} if has_own_limit else {"max_tokens": options["max_new_tokens"]}),
-            **sampling,
-            **({"task": task} if self.coordinates == SERVER_COORDINATES else {}),
-            **self.extra_body,
-        }
+        return {**fields, "messages": [{"role": "user", "content": content}]}
 
-    def _show_region(self, view: RegionView) -> tuple[Image.Image, str]:
+    def _render_region(self, view: RegionView) -> tuple[Image.Image, str]:
         """Return the image to send for a region, and its coordinates in that image, or ""."""
         if self.region_format == "crop":
             return limit_size(crop_region(view, self.context), self.max_side), ""
         view = scale_region(view, self.max_side)
-        if self.coordinates is not None:
-            return resize_for_coordinates(view, COORDINATE_FORMATS[self.coordinates])
+        if self.coordinate_format is not None:
+            return resize_for_coordinates(view, COORDINATE_FORMATS[self.coordinate_format])
         if self.region_format == "box":
             return draw_box(view.image, get_box(view)), ""
         return (draw_outline(view) if self.region_format == "outline" else add_alpha(view)), ""
+
+
+def _check_extra_body(extra_body: Any) -> dict[str, Any]:
+    """Return the further fields of a request. Raises RegistryError for a field that the captioner sets."""
+    if extra_body is None:
+        return {}
+    check_type("extra_body", extra_body, Mapping)
+    for name in RESERVED_FIELDS:
+        if name in extra_body:
+            raise RegistryError(f"extra_body.{name} is set by the captioner; remove it")
+    return dict(extra_body)
+
+
+def _make_text(completion: ChatCompletion) -> ScoredText:
+    """Return the text of a completion, with its tokens if the server counts them."""
+    usage = None
+    if completion.prompt_tokens is not None and completion.completion_tokens is not None:
+        usage = TokenUsage(completion.prompt_tokens, (completion.completion_tokens,), (completion.is_truncated,))
+    return ScoredText(completion.text, math.nan, usage)
 
 
 def _encode_image(image: Image.Image) -> str:

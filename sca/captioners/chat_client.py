@@ -1,41 +1,46 @@
-"""HTTP client for servers that speak the chat completions of the OpenAI API, with retries and a response cache.
+"""HTTP client of OpenAI-compatible servers, with concurrent requests, retries and a response cache.
 
-The address and the key come from the process that captions: from its arguments and environment, never from a file or a
-request of somebody else. The key is sent to this address only, because redirects are not followed, and is not written
-to files, logs or messages.
+The URL and the key come from the arguments and environment of the process, never from someone else's file or request.
+The key is sent to this URL only, because redirects are not followed, and is never written to files, logs or messages.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import random
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any, TypeVar
 
+import anyio
 import httpx2
+from anyio.from_thread import start_blocking_portal
 
 from sca.io.atomic import write_file
 from sca.io.cache import get_cache_folder
 from sca.io.errors import InputError
-from sca.io.json import parse_json
-from sca.io.validation import check_range
+from sca.io.json import parse_json, read_regular_file
+from sca.io.text import format_count
+from sca.io.validation import check_range, is_int64
+
+log: logging.Logger = logging.getLogger(__name__)
 
 URL_VARIABLE, KEY_VARIABLE, KEY_FILE_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_API_KEY_FILE"
 MAX_RESPONSE_BYTES = 4 * 2**20
-MAX_MESSAGE_LENGTH = 200  # characters of a server's error message
-FIRST_DELAY, MAX_DELAY = 0.5, 30.0  # seconds before the first and any later retry, without `Retry-After`
-MAX_RETRY_AFTER = 120.0  # seconds; a server that requires more is not retried
+MAX_MESSAGE_LENGTH = 200  # characters of a server's message
+FIRST_DELAY, MAX_DELAY = 0.5, 30.0  # minimum seconds before the first and any later retry
+MAX_RETRY_AFTER = 120.0  # seconds; a server that requires a longer wait is not retried
 RETRIED_STATUS_CODES = (408, 409, 425, 429)  # and all from 500
-MAX_KEY_LENGTH = 4096
+MAX_KEY_BYTES = 4096
+MAX_CONCURRENCY = 1024
+Result = TypeVar("Result")
 
 
 class ChatServerError(OSError):
@@ -43,9 +48,9 @@ class ChatServerError(OSError):
 
 
 class _TransientError(Exception):
-    """Problem that may not occur again. `delay` is the time to wait that the server requires, in seconds."""
+    """Error that a retry may resolve. `delay`: wait that the server requires, in seconds."""
 
-    def __init__(self, message: str, delay: float | None = None):
+    def __init__(self, message: str, delay: float = 0.0):
         super().__init__(message)
         self.delay = delay
 
@@ -55,7 +60,7 @@ class ChatCompletion:
     """Text that a server generated.
 
     Attributes:
-        text: Text of the first choice.
+        text: Text of the first choice; empty if the server returned none, for example after a refusal.
         is_truncated: Whether it ended at the token limit.
         prompt_tokens: Tokens of the request; None if the server does not count them.
         completion_tokens: Tokens of the text; None if the server does not count them.
@@ -68,71 +73,75 @@ class ChatCompletion:
 
 
 class ChatClient:
-    """Client of one server. Its methods can be called from several threads.
+    """Client of one server.
 
     Args:
         url: Base URL, such as "http://localhost:8000/v1"; "/v1" is added to a URL without a path. Defaults to the
             environment variable `OPENAI_BASE_URL`.
-        timeout: Seconds for one response, from the request to its last byte.
-        max_retries: Further attempts after a connection error, an overloaded or failing server, or an incomplete
+        timeout: Maximum seconds per attempt, from the connection to the last byte of the response.
+        max_retries: Maximum retries after a connection error, an overloaded or failing server, or an incomplete
             response.
+        max_concurrency: Maximum number of concurrent requests.
         cache_folder: Folder that caches responses by their request; None for no cache.
 
     Raises:
         InputError: There is no URL, it is invalid or contains a password or a query, or the key cannot be read.
-        ValueError: An option is out of range.
+        RegistryError: An option is out of range.
     """
 
     def __init__(
-        self, url: str | None = None, timeout: float = 60.0, max_retries: int = 5, cache_folder: Path | None = None
+        self,
+        url: str | None = None,
+        timeout: float = 60.0,
+        max_retries: int = 5,
+        max_concurrency: int = 8,
+        cache_folder: Path | None = None,
     ):
-        check_range("timeout", timeout, float, 0.001, math.inf)
+        check_range("timeout", timeout, float, 0.001)
         check_range("max_retries", max_retries, int, 0)
+        check_range("max_concurrency", max_concurrency, int, 1, MAX_CONCURRENCY)
         self.url: str = normalize_url(url or os.environ.get(URL_VARIABLE) or "")
         self.timeout = timeout
         self.max_retries = max_retries
+        self.max_concurrency = max_concurrency
         self.cache_folder = cache_folder
-        self._usage = dict.fromkeys(("requests", "cached", "prompt_tokens", "completion_tokens"), 0)
-        self._usage_lock = threading.Lock()
-        self._key = read_api_key()
-        self._client = httpx2.Client(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=timeout,
-            follow_redirects=False,
+        self.usage: dict[str, int] = dict.fromkeys(
+            ("requests", "cached", "empty", "prompt_tokens", "completion_tokens"), 0
         )
+        self._key = read_api_key()
 
-    def request_completion(
-        self, body: Mapping[str, Any], is_cached: bool = True, stop: threading.Event | None = None
-    ) -> ChatCompletion:
-        """Request a completion, unless it is cached.
+    def request_completions(
+        self, make_bodies: Sequence[Callable[[], Mapping[str, Any]]], use_cache: bool = True
+    ) -> list[ChatCompletion]:
+        """Request completions that are not cached, several at a time.
+
+        An interrupt or an error cancels the other requests; completions that have arrived are in the cache.
 
         Args:
-            body: JSON body of the request.
-            is_cached: Use the cache; False for requests whose response is random.
-            stop: Event that ends the attempts.
+            make_bodies: Functions that return the JSON bodies of the requests, each called when its request starts.
+            use_cache: Read and write the cache; False for requests whose response is random.
 
         Returns:
-            The completion.
+            The completions, in order.
 
         Raises:
-            ChatServerError: The server rejects the request, or all attempts failed.
+            ChatServerError: The server rejects a request, or all attempts failed.
         """
-        cache_path = self._locate_cached(body) if is_cached else None
-        if cache_path is not None and (cached := _read_cached(cache_path)) is not None:
-            self._count_usage(cached=1)
-            return cached
-        completion = self._repeat_attempts(
-            lambda: _parse_completion(self._send_request("POST", "chat/completions", body)), stop
-        )
-        self._count_usage(
-            requests=1,
-            prompt_tokens=completion.prompt_tokens or 0,
-            completion_tokens=completion.completion_tokens or 0,
-        )
-        if cache_path is not None:
-            cache_path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(cache_path, json.dumps(asdict(completion)))
-        return completion
+        completions: list[ChatCompletion | None] = [None] * len(make_bodies)
+
+        async def request_all() -> None:
+            limiter = anyio.Semaphore(self.max_concurrency)
+            async with self._open_client() as client, anyio.create_task_group() as group:
+
+                async def request_one(index: int) -> None:
+                    async with limiter:
+                        completions[index] = await self._request_completion(client, make_bodies[index](), use_cache)
+
+                for index in range(len(make_bodies)):
+                    group.start_soon(request_one, index)
+
+        _run_async(request_all)
+        return [completion for completion in completions if completion is not None]
 
     def find_model(self) -> str:
         """Return the name of the only model of the server.
@@ -143,22 +152,48 @@ class ChatClient:
         Raises:
             ChatServerError: The server has several models or none, or all attempts failed.
         """
-        names = self._repeat_attempts(lambda: _parse_model_names(self._send_request("GET", "models")))
+
+        async def request_names() -> list[str]:
+            async with self._open_client() as client:
+                return await self._retry_attempts(lambda: self._request_model_names(client))
+
+        names = _run_async(request_names)
         if len(names) != 1:
-            listed = f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else "no models"
+            listed = self._clean_message(", ".join(names)) if names else "no models"
             raise ChatServerError(f"{self.url} has {listed}; set model=NAME")
         return names[0]
 
-    @property
-    def usage(self) -> dict[str, int]:
-        """Numbers of completed requests, of cached completions, and of tokens, as the server counts them."""
-        with self._usage_lock:
-            return dict(self._usage)
+    def _open_client(self) -> httpx2.AsyncClient:
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        limits = httpx2.Limits(max_connections=self.max_concurrency)
+        return httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False)
 
-    def _count_usage(self, **counts: int) -> None:
-        with self._usage_lock:
-            for name, count in counts.items():
-                self._usage[name] += count
+    async def _request_completion(
+        self, client: httpx2.AsyncClient, body: Mapping[str, Any], use_cache: bool
+    ) -> ChatCompletion:
+        path = self._locate_cached(body) if use_cache else None
+        if path is not None and (cached := _read_cached(path)) is not None:
+            self.usage["cached"] += 1
+            return cached
+        completion = await self._retry_attempts(lambda: self._request_text(client, body))
+        self.usage["requests"] += 1
+        self.usage["empty"] += not completion.text
+        self.usage["prompt_tokens"] += completion.prompt_tokens or 0
+        self.usage["completion_tokens"] += completion.completion_tokens or 0
+        if path is not None and completion.text:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(path, json.dumps(asdict(completion)))
+            except OSError as error:
+                log.warning("sca: the response cache cannot be written (%s); continuing without it", error.strerror)
+                self.cache_folder = None
+        return completion
+
+    async def _request_text(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> ChatCompletion:
+        return _parse_completion(await self._send_request(client, "POST", "chat/completions", body))
+
+    async def _request_model_names(self, client: httpx2.AsyncClient) -> list[str]:
+        return _parse_model_names(await self._send_request(client, "GET", "models"))
 
     def _locate_cached(self, body: Mapping[str, Any]) -> Path | None:
         if self.cache_folder is None:
@@ -166,38 +201,39 @@ class ChatClient:
         digest = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
         return self.cache_folder / digest[:2] / f"{digest}.json"
 
-    def _repeat_attempts(self, attempt: Callable[[], Any], stop: threading.Event | None = None) -> Any:
-        """Return the result of an attempt; repeat it after transient errors."""
-        stop = stop or threading.Event()
+    async def _retry_attempts(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
+        """Return the result of an attempt; retry it after transient errors."""
         for number in range(self.max_retries + 1):
             try:
-                return attempt()
+                return await attempt()
             except _TransientError as error:
-                if number == self.max_retries or stop.is_set():
-                    attempts = "1 attempt" if number == 0 else f"{number + 1} attempts"
+                if number == self.max_retries:
                     raise ChatServerError(
-                        f"{self.url} {error} after {attempts}; check the server, or increase max_retries or timeout"
+                        f"{self.url} {error} after {format_count(number + 1, 'attempt')}; check the server, or "
+                        "increase max_retries or timeout"
                     ) from None
                 backoff = min(FIRST_DELAY * 2**number, MAX_DELAY) * random.uniform(0.75, 1.0)
-                stop.wait(backoff if error.delay is None else error.delay)
+                await anyio.sleep(max(backoff, error.delay))
         raise AssertionError("unreachable")
 
-    def _send_request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    async def _send_request(
+        self, client: httpx2.AsyncClient, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> Any:
         """Send a request and return the parsed JSON of its response."""
-        deadline = time.monotonic() + self.timeout
+        content = bytearray()
         try:
-            with self._client.stream(method, f"{self.url}/{path}", json=body) as response:
-                content = bytearray()
-                for chunk in response.iter_bytes():
-                    content += chunk
-                    if len(content) > MAX_RESPONSE_BYTES:
-                        raise ChatServerError(f"{self.url} sent more than {MAX_RESPONSE_BYTES:,} bytes; check the URL")
-                    if time.monotonic() > deadline:
-                        raise _TransientError(f"did not complete a response within {self.timeout:g} s")
-        except httpx2.TimeoutException:
-            raise _TransientError(f"did not respond within {self.timeout:g} s") from None
-        except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise _TransientError(f"failed ({self._redact_message(str(error) or type(error).__name__)})") from None
+            with anyio.fail_after(self.timeout):
+                async with client.stream(method, f"{self.url}/{path}", json=body) as response:
+                    async for chunk in response.aiter_bytes():
+                        content += chunk
+                        if len(content) > MAX_RESPONSE_BYTES:
+                            raise ChatServerError(
+                                f"{self.url} sent more than {MAX_RESPONSE_BYTES:,} bytes; check the URL"
+                            )
+        except TimeoutError:
+            raise _TransientError(f"did not complete a response within {self.timeout:g} s") from None
+        except (httpx2.TransportError, httpx2.DecodingError, UnicodeError) as error:  # the last: a host name
+            raise _TransientError(f"failed ({self._clean_message(str(error) or type(error).__name__)})") from None
         self._check_status(response, bytes(content))
         try:
             return parse_json(bytes(content), "the response")
@@ -216,23 +252,28 @@ class ChatClient:
         message = f"responded with status {status}{self._read_error_message(content)}"
         if status in RETRIED_STATUS_CODES or status >= 500:
             delay = _parse_retry_after(response.headers.get("retry-after"))
-            if delay is None or delay <= MAX_RETRY_AFTER:
-                raise _TransientError(message, delay)
+            if delay > MAX_RETRY_AFTER:
+                raise ChatServerError(f"{self.url} {message} and requires a wait of {delay:,.0f} s; try again later")
+            raise _TransientError(message, delay)
         fix = f"set {KEY_VARIABLE} or {KEY_FILE_VARIABLE}" if status in (401, 403) else "check url, model and options"
         raise ChatServerError(f"{self.url} {message}; {fix}")
 
     def _read_error_message(self, content: bytes) -> str:
         """Return the message of an error response in parentheses, or nothing."""
         try:
-            error = parse_json(content, "the response")["error"]
-            message = error["message"] if isinstance(error, dict) else error
-        except (InputError, KeyError, TypeError):
+            response = parse_json(content, "the response")
+        except InputError:
             return ""
-        return f" ({self._redact_message(str(message))})" if message else ""
+        message = None
+        for key in ("error", "message", "detail"):
+            message = response.get(key) if isinstance(response, dict) and message is None else message
+        message = message.get("message") if isinstance(message, dict) else message
+        return f" ({self._clean_message(str(message))})" if message else ""
 
-    def _redact_message(self, message: str) -> str:
-        """Return a message in one line, shortened and without the key."""
+    def _clean_message(self, message: str) -> str:
+        """Return a message of a server in one printable line, shortened and without the key."""
         text = " ".join((message.replace(self._key, "***") if self._key else message).split())
+        text = "".join(character if character.isprintable() else "?" for character in text)
         return text if len(text) <= MAX_MESSAGE_LENGTH else f"{text[:MAX_MESSAGE_LENGTH]}..."
 
 
@@ -251,18 +292,20 @@ def normalize_url(url: str) -> str:
     if not url:
         raise InputError(f"no server; set url=http://HOST:PORT/v1, or the environment variable {URL_VARIABLE}")
     try:
-        parts = urlsplit(url)
-        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
+        parts = httpx2.URL(url)
+        is_valid = (
+            parts.scheme in ("http", "https") and bool(parts.host) and (parts.port is None or 0 < parts.port < 2**16)
+        )
+    except (httpx2.InvalidURL, UnicodeError):
         is_valid = False
     if not is_valid:
         raise InputError("the URL of the server is invalid; set url=http://HOST:PORT/v1")
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+    if parts.userinfo or parts.query or parts.fragment:
         raise InputError(
             f"the URL of the server contains a user name, a query or a fragment; remove it, and set {KEY_VARIABLE} or "
             f"{KEY_FILE_VARIABLE} for a key"
         )
-    return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") or "/v1", "", ""))
+    return str(parts.copy_with(path=parts.path.rstrip("/") or "/v1"))
 
 
 def read_api_key() -> str:
@@ -277,11 +320,11 @@ def read_api_key() -> str:
     key, file = os.environ.get(KEY_VARIABLE, ""), os.environ.get(KEY_FILE_VARIABLE)
     if not key and file:
         try:
-            with open(file, encoding="utf-8") as opened:
-                key = opened.read(MAX_KEY_LENGTH)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not text"
-            raise InputError(f"{KEY_FILE_VARIABLE}: {file} cannot be read ({reason})") from None
+            key = read_regular_file(file, MAX_KEY_BYTES).decode()
+        except OSError as error:
+            raise InputError(f"{KEY_FILE_VARIABLE}: {file} cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{KEY_FILE_VARIABLE}: {file} is not text") from None
     key = key.strip()
     if not all("!" <= character <= "~" for character in key):
         raise InputError(f"the key in {KEY_VARIABLE} or {KEY_FILE_VARIABLE} contains spaces or special characters")
@@ -293,13 +336,29 @@ def get_response_cache_folder() -> Path:
     return get_cache_folder() / "responses"
 
 
+def _run_async(function: Callable[[], Awaitable[Result]]) -> Result:
+    """Run an asynchronous function in a thread of its own, also if an event loop runs in this one."""
+    try:
+        with start_blocking_portal() as portal:
+            return portal.call(function)
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]  # that of the first request that failed
+        raise error from None
+
+
 def _read_cached(path: Path) -> ChatCompletion | None:
     """Return a cached completion; None if there is none, or if it is damaged."""
     try:
-        completion = ChatCompletion(**json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+        completion = ChatCompletion(**parse_json(path.read_bytes(), str(path)))
+    except (OSError, InputError, TypeError):
         return None
-    return completion if isinstance(completion.text, str) else None
+    has_valid_counts = all(
+        count is None or is_int64(count) for count in (completion.prompt_tokens, completion.completion_tokens)
+    )
+    is_valid = isinstance(completion.text, str) and isinstance(completion.is_truncated, bool) and has_valid_counts
+    return completion if is_valid else None
 
 
 def _parse_completion(response: Any) -> ChatCompletion:
@@ -309,15 +368,15 @@ def _parse_completion(response: Any) -> ChatCompletion:
         text = choice["message"]["content"]
     except (KeyError, IndexError, TypeError):
         raise _TransientError("sent a response without choices") from None
-    if text is None:  # an empty text, for example if all tokens were used for reasoning
-        text = ""
-    if not isinstance(text, str):
+    if text is not None and not isinstance(text, str):
         raise _TransientError("sent a choice without text")
     usage = response.get("usage")
     counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
-    prompt_tokens, completion_tokens = (count if isinstance(count, int) else None for count in counts)
+    prompt_tokens, completion_tokens = (
+        int(count) if count is not None and is_int64(count) and count >= 0 else None for count in counts
+    )
     is_truncated = choice.get("finish_reason") == "length"
-    return ChatCompletion(" ".join(text.split()), is_truncated, prompt_tokens, completion_tokens)
+    return ChatCompletion(" ".join((text or "").split()), is_truncated, prompt_tokens, completion_tokens)
 
 
 def _parse_model_names(response: Any) -> list[str]:
@@ -327,15 +386,13 @@ def _parse_model_names(response: Any) -> list[str]:
         raise _TransientError("sent no list of models") from None
 
 
-def _parse_retry_after(value: str | None) -> float | None:
-    """Return the seconds of a `Retry-After` header, a number or a date; None without a valid one."""
-    if not value:
-        return None
+def _parse_retry_after(value: str | None) -> float:
+    """Return the seconds of a `Retry-After` header, a number or a date; 0 without a valid one."""
     try:
-        delay = float(value)
+        delay = float(value or 0)
     except ValueError:
         try:
-            delay = parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(delay, 0.0) if math.isfinite(delay) else None
+            delay = parsedate_to_datetime(value or "").timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return max(delay, 0.0) if math.isfinite(delay) else 0.0

@@ -11,7 +11,7 @@ import sca_registry
 import torch
 from PIL import Image
 from sca_registry import RegistryError, zoo
-from sca_registry.contracts import Caption, Prompt, TokenUsage
+from sca_registry.contracts import Caption, Prompt, TokenUsage, list_region_references
 from sca_registry.errors import make_unknown_name_error
 from sca_registry.spec import DEFAULT_GENERATION, ComponentSpec
 from torch import nn
@@ -300,6 +300,21 @@ def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise RegistryError(f"{name} is {value!r}; expected an integer of at least 1")
     return {**DEFAULT_GENERATION, **options}
+
+
+def check_region_question(question: str) -> None:
+    """Check a question about one region.
+
+    Args:
+        question: Question.
+
+    Raises:
+        ValueError: The question is empty, or refers to regions by number.
+    """
+    if not question.strip():
+        raise ValueError("the question is empty; pass a text such as 'what color is it?'")
+    if list_region_references(question):
+        raise ValueError("this captioner does not support region references such as <region 1>; remove them")
 
 
 def box_to_pixels(box: Box, image_size: tuple[int, int]) -> tuple[int, int, int, int]:

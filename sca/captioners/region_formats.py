@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 from sca_registry.contracts import Prompt
 from transformers.models.kosmos2.processing_kosmos2 import coordinate_to_patch_index
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -82,22 +82,23 @@ def draw_box(image: Image.Image, box: Box) -> Image.Image:
 
 def draw_outline(view: RegionView) -> Image.Image:
     """Return a copy of the image of a region with a red outline around its mask, or its box if it has no mask."""
-    if view.mask is None:
+    mask = None if view.mask is None else decode_rle(view.mask)
+    if mask is None or not mask.any():
         return draw_box(view.image, get_box(view))
-    mask = decode_rle(view.mask).astype(bool)
-    grown = Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * _compute_line_width(view.image) + 1))
+    line_width = _compute_line_width(view.image)
     annotated = view.image.copy()
-    annotated.paste(MARK_COLOR, mask=Image.fromarray((np.asarray(grown) > 0) & ~mask))
+    annotated.paste(MARK_COLOR, mask=Image.fromarray(_dilate_mask(mask, line_width) & ~mask))
     return annotated
 
 
 def add_alpha(view: RegionView) -> Image.Image:
     """Return the RGBA image of a region, opaque in its mask, or in its box if it has no mask."""
-    alpha = Image.new("L", view.image.size)
-    if view.mask is None:
+    mask = None if view.mask is None else decode_rle(view.mask)
+    if mask is None or not mask.any():
+        alpha = Image.new("L", view.image.size)
         alpha.paste(255, box_to_pixels(get_box(view), view.image.size))
     else:
-        alpha = Image.fromarray(decode_rle(view.mask).astype(np.uint8) * 255)
+        alpha = Image.fromarray(mask.astype(np.uint8) * 255)
     image = view.image.copy()
     image.putalpha(alpha)
     return image
@@ -184,6 +185,17 @@ def _scale_box(box: Box, image_size: tuple[int, int], num_bins: int) -> list[int
     width, height = image_size
     sides = (width, height, width, height)
     return [min(max(int(value / side * num_bins), 0), num_bins - 1) for value, side in zip(box, sides, strict=True)]
+
+
+def _dilate_mask(mask: np.ndarray, distance: int) -> np.ndarray:
+    """Return the pixels of a mask and those at most `distance` pixels from them along each axis."""
+    for axis in (0, 1):
+        padding = [(distance + 1, distance) if each == axis else (0, 0) for each in (0, 1)]
+        counts = np.pad(mask.astype(np.int32), padding).cumsum(axis)
+        length = mask.shape[axis]
+        ends = np.take(counts, range(2 * distance + 1, 2 * distance + 1 + length), axis)
+        mask = ends > np.take(counts, range(length), axis)
+    return mask
 
 
 def _compute_line_width(image: Image.Image) -> int:

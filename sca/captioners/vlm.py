@@ -6,13 +6,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sca_registry.contracts import TASKS, list_region_references
+from sca_registry.contracts import TASKS
 from sca_registry.errors import make_unknown_name_error
 from sca_registry.spec import DEFAULT_GENERATION
 from torch import nn
 
 from sca.captioners.image_text import CAPTION_ONLY_MODELS, ImageTextInput, ImageTextModel
-from sca.captioners.region_captioner import RegionCaptioner, RegionView, ScoredText, resolve_generation_options
+from sca.captioners.region_captioner import (
+    RegionCaptioner,
+    RegionView,
+    ScoredText,
+    check_region_question,
+    resolve_generation_options,
+)
 from sca.captioners.region_formats import (
     QUESTIONS,
     crop_region,
@@ -135,10 +141,7 @@ class VisionLanguageModel(RegionCaptioner):
         Raises:
             ValueError: The question is empty, or refers to several regions.
         """
-        if not question.strip():
-            raise ValueError("the question is empty; pass a text such as 'what color is it?'")
-        if list_region_references(question):
-            raise ValueError("this captioner does not support region references such as <region 1>; remove them")
+        check_region_question(question)
 
     def _build_input(self, view: RegionView, task_index: int, question: str | None) -> ImageTextInput:
         if self.region_format == "region-tokens":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -528,7 +529,8 @@ class CaptionTable:
             box = " ".join(f"{value:.0f}" for value in each.box) if each.box else ""
             iou = "" if each.predicted_iou is None else f"{each.predicted_iou:.2f}"
             names = (each.name or "",) if self.has_names else ()
-            scores = (f"{each.score:.2f}", "" if each.confidence is None else f"{each.confidence:.2f}", iou)
+            score_text = "" if math.isnan(each.score) else f"{each.score:.2f}"
+            scores = (score_text, "" if each.confidence is None else f"{each.confidence:.2f}", iou)
             self.table.add_row(format_path(path.name), str(each.region_id), *names, each.text, *scores, box)
             for text, score in each.alternatives:
                 self.table.add_row("", "", *([""] * len(names)), text, f"{score:.2f}", "", "", "")

@@ -286,6 +286,7 @@ def evaluate(
         "batch_size": batch_size,
         "versions": {name: version(name) for name in (BUILTIN_DISTRIBUTION, "torch", "transformers")},
     }
+    usage_before = dict(getattr(captioner, "usage", {}))
     with ExitStack() as stack:
         if folder is not None and not rank:
             stack.enter_context(
@@ -296,15 +297,16 @@ def evaluate(
         if report is not None and not rank:
             report(f"{dataset_name} {split}: {summarize_dataset(built_dataset)}")
             if prompting.tasks == (QUESTION_TASK,) and not supports_references(captioner):
-                report(f"{model_name} describes one region at a time; questions about <region 1> are omitted")
+                report(f"{model_name} describes one region at a time; questions with region references are skipped")
         predictions = _collect_predictions(
             captioner, built_dataset, prompting_options, run, folder, (rank, num_processes, wait), progress
         )
     if predictions is None:
         return None
-    if report is not None and (usage := getattr(captioner, "usage", None)):
+    if report is not None and usage_before:
+        usage = {name: count - usage_before[name] for name, count in captioner.usage.items()}
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in usage.items())
-        report(f"{model_name}: {counts}")
+        report(f"{model_name}{' on rank 0' if num_processes > 1 else ''}: {counts}")
     if not predictions.records:
         raise ValueError(describe_missing_truth(built_dataset, dataset_name, tasks))
     return _build_report(

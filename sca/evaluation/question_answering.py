@@ -19,6 +19,7 @@ from sca_registry.contracts import (
 from sca.evaluation.predictions import QUESTION_TASK, PromptingOptions, make_truth
 from sca.inference.engine import EncodedImages, Engine, MaskEngine, RegionQuestion
 from sca.inference.generation_options import resolve_generation_options
+from sca.output.jsonl import replace_non_finite
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def _make_records(
                     "region_id": region.id,
                     "task": QUESTION_TASK,
                     "control": control,
-                    "answers": [{"text": answer.text, "score": answer.score} for _, answer in region_pairs],
+                    "answers": [
+                        {"text": answer.text, "score": replace_non_finite(answer.score)} for _, answer in region_pairs
+                    ],
                     "truth": {**make_truth(region), "questions": questions},
                 }
             )

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sca_registry.contracts import (
+    REGION_PATTERN,
     TASKS,
     Caption,
     Prompt,
@@ -521,16 +522,9 @@ class Engine(MaskEngine):
         question, length = generation.pop("question", None), generation.pop("length", None)
         question = question if length is None else LENGTH_REQUESTS[length]
         if question is not None:
-            references = list_region_references(question)
-            questions = [
-                [
-                    RegionQuestion(question, index)
-                    for index in ([references[0] - 1] if references else range(len(request)))
-                ]
-                if request
-                else []
-                for request in requests
-            ]
+            if list_region_references(question):
+                return self._answer_about_regions(encoded, requests, question, task, return_masks, generation)
+            questions = [[RegionQuestion(question, index) for index in range(len(request))] for request in requests]
             return self.answer_batch(encoded, requests, questions, task, return_masks=return_masks, **generation)
         regions = self._embed_requests(encoded, requests, task, return_masks)
         texts = self._generate_texts([region.prefix for region in regions], generation)
@@ -538,6 +532,33 @@ class Engine(MaskEngine):
         return self.add_confidence(
             [[next(captions) for _ in request] for request in requests], encoded, task, **generation
         )
+
+    def _answer_about_regions(
+        self,
+        encoded: EncodedImages,
+        requests: Sequence[Sequence[Prompt]],
+        question: str,
+        task: str,
+        return_masks: bool,
+        generation: Mapping[str, Any],
+    ) -> list[list[Caption]]:
+        """Answer a question with region references once per image. Only the regions that it refers to are embedded."""
+        self.check_question(question)
+        references = list_region_references(question)
+        for request in requests:
+            if request and max(references) > len(request):
+                raise ValueError(
+                    f"the question refers to <region {max(references)}>, but the image has "
+                    f"{format_count(len(request), 'region')}; change the number or add regions"
+                )
+        renumbered = REGION_PATTERN.sub(lambda match: f"<region {references.index(int(match[1])) + 1}>", question)
+        selected = [[request[number - 1] for number in references] if request else [] for request in requests]
+        questions = [[RegionQuestion(renumbered, 0)] if request else [] for request in requests]
+        answers = self.answer_batch(encoded, selected, questions, task, return_masks=return_masks, **generation)
+        return [
+            [replace(answer, question=question, region_id=references[0] - 1) for answer in image_answers]
+            for image_answers in answers
+        ]
 
     @torch.inference_mode()
     def answer_batch(

@@ -87,7 +87,14 @@ class CausalLanguageModel(nn.Module):
         return self.model.get_input_embeddings()(input_ids)
 
     def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the hidden states of the last layer: (N, L, E) and (N, L) -> (N, L, E).
+        """Compute the hidden states of the last layer.
+
+        Args:
+            embeddings: (N, L, E) embeddings.
+            attention_mask: (N, L) 1 for tokens, 0 for padding.
+
+        Returns:
+            Hidden states (N, L, E).
 
         Raises:
             ValueError: The sequences are longer than `max_positions`.
@@ -95,7 +102,7 @@ class CausalLanguageModel(nn.Module):
         length = embeddings.shape[1]
         if self.max_positions is not None and length > self.max_positions:
             raise ValueError(
-                f"the prefix and the text have {length:,} positions, but the language model reads at most "
+                f"the prefix and the text have {length:,} positions, but the language model supports at most "
                 f"{self.max_positions:,}; use fewer queries or shorter texts (train.max_tokens)"
             )
         return self.structure.compute_hidden_states(self.model, embeddings.to(self.model.dtype), attention_mask)

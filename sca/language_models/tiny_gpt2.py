@@ -25,8 +25,8 @@ class TinyGpt2(CausalLanguageModel):
         num_heads: Attention heads.
         max_positions: Maximum length of prefix and caption together.
         dropout: Dropout probability of embeddings, attention and residuals.
-        vocab_size: Tokens of the vocabulary, from its start; None for all. The words of generated questions come last:
-            the vocabulary without them has 726 tokens.
+        vocab_size: Vocabulary size: the first `vocab_size` tokens are kept; None keeps all. The tokens from id 726 on
+            are words of generated questions.
     """
 
     def __init__(

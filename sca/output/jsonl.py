@@ -93,7 +93,7 @@ class JsonlWriter:
 def caption_to_record(path: str, image: ImageOrSize, caption: Caption) -> dict[str, Any]:
     """Convert a caption to a JSON-serializable record."""
     mask = caption.mask
-    alternatives = [{"caption": text, "score": _replace_non_finite(score)} for text, score in caption.alternatives]
+    alternatives = [{"caption": text, "score": replace_non_finite(score)} for text, score in caption.alternatives]
     return {
         "image": path,
         "width": image.width,
@@ -103,13 +103,13 @@ def caption_to_record(path: str, image: ImageOrSize, caption: Caption) -> dict[s
         "box": None if caption.box is None else [float(value) for value in caption.box],
         "mask": None if mask is None else {"size": [int(side) for side in mask["size"]], "counts": mask["counts"]},
         "caption": caption.text,
-        "score": _replace_non_finite(caption.score),
-        "predicted_iou": _replace_non_finite(caption.predicted_iou),
+        "score": replace_non_finite(caption.score),
+        "predicted_iou": replace_non_finite(caption.predicted_iou),
         **({"alternatives": alternatives} if alternatives else {}),
         **({"name": caption.name} if caption.name is not None else {}),
         **({"question": caption.question} if caption.question is not None else {}),
         **{
-            field: _replace_non_finite(value)
+            field: replace_non_finite(value)
             for field in OPTIONAL_SCORE_FIELDS
             if (value := getattr(caption, field)) is not None
         },
@@ -128,5 +128,6 @@ def prompt_to_dict(prompt: Prompt) -> dict[str, Any]:
     return prompt_fields
 
 
-def _replace_non_finite(value: float | None) -> float | None:
+def replace_non_finite(value: float | None) -> float | None:
+    """Return a score for JSON: None for NaN and infinite values."""
     return float(value) if value is not None and math.isfinite(value) else None

@@ -151,8 +151,8 @@ class QueueEntry:
         return 1 if self.request.everything is not None else self.num_remaining
 
     @property
-    def has_joint_regions(self) -> bool:
-        """Whether one question refers to several of the regions, so that all are processed in one turn."""
+    def has_region_references(self) -> bool:
+        """Whether the question contains region references, so that all prompts are processed in one turn."""
         return bool(list_region_references(self.request.generation.get("question") or ""))
 
     @property

@@ -362,7 +362,7 @@ class RequestScheduler:
             for index, entry in enumerate(entries):
                 if region_counts[index] < entry.num_remaining:
                     start = entry.num_captioned + region_counts[index]
-                    end = len(entry.prompts) if entry.has_joint_regions else start + 1
+                    end = len(entry.prompts) if entry.has_region_references else start + 1
                     cost = sum(map(cost_functions[index], entry.prompts[start:end]))
                     if sum(region_counts) and cost > budget_left:
                         return region_counts
@@ -411,11 +411,12 @@ class RequestScheduler:
         for entry, prompts, captions in zip(turn, requests, captions_by_entry, strict=True):
             if not entry.num_captioned and entry.found_masks is None:
                 _send_event(entry, CaptioningStarted(len(entry.prompts)))
+            # the answer to a question with region references belongs to one of the prompts
+            first_index = 0 if entry.has_region_references else entry.num_captioned
+            region_indices = [first_index + caption.region_id for caption in captions]
             if entry.request.return_candidates and captions and captions[0].mask is not None:
-                self._send_candidate_masks(entry, len(captions))
-            for offset, caption in enumerate(captions):
-                # the answer to a question about several regions has the index of one of them
-                index = caption.region_id if entry.has_joint_regions else entry.num_captioned + offset
+                self._send_candidate_masks(entry, region_indices)
+            for caption, index in zip(captions, region_indices, strict=True):
                 _send_caption(entry, caption, index)
             entry.num_captioned += len(prompts)
             self.num_captioned_regions += len(prompts)
@@ -448,14 +449,14 @@ class RequestScheduler:
             if not entry.num_remaining:
                 _send_event(entry, RequestDone(entry.num_captioned))
 
-    def _send_candidate_masks(self, entry: QueueEntry, num_regions: int) -> None:
-        """Send the candidate masks of the next regions."""
-        prompts = entry.prompts[entry.num_captioned : entry.num_captioned + num_regions]
+    def _send_candidate_masks(self, entry: QueueEntry, region_indices: Sequence[int]) -> None:
+        """Send the candidate masks of regions."""
+        prompts = [entry.prompts[index] for index in region_indices]
         zoom, encode_crops = entry.request.zoom, partial(self._encode_crops, [entry])
         masks_by_region = segment_regions(
             self._engine, self._encode_images([entry]), [prompts], zoom=zoom, encode_crops=encode_crops
         )
-        for region_index, masks in enumerate(masks_by_region, entry.num_captioned):
+        for region_index, masks in zip(region_indices, masks_by_region, strict=True):
             _send_event(entry, CandidateMasks(region_index, masks))
 
     def _encode_images(self, turn: Sequence[QueueEntry]) -> EncodedImages:

@@ -311,14 +311,16 @@ class CaptionService:
         num_regions = len(caption_request.prompts)
         if references and caption_request.everything:
             raise ApiError(
-                422, "references such as <region 1> count prompts; send prompts instead of everything", param="question"
+                422,
+                "region references such as <region 1> refer to prompts; send prompts instead of everything",
+                param="question",
             )
         if references and max(references) > num_regions:
             raise ApiError(
                 422,
-                f"the question refers to <region {max(references)}>, but the request has "
-                f"{format_count(num_regions, 'prompt')}; change the number or add prompts",
-                param="question",
+                f"the question refers to <region {max(references)}>, but there is only "
+                f"{format_count(num_regions, 'region')}; change the question",
+                param="question" if location_format == "prompts.{}" else "messages",
             )
         try:
             if caption_request.question is not None or caption_request.length is not None:

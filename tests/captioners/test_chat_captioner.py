@@ -4,6 +4,9 @@ import base64
 import io
 import json
 import threading
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from sca.captioners import chat_client
 from sca.captioners.chat_client import ChatServerError, normalize_url
 from sca.captioners.region_captioner import RegionView
 from sca.captioners.region_formats import COORDINATE_FORMATS, QUESTIONS, resize_for_coordinates
+from sca.evaluation.predictions import PromptingOptions
 from sca.io.errors import InputError
 from sca.io.masks import encode_rle
 from sca.testing.conformance import check_component
@@ -142,9 +146,9 @@ def test_damaged_cache_entries_are_requested_again(server, image, prompts, tmp_p
     captioner = sca.load_captioner(f"openai url={server.url} model=mine")
     (caption,) = captioner.caption(image, prompts[:1])
     (entry,) = (tmp_path / "cache" / "responses").glob("*/*.json")
-    assert captioner.usage == {"requests": 1, "cached": 0, "prompt_tokens": 7, "completion_tokens": 3}
+    assert captioner.usage == {"requests": 1, "cached": 0, "empty": 0, "prompt_tokens": 7, "completion_tokens": 3}
     captioner.caption(image, prompts[:1])
-    assert captioner.usage == {"requests": 1, "cached": 1, "prompt_tokens": 7, "completion_tokens": 3}
+    assert captioner.usage == {"requests": 1, "cached": 1, "empty": 0, "prompt_tokens": 7, "completion_tokens": 3}
     for content in ("", "[]", '{"text": 3}', '{"other": 1}'):
         entry.write_text(content)
         assert get_texts(captioner.caption(image, prompts[:1])) == [caption.text]
@@ -164,7 +168,7 @@ def test_key_is_sent_to_the_server_and_occurs_nowhere_else(image, prompts, monke
     assert set(server.keys) == {f"Bearer {KEY}"}
     assert "incorrect key ***" in str(raised.value)
     assert "set OPENAI_API_KEY or OPENAI_API_KEY_FILE" in str(raised.value)
-    shown = [str(raised.value), repr(captions), repr(captioner.metadata), repr(vars(captioner)), caplog.text]
+    shown = [str(raised.value), repr(captions), repr(captioner.metadata), caplog.text]
     assert not any(KEY in text for text in shown)
     assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
@@ -191,7 +195,10 @@ def test_evaluation_with_a_key_writes_it_to_no_file(server, monkeypatch, tmp_pat
     outputs = capfd.readouterr()
     assert not any(KEY in text for text in outputs)
     number = len(server.bodies)
-    assert f"{number:,} requests, 0 cached, {7 * number:,} prompt tokens, {3 * number:,} completion" in outputs.err
+    assert (
+        f"{number:,} requests, 0 cached, 0 empty, {7 * number:,} prompt tokens, {3 * number:,} completion"
+        in outputs.err
+    )
 
 
 def test_redirects_are_not_followed(image, prompts, monkeypatch):
@@ -216,6 +223,7 @@ def test_redirects_are_not_followed(image, prompts, monkeypatch):
         ("ftp://host/v1", "URL of the server is invalid"),
         ("http://", "URL of the server is invalid"),
         ("http://host:99999/v1", "URL of the server is invalid"),
+        ("http://host:0/v1", "URL of the server is invalid"),
         (f"http://user:{KEY}@host/v1", "contains a user name, a query or a fragment"),
         (f"https://host/v1?key={KEY}", "contains a user name, a query or a fragment"),
     ],
@@ -255,8 +263,10 @@ def test_unusable_keys_are_rejected_without_showing_them(server, monkeypatch, tm
     [
         ("region_format=circle", "region_format is 'circle'"),
         ("region_format=coordinates", "set both"),
-        ("coordinates=qwen3-vl", "set both"),
-        ("region_format=coordinates coordinates=yolo", "coordinates is 'yolo'"),
+        ("coordinate_format=qwen3-vl", "set both"),
+        ("region_format=coordinates coordinate_format=yolo", "coordinate_format is 'yolo'"),
+        ('question="where is {region}?"', "requires region_format=coordinates"),
+        ("extra_body={stream=true}", "extra_body.stream is set by the captioner"),
         ("max_concurrency=0", "max_concurrency is 0"),
         ("timeout=0.0", "timeout is 0"),
         ("context=0.5", "context is 0.5"),
@@ -268,9 +278,10 @@ def test_invalid_options_are_rejected(server, options, message):
         sca.load_captioner(f"openai url={server.url} model=mine {options}")
 
 
-def test_stopped_server_fails_in_one_line(image, prompts):
+@pytest.mark.parametrize("host", [None, "a..b"])
+def test_unreachable_server_fails_in_one_line(image, prompts, host):
     with run_chat_server() as server:
-        url = server.url
+        url = f"http://{host}/v1" if host else server.url
     captioner = sca.load_captioner(f"openai url={url} model=mine max_retries=1")
     with pytest.raises(ChatServerError, match=r"failed \(.*\) after 2 attempts; check the server") as raised:
         captioner.caption(image, prompts[:1])
@@ -294,16 +305,21 @@ def test_region_formats_show_the_region(server, image):
     ring[10:30, 13:35] = True
     assert (changed == (ring & ~mask)).all()
     drawn, _ = show_region("region_format=box", Prompt(box=(15, 12, 33, 28)))
-    assert not (np.asarray(drawn) != pixels).any(-1)[mask].any()
+    assert ((np.asarray(drawn) != pixels).any(-1) == (ring & ~mask)).all()
+    empty = Prompt(box=(15, 12, 33, 28), mask=np.zeros((60, 80), bool))
+    drawn, _ = show_region("region_format=outline", empty)
+    assert ((np.asarray(drawn) != pixels).any(-1) == (ring & ~mask)).all()
+    alpha, _ = show_region("region_format=alpha", empty)
+    assert ((np.asarray(alpha)[..., 3] > 0).sum()) == 18 * 16
     alpha, question = show_region("region_format=alpha")
     assert alpha.mode == "RGBA"
     assert (np.asarray(alpha)[..., 3] == mask * 255).all()
     assert (np.asarray(alpha)[..., :3] == pixels).all()
-    sent, question = show_region("region_format=coordinates coordinates=qwen3-vl", Prompt(box=(20, 15, 40, 30)))
+    sent, question = show_region("region_format=coordinates coordinate_format=qwen3-vl", Prompt(box=(20, 15, 40, 30)))
     assert (np.asarray(sent) == pixels).all()
     assert question == "Describe what is in the region [250, 250, 500, 500] in one short phrase."
     sent, question = show_region(
-        "region_format=coordinates coordinates=qwen3-vl max_side=40", Prompt(box=(20, 15, 40, 30))
+        "region_format=coordinates coordinate_format=qwen3-vl max_side=40", Prompt(box=(20, 15, 40, 30))
     )
     assert sent.size == (40, 30)
     assert "[250, 250, 500, 500]" in question
@@ -334,11 +350,16 @@ def test_coordinates_have_the_notation_of_each_family(name, size, box, sent_size
 
 def test_questions_replace_the_built_in_ones_and_keep_the_coordinates(server, image):
     prompts = [Prompt(box=(20, 15, 40, 30))]
-    captioner = sca.load_captioner(f"openai url={server.url} model=mine region_format=coordinates coordinates=qwen3-vl")
+    captioner = sca.load_captioner(
+        f"openai url={server.url} model=mine region_format=coordinates coordinate_format=qwen3-vl"
+    )
     captioner.caption(image, prompts, question="what color is it?")
     captioner.caption(image, prompts, question="is {region} red?")
+    options = 'region_format=coordinates coordinate_format=qwen3-vl question="name it:"'
+    sca.load_captioner(f"openai url={server.url} model=mine {options}").caption(image, prompts)
     questions = [read_question(body) for body in server.bodies]
-    assert questions == ["what color is it? [250, 250, 500, 500]", "is [250, 250, 500, 500] red?"]
+    box = "[250, 250, 500, 500]"
+    assert questions == [f"what color is it? {box}", f"is {box} red?", f"name it: {box}"]
     with pytest.raises(ValueError, match="does not support region references"):
         captioner.check_question("is <region 1> red?")
 
@@ -352,7 +373,7 @@ def test_encoder_predicts_the_masks_of_points(server, image):
         sca.load_captioner(f"openai url={server.url} model=mine").caption(image, [Prompt(points=((20.0, 20.0, 1),))])
 
 
-def test_mask_of_the_prompt_is_encoded_once(server, image):
+def test_caption_has_the_rle_of_the_mask_prompt(server, image):
     mask = np.zeros((60, 80), bool)
     mask[5:9, 5:9] = True
     (caption,) = captioners.build("openai", url=server.url, model="mine").caption(image, [Prompt(mask=mask)])
@@ -378,6 +399,7 @@ def test_bench_row_contains_the_tokens_of_the_server(server, monkeypatch, tmp_pa
     assert row["usage"] == {
         "requests": number,
         "cached": 0,
+        "empty": 0,
         "prompt_tokens": 7 * number,
         "completion_tokens": 3 * number,
     }
@@ -390,3 +412,123 @@ def test_extra_body_adds_fields_and_replaces_the_token_limit(server, image, prom
     (body,) = server.bodies
     assert (body["reasoning_effort"], body["max_completion_tokens"]) == ("none", 9)
     assert "max_tokens" not in body
+
+
+@pytest.mark.parametrize(
+    ("value", "delay"),
+    [
+        (None, 0),
+        ("3", 3),
+        ("-1", 0),
+        ("nan", 0),
+        ("soon", 0),
+        ("Mon, 01 Jan 2001 00:00:00 GMT", 0),
+        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", 0),
+    ],
+)
+def test_retry_after_is_read_as_seconds(value, delay):
+    assert chat_client._parse_retry_after(value) == delay
+
+
+def test_retry_after_can_be_a_date():
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+    assert 25 < chat_client._parse_retry_after(date) <= 30
+
+
+def test_servers_that_require_a_long_wait_are_not_retried(image, prompts):
+    def respond_busy(handler):
+        handler.send_json({"detail": "busy\x1b[31m"}, 429, Retry_After="300")
+
+    with run_chat_server(lambda text, number: respond_busy) as server:
+        captioner = sca.load_captioner(f"openai url={server.url} model=mine")
+        message = r"status 429 \(busy\?\[31m\) and requires a wait of 300 s; try again later"
+        with pytest.raises(ChatServerError, match=message):
+            captioner.caption(image, prompts[:1])
+        assert len(server.bodies) == 1
+
+
+def test_responses_have_a_size_limit(image, prompts, monkeypatch):
+    monkeypatch.setattr(chat_client, "MAX_RESPONSE_BYTES", 10)
+    with run_chat_server() as server:
+        captioner = sca.load_captioner(f"openai url={server.url} model=mine")
+        with pytest.raises(ChatServerError, match="sent more than 10 bytes; check the URL"):
+            captioner.caption(image, prompts[:1])
+
+
+def test_error_cancels_the_other_requests(image, prompts):
+    def reject_request(handler):
+        handler.send_json({"error": "no"}, 400)
+
+    with run_chat_server(None) as server:
+        server.faults = lambda text, number: reject_request if len(server.bodies) == 2 else never_respond
+        start = time.monotonic()
+        with pytest.raises(ChatServerError, match=r"status 400 \(no\); check url, model and options"):
+            sca.load_captioner(f"openai url={server.url} model=mine").caption(image, prompts[:2])
+        assert time.monotonic() - start < 10
+
+
+def never_respond(handler):
+    time.sleep(20)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [([], "has no models; set model=NAME"), (["a", "b\x1b[31m"], r"has a, b\?\[31m; set model=NAME")],
+)
+def test_model_must_be_named_unless_the_server_has_one(server, image, prompts, names, message):
+    server.model_names = names
+    with pytest.raises(ChatServerError, match=message):
+        sca.load_captioner(f"openai url={server.url}").caption(image, prompts[:1])
+
+
+def test_empty_texts_are_counted_and_not_cached(image, prompts):
+    def refuse_request(handler):
+        handler.send_json({"choices": [{"message": {"content": None}, "finish_reason": "length"}]})
+
+    with run_chat_server(lambda text, number: refuse_request) as server:
+        captioner = sca.load_captioner(f"openai url={server.url} model=mine")
+        for number in (1, 2):
+            (caption,) = captioner.caption(image, prompts[:1])
+            assert (caption.text, caption.usage) == ("", None)
+            assert captioner.usage["empty"] == len(server.bodies) == number
+
+
+def test_unwritable_cache_is_reported_and_not_used(server, image, prompts, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "file"))
+    captioner = sca.load_captioner(f"openai url={server.url} model=mine")
+    captions = captioner.caption(image, prompts)
+    assert len(captions) == len(prompts) == len(server.bodies)
+    assert "the response cache cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "generation", "message"),
+    [
+        ("", {"temperature": 0.5}, "temperature has no effect without sampling"),
+        ("", {"max_new_tokens": -3}, "max_new_tokens is -3"),
+        ("", {"num_beams": 2}, "num_beams"),
+        ("extra_body={max_completion_tokens=9}", {"max_new_tokens": 3}, "are both set; omit one of them"),
+    ],
+)
+def test_generation_options_are_checked(server, image, prompts, options, generation, message):
+    captioner = sca.load_captioner(f"openai url={server.url} model=mine {options}")
+    with pytest.raises(ValueError, match=message):
+        captioner.caption(image, prompts[:1], **generation)
+    assert server.bodies == []
+
+
+def test_random_requests_of_extra_body_are_not_cached(server, image, prompts):
+    captioner = sca.load_captioner(f"openai url={server.url} model=mine extra_body={{temperature=0.8}}")
+    for number in (1, 2):
+        captioner.caption(image, prompts[:1])
+        assert len(server.bodies) == number
+
+
+def test_question_records_of_captions_without_scores_are_valid_json(server, tmp_path):
+    captioner = sca.load_captioner(f"openai url={server.url} model=mine")
+    scenes = {"name": "scenes", "num_images": 1, "questions": True}
+    sca.evaluate(captioner, scenes, "test", prompting=PromptingOptions(tasks=("question",)), folder=tmp_path)
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    records = [record for line in lines if "answers" in (record := json.loads(line, parse_constant=pytest.fail))]
+    assert {answer["score"] for record in records for answer in record["answers"]} == {None}

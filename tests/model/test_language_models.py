@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import tiny_tokenizer
 import torch
 from sca_registry import RegistryError, language_models
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -201,6 +202,7 @@ def test_gguf_language_model_rejects_missing_and_invalid_files(tmp_path):
 def test_tiny_gpt2_has_one_token_per_word_of_questions_and_the_vocabulary_of_the_bundled_models():
     tokenizer = TinyGpt2(hidden_size=8, depth=1, num_heads=1).tokenizer
     assert tokenizer.encode("what color is it?")[:-1] == [*map(tokenizer.tokenizer.get_vocab().get, QUESTION_TOKENS)]
+    assert [word for word in tiny_tokenizer.list_words() if len(tokenizer.encode(word)) != 2] == []
     smaller = TinyGpt2(hidden_size=8, depth=1, num_heads=1, vocab_size=726)
     bundled = sca.load("sca-tiny").language_model.tokenizer
     assert smaller.embed_tokens(torch.tensor([[725]])).shape == (1, 1, 8)
@@ -218,7 +220,7 @@ def test_language_model_rejects_sequences_longer_than_its_positions():
     model = TinyGpt2(hidden_size=8, depth=1, num_heads=1, max_positions=12)
     model.hidden_states(torch.zeros(1, 12, 8), torch.ones(1, 12, dtype=torch.long))
     with pytest.raises(
-        ValueError, match="have 13 positions, but the language model reads at most 12; use fewer queries"
+        ValueError, match="have 13 positions, but the language model supports at most 12; use fewer queries"
     ):
         model.hidden_states(torch.zeros(1, 13, 8), torch.ones(1, 13, dtype=torch.long))
 

@@ -19,7 +19,7 @@ def clean_environment(monkeypatch, tmp_path):
 @pytest.mark.parametrize("task", ["caption", "recognition"])
 def test_openai_captioner_returns_the_captions_of_sca_serve(start_server, captioner, scene, task):
     prompts = [Prompt(box=region.box) for region in scene.regions]
-    name = f"openai url={start_server()} region_format=coordinates coordinates=sca"
+    name = f"openai url={start_server()} region_format=coordinates coordinate_format=sca"
     captions = sca.load_captioner(name).caption(scene.image, prompts, task)
     expected = captioner.caption(scene.image, prompts, task)
     assert [(caption.text, caption.usage) for caption in captions] == [(each.text, each.usage) for each in expected]

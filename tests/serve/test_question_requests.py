@@ -1,5 +1,7 @@
 """Questions to the server: the field of a request, the text of a chat, and models and questions that are not usable."""
 
+import json
+
 import pytest
 from sca_registry.contracts import Prompt
 
@@ -77,6 +79,23 @@ def test_caption_route_rejects_references_in_everything_mode(client, make_body):
     assert "send prompts instead of everything" in response.json()["error"]["message"]
 
 
+def test_stream_of_a_question_about_several_regions_has_one_region_event(client, make_body):
+    prompts = [{"box": BOX}, {"points": [[20, 20, 1]]}, {"points": [[50, 40, 1]]}]
+    body = make_body(prompts=prompts, question="is <region 3> left of <region 1>?", stream=True)
+    lines = client.post("/v1/captions", json=body).text.splitlines()
+    events = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+    assert events == ["captioning_started", "region", "done"]
+    regions = [json.loads(line.removeprefix("data: ")) for line in lines if '"region_id"' in line]
+    assert [region["region_id"] for region in regions] == [2]
+
+
+def test_chat_route_rejects_references_to_other_regions(client, png_bytes):
+    response = send_chat(client, png_bytes, f"is <region 2> red? {TEXT_BOX}")
+    assert response.status_code == 422
+    assert response.json()["error"]["param"] == "messages"
+    assert "there is only 1 region; change the question" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("text", [f"what color is {TEXT_BOX}?", f"{TEXT_BOX}\nwhat color is it?"])
 def test_chat_route_answers_the_text_of_the_last_turn(client, scene, png_bytes, answer_locally, text):
     response = send_chat(client, png_bytes, text)
@@ -103,7 +122,7 @@ def send_chat(client, png_bytes, text):
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        ("is <region 1> left of <region 2>?", "refers to <region 2>, but the request has 1 prompt"),
+        ("is <region 1> left of <region 2>?", "refers to <region 2>, but there is only 1 region"),
         ("is <region 0> red?", "regions are counted from 1"),
         ("what " * 100, "shorten the question"),
         ("", "question"),

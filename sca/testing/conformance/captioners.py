@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,6 +30,7 @@ def _list_texts(captions: list[Caption]) -> list[str]:
 def captions_match_prompts(harness: ComponentHarness) -> str | None:
     """Each prompt has one caption with text, score, prompt and region id, in order; no prompts return an empty list."""
     image, prompts = make_example()
+    has_scores = getattr(harness.component, "has_scores", True)
     for task in TASKS:
         captions = harness.component.caption(image, prompts, task)
         if not isinstance(captions, list) or not all(isinstance(caption, Caption) for caption in captions):
@@ -38,15 +40,17 @@ def captions_match_prompts(harness: ComponentHarness) -> str | None:
         for prompt, caption in zip(prompts, captions, strict=True):
             if caption.prompt is not prompt:
                 return f"{task}: the caption of region {caption.region_id} refers to another prompt"
-            has_valid_score = isinstance(caption.score, float) and (
-                math.isnan(caption.score) or 0 <= caption.score <= 1
-            )
-            if not isinstance(caption.text, str) or not has_valid_score:
+            if not isinstance(caption.text, str) or not _is_valid_score(caption.score, has_scores):
                 return f"{task}: text {caption.text!r}, score {caption.score!r}"
         if _list_texts(harness.component.caption(image, prompts[::-1], task)) != _list_texts(captions)[::-1]:
             return f"{task}: texts depend on the order of the prompts"
     no_captions = harness.component.caption(image, [])
     return None if no_captions == [] else f"no prompts: {no_captions!r:.200}, not an empty list"
+
+
+def _is_valid_score(score: Any, has_scores: bool) -> bool:
+    """Return whether a score is in [0, 1], or NaN for a captioner without scores."""
+    return isinstance(score, float) and (0 <= score <= 1 if has_scores else math.isnan(score))
 
 
 @register_check("captioners", source="sca_registry.contracts.Caption")
