@@ -286,7 +286,7 @@ def evaluate(
         "batch_size": batch_size,
         "versions": {name: version(name) for name in (BUILTIN_DISTRIBUTION, "torch", "transformers")},
     }
-    usage_before = dict(getattr(captioner, "usage", {}))
+    usage_before = _get_usage(captioner)
     with ExitStack() as stack:
         if folder is not None and not rank:
             stack.enter_context(
@@ -304,7 +304,7 @@ def evaluate(
     if predictions is None:
         return None
     if report is not None and usage_before:
-        usage = {name: count - usage_before[name] for name, count in captioner.usage.items()}
+        usage = {name: count - usage_before[name] for name, count in _get_usage(captioner).items()}
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in usage.items())
         report(f"{model_name}{' on rank 0' if num_processes > 1 else ''}: {counts}")
     if not predictions.records:
@@ -312,6 +312,11 @@ def evaluate(
     return _build_report(
         predictions, "the predictions", metrics, metric_options, _make_image_loader(built_dataset), start
     )
+
+
+def _get_usage(captioner: Captioner) -> dict[str, int]:
+    """Return the counts of a captioner, such as requests to a server; empty for most."""
+    return dict(getattr(captioner, "usage", {}))
 
 
 @contextmanager
