@@ -39,8 +39,8 @@ def compose(
         device: Device of the model. "meta" downloads no weights and allocates no memory; use it to count parameters. A
             component that `sca list` does not show still downloads its configuration file.
         weights: Load pretrained weights; False initializes all weights randomly.
-        **fields: Other fields of `ModelSpec`: `segmenter`, `projection`, `task_tokens`, `geometry`,
-            `questions`, `lengths`, `trainable`, `lora`, `generation`, `everything`, `zoom`.
+        **fields: Other fields of `ModelSpec`: `segmenter`, `projection`, `task_tokens`, `tasks`, `prompt_template`,
+            `geometry`, `questions`, `lengths`, `trainable`, `lora`, `generation`, `everything`, `zoom`.
 
     Returns:
         The model in eval mode.

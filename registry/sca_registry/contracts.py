@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 REGION_PATTERN = re.compile(r"<region (\d{1,4})>")  # reference to a region in a question
 RECOGNITION_TASK_ID, CAPTION_TASK_ID = 0, 1
-TASKS = ("recognition", "caption")
+TASKS = ("recognition", "caption")  # tasks of all models; a spec can name further ones
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Batch:
     """Images, N prompts and, for training, G captions. Exactly one of `pixel_values` and `features` is set."""
 
     prompts: PromptBatch
-    task_ids: Tensor  # (G,) 0 recognition, 1 caption
+    task_ids: Tensor  # (G,) index in `ModelSpec.task_names`: 0 recognition, 1 caption
     pixel_values: Tensor | None = None  # (B, 3, S, S)
     features: Tensor | None = None  # (B, C, h, w)
     input_ids: Tensor | None = None  # (G, L) caption tokens and EOS, padded on the right
@@ -534,7 +534,7 @@ class Captioner(Protocol):
     """Captioner of regions, built by `factory(**options)`: a composed model or a baseline.
 
     Optional attributes identify it in evaluation runs: `weights_hash`, a hash of its weights, and `metadata`, a dict of
-    plain values, such as its options.
+    plain values, such as its options. An optional attribute `tasks` names its tasks; without it, they are `TASKS`.
     """
 
     def caption(

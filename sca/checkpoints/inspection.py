@@ -58,6 +58,7 @@ def describe_spec(spec: ModelSpec) -> dict[str, str]:
     }
     if spec.lora is not None:
         facts["lora"] = format_options(spec.to_dict()["lora"])
+    facts["tasks"] = ", ".join(spec.task_names)
     if spec.geometry is not None:
         facts["geometry"] = spec.geometry
     if inputs := [name for name in ("questions", "lengths") if getattr(spec, name)]:

@@ -99,6 +99,8 @@ class PromptingOptions:
         seed: Random seed of point prompts and shifted regions.
         generation: Generation options of the captioner.
         zoom: Predict small regions from crops: "auto", "off" or the area of the largest in grid cells.
+        caption_task: Task of the captioner that generates the captions of the task "caption": a further task of a model
+            that has one, such as "detail".
 
     Raises:
         ValueError: An unknown prompt type, task or control, no task, an invalid value of `zoom`, or an option that has
@@ -111,6 +113,7 @@ class PromptingOptions:
     seed: int = 0
     generation: Mapping[str, Any] = field(default_factory=dict)
     zoom: ZoomValue = DEFAULT_ZOOM
+    caption_task: str = "caption"
 
     def __post_init__(self) -> None:
         check_zoom(self.zoom)
@@ -159,7 +162,8 @@ class PromptingOptions:
                     }
                     for (_, sample), prompts in zip(samples, control_prompts, strict=True)
                 ]
-                captions = control_images.caption_regions(requests, task, self.generation)
+                captioner_task = self.caption_task if task == "caption" else task
+                captions = control_images.caption_regions(requests, captioner_task, self.generation)
                 for position, (index, sample) in enumerate(samples):
                     for region in sample.regions:
                         if region.id in captions[position]:
@@ -225,19 +229,22 @@ class DenseCaptioningOptions:
         tasks: Tasks of `DENSE_TASKS`; one record per image each.
         generation: Generation options of the captioner.
         zoom: As in `PromptingOptions`.
+        caption_task: As in `PromptingOptions`.
     """
 
     proposer: Proposer
     tasks: tuple[str, ...] = ("dense",)
     generation: Mapping[str, Any] = field(default_factory=dict)
     zoom: ZoomValue = DEFAULT_ZOOM
+    caption_task: str = "caption"
 
     def predict_records(self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
         """Predict one record per image and task, in the order of `samples` (dataset index and sample of each image)."""
         return [record for index, sample in samples for record in self._predict_image(captioner, index, sample)]
 
     def _predict_image(self, captioner: Captioner, index: int, sample: Sample) -> list[dict[str, Any]]:
-        first_task, *other_tasks = (DENSE_TASKS[task] for task in self.tasks)
+        captioner_tasks = DENSE_TASKS | {"dense": self.caption_task}
+        first_task, *other_tasks = (captioner_tasks[task] for task in self.tasks)
         encoded_image = _EncodedImages(captioner, [sample.image], resolve_zoom(captioner, self.zoom))
         regions = self._caption_proposals(encoded_image, sample, first_task)
         prompts = {position: caption.prompt for position, caption in enumerate(regions)}

@@ -34,7 +34,7 @@ from sca.inference.processor import InputFrame, Processor
 from sca.inference.prompt_arguments import check_question_task, check_task
 from sca.io.masks import decode_rle, encode_rle, mask_to_box
 from sca.io.text import format_count
-from sca.language_models.questions import LENGTH_REQUESTS, EncodedQuestion, encode_question
+from sca.language_models.questions import LENGTH_REQUESTS, EncodedQuestion
 from sca.language_models.token_usage import count_tokens
 from sca.model import NON_FINITE_HINT, SegmentCaptioner
 from sca.nn.masks import select_best_masks
@@ -165,6 +165,11 @@ class MaskEngine(ABC):
         if self.model is None:
             raise AttributeError("a captioner without a segmenter has no device")
         return next(self.model.parameters()).device
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks."""
+        return TASKS
 
     @property
     def everything(self) -> EverythingOptions:
@@ -298,7 +303,7 @@ class MaskEngine(ABC):
         Args:
             image: Image, with the EXIF orientation applied.
             prompts: Prompts in image pixels. They are not checked against the image.
-            task: "caption" or "recognition".
+            task: One of `tasks`.
             **generation: As for `caption_batch`.
 
         Returns:
@@ -321,7 +326,7 @@ class MaskEngine(ABC):
         Args:
             encoded: Result of `encode` for B images.
             requests: Prompts of each of the B images, checked against its size.
-            task: "caption" or "recognition".
+            task: One of `tasks`.
             return_masks: Compute full-size masks. Without them, the caption of a point or mask prompt may have no box.
             **generation: Options returned by `sca.inference.generation_options.resolve_generation_options`. With a
                 `question` that refers to regions by number, each image has one caption.
@@ -345,7 +350,7 @@ class MaskEngine(ABC):
             encoded: Result of `encode` for one image.
             masks: Masks of the regions, copied to the captions.
             prompts: Prompt that the caption of each mask is generated from.
-            task: "caption" or "recognition".
+            task: One of `tasks`.
             **generation: As for `caption_batch`.
 
         Returns:
@@ -427,14 +432,18 @@ class Engine(MaskEngine):
         Raises:
             ValueError: The question is empty, refers to region 0, or is too long.
         """
-        encoded = encode_question(self.require_tokenizer(), question)
-        length = self.model.count_question_positions(encoded)
+        self.require_tokenizer()
+        length = self.model.count_question_positions(self.model.encode_question(question))
         max_positions = getattr(self.model.language_model, "max_positions", None)
         if max_positions is not None and length >= max_positions:
             raise ValueError(
                 f"the question and its regions have {length:,} tokens, but the language model reads at most "
                 f"{max_positions - 1:,}; shorten the question"
             )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.model.spec.task_names
 
     @property
     def everything(self) -> EverythingOptions:
@@ -517,7 +526,7 @@ class Engine(MaskEngine):
         return_masks: bool = True,
         **generation: Any,
     ) -> list[list[Caption]]:
-        check_task(task)
+        check_task(task, self)
         question, length = generation.pop("question", None), generation.pop("length", None)
         question = question if length is None else LENGTH_REQUESTS[length]
         if question is not None:
@@ -532,7 +541,9 @@ class Engine(MaskEngine):
                 for request in requests
             ]
             return self.answer_batch(encoded, requests, questions, task, return_masks=return_masks, **generation)
-        regions = self._embed_requests(encoded, requests, task, return_masks)
+        self.require_tokenizer()
+        task_prompt = self.model.encode_task_prompt(task)
+        regions = self._embed_requests(encoded, requests, task, return_masks, task_prompt)
         texts = self._generate_texts([region.prefix for region in regions], generation)
         captions = iter(map(self._make_caption, regions, texts))
         return self.add_confidence(
@@ -556,7 +567,7 @@ class Engine(MaskEngine):
             encoded: Result of `encode` for B images.
             requests: Prompts of each of the B images, checked against its size.
             questions: Questions about the regions of each of the B images.
-            task: Task whose learned tokens precede the region.
+            task: Task whose learned tokens precede the region. The question replaces the prompt of a task without them.
             return_masks: As for `caption_batch`.
             **generation: As for `caption_batch`.
 
@@ -567,7 +578,7 @@ class Engine(MaskEngine):
             ValueError: A question is empty, or refers to a region that does not exist.
         """
         check_question_task(task)
-        tokenizer = self.require_tokenizer()
+        self.require_tokenizer()
         regions = iter(self._embed_requests(encoded, requests, task, return_masks))
         answered_regions, prefixes = [], []
         encoded_questions: dict[str, EncodedQuestion] = {}
@@ -578,7 +589,7 @@ class Engine(MaskEngine):
                 question = encoded_questions.get(text)
                 if question is None:
                     self.check_question(text)
-                    question = encoded_questions[text] = encode_question(tokenizer, text)
+                    question = encoded_questions[text] = self.model.encode_question(text)
                 if image_prefix is None or not (question.regions or 0 <= index < len(request)):
                     raise ValueError(
                         f"the question {text!r:.60} is about region {index + 1}, but the image has "
@@ -627,18 +638,25 @@ class Engine(MaskEngine):
         ]
 
     def _embed_requests(
-        self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]], task: str, return_masks: bool
+        self,
+        encoded: EncodedImages,
+        requests: Sequence[Sequence[Prompt]],
+        task: str,
+        return_masks: bool,
+        task_prompt: EncodedQuestion | None = None,
     ) -> list[EmbeddedRegion]:
-        """Return the prefix, mask and predicted IoU of each prompt, in flat order."""
+        """Return the prefix with the prompt of the task, mask and predicted IoU of each prompt, in flat order."""
         flat_requests = [(index, prompt) for request in requests for index, prompt in enumerate(request)]
         regions: dict[int, EmbeddedRegion] = {}
         prepared = None
         for indices, chunk, segmenter_output in self.iter_segmented_chunks(encoded, requests):
             prepared = self.model.prepare_mixer(segmenter_output) if prepared is None else prepared
-            task_ids = torch.full((len(chunk),), TASKS.index(task), device=self.device)
+            task_ids = torch.full((len(chunk),), self.tasks.index(task), device=self.device)
             queries = self.model.mix(segmenter_output, prepared)
             geometry = self.model.compute_geometry(segmenter_output, chunk)
             prefix = self.model.build_prefix(queries, task_ids, geometry)
+            if task_prompt is not None:
+                prefix = self.model.append_question(prefix, task_prompt)
             rles: Iterable[dict[str, Any] | None] = [None] * len(chunk)
             ious: Sequence[float | None] = [None] * len(chunk)
             if segmenter_output.masks is not None and return_masks:

@@ -27,7 +27,6 @@ from sca.hints import check_argument_names
 from sca.inference.processor import Processor
 from sca.io.run_folder import RunFolder, iter_existing_paths
 from sca.io.validation import check_range
-from sca.language_models.questions import encode_question
 from sca.model import SegmentCaptioner
 from sca.training.auxiliary_losses import AttributeValues
 from sca.training.datasets import open_training_datasets, open_validation_dataset, report_datasets
@@ -409,13 +408,11 @@ def _check_question_lengths(recipe: Recipe, model: SegmentCaptioner, datasets: M
     max_positions = getattr(model.language_model, "max_positions", None)
     if not recipe.train.question_prob or max_positions is None:
         return
-    tokenizer = model.language_model.tokenizer
-    assert tokenizer is not None  # checked by `prepare_training`
     max_question = max_positions - recipe.train.max_tokens
     for name, dataset in datasets.items():
         questions = dataset.iter_questions() if hasattr(dataset, "iter_questions") else [dataset[0].questions]
         for text in dict.fromkeys(question.text for image_questions in questions for question in image_questions):
-            length = model.count_question_positions(encode_question(tokenizer, text))
+            length = model.count_question_positions(model.encode_question(text))
             if length > max_question:
                 raise RegistryError(
                     f"{name}: the question {text!r:.60} and its regions have {length:,} tokens, and an answer up to "
@@ -540,6 +537,8 @@ def _build_mixture(
     attributes = AttributeValues.from_datasets(datasets)
     length = options.steps * options.batch_size
     cache = FeatureCache(options.feature_cache_dir, model) if options.feature_cache_dir else None
+    prompts = (model.encode_task_prompt(task) for task in model.spec.task_names)
+    task_prompts = [prompt for prompt in prompts if prompt is not None]  # of all tasks, or of none
     streams = [
         ExampleStream(
             dataset,
@@ -553,6 +552,8 @@ def _build_mixture(
             phrase_mode=source.phrases,
             class_name_task=source.class_name_task,
             cache=cache,
+            prompt_template=model.spec.prompt_template,
+            task_prompts=task_prompts,
         )
         for dataset, source in zip(datasets, sources, strict=True)
     ]
