@@ -11,7 +11,7 @@ import sca_registry
 import torch
 from sca_registry import RegistryError, get_registry
 from sca_registry.compatibility import check_compatible
-from sca_registry.contracts import Encoder
+from sca_registry.contracts import Encoder, LanguageModel, Mixer, Segmenter
 from sca_registry.overrides import MODEL_COMPONENTS, MODEL_FIELDS
 from sca_registry.spec import ComponentSpec, ModelSpec, check_generation
 
@@ -92,14 +92,36 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
         if spec.segmenter is None:  # the weights of the encoder may decide
             check_compatible(replace(spec, segmenter=segmenter_component))
         segmenter = sca_registry.segmenters.build(segmenter_component.name, encoder, **segmenter_component.options)
-        mixer = sca_registry.mixers.build(spec.mixer.name, segmenter, **spec.mixer.options)
+        has_projection = spec.projection["type"] != "none"
+        mixer = _build_mixer(spec, segmenter) if has_projection else None
         language_model = sca_registry.language_models.build(spec.language_model.name, **spec.language_model.options)
+        if mixer is None:
+            mixer = _build_mixer(spec, segmenter, language_model.hidden_size)
+            _check_widths(spec, mixer, language_model)
         check_generation("generation", spec.generation, language_model.generate)
         if isinstance(spec.lora, Mapping):
             language_model.add_lora(**spec.lora)
         model = SegmentCaptioner(spec, encoder, segmenter, mixer, language_model)
         _check_prefix_fits(model)
     return model.to(target_device).eval()
+
+
+def _build_mixer(spec: ModelSpec, segmenter: Segmenter, hidden_size: int | None = None) -> Mixer:
+    """Build the mixer, with a hidden size if it has this option."""
+    options = dict(spec.mixer.options)
+    if hidden_size is not None and "hidden_size" in get_registry("mixer").load_entry(spec.mixer.name).options:
+        options = {"hidden_size": hidden_size} | options
+    return sca_registry.mixers.build(spec.mixer.name, segmenter, **options)
+
+
+def _check_widths(spec: ModelSpec, mixer: Mixer, language_model: LanguageModel) -> None:
+    """Raise RegistryError if queries without a projection have another width than the language model."""
+    if mixer.hidden_size != language_model.hidden_size:
+        raise RegistryError(
+            f"projection=none requires queries of the width {language_model.hidden_size} of the language model "
+            f"{spec.language_model.name!r}, but those of the mixer {spec.mixer.name!r} have {mixer.hidden_size}; use "
+            "projection=linear, or a mixer with the option hidden_size, such as semantic-perceiver"
+        )
 
 
 def _check_prefix_fits(model: SegmentCaptioner) -> None:

@@ -21,7 +21,7 @@ SPEC_FORMAT = 2
 ARGUMENT_PATTERN = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")
 TRAINABLE_GROUPS = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
 DEFAULT_PROJECTION = {"type": "linear", "norm": "none"}
-PROJECTION_CHOICES = {"type": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
+PROJECTION_CHOICES = {"type": ("linear", "mlp", "none"), "norm": ("none", "pre", "post", "both")}
 EXAMPLE_COMPONENTS = {"encoder": "sam-vit-b", "mixer": "query", "language_model": "gpt2"}  # required components
 GEOMETRY_CHOICES = ("token", "add")
 TASK_NAME_PATTERN = re.compile(r"[a-z][a-z0-9-]{0,39}")
@@ -168,8 +168,9 @@ class ModelSpec:
         mixer: Feature mixer.
         language_model: Language model.
         segmenter: Segmenter; None selects the encoder's default.
-        projection: Projection from query embeddings to the embedding space of the language model: `type` "linear" or
-            "mlp"; `norm` "none", "pre", "post" or "both".
+        projection: Projection from query embeddings to the embedding space of the language model: `type` "linear",
+            "mlp", or "none" for a mixer whose queries have the hidden size of the language model; `norm` "none", "pre",
+            "post" or "both".
         task_tokens: Number of learned tokens per task.
         tasks: Prompts by task, for a language model that follows instructions: the text after the visual prefix
             replaces the learned tokens, so that `task_tokens` is 0. Contains "recognition" and "caption"; other names
