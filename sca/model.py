@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from sca.uncertainty import Uncertainty
 
+CHARACTERS_PER_TOKEN = 4  # of English text, roughly
 LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
 TOKENS_PER_LOSS_CHUNK = 512  # tokens whose logits are in memory at once
 NON_FINITE_HINT = "if the model runs in float16, use dtype=float32 or bfloat16; otherwise, download the weights again"
@@ -293,10 +294,15 @@ class SegmentCaptioner(SegmentationModel):
             task: Name of the task, one of `spec.task_names`.
 
         Returns:
-            Positions K' before the caption; those of the region alone if the language model has no tokenizer.
+            Positions K' before the caption; estimated from the length of the text if the language model has no
+            tokenizer.
         """
-        prompt = None if self.language_model.tokenizer is None else self.encode_task_prompt(task)
-        return self.prefix_length if prompt is None else self.count_question_positions(prompt)
+        if self.spec.tasks is None:
+            return self.prefix_length
+        if self.language_model.tokenizer is None:
+            num_characters = len(self.spec.tasks[task]) + len(self.spec.prompt_template or "")
+            return self.prefix_length + num_characters // CHARACTERS_PER_TOKEN
+        return self.count_question_positions(self.encode_question(self.spec.tasks[task]))
 
     def count_question_positions(self, question: EncodedQuestion) -> int:
         """Count the positions of a prefix with a question.

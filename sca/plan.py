@@ -215,7 +215,12 @@ class _CostMeter:
                     prepared = model.prepare_mixer(segmenter_output) if prepared is None else prepared
                     queries = model.mix(segmenter_output, prepared)
                     geometry = model.compute_geometry(segmenter_output, chunk)
-                    prefixes.append(model.build_prefix(queries, torch.zeros_like(chunk.image_index), geometry))
+                    prefix = model.build_prefix(queries, torch.zeros_like(chunk.image_index), geometry)
+                    num_text_positions = model.count_prefix_positions() - model.prefix_length
+                    if num_text_positions:
+                        text = prefix.new_zeros(len(prefix), num_text_positions, prefix.shape[2])
+                        prefix = torch.cat((prefix, text), dim=1)
+                    prefixes.append(prefix)
                     del queries
                 del segmenter_output
             prefix = torch.cat(prefixes)

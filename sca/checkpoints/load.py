@@ -1,4 +1,4 @@
-"""Find a checkpoint by model name, folder or Hub id, and load it in the native or the original SCA layout."""
+"""Find a checkpoint by model name, folder or Hub id, and load it in the native layout, the original SCA's or PAM's."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from sca.builder import build
 from sca.checkpoints.layout import (
     CONFIG_FILE,
     ORIGIN_FILE,
+    PAM_LAYOUT,
+    PUBLISHED_LAYOUT,
+    SIZES_FILE,
     SPEC_FILE,
     UNCERTAINTY_FILE,
     WEIGHTS_FILE,
-    is_published_checkpoint,
+    find_subfolder,
+    read_layout,
 )
 from sca.checkpoints.native import load_native_checkpoint, read_spec, wrap_spec_errors
+from sca.checkpoints.pam import load_pam_checkpoint, read_pam_spec
 from sca.checkpoints.published import load_published_checkpoint, read_published_spec
 from sca.checkpoints.tensors import check_finite_weights
 from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, resolve_real_root
@@ -33,8 +38,10 @@ from sca.io.errors import InputError
 from sca.io.hub import fetch_model_folder, find_local_folder, resolve_local_path, suggest_path
 from sca.model import SegmentCaptioner
 
-HUB_ID_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+HUB_ID_PATTERN = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?", re.ASCII)  # with a sub-folder
 MAX_MESSAGE_LENGTH = 600  # characters of an error message about a checkpoint
+LOADERS = {PUBLISHED_LAYOUT: load_published_checkpoint, PAM_LAYOUT: load_pam_checkpoint}
+SPEC_READERS = {PUBLISHED_LAYOUT: read_published_spec, PAM_LAYOUT: read_pam_spec}
 
 
 @check_argument_names()
@@ -47,14 +54,14 @@ def load(
     allow_external: bool = False,
     revision: str | None = None,
 ) -> SegmentCaptioner:
-    """Load a model in eval mode, from a checkpoint in the native layout or in the original SCA layout.
+    """Load a model in eval mode, from a checkpoint in the native layout, the original SCA layout or that of PAM.
 
     A checkpoint refers to installed components by name. Loading it runs none of its code unless `trust_remote_code` is
     set.
 
     Args:
         source: Model name, Hub id, or folder. A folder is a `Path`, or a string that contains a path separator, such as
-            "./model" or "runs/x/model".
+            "./model" or "runs/x/model". A Hub id can name a folder of its repository: "OWNER/NAME/FOLDER".
         device: Device of the model.
         dtype: Data type of floating-point tensors, such as "float16". Defaults to each component's own dtype.
         trust_remote_code: Allow the checkpoint to run its own code. Use only for checkpoints from authors you trust.
@@ -113,7 +120,9 @@ def _load_model(
     folder, spec = open_checkpoint(source, trust, revision)
     with _shorten_errors(folder):
         if spec is None:
-            model = load_published_checkpoint(folder, trust)
+            layout = read_layout(folder)
+            assert layout is not None  # see `open_checkpoint`
+            model = LOADERS[layout](folder, trust)
         else:
             model = load_native_checkpoint(folder, spec, with_uncertainty)
         check_finite_weights(model, str(folder))
@@ -143,7 +152,9 @@ def load_without_weights(
     folder, spec = open_checkpoint(source, trust)
     with _shorten_errors(folder):
         if spec is None:
-            return build(read_published_spec(folder, trust), "meta")
+            layout = read_layout(folder)
+            assert layout is not None  # see `open_checkpoint`
+            return build(SPEC_READERS[layout](folder, trust), "meta")
         with wrap_spec_errors(folder):
             return build(spec, "meta")
 
@@ -159,12 +170,12 @@ def open_checkpoint(
         revision: Revision of a Hub id.
 
     Returns:
-        The folder, and the spec as `confine_spec` returns it; None for the original SCA layout.
+        The folder, and the spec as `confine_spec` returns it; None for a layout of another program.
 
     Raises:
         InputError: The checkpoint cannot be downloaded or read, or needs a permission that `trust` does not include.
     """
-    folder = locate_checkpoint(source, revision)
+    folder = find_subfolder(locate_checkpoint(source, revision))
     is_bundled = isinstance(source, str) and source in zoo.list_names() and zoo.get_entry(source).folder is not None
     file_trust = trust._replace(external=True) if is_bundled else trust  # installers may symlink package files
     with _shorten_errors(folder):
@@ -172,8 +183,8 @@ def open_checkpoint(
         for name in (CONFIG_FILE, SPEC_FILE, ORIGIN_FILE, UNCERTAINTY_FILE):
             check_file(folder / name, root, file_trust)
         # Read first, to reject arbitrary folders before their files are checked.
-        spec = None if is_published_checkpoint(folder) else read_spec(folder)
-        check_folder(folder, file_trust, own_files=[UNCERTAINTY_FILE])
+        spec = None if read_layout(folder) else read_spec(folder)
+        check_folder(folder, file_trust, own_files=[UNCERTAINTY_FILE, SIZES_FILE])
         if spec is not None:
             with wrap_spec_errors(folder):
                 spec = confine_spec(spec, folder, trust)
@@ -188,7 +199,7 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
         trust: What the caller allows.
 
     Returns:
-        The spec; None for everything else, such as a model on the Hub, a captioner or the original SCA layout.
+        The spec; None for everything else, such as a model on the Hub, a captioner or a layout of another program.
 
     Raises:
         InputError: The checkpoint cannot be read, or needs a permission that `trust` does not include.
@@ -244,7 +255,7 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         raise InputError(f"the model is of type {type(source).__name__}; pass a model name, a folder or a Hub id")
     if isinstance(source, str) and source in zoo.list_names():
         entry = zoo.get_entry(source)
-        return entry.folder or fetch_model_folder(entry.checkpoint, revision or entry.revision)
+        return entry.folder or _fetch_checkpoint(entry.checkpoint, entry.subfolder, revision or entry.revision)
     path = resolve_local_path(source)
     if path is not None:
         for folder in (path, get_previous_folder(path)):
@@ -252,13 +263,26 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
                 return folder
         if path.exists():
             raise InputError(f"{source} is a file; pass a folder with {SPEC_FILE} and {WEIGHTS_FILE}")
-    if isinstance(source, str) and HUB_ID_PATTERN.fullmatch(source):
-        return fetch_model_folder(source, revision)
+    if isinstance(source, str) and (match := HUB_ID_PATTERN.fullmatch(source)):
+        hub_id, subfolder = match.groups()
+        if subfolder is None and (hub_entry := zoo.find_hub_entry(hub_id)):
+            subfolder = hub_entry.subfolder
+        return _fetch_checkpoint(hub_id, subfolder or "", revision)
     if isinstance(source, str) and "+" in source and "/" not in source:
         raise InputError(_describe_composition(source))
     reason = make_unknown_name_error(f"no model or folder named {str(source)!r}", str(source), zoo.list_names())
     hint = "" if isinstance(source, Path) else suggest_path(source)
     raise InputError(f"{reason} A folder written by `sca train` or a Hub id OWNER/NAME is also accepted{hint}.")
+
+
+def _fetch_checkpoint(hub_id: str, subfolder: str, revision: str | None) -> Path:
+    """Return the local folder of a checkpoint on the Hub, possibly in a sub-folder of its repository."""
+    if not subfolder:
+        return fetch_model_folder(hub_id, revision)
+    folder = fetch_model_folder(hub_id, revision, prefix=f"{subfolder}/") / subfolder
+    if not folder.is_dir():
+        raise InputError(f"{hub_id} has no folder {subfolder}; use another revision")
+    return folder
 
 
 def _describe_composition(source: str) -> str:

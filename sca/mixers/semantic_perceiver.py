@@ -18,9 +18,9 @@ class SemanticPerceiverMixer(nn.Module):
     """Two-way transformer over two mask tokens, learned queries and the feature grid of a region.
 
     The outputs are image tokens, each with the features of 2 x 2 cells, down the columns of the grid first; a learned
-    separator; the learned queries; and a second separator: Q = h w / 4 + `num_queries` + 2. Image tokens and queries
-    have a projector each, an MLP of two layers. With the projection "none" of a model, their width is that of the
-    language model.
+    newline vector; the learned queries; and a second newline vector: Q = h w / 4 + `num_queries` + 2. Image tokens and
+    queries have a projector each, an MLP of two layers. With the projection "none" of a model, their width is that of
+    the language model.
 
     The mask tokens are that of the stable mask, see `sca.nn.masks.select_stable_masks`, and that of the single mask. A
     segmenter without candidates provides the token of its best mask for both. The positional encoding is the mixer's
@@ -66,20 +66,20 @@ class SemanticPerceiverMixer(nn.Module):
         self.image_projector: nn.Sequential = _build_projector(CELLS_PER_SIDE**2 * width, self.hidden_size)
         self.query_projector: nn.Sequential = _build_projector(width, self.hidden_size)
         self.apply(init_weights)
-        self.image_separator: nn.Parameter = nn.Parameter(torch.randn(self.hidden_size) * 0.02)
-        self.query_separator: nn.Parameter = nn.Parameter(torch.randn(self.hidden_size) * 0.02)
+        self.image_newline: nn.Parameter = nn.Parameter(torch.randn(self.hidden_size) * 0.02)
+        self.query_newline: nn.Parameter = nn.Parameter(torch.randn(self.hidden_size) * 0.02)
         self.register_buffer("frequencies", torch.randn(2, width // 2))
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
-        """Return the image tokens and queries of each region with a separator after each group, (N, Q, E)."""
+        """Return the image tokens and queries of each region with a newline vector after each group, (N, Q, E)."""
         tokens, grid = self.update_regions(regions)
         rows = len(regions)
         return torch.cat(
             (
                 self.image_projector(merge_cells(grid)),
-                self.image_separator.expand(rows, 1, -1),
+                self.image_newline.expand(rows, 1, -1),
                 self.query_projector(tokens),
-                self.query_separator.expand(rows, 1, -1),
+                self.query_newline.expand(rows, 1, -1),
             ),
             dim=1,
         )

@@ -68,13 +68,13 @@ def make_random_regions(image_index: Tensor, num_images: int) -> SegmenterOutput
         tokens=tokens,
         mask_tokens=tokens[:, :NUM_MASKS],
         grid=torch.randn(num_regions, HIDDEN_SIZE, GRID_SIZE, GRID_SIZE),
-        masks=torch.randn(num_regions, NUM_MASKS, MASK_SIZE, MASK_SIZE),
-        iou_scores=torch.rand(num_regions, NUM_MASKS),
+        masks=(masks := torch.randn(num_regions, NUM_MASKS, MASK_SIZE, MASK_SIZE)),
+        iou_scores=(iou_scores := torch.rand(num_regions, NUM_MASKS)),
         boxes=torch.cat((corner, corner + IMAGE_SIZE / 4), dim=1),
     )
     single = torch.randn(num_regions, 1, MASK_SIZE, MASK_SIZE), torch.rand(num_regions, 1), tokens[:, -1:]
-    others = output.masks, output.iou_scores, output.mask_tokens
-    output.candidates = MaskCandidates(*(torch.cat(each, dim=1) for each in zip(single, others, strict=True)))
+    candidates = zip(single, (masks, iou_scores, tokens[:, :NUM_MASKS]), strict=True)
+    output.candidates = MaskCandidates(*(torch.cat(each, dim=1) for each in candidates))
     return output
 
 
