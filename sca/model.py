@@ -45,6 +45,7 @@ LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
 TOKENS_PER_LOSS_CHUNK = 512  # tokens whose logits are in memory at once
 NON_FINITE_HINT = "if the model runs in float16, use dtype=float32 or bfloat16; otherwise, download the weights again"
 MAX_SEQUENCES_PER_CALL = 512  # sequences per call of the language model, including beams and samples
+MAX_POSITIONS_PER_CALL = 2**15  # positions of their prefixes, which limit long prefixes
 
 
 class SegmentationModel(nn.Module):
@@ -534,7 +535,7 @@ class SegmentCaptioner(SegmentationModel):
 
     @torch.no_grad()
     def generate_from_prefix(self, prefix: Tensor, **generation: Any) -> GenerationOutput:
-        """Generate token ids for prefixes, in chunks of at most `MAX_SEQUENCES_PER_CALL` sequences.
+        """Generate token ids for prefixes, in chunks; see `count_rows_per_call`.
 
         Args:
             prefix: (N, K, E) prefixes.
@@ -553,7 +554,7 @@ class SegmentCaptioner(SegmentationModel):
         sequences_per_row = max(
             1, *(count for name in ("num_beams", "num_captions") if isinstance(count := options.get(name, 1), int))
         )
-        rows_per_chunk = max(1, MAX_SEQUENCES_PER_CALL // sequences_per_row) if seed is None else 1
+        rows_per_chunk = count_rows_per_call(prefix.shape[1], sequences_per_row) if seed is None else 1
         chunks = prefix.split(rows_per_chunk) if len(prefix) else (prefix,)
         generated = _concat_generated(
             [self._generate_chunk(chunk, seed, options) for chunk in chunks], self._pad_token_id
@@ -628,6 +629,20 @@ class SegmentCaptioner(SegmentationModel):
         return "\n".join(
             [*lines, f"{'total':<15}{sum(p.numel() for p in self.parameters()):>15,}  {num_trainable:,} trainable"]
         )
+
+
+def count_rows_per_call(length: int, sequences_per_row: int = 1) -> int:
+    """Count the prefixes that the language model reads in one call, which limits its memory.
+
+    Args:
+        length: Positions of a prefix.
+        sequences_per_row: Sequences generated for each prefix: beams or samples.
+
+    Returns:
+        Number of prefixes, at least 1.
+    """
+    max_sequences = min(MAX_SEQUENCES_PER_CALL, MAX_POSITIONS_PER_CALL // max(1, length))
+    return max(1, max_sequences // sequences_per_row)
 
 
 def check_finite_scores(scores: Tensor, subject: str) -> None:

@@ -25,7 +25,7 @@ from sca.checkpoints.tensors import list_stored_tensors
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.inference.zoom import CROPS_PER_BATCH
 from sca.io.validation import check_range
-from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner
+from sca.model import SegmentCaptioner, count_rows_per_call
 from sca.nn.two_way_transformer import TwoWayTransformer
 from sca.plan_cache import GIB, MAX_PLANNED_REGIONS, Plan, resolve_gpu_memory
 from sca.stage_costs import CONSTANT_TYPES, CallCost, MemoryTracker, StageMeter
@@ -225,7 +225,7 @@ class _CostMeter:
                 del segmenter_output
             prefix = torch.cat(prefixes)
             del prefixes, prepared
-            first_rows = prefix[:MAX_SEQUENCES_PER_CALL]
+            first_rows = prefix[: count_rows_per_call(prefix.shape[1])]
             self._measure_captioning(first_rows, num_tokens, stages)
             for stage in stages.flops.keys() & {"prefill", "decode"}:  # later calls cost the same per row
                 stages.flops[stage] = stages.flops[stage] * len(prefix) // len(first_rows)

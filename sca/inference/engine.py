@@ -36,7 +36,7 @@ from sca.io.masks import decode_rle, encode_rle, mask_to_box
 from sca.io.text import format_count
 from sca.language_models.questions import LENGTH_REQUESTS, EncodedQuestion
 from sca.language_models.token_usage import count_tokens
-from sca.model import NON_FINITE_HINT, SegmentCaptioner
+from sca.model import NON_FINITE_HINT, SegmentCaptioner, count_rows_per_call
 from sca.nn.masks import select_best_masks
 from sca.uncertainty import pool_features
 
@@ -543,11 +543,14 @@ class Engine(MaskEngine):
             return self.answer_batch(encoded, requests, questions, task, return_masks=return_masks, **generation)
         self.require_tokenizer()
         task_prompt = self.model.encode_task_prompt(task)
-        regions = self._embed_requests(encoded, requests, task, return_masks, task_prompt)
-        texts = self._generate_texts([region.prefix for region in regions], generation)
-        captions = iter(map(self._make_caption, regions, texts))
+        captions: dict[int, Caption] = {}
+        for group in _group_regions(self._iter_embedded_regions(encoded, requests, task, return_masks, task_prompt)):
+            texts = self._generate_texts([region.prefix for _, region in group], generation)
+            for (index, region), each in zip(group, texts, strict=True):
+                captions[index] = self._make_caption(region, each)
+        ordered = (captions[index] for index in range(sum(map(len, requests))))
         return self.add_confidence(
-            [[next(captions) for _ in request] for request in requests], encoded, task, **generation
+            [[next(ordered) for _ in request] for request in requests], encoded, task, **generation
         )
 
     @torch.inference_mode()
@@ -579,7 +582,8 @@ class Engine(MaskEngine):
         """
         check_question_task(task)
         self.require_tokenizer()
-        regions = iter(self._embed_requests(encoded, requests, task, return_masks))
+        embedded = dict(self._iter_embedded_regions(encoded, requests, task, return_masks))
+        regions = (embedded[index] for index in range(len(embedded)))
         answered_regions, prefixes = [], []
         encoded_questions: dict[str, EncodedQuestion] = {}
         for request, image_questions in zip(requests, questions, strict=True):
@@ -637,17 +641,16 @@ class Engine(MaskEngine):
             for caption, (rle, predicted_iou) in captions_with_masks
         ]
 
-    def _embed_requests(
+    def _iter_embedded_regions(
         self,
         encoded: EncodedImages,
         requests: Sequence[Sequence[Prompt]],
         task: str,
         return_masks: bool,
         task_prompt: EncodedQuestion | None = None,
-    ) -> list[EmbeddedRegion]:
-        """Return the prefix with the prompt of the task, mask and predicted IoU of each prompt, in flat order."""
+    ) -> Iterator[tuple[int, EmbeddedRegion]]:
+        """Yield the prefix with the prompt of the task, mask and predicted IoU of each prompt, with its flat index."""
         flat_requests = [(index, prompt) for request in requests for index, prompt in enumerate(request)]
-        regions: dict[int, EmbeddedRegion] = {}
         prepared = None
         for indices, chunk, segmenter_output in self.iter_segmented_chunks(encoded, requests):
             prepared = self.model.prepare_mixer(segmenter_output) if prepared is None else prepared
@@ -665,11 +668,12 @@ class Engine(MaskEngine):
                 rles = self._iter_rles(best_logits, chunk.image_index, encoded.frames)
             if segmenter_output.iou_scores is not None:
                 ious = clamp_ious(segmenter_output.iou_scores.amax(1))
+            regions = []
             for index, row, rle, iou in zip(indices, prefix, rles, ious, strict=True):
                 region_id, prompt = flat_requests[index]
-                regions[index] = EmbeddedRegion(prompt, region_id, row, rle, iou)
-            del segmenter_output  # its grids are large, and generation needs the memory
-        return [regions[index] for index in range(len(flat_requests))]
+                regions.append((index, EmbeddedRegion(prompt, region_id, row, rle, iou)))
+            del segmenter_output, queries, prefix  # they are large, and generation needs the memory
+            yield from regions
 
     def _generate_texts(self, prefixes: Sequence[Tensor], generation: Mapping[str, Any]) -> list[GeneratedTexts]:
         """Generate a caption or an answer after each prefix (K, E), in batches of prefixes of the same length."""
@@ -702,6 +706,18 @@ class Engine(MaskEngine):
                 "`sca import MODEL OUT --tokenizer FOLDER`, or use SegmentCaptioner.generate"
             )
         return tokenizer
+
+
+def _group_regions(regions: Iterable[tuple[int, EmbeddedRegion]]) -> Iterator[list[tuple[int, EmbeddedRegion]]]:
+    """Yield groups of regions, each for one call of the language model, in the order of their indices."""
+    group: list[tuple[int, EmbeddedRegion]] = []
+    for index, region in regions:
+        group.append((index, region))
+        if len(group) >= count_rows_per_call(len(region.prefix)):
+            yield sorted(group, key=lambda pair: pair[0])
+            group = []
+    if group:
+        yield sorted(group, key=lambda pair: pair[0])
 
 
 def clamp_ious(scores: Tensor) -> list[Any]:

@@ -35,7 +35,7 @@ from sca.inference.engine import EncodedImages, Engine, MaskEngine, PredictedMas
 from sca.inference.region_search import find_everything, select_region_proposals
 from sca.io.errors import InputError
 from sca.io.masks import mask_to_box
-from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner, check_finite_scores
+from sca.model import SegmentCaptioner, check_finite_scores, count_rows_per_call
 from sca.nn.geometry import WHOLE_IMAGE
 
 MAX_SKIPPED_TOKENS = 3  # tokens of a caption that a text may leave out in a row
@@ -151,7 +151,8 @@ class RegionIndex:
     def _compute_caption_states(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """Return (1 + N, T, E) states; state j predicts token j of the caption, and the last one what follows it."""
         ids, attention_mask = _pad_tokens([[*ids, 0] for ids in token_ids], self.prefix.device)  # the 0 is not read
-        chunks = zip(*(each.split(MAX_SEQUENCES_PER_CALL) for each in (self.prefix, ids, attention_mask)), strict=True)
+        rows = count_rows_per_call(self.prefix.shape[1])
+        chunks = zip(*(each.split(rows) for each in (self.prefix, ids, attention_mask)), strict=True)
         return torch.cat([self.model.compute_caption_states(*chunk) for chunk in chunks])
 
     def _compute_log_probs(self, states: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ class RegionIndex:
     def _count_rows_per_chunk(self, length: int) -> int:
         vocabulary_log_probs = self._compute_log_probs(self._caption_states[:1, :1])
         rows = LOG_PROB_BYTES_PER_CHUNK // (vocabulary_log_probs.nbytes * length)
-        return min(max(1, rows), MAX_SEQUENCES_PER_CALL)
+        return min(max(1, rows), count_rows_per_call(self.prefix.shape[1]))
 
 
 def encode_text(model: SegmentCaptioner, text: str) -> list[int]:

@@ -96,6 +96,21 @@ def test_predict_of_a_task_equals_its_prompt_as_a_question(predictor):
         assert [(each.text, each.score) for each in captions] == [(each.text, each.score) for each in answers]
 
 
+def test_long_prefixes_are_captioned_in_small_calls(predictor, monkeypatch):
+    expected = predictor.predict(REGION_PROMPTS)
+    rows, generate = [], predictor.model.language_model.generate
+    monkeypatch.setattr(
+        predictor.model.language_model,
+        "generate",
+        lambda prefix, **options: rows.append(len(prefix)) or generate(prefix, **options),
+    )
+    monkeypatch.setattr("sca.model.MAX_POSITIONS_PER_CALL", 2 * predictor.model.count_prefix_positions())
+    captions = predictor.predict(REGION_PROMPTS)
+    assert rows == [2, 1]
+    assert [each.text for each in captions] == [each.text for each in expected]
+    assert [each.region_id for each in captions] == [0, 1, 2]
+
+
 def test_generate_appends_the_prompt_of_the_task(model, scene):
     engine = Engine(model)
     encoded = engine.encode([scene.image])
