@@ -54,23 +54,9 @@ from sca.io.weight_files import (
 )
 from sca.language_models.causal import TextTokenizer
 from sca.language_models.hf import load_tokenizer
+from sca.language_models.pam_prompts import PROMPT_TEMPLATE, TASK_PROMPTS, TURN_END, TURN_START
 from sca.model import SegmentCaptioner
 
-TASK_PROMPTS = {  # of PAM's notebooks; "zh" is Chinese
-    "recognition": "Classify this subject and provide its label.",
-    "caption": "Provide a concise caption for this subject.",
-    "explain": "Classify this subject and provide the label and its definition.",
-    "detail": "Provide a comprehensive and detailed description for this subject.",
-    "recognition-zh": "对该目标对象进行分类并提供标签",
-    "caption-zh": "对该目标对象提供一个概括的描述",
-    "explain-zh": "对该目标对象进行分类并提供标签和名词功能解释",
-    "detail-zh": "对该目标对象提供一个全面且详细的描述",
-}
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-PROMPT_TEMPLATE = (
-    f"{TURN_START}system\nYou are a helpful assistant.{TURN_END}\n{TURN_START}user\n{{image}}\n{{prompt}}{TURN_END}\n"
-    f"{TURN_START}assistant\n"
-)
 MAX_NEW_TOKENS = 512
 IMAGE_SIZE, NUM_HEADS, PATCH_SIZE = 1024, 8, 16
 TOWER_PATTERN = re.compile(r"sam2(\.1)?[_-]hiera[_-](tiny|small|base[_-]plus|large)")

@@ -330,6 +330,8 @@ def prepare_training(
     validation_dataset, sources = _open_datasets(recipe)
     if isinstance(recipe.model, str):
         model = load(recipe.model, trust_remote_code=trust_remote_code, allow_external=allow_external)
+        if recipe.train.lora_rank:
+            _add_lora(model, recipe)
     else:
         model = build(recipe.model)
     if recipe.train.fsdp:
@@ -401,6 +403,17 @@ def _check_has_texts(recipe: Recipe, sources: Mapping[str, Dataset]) -> None:
             f"train.question_prob is {recipe.train.question_prob}, but no dataset has questions; set it to 0, or add "
             "questions: scenes have them with data.scenes.questions=true"
         )
+
+
+def _add_lora(model: SegmentCaptioner, recipe: Recipe) -> None:
+    """Add trainable LoRA adapters to the language model of a checkpoint; raise RegistryError if it has adapters."""
+    if model.spec.lora is not None:
+        raise RegistryError(f"the checkpoint {recipe.model} has LoRA already; set train.lora_rank=0 to train it")
+    trainable = tuple(dict.fromkeys((*model.spec.trainable, "lora")))
+    model.spec = replace(model.spec, lora=recipe.train.lora_rank, trainable=trainable)
+    assert isinstance(model.spec.lora, Mapping)  # completed by the spec
+    model.language_model.add_lora(**model.spec.lora)
+    model.freeze_parameters()
 
 
 def _check_question_lengths(recipe: Recipe, model: SegmentCaptioner, datasets: Mapping[str, Dataset]) -> None:

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Sam2Config, Sam2Model
 
 import sca
-from sca.checkpoints.pam import PROMPT_TEMPLATE, TASK_PROMPTS, build_published_pam_spec
+from sca.checkpoints.pam import build_published_pam_spec
 from sca.checkpoints.pam_export import write_pam_checkpoint
 from sca.checkpoints.pam_names import SAM_PREFIX, convert_to_native_name, convert_to_pam_name, is_video_tensor
 from sca.io.errors import InputError
+from sca.language_models.pam_prompts import PROMPT_TEMPLATE, TASK_PROMPTS
 
 GOLDEN_FOLDER = Path(__file__).resolve().parents[1] / "data" / "golden" / "pam-tiny"
 PROMPTS = PromptBatch(torch.tensor([0, 0]), boxes=torch.tensor([[10.0, 10, 60, 60], [50, 40, 120, 110]]))
