@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sca.checkpoints.trust import NO_TRUST, Trust, resolve_source
+from sca.io.errors import InputError
 from sca.io.json import read_json
 from sca.io.weight_files import has_tokenizer
 
@@ -44,8 +45,15 @@ def find_subfolder(folder: Path) -> Path:
     """
     if any((folder / name).exists() for name in (SPEC_FILE, CONFIG_FILE)):
         return folder
-    candidates = [path.parent for path in folder.glob(f"*/{CONFIG_FILE}") if read_layout(path.parent) == PAM_LAYOUT]
+    candidates = [path.parent for path in folder.glob(f"*/{CONFIG_FILE}") if _is_pam_folder(path.parent)]
     return candidates[0] if len(candidates) == 1 else folder
+
+
+def _is_pam_folder(folder: Path) -> bool:
+    try:
+        return read_layout(folder) == PAM_LAYOUT
+    except InputError:  # it is not the checkpoint
+        return False
 
 
 def find_tokenizer_source(folder: Path, trust: Trust = NO_TRUST) -> str | None:

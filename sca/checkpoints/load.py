@@ -35,10 +35,10 @@ from sca.devices import resolve_device, resolve_dtype
 from sca.hints import check_argument_names
 from sca.io.atomic import get_previous_folder
 from sca.io.errors import InputError
-from sca.io.hub import fetch_model_folder, find_local_folder, resolve_local_path, suggest_path
+from sca.io.hub import fetch_model_folder, find_local_folder, is_cached, resolve_local_path, suggest_path
 from sca.model import SegmentCaptioner
 
-HUB_ID_PATTERN = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?", re.ASCII)  # with a sub-folder
+HUB_ID_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 MAX_MESSAGE_LENGTH = 600  # characters of an error message about a checkpoint
 LOADERS = {PUBLISHED_LAYOUT: load_published_checkpoint, PAM_LAYOUT: load_pam_checkpoint}
 SPEC_READERS = {PUBLISHED_LAYOUT: read_published_spec, PAM_LAYOUT: read_pam_spec}
@@ -61,7 +61,7 @@ def load(
 
     Args:
         source: Model name, Hub id, or folder. A folder is a `Path`, or a string that contains a path separator, such as
-            "./model" or "runs/x/model". A Hub id can name a folder of its repository: "OWNER/NAME/FOLDER".
+            "./model" or "runs/x/model".
         device: Device of the model.
         dtype: Data type of floating-point tensors, such as "float16". Defaults to each component's own dtype.
         trust_remote_code: Allow the checkpoint to run its own code. Use only for checkpoints from authors you trust.
@@ -175,7 +175,7 @@ def open_checkpoint(
     Raises:
         InputError: The checkpoint cannot be downloaded or read, or needs a permission that `trust` does not include.
     """
-    folder = find_subfolder(locate_checkpoint(source, revision))
+    folder = locate_checkpoint(source, revision)
     is_bundled = isinstance(source, str) and source in zoo.list_names() and zoo.get_entry(source).folder is not None
     file_trust = trust._replace(external=True) if is_bundled else trust  # installers may symlink package files
     with _shorten_errors(folder):
@@ -194,22 +194,31 @@ def open_checkpoint(
 def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | None:
     """Read the spec of a checkpoint that is bundled with a package or stored in a folder; download nothing.
 
+    Of the layouts of other programs, that of PAM has a spec, which is read from the headers of its files.
+
     Args:
         source: Model name or folder.
         trust: What the caller allows.
 
     Returns:
-        The spec; None for everything else, such as a model on the Hub, a captioner or a layout of another program.
+        The spec; None for everything else, such as a model on the Hub, a captioner or the original SCA layout.
 
     Raises:
         InputError: The checkpoint cannot be read, or needs a permission that `trust` does not include.
     """
     is_bundled = isinstance(source, str) and source in zoo.list_names()
     folder = zoo.get_entry(str(source)).folder if is_bundled else find_local_folder(source)
-    if folder is None or not (folder / SPEC_FILE).exists():
+    if folder is None:
         return None
-    _, spec = open_checkpoint(source if is_bundled else folder, trust)
-    return spec
+    folder = find_subfolder(folder)
+    if (folder / SPEC_FILE).exists():
+        _, spec = open_checkpoint(source if is_bundled else folder, trust)
+        return spec
+    if read_layout(folder) != PAM_LAYOUT:
+        return None
+    folder, _ = open_checkpoint(folder, trust)
+    with _shorten_errors(folder):
+        return read_pam_spec(folder, trust)
 
 
 @contextmanager
@@ -255,19 +264,16 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         raise InputError(f"the model is of type {type(source).__name__}; pass a model name, a folder or a Hub id")
     if isinstance(source, str) and source in zoo.list_names():
         entry = zoo.get_entry(source)
-        return entry.folder or _fetch_checkpoint(entry.checkpoint, entry.subfolder, revision or entry.revision)
+        return entry.folder or _fetch_checkpoint(entry.checkpoint, revision or entry.revision)
     path = resolve_local_path(source)
     if path is not None:
         for folder in (path, get_previous_folder(path)):
             if folder.is_dir():
-                return folder
+                return find_subfolder(folder)
         if path.exists():
             raise InputError(f"{source} is a file; pass a folder with {SPEC_FILE} and {WEIGHTS_FILE}")
-    if isinstance(source, str) and (match := HUB_ID_PATTERN.fullmatch(source)):
-        hub_id, subfolder = match.groups()
-        if subfolder is None and (hub_entry := zoo.find_hub_entry(hub_id)):
-            subfolder = hub_entry.subfolder
-        return _fetch_checkpoint(hub_id, subfolder or "", revision)
+    if isinstance(source, str) and HUB_ID_PATTERN.fullmatch(source):
+        return _fetch_checkpoint(source, revision)
     if isinstance(source, str) and "+" in source and "/" not in source:
         raise InputError(_describe_composition(source))
     reason = make_unknown_name_error(f"no model or folder named {str(source)!r}", str(source), zoo.list_names())
@@ -275,11 +281,18 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     raise InputError(f"{reason} A folder written by `sca train` or a Hub id OWNER/NAME is also accepted{hint}.")
 
 
-def _fetch_checkpoint(hub_id: str, subfolder: str, revision: str | None) -> Path:
-    """Return the local folder of a checkpoint on the Hub, possibly in a sub-folder of its repository."""
-    if not subfolder:
+def _fetch_checkpoint(hub_id: str, revision: str | None) -> Path:
+    """Return the local folder of a checkpoint on the Hub; a repository of PAM has it in a folder of its own name."""
+    entry = zoo.find_hub_entry(hub_id)
+    subfolder = hub_id.rpartition("/")[2] if entry is None else entry.subfolder
+    prefix = f"{subfolder}/"
+    if entry is None and not is_cached(hub_id, revision, prefix):
+        folder = fetch_model_folder(hub_id, revision)
+        if find_subfolder(folder).name != subfolder:
+            return folder
+    elif not subfolder:
         return fetch_model_folder(hub_id, revision)
-    folder = fetch_model_folder(hub_id, revision, prefix=f"{subfolder}/") / subfolder
+    folder = fetch_model_folder(hub_id, revision, prefix=prefix) / subfolder
     if not folder.is_dir():
         raise InputError(f"{hub_id} has no folder {subfolder}; use another revision")
     return folder

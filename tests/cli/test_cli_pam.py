@@ -66,6 +66,12 @@ def test_show_model_prints_the_tasks_and_terms_of_pam(run_sca):
     assert "forbids commercial use" in facts["terms"]
 
 
+def test_plan_reads_the_sizes_of_a_folder(run_sca, pam_folder):
+    result = run_sca("plan", pam_folder, "--regions-per-image", 2, "--max-new-tokens", 2, "--json")
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["parameters"]["mixer"] > 0
+
+
 @pytest.mark.slow
 def test_plan_counts_the_positions_of_pam(run_sca):
     result = run_sca("plan", "pam-1.5b", "--regions-per-image", 1, "--json")
