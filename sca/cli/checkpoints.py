@@ -132,7 +132,7 @@ def import_(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Import a checkpoint in the original SCA layout or in that of Perceive Anything (PAM).
+    """Import a checkpoint in the layout of the original SCA or PAM.
 
     With --encoder and --language-model, the command checks that the weights of these models match SOURCE. The imported
     checkpoint then refers to them instead of storing a copy. Without these options, it stores all weights.
