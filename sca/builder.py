@@ -127,11 +127,15 @@ def _check_widths(spec: ModelSpec, mixer: Mixer, language_model: LanguageModel) 
 def _check_prefix_fits(model: SegmentCaptioner) -> None:
     """Raise RegistryError if the prefix leaves the language model no position for tokens."""
     max_positions = getattr(model.language_model, "max_positions", None)
-    if max_positions is not None and model.prefix_length >= max_positions:
-        spec = model.spec
+    if max_positions is None:
+        return
+    spec = model.spec
+    num_positions = max(map(model.count_prefix_positions, spec.task_names))
+    if num_positions >= max_positions:
+        text = f"the text of the task and {spec.task_tokens}" if spec.tasks else f"{spec.task_tokens}"
         raise RegistryError(
-            f"the prefix of {model.prefix_length} positions ({model.mixer.num_queries} queries, "
-            f"{spec.task_tokens} task tokens{', the geometry' if spec.geometry == 'token' else ''}) fills "
+            f"the prefix of {num_positions} positions ({model.mixer.num_queries} queries, "
+            f"{text} task tokens{', the geometry' if spec.geometry == 'token' else ''}) fills "
             f"the {max_positions} positions of the language model {spec.language_model.name!r}; "
             "use fewer queries or another language model"
         )

@@ -129,6 +129,11 @@ class PromptingOptions:
             raise ValueError(f"zoom {self.zoom} has no effect on the task {QUESTION_TASK}; omit it")
         if not self.tasks:
             raise ValueError(f"tasks is empty; choose one or more of {', '.join(TASKS)}")
+        if self.caption_task != "caption" and "caption" not in self.tasks:
+            raise ValueError(
+                f"caption_task {self.caption_task} has no effect on the task {self.tasks[0]}; omit it, or add the task "
+                "caption"
+            )
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         object.__setattr__(self, "controls", tuple(dict.fromkeys(self.controls)))
 

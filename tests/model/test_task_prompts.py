@@ -69,6 +69,12 @@ def test_spec_rejects_invalid_tasks_and_templates(build_small_model, fields, mes
     assert message in str(caught.value)
 
 
+def test_build_rejects_prompts_that_fill_the_language_model(build_small_model):
+    short = LANGUAGE_MODEL | {"max_positions": 16}
+    with pytest.raises(RegistryError, match=r"the text of the task and 0 task tokens\) fills the 16 positions"):
+        build_small_model(**FIELDS | {"language_model": short})
+
+
 def test_append_task_prompt_embeds_the_template_around_the_region(model):
     tokenizer = model.language_model.tokenizer
     prefix = model.build_prefix(torch.randn(2, model.mixer.num_queries, 32), torch.tensor([2, 2]))
@@ -141,6 +147,11 @@ def test_evaluation_captions_with_a_further_task(model, scene):
     (batch,) = predict_dataset(engine, [scene], PromptingOptions(caption_task="explain"))
     assert set(tasks) == {"explain", "recognition"}
     assert {record["task"] for record in batch.records} == {"caption", "recognition"}
+
+
+def test_evaluation_rejects_a_caption_task_without_captions():
+    with pytest.raises(ValueError, match="caption_task explain has no effect on the task recognition; omit it"):
+        PromptingOptions(tasks=("recognition",), caption_task="explain")
 
 
 def test_model_without_a_tokenizer_requires_token_ids(model, scene):

@@ -78,6 +78,11 @@ def test_preprocessing_is_bit_equal(model, recorded):
     assert torch.equal(processor.preprocess_images(open_images(recorded)), recorded["pixel_values"])
 
 
+def test_encoder_rejects_an_unknown_interpolation():
+    with pytest.raises(ValueError, match=r"resample is 'lanczos'.*Choose from: bilinear, bicubic"):
+        sca.compose({"name": "sam2.1-hiera-tiny", "resample": "lanczos"}, "query", "gpt2", device="meta")
+
+
 def test_prompts_in_the_frame_are_bit_equal(model, recorded, kind):
     processor = Processor.from_encoder(model.encoder)
     images = open_images(recorded)
