@@ -11,7 +11,7 @@ import sca_registry
 import torch
 from sca_registry import RegistryError, get_registry
 from sca_registry.compatibility import check_compatible
-from sca_registry.contracts import Encoder
+from sca_registry.contracts import Encoder, LanguageModel, Mixer, Segmenter
 from sca_registry.overrides import MODEL_COMPONENTS, MODEL_FIELDS
 from sca_registry.spec import ComponentSpec, ModelSpec, check_generation
 
@@ -39,8 +39,8 @@ def compose(
         device: Device of the model. "meta" downloads no weights and allocates no memory; use it to count parameters. A
             component that `sca list` does not show still downloads its configuration file.
         weights: Load pretrained weights; False initializes all weights randomly.
-        **fields: Other fields of `ModelSpec`: `segmenter`, `projection`, `task_tokens`, `geometry`,
-            `questions`, `lengths`, `trainable`, `lora`, `generation`, `everything`, `zoom`.
+        **fields: Other fields of `ModelSpec`: `segmenter`, `projection`, `task_tokens`, `tasks`, `prompt_template`,
+            `geometry`, `questions`, `lengths`, `trainable`, `lora`, `generation`, `everything`, `zoom`.
 
     Returns:
         The model in eval mode.
@@ -92,8 +92,12 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
         if spec.segmenter is None:  # the weights of the encoder may decide
             check_compatible(replace(spec, segmenter=segmenter_component))
         segmenter = sca_registry.segmenters.build(segmenter_component.name, encoder, **segmenter_component.options)
-        mixer = sca_registry.mixers.build(spec.mixer.name, segmenter, **spec.mixer.options)
+        has_projection = spec.projection["type"] != "none"
+        mixer = _build_mixer(spec, segmenter) if has_projection else None
         language_model = sca_registry.language_models.build(spec.language_model.name, **spec.language_model.options)
+        if mixer is None:
+            mixer = _build_mixer(spec, segmenter, language_model.hidden_size)
+            _check_widths(spec, mixer, language_model)
         check_generation("generation", spec.generation, language_model.generate)
         if isinstance(spec.lora, Mapping):
             language_model.add_lora(**spec.lora)
@@ -102,14 +106,36 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
     return model.to(target_device).eval()
 
 
+def _build_mixer(spec: ModelSpec, segmenter: Segmenter, hidden_size: int | None = None) -> Mixer:
+    """Build the mixer, with a hidden size if it has this option."""
+    options = dict(spec.mixer.options)
+    if hidden_size is not None and "hidden_size" in get_registry("mixer").load_entry(spec.mixer.name).options:
+        options = {"hidden_size": hidden_size} | options
+    return sca_registry.mixers.build(spec.mixer.name, segmenter, **options)
+
+
+def _check_widths(spec: ModelSpec, mixer: Mixer, language_model: LanguageModel) -> None:
+    """Raise RegistryError if queries without a projection have another width than the language model."""
+    if mixer.hidden_size != language_model.hidden_size:
+        raise RegistryError(
+            f"projection=none requires queries of the width {language_model.hidden_size} of the language model "
+            f"{spec.language_model.name!r}, but those of the mixer {spec.mixer.name!r} have {mixer.hidden_size}; use "
+            "projection=linear, or a mixer with the option hidden_size, such as semantic-perceiver"
+        )
+
+
 def _check_prefix_fits(model: SegmentCaptioner) -> None:
     """Raise RegistryError if the prefix leaves the language model no position for tokens."""
     max_positions = getattr(model.language_model, "max_positions", None)
-    if max_positions is not None and model.prefix_length >= max_positions:
-        spec = model.spec
+    if max_positions is None:
+        return
+    spec = model.spec
+    num_positions = max(map(model.count_prefix_positions, spec.task_names))
+    if num_positions >= max_positions:
+        text = f"the text of the task and {spec.task_tokens}" if spec.tasks else f"{spec.task_tokens}"
         raise RegistryError(
-            f"the prefix of {model.prefix_length} positions ({model.mixer.num_queries} queries, "
-            f"{spec.task_tokens} task tokens{', the geometry' if spec.geometry == 'token' else ''}) fills "
+            f"the prefix of {num_positions} positions ({model.mixer.num_queries} queries, "
+            f"{text} task tokens{', the geometry' if spec.geometry == 'token' else ''}) fills "
             f"the {max_positions} positions of the language model {spec.language_model.name!r}; "
             "use fewer queries or another language model"
         )

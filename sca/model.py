@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sca.hints import MODEL_ATTRIBUTE_HINTS
 from sca.io.text import format_count
+from sca.language_models.questions import EncodedQuestion, encode_question
 from sca.nn.geometry import GeometryEmbedding, compute_geometry
 from sca.nn.projection import Projection
 from sca.nn.region_batch import concat_segmenter_outputs
@@ -37,13 +38,14 @@ from sca.nn.region_batch import concat_segmenter_outputs
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
 
-    from sca.language_models.questions import EncodedQuestion
     from sca.uncertainty import Uncertainty
 
+CHARACTERS_PER_TOKEN = 4  # of English text, roughly
 LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
 TOKENS_PER_LOSS_CHUNK = 512  # tokens whose logits are in memory at once
 NON_FINITE_HINT = "if the model runs in float16, use dtype=float32 or bfloat16; otherwise, download the weights again"
 MAX_SEQUENCES_PER_CALL = 512  # sequences per call of the language model, including beams and samples
+MAX_POSITIONS_PER_CALL = 2**15  # positions of their prefixes, which limit long prefixes
 
 
 class SegmentationModel(nn.Module):
@@ -107,7 +109,8 @@ class SegmentCaptioner(SegmentationModel):
 
     The language model reads a prefix of K positions: task tokens, then projected queries. There is no BOS token: the
     last position of the prefix predicts the first token. With `spec.geometry`, the prefix also contains the box of the
-    region. Groups that are not in `spec.trainable` are frozen.
+    region. With `spec.tasks`, the prompt of the task follows the prefix. Groups that are not in `spec.trainable` are
+    frozen.
 
     Args:
         spec: Architecture and default options.
@@ -131,7 +134,7 @@ class SegmentCaptioner(SegmentationModel):
         self.language_model = language_model
         self.projection: Projection = Projection(mixer.hidden_size, language_model.hidden_size, **spec.projection)
         self.task_tokens: nn.Parameter = nn.Parameter(
-            torch.randn(2, spec.task_tokens, language_model.hidden_size) * 0.02
+            torch.randn(len(spec.task_names), spec.task_tokens, language_model.hidden_size) * 0.02
         )
         self.geometry: GeometryEmbedding | None = (
             None if spec.geometry is None else GeometryEmbedding(language_model.hidden_size)
@@ -203,11 +206,12 @@ class SegmentCaptioner(SegmentationModel):
 
         Args:
             queries: (N, Q, D) query embeddings, the output of `mix`.
-            task_ids: (N,) task of each region: 0 for recognition, 1 for captioning.
+            task_ids: (N,) task of each region: its index in `spec.task_names`.
             geometry: (N, 5) output of `compute_geometry`; required with `spec.geometry`.
 
         Returns:
-            Prefixes (N, K, E) of task tokens followed by projected query embeddings.
+            Prefixes (N, K, E) of task tokens followed by projected query embeddings. `append_task_prompt` adds the
+            prompt of the task.
 
         Raises:
             ValueError: The model uses the geometry of regions, and there is none.
@@ -233,11 +237,79 @@ class SegmentCaptioner(SegmentationModel):
         """Positions of a region in a prefix or a question."""
         return self.prefix_length - self.spec.task_tokens
 
+    def encode_question(self, question: str) -> EncodedQuestion:
+        """Convert a question to token ids, within `spec.prompt_template` if the model has one.
+
+        Args:
+            question: Text, see `sca.language_models.questions.encode_question`.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            ValueError: The question is empty or refers to region 0, or the language model has no tokenizer.
+        """
+        tokenizer = self.language_model.tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "the language model has no tokenizer, so it reads no text; set `language_model.tokenizer`, or pass "
+                "token ids to `append_question`"
+            )
+        return encode_question(tokenizer, question, self.spec.prompt_template)
+
+    def encode_task_prompt(self, task: str) -> EncodedQuestion | None:
+        """Convert the prompt of a task to token ids.
+
+        Args:
+            task: Name of the task, one of `spec.task_names`.
+
+        Returns:
+            Token ids; None for a model with learned task tokens.
+
+        Raises:
+            ValueError: The language model has no tokenizer.
+        """
+        return None if self.spec.tasks is None else self.encode_question(self.spec.tasks[task])
+
+    def append_task_prompt(self, prefix: Tensor, task: str) -> Tensor:
+        """Append the prompt of a task to the prefixes of regions.
+
+        Args:
+            prefix: (N, K, E) prefixes, the output of `build_prefix`.
+            task: Name of the task, one of `spec.task_names`.
+
+        Returns:
+            (N, K', E) prefixes with the text before and after each region; unchanged for a model with learned task
+            tokens.
+
+        Raises:
+            ValueError: The language model has no tokenizer.
+        """
+        prompt = self.encode_task_prompt(task)
+        return prefix if prompt is None else self.append_question(prefix, prompt)
+
+    def count_prefix_positions(self, task: str = "caption") -> int:
+        """Count the positions of a prefix with the prompt of a task.
+
+        Args:
+            task: Name of the task, one of `spec.task_names`.
+
+        Returns:
+            Positions K' before the caption; estimated from the length of the text if the language model has no
+            tokenizer.
+        """
+        if self.spec.tasks is None:
+            return self.prefix_length
+        if self.language_model.tokenizer is None:
+            num_characters = len(self.spec.tasks[task]) + len(self.spec.prompt_template or "")
+            return self.prefix_length + num_characters // CHARACTERS_PER_TOKEN
+        return self.count_question_positions(self.encode_question(self.spec.tasks[task]))
+
     def count_question_positions(self, question: EncodedQuestion) -> int:
         """Count the positions of a prefix with a question.
 
         Args:
-            question: Output of `sca.language_models.questions.encode_question`.
+            question: Output of `encode_question`.
 
         Returns:
             Positions K' before the answer.
@@ -251,7 +323,7 @@ class SegmentCaptioner(SegmentationModel):
 
         Args:
             prefix: (N, K, E) prefixes of the regions of one image, the output of `build_prefix`.
-            question: Output of `sca.language_models.questions.encode_question`.
+            question: Output of `encode_question`, or of `encode_task_prompt`.
 
         Returns:
             (N, K', E) prefixes with the question after each region. A question that refers to regions by number has a
@@ -297,8 +369,8 @@ class SegmentCaptioner(SegmentationModel):
         Returns:
             A `ModelOutput` with `loss` (the weighted sum), `losses` (by name), `logits` (number of caption tokens in
             the batch, vocabulary size), `regions` (the segmenter output) and `queries` (the query embeddings).
-            `logits` is None for a batch of more than `TOKENS_PER_LOSS_CHUNK` tokens. `regions.grid` is
-            None if the regions are computed in chunks.
+            `logits` is None for a batch of more than `TOKENS_PER_LOSS_CHUNK` tokens. `regions.grid` and
+            `regions.candidates` are None if the regions are computed in chunks.
         """
         features = batch.features
         if features is None:
@@ -335,7 +407,7 @@ class SegmentCaptioner(SegmentationModel):
     def _segment_and_mix(
         self, features: Tensor, prompts: PromptBatch, chunk_size: int
     ) -> tuple[SegmenterOutput, Tensor]:
-        """Return the regions and their queries; regions computed in chunks have no grid."""
+        """Return the regions and their queries; regions computed in chunks have no grid and no candidates."""
 
         def segment_and_mix(features: Tensor, prompt_chunk: PromptBatch) -> tuple[SegmenterOutput, Tensor]:
             regions = self.segment(features, prompt_chunk)
@@ -343,7 +415,7 @@ class SegmentCaptioner(SegmentationModel):
 
         def segment_and_mix_without_grid(features: Tensor, prompt_chunk: PromptBatch) -> tuple[SegmenterOutput, Tensor]:
             regions, queries = segment_and_mix(features, prompt_chunk)
-            return replace(regions, grid=None), queries
+            return replace(regions, grid=None, candidates=None), queries
 
         if not 0 < chunk_size < len(prompts):
             return segment_and_mix(features, prompts)
@@ -443,22 +515,27 @@ class SegmentCaptioner(SegmentationModel):
         Args:
             features: (B, C, h, w) features of `encode`.
             prompts: N prompts in pixels of the model input.
-            task_ids: (N,) task of each prompt: 0 for recognition, 1 for captioning.
+            task_ids: (N,) task of each prompt: its index in `spec.task_names`.
             **generation: Options of `generate_from_prefix`.
 
         Returns:
             Token ids and scores of the captions.
 
         Raises:
-            ValueError: Scores are not finite.
+            ValueError: Scores are not finite, or the prompts have several tasks whose texts differ.
         """
         regions = self.segment(features, prompts)
         prefix = self.build_prefix(self.mix(regions), task_ids, self.compute_geometry(regions, prompts))
+        if self.spec.tasks is not None and len(prefix):
+            task_id, *other_ids = task_ids.unique().tolist()
+            if other_ids:
+                raise ValueError("the prompts have several tasks, whose texts differ; generate each task separately")
+            prefix = self.append_task_prompt(prefix, self.spec.task_names[task_id])
         return self.generate_from_prefix(prefix, **generation)
 
     @torch.no_grad()
     def generate_from_prefix(self, prefix: Tensor, **generation: Any) -> GenerationOutput:
-        """Generate token ids for prefixes, in chunks of at most `MAX_SEQUENCES_PER_CALL` sequences.
+        """Generate token ids for prefixes, in chunks; see `count_rows_per_call`.
 
         Args:
             prefix: (N, K, E) prefixes.
@@ -477,7 +554,7 @@ class SegmentCaptioner(SegmentationModel):
         sequences_per_row = max(
             1, *(count for name in ("num_beams", "num_captions") if isinstance(count := options.get(name, 1), int))
         )
-        rows_per_chunk = max(1, MAX_SEQUENCES_PER_CALL // sequences_per_row) if seed is None else 1
+        rows_per_chunk = count_rows_per_call(prefix.shape[1], sequences_per_row) if seed is None else 1
         chunks = prefix.split(rows_per_chunk) if len(prefix) else (prefix,)
         generated = _concat_generated(
             [self._generate_chunk(chunk, seed, options) for chunk in chunks], self._pad_token_id
@@ -552,6 +629,20 @@ class SegmentCaptioner(SegmentationModel):
         return "\n".join(
             [*lines, f"{'total':<15}{sum(p.numel() for p in self.parameters()):>15,}  {num_trainable:,} trainable"]
         )
+
+
+def count_rows_per_call(length: int, sequences_per_row: int = 1) -> int:
+    """Count the prefixes that the language model reads in one call, which limits its memory.
+
+    Args:
+        length: Positions of a prefix.
+        sequences_per_row: Sequences generated for each prefix: beams or samples.
+
+    Returns:
+        Number of prefixes, at least 1.
+    """
+    max_sequences = min(MAX_SEQUENCES_PER_CALL, MAX_POSITIONS_PER_CALL // max(1, length))
+    return max(1, max_sequences // sequences_per_row)
 
 
 def check_finite_scores(scores: Tensor, subject: str) -> None:

@@ -25,7 +25,7 @@ from sca.checkpoints.tensors import list_stored_tensors
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.inference.zoom import CROPS_PER_BATCH
 from sca.io.validation import check_range
-from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner
+from sca.model import SegmentCaptioner, count_rows_per_call
 from sca.nn.two_way_transformer import TwoWayTransformer
 from sca.plan_cache import GIB, MAX_PLANNED_REGIONS, Plan, resolve_gpu_memory
 from sca.stage_costs import CONSTANT_TYPES, CallCost, MemoryTracker, StageMeter
@@ -215,12 +215,17 @@ class _CostMeter:
                     prepared = model.prepare_mixer(segmenter_output) if prepared is None else prepared
                     queries = model.mix(segmenter_output, prepared)
                     geometry = model.compute_geometry(segmenter_output, chunk)
-                    prefixes.append(model.build_prefix(queries, torch.zeros_like(chunk.image_index), geometry))
+                    prefix = model.build_prefix(queries, torch.zeros_like(chunk.image_index), geometry)
+                    num_text_positions = model.count_prefix_positions() - model.prefix_length
+                    if num_text_positions:
+                        text = prefix.new_zeros(len(prefix), num_text_positions, prefix.shape[2])
+                        prefix = torch.cat((prefix, text), dim=1)
+                    prefixes.append(prefix)
                     del queries
                 del segmenter_output
             prefix = torch.cat(prefixes)
             del prefixes, prepared
-            first_rows = prefix[:MAX_SEQUENCES_PER_CALL]
+            first_rows = prefix[: count_rows_per_call(prefix.shape[1])]
             self._measure_captioning(first_rows, num_tokens, stages)
             for stage in stages.flops.keys() & {"prefill", "decode"}:  # later calls cost the same per row
                 stages.flops[stage] = stages.flops[stage] * len(prefix) // len(first_rows)

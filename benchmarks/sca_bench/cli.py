@@ -241,7 +241,7 @@ def diff(
 def speedup(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(help="Parts to measure: captions, training, resampler, tiny, everything. Defaults to all."),
+        typer.Argument(help="Parts to measure: captions, training, resampler, tiny, pam, everything. Defaults to all."),
     ] = None,
     encoder: Annotated[str, typer.Option(help="SAM encoder name.", rich_help_panel=MODEL)] = "sam-vit-b",
     language_model: Annotated[str, typer.Option(help="Language model name.", rich_help_panel=MODEL)] = "gpt2",

@@ -9,6 +9,8 @@ captions     regions/s from an encoded image, SAM ViT-B + query + GPT-2, greedy
 training     a step with 16 regions; ours with cached encoder features
 resampler    mix stage of `resampler` next to that of `query`, and its growth with the number of regions
 tiny         64 regions of sca-tiny in one batch next to one at a time
+pam          captions of an image's regions with Perceive Anything (PAM, arXiv 2506.05302), next to the procedure of its
+             code: each region alone through the encoder, the perceiver and `generate`
 everything   captions of an image, estimated from stage times: the original for all 1,024 points, with one encoder pass
              per 64 points; ours for the 100 regions that remain
 
@@ -22,7 +24,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -34,12 +36,38 @@ from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
 import sca
 from sca.inference.engine import REGION_BATCH_SIZE
-from sca.model import SegmentCaptioner
+from sca.language_models.pam_prompts import PROMPT_TEMPLATE, TASK_PROMPTS
+from sca.language_models.questions import EncodedQuestion
+from sca.model import SegmentCaptioner, count_rows_per_call
 from sca.nn.two_way_transformer import TwoWayTransformer
 from sca_bench.timing import make_random_inputs, make_training_batch, synchronize
 from sca_bench.worker import run_measurement
 
 PUBLISHED_REGIONS_PER_CALL, MAX_NEW_TOKENS, REGIONS_PER_STEP, NUM_GRID_POINTS, NUM_KEPT_REGIONS = 8, 20, 16, 1024, 100
+MEDIUM_PAM_MODEL: Mapping[str, Any] = {  # a small SAM 2.1 and a small Qwen2
+    "encoder": {"name": "sam2.1-hiera-tiny", "resample": "bicubic"},
+    "mixer": "semantic-perceiver",
+    "language_model": {
+        "name": "hf",
+        "config": {
+            "model_type": "qwen2",
+            "vocab_size": 8192,
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+        },
+    },
+}
+PAM_FIELDS: Mapping[str, Any] = {
+    "segmenter": {"name": "sam2", "single_mask": True},
+    "projection": "none",
+    "task_tokens": 0,
+    "tasks": TASK_PROMPTS,
+    "prompt_template": PROMPT_TEMPLATE,
+}
 RatioRow = tuple[str, str, float, float, str]  # quantity, unit, ours, reference (published or other), note
 
 
@@ -57,6 +85,7 @@ class ComparisonSettings:
         device: A torch device.
         dtype: Data type of the weights and activations.
         time_budget: Seconds after which no comparison starts.
+        pam_model: Encoder, mixer and language model of the comparison with PAM.
     """
 
     encoder: str | Mapping[str, Any] = "sam-vit-b"
@@ -68,6 +97,7 @@ class ComparisonSettings:
     device: str = "cpu"
     dtype: str = "float32"
     time_budget: float = math.inf
+    pam_model: Mapping[str, Any] = field(default_factory=lambda: MEDIUM_PAM_MODEL)
 
     def prepare_model(self, model: SegmentCaptioner) -> SegmentCaptioner:
         """Move a model to the device and data type, in eval mode."""
@@ -321,7 +351,46 @@ def compare_everything(model: SegmentCaptioner, settings: ComparisonSettings) ->
     ]
 
 
-COMPARISON_PARTS = ("captions", "training", "resampler", "tiny", "everything")
+def compare_pam(settings: ComparisonSettings) -> list[RatioRow]:
+    """Compare PAM with the procedure of its code, which encodes the image for each region and captions it alone."""
+    model = settings.prepare_model(
+        sca.compose(
+            **settings.pam_model,
+            **PAM_FIELDS,
+            device=settings.device,
+            weights=False,  # type: ignore[arg-type]
+        )
+    )
+    pixels, prompts = make_random_inputs(model, 1, settings.regions_per_image)
+    num_positions = model.count_prefix_positions() - model.prefix_length
+    question = EncodedQuestion([], [1] * num_positions)
+    token_ids: dict[str, Tensor] = {}
+
+    def caption(features: Tensor, chunk: PromptBatch) -> Tensor:
+        prefix = model.build_prefix(model.mix(model.segment(features, chunk)), torch.ones_like(chunk.image_index))
+        prefix = model.append_question(prefix, question)
+        return model.generate_from_prefix(prefix, max_new_tokens=MAX_NEW_TOKENS).sequences[:, 0]
+
+    def caption_here() -> None:
+        features = model.encode(pixels)
+        rows = count_rows_per_call(model.count_prefix_positions())
+        token_ids["ours"] = torch.cat([caption(features, chunk) for chunk in prompts.iter_chunks(rows)])
+
+    def caption_published() -> None:
+        with patch("sca.language_models.causal.has_plain_greedy_settings", lambda model: False):
+            token_ids["published"] = torch.cat(
+                [caption(model.encode(pixels), chunk) for chunk in prompts.iter_chunks(1)]
+            )
+
+    with torch.inference_mode():
+        seconds, published_seconds = time_alternately(settings, caption_here, caption_published)
+    share_identical = float((token_ids["ours"] == token_ids["published"]).all(dim=1).float().mean())
+    note = f"1 x {settings.regions_per_image} regions; identical: {share_identical:.1%}"
+    rate, published_rate = (settings.regions_per_image / each for each in (seconds, published_seconds))
+    return [("PAM, captions, including encoding", "regions/s", rate, published_rate, note)]
+
+
+COMPARISON_PARTS = ("captions", "training", "resampler", "tiny", "pam", "everything")
 
 
 def choose_parts(names: Sequence[str]) -> list[str]:
@@ -349,6 +418,7 @@ def run_comparisons(parts: Sequence[str], settings: ComparisonSettings) -> Itera
     comparisons: dict[str, Callable[[], list[RatioRow]]] = {
         "resampler": lambda: compare_mixers(settings),
         "tiny": lambda: compare_batching(settings),
+        "pam": lambda: compare_pam(settings),
     }
     if {"captions", "training", "everything"} & set(parts):
         model = settings.prepare_model(

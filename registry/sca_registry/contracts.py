@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 REGION_PATTERN = re.compile(r"<region (\d{1,4})>")  # reference to a region in a question
 RECOGNITION_TASK_ID, CAPTION_TASK_ID = 0, 1
-TASKS = ("recognition", "caption")
+TASKS = ("recognition", "caption")  # tasks of all models; a spec can name further ones
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,19 @@ class PromptBatch(_TensorRows):
 
 
 @dataclass
+class MaskCandidates(_TensorRows):
+    """All masks of a mask decoder, before the ones that the prompt or the caller needs are selected.
+
+    The first is the single mask, the others are the M candidates. Mixers may use them regardless of
+    `multimask_output`. The tensors are those of the decoder, without copies.
+    """
+
+    masks: Tensor  # (N, M + 1, 4h, 4w) logits
+    iou_scores: Tensor  # (N, M + 1) predicted IoU
+    tokens: Tensor  # (N, M + 1, D) output tokens of the masks
+
+
+@dataclass
 class SegmenterOutput:
     """Masks, scores, tokens and features of N prompted regions."""
 
@@ -129,6 +142,7 @@ class SegmenterOutput:
     masks: Tensor | None = None  # (N, M, 4h, 4w) logits
     iou_scores: Tensor | None = None  # (N, M) predicted IoU
     boxes: Tensor | None = None  # (N, 4) x1 y1 x2 y2 in the model input: the box prompt, else the box of the best mask
+    candidates: MaskCandidates | None = None  # None for a segmenter without masks, or without a single mask
 
     def __len__(self) -> int:
         return len(self.image_index)
@@ -170,7 +184,7 @@ class Batch:
     """Images, N prompts and, for training, G captions. Exactly one of `pixel_values` and `features` is set."""
 
     prompts: PromptBatch
-    task_ids: Tensor  # (G,) 0 recognition, 1 caption
+    task_ids: Tensor  # (G,) index in `ModelSpec.task_names`: 0 recognition, 1 caption
     pixel_values: Tensor | None = None  # (B, 3, S, S)
     features: Tensor | None = None  # (B, C, h, w)
     input_ids: Tensor | None = None  # (G, L) caption tokens and EOS, padded on the right
@@ -381,7 +395,8 @@ class Segmenter(Protocol):
     """Promptable segmenter, built by `factory(encoder, **options)`.
 
     A trainable segmenter has a method `compute_losses(regions: SegmenterOutput, targets: MaskTargets)` that returns
-    named scalar losses.
+    named scalar losses. An optional attribute `grid_size` is the side h = w of the grid in cells; mixers whose number
+    of queries depends on it require it.
 
     Attributes:
         channels: Hidden size D.
@@ -409,6 +424,9 @@ class Mixer(Protocol):
     A mixer may have a method `prepare_images(image_embeddings, positional_encoding)` that computes tensors that all
     regions of an image share, from (B, D, h, w) and (D, h, w). Its result is then passed to the mixer as a second
     argument.
+
+    A mixer may have an option `hidden_size`. With the projection "none", it is set to the hidden size E of the language
+    model, whose embeddings the queries then are.
 
     Attributes:
         hidden_size: Width D of the queries.
@@ -534,8 +552,9 @@ class Captioner(Protocol):
     """Captioner of regions, built by `factory(**options)`: a composed model or a baseline.
 
     Optional attributes identify it in evaluation runs: `weights_hash`, a hash of its weights, and `metadata`, a dict of
-    plain values, such as its options. An optional attribute `usage` contains counts that evaluations print, such as
-    requests and tokens. `has_scores = False` declares that the scores of captions are unknown (NaN).
+    plain values, such as its options. An optional attribute `tasks` names its tasks; without it, they are `TASKS`. An
+    optional attribute `usage` contains counts that evaluations print, such as requests and tokens. `has_scores = False`
+    declares that the scores of captions are unknown (NaN).
     """
 
     def caption(

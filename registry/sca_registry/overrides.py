@@ -26,6 +26,8 @@ MODEL_FIELDS = (
     *(
         "projection",
         "task_tokens",
+        "tasks",
+        "prompt_template",
         "geometry",
         "questions",
         "lengths",

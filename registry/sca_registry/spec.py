@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
+from sca_registry.contracts import TASKS
 from sca_registry.errors import RegistryError, make_unknown_name_error
 from sca_registry.options import check_options
 from sca_registry.overrides import MODEL_COMPONENTS, apply_overrides, parse_assignments
@@ -20,9 +21,11 @@ SPEC_FORMAT = 2
 ARGUMENT_PATTERN = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")
 TRAINABLE_GROUPS = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
 DEFAULT_PROJECTION = {"type": "linear", "norm": "none"}
-PROJECTION_CHOICES = {"type": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
+PROJECTION_CHOICES = {"type": ("linear", "mlp", "none"), "norm": ("none", "pre", "post", "both")}
 EXAMPLE_COMPONENTS = {"encoder": "sam-vit-b", "mixer": "query", "language_model": "gpt2"}  # required components
 GEOMETRY_CHOICES = ("token", "add")
+TASK_NAME_PATTERN = re.compile(r"[a-z][a-z0-9-]{0,39}")
+IMAGE_MARK, PROMPT_MARK = "{image}", "{prompt}"  # places of the visual prefix and of the prompt in a template
 PEFT_OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 DEFAULT_LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": None}
 CAPTION_FROM_CHOICES = ("box-and-point", "box", "point")
@@ -165,9 +168,15 @@ class ModelSpec:
         mixer: Feature mixer.
         language_model: Language model.
         segmenter: Segmenter; None selects the encoder's default.
-        projection: Projection from query embeddings to the embedding space of the language model: `type` "linear" or
-            "mlp"; `norm` "none", "pre", "post" or "both".
+        projection: Projection from query embeddings to the embedding space of the language model: `type` "linear",
+            "mlp", or "none" for a mixer whose queries have the hidden size of the language model; `norm` "none", "pre",
+            "post" or "both".
         task_tokens: Number of learned tokens per task.
+        tasks: Prompts by task, for a language model that follows instructions: the text after the visual prefix
+            replaces the learned tokens, so that `task_tokens` is 0. Contains "recognition" and "caption"; other names
+            are further tasks. None for a model with these two tasks and learned tokens.
+        prompt_template: Text around the visual prefix and a prompt or question, such as "USER: {image} {prompt}
+            ASSISTANT:". None for the chat template of the tokenizer, if it has one.
         geometry: How the language model receives the box of a region in its image: "token" for one more position of
             the prefix, before the queries; "add" to add its embedding to every projected query. None if it receives
             only the queries.
@@ -190,6 +199,8 @@ class ModelSpec:
     segmenter: ComponentSpec | None = None
     projection: Mapping[str, str] = field(default_factory=dict)
     task_tokens: int = 6
+    tasks: Mapping[str, str] | None = None
+    prompt_template: str | None = None
     geometry: str | None = None
     questions: bool = False
     lengths: bool = False
@@ -211,11 +222,22 @@ class ModelSpec:
         set_field("trainable", _check_trainable(self.trainable))
         if not isinstance(self.task_tokens, int) or isinstance(self.task_tokens, bool) or self.task_tokens < 0:
             raise RegistryError(f"task_tokens is {self.task_tokens!r}; expected an integer of at least 0")
+        set_field("tasks", _check_tasks(self.tasks))
+        if self.tasks is not None and self.task_tokens:
+            raise RegistryError(
+                f"task_tokens is {self.task_tokens}, but tasks with prompts have no learned tokens; set task_tokens=0"
+            )
+        _check_prompt_template(self.prompt_template)
         for name in ("questions", "lengths"):
             if not isinstance(getattr(self, name), bool):
                 raise RegistryError(f"{name} is {getattr(self, name)!r:.80}; expected true or false")
         if self.geometry is not None and self.geometry not in GEOMETRY_CHOICES:
             raise make_unknown_name_error(f"geometry is {self.geometry!r:.80}", str(self.geometry), GEOMETRY_CHOICES)
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks; the index of a task is its id."""
+        return TASKS if self.tasks is None else tuple(self.tasks)
 
     @property
     def everything_options(self) -> EverythingOptions:
@@ -415,6 +437,34 @@ def _complete_everything(value: Any) -> dict[str, Any]:
             f"{MAX_GRID_POINTS:,} points; reduce one of them"
         )
     return completed
+
+
+def _check_tasks(value: Any) -> dict[str, str] | None:
+    """Return the prompts by task, recognition and captions first."""
+    if value is None:
+        return None
+    prompts = _check_table("tasks", value)
+    for name, prompt in prompts.items():
+        if not isinstance(name, str) or not TASK_NAME_PATTERN.fullmatch(name):
+            raise RegistryError(
+                f"tasks has the name {name!r:.80}; use lowercase letters, digits and hyphens, such as 'explain'"
+            )
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise RegistryError(f"tasks.{name} is {prompt!r:.80}; expected the text of a prompt")
+    missing = [name for name in TASKS if name not in prompts]
+    if missing:
+        raise RegistryError(f"tasks has no prompt for {' and '.join(missing)}; add tasks.{missing[0]}")
+    return {name: prompts[name] for name in dict.fromkeys((*TASKS, *prompts))}
+
+
+def _check_prompt_template(value: Any) -> None:
+    if value is None:
+        return
+    is_valid = isinstance(value, str) and value.count(IMAGE_MARK) == value.count(PROMPT_MARK) == 1
+    if not is_valid or value.index(IMAGE_MARK) > value.index(PROMPT_MARK):
+        raise RegistryError(
+            f"prompt_template is {value!r:.80}; expected a text with {IMAGE_MARK}, then {PROMPT_MARK}, once each"
+        )
 
 
 def _check_zoom(value: Any) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from sca_registry.errors import make_unknown_name_error
 
@@ -26,6 +28,10 @@ class ZooEntry:
         domain: Kind of images that the model is trained for: `PHOTOGRAPH_DOMAIN` or a narrower one.
         terms: Terms of use.
         revision: Default revision of a Hub id.
+        is_research_only: The license excludes commercial use, so that the terms are printed before a download.
+        subfolder: Folder of the checkpoint in the repository of a Hub id; empty for its root.
+        bytes_per_parameter: Bytes per parameter in the files of a Hub id: 4 for float32.
+        config: Configuration of the language model of a PAM checkpoint, to plan it without a download.
     """
 
     name: str
@@ -38,11 +44,15 @@ class ZooEntry:
     domain: str
     terms: str
     revision: str | None = None
+    is_research_only: bool = False
+    subfolder: str = ""
+    bytes_per_parameter: int = 4
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def download_bytes(self) -> int:
-        """Download size in bytes: 4 per parameter (float32) on the Hub, 0 for a checkpoint inside a package."""
-        return 0 if self.folder else 4 * self.parameters
+        """Download size in bytes; 0 for a checkpoint inside a package."""
+        return 0 if self.folder else self.bytes_per_parameter * self.parameters
 
     @property
     def folder(self) -> Path | None:
@@ -74,6 +84,11 @@ def get_entry(name: str) -> ZooEntry:
     if name not in contents:
         raise make_unknown_name_error(f"no zoo model named {name!r}", name, sorted(contents))
     return ZooEntry(name=name, **tomllib.loads(contents[name]))
+
+
+def find_hub_entry(checkpoint: str) -> ZooEntry | None:
+    """Return the metadata of the model with a Hub id; None if no model of the zoo has it."""
+    return next((entry for entry in map(get_entry, list_names()) if entry.checkpoint == checkpoint), None)
 
 
 def describe_domain(source: object) -> str:

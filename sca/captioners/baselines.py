@@ -84,7 +84,7 @@ class MostFrequent:
             ValueError: The task is unknown, or the training regions have no text for it.
             RegistryError: A generation option is invalid.
         """
-        check_task(task)
+        check_task(task, self)
         resolve_generation_options(generation)  # only checks the options
         self.training_regions.check_has_text(task, self.most_frequent_texts)
         captions = []

@@ -192,7 +192,7 @@ class RegionCaptioner(MaskEngine):
     def _build_captions(
         self, regions: Sequence[Sequence[RegionView]], task: str, encoded: EncodedImages, generation: Mapping[str, Any]
     ) -> list[list[Caption]]:
-        check_task(task)
+        check_task(task, self)
         indexed_views = [(index, view) for each in regions for index, view in enumerate(each)]
         texts = self.caption_regions([view for _, view in indexed_views], task, encoded, **generation)
         captions = iter(

@@ -30,7 +30,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: There is no checkpoint, or one of its files or the marker of the run is damaged.
     """
-    from sca.checkpoints.layout import ORIGIN_FILE
+    from sca.checkpoints.layout import ORIGIN_FILE, read_layout
     from sca.checkpoints.load import open_checkpoint
     from sca.io.run_folder import MARKER_FILE, read_runs
 
@@ -42,7 +42,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     folder, spec = open_checkpoint(folder)
     facts: dict[str, Any] = {"name": str(folder), "kind": "model"}
     if spec is None:
-        return facts | {"layout": "published", "use": f"sca import {folder}"}
+        return facts | {"layout": read_layout(folder), "use": f"sca import {folder}"}
     facts |= describe_spec(spec)
     facts |= count_parameters(spec)
     if (folder / ORIGIN_FILE).is_file():
@@ -58,6 +58,7 @@ def describe_spec(spec: ModelSpec) -> dict[str, str]:
     }
     if spec.lora is not None:
         facts["lora"] = format_options(spec.to_dict()["lora"])
+    facts["tasks"] = ", ".join(spec.task_names)
     if spec.geometry is not None:
         facts["geometry"] = spec.geometry
     if inputs := [name for name in ("questions", "lengths") if getattr(spec, name)]:

@@ -5,22 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 from sca.checkpoints.trust import NO_TRUST, Trust, resolve_source
+from sca.io.errors import InputError
 from sca.io.json import read_json
 from sca.io.weight_files import has_tokenizer
 
 WEIGHTS_FILE, SPEC_FILE, ORIGIN_FILE = "weights.safetensors", "spec.json", "origin.json"
 UNCERTAINTY_FILE = "uncertainty.json"
-CONFIG_FILE = "config.json"  # original SCA layout and transformers
+CONFIG_FILE = "config.json"  # layouts of other programs and transformers
+SIZES_FILE = "sizes.json"  # sizes of a PAM checkpoint that differs from the published ones
+PUBLISHED_LAYOUT, PAM_LAYOUT = "published", "pam"
+LAYOUT_BY_MODEL_TYPE = {"sca": PUBLISHED_LAYOUT, "llava_qwen": PAM_LAYOUT}
 
 
-def is_published_checkpoint(folder: Path) -> bool:
-    """Return whether a folder has the original SCA layout, see `sca.checkpoints.published`.
+def read_layout(folder: Path) -> str | None:
+    """Read the layout of another program that a checkpoint folder has.
 
     Args:
         folder: Any folder.
 
     Returns:
-        True for the original SCA layout.
+        "published" for the original SCA layout, see `sca.checkpoints.published`; "pam" for that of Perceive Anything,
+        see `sca.checkpoints.pam`; None for any other folder.
 
     Raises:
         InputError: Its `config.json` cannot be read.
@@ -28,8 +33,27 @@ def is_published_checkpoint(folder: Path) -> bool:
     try:
         config = read_json(folder / CONFIG_FILE)
     except FileNotFoundError:
+        return None
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    return LAYOUT_BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
+
+
+def find_subfolder(folder: Path) -> Path:
+    """Return the only sub-folder with a PAM checkpoint of a folder without a checkpoint, else the folder itself.
+
+    The published repositories contain the checkpoint in a folder of their own name.
+    """
+    if any((folder / name).exists() for name in (SPEC_FILE, CONFIG_FILE)):
+        return folder
+    candidates = [path.parent for path in folder.glob(f"*/{CONFIG_FILE}") if _is_pam_folder(path.parent)]
+    return candidates[0] if len(candidates) == 1 else folder
+
+
+def _is_pam_folder(folder: Path) -> bool:
+    try:
+        return read_layout(folder) == PAM_LAYOUT
+    except InputError:  # it is not the checkpoint
         return False
-    return isinstance(config, dict) and config.get("model_type") == "sca"
 
 
 def find_tokenizer_source(folder: Path, trust: Trust = NO_TRUST) -> str | None:
@@ -45,7 +69,7 @@ def find_tokenizer_source(folder: Path, trust: Trust = NO_TRUST) -> str | None:
     Raises:
         TrustError: The source is neither in the folder nor that of a registered card, and the caller does not allow it.
     """
-    if not is_published_checkpoint(folder) or has_tokenizer(folder):
+    if read_layout(folder) != PUBLISHED_LAYOUT or has_tokenizer(folder):
         return None
     text_config = read_json(folder / CONFIG_FILE).get("text_config")
     source = text_config.get("_name_or_path") if isinstance(text_config, dict) else None

@@ -1,4 +1,4 @@
-"""Find a checkpoint by model name, folder or Hub id, and load it in the native or the original SCA layout."""
+"""Find a checkpoint by model name, folder or Hub id, and load it in the native layout, the original SCA's or PAM's."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from sca.builder import build
 from sca.checkpoints.layout import (
     CONFIG_FILE,
     ORIGIN_FILE,
+    PAM_LAYOUT,
+    PUBLISHED_LAYOUT,
+    SIZES_FILE,
     SPEC_FILE,
     UNCERTAINTY_FILE,
     WEIGHTS_FILE,
-    is_published_checkpoint,
+    find_subfolder,
+    read_layout,
 )
 from sca.checkpoints.native import load_native_checkpoint, read_spec, wrap_spec_errors
+from sca.checkpoints.pam import load_pam_checkpoint, read_pam_spec
 from sca.checkpoints.published import load_published_checkpoint, read_published_spec
 from sca.checkpoints.tensors import check_finite_weights
 from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, resolve_real_root
@@ -30,11 +35,13 @@ from sca.devices import resolve_device, resolve_dtype
 from sca.hints import check_argument_names
 from sca.io.atomic import get_previous_folder
 from sca.io.errors import InputError
-from sca.io.hub import fetch_model_folder, find_local_folder, resolve_local_path, suggest_path
+from sca.io.hub import fetch_model_folder, find_local_folder, is_cached, resolve_local_path, suggest_path
 from sca.model import SegmentCaptioner
 
 HUB_ID_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 MAX_MESSAGE_LENGTH = 600  # characters of an error message about a checkpoint
+LOADERS = {PUBLISHED_LAYOUT: load_published_checkpoint, PAM_LAYOUT: load_pam_checkpoint}
+SPEC_READERS = {PUBLISHED_LAYOUT: read_published_spec, PAM_LAYOUT: read_pam_spec}
 
 
 @check_argument_names()
@@ -47,7 +54,7 @@ def load(
     allow_external: bool = False,
     revision: str | None = None,
 ) -> SegmentCaptioner:
-    """Load a model in eval mode, from a checkpoint in the native layout or in the original SCA layout.
+    """Load a model in eval mode, from a checkpoint in the native layout, the original SCA layout or that of PAM.
 
     A checkpoint refers to installed components by name. Loading it runs none of its code unless `trust_remote_code` is
     set.
@@ -113,7 +120,9 @@ def _load_model(
     folder, spec = open_checkpoint(source, trust, revision)
     with _shorten_errors(folder):
         if spec is None:
-            model = load_published_checkpoint(folder, trust)
+            layout = read_layout(folder)
+            assert layout is not None  # see `open_checkpoint`
+            model = LOADERS[layout](folder, trust)
         else:
             model = load_native_checkpoint(folder, spec, with_uncertainty)
         check_finite_weights(model, str(folder))
@@ -143,7 +152,9 @@ def load_without_weights(
     folder, spec = open_checkpoint(source, trust)
     with _shorten_errors(folder):
         if spec is None:
-            return build(read_published_spec(folder, trust), "meta")
+            layout = read_layout(folder)
+            assert layout is not None  # see `open_checkpoint`
+            return build(SPEC_READERS[layout](folder, trust), "meta")
         with wrap_spec_errors(folder):
             return build(spec, "meta")
 
@@ -159,7 +170,7 @@ def open_checkpoint(
         revision: Revision of a Hub id.
 
     Returns:
-        The folder, and the spec as `confine_spec` returns it; None for the original SCA layout.
+        The folder, and the spec as `confine_spec` returns it; None for a layout of another program.
 
     Raises:
         InputError: The checkpoint cannot be downloaded or read, or needs a permission that `trust` does not include.
@@ -172,8 +183,8 @@ def open_checkpoint(
         for name in (CONFIG_FILE, SPEC_FILE, ORIGIN_FILE, UNCERTAINTY_FILE):
             check_file(folder / name, root, file_trust)
         # Read first, to reject arbitrary folders before their files are checked.
-        spec = None if is_published_checkpoint(folder) else read_spec(folder)
-        check_folder(folder, file_trust, own_files=[UNCERTAINTY_FILE])
+        spec = None if read_layout(folder) else read_spec(folder)
+        check_folder(folder, file_trust, own_files=[UNCERTAINTY_FILE, SIZES_FILE])
         if spec is not None:
             with wrap_spec_errors(folder):
                 spec = confine_spec(spec, folder, trust)
@@ -182,6 +193,8 @@ def open_checkpoint(
 
 def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | None:
     """Read the spec of a checkpoint that is bundled with a package or stored in a folder; download nothing.
+
+    Of the layouts of other programs, that of PAM has a spec, which is read from the headers of its files.
 
     Args:
         source: Model name or folder.
@@ -195,10 +208,17 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
     """
     is_bundled = isinstance(source, str) and source in zoo.list_names()
     folder = zoo.get_entry(str(source)).folder if is_bundled else find_local_folder(source)
-    if folder is None or not (folder / SPEC_FILE).exists():
+    if folder is None:
         return None
-    _, spec = open_checkpoint(source if is_bundled else folder, trust)
-    return spec
+    folder = find_subfolder(folder)
+    if (folder / SPEC_FILE).exists():
+        _, spec = open_checkpoint(source if is_bundled else folder, trust)
+        return spec
+    if read_layout(folder) != PAM_LAYOUT:
+        return None
+    folder, _ = open_checkpoint(folder, trust)
+    with _shorten_errors(folder):
+        return read_pam_spec(folder, trust)
 
 
 @contextmanager
@@ -244,21 +264,38 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         raise InputError(f"the model is of type {type(source).__name__}; pass a model name, a folder or a Hub id")
     if isinstance(source, str) and source in zoo.list_names():
         entry = zoo.get_entry(source)
-        return entry.folder or fetch_model_folder(entry.checkpoint, revision or entry.revision)
+        return entry.folder or _fetch_checkpoint(entry.checkpoint, revision or entry.revision)
     path = resolve_local_path(source)
     if path is not None:
         for folder in (path, get_previous_folder(path)):
             if folder.is_dir():
-                return folder
+                return find_subfolder(folder)
         if path.exists():
             raise InputError(f"{source} is a file; pass a folder with {SPEC_FILE} and {WEIGHTS_FILE}")
     if isinstance(source, str) and HUB_ID_PATTERN.fullmatch(source):
-        return fetch_model_folder(source, revision)
+        return _fetch_checkpoint(source, revision)
     if isinstance(source, str) and "+" in source and "/" not in source:
         raise InputError(_describe_composition(source))
     reason = make_unknown_name_error(f"no model or folder named {str(source)!r}", str(source), zoo.list_names())
     hint = "" if isinstance(source, Path) else suggest_path(source)
     raise InputError(f"{reason} A folder written by `sca train` or a Hub id OWNER/NAME is also accepted{hint}.")
+
+
+def _fetch_checkpoint(hub_id: str, revision: str | None) -> Path:
+    """Return the local folder of a checkpoint on the Hub; a repository of PAM has it in a folder of its own name."""
+    entry = zoo.find_hub_entry(hub_id)
+    subfolder = hub_id.rpartition("/")[2] if entry is None else entry.subfolder
+    prefix = f"{subfolder}/"
+    if entry is None and not is_cached(hub_id, revision, prefix):
+        folder = fetch_model_folder(hub_id, revision)
+        if find_subfolder(folder).name != subfolder:
+            return folder
+    elif not subfolder:
+        return fetch_model_folder(hub_id, revision)
+    folder = fetch_model_folder(hub_id, revision, prefix=prefix) / subfolder
+    if not folder.is_dir():
+        raise InputError(f"{hub_id} has no folder {subfolder}; use another revision")
+    return folder
 
 
 def _describe_composition(source: str) -> str:

@@ -82,7 +82,7 @@ def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentC
     spec = read_published_spec(folder, trust)
     with no_init_weights(), BuildSizeLimit(find_weight_files(folder) or [], spec):
         model = build(spec)
-    tensors = {_to_native_name(name): tensor for name, tensor in _read_published_tensors(folder).items()}
+    tensors = {_to_native_name(name): tensor for name, tensor in read_checkpoint_tensors(folder).items()}
     causal_config: Any = cast("CausalLanguageModel", model.language_model).model.config
     if causal_config.model_type == "phi":
         try:
@@ -175,7 +175,7 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
                     "num_heads": num_heads,
                     "mlp_dim": mlp_dim,
                 },
-                "language_model": {"name": "hf", "config": _read_language_model_config(config["text_config"], folder)},
+                "language_model": {"name": "hf", "config": read_language_model_config(config["text_config"], folder)},
                 "task_tokens": config["num_task_tokens"],
                 **{name: True for name in TRAINED_OPTIONS if config.get(name) is True},
             }
@@ -188,8 +188,16 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
         ) from error
 
 
-def _read_language_model_config(text_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the non-default configuration fields, with the special tokens of the generation config."""
+def read_language_model_config(text_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Read the configuration of a language model.
+
+    Args:
+        text_config: Stored fields, including `model_type`.
+        folder: Checkpoint folder, for the special tokens of the generation config.
+
+    Returns:
+        The fields that differ from their defaults, and the special tokens.
+    """
     changed_fields = {
         "model_type": text_config["model_type"],
         **_select_non_defaults(AutoConfig.for_model(**text_config)),
@@ -222,7 +230,18 @@ def _load_published_tokenizer(folder: Path, trust: Trust) -> TextTokenizer | Non
         return None
 
 
-def _read_published_tensors(folder: Path) -> dict[str, Tensor]:
+def read_checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of a folder.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        InputError: A file is missing, cannot be read, or contains more than tensors.
+    """
     tensors: dict[str, Tensor] = {}
     for file in require_weight_files(folder, folder):
         try:

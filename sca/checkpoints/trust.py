@@ -269,7 +269,10 @@ def _find_inside(name: str, folder: Path) -> Path | None:
 def resolve_real_root(folder: Path) -> Path:
     """Return the folder that symlinks of `folder` may refer to: itself, or its repository in the Hub cache."""
     real = folder.resolve()
-    return real.parent.parent if real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir() else real
+    for snapshots in real.parents[:2]:  # of a snapshot, or of a folder in it
+        if snapshots.name == "snapshots" and (snapshots.parent / "blobs").is_dir():
+            return snapshots.parent
+    return real
 
 
 def _iter_files(folder: Path, depth: int) -> Iterator[Path]:

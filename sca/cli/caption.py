@@ -96,7 +96,11 @@ def caption(
     zoom: Zoom = DEFAULT_ZOOM,
     task: Annotated[
         str,
-        typer.Option(help="Task: caption, or recognition (predicts a class name).", rich_help_panel="Generation"),
+        typer.Option(
+            help="Task: caption, recognition (predicts a class name), or a further task of the model, which `sca show "
+            "model` lists.",
+            rich_help_panel="Generation",
+        ),
     ] = "caption",
     question: Annotated[
         str | None,
@@ -258,15 +262,12 @@ def caption(
     Prints a table. With --out, also writes the captions in the formats of --format. Images that cannot be read are
     reported; the others are captioned.
     """
-    from sca_registry.contracts import TASKS
-
     from sca.inference.caption_job import CaptionJob
 
     formats = parse_formats(format, out)
     images = [str(parse_input_path(name)) for name in images]
     mask = [str(parse_input_path(name)) for name in mask or ()]
     _check_pipes(images, [*mask, *([prompts] if prompts else [])], bool(launcher), resume)
-    check_option_choice("task", task, TASKS)
     if caption_from:
         check_option_choice("--caption-from", caption_from, CAPTION_FROM_CHOICES)
     search_options = {

@@ -132,7 +132,7 @@ def import_(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
 ) -> None:
-    """Import a checkpoint in the original SCA layout.
+    """Import a checkpoint in the layout of the original SCA or PAM.
 
     With --encoder and --language-model, the command checks that the weights of these models match SOURCE. The imported
     checkpoint then refers to them instead of storing a copy. Without these options, it stores all weights.
@@ -190,8 +190,8 @@ def export(
     layout: Annotated[
         str,
         typer.Option(
-            help="Layout: published (the original SCA layout), portable (the native layout with copies of external "
-            "weights) or lm (language model only, LoRA merged).",
+            help="Layout: published (the original SCA layout), pam (that of Perceive Anything), portable (the native "
+            "layout with copies of external weights) or lm (language model only, LoRA merged).",
             rich_help_panel="Output",
         ),
     ] = "published",
@@ -200,16 +200,18 @@ def export(
 ) -> None:
     """Export a checkpoint to another layout.
 
-    The layout published is that of the original SCA. A portable checkpoint loads without --allow-external on any
-    machine. The layout lm contains the language model only.
+    The layout published is that of the original SCA, and the layout pam that of Perceive Anything. A portable
+    checkpoint loads without --allow-external on any machine. The layout lm contains the language model only.
     """
     from sca.checkpoints.export import write_language_model, write_published_checkpoint
     from sca.checkpoints.load import load
+    from sca.checkpoints.pam_export import write_pam_checkpoint
     from sca.checkpoints.portable import write_portable_checkpoint
     from sca.io.atomic import check_folder_replaceable
 
     writers = {
         "published": write_published_checkpoint,
+        "pam": write_pam_checkpoint,
         "portable": write_portable_checkpoint,
         "lm": write_language_model,
     }
@@ -229,7 +231,7 @@ def _find_weight_sources(name: str) -> list[tuple[str, str | None, str]]:
         entry = zoo.get_entry(name)
         if entry.folder:
             raise ValueError(f"{name} is included in the package; no download is needed")
-        return [(entry.checkpoint, entry.revision, "")]
+        return [(entry.checkpoint, entry.revision, f"{entry.subfolder}/" if entry.subfolder else "")]
     sources = []
     for registry in REGISTRIES.values():
         options = registry.get_card(name).options if name in registry else {}

@@ -88,6 +88,13 @@ def evaluate(
         ),
     ] = None,
     zoom: Zoom = DEFAULT_ZOOM,
+    caption_task: Annotated[
+        str,
+        typer.Option(
+            help="Task that generates the evaluated captions, for a model with further tasks, such as detail.",
+            rich_help_panel="Generation",
+        ),
+    ] = "caption",
     runs: Annotated[
         str | None,
         typer.Option(
@@ -151,6 +158,7 @@ def evaluate(
             seed=seed,
             generation=parsed_options["generation"],
             zoom=zoom,
+            caption_task=caption_task,
         ),
         proposer=_make_proposer_table(proposer_component, proposer_options, text or ()),
         metrics=metrics and split_names(metrics),
@@ -285,6 +293,7 @@ def _plan_protocol_runs(
             seed=requested.prompting.seed,
             generation={**run.generation, **requested.prompting.generation},
             zoom=requested.prompting.zoom,
+            caption_task=requested.prompting.caption_task,
         )
         dataset = {"name": run.dataset, **run.dataset_options, **dataset_options}
         folder = requested.out and requested.out / run.name

@@ -270,7 +270,12 @@ def _describe_zoo_model(name: str) -> dict[str, Any]:
     from sca_registry import zoo
 
     entry = zoo.get_entry(name)
-    facts = {"name": entry.name, "kind": "model", **_get_builtin_facts(), **asdict(entry)}
+    entry_facts = {
+        key: value
+        for key, value in asdict(entry).items()
+        if key not in ("is_research_only", "bytes_per_parameter", "config")
+    }
+    facts = {"name": entry.name, "kind": "model", **_get_builtin_facts(), **entry_facts}
     if entry.download_bytes:
         facts["download"] = f"{entry.download_bytes / 1e9:.1f} GB"
     if entry.folder and not (entry.folder / "weights.safetensors").is_file():
@@ -290,7 +295,12 @@ def _describe_model(name: str) -> dict[str, Any]:
         from sca.io.json import read_json
 
         spec_path = (folder := zoo.get_entry(name).folder) and folder / "spec.json"
-        return _describe_zoo_model(name) | (
+        facts = _describe_zoo_model(name)
+        if config := zoo.get_entry(name).config:
+            from sca.checkpoints.pam import build_published_pam_spec
+
+            return facts | describe_spec(build_published_pam_spec(config))
+        return facts | (
             describe_spec(ModelSpec.from_dict(read_json(spec_path))) if spec_path and spec_path.is_file() else {}
         )
     from sca.io.hub import find_local_folder, suggest_path

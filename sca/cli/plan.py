@@ -141,6 +141,10 @@ def _resolve_spec(model: str, trust_remote_code: bool, allow_external: bool) -> 
     if spec is not None:
         return spec
     if model in zoo.list_names():
+        if config := zoo.get_entry(model).config:
+            from sca.checkpoints.pam import build_published_pam_spec
+
+            return build_published_pam_spec(config)
         raise ValueError(
             f"the checkpoint of {model} is on the Hub, and `sca plan` downloads no checkpoints; name its components "
             "instead, such as sam-vit-h+query+gpt2-large"

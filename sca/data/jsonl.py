@@ -18,7 +18,6 @@ from sca.data.record_parsing import count_unread_caption, parse_phrases
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.image_names import ImageNameResolver, resolve_image_path
-from sca.io.images import read_image_file_size
 from sca.io.paths import expand_user, normalize_name
 from sca.io.validation import read_field, read_number_list, require_recorded_size
 
@@ -160,17 +159,6 @@ class Jsonl(TableDataset):
                     raise InputError(f"{location}: the image size is {size}, but an earlier line has {first_size}")
                 first_size = size
                 yield number, record, location
-
-    def _measure_image_file(self, name: str) -> tuple[int, int] | None:
-        """Return the width and height of an image file; None, and counted, if it is missing or unreadable."""
-        path = self._find_image_file(name)
-        if path is None:
-            return None
-        try:
-            return read_image_file_size(path)
-        except InputError as error:
-            self._skip_image("image unreadable", name, f"{name} ({error})", stop=False)
-            return None
 
     def _add_line(self, row: dict[str, Any], record: dict[str, Any], region_id: int, location: str) -> None:
         mask_value = record.get("mask")

@@ -15,7 +15,7 @@ from sca.data.conversion import ConvertedTable
 from sca.io.annotations.shapes import scale_region
 from sca.io.coordinates import compute_resize_factors
 from sca.io.errors import InputError
-from sca.io.images import open_image
+from sca.io.images import open_image, read_image_file_size
 
 
 class TableDataset(ConvertedTable):
@@ -112,6 +112,17 @@ class TableDataset(ConvertedTable):
     def _open_image(self, name: str) -> Image.Image:
         """Open an image by its name in the table. Raises InputError."""
         return open_image(self._resolve_image_path(name))
+
+    def _measure_image_file(self, name: str) -> tuple[int, int] | None:
+        """Return the width and height of an image file; None, and counted, if it is missing or unreadable."""
+        path = self._find_image_file(name)
+        if path is None:
+            return None
+        try:
+            return read_image_file_size(path)
+        except InputError as error:
+            self._skip_image("image unreadable", name, f"{name} ({error})", stop=False)
+            return None
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self):

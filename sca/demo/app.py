@@ -260,7 +260,14 @@ def build_page(
                 allow_custom_value=any_model,
                 elem_id="model",
             )
-            task = gr.Radio(list(TASKS), value="caption", label="Task", elem_id="task")
+            task = gr.Dropdown(
+                list(TASKS),
+                value="caption",
+                label="Task",
+                info="Or a further task of the model",
+                allow_custom_value=True,
+                elem_id="task",
+            )
             num_beams = gr.Slider(
                 1,
                 max(SLIDER_MAXIMA.num_beams, initial_values.num_beams),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, cast
 
 from sca_registry.contracts import ImageFormat
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ from transformers import Sam3TrackerModel
 
 from sca.io.errors import InputError
 from sca.io.hub import fetch_config_fields
+from sca.io.validation import check_choice
 from sca.nn.feature_packing import count_packed_channels, pack_feature_maps
 from sca.nn.sam2 import NUM_LEVELS, build_sam2_model, get_high_res_shapes, load_sam2_model
 
 SAM3_MEAN = SAM3_STD = (0.5, 0.5, 0.5)
+RESAMPLE_CHOICES = ("bilinear", "bicubic")
 
 
 class Sam2Encoder(nn.Module):
@@ -37,9 +39,10 @@ class Sam2Encoder(nn.Module):
         config: Fields of transformers' configuration that differ from its defaults.
         high_res_features: Include the features of higher resolutions. Without them, C = D: cached features are a
             quarter of the size, and the borders of masks are coarser.
+        resample: Interpolation used for resizing images; PAM uses "bicubic".
 
     Raises:
-        ValueError: Neither `weights` nor `config` is set, or the model type is unknown.
+        ValueError: Neither `weights` nor `config` is set, or the model type or `resample` is unknown.
         InputError: The weights belong to a different model.
     """
 
@@ -53,8 +56,10 @@ class Sam2Encoder(nn.Module):
         model_type: str | None = None,
         config: Mapping[str, Any] | None = None,
         high_res_features: bool = True,
+        resample: str = "bilinear",
     ):
         super().__init__()
+        check_choice("resample", resample, RESAMPLE_CHOICES)
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         self._config_source = (weights, revision, config)
@@ -73,7 +78,11 @@ class Sam2Encoder(nn.Module):
             self.high_res_projections.extend((model.mask_decoder.conv_s1, model.mask_decoder.conv_s0))
             self.high_res_shapes = get_high_res_shapes(self.image_channels)
         self.channels = count_packed_channels(self.image_channels, self.high_res_shapes)
-        self.image_format = ImageFormat(size=_get_side(prompt_config.image_size), resize_mode="stretch")
+        self.image_format = ImageFormat(
+            size=_get_side(prompt_config.image_size),
+            resample=cast("Literal['bilinear', 'bicubic']", resample),
+            resize_mode="stretch",
+        )
         if isinstance(model, Sam3TrackerModel):
             self.image_format = replace(self.image_format, mean=SAM3_MEAN, std=SAM3_STD)
         self.stride = _get_side(prompt_config.patch_size)

@@ -57,6 +57,7 @@ from sca.inference.engine import Engine
 from sca.inference.factory import load_captioner
 from sca.inference.generation_options import resolve_generation_options
 from sca.inference.predictor import Predictor
+from sca.inference.prompt_arguments import check_task
 from sca.inference.proposer import build_proposer
 from sca.inference.region_search import SEARCH_VERSION
 from sca.inference.text_search import check_can_find
@@ -254,6 +255,7 @@ def evaluate(
         resolve_generation_options(captioner, **requests)
         decoding = {name: value for name, value in prompting.generation.items() if name not in requests}
         check_generation("generation", decoding, captioner.model.language_model.generate)
+    check_task(prompting.caption_task, captioner)
     prompting_options: RecordPredictor = prompting
     if is_comprehension:
         check_can_find(captioner, model_name)
@@ -263,7 +265,9 @@ def evaluate(
         check_has_questions(built_dataset, dataset_name)
         prompting_options = QuestionAnsweringOptions(prompting)
     elif built_proposer is not None:
-        prompting_options = DenseCaptioningOptions(built_proposer, tuple(tasks), prompting.generation, prompting.zoom)
+        prompting_options = DenseCaptioningOptions(
+            built_proposer, tuple(tasks), prompting.generation, prompting.zoom, prompting.caption_task
+        )
     zoom = None if is_comprehension else resolve_zoom(captioner, prompting.zoom)
     proposer_hash = getattr(built_proposer, "weights_hash", None)
     run = {
@@ -279,6 +283,7 @@ def evaluate(
         **({"search_version": SEARCH_VERSION} if proposer_component else {}),
         **({"proposer_hash": proposer_hash} if proposer_hash else {}),
         "tasks": list(tasks),
+        **({"caption_task": prompting.caption_task} if prompting.caption_task != "caption" else {}),
         "controls": list(prompting.controls),
         "seed": prompting.seed,
         **({"zoom": asdict(zoom)} if zoom else {}),

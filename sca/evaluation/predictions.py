@@ -99,6 +99,8 @@ class PromptingOptions:
         seed: Random seed of point prompts and shifted regions.
         generation: Generation options of the captioner.
         zoom: Predict small regions from crops: "auto", "off" or the area of the largest in grid cells.
+        caption_task: Task of the captioner that generates the captions of the task "caption": a further task of a model
+            that has one, such as "detail".
 
     Raises:
         ValueError: An unknown prompt type, task or control, no task, an invalid value of `zoom`, or an option that has
@@ -111,6 +113,7 @@ class PromptingOptions:
     seed: int = 0
     generation: Mapping[str, Any] = field(default_factory=dict)
     zoom: ZoomValue = DEFAULT_ZOOM
+    caption_task: str = "caption"
 
     def __post_init__(self) -> None:
         check_zoom(self.zoom)
@@ -126,6 +129,11 @@ class PromptingOptions:
             raise ValueError(f"zoom {self.zoom} has no effect on the task {QUESTION_TASK}; omit it")
         if not self.tasks:
             raise ValueError(f"tasks is empty; choose one or more of {', '.join(TASKS)}")
+        if self.caption_task != "caption" and "caption" not in self.tasks:
+            raise ValueError(
+                f"caption_task {self.caption_task} has no effect on the task {self.tasks[0]}; omit it, or add the task "
+                "caption"
+            )
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         object.__setattr__(self, "controls", tuple(dict.fromkeys(self.controls)))
 
@@ -159,7 +167,8 @@ class PromptingOptions:
                     }
                     for (_, sample), prompts in zip(samples, control_prompts, strict=True)
                 ]
-                captions = control_images.caption_regions(requests, task, self.generation)
+                captioner_task = self.caption_task if task == "caption" else task
+                captions = control_images.caption_regions(requests, captioner_task, self.generation)
                 for position, (index, sample) in enumerate(samples):
                     for region in sample.regions:
                         if region.id in captions[position]:
@@ -225,19 +234,22 @@ class DenseCaptioningOptions:
         tasks: Tasks of `DENSE_TASKS`; one record per image each.
         generation: Generation options of the captioner.
         zoom: As in `PromptingOptions`.
+        caption_task: As in `PromptingOptions`.
     """
 
     proposer: Proposer
     tasks: tuple[str, ...] = ("dense",)
     generation: Mapping[str, Any] = field(default_factory=dict)
     zoom: ZoomValue = DEFAULT_ZOOM
+    caption_task: str = "caption"
 
     def predict_records(self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
         """Predict one record per image and task, in the order of `samples` (dataset index and sample of each image)."""
         return [record for index, sample in samples for record in self._predict_image(captioner, index, sample)]
 
     def _predict_image(self, captioner: Captioner, index: int, sample: Sample) -> list[dict[str, Any]]:
-        first_task, *other_tasks = (DENSE_TASKS[task] for task in self.tasks)
+        captioner_tasks = DENSE_TASKS | {"dense": self.caption_task}
+        first_task, *other_tasks = (captioner_tasks[task] for task in self.tasks)
         encoded_image = _EncodedImages(captioner, [sample.image], resolve_zoom(captioner, self.zoom))
         regions = self._caption_proposals(encoded_image, sample, first_task)
         prompts = {position: caption.prompt for position, caption in enumerate(regions)}

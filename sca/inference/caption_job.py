@@ -162,7 +162,7 @@ class CaptionJob:
         proposer: Proposer "NAME [key=value]..." that replaces the grid of points.
         text: Phrases that the proposer finds.
         max_regions: Maximum number of regions per image of a search; the best are kept.
-        task: "caption" or "recognition".
+        task: "caption", "recognition" or a further task of the model.
         generation_options: Options of `Predictor.predict`; None keeps the value of the model.
         zoom: Predict small regions from crops: "auto", "off" or the area of the largest in grid cells.
         batch_size: Images per encoder batch.
@@ -193,7 +193,6 @@ class CaptionJob:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        check_task(self.task)
         if any(self.generation_options.get(name) is not None for name in ("question", "length")):
             check_question_task(self.task)
         check_range("batch_size", self.batch_size, int, 1)
@@ -239,7 +238,7 @@ class CaptionJob:
         return [*prompt_files, *map(Path, self.masks), *map(Path, list_mask_files(self.regions)), *proposals]
 
     def load_captioner(self) -> Captioner:
-        """Set the random seed and load the captioner; `sca.load_captioner` lists the errors."""
+        """Set the random seed, load the captioner and check its task; `sca.load_captioner` lists further errors."""
         import torch
 
         from sca.inference.factory import load_captioner
@@ -247,7 +246,9 @@ class CaptionJob:
         torch.manual_seed(self.seed)
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
         options |= {"dtype": self.dtype} if self.dtype else {}
-        return load_captioner(self.model, resolve_device(self.device), **options)
+        captioner = load_captioner(self.model, resolve_device(self.device), **options)
+        check_task(self.task, captioner)
+        return captioner
 
     def _parse_proposer(self) -> ComponentSpec | None:
         return ComponentSpec.parse(self.proposer, "proposer", "proposers") if self.proposer else None

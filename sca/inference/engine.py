@@ -35,9 +35,9 @@ from sca.inference.processor import InputFrame, Processor
 from sca.inference.prompt_arguments import check_question_task, check_task
 from sca.io.masks import decode_rle, encode_rle, mask_to_box
 from sca.io.text import format_count
-from sca.language_models.questions import LENGTH_REQUESTS, EncodedQuestion, encode_question
+from sca.language_models.questions import LENGTH_REQUESTS, EncodedQuestion
 from sca.language_models.token_usage import count_tokens
-from sca.model import NON_FINITE_HINT, SegmentCaptioner
+from sca.model import NON_FINITE_HINT, SegmentCaptioner, count_rows_per_call
 from sca.nn.masks import select_best_masks
 from sca.uncertainty import pool_features
 
@@ -166,6 +166,11 @@ class MaskEngine(ABC):
         if self.model is None:
             raise AttributeError("a captioner without a segmenter has no device")
         return next(self.model.parameters()).device
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks."""
+        return TASKS
 
     @property
     def everything(self) -> EverythingOptions:
@@ -299,7 +304,7 @@ class MaskEngine(ABC):
         Args:
             image: Image, with the EXIF orientation applied.
             prompts: Prompts in image pixels. They are not checked against the image.
-            task: "caption" or "recognition".
+            task: One of `tasks`.
             **generation: As for `caption_batch`.
 
         Returns:
@@ -322,7 +327,7 @@ class MaskEngine(ABC):
         Args:
             encoded: Result of `encode` for B images.
             requests: Prompts of each of the B images, checked against its size.
-            task: "caption" or "recognition".
+            task: One of `tasks`.
             return_masks: Compute full-size masks. Without them, the caption of a point or mask prompt may have no box.
             **generation: Options returned by `sca.inference.generation_options.resolve_generation_options`. With a
                 `question` that refers to regions by number, each image has one caption.
@@ -346,7 +351,7 @@ class MaskEngine(ABC):
             encoded: Result of `encode` for one image.
             masks: Masks of the regions, copied to the captions.
             prompts: Prompt that the caption of each mask is generated from.
-            task: "caption" or "recognition".
+            task: One of `tasks`.
             **generation: As for `caption_batch`.
 
         Returns:
@@ -428,14 +433,18 @@ class Engine(MaskEngine):
         Raises:
             ValueError: The question is empty, refers to region 0, or is too long.
         """
-        encoded = encode_question(self.require_tokenizer(), question)
-        length = self.model.count_question_positions(encoded)
+        self.require_tokenizer()
+        length = self.model.count_question_positions(self.model.encode_question(question))
         max_positions = getattr(self.model.language_model, "max_positions", None)
         if max_positions is not None and length >= max_positions:
             raise ValueError(
                 f"the question and its regions have {length:,} tokens, but the language model reads at most "
                 f"{max_positions - 1:,}; shorten the question"
             )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.model.spec.task_names
 
     @property
     def everything(self) -> EverythingOptions:
@@ -518,7 +527,7 @@ class Engine(MaskEngine):
         return_masks: bool = True,
         **generation: Any,
     ) -> list[list[Caption]]:
-        check_task(task)
+        check_task(task, self)
         question, length = generation.pop("question", None), generation.pop("length", None)
         question = question if length is None else LENGTH_REQUESTS[length]
         if question is not None:
@@ -526,11 +535,16 @@ class Engine(MaskEngine):
                 return self._answer_about_regions(encoded, requests, question, task, return_masks, generation)
             questions = [[RegionQuestion(question, index) for index in range(len(request))] for request in requests]
             return self.answer_batch(encoded, requests, questions, task, return_masks=return_masks, **generation)
-        regions = self._embed_requests(encoded, requests, task, return_masks)
-        texts = self._generate_texts([region.prefix for region in regions], generation)
-        captions = iter(map(self._make_caption, regions, texts))
+        self.require_tokenizer()
+        task_prompt = self.model.encode_task_prompt(task)
+        captions: dict[int, Caption] = {}
+        for group in _group_regions(self._iter_embedded_regions(encoded, requests, task, return_masks, task_prompt)):
+            texts = self._generate_texts([region.prefix for _, region in group], generation)
+            for (index, region), each in zip(group, texts, strict=True):
+                captions[index] = self._make_caption(region, each)
+        ordered = (captions[index] for index in range(sum(map(len, requests))))
         return self.add_confidence(
-            [[next(captions) for _ in request] for request in requests], encoded, task, **generation
+            [[next(ordered) for _ in request] for request in requests], encoded, task, **generation
         )
 
     def _answer_about_regions(
@@ -577,7 +591,7 @@ class Engine(MaskEngine):
             encoded: Result of `encode` for B images.
             requests: Prompts of each of the B images, checked against its size.
             questions: Questions about the regions of each of the B images.
-            task: Task whose learned tokens precede the region.
+            task: Task whose learned tokens precede the region. The question replaces the prompt of a task without them.
             return_masks: As for `caption_batch`.
             **generation: As for `caption_batch`.
 
@@ -588,8 +602,9 @@ class Engine(MaskEngine):
             ValueError: A question is empty, or refers to a region that does not exist.
         """
         check_question_task(task)
-        tokenizer = self.require_tokenizer()
-        regions = iter(self._embed_requests(encoded, requests, task, return_masks))
+        self.require_tokenizer()
+        embedded = dict(self._iter_embedded_regions(encoded, requests, task, return_masks))
+        regions = (embedded[index] for index in range(len(embedded)))
         answered_regions, prefixes = [], []
         encoded_questions: dict[str, EncodedQuestion] = {}
         for request, image_questions in zip(requests, questions, strict=True):
@@ -599,7 +614,7 @@ class Engine(MaskEngine):
                 question = encoded_questions.get(text)
                 if question is None:
                     self.check_question(text)
-                    question = encoded_questions[text] = encode_question(tokenizer, text)
+                    question = encoded_questions[text] = self.model.encode_question(text)
                 if image_prefix is None or not (question.regions or 0 <= index < len(request)):
                     raise ValueError(
                         f"the question {text!r:.60} is about region {index + 1}, but the image has "
@@ -647,19 +662,25 @@ class Engine(MaskEngine):
             for caption, (rle, predicted_iou) in captions_with_masks
         ]
 
-    def _embed_requests(
-        self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]], task: str, return_masks: bool
-    ) -> list[EmbeddedRegion]:
-        """Return the prefix, mask and predicted IoU of each prompt, in flat order."""
+    def _iter_embedded_regions(
+        self,
+        encoded: EncodedImages,
+        requests: Sequence[Sequence[Prompt]],
+        task: str,
+        return_masks: bool,
+        task_prompt: EncodedQuestion | None = None,
+    ) -> Iterator[tuple[int, EmbeddedRegion]]:
+        """Yield the prefix with the prompt of the task, mask and predicted IoU of each prompt, with its flat index."""
         flat_requests = [(index, prompt) for request in requests for index, prompt in enumerate(request)]
-        regions: dict[int, EmbeddedRegion] = {}
         prepared = None
         for indices, chunk, segmenter_output in self.iter_segmented_chunks(encoded, requests):
             prepared = self.model.prepare_mixer(segmenter_output) if prepared is None else prepared
-            task_ids = torch.full((len(chunk),), TASKS.index(task), device=self.device)
+            task_ids = torch.full((len(chunk),), self.tasks.index(task), device=self.device)
             queries = self.model.mix(segmenter_output, prepared)
             geometry = self.model.compute_geometry(segmenter_output, chunk)
             prefix = self.model.build_prefix(queries, task_ids, geometry)
+            if task_prompt is not None:
+                prefix = self.model.append_question(prefix, task_prompt)
             rles: Iterable[dict[str, Any] | None] = [None] * len(chunk)
             ious: Sequence[float | None] = [None] * len(chunk)
             if segmenter_output.masks is not None and return_masks:
@@ -668,11 +689,12 @@ class Engine(MaskEngine):
                 rles = self._iter_rles(best_logits, chunk.image_index, encoded.frames)
             if segmenter_output.iou_scores is not None:
                 ious = clamp_ious(segmenter_output.iou_scores.amax(1))
+            regions = []
             for index, row, rle, iou in zip(indices, prefix, rles, ious, strict=True):
                 region_id, prompt = flat_requests[index]
-                regions[index] = EmbeddedRegion(prompt, region_id, row, rle, iou)
-            del segmenter_output  # its grids are large, and generation needs the memory
-        return [regions[index] for index in range(len(flat_requests))]
+                regions.append((index, EmbeddedRegion(prompt, region_id, row, rle, iou)))
+            del segmenter_output, queries, prefix  # they are large, and generation needs the memory
+            yield from regions
 
     def _generate_texts(self, prefixes: Sequence[Tensor], generation: Mapping[str, Any]) -> list[GeneratedTexts]:
         """Generate a caption or an answer after each prefix (K, E), in batches of prefixes of the same length."""
@@ -705,6 +727,18 @@ class Engine(MaskEngine):
                 "`sca import MODEL OUT --tokenizer FOLDER`, or use SegmentCaptioner.generate"
             )
         return tokenizer
+
+
+def _group_regions(regions: Iterable[tuple[int, EmbeddedRegion]]) -> Iterator[list[tuple[int, EmbeddedRegion]]]:
+    """Yield groups of regions, each for one call of the language model, in the order of their indices."""
+    group: list[tuple[int, EmbeddedRegion]] = []
+    for index, region in regions:
+        group.append((index, region))
+        if len(group) >= count_rows_per_call(len(region.prefix)):
+            yield sorted(group, key=lambda pair: pair[0])
+            group = []
+    if group:
+        yield sorted(group, key=lambda pair: pair[0])
 
 
 def clamp_ious(scores: Tensor) -> list[Any]:

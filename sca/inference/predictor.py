@@ -129,7 +129,7 @@ class Predictor:
             boxes: (N, 4) x1, y1, x2, y2, clipped to the image; each box is one region.
             points: (N, 2) x, y; each foreground point is one region.
             masks: (height, width) arrays or COCO RLEs; each mask is one region.
-            task: "caption", or "recognition" for a class name.
+            task: "caption", "recognition" for a class name, or a further task of the model.
             max_new_tokens: Maximum number of tokens per caption.
             num_beams: Number of beams.
             num_captions: Captions per region; all but the best are in `Caption.alternatives`. Without sampling,
@@ -314,7 +314,7 @@ class Predictor:
         Args:
             images: Images as for `set_image`, encoded in batches of `ENCODE_BATCH_SIZE`.
             prompts: One list of prompts per image; a list can be empty.
-            task: "caption", or "recognition" for class names.
+            task: "caption", "recognition" for class names, or a further task of the model.
             max_new_tokens: Maximum number of tokens per caption.
             num_beams: Number of beams.
             num_captions: Captions per region; all but the best are in `Caption.alternatives`. Without sampling,
@@ -337,7 +337,7 @@ class Predictor:
                 range, or an image or its prompts are invalid. In the last case, the message contains the index of the
                 image.
         """
-        check_task(task)
+        check_task(task, self.engine)
         if not isinstance(images, Sequence | np.ndarray) or not isinstance(prompts, Sequence):
             raise ValueError("images and prompts must be lists, with one list of prompts per image")
         if len(images) != len(prompts):

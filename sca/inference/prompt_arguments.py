@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from sca_registry.contracts import TASKS, Prompt
+from sca_registry.errors import make_unknown_name_error
 
 from sca.io.errors import InputError
 from sca.io.masks import RLE, decode_rle, parse_rle
@@ -98,17 +99,19 @@ def _to_list(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else values
 
 
-def check_task(task: str) -> None:
+def check_task(task: str, captioner: Any = None) -> None:
     """Check the name of a task.
 
     Args:
         task: Name of the task.
+        captioner: Captioner, whose attribute `tasks` names its tasks; without it, they are `TASKS`.
 
     Raises:
-        ValueError: The task is unknown.
+        ValueError: The captioner does not have the task.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; choose from {', '.join(map(repr, TASKS))}")
+    names = getattr(captioner, "tasks", TASKS)
+    if task not in names:
+        raise make_unknown_name_error(f"unknown task {task!r}", str(task), names)
 
 
 def check_question_task(task: str) -> None:
@@ -120,6 +123,5 @@ def check_question_task(task: str) -> None:
     Raises:
         ValueError: The task is not "caption".
     """
-    check_task(task)
     if task != "caption":
         raise ValueError(f"the task {task} cannot be combined with a question or a length; omit one of them")

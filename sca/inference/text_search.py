@@ -26,7 +26,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from sca_registry.contracts import TASKS, Caption, Prompt, Proposals
+from sca_registry.contracts import Caption, Prompt, Proposals
 from sca_registry.spec import EverythingOptions
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,7 +35,7 @@ from sca.inference.engine import EncodedImages, Engine, MaskEngine, PredictedMas
 from sca.inference.region_search import find_everything, select_region_proposals
 from sca.io.errors import InputError
 from sca.io.masks import mask_to_box
-from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner, check_finite_scores
+from sca.model import SegmentCaptioner, check_finite_scores, count_rows_per_call
 from sca.nn.geometry import WHOLE_IMAGE
 
 MAX_SKIPPED_TOKENS = 3  # tokens of a caption that a text may leave out in a row
@@ -49,7 +49,7 @@ class RegionIndex:
     Args:
         model: Model, in eval mode.
         prefix: (N, K, E) prefixes of the regions.
-        task_id: Task of the prefixes.
+        task: Task of the prefixes.
 
     Attributes:
         model: Model.
@@ -58,12 +58,12 @@ class RegionIndex:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: SegmentCaptioner, prefix: Tensor, task_id: int = TASKS.index("caption")):
+    def __init__(self, model: SegmentCaptioner, prefix: Tensor, task: str = "caption"):
         self.model = model
         queries = prefix.new_zeros(1, model.mixer.num_queries, model.mixer.hidden_size)
-        task_ids = torch.tensor([task_id], device=prefix.device)
+        task_ids = torch.tensor([model.spec.task_names.index(task)], device=prefix.device)
         geometry = None if model.geometry is None else WHOLE_IMAGE.to(prefix.device)
-        no_image = model.build_prefix(queries, task_ids, geometry)
+        no_image = model.append_task_prompt(model.build_prefix(queries, task_ids, geometry), task)
         self.prefix = torch.cat((no_image, prefix))  # (1 + N, K, E)
         options = {"num_beams": 1, "num_captions": 1, "do_sample": False}
         generated = model.generate_from_prefix(self.prefix, **options)
@@ -151,7 +151,8 @@ class RegionIndex:
     def _compute_caption_states(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """Return (1 + N, T, E) states; state j predicts token j of the caption, and the last one what follows it."""
         ids, attention_mask = _pad_tokens([[*ids, 0] for ids in token_ids], self.prefix.device)  # the 0 is not read
-        chunks = zip(*(each.split(MAX_SEQUENCES_PER_CALL) for each in (self.prefix, ids, attention_mask)), strict=True)
+        rows = count_rows_per_call(self.prefix.shape[1])
+        chunks = zip(*(each.split(rows) for each in (self.prefix, ids, attention_mask)), strict=True)
         return torch.cat([self.model.compute_caption_states(*chunk) for chunk in chunks])
 
     def _compute_log_probs(self, states: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ class RegionIndex:
     def _count_rows_per_chunk(self, length: int) -> int:
         vocabulary_log_probs = self._compute_log_probs(self._caption_states[:1, :1])
         rows = LOG_PROB_BYTES_PER_CHUNK // (vocabulary_log_probs.nbytes * length)
-        return min(max(1, rows), MAX_SEQUENCES_PER_CALL)
+        return min(max(1, rows), count_rows_per_call(self.prefix.shape[1]))
 
 
 def encode_text(model: SegmentCaptioner, text: str) -> list[int]:
@@ -183,7 +184,10 @@ def encode_text(model: SegmentCaptioner, text: str) -> list[int]:
         raise InputError("the text is empty; pass a word or a phrase, such as 'a red circle'")
     token_ids = tokenizer.encode(" ".join(text.split()))[:-1]
     max_positions = getattr(model.language_model, "max_positions", None)
-    if max_positions is not None and len(token_ids) > (max_tokens := max_positions - model.prefix_length + 1):
+    if max_positions is None:
+        return token_ids
+    max_tokens = max_positions - model.count_prefix_positions() + 1
+    if len(token_ids) > max_tokens:
         raise InputError(f"the text has {len(token_ids)} tokens, but the model reads at most {max_tokens}; shorten it")
     return token_ids
 
@@ -245,12 +249,12 @@ def index_regions(
         engine: Engine of the model.
         encoded: Result of `engine.encode` for B images.
         requests: Prompts of each of the B images, checked against its size. At least one prompt.
-        task: "caption" or "recognition".
+        task: One of the tasks of the model.
 
     Returns:
         The index of the regions in the flat order of `requests`.
     """
-    model, task_id = engine.model, TASKS.index(task)
+    model, task_id = engine.model, engine.tasks.index(task)
     prepared = None
     indices: list[int] = []
     prefixes: list[Tensor] = []
@@ -258,10 +262,11 @@ def index_regions(
         prepared = model.prepare_mixer(segmenter_output) if prepared is None else prepared
         task_ids = torch.full((len(chunk_indices),), task_id, device=engine.device)
         geometry = model.compute_geometry(segmenter_output, chunk)
-        prefixes.append(model.build_prefix(model.mix(segmenter_output, prepared), task_ids, geometry))
+        prefix = model.build_prefix(model.mix(segmenter_output, prepared), task_ids, geometry)
+        prefixes.append(model.append_task_prompt(prefix, task))
         indices += chunk_indices
     order = torch.tensor(indices, device=engine.device).argsort()
-    return RegionIndex(model, torch.cat(prefixes)[order], task_id)
+    return RegionIndex(model, torch.cat(prefixes)[order], task)
 
 
 def find_regions(

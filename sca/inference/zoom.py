@@ -63,7 +63,7 @@ def caption_regions(
         engine: Engine.
         encoded: Result of `engine.encode` for B images.
         requests: Prompts of each of the B images, checked against its size.
-        task: "caption" or "recognition".
+        task: "caption", "recognition" or a further task of the captioner.
         zoom: Result of `resolve_zoom`; None captions all regions from the images.
         encode_crops: Function that encodes crops; None to encode them here.
         **generation: As for `MaskEngine.caption_batch`.
@@ -116,7 +116,7 @@ def caption_masks(
         encoded: Result of `engine.encode` for one image.
         masks: Masks of the regions.
         prompts: Prompt that the caption of each mask is generated from.
-        task: "caption" or "recognition".
+        task: "caption", "recognition" or a further task of the captioner.
         zoom: Result of `resolve_zoom`; None captions all regions from the image.
         encode_crops: Function that encodes crops; None to encode them here.
         **generation: As for `MaskEngine.caption_batch`.

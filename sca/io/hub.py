@@ -260,12 +260,14 @@ def download_model_files(
 
 
 def list_usage_terms(name: str) -> list[str]:
-    """List the usage terms in the cards of a Hub id, to show before a download."""
-    from sca_registry import REGISTRIES
+    """List the usage terms of a Hub id, in its cards and in the zoo, to show before a download."""
+    from sca_registry import REGISTRIES, zoo
 
     cards = [registry.get_card(part) for registry in REGISTRIES.values() for part in registry.list_names()]
     matching_cards = [card for card in cards if card.terms and card.options.get("weights") == name]
-    return [f"{name} ({card.license}): {card.terms}" for card in matching_cards][:1]
+    entry = zoo.find_hub_entry(name)
+    matching: list[Any] = [*matching_cards, *([entry] if entry is not None and entry.is_research_only else [])]
+    return [f"{name} ({each.license}): {each.terms}" for each in matching][:1]
 
 
 def fetch_weight_file(source: str | Path, revision: str | None = None, prefix: str = "") -> Path:
@@ -557,6 +559,12 @@ def _translate_hub_errors(name: str, revision: str | None) -> Iterator[None]:
         ) from error
 
 
+def is_cached(name: str, revision: str | None = None, prefix: str = "") -> bool:
+    """Return whether the complete weights of a Hub id are in the cache; the arguments are those of the download."""
+    folder = _find_cached_folder(name, revision or get_pinned_commit(name), prefix)
+    return folder is not None and has_complete_weights(folder, prefix)
+
+
 def _find_cached_folder(name: str, revision: str | None, prefix: str) -> Path | None:
     """Return the folder of a Hub id in the cache, complete or not."""
     for file in (f"{prefix}config.json", NATIVE_SPEC_FILE, "tokenizer.json", "tokenizer_config.json"):
@@ -565,5 +573,5 @@ def _find_cached_folder(name: str, revision: str | None, prefix: str) -> Path | 
         except HFValidationError:  # not a Hub id
             return None
         if isinstance(cached_path, str):
-            return Path(cached_path).parent
+            return Path(cached_path).parents[file.count("/")]
     return None

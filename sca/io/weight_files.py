@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import safe_open
 
@@ -29,7 +29,15 @@ SPECIAL_TOKEN_ID_FIELDS = (
     "decoder_start_token_id",
     "forced_bos_token_id",
 )
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # any of these makes a tokenizer
+
+
+class TensorInfo(NamedTuple):
+    """Dtype, such as "float32", and shape of a tensor in a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def check_regular_files(folder: Path) -> None:
@@ -60,7 +68,7 @@ def find_weight_files(folder: Path, prefix: str = "") -> list[Path] | None:
         if (folder / name).is_file():
             return [folder / name]
         if (folder / f"{name}.index.json").is_file():
-            shards = [folder / shard for shard in _read_shard_names(folder / f"{name}.index.json")]
+            shards = [(folder / name).parent / shard for shard in _read_shard_names(folder / f"{name}.index.json")]
             return shards if all(shard.is_file() for shard in shards) else None
     return None
 
@@ -115,6 +123,35 @@ def read_tensor_names(file: Path) -> list[str]:
         return list(torch.load(file, "meta", weights_only=True))
     with safe_open(file, framework="pt") as tensors:
         return list(tensors.keys())
+
+
+def read_tensor_infos(file: Path) -> dict[str, TensorInfo]:
+    """Read the dtype and shape of each tensor of a weight file, without their content.
+
+    Args:
+        file: Weight file.
+
+    Returns:
+        Dtypes and shapes by name.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    import torch
+
+    with translate_load_errors(file):
+        if file.suffix != ".safetensors":
+            tensors = torch.load(file, "meta", weights_only=True)
+            return {
+                name: TensorInfo(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+                for name, tensor in tensors.items()
+            }
+        with safe_open(file, framework="pt") as reader:
+            slices = {name: reader.get_slice(name) for name in list(reader.keys())}
+            return {
+                name: TensorInfo(SAFETENSORS_DTYPES.get(each.get_dtype(), each.get_dtype()), tuple(each.get_shape()))
+                for name, each in slices.items()
+            }
 
 
 def read_token_ids(folder: Path) -> dict[str, int | list[int]]:

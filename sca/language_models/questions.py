@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sca_registry.contracts import REGION_PATTERN, Tokenizer, list_region_references
+from sca_registry.spec import IMAGE_MARK, PROMPT_MARK
 
 LENGTH_REQUESTS = {  # texts that follow the prefix, by length of the caption
     "short": "describe it in one to three words.",
@@ -45,13 +46,15 @@ def classify_length(text: str) -> str:
     return "short" if num_words <= MAX_SHORT_WORDS else "phrase" if num_words <= MAX_PHRASE_WORDS else "full"
 
 
-def encode_question(tokenizer: Tokenizer, question: str) -> EncodedQuestion:
-    """Convert a question to token ids, with the chat template of the tokenizer if it has one.
+def encode_question(tokenizer: Tokenizer, question: str, template: str | None = None) -> EncodedQuestion:
+    """Convert a question, or the prompt of a task, to token ids.
 
     Args:
         tokenizer: Tokenizer of the language model. A method `format_question(question)` returns the texts before and
             after the visual prefix.
         question: Text; every "<region n>" is replaced by the embeddings of that region.
+        template: Text around the visual prefix and the question, see `ModelSpec.prompt_template`; None for the chat
+            template of the tokenizer, if it has one.
 
     Returns:
         Token ids.
@@ -65,7 +68,11 @@ def encode_question(tokenizer: Tokenizer, question: str) -> EncodedQuestion:
         raise ValueError("the question refers to <region 0>; regions are counted from 1")
     question = " ".join(question.split())
     format_question = getattr(tokenizer, "format_question", None)
-    before, after = ("", question) if format_question is None else format_question(question)
+    if template is not None:
+        before, _, after = template.partition(IMAGE_MARK)
+        after = after.replace(PROMPT_MARK, question)
+    else:
+        before, after = ("", question) if format_question is None else format_question(question)
     *leading, last_text = REGION_PATTERN.split(after)  # texts alternate with numbers
     pieces = [
         [-int(piece)] if index % 2 else _encode_text(tokenizer, piece.rstrip()) for index, piece in enumerate(leading)

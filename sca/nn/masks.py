@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from sca.nn.region_batch import iter_rows_by_image
 
+STABILITY_OFFSET, STABILITY_THRESHOLD = 0.05, 0.98  # of all published SAM 2 checkpoints
+
 
 def pool_under_masks(image_embeddings: Tensor, image_index: Tensor, weights: Tensor) -> Tensor:
     """Average the features of each region's image under its mask.
@@ -48,6 +50,34 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
         last = torch.where(is_occupied, cells + 1, 0).amax(1)
         spans += [torch.minimum(first, last), last]
     return torch.stack((spans[0], spans[2], spans[1], spans[3]), dim=1).float()
+
+
+def compute_stability_scores(logits: Tensor, offset: float) -> Tensor:
+    """Return the IoU of masks (N, h, w) cut at `offset` and at `-offset`, (N,); 1 for empty masks."""
+    intersection = (logits > offset).sum((1, 2)).float()
+    union = (logits > -offset).sum((1, 2)).float()
+    return torch.where(union > 0, intersection / union, 1.0)
+
+
+def select_stable_masks(
+    masks: Tensor,
+    scores: Tensor,
+    offset: float = STABILITY_OFFSET,
+    threshold: float = STABILITY_THRESHOLD,
+) -> Tensor:
+    """Select the single mask of each region if it is stable, else the best of the others, as SAM 2 (arXiv 2408.00714).
+
+    Args:
+        masks: (N, M + 1, h, w) logits, the single mask first.
+        scores: (N, M + 1) predicted IoU.
+        offset: Offset of the logits for the stability score.
+        threshold: Minimum stability score of a stable mask.
+
+    Returns:
+        Index of the selected mask of each region, (N,).
+    """
+    is_stable = compute_stability_scores(masks[:, 0], offset) >= threshold
+    return torch.where(is_stable, 0, 1 + scores[:, 1:].argmax(dim=1))
 
 
 def select_best_masks(masks: Tensor, scores: Tensor) -> Tensor:

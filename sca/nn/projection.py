@@ -13,13 +13,14 @@ class Projection(nn.Sequential):
     Args:
         in_features: D.
         out_features: E.
-        type: "linear" for one linear layer, "mlp" for three with GELU in between.
+        type: "linear" for one linear layer, "mlp" for three with GELU in between, "none" for no layer.
         norm: LayerNorm before ("pre"), after ("post") or on both sides ("both") of the layers; "none" for no norm.
     """
 
     def __init__(self, in_features: int, out_features: int, type: str = "linear", norm: str = "none"):
         layers: list[nn.Module] = [nn.LayerNorm(in_features)] if norm in ("pre", "both") else []
-        layers.append(nn.Linear(in_features, out_features))
+        if type != "none":
+            layers.append(nn.Linear(in_features, out_features))
         if type == "mlp":
             layers += [
                 nn.GELU(),

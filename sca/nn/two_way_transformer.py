@@ -117,13 +117,16 @@ class TwoWayTransformer(TwoWayForward, SamTwoWayTransformer):  # type: ignore[mi
         depth: Layers.
         num_heads: Attention heads.
         mlp_dim: MLP width.
+        layer_norm_eps: Epsilon of the LayerNorms in the layers; that of the last one is 1e-5.
 
     Raises:
         ValueError: `hidden_size` is not a multiple of `2 * num_heads`.
     """
 
-    def __init__(self, hidden_size: int, depth: int, num_heads: int = 8, mlp_dim: int = 2048):
-        super().__init__(build_decoder_config(hidden_size, depth, num_heads, mlp_dim))
+    def __init__(
+        self, hidden_size: int, depth: int, num_heads: int = 8, mlp_dim: int = 2048, layer_norm_eps: float = 1e-6
+    ):
+        super().__init__(build_decoder_config(hidden_size, depth, num_heads, mlp_dim, layer_norm_eps=layer_norm_eps))
 
 
 def _should_fuse(grid: Tensor) -> bool:

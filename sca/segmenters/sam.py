@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from sca_registry.contracts import Encoder, MaskTargets, PromptBatch, SegmenterOutput
+from sca_registry.contracts import Encoder, MaskCandidates, MaskTargets, PromptBatch, SegmenterOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
@@ -68,6 +68,7 @@ class SamSegmenter(nn.Module):
         weights: Hub id or folder.
         revision: Revision of the Hub id.
         pretrained: Load pretrained weights; False initializes randomly.
+        single_mask: Return the single mask of each region even if all candidate masks are requested.
     """
 
     # `default_segmenter` of the encoders whose weights contain those of the segmenter
@@ -91,8 +92,10 @@ class SamSegmenter(nn.Module):
         weights: str | None = None,
         revision: str | None = None,
         pretrained: bool = True,
+        single_mask: bool = False,
     ):
         super().__init__()
+        self.single_mask = single_mask
         self.image_size: int = encoder.image_format.size
         self.grid_size: int = self.image_size // encoder.stride
         self.box_masks = False  # or as `load_modules` sets it
@@ -206,6 +209,8 @@ class SamSegmenter(nn.Module):
         high_res_features = self.prepare_high_res_features(image_embeddings, high_res_features)
         masks, iou_scores = self.decode_masks(tokens, grid, prompts.image_index, high_res_features)
         mask_tokens = tokens[:, 1 : 1 + len(self.decoder.mask_tokens.weight)]
+        candidates = MaskCandidates(masks, iou_scores, mask_tokens)
+        multimask_output = multimask_output and not self.single_mask
         masks, iou_scores, mask_tokens = self.select_masks(masks, iou_scores, mask_tokens, multimask_output)
         return SegmenterOutput(
             image_index=prompts.image_index,
@@ -219,7 +224,8 @@ class SamSegmenter(nn.Module):
             grid=grid,
             masks=masks,
             iou_scores=iou_scores,
-            boxes=prompts.boxes if prompts.boxes is not None else self._compute_boxes(masks, iou_scores),
+            boxes=prompts.boxes if prompts.boxes is not None else self.compute_boxes(masks, iou_scores),
+            candidates=candidates,
         )
 
     def get_output_tokens(self) -> Tensor:
@@ -325,7 +331,8 @@ class SamSegmenter(nn.Module):
         upscaled = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(grid)))
         return decoder.activation(decoder.upscale_conv2(upscaled))
 
-    def _compute_boxes(self, masks: Tensor, scores: Tensor) -> Tensor:
+    def compute_boxes(self, masks: Tensor, scores: Tensor) -> Tensor:
+        """Return the boxes of the best masks in pixels of the model input, (N, 4)."""
         return masks_to_boxes(select_best_masks(masks.detach(), scores) > 0) * (self.image_size / masks.shape[-1])
 
     def compute_losses(self, regions: SegmenterOutput, targets: MaskTargets) -> dict[str, Tensor]:

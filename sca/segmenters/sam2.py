@@ -10,14 +10,17 @@ import copy
 from dataclasses import replace
 
 import torch
-from sca_registry.contracts import PromptBatch
+from sca_registry.contracts import PromptBatch, SegmenterOutput
 from torch import Tensor, nn
 from transformers import Sam2MaskDecoderConfig, Sam2PromptEncoderConfig, SamMaskDecoderConfig
 from transformers.models.sam2.modeling_sam2 import Sam2MaskDecoder, Sam2PromptEncoder
 
+from sca.nn.masks import select_stable_masks
 from sca.nn.sam2 import load_sam2_model
 from sca.nn.two_way_transformer import TwoWayForward
 from sca.segmenters.sam import SamSegmenter
+
+NO_OBJECT_LOGIT = -1024.0  # logits of the mask of an object that is not in the image
 
 
 class Sam2Segmenter(SamSegmenter):
@@ -76,6 +79,23 @@ class Sam2Segmenter(SamSegmenter):
             prompts = replace(prompts, points=no_point, labels=no_point[..., 0] - 1)
         return super().embed_prompts(prompts)
 
+    def forward(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
+        """Segment prompted regions as `SamSegmenter.forward` does.
+
+        With the option `single_mask`, the mask of an object that is not in the image is empty, as in SAM 2's video
+        predictor.
+        """
+        regions = super().forward(features, prompts, multimask_output)
+        if not self.single_mask:
+            return regions
+        assert regions.masks is not None  # see `SamSegmenter.forward`
+        assert regions.iou_scores is not None
+        object_token = regions.tokens[:, len(super().get_output_tokens())]
+        is_object = self.decoder.pred_obj_score_head(object_token) > 0  # (N, 1)
+        masks = torch.where(is_object[..., None, None], regions.masks, NO_OBJECT_LOGIT)
+        boxes = regions.boxes if prompts.boxes is not None else self.compute_boxes(masks, regions.iou_scores)
+        return replace(regions, masks=masks, boxes=boxes)
+
     def upscale_grid(self, grid: Tensor, image_index: Tensor, high_res_features: tuple[Tensor, ...]) -> Tensor:
         """Upscale the grids of N regions, adding high-resolution features: (N, D, h, w) -> (N, D/8, 4h, 4w)."""
         middle, high = high_res_features or (None, None)
@@ -89,26 +109,21 @@ class Sam2Segmenter(SamSegmenter):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Select all candidate masks of each region, or one.
 
-        The one is the single mask. In inference, if it is unstable, it is the best of the others.
+        The one is the single mask. In inference, if it is unstable, it is the best of the others, except with the
+        option `single_mask`.
         """
         config = self.decoder.config
-        if multimask_output or self.training or not config.dynamic_multimask_via_stability:
+        is_fixed = multimask_output or self.single_mask or self.training
+        if is_fixed or not config.dynamic_multimask_via_stability:
             return super().select_masks(masks, iou_scores, mask_tokens, multimask_output)
-        stability = compute_stability_scores(masks[:, 0], config.dynamic_multimask_stability_delta)
-        is_stable = stability >= config.dynamic_multimask_stability_thresh
-        selected = torch.where(is_stable, 0, 1 + iou_scores[:, 1:].argmax(dim=1))
+        selected = select_stable_masks(
+            masks, iou_scores, config.dynamic_multimask_stability_delta, config.dynamic_multimask_stability_thresh
+        )
         rows = torch.arange(len(masks), device=masks.device)
         masks, iou_scores, mask_tokens = (
             values[rows, selected].unsqueeze(1) for values in (masks, iou_scores, mask_tokens)
         )
         return masks, iou_scores, mask_tokens
-
-
-def compute_stability_scores(logits: Tensor, offset: float) -> Tensor:
-    """Return the IoU of masks (N, h, w) cut at `offset` and at `-offset`, (N,); 1 for empty masks."""
-    intersection = (logits > offset).sum((1, 2)).float()
-    union = (logits > -offset).sum((1, 2)).float()
-    return torch.where(union > 0, intersection / union, 1.0)
 
 
 def _prepare_decoder(decoder: nn.Module) -> nn.Module:

@@ -31,7 +31,7 @@ from sca.serve.chat_messages import (
     split_turns,
 )
 from sca.serve.errors import ApiError
-from sca.serve.limits import MAX_BEAMS, MAX_NEW_TOKENS, MAX_SEED, MAX_TEXT_LENGTH, MIN_SEED
+from sca.serve.limits import MAX_BEAMS, MAX_NEW_TOKENS, MAX_SEED, MAX_TASK_LENGTH, MAX_TEXT_LENGTH, MIN_SEED
 from sca.serve.schema import CaptionRequest, ErrorResponse, RegionPrompt, add_body_schema
 from sca.serve.service import (
     ERROR_RESPONSES,
@@ -96,8 +96,11 @@ class ChatRequest(RegionPrompt):
         Field(min_length=1, max_length=1000, description="Conversation; the last image and its region are captioned."),
     ]
     task: Annotated[
-        Literal["caption", "recognition"],
-        Field(description="Generate a caption (`caption`) or a class name (`recognition`)."),
+        str,
+        Field(
+            max_length=MAX_TASK_LENGTH,
+            description="Generate a caption (`caption`) or a class name (`recognition`), or another task of the model.",
+        ),
     ] = "caption"
     n: Annotated[StrictInt | None, Field(ge=1, le=MAX_BEAMS, description="Number of captions, best first.")] = None
     max_tokens: Annotated[

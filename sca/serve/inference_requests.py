@@ -49,7 +49,7 @@ class InferenceRequest:
         image: Image, with the EXIF orientation applied.
         prompts: Regions in image pixels, checked by `sca.io.prompts.check_prompt`.
         everything: Options of a search that finds the regions; None for `prompts`.
-        task: "caption" or "recognition".
+        task: "caption", "recognition" or a further task of the captioner.
         generation: Options returned by `sca.inference.generation_options.resolve_generation_options`.
         return_masks: Return the masks of `prompts`.
         return_candidates: Return all candidate masks of each prompt.

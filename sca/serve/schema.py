@@ -17,6 +17,7 @@ from sca.serve.limits import (
     MAX_NEW_TOKENS,
     MAX_POINTS_PER_SIDE,
     MAX_SEED,
+    MAX_TASK_LENGTH,
     MAX_TEXT_LENGTH,
     MIN_SEED,
 )
@@ -162,8 +163,11 @@ class CaptionRequest(StrictModel):
         ),
     ] = None
     task: Annotated[
-        Literal["caption", "recognition"],
-        Field(description="Generate captions (`caption`) or class names (`recognition`)."),
+        str,
+        Field(
+            max_length=MAX_TASK_LENGTH,
+            description="Generate captions (`caption`) or class names (`recognition`), or another task of the model.",
+        ),
     ] = "caption"
     question: Annotated[
         str | None,

@@ -82,7 +82,7 @@ class Example:
     input_ids: list[list[int]]  # T texts
     questions: list[
         EncodedQuestion | None
-    ]  # T questions that the texts answer; the id -n is region n - 1 of this image
+    ]  # T questions that the texts answer, or prompts of tasks; the id -n is region n - 1 of this image
     task_ids: Tensor  # (T,)
     region_index: Tensor  # (T,) region of each text, in 0..R-1
     image_boxes: Tensor  # (R, 4) whole image that the phrases of the region refer to; larger than a crop
@@ -121,6 +121,8 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         phrase_mode: "dataset" or "template", see `DataSource`.
         class_name_task: Task of class names, see `DataSource`.
         cache: Cached features to return instead of pixel values.
+        prompt_template: Text around questions, see `ModelSpec.prompt_template`.
+        task_prompts: Prompt by task id; empty for a model with learned task tokens.
     """
 
     def __init__(
@@ -136,6 +138,8 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         phrase_mode: str = "dataset",
         class_name_task: str = "recognition",
         cache: FeatureCache | None = None,
+        prompt_template: str | None = None,
+        task_prompts: Sequence[EncodedQuestion] = (),
     ):
         self.dataset = dataset
         self.processor = processor
@@ -148,6 +152,8 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         self.phrase_mode = phrase_mode
         self.class_name_task = class_name_task
         self.cache = cache
+        self.prompt_template = prompt_template
+        self.task_prompts = task_prompts
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=int))
 
     def __len__(self) -> int:
@@ -248,7 +254,7 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
             valid_pixels=self.processor.compute_valid_cells(frame),
             has_mask=torch.tensor([r.mask is not None for r in regions], dtype=torch.bool),
             input_ids=[self.tokenizer.encode(text, self.sampling_options.max_tokens) for _, _, text, _ in texts],
-            questions=[self._encode_question(question) for *_, question in texts],
+            questions=[self._encode_question(question, task) for _, task, _, question in texts],
             task_ids=torch.tensor([task for _, task, _, _ in texts], dtype=torch.long),
             region_index=torch.tensor([index for index, *_ in texts], dtype=torch.long),
             image_boxes=torch.tensor([each.whole_image_box for each in region_frames]).reshape(-1, 4),
@@ -257,11 +263,14 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
             image_size=image_size,
         )
 
-    def _encode_question(self, question: ExampleQuestion | None) -> EncodedQuestion | None:
-        """Return the token ids of a question, with references to the regions of the example."""
+    def _encode_question(self, question: ExampleQuestion | None, task: int) -> EncodedQuestion | None:
+        """Return the token ids of a question, with references to the regions of the example, or of the task's prompt.
+
+        None for a caption of a model with learned task tokens.
+        """
         if question is None:
-            return None
-        encoded = encode_question(self.tokenizer, question.question.text)
+            return self.task_prompts[task] if self.task_prompts else None
+        encoded = encode_question(self.tokenizer, question.question.text, self.prompt_template)
         after = [token if token >= 0 else -1 - question.region_indices[-token - 1] for token in encoded.after]
         return EncodedQuestion(encoded.before, after)
 

@@ -52,7 +52,9 @@ POSITIVE_COUNT_OPTIONS = (  # integers of at least 1
     "num_processes",
     "save_steps",
 )
-COUNT_OPTIONS = ("max_regions_per_step", "chunk_size", "warmup_steps", "num_workers")  # integers of at least 0
+COUNT_OPTIONS = (  # integers of at least 0
+    *("max_regions_per_step", "chunk_size", "warmup_steps", "num_workers", "lora_rank"),
+)
 NON_NEGATIVE_OPTIONS = ("learning_rate", "adam_beta2", "weight_decay", "max_grad_norm", "box_jitter")
 MAX_SEED = 2**32 - 1  # NumPy's maximum
 FRACTION_OPTIONS = (  # numbers from 0 to 1
@@ -113,6 +115,8 @@ class TrainOptions(SamplingOptions):
             with few regions keep all of them and the others share the rest. 0 for no limit.
         learning_rate: Peak learning rate, after `warmup_steps` and before a cosine decay to zero.
         lr_multipliers: Factors of the learning rate by trainable group (`spec.trainable`, and "heads"); 1 by default.
+        lora_rank: Rank of LoRA adapters that are added to the language model of a checkpoint, with alpha twice the
+            rank; 0 for none. A new model has its LoRA in [model].
         adam_beta2: Decay rate of AdamW's second moment.
         weight_decay: Weight decay of AdamW; norms and biases have none.
         warmup_steps: Steps of linear warmup, at most `steps` - 1.
@@ -135,6 +139,7 @@ class TrainOptions(SamplingOptions):
     max_regions_per_step: int = 0
     learning_rate: float = 1e-3
     lr_multipliers: Mapping[str, float] = field(default_factory=dict)
+    lora_rank: int = 0
     adam_beta2: float = 0.999
     weight_decay: float = 1e-4
     warmup_steps: int = 200
@@ -400,6 +405,8 @@ class Recipe:
             validation = ValidationOptions.from_dict(
                 apply_overrides({"validate": validate_table}, validate_assignments)["validate"], source
             )
+        if merged["train"]["lora_rank"] and not isinstance(model, str):
+            raise RegistryError("train.lora_rank adds LoRA to a checkpoint; for a new model, set lora=RANK instead")
         return cls(
             name,
             model if isinstance(model, str) else _read_model(model),

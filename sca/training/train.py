@@ -27,7 +27,6 @@ from sca.hints import check_argument_names
 from sca.inference.processor import Processor
 from sca.io.run_folder import RunFolder, iter_existing_paths
 from sca.io.validation import check_range
-from sca.language_models.questions import encode_question
 from sca.model import SegmentCaptioner
 from sca.training.auxiliary_losses import AttributeValues
 from sca.training.datasets import open_training_datasets, open_validation_dataset, report_datasets
@@ -331,6 +330,8 @@ def prepare_training(
     validation_dataset, sources = _open_datasets(recipe)
     if isinstance(recipe.model, str):
         model = load(recipe.model, trust_remote_code=trust_remote_code, allow_external=allow_external)
+        if recipe.train.lora_rank:
+            _add_lora(model, recipe)
     else:
         model = build(recipe.model)
     if recipe.train.fsdp:
@@ -404,18 +405,27 @@ def _check_has_texts(recipe: Recipe, sources: Mapping[str, Dataset]) -> None:
         )
 
 
+def _add_lora(model: SegmentCaptioner, recipe: Recipe) -> None:
+    """Add trainable LoRA adapters to the language model of a checkpoint; raise RegistryError if it has adapters."""
+    if model.spec.lora is not None:
+        raise RegistryError(f"the checkpoint {recipe.model} has LoRA already; set train.lora_rank=0 to train it")
+    trainable = tuple(dict.fromkeys((*model.spec.trainable, "lora")))
+    model.spec = replace(model.spec, lora=recipe.train.lora_rank, trainable=trainable)
+    assert isinstance(model.spec.lora, Mapping)  # completed by the spec
+    model.language_model.add_lora(**model.spec.lora)
+    model.freeze_parameters()
+
+
 def _check_question_lengths(recipe: Recipe, model: SegmentCaptioner, datasets: Mapping[str, Dataset]) -> None:
     """Raise RegistryError for a question that leaves the language model no positions for its answer."""
     max_positions = getattr(model.language_model, "max_positions", None)
     if not recipe.train.question_prob or max_positions is None:
         return
-    tokenizer = model.language_model.tokenizer
-    assert tokenizer is not None  # checked by `prepare_training`
     max_question = max_positions - recipe.train.max_tokens
     for name, dataset in datasets.items():
         questions = dataset.iter_questions() if hasattr(dataset, "iter_questions") else [dataset[0].questions]
         for text in dict.fromkeys(question.text for image_questions in questions for question in image_questions):
-            length = model.count_question_positions(encode_question(tokenizer, text))
+            length = model.count_question_positions(model.encode_question(text))
             if length > max_question:
                 raise RegistryError(
                     f"{name}: the question {text!r:.60} and its regions have {length:,} tokens, and an answer up to "
@@ -540,6 +550,8 @@ def _build_mixture(
     attributes = AttributeValues.from_datasets(datasets)
     length = options.steps * options.batch_size
     cache = FeatureCache(options.feature_cache_dir, model) if options.feature_cache_dir else None
+    prompts = (model.encode_task_prompt(task) for task in model.spec.task_names)
+    task_prompts = [prompt for prompt in prompts if prompt is not None]  # of all tasks, or of none
     streams = [
         ExampleStream(
             dataset,
@@ -553,6 +565,8 @@ def _build_mixture(
             phrase_mode=source.phrases,
             class_name_task=source.class_name_task,
             cache=cache,
+            prompt_template=model.spec.prompt_template,
+            task_prompts=task_prompts,
         )
         for dataset, source in zip(datasets, sources, strict=True)
     ]

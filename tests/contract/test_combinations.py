@@ -17,6 +17,7 @@ MIXER_OPTIONS = {
     "query": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
     "split": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
     "mask-tokens": {"depth": 1, "num_heads": 4, "mlp_dim": 48},
+    "semantic-perceiver": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
     "resampler": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
     "roi-pool": {"output_size": 2},
     "masked-pool": {"num_queries": 2, "mlp_dim": 48},

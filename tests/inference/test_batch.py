@@ -86,11 +86,20 @@ def test_caption_job_round_trips_through_json():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"batch_size": 0}, "batch_size is 0"), ({"task": "poetry"}, "unknown task")]
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"task": "recognition", "generation_options": {"question": "what is it?"}}, "cannot be combined"),
+    ],
 )
 def test_caption_job_rejects_invalid_values(options, message):
     with pytest.raises(ValueError, match=message):
         CaptionJob("sca-tiny", boxes=["1,2,3,4"], **options)
+
+
+def test_caption_job_rejects_a_task_that_the_model_does_not_have():
+    with pytest.raises(ValueError, match=r"unknown task 'poetry'\. Choose from: recognition, caption\."):
+        CaptionJob("sca-tiny", boxes=["1,2,3,4"], task="poetry").load_captioner()
 
 
 def test_caption_job_rejects_a_request_without_regions():

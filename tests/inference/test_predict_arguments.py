@@ -130,7 +130,7 @@ def test_predict_unknown_keyword_raises_type_error_with_the_closest_name(idle_pr
     ],
 )
 def test_predict_rejects_invalid_generation_options(predictor, options, message, monkeypatch):
-    monkeypatch.setattr(predictor.engine, "_embed_requests", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(predictor.engine, "_iter_embedded_regions", lambda *_, **__: pytest.fail("computed"))
     with pytest.raises(ValueError, match=message):
         predictor.predict(boxes=[BOX], **options)
 

@@ -50,6 +50,36 @@ def run_with_hub(hub, tmp_path):
     return run
 
 
+LOAD_PAM_PROGRAM = """
+import sys, sca
+print(sca.load(sys.argv[1]).spec.mixer.name)
+"""
+PAM_FOLDER = Path(__file__).resolve().parents[1] / "data" / "golden" / "pam-tiny"
+
+
+@pytest.mark.parametrize("name", ["pam-3b", "Perceive-Anything/PAM-3B", "someone/PAM-3B"])
+def test_pam_is_loaded_from_the_folder_of_its_repository_after_its_terms(hub, run_with_hub, tmp_path, name):
+    shutil.copytree(PAM_FOLDER, tmp_path / "repository" / "PAM-3B")
+    (tmp_path / "repository" / "README.md").write_text("A model.")
+    hub.models["Perceive-Anything/PAM-3B"] = hub.models["someone/PAM-3B"] = tmp_path / "repository"
+    status, out, err = run_with_hub(sys.executable, "-c", LOAD_PAM_PROGRAM, name)
+    assert (status, out) == (0, "semantic-perceiver\n"), err
+    assert ("Qwen Research License" in err) == (not name.startswith("someone"))
+    assert not any("golden" in request for request in hub.requests if "/resolve/" in request)
+    status, out, err = run_with_hub(sys.executable, "-c", LOAD_PAM_PROGRAM, name, online=False)
+    assert (status, out) == (0, "semantic-perceiver\n"), err
+
+
+def test_pam_repository_without_its_folder_is_rejected(hub, run_with_hub, tmp_path):
+    shutil.copytree(PAM_FOLDER, tmp_path / "repository")
+    hub.models["Perceive-Anything/PAM-3B"] = tmp_path / "repository"
+    status, _, err = run_with_hub(
+        sys.executable, "-m", "sca", "export", "pam-3b", str(tmp_path / "out"), "--layout", "pam"
+    )
+    assert status == 2
+    assert "Perceive-Anything/PAM-3B has no folder PAM-3B" in err.splitlines()[-1]
+
+
 PULL_WITHOUT_TORCH_PROGRAM = """
 import sys
 from sca.cli import run_command

@@ -34,11 +34,12 @@ MIXER_OPTIONS = {
     "query": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48, "mask_pooling": True},
     "split": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
     "mask-tokens": {"depth": 1, "num_heads": 4, "mlp_dim": 48},
+    "semantic-perceiver": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
     "resampler": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
     "roi-pool": {"output_size": 2},
     "masked-pool": {"num_queries": 2, "mlp_dim": 48},
 }
-MIXERS_WITH_MASKS = ("mask-tokens", "masked-pool")
+MIXERS_WITH_MASKS = ("mask-tokens", "semantic-perceiver", "masked-pool")
 ENCODERS = ("tiny-vit", "sam", "open-clip", "timm", "clip-rn50", "convnext-b")
 PRECISIONS = {"bfloat16": torch.bfloat16, "autocast": torch.float32, "float16": torch.float16, "float32": torch.float32}
 IMAGE_INDEX = torch.tensor([0, 0, 1, 1, 1])

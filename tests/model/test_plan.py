@@ -127,7 +127,9 @@ def test_plan_reports_zero_regions_on_a_too_small_gpu():
     assert (plan.fits_gpu, plan.max_regions_per_image) == (False, 0)
 
 
-@pytest.mark.parametrize("mixer", ["query", "split", "mask-tokens", "resampler", "roi-pool", "masked-pool"])
+@pytest.mark.parametrize(
+    "mixer", ["query", "split", "mask-tokens", "semantic-perceiver", "resampler", "roi-pool", "masked-pool"]
+)
 def test_plan_matches_measured_flops_and_memory_for_every_mixer(mixer):
     table = {**MODEL_TABLES["tiny"], "mixer": mixer, "segmenter": "sam"}
     for train, max_new_tokens in ((False, 1), (False, 2), (True, 1)):

@@ -14,7 +14,8 @@ def test_zoo_lists_the_bundled_models():
 def test_zoo_entry_has_all_fields(name):
     entry = zoo.get_entry(name)
     assert entry.name == name
-    assert all(value for field, value in vars(entry).items() if field != "revision")  # not known for all
+    optional_fields = ("revision", "is_research_only", "subfolder", "config")
+    assert all(value for field, value in vars(entry).items() if field not in optional_fields)
     if entry.folder:
         assert entry.checkpoint == f"sca:bundled/{name}"  # package, folder inside
     else:
@@ -31,7 +32,9 @@ def test_describe_domain_lists_models_for_photographs_smallest_first():
     for name, domain in (("sca-tiny", "synthetic scenes"), ("sca-street dtype=bfloat16", "street photographs")):
         line = zoo.describe_domain(name)
         assert line.startswith(f"{name.partition(' ')[0]} is trained on {domain} only; for photographs: ")
-        sizes = [zoo.get_entry(model_name).download_bytes for model_name in re.findall(r"([\w-]+) \([\d.]+ GB\)", line)]
+        sizes = [
+            zoo.get_entry(model_name).download_bytes for model_name in re.findall(r"([\w.-]+) \([\d.]+ GB\)", line)
+        ]
         assert sizes == sorted(sizes)
         assert all(sizes)
         assert "\n" not in line

@@ -231,7 +231,7 @@ INVALID_REQUESTS = {
     "a file": ({"prompts": [{"mask": "/etc/passwd"}]}, 422, "must be an RLE, not a file name"),
     "empty prompt": ({"prompts": [{}]}, 422, "prompts.0: no 'box', 'points' or 'mask'"),
     "another field": ({"prompts": BOX, "boxes": 1}, 422, "boxes: Extra inputs are not permitted"),
-    "another task": ({"prompts": BOX, "task": "poem"}, 422, "task: Input should be 'caption' or 'recognition'"),
+    "another task": ({"prompts": BOX, "task": "poem"}, 422, "unknown task 'poem'. Choose from: recognition, caption."),
     "temperature": ({"prompts": BOX, "temperature": 1}, 422, "temperature can only be used with do_sample=true"),
     "captions": (
         {"prompts": BOX, "num_captions": 4, "num_beams": 2},

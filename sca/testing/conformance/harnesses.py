@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 from sca_registry import get_registry
-from sca_registry.contracts import ImageFormat, PromptBatch, Region, SegmenterOutput
+from sca_registry.contracts import ImageFormat, MaskCandidates, PromptBatch, Region, SegmenterOutput
 from sca_registry.options import get_factory_options
 from torch import Tensor, nn
 
@@ -40,6 +40,7 @@ class StandInSegmenter:
     """Minimal segmenter with only the attributes that a mixer may use."""
 
     channels = HIDDEN_SIZE
+    grid_size = GRID_SIZE
 
     def __call__(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
         return make_random_regions(prompts.image_index, len(features))
@@ -57,7 +58,7 @@ def make_random_regions(image_index: Tensor, num_images: int) -> SegmenterOutput
     """
     num_regions, tokens = len(image_index), torch.randn(len(image_index), 3 + NUM_MASKS, HIDDEN_SIZE)
     corner = torch.rand(num_regions, 2) * IMAGE_SIZE / 2
-    return SegmenterOutput(
+    output = SegmenterOutput(
         image_index=image_index,
         image_embeddings=torch.randn(num_images, HIDDEN_SIZE, GRID_SIZE, GRID_SIZE),
         image_size=IMAGE_SIZE,
@@ -67,10 +68,14 @@ def make_random_regions(image_index: Tensor, num_images: int) -> SegmenterOutput
         tokens=tokens,
         mask_tokens=tokens[:, :NUM_MASKS],
         grid=torch.randn(num_regions, HIDDEN_SIZE, GRID_SIZE, GRID_SIZE),
-        masks=torch.randn(num_regions, NUM_MASKS, MASK_SIZE, MASK_SIZE),
-        iou_scores=torch.rand(num_regions, NUM_MASKS),
+        masks=(masks := torch.randn(num_regions, NUM_MASKS, MASK_SIZE, MASK_SIZE)),
+        iou_scores=(iou_scores := torch.rand(num_regions, NUM_MASKS)),
         boxes=torch.cat((corner, corner + IMAGE_SIZE / 4), dim=1),
     )
+    single = torch.randn(num_regions, 1, MASK_SIZE, MASK_SIZE), torch.rand(num_regions, 1), tokens[:, -1:]
+    candidates = zip(single, (masks, iou_scores, tokens[:, :NUM_MASKS]), strict=True)
+    output.candidates = MaskCandidates(*(torch.cat(each, dim=1) for each in candidates))
+    return output
 
 
 class ComponentHarness:

@@ -34,7 +34,11 @@ def queries_depend_on_region(harness: MixerHarness) -> str | None:
 def requires_only_declared_outputs(harness: MixerHarness) -> str | None:
     """The mixer runs without masks, boxes or grid unless its card or class lists them in `requires`."""
     needs, inputs = harness.collect_needs(), harness.make_inputs()
-    fields_by_need = {"masks": ("masks", "iou_scores", "mask_tokens"), "boxes": ("boxes",), "grid": ("grid",)}
+    fields_by_need = {
+        "masks": ("masks", "iou_scores", "mask_tokens", "candidates"),
+        "boxes": ("boxes",),
+        "grid": ("grid",),
+    }
     for need, names in fields_by_need.items():
         if need not in needs:
             try:
