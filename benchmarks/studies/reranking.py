@@ -1,8 +1,8 @@
 """Test whether reranking helps: `python benchmarks/studies/reranking.py MODEL [--max-images N] [--out FILE]`
 
 Generates several captions per region and selects the one with the highest sum of its log-likelihood per token and the
-weighted log-probability of its own region among all regions of the image. The latter prefers captions whose words pick
-out their region. Both come from the model itself. Weight 0 selects the best beam per token.
+weighted log-probability of its own region among all regions of the image. The latter prefers captions that match
+their own region best. Both come from the model itself. Weight 0 selects the best beam per token.
 
 Evaluates captions of synthetic scenes with box prompts for several weights, and greedy captions. Prints a Markdown
 table; differences to greedy captions have 95% confidence intervals over images.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +89,10 @@ class RerankingEngine(Engine):
             log_probs = index.compute_text_log_probs(prefix, encode_text(self.model, text))  # (regions, tokens)
             posterior = log_probs.sum(1).log_softmax(0)[row]
             scores.append(float(log_probs[row].mean() + self.weight * posterior))
-        return replace(caption, text=texts[max(range(len(texts)), key=scores.__getitem__)]) if texts else caption
+        if not texts:
+            return caption
+        best = max(range(len(texts)), key=scores.__getitem__)
+        return replace(caption, text=texts[best], score=math.exp(min(scores[best], 0.0)), alternatives=(), usage=None)
 
 
 def measure_reranking(model: str, max_images: int, folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,10 +1,11 @@
 """Test whether self-training helps: `python benchmarks/studies/self_training.py scenes|FOLDER [--out FILE]`
 
 Trains a model on few labeled images, lets it find and caption the regions of unlabeled images (everything mode), keeps
-the regions whose calibrated confidence is high and whose caption picks out its own region, and continues the training
-on the labeled images and these regions. The comparison models continue for the same number of steps on the labeled
-images alone, and with all found regions. The images are synthetic scenes, or the photographs of a folder in COCO format
-(`train`, `val`) with class names, of which half are used without their labels. Every seed selects other labeled images.
+the regions whose calibrated confidence is high and whose caption matches them best among the regions of the image, and
+continues the training on the labeled images and these regions. The comparison models continue for the same number of
+steps on the labeled images alone, and with all found regions. The images are synthetic scenes, or the photographs of a
+folder in COCO format (`train`, `val`) with class names. Every seed selects other labeled images. Further labeled images
+calibrate the confidence; they are used for nothing else.
 
 Prints a Markdown table and writes the results as JSON. Differences have 95% confidence intervals over images; the mean
 over seeds is resampled.
@@ -54,6 +55,7 @@ def write_labels(samples: Sequence[Any], paths: Sequence[Path], file: Path) -> N
             "mask": region.mask,
             **({"name": region.name} if region.name else {}),
             **({"phrases": list(region.phrases)} if region.phrases else {}),
+            "attributes": region.attributes,
         }
         for sample, path in zip(samples, paths, strict=True)
         for region in sample.regions
@@ -90,7 +92,7 @@ def find_regions(model_folder: Path, paths: Sequence[Path], task: str, min_confi
         index = index_regions(engine, predictor.encoded, [[each.prompt for each in usable]], task)
         scores = index.score_texts([each.text for each in usable]).cpu().numpy()  # (regions, texts)
         for row, caption in enumerate(usable):
-            # class names are shared by regions, so only captions have to pick out their region
+            # several regions have the same class name, so only captions have to match their own region best
             is_unique = task == "recognition" or scores[row, row] >= scores[:, row].max()
             confidence = caption.confidence if caption.confidence is not None else 0.0
             lines.append(
@@ -141,20 +143,27 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, int
     is_scenes = args.data == "scenes"
     task = "caption" if is_scenes else "recognition"
     component = {"name": "scenes"} if is_scenes else {"name": "coco", "root": args.data}
-    num_images = args.num_labeled + args.num_unlabeled
+    counts = (args.num_labeled, args.num_calibration, args.num_unlabeled)
+    num_images = sum(counts)
     pool_options = {"num_images": num_images, "seed": seed} if is_scenes else {"root": args.data}
     pool = sca_registry.datasets.build(component["name"], "train", **pool_options)
+    if len(pool) < num_images:
+        raise SystemExit(f"{args.data} has {len(pool)} training images, fewer than the {num_images} requested")
     order = np.random.default_rng(seed).permutation(len(pool))[:num_images].tolist()
     samples = [pool[index] for index in order]
     paths = write_images(samples, folder / "images")
-    write_labels(samples[: args.num_labeled], paths[: args.num_labeled], folder / "labels.jsonl")
-    labels = {"name": "jsonl", "file": str(folder / "labels.jsonl")}
+    unlabeled = slice(args.num_labeled + args.num_calibration, None)
+    sources = {}
+    for name, rows in (("labels", slice(args.num_labeled)), ("calibration", slice(args.num_labeled, unlabeled.start))):
+        write_labels(samples[rows], paths[rows], folder / f"{name}.jsonl")
+        sources[name] = {"name": "jsonl", "file": str(folder / f"{name}.jsonl")}
+    labels = sources["labels"]
 
     base = folder / "base" / "model"
     train(make_recipe(None, {"labels": labels}, args.base_steps, seed, is_scenes), base.parent, resume=False)
     prompt_types = ("box", "mask-point", "box-and-point")
-    calibrate_checkpoint(base, component, "val", prompt_types=prompt_types, max_images=100, train_split=None)
-    regions = find_regions(base, paths[args.num_labeled :], task, args.min_confidence)
+    calibrate_checkpoint(base, sources["calibration"], "train", prompt_types=prompt_types, train_split=None)
+    regions = find_regions(base, paths[unlabeled], task, args.min_confidence)
     selected = [line for line in regions if line["is_selected"]]
     models = {BASE: base}
     for number, (method, lines) in enumerate(zip(METHODS, (selected, [], regions), strict=True)):
@@ -237,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("data", help='"scenes", or a folder of photographs in COCO format.')
     parser.add_argument("--num-labeled", type=int, default=40, help="Images with labels.")
+    parser.add_argument("--num-calibration", type=int, default=60, help="Further images with labels, to calibrate.")
     parser.add_argument("--num-unlabeled", type=int, default=400, help="Images without labels.")
     parser.add_argument("--base-steps", type=int, default=800, help="Steps of the base model.")
     parser.add_argument("--steps", type=int, default=400, help="Further steps of each method.")
@@ -251,7 +261,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(1)
     kind = "scenes" if args.data == "scenes" else "photographs"
-    names = ("num_labeled", "num_unlabeled", "base_steps", "steps", "min_confidence", "num_eval_images")
+    names = (
+        "num_labeled",
+        "num_calibration",
+        "num_unlabeled",
+        "base_steps",
+        "steps",
+        "min_confidence",
+        "num_eval_images",
+    )
     with TemporaryDirectory() as temporary_folder:
         folders = [Path(temporary_folder, str(seed)) for seed in range(args.num_seeds)]
         counts = []
