@@ -36,7 +36,7 @@ from sca.inference.prompt_arguments import check_question_task, check_task
 from sca.io.masks import decode_rle, encode_rle, mask_to_box
 from sca.io.text import format_count
 from sca.language_models.questions import LENGTH_REQUESTS, EncodedQuestion
-from sca.language_models.token_usage import count_tokens
+from sca.language_models.token_usage import count_tokens, get_eos_token_ids
 from sca.model import NON_FINITE_HINT, SegmentCaptioner, count_rows_per_call
 from sca.nn.masks import select_best_masks
 from sca.uncertainty import pool_features
@@ -699,6 +699,7 @@ class Engine(MaskEngine):
     def _generate_texts(self, prefixes: Sequence[Tensor], generation: Mapping[str, Any]) -> list[GeneratedTexts]:
         """Generate a caption or an answer after each prefix (K, E), in batches of prefixes of the same length."""
         tokenizer = self.require_tokenizer()
+        eos_token_ids = get_eos_token_ids(self.model.language_model)
         texts: dict[int, GeneratedTexts] = {}
         rows_by_length: dict[int, list[int]] = {}
         for row, prefix in enumerate(prefixes):
@@ -708,7 +709,7 @@ class Engine(MaskEngine):
             scores = generated.scores.exp().tolist()
             for row, sequences, row_scores in zip(rows, generated.sequences.tolist(), scores, strict=True):
                 scored_texts = list(zip(map(tokenizer.decode, sequences), row_scores, strict=True))
-                texts[row] = GeneratedTexts(scored_texts, count_tokens(length, sequences, [tokenizer.eos_token_id]))
+                texts[row] = GeneratedTexts(scored_texts, count_tokens(length, sequences, eos_token_ids))
         return [texts[row] for row in range(len(prefixes))]
 
     def require_tokenizer(self) -> Tokenizer:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from sca.inference.engine import EncodedImages, Engine, MaskEngine, PredictedMas
 from sca.inference.region_search import find_everything, select_region_proposals
 from sca.io.errors import InputError
 from sca.io.masks import mask_to_box
+from sca.language_models.token_usage import get_eos_token_ids
 from sca.model import SegmentCaptioner, check_finite_scores, count_rows_per_call
 from sca.nn.geometry import WHOLE_IMAGE
 
@@ -68,7 +70,8 @@ class RegionIndex:
         options = {"num_beams": 1, "num_captions": 1, "do_sample": False}
         generated = model.generate_from_prefix(self.prefix, **options)
         tokenizer = self._tokenizer
-        token_ids = [_cut_at_end(ids, tokenizer.eos_token_id) for ids in generated.sequences[:, 0].tolist()]
+        eos_token_ids = get_eos_token_ids(model.language_model)
+        token_ids = [_cut_at_end(ids, eos_token_ids) for ids in generated.sequences[:, 0].tolist()]
         scores = generated.scores[:, 0].exp().tolist()
         self.captions: list[tuple[str, float]] = [
             (tokenizer.decode(ids), score) for ids, score in zip(token_ids[1:], scores[1:], strict=True)
@@ -419,8 +422,8 @@ def _make_caption(region: CandidateRegion, mask: PredictedMask | None, text: str
     return Caption(text, score, box, rle, predicted_iou, region.prompt, region.region_id)
 
 
-def _cut_at_end(token_ids: list[int], eos_token_id: int) -> list[int]:
-    return token_ids[: token_ids.index(eos_token_id)] if eos_token_id in token_ids else token_ids
+def _cut_at_end(token_ids: list[int], eos_token_ids: Sequence[int]) -> list[int]:
+    return list(takewhile(lambda token_id: token_id not in eos_token_ids, token_ids))
 
 
 def _pad_tokens(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

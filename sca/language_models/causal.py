@@ -242,17 +242,24 @@ class CausalLanguageModel(nn.Module):
         """Id that fills sequences after EOS."""
         return self._resolve_special_tokens()[0]
 
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Ids that end a caption: EOS of the tokenizer, and those of the generation config.
+
+        With a tokenizer, the latter have to be special tokens, because they can belong to another vocabulary.
+        """
+        config_ids: Any = self.model.generation_config.eos_token_id
+        config_ids = [] if config_ids is None else [config_ids] if isinstance(config_ids, int) else list(config_ids)
+        if self.tokenizer is None:
+            return config_ids
+        special_ids = getattr(self.tokenizer, "special_token_ids", ())
+        eos_token_id = self.tokenizer.eos_token_id
+        return [eos_token_id, *(each for each in config_ids if each in special_ids and each != eos_token_id)]
+
     def _resolve_special_tokens(self) -> tuple[int, list[int]]:
-        """Return the padding id and the EOS ids of the tokenizer, or else of the model."""
-        eos_token_id = self.tokenizer.eos_token_id if self.tokenizer else self.model.generation_config.eos_token_id
+        """Return the padding id and the EOS ids."""
+        eos_token_ids = self.eos_token_ids
         pad_token_id = self.tokenizer.pad_token_id if self.tokenizer else self.model.generation_config.pad_token_id
-        eos_token_ids = (
-            []
-            if eos_token_id is None
-            else list(eos_token_id)
-            if isinstance(eos_token_id, list | tuple)
-            else [eos_token_id]
-        )
         return (eos_token_ids or [0])[0] if pad_token_id is None else pad_token_id, eos_token_ids
 
 
@@ -308,6 +315,7 @@ class TextTokenizer:
         self.tokenizer = tokenizer
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.special_token_ids: frozenset[int] = frozenset(tokenizer.all_special_ids)
 
     @property
     def vocab_size(self) -> int:

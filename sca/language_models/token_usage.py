@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from sca_registry.contracts import TokenUsage
+from sca_registry.contracts import LanguageModel, TokenUsage
+
+
+def get_eos_token_ids(language_model: LanguageModel) -> list[int]:
+    """Return the ids that end a caption: `eos_token_ids` of a language model, else EOS of its tokenizer."""
+    if (eos_token_ids := getattr(language_model, "eos_token_ids", None)) is not None:
+        return list(eos_token_ids)
+    return [] if language_model.tokenizer is None else [language_model.tokenizer.eos_token_id]
 
 
 def count_tokens(prompt_tokens: int, rows: Sequence[Sequence[int]], eos_token_ids: Collection[int]) -> TokenUsage:

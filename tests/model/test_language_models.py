@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 import sca
 from sca.io.errors import InputError
+from sca.language_models.causal import TextTokenizer
 from sca.language_models.hf import HfLanguageModel, load_tokenizer
 from sca.language_models.tiny_gpt2 import TinyGpt2
+from sca.language_models.token_usage import count_tokens
 
 VOCABULARY = ["a", "red", "car", "<end>", "<pad>", "<unk>", "<start>"]
 QUESTION_TOKENS = ("Ġwhat", "Ġcolor", "Ġis", "Ġit", "?")
@@ -214,6 +216,24 @@ def test_tiny_gpt2_has_one_token_per_word_of_questions_and_the_vocabulary_of_the
     for vocab_size in (256, 10_000):
         with pytest.raises(ValueError, match="expected a number from 257 to"):
             TinyGpt2(hidden_size=8, depth=1, num_heads=1, vocab_size=vocab_size)
+
+
+def test_captions_end_at_every_special_token_of_the_generation_config():
+    torch.manual_seed(0)
+    model = TinyGpt2(hidden_size=8, depth=1, num_heads=1)
+    prefix = torch.randn(1, 2, 8)
+    first_id = int(model.generate(prefix, max_new_tokens=3).sequences[0, 0, 0])
+    tokenizer, end_id = model.tokenizer.tokenizer, model.tokenizer.eos_token_id
+    model.model.generation_config.eos_token_id = [end_id, first_id]
+    assert model.eos_token_ids == [end_id]  # not a special token, as in another vocabulary
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(first_id)]})
+    model.tokenizer = TextTokenizer(tokenizer)
+    assert model.eos_token_ids == [end_id, first_id]
+    for num_beams in (1, 2):
+        sequences = model.generate(prefix, max_new_tokens=3, num_beams=num_beams).sequences
+        assert num_beams == 2 or sequences.tolist() == [[[first_id]]]
+    usage = count_tokens(2, model.generate(prefix, max_new_tokens=3).sequences[0].tolist(), model.eos_token_ids)
+    assert (usage.completion_tokens, usage.is_truncated) == ((1,), (False,))
 
 
 def test_language_model_rejects_sequences_longer_than_its_positions():
