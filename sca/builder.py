@@ -132,10 +132,10 @@ def _check_prefix_fits(model: SegmentCaptioner) -> None:
     spec = model.spec
     num_positions = max(map(model.count_prefix_positions, spec.task_names))
     if num_positions >= max_positions:
-        text = f"the text of the task and {spec.task_tokens}" if spec.tasks else f"{spec.task_tokens}"
+        text = "the prompt of the task" if spec.tasks else f"{spec.task_tokens} task tokens"
         raise RegistryError(
             f"the prefix of {num_positions} positions ({model.mixer.num_queries} queries, "
-            f"{text} task tokens{', the geometry' if spec.geometry == 'token' else ''}) fills "
+            f"{text}{', the geometry' if spec.geometry == 'token' else ''}) fills "
             f"the {max_positions} positions of the language model {spec.language_model.name!r}; "
             "use fewer queries or another language model"
         )

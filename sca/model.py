@@ -370,7 +370,7 @@ class SegmentCaptioner(SegmentationModel):
             A `ModelOutput` with `loss` (the weighted sum), `losses` (by name), `logits` (number of caption tokens in
             the batch, vocabulary size), `regions` (the segmenter output) and `queries` (the query embeddings).
             `logits` is None for a batch of more than `TOKENS_PER_LOSS_CHUNK` tokens. `regions.grid` and
-            `regions.candidates` are None if the regions are computed in chunks.
+            `regions.decoder_masks` are None if the regions are computed in chunks.
         """
         features = batch.features
         if features is None:
@@ -407,7 +407,7 @@ class SegmentCaptioner(SegmentationModel):
     def _segment_and_mix(
         self, features: Tensor, prompts: PromptBatch, chunk_size: int
     ) -> tuple[SegmenterOutput, Tensor]:
-        """Return the regions and their queries; regions computed in chunks have no grid and no candidates."""
+        """Return the regions and their queries; regions computed in chunks have no grid and no decoder masks."""
 
         def segment_and_mix(features: Tensor, prompt_chunk: PromptBatch) -> tuple[SegmenterOutput, Tensor]:
             regions = self.segment(features, prompt_chunk)
@@ -415,7 +415,7 @@ class SegmentCaptioner(SegmentationModel):
 
         def segment_and_mix_without_grid(features: Tensor, prompt_chunk: PromptBatch) -> tuple[SegmenterOutput, Tensor]:
             regions, queries = segment_and_mix(features, prompt_chunk)
-            return replace(regions, grid=None, candidates=None), queries
+            return replace(regions, grid=None, decoder_masks=None), queries
 
         if not 0 < chunk_size < len(prompts):
             return segment_and_mix(features, prompts)

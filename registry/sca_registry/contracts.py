@@ -114,11 +114,10 @@ class PromptBatch(_TensorRows):
 
 
 @dataclass
-class MaskCandidates(_TensorRows):
-    """All masks of a mask decoder, before the ones that the prompt or the caller needs are selected.
+class DecoderMasks(_TensorRows):
+    """All masks of a mask decoder: the single mask, then the M candidate masks.
 
-    The first is the single mask, the others are the M candidates. Mixers may use them regardless of
-    `multimask_output`. The tensors are those of the decoder, without copies.
+    They do not depend on `multimask_output`. The tensors are those of the decoder, without copies.
     """
 
     masks: Tensor  # (N, M + 1, 4h, 4w) logits
@@ -142,7 +141,7 @@ class SegmenterOutput:
     masks: Tensor | None = None  # (N, M, 4h, 4w) logits
     iou_scores: Tensor | None = None  # (N, M) predicted IoU
     boxes: Tensor | None = None  # (N, 4) x1 y1 x2 y2 in the model input: the box prompt, else the box of the best mask
-    candidates: MaskCandidates | None = None  # None for a segmenter without masks, or without a single mask
+    decoder_masks: DecoderMasks | None = None  # None for a segmenter without masks, or without a single mask
 
     def __len__(self) -> int:
         return len(self.image_index)

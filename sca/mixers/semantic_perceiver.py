@@ -6,11 +6,11 @@ import torch
 from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 
-from sca.nn.masks import select_best_masks, select_stable_masks
+from sca.nn.masks import select_best_masks, select_mask_indices
 from sca.nn.two_way_transformer import TwoWayTransformer, init_weights
 
 CELLS_PER_SIDE = 2  # an image token contains the features of 2 x 2 cells
-NUM_MASK_TOKENS = 2  # of the stable mask and of the single mask
+NUM_MASK_TOKENS = 2  # of the selected mask and of the single mask
 LAYER_NORM_EPS = 1e-5
 
 
@@ -22,9 +22,10 @@ class SemanticPerceiverMixer(nn.Module):
     queries have a projector each, an MLP of two layers. With the projection "none" of a model, their width is that of
     the language model.
 
-    The mask tokens are that of the stable mask, see `sca.nn.masks.select_stable_masks`, and that of the single mask. A
-    segmenter without candidates provides the token of its best mask for both. The positional encoding is the mixer's
-    own. The defaults are those of the released models.
+    The two mask tokens are that of the selected mask (the single mask if it is stable, else the candidate with the
+    highest predicted IoU, see `sca.nn.masks.select_mask_indices`) and that of the single mask. A segmenter without
+    `decoder_masks` provides the token of its best mask for both. The positional encoding is the mixer's own. The
+    defaults are those of the released models.
 
     Args:
         segmenter: Segmenter with masks and a grid of even size.
@@ -120,19 +121,19 @@ class SemanticPerceiverMixer(nn.Module):
 
 
 def select_mask_tokens(regions: SegmenterOutput) -> Tensor:
-    """Select the tokens of the stable mask and of the single mask of each region.
+    """Select the tokens of the selected mask and of the single mask of each region.
 
     Args:
-        regions: N regions with masks. Without candidates, the token of the best mask is used for both.
+        regions: N regions with masks. Without `decoder_masks`, the token of the best mask is used for both.
 
     Returns:
         Tokens (N, 2, D).
     """
     rows = torch.arange(len(regions), device=regions.image_index.device)
-    candidates = regions.candidates
-    if candidates is not None:
-        selected = select_stable_masks(candidates.masks, candidates.iou_scores)
-        return torch.stack((candidates.tokens[rows, selected], candidates.tokens[:, 0]), dim=1)
+    decoded = regions.decoder_masks
+    if decoded is not None:
+        selected = select_mask_indices(decoded.masks, decoded.iou_scores)
+        return torch.stack((decoded.tokens[rows, selected], decoded.tokens[:, 0]), dim=1)
     assert regions.mask_tokens is not None  # `requires` of the card
     assert regions.iou_scores is not None
     best_tokens = select_best_masks(regions.mask_tokens, regions.iou_scores)

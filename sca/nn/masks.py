@@ -59,7 +59,7 @@ def compute_stability_scores(logits: Tensor, offset: float) -> Tensor:
     return torch.where(union > 0, intersection / union, 1.0)
 
 
-def select_stable_masks(
+def select_mask_indices(
     masks: Tensor,
     scores: Tensor,
     offset: float = STABILITY_OFFSET,

@@ -8,13 +8,13 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from sca_registry.contracts import MaskCandidates, SegmenterOutput
+from sca_registry.contracts import DecoderMasks, SegmenterOutput
 from torch import Tensor
 
 PER_REGION_FIELDS = (  # one row per region
     *("image_index", "prompt_tokens", "tokens", "mask_tokens", "grid", "masks", "iou_scores", "boxes"),
 )
-CANDIDATE_FIELDS = ("masks", "iou_scores", "tokens")
+DECODER_MASK_FIELDS = ("masks", "iou_scores", "tokens")
 
 
 def concat_segmenter_outputs(outputs: Sequence[SegmenterOutput]) -> SegmenterOutput:
@@ -28,10 +28,10 @@ def concat_segmenter_outputs(outputs: Sequence[SegmenterOutput]) -> SegmenterOut
     if dense_embeddings.dim() == 4:
         dense_embeddings = torch.cat([output.dense_embeddings for output in outputs])
     per_region: dict[str, Any] = {name: concat_field(name) for name in PER_REGION_FIELDS}
-    candidates = [output.candidates for output in outputs if output.candidates is not None]
-    per_region["candidates"] = (
-        MaskCandidates(*(torch.cat([getattr(each, name) for each in candidates]) for name in CANDIDATE_FIELDS))
-        if candidates
+    parts = [output.decoder_masks for output in outputs if output.decoder_masks is not None]
+    per_region["decoder_masks"] = (
+        DecoderMasks(*(torch.cat([getattr(each, name) for each in parts]) for name in DECODER_MASK_FIELDS))
+        if parts
         else None
     )
     return replace(outputs[0], dense_embeddings=dense_embeddings, **per_region)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from sca_registry.contracts import Encoder, MaskCandidates, MaskTargets, PromptBatch, SegmenterOutput
+from sca_registry.contracts import DecoderMasks, Encoder, MaskTargets, PromptBatch, SegmenterOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
@@ -68,7 +68,7 @@ class SamSegmenter(nn.Module):
         weights: Hub id or folder.
         revision: Revision of the Hub id.
         pretrained: Load pretrained weights; False initializes randomly.
-        single_mask: Return the single mask of each region even if all candidate masks are requested.
+        single_mask: Predict one mask per region; overrides `multimask_output`.
     """
 
     # `default_segmenter` of the encoders whose weights contain those of the segmenter
@@ -209,7 +209,7 @@ class SamSegmenter(nn.Module):
         high_res_features = self.prepare_high_res_features(image_embeddings, high_res_features)
         masks, iou_scores = self.decode_masks(tokens, grid, prompts.image_index, high_res_features)
         mask_tokens = tokens[:, 1 : 1 + len(self.decoder.mask_tokens.weight)]
-        candidates = MaskCandidates(masks, iou_scores, mask_tokens)
+        decoder_masks = DecoderMasks(masks, iou_scores, mask_tokens)
         multimask_output = multimask_output and not self.single_mask
         masks, iou_scores, mask_tokens = self.select_masks(masks, iou_scores, mask_tokens, multimask_output)
         return SegmenterOutput(
@@ -225,7 +225,7 @@ class SamSegmenter(nn.Module):
             masks=masks,
             iou_scores=iou_scores,
             boxes=prompts.boxes if prompts.boxes is not None else self.compute_boxes(masks, iou_scores),
-            candidates=candidates,
+            decoder_masks=decoder_masks,
         )
 
     def get_output_tokens(self) -> Tensor:

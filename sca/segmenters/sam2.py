@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Sam2MaskDecoderConfig, Sam2PromptEncoderConfig, SamMaskDecoderConfig
 from transformers.models.sam2.modeling_sam2 import Sam2MaskDecoder, Sam2PromptEncoder
 
-from sca.nn.masks import select_stable_masks
+from sca.nn.masks import select_mask_indices
 from sca.nn.sam2 import load_sam2_model
 from sca.nn.two_way_transformer import TwoWayForward
 from sca.segmenters.sam import SamSegmenter
@@ -116,7 +116,7 @@ class Sam2Segmenter(SamSegmenter):
         is_fixed = multimask_output or self.single_mask or self.training
         if is_fixed or not config.dynamic_multimask_via_stability:
             return super().select_masks(masks, iou_scores, mask_tokens, multimask_output)
-        selected = select_stable_masks(
+        selected = select_mask_indices(
             masks, iou_scores, config.dynamic_multimask_stability_delta, config.dynamic_multimask_stability_thresh
         )
         rows = torch.arange(len(masks), device=masks.device)

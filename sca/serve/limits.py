@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sca.io.prompts import MAX_POINTS
 
-MAX_BEAMS, MAX_NEW_TOKENS = 16, 128  # beams and captions per region, tokens per caption
+MAX_BEAMS, MAX_NEW_TOKENS = 16, 512  # beams and captions per region, tokens per caption
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1  # range of the OpenAI API
 MAX_POINTS_PER_SIDE, MAX_CROP_LAYERS = 64, 2
 MAX_TASK_LENGTH = 40  # characters of the name of a task

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from sca_registry import RegistryError
-from sca_registry.contracts import MaskCandidates, PromptBatch
+from sca_registry.contracts import DecoderMasks, PromptBatch
 
 import sca
 from sca.mixers.semantic_perceiver import merge_cells, select_mask_tokens
-from sca.nn.masks import compute_stability_scores, select_stable_masks
+from sca.nn.masks import compute_stability_scores, select_mask_indices
 from sca.nn.region_batch import concat_segmenter_outputs
 from sca.testing.conformance.harnesses import make_random_regions
 
@@ -42,27 +42,27 @@ def test_merge_cells_goes_down_the_columns_first():
             assert torch.equal(tokens[0, token, first : first + channels], grid[0, :, row, column])
 
 
-def test_select_stable_masks_keeps_a_stable_single_mask():
+def test_select_mask_indices_keeps_a_stable_single_mask():
     masks = torch.full((3, 4, 8, 8), -1.0)
     masks[0, 0, :4] = 1.0  # stable
     masks[1, 0, :4] = 0.0  # between the offsets
     scores = torch.tensor([[0.1, 0.2, 0.9, 0.3]] * 3)
     assert compute_stability_scores(masks[:, 0], 0.05).tolist() == [1.0, 0.0, 1.0]  # an empty mask is stable
-    assert select_stable_masks(masks, scores).tolist() == [0, 2, 0]
+    assert select_mask_indices(masks, scores).tolist() == [0, 2, 0]
 
 
 def test_mask_tokens_are_those_of_the_stable_and_the_single_mask():
     regions = make_random_regions(torch.tensor([0, 0]), 1)
-    masks = torch.full_like(regions.candidates.masks, -1.0)
+    masks = torch.full_like(regions.decoder_masks.masks, -1.0)
     masks[0, 0, :4], masks[1, 0, :4] = 1.0, 0.0
     scores = torch.tensor([[0.9, 0.1, 0.2, 0.3]] * 2)
-    tokens = regions.candidates.tokens
-    selected = select_mask_tokens(replace(regions, candidates=MaskCandidates(masks, scores, tokens)))
+    tokens = regions.decoder_masks.tokens
+    selected = select_mask_tokens(replace(regions, decoder_masks=DecoderMasks(masks, scores, tokens)))
     assert torch.equal(selected, torch.stack((tokens[0, [0, 0]], tokens[1, [3, 0]])))
 
 
-def test_mask_tokens_without_candidates_are_those_of_the_best_mask():
-    regions = replace(make_random_regions(torch.tensor([0, 0]), 1), candidates=None)
+def test_mask_tokens_without_decoder_masks_are_those_of_the_best_mask():
+    regions = replace(make_random_regions(torch.tensor([0, 0]), 1), decoder_masks=None)
     best = regions.iou_scores.argmax(1)
     selected = select_mask_tokens(regions)
     assert torch.equal(selected[:, 0], regions.mask_tokens[torch.arange(2), best])
@@ -70,16 +70,16 @@ def test_mask_tokens_without_candidates_are_those_of_the_best_mask():
 
 
 @torch.no_grad()
-def test_segmenter_returns_all_masks_as_candidates_for_any_multimask_output(model):
+def test_segmenter_returns_all_decoder_masks_for_any_multimask_output(model):
     features = model.encode(torch.randn(2, 3, 64, 64))
     outputs = {multimask: model.segment(features, PROMPTS, multimask) for multimask in (True, False)}
     for name in ("masks", "iou_scores", "tokens"):
-        first, second = (getattr(output.candidates, name) for output in outputs.values())
+        first, second = (getattr(output.decoder_masks, name) for output in outputs.values())
         assert torch.equal(first, second)
         selected = "mask_tokens" if name == "tokens" else name
         assert torch.equal(getattr(outputs[True], selected), first[:, 1:])
         assert torch.equal(getattr(outputs[False], selected), first[:, :1])
-    assert outputs[True].masks.data_ptr() == outputs[True].candidates.masks[:, 1:].data_ptr()  # not a copy
+    assert outputs[True].masks.data_ptr() == outputs[True].decoder_masks.masks[:, 1:].data_ptr()  # not a copy
     assert torch.equal(model.mix(outputs[True]), model.mix(outputs[False]))
 
 
@@ -88,17 +88,17 @@ def test_single_mask_option_returns_one_mask(build_model):
     segmenter = {"name": "sam", "depth": 1, "num_heads": 2, "mlp_dim": 32, "single_mask": True}
     model = build_model(segmenter=segmenter)
     output = model.segment(model.encode(torch.randn(2, 3, 64, 64)), PROMPTS)
-    assert torch.equal(output.masks, output.candidates.masks[:, :1])
-    assert torch.equal(output.iou_scores, output.candidates.iou_scores[:, :1])
+    assert torch.equal(output.masks, output.decoder_masks.masks[:, :1])
+    assert torch.equal(output.iou_scores, output.decoder_masks.iou_scores[:, :1])
 
 
 @torch.no_grad()
-def test_concat_segmenter_outputs_keeps_candidates(model):
+def test_concat_segmenter_outputs_keeps_decoder_masks(model):
     features = model.encode(torch.randn(2, 3, 64, 64))
     whole = model.segment(features, PROMPTS)
     joined = concat_segmenter_outputs([model.segment(features, chunk) for chunk in PROMPTS.iter_chunks(2)])
     for name in ("masks", "iou_scores", "tokens"):
-        expected, actual = (getattr(each.candidates, name) for each in (whole, joined))
+        expected, actual = (getattr(each.decoder_masks, name) for each in (whole, joined))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from sca_registry.contracts import MaskCandidates, Prompt, PromptBatch
+from sca_registry.contracts import DecoderMasks, Prompt, PromptBatch
 
 import sca
 from sca.inference.processor import Processor
@@ -118,8 +118,8 @@ def test_segment_matches_the_golden_tokens_masks_and_grid(model, recorded, kind)
     assert_close(regions.dense_embeddings[None], recorded["dense_prompt"])
     assert_close(regions.prompt_tokens, recorded[f"{kind}.prompt_tokens"])
     assert_close(select_golden_tokens(regions.tokens, kind), recorded[f"{kind}.sam_tokens"])
-    assert_close(regions.candidates.masks, recorded[f"{kind}.pred_masks"])
-    assert_close(regions.candidates.iou_scores, recorded[f"{kind}.iou_scores"])
+    assert_close(regions.decoder_masks.masks, recorded[f"{kind}.pred_masks"])
+    assert_close(regions.decoder_masks.iou_scores, recorded[f"{kind}.iou_scores"])
     assert_close(model.segmenter.decoder.pred_obj_score_head(regions.tokens[:, 5]), recorded[f"{kind}.object_score"])
     assert_close(regions.grid, recorded[f"{kind}.grid"])
     assert_close(regions.masks, recorded[f"{kind}.mask"])
@@ -175,5 +175,5 @@ def test_mask_of_an_absent_object_is_empty(model, recorded):
         head.bias.copy_(bias)
     assert (regions.masks == -1024).all()
     assert not regions.boxes.any()
-    assert (regions.candidates.masks > -1024).all()
-    assert isinstance(regions.candidates, MaskCandidates)
+    assert (regions.decoder_masks.masks > -1024).all()
+    assert isinstance(regions.decoder_masks, DecoderMasks)

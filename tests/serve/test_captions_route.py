@@ -193,7 +193,7 @@ def test_server_limits_bound_the_defaults_of_a_checkpoint(make_client, make_body
     everything_request, prompt_request = inference_requests
     everything = everything_request.everything
     assert (everything.points_per_side, everything.crop_n_layers, everything.box_nms_thresh) == (64, 2, 0.5)
-    assert everything_request.generation == {"num_beams": 16, "max_new_tokens": 128}
+    assert everything_request.generation == {"num_beams": 16, "max_new_tokens": 512}
     assert prompt_request.generation == {"num_beams": 16, "max_new_tokens": 5}
 
 

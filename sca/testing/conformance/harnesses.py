@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 from sca_registry import get_registry
-from sca_registry.contracts import ImageFormat, MaskCandidates, PromptBatch, Region, SegmenterOutput
+from sca_registry.contracts import DecoderMasks, ImageFormat, PromptBatch, Region, SegmenterOutput
 from sca_registry.options import get_factory_options
 from torch import Tensor, nn
 
@@ -73,8 +73,8 @@ def make_random_regions(image_index: Tensor, num_images: int) -> SegmenterOutput
         boxes=torch.cat((corner, corner + IMAGE_SIZE / 4), dim=1),
     )
     single = torch.randn(num_regions, 1, MASK_SIZE, MASK_SIZE), torch.rand(num_regions, 1), tokens[:, -1:]
-    candidates = zip(single, (masks, iou_scores, tokens[:, :NUM_MASKS]), strict=True)
-    output.candidates = MaskCandidates(*(torch.cat(each, dim=1) for each in candidates))
+    pairs = zip(single, (masks, iou_scores, tokens[:, :NUM_MASKS]), strict=True)
+    output.decoder_masks = DecoderMasks(*(torch.cat(pair, dim=1) for pair in pairs))
     return output
 
 

@@ -35,7 +35,7 @@ def requires_only_declared_outputs(harness: MixerHarness) -> str | None:
     """The mixer runs without masks, boxes or grid unless its card or class lists them in `requires`."""
     needs, inputs = harness.collect_needs(), harness.make_inputs()
     fields_by_need = {
-        "masks": ("masks", "iou_scores", "mask_tokens", "candidates"),
+        "masks": ("masks", "iou_scores", "mask_tokens", "decoder_masks"),
         "boxes": ("boxes",),
         "grid": ("grid",),
     }
