@@ -13,7 +13,6 @@ from torch import Tensor
 from sca.checkpoints.layout import CONFIG_FILE, SIZES_FILE
 from sca.checkpoints.pam import (
     FIXED_CONFIG,
-    IMAGE_SIZE,
     LANGUAGE_MODEL_TYPE,
     NUM_HEADS,
     PUBLISHED_TOWER,
@@ -26,6 +25,7 @@ from sca.checkpoints.pam_names import (
     STACKED_POINT_EMBEDDINGS,
     convert_to_pam_name,
 )
+from sca.checkpoints.pam_sizes import IMAGE_SIZE
 from sca.checkpoints.published import SPECIAL_TOKEN_FIELDS
 from sca.encoders.sam2 import Sam2Encoder
 from sca.io.atomic import write_folder
