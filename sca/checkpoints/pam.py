@@ -65,7 +65,7 @@ MAX_NEW_TOKENS = 512
 NUM_HEADS, PATCH_SIZE = 8, 16
 TOWER_PATTERN = re.compile(r"sam2(\.1)?[_-]hiera[_-](tiny|small|base[_-]plus|large)")
 FIXED_CONFIG = {"mm_projector_type": "mlp2x_gelu", "use_mm_proj": True, "mm_use_im_start_end": False}
-LANGUAGE_MODEL_TYPE = "qwen2"
+LANGUAGE_MODEL_TYPE, BACKBONE_TYPE = "qwen2", "sam2_hiera_det_model"
 PUBLISHED_TOWER = "sam2.1-hiera-large"
 SPECIAL_TOKENS = (TURN_START, TURN_END)
 
@@ -267,7 +267,7 @@ def _build_sam_config(infos: TensorInfos, sizes: Sizes, folder: Path) -> dict[st
     tensor_sizes = {"hiera": hiera_sizes, "neck": neck_sizes, "sam_decoder": decoder_sizes}
     check_sizes_fit_tensors(sizes, tensor_sizes, folder)
     backbone = {
-        "model_type": "sam2_hiera_det_model",
+        "model_type": BACKBONE_TYPE,
         "hidden_size": widths[0],
         "embed_dim_per_stage": widths,
         "blocks_per_stage": depths,

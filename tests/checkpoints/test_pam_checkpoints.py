@@ -1,6 +1,8 @@
 """Checkpoints in PAM's layout: every combination of files, bad input, downloads, and export."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -9,6 +11,7 @@ from pam_tiny import GOLDEN_FOLDER, copy_pam_checkpoint, save_pam_tokenizer
 from safetensors.torch import load_file, save_file
 from sca_registry import zoo
 from sca_registry.contracts import PromptBatch
+from sca_registry.spec import ModelSpec
 from transformers import Sam2Config, Sam2Model
 
 import sca
@@ -373,6 +376,54 @@ def test_export_writes_the_same_tensors(folder, tmp_path, dtype):
 def test_export_rejects_another_mixer(build_small_model, tmp_path):
     with pytest.raises(InputError, match="does not support the mixer 'query'; supported is semantic-perceiver"):
         write_pam_checkpoint(build_small_model(), tmp_path / "out")
+
+
+def test_export_merges_lora(folder, tmp_path):
+    model = sca.load(folder)
+    model.language_model.add_lora(rank=2, alpha=4)
+    model.spec = dataclasses.replace(model.spec, lora=2)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    expected = compute_logits(model.eval())
+    write_pam_checkpoint(model, tmp_path / "out")
+    reloaded = sca.load(tmp_path / "out")
+    assert reloaded.spec.lora is None
+    torch.testing.assert_close(compute_logits(reloaded), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected, compute_logits(sca.load(folder)), rtol=1e-2)
+    torch.testing.assert_close(compute_logits(model), expected, rtol=0, atol=0)  # unchanged by the export
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        (None, {"tasks": {**PAM_PROMPTS, "caption": "Describe this."}}, "other tasks, prompts or prompt templates"),
+        (None, {"prompt_template": "{image} {prompt}"}, "other tasks, prompts or prompt templates"),
+        ("encoder", {"resample": "bilinear"}, "the interpolation 'bilinear'"),
+        ("segmenter", {"single_mask": False}, "several masks per region"),
+        ("config", {"rope_parameters": YARN}, "the rope scaling 'yarn'"),
+        (
+            "config",
+            {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
+            "sliding windows",
+        ),
+    ],
+)
+def test_export_rejects_what_the_layout_cannot_express(folder, tmp_path, section, fields, message):
+    table = sca.load(folder).spec.to_dict()
+    if section == "config":
+        table["language_model"]["config"] |= fields
+    elif section:
+        table[section] |= fields
+    else:
+        table |= fields
+    with pytest.raises(InputError, match=f"^the layout of PAM does not support {re.escape(message)}"):
+        write_pam_checkpoint(sca.build(ModelSpec.from_dict(table)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["pam-1.5b", "pam-3b"])
