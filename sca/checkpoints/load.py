@@ -150,13 +150,12 @@ def load_without_weights(
     """
     trust = Trust(trust_remote_code, allow_external)
     folder, spec = open_checkpoint(source, trust)
-    with _shorten_errors(folder):
-        if spec is None:
-            layout = read_layout(folder)
-            assert layout is not None  # see `open_checkpoint`
-            return build(SPEC_READERS[layout](folder, trust), "meta")
-        with wrap_spec_errors(folder):
+    if spec is None:
+        spec = read_foreign_spec(folder, trust)
+        with _shorten_errors(folder):
             return build(spec, "meta")
+    with _shorten_errors(folder), wrap_spec_errors(folder):
+        return build(spec, "meta")
 
 
 def open_checkpoint(
@@ -217,8 +216,26 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
     if read_layout(folder) != PAM_LAYOUT:
         return None
     folder, _ = open_checkpoint(folder, trust)
+    return read_foreign_spec(folder, trust)
+
+
+def read_foreign_spec(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
+    """Read the spec of a checkpoint in the layout of another program.
+
+    Args:
+        folder: Folder for which `open_checkpoint` returns no spec.
+        trust: What the caller allows.
+
+    Returns:
+        The spec.
+
+    Raises:
+        InputError: The checkpoint cannot be read, or needs a permission that `trust` does not include.
+    """
+    layout = read_layout(folder)
+    assert layout is not None  # see `open_checkpoint`
     with _shorten_errors(folder):
-        return read_pam_spec(folder, trust)
+        return SPEC_READERS[layout](folder, trust)
 
 
 @contextmanager
