@@ -255,11 +255,11 @@ def _build_sam_config(infos: TensorInfos, sizes: Sizes, folder: Path) -> dict[st
         "iou_width": get_shape(f"{decoder}iou_prediction_head.layers.0.weight")[0],
         "mask_channels": get_shape("sam_prompt_encoder.mask_downscaling.3.weight")[0],
     }
-    neck_sizes = {
+    neck_sizes: dict[str, Any] = {
         "d_model": get_shape("image_encoder.neck.convs.0.conv.weight")[0],
         "backbone_channel_list": widths[::-1],
     }
-    hiera_sizes = {
+    hiera_sizes: dict[str, Any] = {
         "embed_dim": widths[0],
         "stages": depths,
         "window_pos_embed_bkg_spatial_size": background_size,

@@ -95,6 +95,22 @@ def test_finetuned_model_can_be_exported_to_the_layout_of_pam(recipe, tmp_path):
     assert sca.load(tmp_path / "out").spec.lora is None
 
 
+@pytest.mark.slow
+def test_own_data_trains_lora_of_a_checkpoint_of_pam(recipe, tmp_path):
+    (tmp_path / "own").mkdir()
+    for index in range(6):
+        Image.new("RGB", (64, 48), (40 * index, 30, 30)).save(tmp_path / "own" / f"{index}.png")
+    lines = [{"image": f"{index}.png", "box": [4, 4, 30, 20], "caption": "brown dog"} for index in range(6)]
+    (tmp_path / "own" / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    changes = [
+        *(f"model='{tmp_path / 'pam'}'", f"data='{tmp_path / 'own'}'", "train.lora_rank=2", "train.steps=1"),
+        *("train.warmup_steps=0", "train.num_processes=1", "train.batch_size=2", "validate.max_images=1"),
+    ]
+    trained = train(Recipe.read("own-data", changes), tmp_path / "run", quiet=True)
+    assert any(parameter.any() for name, parameter in trained.named_parameters() if "lora_B" in name)
+    assert sca.load(tmp_path / "run" / "model").spec.tasks == TASK_PROMPTS
+
+
 def test_recipe_trains_as_pam():
     options = Recipe.read("pam-finetune").train
     assert options.label_smoothing == 0
