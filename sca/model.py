@@ -355,7 +355,11 @@ class SegmentCaptioner(SegmentationModel):
         return self._embed_tokens(torch.tensor([ids], dtype=torch.long, device=prefix.device), prefix.dtype)[0]
 
     def forward(
-        self, batch: Batch, loss_weights: Mapping[str, float] | None = None, chunk_size: int = 0
+        self,
+        batch: Batch,
+        loss_weights: Mapping[str, float] | None = None,
+        chunk_size: int = 0,
+        label_smoothing: float = LABEL_SMOOTHING,
     ) -> ModelOutput:
         """Compute the losses of a batch.
 
@@ -365,6 +369,7 @@ class SegmentCaptioner(SegmentationModel):
             chunk_size: Maximum number of regions or captions per chunk. The activations of a chunk are recomputed
                 in the backward pass (gradient checkpointing, arXiv 1604.06174). 0 computes everything at once and
                 recomputes nothing.
+            label_smoothing: Label smoothing of the caption loss.
 
         Returns:
             A `ModelOutput` with `loss` (the weighted sum), `losses` (by name), `logits` (number of caption tokens in
@@ -397,7 +402,9 @@ class SegmentCaptioner(SegmentationModel):
                 is_predicted = batch.questions.answer_mask.bool()
                 region_embeddings = self._embed_regions(queries, geometry)
                 states = self._compute_answer_states(batch, batch.questions, prefix, region_embeddings, chunk_size)
-            losses["caption"], logits = compute_caption_loss(self.language_model, states, batch.input_ids[is_predicted])
+            losses["caption"], logits = compute_caption_loss(
+                self.language_model, states, batch.input_ids[is_predicted], label_smoothing
+            )
         if batch.targets is not None and hasattr(self.segmenter, "compute_losses"):
             losses |= self.segmenter.compute_losses(regions, batch.targets)
         weights = loss_weights or {}
@@ -673,7 +680,9 @@ def _concat_generated(outputs: Sequence[GenerationOutput], pad_token_id: int) ->
     return GenerationOutput(torch.cat(sequences), torch.cat([output.scores for output in outputs]))
 
 
-def compute_caption_loss(language_model: LanguageModel, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+def compute_caption_loss(
+    language_model: LanguageModel, states: Tensor, labels: Tensor, label_smoothing: float = LABEL_SMOOTHING
+) -> tuple[Tensor, Tensor | None]:
     """Compute the mean cross-entropy with label smoothing over all caption tokens, EOS included.
 
     The logits of many tokens would be the largest tensor in memory. More than `TOKENS_PER_LOSS_CHUNK` tokens are
@@ -683,6 +692,7 @@ def compute_caption_loss(language_model: LanguageModel, states: Tensor, labels: 
         language_model: Language model whose `lm_head` computes the logits.
         states: (W, E) states that predict the tokens.
         labels: (W,) token ids.
+        label_smoothing: Fraction of the target distribution that is uniform.
 
     Returns:
         The loss, and the logits (W, V), or None if they were computed in chunks.
@@ -690,7 +700,7 @@ def compute_caption_loss(language_model: LanguageModel, states: Tensor, labels: 
 
     def compute_summed_loss(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = language_model.lm_head(states).float()
-        return F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING, reduction="sum"), logits
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum"), logits
 
     if len(labels) <= TOKENS_PER_LOSS_CHUNK:
         loss, logits = compute_summed_loss(states, labels)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sca_registry.errors import make_unknown_name_error
 
+BYTES_PER_PARAMETER = 4  # of float32
 PHOTOGRAPH_DOMAIN = "photographs"  # domain of the general models
 
 
@@ -28,9 +29,9 @@ class ZooEntry:
         domain: Kind of images that the model is trained for: `PHOTOGRAPH_DOMAIN` or a narrower one.
         terms: Terms of use.
         revision: Default revision of a Hub id.
-        is_research_only: The license excludes commercial use, so that the terms are printed before a download.
+        is_noncommercial: Whether the license forbids commercial use; the terms are then printed before a download.
         subfolder: Folder of the checkpoint in the repository of a Hub id; empty for its root.
-        bytes_per_parameter: Bytes per parameter in the files of a Hub id: 4 for float32.
+        download_bytes: Download size in bytes; by default 4 per parameter, and 0 for a checkpoint inside a package.
         config: Configuration of the language model of a PAM checkpoint, to plan it without a download.
     """
 
@@ -44,15 +45,14 @@ class ZooEntry:
     domain: str
     terms: str
     revision: str | None = None
-    is_research_only: bool = False
+    is_noncommercial: bool = False
     subfolder: str = ""
-    bytes_per_parameter: int = 4
+    download_bytes: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def download_bytes(self) -> int:
-        """Download size in bytes; 0 for a checkpoint inside a package."""
-        return 0 if self.folder else self.bytes_per_parameter * self.parameters
+    def __post_init__(self):
+        if not self.download_bytes and not self.folder:
+            object.__setattr__(self, "download_bytes", BYTES_PER_PARAMETER * self.parameters)
 
     @property
     def folder(self) -> Path | None:

@@ -92,20 +92,26 @@ def write_language_model(model: SegmentCaptioner, folder: Path) -> Path:
     Raises:
         OutputError: The folder cannot be written.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    causal_model = copy.deepcopy(_get_causal_model(model))
-    lora_layers = [
-        (name, module) for name, module in causal_model.named_modules() if isinstance(module, BaseTunerLayer)
-    ]
-    for name, module in lora_layers:
-        module.merge()
-        parent, _, attribute = name.rpartition(".")
-        setattr(causal_model.get_submodule(parent), attribute, module.get_base_layer())
+    causal_model = merge_lora(_get_causal_model(model))
     with write_folder(folder) as draft, silence_transformers():
         causal_model.save_pretrained(draft)
         _save_tokenizer(model, draft)
     return folder
+
+
+def merge_lora(causal_model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a language model with LoRA merged into its weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    merged_model = copy.deepcopy(causal_model)
+    lora_layers = [
+        (name, module) for name, module in merged_model.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
+    for name, module in lora_layers:
+        module.merge()
+        parent, _, attribute = name.rpartition(".")
+        setattr(merged_model.get_submodule(parent), attribute, module.get_base_layer())
+    return merged_model
 
 
 def _get_causal_model(model: SegmentCaptioner) -> PreTrainedModel:

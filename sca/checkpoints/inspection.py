@@ -24,14 +24,15 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
         folder: Checkpoint folder, or folder of a training run.
 
     Returns:
-        The components, the number of parameters and the version that wrote the checkpoint. For a checkpoint in the
-        folder of a training run, also its training settings and best validation score.
+        The components, the number of parameters and the version that wrote the checkpoint. For a layout of another
+        program, its name, the components, and the command that imports the checkpoint. For a checkpoint in the folder
+        of a training run, also its training settings and best validation score.
 
     Raises:
         InputError: There is no checkpoint, or one of its files or the marker of the run is damaged.
     """
     from sca.checkpoints.layout import ORIGIN_FILE, read_layout
-    from sca.checkpoints.load import open_checkpoint
+    from sca.checkpoints.load import open_checkpoint, read_foreign_spec
     from sca.io.run_folder import MARKER_FILE, read_runs
 
     is_run = (folder / MARKER_FILE).is_file() and "train" in read_runs(folder)
@@ -42,7 +43,8 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     folder, spec = open_checkpoint(folder)
     facts: dict[str, Any] = {"name": str(folder), "kind": "model"}
     if spec is None:
-        return facts | {"layout": read_layout(folder), "use": f"sca import {folder}"}
+        facts |= {"layout": read_layout(folder), "use": f"sca import {folder}"}
+        return facts | describe_spec(read_foreign_spec(folder))
     facts |= describe_spec(spec)
     facts |= count_parameters(spec)
     if (folder / ORIGIN_FILE).is_file():

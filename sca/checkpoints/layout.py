@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sca.checkpoints.trust import NO_TRUST, Trust, resolve_source
+from sca.checkpoints.trust import NO_TRUST, Trust, resolve_real_root, resolve_source
 from sca.io.errors import InputError
 from sca.io.json import read_json
 from sca.io.weight_files import has_tokenizer
@@ -38,15 +38,38 @@ def read_layout(folder: Path) -> str | None:
     return LAYOUT_BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
 
 
-def find_subfolder(folder: Path) -> Path:
+def find_subfolder(folder: Path, trust: Trust = NO_TRUST) -> Path:
     """Return the only sub-folder with a PAM checkpoint of a folder without a checkpoint, else the folder itself.
 
-    The published repositories contain the checkpoint in a folder of their own name.
+    The published repositories contain the checkpoint in a folder of their own name. Links to outside the folder are
+    not read unless the caller allows it.
+
+    Args:
+        folder: Any folder.
+        trust: What the caller allows.
+
+    Returns:
+        The folder of the checkpoint.
     """
     if any((folder / name).exists() for name in (SPEC_FILE, CONFIG_FILE)):
         return folder
-    candidates = [path.parent for path in folder.glob(f"*/{CONFIG_FILE}") if _is_pam_folder(path.parent)]
+    links = () if trust.external else find_external_links(folder)
+    candidates = [path for path in _list_subfolders(folder) if path not in links and _is_pam_folder(path)]
     return candidates[0] if len(candidates) == 1 else folder
+
+
+def find_external_links(folder: Path) -> list[Path]:
+    """Return the sub-folders with a `config.json` of which either is a link to outside the folder."""
+    root = resolve_real_root(folder)
+    return [
+        path
+        for path in _list_subfolders(folder)
+        if not all(each.resolve().is_relative_to(root) for each in (path, path / CONFIG_FILE))
+    ]
+
+
+def _list_subfolders(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
 
 
 def _is_pam_folder(folder: Path) -> bool:

@@ -150,13 +150,12 @@ def load_without_weights(
     """
     trust = Trust(trust_remote_code, allow_external)
     folder, spec = open_checkpoint(source, trust)
-    with _shorten_errors(folder):
-        if spec is None:
-            layout = read_layout(folder)
-            assert layout is not None  # see `open_checkpoint`
-            return build(SPEC_READERS[layout](folder, trust), "meta")
-        with wrap_spec_errors(folder):
+    if spec is None:
+        spec = read_foreign_spec(folder, trust)
+        with _shorten_errors(folder):
             return build(spec, "meta")
+    with _shorten_errors(folder), wrap_spec_errors(folder):
+        return build(spec, "meta")
 
 
 def open_checkpoint(
@@ -175,7 +174,7 @@ def open_checkpoint(
     Raises:
         InputError: The checkpoint cannot be downloaded or read, or needs a permission that `trust` does not include.
     """
-    folder = locate_checkpoint(source, revision)
+    folder = locate_checkpoint(source, revision, trust)
     is_bundled = isinstance(source, str) and source in zoo.list_names() and zoo.get_entry(source).folder is not None
     file_trust = trust._replace(external=True) if is_bundled else trust  # installers may symlink package files
     with _shorten_errors(folder):
@@ -210,15 +209,33 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
     folder = zoo.get_entry(str(source)).folder if is_bundled else find_local_folder(source)
     if folder is None:
         return None
-    folder = find_subfolder(folder)
+    folder = find_subfolder(folder, trust)
     if (folder / SPEC_FILE).exists():
         _, spec = open_checkpoint(source if is_bundled else folder, trust)
         return spec
     if read_layout(folder) != PAM_LAYOUT:
         return None
     folder, _ = open_checkpoint(folder, trust)
+    return read_foreign_spec(folder, trust)
+
+
+def read_foreign_spec(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
+    """Read the spec of a checkpoint in the layout of another program.
+
+    Args:
+        folder: Folder for which `open_checkpoint` returns no spec.
+        trust: What the caller allows.
+
+    Returns:
+        The spec.
+
+    Raises:
+        InputError: The checkpoint cannot be read, or needs a permission that `trust` does not include.
+    """
+    layout = read_layout(folder)
+    assert layout is not None  # see `open_checkpoint`
     with _shorten_errors(folder):
-        return read_pam_spec(folder, trust)
+        return SPEC_READERS[layout](folder, trust)
 
 
 @contextmanager
@@ -244,7 +261,7 @@ def _shorten_errors(folder: Path) -> Iterator[None]:
         raise InputError(reason if str(folder) in reason else f"{folder}: {reason}") from error
 
 
-def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
+def locate_checkpoint(source: str | Path, revision: str | None = None, trust: Trust = NO_TRUST) -> Path:
     """Return the folder of a checkpoint; download it if it is on the Hub.
 
     A bare name is never a folder; a path is a `Path`, or text with a separator. Only downloads write to disk: if a save
@@ -253,6 +270,7 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     Args:
         source: Model name, Hub id or folder.
         revision: Revision of a Hub id.
+        trust: What the caller allows.
 
     Returns:
         The local checkpoint folder.
@@ -269,7 +287,7 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     if path is not None:
         for folder in (path, get_previous_folder(path)):
             if folder.is_dir():
-                return find_subfolder(folder)
+                return find_subfolder(folder, trust)
         if path.exists():
             raise InputError(f"{source} is a file; pass a folder with {SPEC_FILE} and {WEIGHTS_FILE}")
     if isinstance(source, str) and HUB_ID_PATTERN.fullmatch(source):

@@ -27,9 +27,16 @@ from sca_registry.spec import ComponentSpec, ModelSpec
 from torch import Tensor
 
 from sca.builder import build, resolve_components
-from sca.checkpoints.layout import ORIGIN_FILE, SPEC_FILE, UNCERTAINTY_FILE, WEIGHTS_FILE
+from sca.checkpoints.layout import (
+    CONFIG_FILE,
+    ORIGIN_FILE,
+    SPEC_FILE,
+    UNCERTAINTY_FILE,
+    WEIGHTS_FILE,
+    find_external_links,
+)
 from sca.checkpoints.tensors import BuildSizeLimit, assign_tensors, hash_weights, list_stored_tensors
-from sca.checkpoints.trust import TrustError, is_settable
+from sca.checkpoints.trust import EXTERNAL_REMEDY, TrustError, is_settable
 from sca.checkpoints.uncertainty import hash_as_float32, read_uncertainty, serialize_uncertainty
 from sca.devices import resolve_dtype
 from sca.encoders.model_types import find_encoder_of_segmenter
@@ -329,11 +336,19 @@ def read_spec(folder: Path) -> ModelSpec:
             raise InputError(description) from error
         if find_encoder_of_segmenter(folder) is not None:
             raise InputError(f"{folder} is a segmenter without a language model; use sca.load_captioner") from error
-        raise InputError(f"{folder} has no {SPEC_FILE}; pass a folder written by `sca train` or sca.save") from error
+        raise InputError(_describe_missing_checkpoint(folder)) from error
     try:
         return ModelSpec.from_dict(check_object(table, str(folder / SPEC_FILE)))
     except RegistryError as error:
         raise InputError(f"{folder / SPEC_FILE}: {error}") from error
+
+
+def _describe_missing_checkpoint(folder: Path) -> str:
+    if (folder / CONFIG_FILE).exists():
+        return f"{folder} has no {SPEC_FILE}; pass a folder written by `sca train` or sca.save"
+    if links := find_external_links(folder):
+        return f"{links[0]} is a link to outside its folder; {EXTERNAL_REMEDY}"
+    return f"{folder} has no checkpoint; expected {SPEC_FILE}, {CONFIG_FILE}, or one sub-folder with a PAM checkpoint"
 
 
 def _describe_missing_packages(folder: Path) -> str:

@@ -10,6 +10,8 @@ they follow from the tensors. What tensors do not contain is that of the publish
     hiera.global_att_blocks               blocks with global attention
     hiera.window_spec                     window size of each stage
     sam_decoder.heads, perceiver.heads    attention heads of the two-way transformers
+
+Its other fields repeat sizes of the tensors, and are compared with them, see `sca.checkpoints.pam_sizes`.
 """
 
 from __future__ import annotations
@@ -37,8 +39,10 @@ from sca.checkpoints.pam_names import (
     SAM_PREFIX,
     STACKED_POINT_EMBEDDINGS,
     convert_to_native_name,
+    convert_to_pam_name,
     is_video_tensor,
 )
+from sca.checkpoints.pam_sizes import IMAGE_SIZE, Sizes, check_sizes_fit_tensors, read_sizes
 from sca.checkpoints.published import read_checkpoint_tensors, read_language_model_config
 from sca.checkpoints.tensors import BuildSizeLimit, assign_tensors
 from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, confine_spec
@@ -58,10 +62,10 @@ from sca.language_models.pam_prompts import PROMPT_TEMPLATE, TASK_PROMPTS, TURN_
 from sca.model import SegmentCaptioner
 
 MAX_NEW_TOKENS = 512
-IMAGE_SIZE, NUM_HEADS, PATCH_SIZE = 1024, 8, 16
+NUM_HEADS, PATCH_SIZE = 8, 16
 TOWER_PATTERN = re.compile(r"sam2(\.1)?[_-]hiera[_-](tiny|small|base[_-]plus|large)")
 FIXED_CONFIG = {"mm_projector_type": "mlp2x_gelu", "use_mm_proj": True, "mm_use_im_start_end": False}
-LANGUAGE_MODEL_TYPE = "qwen2"
+LANGUAGE_MODEL_TYPE, BACKBONE_TYPE = "qwen2", "sam2_hiera_det_model"
 PUBLISHED_TOWER = "sam2.1-hiera-large"
 SPECIAL_TOKENS = (TURN_START, TURN_END)
 
@@ -89,11 +93,11 @@ def load_pam_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentCaption
         model = build(spec)
     published = {name: tensor for name, tensor in read_checkpoint_tensors(folder).items() if not is_video_tensor(name)}
     _tie_head(published, spec, folder)
-    tensors = _convert_tensors(published)
     expected = set(model.state_dict()) - {"task_tokens"}  # empty
     if model.encoder.checkpoint:
         expected = {name for name in expected if not name.startswith(("encoder.", "segmenter."))}
-    assign_tensors(model, tensors, expected, folder, CONFIG_FILE)
+    _check_names(published, expected, folder)
+    assign_tensors(model, _convert_tensors(published), expected, folder, CONFIG_FILE, _format_pam_name)
     model.language_model.tokenizer = _load_pam_tokenizer(folder)
     return model.eval()
 
@@ -116,10 +120,7 @@ def read_pam_spec(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
     infos: dict[str, TensorInfo] = {}
     for file in require_weight_files(folder, folder):
         infos |= read_tensor_infos(file)
-    try:
-        sizes = read_json(folder / SIZES_FILE)
-    except FileNotFoundError:
-        sizes = {}
+    sizes = read_sizes(folder)
     try:
         has_sam = any(name.startswith(f"{SAM_PREFIX}image_encoder.") for name in infos)
         encoder = {"name": "sam2", "config": _build_sam_config(infos, sizes, folder)} if has_sam else {"name": tower}
@@ -172,19 +173,31 @@ def _build_spec(
 
 
 def _select_language_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the language model; transformers ignores those of the original code."""
-    fields = {name: value for name, value in config.items() if value is not None and not name.startswith("mm_")}
+    """Return the fields of the language model; transformers ignores those of the original code.
+
+    The original code sets `rope_scaling` to None.
+    """
+    fields = {
+        name: value
+        for name, value in config.items()
+        if value is not None and not name.startswith("mm_") and name != "rope_scaling"
+    }
     return {**fields, "model_type": LANGUAGE_MODEL_TYPE}
 
 
-def _build_mixer_table(infos: TensorInfos, sizes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _build_mixer_table(infos: TensorInfos, sizes: Sizes, folder: Path) -> dict[str, Any]:
     prefix = "model.vision_resampler."
+    num_queries, width = _get_info(infos, f"{prefix}sem_tokens.weight", folder).shape
+    depth = _count_layers(infos, f"{prefix}layers.")
+    mlp_dim = _get_info(infos, f"{prefix}layers.0.mlp.layers.0.weight", folder).shape[0]
+    tensor_sizes = {"width": width, "queries": num_queries, "depth": depth, "mlp": mlp_dim}
+    check_sizes_fit_tensors(sizes, {"perceiver": tensor_sizes}, folder)
     return {
         "name": "semantic-perceiver",
-        "num_queries": _get_info(infos, f"{prefix}sem_tokens.weight", folder).shape[0],
-        "depth": _count_layers(infos, f"{prefix}layers."),
+        "num_queries": num_queries,
+        "depth": depth,
         "num_heads": _get_size(sizes, "perceiver", "heads", NUM_HEADS),
-        "mlp_dim": _get_info(infos, f"{prefix}layers.0.mlp.layers.0.weight", folder).shape[0],
+        "mlp_dim": mlp_dim,
     }
 
 
@@ -211,9 +224,8 @@ def _get_info(infos: TensorInfos, name: str, folder: Path) -> TensorInfo:
     return infos[name]
 
 
-def _get_size(sizes: Mapping[str, Any], table: str, field: str, default: Any) -> Any:
-    fields = sizes.get(table)
-    return fields.get(field, default) if isinstance(fields, Mapping) else default
+def _get_size(sizes: Sizes, table: str, field: str, default: Any) -> Any:
+    return sizes.get(table, {}).get(field, default)
 
 
 def _count_layers(infos: TensorInfos, prefix: str) -> int:
@@ -221,7 +233,7 @@ def _count_layers(infos: TensorInfos, prefix: str) -> int:
     return len({name.removeprefix(prefix).partition(".")[0] for name in infos if name.startswith(prefix)})
 
 
-def _build_sam_config(infos: TensorInfos, sizes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _build_sam_config(infos: TensorInfos, sizes: Sizes, folder: Path) -> dict[str, Any]:
     """Return the fields of transformers' `Sam2Config` that differ from its defaults."""
 
     def get_shape(name: str) -> tuple[int, ...]:
@@ -234,21 +246,39 @@ def _build_sam_config(infos: TensorInfos, sizes: Mapping[str, Any], folder: Path
     ]
     stages = [(width, len(list(blocks))) for width, blocks in groupby(block_widths)]
     widths, depths = [width for width, _ in stages], [depth for _, depth in stages]
+    background_size = list(get_shape(f"{trunk}pos_embed")[2:])
+    decoder_sizes = {
+        "width": get_shape(f"{decoder}mask_tokens.weight")[1],
+        "depth": _count_layers(infos, f"{SAM_PREFIX}{decoder}transformer.layers."),
+        "mlp": get_shape(f"{decoder}transformer.layers.0.mlp.layers.0.weight")[0],
+        "iou_depth": _count_layers(infos, f"{SAM_PREFIX}{decoder}iou_prediction_head.layers."),
+        "iou_width": get_shape(f"{decoder}iou_prediction_head.layers.0.weight")[0],
+        "mask_channels": get_shape("sam_prompt_encoder.mask_downscaling.3.weight")[0],
+    }
+    neck_sizes: dict[str, Any] = {
+        "d_model": get_shape("image_encoder.neck.convs.0.conv.weight")[0],
+        "backbone_channel_list": widths[::-1],
+    }
+    hiera_sizes: dict[str, Any] = {
+        "embed_dim": widths[0],
+        "stages": depths,
+        "window_pos_embed_bkg_spatial_size": background_size,
+    }
+    tensor_sizes = {"hiera": hiera_sizes, "neck": neck_sizes, "sam_decoder": decoder_sizes}
+    check_sizes_fit_tensors(sizes, tensor_sizes, folder)
     backbone = {
-        "model_type": "sam2_hiera_det_model",
+        "model_type": BACKBONE_TYPE,
         "hidden_size": widths[0],
         "embed_dim_per_stage": widths,
         "blocks_per_stage": depths,
-        "window_positional_embedding_background_size": list(get_shape(f"{trunk}pos_embed")[2:]),
+        "window_positional_embedding_background_size": background_size,
         **_find_attention_fields(widths, depths, sizes, folder),
     }
     image_size = sizes.get("image_size", IMAGE_SIZE)
-    prompt_width = get_shape("sam_prompt_encoder.no_mask_embed.weight")[1]
-    token_width = get_shape(f"{decoder}mask_tokens.weight")[1]
     vision_config: dict[str, Any] = {
         "model_type": "sam2_vision_model",
-        "fpn_hidden_size": get_shape("image_encoder.neck.convs.0.conv.weight")[0],
-        "backbone_channel_list": widths[::-1],
+        "fpn_hidden_size": neck_sizes["d_model"],
+        "backbone_channel_list": neck_sizes["backbone_channel_list"],
         "backbone_config": backbone,
     }
     if image_size != IMAGE_SIZE:
@@ -257,25 +287,23 @@ def _build_sam_config(infos: TensorInfos, sizes: Mapping[str, Any], folder: Path
     return {
         "vision_config": vision_config,
         "prompt_encoder_config": {
-            "hidden_size": prompt_width,
+            "hidden_size": get_shape("sam_prompt_encoder.no_mask_embed.weight")[1],
             "image_size": image_size,
             "patch_size": PATCH_SIZE,
-            "mask_input_channels": get_shape("sam_prompt_encoder.mask_downscaling.3.weight")[0],
+            "mask_input_channels": decoder_sizes["mask_channels"],
         },
         "mask_decoder_config": {
-            "hidden_size": token_width,
-            "mlp_dim": get_shape(f"{decoder}transformer.layers.0.mlp.layers.0.weight")[0],
-            "num_hidden_layers": _count_layers(infos, f"{SAM_PREFIX}{decoder}transformer.layers."),
+            "hidden_size": decoder_sizes["width"],
+            "mlp_dim": decoder_sizes["mlp"],
+            "num_hidden_layers": decoder_sizes["depth"],
             "num_attention_heads": _get_size(sizes, "sam_decoder", "heads", NUM_HEADS),
-            "iou_head_depth": _count_layers(infos, f"{SAM_PREFIX}{decoder}iou_prediction_head.layers."),
-            "iou_head_hidden_dim": get_shape(f"{decoder}iou_prediction_head.layers.0.weight")[0],
+            "iou_head_depth": decoder_sizes["iou_depth"],
+            "iou_head_hidden_dim": decoder_sizes["iou_width"],
         },
     }
 
 
-def _find_attention_fields(
-    widths: list[int], depths: list[int], sizes: Mapping[str, Any], folder: Path
-) -> dict[str, Any]:
+def _find_attention_fields(widths: list[int], depths: list[int], sizes: Sizes, folder: Path) -> dict[str, Any]:
     """Return the heads and windows of the image encoder, of `sizes` or of the published encoder of the same size."""
     published = find_published_towers().values()
     fields: Mapping[str, Any] = next(
@@ -316,8 +344,30 @@ def _tie_head(tensors: dict[str, Tensor], spec: ModelSpec, folder: Path) -> None
         )
 
 
+def _check_names(published: Mapping[str, Tensor], expected: set[str], folder: Path) -> None:
+    """Raise InputError unless the tensors have PAM's names of the expected native tensors."""
+    expected_names = {name for native_name in expected for name in _list_pam_names(native_name)}
+    missing, unexpected = sorted(expected_names - published.keys()), sorted(published.keys() - expected_names)
+    if missing or unexpected:
+        raise InputError(
+            f"{folder} does not fit its {CONFIG_FILE}: missing {format_first_names(missing)}; "
+            f"unexpected {format_first_names(unexpected)}"
+        )
+
+
+def _list_pam_names(native_name: str) -> tuple[str, ...]:
+    """Return PAM's names of a native tensor; some are stacked or copied here."""
+    if native_name == STACKED_POINT_EMBEDDINGS:
+        return POINT_EMBEDDINGS
+    return (POSITION_MATRIX,) if native_name in POSITION_MATRIX_COPIES else (convert_to_pam_name(native_name),)
+
+
+def _format_pam_name(native_name: str) -> str:
+    return _list_pam_names(native_name)[0]
+
+
 def _convert_tensors(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors by native name."""
+    """Return the tensors by native name; SAM 2 may be missing."""
     tensors = {
         convert_to_native_name(name): tensor
         for name, tensor in published.items()
@@ -325,7 +375,6 @@ def _convert_tensors(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
     if POSITION_MATRIX in published:
         tensors |= dict.fromkeys(POSITION_MATRIX_COPIES, published[POSITION_MATRIX])
-    if published.keys() >= set(POINT_EMBEDDINGS):
         tensors[STACKED_POINT_EMBEDDINGS] = torch.cat([published[name] for name in POINT_EMBEDDINGS])
     return tensors
 

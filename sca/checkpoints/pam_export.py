@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sca.checkpoints.export import merge_lora
 from sca.checkpoints.layout import CONFIG_FILE, SIZES_FILE
 from sca.checkpoints.pam import (
+    BACKBONE_TYPE,
     FIXED_CONFIG,
-    IMAGE_SIZE,
     LANGUAGE_MODEL_TYPE,
     NUM_HEADS,
     PUBLISHED_TOWER,
@@ -26,11 +28,13 @@ from sca.checkpoints.pam_names import (
     STACKED_POINT_EMBEDDINGS,
     convert_to_pam_name,
 )
+from sca.checkpoints.pam_sizes import IMAGE_SIZE
 from sca.checkpoints.published import SPECIAL_TOKEN_FIELDS
 from sca.encoders.sam2 import Sam2Encoder
 from sca.io.atomic import write_folder
 from sca.io.errors import InputError
 from sca.io.weight_files import SAFETENSORS_FILE
+from sca.language_models.pam_prompts import PROMPT_TEMPLATE, TASK_PROMPTS
 from sca.mixers.semantic_perceiver import SemanticPerceiverMixer
 from sca.model import SegmentCaptioner
 from sca.segmenters.sam2 import Sam2Segmenter
@@ -38,6 +42,7 @@ from sca.segmenters.sam2 import Sam2Segmenter
 if TYPE_CHECKING:
     from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 
+LANGUAGE_MODEL_PREFIX = "language_model.model."
 LANGUAGE_FIELDS = (  # of a configuration of Qwen2, in the versions of transformers that PAM's code requires
     *("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "hidden_act", "initializer_range", "rms_norm_eps", "use_cache"),
@@ -61,7 +66,7 @@ PAM_CONFIG = {  # fields of all published configurations
 
 
 def write_pam_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
-    """Write a model to a folder in PAM's layout, with bit-identical tensors.
+    """Write a model to a folder in PAM's layout, with bit-identical tensors, except that LoRA is merged.
 
     Tensors that PAM uses for videos only are not written. The dtype of a tensor is that of the language model if the
     conversion is exact, else its own.
@@ -81,10 +86,15 @@ def write_pam_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
     if problem:
         raise InputError(f"the layout of PAM does not support {problem}")
     causal_model = cast("CausalLanguageModel", model.language_model).model
+    state = model.state_dict()
+    if model.spec.lora:
+        causal_model = merge_lora(causal_model)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(LANGUAGE_MODEL_PREFIX)}
+        state |= {f"{LANGUAGE_MODEL_PREFIX}{name}": tensor for name, tensor in causal_model.state_dict().items()}
     config = _build_config(model)
     sizes = _collect_sizes(model)
     with write_folder(folder) as draft:
-        save_file(_collect_tensors(model, causal_model.dtype), draft / SAFETENSORS_FILE, metadata={"format": "pt"})
+        save_file(_collect_tensors(state, causal_model.dtype), draft / SAFETENSORS_FILE, metadata={"format": "pt"})
         (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         special_tokens = {name: getattr(causal_model.generation_config, name) for name in SPECIAL_TOKEN_FIELDS}
         (draft / "generation_config.json").write_text(json.dumps(special_tokens, indent=2) + "\n", "utf-8")
@@ -103,14 +113,23 @@ def _find_unsupported(model: SegmentCaptioner) -> str | None:
         return f"the projection {dict(spec.projection)}; supported is none"
     if not isinstance(encoder, Sam2Encoder) or not isinstance(segmenter, Sam2Segmenter) or not encoder.high_res_shapes:
         return f"the encoder {spec.encoder.name!r} and its segmenter; supported are those of SAM 2"
-    language_model: Any = model.language_model
-    model_type = getattr(getattr(getattr(language_model, "model", None), "config", None), "model_type", None)
-    if model_type != LANGUAGE_MODEL_TYPE:
+    if encoder.vision.config.backbone_config.model_type != BACKBONE_TYPE:
+        return f"the encoder {spec.encoder.name!r}; supported are those of SAM 2"
+    if encoder.image_format.resample != "bicubic":
+        return f"the interpolation {encoder.image_format.resample!r} (encoder.resample); supported is bicubic"
+    if not segmenter.single_mask or segmenter.box_masks:
+        return "several masks per region or box masks; set segmenter.single_mask=true and segmenter.box_masks=false"
+    config: Any = getattr(getattr(model.language_model, "model", None), "config", None)
+    if getattr(config, "model_type", None) != LANGUAGE_MODEL_TYPE:
         return f"the language model {spec.language_model.name!r}; supported is {LANGUAGE_MODEL_TYPE}"
-    if spec.lora:
-        return "LoRA; export the language model with the layout lm, which merges it"
+    if (rope_type := config.rope_parameters.get("rope_type", "default")) != "default":
+        return f"the rope scaling {rope_type!r} of the language model; supported is none"
+    if any(each != "full_attention" for each in config.layer_types):
+        return "sliding windows of the language model; supported is full attention"
     if spec.geometry or spec.task_tokens:
         return "geometry and learned task tokens; supported are tasks with prompts"
+    if spec.tasks != TASK_PROMPTS or spec.prompt_template != PROMPT_TEMPLATE:
+        return "other tasks, prompts or prompt templates than those of PAM; set these fields of the spec to PAM's"
     tensors = model.state_dict()
     if not torch.equal(*(tensors[name] for name in POSITION_MATRIX_COPIES)):
         return "a segmenter with other positions for prompts than for the grid"
@@ -119,10 +138,10 @@ def _find_unsupported(model: SegmentCaptioner) -> str | None:
     return f"the tensor {names[0]}; supported are those of SAM 2, the mixer and the language model" if names else None
 
 
-def _collect_tensors(model: SegmentCaptioner, dtype: torch.dtype) -> dict[str, Tensor]:
+def _collect_tensors(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors by PAM's name; tied tensors are written as often as they are used, as published."""
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if name == STACKED_POINT_EMBEDDINGS:
             tensors |= zip(POINT_EMBEDDINGS, tensor.split(1), strict=True)
         elif name in POSITION_MATRIX_COPIES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,12 @@ def _list_source_sizes(kind: str, component: ComponentSpec) -> list[int]:
 
 
 def assign_tensors(
-    model: SegmentCaptioner, tensors: dict[str, Tensor], expected: set[str], location: Path, config_name: str
+    model: SegmentCaptioner,
+    tensors: dict[str, Tensor],
+    expected: set[str],
+    location: Path,
+    config_name: str,
+    format_name: Callable[[str], str] = str,
 ) -> None:
     """Load the tensors of a checkpoint into a model.
 
@@ -132,6 +137,7 @@ def assign_tensors(
         expected: Names that the checkpoint must have, no more and no less.
         location: File or folder of the tensors, for error messages.
         config_name: File that defines the model, for error messages.
+        format_name: Returns the name in the file of a tensor of the model, for error messages.
 
     Raises:
         InputError: Tensors are missing, unexpected, or of a different shape than in the model.
@@ -146,7 +152,7 @@ def assign_tensors(
     for name, tensor in tensors.items():
         if model_tensors[name].shape != tensor.shape:
             raise InputError(
-                f"{location}: {name} is {tuple(tensor.shape)} and the {config_name} requires "
+                f"{location}: {format_name(name)} is {tuple(tensor.shape)} and the {config_name} requires "
                 f"{tuple(model_tensors[name].shape)}"
             )
     model.load_state_dict(model_tensors | tensors)

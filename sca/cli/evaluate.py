@@ -282,6 +282,9 @@ def _plan_protocol_runs(
                 "reason"
             )
     dataset_options = {key: value for key, value in requested.dataset.items() if key != "name"}
+    caption_task = requested.prompting.caption_task
+    if caption_task != "caption" and not any("caption" in run.tasks for run in protocol.runs):
+        raise ValueError(f"the protocol {protocol.name} generates no captions; omit --caption-task")
     planned_runs = []
     for run in protocol.runs:
         proposer = requested.proposer if _accepts_proposer(run) else None
@@ -293,7 +296,7 @@ def _plan_protocol_runs(
             seed=requested.prompting.seed,
             generation={**run.generation, **requested.prompting.generation},
             zoom=requested.prompting.zoom,
-            caption_task=requested.prompting.caption_task,
+            caption_task=caption_task if "caption" in run.tasks else "caption",
         )
         dataset = {"name": run.dataset, **run.dataset_options, **dataset_options}
         folder = requested.out and requested.out / run.name

@@ -273,7 +273,7 @@ def _describe_zoo_model(name: str) -> dict[str, Any]:
     entry_facts = {
         key: value
         for key, value in asdict(entry).items()
-        if key not in ("is_research_only", "bytes_per_parameter", "config")
+        if key not in ("is_noncommercial", "download_bytes", "config")
     }
     facts = {"name": entry.name, "kind": "model", **_get_builtin_facts(), **entry_facts}
     if entry.download_bytes:

@@ -39,8 +39,8 @@ class PamJson(TableDataset):
 
     The prompt of the task "recognition" results in the name of the region, that of "caption" in its phrases. Any other
     prompt, such as those of the tasks "explain" and "detail", is a question, which training uses with
-    `train.question_prob`. Records of videos and records without a box are skipped and counted. `points` are not read:
-    training samples its own. See `TableDataset`.
+    `train.question_prob`. Records of videos and records without a box are skipped and counted. `points` are not read.
+    See `TableDataset`.
 
     Args:
         split: "train" or "val", or the name of a split of the files.

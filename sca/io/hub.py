@@ -266,7 +266,7 @@ def list_usage_terms(name: str) -> list[str]:
     cards = [registry.get_card(part) for registry in REGISTRIES.values() for part in registry.list_names()]
     matching_cards = [card for card in cards if card.terms and card.options.get("weights") == name]
     entry = zoo.find_hub_entry(name)
-    matching: list[Any] = [*matching_cards, *([entry] if entry is not None and entry.is_research_only else [])]
+    matching: list[Any] = [*matching_cards, *([entry] if entry is not None and entry.is_noncommercial else [])]
     return [f"{name} ({each.license}): {each.terms}" for each in matching][:1]
 
 

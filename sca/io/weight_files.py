@@ -217,7 +217,9 @@ def describe_missing_weights(folder: Path, prefix: str = "") -> str:
     for name in (prefix + SAFETENSORS_FILE, prefix + PYTORCH_BIN_FILE):
         if (folder / f"{name}.index.json").is_file():
             shards = [
-                shard for shard in _read_shard_names(folder / f"{name}.index.json") if not (folder / shard).is_file()
+                shard
+                for shard in _read_shard_names(folder / f"{name}.index.json")
+                if not ((folder / name).parent / shard).is_file()
             ]
             return f"no {format_first_names(shards)}"
     return f"neither {prefix}{SAFETENSORS_FILE} nor {prefix}{PYTORCH_BIN_FILE}"

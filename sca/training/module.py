@@ -9,7 +9,7 @@ from sca_registry.contracts import Batch
 from sca_registry.errors import make_unknown_name_error
 from torch import Tensor, nn
 
-from sca.model import SegmentCaptioner
+from sca.model import LABEL_SMOOTHING, SegmentCaptioner
 from sca.training.auxiliary_losses import UNKNOWN_LABEL, AttributeHead, AttributeValues, pool_ground_truth_features
 from sca.training.recipe import TrainOptions
 
@@ -22,6 +22,7 @@ class TrainingModule(nn.Module):
         loss_weights: Weights by loss.
         attributes: Attributes that the auxiliary heads predict.
         chunk_size: Regions per forward pass, see `TrainOptions`; 0 for all.
+        label_smoothing: Label smoothing of the caption loss.
 
     Raises:
         RegistryError: An auxiliary loss has a weight, and the data has no attributes for it.
@@ -33,11 +34,13 @@ class TrainingModule(nn.Module):
         loss_weights: Mapping[str, float],
         attributes: AttributeValues,
         chunk_size: int = 0,
+        label_smoothing: float = LABEL_SMOOTHING,
     ):
         super().__init__()
         self.model = model
         self.loss_weights: dict[str, float] = dict(loss_weights)
         self.chunk_size = chunk_size
+        self.label_smoothing = label_smoothing
         for loss in ("attributes", "feature_attributes"):
             if loss_weights.get(loss) and not (
                 attributes.region_attributes or (loss == "attributes" and attributes.relation_attributes)
@@ -63,7 +66,7 @@ class TrainingModule(nn.Module):
             Scalar loss.
         """
         assert batch.targets is not None  # set by `collate_examples`
-        output = self.model(batch, self.loss_weights, self.chunk_size)
+        output = self.model(batch, self.loss_weights, self.chunk_size, self.label_smoothing)
         losses = dict(output.losses)
         losses.setdefault("caption", output.queries.sum() * 0.0)  # of a batch without texts
         if "attributes" in self.heads:

@@ -59,6 +59,7 @@ NON_NEGATIVE_OPTIONS = ("learning_rate", "adam_beta2", "weight_decay", "max_grad
 MAX_SEED = 2**32 - 1  # NumPy's maximum
 FRACTION_OPTIONS = (  # numbers from 0 to 1
     "class_name_prob",
+    "label_smoothing",
     "question_prob",
     "length_prob",
     "class_name_warmup",
@@ -117,6 +118,7 @@ class TrainOptions(SamplingOptions):
         lr_multipliers: Factors of the learning rate by trainable group (`spec.trainable`, and "heads"); 1 by default.
         lora_rank: Rank of LoRA adapters that are added to the language model of a checkpoint, with alpha twice the
             rank; 0 for none. A new model has its LoRA in [model].
+        label_smoothing: Label smoothing of the caption loss; 0.1 in SCA, 0 in PAM.
         adam_beta2: Decay rate of AdamW's second moment.
         weight_decay: Weight decay of AdamW; norms and biases have none.
         warmup_steps: Steps of linear warmup, at most `steps` - 1.
@@ -140,6 +142,7 @@ class TrainOptions(SamplingOptions):
     learning_rate: float = 1e-3
     lr_multipliers: Mapping[str, float] = field(default_factory=dict)
     lora_rank: int = 0
+    label_smoothing: float = 0.1
     adam_beta2: float = 0.999
     weight_decay: float = 1e-4
     warmup_steps: int = 200
@@ -163,6 +166,7 @@ RECIPE_KEYS = {  # name without its section, or in transformers -> key of a reci
     **dict.fromkeys(("max_steps", "num_steps", "epochs", "num_epochs", "num_train_epochs"), "train.steps"),
     **dict.fromkeys(("per_device_train_batch_size", "train_batch_size"), "train.batch_size"),
     "lr": "train.learning_rate",
+    "label_smoothing_factor": "train.label_smoothing",
     "warmup_ratio": "train.warmup_steps",
     "bf16": "train.precision",
     "fp16": "train.precision",

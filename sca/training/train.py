@@ -162,7 +162,9 @@ def _train_process(
         check_shardable(recipe)
     model, mixture, attributes, validation_dataset = prepare_training(recipe, **trust_options)
     datasets_by_name = _collect_datasets_by_name(recipe, mixture, validation_dataset)
-    training_module = TrainingModule(model, recipe.loss, attributes, recipe.train.chunk_size)
+    training_module = TrainingModule(
+        model, recipe.loss, attributes, recipe.train.chunk_size, recipe.train.label_smoothing
+    )
     check_lr_multipliers(recipe.train, training_module)
     max_regions = compute_regions_per_process(recipe.train, num_processes)
     tokenizer = model.language_model.tokenizer
@@ -334,6 +336,7 @@ def prepare_training(
             _add_lora(model, recipe)
     else:
         model = build(recipe.model)
+    _convert_lora_to_float32(model)
     if recipe.train.fsdp:
         check_shardable(recipe)
     if model.language_model.tokenizer is None:
@@ -414,6 +417,13 @@ def _add_lora(model: SegmentCaptioner, recipe: Recipe) -> None:
     assert isinstance(model.spec.lora, Mapping)  # completed by the spec
     model.language_model.add_lora(**model.spec.lora)
     model.freeze_parameters()
+
+
+def _convert_lora_to_float32(model: SegmentCaptioner) -> None:
+    """Convert LoRA adapters to float32, as peft does: updates are too small for the precision of bfloat16."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def _check_question_lengths(recipe: Recipe, model: SegmentCaptioner, datasets: Mapping[str, Dataset]) -> None:

@@ -197,7 +197,7 @@ def test_load_rejects_a_spec_that_does_not_match_the_weights(saved_model):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (SPEC_FILE, None, "has no spec.json"),
+        (SPEC_FILE, None, "has no checkpoint; expected spec.json, config.json, or one sub-folder"),
         (SPEC_FILE, b"{", "not valid JSON"),
         (WEIGHTS_FILE, None, "has no weights.safetensors"),
         (WEIGHTS_FILE, b"\x10\0\0\0\0\0\0\0{", "is damaged"),

@@ -1,25 +1,38 @@
 """Checkpoints in PAM's layout: every combination of files, bad input, downloads, and export."""
 
+import dataclasses
 import json
+import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from pam_tiny import GOLDEN_FOLDER, copy_pam_checkpoint, save_pam_tokenizer
 from safetensors.torch import load_file, save_file
 from sca_registry import zoo
 from sca_registry.contracts import PromptBatch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Sam2Config, Sam2Model
+from sca_registry.spec import ModelSpec
+from transformers import Sam2Config, Sam2Model
 
 import sca
 from sca.checkpoints.pam import build_published_pam_spec
 from sca.checkpoints.pam_export import write_pam_checkpoint
 from sca.checkpoints.pam_names import SAM_PREFIX, convert_to_native_name, convert_to_pam_name, is_video_tensor
 from sca.io.errors import InputError
+from sca.io.json import read_json
+from sca.io.weight_files import require_weight_files
 from sca.language_models.pam_prompts import PROMPT_TEMPLATE, TASK_PROMPTS
 
-GOLDEN_FOLDER = Path(__file__).resolve().parents[1] / "data" / "golden" / "pam-tiny"
+PAM_PROMPTS = {  # of PAM's notebooks
+    "recognition": "Classify this subject and provide its label.",
+    "caption": "Provide a concise caption for this subject.",
+    "explain": "Classify this subject and provide the label and its definition.",
+    "detail": "Provide a comprehensive and detailed description for this subject.",
+    "recognition-zh": "对该目标对象进行分类并提供标签",
+    "caption-zh": "对该目标对象提供一个概括的描述",
+    "explain-zh": "对该目标对象进行分类并提供标签和名词功能解释",
+    "detail-zh": "对该目标对象提供一个全面且详细的描述",
+}
 PROMPTS = PromptBatch(torch.tensor([0, 0]), boxes=torch.tensor([[10.0, 10, 60, 60], [50, 40, 120, 110]]))
 pytestmark = pytest.mark.filterwarnings("ignore:.* has no tokenizer")
 
@@ -27,9 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* has no tokenizer")
 @pytest.fixture
 def folder(tmp_path):
     """A copy of the golden checkpoint, without its recorded outputs."""
-    copy = tmp_path / "pam"
-    shutil.copytree(GOLDEN_FOLDER, copy, ignore=shutil.ignore_patterns("golden.safetensors"))
-    return copy
+    return copy_pam_checkpoint(tmp_path / "pam")
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +67,11 @@ def rewrite_config(folder, **fields):
     (folder / "config.json").write_text(json.dumps(config | fields))
 
 
-def save_tokenizer(folder, size=97, special_tokens=("<|im_start|>", "<|im_end|>")):
-    """Save a tokenizer, whose special tokens are the last of its tokens."""
-    tokens = ["system", "user", "assistant", "You", "are", "a", "helpful", "this", "subject", ".", *special_tokens]
-    fillers = [f"w{index}" for index in range(size - len(tokens))]
-    vocabulary = {word: index for index, word in enumerate([*fillers, *tokens])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="w2", additional_special_tokens=[*special_tokens]
-    )
-    wrapped.save_pretrained(folder)
+def rewrite_sizes(folder, table, **fields):
+    """Change fields of a table of `sizes.json`, or of the file itself without a table."""
+    sizes = json.loads((folder / "sizes.json").read_text())
+    sizes = sizes | {table: sizes[table] | fields} if table else sizes | fields
+    (folder / "sizes.json").write_text(json.dumps(sizes))
 
 
 def test_every_tensor_is_loaded_or_used_for_videos_only():
@@ -82,7 +87,7 @@ def test_every_tensor_is_loaded_or_used_for_videos_only():
 def test_spec_has_the_prompts_of_pam():
     spec = sca.load(GOLDEN_FOLDER).spec
     assert spec.task_names[:4] == ("recognition", "caption", "explain", "detail")
-    assert spec.tasks == TASK_PROMPTS
+    assert spec.tasks == PAM_PROMPTS
     assert spec.prompt_template == PROMPT_TEMPLATE
     before, after = PROMPT_TEMPLATE.split("{image}")
     assert before == "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -121,6 +126,15 @@ def test_shards_are_loaded(folder, golden_logits):
     assert "\n" not in str(caught.value)
 
 
+def test_missing_shards_of_a_prefix_are_listed_alone(tmp_path):
+    (tmp_path / "part").mkdir()
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (tmp_path / "part" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "part" / weight_map["a"]).touch()
+    with pytest.raises(InputError, match=r"incomplete weights: no model-00002-of-00002\.safetensors;"):
+        require_weight_files(tmp_path, tmp_path, "part/")
+
+
 def test_bfloat16_language_model_keeps_its_dtype(folder):
     rewrite_tensors(folder, lambda tensors: {name: each.bfloat16() for name, each in tensors.items()})
     model = sca.load(folder)
@@ -139,8 +153,44 @@ def test_subfolder_of_a_repository_is_found(folder, tmp_path, golden_logits):
     (repository / "README.md").write_text("model card")
     assert torch.equal(compute_logits(sca.load(repository)), golden_logits)
     shutil.rmtree(repository / "PAM-1.5B")
-    with pytest.raises(InputError, match=r"PAM-1.5B"):
+    expected = "has no checkpoint; expected spec.json, config.json, or one sub-folder with a PAM checkpoint"
+    with pytest.raises(InputError, match=expected):
         sca.load(repository)
+    for name in ("one", "two"):
+        copy_pam_checkpoint(repository / name)
+    with pytest.raises(InputError, match=expected):
+        sca.load(repository)
+
+
+@pytest.mark.parametrize("linked", ["PAM", "PAM/config.json"])
+def test_linked_subfolder_outside_the_repository_requires_allow_external(
+    folder, tmp_path, golden_logits, linked, monkeypatch
+):
+    repository = tmp_path / "repository"
+    (repository / linked).parent.mkdir(parents=True)
+    if linked != "PAM":
+        shutil.copytree(folder, repository / "PAM", dirs_exist_ok=True)
+        (repository / linked).unlink()
+    target = folder if linked == "PAM" else folder / "config.json"
+    (repository / linked).symlink_to(target)
+    read_files = []
+
+    def record_read(path, *args, **kwargs):
+        read_files.append(path.resolve())
+        return read_json(path, *args, **kwargs)
+
+    monkeypatch.setattr("sca.checkpoints.layout.read_json", record_read)
+    with pytest.raises(InputError, match="is a link to outside its folder; pass allow_external=True"):
+        sca.load(repository)
+    assert folder / "config.json" not in read_files
+    assert torch.equal(compute_logits(sca.load(repository, allow_external=True)), golden_logits)
+
+
+def test_linked_subfolder_inside_the_repository_is_loaded(folder, tmp_path, golden_logits):
+    (tmp_path / "repository" / "files").mkdir(parents=True)
+    shutil.move(folder, tmp_path / "repository" / "files" / "pam")
+    (tmp_path / "repository" / "PAM").symlink_to(tmp_path / "repository" / "files" / "pam")
+    assert torch.equal(compute_logits(sca.load(tmp_path / "repository")), golden_logits)
 
 
 def test_model_without_sam_uses_the_published_weights(folder, tmp_path, golden_logits, monkeypatch):
@@ -178,7 +228,7 @@ def save_sam(model, folder):
 
 
 def test_tokenizer_of_the_folder_is_loaded(folder):
-    save_tokenizer(folder)
+    save_pam_tokenizer(folder)
     model = sca.load(folder)
     tokenizer = model.language_model.tokenizer
     assert tokenizer.eos_token_id == 96  # <|im_end|>
@@ -200,25 +250,50 @@ def test_tokenizer_of_the_folder_is_loaded(folder):
         (lambda folder: (folder / "model.safetensors").unlink(), "incomplete weights"),
         (lambda folder: (folder / "sizes.json").unlink(), "add a sizes.json with hiera.num_heads"),
         (
-            lambda folder: save_tokenizer(folder, special_tokens=("<|im_end|>",)),
+            lambda folder: save_pam_tokenizer(folder, special_tokens=("<|im_end|>",)),
             "lacks the special tokens <|im_start|>",
         ),
-        (lambda folder: save_tokenizer(folder, size=98), "the tokenizer has 98 tokens, but the language model has 97"),
+        (
+            lambda folder: save_pam_tokenizer(folder, size=98),
+            "the tokenizer has 98 tokens, but the language model has 97",
+        ),
         (
             lambda folder: rewrite_tensors(folder, lambda tensors: tensors | {"model.extra": torch.zeros(1)}),
-            "unexpected language_model.model.model.extra",
+            "unexpected model.extra",
         ),
         (
             lambda folder: rewrite_tensors(
                 folder, lambda tensors: {name: each for name, each in tensors.items() if "semT_newline" not in name}
             ),
-            "missing mixer.query_newline",
+            "missing model.semT_newline",
         ),
         (
             lambda folder: rewrite_tensors(
                 folder, lambda tensors: {name: each for name, each in tensors.items() if "sem_tokens" not in name}
             ),
             "has no tensor model.vision_resampler.sem_tokens.weight",
+        ),
+        (
+            lambda folder: rewrite_tensors(
+                folder, lambda tensors: tensors | {"mixer.image_newline": tensors["model.image_newline"]}
+            ),
+            "unexpected mixer.image_newline",
+        ),
+        (
+            lambda folder: rewrite_tensors(
+                folder, lambda tensors: tensors | {"model.vision_resampler.layers.0.layer_norm1.weight": torch.ones(32)}
+            ),
+            "unexpected model.vision_resampler.layers.0.layer_norm1.weight",
+        ),
+        (
+            lambda folder: rewrite_tensors(
+                folder, lambda tensors: {name: each for name, each in tensors.items() if "embeddings.2" not in name}
+            ),
+            f"missing {SAM_PREFIX}sam_prompt_encoder.point_embeddings.2.weight",
+        ),
+        (
+            lambda folder: rewrite_tensors(folder, lambda tensors: tensors | {"model.semT_newline": torch.ones(9)}),
+            "model.semT_newline is (9,) and the config.json requires (48,)",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -232,6 +307,50 @@ def test_damaged_checkpoint_is_rejected_in_one_line(folder, damage, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("table", "field", "value", "message"),
+    [
+        *(
+            (None, "image_size", value, f"image_size is {value!r}; expected a multiple of 32 from 32 to 4096")
+            for value in (-128, 0, 100, 8192, 128.0, True, "128", [128])
+        ),
+        (None, "extra", 1, "unknown field 'extra'; use image_size, hiera"),
+        (None, "hiera", [1], "hiera is [1]; expected an object"),
+        *(
+            ("perceiver", "heads", value, f"perceiver.heads is {value!r}; expected an integer of at least 1")
+            for value in (0, -1, 1.0, True)
+        ),
+        ("perceiver", "heads", 7, "perceiver.heads is 7; expected a divisor of 16"),
+        ("perceiver", "queries", 6, "perceiver.queries is 6; expected 5, as the tensors have"),
+        ("perceiver", "downsample", 4, "perceiver.downsample is 4; expected 2, as in all models"),
+        ("perceiver", "extra", 4, "unknown field 'perceiver.extra'; use heads, "),
+        ("sam_decoder", "heads", None, "sam_decoder.heads is None; expected an integer of at least 1"),
+        ("hiera", "num_heads", 3, "hiera.num_heads is 3; expected a divisor of 8"),
+        ("hiera", "window_spec", [8, 4, 16], "hiera.window_spec is [8, 4, 16]; expected 4 sizes of at least 1"),
+        ("hiera", "window_spec", [8, 4, 16, 0], "hiera.window_spec is [8, 4, 16, 0]; expected 4 sizes of at least 1"),
+        ("hiera", "window_spec", 8, "hiera.window_spec is 8; expected a list of integers"),
+        ("hiera", "global_att_blocks", [7], "hiera.global_att_blocks is [7]; expected indices less than 7"),
+        ("neck", "scalp", 0, "neck.scalp is 0; expected 1, as in all models"),
+    ],
+)
+def test_sizes_are_validated(folder, table, field, value, message):
+    rewrite_sizes(folder, table, **{field: value})
+    with pytest.raises(InputError) as caught:
+        sca.load(folder)
+    assert str(caught.value).startswith(f"{folder / 'sizes.json'}: {message}")
+
+
+def test_sizes_must_be_an_object(folder):
+    (folder / "sizes.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"sizes\.json contains no JSON object"):
+        sca.load(folder)
+
+
+def test_rope_scaling_of_the_configuration_is_not_used(folder, golden_logits):
+    rewrite_config(folder, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16})
+    assert torch.equal(compute_logits(sca.load(folder)), golden_logits)
+
+
 def test_native_checkpoint_round_trips(folder, tmp_path, golden_logits):
     sca.save(sca.load(folder), tmp_path / "native")
     assert torch.equal(compute_logits(sca.load(tmp_path / "native")), golden_logits)
@@ -240,7 +359,7 @@ def test_native_checkpoint_round_trips(folder, tmp_path, golden_logits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_export_writes_the_same_tensors(folder, tmp_path, dtype):
     rewrite_tensors(folder, lambda tensors: {name: each.to(dtype) for name, each in tensors.items()})
-    save_tokenizer(folder)
+    save_pam_tokenizer(folder)
     model = sca.load(folder)
     write_pam_checkpoint(model, tmp_path / "out")
     original, exported = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "out"))
@@ -257,6 +376,54 @@ def test_export_writes_the_same_tensors(folder, tmp_path, dtype):
 def test_export_rejects_another_mixer(build_small_model, tmp_path):
     with pytest.raises(InputError, match="does not support the mixer 'query'; supported is semantic-perceiver"):
         write_pam_checkpoint(build_small_model(), tmp_path / "out")
+
+
+def test_export_merges_lora(folder, tmp_path):
+    model = sca.load(folder)
+    model.language_model.add_lora(rank=2, alpha=4)
+    model.spec = dataclasses.replace(model.spec, lora=2)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    expected = compute_logits(model.eval())
+    write_pam_checkpoint(model, tmp_path / "out")
+    reloaded = sca.load(tmp_path / "out")
+    assert reloaded.spec.lora is None
+    torch.testing.assert_close(compute_logits(reloaded), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected, compute_logits(sca.load(folder)), rtol=1e-2)
+    torch.testing.assert_close(compute_logits(model), expected, rtol=0, atol=0)  # unchanged by the export
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        (None, {"tasks": {**PAM_PROMPTS, "caption": "Describe this."}}, "other tasks, prompts or prompt templates"),
+        (None, {"prompt_template": "{image} {prompt}"}, "other tasks, prompts or prompt templates"),
+        ("encoder", {"resample": "bilinear"}, "the interpolation 'bilinear'"),
+        ("segmenter", {"single_mask": False}, "several masks per region"),
+        ("config", {"rope_parameters": YARN}, "the rope scaling 'yarn'"),
+        (
+            "config",
+            {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
+            "sliding windows",
+        ),
+    ],
+)
+def test_export_rejects_what_the_layout_cannot_express(folder, tmp_path, section, fields, message):
+    table = sca.load(folder).spec.to_dict()
+    if section == "config":
+        table["language_model"]["config"] |= fields
+    elif section:
+        table[section] |= fields
+    else:
+        table |= fields
+    with pytest.raises(InputError, match=f"^the layout of PAM does not support {re.escape(message)}"):
+        write_pam_checkpoint(sca.build(ModelSpec.from_dict(table)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["pam-1.5b", "pam-3b"])

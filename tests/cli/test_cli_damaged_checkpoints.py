@@ -38,7 +38,7 @@ def replace_spec_text(content):
         ("no/such/folder", "no model or folder named 'no/such/folder'. Choose from: "),
         ("./a.png", "./a.png is a file; pass a folder with spec.json and weights.safetensors"),
         ("a.png", "for the local path, write ./a.png"),
-        (".", "has no spec.json"),
+        (".", "has no checkpoint; expected spec.json"),
         ("./" + "x" * 300, "File name too long"),
     ],
 )

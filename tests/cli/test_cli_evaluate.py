@@ -6,6 +6,10 @@ import re
 import pytest
 from PIL import Image
 
+from sca.cli.evaluate import PlannedRun, _plan_protocol_runs
+from sca.evaluation.predictions import PromptingOptions
+from sca.evaluation.protocol import EvaluationProtocol, ProtocolRun
+
 
 @pytest.fixture
 def evaluate_on_scenes(run_sca, checkpoint):
@@ -188,6 +192,17 @@ def test_evaluate_reports_invalid_proposer_options_in_one_line(get_sca_error, ch
     assert message in get_sca_error(2, "evaluate", checkpoint, "scenes", "num_images=1", *arguments)
 
 
+def test_caption_task_applies_to_the_runs_of_a_protocol_with_captions():
+    runs = (
+        ProtocolRun("names", "scenes", "test", tasks=("recognition",)),
+        ProtocolRun("captions", "scenes", "test", tasks=("caption", "recognition")),
+    )
+    protocol = EvaluationProtocol("mixed", "", "", ("cider-d",), runs)
+    requested = PlannedRun({}, "test", PromptingOptions(caption_task="detail"), None, ["cider-d"], {}, None)
+    planned_runs = _plan_protocol_runs(protocol, requested, {}, quiet=True)
+    assert [run.prompting.caption_task for run in planned_runs] == ["caption", "detail"]
+
+
 @pytest.mark.parametrize(
     ("protocol", "arguments", "message"),
     [
@@ -213,6 +228,7 @@ def test_evaluate_reports_invalid_proposer_options_in_one_line(get_sca_error, ch
             ("generation.num_beams=2",),
             "the option generation.num_beams has no effect on the task comprehension",
         ),
+        ("scene-questions", ("--caption-task", "detail"), "generates no captions; omit --caption-task"),
         ("refcocog-reg", ("--split", "val"), "the protocol refcocog-reg defines its splits and prompts; omit --split"),
     ],
 )

@@ -1,29 +1,20 @@
 """Commands on a checkpoint in PAM's layout: captions of its tasks, facts, plans and export."""
 
 import json
-import shutil
 import warnings
-from pathlib import Path
 
 import pytest
+from pam_tiny import copy_pam_checkpoint
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-GOLDEN_FOLDER = Path(__file__).resolve().parents[1] / "data" / "golden" / "pam-tiny"
-TOKENS = ["system", "user", "assistant", "this", "subject", ".", "label", "<|im_start|>", "<|im_end|>"]
+from sca.language_models.pam_prompts import PROMPT_TEMPLATE, TASK_PROMPTS
+from sca.model import CHARACTERS_PER_TOKEN
 
 
 @pytest.fixture
 def pam_folder(working_folder):
     """A copy of the golden checkpoint with a tokenizer."""
-    shutil.copytree(GOLDEN_FOLDER, working_folder / "pam")
-    vocabulary = [*(f"w{index}" for index in range(97 - len(TOKENS))), *TOKENS]
-    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
-    ).save_pretrained(working_folder / "pam")
+    copy_pam_checkpoint(working_folder / "pam", with_tokenizer=True)
     return "./pam"
 
 
@@ -37,6 +28,7 @@ def test_caption_generates_the_text_of_a_task_of_pam(run_sca, write_image, pam_f
         texts[task] = json.loads(line)
     assert texts["explain"]["caption"]
     assert texts["explain"]["mask"]
+    assert texts["explain"]["caption"] != texts["caption"]["caption"]
     result = run_sca(*arguments, "--task", "translate")
     assert result.status == 2
     assert "Choose from: recognition, caption, explain, detail, recognition-zh" in result.err[-1]
@@ -51,8 +43,15 @@ def test_export_to_the_layout_of_pam_keeps_tensors(run_sca, pam_folder, working_
     assert facts["layout"].strip() == "pam"
 
 
+def test_show_model_prints_the_components_and_tasks_of_a_folder(run_sca, pam_folder):
+    facts = dict(line.split(":", 1) for line in run_sca("show", "model", pam_folder).out.splitlines())
+    assert facts["mixer"].strip().startswith("semantic-perceiver(num_queries=5, ")
+    assert facts["segmenter"].strip() == "sam2(single_mask=True)"
+    assert facts["tasks"].strip().startswith("recognition, caption, explain, detail, recognition-zh")
+
+
 def test_import_adds_a_tokenizer_to_a_checkpoint_of_pam(run_sca, pam_folder, working_folder):
-    shutil.copytree(GOLDEN_FOLDER, working_folder / "without")
+    copy_pam_checkpoint(working_folder / "without")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = run_sca("import", "./without", "native", "--tokenizer", pam_folder)
@@ -78,4 +77,6 @@ def test_plan_counts_the_positions_of_pam(run_sca):
     assert result.status == 0, result.err
     plan = json.loads(result.out)
     num_parameters = plan["parameters"]["language_model"] - 151_936 * 1536  # without the embeddings
-    assert plan["flops"]["prefill"] == pytest.approx(2 * num_parameters * 1071, rel=0.1)
+    positions = 1042 + (len(TASK_PROMPTS["caption"]) + len(PROMPT_TEMPLATE)) // CHARACTERS_PER_TOKEN
+    attention = 4 * positions**2 * 1536 * 28  # scores and their product with the values, in 28 layers
+    assert plan["flops"]["prefill"] == pytest.approx(2 * num_parameters * positions + attention, rel=0.01)

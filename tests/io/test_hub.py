@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import HEAD_COMMIT, Hub
+from pam_tiny import GOLDEN_FOLDER
 
 pytestmark = pytest.mark.slow
 
@@ -54,12 +55,11 @@ LOAD_PAM_PROGRAM = """
 import sys, sca
 print(sca.load(sys.argv[1]).spec.mixer.name)
 """
-PAM_FOLDER = Path(__file__).resolve().parents[1] / "data" / "golden" / "pam-tiny"
 
 
 @pytest.mark.parametrize("name", ["pam-3b", "Perceive-Anything/PAM-3B", "someone/PAM-3B"])
 def test_pam_is_loaded_from_the_folder_of_its_repository_after_its_terms(hub, run_with_hub, tmp_path, name):
-    shutil.copytree(PAM_FOLDER, tmp_path / "repository" / "PAM-3B")
+    shutil.copytree(GOLDEN_FOLDER, tmp_path / "repository" / "PAM-3B")
     (tmp_path / "repository" / "README.md").write_text("A model.")
     hub.models["Perceive-Anything/PAM-3B"] = hub.models["someone/PAM-3B"] = tmp_path / "repository"
     status, out, err = run_with_hub(sys.executable, "-c", LOAD_PAM_PROGRAM, name)
@@ -71,7 +71,7 @@ def test_pam_is_loaded_from_the_folder_of_its_repository_after_its_terms(hub, ru
 
 
 def test_pam_repository_without_its_folder_is_rejected(hub, run_with_hub, tmp_path):
-    shutil.copytree(PAM_FOLDER, tmp_path / "repository")
+    shutil.copytree(GOLDEN_FOLDER, tmp_path / "repository")
     hub.models["Perceive-Anything/PAM-3B"] = tmp_path / "repository"
     status, _, err = run_with_hub(
         sys.executable, "-m", "sca", "export", "pam-3b", str(tmp_path / "out"), "--layout", "pam"

@@ -12,26 +12,27 @@ from sca.model import compute_caption_loss
 LABEL_SMOOTHING = 0.1  # as published
 
 
-def compute_smoothed_cross_entropy(logits, target):
+def compute_smoothed_cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING):
     """Return the cross-entropy of one position with label smoothing."""
     log_normalizer = math.log(sum(math.exp(value) for value in logits))
     log_probs = [value - log_normalizer for value in logits]
-    uniform_share = LABEL_SMOOTHING / len(log_probs)
+    uniform_share = label_smoothing / len(log_probs)
     return -sum(
-        ((1 - LABEL_SMOOTHING) * (index == target) + uniform_share) * log for index, log in enumerate(log_probs)
+        ((1 - label_smoothing) * (index == target) + uniform_share) * log for index, log in enumerate(log_probs)
     )
 
 
-def test_caption_loss_is_the_mean_over_all_tokens(build_small_model):
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.0}], ids=str)
+def test_caption_loss_is_the_mean_over_all_tokens(build_small_model, options):
     generator = torch.Generator().manual_seed(0)
     language_model = build_small_model().language_model
     states, token_ids = (
         torch.randn(7, language_model.hidden_size, generator=generator),
         torch.randint(20, (7,), generator=generator),
     )
-    loss, logits = compute_caption_loss(language_model, states, token_ids)
+    loss, logits = compute_caption_loss(language_model, states, token_ids, **options)
     token_losses = [
-        compute_smoothed_cross_entropy(row, token_id)
+        compute_smoothed_cross_entropy(row, token_id, options.get("label_smoothing", LABEL_SMOOTHING))
         for row, token_id in zip(logits.tolist(), token_ids.tolist(), strict=True)
     ]
     assert float(loss) == pytest.approx(sum(token_losses) / len(token_losses), rel=1e-5)

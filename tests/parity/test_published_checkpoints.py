@@ -13,6 +13,7 @@ from sca_registry.spec import ComponentSpec
 
 import sca
 from sca.checkpoints.export import attach_sources, write_language_model, write_published_checkpoint
+from sca.checkpoints.inspection import describe_checkpoint
 from sca.io.errors import InputError
 
 
@@ -62,6 +63,14 @@ def test_published_checkpoint_round_trip_has_equal_logits(compose_model, family,
     assert reloaded.spec.mixer.name == mixer
     assert torch.equal(model(make_batch()).logits, reloaded(make_batch()).logits)
     assert reloaded.summarize_parameters() == model.summarize_parameters()
+
+
+def test_describe_checkpoint_returns_the_components_and_tasks_of_a_published_model(write_published):
+    folder = write_published()
+    facts = describe_checkpoint(folder)
+    assert (facts["layout"], facts["use"]) == ("published", f"sca import {folder}")
+    assert facts["tasks"] == "recognition, caption"
+    assert facts["mixer"].startswith("query(")
 
 
 @torch.no_grad()

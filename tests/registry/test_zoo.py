@@ -14,13 +14,22 @@ def test_zoo_lists_the_bundled_models():
 def test_zoo_entry_has_all_fields(name):
     entry = zoo.get_entry(name)
     assert entry.name == name
-    optional_fields = ("revision", "is_research_only", "subfolder", "config")
+    optional_fields = ("revision", "is_noncommercial", "subfolder", "download_bytes", "config")
     assert all(value for field, value in vars(entry).items() if field not in optional_fields)
     if entry.folder:
         assert entry.checkpoint == f"sca:bundled/{name}"  # package, folder inside
     else:
         assert entry.checkpoint in entry.source
         assert entry.checkpoint.count("/") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("pam-1.5b", 4_040_000_000), ("pam-3b", 7_290_000_000), ("sca-gpt2-large-vg", None), ("sca-tiny", 0)],
+)
+def test_zoo_entry_has_the_size_of_its_download(name, size):
+    entry = zoo.get_entry(name)
+    assert entry.download_bytes == (4 * entry.parameters if size is None else size)
 
 
 def test_zoo_suggests_a_model_for_a_typo():
