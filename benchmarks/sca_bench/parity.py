@@ -12,6 +12,7 @@ from sca_registry.contracts import TASKS, Batch, Prompt, PromptBatch
 from torch import Tensor
 
 import sca
+from sca.checkpoints.layout import PUBLISHED_LAYOUT, read_layout
 from sca.inference.processor import Processor
 from sca.language_models.causal import CausalLanguageModel
 from sca.model import SegmentCaptioner
@@ -59,7 +60,8 @@ def compare_golden_folders(folder: Path, device: str, dtype: torch.dtype) -> dic
     Raises:
         ValueError: The folder contains no recorded checkpoint.
     """
-    folders = sorted(path.parent for path in folder.glob("*/golden.safetensors"))
+    golden_folders = sorted(path.parent for path in folder.glob("*/golden.safetensors"))
+    folders = [each for each in golden_folders if read_layout(each) == PUBLISHED_LAYOUT]
     if not folders:
         raise ValueError(f"{folder} contains no */golden.safetensors; run this from a checkout of the repository")
     return {each.name: compare_golden(each, device, dtype) for each in folders}

@@ -562,7 +562,7 @@ def _translate_hub_errors(name: str, revision: str | None) -> Iterator[None]:
 def is_cached(name: str, revision: str | None = None, prefix: str = "") -> bool:
     """Return whether the complete weights of a Hub id are in the cache; the arguments are those of the download."""
     folder = _find_cached_folder(name, revision or get_pinned_commit(name), prefix)
-    return folder is not None and has_complete_weights(folder, prefix)
+    return folder is not None and (folder / prefix).is_dir() and has_complete_weights(folder, prefix)
 
 
 def _find_cached_folder(name: str, revision: str | None, prefix: str) -> Path | None:

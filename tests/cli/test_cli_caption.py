@@ -353,8 +353,8 @@ def test_caption_notes_narrow_training_domain_once(run_sca, write_image, monkeyp
     (line,) = run_sca(*arguments).err
     assert line.startswith(f"sca: {name} is trained on {domain} only; for photographs: ")
     assert "sca-gpt2-large-vg (5.7 GB)" in line
-    assert "`sca pull sca-gpt2-large-pretrain-vg`" in line
-    assert "--model sca-gpt2-large-pretrain-vg`" in line
+    assert "`sca pull pam-1.5b`" in line
+    assert "--model pam-1.5b`" in line
     assert run_sca(*arguments, "--quiet").err == []
 
 

@@ -62,7 +62,7 @@ def test_show_model_prints_no_training_details_of_copied_checkpoint(run_sca, tra
 
 
 def test_show_model_rejects_folders_without_readable_model(get_sca_error, training_run_folder, tmp_path):
-    assert "no spec.json" in get_sca_error(2, "show", "model", tmp_path)
+    assert "has no checkpoint; expected spec.json" in get_sca_error(2, "show", "model", tmp_path)
     assert "Did you mean 'sca-tiny'?" in get_sca_error(2, "show", "model", "sca-tniy")
     unfinished_run = tmp_path / "begun"
     shutil.copytree(training_run_folder, unfinished_run, ignore=shutil.ignore_patterns("model", "checkpoint-*"))

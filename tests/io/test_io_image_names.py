@@ -90,7 +90,7 @@ def _is_ambiguous(stem: str, other_stems: list[str]) -> bool:
 
 
 def _normalize_spelling(name: str) -> str:
-    return unicodedata.normalize("NFC", unquote(unquote(name)))
+    return unicodedata.normalize("NFC", unquote(unquote(unicodedata.normalize("NFC", name))))
 
 
 def _create_files(folder: Path, *names: str) -> Path:

@@ -71,7 +71,7 @@ def test_spec_rejects_invalid_tasks_and_templates(build_small_model, fields, mes
 
 def test_build_rejects_prompts_that_fill_the_language_model(build_small_model):
     short = LANGUAGE_MODEL | {"max_positions": 16}
-    with pytest.raises(RegistryError, match=r"the text of the task and 0 task tokens\) fills the 16 positions"):
+    with pytest.raises(RegistryError, match=r"the prompt of the task\) fills the 16 positions"):
         build_small_model(**FIELDS | {"language_model": short})
 
 
