@@ -35,8 +35,8 @@ from torch import Tensor
 from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
 import sca
+from sca.checkpoints.pam import MODEL_FIELDS
 from sca.inference.engine import REGION_BATCH_SIZE
-from sca.language_models.pam_prompts import PROMPT_TEMPLATE, TASK_PROMPTS
 from sca.language_models.questions import EncodedQuestion
 from sca.model import SegmentCaptioner, count_rows_per_call
 from sca.nn.two_way_transformer import TwoWayTransformer
@@ -60,13 +60,6 @@ MEDIUM_PAM_MODEL: Mapping[str, Any] = {  # a small SAM 2.1 and a small Qwen2
             "max_position_embeddings": 4096,
         },
     },
-}
-PAM_FIELDS: Mapping[str, Any] = {
-    "segmenter": {"name": "sam2", "single_mask": True},
-    "projection": "none",
-    "task_tokens": 0,
-    "tasks": TASK_PROMPTS,
-    "prompt_template": PROMPT_TEMPLATE,
 }
 RatioRow = tuple[str, str, float, float, str]  # quantity, unit, ours, reference (published or other), note
 
@@ -356,7 +349,7 @@ def compare_pam(settings: ComparisonSettings) -> list[RatioRow]:
     model = settings.prepare_model(
         sca.compose(
             **settings.pam_model,
-            **PAM_FIELDS,
+            **MODEL_FIELDS,
             device=settings.device,
             weights=False,  # type: ignore[arg-type]
         )
@@ -366,7 +359,7 @@ def compare_pam(settings: ComparisonSettings) -> list[RatioRow]:
     question = EncodedQuestion([], [1] * num_positions)
     token_ids: dict[str, Tensor] = {}
 
-    def caption(features: Tensor, chunk: PromptBatch) -> Tensor:
+    def generate_ids_of_chunk(features: Tensor, chunk: PromptBatch) -> Tensor:
         prefix = model.build_prefix(model.mix(model.segment(features, chunk)), torch.ones_like(chunk.image_index))
         prefix = model.append_question(prefix, question)
         return model.generate_from_prefix(prefix, max_new_tokens=MAX_NEW_TOKENS).sequences[:, 0]
@@ -374,12 +367,12 @@ def compare_pam(settings: ComparisonSettings) -> list[RatioRow]:
     def caption_here() -> None:
         features = model.encode(pixels)
         rows = count_rows_per_call(model.count_prefix_positions())
-        token_ids["ours"] = torch.cat([caption(features, chunk) for chunk in prompts.iter_chunks(rows)])
+        token_ids["ours"] = torch.cat([generate_ids_of_chunk(features, chunk) for chunk in prompts.iter_chunks(rows)])
 
     def caption_published() -> None:
         with patch("sca.language_models.causal.has_plain_greedy_settings", lambda model: False):
             token_ids["published"] = torch.cat(
-                [caption(model.encode(pixels), chunk) for chunk in prompts.iter_chunks(1)]
+                [generate_ids_of_chunk(model.encode(pixels), chunk) for chunk in prompts.iter_chunks(1)]
             )
 
     with torch.inference_mode():

@@ -92,7 +92,7 @@ class RerankingEngine(Engine):
         if not texts:
             return caption
         best = max(range(len(texts)), key=scores.__getitem__)
-        return replace(caption, text=texts[best], score=math.exp(min(scores[best], 0.0)), alternatives=(), usage=None)
+        return replace(caption, text=texts[best], score=math.nan, alternatives=(), usage=None)
 
 
 def measure_reranking(model: str, max_images: int, folder: Path) -> dict[str, dict[str, Any]]:

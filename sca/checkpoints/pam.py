@@ -68,6 +68,13 @@ FIXED_CONFIG = {"mm_projector_type": "mlp2x_gelu", "use_mm_proj": True, "mm_use_
 LANGUAGE_MODEL_TYPE, BACKBONE_TYPE = "qwen2", "sam2_hiera_det_model"
 PUBLISHED_TOWER = "sam2.1-hiera-large"
 SPECIAL_TOKENS = (TURN_START, TURN_END)
+MODEL_FIELDS: Mapping[str, Any] = {  # fields of the spec that all PAM models share
+    "segmenter": {"name": "sam2", "single_mask": True},
+    "projection": "none",
+    "task_tokens": 0,
+    "tasks": TASK_PROMPTS,
+    "prompt_template": PROMPT_TEMPLATE,
+}
 
 TensorInfos = Mapping[str, TensorInfo]
 
@@ -158,14 +165,10 @@ def _build_spec(
 ) -> ModelSpec:
     return ModelSpec.from_dict(
         {
+            **MODEL_FIELDS,
             "encoder": {**encoder, "resample": "bicubic"},
-            "segmenter": {"name": "sam2", "single_mask": True},
             "mixer": mixer,
             "language_model": {"name": "hf", "config": language_config, "dtype": dtype},
-            "projection": "none",
-            "task_tokens": 0,
-            "tasks": TASK_PROMPTS,
-            "prompt_template": PROMPT_TEMPLATE,
             "questions": True,
             "generation": {"max_new_tokens": MAX_NEW_TOKENS},
         }

@@ -139,7 +139,7 @@ def _find_unsupported(model: SegmentCaptioner) -> str | None:
 
 
 def _collect_tensors(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors by PAM's name; tied tensors are written as often as they are used, as published."""
+    """Return the tensors by PAM's name; tied tensors are written once per name, as in the published files."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name == STACKED_POINT_EMBEDDINGS:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 SAM_PREFIX = "model.vision_tower.sam2_model_predictor."  # Meta's names of SAM 2.1 follow it
 HEAD_NAME = "lm_head.weight"
-# name of the last of the tensors that are stacked here, and where
+# point embeddings: four tensors in PAM, stacked in one here
 POINT_EMBEDDINGS = tuple(f"{SAM_PREFIX}sam_prompt_encoder.point_embeddings.{index}.weight" for index in range(4))
 STACKED_POINT_EMBEDDINGS = "segmenter.prompt_encoder.point_embed.weight"
 POSITION_MATRIX = f"{SAM_PREFIX}sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"

@@ -73,7 +73,7 @@ def _check_table(path: Path, table: str, fields: Any) -> None:
         if field not in known:
             raise InputError(f"{path}: unknown field {name!r:.80}; use {', '.join(known)}")
         if field in fixed and not _is_equal(value, fixed[field]):
-            raise _make_error(path, name, value, f"{fixed[field]}, as in all models")
+            raise _make_error(path, name, value, f"{fixed[field]}, the only supported value")
         if field == head_field and not (_is_count(value) and value >= 1):
             raise _make_error(path, name, value, "an integer of at least 1")
         if field in LIST_FIELDS and not (isinstance(value, list) and all(map(_is_count, value))):

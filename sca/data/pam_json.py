@@ -35,7 +35,7 @@ class PamJson(TableDataset):
     r"""PAM's training data: a JSON list of regions of images, each with a conversation.
 
         {"type": "image", "image": "a.jpg", "bbox": [x, y, width, height],
-         "conversations": [{"from": "human", "value": "<image>\\nPROMPT"}, {"from": "gpt", "value": "TEXT"}]}
+         "conversations": [{"from": "human", "value": "<image>\nPROMPT"}, {"from": "gpt", "value": "TEXT"}]}
 
     The prompt of the task "recognition" results in the name of the region, that of "caption" in its phrases. Any other
     prompt, such as those of the tasks "explain" and "detail", is a question, which training uses with

@@ -322,7 +322,7 @@ def test_damaged_checkpoint_is_rejected_in_one_line(folder, damage, message):
         ),
         ("perceiver", "heads", 7, "perceiver.heads is 7; expected a divisor of 16"),
         ("perceiver", "queries", 6, "perceiver.queries is 6; expected 5, as the tensors have"),
-        ("perceiver", "downsample", 4, "perceiver.downsample is 4; expected 2, as in all models"),
+        ("perceiver", "downsample", 4, "perceiver.downsample is 4; expected 2, the only supported value"),
         ("perceiver", "extra", 4, "unknown field 'perceiver.extra'; use heads, "),
         ("sam_decoder", "heads", None, "sam_decoder.heads is None; expected an integer of at least 1"),
         ("hiera", "num_heads", 3, "hiera.num_heads is 3; expected a divisor of 8"),
@@ -330,7 +330,7 @@ def test_damaged_checkpoint_is_rejected_in_one_line(folder, damage, message):
         ("hiera", "window_spec", [8, 4, 16, 0], "hiera.window_spec is [8, 4, 16, 0]; expected 4 sizes of at least 1"),
         ("hiera", "window_spec", 8, "hiera.window_spec is 8; expected a list of integers"),
         ("hiera", "global_att_blocks", [7], "hiera.global_att_blocks is [7]; expected indices less than 7"),
-        ("neck", "scalp", 0, "neck.scalp is 0; expected 1, as in all models"),
+        ("neck", "scalp", 0, "neck.scalp is 0; expected 1, the only supported value"),
     ],
 )
 def test_sizes_are_validated(folder, table, field, value, message):
