@@ -102,6 +102,18 @@ class SliderValues(NamedTuple):
 SLIDER_MAXIMA = SliderValues(8, 64, 1)  # raised to the value of the model if that is larger
 
 
+class ModelDefaults(NamedTuple):
+    """Initial values of the page for a model.
+
+    Attributes:
+        slider_values: Values of the sliders.
+        tasks: Names of the tasks.
+    """
+
+    slider_values: SliderValues = SliderValues()
+    tasks: tuple[str, ...] = TASKS
+
+
 class ModelPool:
     """Pool of models, each with a scheduler. Models in use and the most recently used ones stay in memory.
 
@@ -156,16 +168,16 @@ class ModelPool:
                 self._num_users[name] -= 1
             self._unload_idle_models()
 
-    def get_slider_values(self, name: str) -> SliderValues:
-        """Return the slider values of a model without loading it: the defaults of `sca caption`.
+    def get_defaults(self, name: str) -> ModelDefaults:
+        """Return the defaults of a model without loading it: those of `sca caption`.
 
-        The values of SAM replace those of a model that is neither loaded nor on this machine.
+        Those of SAM and `TASKS` replace those of a model that is neither loaded nor on this machine.
 
         Args:
             name: Name of the model.
 
         Returns:
-            The values of the sliders.
+            The values of the sliders, and the tasks.
 
         Raises:
             ValueError: The model is not allowed, or its spec cannot be read.
@@ -174,13 +186,17 @@ class ModelPool:
         with self._lock:
             loaded_scheduler = self._schedulers.get(name)
         if loaded_scheduler is not None:
-            generation = getattr(loaded_scheduler.captioner, "generation", DEFAULT_GENERATION)
-            return SliderValues.from_settings(generation, resolve_everything_options(loaded_scheduler.captioner, {}))
+            captioner = loaded_scheduler.captioner
+            generation = getattr(captioner, "generation", DEFAULT_GENERATION)
+            slider_values = SliderValues.from_settings(generation, resolve_everything_options(captioner, {}))
+            return ModelDefaults(slider_values, getattr(captioner, "tasks", TASKS))
         trust_options = self.trust_options.get(name, {})
         spec = read_local_spec(
             name, Trust(trust_options.get("trust_remote_code", False), trust_options.get("allow_external", False))
         )
-        return SliderValues() if spec is None else SliderValues.from_settings(spec.generation, spec.everything_options)
+        if spec is None:
+            return ModelDefaults()
+        return ModelDefaults(SliderValues.from_settings(spec.generation, spec.everything_options), spec.task_names)
 
     def close(self) -> None:
         """Close the schedulers of all models."""
@@ -246,7 +262,7 @@ def build_page(
     """
     any_model = models.allow_any_model
     package_files = files("sca.demo")
-    initial_values = models.get_slider_values(model_names[0])
+    initial_values, initial_tasks = models.get_defaults(model_names[0])
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as blocks:
         session = gr.State(None, time_to_live=SESSION_LIFETIME_SECONDS)
         initial_state = gr.State(initial_values, time_to_live=SESSION_LIFETIME_SECONDS)
@@ -261,11 +277,10 @@ def build_page(
                 elem_id="model",
             )
             task = gr.Dropdown(
-                list(TASKS),
+                list(initial_tasks),
                 value="caption",
                 label="Task",
-                info="Or a further task of the model",
-                allow_custom_value=True,
+                allow_custom_value=True,  # the tasks of a model on the Hub are unknown until it is loaded
                 elem_id="task",
             )
             num_beams = gr.Slider(
@@ -362,11 +377,11 @@ def build_page(
             path, name = examples[event.index]
             return _start_session(path, name, max_pixels)
 
-        def handle_model_change(name: str) -> list[Any]:
-            return _select_model(models, name)
+        def handle_model_change(name: str, task: str) -> list[Any]:
+            return _select_model(models, name, task)
 
         def handle_model_loaded(name: str, initial: SliderValues, *values: float) -> list[Any]:
-            return _refresh_sliders(models, name, initial, values)
+            return _refresh_options(models, name, initial, values)
 
         session_outputs = [session, canvas, status]
         sliders = [num_beams, points_per_side, pred_iou_thresh]
@@ -405,14 +420,10 @@ def build_page(
             **event_options,
             concurrency_limit=None,
         )
-        model.change(handle_model_change, model, [model_note, initial_state, *sliders], **event_options)
-        for event in (
-            canvas_event,
-            everything_event,
-            find_event,
-        ):  # the model is loaded now, so its default values are known
+        model.change(handle_model_change, [model, task], [model_note, task, initial_state, *sliders], **event_options)
+        for event in (canvas_event, everything_event, find_event):  # the model is loaded now: its defaults are known
             event.success(
-                handle_model_loaded, [model, initial_state, *sliders], [initial_state, *sliders], **event_options
+                handle_model_loaded, [model, initial_state, *sliders], [task, initial_state, *sliders], **event_options
             )
         cancel_button.click(
             lambda: "cancelled; captioned regions are kept",
@@ -438,22 +449,38 @@ def _start_session(path: str, name: str, max_pixels: int) -> tuple[Session, Any,
     )
 
 
-def _select_model(models: ModelPool, name: str) -> list[Any]:
-    """Return the note on the domain of a model, its slider values, and updates that set the sliders to them."""
+def _select_model(models: ModelPool, name: str, task: str) -> list[Any]:
+    """Return the note on the domain of a model, an update of `task`, its slider values, and updates of the sliders."""
     try:
-        slider_values = models.get_slider_values(name)
+        slider_values, tasks = models.get_defaults(name)
     except ValueError as error:
         raise _make_page_error(error) from error
-    return [zoo.describe_domain(name), slider_values, *slider_values.make_slider_updates()]
+    task_update = gr.update(choices=list(tasks), value=task if task in tasks else "caption")
+    return [zoo.describe_domain(name), task_update, slider_values, *slider_values.make_slider_updates()]
 
 
-def _refresh_sliders(models: ModelPool, name: str, initial: SliderValues, values: Sequence[float]) -> list[Any]:
-    """Return the slider values of a loaded model, and updates of the sliders whose `values` still are `initial`."""
-    slider_values = models.get_slider_values(name)
+def _refresh_options(models: ModelPool, name: str, initial: SliderValues, values: Sequence[float]) -> list[Any]:
+    """Return the options of a loaded model.
+
+    Args:
+        models: Pool of models.
+        name: Name of the model.
+        initial: Slider values when the model was selected.
+        values: Present values of the sliders.
+
+    Returns:
+        An update of the tasks, the slider values of the model, and updates of the sliders whose values still are
+        `initial`.
+    """
+    slider_values, tasks = models.get_defaults(name)
     num_beams, points_per_side, pred_iou_thresh = values
     changes = SliderValues(int(num_beams), int(points_per_side), pred_iou_thresh).find_changes(initial)
     updates = zip(changes.values(), slider_values.make_slider_updates(), strict=True)
-    return [slider_values, *(update if value is None else gr.skip() for value, update in updates)]
+    return [
+        gr.update(choices=list(tasks)),
+        slider_values,
+        *(update if value is None else gr.skip() for value, update in updates),
+    ]
 
 
 def _caption_prompted_region(

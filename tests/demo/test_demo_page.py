@@ -29,7 +29,7 @@ def test_find_reports_empty_text_and_missing_image(scene):
     from sca.demo.session import Session
 
     models = app.ModelPool("cpu", None, ["sca-tiny"])
-    initial = models.get_slider_values("sca-tiny")
+    initial = models.get_defaults("sca-tiny").slider_values
     arguments = ("sca-tiny", initial, "", 0.6, initial.points_per_side, initial.pred_iou_thresh)
     with pytest.raises(gradio.Error, match="no image is open"):
         next(app._find_regions(models, None, *arguments))
@@ -44,7 +44,7 @@ def test_every_tab_shows_confidences_and_marks_images_unlike_the_training_images
     from sca.demo.session import Session
 
     models = app.ModelPool("cpu", None, ["sca-tiny"])
-    initial = models.get_slider_values("sca-tiny")
+    initial = models.get_defaults("sca-tiny").slider_values
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8))
     event = {"action": "box", "box": [1, 1, 60, 60]}
     search = (6, 0.3)  # points per side and minimum predicted IoU

@@ -5,6 +5,7 @@ import io
 import zlib
 
 import pytest
+from pam_tiny import copy_pam_checkpoint
 from PIL import Image
 from sca_registry import zoo
 from sca_registry.contracts import Caption
@@ -21,7 +22,7 @@ from sca.demo.app import (
     SliderValues,
     _caption_everything,
     _caption_prompted_region,
-    _refresh_sliders,
+    _refresh_options,
     _select_model,
     _start_session,
     build_page,
@@ -218,13 +219,13 @@ def get_page_sliders(page):
 @pytest.mark.slow
 def test_sliders_start_at_the_defaults_of_the_model(name):
     pool = ModelPool("cpu", None, [name])
-    unloaded_values = pool.get_slider_values(name)
+    unloaded_values, tasks = pool.get_defaults(name)
     model = load_captioner(name)
     options = resolve_everything_options(model, {})
     assert options != EverythingOptions()
     assert unloaded_values == (model.generation["num_beams"], options.points_per_side, options.pred_iou_thresh)
     with pool.acquire_scheduler(name):
-        assert pool.get_slider_values(name) == unloaded_values
+        assert pool.get_defaults(name) == (unloaded_values, tasks) == (unloaded_values, model.tasks)
     pool.close()
     assert get_page_sliders(build_page(pool, [name], [])) == unloaded_values._asdict()
 
@@ -232,16 +233,29 @@ def test_sliders_start_at_the_defaults_of_the_model(name):
 def test_select_model_updates_sliders_and_note():
     pool = ModelPool("cpu", None, ["sca-tiny", "sca-street", "sca-gpt2-large-vg"])
     for name in pool.model_names:
-        note, values, *sliders = _select_model(pool, name)
-        assert [slider["value"] for slider in sliders] == [*pool.get_slider_values(name)]
-        assert values == pool.get_slider_values(name)
+        note, task, values, *sliders = _select_model(pool, name, "recognition")
+        assert task == gr.update(choices=["recognition", "caption"], value="recognition")
+        assert [slider["value"] for slider in sliders] == [*pool.get_defaults(name).slider_values]
+        assert values == pool.get_defaults(name).slider_values
         assert bool(note) == ("large" not in name)
     with pytest.raises(gr.Error, match="choose from"):
-        _select_model(pool, "nothing")
+        _select_model(pool, "nothing", "caption")
     page = build_page(pool, pool.model_names, [])
     (change,) = [fn for fn in page.fns.values() if "change" in {event for _, event in fn.targets}]
     output_ids = {each.elem_id for each in change.outputs}
-    assert output_ids >= {"model-note", "num_beams", "points_per_side", "pred_iou_thresh"}
+    assert output_ids >= {"model-note", "task", "num_beams", "points_per_side", "pred_iou_thresh"}
+
+
+def test_page_lists_the_tasks_of_the_selected_model(tmp_path):
+    name = str(copy_pam_checkpoint(tmp_path / "pam", with_tokenizer=True))
+    pool = ModelPool("cpu", None, ["sca-tiny", name])
+    pam_tasks = ("recognition", "caption", "explain", "detail")
+    _, task, *_ = _select_model(pool, name, "recognition")
+    assert (task["choices"][:4], task["value"]) == ([*pam_tasks], "recognition")
+    _, task, *_ = _select_model(pool, "sca-tiny", "explain")
+    assert (task["choices"], task["value"]) == (["recognition", "caption"], "caption")
+    (dropdown,) = [each for each in build_page(pool, [name], []).blocks.values() if each.elem_id == "task"]
+    assert [value for _, value in dropdown.choices][:4] == [*pam_tasks]
 
 
 @pytest.mark.slow
@@ -259,8 +273,9 @@ def test_unmoved_sliders_use_the_defaults_of_the_model(pool_and_names):
     assert len(session.regions) > 1
     *_, status = list(_caption_everything(pool, session, name, initial_values, "caption", 1, 7, 1.0))[-1]
     assert "no regions found" in status
-    values, *sliders = _refresh_sliders(pool, name, initial_values, (1, 7, 0.5))
-    assert values == pool.get_slider_values(name)
+    task, values, *sliders = _refresh_options(pool, name, initial_values, (1, 7, 0.5))
+    assert task == gr.update(choices=["recognition", "caption"])
+    assert values == pool.get_defaults(name).slider_values
     assert [slider.get("value") for slider in sliders] == [1, values.points_per_side, None]
 
 
