@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from sca.captioners.region_captioner import Box, RegionCaptioner, RegionView, ScoredText, resolve_generation_options
 from sca.data.summary import check_dataset_not_empty
 from sca.inference.engine import EncodedImages
-from sca.inference.prompt_arguments import check_task
+from sca.inference.prompt_arguments import check_task, get_tasks
 from sca.io.masks import encode_rle, mask_to_box
 from sca.model import SegmentationModel
 from sca.nn.roi_align import roi_align
@@ -84,7 +84,7 @@ class MostFrequent:
             ValueError: The task is unknown, or the training regions have no text for it.
             RegistryError: A generation option is invalid.
         """
-        check_task(task, self)
+        check_task(task, get_tasks(self))
         resolve_generation_options(generation)  # only checks the options
         self.training_regions.check_has_text(task, self.most_frequent_texts)
         captions = []

@@ -20,7 +20,7 @@ from sca.builder import resolve_components
 from sca.checkpoints.load import HUB_ID_PATTERN, load, locate_checkpoint
 from sca.encoders.model_types import find_encoder_of_segmenter
 from sca.inference.engine import EncodedImages, MaskEngine, PredictedMask
-from sca.inference.prompt_arguments import check_task
+from sca.inference.prompt_arguments import check_task, get_tasks
 from sca.io.coordinates import Box
 from sca.io.hub import find_local_folder
 from sca.io.masks import RLE, decode_rle, encode_rle, mask_to_box
@@ -192,7 +192,7 @@ class RegionCaptioner(MaskEngine):
     def _build_captions(
         self, regions: Sequence[Sequence[RegionView]], task: str, encoded: EncodedImages, generation: Mapping[str, Any]
     ) -> list[list[Caption]]:
-        check_task(task, self)
+        check_task(task, get_tasks(self))
         indexed_views = [(index, view) for each in regions for index, view in enumerate(each)]
         texts = self.caption_regions([view for _, view in indexed_views], task, encoded, **generation)
         captions = iter(

@@ -24,6 +24,7 @@ from sca.inference.automatic import resolve_everything_options
 from sca.inference.factory import load_captioner
 from sca.inference.find_options import DEFAULT_THRESHOLD
 from sca.inference.generation_options import resolve_generation_options
+from sca.inference.prompt_arguments import get_tasks
 from sca.inference.region_search import SearchProgress
 from sca.inference.text_search import check_can_find, check_text
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZOOM_AUTO, ZOOM_OFF, resolve_zoom
@@ -189,7 +190,7 @@ class ModelPool:
             captioner = loaded_scheduler.captioner
             generation = getattr(captioner, "generation", DEFAULT_GENERATION)
             slider_values = SliderValues.from_settings(generation, resolve_everything_options(captioner, {}))
-            return ModelDefaults(slider_values, getattr(captioner, "tasks", TASKS))
+            return ModelDefaults(slider_values, tuple(get_tasks(captioner)))
         trust_options = self.trust_options.get(name, {})
         spec = read_local_spec(
             name, Trust(trust_options.get("trust_remote_code", False), trust_options.get("allow_external", False))

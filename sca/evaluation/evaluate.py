@@ -54,10 +54,10 @@ from sca.evaluation.scoring import ImageLoader, ScoringResult, check_metrics, co
 from sca.evaluation.validation import check_dataset_regions, check_predictions, fill_defaults
 from sca.hints import check_argument_names
 from sca.inference.engine import Engine
-from sca.inference.factory import load_captioner
+from sca.inference.factory import check_local_task, load_captioner
 from sca.inference.generation_options import resolve_generation_options
 from sca.inference.predictor import Predictor
-from sca.inference.prompt_arguments import check_task
+from sca.inference.prompt_arguments import check_task, get_tasks
 from sca.inference.proposer import build_proposer
 from sca.inference.region_search import SEARCH_VERSION
 from sca.inference.text_search import check_can_find
@@ -249,13 +249,13 @@ def evaluate(
     check_has_truth(built_dataset, dataset_name, tasks, max_images)
     check_metric_needs(metrics or (), built_dataset, tasks, max_images)
     built_proposer = None if proposer_component is None else build_proposer(proposer_component, device)
-    model_name, captioner = _resolve_captioner(model, device, trust_options)
+    model_name, captioner = _resolve_captioner(model, device, trust_options, prompting.caption_task)
     if isinstance(captioner, Engine):
         requests = {name: value for name, value in prompting.generation.items() if name in ("question", "length")}
         resolve_generation_options(captioner, **requests)
         decoding = {name: value for name, value in prompting.generation.items() if name not in requests}
         check_generation("generation", decoding, captioner.model.language_model.generate)
-    check_task(prompting.caption_task, captioner)
+    check_task(prompting.caption_task, get_tasks(captioner))
     prompting_options: RecordPredictor = prompting
     if is_comprehension:
         check_can_find(captioner, model_name)
@@ -490,14 +490,11 @@ def _build_report(
     )
 
 
-def _resolve_captioner(model: Any, device: str, trust_options: Mapping[str, bool]) -> tuple[str, Captioner]:
+def _resolve_captioner(model: Any, device: str, trust_options: Mapping[str, bool], task: str) -> tuple[str, Captioner]:
     if isinstance(model, str | Path):
-        return str(model), load_captioner(
-            model,
-            device,
-            trust_remote_code=trust_options["trust_remote_code"],
-            allow_external=trust_options["allow_external"],
-        )
+        trust: dict[str, Any] = {name: trust_options[name] for name in ("trust_remote_code", "allow_external")}
+        check_local_task(model, task, **trust)
+        return str(model), load_captioner(model, device, **trust)
     if isinstance(model, Predictor):
         model = model.engine
     if isinstance(model, Engine):

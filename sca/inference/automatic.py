@@ -77,7 +77,7 @@ def caption_everything(
         raise ValueError(
             f"predictor is of type {type(predictor).__name__}; pass sca.Predictor(model) after its set_image(image)"
         )
-    check_task(task, predictor.engine)
+    check_task(task, predictor.engine.tasks)
     if max_regions is not None and (not isinstance(max_regions, int) or max_regions < 1):
         raise ValueError(f"max_regions is {max_regions!r}; expected an integer of at least 1")
     if not isinstance(options, EverythingOptions | None):

@@ -14,7 +14,7 @@ from sca_registry.contracts import Captioner, Prompt, Proposer
 from sca_registry.spec import ComponentSpec
 
 from sca.devices import resolve_device
-from sca.inference.prompt_arguments import check_question_task, check_task
+from sca.inference.prompt_arguments import check_question_task, check_task, get_tasks
 from sca.inference.proposer import add_text, build_proposer
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, check_zoom
 from sca.io.annotations.annotation import SkipCounter
@@ -241,13 +241,14 @@ class CaptionJob:
         """Set the random seed, load the captioner and check its task; `sca.load_captioner` lists further errors."""
         import torch
 
-        from sca.inference.factory import load_captioner
+        from sca.inference.factory import check_local_task, load_captioner
 
         torch.manual_seed(self.seed)
-        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
-        options |= {"dtype": self.dtype} if self.dtype else {}
-        captioner = load_captioner(self.model, resolve_device(self.device), **options)
-        check_task(self.task, captioner)
+        trust: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
+        check_local_task(self.model, self.task, **trust)
+        options: dict[str, Any] = {"dtype": self.dtype} if self.dtype else {}
+        captioner = load_captioner(self.model, resolve_device(self.device), **trust, **options)
+        check_task(self.task, get_tasks(captioner))
         return captioner
 
     def _parse_proposer(self) -> ComponentSpec | None:

@@ -527,7 +527,7 @@ class Engine(MaskEngine):
         return_masks: bool = True,
         **generation: Any,
     ) -> list[list[Caption]]:
-        check_task(task, self)
+        check_task(task, self.tasks)
         question, length = generation.pop("question", None), generation.pop("length", None)
         question = question if length is None else LENGTH_REQUESTS[length]
         if question is not None:

@@ -14,10 +14,12 @@ from sca_registry.contracts import Captioner
 from sca_registry.errors import format_choices, make_unknown_name_error, suggest_name
 from sca_registry.spec import ComponentSpec
 
-from sca.checkpoints.load import load, locate_checkpoint
+from sca.checkpoints.load import load, locate_checkpoint, read_local_spec
+from sca.checkpoints.trust import Trust
 from sca.encoders.model_types import find_encoder_of_segmenter
 from sca.hints import ARGUMENT_ALIASES
 from sca.inference.engine import Engine
+from sca.inference.prompt_arguments import check_task
 from sca.inference.proposer import make_device_options
 from sca.io.hub import resolve_local_path, suggest_path
 
@@ -109,6 +111,26 @@ def load_captioner(
     known_names = [*zoo.list_names(), *sca_registry.captioners.list_names()]
     reason = make_unknown_name_error(f"no model, captioner or folder named {name!r}", name, known_names)
     raise RegistryError(f"{reason} {NAME_FORMS_HINT}{suggest_path(name)}")
+
+
+def check_local_task(
+    source: str | Path, task: str, *, trust_remote_code: bool = False, allow_external: bool = False
+) -> None:
+    """Check the task of a model before it is loaded, if its spec is on this machine; see `read_local_spec`.
+
+    Args:
+        source: Captioner, see `load_captioner`.
+        task: Name of the task.
+        trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`.
+        allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.
+
+    Raises:
+        ValueError: The model does not have the task.
+        InputError: A file cannot be read.
+    """
+    spec = read_local_spec(source, Trust(trust_remote_code, allow_external))
+    if spec is not None:
+        check_task(task, spec.task_names)
 
 
 def _build_captioner(name: str, device: str | torch.device, options: Mapping[str, Any]) -> Captioner:

@@ -337,7 +337,7 @@ class Predictor:
                 range, or an image or its prompts are invalid. In the last case, the message contains the index of the
                 image.
         """
-        check_task(task, self.engine)
+        check_task(task, self.engine.tasks)
         if not isinstance(images, Sequence | np.ndarray) or not isinstance(prompts, Sequence):
             raise ValueError("images and prompts must be lists, with one list of prompts per image")
         if len(images) != len(prompts):

@@ -99,17 +99,22 @@ def _to_list(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else values
 
 
-def check_task(task: str, captioner: Any = None) -> None:
+def get_tasks(captioner: Any) -> Sequence[str]:
+    """Return the names of the tasks of a captioner: its attribute `tasks` if it has one, else `TASKS`."""
+    names: Sequence[str] = getattr(captioner, "tasks", TASKS)
+    return names
+
+
+def check_task(task: str, names: Sequence[str]) -> None:
     """Check the name of a task.
 
     Args:
         task: Name of the task.
-        captioner: Captioner, whose attribute `tasks` names its tasks; without it, they are `TASKS`.
+        names: Names of the tasks of the model.
 
     Raises:
-        ValueError: The captioner does not have the task.
+        ValueError: The model does not have the task.
     """
-    names = getattr(captioner, "tasks", TASKS)
     if task not in names:
         raise make_unknown_name_error(f"unknown task {task!r}", str(task), names)
 

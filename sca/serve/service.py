@@ -22,7 +22,7 @@ from sca_registry.spec import DEFAULT_GENERATION
 
 from sca.inference.automatic import resolve_everything_options
 from sca.inference.generation_options import resolve_generation_options
-from sca.inference.prompt_arguments import check_question_task, check_task
+from sca.inference.prompt_arguments import check_question_task, check_task, get_tasks
 from sca.inference.text_search import check_can_find, check_text
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
 from sca.io.images import decode_image, open_image_header
@@ -323,7 +323,7 @@ class CaptionService:
                 param="question" if location_format == "prompts.{}" else "messages",
             )
         try:
-            check_task(caption_request.task, captioner)
+            check_task(caption_request.task, get_tasks(captioner))
         except ValueError as error:
             raise ApiError(422, str(error), param="task") from error
         try:

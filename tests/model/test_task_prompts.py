@@ -6,8 +6,11 @@ from sca_registry import RegistryError
 from sca_registry.contracts import TASKS, Batch, Prompt, PromptBatch
 from sca_registry.spec import ModelSpec
 
+from sca.checkpoints.native import save
+from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import PromptingOptions, predict_dataset
 from sca.inference.automatic import caption_everything
+from sca.inference.caption_job import CaptionJob
 from sca.inference.engine import Engine
 from sca.inference.predictor import Predictor
 from sca.inference.processor import Processor
@@ -93,6 +96,16 @@ def test_predict_accepts_the_tasks_of_the_model_and_rejects_others(predictor):
         assert [each.usage.prompt_tokens for each in task_captions] == [positions] * 3
     with pytest.raises(ValueError, match=r"unknown task 'explains'.*'explain'.*recognition, caption, explain"):
         predictor.predict(REGION_PROMPTS, task="explains")
+
+
+def test_unknown_task_is_rejected_before_the_weights_are_read(model, tmp_path):
+    save(model, tmp_path / "model")
+    (tmp_path / "model" / "weights.safetensors").write_bytes(b"not read")
+    name = str(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"unknown task 'explains'.*recognition, caption, explain"):
+        CaptionJob(name, everything=True, task="explains").load_captioner()
+    with pytest.raises(ValueError, match=r"unknown task 'explains'.*recognition, caption, explain"):
+        evaluate(name, "scenes", max_images=1, prompting=PromptingOptions(caption_task="explains"))
 
 
 def test_predict_of_a_task_equals_its_prompt_as_a_question(predictor):
