@@ -31,7 +31,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -167,6 +167,7 @@ class ConvertedTable(ABC):
         phrases: Sequence[str] = (),
         attributes: dict[str, Any] | None = None,
         questions: Sequence[Question] = (),
+        is_referenced: bool = False,  # by a question, see `_add_questions`
     ) -> None:
         """Add a region and questions about it to the row of its image, or count why it is skipped."""
         box = mask_to_box(mask) if box is None and mask else box
@@ -175,7 +176,7 @@ class ConvertedTable(ABC):
         if clipped is None:
             return
         name, nonblank_phrases = (name or "").strip() or None, [phrase for phrase in phrases if phrase]
-        if not name and not nonblank_phrases and not questions:
+        if not name and not nonblank_phrases and not questions and not is_referenced:
             return self._skip("region without text", location)
         for _ in range(len(phrases) - len(nonblank_phrases)):
             self._skip("blank phrase", location)
@@ -189,6 +190,10 @@ class ConvertedTable(ABC):
                 "attributes": json.dumps(attributes or {}),
             }
         )
+        self._add_questions(row, questions)
+
+    def _add_questions(self, row: dict[str, Any], questions: Iterable[Question]) -> None:
+        """Add questions to a row. Those about regions that it does not have in the end are dropped and counted."""
         row["questions"] += map(asdict, questions)
 
     def _reject_region(self, problem: str | ValueError) -> None:

@@ -31,17 +31,29 @@ def iter_list_elements(path: Path) -> Iterator[Any]:
     Args:
         path: JSON file.
 
+    Returns:
+        Iterator over the parsed elements, which raises InputError if the file is unreadable, invalid, or not a list.
+    """
+    return (value for value, _, _ in iter_located_elements(path))
+
+
+def iter_located_elements(path: Path) -> Iterator[tuple[Any, int, int]]:
+    """Iterate over the elements of a JSON file that contains a list, with their positions.
+
+    Args:
+        path: JSON file.
+
     Yields:
-        One element at a time, parsed.
+        (value, start, end): one element at a time, parsed, and its byte range.
 
     Raises:
         InputError: The file is unreadable, invalid, or not a list.
     """
-    for key, value, _, _ in iter_members(path):
+    for key, value, start, end in iter_members(path):
         if key is not None:
             raise InputError(f"{path} must be a list of objects, not an object with {key!r}")
         if value is not LIST_START:
-            yield value
+            yield value, start, end
 
 
 def iter_members(path: Path) -> Iterator[tuple[str | None, Any, int, int]]:
