@@ -18,14 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sca_registry.contracts import Caption, Prompt
 
 from sca.inference.engine import EncodedImages, Engine
 from sca.inference.text_search import encode_text, index_regions
 from sca.io.atomic import write_file
-from sca.io.score_format import format_interval, format_score
+from score_table import compute_differences, render_table
 
 NUM_CAPTIONS = 6
 WEIGHTS = (0.0, 0.1, 0.3, 1.0)
@@ -107,51 +106,32 @@ def measure_reranking(model: str, max_images: int, folder: Path) -> dict[str, di
         By method: `scores`, and `differences` to greedy captions with `mean`, `ci_low` and `ci_high`.
     """
     import sca
-    from sca.evaluation.bootstrap import bootstrap_scores, compute_interval
-    from sca.evaluation.comparison import collect_bootstrap_inputs
     from sca.evaluation.predictions import PromptingOptions
 
     loaded = sca.load(model)
     engines = {GREEDY: Engine(loaded), **{f"weight {weight:g}": RerankingEngine(loaded, weight) for weight in WEIGHTS}}
     prompting = PromptingOptions(tasks=("caption",))
-    scores: dict[str, dict[str, float]] = {name: {} for name in engines}
-    resampled: dict[str, dict[str, np.ndarray]] = {name: {} for name in engines}
+    reports: dict[tuple[str, str], Any] = {}
     for name, engine in engines.items():
         for (dataset, split), metrics in METRICS.items():
             out = folder / name / dataset
-            report = sca.evaluate(
+            reports[name, dataset] = sca.evaluate(
                 engine, dataset, split, prompting=prompting, metrics=metrics, max_images=max_images, folder=out
             )
-            inputs = collect_bootstrap_inputs(report)
-            for score in SCORE_LABELS.keys() & report.scores.keys():
-                scores[name][score] = report.scores[score]
-                resampled[name][score] = bootstrap_scores(*inputs[score])
-    results: dict[str, dict[str, Any]] = {}
-    for name in engines:
-        differences = {}
-        for score in SCORE_LABELS:
-            low, high = compute_interval(resampled[name][score] - resampled[GREEDY][score])
-            difference = scores[name][score] - scores[GREEDY][score]
-            differences[score] = {"mean": difference, "ci_low": low, "ci_high": high}
-        results[name] = {"scores": scores[name], "differences": differences}
+    results: dict[str, dict[str, Any]] = {name: {"scores": {}, "differences": {}} for name in engines}
+    for name, dataset in reports:
+        report, greedy_report = reports[name, dataset], reports[GREEDY, dataset]
+        names = [each for each in SCORE_LABELS if each in report.scores]
+        results[name]["scores"] |= {each: report.scores[each] for each in names}
+        results[name]["differences"] |= compute_differences([report], [greedy_report], names)
     return results
 
 
 def render_results(results: Mapping[str, Any]) -> str:
     """Render a Markdown table of scores, times 100, and of the differences to greedy captions."""
-    rows = [f"| | {' | '.join(SCORE_LABELS.values())} |", "| --- |" + " ---: |" * len(SCORE_LABELS)]
-    for name, each in results["methods"].items():
-        rows.append(f"| {name} | {' | '.join(format_score(each['scores'][score]) for score in SCORE_LABELS)} |")
-    for name, each in results["methods"].items():
-        if name != GREEDY:
-            differences = [each["differences"][score] for score in SCORE_LABELS]
-            cells = [
-                f"{format_score(difference['mean'], True)} "
-                f"({format_interval(difference['ci_low'], difference['ci_high'], True)})"
-                for difference in differences
-            ]
-            rows.append(f"| {name}: difference (95% CI) | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    methods = results["methods"]
+    differences = {f"{name}: difference": each["differences"] for name, each in methods.items() if name != GREEDY}
+    return render_table(SCORE_LABELS, {name: each["scores"] for name, each in methods.items()}, differences)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from sca.io.atomic import write_file
-from sca.io.score_format import format_interval, format_score
+from score_table import compute_differences, render_table
 
 METHODS = ("labels and selected regions", "labels only", "labels and all found regions")
 SCORE_LABELS = {
@@ -195,49 +195,32 @@ def collect_scores(folders: Sequence[Path], kind: str) -> dict[str, Any]:
         kind: Key of `SCORE_LABELS`.
 
     Returns:
-        By method: `scores`, the mean over seeds by score, and `differences`, those of the first method to it, with
-        `mean`, `ci_low` and `ci_high`.
+        By method: `scores`, the mean over seeds by score, and `differences`, those of the first method to it; see
+        `compute_differences`.
     """
-    from sca.evaluation.bootstrap import bootstrap_scores, compute_interval
-    from sca.evaluation.comparison import collect_bootstrap_inputs
     from sca.evaluation.evaluate import score_file
 
-    metrics = sorted({name.partition("/")[0] for name in SCORE_LABELS[kind]})
+    names = SCORE_LABELS[kind]
+    metrics = sorted({name.partition("/")[0] for name in names})
     reports = {
         method: [score_file(folder / method / "predictions.jsonl", metrics) for folder in folders]
         for method in (*METHODS, BASE)
     }
-    resampled = {
-        (method, name): np.mean([bootstrap_scores(*collect_bootstrap_inputs(each)[name]) for each in each_seed], axis=0)
+    return {
+        method: {
+            "scores": {name: mean(each.scores[name] for each in each_seed) for name in names},
+            "differences": compute_differences(reports[METHODS[0]], each_seed, names),
+        }
         for method, each_seed in reports.items()
-        for name in SCORE_LABELS[kind]
     }
-    results: dict[str, Any] = {}
-    for method, each_seed in reports.items():
-        scores = {name: mean(each.scores[name] for each in each_seed) for name in SCORE_LABELS[kind]}
-        differences = {}
-        for name in SCORE_LABELS[kind]:
-            low, high = compute_interval(resampled[METHODS[0], name] - resampled[method, name])
-            first = mean(each.scores[name] for each in reports[METHODS[0]])
-            differences[name] = {"mean": first - scores[name], "ci_low": low, "ci_high": high}
-        results[method] = {"scores": scores, "differences": differences}
-    return results
 
 
 def render_results(results: Mapping[str, Any]) -> str:
     """Render a Markdown table of scores, times 100, and of the differences of the first method to the others."""
-    labels = SCORE_LABELS[results["kind"]]
-    rows = [f"| | {' | '.join(labels.values())} |", "| --- |" + " ---: |" * len(labels)]
-    for method, each in results["methods"].items():
-        rows.append(f"| {method} | {' | '.join(format_score(each['scores'][name]) for name in labels)} |")
-    for method in (*METHODS[1:], BASE):
-        differences = [results["methods"][method]["differences"][name] for name in labels]
-        cells = [
-            f"{format_score(each['mean'], True)} ({format_interval(each['ci_low'], each['ci_high'], True)})"
-            for each in differences
-        ]
-        rows.append(f"| difference to {method} (95% CI) | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    methods = results["methods"]
+    differences = {f"difference to {method}": methods[method]["differences"] for method in (*METHODS[1:], BASE)}
+    scores = {method: each["scores"] for method, each in methods.items()}
+    return render_table(SCORE_LABELS[results["kind"]], scores, differences)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,50 +16,11 @@ from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from sca.io.atomic import write_file
-from sca.io.score_format import format_interval, format_score
+from score_table import compute_differences, render_table
 from weak_supervision_job import METHODS, METRICS, NUM_CAPTIONED_SCENES, NUM_NAMED_SCENES
 
 SCORE_LABELS = {"cider-d": "CIDEr-D", "attributes/all": "all four attributes correct", "mask-iou/mean": "mask IoU"}
-
-
-def compute_differences(
-    folders: Mapping[tuple[str, int], Path], other_method: str, seeds: Sequence[int]
-) -> dict[str, dict[str, Any]]:
-    """Compute how much the weakly supervised method scores above another.
-
-    Args:
-        folders: (method, seed) -> folder with `predictions.jsonl`.
-        other_method: One of `METHODS`.
-        seeds: Seeds that both methods have.
-
-    Returns:
-        For each score: `mean`, the mean difference over seeds; `ci_low` and `ci_high`, the bounds of its 95% interval;
-        and `per_seed`, the difference of each seed.
-    """
-    from sca.evaluation.bootstrap import bootstrap_scores, compute_interval
-    from sca.evaluation.comparison import collect_bootstrap_inputs
-    from sca.evaluation.evaluate import score_file
-
-    differences_by_score = {}
-    reports = {key: score_file(folder / "predictions.jsonl", METRICS) for key, folder in folders.items()}
-    for name in SCORE_LABELS:
-        values = [reports[METHODS[0], seed].scores[name] - reports[other_method, seed].scores[name] for seed in seeds]
-        resampled_differences = [
-            bootstrap_scores(*collect_bootstrap_inputs(reports[METHODS[0], seed])[name])
-            - bootstrap_scores(*collect_bootstrap_inputs(reports[other_method, seed])[name])
-            for seed in seeds
-        ]
-        low, high = compute_interval(np.mean(resampled_differences, axis=0))
-        differences_by_score[name] = {
-            "mean": float(np.mean(values)),
-            "ci_low": low,
-            "ci_high": high,
-            "per_seed": values,
-        }
-    return differences_by_score
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from sca_bench.worker import collect_environment
     from sca_registry.overrides import parse_assignments
 
+    from sca.evaluation.evaluate import score_file
     from sca.launchers.task import Task
 
     seeds = range(args.num_seeds)
@@ -107,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if outcome.result["state"] != "done":
                 raise SystemExit(f"{outcome.task.key}: {outcome.result}")
             scores_by_run[outcome.task.config["method"], outcome.task.config["seed"]] = outcome.result["scores"]
+        reports = {
+            method: [score_file(folders[method, seed] / "predictions.jsonl", METRICS) for seed in seeds]
+            for method in METHODS
+        }
         results = {
             **settings,
             "num_named_scenes": NUM_NAMED_SCENES,
@@ -114,7 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 method: [{name: scores_by_run[method, seed][name] for name in SCORE_LABELS} for seed in seeds]
                 for method in METHODS
             },
-            "differences": {method: compute_differences(folders, method, seeds) for method in METHODS[1:]},
+            "differences": {
+                method: compute_differences(reports[METHODS[0]], reports[method], SCORE_LABELS)
+                for method in METHODS[1:]
+            },
             "environment": collect_environment("cpu"),
         }
     print(render_results(results))
@@ -125,18 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def render_results(results: Mapping[str, Any]) -> str:
     """Render a Markdown table of mean scores by method, times 100, and differences of the first method."""
-    rows = [f"| | {' | '.join(SCORE_LABELS.values())} |", "| --- |" + " ---: |" * len(SCORE_LABELS)]
-    for method, scores in results["scores"].items():
-        rows.append(
-            f"| {method} | {' | '.join(format_score(mean(each[name] for each in scores)) for name in SCORE_LABELS)} |"
-        )
-    for method, differences in results["differences"].items():
-        cells = (
-            f"{format_score(each['mean'], True)} ({format_interval(each['ci_low'], each['ci_high'], True)})"
-            for each in (differences[name] for name in SCORE_LABELS)
-        )
-        rows.append(f"| difference to {method} (95% CI) | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    scores = {
+        method: {name: mean(each[name] for each in each_seed) for name in SCORE_LABELS}
+        for method, each_seed in results["scores"].items()
+    }
+    differences = {f"difference to {method}": each for method, each in results["differences"].items()}
+    return render_table(SCORE_LABELS, scores, differences)
 
 
 if __name__ == "__main__":
