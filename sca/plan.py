@@ -83,7 +83,7 @@ def plan_model(
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.group_parameters().items()}
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     _set_checkpoint_sources(model, spec)
-    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    weight_bytes = sum(map(_count_float32_bytes, (*model.parameters(), *model.buffers())))
     tensor_sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
     stored_names = list_stored_tensors(model)
     if on_gpu or gpu is not None:  # a GPU computes all regions of a chunk together
@@ -120,6 +120,10 @@ def plan_model(
         max_regions_per_image=max_regions,
         zoom_crops=zoom_crops,
     )
+
+
+def _count_float32_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * (torch.float32.itemsize if tensor.is_floating_point() else tensor.element_size())
 
 
 def _set_checkpoint_sources(model: SegmentCaptioner, spec: ModelSpec) -> None:

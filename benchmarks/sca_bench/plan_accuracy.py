@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from sca.builder import build
+from sca.checkpoints.load import resolve_spec
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.io.atomic import write_file
 from sca.model import SegmentCaptioner
@@ -153,7 +154,7 @@ def main() -> None:
         "models",
         nargs="*",
         default=FULL_SIZE_MODELS,
-        help="Models: encoder+mixer+language-model. Defaults to six full-size models.",
+        help="Models: a name or encoder+mixer+language-model. Defaults to six full-size models.",
     )
     parser.add_argument("--device", default="cpu", help="Device: cpu or cuda.")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="Data type.")
@@ -171,7 +172,7 @@ def main() -> None:
         for training in (False, True) if args.train else (False,):
             if time.monotonic() - start >= args.time_budget:
                 break
-            spec, dtype = ModelSpec.parse(model_name), getattr(torch, args.dtype)
+            spec, dtype = resolve_spec(model_name), getattr(torch, args.dtype)
             row = compare_plan(spec, 1, args.regions_per_image, args.max_new_tokens, training, args.device, dtype)
             rows.append(row)
             workload = "training" if training else "captioning"

@@ -27,7 +27,7 @@ from sca.checkpoints.layout import (
     read_layout,
 )
 from sca.checkpoints.native import load_native_checkpoint, read_spec, wrap_spec_errors
-from sca.checkpoints.pam import load_pam_checkpoint, read_pam_spec
+from sca.checkpoints.pam import build_published_pam_spec, load_pam_checkpoint, read_pam_spec
 from sca.checkpoints.published import load_published_checkpoint, read_published_spec
 from sca.checkpoints.tensors import check_finite_weights
 from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, resolve_real_root
@@ -217,6 +217,41 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
         return None
     folder, _ = open_checkpoint(folder, trust)
     return read_foreign_spec(folder, trust)
+
+
+def resolve_spec(model: str, trust: Trust = NO_TRUST) -> ModelSpec:
+    """Return the spec of a model by name; download nothing.
+
+    Args:
+        model: Model name, folder, or combination encoder+mixer+language-model.
+        trust: What the caller allows.
+
+    Returns:
+        The spec.
+
+    Raises:
+        RegistryError: The name is unknown.
+        InputError: The checkpoint cannot be read, or needs a permission that `trust` does not include.
+        ValueError: The spec is in a checkpoint on the Hub.
+    """
+    if "+" in model:
+        return ModelSpec.parse(model)
+    spec = read_local_spec(model, trust)
+    if spec is not None:
+        return spec
+    if model in zoo.list_names():
+        if config := zoo.get_entry(model).config:
+            return build_published_pam_spec(config)
+        raise ValueError(
+            f"the checkpoint of {model} is on the Hub, and `sca plan` downloads no checkpoints; name its components "
+            "instead, such as sam-vit-h+query+gpt2-large"
+        )
+    local_names = [name for name in zoo.list_names() if zoo.get_entry(name).folder]
+    raise make_unknown_name_error(
+        f"{model!r} is neither a folder with a {SPEC_FILE} nor encoder+mixer+language-model{suggest_path(model)}",
+        model,
+        local_names,
+    )
 
 
 def read_foreign_spec(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:

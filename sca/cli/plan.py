@@ -35,7 +35,10 @@ def plan(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1, rich_help_panel="Workload")] = 1,
-    regions_per_image: Annotated[int, typer.Option(help="Regions per image.", min=1, rich_help_panel="Workload")] = 32,
+    regions_per_image: Annotated[
+        int,
+        typer.Option("--regions-per-image", "--regions", help="Regions per image.", min=1, rich_help_panel="Workload"),
+    ] = 32,
     max_new_tokens: Annotated[
         int, typer.Option(help="Number of tokens per caption.", min=1, rich_help_panel="Workload")
     ] = 20,
@@ -125,36 +128,15 @@ def _load_or_compute_plan(
 
 
 def _resolve_spec(model: str, trust_remote_code: bool, allow_external: bool) -> ModelSpec:
-    """Return the spec of a model; raise RegistryError if the name is unknown."""
-    from sca_registry import zoo
-    from sca_registry.errors import make_unknown_name_error
+    """Return the spec of a model, see `resolve_spec`; for a combination of components without importing torch."""
     from sca_registry.spec import ModelSpec
 
     if "+" in model:
         return ModelSpec.parse(model)
-    from sca.checkpoints.layout import SPEC_FILE
-    from sca.checkpoints.load import read_local_spec
+    from sca.checkpoints.load import resolve_spec
     from sca.checkpoints.trust import Trust
-    from sca.io.hub import suggest_path
 
-    spec = read_local_spec(model, Trust(trust_remote_code, allow_external))
-    if spec is not None:
-        return spec
-    if model in zoo.list_names():
-        if config := zoo.get_entry(model).config:
-            from sca.checkpoints.pam import build_published_pam_spec
-
-            return build_published_pam_spec(config)
-        raise ValueError(
-            f"the checkpoint of {model} is on the Hub, and `sca plan` downloads no checkpoints; name its components "
-            "instead, such as sam-vit-h+query+gpt2-large"
-        )
-    local_names = [name for name in zoo.list_names() if zoo.get_entry(name).folder]
-    raise make_unknown_name_error(
-        f"{model!r} is neither a folder with a {SPEC_FILE} nor encoder+mixer+language-model{suggest_path(model)}",
-        model,
-        local_names,
-    )
+    return resolve_spec(model, Trust(trust_remote_code, allow_external))
 
 
 def _print_plan(model_plan: Plan) -> None:

@@ -225,6 +225,14 @@ def test_plan_checkpoint_size_excludes_external_weights(sam_folder, save_languag
     assert planned.weight_bytes > planned.checkpoint_bytes
 
 
+def test_plan_weights_are_in_float32_for_a_model_built_in_another_dtype():
+    language_model = MODEL_TABLES["tiny"]["language_model"]
+    config = {**language_model["config"], "dtype": "bfloat16"}
+    table = {**MODEL_TABLES["tiny"], "language_model": {**language_model, "config": config}}
+    plans = [plan_model(ModelSpec.from_dict(each), 1, 2, 3) for each in (MODEL_TABLES["tiny"], table)]
+    assert plans[0].weight_bytes == plans[1].weight_bytes
+
+
 def test_plan_in_bfloat16_halves_encode_memory():
     float32_plan, bfloat16_plan = (
         plan_model(build_spec("medium"), regions_per_image=4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
@@ -249,7 +257,7 @@ def test_plan_command_reports_what_fits_without_network_access(capsys, monkeypat
     assert (
         report["max_regions_per_image"] is None
     )  # regions are computed in chunks and generated in pieces, so any number fits
-    assert cli.run_command(["plan", "sca-tiny", "--gpu", "24"]) == 0
+    assert cli.run_command(["plan", "sca-tiny", "--gpu", "24", "--regions", "2"]) == 0
     assert "the workload fits; maximum regions per image: at least 16,384" in capsys.readouterr().out
     for arguments, message in (
         (["plan", "sca-tny"], "Did you mean 'sca-tiny'"),
