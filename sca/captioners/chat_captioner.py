@@ -18,26 +18,32 @@ from sca.captioners.chat_client import ChatClient, ChatCompletion, get_response_
 from sca.captioners.region_captioner import RegionCaptioner, RegionView, ScoredText, check_region_question
 from sca.captioners.region_formats import (
     COORDINATE_FORMATS,
+    MAX_CONTEXT,
     QUESTIONS,
+    REGION_MARK,
+    CoordinateFormat,
     add_alpha,
+    check_coordinates_mark,
     crop_region,
     draw_box,
     draw_outline,
     get_box,
+    get_questions,
+    insert_coordinates,
     limit_size,
     resize_for_coordinates,
     scale_region,
 )
 from sca.inference.engine import EncodedImages
+from sca.io.coordinates import Box
 from sca.io.errors import InputError
 from sca.io.validation import check_choice, check_range, check_type
 
 GENERATION = {"max_new_tokens": 64, "num_beams": 1}
 MAX_COMPLETION_TOKENS = "max_completion_tokens"  # the field that replaces `max_tokens` for some models of OpenAI
 MIN_SIDE, MAX_SIDE = 16, 16_384  # pixels of the longer side of an image that is sent
-REGION_MARK = "{region}"  # place of the coordinates in a question
 RESERVED_FIELDS = ("model", "messages", "stream", "n")  # of a request
-SERVER_COORDINATES, SERVER_QUESTIONS = "sca", ("{region}", "{region}")  # `sca serve` has a field for the task
+SERVER_COORDINATES, SERVER_QUESTIONS = "sca", (REGION_MARK, REGION_MARK)  # `sca serve` has a field for the task
 
 
 class ChatCaptioner(RegionCaptioner):
@@ -58,8 +64,8 @@ class ChatCaptioner(RegionCaptioner):
             the box as text in the format `coordinate_format`. "alpha" is a PNG with the mask as alpha channel, as for
             Describe Anything (arXiv 2504.16072).
         context: Sides of a crop as multiples of those of the box.
-        coordinate_format: Format of coordinates: "qwen2.5-vl", "qwen3-vl", "paligemma", "kosmos-2", "florence-2", or
-            "sca" for the chat route of `sca serve`.
+        coordinate_format: Format of coordinates: the model type of the model in transformers, such as "qwen3_vl", or
+            "sca" for the chat route of `sca serve`. `COORDINATE_FORMATS` lists the model types.
         question: Question for both tasks instead of the built-in ones. "{region}" is replaced by the coordinates, which
             otherwise follow the question.
         max_side: Longer side in pixels to which larger images are scaled down.
@@ -98,27 +104,28 @@ class ChatCaptioner(RegionCaptioner):
         device: str = "cpu",
     ):
         check_choice("region_format", region_format, QUESTIONS)
-        check_range("context", context, float, 1.0, 100.0)
+        check_range("context", context, float, 1.0, MAX_CONTEXT)
         check_range("max_side", max_side, int, MIN_SIDE, MAX_SIDE)
         self.extra_body: dict[str, Any] = _check_extra_body(extra_body)
         if (region_format == "coordinates") != (coordinate_format is not None):
             raise InputError(
                 f"coordinate_format={coordinate_format} does not fit region_format={region_format}; set both, such as "
-                "region_format=coordinates coordinate_format=qwen3-vl"
+                "region_format=coordinates coordinate_format=qwen3_vl"
             )
         if coordinate_format is not None:
-            check_choice("coordinate_format", coordinate_format, COORDINATE_FORMATS)
+            check_choice("coordinate_format", coordinate_format, SERVER_FORMATS)
         self.coordinate_format = coordinate_format
+        self.region_format = region_format
         if question is not None:
             self.check_question(question)
         self.client: ChatClient = ChatClient(
             url, timeout, max_retries, max_concurrency, get_response_cache_folder() if cache else None
         )
         super().__init__(encoder, device)
-        self.region_format = region_format
         self.context = context
         self.max_side = max_side
-        questions = SERVER_QUESTIONS if coordinate_format == SERVER_COORDINATES else QUESTIONS[region_format]
+        is_sca_server = coordinate_format == SERVER_COORDINATES
+        questions = SERVER_QUESTIONS if is_sca_server else get_questions(coordinate_format, region_format)
         self.task_questions: tuple[str, str] = (question, question) if question else questions
         self._requested_model = model
         self._encoder_name = encoder
@@ -160,10 +167,7 @@ class ChatCaptioner(RegionCaptioner):
                 coordinates.
         """
         check_region_question(question)
-        if REGION_MARK in question and self.coordinate_format is None:
-            raise ValueError(
-                f"the question contains {REGION_MARK}, which requires region_format=coordinates; remove it"
-            )
+        check_coordinates_mark(question, self.region_format)
 
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
@@ -198,11 +202,9 @@ class ChatCaptioner(RegionCaptioner):
     def _make_body(self, view: RegionView, question: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return the JSON body of the request for a region."""
         image, coordinates = self._render_region(view)
-        if coordinates and REGION_MARK not in question:
-            question = f"{question} {REGION_MARK}"
         content = [
             {"type": "image_url", "image_url": {"url": _encode_image(image)}},
-            {"type": "text", "text": question.replace(REGION_MARK, coordinates)},
+            {"type": "text", "text": insert_coordinates(question, coordinates)},
         ]
         return {**fields, "messages": [{"role": "user", "content": content}]}
 
@@ -212,7 +214,7 @@ class ChatCaptioner(RegionCaptioner):
             return limit_size(crop_region(view, self.context), self.max_side), ""
         view = scale_region(view, self.max_side)
         if self.coordinate_format is not None:
-            return resize_for_coordinates(view, COORDINATE_FORMATS[self.coordinate_format])
+            return resize_for_coordinates(view, SERVER_FORMATS[self.coordinate_format])
         if self.region_format == "box":
             return draw_box(view.image, get_box(view)), ""
         return (draw_outline(view) if self.region_format == "outline" else add_alpha(view)), ""
@@ -237,8 +239,16 @@ def _make_text(completion: ChatCompletion) -> ScoredText:
     return ScoredText(completion.text, math.nan, usage)
 
 
+def _format_server_box(box: Box, image_size: tuple[int, int]) -> str:
+    """Return the box as the chat route of `sca serve` reads it."""
+    return f"box={','.join(f'{value:g}' for value in box)}"
+
+
 def _encode_image(image: Image.Image) -> str:
     """Return an image as a data URL in PNG."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+SERVER_FORMATS = {**COORDINATE_FORMATS, SERVER_COORDINATES: CoordinateFormat(_format_server_box)}

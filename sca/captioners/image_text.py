@@ -27,6 +27,7 @@ from sca.language_models.token_usage import count_tokens
 from sca.model import check_finite_scores
 
 CAPTION_ONLY_MODELS = ("blip", "git")  # model types that continue a text but take no questions
+PATCH_INDICES = "image_token_pooling"  # input of Molmo 2: indices into the patches of all images, -1 for none
 
 
 class ImageTextInput(NamedTuple):
@@ -39,7 +40,8 @@ class ImageTextInput(NamedTuple):
 class ImageTextModel:
     """Model of transformers' AutoModelForImageTextToText with its processor.
 
-    Images are always preprocessed by Pillow, so that results do not depend on whether torchvision is installed.
+    Images are preprocessed by Pillow, so that results do not depend on whether torchvision is installed. The processors
+    of Molmo 2 and PerceptionLM exist for torchvision only.
 
     Args:
         weights: Hub id, or a folder in the same format.
@@ -121,9 +123,7 @@ class ImageTextModel:
                 rows_by_shape.setdefault(shape, []).append((index, processed))
             for rows in rows_by_shape.values():
                 indices, processed_rows = zip(*rows, strict=True)
-                batch_inputs = {
-                    name: torch.cat([processed[name] for processed in processed_rows]) for name in processed_rows[0]
-                }
+                batch_inputs = _concatenate_inputs(processed_rows)
                 for index, text in zip(
                     indices, self._generate_batch(batch_inputs, num_beams, max_new_tokens), strict=True
                 ):
@@ -138,7 +138,9 @@ class ImageTextModel:
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         processor_inputs = {"images": image} if text is None else {"images": image, "text": text}
         with silence_transformers():
-            return dict(self.processor(**processor_inputs, return_tensors="pt"))
+            processed = dict(self.processor(**processor_inputs, return_tensors="pt"))
+        processed.pop("labels", None)  # those of PaliGemma's processor, for training
+        return processed
 
     def _generate_batch(self, inputs: dict[str, Tensor], num_beams: int, max_new_tokens: int) -> list[ScoredText]:
         def move_to_model(value: Tensor) -> Tensor:
@@ -174,3 +176,14 @@ class ImageTextModel:
             if token_id is not None
         ]
         return sorted(set(eos_token_ids)) or [self.tokenizer.eos_token_id]
+
+
+def _concatenate_inputs(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate processed inputs of equal shape."""
+    batch_inputs = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    if PATCH_INDICES in batch_inputs:
+        num_patches = rows[0]["pixel_values"].shape[:2].numel()
+        indices = batch_inputs[PATCH_INDICES].unflatten(0, (len(rows), -1))
+        offsets = torch.arange(len(rows))[:, None, None] * num_patches
+        batch_inputs[PATCH_INDICES] = torch.where(indices >= 0, indices + offsets, indices).flatten(0, 1)
+    return batch_inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -17,7 +17,9 @@ from sca.io.masks import decode_rle, resize_rle
 
 MARK_COLOR = (255, 0, 0)
 LINE_WIDTH_DIVISOR = 150  # line width of a drawn region: the image's longer side divided by this
-QUESTIONS = {  # by region format: for recognition, and for a caption; "{region}" is replaced by the coordinates
+MAX_CONTEXT = 100.0  # of a crop
+REGION_MARK = "{region}"  # place of the coordinates in a question
+QUESTIONS = {  # by region format: for recognition, and for a caption
     "crop": ("What is in this picture? Answer with its name alone.", "Describe this picture in one short phrase."),
     "box": (
         "What is inside the red box? Answer with its name alone.",
@@ -36,6 +38,34 @@ QUESTIONS = {  # by region format: for recognition, and for a caption; "{region}
         "Describe the masked region in one short phrase.",
     ),
 }
+MODEL_QUESTIONS = {  # by model type and region format, for models that were trained on other wordings
+    ("florence2", "crop"): ("<CAPTION>", "<CAPTION>"),
+    ("florence2", "coordinates"): ("<REGION_TO_CATEGORY>{region}", "<REGION_TO_DESCRIPTION>{region}"),
+    ("kosmos-2", "crop"): ("An image of", "An image of"),
+    ("kosmos-2", "coordinates"): ("<grounding><phrase> It</phrase>{region} is",) * 2,
+    ("molmo2", "coordinates"): (
+        "What is at {region}? Answer with its name alone.",
+        "Describe what is at {region} in one short phrase.",
+    ),
+    ("paligemma", "crop"): ("answer en What is in this picture?", "caption en"),
+    ("paligemma", "box"): ("answer en What is inside the red box?",) * 2,
+    ("paligemma", "outline"): ("answer en What is inside the red outline?",) * 2,
+    ("paligemma", "coordinates"): ("caption {region}", "caption {region}"),
+}
+
+
+class Resizing(NamedTuple):
+    """Size to which Qwen2.5-VL resizes images: the defaults of its image processor.
+
+    Attributes:
+        factor: Sides are multiples of this.
+        min_pixels: Minimum number of pixels.
+        max_pixels: Maximum number of pixels.
+    """
+
+    factor: int = 28
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
 
 
 class CoordinateFormat(NamedTuple):
@@ -43,14 +73,55 @@ class CoordinateFormat(NamedTuple):
 
     Attributes:
         format_box: Function of a box in pixels of an image, and of the size of that image.
-        resize_factor: Multiple of the sides of images, if the coordinates are pixels of a resized image.
+        resizing: Resizing of images, if the coordinates are pixels of the resized image.
     """
 
     format_box: Callable[[Box, tuple[int, int]], str]
-    resize_factor: int | None = None
+    resizing: Resizing | None = None
+
+    def adapt_to_processor(self, image_processor: Any) -> CoordinateFormat:
+        """Return the notation for images that an image processor resizes with its own limits."""
+        if self.resizing is None:
+            return self
+        factor, size = image_processor.patch_size * image_processor.merge_size, image_processor.size
+        return self._replace(resizing=Resizing(factor, size["shortest_edge"], size["longest_edge"]))
 
 
-def crop_region(view: RegionView, context: float = 1.0) -> Image.Image:
+def get_questions(model_type: str | None, region_format: str) -> tuple[str, str]:
+    """Return the questions for recognition and for a caption; "{region}" is the place of the coordinates.
+
+    Args:
+        model_type: Model type of transformers; None if it is unknown.
+        region_format: How the region is shown.
+
+    Returns:
+        Both questions.
+    """
+    return MODEL_QUESTIONS.get((model_type or "", region_format)) or QUESTIONS[region_format]
+
+
+def insert_coordinates(question: str, coordinates: str) -> str:
+    """Replace "{region}" in a question by coordinates, or append them if the question does not contain it."""
+    if coordinates and REGION_MARK not in question:
+        question = f"{question} {REGION_MARK}"
+    return question.replace(REGION_MARK, coordinates)
+
+
+def check_coordinates_mark(question: str, region_format: str) -> None:
+    """Check that only a question for coordinates contains "{region}".
+
+    Args:
+        question: Question.
+        region_format: How the region is shown.
+
+    Raises:
+        ValueError: The question contains "{region}", but the region is not shown by coordinates.
+    """
+    if REGION_MARK in question and region_format != "coordinates":
+        raise ValueError(f"the question contains {REGION_MARK}, which requires region_format=coordinates; remove it")
+
+
+def crop_region(view: RegionView, context: float) -> Image.Image:
     """Crop the box of a region.
 
     Args:
@@ -115,8 +186,8 @@ def resize_for_coordinates(view: RegionView, coordinate_format: CoordinateFormat
         The image, resized if coordinates are pixels of the resized image, and the coordinates.
     """
     image, (x1, y1, x2, y2) = view.image, get_box(view)
-    if coordinate_format.resize_factor is not None:
-        height, width = smart_resize(image.height, image.width, coordinate_format.resize_factor)
+    if coordinate_format.resizing is not None:
+        height, width = smart_resize(image.height, image.width, *coordinate_format.resizing)
         x_scale, y_scale = width / image.width, height / image.height
         x1, y1, x2, y2 = x1 * x_scale, y1 * y_scale, x2 * x_scale, y2 * y_scale
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -144,12 +215,12 @@ def scale_region(view: RegionView, max_side: int) -> RegionView:
     return view._replace(image=image, prompt=prompt, mask=mask)
 
 
-def format_florence2_box(box: Box, image_size: tuple[int, int]) -> str:
+def _format_florence2_box(box: Box, image_size: tuple[int, int]) -> str:
     """Return Florence-2's location tokens of a box: thousandths of the image sides (arXiv 2311.06242)."""
     return "".join(f"<loc_{part}>" for part in _scale_box(box, image_size, 1000))
 
 
-def format_kosmos2_box(box: Box, image_size: tuple[int, int]) -> str:
+def _format_kosmos2_box(box: Box, image_size: tuple[int, int]) -> str:
     """Return Kosmos-2's location tokens: the cells of a 32 x 32 grid that contain the corners (arXiv 2306.14824)."""
     x1, y1, x2, y2 = box_to_pixels(box, image_size)
     width, height = image_size
@@ -163,21 +234,43 @@ def _format_paligemma_box(box: Box, image_size: tuple[int, int]) -> str:
     return "".join(f"<loc{part:04d}>" for part in (y1, x1, y2, x2))
 
 
-def _format_qwen3_box(box: Box, image_size: tuple[int, int]) -> str:
-    """Return x1, y1, x2, y2 from 0 to 1,000, as Qwen3-VL (arXiv 2511.21631) writes them."""
-    width, height = image_size
-    sides = (width, height, width, height)
-    return str([min(max(round(1000 * value / side), 0), 1000) for value, side in zip(box, sides, strict=True)])
+def _format_qwen2_box(box: Box, image_size: tuple[int, int]) -> str:
+    """Return both corners from 0 to 999 between Qwen2-VL's box tokens (arXiv 2409.12191)."""
+    x1, y1, x2, y2 = _scale_box(box, image_size, 1000)
+    return f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
 
 
-def _format_pixels(box: Box, image_size: tuple[int, int]) -> str:
+def _format_qwen2_5_box(box: Box, image_size: tuple[int, int]) -> str:
     """Return x1, y1, x2, y2 in pixels, as Qwen2.5-VL (arXiv 2502.13923) writes them."""
     return str([*box_to_pixels(box, image_size)])
 
 
-def _format_server_box(box: Box, image_size: tuple[int, int]) -> str:
-    """Return the box as the chat route of `sca serve` reads it."""
-    return f"box={','.join(f'{value:g}' for value in box)}"
+def _format_qwen3_box(box: Box, image_size: tuple[int, int]) -> str:
+    """Return x1, y1, x2, y2 from 0 to 1,000, as Qwen3-VL (arXiv 2511.21631) writes them."""
+    return str(_round_to_thousandths(box, image_size))
+
+
+def _format_internvl_box(box: Box, image_size: tuple[int, int]) -> str:
+    """Return x1, y1, x2, y2 from 0 to 1,000 between InternVL's box tags (arXiv 2404.16821)."""
+    return f"<box>[{_round_to_thousandths(box, image_size)}]</box>"
+
+
+def _format_molmo2_point(box: Box, image_size: tuple[int, int]) -> str:
+    """Return the center of a box in thousandths as Molmo 2 (arXiv 2601.10611) writes the first point of an image.
+
+    Molmo 2 has no notation of boxes.
+    """
+    x1, y1, x2, y2 = box
+    center_x, center_y = (x1 + x2) / 2, (y1 + y2) / 2
+    x, y, *_ = _round_to_thousandths((center_x, center_y, center_x, center_y), image_size)
+    return f'<points coords="1 1 {x:03d} {y:03d}">region</points>'
+
+
+def _round_to_thousandths(box: Box, image_size: tuple[int, int]) -> list[int]:
+    """Return the coordinates of a box from 0 to 1,000."""
+    width, height = image_size
+    sides = (width, height, width, height)
+    return [min(max(round(1000 * value / side), 0), 1000) for value, side in zip(box, sides, strict=True)]
 
 
 def _scale_box(box: Box, image_size: tuple[int, int], num_bins: int) -> list[int]:
@@ -202,11 +295,14 @@ def _compute_line_width(image: Image.Image) -> int:
     return max(2, round(max(image.size) / LINE_WIDTH_DIVISOR))
 
 
-COORDINATE_FORMATS = {
-    "qwen2.5-vl": CoordinateFormat(_format_pixels, resize_factor=28),
-    "qwen3-vl": CoordinateFormat(_format_qwen3_box),
+COORDINATE_FORMATS = {  # by model type of transformers
+    "florence2": CoordinateFormat(_format_florence2_box),
+    "internvl": CoordinateFormat(_format_internvl_box),
+    "kosmos-2": CoordinateFormat(_format_kosmos2_box),
+    "molmo2": CoordinateFormat(_format_molmo2_point),
     "paligemma": CoordinateFormat(_format_paligemma_box),
-    "kosmos-2": CoordinateFormat(format_kosmos2_box),
-    "florence-2": CoordinateFormat(format_florence2_box),
-    "sca": CoordinateFormat(_format_server_box),
+    "qwen2_vl": CoordinateFormat(_format_qwen2_box),
+    "qwen2_5_vl": CoordinateFormat(_format_qwen2_5_box, Resizing()),
+    "qwen3_vl": CoordinateFormat(_format_qwen3_box),
+    "qwen3_vl_moe": CoordinateFormat(_format_qwen3_box),
 }

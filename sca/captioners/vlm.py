@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sca_registry.contracts import TASKS
-from sca_registry.errors import make_unknown_name_error
 from sca_registry.spec import DEFAULT_GENERATION
 from torch import nn
 
@@ -20,22 +19,23 @@ from sca.captioners.region_captioner import (
     resolve_generation_options,
 )
 from sca.captioners.region_formats import (
-    QUESTIONS,
+    COORDINATE_FORMATS,
+    MAX_CONTEXT,
+    check_coordinates_mark,
     crop_region,
     draw_box,
     draw_outline,
-    format_florence2_box,
-    format_kosmos2_box,
     get_box,
+    get_questions,
+    insert_coordinates,
+    resize_for_coordinates,
 )
 from sca.inference.engine import EncodedImages
-from sca.io.coordinates import Box
+from sca.io.validation import check_choice, check_range
 
-REGION_FORMATS = ("crop", "box", "outline", "region-tokens")
-MODEL_QUESTIONS = {  # for architectures that do not take free-form questions
-    ("florence2", "crop"): ("<CAPTION>", "<CAPTION>"),
-    ("kosmos-2", "crop"): ("An image of", "An image of"),
-}
+REGION_FORMATS = ("crop", "box", "outline", "coordinates")
+TASK_PROMPT_MODELS = ("florence2", "kosmos-2")  # model types whose crops and coordinates have prompts of fixed tasks
+TASK_PROMPT_FORMATS = ("crop", "coordinates")
 TAG_PATTERN = re.compile(r"</?[a-z_]+\d*/?>")  # location and phrase tags in a generated text
 
 
@@ -49,19 +49,21 @@ class VisionLanguageModel(RegionCaptioner):
         weights: Hub id or folder, see `ImageTextModel`.
         revision: Revision of a Hub id.
         pretrained: Load `weights`; False for random weights.
-        region_format: How the region is passed to the model. "crop" is the crop of the box. "box" is the full image
-            with the box drawn in red, "outline" with the outline of the mask. "region-tokens" is the full image with
-            the location tokens of the model: Florence-2's tasks REGION_TO_DESCRIPTION and, for recognition,
-            REGION_TO_CATEGORY (arXiv 2311.06242), or Kosmos-2's grounded phrase (arXiv 2306.14824).
-        question: Question for both tasks instead of the built-in ones. The chat template of the model is applied if it
-            has one. Not available for "region-tokens".
+        region_format: How the region is shown, as for the captioner `openai`. "crop" is the crop of the box with
+            `context`. "box" and "outline" are the full image with the box or the outline of the mask drawn in red.
+            "coordinates" is the full image, with the box as text in the notation that the family was trained on, see
+            `COORDINATE_FORMATS`.
+        context: Sides of a crop as multiples of those of the box.
+        question: Question for both tasks instead of the built-in ones. "{region}" is replaced by the coordinates, which
+            otherwise follow the question. The chat template of the model is applied if it has one. Not available for
+            the tasks of Florence-2 and Kosmos-2.
         batch_size: Images per forward pass.
         config: Fields of the configuration, see `ImageTextModel`.
         device: Device of both models.
         dtype: Data type of the weights, see `ImageTextModel`.
 
     Raises:
-        RegistryError: `region_format` is unknown.
+        RegistryError: `region_format` is unknown, or `context` is out of range.
         ValueError: The model takes no questions, or does not support `region_format`.
         InputError: The weights cannot be read.
     """
@@ -73,14 +75,15 @@ class VisionLanguageModel(RegionCaptioner):
         revision: str | None = None,
         pretrained: bool = True,
         region_format: str = "crop",
+        context: float = 1.5,
         question: str | None = None,
         batch_size: int = 16,
         config: Mapping[str, Any] | None = None,
         device: str = "cpu",
         dtype: str | None = None,
     ):
-        if region_format not in REGION_FORMATS:
-            raise make_unknown_name_error(f"region_format is {region_format!r}", region_format, REGION_FORMATS)
+        check_choice("region_format", region_format, REGION_FORMATS)
+        check_range("context", context, float, 1.0, MAX_CONTEXT)
         super().__init__(encoder, device)
         self.image_text_model: ImageTextModel = ImageTextModel(
             weights, revision, pretrained, config, device, dtype, batch_size
@@ -88,23 +91,28 @@ class VisionLanguageModel(RegionCaptioner):
         model_type = self.image_text_model.model_type
         if model_type in CAPTION_ONLY_MODELS:
             raise ValueError(f"a {model_type!r} model takes no questions; use it with crop-captioner")
-        if region_format == "region-tokens" and model_type not in REGION_TOKEN_FORMATTERS:
+        if region_format == "coordinates" and model_type not in COORDINATE_FORMATS:
             raise ValueError(
-                f"a {model_type!r} model has no location tokens; "
-                f"{' and '.join(map(repr, REGION_TOKEN_FORMATTERS))} have. Use region_format=crop or region_format=box"
-            )
-        if region_format == "region-tokens" and question is not None:
-            raise ValueError(
-                "region_format=region-tokens has a fixed question; omit the option question, or use region_format=crop"
+                f"a {model_type!r} model has no notation of coordinates, as {', '.join(COORDINATE_FORMATS)} have; use "
+                f"region_format={'|'.join(each for each in REGION_FORMATS if each != 'coordinates')}"
             )
         self.region_format = region_format
-        self.model_key: tuple[str, str] = (model_type, region_format)
-        self.task_questions: tuple[str, str] | None = (
-            (question, question) if question else MODEL_QUESTIONS.get(self.model_key) or QUESTIONS.get(region_format)
+        self.context = context
+        self.has_task_prompts: bool = model_type in TASK_PROMPT_MODELS and region_format in TASK_PROMPT_FORMATS
+        if question is not None:
+            if self.has_task_prompts:
+                raise ValueError(
+                    f"region_format={region_format} has a fixed prompt for a {model_type!r} model; omit the option "
+                    "question, or use region_format=box"
+                )
+            self.check_question(question)
+        self.task_questions: tuple[str, str] = (
+            (question, question) if question is not None else get_questions(model_type, region_format)
         )
         self.metadata_options: dict[str, Any] = {
             "encoder": encoder,
             "region_format": region_format,
+            **({"context": context} if region_format == "crop" else {}),
             "question": question,
         }
 
@@ -115,8 +123,7 @@ class VisionLanguageModel(RegionCaptioner):
     @property
     def generation_options(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the model
         """Names of the generation options that the model supports."""
-        is_free_form = self.region_format in QUESTIONS and self.model_key not in MODEL_QUESTIONS
-        return (*DEFAULT_GENERATION, *(["question"] if is_free_form else []))
+        return (*DEFAULT_GENERATION, *([] if self.has_task_prompts else ["question"]))
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -127,8 +134,8 @@ class VisionLanguageModel(RegionCaptioner):
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
     ) -> list[ScoredText]:
         """Generate one text per region, without location tags; see `RegionCaptioner`."""
-        question = generation.pop("question", None)
-        inputs = [self._build_input(view, TASKS.index(task), question) for view in regions]
+        question = generation.pop("question", None) or self.task_questions[TASKS.index(task)]
+        inputs = [self._build_input(view, question) for view in regions]
         texts = self.image_text_model.generate_texts(inputs, **resolve_generation_options(generation))
         return [text._replace(text=" ".join(TAG_PATTERN.sub(" ", text.text).split())) for text in texts]
 
@@ -139,34 +146,21 @@ class VisionLanguageModel(RegionCaptioner):
             question: Question.
 
         Raises:
-            ValueError: The question is empty, or refers to several regions.
+            ValueError: The question is empty, refers to several regions, or contains the mark of coordinates without
+                coordinates.
         """
         check_region_question(question)
+        check_coordinates_mark(question, self.region_format)
 
-    def _build_input(self, view: RegionView, task_index: int, question: str | None) -> ImageTextInput:
-        if self.region_format == "region-tokens":
-            format_prompt = REGION_TOKEN_FORMATTERS[self.image_text_model.model_type]
-            return ImageTextInput(view.image, format_prompt(get_box(view), view.image.size, task_index))
-        assert self.task_questions is not None  # see `__init__`
+    def _build_input(self, view: RegionView, question: str) -> ImageTextInput:
         if self.region_format == "crop":
-            image = crop_region(view)
-        else:
-            image = draw_outline(view) if self.region_format == "outline" else draw_box(view.image, get_box(view))
-        return ImageTextInput(image, question or self.task_questions[task_index])
-
-
-def _format_florence2_prompt(box: Box, image_size: tuple[int, int], task_index: int) -> str:
-    """Return Florence-2's task with the location tokens of a box."""
-    task_token = ("<REGION_TO_CATEGORY>", "<REGION_TO_DESCRIPTION>")[task_index]
-    return task_token + format_florence2_box(box, image_size)
-
-
-def _format_kosmos2_prompt(box: Box, image_size: tuple[int, int], task_index: int) -> str:
-    """Return Kosmos-2's grounded phrase with the location tokens of a box."""
-    return f"<grounding><phrase> It</phrase>{format_kosmos2_box(box, image_size)} is"
-
-
-REGION_TOKEN_FORMATTERS: dict[str, Callable[[Box, tuple[int, int], int], str]] = {
-    "florence2": _format_florence2_prompt,
-    "kosmos-2": _format_kosmos2_prompt,
-}
+            return ImageTextInput(crop_region(view, self.context), question)
+        if self.region_format == "box":
+            return ImageTextInput(draw_box(view.image, get_box(view)), question)
+        if self.region_format == "outline":
+            return ImageTextInput(draw_outline(view), question)
+        coordinate_format = COORDINATE_FORMATS[self.image_text_model.model_type].adapt_to_processor(
+            self.image_text_model.processor.image_processor
+        )
+        image, coordinates = resize_for_coordinates(view, coordinate_format)
+        return ImageTextInput(image, insert_coordinates(question, coordinates))

@@ -13,6 +13,7 @@ from sca.io.hub import silence_transformers
 from sca.io.weight_files import translate_load_errors
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+EXTRA_PACKAGES = ("torchvision", "num2words")  # that processors of videos require, in the extra `baselines`
 
 
 def load_processor(folder: Path) -> Any:
@@ -32,11 +33,8 @@ def load_processor(folder: Path) -> Any:
         with translate_load_errors(f"the processor in {folder}"), silence_transformers():
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except InputError as error:
-        hint = (
-            f". Install the extra: pip install '{BUILTIN_DISTRIBUTION}[baselines]'"
-            if "torchvision" in str(error).lower()
-            else ""
-        )
+        is_missing_package = any(package in str(error).lower() for package in EXTRA_PACKAGES)
+        hint = f". Install the extra: pip install '{BUILTIN_DISTRIBUTION}[baselines]'" if is_missing_package else ""
         raise InputError(f"{error}{hint}") from error
     processor.image_processor = image_processor
     return processor

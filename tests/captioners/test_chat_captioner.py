@@ -17,9 +17,10 @@ from sca_registry.contracts import Prompt
 
 import sca
 from sca.captioners import chat_client
+from sca.captioners.chat_captioner import SERVER_FORMATS
 from sca.captioners.chat_client import ChatServerError, normalize_url
 from sca.captioners.region_captioner import RegionView
-from sca.captioners.region_formats import COORDINATE_FORMATS, QUESTIONS, resize_for_coordinates
+from sca.captioners.region_formats import QUESTIONS, resize_for_coordinates
 from sca.evaluation.predictions import PromptingOptions
 from sca.io.errors import InputError
 from sca.io.masks import encode_rle
@@ -263,7 +264,7 @@ def test_unusable_keys_are_rejected_without_showing_them(server, monkeypatch, tm
     [
         ("region_format=circle", "region_format is 'circle'"),
         ("region_format=coordinates", "set both"),
-        ("coordinate_format=qwen3-vl", "set both"),
+        ("coordinate_format=qwen3_vl", "set both"),
         ("region_format=coordinates coordinate_format=yolo", "coordinate_format is 'yolo'"),
         ('question="where is {region}?"', "requires region_format=coordinates"),
         ("extra_body={stream=true}", "extra_body.stream is set by the captioner"),
@@ -315,11 +316,11 @@ def test_region_formats_show_the_region(server, image):
     assert alpha.mode == "RGBA"
     assert (np.asarray(alpha)[..., 3] == mask * 255).all()
     assert (np.asarray(alpha)[..., :3] == pixels).all()
-    sent, question = show_region("region_format=coordinates coordinate_format=qwen3-vl", Prompt(box=(20, 15, 40, 30)))
+    sent, question = show_region("region_format=coordinates coordinate_format=qwen3_vl", Prompt(box=(20, 15, 40, 30)))
     assert (np.asarray(sent) == pixels).all()
     assert question == "Describe what is in the region [250, 250, 500, 500] in one short phrase."
     sent, question = show_region(
-        "region_format=coordinates coordinate_format=qwen3-vl max_side=40", Prompt(box=(20, 15, 40, 30))
+        "region_format=coordinates coordinate_format=qwen3_vl max_side=40", Prompt(box=(20, 15, 40, 30))
     )
     assert sent.size == (40, 30)
     assert "[250, 250, 500, 500]" in question
@@ -328,10 +329,10 @@ def test_region_formats_show_the_region(server, image):
 @pytest.mark.parametrize(
     ("name", "size", "box", "sent_size", "text"),
     [
-        ("qwen3-vl", (640, 480), (64, 48, 320, 480), (640, 480), "[100, 100, 500, 1000]"),
-        ("qwen2.5-vl", (640, 480), (64, 48, 320, 480), (644, 476), "[64, 47, 322, 476]"),
+        ("qwen3_vl", (640, 480), (64, 48, 320, 480), (640, 480), "[100, 100, 500, 1000]"),
+        ("qwen2_5_vl", (640, 480), (64, 48, 320, 480), (644, 476), "[64, 47, 322, 476]"),
         ("paligemma", (640, 480), (64, 48, 320, 480), (640, 480), "<loc0102><loc0102><loc1023><loc0512>"),
-        ("florence-2", (640, 480), (64, 48, 320, 480), (640, 480), "<loc_100><loc_100><loc_500><loc_999>"),
+        ("florence2", (640, 480), (64, 48, 320, 480), (640, 480), "<loc_100><loc_100><loc_500><loc_999>"),
         (
             "kosmos-2",
             (640, 480),
@@ -339,23 +340,41 @@ def test_region_formats_show_the_region(server, image):
             (640, 480),
             "<object><patch_index_0099><patch_index_1007></object>",
         ),
+        ("internvl", (640, 480), (64, 48, 320, 480), (640, 480), "<box>[[100, 100, 500, 1000]]</box>"),
+        ("molmo2", (640, 480), (64, 48, 320, 480), (640, 480), '<points coords="1 1 300 550">region</points>'),
+        ("qwen2_vl", (640, 480), (64, 48, 320, 480), (640, 480), "<|box_start|>(100,100),(500,999)<|box_end|>"),
         ("sca", (640, 480), (64, 48.5, 320, 480), (640, 480), "box=64,48.5,320,480"),
     ],
 )
 def test_coordinates_have_the_notation_of_each_family(name, size, box, sent_size, text):
     view = RegionView(0, Image.new("RGB", size), Prompt(box=box), None, None)
-    image, coordinates = resize_for_coordinates(view, COORDINATE_FORMATS[name])
+    image, coordinates = resize_for_coordinates(view, SERVER_FORMATS[name])
     assert (image.size, coordinates) == (sent_size, text)
+
+
+@pytest.mark.parametrize(
+    ("coordinate_format", "question"),
+    [
+        ("paligemma", "caption <loc0256><loc0256><loc0512><loc0512>"),
+        ("florence2", "<REGION_TO_DESCRIPTION><loc_250><loc_250><loc_500><loc_500>"),
+        ("internvl", "Describe what is in the region <box>[[250, 250, 500, 500]]</box> in one short phrase."),
+    ],
+)
+def test_coordinates_are_part_of_the_prompt_of_each_family(server, image, coordinate_format, question):
+    options = f"region_format=coordinates coordinate_format={coordinate_format}"
+    captioner = sca.load_captioner(f"openai url={server.url} model=mine {options}")
+    captioner.caption(image, [Prompt(box=(20, 15, 40, 30))])
+    assert read_question(server.bodies[-1]) == question
 
 
 def test_questions_replace_the_built_in_ones_and_keep_the_coordinates(server, image):
     prompts = [Prompt(box=(20, 15, 40, 30))]
     captioner = sca.load_captioner(
-        f"openai url={server.url} model=mine region_format=coordinates coordinate_format=qwen3-vl"
+        f"openai url={server.url} model=mine region_format=coordinates coordinate_format=qwen3_vl"
     )
     captioner.caption(image, prompts, question="what color is it?")
     captioner.caption(image, prompts, question="is {region} red?")
-    options = 'region_format=coordinates coordinate_format=qwen3-vl question="name it:"'
+    options = 'region_format=coordinates coordinate_format=qwen3_vl question="name it:"'
     sca.load_captioner(f"openai url={server.url} model=mine {options}").caption(image, prompts)
     questions = [read_question(body) for body in server.bodies]
     box = "[250, 250, 500, 500]"

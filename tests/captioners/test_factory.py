@@ -8,14 +8,20 @@ import torch
 from sca_registry import RegistryError
 from sca_registry.contracts import Captioner, Prompt
 from sca_registry.spec import ComponentSpec, ModelSpec
+from transformers import AutoModelForImageTextToText
 
 import sca
 from sca.cli import run_command
 from sca.inference.engine import Engine
+from sca.io.hub import initialize_model, make_config
 
 CAPTIONERS_WITH_PARAMETERS = [
     name for name in sca_registry.captioners.list_names() if sca_registry.captioners.get_card(name).parameters
 ]
+RESTRICTED_CAPTIONERS = (
+    *("blip2-opt", "fastvlm", "gemma3", "paligemma2", "perception-lm"),
+    *("qwen2.5-vl-3b", "qwen2.5-vl-72b"),
+)  # prefixes of names
 
 
 @pytest.mark.slow
@@ -84,10 +90,12 @@ def test_part_parse_keeps_quoted_values_together():
 
 @pytest.mark.parametrize("name", CAPTIONERS_WITH_PARAMETERS)
 def test_captioner_card_parameters_match_the_built_model(name):
+    card = sca_registry.captioners.get_card(name)
+    if card.extra and sca_registry.captioners.load_entry(name).state != "ok":
+        pytest.skip(f"the extra {card.extra} is not installed")
     with torch.device("meta"):
-        captioner = sca_registry.captioners.build(name, pretrained=False, device="meta")
-    num_parameters = sum(parameter.numel() for parameter in captioner.image_text_model.model.parameters())
-    assert num_parameters == sca_registry.captioners.get_card(name).parameters
+        model = initialize_model(AutoModelForImageTextToText, make_config(None, None, card.config))
+    assert sum(parameter.numel() for parameter in model.parameters()) == card.parameters
 
 
 def test_captioner_cards_state_summary_source_license_and_terms():
@@ -96,7 +104,7 @@ def test_captioner_cards_state_summary_source_license_and_terms():
         assert card.summary.endswith(".")
         assert card.source
         assert card.license
-        assert bool(card.terms) == ("opt" in name or name == "qwen2.5-vl-3b")
+        assert bool(card.terms) == name.startswith(RESTRICTED_CAPTIONERS)
 
 
 # --- on the command line

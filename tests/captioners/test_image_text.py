@@ -109,11 +109,18 @@ def test_crop_captioner_rejects_folders_without_weights_or_processor(weights_fol
         CropCaptioner(weights=str(tmp_path))
 
 
-def test_processor_without_torchvision_suggests_the_baselines_extra(weights_folder, monkeypatch):
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "Qwen2VLVideoProcessor requires the Torchvision library but it was not found",
+        "Package `num2words` is required to run SmolVLM processor",
+    ],
+)
+def test_processor_without_a_package_suggests_the_baselines_extra(weights_folder, monkeypatch, reason):
     from transformers import AutoProcessor
 
-    def raise_import_error(folder):
-        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
+    def raise_import_error(folder, **options):
+        raise ImportError(reason)
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", raise_import_error)
     with pytest.raises(InputError, match=r"pip install 'segment-caption-anything\[baselines\]'"):

@@ -20,7 +20,7 @@ def get_texts(captions):
 def test_florence_prompt_contains_the_task_token_and_box_tokens_in_thousandths(
     weights_folder, image, prompts, question_calls
 ):
-    captioner = VisionLanguageModel(weights=weights_folder("florence2"), region_format="region-tokens")
+    captioner = VisionLanguageModel(weights=weights_folder("florence2"), region_format="coordinates")
     captioner.caption(image, prompts[1:])
     captioner.caption(image, prompts[2:3], "recognition")
     assert [question.text for question in question_calls[0]] == [
@@ -37,7 +37,7 @@ def test_florence_prompt_contains_the_task_token_and_box_tokens_in_thousandths(
 
 
 def test_kosmos_prompt_contains_the_patch_tokens_of_the_box_corners(weights_folder, image, prompts, question_calls):
-    VisionLanguageModel(weights=weights_folder("kosmos-2"), region_format="region-tokens").caption(image, prompts[1:3])
+    VisionLanguageModel(weights=weights_folder("kosmos-2"), region_format="coordinates").caption(image, prompts[1:3])
     tokens = [question.text.split("<object>")[1].split("</object>")[0] for question in question_calls[0]]
     first_patch, last_patch = 18 * 32 + 20, 29 * 32 + 27  # floor of the first corner, ceiling of the last
     assert tokens == [
@@ -72,8 +72,8 @@ def test_evaluate_with_a_vlm_answers_questions_about_one_region(weights_folder):
 
 
 @pytest.mark.parametrize("kind", ["florence2", "kosmos-2"])
-def test_vlm_with_region_tokens_distinguishes_regions_independent_of_batching(weights_folder, kind, image, prompts):
-    captioner = VisionLanguageModel(weights=weights_folder(kind), region_format="region-tokens")
+def test_vlm_with_location_tokens_distinguishes_regions_independent_of_batching(weights_folder, kind, image, prompts):
+    captioner = VisionLanguageModel(weights=weights_folder(kind), region_format="coordinates")
     batched_captions = captioner.caption(image, prompts, num_beams=2)
     assert len(set(get_texts(batched_captions))) > 1
     assert [captioner.caption(image, [prompt], num_beams=2)[0].text for prompt in prompts] == get_texts(
@@ -82,7 +82,7 @@ def test_vlm_with_region_tokens_distinguishes_regions_independent_of_batching(we
 
 
 def test_vlm_removes_location_tokens_from_captions(weights_folder, image, prompts, monkeypatch):
-    captioner = VisionLanguageModel(weights=weights_folder("florence2"), region_format="region-tokens")
+    captioner = VisionLanguageModel(weights=weights_folder("florence2"), region_format="coordinates")
     answer = "a red<loc_12> car<object><patch_index_0003></object> "
     monkeypatch.setattr(captioner.image_text_model.tokenizer, "decode", lambda ids, **how: answer)
     assert get_texts(captioner.caption(image, prompts[:1])) == ["a red car"]
@@ -111,7 +111,7 @@ def test_vlm_applies_the_chat_template_and_batches_images_of_different_sizes(wei
     assert get_texts(batched_captions) == single_texts
     assert len(set(single_texts)) > 1
     inputs = captioner.image_text_model._process_input(
-        captioner._build_input(RegionView(0, image, prompts[0], None, None), 1, None)
+        captioner._build_input(RegionView(0, image, prompts[0], None, None), captioner.task_questions[1])
     )
     prompt_text = captioner.image_text_model.tokenizer.decode(inputs["input_ids"][0])
     assert "Which thing is this?" in prompt_text
@@ -122,17 +122,21 @@ def test_vlm_applies_the_chat_template_and_batches_images_of_different_sizes(wei
     ("kind", "options", "message"),
     [
         (
-            "qwen2_vl",
-            {"region_format": "region-tokens"},
-            "'qwen2_vl' model has no location tokens; 'florence2' and 'kosmos-2'",
+            "gemma3",
+            {"region_format": "coordinates"},
+            r"'gemma3' model has no notation of coordinates, as florence2, internvl, .*; use region_format=crop\|box",
         ),
         ("blip", {}, "'blip' model takes no questions; .* crop-captioner"),
         (
             "florence2",
             {"region_format": "circle"},
-            "region_format is 'circle'. Choose from: crop, box, outline, region-tokens",
+            "region_format is 'circle'. Choose from: crop, box, outline, coordinates",
         ),
-        ("florence2", {"region_format": "region-tokens", "question": "What?"}, "omit the option question"),
+        ("florence2", {"region_format": "coordinates", "question": "What?"}, "omit the option question"),
+        ("florence2", {"question": "What?"}, "region_format=crop has a fixed prompt for a 'florence2' model"),
+        ("qwen2_vl", {"question": "what is {region}?"}, "requires region_format=coordinates; remove it"),
+        ("qwen2_vl", {"question": "is <region 1> red?"}, "does not support region references"),
+        ("qwen2_vl", {"context": 0.5}, "context is 0.5"),
     ],
 )
 def test_vlm_rejects_unsupported_options_and_suggests_alternatives(weights_folder, kind, options, message):
@@ -154,7 +158,7 @@ def test_vlm_answers_questions_about_one_region(weights_folder, image, prompts, 
         resolve_generation_options(captioner, question=" ")
 
 
-@pytest.mark.parametrize(("kind", "region_format"), [("florence2", "crop"), ("kosmos-2", "region-tokens")])
+@pytest.mark.parametrize(("kind", "region_format"), [("florence2", "crop"), ("kosmos-2", "coordinates")])
 def test_vlm_with_fixed_prompts_takes_no_questions(weights_folder, kind, region_format):
     captioner = VisionLanguageModel(weights=weights_folder(kind), region_format=region_format)
     with pytest.raises(ValueError, match="does not support questions"):

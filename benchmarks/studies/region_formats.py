@@ -1,0 +1,183 @@
+"""Compare ways of showing a region to a VLM: `python benchmarks/studies/region_formats.py CAPTIONER [--out FILE]`
+
+Captions the same regions once per way: crops without and with context, the full image with a drawn box or outline, the
+coordinates of the box in the notation of the model, and an alpha channel. CAPTIONER is a vision-language model by name,
+`vlm` with `weights=`, or `openai`. A way that the captioner does not support is listed with the reason.
+
+Prints a Markdown table; differences to crops without context have paired 95% confidence intervals over images. The
+seconds per region include the scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sca_registry import RegistryError
+from sca_registry.spec import ComponentSpec
+
+from sca.io.atomic import write_file
+from sca.io.errors import InputError
+from sca.io.score_format import format_interval, format_score
+
+REFERENCE = "crop"
+WAYS: dict[str, dict[str, Any]] = {  # options of the captioner
+    REFERENCE: {"region_format": "crop", "context": 1.0},
+    "crop, context 1.5": {"region_format": "crop", "context": 1.5},
+    "crop, context 2": {"region_format": "crop", "context": 2.0},
+    "box": {"region_format": "box"},
+    "outline": {"region_format": "outline"},
+    "coordinates": {"region_format": "coordinates"},
+    "alpha": {"region_format": "alpha"},
+}
+
+
+def measure_ways(
+    captioner: ComponentSpec,
+    dataset: ComponentSpec,
+    split: str,
+    metrics: Sequence[str],
+    max_images: int,
+    generation: Mapping[str, Any],
+    device: str,
+    folder: Path,
+) -> dict[str, dict[str, Any]]:
+    """Caption the regions of a dataset in every way, and compare each way with crops.
+
+    Args:
+        captioner: Captioner; its option `coordinate_format`, if any, is that of the coordinates.
+        dataset: Dataset.
+        split: Split of the dataset.
+        metrics: Metrics of captions.
+        max_images: Maximum number of images.
+        generation: Generation options.
+        device: Device of the model.
+        folder: Folder for the predictions.
+
+    Returns:
+        By way: `scores`, `differences` to crops by score with `mean`, `ci_low` and `ci_high`, `regions` and
+        `seconds_per_region`; or `reason` if the model does not support it.
+    """
+    import sca
+    from sca.evaluation.comparison import compare_runs
+    from sca.evaluation.predictions import PromptingOptions
+
+    prompting = PromptingOptions(tasks=("caption",), generation=generation)
+    table = captioner.to_dict()
+    coordinate_options = {key: table.pop(key) for key in ["coordinate_format"] if key in table}
+    results: dict[str, dict[str, Any]] = {}
+    for way, options in WAYS.items():
+        way_options = {**options, **(coordinate_options if way == "coordinates" else {})}
+        try:
+            model = sca.load_captioner({**table, **way_options}, device)
+        except RegistryError as error:
+            if way == REFERENCE:
+                raise
+            results[way] = {"reason": str(error)}
+            continue
+        start = time.perf_counter()
+        report = sca.evaluate(
+            model,
+            dataset,
+            split,
+            prompting=prompting,
+            metrics=metrics,
+            max_images=max_images,
+            folder=folder / way,
+        )
+        assert report is not None  # one process
+        num_regions = len(report.records)
+        seconds = (time.perf_counter() - start) / num_regions
+        scores = {name: value for name, value in report.scores.items() if isinstance(value, float)}
+        comparison = compare_runs(folder / REFERENCE, folder / way, metrics)
+        differences = {
+            each.name: {"mean": each.difference, "ci_low": each.ci_low, "ci_high": each.ci_high}
+            for each in comparison.differences
+        }
+        results[way] = {
+            "options": way_options,
+            "scores": scores,
+            "differences": differences,
+            "regions": num_regions,
+            "seconds_per_region": round(seconds, 4),
+        }
+        del model  # free its memory before the next one is loaded
+    return results
+
+
+def render_results(results: Mapping[str, Any]) -> str:
+    """Render a Markdown table of the scores, times 100, and of the differences to crops."""
+    names = list(results["ways"][REFERENCE]["scores"])
+    cells = [f"{name} | difference (95% CI)" for name in names]
+    lines = [
+        f"| region format | {' | '.join(cells)} | seconds per region |",
+        "| --- |" + " ---: |" * (2 * len(names) + 1),
+    ]
+    for way, each in results["ways"].items():
+        if "reason" in each:
+            continue
+        columns = []
+        for name in names:
+            difference = each["differences"][name]
+            interval = format_interval(difference["ci_low"], difference["ci_high"], True)
+            columns += [
+                format_score(each["scores"][name]),
+                "" if way == REFERENCE else f"{format_score(difference['mean'], True)} ({interval})",
+            ]
+        lines.append(f"| {way} | {' | '.join(columns)} | {each['seconds_per_region']:.3f} |")
+    notes = [f"{way}: {each['reason']}" for way, each in results["ways"].items() if "reason" in each]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/studies/region_formats.py", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("captioner", help="Vision-language model, such as qwen3-vl-4b or 'vlm weights=FOLDER'.")
+    parser.add_argument("--dataset", default="scenes", help="Dataset with its options: 'NAME [key=value]...'.")
+    parser.add_argument("--split", default="test", help="Split of the dataset.")
+    parser.add_argument("--metrics", default="cider-d", help="Metrics, separated by commas.")
+    parser.add_argument("--max-images", type=int, default=100, help="Maximum number of images.")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="Maximum tokens per caption.")
+    parser.add_argument("--device", default="cpu", help="Device of the model.")
+    parser.add_argument("--out", type=Path, help="JSON file for the results.")
+    args = parser.parse_args(arguments)
+
+    from sca_bench.worker import collect_environment
+
+    try:
+        with TemporaryDirectory() as folder:
+            ways = measure_ways(
+                ComponentSpec.parse(args.captioner, "a captioner", "captioners"),
+                ComponentSpec.parse(args.dataset, "a dataset", "datasets"),
+                args.split,
+                args.metrics.split(","),
+                args.max_images,
+                {"max_new_tokens": args.max_new_tokens},
+                args.device,
+                Path(folder),
+            )
+    except (RegistryError, InputError) as error:
+        raise SystemExit(f"error: {error}") from error
+    results = {
+        "captioner": args.captioner,
+        "dataset": args.dataset,
+        "split": args.split,
+        "max_images": args.max_images,
+        "max_new_tokens": args.max_new_tokens,
+        "ways": ways,
+        "environment": collect_environment(args.device),
+    }
+    print(render_results(results))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(args.out, json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
