@@ -227,8 +227,7 @@ def test_plan_checkpoint_size_excludes_external_weights(sam_folder, save_languag
 
 def test_plan_weights_are_in_float32_for_a_model_built_in_another_dtype():
     language_model = MODEL_TABLES["tiny"]["language_model"]
-    config = {**language_model["config"], "dtype": "bfloat16"}
-    table = {**MODEL_TABLES["tiny"], "language_model": {**language_model, "config": config}}
+    table = {**MODEL_TABLES["tiny"], "language_model": {**language_model, "dtype": "bfloat16"}}
     plans = [plan_model(ModelSpec.from_dict(each), 1, 2, 3) for each in (MODEL_TABLES["tiny"], table)]
     assert plans[0].weight_bytes == plans[1].weight_bytes
 
