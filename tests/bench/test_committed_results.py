@@ -42,7 +42,7 @@ def iter_roofline_lines():
 
 
 def iter_plan_lines():
-    for row in read_results("plan/cpu.json")["rows"]:
+    for row in [row for name in ("cpu", "pam-1.5b") for row in read_results(f"plan/{name}.json")["rows"]]:
         memory, flops = (row[quantity][0] / row[quantity][1] for quantity in ("memory", "flops"))
         yield f"| {row['model']} | {'training' if row['training'] else 'captioning'} | {memory:.3f} | {flops:.3f} |"
 
