@@ -422,6 +422,26 @@ def score_file(
     return replace(report, path=Path(path))
 
 
+def score_stored_records(
+    records: Sequence[dict[str, Any]],
+    metrics: Sequence[str],
+    metric_options: Mapping[str, Any] | None = None,
+) -> EvaluationReport:
+    """Score complete records that belong to no run.
+
+    Args:
+        records: Prediction records.
+        metrics: Registered names.
+        metric_options: See `sca.evaluation.scoring.score_records`.
+
+    Returns:
+        The scores.
+    """
+    start = time.perf_counter()
+    scoring = score_records(records, metrics, metric_options)
+    return EvaluationReport({}, {}, scoring, [], time.perf_counter() - start, list(records))
+
+
 def make_run_image_loader(run: Mapping[str, Any]) -> ImageLoader | None:
     """Return a function that loads the image of a record from the dataset of a run, or None if that is unknown.
 

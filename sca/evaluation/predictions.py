@@ -25,6 +25,8 @@ the `text` of each phrase, and the `box` and `score` of the region that matches 
 
 For questions, a record has the task "question" and `answers`: the `text` and `score` of each predicted answer. Its
 truth contains `questions`: the `text`, `kind` and `answer` of each.
+
+A caption that was judged before has `judgments`; see `sca.evaluation.metrics.stored_judgments`.
 """
 
 from __future__ import annotations
