@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import sca_registry
 from PIL import Image
-from sca_registry.contracts import Captioner, Dataset, Region
+from sca_registry.contracts import TASKS, Captioner, Dataset, Region
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.spec import ComponentSpec, check_generation
 
@@ -27,6 +27,7 @@ from sca.evaluation.predictions import (
     DenseCaptioningOptions,
     PromptingOptions,
     RecordPredictor,
+    has_truth_for_task,
     predict_dataset,
 )
 from sca.evaluation.predictions_file import (
@@ -483,7 +484,7 @@ def _make_image_loader(dataset: Dataset) -> ImageLoader:
 
 
 def _has_any_truth(region: Region) -> bool:
-    return bool(region.name or region.phrases)
+    return any(has_truth_for_task(region, task) for task in TASKS)
 
 
 def _build_report(

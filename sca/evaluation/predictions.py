@@ -39,7 +39,18 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from PIL import Image
-from sca_registry.contracts import TASKS, Caption, Captioner, Dataset, Prompt, Proposals, Proposer, Region, Sample
+from sca_registry.contracts import (
+    JUDGE_QUESTIONS,
+    TASKS,
+    Caption,
+    Captioner,
+    Dataset,
+    Prompt,
+    Proposals,
+    Proposer,
+    Region,
+    Sample,
+)
 from sca_registry.spec import ZoomOptions
 
 from sca.data.point_prompts import sample_point_prompt
@@ -94,9 +105,9 @@ class PromptingOptions:
         prompt_type: One of `PROMPT_TYPES`. Random points depend only on `seed` and the region id. For a region without
             a ground-truth mask, "mask-point", "box-and-point" and "mask" use the mask that the captioner predicts for
             the box, as in SCA (arXiv 2312.00869).
-        tasks: Tasks of every region that has the ground truth: phrases for "caption", a name for "recognition". Or only
-            "comprehension": `sca.evaluate` then finds the region of each phrase. Or only "question": it answers the
-            questions of the dataset.
+        tasks: Tasks of every region that has the ground truth: phrases, or questions for a judge, for "caption", a name
+            for "recognition". Or only "comprehension": `sca.evaluate` then finds the region of each phrase. Or only
+            "question": it answers the questions of the dataset.
         controls: Negative controls of `CONTROLS`; each repeats all predictions.
         seed: Random seed of point prompts and shifted regions.
         generation: Generation options of the captioner.
@@ -304,7 +315,7 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], max_images: int | None
         for regions in islice(dataset.iter_annotations(), max_images):
             for region in regions:
                 yield from (
-                    {"task": task, "truth": make_truth(region)} for task in tasks if _has_truth_for_task(region, task)
+                    {"task": task, "truth": make_truth(region)} for task in tasks if has_truth_for_task(region, task)
                 )
 
 
@@ -401,13 +412,16 @@ class _EncodedImages:
 
 
 def _should_caption(region: Region, task: str, prompts: PromptsByRegion) -> bool:
-    return region.id in prompts and _has_truth_for_task(region, task)
+    return region.id in prompts and has_truth_for_task(region, task)
 
 
-def _has_truth_for_task(region: Region, task: str) -> bool:
+def has_truth_for_task(region: Region, task: str) -> bool:
+    """Return whether a region has ground truth for a task: a name for recognition, else phrases or judge questions."""
     if task == QUESTION_TASK:  # questions belong to the sample, see `check_has_questions`
         return True
-    return bool(region.name if DENSE_TASKS.get(task, task) == "recognition" else region.phrases)
+    if DENSE_TASKS.get(task, task) == "recognition":
+        return bool(region.name)
+    return bool(region.phrases or (task == "caption" and region.attributes.get(JUDGE_QUESTIONS)))
 
 
 def _make_dense_truth(regions: Sequence[Region], task: str) -> list[dict[str, Any]]:
@@ -419,7 +433,7 @@ def _make_dense_truth(regions: Sequence[Region], task: str) -> list[dict[str, An
             **({"phrases": list(region.phrases)} if DENSE_TASKS[task] == "caption" else {"name": region.name}),
         }
         for region in regions
-        if _has_truth_for_task(region, task)
+        if has_truth_for_task(region, task)
     ]
 
 
