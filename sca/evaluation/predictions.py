@@ -31,6 +31,7 @@ A caption that was judged before has `judgments`; see `sca.evaluation.metrics.st
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -95,6 +96,7 @@ class PredictedBatch(NamedTuple):
     indices: Sequence[int]  # indices of the images in the dataset
     records: list[dict[str, Any]]
     num_unreadable: int  # images that could not be read
+    seconds: float = 0.0  # time of the predictions, without the reading of images
 
 
 @dataclass(frozen=True)
@@ -369,8 +371,9 @@ def _iter_predicted_batches(
     for batch in batches:
         if indices := [index for index in batch if not skip(index)]:
             samples = [(index, sample) for index in indices if (sample := read_sample(index)) is not None]
+            start = time.perf_counter()
             records = prompting.predict_records(captioner, samples) if samples else []
-            yield PredictedBatch(indices, records, len(indices) - len(samples))
+            yield PredictedBatch(indices, records, len(indices) - len(samples), time.perf_counter() - start)
         if progress:
             progress(batch.stop, batches[-1].stop)
 

@@ -8,11 +8,11 @@ import pytest
 import sca_registry
 import torch
 from chat_server import make_completion, run_chat_server
+from judged_benchmarks import write_judge
 from sca_registry.contracts import JUDGE_QUESTIONS, JudgeQuestion
 
 from sca.evaluation.evaluate import score_stored_records
 from sca.evaluation.judges import JudgePrompt, build_judge, parse_answer
-from sca.language_models.tiny_gpt2 import TinyGpt2
 
 KEY = "sk-planted-judge-0123456789"
 COLOR_QUESTION = {
@@ -31,16 +31,7 @@ WHEEL_QUESTION = {
 
 @pytest.fixture(scope="module")
 def judge_folder(tmp_path_factory):
-    """Save a language model with random weights, large enough that it prefers some letters."""
-    folder = tmp_path_factory.mktemp("judge")
-    torch.manual_seed(0)
-    language_model = TinyGpt2(hidden_size=32, depth=2, max_positions=1024)
-    with torch.no_grad():
-        for parameter in language_model.parameters():
-            parameter.mul_(3)
-    language_model.model.save_pretrained(folder)
-    language_model.tokenizer.save(str(folder))
-    return folder
+    return write_judge(tmp_path_factory.mktemp("judge"))
 
 
 @pytest.fixture
