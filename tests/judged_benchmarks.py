@@ -82,6 +82,32 @@ def write_paradlc_bench(root: Path, num_images=2):
     return write_benchmark(root, content, keys)
 
 
+def write_gar_bench(root: Path):
+    """Write two questions of GAR-Bench about one and two masks."""
+    write_images(root / "images", 2)
+    masks = [make_mask(4, 4, 20, 16), make_mask(24, 8, 40, 28)]
+    questions = [
+        {
+            "image": "images/0.png",
+            "mask_rles": masks[:1],
+            "question": "What color is <Prompt0>?",
+            "choices": ["A. red", "B. blue"],
+            "answer": "A",
+            "type": "color",
+        },
+        {
+            "image": "images/1.png",
+            "mask_rles": masks,
+            "question": "What is the relation of <Prompt1> and <Prompt0>?",
+            "choices": ["A. <Prompt1> is right of <Prompt0>", "B. <Prompt0> is inside <Prompt1>"],
+            "answer": "A",
+            "type": "relation",
+        },
+    ]
+    (root / "GAR-Bench-VQA.json").write_text(json.dumps(questions, indent=4))
+    return root
+
+
 def write_benchmark(root, content, keys):
     for file, value in (
         ("annotations.json", content),
