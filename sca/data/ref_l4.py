@@ -8,7 +8,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from sca.data.record_parsing import make_read_error, parse_phrases
+from sca.data.parquet_rows import iter_parquet_rows
+from sca.data.record_parsing import parse_phrases
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.image_names import resolve_image_path
@@ -51,7 +52,7 @@ class RefL4(TableDataset):
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
         """Yield the index of an image, its name, and its rows with their locations; images in order of appearance."""
         images: dict[str, list[tuple[dict[str, Any], str]]] = {}
-        for number, record in enumerate(_read_rows(self.file)):
+        for number, record in enumerate(iter_parquet_rows(self.file, COLUMNS)):
             location = f"{self.file}, row {number + 1}"
             with self._catch_record_errors():
                 images.setdefault(read_image_name(record, "file_name", location), []).append((record, location))
@@ -80,20 +81,3 @@ class RefL4(TableDataset):
         if not region_id.isdecimal():
             raise InputError(f"{location}: id is {region_id!r:.60}; expected the digits of a number")
         self._add_region(row, int(region_id), box, location, phrases=parse_phrases(texts, "caption", location))
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a Parquet file. Raises InputError if it is unreadable, or lacks a column."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(path)
-    except OSError as error:
-        raise make_read_error(path, error) from error
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path} is not a Parquet file: {error}") from error
-    missing = [name for name in COLUMNS if name not in table.column_names]
-    if missing:
-        raise InputError(f"{path} has no column {', '.join(missing)}; it has: {', '.join(table.column_names)}")
-    return table.select(list(COLUMNS)).to_pylist()

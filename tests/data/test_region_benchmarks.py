@@ -7,6 +7,7 @@ from judged_benchmarks import SIZE, make_mask, write_images
 
 import sca
 from sca.data.glamm_regions import GlammRegions
+from sca.data.lmms_eval import LmmsEvalRegions
 from sca.data.osprey_names import OspreyNames
 from sca.data.ref_l4 import RefL4
 from sca.evaluation.protocol import read_protocol
@@ -196,3 +197,76 @@ def test_glamm_regions_reports_unusable_records_and_splits(write_glamm):
     assert "image 2 has no annotation with its id" in dataset.examples["unusable image"][0]
     with pytest.raises(InputError, match="refcocog has no split 'test' in the files of GLaMM; use val"):
         GlammRegions("test", ".")
+
+
+# --- lmms-eval
+
+
+@pytest.fixture
+def write_lmms_eval(tmp_path):
+    """Function that writes five rows in two files, in row groups of two rows."""
+
+    def write(without=(), **changes):
+        write_images(tmp_path / "images", 5)
+        (tmp_path / "data").mkdir()
+        rows = [
+            {
+                "question_id": str(100 + n),
+                "image": {"bytes": (tmp_path / f"images/{n}.png").read_bytes(), "path": f"{n}.png"},
+                "question": "Describe the region.",
+                "answer": [f"region {n}", f"expression {n}"],
+                "segmentation": [4.0, 4.0, 20.0, 4.0, 20.0, 16.0],
+                "bbox": [4.0, 4.0, 16.0, 12.0],
+                "iscrowd": 0,
+                "file_name": f"{n}.jpg",
+            }
+            for n in range(5)
+        ]
+        rows[4] |= changes
+        rows = [{key: value for key, value in row.items() if key not in without} for row in rows]
+        for number, part in enumerate((rows[:3], rows[3:])):
+            path = tmp_path / f"data/val-{number:05}-of-00002.parquet"
+            parquet.write_table(pyarrow.Table.from_pylist(part), path, row_group_size=2)
+        return tmp_path
+
+    return write
+
+
+def test_lmms_eval_reads_embedded_images_boxes_and_expressions(write_lmms_eval):
+    dataset = LmmsEvalRegions("val", write_lmms_eval())
+    assert not dataset.skipped
+    assert len(dataset) == 5
+    for index in (3, 0, 1, 4, 2):
+        sample = dataset[index]
+        assert sample.image.getpixel((47, 31)) == (40 * index, 90, 160)
+        assert [(region.id, region.box, region.phrases) for region in sample.regions] == [
+            (index, (4, 4, 20, 16), (f"region {index}", f"expression {index}"))
+        ]
+
+
+@pytest.mark.slow
+def test_lmms_eval_protocol_scores_captions_against_all_expressions(write_lmms_eval):
+    root = write_lmms_eval()
+    report = evaluate_protocol("lmms-eval-refcocog", "refcocog-bbox-val", ["cider"], root=root)
+    assert len(report.records) == 5
+    assert all(len(record["truth"]["phrases"]) == 2 for record in report.records)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": {"bytes": None, "path": "4.png"}}, "row 2: the image has no bytes"),
+        ({"image": {"bytes": b"no image", "path": "4.png"}}, "row 2"),
+        ({"bbox": [1.0, 2.0]}, "row 2, 'bbox'"),
+    ],
+)
+def test_lmms_eval_rejects_unusable_rows(write_lmms_eval, changes, message):
+    with pytest.raises(InputError, match=message):
+        LmmsEvalRegions("val", write_lmms_eval(**changes))
+
+
+def test_lmms_eval_reports_missing_files_and_columns(write_lmms_eval, tmp_path):
+    with pytest.raises(InputError, match=r"no test-\*\.parquet in"):
+        LmmsEvalRegions("test", tmp_path)
+    with pytest.raises(InputError, match="has no column bbox; it has: question_id"):
+        LmmsEvalRegions("val", write_lmms_eval(without=("bbox",)))
