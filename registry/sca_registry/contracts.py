@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REGION_PATTERN = re.compile(r"<region (\d{1,4})>")  # reference to a region in a question
+JUDGE_QUESTIONS = "judge_questions"  # attribute of a region: a list of dicts with the fields of `JudgeQuestion`
+OPTION_SCORES = (-1, 0, 0.5, 1)  # scores of the options of a judge's question
 RECOGNITION_TASK_ID, CAPTION_TASK_ID = 0, 1
 TASKS = ("recognition", "caption")  # tasks of all models; a spec can name further ones
 
@@ -276,7 +278,7 @@ class Region:
     mask: dict[str, Any] | None = None  # COCO RLE
     name: str | None = None  # class name, the target of the task `recognition`
     phrases: tuple[str, ...] = ()  # true captions, the most specific last, the targets of the task `caption`
-    attributes: dict[str, Any] = field(default_factory=dict)  # exact attributes, if the dataset has them
+    attributes: dict[str, Any] = field(default_factory=dict)  # exact attributes, and questions for a judge, if any
 
 
 @dataclass(frozen=True)
@@ -313,6 +315,44 @@ class Question:
                     f"the question {self.text!r:.60} refers to <region {number}>, but the number of its regions is "
                     f"{len(self.region_ids)}"
                 )
+
+
+@dataclass(frozen=True)
+class JudgeQuestion:
+    """Multiple-choice question about the caption of a region, for a judge that reads the caption.
+
+    The attribute `JUDGE_QUESTIONS` of a region is a list of such questions as dicts.
+
+    Attributes:
+        text: Question.
+        options: Texts of the options, of which the judge chooses one.
+        scores: Score of each option, one of `OPTION_SCORES`.
+        kind: "positive" for a question about what the region shows, "negative" for what it does not show.
+
+    Raises:
+        ValueError: The text is empty, the number of options is not between 2 and 26 or not that of the scores, or a
+            score or the kind is not one of those above.
+    """
+
+    text: str
+    options: tuple[str, ...]
+    scores: tuple[float, ...]
+    kind: str
+
+    def __post_init__(self) -> None:
+        subject = f"the question {self.text!r:.60}"
+        if not self.text.strip():
+            raise ValueError("a question for the judge is empty; set its text")
+        if not 2 <= len(self.options) <= 26 or len(self.scores) != len(self.options):
+            raise ValueError(
+                f"{subject} has {len(self.options)} options and {len(self.scores)} scores; expected 2 to 26 options "
+                "with a score each"
+            )
+        for score in self.scores:
+            if score not in OPTION_SCORES:
+                raise ValueError(f"{subject} has the score {score!r}; choose from {', '.join(map(str, OPTION_SCORES))}")
+        if self.kind not in ("positive", "negative"):
+            raise ValueError(f"{subject} is of kind {self.kind!r}; choose from positive, negative")
 
 
 def list_region_references(question: str) -> list[int]:

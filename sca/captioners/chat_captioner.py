@@ -106,7 +106,7 @@ class ChatCaptioner(RegionCaptioner):
         check_choice("region_format", region_format, QUESTIONS)
         check_range("context", context, float, 1.0, MAX_CONTEXT)
         check_range("max_side", max_side, int, MIN_SIDE, MAX_SIDE)
-        self.extra_body: dict[str, Any] = _check_extra_body(extra_body)
+        self.extra_body: dict[str, Any] = check_extra_body(extra_body)
         if (region_format == "coordinates") != (coordinate_format is not None):
             raise InputError(
                 f"coordinate_format={coordinate_format} does not fit region_format={region_format}; set both, such as "
@@ -220,14 +220,24 @@ class ChatCaptioner(RegionCaptioner):
         return (draw_outline(view) if self.region_format == "outline" else add_alpha(view)), ""
 
 
-def _check_extra_body(extra_body: Any) -> dict[str, Any]:
-    """Return the further fields of a request. Raises RegistryError for a field that the captioner sets."""
+def check_extra_body(extra_body: Any) -> dict[str, Any]:
+    """Check the further fields of a request.
+
+    Args:
+        extra_body: Fields; None for no fields.
+
+    Returns:
+        The fields.
+
+    Raises:
+        RegistryError: They are not a table, or contain a field that the client sets.
+    """
     if extra_body is None:
         return {}
     check_type("extra_body", extra_body, Mapping)
     for name in RESERVED_FIELDS:
         if name in extra_body:
-            raise RegistryError(f"extra_body.{name} is set by the captioner; remove it")
+            raise RegistryError(f"extra_body.{name} is set by the client; remove it")
     return dict(extra_body)
 
 

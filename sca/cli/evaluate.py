@@ -218,9 +218,11 @@ def score(
     """Score a predictions file without running a model.
 
     The file is JSON Lines with one region per line. Each line needs at least {"image_id": 1, "region_id": 2,
-    "caption": "a red car", "references": ["the red car"]}.
+    "caption": "a red car", "references": ["the red car"]}. The file that the evaluation of DLC-Bench or ParaDLC-Bench
+    wrote can also be scored: a JSON object with the answers of the judge for each region.
     """
     from sca.evaluation.evaluate import score_file
+    from sca.evaluation.judge_results import score_judge_results
 
     parsed_options = parse_evaluation_options(options or (), dataset, table_names=("dataset",))
     if parsed_options["dataset"] and dataset is None:
@@ -228,13 +230,20 @@ def score(
             f"dataset options such as {next(iter(parsed_options['dataset']))} require --dataset; add --dataset NAME"
         )
     expected_dataset = {"name": dataset, **parsed_options["dataset"]} if dataset else None
-    report = score_file(
-        predictions, metrics and split_names(metrics), parsed_options["scores"], expected_dataset, split
-    )
+    metric_names, metric_options = metrics and split_names(metrics), parsed_options["scores"]
+    reports = score_judge_results(predictions, metric_names, metric_options)
+    if reports is None:
+        reports = [score_file(predictions, metric_names, metric_options, expected_dataset, split)]
+    elif dataset:
+        raise ValueError(
+            f"{predictions} contains judge results, which are not checked against a dataset; omit --dataset"
+        )
     if as_json:
-        print_json(report.to_dict())
+        report_dicts = [report.to_dict() for report in reports]
+        print_json(report_dicts[0] if len(report_dicts) == 1 else report_dicts)
     else:
-        print_table(report.build_table())
+        for report in reports:
+            print_table(report.build_table())
 
 
 class PlannedRun(NamedTuple):

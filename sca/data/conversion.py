@@ -167,7 +167,7 @@ class ConvertedTable(ABC):
         phrases: Sequence[str] = (),
         attributes: dict[str, Any] | None = None,
         questions: Sequence[Question] = (),
-        is_referenced: bool = False,  # by a question, see `_add_questions`
+        requires_text: bool = True,  # False for a region that a question of another region refers to
     ) -> None:
         """Add a region and questions about it to the row of its image, or count why it is skipped."""
         box = mask_to_box(mask) if box is None and mask else box
@@ -176,7 +176,7 @@ class ConvertedTable(ABC):
         if clipped is None:
             return
         name, nonblank_phrases = (name or "").strip() or None, [phrase for phrase in phrases if phrase]
-        if not name and not nonblank_phrases and not questions and not is_referenced:
+        if requires_text and not name and not nonblank_phrases and not questions:
             return self._skip("region without text", location)
         for _ in range(len(phrases) - len(nonblank_phrases)):
             self._skip("blank phrase", location)

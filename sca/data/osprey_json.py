@@ -85,7 +85,7 @@ class OspreyJson(RecordTable):
                     place,
                     mask=mask,
                     phrases=phrases[index],
-                    is_referenced=bool(questions),
+                    requires_text=not questions,
                 )
 
     def _read_descriptions(self, record: dict[str, Any], count: int, location: str) -> list[list[str]]:

@@ -111,7 +111,7 @@ class SwiftJson(RecordTable):
             if box is not None:
                 is_referenced = any(region_id in each.region_ids for each in questions)
                 place = f"{location}: bbox[{index}]"
-                self._add_region(row, region_id, box, place, phrases=phrases, is_referenced=is_referenced)
+                self._add_region(row, region_id, box, place, phrases=phrases, requires_text=not is_referenced)
 
     def _read_objects(self, record: dict[str, Any], location: str) -> tuple[list[str], list[Any], str]:
         """Return the texts, the boxes and the type of the boxes of a record. Raises InputError."""

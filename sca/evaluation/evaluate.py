@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import sca_registry
 from PIL import Image
-from sca_registry.contracts import Captioner, Dataset, Region
+from sca_registry.contracts import TASKS, Captioner, Dataset, Region
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.spec import ComponentSpec, check_generation
 
@@ -27,6 +27,7 @@ from sca.evaluation.predictions import (
     DenseCaptioningOptions,
     PromptingOptions,
     RecordPredictor,
+    has_truth_for_task,
     predict_dataset,
 )
 from sca.evaluation.predictions_file import (
@@ -85,6 +86,8 @@ class EvaluationReport:
         scoring: The scores.
         warnings: Anomalies of the predictions.
         seconds: Time for scoring, plus prediction if this call predicted.
+        prediction_seconds: Time of the predictions without the reading of images; None unless this process predicted
+            all of them in this call.
         records: The prediction records.
         load_image: Returns the image of a record, if the images are available.
         path: The predictions file or its folder.
@@ -100,6 +103,7 @@ class EvaluationReport:
     load_image: ImageLoader | None = field(default=None, repr=False)
     path: Path | None = None
     label: str = ""
+    prediction_seconds: float | None = None
 
     @property
     def name(self) -> str:
@@ -147,6 +151,7 @@ class EvaluationReport:
             "skipped_metrics": dict(self.skipped_metrics),
             "warnings": list(self.warnings),
             "seconds": self.seconds,
+            "prediction_seconds": self.prediction_seconds,
             "score_details": [each.to_dict() for each in self.scoring.scores],
             "run": dict(self.run),
             "summary": dict(self.summary),
@@ -158,6 +163,11 @@ class EvaluationReport:
 
         num_images, num_regions = len({record["image_id"] for record in self.records}), count_regions(self.records)
         notes = [f"{num_images} images, {num_regions} regions, {self.seconds:.1f} s", PRINT_NOTE, *self.warnings]
+        if self.prediction_seconds:
+            speed = len(self.records) / self.prediction_seconds
+            notes.insert(
+                1, f"{len(self.records)} predictions in {self.prediction_seconds:.1f} s, {speed:.1f} per second"
+            )
         notes += [*self.notes, *self.scoring.summarize_skipped_metrics()]
         controls = list(dict.fromkeys(each.control for each in self.scoring.scores if each.control))
         numeric_columns = ("value", "95% CI", *controls)
@@ -303,7 +313,7 @@ def evaluate(
             report(f"{dataset_name} {split}: {summarize_dataset(built_dataset)}")
             if prompting.tasks == (QUESTION_TASK,) and not supports_references(captioner):
                 report(f"{model_name} describes one region at a time; questions with region references are skipped")
-        predictions = _collect_predictions(
+        predictions, prediction_seconds = _collect_predictions(
             captioner, built_dataset, prompting_options, run, folder, (rank, num_processes, wait), progress
         )
     if predictions is None:
@@ -314,9 +324,10 @@ def evaluate(
         report(f"{model_name}{' on rank 0' if num_processes > 1 else ''}: {counts}")
     if not predictions.records:
         raise ValueError(describe_missing_truth(built_dataset, dataset_name, tasks))
-    return _build_report(
+    evaluation_report = _build_report(
         predictions, "the predictions", metrics, metric_options, _make_image_loader(built_dataset), start
     )
+    return replace(evaluation_report, prediction_seconds=prediction_seconds)
 
 
 def _get_usage(captioner: Captioner) -> dict[str, int]:
@@ -352,13 +363,19 @@ def _collect_predictions(
     folder: str | Path | None,
     process: tuple[int, int, Callable[[], None]],
     progress: Callable[[int, int], None] | None,
-) -> Predictions | None:
-    """Predict what is missing and return all predictions; None in all processes but the first."""
+) -> tuple[Predictions | None, float | None]:
+    """Predict what is missing, and return all predictions and the time of this process.
+
+    The predictions are None in all processes but the first. The time is None if an earlier run or another process
+    predicted a part.
+    """
     rank, num_processes, wait = process
     batch_size, max_images = run["batch_size"], run["max_images"]
     wait()  # until the first process has locked the folder
     journal = PredictionsJournal(None if folder is None else Path(folder), run, rank)
     wait()  # until every process has read the earlier predictions
+    predicts_all = num_processes == 1 and not journal.done_indices and not journal.is_finished
+    seconds = 0.0
     if not journal.is_finished:
         is_of_other_process = lambda index: index // batch_size % num_processes != rank  # noqa: E731
         is_skipped = lambda index: index in journal.done_indices or is_of_other_process(index)  # noqa: E731
@@ -366,14 +383,15 @@ def _collect_predictions(
             captioner, dataset, prompting, batch_size, max_images, is_skipped, progress
         ):
             journal.add(predicted_batch)
+            seconds += predicted_batch.seconds
     journal.close()
     wait()  # until every process has synced its predictions
     if rank:
         wait()
-        return None
+        return None, None
     predictions = journal.finish()
     wait()
-    return predictions
+    return predictions, seconds if predicts_all else None
 
 
 def score_file(
@@ -422,6 +440,26 @@ def score_file(
     return replace(report, path=Path(path))
 
 
+def score_stored_records(
+    records: Sequence[dict[str, Any]],
+    metrics: Sequence[str],
+    metric_options: Mapping[str, Any] | None = None,
+) -> EvaluationReport:
+    """Score complete records that belong to no run.
+
+    Args:
+        records: Prediction records.
+        metrics: Registered names.
+        metric_options: See `sca.evaluation.scoring.score_records`.
+
+    Returns:
+        The scores.
+    """
+    start = time.perf_counter()
+    scoring = score_records(records, metrics, metric_options)
+    return EvaluationReport({}, {}, scoring, [], time.perf_counter() - start, list(records))
+
+
 def make_run_image_loader(run: Mapping[str, Any]) -> ImageLoader | None:
     """Return a function that loads the image of a record from the dataset of a run, or None if that is unknown.
 
@@ -463,7 +501,7 @@ def _make_image_loader(dataset: Dataset) -> ImageLoader:
 
 
 def _has_any_truth(region: Region) -> bool:
-    return bool(region.name or region.phrases)
+    return any(has_truth_for_task(region, task) for task in TASKS)
 
 
 def _build_report(

@@ -25,10 +25,13 @@ the `text` of each phrase, and the `box` and `score` of the region that matches 
 
 For questions, a record has the task "question" and `answers`: the `text` and `score` of each predicted answer. Its
 truth contains `questions`: the `text`, `kind` and `answer` of each.
+
+A caption that was judged before has `judgments`; see `sca.evaluation.metrics.stored_judgments`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,7 +40,18 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from PIL import Image
-from sca_registry.contracts import TASKS, Caption, Captioner, Dataset, Prompt, Proposals, Proposer, Region, Sample
+from sca_registry.contracts import (
+    JUDGE_QUESTIONS,
+    TASKS,
+    Caption,
+    Captioner,
+    Dataset,
+    Prompt,
+    Proposals,
+    Proposer,
+    Region,
+    Sample,
+)
 from sca_registry.spec import ZoomOptions
 
 from sca.data.point_prompts import sample_point_prompt
@@ -82,6 +96,7 @@ class PredictedBatch(NamedTuple):
     indices: Sequence[int]  # indices of the images in the dataset
     records: list[dict[str, Any]]
     num_unreadable: int  # images that could not be read
+    seconds: float = 0.0  # time of the predictions, without the reading of images
 
 
 @dataclass(frozen=True)
@@ -92,9 +107,9 @@ class PromptingOptions:
         prompt_type: One of `PROMPT_TYPES`. Random points depend only on `seed` and the region id. For a region without
             a ground-truth mask, "mask-point", "box-and-point" and "mask" use the mask that the captioner predicts for
             the box, as in SCA (arXiv 2312.00869).
-        tasks: Tasks of every region that has the ground truth: phrases for "caption", a name for "recognition". Or only
-            "comprehension": `sca.evaluate` then finds the region of each phrase. Or only "question": it answers the
-            questions of the dataset.
+        tasks: Tasks of every region that has the ground truth: phrases, or questions for a judge, for "caption", a name
+            for "recognition". Or only "comprehension": `sca.evaluate` then finds the region of each phrase. Or only
+            "question": it answers the questions of the dataset.
         controls: Negative controls of `CONTROLS`; each repeats all predictions.
         seed: Random seed of point prompts and shifted regions.
         generation: Generation options of the captioner.
@@ -302,7 +317,7 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], max_images: int | None
         for regions in islice(dataset.iter_annotations(), max_images):
             for region in regions:
                 yield from (
-                    {"task": task, "truth": make_truth(region)} for task in tasks if _has_truth_for_task(region, task)
+                    {"task": task, "truth": make_truth(region)} for task in tasks if has_truth_for_task(region, task)
                 )
 
 
@@ -356,8 +371,9 @@ def _iter_predicted_batches(
     for batch in batches:
         if indices := [index for index in batch if not skip(index)]:
             samples = [(index, sample) for index in indices if (sample := read_sample(index)) is not None]
+            start = time.perf_counter()
             records = prompting.predict_records(captioner, samples) if samples else []
-            yield PredictedBatch(indices, records, len(indices) - len(samples))
+            yield PredictedBatch(indices, records, len(indices) - len(samples), time.perf_counter() - start)
         if progress:
             progress(batch.stop, batches[-1].stop)
 
@@ -399,13 +415,16 @@ class _EncodedImages:
 
 
 def _should_caption(region: Region, task: str, prompts: PromptsByRegion) -> bool:
-    return region.id in prompts and _has_truth_for_task(region, task)
+    return region.id in prompts and has_truth_for_task(region, task)
 
 
-def _has_truth_for_task(region: Region, task: str) -> bool:
+def has_truth_for_task(region: Region, task: str) -> bool:
+    """Return whether a region has ground truth for a task: a name for recognition, else phrases or judge questions."""
     if task == QUESTION_TASK:  # questions belong to the sample, see `check_has_questions`
         return True
-    return bool(region.name if DENSE_TASKS.get(task, task) == "recognition" else region.phrases)
+    if DENSE_TASKS.get(task, task) == "recognition":
+        return bool(region.name)
+    return bool(region.phrases or (task == "caption" and region.attributes.get(JUDGE_QUESTIONS)))
 
 
 def _make_dense_truth(regions: Sequence[Region], task: str) -> list[dict[str, Any]]:
@@ -417,7 +436,7 @@ def _make_dense_truth(regions: Sequence[Region], task: str) -> list[dict[str, An
             **({"phrases": list(region.phrases)} if DENSE_TASKS[task] == "caption" else {"name": region.name}),
         }
         for region in regions
-        if _has_truth_for_task(region, task)
+        if has_truth_for_task(region, task)
     ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sca_registry.contracts import TASKS
 
+from sca.evaluation.judgments import JUDGMENT_KINDS
 from sca.evaluation.predictions import COMPREHENSION_TASK, DENSE_TASKS, EXCLUSIVE_TASKS, QUESTION_TASK
 from sca.evaluation.predictions_file import Predictions, hash_truth
 from sca.io.errors import InputError
@@ -156,6 +157,14 @@ def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str,
                 f"{location}: {len(record['answers'])} answers to {len(truth['questions'])} questions; predict the "
                 "answers again"
             )
+    if "judgments" in record:
+        _check_objects(record["judgments"], f"{location}: judgments", {"kind": str, "score": int | float})
+        for judgment in record["judgments"]:
+            if judgment["kind"] not in JUDGMENT_KINDS:
+                raise InputError(
+                    f"{location}: unknown kind of a judgment {judgment['kind']!r:.60}; choose from "
+                    f"{', '.join(JUDGMENT_KINDS)}"
+                )
     references = record.get("references", truth.get("phrases", []))
     if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
         raise InputError(f"{location}: references must be a list of strings, not {references!r:.60}")

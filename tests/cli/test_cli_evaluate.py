@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -73,6 +74,14 @@ def test_score_computes_metrics_from_predictions_without_the_model(evaluate_on_s
     result_with_dataset = run_sca("score", "run", "--dataset", "scenes", "--metrics", "class", "dataset.num_images=3")
     assert result_with_dataset.status == 2
     assert "regions of the dataset have no prediction" in result_with_dataset.err[0]
+
+
+def test_score_recognizes_the_judge_results_of_dlc_bench(run_sca, get_sca_error):
+    results = Path(__file__).parents[1] / "data/dlc-bench/gar-dlc-scores.json"
+    reports = json.loads(run_sca("score", results, "--json").out)
+    assert [round(report["scores"]["judge/mean"], 3) for report in reports] == [0.679, 0.767, 0.674, 0.77]
+    assert "gar_8b_eval_gpt" in run_sca("score", results).out
+    assert "omit --dataset" in get_sca_error(2, "score", results, "--dataset", "scenes")
 
 
 @pytest.mark.slow

@@ -66,8 +66,10 @@ DATASETS_FROM_FILES = (
     *("coco", "coco-json", "coco-panoptic", "coco-captions", "objects365", "v3det", "sa1b"),
     *("visual-genome", "visual-genome-grit", "refcoco", "refcoco-plus", "refcocog", "jsonl", "annotations", "pam-json"),
     *("dam-json", "osprey-json", "swift-json"),
+    *("dlc-bench-regions", "gar-bench-questions", "osprey-names", "ref-l4", "glamm-regions"),
+    "lmms-eval-regions",
 )
-METRICS_FROM_FILES = ("clip-score", "noun-recall", "semantic", "spice", "verb-recall")
+METRICS_FROM_FILES = ("clip-score", "judge", "name-similarity", "noun-recall", "semantic", "spice", "verb-recall")
 COMPONENTS_FROM_FILES = (
     *DATASETS_FROM_FILES,
     *METRICS_FROM_FILES,

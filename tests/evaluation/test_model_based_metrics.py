@@ -113,6 +113,35 @@ def test_semantic_reports_missing_encoder(tmp_path):
         sca_registry.metrics.build("semantic", model=str(tmp_path))
 
 
+def make_name_records(*pairs):
+    return [
+        {"image_id": n, "region_id": n, "task": "recognition", "caption": caption, "truth": {"name": name}}
+        for n, (caption, name) in enumerate(pairs)
+    ]
+
+
+def test_name_iou_matches_the_definition_of_osprey():
+    pairs = [
+        ("Car wheel.", "car_wheel"),
+        ("a dog", "dog"),
+        ("answer: cat, sitting", "cat"),
+        ("", "dog"),
+        ("car", "car:wheel"),
+    ]
+    values = sca_registry.metrics.build("name-iou")(make_name_records(*pairs)).per_record["name-iou"]
+    assert values.tolist() == [1, 0.5, 0.5, 0, 0.5]
+
+
+def test_name_similarity_compares_names_without_punctuation(sentence_encoder):
+    metric = sca_registry.metrics.build("name-similarity", model=sentence_encoder, batch_size=2)
+    records = make_name_records(("red dog.", "red_dog"), ("name: cat", "cat"), ("dog", "red cat"))
+    values = metric(records).per_record["name-similarity"]
+    assert values[:2] == pytest.approx([1, 1], abs=1e-5)
+    assert values[2] < 0.999
+    with pytest.raises(ValueError, match=r"needs a sentence encoder.*name-similarity\.model=FOLDER"):
+        sca_registry.metrics.build("name-similarity", model="nowhere")
+
+
 @pytest.fixture(scope="module")
 def clip_model(tmp_path_factory):
     """Write a CLIP with a few thousand parameters to a folder in the format of open_clip."""

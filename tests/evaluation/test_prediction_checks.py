@@ -100,6 +100,8 @@ def test_score_file_accepts_handmade_predictions(write_predictions):
             (DENSE_RECORD | {"task": "dense-recognition"},),
             "truth.regions must be a list of objects with box and name",
         ),
+        ((VALID_RECORD | {"judgments": [{"kind": "positive"}]},), "judgments must be a list of objects with kind and"),
+        ((VALID_RECORD | {"judgments": [{"kind": "neutral", "score": 1}]},), "kind of a judgment .*'neutral'"),
     ],
     ids=[
         "repeated record",
@@ -124,6 +126,8 @@ def test_score_file_accepts_handmade_predictions(write_predictions):
         "proposal without caption",
         "no regions",
         "region without name",
+        "judgment without score",
+        "judgment of unknown kind",
     ],
 )
 def test_score_file_rejects_invalid_records(write_predictions, records, message):

@@ -52,6 +52,12 @@ def test_question_accuracy_by_kind_ignores_case_punctuation_and_articles():
     assert output.per_record["region_id"].tolist() == [0, 0, 0, 1, 1]
 
 
+def test_question_accuracy_keeps_an_article_that_is_the_whole_answer():
+    answers = ["A", "a.", "(A)", "B.", "a b"]
+    output = QuestionAccuracy()([make_record(answers, [("letter", "A")] * 5)])
+    assert output.per_record["questions/accuracy"].tolist() == [1, 1, 1, 0, 0]
+
+
 @pytest.mark.parametrize("prompt_type", ["box", "mask-point"])
 def test_question_records_contain_every_question_once_with_the_answer_about_its_regions(model, prompt_type):
     scenes, engine = Scenes("val", **SCENES), Engine(model)

@@ -14,6 +14,7 @@ from pathlib import Path
 import sca_registry
 import torch
 from fake_hub import Hub
+from judged_benchmarks import write_dlc_bench, write_judge, write_paradlc_bench
 from pages import ROOT
 from PIL import Image
 from sca_registry.spec import ModelSpec
@@ -175,6 +176,8 @@ def create_files(folder, sam_folder, hub):
         archive.add(first_image, "0.png")
     (folder / "my-recipe.toml").write_text(RECIPE_TOML)
     (folder / "my-sweep.toml").write_text(SWEEP_TOML)
+    write_dlc_bench(folder / "DLC-Bench")
+    write_paradlc_bench(folder / "ParaDLC-Bench")
     fill_hub(hub, sam_folder, folder / "hub")
 
 
@@ -196,6 +199,8 @@ def fill_hub(hub, sam_folder, folder):
         published, folder / "published"
     )
     hub.models["openai-community/gpt2-large"] = language_model
+    (folder / "judge").mkdir()
+    hub.models[sca_registry.language_models.get_card("qwen3-4b").options["weights"]] = write_judge(folder / "judge")
     for size in ("base", "large", "huge"):
         hub.models[f"facebook/sam-vit-{size}"] = sam_folder
     build_tiny_model("sam2", SAM2_CONFIGS["sam2"]).save_pretrained(folder / "sam2")

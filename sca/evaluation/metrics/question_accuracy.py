@@ -51,6 +51,6 @@ class QuestionAccuracy:
 
 
 def _normalize_answer(text: str) -> str:
-    """Return a text without case, punctuation and articles; unchanged but for case if nothing else is left."""
-    words = ARTICLE_PATTERN.sub(" ", PUNCTUATION_PATTERN.sub(" ", text.casefold()))
-    return normalize_text(words) or normalize_text(text)
+    """Return a text without case, punctuation and articles; with articles, or unchanged, if nothing else is left."""
+    words = PUNCTUATION_PATTERN.sub(" ", text.casefold())
+    return normalize_text(ARTICLE_PATTERN.sub(" ", words)) or normalize_text(words) or normalize_text(text)

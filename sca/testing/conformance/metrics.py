@@ -16,7 +16,7 @@ from sca.testing.conformance.harnesses import ComponentHarness
 RECORD_FIELDS = (
     *("index", "image_id", "region_id", "task", "control", "prompt", "caption", "score"),
     *("mask", "predicted_iou", "truth"),
-    *("proposals", "image"),  # `proposals`: dense captioning; `image`: a separate argument
+    *("proposals", "judgments", "image"),  # dense captioning; stored judge results; a separate argument
 )
 TRUTH_FIELDS = ("name", "phrases", "attributes", "mask", "box", "area", "regions")
 EMPTY_RLE = {"size": [32, 48], "counts": "`T1P1"}  # an empty mask
