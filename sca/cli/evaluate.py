@@ -218,7 +218,8 @@ def score(
     """Score a predictions file without running a model.
 
     The file is JSON Lines with one region per line. Each line needs at least {"image_id": 1, "region_id": 2,
-    "caption": "a red car", "references": ["the red car"]}.
+    "caption": "a red car", "references": ["the red car"]}. Samples that lmms-eval logs for region captioning tasks can
+    also be scored.
     """
     from sca.evaluation.evaluate import score_file
 
