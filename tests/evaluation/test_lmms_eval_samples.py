@@ -114,8 +114,17 @@ def write_task(folder, num_regions):
     return boxes_by_file
 
 
+def caption_boxes(boxes_by_file, prompts_file):
+    """Return the captions that `sca caption` writes for boxes of images."""
+    prompts = [{"image": str(path), "box": box} for path, boxes in boxes_by_file.items() for box in boxes]
+    prompts_file.write_text("".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
+    command = [sys.executable, "-m", "sca", "caption", *boxes_by_file, "--prompts", prompts_file, "--out", "-"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [json.loads(line)["caption"] for line in lines]
+
+
 @pytest.mark.all
-def test_lmms_eval_returns_the_texts_of_sca_caption(tmp_path, tmp_path_factory, run_caption):
+def test_lmms_eval_returns_the_texts_of_sca_caption(tmp_path, tmp_path_factory):
     site_packages = sysconfig.get_path("purelib")  # torch and transformers of this environment are used
     interpreter = create_tool_environment(
         tmp_path_factory.mktemp("lmms-eval"),
@@ -135,22 +144,9 @@ def test_lmms_eval_returns_the_texts_of_sca_caption(tmp_path, tmp_path_factory, 
     (samples_file,) = (tmp_path / "out").rglob("*_samples_local_refcoco.jsonl")
     records = read_predictions(samples_file).records
     assert len(records) == 20
-    expected = [text for path, boxes in boxes_by_file.items() for text in run_caption(path, boxes)]
+    expected = caption_boxes(boxes_by_file, tmp_path / "prompts.jsonl")
     assert [record["caption"] for record in sorted(records, key=lambda each: each["region_id"])] == expected
     command = [sys.executable, "-m", "sca", "score", samples_file, "--metrics", "bleu", "tokenizer=plain"]
     scored = subprocess.run([*command, "--json"], capture_output=True, text=True)
     assert scored.returncode == 0, scored.stderr
     assert json.loads(scored.stdout)["scores"]
-
-
-@pytest.fixture
-def run_caption(tmp_path):
-    """Function that returns the captions that `sca caption` writes for boxes of an image."""
-
-    def run(path, boxes):
-        options = [option for box in boxes for option in ("--box", ",".join(map(str, box)))]
-        command = [sys.executable, "-m", "sca", "caption", path, *options, "--model", "sca-tiny", "--out", "-"]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        return [json.loads(line)["caption"] for line in lines]
-
-    return run
