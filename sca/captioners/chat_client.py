@@ -308,8 +308,12 @@ def normalize_url(url: str) -> str:
     return str(parts.copy_with(path=parts.path.rstrip("/") or "/v1"))
 
 
-def read_api_key() -> str:
-    """Read the API key of the process from the environment, or from the file that the environment names.
+def read_api_key(key_variable: str = KEY_VARIABLE, file_variable: str = KEY_FILE_VARIABLE) -> str:
+    """Read an API key of the process from the environment, or from the file that the environment names.
+
+    Args:
+        key_variable: Environment variable that contains the key.
+        file_variable: Environment variable that contains the path of its file.
 
     Returns:
         The key; "" without one.
@@ -317,17 +321,17 @@ def read_api_key() -> str:
     Raises:
         InputError: The file cannot be read, or the key contains characters that cannot be sent.
     """
-    key, file = os.environ.get(KEY_VARIABLE, ""), os.environ.get(KEY_FILE_VARIABLE)
+    key, file = os.environ.get(key_variable, ""), os.environ.get(file_variable)
     if not key and file:
         try:
             key = read_regular_file(file, MAX_KEY_BYTES).decode()
         except OSError as error:
-            raise InputError(f"{KEY_FILE_VARIABLE}: {file} cannot be read ({error.strerror})") from None
+            raise InputError(f"{file_variable}: {file} cannot be read ({error.strerror})") from None
         except UnicodeDecodeError:
-            raise InputError(f"{KEY_FILE_VARIABLE}: {file} is not text") from None
+            raise InputError(f"{file_variable}: {file} is not text") from None
     key = key.strip()
     if not all("!" <= character <= "~" for character in key):
-        raise InputError(f"the key in {KEY_VARIABLE} or {KEY_FILE_VARIABLE} contains spaces or special characters")
+        raise InputError(f"the key in {key_variable} or {file_variable} contains spaces or special characters")
     return key
 
 

@@ -370,7 +370,7 @@ def _caption_locally(
     from sca.inference.batch import BatchCaptioner, Failure
     from sca.io.images import format_path
     from sca.output.caption_journal import open_caption_journal
-    from sca.output.formats import DRAWN_FORMATS, MultiFormatWriter
+    from sca.output.formats import PIXEL_FORMATS, MultiFormatWriter
 
     out, quiet, model = options["out"], options["quiet"], options["model"]
     captioner = BatchCaptioner(job, region_source)
@@ -388,7 +388,7 @@ def _caption_locally(
         has_table = out != "-" and not (quiet and out)
         table = outputs.enter_context(CaptionTable(job.proposer is not None)) if has_table else None
         progress_bars = outputs.enter_context(ProgressBars(len(paths), quiet))  # closed before the table is printed
-        needs_images = bool(set(formats) & set(DRAWN_FORMATS))
+        needs_images = bool(set(formats) & set(PIXEL_FORMATS))
         results = captioner.iter_results(
             paths, journal.completed if journal else None, needs_images, progress_bars.show_search
         )

@@ -11,6 +11,7 @@ import typer
 
 from sca.cli.options import (
     OUTPUT_FORMATS_HELP,
+    YOLO_HELP,
     ImagePrefix,
     check_option_choice,
     check_pipes,
@@ -45,7 +46,10 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="Output folder.")],
     format: Annotated[
-        str, typer.Option(help=f"Output formats, comma-separated: {OUTPUT_FORMATS_HELP}.", rich_help_panel="Output")
+        str,
+        typer.Option(
+            help=f"Output formats, comma-separated: {OUTPUT_FORMATS_HELP}. {YOLO_HELP}", rich_help_panel="Output"
+        ),
     ] = "coco",
     image_root: ImageRoot = None,
     image_prefix: ImagePrefix = "",
@@ -53,13 +57,13 @@ def convert(
         bool, typer.Option("--overwrite", help="Replace an existing conversion in OUT.", rich_help_panel="Output")
     ] = False,
 ) -> None:
-    """Convert captions to other formats. Only png and html need the image files."""
+    """Convert captions to other formats. Only png, html and yolo need the image files."""
     from sca.io.annotations.annotation import SkipCounter
     from sca.io.errors import InputError
     from sca.io.image_names import make_relative_image_name
     from sca.io.images import format_path
     from sca.io.run_folder import RunFolder
-    from sca.output.formats import DRAWN_FORMATS, LABEL_STUDIO, OUTPUT_FORMATS, MultiFormatWriter, list_output_patterns
+    from sca.output.formats import LABEL_STUDIO, OUTPUT_FORMATS, PIXEL_FORMATS, MultiFormatWriter, list_output_patterns
 
     formats = [name.strip() for name in format.split(",")]
     for name in formats:
@@ -77,7 +81,7 @@ def convert(
         with MultiFormatWriter(out, formats, first.model, image_prefix) as writers:
             for captioned in chain([first], captioned_images):
                 image: ImageOrSize = captioned.size
-                if set(formats) & set(DRAWN_FORMATS):
+                if set(formats) & set(PIXEL_FORMATS):
                     try:
                         image = captioned.open(roots)
                     except InputError as error:

@@ -218,8 +218,8 @@ def score(
     """Score a predictions file without running a model.
 
     The file is JSON Lines with one region per line. Each line needs at least {"image_id": 1, "region_id": 2,
-    "caption": "a red car", "references": ["the red car"]}. The file that the evaluation of DLC-Bench or ParaDLC-Bench
-    wrote can also be scored: a JSON object with the answers of the judge for each region.
+    "caption": "a red car", "references": ["the red car"]}. Two further formats are recognized: samples that lmms-eval
+    logs for region captioning tasks, and the judge's answers that the evaluation of DLC-Bench or ParaDLC-Bench writes.
     """
     from sca.evaluation.evaluate import score_file
     from sca.evaluation.judge_results import score_judge_results

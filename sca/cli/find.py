@@ -136,10 +136,10 @@ def find(
 
     from sca.inference.batch import BatchFinder, Failure
     from sca.output.captioned_image import ImageSize
-    from sca.output.formats import DRAWN_FORMATS
+    from sca.output.formats import PIXEL_FORMATS
 
     finder = BatchFinder(job, region_source, text, top, threshold)
-    keeps_images = bool(out and set(formats) & set(DRAWN_FORMATS))
+    keeps_images = bool(out and set(formats) & set(PIXEL_FORMATS))
     matches: list[Match] = []
     num_done = 0
     with ProgressBars(len(paths), quiet) as progress_bars:

@@ -57,14 +57,15 @@ ModelName = Annotated[
         rich_help_panel="Model",
     ),
 ]
-OUTPUT_FORMATS_HELP = "jsonl, coco, parquet, geojson, label-studio, labelme, png, html"
+YOLO_HELP = "yolo contains boxes and class names only."
+OUTPUT_FORMATS_HELP = "jsonl, coco, parquet, geojson, label-studio, labelme, cvat, fiftyone, yolo, png, html"
 Out = Annotated[
     str, typer.Option(help="Output folder. Use - to write JSONL to standard output.", rich_help_panel="Output")
 ]
 Format = Annotated[
     str | None,
     typer.Option(
-        help=f"Output formats for --out, comma-separated: {OUTPUT_FORMATS_HELP}.  [default: jsonl]",
+        help=f"Output formats for --out, comma-separated: {OUTPUT_FORMATS_HELP}. {YOLO_HELP}  [default: jsonl]",
         show_default=False,
         rich_help_panel="Output",
     ),

@@ -55,6 +55,31 @@ def serve(
             rich_help_panel="Security",
         ),
     ] = None,
+    label_studio: Annotated[
+        bool,
+        typer.Option(
+            "--label-studio",
+            help="Serve predictions for Label Studio, as a machine learning backend: POST /setup, /predict, /webhook.",
+            rich_help_panel="Label Studio",
+        ),
+    ] = False,
+    label_studio_url: Annotated[
+        str,
+        typer.Option(
+            help="URL of Label Studio, such as http://localhost:8080, to download the images of tasks. The access "
+            "token is read from the environment variable LABEL_STUDIO_API_KEY, or from the file that "
+            "LABEL_STUDIO_API_KEY_FILE names.",
+            rich_help_panel="Label Studio",
+        ),
+    ] = "",
+    image_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="URL of another server that images of tasks are downloaded from, such as https://images.example.org; "
+            "images of other hosts are rejected. Repeatable.",
+            rich_help_panel="Label Studio",
+        ),
+    ] = None,
     max_body_mb: Annotated[
         int, typer.Option(help="Maximum request size in MiB.", min=1, rich_help_panel="Limits")
     ] = 32,
@@ -113,6 +138,7 @@ def serve(
     from sca_registry import RegistryError
     from sca_registry.spec import ComponentSpec
 
+    from sca.captioners.chat_client import read_api_key
     from sca.launchers.local import LocalLauncher
     from sca.launchers.ray import RayLauncher
     from sca.serve.api_keys import read_keys
@@ -128,6 +154,8 @@ def serve(
         raise ValueError(
             f"the local launcher supports 1 replica, not {num_replicas}; use --launcher ray for several replicas"
         )
+    if (label_studio_url or image_url) and not label_studio:
+        raise ValueError("--label-studio-url and --image-url require --label-studio; add it")
     server_config = ServerConfig(
         model,
         device,
@@ -145,11 +173,21 @@ def serve(
         allowed_hosts=(host, *(allow_host or ())),
         api_keys=read_keys(api_key_file) if api_key_file else (),
         root_path=check_root_path(root_path),
+        label_studio=label_studio,
+        label_studio_url=label_studio_url,
+        image_urls=tuple(image_url or ()),
+        label_studio_key=read_api_key("LABEL_STUDIO_API_KEY", "LABEL_STUDIO_API_KEY_FILE") if label_studio_url else "",
         log_requests=not quiet,
         trust_remote_code=trust_remote_code,
         allow_external=allow_external,
     )
     server_config.check_installed()
+
+    from sca.serve.task_images import parse_server_url
+
+    for url in (label_studio_url, *server_config.image_urls):
+        if url:
+            parse_server_url(url)
     if isinstance(built_launcher, LocalLauncher):  # Ray reports it for its nodes
         resolve_device(device)
 

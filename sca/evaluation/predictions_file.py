@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sca.evaluation.lmms_eval_samples import is_sample, sample_to_record
 from sca.evaluation.predictions import PredictedBatch
 from sca.io import journal
 from sca.io.atomic import write_file
@@ -128,7 +129,7 @@ class PredictionsJournal:
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    """Read a finished predictions file, or a file made by hand that contains only records, one per line.
+    """Read a finished predictions file, or a file that contains only records or samples of lmms-eval, one per line.
 
     Args:
         path: Predictions file or its folder.
@@ -152,6 +153,7 @@ def read_predictions(path: str | Path) -> Predictions:
                 elif "summary" in content:
                     summary = content["summary"]
                 elif "done_indices" not in content:
+                    content = sample_to_record(content, place) if is_sample(content) else content
                     for key in TEXT_FIELDS:  # image names may contain a lone surrogate
                         check_encodable(f"{place}, {key!r}", content.get(key))
                     records.append(content)

@@ -22,6 +22,7 @@ from sca.io.json import open_regular_file
 
 DRAFT_NAME = ".sca-{}.part"  # name of a file while it is written
 RANDOM_HEX_GLOB = "[0-9a-f]" * 16  # matches `secrets.token_hex(8)`
+COPY_CHUNK_BYTES = 2**20
 
 
 class AtomicFile:
@@ -76,6 +77,12 @@ class AtomicFile:
         except OutputError:
             self.discard()
             raise
+
+    def copy_to(self, other: AtomicFile) -> None:
+        """Append the pieces written so far to another file."""
+        with translate_output_errors(self.path), open(self._write_path, "rb") as file:
+            while chunk := file.read(COPY_CHUNK_BYTES):
+                other.write(chunk)
 
     def discard(self) -> None:
         """Close the file and remove its temporary file."""

@@ -35,6 +35,11 @@ def escape_markdown(text: str) -> str:
     return line.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
 
 
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 cannot encode, by question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def format_count(number: int, noun: str) -> str:
     """Format a number with its noun, such as "1 image" and "1,200 images"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

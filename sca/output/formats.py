@@ -1,4 +1,4 @@
-"""Write captions image by image: JSON Lines, COCO, Parquet, GeoJSON, labeling tools, drawn images and HTML.
+"""Write captions image by image: JSON Lines, COCO, Parquet, GeoJSON, labeling tools, dataset tools, images and HTML.
 
 Example:
     >>> with MultiFormatWriter("out", ("jsonl", "png"), model="sam-vit-b+query+gpt2-large") as writer:
@@ -21,6 +21,8 @@ from sca.io.atomic import create_writable_folder
 from sca.io.errors import OutputError
 from sca.output.captioned_image import ImageOrSize
 from sca.output.coco import CocoWriter
+from sca.output.cvat import CvatWriter
+from sca.output.fiftyone import FiftyOneWriter
 from sca.output.geojson import GeoJsonWriter
 from sca.output.html import HtmlWriter
 from sca.output.jsonl import JsonlWriter, StreamSink
@@ -28,6 +30,7 @@ from sca.output.label_studio import LabelStudioWriter
 from sca.output.labelme import LabelMeWriter
 from sca.output.parquet import ParquetWriter
 from sca.output.png import PngWriter
+from sca.output.yolo import YoloWriter
 
 __all__ = ["OUTPUT_FORMATS", "MultiFormatWriter", "OutputError", "list_output_patterns"]
 
@@ -39,31 +42,34 @@ class Writer(Protocol):
 
 
 LABEL_STUDIO = "label-studio"
-_FORMAT_INFO: dict[str, tuple[str, str, Callable[..., Writer]]] = {  # output path, file pattern and writer
-    "jsonl": ("captions.jsonl", "captions.jsonl", JsonlWriter),
-    "coco": ("coco.json", "coco.json", CocoWriter),
-    "parquet": ("captions.parquet", "captions.parquet", ParquetWriter),
-    "geojson": ("captions.geojson", "captions.geojson", GeoJsonWriter),
-    LABEL_STUDIO: ("label-studio.json", "label-studio.json", LabelStudioWriter),
-    "labelme": ("labelme", "labelme/*.json", LabelMeWriter),
-    "png": (".", "*.captions.png", PngWriter),
-    "html": ("captions.html", "captions.html", HtmlWriter),
+_FORMAT_INFO: dict[str, tuple[str, tuple[str, ...], Callable[..., Writer]]] = {  # output path, file patterns and writer
+    "jsonl": ("captions.jsonl", ("captions.jsonl",), JsonlWriter),
+    "coco": ("coco.json", ("coco.json",), CocoWriter),
+    "parquet": ("captions.parquet", ("captions.parquet",), ParquetWriter),
+    "geojson": ("captions.geojson", ("captions.geojson",), GeoJsonWriter),
+    LABEL_STUDIO: ("label-studio.json", ("label-studio.json",), LabelStudioWriter),
+    "labelme": ("labelme", ("labelme/*.json",), LabelMeWriter),
+    "cvat": ("cvat.xml", ("cvat.xml",), CvatWriter),
+    "fiftyone": ("fiftyone", ("fiftyone/samples.json", "fiftyone/metadata.json"), FiftyOneWriter),
+    "yolo": ("yolo", ("yolo/data.yaml", "yolo/images/*.png", "yolo/labels/*.txt"), YoloWriter),
+    "png": (".", ("*.captions.png",), PngWriter),
+    "html": ("captions.html", ("captions.html",), HtmlWriter),
 }
 OUTPUT_FORMATS = tuple(_FORMAT_INFO)
-DRAWN_FORMATS = ("png", "html")  # formats that need the image pixels
+PIXEL_FORMATS = ("png", "html", "yolo")  # formats that need the image pixels
 
 
 def list_output_patterns(formats: Iterable[str]) -> tuple[str, ...]:
     """List the patterns of the files that `MultiFormatWriter` writes into its folder."""
-    return tuple(_FORMAT_INFO[name][1] for name in formats)
+    return tuple(pattern for name in formats for pattern in _FORMAT_INFO[name][1])
 
 
 class MultiFormatWriter:
     """Writer of one or more formats into a folder, which is created.
 
     `paths` maps each format to its output: `captions.jsonl`, `coco.json`, `captions.parquet`, `captions.geojson`,
-    `label-studio.json` or `captions.html`. For labelme and png it is a folder with one file per image, `STEM.json` or
-    `STEM.captions.png`.
+    `label-studio.json`, `cvat.xml` or `captions.html`. For labelme and png it is a folder with one file per image,
+    `STEM.json` or `STEM.captions.png`; for fiftyone and yolo it is the folder of a dataset.
 
     Args:
         folder: Output folder.
@@ -108,7 +114,7 @@ class MultiFormatWriter:
 
         Args:
             path: Image path as it appears in the records.
-            image: RGB image; its size is enough without `DRAWN_FORMATS`.
+            image: RGB image; its size is enough without `PIXEL_FORMATS`.
             captions: Captions of its regions.
         """
         for writer in self._writers:

@@ -20,12 +20,13 @@ from sca.io.annotations import label_studio
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.brush_rle import encode_brush_rle
 from sca.io.atomic import AtomicFile
-from sca.io.errors import RejectCallback
+from sca.io.errors import InputError, RejectCallback
 from sca.io.image_names import add_image_prefix, read_named_image_size
 from sca.io.images import format_path
 from sca.output.captioned_image import CaptionedImage, ImageOrSize, ImageSize
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
+from sca.output.labeling_interface import Control, LabelingInterface
 from sca.output.records import REGION_LABEL, annotations_to_captions
 
 LABELING_CONFIG = f"""<View>
@@ -36,6 +37,9 @@ LABELING_CONFIG = f"""<View>
   <TextArea name="caption" toName="image" perRegion="true" editable="true"/>
 </View>
 """
+ANY_LABELS = LabelingInterface(  # the controls of LABELING_CONFIG, with further labels
+    mask=Control("mask"), box=Control("box"), point=Control("point"), caption="caption"
+)
 KEYPOINT_WIDTH_PERCENT = 1  # drawn width of a keypoint, as a percentage of the image
 
 
@@ -58,7 +62,9 @@ class LabelStudioWriter:
 
     def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         results = [
-            result for index, caption in enumerate(captions) for result in _make_results(index, path, image, caption)
+            result
+            for index, caption in enumerate(captions)
+            for result in make_results(caption_to_record(path, image, caption), f"region-{index}", ANY_LABELS)
         ]
         data = {"image": add_image_prefix(path, self._image_prefix), "width": image.width, "height": image.height}
         task = {"data": data, "predictions": [{"model_version": self._model or "", "result": results}]}
@@ -70,53 +76,58 @@ class LabelStudioWriter:
         close_document(self._file, "\n]\n", bool(self._num_images), finished)
 
 
-def _make_results(index: int, path: str, image: ImageOrSize, caption: Caption) -> list[dict[str, Any]]:
-    caption_record = caption_to_record(path, image, caption)
-    width, height = image.size
+def make_results(
+    caption_record: dict[str, Any], region_id: str, interface: LabelingInterface, label: str | None = None
+) -> list[dict[str, Any]]:
+    """Return the results of a region: its shape, and its caption as a text area or as metadata of the shape.
+
+    Args:
+        caption_record: Record of the region, see `sca.output.jsonl.caption_to_record`.
+        region_id: Id of the region, unique in its prediction.
+        interface: Controls of the project.
+        label: Preferred label. The others are the name of the region, and "region".
+
+    Returns:
+        The results.
+
+    Raises:
+        InputError: No control can show the region.
+    """
     common_fields = {
-        "id": f"region-{index}",
-        "to_name": "image",
-        "original_width": width,
-        "original_height": height,
+        "id": region_id,
+        "to_name": interface.image,
+        "original_width": caption_record["width"],
+        "original_height": caption_record["height"],
         "image_rotation": 0,
     }
+    shape_type, control, value = _make_shape(caption_record, interface)
+    value[shape_type] = [control.choose_label((label, caption_record.get("name"), REGION_LABEL))]
     score = {} if caption_record["score"] is None else {"score": caption_record["score"]}
-    labels = [caption_record.get("name", REGION_LABEL)]
-    value: dict[str, Any]
-    if caption_record["mask"]:
-        value = {
-            "format": "rle",
-            "rle": encode_brush_rle(masks.decode_rle(caption_record["mask"])),
-            "brushlabels": labels,
-        }
-        shape_result = {**common_fields, "type": "brushlabels", "from_name": "mask", "value": value, **score}
-    elif caption_record["box"]:
-        x1, y1, x2, y2 = caption_record["box"]
-        value = {
-            "x": 100 * x1 / width,
-            "y": 100 * y1 / height,
-            "width": 100 * (x2 - x1) / width,
-            "height": 100 * (y2 - y1) / height,
-            "rotation": 0,
-            "rectanglelabels": labels,
-        }
-        shape_result = {**common_fields, "type": "rectanglelabels", "from_name": "box", "value": value, **score}
-    else:
-        x, y, _ = caption_record["prompt"]["points"][0] if caption_record["prompt"].get("points") else (0, 0, 1)
-        value = {
-            "x": 100 * x / width,
-            "y": 100 * y / height,
-            "width": KEYPOINT_WIDTH_PERCENT,
-            "keypointlabels": labels,
-        }
-        shape_result = {**common_fields, "type": "keypointlabels", "from_name": "point", "value": value, **score}
-    text_result = {
-        **common_fields,
-        "type": "textarea",
-        "from_name": "caption",
-        "value": {"text": [caption_record["caption"]]},
-    }
+    texts = [caption_record["caption"]]
+    shape_result = {**common_fields, "type": shape_type, "from_name": control.name, "value": value, **score}
+    if interface.caption is None:
+        return [{**shape_result, "meta": {"text": texts}}]
+    text_result = {**common_fields, "type": "textarea", "from_name": interface.caption, "value": {"text": texts}}
     return [shape_result, text_result]
+
+
+def _make_shape(caption_record: dict[str, Any], interface: LabelingInterface) -> tuple[str, Control, dict[str, Any]]:
+    """Return the type of a shape, its control, and its value without a label."""
+    width, height = caption_record["width"], caption_record["height"]
+    mask, box = caption_record["mask"], caption_record["box"]
+    if mask and interface.mask:
+        return "brushlabels", interface.mask, {"format": "rle", "rle": encode_brush_rle(masks.decode_rle(mask))}
+    if box and interface.box:
+        x1, y1, x2, y2 = box
+        value = {"x": 100 * x1 / width, "y": 100 * y1 / height}
+        value |= {"width": 100 * (x2 - x1) / width, "height": 100 * (y2 - y1) / height, "rotation": 0}
+        return "rectanglelabels", interface.box, value
+    if interface.point is None:
+        missing, required = ("mask", "RectangleLabels") if box else ("box", "KeyPointLabels")
+        raise InputError(f"a region has no {missing}; add {required} to the labeling configuration")
+    x, y, _ = caption_record["prompt"]["points"][0] if caption_record["prompt"].get("points") else (0, 0, 1)
+    value = {"x": 100 * x / width, "y": 100 * y / height, "width": KEYPOINT_WIDTH_PERCENT}
+    return "keypointlabels", interface.point, value
 
 
 def read_label_studio(

@@ -13,6 +13,7 @@ from sca.io.atomic import AtomicFile
 from sca.io.errors import InputError, OutputError
 from sca.io.images import format_path
 from sca.io.json import parse_json
+from sca.io.text import replace_surrogates
 from sca.output.captioned_image import ImageOrSize
 from sca.output.jsonl import OPTIONAL_SCORE_FIELDS, caption_to_record
 
@@ -61,7 +62,7 @@ class ParquetWriter:
             caption_record["alternatives"] = None if alternatives is None else json.dumps(alternatives)
             texts = {"image": path, "caption": caption_record["caption"], "name": caption_record.get("name")}
             self._rows.append(
-                {**caption_record, **{key: text and _replace_surrogates(text) for key, text in texts.items()}}
+                {**caption_record, **{key: text and replace_surrogates(text) for key, text in texts.items()}}
             )
         self._num_images += 1
         if len(self._rows) >= ROWS_PER_GROUP:
@@ -124,11 +125,6 @@ class _PyarrowSink:
 
     def seekable(self) -> bool:
         return False
-
-
-def _replace_surrogates(value: str) -> str:
-    """Replace lone surrogates, which UTF-8 cannot encode."""
-    return value.encode("utf-8", "replace").decode()
 
 
 def read_parquet_records(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import socket
 from collections.abc import Sequence
@@ -61,8 +62,9 @@ class HostCheckMiddleware:
 
 
 class KeyCheckMiddleware:
-    """ASGI middleware that requires an API key, sent as `Authorization: Bearer KEY`, except for `PUBLIC_PATHS`.
+    """ASGI middleware that requires an API key, except for `PUBLIC_PATHS`.
 
+    The key is sent as `Authorization: Bearer KEY`, or as the password of HTTP basic authentication with any user name.
     Clients with the same key count as one client, stored in `scope["state"]["client"]`.
 
     Args:
@@ -77,10 +79,23 @@ class KeyCheckMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) in PUBLIC_PATHS:
             return await self.app(scope, receive, send)
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        key_index = find_key_index(key.strip(), self.keys) if scheme.lower() == "bearer" else None
+        key = _read_key(Headers(scope=scope).get("authorization", ""))
+        key_index = find_key_index(key, self.keys) if key else None
         if key_index is None:
             error = ApiError(401, "missing or invalid API key; send it as Authorization: Bearer KEY")
             return await make_error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
         scope.setdefault("state", {})["client"] = f"key {key_index}"
         await self.app(scope, receive, send)
+
+
+def _read_key(authorization: str) -> str:
+    """Return the key in an Authorization header; "" without one."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() != "basic":
+        return ""
+    try:
+        return base64.b64decode(value, validate=True).decode().partition(":")[2]
+    except ValueError:  # including binascii.Error and UnicodeDecodeError
+        return ""

@@ -32,6 +32,7 @@ from sca.serve.access_control import HostCheckMiddleware, KeyCheckMiddleware
 from sca.serve.chat_completions import add_chat_routes
 from sca.serve.errors import ApiError, make_error_response, to_api_error
 from sca.serve.inference_requests import CaptioningStarted, InferenceRequest, RequestDone, RequestEvent, SchedulerError
+from sca.serve.label_studio import add_label_studio_routes
 from sca.serve.limits import ServerLimits
 from sca.serve.limits_middleware import RequestLimitMiddleware
 from sca.serve.memory_budget import MemoryBudgetError, release_memory
@@ -59,6 +60,7 @@ from sca.serve.service import (
     get_media_type,
     match_to_dict,
 )
+from sca.serve.task_images import TaskImageReader
 
 JsonRequest = TypeVar("JsonRequest", JsonCaptionRequest, JsonFindRequest)
 FormRequest = TypeVar("FormRequest", CaptionRequest, FindRequest)
@@ -79,6 +81,7 @@ def create_app(
     api_keys: Sequence[str] = (),
     root_path: str = "",
     zoom: ZoomValue = DEFAULT_ZOOM,
+    task_images: TaskImageReader | None = None,
 ) -> FastAPI:
     """Create the application. It closes the scheduler at shutdown.
 
@@ -92,6 +95,7 @@ def create_app(
         api_keys: API keys; empty to require none.
         root_path: URL path of the application behind a proxy, such as "/captions".
         zoom: Default of the field `zoom` of requests.
+        task_images: Reader of the images of Label Studio tasks; None for an application without these routes.
 
     Returns:
         The ASGI application; `app.state` contains `scheduler` and `budget`.
@@ -130,6 +134,8 @@ def create_app(
     _add_find_route(app, service)
     _add_info_routes(app, service)
     add_chat_routes(app, service)
+    if task_images is not None:
+        add_label_studio_routes(app, service, task_images)
     return app
 
 

@@ -38,6 +38,10 @@ class ServerConfig:
         allowed_hosts: Additional Host headers to accept.
         api_keys: API keys; empty to require none.
         root_path: URL path of the server behind a proxy.
+        label_studio: Serve predictions for Label Studio.
+        label_studio_url: URL of Label Studio, from which images may be downloaded; "" for none.
+        image_urls: URLs of further servers from which images of tasks may be downloaded.
+        label_studio_key: Access token of Label Studio; "" for none.
         log_requests: Log each request.
         trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`. Requests cannot change it.
         allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.
@@ -59,6 +63,10 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     root_path: str = ""
+    label_studio: bool = False
+    label_studio_url: str = ""
+    image_urls: tuple[str, ...] = ()
+    label_studio_key: str = field(default="", repr=False)
     log_requests: bool = False
     trust_remote_code: bool = False
     allow_external: bool = False
@@ -104,6 +112,7 @@ class ServerConfig:
         from sca.serve.app import create_app
         from sca.serve.limits import ServerLimits
         from sca.serve.scheduler import RequestScheduler
+        from sca.serve.task_images import TaskImageReader
 
         limits = ServerLimits(
             self.max_body_bytes, self.max_pixels, self.max_prompts, self.timeout, self.max_connections
@@ -123,4 +132,7 @@ class ServerConfig:
             self.api_keys,
             self.root_path,
             self.zoom,
+            TaskImageReader(self.label_studio_url, self.image_urls, self.label_studio_key, self.max_body_bytes)
+            if self.label_studio
+            else None,
         )

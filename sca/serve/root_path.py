@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 ROUTES = (
     *("/v1/captions", "/v1/find", "/v1/chat/completions", "/v1/models", "/docs/oauth2-redirect", "/openapi.json"),
-    *("/static-offline-docs", "/health", "/metrics"),
+    *("/static-offline-docs", "/health", "/metrics", "/predict", "/setup", "/webhook"),
 )
 
 

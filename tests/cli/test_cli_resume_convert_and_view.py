@@ -144,7 +144,7 @@ def test_caption_lists_failed_images_in_last_line(run_sca, checkpoint, image_pat
 
 def test_convert_round_trips_captions_through_all_formats(run_sca, checkpoint, image_paths, working_folder):
     assert run_sca("caption", "photos", *BOX_ARGUMENTS, "--model", checkpoint, "--out", "out", "--quiet").status == 0
-    all_formats = "jsonl,coco,parquet,geojson,label-studio,labelme,png,html"
+    all_formats = "jsonl,coco,parquet,geojson,label-studio,labelme,cvat,fiftyone,yolo,png,html"
     result = run_sca("convert", "out/captions.jsonl", "all", "--format", all_formats)
     assert result.status == 0, result.err
     assert result.err[-1] == "sca: 24 regions"

@@ -51,6 +51,7 @@ SKIPPED_LINES = (  # pattern, reason
     ),
     (r"--use_fsdp", "FSDP of accelerate requires a GPU; tests/training shards with gloo"),
     (r"^sca bench run throughput ", "takes hours on a CPU; tests/bench runs small sweeps"),
+    (r"lmms.eval", "requires lmms-eval; tests/evaluation/test_lmms_eval_samples.py runs it"),
     (r"mmdet|rtmdet", "requires weights of MMDetection; the tests of the plugin use small ones"),
 )
 RECIPE_TOML = """

@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sca_registry.contracts import Caption, Prompt
+from tool_environment import create_tool_environment
 
 from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
@@ -22,15 +22,7 @@ PACKAGES = ("label-studio-sdk", "labelme", "shapely", "pycocotools")
 @pytest.fixture(scope="module")
 def tools_python(tmp_path_factory):
     """Interpreter of an environment with the packages of the tools."""
-    folder = tmp_path_factory.mktemp("tools")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    interpreter = folder / "bin" / "python"
-    installation = subprocess.run(
-        [interpreter, "-m", "pip", "install", "--quiet", *PACKAGES], capture_output=True, text=True
-    )
-    if installation.returncode:
-        pytest.skip(f"{' '.join(PACKAGES)} cannot be installed here: {installation.stderr.strip().splitlines()[-1]}")
-    return interpreter
+    return create_tool_environment(tmp_path_factory.mktemp("tools"), *PACKAGES)
 
 
 @pytest.mark.all

@@ -3,6 +3,7 @@
 import json
 import os
 from contextlib import contextmanager
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -26,8 +27,18 @@ def assert_outputs_are_complete(folder, num_images: int) -> None:
         "coco.json",
         "label-studio.json",
     ]
-    assert list_names(folder) == sorted(["labelme", *file_names, *(f"{n}.captions.png" for n in range(num_images))])
+    other_names = ("cvat.xml", "fiftyone", "labelme", "yolo", *(f"{n}.captions.png" for n in range(num_images)))
+    assert list_names(folder) == sorted([*file_names, *other_names])
     assert list_names(folder / "labelme") == [f"{n}.json" for n in range(num_images)]
+    cvat = ElementTree.parse(folder / "cvat.xml")
+    assert (len(cvat.findall("image")), len(cvat.findall("image/*"))) == (num_images, 4 * num_images)
+    assert list_names(folder / "fiftyone") == ["metadata.json", "samples.json"]
+    samples = json.loads((folder / "fiftyone/samples.json").read_text())["samples"]
+    assert [len(sample["regions"]["detections"]) for sample in samples] == [3] * num_images
+    assert list_names(folder / "yolo") == ["data.yaml", "images", "labels"]
+    for n in range(num_images):
+        Image.open(folder / f"yolo/images/{n}.png").load()
+        assert len((folder / f"yolo/labels/{n}.txt").read_text().splitlines()) == 3
     for name in file_names[:1] + file_names[2:4] + file_names[4:5]:
         assert (
             sum(len(captioned_image.captions) for captioned_image in read_captions(folder / name)) == 4 * num_images
@@ -120,7 +131,7 @@ def test_multi_format_writer_reports_a_full_disk_and_leaves_no_partial_files(
     writers = MultiFormatWriter(tmp_path, [format_name])
     writers.add("0.png", noise_image, captions)
     largest_file_bytes = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
-    has_file_per_image = format_name in ("png", "labelme")  # a file an image
+    has_file_per_image = format_name in ("png", "labelme", "yolo")  # a file an image
     expect_error = pytest.raises(OutputError, match=r"cannot write .*; free some space or choose another folder")
     with (
         limit_file_size(largest_file_bytes // 2 if has_file_per_image else largest_file_bytes + 200),

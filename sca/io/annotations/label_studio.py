@@ -82,7 +82,7 @@ def _read_task(
     for (key, index), name in images.items():
         image_results: Results = [each for each in results if _belongs_to_image(each, key, index, images)]
         recorded_size, image_results = resolve_image_size(image_results, data, len(images) == 1, location, reject)
-        size = recorded_size or (measure(name) if any(map(_get_shape_type, image_results)) else None)
+        size = recorded_size or (measure(name) if any(map(get_shape_type, image_results)) else None)
         regions = read_regions(image_results, size, location, skip, reject)
         annotated_images.append(
             AnnotatedImage(location, name, size, regions, model, is_size_recorded=recorded_size is not None)
@@ -145,7 +145,7 @@ def find_image_names(data: Mapping[str, Any], results: Results, location: str) -
     Raises:
         InputError: No key or several keys match.
     """
-    referenced_keys = dict.fromkeys(str(each.get("to_name")) for each in results if _get_shape_type(each))
+    referenced_keys = dict.fromkeys(str(each.get("to_name")) for each in results if get_shape_type(each))
     keys = [key for key in referenced_keys if key in data] or [key for key in data if key == "image"]
     keys = keys or [key for key, value in data.items() if _is_image_reference(value)]
     if not keys or (len(keys) > 1 and not set(keys) <= referenced_keys.keys()):
@@ -193,7 +193,7 @@ def _read_shape_image_size(
     result: Mapping[str, Any], number: int, previous_size: ImageSize | None, location: str
 ) -> ImageSize | None:
     """Return the image size that a shape records; None without one, and for a result without a shape."""
-    if not _get_shape_type(result):
+    if not get_shape_type(result):
         return None
     result_location = f"{location}, {_describe_region(result, number)}"
     size = read_recorded_size(result, result_location, ("original_width", "original_height"))
@@ -232,8 +232,8 @@ def read_regions(
     annotations = []
     for number, region_results in enumerate(regions.values()):
         region_location = f"{location}, {_describe_region(region_results[0], number)}"
-        shapes = [piece for piece in region_results if _get_shape_type(piece)]
-        for result_type in (piece.get("type") for piece in region_results if not _get_shape_type(piece)):
+        shapes = [piece for piece in region_results if get_shape_type(piece)]
+        for result_type in (piece.get("type") for piece in region_results if not get_shape_type(piece)):
             if result_type == "textarea" and not shapes:
                 skip("text without a region", region_location)
             elif result_type not in ("textarea", "labels"):
@@ -276,7 +276,7 @@ def _read_geometry(
         rotation = result.get("image_rotation")
         if is_finite_number(rotation) and rotation % 360:
             skip("region on an image that was turned in Label Studio", location)
-        elif _get_shape_type(result) == "keypoint" and result.get("parentID"):
+        elif get_shape_type(result) == "keypoint" and result.get("parentID"):
             skip("keypoint", location)
         else:
             box, mask, point = read_shape(result, size, location, skip)
@@ -310,7 +310,7 @@ def read_shape(
     Raises:
         InputError: The value is invalid.
     """
-    value, shape_type = check_object(result.get("value"), f"{location}, 'value'"), _get_shape_type(result)
+    value, shape_type = check_object(result.get("value"), f"{location}, 'value'"), get_shape_type(result)
     x_scale, y_scale = size[0] / 100, size[1] / 100
     try:
         match shape_type:
@@ -367,7 +367,7 @@ def _fill_shape(
     return compute_bounding_box(points), None, None
 
 
-def _get_shape_type(result: Mapping[str, Any]) -> str | None:
+def get_shape_type(result: Mapping[str, Any]) -> str | None:
     """Return a key of SHAPES, None for a result without a shape; the type of `labels` depends on its value."""
     result_type, value = result.get("type"), result.get("value")
     if result_type == "labels" and isinstance(value, Mapping):

@@ -1,0 +1,172 @@
+"""Images of Label Studio tasks: base64 data, or downloads from the servers that the operator of this server allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import anyio
+import httpx2
+from anyio import to_thread
+
+from sca.io.errors import InputError
+from sca.io.json import parse_json
+from sca.serve.errors import ApiError
+from sca.serve.memory_budget import MemoryLease
+from sca.serve.service import decode_base64
+
+MAX_REDIRECTS = 3
+MAX_SHOWN_URL = 200  # characters of a URL in error messages
+REFRESH_PATH = "/api/token/refresh"  # exchanges a personal access token for a short-lived one
+
+
+class TaskImageReader:
+    """Reader of the images of tasks.
+
+    URLs are downloaded only from `label_studio_url` and `image_urls`: scheme, host and port must be equal, also after
+    each redirect. Paths are relative to `label_studio_url`. Files of this machine are never read. The key is sent to
+    `label_studio_url` only.
+
+    Args:
+        label_studio_url: URL of Label Studio, such as "http://localhost:8080"; "" for none.
+        image_urls: URLs of further servers of images.
+        api_key: Access token of Label Studio; "" for none. Personal access tokens and legacy tokens are supported.
+        max_bytes: Maximum bytes per image.
+
+    Raises:
+        InputError: A URL is invalid.
+    """
+
+    def __init__(
+        self, label_studio_url: str = "", image_urls: Sequence[str] = (), api_key: str = "", max_bytes: int = 2**25
+    ):
+        self.url: str = label_studio_url.rstrip("/")
+        self.max_bytes = max_bytes
+        self._key = api_key
+        self._key_origin = _get_origin(parse_server_url(self.url)) if self.url else None
+        self._origins = {_get_origin(parse_server_url(each)) for each in image_urls}
+        if self._key_origin:
+            self._origins.add(self._key_origin)
+
+    async def read(self, source: str, location: str, seconds: float, lease: MemoryLease) -> bytes:
+        """Read an image file.
+
+        Args:
+            source: `data:` URL, http(s) URL, or path on Label Studio.
+            location: Task, for messages.
+            seconds: Time limit in seconds.
+            lease: Memory lease of the request, to which the bytes are added.
+
+        Returns:
+            The bytes of the file.
+
+        Raises:
+            ApiError: The URL is not allowed (422), the file is too large (413), or the download failed (422 or 504).
+            MemoryBudgetError: There is not enough memory.
+        """
+        if source[:5].lower() == "data:":
+            return await to_thread.run_sync(decode_base64, source, location, "tasks")
+        url = self._resolve_url(source, location)
+        try:
+            with anyio.fail_after(max(seconds, 0)):
+                async with httpx2.AsyncClient(timeout=None, follow_redirects=False) as client:
+                    headers = await self._make_headers(client, location)
+                    for _ in range(MAX_REDIRECTS + 1):
+                        own_headers = headers if _get_origin(url) == self._key_origin else {}
+                        async with client.stream("GET", url, headers=own_headers) as response:
+                            if not response.is_redirect:
+                                return await self._read_body(response, url, location, lease)
+                        url = self._check_url(url.join(response.headers["location"]), location)
+        except TimeoutError:
+            raise ApiError(
+                504, f"{location}: {_shorten_url(url)} was not downloaded in time; try again later"
+            ) from None
+        except (httpx2.TransportError, httpx2.DecodingError, httpx2.InvalidURL, UnicodeError) as error:
+            reason = " ".join(str(error).split())[:MAX_SHOWN_URL] or type(error).__name__
+            raise ApiError(
+                422, f"{location}: {_shorten_url(url)} cannot be downloaded ({reason}); check the URL"
+            ) from None
+        raise ApiError(
+            422, f"{location}: {_shorten_url(url)} has more than {MAX_REDIRECTS} redirects; use the final URL"
+        )
+
+    def _resolve_url(self, source: str, location: str) -> httpx2.URL:
+        """Return the URL of an image, after checking that it is allowed."""
+        is_path = source.startswith(("/", "upload/")) and not source.startswith("//")
+        if is_path and not self.url:
+            raise ApiError(
+                422, f"{location}: {source[:MAX_SHOWN_URL]!r} is a path; start the server with --label-studio-url"
+            )
+        try:
+            return self._check_url(httpx2.URL(f"{self.url}/{source.lstrip('/')}" if is_path else source), location)
+        except (httpx2.InvalidURL, UnicodeError):
+            raise ApiError(422, f"{location}: {source[:MAX_SHOWN_URL]!r} is not a URL; use http(s)") from None
+
+    def _check_url(self, url: httpx2.URL, location: str) -> httpx2.URL:
+        """Return a URL unchanged; raise ApiError if its server is not allowed."""
+        if _get_origin(url) not in self._origins or url.userinfo:
+            raise ApiError(
+                422,
+                f"{location}: {_shorten_url(url)} is not downloaded; start the server with --label-studio-url or "
+                "--image-url to allow its host",
+            )
+        return url
+
+    async def _make_headers(self, client: httpx2.AsyncClient, location: str) -> dict[str, str]:
+        """Return the headers for Label Studio. A personal access token, which is a JWT, is exchanged first."""
+        if not self._key:
+            return {}
+        if self._key.count(".") != 2:
+            return {"Authorization": f"Token {self._key}"}
+        response = await client.post(f"{self.url}{REFRESH_PATH}", json={"refresh": self._key})
+        try:
+            access_token = parse_json(response.content, "the response")["access"] if response.is_success else None
+        except (InputError, KeyError, TypeError):
+            access_token = None
+        if not isinstance(access_token, str):
+            raise ApiError(
+                422, f"{location}: Label Studio rejects its access token (status {response.status_code}); check the key"
+            )
+        return {"Authorization": f"Bearer {access_token}"}
+
+    async def _read_body(self, response: httpx2.Response, url: httpx2.URL, location: str, lease: MemoryLease) -> bytes:
+        if not response.is_success:
+            status = response.status_code
+            fix = "set LABEL_STUDIO_API_KEY" if status in (401, 403) else "check the URL"
+            raise ApiError(422, f"{location}: {_shorten_url(url)} responds with status {status}; {fix}")
+        content = bytearray()
+        async for chunk in response.aiter_bytes():
+            lease.add(len(chunk))
+            content += chunk
+            if len(content) > self.max_bytes:
+                raise ApiError(413, f"{location}: {_shorten_url(url)} exceeds the limit of {self.max_bytes:,} bytes")
+        return bytes(content)
+
+
+def parse_server_url(text: str) -> httpx2.URL:
+    """Parse the URL of a server.
+
+    Args:
+        text: URL from the command line.
+
+    Returns:
+        The URL.
+
+    Raises:
+        InputError: The text is not an http(s) URL with a host, or contains a user name, a query or a fragment.
+    """
+    try:
+        url = httpx2.URL(text)
+    except (httpx2.InvalidURL, UnicodeError):
+        url = httpx2.URL("")
+    if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query or url.fragment:
+        raise InputError(f"{text!r} is not the URL of a server; write it like http://localhost:8080")
+    return url
+
+
+def _get_origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
+
+
+def _shorten_url(url: httpx2.URL) -> str:
+    """Return a URL for messages, without its query, which can contain a signature."""
+    return str(url.copy_with(query=None, fragment=None))[:MAX_SHOWN_URL]
