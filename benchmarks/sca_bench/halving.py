@@ -1,8 +1,9 @@
-"""Successive halving: train all combinations for a few steps, drop the worse half, and continue with the rest.
+"""Successive halving: train all combinations for a few steps, drop the worse ones, and continue with the rest.
 
 Jamieson and Talwalkar, "Non-stochastic best arm identification" (arXiv 1502.07943). A combination is dropped if it is
-in the worse half of a rung, or if the paired interval of its difference to the best one is below 0. A combination that
-is left alone is trained to the end at once.
+not in the best third of a rung, or, from the second rung on, if the paired interval of its difference to the best one
+is below 0. The interval is over images, so that it does not cover how the order changes with further training; in the
+first rung, it would drop slow starters. A combination that is left alone is trained to the end at once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from sca_bench.timing import STAGES
 
 NUM_RUNGS = 4  # the last one is the end of the training, and each earlier one is at half of the steps
 MIN_STEPS = 2 ** (NUM_RUNGS - 1)
-KEPT_FRACTION = 0.5
+KEPT_FRACTION = 1 / 3
+FIRST_INTERVAL_RUNG = 1  # index of the first rung that drops combinations by their interval
 
 Rows = Sequence[Mapping[str, Any]]  # of one combination, one per seed
 RunRows = Callable[[list[SweepRow]], list[Mapping[str, Any]]]  # returns the finished rows in the order of the arguments
@@ -108,7 +110,8 @@ class HalvingResult:
             )
         return [
             *lines,
-            f"ruled out: {format_count(len(self.ruled_out), 'combination')}; {self.seconds / 60:.1f} minutes in total",
+            f"ruled out: {format_count(len(self.ruled_out), 'combination')}, worse at the step of their last rung; "
+            f"{self.seconds / 60:.1f} minutes in total",
             f"reproduce the recommendation (seed {first_row.config['seed']}): {first_row.command}",
         ]
 
@@ -143,8 +146,11 @@ def halve_combinations(
         seconds += sum(each.seconds for each in survivors)
         score_name = score_name or choose_quality_score([row for each in survivors for row in each.results])
         ranked = _rank_candidates(survivors, score_name)
-        num_kept = len(ranked) if is_last else max(1, round(len(ranked) * KEPT_FRACTION))
-        survivors = [each for each in ranked[:num_kept] if not each.is_worse]
+        # Few combinations are not decided by the first rungs alone.
+        num_kept = len(ranked) if is_last else max(NUM_RUNGS - 1 - rung, round(len(ranked) * KEPT_FRACTION))
+        survivors = [each for each in ranked[:num_kept] if each.score is not None]
+        if rung >= FIRST_INTERVAL_RUNG:
+            survivors = [each for each in survivors if not each.is_worse]
         eliminated = [*(each for each in ranked if each not in survivors), *eliminated]
         report(
             f"rung {rung + 1} of {NUM_RUNGS}, {format_count(ranked[0].step, 'step')}: {len(survivors)} of "

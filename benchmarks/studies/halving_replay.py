@@ -29,6 +29,7 @@ from sca_bench.summary import get_cost, get_score
 from sca_bench.sweep import Sweep, read_sweep_text
 
 from sca.io.atomic import write_file
+from sca.io.errors import InputError
 from sca.io.score_format import format_interval, format_score
 
 GRID = Path(__file__).with_name("halving_grid.toml")
@@ -43,6 +44,27 @@ def read_grid() -> Sweep:
     table = copy.deepcopy(dict(Sweep.parse(text, name).table))
     del table["axes"][RUNG_AXIS]
     return Sweep.from_dict(table, name)
+
+
+def replay_grid(folder: Path) -> list[dict[str, Any]]:
+    """Replay halving for each seed of the grid.
+
+    Args:
+        folder: Results folder of the grid.
+
+    Returns:
+        The results of `replay_halving` by seed.
+
+    Raises:
+        InputError: The grid is unfinished.
+    """
+    results_by_key = {row["key"]: row for row in ResultStore(folder).read_rows() if row["state"] == "done"}
+    rows = read_grid().list_rows("listed")
+    rung_keys = [make_rung_row(row, num_halvings).key for row in rows for num_halvings in range(NUM_RUNGS)]
+    if num_missing := sum(key not in results_by_key for key in rung_keys):
+        raise InputError(f"{folder} lacks {num_missing} of {len(rung_keys)} finished rows; run the grid again")
+    seeds = dict.fromkeys(row.config["seed"] for row in rows)
+    return [replay_halving([row for row in rows if row.config["seed"] == seed], results_by_key) for seed in seeds]
 
 
 def replay_halving(rows: Sequence[SweepRow], results_by_key: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -92,26 +114,34 @@ def _compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float
     return interval
 
 
-def format_table(replays: Sequence[Mapping[str, Any]]) -> str:
-    """Return a Markdown table with one line per seed."""
+def render_results(results: Mapping[str, Any]) -> str:
+    """Render a Markdown table with one line per seed, and the number of good recommendations."""
     lines = [
-        "| seed | best | CIDEr-D | minus median (95% CI) | recommended | CIDEr-D | minus best (95% CI) | time (%) |",
-        "| ---: | --- | ---: | ---: | --- | ---: | ---: | ---: |",
+        "| seed | best | minus median (95% CI) | recommended | minus best (95% CI) | time (%) |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    replays = results["seeds"]
     for each in replays:
         to_best = each["recommended_minus_best"]
         cells = (
             each["seed"],
-            each["best"],
             format_score(each["best_score"]),
             format_interval(*each["best_minus_median"], signed=True),
-            "the same" if to_best is None else each["recommended"],
             format_score(each["recommended_score"]),
-            "" if to_best is None else format_interval(*to_best, signed=True),
+            "the same" if to_best is None else format_interval(*to_best, signed=True),
             f"{100 * each['time_fraction']:.1f}",
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    num_good = sum(each["is_good"] and each["time_fraction"] <= MAX_TIME_FRACTION for each in replays)
+    mean_time = mean(each["time_fraction"] for each in replays)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Good recommendations in at most {MAX_TIME_FRACTION:.0%} of the time: {num_good} of {len(replays)}; mean "
+            f"time {mean_time:.1%}.",
+        ]
+    )
 
 
 def main() -> None:
@@ -120,21 +150,13 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="results folder of the grid")
     parser.add_argument("--out", type=Path, help="JSON file; default: RESULTS/replay.json")
     arguments = parser.parse_args()
-    results_by_key = {row["key"]: row for row in ResultStore(arguments.results).read_rows() if row["state"] == "done"}
-    rows = read_grid().list_rows("listed")
-    rung_keys = [make_rung_row(row, num_halvings).key for row in rows for num_halvings in range(NUM_RUNGS)]
-    if num_missing := sum(key not in results_by_key for key in rung_keys):
-        parser.error(f"{arguments.results} lacks {num_missing} of {len(rung_keys)} finished rows; run the grid again")
-    seeds = dict.fromkeys(row.config["seed"] for row in rows)
-    replays = [replay_halving([row for row in rows if row.config["seed"] == seed], results_by_key) for seed in seeds]
-    print(format_table(replays))
-    num_good = sum(each["is_good"] and each["time_fraction"] <= MAX_TIME_FRACTION for each in replays)
-    print(
-        f"\ngood recommendations in at most {100 * MAX_TIME_FRACTION:.0f}% of the time: {num_good} of {len(replays)}; "
-        f"mean time {100 * mean(each['time_fraction'] for each in replays):.1f}%"
-    )
+    try:
+        results = {"score": SCORE, "seeds": replay_grid(arguments.results)}
+    except InputError as error:
+        parser.error(str(error))
+    print(render_results(results))
     out = arguments.out or arguments.results / "replay.json"
-    write_file(out, json.dumps({"score": SCORE, "seeds": replays}, indent=1) + "\n")
+    write_file(out, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

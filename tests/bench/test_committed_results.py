@@ -12,6 +12,7 @@ from sca_bench import report
 from sca_bench.store import ResultStore
 
 import find
+import halving_replay
 import pretraining_probe
 import referring_expressions
 import weak_supervision
@@ -64,6 +65,10 @@ def iter_paper_lines():
         yield f"| {' | '.join(cells[name] for name in EFFECT_COLUMNS_OF_PAGE)} |".replace("|  |", "| |")
 
 
+def iter_halving_lines():
+    yield from filter(None, halving_replay.render_results(read_results("halving/replay.json")).splitlines())
+
+
 def iter_calibration_lines():
     yield from filter(None, calibration.render_results(read_results("calibration/results.json")).splitlines())
 
@@ -89,6 +94,7 @@ def iter_pretraining_lines():
         iter_weak_supervision_lines,
         iter_referring_lines,
         iter_paper_lines,
+        iter_halving_lines,
         iter_calibration_lines,
         iter_find_lines,
         iter_pretraining_lines,
@@ -107,6 +113,17 @@ def test_committed_report_matches_its_rows(sweep):
     rendered = report.render_markdown(store.read_rows(), sweep=store.read_sweep())
     is_stale = (RESULTS / sweep / "report.md").read_bytes() != rendered.encode()
     assert not is_stale, f"run: sca bench report benchmarks/results/{sweep}"
+
+
+@pytest.mark.slow
+def test_committed_replay_of_halving_matches_its_rows():
+    assert halving_replay.replay_grid(RESULTS / "halving") == [
+        {
+            key: tuple(value) if key in ("best_minus_median", "recommended_minus_best") and value else value
+            for key, value in each.items()
+        }
+        for each in read_results("halving/replay.json")["seeds"]
+    ]
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")

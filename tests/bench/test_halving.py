@@ -82,31 +82,51 @@ def test_halving_finds_the_best_of_similar_combinations(sweep):
     scores = {depth: 0.9 - 0.03 * abs(depth - 5) for depth in range(1, 9)}
     result = halve_combinations(sweep.list_rows("listed"), make_run_rows(scores, calls))
     assert (get_depth(result.best), result.best.step) == (5, 8)
-    assert all(len(later) <= len(earlier) / 2 for earlier, later in itertools.pairwise(calls))
+    assert [len(call) for call in calls][:2] == [8, 3]
+    assert all(len(later) < len(earlier) for earlier, later in itertools.pairwise(calls))
 
 
-def test_halving_drops_only_the_worse_half_of_combinations_that_look_alike(sweep):
+def test_halving_keeps_the_best_third_of_combinations_that_look_alike(sweep):
     calls = []
     result = halve_combinations(sweep.list_rows("listed"), make_run_rows(dict.fromkeys(range(1, 9), 0.5), calls))
-    assert [len(call) for call in calls] == [8, 4, 2, 1]
+    assert [len(call) for call in calls] == [8, 3, 2, 1]
     assert [call[0][1] for call in calls] == [1, 2, 4, 8]
     assert len(result.not_ruled_out) + len(result.ruled_out) == 7
     assert len(result.not_ruled_out) >= 3
-    assert result.seconds == pytest.approx(60 * (8 / 8 + 4 * 2 / 8 + 2 * 4 / 8 + 1))
+    assert result.seconds == pytest.approx(60 * (8 / 8 + 3 * 2 / 8 + 2 * 4 / 8 + 1))
+
+
+def test_halving_keeps_a_slow_starter_in_the_first_rung(sweep):
+    calls = []
+    early_scores = {depth: {1: 0.9, 2: 0.8, 5: 0.7}.get(depth, 0.1) for depth in range(1, 9)}
+    run_early_rows = make_run_rows(early_scores, calls)
+    run_late_rows = make_run_rows({depth: 0.9 if depth == 5 else 0.5 for depth in range(1, 9)}, calls)
+    result = halve_combinations(
+        sweep.list_rows("listed"), lambda rows: (run_early_rows if rows[0].stop_step == 1 else run_late_rows)(rows)
+    )
+    assert get_depth(result.best) == 5
+
+
+def test_halving_compares_two_combinations_until_half_of_the_steps(sweep):
+    calls = []
+    table = {**TABLE, "axes": {"mixer.depth": [1, 2]}}
+    halve_combinations(Sweep.from_dict(table, "mine").list_rows("listed"), make_run_rows({1: 0.5, 2: 0.5}, calls))
+    assert [len(call) for call in calls] == [2, 2, 2, 1]
 
 
 def test_halving_stops_early_if_one_combination_is_clearly_best(sweep):
     calls, lines = [], []
     scores = {depth: 0.9 if depth == 3 else 0.1 for depth in range(1, 9)}
     result = halve_combinations(sweep.list_rows("listed"), make_run_rows(scores, calls), report=lines.append)
-    assert [len(call) for call in calls] == [8, 1]
+    assert [len(call) for call in calls] == [8, 3, 1]
     assert (get_depth(result.best), result.best.step) == (3, 8)
     assert len(result.ruled_out) == 7
     assert result.format_lines()[0].startswith("recommended: mixer query(num_queries=2,depth=3,")
     assert "class/accuracy 90." in result.format_lines()[0]
     assert result.format_lines()[0].endswith("; estimated 3.30 GFLOPs per image with 2 regions, 5 MB peak memory")
     assert result.format_lines()[-1].startswith("reproduce the recommendation (seed 0): sca bench row ")
-    assert lines[0].startswith("rung 1 of 4, 1 step: 1 of 8 combinations left; best: mixer query(")
+    assert lines[0].startswith("rung 1 of 4, 1 step: 3 of 8 combinations left; best: mixer query(")
+    assert lines[1].startswith("rung 2 of 4, 2 steps: 1 of 3 combinations left; best: mixer query(")
 
 
 def test_halving_ranks_failed_combinations_last(sweep):
