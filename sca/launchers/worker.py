@@ -6,10 +6,13 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from sca.io.atomic import write_file
 from sca.launchers.signals import accept_interrupts
@@ -33,6 +36,7 @@ def run_task(function: str, config: Mapping[str, Any], folder: str) -> None:
     with open(Path(folder, LOG_FILE), "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    tqdm.set_lock(threading.RLock())  # instead of a semaphore of all processes, which `os._exit` would leak
     module_name, _, function_name = function.partition(":")
     result = getattr(import_module(module_name), function_name)(config, folder)
     Path(folder).mkdir(parents=True, exist_ok=True)  # in case it was deleted meanwhile

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -216,6 +218,23 @@ def test_local_launcher_num_workers_does_not_change_rows(tmp_path):
         )
     assert row_states[0] == row_states[1] == row_states[2]
     assert len(row_states[0]) == 4
+
+
+def test_local_launcher_leaks_no_semaphores(tmp_path):
+    (tmp_path / "progress_task.py").write_text(
+        "from tqdm import tqdm\n"
+        "def run(config, folder):\n"
+        "    return {'state': 'done', 'steps': len(list(tqdm('abc')))}\n"
+    )
+    (tmp_path / "launch.py").write_text(
+        "from sca.launchers.local import LocalLauncher\n"
+        "from sca.launchers.task import Task\n"
+        "if __name__ == '__main__':\n"
+        "    task = Task('a', 'progress_task:run', {'device': 'cpu'}, 'row')\n"
+        "    print([outcome.result['steps'] for outcome in LocalLauncher(1).run_tasks([task])])\n"
+    )
+    run = subprocess.run([sys.executable, "launch.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (run.stdout, run.stderr) == ("[3]\n", "")
 
 
 def test_row_survives_deletion_of_its_folder(tmp_path):
