@@ -86,7 +86,10 @@ class HalvingResult:
         best: The recommended combination.
         not_ruled_out: Other combinations that are not worse than the best of their last rung, best first: the interval
             of their difference contains 0, or is unknown.
-        ruled_out: All others.
+        ruled_out: Combinations whose interval is below 0.
+        dropped_early: Combinations that were dropped by their rank in the rungs before `FIRST_INTERVAL_RUNG`, where the
+            interval is no evidence.
+        failed: Combinations without a score.
         score_name: Score that ranked them.
         seconds: Time of all rows.
     """
@@ -94,6 +97,8 @@ class HalvingResult:
     best: Candidate
     not_ruled_out: Sequence[Candidate]
     ruled_out: Sequence[Candidate]
+    dropped_early: Sequence[Candidate]
+    failed: Sequence[Candidate]
     score_name: str
     seconds: float
 
@@ -108,10 +113,12 @@ class HalvingResult:
                 f"not ruled out: {each.label}: {self.score_name} {format_score(each.score)} after "
                 f"{format_count(each.step, 'step')}, {_format_difference(each)}{each.plan_text}"
             )
+        counts = [f"ruled out: {format_count(len(self.ruled_out), 'combination')}"]
+        counts += [f"dropped after the first rung: {len(self.dropped_early)}"] if self.dropped_early else []
+        counts += [f"failed: {len(self.failed)}"] if self.failed else []
         return [
             *lines,
-            f"ruled out: {format_count(len(self.ruled_out), 'combination')}, worse at the step of their last rung; "
-            f"{self.seconds / 60:.1f} minutes in total",
+            f"{'; '.join(counts)}; {self.seconds / 60:.1f} minutes in total",
             f"reproduce the recommendation (seed {first_row.config['seed']}): {first_row.command}",
         ]
 
@@ -139,6 +146,7 @@ def halve_combinations(
     """
     survivors = list_candidates(rows)
     eliminated: list[Candidate] = []
+    dropped_early: list[Candidate] = []
     seconds = 0.0
     for rung in range(NUM_RUNGS):
         is_last = rung == NUM_RUNGS - 1
@@ -151,7 +159,11 @@ def halve_combinations(
         survivors = [each for each in ranked[:num_kept] if each.score is not None]
         if rung >= FIRST_INTERVAL_RUNG:
             survivors = [each for each in survivors if not each.is_worse]
-        eliminated = [*(each for each in ranked if each not in survivors), *eliminated]
+        dropped = [each for each in ranked if each not in survivors]
+        if rung < FIRST_INTERVAL_RUNG:
+            dropped_early += [each for each in dropped if each.score is not None]
+            dropped = [each for each in dropped if each.score is None]
+        eliminated = [*dropped, *eliminated]
         report(
             f"rung {rung + 1} of {NUM_RUNGS}, {format_count(ranked[0].step, 'step')}: {len(survivors)} of "
             f"{format_count(len(ranked), 'combination')} left; best: {ranked[0].label}: {score_name} "
@@ -165,7 +177,9 @@ def halve_combinations(
     best, *others = survivors
     assert score_name is not None
     not_ruled_out = [*others, *(each for each in eliminated if not each.is_worse)]
-    return HalvingResult(best, not_ruled_out, [each for each in eliminated if each.is_worse], score_name, seconds)
+    failed = [each for each in eliminated if each.score is None]
+    ruled_out = [each for each in eliminated if each.is_worse and each.score is not None]
+    return HalvingResult(best, not_ruled_out, ruled_out, dropped_early, failed, score_name, seconds)
 
 
 def list_candidates(rows: Sequence[SweepRow]) -> list[Candidate]:

@@ -33,7 +33,7 @@ def compute_differences(first: Sequence[Any], second: Sequence[Any], names: Iter
             continue  # such as the correctness of relations where no caption states one
         values = [a.scores[name] - b.scores[name] for a, b in zip(first, second, strict=True)]
         resampled = [bootstrap_scores(*a[name]) - bootstrap_scores(*b[name]) for a, b in zip(*inputs, strict=True)]
-        low, high = compute_interval(np.mean(resampled, axis=0))
+        low, high = compute_interval(np.mean(resampled, axis=0)) or (None, None)
         differences[name] = {"mean": mean(values), "ci_low": low, "ci_high": high, "per_seed": values}
     return differences
 
@@ -41,7 +41,7 @@ def compute_differences(first: Sequence[Any], second: Sequence[Any], names: Iter
 def render_table(
     labels: Mapping[str, str],
     scores: Mapping[str, Mapping[str, float]],
-    differences: Mapping[str, Mapping[str, Mapping[str, float]]],
+    differences: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> str:
     """Render a Markdown table, with scores times 100.
 

@@ -243,7 +243,7 @@ def resolve_spec(model: str, trust: Trust = NO_TRUST) -> ModelSpec:
         if config := zoo.get_entry(model).config:
             return build_published_pam_spec(config)
         raise ValueError(
-            f"the checkpoint of {model} is on the Hub, and `sca plan` downloads no checkpoints; name its components "
+            f"the spec of {model} is in its checkpoint on the Hub, which is not downloaded; name its components "
             "instead, such as sam-vit-h+query+gpt2-large"
         )
     local_names = [name for name in zoo.list_names() if zoo.get_entry(name).folder]

@@ -21,10 +21,10 @@ class DamJson(RecordTable):
 
         {"SAMPLE": [{"mask_rle": {"size": [height, width], "counts": "..."}, "caption": "TEXT"}, ...], ...}
 
-    The image of a sample is `images/SAMPLE.jpg`. Extract the image archives first, without their pickle files, which
-    are not read: `for file in images/*.tar; do tar -xf $file -C images --wildcards '*.jpg'; done`. Records of videos
-    are skipped and counted. The layout is that of huggingface.co/datasets/nvidia/describe-anything-dataset. Takes the
-    arguments of `RecordTable`.
+    The image of a sample is `images/SAMPLE.jpg`. Extract the image archives first, such as with
+    `for file in images/*.tar; do tar -xf "$file" -C images; done`. The pickle files in them are not read, because
+    reading one can run its code; delete them. Records of videos are skipped and counted. The layout is that of
+    huggingface.co/datasets/nvidia/describe-anything-dataset. Takes the arguments of `RecordTable`.
     """
 
     reader = "dam-json"

@@ -65,7 +65,8 @@ class OspreyJson(RecordTable):
                 )
                 if len(annotations) > 1 and not list_region_references(prompt):
                     self._skip("question that refers to none of several regions", place)
-                else:
+                    continue
+                with self._catch_record_errors():
                     questions.append(make_question(prompt, answer, region_ids, place))
         self._add_questions(row, questions)
         for index, (region_id, annotation) in enumerate(zip(region_ids, annotations, strict=True)):

@@ -97,14 +97,17 @@ class SwiftJson(RecordTable):
         reader = _TurnReader(names, len(boxes), first_region_id, location)
         questions: list[Question] = []
         for prompt, answer in _read_messages(record, location):
-            text, region_ids = reader.read_turn(prompt, answer)
+            text, answer_text, region_ids = reader.read_turn(prompt, answer)
             if not region_ids:
                 if BOX_TAG not in answer:
                     self._skip("turn without a box", location)
+            elif BOX_TAG in answer:
+                self._skip("answer with boxes to a question about boxes", location)
             elif self.caption_prompt and _normalize_prompt(prompt) == self.caption_prompt:
-                reader.phrases[region_ids[0] - first_region_id].append(answer.strip())
+                reader.phrases[region_ids[0] - first_region_id].append(answer_text)
             else:
-                questions.append(make_question(text, TAG_PATTERN.sub("", answer), region_ids, location))
+                with self._catch_record_errors():
+                    questions.append(make_question(text, answer_text, region_ids, location))
         self._add_questions(row, questions)
         for index, (box, phrases) in enumerate(zip(boxes, reader.phrases, strict=True)):
             region_id = first_region_id + index
@@ -156,7 +159,7 @@ class _TurnReader:
         self._names, self._box_indices = iter(names), iter(range(num_boxes))
         self._first_region_id, self._location = first_region_id, location
 
-    def read_turn(self, prompt: str, answer: str) -> tuple[str, list[int]]:
+    def read_turn(self, prompt: str, answer: str) -> tuple[str, str, list[int]]:
         """Read a turn. Boxes in an answer without texts have the last text of a prompt without boxes.
 
         Args:
@@ -164,14 +167,15 @@ class _TurnReader:
             answer: Assistant's message.
 
         Returns:
-            The prompt with references to its regions, and the ids of these regions.
+            The prompt with references to its regions, the answer, both with their texts, and the ids of the regions of
+            the prompt.
 
         Raises:
             InputError: The record has fewer boxes or texts than tags.
         """
         text, region_ids, name = self._read_message(prompt.replace(IMAGE_TAG, ""), None)
-        self._read_message(answer, None if region_ids or NAME_TAG in answer else name)
-        return text.strip(), region_ids
+        answer_text, _, _ = self._read_message(answer, None if region_ids or NAME_TAG in answer else name)
+        return text.strip(), answer_text.strip(), region_ids
 
     def _read_message(self, message: str, shared_name: str | None) -> tuple[str, list[int], str | None]:
         """Read a message whose boxes have the text directly before them, else `shared_name`.
@@ -190,7 +194,8 @@ class _TurnReader:
                 if name is not None:
                     self.phrases[index].append(name)
                 region_ids.append(self._first_region_id + index)
-                parts.append(f"<region {len(region_ids)}>")
+                separator = " " if "".join(parts)[-1:].isalnum() else ""
+                parts.append(f"{separator}<region {len(region_ids)}>")
             else:
                 name = shared_name if WORD_PATTERN.search(part) else name
                 parts.append(part)

@@ -91,8 +91,9 @@ def test_halving_keeps_the_best_third_of_combinations_that_look_alike(sweep):
     result = halve_combinations(sweep.list_rows("listed"), make_run_rows(dict.fromkeys(range(1, 9), 0.5), calls))
     assert [len(call) for call in calls] == [8, 3, 2, 1]
     assert [call[0][1] for call in calls] == [1, 2, 4, 8]
-    assert len(result.not_ruled_out) + len(result.ruled_out) == 7
-    assert len(result.not_ruled_out) >= 3
+    assert len(result.dropped_early) == 5
+    assert len(result.not_ruled_out) + len(result.ruled_out) == 2
+    assert result.format_lines()[-2].split("; ")[1] == "dropped after the first rung: 5"
     assert result.seconds == pytest.approx(60 * (8 / 8 + 3 * 2 / 8 + 2 * 4 / 8 + 1))
 
 
@@ -120,7 +121,7 @@ def test_halving_stops_early_if_one_combination_is_clearly_best(sweep):
     result = halve_combinations(sweep.list_rows("listed"), make_run_rows(scores, calls), report=lines.append)
     assert [len(call) for call in calls] == [8, 3, 1]
     assert (get_depth(result.best), result.best.step) == (3, 8)
-    assert len(result.ruled_out) == 7
+    assert (len(result.ruled_out), len(result.dropped_early), len(result.failed)) == (2, 5, 0)
     assert result.format_lines()[0].startswith("recommended: mixer query(num_queries=2,depth=3,")
     assert "class/accuracy 90." in result.format_lines()[0]
     assert result.format_lines()[0].endswith("; estimated 3.30 GFLOPs per image with 2 regions, 5 MB peak memory")
@@ -133,7 +134,8 @@ def test_halving_ranks_failed_combinations_last(sweep):
     scores = {depth: None if depth < 5 else depth / 10 for depth in range(1, 9)}
     result = halve_combinations(sweep.list_rows("listed"), make_run_rows(scores, []))
     assert get_depth(result.best) == 8
-    assert {get_depth(each) for each in result.ruled_out} >= {1, 2, 3, 4}
+    assert {get_depth(each) for each in result.failed} == {1, 2, 3, 4}
+    assert "; failed: 4; " in result.format_lines()[-2]
 
 
 def test_halving_reports_when_every_combination_fails(sweep):

@@ -62,6 +62,13 @@ def test_osprey_json_reads_turns_as_questions_about_the_regions_of_the_record(op
     assert dict(dataset.skipped) == {"question that refers to none of several regions": 1}
 
 
+def test_osprey_json_skips_only_the_turns_that_it_cannot_use(open_records):
+    dataset = open_records(make_record("what is <region1>?", "a cup", "and <region5>?", "a table"))
+    (sample,) = dataset
+    assert [each.answer for each in sample.questions] == ["a cup"]
+    assert dataset.skipped == {"unusable region": 1}
+
+
 def test_osprey_json_finds_images_of_coco_2014_under_their_names_in_coco_2017(open_records):
     record = make_record("what is it?", "a cup", segmentations=[LEFT], file_name="COCO_train2014_000000000009.jpg")
     dataset = open_records(record)

@@ -77,6 +77,29 @@ def test_swift_json_reads_texts_before_boxes_as_phrases(open_records, turns, nam
     assert dataset.skipped.get("region without text", 0) == phrases.count([])
 
 
+def test_swift_json_inserts_texts_into_prompts_and_answers(open_records):
+    (sample,) = open_records(
+        make_record("What is <ref-object><bbox> doing?", "The <ref-object> sleeps", names=["dog", "dog"]),
+        make_record("Describe <bbox>.", "a <ref-object> asleep", names=["cat"]),
+        caption_prompt="Describe <bbox>.",
+    )
+    assert sample.questions == (Question("What is dog <region 1> doing?", "The dog sleeps", (0,)),)
+    assert [region.phrases for region in sample.regions] == [("dog",), ("a cat asleep",)]
+
+
+def test_swift_json_skips_only_the_turns_that_it_cannot_use(open_records):
+    dataset = open_records(
+        make_record("Is <bbox> red?", "yes", "Like <bbox>?", "<bbox>", "And <bbox>?", " ", boxes=(FIRST,) * 4)
+    )
+    (sample,) = dataset
+    assert [each.answer for each in sample.questions] == ["yes"]
+    assert dataset.skipped == {
+        "answer with boxes to a question about boxes": 1,
+        "unusable region": 1,
+        "region without text": 3,
+    }
+
+
 def test_swift_json_scales_boxes_of_type_norm1(open_records):
     turns = ("What is <bbox>?", "a cup")
     (sample,) = open_records(make_record(*turns, boxes=([0.25, 0.5, 0.75, 1],), bbox_type="norm1"))
