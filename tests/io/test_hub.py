@@ -57,7 +57,10 @@ print(sca.load(sys.argv[1]).spec.mixer.name)
 """
 
 
-@pytest.mark.parametrize("name", ["pam-3b", "Perceive-Anything/PAM-3B", "someone/PAM-3B"])
+@pytest.mark.parametrize(
+    "name",
+    ["pam-3b", *(pytest.param(name, marks=pytest.mark.all) for name in ("Perceive-Anything/PAM-3B", "someone/PAM-3B"))],
+)
 def test_pam_is_loaded_from_the_folder_of_its_repository_after_its_terms(hub, run_with_hub, tmp_path, name):
     shutil.copytree(GOLDEN_FOLDER, tmp_path / "repository" / "PAM-3B")
     (tmp_path / "repository" / "README.md").write_text("A model.")
