@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,13 @@ from sca_registry.contracts import Prompt
 from transformers.models.kosmos2.processing_kosmos2 import coordinate_to_patch_index
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from sca.captioners.region_captioner import RegionView, box_to_pixels, crop_image
+from sca.captioners.region_captioner import (
+    MAX_ASPECT_RATIO,
+    RegionView,
+    box_to_pixels,
+    check_aspect_ratio,
+    crop_image,
+)
 from sca.io.coordinates import Box
 from sca.io.masks import decode_rle, resize_rle
 
@@ -129,7 +136,7 @@ def crop_region(view: RegionView, context: float) -> Image.Image:
         context: Sides of the crop as multiples of those of the box; the crop is clipped to the image.
 
     Returns:
-        The RGB crop.
+        The RGB crop, see `crop_image`.
     """
     x1, y1, x2, y2 = get_box(view)
     x_margin, y_margin = (context - 1) * (x2 - x1) / 2, (context - 1) * (y2 - y1) / 2
@@ -184,9 +191,13 @@ def resize_for_coordinates(view: RegionView, coordinate_format: CoordinateFormat
 
     Returns:
         The image, resized if coordinates are pixels of the resized image, and the coordinates.
+
+    Raises:
+        ValueError: The model does not support the aspect ratio of the image.
     """
     image, (x1, y1, x2, y2) = view.image, get_box(view)
     if coordinate_format.resizing is not None:
+        check_aspect_ratio(image)
         height, width = smart_resize(image.height, image.width, *coordinate_format.resizing)
         x_scale, y_scale = width / image.width, height / image.height
         x1, y1, x2, y2 = x1 * x_scale, y1 * y_scale, x2 * x_scale, y2 * y_scale
@@ -195,11 +206,12 @@ def resize_for_coordinates(view: RegionView, coordinate_format: CoordinateFormat
 
 
 def limit_size(image: Image.Image, max_side: int) -> Image.Image:
-    """Return an image whose longer side is at most `max_side`, scaled down if necessary."""
+    """Return an image whose longer side is at most `max_side`, scaled down to an aspect ratio that models support."""
     scale = max_side / max(image.size)
     if scale >= 1:
         return image
-    width, height = (max(1, round(side * scale)) for side in image.size)
+    min_side = math.ceil(max_side / MAX_ASPECT_RATIO)
+    width, height = (max(min_side, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 

@@ -352,6 +352,17 @@ def test_coordinates_have_the_notation_of_each_family(name, size, box, sent_size
     assert (image.size, coordinates) == (sent_size, text)
 
 
+def test_images_that_are_sent_have_an_aspect_ratio_that_models_support(server):
+    thin_image, prompts = Image.new("RGB", (2001, 12)), [Prompt(box=(0, 0, 2001, 3))]
+    captioner = sca.load_captioner(f"openai url={server.url} model=mine context=1.0")
+    captioner.caption(thin_image, prompts)
+    assert read_image(server.bodies[0]).size == (1024, 6)
+    options = "region_format=coordinates coordinate_format=qwen2_5_vl max_side=4096"
+    captioner = sca.load_captioner(f"openai url={server.url} model=mine {options}")
+    with pytest.raises(ValueError, match=r"^an image of 2001 x 8 pixels exceeds the aspect ratio of 200:1 .*; crop"):
+        captioner.caption(thin_image.crop((0, 0, 2001, 8)), prompts)
+
+
 @pytest.mark.parametrize(
     ("coordinate_format", "question"),
     [

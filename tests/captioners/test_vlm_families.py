@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny_vlms
+from PIL import Image
 from sca_registry.contracts import Prompt
 
 from sca.captioners.region_captioner import RegionView
@@ -127,3 +128,19 @@ def test_vlm_crops_the_box_with_context(captioner, image, question_calls):
     pixels = np.asarray(image)
     assert np.array_equal(crops[0], pixels[20:30, 20:40])
     assert np.array_equal(crops[1], pixels[15:35, 10:50])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [(450, 6), (6, 450)])
+def test_vlm_family_captions_crops_of_thin_regions(captioner, family, size):
+    thin_image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8))
+    x2, y2 = (side if side > 6 else 2 for side in size)
+    (caption,) = captioner(family, context=1.0).caption(thin_image, [Prompt(box=(0, 0, x2, y2))], max_new_tokens=1)
+    assert caption.score > 0
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("region_format", ["crop", "outline", "coordinates"])
+def test_vlm_rejects_images_above_the_aspect_ratio_of_the_model(captioner, family, region_format):
+    with pytest.raises(ValueError, match=r"^an image of 402 x 2 pixels exceeds the aspect ratio of 200:1 .*; crop"):
+        captioner(family, region_format).caption(Image.new("RGB", (402, 2)), [Prompt(box=(0, 0, 402, 2))])
