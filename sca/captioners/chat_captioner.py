@@ -31,6 +31,7 @@ from sca.captioners.region_formats import (
     get_questions,
     insert_coordinates,
     limit_size,
+    remove_coordinates,
     resize_for_coordinates,
     scale_region,
 )
@@ -52,7 +53,7 @@ class ChatCaptioner(RegionCaptioner):
     The server is OpenAI-compatible, such as vLLM, SGLang, Ollama, llama.cpp or `sca serve`. The key is read from the
     environment: `OPENAI_API_KEY`, or the file named by `OPENAI_API_KEY_FILE`. Responses are cached in the folder
     `responses` of the cache by the server, the model, the image and all options, unless they are sampled without a
-    seed. The captions have no score.
+    seed. The captions have no score. With `region_format=coordinates`, coordinates are removed from them.
 
     Args:
         encoder: Encoder whose segmenter predicts the masks, see `RegionCaptioner`.
@@ -183,7 +184,10 @@ class ChatCaptioner(RegionCaptioner):
         fields = self._make_fields(task, generation)
         make_bodies = [partial(self._make_body, view, question, fields) for view in regions]
         is_random = bool(fields.get("temperature", 0)) and fields.get("seed") is None
-        return list(map(_make_text, self.client.request_completions(make_bodies, use_cache=not is_random)))
+        texts = map(_make_text, self.client.request_completions(make_bodies, use_cache=not is_random))
+        if self.coordinate_format not in COORDINATE_FORMATS:
+            return list(texts)
+        return [text._replace(text=remove_coordinates(text.text, self.coordinate_format)) for text in texts]
 
     def _make_fields(self, task: str, generation: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of a request that are the same for all regions."""

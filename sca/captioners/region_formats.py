@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ MARK_COLOR = (255, 0, 0)
 LINE_WIDTH_DIVISOR = 150  # line width of a drawn region: the image's longer side divided by this
 MAX_CONTEXT = 100.0  # of a crop
 REGION_MARK = "{region}"  # place of the coordinates in a question
+TAG_PATTERN = re.compile(r"</?[a-z_]+\d*/?>")  # location and phrase tags in a generated text
+BOX_LIST = r"\[\s*\d+(?:\.\d+)?(?:\s*,\s*\d+(?:\.\d+)?){3}\s*\]"
 QUESTIONS = {  # by region format: for recognition, and for a caption
     "crop": ("What is in this picture? Answer with its name alone.", "Describe this picture in one short phrase."),
     "box": (
@@ -80,10 +83,12 @@ class CoordinateFormat(NamedTuple):
 
     Attributes:
         format_box: Function of a box in pixels of an image, and of the size of that image.
+        pattern: Regular expression of coordinates in a generated text, in which special tokens are missing.
         resizing: Resizing of images, if the coordinates are pixels of the resized image.
     """
 
     format_box: Callable[[Box, tuple[int, int]], str]
+    pattern: re.Pattern[str] = TAG_PATTERN
     resizing: Resizing | None = None
 
     def adapt_to_processor(self, image_processor: Any) -> CoordinateFormat:
@@ -112,6 +117,21 @@ def insert_coordinates(question: str, coordinates: str) -> str:
     if coordinates and REGION_MARK not in question:
         question = f"{question} {REGION_MARK}"
     return question.replace(REGION_MARK, coordinates)
+
+
+def remove_coordinates(text: str, model_type: str) -> str:
+    """Remove coordinates and tags from a generated text.
+
+    Args:
+        text: Text.
+        model_type: Model type of transformers, whose notation in `COORDINATE_FORMATS`, if any, is removed.
+
+    Returns:
+        The text with single spaces.
+    """
+    if model_type in COORDINATE_FORMATS:
+        text = COORDINATE_FORMATS[model_type].pattern.sub(" ", text)
+    return " ".join(TAG_PATTERN.sub(" ", text).split())
 
 
 def check_coordinates_mark(question: str, region_format: str) -> None:
@@ -309,12 +329,18 @@ def _compute_line_width(image: Image.Image) -> int:
 
 COORDINATE_FORMATS = {  # by model type of transformers
     "florence2": CoordinateFormat(_format_florence2_box),
-    "internvl": CoordinateFormat(_format_internvl_box),
+    "internvl": CoordinateFormat(
+        _format_internvl_box, re.compile(rf"\[\s*{BOX_LIST}(?:\s*,\s*{BOX_LIST})*\s*\]|{BOX_LIST}")
+    ),
     "kosmos-2": CoordinateFormat(_format_kosmos2_box),
-    "molmo2": CoordinateFormat(_format_molmo2_point),
+    "molmo2": CoordinateFormat(
+        _format_molmo2_point, re.compile(r"<points\b[^<>]*>region</points>|</?points?\b[^<>]*>")
+    ),
     "paligemma": CoordinateFormat(_format_paligemma_box),
-    "qwen2_vl": CoordinateFormat(_format_qwen2_box),
-    "qwen2_5_vl": CoordinateFormat(_format_qwen2_5_box, Resizing()),
-    "qwen3_vl": CoordinateFormat(_format_qwen3_box),
-    "qwen3_vl_moe": CoordinateFormat(_format_qwen3_box),
+    "qwen2_vl": CoordinateFormat(
+        _format_qwen2_box, re.compile(r"\(\s*\d+\s*,\s*\d+\s*\)\s*,\s*\(\s*\d+\s*,\s*\d+\s*\)")
+    ),
+    "qwen2_5_vl": CoordinateFormat(_format_qwen2_5_box, re.compile(BOX_LIST), Resizing()),
+    "qwen3_vl": CoordinateFormat(_format_qwen3_box, re.compile(BOX_LIST)),
+    "qwen3_vl_moe": CoordinateFormat(_format_qwen3_box, re.compile(BOX_LIST)),
 }

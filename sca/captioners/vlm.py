@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from sca.captioners.region_formats import (
     get_box,
     get_questions,
     insert_coordinates,
+    remove_coordinates,
     resize_for_coordinates,
 )
 from sca.inference.engine import EncodedImages
@@ -36,7 +36,6 @@ from sca.io.validation import check_choice, check_range
 REGION_FORMATS = ("crop", "box", "outline", "coordinates")
 TASK_PROMPT_MODELS = ("florence2", "kosmos-2")  # model types whose crops and coordinates have prompts of fixed tasks
 TASK_PROMPT_FORMATS = ("crop", "coordinates")
-TAG_PATTERN = re.compile(r"</?[a-z_]+\d*/?>")  # location and phrase tags in a generated text
 
 
 class VisionLanguageModel(RegionCaptioner):
@@ -133,11 +132,12 @@ class VisionLanguageModel(RegionCaptioner):
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
     ) -> list[ScoredText]:
-        """Generate one text per region, without location tags; see `RegionCaptioner`."""
+        """Generate one text per region, without coordinates; see `RegionCaptioner`."""
         question = generation.pop("question", None) or self.task_questions[TASKS.index(task)]
         inputs = [self._build_input(view, question) for view in regions]
         texts = self.image_text_model.generate_texts(inputs, **resolve_generation_options(generation))
-        return [text._replace(text=" ".join(TAG_PATTERN.sub(" ", text.text).split())) for text in texts]
+        model_type = self.image_text_model.model_type
+        return [text._replace(text=remove_coordinates(text.text, model_type)) for text in texts]
 
     def check_question(self, question: str) -> None:
         """Check a question.

@@ -10,7 +10,7 @@ from email.utils import format_datetime
 
 import numpy as np
 import pytest
-from chat_server import FAULTS, make_text, run_chat_server
+from chat_server import FAULTS, make_completion, make_text, run_chat_server
 from PIL import Image
 from sca_registry import RegistryError, captioners
 from sca_registry.contracts import Prompt
@@ -376,6 +376,16 @@ def test_coordinates_are_part_of_the_prompt_of_each_family(server, image, coordi
     captioner = sca.load_captioner(f"openai url={server.url} model=mine {options}")
     captioner.caption(image, [Prompt(box=(20, 15, 40, 30))])
     assert read_question(server.bodies[-1]) == question
+
+
+def test_captions_of_models_with_coordinates_contain_none(image):
+    def ground_text(handler):
+        handler.send_json(make_completion("<ref>a red car</ref><box>[[1, 2, 3, 4]]</box>"))
+
+    with run_chat_server(lambda text, number: ground_text) as server:
+        name = f"openai url={server.url} model=mine region_format=coordinates coordinate_format=internvl"
+        (caption,) = sca.load_captioner(name).caption(image, [Prompt(box=(20, 15, 40, 30))])
+    assert caption.text == "a red car"
 
 
 def test_questions_replace_the_built_in_ones_and_keep_the_coordinates(server, image):
