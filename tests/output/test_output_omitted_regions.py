@@ -23,6 +23,7 @@ FORMATS = {
     "label-studio": "Label Studio predictions",
     "labelme": "LabelMe files",
 }
+POINT_CAPTION = Caption("a point", 0.5, None, None, None, Prompt(points=((5, 6, 1),)), 0)
 
 
 def write_images(folder, format_name):
@@ -51,6 +52,16 @@ def test_writer_omits_regions_without_coordinates_and_warns_once_with_their_numb
     assert read_texts(path, format_name) == ["a box"] * 3
     text = f"{FORMATS[format_name]} omit 3 regions without a mask, a box and a point; the first is in b.png"
     assert [record.getMessage() for record in caplog.records] == [text]
+
+
+def test_yolo_writer_warns_once_with_the_number_of_regions_without_a_box_of_all_images(tmp_path, caplog):
+    for folder in ("first", "second"):
+        with MultiFormatWriter(tmp_path / folder, ("yolo",)) as writers:
+            for stem, captions in (("a", CAPTIONS[:1]), ("b", [POINT_CAPTION, UNLOCATED]), ("c", [POINT_CAPTION])):
+                writers.add(f"{stem}.png", Image.new("RGB", (40, 30)), captions)
+        text = "YOLO labels omit 3 regions without a box; the first is in b.png"
+        assert [record.getMessage() for record in caplog.records] == [text]
+        caplog.clear()
 
 
 def test_geojson_writer_keeps_regions_without_coordinates(tmp_path, caplog):
