@@ -18,7 +18,6 @@ from sca.captioners.chat_client import ChatClient, ChatCompletion, get_response_
 from sca.captioners.region_captioner import RegionCaptioner, RegionView, ScoredText, check_region_question
 from sca.captioners.region_formats import (
     COORDINATE_FORMATS,
-    MAX_CONTEXT,
     QUESTIONS,
     REGION_MARK,
     CoordinateFormat,
@@ -33,6 +32,7 @@ from sca.captioners.region_formats import (
     limit_size,
     remove_coordinates,
     resize_for_coordinates,
+    resolve_context,
     scale_region,
 )
 from sca.inference.engine import EncodedImages
@@ -64,7 +64,7 @@ class ChatCaptioner(RegionCaptioner):
             the full image with the box or the outline of the mask drawn in red. "coordinates" is the full image, with
             the box as text in the format `coordinate_format`. "alpha" is a PNG with the mask as alpha channel, as for
             Describe Anything (arXiv 2504.16072).
-        context: Sides of a crop as multiples of those of the box.
+        context: Sides of a crop as multiples of those of the box, 1.5 by default. Requires `region_format="crop"`.
         coordinate_format: Format of coordinates: the model type of the model in transformers, such as "qwen3_vl", or
             "sca" for the chat route of `sca serve`. `COORDINATE_FORMATS` lists the model types.
         question: Question for both tasks instead of the built-in ones. "{region}" is replaced by the coordinates, which
@@ -93,7 +93,7 @@ class ChatCaptioner(RegionCaptioner):
         url: str | None = None,
         model: str | None = None,
         region_format: str = "crop",
-        context: float = 1.5,
+        context: float | None = None,
         coordinate_format: str | None = None,
         question: str | None = None,
         max_side: int = 1024,
@@ -105,7 +105,7 @@ class ChatCaptioner(RegionCaptioner):
         device: str = "cpu",
     ):
         check_choice("region_format", region_format, QUESTIONS)
-        check_range("context", context, float, 1.0, MAX_CONTEXT)
+        self.context: float = resolve_context(context, region_format)
         check_range("max_side", max_side, int, MIN_SIDE, MAX_SIDE)
         self.extra_body: dict[str, Any] = check_extra_body(extra_body)
         if (region_format == "coordinates") != (coordinate_format is not None):
@@ -123,7 +123,6 @@ class ChatCaptioner(RegionCaptioner):
             url, timeout, max_retries, max_concurrency, get_response_cache_folder() if cache else None
         )
         super().__init__(encoder, device)
-        self.context = context
         self.max_side = max_side
         is_sca_server = coordinate_format == SERVER_COORDINATES
         questions = SERVER_QUESTIONS if is_sca_server else get_questions(coordinate_format, region_format)

@@ -22,10 +22,11 @@ from sca.captioners.region_captioner import (
 )
 from sca.io.coordinates import Box
 from sca.io.masks import decode_rle, resize_rle
+from sca.io.validation import check_range
 
 MARK_COLOR = (255, 0, 0)
 LINE_WIDTH_DIVISOR = 150  # line width of a drawn region: the image's longer side divided by this
-MAX_CONTEXT = 100.0  # of a crop
+DEFAULT_CONTEXT, MAX_CONTEXT = 1.5, 100.0  # of a crop
 REGION_MARK = "{region}"  # place of the coordinates in a question
 TAG_PATTERN = re.compile(r"</?[a-z_]+\d*/?>")  # location and phrase tags in a generated text
 BOX_LIST = r"\[\s*\d+(?:\.\d+)?(?:\s*,\s*\d+(?:\.\d+)?){3}\s*\]"
@@ -146,6 +147,27 @@ def check_coordinates_mark(question: str, region_format: str) -> None:
     """
     if REGION_MARK in question and region_format != "coordinates":
         raise ValueError(f"the question contains {REGION_MARK}, which requires region_format=coordinates; remove it")
+
+
+def resolve_context(context: float | None, region_format: str) -> float:
+    """Check the context of crops, and replace None by the default.
+
+    Args:
+        context: Sides of a crop as multiples of those of the box, or None.
+        region_format: How the region is shown.
+
+    Returns:
+        The context.
+
+    Raises:
+        ValueError: The context is out of range, or set although the region is not shown by a crop.
+    """
+    if context is None:
+        return DEFAULT_CONTEXT
+    check_range("context", context, float, 1.0, MAX_CONTEXT)
+    if region_format != "crop":
+        raise ValueError("context requires region_format=crop; remove it")
+    return context
 
 
 def crop_region(view: RegionView, context: float) -> Image.Image:

@@ -19,7 +19,6 @@ from sca.captioners.region_captioner import (
 )
 from sca.captioners.region_formats import (
     COORDINATE_FORMATS,
-    MAX_CONTEXT,
     check_coordinates_mark,
     crop_region,
     draw_box,
@@ -29,9 +28,10 @@ from sca.captioners.region_formats import (
     insert_coordinates,
     remove_coordinates,
     resize_for_coordinates,
+    resolve_context,
 )
 from sca.inference.engine import EncodedImages
-from sca.io.validation import check_choice, check_range
+from sca.io.validation import check_choice
 
 REGION_FORMATS = ("crop", "box", "outline", "coordinates")
 TASK_PROMPT_MODELS = ("florence2", "kosmos-2")  # model types whose crops and coordinates have prompts of fixed tasks
@@ -52,7 +52,7 @@ class VisionLanguageModel(RegionCaptioner):
             `context`. "box" and "outline" are the full image with the box or the outline of the mask drawn in red.
             "coordinates" is the full image, with the box as text in the notation that the family was trained on, see
             `COORDINATE_FORMATS`.
-        context: Sides of a crop as multiples of those of the box.
+        context: Sides of a crop as multiples of those of the box, 1.5 by default. Requires `region_format="crop"`.
         question: Question for both tasks instead of the built-in ones. "{region}" is replaced by the coordinates, which
             otherwise follow the question. The chat template of the model is applied if it has one. Not available for
             the tasks of Florence-2 and Kosmos-2.
@@ -63,7 +63,7 @@ class VisionLanguageModel(RegionCaptioner):
 
     Raises:
         RegistryError: `region_format` is unknown, or `context` is out of range.
-        ValueError: The model takes no questions, or does not support `region_format`.
+        ValueError: The model takes no questions, or does not support `region_format`, or an option does not fit it.
         InputError: The weights cannot be read.
     """
 
@@ -74,7 +74,7 @@ class VisionLanguageModel(RegionCaptioner):
         revision: str | None = None,
         pretrained: bool = True,
         region_format: str = "crop",
-        context: float = 1.5,
+        context: float | None = None,
         question: str | None = None,
         batch_size: int = 16,
         config: Mapping[str, Any] | None = None,
@@ -82,7 +82,7 @@ class VisionLanguageModel(RegionCaptioner):
         dtype: str | None = None,
     ):
         check_choice("region_format", region_format, REGION_FORMATS)
-        check_range("context", context, float, 1.0, MAX_CONTEXT)
+        self.context: float = resolve_context(context, region_format)
         super().__init__(encoder, device)
         self.image_text_model: ImageTextModel = ImageTextModel(
             weights, revision, pretrained, config, device, dtype, batch_size
@@ -96,7 +96,6 @@ class VisionLanguageModel(RegionCaptioner):
                 f"region_format={'|'.join(each for each in REGION_FORMATS if each != 'coordinates')}"
             )
         self.region_format = region_format
-        self.context = context
         self.has_task_prompts: bool = model_type in TASK_PROMPT_MODELS and region_format in TASK_PROMPT_FORMATS
         if question is not None:
             if self.has_task_prompts:
@@ -111,7 +110,7 @@ class VisionLanguageModel(RegionCaptioner):
         self.metadata_options: dict[str, Any] = {
             "encoder": encoder,
             "region_format": region_format,
-            **({"context": context} if region_format == "crop" else {}),
+            **({"context": self.context} if region_format == "crop" else {}),
             "question": question,
         }
 

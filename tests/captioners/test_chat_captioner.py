@@ -271,6 +271,7 @@ def test_unusable_keys_are_rejected_without_showing_them(server, monkeypatch, tm
         ("max_concurrency=0", "max_concurrency is 0"),
         ("timeout=0.0", "timeout is 0"),
         ("context=0.5", "context is 0.5"),
+        ("region_format=alpha context=2.0", "context requires region_format=crop; remove it"),
         ("key=abc", "'key'"),
     ],
 )

@@ -130,6 +130,7 @@ def test_vlm_applies_the_chat_template_and_batches_images_of_different_sizes(wei
         ("qwen2_vl", {"question": "what is {region}?"}, "requires region_format=coordinates; remove it"),
         ("qwen2_vl", {"question": "is <region 1> red?"}, "does not support region references"),
         ("qwen2_vl", {"context": 0.5}, "context is 0.5"),
+        ("qwen2_vl", {"region_format": "box", "context": 1.5}, "^context requires region_format=crop; remove it"),
     ],
 )
 def test_vlm_rejects_unsupported_options_and_suggests_alternatives(weights_folder, kind, options, message):
