@@ -91,6 +91,11 @@ def test_model_returns_captions_up_to_the_first_stop_string():
     assert generate(stop) == generate([stop]) == caption.split(stop)[0]
 
 
+def test_model_zooms_only_on_request_as_sca_caption_does():
+    assert make_model().zoom is None
+    assert make_model(zoom="auto").zoom is not None
+
+
 def test_lmms_eval_finds_the_model():
     pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
     from lmms_eval.models import get_model

@@ -10,7 +10,7 @@ from tqdm import tqdm
 import sca
 from sca.inference.batch import caption_requests
 from sca.inference.generation_options import resolve_generation_options
-from sca.inference.zoom_options import resolve_zoom
+from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
 from sca_lmms_eval.arguments import parse_batch_size, parse_stop_strings
 from sca_lmms_eval.regions import PROMPT_TYPES, read_region
 
@@ -39,7 +39,7 @@ class SegmentCaptionAnything(lmms):
         batch_size: int | str = 1,
         max_batch_size: Any = None,
         prompt_type: str = "box",
-        zoom: str | float = "auto",
+        zoom: ZoomValue = DEFAULT_ZOOM,
         dtype: str | None = None,
         num_beams: int | None = None,
         max_new_tokens: int | None = None,
