@@ -20,6 +20,7 @@ PROMPTS = {  # for the box 10.2, 9.7, 39.5, 30.0 in an image of 80 x 60 pixels
     "qwen2_vl": DEFAULT_QUESTION.format("<|box_start|>(127,161),(493,500)<|box_end|>"),
     "qwen2_5_vl": DEFAULT_QUESTION.format("[10, 10, 40, 32]"),  # pixels of 80 x 64
     "qwen3_vl": DEFAULT_QUESTION.format("[128, 162, 494, 500]"),
+    "qwen3_vl_moe": DEFAULT_QUESTION.format("[128, 162, 494, 500]"),
 }
 
 TEXTS_WITH_COORDINATES = [  # as decoded without special tokens; the caption is "a red car"
@@ -102,6 +103,10 @@ def test_vlm_family_receives_coordinates_in_its_own_notation(captioner, family, 
 @pytest.mark.parametrize(("family", "text"), TEXTS_WITH_COORDINATES)
 def test_vlm_family_removes_coordinates_in_its_notation_from_captions(family, text):
     assert remove_coordinates(text, family) == "a red car"
+
+
+def test_every_family_with_coordinates_is_tested():
+    assert {*FAMILIES, "florence2", "kosmos-2"} >= set(COORDINATE_FORMATS)  # these two have tests in test_vlm.py
 
 
 def test_every_notation_of_coordinates_is_removed_from_captions():
