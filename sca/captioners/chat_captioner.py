@@ -19,10 +19,10 @@ from sca.captioners.region_captioner import RegionCaptioner, RegionView, ScoredT
 from sca.captioners.region_formats import (
     COORDINATE_FORMATS,
     QUESTIONS,
-    REGION_MARK,
+    REGION_PLACEHOLDER,
     CoordinateFormat,
     add_alpha,
-    check_coordinates_mark,
+    check_region_placeholder,
     crop_region,
     draw_box,
     draw_outline,
@@ -44,7 +44,10 @@ GENERATION = {"max_new_tokens": 64, "num_beams": 1}
 MAX_COMPLETION_TOKENS = "max_completion_tokens"  # the field that replaces `max_tokens` for some models of OpenAI
 MIN_SIDE, MAX_SIDE = 16, 16_384  # pixels of the longer side of an image that is sent
 RESERVED_FIELDS = ("model", "messages", "stream", "n")  # of a request
-SERVER_COORDINATES, SERVER_QUESTIONS = "sca", (REGION_MARK, REGION_MARK)  # `sca serve` has a field for the task
+SERVER_COORDINATES, SERVER_QUESTIONS = (
+    "sca",
+    (REGION_PLACEHOLDER, REGION_PLACEHOLDER),
+)  # `sca serve` has a field for the task
 
 
 class ChatCaptioner(RegionCaptioner):
@@ -163,11 +166,11 @@ class ChatCaptioner(RegionCaptioner):
             question: Question.
 
         Raises:
-            ValueError: The question is empty, refers to several regions, or contains the mark of coordinates without
-                coordinates.
+            ValueError: The question is empty, refers to several regions, or contains "{region}" although the region is
+                not shown by coordinates.
         """
         check_region_question(question)
-        check_coordinates_mark(question, self.region_format)
+        check_region_placeholder(question, self.region_format)
 
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any

@@ -27,7 +27,7 @@ from sca.io.validation import check_range
 MARK_COLOR = (255, 0, 0)
 LINE_WIDTH_DIVISOR = 150  # line width of a drawn region: the image's longer side divided by this
 DEFAULT_CONTEXT, MAX_CONTEXT = 1.5, 100.0  # of a crop
-REGION_MARK = "{region}"  # place of the coordinates in a question
+REGION_PLACEHOLDER = "{region}"  # place of the coordinates in a question
 TAG_PATTERN = re.compile(r"</?[a-z_]+\d*/?>")  # location and phrase tags in a generated text
 BOX_LIST = r"\[\s*\d+(?:\.\d+)?(?:\s*,\s*\d+(?:\.\d+)?){3}\s*\]"
 QUESTIONS = {  # by region format: for recognition, and for a caption
@@ -115,9 +115,9 @@ def get_questions(model_type: str | None, region_format: str) -> tuple[str, str]
 
 def insert_coordinates(question: str, coordinates: str) -> str:
     """Replace "{region}" in a question by coordinates, or append them if the question does not contain it."""
-    if coordinates and REGION_MARK not in question:
-        question = f"{question} {REGION_MARK}"
-    return question.replace(REGION_MARK, coordinates)
+    if coordinates and REGION_PLACEHOLDER not in question:
+        question = f"{question} {REGION_PLACEHOLDER}"
+    return question.replace(REGION_PLACEHOLDER, coordinates)
 
 
 def remove_coordinates(text: str, model_type: str) -> str:
@@ -135,7 +135,7 @@ def remove_coordinates(text: str, model_type: str) -> str:
     return " ".join(TAG_PATTERN.sub(" ", text).split())
 
 
-def check_coordinates_mark(question: str, region_format: str) -> None:
+def check_region_placeholder(question: str, region_format: str) -> None:
     """Check that only a question for coordinates contains "{region}".
 
     Args:
@@ -145,8 +145,10 @@ def check_coordinates_mark(question: str, region_format: str) -> None:
     Raises:
         ValueError: The question contains "{region}", but the region is not shown by coordinates.
     """
-    if REGION_MARK in question and region_format != "coordinates":
-        raise ValueError(f"the question contains {REGION_MARK}, which requires region_format=coordinates; remove it")
+    if REGION_PLACEHOLDER in question and region_format != "coordinates":
+        raise ValueError(
+            f"the question contains {REGION_PLACEHOLDER} although region_format is not coordinates; remove it"
+        )
 
 
 def resolve_context(context: float | None, region_format: str) -> float:

@@ -19,7 +19,7 @@ from sca.captioners.region_captioner import (
 )
 from sca.captioners.region_formats import (
     COORDINATE_FORMATS,
-    check_coordinates_mark,
+    check_region_placeholder,
     crop_region,
     draw_box,
     draw_outline,
@@ -145,11 +145,11 @@ class VisionLanguageModel(RegionCaptioner):
             question: Question.
 
         Raises:
-            ValueError: The question is empty, refers to several regions, or contains the mark of coordinates without
-                coordinates.
+            ValueError: The question is empty, refers to several regions, or contains "{region}" although the region is
+                not shown by coordinates.
         """
         check_region_question(question)
-        check_coordinates_mark(question, self.region_format)
+        check_region_placeholder(question, self.region_format)
 
     def _build_input(self, view: RegionView, question: str) -> ImageTextInput:
         if self.region_format == "crop":

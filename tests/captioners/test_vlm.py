@@ -127,7 +127,11 @@ def test_vlm_applies_the_chat_template_and_batches_images_of_different_sizes(wei
         ),
         ("florence2", {"region_format": "coordinates", "question": "What?"}, "omit the option question"),
         ("florence2", {"question": "What?"}, "region_format=crop has a fixed prompt for a 'florence2' model"),
-        ("qwen2_vl", {"question": "what is {region}?"}, "requires region_format=coordinates; remove it"),
+        (
+            "qwen2_vl",
+            {"question": "what is {region}?"},
+            r"contains \{region\} although region_format is not coordinates; remove",
+        ),
         ("qwen2_vl", {"question": "is <region 1> red?"}, "does not support region references"),
         ("qwen2_vl", {"context": 0.5}, "context is 0.5"),
         ("qwen2_vl", {"region_format": "box", "context": 1.5}, "^context requires region_format=crop; remove it"),
