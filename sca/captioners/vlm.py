@@ -92,8 +92,7 @@ class VisionLanguageModel(RegionCaptioner):
             raise ValueError(f"a {model_type!r} model takes no questions; use it with crop-captioner")
         if region_format == "coordinates" and model_type not in COORDINATE_FORMATS:
             raise ValueError(
-                f"a {model_type!r} model has no notation of coordinates, as {', '.join(COORDINATE_FORMATS)} have; use "
-                f"region_format={'|'.join(each for each in REGION_FORMATS if each != 'coordinates')}"
+                f"a {model_type!r} model does not support region_format=coordinates; use crop, box or outline"
             )
         self.region_format = region_format
         self.has_task_prompts: bool = model_type in TASK_PROMPT_MODELS and region_format in TASK_PROMPT_FORMATS

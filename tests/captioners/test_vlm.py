@@ -117,7 +117,7 @@ def test_vlm_applies_the_chat_template_and_batches_images_of_different_sizes(wei
         (
             "gemma3",
             {"region_format": "coordinates"},
-            r"'gemma3' model has no notation of coordinates, as florence2, internvl, .*; use region_format=crop\|box",
+            "^a 'gemma3' model does not support region_format=coordinates; use crop, box or outline$",
         ),
         ("blip", {}, "'blip' model takes no questions; .* crop-captioner"),
         (
