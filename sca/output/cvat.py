@@ -51,7 +51,7 @@ class CvatWriter:
 
     def close(self, finished: bool = True) -> None:
         """Finish the file with the completed images. An unfinished run leaves an older file unchanged."""
-        self._omitted.warn()
+        self._omitted.log_total()
         try:
             document = AtomicFile(self._path)
             try:

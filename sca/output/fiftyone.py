@@ -67,7 +67,7 @@ class FiftyOneWriter:
 
     def close(self, finished: bool = True) -> None:
         """Finish the files with the completed images. An unfinished run leaves older files unchanged."""
-        self._omitted.warn()
+        self._omitted.log_total()
         try:
             close_document(self._samples, "\n]}\n", bool(self._num_images), finished)
         except BaseException:

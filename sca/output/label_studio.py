@@ -77,7 +77,7 @@ class LabelStudioWriter:
 
     def close(self, finished: bool = True) -> None:
         """Finish the file with the completed images. An unfinished run leaves an older file unchanged."""
-        self._omitted.warn()
+        self._omitted.log_total()
         close_document(self._file, "\n]\n", bool(self._num_images), finished)
 
 

@@ -64,7 +64,7 @@ class LabelMeWriter:
 
     def close(self, finished: bool = True) -> None:
         """Sync the file names; every file is complete already."""
-        self._omitted.warn()
+        self._omitted.log_total()
         self._files.close()
 
 

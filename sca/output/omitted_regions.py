@@ -31,7 +31,7 @@ class OmittedRegions:
             self._first_image = path
         self._count += number
 
-    def warn(self) -> None:
+    def log_total(self) -> None:
         """Log a warning with the number of all omitted regions, if there are any."""
         if self._count:
             regions = format_count(self._count, "region")

@@ -53,7 +53,7 @@ class YoloWriter:
 
     def close(self, finished: bool = True) -> None:
         """Write the names of the classes and sync the file names; the other files are complete already."""
-        self._omitted.warn()
+        self._omitted.log_total()
         if finished or self._num_images:
             names = "".join(
                 f"  {number}: {json.dumps(escape_terminal(name), ensure_ascii=False)}\n"
