@@ -82,7 +82,7 @@ class CvatWriter:
 
 
 def _format_shape(caption_record: dict[str, Any]) -> str | None:
-    """Return the element of a region; None without a mask, a box and a point."""
+    """Return the element of a region; None without a mask, a box or a point."""
     shape = _make_geometry(caption_record)
     if shape is None:
         return None
@@ -97,7 +97,7 @@ def _format_shape(caption_record: dict[str, Any]) -> str | None:
 
 
 def _make_geometry(caption_record: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """Return the tag of a shape and its coordinates in pixels; None without a mask, a box and a point."""
+    """Return the tag of a shape and its coordinates in pixels; None without a mask, a box or a point."""
     if caption_record["mask"] and (box := masks.mask_to_box(caption_record["mask"])):
         x1, y1, x2, y2 = (int(value) for value in box)
         mask_crop = masks.decode_rle(caption_record["mask"])[y1:y2, x1:x2]

@@ -77,7 +77,7 @@ class FiftyOneWriter:
 
 
 def _make_label(caption_record: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the detection or the keypoint of a region; None without a mask, a box and a point."""
+    """Return the detection or the keypoint of a region; None without a mask, a box or a point."""
     width, height = caption_record["width"], caption_record["height"]
     common_fields = {
         "label": replace_surrogates(caption_record.get("name") or REGION_LABEL),

@@ -93,7 +93,7 @@ def make_results(
         label: Preferred label. The others are the name of the region, and "region".
 
     Returns:
-        The results; none for a region without a mask, a box and a point.
+        The results; none for a region without a mask, a box or a point.
 
     Raises:
         InputError: No control can show the region.

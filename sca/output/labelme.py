@@ -69,7 +69,7 @@ class LabelMeWriter:
 
 
 def _make_shape(path: str, image: ImageOrSize, caption: Caption) -> dict[str, Any] | None:
-    """Return the shape of a region; None without a mask, a box and a point."""
+    """Return the shape of a region; None without a mask, a box or a point."""
     caption_record = caption_to_record(path, image, caption)
     common_fields = {
         "label": caption_record.get("name", REGION_LABEL),

@@ -20,7 +20,7 @@ class OmittedRegions:
         missing: What a region lacks, such as "a box".
     """
 
-    def __init__(self, output: str, missing: str = "a mask, a box and a point"):
+    def __init__(self, output: str, missing: str = "a mask, a box or a point"):
         self._output, self._missing = output, missing
         self._first_image = ""
         self._count = 0

@@ -27,7 +27,7 @@ POINT_CAPTION = Caption("a point", 0.5, None, None, None, Prompt(points=((5, 6, 
 
 
 def write_images(folder, format_name):
-    """Write one image without and two images with a region that has no mask, box and point."""
+    """Write one image without and two images with a region that has no mask, box or point."""
     image = Image.new("RGB", (40, 30))
     with MultiFormatWriter(folder, (format_name,)) as writers:
         writers.add("a.png", image, CAPTIONS[:1])
@@ -50,7 +50,7 @@ def read_texts(path, format_name):
 def test_writer_omits_regions_without_coordinates_and_warns_once_with_their_number(tmp_path, caplog, format_name):
     path = write_images(tmp_path, format_name)
     assert read_texts(path, format_name) == ["a box"] * 3
-    text = f"{FORMATS[format_name]} omit 3 regions without a mask, a box and a point; the first is in b.png"
+    text = f"{FORMATS[format_name]} omit 3 regions without a mask, a box or a point; the first is in b.png"
     assert [record.getMessage() for record in caplog.records] == [text]
 
 
