@@ -1,11 +1,11 @@
-"""Compare ways of showing a region to a VLM: `python benchmarks/studies/region_formats.py CAPTIONER [--out FILE]`
+"""Compare the region formats of a VLM: `python benchmarks/studies/region_formats.py CAPTIONER [--out FILE]`
 
-Captions the same regions once per way: crops without and with context, the full image with a drawn box or outline, the
-coordinates of the box in the notation of the model, and an alpha channel. CAPTIONER is a vision-language model by name,
-`vlm` with `weights=`, or `openai`. A way that the captioner does not support is listed with the reason.
+Captions the same regions once per format: crops without and with context, the full image with a drawn box or outline,
+the coordinates of the box in the notation of the model, and an alpha channel. CAPTIONER is a vision-language model by
+name, `vlm` with `weights=`, or `openai`. A format that the captioner does not support is listed with the reason.
 
-Prints a Markdown table; differences to crops without context have paired 95% confidence intervals over images. The
-seconds per region include the scores.
+Prints a Markdown table. Each difference from crops without context has a paired 95% confidence interval over images.
+Seconds per region include scoring.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from sca_registry.spec import ComponentSpec
 
 from sca.io.atomic import write_file
 from sca.io.errors import InputError
-from sca.io.score_format import format_interval, format_score
+from sca.io.score_format import format_score
+from score_table import format_difference
 
 REFERENCE = "crop"
-WAYS: dict[str, dict[str, Any]] = {  # options of the captioner
+REGION_FORMATS: dict[str, dict[str, Any]] = {  # options of the captioner
     REFERENCE: {"region_format": "crop", "context": 1.0},
     "crop, context 1.5": {"region_format": "crop", "context": 1.5},
     "crop, context 2": {"region_format": "crop", "context": 2.0},
@@ -37,7 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {  # options of the captioner
 }
 
 
-def measure_ways(
+def measure_region_formats(
     captioner: ComponentSpec,
     dataset: ComponentSpec,
     split: str,
@@ -47,7 +48,7 @@ def measure_ways(
     device: str,
     folder: Path,
 ) -> dict[str, dict[str, Any]]:
-    """Caption the regions of a dataset in every way, and compare each way with crops.
+    """Caption the regions of a dataset in every region format, and compare each format with crops.
 
     Args:
         captioner: Captioner; its option `coordinate_format`, if any, is that of the coordinates.
@@ -60,8 +61,8 @@ def measure_ways(
         folder: Folder for the predictions.
 
     Returns:
-        By way: `scores`, `differences` to crops by score with `mean`, `ci_low` and `ci_high`, `regions` and
-        `seconds_per_region`; or `reason` if the model does not support it.
+        By region format: `options`, `scores`, the `differences` from crops by score with `mean`, `ci_low` and
+        `ci_high`, `regions` and `seconds_per_region`; or `reason` if the model does not support it.
     """
     import sca
     from sca.evaluation.comparison import compare_runs
@@ -71,14 +72,14 @@ def measure_ways(
     table = captioner.to_dict()
     coordinate_options = {key: table.pop(key) for key in ["coordinate_format"] if key in table}
     results: dict[str, dict[str, Any]] = {}
-    for way, options in WAYS.items():
-        way_options = {**options, **(coordinate_options if way == "coordinates" else {})}
+    for name, options in REGION_FORMATS.items():
+        format_options = {**options, **(coordinate_options if name == "coordinates" else {})}
         try:
-            model = sca.load_captioner({**table, **way_options}, device)
+            model = sca.load_captioner({**table, **format_options}, device)
         except RegistryError as error:
-            if way == REFERENCE:
+            if name == REFERENCE:
                 raise
-            results[way] = {"reason": str(error)}
+            results[name] = {"reason": str(error)}
             continue
         start = time.perf_counter()
         report = sca.evaluate(
@@ -88,19 +89,19 @@ def measure_ways(
             prompting=prompting,
             metrics=metrics,
             max_images=max_images,
-            folder=folder / way,
+            folder=folder / name,
         )
         assert report is not None  # one process
         num_regions = len(report.records)
         seconds = (time.perf_counter() - start) / num_regions
-        scores = {name: value for name, value in report.scores.items() if isinstance(value, float)}
-        comparison = compare_runs(folder / REFERENCE, folder / way, metrics)
+        scores = {score: value for score, value in report.scores.items() if isinstance(value, float)}
+        comparison = compare_runs(folder / REFERENCE, folder / name, metrics)
         differences = {
             each.name: {"mean": each.difference, "ci_low": each.ci_low, "ci_high": each.ci_high}
             for each in comparison.differences
         }
-        results[way] = {
-            "options": way_options,
+        results[name] = {
+            "options": format_options,
             "scores": scores,
             "differences": differences,
             "regions": num_regions,
@@ -111,26 +112,22 @@ def measure_ways(
 
 
 def render_results(results: Mapping[str, Any]) -> str:
-    """Render a Markdown table of the scores, times 100, and of the differences to crops."""
-    names = list(results["ways"][REFERENCE]["scores"])
-    cells = [f"{name} | difference (95% CI)" for name in names]
+    """Render a Markdown table of the scores, times 100, and of the differences from crops."""
+    score_names = list(results["region_formats"][REFERENCE]["scores"])
+    cells = [f"{name} | difference from crops (95% CI)" for name in score_names]
     lines = [
         f"| region format | {' | '.join(cells)} | seconds per region |",
-        "| --- |" + " ---: |" * (2 * len(names) + 1),
+        "| --- |" + " ---: |" * (2 * len(score_names) + 1),
     ]
-    for way, each in results["ways"].items():
+    for name, each in results["region_formats"].items():
         if "reason" in each:
             continue
         columns = []
-        for name in names:
-            difference = each["differences"][name]
-            interval = format_interval(difference["ci_low"], difference["ci_high"], True)
-            columns += [
-                format_score(each["scores"][name]),
-                "" if way == REFERENCE else f"{format_score(difference['mean'], True)} ({interval})",
-            ]
-        lines.append(f"| {way} | {' | '.join(columns)} | {each['seconds_per_region']:.3f} |")
-    notes = [f"{way}: {each['reason']}" for way, each in results["ways"].items() if "reason" in each]
+        for score_name in score_names:
+            difference = "" if name == REFERENCE else format_difference(each["differences"][score_name])
+            columns += [format_score(each["scores"][score_name]), difference]
+        lines.append(f"| {name} | {' | '.join(columns)} | {each['seconds_per_region']:.3f} |")
+    notes = [f"{name}: {each['reason']}" for name, each in results["region_formats"].items() if "reason" in each]
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
@@ -152,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         with TemporaryDirectory() as folder:
-            ways = measure_ways(
+            region_formats = measure_region_formats(
                 ComponentSpec.parse(args.captioner, "a captioner", "captioners"),
                 ComponentSpec.parse(args.dataset, "a dataset", "datasets"),
                 args.split,
@@ -170,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "split": args.split,
         "max_images": args.max_images,
         "max_new_tokens": args.max_new_tokens,
-        "ways": ways,
+        "region_formats": region_formats,
         "environment": collect_environment(args.device),
     }
     print(render_results(results))

@@ -38,6 +38,19 @@ def compute_differences(first: Sequence[Any], second: Sequence[Any], names: Iter
     return differences
 
 
+def format_difference(difference: Mapping[str, float]) -> str:
+    """Format a difference with its 95% interval, times 100.
+
+    Args:
+        difference: `mean`, `ci_low` and `ci_high`.
+
+    Returns:
+        The cell of a table.
+    """
+    interval = format_interval(difference["ci_low"], difference["ci_high"], True)
+    return f"{format_score(difference['mean'], True)} ({interval})"
+
+
 def render_table(
     labels: Mapping[str, str],
     scores: Mapping[str, Mapping[str, float]],
@@ -58,10 +71,7 @@ def render_table(
         rows.append(f"| {method} | {' | '.join(format_score(values[name]) for name in labels)} |")
     for label, values_by_name in differences.items():
         cells = (
-            f"{format_score(each['mean'], True)} ({format_interval(each['ci_low'], each['ci_high'], True)})"
-            if (each := values_by_name.get(name))
-            else UNDEFINED_SCORE
-            for name in labels
+            format_difference(values_by_name[name]) if name in values_by_name else UNDEFINED_SCORE for name in labels
         )
         rows.append(f"| {label} (95% CI) | {' | '.join(cells)} |")
     return "\n".join(rows)

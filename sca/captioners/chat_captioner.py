@@ -18,12 +18,11 @@ from sca.captioners.chat_client import ChatClient, ChatCompletion, get_response_
 from sca.captioners.region_captioner import RegionCaptioner, RegionView, ScoredText, check_region_question
 from sca.captioners.region_formats import (
     COORDINATE_FORMATS,
-    MAX_CONTEXT,
     QUESTIONS,
-    REGION_MARK,
+    REGION_PLACEHOLDER,
     CoordinateFormat,
     add_alpha,
-    check_coordinates_mark,
+    check_region_placeholder,
     crop_region,
     draw_box,
     draw_outline,
@@ -31,7 +30,9 @@ from sca.captioners.region_formats import (
     get_questions,
     insert_coordinates,
     limit_size,
+    remove_coordinates,
     resize_for_coordinates,
+    resolve_context,
     scale_region,
 )
 from sca.inference.engine import EncodedImages
@@ -43,7 +44,10 @@ GENERATION = {"max_new_tokens": 64, "num_beams": 1}
 MAX_COMPLETION_TOKENS = "max_completion_tokens"  # the field that replaces `max_tokens` for some models of OpenAI
 MIN_SIDE, MAX_SIDE = 16, 16_384  # pixels of the longer side of an image that is sent
 RESERVED_FIELDS = ("model", "messages", "stream", "n")  # of a request
-SERVER_COORDINATES, SERVER_QUESTIONS = "sca", (REGION_MARK, REGION_MARK)  # `sca serve` has a field for the task
+SERVER_COORDINATES, SERVER_QUESTIONS = (
+    "sca",
+    (REGION_PLACEHOLDER, REGION_PLACEHOLDER),
+)  # `sca serve` has a field for the task
 
 
 class ChatCaptioner(RegionCaptioner):
@@ -52,7 +56,7 @@ class ChatCaptioner(RegionCaptioner):
     The server is OpenAI-compatible, such as vLLM, SGLang, Ollama, llama.cpp or `sca serve`. The key is read from the
     environment: `OPENAI_API_KEY`, or the file named by `OPENAI_API_KEY_FILE`. Responses are cached in the folder
     `responses` of the cache by the server, the model, the image and all options, unless they are sampled without a
-    seed. The captions have no score.
+    seed. The captions have no score. With `region_format=coordinates`, coordinates are removed from them.
 
     Args:
         encoder: Encoder whose segmenter predicts the masks, see `RegionCaptioner`.
@@ -63,7 +67,7 @@ class ChatCaptioner(RegionCaptioner):
             the full image with the box or the outline of the mask drawn in red. "coordinates" is the full image, with
             the box as text in the format `coordinate_format`. "alpha" is a PNG with the mask as alpha channel, as for
             Describe Anything (arXiv 2504.16072).
-        context: Sides of a crop as multiples of those of the box.
+        context: Sides of a crop as multiples of those of the box, 1.5 by default. Requires `region_format="crop"`.
         coordinate_format: Format of coordinates: the model type of the model in transformers, such as "qwen3_vl", or
             "sca" for the chat route of `sca serve`. `COORDINATE_FORMATS` lists the model types.
         question: Question for both tasks instead of the built-in ones. "{region}" is replaced by the coordinates, which
@@ -92,7 +96,7 @@ class ChatCaptioner(RegionCaptioner):
         url: str | None = None,
         model: str | None = None,
         region_format: str = "crop",
-        context: float = 1.5,
+        context: float | None = None,
         coordinate_format: str | None = None,
         question: str | None = None,
         max_side: int = 1024,
@@ -104,7 +108,7 @@ class ChatCaptioner(RegionCaptioner):
         device: str = "cpu",
     ):
         check_choice("region_format", region_format, QUESTIONS)
-        check_range("context", context, float, 1.0, MAX_CONTEXT)
+        self.context: float = resolve_context(context, region_format)
         check_range("max_side", max_side, int, MIN_SIDE, MAX_SIDE)
         self.extra_body: dict[str, Any] = check_extra_body(extra_body)
         if (region_format == "coordinates") != (coordinate_format is not None):
@@ -122,7 +126,6 @@ class ChatCaptioner(RegionCaptioner):
             url, timeout, max_retries, max_concurrency, get_response_cache_folder() if cache else None
         )
         super().__init__(encoder, device)
-        self.context = context
         self.max_side = max_side
         is_sca_server = coordinate_format == SERVER_COORDINATES
         questions = SERVER_QUESTIONS if is_sca_server else get_questions(coordinate_format, region_format)
@@ -163,11 +166,11 @@ class ChatCaptioner(RegionCaptioner):
             question: Question.
 
         Raises:
-            ValueError: The question is empty, refers to several regions, or contains the mark of coordinates without
-                coordinates.
+            ValueError: The question is empty, refers to several regions, or contains "{region}" although the region is
+                not shown by coordinates.
         """
         check_region_question(question)
-        check_coordinates_mark(question, self.region_format)
+        check_region_placeholder(question, self.region_format)
 
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
@@ -183,7 +186,10 @@ class ChatCaptioner(RegionCaptioner):
         fields = self._make_fields(task, generation)
         make_bodies = [partial(self._make_body, view, question, fields) for view in regions]
         is_random = bool(fields.get("temperature", 0)) and fields.get("seed") is None
-        return list(map(_make_text, self.client.request_completions(make_bodies, use_cache=not is_random)))
+        texts = map(_make_text, self.client.request_completions(make_bodies, use_cache=not is_random))
+        if self.coordinate_format not in COORDINATE_FORMATS:
+            return list(texts)
+        return [text._replace(text=remove_coordinates(text.text, self.coordinate_format)) for text in texts]
 
     def _make_fields(self, task: str, generation: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of a request that are the same for all regions."""

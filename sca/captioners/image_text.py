@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from sca.captioners.region_captioner import ScoredText
+from sca.captioners.region_captioner import ScoredText, check_aspect_ratio
 from sca.devices import resolve_dtype
 from sca.io.dummy_processors import build_dummy_processor
 from sca.io.hub import (
@@ -137,8 +137,12 @@ class ImageTextModel:
             messages = [{"role": "user", "content": content}]
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         processor_inputs = {"images": image} if text is None else {"images": image, "text": text}
-        with silence_transformers():
-            processed = dict(self.processor(**processor_inputs, return_tensors="pt"))
+        try:
+            with silence_transformers():
+                processed = dict(self.processor(**processor_inputs, return_tensors="pt"))
+        except ValueError:
+            check_aspect_ratio(image)  # the message of an image processor names neither the image nor a fix
+            raise
         processed.pop("labels", None)  # those of PaliGemma's processor, for training
         return processed
 

@@ -27,6 +27,7 @@ from sca.io.masks import RLE, decode_rle, encode_rle, mask_to_box
 from sca.io.weight_files import hash_tensors
 from sca.model import SegmentationModel
 
+MAX_ASPECT_RATIO = 200  # longer side of an image divided by the shorter one; the limit of Qwen's image processors
 TRUST_OPTIONS = ("trust_remote_code", "allow_external", "revision")  # options of `sca.load`
 
 
@@ -335,8 +336,27 @@ def box_to_pixels(box: Box, image_size: tuple[int, int]) -> tuple[int, int, int,
     return x1, y1, x2, y2
 
 
+def check_aspect_ratio(image: Image.Image) -> None:
+    """Check that the longer side of an image is at most `MAX_ASPECT_RATIO` times the shorter one.
+
+    Args:
+        image: Image.
+
+    Raises:
+        ValueError: It is longer.
+    """
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        width, height = image.size
+        raise ValueError(
+            f"an image of {width} x {height} pixels exceeds the aspect ratio of {MAX_ASPECT_RATIO}:1 that the model "
+            "supports; crop the image"
+        )
+
+
 def crop_image(view: RegionView, box: Box, white_background: bool = False) -> Image.Image:
     """Crop a region from its image at the original resolution.
+
+    The shorter side of a crop is extended to 1/`MAX_ASPECT_RATIO` of the longer one, within the image.
 
     Args:
         view: Region.
@@ -346,9 +366,22 @@ def crop_image(view: RegionView, box: Box, white_background: bool = False) -> Im
     Returns:
         The RGB crop.
     """
-    window = box_to_pixels(box, view.image.size)
+    window = _limit_aspect_ratio(box_to_pixels(box, view.image.size), view.image.size)
     cropped = view.image.crop(window)
     if not white_background or view.mask is None:
         return cropped
     mask_image = Image.fromarray(decode_rle(view.mask)).crop(window)
     return Image.composite(cropped, Image.new("RGB", cropped.size, "white"), mask_image)
+
+
+def _limit_aspect_ratio(window: tuple[int, int, int, int], image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Extend the shorter side of a window to at least 1/`MAX_ASPECT_RATIO` of the longer one, within the image."""
+    x1, y1, x2, y2 = window
+    min_side = math.ceil(max(x2 - x1, y2 - y1) / MAX_ASPECT_RATIO)
+    spans = []
+    for start, end, side in ((x1, x2, image_size[0]), (y1, y2, image_size[1])):
+        missing = max(min_side - (end - start), 0)
+        first = max(min(start - missing // 2, side - (end - start) - missing), 0)
+        spans.append((first, min(first + (end - start) + missing, side)))
+    (x1, x2), (y1, y2) = spans
+    return x1, y1, x2, y2

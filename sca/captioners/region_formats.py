@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,14 +13,23 @@ from sca_registry.contracts import Prompt
 from transformers.models.kosmos2.processing_kosmos2 import coordinate_to_patch_index
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from sca.captioners.region_captioner import RegionView, box_to_pixels, crop_image
+from sca.captioners.region_captioner import (
+    MAX_ASPECT_RATIO,
+    RegionView,
+    box_to_pixels,
+    check_aspect_ratio,
+    crop_image,
+)
 from sca.io.coordinates import Box
 from sca.io.masks import decode_rle, resize_rle
+from sca.io.validation import check_range
 
 MARK_COLOR = (255, 0, 0)
 LINE_WIDTH_DIVISOR = 150  # line width of a drawn region: the image's longer side divided by this
-MAX_CONTEXT = 100.0  # of a crop
-REGION_MARK = "{region}"  # place of the coordinates in a question
+DEFAULT_CONTEXT, MAX_CONTEXT = 1.5, 100.0  # of a crop
+REGION_PLACEHOLDER = "{region}"  # place of the coordinates in a question
+TAG_PATTERN = re.compile(r"</?[a-z_]+\d*/?>")  # location and phrase tags in a generated text
+BOX_LIST = r"\[\s*\d+(?:\.\d+)?(?:\s*,\s*\d+(?:\.\d+)?){3}\s*\]"
 QUESTIONS = {  # by region format: for recognition, and for a caption
     "crop": ("What is in this picture? Answer with its name alone.", "Describe this picture in one short phrase."),
     "box": (
@@ -73,10 +84,12 @@ class CoordinateFormat(NamedTuple):
 
     Attributes:
         format_box: Function of a box in pixels of an image, and of the size of that image.
+        pattern: Regular expression of coordinates in a generated text, in which special tokens are missing.
         resizing: Resizing of images, if the coordinates are pixels of the resized image.
     """
 
     format_box: Callable[[Box, tuple[int, int]], str]
+    pattern: re.Pattern[str] = TAG_PATTERN
     resizing: Resizing | None = None
 
     def adapt_to_processor(self, image_processor: Any) -> CoordinateFormat:
@@ -102,12 +115,27 @@ def get_questions(model_type: str | None, region_format: str) -> tuple[str, str]
 
 def insert_coordinates(question: str, coordinates: str) -> str:
     """Replace "{region}" in a question by coordinates, or append them if the question does not contain it."""
-    if coordinates and REGION_MARK not in question:
-        question = f"{question} {REGION_MARK}"
-    return question.replace(REGION_MARK, coordinates)
+    if coordinates and REGION_PLACEHOLDER not in question:
+        question = f"{question} {REGION_PLACEHOLDER}"
+    return question.replace(REGION_PLACEHOLDER, coordinates)
 
 
-def check_coordinates_mark(question: str, region_format: str) -> None:
+def remove_coordinates(text: str, model_type: str) -> str:
+    """Remove coordinates and tags from a generated text.
+
+    Args:
+        text: Text.
+        model_type: Model type of transformers, whose notation in `COORDINATE_FORMATS`, if any, is removed.
+
+    Returns:
+        The text with single spaces.
+    """
+    if model_type in COORDINATE_FORMATS:
+        text = COORDINATE_FORMATS[model_type].pattern.sub(" ", text)
+    return " ".join(TAG_PATTERN.sub(" ", text).split())
+
+
+def check_region_placeholder(question: str, region_format: str) -> None:
     """Check that only a question for coordinates contains "{region}".
 
     Args:
@@ -117,8 +145,31 @@ def check_coordinates_mark(question: str, region_format: str) -> None:
     Raises:
         ValueError: The question contains "{region}", but the region is not shown by coordinates.
     """
-    if REGION_MARK in question and region_format != "coordinates":
-        raise ValueError(f"the question contains {REGION_MARK}, which requires region_format=coordinates; remove it")
+    if REGION_PLACEHOLDER in question and region_format != "coordinates":
+        raise ValueError(
+            f"the question contains {REGION_PLACEHOLDER} although region_format is not coordinates; remove it"
+        )
+
+
+def resolve_context(context: float | None, region_format: str) -> float:
+    """Check the context of crops, and replace None by the default.
+
+    Args:
+        context: Sides of a crop as multiples of those of the box, or None.
+        region_format: How the region is shown.
+
+    Returns:
+        The context.
+
+    Raises:
+        ValueError: The context is out of range, or set although the region is not shown by a crop.
+    """
+    if context is None:
+        return DEFAULT_CONTEXT
+    check_range("context", context, float, 1.0, MAX_CONTEXT)
+    if region_format != "crop":
+        raise ValueError("context requires region_format=crop; remove it")
+    return context
 
 
 def crop_region(view: RegionView, context: float) -> Image.Image:
@@ -129,7 +180,7 @@ def crop_region(view: RegionView, context: float) -> Image.Image:
         context: Sides of the crop as multiples of those of the box; the crop is clipped to the image.
 
     Returns:
-        The RGB crop.
+        The RGB crop, see `crop_image`.
     """
     x1, y1, x2, y2 = get_box(view)
     x_margin, y_margin = (context - 1) * (x2 - x1) / 2, (context - 1) * (y2 - y1) / 2
@@ -184,9 +235,13 @@ def resize_for_coordinates(view: RegionView, coordinate_format: CoordinateFormat
 
     Returns:
         The image, resized if coordinates are pixels of the resized image, and the coordinates.
+
+    Raises:
+        ValueError: The model does not support the aspect ratio of the image.
     """
     image, (x1, y1, x2, y2) = view.image, get_box(view)
     if coordinate_format.resizing is not None:
+        check_aspect_ratio(image)
         height, width = smart_resize(image.height, image.width, *coordinate_format.resizing)
         x_scale, y_scale = width / image.width, height / image.height
         x1, y1, x2, y2 = x1 * x_scale, y1 * y_scale, x2 * x_scale, y2 * y_scale
@@ -195,11 +250,12 @@ def resize_for_coordinates(view: RegionView, coordinate_format: CoordinateFormat
 
 
 def limit_size(image: Image.Image, max_side: int) -> Image.Image:
-    """Return an image whose longer side is at most `max_side`, scaled down if necessary."""
+    """Return an image whose longer side is at most `max_side`, scaled down to an aspect ratio that models support."""
     scale = max_side / max(image.size)
     if scale >= 1:
         return image
-    width, height = (max(1, round(side * scale)) for side in image.size)
+    min_side = math.ceil(max_side / MAX_ASPECT_RATIO)
+    width, height = (max(min_side, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
@@ -297,12 +353,18 @@ def _compute_line_width(image: Image.Image) -> int:
 
 COORDINATE_FORMATS = {  # by model type of transformers
     "florence2": CoordinateFormat(_format_florence2_box),
-    "internvl": CoordinateFormat(_format_internvl_box),
+    "internvl": CoordinateFormat(
+        _format_internvl_box, re.compile(rf"\[\s*{BOX_LIST}(?:\s*,\s*{BOX_LIST})*\s*\]|{BOX_LIST}")
+    ),
     "kosmos-2": CoordinateFormat(_format_kosmos2_box),
-    "molmo2": CoordinateFormat(_format_molmo2_point),
+    "molmo2": CoordinateFormat(
+        _format_molmo2_point, re.compile(r"<points\b[^<>]*>region</points>|</?points?\b[^<>]*>")
+    ),
     "paligemma": CoordinateFormat(_format_paligemma_box),
-    "qwen2_vl": CoordinateFormat(_format_qwen2_box),
-    "qwen2_5_vl": CoordinateFormat(_format_qwen2_5_box, Resizing()),
-    "qwen3_vl": CoordinateFormat(_format_qwen3_box),
-    "qwen3_vl_moe": CoordinateFormat(_format_qwen3_box),
+    "qwen2_vl": CoordinateFormat(
+        _format_qwen2_box, re.compile(r"\(\s*\d+\s*,\s*\d+\s*\)\s*,\s*\(\s*\d+\s*,\s*\d+\s*\)")
+    ),
+    "qwen2_5_vl": CoordinateFormat(_format_qwen2_5_box, re.compile(BOX_LIST), Resizing()),
+    "qwen3_vl": CoordinateFormat(_format_qwen3_box, re.compile(BOX_LIST)),
+    "qwen3_vl_moe": CoordinateFormat(_format_qwen3_box, re.compile(BOX_LIST)),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,23 +19,23 @@ from sca.captioners.region_captioner import (
 )
 from sca.captioners.region_formats import (
     COORDINATE_FORMATS,
-    MAX_CONTEXT,
-    check_coordinates_mark,
+    check_region_placeholder,
     crop_region,
     draw_box,
     draw_outline,
     get_box,
     get_questions,
     insert_coordinates,
+    remove_coordinates,
     resize_for_coordinates,
+    resolve_context,
 )
 from sca.inference.engine import EncodedImages
-from sca.io.validation import check_choice, check_range
+from sca.io.validation import check_choice
 
 REGION_FORMATS = ("crop", "box", "outline", "coordinates")
 TASK_PROMPT_MODELS = ("florence2", "kosmos-2")  # model types whose crops and coordinates have prompts of fixed tasks
 TASK_PROMPT_FORMATS = ("crop", "coordinates")
-TAG_PATTERN = re.compile(r"</?[a-z_]+\d*/?>")  # location and phrase tags in a generated text
 
 
 class VisionLanguageModel(RegionCaptioner):
@@ -53,7 +52,7 @@ class VisionLanguageModel(RegionCaptioner):
             `context`. "box" and "outline" are the full image with the box or the outline of the mask drawn in red.
             "coordinates" is the full image, with the box as text in the notation that the family was trained on, see
             `COORDINATE_FORMATS`.
-        context: Sides of a crop as multiples of those of the box.
+        context: Sides of a crop as multiples of those of the box, 1.5 by default. Requires `region_format="crop"`.
         question: Question for both tasks instead of the built-in ones. "{region}" is replaced by the coordinates, which
             otherwise follow the question. The chat template of the model is applied if it has one. Not available for
             the tasks of Florence-2 and Kosmos-2.
@@ -64,7 +63,7 @@ class VisionLanguageModel(RegionCaptioner):
 
     Raises:
         RegistryError: `region_format` is unknown, or `context` is out of range.
-        ValueError: The model takes no questions, or does not support `region_format`.
+        ValueError: The model takes no questions, or does not support `region_format`, or an option does not fit it.
         InputError: The weights cannot be read.
     """
 
@@ -75,7 +74,7 @@ class VisionLanguageModel(RegionCaptioner):
         revision: str | None = None,
         pretrained: bool = True,
         region_format: str = "crop",
-        context: float = 1.5,
+        context: float | None = None,
         question: str | None = None,
         batch_size: int = 16,
         config: Mapping[str, Any] | None = None,
@@ -83,7 +82,7 @@ class VisionLanguageModel(RegionCaptioner):
         dtype: str | None = None,
     ):
         check_choice("region_format", region_format, REGION_FORMATS)
-        check_range("context", context, float, 1.0, MAX_CONTEXT)
+        self.context: float = resolve_context(context, region_format)
         super().__init__(encoder, device)
         self.image_text_model: ImageTextModel = ImageTextModel(
             weights, revision, pretrained, config, device, dtype, batch_size
@@ -93,11 +92,9 @@ class VisionLanguageModel(RegionCaptioner):
             raise ValueError(f"a {model_type!r} model takes no questions; use it with crop-captioner")
         if region_format == "coordinates" and model_type not in COORDINATE_FORMATS:
             raise ValueError(
-                f"a {model_type!r} model has no notation of coordinates, as {', '.join(COORDINATE_FORMATS)} have; use "
-                f"region_format={'|'.join(each for each in REGION_FORMATS if each != 'coordinates')}"
+                f"a {model_type!r} model does not support region_format=coordinates; use crop, box or outline"
             )
         self.region_format = region_format
-        self.context = context
         self.has_task_prompts: bool = model_type in TASK_PROMPT_MODELS and region_format in TASK_PROMPT_FORMATS
         if question is not None:
             if self.has_task_prompts:
@@ -112,7 +109,7 @@ class VisionLanguageModel(RegionCaptioner):
         self.metadata_options: dict[str, Any] = {
             "encoder": encoder,
             "region_format": region_format,
-            **({"context": context} if region_format == "crop" else {}),
+            **({"context": self.context} if region_format == "crop" else {}),
             "question": question,
         }
 
@@ -133,11 +130,12 @@ class VisionLanguageModel(RegionCaptioner):
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
     ) -> list[ScoredText]:
-        """Generate one text per region, without location tags; see `RegionCaptioner`."""
+        """Generate one text per region, without coordinates; see `RegionCaptioner`."""
         question = generation.pop("question", None) or self.task_questions[TASKS.index(task)]
         inputs = [self._build_input(view, question) for view in regions]
         texts = self.image_text_model.generate_texts(inputs, **resolve_generation_options(generation))
-        return [text._replace(text=" ".join(TAG_PATTERN.sub(" ", text.text).split())) for text in texts]
+        model_type = self.image_text_model.model_type
+        return [text._replace(text=remove_coordinates(text.text, model_type)) for text in texts]
 
     def check_question(self, question: str) -> None:
         """Check a question.
@@ -146,11 +144,11 @@ class VisionLanguageModel(RegionCaptioner):
             question: Question.
 
         Raises:
-            ValueError: The question is empty, refers to several regions, or contains the mark of coordinates without
-                coordinates.
+            ValueError: The question is empty, refers to several regions, or contains "{region}" although the region is
+                not shown by coordinates.
         """
         check_region_question(question)
-        check_coordinates_mark(question, self.region_format)
+        check_region_placeholder(question, self.region_format)
 
     def _build_input(self, view: RegionView, question: str) -> ImageTextInput:
         if self.region_format == "crop":

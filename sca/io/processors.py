@@ -13,7 +13,7 @@ from sca.io.hub import silence_transformers
 from sca.io.weight_files import translate_load_errors
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-EXTRA_PACKAGES = ("torchvision", "num2words")  # that processors of videos require, in the extra `baselines`
+EXTRA_PACKAGES = ("torchvision", "num2words")  # required by the processors of videos; in the extra `baselines`
 
 
 def load_processor(folder: Path) -> Any:

@@ -16,6 +16,7 @@ from sca.io.atomic import AtomicFile
 from sca.output.captioned_image import ImageOrSize
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
+from sca.output.omitted_regions import OmittedRegions, find_first_point
 from sca.output.records import REGION_LABEL
 
 INVALID_XML_CHARACTER = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -25,9 +26,9 @@ ATTRIBUTES = ("caption", "score")  # text attributes of every label
 class CvatWriter:
     r"""Writer of one XML file with the shapes of all images.
 
-    A region with a mask is a mask, exact to the pixel; else a box, else its first point. Its label is its name, or
-    "region". Its caption and score are the text attributes `caption` and `score`. Characters that XML cannot contain
-    are replaced by escapes such as `\x1b`.
+    A region with a mask is a mask, exact to the pixel; else a box, else its first point; without any of them it is
+    omitted with a warning. Its label is its name, or "region". Its caption and score are the text attributes `caption`
+    and `score`. Characters that XML cannot contain are replaced by escapes such as `\x1b`.
 
     The images are kept in a temporary file until `close`, because readers require the labels before them.
     """
@@ -36,10 +37,13 @@ class CvatWriter:
         self._path, self._model = path, model
         self._images = AtomicFile(path)
         self._num_images = 0
+        self._omitted = OmittedRegions("CVAT annotations")
         self._labels: dict[str, None] = {REGION_LABEL: None}  # in order of their first use
 
     def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
-        shapes = [_format_shape(caption_to_record(path, image, caption)) for caption in captions]
+        records = [caption_to_record(path, image, caption) for caption in captions]
+        shapes = [shape for record in records if (shape := _format_shape(record))]
+        self._omitted.add(path, len(records) - len(shapes))
         attributes = {"id": self._num_images, "name": path, "width": image.width, "height": image.height}
         self._images.write("\n".join([f"  <image{_format_attributes(attributes)}>", *shapes, "  </image>", ""]))
         self._labels |= {caption.name or REGION_LABEL: None for caption in captions}
@@ -47,6 +51,7 @@ class CvatWriter:
 
     def close(self, finished: bool = True) -> None:
         """Finish the file with the completed images. An unfinished run leaves an older file unchanged."""
+        self._omitted.log_total()
         try:
             document = AtomicFile(self._path)
             try:
@@ -76,8 +81,12 @@ class CvatWriter:
         )
 
 
-def _format_shape(caption_record: dict[str, Any]) -> str:
-    tag, geometry = _make_geometry(caption_record)
+def _format_shape(caption_record: dict[str, Any]) -> str | None:
+    """Return the element of a region; None without a mask, a box or a point."""
+    shape = _make_geometry(caption_record)
+    if shape is None:
+        return None
+    tag, geometry = shape
     attributes = {"label": caption_record.get("name") or REGION_LABEL, "source": "auto", "occluded": 0, **geometry}
     children = "".join(
         f"      <attribute name={quoteattr(name)}>{_escape_text(str(caption_record[name]))}</attribute>\n"
@@ -87,8 +96,8 @@ def _format_shape(caption_record: dict[str, Any]) -> str:
     return f"    <{tag}{_format_attributes({**attributes, 'z_order': 0})}>\n{children}    </{tag}>"
 
 
-def _make_geometry(caption_record: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the element of a shape and its coordinates in pixels."""
+def _make_geometry(caption_record: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Return the tag of a shape and its coordinates in pixels; None without a mask, a box or a point."""
     if caption_record["mask"] and (box := masks.mask_to_box(caption_record["mask"])):
         x1, y1, x2, y2 = (int(value) for value in box)
         mask_crop = masks.decode_rle(caption_record["mask"])[y1:y2, x1:x2]
@@ -96,8 +105,10 @@ def _make_geometry(caption_record: dict[str, Any]) -> tuple[str, dict[str, Any]]
         return "mask", {"rle": run_lengths, "left": x1, "top": y1, "width": x2 - x1, "height": y2 - y1}
     if caption_record["box"]:
         return "box", dict(zip(("xtl", "ytl", "xbr", "ybr"), caption_record["box"], strict=True))
-    x, y, _ = caption_record["prompt"]["points"][0] if caption_record["prompt"].get("points") else (0.0, 0.0, 1)
-    return "points", {"points": f"{x},{y}"}
+    if point := find_first_point(caption_record):
+        x, y = point
+        return "points", {"points": f"{x},{y}"}
+    return None
 
 
 def _count_runs(mask: np.ndarray) -> list[int]:

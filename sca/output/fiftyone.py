@@ -26,6 +26,7 @@ from sca.io.text import replace_surrogates
 from sca.output.captioned_image import ImageOrSize
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
+from sca.output.omitted_regions import OmittedRegions, find_first_point
 from sca.output.records import REGION_LABEL
 
 EXTRA_FIELDS = ("region_id", "predicted_iou", "proposal_score")  # fields of JSON Lines that labels also have
@@ -37,19 +38,22 @@ class FiftyOneWriter:
     The field `regions` contains a detection per region with a mask or a box. Its label is its name, or "region", its
     confidence is the score of the caption, and its attribute `caption` is the text. A mask is exact to the pixel; its
     detection has the box of the mask. A region with neither is a keypoint in the field `points`, with the same
-    attributes.
+    attributes; without a point it is omitted with a warning.
     """
 
     def __init__(self, folder: Path, model: str | None = None):
         create_writable_folder(folder)
         self._folder, self._num_images = folder, 0
+        self._omitted = OmittedRegions("FiftyOne labels")
         self._samples = AtomicFile(folder / "samples.json")
         self._metadata = AtomicFile(folder / "metadata.json")
         self._samples.write('{"samples": [')
         self._metadata.write(json.dumps({"media_type": "image", "info": {"model": model}}))
 
     def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
-        labels = [_make_label(caption_to_record(path, image, caption)) for caption in captions]
+        records = [caption_to_record(path, image, caption) for caption in captions]
+        labels = [label for record in records if (label := _make_label(record))]
+        self._omitted.add(path, len(records) - len(labels))
         size_fields = {"width": image.width, "height": image.height}
         sample = {
             "filepath": path if is_url(path) else make_relative_path(path, self._folder),
@@ -63,6 +67,7 @@ class FiftyOneWriter:
 
     def close(self, finished: bool = True) -> None:
         """Finish the files with the completed images. An unfinished run leaves older files unchanged."""
+        self._omitted.log_total()
         try:
             close_document(self._samples, "\n]}\n", bool(self._num_images), finished)
         except BaseException:
@@ -71,7 +76,8 @@ class FiftyOneWriter:
         close_document(self._metadata, "\n", bool(self._num_images), finished)
 
 
-def _make_label(caption_record: dict[str, Any]) -> dict[str, Any]:
+def _make_label(caption_record: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the detection or the keypoint of a region; None without a mask, a box or a point."""
     width, height = caption_record["width"], caption_record["height"]
     common_fields = {
         "label": replace_surrogates(caption_record.get("name") or REGION_LABEL),
@@ -89,7 +95,10 @@ def _make_label(caption_record: dict[str, Any]) -> dict[str, Any]:
         bounding_box = [x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height]
         score = {} if caption_record["score"] is None else {"confidence": caption_record["score"]}
         return {"_cls": "Detection", "bounding_box": bounding_box, **common_fields, **score}
-    x, y, _ = caption_record["prompt"]["points"][0] if caption_record["prompt"].get("points") else (0, 0, 1)
+    point = find_first_point(caption_record)
+    if point is None:
+        return None
+    x, y = point
     score = {} if caption_record["score"] is None else {"confidence": [caption_record["score"]]}
     return {"_cls": "Keypoint", "points": [[x / width, y / height]], **common_fields, **score}
 

@@ -13,11 +13,12 @@ from sca.io import masks
 from sca.io.atomic import AtomicFile
 from sca.io.errors import InputError, RejectCallback
 from sca.io.images import format_path
-from sca.io.validation import read_field, require_recorded_size
+from sca.io.validation import read_field, require_key, require_recorded_size
 from sca.output.captioned_image import ImageOrSize, ImageSize
 from sca.output.contours import mask_to_polygons, rings_to_mask
 from sca.output.image_files import close_document
 from sca.output.jsonl import OPTIONAL_SCORE_FIELDS, caption_to_record
+from sca.output.omitted_regions import find_first_point
 
 PROPERTY_NAMES = (
     *("image", "width", "height", "region_id", "prompt", "box", "caption", "score", "predicted_iou", "alternatives"),
@@ -28,7 +29,8 @@ PROPERTY_NAMES = (
 class GeoJsonWriter:
     """Writer of one feature collection. Coordinates are x, y in image pixels, y downward, instead of degrees.
 
-    A mask is a MultiPolygon, exact to the pixel; a box is a Polygon; a region with neither is its first point.
+    A mask is a MultiPolygon, exact to the pixel; a box is a Polygon; a region with neither is its first point, or null
+    without a point, as RFC 7946 (section 3.2) describes an unlocated feature.
     """
 
     def __init__(self, path: Path, model: str | None = None):
@@ -57,15 +59,16 @@ class GeoJsonWriter:
         }
 
 
-def _make_geometry(caption_record: dict[str, Any]) -> dict[str, Any]:
+def _make_geometry(caption_record: dict[str, Any]) -> dict[str, Any] | None:
     if caption_record["mask"] and (mask_polygons := mask_to_polygons(masks.decode_rle(caption_record["mask"]))):
         closed_polygons = [[[*ring, ring[0]] for ring in polygon] for polygon in mask_polygons]
         return {"type": "MultiPolygon", "coordinates": closed_polygons}
     if caption_record["box"]:
         x1, y1, x2, y2 = caption_record["box"]
         return {"type": "Polygon", "coordinates": [[[x1, y1], [x2, y1], [x2, y2], [x1, y2], [x1, y1]]]}
-    x, y, _ = caption_record["prompt"]["points"][0] if caption_record["prompt"].get("points") else (0.0, 0.0, 1)
-    return {"type": "Point", "coordinates": [x, y]}
+    if point := find_first_point(caption_record):
+        return {"type": "Point", "coordinates": [*point]}
+    return None
 
 
 def read_geojson_records(content: Mapping[str, Any], path: Path, reject: RejectCallback) -> Iterator[tuple[str, Any]]:
@@ -82,7 +85,8 @@ def read_geojson_records(content: Mapping[str, Any], path: Path, reject: RejectC
 
 def _parse_feature(feature: Any, location: str) -> dict[str, Any]:
     properties = dict(read_field(feature, "properties", dict, location))
-    geometry = read_field(feature, "geometry", dict, location)
+    is_located = require_key(feature, "geometry", location) is not None
+    geometry = read_field(feature, "geometry", dict, location) if is_located else {}
     if geometry.get("type") == "MultiPolygon":
         size = ImageSize(*require_recorded_size(properties, location))
         try:

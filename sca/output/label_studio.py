@@ -27,6 +27,7 @@ from sca.output.captioned_image import CaptionedImage, ImageOrSize, ImageSize
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
 from sca.output.labeling_interface import Control, LabelingInterface
+from sca.output.omitted_regions import OmittedRegions, find_first_point
 from sca.output.records import REGION_LABEL, annotations_to_captions
 
 LABELING_CONFIG = f"""<View>
@@ -46,7 +47,8 @@ KEYPOINT_WIDTH_PERCENT = 1  # drawn width of a keypoint, as a percentage of the 
 class LabelStudioWriter:
     """Writer of one task per image.
 
-    Coordinates are percentages of the image. A region with neither mask nor box is its first point.
+    Coordinates are percentages of the image. A region with neither mask nor box is its first point; without a point it
+    is omitted with a warning.
 
     Args:
         path: Output file.
@@ -57,15 +59,17 @@ class LabelStudioWriter:
     def __init__(self, path: Path, model: str | None = None, image_prefix: str = ""):
         self._image_prefix = image_prefix
         self._file = AtomicFile(path)
+        self._omitted = OmittedRegions("Label Studio predictions")
         self._model, self._num_images = model, 0
         self._file.write("[")
 
     def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
-        results = [
-            result
+        results_by_region = [
+            make_results(caption_to_record(path, image, caption), f"region-{index}", ANY_LABELS)
             for index, caption in enumerate(captions)
-            for result in make_results(caption_to_record(path, image, caption), f"region-{index}", ANY_LABELS)
         ]
+        self._omitted.add(path, results_by_region.count([]))
+        results = [result for region_results in results_by_region for result in region_results]
         data = {"image": add_image_prefix(path, self._image_prefix), "width": image.width, "height": image.height}
         task = {"data": data, "predictions": [{"model_version": self._model or "", "result": results}]}
         self._file.write((",\n" if self._num_images else "\n") + json.dumps(task, allow_nan=False))
@@ -73,6 +77,7 @@ class LabelStudioWriter:
 
     def close(self, finished: bool = True) -> None:
         """Finish the file with the completed images. An unfinished run leaves an older file unchanged."""
+        self._omitted.log_total()
         close_document(self._file, "\n]\n", bool(self._num_images), finished)
 
 
@@ -88,7 +93,7 @@ def make_results(
         label: Preferred label. The others are the name of the region, and "region".
 
     Returns:
-        The results.
+        The results; none for a region without a mask, a box or a point.
 
     Raises:
         InputError: No control can show the region.
@@ -100,7 +105,10 @@ def make_results(
         "original_height": caption_record["height"],
         "image_rotation": 0,
     }
-    shape_type, control, value = _make_shape(caption_record, interface)
+    shape = _make_shape(caption_record, interface)
+    if shape is None:
+        return []
+    shape_type, control, value = shape
     value[shape_type] = [control.choose_label((label, caption_record.get("name"), REGION_LABEL))]
     score = {} if caption_record["score"] is None else {"score": caption_record["score"]}
     texts = [caption_record["caption"]]
@@ -111,8 +119,10 @@ def make_results(
     return [shape_result, text_result]
 
 
-def _make_shape(caption_record: dict[str, Any], interface: LabelingInterface) -> tuple[str, Control, dict[str, Any]]:
-    """Return the type of a shape, its control, and its value without a label."""
+def _make_shape(
+    caption_record: dict[str, Any], interface: LabelingInterface
+) -> tuple[str, Control, dict[str, Any]] | None:
+    """Return the type of a shape, its control, and its value without a label; None without coordinates."""
     width, height = caption_record["width"], caption_record["height"]
     mask, box = caption_record["mask"], caption_record["box"]
     if mask and interface.mask:
@@ -122,10 +132,14 @@ def _make_shape(caption_record: dict[str, Any], interface: LabelingInterface) ->
         value = {"x": 100 * x1 / width, "y": 100 * y1 / height}
         value |= {"width": 100 * (x2 - x1) / width, "height": 100 * (y2 - y1) / height, "rotation": 0}
         return "rectanglelabels", interface.box, value
-    if interface.point is None:
-        missing, required = ("mask", "RectangleLabels") if box else ("box", "KeyPointLabels")
+    point = find_first_point(caption_record)
+    if not (mask or box or point):
+        return None
+    if point is None or interface.point is None:
+        missing = "mask" if box else "box"
+        required = "RectangleLabels" if box else "KeyPointLabels" if point else "BrushLabels"
         raise InputError(f"a region has no {missing}; add {required} to the labeling configuration")
-    x, y, _ = caption_record["prompt"]["points"][0] if caption_record["prompt"].get("points") else (0, 0, 1)
+    x, y = point
     value = {"x": 100 * x / width, "y": 100 * y / height, "width": KEYPOINT_WIDTH_PERCENT}
     return "keypointlabels", interface.point, value
 

@@ -27,6 +27,7 @@ from sca.io.validation import read_image_name
 from sca.output.captioned_image import CaptionedImage, ImageOrSize, ImageSize
 from sca.output.image_files import FilePerImage
 from sca.output.jsonl import caption_to_record
+from sca.output.omitted_regions import OmittedRegions, find_first_point
 from sca.output.records import REGION_LABEL, annotations_to_captions
 
 LABELME_VERSION = "5.5.0"
@@ -36,19 +37,22 @@ class LabelMeWriter:
     """Writer of one `STEM.json` per image in `folder`, written immediately.
 
     A region is a shape described by its caption and labeled with its name, if it has one. A mask is a "mask" shape,
-    exact to the pixel, a box a "rectangle" and a point a "point". `score`, `predicted_iou` and `proposal_score` are
-    additional fields, which LabelMe keeps.
+    exact to the pixel, a box a "rectangle" and a point a "point"; a region without any of them is omitted with a
+    warning. `score`, `predicted_iou` and `proposal_score` are additional fields, which LabelMe keeps.
     """
 
     def __init__(self, folder: Path, model: str | None = None):
         create_writable_folder(folder)
         self._folder, self._model, self._files = folder, model, FilePerImage(folder, ".json")
+        self._omitted = OmittedRegions("LabelMe files")
 
     def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
+        shapes = [shape for caption in captions if (shape := _make_shape(path, image, caption))]
+        self._omitted.add(path, len(captions) - len(shapes))
         content: dict[str, Any] = {
             "version": LABELME_VERSION,
             "flags": {},
-            "shapes": [_make_shape(path, image, caption) for caption in captions],
+            "shapes": shapes,
             "imagePath": path if is_url(path) else make_relative_path(path, self._folder),
             "imageData": None,
             "imageHeight": image.height,
@@ -60,10 +64,12 @@ class LabelMeWriter:
 
     def close(self, finished: bool = True) -> None:
         """Sync the file names; every file is complete already."""
+        self._omitted.log_total()
         self._files.close()
 
 
-def _make_shape(path: str, image: ImageOrSize, caption: Caption) -> dict[str, Any]:
+def _make_shape(path: str, image: ImageOrSize, caption: Caption) -> dict[str, Any] | None:
+    """Return the shape of a region; None without a mask, a box or a point."""
     caption_record = caption_to_record(path, image, caption)
     common_fields = {
         "label": caption_record.get("name", REGION_LABEL),
@@ -82,8 +88,9 @@ def _make_shape(path: str, image: ImageOrSize, caption: Caption) -> dict[str, An
     if caption_record["box"]:
         x1, y1, x2, y2 = caption_record["box"]
         return {**common_fields, "shape_type": "rectangle", "points": [[x1, y1], [x2, y2]], "mask": None}
-    points = [[x, y] for x, y, _ in caption_record["prompt"].get("points", [[0, 0, 1]])][:1]
-    return {**common_fields, "shape_type": "point", "points": points, "mask": None}
+    if point := find_first_point(caption_record):
+        return {**common_fields, "shape_type": "point", "points": [[*point]], "mask": None}
+    return None
 
 
 def _encode_png(mask: np.ndarray) -> str:

@@ -13,11 +13,11 @@ from sca_registry.contracts import Caption
 
 from sca.io import masks
 from sca.io.atomic import create_writable_folder, write_file
-from sca.io.text import escape_terminal, format_count
-from sca.io.warnings_once import warn_once
+from sca.io.text import escape_terminal
 from sca.output.captioned_image import ImageOrSize
 from sca.output.image_files import FilePerImage
 from sca.output.jsonl import caption_to_record
+from sca.output.omitted_regions import OmittedRegions
 from sca.output.records import REGION_LABEL
 
 IMAGE_FOLDER, LABEL_FOLDER, DATA_FILE = "images", "labels", "data.yaml"
@@ -39,14 +39,12 @@ class YoloWriter:
         self._images = FilePerImage(folder / IMAGE_FOLDER, ".png")
         self._labels = FilePerImage(folder / LABEL_FOLDER, ".txt")
         self._class_ids: dict[str, int] = {}
+        self._omitted = OmittedRegions("YOLO labels", "a box")
         self._num_images = 0
 
     def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         lines = [self._format_line(caption_to_record(path, image, caption)) for caption in captions]
-        if missing := lines.count(""):
-            warn_once(
-                "regions without a box", f"{path}: YOLO labels omit {format_count(missing, 'region')} without a box"
-            )
+        self._omitted.add(path, lines.count(""))
         content = io.BytesIO()
         cast("Image.Image", image).save(content, "PNG", compress_level=4)
         self._images.write(path, content.getvalue())
@@ -55,6 +53,7 @@ class YoloWriter:
 
     def close(self, finished: bool = True) -> None:
         """Write the names of the classes and sync the file names; the other files are complete already."""
+        self._omitted.log_total()
         if finished or self._num_images:
             names = "".join(
                 f"  {number}: {json.dumps(escape_terminal(name), ensure_ascii=False)}\n"

@@ -1,4 +1,4 @@
-"""The study of ways of showing a region, on a tiny vision-language model with random weights."""
+"""The study of region formats, on a tiny vision-language model with random weights."""
 
 import json
 
@@ -19,21 +19,22 @@ def florence_folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_region_formats_study_compares_all_ways_on_the_same_regions(florence_folder, tmp_path, capsys):
+def test_region_formats_study_compares_all_formats_on_the_same_regions(florence_folder, tmp_path, capsys):
     out = tmp_path / "results.json"
     arguments = ["--dataset", "scenes image_size=64", "--max-images", "5", "--max-new-tokens", "3", "--out", str(out)]
     region_formats.main([f"vlm weights={florence_folder} dtype=float32", *arguments])
     table = capsys.readouterr().out
-    ways = json.loads(out.read_text())["ways"]
-    assert [*ways] == [*region_formats.WAYS]
-    assert "region_format is 'alpha'. Choose from: crop, box" in ways["alpha"]["reason"]
-    measured = {way: each for way, each in ways.items() if way != "alpha"}
+    results = json.loads(out.read_text())["region_formats"]
+    assert [*results] == [*region_formats.REGION_FORMATS]
+    assert "region_format is 'alpha'. Choose from: crop, box" in results["alpha"]["reason"]
+    measured = {name: each for name, each in results.items() if name != "alpha"}
     assert len({each["regions"] for each in measured.values()}) == 1
-    for way, each in measured.items():
+    for name, each in measured.items():
         difference = each["differences"]["cider-d"]
-        expected = each["scores"]["cider-d"] - ways["crop"]["scores"]["cider-d"]
+        expected = each["scores"]["cider-d"] - results["crop"]["scores"]["cider-d"]
         assert difference["mean"] == pytest.approx(expected)
         assert difference["ci_low"] <= difference["mean"] <= difference["ci_high"]
-        assert f"| {way} | " in table
-    assert ways["coordinates"]["options"] == {"region_format": "coordinates"}
+        assert f"| {name} | " in table
+    assert results["coordinates"]["options"] == {"region_format": "coordinates"}
+    assert "| cider-d | difference from crops (95% CI) | " in table
     assert "\nalpha: captioner 'vlm' cannot be built: region_format is 'alpha'" in table

@@ -10,7 +10,7 @@ from email.utils import format_datetime
 
 import numpy as np
 import pytest
-from chat_server import FAULTS, make_text, run_chat_server
+from chat_server import FAULTS, make_completion, make_text, run_chat_server
 from PIL import Image
 from sca_registry import RegistryError, captioners
 from sca_registry.contracts import Prompt
@@ -266,11 +266,12 @@ def test_unusable_keys_are_rejected_without_showing_them(server, monkeypatch, tm
         ("region_format=coordinates", "set both"),
         ("coordinate_format=qwen3_vl", "set both"),
         ("region_format=coordinates coordinate_format=yolo", "coordinate_format is 'yolo'"),
-        ('question="where is {region}?"', "requires region_format=coordinates"),
+        ('question="where is {region}?"', r"contains \{region\} although region_format is not coordinates"),
         ("extra_body={stream=true}", "extra_body.stream is set by the client"),
         ("max_concurrency=0", "max_concurrency is 0"),
         ("timeout=0.0", "timeout is 0"),
         ("context=0.5", "context is 0.5"),
+        ("region_format=alpha context=2.0", "context requires region_format=crop; remove it"),
         ("key=abc", "'key'"),
     ],
 )
@@ -352,6 +353,17 @@ def test_coordinates_have_the_notation_of_each_family(name, size, box, sent_size
     assert (image.size, coordinates) == (sent_size, text)
 
 
+def test_images_that_are_sent_have_an_aspect_ratio_that_models_support(server):
+    thin_image, prompts = Image.new("RGB", (2001, 12)), [Prompt(box=(0, 0, 2001, 3))]
+    captioner = sca.load_captioner(f"openai url={server.url} model=mine context=1.0")
+    captioner.caption(thin_image, prompts)
+    assert read_image(server.bodies[0]).size == (1024, 6)
+    options = "region_format=coordinates coordinate_format=qwen2_5_vl max_side=4096"
+    captioner = sca.load_captioner(f"openai url={server.url} model=mine {options}")
+    with pytest.raises(ValueError, match=r"^an image of 2001 x 8 pixels exceeds the aspect ratio of 200:1 .*; crop"):
+        captioner.caption(thin_image.crop((0, 0, 2001, 8)), prompts)
+
+
 @pytest.mark.parametrize(
     ("coordinate_format", "question"),
     [
@@ -365,6 +377,16 @@ def test_coordinates_are_part_of_the_prompt_of_each_family(server, image, coordi
     captioner = sca.load_captioner(f"openai url={server.url} model=mine {options}")
     captioner.caption(image, [Prompt(box=(20, 15, 40, 30))])
     assert read_question(server.bodies[-1]) == question
+
+
+def test_captions_of_models_with_coordinates_contain_none(image):
+    def ground_text(handler):
+        handler.send_json(make_completion("<ref>a red car</ref><box>[[1, 2, 3, 4]]</box>"))
+
+    with run_chat_server(lambda text, number: ground_text) as server:
+        name = f"openai url={server.url} model=mine region_format=coordinates coordinate_format=internvl"
+        (caption,) = sca.load_captioner(name).caption(image, [Prompt(box=(20, 15, 40, 30))])
+    assert caption.text == "a red car"
 
 
 def test_questions_replace_the_built_in_ones_and_keep_the_coordinates(server, image):

@@ -81,13 +81,6 @@ def test_vlm_with_location_tokens_distinguishes_regions_independent_of_batching(
     )
 
 
-def test_vlm_removes_location_tokens_from_captions(weights_folder, image, prompts, monkeypatch):
-    captioner = VisionLanguageModel(weights=weights_folder("florence2"), region_format="coordinates")
-    answer = "a red<loc_12> car<object><patch_index_0003></object> "
-    monkeypatch.setattr(captioner.image_text_model.tokenizer, "decode", lambda ids, **how: answer)
-    assert get_texts(captioner.caption(image, prompts[:1])) == ["a red car"]
-
-
 def test_vlm_draws_the_box_around_the_region_on_a_copy_of_the_image(weights_folder, image, prompts, question_calls):
     original_pixels = np.asarray(image).copy()
     captioner = VisionLanguageModel(weights=weights_folder("qwen2_vl"), region_format="box")
@@ -124,7 +117,7 @@ def test_vlm_applies_the_chat_template_and_batches_images_of_different_sizes(wei
         (
             "gemma3",
             {"region_format": "coordinates"},
-            r"'gemma3' model has no notation of coordinates, as florence2, internvl, .*; use region_format=crop\|box",
+            "^a 'gemma3' model does not support region_format=coordinates; use crop, box or outline$",
         ),
         ("blip", {}, "'blip' model takes no questions; .* crop-captioner"),
         (
@@ -134,9 +127,14 @@ def test_vlm_applies_the_chat_template_and_batches_images_of_different_sizes(wei
         ),
         ("florence2", {"region_format": "coordinates", "question": "What?"}, "omit the option question"),
         ("florence2", {"question": "What?"}, "region_format=crop has a fixed prompt for a 'florence2' model"),
-        ("qwen2_vl", {"question": "what is {region}?"}, "requires region_format=coordinates; remove it"),
+        (
+            "qwen2_vl",
+            {"question": "what is {region}?"},
+            r"contains \{region\} although region_format is not coordinates; remove",
+        ),
         ("qwen2_vl", {"question": "is <region 1> red?"}, "does not support region references"),
         ("qwen2_vl", {"context": 0.5}, "context is 0.5"),
+        ("qwen2_vl", {"region_format": "box", "context": 1.5}, "^context requires region_format=crop; remove it"),
     ],
 )
 def test_vlm_rejects_unsupported_options_and_suggests_alternatives(weights_folder, kind, options, message):

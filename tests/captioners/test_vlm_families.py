@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import tiny_vlms
+from PIL import Image
 from sca_registry.contracts import Prompt
 
 from sca.captioners.region_captioner import RegionView
-from sca.captioners.region_formats import COORDINATE_FORMATS, MODEL_QUESTIONS, QUESTIONS
+from sca.captioners.region_formats import COORDINATE_FORMATS, MODEL_QUESTIONS, QUESTIONS, remove_coordinates
 from sca.captioners.vlm import REGION_FORMATS, VisionLanguageModel
 
 FAMILIES = sorted(tiny_vlms.BUILDERS)
@@ -19,7 +20,22 @@ PROMPTS = {  # for the box 10.2, 9.7, 39.5, 30.0 in an image of 80 x 60 pixels
     "qwen2_vl": DEFAULT_QUESTION.format("<|box_start|>(127,161),(493,500)<|box_end|>"),
     "qwen2_5_vl": DEFAULT_QUESTION.format("[10, 10, 40, 32]"),  # pixels of 80 x 64
     "qwen3_vl": DEFAULT_QUESTION.format("[128, 162, 494, 500]"),
+    "qwen3_vl_moe": DEFAULT_QUESTION.format("[128, 162, 494, 500]"),
 }
+
+TEXTS_WITH_COORDINATES = [  # as decoded without special tokens; the caption is "a red car"
+    ("florence2", "a red<loc_12> car<loc_3><loc_4>"),
+    ("internvl", "<box>[[1, 2, 3, 4]]</box> a red car"),
+    ("internvl", "<ref>a red car</ref> [[1, 2, 3, 4], [5, 6, 7, 8]]"),
+    ("kosmos-2", "a red car<object><patch_index_0003><patch_index_0099></object> "),
+    ("molmo2", '<points coords="1 1 311 331">region</points> a red car'),
+    ("molmo2", 'a <points coords="1 1 311 331">red car</points>'),
+    ("paligemma", "<loc0165><loc0130><loc0512><loc0505> a red car"),
+    ("qwen2_vl", "a red car(127,161),(493,500)"),
+    ("qwen2_5_vl", "[10, 10, 40, 32] a red\ncar"),
+    ("qwen3_vl", "a red car [128,162,494,500]"),
+    ("qwen3_vl_moe", "a red car [128, 162, 494, 500]"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +100,30 @@ def test_vlm_family_receives_coordinates_in_its_own_notation(captioner, family, 
     assert PROMPTS[family].replace(" ", "") in text.replace(" ", "")
 
 
+@pytest.mark.parametrize(("family", "text"), TEXTS_WITH_COORDINATES)
+def test_vlm_family_removes_coordinates_in_its_notation_from_captions(family, text):
+    assert remove_coordinates(text, family) == "a red car"
+
+
+def test_every_family_with_coordinates_is_tested():
+    assert {*FAMILIES, "florence2", "kosmos-2"} >= set(COORDINATE_FORMATS)  # these two have tests in test_vlm.py
+
+
+def test_every_notation_of_coordinates_is_removed_from_captions():
+    assert {family for family, _ in TEXTS_WITH_COORDINATES} == set(COORDINATE_FORMATS)
+
+
+@pytest.mark.parametrize("text", ["2 of [3, 4] cars", "size (1,2)", "(a,b),(c,d)", "x < 3 and y > 2"])
+def test_texts_without_coordinates_are_unchanged(text):
+    assert {remove_coordinates(text, family) for family in COORDINATE_FORMATS} == {text}
+
+
+def test_vlm_removes_coordinates_from_captions(captioner, image, prompts, monkeypatch):
+    model = captioner("qwen3_vl")
+    monkeypatch.setattr(model.image_text_model.tokenizer, "decode", lambda ids, **how: "a red car [1, 2, 3, 4]")
+    assert model.caption(image, prompts[:1], max_new_tokens=1)[0].text == "a red car"
+
+
 def test_qwen2_5_vl_receives_the_image_at_the_size_of_its_coordinates(captioner, image, prompts):
     model = captioner("qwen2_5_vl", "coordinates")
     view = RegionView(0, image, Prompt(box=(0.0, 0.0, 80.0, 60.0)), None, None)
@@ -127,3 +167,19 @@ def test_vlm_crops_the_box_with_context(captioner, image, question_calls):
     pixels = np.asarray(image)
     assert np.array_equal(crops[0], pixels[20:30, 20:40])
     assert np.array_equal(crops[1], pixels[15:35, 10:50])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [(450, 6), (6, 450)])
+def test_vlm_family_captions_crops_of_thin_regions(captioner, family, size):
+    thin_image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8))
+    x2, y2 = (side if side > 6 else 2 for side in size)
+    (caption,) = captioner(family, context=1.0).caption(thin_image, [Prompt(box=(0, 0, x2, y2))], max_new_tokens=1)
+    assert caption.score > 0
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("region_format", ["crop", "outline", "coordinates"])
+def test_vlm_rejects_images_above_the_aspect_ratio_of_the_model(captioner, family, region_format):
+    with pytest.raises(ValueError, match=r"^an image of 402 x 2 pixels exceeds the aspect ratio of 200:1 .*; crop"):
+        captioner(family, region_format).caption(Image.new("RGB", (402, 2)), [Prompt(box=(0, 0, 402, 2))])

@@ -88,15 +88,20 @@ def build_qwen2_5_vl():
     return build_qwen_model(transformers.Qwen2_5_VLForConditionalGeneration(config), tokenizer, "Qwen2_5_VL", "Qwen2VL")
 
 
-def build_qwen3_vl():
+def build_qwen3_vl(class_prefix="Qwen3VL", **text_fields):
     tokenizer = build_tokenizer(QWEN_TOKENS)
     vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8}
     vision |= {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
-    text = make_text_config(tokenizer, rope_parameters={**MROPE, "mrope_interleaved": True})
-    config = transformers.Qwen3VLConfig(
+    text = make_text_config(tokenizer, rope_parameters={**MROPE, "mrope_interleaved": True}, **text_fields)
+    config = getattr(transformers, f"{class_prefix}Config")(
         vision_config=vision, text_config=text, **get_special_ids(tokenizer, QWEN_ID_FIELDS, QWEN_TOKENS[:4])
     )
-    return build_qwen_model(transformers.Qwen3VLForConditionalGeneration(config), tokenizer, "Qwen3VL", "Qwen3VL")
+    model = getattr(transformers, f"{class_prefix}ForConditionalGeneration")(config)
+    return build_qwen_model(model, tokenizer, "Qwen3VL", "Qwen3VL")
+
+
+def build_qwen3_vl_moe():
+    return build_qwen3_vl("Qwen3VLMoe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
 
 def build_qwen_model(model, tokenizer, processor_prefix, video_prefix):
@@ -286,6 +291,7 @@ BUILDERS = {
     "qwen2_vl": build_qwen2_vl,
     "qwen2_5_vl": build_qwen2_5_vl,
     "qwen3_vl": build_qwen3_vl,
+    "qwen3_vl_moe": build_qwen3_vl_moe,
     "smolvlm": build_smolvlm,
 }
 PACKAGES = {  # that a family requires; by default torchvision, for its videos

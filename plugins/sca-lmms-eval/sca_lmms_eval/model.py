@@ -10,7 +10,8 @@ from tqdm import tqdm
 import sca
 from sca.inference.batch import caption_requests
 from sca.inference.generation_options import resolve_generation_options
-from sca.inference.zoom_options import resolve_zoom
+from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue, resolve_zoom
+from sca_lmms_eval.arguments import parse_batch_size, parse_stop_strings
 from sca_lmms_eval.regions import PROMPT_TYPES, read_region
 
 
@@ -38,7 +39,7 @@ class SegmentCaptionAnything(lmms):
         batch_size: int | str = 1,
         max_batch_size: Any = None,
         prompt_type: str = "box",
-        zoom: str | float = "auto",
+        zoom: ZoomValue = DEFAULT_ZOOM,
         dtype: str | None = None,
         num_beams: int | None = None,
         max_new_tokens: int | None = None,
@@ -51,7 +52,7 @@ class SegmentCaptionAnything(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.prompt_type = prompt_type
-        self.batch_size = int(batch_size)
+        self.batch_size = parse_batch_size(batch_size)
         self.captioner = sca.load_captioner(
             model,
             device or str(self.accelerator.device),
@@ -73,9 +74,9 @@ class SegmentCaptionAnything(lmms):
             ]
             images, prompts = [image for image, _ in regions], [[prompt] for _, prompt in regions]
             outputs = caption_requests(self.captioner, images, prompts, "caption", zoom=self.zoom, **self.generation)
-            for (context, options, *_), (caption,) in zip(batch, outputs, strict=True):
+            for (context, options, *_, task, _), (caption,) in zip(batch, outputs, strict=True):
                 text = caption.text
-                for stop in options.get("until") or ():
+                for stop in parse_stop_strings(options.get("until"), task):
                     text = text.split(stop)[0]
                 self.cache_hook.add_partial("generate_until", (context, options), text)
                 captions.append(text)
