@@ -77,7 +77,7 @@ class LabelStudioWriter:
 
 
 def make_results(
-    caption_record: dict[str, Any], region_id: str, interface: LabelingInterface, label: str | None = None
+    caption_record: dict[str, Any], region_id: str, interface: LabelingInterface, labels: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Return the results of a region: its shape, and its caption as a text area or as metadata of the shape.
 
@@ -85,7 +85,7 @@ def make_results(
         caption_record: Record of the region, see `sca.output.jsonl.caption_to_record`.
         region_id: Id of the region, unique in its prediction.
         interface: Controls of the project.
-        label: Preferred label. The others are the name of the region, and "region".
+        labels: Preferred labels. The others are the name of the region, and "region".
 
     Returns:
         The results.
@@ -101,7 +101,7 @@ def make_results(
         "image_rotation": 0,
     }
     shape_type, control, value = _make_shape(caption_record, interface)
-    value[shape_type] = [control.choose_label((label, caption_record.get("name"), REGION_LABEL))]
+    value[shape_type] = control.choose_labels(labels, (caption_record.get("name"), REGION_LABEL))
     score = {} if caption_record["score"] is None else {"score": caption_record["score"]}
     texts = [caption_record["caption"]]
     shape_result = {**common_fields, "type": shape_type, "from_name": control.name, "value": value, **score}
