@@ -33,8 +33,9 @@ class Control:
         Returns:
             At least one label that the control accepts; its first label if it accepts no given one.
         """
+        own_labels = frozenset(self.labels)
         accepted, accepted_alternatives = (
-            [label for label in labels if label and (label in self.labels or not self.labels)]
+            [label for label in dict.fromkeys(labels) if label and (label in own_labels or not own_labels)]
             for labels in (preferred, alternatives)
         )
         if accepted:

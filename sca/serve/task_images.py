@@ -101,7 +101,7 @@ class TaskImageReader:
         try:
             return self._check_url(httpx2.URL(f"{self.url}/{source.lstrip('/')}" if is_path else source), location)
         except (httpx2.InvalidURL, UnicodeError):
-            raise ApiError(422, f"{location}: {source[:MAX_SHOWN_URL]!r} is not a URL; use http(s)") from None
+            raise ApiError(422, f"{location}: the URL of the image is invalid; use an http(s) URL") from None
 
     def _check_url(self, url: httpx2.URL, location: str) -> httpx2.URL:
         """Return a URL unchanged; raise ApiError if it is not allowed."""

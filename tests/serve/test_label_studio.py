@@ -236,6 +236,12 @@ INVALID_REQUESTS = {
         "is not downloaded; start the",
     ),
     "no image file": ({"id": 4, "data": {"photo": "data:image/png;base64,AAAA"}}, None, CONFIG, "the image of task 4"),
+    "an invalid URL": (
+        {"data": {"photo": "http://user:password@host:port/"}},
+        None,
+        CONFIG,
+        "task 0: the URL of the image is invalid; use an http(s) URL",
+    ),
     "an id with a newline": ({"id": "a\nsca: b", "data": {}}, None, CONFIG, r"task 'a\nsca: b': data has no image"),
 }
 
@@ -247,6 +253,7 @@ def test_backend_rejects_invalid_requests_in_one_line(make_backend, case_name):
     assert response.status_code == 422, response.text
     assert message in response.json()["error"]["message"]
     assert "\n" not in response.json()["error"]["message"]
+    assert "password" not in response.text
 
 
 def make_brush_of_another_size():
