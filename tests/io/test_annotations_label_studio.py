@@ -460,3 +460,9 @@ def test_region_has_separate_labels():
 )
 def test_has_mask_is_true_for_shapes_read_as_masks(result, expected):
     assert has_mask(result) is expected
+
+
+def test_long_region_ids_are_shortened_in_messages():
+    _, problems = read_images_and_problems(make_task(make_rectangle("a" * 1000, x="b")))
+    assert len(problems) == 1
+    assert len(problems[0]) < 200, problems

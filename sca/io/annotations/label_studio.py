@@ -207,7 +207,7 @@ def _read_shape_image_size(
 
 def _describe_region(result: Mapping[str, Any], number: int) -> str:
     region_id = result.get("id")
-    return f"region {region_id!r}" if isinstance(region_id, str) else f"result {number}"
+    return f"region {region_id!r:.60}" if isinstance(region_id, str) else f"result {number}"
 
 
 def read_regions(
