@@ -27,6 +27,7 @@ from sca.io.atomic import write_file
 from sca.io.cache import get_cache_folder
 from sca.io.errors import InputError
 from sca.io.json import parse_json, read_regular_file
+from sca.io.server_urls import parse_server_url
 from sca.io.text import format_count
 from sca.io.validation import check_range, is_int64
 
@@ -291,20 +292,8 @@ def normalize_url(url: str) -> str:
     """
     if not url:
         raise InputError(f"no server; set url=http://HOST:PORT/v1, or the environment variable {URL_VARIABLE}")
-    try:
-        parts = httpx2.URL(url)
-        is_valid = (
-            parts.scheme in ("http", "https") and bool(parts.host) and (parts.port is None or 0 < parts.port < 2**16)
-        )
-    except (httpx2.InvalidURL, UnicodeError):
-        is_valid = False
-    if not is_valid:
-        raise InputError("the URL of the server is invalid; set url=http://HOST:PORT/v1")
-    if parts.userinfo or parts.query or parts.fragment:
-        raise InputError(
-            f"the URL of the server contains a user name, a query or a fragment; remove it, and set {KEY_VARIABLE} or "
-            f"{KEY_FILE_VARIABLE} for a key"
-        )
+    secret_hint = f"remove it, and set {KEY_VARIABLE} or {KEY_FILE_VARIABLE} for a key"
+    parts = parse_server_url(url, "the URL of the server", "set url=http://HOST:PORT/v1", secret_hint)
     return str(parts.copy_with(path=parts.path.rstrip("/") or "/v1"))
 
 

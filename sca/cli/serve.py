@@ -51,7 +51,8 @@ def serve(
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="File with API keys, one per line. Requests must send Authorization: Bearer KEY.",
+            help="File with API keys, one per line. Requests must send Authorization: Bearer KEY, or the key as the "
+            "password of basic authentication.",
             rich_help_panel="Security",
         ),
     ] = None,
@@ -75,8 +76,8 @@ def serve(
     image_url: Annotated[
         list[str] | None,
         typer.Option(
-            help="URL of another server that images of tasks are downloaded from, such as https://images.example.org; "
-            "images of other hosts are rejected. Repeatable.",
+            help="URL of another server that images of tasks are downloaded from, such as https://images.example.org, "
+            "or of a folder on it. All other URLs are rejected. Repeatable.",
             rich_help_panel="Label Studio",
         ),
     ] = None,
@@ -183,11 +184,9 @@ def serve(
     )
     server_config.check_installed()
 
-    from sca.serve.task_images import parse_server_url
+    from sca.serve.task_images import TaskImageReader
 
-    for url in (label_studio_url, *server_config.image_urls):
-        if url:
-            parse_server_url(url)
+    TaskImageReader(label_studio_url, server_config.image_urls)  # checks the URLs before the model is loaded
     if isinstance(built_launcher, LocalLauncher):  # Ray reports it for its nodes
         resolve_device(device)
 

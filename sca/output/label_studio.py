@@ -82,7 +82,7 @@ class LabelStudioWriter:
 
 
 def make_results(
-    caption_record: dict[str, Any], region_id: str, interface: LabelingInterface, label: str | None = None
+    caption_record: dict[str, Any], region_id: str, interface: LabelingInterface, labels: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Return the results of a region: its shape, and its caption as a text area or as metadata of the shape.
 
@@ -90,7 +90,7 @@ def make_results(
         caption_record: Record of the region, see `sca.output.jsonl.caption_to_record`.
         region_id: Id of the region, unique in its prediction.
         interface: Controls of the project.
-        label: Preferred label. The others are the name of the region, and "region".
+        labels: Preferred labels. The others are the name of the region, and "region".
 
     Returns:
         The results; none for a region without a mask, a box or a point.
@@ -109,7 +109,7 @@ def make_results(
     if shape is None:
         return []
     shape_type, control, value = shape
-    value[shape_type] = [control.choose_label((label, caption_record.get("name"), REGION_LABEL))]
+    value[shape_type] = control.choose_labels(labels, (caption_record.get("name"), REGION_LABEL))
     score = {} if caption_record["score"] is None else {"score": caption_record["score"]}
     texts = [caption_record["caption"]]
     shape_result = {**common_fields, "type": shape_type, "from_name": control.name, "value": value, **score}

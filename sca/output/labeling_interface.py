@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -15,15 +16,31 @@ class Control:
     Args:
         name: Name of the control.
         labels: Labels that it accepts; empty for any label.
+        is_multiple: Whether a region may have several labels.
     """
 
     name: str
     labels: tuple[str, ...] = ()
+    is_multiple: bool = False
 
-    def choose_label(self, candidates: tuple[str | None, ...]) -> str:
-        """Return the first candidate that the control accepts, or else its first label."""
-        accepted = (label for label in candidates if label and (label in self.labels or not self.labels))
-        return next(accepted, "") or self.labels[0]
+    def choose_labels(self, preferred: Sequence[str], alternatives: Sequence[str | None]) -> list[str]:
+        """Return the labels of a region.
+
+        Args:
+            preferred: Preferred labels, of which all accepted ones are returned if `is_multiple`, and else the first.
+            alternatives: Labels of which the first accepted one is returned if no preferred label is accepted.
+
+        Returns:
+            At least one label that the control accepts; its first label if it accepts no given one.
+        """
+        own_labels = frozenset(self.labels)
+        accepted, accepted_alternatives = (
+            [label for label in dict.fromkeys(labels) if label and (label in own_labels or not own_labels)]
+            for labels in (preferred, alternatives)
+        )
+        if accepted:
+            return accepted if self.is_multiple else accepted[:1]
+        return (accepted_alternatives or list(self.labels))[:1]
 
 
 @dataclass(frozen=True)
@@ -88,5 +105,5 @@ def _find_control(root: ElementTree.Element, tag: str, image: str) -> Control | 
     for element in root.iter(tag):
         labels = tuple(label for each in element.iter("Label") if (label := each.get("value")))
         if element.get("toName") == image and labels and (name := element.get("name")):
-            return Control(name, labels)
+            return Control(name, labels, element.get("choice") == "multiple")
     return None

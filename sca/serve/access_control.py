@@ -82,7 +82,8 @@ class KeyCheckMiddleware:
         key = _read_key(Headers(scope=scope).get("authorization", ""))
         key_index = find_key_index(key, self.keys) if key else None
         if key_index is None:
-            error = ApiError(401, "missing or invalid API key; send it as Authorization: Bearer KEY")
+            fix = "send it as Authorization: Bearer KEY, or as the password of basic authentication"
+            error = ApiError(401, f"missing or invalid API key; {fix}")
             return await make_error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
         scope.setdefault("state", {})["client"] = f"key {key_index}"
         await self.app(scope, receive, send)

@@ -8,14 +8,17 @@ images are downloaded as `TaskImageReader` allows.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from functools import partial
+from itertools import chain
+from typing import Annotated, Any, NamedTuple
 
 from anyio import to_thread
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from sca_registry.contracts import Caption, Prompt
 from starlette.requests import ClientDisconnect
@@ -24,17 +27,19 @@ from sca.io.annotations import label_studio
 from sca.io.annotations.annotation import Annotation, SkipCounter
 from sca.io.errors import InputError
 from sca.io.prompts import parse_prompt
+from sca.io.text import format_count
 from sca.output.captioned_image import ImageSize
 from sca.output.jsonl import caption_to_record, replace_non_finite
 from sca.output.label_studio import make_results
 from sca.output.labeling_interface import LabelingInterface, parse_labeling_interface
 from sca.serve.errors import ApiError
+from sca.serve.inference_requests import DeadlineExceededError
 from sca.serve.schema import CaptionRequest, RegionPrompt, add_body_schema
-from sca.serve.service import ERROR_RESPONSES, CaptionService
+from sca.serve.service import ERROR_RESPONSES, JSON_MEDIA_TYPE, CaptionService
 from sca.serve.task_images import TaskImageReader
 
 MAX_TASKS = 1000  # tasks per request
-SHAPES_WITHOUT_MASKS = ("rectangle", "keypoint")
+MASK_CODEC_BYTES_PER_PIXEL = 6  # peak memory while a brush or bitmask is decoded, or a mask is encoded as a brush
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -91,69 +96,145 @@ def add_label_studio_routes(app: FastAPI, service: CaptionService, images: TaskI
         prediction_request = await service.parse_body(request, PredictionRequest)
         interface = await to_thread.run_sync(parse_labeling_interface, prediction_request.label_config)
         context = prediction_request.params and prediction_request.params.context
-        predictor = TaskPredictor(service, images, request, interface)
-        predictions = [
-            await predictor.predict(task, f"task {task.get('id', number)!s:.40}", context.result if context else [])
-            for number, task in enumerate(prediction_request.tasks)
-        ]
-        return JSONResponse({"results": predictions, "model_version": service.model_name})
+        predictor = TaskPredictor(service, images, request, interface, context.result if context else [])
+        predictions = await predictor.predict(prediction_request.tasks)
+        model_version = json.dumps(service.model_name).encode()
+        chunks = (b'{"results":[', *predictions, b'],"model_version":', model_version, b"}")
+        return StreamingResponse(iter(chunks), media_type=JSON_MEDIA_TYPE)
+
+
+class _TaskShapes(NamedTuple):
+    """Shapes of a task.
+
+    Attributes:
+        task: Task.
+        location: Task, for messages.
+        results: Results with the shapes; empty for everything mode.
+        skip: Counter of skipped contents.
+    """
+
+    task: Mapping[str, Any]
+    location: str
+    results: list[Mapping[str, Any]]
+    skip: SkipCounter
 
 
 class TaskPredictor:
     """Predictor of the tasks of one request.
 
+    The memory lease of the request covers its body, the predictions of its previous tasks, and its current task.
+
     Args:
         service: Service with the model.
         images: Reader of the images.
-        request: HTTP request.
+        request: HTTP request, whose body was read.
         interface: Labeling interface of the project.
+        context_results: Results of a smart tool, which form one region of each task; empty without one.
     """
 
     def __init__(
-        self, service: CaptionService, images: TaskImageReader, request: Request, interface: LabelingInterface
+        self,
+        service: CaptionService,
+        images: TaskImageReader,
+        request: Request,
+        interface: LabelingInterface,
+        context_results: Sequence[Mapping[str, Any]],
     ):
         self.service = service
         self.images = images
         self.request = request
         self.interface = interface
+        self.context_results = context_results
 
-    async def predict(
-        self, task: Mapping[str, Any], location: str, context_results: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any]:
-        """Predict the regions of a task.
+    async def predict(self, tasks: Sequence[Mapping[str, Any]]) -> list[bytes]:
+        """Predict the regions of tasks.
 
         Args:
-            task: Task of Label Studio.
-            location: Task, for messages.
-            context_results: Results of a smart tool, which form one region; empty without one.
+            tasks: Tasks of Label Studio.
 
         Returns:
-            The prediction.
+            The predictions as JSON, with commas between them.
 
         Raises:
-            ApiError: The image cannot be read, or the request is not supported (422), or too large (413).
-            InputError: A shape is invalid, or has no control.
+            ApiError: An image cannot be read, the request is not supported (422), or it is too large (413).
+            ClientDisconnect: The client has disconnected.
+            DeadlineExceededError: The deadline of the request has passed.
+            InputError: The shapes of a task are invalid, or have no control.
+            MemoryBudgetError: There is not enough memory.
         """
-        skip = SkipCounter()
-        results = [each for each in context_results or _list_results(task, location, skip) if self._is_shape(each)]
-        if context_results and not results:
+        tasks_with_shapes = [self._list_shapes(task, number) for number, task in enumerate(tasks)]
+        self._check_counts([each.results for each in tasks_with_shapes])
+        predictions: list[bytes] = []
+        for number, task_shapes in enumerate(tasks_with_shapes):
+            if await self.request.is_disconnected():
+                raise ClientDisconnect
+            try:
+                predictions += [b",", *await self._predict_task(task_shapes)]
+            except DeadlineExceededError:
+                raise DeadlineExceededError(
+                    f"{number} of {format_count(len(tasks), 'task')} completed within {self.service.limits.timeout:g} "
+                    "s; send fewer tasks per request, or increase --timeout"
+                ) from None
+        return predictions[1:]
+
+    def _list_shapes(self, task: Mapping[str, Any], number: int) -> _TaskShapes:
+        skip, location = SkipCounter(), f"task {task.get('id', number)!r:.40}"
+        results = self.context_results or _list_results(task, location, skip)
+        shapes = [each for each in results if self._is_shape(each)]
+        if self.context_results and not shapes:
             raise InputError(f"{location}: the context has no shape on the image {self.interface.image!r}; draw one")
-        service, request = self.service, self.request
+        return _TaskShapes(task, location, shapes, skip)
+
+    def _check_counts(self, results_per_task: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Check the number of shapes and keypoints, before an image is downloaded or a mask is decoded."""
+        num_points_per_task = [
+            [int(label_studio.get_shape_type(each) == "keypoint") for each in results] for results in results_per_task
+        ]
+        point_counts = (
+            [sum(each) for each in num_points_per_task] if self.context_results else chain(*num_points_per_task)
+        )
+        self.service.check_prompt_counts(list(point_counts))
+
+    async def _predict_task(self, task_shapes: _TaskShapes) -> list[bytes]:
+        """Return the prediction of a task as chunks of JSON, which stay in the memory lease."""
+        service, request, lease = self.service, self.request, self.request.state.lease
+        task, location, results, skip = task_shapes
+        kept_bytes = lease.leased_bytes
         seconds = service.get_deadline(request) - asyncio.get_running_loop().time()
-        image_bytes = await self.images.read(self._find_image(task, location), location, seconds, request.state.lease)
-        num_masks = sum(label_studio.get_shape_type(each) not in SHAPES_WITHOUT_MASKS for each in results)
-        image = await service.decode_request_image(request, image_bytes, num_masks)
-        read_prompts = _read_context_prompt if context_results else _read_prompts
-        prompts, labels = await to_thread.run_sync(read_prompts, results, image.size, location, skip)
+        image_bytes = await self.images.read(self._find_image(task, location), location, seconds, lease)
+        num_masks = sum(map(label_studio.has_mask, results))
+        image = await service.decode_request_image(
+            request, image_bytes, num_masks, f"the image of {location}", kept_bytes, MASK_CODEC_BYTES_PER_PIXEL
+        )
+        del image_bytes
+        prompts, labels = await self._decode_prompts(task_shapes, image.size)
         if summary := skip.summarize():
             log.warning("sca: %s", summary)
-        caption_request = CaptionRequest(prompts=[RegionPrompt()] * len(prompts), everything=not prompts)
+        caption_request = CaptionRequest(prompts=[RegionPrompt()] * len(prompts), everything=not results)
         service.check_request(caption_request)
         inference_request = await service.make_inference_request(request, caption_request, image, prompts or None)
         captions = await service.collect_captions(request, inference_request)
         if len(captions) < len(prompts):
             raise ClientDisconnect
-        return await to_thread.run_sync(self._make_prediction, captions, image.size, labels)
+        chunks = await self._make_prediction(captions, image.size, labels)
+        lease.resize(kept_bytes + sum(map(len, chunks)))
+        return chunks
+
+    async def _decode_prompts(
+        self, task_shapes: _TaskShapes, size: tuple[int, int]
+    ) -> tuple[list[Prompt], list[Sequence[str]]]:
+        """Return a prompt and its labels per region. Invalid regions are skipped, if others are valid."""
+        if not task_shapes.results:
+            return [], []
+        read = _read_context_prompt if self.context_results else _read_prompts
+        prompts, labels = await self.service.process_masks(
+            self.request, partial(read, task_shapes.results, size, task_shapes.location, task_shapes.skip)
+        )
+        if not prompts:
+            raise InputError(
+                f"{task_shapes.location}: no shape can be used ({task_shapes.skip.summarize()}); correct or delete it"
+            )
+        return prompts, labels
 
     def _is_shape(self, result: Mapping[str, Any]) -> bool:
         return result.get("to_name") == self.interface.image and bool(label_studio.get_shape_type(result))
@@ -167,16 +248,25 @@ class TaskPredictor:
             )
         return source.strip()
 
-    def _make_prediction(
-        self, captions: Sequence[Caption], size: tuple[int, int], labels: Sequence[str | None]
-    ) -> dict[str, Any]:
-        records = [caption_to_record("", ImageSize(*size), caption) for caption in captions]
-        results = []
-        for record, label in zip(records, labels or [None] * len(records), strict=True):
-            results += make_results(record, uuid.uuid4().hex[:10], self.interface, label)
-        scores = [record["score"] for record in records if record["score"] is not None]
-        score = replace_non_finite(sum(scores) / len(scores)) if scores else None
-        return {"model_version": self.service.model_name, "score": score, "result": results}
+    async def _make_prediction(
+        self, captions: Sequence[Caption], size: tuple[int, int], labels: Sequence[Sequence[str]]
+    ) -> list[bytes]:
+        """Return a prediction as chunks of JSON. Each region is encoded in a turn of its own."""
+        chunks = list[bytes]()
+
+        def encode_region(caption: Caption, region_labels: Sequence[str]) -> bytes:
+            record = caption_to_record("", ImageSize(*size), caption)
+            results = make_results(record, uuid.uuid4().hex[:10], self.interface, region_labels)
+            return ",".join(json.dumps(each, allow_nan=False, separators=(",", ":")) for each in results).encode()
+
+        for caption, region_labels in zip(captions, labels or [()] * len(captions), strict=True):
+            chunk = await self.service.process_masks(self.request, partial(encode_region, caption, region_labels))
+            self.request.state.lease.add(len(chunk))
+            chunks += [b",", chunk] if chunks else [chunk]
+        scores = [score for each in captions if (score := replace_non_finite(each.score)) is not None]
+        score = sum(scores) / len(scores) if scores else None
+        header = json.dumps({"model_version": self.service.model_name, "score": score})[:-1]
+        return [f'{header}, "result":['.encode(), *chunks, b"]}"]
 
 
 def _list_results(task: Mapping[str, Any], location: str, skip: SkipCounter) -> list[Mapping[str, Any]]:
@@ -188,11 +278,21 @@ def _list_results(task: Mapping[str, Any], location: str, skip: SkipCounter) -> 
 
 def _read_prompts(
     results: Sequence[Mapping[str, Any]], size: tuple[int, int], location: str, skip: SkipCounter
-) -> tuple[list[Prompt], list[str | None]]:
-    """Return a prompt and a label per region."""
-    annotations = label_studio.read_regions(results, size, location, skip)
-    prompts = [parse_prompt(_make_prompt_fields(each), each.location, *size) for each in annotations]
-    return prompts, [each.label for each in annotations]
+) -> tuple[list[Prompt], list[Sequence[str]]]:
+    """Return a prompt and its labels per region; count regions that are invalid."""
+
+    def count_invalid(error: ValueError) -> None:
+        skip("invalid region", str(error))
+
+    prompts, labels = list[Prompt](), list[Sequence[str]]()
+    for annotation in label_studio.read_regions(results, size, location, skip, count_invalid):
+        try:
+            prompts.append(parse_prompt(_make_prompt_fields(annotation), annotation.location, *size))
+        except InputError as error:
+            count_invalid(error)
+        else:
+            labels.append(annotation.separate_labels)
+    return prompts, labels
 
 
 def _make_prompt_fields(annotation: Annotation) -> dict[str, Any]:
@@ -203,8 +303,10 @@ def _make_prompt_fields(annotation: Annotation) -> dict[str, Any]:
 
 def _read_context_prompt(
     results: Sequence[Mapping[str, Any]], size: tuple[int, int], location: str, skip: SkipCounter
-) -> tuple[list[Prompt], list[str | None]]:
-    """Return the prompt of the shapes of a smart tool, and their label."""
+) -> tuple[list[Prompt], list[Sequence[str]]]:
+    """Return the prompt of the shapes of a smart tool, and the labels of the first shape."""
+    if any(map(label_studio.is_image_rotated, results)):
+        raise InputError(f"{location}: the image is rotated in Label Studio; reset the rotation")
     points: list[list[float]] = []
     shapes = []
     for result in results:
@@ -218,5 +320,4 @@ def _read_context_prompt(
     fields |= {"points": points} if points else {}
     if not fields:
         raise InputError(f"{location}: the context has no shape that can be read; draw a box, a brush or keypoints")
-    labels = label_studio.read_regions([{**results[0], "id": "context"}], size, location, skip)
-    return [parse_prompt(fields, location, *size)], [labels[0].label if labels else None]
+    return [parse_prompt(fields, location, *size)], [label_studio.read_labels(results[0])]

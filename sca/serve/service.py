@@ -170,13 +170,24 @@ class CaptionService:
             raise ApiError(413, f"the request exceeds the limit of {self.limits.max_json_values:,} JSON values")
         return model.model_validate_json(body)
 
-    async def decode_request_image(self, request: Request, image_bytes: bytes, num_masks: int = 0) -> Image.Image:
+    async def decode_request_image(
+        self,
+        request: Request,
+        image_bytes: bytes,
+        num_masks: int = 0,
+        name: str = "the image",
+        kept_bytes: int = 0,
+        extra_bytes_per_pixel: int = 0,
+    ) -> Image.Image:
         """Decode the image of a request when memory is available.
 
         Args:
             request: HTTP request; its memory lease is resized.
             image_bytes: Image file.
             num_masks: Number of masks of the size of the image to reserve memory for.
+            name: Name of the image in messages.
+            kept_bytes: Memory in bytes that the request already needs, as part of the new lease.
+            extra_bytes_per_pixel: Memory to reserve for later work with the image, in bytes per pixel.
 
         Returns:
             The image, with its EXIF orientation applied.
@@ -188,32 +199,49 @@ class CaptionService:
             DeadlineExceededError: The deadline of the request has passed.
         """
         unread_image = await to_thread.run_sync(
-            open_image_header, io.BytesIO(image_bytes), "the image", self.limits.max_pixels
+            open_image_header, io.BytesIO(image_bytes), name, self.limits.max_pixels
         )
         pixels = unread_image.width * unread_image.height
         if num_masks * pixels > max(ALWAYS_ALLOWED_MASK_PIXELS, 10 * self.limits.max_pixels):
             raise ApiError(
                 413,
-                f"{num_masks} masks of {unread_image.width} x {unread_image.height} pixels are too large; split them "
-                "across several requests",
+                f"{num_masks} masks of {unread_image.width} x {unread_image.height} pixels for {name} are too large; "
+                "split them across several requests",
             )
         lease = request.state.lease
         deadline = self.get_deadline(request)
         monotonic_deadline = time.monotonic() + deadline - asyncio.get_running_loop().time()
 
-        needed_bytes = len(image_bytes) + (DECODING_BYTES_PER_PIXEL + num_masks) * pixels
+        decoded_bytes = kept_bytes + (DECODED_BYTES_PER_PIXEL + num_masks + extra_bytes_per_pixel) * pixels
+        decoding_bytes = kept_bytes + len(image_bytes) + (DECODING_BYTES_PER_PIXEL + num_masks) * pixels
+        needed_bytes = max(decoding_bytes, decoded_bytes)
 
         def decode_with_lease() -> Image.Image:
             lease.resize(needed_bytes, monotonic_deadline - time.monotonic())
             if lease.has_ended:
                 raise MemoryBudgetError("the request was cancelled")
-            image = decode_image(unread_image, "the image")
-            lease.resize((DECODED_BYTES_PER_PIXEL + num_masks) * pixels)
+            image = decode_image(unread_image, name)
+            lease.resize(decoded_bytes)
             return image
 
         # Large images wait only for other large images.
         pool = self._small_image_pool if self.budget.is_small_request(needed_bytes) else self._large_image_pool
         return await self._run_in_pool(pool, deadline, decode_with_lease)
+
+    async def process_masks(self, request: Request, function: Callable[[], Result]) -> Result:
+        """Run a function that encodes or decodes masks in the thread for masks.
+
+        Args:
+            request: HTTP request.
+            function: Function.
+
+        Returns:
+            The result of the function.
+
+        Raises:
+            DeadlineExceededError: The deadline of the request has passed.
+        """
+        return await self._run_in_pool(self._mask_pool, self.get_deadline(request), function)
 
     async def _run_in_pool(self, pool: Executor, deadline: float, function: Callable[[], Result]) -> Result:
         """Run a function in a thread of a pool; raise DeadlineExceededError after the deadline."""
@@ -235,12 +263,28 @@ class CaptionService:
         if bool(caption_request.prompts) == bool(caption_request.everything):
             problem = "both prompts and everything" if caption_request.prompts else "neither prompts nor everything"
             raise ApiError(422, f"the request has {problem}; send either prompts or everything=true")
-        num_prompts = len(caption_request.prompts)
-        if num_prompts > self.limits.max_prompts:
+        self.check_prompt_counts(
+            [len(prompt.points) if isinstance(prompt.points, list) else 0 for prompt in caption_request.prompts]
+        )
+        for name in ("temperature", "top_p"):
+            if getattr(caption_request, name) is not None and not caption_request.do_sample:
+                raise ApiError(422, f"{name} can only be used with do_sample=true", param=name)
+        if caption_request.everything and not self.scheduler.supports_everything:
+            raise ApiError(422, EVERYTHING_UNSUPPORTED_MESSAGE)
+
+    def check_prompt_counts(self, point_counts: Sequence[int]) -> None:
+        """Check the number of prompts and points of a request against the limits.
+
+        Args:
+            point_counts: Number of points of each prompt.
+
+        Raises:
+            ApiError: There are too many prompts or points (413).
+        """
+        if len(point_counts) > self.limits.max_prompts:
             raise ApiError(
-                413, f"the request has {num_prompts:,} prompts; at most {self.limits.max_prompts:,} are allowed"
+                413, f"the request has {len(point_counts):,} prompts; at most {self.limits.max_prompts:,} are allowed"
             )
-        point_counts = [len(prompt.points) for prompt in caption_request.prompts if isinstance(prompt.points, list)]
         if point_counts and max(point_counts) > self.limits.max_points:
             raise ApiError(
                 413, f"a prompt has {max(point_counts):,} points; at most {self.limits.max_points:,} are allowed"
@@ -251,11 +295,6 @@ class CaptionService:
                 f"the prompts have {sum(point_counts):,} points; at most {self.limits.max_points_per_request:,} are "
                 "allowed per request",
             )
-        for name in ("temperature", "top_p"):
-            if getattr(caption_request, name) is not None and not caption_request.do_sample:
-                raise ApiError(422, f"{name} can only be used with do_sample=true", param=name)
-        if caption_request.everything and not self.scheduler.supports_everything:
-            raise ApiError(422, EVERYTHING_UNSUPPORTED_MESSAGE)
 
     def check_find_request(self, find_request: FindRequest) -> CaptionRequest:
         """Check a request to find a text, before its image is decoded.
@@ -366,7 +405,7 @@ class CaptionService:
                 read_checked_prompts = partial(
                     _read_checked_prompts, caption_request.prompts, image.size, location_format
                 )
-                prompts = await self._run_in_pool(self._mask_pool, self.get_deadline(request), read_checked_prompts)
+                prompts = await self.process_masks(request, read_checked_prompts)
             else:
                 prompts = await to_thread.run_sync(
                     _read_checked_prompts, caption_request.prompts, image.size, location_format

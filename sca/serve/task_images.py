@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import anyio
 import httpx2
@@ -10,6 +12,7 @@ from anyio import to_thread
 
 from sca.io.errors import InputError
 from sca.io.json import parse_json
+from sca.io.server_urls import parse_server_url
 from sca.serve.errors import ApiError
 from sca.serve.memory_budget import MemoryLease
 from sca.serve.service import decode_base64
@@ -22,13 +25,13 @@ REFRESH_PATH = "/api/token/refresh"  # exchanges a personal access token for a s
 class TaskImageReader:
     """Reader of the images of tasks.
 
-    URLs are downloaded only from `label_studio_url` and `image_urls`: scheme, host and port must be equal, also after
-    each redirect. Paths are relative to `label_studio_url`. Files of this machine are never read. The key is sent to
-    `label_studio_url` only.
+    URLs are downloaded only if they are below `label_studio_url` or one of `image_urls`, also after each redirect:
+    scheme, host and port are equal, and the path begins with that of the server. Paths are relative to
+    `label_studio_url`. Files of this machine are never read. The key is sent only to URLs below `label_studio_url`.
 
     Args:
         label_studio_url: URL of Label Studio, such as "http://localhost:8080"; "" for none.
-        image_urls: URLs of further servers of images.
+        image_urls: URLs of further servers of images, or of folders on them.
         api_key: Access token of Label Studio; "" for none. Personal access tokens and legacy tokens are supported.
         max_bytes: Maximum bytes per image.
 
@@ -42,10 +45,11 @@ class TaskImageReader:
         self.url: str = label_studio_url.rstrip("/")
         self.max_bytes = max_bytes
         self._key = api_key
-        self._key_origin = _get_origin(parse_server_url(self.url)) if self.url else None
-        self._origins = {_get_origin(parse_server_url(each)) for each in image_urls}
-        if self._key_origin:
-            self._origins.add(self._key_origin)
+        self._access_token = ""  # in exchange for a personal access token
+        self._label_studio = _parse_task_server_url(self.url, "--label-studio-url") if self.url else None
+        self._servers = [_parse_task_server_url(each, "--image-url") for each in image_urls]
+        if self._label_studio:
+            self._servers.append(self._label_studio)
 
     async def read(self, source: str, location: str, seconds: float, lease: MemoryLease) -> bytes:
         """Read an image file.
@@ -69,11 +73,9 @@ class TaskImageReader:
         try:
             with anyio.fail_after(max(seconds, 0)):
                 async with httpx2.AsyncClient(timeout=None, follow_redirects=False) as client:
-                    headers = await self._make_headers(client, location)
                     for _ in range(MAX_REDIRECTS + 1):
-                        own_headers = headers if _get_origin(url) == self._key_origin else {}
-                        async with client.stream("GET", url, headers=own_headers) as response:
-                            if not response.is_redirect:
+                        async with self._send_request(client, url, location) as response:
+                            if not response.has_redirect_location:
                                 return await self._read_body(response, url, location, lease)
                         url = self._check_url(url.join(response.headers["location"]), location)
         except TimeoutError:
@@ -99,17 +101,36 @@ class TaskImageReader:
         try:
             return self._check_url(httpx2.URL(f"{self.url}/{source.lstrip('/')}" if is_path else source), location)
         except (httpx2.InvalidURL, UnicodeError):
-            raise ApiError(422, f"{location}: {source[:MAX_SHOWN_URL]!r} is not a URL; use http(s)") from None
+            raise ApiError(422, f"{location}: the URL of the image is invalid; use an http(s) URL") from None
 
     def _check_url(self, url: httpx2.URL, location: str) -> httpx2.URL:
-        """Return a URL unchanged; raise ApiError if its server is not allowed."""
-        if _get_origin(url) not in self._origins or url.userinfo:
-            raise ApiError(
-                422,
-                f"{location}: {_shorten_url(url)} is not downloaded; start the server with --label-studio-url or "
-                "--image-url to allow its host",
-            )
-        return url
+        """Return a URL unchanged; raise ApiError if it is not allowed."""
+        if url.scheme not in ("http", "https"):
+            fix = "use an http(s) or data: URL, or a path that begins with /"
+        elif url.userinfo:
+            fix = "remove its user name"
+        elif not any(_is_below(url, server) for server in self._servers):
+            fix = "start the server with --label-studio-url or --image-url to allow it"
+        else:
+            return url
+        raise ApiError(422, f"{location}: {_shorten_url(url)} is not downloaded; {fix}")
+
+    @asynccontextmanager
+    async def _send_request(
+        self, client: httpx2.AsyncClient, url: httpx2.URL, location: str
+    ) -> AsyncIterator[httpx2.Response]:
+        """Request an image. An access token that Label Studio rejects has expired and is replaced once."""
+        is_label_studio = self._label_studio is not None and _is_below(url, self._label_studio)
+        used_token = self._access_token if is_label_studio else ""
+        headers = await self._make_headers(client, location) if is_label_studio else {}
+        async with client.stream("GET", url, headers=headers) as response:
+            if response.status_code != 401 or not used_token:
+                yield response
+                return
+        if self._access_token == used_token:
+            self._access_token = ""
+        async with client.stream("GET", url, headers=await self._make_headers(client, location)) as response:
+            yield response
 
     async def _make_headers(self, client: httpx2.AsyncClient, location: str) -> dict[str, str]:
         """Return the headers for Label Studio. A personal access token, which is a JWT, is exchanged first."""
@@ -117,6 +138,10 @@ class TaskImageReader:
             return {}
         if self._key.count(".") != 2:
             return {"Authorization": f"Token {self._key}"}
+        self._access_token = self._access_token or await self._request_access_token(client, location)
+        return {"Authorization": f"Bearer {self._access_token}"}
+
+    async def _request_access_token(self, client: httpx2.AsyncClient, location: str) -> str:
         response = await client.post(f"{self.url}{REFRESH_PATH}", json={"refresh": self._key})
         try:
             access_token = parse_json(response.content, "the response")["access"] if response.is_success else None
@@ -126,7 +151,7 @@ class TaskImageReader:
             raise ApiError(
                 422, f"{location}: Label Studio rejects its access token (status {response.status_code}); check the key"
             )
-        return {"Authorization": f"Bearer {access_token}"}
+        return access_token
 
     async def _read_body(self, response: httpx2.Response, url: httpx2.URL, location: str, lease: MemoryLease) -> bytes:
         if not response.is_success:
@@ -142,31 +167,21 @@ class TaskImageReader:
         return bytes(content)
 
 
-def parse_server_url(text: str) -> httpx2.URL:
-    """Parse the URL of a server.
-
-    Args:
-        text: URL from the command line.
-
-    Returns:
-        The URL.
-
-    Raises:
-        InputError: The text is not an http(s) URL with a host, or contains a user name, a query or a fragment.
-    """
-    try:
-        url = httpx2.URL(text)
-    except (httpx2.InvalidURL, UnicodeError):
-        url = httpx2.URL("")
-    if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query or url.fragment:
-        raise InputError(f"{text!r} is not the URL of a server; write it like http://localhost:8080")
-    return url
+def _parse_task_server_url(text: str, option: str) -> httpx2.URL:
+    """Parse the value of `--label-studio-url` or `--image-url`; raise InputError if it is not the URL of a server."""
+    return parse_server_url(text, f"the URL of {option}", "write it like http://localhost:8080")
 
 
-def _get_origin(url: httpx2.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
+def _is_below(url: httpx2.URL, server: httpx2.URL) -> bool:
+    """Return whether a URL has the scheme, host and port of a server, and a path below that of the server."""
+    if (url.scheme, url.host, url.port) != (server.scheme, server.host, server.port):  # without default ports
+        return False
+    prefix = server.path.rstrip("/")
+    # Servers can decode the path before they resolve "..", and treat a backslash as a slash.
+    has_parent_segment = ".." in re.split(r"[/\\]", url.path)
+    return not prefix or ((url.path == prefix or url.path.startswith(f"{prefix}/")) and not has_parent_segment)
 
 
 def _shorten_url(url: httpx2.URL) -> str:
-    """Return a URL for messages, without its query, which can contain a signature."""
-    return str(url.copy_with(query=None, fragment=None))[:MAX_SHOWN_URL]
+    """Return a URL for messages, without its user name, password and query, which can contain a signature."""
+    return str(url.copy_with(userinfo=b"", query=None, fragment=None))[:MAX_SHOWN_URL]

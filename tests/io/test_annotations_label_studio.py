@@ -11,7 +11,7 @@ from PIL import Image
 from sca.io import masks
 from sca.io.annotations import brush_rle
 from sca.io.annotations.annotation import SkipCounter
-from sca.io.annotations.label_studio import is_task, read_tasks
+from sca.io.annotations.label_studio import has_mask, is_task, read_tasks
 from sca.io.errors import InputError
 
 WIDTH, HEIGHT = 40, 20
@@ -434,3 +434,35 @@ def assert_mask_is_filled(region, inside_distance):
     assert mask[inside_distance > 1].all()
     assert not mask[inside_distance < -1].any()
     assert region.box == masks.mask_to_box(mask)
+
+
+def test_region_has_separate_labels():
+    result = make_rectangle()
+    result["value"]["rectanglelabels"] = ["cat", "thing"]
+    region = read_region(result)
+    assert (region.label, region.separate_labels) == ("cat, thing", ("cat", "thing"))
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        (make_rectangle(), False),
+        (make_rectangle(rotation=None), False),
+        (make_rectangle(rotation=360), False),
+        (make_rectangle(rotation="x"), False),
+        (make_rectangle(rotation=30), True),
+        (make_result("labels", value={"x": 1, "y": 1, "width": 9, "height": 9, "rotation": 5}), True),
+        (make_result("polygonlabels", value={"points": []}), True),
+        (make_result("brushlabels", value={"rle": []}), True),
+        (make_result("keypointlabels", value={"x": 1, "y": 1}), False),
+        (make_text("a cat"), False),
+    ],
+)
+def test_has_mask_is_true_for_shapes_read_as_masks(result, expected):
+    assert has_mask(result) is expected
+
+
+def test_long_region_ids_are_shortened_in_messages():
+    _, problems = read_images_and_problems(make_task(make_rectangle("a" * 1000, x="b")))
+    assert len(problems) == 1
+    assert len(problems[0]) < 200, problems

@@ -82,11 +82,11 @@ def start_server(captioner):
 
     running = []
 
-    def start(limits=None, captioner=captioner, **options):
+    def start(limits=None, captioner=captioner, task_images=None, **options):
         bound_socket, limits = socket.socket(), limits or ServerLimits()
         scheduler = RequestScheduler(captioner, **options)
         bound_socket.bind(("127.0.0.1", 0))
-        app = create_app(scheduler, "sca-tiny", limits, allowed_hosts=())
+        app = create_app(scheduler, "sca-tiny", limits, allowed_hosts=(), task_images=task_images)
         server = make_server(
             app, scheduler, write_timeout=limits.timeout, max_connections=limits.max_connections, log_requests=False
         )

@@ -4,8 +4,10 @@ import base64
 import json
 import subprocess
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,13 @@ from sca.io.annotations import label_studio
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.brush_rle import encode_brush_rle
 from sca.io.errors import InputError
+from sca.output import label_studio as output_label_studio
 from sca.serve.app import create_app
+from sca.serve.label_studio import MASK_CODEC_BYTES_PER_PIXEL
+from sca.serve.limits import ServerLimits
+from sca.serve.limits_middleware import BODY_MEMORY_FACTOR
 from sca.serve.scheduler import RequestScheduler
+from sca.serve.service import ALWAYS_ALLOWED_MASK_PIXELS, DECODED_BYTES_PER_PIXEL
 from sca.serve.task_images import TaskImageReader
 
 CONFIG = """<View>
@@ -38,13 +45,14 @@ def make_backend(captioner):
     """Function that returns a client of an application with the routes of Label Studio."""
     open_clients = []
 
-    def make(api_keys=(), **options):
+    def make(api_keys=(), limits=None, task_images=None, **options):
         app = create_app(
             RequestScheduler(captioner),
             "sca-tiny",
+            limits,
             api_keys=api_keys,
             zoom="off",
-            task_images=TaskImageReader(**options),
+            task_images=task_images or TaskImageReader(**options),
         )
         client = TestClient(app, raise_server_exceptions=False)
         client.__enter__()
@@ -83,6 +91,11 @@ def predict(client, *tasks, context=None, config=CONFIG):
     params = {"login": None, "password": None, "context": context}
     body = {"tasks": list(tasks), "project": "1.1700000000", "label_config": config, "params": params}
     return client.post("/predict", json=body)
+
+
+def read_error(response):
+    """Return the status and the message of an error response."""
+    return response.status_code, response.json().get("error", {}).get("message", "")
 
 
 def read_predicted_regions(prediction, size):
@@ -171,17 +184,17 @@ def test_backend_writes_rectangles_and_metadata_without_other_controls(make_back
     assert region.box == pytest.approx(caption.box)
 
 
-def test_backend_connects_and_ignores_events_and_foreign_addresses(make_backend):
+def test_backend_connects_and_ignores_events(make_backend):
     client = make_backend()
-    setup = {"project": "1.1", "schema": CONFIG, "hostname": "http://evil.example", "access_token": "x"}
-    assert client.post("/setup", json=setup).json() == {"model_version": "sca-tiny"}
+    assert client.post("/setup", json={"project": "1.1", "schema": CONFIG}).json() == {"model_version": "sca-tiny"}
     assert client.get("/health").status_code == 200
     assert client.post("/webhook", json={"action": "ANNOTATION_CREATED"}).status_code == 201
 
 
 def test_backend_accepts_its_key_as_password_of_basic_authentication(make_backend):
     client = make_backend(api_keys=["secret"])
-    assert client.post("/setup", json={}).status_code == 401
+    status, message = read_error(client.post("/setup", json={}))
+    assert (status, message.endswith("or as the password of basic authentication")) == (401, True), message
     assert client.post("/setup", json={}, auth=("any", "wrong")).status_code == 401
     assert client.post("/setup", json={}, auth=("any", "secret")).status_code == 200
 
@@ -208,7 +221,12 @@ INVALID_REQUESTS = {
         CONFIG,
         "task 0: the context has no shape on the image 'img'; draw one",
     ),
-    "a file": ({"id": 3, "data": {"photo": "file:///etc/passwd"}}, None, CONFIG, "task 3: file:/etc/passwd is not"),
+    "a file": (
+        {"id": 3, "data": {"photo": "file:///etc/passwd"}},
+        None,
+        CONFIG,
+        "task 3: file:/etc/passwd is not downloaded",
+    ),
     "a path": ({"data": {"photo": "/etc/passwd"}}, None, CONFIG, "is a path; start the server with --label-studio-url"),
     "a relative path": ({"data": {"photo": "../x.png"}}, None, CONFIG, "is not downloaded"),
     "another host": (
@@ -217,7 +235,14 @@ INVALID_REQUESTS = {
         CONFIG,
         "is not downloaded; start the",
     ),
-    "no image file": ({"data": {"photo": "data:image/png;base64,AAAA"}}, None, CONFIG, "the image"),
+    "no image file": ({"id": 4, "data": {"photo": "data:image/png;base64,AAAA"}}, None, CONFIG, "the image of task 4"),
+    "an invalid URL": (
+        {"data": {"photo": "http://user:password@host:port/"}},
+        None,
+        CONFIG,
+        "task 0: the URL of the image is invalid; use an http(s) URL",
+    ),
+    "an id with a newline": ({"id": "a\nsca: b", "data": {}}, None, CONFIG, r"task 'a\nsca: b': data has no image"),
 }
 
 
@@ -228,14 +253,186 @@ def test_backend_rejects_invalid_requests_in_one_line(make_backend, case_name):
     assert response.status_code == 422, response.text
     assert message in response.json()["error"]["message"]
     assert "\n" not in response.json()["error"]["message"]
+    assert "password" not in response.text
 
 
-def test_backend_rejects_a_shape_of_another_image_size(make_backend, data_url):
+def make_brush_of_another_size():
     value = {"format": "rle", "rle": encode_brush_rle(np.ones((30, 40), bool)), "brushlabels": ["cat"]}
-    result = make_result((40, 30), "b", "brushlabels", value)
-    response = predict(make_backend(), {"data": {"photo": data_url}, "annotations": [{"result": [result]}]})
-    assert response.status_code == 422
-    assert "task 0, region 'b': cannot read the brush" in response.json()["error"]["message"]
+    return make_result((40, 30), "b", "brushlabels", value)
+
+
+def make_task(data_url, *results, **fields):
+    return {"data": {"photo": data_url}, "annotations": [{"result": list(results)}], **fields}
+
+
+def test_backend_rejects_a_task_without_a_valid_shape(make_backend, scene, data_url):
+    client, size = make_backend(), scene.image.size
+    status, message = read_error(predict(client, make_task(data_url, make_brush_of_another_size())))
+    assert status == 422
+    assert "task 0: no shape can be used" in message
+    assert "task 0, region 'b': cannot read the brush" in message
+    turned = make_box_result(size, "r", (4, 5, 60, 70), image_rotation=90)
+    status, message = read_error(predict(client, make_task(data_url, turned)))
+    assert (status, "region on an image that was turned in Label Studio: 1" in message) == (422, True), message
+
+
+def test_backend_skips_invalid_regions_of_a_task(make_backend, scene, data_url, caplog):
+    size = scene.image.size
+    valid = make_box_result(size, "r", (4, 5, 60, 70), "thing")
+    outside = make_box_result(size, "o", (2 * size[0], 5, 3 * size[0], 70))
+    tasks = [make_task(data_url, outside, make_brush_of_another_size(), valid), make_task(data_url, valid)]
+    response = predict(make_backend(), *tasks)
+    assert response.status_code == 200, response.text
+    for prediction in response.json()["results"]:
+        (region,) = read_predicted_regions(prediction, size)
+        assert region.label == "thing"
+    assert "invalid region: 2 (first: task 0, region 'b': cannot read" in caplog.text
+
+
+@pytest.mark.parametrize("is_point", [False, True])
+def test_backend_rejects_smart_tools_on_a_rotated_image(make_backend, scene, data_url, is_point):
+    size = scene.image.size
+    result = make_point_result(size, (9, 9)) if is_point else make_box_result(size, "r", (4, 5, 60, 70))
+    context = {"result": [{**result, "image_rotation": 90}]}
+    status, message = read_error(predict(make_backend(), {"data": {"photo": data_url}}, context=context))
+    assert (status, message) == (422, "task 0: the image is rotated in Label Studio; reset the rotation")
+
+
+def test_backend_counts_a_context_shape_once(make_backend, scene, data_url, caplog):
+    size = scene.image.size
+    value = {"x": 50, "y": 50, "radiusX": 0.3, "radiusY": 0.3, "ellipselabels": ["cat"]}
+    context = {"result": [make_result(size, "e", "ellipselabels", value), make_point_result(size, (50, 50))]}
+    response = predict(make_backend(), {"data": {"photo": data_url}}, context=context)
+    assert response.status_code == 200, response.text
+    assert "shape covering no pixel, read as its box: 1 " in caplog.text
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("single", "cat"), ("multiple", "cat, thing")])
+def test_backend_keeps_the_accepted_labels_of_a_shape(make_backend, scene, data_url, choice, expected):
+    result = make_box_result(scene.image.size, "r", (4, 5, 60, 70))
+    result["value"]["rectanglelabels"] = ["other", "cat", "thing"]
+    config = CONFIG.replace("<BrushLabels", f'<BrushLabels choice="{choice}"')
+    for context in (None, {"result": [result]}):
+        response = predict(make_backend(), make_task(data_url, result), context=context, config=config)
+        (region,) = read_predicted_regions(response.json()["results"][0], scene.image.size)
+        assert region.label == expected
+
+
+def test_backend_checks_counts_before_images_are_read(make_backend):
+    box, points = make_box_result((40, 30), "r", (1, 1, 9, 9)), [make_point_result((40, 30), (1, 1))] * 4
+    cases = [
+        (ServerLimits(max_prompts=3), 2, [box, {**box, "id": "s"}], None, "has 4 prompts; at most 3"),
+        (ServerLimits(max_prompts=3), 4, [], {"result": [box]}, "has 4 prompts; at most 3"),
+        (ServerLimits(max_points=3), 1, [], {"result": points}, "a prompt has 4 points; at most 3"),
+        (ServerLimits(max_points_per_request=7), 2, [], {"result": points}, "have 8 points; at most 7"),
+        (ServerLimits(max_points_per_request=7), 2, points, None, "have 8 points; at most 7"),
+    ]
+    for limits, num_tasks, results, context, expected in cases:
+        tasks = [make_task("http://other.example/a.png", *results) for _ in range(num_tasks)]
+        status, message = read_error(predict(make_backend(limits=limits), *tasks, context=context))
+        assert (status, expected in message) == (413, True), message
+
+
+def test_backend_counts_rotated_rectangles_as_masks(make_backend, scene, data_url):
+    size = scene.image.size
+    num_masks = ALWAYS_ALLOWED_MASK_PIXELS // (size[0] * size[1]) + 1
+    result = make_box_result(size, "r", (4, 5, 60, 70))
+    result["value"]["rotation"] = 30
+    task = make_task(data_url, *({**result, "id": f"r{number}"} for number in range(num_masks)))
+    client = make_backend(limits=ServerLimits(max_pixels=size[0] * size[1], max_prompts=2 * num_masks))
+    status, message = read_error(predict(client, task))
+    assert (status, f"{num_masks} masks of {size[0]} x {size[1]} pixels for the image of task 0" in message) == (
+        413,
+        True,
+    ), message
+
+
+def test_backend_processes_masks_in_their_thread_within_the_memory_lease(make_backend, scene, data_url, monkeypatch):
+    size, client, calls = scene.image.size, make_backend(), []
+
+    def record_call(function):
+        def call(*arguments):
+            calls.append((threading.current_thread().name, client.app.state.budget.leased_bytes))
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(label_studio, "decode_brush_rle", record_call(label_studio.decode_brush_rle))
+    monkeypatch.setattr(output_label_studio, "encode_brush_rle", record_call(encode_brush_rle))
+    mask = np.zeros(size[::-1], bool)
+    mask[10:30, 20:50] = True
+    value = {"format": "rle", "rle": encode_brush_rle(mask), "brushlabels": ["cat"]}
+    response = predict(client, make_task(data_url, make_result(size, "b", "brushlabels", value)))
+    body_bytes = BODY_MEMORY_FACTOR * len(response.request.content)
+    min_bytes = body_bytes + (DECODED_BYTES_PER_PIXEL + 1 + MASK_CODEC_BYTES_PER_PIXEL) * size[0] * size[1]
+    assert len(calls) == 2
+    for thread, leased_bytes in calls:
+        assert thread.startswith("sca-masks")
+        assert leased_bytes >= min_bytes
+    assert client.app.state.budget.leased_bytes == 0
+
+
+def test_backend_keeps_the_body_and_earlier_predictions_in_the_memory_lease(make_backend, scene, data_url):
+    leased_bytes = []
+
+    class RecordingReader(TaskImageReader):
+        async def read(self, source, location, seconds, lease):
+            leased_bytes.append(lease.leased_bytes)
+            return await super().read(source, location, seconds, lease)
+
+    client = make_backend(task_images=RecordingReader())
+    response = predict(client, *[make_task(data_url, make_box_result(scene.image.size, "r", (4, 5, 60, 70)))] * 3)
+    assert leased_bytes[0] == BODY_MEMORY_FACTOR * len(response.request.content)
+    prediction_bytes = len(json.dumps(response.json()["results"][0], separators=(",", ":")))
+    for before, after in pairwise(leased_bytes):
+        assert after - before == pytest.approx(prediction_bytes, rel=0.05)
+
+
+def test_backend_reports_the_completed_tasks_of_a_timeout(make_backend, scene, data_url, monkeypatch):
+    def read_slowly(*arguments):
+        time.sleep(3)
+        return []
+
+    monkeypatch.setattr(label_studio, "read_regions", read_slowly)
+    task = make_task(data_url, make_box_result(scene.image.size, "r", (4, 5, 60, 70)))
+    start = time.monotonic()
+    status, message = read_error(predict(make_backend(limits=ServerLimits(timeout=0.5)), task, task))
+    assert time.monotonic() - start < 2.5
+    assert (status, message) == (
+        504,
+        "0 of 2 tasks completed within 0.5 s; send fewer tasks per request, or increase --timeout",
+    )
+
+
+def test_backend_reads_no_more_tasks_of_a_disconnected_client(make_backend, scene, data_url):
+    num_read = 0
+
+    class CountingReader(TaskImageReader):
+        async def read(self, *arguments):
+            nonlocal num_read
+            num_read += 1
+            return await super().read(*arguments)
+
+    client = make_backend(task_images=CountingReader())
+    body = {"tasks": [make_task(data_url)] * 3, "label_config": CONFIG}
+    messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
+    statuses = []
+
+    async def receive_message():
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send_message(message):
+        statuses.append(message.get("status"))
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/predict",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"transfer-encoding", b"chunked")],
+    }
+    client.portal.call(client.app, scope, receive_message, send_message)
+    assert (num_read, statuses[0]) == (0, 499)
 
 
 @contextmanager
@@ -246,12 +443,14 @@ def run_image_server(png_bytes):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             requests.append((self.path, self.headers.get("Authorization")))
-            if self.path.startswith("/redirect?"):
+            if self.path.startswith(("/redirect?", "/no-location")):
                 self.send_response(302)
-                self.send_header("Location", self.path.partition("?")[2])
+                if location := self.path.partition("?")[2]:
+                    self.send_header("Location", location)
                 self.end_headers()
                 return
-            is_authorized = self.headers.get("Authorization") in (f"Token {LEGACY_KEY}", "Bearer short-lived")
+            valid_headers = (f"Token {LEGACY_KEY}", f"Bearer {server.access_token}")
+            is_authorized = self.headers.get("Authorization") in valid_headers
             self.send_response(200 if is_authorized or self.path.startswith("/public") else 401)
             self.end_headers()
             self.wfile.write(png_bytes)
@@ -261,15 +460,16 @@ def run_image_server(png_bytes):
             requests.append((self.path, body))
             self.send_response(200 if body == {"refresh": PERSONAL_TOKEN} else 401)
             self.end_headers()
-            self.wfile.write(b'{"access": "short-lived"}')
+            self.wfile.write(json.dumps({"access": server.access_token}).encode())
 
         def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.access_token = "short-lived"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", requests
+        yield f"http://127.0.0.1:{server.server_port}", requests, server
     finally:
         server.shutdown()
         server.server_close()
@@ -278,24 +478,35 @@ def run_image_server(png_bytes):
 @pytest.mark.slow
 def test_backend_downloads_images_of_allowed_servers_only(make_backend, png_bytes, scene):
     shape = {"annotations": [{"result": [make_box_result(scene.image.size, "r", (4, 5, 60, 70))]}]}
-    with run_image_server(png_bytes) as (url, requests), run_image_server(png_bytes) as (other_url, other_requests):
+    with (
+        run_image_server(png_bytes) as (url, requests, server),
+        run_image_server(png_bytes) as (other_url, other_requests, _),
+    ):
 
         def read_status(client, source):
             response = predict(client, {"id": 5, "data": {"photo": source}, **shape})
             assert LEGACY_KEY not in response.text
-            return response.status_code, response.json().get("error", {}).get("message", "")
+            assert "password" not in response.text
+            return read_error(response)
 
         client = make_backend(label_studio_url=f"{url}/", api_key=LEGACY_KEY)
         for source in ("/data/upload/1/a.png", "upload/1/a.png", f"{url}/a.png", f"{url}/redirect?/b.png"):
             assert read_status(client, source)[0] == 200, source
         assert {key for _, key in requests} == {f"Token {LEGACY_KEY}"}
         assert requests[0][0] == "/data/upload/1/a.png"
-        for source in (f"{other_url}/public.png", f"{url}/redirect?{other_url}/public.png", f"//{other_url[7:]}/a.png"):
+        setup = {"project": "1.1", "schema": CONFIG, "hostname": other_url, "access_token": "x"}
+        assert client.post("/setup", json=setup).status_code == 200
+        assert read_status(client, "/a.png")[0] == 200
+        for source in (f"{other_url}/public.png", f"{url}/redirect?{other_url}/public.png"):
             status, message = read_status(client, source)
-            assert (status, "is not downloaded" in message) == (422, True), message
+            assert (status, "is not downloaded; start the server with" in message) == (422, True), message
+        assert "use an http(s) or data: URL" in read_status(client, f"//{other_url[7:]}/a.png")[1]
         assert not other_requests
+        for source in (url.replace("//", "//user:password@"), f"{url}/redirect?http://user:password@{url[7:]}/a.png"):
+            status, message = read_status(client, source)
+            assert (status, "is not downloaded; remove its user name" in message) == (422, True), message
+        assert "responds with status 302; check the URL" in read_status(client, f"{url}/no-location.png")[1]
         assert "more than 3 redirects" in read_status(client, f"{url}/redirect?/redirect?/redirect?/redirect?/a.png")[1]
-        assert read_status(client, url.replace("http://", "http://user:password@"))[0] == 422
 
         client = make_backend(label_studio_url=url, image_urls=[other_url], api_key=LEGACY_KEY)
         assert read_status(client, f"{url}/redirect?{other_url}/public.png")[0] == 200
@@ -303,7 +514,19 @@ def test_backend_downloads_images_of_allowed_servers_only(make_backend, png_byte
 
         personal = make_backend(label_studio_url=url, api_key=PERSONAL_TOKEN)
         assert read_status(personal, "/a.png")[0] == 200
-        assert requests[-2:] == [("/api/token/refresh", {"refresh": PERSONAL_TOKEN}), ("/a.png", "Bearer short-lived")]
+        refresh = ("/api/token/refresh", {"refresh": PERSONAL_TOKEN})
+        assert requests[-2:] == [refresh, ("/a.png", "Bearer short-lived")]
+        requests.clear()
+        assert read_status(personal, "/b.png")[0] == 200
+        assert requests == [("/b.png", "Bearer short-lived")]
+        requests.clear()
+        server.access_token = "another"
+        assert read_status(personal, "/c.png")[0] == 200
+        assert requests == [("/c.png", "Bearer short-lived"), refresh, ("/c.png", "Bearer another")]
+        requests.clear()
+        personal = make_backend(label_studio_url=url, image_urls=[other_url], api_key=PERSONAL_TOKEN)
+        assert read_status(personal, f"{other_url}/public.png")[0] == 200
+        assert requests == []
         wrong_keys = {
             "wrong": "responds with status 401; set LABEL_STUDIO_API_KEY",
             "a.b.c": "rejects its access token",
@@ -316,10 +539,39 @@ def test_backend_downloads_images_of_allowed_servers_only(make_backend, png_byte
     assert (status, "cannot be downloaded" in message) == (422, True)
 
 
-@pytest.mark.parametrize("url", ["localhost:8080", "ftp://host", "http://", "http://user@host", "http://host/?a=b"])
-def test_task_image_reader_rejects_invalid_server_urls(url):
-    with pytest.raises(InputError, match="is not the URL of a server; write it like http://localhost:8080"):
+@pytest.mark.slow
+def test_backend_downloads_images_below_the_paths_of_servers_only(make_backend, png_bytes):
+    with run_image_server(png_bytes) as (url, requests, _):
+        client = make_backend(label_studio_url=f"{url}/studio/", image_urls=[f"{url}/public/a"], api_key=LEGACY_KEY)
+        for source in ("/data/a.png", f"{url}/studio/b.png", f"{url}/public/a/c.png"):
+            response = predict(client, {"data": {"photo": source}})
+            assert response.status_code == 200, response.text
+        key = f"Token {LEGACY_KEY}"
+        assert requests == [("/studio/data/a.png", key), ("/studio/b.png", key), ("/public/a/c.png", None)]
+        requests.clear()
+        for source in ("/a.png", "/studios/a.png", "/public/ab.png", "/public/a/%2e%2e/b.png", "/studio/..%5cb.png"):
+            status, message = read_error(predict(client, {"data": {"photo": f"{url}{source}"}}))
+            assert (status, "is not downloaded; start the server with" in message) == (422, True), message
+        assert "is not downloaded" in read_error(predict(client, {"data": {"photo": "/../a.png"}}))[1]
+        assert requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("localhost:8080", "the URL of --label-studio-url is invalid; write it like http://localhost:8080"),
+        ("ftp://host", "is invalid"),
+        ("http://", "is invalid"),
+        ("http://host:99999", "is invalid"),
+        ("http://host:0", "is invalid"),
+        ("http://user:password@host", "contains a user name, a query or a fragment; remove it"),
+        ("http://host/?a=password", "contains a user name, a query or a fragment; remove it"),
+    ],
+)
+def test_task_image_reader_rejects_invalid_server_urls(url, message):
+    with pytest.raises(InputError, match=message) as raised:
         TaskImageReader(url)
+    assert "password" not in str(raised.value)
 
 
 @pytest.mark.all

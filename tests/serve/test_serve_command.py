@@ -84,7 +84,7 @@ def test_serve_command_reports_ray_errors_in_one_line(arguments, message):
         (("--dtype", "int3"), "unknown dtype 'int3'. Choose from: float32"),
         (("--host", "256.0.0.1"), "cannot bind 256.0.0.1, port 8000"),
         (("--label-studio-url", "http://localhost:8080"), "require --label-studio; add it"),
-        (("--label-studio", "--image-url", "images"), "'images' is not the URL of a server"),
+        (("--label-studio", "--image-url", "images"), "the URL of --image-url is invalid; write it like"),
     ],
 )
 def test_serve_command_reports_errors_in_one_line(arguments, message, capfd):

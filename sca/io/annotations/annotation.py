@@ -58,6 +58,7 @@ class Annotation(NamedTuple):
         predicted_iou: Predicted IoU recorded in the file.
         unread_caption: Skip reason of a caption under a key that is not read, see `describe_unread_caption`.
         proposal_score: Score of the proposal recorded in the file.
+        separate_labels: Class labels that are joined in `label`; empty for formats with one label per region.
     """
 
     location: str
@@ -70,6 +71,7 @@ class Annotation(NamedTuple):
     predicted_iou: Any = None
     unread_caption: str | None = None
     proposal_score: Any = None
+    separate_labels: tuple[str, ...] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -18,13 +18,12 @@ RUN_LENGTH_BITS = (3, 4, 8, 16)  # sizes of a run's length; each run selects one
 
 def encode_brush_rle(mask: np.ndarray) -> list[int]:
     """Encode a (height, width) bool mask as bytes."""
-    channels = np.repeat(mask.ravel(), 4)
-    ends = np.flatnonzero(np.diff(channels)) + 1
-    starts = np.concatenate(([0], ends))
-    lengths = np.diff(np.concatenate((starts, [len(channels)])))
-    bits = [f"{len(channels):032b}{7:05b}", *(f"{size - 1:04b}" for size in RUN_LENGTH_BITS)]
+    pixels = mask.ravel()
+    starts = np.concatenate(([0], np.flatnonzero(pixels[1:] != pixels[:-1]) + 1))
+    lengths = 4 * np.diff(starts, append=pixels.size)
+    bits = [f"{4 * pixels.size:032b}{7:05b}", *(f"{size - 1:04b}" for size in RUN_LENGTH_BITS)]
     max_run = 1 << RUN_LENGTH_BITS[-1]
-    for length, inside in zip(lengths.tolist(), channels[starts].tolist(), strict=True):
+    for length, inside in zip(lengths.tolist(), pixels[starts].tolist(), strict=True):
         value = "11111111" if inside else "00000000"
         while length:
             run = min(length, max_run)

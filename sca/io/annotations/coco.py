@@ -50,7 +50,7 @@ def read_annotation(
     texts = record.get("caption")
     captions = () if texts is None else tuple(parse_texts(f"{location}, 'caption'", texts))
     unread_caption = describe_unread_caption(record, ("caption",))
-    scores = {key: record.get(key) for key in ("score", "predicted_iou", "proposal_score")}
+    scores: dict[str, Any] = {key: record.get(key) for key in ("score", "predicted_iou", "proposal_score")}
     return Annotation(location, box, mask, None, label, captions, unread_caption=unread_caption, **scores)
 
 

@@ -207,7 +207,7 @@ def _read_shape_image_size(
 
 def _describe_region(result: Mapping[str, Any], number: int) -> str:
     region_id = result.get("id")
-    return f"region {region_id!r}" if isinstance(region_id, str) else f"result {number}"
+    return f"region {region_id!r:.60}" if isinstance(region_id, str) else f"result {number}"
 
 
 def read_regions(
@@ -259,12 +259,20 @@ def _read_region(
     if geometry is None:
         return None
     captions = tuple(text for piece in results for text in _read_captions(piece, location))
-    labels = dict.fromkeys(label for piece in results for label in _read_labels(piece))
+    labels = dict.fromkeys(label for piece in results for label in read_labels(piece))
     score = next((piece["score"] for piece in results if piece.get("score") is not None), None)
     records = [each for piece in results for each in (piece, piece.get("meta")) if isinstance(each, Mapping)]
     unread_caption = next(filter(None, (describe_unread_caption(each, ("textarea",)) for each in records)), None)
     unread_caption = None if captions else unread_caption
-    return Annotation(location, *geometry, ", ".join(labels) or None, captions, score, unread_caption=unread_caption)
+    return Annotation(
+        location,
+        *geometry,
+        ", ".join(labels) or None,
+        captions,
+        score,
+        unread_caption=unread_caption,
+        separate_labels=tuple(labels),
+    )
 
 
 def _read_geometry(
@@ -273,8 +281,7 @@ def _read_geometry(
     """Return the union of the masks, the first box or else the first point of a region; count other shapes once."""
     boxes, rles, points = dict[Box, None](), list[dict[str, Any]](), dict[Point, None]()
     for result in shapes:
-        rotation = result.get("image_rotation")
-        if is_finite_number(rotation) and rotation % 360:
+        if is_image_rotated(result):
             skip("region on an image that was turned in Label Studio", location)
         elif get_shape_type(result) == "keypoint" and result.get("parentID"):
             skip("keypoint", location)
@@ -316,14 +323,14 @@ def read_shape(
         match shape_type:
             case "rectangle":
                 x, y, width, height = _read_value_numbers(value, ("x", "y", "width", "height"))
-                (degrees,) = _read_value_numbers({"rotation": 0, **_drop_null_values(value)}, ("rotation",))
+                degrees = _read_rotation(value)
                 x1, y1, w, h = x * x_scale, y * y_scale, width * x_scale, height * y_scale
                 if degrees % 360 == 0:
                     return (x1, y1, (x + width) / 100 * size[0], (y + height) / 100 * size[1]), None, None
                 return _fill_shape(rotate_rectangle(x1, y1, w, h, degrees), size, location, skip)
             case "ellipse":
                 x, y, radius_x, radius_y = _read_value_numbers(value, ("x", "y", "radiusX", "radiusY"))
-                (degrees,) = _read_value_numbers({"rotation": 0, **_drop_null_values(value)}, ("rotation",))
+                degrees = _read_rotation(value)
                 ellipse_points = trace_ellipse(
                     x * x_scale, y * y_scale, radius_x * x_scale, radius_y * y_scale, degrees
                 )
@@ -378,6 +385,23 @@ def get_shape_type(result: Mapping[str, Any]) -> str | None:
     return shape if shape in SHAPE_TYPES else None
 
 
+def has_mask(result: Mapping[str, Any]) -> bool:
+    """Return whether the shape of a result is read as a mask of the size of the image. Rotated rectangles are."""
+    shape_type, value = get_shape_type(result), result.get("value")
+    if shape_type != "rectangle":
+        return shape_type not in (None, "keypoint")
+    try:
+        return isinstance(value, Mapping) and _read_rotation(value) % 360 != 0
+    except ValueError:  # reported when the shape is read
+        return False
+
+
+def is_image_rotated(result: Mapping[str, Any]) -> bool:
+    """Return whether the image was rotated in Label Studio; the coordinates of the result are those of this view."""
+    rotation = result.get("image_rotation")
+    return is_finite_number(rotation) and rotation % 360 != 0
+
+
 def _read_captions(result: Mapping[str, Any], location: str) -> list[str]:
     if result.get("type") != "textarea":
         return []
@@ -385,7 +409,8 @@ def _read_captions(result: Mapping[str, Any], location: str) -> list[str]:
     return parse_texts(f"{location}, 'text'", value.get("text"))
 
 
-def _read_labels(result: Mapping[str, Any]) -> list[str]:
+def read_labels(result: Mapping[str, Any]) -> list[str]:
+    """Return the labels of a result; empty for one without labels."""
     result_type, value = str(result.get("type")), result.get("value")
     labels = value.get(result_type) if result_type.endswith("labels") and isinstance(value, Mapping) else None
     return [label for label in labels if isinstance(label, str)] if isinstance(labels, list) else []
@@ -406,12 +431,12 @@ def _is_image_reference(value: Any) -> bool:
     return isinstance(first, str) and any(part.lower().endswith(IMAGE_SUFFIXES) for part in re.split("[?#&]", first))
 
 
-def _drop_null_values(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: each for key, each in value.items() if each is not None}
-
-
 def _read_value_numbers(value: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
     return [float(read_field(value, key, float, "'value'")) for key in keys]
+
+
+def _read_rotation(value: Mapping[str, Any]) -> float:
+    return 0.0 if value.get("rotation") is None else float(read_field(value, "rotation", float, "'value'"))
 
 
 def _parse_point(value: Any) -> tuple[float, float]:

@@ -256,7 +256,7 @@ def _make_annotation(shapes: Sequence[LabelMeShape], **geometry: Any) -> Annotat
     texts = [record["description"] for record in records if record.get("description")]
     for text in texts:
         check_type(f"{first.location}, 'description'", text, str, InputError)
-    scores = {
+    scores: dict[str, Any] = {
         key: next((record[key] for record in records if record.get(key) is not None), None)
         for key in ("score", "predicted_iou", "proposal_score")
     }
