@@ -30,7 +30,8 @@ def read_results(name):
 
 
 def iter_published_lines():
-    for row in read_results("published-comparison/results.json")["rows"]:
+    files = ("results.json", "pam.json")
+    for row in [row for file in files for row in read_results(f"published-comparison/{file}")["rows"]]:
         ours, published = row["ours"], row["reference"]
         numbers = f"{ours:.4g} | {published:.4g} | {ours / published:.2f}"
         yield f"| {row['quantity']} | {row['unit']} | {numbers} | {row['note']} |"
