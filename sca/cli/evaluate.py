@@ -55,7 +55,8 @@ def evaluate(
         typer.Option(help="Dataset split, such as train, val, test or testA. Defaults to val.", rich_help_panel="Data"),
     ] = None,
     max_images: Annotated[
-        int | None, typer.Option(help="Maximum number of images.", min=1, rich_help_panel="Data")
+        int | None,
+        typer.Option("--max-images", "--limit", help="Maximum number of images.", min=1, rich_help_panel="Data"),
     ] = None,
     prompt_type: Annotated[
         str | None,

@@ -14,7 +14,7 @@ from sca.evaluation.protocol import EvaluationProtocol, ProtocolRun
 
 @pytest.fixture
 def evaluate_on_scenes(run_sca, checkpoint):
-    return lambda *arguments: run_sca("evaluate", checkpoint, "scenes", "num_images=3", "--max-images", 2, *arguments)
+    return lambda *arguments: run_sca("evaluate", checkpoint, "scenes", "num_images=3", "--limit", 2, *arguments)
 
 
 @pytest.mark.slow
