@@ -10,7 +10,7 @@ from email.utils import format_datetime
 
 import numpy as np
 import pytest
-from chat_server import FAULTS, make_text, run_chat_server
+from chat_server import FAULTS, make_completion, make_text, run_chat_server
 from PIL import Image
 from sca_registry import RegistryError, captioners
 from sca_registry.contracts import Prompt
@@ -510,6 +510,13 @@ def test_empty_texts_are_counted_and_not_cached(image, prompts):
             (caption,) = captioner.caption(image, prompts[:1])
             assert (caption.text, caption.usage) == ("", None)
             assert captioner.usage["empty"] == len(server.bodies) == number
+
+
+def test_captions_are_one_line(image, prompts):
+    completion = make_completion("a dog\n\non the  grass\n")
+    with run_chat_server(lambda text, number: lambda handler: handler.send_json(completion)) as server:
+        texts = get_texts(captioners.build("openai", url=server.url).caption(image, prompts))
+    assert texts == ["a dog on the grass"] * len(prompts)
 
 
 def test_unwritable_cache_is_reported_and_not_used(server, image, prompts, monkeypatch, tmp_path, caplog):

@@ -221,11 +221,68 @@ def test_unavailable_server_is_reported_in_one_line(judged_record):
     [
         *((text, 1) for text in ("B", "b", "(B)", "**B**", "B.", "B) blue", "B. A red one", "the answer is B.")),
         *((text, 1) for text in ("Answer: **B**", "<think>A or B?</think>\nB", "blue", "Blue.")),
-        *((text, None) for text in ("", "D", "A red one", "I do not know", "both")),
+        *(
+            (text, 1)
+            for text in ("B\n\nThe text states so", "B The text does not mention red", "B, because of the sky")
+        ),
+        *(
+            (text, 1)
+            for text in ("The answer is B. It is not red", "Answer: B. It is red", "Option B: it is", "B.It is")
+        ),
+        *(
+            (text, 1)
+            for text in (
+                "\\boxed{B}",
+                "The final answer is $\\boxed{\\text{B}}$.",
+                "\\(B\\)",
+                "B - The sky",
+                "**B** is it",
+            )
+        ),
+        *(
+            (text, 1)
+            for text in ("It is either. The answer is B, as A is red.", "A blue one", "A dog, and it is blue.")
+        ),
+        *((text, 0) for text in ("A\nIt is red.", "A The text", "A: blue")),
+        *((text, None) for text in ("", "D", "A big dog", "I do not know", "both", "A or B", "A, B or C", "A.I. is")),
+        *((text, None) for text in ("red or blue", "redder", "<think> Okay, is it option A", "<think>\nA")),
     ],
 )
 def test_parse_answer(text, expected):
     assert parse_answer(text, ("red", "blue", "green")) == expected
+
+
+def test_parse_answer_chooses_the_longest_option_that_a_text_contains():
+    options = ("The color is mentioned.", "It is not true that the color is mentioned.")
+    assert parse_answer(f"I think that {options[1]}", options) == 1
+    assert parse_answer(f"I think that {options[0]}", options) == 0
+
+
+def test_parse_answer_reads_only_the_start_of_a_truncated_text():
+    text = "Okay, the question is whether it is option A"
+    assert parse_answer(text, ("red", "blue")) == 0
+    assert parse_answer(text, ("red", "blue"), is_truncated=True) is None
+    assert parse_answer("B\n\nThe text does not mention", ("red", "blue"), is_truncated=True) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "fix"),
+    [
+        ("<think> Okay, the question is whether it is option A", "length", 'extra_body={reasoning_effort="none"}'),
+        ("", "length", "extra_body={max_completion_tokens=N}"),
+        ("I cannot see\nthe image.", "stop", "use a model that responds with the letter of an option"),
+    ],
+)
+def test_server_judge_that_chooses_no_option_is_reported(judged_record, text, finish_reason, fix):
+    completion = make_completion(text)
+    completion["choices"][0]["finish_reason"] = finish_reason
+    with run_chat_server(lambda text, number: lambda handler: handler.send_json(completion)) as server:
+        metric = sca_registry.metrics.build("judge", model=f"openai url={server.url}")
+        with pytest.raises(ValueError, match="the judge 'stub' chose no option in 3 of 3 responses") as caught:
+            metric([judged_record("a red car", COLOR_QUESTION)])
+    assert fix in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # --- questions
