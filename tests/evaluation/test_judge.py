@@ -1,5 +1,6 @@
-"""The metric `judge`: judges by likelihood and on a server, orders of options, recognition, and invalid questions."""
+"""The metric `judge`: judges by likelihood and on a server, orders of options, datasets, and invalid questions."""
 
+import json
 import math
 import re
 
@@ -8,10 +9,11 @@ import pytest
 import sca_registry
 import torch
 from chat_server import make_completion, run_chat_server
-from judged_benchmarks import write_judge
+from judged_benchmarks import SIZE, write_images, write_judge
 from sca_registry.contracts import JUDGE_QUESTIONS, JudgeQuestion
 
-from sca.evaluation.evaluate import score_stored_records
+import sca
+from sca.evaluation.evaluate import score_file, score_stored_records
 from sca.evaluation.judges import JudgePrompt, build_judge, parse_answer
 
 KEY = "sk-planted-judge-0123456789"
@@ -283,6 +285,45 @@ def test_server_judge_that_chooses_no_option_is_reported(judged_record, text, fi
             metric([judged_record("a red car", COLOR_QUESTION)])
     assert fix in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# --- datasets
+
+BOXES = ([4, 4, 20, 16], [24, 8, 40, 28])
+
+
+def write_jsonl_benchmark(folder, *regions):
+    lines = [{"image": "images/0.png", "box": box, **region} for box, region in zip(BOXES, regions, strict=True)]
+    (folder / "mine.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return {"name": "jsonl", "file": str(folder / "mine.jsonl")}
+
+
+def write_coco_benchmark(folder, *regions):
+    annotations = [
+        {"id": n, "image_id": 1, "bbox": [x1, y1, x2 - x1, y2 - y1], **region}
+        for n, ((x1, y1, x2, y2), region) in enumerate(zip(BOXES, regions, strict=True))
+    ]
+    images = [{"id": 1, "file_name": "0.png", "width": SIZE[0], "height": SIZE[1]}]
+    (folder / "mine.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return {"name": "coco-json", "annotations": str(folder / "mine.json"), "image_root": str(folder / "images")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write_benchmark", [write_jsonl_benchmark, write_coco_benchmark])
+def test_own_benchmark_may_have_regions_with_only_judge_questions(tmp_path, judge_folder, write_benchmark):
+    pytest.importorskip("datasets", reason="requires the extra data")
+    write_images(tmp_path / "images", 1)
+    judged = {"attributes": {JUDGE_QUESTIONS: [COLOR_QUESTION]}}
+    dataset = write_benchmark(tmp_path, judged, {**judged, "caption": "a red car"})
+    options = {"judge.model": f"hf weights={judge_folder}", "tokenizer": "plain"}
+    metrics = ["judge", "rouge-l"]
+    report = sca.evaluate(
+        "sca-tiny", dataset, metrics=metrics, metric_options=options, folder=tmp_path / "out", max_images=1
+    )
+    assert report.scores["judge/questions"] == 2
+    counts = {each.name: each.num_samples for each in report.scoring.scores}
+    assert (counts["judge/positive"], counts["rouge-l"]) == (2, 1)
+    assert score_file(tmp_path / "out", metrics, options).scores == pytest.approx(report.scores, nan_ok=True)
 
 
 # --- questions
