@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ import sca_registry
 import torch
 from chat_server import make_completion, run_chat_server
 from judged_benchmarks import SIZE, write_images, write_judge
-from sca_registry.contracts import JUDGE_QUESTIONS, JudgeQuestion
+from sca_registry.contracts import JUDGE_QUESTIONS, JudgeQuestion, Region
 
 import sca
 from sca.evaluation.evaluate import score_file, score_stored_records
 from sca.evaluation.judges import JudgePrompt, build_judge, parse_answer
+from sca.evaluation.requirements import check_metric_needs
 
 KEY = "sk-planted-judge-0123456789"
 COLOR_QUESTION = {
@@ -337,6 +339,13 @@ def test_own_benchmark_may_have_regions_with_only_judge_questions(tmp_path, judg
         ({"kind": "neutral"}, "is of kind 'neutral'; choose from positive, negative"),
         ({"text": " "}, "a question for the judge is empty"),
         ({"options": ["one"], "scores": [1]}, "1 options and 1 scores"),
+        ({"options": "yes"}, "has the options 'yes'; expected a list of strings"),
+        ({"options": [1, 2, 3]}, r"has the options \(1, 2, 3\); expected a list of strings"),
+        ({"options": ["red", " ", "blue"]}, "has an empty option; set its text"),
+        ({"scores": 1}, "has the scores 1; expected a list of numbers"),
+        ({"scores": [True, False, -1]}, "has the score True; choose from -1, 0, 0.5, 1"),
+        ({"text": 3}, "the text of a question for the judge is 3; expected a string"),
+        ({"kind": 3}, "is of kind 3; choose from positive, negative"),
     ],
 )
 def test_judge_question_rejects_invalid_fields(change, message):
@@ -347,8 +356,19 @@ def test_judge_question_rejects_invalid_fields(change, message):
         JudgeQuestion(**fields)
 
 
-def test_judge_names_the_region_of_an_invalid_question(judge_folder, judged_record):
-    for question in ({"text": "?"}, COLOR_QUESTION | {"kind": "neutral"}, "?"):
-        record = judged_record("a car", COLOR_QUESTION, question, region=7)
-        with pytest.raises(ValueError, match=r"region 7 of image 1: judge_questions\[1\]"):
-            score_stored_records([record], ["judge"], {"judge.model": f"hf weights={judge_folder}"})
+INVALID_QUESTIONS = ({"text": "?"}, COLOR_QUESTION | {"kind": "neutral"}, COLOR_QUESTION | {"extra": 1}, "?", 3, None)
+
+
+@pytest.mark.parametrize("question", INVALID_QUESTIONS)
+def test_judge_names_the_region_of_an_invalid_question(judge_folder, judged_record, question):
+    record = judged_record("a car", COLOR_QUESTION, question, region=7)
+    with pytest.raises(ValueError, match=r"region 7 of image 1: judge_questions\[1\]"):
+        score_stored_records([record], ["judge"], {"judge.model": f"hf weights={judge_folder}"})
+
+
+def test_invalid_questions_are_reported_before_the_predictions():
+    for questions, message in (([COLOR_QUESTION | {"options": "yes"}], r"\[0\]: .* options 'yes'"), ("?", " is '?'")):
+        region = Region(7, (0, 0, 4, 4), name="car", attributes={JUDGE_QUESTIONS: questions})
+        dataset = SimpleNamespace(iter_annotations=lambda region=region: iter([(region,)]))
+        with pytest.raises(ValueError, match=f"region 7: judge_questions{message}"):
+            check_metric_needs(["judge"], dataset)

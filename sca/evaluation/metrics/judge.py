@@ -13,7 +13,7 @@ from sca.evaluation.judges import Judge, JudgePrompt, build_judge
 from sca.evaluation.judgments import RECOGNITION_KIND, Judgment, make_judgment_output
 from sca.evaluation.records import Record, require_records
 from sca.io.errors import InputError
-from sca.io.validation import check_choice
+from sca.io.validation import check_choice, check_type
 
 OPTION_ORDERS = ("all", "first")
 INSTRUCTION = (
@@ -76,6 +76,18 @@ class JudgeScore:
         self.option_orders = option_orders
         self.implementation: str = f"sca, judged by {self.judge.description}, {option_orders} option orders"
 
+    @staticmethod
+    def check_truth(record: Record) -> None:
+        """Check the questions about a region.
+
+        Args:
+            record: Record with the ground truth of the region.
+
+        Raises:
+            InputError: A question is invalid.
+        """
+        _read_questions(record)
+
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         scored_records = require_records(records, self.required_fields, "judge")
         questions = [_read_questions(record) for record in scored_records]
@@ -119,19 +131,20 @@ def _read_questions(record: Record) -> list[_Question]:
     questions = []
     if record["truth"].get("name"):
         questions.append(_make_recognition_question(record["truth"]["name"]))
-    location = f"region {record['region_id']} of image {record['image_id']}: {JUDGE_QUESTIONS}"
-    for index, content in enumerate(record["truth"]["attributes"][JUDGE_QUESTIONS]):
+    image = f" of image {record['image_id']}" if "image_id" in record else ""
+    location = f"region {record['region_id']}{image}: {JUDGE_QUESTIONS}"
+    contents = record["truth"]["attributes"][JUDGE_QUESTIONS]
+    check_type(location, contents, list, InputError)
+    for index, content in enumerate(contents):
         question = _parse_question(content, f"{location}[{index}]")
-        questions.append(_Question(question.kind, question.text, question.options, question.scores))
+        questions.append(_Question(question.kind, question.text, tuple(question.options), tuple(question.scores)))
     return questions
 
 
 def _parse_question(content: Any, location: str) -> JudgeQuestion:
     try:
-        fields: dict[str, Any] = dict(content)
-        fields |= {key: tuple(fields[key]) for key in ("options", "scores")}
-        return JudgeQuestion(**fields)
-    except (TypeError, KeyError, AttributeError) as error:
+        return JudgeQuestion(**content)
+    except TypeError as error:
         raise InputError(
             f"{location} is {content!r:.60}; expected an object with text, options, scores and kind"
         ) from error
