@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sca.data.parquet_rows import iter_parquet_rows, open_parquet
+from sca.data.parquet_rows import iter_parquet_rows, open_parquet, read_row_group
 from sca.data.record_parsing import parse_phrases
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
@@ -29,6 +29,9 @@ class LmmsEvalRegions(TableDataset):
     The box of a row is `bbox`, its phrases are the texts in `answer`. Every row is a sample of its own. The layout is
     that of https://huggingface.co/datasets/lmms-lab/RefCOCOg, which the tasks `refcocog_bbox_val` and
     `refcocog_bbox_test` of https://github.com/EvolvingLMMs-Lab/lmms-eval read. See `TableDataset`.
+
+    Only the images of one row group are in memory: read the samples in order, since each change of the row group reads
+    and decodes another one.
 
     Args:
         split: Name of the split, such as "val" or "test".
@@ -85,7 +88,7 @@ class LmmsEvalRegions(TableDataset):
             for group in range(file.num_row_groups):
                 stop = start + file.metadata.row_group(group).num_rows
                 if start <= row < stop:
-                    cells = file.read_row_group(group, columns=["image"])["image"].to_pylist()
+                    cells = [each["image"] for each in read_row_group(path, file, group, ["image"])]
                     self._cells_path, self._cells = path, dict(zip(range(start, stop), cells, strict=True))
                 start = stop
         return self._cells[row]

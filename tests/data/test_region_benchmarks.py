@@ -270,3 +270,18 @@ def test_lmms_eval_reports_missing_files_and_columns(write_lmms_eval, tmp_path):
         LmmsEvalRegions("test", tmp_path)
     with pytest.raises(InputError, match="has no column bbox; it has: question_id"):
         LmmsEvalRegions("val", write_lmms_eval(without=("bbox",)))
+
+
+@pytest.mark.parametrize(("stop", "subject"), [(260, ", row group 1"), (-8, "")])  # damaged pages or footer
+def test_damaged_parquet_files_are_reported(write_lmms_eval, stop, subject):
+    root = write_lmms_eval()
+    dataset = LmmsEvalRegions("val", root)
+    path = root / "data/val-00000-of-00002.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + b"\xff" * len(content[200:stop]) + content[stop:])
+    message = rf"00002\.parquet{subject} is damaged \(.*\); copy or download it again"
+    with pytest.raises(InputError, match=message) as caught:
+        LmmsEvalRegions("val", root)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=message):
+        dataset[0]
