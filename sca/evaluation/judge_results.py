@@ -8,6 +8,9 @@ A file is an object with one entry per region, of which the following is read:
                 "details_negatives": [{"eval_result": 1, ...}, ...],
                 "score_pos": 0.6, "score_neg": 1.0}
 
+The publishers store the positive score 0 for a region without positive questions. Here, such a region is omitted from
+the mean.
+
 The key is the id of the annotation, or that of the image and the index of the region ("1592437_0"). The averages
 "avg_pos" and "avg_neg" that follow the entries are not read. A detail may also be a list of the index of the question,
 the index of the chosen option and the `eval_result`, and a file may contain several runs by name: `{"RUN": {"images":
@@ -152,7 +155,7 @@ def _check_stored_scores(entry: Mapping[str, Any], judgments: Sequence[Judgment]
         if stored is not None and not is_finite_number(stored):
             raise InputError(f"{location}: {name} is {stored!r:.60}; expected a number")
         expected = getattr(scores, kind)
-        if stored is not None and not math.isclose(stored, expected, abs_tol=SCORE_TOLERANCE):
-            raise InputError(
-                f"{location}: {name} is {stored:g}, and its details average to {expected:g}; judge the caption again"
-            )
+        has_questions = not math.isnan(expected)
+        if stored is not None and not math.isclose(stored, expected if has_questions else 0, abs_tol=SCORE_TOLERANCE):
+            details = f"its details average to {expected:g}" if has_questions else f"it has no {kind} questions"
+            raise InputError(f"{location}: {name} is {stored:g}, and {details}; judge the caption again")

@@ -64,6 +64,12 @@ def test_results_in_the_layout_of_the_publishers_are_read(tmp_path):
     assert report.scores["judge/positive"] == pytest.approx((0.75 - 1) / 2)
 
 
+def test_stored_score_0_of_a_region_without_positive_questions_is_omitted(tmp_path):
+    entries = {"one": make_entry(positives=(), score_pos=0), "two": make_entry(score_pos=0.75)}
+    (report,) = score_judge_results(write_results(tmp_path / "results.json", **entries))
+    assert report.scores["judge/positive"] == 0.75
+
+
 def test_wrong_recognition_limits_every_question_to_zero():
     questions = [Judgment("positive", 1.0), Judgment("positive", -1.0), Judgment("negative", 0.5)]
     assert score_judgments([Judgment("recognition", 1.0), *questions]) == (0.0, 0.5, 1.0)
@@ -85,6 +91,7 @@ def test_region_without_negative_questions_is_omitted_from_their_mean(tmp_path):
         (make_entry(recognition="maybe"), "details_recognition.0.: eval_result is 'maybe'; expected correct or incor"),
         (make_entry(positives=("1",)), "details_positives.0.: eval_result is '1'; expected a number"),
         (make_entry(score_pos=0.2), "score_pos is 0.2, and its details average to 0.75; judge the caption again"),
+        (make_entry(negatives=(), score_neg=0.5), "score_neg is 0.5, and it has no negative questions; judge the cap"),
         (make_entry(score_neg="good"), "score_neg is 'good'; expected a number"),
         ({"details_positives": []}, "details_recognition"),
     ],
