@@ -566,7 +566,8 @@ class Metric(Protocol):
     A metric that needs "image" is called with a second argument, a function from a record to its image. Options named
     `references` and `tokenizer` are set by the evaluation protocol. A metric may also have:
 
-    - `implementation`: the package that computes it, with its version;
+    - `implementation`: the package that computes it, with its version: scores of different ones are not comparable;
+    - `details`: further facts for the results in JSON, such as the URL of a server;
     - `includes_controls = True`: the metric is called once with all records, those of controls (adversarial prompts)
       included, instead of once per control;
     - `scores`, in its class or card: the names of its scores, `class/*` for all with a prefix;

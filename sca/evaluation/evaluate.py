@@ -153,6 +153,7 @@ class EvaluationReport:
             "seconds": self.seconds,
             "prediction_seconds": self.prediction_seconds,
             "score_details": [each.to_dict() for each in self.scoring.scores],
+            **({"metric_details": self.scoring.details} if self.scoring.details else {}),
             "run": dict(self.run),
             "summary": dict(self.summary),
         }

@@ -6,6 +6,8 @@ on nothing random. A server returns a text that contains a letter.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -62,10 +64,12 @@ class Judge(Protocol):
     """Judge that chooses options.
 
     Attributes:
-        description: Name and version for evaluation results.
+        description: Name and version for evaluation results: scores are comparable if it is the same.
+        details: Further facts for evaluation results, such as the URL of a server.
     """
 
     description: str
+    details: Mapping[str, Any]
 
     def compute_probabilities(self, prompts: Sequence[JudgePrompt]) -> list[np.ndarray]:
         """Return the (K,) probabilities of the K options of each prompt: all 0 if the judge chose none."""
@@ -122,6 +126,7 @@ class LanguageModelJudge:
             raise InputError(f"the judge {self.name!r} has random weights; use a pretrained one, such as qwen3-4b")
         self._module.eval().to(self.device)
         self.description: str = f"{self.name} with weights {hash_tensors(self._module.state_dict())[:12]}"
+        self.details: Mapping[str, Any] = {}
 
     @property
     def _module(self) -> torch.nn.Module:
@@ -249,7 +254,10 @@ class ServerJudge:
             self.model_name: str = model or self.client.find_model()
         except ChatServerError as error:
             raise InputError(str(error)) from error
-        self.description: str = f"{self.model_name} of {self.client.url}"
+        fields = json.dumps(self.extra_body, sort_keys=True)
+        digest = f" with extra_body {hashlib.sha256(fields.encode()).hexdigest()[:12]}" if self.extra_body else ""
+        self.description: str = f"{self.model_name} on a server{digest}"
+        self.details: Mapping[str, Any] = {"url": self.client.url, "extra_body": self.extra_body}
 
     def compute_probabilities(self, prompts: Sequence[JudgePrompt]) -> list[np.ndarray]:
         """Request the answers to all prompts, several at a time, see `Judge`.

@@ -83,11 +83,13 @@ class ScoringResult:
         scores: All scores.
         skipped_metrics: Metrics that were not computed -> the reason.
         outputs: (metric, control) -> output of the metric.
+        details: Metric -> its further facts, if it has any, such as the URL of a server.
     """
 
     scores: tuple[Score, ...]
     skipped_metrics: dict[str, str]
     outputs: dict[tuple[str, str | None], MetricOutput] = field(repr=False)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def summarize_skipped_metrics(self) -> list[str]:
         """Return at most one line about the metrics that were not computed."""
@@ -130,6 +132,7 @@ def score_records(
     scores: list[Score] = []
     skipped_metrics: dict[str, str] = {}
     outputs: dict[tuple[str, str | None], MetricOutput] = {}
+    details: dict[str, dict[str, Any]] = {}
     recorded_controls = dict.fromkeys(each for record in records if (each := record.get("control")) is not None)
     controls = [
         None,
@@ -164,13 +167,15 @@ def score_records(
                     reason = f"failed with {type(error).__name__}: {error}; run `sca check metric {name}` for details"
             if reason is None:
                 outputs[name, control] = output
+                if facts := getattr(metric, "details", None):
+                    details[name] = dict(facts)
                 scores += _make_scores(name, control, metric, output, shared_options, run or {})
             elif control is None and metrics is not None:
                 raise ValueError(f"metric {name!r}: {reason}")
             elif control is None:
                 skipped_metrics[name] = reason
                 break
-    return ScoringResult(tuple(scores), skipped_metrics, outputs)
+    return ScoringResult(tuple(scores), skipped_metrics, outputs, details)
 
 
 def check_metrics(metrics: Sequence[str] | None, metric_options: Mapping[str, Any] | None) -> None:

@@ -164,7 +164,20 @@ def test_server_judge_chooses_by_content_in_every_order(judged_record):
     body = server.bodies[0]
     assert (body["temperature"], body["max_tokens"], body["model"]) == (0, 16, "stub")
     assert "Text: a red car" in body["messages"][0]["content"]
-    assert metric.implementation == f"sca, judged by stub of {server.url}, all option orders"
+    assert metric.implementation == "sca, judged by stub on a server, all option orders"
+
+
+@pytest.mark.slow
+def test_protocol_of_scores_depends_on_the_request_and_not_on_the_url(judged_record):
+    scores = []
+    for options in ("", "", " extra_body={seed=1}"):
+        with run_chat_server(make_letter_response(lambda options: "A")) as server:
+            model = f"openai url={server.url}{options}"
+            records = [judged_record("a car", WHEEL_QUESTION)]
+            report = score_stored_records(records, ["judge"], {"judge.model": model})
+        assert report.to_dict()["metric_details"]["judge"]["url"] == server.url
+        scores.append(report.scoring.scores[0])
+    assert scores[0].protocol_id == scores[1].protocol_id != scores[2].protocol_id
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
@@ -75,6 +75,7 @@ class JudgeScore:
         self.judge: Judge = build_judge(model, device, batch_size)
         self.option_orders = option_orders
         self.implementation: str = f"sca, judged by {self.judge.description}, {option_orders} option orders"
+        self.details: Mapping[str, Any] = self.judge.details
 
     @staticmethod
     def check_truth(record: Record) -> None:
