@@ -34,7 +34,7 @@ class GlammRegions(Coco):
         collection: "refcocog" or "visual-genome".
         annotations: JSON file, instead of the one in `root`.
         image_root: Image folder, instead of the one in `root`.
-        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        max_bad_records: Maximum number of unusable records of each kind: a benchmark is complete by default.
     """
 
     reader = "glamm-regions"
@@ -47,7 +47,7 @@ class GlammRegions(Coco):
         collection: str = "refcocog",
         annotations: str | Path | None = None,
         image_root: str | Path | None = None,
-        max_bad_records: int = 100,
+        max_bad_records: int = 0,
     ):
         check_choice("collection", collection, LAYOUTS)
         expected_split, *layout = LAYOUTS[collection]

@@ -192,9 +192,10 @@ def test_glamm_protocol_scores_captions_against_those_of_the_image_record(write_
 
 
 def test_glamm_regions_reports_unusable_records_and_splits(write_glamm):
-    dataset = GlammRegions("test", write_glamm(id=4), "visual-genome")
-    assert dataset.skipped["unusable image"] == 1
-    assert "image 2 has no annotation with its id" in dataset.examples["unusable image"][0]
+    root = write_glamm(id=4)
+    with pytest.raises(InputError, match=r"unusable image: 1, such as .*image 2 has no annotation with its id"):
+        GlammRegions("test", root, "visual-genome")
+    assert len(GlammRegions("test", root, "visual-genome", max_bad_records=1)) == 1
     with pytest.raises(InputError, match="refcocog has no split 'test' in the files of GLaMM; use val"):
         GlammRegions("test", ".")
 
