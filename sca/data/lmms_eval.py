@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,9 @@ class LmmsEvalRegions(TableDataset):
 
     def __init__(self, split: str, root: str | Path, max_bad_records: int = 0):
         folder = expand_user(root)
-        files = sorted([*folder.glob(f"{split}-*.parquet"), *folder.glob(f"data/{split}-*.parquet")])
+        pattern = f"{glob.escape(split)}-*.parquet"
+        is_name = not {"/", os.sep, "\0"} & set(split)
+        files = sorted([*folder.glob(pattern), *folder.glob(f"data/{pattern}")]) if is_name else []
         if not files:
             raise InputError(f"no {split}-*.parquet in {folder} or its folder data; set root=FOLDER and a split")
         self._cells_path: Path | None = None

@@ -1,6 +1,7 @@
 """Benchmarks of region names and captions in their publishers' layouts: Osprey's names, Ref-L4 and GLaMM's files."""
 
 import json
+import re
 
 import pytest
 from judged_benchmarks import SIZE, make_mask, write_images
@@ -264,6 +265,13 @@ def test_lmms_eval_protocol_scores_captions_against_all_expressions(write_lmms_e
 def test_lmms_eval_rejects_unusable_rows(write_lmms_eval, changes, message):
     with pytest.raises(InputError, match=message):
         LmmsEvalRegions("val", write_lmms_eval(**changes))
+
+
+@pytest.mark.parametrize("split", ["/val", "*", "va[l]", "../data/val", "data/val"])
+def test_lmms_eval_reads_a_split_as_a_name(write_lmms_eval, split):
+    root = write_lmms_eval()
+    with pytest.raises(InputError, match=rf"no {re.escape(split)}-\*\.parquet in"):
+        LmmsEvalRegions(split, root)
 
 
 def test_lmms_eval_reports_missing_files_and_columns(write_lmms_eval, tmp_path):
