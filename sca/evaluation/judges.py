@@ -28,6 +28,7 @@ from sca.captioners.chat_client import ChatClient, ChatCompletion, ChatServerErr
 from sca.devices import resolve_device
 from sca.evaluation.records import normalize_text
 from sca.io.errors import InputError
+from sca.io.validation import check_range
 from sca.io.weight_files import hash_tensors
 from sca.model import check_finite_scores
 
@@ -88,9 +89,10 @@ def build_judge(text: str, device: str = "cpu", batch_size: int = 8) -> Judge:
         The judge.
 
     Raises:
-        RegistryError: The name or an option is unknown.
+        RegistryError: The name or an option is unknown, or `batch_size` is below 1.
         InputError: A language model has no tokenizer or no pretrained weights, or a server has no URL.
     """
+    check_range("batch_size", batch_size, int, 1)
     component = ComponentSpec.parse(text, "the judge", "language_models")
     if component.name != SERVER_NAME:
         return LanguageModelJudge(component, device, batch_size)
