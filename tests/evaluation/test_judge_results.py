@@ -103,7 +103,23 @@ def test_invalid_entries_are_named(tmp_path, entry, message):
     assert f"{path}: 2391781" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ['{"image_id": 1, "caption": "a"}\n{"image_id": 2, "caption": "b"}\n', "[]", "{}"])
+def test_values_of_other_keys_are_not_read(tmp_path):
+    path = write_results(tmp_path / "results.json", judge="llama", avg_recognition=0.5, **{"7": make_entry()})
+    assert [each["region_id"] for each in read_judge_results(path)[""]] == ["7"]
+    with pytest.raises(ValueError, match=r"results\.json: 8 is None; expected an object"):
+        read_judge_results(write_results(path, **{"7": make_entry(), "8": None}))
+
+
+def test_truncated_file_of_judge_results_is_reported(tmp_path):
+    path = write_results(tmp_path / "results.json", **{"7": make_entry(), "8": make_entry()})
+    path.write_text(path.read_text()[:-100])
+    with pytest.raises(ValueError, match=r"results\.json is not valid JSON: .* correct the file, or copy it again"):
+        score_judge_results(path)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"image_id": 1, "caption": "a"}\n{"image_id": 2, "caption": "b"}\n', "[]", "{}", "{"]
+)
 def test_other_files_are_not_judge_results(tmp_path, content):
     path = tmp_path / "predictions.json"
     path.write_text(content)
