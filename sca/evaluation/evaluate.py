@@ -87,7 +87,7 @@ class EvaluationReport:
         warnings: Anomalies of the predictions.
         seconds: Time for scoring, plus prediction if this call predicted.
         prediction_seconds: Time of the predictions without the reading of images; None unless this process predicted
-            all of them in this call.
+            all of them in this call, without cached responses of a server.
         records: The prediction records.
         load_image: Returns the image of a record, if the images are available.
         path: The predictions file or its folder.
@@ -319,8 +319,8 @@ def evaluate(
         )
     if predictions is None:
         return None
-    if report is not None and usage_before:
-        usage = {name: count - usage_before[name] for name, count in _get_usage(captioner).items()}
+    usage = {name: count - usage_before.get(name, 0) for name, count in _get_usage(captioner).items()}
+    if report is not None and usage:
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in usage.items())
         report(f"{model_name}{' on rank 0' if num_processes > 1 else ''}: {counts}")
     if not predictions.records:
@@ -328,7 +328,7 @@ def evaluate(
     evaluation_report = _build_report(
         predictions, "the predictions", metrics, metric_options, _make_image_loader(built_dataset), start
     )
-    return replace(evaluation_report, prediction_seconds=prediction_seconds)
+    return replace(evaluation_report, prediction_seconds=None if usage.get("cached") else prediction_seconds)
 
 
 def _get_usage(captioner: Captioner) -> dict[str, int]:

@@ -202,6 +202,14 @@ def test_evaluation_with_a_key_writes_it_to_no_file(server, monkeypatch, tmp_pat
     )
 
 
+def test_predictions_with_cached_responses_have_no_time(server):
+    model = f"openai url={server.url} model=mine"
+    prompting = PromptingOptions(tasks=("caption",))
+    for has_time in (True, False):
+        report = sca.evaluate(model, "scenes", prompting=prompting, metrics=["cider-d"], max_images=1)
+        assert (report.prediction_seconds is not None) == has_time
+
+
 def test_redirects_are_not_followed(image, prompts, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with run_chat_server() as other:
