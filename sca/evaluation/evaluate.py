@@ -51,7 +51,7 @@ from sca.evaluation.requirements import (
     describe_missing_truth,
     select_dense_tasks,
 )
-from sca.evaluation.scoring import ImageLoader, ScoringResult, check_metrics, count_regions, score_records
+from sca.evaluation.scoring import BuiltMetrics, ImageLoader, ScoringResult, check_metrics, count_regions, score_records
 from sca.evaluation.validation import check_dataset_regions, check_predictions, fill_defaults
 from sca.hints import check_argument_names
 from sca.inference.engine import Engine
@@ -240,7 +240,7 @@ def evaluate(
             `prompting` has controls, which need the regions of the dataset, and a proposer is set.
     """
     start = time.perf_counter()
-    check_metrics(metrics, metric_options)
+    built_metrics = check_metrics(metrics, metric_options)
     rank, num_processes, wait = _get_process_group()
     if num_processes > 1 and folder is None:
         raise ValueError("folder is required when several processes evaluate; pass folder=PATH")
@@ -326,7 +326,13 @@ def evaluate(
     if not predictions.records:
         raise ValueError(describe_missing_truth(built_dataset, dataset_name, tasks))
     evaluation_report = _build_report(
-        predictions, "the predictions", metrics, metric_options, _make_image_loader(built_dataset), start
+        predictions,
+        "the predictions",
+        metrics,
+        metric_options,
+        _make_image_loader(built_dataset),
+        start,
+        built_metrics,
     )
     return replace(evaluation_report, prediction_seconds=None if usage.get("cached") else prediction_seconds)
 
@@ -512,6 +518,7 @@ def _build_report(
     metric_options: Mapping[str, Any] | None,
     load_image: ImageLoader | None,
     start: float,
+    built_metrics: BuiltMetrics | None = None,
 ) -> EvaluationReport:
     predictions = fill_defaults(predictions, location)
     warnings = check_predictions(predictions, location)
@@ -522,7 +529,7 @@ def _build_report(
         if predictions.run
         else {}
     )
-    scoring = score_records(predictions.records, metrics, metric_options, run, load_image)
+    scoring = score_records(predictions.records, metrics, metric_options, run, load_image, built_metrics)
     seconds = time.perf_counter() - start
     return EvaluationReport(
         predictions.run, predictions.summary, scoring, warnings, seconds, predictions.records, load_image
