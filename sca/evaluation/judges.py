@@ -125,7 +125,7 @@ class LanguageModelJudge:
         if self.language_model.tokenizer is None:
             raise InputError(f"the judge {self.name!r} has no tokenizer; set tokenizer=FOLDER, or use another one")
         if not getattr(self.language_model, "checkpoint", None):
-            raise InputError(f"the judge {self.name!r} has random weights; use a pretrained one, such as qwen3-4b")
+            raise InputError(f"the judge {self.name!r} has random weights; use a pretrained one, such as phi-4-mini")
         self._module.eval().to(self.device)
         self.description: str = f"{self.name} with weights {hash_tensors(self._module.state_dict())[:12]}"
         self.details: Mapping[str, Any] = {}

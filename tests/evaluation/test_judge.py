@@ -164,7 +164,7 @@ def test_server_judge_chooses_by_content_in_every_order(judged_record):
     body = server.bodies[0]
     assert (body["temperature"], body["max_tokens"], body["model"]) == (0, 16, "stub")
     assert "Text: a red car" in body["messages"][0]["content"]
-    assert metric.implementation == "sca, judged by stub on a server, all option orders"
+    assert metric.implementation == "sca, judged by stub on a server, all rotations of the options"
 
 
 @pytest.mark.slow

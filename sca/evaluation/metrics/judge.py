@@ -15,7 +15,7 @@ from sca.evaluation.records import Record, require_records
 from sca.io.errors import InputError
 from sca.io.validation import check_choice, check_type
 
-OPTION_ORDERS = ("all", "first")
+OPTION_ORDERS = {"rotations": "all rotations of the options", "first": "the first order of the options"}
 INSTRUCTION = (
     "The following text describes one object in an image. Choose the option that fits the text best. The wording does "
     "not have to match. Respond with the letter of the option only."
@@ -53,9 +53,9 @@ class JudgeScore:
     valid letter; a question without any is scored 0, and a class without any is not recognized.
 
     Args:
-        model: The judge: "NAME [key=value]...", a language model of the registry, or "openai" for a server; see
-            `sca.evaluation.judges.build_judge`.
-        option_orders: "all" rotations of the options, or only the "first" order, that of the benchmark.
+        model: The judge: "NAME [key=value]...", an instruction-tuned language model of the registry, or "openai" for a
+            server; see `sca.evaluation.judges.build_judge`.
+        option_orders: All "rotations" of the options, or only the "first" order, that of the benchmark.
         device: Device of a language model.
         batch_size: Sequences per batch of a language model.
 
@@ -65,16 +65,18 @@ class JudgeScore:
 
     required_fields: tuple[str, ...] = ("task=caption", "caption", f"truth.attributes.{JUDGE_QUESTIONS}")
 
-    def __init__(self, model: str | None = None, option_orders: str = "all", device: str = "cpu", batch_size: int = 8):
+    def __init__(
+        self, model: str | None = None, option_orders: str = "rotations", device: str = "cpu", batch_size: int = 8
+    ):
         check_choice("option_orders", option_orders, OPTION_ORDERS)
         if model is None:
             raise ValueError(
-                "needs a judge; set judge.model=NAME with a language model, such as qwen3-4b, or judge.model=openai "
-                "for a server"
+                "needs a judge; set judge.model=NAME with an instruction-tuned language model, such as phi-4-mini, or "
+                "judge.model=openai for a server"
             )
         self.judge: Judge = build_judge(model, device, batch_size)
         self.option_orders = option_orders
-        self.implementation: str = f"sca, judged by {self.judge.description}, {option_orders} option orders"
+        self.implementation: str = f"sca, judged by {self.judge.description}, {OPTION_ORDERS[option_orders]}"
         self.details: Mapping[str, Any] = self.judge.details
 
     @staticmethod
@@ -115,7 +117,7 @@ class JudgeScore:
             "judge/unanswered": sum(each.num_unanswered for each in answers),
         }
         per_record = dict(output.per_record or {})
-        if self.option_orders == "all":
+        if self.option_orders == "rotations":
             variances = np.array([np.mean([each.order_variance for each in row]) for row in answers_by_record])
             values["judge/order-variance"] = float(variances.mean())
             per_record["judge/order-variance"] = variances
@@ -123,7 +125,7 @@ class JudgeScore:
 
     def _list_orders(self, num_options: int) -> list[list[int]]:
         """Return the orders in which the options are presented, as indices of options."""
-        num_orders = num_options if self.option_orders == "all" else 1
+        num_orders = num_options if self.option_orders == "rotations" else 1
         return [[(start + position) % num_options for position in range(num_options)] for start in range(num_orders)]
 
 
