@@ -54,8 +54,8 @@ def describe_missing_truth(dataset: Dataset, dataset_name: str, tasks: Sequence[
     """Return the error message for a dataset without ground truth for the tasks."""
     return (
         f"no region of {dataset_name} has ground truth for "
-        f"{' or '.join(DENSE_TASKS.get(task, task) for task in tasks)} (phrases for captions, a name for "
-        f"recognition); {summarize_dataset(dataset)}"
+        f"{' or '.join(DENSE_TASKS.get(task, task) for task in tasks)} (phrases or judge questions for captions, "
+        f"a name for recognition); {summarize_dataset(dataset)}"
     )
 
 

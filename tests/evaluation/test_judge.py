@@ -210,16 +210,37 @@ def test_wrong_class_limits_the_scores_and_missing_letters_are_counted(judged_re
     assert output.values["judge/unanswered"] == 2
 
 
+def echo_key(handler):
+    """Reject a request with a message that contains its key."""
+    handler.send_json({"error": {"message": f"unknown key {handler.headers['Authorization']}"}}, 401)
+
+
 @pytest.mark.slow
-def test_key_of_the_server_judge_is_written_nowhere(judged_record, monkeypatch, tmp_path, caplog):
+def test_key_of_the_server_judge_is_written_nowhere(monkeypatch, tmp_path, caplog, capfd):
+    from sca.cli import main
+
+    pytest.importorskip("datasets", reason="requires the extra data")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with run_chat_server(make_letter_response(lambda options: "A")) as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        report = score_stored_records([judged_record("a car", WHEEL_QUESTION)], ["judge"], {"judge.model": "openai"})
-    assert f"Bearer {KEY}" in server.keys
-    cached = [path.read_text() for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert cached
-    assert not any(KEY in text for text in (*cached, str(report.to_dict()), caplog.text))
+    write_images(tmp_path / "images", 1)
+    judged = {"name": "car", "attributes": {JUDGE_QUESTIONS: [COLOR_QUESTION]}}
+    file = write_jsonl_benchmark(tmp_path, judged, judged)["file"]
+    command = ["sca", "evaluate", "sca-tiny", "jsonl", f"file={file}", "--metrics", "judge", "judge.model=openai"]
+    outputs = []
+    for fault, code in ((make_letter_response(lambda options: "A"), 0), (lambda text, number: echo_key, 2)):
+        monkeypatch.setattr("sys.argv", [*command, "--out", str(tmp_path / f"out-{code}")])
+        with run_chat_server(fault) as server:
+            monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+            with pytest.raises(SystemExit) as ended:
+                main()
+        assert (ended.value.code or 0) == code
+        assert f"Bearer {KEY}" in server.keys
+        outputs += capfd.readouterr()
+    assert "responded with status 401 (unknown key Bearer ***)" in outputs[-1]
+    files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"out-0/scores.json", "out-0/predictions.jsonl", "out-2/predictions.jsonl"} <= files.keys()
+    assert any(name.startswith("cache/responses/") for name in files)
+    assert not any(KEY.encode() in content for content in files.values())
+    assert not any(KEY in text for text in (*outputs, caplog.text))
 
 
 @pytest.mark.slow
