@@ -11,7 +11,7 @@ from sca_registry.contracts import JUDGE_QUESTIONS, JudgeQuestion
 from tqdm.auto import tqdm
 
 from sca.data.coco import find_coco_files, read_region_annotation
-from sca.data.record_parsing import iter_identified_records, read_dataset_json
+from sca.data.record_parsing import check_benchmark_split, iter_identified_records, read_dataset_json
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.validation import check_object, is_finite_number, read_field, require_recorded_size
@@ -67,8 +67,7 @@ class DlcBench(TableDataset):
     reader = "dlc-bench"
 
     def __init__(self, split: str, root: str | Path, max_bad_records: int = 0):
-        if split != SPLIT:
-            raise InputError(f"the benchmark has no split {split!r}; use {SPLIT}")
+        check_benchmark_split(split, SPLIT)
         self.annotations, image_root = find_coco_files(LAYOUTS, split, root)
         sources = [self.annotations, *(self.annotations.with_name(name) for name in (QUESTIONS_FILE, CLASS_NAMES_FILE))]
         for source in sources:

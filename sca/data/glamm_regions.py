@@ -8,7 +8,7 @@ from typing import Any
 from sca.data.coco import Coco, CocoIndex
 from sca.data.record_parsing import parse_phrases
 from sca.io.errors import InputError
-from sca.io.validation import check_choice, read_field, read_number_list, xywh_to_xyxy
+from sca.io.validation import check_choice, read_field, read_xywh_box
 
 LAYOUTS = {  # split, annotation file and image folder of each collection
     "refcocog": (
@@ -64,6 +64,5 @@ class GlammRegions(Coco):
             raise InputError(f"{self.annotations}: image {row['image_id']} has no annotation with its id")
         record, location = own[0]
         texts = [read_field(each, "caption", str, place) for each, place in annotations]
-        numbers = read_number_list(record, "bbox", "x, y, width, height", location)
-        box = xywh_to_xyxy(f"{location}: bbox", *numbers)
+        box = read_xywh_box(record, "bbox", location)
         self._add_region(row, record["id"], box, location, phrases=parse_phrases(texts, "caption", location))

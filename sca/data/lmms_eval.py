@@ -18,10 +18,9 @@ from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.images import open_image_header, read_image, read_upright_size
 from sca.io.paths import expand_user
-from sca.io.validation import read_field, read_number_list, require_key, xywh_to_xyxy
+from sca.io.validation import read_field, read_xywh_box, require_key
 
 COLUMNS = ("image", "answer", "bbox")
-BOX_FORMAT = "x, y, width, height"
 ROW_MARK = "#row="  # between the file name and the row of an image
 
 
@@ -69,7 +68,7 @@ class LmmsEvalRegions(TableDataset):
             file.seek(0)
             width, height = read_upright_size(file)
         row = self._create_row(number, f"{path.name}{ROW_MARK}{row_number}", width, height)
-        box = xywh_to_xyxy(f"{location}: bbox", *read_number_list(content, "bbox", BOX_FORMAT, location))
+        box = read_xywh_box(content, "bbox", location)
         self._add_region(row, number, box, location, phrases=parse_phrases(content["answer"], "answer", location))
         return row
 

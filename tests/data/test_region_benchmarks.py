@@ -273,7 +273,7 @@ def test_lmms_eval_protocol_scores_captions_against_all_expressions(write_lmms_e
         ({"image": {"bytes": None, "path": "4.png"}}, "row 2: the image has no bytes"),
         ({"image": {"bytes": b"no image", "path": "4.png"}}, "row 2 is not a readable image"),
         ({"bbox": [1.0, 2.0]}, r"row 2, 'bbox' is \[1\.0, 2\.0\]; expected 4 numbers"),
-        ({"bbox": [4.0, 4.0, -1.0, 12.0]}, "row 2: bbox has width -1.0"),
+        ({"bbox": [4.0, 4.0, -1.0, 12.0]}, "row 2, 'bbox' has width -1.0"),
     ],
 )
 def test_lmms_eval_rejects_unusable_rows(write_lmms_eval, changes, message):
