@@ -152,7 +152,7 @@ def test_judge_reports_a_question_longer_than_its_context(judge_folder, judged_r
 def test_server_judge_chooses_by_content_in_every_order(judged_record):
     choose = make_letter_response(
         lambda options: next(
-            f"{letter}." for letter, text in options.items() if text in ("It is red.", "No wheels.", "Yes")
+            f"{letter}\nas stated" for letter, text in options.items() if text in ("It is red.", "No wheels.", "Yes")
         )
     )
     with run_chat_server(choose) as server:
