@@ -330,8 +330,8 @@ class JudgeQuestion:
         kind: "positive" for a question about what the region shows, "negative" for what it does not show.
 
     Raises:
-        ValueError: The text is empty, the number of options is not between 2 and 26 or not that of the scores, or a
-            score or the kind is not one of those above.
+        ValueError: A field has another type, the text or an option is empty, the number of options is not between 2 and
+            26 or not that of the scores, or a score or the kind is not one of those above.
     """
 
     text: str
@@ -340,16 +340,24 @@ class JudgeQuestion:
     kind: str
 
     def __post_init__(self) -> None:
-        subject = f"the question {self.text!r:.60}"
+        if not isinstance(self.text, str):
+            raise ValueError(f"the text of a question for the judge is {self.text!r:.60}; expected a string")
         if not self.text.strip():
             raise ValueError("a question for the judge is empty; set its text")
+        subject = f"the question {self.text!r:.60}"
+        if not isinstance(self.options, tuple | list) or not all(isinstance(each, str) for each in self.options):
+            raise ValueError(f"{subject} has the options {self.options!r:.60}; expected a list of strings")
+        if not isinstance(self.scores, tuple | list):
+            raise ValueError(f"{subject} has the scores {self.scores!r:.60}; expected a list of numbers")
+        if not all(option.strip() for option in self.options):
+            raise ValueError(f"{subject} has an empty option; set its text")
         if not 2 <= len(self.options) <= 26 or len(self.scores) != len(self.options):
             raise ValueError(
                 f"{subject} has {len(self.options)} options and {len(self.scores)} scores; expected 2 to 26 options "
                 "with a score each"
             )
         for score in self.scores:
-            if score not in OPTION_SCORES:
+            if isinstance(score, bool) or score not in OPTION_SCORES:
                 raise ValueError(f"{subject} has the score {score!r}; choose from {', '.join(map(str, OPTION_SCORES))}")
         if self.kind not in ("positive", "negative"):
             raise ValueError(f"{subject} is of kind {self.kind!r}; choose from positive, negative")
@@ -558,10 +566,13 @@ class Metric(Protocol):
     A metric that needs "image" is called with a second argument, a function from a record to its image. Options named
     `references` and `tokenizer` are set by the evaluation protocol. A metric may also have:
 
-    - `implementation`: the package that computes it, with its version;
+    - `implementation`: the package that computes it, with its version: scores of different ones are not comparable;
+    - `details`: further facts for the results in JSON, such as the URL of a server;
     - `includes_controls = True`: the metric is called once with all records, those of controls (adversarial prompts)
       included, instead of once per control;
-    - `scores`, in its class or card: the names of its scores, `class/*` for all with a prefix.
+    - `scores`, in its class or card: the names of its scores, `class/*` for all with a prefix;
+    - `check_truth`, a static method: raises ValueError for a record with invalid ground truth. Before the predictions,
+      it is called with each record that has the required ground truth, without an image id.
 
     Attributes:
         required_fields: Required fields of a record, such as "mask", "truth.mask" or "task=caption".

@@ -248,11 +248,11 @@ def check_extra_body(extra_body: Any) -> dict[str, Any]:
 
 
 def _make_text(completion: ChatCompletion) -> ScoredText:
-    """Return the text of a completion, with its tokens if the server counts them."""
+    """Return the text of a completion in one line, with its tokens if the server counts them."""
     usage = None
     if completion.prompt_tokens is not None and completion.completion_tokens is not None:
         usage = TokenUsage(completion.prompt_tokens, (completion.completion_tokens,), (completion.is_truncated,))
-    return ScoredText(completion.text, math.nan, usage)
+    return ScoredText(" ".join(completion.text.split()), math.nan, usage)
 
 
 def _format_server_box(box: Box, image_size: tuple[int, int]) -> str:

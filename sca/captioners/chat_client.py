@@ -61,7 +61,8 @@ class ChatCompletion:
     """Text that a server generated.
 
     Attributes:
-        text: Text of the first choice; empty if the server returned none, for example after a refusal.
+        text: Text of the first choice, with its line breaks; empty if the server returned none, for example after a
+            refusal.
         is_truncated: Whether it ended at the token limit.
         prompt_tokens: Tokens of the request; None if the server does not count them.
         completion_tokens: Tokens of the text; None if the server does not count them.
@@ -369,7 +370,7 @@ def _parse_completion(response: Any) -> ChatCompletion:
         int(count) if count is not None and is_int64(count) and count >= 0 else None for count in counts
     )
     is_truncated = choice.get("finish_reason") == "length"
-    return ChatCompletion(" ".join((text or "").split()), is_truncated, prompt_tokens, completion_tokens)
+    return ChatCompletion((text or "").strip(), is_truncated, prompt_tokens, completion_tokens)
 
 
 def _parse_model_names(response: Any) -> list[str]:

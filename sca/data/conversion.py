@@ -37,7 +37,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sca_registry.contracts import Question
+from sca_registry.contracts import JUDGE_QUESTIONS, Question
 from tqdm.auto import tqdm
 
 from sca.io.annotations.annotation import MAX_EXAMPLES, SkipCounter
@@ -49,7 +49,7 @@ from sca.io.image_names import is_url, resolve_image_path
 from sca.io.images import read_image_file_size
 from sca.io.masks import RLE, mask_to_box
 
-SCHEMA_VERSION = 9  # increase it when the format or a reader changes, to convert all tables again
+SCHEMA_VERSION = 10  # increase it when the format or a reader changes, to convert all tables again
 METADATA_FILE = "metadata.json"
 IMAGES_PER_SHARD = 2000  # including skipped images
 BAD_IMAGE_REASONS = (  # counted against `max_bad_records`
@@ -71,7 +71,7 @@ class ConvertedTable(ABC):
     A subclass reads the files in `_iter_entries` and `_build_row`. Boxes are clipped to the image. These are skipped
     and counted by reason:
 
-    - boxes outside the image, blank phrases, and regions with neither a name, a phrase nor a question;
+    - boxes outside the image, blank phrases, and regions with neither a name, a phrase, a question nor judge questions;
     - questions about regions that are skipped or do not exist;
     - images without regions and images whose file is missing;
     - records with a missing or invalid field or reference, which affect only their own region or image;
@@ -176,7 +176,8 @@ class ConvertedTable(ABC):
         if clipped is None:
             return
         name, nonblank_phrases = (name or "").strip() or None, [phrase for phrase in phrases if phrase]
-        if requires_text and not name and not nonblank_phrases and not questions:
+        has_judge_questions = bool((attributes or {}).get(JUDGE_QUESTIONS))
+        if requires_text and not name and not nonblank_phrases and not questions and not has_judge_questions:
             return self._skip("region without text", location)
         for _ in range(len(phrases) - len(nonblank_phrases)):
             self._skip("blank phrase", location)
@@ -395,7 +396,7 @@ class ConvertedTable(ABC):
                 )
         row["questions"] = [each for each in row["questions"] if region_ids.issuperset(each["region_ids"])]
         used_ids = {region_id for question in row["questions"] for region_id in question["region_ids"]}
-        row["regions"] = [each for each in row["regions"] if each["name"] or each["phrases"] or each["id"] in used_ids]
+        row["regions"] = [each for each in row["regions"] if each["id"] in used_ids or _has_text(each)]
 
     def _find_image_file(self, name: str) -> Path | None:
         """Return the file of an image; None, and counted, if it does not exist or has two names."""
@@ -470,6 +471,13 @@ class ConvertedTable(ABC):
         )
         self.attribute_values = {name: tuple(values) for name, values in metadata["attributes"].items()}
         self.remarks, self._empty_image_sizes = metadata["remarks"], metadata["empty_images"]
+
+
+def _has_text(region_row: dict[str, Any]) -> bool:
+    """Return whether a region has a name, a phrase or questions for a judge."""
+    return bool(
+        region_row["name"] or region_row["phrases"] or json.loads(region_row["attributes"]).get(JUDGE_QUESTIONS)
+    )
 
 
 def _build_features() -> Any:

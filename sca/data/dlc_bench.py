@@ -11,7 +11,7 @@ from sca_registry.contracts import JUDGE_QUESTIONS, JudgeQuestion
 from tqdm.auto import tqdm
 
 from sca.data.coco import find_coco_files, read_region_annotation
-from sca.data.record_parsing import iter_identified_records, read_dataset_json
+from sca.data.record_parsing import check_benchmark_split, iter_identified_records, read_dataset_json
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.validation import check_object, is_finite_number, read_field, require_recorded_size
@@ -54,8 +54,8 @@ class DlcBench(TableDataset):
 
         {"1592437_0": [{"question": "...", "choices": [["an option", 1], ["another", -1]], "type": "positive"}]}
 
-    Regions without questions, and questions without a region, are skipped and counted. The layouts are those of
-    https://github.com/NVlabs/describe-anything, https://github.com/Haochen-Wang409/Grasp-Any-Region and
+    Regions without questions or with an empty mask, and questions without a region, are unusable records. The layouts
+    are those of https://github.com/NVlabs/describe-anything, https://github.com/Haochen-Wang409/Grasp-Any-Region and
     https://github.com/MSALab-PKU/PerceptionDLM. See `TableDataset`.
 
     Args:
@@ -67,8 +67,7 @@ class DlcBench(TableDataset):
     reader = "dlc-bench"
 
     def __init__(self, split: str, root: str | Path, max_bad_records: int = 0):
-        if split != SPLIT:
-            raise InputError(f"the benchmark has no split {split!r}; use {SPLIT}")
+        check_benchmark_split(split, SPLIT)
         self.annotations, image_root = find_coco_files(LAYOUTS, split, root)
         sources = [self.annotations, *(self.annotations.with_name(name) for name in (QUESTIONS_FILE, CLASS_NAMES_FILE))]
         for source in sources:
@@ -84,7 +83,7 @@ class DlcBench(TableDataset):
         images = list(iter_images(content))
         keys = {region.key for *_, regions in images for region in regions}
         for key in questions.keys() - keys:
-            self._skip("questions without a region", f"{self.sources[1]}: {key}")
+            self._reject_region(f"{self.sources[1]}: {key} is not a region of {self.annotations}")
         bar.reset(len(images))
         for image_id, name, size, regions in images:
             yield image_id, name, size, regions, questions, class_names
@@ -137,25 +136,26 @@ class DlcBench(TableDataset):
     def _add_benchmark_region(
         self, row: dict[str, Any], region: _BenchmarkRegion, questions: dict[str, Any], class_names: dict[str, Any]
     ) -> None:
-        if region.key not in questions:
-            return self._skip("region without questions", region.location)
         _, questions_file, class_names_file = self.sources
+        if not questions.get(region.key):
+            raise InputError(f"{region.location}: {questions_file} has no questions of {region.key}")
         location = f"{questions_file}: {region.key}"
         judge_questions = [
             asdict(_parse_question(question, f"{location}[{index}]"))
             for index, question in enumerate(read_field(questions, region.key, list, str(questions_file)))
         ]
         annotation = read_region_annotation(region.record, region.location, row, self._skip)
-        if annotation is not None:
-            self._add_region(
-                row,
-                region.region_id,
-                annotation.box,
-                region.location,
-                mask=annotation.mask,
-                name=read_field(class_names, region.key, str, str(class_names_file)),
-                attributes={JUDGE_QUESTIONS: judge_questions},
-            )
+        if annotation is None:
+            raise InputError(f"{region.location}: the mask is empty")
+        self._add_region(
+            row,
+            region.region_id,
+            annotation.box,
+            region.location,
+            mask=annotation.mask,
+            name=read_field(class_names, region.key, str, str(class_names_file)),
+            attributes={JUDGE_QUESTIONS: judge_questions},
+        )
 
 
 def _parse_question(question: Any, location: str) -> JudgeQuestion:

@@ -12,7 +12,8 @@ from sca_registry.contracts import Question
 from tqdm.auto import tqdm
 
 from sca.data.coco import read_region_annotation
-from sca.data.record_parsing import read_dataset_json
+from sca.data.conversations import make_question
+from sca.data.record_parsing import check_benchmark_split, read_dataset_json
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.paths import expand_user
@@ -44,8 +45,7 @@ class GarBenchQuestions(TableDataset):
     reader = "gar-bench-questions"
 
     def __init__(self, split: str, root: str | Path, max_bad_records: int = 0):
-        if split != SPLIT:
-            raise InputError(f"the benchmark has no split {split!r}; use {SPLIT}")
+        check_benchmark_split(split, SPLIT)
         folders = [expand_user(root), expand_user(root) / "annotations"]
         folder = next((each for each in folders if (each / FILE_NAME).is_file()), None)
         if folder is None:
@@ -91,14 +91,10 @@ def _parse_question(record: dict[str, Any], num_masks: int, location: str) -> Qu
     choices = read_field(record, "choices", list, location)
     check_list(f"{location}, 'choices'", choices, str, minimum=2)
     text = " ".join((read_field(record, "question", str, location), "Options:", *choices, INSTRUCTION))
-    try:
-        return Question(
-            REFERENCE_PATTERN.sub(lambda match: f"<region {int(match[1]) + 1}>", text),
-            read_field(record, "answer", str, location).strip(),
-            tuple(range(num_masks)),
-            read_field(record, "type", str, location),
-        )
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{location}: {error}") from error
+    return make_question(
+        REFERENCE_PATTERN.sub(lambda match: f"<region {int(match[1]) + 1}>", text),
+        read_field(record, "answer", str, location),
+        range(num_masks),
+        location,
+        read_field(record, "type", str, location),
+    )

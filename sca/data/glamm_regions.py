@@ -8,7 +8,7 @@ from typing import Any
 from sca.data.coco import Coco, CocoIndex
 from sca.data.record_parsing import parse_phrases
 from sca.io.errors import InputError
-from sca.io.validation import check_choice, read_field, read_number_list, xywh_to_xyxy
+from sca.io.validation import check_choice, read_field, read_xywh_box
 
 LAYOUTS = {  # split, annotation file and image folder of each collection
     "refcocog": (
@@ -34,7 +34,7 @@ class GlammRegions(Coco):
         collection: "refcocog" or "visual-genome".
         annotations: JSON file, instead of the one in `root`.
         image_root: Image folder, instead of the one in `root`.
-        max_bad_records: Maximum number of unusable records of each kind, see `ConvertedTable`.
+        max_bad_records: Maximum number of unusable records of each kind: a benchmark is complete by default.
     """
 
     reader = "glamm-regions"
@@ -47,7 +47,7 @@ class GlammRegions(Coco):
         collection: str = "refcocog",
         annotations: str | Path | None = None,
         image_root: str | Path | None = None,
-        max_bad_records: int = 100,
+        max_bad_records: int = 0,
     ):
         check_choice("collection", collection, LAYOUTS)
         expected_split, *layout = LAYOUTS[collection]
@@ -64,6 +64,5 @@ class GlammRegions(Coco):
             raise InputError(f"{self.annotations}: image {row['image_id']} has no annotation with its id")
         record, location = own[0]
         texts = [read_field(each, "caption", str, place) for each, place in annotations]
-        numbers = read_number_list(record, "bbox", "x, y, width, height", location)
-        box = xywh_to_xyxy(f"{location}: bbox", *numbers)
+        box = read_xywh_box(record, "bbox", location)
         self._add_region(row, record["id"], box, location, phrases=parse_phrases(texts, "caption", location))

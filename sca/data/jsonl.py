@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sca_registry.contracts import Question
+from sca_registry.contracts import JUDGE_QUESTIONS, Question
 from tqdm.auto import tqdm
 
 from sca.data import record_parsing
@@ -41,7 +41,7 @@ class Jsonl(TableDataset):
       depends on other regions, as a count does. The `caption` of a line with a `question` and no `answer` is the
       answer, as `sca caption --question` writes it.
     - `mask`: COCO RLE or polygons; optional.
-    - `attributes`: optional.
+    - `attributes`: optional. A region may have only `judge_questions`, see `sca_registry.contracts.JudgeQuestion`.
     - `width` and `height` of the image; optional. Without them the image file is opened to measure it.
     - `id` and `image_id`: ids of the region and of the image, on every line or on none. Default: counted from 0.
 
@@ -173,7 +173,8 @@ class Jsonl(TableDataset):
             text_fields.remove("caption")
             record = {**record, "answer": record["caption"]}
         questions = _parse_questions(record, region_id, location)
-        if not text_fields and not questions:
+        attributes = read_field(record, "attributes", dict, location) if record.get("attributes") else {}
+        if not text_fields and not questions and not attributes.get(JUDGE_QUESTIONS):
             raise InputError(f"{location}: no text; set name, caption, phrases, or question and answer")
         if {"caption", "phrases"} <= set(text_fields):
             raise InputError(f"{location}: caption and phrases are mutually exclusive; omit one of them")
@@ -191,7 +192,7 @@ class Jsonl(TableDataset):
             phrases=parse_phrases(record.get(phrase_field), phrase_field, location)
             if phrase_field in text_fields
             else [],
-            attributes=read_field(record, "attributes", dict, location) if record.get("attributes") else None,
+            attributes=attributes,
             questions=questions,
         )
 

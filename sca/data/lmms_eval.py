@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,15 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sca.data.parquet_rows import iter_parquet_rows, open_parquet
+from sca.data.parquet_rows import iter_parquet_rows, open_parquet, read_row_group
 from sca.data.record_parsing import parse_phrases
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.images import open_image_header, read_image, read_upright_size
 from sca.io.paths import expand_user
-from sca.io.validation import read_field, read_number_list, require_key, xywh_to_xyxy
+from sca.io.validation import read_field, read_xywh_box, require_key
 
 COLUMNS = ("image", "answer", "bbox")
-BOX_FORMAT = "x, y, width, height"
 ROW_MARK = "#row="  # between the file name and the row of an image
 
 
@@ -29,6 +30,9 @@ class LmmsEvalRegions(TableDataset):
     The box of a row is `bbox`, its phrases are the texts in `answer`. Every row is a sample of its own. The layout is
     that of https://huggingface.co/datasets/lmms-lab/RefCOCOg, which the tasks `refcocog_bbox_val` and
     `refcocog_bbox_test` of https://github.com/EvolvingLMMs-Lab/lmms-eval read. See `TableDataset`.
+
+    Only the images of one row group are in memory: read the samples in order, since each change of the row group reads
+    and decodes another one.
 
     Args:
         split: Name of the split, such as "val" or "test".
@@ -40,7 +44,9 @@ class LmmsEvalRegions(TableDataset):
 
     def __init__(self, split: str, root: str | Path, max_bad_records: int = 0):
         folder = expand_user(root)
-        files = sorted([*folder.glob(f"{split}-*.parquet"), *folder.glob(f"data/{split}-*.parquet")])
+        pattern = f"{glob.escape(split)}-*.parquet"
+        is_name = not {"/", os.sep, "\0"} & set(split)
+        files = sorted([*folder.glob(pattern), *folder.glob(f"data/{pattern}")]) if is_name else []
         if not files:
             raise InputError(f"no {split}-*.parquet in {folder} or its folder data; set root=FOLDER and a split")
         self._cells_path: Path | None = None
@@ -62,7 +68,7 @@ class LmmsEvalRegions(TableDataset):
             file.seek(0)
             width, height = read_upright_size(file)
         row = self._create_row(number, f"{path.name}{ROW_MARK}{row_number}", width, height)
-        box = xywh_to_xyxy(f"{location}: bbox", *read_number_list(content, "bbox", BOX_FORMAT, location))
+        box = read_xywh_box(content, "bbox", location)
         self._add_region(row, number, box, location, phrases=parse_phrases(content["answer"], "answer", location))
         return row
 
@@ -85,7 +91,7 @@ class LmmsEvalRegions(TableDataset):
             for group in range(file.num_row_groups):
                 stop = start + file.metadata.row_group(group).num_rows
                 if start <= row < stop:
-                    cells = file.read_row_group(group, columns=["image"])["image"].to_pylist()
+                    cells = [each["image"] for each in read_row_group(path, file, group, ["image"])]
                     self._cells_path, self._cells = path, dict(zip(range(start, stop), cells, strict=True))
                 start = stop
         return self._cells[row]

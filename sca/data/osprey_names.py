@@ -9,7 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sca.data.coco import read_region_annotation
-from sca.data.record_parsing import read_dataset_json
+from sca.data.record_parsing import check_benchmark_split, read_dataset_json
 from sca.data.table import TableDataset
 from sca.io.annotations import coco
 from sca.io.errors import InputError
@@ -51,8 +51,7 @@ class OspreyNames(TableDataset):
         image_root: str | Path | None = None,
         max_bad_records: int = 0,
     ):
-        if split != SPLIT:
-            raise InputError(f"the benchmark has no split {split!r}; use {SPLIT}")
+        check_benchmark_split(split, SPLIT)
         check_choice("collection", collection, COLLECTIONS)
         self.file: Path = expand_user(root) / f"{collection}_val_1k_category.json"
         if not self.file.is_file():

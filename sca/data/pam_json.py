@@ -8,10 +8,9 @@ from sca_registry.contracts import Question
 
 from sca.data.conversations import make_question, read_turns
 from sca.data.record_table import RecordTable
-from sca.io.validation import read_image_name, read_number_list, xywh_to_xyxy
+from sca.io.validation import read_image_name, read_xywh_box
 from sca.language_models.pam_prompts import IMAGE_TOKEN, TASK_PROMPTS
 
-BOX_FORMAT = "x, y, width, height"
 TASK_BY_PROMPT = {prompt: task for task, prompt in TASK_PROMPTS.items()}
 OTHER_KIND = "question"  # kind of a question that is not the prompt of a task
 
@@ -40,7 +39,7 @@ class PamJson(RecordTable):
         return read_image_name(record, "image", location)
 
     def _add_record(self, row: dict[str, Any], record: dict[str, Any], first_region_id: int, location: str) -> None:
-        box = xywh_to_xyxy(f"{location}: bbox", *read_number_list(record, "bbox", BOX_FORMAT, location))
+        box = read_xywh_box(record, "bbox", location)
         names, phrases, questions = _parse_conversation(record, first_region_id, location)
         name = names[0] if names else None
         self._add_region(row, first_region_id, box, location, name=name, phrases=phrases, questions=questions)

@@ -55,6 +55,20 @@ def make_read_error(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot read {path}: {error.strerror or error}")
 
 
+def check_benchmark_split(split: str, *splits: str) -> None:
+    """Check that a benchmark has a split.
+
+    Args:
+        split: Requested split.
+        *splits: Splits of the benchmark.
+
+    Raises:
+        InputError: The benchmark has no such split.
+    """
+    if split not in splits:
+        raise InputError(f"the benchmark has no split {split!r}; use {' or '.join(splits)}")
+
+
 def iter_identified_records(
     records: Iterable[Any], list_location: str, key: str = "id", reject: RejectCallback | None = None
 ) -> Iterator[tuple[dict[str, Any], str]]:

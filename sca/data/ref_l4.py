@@ -9,16 +9,15 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sca.data.parquet_rows import iter_parquet_rows
-from sca.data.record_parsing import parse_phrases
+from sca.data.record_parsing import check_benchmark_split, parse_phrases
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.image_names import resolve_image_path
 from sca.io.paths import expand_user
-from sca.io.validation import read_field, read_image_name, read_number_list, require_recorded_size, xywh_to_xyxy
+from sca.io.validation import read_field, read_image_name, read_xywh_box, require_recorded_size
 
 SPLITS = ("val", "test")
 COLUMNS = ("id", "caption", "bbox", "bbox_id", "file_name", "width", "height")
-BOX_FORMAT = "x, y, width, height"
 IMAGE_FOLDERS = ("images", "")  # in `root`, extracted from images.tar.gz
 
 
@@ -38,8 +37,7 @@ class RefL4(TableDataset):
     reader = "ref-l4"
 
     def __init__(self, split: str, root: str | Path, max_bad_records: int = 0):
-        if split not in SPLITS:
-            raise InputError(f"the benchmark has no split {split!r}; use {' or '.join(SPLITS)}")
+        check_benchmark_split(split, *SPLITS)
         folder = expand_user(root)
         self.file: Path = folder / f"ref-l4-{split}.parquet"
         if not self.file.is_file():
@@ -74,7 +72,7 @@ class RefL4(TableDataset):
     def _add_described_box(self, row: dict[str, Any], records: list[tuple[dict[str, Any], str]]) -> None:
         first, location = records[0]
         texts = [read_field(record, "caption", str, place) for record, place in records]
-        box = xywh_to_xyxy(f"{location}: bbox", *read_number_list(first, "bbox", BOX_FORMAT, location))
+        box = read_xywh_box(first, "bbox", location)
         if any(record["bbox"] != first["bbox"] for record, _ in records):
             raise InputError(f"{location}: bbox_id {first['bbox_id']} has several boxes; copy the file again")
         region_id = str(first["id"])

@@ -51,7 +51,7 @@ from sca.evaluation.requirements import (
     describe_missing_truth,
     select_dense_tasks,
 )
-from sca.evaluation.scoring import ImageLoader, ScoringResult, check_metrics, count_regions, score_records
+from sca.evaluation.scoring import BuiltMetrics, ImageLoader, ScoringResult, check_metrics, count_regions, score_records
 from sca.evaluation.validation import check_dataset_regions, check_predictions, fill_defaults
 from sca.hints import check_argument_names
 from sca.inference.engine import Engine
@@ -87,7 +87,7 @@ class EvaluationReport:
         warnings: Anomalies of the predictions.
         seconds: Time for scoring, plus prediction if this call predicted.
         prediction_seconds: Time of the predictions without the reading of images; None unless this process predicted
-            all of them in this call.
+            all of them in this call, without cached responses of a server.
         records: The prediction records.
         load_image: Returns the image of a record, if the images are available.
         path: The predictions file or its folder.
@@ -153,6 +153,7 @@ class EvaluationReport:
             "seconds": self.seconds,
             "prediction_seconds": self.prediction_seconds,
             "score_details": [each.to_dict() for each in self.scoring.scores],
+            **({"metric_details": self.scoring.details} if self.scoring.details else {}),
             "run": dict(self.run),
             "summary": dict(self.summary),
         }
@@ -239,7 +240,7 @@ def evaluate(
             `prompting` has controls, which need the regions of the dataset, and a proposer is set.
     """
     start = time.perf_counter()
-    check_metrics(metrics, metric_options)
+    built_metrics = check_metrics(metrics, metric_options)
     rank, num_processes, wait = _get_process_group()
     if num_processes > 1 and folder is None:
         raise ValueError("folder is required when several processes evaluate; pass folder=PATH")
@@ -318,16 +319,22 @@ def evaluate(
         )
     if predictions is None:
         return None
-    if report is not None and usage_before:
-        usage = {name: count - usage_before[name] for name, count in _get_usage(captioner).items()}
+    usage = {name: count - usage_before.get(name, 0) for name, count in _get_usage(captioner).items()}
+    if report is not None and usage:
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in usage.items())
         report(f"{model_name}{' on rank 0' if num_processes > 1 else ''}: {counts}")
     if not predictions.records:
         raise ValueError(describe_missing_truth(built_dataset, dataset_name, tasks))
     evaluation_report = _build_report(
-        predictions, "the predictions", metrics, metric_options, _make_image_loader(built_dataset), start
+        predictions,
+        "the predictions",
+        metrics,
+        metric_options,
+        _make_image_loader(built_dataset),
+        start,
+        built_metrics,
     )
-    return replace(evaluation_report, prediction_seconds=prediction_seconds)
+    return replace(evaluation_report, prediction_seconds=None if usage.get("cached") else prediction_seconds)
 
 
 def _get_usage(captioner: Captioner) -> dict[str, int]:
@@ -511,6 +518,7 @@ def _build_report(
     metric_options: Mapping[str, Any] | None,
     load_image: ImageLoader | None,
     start: float,
+    built_metrics: BuiltMetrics | None = None,
 ) -> EvaluationReport:
     predictions = fill_defaults(predictions, location)
     warnings = check_predictions(predictions, location)
@@ -521,7 +529,7 @@ def _build_report(
         if predictions.run
         else {}
     )
-    scoring = score_records(predictions.records, metrics, metric_options, run, load_image)
+    scoring = score_records(predictions.records, metrics, metric_options, run, load_image, built_metrics)
     seconds = time.perf_counter() - start
     return EvaluationReport(
         predictions.run, predictions.summary, scoring, warnings, seconds, predictions.records, load_image

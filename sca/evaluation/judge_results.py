@@ -8,10 +8,15 @@ A file is an object with one entry per region, of which the following is read:
                 "details_negatives": [{"eval_result": 1, ...}, ...],
                 "score_pos": 0.6, "score_neg": 1.0}
 
-The key is the id of the annotation, or that of the image and the index of the region ("1592437_0"). The averages
-"avg_pos" and "avg_neg" that follow the entries are not read. A detail may also be a list of the index of the question,
-the index of the chosen option and the `eval_result`, and a file may contain several runs by name: `{"RUN": {"images":
-{...}}}`. Source: `evaluation/DLC-Bench` in https://github.com/Haochen-Wang409/Grasp-Any-Region, which is that of
+The publishers store the positive score 0 for a region without positive questions. Here, such a region is omitted from
+the mean.
+
+The key is the id of the annotation, or that of the image and the index of the region ("1592437_0"). Values that are no
+objects and have other keys, such as the averages "avg_pos" and "avg_neg", are not read. A detail may also be a list of
+the index of the question, the index of the chosen option and the `eval_result`, and a file may contain several runs by
+name: `{"RUN": {"images": {...}}}`.
+
+Source: `evaluation/DLC-Bench` in https://github.com/Haochen-Wang409/Grasp-Any-Region, which is that of
 https://github.com/NVlabs/describe-anything, and `evaluation/ParaDLC-Bench` in
 https://github.com/MSALab-PKU/PerceptionDLM.
 """
@@ -39,8 +44,10 @@ DETAIL_KINDS = {
 }
 RECOGNITION_SCORES = {"correct": 1.0, "incorrect": 0.0}
 STORED_SCORES = {"score_pos": "positive", "score_neg": "negative"}
-AVERAGES = ("avg_pos", "avg_neg")
+REGION_KEY_PATTERN = re.compile(r"\d+(?:_\d+)?")
 PAIRED_KEY_PATTERN = re.compile(r"(\d+)_(\d+)")  # image id and index of the region
+RESULTS_START_PATTERN = re.compile(r'\s*\{\s*"[^"]*"\s*:\s*\{')  # the first value is an object
+MAX_START_BYTES = 2**20  # contain a first entry
 SCORE_TOLERANCE = 1e-6
 
 
@@ -87,16 +94,25 @@ def read_judge_results(path: Path) -> dict[str, list[dict[str, Any]]] | None:
         return None
     try:
         content = read_json(path)
-    except InputError:  # JSON Lines, whose reader names the invalid line
-        return None
+    except InputError:
+        if _looks_like_results(path):
+            raise
+        return None  # JSON Lines, whose reader names the invalid line
     if not isinstance(content, dict):
         return None
     runs = {name: run["images"] for name, run in content.items() if isinstance(run, dict) and "images" in run}
     if not runs:
-        runs = {"": {key: entry for key, entry in content.items() if key not in AVERAGES}}
+        runs = {"": content}
     if not any(_has_details(entry) for entries in runs.values() for entry in _iter_entries(entries)):
         return None
     return {name: _read_entries(entries, f"{path}: {name}".rstrip(": ")) for name, entries in runs.items()}
+
+
+def _looks_like_results(path: Path) -> bool:
+    """Return whether a file that is not valid JSON begins like judge results, whose first entry is an object."""
+    with path.open("rb") as file:
+        text = file.read(MAX_START_BYTES).decode("utf-8-sig", errors="replace")
+    return "details_positives" in text and RESULTS_START_PATTERN.match(text) is not None
 
 
 def _iter_entries(entries: Any) -> Sequence[Any]:
@@ -111,6 +127,7 @@ def _read_entries(entries: Any, location: str) -> list[dict[str, Any]]:
     return [
         _read_entry(key, check_object(entry, f"{location}: {key}"), f"{location}: {key}")
         for key, entry in check_object(entries, location).items()
+        if isinstance(entry, dict) or REGION_KEY_PATTERN.fullmatch(key)
     ]
 
 
@@ -152,7 +169,7 @@ def _check_stored_scores(entry: Mapping[str, Any], judgments: Sequence[Judgment]
         if stored is not None and not is_finite_number(stored):
             raise InputError(f"{location}: {name} is {stored!r:.60}; expected a number")
         expected = getattr(scores, kind)
-        if stored is not None and not math.isclose(stored, expected, abs_tol=SCORE_TOLERANCE):
-            raise InputError(
-                f"{location}: {name} is {stored:g}, and its details average to {expected:g}; judge the caption again"
-            )
+        has_questions = not math.isnan(expected)
+        if stored is not None and not math.isclose(stored, expected if has_questions else 0, abs_tol=SCORE_TOLERANCE):
+            details = f"its details average to {expected:g}" if has_questions else f"it has no {kind} questions"
+            raise InputError(f"{location}: {name} is {stored:g}, and {details}; judge the caption again")

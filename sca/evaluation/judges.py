@@ -6,11 +6,13 @@ on nothing random. A server returns a text that contains a letter.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import takewhile
-from string import ascii_uppercase
+from string import ascii_uppercase, punctuation, whitespace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,18 +24,29 @@ from sca_registry.spec import ComponentSpec
 from torch import Tensor
 
 from sca.captioners.chat_captioner import MAX_COMPLETION_TOKENS, check_extra_body
-from sca.captioners.chat_client import ChatClient, ChatServerError, get_response_cache_folder
+from sca.captioners.chat_client import ChatClient, ChatCompletion, ChatServerError, get_response_cache_folder
 from sca.devices import resolve_device
+from sca.evaluation.records import normalize_text
 from sca.io.errors import InputError
+from sca.io.validation import check_range
 from sca.io.weight_files import hash_tensors
 from sca.model import check_finite_scores
 
 SERVER_NAME = "openai"  # name of the judge on a server, as of the captioner
 ANSWER_MARK = "Answer:"  # last line of a question for a language model without a chat template
 MAX_ANSWER_TOKENS = 16
-OPTION_LABEL_PATTERN = re.compile(r"[\W_]*([A-Za-z])(?:[\W_]*$|[.):]\s)")  # "B", "(B)", "**B**" or "B. The ..."
-FINAL_LETTER_PATTERN = re.compile(r"\b(?:answer|option)(?: is)?\W*\b([A-Za-z])[\W_]*$", re.IGNORECASE)
-END_OF_REASONING = "</think>"
+PUNCTUATION = punctuation.replace("\\", "") + whitespace
+MAX_UNANSWERED_FRACTION = 0.5  # of the responses of a server, beyond which a judge is unusable
+START_OF_REASONING, END_OF_REASONING = "<think>", "</think>"
+LETTER = r"(?:\\(?:boxed\{|text\{|[(\[])|[^\w\\])*\b([A-Za-z])"  # "B", "(B", "**B" or "\boxed{B"
+END_OF_LETTER = (  # the word "A" continues with another word instead
+    r"(?!\W+(?:(?:and|or)\b\W*)[A-Za-z]\b)(?!\s*[,/]\s*[A-Za-z]\b)"  # several letters are no answer
+    r"(?:[\W_]*$|[ \t]*[\r\n]|[*`\"\])}]|[,:;]|\.(?![A-Za-z]\.)|\s+[-\u2013\u2014]\s|\s+(?=(?:The|This|It|There)\b))"
+)
+ANSWER_PREFIX = r"(?i:(?:the\s+)?(?:correct\s+|final\s+|best\s+)?(?:answer|option)(?:\s+is)?\b)"
+FIRST_LETTER_PATTERN = re.compile(rf"(?:{ANSWER_PREFIX})?{LETTER}{END_OF_LETTER}")
+FINAL_LETTER_PATTERN = re.compile(rf"\b{ANSWER_PREFIX}{LETTER}[\W_]*$")
+STATED_LETTER_PATTERN = re.compile(rf"\b(?i:answer(?:\s+is)?\b){LETTER}{END_OF_LETTER}")
 
 
 class JudgePrompt(NamedTuple):
@@ -52,10 +65,12 @@ class Judge(Protocol):
     """Judge that chooses options.
 
     Attributes:
-        description: Name and version for evaluation results.
+        description: Name and version for evaluation results: scores are comparable if it is the same.
+        details: Further facts for evaluation results, such as the URL of a server.
     """
 
     description: str
+    details: Mapping[str, Any]
 
     def compute_probabilities(self, prompts: Sequence[JudgePrompt]) -> list[np.ndarray]:
         """Return the (K,) probabilities of the K options of each prompt: all 0 if the judge chose none."""
@@ -74,9 +89,10 @@ def build_judge(text: str, device: str = "cpu", batch_size: int = 8) -> Judge:
         The judge.
 
     Raises:
-        RegistryError: The name or an option is unknown.
+        RegistryError: The name or an option is unknown, or `batch_size` is below 1.
         InputError: A language model has no tokenizer or no pretrained weights, or a server has no URL.
     """
+    check_range("batch_size", batch_size, int, 1)
     component = ComponentSpec.parse(text, "the judge", "language_models")
     if component.name != SERVER_NAME:
         return LanguageModelJudge(component, device, batch_size)
@@ -109,9 +125,10 @@ class LanguageModelJudge:
         if self.language_model.tokenizer is None:
             raise InputError(f"the judge {self.name!r} has no tokenizer; set tokenizer=FOLDER, or use another one")
         if not getattr(self.language_model, "checkpoint", None):
-            raise InputError(f"the judge {self.name!r} has random weights; use a pretrained one, such as qwen3-4b")
+            raise InputError(f"the judge {self.name!r} has random weights; use a pretrained one, such as phi-4-mini")
         self._module.eval().to(self.device)
         self.description: str = f"{self.name} with weights {hash_tensors(self._module.state_dict())[:12]}"
+        self.details: Mapping[str, Any] = {}
 
     @property
     def _module(self) -> torch.nn.Module:
@@ -239,7 +256,10 @@ class ServerJudge:
             self.model_name: str = model or self.client.find_model()
         except ChatServerError as error:
             raise InputError(str(error)) from error
-        self.description: str = f"{self.model_name} of {self.client.url}"
+        fields = json.dumps(self.extra_body, sort_keys=True)
+        digest = f" with extra_body {hashlib.sha256(fields.encode()).hexdigest()[:12]}" if self.extra_body else ""
+        self.description: str = f"{self.model_name} on a server{digest}"
+        self.details: Mapping[str, Any] = {"url": self.client.url, "extra_body": self.extra_body}
 
     def compute_probabilities(self, prompts: Sequence[JudgePrompt]) -> list[np.ndarray]:
         """Request the answers to all prompts, several at a time, see `Judge`.
@@ -251,7 +271,8 @@ class ServerJudge:
             The (K,) probabilities of the K options of each prompt: 1 for the chosen one, and 0 for the others.
 
         Raises:
-            InputError: The server rejects a request, or all attempts failed.
+            InputError: The server rejects a request, all attempts failed, or most responses choose no option, as those
+                of a model that reasons longer than the token limit.
         """
         is_random = bool(self.extra_body.get("temperature", 0))
         try:
@@ -260,11 +281,31 @@ class ServerJudge:
             )
         except ChatServerError as error:
             raise InputError(str(error)) from error
-        probabilities = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            chosen = parse_answer(completion.text, prompt.options)
-            probabilities.append(np.array([float(index == chosen) for index in range(len(prompt.options))]))
-        return probabilities
+        choices = [
+            parse_answer(completion.text, prompt.options, completion.is_truncated)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        self._check_choices(choices, completions)
+        return [
+            np.array([float(index == choice) for index in range(len(prompt.options))])
+            for prompt, choice in zip(prompts, choices, strict=True)
+        ]
+
+    def _check_choices(self, choices: Sequence[int | None], completions: Sequence[ChatCompletion]) -> None:
+        """Raise InputError if most completions choose no option."""
+        unanswered = [completion for choice, completion in zip(choices, completions, strict=True) if choice is None]
+        if len(unanswered) <= MAX_UNANSWERED_FRACTION * len(choices):
+            return
+        fix = "use a model that responds with the letter of an option"
+        if any(each.is_truncated or START_OF_REASONING in each.text for each in unanswered):
+            fix = (
+                f'set extra_body={{reasoning_effort="none"}}, or extra_body={{{MAX_COMPLETION_TOKENS}=N}} with enough '
+                "tokens for the reasoning"
+            )
+        raise InputError(
+            f"the judge {self.model_name!r} chose no option in {len(unanswered)} of {len(choices)} responses, such as "
+            f"{' '.join(unanswered[0].text.split())!r:.60}; {fix}"
+        )
 
     def _make_body(self, text: str) -> dict[str, Any]:
         fields: dict[str, Any] = {"model": self.model_name, "temperature": 0}
@@ -273,20 +314,42 @@ class ServerJudge:
         return {**fields, **self.extra_body, "messages": [{"role": "user", "content": text}]}
 
 
-def parse_answer(text: str, options: Sequence[str]) -> int | None:
+def parse_answer(text: str, options: Sequence[str], is_truncated: bool = False) -> int | None:
     """Return the index of the option that a text chooses.
+
+    A letter alone, before punctuation or a line break, or after "answer" or "option" is a choice, and so is the text of
+    an option if the text contains that of no other option.
 
     Args:
         text: Such as "B", "(b)", "B. The color is not mentioned.", "The answer is B.", or the text of an option.
         options: Texts of the options in the order of their letters.
+        is_truncated: Whether the text ended at the token limit. Only a letter at its start is then a choice.
 
     Returns:
-        The index; None if the text chooses no option.
+        The index; None if the text chooses no option, or if it ends within its reasoning.
     """
     answer = text.rpartition(END_OF_REASONING)[2].strip()
-    match = OPTION_LABEL_PATTERN.match(answer) or FINAL_LETTER_PATTERN.search(answer)
-    if match is not None:
-        index = ascii_uppercase.index(match[1].upper())
-        return index if index < len(options) else None
-    normalized = [option.casefold().strip(" .") for option in options]
-    return normalized.index(answer.casefold().strip(" .")) if answer.casefold().strip(" .") in normalized else None
+    if START_OF_REASONING in answer:
+        return None
+    match = FIRST_LETTER_PATTERN.match(answer.lstrip(PUNCTUATION))
+    if match is None and is_truncated:
+        return None
+    match = match or FINAL_LETTER_PATTERN.search(answer)
+    letters = [match[1]] if match is not None else STATED_LETTER_PATTERN.findall(answer)
+    indices = {ascii_uppercase.index(letter.upper()) for letter in letters}
+    indices = indices or _find_options(answer, options)
+    index = indices.pop() if len(indices) == 1 else None
+    return index if index is not None and index < len(options) else None
+
+
+def _find_options(text: str, options: Sequence[str]) -> set[int]:
+    """Return the indices of the options whose text a text contains, except within that of a longer option."""
+    remaining = normalize_text(text)
+    matches = set()
+    normalized = {index: normalize_text(option).strip(" .") for index, option in enumerate(options)}
+    for index in sorted(normalized, key=lambda index: -len(normalized[index])):
+        pattern = rf"(?<!\w){re.escape(normalized[index])}(?!\w)"
+        if normalized[index] and re.search(pattern, remaining):
+            matches.add(index)
+            remaining = re.sub(pattern, "\0", remaining)
+    return matches

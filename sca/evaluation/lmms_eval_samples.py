@@ -41,6 +41,9 @@ def sample_to_record(sample: Mapping[str, Any], location: str) -> dict[str, Any]
     doc_id = sample["doc_id"]
     if not is_int64(doc_id):
         raise InputError(f"{location}, 'doc_id' is {doc_id!r:.80}; expected an integer")
+    response = sample["filtered_resps"]
+    if isinstance(response, list) and len(response) == 1:  # as older versions log it
+        sample = {**sample, "filtered_resps": response[0]}
     references = _parse_target(read_field(sample, "target", str, location), f"{location}, 'target'")
     media = sample.get("input_media")
     names = [str(each) for each in media] if isinstance(media, list) else []

@@ -317,7 +317,9 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], max_images: int | None
         for regions in islice(dataset.iter_annotations(), max_images):
             for region in regions:
                 yield from (
-                    {"task": task, "truth": make_truth(region)} for task in tasks if has_truth_for_task(region, task)
+                    {"region_id": region.id, "task": task, "truth": make_truth(region)}
+                    for task in tasks
+                    if has_truth_for_task(region, task)
                 )
 
 

@@ -141,6 +141,8 @@ def find_available_metrics(
 ) -> tuple[list[str], list[str]]:
     """Return the metrics of a protocol that can be computed on this machine, and those that cannot.
 
+    The only metric of a protocol is not checked, because its evaluation cannot skip it.
+
     Args:
         protocol: The protocol.
         metric_options: Options of metrics, such as `semantic.model`.
@@ -151,6 +153,8 @@ def find_available_metrics(
     Raises:
         RegistryError: No metric can be computed; the error is that of the first.
     """
+    if len(protocol.metrics) == 1:
+        return list(protocol.metrics), []
     available, problems = [], {}
     for name in protocol.metrics:
         own_options = {

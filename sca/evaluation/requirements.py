@@ -12,7 +12,7 @@ from sca_registry.errors import make_unknown_name_error
 
 from sca.data.summary import summarize_dataset
 from sca.evaluation.predictions import DENSE_TASKS, PromptingOptions, draft_records
-from sca.evaluation.records import describe_missing_needs, meets_need
+from sca.evaluation.records import describe_missing_needs, filter_records, meets_need
 from sca.evaluation.scoring import check_metrics
 
 
@@ -54,8 +54,8 @@ def describe_missing_truth(dataset: Dataset, dataset_name: str, tasks: Sequence[
     """Return the error message for a dataset without ground truth for the tasks."""
     return (
         f"no region of {dataset_name} has ground truth for "
-        f"{' or '.join(DENSE_TASKS.get(task, task) for task in tasks)} (phrases for captions, a name for "
-        f"recognition); {summarize_dataset(dataset)}"
+        f"{' or '.join(DENSE_TASKS.get(task, task) for task in tasks)} (phrases or judge questions for captions, "
+        f"a name for recognition); {summarize_dataset(dataset)}"
     )
 
 
@@ -74,12 +74,16 @@ def check_metric_needs(
         max_images: Maximum number of images to check. Defaults to all.
 
     Raises:
-        ValueError: A metric needs a task or ground truth that no region has.
+        ValueError: A metric needs a task or ground truth that no region has, or that of a region is invalid.
     """
     for name in metrics:
         reason = _find_missing_needs(name, dataset, tasks, max_images)
         if reason:
             raise ValueError(f"metric {name!r}: {reason}; choose other metrics or other data")
+        check_truth = sca_registry.metrics.get_declared(name, "check_truth")
+        if check_truth is not None:
+            for record in filter_records(draft_records(dataset, tasks, max_images), _list_dataset_needs(name)):
+                check_truth(record)
 
 
 def check_best_scores(
@@ -144,9 +148,7 @@ def _find_metric_problem(metric: str, dataset: Dataset, max_images: int | None) 
 
 def _find_missing_needs(metric: str, dataset: Dataset, tasks: Sequence[str], max_images: int | None) -> str | None:
     """Return why no record of a dataset can meet a metric's needs; None if one can or if it is unknown."""
-    dataset_needs = [
-        need for need in sca_registry.metrics.get_declared(metric, "required_fields") or () if _is_dataset_need(need)
-    ]
+    dataset_needs = _list_dataset_needs(metric)
     for need in dataset_needs:
         needs_task = all(choice.startswith("task=") for choice in need.split(" or "))
         if needs_task and not any(meets_need({"task": task}, need) for task in tasks):
@@ -160,6 +162,7 @@ def _find_missing_needs(metric: str, dataset: Dataset, tasks: Sequence[str], max
     return describe_missing_needs(list(draft_records(dataset, tasks, max_images)), dataset_needs)
 
 
-def _is_dataset_need(need: str) -> bool:
-    """Return whether a need depends on tasks and dataset only, not on predictions."""
-    return all(choice.startswith(("task=", "truth.")) for choice in need.split(" or "))
+def _list_dataset_needs(metric: str) -> list[str]:
+    """Return the needs of a metric that depend on tasks and dataset only, not on predictions."""
+    needs = sca_registry.metrics.get_declared(metric, "required_fields") or ()
+    return [need for need in needs if all(choice.startswith(("task=", "truth.")) for choice in need.split(" or "))]

@@ -36,6 +36,7 @@ COMPARABLE_RUN_KEYS = (  # settings of the run that two comparable scores must s
 OPTIONAL_RUN_KEYS = ("search_version", "proposer_hash", "zoom")  # such settings, which only some runs have
 
 ImageLoader = Callable[[Record], Image.Image]
+BuiltMetrics = Mapping[str, tuple[Metric, dict[str, Any]]]  # metrics by name, with their values of the shared options
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,13 @@ class ScoringResult:
         scores: All scores.
         skipped_metrics: Metrics that were not computed -> the reason.
         outputs: (metric, control) -> output of the metric.
+        details: Metric -> its further facts, if it has any, such as the URL of a server.
     """
 
     scores: tuple[Score, ...]
     skipped_metrics: dict[str, str]
     outputs: dict[tuple[str, str | None], MetricOutput] = field(repr=False)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def summarize_skipped_metrics(self) -> list[str]:
         """Return at most one line about the metrics that were not computed."""
@@ -108,6 +111,7 @@ def score_records(
     metric_options: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
     load_image: ImageLoader | None = None,
+    built_metrics: BuiltMetrics | None = None,
 ) -> ScoringResult:
     """Compute the scores of each metric, for the predictions and for each control.
 
@@ -118,6 +122,7 @@ def score_records(
             NAME.OPTION (`semantic.model`).
         run: The run header of the predictions file, for the protocol of the scores.
         load_image: Returns the image of a record, for metrics that need it.
+        built_metrics: Metrics that `check_metrics` built with these options; others are built.
 
     Returns:
         The scores, and the reasons for skipped metrics.
@@ -130,6 +135,7 @@ def score_records(
     scores: list[Score] = []
     skipped_metrics: dict[str, str] = {}
     outputs: dict[tuple[str, str | None], MetricOutput] = {}
+    details: dict[str, dict[str, Any]] = {}
     recorded_controls = dict.fromkeys(each for record in records if (each := record.get("control")) is not None)
     controls = [
         None,
@@ -138,7 +144,7 @@ def score_records(
     ]
     for name in sca_registry.metrics.list_names() if metrics is None else dict.fromkeys(metrics):
         try:
-            metric, shared_options = _build_metric(name, metric_options)
+            metric, shared_options = (built_metrics or {}).get(name) or _build_metric(name, metric_options)
         except sca_registry.RegistryError as error:
             if metrics is not None:
                 raise
@@ -164,29 +170,36 @@ def score_records(
                     reason = f"failed with {type(error).__name__}: {error}; run `sca check metric {name}` for details"
             if reason is None:
                 outputs[name, control] = output
+                if facts := getattr(metric, "details", None):
+                    details[name] = dict(facts)
                 scores += _make_scores(name, control, metric, output, shared_options, run or {})
             elif control is None and metrics is not None:
                 raise ValueError(f"metric {name!r}: {reason}")
             elif control is None:
                 skipped_metrics[name] = reason
                 break
-    return ScoringResult(tuple(scores), skipped_metrics, outputs)
+    return ScoringResult(tuple(scores), skipped_metrics, outputs, details)
 
 
-def check_metrics(metrics: Sequence[str] | None, metric_options: Mapping[str, Any] | None) -> None:
+def check_metrics(metrics: Sequence[str] | None, metric_options: Mapping[str, Any] | None) -> BuiltMetrics:
     """Check metric names, options and installed packages before predicting, as `score_records` does.
 
     Args:
         metrics: See `score_records`.
         metric_options: See `score_records`.
 
+    Returns:
+        The built metrics, so that `score_records` does not load their models again.
+
     Raises:
         RegistryError: An unknown metric or option, or a metric that cannot be built.
     """
     metric_options = _check_metric_options(metric_options or {}, metrics)
+    built_metrics = {}
     for name in metrics or ():
         sca_registry.metrics.check(name)
-        _build_metric(name, metric_options)
+        built_metrics[name] = _build_metric(name, metric_options)
+    return built_metrics
 
 
 def get_bootstrap_inputs(output: MetricOutput) -> dict[str, tuple[ScoreStatistics, np.ndarray]]:

@@ -6,15 +6,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sca_registry.contracts import TASKS
+from sca_registry.contracts import JUDGE_QUESTIONS, TASKS
 
 from sca.evaluation.judgments import JUDGMENT_KINDS
 from sca.evaluation.predictions import COMPREHENSION_TASK, DENSE_TASKS, EXCLUSIVE_TASKS, QUESTION_TASK
 from sca.evaluation.predictions_file import Predictions, hash_truth
+from sca.evaluation.records import meets_need
 from sca.io.errors import InputError
 from sca.io.validation import is_finite_number
 
 MAX_LISTED = 3
+JUDGE_NEED = f"truth.attributes.{JUDGE_QUESTIONS}"  # a caption that a judge scores needs no references
 
 
 def fill_defaults(predictions: Predictions, location: str) -> Predictions:
@@ -86,7 +88,7 @@ def check_predictions(predictions: Predictions, location: str) -> list[str]:
             f"{location}: {len(with_invalid_scores)} records have a proposal whose score is not a number: "
             f"{_join_first(_format_record_key(_get_record_key(record)) for record in with_invalid_scores)}"
         )
-    captions = [record for record in records if record["task"] == "caption"]
+    captions = [record for record in records if record["task"] == "caption" and not meets_need(record, JUDGE_NEED)]
     without_references = [record for record in captions if not record["truth"]["phrases"]]
     if without_references and len(without_references) < len(captions):
         raise InputError(

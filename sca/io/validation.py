@@ -18,6 +18,7 @@ from sca_registry.errors import make_unknown_name_error
 from sca.io.coordinates import PIXEL_LIMIT, Box
 from sca.io.errors import InputError
 
+XYWH_FORMAT = "x, y, width, height"
 TYPE_DESCRIPTIONS = {
     bool: "true or false",
     int: "an integer",
@@ -205,6 +206,11 @@ def require_recorded_size(record: Any, location: str) -> tuple[int, int]:
     size = read_recorded_size(record, location)
     assert size is not None
     return size
+
+
+def read_xywh_box(record: Any, key: str, location: str) -> Box:
+    """Return the box x, y, width, height of a key as x1, y1, x2, y2; raise InputError for an invalid one."""
+    return xywh_to_xyxy(f"{location}, {key!r}", *read_number_list(record, key, XYWH_FORMAT, location))
 
 
 def xywh_to_xyxy(subject: str, x: float, y: float, width: float, height: float) -> Box:

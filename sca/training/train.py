@@ -397,7 +397,10 @@ def _check_has_texts(recipe: Recipe, sources: Mapping[str, Dataset]) -> None:
     for name, dataset in sources.items():
         metadata = getattr(dataset, "metadata", {})
         num_without_text = metadata.get("images_with_questions_only", 0)
-        if num_without_text and num_without_text == metadata["images"] and not recipe.train.question_prob:
+        has_only_questions = num_without_text and num_without_text == metadata["images"]
+        if has_only_questions and not metadata["questions"]:
+            raise RegistryError(f"{name} has no captions, names or questions with answers; use other training data")
+        if has_only_questions and not recipe.train.question_prob:
             raise RegistryError(f"{name} has questions, but no captions and no names; set train.question_prob above 0")
         has_questions = has_questions or bool(metadata.get("questions") or getattr(dataset, "has_questions", False))
         has_questions = has_questions or bool(dataset[0].questions)

@@ -202,6 +202,14 @@ def test_evaluation_with_a_key_writes_it_to_no_file(server, monkeypatch, tmp_pat
     )
 
 
+def test_predictions_with_cached_responses_have_no_time(server):
+    model = f"openai url={server.url} model=mine"
+    prompting = PromptingOptions(tasks=("caption",))
+    for has_time in (True, False):
+        report = sca.evaluate(model, "scenes", prompting=prompting, metrics=["cider-d"], max_images=1)
+        assert (report.prediction_seconds is not None) == has_time
+
+
 def test_redirects_are_not_followed(image, prompts, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with run_chat_server() as other:
@@ -532,6 +540,13 @@ def test_empty_texts_are_counted_and_not_cached(image, prompts):
             (caption,) = captioner.caption(image, prompts[:1])
             assert (caption.text, caption.usage) == ("", None)
             assert captioner.usage["empty"] == len(server.bodies) == number
+
+
+def test_captions_are_one_line(image, prompts):
+    completion = make_completion("a dog\n\non the  grass\n")
+    with run_chat_server(lambda text, number: lambda handler: handler.send_json(completion)) as server:
+        texts = get_texts(captioners.build("openai", url=server.url).caption(image, prompts))
+    assert texts == ["a dog on the grass"] * len(prompts)
 
 
 def test_unwritable_cache_is_reported_and_not_used(server, image, prompts, monkeypatch, tmp_path, caplog):

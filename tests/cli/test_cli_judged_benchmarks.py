@@ -5,6 +5,8 @@ import json
 import pytest
 from judged_benchmarks import write_dlc_bench, write_judge, write_paradlc_bench
 
+from sca.evaluation import judges
+
 pytest.importorskip("datasets", reason="requires the extra data")
 
 
@@ -30,12 +32,17 @@ def test_dlc_bench_judges_captions_of_masks(run_sca, working_folder, judge_optio
 
 
 @pytest.mark.slow
-def test_paradlc_bench_judges_all_regions_of_an_image_and_prints_the_time(run_sca, working_folder, judge_option):
+def test_paradlc_bench_judges_all_regions_of_an_image_and_prints_the_time(
+    run_sca, working_folder, judge_option, monkeypatch
+):
     root = write_paradlc_bench(working_folder / "paradlc")
+    loaded_judges = []
+    monkeypatch.setattr(judges, "hash_tensors", lambda tensors: loaded_judges.append(tensors) or "0" * 64)
     result = run_sca("evaluate", "sca-tiny", "paradlc-bench", f"root={root}", judge_option)
     assert "2 images, 4 regions" in result.out
     assert "4 predictions in" in result.out
     assert "PerceptionDLM-8B, judged by GPT-5.2 (published)" in result.out
+    assert len(loaded_judges) == 1
 
 
 def test_judged_benchmark_requires_a_judge_before_predicting(get_sca_error, working_folder):

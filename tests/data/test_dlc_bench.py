@@ -12,6 +12,9 @@ from sca.io.errors import InputError
 pytest.importorskip("datasets", reason="requires the extra data")
 
 
+EMPTY_MASK = make_mask(0, 0, 0, 0)
+
+
 def edit_json(path, edit):
     content = json.loads(path.read_text())
     edit(content)
@@ -51,12 +54,14 @@ def test_paradlc_bench_reads_several_regions_per_image(tmp_path, folder):
     assert len(samples[0].regions[1].attributes[JUDGE_QUESTIONS]) == 2
 
 
-def test_regions_without_questions_are_counted(tmp_path):
+def test_max_bad_records_permits_an_incomplete_benchmark(tmp_path):
     write_dlc_bench(tmp_path)
     edit_json(tmp_path / "qa.json", lambda content: content.update({"7": content.pop("2391782")}))
-    dataset = DlcBench("test", tmp_path)
+    dataset = DlcBench("test", tmp_path, max_bad_records=2)
     assert len(dataset) == 1
-    assert dataset.skipped["region without questions"] == dataset.skipped["questions without a region"] == 1
+    assert dataset.skipped["unusable region"] == 2
+    with pytest.raises(InputError, match=r"2 regions of .* cannot be used, more than max_bad_records=1"):
+        DlcBench("test", tmp_path, max_bad_records=1)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +73,11 @@ def test_regions_without_questions_are_counted(tmp_path):
             lambda c: c["2391781"][1].update(choices=["yes", "no"]),
             "choice 'yes' is not a list of a text and",
         ),
+        ("qa.json", lambda c: c.pop("2391782"), "qa.json has no questions of 2391782"),
+        ("qa.json", lambda c: c.update({"2391782": []}), "qa.json has no questions of 2391782"),
+        ("qa.json", lambda c: c.update({"2391782": {"a": 1}}), "'2391782' is {'a': 1}; expected a list"),
+        ("qa.json", lambda c: c.update({"7": c["2391782"]}), "qa.json: 7 is not a region of .*annotations.json"),
+        ("annotations.json", lambda c: c["annotations"][0].update(segmentation=EMPTY_MASK), "the mask is empty"),
         ("class_names.json", lambda c: c.pop("2391782"), "class_names.json: no '2391782'"),
         ("annotations.json", lambda c: c["annotations"][0].update(image_id=9), "image_id 9 is not among the images"),
         ("annotations.json", lambda c: c["images"][0].update(file_name="x.png"), "image missing: 1, such as x.png"),

@@ -1,9 +1,11 @@
 """Benchmarks of region names and captions in their publishers' layouts: Osprey's names, Ref-L4 and GLaMM's files."""
 
 import json
+import re
 
 import pytest
 from judged_benchmarks import SIZE, make_mask, write_images
+from sca_registry.contracts import Caption
 
 import sca
 from sca.data.glamm_regions import GlammRegions
@@ -17,14 +19,25 @@ pytest.importorskip("datasets", reason="requires the extra data")
 parquet = pytest.importorskip("pyarrow.parquet")
 pyarrow = pytest.importorskip("pyarrow")
 WIDTH, HEIGHT = SIZE
+DEFAULT_BOX = (0.0, 0.0, 4.0, 4.0)
 
 
-def evaluate_protocol(name, run_name, metrics, metric_options=None, **dataset_options):
+class ConstantCaptioner:
+    """Captioner whose text is the same for every region."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def caption(self, image, prompts, task="caption"):
+        return [Caption(self.text, 1.0, DEFAULT_BOX, None, None, prompt, n) for n, prompt in enumerate(prompts)]
+
+
+def evaluate_protocol(name, run_name, metrics, metric_options=None, model="sca-tiny", **dataset_options):
     """Evaluate a model with a run of a protocol on files written by a test, and return the report."""
     (run,) = [run for run in read_protocol(name).runs if run.name == run_name]
     dataset = {"name": run.dataset, **run.dataset_options, **dataset_options}
     options = {"prompting": run.prompting, "metrics": metrics, "metric_options": metric_options}
-    return sca.evaluate("sca-tiny", dataset, run.split, **options)
+    return sca.evaluate(model, dataset, run.split, **options)
 
 
 # --- Osprey
@@ -67,10 +80,10 @@ def test_osprey_names_reads_masks_and_names_of_both_image_folders(write_names):
     assert (first.mask, second.mask) == (make_mask(4, 4, 20, 16), make_mask(24, 8, 40, 28))
 
 
-@pytest.mark.slow
 def test_paco_names_scores_the_predicted_names_of_masks(write_names):
-    report = evaluate_protocol("paco-names", "paco-val", ["name-iou"], **write_names())
-    assert 0 <= report.scores["name-iou"] <= 1
+    model = ConstantCaptioner("car wheel")  # the name of every second region
+    report = evaluate_protocol("paco-names", "paco-val", ["name-iou"], model=model, **write_names())
+    assert report.scores["name-iou"] == 0.5
     assert {record["task"] for record in report.records} == {"recognition"}
     assert all(record["prompt"].keys() == {"mask"} for record in report.records)
 
@@ -132,11 +145,12 @@ def test_ref_l4_joins_the_descriptions_of_a_box(write_ref_l4):
     assert [region.id for region in second.regions] == [10]
 
 
-@pytest.mark.slow
 def test_ref_l4_protocol_scores_captions_against_all_descriptions(write_ref_l4):
-    report = evaluate_protocol("ref-l4", "val", ["rouge-l"], {"tokenizer": "plain"}, root=write_ref_l4())
+    model = ConstantCaptioner("description 2")  # the second description of one region, and half of the others
+    options = {"tokenizer": "plain"}
+    report = evaluate_protocol("ref-l4", "val", ["rouge-l"], options, model=model, root=write_ref_l4())
     assert [len(record["truth"]["phrases"]) for record in report.records] == [2, 1, 1]
-    assert 0 <= report.scores["rouge-l"] <= 1
+    assert report.scores["rouge-l"] == pytest.approx((1 + 0.5 + 0.5) / 3)
 
 
 def test_ref_l4_rejects_inconsistent_files(write_ref_l4, tmp_path):
@@ -192,9 +206,10 @@ def test_glamm_protocol_scores_captions_against_those_of_the_image_record(write_
 
 
 def test_glamm_regions_reports_unusable_records_and_splits(write_glamm):
-    dataset = GlammRegions("test", write_glamm(id=4), "visual-genome")
-    assert dataset.skipped["unusable image"] == 1
-    assert "image 2 has no annotation with its id" in dataset.examples["unusable image"][0]
+    root = write_glamm(id=4)
+    with pytest.raises(InputError, match=r"unusable image: 1, such as .*image 2 has no annotation with its id"):
+        GlammRegions("test", root, "visual-genome")
+    assert len(GlammRegions("test", root, "visual-genome", max_bad_records=1)) == 1
     with pytest.raises(InputError, match="refcocog has no split 'test' in the files of GLaMM; use val"):
         GlammRegions("test", ".")
 
@@ -256,8 +271,9 @@ def test_lmms_eval_protocol_scores_captions_against_all_expressions(write_lmms_e
     ("changes", "message"),
     [
         ({"image": {"bytes": None, "path": "4.png"}}, "row 2: the image has no bytes"),
-        ({"image": {"bytes": b"no image", "path": "4.png"}}, "row 2"),
-        ({"bbox": [1.0, 2.0]}, "row 2, 'bbox'"),
+        ({"image": {"bytes": b"no image", "path": "4.png"}}, "row 2 is not a readable image"),
+        ({"bbox": [1.0, 2.0]}, r"row 2, 'bbox' is \[1\.0, 2\.0\]; expected 4 numbers"),
+        ({"bbox": [4.0, 4.0, -1.0, 12.0]}, "row 2, 'bbox' has width -1.0"),
     ],
 )
 def test_lmms_eval_rejects_unusable_rows(write_lmms_eval, changes, message):
@@ -265,8 +281,30 @@ def test_lmms_eval_rejects_unusable_rows(write_lmms_eval, changes, message):
         LmmsEvalRegions("val", write_lmms_eval(**changes))
 
 
+@pytest.mark.parametrize("split", ["/val", "*", "va[l]", "../data/val", "data/val"])
+def test_lmms_eval_reads_a_split_as_a_name(write_lmms_eval, split):
+    root = write_lmms_eval()
+    with pytest.raises(InputError, match=rf"no {re.escape(split)}-\*\.parquet in"):
+        LmmsEvalRegions(split, root)
+
+
 def test_lmms_eval_reports_missing_files_and_columns(write_lmms_eval, tmp_path):
     with pytest.raises(InputError, match=r"no test-\*\.parquet in"):
         LmmsEvalRegions("test", tmp_path)
     with pytest.raises(InputError, match="has no column bbox; it has: question_id"):
         LmmsEvalRegions("val", write_lmms_eval(without=("bbox",)))
+
+
+@pytest.mark.parametrize(("stop", "subject"), [(260, ", row group 1"), (-8, "")])  # damaged pages or footer
+def test_damaged_parquet_files_are_reported(write_lmms_eval, stop, subject):
+    root = write_lmms_eval()
+    dataset = LmmsEvalRegions("val", root)
+    path = root / "data/val-00000-of-00002.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + b"\xff" * len(content[200:stop]) + content[stop:])
+    message = rf"00002\.parquet{subject} is damaged \(.*\); copy or download it again"
+    with pytest.raises(InputError, match=message) as caught:
+        LmmsEvalRegions("val", root)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=message):
+        dataset[0]

@@ -241,7 +241,8 @@ def test_evaluate_rejects_metrics_unsupported_by_data_before_loading_model(tmp_p
     data = {"name": "jsonl", "file": str(tmp_path / "a.jsonl")}
     with pytest.raises(ValueError, match=r"metric 'class': needs task=recognition, truth\.name"):
         evaluate("no-such-model", data, metrics=["class"])
-    with pytest.raises(ValueError, match="no region of jsonl has ground truth for recognition"):
+    message = r"no region of jsonl has ground truth for recognition \(phrases or judge questions for captions, a name"
+    with pytest.raises(ValueError, match=message):
         evaluate("no-such-model", data, prompting=PromptingOptions(tasks=["recognition"]))
 
 

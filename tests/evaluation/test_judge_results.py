@@ -64,6 +64,12 @@ def test_results_in_the_layout_of_the_publishers_are_read(tmp_path):
     assert report.scores["judge/positive"] == pytest.approx((0.75 - 1) / 2)
 
 
+def test_stored_score_0_of_a_region_without_positive_questions_is_omitted(tmp_path):
+    entries = {"one": make_entry(positives=(), score_pos=0), "two": make_entry(score_pos=0.75)}
+    (report,) = score_judge_results(write_results(tmp_path / "results.json", **entries))
+    assert report.scores["judge/positive"] == 0.75
+
+
 def test_wrong_recognition_limits_every_question_to_zero():
     questions = [Judgment("positive", 1.0), Judgment("positive", -1.0), Judgment("negative", 0.5)]
     assert score_judgments([Judgment("recognition", 1.0), *questions]) == (0.0, 0.5, 1.0)
@@ -85,6 +91,7 @@ def test_region_without_negative_questions_is_omitted_from_their_mean(tmp_path):
         (make_entry(recognition="maybe"), "details_recognition.0.: eval_result is 'maybe'; expected correct or incor"),
         (make_entry(positives=("1",)), "details_positives.0.: eval_result is '1'; expected a number"),
         (make_entry(score_pos=0.2), "score_pos is 0.2, and its details average to 0.75; judge the caption again"),
+        (make_entry(negatives=(), score_neg=0.5), "score_neg is 0.5, and it has no negative questions; judge the cap"),
         (make_entry(score_neg="good"), "score_neg is 'good'; expected a number"),
         ({"details_positives": []}, "details_recognition"),
     ],
@@ -96,7 +103,23 @@ def test_invalid_entries_are_named(tmp_path, entry, message):
     assert f"{path}: 2391781" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ['{"image_id": 1, "caption": "a"}\n{"image_id": 2, "caption": "b"}\n', "[]", "{}"])
+def test_values_of_other_keys_are_not_read(tmp_path):
+    path = write_results(tmp_path / "results.json", judge="llama", avg_recognition=0.5, **{"7": make_entry()})
+    assert [each["region_id"] for each in read_judge_results(path)[""]] == ["7"]
+    with pytest.raises(ValueError, match=r"results\.json: 8 is None; expected an object"):
+        read_judge_results(write_results(path, **{"7": make_entry(), "8": None}))
+
+
+def test_truncated_file_of_judge_results_is_reported(tmp_path):
+    path = write_results(tmp_path / "results.json", **{"7": make_entry(), "8": make_entry()})
+    path.write_text(path.read_text()[:-100])
+    with pytest.raises(ValueError, match=r"results\.json is not valid JSON: .* correct the file, or copy it again"):
+        score_judge_results(path)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"image_id": 1, "caption": "a"}\n{"image_id": 2, "caption": "b"}\n', "[]", "{}", "{"]
+)
 def test_other_files_are_not_judge_results(tmp_path, content):
     path = tmp_path / "predictions.json"
     path.write_text(content)

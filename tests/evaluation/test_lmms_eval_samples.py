@@ -64,6 +64,11 @@ def test_read_predictions_reads_samples_of_lmms_eval(tmp_path):
     assert {each["task"] for each in records} == {"caption"}
 
 
+def test_response_may_be_a_list_of_one_text(tmp_path):
+    path = write_samples(tmp_path / "samples.jsonl", make_sample(0, ["a red car"]))
+    assert [each["caption"] for each in read_predictions(path).records] == ["a red car"]
+
+
 def test_score_file_scores_samples_of_lmms_eval(tmp_path):
     samples = [make_sample(number, text) for number, text in enumerate(["the red car", "nothing at all"])]
     path = write_samples(tmp_path / "samples.jsonl", *samples)
@@ -73,6 +78,7 @@ def test_score_file_scores_samples_of_lmms_eval(tmp_path):
 
 INVALID_SAMPLES = {
     "several responses": ({"filtered_resps": ["a", "b"]}, "'filtered_resps' is ['a', 'b']; expected a string"),
+    "no text": ({"filtered_resps": [3]}, "'filtered_resps' is 3; expected a string"),
     "a number": ({"target": 3}, "'target' is 3; expected a string"),
     "no list": ({"target": "[a car"}, "'target' is '[a car'; expected a list of references"),
     "numbers": ({"target": "[1, 2]"}, "'target' is '[1, 2]'; expected a list of references"),

@@ -190,6 +190,14 @@ def test_clip_score_reloads_images_of_predictions_file(clip_model, make_oracle_c
     assert 0 <= report.scores["clip-score"] <= 2.5
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+@pytest.mark.parametrize("name", ["clip-score", "judge", "name-similarity", "noun-recall", "semantic"])
+def test_metrics_reject_batch_sizes_below_1(name, batch_size):
+    options = {"model": "tiny-gpt2"} if name == "judge" else {}
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size}; expected an integer of at least 1"):
+        sca_registry.metrics.build(name, batch_size=batch_size, **options)
+
+
 @pytest.mark.slow
 def test_evaluate_reports_missing_options_of_skipped_metrics(make_oracle_captioner):
     dataset = Scenes("val", num_images=1)

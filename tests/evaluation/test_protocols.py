@@ -46,5 +46,5 @@ def test_comparison_table_lists_published_rows_above_measured_ones():
 
 def test_available_metrics_raises_the_first_reason_if_no_metric_is_available():
     with pytest.raises(RegistryError, match="jar"):
-        protocol.find_available_metrics(SimpleNamespace(metrics=("spice",)), {})
+        protocol.find_available_metrics(SimpleNamespace(metrics=("spice", "clip-score")), {})
     assert protocol.find_available_metrics(SimpleNamespace(metrics=("spice", "class")), {}) == (["class"], ["spice"])

@@ -1,7 +1,11 @@
 """Recipes with questions: the trained model supports them, and unusable data or options are errors before training."""
 
+import json
+
 import pytest
+from PIL import Image
 from sca_registry import RegistryError
+from sca_registry.contracts import JUDGE_QUESTIONS
 
 from sca.training.recipe import Recipe
 from sca.training.train import prepare_training
@@ -42,3 +46,22 @@ def test_training_sets_what_the_model_supports(make_recipe):
 def test_unusable_questions_are_rejected_before_training(make_recipe, assignment, message):
     with pytest.raises((RegistryError, ValueError), match=message):
         prepare_training(make_recipe(assignment))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"attributes": {JUDGE_QUESTIONS: [{}]}}, "has no captions, names or questions with answers"),
+        (
+            {"question": "what color is it?", "answer": "red"},
+            r"has questions, but .*; set train\.question_prob above 0",
+        ),
+    ],
+)
+def test_data_without_texts_to_train_on_is_rejected(small_model_table, tmp_path, line, message):
+    pytest.importorskip("datasets", reason="requires the extra data")
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"image": "a.png", "box": [4, 4, 20, 16], **line}))
+    table = {"model": small_model_table, "data": {"mine": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl")}}}
+    with pytest.raises(RegistryError, match=message):
+        prepare_training(Recipe.from_dict("mine", {**table, "train": {"steps": 2, "warmup_steps": 1}}, []))

@@ -13,6 +13,7 @@ from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.metric_output import make_mean_output
 from sca.evaluation.records import Record, require_records
+from sca.io.validation import check_range
 
 SCALE = 2.5
 TEXT_PREFIX = "A photo depicts "
@@ -30,7 +31,7 @@ class ClipScore:
         device: A torch device.
 
     Raises:
-        ValueError: No weights are specified, or open_clip is not installed.
+        ValueError: No weights are specified, `batch_size` is below 1, or open_clip is not installed.
     """
 
     required_fields: tuple[str, ...] = ("image", "task=caption", "caption", "truth.box")
@@ -38,6 +39,7 @@ class ClipScore:
     def __init__(
         self, model: str = "ViT-B-32", pretrained: str | None = None, batch_size: int = 64, device: str = "cpu"
     ):
+        check_range("batch_size", batch_size, int, 1)
         if pretrained is None and not model.startswith(("local-dir:", "hf-hub:")):
             raise ValueError(
                 "needs weights; set clip-score.pretrained=openai (downloads them) or to a file, or "

@@ -15,6 +15,7 @@ from sca_registry.contracts import MetricOutput
 from sca.evaluation.metric_output import make_mean_output
 from sca.evaluation.records import Record, require_records
 from sca.evaluation.tokenization import CAPTION_NEEDS
+from sca.io.validation import check_range
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -34,7 +35,7 @@ class ContentRecall:
         batch_size: Texts per batch.
 
     Raises:
-        ValueError: spaCy or the pipeline is not installed.
+        ValueError: spaCy or the pipeline is not installed, or `batch_size` is below 1.
     """
 
     required_fields = CAPTION_NEEDS
@@ -47,6 +48,7 @@ class ContentRecall:
         references: str = "all",
         batch_size: int = 256,
     ):
+        check_range("batch_size", batch_size, int, 1)
         try:
             import spacy
         except ImportError:

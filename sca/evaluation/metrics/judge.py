@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ from sca.evaluation.judges import Judge, JudgePrompt, build_judge
 from sca.evaluation.judgments import RECOGNITION_KIND, Judgment, make_judgment_output
 from sca.evaluation.records import Record, require_records
 from sca.io.errors import InputError
-from sca.io.validation import check_choice
+from sca.io.validation import check_choice, check_type
 
-OPTION_ORDERS = ("all", "first")
+OPTION_ORDERS = {"rotations": "all rotations of the options", "first": "the first order of the options"}
 INSTRUCTION = (
     "The following text describes one object in an image. Choose the option that fits the text best. The wording does "
     "not have to match. Respond with the letter of the option only."
@@ -53,9 +53,9 @@ class JudgeScore:
     valid letter; a question without any is scored 0, and a class without any is not recognized.
 
     Args:
-        model: The judge: "NAME [key=value]...", a language model of the registry, or "openai" for a server; see
-            `sca.evaluation.judges.build_judge`.
-        option_orders: "all" rotations of the options, or only the "first" order, that of the benchmark.
+        model: The judge: "NAME [key=value]...", an instruction-tuned language model of the registry, or "openai" for a
+            server; see `sca.evaluation.judges.build_judge`.
+        option_orders: All "rotations" of the options, or only the "first" order, that of the benchmark.
         device: Device of a language model.
         batch_size: Sequences per batch of a language model.
 
@@ -65,16 +65,31 @@ class JudgeScore:
 
     required_fields: tuple[str, ...] = ("task=caption", "caption", f"truth.attributes.{JUDGE_QUESTIONS}")
 
-    def __init__(self, model: str | None = None, option_orders: str = "all", device: str = "cpu", batch_size: int = 8):
+    def __init__(
+        self, model: str | None = None, option_orders: str = "rotations", device: str = "cpu", batch_size: int = 8
+    ):
         check_choice("option_orders", option_orders, OPTION_ORDERS)
         if model is None:
             raise ValueError(
-                "needs a judge; set judge.model=NAME with a language model, such as qwen3-4b, or judge.model=openai "
-                "for a server"
+                "needs a judge; set judge.model=NAME with an instruction-tuned language model, such as phi-4-mini, or "
+                "judge.model=openai for a server"
             )
         self.judge: Judge = build_judge(model, device, batch_size)
         self.option_orders = option_orders
-        self.implementation: str = f"sca, judged by {self.judge.description}, {option_orders} option orders"
+        self.implementation: str = f"sca, judged by {self.judge.description}, {OPTION_ORDERS[option_orders]}"
+        self.details: Mapping[str, Any] = self.judge.details
+
+    @staticmethod
+    def check_truth(record: Record) -> None:
+        """Check the questions about a region.
+
+        Args:
+            record: Record with the ground truth of the region.
+
+        Raises:
+            InputError: A question is invalid.
+        """
+        _read_questions(record)
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         scored_records = require_records(records, self.required_fields, "judge")
@@ -102,7 +117,7 @@ class JudgeScore:
             "judge/unanswered": sum(each.num_unanswered for each in answers),
         }
         per_record = dict(output.per_record or {})
-        if self.option_orders == "all":
+        if self.option_orders == "rotations":
             variances = np.array([np.mean([each.order_variance for each in row]) for row in answers_by_record])
             values["judge/order-variance"] = float(variances.mean())
             per_record["judge/order-variance"] = variances
@@ -110,7 +125,7 @@ class JudgeScore:
 
     def _list_orders(self, num_options: int) -> list[list[int]]:
         """Return the orders in which the options are presented, as indices of options."""
-        num_orders = num_options if self.option_orders == "all" else 1
+        num_orders = num_options if self.option_orders == "rotations" else 1
         return [[(start + position) % num_options for position in range(num_options)] for start in range(num_orders)]
 
 
@@ -119,19 +134,20 @@ def _read_questions(record: Record) -> list[_Question]:
     questions = []
     if record["truth"].get("name"):
         questions.append(_make_recognition_question(record["truth"]["name"]))
-    location = f"region {record['region_id']} of image {record['image_id']}: {JUDGE_QUESTIONS}"
-    for index, content in enumerate(record["truth"]["attributes"][JUDGE_QUESTIONS]):
+    image = f" of image {record['image_id']}" if "image_id" in record else ""
+    location = f"region {record['region_id']}{image}: {JUDGE_QUESTIONS}"
+    contents = record["truth"]["attributes"][JUDGE_QUESTIONS]
+    check_type(location, contents, list, InputError)
+    for index, content in enumerate(contents):
         question = _parse_question(content, f"{location}[{index}]")
-        questions.append(_Question(question.kind, question.text, question.options, question.scores))
+        questions.append(_Question(question.kind, question.text, tuple(question.options), tuple(question.scores)))
     return questions
 
 
 def _parse_question(content: Any, location: str) -> JudgeQuestion:
     try:
-        fields: dict[str, Any] = dict(content)
-        fields |= {key: tuple(fields[key]) for key in ("options", "scores")}
-        return JudgeQuestion(**fields)
-    except (TypeError, KeyError, AttributeError) as error:
+        return JudgeQuestion(**content)
+    except TypeError as error:
         raise InputError(
             f"{location} is {content!r:.60}; expected an object with text, options, scores and kind"
         ) from error

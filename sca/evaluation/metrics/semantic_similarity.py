@@ -15,6 +15,7 @@ from sca.evaluation.metric_output import make_mean_output
 from sca.evaluation.records import Record, require_records
 from sca.evaluation.tokenization import CAPTION_NEEDS
 from sca.io.hub import compute_weights_fingerprint, silence_transformers
+from sca.io.validation import check_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,10 +40,11 @@ class SentenceEncoder:
         description: Type and weights of the encoder, for evaluation results.
 
     Raises:
-        ValueError: No sentence encoder was found.
+        ValueError: No sentence encoder was found, or `batch_size` is below 1.
     """
 
     def __init__(self, folder: str | None, option: str, batch_size: int = 256, device: str = "cpu"):
+        check_range("batch_size", batch_size, int, 1)
         path = Path(folder).expanduser() if folder else _find_installed_model()
         if path is None or not (path / "config.json").is_file():
             raise ValueError(

@@ -11,7 +11,7 @@ from sca.io.annotations.annotation import Annotation, ImageSize, SkipCallback, d
 from sca.io.annotations.shapes import Points, compute_bounding_box, fill_polygons
 from sca.io.coordinates import Box
 from sca.io.errors import InputError
-from sca.io.validation import check_numbers, is_finite_number, parse_texts, xywh_to_xyxy
+from sca.io.validation import XYWH_FORMAT, check_numbers, is_finite_number, parse_texts, xywh_to_xyxy
 
 SHORT_POLYGON = "polygon with fewer than three points"
 CountCallback = Callable[[str], None]  # counts a reason
@@ -110,7 +110,7 @@ def parse_bbox(value: Any, subject: str) -> Box | None:
     """
     if value is None or value == []:
         return None
-    check_numbers(subject, value, "x, y, width, height")
+    check_numbers(subject, value, XYWH_FORMAT)
     return xywh_to_xyxy(subject, *value)
 
 
