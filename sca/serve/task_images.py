@@ -99,9 +99,16 @@ class TaskImageReader:
                 422, f"{location}: {source[:MAX_SHOWN_URL]!r} is a path; start the server with --label-studio-url"
             )
         try:
-            return self._check_url(httpx2.URL(f"{self.url}/{source.lstrip('/')}" if is_path else source), location)
+            return self._check_url(httpx2.URL(self._make_absolute(source) if is_path else source), location)
         except (httpx2.InvalidURL, UnicodeError):
             raise ApiError(422, f"{location}: the URL of the image is invalid; use an http(s) URL") from None
+
+    def _make_absolute(self, path: str) -> str:
+        """Return the URL of a path on Label Studio, which may already contain the path of its URL."""
+        assert self._label_studio is not None  # see `_resolve_url`
+        prefix = self._label_studio.path.rstrip("/")
+        is_complete = prefix and path.startswith(f"{prefix}/")
+        return f"{self.url.removesuffix(prefix) if is_complete else self.url}/{path.lstrip('/')}"
 
     def _check_url(self, url: httpx2.URL, location: str) -> httpx2.URL:
         """Return a URL unchanged; raise ApiError if it is not allowed."""

@@ -543,11 +543,12 @@ def test_backend_downloads_images_of_allowed_servers_only(make_backend, png_byte
 def test_backend_downloads_images_below_the_paths_of_servers_only(make_backend, png_bytes):
     with run_image_server(png_bytes) as (url, requests, _):
         client = make_backend(label_studio_url=f"{url}/studio/", image_urls=[f"{url}/public/a"], api_key=LEGACY_KEY)
-        for source in ("/data/a.png", f"{url}/studio/b.png", f"{url}/public/a/c.png"):
+        for source in ("/data/a.png", "/studio/data/a.png", f"{url}/studio/b.png", f"{url}/public/a/c.png"):
             response = predict(client, {"data": {"photo": source}})
             assert response.status_code == 200, response.text
         key = f"Token {LEGACY_KEY}"
-        assert requests == [("/studio/data/a.png", key), ("/studio/b.png", key), ("/public/a/c.png", None)]
+        paths = ["/studio/data/a.png", "/studio/data/a.png", "/studio/b.png"]
+        assert requests == [*((path, key) for path in paths), ("/public/a/c.png", None)]
         requests.clear()
         for source in ("/a.png", "/studios/a.png", "/public/ab.png", "/public/a/%2e%2e/b.png", "/studio/..%5cb.png"):
             status, message = read_error(predict(client, {"data": {"photo": f"{url}{source}"}}))
