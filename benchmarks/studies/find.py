@@ -10,7 +10,6 @@ fit none of its shapes. Several scores are compared, and the CPU time of search 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,9 +27,9 @@ from sca.evaluation.bootstrap import bootstrap_scores, compute_interval, make_me
 from sca.inference.engine import EncodedImages, Engine
 from sca.inference.find_options import DEFAULT_THRESHOLD
 from sca.inference.text_search import RegionIndex, encode_text, find_candidate_regions, index_regions
-from sca.io.atomic import write_file
 from sca.io.masks import mask_to_box
 from sca.io.score_format import format_interval, format_score
+from study_results import write_results
 
 SEED = 11  # of scenes on which nothing was selected
 TEXTS_PER_SCENE = 10
@@ -327,9 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "environment": collect_environment("cpu"),
     }
     print("\n".join(iter_result_lines(results)))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(args.out, json.dumps(results, indent=1))
+    write_results(results, args.out)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ Markdown table and writes the results as JSON. Confidence intervals are over ima
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from sca.io.atomic import write_file
 from sca.io.score_format import format_interval, format_score
+from study_results import write_results
 
 if TYPE_CHECKING:
     from sca_registry.contracts import Captioner
@@ -162,9 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     results = {"num_images": args.num_images, "rows": rows, "environment": collect_environment("cpu")}
     print(render_results(results))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(args.out, json.dumps(results, indent=1))
+    write_results(results, args.out)
 
 
 def render_results(results: Mapping[str, Any]) -> str:

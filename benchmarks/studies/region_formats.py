@@ -11,7 +11,6 @@ Seconds per region include scoring.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +20,10 @@ from typing import Any
 from sca_registry import RegistryError
 from sca_registry.spec import ComponentSpec
 
-from sca.io.atomic import write_file
 from sca.io.errors import InputError
 from sca.io.score_format import format_score
 from score_table import format_difference
+from study_results import write_results
 
 REFERENCE = "crop"
 REGION_FORMATS: dict[str, dict[str, Any]] = {  # options of the captioner
@@ -171,9 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "environment": collect_environment(args.device),
     }
     print(render_results(results))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(args.out, json.dumps(results, indent=1))
+    write_results(results, args.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ table; differences to greedy captions have 95% confidence intervals over images.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,8 +22,8 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.inference.engine import EncodedImages, Engine
 from sca.inference.text_search import encode_text, index_regions
-from sca.io.atomic import write_file
 from score_table import compute_differences, render_table
+from study_results import write_results
 
 NUM_CAPTIONS = 6
 WEIGHTS = (0.0, 0.1, 0.3, 1.0)
@@ -154,9 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "environment": collect_environment("cpu"),
         }
     print(render_results(results))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(args.out, json.dumps(results, indent=1))
+    write_results(results, args.out)
 
 
 if __name__ == "__main__":

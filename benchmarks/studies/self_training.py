@@ -25,6 +25,7 @@ import numpy as np
 
 from sca.io.atomic import write_file
 from score_table import compute_differences, render_table
+from study_results import write_results
 
 METHODS = ("labels and selected regions", "labels only", "labels and all found regions")
 SCORE_LABELS = {
@@ -269,9 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "environment": collect_environment("cpu"),
         }
     print(render_results(results))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(args.out, json.dumps(results, indent=1))
+    write_results(results, args.out)
 
 
 if __name__ == "__main__":

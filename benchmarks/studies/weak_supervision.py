@@ -9,15 +9,14 @@ results as JSON. Differences have 95% confidence intervals over images; the mean
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sca.io.atomic import write_file
 from score_table import compute_differences, render_table
+from study_results import write_results
 from weak_supervision_job import METHODS, METRICS, NUM_CAPTIONED_SCENES, NUM_NAMED_SCENES
 
 SCORE_LABELS = {"cider-d": "CIDEr-D", "attributes/all": "all four attributes correct", "mask-iou/mean": "mask IoU"}
@@ -87,9 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "environment": collect_environment("cpu"),
         }
     print(render_results(results))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(args.out, json.dumps(results, indent=1))
+    write_results(results, args.out)
 
 
 def render_results(results: Mapping[str, Any]) -> str:

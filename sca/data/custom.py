@@ -170,6 +170,14 @@ def resolve_split_path(path: str, split: str) -> Path:
     return next((each for each in map(Path, candidates) if each.exists()), Path(candidates[0]))
 
 
+def resolve_data_file(file: str | Path, split: str) -> Path:
+    """Return the data file of a split, see `resolve_split_path`; raise InputError if it does not exist."""
+    path = resolve_split_path(str(expand_user(file)), split)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; set file=FILE, which may contain {{split}}")
+    return path
+
+
 def choose_split(names: Iterable[str], split: str, val_fraction: float) -> tuple[set[str], list[str]]:
     """Choose the images of a split of a file without splits.
 

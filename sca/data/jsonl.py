@@ -12,7 +12,7 @@ from sca_registry.contracts import JUDGE_QUESTIONS, Question
 from tqdm.auto import tqdm
 
 from sca.data import record_parsing
-from sca.data.custom import choose_split, make_val_fraction_key, resolve_split_path
+from sca.data.custom import choose_split, make_val_fraction_key, resolve_data_file
 from sca.data.record_index import LineIndex, group_indices_by_owner, read_jsonl_records
 from sca.data.record_parsing import count_unread_caption, parse_phrases
 from sca.data.table import TableDataset
@@ -68,9 +68,7 @@ class Jsonl(TableDataset):
         max_bad_records: int = 100,
     ):
         self.val_fraction = val_fraction
-        self.file: Path = resolve_split_path(str(expand_user(file)), split)
-        if not self.file.is_file():
-            raise InputError(f"{self.file} does not exist; set file=FILE, which may contain {{split}}")
+        self.file: Path = resolve_data_file(file, split)
         self.working_folder: str = os.getcwd() if image_root is None else ""
         folder = self.file.parent if image_root is None else expand_user(image_root)
         val_fraction_key = make_val_fraction_key(split, val_fraction)

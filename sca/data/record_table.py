@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from sca.data.custom import choose_split, make_val_fraction_key, resolve_split_path
+from sca.data.custom import choose_split, make_val_fraction_key, resolve_data_file
 from sca.data.json_stream import iter_located_elements
 from sca.data.record_index import RecordIndex, group_indices_by_owner, read_jsonl_records
 from sca.data.table import TableDataset
@@ -43,9 +43,7 @@ class RecordTable(TableDataset):
         max_bad_records: int = 100,
     ):
         self.val_fraction = val_fraction
-        self.file: Path = resolve_split_path(str(expand_user(file)), split)
-        if not self.file.is_file():
-            raise InputError(f"{self.file} does not exist; set file=FILE, which may contain {{split}}")
+        self.file: Path = resolve_data_file(file, split)
         folder = self._get_default_image_root() if image_root is None else expand_user(image_root)
         selection_key = self._get_reading_options() + make_val_fraction_key(split, val_fraction)
         super().__init__(split, folder, [self.file], max_bad_records, selection_key)

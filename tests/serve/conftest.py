@@ -5,6 +5,7 @@ import io
 import socket
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -50,26 +51,25 @@ def make_body(png_bytes, scene):
 
 
 @pytest.fixture
-def make_client(captioner):
-    """Function that returns a client of a new application in this process."""
+def open_client():
+    """Function that starts an application in this process and returns its client."""
     from fastapi.testclient import TestClient
 
+    with ExitStack() as stack:
+        yield lambda app: stack.enter_context(TestClient(app, raise_server_exceptions=False))
+
+
+@pytest.fixture
+def make_client(captioner, open_client):
+    """Function that returns a client of a new application in this process."""
     from sca.serve.app import create_app
     from sca.serve.scheduler import RequestScheduler
 
-    open_clients = []
-
     def make(limits=None, root_path="", api_keys=(), zoom="off", **options):
         scheduler = RequestScheduler(captioner, **options)
-        app = create_app(scheduler, "sca-tiny", limits, root_path=root_path, api_keys=api_keys, zoom=zoom)
-        client = TestClient(app, raise_server_exceptions=False)
-        client.__enter__()
-        open_clients.append(client)
-        return client
+        return open_client(create_app(scheduler, "sca-tiny", limits, root_path=root_path, api_keys=api_keys, zoom=zoom))
 
-    yield make
-    for client in open_clients:
-        client.__exit__(None, None, None)
+    return make
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastapi.testclient import TestClient
 from sca_registry.contracts import Prompt
 from tool_environment import create_tool_environment
 
@@ -41,9 +40,8 @@ LEGACY_KEY, PERSONAL_TOKEN = "0123456789abcdef", "header.payload.signature"
 
 
 @pytest.fixture
-def make_backend(captioner):
+def make_backend(captioner, open_client):
     """Function that returns a client of an application with the routes of Label Studio."""
-    open_clients = []
 
     def make(api_keys=(), limits=None, task_images=None, **options):
         app = create_app(
@@ -54,14 +52,9 @@ def make_backend(captioner):
             zoom="off",
             task_images=task_images or TaskImageReader(**options),
         )
-        client = TestClient(app, raise_server_exceptions=False)
-        client.__enter__()
-        open_clients.append(client)
-        return client
+        return open_client(app)
 
-    yield make
-    for client in open_clients:
-        client.__exit__(None, None, None)
+    return make
 
 
 @pytest.fixture

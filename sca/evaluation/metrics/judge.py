@@ -162,7 +162,7 @@ def _make_recognition_question(name: str) -> _Question:
 
 def _make_prompt(caption: str, question: _Question, order: Sequence[int]) -> JudgePrompt:
     options = [question.options[index] for index in order]
-    lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+    lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase[: len(options)], options, strict=True)]
     text = "\n".join((INSTRUCTION, "", f"Text: {caption}", "", f"Question: {question.text}", *lines))
     return JudgePrompt(text, options)
 
