@@ -41,7 +41,8 @@ START_OF_REASONING, END_OF_REASONING = "<think>", "</think>"
 LETTER = r"(?:\\(?:boxed\{|text\{|[(\[])|[^\w\\])*\b([A-Za-z])"  # "B", "(B", "**B" or "\boxed{B"
 END_OF_LETTER = (  # the word "A" continues with another word instead
     r"(?!\W+(?:(?:and|or)\b\W*)[A-Za-z]\b)(?!\s*[,/]\s*[A-Za-z]\b)"  # several letters are no answer
-    r"(?:[\W_]*$|[ \t]*[\r\n]|[*`\"\])}]|[,:;]|\.(?![A-Za-z]\.)|\s+[-\u2013\u2014]\s|\s+(?=(?:The|This|It|There)\b))"
+    r"(?:[\W_]*$|[ \t]*[\r\n]|[*`\"\])}]|[,:;]|\.(?![A-Za-z]\.)|\s+[-\u2013\u2014]\s|\s+(?=(?:The|This|It|There)\b)"
+    r"|\s+is\s+(?:the\s+)?(?:correct|right|best)\b)"
 )
 ANSWER_PREFIX = r"(?i:(?:the\s+)?(?:correct\s+|final\s+|best\s+)?(?:answer|option)(?:\s+is)?\b)"
 FIRST_LETTER_PATTERN = re.compile(rf"(?:{ANSWER_PREFIX})?{LETTER}{END_OF_LETTER}")

@@ -281,7 +281,9 @@ def test_unavailable_server_is_reported_in_one_line(judged_record):
             (text, 1)
             for text in ("It is either. The answer is B, as A is red.", "A blue one", "A dog, and it is blue.")
         ),
+        *((text, 1) for text in ("B is correct.", "Option B is the best one", "I think the answer B is right")),
         *((text, 0) for text in ("A\nIt is red.", "A The text", "A: blue")),
+        ("A is not correct", None),
         *((text, None) for text in ("", "D", "A big dog", "I do not know", "both", "A or B", "A, B or C", "A.I. is")),
         *((text, None) for text in ("red or blue", "redder", "<think> Okay, is it option A", "<think>\nA")),
     ],
