@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+
+from sca.language_models.kv_cache import make_buffered_cache
 
 IGNORED_SETTINGS = {  # generation settings that greedy search ignores, or that the caller sets
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens"),
@@ -53,14 +55,14 @@ def generate_greedy(
     ids = torch.full((batch_size, max_steps), pad_token_id, dtype=torch.long, device=device)
     log_likelihood, lengths = torch.zeros(batch_size, device=device), torch.zeros(batch_size, device=device)
     eos_tensor = torch.tensor(eos_token_ids, dtype=torch.long, device=device)
-    active_rows, cache = torch.arange(batch_size, device=device), DynamicCache(config=model.config)
+    active_rows, cache = torch.arange(batch_size, device=device), make_buffered_cache(model.config)
     embed, inputs = model.get_input_embeddings(), prefix
     for step in range(max_steps):
         states = run_body(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         logits = compute_logits(states).float()
         best, tokens = logits.max(dim=1)
         ids[active_rows, step] = tokens
-        log_likelihood[active_rows] += best - logits.logsumexp(dim=1)
+        log_likelihood[active_rows] -= logits.sub_(best[:, None]).exp_().sum(dim=1).log_()  # of the best token
         lengths[active_rows] += 1
         if step + 1 == max_steps:
             break
