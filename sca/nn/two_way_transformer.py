@@ -5,13 +5,14 @@ stacks a second, deeper one on SAM's as its text feature mixer.
 
 The parameters are those of transformers, but the forward is optimized, because nearly all of the work is on the grids
 of the regions: each layer projects a grid once for keys, values and queries; the positional encoding is projected once
-for all regions; and while regions share the grid of their image, it is projected once per image.
+for all regions; and while regions share the grid of their image, it is projected once per image. In CPU inference,
+grids to which few tokens attend are not projected at all: the tokens are projected to the width of the grid instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,16 +96,17 @@ class TwoWayForward(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Apply all layers to a chunk; `first_projected` are its grids projected for the first layer, if available."""
         queries = tokens
-        for layer, projection in zip(self._blocks, projections, strict=True):
-            projected = _project_cells(cells, *projection) if first_projected is None else first_projected
-            first_projected = None
-            keys, values, cell_queries = projected.chunk(3, dim=-1)
-            queries = _update_tokens(layer, queries, tokens, keys, values)
+        for index, (layer, projection) in enumerate(zip(self._blocks, projections, strict=True)):
+            if index == 0 and first_projected is not None:
+                grid: _Grid = _ProjectedGrid(*first_projected.chunk(3, dim=-1))
+            else:
+                grid = _build_grid(layer.cross_attn_token_to_image, tokens, cells, projection)
+            queries = _update_tokens(layer, queries, tokens, grid)
             image_to_token = layer.cross_attn_image_to_token
-            cells = layer.layer_norm4(_update_cells(image_to_token, cells, cell_queries, queries + tokens, queries))
-        final_attention = self.final_attn_token_to_image
-        keys, values = _project_cells(cells, *final_projection).chunk(2, dim=-1)
-        queries = queries + _compute_attention(final_attention, final_attention.q_proj(queries + tokens), keys, values)
+            cells = _update_cells(image_to_token, cells, grid, queries + tokens, queries, in_place=index > 0)
+            cells = layer.layer_norm4(cells)
+        grid = _build_grid(self.final_attn_token_to_image, tokens, cells, final_projection)
+        queries = queries + grid.attend(self.final_attn_token_to_image, queries + tokens)
         return self.layer_norm_final_attn(queries), cells
 
 
@@ -129,6 +131,80 @@ class TwoWayTransformer(TwoWayForward, SamTwoWayTransformer):  # type: ignore[mi
         super().__init__(build_decoder_config(hidden_size, depth, num_heads, mlp_dim, layer_norm_eps=layer_norm_eps))
 
 
+class _ProjectedGrid(NamedTuple):
+    """Grids of N regions, projected for the attention modules of a layer.
+
+    Attributes:
+        keys: (N, P, I) keys for the tokens.
+        values: (N, P, I) values for the tokens.
+        cell_queries: (N, P, I) queries of the cells; None for a module in which only tokens attend.
+    """
+
+    keys: Tensor
+    values: Tensor
+    cell_queries: Tensor | None = None
+
+    def attend(self, attention: SamAttention, queries: Tensor) -> Tensor:
+        """Attend from tokens to the grid: (N, T, D) -> (N, T, D)."""
+        return _compute_attention(attention, attention.q_proj(queries), self.keys, self.values)
+
+    def score(self, attention: SamAttention, token_keys: Tensor) -> Tensor:
+        """Multiply keys of tokens (N, heads, T, d) by the queries of the cells: (N, heads, T, P)."""
+        assert self.cell_queries is not None
+        return token_keys @ _split_heads(attention, self.cell_queries).transpose(2, 3)
+
+
+class _UnprojectedGrid(NamedTuple):
+    """Grids of N regions, not projected.
+
+    Attributes:
+        cells: (N, P, D) cells.
+        key_positions: (P, I) positional encoding, projected to keys, with bias.
+        query_positions: (P, I) positional encoding, projected to queries, with bias; None as for `_ProjectedGrid`.
+    """
+
+    cells: Tensor
+    key_positions: Tensor
+    query_positions: Tensor | None = None
+
+    def attend(self, attention: SamAttention, queries: Tensor) -> Tensor:
+        """Attend from tokens to the grid: (N, T, D) -> (N, T, D)."""
+        heads = _split_heads(attention, attention.q_proj(queries))  # (N, heads, T, d)
+        heads = heads * heads.shape[-1] ** -0.5
+        scores = self._score_cells(attention, attention.k_proj.weight, self.key_positions, heads)
+        pooled = torch.softmax(scores, dim=3).flatten(1, 2) @ self.cells
+        value_weight = attention.v_proj.weight.unflatten(0, (attention.num_attention_heads, -1))  # (heads, d, D)
+        values = (pooled.unflatten(1, heads.shape[1:3]) @ value_weight.transpose(1, 2)).transpose(1, 2).flatten(2)
+        return _get_output_projection(attention)(values + attention.v_proj.bias)  # the attention weights sum to 1
+
+    def score(self, attention: SamAttention, token_keys: Tensor) -> Tensor:
+        """Multiply keys of tokens (N, heads, T, d) by the queries of the cells: (N, heads, T, P)."""
+        assert self.query_positions is not None
+        return self._score_cells(attention, attention.q_proj.weight, self.query_positions, token_keys)
+
+    def _score_cells(self, attention: SamAttention, weight: Tensor, positions: Tensor, heads: Tensor) -> Tensor:
+        """Multiply tokens (N, heads, T, d) by projected cells, through the tokens projected to the cells' width."""
+        scores = heads @ _split_heads(attention, positions[None]).transpose(2, 3)
+        tokens = heads @ weight.unflatten(0, (attention.num_attention_heads, -1))  # (N, heads, T, D)
+        scores.flatten(1, 2).baddbmm_(tokens.flatten(1, 2), self.cells.transpose(1, 2))
+        return scores
+
+
+_Grid = _ProjectedGrid | _UnprojectedGrid
+
+
+def _build_grid(attention: SamAttention, tokens: Tensor, cells: Tensor, projection: GridProjection) -> _Grid:
+    """Return grids (N, P, D) for tokens (N, T, D), projected unless projecting the tokens takes fewer operations."""
+    weight, bias = projection
+    num_projections = len(weight) // attention.internal_dim
+    if len(cells) == 1 and _should_fuse(cells):
+        num_rows = attention.num_attention_heads * tokens.shape[1]
+        if num_rows * cells.shape[2] <= attention.internal_dim * (cells.shape[2] + tokens.shape[1]):
+            key_positions, _, *query_positions = bias.chunk(num_projections, dim=-1)
+            return _UnprojectedGrid(cells, key_positions, *query_positions)
+    return _ProjectedGrid(*_project_cells(cells, weight, bias).chunk(num_projections, dim=-1))
+
+
 def _should_fuse(grid: Tensor) -> bool:
     """Return whether to use the fused code path, which is faster in CPU inference only."""
     return grid.device.type == "cpu" and not torch.is_grad_enabled()
@@ -143,11 +219,9 @@ def _select_rows(values: Tensor, rows: Tensor | slice) -> Tensor:
     return values[rows]
 
 
-def _update_tokens(
-    layer: SamTwoWayAttentionBlock, queries: Tensor, tokens: Tensor, keys: Tensor, values: Tensor
-) -> Tensor:
-    """Attend from tokens (N, T, D) to each other, then to the projected grid."""
-    self_attention, cross_attention = layer.self_attn, layer.cross_attn_token_to_image
+def _update_tokens(layer: SamTwoWayAttentionBlock, queries: Tensor, tokens: Tensor, grid: _Grid) -> Tensor:
+    """Attend from tokens (N, T, D) to each other, then to the grid."""
+    self_attention = layer.self_attn
     self_queries = queries if layer.skip_first_layer_pe else queries + tokens
     attended = _compute_attention(
         self_attention,
@@ -156,19 +230,21 @@ def _update_tokens(
         self_attention.v_proj(queries),
     )
     queries = layer.layer_norm1(attended if layer.skip_first_layer_pe else queries + attended)
-    queries = layer.layer_norm2(
-        queries + _compute_attention(cross_attention, cross_attention.q_proj(queries + tokens), keys, values)
-    )
+    queries = layer.layer_norm2(queries + grid.attend(layer.cross_attn_token_to_image, queries + tokens))
     return layer.layer_norm3(queries + layer.mlp(queries))
 
 
 def _compute_attention(attention: SamAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend from projected queries (N, L, I) to keys and values (N, M, I): (N, L, D)."""
-    head_shape = (attention.num_attention_heads, -1)
-    query, key, value = (each.unflatten(2, head_shape).transpose(1, 2) for each in (query, key, value))
+    query, key, value = (_split_heads(attention, each) for each in (query, key, value))
     return _get_output_projection(attention)(
         F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     )
+
+
+def _split_heads(attention: SamAttention, states: Tensor) -> Tensor:
+    """Split projected states into heads: (N, L, I) -> (N, heads, L, d)."""
+    return states.unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2)
 
 
 def _get_output_projection(attention: nn.Module) -> nn.Linear:
@@ -176,23 +252,25 @@ def _get_output_projection(attention: nn.Module) -> nn.Linear:
     return cast("nn.Linear", attention.out_proj if hasattr(attention, "out_proj") else attention.o_proj)
 
 
-def _update_cells(attention: SamAttention, cells: Tensor, cell_queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend from cells (N, P, D) with `cell_queries` (N, P, I) to tokens (N, T, D)."""
+def _update_cells(
+    attention: SamAttention, cells: Tensor, grid: _Grid, keys: Tensor, values: Tensor, in_place: bool
+) -> Tensor:
+    """Attend from the cells (N, P, D) of a grid to tokens (N, T, D); `in_place` allows to change `cells`."""
     # On a CPU, cells are the last dimension, since a softmax over the few tokens would leave SIMD registers mostly
     # empty. The output projection is applied to the tokens, so that one matrix product updates the cells.
+    token_keys, token_values = attention.k_proj(keys), attention.v_proj(values)
     if not _should_fuse(cells):
-        return cells + _compute_attention(attention, cell_queries, attention.k_proj(keys), attention.v_proj(values))
-    num_heads, inner_size = attention.num_attention_heads, cell_queries.shape[-1]
-    head_shape = (num_heads, inner_size // num_heads)
-    keys = attention.k_proj(keys).unflatten(2, head_shape).transpose(1, 2) * head_shape[1] ** -0.5  # (N, heads, T, d)
-    # (N, heads, T, P)
-    attention_weights = torch.softmax(keys @ cell_queries.unflatten(2, head_shape).permute(0, 2, 3, 1), dim=2)
-    out_proj = _get_output_projection(attention)
-    values = attention.v_proj(values).unflatten(2, head_shape).transpose(1, 2) @ out_proj.weight.T.unflatten(
-        0, head_shape
-    )
-    values = values + out_proj.bias / num_heads  # (N, heads, T, D); the attention weights of a head sum to 1
-    return torch.baddbmm(cells, attention_weights.flatten(1, 2).transpose(1, 2), values.flatten(1, 2))
+        assert isinstance(grid, _ProjectedGrid)
+        assert grid.cell_queries is not None
+        return cells + _compute_attention(attention, grid.cell_queries, token_keys, token_values)
+    num_heads, out_proj = attention.num_attention_heads, _get_output_projection(attention)
+    token_keys, token_values = (_split_heads(attention, each) for each in (token_keys, token_values))
+    scores = grid.score(attention, token_keys * token_keys.shape[-1] ** -0.5)  # (N, heads, T, P)
+    weights = torch.softmax(scores, dim=2).flatten(1, 2).transpose(1, 2)
+    updates = token_values @ out_proj.weight.T.unflatten(0, (num_heads, -1))
+    updates = updates + out_proj.bias / num_heads  # (N, heads, T, D); the attention weights of a head sum to 1
+    add_product = cells.baddbmm_ if in_place else cells.baddbmm
+    return add_product(weights, updates.flatten(1, 2))
 
 
 def _project_cells(cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

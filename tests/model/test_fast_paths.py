@@ -7,6 +7,7 @@ from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
 from sca.language_models import causal
 from sca.language_models.hf import HfLanguageModel
+from sca.nn import two_way_transformer
 from sca.nn.two_way_transformer import TwoWayTransformer, init_weights
 
 NUM_REGIONS, NUM_TOKENS, HIDDEN_SIZE, GRID_SIZE = 7, 5, 32, 6
@@ -43,10 +44,12 @@ def run_library_transformer(transformer, tokens, grid, position):
 @pytest.mark.parametrize("regions_per_chunk", [1, 2, 3, 100])
 @pytest.mark.parametrize("shares_grids", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("num_tokens", [2, NUM_TOKENS])  # few tokens are projected instead of the grid
 def test_two_way_transformer_matches_transformers(
-    transformer, transformer_inputs, monkeypatch, regions_per_chunk, shares_grids, requires_grad
+    transformer, transformer_inputs, monkeypatch, regions_per_chunk, shares_grids, requires_grad, num_tokens
 ):
     tokens, grids, position, image_index = transformer_inputs
+    tokens, original_grids = tokens[:, :num_tokens], grids.clone()
     monkeypatch.setattr(
         TwoWayTransformer, "max_elements_per_chunk", regions_per_chunk * HIDDEN_SIZE * GRID_SIZE * GRID_SIZE
     )
@@ -58,6 +61,22 @@ def test_two_way_transformer_matches_transformers(
         assert output.shape == expected_output.shape
         assert (output - expected_output).abs().max() < 1e-5
     assert transformer(tokens, *grid_arguments, return_grids=False)[1] is None
+    assert torch.equal(grids, original_grids)
+
+
+def test_two_way_transformer_projects_the_grid_only_for_many_tokens(transformer, transformer_inputs):
+    tokens, grids, position, _ = transformer_inputs
+    cells = grids[:1].flatten(2).transpose(1, 2)
+    layer = transformer.layers[0]
+    projection = two_way_transformer._build_grid_projection(layer, position.flatten(1).T)
+    with torch.inference_mode():
+        grid_classes = [
+            type(
+                two_way_transformer._build_grid(layer.cross_attn_token_to_image, tokens[:1, :count], cells, projection)
+            )
+            for count in (2, NUM_TOKENS)
+        ]
+    assert grid_classes == [two_way_transformer._UnprojectedGrid, two_way_transformer._ProjectedGrid]
 
 
 def test_two_way_transformer_accepts_no_regions(transformer, transformer_inputs):
