@@ -35,8 +35,8 @@ class BufferedLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         if end > self._buffers[0].shape[2]:
-            keys, values = self._buffers
-            self._buffers = _grow(keys, start, end + SPARE_POSITIONS), _grow(values, start, end + SPARE_POSITIONS)
+            capacity, (keys, values) = end + SPARE_POSITIONS, self._buffers
+            self._buffers = _grow_buffer(keys, start, capacity), _grow_buffer(values, start, capacity)
         keys, values = self._buffers
         keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
@@ -58,7 +58,7 @@ def make_buffered_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
-def _grow(buffer: Tensor, length: int, new_length: int) -> Tensor:
+def _grow_buffer(buffer: Tensor, length: int, new_length: int) -> Tensor:
     """Return a buffer of `new_length` positions that begins with the first `length` positions of a buffer."""
     batch_size, num_heads, _, head_size = buffer.shape
     new_buffer = torch.empty((batch_size, num_heads, new_length, head_size), dtype=buffer.dtype, device=buffer.device)

@@ -106,7 +106,7 @@ class TwoWayForward(nn.Module):
             cells = _update_cells(image_to_token, cells, grid, queries + tokens, queries, in_place=index > 0)
             cells = layer.layer_norm4(cells)
         grid = _build_grid(self.final_attn_token_to_image, tokens, cells, final_projection)
-        queries = queries + grid.attend(self.final_attn_token_to_image, queries + tokens)
+        queries = queries + grid.attend_to_cells(self.final_attn_token_to_image, queries + tokens)
         return self.layer_norm_final_attn(queries), cells
 
 
@@ -144,11 +144,11 @@ class _ProjectedGrid(NamedTuple):
     values: Tensor
     cell_queries: Tensor | None = None
 
-    def attend(self, attention: SamAttention, queries: Tensor) -> Tensor:
+    def attend_to_cells(self, attention: SamAttention, queries: Tensor) -> Tensor:
         """Attend from tokens to the grid: (N, T, D) -> (N, T, D)."""
         return _compute_attention(attention, attention.q_proj(queries), self.keys, self.values)
 
-    def score(self, attention: SamAttention, token_keys: Tensor) -> Tensor:
+    def score_tokens(self, attention: SamAttention, token_keys: Tensor) -> Tensor:
         """Multiply keys of tokens (N, heads, T, d) by the queries of the cells: (N, heads, T, P)."""
         assert self.cell_queries is not None
         return token_keys @ _split_heads(attention, self.cell_queries).transpose(2, 3)
@@ -167,7 +167,7 @@ class _UnprojectedGrid(NamedTuple):
     key_positions: Tensor
     query_positions: Tensor | None = None
 
-    def attend(self, attention: SamAttention, queries: Tensor) -> Tensor:
+    def attend_to_cells(self, attention: SamAttention, queries: Tensor) -> Tensor:
         """Attend from tokens to the grid: (N, T, D) -> (N, T, D)."""
         heads = _split_heads(attention, attention.q_proj(queries))  # (N, heads, T, d)
         heads = heads * heads.shape[-1] ** -0.5
@@ -177,7 +177,7 @@ class _UnprojectedGrid(NamedTuple):
         values = (pooled.unflatten(1, heads.shape[1:3]) @ value_weight.transpose(1, 2)).transpose(1, 2).flatten(2)
         return _get_output_projection(attention)(values + attention.v_proj.bias)  # the attention weights sum to 1
 
-    def score(self, attention: SamAttention, token_keys: Tensor) -> Tensor:
+    def score_tokens(self, attention: SamAttention, token_keys: Tensor) -> Tensor:
         """Multiply keys of tokens (N, heads, T, d) by the queries of the cells: (N, heads, T, P)."""
         assert self.query_positions is not None
         return self._score_cells(attention, attention.q_proj.weight, self.query_positions, token_keys)
@@ -230,7 +230,7 @@ def _update_tokens(layer: SamTwoWayAttentionBlock, queries: Tensor, tokens: Tens
         self_attention.v_proj(queries),
     )
     queries = layer.layer_norm1(attended if layer.skip_first_layer_pe else queries + attended)
-    queries = layer.layer_norm2(queries + grid.attend(layer.cross_attn_token_to_image, queries + tokens))
+    queries = layer.layer_norm2(queries + grid.attend_to_cells(layer.cross_attn_token_to_image, queries + tokens))
     return layer.layer_norm3(queries + layer.mlp(queries))
 
 
@@ -265,7 +265,7 @@ def _update_cells(
         return cells + _compute_attention(attention, grid.cell_queries, token_keys, token_values)
     num_heads, out_proj = attention.num_attention_heads, _get_output_projection(attention)
     token_keys, token_values = (_split_heads(attention, each) for each in (token_keys, token_values))
-    scores = grid.score(attention, token_keys * token_keys.shape[-1] ** -0.5)  # (N, heads, T, P)
+    scores = grid.score_tokens(attention, token_keys * token_keys.shape[-1] ** -0.5)  # (N, heads, T, P)
     weights = torch.softmax(scores, dim=2).flatten(1, 2).transpose(1, 2)
     updates = token_values @ out_proj.weight.T.unflatten(0, (num_heads, -1))
     updates = updates + out_proj.bias / num_heads  # (N, heads, T, D); the attention weights of a head sum to 1
