@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from sca.allocator import keep_freed_memory
 from sca.cli import (
     calibrate,
     caption,
@@ -130,6 +131,7 @@ def main() -> None:
     if sys.stdout:
         # characters that the terminal cannot encode are escaped
         cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
+    keep_freed_memory()
     sys.exit(run_command(sys.argv[1:]))
 
 
