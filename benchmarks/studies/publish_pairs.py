@@ -1,8 +1,11 @@
 """Publish the trained models of `pairs.toml`: `python benchmarks/studies/publish_pairs.py RESULTS`
 
-First train them, from the root of the repository, one at a time, because the rows are timed:
+First train them, from the root of the repository:
 
     sca bench run benchmarks/studies/pairs.toml --out RESULTS
+
+The rows are timed: nothing else should run. With `num_workers=2`, the trainings run in parallel. Then delete
+`results.jsonl` and `rows` in RESULTS, and run the command above again: it reuses the trained models.
 
 Prints a table of quality, speed and memory, and writes the models of the two Pareto fronts (quality and speed, quality
 and memory) as portable checkpoints with model cards to `benchmarks/pairs`.

@@ -8,20 +8,23 @@ from pathlib import Path
 import calibration
 import pytest
 import zoom
+from PIL import Image
 from sca_bench import report
 from sca_bench.store import ResultStore
 
 import find
 import halving_replay
 import pretraining_probe
+import publish_pairs
 import referring_expressions
+import sca
 import weak_supervision
 from sca.checkpoints.load import read_local_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
-SWEEPS = ["encoders", "mixers", "paper", "throughput-cpu"]
+SWEEPS = ["encoders", "mixers", "pairs", "paper", "throughput-cpu"]
 EFFECT_COLUMNS_OF_PAGE = ("claim", "source", "settings", "better", "worse", "difference", "95% CI", "verdict")
 
 
@@ -116,15 +119,32 @@ def test_committed_report_matches_its_rows(sweep):
     assert not is_stale, f"run: sca bench report benchmarks/results/{sweep}"
 
 
+def test_table_of_trained_pairs_matches_its_rows(monkeypatch):
+    monkeypatch.chdir(ROOT)  # the sweep refers to pretrained parts
+    summaries = {name: summary for name, (_, summary) in publish_pairs.summarize_pairs(RESULTS / "pairs").items()}
+    published = publish_pairs.find_published(summaries)
+    assert publish_pairs.format_table(summaries, published) in README
+    assert {path.name for path in (ROOT / "benchmarks" / "pairs").iterdir()} == set(published)
+
+
+def test_trained_pairs_caption_a_scene():
+    image = Image.open(ROOT / "examples" / "scene.png")
+    for folder in sorted((ROOT / "benchmarks" / "pairs").glob("masks-*")):
+        predictor = sca.Predictor(sca.load(folder))
+        predictor.set_image(image)
+        red, orange = predictor.predict(boxes=[[370, 434, 448, 512], [15, 270, 99, 354]])
+        assert "small striped red" in red.text
+        assert "small striped orange" in orange.text
+
+
 @pytest.mark.slow
 def test_committed_replay_of_halving_matches_its_rows():
-    assert halving_replay.replay_grid(RESULTS / "halving") == [
-        {
-            key: tuple(value) if key in ("best_minus_median", "recommended_minus_best") and value else value
-            for key, value in each.items()
-        }
-        for each in read_results("halving/replay.json")["seeds"]
-    ]
+    replayed = halving_replay.replay_grid(RESULTS / "halving")
+    committed = read_results("halving/replay.json")["seeds"]
+    for seed, committed_seed in zip(replayed, committed, strict=True):
+        for name, value in seed.items():
+            is_numeric = isinstance(value, float | tuple)
+            assert value == (pytest.approx(committed_seed[name]) if is_numeric else committed_seed[name]), name
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
