@@ -8,7 +8,7 @@ from torch import Tensor
 from sca.nn.region_batch import iter_rows_by_image
 
 
-def roi_align(features: Tensor, image_index: Tensor, boxes: Tensor, output_size: int) -> Tensor:
+def roi_align(features: Tensor, image_index: Tensor | None, boxes: Tensor, output_size: int) -> Tensor:
     """Pool the features under boxes.
 
     Each of the output_size x output_size bins is the mean of bilinear samples. The number of samples along an axis is
@@ -17,7 +17,7 @@ def roi_align(features: Tensor, image_index: Tensor, boxes: Tensor, output_size:
     each axis is an (output_size, cells) matrix.
 
     Args:
-        features: (B, D, h, w) features.
+        features: (B, D, h, w) features of images, or (N, D, h, w) features of regions if `image_index` is None.
         image_index: (N,) image of each box, sorted.
         boxes: (N, 4) boxes x1 y1 x2 y2 in cells.
         output_size: Bins per side.
@@ -29,6 +29,10 @@ def roi_align(features: Tensor, image_index: Tensor, boxes: Tensor, output_size:
     # (N, output_size, h) and (N, output_size, w)
     row_weights = _compute_bin_weights(boxes[:, 1], boxes[:, 3], features.shape[2], output_size).to(features.dtype)
     column_weights = _compute_bin_weights(boxes[:, 0], boxes[:, 2], features.shape[3], output_size).to(features.dtype)
+    if image_index is None:
+        cells = features.permute(0, 2, 3, 1)  # (N, h, w, D), the memory layout of a two-way transformer's output
+        pooled_rows = (row_weights @ cells.flatten(2)).unflatten(2, cells.shape[2:])  # (N, output_size, w, D)
+        return (column_weights.unsqueeze(1) @ pooled_rows).permute(0, 3, 1, 2)
     pooled = features.new_empty(len(boxes), features.shape[1], output_size, output_size)
     for index, rows in iter_rows_by_image(image_index):
         pooled[rows] = torch.einsum("nih,dhw,njw->ndij", row_weights[rows], features[index], column_weights[rows])

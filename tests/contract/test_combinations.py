@@ -19,6 +19,7 @@ MIXER_OPTIONS = {
     "mask-tokens": {"depth": 1, "num_heads": 4, "mlp_dim": 48},
     "semantic-perceiver": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
     "resampler": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48},
+    "roi-query": {"num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48, "output_size": 3},
     "roi-pool": {"output_size": 2},
     "masked-pool": {"num_queries": 2, "mlp_dim": 48},
 }

@@ -128,7 +128,8 @@ def test_plan_reports_zero_regions_on_a_too_small_gpu():
 
 
 @pytest.mark.parametrize(
-    "mixer", ["query", "split", "mask-tokens", "semantic-perceiver", "resampler", "roi-pool", "masked-pool"]
+    "mixer",
+    ["query", "split", "mask-tokens", "semantic-perceiver", "resampler", "roi-query", "roi-pool", "masked-pool"],
 )
 def test_plan_matches_measured_flops_and_memory_for_every_mixer(mixer):
     table = {**MODEL_TABLES["tiny"], "mixer": mixer, "segmenter": "sam"}

@@ -57,6 +57,7 @@ def test_roi_align_bin_is_the_mean_of_its_samples(image, output_size):
         ]
     )
     assert torch.allclose(roi_align(image, IMAGE_INDEX, BOXES, output_size), expected, atol=1e-5)
+    assert torch.allclose(roi_align(image[IMAGE_INDEX], None, BOXES, output_size), expected, atol=1e-5)
 
 
 def test_roi_align_matches_torchvision(image):
