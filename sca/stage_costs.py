@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import DynamicCache
 
 ALLOCATION_BLOCK_BYTES = 512  # allocators round sizes up to multiples of this
@@ -114,8 +114,8 @@ def _record_cache_updates(caches: list[DynamicCache]) -> Iterator[CacheUpdates]:
 
 
 def make_flop_counter() -> FlopCounterMode:
-    """Return torch's FLOP counter, which also counts attention on a CPU; torch 2.13 counts none of its FLOPs."""
-    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS)
+    """Return torch's FLOP counter, which also counts operations that torch 2.13 omits: see `UNCOUNTED_FLOPS`."""
+    return FlopCounterMode(display=False, custom_mapping=UNCOUNTED_FLOPS)
 
 
 def _count_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -128,7 +128,13 @@ def _count_attention_backward_flops(gradient: Any, query: Any, key: Any, value: 
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-CPU_ATTENTION_FLOPS = {
+def _count_product_flops(_: Any, left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
+    """Count the FLOPs of a batched matrix product between tensors of these shapes that is added to another tensor."""
+    return bmm_flop(left, right)
+
+
+UNCOUNTED_FLOPS = {  # attention on a CPU, and in-place products
+    torch.ops.aten.baddbmm_: _count_product_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_attention_backward_flops,
 }

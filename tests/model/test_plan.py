@@ -139,6 +139,12 @@ def test_plan_matches_measured_flops_and_memory_for_every_mixer(mixer):
         assert row["memory"][0] == pytest.approx(row["memory"][1], rel=0.15)
 
 
+def test_flop_counter_counts_in_place_products():
+    with make_flop_counter() as counter:
+        torch.zeros(2, 3, 4).baddbmm_(torch.ones(2, 3, 5), torch.ones(2, 5, 4))
+    assert counter.get_total_flops() == 2 * 2 * 3 * 4 * 5
+
+
 def test_flop_counter_counts_attention_on_a_cpu():
     heads, queries, keys, width = 4, 64, 48, 32
     query = torch.randn(1, heads, queries, width, requires_grad=True)
