@@ -1,4 +1,4 @@
-"""Devices and dtypes by name.
+"""Devices, dtypes and precisions by name.
 
 Importing this module does not import torch.
 """
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 DEVICE_EXAMPLES = "cpu, cuda, cuda:1, mps"
 DTYPES = ("float32", "bfloat16", "float16")
+PRECISIONS = DTYPES
 
 
 def resolve_device(name: str | torch.device, allow_meta: bool = False) -> torch.device:
@@ -64,3 +65,23 @@ def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
 
         raise make_unknown_name_error(f"unknown dtype {str(name)!r}", str(name), DTYPES)
     return None if name is None else getattr(torch, str(name))
+
+
+def resolve_precision(precision: str | torch.dtype | None) -> str | None:
+    """Return the name of a precision.
+
+    Args:
+        precision: One of `PRECISIONS`, a dtype of torch, or None.
+
+    Returns:
+        One of `PRECISIONS`; None for None.
+
+    Raises:
+        ValueError: The precision is unknown.
+    """
+    name = None if precision is None else str(precision).removeprefix("torch.")
+    if name is not None and name not in PRECISIONS:
+        from sca_registry.errors import make_unknown_name_error
+
+        raise make_unknown_name_error(f"unknown precision {name!r}", name, PRECISIONS)
+    return name

@@ -48,6 +48,7 @@ ARGUMENT_ALIASES = {  # keyword argument there -> the same argument here, in the
     "box": "boxes",
     "decoder": "language_model",
     "device_map": "device",
+    "dtype": "precision",
     "image_encoder": "encoder",
     "input_boxes": "boxes",
     "llm": "language_model",
@@ -61,7 +62,7 @@ ARGUMENT_ALIASES = {  # keyword argument there -> the same argument here, in the
     "pretrained": "weights",
     "pretrained_model_name_or_path": "source",
     "save_directory": "folder",
-    "torch_dtype": "dtype",
+    "torch_dtype": "precision",
     "vision_encoder": "encoder",
 }
 LABELED_POINTS_HINT = "Give the points of one region with labels: sca.Prompt(points=((x, y, label), ...))."

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 CHARACTERS_PER_TOKEN = 4  # of English text, roughly
 LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
 TOKENS_PER_LOSS_CHUNK = 512  # tokens whose logits are in memory at once
-NON_FINITE_HINT = "if the model runs in float16, use dtype=float32 or bfloat16; otherwise, download the weights again"
+NON_FINITE_HINT = "if the model runs in float16, load it with another precision; otherwise, download the weights again"
 MAX_SEQUENCES_PER_CALL = 512  # sequences per call of the language model, including beams and samples
 MAX_POSITIONS_PER_CALL = 2**15  # positions of their prefixes, which limit long prefixes
 

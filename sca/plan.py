@@ -44,7 +44,7 @@ def plan_model(
     regions_per_image: int = 32,
     max_new_tokens: int = 20,
     training: bool = False,
-    dtype: torch.dtype = torch.float32,
+    precision: str = "float32",
     gpu: str | float | None = None,
     on_gpu: bool = False,
     zoom_crops: int = 0,
@@ -59,7 +59,7 @@ def plan_model(
         regions_per_image: Regions per image.
         max_new_tokens: Tokens per caption.
         training: Estimate a training step instead of captioning.
-        dtype: Dtype of the weights; in training, dtype of autocast.
+        precision: One of `PRECISIONS`; in training, dtype of autocast.
         gpu: Name out of `GPU_MEMORY_GIB`, or memory in GiB; None for no limit.
         on_gpu: Use the code paths of a GPU even if `gpu` is None.
         zoom_crops: Crops per image that zoom encodes; at most one per region. Must be 0 in training. For models with
@@ -69,7 +69,7 @@ def plan_model(
         The plan.
 
     Raises:
-        RegistryError: As in `sca.build`, or the GPU is unknown.
+        RegistryError: As in `sca.build`, or the GPU or the precision is unknown.
         ValueError: A count is out of range, or the model branches on the content of its tensors.
     """
     counts = {"batch_size": batch_size, "regions_per_image": regions_per_image, "max_new_tokens": max_new_tokens}
@@ -89,6 +89,7 @@ def plan_model(
     if on_gpu or gpu is not None:  # a GPU computes all regions of a chunk together
         for module in _find_two_way_transformers(model):
             module.max_elements_per_chunk = 2**62
+    dtype = getattr(torch, precision)
     meter = _CostMeter(model if training else model.to(dtype).requires_grad_(False), dtype)
     measure = meter.measure_training_step if training else partial(meter.measure_inference, zoom_crops=zoom_crops)
     try:
@@ -107,7 +108,7 @@ def plan_model(
         batch_size=batch_size,
         regions_per_image=regions_per_image,
         max_new_tokens=max_new_tokens,
-        dtype=str(dtype).removeprefix("torch."),
+        precision=precision,
         training=training,
         parameters=groups,
         trainable_parameters=num_trainable,

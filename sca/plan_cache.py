@@ -57,7 +57,7 @@ class Plan:
         batch_size: Images per batch.
         regions_per_image: Regions per image.
         max_new_tokens: Tokens per caption.
-        dtype: Dtype of the weights; in training, dtype of autocast.
+        precision: Precision of the model; in training, dtype of autocast.
         training: Whether this is a training step.
         parameters: Number of parameters per group.
         trainable_parameters: Number of trainable parameters.
@@ -76,7 +76,7 @@ class Plan:
     batch_size: int
     regions_per_image: int
     max_new_tokens: int
-    dtype: str
+    precision: str
     training: bool
     parameters: dict[str, int]
     trainable_parameters: int

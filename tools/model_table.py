@@ -1,6 +1,6 @@
 """Write the tables of combinations to train and of segmenters: `python tools/model_table.py [docs/models.md]`.
 
-The values are those of `sca plan MODEL --dtype bfloat16` for one image with 32 regions and captions of 20 tokens.
+The values are those of `sca plan MODEL --precision bfloat16` for one image with 32 regions and captions of 20 tokens.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
 from sca_registry import get_registry
 from sca_registry.spec import ModelSpec
 
@@ -44,7 +43,7 @@ def render_model_table() -> str:
     rows.append(["---", "---", *["---:"] * 4, "---"])
     for model_name, reason in CHOICES.items():
         spec = ModelSpec.parse(model_name)
-        model_plan = plan_model(spec, regions_per_image=NUM_REGIONS, dtype=torch.bfloat16)
+        model_plan = plan_model(spec, regions_per_image=NUM_REGIONS, precision="bfloat16")
         flops_per_region = sum(flops for stage, flops in model_plan.flops.items() if stage != "encode") / NUM_REGIONS
         part_cards = (
             get_registry("encoders").get_card(spec.encoder.name),
@@ -70,7 +69,7 @@ def render_segmenter_table() -> str:
     rows = [[*rows[0], "license"], ["---", "---", *["---:"] * 6, "---"]]
     for name in SEGMENTER_ENCODERS:
         spec = ModelSpec.parse(f"{name}+query+tiny-gpt2")
-        model_plan = plan_model(spec, regions_per_image=NUM_REGIONS, dtype=torch.bfloat16)
+        model_plan = plan_model(spec, regions_per_image=NUM_REGIONS, precision="bfloat16")
         encoder = build(spec, "meta").encoder
         grid_size = encoder.image_format.size // encoder.stride
         num_parameters = model_plan.parameters["encoder"] + model_plan.parameters["segmenter"]

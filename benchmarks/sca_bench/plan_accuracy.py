@@ -89,7 +89,7 @@ def compare_plan(
     max_new_tokens: int,
     training: bool = False,
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Compare the estimated and measured parameters, operations and memory of a model.
 
@@ -105,17 +105,17 @@ def compare_plan(
     Returns:
         The settings, and a pair [estimated, measured] for `parameters`, `flops` and `memory` (bytes).
     """
-    weight_dtype = torch.float32 if training else dtype
+    precision = "float32" if training else dtype
     plan = plan_model(
         spec,
         batch_size,
         regions_per_image,
         max_new_tokens,
         training,
-        weight_dtype,
+        precision,
         on_gpu=device.startswith("cuda"),
     )
-    model = build(spec, device, weights=False).to(dtype=weight_dtype)
+    model = build(spec, device, weights=False).to(dtype=getattr(torch, precision))
     static_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     static_bytes += 8 * plan.trainable_parameters if training else 0  # optimizer state of AdamW
     pixels, prompts = make_random_inputs(model, batch_size, regions_per_image)
@@ -132,7 +132,7 @@ def compare_plan(
         "regions_per_image": regions_per_image,
         "max_new_tokens": max_new_tokens,
         "training": training,
-        "dtype": plan.dtype,
+        "dtype": plan.precision,
         "parameters": [sum(plan.parameters.values()), sum(p.numel() for p in model.parameters())],
         "flops": [sum(plan.flops.values()), counter.get_total_flops()],
         "memory": [plan.peak_memory, static_bytes + pixels.nbytes + allocated_bytes],
@@ -172,7 +172,7 @@ def main() -> None:
         for training in (False, True) if args.train else (False,):
             if time.monotonic() - start >= args.time_budget:
                 break
-            spec, dtype = resolve_spec(model_name), getattr(torch, args.dtype)
+            spec, dtype = resolve_spec(model_name), args.dtype
             row = compare_plan(spec, 1, args.regions_per_image, args.max_new_tokens, training, args.device, dtype)
             rows.append(row)
             workload = "training" if training else "captioning"

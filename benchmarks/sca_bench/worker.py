@@ -165,9 +165,9 @@ def _add_plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -
     benchmark_options = config.get("benchmark") or {}
     num_regions = max(benchmark_options.get("regions_per_image", [1]))
     max_new_tokens = benchmark_options.get("max_new_tokens", 16)
-    dtype = getattr(torch, benchmark_options.get("dtype", "float32"))
+    precision = benchmark_options.get("dtype", "float32")
     num_images = benchmark_options.get("batch_size", 1)
-    captioning_plan = plan_model(spec, num_images, num_regions, max_new_tokens, dtype=dtype)
+    captioning_plan = plan_model(spec, num_images, num_regions, max_new_tokens, precision=precision)
     peak = captioning_plan.peak_memory
     if benchmark_options.get("training_step"):
         peak = max(

@@ -40,7 +40,7 @@ class CropCaptioner(RegionCaptioner):
         batch_size: Images per forward pass.
         config: Fields of the configuration, see `ImageTextModel`.
         device: Device of both models.
-        dtype: Data type of the weights, see `ImageTextModel`.
+        precision: Precision of the weights, see `ImageTextModel`.
 
     Raises:
         ValueError: `vcot` is set for a model that only captions, or an option is invalid.
@@ -57,11 +57,11 @@ class CropCaptioner(RegionCaptioner):
         batch_size: int = 64,
         config: Mapping[str, Any] | None = None,
         device: str = "cpu",
-        dtype: str | None = None,
+        precision: str | None = None,
     ):
         super().__init__(encoder, device)
         self.image_text_model: ImageTextModel = ImageTextModel(
-            weights, revision, pretrained, config, device, dtype, batch_size
+            weights, revision, pretrained, config, device, precision, batch_size
         )
         if vcot and self.image_text_model.model_type in CAPTION_ONLY_MODELS:
             raise ValueError(

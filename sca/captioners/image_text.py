@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from sca.captioners.region_captioner import ScoredText, check_aspect_ratio
-from sca.devices import resolve_dtype
+from sca.devices import resolve_precision
 from sca.io.dummy_processors import build_dummy_processor
 from sca.io.hub import (
     compute_weights_fingerprint,
@@ -50,7 +50,7 @@ class ImageTextModel:
             stored with the weights.
         config: Fields of the configuration, including `model_type`.
         device: Device of the model.
-        dtype: Data type of the weights. By default float32 on a CPU, and that of the stored weights elsewhere.
+        precision: Data type of the weights. By default float32 on a CPU, and that of the stored weights elsewhere.
         batch_size: Images per forward pass. It limits memory and does not change results.
 
     Raises:
@@ -65,17 +65,17 @@ class ImageTextModel:
         pretrained: bool,
         config: Mapping[str, Any] | None,
         device: str | torch.device,
-        dtype: str | None,
+        precision: str | None,
         batch_size: int,
     ):
-        resolve_dtype(dtype)
+        precision = resolve_precision(precision)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected an integer of at least 1")
         self.weights: str | None = weights if pretrained else None
         self.revision = revision
         self.batch_size = batch_size
         target_device = torch.device(device)
-        dtype_name = dtype or ("float32" if target_device.type == "cpu" else "auto")
+        dtype_name = precision or ("float32" if target_device.type == "cpu" else "auto")
         if self.weights:
             model: Any = load_pretrained(
                 AutoModelForImageTextToText,

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sca_registry
+import torch
 from sca_registry.spec import ComponentSpec
 
 from sca.captioners.region_captioner import RegionCaptioner, RegionView, ScoredText, resolve_generation_options
-from sca.devices import resolve_dtype
+from sca.devices import resolve_precision
 from sca.inference.engine import REGION_BATCH_SIZE, EncodedImages
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class MaskOnly(RegionCaptioner):
     Args:
         encoder: Encoder whose segmenter predicts the masks, see `RegionCaptioner`.
         device: Device of the encoder and the segmenter.
-        dtype: Data type of the weights, such as "float16"; None for float32.
+        precision: Data type of the weights, such as "float16"; None for float32.
         region_batch_size: Regions per batch of the segmenter. Affects memory, not results.
 
     Raises:
@@ -38,7 +39,7 @@ class MaskOnly(RegionCaptioner):
         self,
         encoder: str | Mapping[str, Any] | None = None,
         device: str = "cpu",
-        dtype: str | None = None,
+        precision: str | None = None,
         region_batch_size: int = REGION_BATCH_SIZE,
     ):
         if encoder is None:
@@ -48,9 +49,10 @@ class MaskOnly(RegionCaptioner):
         is_built = ComponentSpec.from_dict(encoder, "encoder").name in sca_registry.encoders
         if is_built and getattr(self.model.segmenter, "checkpoint", None) is None:
             logger.warning("sca: the segmenter has random weights, so its masks have no meaning")
-        self.model.to(dtype=resolve_dtype(dtype))
+        precision = resolve_precision(precision)
+        self.model.to(dtype=precision and getattr(torch, precision))
         self.region_batch_size = region_batch_size
-        self.metadata: dict[str, Any] = {"captioner": "none", "encoder": encoder, "dtype": dtype}
+        self.metadata: dict[str, Any] = {"captioner": "none", "encoder": encoder, "precision": precision}
 
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any

@@ -59,7 +59,7 @@ class VisionLanguageModel(RegionCaptioner):
         batch_size: Images per forward pass.
         config: Fields of the configuration, see `ImageTextModel`.
         device: Device of both models.
-        dtype: Data type of the weights, see `ImageTextModel`.
+        precision: Precision of the weights, see `ImageTextModel`.
 
     Raises:
         RegistryError: `region_format` is unknown, or `context` is out of range.
@@ -79,13 +79,13 @@ class VisionLanguageModel(RegionCaptioner):
         batch_size: int = 16,
         config: Mapping[str, Any] | None = None,
         device: str = "cpu",
-        dtype: str | None = None,
+        precision: str | None = None,
     ):
         check_choice("region_format", region_format, REGION_FORMATS)
         self.context: float = resolve_context(context, region_format)
         super().__init__(encoder, device)
         self.image_text_model: ImageTextModel = ImageTextModel(
-            weights, revision, pretrained, config, device, dtype, batch_size
+            weights, revision, pretrained, config, device, precision, batch_size
         )
         model_type = self.image_text_model.model_type
         if model_type in CAPTION_ONLY_MODELS:

@@ -31,7 +31,7 @@ from sca.checkpoints.pam import build_published_pam_spec, load_pam_checkpoint, r
 from sca.checkpoints.published import load_published_checkpoint, read_published_spec
 from sca.checkpoints.tensors import check_finite_weights
 from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, resolve_real_root
-from sca.devices import resolve_device, resolve_dtype
+from sca.devices import resolve_device, resolve_precision
 from sca.hints import check_argument_names
 from sca.io.atomic import get_previous_folder
 from sca.io.errors import InputError
@@ -48,7 +48,7 @@ SPEC_READERS = {PUBLISHED_LAYOUT: read_published_spec, PAM_LAYOUT: read_pam_spec
 def load(
     source: str | Path,
     device: str | torch.device = "cpu",
-    dtype: str | torch.dtype | None = None,
+    precision: str | torch.dtype | None = None,
     *,
     trust_remote_code: bool = False,
     allow_external: bool = False,
@@ -63,7 +63,7 @@ def load(
         source: Model name, Hub id, or folder. A folder is a `Path`, or a string that contains a path separator, such as
             "./model" or "runs/x/model".
         device: Device of the model.
-        dtype: Data type of floating-point tensors, such as "float16". Defaults to each component's own dtype.
+        precision: Data type of floating-point tensors, such as "float16". Defaults to each component's own dtype.
         trust_remote_code: Allow the checkpoint to run its own code. Use only for checkpoints from authors you trust.
         allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs.
             For example, your own checkpoints may refer to weights that are stored elsewhere. Does not let
@@ -77,10 +77,10 @@ def load(
         TypeError: Unknown keyword argument; the message suggests the closest one.
         InputError: The checkpoint cannot be read, needs `trust_remote_code` or `allow_external` and it is not set, has
             NaN or infinite weights, or has missing or unexpected tensors.
-        ValueError: The device is not available, or the dtype is unknown.
+        ValueError: The device is not available, or the precision is unknown.
     """
     trust = Trust(trust_remote_code, allow_external)
-    return _load_model(source, resolve_device(device), resolve_dtype(dtype), trust, revision)
+    return _load_model(source, resolve_device(device), resolve_precision(precision), trust, revision)
 
 
 def load_uncalibrated(
@@ -112,7 +112,7 @@ def load_uncalibrated(
 def _load_model(
     source: str | Path,
     device: torch.device | str,
-    dtype: torch.dtype | None,
+    precision: str | None,
     trust: Trust,
     revision: str | None,
     with_uncertainty: bool = True,
@@ -126,8 +126,8 @@ def _load_model(
         else:
             model = load_native_checkpoint(folder, spec, with_uncertainty)
         check_finite_weights(model, str(folder))
-        model = model.to(device=device, dtype=dtype).eval()
-        if dtype == torch.float16:
+        model = model.to(device=device, dtype=precision and getattr(torch, precision)).eval()
+        if precision == "float16":
             check_finite_weights(model, f"{folder} in float16, which is too small for it (use bfloat16 or float32),")
     return model
 

@@ -25,7 +25,6 @@ from sca.cli.image_runs import (
 from sca.cli.options import (
     AllowExternal,
     Device,
-    Dtype,
     Format,
     ImageBatchSize,
     ImagePrefix,
@@ -34,6 +33,7 @@ from sca.cli.options import (
     Out,
     Overwrite,
     PointsPerSide,
+    Precision,
     PredIouThresh,
     PromptsFile,
     Quiet,
@@ -232,7 +232,7 @@ def caption(
     ] = None,
     model: ModelName = DEFAULT_MODEL,
     device: Device = "cpu",
-    dtype: Dtype = None,
+    precision: Precision = None,
     out: Out = "",
     format: Format = None,
     image_prefix: ImagePrefix = "",
@@ -304,7 +304,7 @@ def caption(
     job = CaptionJob(
         model=model,
         device=device,
-        dtype=dtype,
+        precision=precision,
         seed=seed,
         trust_remote_code=trust_remote_code,
         allow_external=allow_external,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import AllowExternal, AllowHost, Device, Dtype, Host, MaxPixels, TrustRemoteCode, print_stderr
+from sca.cli.options import AllowExternal, AllowHost, Device, Host, MaxPixels, Precision, TrustRemoteCode, print_stderr
 from sca.devices import resolve_device
 
 MIB = 2**20
@@ -29,7 +29,7 @@ def demo(
         ),
     ] = False,
     device: Device = "cpu",
-    dtype: Dtype = None,
+    precision: Precision = None,
     host: Host = "127.0.0.1",
     port: Annotated[
         int,
@@ -96,7 +96,7 @@ def demo(
     run_demo(
         names,
         resolve_device(device),
-        dtype,
+        precision,
         host,
         port,
         any_model,

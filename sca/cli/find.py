@@ -23,7 +23,6 @@ from sca.cli.image_runs import (
 from sca.cli.options import (
     AllowExternal,
     Device,
-    Dtype,
     Format,
     ImageBatchSize,
     Images,
@@ -31,6 +30,7 @@ from sca.cli.options import (
     Out,
     Overwrite,
     PointsPerSide,
+    Precision,
     PredIouThresh,
     PromptsFile,
     Quiet,
@@ -84,7 +84,7 @@ def find(
     ] = DEFAULT_THRESHOLD,
     model: ModelName = DEFAULT_MODEL,
     device: Device = "cpu",
-    dtype: Dtype = None,
+    precision: Precision = None,
     out: Out = "",
     format: Format = None,
     overwrite: Overwrite = False,
@@ -116,7 +116,7 @@ def find(
     job = CaptionJob(
         model=model,
         device=device,
-        dtype=dtype,
+        precision=precision,
         trust_remote_code=trust_remote_code,
         allow_external=allow_external,
         prompts=str(prompts) if prompts else None,

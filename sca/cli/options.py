@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from sca.devices import DTYPES
+from sca.devices import PRECISIONS
 from sca.io.json import DESCRIPTOR_PATH_PATTERN
 from sca.io.terminal import DOCUMENT_WHITESPACE
 from sca.io.text import UNSAFE_PATTERN, escape_terminal
@@ -158,11 +158,11 @@ def check_option_choice(option: str, value: str, choices: Sequence[str]) -> None
         raise make_unknown_name_error(f"unknown {option} {value!r}", value, choices)
 
 
-def check_dtype(dtype: str | None) -> str | None:
-    """Check and return a weight dtype; raise RegistryError, with the closest one, if it is unknown."""
-    if dtype is not None:
-        check_option_choice("dtype", dtype, DTYPES)
-    return dtype
+def check_precision(precision: str | None) -> str | None:
+    """Check and return a precision; raise RegistryError, with the closest one, if it is unknown."""
+    if precision is not None:
+        check_option_choice("precision", precision, PRECISIONS)
+    return precision
 
 
 def check_zoom_option(value: str) -> str:
@@ -173,11 +173,11 @@ def check_zoom_option(value: str) -> str:
     return value
 
 
-Dtype = Annotated[
+Precision = Annotated[
     str | None,
     typer.Option(
-        help="Data type of the weights: float32, bfloat16 or float16. Defaults to the checkpoint's.",
-        callback=check_dtype,
+        help="Precision of the model: float32, bfloat16 or float16. Defaults to the checkpoint's.",
+        callback=check_precision,
         rich_help_panel="Model",
     ),
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sca.cli.options import AllowExternal, TrustRemoteCode, check_dtype, print_json, print_line, print_table
+from sca.cli.options import AllowExternal, TrustRemoteCode, check_precision, print_json, print_line, print_table
 
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
@@ -52,11 +52,11 @@ def plan(
         bool,
         typer.Option("--train", help="Plan a training step instead of captioning.", rich_help_panel="Workload"),
     ] = False,
-    dtype: Annotated[
+    precision: Annotated[
         str,
         typer.Option(
-            help="Data type of the weights, or of autocast with --train: float32, bfloat16 or float16.",
-            callback=check_dtype,
+            help="Precision of the model, or of autocast with --train: float32, bfloat16 or float16.",
+            callback=check_precision,
             rich_help_panel="Workload",
         ),
     ] = "float32",
@@ -81,9 +81,10 @@ def plan(
         "training": train,
         "gpu": gpu,
         "zoom_crops": zoom_crops,
+        "precision": precision,
     }
     with _without_garbage_collection():
-        model_plan = _load_or_compute_plan(model, overrides or (), trust_remote_code, allow_external, workload, dtype)
+        model_plan = _load_or_compute_plan(model, overrides or (), trust_remote_code, allow_external, workload)
     if as_json:
         print_json(model_plan.to_dict())
     else:
@@ -108,20 +109,17 @@ def _load_or_compute_plan(
     trust_remote_code: bool,
     allow_external: bool,
     workload: dict[str, Any],
-    dtype: str,
 ) -> Plan:
     """Return the plan of a model, from the cache if it was computed before."""
     from sca.plan_cache import compute_plan_key, read_plan, write_plan
 
     spec = _resolve_spec(model, trust_remote_code, allow_external).apply_overrides(overrides)
-    key = compute_plan_key(spec, {**workload, "dtype": dtype})
+    key = compute_plan_key(spec, workload)
     model_plan = read_plan(key) if key else None
     if model_plan is None:
-        import torch
-
         from sca.plan import plan_model
 
-        model_plan = plan_model(spec, **workload, dtype=getattr(torch, dtype))
+        model_plan = plan_model(spec, **workload)
         if key:
             write_plan(key, model_plan)
     return model_plan
@@ -145,7 +143,7 @@ def _print_plan(model_plan: Plan) -> None:
 
     workload = "a training step with" if model_plan.training else "captioning"
     counts = f"{model_plan.batch_size} x {model_plan.regions_per_image} regions, {model_plan.max_new_tokens} tokens"
-    print_line(f"{model_plan.model}: {workload} {counts}, {model_plan.dtype}")
+    print_line(f"{model_plan.model}: {workload} {counts}, {model_plan.precision}")
     table = Table(("stage", "GFLOPs", "peak memory"), right_aligned=("GFLOPs", "peak memory"), has_frame=False)
     for stage, flops in model_plan.flops.items():
         table.add_row(stage, f"{flops / 1e9:,.1f}", _format_bytes(model_plan.memory[stage]))

@@ -120,7 +120,7 @@ class ModelPool:
 
     Args:
         device: Device of the models.
-        dtype: Floating-point type of the models; None for that of the checkpoint.
+        precision: Precision of the models, see `sca.load`; None for that of the checkpoint.
         model_names: Models of the command line; their names can contain options.
         allow_any_model: Allow all other names and folders, without options.
         trust_options: Trust options (see `sca.load`) by model name; other models are not trusted.
@@ -129,14 +129,14 @@ class ModelPool:
     def __init__(
         self,
         device: Any,
-        dtype: str | None,
+        precision: str | None,
         model_names: Collection[str],
         *,
         allow_any_model: bool = False,
         trust_options: Mapping[str, Mapping[str, bool]] | None = None,
     ):
         self.device = device
-        self.dtype = dtype
+        self.precision = precision
         self.model_names = model_names
         self.allow_any_model = allow_any_model
         self.trust_options: Mapping[str, Mapping[str, bool]] = trust_options or {}
@@ -222,7 +222,8 @@ class ModelPool:
             return self._schedulers[name]
 
     def _load_model(self, name: str) -> RequestScheduler:
-        options: dict[str, Any] = {**self.trust_options.get(name, {}), **({"dtype": self.dtype} if self.dtype else {})}
+        options: dict[str, Any] = {"precision": self.precision} if self.precision else {}
+        options |= self.trust_options.get(name, {})
         scheduler = RequestScheduler(load_captioner(name, self.device, **options))
         with self._lock:
             self._schedulers[name] = scheduler

@@ -20,7 +20,7 @@ EXAMPLE_SEEDS = (29, 4, 11)  # seeds of synthetic scenes
 def run_demo(
     model_names: Sequence[str],
     device: Any,
-    dtype: str | None,
+    precision: str | None,
     host: str,
     port: int,
     allow_any_model: bool,
@@ -39,7 +39,7 @@ def run_demo(
     Args:
         model_names: Models to choose from; the first is loaded at the start.
         device: Device of the models.
-        dtype: Floating-point type of the models; None for that of the checkpoint.
+        precision: Precision of the models, see `sca.load`; None for that of the checkpoint.
         host: Address to bind.
         port: Port to bind; 0 selects a free port.
         allow_any_model: Let visitors load any model name or folder, without options.
@@ -57,7 +57,7 @@ def run_demo(
     """
     with bind_socket(host, port) as bound_socket:
         port = bound_socket.getsockname()[1]
-    models = ModelPool(device, dtype, model_names, allow_any_model=allow_any_model, trust_options=trust_options)
+    models = ModelPool(device, precision, model_names, allow_any_model=allow_any_model, trust_options=trust_options)
     with models.acquire_scheduler(model_names[0]):
         pass  # load it now, to raise errors before the page opens and to speed up the first request
     with tempfile.TemporaryDirectory(prefix="sca-demo-") as folder:

@@ -148,7 +148,7 @@ class CaptionJob:
     Args:
         model: Source of the captioner; see `sca.load_captioner`.
         device: Device of the model.
-        dtype: Floating-point type of the model; None for that of the checkpoint.
+        precision: Precision of the model, see `sca.load`; None for that of the checkpoint.
         seed: Random seed.
         trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`.
         allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.
@@ -173,7 +173,7 @@ class CaptionJob:
 
     model: str
     device: str = "cpu"
-    dtype: str | None = None
+    precision: str | None = None
     seed: int = 0
     trust_remote_code: bool = False
     allow_external: bool = False
@@ -246,7 +246,7 @@ class CaptionJob:
         torch.manual_seed(self.seed)
         trust: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
         check_local_task(self.model, self.task, **trust)
-        options: dict[str, Any] = {"dtype": self.dtype} if self.dtype else {}
+        options: dict[str, Any] = {"precision": self.precision} if self.precision else {}
         captioner = load_captioner(self.model, resolve_device(self.device), **trust, **options)
         check_task(self.task, get_tasks(captioner))
         return captioner

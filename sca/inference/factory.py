@@ -24,7 +24,7 @@ from sca.inference.proposer import make_device_options
 from sca.io.hub import resolve_local_path, suggest_path
 
 MASK_ONLY = "none"  # the captioner of a segmenter without a language model
-ENGINE_OPTIONS = ("dtype", "region_batch_size")
+ENGINE_OPTIONS = ("precision", "region_batch_size")
 LOAD_ARGUMENTS = ("device", "trust_remote_code", "allow_external", "revision")
 NAME_FORMS_HINT = (
     "A folder written by `sca train`, a Hub id OWNER/NAME, encoder+captioner, such as sam-vit-b+blip-base, and an "
@@ -60,8 +60,8 @@ def load_captioner(
         trust_remote_code: Allow a checkpoint to run its own code; see `sca.load`.
         allow_external: Allow a checkpoint to refer to files outside its folder; see `sca.load`.
         revision: Revision of a Hub id; see `sca.load`.
-        **options: Options of a registered captioner. The options of a checkpoint are `dtype` and `region_batch_size`;
-            see `Engine`.
+        **options: Options of a registered captioner. The options of a checkpoint are `precision`, see `sca.load`, and
+            `region_batch_size`, see `Engine`.
 
     Returns:
         An `Engine` for the checkpoint of a model, else an instance of the registered captioner.
@@ -150,4 +150,4 @@ def _load_checkpoint(
     folder = locate_checkpoint(source, trust_options.get("revision"))
     if find_encoder_of_segmenter(folder) is not None:
         return _build_captioner(MASK_ONLY, device, {"encoder": {"name": str(source), **trust_options}, **options})
-    return Engine(load(source, device, options.pop("dtype", None), **trust_options), **options)
+    return Engine(load(source, device, options.pop("precision", None), **trust_options), **options)

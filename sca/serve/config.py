@@ -24,7 +24,7 @@ class ServerConfig:
     Args:
         model: Source of the captioner; see `sca.load_captioner`.
         device: Device of the model.
-        dtype: Floating-point type of the model; None for that of the checkpoint.
+        precision: Precision of the model, see `sca.load`; None for that of the checkpoint.
         seed: Random seed.
         zoom: Default of the field `zoom` of requests; see `sca.inference.zoom_options.check_zoom`.
         max_body_bytes: Maximum bytes per request.
@@ -49,7 +49,7 @@ class ServerConfig:
 
     model: str
     device: str = "cpu"
-    dtype: str | None = None
+    precision: str | None = None
     seed: int = 0
     zoom: ZoomValue = DEFAULT_ZOOM
     max_body_bytes: int = 32 * 2**20
@@ -91,7 +91,7 @@ class ServerConfig:
         from sca.inference.factory import load_captioner
 
         torch.manual_seed(self.seed)
-        options: dict[str, Any] = {"dtype": self.dtype} if self.dtype else {}
+        options: dict[str, Any] = {"precision": self.precision} if self.precision else {}
         return load_captioner(
             self.model,
             self.device,

@@ -22,7 +22,7 @@ def florence_folder(tmp_path_factory):
 def test_region_formats_study_compares_all_formats_on_the_same_regions(florence_folder, tmp_path, capsys):
     out = tmp_path / "results.json"
     arguments = ["--dataset", "scenes image_size=64", "--max-images", "5", "--max-new-tokens", "3", "--out", str(out)]
-    region_formats.main([f"vlm weights={florence_folder} dtype=float32", *arguments])
+    region_formats.main([f"vlm weights={florence_folder} precision=float32", *arguments])
     table = capsys.readouterr().out
     results = json.loads(out.read_text())["region_formats"]
     assert [*results] == [*region_formats.REGION_FORMATS]

@@ -29,7 +29,7 @@ def test_captioner_factory_returns_an_engine_for_models_by_name_or_folder(build_
     assert isinstance(sca.load_captioner("sca-tiny"), Engine)
     folder = sca.save(build_small_model(), tmp_path / "a+b model")
     for source in (folder, str(folder)):
-        assert isinstance(sca.load_captioner(source, dtype="bfloat16", region_batch_size=3), Engine)
+        assert isinstance(sca.load_captioner(source, precision="bfloat16", region_batch_size=3), Engine)
 
 
 def test_captioner_factory_accepts_options_as_text_table_or_keywords(weights_folder):
@@ -70,7 +70,7 @@ def test_captioner_factory_builds_most_frequent_on_any_device():
         ("nearest-neighbor dataset=scenes", "requires the option 'encoder'"),
         ("blip-base vcott=true", "no option 'vcott'. Did you mean 'vcot'"),
         ("sca-tiny vcot=true", "the model 'sca-tiny' has no option 'vcot'"),
-        ("sca-tiny dtype=float33", "unknown dtype 'float33'. Did you mean 'float32'"),
+        ("sca-tiny precision=float33", "unknown precision 'float33'. Did you mean 'float32'"),
         ("blip-base 'batch_size", "a captioner must have the form 'NAME"),
     ],
 )

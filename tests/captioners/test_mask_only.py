@@ -86,7 +86,7 @@ def test_load_captioner_takes_encoders_with_masks_and_models_with_none(image):
         assert isinstance(captioner, MaskOnly)
         (caption,) = captioner.caption(image, [Prompt(points=((20, 20, 1),))])
         assert caption.mask["size"] == [60, 80]
-    half = sca.load_captioner("sca-tiny+none", dtype="bfloat16", region_batch_size=2)
+    half = sca.load_captioner("sca-tiny+none", precision="bfloat16", region_batch_size=2)
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
     assert len(half.caption(image, [Prompt(box=BOX)] * 3)) == 3
 

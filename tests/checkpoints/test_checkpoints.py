@@ -151,13 +151,13 @@ def test_list_stored_tensors_includes_all_tensors_of_a_trainable_external_encode
     assert {name for name in model.state_dict() if name.startswith("encoder.")} <= list_stored_tensors(model)
 
 
-def test_load_casts_half_precision_weights_to_the_requested_dtype(saved_model, tmp_path):
+def test_load_casts_half_precision_weights_to_the_requested_precision(saved_model, tmp_path):
     model, _ = saved_model
     folder = save(model, tmp_path / "half", dtype=torch.bfloat16)
     weights = load_file(folder / WEIGHTS_FILE)
     floating_tensors = [tensor for tensor in weights.values() if tensor.is_floating_point()]
     assert {tensor.dtype for tensor in floating_tensors} == {torch.bfloat16}
-    reloaded = load(folder, dtype=torch.float32)
+    reloaded = load(folder, precision=torch.float32)
     assert torch.equal(reloaded.task_tokens, model.task_tokens.bfloat16().float())
 
 

@@ -231,9 +231,9 @@ def test_load_rejects_weights_that_overflow_float16(folder):
     tensors = load_file(folder / WEIGHTS_FILE)
     tensors["task_tokens"].fill_(1e6)
     save_file(tensors, folder / WEIGHTS_FILE)
-    load(folder, dtype=torch.bfloat16)
+    load(folder, precision=torch.bfloat16)
     with pytest.raises(InputError, match=r"float16, which is too small for it .*task_tokens"):
-        load(folder, dtype=torch.float16)
+        load(folder, precision=torch.float16)
 
 
 # --- a bare name is a name --------------------------------------------------------------------------------------------

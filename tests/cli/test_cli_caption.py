@@ -276,7 +276,7 @@ def test_caption_results_do_not_depend_on_batch_size(caption_to_records, write_i
 
 def test_caption_supports_half_precision_dtypes(caption_to_records, write_image):
     for dtype in ("bfloat16", "float16"):
-        assert len(caption_to_records(write_image("a.png"), "--box", "0,0,9,9", "--dtype", dtype)) == 1
+        assert len(caption_to_records(write_image("a.png"), "--box", "0,0,9,9", "--precision", dtype)) == 1
 
 
 def test_caption_caps_max_new_tokens_at_model_context(caption_to_records, write_image):

@@ -68,7 +68,7 @@ def model_arguments(checkpoint):
         (*BOX_ARGUMENTS, "--out", "a.png"): "cannot write a.png: File exists; choose another folder",
         (*BOX_ARGUMENTS, "--out", "a.png/o"): "cannot write a.png/o: Not a directory",
         (*BOX_ARGUMENTS, "--task", "recogntion"): "Did you mean 'recognition'?",
-        (*BOX_ARGUMENTS, "--dtype", "bfloat61"): "Did you mean 'bfloat16'?",
+        (*BOX_ARGUMENTS, "--precision", "bfloat61"): "Did you mean 'bfloat16'?",
         (*BOX_ARGUMENTS, "--device", "gpu"): "device 'gpu' is not available",
         (*BOX_ARGUMENTS, "--device", "cuda:99"): "device 'cuda:99' is not available",
         (*BOX_ARGUMENTS, "--device", "meta"): "device 'meta' is not available",

@@ -146,7 +146,7 @@ def test_model_pool_rejects_options_of_entered_names(tmp_path, monkeypatch):
     (tmp_path / "my model=1").symlink_to(zoo.get_entry("sca-tiny").folder)
     pool = ModelPool("cpu", None, [listed_name], allow_any_model=True)
     untrusted_name = "crop-captioner encoder={name='./evil',trust_remote_code=true}"
-    for name in (untrusted_name, "sca-tiny dtype=float16", "./evil trust_remote_code=true"):
+    for name in (untrusted_name, "sca-tiny precision=float16", "./evil trust_remote_code=true"):
         with pytest.raises(ValueError, match="has options; enter the name only"), pool.acquire_scheduler(name):
             pass
     for name in (listed_name, "sca-tiny", "sam-vit-b+blip-base", str(tmp_path / "my model=1")):

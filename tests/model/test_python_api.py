@@ -27,15 +27,15 @@ def assert_one_line_error(function, pattern):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "half16"}, "unknown dtype 'half16'. Choose from: float32, bfloat16, float16"),
-        ({"dtype": torch.int64}, "unknown dtype 'torch.int64'"),
+        ({"precision": "half16"}, "unknown precision 'half16'. Choose from: float32, bfloat16, float16"),
+        ({"precision": torch.int64}, "unknown precision 'int64'"),
         ({"device": "gpu"}, "device 'gpu' is not available .* Did you mean 'cuda'"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not available"),
         ({"device": None}, "device 'None' is not available"),
     ],
 )
 @pytest.mark.parametrize("load", [sca.load, sca.load_captioner])
-def test_load_rejects_unknown_devices_and_dtypes(load, options, message):
+def test_load_rejects_unknown_devices_and_precisions(load, options, message):
     assert_one_line_error(lambda: load("sca-tiny", **options), message)
 
 
@@ -45,8 +45,8 @@ def test_compose_and_captioners_reject_unknown_devices(device):
     assert_one_line_error(lambda: sca.load_captioner("blip-base", device=device), f"device '{device}' is not available")
 
 
-def test_load_and_save_accept_dtype_names(model, tmp_path):
-    assert sca.load("sca-tiny", dtype="float16").task_tokens.dtype == torch.float16
+def test_load_and_save_accept_names_of_dtypes(model, tmp_path):
+    assert sca.load("sca-tiny", precision="float16").task_tokens.dtype == torch.float16
     sca.save(model, tmp_path / "model", dtype="bfloat16")
     with pytest.raises(ValueError, match=r"unknown dtype 'f16'\. Did you mean 'float16'"):
         sca.save(model, tmp_path / "other", dtype="f16")
@@ -149,7 +149,11 @@ MODEL_TABLE = {"encoder": "tiny-vit", "mixer": "query", "language_model": "tiny-
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("load", {"source": "sca-tiny", "torch_dtype": "float16"}, "no argument 'torch_dtype'. Did you mean 'dtype'"),
+        (
+            "load",
+            {"source": "sca-tiny", "torch_dtype": "float16"},
+            "no argument 'torch_dtype'. Did you mean 'precision'",
+        ),
         ("load", {"pretrained_model_name_or_path": "sca-tiny"}, "Did you mean 'source'"),
         ("save", {"save_directory": "out"}, "Did you mean 'folder'"),
         ("build", {"specs": None}, "Did you mean 'spec'"),
@@ -194,7 +198,7 @@ def test_compose_accepts_the_table_of_a_spec():
 
 
 def test_load_captioner_suggests_arguments_and_options():
-    assert_one_line_error(lambda: sca.load_captioner("sca-tiny", torch_dtype="float16"), "Did you mean 'dtype'")
+    assert_one_line_error(lambda: sca.load_captioner("sca-tiny", torch_dtype="float16"), "Did you mean 'precision'")
     assert_one_line_error(lambda: sca.load_captioner("sca-tiny", allow_externals=True), "Did you mean 'allow_external'")
 
 

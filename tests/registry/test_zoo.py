@@ -38,7 +38,7 @@ def test_zoo_suggests_a_model_for_a_typo():
 
 
 def test_describe_domain_lists_models_for_photographs_smallest_first():
-    for name, domain in (("sca-tiny", "synthetic scenes"), ("sca-street dtype=bfloat16", "street photographs")):
+    for name, domain in (("sca-tiny", "synthetic scenes"), ("sca-street precision=bfloat16", "street photographs")):
         line = zoo.describe_domain(name)
         assert line.startswith(f"{name.partition(' ')[0]} is trained on {domain} only; for photographs: ")
         sizes = [

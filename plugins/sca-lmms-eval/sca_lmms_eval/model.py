@@ -25,7 +25,7 @@ class SegmentCaptionAnything(lmms):
         max_batch_size: Ignored.
         prompt_type: "box" for the field `bbox` of the documents, "mask" for `segmentation`.
         zoom: "auto", "off", or the area of the largest region to zoom into, in grid cells.
-        dtype: Floating-point type of the model.
+        precision: Precision of the model, see `sca.load`.
         num_beams: Number of beams.
         max_new_tokens: Maximum number of tokens per caption.
         trust_remote_code: Allow a checkpoint to run its own code.
@@ -40,7 +40,7 @@ class SegmentCaptionAnything(lmms):
         max_batch_size: Any = None,
         prompt_type: str = "box",
         zoom: ZoomValue = DEFAULT_ZOOM,
-        dtype: str | None = None,
+        precision: str | None = None,
         num_beams: int | None = None,
         max_new_tokens: int | None = None,
         trust_remote_code: bool = False,
@@ -58,7 +58,7 @@ class SegmentCaptionAnything(lmms):
             device or str(self.accelerator.device),
             trust_remote_code=trust_remote_code,
             allow_external=allow_external,
-            **({"dtype": dtype} if dtype else {}),
+            **({"precision": precision} if precision else {}),
         )
         self.generation = resolve_generation_options(self.captioner, num_beams=num_beams, max_new_tokens=max_new_tokens)
         self.zoom = resolve_zoom(self.captioner, zoom)
