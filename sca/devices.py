@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 DEVICE_EXAMPLES = "cpu, cuda, cuda:1, mps"
 DTYPES = ("float32", "bfloat16", "float16")
-PRECISIONS = DTYPES
+PRECISIONS = (*DTYPES, "int8", "auto")
 
 
 def resolve_device(name: str | torch.device, allow_meta: bool = False) -> torch.device:

@@ -22,12 +22,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from sca.builder import build, resolve_components
 from sca.checkpoints.tensors import list_stored_tensors
+from sca.devices import PRECISIONS, resolve_precision
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.inference.zoom import CROPS_PER_BATCH
 from sca.io.validation import check_range
 from sca.model import SegmentCaptioner, count_rows_per_call
 from sca.nn.two_way_transformer import TwoWayTransformer
 from sca.plan_cache import GIB, MAX_PLANNED_REGIONS, Plan, resolve_gpu_memory
+from sca.precision import set_precision
 from sca.stage_costs import CONSTANT_TYPES, CallCost, MemoryTracker, StageMeter
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def plan_model(
         regions_per_image: Regions per image.
         max_new_tokens: Tokens per caption.
         training: Estimate a training step instead of captioning.
-        precision: One of `PRECISIONS`; in training, dtype of autocast.
+        precision: One of `PRECISIONS` except "auto", which depends on the machine; in training, dtype of autocast.
         gpu: Name out of `GPU_MEMORY_GIB`, or memory in GiB; None for no limit.
         on_gpu: Use the code paths of a GPU even if `gpu` is None.
         zoom_crops: Crops per image that zoom encodes; at most one per region. Must be 0 in training. For models with
@@ -70,7 +72,8 @@ def plan_model(
 
     Raises:
         RegistryError: As in `sca.build`, or the GPU or the precision is unknown.
-        ValueError: A count is out of range, or the model branches on the content of its tensors.
+        ValueError: A count is out of range, the precision cannot be planned, or the model branches on the content of
+            its tensors.
     """
     counts = {"batch_size": batch_size, "regions_per_image": regions_per_image, "max_new_tokens": max_new_tokens}
     for name, count in counts.items():
@@ -78,6 +81,7 @@ def plan_model(
     check_range("zoom_crops", zoom_crops, int, 0)
     if training and zoom_crops:
         raise ValueError(f"zoom_crops is {zoom_crops}, but training has no zoom; omit zoom_crops, or plan captioning")
+    check_planned_precision(precision, training)
     memory_budget = None if gpu is None else int(resolve_gpu_memory(gpu) * GIB * USABLE_MEMORY_FRACTION)
     model = build(spec, "meta")
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.group_parameters().items()}
@@ -89,7 +93,9 @@ def plan_model(
     if on_gpu or gpu is not None:  # a GPU computes all regions of a chunk together
         for module in _find_two_way_transformers(model):
             module.max_elements_per_chunk = 2**62
-    dtype = getattr(torch, precision)
+    dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
+    if precision == "int8":
+        set_precision(model, precision)
     meter = _CostMeter(model if training else model.to(dtype).requires_grad_(False), dtype)
     measure = meter.measure_training_step if training else partial(meter.measure_inference, zoom_crops=zoom_crops)
     try:
@@ -121,6 +127,25 @@ def plan_model(
         max_regions_per_image=max_regions,
         zoom_crops=zoom_crops,
     )
+
+
+def check_planned_precision(precision: str, training: bool) -> None:
+    """Check that a precision is known before the model runs and, in training, that it has gradients.
+
+    Args:
+        precision: One of `PRECISIONS`.
+        training: Whether a training step is planned.
+
+    Raises:
+        RegistryError: The precision is unknown.
+        ValueError: It cannot be planned.
+    """
+    resolve_precision(precision)
+    if precision == "auto":
+        choices = ", ".join(PRECISIONS[:-1])
+        raise ValueError(f"the precision auto depends on the machine; plan one of {choices}")
+    if precision == "int8" and training:
+        raise ValueError("int8 layers have no gradients; plan training with precision float32 or bfloat16")
 
 
 def _count_float32_bytes(tensor: Tensor) -> int:

@@ -133,11 +133,18 @@ def _count_product_flops(_: Any, left: Any, right: Any, *args: Any, **kwargs: An
     return bmm_flop(left, right)
 
 
-UNCOUNTED_FLOPS = {  # attention on a CPU, and in-place products
+def _count_int8_linear_flops(inputs: Any, scale: float, zero_point: int, weight: Any, *args: Any, **kwargs: Any) -> int:
+    """Count the operations of an int8 product of these shapes, (N, I) x (I, O)."""
+    return 2 * inputs[0] * inputs[1] * weight[1]
+
+
+UNCOUNTED_FLOPS = {  # attention on a CPU, int8 products, and in-place products
     torch.ops.aten.baddbmm_: _count_product_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_attention_backward_flops,
 }
+if hasattr(torch.ops.onednn, "qlinear_pointwise"):  # of builds with oneDNN, see `sca.nn.int8_linear`
+    UNCOUNTED_FLOPS[torch.ops.onednn.qlinear_pointwise] = _count_int8_linear_flops
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from sca.captioners.region_captioner import ScoredText, check_aspect_ratio
-from sca.devices import resolve_precision
+from sca.devices import DTYPES, resolve_precision
 from sca.io.dummy_processors import build_dummy_processor
 from sca.io.hub import (
     compute_weights_fingerprint,
@@ -25,6 +25,7 @@ from sca.io.processors import load_processor
 from sca.language_models.causal import extract_new_tokens
 from sca.language_models.token_usage import count_tokens
 from sca.model import check_finite_scores
+from sca.precision import set_precision
 
 CAPTION_ONLY_MODELS = ("blip", "git")  # model types that continue a text but take no questions
 PATCH_INDICES = "image_token_pooling"  # input of Molmo 2: indices into the patches of all images, -1 for none
@@ -50,7 +51,7 @@ class ImageTextModel:
             stored with the weights.
         config: Fields of the configuration, including `model_type`.
         device: Device of the model.
-        precision: Data type of the weights. By default float32 on a CPU, and that of the stored weights elsewhere.
+        precision: Precision, see `sca.load`. By default float32 on a CPU, and that of the stored weights elsewhere.
         batch_size: Images per forward pass. It limits memory and does not change results.
 
     Raises:
@@ -75,7 +76,8 @@ class ImageTextModel:
         self.revision = revision
         self.batch_size = batch_size
         target_device = torch.device(device)
-        dtype_name = precision or ("float32" if target_device.type == "cpu" else "auto")
+        default_dtype = "float32" if target_device.type == "cpu" else "auto"
+        dtype_name = precision if precision in DTYPES else default_dtype
         if self.weights:
             model: Any = load_pretrained(
                 AutoModelForImageTextToText,
@@ -91,6 +93,7 @@ class ImageTextModel:
             model = initialize_model(AutoModelForImageTextToText, model_config)
             model = model if dtype_name == "auto" else model.to(getattr(torch, dtype_name))
         self.model: Any = model.to(target_device).eval()  # `PreTrainedModel` with `generate`
+        set_precision(self.model, precision)
         self.tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)
         self.model_type: str = model.config.model_type
         self.eos_token_ids: list[int] = self._find_eos_token_ids()

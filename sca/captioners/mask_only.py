@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sca_registry
-import torch
 from sca_registry.spec import ComponentSpec
 
 from sca.captioners.region_captioner import RegionCaptioner, RegionView, ScoredText, resolve_generation_options
-from sca.devices import resolve_precision
 from sca.inference.engine import REGION_BATCH_SIZE, EncodedImages
+from sca.precision import set_precision
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ class MaskOnly(RegionCaptioner):
     Args:
         encoder: Encoder whose segmenter predicts the masks, see `RegionCaptioner`.
         device: Device of the encoder and the segmenter.
-        precision: Data type of the weights, such as "float16"; None for float32.
+        precision: Precision of the encoder and the segmenter, see `sca.load`; None for float32.
         region_batch_size: Regions per batch of the segmenter. Affects memory, not results.
 
     Raises:
@@ -49,8 +48,7 @@ class MaskOnly(RegionCaptioner):
         is_built = ComponentSpec.from_dict(encoder, "encoder").name in sca_registry.encoders
         if is_built and getattr(self.model.segmenter, "checkpoint", None) is None:
             logger.warning("sca: the segmenter has random weights, so its masks have no meaning")
-        precision = resolve_precision(precision)
-        self.model.to(dtype=precision and getattr(torch, precision))
+        set_precision(self.model, precision)
         self.region_batch_size = region_batch_size
         self.metadata: dict[str, Any] = {"captioner": "none", "encoder": encoder, "precision": precision}
 

@@ -28,6 +28,7 @@ from sca.io.errors import InputError
 from sca.io.hub import silence_transformers
 from sca.io.weight_files import SAFETENSORS_FILE, format_first_names
 from sca.model import SegmentCaptioner
+from sca.precision import check_has_float_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +58,9 @@ def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
     Raises:
         InputError: The layout does not support the model.
         OutputError: The folder cannot be written.
+        ValueError: The model has int8 layers.
     """
+    check_has_float_weights(model, "exported")
     problem = _find_unpublishable(model)
     if problem:
         raise InputError(f"the original SCA layout does not support {problem}")
@@ -91,7 +94,9 @@ def write_language_model(model: SegmentCaptioner, folder: Path) -> Path:
 
     Raises:
         OutputError: The folder cannot be written.
+        ValueError: The model has int8 layers.
     """
+    check_has_float_weights(model, "exported")
     causal_model = merge_lora(_get_causal_model(model))
     with write_folder(folder) as draft, silence_transformers():
         causal_model.save_pretrained(draft)

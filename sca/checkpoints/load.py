@@ -37,6 +37,7 @@ from sca.io.atomic import get_previous_folder
 from sca.io.errors import InputError
 from sca.io.hub import fetch_model_folder, find_local_folder, is_cached, resolve_local_path, suggest_path
 from sca.model import SegmentCaptioner
+from sca.precision import set_precision
 
 HUB_ID_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 MAX_MESSAGE_LENGTH = 600  # characters of an error message about a checkpoint
@@ -63,7 +64,9 @@ def load(
         source: Model name, Hub id, or folder. A folder is a `Path`, or a string that contains a path separator, such as
             "./model" or "runs/x/model".
         device: Device of the model.
-        precision: Data type of floating-point tensors, such as "float16". Defaults to each component's own dtype.
+        precision: "float32", "bfloat16" or "float16" for all floating-point tensors; "int8" for the wide linear layers,
+            on a CPU; "auto" for the fastest on this device, see `sca.precision.set_precision`. Defaults to each
+            component's own dtype.
         trust_remote_code: Allow the checkpoint to run its own code. Use only for checkpoints from authors you trust.
         allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs.
             For example, your own checkpoints may refer to weights that are stored elsewhere. Does not let
@@ -77,7 +80,8 @@ def load(
         TypeError: Unknown keyword argument; the message suggests the closest one.
         InputError: The checkpoint cannot be read, needs `trust_remote_code` or `allow_external` and it is not set, has
             NaN or infinite weights, or has missing or unexpected tensors.
-        ValueError: The device is not available, or the precision is unknown.
+        ValueError: The device is not available, or the precision is unknown or not
+            supported on it.
     """
     trust = Trust(trust_remote_code, allow_external)
     return _load_model(source, resolve_device(device), resolve_precision(precision), trust, revision)
@@ -126,7 +130,8 @@ def _load_model(
         else:
             model = load_native_checkpoint(folder, spec, with_uncertainty)
         check_finite_weights(model, str(folder))
-        model = model.to(device=device, dtype=precision and getattr(torch, precision)).eval()
+        model = model.to(device=device).eval()
+        set_precision(model, precision)
         if precision == "float16":
             check_finite_weights(model, f"{folder} in float16, which is too small for it (use bfloat16 or float32),")
     return model

@@ -49,6 +49,7 @@ from sca.io.validation import check_object
 from sca.io.weight_files import describe_run_folder, hash_tensors
 from sca.language_models.hf import load_tokenizer
 from sca.model import SegmentCaptioner
+from sca.precision import check_has_float_weights
 
 if TYPE_CHECKING:
     from sca.language_models.causal import TextTokenizer
@@ -95,12 +96,13 @@ def save(
     Raises:
         TypeError: Unknown keyword argument; the message suggests the closest one.
         OutputError: The folder contains other files, or cannot be written.
-        ValueError: The model is not a `SegmentCaptioner`, or the dtype is unknown.
+        ValueError: The model is not a `SegmentCaptioner` or has int8 layers, or the dtype is unknown.
     """
     if not isinstance(model, SegmentCaptioner):
         raise ValueError(
             f"an object of type {type(model).__name__} cannot be saved; pass a model, such as `predictor.model`"
         )
+    check_has_float_weights(model, "saved")
     folder, dtype = Path(folder), resolve_dtype(dtype)
     check_writable(folder)
     with write_folder(folder, CHECKPOINT_CONTENT) as draft:

@@ -37,6 +37,7 @@ from sca.io.weight_files import SAFETENSORS_FILE
 from sca.language_models.pam_prompts import PROMPT_TEMPLATE, TASK_PROMPTS
 from sca.mixers.semantic_perceiver import SemanticPerceiverMixer
 from sca.model import SegmentCaptioner
+from sca.precision import check_has_float_weights
 from sca.segmenters.sam2 import Sam2Segmenter
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ def write_pam_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
     Raises:
         InputError: The layout does not support the model.
         OutputError: The folder cannot be written.
+        ValueError: The model has int8 layers.
     """
+    check_has_float_weights(model, "exported")
     problem = _find_unsupported(model)
     if problem:
         raise InputError(f"the layout of PAM does not support {problem}")

@@ -20,6 +20,7 @@ from sca.cli.image_runs import (
     find_input_images,
     parse_formats,
     report_domain,
+    report_precision,
     report_prompts,
 )
 from sca.cli.options import (
@@ -374,6 +375,8 @@ def _caption_locally(
 
     out, quiet, model = options["out"], options["quiet"], options["model"]
     captioner = BatchCaptioner(job, region_source)
+    if not quiet:
+        report_precision(job.precision, captioner.captioner)
     with ExitStack() as outputs:
         writers = journal = None
         if out == "-":

@@ -18,6 +18,7 @@ from sca.cli.image_runs import (
     find_input_images,
     parse_formats,
     report_domain,
+    report_precision,
     report_prompts,
 )
 from sca.cli.options import (
@@ -139,6 +140,8 @@ def find(
     from sca.output.formats import PIXEL_FORMATS
 
     finder = BatchFinder(job, region_source, text, top, threshold)
+    if not quiet:
+        report_precision(job.precision, finder.captioner)
     keeps_images = bool(out and set(formats) & set(PIXEL_FORMATS))
     matches: list[Match] = []
     num_done = 0

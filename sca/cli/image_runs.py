@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sca.cli.options import check_option_choice, print_stderr
+from sca.devices import DTYPES
 from sca.io.text import format_count
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+    from sca_registry.contracts import Captioner
 
     from sca.inference.batch import CaptionResults, Failure
     from sca.inference.caption_job import RegionSource
@@ -89,6 +91,12 @@ def collect_run_settings(command_options: Mapping[str, Any], input_files: Iterab
     }
     hashes = {str(path): compute_file_hash(path) for path in input_files}
     return {"images": command_options["images"], **options, "files": hashes}
+
+
+def report_precision(precision: str | None, captioner: Captioner) -> None:
+    """Report on stderr the layers that a precision other than a data type applies to."""
+    if precision not in (None, *DTYPES) and (description := getattr(captioner, "precision", None)):
+        print_stderr(f"precision {precision}: {description}")
 
 
 def report_domain(model: str) -> None:

@@ -176,7 +176,8 @@ def check_zoom_option(value: str) -> str:
 Precision = Annotated[
     str | None,
     typer.Option(
-        help="Precision of the model: float32, bfloat16 or float16. Defaults to the checkpoint's.",
+        help="Precision of the model: float32, bfloat16, float16, int8 (linear layers, on a CPU) or auto (the fastest "
+        "on this device). Defaults to the checkpoint's.",
         callback=check_precision,
         rich_help_panel="Model",
     ),

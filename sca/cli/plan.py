@@ -55,7 +55,7 @@ def plan(
     precision: Annotated[
         str,
         typer.Option(
-            help="Precision of the model, or of autocast with --train: float32, bfloat16 or float16.",
+            help="Precision of the model: float32, bfloat16, float16 or int8; with --train, that of autocast.",
             callback=check_precision,
             rich_help_panel="Workload",
         ),

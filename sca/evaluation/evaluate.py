@@ -549,12 +549,13 @@ def _resolve_captioner(model: Any, device: str, trust_options: Mapping[str, bool
 
 
 def _get_captioner_identity(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the spec, weights and generation options, which distinguish captioners of the same name."""
+    """Return the spec, weights, precision and generation options, which distinguish captioners of the same name."""
     weights_hash = getattr(captioner, "weights_hash", None)
     if isinstance(captioner, Engine):
         spec = captioner.model.spec
         return {
             "weights_hash": weights_hash,
+            "precision": captioner.precision,
             "spec": spec.to_dict(),
             "generation": {**spec.generation, **generation},
         }

@@ -39,6 +39,7 @@ from sca.language_models.questions import LENGTH_REQUESTS, EncodedQuestion
 from sca.language_models.token_usage import count_tokens, get_eos_token_ids
 from sca.model import NON_FINITE_HINT, SegmentCaptioner, count_rows_per_call
 from sca.nn.masks import select_best_masks
+from sca.precision import describe_precision
 from sca.uncertainty import pool_features
 
 if TYPE_CHECKING:
@@ -166,6 +167,11 @@ class MaskEngine(ABC):
         if self.model is None:
             raise AttributeError("a captioner without a segmenter has no device")
         return next(self.model.parameters()).device
+
+    @property
+    def precision(self) -> str | None:
+        """Precision of the model, see `describe_precision`; None if the captioner needs no segmenter."""
+        return None if self.model is None else describe_precision(self.model)
 
     @property
     def tasks(self) -> tuple[str, ...]:
