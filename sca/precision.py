@@ -212,11 +212,11 @@ def _measure_speedups(layers: Mapping[Shape, nn.Module], candidates: Sequence[st
 
 def _time_alternately(functions: Sequence[Callable[[], Any]]) -> list[float]:
     """Return the minimum seconds of each function; the first round is a warm-up."""
-    rounds = []
-    for _ in range(PROBE_REPEATS + 1):
-        rounds.append([])
-        for function in functions:
+    seconds: list[list[float]] = [[] for _ in functions]
+    for repeat in range(PROBE_REPEATS + 1):
+        for function, function_seconds in zip(functions, seconds, strict=True):
             start = time.perf_counter()
             function()
-            rounds[-1].append(time.perf_counter() - start)
-    return [min(each) for each in zip(*rounds[1:], strict=True)]
+            if repeat:
+                function_seconds.append(time.perf_counter() - start)
+    return [min(function_seconds) for function_seconds in seconds]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sca.cli.options import PanelCommand
+from sca.cli.options import PanelCommand, Precision
 from sca.devices import DTYPES, resolve_device
 
 if TYPE_CHECKING:
@@ -263,6 +263,7 @@ def speedup(
         str,
         typer.Option(help="Data type of the weights: float32, bfloat16 or float16.", rich_help_panel=MODEL),
     ] = "float32",
+    precision: Precision = None,
     time_budget: Annotated[
         float, typer.Option(help="Start no part after this many seconds.", min=1.0, rich_help_panel=RUNTIME)
     ] = math.inf,
@@ -296,12 +297,81 @@ def speedup(
         num_repeats,
         device,
         dtype,
+        precision,
         time_budget,
     )
     rows = print_table(run_comparisons(choose_parts(parts or ()), settings))
     if out:
         measurements = {key: value for key, value in asdict(settings).items() if key != "time_budget"}
         measurements |= {"rows": [convert_row_to_dict(row) for row in rows], "environment": collect_environment(device)}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, f"{json.dumps(measurements, indent=1)}\n")
+
+
+@app.command("precision", cls=PanelCommand)
+def compare_precision(
+    model: Annotated[str, typer.Argument(help="Model: a name from `sca list models`, or a checkpoint folder.")],
+    dataset: Annotated[str, typer.Argument(help="Dataset, such as scenes or coco.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Dataset options, such as root=FOLDER.")
+    ] = None,
+    precisions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--precision",
+            help="Precision to compare with float32: auto, bfloat16, float16 or int8. Repeatable.  [default: int8]",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    min_width: Annotated[
+        int,
+        typer.Option(
+            help="Minimum number of inputs and outputs of an int8 layer; 1 converts the layers of a small model, too.",
+            min=1,
+            rich_help_panel=MODEL,
+        ),
+    ] = 384,
+    split: Annotated[str, typer.Option(help="Dataset split.", rich_help_panel=WORKLOAD)] = "val",
+    num_images: Annotated[
+        int | None, typer.Option(help="Maximum number of images.", min=1, rich_help_panel=WORKLOAD)
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Metrics, comma-separated. Defaults to all metrics that the data supports.", rich_help_panel=METRICS
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the measurements.", rich_help_panel=OUTPUT)] = None,
+) -> None:
+    """Measure what a precision changes: masks, captions, scores and the CPU time per image.
+
+    Compares predictions for the boxes of a dataset with those in float32.
+    """
+    from dataclasses import asdict
+    from tempfile import TemporaryDirectory
+
+    from sca_registry.spec import ComponentSpec
+
+    from sca.cli.options import check_precision, parse_component_options, print_table, split_names
+    from sca.io.atomic import write_file
+    from sca_bench.precision_comparison import build_table, compare_precisions
+    from sca_bench.worker import collect_environment
+
+    names = precisions or ["int8"]
+    for name in names:
+        check_precision(name)
+    component = ComponentSpec(dataset, parse_component_options("dataset", dataset, options or ()))
+    with TemporaryDirectory(prefix="sca-precision-") as folder:
+        rows = list(
+            compare_precisions(
+                model, component, split, names, Path(folder), num_images, min_width, split_names(metrics or "") or None
+            )
+        )
+    print_table(build_table(model, f"{dataset} {split}", rows))
+    if out:
+        measurements = {"model": model, "dataset": component.to_dict(), "split": split, "num_images": num_images}
+        measurements |= {"min_width": min_width, "rows": [asdict(row) | {"speedup": row.speedup} for row in rows]}
+        measurements |= {"environment": collect_environment("cpu")}
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, f"{json.dumps(measurements, indent=1)}\n")
 

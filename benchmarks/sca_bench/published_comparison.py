@@ -20,11 +20,13 @@ regions that it captions; the comparison is then between rates.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -40,6 +42,7 @@ from sca.inference.engine import REGION_BATCH_SIZE
 from sca.language_models.questions import EncodedQuestion
 from sca.model import SegmentCaptioner, count_rows_per_call
 from sca.nn.two_way_transformer import TwoWayTransformer
+from sca.precision import describe_precision, set_precision
 from sca_bench.timing import make_random_inputs, make_training_batch, synchronize
 from sca_bench.worker import run_measurement
 
@@ -77,6 +80,7 @@ class ComparisonSettings:
         num_repeats: Repeats of each implementation after a warm-up; the fastest counts.
         device: A torch device.
         dtype: Data type of the weights and activations.
+        precision: Precision of our implementation in the part "captions", see `sca.load`; None for `dtype`.
         time_budget: Seconds after which no comparison starts.
         pam_model: Encoder, mixer and language model of the comparison with PAM.
     """
@@ -89,12 +93,21 @@ class ComparisonSettings:
     num_repeats: int = 3
     device: str = "cpu"
     dtype: str = "float32"
+    precision: str | None = None
     time_budget: float = math.inf
     pam_model: Mapping[str, Any] = field(default_factory=lambda: MEDIUM_PAM_MODEL)
 
     def prepare_model(self, model: SegmentCaptioner) -> SegmentCaptioner:
         """Move a model to the device and data type, in eval mode."""
         return model.to(device=self.device, dtype=getattr(torch, self.dtype)).eval()
+
+    def convert_model(self, model: SegmentCaptioner) -> SegmentCaptioner:
+        """Return a copy of a model in the precision of our implementation, or the model itself without one."""
+        if self.precision is None:
+            return model
+        converted = copy.deepcopy(model)
+        set_precision(converted, self.precision)
+        return converted
 
 
 @contextmanager
@@ -186,11 +199,12 @@ def compare_captioning(model: SegmentCaptioner, settings: ComparisonSettings) ->
     num_captions, num_published_captions = len(prompts), len(published_prompts)
     num_published_images = int(published_prompts.image_index[-1]) + 1
     token_ids: dict[str, Tensor] = {}
+    converted = settings.convert_model(model)
     with torch.inference_mode():
         features = model.encode(pixels)
 
         def caption_here() -> None:
-            token_ids["ours"] = generate_ids(model, features, prompts, REGION_BATCH_SIZE, generate_together=True)
+            token_ids["ours"] = generate_ids(converted, features, prompts, REGION_BATCH_SIZE, generate_together=True)
 
         def caption_published() -> None:
             with use_published_procedure(model):
@@ -202,14 +216,18 @@ def compare_captioning(model: SegmentCaptioner, settings: ComparisonSettings) ->
                     generate_together=False,
                 )
 
-        seconds, published_seconds, encoding_seconds = time_alternately(
-            settings, caption_here, caption_published, lambda: model.encode(pixels)
+        encoders = [converted] if converted is model else [converted, model]
+        seconds, published_seconds, *all_encoding_seconds = time_alternately(
+            settings, caption_here, caption_published, *(partial(each.encode, pixels) for each in encoders)
         )
+    encoding_seconds, published_encoding_seconds = all_encoding_seconds[0], all_encoding_seconds[-1]
     share_identical = float(
         (token_ids["ours"][:num_published_captions] == token_ids["published"]).all(dim=1).float().mean()
     )
     note = f"{num_images} x {num_regions} regions, {num_published_captions} original; identical: {share_identical:.1%}"
-    published_total_seconds = published_seconds + encoding_seconds * num_published_images / num_images
+    if settings.precision:
+        note += f"; {settings.precision}: {describe_precision(converted)}"
+    published_total_seconds = published_seconds + published_encoding_seconds * num_published_images / num_images
     return [
         (
             "captions of encoded images",
@@ -224,6 +242,19 @@ def compare_captioning(model: SegmentCaptioner, settings: ComparisonSettings) ->
             num_captions / (seconds + encoding_seconds),
             num_published_captions / published_total_seconds,
             note,
+        ),
+        *(
+            [
+                (
+                    "encoding",
+                    "images/s",
+                    num_images / encoding_seconds,
+                    num_images / published_encoding_seconds,
+                    "both ours",
+                )
+            ]
+            if settings.precision
+            else []
         ),
     ]
 
