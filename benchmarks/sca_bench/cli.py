@@ -369,9 +369,15 @@ def compare_precision(
         )
     print_table(build_table(model, f"{dataset} {split}", rows))
     if out:
-        measurements = {"model": model, "dataset": component.to_dict(), "split": split, "num_images": num_images}
-        measurements |= {"min_width": min_width, "rows": [asdict(row) | {"speedup": row.speedup} for row in rows]}
-        measurements |= {"environment": collect_environment("cpu")}
+        measurements = {
+            "model": model,
+            "dataset": component.to_dict(),
+            "split": split,
+            "num_images": num_images,
+            "min_width": min_width,
+            "rows": [asdict(row) | {"speedup": row.speedup} for row in rows],
+            "environment": collect_environment("cpu"),
+        }
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, f"{json.dumps(measurements, indent=1)}\n")
 

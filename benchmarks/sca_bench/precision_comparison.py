@@ -107,7 +107,8 @@ def compare_precisions(
         engine = Engine(converted)
         comparison = compare_runs(baseline_folder, predict(engine, precision), metrics)
         timed_samples = list(islice(map(samples.__getitem__, range(len(samples))), NUM_TIMED_IMAGES))
-        yield _make_row(precision, engine, comparison, time_alternately([engine, baseline], timed_samples))
+        seconds, baseline_seconds = time_alternately([engine, baseline], timed_samples)
+        yield _make_row(precision, engine, comparison, (seconds, baseline_seconds))
 
 
 def _make_row(
@@ -134,11 +135,15 @@ def _make_row(
 
 def list_scores_outside(comparison: RunComparison) -> list[str]:
     """Return the names of the scores of the second run outside the 95% confidence interval of the first run's score."""
-    intervals = {each.name: (each.ci_low, each.ci_high) for each in comparison.first.scoring.scores if not each.control}
+    intervals = {
+        each.name: (each.ci_low, each.ci_high)
+        for each in comparison.first.scoring.scores
+        if each.control is None and each.ci_low is not None and each.ci_high is not None
+    }
     return [
         each.name
         for each in comparison.differences
-        if (interval := intervals[each.name])[0] is not None and not interval[0] <= each.second <= interval[1]
+        if each.name in intervals and not intervals[each.name][0] <= each.second <= intervals[each.name][1]
     ]
 
 

@@ -25,7 +25,7 @@ from sca.io.processors import load_processor
 from sca.language_models.causal import extract_new_tokens
 from sca.language_models.token_usage import count_tokens
 from sca.model import check_finite_scores
-from sca.precision import set_precision
+from sca.precision import describe_precision, set_precision
 
 CAPTION_ONLY_MODELS = ("blip", "git")  # model types that continue a text but take no questions
 PATCH_INDICES = "image_token_pooling"  # input of Molmo 2: indices into the patches of all images, -1 for none
@@ -100,8 +100,9 @@ class ImageTextModel:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Fingerprint of the weights; {"weights": None} for random weights."""
-        return compute_weights_fingerprint(self.weights, self.revision) if self.weights else {"weights": None}
+        """Fingerprint of the weights, {"weights": None} for random weights, and the precision."""
+        fingerprint = compute_weights_fingerprint(self.weights, self.revision) if self.weights else {"weights": None}
+        return {**fingerprint, "precision": describe_precision(self.model)}
 
     @torch.inference_mode()
     def generate_texts(self, inputs: Sequence[ImageTextInput], num_beams: int, max_new_tokens: int) -> list[ScoredText]:

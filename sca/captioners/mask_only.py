@@ -50,7 +50,7 @@ class MaskOnly(RegionCaptioner):
             logger.warning("sca: the segmenter has random weights, so its masks have no meaning")
         set_precision(self.model, precision)
         self.region_batch_size = region_batch_size
-        self.metadata: dict[str, Any] = {"captioner": "none", "encoder": encoder, "precision": precision}
+        self.metadata: dict[str, Any] = {"captioner": "none", "encoder": encoder, "precision": self.precision}
 
     def caption_regions(
         self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
