@@ -150,7 +150,7 @@ class ResamplerLayer(nn.Module):
 def _attend_by_image(query: Tensor, image_index: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attend from (N, heads, T, d) queries to their images, without copying keys and values for each region."""
     outputs = torch.empty_like(query)
-    for index, rows in iter_rows_by_image(image_index):
+    for index, rows in iter_rows_by_image(image_index, len(keys)):
         image_queries = query[rows]  # (n, heads, T, d)
         # all queries of an image form one sequence
         flat_queries = image_queries.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, heads, n T, d)

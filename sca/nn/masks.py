@@ -26,7 +26,7 @@ def pool_under_masks(image_embeddings: Tensor, image_index: Tensor, weights: Ten
     weights = F.adaptive_avg_pool2d(weights, (height, width)).flatten(1) + 1e-4
     weights = (weights / weights.sum(1, keepdim=True)).to(image_embeddings.dtype)
     means = image_embeddings.new_empty(len(weights), image_embeddings.shape[1])
-    for index, rows in iter_rows_by_image(image_index):
+    for index, rows in iter_rows_by_image(image_index, len(image_embeddings)):
         means[rows] = weights[rows] @ image_embeddings[index].flatten(1).T
     return means
 

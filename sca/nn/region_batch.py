@@ -37,17 +37,35 @@ def concat_segmenter_outputs(outputs: Sequence[SegmenterOutput]) -> SegmenterOut
     return replace(outputs[0], dense_embeddings=dense_embeddings, **per_region)
 
 
-def iter_rows_by_image(image_index: Tensor) -> Iterator[tuple[int, slice]]:
+def is_cpu_inference(values: Tensor) -> bool:
+    """Return whether a tensor is on a CPU and is neither differentiated nor traced by `torch.export`."""
+    return values.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
+def split_rows(num_rows: int, rows_per_chunk: int | None) -> list[slice]:
+    """Return consecutive slices of rows; None keeps all rows in one slice, whatever their number."""
+    if rows_per_chunk is None:
+        return [slice(None)]
+    step = max(rows_per_chunk, 1)
+    return [slice(start, start + step) for start in range(0, num_rows, step)]
+
+
+def iter_rows_by_image(image_index: Tensor, num_images: int) -> Iterator[tuple[int, slice]]:
     """Yield each image that has regions, with the slice of its rows.
 
-    This synchronizes with an accelerator once; boolean masks would synchronize once per image.
+    This synchronizes with an accelerator once, and not at all for one image; boolean masks would synchronize once per
+    image.
 
     Args:
         image_index: (N,) image of each region, sorted.
+        num_images: Images B of the batch.
 
     Yields:
         The index of an image and the slice of its rows.
     """
+    if num_images == 1 and len(image_index):
+        yield 0, slice(None)
+        return
     start = 0
     for index, group in groupby(image_index.tolist()):
         end = start + len(list(group))

@@ -34,7 +34,7 @@ def roi_align(features: Tensor, image_index: Tensor | None, boxes: Tensor, outpu
         pooled_rows = (row_weights @ cells.flatten(2)).unflatten(2, cells.shape[2:])  # (N, output_size, w, D)
         return (column_weights.unsqueeze(1) @ pooled_rows).permute(0, 3, 1, 2)
     pooled = features.new_empty(len(boxes), features.shape[1], output_size, output_size)
-    for index, rows in iter_rows_by_image(image_index):
+    for index, rows in iter_rows_by_image(image_index, len(features)):
         pooled[rows] = torch.einsum("nih,dhw,njw->ndij", row_weights[rows], features[index], column_weights[rows])
     return pooled
 

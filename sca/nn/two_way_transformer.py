@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from transformers import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer
 
+from sca.nn.region_batch import is_cpu_inference, split_rows
+
 GridProjection = tuple[Tensor, Tensor]
 
 
@@ -65,12 +67,13 @@ class TwoWayForward(nn.Module):
         projections = [_build_grid_projection(layer, positions) for layer in self._blocks]
         final_projection = _build_key_value_projection(self.final_attn_token_to_image, positions)
         shared_projected = None if image_index is None else _project_cells(cells, *projections[0])  # (B, P, 3I)
-        chunk_size = len(tokens)
-        if _should_fuse(grid):  # keep the grids of a chunk in the CPU cache
-            chunk_size = self.max_elements_per_chunk // (cells.shape[1] * cells.shape[2])
+        if not len(tokens):
+            return tokens, grid[:0] if return_grids else None
+        rows_per_chunk = None
+        if is_cpu_inference(grid):  # keep the grids of a chunk in the CPU cache
+            rows_per_chunk = self.max_elements_per_chunk // (cells.shape[1] * cells.shape[2])
         token_chunks, grid_chunks = [], []
-        for start in range(0, len(tokens), max(chunk_size, 1)):
-            chunk = slice(start, start + max(chunk_size, 1))
+        for chunk in split_rows(len(tokens), rows_per_chunk):
             rows = chunk if image_index is None else image_index[chunk]
             first_projected = None if shared_projected is None else _select_rows(shared_projected, rows)
             queries, keys = self._forward_chunk(
@@ -79,8 +82,6 @@ class TwoWayForward(nn.Module):
             token_chunks.append(queries)
             if return_grids:
                 grid_chunks.append(keys)
-        if not token_chunks:
-            return tokens, grid[:0] if return_grids else None
         if not return_grids:
             return torch.cat(token_chunks), None
         keys = torch.cat(grid_chunks) if len(grid_chunks) > 1 else grid_chunks[0]
@@ -197,7 +198,7 @@ def _build_grid(attention: SamAttention, tokens: Tensor, cells: Tensor, projecti
     """Return grids (N, P, D) for tokens (N, T, D), projected unless projecting the tokens takes fewer operations."""
     weight, bias = projection
     num_projections = len(weight) // attention.internal_dim
-    if len(cells) == 1 and _should_fuse(cells):
+    if len(cells) == 1 and is_cpu_inference(cells):
         num_rows = attention.num_attention_heads * tokens.shape[1]
         if num_rows * cells.shape[2] <= attention.internal_dim * (cells.shape[2] + tokens.shape[1]):
             key_positions, _, *query_positions = bias.chunk(num_projections, dim=-1)
@@ -205,15 +206,12 @@ def _build_grid(attention: SamAttention, tokens: Tensor, cells: Tensor, projecti
     return _ProjectedGrid(*_project_cells(cells, weight, bias).chunk(num_projections, dim=-1))
 
 
-def _should_fuse(grid: Tensor) -> bool:
-    """Return whether to use the fused code path, which is faster in CPU inference only."""
-    return grid.device.type == "cpu" and not torch.is_grad_enabled()
-
-
 def _select_rows(values: Tensor, rows: Tensor | slice) -> Tensor:
     """Select rows of `values`; a view if all rows are the same."""
     if isinstance(rows, slice):
         return values[rows]
+    if len(values) == 1:
+        return values.expand(len(rows), -1, -1)
     if values.device.type == "cpu" and len(rows) and bool((rows == rows[0]).all()):
         return values[int(rows[0])].expand(len(rows), -1, -1)
     return values[rows]
@@ -259,7 +257,7 @@ def _update_cells(
     # On a CPU, cells are the last dimension, since a softmax over the few tokens would leave SIMD registers mostly
     # empty. The output projection is applied to the tokens, so that one matrix product updates the cells.
     token_keys, token_values = attention.k_proj(keys), attention.v_proj(values)
-    if not _should_fuse(cells):
+    if not is_cpu_inference(cells):
         assert isinstance(grid, _ProjectedGrid)
         assert grid.cell_queries is not None
         return cells + _compute_attention(attention, grid.cell_queries, token_keys, token_values)
@@ -275,7 +273,7 @@ def _update_cells(
 
 def _project_cells(cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Project cells (N, P, D) to keys and values for the tokens and queries of the cells, (N, P, 3I)."""
-    if len(cells) == 1 and _should_fuse(cells):
+    if len(cells) == 1 and is_cpu_inference(cells):
         return torch.addmm(bias, cells[0], weight.T).unsqueeze(0)
     return F.linear(cells, weight) + bias
 

@@ -27,6 +27,7 @@ from sca.io.validation import check_range, check_type
 from sca.nn.boxes import rasterize_boxes
 from sca.nn.feature_packing import count_packed_channels, unpack_feature_maps
 from sca.nn.masks import masks_to_boxes, select_best_masks
+from sca.nn.region_batch import is_cpu_inference, split_rows
 from sca.nn.two_way_transformer import TwoWayTransformer, build_decoder_config
 
 SAM_HIDDEN_SIZE = 256  # D of all published checkpoints
@@ -304,12 +305,12 @@ class SamSegmenter(nn.Module):
         Returns:
             Mask logits (N, M + 1, 4h, 4w) and predicted IoU (N, M + 1). The first mask is the single mask.
         """
-        chunk_size = max(1, len(grid))
-        if grid.device.type == "cpu" and not torch.is_grad_enabled():  # upscaled grids are 8 times larger
-            chunk_size = max(1, UPSCALE_ELEMENTS_PER_CHUNK // max(1, grid[:1].numel()))
-        chunks = [slice(start, start + chunk_size) for start in range(0, max(1, len(grid)), chunk_size)]
+        rows_per_chunk = None
+        if is_cpu_inference(grid) and len(grid):  # upscaled grids are 8 times larger
+            rows_per_chunk = UPSCALE_ELEMENTS_PER_CHUNK // grid[0].numel()
         masks = [
-            self.predict_masks(tokens[chunk], grid[chunk], image_index[chunk], high_res_features) for chunk in chunks
+            self.predict_masks(tokens[chunk], grid[chunk], image_index[chunk], high_res_features)
+            for chunk in split_rows(len(grid), rows_per_chunk)
         ]
         return torch.cat(masks), self.decoder.iou_prediction_head(tokens[:, 0])
 
