@@ -63,9 +63,12 @@ class ModelStructure:
         layers before the output projection apply.
         """
         rows = states.reshape(1, states[..., 0].numel(), states.shape[-1])
-        patched_model = _replace_module(model, self.body_name.split("."), _PassThroughBody(self.output_class))
-        logits = type(model).forward(patched_model, inputs_embeds=rows, use_cache=False).logits
+        logits = type(model).forward(self.build_head(model), inputs_embeds=rows, use_cache=False).logits
         return logits.reshape(*states.shape[:-1], logits.shape[-1])
+
+    def build_head(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return a copy of a model that shares its tensors and whose body returns `inputs_embeds` as hidden states."""
+        return _replace_module(model, self.body_name.split("."), _PassThroughBody(self.output_class))
 
 
 class _PassThroughBody(nn.Module):
@@ -79,7 +82,7 @@ class _PassThroughBody(nn.Module):
         return self.output_class(last_hidden_state=inputs_embeds)
 
 
-def _replace_module(module: nn.Module, path: Sequence[str], replacement: nn.Module) -> nn.Module:
+def _replace_module(module: Any, path: Sequence[str], replacement: nn.Module) -> Any:
     """Return a shallow copy of a module with one submodule replaced; both share all tensors."""
     if not path:
         return replacement
