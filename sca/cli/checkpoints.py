@@ -191,7 +191,8 @@ def export(
         str,
         typer.Option(
             help="Layout: published (the original SCA layout), pam (that of Perceive Anything), portable (the native "
-            "layout with copies of external weights) or lm (language model only, LoRA merged).",
+            "layout with copies of external weights), lm (language model only, LoRA merged) or onnx (graphs for ONNX "
+            "Runtime).",
             rich_help_panel="Output",
         ),
     ] = "published",
@@ -201,10 +202,12 @@ def export(
     """Export a checkpoint to another layout.
 
     The layout published is that of the original SCA, and the layout pam that of Perceive Anything. A portable
-    checkpoint loads without --allow-external on any machine. The layout lm contains the language model only.
+    checkpoint loads without --allow-external on any machine. The layout lm contains the language model only. The layout
+    onnx requires the extra onnx, and runs without torch.
     """
     from sca.checkpoints.export import write_language_model, write_published_checkpoint
     from sca.checkpoints.load import load
+    from sca.checkpoints.onnx_export import write_onnx_graphs
     from sca.checkpoints.pam_export import write_pam_checkpoint
     from sca.checkpoints.portable import write_portable_checkpoint
     from sca.io.atomic import check_folder_replaceable
@@ -214,6 +217,7 @@ def export(
         "pam": write_pam_checkpoint,
         "portable": write_portable_checkpoint,
         "lm": write_language_model,
+        "onnx": write_onnx_graphs,
     }
     check_option_choice("layout", layout, list(writers))
     check_folder_replaceable(out)
