@@ -18,7 +18,7 @@ from sca_registry.contracts import COMPONENT_KINDS
 from sca_registry.spec import ModelSpec
 
 import sca
-from sca.cli import app
+from sca.cli import build_app
 from sca.evaluation.predictions import CONTROLS, PROMPT_TYPES
 from sca.evaluation.protocol import list_protocols
 from sca.output.formats import OUTPUT_FORMATS
@@ -69,7 +69,7 @@ def is_plugin(registry, name):
 
 
 def list_commands():
-    parser = typer.main.get_command(app)
+    parser = typer.main.get_command(build_app())
     return [f"sca {name}" for name in parser.commands if name not in ("data", "bench", "plugin")]
 
 

@@ -16,7 +16,7 @@ from sca_registry.contracts import COMPONENT_KINDS
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 
 import sca
-from sca.cli import app
+from sca.cli import build_app
 
 MARKER_PATTERN = re.compile(r"<!-- generated: ([a-z]+) -->")
 OUTSIDE_LINK_PATTERN = re.compile(r"\[([^\]]*)\]\(\.\./[^)]*\)")
@@ -40,7 +40,7 @@ def render_help() -> str:
         else:
             lines.extend([f"## {name}", "", "```text", command.get_help(context).rstrip(), "```", ""])
 
-    add_command(typer.main.get_command(app), "sca")
+    add_command(typer.main.get_command(build_app()), "sca")
     return "\n".join(lines)
 
 

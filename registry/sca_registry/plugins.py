@@ -89,7 +89,7 @@ def get_builtin_registrations(plural: str) -> tuple[Registration, ...]:
     Returns:
         Offers in the order of the card file.
     """
-    origin = _get_builtin_origin()
+    origin = get_builtin_origin()
     return tuple(Registration(card, origin) for card in read_builtin_cards(plural).values())
 
 
@@ -117,8 +117,11 @@ def refresh_plugins() -> None:
         get_builtin_registrations,
         find_plugin_registrations,
         is_extra_installed,
-        _get_builtin_origin,
+        is_installed,
+        get_builtin_origin,
         _find_distributions,
+        _make_origin,
+        _read_requirements,
     ):
         cached_function.cache_clear()
 
@@ -134,15 +137,21 @@ def is_extra_installed(distribution: str, extra: str) -> bool | None:
     Returns:
         Whether the extra is installed, or None.
     """
-    from importlib.metadata import PackageNotFoundError, metadata
-
-    try:
-        requirements = metadata(distribution).get_all("Requires-Dist") or []
-    except PackageNotFoundError:
-        return None
+    requirements = _read_requirements(distribution)
     pattern = re.compile(rf"""([\w.-]+)[^;]*;\s*extra\s*==\s*['"]{re.escape(extra)}['"]\s*""")
     distributions = [match[1] for match in map(pattern.fullmatch, requirements) if match]
     return all(map(is_installed, distributions)) if distributions else None
+
+
+@functools.cache
+def _read_requirements(distribution_name: str) -> tuple[str, ...]:
+    """Return the requirements of a distribution, those of all extras included; none if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        return tuple(distribution(distribution_name).requires or ())
+    except PackageNotFoundError:
+        return ()
 
 
 def is_same_distribution(one: str, other: str) -> bool:
@@ -150,19 +159,21 @@ def is_same_distribution(one: str, other: str) -> bool:
     return re.sub(r"[-_.]+", "-", one).lower() == re.sub(r"[-_.]+", "-", other).lower()
 
 
-def is_installed(distribution: str) -> bool:
+@functools.cache
+def is_installed(distribution_name: str) -> bool:
     """Return whether a distribution is installed."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import PackageNotFoundError, distribution
 
     try:
-        version(distribution)
+        distribution(distribution_name)
     except PackageNotFoundError:
         return False
     return True
 
 
 @functools.cache
-def _get_builtin_origin() -> Origin:
+def get_builtin_origin() -> Origin:
+    """Return the name, version, summary and license of this distribution."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:
@@ -188,6 +199,7 @@ def _find_distributions() -> tuple[Distribution, ...]:
     return tuple(distributions_by_name.values())
 
 
+@functools.cache
 def _make_origin(distribution: Distribution) -> Origin:
     metadata = cast("Message", distribution.metadata)  # its annotated type has no `get`
     return Origin(

@@ -11,31 +11,16 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from sca.allocator import keep_freed_memory
-from sca.cli import (
-    calibrate,
-    caption,
-    checkpoints,
-    compare,
-    convert,
-    data,
-    demo,
-    evaluate,
-    find,
-    listing,
-    plan,
-    plugins,
-    serve,
-    train,
-)
-from sca.cli.options import PanelCommand, print_stderr
+from sca.cli.options import PanelCommand, print_line, print_stderr
 from sca.cli.plugin_commands import EVALUATION_PANEL, CommandGroup
 from sca.io.errors import DifferentRunError
 from sca.io.terminal import guard_terminal
@@ -45,55 +30,37 @@ from sca.torchvision_fix import find_torchvision_error
 if TYPE_CHECKING:
     import io
 
-app: typer.Typer = typer.Typer(
-    name="sca",
-    cls=CommandGroup,
-    help="Segment and caption regions of images with interchangeable components.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {  # by the panel of `sca --help`
+# by the panel of `sca --help`: name -> function or typer app, in a module of this package
+COMMANDS: dict[str, dict[str, str]] = {
     "Caption and serve": {
-        "caption": caption.caption,
-        "find": find.find,
-        "demo": demo.demo,
-        "serve": serve.serve,
-        "convert": convert.convert,
-        "view": convert.view,
+        "caption": "caption:caption",
+        "find": "find:find",
+        "demo": "demo:demo",
+        "serve": "serve:serve",
+        "convert": "convert:convert",
+        "view": "convert:view",
     },
     EVALUATION_PANEL: {
-        "data": data.app,
-        "train": train.train,
-        "evaluate": evaluate.evaluate,
-        "score": evaluate.score,
-        "compare": compare.compare,
-        "calibrate": calibrate.calibrate,
-        "report": compare.report,
+        "data": "data:app",
+        "train": "train:train",
+        "evaluate": "evaluate:evaluate",
+        "score": "evaluate:score",
+        "compare": "compare:compare",
+        "calibrate": "calibrate:calibrate",
+        "report": "compare:report",
     },
     "Models and checkpoints": {
-        "list": listing.list_names,
-        "show": listing.show,
-        "plan": plan.plan,
-        "pull": checkpoints.pull,
-        "push": checkpoints.push,
-        "import": checkpoints.import_,
-        "export": checkpoints.export,
+        "list": "listing:list_names",
+        "show": "listing:show",
+        "plan": "plan:plan",
+        "pull": "checkpoints:pull",
+        "push": "checkpoints:push",
+        "import": "checkpoints:import_",
+        "export": "checkpoints:export",
     },
-    "Plugins and diagnostics": {"plugin": plugins.app, "check": plugins.check, "doctor": plugins.doctor},
+    "Plugins and diagnostics": {"plugin": "plugins:app", "check": "plugins:check", "doctor": "plugins:doctor"},
 }
-
-
-def _add_commands() -> None:
-    for panel, commands in COMMANDS.items():
-        for name, command in commands.items():
-            if isinstance(command, typer.Typer):
-                app.add_typer(command, name=name, rich_help_panel=panel)
-            else:
-                app.command(name, cls=PanelCommand, rich_help_panel=panel)(command)
-
-
-_add_commands()
-
+COMMAND_NAMES: frozenset[str] = frozenset(name for commands in COMMANDS.values() for name in commands)
 COMPLETION_VARIABLE = "_SCA_COMPLETE"  # set by the shell that requests completions
 # Shells do not expand ~ in --out=~/x, and programs that call this one expand it in no argument.
 HOME_PATTERN = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")
@@ -113,11 +80,48 @@ OPTION_HINTS = {  # options of transformers, peft and SAM -> what to use here
 }
 
 
-@app.callback()
+def build_app(names: Collection[str] = COMMAND_NAMES) -> typer.Typer:
+    """Build the command-line interface.
+
+    Args:
+        names: Commands to import and add.
+
+    Returns:
+        The typer app.
+    """
+    app = typer.Typer(
+        name="sca",
+        cls=CommandGroup,
+        help="Segment and caption regions of images with interchangeable components.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        callback=_define_app_options,
+    )
+    for panel, commands in COMMANDS.items():
+        for name, location in commands.items():
+            if name in names:
+                module, _, attribute = location.partition(":")
+                command = getattr(import_module(f"sca.cli.{module}"), attribute)
+                if isinstance(command, typer.Typer):
+                    app.add_typer(command, name=name, rich_help_panel=panel)
+                else:
+                    app.command(name, cls=PanelCommand, rich_help_panel=panel)(command)
+    return app
+
+
+def _print_version(is_requested: bool) -> None:
+    """Print the version and exit."""
+    if is_requested:
+        from sca_registry.plugins import get_builtin_origin
+
+        print_line(f"sca {get_builtin_origin().version}")
+        raise typer.Exit()
+
+
 def _define_app_options(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Show the version and exit.", callback=listing.print_version, is_eager=True),
+        typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
     pass
@@ -127,7 +131,7 @@ def main() -> None:
     """Run one command, or complete one for the shell, and exit with its status."""
     guard_terminal()
     if COMPLETION_VARIABLE in os.environ:
-        typer.main.get_command(app).main(prog_name="sca")
+        typer.main.get_command(build_app()).main(prog_name="sca")
     if sys.stdout:
         # characters that the terminal cannot encode are escaped
         cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
@@ -171,7 +175,7 @@ def _record_interrupts() -> Iterator[list[int]]:
 
 
 def _run_command(arguments: list[str], interrupts: list[int]) -> int:
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(build_app(_choose_commands(arguments)))
     arguments = [HOME_PATTERN.sub(lambda match: match[1] + os.path.expanduser(match[2]), each) for each in arguments]
     try:
         with command.make_context("sca", list(arguments)) as context:
@@ -198,6 +202,11 @@ def _run_command(arguments: list[str], interrupts: list[int]) -> int:
             else f"{describe_error(error)}{remedy}"
         )
         return 2
+
+
+def _choose_commands(arguments: Sequence[str]) -> Collection[str]:
+    """Return the command that is run, or all commands for help, options and unknown names."""
+    return arguments[:1] if arguments and arguments[0] in COMMAND_NAMES else COMMAND_NAMES
 
 
 def _report_interrupt() -> int:

@@ -184,13 +184,6 @@ def _print_facts(facts: dict[str, Any]) -> None:
             print_line(f"  {option} = {'(required)' if value is ... else value}")
 
 
-def print_version(is_requested: bool) -> None:
-    """Print the version and exit (--version)."""
-    if is_requested:
-        print_line(f"sca {_get_builtin_facts()['version']}")
-        raise typer.Exit()
-
-
 def _resolve_kind(name: str) -> str:
     """Return the plural of a kind; raise RegistryError, with the closest one, if it is unknown."""
     from sca_registry.contracts import COMPONENT_KINDS
@@ -261,9 +254,7 @@ def _describe_interface(declared: Mapping[str, Any], defaults: Mapping[str, Any]
 
 def _entry_to_dict(entry: Any) -> dict[str, Any]:
     """Convert an entry to plain JSON; options that JSON cannot represent are written as Python literals."""
-    facts = asdict(entry)
-    facts["options"] = {key: _convert_to_json_value(value) for key, value in facts["options"].items()}
-    return facts
+    return vars(entry) | {"options": {key: _convert_to_json_value(value) for key, value in entry.options.items()}}
 
 
 def _describe_zoo_model(name: str) -> dict[str, Any]:
@@ -339,11 +330,10 @@ def _describe_recipes() -> list[dict[str, Any]]:
 
 
 def _get_builtin_facts() -> dict[str, str]:
-    from importlib.metadata import version
+    from sca_registry.plugins import get_builtin_origin
 
-    from sca_registry.plugins import BUILTIN_DISTRIBUTION
-
-    return {"distribution": BUILTIN_DISTRIBUTION, "version": version(BUILTIN_DISTRIBUTION), "state": "ok", "reason": ""}
+    origin = get_builtin_origin()
+    return {"distribution": origin.name, "version": origin.version, "state": "ok", "reason": ""}
 
 
 def _convert_to_json_value(value: Any) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,6 +94,7 @@ Host = Annotated[str, typer.Option(help="Address to bind. Use 0.0.0.0 for all in
 MaxPixels = Annotated[int, typer.Option(help="Maximum number of pixels per image.", min=1, rich_help_panel="Limits")]
 METRIC_OPTIONS_HELP = "Metric options, such as references=first, tokenizer=plain or semantic.model=FOLDER."
 STDIN_PATH = "/dev/stdin"
+MIN_FILE_WIDTH = 200  # columns of a table that is not printed to a terminal
 TYPE_NAMES = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER", "path": "PATH"}
 TYPE_PATTERN = re.compile(r"<(?:list\[)?(str|int|float|path)(?: range)?\]?>", re.IGNORECASE)
 
@@ -102,6 +104,11 @@ class PanelCommand(TyperCommand):
 
     Arguments are shown in capitals, such as `IMAGE...`, and types as TEXT, INTEGER, NUMBER or PATH.
     """
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters: list[Any] = super().get_params(ctx)
+        defer_validation(parameters)
+        return parameters
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         arguments = [each for each in self.get_params(ctx) if each.param_type_name == "argument"]
@@ -118,6 +125,37 @@ class PanelCommand(TyperCommand):
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+
+
+def defer_validation(parameters: Iterable[Any]) -> None:
+    """Let typer validate only values that can be invalid, because its validators import pydantic.
+
+    Args:
+        parameters: Parameters of a command.
+    """
+    for parameter in parameters:
+        descriptor = getattr(parameter, "type_descriptor", None)  # of versions of typer that use pydantic
+        if descriptor is not None and not (parameter.multiple or parameter.nargs == -1):
+            is_text = descriptor.annotation is str and descriptor.parameter_info.parser is None
+            parameter.get_runtime_param = partial(_DeferredValidator, parameter, is_text)
+
+
+class _DeferredValidator:
+    """Validator of a parameter: that of typer, except for a missing value and ASCII text, which are always valid.
+
+    Args:
+        parameter: Parameter of typer.
+        is_text: Whether the value is a string.
+    """
+
+    def __init__(self, parameter: Any, is_text: bool):
+        self.parameter = parameter
+        self.is_text = is_text
+
+    def coerce(self, value: Any, **context: Any) -> Any:
+        if value is None or (self.is_text and value.isascii()):
+            return value
+        return type(self.parameter).get_runtime_param(self.parameter).coerce(value, **context)
 
 
 def _format_argument(argument: Any) -> str:
@@ -306,11 +344,16 @@ def print_json(value: Any) -> None:
 
 def print_table(table: Table) -> None:
     """Print a table on standard output; without a terminal, it is at least 200 columns wide for searching."""
+    if not table.has_frame:
+        width = shutil.get_terminal_size().columns
+        width = width if sys.stdout.isatty() else max(width, MIN_FILE_WIDTH)
+        print("\n".join(table.format_lines(width)), flush=True)
+        return
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
-        console.width = max(console.width, 200)
+        console.width = max(console.width, MIN_FILE_WIDTH)
     with console.capture() as captured:
         console.print(table)
     print(captured.get(), end="", flush=True)

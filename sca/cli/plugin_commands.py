@@ -14,6 +14,7 @@ import typer
 from sca_registry.plugins import Registration, find_plugin_registrations
 from typer.core import TyperCommand, TyperGroup
 
+from sca.cli.options import defer_validation
 from sca.hints import COMMAND_HINTS
 
 COMMAND_GROUP = "sca_commands"
@@ -38,6 +39,7 @@ class CommandGroup(TyperGroup):
         for parameter in parameters:
             if parameter.name == "show_completion":
                 parameter.help = SHOW_COMPLETION_HELP
+        defer_validation(parameters)
         return parameters
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

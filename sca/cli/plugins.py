@@ -219,15 +219,12 @@ def _find_unknown_groups() -> list[str]:
 
 def _find_command_problems() -> list[str]:
     """Return the problems of plugin commands that cannot be used; nothing is imported."""
-    from sca.cli import app
+    from sca.cli import COMMAND_NAMES
     from sca.cli.plugin_commands import find_command_problem, find_plugin_commands
 
-    builtin_commands = {command.name for command in app.registered_commands} | {
-        group.name for group in app.registered_groups
-    }
     problems = []
     for name, registrations in find_plugin_commands().items():
-        if name in builtin_commands:
+        if name in COMMAND_NAMES:
             problems += [
                 f"{each.origin}: the command {name!r} is built in; rename the command of the plugin"
                 for each in registrations

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 import threading
 import traceback
+import unicodedata
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -17,18 +19,20 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 DOCUMENT_WHITESPACE = "\n\t"  # kept in texts of several lines
+COLUMN_GAP = "  "
+MIN_WRAP_WIDTH = 20  # a wrapped column does not get narrower
 
 
 @dataclass
 class Table:
-    """Table for `sca.cli.options.print_table` or rich. Cells, title and notes are plain text without markup.
+    """Table for `sca.cli.options.print_table`. Cells, title and notes are plain text without markup.
 
     Attributes:
         columns: Headings; the header is hidden if all are empty.
-        title: Title.
+        title: Title of a table with a frame.
         right_aligned: Columns that are right-aligned.
-        notes: Lines below the table.
-        has_frame: Whether to draw lines.
+        notes: Lines below a table with a frame.
+        has_frame: Whether to draw lines, with rich. Tables without a frame do not import it.
         rows: Cells by row.
     """
 
@@ -43,6 +47,35 @@ class Table:
         """Append a row of cells."""
         self.rows.append(cells)
 
+    def format_lines(self, max_width: int) -> list[str]:
+        """Format a table without a frame; the widest column is wrapped to fit.
+
+        Args:
+            max_width: Maximum width in cells of a terminal.
+
+        Returns:
+            Lines, safe for a terminal.
+        """
+        header = [self.columns] if any(self.columns) else []
+        rows = [[escape_terminal(cell) for cell in row] for row in (*header, *self.rows)]
+        widths = [max(map(_measure_width, cells)) for cells in zip(*rows, strict=True)]
+        widest = widths.index(max(widths))
+        excess = sum(widths) + len(COLUMN_GAP) * (len(widths) - 1) - max_width
+        if excess > 0:
+            widths[widest] = max(MIN_WRAP_WIDTH, widths[widest] - excess)
+        return [line for row in rows for line in self._format_row(row, widths, widest)]
+
+    def _format_row(self, row: Sequence[str], widths: Sequence[int], wrapped_column: int) -> list[str]:
+        is_right_aligned = [name in self.right_aligned for name in self.columns]
+        blank_row = [""] * len(row)
+        lines = []
+        for index, part in enumerate(_wrap_cell(row[wrapped_column], widths[wrapped_column])):
+            cells = [*(blank_row if index else row)]
+            cells[wrapped_column] = part
+            padded_cells = map(_pad_cell, cells, widths, is_right_aligned)
+            lines.append(COLUMN_GAP.join(padded_cells).rstrip())
+        return lines
+
     def __rich__(self) -> RichTable:
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -50,13 +83,11 @@ class Table:
         def make_safe_text(text: str) -> Text:
             return Text(escape_terminal(text))
 
-        frame: dict[str, Any] = {} if self.has_frame else {"box": None, "pad_edge": False}
         table = RichTable(
             title=make_safe_text(self.title) if self.title else None,
             caption=Text("\n").join(map(make_safe_text, self.notes)) if self.notes else None,
             caption_justify="left",
             show_header=any(self.columns),
-            **frame,
         )
         for column in self.columns:
             table.add_column(
@@ -65,6 +96,27 @@ class Table:
         for row in self.rows:
             table.add_row(*map(make_safe_text, row))
         return table
+
+
+def _measure_width(text: str) -> int:
+    """Return the number of cells of a terminal that a text occupies: two per wide character, none per accent."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        for character in text
+    )
+
+
+def _wrap_cell(text: str, width: int) -> list[str]:
+    """Wrap a text to a width in cells; a text of wide characters to half as many characters."""
+    is_wide = _measure_width(text) > len(text)
+    return textwrap.wrap(text, width // 2 if is_wide else width) if _measure_width(text) > width else [text]
+
+
+def _pad_cell(text: str, width: int, is_right_aligned: bool) -> str:
+    padding = " " * (width - _measure_width(text))
+    return padding + text if is_right_aligned else text + padding
 
 
 def guard_terminal() -> None:

@@ -135,7 +135,7 @@ def test_commands_print_only_through_the_options_module():
             ):
                 calls.append((file.name, ast.unparse(node)))
     expected_counts = {
-        "options.py": 6,  # complain, print_line, print_document, print_json, print_table and its console
+        "options.py": 7,  # complain, print_line, print_document, print_json, print_table twice and its console
         "__init__.py": 1,  # typer's own usage
         "image_runs.py": 1,  # progress bars, without text from elsewhere
         "evaluate.py": 1,

@@ -82,7 +82,7 @@ def test_python_blocks_run_page_by_page(tmp_path):
 @pytest.mark.parametrize("command", list_commands("sca"))
 def test_command_has_known_options_of_the_right_type(command):
     _, *arguments = shlex.split(command)
-    parser = typer.main.get_command(cli.app)
+    parser = typer.main.get_command(cli.build_app())
     with parser.make_context("sca", [*arguments]) as context:
         _, parser, arguments = parser.resolve_command(context, arguments)
     while hasattr(parser, "commands"):
