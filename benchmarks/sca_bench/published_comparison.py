@@ -26,14 +26,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from sca_registry.contracts import Prompt, PromptBatch
 from sca_registry.errors import make_unknown_name_error
 from torch import Tensor
+from transformers import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
 import sca
@@ -41,7 +42,8 @@ from sca.checkpoints.pam import MODEL_FIELDS
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.language_models.questions import EncodedQuestion
 from sca.model import SegmentCaptioner, count_rows_per_call
-from sca.nn.two_way_transformer import TwoWayTransformer
+from sca.nn.parameters import share_parameters
+from sca.nn.two_way_transformer import TwoWayBlock, TwoWayTransformer
 from sca.precision import describe_precision, set_precision
 from sca_bench.timing import make_random_inputs, make_training_batch, synchronize
 from sca_bench.worker import run_measurement
@@ -110,6 +112,24 @@ class ComparisonSettings:
         return converted
 
 
+@lru_cache(maxsize=8)
+def load_library_transformer(transformer: TwoWayTransformer) -> SamTwoWayTransformer:
+    """Return transformers' two-way transformer with the parameters of ours, which are not copied."""
+    block = cast("TwoWayBlock", transformer.layers[0])
+    config = SamMaskDecoderConfig(
+        hidden_size=block.mlp.lin1.in_features,
+        mlp_dim=block.mlp.lin1.out_features,
+        num_hidden_layers=len(transformer.layers),
+        num_attention_heads=block.self_attn.num_attention_heads,
+        layer_norm_eps=block.layer_norm1.eps,
+    )
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        library_transformer = SamTwoWayTransformer(config)
+    share_parameters(transformer, library_transformer)
+    return library_transformer.eval()
+
+
 @contextmanager
 def use_published_procedure(model: SegmentCaptioner) -> Iterator[None]:
     """Make the model compute as the original SCA code inside the context."""
@@ -123,8 +143,7 @@ def use_published_procedure(model: SegmentCaptioner) -> Iterator[None]:
         return_grids: bool = True,
     ) -> tuple[Tensor, Tensor]:
         grid = grid if image_index is None else grid[image_index]
-        fused, keys = SamTwoWayTransformer.forward(
-            self,
+        fused, keys = load_library_transformer(self)(
             tokens.unsqueeze(1),
             grid,
             positional_encoding.unsqueeze(0),

@@ -1,28 +1,90 @@
 """SAM's two-way transformer: tokens attend to an image grid, and the grid attends to the tokens.
 
-The block is that of Segment Anything (arXiv 2304.02643), built from transformers' modules. SCA (arXiv 2312.00869)
-stacks a second, deeper one on SAM's as its text feature mixer.
+The block is that of Segment Anything (arXiv 2304.02643). SCA (arXiv 2312.00869) stacks a second, deeper one on SAM's as
+its text feature mixer.
 
-The parameters are those of transformers, but the forward is optimized, because nearly all of the work is on the grids
-of the regions: each layer projects a grid once for keys, values and queries; the positional encoding is projected once
-for all regions; and while regions share the grid of their image, it is projected once per image. In CPU inference,
-grids to which few tokens attend are not projected at all: the tokens are projected to the width of the grid instead.
+The parameters have the names that transformers gives them, but the forward is optimized, because nearly all of the work
+is on the grids of the regions: each layer projects a grid once for keys, values and queries; the positional encoding is
+projected once for all regions; and while regions share the grid of their image, it is projected once per image. In CPU
+inference, grids to which few tokens attend are not projected at all: the tokens are projected to the width of the grid
+instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import SamMaskDecoderConfig
-from transformers.models.sam.modeling_sam import SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer
 
 from sca.nn.region_batch import is_cpu_inference, split_rows
 
 GridProjection = tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """Projections of an attention layer.
+
+    Args:
+        hidden_size: Width D of inputs and outputs.
+        inner_size: Width I of queries, keys and values.
+        num_heads: Attention heads.
+    """
+
+    def __init__(self, hidden_size: int, inner_size: int, num_heads: int):
+        super().__init__()
+        self.num_attention_heads = num_heads
+        self.q_proj: nn.Linear = nn.Linear(hidden_size, inner_size)
+        self.k_proj: nn.Linear = nn.Linear(hidden_size, inner_size)
+        self.v_proj: nn.Linear = nn.Linear(hidden_size, inner_size)
+        self.out_proj: nn.Linear = nn.Linear(inner_size, hidden_size)
+
+
+class Mlp(nn.Module):
+    """MLP with one hidden layer and ReLU.
+
+    Args:
+        hidden_size: Width D of inputs and outputs.
+        mlp_dim: Width of the hidden layer.
+    """
+
+    def __init__(self, hidden_size: int, mlp_dim: int):
+        super().__init__()
+        self.lin1: nn.Linear = nn.Linear(hidden_size, mlp_dim)
+        self.lin2: nn.Linear = nn.Linear(mlp_dim, hidden_size)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Apply the MLP: (..., D) -> (..., D)."""
+        return self.lin2(F.relu(self.lin1(values)))
+
+
+class TwoWayBlock(nn.Module):
+    """Modules of a layer of the two-way transformer.
+
+    Args:
+        hidden_size: Width D; that of cross-attention is half of it.
+        num_heads: Attention heads.
+        mlp_dim: MLP width.
+        layer_norm_eps: Epsilon of the LayerNorms.
+        skip_first_layer_pe: Whether self-attention has neither a residual connection nor positions, as in the first
+            layer.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_dim: int, layer_norm_eps: float, skip_first_layer_pe: bool
+    ):
+        super().__init__()
+        self.self_attn: Attention = Attention(hidden_size, hidden_size, num_heads)
+        self.layer_norm1: nn.LayerNorm = nn.LayerNorm(hidden_size, layer_norm_eps)
+        self.cross_attn_token_to_image: Attention = Attention(hidden_size, hidden_size // 2, num_heads)
+        self.layer_norm2: nn.LayerNorm = nn.LayerNorm(hidden_size, layer_norm_eps)
+        self.mlp: Mlp = Mlp(hidden_size, mlp_dim)
+        self.layer_norm3: nn.LayerNorm = nn.LayerNorm(hidden_size, layer_norm_eps)
+        self.layer_norm4: nn.LayerNorm = nn.LayerNorm(hidden_size, layer_norm_eps)
+        self.cross_attn_image_to_token: Attention = Attention(hidden_size, hidden_size // 2, num_heads)
+        self.skip_first_layer_pe = skip_first_layer_pe
 
 
 class TwoWayForward(nn.Module):
@@ -33,14 +95,14 @@ class TwoWayForward(nn.Module):
 
     max_elements_per_chunk = 2**20  # grid elements per chunk in CPU inference
 
-    # Modules of transformers, here SAM's; its relatives have the same submodules
+    # Modules of `TwoWayTransformer`; those of SAM's relatives in transformers have the same submodules
     layers: nn.ModuleList
-    final_attn_token_to_image: SamAttention
+    final_attn_token_to_image: Attention
     layer_norm_final_attn: nn.LayerNorm
 
     @property
-    def _blocks(self) -> Sequence[SamTwoWayAttentionBlock]:
-        return cast("Sequence[SamTwoWayAttentionBlock]", self.layers)
+    def _blocks(self) -> Sequence[TwoWayBlock]:
+        return cast("Sequence[TwoWayBlock]", self.layers)
 
     def forward(
         self,
@@ -111,8 +173,7 @@ class TwoWayForward(nn.Module):
         return self.layer_norm_final_attn(queries), cells
 
 
-# `forward` has other arguments than that of transformers
-class TwoWayTransformer(TwoWayForward, SamTwoWayTransformer):  # type: ignore[misc]
+class TwoWayTransformer(TwoWayForward):
     """Two-way transformer over the tokens and the grids of regions.
 
     Args:
@@ -129,7 +190,18 @@ class TwoWayTransformer(TwoWayForward, SamTwoWayTransformer):  # type: ignore[mi
     def __init__(
         self, hidden_size: int, depth: int, num_heads: int = 8, mlp_dim: int = 2048, layer_norm_eps: float = 1e-6
     ):
-        super().__init__(build_decoder_config(hidden_size, depth, num_heads, mlp_dim, layer_norm_eps=layer_norm_eps))
+        super().__init__()
+        if hidden_size % (2 * num_heads):
+            raise ValueError(
+                f"hidden_size ({hidden_size}) must be divisible by 2 * num_heads ({2 * num_heads}), because "
+                "cross-attention halves the hidden size"
+            )
+        self.layers: nn.ModuleList = nn.ModuleList(
+            TwoWayBlock(hidden_size, num_heads, mlp_dim, layer_norm_eps, skip_first_layer_pe=index == 0)
+            for index in range(depth)
+        )
+        self.final_attn_token_to_image: Attention = Attention(hidden_size, hidden_size // 2, num_heads)
+        self.layer_norm_final_attn: nn.LayerNorm = nn.LayerNorm(hidden_size)
 
 
 class _ProjectedGrid(NamedTuple):
@@ -145,11 +217,11 @@ class _ProjectedGrid(NamedTuple):
     values: Tensor
     cell_queries: Tensor | None = None
 
-    def attend_to_cells(self, attention: SamAttention, queries: Tensor) -> Tensor:
+    def attend_to_cells(self, attention: Attention, queries: Tensor) -> Tensor:
         """Attend from tokens to the grid: (N, T, D) -> (N, T, D)."""
         return _compute_attention(attention, attention.q_proj(queries), self.keys, self.values)
 
-    def score_tokens(self, attention: SamAttention, token_keys: Tensor) -> Tensor:
+    def score_tokens(self, attention: Attention, token_keys: Tensor) -> Tensor:
         """Multiply keys of tokens (N, heads, T, d) by the queries of the cells: (N, heads, T, P)."""
         assert self.cell_queries is not None
         return token_keys @ _split_heads(attention, self.cell_queries).transpose(2, 3)
@@ -168,7 +240,7 @@ class _UnprojectedGrid(NamedTuple):
     key_positions: Tensor
     query_positions: Tensor | None = None
 
-    def attend_to_cells(self, attention: SamAttention, queries: Tensor) -> Tensor:
+    def attend_to_cells(self, attention: Attention, queries: Tensor) -> Tensor:
         """Attend from tokens to the grid: (N, T, D) -> (N, T, D)."""
         heads = _split_heads(attention, attention.q_proj(queries))  # (N, heads, T, d)
         heads = heads * heads.shape[-1] ** -0.5
@@ -178,12 +250,12 @@ class _UnprojectedGrid(NamedTuple):
         values = (pooled.unflatten(1, heads.shape[1:3]) @ value_weight.transpose(1, 2)).transpose(1, 2).flatten(2)
         return _get_output_projection(attention)(values + attention.v_proj.bias)  # the attention weights sum to 1
 
-    def score_tokens(self, attention: SamAttention, token_keys: Tensor) -> Tensor:
+    def score_tokens(self, attention: Attention, token_keys: Tensor) -> Tensor:
         """Multiply keys of tokens (N, heads, T, d) by the queries of the cells: (N, heads, T, P)."""
         assert self.query_positions is not None
         return self._score_cells(attention, attention.q_proj.weight, self.query_positions, token_keys)
 
-    def _score_cells(self, attention: SamAttention, weight: Tensor, positions: Tensor, heads: Tensor) -> Tensor:
+    def _score_cells(self, attention: Attention, weight: Tensor, positions: Tensor, heads: Tensor) -> Tensor:
         """Multiply tokens (N, heads, T, d) by projected cells, through the tokens projected to the cells' width."""
         scores = heads @ _split_heads(attention, positions[None]).transpose(2, 3)
         tokens = heads @ weight.unflatten(0, (attention.num_attention_heads, -1))  # (N, heads, T, D)
@@ -194,13 +266,14 @@ class _UnprojectedGrid(NamedTuple):
 _Grid = _ProjectedGrid | _UnprojectedGrid
 
 
-def _build_grid(attention: SamAttention, tokens: Tensor, cells: Tensor, projection: GridProjection) -> _Grid:
+def _build_grid(attention: Attention, tokens: Tensor, cells: Tensor, projection: GridProjection) -> _Grid:
     """Return grids (N, P, D) for tokens (N, T, D), projected unless projecting the tokens takes fewer operations."""
     weight, bias = projection
-    num_projections = len(weight) // attention.internal_dim
+    inner_size = attention.q_proj.out_features
+    num_projections = len(weight) // inner_size
     if len(cells) == 1 and is_cpu_inference(cells):
         num_rows = attention.num_attention_heads * tokens.shape[1]
-        if num_rows * cells.shape[2] <= attention.internal_dim * (cells.shape[2] + tokens.shape[1]):
+        if num_rows * cells.shape[2] <= inner_size * (cells.shape[2] + tokens.shape[1]):
             key_positions, _, *query_positions = bias.chunk(num_projections, dim=-1)
             return _UnprojectedGrid(cells, key_positions, *query_positions)
     return _ProjectedGrid(*_project_cells(cells, weight, bias).chunk(num_projections, dim=-1))
@@ -217,7 +290,7 @@ def _select_rows(values: Tensor, rows: Tensor | slice) -> Tensor:
     return values[rows]
 
 
-def _update_tokens(layer: SamTwoWayAttentionBlock, queries: Tensor, tokens: Tensor, grid: _Grid) -> Tensor:
+def _update_tokens(layer: TwoWayBlock, queries: Tensor, tokens: Tensor, grid: _Grid) -> Tensor:
     """Attend from tokens (N, T, D) to each other, then to the grid."""
     self_attention = layer.self_attn
     self_queries = queries if layer.skip_first_layer_pe else queries + tokens
@@ -232,7 +305,7 @@ def _update_tokens(layer: SamTwoWayAttentionBlock, queries: Tensor, tokens: Tens
     return layer.layer_norm3(queries + layer.mlp(queries))
 
 
-def _compute_attention(attention: SamAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _compute_attention(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend from projected queries (N, L, I) to keys and values (N, M, I): (N, L, D)."""
     query, key, value = (_split_heads(attention, each) for each in (query, key, value))
     return _get_output_projection(attention)(
@@ -240,7 +313,7 @@ def _compute_attention(attention: SamAttention, query: Tensor, key: Tensor, valu
     )
 
 
-def _split_heads(attention: SamAttention, states: Tensor) -> Tensor:
+def _split_heads(attention: Attention, states: Tensor) -> Tensor:
     """Split projected states into heads: (N, L, I) -> (N, heads, L, d)."""
     return states.unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2)
 
@@ -251,7 +324,7 @@ def _get_output_projection(attention: nn.Module) -> nn.Linear:
 
 
 def _update_cells(
-    attention: SamAttention, cells: Tensor, grid: _Grid, keys: Tensor, values: Tensor, in_place: bool
+    attention: Attention, cells: Tensor, grid: _Grid, keys: Tensor, values: Tensor, in_place: bool
 ) -> Tensor:
     """Attend from the cells (N, P, D) of a grid to tokens (N, T, D); `in_place` allows to change `cells`."""
     # On a CPU, cells are the last dimension, since a softmax over the few tokens would leave SIMD registers mostly
@@ -278,47 +351,17 @@ def _project_cells(cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(cells, weight) + bias
 
 
-def _build_grid_projection(layer: SamTwoWayAttentionBlock, positions: Tensor) -> GridProjection:
+def _build_grid_projection(layer: TwoWayBlock, positions: Tensor) -> GridProjection:
     """Return the weights (3I, D) of a layer for `_project_cells`, and the bias (P, 3I) with projected positions."""
     query_proj = layer.cross_attn_image_to_token.q_proj
     weight, bias = _build_key_value_projection(layer.cross_attn_token_to_image, positions)
     return torch.cat((weight, query_proj.weight)), torch.cat((bias, query_proj(positions)), dim=1)
 
 
-def _build_key_value_projection(attention: SamAttention, positions: Tensor) -> GridProjection:
+def _build_key_value_projection(attention: Attention, positions: Tensor) -> GridProjection:
     """Return the weights (2I, D) and the bias (P, 2I) for keys and values only."""
     bias = torch.cat((attention.k_proj(positions), attention.v_proj.bias.expand(len(positions), -1)), dim=1)
     return torch.cat((attention.k_proj.weight, attention.v_proj.weight)), bias
-
-
-def build_decoder_config(
-    hidden_size: int, depth: int, num_heads: int, mlp_dim: int, **options: Any
-) -> SamMaskDecoderConfig:
-    """Return the configuration of a mask decoder.
-
-    Args:
-        hidden_size: Width D.
-        depth: Layers of the two-way transformer.
-        num_heads: Attention heads.
-        mlp_dim: MLP width.
-        **options: Other fields of transformers' `SamMaskDecoderConfig`.
-
-    Returns:
-        The configuration of transformers.
-
-    Raises:
-        ValueError: `hidden_size` is not a multiple of `2 * num_heads`.
-    """
-    if hidden_size % (2 * num_heads):
-        raise ValueError(
-            f"hidden_size ({hidden_size}) must be divisible by 2 * num_heads ({2 * num_heads}), because "
-            "cross-attention halves the hidden size"
-        )
-    config = SamMaskDecoderConfig(
-        hidden_size=hidden_size, num_hidden_layers=depth, num_attention_heads=num_heads, mlp_dim=mlp_dim, **options
-    )
-    config._attn_implementation = "sdpa"
-    return config
 
 
 def init_weights(module: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""SAM's prompt encoder and mask decoder (Segment Anything, arXiv 2304.02643), built from transformers' modules.
+"""SAM's prompt encoder and mask decoder (Segment Anything, arXiv 2304.02643).
 
-The steps of `SamMaskDecoder.forward` are called one by one, because captions need its intermediate results: the output
-tokens and the updated image features of each region.
+The steps of transformers' `SamMaskDecoder.forward` are called one by one, because captions need its intermediate
+results: the output tokens and the updated image features of each region.
 """
 
 from __future__ import annotations
@@ -13,14 +13,6 @@ import torch
 from sca_registry.contracts import DecoderMasks, Encoder, MaskTargets, PromptBatch, SegmenterOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
-from transformers.models.sam.modeling_sam import (
-    SamMaskDecoder,
-    SamPositionalEmbedding,
-    SamPreTrainedModel,
-    SamPromptEncoder,
-    SamVisionNeck,
-)
 
 from sca.io.hub import fetch_config_fields, load_pretrained
 from sca.io.validation import check_range, check_type
@@ -28,7 +20,7 @@ from sca.nn.boxes import rasterize_boxes
 from sca.nn.feature_packing import count_packed_channels, unpack_feature_maps
 from sca.nn.masks import masks_to_boxes, select_best_masks
 from sca.nn.region_batch import is_cpu_inference, split_rows
-from sca.nn.two_way_transformer import TwoWayTransformer, build_decoder_config
+from sca.nn.sam import MaskDecoder, MaskDecoderConfig, PromptEncoder, VisionNeck
 
 SAM_HIDDEN_SIZE = 256  # D of all published checkpoints
 DEFAULT_OPTIONS = {"depth": 2, "num_heads": 8, "mlp_dim": 2048, "mask_input_channels": 16, "iou_head_depth": 3}
@@ -44,7 +36,6 @@ CONFIG_FIELDS = {
 }
 BOX_MASKS_FIELD = "box_masks"  # of `prompt_encoder_config`; transformers ignores it
 UPSCALE_ELEMENTS_PER_CHUNK = 2**22  # grid elements that are upscaled at once on a CPU
-POSITION_FREQUENCY_SCALE = 2  # half of it is the std of the random frequencies: 1, as in SAM's own code
 
 
 class SamSegmenter(nn.Module):
@@ -74,7 +65,7 @@ class SamSegmenter(nn.Module):
 
     # `default_segmenter` of the encoders whose weights contain those of the segmenter
     encoder_families: tuple[str, ...] = ("sam",)
-    # SamPromptEncoder and SamMaskDecoder of transformers; in subclasses, those of SAM's relatives, which have the same
+    # PromptEncoder and MaskDecoder; in subclasses, those of SAM's relatives in transformers, which have the same
     # submodules but no common base class
     prompt_encoder: Any
     decoder: Any
@@ -131,11 +122,11 @@ class SamSegmenter(nn.Module):
                 **_read_stored_options(stored_config),
                 **{name: value for name, value in chosen_options.items() if value is not None},
             }
-            mask_decoder_config = build_decoder_config(
-                options["hidden_size"],
-                options["depth"],
-                options["num_heads"],
-                options["mlp_dim"],
+            mask_decoder_config = MaskDecoderConfig(
+                hidden_size=options["hidden_size"],
+                num_hidden_layers=options["depth"],
+                num_attention_heads=options["num_heads"],
+                mlp_dim=options["mlp_dim"],
                 iou_head_depth=options["iou_head_depth"],
                 iou_head_hidden_dim=options.get("iou_head_hidden_size", options["hidden_size"]),
             )
@@ -155,6 +146,8 @@ class SamSegmenter(nn.Module):
 
     def load_modules(self, weights: str, revision: str | None) -> tuple[nn.Module, nn.Module]:
         """Load the pretrained prompt encoder and mask decoder, and set `box_masks` to the value of their training."""
+        from sca.segmenters.sam_weights import SamPromptAndMaskModel
+
         sam = load_pretrained(
             SamPromptAndMaskModel, weights, revision, ("vision_encoder.", "encoder."), dtype="float32"
         )
@@ -162,24 +155,13 @@ class SamSegmenter(nn.Module):
         return sam.prompt_encoder, sam.mask_decoder
 
     def build_modules(
-        self, mask_decoder_config: SamMaskDecoderConfig, patch_size: int, mask_input_channels: int
+        self, mask_decoder_config: MaskDecoderConfig, patch_size: int, mask_input_channels: int
     ) -> tuple[nn.Module, nn.Module]:
         """Build a prompt encoder and a mask decoder with random weights."""
-        channels = mask_decoder_config.hidden_size
-        prompt_encoder_config = SamPromptEncoderConfig(
-            hidden_size=channels,
-            image_size=self.image_size,
-            patch_size=patch_size,
-            mask_input_channels=mask_input_channels,
+        prompt_encoder = PromptEncoder(
+            mask_decoder_config.hidden_size, self.image_size, self.image_size // patch_size, mask_input_channels
         )
-        vision_config = SamVisionConfig(hidden_size=POSITION_FREQUENCY_SCALE, num_pos_feats=channels // 2)
-        return _build_prompt_and_mask_modules(
-            SamConfig(
-                vision_config=vision_config,
-                prompt_encoder_config=prompt_encoder_config,
-                mask_decoder_config=mask_decoder_config,
-            )
-        )
+        return prompt_encoder, MaskDecoder(mask_decoder_config)
 
     def forward(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
         """Segment prompted regions.
@@ -377,37 +359,6 @@ class SamSegmenter(nn.Module):
         }
 
 
-class SamPromptAndMaskModel(SamPreTrainedModel):
-    """transformers' `SamModel` without its image encoder; parameter names are the same.
-
-    Args:
-        config: SAM configuration.
-    """
-
-    _tied_weights_keys = SamModel._tied_weights_keys
-
-    prompt_encoder: SamPromptEncoder
-    mask_decoder: SamMaskDecoder
-
-    def __init__(self, config: SamConfig):
-        super().__init__(config)
-        self.shared_image_embedding: SamPositionalEmbedding = SamPositionalEmbedding(config.vision_config)
-        self.prompt_encoder, self.mask_decoder = _build_prompt_and_mask_modules(config)
-        self.post_init()
-
-
-def _build_prompt_and_mask_modules(config: SamConfig) -> tuple[SamPromptEncoder, SamMaskDecoder]:
-    mask_decoder_config = cast("SamMaskDecoderConfig", config.mask_decoder_config)
-    decoder = SamMaskDecoder(mask_decoder_config)
-    decoder.transformer = TwoWayTransformer(
-        mask_decoder_config.hidden_size,
-        mask_decoder_config.num_hidden_layers,
-        mask_decoder_config.num_attention_heads,
-        mask_decoder_config.mlp_dim,
-    )
-    return SamPromptEncoder(config), decoder
-
-
 def _read_stored_options(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the options of a segmenter that the fields of a configuration contain."""
     options: dict[str, int] = {}
@@ -462,9 +413,7 @@ class FeatureNeck(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.layers: SamVisionNeck = SamVisionNeck(
-            SamVisionConfig(hidden_size=in_channels, output_channels=out_channels)
-        )
+        self.layers: VisionNeck = VisionNeck(in_channels, out_channels)
 
     def forward(self, features: Tensor) -> Tensor:
         """Apply the neck."""

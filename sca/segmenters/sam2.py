@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 from sca_registry.contracts import PromptBatch, SegmenterOutput
 from torch import Tensor, nn
-from transformers import Sam2MaskDecoderConfig, Sam2PromptEncoderConfig, SamMaskDecoderConfig
+from transformers import Sam2MaskDecoderConfig, Sam2PromptEncoderConfig
 from transformers.models.sam2.modeling_sam2 import Sam2MaskDecoder, Sam2PromptEncoder
 
 from sca.nn.masks import select_mask_indices
+from sca.nn.sam import MaskDecoderConfig
 from sca.nn.sam2 import load_sam2_model
 from sca.nn.two_way_transformer import TwoWayForward
 from sca.segmenters.sam import SamSegmenter
@@ -41,7 +42,7 @@ class Sam2Segmenter(SamSegmenter):
         return model.prompt_encoder, _prepare_decoder(model.mask_decoder)
 
     def build_modules(
-        self, mask_decoder_config: SamMaskDecoderConfig, patch_size: int, mask_input_channels: int
+        self, mask_decoder_config: MaskDecoderConfig, patch_size: int, mask_input_channels: int
     ) -> tuple[nn.Module, nn.Module]:
         """Build a prompt encoder and a mask decoder with random weights."""
         config = mask_decoder_config

@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import SamHQConfig, SamHQMaskDecoderConfig, SamHQModel, SamHQPromptEncoderConfig, SamMaskDecoderConfig
+from transformers import SamHQConfig, SamHQMaskDecoderConfig, SamHQModel, SamHQPromptEncoderConfig
 from transformers.models.sam_hq.modeling_sam_hq import (
     SamHQMaskDecoder,
     SamHQPositionalEmbedding,
@@ -20,8 +20,10 @@ from transformers.models.sam_hq.modeling_sam_hq import (
 )
 
 from sca.io.hub import load_pretrained
+from sca.nn.sam import MaskDecoderConfig
 from sca.nn.two_way_transformer import TwoWayForward
-from sca.segmenters.sam import POSITION_FREQUENCY_SCALE, SamSegmenter
+from sca.segmenters.sam import SamSegmenter
+from sca.segmenters.sam_weights import POSITION_FREQUENCY_SCALE
 
 
 class SamHqSegmenter(SamSegmenter):
@@ -40,7 +42,7 @@ class SamHqSegmenter(SamSegmenter):
         return model.prompt_encoder, _prepare_decoder(model.mask_decoder)
 
     def build_modules(
-        self, mask_decoder_config: SamMaskDecoderConfig, patch_size: int, mask_input_channels: int
+        self, mask_decoder_config: MaskDecoderConfig, patch_size: int, mask_input_channels: int
     ) -> tuple[nn.Module, nn.Module]:
         """Build a prompt encoder and a mask decoder with random weights."""
         config = mask_decoder_config

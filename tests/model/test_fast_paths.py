@@ -3,11 +3,13 @@
 import pytest
 import torch
 from tiny import LANGUAGE_MODEL_FAMILIES
+from transformers import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
 from sca.language_models import causal
 from sca.language_models.hf import HfLanguageModel
 from sca.nn import two_way_transformer
+from sca.nn.parameters import share_parameters
 from sca.nn.two_way_transformer import TwoWayTransformer, init_weights
 
 NUM_REGIONS, NUM_TOKENS, HIDDEN_SIZE, GRID_SIZE = 7, 5, 32, 6
@@ -37,7 +39,10 @@ def transformer_inputs():
 
 
 def run_library_transformer(transformer, tokens, grid, position):
-    fused, keys = SamTwoWayTransformer.forward(transformer, tokens.unsqueeze(1), grid, position.unsqueeze(0), None)
+    config = SamMaskDecoderConfig(hidden_size=HIDDEN_SIZE, num_hidden_layers=3, num_attention_heads=4, mlp_dim=48)
+    library_transformer = SamTwoWayTransformer(config)
+    share_parameters(transformer, library_transformer)
+    fused, keys = library_transformer(tokens.unsqueeze(1), grid, position.unsqueeze(0), None)
     return fused.squeeze(1), keys.squeeze(1).transpose(1, 2).unflatten(2, grid.shape[-2:])
 
 
