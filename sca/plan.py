@@ -26,6 +26,7 @@ from sca.devices import PRECISIONS, resolve_precision
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.inference.zoom import CROPS_PER_BATCH
 from sca.io.validation import check_range
+from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.model import SegmentCaptioner, count_rows_per_call
 from sca.nn.two_way_transformer import TwoWayTransformer
 from sca.plan_cache import GIB, MAX_PLANNED_REGIONS, Plan, resolve_gpu_memory
@@ -84,6 +85,8 @@ def plan_model(
     check_planned_precision(precision, training)
     memory_budget = None if gpu is None else int(resolve_gpu_memory(gpu) * GIB * USABLE_MEMORY_FRACTION)
     model = build(spec, "meta")
+    if isinstance(model.language_model, TinyGpt2):  # whose cache the meter does not measure
+        model.language_model = model.language_model.to_transformers()
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.group_parameters().items()}
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     _set_checkpoint_sources(model, spec)

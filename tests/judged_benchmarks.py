@@ -20,7 +20,7 @@ def write_judge(folder: Path):
     with torch.no_grad():
         for parameter in language_model.parameters():
             parameter.mul_(3)
-    language_model.model.save_pretrained(folder)
+    language_model.to_transformers().model.save_pretrained(folder)
     language_model.tokenizer.save(str(folder))
     return folder
 

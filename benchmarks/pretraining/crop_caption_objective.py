@@ -34,7 +34,7 @@ class TinyGit(torch.nn.Module):
         self, image_size: int = 64, patch_size: int = 8, hidden_size: int = 96, depth: int = 3, num_heads: int = 4
     ):
         super().__init__()
-        tokenizer = TinyGpt2().tokenizer.tokenizer
+        tokenizer = TinyGpt2().tokenizer.to_transformers()
         tokenizer.bos_token = tokenizer.eos_token
         token_ids = {
             "bos_token_id": tokenizer.eos_token_id,

@@ -12,11 +12,13 @@ from safetensors.torch import save
 from torch import nn
 
 from crop_caption_objective import TinyGit
-from sca.encoders.tiny_vit import TinyVit, TinyVitConfig
+from sca.encoders.tiny_vit import TinyVit
+from sca.encoders.tiny_vit_weights import TinyVitConfig
 from sca.io.atomic import write_folder
 from sca.io.hub import silence_transformers
 from sca.language_models.tiny_gpt2 import TinyGpt2
-from sca.segmenters.sam import POSITION_FREQUENCY_SCALE, SamSegmenter
+from sca.segmenters.sam import SamSegmenter
+from sca.segmenters.sam_weights import POSITION_FREQUENCY_SCALE
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 TEXT_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -120,9 +122,10 @@ def save_language_model(folder: Path, language_model: TinyGpt2, facts: Mapping[s
         language_model: Language model.
         facts: Facts about the training.
     """
-    language_model.model.config.training = dict(facts)
+    model = language_model.to_transformers().model
+    model.config.training = dict(facts)
     with write_pretrained_folder(folder, facts) as draft, silence_transformers():
-        language_model.model.save_pretrained(draft)
+        model.save_pretrained(draft)
         language_model.tokenizer.save(str(draft))
 
 

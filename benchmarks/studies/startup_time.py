@@ -1,8 +1,8 @@
 """Measure startup time and memory of many regions: `python benchmarks/studies/startup_time.py [--out FILE]`
 
 import       `import sca`
-cold start   `sca caption` on a generated scene in its own process, next to a process that imports torch and
-             transformers and captions the same scene
+cold start   CPU seconds of `sca caption` on a generated scene and of `sca list`, each in its own process with one
+             thread, next to a process that imports torch; with --baseline, alternating with another checkout
 memory       peak of a process that captions 256 regions of an image with SAM ViT-B + query + GPT-2, including the
              (random) weights
 """
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from sca.io.atomic import write_file
@@ -38,40 +38,26 @@ predictor.predict([Prompt(box=box) for box in boxes])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 IMPORT_PROGRAM = "import time; s = time.perf_counter(); import {}; print(time.perf_counter() - s)"
-CAPTION_PROGRAM = """
-import time
-import sca
-import torch, transformers, transformers.models.gpt2.modeling_gpt2
-from sca_registry.contracts import Prompt
-image = sca.open_image({image!r})
-start = time.perf_counter()
-predictor = sca.Predictor(sca.load("sca-tiny"))
-predictor.set_image(image)
-predictor.predict([Prompt(box=tuple(map(float, box.split(",")))) for box in {boxes!r}])
-print(time.perf_counter() - start)
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--baseline", type=Path, help="Another checkout with its own .venv, to compare with.")
     parser.add_argument("--out", type=Path, help="JSON file for the measurements.")
     args = parser.parse_args(arguments)
     measurements: dict[str, Any] = {"import_sca_seconds": _run_for_minimum(IMPORT_PROGRAM.format("sca"))}
     with tempfile.TemporaryDirectory() as folder:
         image = str(Path(folder, "scene.png"))
         _save_scene(image)
-        command = [sys.executable, "-m", "sca", "caption", image, "--out", folder, "--quiet"]
-        command += [argument for box in BOX_ARGUMENTS for argument in ("--box", box)]
-        caption_seconds = median(_time_command(command) for _ in range(NUM_REPEATS))
-        import_command = [sys.executable, "-c", "import torch, transformers, transformers.models.gpt2.modeling_gpt2"]
-        import_seconds = median(_time_command(import_command) for _ in range(NUM_REPEATS))
-        compute_seconds = _run_for_minimum(CAPTION_PROGRAM.format(image=image, boxes=BOX_ARGUMENTS))
-    measurements |= {
-        "sca_caption_seconds": caption_seconds,
-        "import_torch_and_transformers_seconds": import_seconds,
-        "load_and_caption_seconds": compute_seconds,
-        "overhead": caption_seconds / (import_seconds + compute_seconds),
-    }
+        caption_arguments = ["-m", "sca", "caption", image, "--out", folder, "--overwrite", "--quiet"]
+        caption_arguments += [argument for box in BOX_ARGUMENTS for argument in ("--box", box)]
+        commands = {
+            "sca_caption": caption_arguments,
+            "sca_list": ["-m", "sca", "list"],
+            "import_torch": ["-c", "import torch"],
+        }
+        for name, command in commands.items():
+            measurements |= _compare_commands(name, command, args.baseline)
     measurements["peak_memory_256_regions"] = float(_run_for_number([sys.executable, "-c", MEMORY_PROGRAM]))
     for name, value in measurements.items():
         print(f"{name}: {value:.3f}" if value < 1e6 else f"{name}: {value / 2**30:.2f} GiB")
@@ -87,10 +73,28 @@ def _save_scene(path: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def _time_command(command: list[str]) -> float:
-    start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
+def _compare_commands(name: str, arguments: list[str], baseline: Path | None) -> dict[str, float]:
+    """Return the minimum CPU seconds of a command, here and in another checkout, and their ratio."""
+    pythons = {f"{name}_seconds": sys.executable}
+    if baseline is not None:
+        pythons[f"{name}_baseline_seconds"] = str(baseline / ".venv/bin/python")
+    rounds = [
+        {label: _measure_cpu_seconds([python, *arguments]) for label, python in pythons.items()}
+        for _ in range(NUM_REPEATS)
+    ]
+    seconds = {label: min(each[label] for each in rounds) for label in pythons}
+    if baseline is None:
+        return seconds
+    return seconds | {f"{name}_ratio": seconds[f"{name}_seconds"] / seconds[f"{name}_baseline_seconds"]}
+
+
+def _measure_cpu_seconds(command: list[str]) -> float:
+    """Return the CPU seconds of a process with one thread; they depend less on other processes than its duration."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def _run_for_minimum(code: str) -> float:

@@ -18,7 +18,6 @@ from sca.checkpoints.layout import (
     CONFIG_FILE,
     ORIGIN_FILE,
     PAM_LAYOUT,
-    PUBLISHED_LAYOUT,
     SIZES_FILE,
     SPEC_FILE,
     UNCERTAINTY_FILE,
@@ -27,8 +26,6 @@ from sca.checkpoints.layout import (
     read_layout,
 )
 from sca.checkpoints.native import load_native_checkpoint, read_spec, wrap_spec_errors
-from sca.checkpoints.pam import build_published_pam_spec, load_pam_checkpoint, read_pam_spec
-from sca.checkpoints.published import load_published_checkpoint, read_published_spec
 from sca.checkpoints.tensors import check_finite_weights
 from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, resolve_real_root
 from sca.devices import resolve_device, resolve_precision
@@ -41,8 +38,6 @@ from sca.precision import set_precision
 
 HUB_ID_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 MAX_MESSAGE_LENGTH = 600  # characters of an error message about a checkpoint
-LOADERS = {PUBLISHED_LAYOUT: load_published_checkpoint, PAM_LAYOUT: load_pam_checkpoint}
-SPEC_READERS = {PUBLISHED_LAYOUT: read_published_spec, PAM_LAYOUT: read_pam_spec}
 
 
 @check_argument_names()
@@ -124,9 +119,7 @@ def _load_model(
     folder, spec = open_checkpoint(source, trust, revision)
     with _shorten_errors(folder):
         if spec is None:
-            layout = read_layout(folder)
-            assert layout is not None  # see `open_checkpoint`
-            model = LOADERS[layout](folder, trust)
+            model = _load_foreign_checkpoint(folder, trust)
         else:
             model = load_native_checkpoint(folder, spec, with_uncertainty)
         check_finite_weights(model, str(folder))
@@ -246,6 +239,8 @@ def resolve_spec(model: str, trust: Trust = NO_TRUST) -> ModelSpec:
         return spec
     if model in zoo.list_names():
         if config := zoo.get_entry(model).config:
+            from sca.checkpoints.pam import build_published_pam_spec
+
             return build_published_pam_spec(config)
         raise ValueError(
             f"the spec of {model} is in its checkpoint on the Hub, which is not downloaded; name its components "
@@ -272,10 +267,25 @@ def read_foreign_spec(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
     Raises:
         InputError: The checkpoint cannot be read, or needs a permission that `trust` does not include.
     """
-    layout = read_layout(folder)
-    assert layout is not None  # see `open_checkpoint`
     with _shorten_errors(folder):
-        return SPEC_READERS[layout](folder, trust)
+        if read_layout(folder) == PAM_LAYOUT:
+            from sca.checkpoints.pam import read_pam_spec
+
+            return read_pam_spec(folder, trust)
+        from sca.checkpoints.published import read_published_spec
+
+        return read_published_spec(folder, trust)
+
+
+def _load_foreign_checkpoint(folder: Path, trust: Trust) -> SegmentCaptioner:
+    """Load a checkpoint in the layout of another program, whose modules import transformers."""
+    if read_layout(folder) == PAM_LAYOUT:
+        from sca.checkpoints.pam import load_pam_checkpoint
+
+        return load_pam_checkpoint(folder, trust)
+    from sca.checkpoints.published import load_published_checkpoint
+
+    return load_published_checkpoint(folder, trust)
 
 
 @contextmanager

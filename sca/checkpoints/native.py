@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from sca_registry import RegistryError, get_registry
+from sca_registry.contracts import Tokenizer
 from sca_registry.spec import ComponentSpec, ModelSpec
 from torch import Tensor
 
@@ -47,7 +48,7 @@ from sca.io.hub import compute_weights_fingerprint
 from sca.io.json import open_regular_file, read_json
 from sca.io.validation import check_object
 from sca.io.weight_files import describe_run_folder, hash_tensors
-from sca.language_models.hf import load_tokenizer
+from sca.language_models.plain_tokenizer import read_plain_tokenizer
 from sca.model import SegmentCaptioner
 from sca.precision import check_has_float_weights
 
@@ -184,10 +185,18 @@ def load_native_checkpoint(folder: Path, spec: ModelSpec, with_uncertainty: bool
     tensors = read_weights(folder)
     assign_tensors(model, tensors, expected, folder / WEIGHTS_FILE, SPEC_FILE)
     if (folder / "tokenizer").is_dir():
-        model.language_model.tokenizer = load_tokenizer(folder / "tokenizer")
+        model.language_model.tokenizer = _load_tokenizer(folder / "tokenizer")
     if with_uncertainty:
         model.uncertainty = read_uncertainty(folder, tensors, model.encoder.channels)
     return model
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer | None:
+    if (tokenizer := read_plain_tokenizer(folder)) is not None:
+        return tokenizer
+    from sca.language_models.hf import load_tokenizer
+
+    return load_tokenizer(folder)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -83,6 +83,10 @@ class BuildSizeLimit(TorchDispatchMode):
         self.remaining_bytes: int = sum(sizes) * MAX_EXPANSION + EXTRA_BYTES
         self.tracked_storages: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler, which takes as long as importing torch
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):

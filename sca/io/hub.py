@@ -417,10 +417,10 @@ def fetch_config_fields(
     Raises:
         InputError: The configuration is missing or invalid.
     """
-    from transformers import PretrainedConfig
-
     if config is not None or weights is None:
         return config or {}
+    from transformers import PretrainedConfig
+
     folder = fetch_model_folder(weights, revision, include_weights=False)
     with translate_load_errors(f"the configuration of {weights}"):
         return PretrainedConfig.get_config_dict(folder)[0]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from sca_registry.contracts import GenerationOutput, Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from sca.io.hub import silence_transformers
 from sca.language_models.greedy_search import generate_greedy, has_plain_greedy_settings
+from sca.language_models.kv_cache import make_buffered_cache
+from sca.language_models.limits import check_num_positions, check_num_tokens
 from sca.language_models.model_inspection import ModelStructure, inspect_model
 
 if TYPE_CHECKING:
@@ -72,14 +73,7 @@ class CausalLanguageModel(nn.Module):
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Tokenizer | None) -> None:
-        num_tokens = tokenizer.vocab_size if isinstance(tokenizer, TextTokenizer) else 0
-        num_embeddings = self._embedding_layer.num_embeddings
-        if num_tokens > num_embeddings:
-            raise ValueError(
-                f"the tokenizer has {num_tokens:,} tokens, but the language model has {num_embeddings:,} embeddings; "
-                "use "
-                "the tokenizer of these weights, or resize the embeddings with transformers' resize_token_embeddings"
-            )
+        check_num_tokens(getattr(tokenizer, "vocab_size", 0), self._embedding_layer.num_embeddings)
         self._tokenizer = tokenizer
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
@@ -99,12 +93,7 @@ class CausalLanguageModel(nn.Module):
         Raises:
             ValueError: The sequences are longer than `max_positions`.
         """
-        length = embeddings.shape[1]
-        if self.max_positions is not None and length > self.max_positions:
-            raise ValueError(
-                f"the prefix and the text have {length:,} positions, but the language model supports at most "
-                f"{self.max_positions:,}; use fewer queries or shorter texts (train.max_tokens)"
-            )
+        check_num_positions(embeddings.shape[1], self.max_positions)
         return self.structure.compute_hidden_states(self.model, embeddings.to(self.model.dtype), attention_mask)
 
     def lm_head(self, hidden_states: Tensor) -> Tensor:
@@ -150,9 +139,15 @@ class CausalLanguageModel(nn.Module):
         max_length = self.max_positions or prefix.shape[1] + max_new_tokens
         max_steps = min(max_new_tokens, max_length - prefix.shape[1])
         if num_beams == num_captions == 1 and not do_sample and len(prefix) and max_steps > 0 and self.has_greedy_loop:
-            body = self.model.get_submodule(self.structure.body_name)
             sequences, scores = generate_greedy(
-                self.model, body, self.lm_head, prefix.to(self.model.dtype), max_steps, pad_token_id, eos_token_ids
+                partial(self.structure.compute_cached_states, self.model),
+                self.embed_tokens,
+                self.lm_head,
+                make_buffered_cache(self.model.config),
+                prefix.to(self.model.dtype),
+                max_steps,
+                pad_token_id,
+                eos_token_ids,
             )
             return GenerationOutput(sequences[:, None], scores[:, None])
         sampling_options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
@@ -185,57 +180,10 @@ class CausalLanguageModel(nn.Module):
     def add_lora(
         self, rank: int, alpha: float, dropout: float = 0.0, target_modules: Sequence[str] | None = None
     ) -> None:
-        """Add LoRA adapters (arXiv 2106.09685) with peft. Trainable parameters stay trainable.
+        """Add LoRA adapters; the arguments are those of `sca.language_models.lora.add_lora`."""
+        from sca.language_models.lora import add_lora
 
-        Args:
-            rank: Rank of the adapters.
-            alpha: Scale of the adapters: their output is multiplied by `alpha / rank`.
-            dropout: Dropout probability of the adapters' inputs.
-            target_modules: Names of the linear layers in each block; None for peft's defaults of the architecture.
-
-        Raises:
-            ValueError: A name matches no layer or is missing in some blocks, or the architecture has no defaults.
-        """
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
-        model_type = self.model.config.model_type
-        layers = self._find_linear_layers()
-        requested = list(target_modules or KNOWN.get(model_type, ()))
-        problem = "" if requested else f"no defaults for {model_type!r}, so they must be named"
-        for name in requested:
-            if name not in layers:
-                problem = f"no layer named {name!r}"
-            elif len(layers[name]) < max(map(len, layers.values())):
-                problem = f"only {len(layers[name])} of {max(map(len, layers.values()))} blocks have a layer {name!r}"
-        if problem:
-            layer_counts = ", ".join(f"{name} ({len(blocks)})" for name, blocks in sorted(layers.items()))
-            raise ValueError(
-                f"lora.target_modules: {problem}; choose from the linear layers (number of blocks): {layer_counts}"
-            )
-        has_conv1d = any(
-            isinstance(m, Conv1D) for name, m in self.model.named_modules() if name.split(".")[-1] in requested
-        )
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=cast("int", alpha),  # peft only divides it by the rank
-            lora_dropout=dropout,
-            target_modules=requested,
-            fan_in_fan_out=has_conv1d,
-        )
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        inject_adapter_in_model(config, self.model)  # freezes all but the adapters
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-    def _find_linear_layers(self) -> dict[str, set[str]]:
-        """Return the last name of every linear layer in a block, with the indices of the blocks that contain it."""
-        layers: dict[str, set[str]] = {}
-        for name, module in self.model.named_modules():
-            block = re.search(r"\.(\d+)\.", name)
-            if block and isinstance(module, nn.Linear | Conv1D):
-                layers.setdefault(name.split(".")[-1], set()).add(block[1])
-        return layers
+        add_lora(self.model, self.model.config.model_type, rank, alpha, dropout, target_modules)
 
     @property
     def pad_token_id(self) -> int:

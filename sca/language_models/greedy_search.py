@@ -7,12 +7,13 @@ the logits of a step, only the log-probability of the selected token is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from sca.language_models.kv_cache import make_buffered_cache
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IGNORED_SETTINGS = {  # generation settings that greedy search ignores, or that the caller sets
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens"),
@@ -27,11 +28,22 @@ def has_plain_greedy_settings(model: PreTrainedModel) -> bool:
     return not {name for name in settings if not name.startswith("_")} - IGNORED_SETTINGS
 
 
+class Cache(Protocol):
+    """KV cache."""
+
+    def batch_select_indices(self, indices: Tensor, /) -> None:
+        """Keep some rows of the batch."""
+
+
+CacheType = TypeVar("CacheType", bound=Cache)
+
+
 @torch.no_grad()
 def generate_greedy(
-    model: PreTrainedModel,
-    run_body: nn.Module,
+    compute_states: Callable[[Tensor, CacheType], Tensor],
+    embed_tokens: Callable[[Tensor], Tensor],
     compute_logits: Callable[[Tensor], Tensor],
+    cache: CacheType,
     prefix: Tensor,
     max_steps: int,
     pad_token_id: int,
@@ -40,9 +52,10 @@ def generate_greedy(
     """Generate captions by greedy search.
 
     Args:
-        model: Language model.
-        run_body: Its submodule that maps embeddings to hidden states.
+        compute_states: Function from embeddings (N, L, E) and a cache, which it extends, to hidden states (N, L, E).
+        embed_tokens: Function from token ids (N, L) to embeddings (N, L, E).
         compute_logits: Function from hidden states (..., E) to logits (..., V).
+        cache: Empty cache.
         prefix: (N, K, E) prefixes.
         max_steps: Maximum number of tokens per caption.
         pad_token_id: Id that fills sequences after EOS.
@@ -55,10 +68,9 @@ def generate_greedy(
     ids = torch.full((batch_size, max_steps), pad_token_id, dtype=torch.long, device=device)
     log_likelihood, lengths = torch.zeros(batch_size, device=device), torch.zeros(batch_size, device=device)
     eos_tensor = torch.tensor(eos_token_ids, dtype=torch.long, device=device)
-    active_rows, cache = torch.arange(batch_size, device=device), make_buffered_cache(model.config)
-    embed, inputs = model.get_input_embeddings(), prefix
+    active_rows, inputs = torch.arange(batch_size, device=device), prefix
     for step in range(max_steps):
-        states = run_body(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        states = compute_states(inputs, cache)[:, -1]
         logits = compute_logits(states).float()
         best, tokens = logits.max(dim=1)
         ids[active_rows, step] = tokens
@@ -73,5 +85,5 @@ def generate_greedy(
         if len(unfinished) < len(active_rows):
             active_rows, tokens = active_rows[unfinished], tokens[unfinished]
             cache.batch_select_indices(unfinished)
-        inputs = embed(tokens[:, None])
+        inputs = embed_tokens(tokens[:, None])
     return ids[:, : step + 1], log_likelihood / lengths

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from sca.io.errors import InputError
 from sca.io.hub import silence_transformers
 from sca.language_models.greedy_search import generate_greedy
+from sca.language_models.kv_cache import make_buffered_cache
 from sca.language_models.tiny_config import make_tiny_config
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ class ModelStructure:
         """Return the hidden states of the body: embeddings (N, L, E) and mask (N, L) -> (N, L, D)."""
         body = model.get_submodule(self.body_name)
         return body(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def compute_cached_states(self, model: PreTrainedModel, embeddings: Tensor, cache: Cache) -> Tensor:
+        """Return the hidden states after those in a cache, which is extended: embeddings (N, L, E) -> (N, L, D)."""
+        body = model.get_submodule(self.body_name)
+        return body(inputs_embeds=embeddings, past_key_values=cache, use_cache=True).last_hidden_state
 
     def compute_logits(self, model: PreTrainedModel, states: Tensor) -> Tensor:
         """Return the logits of hidden states: (..., D) -> (..., V).
@@ -242,9 +248,17 @@ def _can_use_greedy_loop(
         return False
     is_end = (ids == end).int()
     is_counted = is_end.cumsum(1) - is_end == 0
-    body, head = model.get_submodule(structure.body_name), partial(structure.compute_logits, model)
     try:
-        sequences, scores = generate_greedy(model, body, head, prefix, PROBE_STEPS, -1, [end])
+        sequences, scores = generate_greedy(
+            partial(structure.compute_cached_states, model),
+            model.get_input_embeddings(),
+            partial(structure.compute_logits, model),
+            make_buffered_cache(model.config),
+            prefix,
+            PROBE_STEPS,
+            -1,
+            [end],
+        )
     except Exception:  # third-party code, for another kind of cache
         return False
     expected = (log_probs * is_counted).sum(1) / is_counted.sum(1)

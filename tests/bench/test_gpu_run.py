@@ -179,7 +179,7 @@ def test_decoding_methods_return_the_same_ids(method):
     from sca.language_models.tiny_gpt2 import TinyGpt2
 
     torch.manual_seed(0)
-    language_model = TinyGpt2(hidden_size=32, depth=2, num_heads=2, max_positions=64).eval()
+    language_model = TinyGpt2(hidden_size=32, depth=2, num_heads=2, max_positions=64).eval().to_transformers()
     measurement = measure_method(language_model, torch.randn(3, 5, 32), 6, method, 1)
     assert measurement["identical_ids"] == 1.0
     assert measurement["tokens_per_second"] > 0

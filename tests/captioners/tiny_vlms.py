@@ -46,7 +46,7 @@ def build_tokenizer(tokens=(), named_tokens=None):
     """Build the tokenizer of tiny-gpt2 with special tokens; `named_tokens` are attributes of the tokenizer."""
     named_tokens = named_tokens or {}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=TinyGpt2(hidden_size=8, depth=1).tokenizer.tokenizer.backend_tokenizer,
+        tokenizer_object=TinyGpt2(hidden_size=8, depth=1).tokenizer.tokenizer,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|end|>"),
         extra_special_tokens=named_tokens,
     )

@@ -197,7 +197,6 @@ def test_predictor_errors_suggest_a_fix(build_counting_predictor, scene):
     with pytest.raises(ValueError, match="Choose from: recognition, caption"):
         predictor.predict(points=[(1, 1)], task="poetry")
     predictor.model.language_model.tokenizer = None
-    predictor.model.language_model.model.generation_config.eos_token_id = 0
     with pytest.raises(ValueError, match="no tokenizer"):
         predictor.predict(points=[(1, 1)])
 

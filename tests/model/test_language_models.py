@@ -203,12 +203,12 @@ def test_gguf_language_model_rejects_missing_and_invalid_files(tmp_path):
 
 def test_tiny_gpt2_has_one_token_per_word_of_questions_and_the_vocabulary_of_the_bundled_models():
     tokenizer = TinyGpt2(hidden_size=8, depth=1, num_heads=1).tokenizer
-    assert tokenizer.encode("what color is it?")[:-1] == [*map(tokenizer.tokenizer.get_vocab().get, QUESTION_TOKENS)]
+    assert tokenizer.encode("what color is it?")[:-1] == [*map(tokenizer.tokenizer.token_to_id, QUESTION_TOKENS)]
     assert [word for word in tiny_tokenizer.list_words() if len(tokenizer.encode(word)) != 2] == []
     smaller = TinyGpt2(hidden_size=8, depth=1, num_heads=1, vocab_size=726)
     bundled = sca.load("sca-tiny").language_model.tokenizer
     assert smaller.embed_tokens(torch.tensor([[725]])).shape == (1, 1, 8)
-    contents = [json.loads(each.tokenizer.backend_tokenizer.to_str()) for each in (smaller.tokenizer, bundled)]
+    contents = [json.loads(each.tokenizer.to_str()) for each in (smaller.tokenizer, bundled)]
     assert contents[0]["model"] == contents[1]["model"]
     phrase = "a large red circle to the left of a blue star"
     assert tokenizer.encode(phrase) == smaller.tokenizer.encode(phrase)
@@ -220,10 +220,11 @@ def test_tiny_gpt2_has_one_token_per_word_of_questions_and_the_vocabulary_of_the
 
 def test_captions_end_at_every_special_token_of_the_generation_config():
     torch.manual_seed(0)
-    model = TinyGpt2(hidden_size=8, depth=1, num_heads=1)
+    tiny_model = TinyGpt2(hidden_size=8, depth=1, num_heads=1)
+    model = tiny_model.to_transformers()
     prefix = torch.randn(1, 2, 8)
     first_id = int(model.generate(prefix, max_new_tokens=3).sequences[0, 0, 0])
-    tokenizer, end_id = model.tokenizer.tokenizer, model.tokenizer.eos_token_id
+    tokenizer, end_id = tiny_model.tokenizer.to_transformers(), tiny_model.tokenizer.eos_token_id
     model.model.generation_config.eos_token_id = [end_id, first_id]
     assert model.eos_token_ids == [end_id]  # not a special token, as in another vocabulary
     tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(first_id)]})

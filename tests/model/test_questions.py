@@ -12,6 +12,7 @@ from sca.inference.generation_options import resolve_generation_options
 from sca.inference.predictor import Predictor
 from sca.inference.processor import Processor
 from sca.language_models.causal import TextTokenizer
+from sca.language_models.plain_tokenizer import PlainTokenizer
 from sca.language_models.questions import LENGTH_REQUESTS, encode_question, expand_references
 from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.model import LABEL_SMOOTHING
@@ -40,7 +41,7 @@ SAMPLING = SamplingOptions(question_prob=0.7, captions_per_region=3, class_name_
 
 @pytest.fixture
 def tokenizer():
-    return TinyGpt2(hidden_size=8, depth=1, num_heads=1).tokenizer
+    return TextTokenizer(TinyGpt2(hidden_size=8, depth=1, num_heads=1).tokenizer.to_transformers())
 
 
 @pytest.fixture
@@ -55,6 +56,7 @@ def model(request, build_small_model):
     geometry = "token" if request.param == "geometry" else None
     model = build_small_model(questions=True, geometry=geometry, language_model=LANGUAGE_MODEL)
     if request.param == "chat":
+        model.language_model.tokenizer = TextTokenizer(model.language_model.tokenizer.to_transformers())
         model.language_model.tokenizer.tokenizer.chat_template = CHAT_TEMPLATE
     return model
 
@@ -283,7 +285,7 @@ def test_models_that_answer_no_questions_refuse_them(build_small_model):
     predictor.set_image(SAMPLE.image)
     with pytest.raises(ValueError, match="question is 3"):
         predictor.predict(PROMPTS, question=3)
-    assert isinstance(predictor.model.language_model.tokenizer, TextTokenizer)
+    assert isinstance(predictor.model.language_model.tokenizer, PlainTokenizer)
     assert isinstance(Batch(PromptBatch(torch.zeros(1)), torch.zeros(1)).questions, type(None))
 
 
