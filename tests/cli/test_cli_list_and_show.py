@@ -36,7 +36,7 @@ import json, sys
 from sca.cli import run_command
 for command in json.loads(sys.argv[1]):
     run_command(command)
-    heavy = {"torch", "transformers", "numpy", "jinja2", "pydantic", "rich"} & set(sys.modules)
+    heavy = {"torch", "transformers", "numpy", "jinja2", "rich"} & set(sys.modules)
     assert not heavy, f"sca {' '.join(command)} imported {heavy}"
 """
 
@@ -49,7 +49,7 @@ def test_help_list_and_show_import_no_heavy_modules():
     assert completed.returncode == 0, completed.stderr
 
 
-@pytest.mark.parametrize(("command", "max_modules"), [("--help", 400), ("list", 360)])
+@pytest.mark.parametrize(("command", "max_modules"), [("--help", 400), ("list", 280)])
 @pytest.mark.slow
 def test_help_and_list_import_few_modules(command, max_modules):
     call_code = f"from sca.cli import run_command; run_command([{command!r}])"
