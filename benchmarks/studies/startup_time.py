@@ -3,7 +3,7 @@
 import       `import sca`
 cold start   CPU seconds of `sca caption` on a generated scene and of `sca list`, each in its own process with one
              thread, next to a process that imports torch; with --baseline, alternating with another checkout
-memory       peak of a process that captions 256 regions of an image with SAM ViT-B + query + GPT-2, including the
+--memory     peak of a process that captions 256 regions of an image with SAM ViT-B + query + GPT-2, including the
              (random) weights
 """
 
@@ -18,11 +18,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sca.io.atomic import write_file
 
-NUM_REPEATS = 5
+NUM_REPEATS = 3
 BOX_ARGUMENTS = [f"{x},{y},{x + 60},{y + 60}" for x in (10, 60) for y in (10, 60)]
 MEMORY_PROGRAM = """
 import resource, torch, sca
@@ -43,9 +42,25 @@ IMPORT_PROGRAM = "import time; s = time.perf_counter(); import {}; print(time.pe
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--baseline", type=Path, help="Another checkout with its own .venv, to compare with.")
+    parser.add_argument("--memory", action="store_true", help="Measure memory instead of startup.")
     parser.add_argument("--out", type=Path, help="JSON file for the measurements.")
     args = parser.parse_args(arguments)
-    measurements: dict[str, Any] = {"import_sca_seconds": _run_for_minimum(IMPORT_PROGRAM.format("sca"))}
+    measurements = _measure_memory() if args.memory else _measure_startup(args.baseline)
+    for name, value in measurements.items():
+        print(f"{name}: {value:.3f}" if value < 1e6 else f"{name}: {value / 2**30:.2f} GiB")
+    if args.out:
+        from sca_bench.worker import collect_environment
+
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(args.out, json.dumps({**measurements, "environment": collect_environment("cpu")}, indent=1))
+
+
+def _measure_memory() -> dict[str, float]:
+    return {"peak_memory_256_regions": float(_run_for_number([sys.executable, "-c", MEMORY_PROGRAM]))}
+
+
+def _measure_startup(baseline: Path | None) -> dict[str, float]:
+    measurements = {"import_sca_seconds": _run_for_minimum(IMPORT_PROGRAM.format("sca"))}
     with tempfile.TemporaryDirectory() as folder:
         image = str(Path(folder, "scene.png"))
         _save_scene(image)
@@ -57,15 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "import_torch": ["-c", "import torch"],
         }
         for name, command in commands.items():
-            measurements |= _compare_commands(name, command, args.baseline)
-    measurements["peak_memory_256_regions"] = float(_run_for_number([sys.executable, "-c", MEMORY_PROGRAM]))
-    for name, value in measurements.items():
-        print(f"{name}: {value:.3f}" if value < 1e6 else f"{name}: {value / 2**30:.2f} GiB")
-    if args.out:
-        from sca_bench.worker import collect_environment
-
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(args.out, json.dumps({**measurements, "environment": collect_environment("cpu")}, indent=1))
+            measurements |= _compare_commands(name, command, baseline)
+    return measurements
 
 
 def _save_scene(path: str) -> None:
