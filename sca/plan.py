@@ -26,7 +26,7 @@ from sca.devices import PRECISIONS, resolve_precision
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.inference.zoom import CROPS_PER_BATCH
 from sca.io.validation import check_range
-from sca.language_models.tiny_gpt2 import TinyGpt2
+from sca.language_models.tiny_gpt2 import convert_tiny_gpt2
 from sca.model import SegmentCaptioner, count_rows_per_call
 from sca.nn.two_way_transformer import TwoWayTransformer
 from sca.plan_cache import GIB, MAX_PLANNED_REGIONS, Plan, resolve_gpu_memory
@@ -82,11 +82,10 @@ def plan_model(
     check_range("zoom_crops", zoom_crops, int, 0)
     if training and zoom_crops:
         raise ValueError(f"zoom_crops is {zoom_crops}, but training has no zoom; omit zoom_crops, or plan captioning")
-    check_planned_precision(precision, training)
+    check_planned_precision(precision, training, on_gpu or gpu is not None)
     memory_budget = None if gpu is None else int(resolve_gpu_memory(gpu) * GIB * USABLE_MEMORY_FRACTION)
     model = build(spec, "meta")
-    if isinstance(model.language_model, TinyGpt2):  # whose cache the meter does not measure
-        model.language_model = model.language_model.to_transformers()
+    model.language_model = convert_tiny_gpt2(model.language_model)  # the meter measures caches of transformers
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.group_parameters().items()}
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     _set_checkpoint_sources(model, spec)
@@ -132,12 +131,13 @@ def plan_model(
     )
 
 
-def check_planned_precision(precision: str, training: bool) -> None:
+def check_planned_precision(precision: str, training: bool, on_gpu: bool) -> None:
     """Check that a precision is known before the model runs and, in training, that it has gradients.
 
     Args:
         precision: One of `PRECISIONS`.
         training: Whether a training step is planned.
+        on_gpu: Whether the model runs on a GPU.
 
     Raises:
         RegistryError: The precision is unknown.
@@ -147,6 +147,8 @@ def check_planned_precision(precision: str, training: bool) -> None:
     if precision == "auto":
         choices = ", ".join(PRECISIONS[:-1])
         raise ValueError(f"the precision auto depends on the machine; plan one of {choices}")
+    if precision == "int8" and on_gpu:
+        raise ValueError("int8 is supported on a CPU only; plan a GPU with precision bfloat16")
     if precision == "int8" and training:
         raise ValueError("int8 layers have no gradients; plan training with precision float32 or bfloat16")
 

@@ -1,37 +1,37 @@
 """Precision of a loaded model: a floating-point type, or int8 linear layers on a CPU.
 
-On a CPU with VNNI instructions, dynamic int8 linear layers are about twice as fast as float32 ones, if they are wide.
+On a CPU with AVX-512 VNNI instructions, wide linear layers in dynamic int8 are about twice as fast as in float32.
 Layers of the segmenter, the projection and the box embedding stay in float32: they are small, and masks and captions
-depend on them most. `auto` chooses by the device and, on a CPU, by a short measurement of the model's own layers.
+depend on them most. So do layers whose weights are read by other code, such as those of two-way transformers. `auto`
+chooses by the device and, on a CPU, by a short measurement of the model's largest layers.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from sca.devices import resolve_precision
 from sca.io.text import format_count
+from sca.nn.gpt2 import Conv1D
 from sca.nn.int8_linear import Int8Linear, has_fast_int8, has_int8_operators
+from sca.nn.two_way_transformer import TwoWayForward
 
 FLOAT32_MODULES = ("segmenter", "projection", "geometry")  # top-level modules without int8 layers
 MIN_INT8_WIDTH = 384  # inputs and outputs of a layer, below which int8 gains little or nothing
-MIN_SPEEDUP = 1.25  # of a layer in the measurement of `auto`
-PROBE_ROWS, PROBE_REPEATS, PROBE_SECONDS = 32, 3, 1.0
+MIN_SPEEDUP = 1.25  # of the largest layers in the measurement of `auto`
+PROBE_SHAPES, PROBE_ROWS, PROBE_REPEATS, PROBE_SECONDS = 4, 32, 5, 0.5
 Shape = tuple[int, int]  # inputs and outputs of a linear layer
 
 logger: logging.Logger = logging.getLogger(__name__)
-_speedups: dict[tuple[Shape, str], float] = {}  # over float32 by precision, measured in this process
 
 
 def set_precision(model: nn.Module, precision: str | torch.dtype | None, min_width: int = MIN_INT8_WIDTH) -> None:
@@ -40,26 +40,27 @@ def set_precision(model: nn.Module, precision: str | torch.dtype | None, min_wid
     Args:
         model: Model in eval mode, on its device.
         precision: "float32", "bfloat16" or "float16" converts all floating-point tensors. "int8" converts the wide
-            linear layers, on a CPU. "auto" chooses: on a GPU bfloat16 if it is supported; on a CPU int8 or bfloat16 for
-            the layers that it makes faster. None changes nothing.
+            linear layers, on a CPU. "auto" chooses: on a GPU bfloat16 if it is supported; on a CPU int8 if it is
+            faster. None changes nothing.
         min_width: Minimum number of inputs and of outputs of an int8 layer.
 
     Raises:
         ValueError: The precision is unknown, or int8 is not supported by the device or the model.
     """
     name = resolve_precision(precision)
+    if name is not None:
+        check_has_float_weights(model, "converted")
     if name == "auto":
         _choose_precision(model, min_width)
     elif name == "int8":
         check_int8_support(_get_device(model))
-        model.float()
         layers = dict(_iter_wide_layers(model, min_width))
         if not layers:
             raise ValueError(
                 f"the model has no linear layer with at least {min_width} inputs and outputs, so int8 gains nothing; "
                 "use precision=float32"
             )
-        _convert_layers(model, layers)
+        _convert_layers(model.float(), layers)
     elif name is not None:
         model.to(getattr(torch, name))
 
@@ -76,7 +77,9 @@ def check_int8_support(device: torch.device) -> None:
     if device.type not in ("cpu", "meta"):
         raise ValueError(f"int8 is supported on a CPU only, and the device is {device}; use precision=bfloat16")
     if not (has_int8_operators() if device.type == "meta" else has_fast_int8()):
-        raise ValueError("int8 requires a CPU with VNNI instructions and torch with oneDNN; use precision=float32")
+        raise ValueError(
+            "int8 requires a CPU with AVX-512 VNNI instructions and torch with oneDNN; use precision=float32"
+        )
 
 
 def describe_precision(model: nn.Module) -> str:
@@ -116,10 +119,15 @@ def _get_device(model: nn.Module) -> torch.device:
 
 
 def _iter_wide_layers(model: nn.Module, min_width: int) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the linear layers that may be converted, with their names. Subclasses of `nn.Linear` can have readers."""
+    """Yield the linear layers that may be converted, with their names."""
+    float32_modules = {
+        *FLOAT32_MODULES,
+        *(name for name, module in model.named_modules() if isinstance(module, TwoWayForward)),  # reads weights
+    }
     for name, module in model.named_modules():
-        is_linear = type(module) in (nn.Linear, Conv1D)
-        if is_linear and name.partition(".")[0] not in FLOAT32_MODULES and min(_get_shape(module)) >= min_width:
+        is_linear = type(module) is nn.Linear or _is_transposed(module)  # others can have readers
+        is_excluded = any(f"{name}.".startswith(f"{prefix}.") for prefix in float32_modules)
+        if is_linear and not is_excluded and min(_get_shape(module)) >= min_width:
             yield name, module
 
 
@@ -130,7 +138,13 @@ def _get_shape(layer: nn.Module) -> Shape:
 
 def _get_weight(layer: Any) -> Tensor:
     """Return the weights (O, I) of a linear layer; GPT-2's store the transposed matrix."""
-    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    return layer.weight.T if _is_transposed(layer) else layer.weight
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    """Return whether a layer is the Conv1D of GPT-2, ours or that of transformers, which is imported only if used."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return type(layer) is Conv1D or (library is not None and type(layer) is library.Conv1D)
 
 
 def _convert_layer(layer: Any) -> Int8Linear:
@@ -141,6 +155,11 @@ def _convert_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Replace layers, so that each float32 weight can be freed before the next is converted."""
     for name, layer in layers.items():
         model.set_submodule(name, _convert_layer(layer))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.linear1, Int8Linear):
+            module.activation_relu_or_gelu = (
+                0  # the fused forward of torch reads the weights; this one calls the layers
+            )
 
 
 def _choose_precision(model: nn.Module, min_width: int) -> None:
@@ -154,69 +173,40 @@ def _choose_precision(model: nn.Module, min_width: int) -> None:
 
 
 def _choose_cpu_precision(model: nn.Module, min_width: int) -> str:
-    """Convert a float32 model, or the layers that gain, and return the reason."""
-    candidates = _list_cpu_candidates()
-    layers_by_shape: dict[Shape, dict[str, nn.Module]] = {}
-    for name, layer in _iter_wide_layers(model, min_width):
-        layers_by_shape.setdefault(_get_shape(layer), {})[name] = layer
-    if not candidates:
-        return "; this CPU has no instructions for int8 or bfloat16"
-    if not layers_by_shape:
+    """Convert the wide layers of a float32 model to int8 if that is faster, and return the reason."""
+    if not has_fast_int8():
+        return "; this CPU has no AVX-512 VNNI instructions"
+    layers = dict(_iter_wide_layers(model, min_width))
+    if not layers:
         return "; the linear layers are too small to gain"
-    sizes = {shape: math.prod(shape) * len(layers) for shape, layers in layers_by_shape.items()}
-    by_size = sorted(layers_by_shape, key=lambda shape: -sizes[shape])
-    _measure_speedups({shape: next(iter(layers_by_shape[shape].values())) for shape in by_size}, candidates)
-
-    def estimate_time(candidate: str) -> float:
-        return sum(size / max(_speedups.get((shape, candidate), 1.0), 1.0) for shape, size in sizes.items())
-
-    best = min(candidates, key=estimate_time)
-    faster_shapes = [shape for shape in by_size if _speedups.get((shape, best), 1.0) >= MIN_SPEEDUP]
-    if best == "int8":
-        for shape in faster_shapes:
-            _convert_layers(model, layers_by_shape[shape])
-    elif faster_shapes:
-        model.to(getattr(torch, best))
-    speedups = (
-        f"{shape[0]}x{shape[1]} {_speedups[shape, best]:.1f}x" for shape in by_size if (shape, best) in _speedups
-    )
-    return f"; speedups of linear layers in {best}: {', '.join(speedups)}"
+    speedup = _measure_speedup(_select_largest_layers(layers.values()))
+    if speedup >= MIN_SPEEDUP:
+        _convert_layers(model, layers)
+    return f"; linear layers in int8 are {speedup:.1f} times as fast as in float32"
 
 
-def _list_cpu_candidates() -> list[str]:
-    """Return the precisions below float32 that this CPU has instructions for."""
-    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return [*(["int8"] if has_fast_int8() else []), *(["bfloat16"] if has_bfloat16 else [])]
+def _select_largest_layers(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return one layer of each of the shapes that contain the most weights."""
+    layers_by_shape: dict[Shape, list[nn.Module]] = {}
+    for layer in layers:
+        layers_by_shape.setdefault(_get_shape(layer), []).append(layer)
+    by_size = sorted(layers_by_shape, key=lambda shape: -math.prod(shape) * len(layers_by_shape[shape]))
+    return [layers_by_shape[shape][0] for shape in by_size[:PROBE_SHAPES]]
 
 
 @torch.inference_mode()
-def _measure_speedups(layers: Mapping[Shape, nn.Module], candidates: Sequence[str]) -> None:
-    """Measure layers that were not measured in this process, in order, as long as there is time."""
+def _measure_speedup(layers: Sequence[nn.Module]) -> float:
+    """Return the time of float32 layers relative to int8, alternating as often as there is time."""
+    pairs = [(layer, _convert_layer(layer), torch.randn(PROBE_ROWS, _get_shape(layer)[0])) for layer in layers]
+    seconds = [[math.inf, math.inf] for _ in pairs]
     deadline = time.perf_counter() + PROBE_SECONDS
-    for shape, layer in layers.items():
-        missing = [candidate for candidate in candidates if (shape, candidate) not in _speedups]
-        if not missing or time.perf_counter() > deadline:
-            continue
-        inputs = torch.randn(PROBE_ROWS, shape[0])
-        functions: list[Callable[[], Tensor]] = [partial(layer, inputs)]
-        for candidate in missing:
-            if candidate == "int8":
-                functions.append(partial(_convert_layer(layer), inputs))
-            else:
-                dtype = getattr(torch, candidate)
-                functions.append(partial(F.linear, inputs.to(dtype), _get_weight(layer).to(dtype)))
-        float32_seconds, *seconds = _time_alternately(functions)
-        for candidate, each in zip(missing, seconds, strict=True):
-            _speedups[shape, candidate] = float32_seconds / each
-
-
-def _time_alternately(functions: Sequence[Callable[[], Any]]) -> list[float]:
-    """Return the minimum seconds of each function; the first round is a warm-up."""
-    seconds: list[list[float]] = [[] for _ in functions]
     for repeat in range(PROBE_REPEATS + 1):
-        for function, function_seconds in zip(functions, seconds, strict=True):
-            start = time.perf_counter()
-            function()
-            if repeat:
-                function_seconds.append(time.perf_counter() - start)
-    return [min(function_seconds) for function_seconds in seconds]
+        if repeat > 1 and time.perf_counter() > deadline:
+            break
+        for (*functions, inputs), best in zip(pairs, seconds, strict=True):
+            for index, function in enumerate(functions):
+                start = time.perf_counter()
+                function(inputs)
+                if repeat:  # the first round is a warm-up
+                    best[index] = min(best[index], time.perf_counter() - start)
+    return sum(float32 for float32, _ in seconds) / sum(int8 for _, int8 in seconds)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sca.cli.options import PanelCommand, Precision
+from sca.cli.options import PanelCommand
 from sca.devices import DTYPES, resolve_device
 
 if TYPE_CHECKING:
@@ -263,7 +263,13 @@ def speedup(
         str,
         typer.Option(help="Data type of the weights: float32, bfloat16 or float16.", rich_help_panel=MODEL),
     ] = "float32",
-    precision: Precision = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision of ours in the part captions: int8 or auto, on a CPU. Defaults to that of --dtype.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     time_budget: Annotated[
         float, typer.Option(help="Start no part after this many seconds.", min=1.0, rich_help_panel=RUNTIME)
     ] = math.inf,
@@ -288,6 +294,8 @@ def speedup(
 
     resolve_device(device)
     check_option_choice("dtype", dtype, DTYPES)
+    if precision is not None:
+        check_option_choice("precision", precision, ("int8", "auto"))
     settings = ComparisonSettings(
         encoder,
         language_model,

@@ -34,7 +34,7 @@ from sca.io.atomic import get_previous_folder
 from sca.io.errors import InputError
 from sca.io.hub import fetch_model_folder, find_local_folder, is_cached, resolve_local_path, suggest_path
 from sca.model import SegmentCaptioner
-from sca.precision import set_precision
+from sca.precision import check_int8_support, set_precision
 
 HUB_ID_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 MAX_MESSAGE_LENGTH = 600  # characters of an error message about a checkpoint
@@ -78,8 +78,10 @@ def load(
         ValueError: The device is not available, or the precision is unknown or not
             supported on it.
     """
-    trust = Trust(trust_remote_code, allow_external)
-    return _load_model(source, resolve_device(device), resolve_precision(precision), trust, revision)
+    trust, resolved_device = Trust(trust_remote_code, allow_external), resolve_device(device)
+    if (precision := resolve_precision(precision)) == "int8":
+        check_int8_support(resolved_device)
+    return _load_model(source, resolved_device, precision, trust, revision)
 
 
 def load_uncalibrated(

@@ -58,7 +58,13 @@ class Int8Linear(nn.Module):
         return self._unpack_weight() * self.weight_scales[:, None]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Apply the layer to float32 inputs: (..., I) -> (..., O).
+        """Apply the layer.
+
+        Args:
+            inputs: (..., I) float32 inputs.
+
+        Returns:
+            Outputs (..., O).
 
         Raises:
             RuntimeError: A gradient is required, which int8 layers do not have.
@@ -114,5 +120,5 @@ def has_int8_operators() -> bool:
 
 
 def has_fast_int8() -> bool:
-    """Return whether int8 products are fast on this CPU: with VNNI instructions, which also do not saturate."""
+    """Return whether int8 products are fast on this CPU: with AVX-512 VNNI instructions, which also do not saturate."""
     return has_int8_operators() and torch.cpu._is_vnni_supported()

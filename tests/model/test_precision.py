@@ -17,7 +17,7 @@ from sca.nn.int8_linear import Int8Linear, has_fast_int8
 from sca.plan import plan_model
 from sca.precision import check_int8_support, describe_precision, set_precision
 
-requires_int8 = pytest.mark.skipif(not has_fast_int8(), reason="this CPU has no VNNI instructions")
+requires_int8 = pytest.mark.skipif(not has_fast_int8(), reason="this CPU has no AVX-512 VNNI instructions")
 
 
 @pytest.fixture
@@ -32,23 +32,6 @@ def wide_model():
     torch.manual_seed(0)
     layers = {name: nn.Linear(512, 512) for name in ("encoder", "mixer", "segmenter", "projection")}
     return nn.ModuleDict({**layers, "head": nn.Linear(512, 8)}).requires_grad_(False).eval()
-
-
-@pytest.fixture
-def set_speedups(monkeypatch):
-    """Return a function that replaces the measurement of `auto` by given speedups."""
-
-    def replace(**speedups):
-        def record(layers, candidates):
-            precisions._speedups.update(
-                {(shape, candidate): speedups[candidate] for shape in layers for candidate in candidates}
-            )
-
-        monkeypatch.setattr(precisions, "_speedups", {})
-        monkeypatch.setattr(precisions, "_measure_speedups", record)
-        monkeypatch.setattr(precisions, "_list_cpu_candidates", lambda: list(speedups))
-
-    return replace
 
 
 def get_int8_names(model):
@@ -124,50 +107,51 @@ def test_int8_rejects_other_devices_and_cpus(monkeypatch):
     with pytest.raises(ValueError, match="int8 is supported on a CPU only, and the device is cuda; use precision="):
         check_int8_support(torch.device("cuda"))
     monkeypatch.setattr(precisions, "has_fast_int8", lambda: False)
-    with pytest.raises(ValueError, match=r"int8 requires a CPU with VNNI.*use precision=float32"):
+    with pytest.raises(ValueError, match=r"int8 requires a CPU with AVX-512 VNNI.*use precision=float32"):
         check_int8_support(torch.device("cpu"))
 
 
 @requires_int8
-def test_auto_converts_layers_that_gain(wide_model, set_speedups):
-    set_speedups(int8=2.0)
+def test_auto_converts_all_wide_layers_if_int8_is_faster(wide_model, monkeypatch):
+    monkeypatch.setattr(precisions, "_measure_speedup", lambda layers: 2.0)
     set_precision(wide_model, "auto")
     assert get_int8_names(wide_model) == {"encoder", "mixer"}
 
 
-@pytest.mark.parametrize("speedups", [{}, {"int8": 1.1}, {"bfloat16": 0.4}, {"int8": 1.1, "bfloat16": 1.2}])
-def test_auto_keeps_float32_where_nothing_is_gained(wide_model, set_speedups, speedups):
-    set_speedups(**speedups)
+@pytest.mark.parametrize("is_supported", [False, True])
+def test_auto_keeps_float32_where_nothing_is_gained(wide_model, monkeypatch, is_supported):
+    monkeypatch.setattr(precisions, "has_fast_int8", lambda: is_supported)
+    monkeypatch.setattr(precisions, "_measure_speedup", lambda layers: 1.1)
     wide_model["mixer"].bfloat16()  # as stored
     set_precision(wide_model, "auto")
     assert describe_precision(wide_model) == "float32"
 
 
-def test_auto_uses_bfloat16_where_it_is_fastest(wide_model, set_speedups):
-    set_speedups(int8=1.5, bfloat16=3.0)
-    set_precision(wide_model, "auto")
-    assert describe_precision(wide_model) == "bfloat16"
+def test_auto_measures_one_layer_of_each_of_the_largest_shapes(monkeypatch):
+    monkeypatch.setattr(precisions, "PROBE_SHAPES", 2)
+    layers = [nn.Linear(8, 8), nn.Linear(4, 4), nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(5, 6)]
+    assert [*map(precisions._get_shape, precisions._select_largest_layers(layers))] == [(5, 6), (8, 8)]
 
 
-def test_auto_measures_the_layers_of_the_model_once(wide_model, monkeypatch):
-    monkeypatch.setattr(precisions, "_speedups", {})
-    monkeypatch.setattr(precisions, "PROBE_ROWS", 2)
-    layers = {(512, 512): wide_model["encoder"]}
-    precisions._measure_speedups(layers, ["bfloat16"])
-    (speedup,) = precisions._speedups.values()
-    assert speedup > 0
-    monkeypatch.setattr(precisions, "_time_alternately", None)
-    precisions._measure_speedups(layers, ["bfloat16"])  # no measurement
-
-
+@requires_int8
 def test_auto_stops_measuring_in_time(wide_model, monkeypatch):
-    monkeypatch.setattr(precisions, "_speedups", {})
-    times = iter([0.0, 0.5, 1.5])
+    times = iter([0.0, 0.0, 0.0, 0.0, 0.1, 0.4, 0.5, 9.0])  # start, warm-up, one round, and the end
     monkeypatch.setattr(precisions, "time", SimpleNamespace(perf_counter=lambda: next(times)))
-    monkeypatch.setattr(precisions, "_time_alternately", lambda functions: [2.0, 1.0])
-    layers = {(512, 512): wide_model["encoder"], (512, 8): wide_model["head"]}
-    precisions._measure_speedups(layers, ["bfloat16"])
-    assert precisions._speedups == {((512, 512), "bfloat16"): 2.0}
+    assert precisions._measure_speedup([wide_model["encoder"]]) == pytest.approx(1.0)
+    assert next(times, None) is None
+
+
+@requires_int8
+def test_int8_layers_are_called_and_not_read(int8_model, monkeypatch):
+    called = set()
+    for name, module in int8_model.named_modules():
+        if isinstance(module, Int8Linear):
+            module.register_forward_hook(lambda module, inputs, output, name=name: called.add(name))
+    monkeypatch.setattr(Int8Linear, "weight", property(lambda layer: pytest.fail("weights are read")))
+    predictor = sca.Predictor(int8_model)
+    predictor.set_image(Image.open("examples/scene.png"))
+    predictor.predict(boxes=[(186, 357, 323, 500)])
+    assert called == get_int8_names(int8_model)
 
 
 @pytest.fixture
@@ -205,7 +189,7 @@ def test_precision_is_part_of_evaluation_runs(int8_model):
         for model in (sca.load("sca-tiny"), int8_model)
     ]
     assert runs[0]["precision"] == "float32"
-    assert runs[1]["precision"] == "int8 (50 linear layers), float32"
+    assert runs[1]["precision"] == "int8 (18 linear layers), float32"
     assert runs[0]["weights_hash"] != runs[1]["weights_hash"]
     json.dumps(runs)
 
