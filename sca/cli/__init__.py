@@ -21,7 +21,7 @@ import typer
 
 from sca.allocator import keep_freed_memory
 from sca.cli.options import PanelCommand, print_line, print_stderr
-from sca.cli.plugin_commands import EVALUATION_PANEL, CommandGroup
+from sca.cli.plugin_commands import EVALUATION_PANEL, CommandGroup, find_plugin_commands
 from sca.io.errors import DifferentRunError
 from sca.io.terminal import guard_terminal
 from sca.io.text import describe_error
@@ -175,9 +175,9 @@ def _record_interrupts() -> Iterator[list[int]]:
 
 
 def _run_command(arguments: list[str], interrupts: list[int]) -> int:
-    command = typer.main.get_command(build_app(_choose_commands(arguments)))
     arguments = [HOME_PATTERN.sub(lambda match: match[1] + os.path.expanduser(match[2]), each) for each in arguments]
     try:
+        command = typer.main.get_command(build_app(_choose_commands(arguments)))
         with command.make_context("sca", list(arguments)) as context:
             command.invoke(context)
         return 0
@@ -205,8 +205,11 @@ def _run_command(arguments: list[str], interrupts: list[int]) -> int:
 
 
 def _choose_commands(arguments: Sequence[str]) -> Collection[str]:
-    """Return the command that is run, or all commands for help, options and unknown names."""
-    return arguments[:1] if arguments and arguments[0] in COMMAND_NAMES else COMMAND_NAMES
+    """Return the built-in command that is run, none for a plugin's, or all for help and unknown names."""
+    name = arguments[0] if arguments else ""
+    if name in COMMAND_NAMES:
+        return [name]
+    return [] if name == "--version" or name in find_plugin_commands() else COMMAND_NAMES
 
 
 def _report_interrupt() -> int:

@@ -135,8 +135,9 @@ def defer_validation(parameters: Iterable[Any]) -> None:
     """
     for parameter in parameters:
         descriptor = getattr(parameter, "type_descriptor", None)  # of versions of typer that use pydantic
-        if descriptor is not None and not (parameter.multiple or parameter.nargs == -1):
-            is_text = descriptor.annotation is str and descriptor.parameter_info.parser is None
+        parameter_info = getattr(descriptor, "parameter_info", None)
+        if parameter_info is not None and not (parameter.multiple or parameter.nargs == -1):
+            is_text = getattr(descriptor, "annotation", None) is str and parameter_info.parser is None
             parameter.get_runtime_param = partial(_DeferredValidator, parameter, is_text)
 
 

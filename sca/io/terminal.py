@@ -62,7 +62,7 @@ class Table:
         widest = widths.index(max(widths))
         excess = sum(widths) + len(COLUMN_GAP) * (len(widths) - 1) - max_width
         if excess > 0:
-            widths[widest] = max(MIN_WRAP_WIDTH, widths[widest] - excess)
+            widths[widest] = min(widths[widest], max(MIN_WRAP_WIDTH, widths[widest] - excess))
         return [line for row in rows for line in self._format_row(row, widths, widest)]
 
     def _format_row(self, row: Sequence[str], widths: Sequence[int], wrapped_column: int) -> list[str]:
@@ -111,7 +111,9 @@ def _measure_width(text: str) -> int:
 def _wrap_cell(text: str, width: int) -> list[str]:
     """Wrap a text to a width in cells; a text of wide characters to half as many characters."""
     is_wide = _measure_width(text) > len(text)
-    return textwrap.wrap(text, width // 2 if is_wide else width) if _measure_width(text) > width else [text]
+    if _measure_width(text) <= width:
+        return [text]
+    return textwrap.wrap(text, width // 2 if is_wide else width, break_on_hyphens=False) or [""]
 
 
 def _pad_cell(text: str, width: int, is_right_aligned: bool) -> str:
