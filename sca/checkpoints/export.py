@@ -27,7 +27,7 @@ from sca.io.atomic import write_folder
 from sca.io.errors import InputError
 from sca.io.hub import silence_transformers
 from sca.io.weight_files import SAFETENSORS_FILE, format_first_names
-from sca.language_models.tiny_gpt2 import TinyGpt2
+from sca.language_models.tiny_gpt2 import convert_tiny_gpt2
 from sca.model import SegmentCaptioner
 from sca.precision import check_has_float_weights
 
@@ -121,10 +121,7 @@ def merge_lora(causal_model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _get_causal_model(model: SegmentCaptioner) -> PreTrainedModel:
-    language_model = model.language_model
-    if isinstance(language_model, TinyGpt2):
-        return language_model.to_transformers().model
-    return cast("CausalLanguageModel", language_model).model
+    return cast("CausalLanguageModel", convert_tiny_gpt2(model.language_model)).model
 
 
 def _get_mixer_transformer(model: SegmentCaptioner) -> TwoWayTransformer:

@@ -18,7 +18,10 @@ from sca.checkpoints.onnx_graphs import CHECKED_REGIONS, TRACED_REGIONS, Graph, 
 from sca.io.atomic import write_folder
 from sca.io.errors import InputError
 from sca.language_models.causal import CausalLanguageModel, TextTokenizer
+from sca.language_models.plain_tokenizer import PlainTokenizer
+from sca.language_models.tiny_gpt2 import convert_tiny_gpt2
 from sca.model import SegmentCaptioner
+from sca.precision import check_has_float_weights
 
 MAX_DIMENSION = 2**20  # bound of the dynamic dimensions
 TOLERANCE = 1e-4  # between ONNX Runtime and torch, relative to the largest value if that is above 1
@@ -39,8 +42,10 @@ def write_onnx_graphs(model: SegmentCaptioner, folder: Path) -> Path:
 
     Raises:
         InputError: A component cannot be exported, or packages are missing.
+        ValueError: The model has int8 layers.
         OutputError: The folder cannot be written.
     """
+    check_has_float_weights(model, "exported")
     problem = _find_unexportable(model)
     if problem:
         raise InputError(f"the layout onnx does not support {problem}")
@@ -68,7 +73,7 @@ def _check_packages() -> None:
 
 
 def _find_unexportable(model: SegmentCaptioner) -> str | None:
-    language_model, name = model.language_model, model.spec.language_model.name
+    language_model, name = convert_tiny_gpt2(model.language_model), model.spec.language_model.name
     if not isinstance(language_model, CausalLanguageModel) or not language_model.has_greedy_loop:
         return f"the language model {name!r}, whose cache is not made of keys and values; choose another one"
     if _get_fast_tokenizer(model) is None:
@@ -77,13 +82,15 @@ def _find_unexportable(model: SegmentCaptioner) -> str | None:
         return "tasks with a prompt (`tasks` of the spec); supported are learned task tokens"
     other_dtypes = sorted({str(each.dtype) for each in model.parameters()} - {"torch.float32"})
     if other_dtypes:
-        return f"parameters of {', '.join(other_dtypes)}; load the model with dtype=float32"
+        return f"parameters of {', '.join(other_dtypes)}; load the model with precision=float32"
     return None
 
 
 def _get_fast_tokenizer(model: SegmentCaptioner) -> Any:
     """Return the tokenizer of the package tokenizers; None if the language model has another one or none."""
     tokenizer = model.language_model.tokenizer
+    if isinstance(tokenizer, PlainTokenizer):
+        return tokenizer.tokenizer
     return getattr(tokenizer.tokenizer, "backend_tokenizer", None) if isinstance(tokenizer, TextTokenizer) else None
 
 

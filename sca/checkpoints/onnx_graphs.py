@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sca.checkpoints.export import merge_lora
 from sca.language_models.causal import CausalLanguageModel
+from sca.language_models.tiny_gpt2 import convert_tiny_gpt2
 from sca.model import SegmentCaptioner
 
 REGIONS, POINTS, PAST = "regions", "points", "past_positions"  # names of dynamic dimensions
@@ -174,7 +175,7 @@ def build_graphs(model: SegmentCaptioner) -> list[Graph]:
     Returns:
         Encoder, regions from boxes, regions from points, prefill and step.
     """
-    language_model = cast("CausalLanguageModel", model.language_model)
+    language_model = cast("CausalLanguageModel", convert_tiny_gpt2(model.language_model))
     causal_model = merge_lora(language_model.model).eval()
     prefill = PrefillGraph(language_model, causal_model)
     step = StepGraph(language_model, causal_model)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import tokenizers
 import torch
-from sca_registry.contracts import GenerationOutput, Tokenizer
+from sca_registry.contracts import GenerationOutput, LanguageModel, Tokenizer
 from torch import Tensor, nn
 
 from sca.language_models.greedy_search import generate_greedy
 from sca.language_models.limits import check_num_positions, check_num_tokens
 from sca.language_models.plain_tokenizer import PlainTokenizer
 from sca.nn.gpt2 import Gpt2, Gpt2Block, KeyValueCache
+from sca.nn.int8_linear import Int8Linear
 from sca.nn.parameters import share_parameters
 
 if TYPE_CHECKING:
@@ -148,11 +149,22 @@ class TinyGpt2(nn.Module):
         self._lora_options = {"rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": target_modules}
 
     def to_transformers(self) -> CausalLanguageModel:
-        """Return transformers' GPT-2 with the parameters and the tokenizer of this model, which are not copied."""
+        """Return transformers' GPT-2 with the parameters and the tokenizer of this model, which are not copied.
+
+        Returns:
+            The model of transformers.
+
+        Raises:
+            ValueError: The model has int8 layers.
+        """
         from transformers import GPT2Config, GPT2LMHeadModel
 
         from sca.language_models.causal import CausalLanguageModel
 
+        if any(isinstance(module, Int8Linear) for module in self.model.modules()):
+            raise ValueError(
+                "tiny-gpt2 with int8 layers supports greedy search only; load the model with precision=float32"
+            )
         body = self.model.transformer
         dropout = body.drop.p
         config = GPT2Config(
@@ -178,6 +190,11 @@ class TinyGpt2(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         return self.model.transformer.wte.weight.dtype
+
+
+def convert_tiny_gpt2(language_model: LanguageModel) -> LanguageModel:
+    """Return a `TinyGpt2` as a model of transformers, see `TinyGpt2.to_transformers`; others are unchanged."""
+    return language_model.to_transformers() if isinstance(language_model, TinyGpt2) else language_model
 
 
 def _read_tokenizer(vocab_size: int | None) -> tokenizers.Tokenizer:

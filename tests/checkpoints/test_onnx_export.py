@@ -59,13 +59,14 @@ def replace_tasks(model):
 
 
 def remove_greedy_loop(model):
+    model.language_model = model.language_model.to_transformers()
     model.language_model.structure = replace(model.language_model.structure, has_greedy_loop=False)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (make_half_precision, r"parameters of torch\.bfloat16; load the model with dtype=float32"),
+        (make_half_precision, r"parameters of torch\.bfloat16; load the model with precision=float32"),
         (remove_tokenizer, "'tiny-gpt2' without a fast tokenizer"),
         (replace_tasks, "tasks with a prompt"),
         (remove_greedy_loop, "'tiny-gpt2', whose cache is not made of keys and values"),

@@ -52,7 +52,10 @@ SKIPPED_LINES = (  # pattern, reason
     (r"--use_fsdp", "FSDP of accelerate requires a GPU; tests/training shards with gloo"),
     (r"^sca bench run throughput ", "takes hours on a CPU; tests/bench runs small sweeps"),
     (r"lmms.eval", "requires lmms-eval; tests/evaluation/test_lmms_eval_samples.py runs it"),
-    (r"onnx", "requires the extra onnx; tests/checkpoints/test_onnx_export.py runs the example"),
+    (
+        r"onnx_captions|--layout onnx|\[onnx\]|onnxruntime",
+        "requires the extra onnx; tests/checkpoints/test_onnx_export.py runs the example",
+    ),
     (r"mmdet|rtmdet", "requires weights of MMDetection; the tests of the plugin use small ones"),
 )
 RECIPE_TOML = """
