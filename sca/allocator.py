@@ -11,6 +11,7 @@ import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of `mallopt`, from malloc.h of glibc
 MAX_KEPT_BLOCK = 2**30  # bytes
+MAX_KEPT_BLOCK_OF_OLD_GLIBC = 2**25  # bytes, the largest value that old versions accept
 MAX_KEPT_MEMORY = 2**31 - 1  # bytes at the end of the heap, the largest value of `mallopt`
 SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
@@ -28,4 +29,5 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in SETTINGS):
         return False
     set_option = ctypes.CDLL(None).mallopt
-    return bool(set_option(M_MMAP_THRESHOLD, MAX_KEPT_BLOCK) and set_option(M_TRIM_THRESHOLD, MAX_KEPT_MEMORY))
+    is_set = set_option(M_MMAP_THRESHOLD, MAX_KEPT_BLOCK) or set_option(M_MMAP_THRESHOLD, MAX_KEPT_BLOCK_OF_OLD_GLIBC)
+    return bool(is_set and set_option(M_TRIM_THRESHOLD, MAX_KEPT_MEMORY))

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-SPARE_POSITIONS = 32  # positions that a buffer is larger than needed when it grows
+SPARE_POSITIONS = 32  # additional positions of a buffer that grows
 
 
 class BufferedLayer(DynamicLayer):
     """Layer of a KV cache with buffers that are larger than its sequences.
 
     `keys` and `values` are views of the buffers: (N, heads, L, head size). Of the methods that change the batch, only
-    `batch_select_indices` is supported, as greedy search needs no other.
+    `batch_select_indices` is supported.
     """
 
     def __init__(self, **kwargs: Any):

@@ -16,7 +16,8 @@ class RoiQueryMixer(nn.Module):
     """Two-way transformer over learned queries, the segmenter's output tokens and a crop of the features of a region.
 
     ROIAlign crops the features around the box of the region to a fixed number of cells, so that the cost of a region
-    does not depend on the size of the grid. The position of the crop is an additional token.
+    does not depend on the size of the grid. Positions are relative to the crop. The box of the region in the model
+    input is an additional token.
 
     Args:
         segmenter: Segmenter.

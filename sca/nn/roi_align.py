@@ -18,7 +18,7 @@ def roi_align(features: Tensor, image_index: Tensor | None, boxes: Tensor, outpu
 
     Args:
         features: (B, D, h, w) features of images, or (N, D, h, w) features of regions if `image_index` is None.
-        image_index: (N,) image of each box, sorted.
+        image_index: (N,) image of each box, sorted; None if each box has features of its own.
         boxes: (N, 4) boxes x1 y1 x2 y2 in cells.
         output_size: Bins per side.
 

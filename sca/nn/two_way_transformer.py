@@ -259,8 +259,8 @@ class _UnprojectedGrid(NamedTuple):
         """Multiply tokens (N, heads, T, d) by projected cells, through the tokens projected to the cells' width."""
         scores = heads @ _split_heads(attention, positions[None]).transpose(2, 3)
         tokens = heads @ weight.unflatten(0, (attention.num_attention_heads, -1))  # (N, heads, T, D)
-        scores.flatten(1, 2).baddbmm_(tokens.flatten(1, 2), self.cells.transpose(1, 2))
-        return scores
+        scores = scores.flatten(1, 2).baddbmm_(tokens.flatten(1, 2), self.cells.transpose(1, 2))
+        return scores.unflatten(1, heads.shape[1:3])
 
 
 _Grid = _ProjectedGrid | _UnprojectedGrid
@@ -326,7 +326,7 @@ def _get_output_projection(attention: nn.Module) -> nn.Linear:
 def _update_cells(
     attention: Attention, cells: Tensor, grid: _Grid, keys: Tensor, values: Tensor, in_place: bool
 ) -> Tensor:
-    """Attend from the cells (N, P, D) of a grid to tokens (N, T, D); `in_place` allows to change `cells`."""
+    """Attend from the cells (N, P, D) of a grid to tokens (N, T, D); `in_place` overwrites `cells`."""
     # On a CPU, cells are the last dimension, since a softmax over the few tokens would leave SIMD registers mostly
     # empty. The output projection is applied to the tokens, so that one matrix product updates the cells.
     token_keys, token_values = attention.k_proj(keys), attention.v_proj(values)

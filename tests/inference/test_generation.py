@@ -129,5 +129,5 @@ def test_engine_caption_rejects_float16_overflow(build_small_model):
         for parameter in model.language_model.parameters():
             parameter.mul_(1e4)
     engine, image = Engine(model.half()), Image.new("RGB", (64, 64), "blue")
-    with pytest.raises(ValueError, match="if the model runs in float16, use"):
+    with pytest.raises(ValueError, match="if the model runs in float16, load it with"):
         engine.caption(image, [Prompt(box=(1, 2, 30, 40))])
