@@ -196,7 +196,7 @@ def iter_published_comparisons(device: str, use_tiny_models: bool) -> Iterator[M
     parts = (TINY_VIT, TINY_LM) if use_tiny_models else ("sam-vit-b", "gpt2-large")
     config = {"encoder": parts[0], "language_model": parts[1], "device": device, "dtype": "bfloat16", **sizes}
     label = "tiny" if use_tiny_models else "sam-vit-b+query+gpt2-large, bfloat16"
-    for part in ("captions", "resampler", "tiny") if use_tiny_models else ("captions", "training", "resampler", "tiny"):
+    for part in ("captions", "mixers", "tiny") if use_tiny_models else ("captions", "training", "mixers", "tiny"):
         yield Measurement(
             "published", f"{part}: {label}", "sca_bench.published_comparison:run_job", {**config, "parts": [part]}
         )

@@ -7,7 +7,8 @@ Markdown table of ratios; `--out FILE` writes the measurements as JSON.
 
 captions     regions/s from an encoded image, SAM ViT-B + query + GPT-2, greedy
 training     a step with 16 regions; ours with cached encoder features
-resampler    mix stage of `resampler` next to that of `query`, and its growth with the number of regions
+mixers       mix stages of `resampler` and `roi-query` next to that of `query`, and the growth of the first with the
+             number of regions
 tiny         64 regions of sca-tiny in one batch next to one at a time
 pam          captions of an image's regions with Perceive Anything (PAM, arXiv 2506.05302), next to the procedure of its
              code: each region alone through the encoder, the perceiver and `generate`
@@ -317,14 +318,14 @@ def compare_training(model: SegmentCaptioner, settings: ComparisonSettings) -> l
 
 
 def compare_mixers(settings: ComparisonSettings) -> list[RatioRow]:
-    """Compare the mix stages of `resampler` and `query`."""
+    """Compare the mix stages of `resampler`, `roi-query` and `query`."""
     models = [
         settings.prepare_model(sca.compose(settings.encoder, mixer, "tiny-gpt2", weights=False))
-        for mixer in ("resampler", "query")
+        for mixer in ("resampler", "roi-query", "query")
     ]
     mix_functions = []
     with torch.inference_mode():
-        for model, region_counts in zip(models, ((64, 1), (64,)), strict=True):
+        for model, region_counts in zip(models, ((64, 1), (64,), (64,)), strict=True):
             features = model.encode(make_random_inputs(model, 1, 1)[0])
             for num_regions in region_counts:
                 segmenter_output = model.segment(features, make_random_inputs(model, 1, num_regions)[1])
@@ -333,9 +334,10 @@ def compare_mixers(settings: ComparisonSettings) -> list[RatioRow]:
                         segmenter_output, model.prepare_mixer(segmenter_output)
                     )
                 )
-        seconds_64, seconds_1, query_seconds = time_alternately(settings, *mix_functions)
+        seconds_64, seconds_1, roi_query_seconds, query_seconds = time_alternately(settings, *mix_functions)
     return [
         ("mix stage, resampler vs. query", "regions/s", 64 / seconds_64, 64 / query_seconds, "64 regions"),
+        ("mix stage, roi-query vs. query", "regions/s", 64 / roi_query_seconds, 64 / query_seconds, "64 regions"),
         ("mix stage of resampler, 64 regions vs. 1", "seconds", seconds_64, seconds_1, "64 if linear"),
     ]
 
@@ -433,7 +435,7 @@ def compare_pam(settings: ComparisonSettings) -> list[RatioRow]:
     return [("PAM, captions, including encoding", "regions/s", rate, published_rate, note)]
 
 
-COMPARISON_PARTS = ("captions", "training", "resampler", "tiny", "pam", "everything")
+COMPARISON_PARTS = ("captions", "training", "mixers", "tiny", "pam", "everything")
 
 
 def choose_parts(names: Sequence[str]) -> list[str]:
@@ -459,7 +461,7 @@ def run_comparisons(parts: Sequence[str], settings: ComparisonSettings) -> Itera
     start = time.monotonic()
     torch.manual_seed(0)
     comparisons: dict[str, Callable[[], list[RatioRow]]] = {
-        "resampler": lambda: compare_mixers(settings),
+        "mixers": lambda: compare_mixers(settings),
         "tiny": lambda: compare_batching(settings),
         "pam": lambda: compare_pam(settings),
     }
