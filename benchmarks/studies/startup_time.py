@@ -85,7 +85,7 @@ def _compare_commands(name: str, arguments: list[str], baseline: Path | None) ->
     """Return the minimum CPU seconds of a command, here and in another checkout, and their ratio."""
     pythons = {f"{name}_seconds": sys.executable}
     if baseline is not None:
-        pythons[f"{name}_baseline_seconds"] = str(baseline / ".venv/bin/python")
+        pythons[f"{name}_baseline_seconds"] = str(baseline.absolute() / ".venv/bin/python")
     rounds = [
         {label: _measure_cpu_seconds([python, *arguments]) for label, python in pythons.items()}
         for _ in range(NUM_REPEATS)
@@ -100,7 +100,8 @@ def _measure_cpu_seconds(command: list[str]) -> float:
     """Return the CPU seconds of a process with one thread; they depend less on other processes than its duration."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    # elsewhere than in a checkout, whose packages `python -m` would import
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment, cwd=tempfile.gettempdir())
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
