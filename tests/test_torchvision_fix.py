@@ -219,7 +219,7 @@ def test_doctor_reports_built_in_components_that_raise_or_abort_on_import(tmp_pa
     assert completed.returncode == 1
     assert re.search(r"mixer query +broken: the process of its checks", completed.stdout)
     assert re.search(r"mixer split +broken: OSError: libcudart.so.13: no such file", completed.stdout)
-    assert re.search(r"5 of kind mixer +ok", completed.stdout)
+    assert re.search(r"6 of kind mixer +ok", completed.stdout)
     assert "pip install --force-reinstall -c constraints.txt PACKAGE" in completed.stdout
     assert "pip install -U segment-caption-anything" not in completed.stdout
 

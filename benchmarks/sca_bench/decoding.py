@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sca_registry import language_models
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from sca.language_models.causal import CausalLanguageModel
+from sca.language_models.tiny_gpt2 import convert_tiny_gpt2
 from sca_bench.timing import disable_early_end, summarize_seconds, synchronize
 from sca_bench.worker import run_measurement
 
@@ -41,7 +42,8 @@ def run_job(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         options.pop("name", None)
         device, dtype = config["device"], getattr(torch, config["dtype"])
         with torch.device(device):
-            language_model = language_models.build(name, **options, **get_untrained_options(name)).to(dtype).eval()
+            built = language_models.build(name, **options, **get_untrained_options(name)).to(dtype).eval()
+            language_model = cast("CausalLanguageModel", convert_tiny_gpt2(built))
             prefix = torch.randn(config["batch_size"], config["prefix_length"], language_model.hidden_size, dtype=dtype)
         row["decoding"] = measure_method(
             language_model, prefix, config["max_new_tokens"], config["method"], config["num_repeats"]

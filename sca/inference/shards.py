@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 
 from sca_registry.contracts import Launcher
 
-import sca.inference.factory  # noqa: F401 (preloads it in the fork server of the shards)
+# preloaded in the fork server of the shards, with transformers, which most models need
+import sca.inference.factory
+import sca.language_models.hf  # noqa: F401
 from sca.inference.batch import UNUSABLE_IMAGE, UNUSABLE_PROMPTS, BatchCaptioner, Failure
 from sca.inference.caption_job import CaptionJob, ListedPrompts, RegionSource
 from sca.io.atomic import write_file

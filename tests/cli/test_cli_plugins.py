@@ -205,7 +205,7 @@ def test_doctor_reports_each_hostile_plugin_and_list_is_unaffected(isolated_site
     assert doctor_result.returncode == 1, doctor_result.stderr
     assert "'sca_mixer'. Did you mean 'sca_mixers'?" in doctor_result.stdout
     assert "python:" in doctor_result.stdout
-    assert "7 of kind mixer" in doctor_result.stdout
+    assert "8 of kind mixer" in doctor_result.stdout
     lines = doctor_result.stdout.splitlines()
     report_line_by_plugin = {
         name: lines[lines.index(f"{name} 1.0") + 1] for name in (*HOSTILE_PLUGINS, "refuses")

@@ -29,6 +29,7 @@ from torch import nn
 
 from sca.data.scenes import Scenes
 from sca.encoders.tiny_vit import TinyVit
+from sca.language_models.hf import HfLanguageModel
 from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.mixers.query import QueryMixer
 from sca.mixers.resampler import ResamplerMixer
@@ -431,7 +432,10 @@ class PaddingAttendingLanguageModel(ValidLanguageModel):
         return super().hidden_states(embeddings, attention_mask) + 0.1 * embeddings.mean(1, keepdim=True)
 
 
-class LanguageModelWithScaledEmbeddings(ValidLanguageModel):
+class LanguageModelWithScaledEmbeddings(HfLanguageModel):
+    def __init__(self):
+        super().__init__(pretrained=False, config=make_tiny_config("gpt2"))
+
     def embed_tokens(self, input_ids):
         return super().embed_tokens(input_ids) * 2
 

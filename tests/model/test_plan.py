@@ -241,8 +241,7 @@ def test_plan_weights_are_in_float32_for_a_model_built_in_another_dtype():
 
 def test_plan_in_bfloat16_halves_encode_memory():
     float32_plan, bfloat16_plan = (
-        plan_model(build_spec("medium"), regions_per_image=4, precision=name)
-        for name in ("float32", "bfloat16")
+        plan_model(build_spec("medium"), regions_per_image=4, precision=precision)
         for precision in ("float32", "bfloat16")
     )
     assert bfloat16_plan.memory["encode"] == pytest.approx(float32_plan.memory["encode"] / 2, rel=0.05)
@@ -272,7 +271,7 @@ def test_plan_command_reports_what_fits_without_network_access(capsys, monkeypat
         (["plan", "sca-tiny", "--gpu", "h20"], "Did you mean 'h200'"),
         (["plan", "sca-tiny", "--gpu", "-3"], "a number above 0"),
         (["plan", "sca-tiny", "--gpu", "inf"], "expected a name"),
-        (["plan", "sca-tiny", "--precision", "int3"], "unknown precision 'int3'. Choose from: float32"),
+        (["plan", "sca-tiny", "--precision", "int3"], "unknown precision 'int3'. Did you mean 'int8'?"),
         (["plan", "tiny-vit+qury+gpt2"], "Did you mean 'query'"),
         (["plan", "sca-gpt2-large-vg"], "name its components instead"),
     ):

@@ -81,7 +81,7 @@ def test_serve_command_reports_ray_errors_in_one_line(arguments, message):
         (("--device", "gpu9"), "device 'gpu9' is not available"),
         (("--num-replicas", "2"), "the local launcher supports 1 replica, not 2"),
         (("--launcher", "slurm"), "slurm"),
-        (("--precision", "int3"), "unknown precision 'int3'. Choose from: float32"),
+        (("--precision", "int3"), "unknown precision 'int3'. Did you mean 'int8'?"),
         (("--host", "256.0.0.1"), "cannot bind 256.0.0.1, port 8000"),
         (("--label-studio-url", "http://localhost:8080"), "require --label-studio; add it"),
         (("--label-studio", "--image-url", "images"), "the URL of --image-url is invalid; write it like"),
