@@ -27,11 +27,12 @@ MEMORY_PROGRAM = """
 import resource, torch, sca
 from PIL import Image
 from sca_registry.contracts import Prompt
+from sca.language_models.tiny_gpt2 import TinyGpt2
 model = sca.compose("sam-vit-b", "query", "gpt2", weights=False)
 predictor = sca.Predictor(model)
 predictor.set_image(Image.new("RGB", (1024, 1024), "gray"))
 model.language_model._resolve_special_tokens = lambda: (0, [])
-predictor.engine._decode_texts = lambda sequences: ["" for _ in sequences]
+model.language_model.tokenizer = TinyGpt2().tokenizer
 boxes = [(x * 50.0, y * 50.0, x * 50.0 + 99, y * 50.0 + 99) for x in range(16) for y in range(16)]
 predictor.predict([Prompt(box=box) for box in boxes])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -143,7 +143,7 @@ class CausalLanguageModel(nn.Module):
                 partial(self.structure.compute_cached_states, self.model),
                 self.embed_tokens,
                 self.lm_head,
-                make_buffered_cache(self.model.config),
+                make_buffered_cache(self.model.config, prefix.shape[1] + max_steps),
                 prefix.to(self.model.dtype),
                 max_steps,
                 pad_token_id,

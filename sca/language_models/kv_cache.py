@@ -21,10 +21,15 @@ class BufferedLayer(DynamicLayer):
 
     `keys` and `values` are views of the buffers: (N, heads, L, head size). Of the methods that change the batch, only
     `batch_select_indices` is supported.
+
+    Args:
+        max_length: Maximum length of the sequences.
+        **kwargs: Options of transformers' layers.
     """
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, max_length: int, **kwargs: Any):
         super().__init__(**kwargs)
+        self.max_length = max_length
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -35,7 +40,7 @@ class BufferedLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         if end > self._buffers[0].shape[2]:
-            capacity, (keys, values) = end + SPARE_POSITIONS, self._buffers
+            capacity, (keys, values) = max(end, min(end + SPARE_POSITIONS, self.max_length)), self._buffers
             self._buffers = _grow_buffer(keys, start, capacity), _grow_buffer(values, start, capacity)
         keys, values = self._buffers
         keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
@@ -51,10 +56,10 @@ class BufferedLayer(DynamicLayer):
             self.keys, self.values = self._buffers[0][:, :, :length], self._buffers[1][:, :, :length]
 
 
-def make_buffered_cache(config: PreTrainedConfig) -> DynamicCache:
-    """Return an empty cache for greedy search; layers with a window keep the class of transformers."""
+def make_buffered_cache(config: PreTrainedConfig, max_length: int) -> DynamicCache:
+    """Return an empty cache for sequences of at most `max_length`; layers with a window are those of transformers."""
     cache = DynamicCache(config=config)
-    cache.layers = [BufferedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [BufferedLayer(max_length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 

@@ -253,7 +253,7 @@ def _can_use_greedy_loop(
             partial(structure.compute_cached_states, model),
             model.get_input_embeddings(),
             partial(structure.compute_logits, model),
-            make_buffered_cache(model.config),
+            make_buffered_cache(model.config, prefix.shape[1] + PROBE_STEPS),
             prefix,
             PROBE_STEPS,
             -1,

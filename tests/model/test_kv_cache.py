@@ -8,7 +8,7 @@ CONFIG = GPT2Config(n_layer=2, n_head=3, n_embd=12)
 
 
 def test_buffered_cache_equals_dynamic_cache():
-    expected, actual = DynamicCache(config=CONFIG), make_buffered_cache(CONFIG)
+    expected, actual = DynamicCache(config=CONFIG), make_buffered_cache(CONFIG, 1000)
     num_sequences = 5
     for step, length in enumerate((7, *[1] * (SPARE_POSITIONS + 3), 2)):
         for layer in range(2):
@@ -26,14 +26,15 @@ def test_buffered_cache_equals_dynamic_cache():
 
 
 def test_buffered_cache_copies_only_new_positions():
-    cache = make_buffered_cache(CONFIG)
+    cache = make_buffered_cache(CONFIG, 9)
     addresses = []
     for length in (7, 1, 1):
         keys, values = cache.update(*torch.randn(2, 1, 3, length, 4), 0)
         addresses.append((keys.data_ptr(), values.data_ptr()))
     assert len(set(addresses)) == 1
+    assert keys.untyped_storage().nbytes() == 4 * 3 * 9 * 4  # no positions beyond the maximum
 
 
 def test_buffered_cache_keeps_layers_with_a_window():
-    cache = make_buffered_cache(MistralConfig(num_hidden_layers=2, sliding_window=4))
+    cache = make_buffered_cache(MistralConfig(num_hidden_layers=2, sliding_window=4), 9)
     assert all(type(layer) is DynamicSlidingWindowLayer for layer in cache.layers)
