@@ -5,6 +5,7 @@ from __future__ import annotations
 from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 
+from sca.nn.boxes import require_boxes
 from sca.nn.roi_align import roi_align
 
 
@@ -36,11 +37,8 @@ class RoiPoolMixer(nn.Module):
         Raises:
             ValueError: The regions have no boxes: point prompts with a segmenter that predicts no masks.
         """
-        if regions.boxes is None:
-            raise ValueError(
-                "the mixer 'roi-pool' requires boxes; pass box prompts, or use segmenter=sam, which predicts them"
-            )
+        boxes = require_boxes(regions, "roi-pool")
         scale = regions.image_embeddings.shape[-1] / regions.image_size
         # (N, D, output_size, output_size)
-        pooled = roi_align(regions.image_embeddings, regions.image_index, regions.boxes * scale, self.output_size)
+        pooled = roi_align(regions.image_embeddings, regions.image_index, boxes * scale, self.output_size)
         return pooled.flatten(2).transpose(1, 2)

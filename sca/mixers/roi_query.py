@@ -7,6 +7,7 @@ from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sca.nn.boxes import require_boxes
 from sca.nn.geometry import GeometryEmbedding
 from sca.nn.roi_align import roi_align
 from sca.nn.two_way_transformer import TwoWayTransformer, init_weights
@@ -63,11 +64,7 @@ class RoiQueryMixer(nn.Module):
         Raises:
             ValueError: The regions have no boxes: point prompts with a segmenter that predicts no masks.
         """
-        if regions.boxes is None:
-            raise ValueError(
-                "the mixer 'roi-query' requires boxes; pass box prompts, or use segmenter=sam, which predicts them"
-            )
-        boxes = regions.boxes.float() / regions.image_size  # (N, 4) fractions of the frame
+        boxes = require_boxes(regions, "roi-query").float() / regions.image_size  # (N, 4) fractions of the frame
         aspect_ratio = boxes.new_ones(len(boxes), 1)
         box_tokens = self.geometry(torch.cat((boxes, aspect_ratio), dim=1)).unsqueeze(1)  # (N, 1, D)
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from sca_registry.contracts import SegmenterOutput
 from torch import Tensor
 
 
@@ -38,3 +39,23 @@ def rasterize_boxes(boxes: Tensor, grid_size: int, image_size: int) -> Tensor:
     x1, y1, x2, y2 = boxes.float()[:, :, None].unbind(1)  # each (N, 1)
     is_inside_x, is_inside_y = (x1 <= centers) & (centers <= x2), (y1 <= centers) & (centers <= y2)  # (N, side)
     return (is_inside_y[:, :, None] & is_inside_x[:, None]).float()
+
+
+def require_boxes(regions: SegmenterOutput, mixer: str) -> Tensor:
+    """Return the boxes of regions for a mixer that needs them.
+
+    Args:
+        regions: N regions.
+        mixer: Name of the mixer.
+
+    Returns:
+        Boxes (N, 4) x1 y1 x2 y2 in the model input.
+
+    Raises:
+        ValueError: The regions have no boxes: point prompts with a segmenter that predicts no masks.
+    """
+    if regions.boxes is None:
+        raise ValueError(
+            f"the mixer {mixer!r} requires boxes; pass box prompts, or use segmenter=sam, which predicts them"
+        )
+    return regions.boxes

@@ -1,10 +1,12 @@
 """ROIAlign, compared with a plain loop over samples, and with torchvision if installed."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sca.nn.boxes import require_boxes
 from sca.nn.roi_align import roi_align
 
 BOXES = torch.tensor(
@@ -71,3 +73,13 @@ def test_roi_align_matches_torchvision(image):
 
 def test_roi_align_of_no_regions_is_empty(image):
     assert roi_align(image, IMAGE_INDEX[:0], BOXES[:0], 6).shape == (0, 3, 6, 6)
+
+
+def test_require_boxes_names_the_mixer_and_the_fix():
+    regions = SimpleNamespace(boxes=None)
+    with pytest.raises(
+        ValueError, match=r"the mixer 'roi-query' requires boxes; pass box prompts, or use segmenter=sam"
+    ):
+        require_boxes(regions, "roi-query")
+    regions.boxes = BOXES
+    assert require_boxes(regions, "roi-query") is BOXES
