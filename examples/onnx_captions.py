@@ -35,7 +35,7 @@ class OnnxCaptioner:
         for content, side in ((height, image.height), (width, image.width)):  # upscale rows, then columns
             cropped = resize(logits, size)[:, :content] if is_padded else logits
             logits = resize(cropped, side).transpose(0, 2, 1)
-        return *self.generate(prefix), logits > 0, ious.max(1)
+        return *self.generate(prefix), logits > 0, ious.max(1).clip(0, 1)
 
     def generate(self, prefix):  # greedy search until all captions end
         ids, log_probs, cache = np.zeros((len(prefix), 0), np.int64), np.zeros((len(prefix), 0)), []
