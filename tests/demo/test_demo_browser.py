@@ -187,7 +187,7 @@ def test_find_shows_the_regions_that_match_a_text(page):
 
 def test_cancel_stops_the_search(page):
     page.get_by_role("tab", name="Everything").click()
-    page.locator("#points_per_side input[type=number]").fill("32")
+    page.locator("#points_per_side input[type=number]").fill("64")
     page.locator("#points_per_side input[type=number]").press("Tab")
     page.get_by_role("button", name="Caption everything").click()
     page.wait_for_function("() => document.querySelector('#status').innerText.includes('searched')", timeout=30_000)
