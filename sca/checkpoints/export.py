@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from sca.encoders.sam import SamEncoder
     from sca.language_models.causal import CausalLanguageModel, TextTokenizer
+    from sca.language_models.plain_tokenizer import PlainTokenizer
     from sca.mixers.query import QueryMixer
     from sca.nn.two_way_transformer import TwoWayTransformer
     from sca.segmenters.sam import SamSegmenter
@@ -130,7 +131,7 @@ def _get_mixer_transformer(model: SegmentCaptioner) -> TwoWayTransformer:
 
 def _save_tokenizer(model: SegmentCaptioner, folder: Path) -> None:
     if model.language_model.tokenizer is not None:
-        cast("TextTokenizer", model.language_model.tokenizer).save(str(folder))
+        cast("TextTokenizer | PlainTokenizer", model.language_model.tokenizer).save(str(folder))
 
 
 def attach_sources(model: SegmentCaptioner, **components: ComponentSpec) -> SegmentCaptioner:

@@ -75,8 +75,7 @@ def load(
         TypeError: Unknown keyword argument; the message suggests the closest one.
         InputError: The checkpoint cannot be read, needs `trust_remote_code` or `allow_external` and it is not set, has
             NaN or infinite weights, or has missing or unexpected tensors.
-        ValueError: The device is not available, or the precision is unknown or not
-            supported on it.
+        ValueError: The device is not available, or the precision is unknown or not supported on it.
     """
     trust, resolved_device = Trust(trust_remote_code, allow_external), resolve_device(device)
     if (precision := resolve_precision(precision)) == "int8":

@@ -48,7 +48,7 @@ from sca.io.hub import compute_weights_fingerprint
 from sca.io.json import open_regular_file, read_json
 from sca.io.validation import check_object
 from sca.io.weight_files import describe_run_folder, hash_tensors
-from sca.language_models.plain_tokenizer import read_plain_tokenizer
+from sca.language_models.plain_tokenizer import PlainTokenizer, read_plain_tokenizer
 from sca.model import SegmentCaptioner
 from sca.precision import check_has_float_weights
 
@@ -252,7 +252,7 @@ def write_checkpoint_files(
         (folder / UNCERTAINTY_FILE).write_text(content, "utf-8")
     tokenizer = model.language_model.tokenizer
     if tokenizer is not None and tokenizer is not getattr(model.language_model, "source_tokenizer", None):
-        cast("TextTokenizer", tokenizer).save(str(folder / "tokenizer"))
+        cast("TextTokenizer | PlainTokenizer", tokenizer).save(str(folder / "tokenizer"))
 
 
 def _serialize_uncertainty(model: SegmentCaptioner, tensors: Mapping[str, Tensor]) -> str | None:

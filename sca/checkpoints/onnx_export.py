@@ -19,7 +19,7 @@ from sca.io.atomic import write_folder
 from sca.io.errors import InputError
 from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 from sca.language_models.plain_tokenizer import PlainTokenizer
-from sca.language_models.tiny_gpt2 import convert_tiny_gpt2
+from sca.language_models.tiny_gpt2 import TinyGpt2, convert_tiny_gpt2
 from sca.model import SegmentCaptioner
 from sca.precision import check_has_float_weights
 
@@ -172,7 +172,7 @@ def _check_graph(graph: Graph, file: Path) -> None:
 
 
 def _build_settings(model: SegmentCaptioner) -> dict[str, Any]:
-    language_model = cast("CausalLanguageModel", model.language_model)
+    language_model = cast("CausalLanguageModel | TinyGpt2", model.language_model)
     image_format = asdict(model.encoder.image_format)
     del image_format["channel_order"]  # the graph of the encoder accepts RGB
     max_new_tokens = model.spec.generation["max_new_tokens"]

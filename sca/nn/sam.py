@@ -1,7 +1,7 @@
 """SAM's prompt encoder, mask decoder and neck (Segment Anything, arXiv 2304.02643), without transformers.
 
-The parameters have the names that transformers gives them. Small models use these modules, too, and importing
-transformers takes longer than loading such a model and captioning an image.
+The parameters have the names that transformers gives them. Importing transformers takes longer than loading a small
+model and captioning an image, so these modules do not import it.
 """
 
 from __future__ import annotations

@@ -36,11 +36,12 @@ def iter_precision_lines():
     for model, dataset in (("sca-tiny", "scenes test, 60 images"), ("sca-street", "coco val, 30 images")):
         (row,) = read_results(f"precision/{model}.json")["rows"]
         mean, percentile = f"{row['mask_iou_mean']:.4f}", f"{row['mask_iou_percentile']:.4f}"
-        yield f"| {model} | {dataset} | {mean} | {percentile} | {row['share_equal_captions']:.1%} | none |"
+        outside = ", ".join(row["scores_outside"]) or "none"
+        yield f"| {model} | {dataset} | {mean} | {percentile} | {row['share_equal_captions']:.1%} | {outside} |"
 
 
 def iter_published_lines():
-    files = ("results.json", "pam.json", "precision-auto.json", "precision-float32.json")
+    files = ("results.json", "pam.json", "fast-mixers.json", "precision-auto.json", "precision-float32.json")
     for row in [row for file in files for row in read_results(f"published-comparison/{file}")["rows"]]:
         ours, published = row["ours"], row["reference"]
         numbers = f"{ours:.4g} | {published:.4g} | {ours / published:.2f}"
