@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,16 @@ SMALL_MODEL_SPEC = {
     "task_tokens": 2,
     "generation": {"max_new_tokens": 6},
 }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    """Fail a test that leaves another current folder to the tests after it."""
+    yield
+    folder = item.config.invocation_params.dir
+    if Path.cwd() != folder:
+        os.chdir(folder)
+        pytest.fail("the test changes the current folder; use monkeypatch.chdir")
 
 
 @pytest.fixture

@@ -258,6 +258,7 @@ def test_disk_error_fails_whole_shard_and_image_error_only_the_image(
         raise OSError(error_number, os.strerror(error_number))
 
     monkeypatch.setattr(tarfile.TarFile, "extract", raise_os_error)
+    monkeypatch.chdir(tmp_path)  # `caption_shard` changes the current folder
     config = {
         "job": {"model": "sca-tiny", "everything": True},
         "content": {"tar": str(tmp_path / "set.tar")},

@@ -1,6 +1,7 @@
 """Precision: int8 layers, the choice of `auto`, and what int8 models refuse."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,8 @@ from sca.checkpoints.export import write_language_model, write_published_checkpo
 from sca.nn.int8_linear import Int8Linear, has_fast_int8
 from sca.plan import plan_model
 from sca.precision import check_int8_support, describe_precision, set_precision
+
+SCENE_PATH = Path(__file__).parents[2] / "examples/scene.png"
 
 requires_int8 = pytest.mark.skipif(not has_fast_int8(), reason="this CPU has no AVX-512 VNNI instructions")
 
@@ -149,7 +152,7 @@ def test_int8_layers_are_called_and_not_read(int8_model, monkeypatch):
             module.register_forward_hook(lambda module, inputs, output, name=name: called.add(name))
     monkeypatch.setattr(Int8Linear, "weight", property(lambda layer: pytest.fail("weights are read")))
     predictor = sca.Predictor(int8_model)
-    predictor.set_image(Image.open("examples/scene.png"))
+    predictor.set_image(Image.open(SCENE_PATH))
     predictor.predict(boxes=[(186, 357, 323, 500)])
     assert called == get_int8_names(int8_model)
 
@@ -163,7 +166,7 @@ def int8_model():
 
 @requires_int8
 def test_int8_model_captions_like_float32(int8_model):
-    image, box = Image.open("examples/scene.png"), (186, 357, 323, 500)
+    image, box = Image.open(SCENE_PATH), (186, 357, 323, 500)
     captions = []
     for model in (sca.load("sca-tiny"), int8_model):
         predictor = sca.Predictor(model)
